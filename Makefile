@@ -1,0 +1,53 @@
+# The targets that people and CI both run. `make demo` on a fresh machine is the whole loop.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+MINOR  := $(shell $(PYTHON) -c 'import sys; print(f"{sys.version_info[0]}{sys.version_info[1]}")')
+UV     := uv==0.13.9
+TORCH  := torch==2.13.0
+# TORCH_INDEX names another index for torch alone, such as one with the CPU builds.
+TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
+
+.PHONY: demo test test-e2e lint bench lock clean-demo
+demo: $(VENV)/.core
+	$(BIN)/ratchet demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-e2e: $(VENV)/.dev
+	$(BIN)/python -m pytest -m e2e
+
+lint: $(VENV)/.dev
+	bash .ci/lint
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.loop
+
+lock: $(VENV)/.core
+	UV=$(BIN)/uv bash requirements/compile.sh
+
+clean-demo:
+	-$(BIN)/ratchet -C .ratchet/demo down
+	rm -rf .ratchet/demo
+
+$(VENV)/bin/uv:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found; Ratchet needs 3.11, 3.12 or 3.13. Name one: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
+
+# pip picks torch's CPU build where one lies at hand and the index's default build otherwise; the lock holds everything else.
+$(VENV)/.torch: | $(VENV)/bin/uv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH_FLAGS) $(TORCH)
+	@touch $@
+
+$(VENV)/.core: requirements/py$(MINOR).txt pyproject.toml $(VENV)/.torch
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --require-hashes -r $<
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/uv pip check --python $(BIN)/python --quiet
+	@touch $@
+
+$(VENV)/.dev: requirements/py$(MINOR)-dev.txt $(VENV)/.core
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --require-hashes -r $<
+	$(BIN)/uv pip check --python $(BIN)/python --quiet
+	@touch $@

@@ -1,0 +1,70 @@
+"""One tree of errors; every message names the value seen, the value wanted and what to change.
+
+    RatchetError               exit code 1: our fault, or the machine's
+    ├── UserError              exit code 2: something the user can change
+    │   ├── ConfigError        params.yaml
+    │   ├── DataError          a source, a batch, a row
+    │   ├── BaseModelError     the base model, its tokenizer or template
+    │   └── CheckoutError      git, DVC, the working tree
+    ├── ServiceError           MLflow or Prefect does not start or does not answer
+    ├── StageError             a DVC stage failed; carries the stage's own exit code
+    ├── CommandError           git or DVC failed in a way we did not foresee
+    ├── DivergenceError        a loss, a gradient or a weight is not finite
+    └── DiskSpaceError         less room than the stage is about to write
+"""
+
+from __future__ import annotations
+
+
+class RatchetError(Exception):
+    """Base of all errors that are reported in one sentence instead of a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message if not remedy else f"{message}\n  → {remedy}")
+        self.remedy = remedy
+
+
+class UserError(RatchetError):
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    pass
+
+
+class DataError(UserError):
+    pass
+
+
+class BaseModelError(UserError):
+    pass
+
+
+class CheckoutError(UserError):
+    pass
+
+
+class ServiceError(RatchetError):
+    pass
+
+
+class StageError(RatchetError):
+    """A stage's process ended with `exit_code`; `message` holds its last lines."""
+
+    def __init__(self, message: str, *, exit_code: int, remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.exit_code = exit_code
+
+
+class CommandError(RatchetError):
+    pass
+
+
+class DivergenceError(RatchetError):
+    pass
+
+
+class DiskSpaceError(RatchetError):
+    pass

@@ -1,0 +1,84 @@
+"""Files that are there whole or not at all, and folders that describe themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ratchet.errors import DiskSpaceError, RatchetError
+
+
+def write_bytes(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write to a temporary name beside `path`, sync, rename: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as out:
+            for chunk in chunks:
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise DiskSpaceError(f"cannot write {path}: {error.strerror or error}", remedy="free some room; nothing was changed") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, [text.encode("utf-8")])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Sorted keys, so that equal values are equal bytes; NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RatchetError(f"{path} does not exist", remedy="the stage that writes it has not run; `ratchet retrain` runs it") from None
+    except ValueError as error:
+        raise RatchetError(f"{path} is no valid JSON: {error}") from None
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; it takes the place of `path` when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    filling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(filling, ignore_errors=True)
+    filling.mkdir()
+    try:
+        yield filling
+        shutil.rmtree(path, ignore_errors=True)
+        filling.replace(path)
+    finally:
+        shutil.rmtree(filling, ignore_errors=True)
+
+
+def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raises DiskSpaceError before anything is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise DiskSpaceError(
+            f"{what} needs about {needed_bytes / 2**20:,.0f} MiB at {folder}, {free / 2**20:,.0f} MiB are free",
+            remedy="free some room (`dvc gc -w` drops versions of data that no commit needs), then run again; finished stages are kept",
+        )

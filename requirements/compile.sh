@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Resolves pyproject.toml into one hashed lock a Python minor: core (py311.txt) and core + dev (py311-dev.txt).
+# torch and the CUDA packages it pulls in stay out: pip installs them first, as the CPU or the CUDA build, by what
+# the machine has (see the Makefile), so that one lock serves both. Run as `make lock`; to upgrade, delete the files first.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+uv=${UV:-.venv/bin/uv}
+skip=()
+for package in torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
+  nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
+  nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx; do
+  skip+=(--no-emit-package "$package")
+done
+for minor in 11 12 13; do
+  for extra in "" dev; do
+    out=requirements/py3$minor${extra:+-$extra}.txt
+    "$uv" pip compile pyproject.toml --python-version "3.$minor" --python-platform linux ${extra:+--extra $extra} \
+      ${extra:+--constraint requirements/py3$minor.txt} ${CONSTRAINTS:+--constraint $CONSTRAINTS} --generate-hashes \
+      --no-header --no-annotate --no-emit-index-url --no-emit-find-links "${skip[@]}" --quiet --output-file "$out"
+    grep -E '^(nvidia|cuda|triton|torch)' "$out" && { echo "$out names a CUDA package: add it to the list in $0" >&2; exit 1; }
+  done
+done
+echo "locks written: $(ls requirements/*.txt | wc -l)"
