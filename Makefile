@@ -8,9 +8,11 @@ TORCH  := torch==2.13.0
 # TORCH_INDEX names another index for torch alone, such as one with the CPU builds.
 TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
-.PHONY: demo test test-e2e lint bench lock clean-demo
+.PHONY: demo install test test-e2e lint bench lock clean-demo
 demo: $(VENV)/.core
 	$(BIN)/ratchet demo
+
+install: $(VENV)/.core
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

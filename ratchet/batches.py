@@ -37,7 +37,7 @@ def read_manifest(raw: Path) -> list[Batch]:
         return []
     try:
         return [msgspec.json.decode(line, type=Batch) for line in path.read_bytes().split(b"\n") if line]
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} holds a line that is no manifest entry: {error}", remedy="restore it: git checkout data/raw.dvc && dvc checkout data/raw.dvc") from None
 
 
@@ -48,7 +48,10 @@ def check_batch(raw: Path, batch: Batch) -> Path:
         raise DataError(f"{path} is missing; the manifest lists it with {batch.rows} rows", remedy="dvc pull, or dvc checkout data/raw.dvc")
     seen = sha256_file(path)
     if seen != batch.sha256:
-        raise DataError(f"{path} has sha256 {seen[:12]}…, the manifest says {batch.sha256[:12]}…: a batch is immutable", remedy="restore it: rm the file, then dvc pull or dvc checkout data/raw.dvc")
+        raise DataError(
+            f"{path} has sha256 {seen[:12]}…, the manifest says {batch.sha256[:12]}…: a batch is immutable",
+            remedy="restore it: rm the file, then dvc pull or dvc checkout data/raw.dvc",
+        )
     return path
 
 

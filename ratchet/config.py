@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ratchet.errors import ConfigError
 
@@ -21,38 +21,38 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class ProjectConfig(Section):
     """Who owns what comes out."""
 
-    name: str = Field("pydoc", pattern=r"^[a-z0-9][a-z0-9._-]*$", description="name of the registered model, of its git tags and of its MLflow experiment")
+    name: str = Field(default="pydoc", pattern=r"^[a-z0-9][a-z0-9._-]*$", description="name of the registered model, of its git tags and of its MLflow experiment")
 
 
 class PydocSource(Section):
     """The embedded default: documentation strings of packages installed on this machine."""
 
-    packages: list[str] = Field(["stdlib"], min_length=1, description="import names to harvest by parsing, without importing; `stdlib` is the standard library")
-    module_depth: int = Field(1, ge=1, le=4, description="levels of a module's name that make the answer (`numpy.linalg` is one level below `numpy`)")
-    min_objects: int = Field(40, ge=1, description="documented objects that a module needs to be asked about")
-    summaries: Share = Field(0.05, description="share of the objects that also give a row name → summary")
+    packages: list[str] = Field(default=["stdlib"], min_length=1, description="import names to harvest by parsing, without importing; `stdlib` is the standard library")
+    module_depth: int = Field(default=1, ge=1, le=4, description="levels of a module's name that make the answer (`numpy.linalg` is one level below `numpy`)")
+    min_objects: int = Field(default=40, ge=1, description="documented objects that a module needs to be asked about")
+    summaries: Share = Field(default=0.05, description="share of the objects that also give a row name → summary")
 
 
 class JsonlSource(Section):
     """JSON Lines from anywhere fsspec can read."""
 
-    path: str = Field("", description="file, glob or fsspec URL (`s3://…`), one JSON object a line")
+    path: str = Field(default="", description="file, glob or fsspec URL (`s3://…`), one JSON object a line")
     form: Literal["auto", "messages", "completion", "instruction", "question", "sharegpt", "text"] = Field(
-        "auto", description="form of the rows; `auto` recognises it from the first row's keys"
+        default="auto", description="form of the rows; `auto` recognises it from the first row's keys"
     )
 
 
 class IngestConfig(Section):
     """Where new rows come from."""
 
-    source: Literal["pydoc", "jsonl"] = Field("pydoc", description="the source that `ratchet ingest` reads when none is named")
-    licence: str = Field("unknown", description="licence of the rows, kept in the batch's manifest entry")
+    source: Literal["pydoc", "jsonl"] = Field(default="pydoc", description="the source that `ratchet ingest` reads when none is named")
+    licence: str = Field(default="unknown", description="licence of the rows, kept in the batch's manifest entry")
     pydoc: PydocSource = Field(default_factory=PydocSource, description="settings of the source `pydoc`")
     jsonl: JsonlSource = Field(default_factory=JsonlSource, description="settings of the source `jsonl`")
 
@@ -60,26 +60,26 @@ class IngestConfig(Section):
 class DemoBase(Section):
     """The small Llama that `base.model: demo` pre-trains on this machine."""
 
-    packages: list[str] = Field(["stdlib"], min_length=1, description="import names whose documentation the base reads")
-    module_share: Share = Field(0.5, description="share of the modules that the base sees; the rest is left for the adapter")
-    vocab_size: int = Field(4000, ge=300, description="tokens in the tokenizer that is trained on the same texts")
-    hidden_size: int = Field(128, ge=16, multiple_of=16, description="width of the model")
-    layers: Count = Field(3, description="decoder layers")
-    heads: Count = Field(4, description="attention heads")
-    context: int = Field(512, ge=64, description="positions, in tokens")
-    steps: Count = Field(700, description="optimizer steps")
-    batch_tokens: int = Field(1536, ge=64, description="tokens in one optimizer step, about")
-    learning_rate: float = Field(3.0e-3, gt=0, description="peak learning rate of AdamW")
-    text_weight: Share = Field(0.3, description="weight of the loss on the question's text, where the answer's is 1")
+    packages: list[str] = Field(default=["stdlib"], min_length=1, description="import names whose documentation the base reads")
+    module_share: Share = Field(default=0.5, description="share of the modules that the base sees; the rest is left for the adapter")
+    vocab_size: int = Field(default=2048, ge=300, description="tokens in the tokenizer that is trained on the same texts")
+    hidden_size: int = Field(default=128, ge=16, multiple_of=16, description="width of the model")
+    layers: Count = Field(default=2, description="decoder layers")
+    heads: Count = Field(default=4, description="attention heads")
+    context: int = Field(default=512, ge=64, description="positions, in tokens")
+    steps: Count = Field(default=700, description="optimizer steps")
+    batch_tokens: int = Field(default=1024, ge=64, description="tokens in one optimizer step, about")
+    learning_rate: float = Field(default=3.0e-3, gt=0, description="peak learning rate of AdamW")
+    text_weight: Share = Field(default=0.3, description="weight of the loss on the question's text, where the answer's is 1")
 
 
 class BaseConfig(Section):
     """The base model, never changed by training."""
 
-    model: str = Field("demo", min_length=1, description="`demo`, or a hub id (`org/name`)")
-    revision: str | None = Field(None, description="commit of the hub id, 40 hex digits; needed for a hub id")
-    chat_template: str | None = Field(None, description="path of a Jinja chat template, for a base that brings none")
-    seed: int = Field(20, ge=0, description="seed of the demo's weights and of its order of rows")
+    model: str = Field(default="demo", min_length=1, description="`demo`, or a hub id (`org/name`)")
+    revision: str | None = Field(default=None, description="commit of the hub id, 40 hex digits; needed for a hub id")
+    chat_template: str | None = Field(default=None, description="path of a Jinja chat template, for a base that brings none")
+    seed: int = Field(default=20, ge=0, description="seed of the demo's weights and of its order of rows")
     demo: DemoBase = Field(default_factory=DemoBase, description="settings of `model: demo`")
 
     @model_validator(mode="after")
@@ -92,12 +92,12 @@ class BaseConfig(Section):
 class PrepareConfig(Section):
     """Rows in, splits out."""
 
-    validation_share: Share = Field(0.1, description="share of the clusters that go to validation")
-    test_share: Share = Field(0.1, description="share of the clusters that go to test")
-    near_duplicate: float = Field(0.8, gt=0.0, le=1.0, description="Jaccard similarity of word shingles from which two rows are near duplicates")
-    max_chars: Count = Field(50_000, description="longest row taken, in characters")
-    max_rejected_share: Share = Field(0.05, description="share of rejected rows from which a preparation fails")
-    min_rows: Count = Field(200, description="accepted training rows under which nothing is trained")
+    validation_share: Share = Field(default=0.1, description="share of the clusters that go to validation")
+    test_share: Share = Field(default=0.1, description="share of the clusters that go to test")
+    near_duplicate: float = Field(default=0.8, gt=0.0, le=1.0, description="Jaccard similarity of word shingles from which two rows are near duplicates")
+    max_chars: Count = Field(default=50_000, description="longest row taken, in characters")
+    max_rejected_share: Share = Field(default=0.05, description="share of rejected rows from which a preparation fails")
+    min_rows: Count = Field(default=200, description="accepted training rows under which nothing is trained")
 
     @model_validator(mode="after")
     def _something_to_train(self) -> PrepareConfig:
@@ -109,8 +109,8 @@ class PrepareConfig(Section):
 class TokenizeConfig(Section):
     """Token ids, loss mask, packing."""
 
-    max_length: int = Field(256, ge=16, description="longest row, in tokens; longer rows are rejected, never cut")
-    window: int = Field(512, ge=16, description="length of a packed window, in tokens")
+    max_length: int = Field(default=128, ge=16, description="longest row, in tokens; longer rows are rejected, never cut")
+    window: int = Field(default=256, ge=16, description="length of a packed window, in tokens")
 
     @model_validator(mode="after")
     def _fits(self) -> TokenizeConfig:
@@ -122,68 +122,69 @@ class TokenizeConfig(Section):
 class TrainConfig(Section):
     """One optimisation, from a base or from the champion's adapter."""
 
-    start_from: Literal["champion", "base"] = Field("champion", description="where the adapter's weights start; without a champion it is the base")
-    rows: Literal["new_and_replay", "all"] = Field("new_and_replay", description="rows to train on: what the champion has not seen plus a replayed share, or everything")
-    replay: Share = Field(0.5, description="share of the rows that the champion has seen that are trained on again")
-    epochs: float = Field(4.0, gt=0, description="passes over the chosen rows, at most")
-    learning_rate: float = Field(2.0e-3, gt=0, description="peak learning rate of AdamW")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="course of the learning rate after the warm-up")
-    warmup_share: Share = Field(0.05, description="share of the steps in which the learning rate rises")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
-    batch_windows: Count = Field(4, description="packed windows in one forward pass")
-    accumulate: Count = Field(1, description="forward passes in one optimizer step")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm that is clipped to")
-    evaluations: Count = Field(8, description="times that the validation loss is measured in a training")
-    patience: Count = Field(3, description="measurements without a better validation loss that stop the training")
-    seed: int = Field(17, ge=0, description="seed of the adapter's weights, of dropout and of the order of windows")
+    start_from: Literal["champion", "base"] = Field(default="champion", description="where the adapter's weights start; without a champion it is the base")
+    rows: Literal["new_and_replay", "all"] = Field(default="new_and_replay", description="rows to train on: what the champion has not seen plus a replayed share, or everything")
+    replay: Share = Field(default=0.5, description="share of the rows that the champion has seen that are trained on again")
+    epochs: float = Field(default=4.0, gt=0, description="passes over the chosen rows, at most")
+    learning_rate: float = Field(default=2.0e-3, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="course of the learning rate after the warm-up")
+    warmup_share: Share = Field(default=0.05, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decoupled weight decay")
+    batch_windows: Count = Field(default=4, description="packed windows in one forward pass")
+    accumulate: Count = Field(default=1, description="forward passes in one optimizer step")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradient norm that is clipped to")
+    evaluations: Count = Field(default=8, description="times that the validation loss is measured in a training")
+    patience: Count = Field(default=3, description="measurements without a better validation loss that stop the training")
+    seed: int = Field(default=17, ge=0, description="seed of the adapter's weights, of dropout and of the order of windows")
 
 
 class AdapterConfig(Section):
     """What is trained on top of the base."""
 
-    method: Literal["lora", "qlora"] = Field("lora", description="`lora`, or `qlora`: the base in NF4 with double quantisation, bfloat16 compute")
-    rank: int = Field(32, ge=1, le=512, description="rank of the update")
-    alpha: float = Field(64.0, gt=0, description="scale of the update; it is multiplied by alpha / rank")
-    dropout: Share = Field(0.0, description="dropout before the update")
-    target_modules: str | list[str] = Field("all-linear", description="layers that get an update: `all-linear` or names")
+    method: Literal["lora", "qlora"] = Field(default="lora", description="`lora`, or `qlora`: the base in NF4 with double quantisation, bfloat16 compute")
+    rank: int = Field(default=32, ge=1, le=512, description="rank of the update")
+    alpha: float = Field(default=64.0, gt=0, description="scale of the update; it is multiplied by alpha / rank")
+    dropout: Share = Field(default=0.0, description="dropout before the update")
+    target_modules: str | list[str] = Field(default="all-linear", description="layers that get an update: `all-linear` or names")
 
 
 class EvaluateConfig(Section):
     """Candidate, champion and base on the same rows, in one process."""
 
-    max_new_tokens: Count = Field(24, description="longest generated answer, in tokens")
-    batch_size: Count = Field(64, description="rows in one forward pass")
-    simple_baseline: bool = Field(True, description="score TF-IDF with logistic regression or the nearest neighbour beside the models")
+    max_new_tokens: Count = Field(default=32, description="longest generated answer, in tokens")
+    batch_size: Count = Field(default=64, description="rows in one forward pass")
+    simple_baseline: bool = Field(default=True, description="score TF-IDF with logistic regression or the nearest neighbour beside the models")
 
 
 class GateConfig(Section):
     """When a candidate may take the champion's place."""
 
-    metric: Literal["exact_match", "token_f1", "rouge_l", "chrf", "answer_nll"] = Field("exact_match", description="the success metric, a score a row")
-    min_gain: float = Field(0.0, description="gain that the lower confidence bound has to exceed, in the metric's unit (`answer_nll`: nats a token, a fall counts as gain)")
-    alpha: float = Field(0.01, gt=0, lt=0.5, description="one-sided error of the bounds")
-    min_rows: Count = Field(200, description="test rows under which the verdict is `uncertain`")
-    golden_margin: float = Field(0.05, ge=0, description="loss on the golden set that is still taken as no loss, in the metric's unit")
-    past_margin: float = Field(0.05, ge=0, description="the same for the test rows of each batch that the champion has seen")
-    nll_margin: float = Field(0.5, ge=0, description="the same for the answer's NLL on the test split, in nats a token")
-    min_slice_rows: Count = Field(50, description="rows under which a past batch gets no guardrail by itself (its rows still count in `past`)")
-    resamples: int = Field(4000, ge=200, description="bootstrap resamples")
-    seed: int = Field(5, ge=0, description="seed of the resampling")
+    metric: Literal["exact_match", "token_f1", "rouge_l", "chrf", "answer_nll"] = Field(default="exact_match", description="the success metric, a score a row")
+    min_gain: float = Field(default=0.0, description="gain that the lower confidence bound has to exceed, in the metric's unit (`answer_nll`: nats a token, a fall counts as gain)")
+    alpha: float = Field(default=0.01, gt=0, lt=0.5, description="one-sided error of the success metric's bounds")
+    guardrail_alpha: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided error of the guardrails' bounds")
+    min_rows: Count = Field(default=200, description="test rows under which the verdict is `uncertain`")
+    golden_margin: float = Field(default=0.05, ge=0, description="loss on the golden set that is still taken as no loss, in the metric's unit")
+    past_margin: float = Field(default=0.05, ge=0, description="the same for the test rows of each batch that the champion has seen")
+    nll_margin: float = Field(default=0.5, ge=0, description="the same for the answer's NLL on the test split, in nats a token")
+    min_slice_rows: Count = Field(default=50, description="rows under which a past batch gets no guardrail by itself (its rows still count in `past`)")
+    resamples: int = Field(default=4000, ge=200, description="bootstrap resamples")
+    seed: int = Field(default=5, ge=0, description="seed of the resampling")
 
 
 class RetrainConfig(Section):
     """The flow `retrain`."""
 
-    cron: str = Field("0 3 * * 1", description="schedule of the deployment, in cron's form, UTC")
-    keep_workspaces: int = Field(2, ge=0, description="failed workspaces that are kept to look at")
+    cron: str = Field(default="0 3 * * 1", description="schedule of the deployment, in cron's form, UTC")
+    keep_workspaces: int = Field(default=2, ge=0, description="failed workspaces that are kept to look at")
 
 
 class ServicesConfig(Section):
     """What `ratchet up` starts, on loopback."""
 
-    mlflow_port: Port = Field(5000, description="port of MLflow on 127.0.0.1")
-    prefect_port: Port = Field(4200, description="port of Prefect on 127.0.0.1")
-    start_timeout: Count = Field(120, description="seconds to wait for a service's first answer")
+    mlflow_port: Port = Field(default=5000, description="port of MLflow on 127.0.0.1")
+    prefect_port: Port = Field(default=4200, description="port of Prefect on 127.0.0.1")
+    start_timeout: Count = Field(default=120, description="seconds to wait for a service's first answer")
 
 
 class Config(Section):
@@ -196,7 +197,7 @@ class Config(Section):
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     gate: GateConfig = Field(default_factory=GateConfig)
-    promotion: Literal["auto", "manual"] = Field("auto", description="`auto`: the gate's verdict decides; `manual`: a person does, after the gate")
+    promotion: Literal["auto", "manual"] = Field(default="auto", description="`auto`: the gate's verdict decides; `manual`: a person does, after the gate")
     retrain: RetrainConfig = Field(default_factory=RetrainConfig)
     services: ServicesConfig = Field(default_factory=ServicesConfig)
 
@@ -204,12 +205,14 @@ class Config(Section):
 def load_config(path: Path) -> Config:
     """Read and check `path`. Raises ConfigError with every fault at once, each with its key, its value and what is allowed."""
     try:
-        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist", remedy="run the command in a clone of the project, or name one with -C PATH") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    return parse_config(raw, path)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+    except (YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a scalar that looks like a date and is none
+        raise ConfigError(f"{path} is no valid YAML: {_yaml_fault(error)}") from None
+    return parse_config({} if raw is None else raw, path)
 
 
 def parse_config(raw: Any, path: Path) -> Config:
@@ -218,6 +221,12 @@ def parse_config(raw: Any, path: Path) -> Config:
     except ValidationError as error:
         faults = [f"  {_where(fault)}: {_what(fault)}" for fault in error.errors()]
         raise ConfigError(f"{path} has {len(faults)} fault(s):\n" + "\n".join(faults), remedy="docs/params.md lists every key with what it takes") from None
+
+
+def _yaml_fault(error: Exception) -> str:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 def _where(fault: Any) -> str:

@@ -16,6 +16,7 @@ import xxhash
 
 from ratchet.errors import DataError
 
+CONTINUE = "Continue."  # the fixed prompt of rows that are plain text
 Meta = dict[str, str | int | float | bool | None]
 
 
@@ -132,7 +133,7 @@ def _sharegpt(row: dict[str, Any]) -> list[Message]:
 
 def _plain_text(row: dict[str, Any]) -> list[Message]:
     """Plain text is learned as an answer to a fixed prompt: the mask then covers the whole text."""
-    return [Message("user", "Continue."), Message("assistant", _text(row, "text"))]
+    return [Message("user", CONTINUE), Message("assistant", _text(row, "text"))]
 
 
 FORMS: dict[str, tuple[str, Callable[[dict[str, Any]], list[Message]]]] = {
@@ -143,7 +144,6 @@ FORMS: dict[str, tuple[str, Callable[[dict[str, Any]], list[Message]]]] = {
     "sharegpt": ("conversations", _sharegpt),
     "text": ("text", _plain_text),
 }
-PROMPT_KEYS = ("prompt", "instruction", "input", "question")
 
 
 def recognise_form(row: dict[str, Any]) -> str:
@@ -152,7 +152,9 @@ def recognise_form(row: dict[str, Any]) -> str:
     for key, form in starts.items():
         if key in row:
             return form
-    raise RowError("unknown_form", f"keys {sorted(row)[:8]} fit no form; wanted `messages`, `conversations`, `prompt`/`completion`, `instruction`/`output`, `question`/`answer` or `text`")
+    raise RowError(
+        "unknown_form", f"keys {sorted(row)[:8]} fit no form; wanted `messages`, `conversations`, `prompt`/`completion`, `instruction`/`output`, `question`/`answer` or `text`"
+    )
 
 
 def row_to_messages(row: dict[str, Any], form: str) -> list[Message]:
@@ -166,9 +168,10 @@ def row_to_messages(row: dict[str, Any], form: str) -> list[Message]:
 def _text(row: Any, key: str) -> str:
     if not isinstance(row, dict) or key not in row:
         raise RowError("missing_key", f"`{key}` is missing")
-    if not isinstance(row[key], str):
-        raise RowError("wrong_type", f"`{key}` is {type(row[key]).__name__}, wanted text")
-    return row[key]
+    value = row[key]
+    if not isinstance(value, str):
+        raise RowError("wrong_type", f"`{key}` is {type(value).__name__}, wanted text")
+    return value
 
 
 # --- files of examples -----------------------------------------------------------------------------------------------

@@ -35,13 +35,14 @@ def _lines(opened: object) -> Iterator[bytes]:
         with opened as handle:  # type: ignore[attr-defined]
             first = True
             while line := handle.readline(MAX_LINE):
-                if first:
-                    _check_start(line, path)
-                    line, first = line.removeprefix(b"\xef\xbb\xbf"), False
                 cut = len(line) == MAX_LINE and not line.endswith(b"\n")
                 while cut and (rest := handle.readline(MAX_LINE)):
                     if rest.endswith(b"\n"):
                         break
+                if first:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                    _check_start(line, path)
+                    first = not line.strip()
                 if line.strip():
                     yield line.rstrip(b"\r\n")
     except FileNotFoundError:
@@ -51,7 +52,7 @@ def _lines(opened: object) -> Iterator[bytes]:
 
 
 def _check_start(line: bytes, path: str) -> None:
-    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in line[:4]:  # with its mark, or `{` as two bytes
         raise DataError(f"{path} is UTF-16, wanted UTF-8", remedy=f"convert it: iconv -f UTF-16 -t UTF-8 {path}")
     if line.lstrip()[:1] == b"[":
         raise DataError(f"{path} is a JSON array, wanted one object a line", remedy=f"convert it: jq -c '.[]' {path}")

@@ -47,7 +47,7 @@ def harvest(settings: PydocSource) -> Iterator[dict[str, Any]]:
 def _rows(found: Documented, package: str, summaries: float) -> Iterator[dict[str, Any]]:
     meta = {"package": package, "module": found.module}
     yield _row(f"Which module documents this? {found.sentence}", found.module, {**meta, "kind": "module"})
-    if found.name and "_" != found.name.rpartition(".")[2][0] and xxhash.xxh3_64_intdigest(f"{found.module}.{found.name}".encode()) % 10_000 < summaries * 10_000:
+    if found.name and found.name.rpartition(".")[2][0] != "_" and xxhash.xxh3_64_intdigest(f"{found.module}.{found.name}".encode()) % 10_000 < summaries * 10_000:
         yield _row(f"What does {found.module}.{found.name} do?", found.sentence, {**meta, "kind": "summary"})
 
 
@@ -78,7 +78,9 @@ def _roots(package: str) -> list[tuple[Path, str]]:
     except (ImportError, ValueError):
         spec = None
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
-        raise DataError(f"package {package!r} is not installed here, or has no Python source", remedy="name installed packages in `ingest.pydoc.packages` (import names, such as `sklearn`)")
+        raise DataError(
+            f"package {package!r} is not installed here, or has no Python source", remedy="name installed packages in `ingest.pydoc.packages` (import names, such as `sklearn`)"
+        )
     origin = Path(spec.origin)
     return [(origin.parent if origin.name == "__init__.py" else origin, package)]
 
@@ -94,9 +96,9 @@ def _in_file(path: Path, label: str, parts: list[str]) -> Iterator[Documented]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in other people's strings
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
-        return  # templates and Python 2 leftovers inside packages
+            tree = ast.parse(path.read_bytes())  # the file may name its encoding
+    except (OSError, SyntaxError, ValueError):
+        return  # templates and Python 2 leftovers inside packages, links to nowhere
     prefix = ".".join(parts)[len(label) :].lstrip(".")
     yield from _found(tree, label, prefix)
     yield from _walk(tree, label, prefix)

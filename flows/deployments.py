@@ -1,0 +1,143 @@
+"""Serve this clone's flows as Prefect deployments, until SIGTERM.
+
+    python -m flows.deployments [--end-lost-runs]        # `ratchet up` runs it
+
+Runs that a schedule, an event or a person asks for start here, each in a process of its own. Work pools are not covered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ratchet.config import Config, load_config
+from ratchet.errors import ConfigError, RatchetError, UserError
+from ratchet.services import service_environment
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.runner import Runner
+
+
+def main(arguments: list[str]) -> int:
+    root = Path(os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    try:
+        config = load_config(root / "params.yaml")
+        set_environment(root, config)
+        deployments = [describe_retrain(root, config), describe_ingest(root, config)]
+    except RatchetError as error:
+        print(error, file=sys.stderr)  # noqa: T201 the service's log is where people look
+        return error.exit_code
+    if "--end-lost-runs" in arguments:
+        end_lost_runs([deployment.name for deployment in deployments])
+    serve_deployments(deployments)
+    return 0
+
+
+def set_environment(root: Path, config: Config) -> None:
+    """What the runs inherit. It has to stand before Prefect is imported, which reads its settings once. Raises UserError."""
+    os.environ.update(service_environment(root, config), RATCHET_ROOT=str(root))
+    if "PREFECT_API_URL" not in os.environ:
+        port = config.services.prefect_port
+        raise UserError(f"Prefect does not answer on 127.0.0.1:{port} (services.prefect_port)", remedy="start it with `ratchet up`, or set PREFECT_API_URL")
+
+
+def describe_retrain(root: Path, config: Config) -> RunnerDeployment:
+    """Raises ConfigError for a schedule that is none."""
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.types.entrypoint import EntrypointType
+
+    from flows.retrain import retrain
+
+    return RunnerDeployment.from_flow(
+        retrain,
+        name="retrain",
+        description="From the newest data to a verdict: prepare, tokenize, train, evaluate, gate, and promotion when the gate agrees. "
+        "What did not change costs about a second. One run at a time, the others wait.",
+        tags=["ratchet", config.project.name],
+        parameters={"root": str(root)},
+        schedules=[describe_schedule(config.retrain.cron)],
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+
+
+def describe_schedule(cron: str) -> DeploymentScheduleCreate:
+    """`active` is left out and the slug is fixed, so that a schedule which a person paused in the UI stays paused over a restart."""
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import CronSchedule
+
+    try:
+        return DeploymentScheduleCreate(schedule=CronSchedule(cron=cron, timezone="UTC"), parameters={"reason": "schedule"}, slug="retrain-cron")
+    except ValueError:
+        raise ConfigError(f"retrain.cron is {cron!r}, which is no cron schedule", remedy="give five fields in params.yaml, such as `0 3 * * 1` (Mondays at 03:00 UTC)") from None
+
+
+def describe_ingest(root: Path, config: Config) -> RunnerDeployment:
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.types.entrypoint import EntrypointType
+
+    from flows.ingest import ingest
+
+    return RunnerDeployment.from_flow(
+        ingest,
+        name="ingest",
+        description="Pull new rows from a source into an immutable batch and commit it. Without parameters the source is the one in params.yaml.",
+        tags=["ratchet", config.project.name],
+        parameters={"root": str(root)},
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+
+
+def end_lost_runs(names: list[str]) -> None:
+    """Mark what a killed predecessor left as running, which would hold its concurrency slot for minutes. Only where no other process serves `names`."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+    from prefect.client.schemas.objects import StateType
+    from prefect.client.schemas.sorting import FlowRunSort
+    from prefect.states import Crashed
+
+    unfinished = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])))
+    ours = DeploymentFilter(name=DeploymentFilterName(any_=names))
+    with get_client(sync_client=True) as client:
+        lost = client.read_flow_runs(deployment_filter=ours, flow_run_filter=unfinished, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=200)
+        for run in lost:
+            client.set_flow_run_state(run.id, Crashed(message="The process that ran it ended without a word."), force=True)
+
+
+def serve_deployments(deployments: list[RunnerDeployment]) -> None:
+    """Blocks until SIGTERM."""
+    runner = make_runner()
+    for deployment in deployments:
+        runner.add_deployment(deployment)
+    asyncio.run(runner.start())
+
+
+def make_runner() -> Runner:
+    """A runner that cancels its runs at SIGTERM and then ends.
+
+    `prefect.serve` in 3.8.8 drops the coroutine that cancels them and kills their processes: they stay RUNNING for ever, and keep the
+    deployment's only slot until its lease runs out, five minutes. Schedules are not paused at the end, or a restart would not run them.
+    """
+    from prefect.runner import Runner
+
+    class CancellingRunner(Runner):
+        def handle_sigterm(self, *args: Any, **kwargs: Any) -> None:
+            if not self.started:
+                sys.exit(0)
+            loop = asyncio.get_running_loop()
+            loop.call_soon_threadsafe(self._end, loop)  # a plain call would not wake the loop before its next timer
+
+        def _end(self, loop: asyncio.AbstractEventLoop) -> None:
+            self._ending = loop.create_task(self.astop())  # the loop itself holds tasks weakly
+
+    return CancellingRunner(pause_on_shutdown=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

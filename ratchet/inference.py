@@ -1,0 +1,55 @@
+"""Scores and greedy answers of a loaded model, in batches: what evaluation measures and the gateway will serve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ratchet.chat import ChatFormat, Encoded
+
+
+class Likelihood(NamedTuple):
+    """Sum of the answer's negative log-likelihood in nats, its end of turn included, and the number of its tokens."""
+
+    nll: float
+    tokens: int
+
+
+@torch.inference_mode()
+def answer_likelihoods(model: Any, rows: Sequence[Encoded], *, pad_id: int, batch_size: int) -> list[Likelihood]:
+    """In the order of `rows`. Right padding: what stands behind a row cannot change it."""
+    found: list[Likelihood] = [Likelihood(0.0, 0)] * len(rows)
+    for batch in _by_length([len(row.ids) for row in rows], batch_size):
+        length = max(len(rows[index].ids) for index in batch)
+        ids = torch.tensor([rows[index].ids + [pad_id] * (length - len(rows[index].ids)) for index in batch], device=model.device)  # (batch, seq)
+        learned = torch.tensor([rows[index].learned + [False] * (length - len(rows[index].ids)) for index in batch], device=model.device)
+        mask = torch.tensor([[1] * len(rows[index].ids) + [0] * (length - len(rows[index].ids)) for index in batch], device=model.device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()  # (batch, seq - 1, vocab)
+        losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * learned[:, 1:]
+        for position, index in enumerate(batch):
+            found[index] = Likelihood(float(losses[position].sum()), int(learned[position, 1:].sum()))
+    return found
+
+
+@torch.inference_mode()
+def greedy_answers(model: Any, prompts: Sequence[list[int]], chat: ChatFormat, *, max_new_tokens: int, batch_size: int) -> list[str]:
+    """In the order of `prompts`. Left padding, so that every answer starts at the same position."""
+    answers = [""] * len(prompts)
+    for batch in _by_length([len(prompt) for prompt in prompts], batch_size):
+        length = max(len(prompts[index]) for index in batch)
+        ids = torch.tensor([[chat.pad_id] * (length - len(prompts[index])) + prompts[index] for index in batch], device=model.device)  # (batch, seq)
+        mask = torch.tensor([[0] * (length - len(prompts[index])) + [1] * len(prompts[index]) for index in batch], device=model.device)
+        made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=chat.stop_id, pad_token_id=chat.pad_id, num_beams=1)
+        for position, index in enumerate(batch):
+            answers[index] = chat.decode_answer(made[position, length:].tolist())
+    return answers
+
+
+def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of like lengths, so that little is computed on padding."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

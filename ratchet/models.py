@@ -1,0 +1,116 @@
+"""Base models and adapters on disk: what they are, whether they are whole, and how they are loaded.
+
+`models/base/` always holds manifest.json, the tokenizer and the chat template; the weights are there too for `demo`, and
+in the hub's cache for a hub id. Adapters are PEFT folders (safetensors). Nothing is unpickled, no remote code is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ratchet.config import AdapterConfig
+from ratchet.errors import BaseModelError
+from ratchet.files import read_json, sha256_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MANIFEST = "manifest.json"
+WEIGHTS = "adapter_model.safetensors"
+LORA_KEYS = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora", "modules_to_save")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def load_base(folder: Path, *, method: str = "lora") -> PreTrainedModel:
+    """The base in the precision that the machine and the method ask for (see `precision`). Raises BaseModelError."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    manifest = read_json(folder / MANIFEST)
+    source, revision = (folder, None) if manifest["model"] == "demo" else (manifest["model"], manifest["revision"])
+    settings: dict[str, Any] = {"dtype": getattr(torch, precision(method)[0]), "attn_implementation": "sdpa"}
+    if method == "qlora":
+        settings["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        settings["device_map"] = {"": device()}
+    with quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, revision=revision, trust_remote_code=False, local_files_only=True, use_safetensors=True, **settings)
+        except OSError as error:
+            raise BaseModelError(f"the weights of {manifest['model']}@{revision} are not on this machine: {str(error).splitlines()[0]}", remedy="dvc repro --force base (with network), or pull the cache") from None
+    return model if method == "qlora" else model.to(device())
+
+
+def precision(method: str) -> tuple[str, str]:
+    """(dtype, why). bfloat16 saves half the memory where the GPU computes in it; CPUs are exact and often faster in float32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return ("bfloat16", "the GPU computes in bfloat16") if torch.cuda.is_bf16_supported() else ("float16", "the GPU has no bfloat16")
+    return ("bfloat16", "NF4 computes in bfloat16") if method == "qlora" else ("float32", "no GPU: float32 is exact and repeatable on a CPU")
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def add_adapter(base: PreTrainedModel, config: AdapterConfig) -> Any:
+    """A fresh adapter on `base`; with it, the model computes what the base does."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if config.method == "qlora":
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    with quiet():
+        return get_peft_model(base, LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def load_adapter(base: Any, folder: Path, *, name: str = "default", trainable: bool = False) -> Any:
+    """`base` with the adapter of `folder`; PEFT's own loading accepts missing and foreign keys without a word, this one does not."""
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    wanted = load_file(folder / WEIGHTS)
+    with quiet():
+        if isinstance(base, PeftModel):
+            base.load_adapter(folder, adapter_name=name, is_trainable=trainable)
+            model = base
+        else:
+            model = PeftModel.from_pretrained(base, folder, adapter_name=name, is_trainable=trainable)
+    loaded = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    if loaded != set(wanted):
+        odd = sorted(loaded ^ set(wanted))
+        raise BaseModelError(f"{folder} does not fit the base: {len(odd)} weights differ, the first {odd[0]}", remedy="the adapter was trained on another base or with other target modules; set `train.start_from: base`")
+    return model
+
+
+def adapter_sha256(folder: Path) -> str:
+    return sha256_file(folder / WEIGHTS)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hides notes of the libraries that nobody can act upon (missing optional kernels, deprecations of their own)."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes", "peft", "torchao")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

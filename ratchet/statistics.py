@@ -1,0 +1,33 @@
+"""Intervals by the bootstrap: of a mean, and of paired differences (Efron & Tibshirani 1993, chapter 13)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """A mean between a lower and an upper bound, each one-sided at `alpha`."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(values: Values, *, alpha: float, resamples: int, seed: int) -> Interval:
+    """Percentile interval of the mean; of paired differences when `values` are those. Raises ValueError: no values, or not all finite."""
+    if len(values) == 0:
+        raise ValueError("no values: there is nothing to average")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} values are not finite")
+    generator = np.random.default_rng(seed)
+    # Resampling rows = multinomial counts; in blocks, since resamples times rows can be large.
+    block = max(1, 4_000_000 // len(values))
+    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+    means = np.concatenate([generator.multinomial(len(values), np.full(len(values), 1 / len(values)), size) @ values for size in sizes]) / len(values)
+    low, high = np.quantile(means, [alpha, 1 - alpha])
+    return Interval(float(values.mean()), float(low), float(high))

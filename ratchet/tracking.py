@@ -1,0 +1,167 @@
+"""MLflow gets a copy; the truth is the local file.
+
+A training writes its curve to `history.jsonl`, each point with its time. A thread delivers the lines to MLflow while the
+training runs; what it could not deliver is delivered again later, and a point that is already there changes nothing. A
+run is found by its key (hash of data, params and code), never by an id, so a stage that DVC skipped has a run as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ratchet.errors import ServiceError
+
+KEY_TAG = "ratchet.run_key"
+STATE_TAG = "ratchet.state"
+RETRY_SECONDS = 15.0
+FLUSH_SECONDS = 2.0
+
+
+def code_sha256() -> str:
+    """Of every module that a training may pass through, so that other code is another run."""
+    root = Path(__file__).parent
+    hasher = hashlib.sha256()
+    for path in sorted([*root.rglob("*.py"), *(root.parent / "tasks").glob("*.py")]):
+        hasher.update(path.relative_to(root.parent).as_posix().encode() + b"\0" + path.read_bytes())
+    return hasher.hexdigest()
+
+
+class History:
+    """The curve as it grows: one line a point, flushed at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._out = path.open("w", encoding="utf-8")
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        self._out.write(json.dumps({"step": step, "time_ms": int(time.time() * 1000), **values}) + "\n")
+        self._out.flush()
+
+    def close(self) -> None:
+        self._out.close()
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+class LiveCopy:
+    """Delivers a growing history to MLflow from a thread; an outage costs the training nothing."""
+
+    def __init__(self, history: Path, experiment: str, run_key: str, tags: dict[str, str]) -> None:
+        self._history, self._experiment, self._run_key, self._tags = history, experiment, run_key, tags
+        self._done = threading.Event()
+        self._delivered = 0
+        self.complete = False
+        self._thread = threading.Thread(target=self._deliver_until_done, name="mlflow-copy", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def finish(self, seconds: float = 10.0) -> bool:
+        """Whether everything was delivered; the rest is the flow's to deliver."""
+        self._done.set()
+        self._thread.join(timeout=seconds)
+        return self.complete
+
+    def _deliver_until_done(self) -> None:
+        run_id = ""
+        while not self.complete:
+            last = self._done.is_set()
+            try:
+                run_id = run_id or find_or_create_run(self._experiment, self._run_key, self._tags)
+                self._deliver(run_id)
+                self.complete = last
+                self._done.wait(FLUSH_SECONDS)
+            except ServiceError:
+                if last:
+                    return
+                self._done.wait(RETRY_SECONDS)
+
+    def _deliver(self, run_id: str) -> None:
+        points = read_history(self._history)[self._delivered :]
+        log_points(run_id, points)
+        self._delivered += len(points)
+
+
+def log_points(run_id: str, points: list[dict[str, Any]]) -> None:
+    """Idempotent: MLflow keys a point by name, time, step and value."""
+    from mlflow.entities import Metric
+
+    metrics = [Metric(name, float(value), point["time_ms"], point["step"]) for point in points for name, value in point.items() if name not in ("step", "time_ms")]
+    client = mlflow_client()
+    with mlflow_errors():
+        for start in range(0, len(metrics), 500):
+            client.log_batch(run_id, metrics=metrics[start : start + 500])
+
+
+def find_or_create_run(experiment: str, run_key: str, tags: dict[str, str]) -> str:
+    """Id of the run with that key. Raises ServiceError when MLflow does not answer."""
+    client = mlflow_client()
+    with mlflow_errors():
+        found = client.get_experiment_by_name(experiment)
+        experiment_id = found.experiment_id if found else _create_experiment(client, experiment)
+        run_id = find_run(experiment, run_key)
+        if run_id:
+            return run_id
+        name = tags.get("mlflow.runName", run_key[:8])
+        return str(client.create_run(experiment_id, tags={**tags, KEY_TAG: run_key}, run_name=name).info.run_id)
+
+
+def _create_experiment(client: Any, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.create_experiment(name))
+    except MlflowException:  # somebody else was first
+        return str(client.get_experiment_by_name(name).experiment_id)
+
+
+def find_run(experiment: str, run_key: str) -> str | None:
+    client = mlflow_client()
+    with mlflow_errors():
+        found = client.get_experiment_by_name(experiment)
+        runs = client.search_runs([found.experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{run_key}'", max_results=1) if found else []
+        return str(runs[0].info.run_id) if runs else None
+
+
+def mlflow_client() -> Any:
+    """A client for MLFLOW_TRACKING_URI. Raises ServiceError when the variable is not set: MLflow would then write to ./mlruns."""
+    from mlflow import MlflowClient
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise ServiceError("MLFLOW_TRACKING_URI is not set", remedy="run it through `ratchet`, which sets it, or name your server there")
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+class mlflow_errors:  # noqa: N801  (reads as a block: `with mlflow_errors():`)
+    """MLflow's and the network's faults as one ServiceError."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        from mlflow.exceptions import MlflowException
+        from requests.exceptions import RequestException
+
+        if isinstance(error, MlflowException | RequestException | ConnectionError):
+            first = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise ServiceError(f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI')}: {first}", remedy="`ratchet up` starts it; what was not delivered is delivered by the next `ratchet retrain`") from error
+
+
+def parameters(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, value) of every knob."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from parameters(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)

@@ -1,0 +1,211 @@
+"""The base model: a hub id at a pinned revision, or `demo`, a small Llama pre-trained here on documentation.
+
+    python -m tasks.base --out models/base
+
+Writes the tokenizer, the chat template and manifest.json; the weights too for `demo` (a hub's stay in the hub's cache).
+The demo's base reads part of the modules only, and of these only rows that preparation would put into training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ratchet.chat import ChatFormat, Encoded
+from ratchet.config import BaseConfig, Config, DemoBase, PrepareConfig, PydocSource
+from ratchet.errors import BaseModelError, DataError
+from ratchet.examples import Example, Message, make_example
+from ratchet.files import require_space, sha256_file, whole_folder, write_json, write_text
+from ratchet.models import MANIFEST, load_tokenizer, quiet
+from ratchet.neighbours import Clusters
+from ratchet.packing import pack
+from ratchet.sources.pydoc import harvest
+from ratchet.stage import run_stage, say
+
+CONTROL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}<|end|>{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+)
+SEEN = "seen.txt"  # ids of the rows that the base was trained on, so that evaluation can prove that it tests on none
+
+
+def make_base(out: Path, config: Config) -> dict[str, Any]:
+    """Returns the manifest. Raises BaseModelError, DataError, DivergenceError."""
+    require_space(out.parent, 200 * 2**20, "the base model")
+    with whole_folder(out) as folder:
+        details = _make_demo(folder, config.base, config.prepare) if config.base.model == "demo" else _take_from_hub(folder, config.base)
+        manifest = {
+            "model": config.base.model,
+            "revision": config.base.revision,
+            **details,
+            "files": {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()},
+        }
+        write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+# --- a hub's model ---------------------------------------------------------------------------------------------------
+
+
+def _take_from_hub(folder: Path, config: BaseConfig) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    snapshot = _snapshot(config)
+    pickled = sorted(path.name for path in snapshot.iterdir() if path.suffix in (".bin", ".pt", ".pkl", ".ckpt"))
+    if not list(snapshot.glob("*.safetensors")):
+        raise BaseModelError(f"{config.model}@{config.revision} holds no safetensors (found {pickled or 'no weights'})", remedy="take a model, or a revision, with safetensors: pickles are never loaded")
+    model = AutoConfig.from_pretrained(snapshot, trust_remote_code=False, local_files_only=True)
+    if getattr(model, "auto_map", None):
+        raise BaseModelError(f"{config.model} wants to run its own code (auto_map)", remedy="take a model whose architecture transformers knows; remote code is never run")
+    tokenizer = load_tokenizer(snapshot)
+    if config.chat_template:
+        tokenizer.chat_template = _read_template(Path(config.chat_template))
+    ChatFormat(tokenizer)
+    tokenizer.save_pretrained(folder)
+    weights = {path.name: sha256_file(path) for path in sorted(snapshot.glob("*.safetensors"))}
+    return {"context": int(getattr(model, "max_position_embeddings", 2048)), "vocab_size": int(model.vocab_size), "weights": weights}
+
+
+def _snapshot(config: BaseConfig) -> Path:
+    """The hub's folder of that revision: from the cache, else downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    settings: dict[str, Any] = {"repo_id": config.model, "revision": config.revision, "allow_patterns": wanted}
+    try:
+        return Path(snapshot_download(**settings, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(**settings))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
+        raise BaseModelError(
+            f"{config.model}@{config.revision} is not in the hub's cache ({cache}) and cannot be fetched: {str(error).splitlines()[0]}",
+            remedy=f"with network: hf download {config.model} --revision {config.revision}; a gated model needs HF_TOKEN in the environment; or set `base.model: demo`",
+        ) from None
+
+
+def _read_template(path: Path) -> str:
+    if not path.exists():
+        raise BaseModelError(f"`base.chat_template` names {path}, which does not exist", remedy="a path counts from the repository's root; commit the file")
+    return path.read_text(encoding="utf-8")
+
+
+# --- the demo's own --------------------------------------------------------------------------------------------------
+
+
+def _make_demo(folder: Path, config: BaseConfig, splits: PrepareConfig) -> dict[str, Any]:
+    rows = reading(config.demo, splits)
+    tokenizer = _make_tokenizer(rows, config.demo)
+    tokenizer.save_pretrained(folder)
+    write_text(folder / SEEN, "".join(f"{row.id}\n" for row in rows))
+    model = _pretrain(rows, ChatFormat(tokenizer), config)
+    model.save_pretrained(folder, safe_serialization=True)
+    return {"context": config.demo.context, "vocab_size": len(tokenizer), "rows": len(rows), "modules": sorted({str(row.meta["module"]) for row in rows})}
+
+
+def reading(demo: DemoBase, splits: PrepareConfig) -> list[Example]:
+    """Rows for the base: training rows of its share of the modules. Raises DataError when none are left."""
+    clusters = Clusters(splits)
+    rows = []
+    for row in harvest(PydocSource(packages=demo.packages)):
+        example = make_example([Message(**message) for message in row["messages"]], row["meta"])
+        if clusters.place(example).side == "train" and _is_read(str(row["meta"]["module"]), demo.module_share):
+            rows.append(example)
+    if not rows:
+        raise DataError(f"`base.demo.packages` {demo.packages} gives no rows to pre-train on", remedy="name packages with documented modules there")
+    return rows
+
+
+def _is_read(module: str, share: float) -> bool:
+    return xxhash.xxh3_64_intdigest(module.encode()) % 10_000 < share * 10_000
+
+
+def _make_tokenizer(rows: list[Example], demo: DemoBase) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=demo.vocab_size, special_tokens=list(CONTROL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator((message.content for row in rows for message in row.messages), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",  # noqa: S106  (no secret: the name of a token)
+        eos_token="<|end|>",  # noqa: S106
+        extra_special_tokens=[token for token in CONTROL_TOKENS if token not in ("<|pad|>", "<|end|>")],
+        model_max_length=demo.context,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    from ratchet.training import Schedule, fit
+
+    demo = config.demo
+    set_seed(config.seed)
+    settings = LlamaConfig(
+        vocab_size=len(chat.tokenizer),
+        hidden_size=demo.hidden_size,
+        intermediate_size=demo.hidden_size * 11 // 4 // 8 * 8,
+        num_hidden_layers=demo.layers,
+        num_attention_heads=demo.heads,
+        num_key_value_heads=demo.heads,
+        max_position_embeddings=demo.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=chat.stop_id,
+        pad_token_id=chat.pad_id,
+    )
+    model = LlamaForCausalLM(settings).to("cuda" if torch.cuda.is_available() else "cpu")
+    window = min(demo.context, WINDOW)
+    encoded: list[Encoded] = [row for example in rows if len((row := chat.encode(example)).ids) <= window]
+    schedule = Schedule(
+        steps=demo.steps,
+        batch_windows=max(1, demo.batch_tokens // window),
+        accumulate=1,
+        learning_rate=demo.learning_rate,
+        kind="cosine",
+        warmup_share=0.05,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        evaluations=1,
+        patience=1,
+        seed=config.seed,
+    )
+    say(f"base: pre-training {sum(weight.numel() for weight in model.parameters()) / 1e6:.2f}M parameters on {len(encoded)} rows, {demo.steps} steps")
+    with quiet():
+        outcome = fit(model, pack(encoded, window), [], schedule, pad_id=chat.pad_id, report=_report(demo.steps), text_weight=demo.text_weight)
+    say(f"base: loss {outcome.train_loss:.3f} after {outcome.seconds:.0f} s")
+    return model
+
+
+WINDOW = 256  # tokens; short windows keep attention cheap on a CPU
+
+
+def _report(steps: int) -> Any:
+    def report(step: int, values: dict[str, float]) -> None:
+        if step % max(1, steps // 10) < max(1, steps // 100) and "train_loss" in values:
+            say(f"base: step {step}/{steps}, loss {values['train_loss']:.3f}")
+
+    return report
+
+
+def _main(config: Config, arguments: argparse.Namespace) -> None:
+    manifest = make_base(arguments.out, config)
+    say(f"base: {manifest['model']}, {manifest['vocab_size']} tokens, context {manifest['context']}")
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, ["out"], _main)

@@ -1,0 +1,157 @@
+"""Candidate, champion and untouched base on the same rows, in one process: a score a row for each of them.
+
+    python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent --candidate models/candidate --out reports/evaluation
+
+Writes scores.parquet (one line a row and model), metrics.json (means with 95 % intervals a slice), counts.json. Rows are
+the test split and the golden set; slices are `test`, `golden`, each batch and each kind. Beside the models stands a simple
+baseline, so that nobody fools himself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ratchet.chat import ChatFormat
+from ratchet.config import Config, EvaluateConfig
+from ratchet.errors import BaseModelError, DataError
+from ratchet.examples import Example, read_examples
+from ratchet.files import read_json, whole_folder, write_json
+from ratchet.inference import answer_likelihoods, greedy_answers
+from ratchet.metrics import ROW_METRICS
+from ratchet.models import MANIFEST, load_adapter, load_base, load_tokenizer, quiet
+from ratchet.simple import simple_answers
+from ratchet.stage import run_stage, say
+from ratchet.statistics import bootstrap_mean
+
+COLUMNS = ("exact_match", "token_f1", "rouge_l", "chrf", "answer_nll")
+
+
+def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: Path, config: Config) -> dict[str, Any]:
+    """Returns the metrics. Raises DataError: no test rows, or test rows that the base was trained on."""
+    rows = _rows(prepared)
+    _check_unseen(rows, base)
+    fitting, too_long = _split_by_fit(rows, base, config)
+    if not fitting:
+        raise DataError("no test row fits into the model's context", remedy="raise `tokenize.max_length`, or shorten the rows")
+    champion = read_json(incumbent / MANIFEST)["version"]
+    scores = _score_all(fitting, base, incumbent if champion is not None else None, candidate, config)
+    if config.evaluate.simple_baseline:
+        train = list(read_examples(prepared / "train.jsonl"))
+        scores.append(_frame(fitting, "simple", simple_answers(train, fitting), [math.nan] * len(fitting), [0] * len(fitting)))
+    table = pd.concat(scores, ignore_index=True)
+    metrics = {"rows": len(fitting), "too_long": too_long, "champion": champion, "slices": summarise(table)}
+    with whole_folder(out) as folder:
+        table.to_parquet(folder / "scores.parquet", index=False)
+        write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+def _rows(prepared: Path) -> list[Example]:
+    rows = [*read_examples(prepared / "test.jsonl"), *read_examples(prepared / "golden.jsonl")]
+    if not any(row.meta["batch"] != "golden" for row in rows):
+        raise DataError("the test split is empty", remedy="raise `prepare.test_share`, or ingest more rows")
+    return rows
+
+
+def _check_unseen(rows: list[Example], base: Path) -> None:
+    """The demo's base is trained here, on rows of the same source: that it saw none of these is checked, not hoped."""
+    seen_file = base / "seen.txt"
+    seen = set(seen_file.read_text(encoding="utf-8").split()) if seen_file.exists() else set()
+    if leaked := [row.id for row in rows if row.id in seen]:
+        raise DataError(f"{len(leaked)} test or golden rows were in the base's pre-training, the first {leaked[0]}", remedy="take these rows out of the golden set, or make the base anew (dvc repro --force base)")
+
+
+def _split_by_fit(rows: list[Example], base: Path, config: Config) -> tuple[list[Example], int]:
+    chat = ChatFormat(load_tokenizer(base))
+    fitting = [row for row in rows if len(chat.encode(row).ids) <= config.tokenize.max_length]
+    return fitting, len(rows) - len(fitting)
+
+
+def _score_all(rows: list[Example], base: Path, incumbent: Path | None, candidate: Path, config: Config) -> list[pd.DataFrame]:
+    """One base in memory; adapters take turns on it. A champion on another base brings that base along."""
+    method = config.adapter.method
+    model = load_adapter(load_base(base, method=method), candidate, name="candidate")
+    own_base = incumbent / "base" if incumbent and (incumbent / "base").exists() else None
+    if incumbent and not own_base:
+        load_adapter(model, incumbent, name="champion")
+    chat = ChatFormat(load_tokenizer(base))
+    frames = []
+    for name in ["candidate", *(["champion"] if incumbent and not own_base else [])]:
+        model.set_adapter(name)
+        frames.append(_score(model, chat, rows, name, config.evaluate))
+    with model.disable_adapter():
+        frames.append(_score(model, chat, rows, "base", config.evaluate))
+    if incumbent and own_base:
+        other = load_adapter(load_base(own_base, method=method), incumbent, name="champion")
+        frames.append(_score(other, ChatFormat(load_tokenizer(own_base)), rows, "champion", config.evaluate))
+    return frames
+
+
+def _score(model: Any, chat: ChatFormat, rows: list[Example], name: str, config: EvaluateConfig) -> pd.DataFrame:
+    model.eval()
+    started = time.perf_counter()
+    with quiet():
+        likelihoods = answer_likelihoods(model, [chat.encode(row) for row in rows], pad_id=chat.pad_id, batch_size=config.batch_size)
+        answers = greedy_answers(model, [chat.encode_prompt(row.prompt) for row in rows], chat, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
+    if broken := sum(not math.isfinite(found.nll) for found in likelihoods):
+        raise BaseModelError(f"{name}: the likelihood of {broken} of {len(rows)} answers is not finite", remedy="its weights are broken: train again")
+    say(f"evaluate: {name} on {len(rows)} rows in {time.perf_counter() - started:.0f} s")
+    return _frame(rows, name, answers, [found.nll / found.tokens for found in likelihoods], [found.tokens for found in likelihoods])
+
+
+def _frame(rows: list[Example], model: str, answers: list[str], nll: list[float], tokens: list[int]) -> pd.DataFrame:
+    columns: dict[str, list[Any]] = {
+        "id": [row.id for row in rows],
+        "batch": [str(row.meta["batch"]) for row in rows],
+        "kind": [str(row.meta.get("kind", "")) for row in rows],
+        "model": [model] * len(rows),
+        "question": [row.question for row in rows],
+        "reference": [row.answer for row in rows],
+        "answer": answers,
+        "answer_nll": nll,
+        "answer_tokens": tokens,
+    }
+    for name, metric in ROW_METRICS.items():
+        columns[name] = [metric(answer, row.answer) for answer, row in zip(answers, rows, strict=True)]
+    return pd.DataFrame(columns)
+
+
+def summarise(table: pd.DataFrame) -> dict[str, Any]:
+    """slice → model → {rows, perplexity, metric: {mean, low, high}}; the interval holds 95 %."""
+    return {name: {str(model): _summary(rows) for model, rows in part.groupby("model")} for name, part in slices(table).items()}
+
+
+def slices(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    test = table[table.batch != "golden"]
+    found = {"test": test, "golden": table[table.batch == "golden"]}
+    found |= {f"batch:{batch}": part for batch, part in test.groupby("batch")}
+    found |= {f"kind:{kind}": part for kind, part in test.groupby("kind") if kind}
+    return {name: part for name, part in found.items() if len(part)}
+
+
+def _summary(rows: pd.DataFrame) -> dict[str, Any]:
+    summary: dict[str, Any] = {"rows": len(rows)}
+    for name in COLUMNS:
+        values = rows[name].to_numpy(dtype=np.float64)
+        if np.isfinite(values).all():
+            summary[name] = bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)._asdict()
+    if "answer_nll" in summary:
+        summary["perplexity"] = math.exp(min(700.0, float((rows.answer_nll * rows.answer_tokens).sum() / rows.answer_tokens.sum())))
+    return summary
+
+
+def _main(config: Config, arguments: argparse.Namespace) -> None:
+    metrics = evaluate(arguments.prepared, arguments.base, arguments.incumbent, arguments.candidate, arguments.out, config)
+    for model, summary in metrics["slices"]["test"].items():
+        say(f"evaluate: {model:9} exact match {summary['exact_match']['mean']:.3f} [{summary['exact_match']['low']:.3f}, {summary['exact_match']['high']:.3f}] on {summary['rows']} test rows")
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, ["prepared", "base", "incumbent", "candidate", "out"], _main)

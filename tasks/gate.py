@@ -1,0 +1,121 @@
+"""The gate: may the candidate take the champion's place? promote / reject / uncertain, with every reason.
+
+    python -m tasks.gate --evaluation reports/evaluation --candidate models/candidate --incumbent models/incumbent --out reports/gate.json
+
+A success metric has to be better for certain, every guardrail has to be no worse for certain (Miller, arXiv 2411.00640:
+paired differences on the same rows). What the rows cannot tell is `uncertain`, and the champion stays. A missing, partial
+or duplicated evaluation fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from ratchet.config import Config, GateConfig
+from ratchet.errors import RatchetError
+from ratchet.files import read_json, write_json
+from ratchet.models import MANIFEST
+from ratchet.stage import run_stage, say
+from ratchet.statistics import Interval, Values, bootstrap_mean
+
+Verdict = Literal["promote", "reject", "uncertain"]
+LOWER_IS_BETTER = ("answer_nll",)
+
+
+def judge(evaluation: Path, candidate: Path, incumbent: Path, out: Path, config: GateConfig) -> dict[str, Any]:
+    """Returns the decision and writes it. Raises RatchetError when the evaluation is not whole."""
+    metrics = read_json(evaluation / "metrics.json")
+    champion = read_json(incumbent / MANIFEST)
+    if metrics["champion"] != champion["version"]:
+        raise RatchetError(f"the evaluation is against v{metrics['champion']}, the incumbent is v{champion['version']}", remedy="ratchet retrain --force")
+    scores = pd.read_parquet(evaluation / "scores.parquet")
+    rival = "base" if champion["version"] is None else "champion"
+    checks = [_success(scores, rival, config), *_guardrails(scores, rival, champion["batches"], config)]
+    verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"
+    manifest = read_json(candidate / MANIFEST)
+    decision = {
+        "verdict": verdict,
+        "reasons": [check["reason"] for check in checks if check["result"] != "pass"] or [check["reason"] for check in checks],
+        "rival": {"model": rival, "version": champion["version"]},
+        "checks": checks,
+        "candidate": {"run_key": manifest["run_key"], "adapter_sha256": manifest["adapter_sha256"]},
+        "params": config.model_dump(mode="json"),
+    }
+    write_json(out, decision)
+    return decision
+
+
+def _success(scores: pd.DataFrame, rival: str, config: GateConfig) -> dict[str, Any]:
+    rows = scores[scores.batch != "golden"]
+    gains = paired_gains(rows, rival, config.metric)
+    if len(gains) < config.min_rows:
+        reason = f"{len(gains)} test rows are too few to decide on; `gate.min_rows` is {config.min_rows}"
+        return {"name": "success", "metric": config.metric, "rows": len(gains), "result": "unclear", "reason": reason}
+    found = bootstrap_mean(gains, alpha=config.alpha, resamples=config.resamples, seed=config.seed)
+    result = "pass" if found.low > config.min_gain else "fail" if found.high <= config.min_gain else "unclear"
+    words = {"pass": "is better for certain", "fail": "is not better", "unclear": "may be better, but these rows cannot tell"}
+    reason = f"{config.metric} on {len(gains)} test rows {words[result]} than the {rival}'s: gain {_said(found)}, wanted a lower bound over {config.min_gain:+.3f}"
+    return _check("success", config.metric, found, len(gains), config.min_gain, result, reason)
+
+
+def _guardrails(scores: pd.DataFrame, rival: str, seen: list[str], config: GateConfig) -> list[dict[str, Any]]:
+    test, golden = scores[scores.batch != "golden"], scores[scores.batch == "golden"]
+    checks = [
+        _no_worse("answer_nll", test, rival, "answer_nll", config.nll_margin, config),
+        _no_worse("base", test, "base", config.metric, config.past_margin, config),
+    ]
+    if len(golden):
+        checks.append(_no_worse("golden", golden, rival, config.metric, config.golden_margin, config))
+    past = test[test.batch.isin(seen)]
+    if rival == "champion" and len(past):
+        checks.append(_no_worse("past", past, rival, config.metric, config.past_margin, config))
+        for batch, rows in past.groupby("batch"):
+            if past.batch.nunique() > 1 and rows.id.nunique() >= config.min_slice_rows:
+                checks.append(_no_worse(f"past:{batch}", rows, rival, config.metric, config.past_margin, config))
+    return checks
+
+
+def _no_worse(name: str, rows: pd.DataFrame, rival: str, metric: str, margin: float, config: GateConfig) -> dict[str, Any]:
+    """Non-inferiority: the lower bound of the gain must clear -margin. Guardrails need no correction of alpha for their number."""
+    gains = paired_gains(rows, rival, metric)
+    found = bootstrap_mean(gains, alpha=config.guardrail_alpha, resamples=config.resamples, seed=config.seed)
+    result = "pass" if found.low >= -margin else "fail" if found.high < -margin else "unclear"
+    words = {"pass": "is no worse", "fail": "is worse", "unclear": "may be worse, and these rows cannot tell"}
+    reason = f"guardrail {name}: {metric} on {len(gains)} rows {words[result]} than the {rival}'s: gain {_said(found)}, a loss of {margin:g} is still taken"
+    return _check(name, metric, found, len(gains), -margin, result, reason)
+
+
+def paired_gains(rows: pd.DataFrame, rival: str, metric: str) -> Values:
+    """Candidate minus rival, row by row, positive when the candidate is better. Raises RatchetError when the pairs are not whole."""
+    sides = {name: rows[rows.model == name].set_index("id")[metric] for name in ("candidate", rival)}
+    for name, values in sides.items():
+        if values.index.has_duplicates or not np.isfinite(values.to_numpy(dtype=np.float64)).all():
+            raise RatchetError(f"the evaluation of the {name} holds doubled rows or values that are not finite", remedy="dvc repro --force evaluate")
+    if set(sides["candidate"].index) != set(sides[rival].index) or not len(sides[rival]):
+        raise RatchetError(f"candidate and {rival} were not scored on the same rows ({len(sides['candidate'])} and {len(sides[rival])})", remedy="dvc repro --force evaluate")
+    difference = (sides["candidate"] - sides[rival].reindex(sides["candidate"].index)).to_numpy(dtype=np.float64)
+    return -difference if metric in LOWER_IS_BETTER else difference
+
+
+def _check(name: str, metric: str, found: Interval, rows: int, wanted: float, result: str, reason: str) -> dict[str, Any]:
+    return {"name": name, "metric": metric, "rows": rows, **found._asdict(), "wanted": wanted, "result": result, "reason": reason}
+
+
+def _said(found: Interval) -> str:
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+
+
+def _main(config: Config, arguments: argparse.Namespace) -> None:
+    decision = judge(arguments.evaluation, arguments.candidate, arguments.incumbent, arguments.out, config.gate)
+    say(f"gate: {decision['verdict']}")
+    for check in decision["checks"]:
+        say(f"gate: {check['result']:7} {check['reason']}")
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, ["evaluation", "candidate", "incumbent", "out"], _main)

@@ -1,0 +1,87 @@
+"""Prepared rows to packed windows of token ids with the loss mask.
+
+    python -m tasks.tokenize --prepared data/prepared --base models/base --incumbent models/incumbent --out data/tokenized
+
+Chooses the rows to train on (what the champion has not seen plus a replayed share, or all), encodes them through
+`ratchet.chat`, rejects what does not fit and says so. Validation is always whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ratchet.chat import ChatFormat
+from ratchet.config import Config
+from ratchet.errors import DataError
+from ratchet.examples import Example, encode_line, read_examples
+from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
+from ratchet.models import MANIFEST, load_tokenizer
+from ratchet.packing import IGNORED, Window, pack, write_windows
+from ratchet.stage import run_stage, say
+
+
+def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Config) -> dict[str, Any]:
+    """Returns the profile. Raises DataError: nothing left to train on, a window longer than the base's context."""
+    context = read_json(base / MANIFEST)["context"]
+    if config.tokenize.window > context:
+        raise DataError(f"`tokenize.window` is {config.tokenize.window}, the base has {context} positions", remedy=f"set it to {context} or less")
+    chat = ChatFormat(load_tokenizer(base))
+    seen = set(read_json(incumbent / MANIFEST)["batches"])
+    chosen = choose_rows(list(read_examples(prepared / "train.jsonl")), seen, config)
+    profile: dict[str, Any] = {"window": config.tokenize.window, "rejected": []}
+    with whole_folder(out) as folder:
+        for split, examples in (("train", chosen), ("validation", list(read_examples(prepared / "validation.jsonl")))):
+            encoded = [(example, chat.encode(example)) for example in examples]
+            fitting = [(example, row) for example, row in encoded if len(row.ids) <= config.tokenize.max_length]
+            profile["rejected"] += [_rejection(example, split, len(row.ids), config.tokenize.max_length) for example, row in encoded if len(row.ids) > config.tokenize.max_length]
+            windows = pack([row for _, row in fitting], config.tokenize.window)
+            write_windows(folder / f"{split}.arrow", windows)
+            profile[split] = _describe([example for example, _ in fitting], windows, seen)
+        write_bytes(folder / "rejected.jsonl", map(encode_line, profile["rejected"]))
+        write_bytes(folder / "rows.txt", [f"{example.id}\n".encode() for example in chosen])
+        profile["rejected"] = dict(Counter(row["split"] for row in profile["rejected"]))
+        profile["batches"] = sorted({str(example.meta["batch"]) for example in chosen})
+        profile["sha256"] = {split: sha256_file(folder / f"{split}.arrow") for split in ("train", "validation")}
+        write_json(folder / "profile.json", profile)
+    if not profile["train"]["rows"]:
+        raise DataError("no row is left to train on", remedy="`tokenize.max_length` may be too small for these rows, or the champion has seen every batch and `train.replay` is 0")
+    return profile
+
+
+def choose_rows(rows: list[Example], seen: set[str], config: Config) -> list[Example]:
+    """Rows of new batches, and of the old ones the replayed share: those with the smallest ids, so that the choice is stable."""
+    if config.train.rows == "all" or config.train.start_from == "base":
+        return rows
+    old = sorted((row for row in rows if row.meta["batch"] in seen), key=lambda row: row.id[::-1])
+    replayed = {row.id for row in old[: round(config.train.replay * len(old))]}
+    return [row for row in rows if row.meta["batch"] not in seen or row.id in replayed]
+
+
+def _rejection(example: Example, split: str, length: int, longest: int) -> dict[str, Any]:
+    message = f"{length} tokens with the template; `tokenize.max_length` is {longest}"
+    return {"id": example.id, "batch": example.meta["batch"], "split": split, "reason": "too_long", "message": message}
+
+
+def _describe(examples: list[Example], windows: list[Window], seen: set[str]) -> dict[str, Any]:
+    tokens = sum(len(window.input_ids) for window in windows)
+    return {
+        "rows": len(examples),
+        "new": sum(example.meta["batch"] not in seen for example in examples),
+        "replayed": sum(example.meta["batch"] in seen for example in examples),
+        "windows": len(windows),
+        "tokens": tokens,
+        "learned_tokens": sum(label != IGNORED for window in windows for label in window.labels),
+    }
+
+
+def _main(config: Config, arguments: argparse.Namespace) -> None:
+    profile = tokenize(arguments.prepared, arguments.base, arguments.incumbent, arguments.out, config)
+    train = profile["train"]
+    say(f"tokenize: {train['rows']} training rows ({train['new']} new, {train['replayed']} replayed) in {train['windows']} windows, {train['learned_tokens']} learned tokens; rejected {profile['rejected'] or 0}")
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, ["prepared", "base", "incumbent", "out"], _main)

@@ -1,0 +1,107 @@
+"""What the files for GitHub and Docker promise. They cannot be run here; what they say can be read."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+COMPOSE = ROOT / "docker" / "compose.yaml"
+
+
+def read_yaml(path: Path) -> Any:
+    return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    return [step for job in read_yaml(path)["jobs"].values() for step in job["steps"]]
+
+
+def test_there_are_two_workflows():
+    assert [path.name for path in WORKFLOWS] == ["checks.yml", "retrain.yml"]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_every_action_is_pinned_to_a_commit_and_names_its_version(path: Path):
+    uses = [step["uses"] for step in read_steps(path) if "uses" in step]
+    pinned = re.findall(r"uses: ([\w./-]+@[0-9a-f]{40}) # v\d+\.\d+\.\d+$", path.read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert len(uses) > 0
+    assert pinned == uses
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_job_has_the_permissions_that_it_names_and_a_time_limit(path: Path):
+    workflow = read_yaml(path)
+
+    assert workflow["permissions"] == {}
+    assert len(workflow["jobs"]) > 0
+    for job in workflow["jobs"].values():
+        assert set(job["permissions"]) == {"contents"}
+        assert 0 < job["timeout-minutes"] < 360
+
+
+def test_only_the_retraining_may_write():
+    rights = {path.stem: {job["permissions"]["contents"] for job in read_yaml(path)["jobs"].values()} for path in WORKFLOWS}
+
+    assert rights == {"checks": {"read"}, "retrain": {"write"}}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_no_expression_is_pasted_into_a_shell(path: Path):
+    scripts = [step["run"] for step in read_steps(path) if "run" in step]
+
+    assert len(scripts) > 0
+    assert [script for script in scripts if "${{" in script] == []
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_no_checkout_leaves_its_token_behind(path: Path):
+    checkouts = [step for step in read_steps(path) if step.get("uses", "").startswith("actions/checkout@")]
+
+    assert len(checkouts) > 0
+    assert all(step["with"]["persist-credentials"] is False for step in checkouts)
+
+
+def test_the_checks_run_what_a_clean_clone_must_pass():
+    wanted = re.findall(r"^make ([\w-]+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    scripts = [step["run"] for step in read_steps(ROOT / ".github" / "workflows" / "checks.yml") if "run" in step]
+
+    assert len(wanted) > 0
+    assert sorted(scripts) == sorted(f"make {target}" for target in wanted)
+
+
+def test_a_retraining_cannot_start_itself():
+    paths = read_yaml(ROOT / ".github" / "workflows" / "retrain.yml")["on"]["push"]["paths"]
+    written = ["dvc.lock", "champion.json", "models/candidate.dvc", "reports/gate.json", "reports/evaluation/metrics.json"]
+
+    assert any(fnmatch.fnmatch("data/raw.dvc", pattern) for pattern in paths)
+    assert [name for name in written if any(fnmatch.fnmatch(name, pattern) for pattern in paths)] == []
+
+
+def test_every_published_port_is_bound_to_loopback():
+    ports = [port for service in read_yaml(COMPOSE)["services"].values() for port in service.get("ports", [])]
+
+    assert len(ports) > 0
+    assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
+
+
+def test_no_password_stands_in_the_compose_file():
+    settings = [f"{name}={value}" for service in read_yaml(COMPOSE)["services"].values() for name, value in service.get("environment", {}).items()]
+    secret = [line for line in settings if re.search(r"PASSWORD|AUTH_STRING|://.*@", line)]
+
+    assert len(secret) > 0
+    assert [line for line in secret if not re.search(r"\$\{\w*PASSWORD:\?", line)] == []
+
+
+def test_the_image_runs_as_an_ordinary_user():
+    users = re.findall(r"^USER (.+)$", (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert users[-1:] == ["$UID"]
+    assert "ARG UID=1000" in (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
