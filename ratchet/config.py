@@ -93,7 +93,7 @@ class PrepareConfig(Section):
     """Rows in, splits out."""
 
     validation_share: Share = Field(default=0.1, description="share of the clusters that go to validation")
-    test_share: Share = Field(default=0.1, description="share of the clusters that go to test")
+    test_share: Share = Field(default=0.12, description="share of the clusters that go to test")
     near_duplicate: float = Field(default=0.8, gt=0.0, le=1.0, description="Jaccard similarity of word shingles from which two rows are near duplicates")
     max_chars: Count = Field(default=50_000, description="longest row taken, in characters")
     max_rejected_share: Share = Field(default=0.05, description="share of rejected rows from which a preparation fails")
@@ -124,7 +124,7 @@ class TrainConfig(Section):
 
     start_from: Literal["champion", "base"] = Field(default="champion", description="where the adapter's weights start; without a champion it is the base")
     rows: Literal["new_and_replay", "all"] = Field(default="new_and_replay", description="rows to train on: what the champion has not seen plus a replayed share, or everything")
-    replay: Share = Field(default=0.5, description="share of the rows that the champion has seen that are trained on again")
+    replay: Share = Field(default=1.0, description="share of the rows that the champion has seen that are trained on again")
     epochs: float = Field(default=4.0, gt=0, description="passes over the chosen rows, at most")
     learning_rate: float = Field(default=2.0e-3, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="course of the learning rate after the warm-up")
@@ -164,7 +164,7 @@ class GateConfig(Section):
     alpha: float = Field(default=0.01, gt=0, lt=0.5, description="one-sided error of the success metric's bounds")
     guardrail_alpha: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided error of the guardrails' bounds")
     min_rows: Count = Field(default=200, description="test rows under which the verdict is `uncertain`")
-    golden_margin: float = Field(default=0.05, ge=0, description="loss on the golden set that is still taken as no loss, in the metric's unit")
+    golden_margin: float = Field(default=0.08, ge=0, description="loss on the golden set that is still taken as no loss, in the metric's unit")
     past_margin: float = Field(default=0.05, ge=0, description="the same for the test rows of each batch that the champion has seen")
     nll_margin: float = Field(default=0.5, ge=0, description="the same for the answer's NLL on the test split, in nats a token")
     min_slice_rows: Count = Field(default=50, description="rows under which a past batch gets no guardrail by itself (its rows still count in `past`)")

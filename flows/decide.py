@@ -1,0 +1,31 @@
+"""A person's decisions: promote a version, roll back. No Prefect run stands behind them: a rollback must not need a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ratchet.champion import Champion
+from ratchet.config import Config
+from ratchet.errors import UserError
+from ratchet.registry import get_version, list_versions
+from ratchet.workspace import locked, open_workspace, who
+from tasks import promote as tasks
+
+Say = Callable[[str], None]
+
+
+def promote_version(root: Path, config: Config, number: int, *, reason: str, force: bool, say: Say) -> Champion:
+    """Raises UserError: no such version, or the gate did not pass it; ServiceError when MLflow does not answer."""
+    version = get_version(config.project.name, number)
+    if version is None:
+        known = ", ".join(f"v{entry.number}" for entry in list_versions(config.project.name)) or "none"
+        raise UserError(f"{config.project.name} has no version {number}; registered: {known}", remedy="ratchet retrain registers candidates")
+    with locked(root, "promote"), open_workspace(root, "promote", say, keep_failed=0) as workspace:
+        return tasks.promote(workspace, version, by=who(root), why=reason, force=force, say=say)
+
+
+def roll_back(root: Path, config: Config, *, reason: str, say: Say) -> Champion:
+    """Raises UserError when there is no version before."""
+    with locked(root, "promote"), open_workspace(root, "rollback", say, keep_failed=0) as workspace:
+        return tasks.rollback(workspace, by=who(root), why=reason, say=say)

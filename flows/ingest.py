@@ -1,0 +1,74 @@
+"""The flow `ingest`: a source's rows become one immutable batch, a DVC version and a data commit.
+
+That commit is what starts a retraining: by the GitHub workflow, or by whoever watches the branch.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.retries import can_pass
+from ratchet.config import Config, load_config
+from ratchet.errors import CommandError
+from ratchet.workspace import Workspace, land, locked, open_workspace, push_data, who
+from tasks.ingest import Pulled, add_batch, freeze_golden, pull
+
+RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")
+TRIES = 3  # another ingest may land first; ours then starts over on top of it
+SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+
+
+@flow(name="ingest", flow_run_name="ingest", persist_result=False)
+def ingest(root: str | None = None, source: str | None = None, path: str | None = None, packages: list[str] | None = None, golden: int = 0) -> dict[str, Any]:
+    """Returns {batch, rows, new, commit}. With `golden` that many rows become the frozen golden set instead. Raises DataError, CheckoutError."""
+    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    config = load_config(home / "params.yaml")
+    pulled = pull_rows(config, home, source, path, packages)
+    with locked(home, "ingest"):
+        for attempt in range(TRIES):
+            try:
+                with open_workspace(home, "ingest", get_run_logger().info, keep_failed=config.retrain.keep_workspaces) as workspace:
+                    return commit_golden(workspace, pulled, config, golden) if golden else commit_batch(workspace, pulled, config)
+            except CommandError:
+                if attempt == TRIES - 1:
+                    raise
+                get_run_logger().info("somebody else's commit came first; starting over on top of it")
+    raise AssertionError("unreachable: the loop returns or raises")
+
+
+@task(name="pull", retries=2, retry_delay_seconds=5, retry_condition_fn=can_pass, **SETTINGS)
+def pull_rows(config: Config, root: Path, source: str | None, path: str | None, packages: list[str] | None) -> Pulled:
+    named = path or (config.ingest.jsonl.path if (source or config.ingest.source) == "jsonl" else None)
+    found = str(root / named) if named and "://" not in named else named
+    pulled = pull(config, source=source, path=found or None, packages=packages)
+    get_run_logger().info(f"{len(pulled.lines)} rows from {pulled.source} ({pulled.label}), form {pulled.form}")
+    return pulled
+
+
+@task(name="commit", **SETTINGS)
+def commit_batch(workspace: Workspace, pulled: Pulled, config: Config) -> dict[str, Any]:
+    say = get_run_logger().info
+    if (workspace.path / f"{RAW}.dvc").exists():
+        workspace.dvc("checkout", "--quiet", f"{RAW}.dvc")
+    batch, new = add_batch(workspace.path / RAW, pulled, licence=config.ingest.licence, who=who(workspace.root))
+    if not new:
+        say(f"these rows are known: batch {batch.name} of {batch.time}; nothing was added")
+        return {"batch": batch.name, "rows": batch.rows, "new": False, "commit": workspace.git("rev-parse", "HEAD").strip()}
+    workspace.dvc("add", "--quiet", str(RAW))
+    push_data(workspace, say)
+    commit = land(workspace, f"Ingest {batch.rows} rows from {pulled.source} ({pulled.label})"[:72] + f"\n\nBatch: {batch.name}", [f"{RAW}.dvc", "data/.gitignore"])
+    say(f"batch {batch.name}: {batch.rows} rows, commit {commit[:8]}")
+    return {"batch": batch.name, "rows": batch.rows, "new": True, "commit": commit}
+
+
+@task(name="freeze", **SETTINGS)
+def commit_golden(workspace: Workspace, pulled: Pulled, config: Config, rows: int) -> dict[str, Any]:
+    frozen = freeze_golden(workspace.path / GOLDEN, pulled, config, rows=rows)
+    commit = land(workspace, f"Freeze a golden set of {frozen} rows from {pulled.source} ({pulled.label})"[:72], [str(GOLDEN)])
+    get_run_logger().info(f"{GOLDEN}: {frozen} rows, commit {commit[:8]}")
+    return {"batch": str(GOLDEN), "rows": frozen, "new": True, "commit": commit}

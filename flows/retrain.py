@@ -1,0 +1,125 @@
+"""The flow `retrain`: from the newest commit to a verdict, and to a promotion when the gate agrees.
+
+It orders, retries and decides; what computes stands in tasks. One Prefect task a stage of dvc.yaml; which of them are
+unchanged is told by one `dvc status` for all. When MLflow is away at the end, the verdict has landed all the same, and the
+next run, which skips every stage, registers it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows.retries import can_pass
+from ratchet.champion import Champion, read_champion
+from ratchet.config import Config, load_config
+from ratchet.dag import STAGES
+from ratchet.registry import CHALLENGER, Version, find_version, set_alias
+from ratchet.report import model_card
+from ratchet.workspace import Workspace, check_out, land, locked, open_workspace, push_data, run_stage, stale_stages, who
+from tasks.pin import READERS, needs_pin, pin
+from tasks.promote import follow_alias, promote
+from tasks.record import Findings, close_lost_runs, describe_data, read_findings, record, register
+
+OUTPUTS = ["dvc.lock", "reports", "models", "data"]  # what is tracked by git among them: locks, .gitignore files, the verdict
+SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+RETRIED: dict[str, Any] = {**SETTINGS, "retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": can_pass}
+
+
+@flow(name="retrain", flow_run_name="retrain: {reason}", persist_result=False)
+def retrain(root: str | None = None, reason: str = "by hand", force: bool = False) -> dict[str, Any]:
+    """Returns {verdict, reasons, stages: {name: ran or not}, version, champion}. Raises what the checkout, the stages and MLflow raise.
+
+    `force` compares with today's champion even when nothing else changed.
+    """
+    say = get_run_logger().info
+    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    config = load_config(home / "params.yaml")
+    with locked(home, "retrain"), open_workspace(home, "retrain", say, keep_failed=config.retrain.keep_workspaces) as workspace:
+        stale = bring_up_to_date(workspace, force)
+        ran: dict[str, bool] = {}
+        for stage in STAGES:
+            ran[stage] = stage_task.with_options(task_run_name=stage)(workspace, stage, needed=stage in stale or any(ran.values()))
+        commit = land_outputs(workspace, reason) if any(ran.values()) else workspace.git("rev-parse", "HEAD").strip()
+        found = read_findings(workspace.path)
+        version = publish(workspace, found, config, commit, reason, unchanged=not any(ran.values()))
+        champion = decide(workspace, version, found, config, reason)
+    return {
+        "verdict": found.decision["verdict"],
+        "reasons": found.decision["reasons"],
+        "stages": ran,
+        "version": version.number,
+        "champion": champion.version if champion else None,
+    }
+
+
+@task(name="workspace", **RETRIED)
+def bring_up_to_date(workspace: Workspace, force: bool) -> set[str]:
+    """Names of the stages that have to run; the champion is pinned when there is something to train."""
+    check_out(workspace)
+    stale = stale_stages(workspace)
+    if needs_pin(workspace, stale, force=force) and pin(workspace):
+        stale |= READERS
+    get_run_logger().info(f"to run: {', '.join(stage for stage in STAGES if stage in stale) or 'nothing, every stage is unchanged'}")
+    return stale
+
+
+@task(name="stage", **SETTINGS)
+def stage_task(workspace: Workspace, stage: str, *, needed: bool) -> bool:
+    """Whether it ran. Not retried: on the same inputs a stage does the same again."""
+    say = get_run_logger().info
+    if not needed:
+        say(f"{stage}: unchanged")
+        return False
+    return run_stage(workspace, stage, say)
+
+
+@task(name="land", **RETRIED)
+def land_outputs(workspace: Workspace, reason: str) -> str:
+    """Push data, commit what git tracks, move the checkout. The commit's id."""
+    push_data(workspace, get_run_logger().info)
+    present = [path for path in OUTPUTS if (workspace.path / path).exists()]
+    return land(workspace, f"Retrain: {reason}"[:72], present)
+
+
+@task(name="register", **RETRIED)
+def publish(workspace: Workspace, found: Findings, config: Config, commit: str, reason: str, *, unchanged: bool) -> Version:
+    """The candidate as a registered version, its run complete, and the verdict as an artifact of the flow run."""
+    say = get_run_logger().info
+    known = find_version(config.project.name, found.manifest["run_key"]) if unchanged else None
+    if known and known.tags.get("verdict") == found.decision["verdict"]:
+        say(f"{config.project.name} v{known.number} is registered already, verdict {found.decision['verdict']}")
+        return known
+    lost = close_lost_runs(config, but=found.manifest["run_key"])
+    run_id = record(found, config, commit=commit, reason=reason)
+    data = describe_data(workspace.path, found.profile, found.manifest["batches"])
+    version = register(found, config, run_id=run_id, commit=commit, data=data)
+    say(f"{config.project.name} v{version.number} registered, verdict {found.decision['verdict']}{f'; closed {lost} lost runs' if lost else ''}")
+    card = model_card(found.metrics, found.decision, {"version": f"{config.project.name} v{version.number}", "git commit": commit, "reason": reason})
+    create_markdown_artifact(card, key="gate", description=f"{config.project.name} v{version.number}: {found.decision['verdict']}")
+    return version
+
+
+@task(name="decide", **RETRIED)
+def decide(workspace: Workspace, version: Version, found: Findings, config: Config, reason: str) -> Champion | None:
+    """Promote, or leave it to a person; who is in charge afterwards."""
+    say = get_run_logger().info
+    current = read_champion(workspace.path)
+    if current:
+        follow_alias(current, say)
+    if found.decision["verdict"] != "promote" or (current and current.version == version.number):
+        return current
+    if found.decision["rival"]["version"] != (current.version if current else None):
+        say(f"v{version.number} was compared with another champion than today's; `ratchet retrain --force` compares again")
+        return current
+    set_alias(config.project.name, CHALLENGER, version.number)
+    if config.promotion == "manual":
+        say(f"v{version.number} waits for a person: `ratchet promote {version.number}`")
+        return current
+    with locked(workspace.root, "promote"):
+        return promote(workspace, version, by=f"gate ({who(workspace.root)})", why=reason, force=False, say=say)

@@ -1,0 +1,293 @@
+"""The command `ratchet`. It reads arguments and prints; what it does stands in flows, tasks and services.
+
+Heavy modules are imported inside the commands: `ratchet --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ratchet.errors import ConfigError, RatchetError, StageError, UserError
+
+if TYPE_CHECKING:
+    from ratchet.config import Config
+
+app = typer.Typer(
+    name="ratchet",
+    help="Keeps a fine-tuned language model fresh: new data in, a gated and traceable model out.\n\nStart with: ratchet demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the ledger.")]
+
+
+class Here:
+    """Where the command works, and how it fails."""
+
+    path: Path | None = None
+    debug = False
+
+
+@app.callback()
+def _global(
+    path: Annotated[Path | None, typer.Option("-C", metavar="PATH", help="Work in the checkout at PATH, as git does.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    Here.path, Here.debug = path, debug
+
+
+@app.command()
+def demo(
+    only: Annotated[str, typer.Option("--until", help="Stop after `v1` or `v2`.")] = "v2",
+) -> None:
+    """Run the whole loop on the embedded default, in .ratchet/demo; your checkout stays as it is.
+
+    Example: ratchet demo
+    """
+    from ratchet.demo import run_demo
+
+    run_demo(_root(), until=only)
+
+
+@app.command()
+def up() -> None:
+    """Start MLflow, Prefect and the served deployments on 127.0.0.1.
+
+    Example: ratchet up
+    """
+    from ratchet.services import start_services
+
+    root = _root()
+    for service in start_services(root, _config(root), report=_say):
+        _say(f"{service.name:12} {service.url or ''}")
+
+
+@app.command()
+def down() -> None:
+    """Stop what `ratchet up` started here.
+
+    Example: ratchet down
+    """
+    from ratchet.services import stop_services
+
+    if not stop_services(_root(), report=_say):
+        _say("nothing of this checkout runs")
+
+
+@app.command()
+def ingest(
+    source: Annotated[str | None, typer.Option(help="pydoc or jsonl; otherwise what params.yaml says.")] = None,
+    path: Annotated[str | None, typer.Option(help="File, glob or URL of JSON Lines.")] = None,
+    packages: Annotated[str | None, typer.Option(help="Import names for pydoc, with commas.")] = None,
+    golden: Annotated[int, typer.Option(min=0, metavar="ROWS", help="Freeze that many rows as the golden set instead.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Pull rows into one immutable batch and commit it.
+
+    Example: ratchet ingest --path 'exports/*.jsonl'
+    """
+    root = _ready()
+    from flows.ingest import ingest as flow
+
+    done = flow(root=str(root), source=source, path=path, packages=packages.split(",") if packages else None, golden=golden)
+    news = f"{done['rows']} rows in {done['batch']}, commit {done['commit'][:8]}" if done["new"] else f"nothing new: these rows are batch {done['batch']}"
+    _show(done, as_json, lambda: _say(news))
+
+
+@app.command()
+def retrain(
+    reason: Reason = "by hand",
+    force: Annotated[bool, typer.Option("--force", help="Compare with today's champion even when nothing else changed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prepare, tokenize, train, evaluate, gate; promote when the gate agrees.
+
+    What did not change is skipped. Example: ratchet retrain --reason "March's tickets"
+    """
+    root = _ready()
+    from flows.retrain import retrain as flow
+
+    done = flow(root=str(root), reason=reason, force=force)
+
+    def tell() -> None:
+        ran = [stage for stage, did in done["stages"].items() if did]
+        _say(f"verdict: {done['verdict']} (v{done['version']}); in charge: {_version(done['champion'])}; ran: {', '.join(ran) or 'nothing, all unchanged'}")
+        for line in done["reasons"]:
+            _say(f"  {line}")
+
+    _show(done, as_json, tell)
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Who is in charge, what the gate said last, what is new, what runs.
+
+    Example: ratchet status
+    """
+    root = _root()
+    from ratchet.status import describe, see_status
+
+    found = see_status(root, _config(root))
+    _show(found, as_json, lambda: [_say(line) for line in describe(found)])
+
+
+@app.command()
+def promote(
+    version: Annotated[int, typer.Argument(min=1, help="Number of the version in MLflow's registry.")],
+    reason: Reason = "by hand",
+    force: Annotated[bool, typer.Option("--force", help="Overrule the gate; needs --reason.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a gated version in charge: commit, tag, alias.
+
+    Example: ratchet promote 3 --reason "read the table with Ana"
+    """
+    if force and reason == "by hand":
+        raise UserError("--force without --reason", remedy="the ledger keeps why the gate was overruled: add --reason '…'")
+    root = _ready()
+    from flows.decide import promote_version
+
+    _tell_champion(promote_version(root, _config(root), version, reason=reason, force=force, say=_note), as_json)
+
+
+@app.command()
+def rollback(reason: Reason = "by hand", as_json: Json = False) -> None:
+    """Return to the version before, in one step; works with MLflow down.
+
+    Example: ratchet rollback --reason "wrong answers about refunds"
+    """
+    root = _ready()
+    from flows.decide import roll_back
+
+    _tell_champion(roll_back(root, _config(root), reason=reason, say=_note), as_json)
+
+
+@app.command()
+def history(as_json: Json = False) -> None:
+    """The ledger: when, who, from, to, why, data, gate.
+
+    Example: ratchet history
+    """
+    root = _root()
+    from ratchet.status import ledger_lines, ledger_rows
+
+    rows = ledger_rows(root)
+    _show(rows, as_json, lambda: [_say(line) for line in ledger_lines(rows)])
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check versions, ports, disk, git, DVC and GPU, and say what to do.
+
+    Example: ratchet doctor
+    """
+    from ratchet.doctor import examine
+
+    try:
+        root: Path | None = _root()
+    except ConfigError:
+        root = None
+    findings = examine(root, _config(root) if root else None)
+    marks = {True: "ok  ", False: "BAD ", None: "note"}
+
+    def tell() -> None:
+        for finding in findings:
+            _say(f"{marks[finding.ok]} {finding.name:12} {finding.found}")
+            if finding.ok is not True and finding.remedy:
+                _say(f"     {'':12} → {finding.remedy}")
+
+    _show([{"name": finding.name, "ok": finding.ok, "found": finding.found, "remedy": finding.remedy} for finding in findings], as_json, tell)
+    if any(finding.ok is False for finding in findings):
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point: every RatchetError is one message and its exit code."""
+    try:
+        app()
+    except RatchetError as error:
+        if Here.debug:
+            raise
+        _fail(f"{_kind(error)}: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted: finished stages are kept; run the command again", 130)
+
+
+def _kind(error: RatchetError) -> str:
+    return "error" if isinstance(error, UserError | StageError) else type(error).__name__
+
+
+def _fail(message: str, code: int) -> None:
+    typer.secho(message, fg=typer.colors.RED, err=True)
+    sys.exit(code)
+
+
+def _root() -> Path:
+    """The checkout: -C, or the nearest folder upwards with a params.yaml. Raises ConfigError."""
+    start = (Here.path or Path.cwd()).resolve()
+    if not start.is_dir():
+        raise ConfigError(f"{start} is no folder", remedy="name a checkout with -C PATH")
+    for folder in [start] if Here.path else [start, *start.parents]:
+        if (folder / "params.yaml").exists():
+            return folder
+    raise ConfigError(f"no params.yaml in {start}{'' if Here.path else ' or above'}", remedy="run the command in a clone of the project, or name one with -C PATH")
+
+
+def _config(root: Path) -> Config:
+    from ratchet.config import load_config
+
+    return load_config(root / "params.yaml")
+
+
+def _ready() -> Path:
+    """The root, checked, and the environment that flows need: it has to stand before Prefect is imported."""
+    from ratchet.environment import enter
+    from ratchet.workspace import check_checkout
+
+    root = _root()
+    config = _config(root)
+    check_checkout(root)
+    enter(root, config)
+    return root
+
+
+def _show(found: Any, as_json: bool, tell: Callable[[], object]) -> None:
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, default=str))
+    else:
+        tell()
+
+
+def _tell_champion(champion: Any, as_json: bool) -> None:
+    import msgspec
+
+    _show(msgspec.to_builtins(champion), as_json, lambda: _say(f"in charge: v{champion.version} (before: {_version(champion.replaced)})"))
+
+
+def _version(number: int | None) -> str:
+    return f"v{number}" if number is not None else "nobody"
+
+
+def _say(line: str) -> None:
+    typer.echo(line)
+
+
+def _note(line: str) -> None:
+    """Progress, apart from results."""
+    typer.secho(line, fg=typer.colors.BRIGHT_BLACK, err=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    main()

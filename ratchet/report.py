@@ -1,0 +1,49 @@
+"""What a person decides from: the table of candidate, champion and base with intervals, and the gate's reasons, as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MODELS = ("candidate", "champion", "base", "simple")
+METRICS = (("exact_match", "exact match"), ("token_f1", "token F1"), ("rouge_l", "ROUGE-L"), ("chrf", "chrF"), ("answer_nll", "answer NLL (nats a token)"))
+VERDICTS = {"promote": "✅ promote", "reject": "❌ reject", "uncertain": "❔ uncertain: the champion stays"}
+
+
+def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[str, str]) -> str:
+    """The version's description and the flow's artifact. `facts` are lines such as data and commit."""
+    rival = decision["rival"]
+    against = f"v{rival['version']}, the champion" if rival["version"] is not None else "the untouched base (there is no champion yet)"
+    lines = [f"## {VERDICTS[decision['verdict']]}", "", f"Compared with {against}, on the same rows in the same run.", ""]
+    lines += [f"- {mark(check['result'])} {check['reason']}" for check in decision["checks"]]
+    for name in ("test", "golden"):
+        if name in metrics["slices"]:
+            lines += ["", f"### {name.capitalize()} rows", "", *table(metrics["slices"][name])]
+    slices = {name.partition(":")[2]: part for name, part in metrics["slices"].items() if name.startswith("batch:")}
+    lines += ["", "### Exact match by batch", "", *_slice_table(slices), "", "### Where it comes from", ""]
+    return "\n".join([*lines, *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
+
+
+def mark(result: str) -> str:
+    return {"pass": "✓", "fail": "✗", "unclear": "?"}[result]
+
+
+def table(part: dict[str, Any]) -> list[str]:
+    """One column a model; the 95 % interval in brackets."""
+    models = [model for model in MODELS if model in part]
+    lines = [f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}"]
+    for key, label in METRICS:
+        lines.append(f"| {label} | {' | '.join(_cell(part[model].get(key)) for model in models)} |")
+    lines.append(f"| perplexity | {' | '.join(f'{part[model]["perplexity"]:.2f}' if 'perplexity' in part[model] else '' for model in models)} |")
+    return [*lines, f"| rows | {' | '.join(str(part[model]['rows']) for model in models)} |"]
+
+
+def _slice_table(slices: dict[str, Any]) -> list[str]:
+    models = [model for model in MODELS if any(model in part for part in slices.values())]
+    lines = [f"| batch | rows | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
+    for name, part in slices.items():
+        lines.append(f"| {name} | {next(iter(part.values()))['rows']} | {' | '.join(_cell(part.get(model, {}).get('exact_match')) for model in models)} |")
+    return lines
+
+
+def _cell(found: dict[str, float] | None) -> str:
+    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" if found else ""

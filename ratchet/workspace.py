@@ -1,0 +1,253 @@
+"""A flow works in a clone of the repository, never in the user's checkout.
+
+A workspace is cloned from the checkout's branch, shares its DVC cache, runs, commits, and pushes back with
+rebase-and-retry. The push moves the checkout's files only when it is clean (git's `updateInstead`). One DVC command at a
+time a clone; one push at a time a checkout.
+"""
+
+from __future__ import annotations
+
+import configparser
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from ratchet.errors import CheckoutError, CommandError, StageError
+
+EXITED = re.compile(r"exited with (\d+)")
+CACHE_TYPES = "reflink,symlink,hardlink,copy"
+LANDING_TRIES = 5
+# DVC's advice for people at a prompt; the flow does these things itself.
+CHATTER = (">", "Use `dvc push`", "To track the changes", "To enable auto staging", "\tgit add", "\tdvc config", "Updating lock file", "Generating lock file")
+
+Say = Callable[[str], None]
+
+
+class Workspace(NamedTuple):
+    """A clone at `path` of the checkout at `root`, on `branch`."""
+
+    root: Path
+    path: Path
+    branch: str
+
+    def git(self, *arguments: str) -> str:
+        return git(self.path, *arguments)
+
+    def dvc(self, *arguments: str) -> str:
+        return dvc(self.path, *arguments)
+
+
+@contextmanager
+def open_workspace(root: Path, purpose: str, say: Say, *, keep_failed: int = 2) -> Iterator[Workspace]:
+    """A fresh clone, removed when the block ends well; the last `keep_failed` that did not are kept to look at. Raises CheckoutError."""
+    branch = check_checkout(root)
+    folder = root / ".ratchet" / "workspaces"
+    folder.mkdir(parents=True, exist_ok=True)
+    _forget_old(folder, keep_failed)
+    path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{purpose}-{os.getpid()}"
+    git(root, "clone", "--quiet", "--branch", branch, str(root), str(path))
+    _share_cache(root, path)
+    try:
+        yield Workspace(root, path, branch)
+    except BaseException:
+        say(f"left to look at: {path}" if keep_failed else f"removed: {path}")
+        if not keep_failed:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def check_checkout(root: Path) -> str:
+    """The checkout's branch. Raises CheckoutError: no git, no repository, no commit, no branch, DVC not set up, uncommitted changes."""
+    if shutil.which("git") is None:
+        raise CheckoutError("git is not installed", remedy="install it (apt-get install git), then run again")
+    try:
+        top = Path(git(root, "rev-parse", "--show-toplevel").strip())
+    except CommandError:
+        raise CheckoutError(f"{root} is no git repository", remedy="work in a clone: every run is traced to a commit (a downloaded archive: git init && git add -A && git commit -m start)") from None
+    if top.resolve() != root.resolve():
+        raise CheckoutError(f"{root} is inside the repository {top}, not its root", remedy=f"run the command with -C {top}")
+    try:
+        branch = git(root, "symbolic-ref", "--short", "HEAD").strip()
+        git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    except CommandError:
+        raise CheckoutError(f"{root} is on no branch, or has no commit yet", remedy="git switch main, or commit once") from None
+    if not (root / ".dvc" / "config").exists():
+        raise CheckoutError(f"{root} has no .dvc/config: DVC is not set up", remedy="git checkout .dvc, or `dvc init` and commit")
+    if changed := git(root, "status", "--porcelain", "--untracked-files=no").strip():
+        files = ", ".join(line[2:].strip() for line in changed.splitlines()[:5])
+        raise CheckoutError(f"{root} has uncommitted changes: {files}", remedy="git commit -a (a run is traced to a commit), or git stash; then run again")
+    return branch
+
+
+def run_stage(workspace: Workspace, stage: str, say: Say, *, force: bool = False) -> bool:
+    """Run one stage in its own process, its lines passed to `say`. Whether it ran (False: unchanged or from the cache). Raises StageError."""
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", *(["--force"] if force else []), stage]
+    lines, code = _stream(command, workspace.path, say)
+    if code:
+        found = EXITED.search("\n".join(lines))
+        told = [line for line in lines if not line.startswith(("ERROR: failed to reproduce", "Running stage", "Verifying"))]
+        raise StageError(f"stage {stage} failed:\n" + "\n".join(told[-12:]), exit_code=2 if found and found.group(1) == "2" else 1)
+    return any(line.startswith("Running stage") for line in lines)
+
+
+def _stream(command: list[str], folder: Path, say: Say) -> tuple[list[str], int]:
+    """Lines and exit code of a command. A signal to us ends its whole process group: DVC does not pass one on to the stage."""
+    lines: list[str] = []
+    with subprocess.Popen(command, cwd=folder, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True) as process:
+        try:
+            for line in process.stdout or []:
+                if line.strip() and not line.startswith(CHATTER):
+                    lines.append(line.rstrip())
+                    say(line.rstrip())
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    return lines, process.returncode
+
+
+def stale_stages(workspace: Workspace) -> set[str]:
+    """Names of the stages whose inputs, code, params or outputs changed since they last ran; downstream ones are not among them."""
+    import json
+
+    found = json.loads(workspace.dvc("status", "--json"))
+    return {name.rpartition(":")[2] for name in found if not name.endswith(".dvc")}
+
+
+def check_out(workspace: Workspace) -> None:
+    """Bring what the last run made into the clone, from the shared cache or the remote. A file that is nowhere is made anew by its stage."""
+    has_remote = bool(configured_remote(workspace.root))
+    workspace.dvc(*(["pull", "--quiet", "--allow-missing"] if has_remote else ["checkout", "--quiet", "--allow-missing"]))
+
+
+def configured_remote(root: Path) -> str | None:
+    return next((found for name in ("config.local", "config") if (found := _dvc_config(root, name).get("core", "remote", fallback=None))), None)
+
+
+def push_data(workspace: Workspace, say: Say) -> None:
+    """`dvc push` where there is a remote; a warning where there is none."""
+    if configured_remote(workspace.root) is None:
+        say("no DVC remote is configured: the data stay on this machine (dvc remote add --default NAME URL)")
+        return
+    workspace.dvc("push", "--quiet")
+
+
+def land(workspace: Workspace, message: str, paths: list[str], *, tag: str | None = None) -> str:
+    """Commit `paths` and push, rebasing when somebody was faster. The commit's id; that of HEAD when nothing changed. Raises CheckoutError, CommandError."""
+    workspace.git("add", "--", *paths)
+    changed = bool(workspace.git("diff", "--cached", "--name-only").strip())
+    if changed:
+        git(workspace.path, *_identity(workspace.root), "commit", "--quiet", "--message", message)
+    if changed or tag:
+        with locked(workspace.root, "land"):
+            _push(workspace, tag)
+    return workspace.git("rev-parse", "HEAD").strip()
+
+
+def _push(workspace: Workspace, tag: str | None) -> None:
+    # Given to the receiving side of this push alone: the user's own configuration stays as it is.
+    receive = "--receive-pack=git -c receive.denyCurrentBranch=updateInstead receive-pack"
+    for _ in range(LANDING_TRIES):
+        try:
+            workspace.git("push", "--quiet", receive, "origin", f"HEAD:refs/heads/{workspace.branch}")
+            break
+        except CommandError as error:
+            if "unstaged changes" in str(error) or "uncommitted" in str(error) or "staged changes" in str(error):
+                raise CheckoutError(f"{workspace.root} was changed while the run worked", remedy="git commit -a or git stash there, then run again: finished stages are kept in the cache") from None
+            git(workspace.path, *_identity(workspace.root), "pull", "--quiet", "--rebase", "origin", workspace.branch)
+    else:
+        raise CommandError(f"{workspace.branch} moved {LANDING_TRIES} times while this run was landing", remedy="run it again")
+    if tag:
+        workspace.git("tag", "--force", tag)
+        workspace.git("push", "--quiet", "--force", "origin", f"refs/tags/{tag}")
+    # Bring the checkout's data to the new commit. Local changes are kept: without --force DVC refuses to overwrite them.
+    subprocess.run([sys.executable, "-m", "dvc", "checkout", "--quiet", "--allow-missing"], cwd=workspace.root, env=child_environment(), capture_output=True, check=False)
+
+
+def _identity(root: Path) -> list[str]:
+    """The user's own; a neutral one where git knows none (a CI runner, a container)."""
+    known = subprocess.run(["git", "config", "user.email"], cwd=root, capture_output=True, check=False).returncode == 0 or "GIT_AUTHOR_EMAIL" in os.environ
+    return [] if known else ["-c", "user.name=Ratchet", "-c", "user.email=ratchet@localhost"]
+
+
+def who(root: Path) -> str:
+    """Name of the person that git knows, for the ledger."""
+    try:
+        return git(root, "config", "user.name").strip()
+    except CommandError:
+        return os.environ.get("USER", "unknown")
+
+
+@contextmanager
+def locked(root: Path, name: str, *, wait: bool = True) -> Iterator[None]:
+    """One process at a time; the system frees the lock of a process that died. Raises CheckoutError when it is taken and `wait` is False."""
+    path = root / ".ratchet" / "locks" / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise CheckoutError(f"another `{name}` runs in {root}", remedy="wait for it; `ratchet status` shows it") from None
+        yield
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return _run(["git", *arguments], folder)
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    return _run([sys.executable, "-m", "dvc", *arguments], folder)
+
+
+def _run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, env=child_environment(), capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        words = " ".join(command[-len(command) + (2 if command[0] != "git" else 0) :])
+        raise CommandError(f"{words[:200]} failed in {folder}: {(done.stderr or done.stdout).strip()[-1500:]}")
+    return done.stdout
+
+
+def child_environment() -> dict[str, str]:
+    """Ours, with this interpreter's folder first in PATH: stages say `python`. A surrounding git hook's variables stay out."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "PYTHONPATH")}
+    return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", "DVC_NO_ANALYTICS": "1", "PYTHONUNBUFFERED": "1", "GIT_TERMINAL_PROMPT": "0"}
+
+
+def _share_cache(root: Path, path: Path) -> None:
+    """What `dvc cache dir --local` and `dvc config --local cache.type` would write, without their second of start-up."""
+    config = _dvc_config(root, "config.local")
+    committed = _dvc_config(root, "config")
+    if not config.has_section("cache"):
+        config.add_section("cache")
+    known = config.get("cache", "dir", fallback=committed.get("cache", "dir", fallback="cache")).strip("\"'")
+    # Quoted: DVC reads an unquoted comma as the end of a list's item.
+    config.set("cache", "dir", f'"{(root / ".dvc" / known).resolve()}"')
+    config.set("cache", "type", f'"{CACHE_TYPES}"')
+    with (path / ".dvc" / "config.local").open("w", encoding="utf-8") as out:
+        config.write(out)
+
+
+def _dvc_config(root: Path, name: str) -> configparser.ConfigParser:
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(root / ".dvc" / name, encoding="utf-8")
+    return config
+
+
+def _forget_old(folder: Path, keep: int) -> None:
+    """Workspaces that failed, and clones whose process was killed: all but the newest `keep`, and none whose process lives."""
+    left = sorted((path for path in folder.iterdir() if path.is_dir() and not _is_alive(path.name.rpartition("-")[2])), reverse=True)
+    for path in left[keep:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: str) -> bool:
+    return process.isdigit() and Path(f"/proc/{process}").exists()

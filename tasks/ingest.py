@@ -1,0 +1,115 @@
+"""Pull rows from a source into one immutable batch under data/raw, or into the frozen golden set.
+
+    python -m tasks.ingest --raw data/raw
+
+By hand it writes the batch of the source that params.yaml names and commits nothing; the flow `ingest` does the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import xxhash
+
+from ratchet.batches import Batch, content_hash, read_manifest, write_batch
+from ratchet.config import Config, JsonlSource, PydocSource
+from ratchet.errors import DataError
+from ratchet.examples import RowError, encode_line, make_example, recognise_form, row_to_messages
+from ratchet.files import write_bytes
+from ratchet.neighbours import split_by_hash
+from ratchet.sources import jsonl, pydoc
+from ratchet.stage import run_stage, say
+
+
+class Pulled(NamedTuple):
+    """Raw lines as the source gave them, a word for people, and the rows' form."""
+
+    lines: list[bytes]
+    source: str
+    label: str
+    form: str
+
+
+def pull(config: Config, *, source: str | None = None, path: str | None = None, packages: list[str] | None = None) -> Pulled:
+    """Read the source. Raises DataError: nothing found, a form that nobody knows, no rows."""
+    chosen = source or ("jsonl" if path else "pydoc" if packages else config.ingest.source)
+    if chosen == "pydoc":
+        settings = config.ingest.pydoc.model_copy(update={"packages": packages} if packages else {})
+        pulled = _pull_pydoc(settings)
+    elif chosen == "jsonl":
+        pulled = _pull_jsonl(config.ingest.jsonl.model_copy(update={"path": path} if path else {}))
+    else:
+        raise DataError(f"source {chosen!r} is unknown", remedy="known: pydoc, jsonl")
+    if not pulled.lines:
+        raise DataError(f"the source {pulled.source} ({pulled.label}) gave no rows", remedy="a batch needs at least one row; check the source's settings in `ingest`")
+    return pulled
+
+
+def _pull_pydoc(settings: PydocSource) -> Pulled:
+    return Pulled([msgspec.json.encode(row) for row in pydoc.harvest(settings)], "pydoc", "-".join(settings.packages), "messages")
+
+
+def _pull_jsonl(settings: JsonlSource) -> Pulled:
+    lines = list(jsonl.read_lines(settings))
+    form = _form_of(lines[0], settings.path) if lines and settings.form == "auto" else settings.form
+    return Pulled(lines, "jsonl", Path(settings.path).stem.replace("*", "") or "rows", form)
+
+
+def _form_of(line: bytes, path: str) -> str:
+    try:
+        row = json.loads(line)
+        return recognise_form(row) if isinstance(row, dict) else "auto"
+    except RowError as error:
+        raise DataError(f"{path}: {error}", remedy="name the form in `ingest.jsonl.form`, or convert the rows") from None
+    except ValueError:
+        return "auto"  # a broken first row is preparation's to reject; each row is then recognised by itself
+
+
+def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Batch, bool]:
+    """The batch and whether it is new: the same rows again make no second batch."""
+    content = content_hash(pulled.lines)
+    for batch in read_manifest(raw):
+        if batch.content == content:
+            return batch, False
+    time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    return write_batch(raw, pulled.lines, source=pulled.source, label=pulled.label, time=time, licence=licence, who=who, form=pulled.form), True
+
+
+def freeze_golden(path: Path, pulled: Pulled, config: Config, *, rows: int) -> int:
+    """Write the golden set once: `rows` of the pulled ones, chosen by hash among those that preparation would put into test. Returns how many.
+
+    Raises DataError when there is a golden set already: a yardstick that moves measures nothing.
+    """
+    if path.exists() and path.stat().st_size:
+        raise DataError(f"{path} holds a golden set already", remedy="it is frozen on purpose; to start another, empty the file in a commit of its own")
+    chosen = sorted(_test_rows(pulled, config), key=lambda row: xxhash.xxh3_64_intdigest(row[0].encode()))[:rows]
+    if not chosen:
+        raise DataError("no row is fit for the golden set", remedy="check the source's rows")
+    write_bytes(path, (encode_line(row) for _, row in chosen))
+    return len(chosen)
+
+
+def _test_rows(pulled: Pulled, config: Config) -> Iterator[tuple[str, dict[str, object]]]:
+    for line in pulled.lines:
+        try:
+            row = msgspec.json.decode(line)
+            example = make_example(row_to_messages(row, pulled.form if pulled.form != "auto" else recognise_form(row)), row.get("meta") or {})
+        except (RowError, msgspec.DecodeError, AttributeError, TypeError):
+            continue  # preparation counts these; the golden set takes whole rows only
+        if split_by_hash(example.id, config.prepare) == "test":
+            yield example.id, {"messages": [{"role": message.role, "content": message.content} for message in example.messages], "meta": example.meta}
+
+
+def _main(config: Config, arguments: argparse.Namespace) -> None:
+    batch, new = add_batch(arguments.raw, pull(config), licence=config.ingest.licence, who="by hand")
+    say(f"ingest: {batch.name}, {batch.rows} rows, {'new' if new else 'known already'}")
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, ["raw"], _main)

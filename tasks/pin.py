@@ -1,0 +1,65 @@
+"""Pin the champion as an ordinary input of the DAG: models/incumbent, versioned by DVC.
+
+champion.json moves at every promotion; the DAG must not go stale by it, or every retraining would be followed by another.
+So a retraining that has something to train pins today's champion first, and one that has nothing leaves the pin alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ratchet.champion import Champion, read_champion
+from ratchet.errors import CheckoutError
+from ratchet.files import read_json, whole_folder, write_json
+from ratchet.models import MANIFEST, adapter_sha256
+from ratchet.workspace import Workspace
+
+INCUMBENT = Path("models/incumbent")
+READERS = {"tokenize", "train", "evaluate", "gate"}  # stages that read it
+TRAINING = {"base", "prepare", "tokenize", "train"}
+NOBODY: dict[str, Any] = {"version": None, "batches": []}
+
+
+def needs_pin(workspace: Workspace, stale: set[str], *, force: bool) -> bool:
+    """Whether there is something to train, or nothing pinned yet."""
+    return force or bool(stale & TRAINING) or not (workspace.path / f"{INCUMBENT}.dvc").exists()
+
+
+def pin(workspace: Workspace) -> bool:
+    """Put today's champion into models/incumbent. Whether that changed anything. Raises CheckoutError when its adapter cannot be had."""
+    champion = read_champion(workspace.path)
+    wanted = NOBODY if champion is None else {"version": champion.version, "adapter_sha256": champion.adapter_sha256, "batches": champion.batches}
+    target = workspace.path / INCUMBENT
+    if (target / MANIFEST).exists() and all(read_json(target / MANIFEST).get(key) == value for key, value in wanted.items()):
+        return False
+    with whole_folder(target) as folder:
+        if champion is not None:
+            _fetch(workspace, champion, folder)
+        kept = read_json(folder / MANIFEST) if champion is not None else {}
+        write_json(folder / MANIFEST, {**kept, **wanted})
+    workspace.dvc("add", "--quiet", str(INCUMBENT))
+    return True
+
+
+def _fetch(workspace: Workspace, champion: Champion, folder: Path) -> None:
+    """The champion's adapter from the commit that made it; its base as well when today's is another."""
+    with tempfile.TemporaryDirectory(prefix="ratchet-pin-") as scratch:
+        adapter = Path(scratch) / "adapter"
+        workspace.dvc("get", "--quiet", ".", "models/candidate", "--rev", champion.commit, "--out", str(adapter))
+        if (seen := adapter_sha256(adapter)) != champion.adapter_sha256:
+            raise CheckoutError(f"the adapter of v{champion.version} at {champion.commit[:8]} has sha256 {seen[:12]}…, the ledger says {champion.adapter_sha256[:12]}…", remedy="dvc pull; if it stays so, the cache is damaged: take the version's artifact from MLflow")
+        shutil.copytree(adapter, folder, dirs_exist_ok=True)
+        theirs = _base_hash(workspace, champion.commit)
+        if theirs and theirs != _base_hash(workspace, "HEAD"):
+            workspace.dvc("get", "--quiet", ".", "models/base", "--rev", champion.commit, "--out", str(folder / "base"))
+
+
+def _base_hash(workspace: Workspace, commit: str) -> str | None:
+    """DVC's hash of models/base at a commit."""
+    from ruamel.yaml import YAML
+
+    lock = YAML(typ="safe").load(workspace.git("show", f"{commit}:dvc.lock"))
+    return next((out["md5"] for out in lock["stages"].get("base", {}).get("outs", []) if out["path"] == "models/base"), None)

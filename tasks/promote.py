@@ -1,0 +1,110 @@
+"""Move the champion: promotion and rollback. The commit to champion.json decides; MLflow's alias follows. Doing it twice changes nothing.
+
+A flow's task, not a stage. Callers hold the lock `promote`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from ratchet.champion import FILE, Champion, last_entry, read_champion, write_champion
+from ratchet.errors import ServiceError, UserError
+from ratchet.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, set_alias
+from ratchet.tracking import KEY_TAG
+from ratchet.workspace import Workspace, land
+
+Say = Callable[[str], None]
+
+
+def promote(workspace: Workspace, version: Version, *, by: str, why: str, force: bool, say: Say) -> Champion:
+    """Put `version` in charge. Raises UserError when the gate did not pass it, or compared it with another champion than today's."""
+    current = read_champion(workspace.path)
+    if current and current.version == version.number:
+        say(f"v{version.number} is in charge already")
+        follow_alias(current, say)
+        return current
+    if not force:
+        _check_gate(version, current)
+    chosen = Champion(
+        name=version.name,
+        version=version.number,
+        previous=current.version if current else None,
+        commit=version.tags["git_commit"],
+        run_key=version.tags[KEY_TAG],
+        run_id=version.run_id,
+        adapter_sha256=version.tags["adapter_sha256"],
+        batches=json.loads(version.tags["batches"]),
+        data=json.loads(version.tags["data"]),
+        gate=json.loads(version.tags["gate"]),
+        at=_now(),
+        by=by,
+        why=why,
+        move="promote",
+        replaced=current.version if current else None,
+    )
+    return _put_in_charge(workspace, chosen, say)
+
+
+def rollback(workspace: Workspace, *, by: str, why: str, say: Say) -> Champion:
+    """Return to the version before. It needs the ledger alone, so it works with MLflow down. Raises UserError when there is none."""
+    current = read_champion(workspace.path)
+    if current is None:
+        raise UserError("there is no champion to roll back from", remedy="ratchet retrain makes the first one")
+    if current.previous is None:
+        raise UserError(f"v{current.version} took over from no version: there is nothing to return to", remedy="ratchet history shows the ledger; `ratchet promote VERSION` puts any version in charge")
+    earlier = last_entry(workspace.path, current.previous)
+    if earlier is None:
+        raise UserError(f"the ledger has no entry of v{current.previous}", remedy="the repository's history is cut off; fetch it whole (git fetch --unshallow)")
+    chosen = msgspec.structs.replace(earlier, at=_now(), by=by, why=why, move="rollback", replaced=current.version)
+    return _put_in_charge(workspace, chosen, say)
+
+
+def follow_alias(champion: Champion, say: Say) -> bool:
+    """Make MLflow's aliases say what champion.json says; False, and a line, when MLflow does not answer."""
+    try:
+        if get_alias(champion.name, CHAMPION) != champion.version:
+            set_alias(champion.name, CHAMPION, champion.version)
+        if get_alias(champion.name, CHALLENGER) == champion.version:
+            drop_alias(champion.name, CHALLENGER)
+        return True
+    except ServiceError as error:
+        say(f"the alias in MLflow follows later: {error}")
+        return False
+
+
+def _check_gate(version: Version, current: Champion | None) -> None:
+    gate = json.loads(version.tags["gate"])
+    if gate["verdict"] != "promote":
+        raise UserError(f"the gate's verdict on v{version.number} is {gate['verdict']}", remedy=f"`ratchet promote {version.number} --force --reason …` overrules it; the ledger keeps the reason")
+    now = current.version if current else None
+    if gate["rival"] != now:
+        raise UserError(
+            f"v{version.number} was compared with {_named(gate['rival'])}, in charge is {_named(now)}",
+            remedy="ratchet retrain --force compares a candidate with today's champion; `ratchet promote … --force --reason …` overrules",
+        )
+
+
+def _named(version: int | None) -> str:
+    return "the base" if version is None else f"v{version}"
+
+
+def _put_in_charge(workspace: Workspace, chosen: Champion, say: Say) -> Champion:
+    write_champion(workspace.path, chosen)
+    verb = "Promote" if chosen.move == "promote" else "Roll back to"
+    # A tag stays where the version first took charge; its later returns are in the ledger.
+    tag = f"model/{chosen.name}/v{chosen.version}" if chosen.move == "promote" else None
+    land(workspace, f"{verb} {chosen.name} v{chosen.version}\n\nBy {chosen.by}: {chosen.why}", [FILE], tag=tag)
+    say(f"{FILE}: v{chosen.version} is in charge (before: {_named(chosen.replaced)})")
+    follow_alias(chosen, say)
+    return chosen
+
+
+def _now() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+

@@ -1,0 +1,189 @@
+"""Copy what the stages found into the candidate's MLflow run: curve, scores, figures, data, verdict. Doing it twice changes nothing.
+
+A flow's task, not a stage. Raises ServiceError when MLflow does not answer: the local files stand, the next run delivers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ratchet.config import Config
+from ratchet.files import read_json, sha256_json
+from ratchet.models import MANIFEST
+from ratchet.registry import Version, make_version
+from ratchet.report import model_card
+from ratchet.tracking import KEY_TAG, STATE_TAG, find_or_create_run, log_points, mlflow_client, mlflow_errors, parameters, read_history
+
+
+class Findings(NamedTuple):
+    """What a workspace holds after the gate."""
+
+    manifest: dict[str, Any]
+    figures: dict[str, Any]
+    metrics: dict[str, Any]
+    decision: dict[str, Any]
+    profile: dict[str, Any]
+    folder: Path
+
+
+def read_findings(folder: Path) -> Findings:
+    return Findings(
+        manifest=read_json(folder / "models/candidate" / MANIFEST),
+        figures=read_json(folder / "reports/train/figures.json"),
+        metrics=read_json(folder / "reports/evaluation/metrics.json"),
+        decision=read_json(folder / "reports/gate.json"),
+        profile=read_json(folder / "data/prepared/profile.json"),
+        folder=folder,
+    )
+
+
+def describe_data(folder: Path, profile: dict[str, Any], batches: list[str]) -> dict[str, Any]:
+    """The data's DVC hash and size."""
+    raw = (folder / "data/raw.dvc").read_text(encoding="utf-8")
+    digest = next(line.split("md5:")[1].strip() for line in raw.splitlines() if "md5:" in line)
+    total = profile["total"]
+    return {"dvc": digest, "batches": len(batches), "rows": total["rows"], "accepted": total["accepted"]["rows"], "rejected": total["rejected"]["rows"], "duplicate": total["duplicate"]["rows"]}
+
+
+def record(found: Findings, config: Config, *, commit: str, reason: str) -> str:
+    """Returns the run's id."""
+    key = found.manifest["run_key"]
+    run_id = find_or_create_run(config.project.name, key, {"mlflow.runName": f"train-{key[:8]}"})
+    log_points(run_id, read_history(found.folder / "reports/train/history.jsonl"))
+    client = mlflow_client()
+    with mlflow_errors():
+        _log_values(client, run_id, found, config)
+        _log_dataset(client, run_id, found, commit)
+        tags = {
+            "ratchet.git_commit": commit,
+            "ratchet.reason": reason,
+            "ratchet.verdict": found.decision["verdict"],
+            "ratchet.adapter_sha256": found.manifest["adapter_sha256"],
+            STATE_TAG: "gated",
+        }
+        for name, value in tags.items():
+            client.set_tag(run_id, name, value)
+        _log_figures(client, run_id, found)
+        for folder in ("reports/train", "reports/evaluation"):
+            client.log_artifacts(run_id, str(found.folder / folder), folder)
+        client.log_artifact(run_id, str(found.folder / "reports/gate.json"), "reports")
+        client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def register(found: Findings, config: Config, *, run_id: str, commit: str, data: dict[str, Any]) -> Version:
+    """The candidate as a version of the registered model, with the gate's table as its description."""
+    decision, manifest = found.decision, found.manifest
+    facts = {
+        "run": f"[{run_id[:8]}](/#/experiments/{_experiment_of(run_id)}/runs/{run_id})",
+        "data": f"{data['rows']} rows in {data['batches']} batches, DVC {data['dvc']}",
+        "git commit": commit,
+        "adapter": f"{config.adapter.method}, sha256 {manifest['adapter_sha256']}",
+        "base": f"{manifest['base']['model']}{'@' + manifest['base']['revision'] if manifest['base']['revision'] else ''}",
+        "started from": "the champion's adapter" if manifest["inputs"]["start"] != "base" else "the base",
+    }
+    tags = {
+        KEY_TAG: manifest["run_key"],
+        "verdict": decision["verdict"],
+        "rival": str(decision["rival"]["version"] or "base"),
+        "git_commit": commit,
+        "adapter_sha256": manifest["adapter_sha256"],
+        "data": json.dumps(data, sort_keys=True),
+        "batches": json.dumps(manifest["batches"]),
+        "gate": json.dumps(gate_summary(decision)),
+        "generation": json.dumps({"max_new_tokens": config.evaluate.max_new_tokens, "do_sample": False}),
+    }
+    return make_version(config.project.name, run_id, found.folder / "models/candidate", tags, model_card(found.metrics, decision, facts))
+
+
+def gate_summary(decision: dict[str, Any]) -> dict[str, Any]:
+    """One line for the ledger: the success metric's gain."""
+    success = decision["checks"][0]
+    return {"verdict": decision["verdict"], "rival": decision["rival"]["version"], **{key: success.get(key) for key in ("metric", "mean", "low", "high", "rows")}}
+
+
+def close_lost_runs(config: Config, *, but: str) -> int:
+    """Runs whose process was killed stay RUNNING in MLflow for ever; called under the flow's lock, when none can be training. How many."""
+    client = mlflow_client()
+    with mlflow_errors():
+        found = client.get_experiment_by_name(config.project.name)
+        running = client.search_runs([found.experiment_id], filter_string="attributes.status = 'RUNNING'") if found else []
+        lost = [run for run in running if run.data.tags.get(KEY_TAG) not in (None, but)]
+        for run in lost:
+            client.set_terminated(run.info.run_id, "KILLED")
+    return len(lost)
+
+
+def _experiment_of(run_id: str) -> str:
+    with mlflow_errors():
+        return str(mlflow_client().get_run(run_id).info.experiment_id)
+
+
+def _log_values(client: Any, run_id: str, found: Findings, config: Config) -> None:
+    from mlflow.entities import Metric, Param
+
+    known = client.get_run(run_id).data.params
+    params = [Param(key, value[:500]) for key, value in parameters(config.model_dump(mode="json")) if key not in known]
+    # A time that follows from the content: delivering the same scores again adds no second point.
+    stamp = read_history(found.folder / "reports/train/history.jsonl")[-1]["time_ms"]
+    values = {f"train/{key}": value for key, value in found.figures.items() if isinstance(value, int | float)}
+    for name, models in found.metrics["slices"].items():
+        for model, summary in models.items():
+            part = name.replace(":", "/")
+            values |= {f"{part}/{model}/{metric}": value["mean"] if isinstance(value, dict) else value for metric, value in summary.items()}
+    success = found.decision["checks"][0]
+    values |= {f"gate/{key}": success[key] for key in ("mean", "low", "high") if key in success}
+    client.log_batch(run_id, metrics=[Metric(key, float(value), stamp, 0) for key, value in values.items()], params=params)
+
+
+def _log_dataset(client: Any, run_id: str, found: Findings, commit: str) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    data = describe_data(found.folder, found.profile, found.manifest["batches"])
+    source = json.dumps({"path": "data/raw", "dvc": data["dvc"], "git_commit": commit})
+    dataset = Dataset(name="raw", digest=data["dvc"][:32], source_type="dvc", source=source, profile=json.dumps(found.profile["total"]))
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training"), InputTag("sha256", sha256_json(found.profile))])])
+
+
+def _log_figures(client: Any, run_id: str, found: Findings) -> None:
+    from matplotlib import use
+
+    use("Agg")
+    figures = {"curves": _draw_curves(read_history(found.folder / "reports/train/history.jsonl")), "comparison": _draw_comparison(found.metrics)}
+    for name, figure in figures.items():
+        client.log_figure(run_id, figure, f"figures/{name}.png")
+
+
+def _draw_curves(points: list[dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, style in (("train_loss", "-"), ("validation_loss", "o-")):
+        drawn = [(point["step"], point[key]) for point in points if key in point]
+        axes.plot(*zip(*drawn, strict=True), style, label=key.replace("_", " ")) if drawn else None
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a learned token)", title="Training")
+    axes.legend()
+    return figure
+
+
+def _draw_comparison(metrics: dict[str, Any]) -> Any:
+    """Exact match by slice and model, with the 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    slices = [name for name in metrics["slices"] if not name.startswith("kind:")]
+    models = [model for model in ("candidate", "champion", "base", "simple") if model in metrics["slices"]["test"]]
+    figure = Figure(figsize=(max(6, 2.2 * len(slices)), 4), layout="constrained")
+    axes = figure.subplots()
+    for position, model in enumerate(models):
+        for place, name in enumerate(slices):
+            found = metrics["slices"][name].get(model, {}).get("exact_match")
+            if found:
+                error = [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
+                axes.bar(place + position * 0.2, found["mean"], 0.18, yerr=error, color=f"C{position}", label=model if place == 0 else None)
+    axes.set_xticks([place + 0.1 * (len(models) - 1) for place in range(len(slices))], [name.removeprefix("batch:")[:26] for name in slices], rotation=12, fontsize=8)
+    axes.set(ylabel="exact match", title="Same rows, same run")
+    axes.legend()
+    return figure
