@@ -33,7 +33,8 @@ def table(part: dict[str, Any]) -> list[str]:
     lines = [f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}"]
     for key, label in METRICS:
         lines.append(f"| {label} | {' | '.join(_cell(part[model].get(key)) for model in models)} |")
-    lines.append(f"| perplexity | {' | '.join(f'{part[model]["perplexity"]:.2f}' if 'perplexity' in part[model] else '' for model in models)} |")
+    perplexities = [f"{part[model]['perplexity']:.2f}" if "perplexity" in part[model] else "" for model in models]
+    lines.append(f"| perplexity | {' | '.join(perplexities)} |")
     return [*lines, f"| rows | {' | '.join(str(part[model]['rows']) for model in models)} |"]
 
 
