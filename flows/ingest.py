@@ -9,10 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.retries import can_pass
+from flows.say import say
 from ratchet.config import Config, load_config
 from ratchet.errors import CommandError
 from ratchet.workspace import Workspace, land, locked, open_workspace, push_data, who
@@ -32,12 +33,12 @@ def ingest(root: str | None = None, source: str | None = None, path: str | None 
     with locked(home, "ingest"):
         for attempt in range(TRIES):
             try:
-                with open_workspace(home, "ingest", get_run_logger().info, keep_failed=config.retrain.keep_workspaces) as workspace:
+                with open_workspace(home, "ingest", say, keep_failed=config.retrain.keep_workspaces) as workspace:
                     return commit_golden(workspace, pulled, config, golden) if golden else commit_batch(workspace, pulled, config)
             except CommandError:
                 if attempt == TRIES - 1:
                     raise
-                get_run_logger().info("somebody else's commit came first; starting over on top of it")
+                say("somebody else's commit came first; starting over on top of it")
     raise AssertionError("unreachable: the loop returns or raises")
 
 
@@ -46,13 +47,12 @@ def pull_rows(config: Config, root: Path, source: str | None, path: str | None, 
     named = path or (config.ingest.jsonl.path if (source or config.ingest.source) == "jsonl" else None)
     found = str(root / named) if named and "://" not in named else named
     pulled = pull(config, source=source, path=found or None, packages=packages)
-    get_run_logger().info(f"{len(pulled.lines)} rows from {pulled.source} ({pulled.label}), form {pulled.form}")
+    say(f"{len(pulled.lines)} rows from {pulled.source} ({pulled.label}), form {pulled.form}")
     return pulled
 
 
 @task(name="commit", **SETTINGS)
 def commit_batch(workspace: Workspace, pulled: Pulled, config: Config) -> dict[str, Any]:
-    say = get_run_logger().info
     if (workspace.path / f"{RAW}.dvc").exists():
         workspace.dvc("checkout", "--quiet", f"{RAW}.dvc")
     batch, new = add_batch(workspace.path / RAW, pulled, licence=config.ingest.licence, who=who(workspace.root))
@@ -70,5 +70,5 @@ def commit_batch(workspace: Workspace, pulled: Pulled, config: Config) -> dict[s
 def commit_golden(workspace: Workspace, pulled: Pulled, config: Config, rows: int) -> dict[str, Any]:
     frozen = freeze_golden(workspace.path / GOLDEN, pulled, config, rows=rows)
     commit = land(workspace, f"Freeze a golden set of {frozen} rows from {pulled.source} ({pulled.label})"[:72], [str(GOLDEN)])
-    get_run_logger().info(f"{GOLDEN}: {frozen} rows, commit {commit[:8]}")
+    say(f"{GOLDEN}: {frozen} rows, commit {commit[:8]}")
     return {"batch": str(GOLDEN), "rows": frozen, "new": True, "commit": commit}

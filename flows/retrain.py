@@ -11,19 +11,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.retries import can_pass
+from flows.say import say
 from ratchet.champion import Champion, read_champion
 from ratchet.config import Config, load_config
 from ratchet.dag import STAGES
-from ratchet.registry import CHALLENGER, Version, find_version, set_alias
+from ratchet.registry import CHALLENGER, Version, set_alias
 from ratchet.report import model_card
 from ratchet.workspace import Workspace, check_out, land, locked, open_workspace, push_data, run_stage, stale_stages, who
 from tasks.pin import READERS, needs_pin, pin
-from tasks.promote import follow_alias, promote
+from tasks.promote import alias_is_pending, follow_alias, promote
 from tasks.record import Findings, close_lost_runs, describe_data, read_findings, record, register
 
 OUTPUTS = ["dvc.lock", "reports", "models", "data"]  # what is tracked by git among them: locks, .gitignore files, the verdict
@@ -37,7 +38,6 @@ def retrain(root: str | None = None, reason: str = "by hand", force: bool = Fals
 
     `force` compares with today's champion even when nothing else changed.
     """
-    say = get_run_logger().info
     home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
     config = load_config(home / "params.yaml")
     with locked(home, "retrain"), open_workspace(home, "retrain", say, keep_failed=config.retrain.keep_workspaces) as workspace:
@@ -47,15 +47,19 @@ def retrain(root: str | None = None, reason: str = "by hand", force: bool = Fals
             ran[stage] = stage_task.with_options(task_run_name=stage)(workspace, stage, needed=stage in stale or any(ran.values()))
         commit = land_outputs(workspace, reason) if any(ran.values()) else workspace.git("rev-parse", "HEAD").strip()
         found = read_findings(workspace.path)
-        version = publish(workspace, found, config, commit, reason, unchanged=not any(ran.values()))
-        champion = decide(workspace, version, found, config, reason)
-    return {
-        "verdict": found.decision["verdict"],
-        "reasons": found.decision["reasons"],
-        "stages": ran,
-        "version": version.number,
-        "champion": champion.version if champion else None,
-    }
+        champion = read_champion(workspace.path)
+        if not any(ran.values()) and is_in_charge(home, champion, found):
+            say("the champion was made from exactly this: nothing to do")
+            version = champion.version if champion else None
+        else:
+            registered = publish(workspace, found, config, commit, reason)
+            version, champion = registered.number, decide(workspace, registered, found, config, reason)
+    return {"verdict": found.decision["verdict"], "reasons": found.decision["reasons"], "stages": ran, "version": version, "champion": champion.version if champion else None}
+
+
+def is_in_charge(root: Path, champion: Champion | None, found: Findings) -> bool:
+    """Told by files alone: asking MLflow would take longer than all the rest of a retraining with nothing to do."""
+    return champion is not None and champion.run_key == found.manifest["run_key"] and champion.gate["verdict"] == found.decision["verdict"] and not alias_is_pending(root)
 
 
 @task(name="workspace", **RETRIED)
@@ -65,14 +69,13 @@ def bring_up_to_date(workspace: Workspace, force: bool) -> set[str]:
     stale = stale_stages(workspace)
     if needs_pin(workspace, stale, force=force) and pin(workspace):
         stale |= READERS
-    get_run_logger().info(f"to run: {', '.join(stage for stage in STAGES if stage in stale) or 'nothing, every stage is unchanged'}")
+    say(f"to run: {', '.join(stage for stage in STAGES if stage in stale) or 'nothing, every stage is unchanged'}")
     return stale
 
 
 @task(name="stage", **SETTINGS)
 def stage_task(workspace: Workspace, stage: str, *, needed: bool) -> bool:
     """Whether it ran. Not retried: on the same inputs a stage does the same again."""
-    say = get_run_logger().info
     if not needed:
         say(f"{stage}: unchanged")
         return False
@@ -82,19 +85,14 @@ def stage_task(workspace: Workspace, stage: str, *, needed: bool) -> bool:
 @task(name="land", **RETRIED)
 def land_outputs(workspace: Workspace, reason: str) -> str:
     """Push data, commit what git tracks, move the checkout. The commit's id."""
-    push_data(workspace, get_run_logger().info)
+    push_data(workspace, say)
     present = [path for path in OUTPUTS if (workspace.path / path).exists()]
     return land(workspace, f"Retrain: {reason}"[:72], present)
 
 
 @task(name="register", **RETRIED)
-def publish(workspace: Workspace, found: Findings, config: Config, commit: str, reason: str, *, unchanged: bool) -> Version:
+def publish(workspace: Workspace, found: Findings, config: Config, commit: str, reason: str) -> Version:
     """The candidate as a registered version, its run complete, and the verdict as an artifact of the flow run."""
-    say = get_run_logger().info
-    known = find_version(config.project.name, found.manifest["run_key"]) if unchanged else None
-    if known and known.tags.get("verdict") == found.decision["verdict"]:
-        say(f"{config.project.name} v{known.number} is registered already, verdict {found.decision['verdict']}")
-        return known
     lost = close_lost_runs(config, but=found.manifest["run_key"])
     run_id = record(found, config, commit=commit, reason=reason)
     data = describe_data(workspace.path, found.profile, found.manifest["batches"])
@@ -108,10 +106,9 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
 @task(name="decide", **RETRIED)
 def decide(workspace: Workspace, version: Version, found: Findings, config: Config, reason: str) -> Champion | None:
     """Promote, or leave it to a person; who is in charge afterwards."""
-    say = get_run_logger().info
     current = read_champion(workspace.path)
     if current:
-        follow_alias(current, say)
+        follow_alias(workspace.root, current, say)
     if found.decision["verdict"] != "promote" or (current and current.version == version.number):
         return current
     if found.decision["rival"]["version"] != (current.version if current else None):

@@ -8,11 +8,12 @@ from pathlib import Path
 from ratchet.config import Config
 from ratchet.services import service_environment
 
-# People read the console, Prefect keeps the whole record: time and message are enough there.
+# Flows print their own lines (flows/say.py); of Prefect's console log people get what is wrong, and MLflow's stays out of stdout.
 CONSOLE = {
-    "PREFECT_LOGGING_FORMATTERS_STANDARD_FLOW_RUN_FMT": "%(asctime)s  %(message)s",
-    "PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT": "%(asctime)s    %(message)s",
-    "PREFECT_LOGGING_FORMATTERS_STANDARD_DATEFMT": "%H:%M:%S",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "RATCHET_CONSOLE": "1",
 }
 
 

@@ -35,4 +35,4 @@ def run_stage(doc: str | None, paths: Sequence[str], work: Callable[[Config, arg
 
 def say(line: str, *, error: bool = False) -> None:
     """One line of progress; the flow streams it into Prefect's log."""
-    print(line, file=sys.stderr if error else sys.stdout, flush=True)  # noqa: T201
+    print(line, file=sys.stderr if error else sys.stdout, flush=True)

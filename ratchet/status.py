@@ -21,7 +21,11 @@ def see_status(root: Path, config: Config) -> dict[str, Any]:
         "project": config.project.name,
         "champion": {"version": champion.version, "since": champion.at, "by": champion.by, "why": champion.why, "gate": champion.gate} if champion else None,
         "gate": {key: value for key, value in read_json(gate).items() if key in ("verdict", "reasons", "rival")} if gate.exists() else None,
-        "data": {"batches": len(batches), "rows": sum(batch.rows for batch in batches), "new": [{"name": batch.name, "rows": batch.rows} for batch in batches if batch.name not in seen]},
+        "data": {
+            "batches": len(batches),
+            "rows": sum(batch.rows for batch in batches),
+            "new": [{"name": batch.name, "rows": batch.rows} for batch in batches if batch.name not in seen],
+        },
         "promotion": config.promotion,
         "services": {service.name: {"url": service.url, "answers": service.answers} for service in list_services(root, config)},
         "left": sorted(path.name for path in (root / ".ratchet/workspaces").glob("*") if path.is_dir()),
@@ -36,7 +40,9 @@ def describe(found: dict[str, Any]) -> list[str]:
         lines.append(f"last gate  {gate['verdict']}, against {'the base' if gate['rival']['version'] is None else 'v' + str(gate['rival']['version'])}")
         lines += [f"           {reason}" for reason in gate["reasons"]]
     new = data["new"]
-    lines.append(f"data       {data['rows']} rows in {data['batches']} batches; {f'{len(new)} new since the champion: ratchet retrain' if new else 'nothing new since the champion'}")
+    lines.append(
+        f"data       {data['rows']} rows in {data['batches']} batches; {f'{len(new)} new since the champion: ratchet retrain' if new else 'nothing new since the champion'}"
+    )
     if not data["batches"]:
         lines[-1] = "data       no batch in this checkout yet: ratchet ingest"
     lines += [f"{name:10} {service['url'] if service['answers'] else 'not running: ratchet up'}" for name, service in found["services"].items()]

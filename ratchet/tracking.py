@@ -143,7 +143,7 @@ def mlflow_client() -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-class mlflow_errors:  # noqa: N801  (reads as a block: `with mlflow_errors():`)
+class mlflow_errors:
     """MLflow's and the network's faults as one ServiceError."""
 
     def __enter__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import configparser
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ EXITED = re.compile(r"exited with (\d+)")
 CACHE_TYPES = "reflink,symlink,hardlink,copy"
 LANDING_TRIES = 5
 # DVC's advice for people at a prompt; the flow does these things itself.
-CHATTER = (">", "Use `dvc push`", "To track the changes", "To enable auto staging", "\tgit add", "\tdvc config", "Updating lock file", "Generating lock file")
+CHATTER = (">", "Use `dvc push`", "To track the changes", "To enable auto staging", "\tgit add", "\tdvc config", "Updating lock file", "Generating lock file", "WARNING: 'data/golden.jsonl' is empty", "Running stage")
 
 Say = Callable[[str], None]
 
@@ -89,15 +90,15 @@ def check_checkout(root: Path) -> str:
     return branch
 
 
-def run_stage(workspace: Workspace, stage: str, say: Say, *, force: bool = False) -> bool:
-    """Run one stage in its own process, its lines passed to `say`. Whether it ran (False: unchanged or from the cache). Raises StageError."""
-    command = [sys.executable, "-m", "dvc", "repro", "--single-item", *(["--force"] if force else []), stage]
+def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
+    """Run one stage in its own process, its lines passed to `say`. Whether its outputs were made or fetched anew (False: unchanged). Raises StageError."""
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
     lines, code = _stream(command, workspace.path, say)
     if code:
         found = EXITED.search("\n".join(lines))
-        told = [line for line in lines if not line.startswith(("ERROR: failed to reproduce", "Running stage", "Verifying"))]
+        told = [line for line in lines if line and not line.startswith(("ERROR: failed to reproduce", "Verifying", *CHATTER))]
         raise StageError(f"stage {stage} failed:\n" + "\n".join(told[-12:]), exit_code=2 if found and found.group(1) == "2" else 1)
-    return any(line.startswith("Running stage") for line in lines)
+    return not any(line.startswith(f"Stage '{stage}' didn't change") for line in lines)
 
 
 def _stream(command: list[str], folder: Path, say: Say) -> tuple[list[str], int]:
@@ -106,8 +107,8 @@ def _stream(command: list[str], folder: Path, say: Say) -> tuple[list[str], int]
     with subprocess.Popen(command, cwd=folder, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True) as process:
         try:
             for line in process.stdout or []:
+                lines.append(line.rstrip())
                 if line.strip() and not line.startswith(CHATTER):
-                    lines.append(line.rstrip())
                     say(line.rstrip())
         except BaseException:
             os.killpg(process.pid, signal.SIGTERM)
@@ -117,8 +118,6 @@ def _stream(command: list[str], folder: Path, say: Say) -> tuple[list[str], int]
 
 def stale_stages(workspace: Workspace) -> set[str]:
     """Names of the stages whose inputs, code, params or outputs changed since they last ran; downstream ones are not among them."""
-    import json
-
     found = json.loads(workspace.dvc("status", "--json"))
     return {name.rpartition(":")[2] for name in found if not name.endswith(".dvc")}
 

@@ -14,11 +14,13 @@ import msgspec
 
 from ratchet.champion import FILE, Champion, last_entry, read_champion, write_champion
 from ratchet.errors import ServiceError, UserError
+from ratchet.files import write_text
 from ratchet.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, set_alias
 from ratchet.tracking import KEY_TAG
 from ratchet.workspace import Workspace, land
 
 Say = Callable[[str], None]
+PENDING = ".ratchet/alias-pending"
 
 
 def promote(workspace: Workspace, version: Version, *, by: str, why: str, force: bool, say: Say) -> Champion:
@@ -26,7 +28,7 @@ def promote(workspace: Workspace, version: Version, *, by: str, why: str, force:
     current = read_champion(workspace.path)
     if current and current.version == version.number:
         say(f"v{version.number} is in charge already")
-        follow_alias(current, say)
+        follow_alias(workspace.root, current, say)
         return current
     if not force:
         _check_gate(version, current)
@@ -64,15 +66,23 @@ def rollback(workspace: Workspace, *, by: str, why: str, say: Say) -> Champion:
     return _put_in_charge(workspace, chosen, say)
 
 
-def follow_alias(champion: Champion, say: Say) -> bool:
-    """Make MLflow's aliases say what champion.json says; False, and a line, when MLflow does not answer."""
+def alias_is_pending(root: Path) -> bool:
+    """Whether MLflow still has to be told who is in charge."""
+    return (root / PENDING).exists()
+
+
+def follow_alias(root: Path, champion: Champion, say: Say) -> bool:
+    """Make MLflow's aliases say what champion.json says; False, and a mark for the next retraining, when MLflow does not answer."""
+    pending = root / PENDING
     try:
         if get_alias(champion.name, CHAMPION) != champion.version:
             set_alias(champion.name, CHAMPION, champion.version)
         if get_alias(champion.name, CHALLENGER) == champion.version:
             drop_alias(champion.name, CHALLENGER)
+        pending.unlink(missing_ok=True)
         return True
     except ServiceError as error:
+        write_text(pending, f"v{champion.version}\n")
         say(f"the alias in MLflow follows later: {error}")
         return False
 
@@ -100,7 +110,7 @@ def _put_in_charge(workspace: Workspace, chosen: Champion, say: Say) -> Champion
     tag = f"model/{chosen.name}/v{chosen.version}" if chosen.move == "promote" else None
     land(workspace, f"{verb} {chosen.name} v{chosen.version}\n\nBy {chosen.by}: {chosen.why}", [FILE], tag=tag)
     say(f"{FILE}: v{chosen.version} is in charge (before: {_named(chosen.replaced)})")
-    follow_alias(chosen, say)
+    follow_alias(workspace.root, chosen, say)
     return chosen
 
 
