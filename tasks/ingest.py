@@ -88,10 +88,11 @@ def freeze_golden(path: Path, pulled: Pulled, config: Config, *, rows: int) -> i
     """
     if path.exists() and path.stat().st_size:
         raise DataError(f"{path} holds a golden set already", remedy="it is frozen on purpose; to start another, empty the file in a commit of its own")
-    chosen = sorted(_test_rows(pulled, config), key=lambda row: xxhash.xxh3_64_intdigest(row[0].encode()))[:rows]
+    found = dict(_test_rows(pulled, config))  # by id: a row counts once
+    chosen = sorted(found, key=lambda key: xxhash.xxh3_64_intdigest(key.encode()))[:rows]
     if not chosen:
         raise DataError("no row is fit for the golden set", remedy="check the source's rows")
-    write_bytes(path, (encode_line(row) for _, row in chosen))
+    write_bytes(path, (encode_line(found[key]) for key in chosen))
     return len(chosen)
 
 

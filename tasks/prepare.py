@@ -54,6 +54,8 @@ class Prepared:
                 example = self._parse(line, "auto", {"batch": "golden"})
             except RowError as error:
                 raise DataError(f"{path}:{number} ({error.reason}): {error}", remedy="the golden set is frozen and small: mend the row by hand") from None
+            if example.id in self._seen:
+                raise DataError(f"{path}:{number} stands there twice: it would count twice in every comparison", remedy="take one of the two out")
             self._clusters.place(example, "golden")
             self._seen.add(example.id)
             self.rows["golden"].append(example)
