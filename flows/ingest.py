@@ -11,6 +11,7 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
 
 from flows.retries import can_pass
 from flows.say import say
@@ -24,7 +25,14 @@ TRIES = 3  # another ingest may land first; ours then starts over on top of it
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
-@flow(name="ingest", flow_run_name="ingest", persist_result=False)
+def name_run() -> str:
+    """What is pulled, for the list of runs."""
+    given = flow_run.parameters
+    what = given.get("path") or ", ".join(given.get("packages") or []) or given.get("source") or "the source of params.yaml"
+    return f"{'freeze golden rows' if given.get('golden') else 'ingest'}: {what}"
+
+
+@flow(name="ingest", flow_run_name=name_run, persist_result=False)
 def ingest(root: str | None = None, source: str | None = None, path: str | None = None, packages: list[str] | None = None, golden: int = 0) -> dict[str, Any]:
     """Returns {batch, rows, new, commit}. With `golden` that many rows become the frozen golden set instead. Raises DataError, CheckoutError."""
     home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()

@@ -24,7 +24,7 @@ from ratchet.registry import CHALLENGER, Version, set_alias
 from ratchet.report import model_card
 from ratchet.workspace import Workspace, check_out, land, locked, open_workspace, push_data, run_stage, stale_stages, who
 from tasks.pin import READERS, needs_pin, pin
-from tasks.promote import alias_is_pending, follow_alias, promote
+from tasks.promote import alias_is_pending, check_registry, follow_alias, promote
 from tasks.record import Findings, close_lost_runs, describe_data, read_findings, record, register
 
 OUTPUTS = ["dvc.lock", "reports", "models", "data"]  # what is tracked by git among them: locks, .gitignore files, the verdict
@@ -93,6 +93,8 @@ def land_outputs(workspace: Workspace, reason: str) -> str:
 @task(name="register", **RETRIED)
 def publish(workspace: Workspace, found: Findings, config: Config, commit: str, reason: str) -> Version:
     """The candidate as a registered version, its run complete, and the verdict as an artifact of the flow run."""
+    if current := read_champion(workspace.path):
+        check_registry(current)
     lost = close_lost_runs(config, but=found.manifest["run_key"])
     run_id = record(found, config, commit=commit, reason=reason)
     data = describe_data(workspace.path, found.profile, found.manifest["batches"])

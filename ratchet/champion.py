@@ -5,6 +5,7 @@ The file is the truth; MLflow's alias `champion` follows it, so that a rollback 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +52,27 @@ def write_champion(root: Path, champion: Champion) -> None:
 
 def read_ledger(root: Path) -> list[tuple[str, Champion]]:
     """(commit that moved the champion, entry), the newest first."""
-    try:
-        commits = git(root, "log", "--format=%H", "--", FILE).split()
-    except CommandError:
-        return []
-    return [(commit, _decode(git(root, "show", f"{commit}:{FILE}").encode(), f"{FILE} at {commit[:8]}")) for commit in commits]
+    return list(_entries(root))
 
 
 def last_entry(root: Path, version: int) -> Champion | None:
-    """The newest entry in which that version was in charge."""
-    return next((entry for _, entry in read_ledger(root) if entry.version == version), None)
+    """The newest entry in which that version was in charge. What is older is not looked at, so a rollback needs no whole history."""
+    return next((entry for _, entry in _entries(root) if entry.version == version), None)
+
+
+def _entries(root: Path) -> Iterator[tuple[str, Champion]]:
+    try:
+        commits = git(root, "log", "--format=%H", "--diff-filter=d", "--", FILE).split()
+    except CommandError:
+        return
+    for commit in commits:
+        yield commit, _decode(git(root, "show", f"{commit}:{FILE}").encode(), f"{FILE} at {commit[:8]}")
 
 
 def _decode(raw: bytes, where: str) -> Champion:
     try:
         return msgspec.json.decode(raw, type=Champion)
     except msgspec.DecodeError as error:
-        raise CheckoutError(f"{where} is no champion entry: {error}", remedy=f"git checkout HEAD -- {FILE}; the file is written by `ratchet promote` and `ratchet rollback`") from None
+        raise CheckoutError(
+            f"{where} is no champion entry: {error}", remedy=f"git checkout HEAD -- {FILE}; the file is written by `ratchet promote` and `ratchet rollback`"
+        ) from None

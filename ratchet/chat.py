@@ -7,6 +7,7 @@ and one end-of-turn token to exactly the ids that serving sends as the prompt: p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 # Private-use characters stand for the contents while the template is rendered; a template copies them as they are.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
+MARKED = re.compile(f"{OPEN}(\\d+){CLOSE}")
+CONTROL = re.compile(r"[<\[].+[>\]]")
+PROBE = (Message("user", "a"), Message("assistant", "b"))
 
 
 class Encoded(NamedTuple):
@@ -37,6 +41,7 @@ class ChatFormat:
                 remedy="name a Jinja template of your own in `base.chat_template`, or take the instruction-tuned variant of the model",
             )
         self.tokenizer = tokenizer
+        self._plain_markers = self._find_plain_markers()
         self.stop_id = self._find_stop_id()
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_id
         self._check_round_trip()
@@ -75,31 +80,54 @@ class ChatFormat:
     def _pieces(self, messages: Sequence[Message], *, opening: bool) -> list[tuple[str, Message | None]]:
         """The rendered conversation cut at its contents: (text of the template, None) and (content, its message) in turn."""
         marked = [{"role": message.role, "content": f"{OPEN}{index}{CLOSE}"} for index, message in enumerate(messages)]
-        rendered = str(self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=opening))
-        pieces: list[tuple[str, Message | None]] = []
+        texts = MARKED.split(self._render(marked, opening=opening))  # text, number, text, number, … text
+        shown = [int(number) for number in texts[1::2]]
         for index, message in enumerate(messages):
-            before, found, rendered = rendered.partition(f"{OPEN}{index}{CLOSE}")
-            if not found:
+            if shown.count(index) != 1:
                 raise BaseModelError(
-                    f"the chat template leaves out message {index} ({message.role}): the model would never see it",
-                    remedy="name a template in `base.chat_template` that keeps every message, or take such messages out of the rows",
+                    f"the chat template writes message {index} ({message.role}) {shown.count(index)} times, wanted once: what it leaves out the model never sees",
+                    remedy="name a template in `base.chat_template` that writes every message once, or take such messages out of the rows",
                 )
-            pieces += [(before, None), (message.content, message)]
-        return [piece for piece in [*pieces, (rendered, None)] if piece[0]]
+        pieces: list[tuple[str, Message | None]] = [(texts[0], None)]
+        for index, after in zip(shown, texts[2::2], strict=True):
+            pieces += [(messages[index].content, messages[index]), (after, None)]
+        return [piece for piece in pieces if piece[0]]
+
+    def _render(self, messages: list[dict[str, str]], *, opening: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening))
+        except TemplateError as error:
+            raise BaseModelError(
+                f"the chat template refuses a conversation of {', '.join(message['role'] for message in messages)}: {error}",
+                remedy="name a template in `base.chat_template` that takes these turns, or take such messages out of the rows",
+            ) from None
 
     def _template_ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _content_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return [token for part in self._plain_markers.split(text) for token in self.tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True)]
+
+    def _find_plain_markers(self) -> re.Pattern[str]:
+        """Matches inside each added token that looks like a control token but is not flagged special (`<think>` …): `split_special_tokens` leaves those whole."""
+        plain = [token.content for token in self.tokenizer.added_tokens_decoder.values() if not token.special and CONTROL.fullmatch(token.content)]
+        return re.compile("|".join(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in plain) or "(?!)")
 
     def _find_stop_id(self) -> int:
-        """The first token that the template writes after an answer; the tokenizer's end-of-text where it writes none."""
-        probe = [Message("user", "a"), Message("assistant", "b")]
-        tail, last = self._pieces(probe, opening=False)[-1]
-        stop = self._template_ids(tail)[0] if last is None and tail else self.tokenizer.eos_token_id
+        """The control token that the template writes right after an answer; the tokenizer's end-of-text where it writes none.
+
+        Plain text, such as a line break, ends no turn: answers hold it as well.
+        """
+        tail, last = self._pieces(PROBE, opening=False)[-1]
+        first = self._template_ids(tail)[0] if last is None else None
+        stop = first if first in self.tokenizer.added_tokens_decoder else self.tokenizer.eos_token_id
         if stop is None:
-            raise BaseModelError("neither the chat template nor the tokenizer has a token that ends an answer", remedy="name a template in `base.chat_template` that closes the assistant's turn")
+            raise BaseModelError(
+                "neither the chat template nor the tokenizer has a token that ends an answer",
+                remedy="name a template in `base.chat_template` that closes the assistant's turn",
+            )
         return int(stop)
 
     def _check_round_trip(self) -> None:
@@ -107,4 +135,7 @@ class ChatFormat:
         text = "a b"
         seen = self.tokenizer.decode(self._content_ids(text))
         if seen != text:
-            raise BaseModelError(f"this tokenizer turns {text!r} into {seen!r} when a piece is encoded by itself", remedy="take a base with a byte-level tokenizer (Llama 3, Qwen, SmolLM, Mistral Tekken …)")
+            raise BaseModelError(
+                f"this tokenizer turns {text!r} into {seen!r} when a piece is encoded by itself",
+                remedy="take a base with a byte-level tokenizer (Llama 3, Qwen, SmolLM, Mistral Tekken …)",
+            )

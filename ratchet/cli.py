@@ -139,7 +139,7 @@ def status(as_json: Json = False) -> None:
     from ratchet.status import describe, see_status
 
     found = see_status(root, _config(root))
-    _show(found, as_json, lambda: [_say(line) for line in describe(found)])
+    _show(found, as_json, lambda: _say("\n".join(describe(found))))
 
 
 @app.command()
@@ -183,7 +183,7 @@ def history(as_json: Json = False) -> None:
     from ratchet.status import ledger_lines, ledger_rows
 
     rows = ledger_rows(root)
-    _show(rows, as_json, lambda: [_say(line) for line in ledger_lines(rows)])
+    _show(rows, as_json, lambda: _say("\n".join(ledger_lines(rows))))
 
 
 @app.command()

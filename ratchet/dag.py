@@ -1,6 +1,8 @@
 """Which modules of ours a stage's result depends on: the stage's own and all that it imports, found by parsing.
 
     python -m ratchet.dag          # prints the deps that dvc.yaml should hold; tests/test_dag.py compares
+
+Imports inside functions count, relative ones are not seen.
 """
 
 from __future__ import annotations

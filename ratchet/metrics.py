@@ -15,20 +15,22 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """F1 over words, as multisets, lower case (SQuAD, arXiv 1606.05250, without its removal of articles)."""
+    """F1 over words, as multisets, lower case (SQuAD, arXiv 1606.05250, without its removal of articles). Without words on both sides: exact match."""
     left, right = Counter(_words(answer)), Counter(_words(reference))
     common = sum((left & right).values())
     if not common:
-        return float(not left and not right)
+        return exact_match(answer, reference) if not left and not right else 0.0
     precision, recall = common / sum(left.values()), common / sum(right.values())
     return 2 * precision * recall / (precision + recall)
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words, lower case (Lin 2004, W04-1013)."""
+    """F1 of the longest common subsequence of words, lower case (Lin 2004, W04-1013). Without words on both sides: exact match."""
     left, right = _words(answer), _words(reference)
     longest = _longest_common(left, right)
-    return 2 * longest / (len(left) + len(right)) if longest else float(not left and not right)
+    if not longest:
+        return exact_match(answer, reference) if not left and not right else 0.0
+    return 2 * longest / (len(left) + len(right))
 
 
 def chrf(answer: str, reference: str) -> float:

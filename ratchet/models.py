@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ratchet.config import AdapterConfig
 from ratchet.errors import BaseModelError
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 WEIGHTS = "adapter_model.safetensors"
-LORA_KEYS = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora", "modules_to_save")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -40,14 +39,19 @@ def load_base(folder: Path, *, method: str = "lora") -> PreTrainedModel:
     source, revision = (folder, None) if manifest["model"] == "demo" else (manifest["model"], manifest["revision"])
     settings: dict[str, Any] = {"dtype": getattr(torch, precision(method)[0]), "attn_implementation": "sdpa"}
     if method == "qlora":
-        settings["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        settings["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        )
         settings["device_map"] = {"": device()}
     with quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(source, revision=revision, trust_remote_code=False, local_files_only=True, use_safetensors=True, **settings)
+            model: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, trust_remote_code=False, local_files_only=True, use_safetensors=True, **settings)
         except OSError as error:
-            raise BaseModelError(f"the weights of {manifest['model']}@{revision} are not on this machine: {str(error).splitlines()[0]}", remedy="dvc repro --force base (with network), or pull the cache") from None
-    return model if method == "qlora" else model.to(device())
+            raise BaseModelError(
+                f"the weights of {manifest['model']}@{revision} are not on this machine: {str(error).splitlines()[0]}",
+                remedy="dvc repro --force base (with network), or pull the cache",
+            ) from None
+    return cast("PreTrainedModel", model if method == "qlora" else model.to(device()))
 
 
 def precision(method: str) -> tuple[str, str]:
@@ -65,35 +69,53 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def add_adapter(base: PreTrainedModel, config: AdapterConfig) -> Any:
-    """A fresh adapter on `base`; with it, the model computes what the base does."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+def prepare_quantised(base: Any) -> Any:
+    """A base in NF4 made ready for training: norms and embeddings in float32, its weights frozen."""
+    from peft import prepare_model_for_kbit_training
 
-    if config.method == "qlora":
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
+
+
+def add_adapter(base: Any, config: AdapterConfig, *, seed: int) -> Any:
+    """A fresh adapter on `base`, its weights drawn from `seed`; with it, the model computes what the base does."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": targets}
+    set_seed(seed)  # PEFT draws from torch's global generator
     with quiet():
-        return get_peft_model(base, LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM"))
+        return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
 
 
 def load_adapter(base: Any, folder: Path, *, name: str = "default", trainable: bool = False) -> Any:
-    """`base` with the adapter of `folder`; PEFT's own loading accepts missing and foreign keys without a word, this one does not."""
+    """`base` with the adapter of `folder`; PEFT's own loading accepts missing and foreign keys without a word, this one raises BaseModelError."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    wanted = load_file(folder / WEIGHTS)
-    with quiet():
-        if isinstance(base, PeftModel):
-            base.load_adapter(folder, adapter_name=name, is_trainable=trainable)
-            model = base
-        else:
-            model = PeftModel.from_pretrained(base, folder, adapter_name=name, is_trainable=trainable)
+    if not (folder / WEIGHTS).exists():
+        raise BaseModelError(f"{folder} holds no {WEIGHTS}", remedy="dvc pull brings what a training saved; pickled adapters are never loaded")
+    wanted = set(load_file(folder / WEIGHTS))
+    try:
+        with quiet():
+            if isinstance(base, PeftModel):
+                base.load_adapter(folder, adapter_name=name, is_trainable=trainable)
+                model = base
+            else:
+                model = PeftModel.from_pretrained(base, folder, adapter_name=name, is_trainable=trainable)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise _misfit(folder, str(error).splitlines()[1].strip()) from None
     loaded = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
-    if loaded != set(wanted):
-        odd = sorted(loaded ^ set(wanted))
-        raise BaseModelError(f"{folder} does not fit the base: {len(odd)} weights differ, the first {odd[0]}", remedy="the adapter was trained on another base or with other target modules; set `train.start_from: base`")
+    if odd := sorted(loaded ^ wanted):
+        raise _misfit(folder, f"{len(odd)} weights differ, the first {odd[0]}")
     return model
+
+
+def _misfit(folder: Path, what: str) -> BaseModelError:
+    return BaseModelError(f"{folder} does not fit the base: {what}", remedy="the adapter was trained on another base or with other target modules; set `train.start_from: base`")
 
 
 def adapter_sha256(folder: Path) -> str:

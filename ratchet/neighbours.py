@@ -19,8 +19,7 @@ Split = Literal["train", "validation", "test"]
 Side = Literal["train", "validation", "test", "golden"]
 
 PERMUTATIONS = 64
-# 16 bands of 4 rows: of pairs with Jaccard 0.8 the bands miss (1 - 0.8^4)^16, less than one in 5,000.
-BANDS = 16
+MISSED = 1e-3  # share of near pairs that the bands may miss, at most
 WORD = re.compile(r"\w+")
 
 
@@ -36,7 +35,7 @@ class Clusters:
 
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
-        self._index = RMinHashLSH(threshold=config.near_duplicate, num_perm=PERMUTATIONS, num_bands=BANDS)
+        self._index = RMinHashLSH(threshold=config.near_duplicate, num_perm=PERMUTATIONS, num_bands=bands_for(config.near_duplicate))
         self._rows: list[tuple[str, Side, frozenset[str]]] = []
 
     def place(self, example: Example, side: Side | None = None) -> Placed:
@@ -53,6 +52,11 @@ class Clusters:
             self._index.insert(len(self._rows), sketch)
             self._rows.append((example.id, chosen, shingles))
         return Placed(chosen, near[0][0] if near else None)
+
+
+def bands_for(threshold: float) -> int:
+    """Fewest bands (they bring the fewest candidates) that miss few pairs at the threshold: (1 - 0.8^4)^16 is one in 5,000."""
+    return next((bands for bands in (4, 8, 16, 32) if (1 - threshold ** (PERMUTATIONS // bands)) ** bands < MISSED), PERMUTATIONS)
 
 
 def split_by_hash(example_id: str, config: PrepareConfig) -> Split:

@@ -63,7 +63,9 @@ def set_alias(name: str, alias: str, number: int) -> None:
     if seen != number:
         from ratchet.errors import ServiceError
 
-        raise ServiceError(f"alias {alias} of {name} is v{seen} right after it was set to v{number}", remedy="somebody else moves it: look into MLflow's UI, then run the command again")
+        raise ServiceError(
+            f"alias {alias} of {name} is v{seen} right after it was set to v{number}", remedy="somebody else moves it: look into MLflow's UI, then run the command again"
+        )
 
 
 def get_alias(name: str, alias: str) -> int | None:

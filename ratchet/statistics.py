@@ -1,7 +1,8 @@
-"""Intervals by the bootstrap: of a mean, and of paired differences (Efron & Tibshirani 1993, chapter 13)."""
+"""Intervals: of paired differences and of means by the bootstrap (Efron & Tibshirani 1993, chapter 13), of shares by Wilson's score."""
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,15 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+
+def wilson(values: Values, *, alpha: float) -> Interval:
+    """Score interval of a share (Wilson 1927); for values that are 0 or 1. Unlike the bootstrap it is honest about 0 of n."""
+    rows, mean = len(values), float(values.mean())
+    z = NormalDist().inv_cdf(1 - alpha)
+    centre = (mean + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z / (1 + z * z / rows) * float(np.sqrt(mean * (1 - mean) / rows + z * z / (4 * rows * rows)))
+    return Interval(mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)))
 
 
 def bootstrap_mean(values: Values, *, alpha: float, resamples: int, seed: int) -> Interval:

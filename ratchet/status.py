@@ -10,6 +10,7 @@ from ratchet.champion import read_champion, read_ledger
 from ratchet.config import Config
 from ratchet.files import read_json
 from ratchet.services import list_services
+from ratchet.workspace import failed_workspaces
 
 
 def see_status(root: Path, config: Config) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def see_status(root: Path, config: Config) -> dict[str, Any]:
         },
         "promotion": config.promotion,
         "services": {service.name: {"url": service.url, "answers": service.answers} for service in list_services(root, config)},
-        "left": sorted(path.name for path in (root / ".ratchet/workspaces").glob("*") if path.is_dir()),
+        "left": sorted(path.name for path in failed_workspaces(root)),
     }
 
 

@@ -50,7 +50,8 @@ class History:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """Its whole lines: the last one may be half-written while the training runs."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
 
 
 class LiveCopy:
@@ -155,7 +156,9 @@ class mlflow_errors:
 
         if isinstance(error, MlflowException | RequestException | ConnectionError):
             first = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            raise ServiceError(f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI')}: {first}", remedy="`ratchet up` starts it; what was not delivered is delivered by the next `ratchet retrain`") from error
+            raise ServiceError(
+                f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI')}: {first}", remedy="`ratchet up` starts it; what was not delivered is delivered by the next `ratchet retrain`"
+            ) from error
 
 
 def parameters(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

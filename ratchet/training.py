@@ -58,7 +58,7 @@ def fit(
     """
     set_seed(schedule.seed)
     # Filling fresh memory is for finding reads of it; results do not depend on it, and it costs a tenth of a step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     watch = _Watch(model, schedule, report)
     with tempfile.TemporaryDirectory(prefix="ratchet-train-") as scratch:
         trainer = _Trainer(
@@ -70,6 +70,7 @@ def fit(
             callbacks=[watch],
         )
         trainer.text_weight = text_weight
+        trainer.validation_density = sum(label != IGNORED for window in validation for label in window.labels) / (len(validation) or 1)
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
         result = trainer.train()
@@ -115,8 +116,12 @@ def _arguments(scratch: str, schedule: Schedule, *, evaluates: bool) -> Training
 
 class _Trainer(Trainer):
     text_weight: float | None = None
+    validation_density: float  # learned tokens a window
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        if not model.training:
+            # The mean over windows of what this gives is the loss a learned token, whatever the batches are.
+            num_items_in_batch = self.validation_density * len(inputs["input_ids"])
         if self.text_weight is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         ids, labels, positions = inputs["input_ids"], inputs["labels"], inputs["position_ids"]
@@ -152,7 +157,7 @@ class _Collator:
         return columns
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
+class _Watch(TrainerCallback):
     """Reports the curve, stops on what is not finite, keeps the best trainable weights in memory."""
 
     def __init__(self, model: torch.nn.Module, schedule: Schedule, report: Report) -> None:
@@ -169,7 +174,9 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         values = {name: float(value) for key, value in (logs or {}).items() if (name := names.get(key))}
         for name, value in values.items():
             if not math.isfinite(value):
-                raise DivergenceError(f"{name} is {value} at step {state.global_step} of {state.max_steps}", remedy="lower `train.learning_rate`; nothing was saved, the champion is untouched")
+                raise DivergenceError(
+                    f"{name} is {value} at step {state.global_step} of {state.max_steps}", remedy="lower `train.learning_rate`; nothing was saved, the champion is untouched"
+                )
         if values:
             self._report(state.global_step, values)
 

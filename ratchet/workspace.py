@@ -16,8 +16,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -25,10 +26,24 @@ from typing import NamedTuple
 from ratchet.errors import CheckoutError, CommandError, StageError
 
 EXITED = re.compile(r"exited with (\d+)")
+WORKSPACES = Path(".ratchet/workspaces")
 CACHE_TYPES = "reflink,symlink,hardlink,copy"
 LANDING_TRIES = 5
+# What git says when the checkout holds something that a landing would overwrite.
+IN_THE_WAY = re.compile(r"(Working directory has (?:un)?staged changes|Untracked working tree file .*? would)")
 # DVC's advice for people at a prompt; the flow does these things itself.
-CHATTER = (">", "Use `dvc push`", "To track the changes", "To enable auto staging", "\tgit add", "\tdvc config", "Updating lock file", "Generating lock file", "WARNING: 'data/golden.jsonl' is empty", "Running stage")
+CHATTER = (
+    ">",
+    "Use `dvc push`",
+    "To track the changes",
+    "To enable auto staging",
+    "\tgit add",
+    "\tdvc config",
+    "Updating lock file",
+    "Generating lock file",
+    "WARNING: 'data/golden.jsonl' is empty",
+    "Running stage",
+)
 
 Say = Callable[[str], None]
 
@@ -49,22 +64,39 @@ class Workspace(NamedTuple):
 
 @contextmanager
 def open_workspace(root: Path, purpose: str, say: Say, *, keep_failed: int = 2) -> Iterator[Workspace]:
-    """A fresh clone, removed when the block ends well; the last `keep_failed` that did not are kept to look at. Raises CheckoutError."""
+    """A fresh clone, removed when the block ends well; of a purpose, the last `keep_failed` that did not are kept to look at. Raises CheckoutError."""
     branch = check_checkout(root)
-    folder = root / ".ratchet" / "workspaces"
-    folder.mkdir(parents=True, exist_ok=True)
-    _forget_old(folder, keep_failed)
-    path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{purpose}-{os.getpid()}"
-    git(root, "clone", "--quiet", "--branch", branch, str(root), str(path))
-    _share_cache(root, path)
+    path = root / WORKSPACES / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{purpose}-{os.getpid()}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _forget_failed(root, purpose, keep_failed)
     try:
+        git(root, "clone", "--quiet", "--branch", branch, str(root), str(path))
+        _share_cache(root, path)
         yield Workspace(root, path, branch)
     except BaseException:
-        say(f"left to look at: {path}" if keep_failed else f"removed: {path}")
-        if not keep_failed:
-            shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            _set_aside(root, path, purpose, keep_failed, say)
         raise
     shutil.rmtree(path, ignore_errors=True)
+
+
+def failed_workspaces(root: Path) -> list[Path]:
+    """Workspaces that failed, and clones whose process was killed; the newest first."""
+    found = [path for path in (root / WORKSPACES).glob("*") if path.is_dir() and not _is_alive(path.name.rpartition("-")[2])]
+    return sorted(found, reverse=True)
+
+
+def _set_aside(root: Path, path: Path, purpose: str, keep: int, say: Say) -> None:
+    """Under a name without a process, so that nobody takes it for one in which somebody works."""
+    failed = path.rename(path.with_name(f"{path.name}-failed"))
+    _forget_failed(root, purpose, keep)
+    if keep:
+        say(f"left to look at: {failed}")
+
+
+def _forget_failed(root: Path, purpose: str, keep: int) -> None:
+    for path in [path for path in failed_workspaces(root) if f"-{purpose}-" in path.name][keep:]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_checkout(root: Path) -> str:
@@ -73,8 +105,12 @@ def check_checkout(root: Path) -> str:
         raise CheckoutError("git is not installed", remedy="install it (apt-get install git), then run again")
     try:
         top = Path(git(root, "rev-parse", "--show-toplevel").strip())
-    except CommandError:
-        raise CheckoutError(f"{root} is no git repository", remedy="work in a clone: every run is traced to a commit (a downloaded archive: git init && git add -A && git commit -m start)") from None
+    except CommandError as error:
+        if "dubious ownership" in str(error):
+            raise CheckoutError(f"{root} belongs to another user, so git refuses to work in it", remedy=f"git config --global --add safe.directory {root}") from None
+        raise CheckoutError(
+            f"{root} is no git repository", remedy="work in a clone: every run is traced to a commit (a downloaded archive: git init && git add -A && git commit -m start)"
+        ) from None
     if top.resolve() != root.resolve():
         raise CheckoutError(f"{root} is inside the repository {top}, not its root", remedy=f"run the command with -C {top}")
     try:
@@ -95,16 +131,18 @@ def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
     lines, code = _stream(command, workspace.path, say)
     if code:
-        found = EXITED.search("\n".join(lines))
+        codes = EXITED.findall("\n".join(lines))  # DVC's own word comes last
         told = [line for line in lines if line and not line.startswith(("ERROR: failed to reproduce", "Verifying", *CHATTER))]
-        raise StageError(f"stage {stage} failed:\n" + "\n".join(told[-12:]), exit_code=2 if found and found.group(1) == "2" else 1)
+        raise StageError(f"stage {stage} failed:\n" + "\n".join(told[-12:]), exit_code=2 if codes[-1:] == ["2"] else 1)
     return not any(line.startswith(f"Stage '{stage}' didn't change") for line in lines)
 
 
 def _stream(command: list[str], folder: Path, say: Say) -> tuple[list[str], int]:
     """Lines and exit code of a command. A signal to us ends its whole process group: DVC does not pass one on to the stage."""
     lines: list[str] = []
-    with subprocess.Popen(command, cwd=folder, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True) as process:
+    with subprocess.Popen(
+        command, cwd=folder, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+    ) as process:
         try:
             for line in process.stdout or []:
                 lines.append(line.rstrip())
@@ -141,41 +179,73 @@ def push_data(workspace: Workspace, say: Say) -> None:
 
 
 def land(workspace: Workspace, message: str, paths: list[str], *, tag: str | None = None) -> str:
-    """Commit `paths` and push, rebasing when somebody was faster. The commit's id; that of HEAD when nothing changed. Raises CheckoutError, CommandError."""
+    """Commit `paths` and push, rebasing when somebody was faster. The commit's id; that of HEAD when nothing changed. Raises CheckoutError, CommandError.
+
+    A second try after a push that failed lands what the first one committed.
+    """
     workspace.git("add", "--", *paths)
-    changed = bool(workspace.git("diff", "--cached", "--name-only").strip())
-    if changed:
+    if workspace.git("diff", "--cached", "--name-only").strip():
         git(workspace.path, *_identity(workspace.root), "commit", "--quiet", "--message", message)
-    if changed or tag:
+    before = workspace.git("rev-parse", f"origin/{workspace.branch}").strip()
+    if tag or before != workspace.git("rev-parse", "HEAD").strip():
         with locked(workspace.root, "land"):
             _push(workspace, tag)
+            _bring_data(workspace, before)
     return workspace.git("rev-parse", "HEAD").strip()
 
 
 def _push(workspace: Workspace, tag: str | None) -> None:
+    """The branch and the tag together or not at all."""
     # Given to the receiving side of this push alone: the user's own configuration stays as it is.
     receive = "--receive-pack=git -c receive.denyCurrentBranch=updateInstead receive-pack"
-    for _ in range(LANDING_TRIES):
+    refs = [f"HEAD:refs/heads/{workspace.branch}", *([f"+HEAD:refs/tags/{tag}"] if tag else [])]
+    for tries_left in reversed(range(LANDING_TRIES)):
         try:
-            workspace.git("push", "--quiet", receive, "origin", f"HEAD:refs/heads/{workspace.branch}")
-            break
+            workspace.git("push", "--quiet", "--atomic", receive, "origin", *refs)
+            return
         except CommandError as error:
-            if "unstaged changes" in str(error) or "uncommitted" in str(error) or "staged changes" in str(error):
-                raise CheckoutError(f"{workspace.root} was changed while the run worked", remedy="git commit -a or git stash there, then run again: finished stages are kept in the cache") from None
-            git(workspace.path, *_identity(workspace.root), "pull", "--quiet", "--rebase", "origin", workspace.branch)
-    else:
-        raise CommandError(f"{workspace.branch} moved {LANDING_TRIES} times while this run was landing", remedy="run it again")
-    if tag:
-        workspace.git("tag", "--force", tag)
-        workspace.git("push", "--quiet", "--force", "origin", f"refs/tags/{tag}")
-    # Bring the checkout's data to the new commit. Local changes are kept: without --force DVC refuses to overwrite them.
-    subprocess.run([sys.executable, "-m", "dvc", "checkout", "--quiet", "--allow-missing"], cwd=workspace.root, env=child_environment(), capture_output=True, check=False)
+            if found := IN_THE_WAY.search(str(error)):
+                raise CheckoutError(
+                    f"{workspace.root} was changed while the run worked: {found.group(1).removesuffix(' would')}",
+                    remedy="git commit -a or git stash there, then run again: finished stages are kept in the cache",
+                ) from None
+            if not tries_left:
+                raise
+            if not catch_up(workspace):
+                time.sleep(0.5)  # nobody was faster: the checkout's index may be locked by a command of the user's
+
+
+def catch_up(workspace: Workspace) -> bool:
+    """Bring what landed meanwhile into the workspace, its own commits on top. Whether there was anything. Raises CommandError when both changed the same lines."""
+    workspace.git("fetch", "--quiet", "origin", workspace.branch)
+    if not workspace.git("rev-list", "--max-count=1", f"HEAD..origin/{workspace.branch}").strip():
+        return False
+    try:
+        git(workspace.path, *_identity(workspace.root), "rebase", "--quiet", "--autostash", f"origin/{workspace.branch}")
+    except CommandError as error:
+        files = workspace.git("diff", "--name-only", "--diff-filter=U").split()
+        with suppress(CommandError):
+            workspace.git("rebase", "--abort")  # or a second try would commit the conflict's marks
+        if not files:
+            raise
+        raise CommandError(f"another commit on {workspace.branch} changed {', '.join(files)} as well", remedy="run it again: finished stages are kept in the cache") from error
+    return True
+
+
+def _bring_data(workspace: Workspace, before: str) -> None:
+    """The checkout's data to the new commit. Local changes are kept: without --force DVC refuses to overwrite them."""
+    if any(name.endswith((".dvc", "dvc.lock")) for name in workspace.git("diff", "--name-only", before, "HEAD").splitlines()):
+        command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--allow-missing"]
+        subprocess.run(command, cwd=workspace.root, env=child_environment(), capture_output=True, check=False)
 
 
 def _identity(root: Path) -> list[str]:
-    """The user's own; a neutral one where git knows none (a CI runner, a container)."""
-    known = subprocess.run(["git", "config", "user.email"], cwd=root, capture_output=True, check=False).returncode == 0 or "GIT_AUTHOR_EMAIL" in os.environ
-    return [] if known else ["-c", "user.name=Ratchet", "-c", "user.email=ratchet@localhost"]
+    """The user's own, also where only the checkout's configuration has it; a neutral one where git knows none (a CI runner, a container)."""
+    known = {"user.name": "Ratchet", "user.email": "ratchet@localhost"}
+    for key in known:
+        with suppress(CommandError):
+            known[key] = git(root, "config", key).strip() or known[key]
+    return [part for key, value in known.items() for part in ("-c", f"{key}={value}")]
 
 
 def who(root: Path) -> str:
@@ -222,30 +292,38 @@ def child_environment() -> dict[str, str]:
 
 
 def _share_cache(root: Path, path: Path) -> None:
-    """What `dvc cache dir --local` and `dvc config --local cache.type` would write, without their second of start-up."""
-    config = _dvc_config(root, "config.local")
-    committed = _dvc_config(root, "config")
-    if not config.has_section("cache"):
-        config.add_section("cache")
+    """What `dvc cache dir --local` and `dvc config --local` would write, without their second of start-up."""
+    config, committed = _dvc_config(root, "config.local"), _dvc_config(root, "config")
+    for section in ("core", "cache"):
+        if not config.has_section(section):
+            config.add_section(section)
     known = config.get("cache", "dir", fallback=committed.get("cache", "dir", fallback="cache")).strip("\"'")
     # Quoted: DVC reads an unquoted comma as the end of a list's item.
     config.set("cache", "dir", f'"{(root / ".dvc" / known).resolve()}"')
     config.set("cache", "type", f'"{CACHE_TYPES}"')
-    with (path / ".dvc" / "config.local").open("w", encoding="utf-8") as out:
+    # DVC's own notes about a clone would otherwise outlive it under /var/tmp.
+    config.set("core", "site_cache_dir", f'"{path / ".dvc" / "tmp" / "site"}"')
+    _keep_remotes(root, config, committed)
+    local = path / ".dvc" / "config.local"
+    local.touch(mode=0o600)  # it may hold a remote's password
+    with local.open("w", encoding="utf-8") as out:
         config.write(out)
+
+
+def _keep_remotes(root: Path, config: configparser.ConfigParser, committed: configparser.ConfigParser) -> None:
+    """DVC reads a remote's relative path from the folder of the configuration, which is another one in the clone."""
+    for section in {*config.sections(), *committed.sections()}:
+        url = config.get(section, "url", fallback=committed.get(section, "url", fallback="")).strip("\"'")
+        if section.startswith("'remote ") and url and "://" not in url and not url.startswith(("/", "~")):
+            if not config.has_section(section):
+                config.add_section(section)
+            config.set(section, "url", f'"{(root / ".dvc" / url).resolve()}"')
 
 
 def _dvc_config(root: Path, name: str) -> configparser.ConfigParser:
     config = configparser.ConfigParser(interpolation=None)
     config.read(root / ".dvc" / name, encoding="utf-8")
     return config
-
-
-def _forget_old(folder: Path, keep: int) -> None:
-    """Workspaces that failed, and clones whose process was killed: all but the newest `keep`, and none whose process lives."""
-    left = sorted((path for path in folder.iterdir() if path.is_dir() and not _is_alive(path.name.rpartition("-")[2])), reverse=True)
-    for path in left[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_alive(process: str) -> bool:

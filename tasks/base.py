@@ -9,7 +9,9 @@ The demo's base reads part of the modules only, and of these only rows that prep
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,15 @@ from ratchet.chat import ChatFormat, Encoded
 from ratchet.config import BaseConfig, Config, DemoBase, PrepareConfig, PydocSource
 from ratchet.errors import BaseModelError, DataError
 from ratchet.examples import Example, Message, make_example
-from ratchet.files import require_space, sha256_file, whole_folder, write_json, write_text
+from ratchet.files import read_json, require_space, sha256_file, whole_folder, write_json, write_text
 from ratchet.models import MANIFEST, load_tokenizer, quiet
-from ratchet.neighbours import Clusters
+from ratchet.neighbours import Clusters, split_by_hash
 from ratchet.packing import pack
 from ratchet.sources.pydoc import harvest
 from ratchet.stage import run_stage, say
 
 CONTROL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}<|end|>{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
-)
+CHAT_TEMPLATE = "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}<|end|>{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
 SEEN = "seen.txt"  # ids of the rows that the base was trained on, so that evaluation can prove that it tests on none
 
 
@@ -52,43 +52,79 @@ def make_base(out: Path, config: Config) -> dict[str, Any]:
 
 
 def _take_from_hub(folder: Path, config: BaseConfig) -> dict[str, Any]:
-    from transformers import AutoConfig
-
     snapshot = _snapshot(config)
-    pickled = sorted(path.name for path in snapshot.iterdir() if path.suffix in (".bin", ".pt", ".pkl", ".ckpt"))
-    if not list(snapshot.glob("*.safetensors")):
-        raise BaseModelError(f"{config.model}@{config.revision} holds no safetensors (found {pickled or 'no weights'})", remedy="take a model, or a revision, with safetensors: pickles are never loaded")
-    model = AutoConfig.from_pretrained(snapshot, trust_remote_code=False, local_files_only=True)
-    if getattr(model, "auto_map", None):
-        raise BaseModelError(f"{config.model} wants to run its own code (auto_map)", remedy="take a model whose architecture transformers knows; remote code is never run")
+    name = f"{config.model}@{config.revision}"
+    weights, missing = _weights(snapshot)
+    if not weights:
+        pickled = sorted(path.name for path in snapshot.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+        raise BaseModelError(f"{name} holds no safetensors (found {pickled or 'no weights'})", remedy="take a model, or a revision, with safetensors: pickles are never loaded")
+    if missing:
+        raise BaseModelError(f"{name} is in the hub's cache in part: {len(missing)} of its weight files are missing, the first {missing[0]}", remedy=_fetch_command(config))
+    settings = _read_settings(snapshot, name)
     tokenizer = load_tokenizer(snapshot)
     if config.chat_template:
         tokenizer.chat_template = _read_template(Path(config.chat_template))
     ChatFormat(tokenizer)
     tokenizer.save_pretrained(folder)
-    weights = {path.name: sha256_file(path) for path in sorted(snapshot.glob("*.safetensors"))}
-    return {"context": int(getattr(model, "max_position_embeddings", 2048)), "vocab_size": int(model.vocab_size), "weights": weights}
+    return {
+        "context": int(getattr(settings, "max_position_embeddings", 2048)),
+        "vocab_size": int(settings.vocab_size),
+        "weights": {path.name: sha256_file(path) for path in weights},
+    }
+
+
+def _read_settings(snapshot: Path, name: str) -> Any:
+    """The text model's config. Raises BaseModelError for code of its own, which is never run, and for what transformers does not know."""
+    from transformers import AutoConfig
+
+    for path in (snapshot / "config.json", snapshot / "tokenizer_config.json"):
+        if path.exists() and "auto_map" in read_json(path):
+            raise BaseModelError(
+                f"{name} wants to run its own code (auto_map in {path.name})", remedy="take a model whose architecture transformers knows; remote code is never run"
+            )
+    try:
+        return AutoConfig.from_pretrained(snapshot, trust_remote_code=False, local_files_only=True).get_text_config()
+    except (ValueError, OSError, KeyError) as error:
+        raise BaseModelError(
+            f"{name} has a config.json that transformers {version('transformers')} cannot read: {str(error).splitlines()[0]}", remedy="take another model"
+        ) from None
+
+
+def _weights(snapshot: Path) -> tuple[list[Path], list[str]]:
+    """The safetensors that are there, and the names of those that the index lists beside."""
+    there = sorted(snapshot.glob("*.safetensors"))
+    index = snapshot / "model.safetensors.index.json"
+    listed = set(read_json(index)["weight_map"].values()) if index.exists() else set()
+    return there, sorted(listed - {path.name for path in there})
 
 
 def _snapshot(config: BaseConfig) -> Path:
-    """The hub's folder of that revision: from the cache, else downloaded."""
+    """The hub's folder of that revision: from the cache when it is whole there, else downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     settings: dict[str, Any] = {"repo_id": config.model, "revision": config.revision, "allow_patterns": wanted}
-    try:
-        return Path(snapshot_download(**settings, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
+    cached = None
+    with contextlib.suppress(LocalEntryNotFoundError):
+        cached = Path(snapshot_download(**settings, local_files_only=True))
+        weights, missing = _weights(cached)
+        if weights and not missing:
+            return cached
     try:
         return Path(snapshot_download(**settings))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        if cached:
+            return cached
         cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
         raise BaseModelError(
             f"{config.model}@{config.revision} is not in the hub's cache ({cache}) and cannot be fetched: {str(error).splitlines()[0]}",
-            remedy=f"with network: hf download {config.model} --revision {config.revision}; a gated model needs HF_TOKEN in the environment; or set `base.model: demo`",
+            remedy=f"{_fetch_command(config)}; a gated model needs HF_TOKEN in the environment; or set `base.model: demo`",
         ) from None
+
+
+def _fetch_command(config: BaseConfig) -> str:
+    return f"with network: hf download {config.model} --revision {config.revision}"
 
 
 def _read_template(path: Path) -> str:
@@ -111,12 +147,15 @@ def _make_demo(folder: Path, config: BaseConfig, splits: PrepareConfig) -> dict[
 
 
 def reading(demo: DemoBase, splits: PrepareConfig) -> list[Example]:
-    """Rows for the base: training rows of its share of the modules. Raises DataError when none are left."""
+    """Rows for the base: training rows of its share of the modules. Raises DataError when none are left.
+
+    A row that follows a neighbour into training against its own hash stays out: the golden set is chosen by that hash.
+    """
     clusters = Clusters(splits)
     rows = []
     for row in harvest(PydocSource(packages=demo.packages)):
         example = make_example([Message(**message) for message in row["messages"]], row["meta"])
-        if clusters.place(example).side == "train" and _is_read(str(row["meta"]["module"]), demo.module_share):
+        if clusters.place(example).side == "train" == split_by_hash(example.id, splits) and _is_read(str(row["meta"]["module"]), demo.module_share):
             rows.append(example)
     if not rows:
         raise DataError(f"`base.demo.packages` {demo.packages} gives no rows to pre-train on", remedy="name packages with documented modules there")

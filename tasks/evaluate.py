@@ -2,9 +2,9 @@
 
     python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent --candidate models/candidate --out reports/evaluation
 
-Writes scores.parquet (one line a row and model), metrics.json (means with 95 % intervals a slice), counts.json. Rows are
-the test split and the golden set; slices are `test`, `golden`, each batch and each kind. Beside the models stands a simple
-baseline, so that nobody fools himself.
+Writes scores.parquet (one line a row and model) and metrics.json (means with 95 % intervals a slice). Rows are the test
+split and the golden set; slices are `test`, `golden`, each batch and each kind. Beside the models stands a simple baseline,
+so that nobody fools himself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ratchet.metrics import ROW_METRICS
 from ratchet.models import MANIFEST, load_adapter, load_base, load_tokenizer, quiet
 from ratchet.simple import simple_answers
 from ratchet.stage import run_stage, say
-from ratchet.statistics import bootstrap_mean
+from ratchet.statistics import bootstrap_mean, wilson
 
 COLUMNS = ("exact_match", "token_f1", "rouge_l", "chrf", "answer_nll")
 
@@ -65,7 +65,10 @@ def _check_unseen(rows: list[Example], base: Path) -> None:
     seen_file = base / "seen.txt"
     seen = set(seen_file.read_text(encoding="utf-8").split()) if seen_file.exists() else set()
     if leaked := [row.id for row in rows if row.id in seen]:
-        raise DataError(f"{len(leaked)} test or golden rows were in the base's pre-training, the first {leaked[0]}", remedy="take these rows out of the golden set, or make the base anew (dvc repro --force base)")
+        raise DataError(
+            f"{len(leaked)} test or golden rows were in the base's pre-training, the first {leaked[0]}",
+            remedy="take these rows out of the golden set, or make the base anew (dvc repro --force base)",
+        )
 
 
 def _split_by_fit(rows: list[Example], base: Path, config: Config) -> tuple[list[Example], int]:
@@ -141,7 +144,8 @@ def _summary(rows: pd.DataFrame) -> dict[str, Any]:
     for name in COLUMNS:
         values = rows[name].to_numpy(dtype=np.float64)
         if np.isfinite(values).all():
-            summary[name] = bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)._asdict()
+            is_share = bool(np.isin(values, (0.0, 1.0)).all())
+            summary[name] = (wilson(values, alpha=0.025) if is_share else bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0))._asdict()
     if "answer_nll" in summary:
         summary["perplexity"] = math.exp(min(700.0, float((rows.answer_nll * rows.answer_tokens).sum() / rows.answer_tokens.sum())))
     return summary
@@ -150,7 +154,9 @@ def _summary(rows: pd.DataFrame) -> dict[str, Any]:
 def _main(config: Config, arguments: argparse.Namespace) -> None:
     metrics = evaluate(arguments.prepared, arguments.base, arguments.incumbent, arguments.candidate, arguments.out, config)
     for model, summary in metrics["slices"]["test"].items():
-        say(f"evaluate: {model:9} exact match {summary['exact_match']['mean']:.3f} [{summary['exact_match']['low']:.3f}, {summary['exact_match']['high']:.3f}] on {summary['rows']} test rows")
+        say(
+            f"evaluate: {model:9} exact match {summary['exact_match']['mean']:.3f} [{summary['exact_match']['low']:.3f}, {summary['exact_match']['high']:.3f}] on {summary['rows']} test rows"
+        )
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ def _success(scores: pd.DataFrame, rival: str, config: GateConfig) -> dict[str, 
         return {"name": "success", "metric": config.metric, "rows": len(gains), "result": "unclear", "reason": reason}
     found = bootstrap_mean(gains, alpha=config.alpha, resamples=config.resamples, seed=config.seed)
     result = "pass" if found.low > config.min_gain else "fail" if found.high <= config.min_gain else "unclear"
-    words = {"pass": "is better for certain", "fail": "is not better", "unclear": "may be better, but these rows cannot tell"}
-    reason = f"{config.metric} on {len(gains)} test rows {words[result]} than the {rival}'s: gain {_said(found)}, wanted a lower bound over {config.min_gain:+.3f}"
+    words = {"pass": "is better for certain than the {}'s", "fail": "is not better than the {}'s", "unclear": "may be better than the {}'s, but these rows cannot tell"}
+    reason = f"{config.metric} on {len(gains)} test rows {words[result].format(rival)}: gain {_said(found)}, wanted a lower bound over {config.min_gain:+.3f}"
     return _check("success", config.metric, found, len(gains), config.min_gain, result, reason)
 
 
@@ -85,14 +85,14 @@ def _no_worse(name: str, rows: pd.DataFrame, rival: str, metric: str, margin: fl
     gains = paired_gains(rows, rival, metric)
     found = bootstrap_mean(gains, alpha=config.guardrail_alpha, resamples=config.resamples, seed=config.seed)
     result = "pass" if found.low >= -margin else "fail" if found.high < -margin else "unclear"
-    words = {"pass": "is no worse", "fail": "is worse", "unclear": "may be worse, and these rows cannot tell"}
-    reason = f"guardrail {name}: {metric} on {len(gains)} rows {words[result]} than the {rival}'s: gain {_said(found)}, a loss of {margin:g} is still taken"
+    words = {"pass": "is no worse than the {}'s", "fail": "is worse than the {}'s", "unclear": "may be worse than the {}'s, and these rows cannot tell"}
+    reason = f"guardrail {name}: {metric} on {len(gains)} rows {words[result].format(rival)}: gain {_said(found)}, a loss of {margin:g} is still taken"
     return _check(name, metric, found, len(gains), -margin, result, reason)
 
 
 def paired_gains(rows: pd.DataFrame, rival: str, metric: str) -> Values:
-    """Candidate minus rival, row by row, positive when the candidate is better. Raises RatchetError when the pairs are not whole."""
-    sides = {name: rows[rows.model == name].set_index("id")[metric] for name in ("candidate", rival)}
+    """Candidate minus rival by row, in the ids' order, positive when the candidate is better. Raises RatchetError when the pairs are not whole."""
+    sides = {name: rows[rows.model == name].set_index("id")[metric].sort_index() for name in ("candidate", rival)}
     for name, values in sides.items():
         if values.index.has_duplicates or not np.isfinite(values.to_numpy(dtype=np.float64)).all():
             raise RatchetError(f"the evaluation of the {name} holds doubled rows or values that are not finite", remedy="dvc repro --force evaluate")

@@ -50,7 +50,10 @@ def _fetch(workspace: Workspace, champion: Champion, folder: Path) -> None:
         adapter = Path(scratch) / "adapter"
         workspace.dvc("get", "--quiet", ".", "models/candidate", "--rev", champion.commit, "--out", str(adapter))
         if (seen := adapter_sha256(adapter)) != champion.adapter_sha256:
-            raise CheckoutError(f"the adapter of v{champion.version} at {champion.commit[:8]} has sha256 {seen[:12]}…, the ledger says {champion.adapter_sha256[:12]}…", remedy="dvc pull; if it stays so, the cache is damaged: take the version's artifact from MLflow")
+            raise CheckoutError(
+                f"the adapter of v{champion.version} at {champion.commit[:8]} has sha256 {seen[:12]}…, the ledger says {champion.adapter_sha256[:12]}…",
+                remedy="dvc pull; if it stays so, the cache is damaged: take the version's artifact from MLflow",
+            )
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
         theirs = _base_hash(workspace, champion.commit)
         if theirs and theirs != _base_hash(workspace, "HEAD"):

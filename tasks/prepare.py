@@ -163,7 +163,8 @@ def _check_limits(profile: dict[str, Any], prepared: Prepared, config: PrepareCo
 def _main(config: Config, arguments: argparse.Namespace) -> None:
     total = prepare(arguments.raw, arguments.golden, arguments.out, config.prepare)["total"]
     parts = ", ".join(f"{group} {total[group]['rows']}" for group in ("accepted", "rejected", "duplicate"))
-    say(f"prepare: {total['rows']} rows = {parts}; splits {({split: total['accepted'].get(split, 0) for split in SPLITS})}")
+    splits = ", ".join(f"{split} {total['accepted'].get(split, 0)}" for split in SPLITS)
+    say(f"prepare: {total['rows']} rows = {parts}; splits: {splits}")
 
 
 if __name__ == "__main__":

@@ -13,23 +13,27 @@ from pathlib import Path
 import msgspec
 
 from ratchet.champion import FILE, Champion, last_entry, read_champion, write_champion
-from ratchet.errors import ServiceError, UserError
+from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.files import write_text
-from ratchet.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, set_alias
+from ratchet.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, get_version, set_alias
 from ratchet.tracking import KEY_TAG
 from ratchet.workspace import Workspace, land
 
 Say = Callable[[str], None]
 PENDING = ".ratchet/alias-pending"
+TAGS = (KEY_TAG, "git_commit", "adapter_sha256", "batches", "data", "gate")  # of a version; its entry in the ledger is made of them
 
 
 def promote(workspace: Workspace, version: Version, *, by: str, why: str, force: bool, say: Say) -> Champion:
     """Put `version` in charge. Raises UserError when the gate did not pass it, or compared it with another champion than today's."""
     current = read_champion(workspace.path)
+    if current:
+        check_registry(current)
     if current and current.version == version.number:
         say(f"v{version.number} is in charge already")
         follow_alias(workspace.root, current, say)
         return current
+    _check_tags(version)
     if not force:
         _check_gate(version, current)
     chosen = Champion(
@@ -58,7 +62,10 @@ def rollback(workspace: Workspace, *, by: str, why: str, say: Say) -> Champion:
     if current is None:
         raise UserError("there is no champion to roll back from", remedy="ratchet retrain makes the first one")
     if current.previous is None:
-        raise UserError(f"v{current.version} took over from no version: there is nothing to return to", remedy="ratchet history shows the ledger; `ratchet promote VERSION` puts any version in charge")
+        raise UserError(
+            f"v{current.version} took over from no version: there is nothing to return to",
+            remedy="ratchet history shows the ledger; `ratchet promote VERSION` puts any version in charge",
+        )
     earlier = last_entry(workspace.path, current.previous)
     if earlier is None:
         raise UserError(f"the ledger has no entry of v{current.previous}", remedy="the repository's history is cut off; fetch it whole (git fetch --unshallow)")
@@ -87,10 +94,30 @@ def follow_alias(root: Path, champion: Champion, say: Say) -> bool:
         return False
 
 
+def check_registry(champion: Champion) -> None:
+    """Numbers are given by the registry: one that does not know the champion would give its number to another model. Raises UserError."""
+    known = get_version(champion.name, champion.version)
+    if known is None or known.tags.get(KEY_TAG) != champion.run_key:
+        raise UserError(
+            f"{FILE} says v{champion.version} of {champion.name} is in charge; the registry {'does not know it' if known is None else 'has another model under that number'}",
+            remedy="MLFLOW_TRACKING_URI names another registry than the one of the ledger: set it to that one, or bring its database back",
+        )
+
+
+def _check_tags(version: Version) -> None:
+    if missing := [tag for tag in TAGS if tag not in version.tags]:
+        raise UserError(
+            f"v{version.number} has no tag {', '.join(missing)}: it was not registered by Ratchet", remedy="ratchet retrain registers candidates with all that a promotion needs"
+        )
+
+
 def _check_gate(version: Version, current: Champion | None) -> None:
     gate = json.loads(version.tags["gate"])
     if gate["verdict"] != "promote":
-        raise UserError(f"the gate's verdict on v{version.number} is {gate['verdict']}", remedy=f"`ratchet promote {version.number} --force --reason …` overrules it; the ledger keeps the reason")
+        raise UserError(
+            f"the gate's verdict on v{version.number} is {gate['verdict']}",
+            remedy=f"`ratchet promote {version.number} --force --reason …` overrules it; the ledger keeps the reason",
+        )
     now = current.version if current else None
     if gate["rival"] != now:
         raise UserError(
@@ -104,11 +131,17 @@ def _named(version: int | None) -> str:
 
 
 def _put_in_charge(workspace: Workspace, chosen: Champion, say: Say) -> Champion:
+    before = workspace.git("rev-parse", "HEAD").strip()
     write_champion(workspace.path, chosen)
     verb = "Promote" if chosen.move == "promote" else "Roll back to"
     # A tag stays where the version first took charge; its later returns are in the ledger.
-    tag = f"model/{chosen.name}/v{chosen.version}" if chosen.move == "promote" else None
-    land(workspace, f"{verb} {chosen.name} v{chosen.version}\n\nBy {chosen.by}: {chosen.why}", [FILE], tag=tag)
+    tag = f"model/{chosen.name}/v{chosen.version}"
+    is_tagged = bool(workspace.git("tag", "--list", tag).strip())
+    try:
+        land(workspace, f"{verb} {chosen.name} v{chosen.version}\n\nBy {chosen.by}: {chosen.why}", [FILE], tag=None if is_tagged else tag)
+    except RatchetError:
+        workspace.git("reset", "--quiet", "--hard", before)  # or a second try would take this clone's entry for the champion
+        raise
     say(f"{FILE}: v{chosen.version} is in charge (before: {_named(chosen.replaced)})")
     follow_alias(workspace.root, chosen, say)
     return chosen
@@ -116,5 +149,3 @@ def _put_in_charge(workspace: Workspace, chosen: Champion, say: Say) -> Champion
 
 def _now() -> str:
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-
-

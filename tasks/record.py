@@ -6,6 +6,7 @@ A flow's task, not a stage. Raises ServiceError when MLflow does not answer: the
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from ratchet.models import MANIFEST
 from ratchet.registry import Version, make_version
 from ratchet.report import model_card
 from ratchet.tracking import KEY_TAG, STATE_TAG, find_or_create_run, log_points, mlflow_client, mlflow_errors, parameters, read_history
+
+MAX_DESCRIPTION = 5000  # characters of a version's description (mlflow/store/model_registry/dbmodels/models.py)
 
 
 class Findings(NamedTuple):
@@ -44,7 +47,14 @@ def describe_data(folder: Path, profile: dict[str, Any], batches: list[str]) -> 
     raw = (folder / "data/raw.dvc").read_text(encoding="utf-8")
     digest = next(line.split("md5:")[1].strip() for line in raw.splitlines() if "md5:" in line)
     total = profile["total"]
-    return {"dvc": digest, "batches": len(batches), "rows": total["rows"], "accepted": total["accepted"]["rows"], "rejected": total["rejected"]["rows"], "duplicate": total["duplicate"]["rows"]}
+    return {
+        "dvc": digest,
+        "batches": len(batches),
+        "rows": total["rows"],
+        "accepted": total["accepted"]["rows"],
+        "rejected": total["rejected"]["rows"],
+        "duplicate": total["duplicate"]["rows"],
+    }
 
 
 def record(found: Findings, config: Config, *, commit: str, reason: str) -> str:
@@ -95,7 +105,15 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str, data:
         "gate": json.dumps(gate_summary(decision)),
         "generation": json.dumps({"max_new_tokens": config.evaluate.max_new_tokens, "do_sample": False}),
     }
-    return make_version(config.project.name, run_id, found.folder / "models/candidate", tags, model_card(found.metrics, decision, facts))
+    return make_version(config.project.name, run_id, found.folder / "models/candidate", tags, _fit(model_card(found.metrics, decision, facts)))
+
+
+def _fit(card: str) -> str:
+    """Whole lines, as many as the registry's column holds: PostgreSQL refuses a longer text."""
+    if len(card) <= MAX_DESCRIPTION:
+        return card
+    note = "\n… the rest stands in the run's artifacts: reports/gate.json, reports/evaluation/metrics.json\n"
+    return card[: MAX_DESCRIPTION - len(note)].rpartition("\n")[0] + note
 
 
 def gate_summary(decision: dict[str, Any]) -> dict[str, Any]:
@@ -131,11 +149,16 @@ def _log_values(client: Any, run_id: str, found: Findings, config: Config) -> No
     values = {f"train/{key}": value for key, value in found.figures.items() if isinstance(value, int | float)}
     for name, models in found.metrics["slices"].items():
         for model, summary in models.items():
-            part = name.replace(":", "/")
+            part = "/".join(_plain(word) for word in name.split(":", 1))
             values |= {f"{part}/{model}/{metric}": value["mean"] if isinstance(value, dict) else value for metric, value in summary.items()}
     success = found.decision["checks"][0]
     values |= {f"gate/{key}": success[key] for key in ("mean", "low", "high") if key in success}
     client.log_batch(run_id, metrics=[Metric(key, float(value), stamp, 0) for key, value in values.items()], params=params)
+
+
+def _plain(word: str) -> str:
+    """A kind is any text of the user's; MLflow refuses a metric's name with other characters, or with `..` for a step of a path."""
+    return re.sub(r"[^\w .-]+", "_", word).strip(". ")[:100] or "_"
 
 
 def _log_dataset(client: Any, run_id: str, found: Findings, commit: str) -> None:

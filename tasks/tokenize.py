@@ -80,7 +80,9 @@ def _describe(examples: list[Example], windows: list[Window], seen: set[str]) ->
 def _main(config: Config, arguments: argparse.Namespace) -> None:
     profile = tokenize(arguments.prepared, arguments.base, arguments.incumbent, arguments.out, config)
     train = profile["train"]
-    say(f"tokenize: {train['rows']} training rows ({train['new']} new, {train['replayed']} replayed) in {train['windows']} windows, {train['learned_tokens']} learned tokens; rejected {profile['rejected'] or 0}")
+    say(
+        f"tokenize: {train['rows']} training rows ({train['new']} new, {train['replayed']} replayed) in {train['windows']} windows, {train['learned_tokens']} learned tokens; rejected {profile['rejected'] or 0}"
+    )
 
 
 if __name__ == "__main__":

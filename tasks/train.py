@@ -8,11 +8,11 @@ Writes the adapter (safetensors), tokenizer, chat template and manifest.json; th
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
 import resource
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from ratchet.config import Config
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, require_space, sha256_file, sha256_json, whole_folder, write_json
-from ratchet.models import LORA_KEYS, MANIFEST, adapter_sha256, add_adapter, load_adapter, load_base, load_tokenizer, precision, quiet
+from ratchet.models import MANIFEST, adapter_sha256, add_adapter, load_adapter, load_base, load_tokenizer, precision, prepare_quantised, quiet
 from ratchet.packing import IGNORED, read_windows
 from ratchet.stage import run_stage, say
 from ratchet.tracking import History, LiveCopy, code_sha256
@@ -35,14 +35,12 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
     inputs = _inputs(tokens, base, incumbent, start, config)
     run_key = sha256_json(inputs)[:32]
     profile = read_json(tokens / "profile.json")
-    with whole_folder(reports) as report_folder:
-        history = History(report_folder / "history.jsonl")
+    with whole_folder(reports) as report_folder, closing(History(report_folder / "history.jsonl")) as history:
         # A run of another training with the same key would be the same training: its copy is the same.
         copy = LiveCopy(history.path, config.project.name, run_key, {"mlflow.runName": f"train-{run_key[:8]}", "ratchet.state": "training"})
         if "MLFLOW_TRACKING_URI" in os.environ:
             copy.start()
         figures = _optimise(tokens, base, incumbent if start else None, out, config, history, {"run_key": run_key, "inputs": inputs, "batches": _batches(tokens, incumbent)})
-        history.close()
         figures["run_key"], figures["rows"] = run_key, profile["train"]
         write_json(report_folder / "figures.json", figures)
         delivered = "MLFLOW_TRACKING_URI" in os.environ and copy.finish()
@@ -57,11 +55,13 @@ def _optimise(tokens: Path, base: Path, start: Path | None, out: Path, config: C
     schedule = _schedule(len(windows), config)
     tokenizer = load_tokenizer(base)
     model = load_base(base, method=config.adapter.method)
-    model = _prepare_quantised(model, config) if start else add_adapter(model, config.adapter)
-    if start:
-        model = load_adapter(model, start, trainable=True)
+    if config.adapter.method == "qlora":
+        model = prepare_quantised(model)
+    model = load_adapter(model, start, trainable=True) if start else add_adapter(model, config.adapter, seed=config.train.seed)
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    say(f"train: {config.adapter.method} of {trainable:,} weights from {'the champion' if start else 'the base'}, {schedule.steps} steps, {precision(config.adapter.method)[0]} ({precision(config.adapter.method)[1]})")
+    say(
+        f"train: {config.adapter.method} of {trainable:,} weights from {'the champion' if start else 'the base'}, {schedule.steps} steps, {precision(config.adapter.method)[0]} ({precision(config.adapter.method)[1]})"
+    )
     with quiet():
         outcome = fit(model, windows, validation, schedule, pad_id=_pad_id(tokenizer), report=_reporter(history, schedule.steps))
     learned = sum(label != IGNORED for window in windows for label in window.labels)
@@ -77,17 +77,13 @@ def _optimise(tokens: Path, base: Path, start: Path | None, out: Path, config: C
     return figures
 
 
-def _prepare_quantised(model: Any, config: Config) -> Any:
-    from peft import prepare_model_for_kbit_training
-
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False) if config.adapter.method == "qlora" else model
-
-
 def _save(model: Any, tokenizer: Any, base: Path, out: Path, config: Config, facts: dict[str, Any]) -> None:
     """Manifest last: its existence says that the folder is whole. It holds no time and no path, so equal trainings are equal bytes."""
     with whole_folder(out) as folder:
         # A path of this machine in the adapter's config would be useless elsewhere, and would differ between equal runs.
-        model.peft_config["default"].base_model_name_or_path = read_json(base / MANIFEST)["model"]
+        adapter = model.peft_config["default"]
+        adapter.base_model_name_or_path = read_json(base / MANIFEST)["model"]
+        adapter.target_modules = sorted(adapter.target_modules)  # PEFT would write a set, in an order of its own in every process
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)  # "auto" would ask the hub
         tokenizer.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written with the gate's table
@@ -96,6 +92,7 @@ def _save(model: Any, tokenizer: Any, base: Path, out: Path, config: Config, fac
             {
                 **facts,
                 "adapter_sha256": adapter_sha256(folder),
+                "adapter": config.adapter.model_dump(mode="json"),
                 "base": {key: value for key, value in read_json(base / MANIFEST).items() if key in ("model", "revision", "context")},
                 "generation": {"max_new_tokens": config.evaluate.max_new_tokens, "do_sample": False},
                 "precision": precision(config.adapter.method)[0],
@@ -106,12 +103,13 @@ def _save(model: Any, tokenizer: Any, base: Path, out: Path, config: Config, fac
 
 
 def _start_from(incumbent: Path, config: Config) -> bool:
-    """Whether to go on from the champion's adapter. Raises BaseModelError when its shape is another than the one asked for."""
+    """Whether to go on from the champion's adapter. Raises BaseModelError when its base or its shape is another than the one asked for."""
     if config.train.start_from == "base" or read_json(incumbent / MANIFEST)["version"] is None:
         return False
-    theirs = json.loads((incumbent / "adapter_config.json").read_text(encoding="utf-8"))
-    wanted = {"r": config.adapter.rank, "lora_alpha": config.adapter.alpha}
-    differing = [f"{key} {theirs.get(key)} ≠ {value}" for key, value in wanted.items() if key in LORA_KEYS and theirs.get(key) != value]
+    if (incumbent / "base").exists():
+        raise BaseModelError("the champion's adapter was trained on another base", remedy="set `train.start_from: base`")
+    theirs, wanted = read_json(incumbent / MANIFEST).get("adapter", {}), config.adapter.model_dump(mode="json", exclude={"method"})
+    differing = [f"`{key}` {theirs.get(key)}, wanted {value}" for key, value in wanted.items() if theirs.get(key) != value]
     if differing:
         raise BaseModelError(f"the champion's adapter has another shape: {', '.join(differing)}", remedy="set `adapter` as the champion has it, or `train.start_from: base`")
     return True

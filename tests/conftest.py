@@ -1,0 +1,105 @@
+"""Small real parts that several tests share: a demo base of width 32, prepared rows, tokens, one trained adapter.
+
+Everything is made by the stages themselves, once a session; a test that changes a folder copies it first.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from ratchet.batches import write_batch
+from ratchet.config import AdapterConfig, BaseConfig, Config, DemoBase, EvaluateConfig, PrepareConfig, PydocSource, TokenizeConfig, TrainConfig
+from ratchet.files import write_json
+from ratchet.sources.pydoc import harvest
+from tasks.base import make_base
+from tasks.prepare import prepare
+from tasks.tokenize import tokenize
+from tasks.train import train
+
+PACKAGES = ["email", "logging", "importlib", "http"]  # 436 rows with Python 3.11
+HUB_CACHE = tempfile.mkdtemp(prefix="ratchet-hub-")
+
+
+def pytest_configure() -> None:
+    """Before any library is imported, since they read these once: no network, a hub's cache of our own, one thread (two gain nothing at width 32)."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_CACHE=HUB_CACHE, HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HUB_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def hub_cache() -> Path:
+    return Path(HUB_CACHE)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Config:
+    return Config(
+        base=BaseConfig(demo=DemoBase(packages=PACKAGES, vocab_size=512, hidden_size=32, layers=2, heads=2, context=256, steps=20, batch_tokens=512)),
+        prepare=PrepareConfig(min_rows=40),
+        tokenize=TokenizeConfig(max_length=96, window=128),
+        train=TrainConfig(epochs=0.5, evaluations=2, learning_rate=1e-2),
+        adapter=AdapterConfig(rank=4, alpha=8.0),
+        evaluate=EvaluateConfig(max_new_tokens=8),
+    )
+
+
+@pytest.fixture(scope="session")
+def raw_rows() -> list[dict[str, Any]]:
+    """Documentation of the standard library as rows of the form `messages`, in a fixed order."""
+    return list(harvest(PydocSource(packages=PACKAGES)))
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory, raw_rows: list[dict[str, Any]]) -> Path:
+    """data/raw with two batches: half of the rows, a month later the other half."""
+    folder, half = tmp_path_factory.mktemp("data") / "raw", len(raw_rows) // 2
+    for month, rows in enumerate((raw_rows[:half], raw_rows[half:]), start=1):
+        lines = [msgspec.json.encode(row) for row in rows]
+        write_batch(folder, lines, source="pydoc", label=f"month-{month}", time=f"2026-0{month}-01T00:00:00Z", licence="PSF-2.0", who="tests", form="messages")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(raw: Path, tiny_config: Config) -> Path:
+    prepare(raw, raw.parent / "golden.jsonl", raw.parent / "prepared", tiny_config.prepare)
+    return raw.parent / "prepared"
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_config: Config) -> Path:
+    out = tmp_path_factory.mktemp("models") / "base"
+    make_base(out, tiny_config)
+    return out
+
+
+@pytest.fixture(scope="session")
+def nobody(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """models/incumbent before the first promotion."""
+    folder = tmp_path_factory.mktemp("nobody")
+    write_json(folder / "manifest.json", {"version": None, "batches": []})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens(prepared: Path, tiny_base: Path, nobody: Path, tiny_config: Config) -> Path:
+    tokenize(prepared, tiny_base, nobody, prepared.parent / "tokenized", tiny_config)
+    return prepared.parent / "tokenized"
+
+
+@pytest.fixture(scope="session")
+def candidate(tmp_path_factory: pytest.TempPathFactory, tokens: Path, tiny_base: Path, nobody: Path, tiny_config: Config) -> Path:
+    """An adapter of rank 4; its reports lie beside it."""
+    out = tmp_path_factory.mktemp("models") / "candidate"
+    train(tokens, tiny_base, nobody, out, out.parent / "reports", tiny_config)
+    return out

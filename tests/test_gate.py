@@ -1,0 +1,285 @@
+"""The gate turns one way: what is not better for certain, or worse anywhere that counts, takes nobody's place."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ratchet.config import GateConfig
+from ratchet.errors import RatchetError
+from ratchet.files import read_json, write_json
+from tasks.gate import judge, paired_gains
+
+OLD, OLDER, NEW = "20260101T000000Z-old-00000000.jsonl", "20250101T000000Z-older-00000000.jsonl", "20260201T000000Z-new-00000000.jsonl"
+ROWS = {OLD: 150, OLDER: 150, NEW: 100, "golden": 120}
+
+
+def scores(means: dict[str, float], *, rows: dict[str, int] | None = None, seed: int = 0, nll: dict[str, float] | None = None) -> pd.DataFrame:
+    """One line a row and model. Each model hits every row with its probability; a row's difficulty is shared, so the models agree on most."""
+    generator = np.random.default_rng(seed)
+    batches = [batch for batch, count in (rows or ROWS).items() for _ in range(count)]
+    difficulty, frames = generator.random(len(batches)), []
+    for model, mean in means.items():
+        hits = (difficulty + generator.normal(0, 0.05, len(batches)) < mean).astype(float)
+        likelihood = (nll or {}).get(model, 1.0) + generator.normal(0, 0.1, len(batches))
+        frames.append(pd.DataFrame({"id": [f"row{number}" for number in range(len(batches))], "batch": batches, "model": model, "exact_match": hits, "answer_nll": likelihood}))
+    return pd.concat(frames, ignore_index=True)
+
+
+class Bench:
+    """A folder as the stages leave it before the gate."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        write_json(folder / "candidate/manifest.json", {"run_key": "key", "adapter_sha256": "sha"})
+        self.incumbent(7, [OLD, OLDER])
+
+    def incumbent(self, version: int | None, batches: list[str], *, evaluated: int | None = -1) -> None:
+        write_json(self.folder / "incumbent/manifest.json", {"version": version, "batches": batches})
+        write_json(self.folder / "evaluation/metrics.json", {"champion": version if evaluated == -1 else evaluated})
+
+    def judge(self, table: pd.DataFrame, **settings: object) -> dict:
+        table.to_parquet(self.folder / "evaluation/scores.parquet", index=False)
+        config = GateConfig(**{"resamples": 500, "min_rows": 200, **settings})
+        return judge(self.folder / "evaluation", self.folder / "candidate", self.folder / "incumbent", self.folder / "gate.json", config)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path)
+
+
+BETTER = {"candidate": 0.8, "champion": 0.6, "base": 0.2}
+EQUAL = {"candidate": 0.6, "champion": 0.6, "base": 0.2}
+
+
+def worsen(table: pd.DataFrame, rows: pd.Series, column: str = "exact_match", value: float = 0.0) -> pd.DataFrame:
+    """The candidate's scores on `rows` become `value`."""
+    table.loc[rows & (table.model == "candidate"), column] = value
+    return table
+
+
+def result_of(decision: dict, name: str) -> str:
+    return next(check["result"] for check in decision["checks"] if check["name"] == name)
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_candidate_that_is_clearly_better_is_promoted(bench):
+    decision = bench.judge(scores(BETTER))
+    assert decision["verdict"] == "promote"
+    assert [check["name"] for check in decision["checks"]] == ["success", "answer_nll", "base", "golden", "past", f"past:{OLDER}", f"past:{OLD}"]
+    assert {check["result"] for check in decision["checks"]} == {"pass"}
+    assert len(decision["reasons"]) == 7
+    assert decision["rival"] == {"model": "champion", "version": 7}
+    assert decision["candidate"] == {"run_key": "key", "adapter_sha256": "sha"}
+
+
+def test_the_decision_is_written_as_it_is_returned(bench):
+    assert bench.judge(scores(BETTER)) == read_json(bench.folder / "gate.json")
+
+
+def test_an_identical_candidate_is_rejected(bench):
+    """The champion copied as candidate: the point estimate alone would promote it half the time."""
+    table = scores({"champion": 0.6, "base": 0.2})
+    copy = table[table.model == "champion"].assign(model="candidate")
+    decision = bench.judge(pd.concat([table, copy]))
+    assert decision["verdict"] == "reject"
+    assert len(decision["reasons"]) == 1
+    assert "is not better than the champion's: gain +0.000 [+0.000, +0.000]" in decision["reasons"][0]
+
+
+def test_a_worse_candidate_is_rejected(bench):
+    decision = bench.judge(scores({**EQUAL, "candidate": 0.4}))
+    assert decision["verdict"] == "reject"
+    assert result_of(decision, "success") == "fail"
+
+
+def test_a_gain_that_the_rows_cannot_tell_from_nothing_is_uncertain(bench):
+    decision = bench.judge(scores({**EQUAL, "candidate": 0.615}, seed=3))
+    assert decision["verdict"] == "uncertain"
+    assert "may be better than the champion's, but these rows cannot tell: gain" in decision["reasons"][0]
+
+
+def test_too_few_rows_are_uncertain_however_good_they_look(bench):
+    decision = bench.judge(scores({"candidate": 0.95, "champion": 0.1, "base": 0.1}, rows={OLD: 60, NEW: 60}))
+    assert decision["verdict"] == "uncertain"
+    assert decision["reasons"] == ["120 test rows are too few to decide on; `gate.min_rows` is 200"]
+
+
+def test_golden_rows_do_not_count_as_test_rows(bench):
+    assert result_of(bench.judge(scores(BETTER, rows={OLD: 100, "golden": 500})), "success") == "unclear"
+
+
+def test_a_gain_under_the_wanted_one_does_not_pass(bench):
+    assert bench.judge(scores(BETTER), min_gain=0.1)["verdict"] == "promote"
+    assert bench.judge(scores(BETTER), min_gain=0.2)["verdict"] == "uncertain"
+    assert bench.judge(scores(BETTER), min_gain=0.3)["verdict"] == "reject"
+
+
+def test_without_a_champion_the_base_is_the_rival(bench):
+    bench.incumbent(None, [])
+    decision = bench.judge(scores({"candidate": 0.6, "base": 0.2}))
+    assert decision["verdict"] == "promote"
+    assert decision["rival"] == {"model": "base", "version": None}
+    assert [check["name"] for check in decision["checks"]] == ["success", "answer_nll", "base", "golden"]
+
+
+def test_a_lower_likelihood_loss_is_a_gain_when_it_is_the_success_metric(bench):
+    table = scores(EQUAL, nll={"candidate": 0.8, "champion": 1.0, "base": 2.0})
+    decision = bench.judge(table, metric="answer_nll")
+    assert decision["verdict"] == "promote"
+    assert decision["checks"][0]["mean"] == pytest.approx(0.2, abs=0.02)
+    swapped = table.assign(model=table.model.map({"candidate": "champion", "champion": "candidate", "base": "base"}))
+    assert bench.judge(swapped, metric="answer_nll")["verdict"] == "reject"
+
+
+def test_the_verdict_is_the_same_whatever_the_order_of_the_lines(bench):
+    table = scores(BETTER)
+    assert bench.judge(table) == bench.judge(table.sample(frac=1.0, random_state=1))
+
+
+# --- how often chance promotes -----------------------------------------------------------------------------------------
+
+
+def test_equal_models_pass_no_more_often_than_alpha_allows(bench):
+    """150 cycles of two models of the same quality on fresh rows. The limit is the 99 % one of the binomial."""
+    cycles, alpha = 150, 0.05
+    bench.incumbent(7, [])
+    passed = sum(result_of(bench.judge(scores(EQUAL, rows={NEW: 200}, seed=cycle), alpha=alpha, resamples=200, seed=cycle), "success") == "pass" for cycle in range(cycles))
+    assert passed <= cycles * alpha + 2.326 * math.sqrt(cycles * alpha * (1 - alpha))
+
+
+# --- guardrails --------------------------------------------------------------------------------------------------------
+
+
+def test_a_worse_likelihood_alone_blocks(bench):
+    decision = bench.judge(scores(BETTER, nll={"candidate": 1.7}))
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["answer_nll"]
+
+
+def test_falling_under_the_base_alone_blocks(bench):
+    """Small losses against one champion after another must not add up."""
+    decision = bench.judge(scores({"candidate": 0.6, "champion": 0.4, "base": 0.8}))
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["base"]
+
+
+def test_a_worse_golden_set_alone_blocks(bench):
+    table = scores(BETTER)
+    decision = bench.judge(worsen(table, table.batch == "golden"))
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["golden"]
+
+
+def test_forgetting_what_the_champion_knew_alone_blocks(bench):
+    """Better on the new rows by so much that the sum is better too."""
+    table = scores({"candidate": 0.6, "champion": 0.6, "base": 0.2}, rows={OLD: 200, NEW: 200})
+    table.loc[(table.batch == NEW) & (table.model == "champion"), "exact_match"] = 0.0
+    bench.incumbent(7, [OLD])
+    decision = bench.judge(worsen(table, (table.batch == OLD) & (table.id.str[-1].isin(["1", "2", "3", "4"]))))
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["past"]
+
+
+def test_forgetting_one_past_batch_alone_blocks(bench):
+    table = scores({**BETTER, "candidate": 0.9}, rows={OLD: 500, OLDER: 60, NEW: 100})
+    table = worsen(table, table.batch == OLDER)
+    decision = bench.judge(worsen(table, (table.batch == OLD), value=1.0))
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == [f"past:{OLDER}"]
+
+
+def test_a_batch_that_the_champion_has_not_seen_is_no_guardrail(bench):
+    bench.incumbent(7, [OLD])
+    assert "past" in {check["name"] for check in bench.judge(scores(BETTER))["checks"]}
+    assert not any(check["name"].startswith("past:") for check in bench.judge(scores(BETTER))["checks"])
+
+
+def test_a_small_past_batch_counts_in_the_whole_and_not_by_itself(bench):
+    names = {check["name"]: check["rows"] for check in bench.judge(scores(BETTER, rows={OLD: 200, OLDER: 49, NEW: 100}))["checks"]}
+    assert names["past"] == 249
+    assert f"past:{OLDER}" not in names
+
+
+@pytest.mark.parametrize(("margin", "verdict"), [(0.5, "promote"), (0.0, "reject")])
+def test_a_loss_within_the_margin_is_still_taken(bench, margin, verdict):
+    table = scores(BETTER)
+    table = worsen(table, (table.batch == "golden") & (table.id.str[-1].isin(["0", "1", "2", "3"])))
+    assert bench.judge(table, golden_margin=margin)["verdict"] == verdict
+
+
+def test_a_guardrail_that_the_rows_cannot_settle_is_uncertain(bench):
+    table = scores(BETTER, rows={OLD: 200, NEW: 100, "golden": 12})
+    table.loc[(table.batch == "golden") & (table.model != "base"), "exact_match"] = 1.0
+    first = table[(table.batch == "golden")].id.iloc[0]
+    decision = bench.judge(worsen(table, table.id == first))
+    assert decision["verdict"] == "uncertain"
+    assert result_of(decision, "golden") == "unclear"
+
+
+def test_reasons_say_the_numbers(bench):
+    decision = bench.judge(scores(BETTER))
+    for check in decision["checks"]:
+        for number in (f"{check['mean']:+.3f}", f"{check['low']:+.3f}", f"{check['high']:+.3f}", f"{check['rows']} "):
+            assert number in check["reason"]
+    table = scores(BETTER)
+    told = bench.judge(worsen(table, table.batch == "golden"))["reasons"]
+    assert len(told) == 1
+    assert told[0].startswith("guardrail golden: exact_match on 120 rows is worse than the champion's: gain -")
+    assert told[0].endswith("a loss of 0.08 is still taken")
+
+
+# --- an evaluation that is not whole -------------------------------------------------------------------------------------
+
+
+def drop(rows: int):
+    return lambda table: table.drop(table[table.model == "candidate"].index[:rows])
+
+
+BREAKS = {
+    "no candidate": lambda table: table[table.model != "candidate"],
+    "no champion": lambda table: table[table.model != "champion"],
+    "no base": lambda table: table[table.model != "base"],
+    "no rows": lambda table: table[:0],
+    "a missing row": drop(1),
+    "rows of another day": lambda table: table.assign(id=table.id.where(table.model != "candidate", table.id + "'")),
+    "doubled rows": lambda table: pd.concat([table, table[table.model == "candidate"][:1]]),
+    "all rows twice": lambda table: pd.concat([table, table]),
+    "a NaN of the candidate": lambda table: worsen(table, table.id == "row3", value=math.nan),
+    "a NaN of the champion": lambda table: table.assign(exact_match=table.exact_match.mask((table.model == "champion") & (table.id == "row3"))),
+    "an infinite likelihood": lambda table: worsen(table, table.id == "row3", "answer_nll", math.inf),
+}
+
+
+@pytest.mark.parametrize("fault", BREAKS)
+def test_an_evaluation_that_is_not_whole_gives_no_verdict(bench, fault):
+    with pytest.raises(RatchetError, match=r"not scored on the same rows|doubled rows or values that are not finite|test rows"):
+        bench.judge(BREAKS[fault](scores(BETTER)))
+    assert not (bench.folder / "gate.json").exists()
+
+
+@pytest.mark.parametrize(("incumbent", "evaluated"), [(7, 6), (7, None), (None, 7)])
+def test_an_evaluation_against_another_champion_gives_no_verdict(bench, incumbent, evaluated):
+    bench.incumbent(incumbent, [], evaluated=evaluated)
+    with pytest.raises(RatchetError, match=f"the evaluation is against v{evaluated}, the incumbent is v{incumbent}"):
+        bench.judge(scores(BETTER))
+
+
+@pytest.mark.parametrize("name", ["evaluation/metrics.json", "incumbent/manifest.json", "candidate/manifest.json"])
+def test_a_missing_file_is_named(bench, name):
+    (bench.folder / name).unlink()
+    with pytest.raises(RatchetError, match=name):
+        bench.judge(scores(BETTER))
+
+
+def test_gains_are_paired_by_row_and_not_by_place():
+    table = pd.DataFrame({"id": ["a", "b", "b", "a"], "model": ["candidate", "candidate", "base", "base"], "chrf": [0.5, 0.25, 0.0, 0.5], "answer_nll": [1.0, 2.0, 3.0, 1.0]})
+    assert paired_gains(table, "base", "chrf").tolist() == [0.0, 0.25]
+    assert paired_gains(table, "base", "answer_nll").tolist() == [0.0, 1.0]
