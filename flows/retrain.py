@@ -17,7 +17,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.retries import can_pass
 from flows.say import say
-from ratchet.champion import Champion, read_champion
+from ratchet.champion import Champion, last_entry, read_champion
 from ratchet.config import Config, load_config
 from ratchet.dag import STAGES
 from ratchet.registry import CHALLENGER, Version, set_alias
@@ -112,6 +112,9 @@ def decide(workspace: Workspace, version: Version, found: Findings, config: Conf
     if current:
         follow_alias(workspace.root, current, say)
     if found.decision["verdict"] != "promote" or (current and current.version == version.number):
+        return current
+    if last_entry(workspace.path, version.number):
+        say(f"v{version.number} was in charge before and was rolled back; `ratchet promote {version.number}` would put it back")
         return current
     if found.decision["rival"]["version"] != (current.version if current else None):
         say(f"v{version.number} was compared with another champion than today's; `ratchet retrain --force` compares again")

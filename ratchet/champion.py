@@ -62,7 +62,7 @@ def last_entry(root: Path, version: int) -> Champion | None:
 
 def _entries(root: Path) -> Iterator[tuple[str, Champion]]:
     try:
-        commits = git(root, "log", "--format=%H", "--diff-filter=d", "--", FILE).split()
+        commits = git(root, "log", "--format=%H", "--diff-filter=AM", "--", FILE).split()
     except CommandError:
         return
     for commit in commits:

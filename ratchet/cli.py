@@ -220,6 +220,10 @@ def main() -> None:
         if Here.debug:
             raise
         _fail(f"{_kind(error)}: {error}", error.exit_code)
+    except Exception as error:  # noqa: BLE001  (the last resort: a bug of ours or of a library ends in one message as well)
+        if Here.debug:
+            raise
+        _fail(f"{type(error).__name__}: {error}\n  → not foreseen; --debug before the command shows where: ratchet --debug …", 1)
     except KeyboardInterrupt:
         _fail("interrupted: finished stages are kept; run the command again", 130)
 

@@ -144,6 +144,8 @@ def service_environment(root: Path, config: Config) -> dict[str, str]:
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # the default is pickle
         "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "INFO"),
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        # Without `ratchet up` a flow brings a server of its own, for as long as it runs; 20 s are too few on a busy machine.
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(services.start_timeout),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds, the lowest that it takes; 180 is the default
         "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI") or f"http://{HOST}:{services.mlflow_port}",
         # With the defaults, 7 retries and 120 s, a call stalls for four minutes when the server is away.
