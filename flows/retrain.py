@@ -16,7 +16,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.retries import can_pass
-from flows.say import say
+from flows.say import say, working
 from ratchet.champion import Champion, last_entry, read_champion
 from ratchet.config import Config, load_config
 from ratchet.dag import STAGES
@@ -79,7 +79,8 @@ def stage_task(workspace: Workspace, stage: str, *, needed: bool) -> bool:
     if not needed:
         say(f"{stage}: unchanged")
         return False
-    return run_stage(workspace, stage, say)
+    with working(f"{stage} …"):
+        return run_stage(workspace, stage, say)
 
 
 @task(name="land", **RETRIED)

@@ -1,15 +1,30 @@
-"""One line of progress: into Prefect's log, and to the console where a person started the flow."""
+"""Progress: each line into Prefect's log, and to the console where a person started the flow."""
 
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 
 from prefect import get_run_logger
+from rich.console import Console
+from rich.markup import escape
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)  # results go to stdout, progress does not
 
 
 def say(line: str) -> None:
     get_run_logger().info(line)
     if "RATCHET_CONSOLE" in os.environ:
-        print(f"{datetime.now():%H:%M:%S}  {line}", file=sys.stderr, flush=True)  # noqa: T201  (results go to stdout, progress does not)
+        console.print(f"[dim]{datetime.now():%H:%M:%S}[/dim]  {escape(line)}")
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner under the lines while something long runs, on a terminal only."""
+    if "RATCHET_CONSOLE" in os.environ and console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        yield

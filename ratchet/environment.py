@@ -22,3 +22,4 @@ def enter(root: Path, config: Config) -> None:
     for name, value in CONSOLE.items():
         os.environ.setdefault(name, value)
     os.environ.update(service_environment(root, config), RATCHET_ROOT=str(root))
+    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder only

@@ -120,9 +120,11 @@ def test_a_window_over_the_bases_context_is_refused_with_both_numbers(tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_when_no_row_fits_nothing_is_left_to_train_on(tmp_path, prepared, tiny_base, nobody, tiny_config):
+def test_when_no_row_fits_nothing_is_left_to_train_on(tmp_path, tiny_base, nobody, tiny_config, rows):
+    for split in ("train", "validation"):
+        write_bytes(tmp_path / f"prepared/{split}.jsonl", [encode_line(row) for row in rows if len(row.question) > 100])
     with pytest.raises(DataError, match=r"(?s)no row is left to train on.*tokenize\.max_length"):
-        tokenize(prepared, tiny_base, nobody, tmp_path / "out", with_tokenize(tiny_config, max_length=16, window=16))
+        tokenize(tmp_path / "prepared", tiny_base, nobody, tmp_path / "out", with_tokenize(tiny_config, max_length=16, window=16))
 
 
 def test_when_the_champion_has_seen_it_all_and_nothing_is_replayed_nothing_is_left(tmp_path, prepared, tiny_base, tiny_config, rows):

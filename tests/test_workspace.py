@@ -376,7 +376,7 @@ def staged(root) -> Path:
 
 
 def test_data_reach_the_next_workspace_and_the_checkout_through_the_shared_cache(root):
-    """No remote is there. The user's own changes to the data are kept."""
+    """No remote is there. What the user put among the data stays."""
     with opened(root) as workspace:
         write_files(workspace.path, {"data/raw/rows.jsonl": "{}\n"})
         workspace.dvc("add", "--quiet", "data/raw")
@@ -392,6 +392,12 @@ def test_data_reach_the_next_workspace_and_the_checkout_through_the_shared_cache
         assert (workspace.path / "data/raw/rows.jsonl").read_text() == "{}\n"
         site = workspace.path / ".dvc" / "tmp" / "site"
         assert any(site.iterdir())  # DVC's notes about the clone go with the clone
+        write_files(root, {"data/raw/mine.jsonl": "mine\n"})
+        write_files(workspace.path, {"data/raw/more.jsonl": "{}\n"})
+        workspace.dvc("add", "--quiet", "data/raw")
+        land(workspace, "Ingest more", ["data/raw.dvc"])
+    assert (root / "data/raw/mine.jsonl").read_text() == "mine\n"
+    assert subjects(root)[0] == "Ingest more"
 
 
 def test_a_remote_named_by_a_relative_path_is_the_checkouts_and_not_the_clones(root):
