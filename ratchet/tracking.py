@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ KEY_TAG = "ratchet.run_key"
 STATE_TAG = "ratchet.state"
 RETRY_SECONDS = 15.0
 FLUSH_SECONDS = 2.0
+PASSWORD = re.compile(r"//[^/@\s]*@")  # with its user, in an address
 
 
 def code_sha256() -> str:
@@ -156,9 +158,8 @@ class mlflow_errors:
 
         if isinstance(error, MlflowException | RequestException | ConnectionError):
             first = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            raise ServiceError(
-                f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI')}: {first}", remedy="`ratchet up` starts it; what was not delivered is delivered by the next `ratchet retrain`"
-            ) from error
+            message = PASSWORD.sub("//", f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI')}: {first}")
+            raise ServiceError(message, remedy="`ratchet up` starts it; what was not delivered is delivered by the next `ratchet retrain`") from error
 
 
 def parameters(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ratchet.chat import ChatFormat
+from ratchet.chat import ChatFormat, Encoded
 from ratchet.config import Config, EvaluateConfig
 from ratchet.errors import BaseModelError, DataError
 from ratchet.examples import Example, read_examples
@@ -100,13 +100,22 @@ def _score_all(rows: list[Example], base: Path, incumbent: Path | None, candidat
 def _score(model: Any, chat: ChatFormat, rows: list[Example], name: str, config: EvaluateConfig) -> pd.DataFrame:
     model.eval()
     started = time.perf_counter()
+    prompts = [chat.encode_prompt(row.prompt) for row in rows]
     with quiet():
-        likelihoods = answer_likelihoods(model, [chat.encode(row) for row in rows], pad_id=chat.pad_id, batch_size=config.batch_size)
-        answers = greedy_answers(model, [chat.encode_prompt(row.prompt) for row in rows], chat, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
+        likelihoods = answer_likelihoods(
+            model, [_with_answer(chat, row, prompt) for row, prompt in zip(rows, prompts, strict=True)], pad_id=chat.pad_id, batch_size=config.batch_size
+        )
+        answers = greedy_answers(model, prompts, chat, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     if broken := sum(not math.isfinite(found.nll) for found in likelihoods):
         raise BaseModelError(f"{name}: the likelihood of {broken} of {len(rows)} answers is not finite", remedy="its weights are broken: train again")
     say(f"evaluate: {name} on {len(rows)} rows in {time.perf_counter() - started:.0f} s")
     return _frame(rows, name, answers, [found.nll / found.tokens for found in likelihoods], [found.tokens for found in likelihoods])
+
+
+def _with_answer(chat: ChatFormat, row: Example, prompt: list[int]) -> Encoded:
+    """Scored on its last answer alone; the earlier ones are learned, but they are part of what is asked."""
+    ids = chat.encode(row).ids
+    return Encoded(ids, [position >= len(prompt) for position in range(len(ids))])
 
 
 def _frame(rows: list[Example], model: str, answers: list[str], nll: list[float], tokens: list[int]) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 import xxhash
@@ -58,7 +59,13 @@ def _pull_pydoc(settings: PydocSource) -> Pulled:
 def _pull_jsonl(settings: JsonlSource) -> Pulled:
     lines = list(jsonl.read_lines(settings))
     form = _form_of(lines[0], settings.path) if lines and settings.form == "auto" else settings.form
-    return Pulled(lines, "jsonl", Path(settings.path).stem.replace("*", "") or "rows", form)
+    return Pulled(lines, "jsonl", label_of(settings.path), form)
+
+
+def label_of(path: str) -> str:
+    """The file's name alone: a URL may hold a password or a signature, and the label stands in a commit."""
+    name = urlsplit(path).path if "://" in path else path
+    return Path(name).stem.replace("*", "") or "rows"
 
 
 def _form_of(line: bytes, path: str) -> str:

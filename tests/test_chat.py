@@ -112,7 +112,10 @@ def test_an_answer_with_a_control_token_in_it_does_not_end_early(chat):
 
 @pytest.mark.parametrize(
     ("template", "control", "end", "opening"),
-    [(CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>", "<|im_start|>"), (LLAMA3, ("<|bos|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>", "<|bos|>")],
+    [
+        (CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>", "<|im_start|>"),
+        (LLAMA3, ("<|bos|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>", "<|bos|>"),
+    ],
     ids=["chatml", "llama-3"],
 )
 def test_templates_of_the_large_families_work(template, control, end, opening):

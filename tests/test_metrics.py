@@ -12,7 +12,9 @@ from ratchet.metrics import ROW_METRICS, chrf, exact_match, rouge_l, token_f1
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.lists(st.sampled_from(["the", "cat", "sat", "Ünï", "!", "👍", "\n", "日本"]), max_size=12).map(" ".join)
 
 
-@pytest.mark.parametrize(("answer", "reference", "score"), [("numpy.linalg", "numpy.linalg", 1), (" a  b\n", "a b", 1), ("A b", "a b", 0), ("", "", 1), ("", "a", 0), ("ab", "a b", 0)])
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"), [("numpy.linalg", "numpy.linalg", 1), (" a  b\n", "a b", 1), ("A b", "a b", 0), ("", "", 1), ("", "a", 0), ("ab", "a b", 0)]
+)
 def test_exact_match_looks_through_blanks_alone(answer, reference, score):
     assert exact_match(answer, reference) == score
 

@@ -80,7 +80,12 @@ def test_a_bad_row_is_rejected_with_its_reason_batch_and_line(tmp_path, reason):
 
 GOOD = st.integers(0, 30).map(lambda number: row(questions(31)[number]))
 NEAR = st.integers(0, 30).map(lambda number: row(slightly_other(questions(31)[number])))
-ANY_ROW = st.one_of(GOOD, NEAR, st.sampled_from([line for reason, lines in BAD.items() if reason != "line_too_long" for line in lines]), st.binary(max_size=30).map(lambda text: text.replace(b"\n", b"")))
+ANY_ROW = st.one_of(
+    GOOD,
+    NEAR,
+    st.sampled_from([line for reason, lines in BAD.items() if reason != "line_too_long" for line in lines]),
+    st.binary(max_size=30).map(lambda text: text.replace(b"\n", b"")),
+)
 
 
 @settings(deadline=None, max_examples=40)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ratchet.statistics import bootstrap_mean
+from ratchet.statistics import bootstrap_mean, wilson
 
 FINITE = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
 
@@ -83,3 +83,20 @@ def test_no_values_are_refused():
 def test_values_that_are_not_finite_are_refused_and_counted(broken):
     with pytest.raises(ValueError, match="2 of 5 values are not finite"):
         bootstrap_mean(np.array([1.0, broken, 0.0, broken, 1.0]), alpha=0.05, resamples=200, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("hits", "rows", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (1, 10, 0.0179, 0.4042), (81, 263, 0.2553, 0.3662)]
+)
+def test_the_interval_of_a_share_is_the_published_one(hits, rows, low, high):
+    """81 of 263 stands in Newcombe 1998, table I; the others are what R's prop.test gives without correction."""
+    found = wilson(np.array([1.0] * hits + [0.0] * (rows - hits)), alpha=0.025)
+    assert found == pytest.approx((hits / rows, low, high), abs=5e-5)
+
+
+@given(st.integers(1, 500), st.integers(0, 500), st.sampled_from([0.01, 0.025, 0.05]))
+def test_the_interval_of_a_share_holds_the_share_and_stays_within_0_and_1(rows, hits, alpha):
+    values = np.array([1.0] * min(hits, rows) + [0.0] * (rows - min(hits, rows)))
+    found = wilson(values, alpha=alpha)
+    assert 0.0 <= found.low <= found.mean <= found.high <= 1.0
+    assert found.low < found.high
