@@ -20,9 +20,10 @@ from flows.say import say, working
 from ratchet.champion import Champion, last_entry, read_champion
 from ratchet.config import Config, load_config
 from ratchet.dag import STAGES
+from ratchet.errors import DataError
 from ratchet.registry import CHALLENGER, Version, set_alias
 from ratchet.report import model_card
-from ratchet.workspace import Workspace, check_out, land, locked, open_workspace, push_data, run_stage, stale_stages, who
+from ratchet.workspace import Workspace, catch_up, check_out, land, locked, open_workspace, push_data, run_stage, stale_stages, who
 from tasks.pin import READERS, needs_pin, pin
 from tasks.promote import alias_is_pending, check_registry, follow_alias, promote
 from tasks.record import Findings, close_lost_runs, describe_data, read_findings, record, register
@@ -65,6 +66,8 @@ def is_in_charge(root: Path, champion: Champion | None, found: Findings) -> bool
 @task(name="workspace", **RETRIED)
 def bring_up_to_date(workspace: Workspace, force: bool) -> set[str]:
     """Names of the stages that have to run; the champion is pinned when there is something to train."""
+    if not (workspace.path / "data/raw.dvc").exists():
+        raise DataError(f"{workspace.root} holds no batch of rows yet", remedy="ratchet ingest")
     check_out(workspace)
     stale = stale_stages(workspace)
     if needs_pin(workspace, stale, force=force) and pin(workspace):
@@ -109,6 +112,12 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
 @task(name="decide", **RETRIED)
 def decide(workspace: Workspace, version: Version, found: Findings, config: Config, reason: str) -> Champion | None:
     """Promote, or leave it to a person; who is in charge afterwards."""
+    with locked(workspace.root, "promote"):
+        catch_up(workspace)  # a person may have moved the champion while the stages ran
+        return _decide(workspace, version, found, config, reason)
+
+
+def _decide(workspace: Workspace, version: Version, found: Findings, config: Config, reason: str) -> Champion | None:
     current = read_champion(workspace.path)
     if current:
         follow_alias(workspace.root, current, say)
@@ -124,5 +133,4 @@ def decide(workspace: Workspace, version: Version, found: Findings, config: Conf
     if config.promotion == "manual":
         say(f"v{version.number} waits for a person: `ratchet promote {version.number}`")
         return current
-    with locked(workspace.root, "promote"):
-        return promote(workspace, version, by=f"gate ({who(workspace.root)})", why=reason, force=False, say=say)
+    return promote(workspace, version, by=f"gate ({who(workspace.root)})", why=reason, force=False, say=say)

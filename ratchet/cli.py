@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+INTERRUPTED = 130  # typer's exit code for Ctrl-C
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the ledger.")]
 
@@ -214,18 +216,26 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """Entry point: every RatchetError is one message and its exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except RatchetError as error:
         if Here.debug:
             raise
         _fail(f"{_kind(error)}: {error}", error.exit_code)
-    except Exception as error:  # noqa: BLE001  (the last resort: a bug of ours or of a library ends in one message as well)
+    except Exception as error:  # the last resort: a bug of ours or of a library ends in one message as well
         if Here.debug:
             raise
         _fail(f"{type(error).__name__}: {error}\n  → not foreseen; --debug before the command shows where: ratchet --debug …", 1)
-    except KeyboardInterrupt:
-        _fail("interrupted: finished stages are kept; run the command again", 130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            typer.secho("interrupted: finished stages are kept; run the command again", fg=typer.colors.RED, err=True)
+        raise
+
+
+def _interrupt(*_: object) -> None:
+    """A plain SIGTERM would leave a running stage, and Prefect's server of one's own, behind."""
+    raise KeyboardInterrupt
 
 
 def _kind(error: RatchetError) -> str:

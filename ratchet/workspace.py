@@ -133,7 +133,7 @@ def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
     if code:
         codes = EXITED.findall("\n".join(lines))  # DVC's own word comes last
         told = [line for line in lines if line and not line.startswith(("ERROR: failed to reproduce", "Verifying", *CHATTER))]
-        raise StageError(f"stage {stage} failed:\n" + "\n".join(told[-12:]), exit_code=2 if codes[-1:] == ["2"] else 1)
+        raise StageError(f"stage {stage} failed:\n" + "\n".join(told[-12:] or lines[-3:]), exit_code=2 if codes[-1:] == ["2"] else 1)
     return not any(line.startswith(f"Stage '{stage}' didn't change") for line in lines)
 
 

@@ -19,6 +19,7 @@ from ratchet.status import ledger_lines, ledger_rows
 from ratchet.tracking import KEY_TAG, find_or_create_run, mlflow_client
 from ratchet.workspace import git, open_workspace
 from tasks.promote import alias_is_pending, follow_alias, promote
+from tasks.record import Findings
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 CONFIG = Config(project=ProjectConfig(name="small"))
@@ -183,6 +184,22 @@ def test_a_promotion_that_could_not_land_can_be_tried_again_in_the_same_clone(ro
         promote(workspace, get_version("small", number), by="gate", why="better", force=False, say=quiet)
     assert read_champion(root).version == 1
     assert git(root, "rev-parse", "model/small/v1") == git(root, "rev-parse", "HEAD")
+
+
+def test_a_retraining_decides_on_todays_champion_and_not_on_the_one_of_its_clone(root):
+    """Somebody rolled back while the stages ran: the candidate beat a champion that is none any more."""
+    from prefect.logging import disable_run_logger
+
+    from flows.retrain import decide
+
+    reign(root, 2)
+    register(3, rival=2)
+    found = Findings({}, {}, {}, {"verdict": "promote", "rival": {"model": "champion", "version": 2}}, {}, root)
+    with open_workspace(root, "retrain", quiet) as workspace, disable_run_logger():
+        back(root)
+        assert decide.fn(workspace, get_version("small", 3), found, CONFIG, "new rows").version == 1
+    assert read_champion(root).version == 1
+    assert (get_alias("small", CHAMPION), get_alias("small", CHALLENGER)) == (1, None)
 
 
 def test_a_tag_stays_where_a_version_first_took_charge(root):
