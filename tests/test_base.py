@@ -22,6 +22,7 @@ from ratchet.models import load_base, load_tokenizer
 from ratchet.neighbours import split_by_hash
 from tasks.base import CHAT_TEMPLATE, make_base, reading
 
+ROOT = Path(__file__).parents[1]
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -71,7 +72,8 @@ def test_a_hub_models_weights_stay_in_the_cache_and_no_path_is_kept(tmp_path, sn
 
 def test_what_is_not_in_the_cache_is_named_with_the_command_that_fetches_it(tmp_path):
     (tmp_path / "params.yaml").write_text(render_params(Config(base=BaseConfig(model="tiny/absent", revision=REVISION))))
-    done = subprocess.run([sys.executable, "-m", "tasks.base", "--out", "models/base"], cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "tasks.base", "--out", "models/base"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"BaseModelError: tiny/absent@{REVISION} is not in the hub's cache")
     assert f"hf download tiny/absent --revision {REVISION}" in done.stderr

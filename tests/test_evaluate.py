@@ -99,7 +99,12 @@ def test_an_earlier_answer_is_part_of_the_question(tmp_path, prepared, tiny_base
     assert (found.answer_tokens, found.answer_nll) == (tokens, pytest.approx(nll / tokens, rel=1e-5))
 
 
-def test_greedy_answers_are_those_of_generate_row_by_row(tiny_base, candidate, chat, fitting):
+@pytest.mark.parametrize("pad_token", ["<|pad|>", None])
+def test_greedy_answers_are_those_of_generate_row_by_row(tiny_base, candidate, fitting, pad_token):
+    """Also where a tokenizer has no padding token, and the end of a turn stands for it."""
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer.pad_token = pad_token
+    chat = ChatFormat(tokenizer)
     model = load_adapter(load_base(tiny_base), candidate).eval()
     prompts = [chat.encode_prompt(row.prompt) for row in fitting[:24]]
     assert len({len(prompt) for prompt in prompts}) > 5
@@ -155,18 +160,27 @@ def test_before_the_first_promotion_there_is_no_champion(tmp_path, prepared, tin
     assert set(metrics["slices"]["test"]) == {"base", "candidate"}
 
 
-def test_a_champion_of_another_base_is_scored_with_that_base(tmp_path, prepared, tiny_base, nobody, incumbent, candidate, tiny_config):
-    demo = tiny_config.base.demo.model_copy(update={"hidden_size": 48, "steps": 5})
-    make_base(tmp_path / "other", tiny_config.model_copy(update={"base": tiny_config.base.model_copy(update={"demo": demo, "seed": 21})}))
-    adapter = add_adapter(load_base(tmp_path / "other"), AdapterConfig(rank=2), seed=3)
-    torch.nn.init.normal_(next(weight for name, weight in adapter.named_parameters() if "lora_B" in name))
-    adapter.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    write_json(tmp_path / "theirs/manifest.json", {"version": 4, "batches": []})
-    evaluate(prepared, tmp_path / "other", nobody, tmp_path / "theirs", tmp_path / "alone", tiny_config)
-    shutil.copytree(tmp_path / "other", tmp_path / "theirs/base")
-    metrics = evaluate(prepared, tiny_base, tmp_path / "theirs", candidate, tmp_path / "together", tiny_config)
+@pytest.mark.parametrize("another_base", [False, True], ids=["the same base", "another base"])
+def test_a_champion_has_the_scores_that_it_has_alone_with_its_base(tmp_path, prepared, tiny_base, nobody, candidate, tiny_config, another_base):
+    demo = tiny_config.base.demo.model_copy(update={"hidden_size": 48 if another_base else 32, "steps": 5 if another_base else 20})
+    make_base(tmp_path / "theirs", tiny_config.model_copy(update={"base": tiny_config.base.model_copy(update={"demo": demo})}))
+    champion = make_champion(tmp_path / "champion", tmp_path / "theirs")
+    evaluate(prepared, tmp_path / "theirs", nobody, champion, tmp_path / "alone", tiny_config)
+    if another_base:
+        shutil.copytree(tmp_path / "theirs", champion / "base")
+    metrics = evaluate(prepared, tiny_base, champion, candidate, tmp_path / "together", tiny_config)
     assert metrics["champion"] == 4
     pd.testing.assert_frame_equal(scores(tmp_path / "together", "champion"), scores(tmp_path / "alone", "candidate"), check_exact=True)
+    assert not scores(tmp_path / "together", "champion").equals(scores(tmp_path / "together", "candidate"))
+
+
+def make_champion(folder: Path, base: Path) -> Path:
+    """Version 4, with weights by chance."""
+    adapter = add_adapter(load_base(base), AdapterConfig(rank=2), seed=3)
+    torch.nn.init.normal_(next(weight for name, weight in adapter.named_parameters() if "lora_B" in name))
+    adapter.save_pretrained(folder, save_embedding_layers=False)
+    write_json(folder / "manifest.json", {"version": 4, "batches": []})
+    return folder
 
 
 # --- slices and figures ----------------------------------------------------------------------------------------------

@@ -148,8 +148,8 @@ def test_the_verdict_is_the_same_whatever_the_order_of_the_lines(bench):
 
 
 def test_equal_models_pass_no_more_often_than_alpha_allows(bench):
-    """150 cycles of two models of the same quality on fresh rows. The limit is the 99 % one of the binomial."""
-    cycles, alpha = 150, 0.05
+    """100 cycles of two models of the same quality on fresh rows. The limit is the 99 % one of the binomial."""
+    cycles, alpha = 100, 0.05
     bench.incumbent(7, [])
     passed = sum(result_of(bench.judge(scores(EQUAL, rows={NEW: 200}, seed=cycle), alpha=alpha, resamples=200, seed=cycle), "success") == "pass" for cycle in range(cycles))
     assert passed <= cycles * alpha + 2.326 * math.sqrt(cycles * alpha * (1 - alpha))

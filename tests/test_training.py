@@ -27,6 +27,7 @@ from ratchet.tracking import read_history
 from ratchet.training import Schedule, _Collator, fit
 from tasks.train import train
 
+ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
 SCHEDULE = Schedule(
     steps=6, batch_windows=4, accumulate=1, learning_rate=1e-2, kind="cosine", warmup_share=0.0, weight_decay=0.01, max_grad_norm=1.0, evaluations=3, patience=3, seed=7
@@ -49,7 +50,7 @@ def started(tmp_path_factory, tokens, tiny_base, nobody, tiny_config) -> dict[st
         if name == "broken":
             spoil(folder / "models/base/model.safetensors")
         arguments = ["--tokens", "data/tokenized", "--base", "models/base", "--incumbent", "models/incumbent", "--out", "models/candidate", "--reports", "reports/train"]
-        environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(ROOT)}
         processes[name] = subprocess.Popen(
             [sys.executable, "-m", "tasks.train", *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
