@@ -94,7 +94,6 @@ def _save(model: Any, tokenizer: Any, base: Path, out: Path, config: Config, fac
                 "adapter_sha256": adapter_sha256(folder),
                 "adapter": config.adapter.model_dump(mode="json"),
                 "base": {key: value for key, value in read_json(base / MANIFEST).items() if key in ("model", "revision", "context")},
-                "generation": {"max_new_tokens": config.evaluate.max_new_tokens, "do_sample": False},
                 "precision": precision(config.adapter.method)[0],
                 "environment": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
                 "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},

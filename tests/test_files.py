@@ -119,4 +119,5 @@ def test_too_little_room_is_said_with_both_numbers_before_anything_is_written(tm
 
 
 def test_enough_room_passes(tmp_path):
-    require_space(tmp_path, 1, "a byte")
+    require_space(tmp_path / "models", 1, "a byte")
+    assert (tmp_path / "models").is_dir()
