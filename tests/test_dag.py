@@ -18,7 +18,7 @@ DAG = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["st
 # Inputs that no stage makes: rows come by `ingest`, the champion by a promotion.
 FROM_OUTSIDE = {"data/raw", "data/golden.jsonl", "models/incumbent"}
 
-# The experiment that gets a copy of the curve; a note in the manifest, which registration writes anew.
+# The experiment that gets a copy of the curve: no output depends on it.
 HARMLESS = {"train": {"project.name"}}
 
 
