@@ -1,16 +1,16 @@
 """One tree of errors; every message names the value seen, the value wanted and what to change.
 
-    RatchetError               exit code 1: our fault, or the machine's
-    ├── UserError              exit code 2: something the user can change
-    │   ├── ConfigError        params.yaml
-    │   ├── DataError          a source, a batch, a row
-    │   ├── BaseModelError     the base model, its tokenizer or template
-    │   └── CheckoutError      git, DVC, the working tree
-    ├── ServiceError           MLflow or Prefect does not start or does not answer
-    ├── StageError             a DVC stage failed; carries the stage's own exit code
-    ├── CommandError           git or DVC failed in a way we did not foresee
-    ├── DivergenceError        a loss, a gradient or a weight is not finite
-    └── DiskSpaceError         less room than the stage is about to write
+RatchetError               exit code 1: our fault, or the machine's
+├── UserError              exit code 2: something the user can change
+│   ├── ConfigError        params.yaml
+│   ├── DataError          a source, a batch, a row
+│   ├── BaseModelError     the base model, its tokenizer or template
+│   └── CheckoutError      git, DVC, the working tree
+├── ServiceError           MLflow or Prefect does not start or does not answer
+├── StageError             a DVC stage failed; carries the stage's own exit code
+├── CommandError           git or DVC failed in a way we did not foresee
+├── DivergenceError        a loss, a gradient or a weight is not finite
+└── DiskSpaceError         less room than the stage is about to write
 """
 
 from __future__ import annotations
