@@ -61,7 +61,7 @@ class DemoBase(Section):
     """The small Llama that `base.model: demo` pre-trains on this machine."""
 
     packages: list[str] = Field(default=["stdlib"], min_length=1, description="import names whose documentation the base reads")
-    module_share: Share = Field(default=0.4, description="share of the modules that the base sees; the rest is left for the adapter")
+    module_share: Share = Field(default=0.5, description="share of the modules that the base sees; the rest is left for the adapter")
     vocab_size: int = Field(default=2048, ge=300, description="tokens in the tokenizer that is trained on the same texts")
     hidden_size: int = Field(default=128, ge=16, multiple_of=16, description="width of the model")
     layers: Count = Field(default=2, description="decoder layers")

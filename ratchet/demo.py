@@ -30,7 +30,7 @@ from ratchet.status import ledger_lines, ledger_rows
 from ratchet.workspace import child_environment, git
 
 PLACE = Path(".ratchet/demo")
-SECOND = "numpy,networkx,jinja2"
+SECOND = "numpy,jinja2,rich"
 GOLDEN_ROWS = 150
 console = Console(highlight=False)
 
