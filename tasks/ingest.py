@@ -89,13 +89,13 @@ def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Bat
 
 
 def freeze_golden(path: Path, pulled: Pulled, config: Config, *, rows: int) -> int:
-    """Write the golden set once: `rows` of the pulled ones, chosen by hash among those that preparation would put into test. Returns how many.
+    """Write the golden set once: `rows` of the pulled ones, chosen by hash; fewer when fewer are fit. Returns how many.
 
     Raises DataError when there is a golden set already: a yardstick that moves measures nothing.
     """
     if path.exists() and path.stat().st_size:
         raise DataError(f"{path} holds a golden set already", remedy="it is frozen on purpose; to start another, empty the file in a commit of its own")
-    found = dict(_test_rows(pulled, config))  # by id: a row counts once
+    found = dict(_fit_rows(pulled, config))  # by id: a row counts once
     chosen = sorted(found, key=lambda key: xxhash.xxh3_64_intdigest(key.encode()))[:rows]
     if not chosen:
         raise DataError("no row is fit for the golden set", remedy="check the source's rows")
@@ -103,14 +103,15 @@ def freeze_golden(path: Path, pulled: Pulled, config: Config, *, rows: int) -> i
     return len(chosen)
 
 
-def _test_rows(pulled: Pulled, config: Config) -> Iterator[tuple[str, dict[str, object]]]:
+def _fit_rows(pulled: Pulled, config: Config) -> Iterator[tuple[str, dict[str, object]]]:
     for line in pulled.lines:
         try:
             row = msgspec.json.decode(line)
             example = make_example(row_to_messages(row, pulled.form if pulled.form != "auto" else recognise_form(row)), row.get("meta") or {})
         except (RowError, msgspec.DecodeError, AttributeError, TypeError):
             continue  # preparation counts these; the golden set takes whole rows only
-        if split_by_hash(example.id, config.prepare) == "test":
+        # The demo's base reads the same packages, but none of the rows that go to test.
+        if pulled.source != "pydoc" or split_by_hash(example.id, config.prepare) == "test":
             yield example.id, {"messages": [{"role": message.role, "content": message.content} for message in example.messages], "meta": example.meta}
 
 
