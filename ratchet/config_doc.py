@@ -21,12 +21,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ratchet.config import Config
+from ratchet.config import Config, TopicSource
 from ratchet.files import write_text
 
 DOC, PARAMS = Path("docs/params.md"), Path("params.yaml")
 WIDTH, MAX_COLUMN = 150, 40  # columns of params.yaml; where its comments begin at the latest
 TYPES = {"string": "text", "integer": "integer", "number": "number", "boolean": "`true`, `false`", "null": "`null`"}
+ENTRIES = (TopicSource,)  # models of which a key takes a list
 PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")
 RESERVED = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})  # YAML 1.1 takes them for other types
 
@@ -85,6 +86,8 @@ def takes(schema: dict[str, Any]) -> str:
         return " or ".join(takes(choice) for choice in schema["anyOf"])
     if "enum" in schema:
         return ", ".join(f"`{choice}`" for choice in schema["enum"])
+    if "$ref" in schema:
+        return f"`{{{', '.join(next(model for model in ENTRIES if model.__name__ == schema['$ref'].rpartition('/')[2]).model_fields)}}}`"
     if schema["type"] == "array":
         least = f", at least {schema['minItems']}" if "minItems" in schema else ""
         return f"list of {takes(schema['items'])}{least}"
@@ -143,7 +146,9 @@ def _beside(pair: str, comment: str, column: int) -> Iterator[str]:
 
 
 def yaml_value(value: Any) -> str:
-    """A scalar or a list of scalars, on one line."""
+    """A scalar, a list of them or a mapping, on one line."""
+    if isinstance(value, BaseModel):
+        return f"{{{', '.join(f'{key}: {yaml_value(part)}' for key, part in value)}}}"
     if isinstance(value, list):
         return f"[{', '.join(map(yaml_value, value))}]"
     if isinstance(value, str):

@@ -6,7 +6,8 @@ RatchetError               exit code 1: our fault, or the machine's
 │   ├── DataError          a source, a batch, a row
 │   ├── BaseModelError     the base model, its tokenizer or template
 │   └── CheckoutError      git, DVC, the working tree
-├── ServiceError           MLflow or Prefect does not start or does not answer
+├── ServiceError           MLflow, Prefect, the request log or an upstream does not start or does not answer
+├── BusyError              more requests than the gateway takes at once
 ├── StageError             a DVC stage failed; carries the stage's own exit code
 ├── CommandError           git or DVC failed in a way we did not foresee
 ├── DivergenceError        a loss, a gradient or a weight is not finite
@@ -68,3 +69,7 @@ class DivergenceError(RatchetError):
 
 class DiskSpaceError(RatchetError):
     pass
+
+
+class BusyError(RatchetError):
+    """The queue is full; the caller may come again."""
