@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.events import COMMITTED, DRIFTED, resource_of
+from flows.watch import Watcher
 from ratchet.config import Config, load_config
 from ratchet.errors import ConfigError, RatchetError, UserError
 from ratchet.services import service_environment
@@ -28,12 +30,13 @@ def main(arguments: list[str]) -> int:
     try:
         config = load_config(root / "params.yaml")
         set_environment(root, config)
-        deployments = [describe_retrain(root, config), describe_ingest(root, config)]
+        deployments = [describe_retrain(root, config), describe_ingest(root, config), describe_monitor(root, config), describe_rollout(root, config)]
     except RatchetError as error:
         print(error, file=sys.stderr)  # noqa: T201 the service's log is where people look
         return error.exit_code
     if "--end-lost-runs" in arguments:
         end_lost_runs([deployment.name for deployment in deployments])
+    Watcher(root, config).start()
     serve_deployments(deployments)
     return 0
 
@@ -61,21 +64,85 @@ def describe_retrain(root: Path, config: Config) -> RunnerDeployment:
         "What did not change costs about a second. One run at a time, the others wait.",
         tags=["ratchet", config.project.name],
         parameters={"root": str(root)},
-        schedules=[describe_schedule(config.retrain.cron)],
+        schedules=[describe_schedule("retrain", config.retrain.cron, {"reason": "schedule"})],
+        triggers=describe_triggers(config),
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
 
 
-def describe_schedule(cron: str) -> DeploymentScheduleCreate:
+def describe_schedule(section: str, cron: str, parameters: dict[str, Any]) -> DeploymentScheduleCreate:
     """`active` is left out and the slug is fixed, so that a schedule which a person paused in the UI stays paused over a restart."""
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.schedules import CronSchedule
 
     try:
-        return DeploymentScheduleCreate(schedule=CronSchedule(cron=cron, timezone="UTC"), parameters={"reason": "schedule"}, slug="retrain-cron")
+        return DeploymentScheduleCreate(schedule=CronSchedule(cron=cron, timezone="UTC"), parameters=parameters, slug=f"{section}-cron")
     except ValueError:
-        raise ConfigError(f"retrain.cron is {cron!r}, which is no cron schedule", remedy="give five fields in params.yaml, such as `0 3 * * 1` (Mondays at 03:00 UTC)") from None
+        raise ConfigError(f"{section}.cron is {cron!r}, which is no cron schedule", remedy="give five fields in params.yaml, such as `0 3 * * 1` (Mondays at 03:00 UTC)") from None
+
+
+def describe_triggers(config: Config) -> list[Any]:
+    """Drift starts a retraining of the topics that drifted; new data does when `retrain.on_data` says so. The event's payload becomes the run's parameters."""
+    from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
+
+    chosen = {DRIFTED: ("drift", {"topics": _from_payload("topics")}), **({COMMITTED: ("new data", {})} if config.retrain.on_data else {})}
+    return [
+        DeploymentEventTrigger(
+            name=f"{config.project.name}: retrain on {what}",
+            expect={event},
+            match={"prefect.resource.id": resource_of(config)},
+            parameters={"reason": "{{ event.payload.reason }}", **parameters},
+        )
+        for event, (what, parameters) in chosen.items()
+    ]
+
+
+def _from_payload(key: str) -> dict[str, Any]:
+    """A part of the payload as a value, where a plain template would give text (prefect/utilities/schema_tools/hydration.py)."""
+    return {"__prefect_kind": "json", "value": {"__prefect_kind": "jinja", "template": f"{{{{ event.payload.{key} | tojson }}}}"}}
+
+
+def describe_monitor(root: Path, config: Config) -> RunnerDeployment:
+    """Raises ConfigError for a schedule that is none."""
+    from flows.monitor import monitor
+
+    return _describe(
+        monitor,
+        root,
+        config,
+        description="Compare the newest requests with what the champion was made for; drift that is worth it starts `retrain`.",
+        schedules=[describe_schedule("monitor", config.monitor.cron, {})],
+    )
+
+
+def describe_rollout(root: Path, config: Config) -> RunnerDeployment:
+    from flows.rollout import rollout
+
+    return _describe(
+        rollout,
+        root,
+        config,
+        description="One look at the open rollout and at people's decisions in MLflow. Runs by itself each minute while a rollout is open, and when the registry changed.",
+    )
+
+
+def _describe(flow: Any, root: Path, config: Config, *, description: str, **settings: Any) -> RunnerDeployment:
+    """One run at a time; a second is refused, since it would look at the same."""
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.types.entrypoint import EntrypointType
+
+    return RunnerDeployment.from_flow(
+        flow,
+        name=flow.name,
+        description=description,
+        tags=["ratchet", config.project.name],
+        parameters={"root": str(root)},
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+        entrypoint_type=EntrypointType.MODULE_PATH,
+        **settings,
+    )
 
 
 def describe_ingest(root: Path, config: Config) -> RunnerDeployment:

@@ -1,6 +1,6 @@
 """The flow `ingest`: a source's rows become one immutable batch, a DVC version and a data commit.
 
-That commit is what starts a retraining: by the GitHub workflow, or by whoever watches the branch.
+That commit is what starts a retraining: by the GitHub workflow, or by the event that is told here (`retrain.on_data`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
+from flows.events import COMMITTED, tell
 from flows.retries import can_pass
 from flows.say import say
 from ratchet.config import Config, load_config
@@ -42,7 +43,10 @@ def ingest(root: str | None = None, source: str | None = None, path: str | None 
         for attempt in range(TRIES):
             try:
                 with open_workspace(home, "ingest", say, keep_failed=config.retrain.keep_workspaces) as workspace:
-                    return commit_golden(workspace, pulled, config, golden) if golden else commit_batch(workspace, pulled, config)
+                    done = commit_golden(workspace, pulled, config, golden) if golden else commit_batch(workspace, pulled, config)
+                if done["new"] and not golden:
+                    tell(COMMITTED, config, {"reason": f"new data: {done['batch']}", **done})
+                return done
             except CommandError:
                 if attempt == TRIES - 1:
                     raise
@@ -54,7 +58,7 @@ def ingest(root: str | None = None, source: str | None = None, path: str | None 
 def pull_rows(config: Config, root: Path, source: str | None, path: str | None, packages: list[str] | None) -> Pulled:
     named = path or (config.ingest.jsonl.path if (source or config.ingest.source) == "jsonl" else None)
     found = str(root / named) if named and "://" not in named else named
-    pulled = pull(config, source=source, path=found or None, packages=packages)
+    pulled = pull(config, root=root, source=source, path=found or None, packages=packages)
     say(f"{len(pulled.lines)} rows from {pulled.source} ({pulled.label}), form {pulled.form}")
     return pulled
 

@@ -11,18 +11,24 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from ratchet.topics import Topic
 
+from flows.ingest import ingest
 from flows.retries import can_pass
 from flows.say import say, working
 from ratchet.champion import Champion, last_entry, read_champion
-from ratchet.config import Config, load_config
+from ratchet.config import Config, TopicSource, load_config
 from ratchet.dag import STAGES
 from ratchet.errors import DataError
+from ratchet.regions import FILE as REGION
+from ratchet.regions import Region, sources_for, write_region
 from ratchet.registry import CHALLENGER, Version, set_alias
 from ratchet.report import model_card
+from ratchet.retrains import remember
 from ratchet.workspace import Workspace, catch_up, check_out, land, locked, open_workspace, push_data, run_stage, stale_stages, who
 from tasks.pin import READERS, needs_pin, pin
 from tasks.promote import alias_is_pending, check_registry, follow_alias, promote
@@ -34,20 +40,28 @@ RETRIED: dict[str, Any] = {**SETTINGS, "retries": 2, "retry_delay_seconds": 5, "
 
 
 @flow(name="retrain", flow_run_name="retrain: {reason}", persist_result=False)
-def retrain(root: str | None = None, reason: str = "by hand", force: bool = False) -> dict[str, Any]:
-    """Returns {verdict, reasons, stages: {name: ran or not}, version, champion}. Raises what the checkout, the stages and MLflow raise.
+def retrain(root: str | None = None, reason: str = "by hand", force: bool = False, topics: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Returns {verdict, reasons, regions, stages: {name: ran or not}, version, champion}. Raises what the checkout, the stages and MLflow raise.
 
-    `force` compares with today's champion even when nothing else changed.
+    `force` compares with today's champion even when nothing else changed. `topics` are those that drifted (`ratchet.topics`): their rows
+    are pulled first, and the evaluation reports them by themselves.
     """
     home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
     config = load_config(home / "params.yaml")
+    region = Region(msgspec.convert(topics, list[Topic]), reason) if topics else None
+    for source in sources_for(region.topics, config.monitor) if region else []:
+        pull_topic(home, source)
     with locked(home, "retrain"), open_workspace(home, "retrain", say, keep_failed=config.retrain.keep_workspaces) as workspace:
+        if region:
+            land_region(workspace, region)
         stale = bring_up_to_date(workspace, force)
         ran: dict[str, bool] = {}
         for stage in STAGES:
             ran[stage] = stage_task.with_options(task_run_name=stage)(workspace, stage, needed=stage in stale or any(ran.values()))
         commit = land_outputs(workspace, reason) if any(ran.values()) else workspace.git("rev-parse", "HEAD").strip()
         found = read_findings(workspace.path)
+        if ran["train"]:
+            remember(home, reason=reason, seconds=found.figures["seconds"], run_key=found.manifest["run_key"], verdict=found.decision["verdict"])
         champion = read_champion(workspace.path)
         if not any(ran.values()) and is_in_charge(home, champion, found):
             say("the champion was made from exactly this: nothing to do")
@@ -55,12 +69,34 @@ def retrain(root: str | None = None, reason: str = "by hand", force: bool = Fals
         else:
             registered = publish(workspace, found, config, commit, reason)
             version, champion = registered.number, decide(workspace, registered, found, config, reason)
-    return {"verdict": found.decision["verdict"], "reasons": found.decision["reasons"], "stages": ran, "version": version, "champion": champion.version if champion else None}
+    return {
+        "verdict": found.decision["verdict"],
+        "reasons": found.decision["reasons"],
+        "regions": [part["reason"] for part in found.decision["regions"]],
+        "stages": ran,
+        "version": version,
+        "champion": champion.version if champion else None,
+    }
 
 
 def is_in_charge(root: Path, champion: Champion | None, found: Findings) -> bool:
     """Told by files alone: asking MLflow would take longer than all the rest of a retraining with nothing to do."""
     return champion is not None and champion.run_key == found.manifest["run_key"] and champion.gate["verdict"] == found.decision["verdict"] and not alias_is_pending(root)
+
+
+@task(name="pull topic", **SETTINGS)
+def pull_topic(root: Path, source: TopicSource) -> None:
+    """One batch of rows of a drifted topic. A source that has none is said; the others may still cure it."""
+    try:
+        ingest(root=str(root), source=source.source, path=source.path or None, packages=source.packages or None)
+    except DataError as error:
+        say(f"no rows from {source.source}: {error}")
+
+
+@task(name="region", **RETRIED)
+def land_region(workspace: Workspace, region: Region) -> None:
+    write_region(workspace.path / REGION, region)
+    land(workspace, f"Watch {', '.join(topic.name for topic in region.topics)}"[:72], [str(REGION)])
 
 
 @task(name="workspace", **RETRIED)
@@ -131,6 +167,9 @@ def _decide(workspace: Workspace, version: Version, found: Findings, config: Con
         return current
     set_alias(config.project.name, CHALLENGER, version.number)
     if config.promotion == "manual":
-        say(f"v{version.number} waits for a person: `ratchet promote {version.number}`")
+        say(f"v{version.number} waits for a person: `ratchet promote {version.number}`, or the tag `decision` = `approve` on the version in MLflow")
+        return current
+    if config.promotion == "rollout" and current and config.rollout.steps[0] < 1:
+        say(f"v{version.number} is the challenger: its rollout starts at the next look (`ratchet rollout look`, or by itself where `ratchet up` runs)")
         return current
     return promote(workspace, version, by=f"gate ({who(workspace.root)})", why=reason, force=False, say=say)

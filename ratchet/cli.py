@@ -29,6 +29,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+rollout_app = typer.Typer(help="The open rollout: look, pause, resume, abort.", no_args_is_help=True, rich_markup_mode=None)
+keys_app = typer.Typer(help="The gateway's API keys.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(rollout_app, name="rollout")
+app.add_typer(keys_app, name="keys")
 INTERRUPTED = 130  # typer's exit code for Ctrl-C
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the ledger.")]
@@ -64,7 +68,7 @@ def demo(
 
 @app.command()
 def up() -> None:
-    """Start MLflow, Prefect and the served deployments on 127.0.0.1.
+    """Start MLflow, Prefect, the served deployments and the gateway, on 127.0.0.1.
 
     Example: ratchet up
     """
@@ -89,7 +93,7 @@ def down() -> None:
 
 @app.command()
 def ingest(
-    source: Annotated[str | None, typer.Option(help="pydoc or jsonl; otherwise what params.yaml says.")] = None,
+    source: Annotated[str | None, typer.Option(help="pydoc, jsonl or feedback; otherwise what params.yaml says.")] = None,
     path: Annotated[str | None, typer.Option(help="File, glob or URL of JSON Lines.")] = None,
     packages: Annotated[str | None, typer.Option(help="Import names for pydoc, with commas.")] = None,
     golden: Annotated[int, typer.Option(min=0, metavar="ROWS", help="Freeze that many rows as the golden set instead.")] = 0,
@@ -111,21 +115,22 @@ def ingest(
 def retrain(
     reason: Reason = "by hand",
     force: Annotated[bool, typer.Option("--force", help="Compare with today's champion even when nothing else changed.")] = False,
+    drift: Annotated[bool, typer.Option("--drift", help="Pull rows of the topics that the last verdict named, first.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Prepare, tokenize, train, evaluate, gate; promote when the gate agrees.
+    """Prepare, tokenize, train, evaluate, gate; what the gate lets through is promoted or rolled out.
 
     What did not change is skipped. Example: ratchet retrain --reason "March's tickets"
     """
     root = _ready()
     from flows.retrain import retrain as flow
 
-    done = flow(root=str(root), reason=reason, force=force)
+    done = flow(root=str(root), reason=reason, force=force, topics=_drifted_topics(root) if drift else None)
 
     def tell() -> None:
         ran = [stage for stage, did in done["stages"].items() if did]
         _say(f"verdict: {done['verdict']} (v{done['version']}); in charge: {_version(done['champion'])}; ran: {', '.join(ran) or 'nothing, all unchanged'}")
-        for line in done["reasons"]:
+        for line in [*done["reasons"], *done["regions"]]:
             _say(f"  {line}")
 
     _show(done, as_json, tell)
@@ -173,6 +178,129 @@ def rollback(reason: Reason = "by hand", as_json: Json = False) -> None:
     from flows.decide import roll_back
 
     _tell_champion(roll_back(root, _config(root), reason=reason, say=_note), as_json)
+
+
+@app.command()
+def serve() -> None:
+    """Answer on OpenAI's protocol with the champion, until Ctrl-C. `ratchet up` does it in the background.
+
+    Example: ratchet serve
+    """
+    from ratchet.gateway.serve import serve as run
+
+    root = _root()
+    run(root, _config(root))
+
+
+@app.command()
+def monitor(
+    only_look: Annotated[bool, typer.Option("--only-look", help="Start no retraining, whatever is found.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the newest requests with what the champion was made for.
+
+    Example: ratchet monitor
+    """
+    root = _ready()
+    from flows.monitor import monitor as flow
+
+    found = flow(root=str(root), retrain=not only_look)
+
+    def tell() -> None:
+        from ratchet.status import verdict_lines
+
+        _say("\n".join(verdict_lines(found)))
+
+    _show(found, as_json, tell)
+
+
+@rollout_app.command("look")
+def rollout_look(as_json: Json = False) -> None:
+    """Look at the open rollout now, and act: what happens each minute by itself where `ratchet up` runs.
+
+    Example: ratchet rollout look
+    """
+    root = _ready()
+    from flows.rollout import look_once
+
+    _tell_rollout(look_once(root, _config(root), _note), as_json)
+
+
+@rollout_app.command("status")
+def rollout_show(as_json: Json = False) -> None:
+    """The open rollout with its figures. Example: ratchet rollout status"""
+    root = _root()
+    from flows.rollout import rollout_status
+
+    _tell_rollout(rollout_status(root, _config(root)), as_json)
+
+
+@rollout_app.command("pause")
+def rollout_pause(as_json: Json = False) -> None:
+    """The champion answers everybody until it is resumed. Example: ratchet rollout pause"""
+    root = _ready()
+    from flows.rollout import pause_rollout
+
+    _tell_rollout(pause_rollout(root, _config(root), _note), as_json)
+
+
+@rollout_app.command("resume")
+def rollout_resume(as_json: Json = False) -> None:
+    """Go on with a paused rollout. Example: ratchet rollout resume"""
+    root = _ready()
+    from flows.rollout import resume_rollout
+
+    _tell_rollout(resume_rollout(root, _config(root), _note), as_json)
+
+
+@rollout_app.command("abort")
+def rollout_abort(reason: Reason = "by hand", as_json: Json = False) -> None:
+    """End the rollout; the champion stays. Example: ratchet rollout abort --reason "complaints" """
+    root = _ready()
+    from flows.rollout import abort_rollout
+
+    _tell_rollout(abort_rollout(root, _config(root), reason, _note), as_json)
+
+
+@keys_app.command("add")
+def keys_add(
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    scopes: Annotated[str, typer.Option(help="infer, feedback, admin, with commas.")] = "infer,feedback",
+) -> None:
+    """Make a key and show it, once. Example: ratchet keys add website"""
+    from ratchet.gateway.keys import add_key
+
+    _say(add_key(_root(), name, scopes.split(",")))
+
+
+@keys_app.command("list")
+def keys_list() -> None:
+    """Names and scopes. Example: ratchet keys list"""
+    from ratchet.gateway.keys import list_keys
+
+    for key in list_keys(_root()):
+        _say(f"{key.name:20} {','.join(key.scopes)}")
+
+
+@keys_app.command("revoke")
+def keys_revoke(name: Annotated[str, typer.Argument(help="Whose key it is.")]) -> None:
+    """Refuse a key from now on. Example: ratchet keys revoke website"""
+    from ratchet.gateway.keys import revoke_key
+
+    revoke_key(_root(), name)
+    _say(f"the key of {name} is refused from now on")
+
+
+@app.command()
+def report(path: Annotated[Path | None, typer.Option("--out", help="Where to write the page; otherwise .ratchet/report.html.")] = None) -> None:
+    """Write one page with the champion, traffic, feedback, drift, rollout and ledger.
+
+    Example: ratchet report --out report.html
+    """
+    from ratchet.page import write_page
+
+    root = _root()
+    _say(str(write_page(root, _config(root), path or root / ".ratchet/report.html")))
 
 
 @app.command()
@@ -281,6 +409,22 @@ def _show(found: Any, as_json: bool, tell: Callable[[], object]) -> None:
         typer.echo(json.dumps(found, indent=2, default=str))
     else:
         tell()
+
+
+def _drifted_topics(root: Path) -> list[dict[str, Any]]:
+    """Raises UserError when the last verdict named none."""
+    from ratchet.status import last_verdict
+
+    found = last_verdict(root)
+    if not found or not found["topics"]:
+        raise UserError("the last verdict of the monitor names no drifted topic", remedy="ratchet monitor looks at the newest requests; `ratchet retrain` needs no drift")
+    return [{key: topic[key] for key in ("name", "terms", "share", "reference_share", "examples") if key in topic} for topic in found["topics"]]
+
+
+def _tell_rollout(found: dict[str, Any], as_json: bool) -> None:
+    from ratchet.status import rollout_lines
+
+    _show(found, as_json, lambda: _say("\n".join(rollout_lines(found))))
 
 
 def _tell_champion(champion: Any, as_json: bool) -> None:

@@ -37,6 +37,7 @@ class PydocSource(Section):
     module_depth: int = Field(default=1, ge=1, le=4, description="levels of a module's name that make the answer (`numpy.linalg` is one level below `numpy`)")
     min_objects: int = Field(default=40, ge=1, description="documented objects that a module needs to be asked about")
     summaries: Share = Field(default=0.05, description="share of the objects that also give a row name → summary")
+    share: Share = Field(default=1.0, description="share of the objects that give rows, chosen by hash; what is left out can play the users' questions")
 
 
 class JsonlSource(Section):
@@ -184,6 +185,7 @@ class RetrainConfig(Section):
     """The flow `retrain`."""
 
     cron: str = Field(default="0 3 * * 1", description="schedule of the deployment, in cron's form, UTC")
+    on_data: bool = Field(default=False, description="an ingest starts a retraining by itself, where the deployments are served")
     keep_workspaces: int = Field(default=2, ge=0, description="failed workspaces that are kept to look at")
 
 
@@ -256,7 +258,7 @@ class MonitorConfig(Section):
 class RolloutConfig(Section):
     """The flow `rollout`: traffic moves to a gated version in steps, and back by itself."""
 
-    cron: str = Field(default="* * * * *", description="schedule of the deployment, in cron's form, UTC")
+    look_seconds: float = Field(default=60.0, ge=5, description="seconds between two looks at an open rollout; a decision in MLflow's UI is seen within 15 s")
     steps: list[Annotated[float, Field(gt=0, le=1.0)]] = Field(
         default=[0.05, 0.25, 0.5, 1.0], min_length=1, description="shares of the users that the challenger answers, one after another; the last is 1.0: it is in charge"
     )

@@ -7,6 +7,7 @@ services go on running, so that their pages can be looked at.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -17,21 +18,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import psutil
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ratchet.config import Config, load_config
+from ratchet.config_doc import render_params
 from ratchet.errors import CheckoutError, RatchetError
 from ratchet.files import read_json, write_text
+from ratchet.follow import follow_retraining
+from ratchet.replay import Question, Reply, replay, summarise
+from ratchet.rollout import read_rollout
 from ratchet.services import find_port_fault, stop_services
+from ratchet.sources.pydoc import harvest
+from ratchet.statistics import wilson
 from ratchet.status import ledger_lines, ledger_rows
 from ratchet.workspace import child_environment, git
 
 PLACE = Path(".ratchet/demo")
 SECOND = "numpy,jinja2,rich"
 GOLDEN_ROWS = 150
+WORDS = "array|matri|axis|template|macro|console|style|render"  # of the new packages' documentation: where a topic's rows come from
+REQUESTS, LOOK_REQUESTS, MAX_LOOKS, PARALLEL = 500, 250, 14, 16
 console = Console(highlight=False)
 
 
@@ -48,7 +58,7 @@ def run_demo(root: Path, *, until: str = "v2") -> None:
 
 
 def _story(home: Path, until: str) -> None:
-    _step("1  MLflow, Prefect and the deployments start, on 127.0.0.1 only")
+    _step("1  MLflow, Prefect, the deployments and the gateway start, on 127.0.0.1 only")
     _ratchet(home, "up")
     _step("2  The standard library's documentation comes in: a frozen golden set, then the first batch")
     _ratchet(home, "ingest", "--packages", "stdlib", "--golden", str(GOLDEN_ROWS))
@@ -58,16 +68,74 @@ def _story(home: Path, until: str) -> None:
     _print_scores(home, {"base": "base", "candidate": "v1", "simple": "TF-IDF"})
     if until == "v1":
         return
-    _step(f"4  Three packages that v1 has never seen come in: {SECOND}")
-    _ratchet(home, "ingest", "--packages", SECOND)
-    _step("5  Retraining from v1 with replay; v1 and the candidate are scored on the same rows")
-    _ratchet(home, "retrain", "--reason", f"documentation of {SECOND}")
+    traffic = Traffic(home)
+    _step("4  Clients ask v1 about the standard library; what they ask was kept out of every batch")
+    traffic.send(REQUESTS, new=0.0)
+    _ratchet(home, "monitor")
+    _step(f"5  Half of the clients come with packages that v1 has never seen: {SECOND}")
+    traffic.send(REQUESTS, new=0.5)
+    _ratchet(home, "monitor")
+    _step("6  The event has started a retraining, in the served deployment; v1 answers on")
+    follow_retraining(home, say=console.print)
     _print_scores(home, {"base": "base", "champion": "v1", "candidate": "v2", "simple": "TF-IDF"})
-    _print_verdict(home)
-    _step("6  Nothing changed since: every stage is skipped")
-    _ratchet(home, "retrain", "--reason", "nothing new")
+    if not _print_verdict(home):
+        return
+    _step("7  v2 gets a growing share of the users; their feedback decides, and may be looked at as often as one likes")
+    _roll_out(home, traffic)
+    _step("Before and after, as the users saw it")
+    traffic.print_table()
     _step("The ledger")
     console.print("\n".join(escape(line) for line in ledger_lines(ledger_rows(home))))
+
+
+def _roll_out(home: Path, traffic: Traffic) -> None:
+    for _ in range(MAX_LOOKS):
+        _ratchet(home, "rollout", "look")
+        if read_rollout(home) is None:
+            return
+        traffic.send(LOOK_REQUESTS, new=0.8)
+    console.print(f"[yellow]no end after {MAX_LOOKS} looks: `ratchet -C {PLACE} rollout look` goes on[/yellow]")
+
+
+class Traffic:
+    """Questions that no batch holds, each asked by another user, with the answer known."""
+
+    def __init__(self, home: Path) -> None:
+        config = load_config(home / "params.yaml")
+        self._url, self._model = f"http://127.0.0.1:{config.gateway.port}", config.project.name
+        self._known, self._new = _kept_out(["stdlib"], config), _kept_out(SECOND.split(","), config)
+        self._random = random.Random(11)  # noqa: S311 which question comes next is no secret
+        self._replies: list[Reply] = []
+
+    def send(self, count: int, *, new: float) -> None:
+        """`new`: share of the questions that are about the new packages."""
+        asked = [self._random.choice(self._new if self._random.random() < new else self._known) for _ in range(count)]
+        users = [f"user-{len(self._replies) + number}" for number in range(count)]
+        started = time.perf_counter()
+        replies = replay(self._url, self._model, asked, users=users, parallel=PARALLEL)
+        self._replies += replies
+        took, faults = time.perf_counter() - started, [reply.fault for reply in replies if reply.fault]
+        told = ", ".join(f"v{score.version} right on {score.right} of {score.asked} about {score.kind}" for score in summarise(replies))
+        console.print(f"{count} questions by {count} users in {took:.0f} s ({count / took:.0f} a second), {len(faults)} failed: {told}")
+        if faults:
+            raise RatchetError(f"{len(faults)} requests failed, the first: {faults[0]}", remedy=f"{PLACE}/.ratchet/logs/gateway.log may say why")
+
+    def print_table(self) -> None:
+        shown = Table(title="answers that were right, of all that the users asked [95 % interval]", title_justify="left")
+        for column in ("version", "questions about", "asked", "right"):
+            shown.add_column(column, justify="right" if column == "asked" else "left")
+        for score in summarise(self._replies):
+            share = wilson(np.array([1.0] * score.right + [0.0] * (score.asked - score.right)), alpha=0.025)
+            shown.add_row(f"v{score.version}", score.kind, str(score.asked), _cell(share._asdict()))
+        console.print(shown)
+
+
+def _kept_out(packages: list[str], config: Config) -> list[Question]:
+    """Rows of these packages that `ingest.pydoc.share` leaves out of every batch."""
+    taken = {row["messages"][0]["content"] for row in harvest(config.ingest.pydoc.model_copy(update={"packages": packages}))}
+    every = harvest(config.ingest.pydoc.model_copy(update={"packages": packages, "share": 1.0}))
+    kind = "new packages" if packages != ["stdlib"] else "the standard library"
+    return [Question(question, answer, kind) for question, answer in ((row["messages"][0]["content"], row["messages"][1]["content"]) for row in every) if question not in taken]
 
 
 def make_checkout(root: Path) -> Path:
@@ -88,20 +156,22 @@ def make_checkout(root: Path) -> Path:
     git(home, "checkout", "--quiet", "-B", "main")
     if git(root, "status", "--porcelain", "--untracked-files=no").strip():
         console.print("note: your checkout has uncommitted changes; the demo runs the last commit")
-    _use_free_ports(home)
+    _settle(home)
     return home
 
 
-def _use_free_ports(home: Path) -> None:
-    """The demo shall not fall over a port that something else holds; its own params.yaml says which it took."""
+def _settle(home: Path) -> None:
+    """The demo's own params.yaml: free ports, some questions kept out, and a week of traffic in minutes."""
     params = home / "params.yaml"
-    text, services = params.read_text(encoding="utf-8"), load_config(params).services
-    for key, port in (("mlflow_port", services.mlflow_port), ("prefect_port", services.prefect_port)):
-        if find_port_fault(port):
-            text = text.replace(f"{key}: {port}", f"{key}: {_free_port()}")
-    if text != params.read_text(encoding="utf-8"):
-        write_text(params, text)
-        git(home, "-c", "user.name=Ratchet", "-c", "user.email=ratchet@localhost", "commit", "--quiet", "--all", "--message", "Take free ports for the demo")
+    values = load_config(params).model_dump(mode="json")
+    for section, key in (("services", "mlflow_port"), ("services", "prefect_port"), ("gateway", "port")):
+        if find_port_fault(values[section][key]):
+            values[section][key] = _free_port()
+    values["ingest"]["pydoc"]["share"] = 0.85
+    values["monitor"] |= {"cooldown_hours": 0.0, "sources": [{"match": WORDS, "source": "pydoc", "packages": SECOND.split(",")}]}
+    values["rollout"] |= {"steps": [0.1, 0.5, 1.0], "step_minutes": 0.0}
+    write_text(params, render_params(Config.model_validate(values)))
+    git(home, "-c", "user.name=Ratchet", "-c", "user.email=ratchet@localhost", "commit", "--quiet", "--all", "--message", "Settle the demo")
 
 
 def _free_port() -> int:
@@ -141,16 +211,22 @@ def _cell(found: dict[str, float]) -> str:
     return escape(f"{found['mean']:.0%} [{found['low'] * 100:.0f}–{found['high'] * 100:.0f}]")
 
 
-def _print_verdict(home: Path) -> None:
+def _print_verdict(home: Path) -> bool:
+    """Whether the gate let the candidate through."""
     decision = read_json(home / "reports/gate.json")
     console.print(f"gate: [bold]{decision['verdict']}[/bold]")
+    for part in [*decision["checks"][:1], *decision["regions"]]:
+        console.print(f"  {part['reason']}", markup=False)
     if decision["verdict"] != "promote":
-        console.print("[yellow]the candidate was not promoted: v1 stays in charge. That is the gate's work, and worth a look at the reasons above.[/yellow]")
+        console.print("[yellow]the candidate was not let through: v1 stays in charge. That is the gate's work, and worth a look at the reasons above.[/yellow]")
+    return bool(decision["verdict"] == "promote")
 
 
 def _print_pages(home: Path, config: Config) -> None:
     mlflow, prefect = (f"http://127.0.0.1:{port}" for port in (config.services.mlflow_port, config.services.prefect_port))
-    console.print(f"\nMLflow   {mlflow}/#/models/{config.project.name}\nPrefect  {prefect}/runs\ngit log  git -C {PLACE} log --oneline")
+    console.print(
+        f"\nthe page http://127.0.0.1:{config.gateway.port}/\nMLflow   {mlflow}/#/models/{config.project.name}\nPrefect  {prefect}/runs\ngit log  git -C {PLACE} log --oneline"
+    )
 
 
 def _step(title: str) -> None:

@@ -155,8 +155,13 @@ def check_ports(root: Path, config: Config) -> list[Finding]:
     except RatchetError as error:
         return [Finding("services", False, str(error).splitlines()[0], error.remedy)]
     findings = []
-    for name, port in (("mlflow", config.services.mlflow_port), ("prefect", config.services.prefect_port)):
-        service, key = services[name], f"services.{name}_port"
+    ports = {
+        "mlflow": ("services.mlflow_port", config.services.mlflow_port),
+        "prefect": ("services.prefect_port", config.services.prefect_port),
+        "gateway": ("gateway.port", config.gateway.port),
+    }
+    for name, (key, port) in ports.items():
+        service = services[name]
         if service.alive:
             said = "answers" if service.answers else "does not answer"
             findings.append(

@@ -12,26 +12,33 @@ from ratchet.chat import ChatFormat, Encoded
 
 
 class Likelihood(NamedTuple):
-    """Sum of the answer's negative log-likelihood in nats, its end of turn included, and the number of its tokens."""
+    """Sums of the negative log-likelihood in nats, and the numbers of tokens: of the answer with its end of turn, and of all that stands before it (but its first token)."""
 
     nll: float
     tokens: int
+    prompt_nll: float
+    prompt_tokens: int
 
 
 @torch.inference_mode()
 def answer_likelihoods(model: Any, rows: Sequence[Encoded], *, pad_id: int, batch_size: int) -> list[Likelihood]:
     """In the order of `rows`. Right padding: what stands behind a row cannot change it."""
-    found: list[Likelihood] = [Likelihood(0.0, 0)] * len(rows)
+    found: list[Likelihood] = [Likelihood(0.0, 0, 0.0, 0)] * len(rows)
     for batch in _by_length([len(row.ids) for row in rows], batch_size):
         length = max(len(rows[index].ids) for index in batch)
         ids = torch.tensor([rows[index].ids + [pad_id] * (length - len(rows[index].ids)) for index in batch], device=model.device)  # (batch, seq)
         learned = torch.tensor([rows[index].learned + [False] * (length - len(rows[index].ids)) for index in batch], device=model.device)
         mask = torch.tensor([[1] * len(rows[index].ids) + [0] * (length - len(rows[index].ids)) for index in batch], device=model.device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()  # (batch, seq - 1, vocab)
-        losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * learned[:, 1:]
+        losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        answered, asked = learned[:, 1:], mask[:, 1:].bool() & ~learned[:, 1:]
         for position, index in enumerate(batch):
-            found[index] = Likelihood(float(losses[position].sum()), int(learned[position, 1:].sum()))
+            found[index] = Likelihood(*_sum(losses[position], answered[position]), *_sum(losses[position], asked[position]))
     return found
+
+
+def _sum(losses: torch.Tensor, counted: torch.Tensor) -> tuple[float, int]:
+    return float((losses * counted).sum()), int(counted.sum())
 
 
 @torch.inference_mode()

@@ -14,13 +14,27 @@ def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[st
     rival = decision["rival"]
     against = f"v{rival['version']}, the champion" if rival["version"] is not None else "the untouched base (there is no champion yet)"
     lines = [f"## {VERDICTS[decision['verdict']]}", "", f"Compared with {against}, on the same rows in the same run.", ""]
-    lines += [f"- {mark(check['result'])} {check['reason']}" for check in decision["checks"]]
+    lines += [f"- {mark(check['result'])} {check['reason']}" for check in [*decision["checks"], *decision.get("regions", [])]]
     for name in ("test", "golden"):
         if name in metrics["slices"]:
             lines += ["", f"### {name.capitalize()} rows", "", *table(metrics["slices"][name])]
     slices = {name.partition(":")[2]: part for name, part in metrics["slices"].items() if name.startswith("batch:")}
     lines += ["", "### Exact match by batch", "", *_slice_table(slices), "", "### Where it comes from", ""]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
+
+
+def drift_card(found: dict[str, Any]) -> str:
+    """A verdict of the monitor as Markdown: what was seen, which topics grew, and why it does or does not retrain."""
+    lines = [f"## {found['verdict']} on {found['rows']} requests to v{found['version']}", ""]
+    if found["p"] is not None:
+        lines += [f"p = {found['p']:.4f} for all columns together", "", "| column | p |", "|---|---|"]
+        lines += [f"| {column['name']} | {column['p']:.4f} |" for column in sorted(found["columns"], key=lambda column: column["p"])]
+    for topic in found["topics"]:
+        lines += ["", f"**{topic['name']}**: {topic['share']:.1%} of the requests, {topic['reference_share']:.1%} of the reference", ""]
+        lines += [f"> {example}" for example in topic["examples"]]
+    decision = found["decision"]
+    lines += ["", f"### Retraining: {'yes' if decision['retrain'] else 'no'}", ""]
+    return "\n".join([*lines, *(f"- for: {line}" for line in decision["for"]), *(f"- against: {line}" for line in decision["against"])]) + "\n"
 
 
 def mark(result: str) -> str:

@@ -1,4 +1,4 @@
-"""MLflow, Prefect and the served deployments on this machine: what `ratchet up`, `down` and `status` do.
+"""MLflow, Prefect, the served deployments and the gateway on this machine: what `ratchet up`, `down` and `status` do.
 
 Each service is a process group of its own, bound to 127.0.0.1, with a log in .ratchet/logs and a record in .ratchet/run. A record
 holds the process id and the time at which that process was made, so that an id which the system gave away again is never killed.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ratchet.config import Config
 
 HOST = "127.0.0.1"
-NAMES = ("mlflow", "prefect", "deployments")
+NAMES = ("mlflow", "prefect", "deployments", "gateway")
 PROBE_SECONDS = 0.8
 # Two processes made this near to each other cannot have had the same id; a clock set right by more than this hides our own.
 SAME_START_SECONDS = 2.0
@@ -74,10 +74,11 @@ class Record(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Plan:
-    """How one service is started. `port` is the one it listens on, or is asked about on."""
+    """How one service is started. `port` is the one it is asked about on; `key` names it in params.yaml where the service listens on it."""
 
     name: str
     port: int
+    key: str | None
     settings: str
     command: list[str]
     folder: Path
@@ -94,8 +95,8 @@ def start_services(root: Path, config: Config, *, report: Report) -> list[Servic
         plans = plan_services(root, config)
         kept = {name for name, plan in plans.items() if _is_kept(root, plan)}
         for plan in plans.values():
-            if plan.name not in kept and plan.name != "deployments":
-                require_free_port(plan.port, f"services.{plan.name}_port")
+            if plan.name not in kept and plan.key:
+                require_free_port(plan.port, plan.key)
         for name in kept:
             report(f"{name}: runs already")
         try:
@@ -159,11 +160,13 @@ def service_environment(root: Path, config: Config) -> dict[str, str]:
 
 
 def plan_services(root: Path, config: Config) -> dict[str, Plan]:
-    """Raises UserError when both servers are to listen on one port."""
+    """Raises UserError when two servers are to listen on one port."""
     services = config.services
-    if services.mlflow_port == services.prefect_port:
-        raise UserError(f"services.mlflow_port and services.prefect_port are both {services.mlflow_port}", remedy="give them different ports in params.yaml")
-    plans = (_plan_mlflow(root, services.mlflow_port), _plan_prefect(root, services.prefect_port), _plan_deployments(root, config))
+    plans = (_plan_mlflow(root, services.mlflow_port), _plan_prefect(root, services.prefect_port), _plan_deployments(root, config), _plan_gateway(root, config))
+    keys: dict[int, str] = {}
+    for plan in plans:
+        if plan.key and keys.setdefault(plan.port, plan.key) != plan.key:
+            raise UserError(f"{keys[plan.port]} and {plan.key} are both {plan.port}", remedy="give them different ports in params.yaml")
     return {plan.name: plan for plan in plans}
 
 
@@ -176,7 +179,9 @@ def _plan_mlflow(root: Path, port: int) -> Plan:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     }
-    return Plan("mlflow", port, f"services.mlflow_port: {port}", [sys.executable, "-m", "mlflow", "server", *storage, *listen], _home(root, "mlflow"), environment)
+    return Plan(
+        "mlflow", port, "services.mlflow_port", f"services.mlflow_port: {port}", [sys.executable, "-m", "mlflow", "server", *storage, *listen], _home(root, "mlflow"), environment
+    )
 
 
 def _plan_prefect(root: Path, port: int) -> Plan:
@@ -192,14 +197,22 @@ def _plan_prefect(root: Path, port: int) -> Plan:
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    return Plan("prefect", port, f"services.prefect_port: {port}", command, _home(root, "prefect"), environment)
+    return Plan("prefect", port, "services.prefect_port", f"services.prefect_port: {port}", command, _home(root, "prefect"), environment)
 
 
 def _plan_deployments(root: Path, config: Config) -> Plan:
     port = config.services.prefect_port
-    environment = {**os.environ, **service_environment(root, config), "PREFECT_API_URL": _prefect_api(port), "PREFECT_RUNNER_POLL_FREQUENCY": "5", "RATCHET_ROOT": str(root)}
-    settings = f"services.prefect_port: {port}, retrain.cron: {config.retrain.cron}"
-    return Plan("deployments", port, settings, [sys.executable, "-m", "flows.deployments", "--end-lost-runs"], root, environment)
+    environment = {**os.environ, **service_environment(root, config), "PREFECT_API_URL": _prefect_api(port), "PREFECT_RUNNER_POLL_FREQUENCY": "1", "RATCHET_ROOT": str(root)}
+    settings = f"services.prefect_port: {port}, retrain.cron: {config.retrain.cron}, monitor.cron: {config.monitor.cron}"
+    return Plan("deployments", port, None, settings, [sys.executable, "-m", "flows.deployments", "--end-lost-runs"], root, environment)
+
+
+def _plan_gateway(root: Path, config: Config) -> Plan:
+    gateway = config.gateway
+    # It answers people while a training takes every core: the training's threads are told to sleep when they wait (workspace.child_environment).
+    environment = {**_drop(os.environ, "MLFLOW_"), **NO_TELEMETRY, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "RATCHET_ROOT": str(root)}
+    settings = f"gateway: {gateway.model_dump(mode='json')}, request_log: {config.request_log.model_dump(mode='json')}"
+    return Plan("gateway", gateway.port, "gateway.port", settings, [sys.executable, "-m", "ratchet.gateway.serve"], root, environment)
 
 
 def _drop(environment: Mapping[str, str], prefix: str) -> dict[str, str]:
@@ -260,9 +273,9 @@ def _is_kept(root: Path, plan: Plan) -> bool:
 
 
 def _start_and_wait(root: Path, plans: dict[str, Plan], kept: set[str], timeout: float, report: Report) -> None:
-    """Both servers at once, since each takes 10 to 30 s on two cores; the deployments as soon as Prefect answers."""
+    """The servers at once, since each takes 10 to 30 s on two cores; the deployments as soon as Prefect answers."""
     since = dict.fromkeys(plans, time.monotonic())
-    waiting = {"mlflow", "prefect"} | kept
+    waiting = {"mlflow", "prefect", "gateway"} | kept
     for name in sorted(waiting - kept):
         _start(root, plans[name], report)
     while waiting:
@@ -358,7 +371,8 @@ def _find_family(leader: psutil.Process) -> list[psutil.Process]:
 def _see_service(root: Path, name: str, config: Config) -> Service:
     record = _read_record(root, name)
     process = _find_process(record) if record else None
-    port = record.port if record and process else config.services.mlflow_port if name == "mlflow" else config.services.prefect_port
+    ports = {"mlflow": config.services.mlflow_port, "gateway": config.gateway.port}
+    port = record.port if record and process else ports.get(name, config.services.prefect_port)
     return Service(name, _page(name, port), process.pid if process else None, _log(root, name), process is not None, bool(process and record and _answers(record)))
 
 
@@ -388,12 +402,12 @@ def _answers(record: Record) -> bool:
 
 
 def _answers_health(name: str, port: int) -> bool:
-    return _get(port, "/health" if name == "mlflow" else "/api/health") is not None
+    return _get(port, {"mlflow": "/health", "prefect": "/api/health", "gateway": "/healthz"}[name]) is not None
 
 
 def _has_polled(record: Record) -> bool:
     """Whether this very process asked Prefect for work: the deployment itself stays registered when its process is gone."""
-    body = _get(record.port, "/api/deployments/name/retrain/retrain")
+    body = _get(record.port, "/api/deployments/name/retrain/retrain")  # one for all: they are asked about together
     deployment = json.loads(body) if body else {}
     polled = deployment.get("last_polled") or "1970-01-01T00:00:00Z"
     return deployment.get("status") == "READY" and datetime.fromisoformat(polled).timestamp() >= record.created

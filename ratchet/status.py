@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from ratchet.batches import read_manifest
 from ratchet.champion import read_champion, read_ledger
 from ratchet.config import Config
 from ratchet.files import read_json
+from ratchet.rollout import read_rollout
 from ratchet.services import list_services
+from ratchet.serving import read_state
 from ratchet.workspace import failed_workspaces
+
+VERDICTS = Path(".ratchet/monitor/verdicts.jsonl")
 
 
 def see_status(root: Path, config: Config) -> dict[str, Any]:
@@ -28,9 +35,24 @@ def see_status(root: Path, config: Config) -> dict[str, Any]:
             "new": [{"name": batch.name, "rows": batch.rows} for batch in batches if batch.name not in seen],
         },
         "promotion": config.promotion,
+        "rollout": _rollout(root),
+        "serving": read_state(root),
+        "drift": last_verdict(root),
         "services": {service.name: {"url": service.url, "answers": service.answers} for service in list_services(root, config)},
         "left": sorted(path.name for path in failed_workspaces(root)),
     }
+
+
+def last_verdict(root: Path) -> dict[str, Any] | None:
+    """What the monitor said last."""
+    path = root / VERDICTS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return json.loads(lines[-1]) if lines else None
+
+
+def _rollout(root: Path) -> dict[str, Any] | None:
+    rollout = read_rollout(root)
+    return msgspec.to_builtins(rollout) | {"share": rollout.share} if rollout else None
 
 
 def describe(found: dict[str, Any]) -> list[str]:
@@ -46,8 +68,36 @@ def describe(found: dict[str, Any]) -> list[str]:
     )
     if not data["batches"]:
         lines[-1] = "data       no batch in this checkout yet: ratchet ingest"
+    if found["rollout"]:
+        lines += [f"{'rollout' if not number else '':10} {line}" for number, line in enumerate(rollout_lines(found["rollout"]))]
+    lines += [f"refused    {version} by the gateway: {why}" for version, why in ((found["serving"] or {}).get("refused") or {}).items()]
+    if found["drift"]:
+        lines += [f"{'drift' if not number else '':10} {line}" for number, line in enumerate(verdict_lines(found["drift"]))]
     lines += [f"{name:10} {service['url'] if service['answers'] else 'not running: ratchet up'}" for name, service in found["services"].items()]
     return lines + [f"left over  .ratchet/workspaces/{name} (a run that failed)" for name in found["left"]]
+
+
+def rollout_lines(found: dict[str, Any]) -> list[str]:
+    """Of an open or ended rollout; of a look that found none."""
+    if not found.get("version"):
+        return [found.get("why") or "no rollout is open"]
+    lines = [
+        f"v{found['version']} {found['state'].replace('_', ' ')}: {found['shares'][found['step']]:.0%} of the users (step {found['step'] + 1} of {len(found['shares'])}), the others v{found['champion']}"
+    ]
+    return [*lines, *([found["why"]] if found.get("why") else [])]
+
+
+def verdict_lines(found: dict[str, Any]) -> list[str]:
+    """What the monitor saw, which topics grew, and why it does or does not retrain."""
+    if found["verdict"] == "no champion":
+        return ["nobody is in charge yet: there is nothing to compare the traffic with"]
+    lines = [f"{found['verdict']} on {found['rows']} requests to v{found['version']}" + (f", p = {found['p']:.4f}" if found["p"] is not None else "") + f" ({found['at']})"]
+    strongest = sorted((column for column in found["columns"]), key=lambda column: column["p"])[:3] if found["verdict"] == "drift" else []
+    lines += [f"  {column['name']}: p = {column['p']:.4f}" for column in strongest]
+    lines += [f"  topic {topic['name']}: {topic['share']:.1%} of the requests, {topic['reference_share']:.1%} of the reference" for topic in found["topics"]]
+    decision = found["decision"]
+    lines.append(f"  retraining: {'yes' if decision['retrain'] else 'no'}")
+    return [*lines, *(f"    for      {line}" for line in decision["for"]), *(f"    against  {line}" for line in decision["against"])]
 
 
 def ledger_rows(root: Path) -> list[dict[str, Any]]:

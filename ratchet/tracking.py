@@ -106,6 +106,17 @@ def log_points(run_id: str, points: list[dict[str, Any]]) -> None:
             client.log_batch(run_id, metrics=metrics[start : start + 500])
 
 
+def log_report(run_id: str, folder: Path, metrics: dict[str, float]) -> str:
+    """Copy a drift report to the run, one folder a report; the page to look at. Raises ServiceError."""
+    client = mlflow_client()
+    with mlflow_errors():
+        client.log_artifacts(run_id, str(folder), f"monitor/{folder.name}")
+        for name, value in metrics.items():
+            client.log_metric(run_id, name, value)
+        experiment = client.get_run(run_id).info.experiment_id
+    return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{experiment}/runs/{run_id}/artifacts/monitor/{folder.name}"
+
+
 def find_or_create_run(experiment: str, run_key: str, tags: dict[str, str]) -> str:
     """Id of the run with that key. Raises ServiceError when MLflow does not answer."""
     client = mlflow_client()

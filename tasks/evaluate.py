@@ -1,10 +1,11 @@
 """Candidate, champion and untouched base on the same rows, in one process: a score a row for each of them.
 
-    python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent --candidate models/candidate --out reports/evaluation
+    python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent --candidate models/candidate --region data/region.json --out reports/evaluation
 
 Writes scores.parquet (one line a row and model) and metrics.json (means with 95 % intervals a slice). Rows are the test
-split and the golden set; slices are `test`, `golden`, each batch and each kind. Beside the models stands a simple baseline,
-so that nobody fools himself.
+split and the golden set; slices are `test`, `golden`, each batch, each kind, and each topic that drifted last (`region:`), so
+that a retraining can tell whether it cured what it was started for. Beside the models stands a simple baseline, so that
+nobody fools himself.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from ratchet.config import Config, EvaluateConfig
 from ratchet.errors import BaseModelError, DataError
 from ratchet.examples import Example, read_examples
 from ratchet.files import read_json, whole_folder, write_json
-from ratchet.inference import answer_likelihoods, greedy_answers
+from ratchet.inference import Likelihood, answer_likelihoods, greedy_answers
 from ratchet.metrics import ROW_METRICS
 from ratchet.models import MANIFEST, load_adapter, load_base, load_tokenizer, quiet
+from ratchet.regions import mark, parts, read_region
 from ratchet.simple import simple_answers
 from ratchet.stage import run_stage, say
 from ratchet.statistics import bootstrap_mean, wilson
@@ -33,7 +35,7 @@ from ratchet.statistics import bootstrap_mean, wilson
 COLUMNS = ("exact_match", "token_f1", "rouge_l", "chrf", "answer_nll")
 
 
-def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: Path, config: Config) -> dict[str, Any]:
+def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: Path, config: Config, region: Path | None = None) -> dict[str, Any]:
     """Returns the metrics. Raises DataError: no test rows, or test rows that the base was trained on."""
     rows = _rows(prepared)
     _check_unseen(rows, base)
@@ -44,8 +46,9 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
     scores = _score_all(fitting, base, incumbent if champion is not None else None, candidate, config)
     if config.evaluate.simple_baseline:
         train = list(read_examples(prepared / "train.jsonl"))
-        scores.append(_frame(fitting, "simple", simple_answers(train, fitting), [math.nan] * len(fitting), [0] * len(fitting)))
+        scores.append(_frame(fitting, "simple", simple_answers(train, fitting), [], []))
     table = pd.concat(scores, ignore_index=True)
+    table["region"] = mark(list(table.question), read_region(region).topics if region else [])
     metrics = {"rows": len(fitting), "too_long": too_long, "champion": champion, "slices": summarise(table)}
     with whole_folder(out) as folder:
         table.to_parquet(folder / "scores.parquet", index=False)
@@ -109,7 +112,7 @@ def _score(model: Any, chat: ChatFormat, rows: list[Example], name: str, config:
     if broken := sum(not math.isfinite(found.nll) for found in likelihoods):
         raise BaseModelError(f"{name}: the likelihood of {broken} of {len(rows)} answers is not finite", remedy="its weights are broken: train again")
     say(f"evaluate: {name} on {len(rows)} rows in {time.perf_counter() - started:.0f} s")
-    return _frame(rows, name, answers, [found.nll / found.tokens for found in likelihoods], [found.tokens for found in likelihoods])
+    return _frame(rows, name, answers, likelihoods)
 
 
 def _with_answer(chat: ChatFormat, row: Example, prompt: list[int]) -> Encoded:
@@ -118,8 +121,9 @@ def _with_answer(chat: ChatFormat, row: Example, prompt: list[int]) -> Encoded:
     return Encoded(ids, [position >= len(prompt) for position in range(len(ids))])
 
 
-def _frame(rows: list[Example], model: str, answers: list[str], nll: list[float], tokens: list[int]) -> pd.DataFrame:
-    columns: dict[str, list[Any]] = {
+def _frame(rows: list[Example], model: str, answers: list[str], likelihoods: list[Likelihood]) -> pd.DataFrame:
+    """`likelihoods` is empty for what has none."""
+    columns: dict[str, Any] = {
         "id": [row.id for row in rows],
         "batch": [str(row.meta["batch"]) for row in rows],
         "kind": [str(row.meta.get("kind", "")) for row in rows],
@@ -127,8 +131,9 @@ def _frame(rows: list[Example], model: str, answers: list[str], nll: list[float]
         "question": [row.question for row in rows],
         "reference": [row.answer for row in rows],
         "answer": answers,
-        "answer_nll": nll,
-        "answer_tokens": tokens,
+        "answer_nll": [found.nll / found.tokens for found in likelihoods] or math.nan,
+        "answer_tokens": [found.tokens for found in likelihoods] or 0,
+        "prompt_nll": [found.prompt_nll / max(1, found.prompt_tokens) for found in likelihoods] or math.nan,
     }
     for name, metric in ROW_METRICS.items():
         columns[name] = [metric(answer, row.answer) for answer, row in zip(answers, rows, strict=True)]
@@ -145,6 +150,7 @@ def slices(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     found = {"test": test, "golden": table[table.batch == "golden"]}
     found |= {f"batch:{batch}": part for batch, part in test.groupby("batch")}
     found |= {f"kind:{kind}": part for kind, part in test.groupby("kind") if kind}
+    found |= {f"region:{region}": rows for region, rows in parts(test).items()}
     return {name: part for name, part in found.items() if len(part)}
 
 
@@ -161,7 +167,7 @@ def _summary(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    metrics = evaluate(arguments.prepared, arguments.base, arguments.incumbent, arguments.candidate, arguments.out, config)
+    metrics = evaluate(arguments.prepared, arguments.base, arguments.incumbent, arguments.candidate, arguments.out, config, arguments.region)
     for model, summary in metrics["slices"]["test"].items():
         say(
             f"evaluate: {model:9} exact match {summary['exact_match']['mean']:.3f} [{summary['exact_match']['low']:.3f}, {summary['exact_match']['high']:.3f}] on {summary['rows']} test rows"
@@ -169,4 +175,4 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, ["prepared", "base", "incumbent", "candidate", "out"], _main)
+    run_stage(__doc__, ["prepared", "base", "incumbent", "candidate", "region", "out"], _main)

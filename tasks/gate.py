@@ -20,6 +20,7 @@ from ratchet.config import Config, GateConfig
 from ratchet.errors import RatchetError
 from ratchet.files import read_json, write_json
 from ratchet.models import MANIFEST
+from ratchet.regions import parts
 from ratchet.stage import run_stage, say
 from ratchet.statistics import Interval, Values, bootstrap_mean
 
@@ -43,6 +44,7 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, out: Path, config:
         "reasons": [check["reason"] for check in checks if check["result"] != "pass"] or [check["reason"] for check in checks],
         "rival": {"model": rival, "version": champion["version"]},
         "checks": checks,
+        "regions": [_region(name, rows, rival, config) for name, rows in parts(scores[scores.batch != "golden"]).items()],
         "candidate": {"run_key": manifest["run_key"], "adapter_sha256": manifest["adapter_sha256"]},
         "params": config.model_dump(mode="json"),
     }
@@ -90,6 +92,16 @@ def _no_worse(name: str, rows: pd.DataFrame, rival: str, metric: str, margin: fl
     return _check(name, metric, found, len(gains), -margin, result, reason)
 
 
+def _region(name: str, rows: pd.DataFrame, rival: str, config: GateConfig) -> dict[str, Any]:
+    """Did the retraining cure the topic that drifted? Said, not decided on: its few rows are among those of the checks above."""
+    gains = paired_gains(rows, rival, config.metric)
+    found = bootstrap_mean(gains, alpha=config.guardrail_alpha, resamples=config.resamples, seed=config.seed)
+    result = "pass" if found.low > 0 else "fail" if found.high <= 0 else "unclear"
+    words = {"pass": "is better for certain than the {}'s", "fail": "is not better than the {}'s", "unclear": "may be better than the {}'s, and these rows cannot tell"}
+    reason = f"drifted topic {name}: {config.metric} on {len(gains)} test rows {words[result].format(rival)}: gain {_said(found)}"
+    return _check(f"region:{name}", config.metric, found, len(gains), 0.0, result, reason)
+
+
 def paired_gains(rows: pd.DataFrame, rival: str, metric: str) -> Values:
     """Candidate minus rival by row, in the ids' order, positive when the candidate is better. Raises RatchetError when the pairs are not whole."""
     sides = {name: rows[rows.model == name].set_index("id")[metric].sort_index() for name in ("candidate", rival)}
@@ -115,6 +127,8 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
     say(f"gate: {decision['verdict']}")
     for check in decision["checks"]:
         say(f"gate: {check['result']:7} {check['reason']}")
+    for region in decision["regions"]:
+        say(f"gate: {region['reason']}")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ import xxhash
 from ratchet.batches import Batch, content_hash, read_manifest, write_batch
 from ratchet.config import Config, JsonlSource, PydocSource
 from ratchet.errors import DataError
-from ratchet.examples import RowError, encode_line, make_example, recognise_form, row_to_messages
+from ratchet.examples import Example, RowError, encode_line, make_example, read_examples, recognise_form, row_to_messages
 from ratchet.files import write_bytes
 from ratchet.neighbours import split_by_hash
-from ratchet.sources import jsonl, pydoc
+from ratchet.sources import feedback, jsonl, pydoc
 from ratchet.stage import run_stage, say
 
 
@@ -37,16 +37,18 @@ class Pulled(NamedTuple):
     form: str
 
 
-def pull(config: Config, *, source: str | None = None, path: str | None = None, packages: list[str] | None = None) -> Pulled:
-    """Read the source. Raises DataError: nothing found, a form that nobody knows, no rows."""
+def pull(config: Config, *, root: Path | None = None, source: str | None = None, path: str | None = None, packages: list[str] | None = None) -> Pulled:
+    """Read the source; `root` is the checkout whose request log `feedback` reads. Raises DataError: nothing found, a form that nobody knows, no rows."""
     chosen = source or ("jsonl" if path else "pydoc" if packages else config.ingest.source)
     if chosen == "pydoc":
         settings = config.ingest.pydoc.model_copy(update={"packages": packages} if packages else {})
         pulled = _pull_pydoc(settings)
     elif chosen == "jsonl":
         pulled = _pull_jsonl(config.ingest.jsonl.model_copy(update={"path": path} if path else {}))
+    elif chosen == "feedback":
+        pulled = Pulled([msgspec.json.encode(row) for row in feedback.harvest(root or Path.cwd(), config)], "feedback", "feedback", "messages")
     else:
-        raise DataError(f"source {chosen!r} is unknown", remedy="known: pydoc, jsonl")
+        raise DataError(f"source {chosen!r} is unknown", remedy="known: pydoc, jsonl, feedback")
     if not pulled.lines:
         raise DataError(f"the source {pulled.source} ({pulled.label}) gave no rows", remedy="a batch needs at least one row; check the source's settings in `ingest`")
     return pulled
@@ -88,6 +90,12 @@ def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Bat
     return write_batch(raw, pulled.lines, source=pulled.source, label=pulled.label, time=time, licence=licence, who=who, form=pulled.form), True
 
 
+def count_new(root: Path, pulled: Pulled) -> int:
+    """Rows of `pulled` that the prepared data of the checkout do not hold yet."""
+    known = {example.id for split in ("train", "validation", "test", "golden") if (file := root / f"data/prepared/{split}.jsonl").exists() for example in read_examples(file)}
+    return len({example.id for example in _examples(pulled)} - known)
+
+
 def freeze_golden(path: Path, pulled: Pulled, config: Config, *, rows: int) -> int:
     """Write the golden set once: `rows` of the pulled ones, chosen by hash; fewer when fewer are fit. Returns how many.
 
@@ -104,15 +112,20 @@ def freeze_golden(path: Path, pulled: Pulled, config: Config, *, rows: int) -> i
 
 
 def _fit_rows(pulled: Pulled, config: Config) -> Iterator[tuple[str, dict[str, object]]]:
-    for line in pulled.lines:
-        try:
-            row = msgspec.json.decode(line)
-            example = make_example(row_to_messages(row, pulled.form if pulled.form != "auto" else recognise_form(row)), row.get("meta") or {})
-        except (RowError, msgspec.DecodeError, AttributeError, TypeError):
-            continue  # preparation counts these; the golden set takes whole rows only
+    for example in _examples(pulled):
         # The demo's base reads the same packages, but none of the rows that go to test.
         if pulled.source != "pydoc" or split_by_hash(example.id, config.prepare) == "test":
             yield example.id, {"messages": [{"role": message.role, "content": message.content} for message in example.messages], "meta": example.meta}
+
+
+def _examples(pulled: Pulled) -> Iterator[Example]:
+    """The whole rows; preparation counts the others."""
+    for line in pulled.lines:
+        try:
+            row = msgspec.json.decode(line)
+            yield make_example(row_to_messages(row, pulled.form if pulled.form != "auto" else recognise_form(row)), row.get("meta") or {})
+        except (RowError, msgspec.DecodeError, AttributeError, TypeError):
+            continue
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:

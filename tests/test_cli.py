@@ -19,7 +19,7 @@ from ratchet.workspace import git
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("demo", "up", "down", "ingest", "retrain", "status", "promote", "rollback", "history", "doctor")
-PARAMS = "project:\n  name: small\nservices:\n  mlflow_port: 5907\n  prefect_port: 5908\n"
+PARAMS = "project:\n  name: small\nservices:\n  mlflow_port: 5907\n  prefect_port: 5908\ngateway:\n  port: 5909\n"
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +153,7 @@ def test_a_folder_without_git_is_refused(tmp_path):
 def test_the_status_of_a_fresh_checkout_says_what_to_do_next(root):
     done = ratchet("-C", root, "status")
     assert done.returncode == 0
-    for words in ("project    small (promotion: auto)", "champion   none yet", "ratchet ingest", "mlflow     not running: ratchet up", "prefect    not running: ratchet up"):
+    for words in ("project    small (promotion: rollout)", "champion   none yet", "ratchet ingest", "mlflow     not running: ratchet up", "prefect    not running: ratchet up"):
         assert words in done.stdout
     assert done.stderr == ""
 
@@ -166,7 +166,7 @@ def test_status_and_history_are_json_on_request(root):
     assert found["champion"] == {"version": 1, "since": "2026-01-02T03:04:05Z", "by": "Ana", "why": "first", "gate": found["champion"]["gate"]}
     assert found["gate"] == {"verdict": "promote", "reasons": ["better"], "rival": {"model": "base", "version": None}}
     assert found["left"] == ["20260101T000000-retrain-1-failed"]
-    assert {name: service["answers"] for name, service in found["services"].items()} == {"mlflow": False, "prefect": False, "deployments": False}
+    assert {name: service["answers"] for name, service in found["services"].items()} == {"mlflow": False, "prefect": False, "deployments": False, "gateway": False}
     [row] = json.loads(ratchet("-C", root, "history", "--json").stdout)
     assert (row["move"], row["from"], row["to"], row["commit"]) == ("promote", None, 1, git(root, "rev-parse", "HEAD").strip())
     text = ratchet("-C", root, "status").stdout

@@ -111,9 +111,9 @@ def test_little_room_is_a_warning_and_almost_none_a_fault(tmp_path: Path, monkey
 def test_a_port_that_another_holds_is_a_fault(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = server.getsockname()[1]
-        config = Config.model_validate({"services": {"mlflow_port": taken, "prefect_port": find_free_port()}})
+        config = Config.model_validate({"services": {"mlflow_port": taken, "prefect_port": find_free_port()}, "gateway": {"port": find_free_port()}})
         findings = check_ports(tmp_path, config)
-    assert [(finding.name, finding.ok) for finding in findings] == [("port of mlflow", False), ("port of prefect", True)]
+    assert [(finding.name, finding.ok) for finding in findings] == [("port of mlflow", False), ("port of prefect", True), ("port of gateway", True)]
     assert "services.mlflow_port" in findings[0].remedy
 
 

@@ -26,8 +26,8 @@ from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.services import Record, running_services, service_environment, start_services, stop_services
 
 
-def make_config(mlflow_port: int, prefect_port: int) -> Config:
-    return Config.model_validate({"services": {"mlflow_port": mlflow_port, "prefect_port": prefect_port}})
+def make_config(mlflow_port: int, prefect_port: int, gateway_port: int) -> Config:
+    return Config.model_validate({"services": {"mlflow_port": mlflow_port, "prefect_port": prefect_port}, "gateway": {"port": gateway_port}})
 
 
 def find_free_ports(count: int) -> list[int]:
@@ -43,7 +43,7 @@ def find_free_ports(count: int) -> list[int]:
 
 @pytest.fixture
 def config() -> Config:
-    return make_config(*find_free_ports(2))
+    return make_config(*find_free_ports(3))
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +72,9 @@ def remember(root: Path, name: str, pid: int, *, age: float = 0.0, settings: str
 
 
 def test_a_port_in_use_is_reported_with_its_holder_and_its_key(tmp_path: Path) -> None:
-    mlflow_port, prefect_port = find_free_ports(2)
+    mlflow_port, prefect_port, gateway_port = find_free_ports(3)
     with socket.create_server(("127.0.0.1", prefect_port)), pytest.raises(UserError) as caught:
-        start_services(tmp_path, make_config(mlflow_port, prefect_port), report=print)
+        start_services(tmp_path, make_config(mlflow_port, prefect_port, gateway_port), report=print)
     for part in (str(prefect_port), f"process {os.getpid()} ", "services.prefect_port", "params.yaml"):
         assert part in str(caught.value)
     assert not list(tmp_path.glob(".ratchet/run/*.json")), "nothing may start before all ports were looked at"
@@ -88,7 +88,9 @@ def test_a_port_that_is_bound_without_listening_is_in_use(tmp_path: Path) -> Non
 
 def test_one_port_for_both_servers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"services\.mlflow_port and services\.prefect_port are both 4300"):
-        start_services(tmp_path, make_config(4300, 4300), report=print)
+        start_services(tmp_path, make_config(4300, 4300, 4301), report=print)
+    with pytest.raises(UserError, match=r"services\.prefect_port and gateway\.port are both 4301"):
+        start_services(tmp_path, make_config(4300, 4301, 4301), report=print)
 
 
 def test_stopping_nothing_is_no_error(tmp_path: Path, config: Config) -> None:
@@ -186,8 +188,8 @@ RETRAIN = """
 import subprocess
 from prefect import flow
 
-@flow(name="retrain")
-def retrain(root: str | None = None, reason: str = "by hand", force: bool = False) -> dict:
+@flow(name="retrain", flow_run_name="{reason}")
+def retrain(root: str | None = None, reason: str = "by hand", force: bool = False, topics: list | None = None) -> dict:
     subprocess.run(["sleep", "300"], check=True)
     return {}
 """
@@ -198,6 +200,13 @@ from prefect import flow
 def ingest(root: str | None = None, source: str | None = None, path: str | None = None, packages: list[str] | None = None) -> dict:
     return {}
 """
+LOOK = """
+from prefect import flow
+
+@flow(name="{name}")
+def {name}(root: str | None = None) -> dict:
+    return {{}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -205,11 +214,13 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Co
     """All services, in a folder whose name would break a URL, with flows that only sleep."""
     root = tmp_path_factory.mktemp("a root") / "100% odd"
     (root / "flows").mkdir(parents=True)
-    for name, text in (("__init__", ""), ("retrain", RETRAIN), ("ingest", INGEST)):
+    stand_ins = {"__init__": "", "retrain": RETRAIN, "ingest": INGEST, "monitor": LOOK.format(name="monitor"), "rollout": LOOK.format(name="rollout")}
+    for name, text in stand_ins.items():
         (root / "flows" / f"{name}.py").write_text(text)
-    shutil.copy(Path(__file__).parents[1] / "flows" / "deployments.py", root / "flows")
-    config = make_config(*find_free_ports(2))
-    (root / "params.yaml").write_text(json.dumps({"services": config.services.model_dump()}))
+    for name in ("deployments", "events", "watch"):
+        shutil.copy(Path(__file__).parents[1] / "flows" / f"{name}.py", root / "flows")
+    config = make_config(*find_free_ports(3))
+    (root / "params.yaml").write_text(json.dumps({"services": config.services.model_dump(), "gateway": {"port": config.gateway.port}}))
     try:
         start_services(root, config, report=print)
         yield root, config
@@ -221,7 +232,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Co
 def test_all_services_answer_and_a_second_start_keeps_them(started: tuple[Path, Config]) -> None:
     root, config = started
     before = running_services(root, config)
-    assert [(service.name, service.answers) for service in before] == [("mlflow", True), ("prefect", True), ("deployments", True)]
+    assert [(service.name, service.answers) for service in before] == [("mlflow", True), ("prefect", True), ("deployments", True), ("gateway", True)]
     assert start_services(root, config, report=print) == before
 
 
@@ -248,14 +259,32 @@ def test_the_schedule_makes_runs(started: tuple[Path, Config]) -> None:
 
 
 @pytest.mark.e2e
+def test_the_event_of_drift_starts_a_retraining_with_its_topics(started: tuple[Path, Config]) -> None:
+    root, config = started
+    code = (
+        "from pathlib import Path\nfrom flows.events import DRIFTED, tell\nfrom ratchet.config import load_config\n"
+        "tell(DRIFTED, load_config(Path('params.yaml')), {'reason': 'drift', 'topics': [{'name': 'arrays'}]})"
+    )
+    environment = {**os.environ, **service_environment(root, config)}
+    started_at = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)
+    told = time.monotonic()
+    while (found := query(root, "select max(state_type) from flow_run where auto_scheduled = 0 and name = 'drift'")) != "RUNNING" and time.monotonic() - started_at < 60:
+        time.sleep(0.1)
+    print(f"event told after {told - started_at:.1f} s, run {found} {time.monotonic() - told:.1f} s later")
+    assert found == "RUNNING"
+    assert json.loads(str(query(root, "select max(parameters) from flow_run where auto_scheduled = 0 and name = 'drift'")))["topics"] == [{"name": "arrays"}]
+
+
+@pytest.mark.e2e
 def test_stopping_cancels_the_run_under_way_and_frees_the_ports(started: tuple[Path, Config]) -> None:
     root, config = started
-    run = create_run(config.services.prefect_port)
+    run = str(query(root, "select max(id) from flow_run where state_type = 'RUNNING' and name = 'drift'") or create_run(config.services.prefect_port))
     wait_for_state(root, run, "RUNNING")
-    assert stop_services(root, report=print) == ["deployments", "prefect", "mlflow"]
+    assert stop_services(root, report=print) == ["gateway", "deployments", "prefect", "mlflow"]
     assert query(root, "select state_type from flow_run where id = ?", run) == "CANCELLED"
     assert running_services(root, config) == []
-    assert [services.find_port_fault(port) for port in (config.services.mlflow_port, config.services.prefect_port)] == [None, None]
+    assert [services.find_port_fault(port) for port in (config.services.mlflow_port, config.services.prefect_port, config.gateway.port)] == [None] * 3
 
 
 @pytest.mark.e2e

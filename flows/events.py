@@ -1,0 +1,21 @@
+"""Events of the circle, as Prefect carries them: what starts what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ratchet.config import Config
+
+COMMITTED, DRIFTED = "ratchet.data.committed", "ratchet.drift.detected"
+
+
+def resource_of(config: Config) -> str:
+    """What the event is about: the project, so that two of them on one server do not start each other."""
+    return f"ratchet.project.{config.project.name}"
+
+
+def tell(event: str, config: Config, payload: dict[str, Any]) -> None:
+    """Prefect's server delivers it to the automations of `flows/deployments.py`; without a server nobody hears it."""
+    from prefect.events import emit_event
+
+    emit_event(event=event, resource={"prefect.resource.id": resource_of(config), "prefect.resource.name": config.project.name}, payload=payload)

@@ -1,0 +1,123 @@
+"""The flow `monitor`: is the traffic still what the champion was made for, and is it worth a retraining?
+
+It reads the request log, lets tasks measure and decide, and tells Prefect; the event `ratchet.drift.detected` starts `retrain`.
+MLflow gets a copy of the report; without it the verdict stands all the same.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from prefect import flow, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows.events import DRIFTED, tell
+from flows.say import say, working
+from ratchet.batches import read_manifest
+from ratchet.champion import Champion, read_champion
+from ratchet.config import Config, load_config
+from ratchet.errors import RatchetError, ServiceError
+from ratchet.regions import sources_for
+from ratchet.report import drift_card
+from ratchet.request_log import open_log
+from ratchet.retrains import read_retrains
+from ratchet.tracking import log_report
+from tasks import monitor as tasks
+from tasks.ingest import count_new, pull
+
+SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+REPORTS = Path(".ratchet/monitor/reports")
+WEEK = 7 * 86_400.0
+
+
+@flow(name="monitor", persist_result=False)
+def monitor(root: str | None = None, retrain: bool = True) -> dict[str, Any]:
+    """Returns {verdict, p, rows, columns, topics, decision, report, …}; with `retrain` a decision to retrain is told as an event. Raises what the log and DVC raise."""
+    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    config = load_config(home / "params.yaml")
+    champion = read_champion(home)
+    if champion is None:
+        say("nobody is in charge yet: there is nothing to compare the traffic with")
+        return {"verdict": "no champion"}
+    verdict, folder = look_at(home, config, champion)
+    decision = weigh(home, config, champion, verdict)
+    found = tasks.append_verdict(home, champion, verdict, decision, folder)
+    show(home, config, champion, found, folder)
+    if decision.retrain and retrain:
+        tell(DRIFTED, config, {"reason": reason_of(found), "topics": [msgspec.to_builtins(topic) for topic in verdict.topics]})
+    return found
+
+
+@task(name="measure", **SETTINGS)
+def look_at(home: Path, config: Config, champion: Champion) -> tuple[tasks.Verdict, Path | None]:
+    """The verdict on the newest window, and the folder of its report. A window that is too small gets none."""
+    reference = tasks.read_reference(home, config, champion)
+    log = open_log(home, config)
+    try:
+        since = time.time() - config.monitor.max_age_hours * 3600
+        window = log.window(limit=config.monitor.window, since=since, version=champion.version)
+        earlier = log.window(limit=10 * config.monitor.window, until=window[0].at, version=champion.version) if window else []
+        feedback = log.feedback_of([request.id for request in [*earlier, *window]])
+    finally:
+        log.close()
+    with working("measuring …"):
+        verdict = tasks.measure(window, feedback, earlier, reference, config)
+        say(f"{verdict.verdict} on {verdict.rows} requests" + (f", p = {verdict.p:.4f}" if verdict.p is not None else f"; wanted {verdict.needed}"))
+        folder = tasks.write_report(verdict, reference, window, home / REPORTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}") if verdict.p is not None else None
+    return verdict, folder
+
+
+@task(name="decide", **SETTINGS)
+def weigh(home: Path, config: Config, champion: Champion, verdict: tasks.Verdict) -> tasks.Decision:
+    """Drift, enough rows to learn from, budget and cool-down together."""
+    now = time.time()
+    week = read_retrains(home, since=now - WEEK)
+    last = max((entry.at for entry in read_retrains(home)), default=None)
+    facts = tasks.Facts(
+        new_rows=count_labelled(home, config, champion, verdict) if verdict.verdict == "drift" else 0,
+        retrains_week=len(week),
+        gpu_hours_week=sum(entry.seconds for entry in week) / 3600,
+        hours_since_retrain=None if last is None else (now - last) / 3600,
+    )
+    decision = tasks.decide(verdict, facts, config)
+    for line in decision.for_:
+        say(f"for a retraining: {line}")
+    for line in decision.against:
+        say(f"against it: {line}")
+    return decision
+
+
+def count_labelled(home: Path, config: Config, champion: Champion, verdict: tasks.Verdict) -> int:
+    """Rows that the champion has not seen: in batches that came since, and in the sources of the drifted topics, which are asked but not taken in yet."""
+    count = sum(batch.rows for batch in read_manifest(home / "data/raw") if batch.name not in champion.batches)
+    for source in sources_for(verdict.topics, config.monitor):
+        try:
+            count += count_new(home, pull(config, root=home, source=source.source, path=source.path or None, packages=source.packages or None))
+        except RatchetError as error:
+            say(f"no rows from {source.source}: {str(error).splitlines()[0]}")
+    return count
+
+
+def reason_of(found: dict[str, Any]) -> str:
+    topics = ", ".join(topic["name"] for topic in found["topics"][:3])
+    return f"drift (p = {found['p']:.4f}): {topics or 'no topic stands out'}"
+
+
+@task(name="show", **SETTINGS)
+def show(home: Path, config: Config, champion: Champion, found: dict[str, Any], folder: Path | None) -> None:
+    """The verdict as an artifact, and its report in the champion's MLflow run with a link to it."""
+    create_markdown_artifact(drift_card(found), key="drift", description=f"{found['verdict']} on {found['rows']} requests")
+    if folder is None:
+        return
+    try:
+        link = log_report(champion.run_id, folder, {"drift/p": found["p"], "drift/rows": found["rows"]})
+    except ServiceError as error:
+        say(f"the report stays in {folder.relative_to(home)}, MLflow has no copy: {error}")
+        return
+    create_link_artifact(link, key="drift-report", description="Evidently's report, in MLflow")

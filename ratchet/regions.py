@@ -1,0 +1,63 @@
+"""The drifted topics of `data/region.json` and the test rows that belong to them: what a retraining for drift has to cure.
+
+The file is in git and an input of `evaluate`; a retraining that drift started writes it, and later ones go on reporting it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ratchet.config import MonitorConfig, TopicSource
+from ratchet.errors import DataError
+from ratchet.files import write_json
+from ratchet.topics import Topic, belongs
+
+FILE = Path("data/region.json")
+FEEDBACK = TopicSource(match="", source="feedback")
+
+
+class Region(msgspec.Struct, frozen=True):
+    topics: list[Topic] = []
+    reason: str = ""
+
+
+def read_region(path: Path) -> Region:
+    """Empty where there is no file. Raises DataError for one that is no region."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Region)
+    except FileNotFoundError:
+        return Region()
+    except msgspec.DecodeError as error:
+        raise DataError(f"{path} is no list of drifted topics: {error}", remedy=f"git checkout HEAD -- {FILE}; retrainings write it") from None
+
+
+def write_region(path: Path, region: Region) -> None:
+    write_json(path, msgspec.to_builtins(region))
+
+
+def sources_for(topics: list[Topic], config: MonitorConfig) -> list[TopicSource]:
+    """Where rows of these topics come from: for each the first of `monitor.sources` that matches its terms or examples; and people's feedback."""
+    found: list[TopicSource] = []
+    for topic in topics:
+        said = "\n".join([topic.name, *topic.terms, *topic.examples])
+        match = next((source for source in config.sources if re.search(source.match, said, re.IGNORECASE)), FEEDBACK)
+        found += [match] if match not in found else []
+    return found if FEEDBACK in found else [*found, FEEDBACK]
+
+
+def mark(questions: list[str], topics: list[Topic]) -> list[str]:
+    """For each question the names of its topics, with `|` between them."""
+    return ["|".join(topic.name for topic in topics if belongs(topic, question)) for question in questions]
+
+
+def parts(scores: Any) -> dict[str, Any]:
+    """Topic → the rows of a table of scores that `mark` gave it. Empty for a table of an older evaluation."""
+    if "region" not in scores:
+        return {}
+    named = scores.region.str.split("|")
+    names = sorted({name for row in named for name in row if name})
+    return {name: scores[[name in row for row in named]] for name in names}
