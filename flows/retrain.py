@@ -15,7 +15,6 @@ import msgspec
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from ratchet.topics import Topic
 
 from flows.ingest import ingest
 from flows.retries import can_pass
@@ -25,7 +24,7 @@ from ratchet.config import Config, TopicSource, load_config
 from ratchet.dag import STAGES
 from ratchet.errors import DataError
 from ratchet.regions import FILE as REGION
-from ratchet.regions import Region, sources_for, write_region
+from ratchet.regions import Region, Topic, sources_for, write_region
 from ratchet.registry import CHALLENGER, Version, set_alias
 from ratchet.report import model_card
 from ratchet.retrains import remember

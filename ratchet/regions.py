@@ -14,10 +14,25 @@ import msgspec
 from ratchet.config import MonitorConfig, TopicSource
 from ratchet.errors import DataError
 from ratchet.files import write_json
-from ratchet.topics import Topic, belongs
 
 FILE = Path("data/region.json")
 FEEDBACK = TopicSource(match="", source="feedback")
+WORD = re.compile(r"\w+")
+
+
+class Topic(msgspec.Struct, frozen=True):
+    """A topic of the traffic, told by its words: its share of the window and of the reference, and prompts that belong to it."""
+
+    name: str
+    terms: list[str]
+    share: float = 0.0
+    reference_share: float = 0.0
+    examples: list[str] = []
+
+
+def belongs(topic: Topic, text: str) -> bool:
+    """Whether the text holds a term of the topic as a word."""
+    return not set(topic.terms).isdisjoint(WORD.findall(text.lower()))
 
 
 class Region(msgspec.Struct, frozen=True):

@@ -46,7 +46,7 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
     scores = _score_all(fitting, base, incumbent if champion is not None else None, candidate, config)
     if config.evaluate.simple_baseline:
         train = list(read_examples(prepared / "train.jsonl"))
-        scores.append(_frame(fitting, "simple", simple_answers(train, fitting), [], []))
+        scores.append(_frame(fitting, "simple", simple_answers(train, fitting), []))
     table = pd.concat(scores, ignore_index=True)
     table["region"] = mark(list(table.question), read_region(region).topics if region else [])
     metrics = {"rows": len(fitting), "too_long": too_long, "champion": champion, "slices": summarise(table)}

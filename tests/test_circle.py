@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from test_loop import ROOT, free_port, mlflow_client, ratchet, run
 
 from ratchet.champion import read_champion
 from ratchet.config import Config, load_config
@@ -23,7 +24,6 @@ from ratchet.config_doc import render_params
 from ratchet.follow import follow_retraining
 from ratchet.replay import Question, replay, summarise
 from ratchet.rollout import read_ended, read_rollout
-from test_loop import ROOT, free_port, mlflow_client, ratchet, run
 
 pytestmark = pytest.mark.e2e
 TEAMS = ["red", "blue", "green", "white"]

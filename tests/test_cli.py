@@ -18,7 +18,8 @@ from ratchet.champion import FILE, Champion, write_champion
 from ratchet.workspace import git
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "up", "down", "ingest", "retrain", "status", "promote", "rollback", "history", "doctor")
+COMMANDS = ("demo", "up", "down", "ingest", "retrain", "status", "serve", "monitor", "rollout", "keys", "report", "promote", "rollback", "history", "doctor")
+GROUPS = {"rollout": ("look", "status", "pause", "resume", "abort"), "keys": ("add", "list", "revoke")}
 PARAMS = "project:\n  name: small\nservices:\n  mlflow_port: 5907\n  prefect_port: 5908\ngateway:\n  port: 5909\n"
 
 
@@ -72,9 +73,9 @@ def test_help_names_every_command_and_where_to_start():
     assert listed == set(COMMANDS)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*(name for name in COMMANDS if name not in GROUPS), *(f"{group} {name}" for group, names in GROUPS.items() for name in names)])
 def test_every_command_has_help_with_an_example(name):
-    done = ratchet(name, "-h")
+    done = ratchet(*name.split(), "-h")
     assert done.returncode == 0
     assert f"Example: ratchet {name}" in " ".join(done.stdout.split())
     assert done.stderr == ""

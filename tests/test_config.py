@@ -186,7 +186,7 @@ def test_docs_params_md_has_one_row_a_key_with_its_bounds_and_default():
     assert any(row.startswith("| `prepare.near_duplicate` | number, > 0, <= 1 | ") for row in rows)
     assert any(row.startswith("| `train.replay` | number, 0..1 | ") for row in rows)
     assert any(row.startswith("| `services.start_timeout` | integer, >= 1 | ") for row in rows)
-    assert any(row.startswith("| `promotion` | `auto`, `manual` | `auto` | ") for row in rows)
+    assert any(row.startswith("| `promotion` | `rollout`, `auto`, `manual` | `rollout` | ") for row in rows)
     assert all(row.count(" | ") == 3 for row in rows)
 
 
