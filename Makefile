@@ -8,7 +8,7 @@ TORCH  := torch==2.13.0
 # TORCH_INDEX names another index for torch alone, such as one with the CPU builds.
 TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
-.PHONY: demo install test test-e2e lint bench lock clean-demo
+.PHONY: demo install test test-e2e test-browser lint bench lock clean-demo
 demo: $(VENV)/.core
 	$(BIN)/ratchet demo
 
@@ -20,11 +20,18 @@ test: $(VENV)/.dev
 test-e2e: $(VENV)/.dev
 	$(BIN)/python -m pytest -m e2e
 
+test-browser: $(VENV)/.dev
+	$(BIN)/python -m pytest -m browser
+
 lint: $(VENV)/.dev
 	bash .ci/lint
 
+# The figures of docs/benchmarks.md; the loop's own needs a demo that ran (make demo && .venv/bin/python -m benchmarks.loop).
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.loop
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.gateway
+	$(BIN)/python -m benchmarks.rollout
+	$(BIN)/python -m benchmarks.drift
 
 lock: $(VENV)/.core
 	UV=$(BIN)/uv bash requirements/compile.sh
