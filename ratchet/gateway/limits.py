@@ -1,0 +1,110 @@
+"""What the gateway takes at most: bytes of a body, requests at once, requests a minute, seconds of an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from starlette.types import Receive
+
+from ratchet.gateway.faults import Fault
+
+BODY_SECONDS = 10.0  # a body that takes longer is a client that holds a connection open
+
+
+class Gone(Exception):
+    """The client hung up: nobody is left to be told."""
+
+
+async def read_body(receive: Receive, declared: str, most: int) -> bytes:
+    """`declared` is the header `content-length`. Reads no more than `most` bytes. Raises Fault (413, 408) and Gone."""
+    if declared.isdecimal() and int(declared) > most:
+        _refuse_size(int(declared), most)
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Gone
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > most:
+                    _refuse_size(size, most)
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError:
+        raise Fault(408, f"the body did not come within {BODY_SECONDS:.0f} s; {size} bytes did", remedy="send it at once") from None
+
+
+def _refuse_size(size: int, most: int) -> None:
+    raise Fault(413, f"the body has {size} bytes or more, wanted at most {most}", remedy="send fewer or shorter messages (gateway.max_body_bytes)", code="body_too_large")
+
+
+class Rate:
+    """At most `per_minute` requests of one name; a bucket that fills steadily, so a burst of a minute's worth is taken. 0 is no limit."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute, self._clock = per_minute, clock
+        self._buckets: dict[str, tuple[float, float]] = {}  # name → (what is left, when)
+
+    def take(self, name: str) -> None:
+        """Raises Fault(429) with the seconds until the next one is taken."""
+        if not self._per_minute:
+            return
+        now, a_second = self._clock(), self._per_minute / 60
+        left, since = self._buckets.get(name, (float(self._per_minute), now))
+        left = min(float(self._per_minute), left + (now - since) * a_second)
+        if left < 1:
+            wait = math.ceil((1 - left) / a_second)
+            raise Fault(429, f"over {self._per_minute} requests in a minute", remedy=f"come again in {wait} s (gateway.requests_per_minute)", code="rate_limit", retry_after=wait)
+        self._buckets[name] = (left - 1, now)
+
+
+class Slots:
+    """At most `most` answers under way at once, the waiting ones included."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.held = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Raises Fault(429)."""
+        if self.held >= self._most:
+            raise Fault(429, f"{self.held} requests are under way, the most that are taken", remedy="come again in a second (gateway.max_queue)", code="busy", retry_after=1)
+        self.held += 1
+        try:
+            yield
+        finally:
+            self.held -= 1
+
+
+@asynccontextmanager
+async def patience(receive: Receive, seconds: float) -> AsyncIterator[None]:
+    """Ends the block when the time is up (raises Fault(504)) or the client hangs up (raises Gone)."""
+    watch: asyncio.Task[None] | None = None
+    deadline = asyncio.timeout(seconds)
+    try:
+        async with deadline:
+            watch = asyncio.create_task(_await_hangup(receive, deadline))
+            try:
+                yield
+            finally:
+                watch.cancel()
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        if watch is not None and watch.done() and not watch.cancelled():
+            raise Gone from None
+        raise Fault(504, f"the answer took over {seconds:g} s", remedy="ask for fewer tokens, or come again when less goes on (gateway.timeout)", code="timeout") from None
+
+
+async def _await_hangup(receive: Receive, deadline: asyncio.Timeout) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    deadline.reschedule(asyncio.get_running_loop().time())
