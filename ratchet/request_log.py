@@ -280,7 +280,7 @@ class RequestLog:
 
     def rollout_units(self, rollout: str) -> list[Unit]:
         """In the order in which they came first."""
-        from sqlalchemy import case, func, select
+        from sqlalchemy import case, func
 
         table = self._tables.tables["requests"]
         unit = case((table.c.user == "", table.c.id), else_=table.c.user)
@@ -352,10 +352,8 @@ def _make_engine(url: str) -> Engine:
 def _make_tables() -> MetaData:
     from sqlalchemy import Column, Float, Integer, MetaData, String, Table, Text
 
-    tables, kinds = MetaData(), {str: Text, float: Float, int: Integer}
-    texts = {"id": str, "user": str, "arm": str, "rollout": str, "messages": str, "answer": str, "finish": str, "error": str}
-    whole = {"version": int, "step": int, "status": int, "prompt_tokens": int, "answer_tokens": int}
-    columns = [Column(name, kinds[texts.get(name) or whole.get(name, float)], primary_key=name == "id", index=name in ("at", "rollout")) for name in Logged.__struct_fields__]
+    tables: MetaData = MetaData()
+    columns: list[Any] = [Column(name, _kind(name), primary_key=name == "id", index=name in ("at", "rollout")) for name in Logged.__struct_fields__]
     Table("requests", tables, *columns, Column("empty", Integer))
     Table(
         "feedback",
@@ -367,6 +365,16 @@ def _make_tables() -> MetaData:
         *(Column(name, Text) for name in ("label", "answer", "comment")),
     )
     return tables
+
+
+def _kind(name: str) -> Any:
+    from sqlalchemy import Float, Integer, String, Text
+
+    if name in ("version", "step", "status", "prompt_tokens", "answer_tokens"):
+        return Integer
+    if name in ("at", "latency_ms", "first_ms", "queue_ms", "prompt_nll", "answer_nll"):
+        return Float
+    return String(200) if name in ("id", "user", "arm", "rollout", "finish") else Text
 
 
 def _logged(row: Any) -> Logged:
