@@ -5,7 +5,6 @@ Not covered, and refused by name: tools, several choices, log probabilities, res
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -208,8 +207,8 @@ Number = TypeVar("Number", int, float)
 
 
 def _check_range(field: str, value: Number | None, low: float, high: float) -> Number | None:
-    if value is not None and not (math.isfinite(value) and low <= value <= high):
-        _refuse(field, f"{field} is {value}; wanted {low:g} to {high:g}")
+    if value is not None and not low <= value <= high:  # so NaN is refused too
+        _refuse(field, f"{field} is {str(value)[:40]}; wanted {low:g} to {high:g}")
     return value
 
 

@@ -94,10 +94,10 @@ class UpstreamEngine:
     async def answer(self, ask: Ask) -> AsyncIterator[Piece | Ended]:
         """One piece for a whole answer, many for a streamed one."""
         bundle = self._bundles[ask.version]
-        whole = isinstance(ask, WholeAsk)
-        response = await self._open(_body(ask, bundle, stream=not whole), bundle)
+        response = await self._open(_body(ask, bundle, stream=not isinstance(ask, WholeAsk)), bundle)
+        streams = response.headers.get("content-type", "").startswith("text/event-stream")
         try:
-            async for part in _read_whole(response) if whole else _read_stream(response):
+            async for part in _read_stream(response) if streams else _read_whole(response):
                 yield part
         except httpx.HTTPError as error:
             raise ServiceError(f"the upstream broke off: {_describe(error)}", remedy="see the upstream's log") from None
