@@ -1,0 +1,218 @@
+"""The engine `local` on the tiny base: answers that depend on nobody else, versions that never mix, faults that are said."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ratchet.chat import ChatFormat
+from ratchet.config import Config
+from ratchet.errors import BaseModelError, BusyError, ServiceError, UserError
+from ratchet.examples import Message, read_examples
+from ratchet.gateway.engine import Ask, Ended, Piece
+from ratchet.gateway.local import LocalEngine
+from ratchet.inference import answer_likelihoods, greedy_answers
+from ratchet.models import WEIGHTS, load_adapter, load_base, load_tokenizer
+from ratchet.serving import Bundle, Generation
+
+LENGTH = 96
+
+
+@pytest.fixture(scope="module")
+def other(candidate: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another version: the candidate's adapter turned round and made ten times as strong."""
+    folder = tmp_path_factory.mktemp("other") / "adapter"
+    shutil.copytree(candidate, folder)
+    change_weights(folder, lambda name, weight: weight * (-10 if "lora_B" in name else 1))
+    return folder
+
+
+def change_weights(folder: Path, change: Any) -> None:
+    weights = {name: change(name, weight) for name, weight in load_file(folder / WEIGHTS).items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def bundle(version: int, adapter: Path, base: Path) -> Bundle:
+    return Bundle("tiny", version, adapter, base, "lora", LENGTH, Generation(8))
+
+
+@pytest.fixture(scope="module")
+def prompts(prepared: Path) -> list[tuple[Message, ...]]:
+    return [tuple(row.prompt) for row in list(read_examples(prepared / "test.jsonl"))[:24]]
+
+
+def alone(prompts: list[tuple[Message, ...]], adapter: Path, base: Path, tokens: int = 8) -> list[str]:
+    """What evaluation would say."""
+    model, chat = load_adapter(load_base(base), adapter).eval(), ChatFormat(load_tokenizer(base))
+    return greedy_answers(model, [chat.encode_prompt(prompt) for prompt in prompts], chat, max_new_tokens=tokens, batch_size=1)
+
+
+async def take(engine: LocalEngine, ask: Ask) -> tuple[str, Ended, int]:
+    """The answer, its end, and the number of its pieces."""
+    pieces = [piece async for piece in engine.answer(ask)]
+    assert isinstance(pieces[-1], Ended)
+    texts = [piece.text for piece in pieces if isinstance(piece, Piece)]
+    return "".join(texts), pieces[-1], len(texts)
+
+
+def ask(number: int, prompt: tuple[Message, ...], version: int = 1, **settings: Any) -> Ask:
+    return Ask(f"r{number}", version, prompt, **settings)
+
+
+def run(work: Any, *bundles: Bundle, **gateway: Any) -> Any:
+    """`work(engine)` with these versions loaded, the engine closed behind it."""
+
+    async def whole() -> Any:
+        engine = LocalEngine(Config.model_validate({"gateway": gateway}))
+        try:
+            for one in bundles:
+                await engine.load(one)
+            return await work(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(whole())
+
+
+def test_answers_are_those_of_the_evaluation_whoever_else_is_in_the_batch(candidate: Path, tiny_base: Path, prompts: list[tuple[Message, ...]]) -> None:
+    async def all_at_once(engine: LocalEngine) -> list[tuple[str, Ended, int]]:
+        return await asyncio.gather(*(take(engine, ask(number, prompt, max_tokens=4 + number % 5)) for number, prompt in enumerate(prompts)))
+
+    found = run(all_at_once, bundle(1, candidate, tiny_base), max_batch=5)
+
+    for number, (text, end, _) in enumerate(found):
+        assert text == alone([prompts[number]], candidate, tiny_base, tokens=4 + number % 5)[0]
+        assert end.answer_tokens <= 4 + number % 5
+
+
+def test_versions_decoded_together_answer_as_each_does_alone(candidate: Path, other: Path, tiny_base: Path, prompts: list[tuple[Message, ...]]) -> None:
+    async def mixed(engine: LocalEngine) -> list[tuple[str, Ended, int]]:
+        return await asyncio.gather(*(take(engine, ask(number, prompt, version=1 + number % 2)) for number, prompt in enumerate(prompts)))
+
+    found = [text for text, _, _ in run(mixed, bundle(1, candidate, tiny_base), bundle(2, other, tiny_base))]
+
+    wanted = {1: alone(prompts, candidate, tiny_base), 2: alone(prompts, other, tiny_base)}
+    assert wanted[1] != wanted[2], "or the test would tell nothing"
+    assert found == [wanted[1 + number % 2][number] for number in range(len(prompts))]
+
+
+def test_twenty_swaps_under_load_lose_and_mix_nothing(candidate: Path, other: Path, tiny_base: Path, prompts: list[tuple[Message, ...]]) -> None:
+    wanted = {1: alone(prompts, candidate, tiny_base), 2: alone(prompts, other, tiny_base)}
+
+    async def swap(engine: LocalEngine) -> int:
+        current, asked = 1, []
+        for turn in range(20):
+            asked += [asyncio.create_task(check(engine, current, number)) for number in range(turn % 5, len(prompts), 5)]
+            nxt = 3 - current
+            await engine.load(bundle(nxt, {1: candidate, 2: other}[nxt], tiny_base))
+            current = nxt
+            await asyncio.sleep(0.02)
+        return sum(await asyncio.gather(*asked))
+
+    async def check(engine: LocalEngine, version: int, number: int) -> int:
+        text, _, _ = await take(engine, ask(number, prompts[number], version=version))
+        assert text == wanted[version][number]
+        return 1
+
+    assert run(swap, bundle(1, candidate, tiny_base), max_batch=8, max_queue=400) > 80
+
+
+def test_a_version_that_is_unloaded_answers_no_more_and_the_others_do(candidate: Path, other: Path, tiny_base: Path, prompts: list[tuple[Message, ...]]) -> None:
+    async def unload(engine: LocalEngine) -> str:
+        await engine.unload(1)
+        with pytest.raises(ServiceError, match="v1 is not loaded"):
+            await take(engine, ask(0, prompts[0]))
+        return (await take(engine, ask(0, prompts[0], version=2)))[0]
+
+    assert run(unload, bundle(1, candidate, tiny_base), bundle(2, other, tiny_base)) == alone(prompts[:1], other, tiny_base)[0]
+
+
+def test_the_prompts_surprise_is_that_of_the_evaluation(candidate: Path, tiny_base: Path, prompts: list[tuple[Message, ...]]) -> None:
+    model, chat = load_adapter(load_base(tiny_base), candidate).eval(), ChatFormat(load_tokenizer(tiny_base))
+    encoded = [chat.encode_prompt(prompt) for prompt in prompts[:6]]
+    from ratchet.chat import Encoded
+
+    rows = [Encoded([*ids, chat.stop_id], [False] * len(ids) + [True]) for ids in encoded]
+    wanted = [found.prompt_nll / found.prompt_tokens for found in answer_likelihoods(model, rows, pad_id=chat.pad_id, batch_size=1)]
+
+    async def together(engine: LocalEngine) -> list[tuple[str, Ended, int]]:
+        return await asyncio.gather(*(take(engine, ask(number, prompt)) for number, prompt in enumerate(prompts[:6])))
+
+    found = [end.prompt_nll for _, end, _ in run(together, bundle(1, candidate, tiny_base))]
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_full_queue_refuses_at_once(candidate: Path, tiny_base: Path, prompts: list[tuple[Message, ...]]) -> None:
+    async def flood(engine: LocalEngine) -> list[Any]:
+        return await asyncio.gather(*(take(engine, ask(number, prompts[0])) for number in range(10)), return_exceptions=True)
+
+    found = run(flood, bundle(1, candidate, tiny_base), max_batch=1, max_queue=3)
+    assert sum(isinstance(one, BusyError) for one in found) == 6
+    assert sum(isinstance(one, tuple) for one in found) == 4
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_its_length(candidate: Path, tiny_base: Path) -> None:
+    long = (Message("user", "word " * 400),)
+    with pytest.raises(UserError, match=rf"the model takes {LENGTH} with the answer"):
+        run(lambda engine: take(engine, ask(0, long)), bundle(1, candidate, tiny_base))
+
+
+def test_an_answer_that_nobody_waits_for_frees_its_place(candidate: Path, tiny_base: Path, prompts: list[tuple[Message, ...]]) -> None:
+    async def leave(engine: LocalEngine) -> str:
+        pieces = engine.answer(ask(0, prompts[0], max_tokens=60))
+        await anext(pieces)
+        await pieces.aclose()
+        return (await asyncio.wait_for(take(engine, ask(1, prompts[1])), 20))[0]
+
+    assert run(leave, bundle(1, candidate, tiny_base), max_batch=1) == alone(prompts[1:2], candidate, tiny_base)[0]
+
+
+def test_a_seed_repeats_a_sampled_answer_and_a_stop_string_ends_one(candidate: Path, tiny_base: Path, prompts: list[tuple[Message, ...]]) -> None:
+    async def sample(engine: LocalEngine) -> list[str]:
+        settings = [{"temperature": 1.5, "seed": 1}, {"temperature": 1.5, "seed": 1}, {"temperature": 1.5, "seed": 2, "top_p": 0.9}]
+        return [(await take(engine, ask(0, prompts[0], max_tokens=20, **one)))[0] for one in settings]
+
+    first, again, another = run(sample, bundle(1, candidate, tiny_base))
+    assert first == again != another
+
+    stop = first[3:6]
+
+    async def stopped(engine: LocalEngine) -> tuple[str, Ended, int]:
+        return await take(engine, ask(0, prompts[0], max_tokens=20, temperature=1.5, seed=1, stop=(stop,)))
+
+    text, end, _ = run(stopped, bundle(1, candidate, tiny_base))
+    assert text == first[: first.index(stop)] and end.finish == "stop"
+
+
+@pytest.mark.parametrize("fault", ["nan", "rank", "shape", "base", "garbage"])
+def test_a_broken_adapter_is_refused_with_its_reason_and_the_champion_serves_on(fault: str, candidate: Path, tiny_base: Path, tmp_path: Path, prompts: list[tuple[Message, ...]]) -> None:
+    broken = tmp_path / "adapter"
+    shutil.copytree(candidate, broken)
+    spoil(broken, fault)
+    words = {"nan": "not finite", "rank": "rank is 4096", "shape": "does not fit the base", "base": "was trained on other/model", "garbage": "no safetensors file"}
+
+    async def try_it(engine: LocalEngine) -> str:
+        with pytest.raises(BaseModelError, match=words[fault]):
+            await engine.load(bundle(2, broken, tiny_base))
+        return (await take(engine, ask(0, prompts[0])))[0]
+
+    assert run(try_it, bundle(1, candidate, tiny_base)) == alone(prompts[:1], candidate, tiny_base)[0]
+
+
+def spoil(folder: Path, fault: str) -> None:
+    if fault == "nan":
+        change_weights(folder, lambda _, weight: torch.full_like(weight, float("nan")))
+    elif fault == "shape":
+        change_weights(folder, lambda _, weight: torch.zeros(weight.shape[0] + 1, weight.shape[1]))
+    elif fault == "garbage":
+        (folder / WEIGHTS).write_bytes(b"not a tensor" * 10)
+    else:
+        name, change = {"rank": ("adapter_config.json", {"r": 4096}), "base": ("manifest.json", {"base": {"model": "other/model", "revision": "f" * 40}})}[fault]
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
