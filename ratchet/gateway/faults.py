@@ -11,11 +11,13 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 
 
 class Fault(RatchetError):
-    """An answer that is an error. `param` names the field of the body, `retry_after` is in whole seconds."""
+    """An answer that is an error. `param` names the field of the body, `retry_after` is in whole seconds, `hangs_up`: the rest of the body is not read."""
 
-    def __init__(self, status: int, message: str, *, remedy: str = "", param: str | None = None, code: str | None = None, retry_after: int | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, remedy: str = "", param: str | None = None, code: str | None = None, retry_after: int | None = None, hangs_up: bool = False
+    ) -> None:
         super().__init__(message, remedy=remedy)
-        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+        self.status, self.param, self.code, self.retry_after, self.hangs_up = status, param, code, retry_after, hangs_up
 
     @property
     def message(self) -> str:
@@ -27,7 +29,8 @@ class Fault(RatchetError):
         return msgspec.json.encode({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}})
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        return [(b"retry-after", str(self.retry_after).encode())] if self.retry_after is not None else []
+        retry = [(b"retry-after", b"%d" % self.retry_after)] if self.retry_after is not None else []
+        return [*retry, (b"connection", b"close")] if self.hangs_up else retry
 
 
 def to_fault(error: Exception) -> Fault:

@@ -22,7 +22,7 @@ class Gone(Exception):
 async def read_body(receive: Receive, declared: str, most: int) -> bytes:
     """`declared` is the header `content-length`. Reads no more than `most` bytes. Raises Fault (413, 408) and Gone."""
     if declared.isdecimal() and int(declared) > most:
-        _refuse_size(int(declared), most)
+        raise _too_large(declared, most)
     parts: list[bytes] = []
     size = 0
     try:
@@ -34,15 +34,18 @@ async def read_body(receive: Receive, declared: str, most: int) -> bytes:
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
                 if size > most:
-                    _refuse_size(size, most)
+                    raise _too_large(f"{size} or more", most, hangs_up=True)
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError:
-        raise Fault(408, f"the body did not come within {BODY_SECONDS:.0f} s; {size} bytes did", remedy="send it at once") from None
+        raise Fault(408, f"the body did not come within {BODY_SECONDS:.0f} s; {size} bytes did", remedy="send it at once", hangs_up=True) from None
 
 
-def _refuse_size(size: int, most: int) -> None:
-    raise Fault(413, f"the body has {size} bytes or more, wanted at most {most}", remedy="send fewer or shorter messages (gateway.max_body_bytes)", code="body_too_large")
+def _too_large(size: str, most: int, *, hangs_up: bool = False) -> Fault:
+    """Where the size was declared the rest is let through unread: a client whose connection is cut while it sends may never see the answer."""
+    return Fault(
+        413, f"the body has {size} bytes, wanted at most {most}", remedy="send fewer or shorter messages (gateway.max_body_bytes)", code="body_too_large", hangs_up=hangs_up
+    )
 
 
 class Rate:

@@ -1,6 +1,7 @@
 """The engine `openai`: a server that speaks the protocol, such as vLLM, with every version as a model `name@vN` of its own.
 
 vLLM gets adapters at run time, each under a new name: the same name again could answer from the old one's prefix cache.
+By aiohttp: a request costs it FIGURE of CPU, httpx FIGURE2, which alone is too much at 200 a second.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncIterator
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import NoReturn
 
-import httpx
+import aiohttp
 import msgspec
 
 from ratchet.config import Config
@@ -20,11 +22,12 @@ from ratchet.gateway.protocol import WholeAsk
 from ratchet.serving import Bundle
 
 KEY = "RATCHET_UPSTREAM_KEY"
-CONNECT_SECONDS, LOAD_SECONDS = 5.0, 120.0
+CONNECT_SECONDS = 5.0
 IDLE_SECONDS = 3.0  # under the 5 s after which uvicorn closes a quiet connection: ours must not be the one that is closed while in use
 SEEN = 200  # characters of what came that a message quotes
 THEIRS = {400, 413, 422}  # what is wrong with the request itself, such as a prompt that does not fit
-Decoded = TypeVar("Decoded")
+MOST_LINE_BYTES = 2**20
+FAILED = (aiohttp.ClientError, OSError, TimeoutError, ValueError)  # ValueError: a line of a stream that is longer than that
 
 log = logging.getLogger("ratchet.gateway")
 
@@ -44,6 +47,22 @@ class Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
+class Model(msgspec.Struct):
+    id: str
+
+
+class Models(msgspec.Struct):
+    data: list[Model]
+
+
+class Said(msgspec.Struct):
+    message: str
+
+
+class Refusal(msgspec.Struct):
+    error: Said
+
+
 class Completion(msgspec.Struct):
     """A whole answer or a chunk of one."""
 
@@ -59,16 +78,10 @@ class UpstreamEngine:
         """Raises ConfigError without an address. Nothing is asked yet."""
         if not config.gateway.upstream.startswith(("http://", "https://")):
             raise ConfigError(f"gateway.upstream is {config.gateway.upstream!r}", remedy="the engine `openai` needs the base URL of a server, such as http://127.0.0.1:8000/v1")
-        key = os.environ.get(KEY)
-        self._bundles: dict[int, Bundle] = {}
+        self._url, self._timeout = config.gateway.upstream.rstrip("/"), config.gateway.timeout
         self._loads = config.gateway.upstream_lora
-        self._client = httpx.AsyncClient(
-            base_url=config.gateway.upstream.rstrip("/"),
-            headers={"authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(config.gateway.timeout, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=IDLE_SECONDS),
-            trust_env=False,  # a proxy of the shell's would see every prompt
-        )
+        self._bundles: dict[int, Bundle] = {}
+        self._opened: aiohttp.ClientSession | None = None
 
     async def load(self, bundle: Bundle) -> None:
         """Raises BaseModelError (the upstream refuses or lacks it), ServiceError (it does not answer)."""
@@ -84,93 +97,106 @@ class UpstreamEngine:
         if bundle is None or not self._loads:
             return
         try:
-            answered = await self._client.post("/unload_lora_adapter", json={"lora_name": _model(bundle)})
-        except httpx.HTTPError as error:
-            log.warning("%s stays loaded at the upstream: %s", _model(bundle), _describe(error))
+            status, text = await self._call("POST", "/unload_lora_adapter", {"lora_name": _model(bundle)})
+        except ServiceError as error:
+            log.warning("%s stays loaded at the upstream: %s", _model(bundle), error)
             return
-        if not answered.is_success and answered.status_code != httpx.codes.NOT_FOUND:
-            log.warning("%s stays loaded at the upstream: %s", _model(bundle), _quote(answered))
+        if status not in (200, 404):
+            log.warning("%s stays loaded at the upstream: %s", _model(bundle), _quote(status, text))
 
     async def answer(self, ask: Ask) -> AsyncIterator[Piece | Ended]:
         """One piece for a whole answer, many for a streamed one."""
         bundle = self._bundles[ask.version]
         response = await self._open(_body(ask, bundle, stream=not isinstance(ask, WholeAsk)), bundle)
-        streams = response.headers.get("content-type", "").startswith("text/event-stream")
         try:
-            async for part in _read_stream(response) if streams else _read_whole(response):
+            async for part in _read_stream(response) if response.content_type == "text/event-stream" else _read_whole(response):
                 yield part
-        except httpx.HTTPError as error:
+        except FAILED as error:
             raise ServiceError(f"the upstream broke off: {_describe(error)}", remedy="see the upstream's log") from None
         finally:
-            await response.aclose()
+            response.release()  # which closes a connection that has more to say: the upstream then stops its work
 
     async def close(self) -> None:
-        await self._client.aclose()
+        if self._opened:
+            await self._opened.close()
 
-    async def _open(self, body: dict[str, Any], bundle: Bundle) -> httpx.Response:
-        """A second try where the upstream closed a quiet connection, or started anew and knows the adapter no more."""
-        response = await self._send(body, again=True)
-        if response.status_code == httpx.codes.NOT_FOUND and self._loads:
-            await response.aclose()
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        """Made in the loop that uses it. No proxy of the shell's is asked: it would see every prompt."""
+        if self._opened is None:
+            key = os.environ.get(KEY)
+            self._opened = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
+                headers={"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})},
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=self._timeout),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                read_bufsize=MOST_LINE_BYTES,
+            )
+        return self._opened
+
+    async def _open(self, body: bytes, bundle: Bundle) -> aiohttp.ClientResponse:
+        """A second try where the upstream started anew and knows the adapter no more. Raises what a status other than 200 means."""
+        response = await self._send("POST", "/chat/completions", body)
+        if response.status == 404 and self._loads:
+            response.release()
             await self._load_adapter(bundle)
-            response = await self._send(body)
-        if not response.is_success:
-            await _refuse(response)
+            response = await self._send("POST", "/chat/completions", body)
+        if response.status != 200:
+            _refuse(response.status, await _read_text(response))
         return response
 
-    async def _send(self, body: dict[str, Any], *, again: bool = False) -> httpx.Response:
-        request = self._client.build_request("POST", "/chat/completions", content=msgspec.json.encode(body), headers={"content-type": "application/json"})
+    async def _send(self, method: str, path: str, body: bytes | None, *, tries: int = 2) -> aiohttp.ClientResponse:
+        """Once more where the connection was one that the upstream closed in that moment. Raises ServiceError."""
         try:
-            return await self._client.send(request, stream=True)
-        except httpx.HTTPError as error:
-            if again and isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
-                return await self._send(body)
-            raise ServiceError(f"the upstream {self._client.base_url} does not answer: {_describe(error)}", remedy="start it, or correct gateway.upstream in params.yaml") from None
+            return await self._session.request(method, self._url + path, data=body, allow_redirects=False)
+        except FAILED as error:
+            if tries > 1 and isinstance(error, aiohttp.ServerDisconnectedError | ConnectionError):
+                return await self._send(method, path, body, tries=tries - 1)
+            raise ServiceError(f"the upstream {self._url} does not answer: {_describe(error)}", remedy="start it, or correct gateway.upstream in params.yaml") from None
 
     async def _load_adapter(self, bundle: Bundle) -> None:
-        answered = await self._call("POST", "/load_lora_adapter", {"lora_name": _model(bundle), "lora_path": str(bundle.adapter)})
-        if answered.is_success or "already" in answered.text:
+        status, text = await self._call("POST", "/load_lora_adapter", {"lora_name": _model(bundle), "lora_path": str(bundle.adapter)})
+        if status == 200 or "already" in text:
             return
-        if answered.status_code >= 500:
-            raise ServiceError(f"the upstream could not load {_model(bundle)}: {_quote(answered)}", remedy="see the upstream's log")
+        if status >= 500:
+            raise ServiceError(f"the upstream could not load {_model(bundle)}: {_quote(status, text)}", remedy="see the upstream's log")
         raise BaseModelError(
-            f"the upstream refuses {_model(bundle)}: {_quote(answered)}",
+            f"the upstream refuses {_model(bundle)}: {_quote(status, text)}",
             remedy="vLLM needs --enable-lora, a --max-lora-rank that fits and VLLM_ALLOW_RUNTIME_LORA_UPDATING=true, and has to see the same files; or set gateway.upstream_lora to false",
         )
 
     async def _find_model(self, bundle: Bundle) -> None:
-        answered = await self._call("GET", "/models", None)
+        status, text = await self._call("GET", "/models", None)
         try:
-            names = [str(model["id"]) for model in answered.json()["data"]]
-        except (ValueError, KeyError, TypeError):
-            raise ServiceError(f"the upstream's list of models is none: {_quote(answered)}", remedy="correct gateway.upstream in params.yaml") from None
+            names = [model.id for model in msgspec.json.decode(text, type=Models).data]
+        except (msgspec.DecodeError, RecursionError):
+            raise ServiceError(f"the upstream's list of models is none: {_quote(status, text)}", remedy="correct gateway.upstream in params.yaml") from None
         if _model(bundle) not in names:
             raise BaseModelError(
                 f"the upstream serves {', '.join(names) or 'no model'}; wanted {_model(bundle)}", remedy="serve it under that name, or set gateway.upstream_lora to true"
             )
 
-    async def _call(self, method: str, path: str, body: dict[str, str] | None) -> httpx.Response:
-        try:
-            return await self._client.request(method, path, json=body, timeout=httpx.Timeout(LOAD_SECONDS, connect=CONNECT_SECONDS))
-        except httpx.HTTPError as error:
-            raise ServiceError(f"the upstream {self._client.base_url} does not answer: {_describe(error)}", remedy="start it, or correct gateway.upstream in params.yaml") from None
+    async def _call(self, method: str, path: str, body: dict[str, str] | None) -> tuple[int, str]:
+        """Status and text. Raises ServiceError."""
+        response = await self._send(method, path, msgspec.json.encode(body) if body else None)
+        return response.status, await _read_text(response)
 
 
 def _model(bundle: Bundle) -> str:
     return f"{bundle.name}@v{bundle.version}"
 
 
-def _body(ask: Ask, bundle: Bundle, *, stream: bool) -> dict[str, Any]:
+def _body(ask: Ask, bundle: Bundle, *, stream: bool) -> bytes:
     own = bundle.generation
     max_tokens, temperature = ask.max_tokens or own.max_new_tokens, own.temperature if ask.temperature is None else ask.temperature
     asked = {"top_p": ask.top_p, "seed": ask.seed, "stop": ask.stop or None}
     body = {"model": _model(bundle), "messages": ask.messages, "max_tokens": max_tokens, "temperature": temperature}
     body |= {name: value for name, value in asked.items() if value is not None}
-    return {**body, "stream": True, "stream_options": {"include_usage": True}} if stream else body
+    return msgspec.json.encode({**body, "stream": True, "stream_options": {"include_usage": True}} if stream else body)
 
 
-async def _read_whole(response: httpx.Response) -> AsyncIterator[Piece | Ended]:
-    raw = await response.aread()
+async def _read_whole(response: aiohttp.ClientResponse) -> AsyncIterator[Piece | Ended]:
+    raw = await response.read()
     completion = _parse(raw)
     choice = completion.choices[0] if completion.choices else None
     if choice is None or choice.message is None:
@@ -180,13 +206,13 @@ async def _read_whole(response: httpx.Response) -> AsyncIterator[Piece | Ended]:
     yield _end(choice.finish_reason, completion.usage)
 
 
-async def _read_stream(response: httpx.Response) -> AsyncIterator[Piece | Ended]:
+async def _read_stream(response: aiohttp.ClientResponse) -> AsyncIterator[Piece | Ended]:
     finish, usage = None, None
-    async for line in response.aiter_lines():
-        if not line.startswith("data:"):
+    async for line in response.content:
+        if not line.startswith(b"data:"):
             continue  # the empty line between events, or a comment that keeps the connection open
         data = line[5:].strip()
-        if data == "[DONE]":
+        if data == b"[DONE]":
             break
         chunk = _parse(data)
         usage = chunk.usage or usage
@@ -199,7 +225,7 @@ async def _read_stream(response: httpx.Response) -> AsyncIterator[Piece | Ended]
     yield _end(finish, usage)
 
 
-def _parse(raw: bytes | str) -> Completion:
+def _parse(raw: bytes) -> Completion:
     try:
         return _decode.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -211,25 +237,30 @@ def _end(finish: str | None, usage: Usage | None) -> Ended:
     return Ended("length" if finish == "length" else "stop", usage.prompt_tokens, usage.completion_tokens)
 
 
-async def _refuse(response: httpx.Response) -> None:
-    """Raises what a status other than 2xx means."""
-    await response.aread()
-    await response.aclose()
-    if response.status_code == httpx.codes.TOO_MANY_REQUESTS:
-        raise BusyError("the upstream takes no more requests now", remedy="come again in a second")
-    if response.status_code in THEIRS:
-        raise UserError(f"the upstream refuses the request: {_quote(response)}")
-    raise ServiceError(f"the upstream failed: {_quote(response)}", remedy="see the upstream's log")
-
-
-def _quote(response: httpx.Response) -> str:
-    """Status and message, without the page around it."""
+async def _read_text(response: aiohttp.ClientResponse) -> str:
     try:
-        message = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = response.text
-    return f"{response.status_code} {' '.join(str(message).split())[:SEEN]}"
+        return await response.text(errors="replace")
+    except FAILED as error:
+        raise ServiceError(f"the upstream broke off: {_describe(error)}", remedy="see the upstream's log") from None
+    finally:
+        response.release()
 
 
-def _describe(error: httpx.HTTPError) -> str:
+def _refuse(status: int, text: str) -> NoReturn:
+    """Raises what a status other than 200 means."""
+    if status == 429:
+        raise BusyError("the upstream takes no more requests now", remedy="come again in a second")
+    if status in THEIRS:
+        raise UserError(f"the upstream refuses the request: {_quote(status, text)}")
+    raise ServiceError(f"the upstream failed: {_quote(status, text)}", remedy="see the upstream's log")
+
+
+def _quote(status: int, text: str) -> str:
+    """Status and message, without the page around it."""
+    with suppress(msgspec.DecodeError, RecursionError):
+        text = msgspec.json.decode(text, type=Refusal).error.message
+    return f"{status} {' '.join(text.split())[:SEEN]}"
+
+
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__} {error}".strip()

@@ -1,0 +1,183 @@
+"""The gateway's HTTP side: routes, who may use them, and errors in the form of OpenAI's.
+
+Plain Starlette: its routing takes some 30 µs of a request. No web page of another site gets in: names of hosts are checked on
+loopback (DNS rebinding), bodies have to say that they are JSON (a browser then asks first), and no CORS header is ever sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ratchet.config import Config
+from ratchet.errors import RatchetError
+from ratchet.gateway.completions import Completions
+from ratchet.gateway.engine import Engine
+from ratchet.gateway.faults import Fault, to_fault
+from ratchet.gateway.fleet import Fleet
+from ratchet.gateway.limits import Gone, read_body
+from ratchet.gateway.parts import Parts, gather_parts, is_loopback
+from ratchet.gateway.protocol import encode_models, parse_feedback
+from ratchet.request_log import Feedback, RequestLog
+
+LAST_WORDS_SECONDS = 3.0  # that cut-off answers get to say so, and to be written down
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def create_app(root: Path, config: Config, engine: Engine, fleet: Fleet, log: RequestLog) -> ASGIApp:
+    """Starts and closes `fleet`, `engine` and `log` with the server. Raises CheckoutError when `.ratchet/gateway.key` is not ours."""
+    parts = gather_parts(root, config, engine, fleet, log)
+    routes = [
+        Route("/v1/chat/completions", Completions(parts), methods=["POST"]),
+        Route("/v1/feedback", _feedback(parts), methods=["POST"]),
+        Route("/v1/models", _models(parts)),
+        Route("/healthz", _health),
+        Route("/readyz", _readiness(parts)),
+        Route("/metrics", _metrics(parts)),
+        Route("/", _page(parts)),
+    ]
+    app = Starlette(routes=routes, lifespan=_lifespan(parts), exception_handlers=_handlers(parts))
+    return Guard(app, config.gateway.host)
+
+
+class Guard:
+    """Refuses what a web page of another site could send from a browser on this machine."""
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self._app = app
+        self._hosts = {"127.0.0.1", "localhost", "[::1]", host, f"[{host}]"} if is_loopback(host) else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (fault := self._find_fault(dict(scope["headers"]), scope["method"])):
+            await _show(fault)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _find_fault(self, headers: dict[bytes, bytes], method: str) -> Fault | None:
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = host if host.endswith("]") else host.rpartition(":")[0] or host
+        if self._hosts is not None and name.lower() not in self._hosts:
+            return Fault(403, f"the host {host!r} is not this gateway", remedy=f"known: {', '.join(sorted(self._hosts))} (gateway.host)", code="unknown_host")
+        kind = headers.get(b"content-type", b"").decode("latin-1")
+        if method == "POST" and kind.partition(";")[0].strip().lower() != "application/json":
+            return Fault(415, f"the content type is {kind!r}, wanted application/json", remedy="send the header `content-type: application/json`")
+        return None
+
+
+def _lifespan(parts: Parts) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def run(_: Starlette) -> AsyncIterator[None]:
+        await parts.fleet.start()
+        yield
+        until = time.monotonic() + LAST_WORDS_SECONDS
+        while parts.slots.held and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        await parts.fleet.close()
+        await parts.engine.close()
+        await run_in_threadpool(parts.log.close)
+
+    return run
+
+
+# --- endpoints -------------------------------------------------------------------------------------------------------
+
+
+async def _health(request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+def _readiness(parts: Parts) -> Endpoint:
+    async def readiness(request: Request) -> Response:
+        """Open, like /healthz: load balancers have no key."""
+        champion = parts.require_champion()
+        return JSONResponse({"status": "ready", "version": champion})
+
+    return readiness
+
+
+def _models(parts: Parts) -> Endpoint:
+    started = int(time.time())
+
+    async def models(request: Request) -> Response:
+        parts.admit(request.headers, "infer")
+        name = parts.config.project.name
+        ids = [name, *(f"{name}@v{version}" for version in parts.served())]
+        return Response(encode_models(ids, started, "ratchet"), media_type="application/json")
+
+    return models
+
+
+def _feedback(parts: Parts) -> Endpoint:
+    async def feedback(request: Request) -> Response:
+        """The signature alone tells whether the id is ours: no look-up, and an answer that is not written yet can be judged."""
+        parts.admit(request.headers, "feedback")
+        raw = await read_body(request.receive, request.headers.get("content-length", ""), parts.config.gateway.max_body_bytes)
+        body = parse_feedback(raw)
+        if not parts.ids.is_ours(body.request_id):
+            raise Fault(404, f"request_id {body.request_id[:80]!r} was not given out here", remedy="send the `id` of an answer, or its header x-request-id", param="request_id")
+        said = Feedback(body.request_id, parts.ids.pseudonym(body.user or ""), time.time(), body.score, body.label, body.answer, body.comment)
+        await parts.remember(said)
+        return JSONResponse({"object": "feedback", "request_id": body.request_id})
+
+    return feedback
+
+
+def _metrics(parts: Parts) -> Endpoint:
+    async def metrics(request: Request) -> Response:
+        parts.admit(request.headers, "admin")
+        return Response(parts.meters.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
+
+    return metrics
+
+
+def _page(parts: Parts) -> Endpoint:
+    async def page(request: Request) -> Response:
+        parts.admit(request.headers, "admin")
+        from ratchet.page import render_page
+
+        return HTMLResponse(await run_in_threadpool(render_page, parts.root, parts.config))
+
+    return page
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def _handlers(parts: Parts) -> dict[Any, Any]:
+    """What is raised before an answer began."""
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        fault = to_fault(error)
+        if request.url.path == "/v1/chat/completions":
+            parts.meters.refused(fault.status)
+        return _show(fault, asks_browser=request.url.path == "/")
+
+    async def refuse_route(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        known = "POST /v1/chat/completions, POST /v1/feedback, GET /v1/models, /healthz, /readyz, /metrics, /"
+        return _show(Fault(error.status_code, f"{request.method} {request.url.path} is not served", remedy=f"known: {known}", code="unknown_url"))
+
+    async def let_go(request: Request, error: Exception) -> None:
+        """Nobody is left to be answered."""
+
+    return {RatchetError: refuse, HTTPException: refuse_route, Gone: let_go, Exception: refuse}
+
+
+def _show(fault: Fault, *, asks_browser: bool = False) -> Response:
+    headers = {name.decode(): value.decode() for name, value in fault.headers()}
+    if fault.status == 401:
+        # A browser asks for user and password, and the key is the password; a client that sends bearer tokens must not be asked so.
+        headers["www-authenticate"] = 'Basic realm="ratchet"' if asks_browser else "Bearer"
+    return Response(fault.body(), fault.status, headers, media_type="application/json")

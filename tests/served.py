@@ -1,0 +1,105 @@
+"""A checkout as the gateway sees it, without git: versions that are fetched already, who is in charge, an open rollout. And the gateway itself."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+from servers import serving
+from stub_upstream import Stub
+
+from ratchet.champion import Champion, write_champion
+from ratchet.config import Config
+from ratchet.files import write_json
+from ratchet.gateway.app import create_app
+from ratchet.gateway.fleet import Fleet
+from ratchet.gateway.upstream import UpstreamEngine
+from ratchet.request_log import RequestLog, open_log
+from ratchet.rollout import Rollout, write_rollout
+from ratchet.serving import SERVING, read_state
+
+NAME = "pydoc"
+
+
+class Gateway(NamedTuple):
+    url: str
+    root: Path
+    stub: Stub
+    log: RequestLog
+    http: httpx.Client  # one for all: a new one reads the system's certificates each time, 40 ms
+
+    def ask(self, prompt: str = "hello", **more: Any) -> httpx.Response:
+        body = {"model": NAME, "messages": [{"role": "user", "content": prompt}]}
+        headers = more.pop("headers", {})
+        return self.http.post("/v1/chat/completions", json=body | more, headers=headers)
+
+    def get(self, path: str, **more: Any) -> httpx.Response:
+        return self.http.get(path, **more)
+
+    def say(self, **feedback: Any) -> httpx.Response:
+        headers = feedback.pop("headers", {})
+        return self.http.post("/v1/feedback", json=feedback, headers=headers)
+
+    def logged(self) -> list[Any]:
+        assert self.log.flush()
+        return self.log.window(limit=1000)
+
+
+@contextmanager
+def running_gateway(root: Path, *, stub: Stub | None = None, version: int | None = 1, **sections: dict[str, Any]) -> Iterator[Gateway]:
+    """With the real fleet, log and engine `openai`, and a stub behind it; waits until `version` is in charge."""
+    stub = stub or Stub(needs_loading=True)
+    if version is not None:
+        put_in_charge(root, version)
+    with ExitStack() as stack:
+        upstream = stack.enter_context(serving(stub))
+        gateway = {"engine": "openai", "upstream": f"{upstream}/v1", **sections.pop("gateway", {})}
+        config = Config.model_validate({"project": {"name": NAME}, "gateway": gateway, **sections})
+        engine, log = UpstreamEngine(config), open_log(root, config)
+        url = stack.enter_context(serving(create_app(root, config, engine, Fleet(root, config, engine), log)))
+        running = Gateway(url, root, stub, log, stack.enter_context(httpx.Client(base_url=url, timeout=20, trust_env=False)))
+        if version is not None:
+            wait_for(lambda: running.get("/readyz").status_code == 200)
+        yield running
+
+
+def put_in_charge(root: Path, version: int, *, previous: int | None = None) -> None:
+    make_served(root, version)
+    kept = {"run_key": "", "run_id": "", "batches": [], "data": {}, "gate": {}, "at": "", "by": "tests", "why": "", "move": "promote", "replaced": previous}
+    write_champion(root, Champion(name=NAME, version=version, previous=previous, commit="0" * 40, adapter_sha256=digest(version), **kept))
+
+
+def open_rollout(root: Path, *, champion: int, version: int, share: float) -> None:
+    make_served(root, version)
+    now = time.time()
+    more = {"salt": "s", "step": 0, "shares": [share], "state": "open", "opened": now, "step_since": now}
+    write_rollout(root, Rollout(id="r1", name=NAME, version=version, champion=champion, commit="0" * 40, adapter_sha256=digest(version), **more))
+
+
+def make_served(root: Path, version: int) -> None:
+    """As `ratchet.serving.make_bundle` leaves it, but for weights: the stub asks for none."""
+    write_json(root / SERVING / "bases/base/manifest.json", {})
+    folder = root / SERVING / f"v{version}-{digest(version)[:12]}"
+    (folder / "adapter").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96, "method": "lora"})
+
+
+def digest(version: int) -> str:
+    return hashlib.sha256(b"%d" % version).hexdigest()
+
+
+def wait_until_served(root: Path, **wanted: Any) -> None:
+    """Until the fleet says of itself that it is so, such as champion=2."""
+    wait_for(lambda: wanted.items() <= (read_state(root) or {}).items())
+
+
+def wait_for(holds: Any, seconds: float = 10) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, "it did not come in time"
+        time.sleep(0.01)
