@@ -210,7 +210,7 @@ def _plan_deployments(root: Path, config: Config) -> Plan:
 def _plan_gateway(root: Path, config: Config) -> Plan:
     gateway = config.gateway
     # It answers people while a training takes every core: the training's threads are told to sleep when they wait (workspace.child_environment).
-    environment = {**_drop(os.environ, "MLFLOW_"), **NO_TELEMETRY, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "RATCHET_ROOT": str(root)}
+    environment = {**_drop(os.environ, "MLFLOW_"), **NO_TELEMETRY, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE", "RATCHET_ROOT": str(root)}
     settings = f"gateway: {gateway.model_dump(mode='json')}, request_log: {config.request_log.model_dump(mode='json')}"
     return Plan("gateway", gateway.port, "gateway.port", settings, [sys.executable, "-m", "ratchet.gateway.serve"], root, environment)
 

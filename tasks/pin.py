@@ -15,6 +15,7 @@ from ratchet.champion import Champion, read_champion
 from ratchet.errors import CheckoutError
 from ratchet.files import read_json, whole_folder, write_json
 from ratchet.models import MANIFEST, adapter_sha256
+from ratchet.serving import base_hash
 from ratchet.workspace import Workspace
 
 INCUMBENT = Path("models/incumbent")
@@ -55,14 +56,6 @@ def _fetch(workspace: Workspace, champion: Champion, folder: Path) -> None:
                 remedy="dvc pull; if it stays so, the cache is damaged: take the version's artifact from MLflow",
             )
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
-        theirs = _base_hash(workspace, champion.commit)
-        if theirs and theirs != _base_hash(workspace, "HEAD"):
+        theirs = base_hash(workspace.path, champion.commit)
+        if theirs and theirs != base_hash(workspace.path, "HEAD"):
             workspace.dvc("get", "--quiet", ".", "models/base", "--rev", champion.commit, "--out", str(folder / "base"))
-
-
-def _base_hash(workspace: Workspace, commit: str) -> str | None:
-    """DVC's hash of models/base at a commit."""
-    from ruamel.yaml import YAML
-
-    lock = YAML(typ="safe").load(workspace.git("show", f"{commit}:dvc.lock"))
-    return next((out["md5"] for out in lock["stages"].get("base", {}).get("outs", []) if out["path"] == "models/base"), None)

@@ -132,6 +132,8 @@ class Fleet:
         if champion is None:
             self._table = Table()
             return
+        if self._table.champion is None:
+            self._table = Table(why=f"v{champion.version} is being loaded")
         rollout = self._rollout_of(champion)
         if not await self._load(_of_champion(champion)):
             self._table = self._table._replace(why=f"v{champion.version} is in charge and cannot be loaded: {self._refused.get(champion.version)}")
