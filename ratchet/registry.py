@@ -81,6 +81,14 @@ def drop_alias(name: str, alias: str) -> None:
             mlflow_client().delete_registered_model_alias(name, alias)
 
 
+def set_tag(name: str, number: int, key: str, value: str) -> None:
+    """Nothing is sent when the version says so already: each change wakes whoever watches the registry."""
+    known = get_version(name, number)
+    if known and known.tags.get(key) != value:
+        with mlflow_errors():
+            mlflow_client().set_model_version_tag(name, str(number), key, value)
+
+
 def _ensure_model(client: Any, name: str) -> None:
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description="Kept fresh by Ratchet. `champion` answers; `challenger` passed the gate and waits.")

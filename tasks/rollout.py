@@ -1,0 +1,251 @@
+"""One look at a rollout: hold, advance, promote, roll back, stop, or give up for want of evidence. All bounds hold at every look.
+
+The chance that a rollout of an equal model ends wrongly is `rollout.alpha`, split over what may end it: a gain that is none (40 %),
+harm that is none (50 %, over four measures), and a split of users that only looks wrong (the rest; ratchet/anytime.py).
+A flow's task, not a stage; callers hold the lock `promote`.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ratchet.anytime import Bounds, Stratum, difference, split_e_value
+from ratchet.champion import Champion
+from ratchet.config import RolloutConfig
+from ratchet.errors import ServiceError
+from ratchet.registry import CHALLENGER, Version, drop_alias, get_alias, set_tag
+from ratchet.request_log import Unit
+from ratchet.rollout import Rollout, end_rollout, write_rollout
+
+Action = Literal["hold", "advance", "promote", "roll_back", "stop", "no_evidence"]
+Say = Callable[[str], None]
+GAIN_SHARE, HARM_SHARE = 0.4, 0.5
+WRONG_SPLIT = 1000.0  # e-value: a split that is right gets there once in a thousand rollouts
+SUCCESS = "feedback"
+# What a value varies by, roughly: it decides where the bounds are tightest, never whether they hold.
+SCALES = {"feedback": 0.45, "errors": 0.1, "empty": 0.1, "latency": 0.5}
+ENDED = {"promote": "promoted", "roll_back": "rolled_back", "stop": "stopped", "no_evidence": "no_evidence"}
+
+
+class Look(NamedTuple):
+    """`figures` are for people and the page: users, feedback, and challenger minus champion with bounds for each measure."""
+
+    action: Action
+    reason: str
+    figures: dict[str, Any]
+
+
+class Outcomes(NamedTuple):
+    """Units as columns; NaN where a unit has none."""
+
+    step: NDArray[np.int64]
+    challenger: NDArray[np.bool_]
+    errors: NDArray[np.float64]  # share of its requests
+    empty: NDArray[np.float64]
+    latency: NDArray[np.float64]  # log of milliseconds
+    feedback: NDArray[np.float64]
+
+
+def look(units: list[Unit], rollout: Rollout, config: RolloutConfig, now: float) -> Look:
+    return judge(outcomes_of(units), rollout, config, now)
+
+
+def outcomes_of(units: list[Unit]) -> Outcomes:
+    def column(value: Callable[[Unit], float | None]) -> NDArray[np.float64]:
+        return np.array([math.nan if (found := value(unit)) is None else found for unit in units], dtype=np.float64)
+
+    return Outcomes(
+        np.array([unit.step for unit in units], dtype=np.int64),
+        np.array([unit.arm == "challenger" for unit in units], dtype=np.bool_),
+        column(lambda unit: unit.errors / unit.requests),
+        column(lambda unit: unit.empty / unit.requests),
+        column(lambda unit: math.log(unit.latency_ms) if unit.latency_ms else None),
+        column(lambda unit: unit.feedback),
+    )
+
+
+def judge(found: Outcomes, rollout: Rollout, config: RolloutConfig, now: float) -> Look:
+    """Harm first, then gain, then time."""
+    figures = _figures(found, rollout, config)
+    if wrong := _wrong_split(figures["steps"], rollout):
+        return Look("stop", wrong, figures)
+    if harm := _certain_harm(figures, config):
+        return Look("roll_back", harm, figures)
+    missing = _missing_for_promotion(figures, rollout, config)
+    if not missing:
+        return Look("promote", _gain_in_words(figures), figures)
+    if now - rollout.opened >= config.max_hours * 3600:
+        return Look("no_evidence", f"{config.max_hours:g} h passed without enough evidence: {'; '.join(missing)}", figures)
+    waiting = _missing_for_step(figures, rollout, config, now)
+    if not waiting:
+        return Look("advance", f"{rollout.shares[rollout.step]:.0%} of the users did well enough: on to {rollout.shares[rollout.step + 1]:.0%}", figures)
+    return Look("hold", "; ".join(waiting if rollout.step < _last_step(rollout) else missing), figures)
+
+
+def _last_step(rollout: Rollout) -> int:
+    """The one before 100 %: the last with both arms."""
+    return max(0, len(rollout.shares) - 2)
+
+
+def _figures(found: Outcomes, rollout: Rollout, config: RolloutConfig) -> dict[str, Any]:
+    """Of each measure the bounds at the alpha with which it may end the rollout, and for guardrails those with which it may be let through."""
+    alphas = {"gain": config.alpha * GAIN_SHARE, "harm": config.alpha * HARM_SHARE / len(SCALES), "pass": config.alpha}
+    measures: dict[str, Any] = {}
+    for name, scale in SCALES.items():
+        strata = _strata(found, getattr(found, name))
+        measures[name] = {kind: _plain(difference(strata, alpha, scale=scale)) for kind, alpha in alphas.items()}
+    steps = [
+        {"step": step, "champion": int((~found.challenger & (found.step == step)).sum()), "challenger": int((found.challenger & (found.step == step)).sum())}
+        for step in range(rollout.step + 1)
+    ]
+    return {"measures": measures, "steps": steps}
+
+
+def _strata(found: Outcomes, values: NDArray[np.float64]) -> list[Stratum]:
+    told = ~np.isnan(values)
+    return [
+        Stratum(values[told & (found.step == step) & ~found.challenger], values[told & (found.step == step) & found.challenger])
+        for step in range(int(found.step.max(initial=-1)) + 1)
+    ]
+
+
+def _plain(bounds: Bounds | None) -> dict[str, Any] | None:
+    return bounds._asdict() if bounds else None
+
+
+def _wrong_split(steps: list[dict[str, int]], rollout: Rollout) -> str:
+    for counts in steps:
+        share = rollout.shares[counts["step"]]
+        if share < 1 and (e := split_e_value(counts["champion"], counts["challenger"], share)) > WRONG_SPLIT:
+            users = counts["champion"] + counts["challenger"]
+            return f"{counts['challenger']} of {users} users got the challenger in a step of {share:.0%} (e-value {e:.0f}): the routing or the log is broken, so no figure counts"
+    return ""
+
+
+def _certain_harm(figures: dict[str, Any], config: RolloutConfig) -> str:
+    margins = _margins(config)
+    for name, measure in figures["measures"].items():
+        found = measure["harm"]
+        if not found:
+            continue
+        if name == SUCCESS and found["high"] < -margins[name]:
+            return f"the users' feedback is worse for certain: {_said(found)}, a loss of {margins[name]:g} is still taken"
+        if name != SUCCESS and found["low"] > margins[name]:
+            return f"{name} worse for certain: {_said(found)}, {margins[name]:.3g} more is still taken"
+    return ""
+
+
+def _margins(config: RolloutConfig) -> dict[str, float]:
+    return {"feedback": config.feedback_margin, "errors": config.error_margin, "empty": config.empty_margin, "latency": math.log1p(config.latency_margin)}
+
+
+def _missing_for_promotion(figures: dict[str, Any], rollout: Rollout, config: RolloutConfig) -> list[str]:
+    """What stands between the challenger and the charge; empty when nothing does."""
+    if rollout.step < _last_step(rollout):
+        return [f"step {rollout.step + 1} of {len(rollout.shares)}"]
+    gain = figures["measures"][SUCCESS]["gain"]
+    if gain is None:
+        return ["no feedback yet"]
+    missing = [f"feedback of {gain[arm]} users of the {arm}, wanted {config.min_users}" for arm in ("champion", "challenger") if gain[arm] < config.min_users]
+    if gain["low"] <= config.min_gain:
+        missing.append(f"a gain of {_said(gain)}, wanted a lower bound over {config.min_gain:+.3f}{_how_many_more(gain, config)}")
+    for name, margin in _margins(config).items():
+        found = figures["measures"][name]["pass"]
+        if name != SUCCESS and (found is None or found["high"] > margin):
+            missing.append(f"{name} {_said(found) if found else 'unknown'}, wanted no more than {margin:.3g} for certain")
+    return missing
+
+
+def _how_many_more(gain: dict[str, Any], config: RolloutConfig) -> str:
+    """The bound narrows with about the root of the number of users."""
+    surplus, half = gain["mean"] - config.min_gain, gain["mean"] - gain["low"]
+    if surplus <= 0:
+        return ""
+    users = gain["champion"] + gain["challenger"]
+    return f"; if it stays so, about {max(1, math.ceil(users * ((half / surplus) ** 2 - 1)))} more users' feedback"
+
+
+def _missing_for_step(figures: dict[str, Any], rollout: Rollout, config: RolloutConfig, now: float) -> list[str]:
+    if rollout.step >= _last_step(rollout):
+        return ["the last step before all users"]
+    counts, minutes = figures["steps"][rollout.step], (now - rollout.step_since) / 60
+    missing = [f"{counts[arm]} users of the {arm} in this step, wanted {config.step_users}" for arm in ("champion", "challenger") if counts[arm] < config.step_users]
+    return missing + ([f"{minutes:.0f} min of {config.step_minutes:g}"] if minutes < config.step_minutes else [])
+
+
+def _gain_in_words(figures: dict[str, Any]) -> str:
+    gain = figures["measures"][SUCCESS]["gain"]
+    return f"mean feedback {_said(gain)} on {gain['champion']} + {gain['challenger']} users"
+
+
+def _said(found: dict[str, Any]) -> str:
+    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+
+
+# --- what a look does to the files and the registry ----------------------------------------------------------------
+
+
+def open_rollout(root: Path, config: RolloutConfig, version: Version, champion: Champion, now: float) -> Rollout:
+    """The first step. The caller has checked the gate."""
+    rollout = Rollout(
+        id=uuid.uuid4().hex[:12],
+        name=version.name,
+        version=version.number,
+        champion=champion.version,
+        commit=version.tags["git_commit"],
+        adapter_sha256=version.tags["adapter_sha256"],
+        salt=uuid.uuid4().hex,
+        step=0,
+        shares=list(config.steps),
+        state="open",
+        opened=now,
+        step_since=now,
+    )
+    write_rollout(root, rollout)
+    return rollout
+
+
+def apply(root: Path, rollout: Rollout, seen: Look, now: float) -> Rollout:
+    """The rollout after a look; ended ones leave the gateway's sight. `promote` is for the caller, who ends it when the champion has moved."""
+    changes: dict[str, Any] = {"why": seen.reason, "last": seen.figures}
+    if seen.action == "advance":
+        changes |= {"step": rollout.step + 1, "step_since": now}
+    rollout = msgspec.structs.replace(rollout, **changes)
+    if seen.action in ("roll_back", "stop", "no_evidence"):
+        return finish(root, rollout, ENDED[seen.action], why=seen.reason, by="rollout", now=now)
+    write_rollout(root, rollout)
+    return rollout
+
+
+def set_state(root: Path, rollout: Rollout, state: Literal["open", "paused"], *, by: str, now: float) -> Rollout:
+    """Pausing takes the challenger from everybody; the step starts anew when it goes on, so that its minutes count."""
+    rollout = msgspec.structs.replace(rollout, state=state, by=by, step_since=now if state == "open" else rollout.step_since)
+    write_rollout(root, rollout)
+    return rollout
+
+
+def finish(root: Path, rollout: Rollout, state: str, *, why: str, by: str, now: float) -> Rollout:
+    rollout = msgspec.structs.replace(rollout, state=state, why=why, by=by, ended=now)
+    end_rollout(root, rollout)
+    return rollout
+
+
+def tell_registry(rollout: Rollout, say: Say) -> bool:
+    """MLflow's tags follow; one that ended is no challenger any more. False when MLflow does not answer: the next look tells it."""
+    try:
+        for key, value in {"rollout_state": rollout.state, "rollout_share": f"{rollout.share:g}", "rollout_reason": rollout.why[:1000]}.items():
+            set_tag(rollout.name, rollout.version, key, value)
+        if rollout.ended is not None and get_alias(rollout.name, CHALLENGER) == rollout.version:
+            drop_alias(rollout.name, CHALLENGER)
+    except ServiceError as error:
+        say(f"MLflow hears of it later: {error}")
+        return False
+    return True
