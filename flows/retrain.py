@@ -154,7 +154,7 @@ def decide(workspace: Workspace, version: Version, found: Findings, config: Conf
 
 def _decide(workspace: Workspace, version: Version, found: Findings, config: Config, reason: str) -> Champion | None:
     current = read_champion(workspace.path)
-    if current:
+    if current and alias_is_pending(workspace.root):  # an alias that a person moved is a decision, which the flow `rollout` hears
         follow_alias(workspace.root, current, say)
     if found.decision["verdict"] != "promote" or (current and current.version == version.number):
         return current

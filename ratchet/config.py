@@ -269,8 +269,8 @@ class RolloutConfig(Section):
     alpha: float = Field(default=0.05, gt=0, lt=0.5, description="chance that a rollout of an equal model ends wrongly, over all its looks together")
     min_gain: float = Field(default=0.0, description="gain in the mean feedback score (0 to 1) that the lower bound has to exceed")
     feedback_margin: Share = Field(default=0.0, description="loss in the mean feedback score that is still taken; a certain loss beyond it rolls back")
-    error_margin: Share = Field(default=0.01, description="the same for the share of failed requests")
-    empty_margin: Share = Field(default=0.01, description="the same for the share of empty answers")
+    error_margin: Share = Field(default=0.02, description="the same for the share of failed requests")
+    empty_margin: Share = Field(default=0.02, description="the same for the share of empty answers")
     latency_margin: float = Field(default=0.25, ge=0, description="the same for the latency, as a share of the champion's")
 
     @model_validator(mode="after")

@@ -37,6 +37,18 @@ def drift_card(found: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"- for: {line}" for line in decision["for"]), *(f"- against: {line}" for line in decision["against"])]) + "\n"
 
 
+def rollout_card(found: dict[str, Any]) -> str:
+    """A rollout as Markdown: how far it is, the users of each arm by step, and every measure with its bounds."""
+    lines = [f"## v{found['version']} against v{found['champion']}: {found['state'].replace('_', ' ')}", "", found["why"], ""]
+    last = found.get("last") or {}
+    lines += [f"- {found['shares'][step['step']]:.0%}: {step['challenger']} users of the challenger, {step['champion']} of the champion" for step in last.get("steps", [])]
+    lines += ["", "Challenger minus champion; each bound holds at all looks together.", "", "| measure | difference | bounds | users |", "|---|---|---|---|"]
+    for name, measure in last.get("measures", {}).items():
+        if bounds := measure["gain"]:
+            lines.append(f"| {name} | {bounds['mean']:+.3f} | {bounds['low']:+.3f} to {bounds['high']:+.3f} | {bounds['champion']} + {bounds['challenger']} |")
+    return "\n".join(lines) + "\n"
+
+
 def mark(result: str) -> str:
     return {"pass": "✓", "fail": "✗", "unclear": "?"}[result]
 
