@@ -1,4 +1,4 @@
-"""What the gateway remembers: requests and people's feedback on them, in SQLite or any database that SQLAlchemy reaches.
+"""What the gateway remembers: requests and people's feedback on them, in SQLite or PostgreSQL.
 
 Writing is off the hot path: a bounded queue, one thread, batches. A database that is away costs records, which are counted, never an answer.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +21,11 @@ import msgspec
 from ratchet.errors import ConfigError, ServiceError, UserError
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine, MetaData
+    from sqlalchemy import Engine, Table
 
     from ratchet.config import Config
 
-BATCH, WAIT_SECONDS, BACK_OFF_SECONDS, CLEAN_SECONDS = 500, 0.2, 2.0, 600.0
+BATCH, WAIT_SECONDS, BACK_OFF_SECONDS, CLEAN_SECONDS, CONNECT_SECONDS = 500, 0.2, 5.0, 600.0, 5
 REDACTED = "[redacted]"
 URL_VARIABLE = "RATCHET_REQUEST_LOG_URL"
 
@@ -118,6 +118,8 @@ def open_log(root: Path, config: Config) -> RequestLog:
         return RequestLog(url, config)
     except ArgumentError as error:
         raise ConfigError(f"request_log.url is no SQLAlchemy URL: {error}", remedy="such as postgresql+psycopg://user@host/requests; empty for SQLite") from None
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"request_log.url needs the package {error.name}", remedy="pip install 'ratchet[store]' brings PostgreSQL's, as postgresql+psycopg://…") from None
 
 
 class RequestLog:
@@ -125,52 +127,54 @@ class RequestLog:
 
     def __init__(self, url: str, config: Config) -> None:
         self._config = config.request_log
-        self._engine, self._tables = _make_engine(url), _make_tables()
         self._redact = _compile(self._config.redact)
-        self._queue: queue.Queue[Logged] = queue.Queue(self._config.queue)
-        self._written = self._dropped = self._taken = 0
+        self._engine, self._tables = _make_engine(url), _make_tables()
+        self._waiting: deque[Logged] = deque()
+        self._written = self._dropped = 0
         self._fault = ""
-        self._ready = False
-        self._ended = threading.Event()
-        self._idle = threading.Condition()
+        self._ready = self._ended = False
+        self._wake, self._lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
     def put(self, record: Logged) -> None:
         """Never waits, never raises: a full queue drops the record and counts it."""
+        if self._ended or len(self._waiting) >= self._config.queue:
+            self._drop(1)
+        else:
+            self._waiting.append(record)
         if self._thread is None:
             self._start()
-        try:
-            self._queue.put_nowait(record)
-        except queue.Full:
-            self._dropped += 1
 
     def counts(self) -> Counts:
-        return Counts(self._written, self._queue.qsize() + self._taken, self._dropped, self._fault)
+        return Counts(self._written, len(self._waiting), self._dropped, self._fault)
 
     def add_feedback(self, feedback: Feedback) -> None:
-        """Raises UserError when that person has spoken of that request already, ServiceError when the database is away."""
+        """Raises UserError when that person has spoken of that request already or the score is none, ServiceError when the database is away."""
         from sqlalchemy.exc import IntegrityError
 
-        values = msgspec.to_builtins(feedback) | {"answer": self._clean(feedback.answer), "comment": self._clean(feedback.comment)}
+        if feedback.score is not None and not 0 <= feedback.score <= 1:  # NaN neither
+            raise UserError(f"the score is {feedback.score}, wanted 0 (wrong) to 1 (right)")
+        texts = {name: self._clean(getattr(feedback, name)) for name in ("label", "answer", "comment")}
         try:
-            with self._begin() as connection:
-                connection.execute(self._tables.tables["feedback"].insert(), values)
+            with self._transaction() as connection:
+                connection.execute(self._tables["feedback"].insert(), msgspec.structs.asdict(feedback) | texts)
         except IntegrityError:
             raise UserError(f"there is feedback of this user on {feedback.request} already", remedy="one user has one say on an answer") from None
 
     def flush(self, seconds: float = 5.0) -> bool:
         """Whether all that was put is written."""
         end = time.monotonic() + seconds
-        while self.counts().waiting and time.monotonic() < end:
+        while self._waiting and time.monotonic() < end:
+            self._wake.set()
             time.sleep(0.01)
-        return not self.counts().waiting
+        return not self._waiting
 
     def close(self, seconds: float = 5.0) -> None:
-        self.flush(seconds if self._thread else 0.0)
-        self._ended.set()
+        """Writes what waits; with a database that is away it is lost, and counted."""
+        self._ended = True
+        self._wake.set()
         if self._thread:
             self._thread.join(seconds)
         self._engine.dispose()
@@ -182,62 +186,77 @@ class RequestLog:
                 self._thread.start()
 
     def _write(self) -> None:
-        cleaned = 0.0
-        while not self._ended.is_set():
-            batch = self._take()
-            if batch:
-                self._store(batch)
-            if time.monotonic() - cleaned > CLEAN_SECONDS:
-                cleaned = time.monotonic()
+        pause, next_clean = WAIT_SECONDS, 0.0
+        while not self._ended:
+            self._wake.wait(pause)
+            self._wake.clear()
+            pause = WAIT_SECONDS if self._drain() else min(2 * pause, BACK_OFF_SECONDS)
+            if time.monotonic() >= next_clean:
+                next_clean = time.monotonic() + CLEAN_SECONDS
                 self._forget_old()
+        self._drain()
+        self._drop(len(self._waiting))
+        self._waiting.clear()
 
-    def _take(self) -> list[Logged]:
-        try:
-            batch = [self._queue.get(timeout=WAIT_SECONDS)]
-        except queue.Empty:
-            return []
-        self._taken = 1
-        while len(batch) < BATCH:
+    def _drain(self) -> bool:
+        """False when the database is away; what was not written goes on waiting, in its order."""
+        while self._waiting:
+            batch = [self._waiting[place] for place in range(min(BATCH, len(self._waiting)))]
             try:
-                batch.append(self._queue.get_nowait())
-            except queue.Empty:
-                break
-            self._taken = len(batch)
-        return batch
-
-    def _store(self, batch: list[Logged]) -> None:
-        """Again and again while the queue has room; then the oldest records are given up."""
-        rows = [self._row(record) for record in batch]
-        while True:
-            try:
-                with self._begin() as connection:
-                    connection.execute(self._tables.tables["requests"].insert(), rows)
-                self._written, self._fault, self._taken = self._written + len(rows), "", 0
-                return
-            except (ServiceError, UserError) as error:
+                taken = self._store(batch)
+            except ServiceError as error:
                 self._fault = str(error)
-            if self._queue.full() or self._ended.wait(BACK_OFF_SECONDS):
-                self._dropped, self._taken = self._dropped + len(rows), 0
-                return
+                return False
+            self._written += taken
+            self._fault = "" if taken == len(batch) else self._fault
+            for _ in batch:
+                self._waiting.popleft()
+        return True
+
+    def _store(self, batch: list[Logged]) -> int:
+        """How many were taken. A record that the database refuses costs itself alone, never the batch or the thread. Raises ServiceError."""
+        try:
+            with self._transaction() as connection:
+                connection.execute(self._tables["requests"].insert(), [self._row(record) for record in batch])
+            return len(batch)
+        except ServiceError:
+            raise
+        except Exception as error:  # noqa: BLE001  (it is counted and shown)
+            if len(batch) == 1:
+                self._drop(1)
+                self._fault = f"a record was refused: {error}"
+                return 0
+            half = len(batch) // 2
+            return self._store(batch[:half]) + self._store(batch[half:])
+
+    def _drop(self, records: int) -> None:
+        with self._lock:
+            self._dropped += records
 
     def _row(self, record: Logged) -> dict[str, Any]:
-        values = {name: getattr(record, name) for name in record.__struct_fields__}
+        """With what is counted by: computed here, so that every database groups alike."""
         kept = [(role, self._clean(content)) for role, content in record.messages] if self._config.texts else []
-        return values | {"messages": json.dumps(kept, ensure_ascii=False), "answer": self._clean(record.answer), "empty": int(record.status == 200 and not record.answer.strip())}
+        texts = {"messages": json.dumps(kept, ensure_ascii=False), "answer": self._clean(record.answer), "error": self._clean(record.error)}
+        counted = {"unit": record.user or record.id, "hour": int(record.at // 3600) * 3600, "empty": int(record.status == 200 and not record.answer.strip())}
+        return msgspec.structs.asdict(record) | texts | counted
 
     def _clean(self, text: str) -> str:
+        """Redacted, and without what databases do not take: NUL, halves of surrogate pairs."""
         if not self._config.texts:
             return ""
         for pattern in self._redact:
             text = pattern.sub(REDACTED, text)
-        return text
+        return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
     def _forget_old(self) -> None:
-        requests, feedback = self._tables.tables["requests"], self._tables.tables["feedback"]
+        from sqlalchemy import or_, select
+
+        requests, feedback = self._tables["requests"], self._tables["feedback"]
         before = time.time() - self._config.retention_days * 86_400
+        old = select(requests.c.id).where(requests.c.at < before)
         try:
-            with self._begin() as connection:
-                connection.execute(feedback.delete().where(feedback.c.at < before))
+            with self._transaction() as connection:
+                connection.execute(feedback.delete().where(or_(feedback.c.at < before, feedback.c.request.in_(old))))
                 connection.execute(requests.delete().where(requests.c.at < before))
         except ServiceError as error:
             self._fault = str(error)
@@ -246,135 +265,127 @@ class RequestLog:
 
     def window(self, *, limit: int, since: float | None = None, until: float | None = None, version: int | None = None) -> list[Logged]:
         """The newest `limit` in [since, until), in the order of time."""
+        table = self._tables["requests"]
+        query = self._requests(since=since, until=until, version=version).order_by(table.c.at.desc(), table.c.id.desc()).limit(limit)
+        with self._transaction() as connection:
+            return [_logged(row) for row in reversed(connection.execute(query).all())]
+
+    def spoken_of(self) -> list[tuple[Logged, list[Feedback]]]:
+        """Every request that people gave feedback on, in the order of time."""
         from sqlalchemy import select
 
-        table = self._tables.tables["requests"]
-        query = select(*(table.c[name] for name in Logged.__struct_fields__)).order_by(table.c.at.desc(), table.c.id).limit(limit)
-        query = query.where(table.c.at >= since) if since is not None else query
-        query = query.where(table.c.at < until) if until is not None else query
-        query = query.where(table.c.version == version) if version is not None else query
-        with self._begin() as connection:
-            return [_logged(row) for row in reversed(connection.execute(query).all())]
+        requests, feedback = self._tables["requests"], self._tables["feedback"]
+        query = self._requests().where(requests.c.id.in_(select(feedback.c.request))).order_by(requests.c.at, requests.c.id)
+        with self._transaction() as connection:
+            found = [_logged(row) for row in connection.execute(query)]
+        said = self.feedback_of([request.id for request in found])
+        return [(request, said[request.id]) for request in found if request.id in said]
 
     def feedback_of(self, requests: Sequence[str]) -> dict[str, list[Feedback]]:
         """Of those that have any, in the order of time."""
         from sqlalchemy import select
 
-        table = self._tables.tables["feedback"]
+        table = self._tables["feedback"]
+        columns = [table.c[name] for name in Feedback.__struct_fields__]
         found: dict[str, list[Feedback]] = {}
-        with self._begin() as connection:
+        with self._transaction() as connection:
             for start in range(0, len(requests), BATCH):
-                query = select(*(table.c[name] for name in Feedback.__struct_fields__)).where(table.c.request.in_(requests[start : start + BATCH])).order_by(table.c.at)
-                for row in connection.execute(query):
+                chosen = table.c.request.in_(requests[start : start + BATCH])
+                for row in connection.execute(select(*columns).where(chosen).order_by(table.c.at, table.c.user)):
                     found.setdefault(row.request, []).append(Feedback(*row))
         return found
 
-    def count(self, *, since: float = 0.0, version: int | None = None) -> int:
+    def count(self, *, since: float | None = None, version: int | None = None) -> int:
         from sqlalchemy import func, select
 
-        table = self._tables.tables["requests"]
-        query = select(func.count()).where(table.c.at >= since)
-        query = query.where(table.c.version == version) if version is not None else query
-        with self._begin() as connection:
-            return int(connection.execute(query).scalar_one())
+        with self._transaction() as connection:
+            return int(connection.execute(select(func.count()).select_from(self._requests(since=since, version=version).subquery())).scalar_one())
 
     def rollout_units(self, rollout: str) -> list[Unit]:
         """In the order in which they came first."""
-        from sqlalchemy import case, func
+        from sqlalchemy import func
 
-        table = self._tables.tables["requests"]
-        unit = case((table.c.user == "", table.c.id), else_=table.c.user)
-        query = self._summed([unit, table.c.step, table.c.arm], func.min(table.c.at)).where(table.c.rollout == rollout).group_by(unit, table.c.step, table.c.arm)
-        with self._begin() as connection:
-            return [Unit(*row) for row in connection.execute(query.order_by(func.min(table.c.at)))]
+        table = self._tables["requests"]
+        first_at, empty = func.min(table.c.at), func.sum(table.c.empty)
+        query = self._summed([table.c.unit, table.c.step, table.c.arm], first_at, empty=empty).where(table.c.rollout == rollout)
+        with self._transaction() as connection:
+            return [Unit(*row) for row in connection.execute(query.order_by(first_at, table.c.unit))]
 
     def traffic(self, *, since: float) -> list[Traffic]:
         """By hour, version and arm."""
-        from sqlalchemy import Integer, cast, func
-
-        table = self._tables.tables["requests"]
-        hour = cast(func.floor(table.c.at / 3600), Integer) * 3600 if self._engine.dialect.name != "sqlite" else cast(table.c.at / 3600, Integer) * 3600
-        query = self._summed([table.c.version, table.c.arm, hour]).where(table.c.at >= since).group_by(table.c.version, table.c.arm, hour).order_by(hour, table.c.version)
-        with self._begin() as connection:
+        table = self._tables["requests"]
+        query = self._summed([table.c.version, table.c.arm, table.c.hour]).where(table.c.at >= since).order_by(table.c.hour, table.c.version, table.c.arm)
+        with self._transaction() as connection:
             return [Traffic(*row) for row in connection.execute(query)]
 
-    def _summed(self, groups: list[Any], *first: Any) -> Any:
+    def _requests(self, *, since: float | None = None, until: float | None = None, version: int | None = None) -> Any:
+        from sqlalchemy import select
+
+        table = self._tables["requests"]
+        query = select(*(table.c[name] for name in Logged.__struct_fields__))
+        query = query.where(table.c.at >= since) if since is not None else query
+        query = query.where(table.c.at < until) if until is not None else query
+        return query.where(table.c.version == version) if version is not None else query
+
+    def _summed(self, groups: list[Any], *first: Any, empty: Any = None) -> Any:
+        """A row a group: the groups, `first`, requests, errors, `empty`, mean latency of what was answered, mean score, requests with a score."""
         from sqlalchemy import case, func, select
 
-        table, scores = self._tables.tables["requests"], self._scores()
-        answered = case((table.c.status == 200, table.c.latency_ms))
-        figures = [func.count(), func.sum(case((table.c.status >= 500, 1), else_=0))]
-        empty = [func.sum(table.c.empty)] if first else []
-        return select(*groups, *first, *figures, *empty, func.avg(answered), func.avg(scores.c.score), func.count(scores.c.score)).select_from(
-            table.outerjoin(scores, scores.c.request == table.c.id)
-        )
-
-    def _scores(self) -> Any:
-        """One mean score a request, however many people spoke."""
-        from sqlalchemy import func, select
-
-        table = self._tables.tables["feedback"]
-        return select(table.c.request, func.avg(table.c.score).label("score")).where(table.c.score.is_not(None)).group_by(table.c.request).subquery()
+        table, said = self._tables["requests"], self._tables["feedback"]
+        # One mean score a request, however many people spoke.
+        scores = select(said.c.request, func.avg(said.c.score).label("score")).where(said.c.score.is_not(None)).group_by(said.c.request).subquery()
+        figures = [func.count(), func.sum(case((table.c.status >= 500, 1), else_=0)), *([] if empty is None else [empty])]
+        figures += [func.avg(case((table.c.status == 200, table.c.latency_ms))), func.avg(scores.c.score), func.count(scores.c.score)]
+        return select(*groups, *first, *figures).select_from(table.outerjoin(scores, scores.c.request == table.c.id)).group_by(*groups)
 
     @contextmanager
-    def _begin(self) -> Iterator[Any]:
-        """A transaction; tables are made at the first. Raises ServiceError when the database is away; IntegrityError passes."""
-        from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+    def _transaction(self) -> Iterator[Any]:
+        """Tables are made at the first. Raises ServiceError when the database is away; IntegrityError and DataError pass."""
+        from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
         try:
             if not self._ready:
-                self._tables.create_all(self._engine)
+                self._tables["requests"].metadata.create_all(self._engine)
                 self._ready = True
             with self._engine.begin() as connection:
                 yield connection
-        except IntegrityError:
+        except (IntegrityError, DataError):
             raise
         except (SQLAlchemyError, OSError) as error:
-            cause = str(getattr(error, "orig", None) or error).splitlines()[0]
+            self._ready = False
+            cause = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
             raise ServiceError(f"the request log does not answer: {cause}", remedy="check request_log.url and the database behind it") from error
 
 
 def _make_engine(url: str) -> Engine:
-    from sqlalchemy import create_engine, event
+    from sqlalchemy import create_engine, event, make_url
 
-    engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
-    if engine.dialect.name == "sqlite":
+    if make_url(url).get_backend_name() != "sqlite":
+        return create_engine(url, pool_pre_ping=True, pool_timeout=CONNECT_SECONDS, connect_args={"connect_timeout": CONNECT_SECONDS})
+    engine = create_engine(url)
 
-        @event.listens_for(engine, "connect")
-        def _settle(connection: Any, _record: Any) -> None:
-            # Readers do not wait for the writer; a power cut may cost the newest records, never the file.
-            for line in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000"):
-                connection.execute(f"PRAGMA {line}")
+    @event.listens_for(engine, "connect")
+    def _settle(connection: Any, _record: Any) -> None:
+        # Readers do not wait for the writer; a power cut may cost the newest records, never the file.
+        for line in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=NORMAL"):
+            connection.execute(f"PRAGMA {line}")
 
     return engine
 
 
-def _make_tables() -> MetaData:
+def _make_tables() -> dict[str, Table]:
+    """No key between them: people may speak of a request that still waits to be written."""
     from sqlalchemy import Column, Float, Integer, MetaData, String, Table, Text
 
-    tables: MetaData = MetaData()
-    columns: list[Any] = [Column(name, _kind(name), primary_key=name == "id", index=name in ("at", "rollout")) for name in Logged.__struct_fields__]
-    Table("requests", tables, *columns, Column("empty", Integer))
-    Table(
-        "feedback",
-        tables,
-        Column("request", String(200), primary_key=True),
-        Column("user", String(200), primary_key=True),
-        Column("at", Float, index=True),
-        Column("score", Float),
-        *(Column(name, Text) for name in ("label", "answer", "comment")),
-    )
-    return tables
-
-
-def _kind(name: str) -> Any:
-    from sqlalchemy import Float, Integer, String, Text
-
-    if name in ("version", "step", "status", "prompt_tokens", "answer_tokens"):
-        return Integer
-    if name in ("at", "latency_ms", "first_ms", "queue_ms", "prompt_nll", "answer_nll"):
-        return Float
-    return String(200) if name in ("id", "user", "arm", "rollout", "finish") else Text
+    whole, real = ("version", "step", "status", "prompt_tokens", "answer_tokens"), ("at", "latency_ms", "first_ms", "queue_ms", "prompt_nll", "answer_nll")
+    kinds = dict.fromkeys(whole, Integer) | dict.fromkeys(real, Float) | dict.fromkeys(("messages", "answer", "error"), Text)
+    columns: list[Any] = [Column(name, kinds.get(name, String), primary_key=name == "id", index=name in ("at", "version", "rollout")) for name in Logged.__struct_fields__]
+    said: list[Any] = [Column(name, String, primary_key=True) for name in ("request", "user")] + [Column("at", Float, index=True), Column("score", Float)]
+    metadata = MetaData()
+    return {
+        "requests": Table("requests", metadata, *columns, Column("unit", String), Column("hour", Integer), Column("empty", Integer)),
+        "feedback": Table("feedback", metadata, *said, *(Column(name, Text) for name in ("label", "answer", "comment"))),
+    }
 
 
 def _logged(row: Any) -> Logged:
