@@ -23,10 +23,10 @@ class Slots(NamedTuple):
 
     start: int
     width: int
-    count: int
+    number: int
 
     def place(self, at: float) -> int:
-        return min(self.count - 1, max(0, int((at - self.start) // self.width)))
+        return min(self.number - 1, max(0, int((at - self.start) // self.width)))
 
 
 class Bar(NamedTuple):
@@ -75,8 +75,8 @@ def make_slots(first: float, last: float) -> Slots:
 
 def stack(values: dict[tuple[int, int], float], slots: Slots, order: Sequence[int], top: float, unit: str) -> list[Bar]:
     """`values` by (slot, series), the first of `order` at the bottom."""
-    bars, width = [], 100 / slots.count
-    for slot in range(slots.count):
+    bars, width = [], 100 / slots.number
+    for slot in range(slots.number):
         below = 0.0
         for series in order:
             if value := values.get((slot, series), 0.0):
@@ -92,7 +92,7 @@ def lines(values: dict[tuple[int, int], float], slots: Slots) -> list[Line]:
     by_series: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for (slot, series), value in sorted(values.items()):
         by_series[series].append((slot, value))
-    return [Line([_center(slot, value, slots) for slot, value in part], series) for series, points in by_series.items() for part in _parts(points, slots.count / 4)]
+    return [Line([_center(slot, value, slots) for slot, value in part], series) for series, points in by_series.items() for part in _parts(points, slots.number / 4)]
 
 
 def _parts(points: list[tuple[int, float]], most: float) -> Iterable[list[tuple[int, float]]]:
@@ -106,7 +106,7 @@ def _parts(points: list[tuple[int, float]], most: float) -> Iterable[list[tuple[
 
 
 def _center(slot: int, value: float, slots: Slots) -> tuple[float, float]:
-    return (100 * (slot + 0.5) / slots.count, 100 - 100 * value)
+    return (100 * (slot + 0.5) / slots.number, 100 - 100 * value)
 
 
 def nice_top(value: float) -> float:

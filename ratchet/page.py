@@ -51,6 +51,7 @@ def gather(root: Path, config: Config) -> dict[str, Any]:
         "at": now,
         "false_alarm_rate": config.monitor.false_alarm_rate,
         "min_requests": config.monitor.min_requests,
+        "margins": {"feedback": config.rollout.min_gain, "errors": config.rollout.error_margin, "empty": config.rollout.empty_margin, "latency": config.rollout.latency_margin},
         "days": DAYS,
         "champion": _part(lambda: _champion(root)),
         "serving": _part(lambda: read_state(root)),
@@ -146,8 +147,9 @@ def seconds_of(at: Any) -> float:
 
 def _forgetting(root: Path, ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the newest promotions, what their gates said of the past, the golden rows and the topics that had drifted."""
-    promotions = [row for row in ledger if row["move"] == "promote"][:MOST_PROMOTIONS]
-    return [{"version": row["to"], "rival": row["from"], "at": row["at"]} | _gate(root, row["model_commit"]) for row in promotions]
+    promotions = {row["to"]: row for row in reversed(ledger) if row["move"] == "promote"}  # one that came back has the same gate
+    newest = sorted(promotions.values(), key=lambda row: -row["to"])[:MOST_PROMOTIONS]
+    return [{"version": row["to"], "rival": row["gate"].get("rival"), "at": row["at"]} | _gate(root, row["model_commit"]) for row in newest]
 
 
 def _gate(root: Path, commit: str) -> dict[str, Any]:

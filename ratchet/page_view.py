@@ -31,7 +31,7 @@ def views(found: dict[str, Any]) -> dict[str, Any]:
         "colours": {version: place % COLOURS for place, version in enumerate(versions)},
         "usage": usage_view(traffic, found["at"]) if traffic else None,
         "drift": drift_view(found["verdicts"]["found"], found["false_alarm_rate"]) if found["verdicts"]["found"] else None,
-        "measures": measure_views((rollout["last"] or {}).get("measures") or {}) if rollout else [],
+        "measures": measure_views((rollout["last"] or {}).get("measures") or {}, found["margins"]) if rollout else [],
         "kept": [entry | {"rows": check_views(entry["checks"])} for entry in found["forgetting"]["found"] or []],
     }
 
@@ -42,25 +42,27 @@ def views(found: dict[str, Any]) -> dict[str, Any]:
 def usage_view(traffic: list[dict[str, Any]], now: float) -> dict[str, Any]:
     """Both charts on one axis of time, and a line of totals a version."""
     slots = make_slots(min(row["hour"] for row in traffic), now)
-    requests, scores = defaultdict[tuple[int, int], float](float), defaultdict[tuple[int, int], list[tuple[float, int]]](list)
+    requests, scores = defaultdict[tuple[int, int], float](float), defaultdict[tuple[int, int], float](float)
+    feedbacks = defaultdict[tuple[int, int], int](int)
     for row in traffic:
         key = (slots.place(row["hour"]), row["version"])
         requests[key] += row["requests"]
         if row["feedbacks"]:
-            scores[key].append((row["feedback"], row["feedbacks"]))
+            scores[key] += row["feedback"] * row["feedbacks"]
+            feedbacks[key] += row["feedbacks"]
     order = sorted({row["version"] for row in traffic})
-    heights = [sum(requests[slot, version] for version in order) for slot in range(slots.count)]
+    heights = [sum(requests[slot, version] for version in order) for slot in range(slots.number)]
     top = nice_top(max(heights))
-    means = {key: _mean(pairs) for key, pairs in scores.items()}
+    means = {key: scores[key] / count for key, count in feedbacks.items()}
     return {
         "bars": stack(requests, slots, order, top, "requests"),
         "lines": lines(means, slots),
         "marks": [
-            Mark(100 * (slot + 0.5) / slots.count, 100 - 100 * mean, str(version), f"v{version}, {moment(slots.start + slot * slots.width)}: {mean:.2f}")
+            Mark(100 * (slot + 0.5) / slots.number, 100 - 100 * mean, str(version), f"v{version}, {moment(slots.start + slot * slots.width)}: {mean:.2f}")
             for (slot, version), mean in means.items()
         ],
         "top": top,
-        "ticks": time_ticks(slots.start, slots.start + slots.width * slots.count),
+        "ticks": time_ticks(slots.start, slots.start + slots.width * slots.number),
         "slot": {3600: "an hour", 86_400: "a day", 604_800: "a week"}.get(slots.width, f"{slots.width // 3600} hours"),
         "totals": [_total(version, [row for row in traffic if row["version"] == version]) for version in reversed(order)],
     }
@@ -113,22 +115,24 @@ def drift_view(verdicts: list[dict[str, Any]], rate: float) -> dict[str, Any]:
 # --- intervals -----------------------------------------------------------------------------------------------------
 
 
-def measure_views(measures: dict[str, Any]) -> list[dict[str, Any]]:
-    """Challenger minus champion; latency, which is compared as a logarithm, as a share of the champion's."""
+def measure_views(measures: dict[str, Any], margins: dict[str, float]) -> list[dict[str, Any]]:
+    """Challenger minus champion, and what it has to clear; latency, which is compared as a logarithm, as a share of the champion's."""
     found = []
     for name, kind in MEASURES.items():
         bounds = (measures.get(name) or {}).get(kind)
         if not bounds:
             continue
         low, mean, high = (math.expm1(min(bounds[key], 50.0)) if name == "latency" else bounds[key] for key in ("low", "mean", "high"))
-        better = (low > 0, high < 0) if name == "feedback" else (high < 0, low > 0)
+        margin = margins[name]
+        clear, lost = (low > margin, high < 0) if name == "feedback" else (high <= margin, low > margin)
         found.append(
             {
                 "label": LABELS[name],
                 "unit": "" if name == "feedback" else " %",
                 "figures": [value * (1 if name == "feedback" else 100) for value in (mean, low, high)],
-                "interval": intervals([(low, mean, high, None)])[0],
-                "result": "pass" if better[0] else "fail" if better[1] else "unclear",
+                "interval": intervals([(low, mean, high, margin)])[0],
+                "result": "pass" if clear else "fail" if lost else "unclear",
+                "word": ("better" if name == "feedback" else "no worse") if clear else "worse" if lost else "open",
                 "users": (bounds["champion"], bounds["challenger"]),
             }
         )
@@ -139,7 +143,12 @@ def check_views(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Candidate minus the model before it, all on one axis; checks without figures have no interval."""
     whole = [check for check in checks if None not in (check["low"], check["mean"], check["high"])]
     drawn = dict(zip((check["name"] for check in whole), intervals([(check["low"], check["mean"], check["high"], check["wanted"]) for check in whole]), strict=True))
-    return [check | {"label": label_of(check["name"]), "interval": drawn.get(check["name"])} for check in checks]
+    return [check | {"label": label_of(check["name"]), "word": word_of(check), "interval": drawn.get(check["name"])} for check in checks]
+
+
+def word_of(check: dict[str, Any]) -> str:
+    kept, lost = ("cured", "not cured") if check["name"].startswith("region") else ("kept", "lost")
+    return {"pass": kept, "fail": lost}.get(check["result"], "unclear")
 
 
 def label_of(check: str) -> str:
