@@ -29,7 +29,7 @@ def asked(id: str, **more: Any) -> Logged:
     return Logged(id=id, **values | more)
 
 
-def said(request: str, score: float | None = None, user: str = "ana", answer: str = "") -> Feedback:
+def said(request: str, score: float | None = None, user: str = "", answer: str = "") -> Feedback:
     return Feedback(request, user, NOW, score=score, answer=answer)
 
 
@@ -104,6 +104,12 @@ def test_one_user_brings_at_most_so_many_rows_the_oldest_first(tmp_path: Path, c
 
     assert list(answers(rows)) == ["3", "2", "ben", "n1", "n2"]
     assert "2 too many of one user" in capsys.readouterr().err
+
+
+def test_a_row_counts_for_who_taught_it_not_for_who_asked(tmp_path: Path) -> None:
+    requests = [asked(str(number), user=f"user {number}") for number in range(3)]
+
+    assert len(rows_of(tmp_path, requests, [said(request.id, answer="mine", user="eve") for request in requests], max_rows_per_user=1)) == 1
 
 
 def test_without_texts_or_feedback_there_are_no_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,8 @@ import math
 import os
 import re
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -163,6 +165,24 @@ def test_a_url_that_is_none_is_a_fault_of_the_config(open_here: Open, monkeypatc
     monkeypatch.setenv(URL_VARIABLE, "nothing")
     with pytest.raises(ConfigError, match="no SQLAlchemy URL"):
         open_here()
+
+
+def test_two_processes_write_into_one_file(open_here: Open, tmp_path: Path) -> None:
+    script = """
+import sys, time
+from pathlib import Path
+from ratchet.config import Config
+from ratchet.request_log import Logged, open_log
+log = open_log(Path(sys.argv[1]), Config())
+for number in range(500):
+    log.put(Logged(id=f"{sys.argv[2]}-{number}", at=time.time(), user="ana", arm="champion", version=1))
+log.close(30)
+sys.exit(log.counts().written != 500)
+"""
+    started = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), name], cwd=Path(__file__).parents[1]) for name in ("one", "two")]
+
+    assert [process.wait(60) for process in started] == [0, 0]
+    assert open_here().count() == 1000
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------

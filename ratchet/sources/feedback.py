@@ -41,7 +41,7 @@ def choose(spoken: list[tuple[Logged, list[Feedback]]], settings: FeedbackSource
     found, taken = Harvest([], Counter()), Counter[str]()
     for request, feedback in spoken:
         answer, how = _judge(request, feedback, settings.min_score)
-        user = request.user or request.id
+        user = _teacher(request, feedback, how)
         if answer is None:
             found.left_out[how] += 1
         elif REDACTED in answer or any(REDACTED in content for _, content in request.messages):
@@ -67,6 +67,12 @@ def _judge(request: Logged, feedback: list[Feedback], min_score: float) -> tuple
     if not scores or fmean(scores) < min_score or min(scores) < CONTRARY or not request.answer.strip():
         return None, "not approved"
     return (None, "broken off") if request.finish in BROKEN_OFF else (request.answer, "approved")
+
+
+def _teacher(request: Logged, feedback: list[Feedback], how: str) -> str:
+    """Whose row it is: the first who said so; where they gave no name, who asked."""
+    first = next((said.user for said in feedback if (said.answer if how == "corrected" else said.score is not None)), "")
+    return first or request.user or request.id
 
 
 def _row(request: Logged, answer: str, how: str) -> dict[str, Any]:
