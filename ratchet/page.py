@@ -100,15 +100,17 @@ def _verdicts(path: Path) -> list[dict[str, Any]]:
 
 
 def _verdict(line: str) -> dict[str, Any] | None:
-    """With all keys, whatever version of the monitor wrote it."""
     try:
-        raw = json.loads(line)
-        at = seconds_of(raw["at"])
-    except (ValueError, TypeError, KeyError):
+        return _whole(json.loads(line))
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _whole(raw: dict[str, Any]) -> dict[str, Any]:
+    """With all keys, whatever version of the monitor wrote it."""
     decision = raw.get("decision") or {}
     return {
-        "at": at,
+        "at": seconds_of(raw["at"]),
         "version": raw.get("version"),
         "verdict": str(raw.get("verdict", "")),
         "p": number(raw.get("p")),
@@ -116,6 +118,7 @@ def _verdict(line: str) -> dict[str, Any] | None:
         "needed": raw.get("needed"),
         "columns": [_column(column) for column in raw.get("columns") or []],
         "topics": [_topic(topic) for topic in raw.get("topics") or []],
+        "missing": [str(line) for line in raw.get("missing") or []],
         "decision": {"retrain": bool(decision.get("retrain")), "for": list(decision.get("for") or []), "against": list(decision.get("against") or [])},
     }
 
@@ -136,9 +139,10 @@ def number(value: Any) -> float | None:
 
 def seconds_of(at: Any) -> float:
     """Since 1970, of seconds or an ISO 8601 text, which is UTC where it names no zone. Raises ValueError."""
-    if isinstance(at, int | float):
-        return float(at)
-    found = datetime.fromisoformat(str(at))
+    try:
+        found = datetime.fromtimestamp(at, UTC) if isinstance(at, int | float) else datetime.fromisoformat(str(at))
+    except (OverflowError, OSError):
+        raise ValueError(f"{at} is no moment") from None
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 

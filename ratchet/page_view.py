@@ -163,14 +163,14 @@ def when(at: Any) -> str:
     """UTC, to the minute; a time that is none as it was written."""
     try:
         return f"{datetime.fromtimestamp(seconds_of(at), UTC):%-d %b %Y, %H:%M}"
-    except (ValueError, OverflowError, OSError):
+    except ValueError:
         return str(at)
 
 
 def iso(at: Any) -> str:
     try:
         return f"{datetime.fromtimestamp(seconds_of(at), UTC):%Y-%m-%dT%H:%M:%SZ}"
-    except (ValueError, OverflowError, OSError):
+    except ValueError:
         return ""
 
 
