@@ -110,11 +110,11 @@ def _center(slot: int, value: float, slots: Slots) -> tuple[float, float]:
 
 
 def nice_top(value: float) -> float:
-    """The smallest of 1, 2, 4, 5, 10, 20, … that is no less."""
+    """The smallest of 1, 2, 3, 4, 5, 6, 8, 10, 20, … that is no less."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
-    return next((step * power for step in (1, 2, 4, 5, 10) if value <= step * power), 10 * power)
+    return next((step * power for step in (1, 2, 3, 4, 5, 6, 8, 10) if value <= step * power), 10 * power)
 
 
 def time_ticks(start: float, end: float) -> list[Tick]:

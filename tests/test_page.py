@@ -230,7 +230,7 @@ def test_a_line_breaks_where_a_version_was_away() -> None:
 
 
 def test_axes_end_at_round_numbers() -> None:
-    assert [nice_top(value) for value in (0, 0.3, 1, 3, 41, 100, 101, 4_001)] == [1, 0.4, 1, 4, 50, 100, 200, 5_000]
+    assert [nice_top(value) for value in (0, 0.35, 1, 3, 41, 100, 101, 4_001)] == [1, 0.4, 1, 3, 50, 100, 200, 5_000]
     assert [p_height(p) for p in (1.0, 0.01, 0.0)] == [100.0, 50.0, 0.0]
 
 
