@@ -1,0 +1,221 @@
+"""What the gateway adds to an answer: latencies at 200 requests a second against a stub upstream, asked directly, through the gateway and through LiteLLM's proxy.
+
+    python -m benchmarks.gateway [--rate 200] [--seconds 20] [--no-litellm]
+
+All are processes of their own on 127.0.0.1; they take turns in rounds, so that a slow minute of the machine hits each. The load is open
+loop: a slow answer holds back no later request. Own cost = a quantile through the proxy minus the same quantile of direct asks.
+LiteLLM's proxy is installed once into `.ratchet/bench-litellm` (about 130 packages, minutes); at a tenth of the rate both are asked too.
+Not covered: the engine `local`, streams, TLS, several processes of a proxy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import aiohttp
+
+from ratchet.champion import Champion, write_champion
+from ratchet.config import Config
+from ratchet.config_doc import render_params
+from ratchet.files import write_json
+from ratchet.serving import SERVING
+
+NAME, DELAY = "pydoc", 0.02  # seconds that the stub takes for an answer
+ROUNDS, WARM_SECONDS, LATE_SECONDS, START_SECONDS = 4, 1.0, 10.0, 120.0
+LITELLM = Path(".ratchet/bench-litellm")
+STUB = Path(__file__).parents[1] / "tests/stub_upstream.py"
+
+
+class Target(NamedTuple):
+    """Somebody to ask. `model` is what the stub knows itself by, or what a proxy makes that of."""
+
+    name: str
+    url: str
+    model: str
+
+
+class Asked(NamedTuple):
+    milliseconds: list[float]  # of what was answered
+    failed: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", type=float, default=200.0, help="requests a second")
+    parser.add_argument("--seconds", type=float, default=20.0, help="seconds of load for each target, at most 60")
+    parser.add_argument("--no-litellm", action="store_true", help="leave LiteLLM's proxy out")
+    options = parser.parse_args()
+    command, reason = (None, "--no-litellm") if options.no_litellm else install_litellm()
+    with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as scratch, contextlib.ExitStack() as stack:
+        targets = start(Path(scratch), command, stack)
+        for rate in (options.rate, options.rate / 10):
+            print_table(rate, asyncio.run(measure(targets, rate, min(options.seconds, 60.0))))
+    if reason:
+        print(f"LiteLLM's proxy was left out: {reason}")
+
+
+# --- who is asked ----------------------------------------------------------------------------------------------------
+
+
+def start(scratch: Path, litellm: list[str] | None, stack: contextlib.ExitStack) -> list[Target]:
+    stub, gateway, proxy = free_port(), free_port(), free_port()
+    upstream = f"http://127.0.0.1:{stub}/v1"
+    stack.enter_context(running([sys.executable, str(STUB), str(stub), str(DELAY)], f"{upstream}/models", scratch / "stub.log"))
+    put_champion(scratch, Config.model_validate({"project": {"name": NAME}, "gateway": {"engine": "openai", "upstream": upstream, "port": gateway, "max_queue": 1000}}))
+    command = [sys.executable, "-m", "ratchet.gateway.serve"]
+    stack.enter_context(running(command, f"http://127.0.0.1:{gateway}/readyz", scratch / "gateway.log", RATCHET_ROOT=str(scratch)))
+    targets = [Target("direct", upstream, f"{NAME}@v1"), Target("gateway", f"http://127.0.0.1:{gateway}/v1", NAME)]
+    if litellm:
+        (scratch / "litellm.yaml").write_text(json.dumps(litellm_config(upstream)), encoding="utf-8")  # JSON is YAML
+        command = [*litellm, "--config", str(scratch / "litellm.yaml"), "--host", "127.0.0.1", "--port", str(proxy), "--num_workers", "1"]
+        stack.enter_context(running(command, f"http://127.0.0.1:{proxy}/health/liveliness", scratch / "litellm.log", LITELLM_LOG="ERROR", LITELLM_LOCAL_MODEL_COST_MAP="True"))
+        targets.append(Target("litellm", f"http://127.0.0.1:{proxy}/v1", NAME))
+    return targets
+
+
+def put_champion(root: Path, config: Config) -> None:
+    """A version in charge, as after `ratchet retrain`, but for its weights: the stub asks for none."""
+    digest = hashlib.sha256(b"").hexdigest()
+    (root / "params.yaml").write_text(render_params(config), encoding="utf-8")
+    folder = root / SERVING / f"v1-{digest[:12]}"
+    (folder / "adapter").mkdir(parents=True)
+    write_json(folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96, "method": "lora"})
+    write_json(root / SERVING / "bases/base/manifest.json", {})
+    rest = {
+        "previous": None,
+        "commit": "0" * 40,
+        "run_key": "",
+        "run_id": "",
+        "batches": [],
+        "data": {},
+        "gate": {},
+        "at": "",
+        "by": "",
+        "why": "",
+        "move": "promote",
+        "replaced": None,
+    }
+    write_champion(root, Champion(name=NAME, version=1, adapter_sha256=digest, **rest))
+
+
+def litellm_config(upstream: str) -> dict[str, object]:
+    """As its documentation advises for production: no debugging, no telemetry, no retries here."""
+    model = {"model": f"openai/{NAME}@v1", "api_base": upstream, "api_key": "none"}
+    return {"model_list": [{"model_name": NAME, "litellm_params": model}], "litellm_settings": {"telemetry": False, "set_verbose": False, "num_retries": 0}}
+
+
+def install_litellm() -> tuple[list[str] | None, str]:
+    """The command that starts it, or None and why there is none."""
+    program = LITELLM.resolve() / "bin/litellm"
+    if not program.exists():
+        print(f"installing litellm[proxy] into {LITELLM} (minutes, once)", flush=True)
+        for command in ([sys.executable, "-m", "venv", str(LITELLM)], [str(LITELLM / "bin/python"), "-m", "pip", "install", "--quiet", "litellm[proxy]"]):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+            if done.returncode:
+                return None, f"`{' '.join(command)}` failed: {(done.stderr.strip() or 'no reason given').splitlines()[-1][:200]}"
+    return [str(program)], ""
+
+
+@contextlib.contextmanager
+def running(command: list[str], url: str, log: Path, **environment: str) -> Iterator[None]:
+    """Until the block ends; waits for its first answer at `url`."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            asyncio.run(wait_for_answer(process, url, log))
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+async def wait_for_answer(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    until = time.monotonic() + START_SECONDS
+    async with aiohttp.ClientSession() as session:
+        while time.monotonic() < until and process.poll() is None:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with session.get(url, timeout=aiohttp.ClientTimeout(2)) as answered:
+                    if answered.status == 200:
+                        return
+            await asyncio.sleep(0.1)
+    sys.exit(f"{url} does not answer\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# --- the load --------------------------------------------------------------------------------------------------------
+
+
+async def measure(targets: list[Target], rate: float, seconds: float) -> dict[str, Asked]:
+    found: dict[str, Asked] = {target.name: Asked([], 0) for target in targets}
+    for _ in range(ROUNDS):
+        for target in targets:
+            asked = await load(target, rate, seconds / ROUNDS)
+            found[target.name] = Asked(found[target.name].milliseconds + asked.milliseconds, found[target.name].failed + asked.failed)
+    return found
+
+
+async def load(target: Target, rate: float, seconds: float) -> Asked:
+    """The first second warms connections up and is not counted."""
+    timeout = aiohttp.ClientTimeout(LATE_SECONDS)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        began, tasks = time.perf_counter(), []
+        for number in range(int(rate * (WARM_SECONDS + seconds))):
+            await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
+            tasks.append(asyncio.create_task(ask(session, target, number)))
+        took = (await asyncio.gather(*tasks))[int(rate * WARM_SECONDS) :]
+    return Asked([one for one in took if one is not None], sum(one is None for one in took))
+
+
+async def ask(session: aiohttp.ClientSession, target: Target, number: int) -> float | None:
+    """Milliseconds; None where it failed or took over 10 s."""
+    body = {"model": target.model, "user": f"u{number}", "max_tokens": 8, "messages": [{"role": "user", "content": "Which module documents this? Return the number of items."}]}
+    began = time.perf_counter()
+    try:
+        async with session.post(f"{target.url}/chat/completions", json=body, headers={"authorization": "Bearer none"}) as answered:
+            await answered.read()
+            return (time.perf_counter() - began) * 1000 if answered.status == 200 else None
+    except (aiohttp.ClientError, TimeoutError):
+        return None
+
+
+def print_table(rate: float, found: dict[str, Asked]) -> None:
+    direct = quantiles(found["direct"].milliseconds)
+    print(f"\n{rate:g} requests a second, milliseconds    p50     p95     p99   failed     n")
+    for name, asked in found.items():
+        seen = quantiles(asked.milliseconds)
+        print(f"{name:34}" + "".join(f"{value:8.2f}" for value in seen) + f"{asked.failed:9}{len(asked.milliseconds):6}")
+        if name != "direct":
+            print(f"{'  own cost':34}" + "".join(f"{value - base:8.2f}" for value, base in zip(seen, direct, strict=True)))
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """p50, p95, p99; NaN for nothing."""
+    ordered = sorted(values) or [float("nan")]
+    p50, p95, p99 = (ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in (0.5, 0.95, 0.99))
+    return p50, p95, p99
+
+
+if __name__ == "__main__":
+    main()
