@@ -1,9 +1,9 @@
 """Is a window of traffic still what the reference is? One verdict over many columns, with a false-alarm rate that is kept.
 
-Each family of columns is tested by permutation: window and reference rows are mixed and drawn again, `resamples` times, into a window
-and a reference of the same sizes, so that the null holds whatever the columns look like and however few reference rows there are.
-Within a family the smallest p counts, corrected by the same draws (Westfall & Young 1993, min-p); families share the error by weight.
-A family that has no reference yet is left out and said; its weight goes to the others.
+Window and reference rows are mixed and drawn again, `resamples` times, into a window and a reference of the same sizes: a permutation
+test, exact whatever the columns look like and however few reference rows there are. Columns over the same rows share the draws, and
+their smallest weighted p counts, corrected by those draws (Westfall & Young 1993, min-p); over different rows the error is divided by
+weight. A family of columns that has no reference yet is left out and said; its weight goes to the others.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ Values = NDArray[np.float64]
 Draws = NDArray[np.float32]  # (1 + resamples, rows): 1 where a row is in the window; the first is the window itself
 # Most of the error goes to what tells new subjects best (docs/benchmarks.md); what it cannot see, the others must.
 WEIGHTS = {"novelty": 0.5, "surprise": 0.15, "form and mix": 0.15, "answers": 0.1, "service": 0.1}
-COMMON, CLUSTER_ROWS = 5, 8  # rows that hold a word, rows a cluster: under these a frequency says nothing
+PROMPTS = ("novelty", "surprise", "form and mix")  # families over the same rows
+COMMON, FREQUENT = 5, 8  # rows that hold a word, rows of a kind: under these a frequency says nothing
 
 
 class Column(msgspec.Struct, frozen=True):
-    """`value` and `reference` are means of the window and of the reference, in the column's own unit; `p` is the column's own, not corrected."""
+    """`value` and `reference` are of the window and of the reference, in the column's own unit; `p` is the column's own, not corrected; `weight` the family's share of the error."""
 
     name: str
     family: str
     value: float
     reference: float
     p: float
+    direction: str = ""  # what speaks of drift: "higher", "lower", "other"
+    weight: float = 0.0
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -52,6 +55,7 @@ class Measure(NamedTuple):
     """A statistic for each draw, larger where it speaks of drift more; and what people are shown."""
 
     name: str
+    direction: str
     statistic: Callable[[Draws], Values]
     value: float
     reference: float
@@ -71,44 +75,55 @@ def judge(families: list[Family], *, rate: float, resamples: int, seed: int) -> 
     total = sum(WEIGHTS[family.name] for family in families)
     columns: list[Column] = []
     together = 1.0
-    for number, family in enumerate(families):
-        draws = draw(family.window, family.reference, resamples, seed + number)
-        ranks = np.stack([_p_values(measure.statistic(draws)) for measure in family.measures])  # (measures, draws)
-        columns += [Column(measure.name, family.name, measure.value, measure.reference, float(ranks[place, 0])) for place, measure in enumerate(family.measures)]
-        smallest = ranks.min(axis=0)
-        corrected = float((smallest <= smallest[0] + 1e-12).mean())
-        together = min(together, corrected / (WEIGHTS[family.name] / total))
+    for number, same_rows in enumerate(_by_rows(families)):
+        draws = draw(same_rows[0].window, same_rows[0].reference, resamples, seed + number)
+        smallest = np.full(len(draws), np.inf)
+        for family in same_rows:
+            weight = WEIGHTS[family.name] / total
+            ranks = np.stack([_p_values(measure.statistic(draws)) for measure in family.measures])  # (measures, draws)
+            columns += [Column(one.name, family.name, one.value, one.reference, float(p), one.direction, weight) for one, p in zip(family.measures, ranks[:, 0], strict=True)]
+            smallest = np.minimum(smallest, _p_values(-ranks.min(axis=0)) / weight)
+        share = sum(WEIGHTS[family.name] for family in same_rows) / total
+        together = min(together, float(_p_values(-smallest)[0]) / share)
     return ("drift" if together <= rate else "no drift"), together, columns
+
+
+def _by_rows(families: list[Family]) -> list[list[Family]]:
+    prompts = [family for family in families if family.name in PROMPTS]
+    assert len({(family.window, family.reference) for family in prompts}) <= 1
+    return [*([prompts] if prompts else []), *([family] for family in families if family not in prompts)]
 
 
 def draw(window: int, reference: int, resamples: int, seed: int) -> Draws:
     generator = np.random.default_rng(seed)
-    draws = np.zeros((resamples + 1, window + reference), dtype=np.float32)
-    draws[0, :window] = 1
+    draws = np.zeros((window + reference, resamples + 1), dtype=np.float32)  # rows first: what is summed over lies together
+    draws[:window, 0] = 1
     block = max(1, 8_000_000 // (window + reference))
     for start in range(1, resamples + 1, block):
         size = min(block, resamples + 1 - start)
         chosen = np.argpartition(generator.random((size, window + reference), dtype=np.float32), window - 1, axis=1)[:, :window]
-        np.put_along_axis(draws[start : start + size], chosen, 1, axis=1)
-    return draws
+        draws[chosen, np.arange(start, start + size)[:, None]] = 1
+    return draws.T
 
 
 def _p_values(statistic: Values) -> Values:
-    """Of each draw among all of them, itself included (so never 0)."""
-    ordered = np.sort(statistic)
-    return 1.0 - (np.searchsorted(ordered, statistic - 1e-9 * (1 + np.abs(statistic)), side="left")) / len(statistic)
+    """Of each draw among all of them, itself included (so never 0). What differs by rounding alone is equal."""
+    below = np.searchsorted(np.sort(statistic), statistic - 1e-4 * statistic.std(), side="left")
+    return np.asarray(1.0 - below / len(statistic), dtype=np.float64)
 
 
 # --- measures ----------------------------------------------------------------------------------------------------------
 
 
 def higher(name: str, values: Values, window: int) -> Measure:
-    """One-sided: the window's mean is higher."""
-    return Measure(name, lambda draws: _difference(values, draws), float(values[:window].mean()), float(values[window:].mean()))
+    """One-sided: the window's mean is higher. A row without a value (NaN) speaks neither for nor against."""
+    filled = _filled(values)
+    return Measure(name, "higher", lambda draws: _difference(filled, draws), *_means(values, window))
 
 
 def lower(name: str, values: Values, window: int) -> Measure:
-    return Measure(name, lambda draws: -_difference(values, draws), float(values[:window].mean()), float(values[window:].mean()))
+    filled = _filled(values)
+    return Measure(name, "lower", lambda draws: -_difference(filled, draws), *_means(values, window))
 
 
 def other(name: str, values: Values, window: int) -> Measure:
@@ -119,24 +134,33 @@ def other(name: str, values: Values, window: int) -> Measure:
     def statistic(draws: Draws) -> Values:
         return np.maximum(_standard(np.abs(_difference(centred, draws))), _standard(np.abs(_difference(spread, draws))))
 
-    return Measure(name, statistic, float(values[:window].mean()), float(values[window:].mean()))
+    return Measure(name, "other", statistic, *_means(values, window))
 
 
 def mix(name: str, kinds: NDArray[np.int64], window: int) -> Measure:
-    """Frequencies of kinds (clusters, answers): the chi-square statistic. Shown: the share of the kind that grew most."""
+    """Frequencies of kinds (such as answers): the chi-square statistic. Shown: the share of the kind that grew most."""
     held = np.zeros((len(kinds), int(kinds.max()) + 1), dtype=np.float32)
     held[np.arange(len(kinds)), kinds] = 1
-    held = held[:, held.sum(axis=0) >= CLUSTER_ROWS]
+    held = held[:, held.sum(axis=0) >= FREQUENT]
     shares = (held[:window].mean(axis=0), held[window:].mean(axis=0)) if held.shape[1] else (np.zeros(1), np.zeros(1))
     most = int((shares[0] - shares[1]).argmax())
-    return Measure(name, lambda draws: _chi_square(held, draws), float(shares[0][most]), float(shares[1][most]))
+    return Measure(name, "other", lambda draws: _chi_square(held, draws), float(shares[0][most]), float(shares[1][most]))
 
 
-def words(name: str, present: Any, window: int) -> Measure:
-    """Known words in another frequency: squared differences of the shares of rows that hold them, over what chance would give; `present` is sparse (rows, words)."""
-    counts = np.asarray(present.sum(axis=0)).ravel()
-    kept = present[:, counts >= COMMON]
-    return Measure(name, lambda draws: _chi_square(kept, draws), float(kept[:window].sum(axis=1).mean()), float(kept[window:].sum(axis=1).mean()))
+def subjects(name: str, present: Any, places: NDArray[np.float32], window: int) -> Measure:
+    """Known subjects in other shares: the frequencies of known words (`present`, sparse (rows, words)) and the mean place among the subjects.
+
+    Shown: how far the means of window and reference lie apart, and how far by chance.
+    """
+    words = present[:, np.asarray(present.sum(axis=0)).ravel() >= COMMON]
+    places = places - places.mean(axis=0)
+
+    def statistic(draws: Draws) -> Values:
+        return _standard(_chi_square(words, draws)) + _standard(_apart(places, draws))
+
+    apart = float(np.linalg.norm(places[:window].mean(axis=0) - places[window:].mean(axis=0)))
+    by_chance = float(np.sqrt(places.var(axis=0).sum() * (1 / window + 1 / (len(places) - window))))
+    return Measure(name, "other", statistic, apart, by_chance)
 
 
 def novelty(rarity: Values, stems: Stems, window: int) -> Measure:
@@ -145,7 +169,23 @@ def novelty(rarity: Values, stems: Stems, window: int) -> Measure:
     def statistic(draws: Draws) -> Values:
         return _standard(_difference(rarity, draws)) + _standard(_recurrence(stems, draws))
 
-    return Measure("novelty", statistic, float(rarity[:window].mean()), float(rarity[window:].mean()))
+    return Measure("novelty", "higher", statistic, *_means(rarity, window))
+
+
+def _means(values: Values, window: int) -> tuple[float, float]:
+    return float(np.nanmean(values[:window])), float(np.nanmean(values[window:]))
+
+
+def _filled(values: Values) -> Values:
+    return np.where(np.isnan(values), np.nanmean(values), values)
+
+
+def _difference(values: Values, draws: Draws) -> Values:
+    """Mean inside minus mean outside, for each draw."""
+    window, rows = float(draws[0].sum()), len(values)
+    centred = values - values.mean()
+    inside = (centred.astype(np.float32) @ draws.T).astype(np.float64)
+    return np.asarray(inside / window + inside / (rows - window), dtype=np.float64)
 
 
 def _recurrence(stems: Stems, draws: Draws) -> Values:
@@ -153,17 +193,10 @@ def _recurrence(stems: Stems, draws: Draws) -> Values:
     window, reference = float(draws[0].sum()), float((1 - draws[0]).sum())
     if not stems.weights.size:
         return np.zeros(len(draws))
-    inside = np.asarray(stems.present.T @ draws.T)  # (stems, draws)
+    inside = stems.present.T @ draws.T  # (stems, draws)
     outside = np.asarray(stems.present.sum(axis=0)).reshape(-1, 1) - inside
     surplus = np.maximum(inside / window - outside / reference, 0.0) ** 2 * (inside >= 2)
     return np.asarray(stems.weights @ surplus, dtype=np.float64)
-
-
-def _difference(values: Values, draws: Draws) -> Values:
-    """Mean inside minus mean outside, for each draw."""
-    window, rows = float(draws[0].sum()), len(values)
-    inside = draws @ values
-    return np.asarray(inside / window - (values.sum() - inside) / (rows - window), dtype=np.float64)
 
 
 def _chi_square(held: Any, draws: Draws) -> Values:
@@ -171,11 +204,16 @@ def _chi_square(held: Any, draws: Draws) -> Values:
     totals = np.asarray(held.sum(axis=0), dtype=np.float64).ravel()
     if not totals.size:
         return np.zeros(len(draws))
-    inside = np.asarray(held.T @ draws.T)  # (kinds, draws)
-    expected = (totals * window / rows)[:, None]
+    inside = held.T @ draws.T  # (kinds, draws)
+    expected = (totals * window / rows).astype(np.float32)[:, None]
     return np.asarray(((inside - expected) ** 2 / expected).sum(axis=0), dtype=np.float64)
 
 
+def _apart(places: NDArray[np.float32], draws: Draws) -> Values:
+    """Squared length of the sum inside; the sum over all rows is 0, so it is the distance of the two means but for a factor."""
+    return np.asarray(((places.T @ draws.T) ** 2).sum(axis=0), dtype=np.float64)
+
+
 def _standard(values: Values) -> Values:
-    """In standard deviations of the draws."""
-    return np.asarray((values - values[1:].mean()) / (values[1:].std() + 1e-12), dtype=np.float64)
+    """In standard deviations of all draws: the window is one of them, or the test were not exact."""
+    return np.asarray((values - values.mean()) / (values.std() + 1e-12), dtype=np.float64)

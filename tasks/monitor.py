@@ -12,14 +12,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 
 from ratchet.champion import Champion
 from ratchet.config import Config, MonitorConfig
-from ratchet.drift import Family, Verdict, higher, judge, lower, mix, novelty, other, words
+from ratchet.drift import Family, Verdict, higher, judge, lower, mix, novelty, other, subjects
 from ratchet.examples import normalise, read_examples
 from ratchet.files import whole_folder, write_json
 from ratchet.regions import Topic
@@ -31,6 +31,8 @@ from ratchet.workspace import dvc
 FOLDER = Path(".ratchet/monitor")
 VERDICTS = FOLDER / "verdicts.jsonl"
 LEAST_ROWS = 30  # rows of a side under which a family is left out
+MOST_ROWS = 5000  # rows of a reference; at ten times the window, more would add nothing but time
+Row = TypeVar("Row")
 REFUSALS = ("i cannot", "i can't", "i am unable", "i'm unable", "i'm sorry", "i am sorry", "as an ai")
 
 
@@ -90,15 +92,18 @@ def load_reference(prepared: Path, evaluation: Path) -> Reference:
 
 
 def measure(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged], reference: Reference, config: Config) -> Verdict:
-    """A question that was asked many times counts once among the prompts: a hundred people with one question are no new subject."""
-    monitor = config.monitor
-    prompts = list(dict.fromkeys(normalise(request.prompt) for request in window if request.prompt.strip()))
+    """A question that was asked many times counts once among prompts and answers: a hundred people with one question are no new subject."""
+    monitor, asked = config.monitor, by_prompt(window)
+    prompts = list(asked)
+    too_few = Verdict("too few", None, len(window), len(prompts), monitor.min_requests)
+    if window and not any(request.messages for request in window):
+        return msgspec.structs.replace(too_few, missing=["the request log keeps no texts (request_log.texts): prompts cannot be compared"])
+    if len(reference.prompts) < LEAST_ROWS:
+        return msgspec.structs.replace(too_few, missing=[f"the champion has {len(reference.prompts)} validation and test rows to compare with; wanted {LEAST_ROWS}"])
     if len(prompts) < monitor.min_requests:
-        missing = [] if any(request.messages for request in window) or not window else ["the request log keeps no texts (request_log.texts): prompts cannot be compared"]
-        return Verdict("too few", None, len(window), len(prompts), monitor.min_requests, missing=missing)
-    families = input_families(prompts, reference.prompts, reference.familiar, monitor)
-    missing: list[str] = []
-    for name, family in (("answers", _answer_family(window, reference)), ("service", _service_family(window, feedback, earlier))):
+        return too_few
+    families, missing = input_families(prompts, reference.prompts, reference.familiar, monitor), []
+    for name, family in (("answers", answer_family(asked, reference, monitor)), ("service", service_family(window, feedback, earlier))):
         if isinstance(family, Family):
             families.append(family)
         else:
@@ -110,41 +115,47 @@ def measure(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: 
     return Verdict(verdict, p, len(window), len(prompts), monitor.min_requests, columns, topics, missing)
 
 
-def input_families(prompts: list[str], reference: list[str], familiar: Familiar, monitor: MonitorConfig) -> list[Family]:
-    """What is asked: new subjects, less familiar words, other lengths, another mix of known subjects."""
-    from sklearn.feature_extraction.text import CountVectorizer
+def by_prompt(window: list[Logged]) -> dict[str, Logged]:
+    """Each prompt with the newest request that was answered, or the newest of all."""
+    found: dict[str, Logged] = {}
+    for request in window:
+        prompt = normalise(request.prompt)
+        if prompt and (prompt not in found or request.status == 200 or found[prompt].status != 200):
+            found[prompt] = request
+    return found
 
-    texts, window = [*prompts, *reference], len(prompts)
+
+def input_families(prompts: list[str], reference: list[str], familiar: Familiar, monitor: MonitorConfig) -> list[Family]:
+    """What is asked: new subjects, less familiar words, other lengths, known subjects in another mix."""
+    before, window = _at_most(reference, monitor.seed), len(prompts)
+    texts = [*prompts, *before]
     columns = familiar.columns(texts)
     rarity = columns.pop("rarity")
-    known = CountVectorizer(token_pattern=r"\w+", binary=True, dtype=np.float32).fit_transform(texts)  # noqa: S106 a pattern
     form = [
         other("prompt length (log characters)", np.log([max(1, len(text)) for text in texts]), window),
-        mix("mix of known subjects", familiar.clusters(texts, seed=monitor.seed), window),
-        words("known words", known, window),
+        subjects("mix of known subjects", familiar.words(texts), familiar.subjects(texts), window),
     ]
     families = {"novelty": [novelty(rarity, familiar.stems(texts), window)], "surprise": [higher(name, values, window) for name, values in columns.items()], "form and mix": form}
-    return [Family(name, window, len(reference), measures) for name, measures in families.items()]
+    return [Family(name, window, len(before), measures) for name, measures in families.items()]
 
 
-def _answer_family(window: list[Logged], reference: Reference) -> Family | str:
+def answer_family(asked: dict[str, Logged], reference: Reference, monitor: MonitorConfig) -> Family | str:
     """How it is answered, against the champion's answers on its own test rows; or why that cannot be told."""
-    mine = [Answered(request.answer, request.prompt_nll) for request in window if request.status == 200 and request.messages]
-    if min(len(mine), len(reference.answers)) < LEAST_ROWS:
-        return f"{len(mine)} answers and {len(reference.answers)} of the reference; wanted {LEAST_ROWS}"
-    both, size = [*mine, *reference.answers], len(mine)
-    lengths = np.array([math.log1p(len(one.answer)) for one in both])
-    kinds = _kinds([one.answer for one in both])
+    mine = [Answered(request.answer, request.prompt_nll) for request in asked.values() if request.status == 200]
+    theirs = _at_most(reference.answers, monitor.seed)
+    if min(len(mine), len(theirs)) < LEAST_ROWS:
+        return f"{len(mine)} answers and {len(theirs)} of the reference; wanted {LEAST_ROWS}"
+    both, size = [*mine, *theirs], len(mine)
     measures = [
-        other("answer length (log characters)", lengths, size),
-        mix("mix of answers", kinds, size),
+        other("answer length (log characters)", np.array([math.log1p(len(one.answer)) for one in both]), size),
+        mix("mix of answers", _kinds([one.answer for one in both]), size),
         higher("empty answers", np.array([float(not one.answer.strip()) for one in both]), size),
         higher("refusals", np.array([float(one.answer.lower().startswith(REFUSALS)) for one in both]), size),
     ]
-    surprise = [one.prompt_nll for one in both]
-    if all(found is not None for found in surprise):
-        measures.append(higher("prompt NLL (nats a token)", np.array(surprise, dtype=np.float64), size))
-    return Family("answers", size, len(reference.answers), measures)
+    surprise = np.array([math.nan if one.prompt_nll is None else one.prompt_nll for one in both])
+    if _is_told(surprise, size):
+        measures.append(higher("prompt NLL (nats a token)", surprise, size))
+    return Family("answers", size, len(theirs), measures)
 
 
 def _kinds(answers: list[str]) -> Any:
@@ -153,22 +164,32 @@ def _kinds(answers: list[str]) -> Any:
     return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
-def _service_family(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged]) -> Family | str:
+def service_family(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged]) -> Family | str:
     """Errors, latency and feedback against the same champion's earlier traffic."""
     if min(len(window), len(earlier)) < LEAST_ROWS:
         return f"{len(earlier)} earlier requests to this champion; wanted {LEAST_ROWS}"
     both, size = [*window, *earlier], len(window)
-    measures = [
-        higher("errors", np.array([float(one.status >= 500) for one in both]), size),
-        higher("latency (log ms)", np.array([math.log1p(one.latency_ms) for one in both]), size),
-    ]
-    scores = [_score(feedback.get(one.id, [])) for one in both]
-    told = [not math.isnan(score) for score in scores]
-    if min(sum(told[:size]), sum(told[size:])) >= LEAST_ROWS:
-        mean = float(np.nanmean(scores))
-        # Those without a word stand at the mean of all: they speak neither for nor against.
-        measures.append(lower("feedback", np.array([mean if math.isnan(score) else score for score in scores]), size))
+    measures = [higher("errors", np.array([float(one.status >= 500) for one in both]), size)]
+    latency = np.array([math.log1p(one.latency_ms) if one.status == 200 else math.nan for one in both])
+    if _is_told(latency, size):
+        measures.append(higher("latency (log ms)", latency, size))
+    scores = np.array([_score(feedback.get(one.id, [])) for one in both])
+    if _is_told(scores, size):
+        measures.append(lower("feedback", scores, size))
     return Family("service", size, len(earlier), measures)
+
+
+def _is_told(values: Any, size: int) -> bool:
+    """Whether both sides have values enough."""
+    told = ~np.isnan(values)
+    return bool(min(told[:size].sum(), told[size:].sum()) >= LEAST_ROWS)
+
+
+def _at_most(rows: list[Row], seed: int) -> list[Row]:
+    """MOST_ROWS of them, drawn; all where they are fewer."""
+    if len(rows) <= MOST_ROWS:
+        return rows
+    return [rows[place] for place in sorted(np.random.default_rng(seed).choice(len(rows), MOST_ROWS, replace=False))]
 
 
 def _score(feedback: list[Feedback]) -> float:
