@@ -22,6 +22,7 @@ from flows.say import say, working
 from ratchet.batches import read_manifest
 from ratchet.champion import Champion, read_champion
 from ratchet.config import Config, load_config
+from ratchet.drift import Verdict
 from ratchet.errors import RatchetError, ServiceError
 from ratchet.regions import sources_for
 from ratchet.report import drift_card
@@ -55,7 +56,7 @@ def monitor(root: str | None = None, retrain: bool = True) -> dict[str, Any]:
 
 
 @task(name="measure", **SETTINGS)
-def look_at(home: Path, config: Config, champion: Champion) -> tuple[tasks.Verdict, Path | None]:
+def look_at(home: Path, config: Config, champion: Champion) -> tuple[Verdict, Path | None]:
     """The verdict on the newest window, and the folder of its report. A window that is too small gets none."""
     reference = tasks.read_reference(home, config, champion)
     log = open_log(home, config)
@@ -74,7 +75,7 @@ def look_at(home: Path, config: Config, champion: Champion) -> tuple[tasks.Verdi
 
 
 @task(name="decide", **SETTINGS)
-def weigh(home: Path, config: Config, champion: Champion, verdict: tasks.Verdict) -> tasks.Decision:
+def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> tasks.Decision:
     """Drift, enough rows to learn from, budget and cool-down together."""
     now = time.time()
     week = read_retrains(home, since=now - WEEK)
@@ -93,7 +94,7 @@ def weigh(home: Path, config: Config, champion: Champion, verdict: tasks.Verdict
     return decision
 
 
-def count_labelled(home: Path, config: Config, champion: Champion, verdict: tasks.Verdict) -> int:
+def count_labelled(home: Path, config: Config, champion: Champion, verdict: Verdict) -> int:
     """Rows that the champion has not seen: in batches that came since, and in the sources of the drifted topics, which are asked but not taken in yet."""
     count = sum(batch.rows for batch in read_manifest(home / "data/raw") if batch.name not in champion.batches)
     for source in sources_for(verdict.topics, config.monitor):

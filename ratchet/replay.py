@@ -15,6 +15,8 @@ import httpx
 from ratchet.errors import ServiceError
 from ratchet.metrics import exact_match
 
+READY_SECONDS = 120.0
+
 
 class Question(NamedTuple):
     text: str
@@ -36,12 +38,24 @@ def replay(url: str, model: str, questions: list[Question], *, users: list[str],
     """In the order of `questions`; `users` names who asks each. Raises ServiceError when nothing answers at `url`."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
     with httpx.Client(base_url=url, headers=headers, timeout=120, trust_env=False, limits=httpx.Limits(max_connections=parallel)) as client:
-        try:
-            client.get("/healthz")
-        except httpx.HTTPError as error:
-            raise ServiceError(f"nothing answers at {url}: {error}", remedy="ratchet up, or ratchet serve") from None
+        _wait_until_ready(client, url)
         with ThreadPoolExecutor(parallel) as pool:
             return list(pool.map(lambda pair: _ask(client, model, *pair), zip(questions, users, strict=True)))
+
+
+def _wait_until_ready(client: httpx.Client, url: str) -> None:
+    """A version that was put in charge a moment ago is still being loaded."""
+    said, end = "", time.monotonic() + READY_SECONDS
+    while time.monotonic() < end:
+        try:
+            answered = client.get("/readyz")
+        except httpx.HTTPError as error:
+            raise ServiceError(f"nothing answers at {url}: {error}", remedy="ratchet up, or ratchet serve") from None
+        if answered.is_success:
+            return
+        said = answered.text[:300]
+        time.sleep(0.3)
+    raise ServiceError(f"the gateway at {url} has no version to answer with: {said}", remedy="ratchet status, and .ratchet/logs/gateway.log, say why")
 
 
 def _ask(client: httpx.Client, model: str, question: Question, user: str) -> Reply:

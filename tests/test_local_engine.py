@@ -192,7 +192,9 @@ def test_a_seed_repeats_a_sampled_answer_and_a_stop_string_ends_one(candidate: P
 
 
 @pytest.mark.parametrize("fault", ["nan", "rank", "shape", "base", "garbage"])
-def test_a_broken_adapter_is_refused_with_its_reason_and_the_champion_serves_on(fault: str, candidate: Path, tiny_base: Path, tmp_path: Path, prompts: list[tuple[Message, ...]]) -> None:
+def test_a_broken_adapter_is_refused_with_its_reason_and_the_champion_serves_on(
+    fault: str, candidate: Path, tiny_base: Path, tmp_path: Path, prompts: list[tuple[Message, ...]]
+) -> None:
     broken = tmp_path / "adapter"
     shutil.copytree(candidate, broken)
     spoil(broken, fault)
