@@ -49,7 +49,7 @@ def main() -> None:
     print("| n | of a new subject | windows | drift found | p of single columns ≤ 0.05: share of windows | Evidently's preset | seconds a window |\n|---|---|---|---|---|---|---|")
     familiar = Familiar(corpus.training)
     for size, share in ((200, 0.0), (500, 0.0), (2000, 0.0), (500, 0.1), (500, 0.25), (200, 0.1), (200, 0.25)):
-        if size < 0.8 * len(corpus.pool):
+        if size <= len(corpus.pool) - 200:
             print(row(corpus, familiar, config, size, share, options.windows if share == 0 else options.windows // 4, options.evidently if size == 500 else 0), flush=True)
     print(f"\n{options.windows} null windows: {binom.ppf(0.99, options.windows, config.false_alarm_rate):.0f} alarms are within the binomial 99 % limit")
 
