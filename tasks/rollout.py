@@ -1,225 +1,251 @@
-"""An open rollout: one look at what its users met, and the acts that follow. Nothing here moves the champion: flows do, with tasks/promote.py.
+"""One look at a rollout: hold, advance, promote, roll back, stop, or give up for want of evidence. All bounds hold at every look.
 
-A flow's task, not a stage. Each act reads the state again under the lock `promote`; doing it twice changes nothing.
+The chance that a rollout of an equal model ends wrongly is `rollout.alpha`, split over what may end it: a gain that is none (40 %),
+harm that is none (50 %, over four measures), and a split of users that only looks wrong (the rest; ratchet/anytime.py).
+A flow's task, not a stage; callers hold the lock `promote`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from ratchet.anytime import Cells, Draw, Floats, Ints, difference, draw_chances, log_evidence, log_mismatch, lower_bound, make_cells
+from ratchet.anytime import Bounds, Stratum, difference, split_e_value
+from ratchet.champion import Champion
 from ratchet.config import RolloutConfig
+from ratchet.errors import ServiceError
+from ratchet.registry import CHALLENGER, Version, drop_alias, get_alias, set_tag
 from ratchet.request_log import Unit
-from ratchet.rollout import Rollout
+from ratchet.rollout import Rollout, end_rollout, write_rollout
 
-MISMATCH = 1000.0  # evidence that the arms' numbers do not fit their shares, from which a rollout stops
-SLOWEST = math.log(8.0)  # latencies count within this factor of the median, either way
-SUCCESS_SHARE = 0.5  # of alpha; the rest is for the harms and the mismatch
-
-
-class Columns(NamedTuple):
-    """Units as arrays, a row each: users as numbers, arms as 1 for the challenger; NaN where nothing is known."""
-
-    user: Ints
-    step: Ints
-    arm: Ints
-    errors: Floats  # share of the requests
-    empty: Floats
-    latency: Floats  # mean, in milliseconds
-    feedback: Floats  # mean score
+Action = Literal["hold", "advance", "promote", "roll_back", "stop", "no_evidence"]
+Say = Callable[[str], None]
+GAIN_SHARE, HARM_SHARE = 0.4, 0.5
+WRONG_SPLIT = 1000.0  # e-value: a split that is right gets there once in a thousand rollouts
+SUCCESS = "feedback"
+# What a value varies by, roughly: it decides where the bounds are tightest, never whether they hold.
+SCALES = {"feedback": 0.45, "errors": 0.1, "empty": 0.1, "latency": 0.5}
+ENDED = {"promote": "promoted", "roll_back": "rolled_back", "stop": "stopped", "no_evidence": "no_evidence"}
 
 
-class Verdict(NamedTuple):
-    """`figures` are JSON."""
+class Look(NamedTuple):
+    """`figures` are for people and the page: users, feedback, and challenger minus champion with bounds for each measure."""
 
-    action: str  # "hold", "advance", "promote", "roll_back", "stop" or "no_evidence"
+    action: Action
     reason: str
     figures: dict[str, Any]
 
 
-class Guardrail(NamedTuple):
-    """`sign` is the direction of harm; `margin` in the units of the cells."""
+class Outcomes(NamedTuple):
+    """Units as columns; NaN where a unit has none."""
 
-    name: str
-    cells: Cells
-    sign: int
-    margin: float
+    step: NDArray[np.int64]
+    challenger: NDArray[np.bool_]
+    errors: NDArray[np.float64]  # share of its requests
+    empty: NDArray[np.float64]
+    latency: NDArray[np.float64]  # log of milliseconds
+    feedback: NDArray[np.float64]
 
 
-def columns_of(units: Sequence[Unit]) -> Columns:
-    """Requests that came while the rollout was paused carry no step; they are not compared."""
-    kept = [unit for unit in units if unit.step >= 0]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(unit.unit for unit in kept))}
+def look(units: list[Unit], rollout: Rollout, config: RolloutConfig, now: float) -> Look:
+    return judge(outcomes_of(units), rollout, config, now)
 
-    def column(values: list[float | None]) -> Floats:
-        return np.array(values, dtype=np.float64)  # None becomes NaN
 
-    return Columns(
-        user=np.array([numbers[unit.unit] for unit in kept], dtype=np.int64),
-        step=np.array([unit.step for unit in kept], dtype=np.int64),
-        arm=np.array([unit.arm == "challenger" for unit in kept], dtype=np.int64),
-        errors=column([unit.errors / max(unit.requests, 1) for unit in kept]),
-        empty=column([unit.empty / max(unit.requests, 1) for unit in kept]),
-        latency=column([unit.latency_ms for unit in kept]),
-        feedback=column([unit.feedback for unit in kept]),
+def outcomes_of(units: list[Unit]) -> Outcomes:
+    def column(value: Callable[[Unit], float | None]) -> NDArray[np.float64]:
+        return np.array([math.nan if (found := value(unit)) is None else found for unit in units], dtype=np.float64)
+
+    return Outcomes(
+        np.array([unit.step for unit in units], dtype=np.int64),
+        np.array([unit.arm == "challenger" for unit in units], dtype=np.bool_),
+        column(lambda unit: unit.errors / unit.requests),
+        column(lambda unit: unit.empty / unit.requests),
+        column(lambda unit: math.log(unit.latency_ms) if unit.latency_ms else None),
+        column(lambda unit: unit.feedback),
     )
 
 
-def look(units: Sequence[Unit] | Columns, rollout: Rollout, config: RolloutConfig, now: float, *, bounds: bool = True) -> Verdict:
-    """What to do, and why. `bounds`: with the figures' intervals, which are for people: they follow from the same tests."""
-    if rollout.shares[0] >= 1.0:
-        return Verdict("promote", "rollout.steps is [1.0]: no canary", {})
-    columns = units if isinstance(units, Columns) else columns_of(units)
-    draw = draw_chances(columns.user, columns.step, columns.arm, rollout.shares)
-    gain = make_cells(draw, columns.arm, columns.feedback)
-    guardrails = _guardrails(columns, draw, gain, config)
-    counts = _count(columns, rollout)
-    figures = _figures(counts, gain, guardrails, config, bounds)
-    hours = (now - rollout.opened - rollout.paused_seconds) / 3600
-    mismatch = log_mismatch(draw, columns.arm, columns.step, len(rollout.shares))
-    figures |= {"hours": round(hours, 2), "mismatch": round(min(math.exp(min(mismatch, 50)), 1e12), 4)}
-
-    if mismatch > math.log(_mismatch_threshold(config)):
-        return Verdict("stop", _say_mismatch(counts, rollout), figures)
-    if harms := [rail for rail in guardrails if log_evidence(rail.cells, sign=rail.sign, margin=rail.margin) >= -math.log(_harm_alpha(config))]:
-        return Verdict("roll_back", "certain harm: " + "; ".join(_say(rail, config) for rail in harms), figures)
-    is_last = rollout.step + 1 >= len(rollout.shares) - 1
-    missing = _missing(counts, gain, guardrails, config) if is_last else []
-    if is_last and not missing:
-        return Verdict("promote", _say_gain(gain, counts, config), figures)
-    if hours >= config.max_hours:
-        return Verdict("no_evidence", f"{hours:.0f} hours without enough evidence: " + ("; ".join(missing) or f"still in step {rollout.step + 1}"), figures)
-    if is_last:
-        return Verdict("hold", "; ".join(missing), figures)
-    waits = _waits(counts, rollout, config, now)
-    return Verdict("hold", "; ".join(waits), figures) if waits else Verdict("advance", f"no certain harm among {counts['challenger']['users']} users", figures)
+def judge(found: Outcomes, rollout: Rollout, config: RolloutConfig, now: float) -> Look:
+    """Harm first, then gain, then time."""
+    figures = _figures(found, rollout, config)
+    if wrong := _wrong_split(figures["steps"], rollout):
+        return Look("stop", wrong, figures)
+    if harm := _certain_harm(figures, config):
+        return Look("roll_back", harm, figures)
+    missing = _missing_for_promotion(figures, rollout, config)
+    if not missing:
+        return Look("promote", _gain_in_words(figures), figures)
+    if now - rollout.opened >= config.max_hours * 3600:
+        return Look("no_evidence", f"{config.max_hours:g} h passed without enough evidence: {'; '.join(missing)}", figures)
+    waiting = _missing_for_step(figures, rollout, config, now)
+    if not waiting:
+        return Look("advance", f"{rollout.shares[rollout.step]:.0%} of the users did well enough: on to {rollout.shares[rollout.step + 1]:.0%}", figures)
+    return Look("hold", "; ".join(waiting if rollout.step < _last_step(rollout) else missing), figures)
 
 
-def _guardrails(columns: Columns, draw: Draw, gain: Cells, config: RolloutConfig) -> list[Guardrail]:
-    arm = columns.arm
+def _last_step(rollout: Rollout) -> int:
+    """The one before 100 %: the last with both arms."""
+    return max(0, len(rollout.shares) - 2)
+
+
+def _figures(found: Outcomes, rollout: Rollout, config: RolloutConfig) -> dict[str, Any]:
+    """Of each measure the bounds at the alpha with which it may end the rollout, and for guardrails those with which it may be let through."""
+    alphas = {"gain": config.alpha * GAIN_SHARE, "harm": config.alpha * HARM_SHARE / len(SCALES), "pass": config.alpha}
+    measures: dict[str, Any] = {}
+    for name, scale in SCALES.items():
+        strata = _strata(found, getattr(found, name))
+        measures[name] = {kind: _plain(difference(strata, alpha, scale=scale)) for kind, alpha in alphas.items()}
+    steps = [
+        {"step": step, "champion": int((~found.challenger & (found.step == step)).sum()), "challenger": int((found.challenger & (found.step == step)).sum())}
+        for step in range(rollout.step + 1)
+    ]
+    return {"measures": measures, "steps": steps}
+
+
+def _strata(found: Outcomes, values: NDArray[np.float64]) -> list[Stratum]:
+    told = ~np.isnan(values)
     return [
-        Guardrail("feedback", gain, -1, config.feedback_margin),
-        Guardrail("errors", make_cells(draw, arm, columns.errors), 1, config.error_margin),
-        Guardrail("empty", make_cells(draw, arm, columns.empty), 1, config.empty_margin),
-        Guardrail("latency", make_cells(draw, arm, _scaled(columns.latency)), 1, math.log1p(config.latency_margin) / (2 * SLOWEST)),
+        Stratum(values[told & (found.step == step) & ~found.challenger], values[told & (found.step == step) & found.challenger])
+        for step in range(int(found.step.max(initial=-1)) + 1)
     ]
 
 
-def _scaled(latency: Floats) -> Floats:
-    """Logarithms around the median of both arms, from 0 (8 times as fast) to 1 (8 times as slow)."""
-    known = np.isfinite(latency)
-    logs = np.full(len(latency), np.nan)
-    logs[known] = np.log(np.maximum(latency[known], 1e-3))
-    return 0.5 + (logs - (np.median(logs[known]) if known.any() else 0.0)) / (2 * SLOWEST)
+def _plain(bounds: Bounds | None) -> dict[str, Any] | None:
+    return bounds._asdict() if bounds else None
 
 
-def _count(columns: Columns, rollout: Rollout) -> dict[str, dict[str, int]]:
-    """Distinct users of each arm: in all, in this step, and those who gave feedback."""
-    found = {}
-    for arm, name in enumerate(("champion", "challenger")):
-        of_arm = columns.arm == arm
-        users = {"users": of_arm, "in_step": of_arm & (columns.step == rollout.step), "feedback": of_arm & np.isfinite(columns.feedback)}
-        found[name] = {key: len(np.unique(columns.user[rows])) for key, rows in users.items()}
-    return found
+def _wrong_split(steps: list[dict[str, int]], rollout: Rollout) -> str:
+    for counts in steps:
+        share = rollout.shares[counts["step"]]
+        if share < 1 and (e := split_e_value(counts["champion"], counts["challenger"], share)) > WRONG_SPLIT:
+            users = counts["champion"] + counts["challenger"]
+            return f"{counts['challenger']} of {users} users got the challenger in a step of {share:.0%} (e-value {e:.0f}): the routing or the log is broken, so no figure counts"
+    return ""
 
 
-def _mismatch_threshold(config: RolloutConfig) -> float:
-    return max(MISMATCH, 20 / config.alpha)
+def _certain_harm(figures: dict[str, Any], config: RolloutConfig) -> str:
+    margins = _margins(config)
+    for name, measure in figures["measures"].items():
+        found = measure["harm"]
+        if not found:
+            continue
+        if name == SUCCESS and found["high"] < -margins[name]:
+            return f"the users' feedback is worse for certain: {_said(found)}, a loss of {margins[name]:g} is still taken"
+        if name != SUCCESS and found["low"] > margins[name]:
+            return f"{name} worse for certain: {_said(found)}, {margins[name]:.3g} more is still taken"
+    return ""
 
 
-def _success_alpha(config: RolloutConfig) -> float:
-    return config.alpha * SUCCESS_SHARE
+def _margins(config: RolloutConfig) -> dict[str, float]:
+    return {"feedback": config.feedback_margin, "errors": config.error_margin, "empty": config.empty_margin, "latency": math.log1p(config.latency_margin)}
 
 
-def _harm_alpha(config: RolloutConfig) -> float:
-    """Of each of the four guardrails: with the test of success and of the shares they make up alpha."""
-    return (config.alpha - _success_alpha(config) - 1 / _mismatch_threshold(config)) / 4
+def _missing_for_promotion(figures: dict[str, Any], rollout: Rollout, config: RolloutConfig) -> list[str]:
+    """What stands between the challenger and the charge; empty when nothing does."""
+    if rollout.step < _last_step(rollout):
+        return [f"step {rollout.step + 1} of {len(rollout.shares)}"]
+    gain = figures["measures"][SUCCESS]["gain"]
+    if gain is None:
+        return ["no feedback yet"]
+    missing = [f"feedback of {gain[arm]} users of the {arm}, wanted {config.min_users}" for arm in ("champion", "challenger") if gain[arm] < config.min_users]
+    if gain["low"] <= config.min_gain:
+        missing.append(f"a gain of {_said(gain)}, wanted a lower bound over {config.min_gain:+.3f}{_how_many_more(gain, config)}")
+    for name, margin in _margins(config).items():
+        found = figures["measures"][name]["pass"]
+        if name != SUCCESS and (found is None or found["high"] > margin):
+            missing.append(f"{name} {_said(found) if found else 'unknown'}, wanted no more than {margin:.3g} for certain")
+    return missing
 
 
-def _missing(counts: dict[str, dict[str, int]], gain: Cells, guardrails: list[Guardrail], config: RolloutConfig) -> list[str]:
-    """What a promotion still waits for. The guardrails must all pass, so that each may use alpha whole (an intersection-union test)."""
-    found = []
-    few = min(count["feedback"] for count in counts.values())
-    if few < config.min_users:
-        found.append(f"{few} users of the smaller arm gave feedback, wanted {config.min_users}")
-    won, wanted = log_evidence(gain, sign=1, margin=config.min_gain), -math.log(_success_alpha(config))
-    if won < wanted:
-        found.append(f"the gain of {_number(difference(gain))} is not certain to exceed {config.min_gain:g}{_more(gain, won, wanted)}")
-    for rail in guardrails:
-        won, wanted = log_evidence(rail.cells, sign=-rail.sign, margin=-rail.margin), -math.log(config.alpha)
-        if won < wanted and not (rail.name == "feedback" and config.min_gain >= -config.feedback_margin):
-            found.append(f"{rail.name} is not certain to be within its margin{_more(rail.cells, won, wanted)}")
-    return found
-
-
-def _more(cells: Cells, won: float, wanted: float) -> str:
-    """Evidence grows in proportion to the units, after the cost of not knowing the best stake."""
-    cost, units = math.log(9), float(cells.units.sum())
-    grown = won + cost
-    if grown <= 1 or units < 20:
+def _how_many_more(gain: dict[str, Any], config: RolloutConfig) -> str:
+    """The bound narrows with about the root of the number of users."""
+    surplus, half = gain["mean"] - config.min_gain, gain["mean"] - gain["low"]
+    if surplus <= 0:
         return ""
-    more = units * ((wanted + cost) / grown - 1)
-    return f": needs about {max(10, round(more, -1)):.0f} more users like these"
+    users = gain["champion"] + gain["challenger"]
+    return f"; if it stays so, about {max(1, math.ceil(users * ((half / surplus) ** 2 - 1)))} more users' feedback"
 
 
-def _waits(counts: dict[str, dict[str, int]], rollout: Rollout, config: RolloutConfig, now: float) -> list[str]:
-    """What the next step still waits for."""
-    found = []
-    minutes = (now - rollout.step_since) / 60
-    if minutes < config.step_minutes:
-        found.append(f"step {rollout.step + 1} goes on for {config.step_minutes - minutes:.0f} more minutes")
-    for name, count in counts.items():
-        if count["in_step"] < config.step_users:
-            found.append(f"needs {config.step_users - count['in_step']} more users of the {name} in this step")
-    return found
+def _missing_for_step(figures: dict[str, Any], rollout: Rollout, config: RolloutConfig, now: float) -> list[str]:
+    if rollout.step >= _last_step(rollout):
+        return ["the last step before all users"]
+    counts, minutes = figures["steps"][rollout.step], (now - rollout.step_since) / 60
+    missing = [f"{counts[arm]} users of the {arm} in this step, wanted {config.step_users}" for arm in ("champion", "challenger") if counts[arm] < config.step_users]
+    return missing + ([f"{minutes:.0f} min of {config.step_minutes:g}"] if minutes < config.step_minutes else [])
 
 
-def _figures(counts: dict[str, dict[str, int]], gain: Cells, guardrails: list[Guardrail], config: RolloutConfig, bounds: bool) -> dict[str, Any]:
-    """Differences are challenger minus champion; latency as a share of the champion's. Bounds are one-sided, at the levels that decide."""
-    rails: dict[str, dict[str, Any]] = {rail.name: {"harm_beyond": _shown_margin(rail, config)} for rail in guardrails}
-    figures: dict[str, Any] = {"users": counts, "gain": {}, "guardrails": rails}
-    if bounds:
-        figures["gain"] = _interval(gain, 1, _success_alpha(config), _harm_alpha(config), float)
-        for rail in guardrails[1:]:
-            rails[rail.name] |= _interval(rail.cells, rail.sign, _harm_alpha(config), config.alpha, _as_share if rail.name == "latency" else float)
-        rails["feedback"] |= figures["gain"]
-    return figures
+def _gain_in_words(figures: dict[str, Any]) -> str:
+    gain = figures["measures"][SUCCESS]["gain"]
+    return f"mean feedback {_said(gain)} on {gain['champion']} + {gain['challenger']} users"
 
 
-def _interval(cells: Cells, sign: int, low_alpha: float, high_alpha: float, shown: Any) -> dict[str, float | None]:
-    found = difference(cells)
-    low, high = lower_bound(cells, sign=1, alpha=low_alpha), -lower_bound(cells, sign=-1, alpha=high_alpha)
-    return {"mean": None if found is None else round(shown(found), 4), "low": round(shown(low), 4), "high": round(shown(high), 4)}
+def _said(found: dict[str, Any]) -> str:
+    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
 
 
-def _as_share(scaled: float) -> float:
-    return math.expm1(scaled * 2 * SLOWEST)
+# --- what a look does to the files and the registry ----------------------------------------------------------------
 
 
-def _shown_margin(rail: Guardrail, config: RolloutConfig) -> float:
-    return config.latency_margin if rail.name == "latency" else -rail.margin if rail.sign < 0 else rail.margin
+def open_rollout(root: Path, config: RolloutConfig, version: Version, champion: Champion, now: float) -> Rollout:
+    """The first step. The caller has checked the gate."""
+    rollout = Rollout(
+        id=uuid.uuid4().hex[:12],
+        name=version.name,
+        version=version.number,
+        champion=champion.version,
+        commit=version.tags["git_commit"],
+        adapter_sha256=version.tags["adapter_sha256"],
+        salt=uuid.uuid4().hex,
+        step=0,
+        shares=list(config.steps),
+        state="open",
+        opened=now,
+        step_since=now,
+    )
+    write_rollout(root, rollout)
+    return rollout
 
 
-def _say(rail: Guardrail, config: RolloutConfig) -> str:
-    found = difference(rail.cells)
-    shown = _as_share(found) if rail.name == "latency" and found is not None else found
-    return f"{rail.name} {_number(shown)}, still taken would be {_shown_margin(rail, config):+g}"
+def apply(root: Path, rollout: Rollout, seen: Look, now: float) -> Rollout:
+    """The rollout after a look; ended ones leave the gateway's sight. `promote` is for the caller, who ends it when the champion has moved."""
+    changes: dict[str, Any] = {"why": seen.reason, "last": seen.figures}
+    if seen.action == "advance":
+        changes |= {"step": rollout.step + 1, "step_since": now}
+    rollout = msgspec.structs.replace(rollout, **changes)
+    if seen.action in ("roll_back", "stop", "no_evidence"):
+        return finish(root, rollout, ENDED[seen.action], why=seen.reason, by="rollout", now=now)
+    write_rollout(root, rollout)
+    return rollout
 
 
-def _say_gain(gain: Cells, counts: dict[str, dict[str, int]], config: RolloutConfig) -> str:
-    low = lower_bound(gain, sign=1, alpha=_success_alpha(config))
-    told = " and ".join(f"{count['feedback']} of the {name}'s" for name, count in counts.items())
-    return f"feedback {_number(difference(gain))}, at least {low:+.3f} (wanted over {config.min_gain:g}); {told} users spoke; every guardrail holds"
+def set_state(root: Path, rollout: Rollout, state: Literal["open", "paused"], *, by: str, now: float) -> Rollout:
+    """Pausing takes the challenger from everybody; the step starts anew when it goes on, so that its minutes count."""
+    rollout = msgspec.structs.replace(rollout, state=state, by=by, step_since=now if state == "open" else rollout.step_since)
+    write_rollout(root, rollout)
+    return rollout
 
 
-def _say_mismatch(counts: dict[str, dict[str, int]], rollout: Rollout) -> str:
-    shares = ", ".join(f"{share:.0%}" for share in rollout.shares[: rollout.step + 1])
-    return f"{counts['challenger']['users']} of the challenger's and {counts['champion']['users']} of the champion's users do not fit the shares {shares}: look at the routing and the log"
+def finish(root: Path, rollout: Rollout, state: str, *, why: str, by: str, now: float) -> Rollout:
+    rollout = msgspec.structs.replace(rollout, state=state, why=why, by=by, ended=now)
+    end_rollout(root, rollout)
+    return rollout
 
 
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:+.3f}"
+def tell_registry(rollout: Rollout, say: Say) -> bool:
+    """MLflow's tags follow; one that ended is no challenger any more. False when MLflow does not answer: the next look tells it."""
+    try:
+        for key, value in {"rollout_state": rollout.state, "rollout_share": f"{rollout.share:g}", "rollout_reason": rollout.why[:1000]}.items():
+            set_tag(rollout.name, rollout.version, key, value)
+        if rollout.ended is not None and get_alias(rollout.name, CHALLENGER) == rollout.version:
+            drop_alias(rollout.name, CHALLENGER)
+    except ServiceError as error:
+        say(f"MLflow hears of it later: {error}")
+        return False
+    return True
