@@ -37,8 +37,6 @@ class Rollout(msgspec.Struct, frozen=True):
     by: str = ""
     last: dict[str, Any] = {}  # the newest look's figures
     ended: float | None = None
-    paused_at: float | None = None
-    paused_seconds: float = 0.0  # earlier pauses together; they count for no limit
 
     @property
     def share(self) -> float:

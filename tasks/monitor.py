@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -93,8 +92,7 @@ def load_reference(prepared: Path, evaluation: Path) -> Reference:
 
 def measure(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged], reference: Reference, config: Config) -> Verdict:
     """A question that was asked many times counts once among prompts and answers: a hundred people with one question are no new subject."""
-    monitor, asked = config.monitor, by_prompt(window)
-    prompts = list(asked)
+    monitor, prompts = config.monitor, list(by_prompt(window))
     too_few = Verdict("too few", None, len(window), len(prompts), monitor.min_requests)
     if window and not any(request.messages for request in window):
         return msgspec.structs.replace(too_few, missing=["the request log keeps no texts (request_log.texts): prompts cannot be compared"])
@@ -102,17 +100,24 @@ def measure(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: 
         return msgspec.structs.replace(too_few, missing=[f"the champion has {len(reference.prompts)} validation and test rows to compare with; wanted {LEAST_ROWS}"])
     if len(prompts) < monitor.min_requests:
         return too_few
-    families, missing = input_families(prompts, reference.prompts, reference.familiar, monitor), []
-    for name, family in (("answers", answer_family(asked, reference, monitor)), ("service", service_family(window, feedback, earlier))):
-        if isinstance(family, Family):
-            families.append(family)
-        else:
-            missing.append(f"{name}: {family}")
+    families, missing = all_families(window, feedback, earlier, reference, monitor)
     verdict, p, columns = judge(families, rate=monitor.false_alarm_rate, resamples=monitor.resamples, seed=monitor.seed)
     topics: list[Topic] = []
     if verdict == "drift":
         topics = find_topics(prompts, reference.prompts, reference.training, most=monitor.topics, seed=monitor.seed)
     return Verdict(verdict, p, len(window), len(prompts), monitor.min_requests, columns, topics, missing)
+
+
+def all_families(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged], reference: Reference, monitor: MonitorConfig) -> tuple[list[Family], list[str]]:
+    """Those that have a reference, and why the others have none."""
+    asked = by_prompt(window)
+    families, missing = input_families(list(asked), reference.prompts, reference.familiar, monitor), []
+    for name, family in (("answers", answer_family(asked, reference, monitor)), ("service", service_family(window, feedback, earlier))):
+        if isinstance(family, Family):
+            families.append(family)
+        else:
+            missing.append(f"{name}: {family}")
+    return families, missing
 
 
 def by_prompt(window: list[Logged]) -> dict[str, Logged]:
@@ -238,29 +243,37 @@ def append_verdict(root: Path, champion: Champion, verdict: Verdict, decision: D
 
 def write_report(verdict: Verdict, reference: Reference, window: list[Logged], folder: Path) -> Path:
     """report.html and report.json by Evidently (its own methods, on the same columns), and verdict.json. Returns the folder."""
-    prompts = list(dict.fromkeys(normalise(request.prompt) for request in window if request.prompt.strip()))
+    asked = by_prompt(window)
+    answers = [Answered(request.answer, request.prompt_nll) for request in asked.values() if request.status == 200]
     with whole_folder(folder) as filling:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Evidently's own dependencies
-            _evidently(_table(prompts, reference.familiar), _table(reference.prompts, reference.familiar), filling)
+            _evidently(_table(list(asked), answers, reference.familiar), _table(reference.prompts, reference.answers, reference.familiar), filling)
         write_json(filling / "verdict.json", msgspec.to_builtins(verdict))
     return folder
 
 
-def _table(prompts: Sequence[str], familiar: Familiar) -> Any:
+def _table(prompts: list[str], answers: list[Answered], familiar: Familiar) -> Any:
+    """Prompts and answers are of different rows in the reference: every column stands for itself."""
     import pandas as pd
 
-    form: dict[str, Callable[[str], int]] = {"characters": len, "words": lambda text: len(words_of(text))}
-    return pd.DataFrame({"prompt": prompts, **{name: [count(text) for text in prompts] for name, count in form.items()}, **familiar.columns(prompts)})
+    asked = {"characters": [len(text) for text in prompts], "words": [len(words_of(text)) for text in prompts], **familiar.columns(prompts)}
+    told = {
+        "answer characters": [len(one.answer) for one in answers],
+        "answer words": [len(words_of(one.answer)) for one in answers],
+        "empty answers": [float(not one.answer.strip()) for one in answers],
+        "prompt NLL": [one.prompt_nll for one in answers],
+    }
+    return pd.concat([pd.DataFrame(asked, dtype=float), pd.DataFrame(told, dtype=float)], axis=1)
 
 
 def _evidently(current: Any, reference: Any, folder: Path) -> None:
     from evidently import DataDefinition, Dataset, Report
     from evidently.presets import DataDriftPreset, DataSummaryPreset
 
-    numbers = [name for name in current.columns if name != "prompt"]
-    definition = DataDefinition(numerical_columns=numbers)
-    sides = [Dataset.from_pandas(table[numbers], data_definition=definition) for table in (current, reference)]
+    told = [name for name in current.columns if current[name].notna().any() and reference[name].notna().any()]
+    definition = DataDefinition(numerical_columns=told)
+    sides = [Dataset.from_pandas(table[told], data_definition=definition) for table in (current, reference)]
     found = Report([DataDriftPreset(), DataSummaryPreset()]).run(*sides)
     found.save_html(str(folder / "report.html"))
     found.save_json(str(folder / "report.json"))

@@ -2,56 +2,66 @@
 
 Rows share one key-value cache, padded on the left; each has its own positions, so that what stands beside it in the batch cannot
 change it (beyond the last bits of a float). Rows of different versions go through one forward pass, each with its own adapter
-(PEFT's mixed batches).
+(PEFT's mixed batches). A row that ends leaves at once, with the columns that only it needed.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
 
 from ratchet.chat import ChatFormat
-from ratchet.errors import BaseModelError, RatchetError, UserError
-from ratchet.files import read_json
+from ratchet.errors import BaseModelError, RatchetError, ServiceError, UserError
 from ratchet.gateway.engine import Ask, Ended, Piece
-from ratchet.models import MANIFEST, WEIGHTS, load_adapter, load_base, load_tokenizer, quiet
+from ratchet.gateway.transcript import Transcript
+from ratchet.models import load_adapter, load_base, quiet
 from ratchet.serving import Bundle
 
-MAX_RANK = 512
-STEADY_TOKENS = 64  # up to here the text is looked at after each token, then after every eighth: decoding all of it again costs time
-NEVER = "\ufffd"  # what a decoder writes for the first bytes of a character
+PREFILL_TOKENS = 4096  # of all prompts that join, in one forward pass; those under way get a token in between
+PREFILL_LOGITS = 2**26  # numbers of logits that one pass makes at most where prompts are measured: 256 MiB in float32
 log = logging.getLogger("ratchet.gateway")
 
 
 class Row:
-    """One request under way. `tell` passes a piece, the end or an error to whoever asked."""
+    """One request under way. `tell` passes a piece, the end or an error to whoever asked; `since` is on time.perf_counter."""
 
-    def __init__(self, ask: Ask, since: float) -> None:
-        self.ask, self.since = ask, since
-        self.tell: Callable[[Piece | Ended | RatchetError], None] = lambda _: None
+    def __init__(self, ask: Ask, since: float, tell: Callable[[Piece | Ended | RatchetError], None]) -> None:
+        self.ask, self.since, self.tell = ask, since, tell
         self.cancelled = False
         self.prompt: list[int] = []
-        self.ids: list[int] = []
+        self.newest = -1  # the token that the next forward pass reads
+        self.made = 0  # answer tokens
         self.room = 0  # answer tokens that may still come
-        self.nll = 0.0
-        self.prompt_nll: float | None = None
+        self.nll = 0.0  # sum over the answer's tokens, in nats
+        self.prompt_nll: float | None = None  # mean over the prompt's tokens but the first, in nats
         self.queue_ms = 0.0
-        self.sent = 0  # characters of the answer
+        self.temperature = 0.0
         self.generator: torch.Generator | None = None
+        self.transcript: Transcript
+
+
+class Joining(NamedTuple):
+    """Prompts that went through the model and are not yet among the others."""
+
+    rows: list[Row]
+    cache: Any
+    mask: Tensor
+    logits: Tensor  # (batch, vocab), of the first answer token
 
 
 class Decoder:
     """Owned by one thread."""
 
     def __init__(self, base: Path, method: str, *, measure_prompts: bool) -> None:
-        self._base_folder, self._method, self._measure_prompts = base, method, measure_prompts
+        self._measure_prompts = measure_prompts
         self._base = load_base(base, method=method)
         self._model: Any = None  # the base with its adapters, from the first one on
         self._bundles: dict[int, Bundle] = {}
@@ -68,10 +78,8 @@ class Decoder:
     def versions(self) -> set[int]:
         return set(self._bundles)
 
-    def add(self, bundle: Bundle) -> None:
-        """Raises BaseModelError: another base, another shape, a rank over 512, weights that are not finite."""
-        _check_base(bundle, self._base_folder)
-        _check_weights(bundle.adapter)
+    def add(self, bundle: Bundle, chat: ChatFormat) -> None:
+        """Raises BaseModelError: it has other modules or another shape than this base."""
         name = _name(bundle.version)
         try:
             self._model = load_adapter(self._model if self._model is not None else self._base, bundle.adapter, name=name)
@@ -81,76 +89,123 @@ class Decoder:
                 raise
             raise BaseModelError(f"v{bundle.version} cannot be loaded: {error}", remedy="ratchet retrain makes another; the log of the gateway has the whole message") from error
         self._model.eval()
-        self._bundles[bundle.version], self._chats[bundle.version] = bundle, ChatFormat(load_tokenizer(bundle.adapter))
+        self._bundles[bundle.version], self._chats[bundle.version] = bundle, chat
 
     def remove(self, version: int) -> None:
-        """Only when no row of it is under way."""
+        """Rows of it that are under way, though none should be, are told so."""
+        self._fail([row for row in self._rows if row.ask.version == version], ServiceError(f"v{version} was unloaded", remedy="come again: another version is in charge now"))
         del self._bundles[version], self._chats[version]
         self._drop(_name(version))
 
     def _drop(self, name: str) -> None:
-        peft = getattr(self._model, "peft_config", {})
-        if name in peft and len(peft) > 1:
+        adapters = getattr(self._model, "peft_config", {})
+        if name in adapters and len(adapters) > 1:
             with quiet():
                 self._model.delete_adapter(name)
 
+    # --- one round -----------------------------------------------------------------------------------------------------
+
     @torch.inference_mode()
-    def round(self, joining: list[Row]) -> None:
+    def round(self, waiting: list[Row]) -> None:
         """Let these in, then one token for every row. What fails is told to the rows that it concerns."""
         self._leave([row for row in self._rows if row.cancelled])
-        ready = [row for row in joining if not row.cancelled and self._prepare(row)]
+        ready = [row for row in waiting if not row.cancelled and self._prepare(row)]
+        joining = self._try(ready, partial(self._prefill, ready)) if ready else None
+        if joining:
+            self._try([*self._rows, *joining.rows], partial(self._join, joining))
+        self._step_all()
+
+    def _step_all(self) -> None:
+        if self._rows:
+            self._try(self._rows, self._step)
+
+    def _try(self, rows: list[Row], work: Callable[[], Any]) -> Any:
+        """A failure (out of memory, above all) ends these rows and nothing else."""
         try:
-            if ready:
-                self._join(ready)
-            elif self._rows:
-                self._step()
-        except RuntimeError as error:  # out of memory, above all
+            return work()
+        except Exception as error:
             log.exception("decoding failed")
-            for row in [*self._rows, *(row for row in ready if row not in self._rows)]:
-                row.tell(BaseModelError(f"the model failed: {str(error).splitlines()[0]}", remedy="set gateway.max_batch lower if memory ran out"))
-            self._rows, self._cache, self._mask = [], None, None
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            self._fail(rows, ServiceError(f"the model failed: {reason}", remedy="set gateway.max_batch lower if memory ran out"))
+
+    def fail_all(self, error: RatchetError, others: list[Row]) -> None:
+        self._fail([*self._rows, *others], error)
+
+    def _fail(self, rows: list[Row], error: RatchetError) -> None:
+        for row in rows:
+            row.tell(error)
+        self._leave(rows)
 
     def _prepare(self, row: Row) -> bool:
-        """Token ids by this version's own template. A prompt that does not fit is refused."""
-        bundle, chat = self._bundles[row.ask.version], self._chats[row.ask.version]
+        """Token ids by this version's own template, and its settings. What cannot be is refused."""
+        bundle, chat, ask = self._bundles[row.ask.version], self._chats[row.ask.version], row.ask
         row.queue_ms = (time.perf_counter() - row.since) * 1000
         try:
-            row.prompt = chat.encode_prompt(row.ask.messages)
-        except RatchetError as error:
-            row.tell(UserError(str(error)))
+            row.prompt = chat.encode_prompt(ask.messages)
+        except Exception as error:  # noqa: BLE001  (it is told to the one whose messages it comes from)
+            row.tell(UserError(str(error) if isinstance(error, RatchetError) else f"the messages cannot be encoded: {error}"))
             return False
-        wanted = row.ask.max_tokens or bundle.generation.max_new_tokens
-        row.room = min(wanted, bundle.max_length - len(row.prompt))
+        row.room = min(ask.max_tokens or bundle.generation.max_new_tokens, bundle.max_length - len(row.prompt))
         if row.room < 1:
             row.tell(UserError(f"the prompt has {len(row.prompt)} tokens; the model takes {bundle.max_length} with the answer", remedy="shorten the messages"))
             return False
-        if (row.ask.temperature if row.ask.temperature is not None else bundle.generation.temperature) > 0:
+        row.transcript = Transcript(partial(_decode, chat), ask.stop)
+        row.temperature = bundle.generation.temperature if ask.temperature is None else ask.temperature
+        if row.temperature > 0:
             row.generator = torch.Generator()
-            row.generator.manual_seed(row.ask.seed) if row.ask.seed is not None else row.generator.seed()
+            row.generator.manual_seed(ask.seed % 2**63) if ask.seed is not None else row.generator.seed()
         return True
 
-    def _join(self, rows: list[Row]) -> None:
-        """Their prompts in one forward pass, padded on the left, then side by side with those under way."""
+    def _prefill(self, rows: list[Row]) -> Joining:
+        """Their prompts, padded on the left, in forward passes of bounded size."""
         from transformers import DynamicCache
 
         length = max(len(row.prompt) for row in rows)
         device = self._model.device
-        pads = [length - len(row.prompt) for row in rows]
-        ids = torch.tensor([[0] * pad + row.prompt for pad, row in zip(pads, rows, strict=True)], device=device)  # (batch, seq)
-        mask = torch.tensor([[0] * pad + [1] * len(row.prompt) for pad, row in zip(pads, rows, strict=True)], device=device)
-        cache = DynamicCache()
-        logits = self._forward(rows, ids, mask, mask.cumsum(-1).sub(1).clamp(min=0), cache, whole=self._measure_prompts)
+        ids = torch.tensor([[0] * (length - len(row.prompt)) + row.prompt for row in rows], device=device)  # (batch, seq)
+        mask = torch.tensor([[0] * (length - len(row.prompt)) + [1] * len(row.prompt) for row in rows], device=device)
+        positions = mask.cumsum(-1).sub(1).clamp(min=0)
+        cache, nll, logits = DynamicCache(), torch.zeros(len(rows), device=device), torch.empty(0)
+        size = self._prefill_size(len(rows))
+        for start in range(0, length, size):
+            if start:
+                self._step_all()
+            end = min(start + size, length)
+            logits = self._forward(rows, ids[:, start:end], mask[:, :end], positions[:, start:end], cache, whole=self._measure_prompts)
+            if self._measure_prompts:
+                nll += _nll(logits, ids[:, start + 1 : end + 1], mask[:, start:end])
         if self._measure_prompts:
-            _measure_prompts(rows, ids, mask, logits)
-        self._merge(rows, cache, mask)
-        self._extend(rows, logits[:, -1].float())
+            for row, total in zip(rows, nll.tolist(), strict=True):
+                row.prompt_nll = total / (len(row.prompt) - 1) if len(row.prompt) > 1 else None
+        return Joining(rows, cache, mask, logits[:, -1].float())
+
+    def _prefill_size(self, num_rows: int) -> int:
+        """Positions in one pass."""
+        size = PREFILL_TOKENS // num_rows
+        if self._measure_prompts:
+            size = min(size, PREFILL_LOGITS // (num_rows * self._base.config.get_text_config().vocab_size))
+        return max(16, size)
+
+    def _join(self, joining: Joining) -> None:
+        """Both caches at one length: the shorter one gets padding on its left."""
+        rows, cache, mask = joining.rows, joining.cache, joining.mask
+        if self._mask is None:
+            self._rows, self._cache, self._mask = list(rows), cache, mask
+        else:
+            length = max(self._mask.shape[1], mask.shape[1])
+            for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
+                ours.keys = torch.cat([_pad(ours.keys, length), _pad(theirs.keys, length)])
+                ours.values = torch.cat([_pad(ours.values, length), _pad(theirs.values, length)])
+            self._mask = torch.cat([pad(part, (length - part.shape[1], 0)) for part in (self._mask, mask)])
+            self._rows = [*self._rows, *rows]
+        self._extend(rows, joining.logits)
 
     def _step(self) -> None:
         assert self._mask is not None
-        last = torch.tensor([[row.ids[-1]] for row in self._rows], device=self._model.device)
-        position = self._mask.sum(-1, keepdim=True)
-        self._mask = torch.cat([self._mask, torch.ones_like(position)], dim=1)
-        logits = self._forward(self._rows, last, self._mask, position, self._cache, whole=False)
+        newest = torch.tensor([[row.newest] for row in self._rows], device=self._model.device)
+        positions = self._mask.sum(-1, keepdim=True)
+        self._mask = torch.cat([self._mask, torch.ones_like(positions)], dim=1)
+        logits = self._forward(self._rows, newest, self._mask, positions, self._cache, whole=False)
         self._extend(self._rows, logits[:, -1].float())
 
     def _forward(self, rows: list[Row], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool) -> Tensor:
@@ -158,30 +213,17 @@ class Decoder:
         names = [_name(row.ask.version) for row in rows]
         settings: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
         settings |= {} if whole else {"logits_to_keep": 1}
-        with quiet():
-            if len(set(names)) > 1:
-                return self._model(input_ids=ids, adapter_names=names, **settings).logits  # type: ignore[no-any-return]
-            if self._model.active_adapters != [names[0]]:
-                self._model.base_model.set_adapter(names[0], inference_mode=True)
-            return self._model(input_ids=ids, **settings).logits  # type: ignore[no-any-return]
-
-    def _merge(self, rows: list[Row], cache: Any, mask: Tensor) -> None:
-        """Both caches at one length: the shorter one gets padding on its left."""
-        if self._mask is None:
-            self._rows, self._cache, self._mask = list(rows), cache, mask
-            return
-        length = max(self._mask.shape[1], mask.shape[1])
-        for mine, theirs in zip(self._cache.layers, cache.layers, strict=True):
-            mine.keys = torch.cat([_pad(mine.keys, length), _pad(theirs.keys, length)])
-            mine.values = torch.cat([_pad(mine.values, length), _pad(theirs.values, length)])
-        self._mask = torch.cat([torch.nn.functional.pad(part, (length - part.shape[1], 0)) for part in (self._mask, mask)])
-        self._rows += rows
+        if len(set(names)) > 1:
+            return self._model(input_ids=ids, adapter_names=names, **settings).logits  # type: ignore[no-any-return]
+        if self._model.active_adapters != [names[0]]:
+            self._model.base_model.set_adapter(names[0], inference_mode=True)
+        return self._model(input_ids=ids, **settings).logits  # type: ignore[no-any-return]
 
     def _leave(self, rows: list[Row]) -> None:
         """Take rows out, and the columns that only they needed."""
-        if not rows:
-            return
         kept = [index for index, row in enumerate(self._rows) if row not in rows]
+        if len(kept) == len(self._rows):
+            return
         self._rows = [self._rows[index] for index in kept]
         if not kept:
             self._cache, self._mask = None, None
@@ -196,95 +238,62 @@ class Decoder:
     def _extend(self, rows: list[Row], logits: Tensor) -> None:
         """One token for each, told as far as it is text; those that ended leave."""
         logprobs = logits.log_softmax(-1)  # (batch, vocab)
-        greedy = logprobs.argmax(-1).tolist()
-        ended = []
+        if broken := logprobs.isnan().any(-1).nonzero()[:, 0].tolist():
+            self._fail([rows[index] for index in broken], ServiceError("the model's output is not finite", remedy="ratchet rollback, if it stays so"))
+            sound = [index for index in range(len(rows)) if index not in broken]
+            rows, logits, logprobs = [rows[index] for index in sound], logits[sound], logprobs[sound]
+        tokens = logprobs.argmax(-1).tolist()
         for index, row in enumerate(rows):
-            token = greedy[index] if row.generator is None else _sample(logits[index], row)
-            row.nll -= float(logprobs[index, token])
-            row.ids.append(token)
-            row.room -= 1
-            if self._tell(row):
-                ended.append(row)
-        self._leave(ended)
+            if row.generator is not None:
+                tokens[index] = _sample(logits[index], row)
+        chosen = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0].tolist()
+        self._leave([row for row, token, logprob in zip(rows, tokens, chosen, strict=True) if self._take(row, token, logprob)])
 
-    def _tell(self, row: Row) -> bool:
-        """Pass on what is certain of the text. Whether the answer ended."""
-        chat = self._chats[row.ask.version]
-        stopped = row.ids[-1] == chat.stop_id
-        last = stopped or row.room == 0
-        if not last and len(row.ids) > STEADY_TOKENS and len(row.ids) % 8 and not row.ask.stop:
-            return False
-        text = chat.decode_answer(row.ids)
-        cut = min((found for stop in row.ask.stop if (found := text.find(stop)) >= 0), default=None)
-        if cut is not None:
-            text, stopped, last = text[:cut], True, True
-        certain = len(text) if last else _certain(text, row.ask.stop)
-        if certain > row.sent:
-            row.tell(Piece(text[row.sent : certain]))
-            row.sent = certain
-        if last:
-            row.tell(Ended("stop" if stopped else "length", len(row.prompt), len(row.ids), row.prompt_nll, row.nll / len(row.ids), row.queue_ms))
-        return last
+    def _take(self, row: Row, token: int, logprob: float) -> bool:
+        """Whether the answer ended with it."""
+        row.newest = token
+        row.made += 1
+        row.room -= 1
+        row.nll -= logprob
+        stopped = token == self._chats[row.ask.version].stop_id
+        text = "" if stopped else row.transcript.add(token)
+        stopped = stopped or row.transcript.stopped
+        ended = stopped or row.room == 0
+        if ended:
+            text += row.transcript.end()
+            stopped = stopped or row.transcript.stopped
+        if text:
+            row.tell(Piece(text))
+        if ended:
+            row.tell(Ended("stop" if stopped else "length", len(row.prompt), row.made, row.prompt_nll, row.nll / row.made, row.queue_ms))
+        return ended
 
 
 def _name(version: int) -> str:
     return f"v{version}"
 
 
+def _decode(chat: ChatFormat, ids: list[int]) -> str:
+    return str(chat.tokenizer.decode(ids, skip_special_tokens=True))
+
+
 def _pad(states: Tensor, length: int) -> Tensor:
     """Keys or values (batch, heads, seq, width), zeros on the left."""
-    return torch.nn.functional.pad(states, (0, 0, length - states.shape[2], 0))
+    return pad(states, (0, 0, length - states.shape[2], 0))
 
 
-def _measure_prompts(rows: list[Row], ids: Tensor, mask: Tensor, logits: Tensor) -> None:
-    """Mean NLL of the prompt's tokens but its first, in nats: as in ratchet/inference.py."""
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")  # (batch, seq - 1)
-    counted = mask[:, 1:].bool() & mask[:, :-1].bool()
-    means = (losses * counted).sum(-1) / counted.sum(-1).clamp(min=1)
-    for row, mean in zip(rows, means.tolist(), strict=True):
-        row.prompt_nll = mean
+def _nll(logits: Tensor, following: Tensor, mask: Tensor) -> Tensor:
+    """Summed over each row (batch): how much the tokens that followed surprised it, as in ratchet/inference.py. Padding follows nothing."""
+    count = following.shape[1]  # one less than positions at the prompt's end
+    losses = cross_entropy(logits[:, :count].float().transpose(1, 2), following, reduction="none")  # (batch, seq)
+    return losses.where(mask[:, :count].bool(), 0.0).sum(-1)
 
 
 def _sample(logits: Tensor, row: Row) -> int:
     """Temperature, then the smallest set of tokens whose probability reaches top_p (Holtzman et al., arXiv 1904.09751)."""
-    probabilities = (logits / max(row.ask.temperature or 1.0, 1e-4)).softmax(-1).cpu()
+    probabilities = (logits / max(row.temperature, 1e-4)).softmax(-1).cpu()
     if row.ask.top_p is not None and row.ask.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         ordered[ordered.cumsum(-1) - ordered > row.ask.top_p] = 0.0
         probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered)
     return int(torch.multinomial(probabilities, 1, generator=row.generator))
-
-
-def _certain(text: str, stops: tuple[str, ...]) -> int:
-    """Length of the text that nothing which comes can change: no half character, no beginning of a stop string."""
-    end = len(text.rstrip(NEVER))
-    for stop in stops:
-        for size in range(min(len(stop) - 1, end), 0, -1):
-            if text[:end].endswith(stop[:size]):
-                end -= size
-                break
-    return end
-
-
-def _check_base(bundle: Bundle, base: Path) -> None:
-    theirs, ours = read_json(bundle.adapter / MANIFEST).get("base", {}), read_json(base / MANIFEST)
-    if any(theirs.get(key) != ours.get(key) for key in ("model", "revision")):
-        raise BaseModelError(
-            f"v{bundle.version} was trained on {theirs.get('model')}@{theirs.get('revision')}, the base here is {ours.get('model')}@{ours.get('revision')}",
-            remedy="the adapter and its base come from one commit; the folder .ratchet/serving may be removed",
-        )
-
-
-def _check_weights(folder: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("r", 0)
-    if not isinstance(rank, int) or not 0 < rank <= MAX_RANK:
-        raise BaseModelError(f"the adapter's rank is {rank!r}, wanted 1 to {MAX_RANK}", remedy="set `adapter.rank` and retrain")
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise BaseModelError(f"{folder / WEIGHTS} is no safetensors file: {error}", remedy="remove .ratchet/serving; it is fetched again") from None
-    if broken := [name for name, weight in weights.items() if not torch.isfinite(weight.float()).all()]:
-        raise BaseModelError(f"{len(broken)} of {len(weights)} weights are not finite, the first {broken[0]}", remedy="the training diverged: lower `train.learning_rate`")

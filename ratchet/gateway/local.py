@@ -1,27 +1,37 @@
 """The engine `local`: one base in memory, an adapter a version, requests of all versions decoded together.
 
-One thread owns the models. It works in rounds: take in what waits (one forward pass over their prompts), then one token for
+One thread owns the models. It works in rounds: take in what waits (forward passes over their prompts), then one token for
 everybody under way. Rows join and leave between rounds (continuous batching, Yu et al. 2022, OSDI); a row keeps the adapter that
-it began with. Between two rounds the thread loads and unloads versions, so nothing is swapped under a request.
+it began with. Between two rounds the thread puts versions in and takes them out, so nothing is swapped under a request; what
+takes longer (reading and checking files, loading another base) is done beside it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
+import torch
+
+from ratchet.chat import ChatFormat
 from ratchet.config import Config
-from ratchet.errors import BusyError, RatchetError, ServiceError
+from ratchet.errors import BaseModelError, BusyError, RatchetError, ServiceError
 from ratchet.gateway.decoding import Decoder, Row
 from ratchet.gateway.engine import Ask, Ended, Piece
+from ratchet.gateway.intake import check_adapter_fits
+from ratchet.models import load_tokenizer
 from ratchet.serving import Bundle
 
-IDLE_SECONDS = 0.5
+CLOSE_SECONDS = 10
+log = logging.getLogger("ratchet.gateway")
 
 
 class LocalEngine:
@@ -31,80 +41,96 @@ class LocalEngine:
         self._config = config
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: list[Row] = []  # the thread's own
-        self._decoders: dict[str, Decoder] = {}  # base folder → its model with all adapters on it
-        self._home: dict[int, str] = {}  # version → base folder
+        self._decoders: dict[str, Decoder] = {}  # base folder and method → its model with all adapters on it
+        self._served: dict[int, Bundle] = {}
         self._pending = 0
+        self._loading = asyncio.Lock()
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     async def load(self, bundle: Bundle) -> None:
-        await self._do(lambda: self._load(bundle))
+        """Raises BaseModelError: it does not fit its base, is broken, or another one of that number is loaded."""
+        async with self._loading:
+            if bundle.version in self._served:
+                self._require_same(bundle)
+                return
+            chat, made = await asyncio.to_thread(self._read, bundle)
+            await self._do(partial(self._add, bundle, chat, made))
 
     async def unload(self, version: int) -> None:
-        await self._do(lambda: self._unload(version))
+        async with self._loading:
+            await self._do(partial(self._remove, version))
 
     async def answer(self, ask: Ask) -> AsyncIterator[Piece | Ended]:
-        """Raises BusyError: `gateway.max_queue` wait already; UserError: the prompt does not fit; ServiceError: the version is not loaded."""
-        if ask.version not in self._home:
+        """Raises BusyError: `gateway.max_queue` wait already; UserError: the prompt does not fit; ServiceError: the version is not loaded, or decoding failed."""
+        self._require_open()
+        if ask.version not in self._served:
             raise ServiceError(f"v{ask.version} is not loaded", remedy="come again; the gateway's log says what is in its way")
         if self._pending >= self._config.gateway.max_batch + self._config.gateway.max_queue:
             raise BusyError(f"{self._pending} requests are under way or wait; gateway.max_queue is {self._config.gateway.max_queue}", remedy="come again in a second")
-        row, loop, pieces = Row(ask, time.perf_counter()), asyncio.get_running_loop(), asyncio.Queue[Piece | Ended | RatchetError]()
-        row.tell = lambda piece: _pass_on(loop, pieces, piece)
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | Ended | RatchetError]()
+        row = Row(ask, time.perf_counter(), partial(_pass_on, loop, pieces))
         self._pending += 1
-        self._inbox.put(lambda: self._waiting.append(row))
+        self._inbox.put(partial(self._wait, row))
         try:
-            while True:
-                piece = await pieces.get()
+            while not isinstance(piece := await pieces.get(), Ended):
                 if isinstance(piece, RatchetError):
                     raise piece
                 yield piece
-                if isinstance(piece, Ended):
-                    return
+            yield piece
         finally:
             row.cancelled = True  # the thread lets go of it at its next round
             self._pending -= 1
 
     async def close(self) -> None:
-        if self._thread and self._thread.is_alive():
+        """Whoever is under way is told that the gateway stops."""
+        self._closed = True
+        if self._thread:
             self._inbox.put(None)
-            await asyncio.to_thread(self._thread.join, 10)
+            await asyncio.to_thread(self._thread.join, CLOSE_SECONDS)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ServiceError("the gateway stops", remedy="come again when it has started anew")
+
+    def _require_same(self, bundle: Bundle) -> None:
+        if self._served[bundle.version] != bundle:
+            raise BaseModelError(
+                f"another v{bundle.version} is loaded: {self._served[bundle.version].adapter.name}", remedy="start the gateway anew; the registry counts anew as well"
+            )
+
+    def _read(self, bundle: Bundle) -> tuple[ChatFormat, Decoder | None]:
+        """All that needs no model, and the base where none has it; in a thread of its own, beside the requests."""
+        check_adapter_fits(bundle)
+        chat = ChatFormat(load_tokenizer(bundle.adapter))
+        here = _place(bundle) in self._decoders
+        return chat, None if here else Decoder(bundle.base, bundle.method, measure_prompts=self._config.gateway.prompt_nll)
 
     async def _do(self, work: Callable[[], None]) -> None:
-        """Run it in the thread, between two rounds."""
+        """In the models' thread, between two rounds."""
+        self._require_open()
         done: Future[None] = Future()
-
-        def run() -> None:
-            try:
-                work()
-                done.set_result(None)
-            except BaseException as error:  # noqa: BLE001  (it is raised again where it was asked for)
-                done.set_exception(error)
-
-        self._start()
-        self._inbox.put(run)
-        await asyncio.wrap_future(done)
-
-    def _start(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
             self._thread.start()
+        self._inbox.put(partial(_settle, done, work))
+        await asyncio.wrap_future(done)
 
     # --- in the thread -----------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        _leave_a_core()
         while self._take_in():
-            for decoder in list(self._decoders.values()):
-                waiting = [row for row in self._waiting if self._decoders.get(self._home.get(row.ask.version, "")) is decoder]
-                room = self._config.gateway.max_batch - sum(one.size for one in self._decoders.values())
-                joining = waiting[: max(0, room)]
-                self._waiting = [row for row in self._waiting if row not in joining]
-                decoder.round(joining)
-            self._refuse_homeless()
+            self._round()
+        stopping = ServiceError("the gateway stops", remedy="come again when it has started anew")
+        self._refuse(self._waiting, stopping)
+        for decoder in self._decoders.values():
+            decoder.fail_all(stopping, [])
 
     def _take_in(self) -> bool:
         """All that was asked for since the last round; waits while there is nothing to decode. False at the end."""
-        busy = bool(self._waiting) or any(decoder.size for decoder in self._decoders.values())
         while True:
+            busy = bool(self._waiting) or any(decoder.size for decoder in self._decoders.values())
             try:
                 work = self._inbox.get(block=not busy)
             except queue.Empty:
@@ -112,29 +138,63 @@ class LocalEngine:
             if work is None:
                 return False
             work()
-            busy = True
 
-    def _refuse_homeless(self) -> None:
-        for row in [row for row in self._waiting if row.ask.version not in self._home]:
-            self._waiting.remove(row)
-            row.tell(ServiceError(f"v{row.ask.version} was unloaded", remedy="come again: another version is in charge now"))
+    def _round(self) -> None:
+        self._waiting = [row for row in self._waiting if not row.cancelled]
+        self._refuse([row for row in self._waiting if row.ask.version not in self._served], ServiceError("the version was unloaded", remedy="come again"))
+        for place, decoder in list(self._decoders.items()):
+            room = self._config.gateway.max_batch - sum(one.size for one in self._decoders.values())
+            joining = [row for row in self._waiting if _place(self._served[row.ask.version]) == place][:room]
+            self._waiting = [row for row in self._waiting if row not in joining]
+            try:
+                decoder.round(joining)
+            except Exception as error:  # a fault of ours; nobody shall wait for ever
+                log.exception("a round failed")
+                decoder.fail_all(ServiceError(f"the engine failed: {error!r}", remedy="the gateway's log has the traceback"), joining)
 
-    def _load(self, bundle: Bundle) -> None:
-        if bundle.version in self._home:
+    def _wait(self, row: Row) -> None:
+        self._waiting.append(row)
+
+    def _refuse(self, rows: list[Row], error: RatchetError) -> None:
+        self._waiting = [row for row in self._waiting if row not in rows]
+        for row in rows:
+            row.tell(error)
+
+    def _add(self, bundle: Bundle, chat: ChatFormat, made: Decoder | None) -> None:
+        decoder = made or self._decoders[_place(bundle)]
+        decoder.add(bundle, chat)
+        self._decoders[_place(bundle)] = decoder
+        self._served[bundle.version] = bundle
+
+    def _remove(self, version: int) -> None:
+        """A base without versions goes as well."""
+        bundle = self._served.pop(version, None)
+        if bundle is None:
             return
-        key = f"{bundle.base} {bundle.method}"
-        decoder = self._decoders.get(key) or Decoder(bundle.base, bundle.method, measure_prompts=self._config.gateway.prompt_nll)
-        decoder.add(bundle)
-        self._decoders[key] = decoder
-        self._home[bundle.version] = key
+        self._decoders[_place(bundle)].remove(version)
+        if not self._decoders[_place(bundle)].versions:
+            del self._decoders[_place(bundle)]
 
-    def _unload(self, version: int) -> None:
-        key = self._home.pop(version, None)
-        if key is None:
-            return
-        self._decoders[key].remove(version)
-        if not self._decoders[key].versions:
-            del self._decoders[key]
+
+def _place(bundle: Bundle) -> str:
+    """Versions of one place share a model."""
+    return f"{bundle.method} {bundle.base}"
+
+
+def _leave_a_core() -> None:
+    """To the event loop and to what runs beside the gateway."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
+
+
+def _settle(done: Future[None], work: Callable[[], None]) -> None:
+    if not done.set_running_or_notify_cancel():
+        return
+    try:
+        work()
+        done.set_result(None)
+    except BaseException as error:  # noqa: BLE001  (it is raised again where it was asked for)
+        done.set_exception(error)
 
 
 def _pass_on(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Any], piece: Any) -> None:

@@ -1,0 +1,66 @@
+"""What an adapter must be before it may stand beside the champion's on one base. Reads files only: done while others are answered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ratchet.errors import BaseModelError
+from ratchet.files import read_json
+from ratchet.models import MANIFEST, WEIGHTS
+from ratchet.serving import Bundle
+
+MAX_RANK = 512
+# What PEFT offers beyond plain LoRA changes the base under the other versions (biases, PiSSA and its like), or cannot share a batch (DoRA).
+MUST_BE_OFF = (
+    *("bias", "lora_bias", "use_dora", "use_qalora", "use_bdlora", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+)
+OFF: tuple[Any, ...] = (None, False, "none", [], {})
+HARMLESS_STARTS = (True, False, "gaussian")  # of init_lora_weights; the weights are overwritten after it
+
+
+def check_adapter_fits(bundle: Bundle) -> None:
+    """Raises BaseModelError: another base, no plain LoRA, a rank over 512, weights that are not finite."""
+    _check_base(bundle)
+    _check_config(bundle.adapter)
+    _check_weights(bundle.adapter / WEIGHTS)
+
+
+def _check_base(bundle: Bundle) -> None:
+    theirs, ours = read_json(bundle.adapter / MANIFEST).get("base", {}), read_json(bundle.base / MANIFEST)
+    if any(theirs.get(key) != ours.get(key) for key in ("model", "revision")):
+        raise BaseModelError(
+            f"v{bundle.version} was trained on {theirs.get('model')}@{theirs.get('revision')}, the base here is {ours.get('model')}@{ours.get('revision')}",
+            remedy="the adapter and its base come from one commit; the folder .ratchet/serving may be removed",
+        )
+
+
+def _check_config(folder: Path) -> None:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BaseModelError(f"adapter_config.json cannot be read: {error!r}", remedy="`ratchet retrain` makes another") from None
+    if odd := [rank for rank in ranks if not isinstance(rank, int) or not 0 < rank <= MAX_RANK]:
+        raise BaseModelError(f"the adapter's rank is {odd[0]!r}, wanted 1 to {MAX_RANK}", remedy="set `adapter.rank` and retrain")
+    unlike = [key for key in MUST_BE_OFF if config.get(key) not in OFF]
+    unlike += [] if config.get("peft_type") == "LORA" else ["peft_type"]
+    unlike += [] if config.get("init_lora_weights", True) in HARMLESS_STARTS else ["init_lora_weights"]
+    if unlike:
+        said = ", ".join(f"{key} {config.get(key)!r}" for key in unlike)
+        raise BaseModelError(f"adapter_config.json asks for more than plain LoRA: {said}", remedy="only plain LoRA can share a base with other versions")
+
+
+def _check_weights(path: Path) -> None:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BaseModelError(f"{path} is no safetensors file: {error}", remedy="remove .ratchet/serving; it is fetched again") from None
+    if broken := [name for name, weight in weights.items() if not torch.isfinite(weight.float()).all()]:
+        raise BaseModelError(f"{len(broken)} of {len(weights)} weights are not finite, the first {broken[0]}", remedy="the training diverged: lower `train.learning_rate`")
