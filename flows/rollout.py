@@ -19,7 +19,7 @@ from prefect.artifacts import create_markdown_artifact
 from flows.say import say as tell
 from ratchet.champion import Champion, read_champion
 from ratchet.config import Config, load_config
-from ratchet.errors import RatchetError, ServiceError, UserError
+from ratchet.errors import CheckoutError, RatchetError, ServiceError, UserError
 from ratchet.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, get_version, list_versions, set_alias, set_tag
 from ratchet.report import rollout_card
 from ratchet.request_log import open_log
@@ -99,6 +99,8 @@ def _plain(current: Rollout | None) -> dict[str, Any]:
 
 def _look(root: Path, config: Config, current: Rollout, say: Say) -> Rollout:
     champion = read_champion(root)
+    if champion is not None and champion.version == current.version:  # the look that put it there was cut off
+        return _end(root, current, "promoted", champion.why, champion.by, say)
     if champion is None or champion.version != current.champion:
         return _end(
             root, current, "aborted", f"the champion is {'nobody' if champion is None else f'v{champion.version}'} now, the rollout was against v{current.champion}", "rollout", say
@@ -129,6 +131,9 @@ def _promote(root: Path, current: Rollout, seen: tasks.Look, say: Say) -> Rollou
         return _end(root, current, "aborted", f"the registry does not know v{current.version} any more", "rollout", say)
     try:
         _put_in_charge(root, version, by=f"rollout ({who(root)})", why=seen.reason, force=False, say=say)
+    except CheckoutError as error:
+        say(f"v{current.version} waits at {current.share:.0%} of the users until the checkout is clean: {error}")
+        return tasks.apply(root, current, seen._replace(action="hold", reason=f"{seen.reason}; waits for the checkout: {error}"), time.time())
     except UserError as error:
         return _end(root, current, "aborted", str(error), "rollout", say)
     return _end(root, msgspec.structs.replace(current, last=seen.figures), "promoted", seen.reason, "rollout", say)

@@ -258,6 +258,22 @@ def test_a_look_goes_on_with_mlflow_away_and_a_promotion_waits_for_it(root: Path
     assert step(root)[0]["state"] == "promoted"
 
 
+def test_a_promotion_waits_for_a_clean_checkout_and_one_that_was_cut_off_is_taken_note_of(root: Path):  # noqa: F811
+    challenge(root)
+    step(root)
+    rollout = read_rollout(root)
+    assert rollout is not None
+    ask(root, rollout, 900, champion=0.3, challenger=0.7)
+    before = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(before + "# changed\n")
+    found, _ = step(root)
+    assert found["state"] == "open" and "waits for the checkout" in found["why"]
+    (root / "params.yaml").write_text(before)
+    assert step(root)[0]["state"] == "promoted"
+    write_rollout(root, rollout)
+    assert step(root)[0]["state"] == "promoted", "champion.json had moved, the file had not"
+
+
 def test_a_rollback_ends_the_rollout_and_a_refused_version_is_stopped(root: Path):  # noqa: F811
     challenge(root)
     step(root)

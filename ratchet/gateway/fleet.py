@@ -156,7 +156,7 @@ class Fleet:
 
     def _swap(self, champion: Champion, rollout: Rollout | None) -> None:
         before = {version for version in (self._table.champion, self._table.challenger) if version is not None}
-        if rollout:
+        if rollout and rollout.state == "open":  # while it is paused, requests count for no arm
             self._table = Table(champion.version, rollout.version, rollout.share, rollout.salt, rollout.id, rollout.step, "")
         else:
             self._table = Table(champion.version, why="")
