@@ -12,11 +12,11 @@ from ratchet.config import load_config
 from ratchet.errors import ServiceError, StageError
 from ratchet.services import service_environment
 
-POLL_SECONDS, APPEAR_SECONDS, MAX_SECONDS = 0.5, 60.0, 3600.0
+POLL_SECONDS, APPEAR_SECONDS, MAX_SECONDS = 0.5, 180.0, 3600.0
 
 
 def follow_retraining(root: Path, *, say: Callable[[str], object]) -> None:
-    """The newest run of the deployment `retrain`. Raises ServiceError when none appears in a minute, StageError when it fails."""
+    """The newest run of the deployment `retrain`. Raises ServiceError when none appears in three minutes, StageError when it fails."""
     os.environ.update(service_environment(root, load_config(root / "params.yaml")))
     log = root / ".ratchet" / "logs" / "deployments.log"
     started, position, told = time.monotonic(), _size(log), False

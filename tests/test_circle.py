@@ -25,7 +25,7 @@ from ratchet.follow import follow_retraining
 from ratchet.replay import Question, replay, summarise
 from ratchet.rollout import read_ended, read_rollout
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 TEAMS = ["red", "blue", "green", "white"]
 HOUSE = ["door", "window", "roof", "floor", "stair", "lamp", "wall", "sink", "stove", "chair", "table", "shelf"]
 BOAT = ["rudder", "anchor", "mast", "keel", "hull", "sail", "winch", "cleat", "tiller", "bilge", "jib", "boom"]
@@ -164,7 +164,7 @@ def wait_for_version(home: Path, version: int) -> None:
     config = load_config(home / "params.yaml")
     body = {"model": "teams", "messages": [{"role": "user", "content": "In the north wing a door leaks since 3 days: who?"}], "user": "probe"}
     seen = None
-    for _ in range(600):
+    for _ in range(1800):
         answered = httpx.post(f"http://127.0.0.1:{config.gateway.port}/v1/chat/completions", json=body, timeout=60)
         seen = answered.headers.get("x-ratchet-version")
         if seen == str(version):
