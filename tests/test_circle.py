@@ -1,6 +1,6 @@
 """The whole circle with real servers and no shortcut: traffic, no drift; other traffic, drift; the event retrains; live feedback promotes; one command returns.
 
-A model of width 32 learns which team handles which thing. Minutes; marker e2e.
+A model of width 32 learns which team handles which thing. Many minutes; marker circle: `make test-circle`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ratchet.follow import follow_retraining
 from ratchet.replay import Question, replay, summarise
 from ratchet.rollout import read_ended, read_rollout
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.circle, pytest.mark.timeout(1800)]
 TEAMS = ["red", "blue", "green", "white"]
 HOUSE = ["door", "window", "roof", "floor", "stair", "lamp", "wall", "sink", "stove", "chair", "table", "shelf"]
 BOAT = ["rudder", "anchor", "mast", "keel", "hull", "sail", "winch", "cleat", "tiller", "bilge", "jib", "boom"]
