@@ -49,7 +49,9 @@ def tiny_config() -> Config:
             "adapter": {"rank": 8, "alpha": 16},
             "evaluate": {"max_new_tokens": 6, "simple_baseline": False},
             "gate": {"metric": "answer_nll", "min_rows": 20, "golden_margin": 1.0, "past_margin": 1.0},
+            "promotion": "auto",
             "services": {"mlflow_port": mlflow, "prefect_port": prefect},
+            "gateway": {"port": free_port()},
         }
     )
 
