@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -30,7 +31,9 @@ import aiohttp
 from ratchet.champion import Champion, write_champion
 from ratchet.config import Config
 from ratchet.config_doc import render_params
+from ratchet.errors import ServiceError
 from ratchet.files import write_json
+from ratchet.gateway.keys import add_key
 from ratchet.serving import SERVING
 
 NAME, DELAY = "pydoc", 0.02  # seconds that the stub takes for an answer
@@ -40,16 +43,17 @@ STUB = Path(__file__).parents[1] / "tests/stub_upstream.py"
 
 
 class Target(NamedTuple):
-    """Somebody to ask. `model` is what the stub knows itself by, or what a proxy makes that of."""
+    """Somebody to ask. `model` is what the stub knows itself by, or what a proxy makes that of; both proxies check a key."""
 
     name: str
     url: str
     model: str
+    key: str = "none"
 
 
 class Asked(NamedTuple):
     milliseconds: list[float]  # of what was answered
-    failed: int
+    faults: list[str]  # of the rest, why
 
 
 def main() -> None:
@@ -58,32 +62,40 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="seconds of load for each target, at most 60")
     parser.add_argument("--no-litellm", action="store_true", help="leave LiteLLM's proxy out")
     options = parser.parse_args()
-    command, reason = (None, "--no-litellm") if options.no_litellm else install_litellm()
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as scratch, contextlib.ExitStack() as stack:
-        targets = start(Path(scratch), command, stack)
+        targets = start(Path(scratch), stack)
+        try:
+            if not options.no_litellm:
+                targets.append(start_litellm(Path(scratch), targets[0].url, stack))
+        except ServiceError as error:
+            print(f"LiteLLM's proxy is left out: {error}")
         for rate in (options.rate, options.rate / 10):
             print_table(rate, asyncio.run(measure(targets, rate, min(options.seconds, 60.0))))
-    if reason:
-        print(f"LiteLLM's proxy was left out: {reason}")
 
 
 # --- who is asked ----------------------------------------------------------------------------------------------------
 
 
-def start(scratch: Path, litellm: list[str] | None, stack: contextlib.ExitStack) -> list[Target]:
-    stub, gateway, proxy = free_port(), free_port(), free_port()
+def start(scratch: Path, stack: contextlib.ExitStack) -> list[Target]:
+    stub, gateway = free_port(), free_port()
     upstream = f"http://127.0.0.1:{stub}/v1"
     stack.enter_context(running([sys.executable, str(STUB), str(stub), str(DELAY)], f"{upstream}/models", scratch / "stub.log"))
     put_champion(scratch, Config.model_validate({"project": {"name": NAME}, "gateway": {"engine": "openai", "upstream": upstream, "port": gateway, "max_queue": 1000}}))
     command = [sys.executable, "-m", "ratchet.gateway.serve"]
     stack.enter_context(running(command, f"http://127.0.0.1:{gateway}/readyz", scratch / "gateway.log", RATCHET_ROOT=str(scratch)))
-    targets = [Target("direct", upstream, f"{NAME}@v1"), Target("gateway", f"http://127.0.0.1:{gateway}/v1", NAME)]
-    if litellm:
-        (scratch / "litellm.yaml").write_text(json.dumps(litellm_config(upstream)), encoding="utf-8")  # JSON is YAML
-        command = [*litellm, "--config", str(scratch / "litellm.yaml"), "--host", "127.0.0.1", "--port", str(proxy), "--num_workers", "1"]
-        stack.enter_context(running(command, f"http://127.0.0.1:{proxy}/health/liveliness", scratch / "litellm.log", LITELLM_LOG="ERROR", LITELLM_LOCAL_MODEL_COST_MAP="True"))
-        targets.append(Target("litellm", f"http://127.0.0.1:{proxy}/v1", NAME))
-    return targets
+    return [Target("direct", upstream, f"{NAME}@v1"), Target("gateway", f"http://127.0.0.1:{gateway}/v1", NAME, add_key(scratch, "benchmark", ["infer"]))]
+
+
+def start_litellm(scratch: Path, upstream: str, stack: contextlib.ExitStack) -> Target:
+    """As its documentation advises for production: no debugging, no telemetry, no retries here. Raises ServiceError."""
+    program, port, key = install_litellm(), free_port(), f"sk-{secrets.token_hex(32)}"
+    model = {"model": f"openai/{NAME}@v1", "api_base": upstream, "api_key": "none"}
+    settings = {"model_list": [{"model_name": NAME, "litellm_params": model}], "litellm_settings": {"telemetry": False, "set_verbose": False, "num_retries": 0}}
+    (scratch / "litellm.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
+    command = [str(program), "--config", str(scratch / "litellm.yaml"), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
+    environment = {"LITELLM_MASTER_KEY": key, "LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    stack.enter_context(running(command, f"http://127.0.0.1:{port}/health/liveliness", scratch / "litellm.log", **environment))
+    return Target("litellm", f"http://127.0.0.1:{port}/v1", NAME, key)
 
 
 def put_champion(root: Path, config: Config) -> None:
@@ -111,22 +123,17 @@ def put_champion(root: Path, config: Config) -> None:
     write_champion(root, Champion(name=NAME, version=1, adapter_sha256=digest, **rest))
 
 
-def litellm_config(upstream: str) -> dict[str, object]:
-    """As its documentation advises for production: no debugging, no telemetry, no retries here."""
-    model = {"model": f"openai/{NAME}@v1", "api_base": upstream, "api_key": "none"}
-    return {"model_list": [{"model_name": NAME, "litellm_params": model}], "litellm_settings": {"telemetry": False, "set_verbose": False, "num_retries": 0}}
-
-
-def install_litellm() -> tuple[list[str] | None, str]:
-    """The command that starts it, or None and why there is none."""
+def install_litellm() -> Path:
+    """The program that starts it. Raises ServiceError."""
     program = LITELLM.resolve() / "bin/litellm"
-    if not program.exists():
-        print(f"installing litellm[proxy] into {LITELLM} (minutes, once)", flush=True)
-        for command in ([sys.executable, "-m", "venv", str(LITELLM)], [str(LITELLM / "bin/python"), "-m", "pip", "install", "--quiet", "litellm[proxy]"]):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-            if done.returncode:
-                return None, f"`{' '.join(command)}` failed: {(done.stderr.strip() or 'no reason given').splitlines()[-1][:200]}"
-    return [str(program)], ""
+    if program.exists():
+        return program
+    print(f"installing litellm[proxy] into {LITELLM} (minutes, once)", flush=True)
+    for command in ([sys.executable, "-m", "venv", str(LITELLM)], [str(LITELLM / "bin/python"), "-m", "pip", "install", "--quiet", "litellm[proxy]"]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        if done.returncode:
+            raise ServiceError(f"`{' '.join(command)}` failed: {(done.stderr.strip() or 'no reason given').splitlines()[-1][:200]}")
+    return program
 
 
 @contextlib.contextmanager
@@ -147,6 +154,7 @@ def running(command: list[str], url: str, log: Path, **environment: str) -> Iter
 
 
 async def wait_for_answer(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Raises ServiceError with its last words."""
     until = time.monotonic() + START_SECONDS
     async with aiohttp.ClientSession() as session:
         while time.monotonic() < until and process.poll() is None:
@@ -155,7 +163,7 @@ async def wait_for_answer(process: subprocess.Popen[bytes], url: str, log: Path)
                     if answered.status == 200:
                         return
             await asyncio.sleep(0.1)
-    sys.exit(f"{url} does not answer\n{log.read_text(errors='replace')[-2000:]}")
+    raise ServiceError(f"{url} does not answer\n{log.read_text(errors='replace')[-1000:]}")
 
 
 def free_port() -> int:
@@ -168,11 +176,11 @@ def free_port() -> int:
 
 
 async def measure(targets: list[Target], rate: float, seconds: float) -> dict[str, Asked]:
-    found: dict[str, Asked] = {target.name: Asked([], 0) for target in targets}
+    found: dict[str, Asked] = {target.name: Asked([], []) for target in targets}
     for _ in range(ROUNDS):
         for target in targets:
             asked = await load(target, rate, seconds / ROUNDS)
-            found[target.name] = Asked(found[target.name].milliseconds + asked.milliseconds, found[target.name].failed + asked.failed)
+            found[target.name] = Asked(found[target.name].milliseconds + asked.milliseconds, found[target.name].faults + asked.faults)
     return found
 
 
@@ -185,19 +193,19 @@ async def load(target: Target, rate: float, seconds: float) -> Asked:
             await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
             tasks.append(asyncio.create_task(ask(session, target, number)))
         took = (await asyncio.gather(*tasks))[int(rate * WARM_SECONDS) :]
-    return Asked([one for one in took if one is not None], sum(one is None for one in took))
+    return Asked([one for one in took if isinstance(one, float)], [one for one in took if isinstance(one, str)])
 
 
-async def ask(session: aiohttp.ClientSession, target: Target, number: int) -> float | None:
-    """Milliseconds; None where it failed or took over 10 s."""
+async def ask(session: aiohttp.ClientSession, target: Target, number: int) -> float | str:
+    """Milliseconds, or why there was no answer within 10 s."""
     body = {"model": target.model, "user": f"u{number}", "max_tokens": 8, "messages": [{"role": "user", "content": "Which module documents this? Return the number of items."}]}
     began = time.perf_counter()
     try:
-        async with session.post(f"{target.url}/chat/completions", json=body, headers={"authorization": "Bearer none"}) as answered:
-            await answered.read()
-            return (time.perf_counter() - began) * 1000 if answered.status == 200 else None
-    except (aiohttp.ClientError, TimeoutError):
-        return None
+        async with session.post(f"{target.url}/chat/completions", json=body, headers={"authorization": f"Bearer {target.key}"}) as answered:
+            text = await answered.text()
+            return (time.perf_counter() - began) * 1000 if answered.status == 200 else f"{answered.status} {text[:200]}"
+    except (aiohttp.ClientError, TimeoutError) as error:
+        return f"{type(error).__name__} {error}"
 
 
 def print_table(rate: float, found: dict[str, Asked]) -> None:
@@ -205,9 +213,11 @@ def print_table(rate: float, found: dict[str, Asked]) -> None:
     print(f"\n{rate:g} requests a second, milliseconds    p50     p95     p99   failed     n")
     for name, asked in found.items():
         seen = quantiles(asked.milliseconds)
-        print(f"{name:34}" + "".join(f"{value:8.2f}" for value in seen) + f"{asked.failed:9}{len(asked.milliseconds):6}")
+        print(f"{name:34}" + "".join(f"{value:8.2f}" for value in seen) + f"{len(asked.faults):9}{len(asked.milliseconds):6}")
         if name != "direct":
             print(f"{'  own cost':34}" + "".join(f"{value - base:8.2f}" for value, base in zip(seen, direct, strict=True)))
+        if asked.faults:
+            print(f"  the first fault: {asked.faults[0]}")
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
