@@ -32,13 +32,14 @@ from ratchet.simple import simple_answers
 from ratchet.stage import run_stage, say
 from ratchet.statistics import bootstrap_mean, wilson
 
+SEEN_SHARE = 0.02
 COLUMNS = ("exact_match", "token_f1", "rouge_l", "chrf", "answer_nll")
 
 
 def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: Path, config: Config, region: Path | None = None) -> dict[str, Any]:
     """Returns the metrics. Raises DataError: no test rows, or test rows that the base was trained on."""
     rows = _rows(prepared)
-    _check_unseen(rows, base)
+    rows = _unseen(rows, base)
     fitting, too_long = _split_by_fit(rows, base, config)
     if not fitting:
         raise DataError("no test row fits into the model's context", remedy="raise `tokenize.max_length`, or shorten the rows")
@@ -63,15 +64,19 @@ def _rows(prepared: Path) -> list[Example]:
     return rows
 
 
-def _check_unseen(rows: list[Example], base: Path) -> None:
-    """The demo's base is trained here, on rows of the same source: that it saw none of these is checked, not hoped."""
+def _unseen(rows: list[Example], base: Path) -> list[Example]:
+    """Without the rows that the demo's base, which is trained here, has read: people's feedback may bring a few. More than 2 %, or a golden one, is a fault."""
     seen_file = base / "seen.txt"
     seen = set(seen_file.read_text(encoding="utf-8").split()) if seen_file.exists() else set()
-    if leaked := [row.id for row in rows if row.id in seen]:
+    leaked = [row for row in rows if row.id in seen]
+    if len(leaked) > SEEN_SHARE * len(rows) or any(row.meta["batch"] == "golden" for row in leaked):
         raise DataError(
-            f"{len(leaked)} test or golden rows were in the base's pre-training, the first {leaked[0]}",
+            f"{len(leaked)} test or golden rows were in the base's pre-training, the first {leaked[0].id}",
             remedy="take these rows out of the golden set, or make the base anew (dvc repro --force base)",
         )
+    if leaked:
+        say(f"evaluate: {len(leaked)} test rows were in the base's pre-training and are left out")
+    return [row for row in rows if row.id not in seen]
 
 
 def _split_by_fit(rows: list[Example], base: Path, config: Config) -> tuple[list[Example], int]:
