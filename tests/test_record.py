@@ -107,7 +107,7 @@ def test_a_knob_that_changed_after_the_training_does_not_stop_the_delivery(folde
     first = record(read_findings(folder), CONFIG, commit=COMMIT, reason="by hand")
     other = CONFIG.model_copy(update={"promotion": "manual"})
     record(read_findings(folder), other, commit=COMMIT, reason="by hand")
-    assert everything(first)["params"]["promotion"] == "auto"
+    assert everything(first)["params"]["promotion"] == "rollout"
 
 
 def test_any_kind_of_the_users_has_a_place_among_the_metrics(tmp_path, monkeypatch):
