@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from ratchet.regions import Topic, belongs
 from ratchet.surprise import WORD, words_of
 
-LEAST_ROWS, GROWTH, TERMS, EXAMPLES = 4, 4.0, 12, 3
-LEAST_SHARE = 0.02  # of the window: what is smaller is noise to whoever reads it
+LEAST_ROWS, GROWTH, EVIDENCE = 3, 3.0, 6.0  # rows of the window; times its share of the known rows; nats of likelihood that it grew
+TERMS, EXAMPLES, ROWS_A_TOPIC = 12, 3, 12
+LEAST_SHARE = 0.01  # of the window: what is smaller is noise to whoever reads it
 
 
 def find_topics(window: Sequence[str], reference: Sequence[str], training: Sequence[str], *, most: int, seed: int) -> list[Topic]:
@@ -21,18 +21,22 @@ def find_topics(window: Sequence[str], reference: Sequence[str], training: Seque
     rows = [text for text in window if terms.keys() & set(words_of(text))]
     if not rows:
         return []
-    groups = _cluster(rows, sorted(terms), most, seed)
-    found = [_topic(group, rows, terms, window, reference) for group in groups]
+    found = [_topic(group, rows, terms, window, reference) for group in _cluster(rows, sorted(terms), most, seed)]
     kept = [topic for topic in found if topic.terms and topic.share - topic.reference_share >= LEAST_SHARE]
-    return sorted(kept, key=lambda topic: topic.reference_share - topic.share)[:most]
+    return sorted(kept, key=lambda topic: (topic.reference_share - topic.share, topic.name))[:most]
 
 
 def grown_terms(window: Sequence[str], known: Sequence[str]) -> dict[str, float]:
-    """Words of several window rows whose share of rows grew at least fourfold → by how much, smoothed."""
+    """Words that grew beyond chance → log-likelihood ratio of that, in nats, as of a Poisson count (Dunning 1993)."""
     inside = Counter(word for text in window for word in set(words_of(text)))
     before = Counter(word for text in known for word in set(words_of(text)))
-    growth = {word: (count / len(window)) / ((before[word] + 1) / (len(known) + 2)) for word, count in inside.items()}
-    return {word: growth[word] for word, count in inside.items() if count >= LEAST_ROWS and growth[word] >= GROWTH and not word.isdigit() and len(word) > 2}
+    found = {}
+    for word, count in inside.items():
+        expected = len(window) * (before[word] + 0.5) / (len(known) + 1)
+        evidence = count * math.log(count / expected) - (count - expected)
+        if count >= LEAST_ROWS and count >= GROWTH * expected and evidence >= EVIDENCE and len(word) > 2 and not word.isdigit():
+            found[word] = evidence
+    return found
 
 
 def _cluster(rows: list[str], terms: list[str], most: int, seed: int) -> list[list[str]]:
@@ -42,18 +46,18 @@ def _cluster(rows: list[str], terms: list[str], most: int, seed: int) -> list[li
 
     vectors: Any = TfidfVectorizer(token_pattern=WORD.pattern, vocabulary=terms).fit_transform(rows)
     distinct = len({tuple(row.indices) for row in vectors})
-    count = max(1, min(most, len(rows) // 15, distinct))
+    count = max(1, min(most, len(rows) // ROWS_A_TOPIC, distinct))
     labels = KMeans(count, n_init=4, random_state=seed).fit_predict(vectors)
     return [[row for row, label in zip(rows, labels, strict=True) if label == number] for number in range(count)]
 
 
 def _topic(group: list[str], rows: list[str], terms: dict[str, float], window: Sequence[str], reference: Sequence[str]) -> Topic:
-    """Named by the words that are at home in this group: most rows that hold them are its own."""
+    """Named by the words that are at home in this group: most rows that hold them are its own. Examples hold the most telling ones."""
     inside = Counter(word for text in group for word in set(words_of(text)) if word in terms)
     whole = Counter(word for text in rows for word in set(words_of(text)) if word in terms)
     own = [word for word, count in inside.items() if count >= 2 and 2 * count > whole[word]]
-    chosen = sorted(own, key=lambda word: (-inside[word] * np.log(terms[word]), word))[:TERMS]
+    chosen = sorted(own, key=lambda word: (-terms[word], word))[:TERMS]
     topic = Topic(", ".join(chosen[:3]), chosen)
     share, before = (sum(belongs(topic, text) for text in texts) / max(1, len(texts)) for texts in (window, reference))
-    best = sorted(dict.fromkeys(group), key=lambda text: (-len(set(chosen) & set(words_of(text))), text))[:EXAMPLES]
-    return Topic(topic.name, chosen, share, before, best)
+    telling = {text: sum(terms[word] for word in set(words_of(text)) if word in chosen) for text in dict.fromkeys(group)}
+    return Topic(topic.name, chosen, share, before, sorted(telling, key=lambda text: (-telling[text], text))[:EXAMPLES])
