@@ -116,7 +116,7 @@ class _Space:
 
     def __init__(self, texts: Sequence[str], words: list[str]) -> None:
         self._texts: Sequence[str] = texts
-        self._vocabulary = words or [""]  # rows without a word are rows too
+        self._vocabulary = [*words, "", " "]  # no word is these two; TruncatedSVD wants two columns, whatever the rows hold
         self._fitted: Any = None
 
     def measure(self, texts: list[str]) -> tuple[Values, NDArray[np.float32]]:
@@ -137,7 +137,8 @@ class _Space:
             vectorizer = TfidfVectorizer(token_pattern=WORD.pattern, sublinear_tf=True, dtype=np.float32, vocabulary=self._vocabulary)
             vectors = vectorizer.fit_transform(self._texts)
             kept = vectors[:: -(-vectors.shape[0] // NEAREST_ROWS)]
-            directions = TruncatedSVD(min(SUBJECTS, vectors.shape[1]), n_iter=2, random_state=0).fit(kept).components_.T
+            with np.errstate(divide="ignore", invalid="ignore"):  # rows that are all alike
+                directions = TruncatedSVD(min(SUBJECTS, vectors.shape[1]), n_iter=2, random_state=0).fit(kept).components_.T
             self._fitted, self._texts = (vectorizer, kept, directions), ()
         return self._fitted
 

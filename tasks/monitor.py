@@ -205,9 +205,8 @@ def _score(feedback: list[Feedback]) -> float:
 def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
     """Drift and enough labelled rows and budget and cool-down; each reason with its figure."""
     monitor = config.monitor
-    said = (
-        f"p = {verdict.p:.4f}, monitor.false_alarm_rate {monitor.false_alarm_rate:g}" if verdict.p is not None else f"{verdict.distinct} distinct prompts, wanted {verdict.needed}"
-    )
+    reasons = [*verdict.missing, f"{verdict.distinct} distinct prompts, wanted {verdict.needed}"]
+    said = reasons[0] if verdict.p is None else f"p = {verdict.p:.4f}, monitor.false_alarm_rate {monitor.false_alarm_rate:g}"
     since = facts.hours_since_retrain
     checks = [
         (verdict.verdict == "drift", f"{verdict.verdict} ({said})"),
