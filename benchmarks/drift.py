@@ -1,9 +1,11 @@
-"""False alarms and power of the drift verdict on real text, with Evidently's defaults in the same run.
+"""False alarms and power of the monitor's verdict on real text, with Evidently's defaults in the same run.
 
     python -m benchmarks.drift [--windows 400] [--corpus pydoc|clinc150]
 
-Null windows: the held-out rows are split afresh, at random, into a window and its reference, for each of them. Drifted windows: a
-share of the window is of a subject that the training rows never held (`pydoc`: packages; `clinc150`: a domain, each of them in turn).
+Null windows: the held-out rows are split afresh, at random, into a window and its reference, for each of them. Every family is
+judged, as the monitor does: prompts and answers are real; latency, errors, feedback and NLL are drawn, alike on both sides.
+New subjects: a share of the window is of what the training rows never held (`pydoc`: packages; `clinc150`: one of five domains, in
+turn), answered like known rows, so that the prompts alone can tell. Then the other kinds of drift, each by itself.
 """
 
 from __future__ import annotations
@@ -13,105 +15,260 @@ import json
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binom
+from threadpoolctl import threadpool_limits
 
 from ratchet.config import MonitorConfig, PydocSource
 from ratchet.drift import judge
+from ratchet.request_log import Feedback, Logged
 from ratchet.sources.pydoc import harvest
 from ratchet.surprise import Familiar
-from tasks.monitor import input_families
+from tasks.monitor import Answered, Reference, all_families
 
 CLINC = Path(__file__).parents[2] / "shared/data/clinc150"
 NEW_PACKAGES = ["numpy", "pandas", "sklearn"]
+CONFIG = MonitorConfig(resamples=500)
+CELLS = ((200, 0.0), (500, 0.0), (2000, 0.0), (500, 0.05), (500, 0.1), (500, 0.25), (200, 0.1), (200, 0.25))
+EARLIER, PROCESSES = 1000, 2
+Chance = np.random.Generator
+
+
+class Row(NamedTuple):
+    text: str
+    answer: str
+
+
+Change = Callable[[list[Row], list[Row], Chance], tuple[list[Row], list[Row]]]  # of a window and its reference
 
 
 class Corpus(NamedTuple):
     training: list[str]
-    pool: list[str]  # held out, like the training rows
+    pool: list[Row]  # held out, like the training rows
     new: list[list[str]]  # subjects that they never held
+
+
+class Service(NamedTuple):
+    """What is drawn of the requests: shares of failed ones and of right answers, the latency's factor, what is added to the prompt's NLL."""
+
+    errors: float = 0.01
+    right: float = 0.8
+    slower: float = 1.0
+    nll: float = 0.0
+
+
+class Seen(NamedTuple):
+    drift: bool
+    low: list[str]  # columns whose own p is at most the rate
+    seconds: float
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=400, help="null windows of each size; a quarter as many drifted ones")
+    parser.add_argument("--windows", type=int, default=400, help="null windows of each size; of new subjects a quarter as many, of other kinds an eighth")
     parser.add_argument("--corpus", choices=["pydoc", "clinc150"], default="pydoc")
-    parser.add_argument("--evidently", type=int, default=20, help="windows for Evidently, which takes seconds each")
+    parser.add_argument("--evidently", type=int, default=10, help="windows for Evidently, which takes a second each")
     options = parser.parse_args()
-    corpus, config = (read_pydoc() if options.corpus == "pydoc" else read_clinc()), MonitorConfig(resamples=500)
-    print(
-        f"{options.corpus}: {len(corpus.training)} training rows, {len(corpus.pool)} held out, {sum(map(len, corpus.new))} of new subjects; false_alarm_rate {config.false_alarm_rate}\n"
-    )
-    print("| n | of a new subject | windows | drift found | p of single columns ≤ 0.05: share of windows | Evidently's preset | seconds a window |\n|---|---|---|---|---|---|---|")
+    started = time.perf_counter()
+    corpus = read_pydoc() if options.corpus == "pydoc" else read_clinc()
+    rows = f"{len(corpus.training)} training rows, {len(corpus.pool)} held out, {sum(map(len, corpus.new))} of new subjects"
+    print(f"{options.corpus}: {rows}; false_alarm_rate {CONFIG.false_alarm_rate}; {CONFIG.resamples} draws a window; the seed is the window's number\n")
+    _given.update(corpus=corpus, familiar=measured(corpus))
+    print("| requests | of new subjects | windows | drift found | single columns with p ≤ 0.05 | Evidently's preset | seconds a window |\n|---|---|---|---|---|---|---|")
+    for size, share in CELLS:
+        found = look(size, share, "none", options.windows if share == 0 else options.windows // 4)
+        theirs = [evidently_says(*draw_rows(corpus, size, share, number)) for number in range(options.evidently if size == 500 else 0)]
+        print(f"| {size} | {share:.0%} | {cells(found)} | {f'{sum(theirs)} of {len(theirs)}' if theirs else ''} | {np.mean([one.seconds for one in found]):.2f} |", flush=True)
+    print("\n| another kind, 500 requests | windows | drift found | single columns with p ≤ 0.05 |\n|---|---|---|---|")
+    for name in [name for name in KINDS if name != "none"]:
+        print(f"| {name} | {cells(look(500, 0.0, name, options.windows // 8))} |", flush=True)
+    print(f"\nOf {options.windows} null windows {binom.ppf(0.99, options.windows, CONFIG.false_alarm_rate):.0f} alarms are within the binomial 99 % limit.")
+    print(f"{time.perf_counter() - started:.0f} s, {PROCESSES} processes.")
+
+
+def measured(corpus: Corpus) -> Familiar:
+    """Once, before the processes are forked."""
     familiar = Familiar(corpus.training)
-    for size, share in ((200, 0.0), (500, 0.0), (2000, 0.0), (500, 0.1), (500, 0.25), (200, 0.1), (200, 0.25)):
-        if size <= len(corpus.pool) - 200:
-            print(row(corpus, familiar, config, size, share, options.windows if share == 0 else options.windows // 4, options.evidently if size == 500 else 0), flush=True)
-    print(f"\n{options.windows} null windows: {binom.ppf(0.99, options.windows, config.false_alarm_rate):.0f} alarms are within the binomial 99 % limit")
+    familiar.columns([row.text for row in corpus.pool] + [text for subject in corpus.new for text in subject])
+    return familiar
 
 
-def row(corpus: Corpus, familiar: Familiar, config: MonitorConfig, size: int, share: float, windows: int, evidently: int) -> str:
-    chance, started = np.random.default_rng([size, int(share * 100)]), time.perf_counter()
-    found, single, theirs = 0, Counter[str](), 0
-    for number in range(windows):
-        window, reference = cut(corpus, chance, size, share, number)
-        verdict, _, columns = judge(input_families(window, reference, familiar, config), rate=config.false_alarm_rate, resamples=config.resamples, seed=number)
-        found += verdict == "drift"
-        single.update(column.name for column in columns if column.p <= config.false_alarm_rate)
-        if number == windows - 1:
-            seconds = (time.perf_counter() - started) / windows
-    for number in range(evidently):
-        theirs += evidently_says(*cut(corpus, chance, size, share, number))
-    told = ", ".join(f"{name} {count / windows:.0%}" for name, count in sorted(single.items(), key=lambda pair: -pair[1]))
-    return f"| {size} | {share:.0%} | {windows} | {found} ({found / windows:.1%}) | {told} | {f'{theirs} of {evidently}' if evidently else ''} | {seconds:.2f} |"
+_given: dict[str, Any] = {}  # what forked processes find
 
 
-def cut(corpus: Corpus, chance: np.random.Generator, size: int, share: float, number: int) -> tuple[list[str], list[str]]:
+def look(size: int, share: float, kind: str, windows: int) -> list[Seen]:
+    with get_context("fork").Pool(PROCESSES) as pool:
+        return pool.starmap(_judge, [(size, share, kind, number) for number in range(windows)], chunksize=5)
+
+
+def _judge(size: int, share: float, kind: str, number: int) -> Seen:
+    corpus, familiar = _given["corpus"], _given["familiar"]
+    change, service = KINDS[kind]
+    chance = np.random.default_rng([number, size, 1])
+    window, reference = draw_rows(corpus, size, share, number)
+    window, reference = change(window, reference, chance)
+    requests, feedback = asked(window, chance, service)
+    earlier, earlier_feedback = asked(window[:1] * EARLIER, chance, Service())
+    known = Reference(familiar, [], [row.text for row in reference], [Answered(row.answer, chance.normal(3.0, 0.5)) for row in reference])
+    started = time.perf_counter()
+    with threadpool_limits(1):
+        families, missing = all_families(requests, feedback | earlier_feedback, earlier, known, CONFIG)
+        assert not missing, missing
+        verdict, _, columns = judge(families, rate=CONFIG.false_alarm_rate, resamples=CONFIG.resamples, seed=number)
+    return Seen(verdict == "drift", [column.name for column in columns if column.p <= CONFIG.false_alarm_rate], time.perf_counter() - started)
+
+
+def draw_rows(corpus: Corpus, size: int, share: float, number: int) -> tuple[list[Row], list[Row]]:
     """(window, reference), no row in both."""
-    order, new = chance.permutation(len(corpus.pool)), round(size * share)
-    subject = corpus.new[number % len(corpus.new)]
-    window = [corpus.pool[place] for place in order[: size - new]] + [subject[place] for place in chance.permutation(len(subject))[:new]]
-    return window, [corpus.pool[place] for place in order[size - new :]]
+    chance, new = np.random.default_rng([number, size, round(100 * share)]), round(size * share)
+    order, subject = chance.permutation(len(corpus.pool)), corpus.new[number % len(corpus.new)]
+    rows = [corpus.pool[place] for place in order]
+    arrived = [Row(subject[place], rows[count].answer) for count, place in enumerate(chance.permutation(len(subject))[:new])]
+    return rows[: size - new] + arrived, rows[size:]
 
 
-def evidently_says(window: list[str], reference: list[str]) -> bool:
+def asked(rows: list[Row], chance: Chance, service: Service) -> tuple[list[Logged], dict[str, list[Feedback]]]:
+    """A request a row, every second one with feedback."""
+    failed, right = chance.random(len(rows)) < service.errors, chance.random(len(rows)) < service.right
+    latency, nll, salt = service.slower * chance.lognormal(4.0, 0.5, len(rows)), chance.normal(3.0 + service.nll, 0.5, len(rows)), chance.integers(1 << 40)
+    requests = [
+        Logged(
+            f"{salt}-{place}",
+            float(place),
+            "",
+            "champion",
+            1,
+            messages=(("user", row.text),),
+            answer=row.answer,
+            status=502 if failed[place] else 200,
+            latency_ms=latency[place],
+            prompt_nll=nll[place],
+        )
+        for place, row in enumerate(rows)
+    ]
+    return requests, {request.id: [Feedback(request.id, "", 0.0, float(right[place]))] for place, request in enumerate(requests) if place % 2}
+
+
+# --- the other kinds -------------------------------------------------------------------------------------------------------
+
+
+def same(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
+    return window, reference
+
+
+def more_of_one(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
+    """A tenth of the window gives way to rows of one of the five commonest subjects, taken from the reference."""
+    common = [name for name, _ in Counter(subject(row) for row in reference).most_common(5)]
+    chosen = common[chance.integers(5)]
+    extra = [row for row in reference if subject(row) == chosen][: len(window) // 10]
+    taken = {row.text for row in extra}
+    return [*window[len(extra) :], *extra], [*(row for row in reference if row.text not in taken), *window[: len(extra)]]
+
+
+def subject(row: Row) -> str:
+    return DOMAINS.get(row.answer, row.answer)
+
+
+def shorter(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
+    """A quarter of the prompts loses half of its words."""
+    cut = len(window) // 4
+    return [*(Row(" ".join(row.text.split()[: max(1, len(row.text.split()) // 2)]), row.answer) for row in window[:cut]), *window[cut:]], reference
+
+
+def longer(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
+    """A quarter of the prompts says another one as well."""
+    cut = len(window) // 4
+    return [*(Row(f"{one.text} {other.text}", one.answer) for one, other in zip(window[:cut], reference, strict=False)), *window[cut:]], reference
+
+
+def answering(text: str, share: float) -> Change:
+    """A share of the answers is `text`; "" for empty ones, "commonest" for the reference's commonest."""
+
+    def change(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
+        said = Counter(row.answer for row in reference).most_common(1)[0][0] if text == "commonest" else text
+        cut = round(share * len(window))
+        return [*(Row(row.text, said) for row in window[:cut]), *window[cut:]], reference
+
+    return change
+
+
+def one_question(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
+    """No drift, and not to be taken for it: a fifth of the requests asks one and the same, new question."""
+    text = _given["corpus"].new[0][int(chance.integers(50))]
+    cut = len(window) // 5
+    return [*window[cut:], *[Row(text, window[0].answer)] * cut], reference
+
+
+KINDS: dict[str, tuple[Change, Service]] = {
+    "none": (same, Service()),
+    "10 points more of one known subject": (more_of_one, Service()),
+    "a quarter of the prompts half as long": (shorter, Service()),
+    "a quarter twice as long": (longer, Service()),
+    "a tenth of the answers the commonest one": (answering("commonest", 0.1), Service()),
+    "3 % of the answers empty": (answering("", 0.03), Service()),
+    "3 % of the answers refusals": (answering("I cannot answer that.", 0.03), Service()),
+    "prompt NLL 0.1 up, its spread 0.5": (same, Service(nll=0.1)),
+    "right answers 80 % → 70 %, half with feedback": (same, Service(right=0.7)),
+    "errors 1 % → 4 %": (same, Service(errors=0.04)),
+    "latency up by a tenth": (same, Service(slower=1.1)),
+    "none: a fifth asks the same new question": (one_question, Service()),
+}
+
+
+# --- Evidently, and the texts -----------------------------------------------------------------------------------------------
+
+
+def evidently_says(window: list[Row], reference: list[Row]) -> bool:
     """Its drift preset on the text itself, as it comes (a classifier of the two sides)."""
     from evidently import DataDefinition, Dataset, Report
     from evidently.presets import DataDriftPreset
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sides = [Dataset.from_pandas(pd.DataFrame({"prompt": texts}), data_definition=DataDefinition(text_columns=["prompt"])) for texts in (window, reference)]
+        sides = [Dataset.from_pandas(pd.DataFrame({"prompt": [row.text for row in rows]}), data_definition=DataDefinition(text_columns=["prompt"])) for rows in (window, reference)]
         found: Any = json.loads(Report([DataDriftPreset()]).run(*sides).json())
     return bool(next(metric["value"]["count"] for metric in found["metrics"] if "count" in str(metric.get("value"))))
 
 
+def cells(found: list[Seen]) -> str:
+    drift, low = sum(one.drift for one in found), Counter(name for one in found for name in one.low)
+    told = ", ".join(f"{name} {count / len(found):.0%}" for name, count in low.most_common() if count >= 0.1 * len(found))
+    return f"{len(found)} | {drift} ({drift / len(found):.1%}) | {told or 'none in a tenth of the windows'}"
+
+
 def read_pydoc() -> Corpus:
-    """60 % of the standard library's rows are trained on."""
-    known, order = asked(["stdlib"]), np.random.default_rng(0)
-    shuffled = [known[place] for place in order.permutation(len(known))]
-    edge = int(0.6 * len(shuffled))
-    return Corpus(shuffled[:edge], shuffled[edge:], [asked(NEW_PACKAGES)])
+    """60 % of the standard library's rows are trained on; the answer is the module."""
+    known = rows_of(["stdlib"])
+    return split(known, [[row.text for row in rows_of(NEW_PACKAGES)]])
 
 
-def asked(packages: list[str]) -> list[str]:
-    return list(dict.fromkeys(row["messages"][0]["content"] for row in harvest(PydocSource(packages=packages, min_objects=1, summaries=0.0))))
+def rows_of(packages: list[str]) -> list[Row]:
+    turns = (row["messages"] for row in harvest(PydocSource(packages=packages, min_objects=1, summaries=0.0)))
+    return list({question["content"]: Row(question["content"], answer["content"]) for question, answer in turns}.values())
+
+
+DOMAINS: dict[str, str] = {}  # of each intent
 
 
 def read_clinc() -> Corpus:
-    """Five domains are known, the other five are new, one after another."""
+    """Five domains are known, the other five are new; the answer is the intent."""
     data, domains = (json.loads((CLINC / name).read_text(encoding="utf-8")) for name in ("data_full.json", "domains.json"))
-    names = list(domains)
-    domain = {intent: name for name in names for intent in domains[name]}
-    rows = [(text, domain[intent]) for split in ("train", "val", "test") for text, intent in data[split]]
-    known = [text for text, name in rows if name in names[:5]]
+    DOMAINS.update({intent: name for name in domains for intent in domains[name]})
+    rows = [Row(text, intent) for part in ("train", "val", "test") for text, intent in data[part]]
+    known, new = list(domains)[:5], list(domains)[5:]
+    return split([row for row in rows if subject(row) in known], [[row.text for row in rows if subject(row) == name] for name in new])
+
+
+def split(known: list[Row], new: list[list[str]]) -> Corpus:
     shuffled = [known[place] for place in np.random.default_rng(0).permutation(len(known))]
     edge = int(0.6 * len(shuffled))
-    return Corpus(shuffled[:edge], shuffled[edge:], [[text for text, name in rows if name == new] for new in names[5:]])
+    return Corpus([row.text for row in shuffled[:edge]], shuffled[edge:], new)
 
 
 if __name__ == "__main__":
