@@ -6,8 +6,9 @@ Fetched from the commit that made it (git and DVC), so that serving and rollback
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ SERVING = Path(".ratchet/serving")
 STATE = SERVING / "state.json"
 CARD = "serving.json"
 WEIGHTS = "adapter_model.safetensors"
-PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+YOUNG_SECONDS = 600.0
+FOLDER = re.compile(r"v(\d+)-[0-9a-f]+")
 
 
 class Generation(NamedTuple):
@@ -44,7 +47,7 @@ class Bundle(NamedTuple):
 def make_bundle(root: Path, *, name: str, version: int, commit: str, adapter_sha256: str) -> Bundle:
     """What is there already is returned at once. Raises CheckoutError: the commit or its files cannot be had; BaseModelError: they are not what the ledger says."""
     folder = root / SERVING / f"v{version}-{adapter_sha256[:12]}"
-    if not (folder / CARD).exists():
+    if not _is_whole(root, folder):
         base = _fetch_base(root, commit)
         with whole_folder(folder) as filling:
             _get(root, commit, "models/candidate", filling / "adapter")
@@ -55,40 +58,54 @@ def make_bundle(root: Path, *, name: str, version: int, commit: str, adapter_sha
 
 def check_adapter(folder: Path, sha256: str) -> None:
     """Raises BaseModelError: pickled files, code of its own, other bytes than the ledger's."""
-    names = sorted(path.name for path in folder.rglob("*"))
-    if pickled := [name for name in names if name.endswith(PICKLED)]:
-        raise BaseModelError(f"the adapter brings pickled files ({', '.join(pickled)})", remedy="only safetensors are loaded: unpickling runs code")
-    for path in folder.glob("*.json"):
-        if isinstance(found := read_json(path), dict) and "auto_map" in found:
-            raise BaseModelError(f"{path.name} names code of its own (`auto_map`)", remedy="take it out: no code that comes with a model is run")
+    check_harmless(folder)
+    names = sorted(path.name for path in folder.iterdir())
     if not (folder / WEIGHTS).exists():
         raise BaseModelError(f"the adapter has no {WEIGHTS}; it holds {', '.join(names[:6])}", remedy="ratchet retrain makes it anew")
     if (seen := sha256_file(folder / WEIGHTS)) != sha256:
         raise BaseModelError(f"the adapter has sha256 {seen[:12]}…, the ledger says {sha256[:12]}…", remedy="dvc pull; if it stays so, the cache is damaged")
 
 
-def forget_bundles(root: Path, keep: set[int]) -> None:
-    """Remove the folders of all other versions; bases that none of the kept ones needs go too."""
-    folders = {path: int(path.name[1:].partition("-")[0]) for path in (root / SERVING).glob("v*-*") if (path / CARD).exists()}
-    for path, version in folders.items():
-        if version not in keep:
-            shutil.rmtree(path, ignore_errors=True)
-    needed = {read_json(path / CARD)["base"] for path, version in folders.items() if version in keep}
-    for path in (root / SERVING / "bases").glob("*"):
-        if path.name not in needed and not path.name.startswith("."):
+def check_harmless(folder: Path) -> None:
+    """Raises BaseModelError: pickled files, or code of its own."""
+    paths = sorted(folder.rglob("*"))
+    if pickled := [path.name for path in paths if path.name.lower().endswith(PICKLED)]:
+        raise BaseModelError(f"{folder.name} brings pickled files ({', '.join(pickled)})", remedy="only safetensors are loaded: unpickling runs code")
+    for path in paths:
+        if path.suffix == ".json" and isinstance(found := read_json(path), dict) and "auto_map" in found:
+            raise BaseModelError(f"{path.name} names code of its own (`auto_map`)", remedy="take it out: no code that comes with a model is run")
+
+
+def forget_bundles(root: Path, keep: set[int], *, older_than: float = YOUNG_SECONDS) -> None:
+    """Remove all other versions, what a killed process left half, and bases that no kept version needs; younger ones may be wanted by somebody who has not said so yet."""
+    folders = {path: int(named[1]) for path in (root / SERVING).glob("v*") if (named := FOLDER.fullmatch(path.name))}
+    needed = {read_json(path / CARD)["base"] for path, version in folders.items() if version in keep and (path / CARD).exists()}
+    forgotten = [path for path, version in folders.items() if version not in keep]
+    forgotten += [path for path in (root / SERVING / "bases").glob("*") if path.name not in needed]
+    for path in [*forgotten, *(root / SERVING).glob(".v*.tmp")]:
+        if time.time() - path.stat().st_mtime >= older_than:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def read_state(root: Path) -> dict[str, Any] | None:
-    """What the gateway says of itself: {champion, challenger, share, loaded, refused: {"v3": reason}, at}. None before its first start."""
+    """What the gateway last said of itself: {champion, challenger, share, rollout, loaded, refused: {"v3": reason}, at (seconds since 1970)}. None before its first start."""
     path = root / STATE
     return read_json(path) if path.exists() else None
+
+
+def write_state(root: Path, state: dict[str, Any]) -> None:
+    write_json(root / STATE, state)
 
 
 def base_hash(root: Path, commit: str) -> str | None:
     """DVC's hash of models/base at a commit."""
     lock = YAML(typ="safe").load(git(root, "show", f"{commit}:dvc.lock"))
     return next((out["md5"] for out in lock["stages"].get("base", {}).get("outs", []) if out["path"] == "models/base"), None)
+
+
+def _is_whole(root: Path, folder: Path) -> bool:
+    """Or somebody removed parts of it."""
+    return (folder / CARD).exists() and (root / SERVING / "bases" / str(read_json(folder / CARD).get("base")) / "manifest.json").exists()
 
 
 def _read_bundle(root: Path, folder: Path, name: str, version: int) -> Bundle:
@@ -110,6 +127,7 @@ def _fetch_base(root: Path, commit: str) -> Path:
         with whole_folder(base) as filling:
             filling.rmdir()
             _get(root, commit, "models/base", filling)
+            check_harmless(filling)
     return base
 
 
@@ -132,8 +150,3 @@ def _settings(root: Path, commit: str) -> dict[str, Any]:
         "max_length": int((params.get("tokenize") or {}).get("max_length", defaults.tokenize.max_length)),
         "method": str((params.get("adapter") or {}).get("method", defaults.adapter.method)),
     }
-
-
-def write_state(root: Path, state: dict[str, Any]) -> None:
-    if not (root / STATE).exists() or json.loads((root / STATE).read_text(encoding="utf-8")) != state:
-        write_json(root / STATE, state)
