@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from ratchet.chat import ChatFormat
 from ratchet.config import Config
 from ratchet.errors import BaseModelError, BusyError, ServiceError, UserError
 from ratchet.examples import Message, read_examples
+from ratchet.gateway.decoding import Decoder
 from ratchet.gateway.engine import Ask, Ended, Piece
 from ratchet.gateway.local import LocalEngine
+from ratchet.gateway.transcript import Transcript
 from ratchet.inference import answer_likelihoods, greedy_answers
 from ratchet.models import WEIGHTS, load_adapter, load_base, load_tokenizer
 from ratchet.serving import Bundle, Generation
@@ -103,25 +106,16 @@ def test_versions_decoded_together_answer_as_each_does_alone(candidate: Path, ot
     assert found == [wanted[1 + number % 2][number] for number in range(len(prompts))]
 
 
-def test_twenty_swaps_under_load_lose_and_mix_nothing(candidate: Path, other: Path, tiny_base: Path, prompts: list[tuple[Message, ...]]) -> None:
-    wanted = {1: alone(prompts, candidate, tiny_base), 2: alone(prompts, other, tiny_base)}
+def test_long_prompts_that_join_by_parts_change_nothing(candidate: Path, other: Path, tiny_base: Path, prompts: list[tuple[Message, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def mixed(engine: LocalEngine) -> list[tuple[str, Ended, int]]:
+        return await asyncio.gather(*(take(engine, ask(number, prompt, version=1 + number % 2)) for number, prompt in enumerate(prompts)))
 
-    async def swap(engine: LocalEngine) -> int:
-        current, asked = 1, []
-        for turn in range(20):
-            asked += [asyncio.create_task(check(engine, current, number)) for number in range(turn % 5, len(prompts), 5)]
-            nxt = 3 - current
-            await engine.load(bundle(nxt, {1: candidate, 2: other}[nxt], tiny_base))
-            current = nxt
-            await asyncio.sleep(0.02)
-        return sum(await asyncio.gather(*asked))
-
-    async def check(engine: LocalEngine, version: int, number: int) -> int:
-        text, _, _ = await take(engine, ask(number, prompts[number], version=version))
-        assert text == wanted[version][number]
-        return 1
-
-    assert run(swap, bundle(1, candidate, tiny_base), max_batch=8, max_queue=400) > 80
+    versions = bundle(1, candidate, tiny_base), bundle(2, other, tiny_base)
+    whole = run(mixed, *versions, max_batch=4)
+    monkeypatch.setattr("ratchet.gateway.decoding.PREFILL_TOKENS", 1)
+    parts = run(mixed, *versions, max_batch=4)
+    assert [text for text, _, _ in parts] == [text for text, _, _ in whole]
+    assert [end.prompt_nll for _, end, _ in parts] == pytest.approx([end.prompt_nll for _, end, _ in whole], rel=1e-4)
 
 
 def test_a_version_that_is_unloaded_answers_no_more_and_the_others_do(candidate: Path, other: Path, tiny_base: Path, prompts: list[tuple[Message, ...]]) -> None:
@@ -191,14 +185,22 @@ def test_a_seed_repeats_a_sampled_answer_and_a_stop_string_ends_one(candidate: P
     assert text == first[: first.index(stop)] and end.finish == "stop"
 
 
-@pytest.mark.parametrize("fault", ["nan", "rank", "shape", "base", "garbage"])
+@pytest.mark.parametrize("fault", ["nan", "rank", "pissa", "dora", "shape", "base", "garbage"])
 def test_a_broken_adapter_is_refused_with_its_reason_and_the_champion_serves_on(
     fault: str, candidate: Path, tiny_base: Path, tmp_path: Path, prompts: list[tuple[Message, ...]]
 ) -> None:
     broken = tmp_path / "adapter"
     shutil.copytree(candidate, broken)
     spoil(broken, fault)
-    words = {"nan": "not finite", "rank": "rank is 4096", "shape": "does not fit the base", "base": "was trained on other/model", "garbage": "no safetensors file"}
+    words = {
+        "nan": "not finite",
+        "rank": "rank is 4096",
+        "pissa": "more than plain LoRA: init_lora_weights",
+        "dora": "more than plain LoRA: use_dora",
+        "shape": "does not fit the base",
+        "base": "was trained on other/model",
+        "garbage": "no safetensors file",
+    }
 
     async def try_it(engine: LocalEngine) -> str:
         with pytest.raises(BaseModelError, match=words[fault]):
@@ -216,5 +218,80 @@ def spoil(folder: Path, fault: str) -> None:
     elif fault == "garbage":
         (folder / WEIGHTS).write_bytes(b"not a tensor" * 10)
     else:
-        name, change = {"rank": ("adapter_config.json", {"r": 4096}), "base": ("manifest.json", {"base": {"model": "other/model", "revision": "f" * 40}})}[fault]
+        changes = {"rank": {"r": 4096}, "pissa": {"init_lora_weights": "pissa"}, "dora": {"use_dora": True}, "base": {"base": {"model": "other/model", "revision": "f" * 40}}}
+        name, change = "manifest.json" if fault == "base" else "adapter_config.json", changes[fault]
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+
+
+def test_another_adapter_under_a_number_that_is_loaded_is_refused(candidate: Path, other: Path, tiny_base: Path) -> None:
+    async def twice(engine: LocalEngine) -> None:
+        await engine.load(bundle(1, candidate, tiny_base))
+        with pytest.raises(BaseModelError, match="another v1 is loaded"):
+            await engine.load(bundle(1, other, tiny_base))
+
+    run(twice, bundle(1, candidate, tiny_base))
+
+
+def test_a_version_on_another_base_gets_a_model_of_its_own(candidate: Path, tiny_base: Path, tmp_path: Path, prompts: list[tuple[Message, ...]]) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+
+    async def both(engine: LocalEngine) -> list[str]:
+        said = [text for text, _, _ in await asyncio.gather(*(take(engine, ask(number, prompts[0], version=1 + number)) for number in range(2)))]
+        await engine.unload(2)
+        return said
+
+    assert len(set(run(both, bundle(1, candidate, tiny_base), bundle(2, candidate, tmp_path / "base")))) == 1
+
+
+@pytest.mark.parametrize("part", ["_prefill", "_step"])
+def test_a_model_that_fails_ends_those_answers_and_the_next_ones_come(
+    part: str, candidate: Path, tiny_base: Path, prompts: list[tuple[Message, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("out of memory\nin 3 GiB")
+
+    async def fail_once(engine: LocalEngine) -> list[str]:
+        monkeypatch.setattr(Decoder, part, fail)
+        with pytest.raises(ServiceError, match="the model failed: out of memory"):
+            await take(engine, ask(0, prompts[0], temperature=2.0, seed=0))
+        return [(await take(engine, ask(1, prompts[0])))[0]]
+
+    assert run(fail_once, bundle(1, candidate, tiny_base)) == alone(prompts[:1], candidate, tiny_base)
+
+
+def test_who_is_under_way_when_the_engine_closes_is_told(candidate: Path, tiny_base: Path, prompts: list[tuple[Message, ...]]) -> None:
+    async def close(engine: LocalEngine) -> None:
+        asked = [asyncio.create_task(take(engine, ask(number, prompts[0], max_tokens=60, temperature=2.0))) for number in range(20)]
+        await asyncio.sleep(0.05)
+        await engine.close()
+        found = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 10)
+        assert {type(one) for one in found} <= {tuple, ServiceError} and any(isinstance(one, ServiceError) for one in found)
+        with pytest.raises(ServiceError, match="the gateway stops"):
+            await take(engine, ask(0, prompts[0]))
+
+    run(close, bundle(1, candidate, tiny_base), max_batch=2)
+
+
+def test_a_stream_is_the_answer_in_whole_characters_however_the_tokens_cut_it(tiny_base: Path) -> None:
+    chat, draw = ChatFormat(load_tokenizer(tiny_base)), random.Random(3)
+    pool = chat.tokenizer.encode("  日本語 €uro 🙂🙃 naïve\n\n x . , ", add_special_tokens=False)
+    for _ in range(300):
+        ids = [draw.choice(pool) if draw.random() < 0.6 else draw.randrange(len(chat.tokenizer)) for _ in range(draw.randrange(1, 30))]
+        ids = [token for token in ids if token != chat.stop_id]
+        transcript = Transcript(lambda part: str(chat.tokenizer.decode(part, skip_special_tokens=True)))
+        assert "".join([*(transcript.add(token) for token in ids), transcript.end()]) == chat.decode_answer(ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "wanted"),
+    [("one two STOP three", ("STOP",), "one two"), ("a\n\nb", ("\n\n",), "a"), ("\n\nb", ("\n\n",), ""), ("S ST STO end", ("STOP",), "S ST STO end"), ("ab12", ("2", "1"), "ab")],
+)
+def test_no_part_of_a_stop_string_is_ever_sent(text: str, stops: tuple[str, ...], wanted: str) -> None:
+    transcript, sent = Transcript(lambda ids: "".join(map(chr, ids)), stops), ""
+    for token in map(ord, text):
+        sent += transcript.add(token)
+        assert wanted.startswith(sent)
+        if transcript.stopped:
+            break
+    assert sent + transcript.end() == wanted and transcript.stopped == (wanted != text)
