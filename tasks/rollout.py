@@ -2,37 +2,32 @@
 
 The chance that a rollout of an equal model ends wrongly is `rollout.alpha`, split over what may end it: a gain that is none (40 %),
 harm that is none (50 %, over four measures), and a split of users that only looks wrong (the rest; ratchet/anytime.py).
-A flow's task, not a stage; callers hold the lock `promote`.
+What follows from it stands in ratchet/rollout.py; MLflow is told here. A flow's task, not a stage.
 """
 
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ratchet.anytime import Bounds, Stratum, difference, split_e_value
-from ratchet.champion import Champion
 from ratchet.config import RolloutConfig
 from ratchet.errors import ServiceError
-from ratchet.registry import CHALLENGER, Version, drop_alias, get_alias, set_tag
+from ratchet.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, list_versions, set_tag
 from ratchet.request_log import Unit
-from ratchet.rollout import Rollout, end_rollout, write_rollout
+from ratchet.rollout import Rollout
 
 Action = Literal["hold", "advance", "promote", "roll_back", "stop", "no_evidence"]
-Say = Callable[[str], None]
 GAIN_SHARE, HARM_SHARE = 0.4, 0.5
 WRONG_SPLIT = 1000.0  # e-value: a split that is right gets there once in a thousand rollouts
 SUCCESS = "feedback"
 # What a value varies by, roughly: it decides where the bounds are tightest, never whether they hold.
 SCALES = {"feedback": 0.45, "errors": 0.1, "empty": 0.1, "latency": 0.5}
-ENDED = {"promote": "promoted", "roll_back": "rolled_back", "stop": "stopped", "no_evidence": "no_evidence"}
+MAX_TAG = 1000  # characters; more would hide the rest of MLflow's page
 
 
 class Look(NamedTuple):
@@ -41,6 +36,14 @@ class Look(NamedTuple):
     action: Action
     reason: str
     figures: dict[str, Any]
+
+
+class Registry(NamedTuple):
+    """What MLflow says at the moment; aliases as version numbers."""
+
+    versions: dict[int, Version]
+    champion: int | None
+    challenger: int | None
 
 
 class Outcomes(NamedTuple):
@@ -55,7 +58,8 @@ class Outcomes(NamedTuple):
 
 
 def look(units: list[Unit], rollout: Rollout, config: RolloutConfig, now: float) -> Look:
-    return judge(outcomes_of(units), rollout, config, now)
+    """Requests that came while the rollout was paused belong to no step: they are not compared."""
+    return judge(outcomes_of([unit for unit in units if unit.step >= 0]), rollout, config, now)
 
 
 def outcomes_of(units: list[Unit]) -> Outcomes:
@@ -75,6 +79,8 @@ def outcomes_of(units: list[Unit]) -> Outcomes:
 def judge(found: Outcomes, rollout: Rollout, config: RolloutConfig, now: float) -> Look:
     """Harm first, then gain, then time."""
     figures = _figures(found, rollout, config)
+    if rollout.shares[0] >= 1:
+        return Look("promote", "rollout.steps begins with 1.0: no comparison was wanted", figures)
     if wrong := _wrong_split(figures["steps"], rollout):
         return Look("stop", wrong, figures)
     if harm := _certain_harm(figures, config):
@@ -82,7 +88,7 @@ def judge(found: Outcomes, rollout: Rollout, config: RolloutConfig, now: float) 
     missing = _missing_for_promotion(figures, rollout, config)
     if not missing:
         return Look("promote", _gain_in_words(figures), figures)
-    if now - rollout.opened >= config.max_hours * 3600:
+    if now - rollout.opened - rollout.paused_seconds >= config.max_hours * 3600:
         return Look("no_evidence", f"{config.max_hours:g} h passed without enough evidence: {'; '.join(missing)}", figures)
     waiting = _missing_for_step(figures, rollout, config, now)
     if not waiting:
@@ -190,62 +196,28 @@ def _said(found: dict[str, Any]) -> str:
     return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
 
 
-# --- what a look does to the files and the registry ----------------------------------------------------------------
+# --- MLflow ----------------------------------------------------------------------------------------------------------------
 
 
-def open_rollout(root: Path, config: RolloutConfig, version: Version, champion: Champion, now: float) -> Rollout:
-    """The first step. The caller has checked the gate."""
-    rollout = Rollout(
-        id=uuid.uuid4().hex[:12],
-        name=version.name,
-        version=version.number,
-        champion=champion.version,
-        commit=version.tags["git_commit"],
-        adapter_sha256=version.tags["adapter_sha256"],
-        salt=uuid.uuid4().hex,
-        step=0,
-        shares=list(config.steps),
-        state="open",
-        opened=now,
-        step_since=now,
-    )
-    write_rollout(root, rollout)
-    return rollout
-
-
-def apply(root: Path, rollout: Rollout, seen: Look, now: float) -> Rollout:
-    """The rollout after a look; ended ones leave the gateway's sight. `promote` is for the caller, who ends it when the champion has moved."""
-    changes: dict[str, Any] = {"why": seen.reason, "last": seen.figures}
-    if seen.action == "advance":
-        changes |= {"step": rollout.step + 1, "step_since": now}
-    rollout = msgspec.structs.replace(rollout, **changes)
-    if seen.action in ("roll_back", "stop", "no_evidence"):
-        return finish(root, rollout, ENDED[seen.action], why=seen.reason, by="rollout", now=now)
-    write_rollout(root, rollout)
-    return rollout
-
-
-def set_state(root: Path, rollout: Rollout, state: Literal["open", "paused"], *, by: str, now: float) -> Rollout:
-    """Pausing takes the challenger from everybody; the step starts anew when it goes on, so that its minutes count."""
-    rollout = msgspec.structs.replace(rollout, state=state, by=by, step_since=now if state == "open" else rollout.step_since)
-    write_rollout(root, rollout)
-    return rollout
-
-
-def finish(root: Path, rollout: Rollout, state: str, *, why: str, by: str, now: float) -> Rollout:
-    rollout = msgspec.structs.replace(rollout, state=state, why=why, by=by, ended=now)
-    end_rollout(root, rollout)
-    return rollout
-
-
-def tell_registry(rollout: Rollout, say: Say) -> bool:
-    """MLflow's tags follow; one that ended is no challenger any more. False when MLflow does not answer: the next look tells it."""
+def read_registry(name: str) -> Registry:
+    """Raises ServiceError: MLflow does not answer, or answers garbage."""
     try:
-        for key, value in {"rollout_state": rollout.state, "rollout_share": f"{rollout.share:g}", "rollout_reason": rollout.why[:1000]}.items():
-            set_tag(rollout.name, rollout.version, key, value)
-        if rollout.ended is not None and get_alias(rollout.name, CHALLENGER) == rollout.version:
-            drop_alias(rollout.name, CHALLENGER)
-    except ServiceError as error:
-        say(f"MLflow hears of it later: {error}")
-        return False
-    return True
+        return Registry({version.number: version for version in list_versions(name)}, get_alias(name, CHAMPION), get_alias(name, CHALLENGER))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # what MLflow's client makes of a body that it cannot read
+        raise ServiceError(f"MLflow's answer about {name} cannot be read: {type(error).__name__}: {error}", remedy="MLFLOW_TRACKING_URI names an MLflow server?") from error
+
+
+def follow(registry: Registry, rollout: Rollout) -> None:
+    """Bring MLflow up to the file: tags of the state, and no alias `challenger` on one whose rollout has ended. Raises ServiceError.
+
+    A reason is written with its state only: it changes at each look, and each change in the registry asks for a look.
+    """
+    version = registry.versions.get(rollout.version)
+    if version is None:
+        return
+    told = {"rollout_state": rollout.state, "rollout_share": f"{rollout.share:g}"}
+    if not told.items() <= version.tags.items():
+        for key, value in {**told, "rollout_reason": rollout.why[:MAX_TAG]}.items():
+            set_tag(version.name, version.number, key, value)
+    if rollout.ended is not None and registry.challenger == rollout.version:
+        drop_alias(rollout.name, CHALLENGER)
