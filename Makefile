@@ -14,8 +14,9 @@ demo: $(VENV)/.core
 
 install: $(VENV)/.core
 
+# A process a core, one thread each; a file's tests stay together and share what they made.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-e2e: $(VENV)/.dev
 	$(BIN)/python -m pytest -m e2e

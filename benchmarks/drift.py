@@ -120,8 +120,8 @@ def _judge(size: int, share: float, kind: str, number: int) -> Seen:
     with threadpool_limits(1):
         families, missing = all_families(requests, feedback | earlier_feedback, earlier, known, CONFIG)
         assert not missing, missing
-        verdict, _, columns = judge(families, rate=CONFIG.false_alarm_rate, resamples=CONFIG.resamples, seed=number)
-    return Seen(verdict == "drift", [column.name for column in columns if column.p <= CONFIG.false_alarm_rate], time.perf_counter() - started)
+        found = judge(families, rate=CONFIG.false_alarm_rate, resamples=CONFIG.resamples, seed=number)
+    return Seen(found.drift, [column.name for column in found.columns if column.p <= CONFIG.false_alarm_rate], time.perf_counter() - started)
 
 
 def draw_rows(corpus: Corpus, size: int, share: float, number: int) -> tuple[list[Row], list[Row]]:

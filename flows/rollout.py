@@ -25,12 +25,13 @@ from ratchet.registry import CHALLENGER, drop_alias
 from ratchet.report import rollout_card
 from ratchet.request_log import open_log
 from ratchet.rollout import Rollout, advance, finish, note_look, open_rollout, pause, read_ended, read_rollout, resume
-from ratchet.serving import STATE, read_state
+from ratchet.serving import read_state
 from ratchet.workspace import who
 from tasks.rollout import Look, Registry, follow, look, read_registry
 
 Say = Callable[[str], None]
 NOTHING: dict[str, Any] = {"why": "no rollout is open"}
+REFUSED_SECONDS = 150.0  # the gateway tries each minute: it failed three times
 ENDS = {"roll_back": "rolled_back", "stop": "stopped", "no_evidence": "no_evidence"}
 
 
@@ -121,11 +122,12 @@ def _settle(root: Path, config: Config, say: Say) -> Rollout | None:
 
 
 def _refusal(root: Path, current: Rollout) -> str | None:
-    """Only what the gateway said since the rollout was opened."""
-    path = root / STATE
-    if not path.exists() or path.stat().st_mtime < current.opened:
+    """What the gateway has said since the rollout was opened, and kept to when it tried again: what passes must not end a rollout."""
+    state = read_state(root) or {}
+    since = (state.get("refused_since") or {}).get(f"v{current.version}", 0.0)
+    if since < current.opened or time.time() - since < REFUSED_SECONDS:
         return None
-    refused: dict[str, str] = (read_state(root) or {}).get("refused") or {}
+    refused: dict[str, str] = state.get("refused") or {}
     return refused.get(f"v{current.version}")
 
 

@@ -239,7 +239,7 @@ class MonitorConfig(Section):
     cron: str = Field(default="0 * * * *", description="schedule of the deployment, in cron's form, UTC")
     window: Count = Field(default=500, description="newest requests that are looked at")
     max_age_hours: float = Field(default=168.0, gt=0, description="age of the oldest request that is looked at, in hours")
-    min_requests: int = Field(default=200, ge=20, description="requests under which no verdict is given")
+    min_prompts: int = Field(default=200, ge=20, description="distinct prompts in the window under which no verdict is given")
     false_alarm_rate: float = Field(default=0.05, gt=0, lt=0.5, description="share of windows without drift in which the verdict may be `drift`")
     resamples: int = Field(default=2000, ge=200, description="reference-against-reference draws that the thresholds come from")
     topics: Count = Field(default=8, description="topics that are named, at most")

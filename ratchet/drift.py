@@ -23,7 +23,7 @@ from ratchet.surprise import Stems
 Values = NDArray[np.float64]
 Draws = NDArray[np.float32]  # (1 + resamples, rows): 1 where a row is in the window; the first is the window itself
 # Most of the error goes to what tells new subjects best (docs/benchmarks.md); what it cannot see, the others must.
-WEIGHTS = {"novelty": 0.5, "surprise": 0.15, "form and mix": 0.15, "answers": 0.1, "service": 0.1}
+WEIGHTS = {"novelty": 0.45, "surprise": 0.15, "form and mix": 0.15, "answers": 0.05, "prompt NLL": 0.05, "feedback": 0.05, "errors": 0.05, "latency": 0.05}
 PROMPTS = ("novelty", "surprise", "form and mix")  # families over the same rows
 COMMON, FREQUENT = 5, 8  # rows that hold a word, rows of a kind: under these a frequency says nothing
 
@@ -51,6 +51,7 @@ class Verdict(msgspec.Struct, frozen=True):
     columns: list[Column] = []
     topics: list[Topic] = []
     missing: list[str] = []  # families without a reference, with the reason
+    moved: list[str] = []  # families that differ, the clearest first; all corrected for each other
 
 
 class Measure(NamedTuple):
@@ -72,14 +73,22 @@ class Family(NamedTuple):
     measures: list[Measure]
 
 
-def judge(families: list[Family], *, rate: float, resamples: int, seed: int) -> tuple[str, float, list[Column]]:
-    """("drift" or "no drift", p of all together, columns)."""
+class Judged(NamedTuple):
+    drift: bool
+    p: float  # of all families together
+    columns: list[Column]
+    moved: list[str]  # as in Verdict
+
+
+def judge(families: list[Family], *, rate: float, resamples: int, seed: int) -> Judged:
+    """`rate`: share of windows without drift in which `drift` may come out true."""
     total = sum(WEIGHTS[family.name] for family in families)
     columns: list[Column] = []
+    moved: dict[str, float] = {}  # with its p, corrected for all others
     together = 1.0
     for number, same_rows in enumerate(_by_rows(families)):
         draws = draw(same_rows[0].window, same_rows[0].reference, resamples, seed + number)
-        smallest = np.full(len(draws), np.inf)
+        smallest, alone = np.full(len(draws), np.inf), dict[str, float]()
         for family in same_rows:
             weight = WEIGHTS[family.name] / total
             statistics = [measure.statistic(draws) for measure in family.measures]
@@ -88,10 +97,15 @@ def judge(families: list[Family], *, rate: float, resamples: int, seed: int) -> 
                 for one, found in zip(family.measures, statistics, strict=True)
             ]
             lowest = np.min([_log_tail(found) for found in statistics], axis=0)
-            smallest = np.minimum(smallest, _p_values(-lowest) / weight)
+            weighted = _p_values(-lowest) / weight
+            alone[family.name] = float(weighted[0])
+            smallest = np.minimum(smallest, weighted)
         share = sum(WEIGHTS[family.name] for family in same_rows) / total
-        together = min(together, float(_p_values(-smallest)[0]) / share)
-    return ("drift" if together <= rate else "no drift"), together, columns
+        p = float(_p_values(-smallest)[0]) / share
+        together = min(together, p)
+        if p <= rate:  # the clearest family may be over the rate by itself: p counts that the families of these rows go together
+            moved |= {name: found for name, found in alone.items() if found <= max(rate, min(alone.values()))}
+    return Judged(together <= rate, min(1.0, together), columns, sorted(moved, key=lambda name: moved[name]))
 
 
 def _by_rows(families: list[Family]) -> list[list[Family]]:
@@ -137,14 +151,12 @@ def _log_tail(statistic: Values) -> Values:
 
 
 def higher(name: str, values: Values, window: int) -> Measure:
-    """One-sided: the window's mean is higher. A row without a value (NaN) speaks neither for nor against."""
-    filled = _filled(values)
-    return Measure(name, "higher", lambda draws: _difference(filled, draws), *_means(values, window))
+    """One-sided: the window's mean is higher. Each row needs a value; what only some rows have is a family of those rows."""
+    return Measure(name, "higher", lambda draws: _difference(values, draws), *_means(values, window))
 
 
 def lower(name: str, values: Values, window: int) -> Measure:
-    filled = _filled(values)
-    return Measure(name, "lower", lambda draws: -_difference(filled, draws), *_means(values, window))
+    return Measure(name, "lower", lambda draws: -_difference(values, draws), *_means(values, window))
 
 
 def other(name: str, values: Values, window: int) -> Measure:
@@ -194,11 +206,7 @@ def novelty(rarity: Values, stems: Stems, window: int) -> Measure:
 
 
 def _means(values: Values, window: int) -> tuple[float, float]:
-    return float(np.nanmean(values[:window])), float(np.nanmean(values[window:]))
-
-
-def _filled(values: Values) -> Values:
-    return np.where(np.isnan(values), np.nanmean(values), values)
+    return float(values[:window].mean()), float(values[window:].mean())
 
 
 def _difference(values: Values, draws: Draws) -> Values:

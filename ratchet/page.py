@@ -50,7 +50,7 @@ def gather(root: Path, config: Config) -> dict[str, Any]:
         "project": config.project.name,
         "at": now,
         "false_alarm_rate": config.monitor.false_alarm_rate,
-        "min_requests": config.monitor.min_requests,
+        "min_prompts": config.monitor.min_prompts,
         "margins": {"feedback": config.rollout.min_gain, "errors": config.rollout.error_margin, "empty": config.rollout.empty_margin, "latency": config.rollout.latency_margin},
         "days": DAYS,
         "champion": _part(lambda: _champion(root)),
@@ -119,6 +119,7 @@ def _whole(raw: dict[str, Any]) -> dict[str, Any]:
         "columns": [_column(column) for column in raw.get("columns") or []],
         "topics": [_topic(topic) for topic in raw.get("topics") or []],
         "missing": [str(line) for line in raw.get("missing") or []],
+        "report": str(raw.get("report") or ""),
         "decision": {"retrain": bool(decision.get("retrain")), "for": list(decision.get("for") or []), "against": list(decision.get("against") or [])},
     }
 

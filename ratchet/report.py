@@ -27,7 +27,8 @@ def drift_card(found: dict[str, Any]) -> str:
     """A verdict of the monitor as Markdown: what was seen, which topics grew, and why it does or does not retrain."""
     lines = [f"## {found['verdict']} on {found['rows']} requests to v{found['version']}", ""]
     if found["p"] is not None:
-        lines += [f"p = {found['p']:.4f} for all columns together", "", "| column | p |", "|---|---|"]
+        moved = f"; what moved: {', '.join(found['moved'])}" if found.get("moved") else ""
+        lines += [f"p = {found['p']:.4f} for all columns together{moved}", "", "| column | p |", "|---|---|"]
         lines += [f"| {column['name']} | {column['p']:.4f} |" for column in sorted(found["columns"], key=lambda column: column["p"])]
     for topic in found["topics"]:
         lines += ["", f"**{topic['name']}**: {topic['share']:.1%} of the requests, {topic['reference_share']:.1%} of the reference", ""]

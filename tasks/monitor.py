@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +19,7 @@ import numpy as np
 
 from ratchet.champion import Champion
 from ratchet.config import Config, MonitorConfig
-from ratchet.drift import Family, Verdict, higher, judge, lower, mix, novelty, other, subjects
+from ratchet.drift import PROMPTS, Family, Measure, Verdict, higher, judge, lower, mix, novelty, other, subjects
 from ratchet.examples import normalise, read_examples
 from ratchet.files import whole_folder, write_json
 from ratchet.regions import Topic
@@ -32,6 +33,7 @@ VERDICTS = FOLDER / "verdicts.jsonl"
 LEAST_ROWS = 30  # rows of a side under which a family is left out
 MOST_ROWS = 5000  # rows of a reference; at ten times the window, more would add nothing but time
 Row = TypeVar("Row")
+NOT_TAUGHT = {"errors", "latency"}  # families that no training mends
 REFUSALS = ("i cannot", "i can't", "i am unable", "i'm unable", "i'm sorry", "i am sorry", "as an ai")
 
 
@@ -93,31 +95,27 @@ def load_reference(prepared: Path, evaluation: Path) -> Reference:
 def measure(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged], reference: Reference, config: Config) -> Verdict:
     """A question that was asked many times counts once among prompts and answers: a hundred people with one question are no new subject."""
     monitor, prompts = config.monitor, list(by_prompt(window))
-    too_few = Verdict("too few", None, len(window), len(prompts), monitor.min_requests)
+    too_few = Verdict("too few", None, len(window), len(prompts), monitor.min_prompts)
     if window and not any(request.messages for request in window):
         return msgspec.structs.replace(too_few, missing=["the request log keeps no texts (request_log.texts): prompts cannot be compared"])
     if len(reference.prompts) < LEAST_ROWS:
         return msgspec.structs.replace(too_few, missing=[f"the champion has {len(reference.prompts)} validation and test rows to compare with; wanted {LEAST_ROWS}"])
-    if len(prompts) < monitor.min_requests:
+    if len(prompts) < monitor.min_prompts:
         return too_few
     families, missing = all_families(window, feedback, earlier, reference, monitor)
-    verdict, p, columns = judge(families, rate=monitor.false_alarm_rate, resamples=monitor.resamples, seed=monitor.seed)
+    found = judge(families, rate=monitor.false_alarm_rate, resamples=monitor.resamples, seed=monitor.seed)
     topics: list[Topic] = []
-    if verdict == "drift":
+    if found.drift and set(found.moved) & set(PROMPTS):
         topics = find_topics(prompts, reference.prompts, reference.training, most=monitor.topics, seed=monitor.seed)
-    return Verdict(verdict, p, len(window), len(prompts), monitor.min_requests, columns, topics, missing)
+    return Verdict("drift" if found.drift else "no drift", found.p, len(window), len(prompts), monitor.min_prompts, found.columns, topics, missing, found.moved)
 
 
 def all_families(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged], reference: Reference, monitor: MonitorConfig) -> tuple[list[Family], list[str]]:
     """Those that have a reference, and why the others have none."""
     asked = by_prompt(window)
-    families, missing = input_families(list(asked), reference.prompts, reference.familiar, monitor), []
-    for name, family in (("answers", answer_family(asked, reference, monitor)), ("service", service_family(window, feedback, earlier))):
-        if isinstance(family, Family):
-            families.append(family)
-        else:
-            missing.append(f"{name}: {family}")
-    return families, missing
+    families = input_families(list(asked), reference.prompts, reference.familiar, monitor)
+    others = [*answer_families(asked, reference, monitor), *service_families(window, feedback, earlier)]
+    return [*families, *(one for one in others if isinstance(one, Family))], [one for one in others if isinstance(one, str)]
 
 
 def by_prompt(window: list[Logged]) -> dict[str, Logged]:
@@ -144,23 +142,21 @@ def input_families(prompts: list[str], reference: list[str], familiar: Familiar,
     return [Family(name, window, len(before), measures) for name, measures in families.items()]
 
 
-def answer_family(asked: dict[str, Logged], reference: Reference, monitor: MonitorConfig) -> Family | str:
-    """How it is answered, against the champion's answers on its own test rows; or why that cannot be told."""
+def answer_families(asked: dict[str, Logged], reference: Reference, monitor: MonitorConfig) -> list[Family | str]:
+    """How it is answered, and how the prompts surprise the model itself, against the champion's own test rows."""
     mine = [Answered(request.answer, request.prompt_nll) for request in asked.values() if request.status == 200]
     theirs = _at_most(reference.answers, monitor.seed)
-    if min(len(mine), len(theirs)) < LEAST_ROWS:
-        return f"{len(mine)} answers and {len(theirs)} of the reference; wanted {LEAST_ROWS}"
     both, size = [*mine, *theirs], len(mine)
+    if min(size, len(theirs)) < LEAST_ROWS:
+        return [f"answers: {size} in this window and {len(theirs)} of the champion's test rows; wanted {LEAST_ROWS}"]
     measures = [
         other("answer length (log characters)", np.array([math.log1p(len(one.answer)) for one in both]), size),
         mix("mix of answers", _kinds([one.answer for one in both]), size),
         higher("empty answers", np.array([float(not one.answer.strip()) for one in both]), size),
         higher("refusals", np.array([float(one.answer.lower().startswith(REFUSALS)) for one in both]), size),
     ]
-    surprise = np.array([math.nan if one.prompt_nll is None else one.prompt_nll for one in both])
-    if _is_told(surprise, size):
-        measures.append(higher("prompt NLL (nats a token)", surprise, size))
-    return Family("answers", size, len(theirs), measures)
+    surprise = [[one.prompt_nll for one in side if one.prompt_nll is not None] for side in (mine, theirs)]
+    return [Family("answers", size, len(theirs), measures), _one_column("prompt NLL", "prompt NLL (nats a token)", higher, surprise[0], surprise[1])]
 
 
 def _kinds(answers: list[str]) -> Any:
@@ -169,25 +165,22 @@ def _kinds(answers: list[str]) -> Any:
     return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
-def service_family(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged]) -> Family | str:
-    """Errors, latency and feedback against the same champion's earlier traffic."""
-    if min(len(window), len(earlier)) < LEAST_ROWS:
-        return f"{len(earlier)} earlier requests to this champion; wanted {LEAST_ROWS}"
-    both, size = [*window, *earlier], len(window)
-    measures = [higher("errors", np.array([float(one.status >= 500) for one in both]), size)]
-    latency = np.array([math.log1p(one.latency_ms) if one.status == 200 else math.nan for one in both])
-    if _is_told(latency, size):
-        measures.append(higher("latency (log ms)", latency, size))
-    scores = np.array([_score(feedback.get(one.id, [])) for one in both])
-    if _is_told(scores, size):
-        measures.append(lower("feedback", scores, size))
-    return Family("service", size, len(earlier), measures)
+def service_families(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged]) -> list[Family | str]:
+    """Feedback, errors and latency, each among the requests that have it, against the same champion's earlier traffic."""
+    scores = [[score for one in side if (score := _score(feedback.get(one.id, []))) is not None] for side in (window, earlier)]
+    failed = [[float(one.status >= 500) for one in side] for side in (window, earlier)]
+    waited = [[math.log1p(one.latency_ms) for one in side if one.status == 200] for side in (window, earlier)]
+    return [
+        _one_column("feedback", "feedback", lower, *scores),
+        _one_column("errors", "errors", higher, *failed),
+        _one_column("latency", "latency (log ms)", higher, *waited),
+    ]
 
 
-def _is_told(values: Any, size: int) -> bool:
-    """Whether both sides have values enough."""
-    told = ~np.isnan(values)
-    return bool(min(told[:size].sum(), told[size:].sum()) >= LEAST_ROWS)
+def _one_column(family: str, name: str, measured: Callable[[str, Any, int], Measure], window: list[float], before: list[float]) -> Family | str:
+    if min(len(window), len(before)) < LEAST_ROWS:
+        return f"{family}: {len(window)} in this window and {len(before)} to compare with; wanted {LEAST_ROWS}"
+    return Family(family, len(window), len(before), [measured(name, np.array([*window, *before]), len(window))])
 
 
 def _at_most(rows: list[Row], seed: int) -> list[Row]:
@@ -197,19 +190,21 @@ def _at_most(rows: list[Row], seed: int) -> list[Row]:
     return [rows[place] for place in sorted(np.random.default_rng(seed).choice(len(rows), MOST_ROWS, replace=False))]
 
 
-def _score(feedback: list[Feedback]) -> float:
+def _score(feedback: list[Feedback]) -> float | None:
     scores = [said.score for said in feedback if said.score is not None]
-    return sum(scores) / len(scores) if scores else math.nan
+    return sum(scores) / len(scores) if scores else None
 
 
 def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
-    """Drift and enough labelled rows and budget and cool-down; each reason with its figure."""
+    """Drift in something that training can change, enough labelled rows, budget and cool-down; each reason with its figure."""
     monitor = config.monitor
     reasons = [*verdict.missing, f"{verdict.distinct} distinct prompts, wanted {verdict.needed}"]
     said = reasons[0] if verdict.p is None else f"p = {verdict.p:.4f}, monitor.false_alarm_rate {monitor.false_alarm_rate:g}"
     since = facts.hours_since_retrain
+    moved = ", ".join(verdict.moved)
     checks = [
-        (verdict.verdict == "drift", f"{verdict.verdict} ({said})"),
+        (verdict.verdict == "drift", f"{verdict.verdict} ({said})" + (f": {moved}" if moved else "")),
+        (bool(set(verdict.moved) - NOT_TAUGHT) or verdict.verdict != "drift", f"what moved: {moved or 'nothing'}; training changes no {' and no '.join(sorted(NOT_TAUGHT))}"),
         (monitor.retrain, f"monitor.retrain is {str(monitor.retrain).lower()}"),
         (facts.new_rows >= monitor.min_new_rows, f"{facts.new_rows} labelled rows that the champion has not seen, monitor.min_new_rows {monitor.min_new_rows}"),
         (facts.retrains_week < monitor.max_retrains_per_week, f"{facts.retrains_week} retrainings in seven days, monitor.max_retrains_per_week {monitor.max_retrains_per_week}"),

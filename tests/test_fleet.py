@@ -124,7 +124,7 @@ def test_before_the_first_champion_nobody_answers_and_the_reason_is_said(place: 
         await until(lambda: place.state().get("champion") == 1)
         state = place.state()
         assert abs(state.pop("at") - time.time()) < 60
-        assert state == {"champion": 1, "challenger": None, "share": 0.0, "rollout": "", "loaded": [1], "refused": {}}
+        assert state == {"champion": 1, "challenger": None, "share": 0.0, "rollout": "", "loaded": [1], "refused": {}, "refused_since": {}}
 
     follow(place, work)
 
@@ -254,7 +254,7 @@ def test_a_challenger_that_is_broken_is_refused_with_its_reason_and_the_champion
         place.crown(1)
         place.roll_out(2, champion=1, share=0.9)
         await until(lambda: "v2" in place.state().get("refused", {}))
-        assert "not finite" in place.state()["refused"]["v2"]
+        assert "not finite" in place.state()["refused"]["v2"] and abs(place.state()["refused_since"]["v2"] - time.time()) < 60
         assert {fleet.choose(f"user{number}").version for number in range(50)} == {1}
         (place.root / ROLLOUT).unlink()
         await until(lambda: place.state()["refused"] == {})

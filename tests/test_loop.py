@@ -18,7 +18,7 @@ import pytest
 from ratchet.config import Config
 from ratchet.config_doc import render_params
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent
 COLOURS = ["red", "blue", "green", "white"]
 

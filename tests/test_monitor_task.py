@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from ratchet.config import Config, MonitorConfig
-from ratchet.drift import Family, Verdict
+from ratchet.drift import Verdict
 from ratchet.request_log import Feedback, Logged
 from ratchet.surprise import Familiar
-from tasks.monitor import MOST_ROWS, Answered, Reference, answer_family, by_prompt, input_families, measure, service_family, write_report
+from tasks.monitor import MOST_ROWS, Answered, Reference, all_families, by_prompt, input_families, measure, write_report
 
-CONFIG = Config(monitor=MonitorConfig(resamples=400, min_requests=100))
+CONFIG = Config(monitor=MonitorConfig(resamples=400, min_prompts=100))
 WORDS = [
     "open",
     "close",
@@ -88,26 +88,30 @@ def test_fast_failures_do_not_look_like_fast_answers():
     earlier = window(300, 5)
     slow = [request(number, prompt, latency_ms=40.0) for number, prompt in enumerate(prompts(150, 6))]
     failing = [request(500 + number, prompt, latency_ms=0.1, status=502) for number, prompt in enumerate(prompts(100, 7))]
-    family = service_family([*slow, *failing], {}, earlier)
-    assert isinstance(family, Family)
-    latency = next(one for one in family.measures if one.name.startswith("latency"))
-    assert latency.value == pytest.approx(np.log1p(40.0)) and latency.value > latency.reference
+    assert shown([*slow, *failing], {}, earlier)["latency"] == pytest.approx((np.log1p(40.0), np.mean([np.log1p(one.latency_ms) for one in earlier])))
 
 
-def test_feedback_is_shown_as_the_mean_of_those_who_spoke():
+def shown(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged]) -> dict[str, tuple[float, float]]:
+    """Family → (window, reference), of families with one column."""
+    families, _ = all_families(window, feedback, earlier, reference(), CONFIG.monitor)
+    return {family.name: (family.measures[0].value, family.measures[0].reference) for family in families if len(family.measures) == 1}
+
+
+def test_feedback_is_compared_among_those_who_spoke():
     requests, earlier = window(200, 8), [msgspec.structs.replace(one, id=f"e{one.id}") for one in window(200, 9)]
-    said = {one.id: [Feedback(one.id, "", 0.0, 0.5)] for one in requests[:60]} | {one.id: [Feedback(one.id, "", 0.0, 1.0)] for one in earlier[:60]}
-    family = service_family(requests, said, earlier)
-    assert isinstance(family, Family)
-    assert next((one.value, one.reference) for one in family.measures if one.name == "feedback") == (0.5, 1.0)
+    said = {one.id: [Feedback(one.id, "", 0.0, 0.5)] for one in requests[:60]} | {one.id: [Feedback(one.id, "", 0.0, 1.0)] for one in earlier[:90]}
+    families, _ = all_families(requests, said, earlier, reference(), CONFIG.monitor)
+    found = next(family for family in families if family.name == "feedback")
+    assert (found.window, found.reference) == (60, 90) and shown(requests, said, earlier)["feedback"] == (0.5, 1.0)
 
 
-def test_the_models_surprise_is_compared_where_some_requests_have_none():
+def test_the_models_surprise_is_compared_among_the_requests_that_have_it():
     mixed = [msgspec.structs.replace(one, prompt_nll=None) if number % 2 else one for number, one in enumerate(window())]
-    family = answer_family(by_prompt(mixed), reference(), CONFIG.monitor)
-    assert isinstance(family, Family) and family.measures[-1].name.startswith("prompt NLL") and np.isfinite(family.measures[-1].value)
-    without = answer_family(by_prompt(window(prompt_nll=None)), reference(), CONFIG.monitor)
-    assert isinstance(without, Family) and not any(one.name.startswith("prompt NLL") for one in without.measures)
+    families, _ = all_families(mixed, {}, [], reference(), CONFIG.monitor)
+    found = next(family for family in families if family.name == "prompt NLL")
+    assert found.window == (len(mixed) + 1) // 2 and 3.0 <= found.measures[0].value <= 4.0
+    families, missing = all_families(window(prompt_nll=None), {}, [], reference(), CONFIG.monitor)
+    assert "prompt NLL" not in {family.name for family in families} and any(line.startswith("prompt NLL: 0 in this window") for line in missing)
 
 
 def test_a_reference_is_sampled_where_it_is_much_larger_than_a_window():

@@ -277,7 +277,10 @@ def test_a_promotion_waits_for_a_clean_checkout_and_one_that_was_cut_off_is_take
 def test_a_rollback_ends_the_rollout_and_a_refused_version_is_stopped(root: Path):  # noqa: F811
     challenge(root)
     step(root)
-    write_state(root, {"refused": {"v2": "3 of 9 weights are not finite"}})
+    write_state(root, {"refused": {"v2": "3 of 9 weights are not finite"}, "refused_since": {"v2": time.time()}})
+    assert step(root)[0]["state"] == "open", "it may pass: the gateway tries again"
+    write_rollout(root, msgspec.structs.replace(read_rollout(root), opened=time.time() - 1000))
+    write_state(root, {"refused": {"v2": "3 of 9 weights are not finite"}, "refused_since": {"v2": time.time() - 200}})
     found, _ = step(root)
     assert found["state"] == "stopped" and "not finite" in found["why"]
     reign_more(root)

@@ -41,6 +41,10 @@ def find_free_ports(count: int) -> list[int]:
             one.close()
 
 
+def write_params(root: Path, config: Config) -> None:
+    (root / "params.yaml").write_text(json.dumps({"services": config.services.model_dump(), "gateway": {"port": config.gateway.port}}))
+
+
 @pytest.fixture
 def config() -> Config:
     return make_config(*find_free_ports(3))
@@ -220,7 +224,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Co
     for name in ("deployments", "events", "watch"):
         shutil.copy(Path(__file__).parents[1] / "flows" / f"{name}.py", root / "flows")
     config = make_config(*find_free_ports(3))
-    (root / "params.yaml").write_text(json.dumps({"services": config.services.model_dump(), "gateway": {"port": config.gateway.port}}))
+    write_params(root, config)
     try:
         start_services(root, config, report=print)
         yield root, config
@@ -291,6 +295,7 @@ def test_stopping_cancels_the_run_under_way_and_frees_the_ports(started: tuple[P
 def test_one_that_cannot_start_takes_the_others_down_and_says_why(tmp_path: Path, config: Config) -> None:
     home = tmp_path / ".ratchet" / "mlflow"
     home.mkdir(parents=True)
+    write_params(tmp_path, config)
     (home / "mlflow.db").write_text("this is no database, and long enough to be taken for one " * 40)
     with pytest.raises(ServiceError, match=r"(?s)mlflow ended before it answered.*file is not a database"):
         start_services(tmp_path, config, report=print)

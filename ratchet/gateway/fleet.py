@@ -63,6 +63,7 @@ class Wanted(NamedTuple):
 class Refusal(NamedTuple):
     why: str
     until: float  # when it is tried again, on the monotonic clock
+    since: float  # when it failed first, in seconds since 1970
 
 
 class Fleet:
@@ -184,6 +185,7 @@ class Fleet:
             "rollout": table.rollout_id,
             "loaded": sorted(self._loaded),
             "refused": {f"v{version}": why for version, why in sorted(self.refused.items())},
+            "refused_since": {f"v{one.version}": refusal.since for one, refusal in self._refused.items()},
         }
         if state != self._told:
             await asyncio.to_thread(write_state, self._root, {**state, "at": time.time()})
@@ -237,7 +239,7 @@ class Fleet:
             await self._engine.load(bundle)
         except Exception as error:  # noqa: BLE001  (it is recorded as the reason)
             why = str(error) if isinstance(error, RatchetError | OSError) else repr(error)
-            self._refused[wanted] = Refusal(why, time.monotonic() + AGAIN_SECONDS)
+            self._refused[wanted] = Refusal(why, time.monotonic() + AGAIN_SECONDS, refusal.since if refusal else time.time())
             log.warning("v%d is refused: %s", wanted.version, _one_line(why))
             return
         self._loaded[wanted.version] = wanted.adapter_sha256
