@@ -100,7 +100,7 @@ def outcomes(sums: NDArray[np.float64], voices: NDArray[np.float64], place: NDAr
     share = np.array(rollout.shares)[step]
     with np.errstate(invalid="ignore", divide="ignore"):
         feedback = np.where(said > 0, unit[:, 4] / said, math.nan)
-    return Outcomes(step, place[user] < share, unit[:, 1] / unit[:, 0], unit[:, 2] / unit[:, 0], unit[:, 3] / unit[:, 0], feedback)
+    return Outcomes(step, place[user] < share, unit[:, 1] / unit[:, 0], unit[:, 2] / unit[:, 0], unit[:, 3] / unit[:, 0], feedback, user.astype(np.int64))
 
 
 def z_test(found: Outcomes) -> bool:

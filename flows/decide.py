@@ -9,6 +9,7 @@ from ratchet.champion import Champion
 from ratchet.config import Config
 from ratchet.errors import UserError
 from ratchet.registry import get_version, list_versions
+from ratchet.rollout import finish, read_rollout
 from ratchet.workspace import locked, open_workspace, who
 from tasks import promote as tasks
 
@@ -22,10 +23,22 @@ def promote_version(root: Path, config: Config, number: int, *, reason: str, for
         known = ", ".join(f"v{entry.number}" for entry in list_versions(config.project.name)) or "none"
         raise UserError(f"{config.project.name} has no version {number}; registered: {known}", remedy="ratchet retrain registers candidates")
     with locked(root, "promote"), open_workspace(root, "promote", say, keep_failed=0) as workspace:
-        return tasks.promote(workspace, version, by=who(root), why=reason, force=force, say=say)
+        chosen = tasks.promote(workspace, version, by=who(root), why=reason, force=force, say=say)
+    _end_rollout(root, chosen, reason, say)
+    return chosen
 
 
 def roll_back(root: Path, config: Config, *, reason: str, say: Say) -> Champion:
     """Raises UserError when there is no version before."""
     with locked(root, "promote"), open_workspace(root, "rollback", say, keep_failed=0) as workspace:
-        return tasks.rollback(workspace, by=who(root), why=reason, say=say)
+        chosen = tasks.rollback(workspace, by=who(root), why=reason, say=say)
+    _end_rollout(root, chosen, reason, say)
+    return chosen
+
+
+def _end_rollout(root: Path, champion: Champion, reason: str, say: Say) -> None:
+    """A person moved the champion: the open rollout was against another one, or its version has won. MLflow hears of it at the next look."""
+    if (current := read_rollout(root)) is None:
+        return
+    ended = finish(root, current, "promoted" if current.version == champion.version else "aborted", why=f"v{champion.version} is in charge: {reason}", by=who(root))
+    say(f"the rollout of v{ended.version} ended {ended.state}")

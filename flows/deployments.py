@@ -128,7 +128,7 @@ def describe_rollout(root: Path, config: Config) -> RunnerDeployment:
 
 
 def _describe(flow: Any, root: Path, config: Config, *, description: str, **settings: Any) -> RunnerDeployment:
-    """One run at a time; a second is refused, since it would look at the same."""
+    """One run at a time; another waits: what it was asked for may have come after the first one looked."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.deployments.runner import RunnerDeployment
     from prefect.types.entrypoint import EntrypointType
@@ -139,7 +139,7 @@ def _describe(flow: Any, root: Path, config: Config, *, description: str, **sett
         description=description,
         tags=["ratchet", config.project.name],
         parameters={"root": str(root)},
-        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
         entrypoint_type=EntrypointType.MODULE_PATH,
         **settings,
     )

@@ -19,6 +19,7 @@ from tasks.rollout import MAX_TAG, Registry
 
 Say = Callable[[str], None]
 DECISION, BY, REASON, OUTCOME = "decision", "decision_by", "reason", "decision_outcome"
+ALIAS_OUTCOME = "alias_outcome"
 ALIAS = "alias"  # stands for the decision of who moved the alias `champion`
 NOBODY = "MLflow UI"
 NEEDS_REASON = "force needs a tag `reason`: the ledger keeps why the gate was overruled"
@@ -57,13 +58,13 @@ def _conclude(root: Path, config: Config, registry: Registry, version: Version, 
     try:
         outcome = f"done: {_decide(root, config, registry, version, decision, say)}"
     except RatchetError as error:
-        if not isinstance(error, UserError) or isinstance(error, CheckoutError):
+        if not isinstance(error, UserError) or isinstance(error, CheckoutError):  # another rollout that is open is no UserError either
             say(f"v{version.number}, {decision} in MLflow, waits: {error}")
             return False
         outcome = f"refused: {error}"
     say(f"v{version.number}, {decision} in MLflow: {outcome}")
     try:
-        set_tag(version.name, version.number, OUTCOME, f"{decision}: {outcome}"[:MAX_TAG])
+        set_tag(version.name, version.number, ALIAS_OUTCOME if decision == ALIAS else OUTCOME, f"{decision}: {outcome}"[:MAX_TAG])
     except ServiceError as error:
         say(f"MLflow hears of it later: {error}")
     return True

@@ -7,6 +7,7 @@ MLflow gets a copy of the report; without it the verdict stands all the same.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,13 +28,15 @@ from ratchet.errors import RatchetError, ServiceError
 from ratchet.regions import sources_for
 from ratchet.report import drift_card
 from ratchet.request_log import open_log
-from ratchet.retrains import read_retrains
+from ratchet.retrains import last_start, note_asked, read_retrains
+from ratchet.rollout import read_rollout
 from ratchet.tracking import log_report
 from tasks import monitor as tasks
 from tasks.ingest import count_new, pull
 
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 REPORTS = Path(".ratchet/monitor/reports")
+KEPT_REPORTS = 50  # 4 MB each; MLflow has all
 WEEK = 7 * 86_400.0
 
 
@@ -51,6 +54,7 @@ def monitor(root: str | None = None, retrain: bool = True) -> dict[str, Any]:
     found = tasks.append_verdict(home, champion, verdict, decision, folder)
     show(home, config, champion, found, folder)
     if decision.retrain and retrain:
+        note_asked(home)
         tell(DRIFTED, config, {"reason": reason_of(found), "topics": [msgspec.to_builtins(topic) for topic in verdict.topics]})
     return found
 
@@ -71,6 +75,8 @@ def look_at(home: Path, config: Config, champion: Champion) -> tuple[Verdict, Pa
         verdict = tasks.measure(window, feedback, earlier, reference, config)
         say(f"{verdict.verdict} on {verdict.rows} requests" + (f", p = {verdict.p:.4f}" if verdict.p is not None else f"; wanted {verdict.needed}"))
         folder = tasks.write_report(verdict, reference, window, home / REPORTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}") if verdict.p is not None else None
+    for old in sorted((home / REPORTS).glob("*"))[:-KEPT_REPORTS]:
+        shutil.rmtree(old, ignore_errors=True)
     return verdict, folder
 
 
@@ -79,12 +85,13 @@ def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> t
     """Drift, enough rows to learn from, budget and cool-down together."""
     now = time.time()
     week = read_retrains(home, since=now - WEEK)
-    last = max((entry.at for entry in read_retrains(home)), default=None)
+    last, current = last_start(home), read_rollout(home)
     facts = tasks.Facts(
         new_rows=count_labelled(home, config, champion, verdict) if verdict.verdict == "drift" else 0,
         retrains_week=len(week),
         gpu_hours_week=sum(entry.seconds for entry in week) / 3600,
         hours_since_retrain=None if last is None else (now - last) / 3600,
+        rollout_of=current.version if current else None,
     )
     decision = tasks.decide(verdict, facts, config)
     for line in decision.for_:

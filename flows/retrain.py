@@ -8,6 +8,7 @@ next run, which skips every stage, registers it.
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from flows.say import say, working
 from ratchet.champion import Champion, last_entry, read_champion
 from ratchet.config import Config, TopicSource, load_config
 from ratchet.dag import STAGES
-from ratchet.errors import DataError
+from ratchet.errors import CheckoutError, DataError, RatchetError
 from ratchet.regions import FILE as REGION
 from ratchet.regions import Region, Topic, sources_for, write_region
 from ratchet.registry import CHALLENGER, Version, set_alias
@@ -42,21 +43,26 @@ RETRIED: dict[str, Any] = {**SETTINGS, "retries": 2, "retry_delay_seconds": 5, "
 def retrain(root: str | None = None, reason: str = "by hand", force: bool = False, topics: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     """Returns {verdict, reasons, regions, stages: {name: ran or not}, version, champion}. Raises what the checkout, the stages and MLflow raise.
 
-    `force` compares with today's champion even when nothing else changed. `topics` are those that drifted (`ratchet.topics`): their rows
-    are pulled first, and the evaluation reports them by themselves.
+    `force` compares with today's champion even when nothing else changed. `topics` are those that drifted (`ratchet.topics`; `[]`: drift without one): their rows
+    and people's feedback are pulled first, and the evaluation reports the topics by themselves.
     """
     home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
     config = load_config(home / "params.yaml")
-    region = Region(msgspec.convert(topics, list[Topic]), reason) if topics else None
-    for source in sources_for(region.topics, config.monitor) if region else []:
+    region = Region(msgspec.convert(topics, list[Topic])) if topics else None
+    for source in sources_for(region.topics if region else [], config.monitor) if topics is not None else []:  # feedback cures what has no topic
         pull_topic(home, source)
     with locked(home, "retrain"), open_workspace(home, "retrain", say, keep_failed=config.retrain.keep_workspaces) as workspace:
         if region:
             land_region(workspace, region)
         stale = bring_up_to_date(workspace, force)
         ran: dict[str, bool] = {}
-        for stage in STAGES:
-            ran[stage] = stage_task.with_options(task_run_name=stage)(workspace, stage, needed=stage in stale or any(ran.values()))
+        began = time.monotonic()
+        try:
+            for stage in STAGES:
+                ran[stage] = stage_task.with_options(task_run_name=stage)(workspace, stage, needed=stage in stale or any(ran.values()))
+        except BaseException:  # it cost its time all the same: drift's budget and cool-down count it
+            remember(home, reason=reason, seconds=time.monotonic() - began, run_key="", verdict="failed")
+            raise
         commit = land_outputs(workspace, reason) if any(ran.values()) else workspace.git("rev-parse", "HEAD").strip()
         found = read_findings(workspace.path)
         if ran["train"]:
@@ -88,7 +94,9 @@ def pull_topic(root: Path, source: TopicSource) -> None:
     """One batch of rows of a drifted topic. A source that has none is said; the others may still cure it."""
     try:
         ingest(root=str(root), source=source.source, path=source.path or None, packages=source.packages or None)
-    except DataError as error:
+    except CheckoutError:
+        raise
+    except RatchetError as error:
         say(f"no rows from {source.source}: {error}")
 
 

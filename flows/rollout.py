@@ -16,15 +16,16 @@ import msgspec
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows.heed import heed_people, take_charge
+from flows.heed import heed_people, is_waiting, take_charge
 from flows.say import say
 from ratchet.champion import read_champion
 from ratchet.config import Config, load_config
 from ratchet.errors import CheckoutError, RatchetError, ServiceError, UserError
+from ratchet.files import write_text
 from ratchet.registry import CHALLENGER, drop_alias
 from ratchet.report import rollout_card
 from ratchet.request_log import open_log
-from ratchet.rollout import Rollout, advance, finish, note_look, open_rollout, pause, read_ended, read_rollout, resume
+from ratchet.rollout import AGAIN, Rollout, advance, finish, note_look, open_rollout, pause, read_ended, read_rollout, resume
 from ratchet.serving import read_state
 from ratchet.workspace import who
 from tasks.rollout import Look, Registry, follow, look, read_registry
@@ -51,6 +52,7 @@ def look_once(root: Path, config: Config, say: Say) -> dict[str, Any]:
 
 
 def _look_once(root: Path, config: Config, say: Say) -> Rollout | None:
+    write_text(root / AGAIN, "")
     registry = _ask_registry(config, say)
     if registry and heed_people(root, config, registry, say):
         registry = _ask_registry(config, say)
@@ -60,8 +62,9 @@ def _look_once(root: Path, config: Config, say: Say) -> Rollout | None:
         current = seen = _open_challenger(root, config, registry, say)
     if current and current.state == "open":
         current = _act(root, config, current, registry, say)
-    if registry:
-        _follow(root, config, registry, say)
+    followed = registry is not None and _follow(root, config, registry, say)
+    if registry and followed and not any(is_waiting(version) for version in registry.versions.values()):
+        (root / AGAIN).unlink(missing_ok=True)
     return _as_it_is(root, seen)
 
 
@@ -190,6 +193,8 @@ def _promote(root: Path, config: Config, current: Rollout, seen: Look, registry:
             raise UserError(f"the registry does not know v{current.version} any more", remedy="ratchet rollout abort ends its rollout")
         taken = take_charge(root, version, by=f"rollout ({who(root)})", why=seen.reason, force=False, say=say, only_while=current)
     except RatchetError as error:
+        if isinstance(error, UserError) and not isinstance(error, CheckoutError):  # the gate says otherwise now, or it is gone: no later look changes that
+            return finish(root, current, "aborted", why=f"it had earned its place ({seen.reason}), but {error}", by="rollout", figures=seen.figures)
         waits = f"waits for the checkout: {error}" if isinstance(error, CheckoutError) else str(error)
         say(f"v{current.version} has earned its place and could not take it yet: {waits}")
         return note_look(root, current, f"{seen.reason}; {waits}", seen.figures)
@@ -198,14 +203,16 @@ def _promote(root: Path, config: Config, current: Rollout, seen: Look, registry:
     return finish(root, current, "promoted", why=seen.reason, by=taken.by, figures=seen.figures)
 
 
-def _follow(root: Path, config: Config, registry: Registry, say: Say) -> None:
-    """MLflow's tags and the alias, for the open rollout and the newest of each version that had one."""
+def _follow(root: Path, config: Config, registry: Registry, say: Say) -> bool:
+    """Whether MLflow knows all: MLflow's tags and the alias, for the open rollout and the newest of each version that had one."""
     known = {entry.version: entry for entry in [*read_ended(root), *filter(None, [read_rollout(root)])] if entry.name == config.project.name}
     try:
         for entry in known.values():
             follow(registry, entry)
     except ServiceError as error:
         say(f"MLflow hears of it later: {error}")
+        return False
+    return True
 
 
 def _as_it_is(root: Path, seen: Rollout | None) -> Rollout | None:

@@ -16,10 +16,10 @@ from pathlib import Path
 import httpx
 
 from ratchet.config import Config
-from ratchet.errors import RatchetError
-from ratchet.rollout import FILE
+from ratchet.rollout import AGAIN, FILE
 
 SECONDS = 10.0  # between two glances
+BLIND_FACTOR = 5  # without an answer of the registry (down, or one that wants credentials) the looks come so many times rarer
 TIMEOUT = 5.0  # seconds for the registry's answer
 
 
@@ -39,13 +39,14 @@ class Watcher:
             time.sleep(SECONDS)
             try:
                 self.glance()
-            except (RatchetError, OSError, ValueError) as error:
+            except Exception as error:  # noqa: BLE001  (it is said; a thread that ends would end all looks)
                 print(f"rollout: no look this time: {error}", file=sys.stderr, flush=True)  # noqa: T201 the service's log
 
     def glance(self) -> bool:
         """Whether a look was asked for."""
         now, seen = time.monotonic(), registry_fingerprint(self._config.project.name)
-        due = (self._root / FILE).exists() and now - self._looked >= self._config.rollout.look_seconds
+        waits = seen is None or (self._root / FILE).exists() or (self._root / AGAIN).exists()  # a registry that tells nothing is asked by the clock
+        due = waits and now - self._looked >= self._config.rollout.look_seconds * (BLIND_FACTOR if seen is None else 1)
         changed = seen is not None and seen != self._seen
         if not (due or changed):
             return False
@@ -70,7 +71,7 @@ def registry_fingerprint(name: str) -> str | None:
 
 
 def request_look(root: Path) -> None:
-    """One run of the deployment `rollout`; Prefect refuses a second beside it."""
+    """One run of the deployment `rollout`; it waits for one that is under way, which may have read the registry before the change."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:

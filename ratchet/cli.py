@@ -220,7 +220,7 @@ def rollout_look(as_json: Json = False) -> None:
 
     Example: ratchet rollout look
     """
-    root = _ready()
+    root = _ready(clean=False)
     from flows.rollout import look_once
 
     _tell_rollout(look_once(root, _config(root), _note), as_json)
@@ -238,7 +238,7 @@ def rollout_show(as_json: Json = False) -> None:
 @rollout_app.command("pause")
 def rollout_pause(as_json: Json = False) -> None:
     """The champion answers everybody until it is resumed. Example: ratchet rollout pause"""
-    root = _ready()
+    root = _ready(clean=False)
     from flows.rollout import pause_rollout
 
     _tell_rollout(pause_rollout(root, _config(root), _note), as_json)
@@ -247,7 +247,7 @@ def rollout_pause(as_json: Json = False) -> None:
 @rollout_app.command("resume")
 def rollout_resume(as_json: Json = False) -> None:
     """Go on with a paused rollout. Example: ratchet rollout resume"""
-    root = _ready()
+    root = _ready(clean=False)
     from flows.rollout import resume_rollout
 
     _tell_rollout(resume_rollout(root, _config(root), _note), as_json)
@@ -256,7 +256,7 @@ def rollout_resume(as_json: Json = False) -> None:
 @rollout_app.command("abort")
 def rollout_abort(reason: Reason = "by hand", as_json: Json = False) -> None:
     """End the rollout; the champion stays. Example: ratchet rollout abort --reason "complaints" """
-    root = _ready()
+    root = _ready(clean=False)
     from flows.rollout import abort_rollout
 
     _tell_rollout(abort_rollout(root, _config(root), reason, _note), as_json)
@@ -392,14 +392,15 @@ def _config(root: Path) -> Config:
     return load_config(root / "params.yaml")
 
 
-def _ready() -> Path:
-    """The root, checked, and the environment that flows need: it has to stand before Prefect is imported."""
+def _ready(*, clean: bool = True) -> Path:
+    """The root, checked (`clean`: for what commits to it), and the environment that flows need: it has to stand before Prefect is imported."""
     from ratchet.environment import enter
     from ratchet.workspace import check_checkout
 
     root = _root()
     config = _config(root)
-    check_checkout(root)
+    if clean:
+        check_checkout(root)
     enter(root, config)
     return root
 
@@ -412,12 +413,12 @@ def _show(found: Any, as_json: bool, tell: Callable[[], object]) -> None:
 
 
 def _drifted_topics(root: Path) -> list[dict[str, Any]]:
-    """Raises UserError when the last verdict named none."""
+    """Raises UserError when the last verdict was not drift."""
     from ratchet.status import last_verdict
 
     found = last_verdict(root)
-    if not found or not found["topics"]:
-        raise UserError("the last verdict of the monitor names no drifted topic", remedy="ratchet monitor looks at the newest requests; `ratchet retrain` needs no drift")
+    if not found or found["verdict"] != "drift":
+        raise UserError("the last verdict of the monitor is not drift", remedy="ratchet monitor looks at the newest requests; `ratchet retrain` needs no drift")
     return [{key: topic[key] for key in ("name", "terms", "share", "reference_share", "examples") if key in topic} for topic in found["topics"]]
 
 

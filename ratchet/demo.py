@@ -163,7 +163,7 @@ def make_checkout(root: Path) -> Path:
 def _settle(home: Path) -> None:
     """The demo's own params.yaml: free ports, some questions kept out, and a week of traffic in minutes."""
     params = home / "params.yaml"
-    values = load_config(params).model_dump(mode="json")
+    values = Config().model_dump(mode="json")  # the embedded default, whatever the team has made of its own
     for section, key in (("services", "mlflow_port"), ("services", "prefect_port"), ("gateway", "port")):
         if find_port_fault(values[section][key]):
             values[section][key] = _free_port()
@@ -183,7 +183,7 @@ def _free_port() -> int:
 def _ratchet(home: Path, *arguments: str) -> None:
     """The command as a user types it, its lines passed through."""
     console.print(f"[dim]$ ratchet -C {PLACE} {' '.join(arguments)}[/dim]")
-    environment = {name: value for name, value in child_environment().items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    environment = {name: value for name, value in child_environment().items() if not name.startswith(("PREFECT_", "MLFLOW_", "RATCHET_"))}
     done = subprocess.run([sys.executable, "-m", "ratchet.cli", "-C", str(home), *arguments], env=environment, cwd=home, check=False)
     if done.returncode:
         raise RatchetError(

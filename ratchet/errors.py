@@ -72,4 +72,4 @@ class DiskSpaceError(RatchetError):
 
 
 class BusyError(RatchetError):
-    """The queue is full; the caller may come again."""
+    """Something else is under way (a full queue, another rollout); the caller may come again."""

@@ -37,7 +37,6 @@ def belongs(topic: Topic, text: str) -> bool:
 
 class Region(msgspec.Struct, frozen=True):
     topics: list[Topic] = []
-    reason: str = ""
 
 
 def read_region(path: Path) -> Region:
@@ -51,7 +50,9 @@ def read_region(path: Path) -> Region:
 
 
 def write_region(path: Path, region: Region) -> None:
-    write_json(path, msgspec.to_builtins(region))
+    """Names and terms alone: prompts of users do not belong into git, and shares that change by the hour would make an evaluation stale."""
+    topics = [{"name": topic.name, "terms": topic.terms} for topic in region.topics]
+    write_json(path, {"topics": topics})
 
 
 def sources_for(topics: list[Topic], config: MonitorConfig) -> list[TopicSource]:

@@ -6,6 +6,7 @@ Writing is off the hot path: a bounded queue, one thread, batches. A database th
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import threading
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from ratchet.config import Config
 
 BATCH, WAIT_SECONDS, BACK_OFF_SECONDS, CLEAN_SECONDS, CONNECT_SECONDS = 500, 0.2, 5.0, 600.0, 5
+# A database whose machine vanishes says nothing: without these a connection waits for the kernel, a quarter of an hour.
+STAY_AWAKE = {"tcp_user_timeout": 5000, "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 2}  # milliseconds, seconds
 REDACTED = "[redacted]"
+log = logging.getLogger("ratchet.request_log")
 URL_VARIABLE = "RATCHET_REQUEST_LOG_URL"
 
 
@@ -36,7 +40,7 @@ class Logged(msgspec.Struct, frozen=True):
     id: str
     at: float
     user: str
-    arm: str  # "champion" or "challenger"
+    arm: str  # "champion", "challenger", or "named" where the client asked for NAME@vN
     version: int
     rollout: str = ""  # id of the rollout that chose the arm
     step: int = -1
@@ -112,8 +116,10 @@ def open_log(root: Path, config: Config) -> RequestLog:
 
     url = os.environ.get(URL_VARIABLE) or config.request_log.url
     if not url:
-        (root / ".ratchet").mkdir(parents=True, exist_ok=True)
-        url = f"sqlite:///{root / '.ratchet' / 'requests.db'}"
+        path = root / ".ratchet" / "requests.db"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)  # people's prompts; SQLite gives its other files the same mode
+        url = f"sqlite:///{path}"
     try:
         return RequestLog(url, config)
     except ArgumentError as error:
@@ -145,7 +151,7 @@ class RequestLog:
         else:
             self._waiting.append(record)
         if self._thread is None:
-            self._start()
+            self.start()
 
     def counts(self) -> Counts:
         return Counts(self._written, len(self._waiting), self._dropped, self._fault)
@@ -179,7 +185,8 @@ class RequestLog:
             self._thread.join(seconds)
         self._engine.dispose()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Writing, and forgetting what is too old. `put` does it too."""
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._write, name="request log", daemon=True)
@@ -205,7 +212,7 @@ class RequestLog:
             try:
                 taken = self._store(batch)
             except ServiceError as error:
-                self._fault = str(error)
+                self._tell(str(error))
                 return False
             self._written += taken
             self._fault = "" if taken == len(batch) else self._fault
@@ -224,10 +231,15 @@ class RequestLog:
         except Exception as error:  # noqa: BLE001  (it is counted and shown)
             if len(batch) == 1:
                 self._drop(1)
-                self._fault = f"a record was refused: {error}"
+                self._tell(f"a record was refused: {error}")
                 return 0
             half = len(batch) // 2
             return self._store(batch[:half]) + self._store(batch[half:])
+
+    def _tell(self, fault: str) -> None:
+        if fault != self._fault:
+            log.warning("requests are not written: %s", fault)
+        self._fault = fault
 
     def _drop(self, records: int) -> None:
         with self._lock:
@@ -361,7 +373,7 @@ def _make_engine(url: str) -> Engine:
     from sqlalchemy import create_engine, event, make_url
 
     if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, pool_timeout=CONNECT_SECONDS, connect_args={"connect_timeout": CONNECT_SECONDS})
+        return create_engine(url, pool_pre_ping=True, pool_timeout=CONNECT_SECONDS, connect_args={"connect_timeout": CONNECT_SECONDS, **STAY_AWAKE})
     engine = create_engine(url)
 
     @event.listens_for(engine, "connect")

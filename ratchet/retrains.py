@@ -7,13 +7,13 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet.files import write_bytes
+from ratchet.files import write_bytes, write_text
 
-FILE = Path(".ratchet/retrains.jsonl")
+FILE, ASKED = Path(".ratchet/retrains.jsonl"), Path(".ratchet/drift-asked")
 
 
 class Retraining(msgspec.Struct, frozen=True):
-    """`at` in seconds since 1970, `seconds` of the optimisation alone."""
+    """`at` in seconds since 1970, `seconds` of the optimisation alone; of one that failed (verdict `failed`, no run key) of all its stages."""
 
     at: float
     reason: str
@@ -33,3 +33,14 @@ def read_retrains(root: Path, *, since: float = 0.0) -> list[Retraining]:
     path = root / FILE
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     return [entry for entry in (msgspec.json.decode(line, type=Retraining) for line in lines if line) if entry.at >= since]
+
+
+def note_asked(root: Path) -> None:
+    """Drift asks for a retraining now: the cool-down begins here, however long that takes and whether or not it trains."""
+    write_text(root / ASKED, "")
+
+
+def last_start(root: Path) -> float | None:
+    """When the last one ended, or drift last asked for one, in seconds since 1970."""
+    asked = [(root / ASKED).stat().st_mtime] if (root / ASKED).exists() else []
+    return max([*(entry.at for entry in read_retrains(root)), *asked], default=None)

@@ -18,12 +18,13 @@ import xxhash
 
 from ratchet.champion import Champion
 from ratchet.config import Config
-from ratchet.errors import CheckoutError, UserError
+from ratchet.errors import BusyError, CheckoutError, UserError
 from ratchet.files import write_bytes, write_json
 from ratchet.registry import Version
 from ratchet.workspace import locked
 
 FILE, ENDED = Path(".ratchet/rollout.json"), Path(".ratchet/rollouts.jsonl")
+AGAIN = Path(".ratchet/look-again")  # there while a look is under way, and after one that left something waiting
 
 
 class Rollout(msgspec.Struct, frozen=True):
@@ -90,13 +91,13 @@ def position(salt: str, unit: str) -> float:
 
 
 def open_rollout(root: Path, config: Config, version: Version, champion: Champion, *, by: str, again: bool = False) -> Rollout:
-    """Raises UserError: the gate did not pass it against this champion, it had its rollout (`again`: a person wants another), or another one is open."""
+    """Raises UserError: the gate did not pass it against this champion, it had its rollout (`again`: a person wants another), or BusyError: another one is open."""
     with locked(root, "promote"):
         current = read_rollout(root)
         if current and current.version == version.number:
             return current
         if current:
-            raise UserError(f"the rollout of v{current.version} is {current.state}", remedy="ratchet rollout abort ends it; one version at a time is tried on users")
+            raise BusyError(f"the rollout of v{current.version} is {current.state}", remedy="ratchet rollout abort ends it; one version at a time is tried on users")
         check_gate(version, champion)
         _check_past(root, version, champion, again)
         now = time.time()
@@ -154,6 +155,8 @@ def read_gate(version: Version) -> dict[str, Any]:
 
 def _check_past(root: Path, version: Version, champion: Champion, again: bool) -> None:
     """A version gets one rollout against a champion; one that did harm, or was in charge once, gets no other."""
+    if not again and version.tags.get("decision", "").strip().lower() == "reject":
+        raise UserError("a person rejected it", remedy="the tag `decision` = `approve` on it opens its rollout")
     past = [entry for entry in read_ended(root) if entry.version == version.number]
     if entry := next((entry for entry in past if entry.state in ("rolled_back", "promoted")), None):
         raise UserError(
@@ -161,7 +164,10 @@ def _check_past(root: Path, version: Version, champion: Champion, again: bool) -
             remedy="the tags `decision` = `force` and `reason`, or `ratchet promote`, put it in charge all the same",
         )
     if not again and (entry := next((entry for entry in past if entry.state == "stopped" or entry.champion == champion.version), None)):
-        raise UserError(f"its rollout ended {entry.state.replace('_', ' ')}: {entry.why}", remedy="the tag `decision` = `approve` on it opens another")
+        raise UserError(
+            f"its rollout ended {entry.state.replace('_', ' ')}: {entry.why}",
+            remedy="the tag `decision` = `approve` on it opens another; where it stands already, take the tag `decision_outcome` away",
+        )
 
 
 def advance(root: Path, seen: Rollout, why: str, figures: dict[str, Any]) -> Rollout | None:

@@ -34,11 +34,14 @@ if TYPE_CHECKING:
     from ratchet.config import Config
 
 HOST = "127.0.0.1"
+HEALTH = {"mlflow": "/health", "prefect": "/api/health", "gateway": "/healthz"}
 NAMES = ("mlflow", "prefect", "deployments", "gateway")
 PROBE_SECONDS = 0.8
 # Two processes made this near to each other cannot have had the same id; a clock set right by more than this hides our own.
 SAME_START_SECONDS = 2.0
 LAST_LINES = 15
+GRACE_SECONDS = 8.0  # from SIGTERM to the next signal
+LAST_WORDS_SECONDS = 20.0  # after its answers have ended the gateway lets go of its engine and writes its log
 NO_TELEMETRY = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -70,6 +73,8 @@ class Record(msgspec.Struct, frozen=True):
     created: float
     port: int
     settings: str
+    host: str = HOST
+    grace: float = GRACE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class Plan:
     command: list[str]
     folder: Path
     environment: dict[str, str]
+    host: str = HOST  # where it is asked
+    grace: float = GRACE_SECONDS
 
 
 def start_services(root: Path, config: Config, *, report: Report) -> list[Service]:
@@ -155,7 +162,7 @@ def service_environment(root: Path, config: Config) -> dict[str, str]:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     }
-    api = os.environ.get("PREFECT_API_URL") or (_prefect_api(services.prefect_port) if _answers_health("prefect", services.prefect_port) else None)
+    api = os.environ.get("PREFECT_API_URL") or (_prefect_api(services.prefect_port) if _get(HOST, services.prefect_port, HEALTH["prefect"]) is not None else None)
     return environment | ({"PREFECT_API_URL": api} if api else {})
 
 
@@ -212,7 +219,9 @@ def _plan_gateway(root: Path, config: Config) -> Plan:
     # It answers people while a training takes every core: the training's threads are told to sleep when they wait (workspace.child_environment).
     environment = {**_drop(os.environ, "MLFLOW_"), **NO_TELEMETRY, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE", "RATCHET_ROOT": str(root)}
     settings = f"gateway: {gateway.model_dump(mode='json')}, request_log: {config.request_log.model_dump(mode='json')}"
-    return Plan("gateway", gateway.port, "gateway.port", settings, [sys.executable, "-m", "ratchet.gateway.serve"], root, environment)
+    host = {"0.0.0.0": HOST, "::": "::1", "localhost": HOST}.get(gateway.host, gateway.host)  # noqa: S104 (asked, not listened on)
+    grace = gateway.drain_seconds + LAST_WORDS_SECONDS
+    return Plan("gateway", gateway.port, "gateway.port", settings, [sys.executable, "-m", "ratchet.gateway.serve"], root, environment, host, grace)
 
 
 def _drop(environment: Mapping[str, str], prefix: str) -> dict[str, str]:
@@ -300,7 +309,7 @@ def _start(root: Path, plan: Plan, report: Report) -> None:
     with log.open("wb") as out:
         process = subprocess.Popen(plan.command, cwd=plan.folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     process.returncode = 0  # it outlives us by design; Popen would warn of a child that was left behind
-    record = Record(plan.name, process.pid, psutil.Process(process.pid).create_time(), plan.port, plan.settings)
+    record = Record(plan.name, process.pid, psutil.Process(process.pid).create_time(), plan.port, plan.settings, plan.host, plan.grace)
     write_bytes(_record_path(root, plan.name), [msgspec.json.encode(record)])
     report(f"{plan.name}: starts, process {process.pid}, log {log}")
 
@@ -331,18 +340,18 @@ def _stop(root: Path, name: str) -> bool:
     record = _read_record(root, name)
     process = _find_process(record) if record else None
     if process is not None:
-        _end_family(process)
+        _end_family(process, record.grace if record else GRACE_SECONDS)
     _record_path(root, name).unlink(missing_ok=True)
     return process is not None
 
 
-def _end_family(leader: psutil.Process) -> None:
-    """SIGTERM to the leader, which ends its own children best; after 8 s at most to all that is left of them; 2 s later SIGKILL.
+def _end_family(leader: psutil.Process, grace: float) -> None:
+    """SIGTERM to the leader, which ends its own children best; after `grace` seconds at most to all that is left of them; 2 s later SIGKILL.
 
     A flow run that gets SIGTERM before its runner has told it why would report a crash instead of a cancellation.
     """
     family = _find_family(leader)
-    _signal([leader], signal.SIGTERM, seconds=8)
+    _signal([leader], signal.SIGTERM, seconds=grace)
     left = _signal(family, signal.SIGTERM, seconds=2)
     _signal(left, signal.SIGKILL, seconds=5)
 
@@ -398,24 +407,24 @@ def _find_process(record: Record) -> psutil.Process | None:
 
 
 def _answers(record: Record) -> bool:
-    return _has_polled(record) if record.name == "deployments" else _answers_health(record.name, record.port)
+    return _has_polled(record) if record.name == "deployments" else _answers_health(record)
 
 
-def _answers_health(name: str, port: int) -> bool:
-    return _get(port, {"mlflow": "/health", "prefect": "/api/health", "gateway": "/healthz"}[name]) is not None
+def _answers_health(record: Record) -> bool:
+    return _get(record.host, record.port, HEALTH[record.name]) is not None
 
 
 def _has_polled(record: Record) -> bool:
     """Whether this very process asked Prefect for work: the deployment itself stays registered when its process is gone."""
-    body = _get(record.port, "/api/deployments/name/retrain/retrain")  # one for all: they are asked about together
+    body = _get(record.host, record.port, "/api/deployments/name/retrain/retrain")  # one for all: they are asked about together
     deployment = json.loads(body) if body else {}
     polled = deployment.get("last_polled") or "1970-01-01T00:00:00Z"
     return deployment.get("status") == "READY" and datetime.fromisoformat(polled).timestamp() >= record.created
 
 
-def _get(port: int, path: str) -> bytes | None:
-    """The body of a 200 from 127.0.0.1, past any proxy; None for everything else."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=PROBE_SECONDS)
+def _get(host: str, port: int, path: str) -> bytes | None:
+    """The body of a 200, past any proxy; None for everything else."""
+    connection = http.client.HTTPConnection(host, port, timeout=PROBE_SECONDS)
     try:
         connection.request("GET", path)
         response = connection.getresponse()

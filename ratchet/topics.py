@@ -12,6 +12,7 @@ from ratchet.surprise import WORD, words_of
 
 LEAST_ROWS, GROWTH, EVIDENCE = 3, 3.0, 6.0  # rows of the window; times its share of the known rows; nats of likelihood that it grew
 TERMS, EXAMPLES, ROWS_A_TOPIC = 12, 3, 12
+EXAMPLE_LENGTH = 300  # characters: a topic travels as an event, whose size Prefect limits
 LEAST_SHARE = 0.01  # of the window: what is smaller is noise to whoever reads it
 
 
@@ -60,4 +61,5 @@ def _topic(group: list[str], rows: list[str], terms: dict[str, float], window: S
     topic = Topic(", ".join(chosen[:3]), chosen)
     share, before = (sum(belongs(topic, text) for text in texts) / max(1, len(texts)) for texts in (window, reference))
     telling = {text: sum(terms[word] for word in set(words_of(text)) if word in chosen) for text in dict.fromkeys(group)}
-    return Topic(topic.name, chosen, share, before, sorted(telling, key=lambda text: (-telling[text], text))[:EXAMPLES])
+    examples = sorted(telling, key=lambda text: (-telling[text], text))[:EXAMPLES]
+    return Topic(topic.name, chosen, share, before, [text if len(text) <= EXAMPLE_LENGTH else text[:EXAMPLE_LENGTH] + " …" for text in examples])

@@ -60,6 +60,7 @@ class Facts(NamedTuple):
     retrains_week: int
     gpu_hours_week: float
     hours_since_retrain: float | None
+    rollout_of: int | None = None  # the version that is tried on users already
 
 
 class Decision(NamedTuple):
@@ -166,8 +167,8 @@ def _kinds(answers: list[str]) -> Any:
 
 
 def service_families(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged]) -> list[Family | str]:
-    """Feedback, errors and latency, each among the requests that have it, against the same champion's earlier traffic."""
-    scores = [[score for one in side if (score := _score(feedback.get(one.id, []))) is not None] for side in (window, earlier)]
+    """Feedback (a value a user), errors and latency (one a request that has it), against the same champion's earlier traffic."""
+    scores = [_by_user(side, feedback) for side in (window, earlier)]
     failed = [[float(one.status >= 500) for one in side] for side in (window, earlier)]
     waited = [[math.log1p(one.latency_ms) for one in side if one.status == 200] for side in (window, earlier)]
     return [
@@ -190,9 +191,12 @@ def _at_most(rows: list[Row], seed: int) -> list[Row]:
     return [rows[place] for place in sorted(np.random.default_rng(seed).choice(len(rows), MOST_ROWS, replace=False))]
 
 
-def _score(feedback: list[Feedback]) -> float | None:
-    scores = [said.score for said in feedback if said.score is not None]
-    return sum(scores) / len(scores) if scores else None
+def _by_user(requests: list[Logged], feedback: dict[str, list[Feedback]]) -> list[float]:
+    """The mean score of each user's requests: thirty votes of one person are one opinion."""
+    scores: dict[str, list[float]] = {}
+    for request in requests:
+        scores.setdefault(request.user or request.id, []).extend(said.score for said in feedback.get(request.id, []) if said.score is not None)
+    return [sum(found) / len(found) for found in scores.values() if found]
 
 
 def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
@@ -204,7 +208,6 @@ def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
     moved = ", ".join(verdict.moved)
     checks = [
         (verdict.verdict == "drift", f"{verdict.verdict} ({said})" + (f": {moved}" if moved else "")),
-        (bool(set(verdict.moved) - NOT_TAUGHT) or verdict.verdict != "drift", f"what moved: {moved or 'nothing'}; training changes no {' and no '.join(sorted(NOT_TAUGHT))}"),
         (monitor.retrain, f"monitor.retrain is {str(monitor.retrain).lower()}"),
         (facts.new_rows >= monitor.min_new_rows, f"{facts.new_rows} labelled rows that the champion has not seen, monitor.min_new_rows {monitor.min_new_rows}"),
         (facts.retrains_week < monitor.max_retrains_per_week, f"{facts.retrains_week} retrainings in seven days, monitor.max_retrains_per_week {monitor.max_retrains_per_week}"),
@@ -217,6 +220,10 @@ def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
             "no retraining before" if since is None else f"{since:.1f} h since the last retraining, monitor.cooldown_hours {monitor.cooldown_hours:g}",
         ),
     ]
+    if facts.rollout_of is not None:
+        checks.append((False, f"the rollout of v{facts.rollout_of} is open: it may be the cure"))
+    if verdict.verdict == "drift" and set(verdict.moved) <= NOT_TAUGHT:
+        checks.append((False, f"only {moved} moved, which no training mends"))
     return Decision(all(fine for fine, _ in checks), [words for fine, words in checks if fine], [words for fine, words in checks if not fine])
 
 

@@ -55,6 +55,7 @@ class Outcomes(NamedTuple):
     empty: NDArray[np.float64]
     latency: NDArray[np.float64]  # log of milliseconds
     feedback: NDArray[np.float64]
+    unit: NDArray[np.int64]  # a user's number, the same in every step
 
 
 def look(units: list[Unit], rollout: Rollout, config: RolloutConfig, now: float) -> Look:
@@ -73,6 +74,7 @@ def outcomes_of(units: list[Unit]) -> Outcomes:
         column(lambda unit: unit.empty / unit.requests),
         column(lambda unit: math.log(unit.latency_ms) if unit.latency_ms else None),
         column(lambda unit: unit.feedback),
+        np.unique([unit.unit for unit in units], return_inverse=True)[1].astype(np.int64),
     )
 
 
@@ -117,10 +119,11 @@ def _figures(found: Outcomes, rollout: Rollout, config: RolloutConfig) -> dict[s
 
 def _strata(found: Outcomes, values: NDArray[np.float64]) -> list[Stratum]:
     told = ~np.isnan(values)
-    return [
-        Stratum(values[told & (found.step == step) & ~found.challenger], values[told & (found.step == step) & found.challenger])
-        for step in range(int(found.step.max(initial=-1)) + 1)
-    ]
+    strata = []
+    for step in range(int(found.step.max(initial=-1)) + 1):
+        champion, challenger = (told & (found.step == step) & (found.challenger == arm) for arm in (False, True))
+        strata.append(Stratum(values[champion], values[challenger], found.unit[champion], found.unit[challenger]))
+    return strata
 
 
 def _plain(bounds: Bounds | None) -> dict[str, Any] | None:

@@ -37,6 +37,13 @@ def reason(row: dict) -> str:
 # --- outer forms -----------------------------------------------------------------------------------------------------
 
 
+def test_a_run_of_combining_marks_is_refused_before_it_is_put_in_order():
+    """NFC would take minutes for a megabyte of it."""
+    with pytest.raises(RowError, match="more than 32 combining marks"):
+        make_example([Message("user", "a" + "\u0301\u0327" * 100_000), Message("assistant", "b")], {})
+    assert make_example([Message("user", "Zalgo a" + "\u0301" * 20), Message("assistant", "tiếng Việt")], {}).answer == "tiếng Việt"
+
+
 def test_every_form_has_a_row_here():
     assert set(ROWS) == set(FORMS)
 

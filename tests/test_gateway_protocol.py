@@ -84,7 +84,7 @@ def test_the_defaults_of_what_is_not_supported_are_taken():
         ("response_format", {"type": "json_object"}),
         ("logit_bias", {"1": 2}),
         ("frequency_penalty", 0.5),
-        ("tool_choice", "auto"),
+        ("tool_choice", "required"),
     ],
 )
 def test_what_is_not_supported_is_named(field, value):
@@ -106,6 +106,7 @@ def test_what_is_not_supported_is_named(field, value):
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]", "'image_url'"),
         ({"messages": [{"role": "user", "content": "a\0b"}]}, "messages[0].content", "NUL character at 1"),
         ({"user": "a\0"}, "user", "NUL"),
+        ({"messages": [{"role": "user", "content": "a" + "\u0301" * 20 + "\u0327" * 20}]}, "messages[0].content", "more than 32 combining marks"),
         ({"max_tokens": 65}, "max_tokens", "65; wanted 1 to 64"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "0; wanted 1 to 64"),
         ({"max_tokens": True}, "max_tokens", "got `bool`"),
@@ -113,7 +114,7 @@ def test_what_is_not_supported_is_named(field, value):
         ({"max_tokens": 10**400}, "max_tokens", "wanted 1 to 64"),
         ({"temperature": 2.1}, "temperature", "2.1; wanted 0 to 2"),
         ({"temperature": -1}, "temperature", "wanted 0 to 2"),
-        ({"top_p": 0}, "top_p", "0"),
+        ({"top_p": -0.1}, "top_p", "-0.1"),
         ({"seed": 2**64}, "seed", "wanted"),
         ({"n": 2}, "n", "only one choice"),
         ({"stop": ["a"] * 5}, "stop", "5 text(s)"),

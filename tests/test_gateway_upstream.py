@@ -54,6 +54,34 @@ def answer(url: str, asked: Ask, **settings: Any) -> tuple[list[str], Ended]:
     return run(url, work, **settings)
 
 
+def test_a_control_token_in_a_message_goes_to_no_upstream(tmp_path: Path):
+    """It tokenises the whole prompt at once."""
+    (tmp_path / "tokenizer.json").write_text(
+        '{"added_tokens": [{"content": "<|im_start|>", "special": true}, {"content": "<think>", "special": false}, {"content": "word", "special": false}]}'
+    )
+    stub = Stub(needs_loading=True)
+
+    async def work(engine: UpstreamEngine) -> list[Any]:
+        await engine.load(bundle(1)._replace(adapter=tmp_path))
+        for text in ("hi<|im_start|>system", "<think>"):
+            with pytest.raises(UserError, match="a control token of the model"):
+                await collect(engine, ask(text))
+        return [await collect(engine, ask("a word <in> brackets"))]
+
+    with serving(stub) as url:
+        assert run(url, work)[0][1].finish == "stop"
+
+
+def test_another_adapter_under_a_loaded_number_is_refused():
+    async def work(engine: UpstreamEngine) -> None:
+        await engine.load(bundle(1))
+        with pytest.raises(BaseModelError, match="another v1 is loaded"):
+            await engine.load(bundle(1)._replace(adapter=Path("adapters/other")))
+
+    with serving(Stub(needs_loading=True)) as url:
+        run(url, work)
+
+
 def test_each_version_is_a_model_of_its_own_name():
     stub = Stub(needs_loading=True)
 

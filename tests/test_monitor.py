@@ -233,6 +233,11 @@ def test_drift_alone_starts_no_retraining(facts: Facts, words: str):
     assert not decision.retrain and decision.against == [words] and any("p = 0.0010" in line for line in decision.for_)
 
 
+def test_no_other_retraining_starts_while_its_cure_is_tried_on_users():
+    decision = decide(drifted(), Facts(900, 0, 0.0, None, rollout_of=4), CONFIG)
+    assert not decision.retrain and decision.against == ["the rollout of v4 is open: it may be the cure"]
+
+
 def test_drift_with_rows_and_budget_does_and_without_drift_nothing_does():
     assert decide(drifted(), Facts(900, 1, 0.1, 30.0), CONFIG).retrain
     calm = decide(Verdict("no drift", 0.4, 500, 480, 100), Facts(900, 0, 0.0, None), CONFIG)

@@ -30,9 +30,10 @@ def test_rows_are_parted_by_topic_and_an_older_table_has_none():
     assert parts(scores.drop(columns="region")) == {}
 
 
-def test_a_region_is_read_back_as_it_was_written(tmp_path: Path):
-    write_region(tmp_path / "region.json", Region([ARRAYS, PAGES], "drift"))
-    assert read_region(tmp_path / "region.json") == Region([ARRAYS, PAGES], "drift")
+def test_a_region_keeps_the_words_and_no_prompt_of_a_user(tmp_path: Path):
+    write_region(tmp_path / "region.json", Region([ARRAYS, PAGES]))
+    assert read_region(tmp_path / "region.json") == Region([Topic(topic.name, topic.terms) for topic in (ARRAYS, PAGES)])
+    assert "Sum over" not in (tmp_path / "region.json").read_text()
     assert read_region(tmp_path / "none.json") == Region()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ratchet.retrains import read_retrains, remember
+from ratchet.retrains import last_start, note_asked, read_retrains, remember
 
 
 def test_trainings_are_remembered_in_order_and_counted_since_a_time(tmp_path):
@@ -14,3 +14,12 @@ def test_trainings_are_remembered_in_order_and_counted_since_a_time(tmp_path):
     found = read_retrains(tmp_path)
     assert [(entry.reason, entry.seconds) for entry in found] == [("first", 12.5), ("second", 12.5)]
     assert read_retrains(tmp_path, since=time.time() + 1) == []
+
+
+def test_a_cool_down_begins_when_drift_asks_whether_or_not_it_trains(tmp_path):
+    assert last_start(tmp_path) is None
+    remember(tmp_path, reason="first", seconds=1.0, run_key="a", verdict="promote")
+    trained = last_start(tmp_path)
+    note_asked(tmp_path)
+    asked = last_start(tmp_path)
+    assert trained is not None and asked is not None and time.time() - 5 < trained <= asked <= time.time() + 1

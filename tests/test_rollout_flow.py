@@ -14,13 +14,14 @@ from places import KEPT_CONNECTIONS, use_no_mlflow, write_files
 from test_promote import back, register, reign, root  # noqa: F401  (a fixture)
 from test_rollout import CONFIG, MANUAL, ask, challenge, decide, opened, outcome, step, units
 
+from flows.decide import promote_version, roll_back
 from flows.rollout import look_once, pause_rollout
 from ratchet.champion import read_champion
 from ratchet.config import Config, RolloutConfig
 from ratchet.errors import CheckoutError
 from ratchet.registry import CHALLENGER, CHAMPION, get_alias, get_version, list_versions, set_alias
 from ratchet.request_log import Unit
-from ratchet.rollout import advance, finish, pause, read_ended, read_rollout, resume, write_rollout
+from ratchet.rollout import AGAIN, advance, finish, pause, read_ended, read_rollout, resume, write_rollout
 from ratchet.serving import write_state
 from ratchet.tracking import mlflow_client
 from ratchet.workspace import git, locked
@@ -34,9 +35,10 @@ def test_a_dirty_checkout_delays_a_persons_decision(root: Path):  # noqa: F811
     register(2, rival=1)
     decide(2, decision="approve")
     write_files(root, {"params.yaml": "project:\n  name: changed\n"})
-    assert "waits" in " ".join(step(root, MANUAL)[1]) and outcome(2) == ""
+    assert "waits" in " ".join(step(root, MANUAL)[1]) and outcome(2) == "" and (root / AGAIN).exists(), "nothing in the registry will change"
     git(root, "checkout", "--", "params.yaml")
     step(root, MANUAL)
+    assert not (root / AGAIN).exists()
     assert read_champion(root).version == 2 and outcome(2) == "approve: done: it is in charge"
 
 
@@ -112,9 +114,49 @@ def test_what_mlflow_did_not_hear_it_hears_at_the_next_look(root: Path, monkeypa
     with monkeypatch.context() as patch:
         use_no_mlflow(patch)
         assert step(root)[0]["state"] == "rolled_back"
-    assert (get_alias("small", CHALLENGER), get_version("small", 2).tags["rollout_state"]) == (2, "open")
+    assert (get_alias("small", CHALLENGER), get_version("small", 2).tags["rollout_state"]) == (2, "open") and (root / AGAIN).exists()
     step(root)
+    assert not (root / AGAIN).exists()
     assert (get_alias("small", CHALLENGER), get_version("small", 2).tags["rollout_state"]) == (None, "rolled_back") and read_rollout(root) is None
+
+
+def test_approval_while_another_rollout_is_open_waits_for_its_end(root: Path):  # noqa: F811
+    challenge(root)
+    step(root)
+    register(3, rival=1)
+    decide(3, decision="approve")
+    assert "waits" in " ".join(step(root)[1]) and outcome(3) == "" and (root / AGAIN).exists()
+    finish(root, read_rollout(root), "no_evidence", why="too quiet", by="rollout")
+    assert step(root)[0]["version"] == 3 and outcome(3) == "approve: done: its rollout is open"
+
+
+def test_who_was_rejected_by_a_person_is_not_tried_again(root: Path):  # noqa: F811
+    challenge(root)
+    decide(2, decision="reject")
+    step(root)
+    set_alias("small", CHALLENGER, 2)  # as a later retraining with nothing new does
+    assert "a person rejected it" in " ".join(step(root)[1]) and read_rollout(root) is None
+
+
+def test_a_rollout_that_is_refused_at_its_end_ends(root: Path):  # noqa: F811
+    """It would hold its share of the users, and every later challenger up, for good."""
+    challenge(root)
+    step(root)
+    ask(root, read_rollout(root), 900, champion=0.3, challenger=0.7)
+    decide(2, gate='{"verdict": "reject", "rival": 1}')
+    found, _ = step(root)
+    assert found["state"] == "aborted" and "reject" in found["why"] and read_champion(root).version == 1
+
+
+def test_a_person_who_moves_the_champion_ends_the_open_rollout_at_once(root: Path):  # noqa: F811
+    reign(root, 2)
+    register(3, rival=2)
+    set_alias("small", CHALLENGER, 3)
+    step(root)
+    promote_version(root, CONFIG, 3, reason="I know", force=False, say=print)
+    assert read_rollout(root) is None and read_ended(root)[-1].state == "promoted"
+    roll_back(root, CONFIG, reason="complaints", say=print)
+    assert read_champion(root).version == 2 and read_rollout(root) is None, "the version that was taken back gets no share again"
 
 
 class Garbage(BaseHTTPRequestHandler):
@@ -159,7 +201,8 @@ def test_a_paused_rollout_ends_with_its_champion(root: Path):  # noqa: F811
     step(root)
     pause_rollout(root, CONFIG, print)
     back(root)
-    assert step(root)[0]["state"] == "aborted"
+    step(root)
+    assert read_rollout(root) is None and read_ended(root)[-1].state == "aborted"
 
 
 def test_what_the_gateway_refused_before_the_rollout_opened_does_not_end_it(root: Path):  # noqa: F811

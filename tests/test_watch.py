@@ -5,10 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
+from places import write_files
 
+from flows import watch
 from flows.watch import registry_fingerprint
+from ratchet.config import Config
+from ratchet.rollout import AGAIN
 
 BODY = {"text": b"{}"}
 
@@ -45,3 +50,26 @@ def test_a_registry_that_is_away_or_no_server_has_none(monkeypatch: pytest.Monke
     assert registry_fingerprint("small") is None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     assert registry_fingerprint("small") is None
+
+
+def test_a_look_is_asked_for_when_the_registry_changed_or_something_waits(registry: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(watch, "request_look", asked.append)  # Prefect's part
+    watcher = watch.Watcher(tmp_path, Config.model_validate({"project": {"name": "small"}, "rollout": {"look_seconds": 5}}))
+    monkeypatch.setitem(BODY, "text", b"{}")
+    assert watcher.glance() and not watcher.glance(), "the first sight is a change"
+    monkeypatch.setattr(watcher, "_looked", watcher._looked - 6)
+    assert not watcher.glance()
+    write_files(tmp_path, {str(AGAIN): ""})
+    assert watcher.glance() and not watcher.glance()
+    monkeypatch.setitem(BODY, "text", b'{"aliases": []}')
+    assert watcher.glance() and asked == [tmp_path] * 3
+
+
+def test_a_registry_that_tells_nothing_is_looked_at_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(watch, "request_look", asked.append)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "databricks")
+    watcher = watch.Watcher(tmp_path, Config.model_validate({"project": {"name": "small"}, "rollout": {"look_seconds": 5}}))
+    monkeypatch.setattr(watcher, "_looked", watcher._looked - 1e9)
+    assert watcher.glance() and not watcher.glance()

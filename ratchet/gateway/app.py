@@ -79,6 +79,7 @@ class Guard:
 def _lifespan(parts: Parts) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def run(_: Starlette) -> AsyncIterator[None]:
+        parts.log.start()
         await parts.fleet.start()
         yield
         until = time.monotonic() + LAST_WORDS_SECONDS

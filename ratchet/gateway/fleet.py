@@ -34,7 +34,7 @@ class Choice(NamedTuple):
     """Who answers a request, and for which arm of which rollout."""
 
     version: int
-    arm: str  # "champion" or "challenger"
+    arm: str  # as in the request log
     rollout_id: str
     step: int
 
@@ -251,6 +251,8 @@ class Fleet:
         needed, now = wanted | {version for version in (self._table.champion, self._table.challenger) if version is not None}, time.monotonic()
         self._left = {version: self._left.get(version, now) for version in self._loaded if version not in needed}
         for version, since in self._left.items():
+            if version in (self._table.champion, self._table.challenger):
+                continue  # it took charge while another was let go of
             if not self._under_way[version] and now - since >= GRACE_SECONDS:
                 del self._loaded[version]
                 del self._under_way[version]

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 
 from ratchet.config import GatewayConfig
-from ratchet.examples import Message, normalise
+from ratchet.examples import MOST_MARKS, Message, has_mark_run, normalise
 from ratchet.gateway.engine import Ask, Ended
 from ratchet.gateway.faults import Fault
 
@@ -20,6 +20,16 @@ NOT_SUPPORTED = (
     *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "logprobs", "top_logprobs", "response_format", "logit_bias", "presence_penalty"),
     *("frequency_penalty", "modalities", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"),
 )
+# Sent by clients that always say everything: what is asked for is what happens.
+DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True,),
+    "function_call": ("none", "auto"),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+}
 MAX_STOPS = 4
 Decoded = TypeVar("Decoded")
 
@@ -63,6 +73,8 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
+    moderation: Any = None
     # NOT_SUPPORTED
     tools: Any = None
     tool_choice: Any = None
@@ -136,7 +148,7 @@ def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         max_tokens=_check_max_tokens(body, limits.max_tokens),
         temperature=_check_range("temperature", body.temperature, 0.0, 2.0),
-        top_p=_check_range("top_p", body.top_p, 1e-6, 1.0),
+        top_p=_check_range("top_p", body.top_p, 0.0, 1.0),
         seed=_check_range("seed", body.seed, -(2**63), 2**63 - 1),
         stop=_check_stop(body.stop),
     )
@@ -164,7 +176,7 @@ def _decode(decoder: msgspec.json.Decoder[Decoded], raw: bytes) -> Decoded:
 
 def _check_support(body: Body) -> None:
     for field in NOT_SUPPORTED:
-        if getattr(body, field) and getattr(body, field) not in ({"type": "text"}, ["text"], "none"):  # such as response_format and modalities at their defaults
+        if getattr(body, field) and getattr(body, field) not in DEFAULTS.get(field, ()):
             _refuse(field, f"{field} is not supported", "leave it out")
     if body.n not in (None, 1):
         _refuse("n", f"n is {body.n}; only one choice is given", "send the request again for another one")
@@ -195,6 +207,8 @@ def _join(where: str, content: str | list[Part]) -> str:
 def _check_text(where: str, text: str) -> str:
     if "\0" in text:
         _refuse(where, f"{where} holds a NUL character at {text.index(chr(0))}", "remove it")
+    if has_mark_run(text):
+        _refuse(where, f"{where} holds more than {MOST_MARKS} combining marks in a row", "leave them out")
     return text
 
 
