@@ -12,6 +12,7 @@ import argparse
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -24,6 +25,7 @@ from tasks.rollout import Outcomes, judge
 
 WRONG = ("promote", "roll_back", "stop")
 CONFIG = RolloutConfig(step_minutes=0, max_hours=1e9)
+EIGHT = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
 
 
 class Ended(NamedTuple):
@@ -45,6 +47,10 @@ def main() -> None:
     print("| effect on the feedback | rollouts | promoted | rolled back | stopped | undecided | ends wrongly | naive z-test calls a difference | median users at the end |")
     print("|---|---|---|---|---|---|---|---|---|")
     print(row("0 (A/A)", simulate_many(options.rollouts, options.looks, effect=0.0), wrong=WRONG))
+    print(
+        row("0, 8 steps, users of one opinion", simulate_many(max(20, options.rollouts // 4), options.looks, effect=0.0, seed=2, shares=EIGHT, opinion=(0.2, 0.2)), wrong=WRONG),
+        flush=True,
+    )
     for effect in (0.05, 0.1, -0.05, -0.1):
         wrong = ("roll_back", "stop") if effect > 0 else ("promote", "stop")
         print(row(f"{effect:+.2f}", simulate_many(max(20, options.rollouts // 10), options.looks, effect=effect, seed=1), wrong=wrong))
@@ -62,14 +68,17 @@ def row(name: str, ended: list[Ended], wrong: tuple[str, ...]) -> str:
     )
 
 
-def simulate_many(rollouts: int, looks: int, *, effect: float, seed: int = 0) -> list[Ended]:
-    return [simulate(np.random.default_rng([seed, number]), looks, effect=effect) for number in range(rollouts)]
+def simulate_many(rollouts: int, looks: int, *, effect: float, seed: int = 0, shares: Sequence[float] = CONFIG.steps, opinion: tuple[float, float] = (3, 2)) -> list[Ended]:
+    return [simulate(np.random.default_rng([seed, number]), looks, effect=effect, shares=shares, opinion=opinion) for number in range(rollouts)]
 
 
-def simulate(chance: np.random.Generator, looks: int, *, effect: float, users: int = 1600, requests: int = 100, spoken: float = 0.5) -> Ended:
-    """One rollout; `requests` come between two looks."""
-    rollout = Rollout("a", "small", 2, 1, "c", "h", "salt", 0, list(CONFIG.steps), "open", 0.0, 0.0)
-    quality, place = chance.beta(3, 2, users), chance.random(users)
+def simulate(
+    chance: np.random.Generator, looks: int, *, effect: float, shares: Sequence[float] = CONFIG.steps, opinion: tuple[float, float] = (3, 2), users: int = 1600, requests: int = 100
+) -> Ended:
+    """One rollout; `requests` come between two looks, half of them with feedback. `opinion`: the beta distribution of the users' mean scores."""
+    spoken = 0.5
+    rollout = Rollout("a", "small", 2, 1, "c", "h", "salt", 0, list(shares), "open", 0.0, 0.0)
+    quality, place = chance.beta(*opinion, users), chance.random(users)
     sums = np.zeros((len(rollout.shares), users, 5))  # requests, errors, empty, log latency, and feedback's sum …
     voices = np.zeros((len(rollout.shares), users))  # … and number
     naive, seen = False, Counter[str]()
