@@ -54,7 +54,7 @@ def circle_config(boats: Path) -> Config:
             "base": {"demo": {"packages": ["asyncio"], "module_share": 1.0, "hidden_size": 64, "layers": 2, "heads": 2, "vocab_size": 600, "steps": 30}},
             "prepare": {"min_rows": 50},
             "tokenize": {"max_length": 96, "window": 192},
-            "train": {"epochs": 8, "batch_windows": 4, "learning_rate": 4.0e-3, "patience": 8},
+            "train": {"epochs": 16, "batch_windows": 4, "learning_rate": 5.0e-3, "patience": 8},
             "adapter": {"rank": 16, "alpha": 32},
             "evaluate": {"max_new_tokens": 6, "simple_baseline": False},
             "gate": {"min_rows": 20, "golden_margin": 1.0, "past_margin": 0.2, "nll_margin": 2.0},
