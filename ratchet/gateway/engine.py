@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from ratchet.errors import BaseModelError
 from ratchet.examples import Message
 from ratchet.serving import Bundle
 
@@ -57,3 +58,9 @@ class Engine(Protocol):
         """Pieces, then one Ended. Raises BusyError (the queue is full), UserError (the prompt does not fit), ServiceError (the upstream failed)."""
 
     async def close(self) -> None: ...
+
+
+def require_same(known: Bundle, bundle: Bundle) -> None:
+    """Raises BaseModelError: under the number that is loaded already another adapter is wanted."""
+    if known != bundle:
+        raise BaseModelError(f"another v{bundle.version} is loaded: {known.adapter.name}", remedy="start the gateway anew; the registry counts anew as well")

@@ -23,9 +23,9 @@ import torch
 
 from ratchet.chat import ChatFormat
 from ratchet.config import Config
-from ratchet.errors import BaseModelError, BusyError, RatchetError, ServiceError
+from ratchet.errors import BusyError, RatchetError, ServiceError
 from ratchet.gateway.decoding import Decoder, Row
-from ratchet.gateway.engine import Ask, Ended, Piece
+from ratchet.gateway.engine import Ask, Ended, Piece, require_same
 from ratchet.gateway.intake import check_adapter_fits
 from ratchet.models import load_tokenizer
 from ratchet.serving import Bundle
@@ -52,7 +52,7 @@ class LocalEngine:
         """Raises BaseModelError: it does not fit its base, is broken, or another one of that number is loaded."""
         async with self._loading:
             if bundle.version in self._served:
-                self._require_same(bundle)
+                require_same(self._served[bundle.version], bundle)
                 return
             chat, made = await asyncio.to_thread(self._read, bundle)
             await self._do(partial(self._add, bundle, chat, made))
@@ -92,12 +92,6 @@ class LocalEngine:
     def _require_open(self) -> None:
         if self._closed:
             raise ServiceError("the gateway stops", remedy="come again when it has started anew")
-
-    def _require_same(self, bundle: Bundle) -> None:
-        if self._served[bundle.version] != bundle:
-            raise BaseModelError(
-                f"another v{bundle.version} is loaded: {self._served[bundle.version].adapter.name}", remedy="start the gateway anew; the registry counts anew as well"
-            )
 
     def _read(self, bundle: Bundle) -> tuple[ChatFormat, Decoder | None]:
         """All that needs no model, and the base where none has it; in a thread of its own, beside the requests."""

@@ -22,7 +22,7 @@ from ratchet.chat import CONTROL
 from ratchet.config import Config
 from ratchet.errors import BaseModelError, BusyError, ConfigError, ServiceError, UserError
 from ratchet.files import read_json
-from ratchet.gateway.engine import Ask, Ended, Piece
+from ratchet.gateway.engine import Ask, Ended, Piece, require_same
 from ratchet.gateway.protocol import WholeAsk
 from ratchet.serving import Bundle
 
@@ -91,8 +91,8 @@ class UpstreamEngine:
 
     async def load(self, bundle: Bundle) -> None:
         """Raises BaseModelError (the upstream refuses or lacks it, or another version of that number is loaded), ServiceError (it does not answer)."""
-        if (known := self._bundles.get(bundle.version)) and known != bundle:
-            raise BaseModelError(f"another v{bundle.version} is loaded: {known.adapter.name}", remedy="start the gateway anew; the registry counts anew as well")
+        if known := self._bundles.get(bundle.version):
+            require_same(known, bundle)
         self._control[bundle.version] = await asyncio.to_thread(_read_control_tokens, bundle.adapter)
         if self._loads:
             await self._load_adapter(bundle)
