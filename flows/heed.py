@@ -11,8 +11,9 @@ from pathlib import Path
 from ratchet.champion import Champion, last_entry, read_champion
 from ratchet.config import Config
 from ratchet.errors import CheckoutError, RatchetError, ServiceError, UserError
+from ratchet.gate_tags import check_gate, read_tags
 from ratchet.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, set_alias, set_tag
-from ratchet.rollout import Rollout, check_gate, finish, open_rollout, read_gate, read_rollout, resume
+from ratchet.rollout import Rollout, finish, open_rollout, read_rollout, resume
 from ratchet.workspace import locked, open_workspace
 from tasks.promote import alias_is_pending, follow_alias, promote
 from tasks.rollout import MAX_TAG, Registry
@@ -44,7 +45,7 @@ def is_waiting(version: Version) -> bool:
 
 def take_charge(root: Path, version: Version, *, by: str, why: str, force: bool, say: Say, only_while: Rollout | None = None) -> Champion | None:
     """Promote. None when `only_while` is no longer open. Raises what the gate, the checkout and MLflow raise."""
-    read_gate(version)
+    read_tags(version)
     with locked(root, "promote"):
         current = read_rollout(root)
         if only_while and (current is None or (current.id, current.state) != (only_while.id, "open")):

@@ -6,7 +6,6 @@ paused or aborted with MLflow down. Each act reads the file again under that loc
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from ratchet.champion import Champion
 from ratchet.config import Config
 from ratchet.errors import BusyError, CheckoutError, UserError
 from ratchet.files import write_bytes, write_json
+from ratchet.gate_tags import check_gate
 from ratchet.registry import Version
 from ratchet.workspace import locked
 
@@ -121,38 +121,6 @@ def open_rollout(root: Path, config: Config, version: Version, champion: Champio
         return opened
 
 
-def check_gate(version: Version, champion: Champion | None) -> None:
-    """Raises UserError: not passed, passed against another champion, or tags that say nothing."""
-    gate = read_gate(version)
-    rival = champion.version if champion else None
-    if gate["verdict"] != "promote":
-        raise UserError(f"the gate's verdict is {gate['verdict']}", remedy="the tags `decision` = `force` and `reason` overrule it")
-    if gate["rival"] != rival:
-        raise UserError(
-            f"v{version.number} was compared with {_named(gate['rival'])}, in charge is {_named(rival)}", remedy="ratchet retrain --force compares with today's champion"
-        )
-
-
-def read_gate(version: Version) -> dict[str, Any]:
-    """What the registry says of the gate. Raises UserError when a tag that a rollout or a promotion needs is missing or is no JSON."""
-    remedy = "it was not registered by Ratchet, or its tags were changed: `ratchet retrain` registers candidates with all of them"
-    for tag in ("git_commit", "adapter_sha256"):
-        if not version.tags.get(tag):
-            raise UserError(f"v{version.number} has no tag `{tag}`", remedy=remedy)
-    found = {}
-    for tag, kind in (("gate", dict), ("batches", list), ("data", dict)):
-        try:
-            found[tag] = json.loads(version.tags[tag])
-        except (KeyError, ValueError):
-            raise UserError(f"v{version.number}'s tag `{tag}` is {version.tags.get(tag, 'missing')[:60]!r}, wanted JSON", remedy=remedy) from None
-        if not isinstance(found[tag], kind):
-            raise UserError(f"v{version.number}'s tag `{tag}` is a {type(found[tag]).__name__}, wanted a {kind.__name__}", remedy=remedy)
-    gate: dict[str, Any] = found["gate"]
-    if missing := {"verdict", "rival"} - gate.keys():
-        raise UserError(f"v{version.number}'s tag `gate` has no {', '.join(sorted(missing))}", remedy=remedy)
-    return gate
-
-
 def _check_past(root: Path, version: Version, champion: Champion, again: bool) -> None:
     """A version gets one rollout against a champion; one that did harm, or was in charge once, gets no other."""
     if not again and version.tags.get("decision", "").strip().lower() == "reject":
@@ -224,7 +192,3 @@ def _change(root: Path, seen: Rollout, **values: Any) -> Rollout | None:
         changed = msgspec.structs.replace(current, **values)
         write_rollout(root, changed)
         return changed
-
-
-def _named(version: int | None) -> str:
-    return "the base" if version is None else f"v{version}"

@@ -5,7 +5,6 @@ A flow's task, not a stage. Callers hold the lock `promote`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,13 +14,13 @@ import msgspec
 from ratchet.champion import FILE, Champion, last_entry, read_champion, write_champion
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.files import write_text
+from ratchet.gate_tags import check_gate, named, read_tags
 from ratchet.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, get_version, set_alias
 from ratchet.tracking import KEY_TAG
 from ratchet.workspace import Workspace, land
 
 Say = Callable[[str], None]
 PENDING = ".ratchet/alias-pending"
-TAGS = (KEY_TAG, "git_commit", "adapter_sha256", "batches", "data", "gate")  # of a version; its entry in the ledger is made of them
 
 
 def promote(workspace: Workspace, version: Version, *, by: str, why: str, force: bool, say: Say) -> Champion:
@@ -33,9 +32,9 @@ def promote(workspace: Workspace, version: Version, *, by: str, why: str, force:
         say(f"v{version.number} is in charge already")
         follow_alias(workspace.root, current, say)
         return current
-    _check_tags(version)
+    tags = read_tags(version)
     if not force:
-        _check_gate(version, current)
+        check_gate(version, current)
     chosen = Champion(
         name=version.name,
         version=version.number,
@@ -44,9 +43,9 @@ def promote(workspace: Workspace, version: Version, *, by: str, why: str, force:
         run_key=version.tags[KEY_TAG],
         run_id=version.run_id,
         adapter_sha256=version.tags["adapter_sha256"],
-        batches=json.loads(version.tags["batches"]),
-        data=json.loads(version.tags["data"]),
-        gate=json.loads(version.tags["gate"]),
+        batches=tags["batches"],
+        data=tags["data"],
+        gate=tags["gate"],
         at=_now(),
         by=by,
         why=why,
@@ -104,32 +103,6 @@ def check_registry(champion: Champion) -> None:
         )
 
 
-def _check_tags(version: Version) -> None:
-    if missing := [tag for tag in TAGS if tag not in version.tags]:
-        raise UserError(
-            f"v{version.number} has no tag {', '.join(missing)}: it was not registered by Ratchet", remedy="ratchet retrain registers candidates with all that a promotion needs"
-        )
-
-
-def _check_gate(version: Version, current: Champion | None) -> None:
-    gate = json.loads(version.tags["gate"])
-    if gate["verdict"] != "promote":
-        raise UserError(
-            f"the gate's verdict on v{version.number} is {gate['verdict']}",
-            remedy=f"`ratchet promote {version.number} --force --reason …` overrules it; the ledger keeps the reason",
-        )
-    now = current.version if current else None
-    if gate["rival"] != now:
-        raise UserError(
-            f"v{version.number} was compared with {_named(gate['rival'])}, in charge is {_named(now)}",
-            remedy="ratchet retrain --force compares a candidate with today's champion; `ratchet promote … --force --reason …` overrules",
-        )
-
-
-def _named(version: int | None) -> str:
-    return "the base" if version is None else f"v{version}"
-
-
 def _put_in_charge(workspace: Workspace, chosen: Champion, say: Say) -> Champion:
     before = workspace.git("rev-parse", "HEAD").strip()
     write_champion(workspace.path, chosen)
@@ -142,7 +115,7 @@ def _put_in_charge(workspace: Workspace, chosen: Champion, say: Say) -> Champion
     except RatchetError:
         workspace.git("reset", "--quiet", "--hard", before)  # or a second try would take this clone's entry for the champion
         raise
-    say(f"{FILE}: v{chosen.version} is in charge (before: {_named(chosen.replaced)})")
+    say(f"{FILE}: v{chosen.version} is in charge (before: {named(chosen.replaced)})")
     follow_alias(workspace.root, chosen, say)
     return chosen
 

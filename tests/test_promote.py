@@ -147,7 +147,7 @@ def test_a_version_that_was_made_by_hand_is_refused_with_what_it_lacks(root):
     client = mlflow_client()
     client.create_registered_model("small")
     client.create_model_version("small", "file:///nowhere")
-    with pytest.raises(UserError, match=r"v1 has no tag ratchet\.run_key, git_commit, .*: it was not registered by Ratchet"):
+    with pytest.raises(UserError, match=r"v1 has no tag ratchet\.run_key, git_commit, .*"):
         take(root, 1, reason="I know it", force=True)
 
 

@@ -226,7 +226,7 @@ def test_a_worse_challenger_is_rolled_back_and_not_opened_again(root: Path):  # 
 def test_one_that_did_not_pass_the_gate_never_answers_a_user(root: Path):  # noqa: F811
     challenge(root, verdict="uncertain")
     found, said = step(root)
-    assert "version" not in found and "the gate's verdict is uncertain" in " ".join(said) and get_alias("small", CHALLENGER) is None
+    assert "version" not in found and "the gate's verdict on v2 is uncertain" in " ".join(said) and get_alias("small", CHALLENGER) is None
 
 
 @pytest.mark.parametrize("tag", ["gate", "git_commit"])
@@ -342,7 +342,7 @@ def test_approval_of_a_version_that_failed_is_refused_unless_forced_with_a_reaso
     register(2, rival=1, verdict="reject")
     decide(2, decision="approve")
     step(root, MANUAL)
-    assert outcome(2).startswith("approve: refused: the gate's verdict is reject")
+    assert outcome(2).startswith("approve: refused: the gate's verdict on v2 is reject")
     decide(2, decision="force")
     step(root, MANUAL)
     assert "needs a tag `reason`" in outcome(2) and read_champion(root).version == 1
