@@ -22,6 +22,7 @@ OPEN, CLOSE = "\ue0f0", "\ue0f1"
 MARKED = re.compile(f"{OPEN}(\\d+){CLOSE}")
 CONTROL = re.compile(r"[<\[].+[>\]]")
 PROBE = (Message("user", "a"), Message("assistant", "b"))
+SHRINK = 3  # a tokenizer's own normaliser (NFC) makes text at most this much shorter (Unicode UAX #15, section 9)
 
 
 class Encoded(NamedTuple):
@@ -42,6 +43,7 @@ class ChatFormat:
             )
         self.tokenizer = tokenizer
         self._plain_markers = self._find_plain_markers()
+        self._token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
         self.stop_id = self._find_stop_id()
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_id
         self._check_round_trip()
@@ -55,6 +57,10 @@ class ChatFormat:
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """What a server sends to the model: the messages and the opening of the assistant's turn."""
         return self._encode_prompt(messages).ids
+
+    def at_least(self, messages: Sequence[Message]) -> int:
+        """A lower bound of the prompt's tokens from its bytes alone: long texts can be refused without tokenising them, which takes a second a megabyte."""
+        return sum(len(message.content.encode()) for message in messages) // (self._token_bytes * SHRINK)
 
     def decode_answer(self, ids: Iterable[int]) -> str:
         """Text of generated ids up to the end of the turn."""

@@ -242,6 +242,7 @@ class MonitorConfig(Section):
     min_prompts: int = Field(default=200, ge=20, description="distinct prompts in the window under which no verdict is given")
     false_alarm_rate: float = Field(default=0.05, gt=0, lt=0.5, description="share of windows without drift in which the verdict may be `drift`")
     resamples: int = Field(default=2000, ge=200, description="reference-against-reference draws that the thresholds come from")
+    latency_margin: float = Field(default=0.5, ge=0, description="answers that are slower by up to this share of the champion's earlier ones are no drift")
     topics: Count = Field(default=8, description="topics that are named, at most")
     seed: int = Field(default=7, ge=0, description="seed of the draws and the clusters")
     retrain: bool = Field(default=True, description="drift may start a retraining")

@@ -150,9 +150,10 @@ def _log_tail(statistic: Values) -> Values:
 # --- measures ----------------------------------------------------------------------------------------------------------
 
 
-def higher(name: str, values: Values, window: int) -> Measure:
-    """One-sided: the window's mean is higher. Each row needs a value; what only some rows have is a family of those rows."""
-    return Measure(name, "higher", lambda draws: _difference(values, draws), *_means(values, window))
+def higher(name: str, values: Values, window: int, *, margin: float = 0.0) -> Measure:
+    """One-sided: the window's mean is higher, by more than `margin`. Each row needs a value; what only some rows have is a family of those rows."""
+    judged = np.where(np.arange(len(values)) < window, values, values + margin)
+    return Measure(name, "higher", lambda draws: _difference(judged, draws), *_means(values, window))
 
 
 def lower(name: str, values: Values, window: int) -> Measure:

@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -115,7 +116,7 @@ def all_families(window: list[Logged], feedback: dict[str, list[Feedback]], earl
     """Those that have a reference, and why the others have none."""
     asked = by_prompt(window)
     families = input_families(list(asked), reference.prompts, reference.familiar, monitor)
-    others = [*answer_families(asked, reference, monitor), *service_families(window, feedback, earlier)]
+    others = [*answer_families(asked, reference, monitor), *service_families(window, feedback, earlier, monitor.latency_margin)]
     return [*families, *(one for one in others if isinstance(one, Family))], [one for one in others if isinstance(one, str)]
 
 
@@ -166,15 +167,18 @@ def _kinds(answers: list[str]) -> Any:
     return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
-def service_families(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged]) -> list[Family | str]:
-    """Feedback (a value a user), errors and latency (one a request that has it), against the same champion's earlier traffic."""
+def service_families(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged], latency_margin: float) -> list[Family | str]:
+    """Feedback (a value a user), errors and latency (one a request that has it), against the same champion's earlier traffic.
+
+    One busy hour is slower than the next: latency has to be higher by a margin, a share of what it was.
+    """
     scores = [_by_user(side, feedback) for side in (window, earlier)]
     failed = [[float(one.status >= 500) for one in side] for side in (window, earlier)]
     waited = [[math.log1p(one.latency_ms) for one in side if one.status == 200] for side in (window, earlier)]
     return [
         _one_column("feedback", "feedback", lower, *scores),
         _one_column("errors", "errors", higher, *failed),
-        _one_column("latency", "latency (log ms)", higher, *waited),
+        _one_column("latency", "latency (log ms)", partial(higher, margin=math.log1p(latency_margin)), *waited),
     ]
 
 

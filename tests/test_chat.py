@@ -104,6 +104,13 @@ def test_user_text_never_becomes_a_control_token_and_is_kept_as_it_is(text, spec
     assert chat.tokenizer.decode(body) == text
 
 
+@settings(deadline=None, max_examples=60)
+@given(text=st.one_of(st.text(max_size=400), st.sampled_from(["the answer ", "question", "é", "e\u0301"]).map(lambda part: part * 100)))
+def test_the_bound_from_the_bytes_is_never_over_the_prompt(text):
+    messages = [Message("user", text)]
+    assert CHATS[True].at_least(messages) <= len(CHATS[True].encode_prompt(messages))
+
+
 def test_an_answer_with_a_control_token_in_it_does_not_end_early(chat):
     encoded = chat.encode(conversation("How does a turn end?", "With <|end|> it does."))
     assert encoded.ids.count(chat.stop_id) == 2  # the user's turn and the answer's

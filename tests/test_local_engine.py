@@ -158,6 +158,16 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_length(candidate: Path, 
         run(lambda engine: take(engine, ask(0, long)), bundle(1, candidate, tiny_base))
 
 
+def test_a_huge_prompt_is_refused_before_it_is_tokenised(candidate: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte takes a second, in which nobody's stream goes on."""
+    seen: list[int] = []
+    encode = ChatFormat.encode_prompt
+    monkeypatch.setattr(ChatFormat, "encode_prompt", lambda chat, messages: seen.append(len(messages[0].content)) or encode(chat, messages))
+    with pytest.raises(UserError, match=rf"over \d+ tokens; the model takes {LENGTH} with the answer"):
+        run(lambda engine: take(engine, ask(0, (Message("user", "word " * 200_000),))), bundle(1, candidate, tiny_base))
+    assert seen == []
+
+
 def test_an_answer_that_nobody_waits_for_frees_its_place(candidate: Path, tiny_base: Path, prompts: list[tuple[Message, ...]]) -> None:
     async def leave(engine: LocalEngine) -> str:
         pieces = engine.answer(ask(0, prompts[0], max_tokens=60))

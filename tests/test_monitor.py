@@ -164,6 +164,12 @@ def test_worse_feedback_more_errors_and_slower_answers_are_drift(fault: str):
     assert decide(verdict, Facts(900, 0, 0.0, None), CONFIG).retrain == (fault == "feedback"), "training mends no latency"
 
 
+def test_a_busy_hour_is_no_drift():
+    """Slower by a fourth, to the last request: significant, and of no consequence."""
+    verdict = look(asked(quiet(), latency=25.0), earlier=asked(texts("stdlib")[4500:4900]))
+    assert verdict.verdict == "no drift" and verdict.moved == [], verdict.columns
+
+
 # --- what is refused or left out ----------------------------------------------------------------------------------------------
 
 

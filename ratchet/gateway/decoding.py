@@ -140,6 +140,9 @@ class Decoder:
         """Token ids by this version's own template, and its settings. What cannot be is refused."""
         bundle, chat, ask = self._bundles[row.ask.version], self._chats[row.ask.version], row.ask
         row.queue_ms = (time.perf_counter() - row.since) * 1000
+        if (least := chat.at_least(ask.messages)) >= bundle.max_length:
+            row.tell(UserError(f"the prompt has over {least} tokens; the model takes {bundle.max_length} with the answer", remedy="shorten the messages"))
+            return False
         try:
             row.prompt = chat.encode_prompt(ask.messages)
         except Exception as error:  # noqa: BLE001  (it is told to the one whose messages it comes from)
