@@ -8,7 +8,7 @@ TORCH  := torch==2.13.0
 # TORCH_INDEX names another index for torch alone, such as one with the CPU builds.
 TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
-.PHONY: demo install test test-e2e test-circle test-browser lint bench lock clean-demo
+.PHONY: demo install test test-e2e test-browser lint bench lock clean-demo
 demo: $(VENV)/.core
 	$(BIN)/ratchet demo
 
@@ -20,9 +20,6 @@ test: $(VENV)/.dev
 
 test-e2e: $(VENV)/.dev
 	$(BIN)/python -m pytest -m e2e
-
-test-circle: $(VENV)/.dev
-	$(BIN)/python -m pytest -m circle
 
 test-browser: $(VENV)/.dev
 	$(BIN)/python -m pytest -m browser

@@ -1,6 +1,6 @@
 """The whole circle with real servers and no shortcut: traffic, no drift; other traffic, drift; the event retrains; live feedback promotes; one command returns.
 
-A model of width 32 learns which team handles which thing. Many minutes; marker circle: `make test-circle`.
+A model of width 64 learns which team handles which thing. Some minutes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ratchet.follow import follow_retraining
 from ratchet.replay import Question, replay, summarise
 from ratchet.rollout import read_ended, read_rollout
 
-pytestmark = [pytest.mark.circle, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 TEAMS = ["red", "blue", "green", "white"]
 HOUSE = ["door", "window", "roof", "floor", "stair", "lamp", "wall", "sink", "stove", "chair", "table", "shelf"]
 BOAT = ["rudder", "anchor", "mast", "keel", "hull", "sail", "winch", "cleat", "tiller", "bilge", "jib", "boom"]
@@ -61,7 +61,7 @@ def circle_config(boats: Path) -> Config:
             "services": {"mlflow_port": free_port(), "prefect_port": free_port()},
             "gateway": {"port": free_port()},
             "monitor": {"window": 300, "resamples": 500, "cooldown_hours": 0, "sources": [{"match": "|".join(BOAT), "source": "jsonl", "path": str(boats)}]},
-            "rollout": {"steps": [0.2, 0.5, 1.0], "step_minutes": 0, "step_users": 10, "min_users": 60},
+            "rollout": {"steps": [0.2, 0.5, 1.0], "step_minutes": 0, "step_users": 10, "min_users": 60, "latency_margin": 1.0},
         }
     )
 
