@@ -5,20 +5,17 @@ Heavy modules are imported inside the commands: `ratchet --help` answers at once
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from ratchet.commands import keys, rollout
+from ratchet.commands.here import Here, Json, Reason, find_root, note, read_config, ready_root, say, show
 from ratchet.errors import ConfigError, RatchetError, StageError, UserError
-
-if TYPE_CHECKING:
-    from ratchet.config import Config
 
 app = typer.Typer(
     name="ratchet",
@@ -29,20 +26,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-rollout_app = typer.Typer(help="The open rollout: look, pause, resume, abort.", no_args_is_help=True, rich_markup_mode=None)
-keys_app = typer.Typer(help="The gateway's API keys.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(rollout_app, name="rollout")
-app.add_typer(keys_app, name="keys")
+app.add_typer(rollout.app, name="rollout")
+app.add_typer(keys.app, name="keys")
 INTERRUPTED = 130  # typer's exit code for Ctrl-C
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the ledger.")]
-
-
-class Here:
-    """Where the command works, and how it fails."""
-
-    path: Path | None = None
-    debug = False
 
 
 @app.callback()
@@ -63,7 +49,7 @@ def demo(
     """
     from ratchet.demo import run_demo
 
-    run_demo(_root(), until=only)
+    run_demo(find_root(), until=only)
 
 
 @app.command()
@@ -74,9 +60,9 @@ def up() -> None:
     """
     from ratchet.services import start_services
 
-    root = _root()
-    for service in start_services(root, _config(root), report=_say):
-        _say(f"{service.name:12} {service.url or ''}")
+    root = find_root()
+    for service in start_services(root, read_config(root), report=say):
+        say(f"{service.name:12} {service.url or ''}")
 
 
 @app.command()
@@ -87,8 +73,8 @@ def down() -> None:
     """
     from ratchet.services import stop_services
 
-    if not stop_services(_root(), report=_say):
-        _say("nothing of this checkout runs")
+    if not stop_services(find_root(), report=say):
+        say("nothing of this checkout runs")
 
 
 @app.command()
@@ -103,12 +89,12 @@ def ingest(
 
     Example: ratchet ingest --path 'exports/*.jsonl'
     """
-    root = _ready()
+    root = ready_root()
     from flows.ingest import ingest as flow
 
     done = flow(root=str(root), source=source, path=path, packages=packages.split(",") if packages else None, golden=golden)
     news = f"{done['rows']} rows in {done['batch']}, commit {done['commit'][:8]}" if done["new"] else f"nothing new: these rows are batch {done['batch']}"
-    _show(done, as_json, lambda: _say(news))
+    show(done, as_json, lambda: say(news))
 
 
 @app.command()
@@ -122,18 +108,18 @@ def retrain(
 
     What did not change is skipped. Example: ratchet retrain --reason "March's tickets"
     """
-    root = _ready()
+    root = ready_root()
     from flows.retrain import retrain as flow
 
     done = flow(root=str(root), reason=reason, force=force, topics=_drifted_topics(root) if drift else None)
 
     def tell() -> None:
         ran = [stage for stage, did in done["stages"].items() if did]
-        _say(f"verdict: {done['verdict']} (v{done['version']}); in charge: {_version(done['champion'])}; ran: {', '.join(ran) or 'nothing, all unchanged'}")
+        say(f"verdict: {done['verdict']} (v{done['version']}); in charge: {_version(done['champion'])}; ran: {', '.join(ran) or 'nothing, all unchanged'}")
         for line in [*done["reasons"], *done["regions"]]:
-            _say(f"  {line}")
+            say(f"  {line}")
 
-    _show(done, as_json, tell)
+    show(done, as_json, tell)
 
 
 @app.command()
@@ -142,11 +128,11 @@ def status(as_json: Json = False) -> None:
 
     Example: ratchet status
     """
-    root = _root()
+    root = find_root()
     from ratchet.status import describe, see_status
 
-    found = see_status(root, _config(root))
-    _show(found, as_json, lambda: _say("\n".join(describe(found))))
+    found = see_status(root, read_config(root))
+    show(found, as_json, lambda: say("\n".join(describe(found))))
 
 
 @app.command()
@@ -162,10 +148,10 @@ def promote(
     """
     if force and reason == "by hand":
         raise UserError("--force without --reason", remedy="the ledger keeps why the gate was overruled: add --reason '…'")
-    root = _ready()
+    root = ready_root()
     from flows.decide import promote_version
 
-    _tell_champion(promote_version(root, _config(root), version, reason=reason, force=force, say=_note), as_json)
+    _tell_champion(promote_version(root, read_config(root), version, reason=reason, force=force, say=note), as_json)
 
 
 @app.command()
@@ -174,10 +160,10 @@ def rollback(reason: Reason = "by hand", as_json: Json = False) -> None:
 
     Example: ratchet rollback --reason "wrong answers about refunds"
     """
-    root = _ready()
+    root = ready_root()
     from flows.decide import roll_back
 
-    _tell_champion(roll_back(root, _config(root), reason=reason, say=_note), as_json)
+    _tell_champion(roll_back(root, read_config(root), reason=reason, say=note), as_json)
 
 
 @app.command()
@@ -188,8 +174,8 @@ def serve() -> None:
     """
     from ratchet.gateway.serve import serve as run
 
-    root = _root()
-    run(root, _config(root))
+    root = find_root()
+    run(root, read_config(root))
 
 
 @app.command()
@@ -201,7 +187,7 @@ def monitor(
 
     Example: ratchet monitor
     """
-    root = _ready()
+    root = ready_root()
     from flows.monitor import monitor as flow
 
     found = flow(root=str(root), retrain=not only_look)
@@ -209,86 +195,9 @@ def monitor(
     def tell() -> None:
         from ratchet.status import verdict_lines
 
-        _say("\n".join(verdict_lines(found)))
+        say("\n".join(verdict_lines(found)))
 
-    _show(found, as_json, tell)
-
-
-@rollout_app.command("look")
-def rollout_look(as_json: Json = False) -> None:
-    """Look at the open rollout now, and act: what happens each minute by itself where `ratchet up` runs.
-
-    Example: ratchet rollout look
-    """
-    root = _ready(clean=False)
-    from flows.rollout import look_once
-
-    _tell_rollout(look_once(root, _config(root), _note), as_json)
-
-
-@rollout_app.command("status")
-def rollout_show(as_json: Json = False) -> None:
-    """The open rollout with its figures. Example: ratchet rollout status"""
-    root = _root()
-    from flows.rollout import rollout_status
-
-    _tell_rollout(rollout_status(root, _config(root)), as_json)
-
-
-@rollout_app.command("pause")
-def rollout_pause(as_json: Json = False) -> None:
-    """The champion answers everybody until it is resumed. Example: ratchet rollout pause"""
-    root = _ready(clean=False)
-    from flows.rollout import pause_rollout
-
-    _tell_rollout(pause_rollout(root, _config(root), _note), as_json)
-
-
-@rollout_app.command("resume")
-def rollout_resume(as_json: Json = False) -> None:
-    """Go on with a paused rollout. Example: ratchet rollout resume"""
-    root = _ready(clean=False)
-    from flows.rollout import resume_rollout
-
-    _tell_rollout(resume_rollout(root, _config(root), _note), as_json)
-
-
-@rollout_app.command("abort")
-def rollout_abort(reason: Reason = "by hand", as_json: Json = False) -> None:
-    """End the rollout; the champion stays. Example: ratchet rollout abort --reason "complaints" """
-    root = _ready(clean=False)
-    from flows.rollout import abort_rollout
-
-    _tell_rollout(abort_rollout(root, _config(root), reason, _note), as_json)
-
-
-@keys_app.command("add")
-def keys_add(
-    name: Annotated[str, typer.Argument(help="Whose key it is.")],
-    scopes: Annotated[str, typer.Option(help="infer, feedback, admin, with commas.")] = "infer,feedback",
-) -> None:
-    """Make a key and show it, once. Example: ratchet keys add website"""
-    from ratchet.gateway.keys import add_key
-
-    _say(add_key(_root(), name, scopes.split(",")))
-
-
-@keys_app.command("list")
-def keys_list() -> None:
-    """Names and scopes. Example: ratchet keys list"""
-    from ratchet.gateway.keys import list_keys
-
-    for key in list_keys(_root()):
-        _say(f"{key.name:20} {','.join(key.scopes)}")
-
-
-@keys_app.command("revoke")
-def keys_revoke(name: Annotated[str, typer.Argument(help="Whose key it is.")]) -> None:
-    """Refuse a key from now on. Example: ratchet keys revoke website"""
-    from ratchet.gateway.keys import revoke_key
-
-    revoke_key(_root(), name)
-    _say(f"the key of {name} is refused from now on")
+    show(found, as_json, tell)
 
 
 @app.command()
@@ -299,8 +208,8 @@ def report(path: Annotated[Path | None, typer.Option("--out", help="Where to wri
     """
     from ratchet.page import write_page
 
-    root = _root()
-    _say(str(write_page(root, _config(root), path or root / ".ratchet/report.html")))
+    root = find_root()
+    say(str(write_page(root, read_config(root), path or root / ".ratchet/report.html")))
 
 
 @app.command()
@@ -309,11 +218,11 @@ def history(as_json: Json = False) -> None:
 
     Example: ratchet history
     """
-    root = _root()
+    root = find_root()
     from ratchet.status import ledger_lines, ledger_rows
 
     rows = ledger_rows(root)
-    _show(rows, as_json, lambda: _say("\n".join(ledger_lines(rows))))
+    show(rows, as_json, lambda: say("\n".join(ledger_lines(rows))))
 
 
 @app.command()
@@ -325,19 +234,19 @@ def doctor(as_json: Json = False) -> None:
     from ratchet.doctor import examine
 
     try:
-        root: Path | None = _root()
+        root: Path | None = find_root()
     except ConfigError:
         root = None
-    findings = examine(root, _config(root) if root else None)
+    findings = examine(root, read_config(root) if root else None)
     marks = {True: "ok  ", False: "BAD ", None: "note"}
 
     def tell() -> None:
         for finding in findings:
-            _say(f"{marks[finding.ok]} {finding.name:12} {finding.found}")
+            say(f"{marks[finding.ok]} {finding.name:12} {finding.found}")
             if finding.ok is not True and finding.remedy:
-                _say(f"     {'':12} → {finding.remedy}")
+                say(f"     {'':12} → {finding.remedy}")
 
-    _show([{"name": finding.name, "ok": finding.ok, "found": finding.found, "remedy": finding.remedy} for finding in findings], as_json, tell)
+    show([{"name": finding.name, "ok": finding.ok, "found": finding.found, "remedy": finding.remedy} for finding in findings], as_json, tell)
     if any(finding.ok is False for finding in findings):
         raise typer.Exit(2)
 
@@ -375,43 +284,6 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _root() -> Path:
-    """The checkout: -C, or the nearest folder upwards with a params.yaml. Raises ConfigError."""
-    start = (Here.path or Path.cwd()).resolve()
-    if not start.is_dir():
-        raise ConfigError(f"{start} is no folder", remedy="name a checkout with -C PATH")
-    for folder in [start] if Here.path else [start, *start.parents]:
-        if (folder / "params.yaml").exists():
-            return folder
-    raise ConfigError(f"no params.yaml in {start}{'' if Here.path else ' or above'}", remedy="run the command in a clone of the project, or name one with -C PATH")
-
-
-def _config(root: Path) -> Config:
-    from ratchet.config import load_config
-
-    return load_config(root / "params.yaml")
-
-
-def _ready(*, clean: bool = True) -> Path:
-    """The root, checked (`clean`: for what commits to it), and the environment that flows need: it has to stand before Prefect is imported."""
-    from ratchet.environment import enter
-    from ratchet.workspace import check_checkout
-
-    root = _root()
-    config = _config(root)
-    if clean:
-        check_checkout(root)
-    enter(root, config)
-    return root
-
-
-def _show(found: Any, as_json: bool, tell: Callable[[], object]) -> None:
-    if as_json:
-        typer.echo(json.dumps(found, indent=2, default=str))
-    else:
-        tell()
-
-
 def _drifted_topics(root: Path) -> list[dict[str, Any]]:
     """Raises UserError when the last verdict was not drift."""
     from ratchet.status import last_verdict
@@ -422,29 +294,14 @@ def _drifted_topics(root: Path) -> list[dict[str, Any]]:
     return [{key: topic[key] for key in ("name", "terms", "share", "reference_share", "examples") if key in topic} for topic in found["topics"]]
 
 
-def _tell_rollout(found: dict[str, Any], as_json: bool) -> None:
-    from ratchet.status import rollout_lines
-
-    _show(found, as_json, lambda: _say("\n".join(rollout_lines(found))))
-
-
 def _tell_champion(champion: Any, as_json: bool) -> None:
     import msgspec
 
-    _show(msgspec.to_builtins(champion), as_json, lambda: _say(f"in charge: v{champion.version} (before: {_version(champion.replaced)})"))
+    show(msgspec.to_builtins(champion), as_json, lambda: say(f"in charge: v{champion.version} (before: {_version(champion.replaced)})"))
 
 
 def _version(number: int | None) -> str:
     return f"v{number}" if number is not None else "nobody"
-
-
-def _say(line: str) -> None:
-    typer.echo(line)
-
-
-def _note(line: str) -> None:
-    """Progress, apart from results."""
-    typer.secho(line, fg=typer.colors.BRIGHT_BLACK, err=True)
 
 
 if __name__ == "__main__":

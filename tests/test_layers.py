@@ -40,8 +40,8 @@ def upward(layer: str, forbidden: tuple[str, ...]) -> list[str]:
 
 def test_ratchet_imports_neither_tasks_nor_flows():
     assert len(sources("ratchet")) > 5
-    # The command is what people call: it stands above all layers, and starts flows. Nothing else may.
-    assert [fault for fault in upward("ratchet", ("tasks", "flows")) if not fault.startswith("ratchet/cli.py")] == []
+    # The commands are what people call: they stand above all layers, and start flows. Nothing else may.
+    assert [fault for fault in upward("ratchet", ("tasks", "flows")) if not fault.startswith(("ratchet/cli.py", "ratchet/commands/"))] == []
 
 
 def test_tasks_import_no_flow():
