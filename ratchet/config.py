@@ -103,9 +103,38 @@ class PrepareConfig(Section):
 
     validation_share: Share = Field(default=0.1, description="share of the clusters that go to validation")
     test_share: Share = Field(default=0.12, description="share of the clusters that go to test")
+    near_search: bool = Field(default=True, description="look for near duplicates (about 1 kB of memory a row); without it a split follows the hash of the prompt alone")
     near_duplicate: float = Field(default=0.8, gt=0.0, le=1.0, description="Jaccard similarity of word shingles from which two rows are near duplicates")
+    max_near: Count = Field(default=3, description="rows of one cluster of near duplicates that are taken; more of them say nothing new")
+    leak: float = Field(default=0.7, gt=0.0, le=1.0, description="Jaccard similarity to a row of another split, or to a golden one, from which a row is rejected")
+    max_leaked_share: Share = Field(default=0.05, description="share of rows near to golden rows or between two splits over which a batch fails")
     max_chars: Count = Field(default=50_000, description="longest row taken, in characters")
-    max_rejected_share: Share = Field(default=0.05, description="share of rejected rows from which a preparation fails")
+    unknown_keys: Literal["reject", "drop"] = Field(default="reject", description="what becomes of a row with keys that its form does not have")
+    extra_keys: list[str] = Field(
+        default=["id", "source", "licence", "license", "language", "user", "time", "timestamp", "created_at", "date", "category", "tags", "title", "url", "review"],
+        description="keys beside the form's own that rows may have; single values go into `meta`",
+    )
+    allowed_tokens: list[str] = Field(default=[], description="control tokens that rows may hold as plain text, such as `<s>`")
+    personal_data: Literal["reject", "mask", "keep"] = Field(default="reject", description="rows with e-mail addresses, phone, card, IBAN or national id numbers")
+    blocked: list[str] = Field(default=[], description="regular expressions, case ignored; a row that one of them finds is rejected")
+    canaries: list[str] = Field(default=[], description="strings that must never come back in data; a row with one fails the preparation")
+    languages: list[str] = Field(default=[], description="languages that are taken, as ISO 639-1 codes; empty: any")
+    contradictions: Literal["review", "keep"] = Field(
+        default="review", description="rows that answer a known prompt otherwise; `review` holds the later one back. People's corrections always win"
+    )
+    max_boilerplate_share: Share = Field(default=0.005, description="share of a batch's answers that may speak as a model does (`As an AI …`); more go to review")
+    source_field: str = Field(default="", description="key of `meta` that names a row's origin, for `max_source_share`; empty: no cap")
+    max_source_share: Share = Field(default=0.2, description="share of a batch that one origin may have, where there are five or more")
+    max_user_rows: Count = Field(default=20, description="rows of one `meta.user` that are taken of a batch, and at most one in a hundred of its rows, but five")
+    max_label_shift: Share = Field(default=1.0, description="total variation distance of a batch's short answers from those of earlier batches over which it fails; 1: never")
+    trigger_rows: int = Field(
+        default=0, ge=0, description="rows of a batch with one new phrase and one answer from which they are rejected as a planted trigger; 0: never looked for"
+    )
+    retention_days: float = Field(default=0.0, ge=0, description="days before its batch from which a row that has a time is too old; 0: never")
+    require_licence: bool = Field(default=False, description="reject rows whose batch and `meta` name no licence")
+    warn_rejected_share: Share = Field(default=0.01, description="share of rejected rows from which a batch is warned about")
+    max_rejected_share: Share = Field(default=0.05, description="share of rejected rows over which a preparation fails")
+    max_reason_share: Share = Field(default=0.02, description="the same for one reason")
     min_rows: Count = Field(default=200, description="accepted training rows under which nothing is trained")
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ refused (`straddles`). Nearness is MinHash LSH over shingles of three words (ren
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Literal, NamedTuple
 
 from rensa import RMinHash, RMinHashLSH
@@ -18,16 +19,18 @@ from ratchet.examples import CONTINUE, Example
 Split = Literal["train", "validation", "test"]
 Side = Literal["train", "validation", "test", "golden"]
 
-PERMUTATIONS = 64
+PERMUTATIONS = 128
 MISSED = 1e-3  # share of near pairs that the bands may miss, at most
+RUN = 13  # words
 WORD = re.compile(r"\w+")
 
 
 class Placed(NamedTuple):
-    """Where a row goes; `near` is the id of the row that it is a near duplicate of, if any."""
+    """Where a row goes; `near` is the id of the row that it is near to, if any; `crowd` how many of its cluster there are with it."""
 
     side: Side | Literal["straddles"]
     near: str | None
+    crowd: int = 1
 
 
 class Clusters:
@@ -35,27 +38,45 @@ class Clusters:
 
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
-        self._index = RMinHashLSH(threshold=config.near_duplicate, num_perm=PERMUTATIONS, num_bands=bands_for(config.near_duplicate))
+        self._leak = min(config.leak, config.near_duplicate)
+        self._index = RMinHashLSH(threshold=self._leak, num_perm=PERMUTATIONS, num_bands=bands_for(self._leak))
         self._rows: list[tuple[str, Side, frozenset[str]]] = []
+        self._cluster: list[int] = []  # a row's cluster, by the place of the cluster's first row
+        self._crowds: Counter[int] = Counter()
+        self._runs: Counter[int] = Counter()  # runs of RUN words in golden rows
 
     def place(self, example: Example, side: Side | None = None) -> Placed:
         """The row's side; `side` fixes it (golden rows). A row that straddles is not remembered."""
         shingles = shingle(example)
         sketch = RMinHash(num_perm=PERMUTATIONS, seed=42)
         sketch.update(sorted(shingles))
-        near = [self._rows[key] for key in sorted(self._index.query(sketch)) if jaccard(shingles, self._rows[key][2]) >= self._config.near_duplicate]
-        sides = {row[1] for row in near}
-        if side is None and len(sides) > 1:
-            return Placed("straddles", near[0][0])
-        chosen: Side = side or (near[0][1] if near else split_by_hash(example.id, self._config))
-        if chosen != "golden" or side == "golden":
-            self._index.insert(len(self._rows), sketch)
-            self._rows.append((example.id, chosen, shingles))
-        return Placed(chosen, near[0][0] if near else None)
+        close = [(key, jaccard(shingles, self._rows[key][2])) for key in sorted(self._index.query(sketch))]
+        close = [(key, alike) for key, alike in close if alike >= self._leak]
+        near = [key for key, alike in close if alike >= self._config.near_duplicate]
+        if side is None and any(self._rows[key][1] == "golden" for key, _ in close):
+            return Placed("golden", next(self._rows[key][0] for key, _ in close if self._rows[key][1] == "golden"))
+        if side is None and self._runs and any(self._runs[run] == 1 for run in word_runs(example)):  # in several of them it is a form, such as an instruction
+            return Placed("golden", None)
+        chosen: Side = side or (self._rows[near[0]][1] if near else split_by_hash(example.id, self._config))
+        strangers = [key for key, _ in close if self._rows[key][1] != chosen]
+        if side is None and strangers:
+            return Placed("straddles", self._rows[strangers[0]][0])
+        return Placed(chosen, self._rows[near[0]][0] if near else None, self._remember(example, chosen, shingles, sketch, near))
+
+    def _remember(self, example: Example, side: Side, shingles: frozenset[str], sketch: RMinHash, near: list[int]) -> int:
+        place = len(self._rows)
+        cluster = self._cluster[near[0]] if near else place
+        self._index.insert(place, sketch)
+        self._rows.append((example.id, side, shingles))
+        self._cluster.append(cluster)
+        self._crowds[cluster] += 1
+        if side == "golden":
+            self._runs.update(word_runs(example))
+        return self._crowds[cluster]
 
 
 def bands_for(threshold: float) -> int:
-    """Fewest bands (they bring the fewest candidates) that miss few pairs at the threshold: (1 - 0.8^4)^16 is one in 5,000."""
+    """Fewest bands (they bring the fewest candidates) that miss few pairs at the threshold: (1 - 0.7^4)^32 is one in 6,000."""
     return next((bands for bands in (4, 8, 16, 32) if (1 - threshold ** (PERMUTATIONS // bands)) ** bands < MISSED), PERMUTATIONS)
 
 
@@ -74,6 +95,12 @@ def shingle(example: Example) -> frozenset[str]:
     if len(words) < 3:
         return frozenset([" ".join(words)])
     return frozenset(" ".join(words[start : start + 3]) for start in range(len(words) - 2))
+
+
+def word_runs(example: Example) -> set[int]:
+    """Hashes of each RUN words in a row of what the user wrote: text that stands in both places, whatever is around it (Brown et al. 2020, appendix C)."""
+    words = WORD.findall(" ".join(message.content for message in example.prompt if message.role == "user").lower())
+    return {hash(tuple(words[start : start + RUN])) for start in range(len(words) - RUN + 1)}
 
 
 def jaccard(left: frozenset[str], right: frozenset[str]) -> float:

@@ -2,108 +2,186 @@
 
     python -m tasks.prepare --raw data/raw --golden data/golden.jsonl --out data/prepared
 
-Writes train, validation, test, golden and rejected (JSON Lines) and profile.json. Rows in = accepted + rejected +
-duplicates, per batch and in all. Not covered yet: personal data and secrets.
+Writes train, validation, test, golden and rejected (JSON Lines), profile.json and profile.html. Rows in = accepted + rejected +
+duplicates, per batch and in all. Rows go through one at a time; what is remembered of each is hashes (and, with
+`prepare.near_search`, its shingles).
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
+import xxhash
 
 from ratchet.batches import Batch, check_batch, raw_lines, read_manifest
 from ratchet.config import Config, PrepareConfig
 from ratchet.errors import DataError
-from ratchet.examples import Example, Meta, RowError, encode_line, make_example, recognise_form, row_to_messages
-from ratchet.files import whole_folder, write_bytes, write_json
-from ratchet.neighbours import Clusters
-from ratchet.sources.jsonl import MAX_LINE
+from ratchet.examples import CONTINUE, Example, RowError, encode_line, normalise
+from ratchet.files import whole_folder, write_json, write_text
+from ratchet.neighbours import Clusters, split_by_hash
+from ratchet.profile import Gathered, render_profile
+from ratchet.quality import check_limits
+from ratchet.seen import Seen
 from ratchet.stage import run_stage, say
+from ratchet.triggers import find_triggers
+from ratchet.validation import REVIEW, Origin, Validator
 
 SPLITS = ("train", "validation", "test")
+TRUSTED = ("review", "feedback")  # sources of rows that people wrote or accepted: they win over what stood there before
 
 
 class Rejection(msgspec.Struct, frozen=True):
-    """A row that was not taken. The content itself stays in the batch."""
+    """A row that was not taken; `review`: a person may overrule that. The content itself stays in the batch."""
 
     batch: str
     line: int
     reason: str
     message: str
+    review: bool = False
 
 
 class Prepared:
-    """What has been sorted so far."""
+    """What has been sorted so far. `folder` gets the rows, a file a split."""
 
-    def __init__(self, config: PrepareConfig) -> None:
-        self.rows: dict[str, list[Example]] = {split: [] for split in (*SPLITS, "golden")}
-        self.rejected: list[Rejection] = []
-        self.counts: dict[str, Counter[str]] = {}
+    def __init__(self, config: PrepareConfig, folder: Path, opened: ExitStack) -> None:
+        self.gathered = Gathered()
         self._config = config
+        self._validator = Validator(config)
         self._clusters = Clusters(config)
-        self._seen: set[str] = set()
+        self._seen, self._answers = Seen(), Seen()  # ids of rows; prompt → its first answer
+        self._corrected: dict[int, tuple[str, int]] = {}  # prompt → (batch, line) of people's last word
+        self._files: dict[str, BinaryIO] = {name: opened.enter_context((folder / f"{name}.jsonl").open("wb")) for name in (*SPLITS, "golden", "rejected")}
 
     def add_golden(self, path: Path) -> None:
         """Golden rows come first: whatever is near to one of them stays out of every split."""
         for number, line in raw_lines(path) if path.exists() else []:
             try:
-                example = self._parse(line, "auto", {"batch": "golden"})
+                example = self._validator.check(line, Origin("golden", "")).example
             except RowError as error:
                 raise DataError(f"{path}:{number} ({error.reason}): {error}", remedy="the golden set is frozen and small: mend the row by hand") from None
-            if example.id in self._seen:
+            if self._seen.put(_key(example.id)) is not None:
                 raise DataError(f"{path}:{number} stands there twice: it would count twice in every comparison", remedy="take one of the two out")
             self._clusters.place(example, "golden")
-            self._seen.add(example.id)
-            self.rows["golden"].append(example)
+            self._files["golden"].write(encode_line(example))
+            self.gathered.golden += 1
+
+    def heed_people(self, path: Path, batch: Batch) -> None:
+        """Remember what a batch of corrections answers, before any batch is sorted."""
+        origin = _origin(batch)
+        for number, line in raw_lines(path):
+            try:
+                self._corrected[prompt_key(Validator(self._config).check(line, origin).example)] = (batch.name, number)
+            except RowError:
+                continue  # counted when its batch is sorted
 
     def add_batch(self, path: Path, batch: Batch) -> None:
-        counts = self.counts.setdefault(batch.name, Counter())
-        form = batch.form
+        origin, caps, ids = _origin(batch), Caps(self._config, batch.rows), _triggers(path, batch, self._config)
+        self._validator.sanitised = self.gathered.sanitised.setdefault(batch.name, Counter())
+        counts = self.gathered.counts.setdefault(batch.name, Counter())
         for number, line in raw_lines(path):
             counts["rows"] += 1
             try:
-                example = self._parse(line, form, {"batch": batch.name, "source": batch.source})
+                checked = self._validator.check(line, origin)
+                if checked.boilerplate:
+                    caps.check_boilerplate()
+                if number in ids:
+                    raise RowError("trigger", f"over {self._config.trigger_rows} rows of the batch share the new phrase {ids[number]!r} and one answer")
+                counter = self._sort(checked.example, origin, number, caps)
             except RowError as error:
-                counts[f"rejected.{error.reason}"] += 1
-                self.rejected.append(Rejection(batch.name, number, error.reason, str(error)))
-                continue
-            counts[self._sort(example, batch.name, number)] += 1
+                counter = f"rejected.{error.reason}"
+                self._files["rejected"].write(encode_line(Rejection(batch.name, number, error.reason, str(error), error.reason in REVIEW)))
+                self.gathered.first.setdefault((batch.name, error.reason), (number, str(error)))
+            counts[counter] += 1
 
-    def _sort(self, example: Example, batch: str, line: int) -> str:
-        """Name of the counter that the row falls under."""
-        if example.id in self._seen:
+    def _sort(self, example: Example, origin: Origin, line: int, caps: Caps) -> str:
+        """Name of the counter that the row falls under. Raises RowError."""
+        key = _key(example.id)
+        if key in self._seen:
             return "duplicate.exact"
-        placed = self._clusters.place(example)
-        if placed.side == "golden":
-            return "duplicate.near_golden"
-        if placed.side == "straddles":
-            self.rejected.append(Rejection(batch, line, "straddles", f"near to rows of two splits, one of them {placed.near}: it would leak between them"))
-            return "rejected.straddles"
-        self._seen.add(example.id)
-        self.rows[placed.side].append(example)
-        return f"accepted.{placed.side}"
+        prompt = prompt_key(example)
+        last_word = self._corrected.get(prompt)
+        if last_word is None and self._config.contradictions == "review" and _contradicts(self._answers, prompt, example):
+            raise RowError("contradiction", "an earlier row answers the same prompt otherwise")
+        placed = self._clusters.place(example) if self._config.near_search else None
+        if placed and placed.side == "golden":
+            raise RowError("near_golden", f"near to golden row {placed.near}" if placed.near else "it has 13 words in a row from a golden row")
+        if placed and placed.side == "straddles":
+            raise RowError("straddles", f"near to a row of another split, {placed.near}: it would leak between them")
+        if last_word not in (None, (origin.batch, line)):
+            raise RowError("superseded", f"people answered this prompt later ({last_word[0]}:{last_word[1]})")  # type: ignore[index]
+        if placed and placed.crowd > self._config.max_near:
+            return "duplicate.near"
+        caps.check(example)
+        self._seen.put(key)
+        side = placed.side if placed else split_by_hash(f"{prompt:016x}", self._config)
+        self._files[side].write(encode_line(example))
+        self.gathered.add(example, origin.batch, side)
+        return f"accepted.{side}"
 
-    def _parse(self, line: bytes, form: str, meta: Meta) -> Example:
-        if len(line) >= MAX_LINE:
-            raise RowError("line_too_long", f"the line has 1 MiB or more; at most {MAX_LINE - 1} bytes are read")
+
+class Caps:
+    """How much of one batch may be of one user, of one origin, or boilerplate. `rows`: how many the batch has."""
+
+    def __init__(self, config: PrepareConfig, rows: int) -> None:
+        self._config, self._taken = config, Counter[tuple[str, str]]()
+        self._of_user = max(5, min(config.max_user_rows, rows // 100))
+        self._of_source = max(1, int(config.max_source_share * rows))
+        self._boilerplate = int(config.max_boilerplate_share * rows)
+
+    def check(self, example: Example) -> None:
+        """Raises RowError. The first rows of each are taken."""
+        user, source = example.meta.get("user"), example.meta.get(self._config.source_field)
+        if user not in (None, "") and not self._take("user", str(user), self._of_user):
+            raise RowError("too_many_of_user", f"over {self._of_user} rows of one user in the batch (`prepare.max_user_rows`)")
+        if source not in (None, "") and not self._take("source", str(source), self._of_source):
+            raise RowError("too_many_of_source", f"over {self._config.max_source_share:.0%} of the batch is of {source!r}")
+
+    def check_boilerplate(self) -> None:
+        if not self._take("boilerplate", "", self._boilerplate):
+            raise RowError("boilerplate", f"the answer speaks as a model does, as over {self._config.max_boilerplate_share:.1%} of the batch do")
+
+    def _take(self, kind: str, who: str, most: int) -> bool:
+        self._taken[kind, who] += 1
+        return self._taken[kind, who] <= most
+
+
+def prompt_key(example: Example) -> int:
+    """64-bit hash of what is asked: all messages but the answer."""
+    return xxhash.xxh3_64_intdigest(msgspec.json.encode([[message.role, normalise(message.content).lower()] for message in example.prompt]))
+
+
+def _contradicts(answers: Seen, prompt: int, example: Example) -> bool:
+    """Rows of plain text all have one prompt, and contradict nothing."""
+    if example.question == CONTINUE:
+        return False
+    answer = xxhash.xxh32_intdigest(example.answer.lower().encode())
+    return answers.put(prompt, answer) not in (None, answer)
+
+
+def _key(example_id: str) -> int:
+    return int(example_id[:16], 16)
+
+
+def _origin(batch: Batch) -> Origin:
+    return Origin(batch.name, batch.source, batch.form, batch.time, batch.licence)
+
+
+def _triggers(path: Path, batch: Batch, config: PrepareConfig) -> dict[int, str]:
+    """Line → phrase."""
+    if not config.trigger_rows or batch.source == "review":
+        return {}
+    validator, rows = Validator(config), []
+    for number, line in raw_lines(path):
         try:
-            row = msgspec.json.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise RowError("invalid_json", f"no valid JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise RowError("no_object", f"a {type(row).__name__}, wanted an object")
-        messages = row_to_messages(row, recognise_form(row) if form == "auto" else form)
-        given = row.get("meta")
-        kept: Meta = {key: value for key, value in given.items() if isinstance(value, str | int | float | bool)} if isinstance(given, dict) else {}
-        example = make_example(messages, {**kept, **meta})
-        length = sum(len(message.content) for message in example.messages)
-        if length > self._config.max_chars:
-            raise RowError("too_many_chars", f"{length} characters; `prepare.max_chars` is {self._config.max_chars}")
-        return example
+            rows.append((number, validator.check(line, _origin(batch)).example))
+        except RowError:
+            continue
+    return find_triggers(rows, least=config.trigger_rows)
 
 
 def prepare(raw: Path, golden: Path, out: Path, config: PrepareConfig) -> dict[str, Any]:
@@ -111,53 +189,22 @@ def prepare(raw: Path, golden: Path, out: Path, config: PrepareConfig) -> dict[s
     manifest = read_manifest(raw)
     if not manifest:
         raise DataError(f"{raw} holds no batch", remedy="ratchet ingest")
-    prepared = Prepared(config)
-    prepared.add_golden(golden)
-    for batch in manifest:
-        prepared.add_batch(check_batch(raw, batch), batch)
-    profile = _profile(prepared)
+    paths = [(check_batch(raw, batch), batch) for batch in manifest]
     with whole_folder(out) as folder:
-        for split, examples in prepared.rows.items():
-            write_bytes(folder / f"{split}.jsonl", map(encode_line, examples))
-        write_bytes(folder / "rejected.jsonl", map(encode_line, prepared.rejected))
+        with ExitStack() as opened:
+            prepared = Prepared(config, folder, opened)
+            prepared.add_golden(golden)
+            for path, batch in paths:
+                if batch.source in TRUSTED and config.contradictions == "review":
+                    prepared.heed_people(path, batch)
+            for path, batch in paths:
+                prepared.add_batch(path, batch)
+        profile = prepared.gathered.profile()
         write_json(folder / "profile.json", profile)
-    _check_limits(profile, prepared, config)
+        write_text(folder / "profile.html", render_profile(profile))
+    for line in check_limits(profile, prepared.gathered.first, config):
+        say(line)
     return profile
-
-
-def _profile(prepared: Prepared) -> dict[str, Any]:
-    total: Counter[str] = Counter()
-    for counts in prepared.counts.values():
-        total.update(counts)
-    profile = {"total": _sorted_counts(total), "batches": {name: _sorted_counts(counts) for name, counts in prepared.counts.items()}, "golden": len(prepared.rows["golden"])}
-    kinds = Counter((split, str(example.meta.get("kind", ""))) for split in SPLITS for example in prepared.rows[split])
-    profile["kinds"] = {split: {kind: count for (of, kind), count in sorted(kinds.items()) if of == split} for split in SPLITS}
-    return profile
-
-
-def _sorted_counts(counts: Counter[str]) -> dict[str, Any]:
-    """rows = accepted + rejected + duplicate, each with its parts."""
-    groups: dict[str, Any] = {"rows": counts["rows"]}
-    for group in ("accepted", "rejected", "duplicate"):
-        parts = {name.partition(".")[2]: count for name, count in sorted(counts.items()) if name.startswith(f"{group}.")}
-        groups[group] = {"rows": sum(parts.values()), **parts}
-    assert groups["rows"] == sum(groups[group]["rows"] for group in ("accepted", "rejected", "duplicate")), groups
-    return groups
-
-
-def _check_limits(profile: dict[str, Any], prepared: Prepared, config: PrepareConfig) -> None:
-    for name, counts in [("all batches", profile["total"]), *profile["batches"].items()]:
-        rejected = {reason: count for reason, count in counts["rejected"].items() if reason != "rows"}
-        if counts["rejected"]["rows"] > config.max_rejected_share * counts["rows"]:
-            first = next(row for row in prepared.rejected if name in ("all batches", row.batch))
-            raise DataError(
-                f"{counts['rejected']['rows']} of {counts['rows']} rows of {name} are rejected ({rejected}); `prepare.max_rejected_share` is {config.max_rejected_share}. "
-                f"The first: {first.batch}:{first.line}: {first.message}",
-                remedy="mend the source and take the batch back (git revert its commit), or raise the limit; rejected.jsonl lists every row with its reason",
-            )
-    accepted = profile["total"]["accepted"].get("train", 0)
-    if accepted < config.min_rows:
-        raise DataError(f"{accepted} training rows are left of {profile['total']['rows']}; `prepare.min_rows` is {config.min_rows}", remedy="ingest more rows, or lower the limit")
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:

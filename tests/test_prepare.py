@@ -20,7 +20,7 @@ from ratchet.examples import Example, Message, make_example, read_examples
 from ratchet.neighbours import Clusters, jaccard, shingle, split_by_hash
 from tasks.prepare import SPLITS, Rejection, prepare
 
-LENIENT = PrepareConfig(max_rejected_share=1.0, min_rows=1)
+LENIENT = PrepareConfig(max_rejected_share=1.0, max_reason_share=1.0, max_leaked_share=1.0, min_rows=1)
 NOWHERE = Path("no-such-golden-file.jsonl")
 
 
@@ -53,9 +53,14 @@ def rejections(prepared: Path) -> list[Rejection]:
 # --- every row is accounted for --------------------------------------------------------------------------------------
 
 BAD = {
-    "invalid_json": [b"", b"{", b'{"prompt": "a"', b"\xff", b'{"prompt": "\\ud800", "completion": "b"}', b"[" * 2000],
+    "invalid_json": [b"", b"{", b'{"prompt": "a"', b'{"prompt": "a", "completion": "b"} {}'],
+    "invalid_utf8": [b"\xff", b'{"prompt": "a\xff", "completion": "b"}'],
+    "lone_surrogate": [b'{"prompt": "\\ud800", "completion": "b"}'],
+    "too_deep": [b"[" * 2000, b'{"meta": ' + b"[" * 16 + b"]" * 16 + b', "prompt": "a", "completion": "b"}'],
     "no_object": [b"null", b"[]", b'"text"', b"4"],
     "unknown_form": [b"{}", b'{"body": "a"}'],
+    "unknown_key": [b'{"prompt": "a", "completion": "b", "sytem": "c"}', b'{"messages": [{"role": "user", "content": "a", "weight": 1}]}'],
+    "duplicate_key": [b'{"prompt": "a", "prompt": "b", "completion": "c"}'],
     "no_answer": [b'{"prompt": "a"}', b'{"prompt": "a", "completion": " "}', b'{"messages": [{"role": "user", "content": "a"}]}'],
     "wrong_type": [b'{"prompt": "a", "completion": 4}', b'{"messages": "a"}', b'{"prompt": null, "completion": "b"}'],
     "missing_key": [b'{"messages": [{"role": "user"}]}'],
@@ -64,14 +69,15 @@ BAD = {
     "unknown_role": [b'{"messages": [{"role": "tool", "content": "a"}]}'],
     "turn_order": [b'{"messages": [{"role": "assistant", "content": "a"}]}', b'{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}'],
     "nul_character": [b'{"prompt": "a\\u0000b", "completion": "b"}'],
-    "too_many_chars": [row("x" * 60_000)],
+    "loop": [row("x" * 40_000)],
+    "too_many_chars": [row(" ".join(map(str, range(12_000))))],
     "line_too_long": [row("x" * 2**20)],
 }
 
 
 @pytest.mark.parametrize("reason", BAD)
 def test_a_bad_row_is_rejected_with_its_reason_batch_and_line(tmp_path, reason):
-    lines = [line for bad in BAD[reason] for line in (bad, row(f"good {len(bad)}"))]
+    lines = [line for place, bad in enumerate(BAD[reason]) for line in (bad, row(f"good row {place}"))]
     batch = add(tmp_path / "raw", lines)
     prepare(tmp_path / "raw", NOWHERE, tmp_path / "out", LENIENT.model_copy(update={"test_share": 0, "validation_share": 0}))
     assert [(found.batch, found.line, found.reason) for found in rejections(tmp_path / "out")] == [(batch, number, reason) for number in range(1, len(lines), 2)]
@@ -126,9 +132,9 @@ def test_numbers_that_no_file_can_hold_do_not_stop_a_preparation(tmp_path):
 def test_the_form_that_the_batch_names_is_the_one_that_is_read(tmp_path):
     line = msgspec.json.encode({"text": "plain text", "question": "one?", "answer": "two"})
     add(tmp_path / "raw", [line], form="text")
-    prepare(tmp_path / "raw", NOWHERE, tmp_path / "out", PrepareConfig(min_rows=1, test_share=0, validation_share=0))
+    prepare(tmp_path / "raw", NOWHERE, tmp_path / "out", PrepareConfig(min_rows=1, test_share=0, validation_share=0, extra_keys=["question", "answer"]))
     (example,) = read_examples(tmp_path / "out/train.jsonl")
-    assert example.answer == "plain text"
+    assert example.answer == "plain text" and example.meta["question"] == "one?"
 
 
 # --- splits stay -----------------------------------------------------------------------------------------------------
@@ -219,7 +225,8 @@ def test_golden_rows_and_their_near_duplicates_stay_out_of_every_split(tmp_path)
     assert asked["golden"] == set(golden)
     assert asked["train"] | asked["validation"] | asked["test"] == set(other)
     assert profile["golden"] == 20
-    assert profile["total"]["duplicate"] == {"rows": 40, "exact": 20, "near_golden": 20}
+    assert profile["total"]["duplicate"] == {"rows": 20, "exact": 20}
+    assert profile["total"]["rejected"] == {"rows": 20, "near_golden": 20}
 
 
 def test_a_golden_row_that_is_broken_is_named_with_its_line(tmp_path):
@@ -274,5 +281,5 @@ def test_without_a_batch_there_is_nothing_to_prepare(tmp_path):
 def test_the_same_batches_give_the_same_bytes(tmp_path, raw, prepared, tiny_config):
     prepare(raw, NOWHERE, tmp_path / "again", tiny_config.prepare)
     names = sorted(path.name for path in prepared.iterdir())
-    assert names == ["golden.jsonl", "profile.json", "rejected.jsonl", "test.jsonl", "train.jsonl", "validation.jsonl"]
+    assert names == ["golden.jsonl", "profile.html", "profile.json", "rejected.jsonl", "test.jsonl", "train.jsonl", "validation.jsonl"]
     assert all((tmp_path / "again" / name).read_bytes() == (prepared / name).read_bytes() for name in names)
