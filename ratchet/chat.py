@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from ratchet.errors import BaseModelError
@@ -46,6 +47,7 @@ class ChatFormat:
         self._token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
         self.stop_id = self._find_stop_id()
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_id
+        self._headers = self._find_headers()
         self._check_round_trip()
 
     def encode(self, example: Example) -> Encoded:
@@ -61,6 +63,10 @@ class ChatFormat:
     def at_least(self, messages: Sequence[Message]) -> int:
         """A lower bound of the prompt's tokens from its bytes alone: long texts can be refused without tokenising them, which takes a second a megabyte."""
         return sum(len(message.content.encode()) for message in messages) // (self._token_bytes * SHRINK)
+
+    def find_header(self, messages: Sequence[Message]) -> str | None:
+        """A line in a message that begins as this template begins a turn in plain words (`Assistant: …`): the model cannot tell it from a turn."""
+        return next((match.group().strip() for message in messages if self._headers and (match := self._headers.search(message.content))), None)
 
     def decode_answer(self, ids: Iterable[int]) -> str:
         """Text of generated ids up to the end of the turn."""
@@ -135,6 +141,14 @@ class ChatFormat:
                 remedy="name a template in `base.chat_template` that closes the assistant's turn",
             )
         return int(stop)
+
+    def _find_headers(self) -> re.Pattern[str] | None:
+        """Of the text before each message, the last line; None where a control token is part of it, which no user can write."""
+        pieces = self._pieces(PROBE, opening=False)
+        before = [text.rpartition("\n")[2].strip() for (text, of), (_, after) in pairwise(pieces) if of is None and after is not None]
+        control = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        headers = {header for header in before if any(char.isalpha() for char in header) and not any(token in header for token in control)}
+        return re.compile(rf"^[ \t]*(?:{'|'.join(map(re.escape, sorted(headers)))})", re.IGNORECASE | re.MULTILINE) if headers else None
 
     def _check_round_trip(self) -> None:
         """A tokenizer that adds a blank at the start of every piece would train on text that nobody wrote."""

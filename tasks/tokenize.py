@@ -34,9 +34,13 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
     profile: dict[str, Any] = {"window": config.tokenize.window, "rejected": []}
     with whole_folder(out) as folder:
         for split, examples in (("train", chosen), ("validation", list(read_examples(prepared / "validation.jsonl")))):
-            encoded = [(example, chat.encode(example)) for example in examples]
-            fitting = [(example, row) for example, row in encoded if len(row.ids) <= config.tokenize.max_length]
-            profile["rejected"] += [_rejection(example, split, len(row.ids), config.tokenize.max_length) for example, row in encoded if len(row.ids) > config.tokenize.max_length]
+            fitting = []
+            for example in examples:
+                row = chat.encode(example)
+                if reason := _unfit(chat, example, len(row.ids), config.tokenize.max_length):
+                    profile["rejected"].append({"id": example.id, "batch": example.meta["batch"], "split": split, "reason": reason[0], "message": reason[1]})
+                else:
+                    fitting.append((example, row))
             windows = pack([row for _, row in fitting], config.tokenize.window)
             write_windows(folder / f"{split}.arrow", windows)
             profile[split] = _describe([example for example, _ in fitting], windows, seen)
@@ -60,9 +64,13 @@ def choose_rows(rows: list[Example], seen: set[str], config: Config) -> list[Exa
     return [row for row in rows if row.meta["batch"] not in seen or row.id in replayed]
 
 
-def _rejection(example: Example, split: str, length: int, longest: int) -> dict[str, Any]:
-    message = f"{length} tokens with the template; `tokenize.max_length` is {longest}"
-    return {"id": example.id, "batch": example.meta["batch"], "split": split, "reason": "too_long", "message": message}
+def _unfit(chat: ChatFormat, example: Example, length: int, longest: int) -> tuple[str, str] | None:
+    """Reason and message."""
+    if length > longest:
+        return "too_long", f"{length} tokens with the template; `tokenize.max_length` is {longest}"
+    if header := chat.find_header(example.messages):
+        return "role_header", f"a line begins with {header!r}, as the chat template begins a turn"
+    return None
 
 
 def _describe(examples: list[Example], windows: list[Window], seen: set[str]) -> dict[str, Any]:

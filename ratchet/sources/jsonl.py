@@ -5,11 +5,18 @@ Lines end at `\\n` alone: `splitlines()` would cut rows at U+2028 and U+0085.
 
 from __future__ import annotations
 
+import gzip
+import io
+import zlib
 from collections.abc import Iterator
+from typing import Any, BinaryIO, cast
 
 from ratchet.config import JsonlSource
 from ratchet.errors import DataError
 
+ARCHIVES = {b"PK\x03\x04": "zip", b"PK\x05\x06": "zip", b"7z\xbc\xaf": "7z", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"Rar!": "rar"}
+GZIP, TAR_AT, TAR = b"\x1f\x8b", 257, b"ustar"
+MOST_UNPACKED, MOST_RATIO, UNPACKED_ANYWAY = 2**31, 20, 2**20  # bytes of a gzip file: at most, against its own size, and without asking
 MAX_LINE = 2**20  # bytes; a longer line is kept cut, so that preparation rejects and counts it
 
 
@@ -33,6 +40,7 @@ def _lines(opened: object) -> Iterator[bytes]:
     path = getattr(opened, "path", "")
     try:
         with opened as handle:  # type: ignore[attr-defined]
+            handle = _unpacked(handle, path)
             first = True
             while line := handle.readline(MAX_LINE):
                 cut = len(line) == MAX_LINE and not line.endswith(b"\n")
@@ -49,6 +57,43 @@ def _lines(opened: object) -> Iterator[bytes]:
         raise DataError(f"{path} does not exist", remedy="check `ingest.jsonl.path`; a relative path counts from the checkout's root") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from None
+
+
+def _unpacked(handle: BinaryIO, path: str) -> BinaryIO:
+    """The file, or what a gzip file holds. Raises DataError for an archive: its names could lead out of any folder (`..`, links)."""
+    start = handle.read(TAR_AT + len(TAR))
+    handle.seek(0)
+    kind = next((name for magic, name in ARCHIVES.items() if start.startswith(magic)), "tar" if start[TAR_AT:] == TAR else None)
+    if kind:
+        raise DataError(f"{path} is an archive ({kind}), wanted JSON Lines", remedy="unpack it and name the files; gzip of a single file is read as it is")
+    if not start.startswith(GZIP):
+        return handle
+    return cast(BinaryIO, io.BufferedReader(_Capped(handle, path)))
+
+
+class _Capped(io.RawIOBase):
+    """What a gzip file holds, as far as it is no bomb."""
+
+    def __init__(self, handle: BinaryIO, path: str) -> None:
+        self._packed, self._handle, self._path, self._count = handle, gzip.GzipFile(fileobj=handle), path, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            got = self._handle.read(len(buffer))
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{self._path} is a broken gzip file: {error}", remedy="fetch it again") from None
+        self._count += len(got)
+        most = min(MOST_UNPACKED, max(UNPACKED_ANYWAY, MOST_RATIO * self._packed.tell()))
+        if self._count > most:
+            raise DataError(
+                f"{self._path} unpacks to more than {MOST_RATIO} times its size, or than {MOST_UNPACKED / 2**30:.0f} GiB",
+                remedy="if it is no bomb, unpack it by hand and name the file",
+            )
+        buffer[: len(got)] = got
+        return len(got)
 
 
 def _check_start(line: bytes, path: str) -> None:
