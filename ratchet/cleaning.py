@@ -73,6 +73,8 @@ def check_text(text: str, allowed: frozenset[str]) -> None:
 
 def find_token(text: str, allowed: frozenset[str] = frozenset()) -> str | None:
     """A control token, in any spelling."""
+    if text.isascii() and "<" not in text and "[" not in text:
+        return None
     forms = [text] if text.isascii() else [text, unicodedata.normalize("NFKC", HIDDEN.sub("", text))]
     return next((match.group() for form in forms for match in TOKENS.finditer(form) if match.group() not in allowed), None)
 

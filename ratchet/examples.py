@@ -71,6 +71,8 @@ def _marks() -> re.Pattern[str]:
 
 def normalise(text: str) -> str:
     """NFC, `\\n` for every line end, no blanks at the ends. Content is otherwise left as it was written."""
+    if text.isascii() and "\r" not in text:
+        return text.strip()
     for line_end in ("\r\n", "\r", "\u2028", "\u2029", "\u0085"):
         text = text.replace(line_end, "\n")
     return unicodedata.normalize("NFC", text).strip()

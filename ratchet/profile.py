@@ -28,6 +28,7 @@ class Gathered:
         self._labels: dict[str, Counter[str]] = {}
         self._languages: dict[str, Counter[str]] = {}
         self._sources: Counter[str] = Counter()
+        self._accepted: Counter[str] = Counter()
 
     def add(self, example: Example, batch: str, side: str) -> None:
         """An accepted row."""
@@ -38,8 +39,9 @@ class Gathered:
         labels = self._labels.setdefault(batch, Counter())
         if len(example.answer) <= LABEL_CHARS and (len(labels) < MOST_LABELS or example.answer in labels):
             labels[example.answer] += 1
-        languages = self._languages.setdefault(batch, Counter())
-        if languages.total() < SPOKEN_ROWS:
+        self._accepted[batch] += 1
+        if self._accepted[batch] <= SPOKEN_ROWS:
+            languages = self._languages.setdefault(batch, Counter())
             languages[language_of(example.question) or "?"] += 1
 
     def profile(self) -> dict[str, Any]:

@@ -118,6 +118,8 @@ class Validator:
     def _meta(self, row: dict[str, Any]) -> Meta:
         """Single values of `meta` and of the keys that the configuration names."""
         given = row.get("meta")
+        if row.keys().isdisjoint(self._extra):
+            return {}
         said = {**{key: row[key] for key in self._config.extra_keys if key in row}, **(given if isinstance(given, dict) else {})}
         return {key: value for key, value in said.items() if isinstance(value, str | int | float | bool)}
 

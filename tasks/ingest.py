@@ -60,7 +60,7 @@ def _pull_pydoc(settings: PydocSource) -> Pulled:
 
 def _pull_jsonl(settings: JsonlSource) -> Pulled:
     lines = list(jsonl.read_lines(settings))
-    form = _form_of(lines[0], settings.path) if lines and settings.form == "auto" else settings.form
+    form = form_of(lines[0], settings.path) if lines and settings.form == "auto" else settings.form
     return Pulled(lines, "jsonl", label_of(settings.path), form)
 
 
@@ -70,7 +70,7 @@ def label_of(path: str) -> str:
     return Path(name).stem.replace("*", "") or "rows"
 
 
-def _form_of(line: bytes, path: str) -> str:
+def form_of(line: bytes, path: str) -> str:
     try:
         row = json.loads(line)
         return recognise_form(row) if isinstance(row, dict) else "auto"

@@ -72,7 +72,7 @@ class Prepared:
 
     def heed_people(self, path: Path, batch: Batch) -> None:
         """Remember what a batch of corrections answers, before any batch is sorted."""
-        origin = _origin(batch)
+        origin = origin_of(batch)
         for number, line in raw_lines(path):
             try:
                 self._corrected[prompt_key(Validator(self._config).check(line, origin).example)] = (batch.name, number)
@@ -80,7 +80,7 @@ class Prepared:
                 continue  # counted when its batch is sorted
 
     def add_batch(self, path: Path, batch: Batch) -> None:
-        origin, caps, ids = _origin(batch), Caps(self._config, batch.rows), _triggers(path, batch, self._config)
+        origin, caps, ids = origin_of(batch), Caps(self._config, batch.rows), _triggers(path, batch, self._config)
         self._validator.sanitised = self.gathered.sanitised.setdefault(batch.name, Counter())
         counts = self.gathered.counts.setdefault(batch.name, Counter())
         for number, line in raw_lines(path):
@@ -113,7 +113,7 @@ class Prepared:
         if placed and placed.side == "straddles":
             raise RowError("straddles", f"near to a row of another split, {placed.near}: it would leak between them")
         if last_word not in (None, (origin.batch, line)):
-            raise RowError("superseded", f"people answered this prompt later ({last_word[0]}:{last_word[1]})")  # type: ignore[index]
+            raise RowError("superseded", f"people answered this prompt later ({last_word[0]}:{last_word[1]})")
         if placed and placed.crowd > self._config.max_near:
             return "duplicate.near"
         caps.check(example)
@@ -167,7 +167,7 @@ def _key(example_id: str) -> int:
     return int(example_id[:16], 16)
 
 
-def _origin(batch: Batch) -> Origin:
+def origin_of(batch: Batch) -> Origin:
     return Origin(batch.name, batch.source, batch.form, batch.time, batch.licence)
 
 
@@ -178,7 +178,7 @@ def _triggers(path: Path, batch: Batch, config: PrepareConfig) -> dict[int, str]
     validator, rows = Validator(config), []
     for number, line in raw_lines(path):
         try:
-            rows.append((number, validator.check(line, _origin(batch)).example))
+            rows.append((number, validator.check(line, origin_of(batch)).example))
         except RowError:
             continue
     return find_triggers(rows, least=config.trigger_rows)
