@@ -253,6 +253,13 @@ class RequestLogConfig(Section):
     )
 
 
+class ReviewConfig(Section):
+    """What people look at of drafted rows before the model learns from them."""
+
+    share: Share = Field(default=0.1, description="share of a draft's rows without doubts that is looked at, chosen by hash; rows with doubts always are")
+    max_rejects: Share = Field(default=0.1, description="share of rejected or edited rows in that sample over which a draft is refused whole")
+
+
 class TopicSource(Section):
     """Where rows of a drifted topic come from."""
 
@@ -335,6 +342,7 @@ class Config(Section):
     retrain: RetrainConfig = Field(default_factory=RetrainConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     request_log: RequestLogConfig = Field(default_factory=RequestLogConfig)
+    review: ReviewConfig = Field(default_factory=ReviewConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     services: ServicesConfig = Field(default_factory=ServicesConfig)
