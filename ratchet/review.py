@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +17,15 @@ import msgspec
 import xxhash
 
 from ratchet.batches import content_hash
-from ratchet.errors import ServiceError, UserError
+from ratchet.errors import UserError
 from ratchet.examples import Message, Meta, RowError, make_example
+from ratchet.review_store import Store
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine, Table
+    from sqlalchemy import Table
 
-FILE = Path(".ratchet/review.db")
 VERDICTS = ("accept", "reject", "edit")
+LONGEST_NAME = 80
 UNDO = "undo"  # in the history only
 
 
@@ -79,11 +79,7 @@ class ReviewQueue:
     """Safe between threads and processes. Every method raises ServiceError when the file cannot be read or written."""
 
     def __init__(self, root: Path) -> None:
-        path = root / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)  # people's rows; SQLite gives its other files the same mode
-        self._engine, self._tables = _make_engine(path), _make_tables()
-        self._ready = False
+        self._store = Store(root)
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
@@ -91,11 +87,11 @@ class ReviewQueue:
         """How many were new. `share` of those without doubts is chosen by the hash of their id, and at least one of a draft unless the share is 0."""
         from sqlalchemy.dialects.sqlite import insert
 
-        table = self._tables["items"]
+        table = self._store.items
         rows = [_item_row(item, share) for item in items]
         if not rows:
             return 0
-        with self._transaction() as connection:
+        with self._store.transaction() as connection:
             added = connection.execute(insert(table).on_conflict_do_nothing(), rows).rowcount
             for draft in {row["draft"] for row in rows} if share > 0 else ():
                 _ensure_sample(connection, table, draft)
@@ -121,8 +117,8 @@ class ReviewQueue:
             raise UserError(f"{len(faults)} faults, nothing was decided:\n  " + "\n  ".join(faults))
         from sqlalchemy.dialects.sqlite import insert
 
-        table, history = self._tables["decisions"], self._tables["history"]
-        with self._transaction() as connection:
+        table, history = self._store.decisions, self._store.history
+        with self._store.transaction() as connection:
             for decision in checked:
                 row = _decision_row(decision)
                 connection.execute(insert(table).values(row).on_conflict_do_update(index_elements=["draft", "item"], set_=row))
@@ -130,32 +126,31 @@ class ReviewQueue:
 
     def undo(self, item: str, draft: str, *, by: str) -> None:
         """Back to undecided; the history keeps what was said. Raises UserError: nothing was decided, no `by`."""
-        if not by.strip():
-            raise UserError("nobody is named", remedy="say who decides: --by NAME, or git config user.name")
-        table, history = self._tables["decisions"], self._tables["history"]
-        with self._transaction() as connection:
+        by = _check_name(by)
+        table, history = self._store.decisions, self._store.history
+        with self._store.transaction() as connection:
             gone = connection.execute(table.delete().where(table.c.draft == draft, table.c.item == item)).rowcount
             if not gone:
                 raise UserError(f"nothing was decided of {item[:12]!r} in the draft {draft!r}", remedy="`ratchet review status` shows the drafts")
-            connection.execute(history.insert(), _decision_row(Decision(item, draft, UNDO, by=by.strip(), at=_now())))
+            connection.execute(history.insert(), _decision_row(Decision(item, draft, UNDO, by=by, at=_now())))
 
     def mark_taken(self, draft: str, batch: str, *, content: str | None = None) -> None:
         """`content`: of the outcome that became the batch; otherwise that of what is decided now. Raises UserError for an unknown draft."""
         from sqlalchemy.dialects.sqlite import insert
 
         row = {"draft": draft, "batch": batch, "content": content or _content(_collect(self.entries(draft))[0]), "at": _now()}
-        with self._transaction() as connection:
-            connection.execute(insert(self._tables["taken"]).values(row).on_conflict_do_update(index_elements=["draft"], set_=row))
+        with self._store.transaction() as connection:
+            connection.execute(insert(self._store.taken).values(row).on_conflict_do_update(index_elements=["draft"], set_=row))
 
     def close(self) -> None:
-        self._engine.dispose()
+        self._store.close()
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def pending(self, draft: str | None = None, limit: int = 50) -> list[Item]:
         """Undecided ones that somebody has to look at: those with doubts first, then the sample, each in the order in which they came."""
-        table = self._tables["items"]
-        with self._transaction() as connection:
+        table = self._store.items
+        with self._store.transaction() as connection:
             query = self._waiting(draft).order_by(table.c.doubtful.desc(), table.c.place).limit(limit)
             return [_read_item(row.body) for row in connection.execute(query)]
 
@@ -163,12 +158,12 @@ class ReviewQueue:
         """How many `pending` would give without a limit."""
         from sqlalchemy import func, select
 
-        with self._transaction() as connection:
+        with self._store.transaction() as connection:
             return int(connection.execute(select(func.count()).select_from(self._waiting(draft).subquery())).scalar_one())
 
     def entries(self, draft: str) -> list[Entry]:
         """All of a draft, in the order in which they came. Raises UserError for an unknown draft."""
-        found = self._entries(self._tables["items"].c.draft == draft)
+        found = self._entries(self._store.items.c.draft == draft)
         if not found:
             names = ", ".join(entry["name"] for entry in self.drafts())
             raise UserError(f"no draft is named {draft!r}", remedy=f"known: {names or 'none'}")
@@ -176,7 +171,7 @@ class ReviewQueue:
 
     def find(self, start: str, draft: str | None = None) -> Entry:
         """The item whose id begins with `start`. Raises UserError: none or several."""
-        table = self._tables["items"]
+        table = self._store.items
         where = table.c.id.startswith(start, autoescape=True)
         found = self._entries(where if draft is None else where & (table.c.draft == draft))
         if not start or not found:
@@ -190,8 +185,8 @@ class ReviewQueue:
         """Every word on a row, the oldest first; a decision that was taken back is followed by the verdict "undo"."""
         from sqlalchemy import select
 
-        table = self._tables["history"]
-        with self._transaction() as connection:
+        table = self._store.history
+        with self._store.transaction() as connection:
             query = select(table).where(table.c.item == item, table.c.draft == draft).order_by(table.c.place)
             return [_read_decision(row) for row in connection.execute(query)]
 
@@ -199,7 +194,7 @@ class ReviewQueue:
         """Figures of each draft, in the order in which they came; `taken`: whether it became a batch, and `batch` its name."""
         from sqlalchemy import case, func, select
 
-        items, decisions, taken = (self._tables[name] for name in ("items", "decisions", "taken"))
+        items, decisions, taken = self._store.items, self._store.decisions, self._store.taken
 
         def count(condition: Any) -> Any:
             return func.sum(case((condition, 1), else_=0))
@@ -219,7 +214,7 @@ class ReviewQueue:
         }
         joined = items.outerjoin(decisions, (decisions.c.draft == items.c.draft) & (decisions.c.item == items.c.id)).outerjoin(taken, taken.c.draft == items.c.draft)
         query = select(items.c.draft.label("name"), *(column.label(name) for name, column in figures.items())).select_from(joined)
-        with self._transaction() as connection:
+        with self._store.transaction() as connection:
             found = connection.execute(query.group_by(items.c.draft).order_by(func.min(items.c.place))).all()
         return [dict(row._mapping) | {"taken": bool(row.batch)} for row in found]
 
@@ -241,8 +236,8 @@ class ReviewQueue:
             )
         rows, left_out = _collect(entries)
         content = _content(rows)
-        with self._transaction() as connection:
-            taken = connection.execute(self._tables["taken"].select().where(self._tables["taken"].c.draft == draft)).first()
+        with self._store.transaction() as connection:
+            taken = connection.execute(self._store.taken.select().where(self._store.taken.c.draft == draft)).first()
         if taken and taken.content != content:
             raise UserError(f"the draft {draft!r} is the batch {taken.batch} already, with other rows: a batch is immutable", remedy="give new rows a draft of their own")
         reviewers = sorted({entry.decision.by for entry in entries if entry.decision})
@@ -251,39 +246,33 @@ class ReviewQueue:
     def _waiting(self, draft: str | None) -> Any:
         from sqlalchemy import select
 
-        items, decisions = self._tables["items"], self._tables["decisions"]
+        items, decisions = self._store.items, self._store.decisions
         decided = (decisions.c.draft == items.c.draft) & (decisions.c.item == items.c.id)
         query = select(items.c.body).select_from(items.outerjoin(decisions, decided)).where(decisions.c.item.is_(None), (items.c.doubtful == 1) | (items.c.sampled == 1))
         return query if draft is None else query.where(items.c.draft == draft)
 
     def _get(self, draft: str, id: str) -> Item | None:
-        table = self._tables["items"]
+        table = self._store.items
         found = self._entries((table.c.draft == draft) & (table.c.id == id))
         return found[0].item if found else None
 
     def _entries(self, where: Any) -> list[Entry]:
         from sqlalchemy import select
 
-        items, decisions = self._tables["items"], self._tables["decisions"]
+        items, decisions = self._store.items, self._store.decisions
         decided = (decisions.c.draft == items.c.draft) & (decisions.c.item == items.c.id)
         query = select(items.c.body, items.c.sampled, decisions).select_from(items.outerjoin(decisions, decided)).where(where).order_by(items.c.place)
-        with self._transaction() as connection:
+        with self._store.transaction() as connection:
             return [Entry(_read_item(row.body), bool(row.sampled), _read_decision(row) if row.verdict else None) for row in connection.execute(query)]
 
-    @contextmanager
-    def _transaction(self) -> Iterator[Any]:
-        """Tables are made at the first. Raises ServiceError."""
-        from sqlalchemy.exc import SQLAlchemyError
 
-        try:
-            if not self._ready:
-                self._tables["items"].metadata.create_all(self._engine)
-                self._ready = True
-            with self._engine.begin() as connection:
-                yield connection
-        except SQLAlchemyError as error:
-            cause = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
-            raise ServiceError(f"{FILE} cannot be used: {cause}", remedy="check the file and the room on the disk") from error
+def split_answer(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str]:
+    """(the conversation before the answer, the answer). Rows in quarantine may have none."""
+    return (messages[:-1], messages[-1].content) if messages and messages[-1].role == "assistant" else (messages, "")
+
+
+def with_answer(item: Item, answer: str) -> tuple[Message, ...]:
+    return (*split_answer(item.messages)[0], Message("assistant", answer))
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------
@@ -296,9 +285,8 @@ def _check(decision: Decision, item: Item | None) -> Decision:
     named = f"row {item.id[:12]} of {item.draft}"
     if decision.verdict not in VERDICTS:
         raise UserError(f"{named}: the verdict is {decision.verdict!r}; wanted: {', '.join(VERDICTS)}")
-    if not decision.by.strip():
-        raise UserError(f"{named}: nobody is named as the one who decided", remedy="say who: --by NAME, or git config user.name")
-    kept = msgspec.structs.replace(decision, by=decision.by.strip(), at=decision.at or _now(), messages=())
+    why = decision.why.encode("utf-8", "replace").decode()
+    kept = msgspec.structs.replace(decision, by=_check_name(decision.by), at=decision.at or _now(), why=why, messages=())
     if decision.verdict == "reject":
         return kept
     try:
@@ -309,6 +297,15 @@ def _check(decision: Decision, item: Item | None) -> Decision:
     if decision.verdict == "accept" or example.id == item.id:
         return msgspec.structs.replace(kept, verdict="accept")
     return msgspec.structs.replace(kept, messages=example.messages)
+
+
+def _check_name(by: str) -> str:
+    """It stands in commits, so one line. Raises UserError."""
+    by = by.strip()
+    if not by or len(by) > LONGEST_NAME or not by.isprintable():
+        what = f"the name {by[:80]!r} cannot be kept" if by else "nobody is named as the one who decides"
+        raise UserError(what, remedy=f"one line of at most {LONGEST_NAME} characters: --by NAME, or git config user.name")
+    return by
 
 
 def _collect(entries: list[Entry]) -> tuple[list[dict[str, Any]], Counter[str]]:
@@ -378,36 +375,3 @@ def _decision_row(decision: Decision) -> dict[str, Any]:
 def _read_decision(row: Any) -> Decision:
     values = {name: getattr(row, name) for name in Decision.__struct_fields__}
     return msgspec.convert(values | {"messages": json.loads(row.messages)}, Decision)
-
-
-def _make_engine(path: Path) -> Engine:
-    from sqlalchemy import create_engine, event
-
-    engine = create_engine(f"sqlite:///{path}")
-
-    @event.listens_for(engine, "connect")
-    def _settle(connection: Any, _record: Any) -> None:
-        # People's words are few and dear: unlike the request log, each is on the disk before it is said to be kept.
-        for line in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL"):
-            connection.execute(f"PRAGMA {line}")
-
-    return engine
-
-
-def _make_tables() -> dict[str, Table]:
-    from sqlalchemy import Column, Integer, MetaData, String, Table, Text, UniqueConstraint
-
-    metadata = MetaData()
-
-    def said() -> list[Any]:
-        return [Column(name, String) for name in ("verdict", "by", "at")] + [Column(name, Text) for name in ("messages", "why")]
-
-    place: list[Any] = [Column("place", Integer, primary_key=True), Column("draft", String)]
-    flags: list[Any] = [Column("kind", String), Column("doubtful", Integer), Column("sampled", Integer), Column("body", Text)]
-    tables = [
-        Table("items", metadata, *place, Column("id", String), *flags, UniqueConstraint("draft", "id")),
-        Table("decisions", metadata, Column("draft", String, primary_key=True), Column("item", String, primary_key=True), *said()),
-        Table("history", metadata, Column("place", Integer, primary_key=True), Column("draft", String), Column("item", String), *said()),
-        Table("taken", metadata, Column("draft", String, primary_key=True), *(Column(name, String) for name in ("batch", "content", "at"))),
-    ]
-    return {table.name: table for table in tables}
