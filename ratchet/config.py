@@ -59,7 +59,7 @@ class FeedbackSource(Section):
 class IngestConfig(Section):
     """Where new rows come from."""
 
-    source: Literal["pydoc", "jsonl", "feedback"] = Field(default="pydoc", description="the source that `ratchet ingest` reads when none is named")
+    source: Literal["pydoc", "jsonl", "feedback", "review"] = Field(default="pydoc", description="the source that `ratchet ingest` reads when none is named")
     licence: str = Field(default="unknown", description="licence of the rows, kept in the batch's manifest entry")
     pydoc: PydocSource = Field(default_factory=PydocSource, description="settings of the source `pydoc`")
     jsonl: JsonlSource = Field(default_factory=JsonlSource, description="settings of the source `jsonl`")
