@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ratchet.commands import keys, rollout
+from ratchet.commands import keys, review, rollout
 from ratchet.commands.here import Here, Json, Reason, find_root, note, read_config, ready_root, say, show
 from ratchet.errors import ConfigError, RatchetError, StageError, UserError
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(rollout.app, name="rollout")
 app.add_typer(keys.app, name="keys")
+app.add_typer(review.app, name="review")
 INTERRUPTED = 130  # typer's exit code for Ctrl-C
 
 

@@ -104,7 +104,7 @@ class ReviewQueue:
     def decide_all(self, decisions: Iterable[Decision]) -> None:
         """All or none. Raises UserError with every fault: an unknown item or verdict, no `by`, a row that is no valid conversation."""
         decisions = list(decisions)
-        known = {(decision.draft, decision.item): self._get(decision.draft, decision.item) for decision in decisions}
+        known = {(decision.draft, decision.item): self.get(decision.draft, decision.item) for decision in decisions}
         checked, faults = [], []
         for decision in decisions:
             try:
@@ -168,6 +168,10 @@ class ReviewQueue:
             names = ", ".join(entry["name"] for entry in self.drafts())
             raise UserError(f"no draft is named {draft!r}", remedy=f"known: {names or 'none'}")
         return found
+
+    def get(self, draft: str, id: str) -> Entry | None:
+        table = self._store.items
+        return next(iter(self._entries((table.c.draft == draft) & (table.c.id == id))), None)
 
     def find(self, start: str, draft: str | None = None) -> Entry:
         """The item whose id begins with `start`. Raises UserError: none or several."""
@@ -251,11 +255,6 @@ class ReviewQueue:
         query = select(items.c.body).select_from(items.outerjoin(decisions, decided)).where(decisions.c.item.is_(None), (items.c.doubtful == 1) | (items.c.sampled == 1))
         return query if draft is None else query.where(items.c.draft == draft)
 
-    def _get(self, draft: str, id: str) -> Item | None:
-        table = self._store.items
-        found = self._entries((table.c.draft == draft) & (table.c.id == id))
-        return found[0].item if found else None
-
     def _entries(self, where: Any) -> list[Entry]:
         from sqlalchemy import select
 
@@ -278,10 +277,11 @@ def with_answer(item: Item, answer: str) -> tuple[Message, ...]:
 # --- rules -----------------------------------------------------------------------------------------------------------
 
 
-def _check(decision: Decision, item: Item | None) -> Decision:
+def _check(decision: Decision, entry: Entry | None) -> Decision:
     """As it is kept: with its time, an edit normalised; an edit that changes nothing is an acceptance. Raises UserError."""
-    if item is None:
-        raise UserError(f"the draft {decision.draft!r} holds no row {decision.item!r}")
+    if entry is None:
+        raise UserError(f"the draft {decision.draft!r} holds no row {decision.item!r}", remedy="`ratchet review status` shows the drafts")
+    item = entry.item
     named = f"row {item.id[:12]} of {item.draft}"
     if decision.verdict not in VERDICTS:
         raise UserError(f"{named}: the verdict is {decision.verdict!r}; wanted: {', '.join(VERDICTS)}")
