@@ -7,6 +7,7 @@ rejects decides whether the draft as a whole is good enough to learn from (`Revi
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 VERDICTS = ("accept", "reject", "edit")
 LONGEST_NAME = 80
+BIDI = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they turn the text that follows round
 UNDO = "undo"  # in the history only
 
 
@@ -302,7 +304,7 @@ def _check(decision: Decision, entry: Entry | None) -> Decision:
 def _check_name(by: str) -> str:
     """It stands in commits, so one line. Raises UserError."""
     by = by.strip()
-    if not by or len(by) > LONGEST_NAME or not by.isprintable():
+    if not by or len(by) > LONGEST_NAME or any(char in BIDI or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in by):
         what = f"the name {by[:80]!r} cannot be kept" if by else "nobody is named as the one who decides"
         raise UserError(what, remedy=f"one line of at most {LONGEST_NAME} characters: --by NAME, or git config user.name")
     return by

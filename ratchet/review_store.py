@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +34,21 @@ class Store:
 
         try:
             if not self._ready:
-                self.items.metadata.create_all(self._engine)
-                self._ready = True
+                self._make_tables()
             with self._engine.begin() as connection:
                 yield connection
         except SQLAlchemyError as error:
             cause = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
             raise ServiceError(f"{FILE} cannot be used: {cause}", remedy="check the file and the room on the disk") from error
+
+    def _make_tables(self) -> None:
+        """By SQLite's own check: metadata.create_all looks first and then makes, and another process may come between."""
+        from sqlalchemy.schema import CreateTable
+
+        with self._engine.begin() as connection:
+            for table in self.items.metadata.sorted_tables:
+                connection.execute(CreateTable(table, if_not_exists=True))
+        self._ready = True
 
     def close(self) -> None:
         self._engine.dispose()
@@ -53,8 +62,11 @@ def _make_engine(path: Path) -> Engine:
     @event.listens_for(engine, "connect")
     def _settle(connection: Any, _record: Any) -> None:
         # People's words are few and dear: unlike the request log, each is on the disk before it is said to be kept.
-        for line in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL"):
-            connection.execute(f"PRAGMA {line}")
+        connection.execute("PRAGMA busy_timeout=5000")
+        connection.execute("PRAGMA synchronous=FULL")
+        # The mode stays with the file. Locked: another connection is switching it at this moment, and for that SQLite does not wait.
+        with suppress(sqlite3.OperationalError):
+            connection.execute("PRAGMA journal_mode=WAL")
 
     return engine
 

@@ -8,6 +8,8 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,8 @@ def test_a_later_decision_replaces_an_earlier_one_and_the_history_has_both(queue
         ({"verdict": "edit", "messages": (Message("user", "a"), Message("assistant", " "))}, "the edit is no valid conversation"),
         ({"by": "  "}, "nobody is named"),
         ({"by": "Ana\nBen"}, "cannot be kept"),
+        ({"by": "Ana\u202e"}, "cannot be kept"),
+        ({"by": "A" * 81}, "cannot be kept"),
     ],
 )
 def test_a_decision_that_cannot_stand_is_refused_and_with_it_all_that_came_along(queue, change, message):
@@ -168,6 +172,28 @@ def test_rows_are_found_by_how_their_id_begins(queue):
     first = next(row.id[0] for row in rows if sum(other.id[0] == row.id[0] for other in rows) > 1)
     with pytest.raises(UserError, match=rf"rows begin with '{first}'"):
         queue.find(first)
+
+
+def test_a_name_of_any_script_is_kept(queue):
+    row = item(1, "short")
+    queue.add([row], share=0)
+    say(queue, row, "accept", by=" \u0639\u0644\u06cc\u200c\u0631\u0636\u0627 ")  # with a zero-width non-joiner
+    assert queue.get("d", row.id).decision.by == "\u0639\u0644\u06cc\u200c\u0631\u0636\u0627"
+
+
+def test_many_may_open_a_file_that_is_not_there_yet(tmp_path):
+    start = threading.Barrier(8)
+
+    def add(number: int) -> int:
+        queue = ReviewQueue(tmp_path)
+        start.wait()
+        try:
+            return queue.add([item(number), item("the same")], share=1)
+        finally:
+            queue.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(add, range(8))) == 9
 
 
 def test_a_file_that_is_no_database_is_told_in_one_sentence(tmp_path):
