@@ -379,7 +379,9 @@ def test_the_batch_and_its_commit_name_who_reviewed(tmp_path, monkeypatch):
 
 # --- files ---------------------------------------------------------------------------------------------------------------
 
-anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(["=1+1", "'=1", "''", "' -1", "@x", "\t", "'", "a\r\nb", '"', ";", "＝1", "\x00"])
+anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(
+    ["=1+1", " =1", "' =1", "'=1", "''", "' -1", "@x", "\t", "'", "a\r\nb", '"', ";", "＝1", "\x00"]
+)
 
 
 @given(anything)
