@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ratchet.commands import keys, rollout
+from ratchet.commands import keys, review, rollout
 from ratchet.commands.here import Here, Json, Reason, find_root, note, read_config, ready_root, say, show
 from ratchet.errors import ConfigError, RatchetError, StageError, UserError
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(rollout.app, name="rollout")
 app.add_typer(keys.app, name="keys")
+app.add_typer(review.app, name="review")
 INTERRUPTED = 130  # typer's exit code for Ctrl-C
 
 
@@ -79,9 +80,10 @@ def down() -> None:
 
 @app.command()
 def ingest(
-    source: Annotated[str | None, typer.Option(help="pydoc, jsonl or feedback; otherwise what params.yaml says.")] = None,
+    source: Annotated[str | None, typer.Option(help="pydoc, jsonl, feedback or review; otherwise what params.yaml says.")] = None,
     path: Annotated[str | None, typer.Option(help="File, glob or URL of JSON Lines.")] = None,
     packages: Annotated[str | None, typer.Option(help="Import names for pydoc, with commas.")] = None,
+    draft: Annotated[str | None, typer.Option(metavar="NAME", help="The reviewed draft; without it, all that are ready.")] = None,
     golden: Annotated[int, typer.Option(min=0, metavar="ROWS", help="Freeze that many rows as the golden set instead.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -92,7 +94,7 @@ def ingest(
     root = ready_root()
     from flows.ingest import ingest as flow
 
-    done = flow(root=str(root), source=source, path=path, packages=packages.split(",") if packages else None, golden=golden)
+    done = flow(root=str(root), source=source, path=path, packages=packages.split(",") if packages else None, golden=golden, draft=draft)
     news = f"{done['rows']} rows in {done['batch']}, commit {done['commit'][:8]}" if done["new"] else f"nothing new: these rows are batch {done['batch']}"
     show(done, as_json, lambda: say(news))
 

@@ -59,7 +59,7 @@ class FeedbackSource(Section):
 class IngestConfig(Section):
     """Where new rows come from."""
 
-    source: Literal["pydoc", "jsonl", "feedback"] = Field(default="pydoc", description="the source that `ratchet ingest` reads when none is named")
+    source: Literal["pydoc", "jsonl", "feedback", "review"] = Field(default="pydoc", description="the source that `ratchet ingest` reads when none is named")
     licence: str = Field(default="unknown", description="licence of the rows, kept in the batch's manifest entry")
     pydoc: PydocSource = Field(default_factory=PydocSource, description="settings of the source `pydoc`")
     jsonl: JsonlSource = Field(default_factory=JsonlSource, description="settings of the source `jsonl`")
@@ -253,6 +253,13 @@ class RequestLogConfig(Section):
     )
 
 
+class ReviewConfig(Section):
+    """What people look at of drafted rows before the model learns from them."""
+
+    share: Share = Field(default=0.1, description="share of a draft's rows without doubts that is looked at, chosen by hash; rows with doubts always are")
+    max_rejects: Share = Field(default=0.1, description="share of rejected or edited rows in that sample over which a draft is refused whole")
+
+
 class TopicSource(Section):
     """Where rows of a drifted topic come from."""
 
@@ -335,6 +342,7 @@ class Config(Section):
     retrain: RetrainConfig = Field(default_factory=RetrainConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     request_log: RequestLogConfig = Field(default_factory=RequestLogConfig)
+    review: ReviewConfig = Field(default_factory=ReviewConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     services: ServicesConfig = Field(default_factory=ServicesConfig)

@@ -24,22 +24,27 @@ from ratchet.errors import DataError
 from ratchet.examples import Example, RowError, encode_line, make_example, read_examples, recognise_form, row_to_messages
 from ratchet.files import write_bytes
 from ratchet.neighbours import split_by_hash
-from ratchet.sources import feedback, jsonl, pydoc
+from ratchet.sources import feedback, jsonl, pydoc, review
 from ratchet.stage import run_stage, say
 
 
 class Pulled(NamedTuple):
-    """Raw lines as the source gave them, a word for people, and the rows' form."""
+    """Raw lines as the source gave them, a word for people, and the rows' form. Of reviewed drafts also who reviewed, and the batch that holds them already."""
 
     lines: list[bytes]
     source: str
     label: str
     form: str
+    reviewers: tuple[str, ...] = ()
+    drafts: tuple[tuple[str, str], ...] = ()  # (name, hash of its rows)
+    batch: str = ""
 
 
-def pull(config: Config, *, root: Path | None = None, source: str | None = None, path: str | None = None, packages: list[str] | None = None) -> Pulled:
-    """Read the source; `root` is the checkout whose request log `feedback` reads. Raises DataError: nothing found, a form that nobody knows, no rows."""
-    chosen = source or ("jsonl" if path else "pydoc" if packages else config.ingest.source)
+def pull(config: Config, *, root: Path | None = None, source: str | None = None, path: str | None = None, packages: list[str] | None = None, draft: str | None = None) -> Pulled:
+    """Read the source; `root` is the checkout whose files `feedback` and `review` read. Raises DataError: nothing found, a form that nobody knows, no rows."""
+    chosen = source or ("jsonl" if path else "pydoc" if packages else "review" if draft else config.ingest.source)
+    if draft and chosen != "review":
+        raise DataError(f"a draft is named ({draft}), and the source {chosen}", remedy="drafts come from the source review: leave --source away")
     if chosen == "pydoc":
         settings = config.ingest.pydoc.model_copy(update={"packages": packages} if packages else {})
         pulled = _pull_pydoc(settings)
@@ -47,8 +52,10 @@ def pull(config: Config, *, root: Path | None = None, source: str | None = None,
         pulled = _pull_jsonl(config.ingest.jsonl.model_copy(update={"path": path} if path else {}))
     elif chosen == "feedback":
         pulled = Pulled([msgspec.json.encode(row) for row in feedback.harvest(root or Path.cwd(), config)], "feedback", "feedback", "messages")
+    elif chosen == "review":
+        pulled = _pull_review(review.harvest(root or Path.cwd(), config.review, draft))
     else:
-        raise DataError(f"source {chosen!r} is unknown", remedy="known: pydoc, jsonl, feedback")
+        raise DataError(f"source {chosen!r} is unknown", remedy="known: pydoc, jsonl, feedback, review")
     if not pulled.lines:
         raise DataError(f"the source {pulled.source} ({pulled.label}) gave no rows", remedy="a batch needs at least one row; check the source's settings in `ingest`")
     return pulled
@@ -62,6 +69,11 @@ def _pull_jsonl(settings: JsonlSource) -> Pulled:
     lines = list(jsonl.read_lines(settings))
     form = form_of(lines[0], settings.path) if lines and settings.form == "auto" else settings.form
     return Pulled(lines, "jsonl", label_of(settings.path), form)
+
+
+def _pull_review(found: review.Reviewed) -> Pulled:
+    lines = [msgspec.json.encode(row) for row in found.rows]
+    return Pulled(lines, "review", found.label, "messages", reviewers=found.reviewers, drafts=found.drafts, batch=found.batch)
 
 
 def label_of(path: str) -> str:
@@ -84,7 +96,7 @@ def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Bat
     """The batch and whether it is new: the same rows again make no second batch."""
     content = content_hash(pulled.lines)
     for batch in read_manifest(raw):
-        if batch.content == content:
+        if batch.content == content or batch.name == pulled.batch:
             return batch, False
     time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     return write_batch(raw, pulled.lines, source=pulled.source, label=pulled.label, time=time, licence=licence, who=who, form=pulled.form), True

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ratchet.config import Config
 from ratchet.errors import RatchetError
+from ratchet.gateway import review
 from ratchet.gateway.completions import Completions
 from ratchet.gateway.engine import Engine
 from ratchet.gateway.faults import Fault, to_fault
@@ -47,6 +48,8 @@ def create_app(root: Path, config: Config, engine: Engine, fleet: Fleet, log: Re
         Route("/readyz", _readiness(parts)),
         Route("/metrics", _metrics(parts)),
         Route("/", _page(parts)),
+        Route(review.PATH, review.review_page(parts), methods=["GET"]),
+        Route(review.PATH, review.review_word(parts), methods=["POST"]),
     ]
     app = Starlette(routes=routes, lifespan=_lifespan(parts), exception_handlers=_handlers(parts))
     return Guard(app, config.gateway.host)
@@ -163,11 +166,11 @@ def _handlers(parts: Parts) -> dict[Any, Any]:
         fault = to_fault(error)
         if request.url.path == "/v1/chat/completions":
             parts.meters.refused(fault.status)
-        return _show(fault, asks_browser=request.url.path == "/")
+        return _show(fault, asks_browser=request.url.path in ("/", review.PATH))
 
     async def refuse_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        known = "POST /v1/chat/completions, POST /v1/feedback, GET /v1/models, /healthz, /readyz, /metrics, /"
+        known = "POST /v1/chat/completions, POST /v1/feedback, GET /v1/models, /healthz, /readyz, /metrics, /, /review"
         return _show(Fault(error.status_code, f"{request.method} {request.url.path} is not served", remedy=f"known: {known}", code="unknown_url"))
 
     async def let_go(request: Request, error: Exception) -> None:
