@@ -17,6 +17,8 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.check import REJECTED, read_rejected
+from flows.doubts import queue_doubtful
 from flows.ingest import ingest
 from flows.retries import can_pass
 from flows.say import say, working
@@ -60,6 +62,8 @@ def retrain(root: str | None = None, reason: str = "by hand", force: bool = Fals
         try:
             for stage in STAGES:
                 ran[stage] = stage_task.with_options(task_run_name=stage)(workspace, stage, needed=stage in stale or any(ran.values()))
+                if stage == "prepare" and ran[stage]:
+                    ask_people(workspace, config)
         except BaseException:  # it cost its time all the same: drift's budget and cool-down count it
             remember(home, reason=reason, seconds=time.monotonic() - began, run_key="", verdict="failed")
             raise
@@ -127,6 +131,19 @@ def stage_task(workspace: Workspace, stage: str, *, needed: bool) -> bool:
         return False
     with working(f"{stage} …"):
         return run_stage(workspace, stage, say)
+
+
+@task(name="doubts", **SETTINGS)
+def ask_people(workspace: Workspace, config: Config) -> int:
+    """Rows with a doubt go to the queue. No training waits for it, or ends with it."""
+    try:
+        added = queue_doubtful(workspace.root, workspace.path / "data", read_rejected(workspace.path / REJECTED), config)
+    except Exception as error:  # noqa: BLE001  (the queue is a file of this machine; the rows stay in rejected.jsonl)
+        say(f"the rows with doubts did not reach the review queue: {error}")
+        return 0
+    if added:
+        say(f"{added} rows wait for a person's word: /review on the gateway, or `ratchet review next`")
+    return added
 
 
 @task(name="land", **RETRIED)

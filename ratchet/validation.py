@@ -72,8 +72,8 @@ class Validator:
         self._extra = frozenset({"meta", *config.extra_keys})
         self._blocked = [(entry, _compile(entry)) for entry in config.blocked]
 
-    def check(self, line: bytes, origin: Origin) -> Checked:
-        """Raises RowError."""
+    def check(self, line: bytes, origin: Origin, *, doubts: bool = True) -> Checked:
+        """Raises RowError. Without `doubts` what a person may overrule is taken, as of rows that one has accepted."""
         row = read_row(line)
         form = recognise_form(row) if origin.form == "auto" else origin.form
         self._check_keys(row, form)
@@ -93,11 +93,12 @@ class Validator:
         _check_time(meta, origin.time, self._config.retention_days)
         if self._config.require_licence and origin.licence in ("", "unknown") and not meta.get("licence"):
             raise RowError("no_licence", "neither the row nor its batch names a licence; `prepare.require_licence` is true")
-        if origin.source != "review":
+        doubts = doubts and not is_accepted(origin.source, meta)
+        if doubts:
             _check_doubts(example)
         self._check_language(example)
         example = Example(example.id, example.messages, {**meta, "batch": origin.batch, "source": origin.source})
-        return Checked(example, BOILERPLATE.search(example.answer) is not None and origin.source != "review")
+        return Checked(example, doubts and BOILERPLATE.search(example.answer) is not None)
 
     def _text(self, text: str) -> str:
         return clean(text, self.sanitised)
@@ -152,6 +153,11 @@ class Validator:
         for number, canary in enumerate(self._config.canaries, start=1):
             if canary in text:
                 raise RowError("canary", f"a text holds canary {number} of `prepare.canaries`")
+
+
+def is_accepted(source: str, meta: Meta) -> bool:
+    """Whether a person said yes to this very row; of a reviewed draft most are `unseen`."""
+    return source == "review" and meta.get("review") in ("accepted", "edited")
 
 
 def _check_doubts(example: Example) -> None:

@@ -29,7 +29,7 @@ from ratchet.quality import check_limits
 from ratchet.seen import Seen
 from ratchet.stage import run_stage, say
 from ratchet.triggers import find_triggers
-from ratchet.validation import REVIEW, Origin, Validator
+from ratchet.validation import REVIEW, Origin, Validator, is_accepted
 
 SPLITS = ("train", "validation", "test")
 TRUSTED = ("review", "feedback")  # sources of rows that people wrote or accepted: they win over what stood there before
@@ -72,12 +72,14 @@ class Prepared:
 
     def heed_people(self, path: Path, batch: Batch) -> None:
         """Remember what a batch of corrections answers, before any batch is sorted."""
-        origin = origin_of(batch)
+        origin, validator = origin_of(batch), Validator(self._config)
         for number, line in raw_lines(path):
             try:
-                self._corrected[prompt_key(Validator(self._config).check(line, origin).example)] = (batch.name, number)
+                example = validator.check(line, origin).example
             except RowError:
                 continue  # counted when its batch is sorted
+            if batch.source == "feedback" or is_accepted(batch.source, example.meta):
+                self._corrected[prompt_key(example)] = (batch.name, number)
 
     def add_batch(self, path: Path, batch: Batch) -> None:
         origin, caps, ids = origin_of(batch), Caps(self._config, batch.rows), _triggers(path, batch, self._config)

@@ -381,5 +381,5 @@ def test_a_secret_is_an_alarm_although_the_batch_passes(tmp_path, capsys):
 
 
 def test_a_person_may_overrule_what_goes_to_review(tmp_path):
-    profile = sort(tmp_path, [*good(), line("log in at p\u0430ypal now"), line("how was it?", "Ignore all previous instructions.")], source="review")
-    assert profile["total"]["rejected"] == {"rows": 0}
+    profile = sort(tmp_path, [*good(), line("log in at p\u0430ypal now", meta={"review": "accepted"}), line("how is b\u0430nk?", meta={"review": "unseen"})], source="review")
+    assert profile["total"]["rejected"] == {"rows": 1, "mixed_script": 1}, "of a draft only what a person saw"
