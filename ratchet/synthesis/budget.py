@@ -1,0 +1,76 @@
+"""What a run may spend: every request sets aside the most that it can cost before it is sent, so that no limit is passed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple
+
+
+class Usage(NamedTuple):
+    input: int = 0
+    output: int = 0
+
+    def __add__(self, other: object) -> Usage:
+        return Usage(self.input + other[0], self.output + other[1]) if isinstance(other, Usage) else NotImplemented
+
+
+class Prices(NamedTuple):
+    """Of a million tokens."""
+
+    input: float = 0.0
+    output: float = 0.0
+
+    def cost(self, usage: Usage) -> float:
+        return (usage.input * self.input + usage.output * self.output) / 1e6
+
+
+class SpentError(Exception):
+    """The next request could pass a limit; nothing was sent. `limit` is the key in `synthesize`."""
+
+    def __init__(self, limit: str, message: str) -> None:
+        super().__init__(message)
+        self.limit = limit
+
+
+class Budget:
+    """Shared by all clients of a run."""
+
+    def __init__(self, *, max_cost: float, max_tokens: int) -> None:
+        self._max_cost, self._max_tokens = max_cost, max_tokens
+        self.cost, self.usage = 0.0, Usage()
+        self._held: dict[int, tuple[float, int]] = {}
+        self._changed = asyncio.Condition()
+        self._next = 0
+
+    async def hold(self, most: Usage, prices: Prices) -> int:
+        """Set aside; a ticket for `settle`. Waits while requests under way may give back enough. Raises SpentError."""
+        cost, tokens = prices.cost(most), sum(most)
+        async with self._changed:
+            while limit := self._passed(cost, tokens):
+                if not self._held or self._passed(cost, tokens, held=False):
+                    raise SpentError(limit, self._say(limit, cost, tokens))
+                await self._changed.wait()
+            self._next += 1
+            self._held[self._next] = (cost, tokens)
+            return self._next
+
+    async def settle(self, ticket: int, used: Usage, prices: Prices) -> None:
+        async with self._changed:
+            del self._held[ticket]
+            self.cost += prices.cost(used)
+            self.usage += used
+            self._changed.notify_all()
+
+    def _passed(self, cost: float, tokens: int, *, held: bool = True) -> str:
+        """The limit that would be passed, counting what is under way at its most (`held`), or ""."""
+        under_way = list(self._held.values()) if held else []
+        if cost and self.cost + sum(part[0] for part in under_way) + cost > self._max_cost:
+            return "max_cost"
+        if sum(self.usage) + sum(part[1] for part in under_way) + tokens > self._max_tokens:
+            return "max_run_tokens"
+        return ""
+
+    def _say(self, limit: str, cost: float, tokens: int) -> str:
+        if limit == "max_cost":
+            return f"{self.cost:.4f} of synthesize.max_cost ({self._max_cost:g}) is spent, and the next request can cost up to {cost:.4f}"
+        return f"{sum(self.usage)} of synthesize.max_run_tokens ({self._max_tokens}) are spent, and the next request can take up to {tokens}"

@@ -1,0 +1,174 @@
+"""A draft's folder, `.ratchet/synthesis/<draft>/`: what was asked and answered, what came of it, the summary last.
+
+`answers.jsonl` only grows, a line an asked prompt, so that a run that was killed goes on without asking anything twice;
+`rows.jsonl` and `refused.jsonl` are made from it anew by every run. A folder without `summary.json` is unfinished.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from ratchet.errors import DataError, UserError
+from ratchet.examples import Example, Meta, encode_line
+from ratchet.files import read_json, sha256_json, write_json
+from ratchet.synthesis.budget import Usage
+
+FOLDER = Path(".ratchet/synthesis")
+NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{4}")
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a draft was asked to be; a resumed run takes it from here."""
+
+    mode: str
+    count: int
+    documents: list[str] = []
+    seeds: str = ""
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """One asked prompt; `failure` is the reason why its answer is of no use."""
+
+    key: str
+    prompt: str  # its version
+    model: str
+    about: str  # id of the chunk or row
+    raw: str
+    usage: Usage
+    failure: str = ""
+    fault: str = ""
+
+
+class Row(msgspec.Struct, frozen=True):
+    """A kept row, as it goes to the people's queue."""
+
+    example: Example
+    passage: str = ""
+    doubts: tuple[str, ...] = ()
+
+
+class Refused(msgspec.Struct, frozen=True):
+    reason: str
+    detail: str
+    question: str
+    answer: str
+    meta: Meta
+
+
+class Draft:
+    """Opened for one run; `close` ends it."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder, self.name, self.settings = folder, folder.name, settings
+        self.kept, self.doubted = 0, 0
+        self.refused = Counter[str]()
+        self._answers = _read_answers(folder / "answers.jsonl")
+        (folder / "summary.json").unlink(missing_ok=True)  # what it said is no longer so
+        self._asked = _open(folder / "answers.jsonl", "ab")
+        self._rows, self._refusals = _open(folder / "rows.jsonl", "wb"), _open(folder / "refused.jsonl", "wb")
+
+    def recall(self, key: str) -> Answered | None:
+        return self._answers.get(key)
+
+    def remember(self, answered: Answered) -> None:
+        _append(self._asked, answered)
+        self._answers[answered.key] = answered
+
+    def keep(self, row: Row) -> None:
+        _append(self._rows, row)
+        self.kept += 1
+        self.doubted += bool(row.doubts)
+
+    def refuse(self, refused: Refused) -> None:
+        _append(self._refusals, refused)
+        self.refused[refused.reason] += 1
+
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        """With a summary the draft is finished."""
+        for opened in (self._asked, self._rows, self._refusals):
+            opened.close()
+        if summary is not None:
+            write_json(self.folder / "summary.json", summary)
+
+
+def new_draft(root: Path, settings: Settings) -> Draft:
+    name = f"{settings.mode}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    folder = root / FOLDER / name
+    folder.mkdir(parents=True, mode=0o700)
+    (root / FOLDER).chmod(0o700)
+    write_json(folder / "settings.json", msgspec.to_builtins(settings))
+    return Draft(folder, settings)
+
+
+def find_draft(root: Path, name: str) -> Path:
+    """Raises UserError for a name that is no draft of this checkout."""
+    folder = root / FOLDER / name
+    if not NAME.fullmatch(name) or not (folder / "settings.json").exists():
+        known = sorted((path.parent.name for path in (root / FOLDER).glob("*/settings.json")), reverse=True)
+        raise UserError(f"no draft is named {name[:80]!r}", remedy=f"the newest: {', '.join(known[:5]) or 'none yet'}; `ratchet synthesize` begins one")
+    return folder
+
+
+def resume_draft(root: Path, name: str, *, count: int | None = None) -> Draft:
+    """Raises UserError, DataError."""
+    folder = find_draft(root, name)
+    try:
+        settings = msgspec.convert(read_json(folder / "settings.json"), Settings)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{folder / 'settings.json'} is broken: {error}", remedy="begin a new draft") from None
+    if count is not None and count != settings.count:
+        settings = msgspec.structs.replace(settings, count=count)
+        write_json(folder / "settings.json", msgspec.to_builtins(settings))
+    return Draft(folder, settings)
+
+
+def read_rows(folder: Path) -> Iterator[Row]:
+    with (folder / "rows.jsonl").open("rb") as lines:
+        yield from (_row_decoder.decode(line) for line in lines)
+
+
+def key_of(*, prompt: str, model: str, about: str, seed: int) -> str:
+    """Of an asked prompt: the same question to the same model has the same key."""
+    return sha256_json([prompt, model, about, seed])[:32]
+
+
+_row_decoder = msgspec.json.Decoder(Row)
+_answer_decoder = msgspec.json.Decoder(Answered)
+
+
+def _read_answers(path: Path) -> dict[str, Answered]:
+    """Whole lines alone: a killed run may have left half of the last one, which is cut off."""
+    if not path.exists():
+        return {}
+    found, end = dict[str, Answered](), 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                answered = _answer_decoder.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}:{number} is no answer: {error}", remedy="take that line out; the others stay answered") from None
+            found[answered.key] = answered
+            end += len(line)
+    os.truncate(path, end)
+    return found
+
+
+def _open(path: Path, mode: str) -> BinaryIO:
+    path.touch(mode=0o600)  # people's documents
+    return path.open(mode)  # type: ignore[return-value]
+
+
+def _append(opened: BinaryIO, value: msgspec.Struct) -> None:
+    opened.write(encode_line(value))
+    opened.flush()

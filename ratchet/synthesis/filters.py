@@ -1,0 +1,132 @@
+"""What is refused of a teacher's rows, and what gets a doubt; each with a reason that is counted (docs/synthesis.md lists them)."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ratchet.config import Config
+from ratchet.examples import Example, Message, Meta, RowError, make_example
+from ratchet.synthesis.grounding import ground
+from ratchet.synthesis.known import Known
+from ratchet.synthesis.replies import Pair
+
+# Markers of the common chat templates. What the base's own tokenizer has on top is read from its file.
+MARKERS = re.compile(
+    r"<\|[^|<>\n]{1,60}\|>|<\uff5c[^<>\n]{1,60}\uff5c>|\[/?(?:INST|SYS|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>|</?s>|</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn|bos|eos|pad|unk)>",
+    re.IGNORECASE,
+)
+UNSEEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\u00ad\U000e0000-\U000e007f]")
+BOILERPLATE = re.compile(
+    r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b|\bi(?:'|’)?(?: a)?m (?:just |only )?an? (?:ai|language model)\b|\bmy (?:training data|knowledge cut-?off)\b",
+    re.IGNORECASE,
+)
+REFUSAL = re.compile(
+    r"\A\W*(?:i(?:'|’)?(?: a)?m (?:very |really )?sorry\b|sorry,|i apologi[sz]e\b|unfortunately, i\b|i (?:can(?:not|'t|’t| not)|am unable|(?:'|’)m unable|won(?:'|’)t|do not have access|don(?:'|’)t have access)\b"
+    r"|i(?:'|’)m (?:unable|not able)\b|i am not able\b|no answer\b|n/?a\W*\Z)",
+    re.IGNORECASE,
+)
+REFERS = re.compile(
+    r"\b(?:(?:the|this|above|given|provided|following) (?:passage|text|excerpt|document|article|context|paragraph|snippet)s?|according to the (?:author|above)|mentioned above|data-[0-9a-f]{12})\b",
+    re.IGNORECASE,
+)
+
+
+class Verdict(NamedTuple):
+    """`example` when the row is kept; otherwise `reason`, with `detail` for people."""
+
+    example: Example | None
+    reason: str = ""
+    detail: str = ""
+    doubts: tuple[str, ...] = ()
+
+
+class Filters:
+    """`control` matches a control token of the base; `count_tokens` of a whole row, where a tokenizer is there."""
+
+    def __init__(self, config: Config, known: Known, *, control: re.Pattern[str] = MARKERS, count_tokens: Callable[[str], int] | None = None) -> None:
+        self._config, self._settings = config, config.synthesize
+        self._known, self._control, self._count_tokens = known, control, count_tokens
+
+    def judge(self, pair: Pair, passage: str, meta: Meta, *, parent: str = "", system: str | None = None) -> Verdict:
+        """`parent` is the row that this one is another wording of: it may be near to that one. Remembers what is kept."""
+        system = self._settings.system if system is None else system
+        turns = [*([Message("system", system)] if system.strip() else []), Message("user", pair.question), Message("assistant", pair.answer)]
+        try:
+            example = make_example(turns, meta)
+        except RowError as error:
+            return Verdict(None, error.reason, str(error))
+        for check in (self._check_text, self._check_length):
+            if found := check(example):
+                return Verdict(None, *found)
+        doubts: tuple[str, ...] = ()
+        if passage and not parent:
+            reason, detail, doubts = self._check_grounds(example, passage)
+            if reason:
+                return Verdict(None, reason, detail)
+        if twin := self._known.find(example, but=parent):
+            return Verdict(None, twin.reason, f"near to the row {twin.id}")
+        self._known.add(example, "run")
+        return Verdict(example, doubts=doubts)
+
+    def _check_text(self, example: Example) -> tuple[str, str] | None:
+        for role, text in (("question", example.question), ("answer", example.answer)):
+            plain = UNSEEN.sub("", unicodedata.normalize("NFKC", text))
+            if found := self._control.search(text) or self._control.search(plain):
+                return "control_token", f"the {role} holds {found[0]!r}"
+            if any(unicodedata.category(char) == "Cc" and char not in "\n\t" for char in text):
+                return "control_character", f"the {role} holds a control character"
+            if found := BOILERPLATE.search(plain):
+                return "boilerplate", f"the {role} says {found[0]!r}"
+        if found := REFUSAL.search(example.answer):
+            return "refusal", f"the answer begins with {found[0].strip()!r}"
+        if found := REFERS.search(example.question) or REFERS.search(example.answer):
+            return "refers_to_passage", f"nobody who asks sees {found[0]!r}"
+        return None
+
+    def _check_length(self, example: Example) -> tuple[str, str] | None:
+        settings = self._settings
+        if len(example.question) < 3 or not any(map(str.isalnum, example.question)):
+            return "too_short", f"the question is {example.question!r}"
+        for name, text, most in (("question", example.question, settings.max_question_chars), ("answer", example.answer, settings.max_answer_chars)):
+            if len(text) > most:
+                return "too_long", f"the {name} has {len(text)} characters; synthesize.max_{name}_chars is {most}"
+        if self._count_tokens:
+            tokens = sum(self._count_tokens(message.content) for message in example.messages)
+            if tokens > self._config.tokenize.max_length:
+                return "too_many_tokens", f"{tokens} tokens; tokenize.max_length is {self._config.tokenize.max_length}"
+        return None
+
+    def _check_grounds(self, example: Example, passage: str) -> tuple[str, str, tuple[str, ...]]:
+        """(reason of a refusal, its detail, doubts)."""
+        bounds, found = self._settings.grounded, ground(example.answer, passage)
+        if found.numbers:
+            return "number_not_in_passage", f"the passage lacks {', '.join(found.numbers[:5])}", ()
+        if found.share < bounds.refuse:
+            return "not_in_passage", f"{found.share:.0%} of the answer's words stand in the passage; synthesize.grounded.refuse is {bounds.refuse:.0%}", ()
+        if found.share < bounds.doubt:
+            return "", "", (f"only {found.share:.0%} of the answer's words stand in the passage",)
+        return "", "", ()
+
+
+def read_control(tokenizer: Path) -> re.Pattern[str]:
+    """The common markers and the control tokens of a `tokenizer.json`, where it is there."""
+    own = []
+    if tokenizer.exists():
+        added = json.loads(tokenizer.read_text(encoding="utf-8")).get("added_tokens", [])
+        own = sorted({token["content"] for token in added if token.get("special") and len(token["content"]) > 1}, key=len, reverse=True)
+    return re.compile("|".join([MARKERS.pattern, *map(re.escape, own)]), re.IGNORECASE)
+
+
+def read_counter(tokenizer: Path) -> Callable[[str], int] | None:
+    """Counts the tokens of a text; None where there is no tokenizer yet."""
+    if not tokenizer.exists():
+        return None
+    from tokenizers import Tokenizer
+
+    found = Tokenizer.from_file(str(tokenizer))
+    return lambda text: len(found.encode(text, add_special_tokens=False).ids)

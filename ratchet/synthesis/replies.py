@@ -1,0 +1,82 @@
+"""What a model is asked to answer with: the shapes, their JSON schemas, and how an answer is read that says more than its JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+MOST_CHARS, MOST_STARTS = 400_000, 60  # of an answer that is searched; places in it that are tried
+
+
+class Pair(msgspec.Struct, frozen=True):
+    question: str
+    answer: str
+
+
+class Pairs(msgspec.Struct, frozen=True):
+    pairs: list[Pair]
+
+
+class Questions(msgspec.Struct, frozen=True):
+    questions: list[str]
+
+
+class Score(msgspec.Struct, frozen=True):
+    score: float
+    reason: str = ""
+
+
+class Text(msgspec.Struct, frozen=True):
+    text: str
+
+
+Reply = TypeVar("Reply", Pairs, Questions, Score, Text)
+
+
+class Malformed(ValueError):
+    """An answer without the JSON that was asked for. The message is for the model, which may try again."""
+
+
+def read_reply(text: str, shape: type[Reply]) -> Reply:
+    """The first JSON value in the text that has the shape; a fence, a thought or prose around it does not matter. Raises Malformed."""
+    fault = "there is no JSON object in it"
+    for value in _values(THOUGHT.sub("", text[:MOST_CHARS])):
+        try:
+            return msgspec.convert(_wrap(value, shape), shape)
+        except msgspec.ValidationError as error:
+            fault = str(error)
+    raise Malformed(fault)
+
+
+def _values(text: str) -> Any:
+    """JSON objects and arrays, from the outside in."""
+    decoder, position = json.JSONDecoder(), 0
+    for _ in range(MOST_STARTS):
+        found = re.compile(r"[{\[]").search(text, position)
+        if not found:
+            return
+        try:
+            value, position = decoder.raw_decode(text, found.start())
+            yield value
+        except (ValueError, RecursionError):
+            position = found.end()
+
+
+def _wrap(value: Any, shape: type[msgspec.Struct]) -> Any:
+    """A bare list stands for the object that has it as its only key."""
+    fields = shape.__struct_fields__
+    return {fields[0]: value} if isinstance(value, list) and len(fields) == 1 else value
+
+
+def schema_of(shape: type[msgspec.Struct]) -> dict[str, Any]:
+    """JSON schema as strict modes want it: an object at its root, every key required, no others."""
+    _, parts = msgspec.json.schema_components([shape], ref_template="#/$defs/{name}")
+    closed = {name: {**part, "required": list(part["properties"]), "additionalProperties": False} for name, part in parts.items()}
+    for part in closed.values():
+        part["properties"] = {name: {key: value for key, value in of.items() if key != "default"} for name, of in part["properties"].items()}
+    root = closed.pop(shape.__name__)
+    return {**root, **({"$defs": closed} if closed else {})}
