@@ -13,7 +13,7 @@ MIN_ROWS = 5  # of an answer, to count as a label
 
 def simple_answers(train: Sequence[Example], rows: Sequence[Example]) -> list[str]:
     """An answer a row, learned from all training rows."""
-    known, asked = _vectors([row.question for row in train], [row.question for row in rows])
+    known, asked = vectors([row.question for row in train], [row.question for row in rows])
     counts = Counter(row.answer for row in train)
     labelled = [index for index, row in enumerate(train) if counts[row.answer] >= MIN_ROWS]
     if len(labelled) >= len(train) / 2 and len({train[index].answer for index in labelled}) > 1:
@@ -21,7 +21,7 @@ def simple_answers(train: Sequence[Example], rows: Sequence[Example]) -> list[st
     return [train[index].answer for index in (asked @ known.T).toarray().argmax(axis=1)]
 
 
-def _vectors(known: list[str], asked: list[str]) -> tuple[Any, Any]:
+def vectors(known: list[str], asked: list[str]) -> tuple[Any, Any]:
     """TF-IDF of words and pairs of words; of characters where the texts share no words, as without blanks between them."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 

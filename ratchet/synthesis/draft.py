@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -71,17 +72,20 @@ class Draft:
         self.folder, self.name, self.settings = folder, folder.name, settings
         self.kept, self.doubted = 0, 0
         self.refused = Counter[str]()
-        self._answers = _read_answers(folder / "answers.jsonl")
+        self._places = _find_answers(folder / "answers.jsonl")
         (folder / "summary.json").unlink(missing_ok=True)  # what it said is no longer so
-        self._asked = _open(folder / "answers.jsonl", "ab")
+        self._asked = _open(folder / "answers.jsonl", "a+b")
         self._rows, self._refusals = _open(folder / "rows.jsonl", "wb"), _open(folder / "refused.jsonl", "wb")
 
     def recall(self, key: str) -> Answered | None:
-        return self._answers.get(key)
+        if key not in self._places:
+            return None
+        self._asked.seek(self._places[key])
+        return _answer_decoder.decode(self._asked.readline())
 
     def remember(self, answered: Answered) -> None:
+        self._places[answered.key] = self._asked.seek(0, os.SEEK_END)
         _append(self._asked, answered)
-        self._answers[answered.key] = answered
 
     def keep(self, row: Row) -> None:
         _append(self._rows, row)
@@ -91,6 +95,15 @@ class Draft:
     def refuse(self, refused: Refused) -> None:
         _append(self._refusals, refused)
         self.refused[refused.reason] += 1
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever answered."""
+        return not self._places
+
+    def discard(self) -> None:
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """With a summary the draft is finished."""
@@ -145,20 +158,19 @@ _row_decoder = msgspec.json.Decoder(Row)
 _answer_decoder = msgspec.json.Decoder(Answered)
 
 
-def _read_answers(path: Path) -> dict[str, Answered]:
-    """Whole lines alone: a killed run may have left half of the last one, which is cut off."""
+def _find_answers(path: Path) -> dict[str, int]:
+    """Key → where its line begins. Whole lines alone: a killed run may have left half of the last one, which is cut off."""
+    found, end = dict[str, int](), 0
     if not path.exists():
-        return {}
-    found, end = dict[str, Answered](), 0
+        return found
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
                 break
             try:
-                answered = _answer_decoder.decode(line)
+                found[_answer_decoder.decode(line).key] = end
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise DataError(f"{path}:{number} is no answer: {error}", remedy="take that line out; the others stay answered") from None
-            found[answered.key] = answered
             end += len(line)
     os.truncate(path, end)
     return found

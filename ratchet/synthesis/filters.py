@@ -31,7 +31,8 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 REFERS = re.compile(
-    r"\b(?:(?:the|this|above|given|provided|following) (?:passage|text|excerpt|document|article|context|paragraph|snippet)s?|according to the (?:author|above)|mentioned above|data-[0-9a-f]{12})\b",
+    r"\b(?:(?:the|this) (?:passage|excerpt|snippet)|(?:the|this) (?:above|given|provided|following) (?:text|document|article|context|paragraph)"
+    r"|(?:in|from|by|on|according to) (?:the|this) (?:text|document|article|context|paragraph)|according to the (?:author|above)|mentioned above|data-[0-9a-f]{12})\b",
     re.IGNORECASE,
 )
 
@@ -94,11 +95,11 @@ class Filters:
             return "too_short", f"the question is {example.question!r}"
         for name, text, most in (("question", example.question, settings.max_question_chars), ("answer", example.answer, settings.max_answer_chars)):
             if len(text) > most:
-                return "too_long", f"the {name} has {len(text)} characters; synthesize.max_{name}_chars is {most}"
+                return "too_many_chars", f"the {name} has {len(text)} characters; synthesize.max_{name}_chars is {most}"
         if self._count_tokens:
             tokens = sum(self._count_tokens(message.content) for message in example.messages)
             if tokens > self._config.tokenize.max_length:
-                return "too_many_tokens", f"{tokens} tokens; tokenize.max_length is {self._config.tokenize.max_length}"
+                return "too_long", f"{tokens} tokens; tokenize.max_length is {self._config.tokenize.max_length}"
         return None
 
     def _check_grounds(self, example: Example, passage: str) -> tuple[str, str, tuple[str, ...]]:
