@@ -30,7 +30,13 @@ def main(arguments: list[str]) -> int:
     try:
         config = load_config(root / "params.yaml")
         set_environment(root, config)
-        deployments = [describe_retrain(root, config), describe_ingest(root, config), describe_monitor(root, config), describe_rollout(root, config)]
+        deployments = [
+            describe_retrain(root, config),
+            describe_ingest(root, config),
+            describe_synthesize(root, config),
+            describe_monitor(root, config),
+            describe_rollout(root, config),
+        ]
     except RatchetError as error:
         print(error, file=sys.stderr)  # noqa: T201 the service's log is where people look
         return error.exit_code
@@ -158,6 +164,18 @@ def describe_ingest(root: Path, config: Config) -> RunnerDeployment:
         tags=["ratchet", config.project.name],
         parameters={"root": str(root)},
         entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+
+
+def describe_synthesize(root: Path, config: Config) -> RunnerDeployment:
+    from flows.synthesize import synthesize
+
+    return _describe(
+        synthesize,
+        root,
+        config,
+        description="A teacher model writes rows about documents, like known rows, or in other words; they wait in the review queue. "
+        "The teacher's key comes from the environment of `ratchet up`, never from a parameter.",
     )
 
 

@@ -15,6 +15,7 @@ import typer
 
 from ratchet.commands import keys, review, rollout
 from ratchet.commands.here import Here, Json, Reason, find_root, note, read_config, ready_root, say, show
+from ratchet.commands.synthesize import synthesize
 from ratchet.errors import ConfigError, RatchetError, StageError, UserError
 
 app = typer.Typer(
@@ -97,6 +98,9 @@ def ingest(
     done = flow(root=str(root), source=source, path=path, packages=packages.split(",") if packages else None, golden=golden, draft=draft)
     news = f"{done['rows']} rows in {done['batch']}, commit {done['commit'][:8]}" if done["new"] else f"nothing new: these rows are batch {done['batch']}"
     show(done, as_json, lambda: say(news))
+
+
+app.command()(synthesize)
 
 
 @app.command()

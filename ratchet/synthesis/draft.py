@@ -105,12 +105,13 @@ class Draft:
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def close(self, summary: dict[str, Any] | None = None) -> None:
-        """With a summary the draft is finished."""
+    def close(self) -> None:
         for opened in (self._asked, self._rows, self._refusals):
             opened.close()
-        if summary is not None:
-            write_json(self.folder / "summary.json", summary)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Its existence means: complete."""
+        write_json(self.folder / "summary.json", summary)
 
 
 def new_draft(root: Path, settings: Settings) -> Draft:

@@ -34,7 +34,7 @@ class Text(msgspec.Struct, frozen=True):
     text: str
 
 
-Reply = TypeVar("Reply", Pairs, Questions, Score, Text)
+Reply = TypeVar("Reply", bound=msgspec.Struct)
 
 
 class Malformed(ValueError):

@@ -1,0 +1,53 @@
+"""The flow `synthesize`: a teacher model writes rows, and those that are kept wait in the review queue.
+
+The teacher's client tries again by itself (ratchet/synthesis/teacher.py); a run that ended early goes on with `resume`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+
+from flows.say import say
+from ratchet.config import Config, load_config
+from ratchet.synthesis.draft import find_draft
+from ratchet.synthesis.summary import summary_card
+from tasks import synthesize as tasks
+
+SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+
+
+def name_run() -> str:
+    given = flow_run.parameters
+    return f"resume {given['resume']}" if given.get("resume") else f"synthesize: {given.get('mode') or 'documents'}"
+
+
+@flow(name="synthesize", flow_run_name=name_run, persist_result=False)
+def synthesize(
+    root: str | None = None, mode: str = "documents", documents: list[str] | None = None, seeds: str = "", count: int | None = None, resume: str | None = None
+) -> dict[str, Any]:
+    """Returns the draft's summary with `queued`, the rows that are new in the review queue. Raises what `tasks.synthesize` raises."""
+    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    config = load_config(home / "params.yaml")
+    summary = write(config, home, tasks.Wanted(mode, tuple(documents or ()), seeds, count), resume)
+    return summary | {"queued": queue(config, home, summary)}
+
+
+@task(name="write", **SETTINGS)
+def write(config: Config, home: Path, wanted: tasks.Wanted, resume: str | None) -> dict[str, Any]:
+    summary = tasks.synthesize(config, home, wanted, say=say, resume=resume)
+    create_markdown_artifact(summary_card(summary), key="synthesis", description=f"{summary['kept']} rows in the draft {summary['draft']}")
+    return summary
+
+
+@task(name="queue", **SETTINGS)
+def queue(config: Config, home: Path, summary: dict[str, Any]) -> int:
+    queued = tasks.queue_rows(home, config, find_draft(home, summary["draft"]))
+    say(f"{queued} rows wait in the review queue")
+    return queued

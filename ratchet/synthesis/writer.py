@@ -1,0 +1,212 @@
+"""Asks in parallel and sifts in order: whatever answers first, the rows that are kept depend on the answers alone.
+
+At most `parallel` requests are under way and wait to be sifted; what was asked is remembered in the draft before it is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable
+from typing import NamedTuple
+
+from ratchet.config import Config
+from ratchet.examples import Example, Meta
+from ratchet.metrics import token_f1
+from ratchet.synthesis.asks import Ask
+from ratchet.synthesis.augment import Synonyms, vary
+from ratchet.synthesis.draft import Answered, Draft, Refused, Row, key_of
+from ratchet.synthesis.filters import Filters
+from ratchet.synthesis.prompts import Prompt, Template
+from ratchet.synthesis.replies import Pair, Score, Text, read_reply
+from ratchet.synthesis.teacher import AskError, Said, Teacher
+
+Say = Callable[[str], None]
+MOST_FAILURES = 5  # requests in a row without an answer after which the rest is not tried
+EVERY = 20  # requests between two lines of progress
+AGREES = 0.5  # F1 of words under which the model's own answer counts as another
+SEEN = 120  # characters of an answer that a doubt quotes
+
+
+class Helpers(NamedTuple):
+    """Who else is asked; None where nobody is. `champion` is the gateway."""
+
+    judge: Teacher | None = None
+    judging: Template | None = None
+    champion: Teacher | None = None
+    translating: Template | None = None
+    synonyms: Synonyms | None = None
+
+
+class GaveUp(Exception):
+    """One request after another failed; what there is, is kept."""
+
+
+class Writer:
+    """Fills a draft; `provenance` goes into each row's meta."""
+
+    def __init__(self, config: Config, draft: Draft, teacher: Teacher, filters: Filters, helpers: Helpers, *, provenance: Meta, say: Say) -> None:
+        self._config, self._draft, self._teacher, self._filters, self._helpers = config, draft, teacher, filters, helpers
+        self._provenance, self._say = provenance, say
+        self.asked, self.recalled, self.answered = 0, 0, 0
+        self.failures = Counter[str]()
+        self.written: dict[str, list[str]] = {}  # id of a chunk or row → the questions that came of it
+        self._in_a_row = 0
+
+    @property
+    def full(self) -> bool:
+        return self._draft.kept >= self._draft.settings.count
+
+    async def take(self, asks: Iterable[Ask], seed: int) -> None:
+        """Until the draft is full or nothing is left to ask. Raises SpentError, GaveUp, and what ends a run (ratchet/synthesis/teacher.py)."""
+        source, window = iter(asks), deque[tuple[Ask, asyncio.Task[Answered | AskError]]]()
+        try:
+            while not self.full:
+                while len(window) < self._width() and (ask := next(source, None)) is not None:
+                    window.append((ask, asyncio.create_task(self._answer(ask, seed))))
+                if not window:
+                    return
+                ask, answering = window.popleft()
+                await self._sift(ask, await answering, seed)
+        except asyncio.CancelledError:
+            for _, answering in window:
+                answering.cancel()
+            raise
+        finally:
+            await asyncio.gather(*(answering for _, answering in window), return_exceptions=True)  # what is under way is paid for, and remembered
+
+    def _width(self) -> int:
+        """No more requests than what is missing may need."""
+        missing = self._draft.settings.count - self._draft.kept
+        return min(self._config.synthesize.teacher.parallel, -(-missing // self._config.synthesize.per_chunk))
+
+    async def _answer(self, ask: Ask, seed: int) -> Answered | AskError:
+        try:
+            return await self._once(self._teacher, ask.prompt.version, ask.about, seed, lambda: self._teacher.ask(ask.prompt, ask.shape, seed=seed))
+        except AskError as error:
+            return error
+
+    async def _once(self, teacher: Teacher, version: str, about: str, seed: int, ask: Callable[[], Awaitable[Said]]) -> Answered:
+        """From the draft, or asked and then remembered there."""
+        key = key_of(prompt=version, model=teacher.model, about=about, seed=seed)
+        if known := self._draft.recall(key):
+            self.recalled += 1
+            return known
+        said = await ask()
+        self.asked += 1
+        answered = Answered(key, version, teacher.model, about, said.raw, said.usage, said.failure, said.fault)
+        self._draft.remember(answered)
+        return answered
+
+    async def _sift(self, ask: Ask, answered: Answered | AskError, seed: int) -> None:
+        if isinstance(answered, AskError):
+            self.failures[answered.reason] += 1
+            self._in_a_row += 1
+            if self._in_a_row >= MOST_FAILURES:
+                raise GaveUp(f"{self._in_a_row} requests in a row failed, the last one: {answered}")
+            return
+        self._in_a_row = 0
+        self.answered += 1
+        if answered.failure:
+            self.failures[answered.failure] += 1
+        else:
+            await self._keep_pairs(ask, ask.read(answered.raw)[: 2 * self._config.synthesize.per_chunk], seed)
+        if self.answered % EVERY == 0:
+            self._say(f"{self.answered} answers: {self._draft.kept} rows kept, {sum(self._draft.refused.values())} refused")
+
+    async def _keep_pairs(self, ask: Ask, pairs: list[Pair], seed: int) -> None:
+        meta = {**self._provenance, "prompt_version": ask.prompt.version, **ask.meta}
+        passed: list[Row] = []
+        for pair in pairs:
+            if self._draft.kept + len(passed) >= self._draft.settings.count:
+                break
+            self.written.setdefault(ask.about, []).append(pair.question)
+            if row := self._pass(pair, ask, meta):
+                passed.append(row)
+        for row in await asyncio.gather(*(self._weigh(row, ask, seed) for row in passed)):
+            if not self.full:
+                self._draft.keep(row)
+            for variant in await self._vary(row, ask, seed) if not self.full else []:
+                if not self.full:
+                    self._draft.keep(variant)
+
+    def _pass(self, pair: Pair, ask: Ask, meta: Meta, *, parent: str = "", doubts: tuple[str, ...] = ()) -> Row | None:
+        verdict = self._filters.judge(pair, ask.passage, meta, parent=parent or ask.parent, system=ask.system)
+        if verdict.example is None:
+            self._draft.refuse(Refused(verdict.reason, verdict.detail, pair.question, pair.answer, meta))
+            return None
+        return Row(verdict.example, ask.passage, (*verdict.doubts, *doubts))
+
+    # --- doubts ----------------------------------------------------------------------------------------------------
+
+    async def _weigh(self, row: Row, ask: Ask, seed: int) -> Row:
+        """With what the judge and the model in charge say of it."""
+        (score, doubts), others = await asyncio.gather(self._score(row, seed), self._compare(row, seed))
+        meta: Meta = dict(row.example.meta)
+        if score is not None:
+            meta |= {"judge": self._config.synthesize.judge.model, "judge_score": round(score, 3)}
+        alone = not ask.passage and not ask.answer and (score is None or bool(doubts))
+        unfounded = ("neither a passage nor a known answer stands behind it, the teacher alone",) if alone else ()
+        return Row(Example(row.example.id, row.example.messages, meta), row.passage, (*row.doubts, *unfounded, *doubts, *others))
+
+    async def _score(self, row: Row, seed: int) -> tuple[float | None, tuple[str, ...]]:
+        judge, template = self._helpers.judge, self._helpers.judging
+        if judge is None or template is None:
+            return None, ()
+        prompt = template.render(question=row.example.question, answer=row.example.answer, passage=row.passage)
+        try:
+            answered = await self._once(judge, prompt.version, row.example.id, seed, lambda: judge.ask(prompt, Score, seed=seed))
+        except AskError as error:
+            return None, (f"the judge gave no answer: {error.reason}",)
+        if answered.failure:
+            return None, (f"the judge gave no score: {answered.failure}",)
+        found = read_reply(answered.raw, Score)
+        if not 0 <= found.score <= 1:
+            return None, (f"the judge's score is {found.score:g}, wanted 0 to 1",)
+        least = self._config.synthesize.judge.min_score
+        return found.score, (f"the judge scores it {found.score:.2f}, under {least:g}: {found.reason[:SEEN]}",) if found.score < least else ()
+
+    async def _compare(self, row: Row, seed: int) -> tuple[str, ...]:
+        champion = self._helpers.champion
+        if champion is None:
+            return ()
+        system = row.example.messages[0].content if row.example.messages[0].role == "system" else ""
+        prompt = Prompt("champion", system, row.example.question)
+        try:
+            answered = await self._once(champion, prompt.version, row.example.id, seed, lambda: champion.say(prompt, seed=seed))
+        except AskError as error:
+            return (f"the model in charge gave no answer: {error.reason}",)
+        if token_f1(answered.raw, row.example.answer) >= AGREES:
+            return ()
+        return (f"the model in charge answers otherwise: {' '.join(answered.raw.split())[:SEEN]!r}",)
+
+    # --- other wordings --------------------------------------------------------------------------------------------
+
+    async def _vary(self, row: Row, ask: Ask, seed: int) -> list[Row]:
+        settings, question = self._config.synthesize.augment, row.example.question
+        found = list(vary(question, settings, self._helpers.synonyms or {}, random.Random(f"{seed} {row.example.id}")))  # noqa: S311 (no secret)
+        if back := await self._translate(row, seed):
+            found.append(("back translation", back))
+        rows = []
+        for kind, text in found:
+            meta: Meta = {**row.example.meta, "augmented": kind, "augmented_from": row.example.id}
+            doubts = (*row.doubts, f"its question was worded anew by {kind}")
+            if variant := self._pass(Pair(text, row.example.answer), ask, meta, parent=row.example.id, doubts=doubts):
+                rows.append(variant)
+        return rows
+
+    async def _translate(self, row: Row, seed: int) -> str:
+        template, language = self._helpers.translating, self._config.synthesize.augment.back_translate
+        if template is None or not language:
+            return ""
+        prompt = template.render(text=row.example.question, language=language)
+        try:
+            answered = await self._once(self._teacher, prompt.version, f"{row.example.id} {language}", seed, lambda: self._teacher.ask(prompt, Text, seed=seed))
+        except AskError as error:
+            self.failures[error.reason] += 1
+            return ""
+        if answered.failure:
+            self.failures[answered.failure] += 1
+            return ""
+        return read_reply(answered.raw, Text).text.strip()

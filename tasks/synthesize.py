@@ -1,0 +1,276 @@
+"""A teacher model writes rows; what is kept of them is a draft under `.ratchet/synthesis`, for people to review.
+
+    python -m tasks.synthesize --root . --documents docs        # by hand, without the queue
+
+Three modes: `documents` asks about chunks of documents, `seeds` for more rows like those that are there, `paraphrase` for other
+wordings of what the model in charge is weak at. The flow `synthesize` puts the draft into the review queue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ratchet.config import Config, JsonlSource, TeacherConfig
+from ratchet.errors import DataError, RatchetError, ServiceError, UserError
+from ratchet.examples import Example, Meta, RowError, make_example, read_examples, recognise_form, row_to_messages
+from ratchet.review import Item, ReviewQueue
+from ratchet.sources import jsonl
+from ratchet.stage import run_stage, say
+from ratchet.synthesis.asks import Ask, ask_of_chunks, ask_of_seeds, ask_of_subjects
+from ratchet.synthesis.augment import read_synonyms
+from ratchet.synthesis.budget import Budget, SpentError
+from ratchet.synthesis.documents import Chunk, Library
+from ratchet.synthesis.draft import Draft, Settings, new_draft, read_rows, resume_draft
+from ratchet.synthesis.filters import Filters, read_control, read_counter
+from ratchet.synthesis.known import read_known
+from ratchet.synthesis.mistakes import find_subjects
+from ratchet.synthesis.prompts import Template, load_template
+from ratchet.synthesis.teacher import Teacher
+from ratchet.synthesis.writer import GaveUp, Helpers, Say, Writer
+from ratchet.workspace import locked
+
+TEMPLATES = {"documents": "questions_from_passage", "seeds": "self_instruct", "paraphrase": "paraphrase"}
+MOST_NAMED = 50  # unreadable documents that the summary names
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a draft is to be. A resumed one keeps what it was begun with; `count` alone may be another."""
+
+    mode: str = "documents"
+    documents: tuple[str, ...] = ()  # files, folders, globs, URLs
+    seeds: str = ""  # a JSONL file in place of the prepared training rows
+    count: int | None = None
+
+
+def synthesize(config: Config, root: Path, wanted: Wanted, *, say: Say, resume: str | None = None, backoff: float = 1.0) -> dict[str, Any]:
+    """Returns the draft's summary.
+
+    Raises ConfigError (teacher, key, templates), UserError (mode, draft), DataError (nothing to ask about), ServiceError (the teacher gave nothing).
+    """
+    if not resume:
+        _check(wanted)
+    with locked(root, "synthesize", wait=False):
+        settings = Settings(wanted.mode, wanted.count or config.synthesize.count, list(wanted.documents), wanted.seeds)
+        draft = resume_draft(root, resume, count=wanted.count) if resume else new_draft(root, settings)
+        say(f"draft {draft.name}: {draft.settings.count} rows wanted, mode {draft.settings.mode}")
+        try:
+            summary = asyncio.run(_write(config, root, draft, say, backoff))
+        except RatchetError:
+            if draft.is_empty:
+                draft.discard()
+            raise
+        finally:
+            draft.close()
+        draft.finish(summary)
+    if summary["stopped"] == "teacher" and not draft.kept:
+        raise ServiceError(
+            f"the teacher gave no rows: {summary['why']}",
+            remedy=f"check synthesize.teacher.url in params.yaml and what listens there, then: ratchet synthesize --resume {draft.name}",
+        )
+    return summary
+
+
+def _check(wanted: Wanted) -> None:
+    if wanted.mode not in TEMPLATES:
+        raise UserError(f"mode {wanted.mode!r} is unknown", remedy=f"known: {', '.join(TEMPLATES)}")
+    if wanted.mode == "documents" and not wanted.documents:
+        raise UserError("no documents are named", remedy="--documents 'docs/*.md'; or --mode seeds, --mode paraphrase")
+    if wanted.mode != "documents" and wanted.documents:
+        raise UserError(f"documents are of no use to the mode {wanted.mode}", remedy="leave --documents out, or take --mode documents")
+    if wanted.mode != "seeds" and wanted.seeds:
+        raise UserError(f"seeds are of no use to the mode {wanted.mode}", remedy="leave --seeds out, or take --mode seeds")
+
+
+def queue_rows(root: Path, config: Config, folder: Path) -> int:
+    """Put the rows of a draft into the people's queue; how many were new there."""
+    queue = ReviewQueue(root)
+    try:
+        items = (Item(row.example.id, folder.name, "synthetic", row.example.messages, row.passage, row.example.meta, row.doubts) for row in read_rows(folder))
+        return queue.add(items, share=config.review.share)
+    finally:
+        queue.close()
+
+
+async def _write(config: Config, root: Path, draft: Draft, say: Say, backoff: float) -> dict[str, Any]:
+    """Ask, sift, keep, until the draft is full, a limit is near, or nothing is left to ask."""
+    settings = config.synthesize
+    budget = Budget(max_cost=settings.max_cost, max_tokens=settings.max_run_tokens)
+    template, helpers = _template(config, root, TEMPLATES[draft.settings.mode]), _helpers(config, root, budget, backoff)
+    teacher = Teacher(settings.teacher, budget, backoff=backoff)
+    try:
+        writer = Writer(config, draft, teacher, _filters(config, root), helpers, provenance=_provenance(config, draft), say=say)
+        subject = _SUBJECTS[draft.settings.mode](config, root, draft)
+        stopped, why = "", ""
+        try:
+            for number in range(settings.rounds):
+                before = draft.kept
+                await writer.take(subject.asks(template, writer, number), settings.seed + number)
+                if writer.full or draft.kept == before:
+                    break
+        except SpentError as error:
+            stopped, why = error.limit, str(error)
+        except GaveUp as error:
+            stopped, why = "teacher", str(error)
+        return _summary(config, draft, writer, budget, subject, {"stopped": stopped, "why": why, "prompt_version": template.version})
+    finally:
+        for client in (teacher, helpers.judge, helpers.champion):
+            if client:
+                await client.close()
+
+
+def _template(config: Config, root: Path, name: str) -> Template:
+    return load_template(name, root / config.synthesize.prompts if config.synthesize.prompts else None)
+
+
+def _helpers(config: Config, root: Path, budget: Budget, backoff: float) -> Helpers:
+    settings = config.synthesize
+    judge = Teacher(settings.judge, budget, section="synthesize.judge", backoff=backoff) if settings.judge.model else None
+    champion = Teacher(_gateway(config), Budget(max_cost=0, max_tokens=sys.maxsize), section="gateway", backoff=backoff) if settings.score_with_champion else None
+    return Helpers(
+        judge,
+        _template(config, root, "judge") if judge else None,
+        champion,
+        _template(config, root, "back_translate") if settings.augment.back_translate else None,
+        read_synonyms(root / settings.augment.synonyms) if settings.augment.synonyms else {},
+    )
+
+
+def _gateway(config: Config) -> TeacherConfig:
+    """As any other endpoint of the protocol."""
+    host = config.gateway.host if config.gateway.host not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104 (read, not bound)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config.gateway.port}/v1"
+    return TeacherConfig(
+        url=url,
+        model=config.project.name,
+        key_env="RATCHET_GATEWAY_KEY",
+        max_tokens=max(16, config.evaluate.max_new_tokens),
+        temperature=0.0,
+        timeout=config.gateway.timeout,
+    )
+
+
+def _filters(config: Config, root: Path) -> Filters:
+    known = read_known(root / "data/prepared", root / "data/golden.jsonl", config.prepare.near_duplicate)
+    tokenizer = root / "models/base/tokenizer.json"
+    return Filters(config, known, control=read_control(tokenizer), count_tokens=read_counter(tokenizer))
+
+
+def _provenance(config: Config, draft: Draft) -> Meta:
+    teacher = config.synthesize.teacher
+    return {"kind": "synthetic", "mode": draft.settings.mode, "teacher": teacher.model, "teacher_licence": teacher.licence}
+
+
+# --- what is asked about ---------------------------------------------------------------------------------------------
+
+
+class _Documents:
+    def __init__(self, config: Config, root: Path, draft: Draft) -> None:
+        self._settings = config.synthesize
+        self._library = Library(draft.settings.documents, root)
+        self._chunks = 0
+
+    def asks(self, template: Template, writer: Writer, number: int) -> Iterator[Ask]:
+        return ask_of_chunks(self._read(), template, per_chunk=self._settings.per_chunk, asked=writer.written if number else {})
+
+    def _read(self) -> Iterator[Chunk]:
+        self._chunks = 0
+        for chunk in self._library.chunks(chunk_chars=self._settings.chunk_chars, overlap_chars=self._settings.overlap_chars):
+            self._chunks += 1
+            yield chunk
+        if not self._chunks:
+            named = "; ".join(f"{name}: {why}" for name, why in self._library.unreadable[:5])
+            raise DataError(f"no document could be read: {named}", remedy="a relative path counts from the checkout's root")
+
+    def figures(self) -> dict[str, Any]:
+        unreadable = [{"name": name, "why": why} for name, why in self._library.unreadable]
+        return {"documents": self._library.documents, "chunks": self._chunks, "unreadable": len(unreadable), "unreadable_names": unreadable[:MOST_NAMED]}
+
+
+class _Seeds:
+    def __init__(self, config: Config, root: Path, draft: Draft) -> None:
+        self._settings, self._draft = config.synthesize, draft
+        self._rows = _seed_rows(root, draft.settings.seeds)
+
+    def asks(self, template: Template, writer: Writer, number: int) -> Iterator[Ask]:
+        missing = self._draft.settings.count - self._draft.kept
+        requests = -(-missing // self._settings.per_chunk)
+        return ask_of_seeds(self._rows, template, per_chunk=self._settings.per_chunk, requests=requests, seed=self._settings.seed + number)
+
+    def figures(self) -> dict[str, Any]:
+        return {"seeds": len(self._rows)}
+
+
+class _Subjects:
+    def __init__(self, config: Config, root: Path, draft: Draft) -> None:
+        self._settings = config.synthesize
+        self._found = find_subjects(root, config)
+
+    def asks(self, template: Template, writer: Writer, number: int) -> Iterator[Ask]:
+        return ask_of_subjects(self._found, template, per_chunk=self._settings.per_chunk)
+
+    def figures(self) -> dict[str, Any]:
+        return {"near_mistakes": sum(bool(subject.answer) for subject in self._found), "drifted_prompts": sum(not subject.answer for subject in self._found)}
+
+
+_SUBJECTS: dict[str, Callable[[Config, Path, Draft], Any]] = {"documents": _Documents, "seeds": _Seeds, "paraphrase": _Subjects}
+
+
+def _seed_rows(root: Path, path: str) -> list[Example]:
+    """Of one question and one answer each. Raises DataError."""
+    train = root / "data/prepared/train.jsonl"
+    if not path and not train.exists():
+        raise DataError("data/prepared/train.jsonl does not exist", remedy="`ratchet retrain` makes it; or name rows of your own: --seeds FILE")
+    rows = list(_rows_of(str(root / path) if "://" not in path else path)) if path else list(read_examples(train))
+    single = [row for row in rows if sum(message.role == "user" for message in row.messages) == 1]
+    if not single:
+        raise DataError(f"{path or train} holds no row of one question and one answer", remedy="such rows are what the teacher is shown")
+    return single
+
+
+def _rows_of(path: str) -> Iterator[Example]:
+    for line in jsonl.read_lines(JsonlSource(path=path)):
+        try:
+            row = msgspec.json.decode(line, type=dict)
+            yield make_example(row_to_messages(row, recognise_form(row)), {})
+        except (RowError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue  # a broken seed teaches nothing, and is no row of ours
+
+
+def _summary(config: Config, draft: Draft, writer: Writer, budget: Budget, subject: Any, ended: dict[str, str]) -> dict[str, Any]:
+    teacher, judge = config.synthesize.teacher, config.synthesize.judge
+    return {
+        "draft": draft.name,
+        "mode": draft.settings.mode,
+        "wanted": draft.settings.count,
+        "kept": draft.kept,
+        "doubted": draft.doubted,
+        "refused": dict(sorted(draft.refused.items())),
+        "failures": dict(sorted(writer.failures.items())),
+        "asked": writer.asked,
+        "recalled": writer.recalled,
+        "tokens": budget.usage._asdict(),
+        "cost": round(budget.cost, 6),
+        "priced": bool(teacher.input_price or teacher.output_price),
+        "teacher": {"model": teacher.model, "protocol": teacher.protocol, "licence": teacher.licence},
+        "judge": judge.model or None,
+        **subject.figures(),
+        **ended,
+    }
+
+
+def _main(config: Config, arguments: argparse.Namespace) -> None:
+    found = synthesize(config, arguments.root.resolve(), Wanted(documents=(str(arguments.documents),)), say=say)
+    say(f"synthesize: {found['kept']} rows in the draft {found['draft']}, {sum(found['refused'].values())} refused, cost {found['cost']:.4f}")
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, ["root", "documents"], _main)
