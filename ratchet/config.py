@@ -100,7 +100,7 @@ class GroundedConfig(Section):
     """How much of an answer has to stand in its passage."""
 
     doubt: Share = Field(default=0.8, description="share of the answer's content words found in the passage under which a row gets a doubt")
-    refuse: Share = Field(default=0.5, description="share under which it is refused; a number that the passage lacks refuses it as well")
+    refuse: Share = Field(default=0.5, description="share under which it is refused; a number that the passage lacks refuses it as well. 0 refuses nothing")
 
     @model_validator(mode="after")
     def _ordered(self) -> GroundedConfig:

@@ -120,6 +120,8 @@ async def _write(config: Config, root: Path, draft: Draft, say: Say, backoff: fl
             stopped, why = error.limit, str(error)
         except GaveUp as error:
             stopped, why = "teacher", str(error)
+        if not writer.answered and writer.last_failure and not stopped:
+            stopped, why = "teacher", writer.last_failure
         return _summary(config, draft, writer, budget, subject, {"stopped": stopped, "why": why, "prompt_version": template.version})
     finally:
         for client in (teacher, helpers.judge, helpers.champion):

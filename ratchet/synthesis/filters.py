@@ -106,7 +106,8 @@ class Filters:
         """(reason of a refusal, its detail, doubts)."""
         bounds, found = self._settings.grounded, ground(example.answer, passage)
         if found.numbers:
-            return "number_not_in_passage", f"the passage lacks {', '.join(found.numbers[:5])}", ()
+            lacking = f"the passage lacks {', '.join(found.numbers[:5])}"
+            return ("number_not_in_passage", lacking, ()) if bounds.refuse else ("", "", (lacking,))
         if found.share < bounds.refuse:
             return "not_in_passage", f"{found.share:.0%} of the answer's words stand in the passage; synthesize.grounded.refuse is {bounds.refuse:.0%}", ()
         if found.share < bounds.doubt:

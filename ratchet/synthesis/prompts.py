@@ -41,11 +41,16 @@ class Template:
     def version(self) -> str:
         return f"{self.name}@{hashlib.sha256(self.source.encode()).hexdigest()[:12]}"
 
+    @cached_property
+    def _parts(self) -> list[Any]:
+        system, _, user = self.source.partition(LINE)
+        environment = _environment()
+        return [environment.from_string(part) for part in (system, user)]
+
     def render(self, **values: Any) -> Prompt:
         """Raises ConfigError: the template asks for what is not there, or does what the sandbox forbids."""
-        system, _, user = self.source.partition(LINE)
         try:
-            return Prompt(self.version, *(_environment().from_string(part).render(**values).strip() for part in (system, user)))
+            return Prompt(self.version, *(part.render(**values).strip() for part in self._parts))
         except TemplateError as error:
             raise ConfigError(f"the prompt template {self.origin} fails: {error}", remedy=f"it may use: {', '.join(sorted(values))}, and the filter `fenced`") from None
 

@@ -52,6 +52,7 @@ class Writer:
         self.asked, self.recalled, self.answered = 0, 0, 0
         self.failures = Counter[str]()
         self.written: dict[str, list[str]] = {}  # id of a chunk or row → the questions that came of it
+        self.last_failure = ""
         self._in_a_row = 0
 
     @property
@@ -102,7 +103,7 @@ class Writer:
     async def _sift(self, ask: Ask, answered: Answered | AskError, seed: int) -> None:
         if isinstance(answered, AskError):
             self.failures[answered.reason] += 1
-            self._in_a_row += 1
+            self._in_a_row, self.last_failure = self._in_a_row + 1, str(answered)
             if self._in_a_row >= MOST_FAILURES:
                 raise GaveUp(f"{self._in_a_row} requests in a row failed, the last one: {answered}")
             return
