@@ -91,6 +91,7 @@ class TeacherConfig(Section):
 class JudgeConfig(TeacherConfig):
     """A second model that scores each row from 0 to 1; without a `model` nobody judges."""
 
+    key_env: str = Field(default="RATCHET_JUDGE_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="environment variable that holds its key; a server without keys needs none")
     temperature: float = Field(default=0.0, ge=0, le=2, description="sampling temperature; left out where the endpoint refuses it")
     max_tokens: int = Field(default=512, ge=16, description="tokens of one answer, at most")
     min_score: Share = Field(default=0.7, description="score under which a row gets a doubt")

@@ -18,7 +18,25 @@ from ratchet.champion import FILE, Champion, write_champion
 from ratchet.workspace import git
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "up", "down", "ingest", "retrain", "status", "serve", "monitor", "rollout", "keys", "review", "report", "promote", "rollback", "history", "doctor")
+COMMANDS = (
+    "demo",
+    "up",
+    "down",
+    "ingest",
+    "synthesize",
+    "retrain",
+    "status",
+    "serve",
+    "monitor",
+    "rollout",
+    "keys",
+    "review",
+    "report",
+    "promote",
+    "rollback",
+    "history",
+    "doctor",
+)
 GROUPS = {
     "rollout": ("look", "status", "pause", "resume", "abort"),
     "keys": ("add", "list", "revoke"),

@@ -218,7 +218,14 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Co
     """All services, in a folder whose name would break a URL, with flows that only sleep."""
     root = tmp_path_factory.mktemp("a root") / "100% odd"
     (root / "flows").mkdir(parents=True)
-    stand_ins = {"__init__": "", "retrain": RETRAIN, "ingest": INGEST, "monitor": LOOK.format(name="monitor"), "rollout": LOOK.format(name="rollout")}
+    stand_ins = {
+        "__init__": "",
+        "retrain": RETRAIN,
+        "ingest": INGEST,
+        "monitor": LOOK.format(name="monitor"),
+        "rollout": LOOK.format(name="rollout"),
+        "synthesize": LOOK.format(name="synthesize"),
+    }
     for name, text in stand_ins.items():
         (root / "flows" / f"{name}.py").write_text(text)
     for name in ("deployments", "events", "watch"):

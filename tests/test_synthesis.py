@@ -144,6 +144,14 @@ def test_every_refused_row_is_counted_and_written_with_its_reason(config, stub, 
     assert all(row["detail"] and row["meta"]["document"] == "docs/0000.txt" for row in refused(tmp_path, found))
 
 
+def test_a_teacher_that_writes_hundreds_of_pairs_is_cut_short_and_that_is_counted(config, stub, tmp_path):
+    wanted = write_documents(tmp_path, 1)
+    stub.script = {"Plan": [Act(text=json.dumps({"pairs": [{**pair_of(sentence(number)), "answer": sentence(0)} for number in range(300)]}))]}
+    found = run(config, tmp_path, wanted)
+    assert found["kept"] + sum(found["refused"].values()) == 300
+    assert found["refused"]["surplus"] == 292
+
+
 @pytest.mark.parametrize(("act", "failure"), [(MALFORMED, "malformed"), (REFUSES, "malformed"), (CUT, "cut_off"), (FILTERED, "teacher_refused"), (BROKEN, "endpoint_error")])
 def test_a_chunk_without_an_answer_is_counted_and_the_others_go_on(config, stub, tmp_path, act, failure):
     wanted = write_documents(tmp_path, 4)

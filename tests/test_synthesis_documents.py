@@ -46,6 +46,13 @@ def test_a_url_of_any_file_system_is_read_and_its_secret_stays_out_of_the_name(t
     assert unreadable(tmp_path, "nosuch://ana:secret@example.org/a.txt?sig=secret") == {"nosuch://example.org/a.txt": "cannot be opened: ValueError"}
 
 
+def test_a_name_is_no_glob_where_the_file_exists_and_may_be_any_bytes(tmp_path):
+    (tmp_path / "a[1].txt").write_text("Hail.")
+    (tmp_path / "docs").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path / "docs") + b"/caf\xe9.txt")).write_text("Storm.")
+    assert read(tmp_path, "a[1].txt", "docs") == {"a[1].txt": "Hail.", "docs/caf?.txt": "Storm."}
+
+
 def test_html_is_read_without_tags_scripts_and_styles(tmp_path):
     (tmp_path / "a.html").write_text(
         "<html><style>p{}</style><body><h1>Hail &amp; storm</h1><p>From <b>10</b>&nbsp;mm<br>on.<script>alert('x')</script><p>Unclosed <ul><li>one<li>two"

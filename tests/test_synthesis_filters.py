@@ -115,6 +115,15 @@ def test_the_bases_own_control_tokens_and_length_count(tmp_path):
     assert read_counter(tmp_path / "none.json") is None
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [("Does `roof[0]` pay 1,500 in a year?", True), ("Does `roof[0]` pay 1501 a year?", False), ("Does `roof[1]` pay 1500 a year?", False), ("Does it pay a lot?", False)],
+)
+def test_another_wording_keeps_numbers_and_code(text, kept):
+    verdict = Filters(Config(), Known(0.8)).judge(Pair(text, "Yes."), "", {}, parent="0" * 32, question="Is it 1500 that `roof[0]` pays?")
+    assert (verdict.example is not None, verdict.reason) == (kept, "" if kept else "changed")
+
+
 # --- what stands in the passage ----------------------------------------------------------------------------------------
 
 

@@ -125,7 +125,7 @@ def test_a_malformed_answer_gets_one_second_try_that_is_paid_as_well(stub, addre
     assert [message["role"] for message in stub.seen[1]["messages"]] == ["system", "user", "assistant", "user"]
 
 
-@pytest.mark.parametrize("act", [MALFORMED, WRONG_SHAPE, REFUSES])
+@pytest.mark.parametrize("act", [MALFORMED, WRONG_SHAPE, REFUSES, Act(text='{"pairs": [{"question": "half \\ud800", "answer": "b"}]}')])
 def test_a_second_malformed_answer_is_a_failure(stub, address, act):
     stub.script = {PASSAGE: [act, act, act]}
     (said,) = ask(address)

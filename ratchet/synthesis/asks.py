@@ -18,7 +18,7 @@ MOST_ASKED = 40  # questions of earlier rounds that a prompt lists
 
 
 class Ask(NamedTuple):
-    """`about` is the id of what it is about; `answer` a reference that each new question keeps; `parent` the row that is worded anew."""
+    """`about` is the id of what it is about; `answer` a reference that each new question keeps; `parent` and `question` are of the row that is worded anew."""
 
     about: str
     prompt: Prompt
@@ -27,6 +27,7 @@ class Ask(NamedTuple):
     passage: str = ""
     answer: str = ""
     parent: str = ""
+    question: str = ""
     system: str | None = None
 
     def read(self, raw: str) -> list[Pair]:
@@ -69,4 +70,4 @@ def ask_of_subjects(subjects: Iterable[Subject], template: Template, *, per_chun
         prompt = template.render(question=subject.question, answer=subject.answer, count=per_chunk)
         meta: Meta = {"paraphrase_of": subject.id, "chosen_for": subject.why}
         parent = subject.id if subject.answer else ""
-        yield Ask(subject.id, prompt, Questions if subject.answer else Pairs, meta, answer=subject.answer, parent=parent, system=subject.system)
+        yield Ask(subject.id, prompt, Questions if subject.answer else Pairs, meta, answer=subject.answer, parent=parent, question=subject.question, system=subject.system)

@@ -102,6 +102,9 @@ class Library:
         import fsspec
 
         path = self._root / Path(place).expanduser()
+        if "://" not in place and path.is_file():  # whatever stands in its name, it is no glob
+            yield self._name(str(path)), fsspec.core.OpenFile(fsspec.filesystem("file"), str(path))
+            return
         if "://" not in place and path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts))
             for file in found:
@@ -121,6 +124,7 @@ class Library:
 
     def _name(self, path: str) -> str:
         """Relative to the checkout where it lies there; of a URL without its user, password and signature, since names stand in rows."""
+        path = path.encode("utf-8", "replace").decode()  # a file's name may be any bytes
         if "://" in path:
             parts = urlsplit(path)
             return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
@@ -129,7 +133,7 @@ class Library:
         return path
 
     def _read_one(self, name: str, opened: Any) -> Iterator[Document]:
-        kind = Path(name).suffix.lower()
+        kind = Path(name).suffix.lower() or (".html" if "://" in name else "")
         if kind not in KINDS:
             self.unreadable.append((name, f"of the kind {kind or 'without an ending'!r}; known: {', '.join(KINDS)}"))
             return

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ratchet.config import Config
 from ratchet.examples import Example, Message, Meta, RowError, make_example
-from ratchet.synthesis.grounding import ground
+from ratchet.synthesis.grounding import ground, numbers
 from ratchet.synthesis.known import Known
 from ratchet.synthesis.replies import Pair
 
@@ -37,6 +37,9 @@ REFERS = re.compile(
 )
 
 
+CODE_SPAN = re.compile(r"`[^`\n]+`")
+
+
 class Verdict(NamedTuple):
     """`example` when the row is kept; otherwise `reason`, with `detail` for people."""
 
@@ -53,8 +56,8 @@ class Filters:
         self._config, self._settings = config, config.synthesize
         self._known, self._control, self._count_tokens = known, control, count_tokens
 
-    def judge(self, pair: Pair, passage: str, meta: Meta, *, parent: str = "", system: str | None = None) -> Verdict:
-        """`parent` is the row that this one is another wording of: it may be near to that one. Remembers what is kept."""
+    def judge(self, pair: Pair, passage: str, meta: Meta, *, parent: str = "", question: str = "", system: str | None = None) -> Verdict:
+        """`parent` is the row that this one is another wording of, with its `question`: it may be near to that one. Remembers what is kept."""
         system = self._settings.system if system is None else system
         turns = [*([Message("system", system)] if system.strip() else []), Message("user", pair.question), Message("assistant", pair.answer)]
         try:
@@ -64,6 +67,8 @@ class Filters:
         for check in (self._check_text, self._check_length):
             if found := check(example):
                 return Verdict(None, *found)
+        if question and (changed := _exact_parts(question) ^ _exact_parts(example.question)):
+            return Verdict(None, "changed", f"a number or code differs from the question that was worded anew: {', '.join(sorted(changed)[:5])}")
         doubts: tuple[str, ...] = ()
         if passage and not parent:
             reason, detail, doubts = self._check_grounds(example, passage)
@@ -113,6 +118,11 @@ class Filters:
         if found.share < bounds.doubt:
             return "", "", (f"only {found.share:.0%} of the answer's words stand in the passage",)
         return "", "", ()
+
+
+def _exact_parts(text: str) -> set[str]:
+    """What no other wording may change."""
+    return {*numbers(text), *CODE_SPAN.findall(text)}
 
 
 def read_control(tokenizer: Path) -> re.Pattern[str]:

@@ -44,12 +44,15 @@ def _near_mistakes(root: Path, config: Config, train: Sequence[Example]) -> list
     wrong = _mistakes(root, config)
     if not single or not wrong:
         return []
+    import numpy as np
+
     known, asked = vectors([row.question for row in single], [question for question, _ in wrong])
+    answers = np.array([row.answer for row in single], dtype=object)
     chosen: dict[str, Example] = {}
     for place, (_, reference) in enumerate(wrong):
-        alike = (asked[place] @ known.T).toarray()[0]
-        ranked = sorted((index for index in alike.nonzero()[0]), key=lambda index, alike=alike, reference=reference: (single[index].answer != reference, -alike[index], index))  # type: ignore[misc]
-        chosen |= {single[index].id: single[index] for index in ranked[:NEAREST]}
+        alike = (asked[place] @ known.T).toarray()[0]  # cosines, one a training row
+        rank = np.where(alike > 0, alike + (answers == reference), 0.0)  # those of the same answer come first
+        chosen |= {single[index].id: single[index] for index in np.argsort(-rank, kind="stable")[:NEAREST] if rank[index] > 0}
     return [_subject(row, "near to a mistake") for row in chosen.values()]
 
 

@@ -46,8 +46,11 @@ def read_reply(text: str, shape: type[Reply]) -> Reply:
     fault = "there is no JSON object in it"
     for value in _values(THOUGHT.sub("", text[:MOST_CHARS])):
         try:
+            json.dumps(value, ensure_ascii=False).encode()
             return msgspec.convert(_wrap(value, shape), shape)
-        except msgspec.ValidationError as error:
+        except UnicodeEncodeError:
+            fault = "it holds half of a surrogate pair"  # which JSON can spell, and no file can hold
+        except (msgspec.ValidationError, RecursionError) as error:
             fault = str(error)
     raise Malformed(fault)
 

@@ -25,6 +25,7 @@ from ratchet.synthesis.teacher import AskError, Said, Teacher
 Say = Callable[[str], None]
 MOST_FAILURES = 5  # requests in a row without an answer after which the rest is not tried
 EVERY = 20  # requests between two lines of progress
+SURPLUS = 2  # times the pairs that were asked for, beyond which they are not looked at
 AGREES = 0.5  # F1 of words under which the model's own answer counts as another
 SEEN = 120  # characters of an answer that a doubt quotes
 
@@ -112,14 +113,17 @@ class Writer:
         if answered.failure:
             self.failures[answered.failure] += 1
         else:
-            await self._keep_pairs(ask, ask.read(answered.raw)[: 2 * self._config.synthesize.per_chunk], seed)
+            await self._keep_pairs(ask, ask.read(answered.raw), seed)
         if self.answered % EVERY == 0:
             self._say(f"{self.answered} answers: {self._draft.kept} rows kept, {sum(self._draft.refused.values())} refused")
 
     async def _keep_pairs(self, ask: Ask, pairs: list[Pair], seed: int) -> None:
         meta = {**self._provenance, "prompt_version": ask.prompt.version, **ask.meta}
         passed: list[Row] = []
-        for pair in pairs:
+        most = SURPLUS * self._config.synthesize.per_chunk
+        for pair in pairs[most:]:
+            self._draft.refuse(Refused("surplus", f"{len(pairs)} pairs came, {most} are looked at", pair.question, pair.answer, meta))
+        for pair in pairs[:most]:
             if self._draft.kept + len(passed) >= self._draft.settings.count:
                 break
             self.written.setdefault(ask.about, []).append(pair.question)
@@ -132,8 +136,10 @@ class Writer:
                 if not self.full:
                     self._draft.keep(variant)
 
-    def _pass(self, pair: Pair, ask: Ask, meta: Meta, *, parent: str = "", doubts: tuple[str, ...] = ()) -> Row | None:
-        verdict = self._filters.judge(pair, ask.passage, meta, parent=parent or ask.parent, system=ask.system)
+    def _pass(self, pair: Pair, ask: Ask, meta: Meta, *, of: Example | None = None, doubts: tuple[str, ...] = ()) -> Row | None:
+        """`of` is the row of this run that it words anew."""
+        parent, question = (of.id, of.question) if of else (ask.parent, ask.question)
+        verdict = self._filters.judge(pair, ask.passage, meta, parent=parent, question=question, system=ask.system)
         if verdict.example is None:
             self._draft.refuse(Refused(verdict.reason, verdict.detail, pair.question, pair.answer, meta))
             return None
@@ -193,7 +199,7 @@ class Writer:
         for kind, text in found:
             meta: Meta = {**row.example.meta, "augmented": kind, "augmented_from": row.example.id}
             doubts = (*row.doubts, f"its question was worded anew by {kind}")
-            if variant := self._pass(Pair(text, row.example.answer), ask, meta, parent=row.example.id, doubts=doubts):
+            if variant := self._pass(Pair(text, row.example.answer), ask, meta, of=row.example, doubts=doubts):
                 rows.append(variant)
         return rows
 
