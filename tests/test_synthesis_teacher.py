@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from served import running_gateway
 from servers import serving
 from teacher_stub import BROKEN, BUSY, CUT, FENCED, FILTERED, HTML, MALFORMED, REFUSES, THOUGHT, WRONG_SHAPE, Act, TeacherStub
 
 from ratchet.config import TeacherConfig
 from ratchet.errors import ConfigError
+from ratchet.gateway.keys import add_key
 from ratchet.synthesis.budget import Budget, Prices, SpentError, Usage
 from ratchet.synthesis.prompts import Prompt, fence
 from ratchet.synthesis.replies import Malformed, Pairs, Questions, Score, read_reply, schema_of
@@ -268,7 +270,7 @@ def test_requests_are_spaced_under_the_limit_of_a_minute(stub, address):
     assert time.perf_counter() - started >= 4 * 0.05
 
 
-@pytest.mark.parametrize("parallel", [1, 8])
+@pytest.mark.parametrize("parallel", [1, 30])
 def test_the_money_never_passes_its_limit_and_the_requests_before_it_are_used(stub, address, parallel):
     """A request costs 0.4 at the stub's usage of 300 + 100 tokens; one sets aside about 1.1 before it is sent."""
     budget = Budget(max_cost=4.0, max_tokens=10**12)
@@ -361,3 +363,24 @@ def test_errors_of_an_endpoint_are_cut(stub, address):
     with pytest.raises(AskError) as caught:
         ask(address)
     assert len(str(caught.value)) < 300
+
+
+# --- the gateway as the endpoint -----------------------------------------------------------------------------------------
+
+
+def test_the_gateway_of_this_project_answers_the_client_with_its_key(tmp_path, monkeypatch):
+    """It takes no schema and says so; the client learns that."""
+    with running_gateway(tmp_path) as gateway:
+        monkeypatch.setenv("RATCHET_GATEWAY_KEY", add_key(tmp_path, "synthesize", ["infer"]))
+        config = TeacherConfig(url=f"{gateway.url}/v1", model="pydoc", key_env="RATCHET_GATEWAY_KEY", max_tokens=32, tries=2)
+
+        async def both() -> tuple[Said, Said]:
+            teacher = Teacher(config, unlimited(), section="gateway", backoff=0.01)
+            try:
+                return await teacher.say(PROMPT, seed=1), await teacher.ask(PROMPT, Pairs, seed=1)
+            finally:
+                await teacher.close()
+
+        said, asked = asyncio.run(both())
+    assert (said.raw, said.failure) == (" ".join(["pydoc@v1"] * 4), "")
+    assert (asked.raw, asked.failure) == (said.raw, "malformed")
