@@ -29,7 +29,7 @@ from ratchet.synthesis.augment import read_synonyms
 from ratchet.synthesis.budget import Budget, SpentError
 from ratchet.synthesis.documents import Chunk, Library
 from ratchet.synthesis.draft import Draft, Settings, new_draft, read_rows, resume_draft
-from ratchet.synthesis.filters import Filters, read_control, read_counter
+from ratchet.synthesis.filters import Filters, read_counter
 from ratchet.synthesis.known import read_known
 from ratchet.synthesis.mistakes import find_subjects
 from ratchet.synthesis.prompts import Template, load_template
@@ -161,14 +161,14 @@ def _gateway(config: Config) -> TeacherConfig:
 
 
 def _filters(config: Config, root: Path) -> Filters:
-    known = read_known(root / "data/prepared", root / "data/golden.jsonl", config.prepare.near_duplicate)
-    tokenizer = root / "models/base/tokenizer.json"
-    return Filters(config, known, control=read_control(tokenizer), count_tokens=read_counter(tokenizer))
+    known = read_known(root / "data/prepared", root / "data/golden.jsonl", config.prepare)
+    return Filters(config, known, count_tokens=read_counter(root / "models/base/tokenizer.json"))
 
 
 def _provenance(config: Config, draft: Draft) -> Meta:
     teacher = config.synthesize.teacher
-    return {"kind": "synthetic", "mode": draft.settings.mode, "teacher": teacher.model, "teacher_licence": teacher.licence}
+    licence: Meta = {"licence": teacher.licence} if teacher.licence != "unknown" else {}
+    return {"kind": "synthetic", "mode": draft.settings.mode, "teacher": teacher.model, **licence}
 
 
 # --- what is asked about ---------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_three_documents_become_items_in_the_review_queue(config, tmp_path):
         "kind": "synthetic",
         "mode": "documents",
         "teacher": "big",
-        "teacher_licence": "own",
+        "licence": "own",
         "prompt_version": found["prompt_version"],
         "document": "c.html",
         "chunk": item.meta["chunk"],

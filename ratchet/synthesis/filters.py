@@ -10,17 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ratchet.config import Config
-from ratchet.examples import Example, Message, Meta, RowError, make_example
+from ratchet.examples import Example, Meta, RowError
 from ratchet.synthesis.grounding import ground, numbers
 from ratchet.synthesis.known import Known
 from ratchet.synthesis.replies import Pair
+from ratchet.validation import REVIEW, Origin, Validator
 
-# Markers of the common chat templates. What the base's own tokenizer has on top is read from its file.
-MARKERS = re.compile(
-    r"<\|[^|<>\n]{1,60}\|>|<\uff5c[^<>\n]{1,60}\uff5c>|\[/?(?:INST|SYS|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>|</?s>|</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn|bos|eos|pad|unk)>",
-    re.IGNORECASE,
-)
-UNSEEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\u00ad\U000e0000-\U000e007f]")
 BOILERPLATE = re.compile(
     r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b|\bi(?:'|’)?(?: a)?m (?:just |only )?an? (?:ai|language model)\b|\bmy (?:training data|knowledge cut-?off)\b",
     re.IGNORECASE,
@@ -50,49 +45,48 @@ class Verdict(NamedTuple):
 
 
 class Filters:
-    """`control` matches a control token of the base; `count_tokens` of a whole row, where a tokenizer is there."""
+    """What preparation would reject (ratchet/validation.py) is refused here already. `count_tokens` is of a text, where a tokenizer is there."""
 
-    def __init__(self, config: Config, known: Known, *, control: re.Pattern[str] = MARKERS, count_tokens: Callable[[str], int] | None = None) -> None:
+    def __init__(self, config: Config, known: Known, *, count_tokens: Callable[[str], int] | None = None) -> None:
         self._config, self._settings = config, config.synthesize
-        self._known, self._control, self._count_tokens = known, control, count_tokens
+        self._validator = Validator(config.prepare)
+        self._known, self._count_tokens = known, count_tokens
 
     def judge(self, pair: Pair, passage: str, meta: Meta, *, parent: str = "", question: str = "", system: str | None = None) -> Verdict:
         """`parent` is the row that this one is another wording of, with its `question`: it may be near to that one. Remembers what is kept."""
         system = self._settings.system if system is None else system
-        turns = [*([Message("system", system)] if system.strip() else []), Message("user", pair.question), Message("assistant", pair.answer)]
+        turns = [*([("system", system)] if system.strip() else []), ("user", pair.question), ("assistant", pair.answer)]
         try:
-            example = make_example(turns, meta)
+            example, doubts = self._check_row(turns, meta)
         except RowError as error:
             return Verdict(None, error.reason, str(error))
-        for check in (self._check_text, self._check_length):
+        for check in (_check_words, self._check_length):
             if found := check(example):
                 return Verdict(None, *found)
         if question and (changed := _exact_parts(question) ^ _exact_parts(example.question)):
             return Verdict(None, "changed", f"a number or code differs from the question that was worded anew: {', '.join(sorted(changed)[:5])}")
-        doubts: tuple[str, ...] = ()
         if passage and not parent:
-            reason, detail, doubts = self._check_grounds(example, passage)
+            reason, detail, more = self._check_grounds(example, passage)
             if reason:
                 return Verdict(None, reason, detail)
+            doubts += more
         if twin := self._known.find(example, but=parent):
-            return Verdict(None, twin.reason, f"near to the row {twin.id}")
+            return Verdict(None, twin.reason, f"near to the row {twin.id}" if twin.id else "it has 13 words in a row from a golden row")
         self._known.add(example, "run")
         return Verdict(example, doubts=doubts)
 
-    def _check_text(self, example: Example) -> tuple[str, str] | None:
-        for role, text in (("question", example.question), ("answer", example.answer)):
-            plain = UNSEEN.sub("", unicodedata.normalize("NFKC", text))
-            if found := self._control.search(text) or self._control.search(plain):
-                return "control_token", f"the {role} holds {found[0]!r}"
-            if any(unicodedata.category(char) == "Cc" and char not in "\n\t" for char in text):
-                return "control_character", f"the {role} holds a control character"
-            if found := BOILERPLATE.search(plain):
-                return "boilerplate", f"the {role} says {found[0]!r}"
-        if found := REFUSAL.search(example.answer):
-            return "refusal", f"the answer begins with {found[0].strip()!r}"
-        if found := REFERS.search(example.question) or REFERS.search(example.answer):
-            return "refers_to_passage", f"nobody who asks sees {found[0]!r}"
-        return None
+    def _check_row(self, turns: list[tuple[str, str]], meta: Meta) -> tuple[Example, tuple[str, ...]]:
+        """As preparation will see it; what a person may overrule is a doubt. Raises RowError."""
+        line = json.dumps({"messages": [{"role": role, "content": content} for role, content in turns], "meta": meta}).encode()
+        origin, doubts = Origin("", "synthetic", "messages"), list[str]()
+        try:
+            found = self._validator.check(line, origin).example
+        except RowError as error:
+            if error.reason not in REVIEW:
+                raise
+            found = self._validator.check(line, origin, doubts=False).example
+            doubts.append(str(error))
+        return Example(found.id, found.messages, meta), tuple(doubts)
 
     def _check_length(self, example: Example) -> tuple[str, str] | None:
         settings = self._settings
@@ -120,18 +114,20 @@ class Filters:
         return "", "", ()
 
 
+def _check_words(example: Example) -> tuple[str, str] | None:
+    for role, text in (("question", example.question), ("answer", example.answer)):
+        if found := BOILERPLATE.search(unicodedata.normalize("NFKC", text)):
+            return "boilerplate", f"the {role} says {found[0]!r}"
+    if found := REFUSAL.search(example.answer):
+        return "refusal", f"the answer begins with {found[0].strip()!r}"
+    if found := REFERS.search(example.question) or REFERS.search(example.answer):
+        return "refers_to_passage", f"nobody who asks sees {found[0]!r}"
+    return None
+
+
 def _exact_parts(text: str) -> set[str]:
     """What no other wording may change."""
     return {*numbers(text), *CODE_SPAN.findall(text)}
-
-
-def read_control(tokenizer: Path) -> re.Pattern[str]:
-    """The common markers and the control tokens of a `tokenizer.json`, where it is there."""
-    own = []
-    if tokenizer.exists():
-        added = json.loads(tokenizer.read_text(encoding="utf-8")).get("added_tokens", [])
-        own = sorted({token["content"] for token in added if token.get("special") and len(token["content"]) > 1}, key=len, reverse=True)
-    return re.compile("|".join([MARKERS.pattern, *map(re.escape, own)]), re.IGNORECASE)
 
 
 def read_counter(tokenizer: Path) -> Callable[[str], int] | None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from rensa import RMinHash, RMinHashLSH
 
-from ratchet.examples import Example, RowError, make_example, read_examples, recognise_form, row_to_messages
-from ratchet.neighbours import PERMUTATIONS, bands_for, jaccard, shingle
+from ratchet.batches import raw_lines
+from ratchet.config import PrepareConfig
+from ratchet.examples import Example, RowError, read_examples
+from ratchet.neighbours import PERMUTATIONS, bands_for, jaccard, shingle, word_runs
+from ratchet.validation import Origin, Validator
 
 REASONS = {"test": "near_test", "golden": "near_golden", "train": "duplicate", "validation": "duplicate", "run": "duplicate_of_run"}
+OURS = ("train", "run")  # what the row may stand beside; it is a duplicate from `prepare.near_duplicate` on
 ORDER = ("golden", "test", "validation", "train", "run")  # the reason that weighs most comes first
 
 
@@ -20,30 +26,38 @@ class Twin(NamedTuple):
 
 
 class Known:
-    """About 1 kB a row. Nearness is that of the splits (ratchet/neighbours.py): shingles of what the user wrote."""
+    """About 1 kB a row. Nearness is that of the splits (ratchet/neighbours.py): shingles of what the user wrote; rows of other sides from `prepare.leak` on."""
 
-    def __init__(self, threshold: float) -> None:
-        self._threshold = threshold
-        self._index = RMinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, num_bands=bands_for(threshold))
+    def __init__(self, config: PrepareConfig) -> None:
+        self._near, self._leak = config.near_duplicate, min(config.leak, config.near_duplicate)
+        self._index = RMinHashLSH(threshold=self._leak, num_perm=PERMUTATIONS, num_bands=bands_for(self._leak))
         self._rows: list[tuple[str, str, frozenset[str]]] = []
         self._sides: dict[str, str] = {}
+        self._runs: Counter[int] = Counter()  # of words in golden rows
 
     def add(self, example: Example, side: str) -> None:
+        if example.id in self._sides:
+            return
         shingles = shingle(example)
         self._index.insert(len(self._rows), _sketch(shingles))
         self._rows.append((example.id, side, shingles))
         self._sides[example.id] = side
+        if side == "golden":
+            self._runs.update(word_runs(example))
 
     def find(self, example: Example, *, but: str = "") -> Twin | None:
-        """The row that this one repeats, the gravest first; `but` is the id of one that it may be near to."""
+        """The row that this one repeats, the gravest first; `but` is the id of one that it may be near to. Without an id: it has many words in a row from a golden one."""
         if side := self._sides.get(example.id):
             return Twin(REASONS[side], example.id)
         shingles = shingle(example)
-        near = [(side, id) for id, side, others in (self._rows[key] for key in self._index.query(_sketch(shingles))) if id != but and jaccard(shingles, others) >= self._threshold]
-        if not near:
-            return None
-        side, id = min(near, key=lambda row: (ORDER.index(row[0]), row[1]))
-        return Twin(REASONS[side], id)
+        close = ((side, id, jaccard(shingles, others)) for id, side, others in (self._rows[key] for key in self._index.query(_sketch(shingles))) if id != but)
+        near = [(side, id) for side, id, alike in close if alike >= (self._near if side in OURS else self._leak)]
+        if near:
+            side, id = min(near, key=lambda row: (ORDER.index(row[0]), row[1]))
+            return Twin(REASONS[side], id)
+        if any(self._runs[run] == 1 for run in word_runs(example)):  # in several of them it is a form, such as an instruction
+            return Twin(REASONS["golden"], "")
+        return None
 
 
 def _sketch(shingles: frozenset[str]) -> RMinHash:
@@ -52,27 +66,14 @@ def _sketch(shingles: frozenset[str]) -> RMinHash:
     return sketch
 
 
-def read_known(prepared: Path, golden: Path, threshold: float) -> Known:
+def read_known(prepared: Path, golden: Path, config: PrepareConfig) -> Known:
     """The prepared splits, and the golden file itself: it may be newer than the last preparation."""
-    known = Known(threshold)
+    known, validator = Known(config), Validator(config)
+    for _, line in raw_lines(golden) if golden.exists() else []:
+        with suppress(RowError):  # preparation refuses such a file with its line
+            known.add(validator.check(line, Origin("golden", "")).example, "golden")
     for split in ("golden", "test", "validation", "train"):
         path = prepared / f"{split}.jsonl"
         for example in read_examples(path) if path.exists() else ():
             known.add(example, split)
-    for example in _golden(golden):
-        known.add(example, "golden")
     return known
-
-
-def _golden(path: Path) -> list[Example]:
-    import msgspec
-
-    found = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        if line.strip():
-            try:
-                row = msgspec.json.decode(line, type=dict)
-                found.append(make_example(row_to_messages(row, recognise_form(row)), {}))
-            except (msgspec.DecodeError, UnicodeDecodeError, RowError):
-                continue  # preparation refuses such a file with its line
-    return found
