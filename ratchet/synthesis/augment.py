@@ -19,34 +19,7 @@ Synonyms = dict[str, list[str]]
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\S*[\d_(){}\[\]<>/\\=@#$%^&*|~]\S*|\w+(?:\.\w+)+|\w*[a-z]+[A-Z]\w*", re.DOTALL)
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 KEPT = frozenset(
-    [
-        "no",
-        "not",
-        "never",
-        "none",
-        "nothing",
-        "neither",
-        "nor",
-        "without",
-        "cannot",
-        "can't",
-        "don't",
-        "doesn't",
-        "didn't",
-        "isn't",
-        "aren't",
-        "wasn't",
-        "won't",
-        "except",
-        "unless",
-        "only",
-        "nicht",
-        "kein",
-        "keine",
-        "ohne",
-        "nie",
-        "nur",
-    ]
+    "no not never none nothing neither nor without cannot can't don't doesn't didn't isn't aren't wasn't won't except unless only nicht kein keine ohne nie nur".split()  # noqa: SIM905 (one line a word otherwise)
 )
 FEWEST = 4  # plain words under which none is left out
 
