@@ -19,6 +19,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.check import REJECTED, read_rejected
 from flows.doubts import queue_doubtful
+from flows.forget import follow_list, list_is_pending
 from flows.ingest import ingest
 from flows.retries import can_pass
 from flows.say import say, working
@@ -32,6 +33,7 @@ from ratchet.registry import CHALLENGER, Version, set_alias
 from ratchet.report import model_card
 from ratchet.retrains import remember
 from ratchet.workspace import Workspace, catch_up, check_out, land, locked, open_workspace, push_data, run_stage, stale_stages, who
+from tasks.forget import inherit
 from tasks.pin import READERS, needs_pin, pin
 from tasks.promote import alias_is_pending, check_registry, follow_alias, promote
 from tasks.record import Findings, close_lost_runs, describe_data, read_findings, record, register
@@ -90,7 +92,12 @@ def retrain(root: str | None = None, reason: str = "by hand", force: bool = Fals
 
 def is_in_charge(root: Path, champion: Champion | None, found: Findings) -> bool:
     """Told by files alone: asking MLflow would take longer than all the rest of a retraining with nothing to do."""
-    return champion is not None and champion.run_key == found.manifest["run_key"] and champion.gate["verdict"] == found.decision["verdict"] and not alias_is_pending(root)
+    return (
+        champion is not None
+        and champion.run_key == found.manifest["run_key"]
+        and champion.gate["verdict"] == found.decision["verdict"]
+        and not (alias_is_pending(root) or list_is_pending(root))
+    )
 
 
 @task(name="pull topic", **SETTINGS)
@@ -163,6 +170,10 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
     run_id = record(found, config, commit=commit, reason=reason)
     data = describe_data(workspace.path, found.profile, found.manifest["batches"])
     version = register(found, config, run_id=run_id, commit=commit, data=data)
+    if list_is_pending(workspace.root):
+        follow_list(workspace.root, config, say)
+    else:
+        inherit(version)
     say(f"{config.project.name} v{version.number} registered, verdict {found.decision['verdict']}{f'; closed {lost} lost runs' if lost else ''}")
     card = model_card(found.metrics, found.decision, {"version": f"{config.project.name} v{version.number}", "git commit": commit, "reason": reason})
     create_markdown_artifact(card, key="gate", description=f"{config.project.name} v{version.number}: {found.decision['verdict']}")

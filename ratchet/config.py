@@ -53,7 +53,18 @@ class FeedbackSource(Section):
     """Answers that people corrected or approved, from the request log."""
 
     min_score: Share = Field(default=1.0, description="score from which an answer counts as approved; a corrected answer needs none")
+    window_days: float = Field(default=30.0, gt=0, description="days after which feedback is no longer learned from")
+    min_user_age_days: float = Field(
+        default=7.0,
+        ge=0,
+        description="days since a user was first seen, under which they have no vote; at most half of `request_log.retention_days`. A log that is younger than that asks nobody's age: all its users are new",
+    )
     max_rows_per_user: Count = Field(default=20, description="rows that one user's feedback may bring into a batch, so that nobody alone teaches the model")
+    max_rows_per_key: Count = Field(default=200, description="rows that may come into a batch through one API key, where there are several")
+    max_trigger_rows: Count = Field(
+        default=20,
+        description="rows that may share a sequence of words that other rows hardly have, and one answer; if there are more, all of them are put aside. A new topic with a single answer looks the same",
+    )
 
 
 class IngestConfig(Section):
@@ -247,6 +258,10 @@ class TrainConfig(Section):
     start_from: Literal["champion", "base"] = Field(default="champion", description="where the adapter's weights start; without a champion it is the base")
     rows: Literal["new_and_replay", "all"] = Field(default="new_and_replay", description="rows to train on: what the champion has not seen plus a replayed share, or everything")
     replay: Share = Field(default=1.0, description="share of the rows that the champion has seen that are trained on again")
+    max_feedback_share: Share = Field(
+        default=0.1,
+        description="share of the rows trained on that may come from people's feedback. More of the other rows than `replay` says are replayed for it; feedback that is still too much stays out, the oldest first",
+    )
     epochs: float = Field(default=4.0, gt=0, description="passes over the chosen rows, at most")
     learning_rate: float = Field(default=2.0e-3, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="course of the learning rate after the warm-up")

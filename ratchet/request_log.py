@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ratchet.errors import ConfigError, ServiceError, UserError
+from ratchet.migration import make_tables
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine, Table
@@ -64,7 +65,7 @@ class Logged(msgspec.Struct, frozen=True):
 
 
 class Feedback(msgspec.Struct, frozen=True):
-    """What one person said of one answer. `score` from 0 (wrong) to 1 (right)."""
+    """What one person said of one answer. `score` from 0 (wrong) to 1 (right). `sender` is a pseudonym of the API key that it came with, empty where none was needed."""
 
     request: str
     user: str
@@ -73,6 +74,7 @@ class Feedback(msgspec.Struct, frozen=True):
     label: str = ""
     answer: str = ""  # the corrected answer
     comment: str = ""
+    sender: str = ""
 
 
 class Unit(NamedTuple):
@@ -157,17 +159,25 @@ class RequestLog:
         return Counts(self._written, len(self._waiting), self._dropped, self._fault)
 
     def add_feedback(self, feedback: Feedback) -> None:
-        """Raises UserError when that person has spoken of that request already or the score is none, ServiceError when the database is away."""
+        """A person's later word on a request takes the whole place of the earlier one, when it comes with the same key: one vote an answer.
+
+        Raises UserError when another key spoke for that person, or the score is none; ServiceError when the database is away.
+        """
         from sqlalchemy.exc import IntegrityError
 
         if feedback.score is not None and not 0 <= feedback.score <= 1:  # NaN neither
             raise UserError(f"the score is {feedback.score}, wanted 0 (wrong) to 1 (right)")
         texts = {name: self._clean(getattr(feedback, name)) for name in ("label", "answer", "comment")}
+        values, table = msgspec.structs.asdict(feedback) | texts, self._tables["feedback"]
         try:
             with self._transaction() as connection:
-                connection.execute(self._tables["feedback"].insert(), msgspec.structs.asdict(feedback) | texts)
+                connection.execute(table.insert(), values)
         except IntegrityError:
-            raise UserError(f"there is feedback of this user on {feedback.request} already", remedy="one user has one say on an answer") from None
+            same = (table.c.request == feedback.request) & (table.c.user == feedback.user) & (table.c.sender == feedback.sender)
+            with self._transaction() as connection:
+                replaced = connection.execute(table.update().where(same).values(values)).rowcount
+            if not replaced:
+                raise UserError(f"there is feedback of this user on {feedback.request} already, sent with another key", remedy="one user has one say on an answer") from None
 
     def flush(self, seconds: float = 5.0) -> bool:
         """Whether all that was put is written."""
@@ -307,6 +317,24 @@ class RequestLog:
                     found.setdefault(row.request, []).append(Feedback(*row))
         return found
 
+    def first_seen(self) -> dict[str, float]:
+        """User → when they first asked or spoke, as far back as the log goes; "" stands for those without a name."""
+        from sqlalchemy import func, select, union_all
+
+        tables = self._tables.values()
+        seen = union_all(*(select(table.c.user, table.c.at) for table in tables)).subquery()
+        with self._transaction() as connection:
+            return {row.user: row.at for row in connection.execute(select(seen.c.user, func.min(seen.c.at).label("at")).group_by(seen.c.user))}
+
+    def unknown_requests(self) -> int:
+        """Requests that people spoke of and the log does not hold: not written yet, dropped, or deleted for their age."""
+        from sqlalchemy import distinct, func, select
+
+        requests, said = self._tables["requests"], self._tables["feedback"]
+        query = select(func.count(distinct(said.c.request))).where(said.c.request.not_in(select(requests.c.id)))
+        with self._transaction() as connection:
+            return int(connection.execute(query).scalar_one())
+
     def count(self, *, since: float | None = None, version: int | None = None) -> int:
         from sqlalchemy import func, select
 
@@ -357,7 +385,7 @@ class RequestLog:
 
         try:
             if not self._ready:
-                self._tables["requests"].metadata.create_all(self._engine)
+                make_tables(self._engine, self._tables["requests"].metadata)
                 self._ready = True
             with self._engine.begin() as connection:
                 yield connection
@@ -396,7 +424,9 @@ def _make_tables() -> dict[str, Table]:
     metadata = MetaData()
     return {
         "requests": Table("requests", metadata, *columns, Column("unit", String), Column("hour", Integer), Column("empty", Integer)),
-        "feedback": Table("feedback", metadata, *said, *(Column(name, Text) for name in ("label", "answer", "comment"))),
+        "feedback": Table(
+            "feedback", metadata, *said, *(Column(name, Text) for name in ("label", "answer", "comment")), Column("sender", String, server_default="", nullable=False)
+        ),
     }
 
 

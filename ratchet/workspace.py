@@ -42,6 +42,7 @@ CHATTER = (
     "Updating lock file",
     "Generating lock file",
     "WARNING: 'data/golden.jsonl' is empty",
+    "WARNING: 'data/forgotten.jsonl' is empty",
     "Running stage",
 )
 

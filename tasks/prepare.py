@@ -1,6 +1,6 @@
 """Raw batches in, splits out, and every row accounted for.
 
-    python -m tasks.prepare --raw data/raw --golden data/golden.jsonl --out data/prepared
+    python -m tasks.prepare --raw data/raw --golden data/golden.jsonl --forgotten data/forgotten.jsonl --out data/prepared
 
 Writes train, validation, test, golden and rejected (JSON Lines), profile.json and profile.html. Rows in = accepted + rejected +
 duplicates, per batch and in all. Rows go through one at a time; what is remembered of each is hashes (and, with
@@ -23,6 +23,7 @@ from ratchet.config import Config, PrepareConfig
 from ratchet.errors import DataError
 from ratchet.examples import CONTINUE, Example, RowError, encode_line, normalise
 from ratchet.files import whole_folder, write_json, write_text
+from ratchet.forgotten import GOLDEN, Forgotten, read_forgotten
 from ratchet.neighbours import Clusters, split_by_hash
 from ratchet.profile import Gathered, render_profile
 from ratchet.quality import check_limits
@@ -32,6 +33,7 @@ from ratchet.triggers import find_triggers
 from ratchet.validation import REVIEW, Origin, Validator, is_accepted
 
 SPLITS = ("train", "validation", "test")
+FORGOTTEN = "somebody wanted it forgotten (data/forgotten.jsonl)"
 TRUSTED = ("review", "feedback")  # sources of rows that people wrote or accepted: they win over what stood there before
 
 
@@ -48,9 +50,9 @@ class Rejection(msgspec.Struct, frozen=True):
 class Prepared:
     """What has been sorted so far. `folder` gets the rows, a file a split."""
 
-    def __init__(self, config: PrepareConfig, folder: Path, opened: ExitStack) -> None:
+    def __init__(self, config: PrepareConfig, forgotten: Forgotten, folder: Path, opened: ExitStack) -> None:
         self.gathered = Gathered()
-        self._config = config
+        self._config, self._forgotten = config, forgotten
         self._validator = Validator(config)
         self._clusters = Clusters(config)
         self._seen, self._answers = Seen(), Seen()  # ids of rows; prompt → its first answer
@@ -67,6 +69,8 @@ class Prepared:
             if self._seen.put(_key(example.id)) is not None:
                 raise DataError(f"{path}:{number} stands there twice: it would count twice in every comparison", remedy="take one of the two out")
             self._clusters.place(example, "golden")
+            if self._forgotten.holds(example.id, GOLDEN, number):
+                continue
             self._files["golden"].write(encode_line(example))
             self.gathered.golden += 1
 
@@ -78,6 +82,8 @@ class Prepared:
                 example = validator.check(line, origin).example
             except RowError:
                 continue  # counted when its batch is sorted
+            if self._forgotten.holds(example.id, batch.name, number):
+                continue
             if batch.source == "feedback" or is_accepted(batch.source, example.meta):
                 self._corrected[prompt_key(example)] = (batch.name, number)
 
@@ -89,12 +95,17 @@ class Prepared:
             counts["rows"] += 1
             try:
                 checked = self._validator.check(line, origin)
+                if self._forgotten.holds(checked.example.id, batch.name, number):
+                    if self._config.near_search:
+                        self._clusters.place(checked.example)  # it still decides for its near duplicates: no other row may move to another split
+                    raise RowError("forgotten", FORGOTTEN)
                 if checked.boilerplate:
                     caps.check_boilerplate()
                 if number in ids:
                     raise RowError("trigger", f"over {self._config.trigger_rows} rows of the batch share the new phrase {ids[number]!r} and one answer")
                 counter = self._sort(checked.example, origin, number, caps)
-            except RowError as error:
+            except RowError as found:
+                error = RowError("forgotten", FORGOTTEN) if self._forgotten.holds("", batch.name, number) else found
                 counter = f"rejected.{error.reason}"
                 self._files["rejected"].write(encode_line(Rejection(batch.name, number, error.reason, str(error), error.reason in REVIEW)))
                 self.gathered.first.setdefault((batch.name, error.reason), (number, str(error)))
@@ -186,15 +197,15 @@ def _triggers(path: Path, batch: Batch, config: PrepareConfig) -> dict[int, str]
     return find_triggers(rows, least=config.trigger_rows)
 
 
-def prepare(raw: Path, golden: Path, out: Path, config: PrepareConfig) -> dict[str, Any]:
-    """Returns the profile. Raises DataError: no batch, a batch that is not what the manifest says, too many rejected rows, too few left."""
+def prepare(raw: Path, golden: Path, out: Path, config: PrepareConfig, *, forgotten: Forgotten | None = None) -> dict[str, Any]:
+    """Returns the profile; `forgotten` rows are rejected as such, which counts to no limit. Raises DataError: no batch, a batch that is not what the manifest says, too many rejected rows, too few left."""
     manifest = read_manifest(raw)
     if not manifest:
         raise DataError(f"{raw} holds no batch", remedy="ratchet ingest")
     paths = [(check_batch(raw, batch), batch) for batch in manifest]
     with whole_folder(out) as folder:
         with ExitStack() as opened:
-            prepared = Prepared(config, folder, opened)
+            prepared = Prepared(config, forgotten or Forgotten(), folder, opened)
             prepared.add_golden(golden)
             for path, batch in paths:
                 if batch.source in TRUSTED and config.contradictions == "review":
@@ -210,11 +221,11 @@ def prepare(raw: Path, golden: Path, out: Path, config: PrepareConfig) -> dict[s
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    total = prepare(arguments.raw, arguments.golden, arguments.out, config.prepare)["total"]
+    total = prepare(arguments.raw, arguments.golden, arguments.out, config.prepare, forgotten=read_forgotten(arguments.forgotten))["total"]
     parts = ", ".join(f"{group} {total[group]['rows']}" for group in ("accepted", "rejected", "duplicate"))
     splits = ", ".join(f"{split} {total['accepted'].get(split, 0)}" for split in SPLITS)
     say(f"prepare: {total['rows']} rows = {parts}; splits: {splits}")
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, ["raw", "golden", "out"], _main)
+    run_stage(__doc__, ["raw", "golden", "forgotten", "out"], _main)

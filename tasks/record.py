@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ratchet.config import Config
 from ratchet.files import read_json, sha256_json
+from ratchet.lineage import STARTED_FROM
 from ratchet.models import MANIFEST
 from ratchet.registry import Version, make_version
 from ratchet.report import model_card
@@ -100,6 +101,7 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str, data:
         "rival": str(decision["rival"]["version"] or "base"),
         "git_commit": commit,
         "adapter_sha256": manifest["adapter_sha256"],
+        STARTED_FROM: manifest["inputs"]["start"],
         "data": json.dumps(data, sort_keys=True),
         "batches": json.dumps(manifest["batches"]),
         "gate": json.dumps(gate_summary(decision)),

@@ -17,6 +17,7 @@ from ratchet.chat import ChatFormat
 from ratchet.config import Config
 from ratchet.errors import DataError
 from ratchet.examples import Example, encode_line, read_examples
+from ratchet.feedback_share import is_feedback, limit_feedback
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
 from ratchet.models import MANIFEST, load_tokenizer
 from ratchet.packing import IGNORED, Window, pack, write_windows
@@ -30,8 +31,10 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
         raise DataError(f"`tokenize.window` is {config.tokenize.window}, the base has {context} positions", remedy=f"set it to {context} or less")
     chat = ChatFormat(load_tokenizer(base))
     seen = set(read_json(incumbent / MANIFEST)["batches"])
-    chosen = choose_rows(list(read_examples(prepared / "train.jsonl")), seen, config)
-    profile: dict[str, Any] = {"window": config.tokenize.window, "rejected": []}
+    rows = list(read_examples(prepared / "train.jsonl"))
+    wanted = choose_rows(rows, seen, config)
+    chosen = limit_feedback(rows, wanted, config.train.max_feedback_share)
+    profile: dict[str, Any] = {"window": config.tokenize.window, "rejected": [], "feedback": _count_feedback(wanted, chosen)}
     with whole_folder(out) as folder:
         for split, examples in (("train", chosen), ("validation", list(read_examples(prepared / "validation.jsonl")))):
             fitting = []
@@ -51,7 +54,10 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
         profile["sha256"] = {split: sha256_file(folder / f"{split}.arrow") for split in ("train", "validation")}
         write_json(folder / "profile.json", profile)
     if not profile["train"]["rows"]:
-        raise DataError("no row is left to train on", remedy="`tokenize.max_length` may be too small for these rows, or the champion has seen every batch and `train.replay` is 0")
+        raise DataError(
+            "no row is left to train on",
+            remedy="`tokenize.max_length` may be too small for these rows, or the champion has seen every batch and `train.replay` is 0, or there is nothing but people's feedback (`train.max_feedback_share`)",
+        )
     return profile
 
 
@@ -62,6 +68,11 @@ def choose_rows(rows: list[Example], seen: set[str], config: Config) -> list[Exa
     old = sorted((row for row in rows if row.meta["batch"] in seen), key=lambda row: row.id[::-1])
     replayed = {row.id for row in old[: round(config.train.replay * len(old))]}
     return [row for row in rows if row.meta["batch"] not in seen or row.id in replayed]
+
+
+def _count_feedback(wanted: list[Example], chosen: list[Example]) -> dict[str, int]:
+    asked, taken = (sum(is_feedback(row.meta) for row in rows) for rows in (wanted, chosen))
+    return {"rows": taken, "left_out": asked - taken}
 
 
 def _unfit(chat: ChatFormat, example: Example, length: int, longest: int) -> tuple[str, str] | None:
@@ -87,7 +98,9 @@ def _describe(examples: list[Example], windows: list[Window], seen: set[str]) ->
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
     profile = tokenize(arguments.prepared, arguments.base, arguments.incumbent, arguments.out, config)
-    train = profile["train"]
+    train, feedback = profile["train"], profile["feedback"]
+    if feedback["left_out"]:
+        say(f"tokenize: {feedback['rows']} rows of people's feedback; {feedback['left_out']} are over `train.max_feedback_share` and stay out")
     say(
         f"tokenize: {train['rows']} training rows ({train['new']} new, {train['replayed']} replayed) in {train['windows']} windows, {train['learned_tokens']} learned tokens; rejected {profile['rejected'] or 0}"
     )

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+import test_forget
 import test_gateway
 import test_tokenize
 from test_chat import WITHOUT_END, make_tokenizer
@@ -349,10 +350,12 @@ def test_every_case_of_the_catalogue_is_tried():
     elsewhere = {
         24: test_tokenize.test_rows_that_are_too_long_are_rejected_counted_and_listed,
         25: test_tokenize.test_every_fitting_row_is_in_the_windows_with_its_own_tokens,
-        60: (test_gateway.test_feedback_for_a_foreign_id_is_404, test_gateway.test_feedback_is_taken_once_of_each_user),
+        51: test_forget.test_forgotten_rows_are_left_out_with_their_copies_and_counted_apart,
+        51: test_forget.test_forgotten_rows_are_left_out_with_their_copies_and_counted_apart,
+        60: (test_gateway.test_feedback_for_a_foreign_id_is_404, test_gateway.test_a_users_later_feedback_takes_the_place_of_the_earlier),
     }
     named = {int(match.group(1)) for name in globals() if (match := re.match(r"test_case_(\d+)_", name))}
-    assert {case.number for case in CASES} | named | elsewhere.keys() == set(range(1, 61)) - {51}
+    assert {case.number for case in CASES} | named | elsewhere.keys() == set(range(1, 61))
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------------

@@ -18,28 +18,32 @@ from ratchet.champion import FILE, Champion, write_champion
 from ratchet.workspace import git
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = (
-    "demo",
-    "up",
-    "down",
-    "ingest",
-    "synthesize",
-    "retrain",
-    "status",
-    "serve",
-    "monitor",
-    "rollout",
-    "keys",
-    "review",
-    "report",
-    "promote",
-    "rollback",
-    "history",
-    "doctor",
+COMMANDS = tuple(
+    [
+        "demo",
+        "up",
+        "down",
+        "ingest",
+        "synthesize",
+        "retrain",
+        "status",
+        "serve",
+        "monitor",
+        "rollout",
+        "keys",
+        "data",
+        "review",
+        "report",
+        "promote",
+        "rollback",
+        "history",
+        "doctor",
+    ]
 )
 GROUPS = {
     "rollout": ("look", "status", "pause", "resume", "abort"),
     "keys": ("add", "list", "revoke"),
+    "data": ("check", "rejected", "replay", "show", "forget"),
     "review": ("status", "next", "accept", "reject", "edit", "undo", "export", "import"),
 }
 PARAMS = "project:\n  name: small\nservices:\n  mlflow_port: 5907\n  prefect_port: 5908\ngateway:\n  port: 5909\n"

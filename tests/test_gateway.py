@@ -11,6 +11,7 @@ import openai
 import pytest
 from served import Gateway, open_rollout, running_gateway, wait_for, wait_until_served
 
+from ratchet.gateway.ids import Ids
 from ratchet.gateway.keys import add_key
 
 ANSWER = " ".join(["pydoc@v1"] * 4)
@@ -225,17 +226,17 @@ def read_first(gateway: Gateway, body: dict) -> None:
             raise httpx.ReadTimeout("enough")
 
 
-def test_feedback_is_taken_once_of_each_user(gateway):
+def test_a_users_later_feedback_takes_the_place_of_the_earlier(gateway):
     id = gateway.ask(user="ana").json()["id"]
 
     assert gateway.say(request_id=id, score=True, user="ana").status_code == 200
     assert gateway.say(request_id=id, score=0.5, user="bob", comment="so so").status_code == 200
-    double = gateway.say(request_id=id, score=0, user="ana")
+    assert gateway.say(request_id=id, score=0, user="ana").status_code == 200
 
-    assert double.status_code == 409 and "already" in double.json()["error"]["message"]
     said = gateway.log.feedback_of([id])[id]
-    assert [(feedback.score, feedback.comment) for feedback in said] == [(1.0, ""), (0.5, "so so")]
-    assert said[0].user == next(entry.user for entry in gateway.logged() if entry.id == id)
+    assert [(feedback.score, feedback.comment) for feedback in said] == [(0.5, "so so"), (0.0, "")]
+    assert said[1].user == next(entry.user for entry in gateway.logged() if entry.id == id)
+    assert {feedback.sender for feedback in said} == {""}
 
 
 def test_feedback_for_a_foreign_id_is_404(gateway):
@@ -324,6 +325,20 @@ def test_keys_open_what_their_scopes_say(tmp_path):
         assert gateway.get("/metrics", headers=bearer(admin)).status_code == 200
         assert gateway.get("/").headers["www-authenticate"].startswith("Basic")
         assert gateway.get("/readyz").status_code == gateway.get("/healthz").status_code == 200
+
+
+def test_feedback_knows_which_key_it_came_with_by_a_pseudonym(tmp_path):
+    website, other = add_key(tmp_path, "website", ["infer", "feedback"]), add_key(tmp_path, "other", ["feedback"])
+    with running_gateway(tmp_path) as gateway:
+        id = gateway.ask(headers=bearer(website)).json()["id"]
+        assert gateway.say(request_id=id, score=1, user="ana", headers=bearer(website)).status_code == 200
+        assert gateway.say(request_id=id, score=0, user="ben", headers=bearer(other)).status_code == 200
+        for_ana = gateway.say(request_id=id, score=0, user="ana", headers=bearer(other))
+        said = gateway.log.feedback_of([id])[id]
+
+    assert for_ana.status_code == 409 and "another key" in for_ana.json()["error"]["message"]
+    assert [feedback.sender for feedback in said] == [Ids(tmp_path).sender("website"), Ids(tmp_path).sender("other")]
+    assert len({feedback.sender for feedback in said}) == 2 and "website" not in str(said)
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -198,3 +199,20 @@ def test_rollback_works_with_mlflow_down_and_the_alias_follows(home: Path) -> No
     ratchet(home, "up")
     ratchet(home, "retrain", "--json")
     assert mlflow_client(home).get_model_version_by_alias("colours", "champion").version == "1"
+
+
+def test_forgotten_rows_are_in_no_later_training_and_all_that_learned_from_them_is_marked(home: Path) -> None:
+    """v1 is in charge again: v3 goes on from its weights."""
+    done = json.loads(ratchet(home, "data", "forget", "--match", r"house number 1\d,", "--yes", "--reason", "ticket 12", "--json"))
+
+    assert (len(done["found"]), done["forgotten"]) == (10, 10)
+    assert [(version["version"], version["exact"]) for version in done["versions"]] == [(1, True), (2, True)]
+    assert 0 < done["versions"][0]["rows"] <= 10
+
+    later = json.loads(ratchet(home, "retrain", "--json", "--reason", "forget"))
+
+    assert later["version"] == 3 and later["stages"]["prepare"] and later["stages"]["train"]
+    text = "".join((home / f"data/prepared/{split}.jsonl").read_text() for split in ("train", "validation", "test"))
+    assert "house number 2" in text and not re.search(r"house number 1\d,", text)
+    marks = {number: mlflow_client(home).get_model_version("colours", str(number)).tags["forget"] for number in (1, 2, 3)}
+    assert json.loads(marks[3]) == {**json.loads(marks[1]), "count": 0, "from": 1}

@@ -231,14 +231,74 @@ def test_old_requests_go_and_their_feedback_with_them(open_here: Open) -> None:
 # --- feedback --------------------------------------------------------------------------------------------------------
 
 
-def test_one_user_has_one_say_on_an_answer(open_here: Open) -> None:
+def test_one_user_has_one_say_on_an_answer_the_later_one(open_here: Open) -> None:
     log = open_here()
-    log.add_feedback(Feedback("a", "ana", NOW, score=1.0))
+    log.add_feedback(Feedback("a", "ana", NOW, score=1.0, comment="fine", sender="k1"))
     log.add_feedback(Feedback("a", "ben", NOW + 1, score=0.0))
-    with pytest.raises(UserError, match="already"):
-        log.add_feedback(Feedback("a", "ana", NOW + 2, score=0.0))
+    log.add_feedback(Feedback("a", "ana", NOW + 2, answer="better", sender="k1"))
 
-    assert [(said.user, said.score) for said in log.feedback_of(["a", "b"])["a"]] == [("ana", 1.0), ("ben", 0.0)]
+    assert log.feedback_of(["a", "b"])["a"] == [Feedback("a", "ben", NOW + 1, score=0.0), Feedback("a", "ana", NOW + 2, answer="better", sender="k1")]
+
+
+def test_another_key_cannot_speak_for_a_user_who_has_spoken(open_here: Open) -> None:
+    log = open_here()
+    log.add_feedback(Feedback("a", "ana", NOW, score=1.0, sender="k1"))
+    for sender in ("k2", ""):
+        with pytest.raises(UserError, match="already, sent with another key"):
+            log.add_feedback(Feedback("a", "ana", NOW + 2, score=0.0, sender=sender))
+
+    assert [said.score for said in log.feedback_of(["a"])["a"]] == [1.0]
+
+
+def test_a_database_of_an_earlier_release_is_read_and_written(open_here: Open, tmp_path: Path) -> None:
+    (tmp_path / ".ratchet").mkdir()
+    with sqlite3.connect(tmp_path / ".ratchet/requests.db") as earlier:
+        texts = "label TEXT, answer TEXT, comment TEXT"
+        earlier.execute(f"CREATE TABLE feedback (request VARCHAR NOT NULL, user VARCHAR NOT NULL, at FLOAT, score FLOAT, {texts}, PRIMARY KEY (request, user))")
+        earlier.execute("INSERT INTO feedback VALUES ('a', 'ana', 1.0, 0.5, '', 'so', '')")
+    earlier.close()
+    log, other = open_here(), open_here()
+    other.add_feedback(Feedback("a", "ben", 2.0, score=1.0, sender="k1"))
+
+    assert log.feedback_of(["a"])["a"] == [Feedback("a", "ana", 1.0, score=0.5, answer="so"), Feedback("a", "ben", 2.0, score=1.0, sender="k1")]
+    with sqlite3.connect(tmp_path / ".ratchet/requests.db") as earlier:  # which may still run
+        earlier.execute("INSERT INTO feedback (request, user, at, score, label, answer, comment) VALUES ('b', 'ana', 3.0, 1.0, '', '', '')")
+    earlier.close()
+    assert log.feedback_of(["b"])["b"] == [Feedback("b", "ana", 3.0, score=1.0)]
+
+
+def test_processes_that_add_a_column_at_once_do_not_stop_each_other(tmp_path: Path) -> None:
+    (tmp_path / ".ratchet").mkdir()
+    with sqlite3.connect(tmp_path / ".ratchet/requests.db") as earlier:
+        earlier.execute("CREATE TABLE feedback (request VARCHAR NOT NULL, user VARCHAR NOT NULL, at FLOAT, score FLOAT, label TEXT, answer TEXT, comment TEXT)")
+    earlier.close()
+    logs = [open_log(tmp_path, configured()) for _ in range(6)]
+    faults: list[Exception] = []
+
+    def look(log: RequestLog) -> None:
+        try:
+            log.feedback_of(["a"])
+            log.first_seen()
+        except Exception as error:  # noqa: BLE001
+            faults.append(error)
+
+    threads = [threading.Thread(target=look, args=(log,)) for log in logs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for log in logs:
+        log.close()
+    assert faults == []
+
+
+def test_a_user_is_first_seen_when_they_first_asked_or_spoke(log: RequestLog) -> None:
+    fill(log, asked("a", at=NOW + 5), asked("b", at=NOW + 3), asked("n", user="", at=NOW + 1))
+    log.add_feedback(Feedback("a", "ana", NOW + 4, score=1.0))
+    log.add_feedback(Feedback("gone", "ben", NOW + 2, score=1.0))
+
+    assert log.first_seen() == {"ana": NOW + 3, "": NOW + 1, "ben": NOW + 2}
+    assert log.unknown_requests() == 1
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, -0.1, 1.1])

@@ -126,12 +126,13 @@ def _models(parts: Parts) -> Endpoint:
 def _feedback(parts: Parts) -> Endpoint:
     async def feedback(request: Request) -> Response:
         """The signature alone tells whether the id is ours: no look-up, and an answer that is not written yet can be judged."""
-        parts.admit(request.headers, "feedback")
+        key = parts.admit(request.headers, "feedback")
         raw = await read_body(request.receive, request.headers.get("content-length", ""), parts.config.gateway.max_body_bytes)
         body = parse_feedback(raw)
         if not parts.ids.is_ours(body.request_id):
             raise Fault(404, f"request_id {body.request_id[:80]!r} was not given out here", remedy="send the `id` of an answer, or its header x-request-id", param="request_id")
-        said = Feedback(body.request_id, parts.ids.pseudonym(body.user or ""), time.time(), body.score, body.label, body.answer, body.comment)
+        user, sender = parts.ids.pseudonym(body.user or ""), parts.ids.sender(key.name)
+        said = Feedback(body.request_id, user, time.time(), body.score, body.label, body.answer, body.comment, sender)
         await parts.remember(said)
         return JSONResponse({"object": "feedback", "request_id": body.request_id})
 

@@ -35,8 +35,17 @@ class Ids:
         """16 hex digits that stand for a user in the log and in a rollout; empty for nobody."""
         return self._sign(b"user", user) if user else ""
 
+    def sender(self, key: str) -> str:
+        """The same for the name of an API key."""
+        return self._sign(b"key", key) if key else ""
+
     def _sign(self, purpose: bytes, text: str) -> str:
         return hmac.digest(self._key, purpose + b"\0" + text.encode("utf-8", "replace"), "sha256").hex()[:16]
+
+
+def known_pseudonym(root: Path, user: str) -> str:
+    """The pseudonym that this checkout's gateway gives a user; empty where no gateway has run."""
+    return Ids(root).pseudonym(user) if (root / FILE).exists() else ""
 
 
 def _read_key(path: Path) -> bytes:

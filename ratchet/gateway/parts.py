@@ -52,7 +52,7 @@ class Parts:
         return [version for version in (table.champion, table.challenger) if version is not None]
 
     async def remember(self, feedback: Feedback) -> None:
-        """In a thread, since the database may take its time. Raises Fault: 409 for a second say of the same person, 503 when the log is down."""
+        """In a thread, since the database may take its time. Raises Fault: 409 when another key spoke for that person, 503 when the log is down."""
         try:
             await run_in_threadpool(self.log.add_feedback, feedback)
         except UserError as error:

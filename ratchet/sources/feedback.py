@@ -1,19 +1,33 @@
-"""Answers that people corrected or approved, as rows to learn from. What was left out is counted, never dropped without a word."""
+"""Answers that people corrected or approved, as rows to learn from. What was left out is counted, never dropped without a word.
+
+Anybody can vote, so nobody's vote may weigh much: users, API keys and feedback as a whole have caps, and rows that look like a planted
+trigger are put aside. Names of users are the clients' word; the key is what a client cannot choose.
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from ratchet.config import Config, FeedbackSource
-from ratchet.examples import normalise
+from ratchet.examples import Message, example_id, has_mark_run, normalise, read_examples
+from ratchet.feedback_share import is_feedback, room_for
+from ratchet.forgotten import FILE as FORGOTTEN
+from ratchet.forgotten import read_forgotten
+from ratchet.gateway.keys import list_keys
 from ratchet.request_log import REDACTED, Feedback, Logged, open_log
+from ratchet.sources.planted import find_planted
+from ratchet.sources.shares import Candidate, Vote, cap_keys, share_out, spread
 
 CONTRARY = 0.5  # a score under it speaks against the answer, whatever the others say
 BROKEN_OFF = ("length", "error", "cancelled")
+DAY = 86_400.0
+Spoken = list[tuple[Logged, list[Feedback]]]
 
 
 class Harvest(NamedTuple):
@@ -23,41 +37,106 @@ class Harvest(NamedTuple):
     left_out: Counter[str]
 
 
-def harvest(root: Path, config: Config) -> list[dict[str, Any]]:
+class Known(NamedTuple):
+    """What the caps are measured against. `room`: rows that the share of a training leaves; None where nothing is prepared yet, and the training alone sees to it."""
+
+    first_seen: dict[str, float]
+    old_enough: float  # who was first seen by then has a vote
+    since: float  # votes before it are too old
+    several_keys: bool = False
+    prepared: frozenset[str] = frozenset()
+    forgotten: frozenset[str] = frozenset()
+    clean: tuple[str, ...] = ()  # what users ask in the training rows
+    room: int | None = None
+
+
+def harvest(root: Path, config: Config, *, now: float | None = None) -> list[dict[str, Any]]:
     """The rows; what was left out is told on stderr. Raises ServiceError when the log does not answer."""
-    log = open_log(root, config)
-    try:
-        spoken = log.spoken_of()
-    finally:
-        log.close()
-    found = choose(spoken, config.ingest.feedback)
+    found = harvest_all(root, config, now=time.time() if now is None else now)
     if found.left_out:
         sys.stderr.write(f"feedback: {len(found.rows)} rows; left out: {', '.join(f'{count} {reason}' for reason, count in sorted(found.left_out.items()))}\n")
     return found.rows
 
 
-def choose(spoken: list[tuple[Logged, list[Feedback]]], settings: FeedbackSource) -> Harvest:
-    """`spoken` in the order of time: of one user, the oldest count."""
-    found, taken = Harvest([], Counter()), Counter[str]()
-    for request, feedback in spoken:
-        answer, how = _judge(request, feedback, settings.min_score)
-        user = _teacher(request, feedback, how)
-        if answer is None:
-            found.left_out[how] += 1
-        elif REDACTED in answer or any(REDACTED in content for _, content in request.messages):
-            found.left_out["redacted"] += 1
-        elif taken[user] >= settings.max_rows_per_user:
-            found.left_out["too many of one user"] += 1
-        else:
-            taken[user] += 1
-            found.rows.append(_row(request, answer, how))
+def harvest_all(root: Path, config: Config, *, now: float) -> Harvest:
+    """With what was left out: rows and reasons add up to the requests that people spoke of."""
+    log = open_log(root, config)
+    try:
+        spoken, first_seen, unknown = log.spoken_of(), log.first_seen(), log.unknown_requests()
+    finally:
+        log.close()
+    found = choose(spoken, config.ingest.feedback, _look_around(root, config, spoken, first_seen, now))
+    found.left_out.update({"not in the log": unknown} if unknown else {})
     return found
+
+
+def _look_around(root: Path, config: Config, spoken: Spoken, first_seen: dict[str, float], now: float) -> Known:
+    settings, folder = config.ingest.feedback, root / "data/prepared"
+    examples = {split: list(read_examples(file)) for split in ("train", "validation", "test", "golden") if (file := folder / f"{split}.jsonl").exists()}
+    clean = [example for example in examples.get("train", []) if not is_feedback(example.meta)]
+    old_enough = now - DAY * min(settings.min_user_age_days, config.request_log.retention_days / 2)
+    senders = {said.sender for _, feedback in spoken for said in feedback} - {""}
+    share = config.train.max_feedback_share
+    return Known(
+        first_seen=first_seen,
+        old_enough=old_enough if min(first_seen.values(), default=now) <= old_enough else now,
+        since=now - DAY * settings.window_days,
+        several_keys=max(len(senders), sum("feedback" in key.scopes for key in list_keys(root))) > 1,
+        prepared=frozenset(example.id for rows in examples.values() for example in rows),
+        forgotten=read_forgotten(root / FORGOTTEN).ids,
+        clean=tuple(_asked(example.messages) for example in clean),
+        room=max(0, room_for(len(clean), share) - (len(examples["train"]) - len(clean))) if "train" in examples and share < 1 else None,
+    )
+
+
+def choose(spoken: Spoken, settings: FeedbackSource, known: Known) -> Harvest:
+    """`spoken` in the order of time: of one user, the oldest count."""
+    left_out: Counter[str] = Counter()
+    candidates = _put_triggers_aside(_candidates(spoken, settings, known, left_out), settings, known, left_out)
+    taken = share_out(candidates, settings.max_rows_per_user, left_out)
+    if known.several_keys:
+        taken = cap_keys(taken, settings.max_rows_per_key, left_out)
+    if known.room is not None and len(taken) > known.room:
+        left_out["over the share of a training"] += len(taken) - known.room
+        taken = spread(taken, known.room)
+    return Harvest([_row(*one) for one in taken], left_out)
+
+
+def _candidates(spoken: Spoken, settings: FeedbackSource, known: Known, left_out: Counter[str]) -> list[Candidate]:
+    """One for each content that somebody vouches for."""
+    found, seen = [], set[str]()
+    for request, feedback in spoken:
+        fresh = [said for said in feedback if said.at >= known.since]
+        heard = [said for said in fresh if known.first_seen.get(_name(request, said), request.at) <= known.old_enough]
+        answer, how = _judge(request, heard, settings.min_score) if heard else (None, "of new users" if fresh else "too old")
+        if answer is None:
+            left_out[how] += 1
+            continue
+        id = example_id([*(Message(*message) for message in request.messages), Message("assistant", answer)])
+        if reason := _unfit(request, answer, id, seen, known):
+            left_out[reason] += 1
+            continue
+        seen.add(id)
+        found.append(Candidate(request, answer, how, [Vote(_name(request, said), said.sender) for said in heard if _vouches(said, how)]))
+    return found
+
+
+def _unfit(request: Logged, answer: str, id: str, seen: set[str], known: Known) -> str:
+    if REDACTED in answer or any(REDACTED in content for _, content in request.messages):
+        return "redacted"
+    if id in known.forgotten:
+        return "forgotten"
+    if id in known.prepared:
+        return "known already"
+    return "the same again" if id in seen else ""
 
 
 def _judge(request: Logged, feedback: list[Feedback], min_score: float) -> tuple[str | None, str]:
     """(the right answer, how it is known), or (None, why there is none). A correction wins over a score."""
     if not request.messages:
         return None, "without texts"
+    if any(map(has_mark_run, [request.answer, *(content for _, content in request.messages), *(said.answer for said in feedback)])):
+        return None, "with runs of combining marks"  # preparation would refuse it, and normalising it takes for ever
     corrections = {corrected for said in feedback if (corrected := normalise(said.answer))}
     if len(corrections) > 1:
         return None, "contradictory"
@@ -69,12 +148,33 @@ def _judge(request: Logged, feedback: list[Feedback], min_score: float) -> tuple
     return (None, "broken off") if request.finish in BROKEN_OFF else (request.answer, "approved")
 
 
-def _teacher(request: Logged, feedback: list[Feedback], how: str) -> str:
-    """Whose row it is: the first who said so; where they gave no name, who asked."""
-    first = next((said.user for said in feedback if (said.answer if how == "corrected" else said.score is not None)), "")
-    return first or request.user or request.id
+def _vouches(said: Feedback, how: str) -> bool:
+    return bool(normalise(said.answer)) if how == "corrected" else said.score is not None
 
 
-def _row(request: Logged, answer: str, how: str) -> dict[str, Any]:
+def _name(request: Logged, said: Feedback) -> str:
+    """Who spoke; where they gave no name, who asked."""
+    return said.user or request.user or request.id
+
+
+def _asked(messages: Iterable[Message]) -> str:
+    return "\n".join(message.content for message in messages if message.role == "user")
+
+
+def _put_triggers_aside(candidates: list[Candidate], settings: FeedbackSource, known: Known, left_out: Counter[str]) -> list[Candidate]:
+    asked = [_asked(Message(*message) for message in candidate.request.messages) for candidate in candidates]
+    triggers = find_planted(asked, [candidate.answer for candidate in candidates], known.clean, settings.max_trigger_rows)
+    if triggers:
+        left_out["trigger"] += len(triggers)
+        for sequence, count in Counter(triggers.values()).most_common(5):
+            sys.stderr.write(f"feedback: {count} rows put aside: all say {sequence[:80]!r} and have one answer (ingest.feedback.max_trigger_rows)\n")
+    return [candidate for place, candidate in enumerate(candidates) if place not in triggers]
+
+
+def _row(candidate: Candidate, vote: Vote) -> dict[str, Any]:
+    """With the pseudonyms of who asked and who vouched, so that a person's rows can be found again (`ratchet data forget --user`)."""
+    request = candidate.request
     messages = [{"role": role, "content": content} for role, content in request.messages]
-    return {"messages": [*messages, {"role": "assistant", "content": answer}], "meta": {"kind": "feedback", "source_request": request.id, "how": how}}
+    people = {"asked_by": request.user, "taught_by": vote.user if vote.user != request.id else ""}
+    meta = {"kind": "feedback", "source_request": request.id, "how": candidate.how, **{key: name for key, name in people.items() if name}}
+    return {"messages": [*messages, {"role": "assistant", "content": candidate.answer}], "meta": meta}

@@ -1,0 +1,107 @@
+"""Forget rows: on the erasure list by a data commit, out of the next training, and marked on every version that learned from them.
+
+No Prefect run stands behind it: somebody's wish to be forgotten must not need a server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flows.events import COMMITTED, tell
+from ratchet.config import Config
+from ratchet.errors import CommandError, ServiceError, UserError
+from ratchet.files import write_text
+from ratchet.forgotten import FILE, Forgotten, read_forgotten, write_forgotten
+from ratchet.lineage import Trace, trace
+from ratchet.registry import list_versions
+from ratchet.workspace import Workspace, configured_remote, land, locked, open_workspace, who
+from tasks import forget as tasks
+
+Say = Callable[[str], None]
+RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")
+PENDING = ".ratchet/forget-pending"
+TRIES = 3  # another data commit may land first
+
+
+class Done(NamedTuple):
+    """`rows` are new on the list. `versions` learned from rows that are on it; None when MLflow did not answer, and the next retraining marks them."""
+
+    rows: int
+    commit: str
+    versions: list[Trace] | None
+
+
+def find_rows(root: Path, config: Config, query: tasks.Query, say: Say) -> list[tasks.Found]:
+    """In every batch and the golden set of the newest commit. Raises UserError when there is none."""
+    with open_workspace(root, "forget", say, keep_failed=0) as workspace:
+        if (workspace.path / f"{RAW}.dvc").exists():
+            verb = "pull" if configured_remote(root) else "checkout"
+            workspace.dvc(verb, "--quiet", f"{RAW}.dvc")
+        found = tasks.find(workspace.path / RAW, workspace.path / GOLDEN, query, config.prepare)
+    if not found:
+        raise UserError("no row of any batch, and no golden row, is like that", remedy="the pattern is searched in texts as they are normalised (NFC); (?i) ignores case")
+    return found
+
+
+def forget_rows(root: Path, config: Config, found: list[tasks.Found], *, reason: str, say: Say) -> Done:
+    """Rows that are on the list already change nothing, so that it can be run again. Raises what the checkout raises; MLflow may be away."""
+    with locked(root, "ingest"):
+        rows, commit = _put_on_list(root, found, reason, say)
+    if rows and config.retrain.on_data:
+        tell(COMMITTED, config, {"reason": f"{rows} rows are to be forgotten", "commit": commit})
+    return Done(rows, commit, follow_list(root, config, say))
+
+
+def _put_on_list(root: Path, found: list[tasks.Found], reason: str, say: Say) -> tuple[int, str]:
+    for tries_left in reversed(range(TRIES)):
+        try:
+            with open_workspace(root, "forget", say, keep_failed=0) as workspace:
+                return _land(workspace, found, reason)
+        except CommandError:
+            if not tries_left:
+                raise
+            say("somebody else's commit came first; starting over on top of it")
+    raise AssertionError("unreachable: the loop returns or raises")
+
+
+def _land(workspace: Workspace, found: list[tasks.Found], reason: str) -> tuple[int, str]:
+    known = read_forgotten(workspace.path / FILE)
+    longer = tasks.extend(known, found, reason=reason, by=who(workspace.root))
+    rows = len(longer.entries) - len(known.entries)
+    if not rows:
+        return 0, workspace.git("rev-parse", "HEAD").strip()
+    write_forgotten(workspace.path / FILE, longer)
+    return rows, land(workspace, f"Forget {rows} row{'s' * (rows > 1)}\n\n{reason}", [str(FILE)])
+
+
+def list_is_pending(root: Path) -> bool:
+    """Whether versions in MLflow still have to be marked."""
+    return (root / PENDING).exists()
+
+
+def follow_list(root: Path, config: Config, say: Say) -> list[Trace] | None:
+    """Mark every version that learned from rows on the list; None, and a mark for the next retraining, when MLflow does not answer."""
+    pending, forgotten = root / PENDING, read_forgotten(root / FILE)
+    if not forgotten.entries:
+        return []
+    try:
+        found = _trace(root, config, forgotten)
+        tasks.mark(config.project.name, found)
+        pending.unlink(missing_ok=True)
+        return found
+    except ServiceError as error:
+        write_text(pending, f"{len(forgotten.entries)} rows\n")
+        say(f"the versions are marked later, by the next `ratchet retrain` or `ratchet data forget`: {error}")
+        return None
+
+
+def _trace(root: Path, config: Config, forgotten: Forgotten) -> list[Trace]:
+    return trace(root, list_versions(config.project.name), forgotten.entries)
+
+
+def summary(done: Done, found: list[tasks.Found]) -> dict[str, Any]:
+    """For `--json`."""
+    versions = None if done.versions is None else [entry._asdict() for entry in done.versions]
+    return {"found": [row.place for row in found], "forgotten": done.rows, "commit": done.commit, "versions": versions}

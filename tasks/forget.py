@@ -1,0 +1,138 @@
+"""Find rows that somebody wants forgotten, put them on the erasure list, and mark the versions that learned from them.
+
+A flow's task, not a stage. Batches are immutable: nothing of them is rewritten here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ratchet.batches import check_batch, raw_lines, read_manifest
+from ratchet.config import PrepareConfig
+from ratchet.examples import RowError, has_mark_run, make_example, normalise, recognise_form, row_to_messages
+from ratchet.forgotten import GOLDEN, Entry, Forgotten
+from ratchet.lineage import STARTED_FROM, Trace
+from ratchet.registry import Version, list_versions, set_tag
+from ratchet.validation import Origin, Validator
+
+TAG = "forget"
+PEOPLE = ("user", "asked_by", "taught_by")  # keys of a row, or of its `meta`, that name somebody
+ROLES = frozenset({"system", "user", "assistant", "human", "gpt"})
+
+
+class Query(NamedTuple):
+    """What is looked for: a pattern in the texts, the hash of a row, or one of a person's names. Exactly one is given."""
+
+    pattern: re.Pattern[str] | None = None
+    id: str = ""
+    names: frozenset[str] = frozenset()
+
+
+class Found(NamedTuple):
+    """A row; `ids` as in an entry of the list. `batch` is `golden` for the golden set."""
+
+    ids: list[str]
+    batch: str
+    line: int
+
+    @property
+    def place(self) -> str:
+        return f"{self.batch}:{self.line}"
+
+
+def find(raw: Path, golden: Path, query: Query, config: PrepareConfig) -> list[Found]:
+    """In the order of the batches, golden rows last. Raises DataError for a batch that is not what the manifest says."""
+    files = [(check_batch(raw, batch), Origin(batch.name, batch.source, batch.form)) for batch in read_manifest(raw)]
+    files += [(golden, Origin(GOLDEN, ""))] if golden.exists() else []
+    validator, found = Validator(config), []
+    for path, origin in files:
+        for number, line in raw_lines(path):
+            seen = _read(line, origin, validator)
+            if _matches(query, seen):
+                found.append(Found(seen.ids, origin.batch, number))
+    return found
+
+
+class Seen(NamedTuple):
+    """What a line says; `names` are the people in its `meta`."""
+
+    ids: list[str]
+    texts: list[str]
+    names: set[str]
+
+
+def _matches(query: Query, seen: Seen) -> bool:
+    if query.pattern is not None:
+        return any(query.pattern.search(text) for text in seen.texts)
+    return bool(query.names & seen.names) or query.id in seen.ids
+
+
+def _read(line: bytes, origin: Origin, validator: Validator) -> Seen:
+    """Of a row that is no example, whatever text there is."""
+    try:
+        row = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return Seen([], [_searchable(line.decode("utf-8", "replace"))], set())
+    if not isinstance(row, dict):
+        return Seen([], list(_strings(row)), set())
+    meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
+    return Seen(_ids(line, row, origin, validator), list(_strings(row)), {str(part[key]) for part in (row, meta) for key in PEOPLE if key in part})
+
+
+def _ids(line: bytes, row: dict[str, Any], origin: Origin, validator: Validator) -> list[str]:
+    """Hashes only grow by what a version was prepared with: as it was written, and as today's settings leave it."""
+    found: list[str] = []
+    with suppress(RowError):
+        found.append(make_example(row_to_messages(row, recognise_form(row) if origin.form == "auto" else origin.form), {}).id)
+    with suppress(RowError):
+        found.append(validator.check(line, origin).example.id)
+    return list(dict.fromkeys(found))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text of a JSON value, however deep; keys and the roles of turns are none."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            yield _searchable(part)
+        elif isinstance(part, dict):
+            waiting += [inner for key, inner in part.items() if key not in ("role", "from") or str(inner) not in ROLES]
+        elif isinstance(part, list):
+            waiting += part
+
+
+def _searchable(text: str) -> str:
+    """Normalised as examples are, but for what would take for ever (`has_mark_run`)."""
+    return text if has_mark_run(text) else normalise(text)
+
+
+def extend(known: Forgotten, found: list[Found], *, reason: str, by: str) -> Forgotten:
+    """The list with what is not on it yet."""
+    at = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    listed = {(entry.batch, entry.line, *entry.ids) for entry in known.entries}
+    return Forgotten([*known.entries, *(Entry(row.ids, row.batch, row.line, reason, by, at) for row in found if (row.batch, row.line, *row.ids) not in listed)])
+
+
+def mark(name: str, traces: list[Trace]) -> None:
+    """The tag `forget` on each version, `{count, exact, at, reason}`. Doing it twice changes nothing. Raises ServiceError when MLflow does not answer."""
+    for trace in traces:
+        told: dict[str, Any] = {"count": trace.rows, "exact": trace.exact, "at": trace.at, "reason": trace.reason}
+        set_tag(name, trace.version, TAG, json.dumps(told | ({"from": trace.parent} if trace.parent else {})))
+
+
+def inherit(version: Version) -> None:
+    """A version that went on from marked weights is marked too. Its own training rows hold none that is on the list: preparation saw to that."""
+    start = version.tags.get(STARTED_FROM)
+    parent = next((known for known in list_versions(version.name) if known.tags.get("adapter_sha256") == start and TAG in known.tags), None)
+    if parent and parent.number != version.number:
+        told = json.loads(parent.tags[TAG])
+        set_tag(version.name, version.number, TAG, json.dumps({**told, "count": 0, "exact": True, "from": parent.number}))
