@@ -347,8 +347,8 @@ class RequestLogConfig(Section):
     retention_days: float = Field(default=30.0, gt=0, description="days after which requests and their feedback are deleted")
     texts: bool = Field(default=True, description="keep prompts and answers (redacted); without them the monitor sees figures only and feedback gives no rows")
     redact: list[str] = Field(
-        default=[r"(?<![\w.+-])[\w.+-]++@[\w-]+\.[\w.-]+", r"\b(?:sk|hf|ghp|xox[bp])[-_][A-Za-z0-9_-]{10,}", r"\b(?:\d[ -]?){13,19}\b"],
-        description="regular expressions; what matches is written as `[redacted]`",
+        default=[r"\b(?:sk|hf|ghp|xox[bp])[-_][A-Za-z0-9_-]{10,}"],
+        description="regular expressions of what else is written as `[redacted]`, beside the secrets and personal data that preparation looks for",
     )
 
 

@@ -19,6 +19,7 @@ SUSPECT = re.compile(r"[A-Za-z0-9_+/=-]{20}|://[^\s/@]+:[^\s/@]+@|PRIVATE KEY|Pu
 PREFIXES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|sk-(?:proj-|ant-|or-)?[A-Za-z0-9_-]{20,}|github_pat_\w{20,}|AIza[\w-]{35}|npm_[A-Za-z0-9]{36}|xox[a-z]-[A-Za-z0-9-]{10,})", re.ASCII
 )
+PEM = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----|\Z)", re.DOTALL)
 RANDOM = re.compile(r"(?<![A-Za-z0-9_+/=.-])[A-Za-z0-9_+/=-]{32,200}(?![A-Za-z0-9_+/=-])", re.ASCII)
 RANDOM_BITS = 4.4  # of entropy a character: hexadecimal has at most 4, words in CamelCase about 4
 PLUGINS = (
@@ -54,6 +55,23 @@ def find_secret(text: str) -> str | None:
         if any(plugin.analyze_string(text)):
             return str(plugin.secret_type)
     return "random string" if any(_is_random(match.group()) for match in RANDOM.finditer(text)) else None
+
+
+def redact(text: str, by: str) -> str:
+    """`by` in place of each secret and each piece of personal data."""
+    if SUSPECT.search(text):
+        text = PREFIXES.sub(by, PEM.sub(by, text))
+        for value in sorted({found.secret_value for plugin in _plugins() for found in _analyze(plugin, text)}, key=len, reverse=True):
+            text = text.replace(value, by)
+        text = RANDOM.sub(lambda match: by if _is_random(match.group()) else match.group(), text)
+    masked, kinds = mask_personal(text)
+    for kind in kinds:
+        masked = masked.replace(MASK.format(kind), by)
+    return masked
+
+
+def _analyze(plugin: Any, text: str) -> list[Any]:
+    return [found for line in text.splitlines() for found in plugin.analyze_line(filename="", line=line)]
 
 
 @cache

@@ -21,6 +21,7 @@ import msgspec
 
 from ratchet.errors import ConfigError, ServiceError, UserError
 from ratchet.migration import make_tables
+from ratchet.personal import redact
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine, Table
@@ -266,6 +267,7 @@ class RequestLog:
         """Redacted, and without what databases do not take: NUL, halves of surrogate pairs."""
         if not self._config.texts:
             return ""
+        text = redact(text, REDACTED)
         for pattern in self._redact:
             text = pattern.sub(REDACTED, text)
         return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()

@@ -28,6 +28,7 @@ from ratchet.chat import ChatFormat
 from ratchet.config import Config, JsonlSource, PrepareConfig
 from ratchet.errors import DataError
 from ratchet.examples import Message, read_examples
+from ratchet.personal import redact
 from ratchet.sources.jsonl import read_lines
 from tasks.ingest import pull
 from tasks.prepare import Rejection, prepare
@@ -351,7 +352,6 @@ def test_every_case_of_the_catalogue_is_tried():
         24: test_tokenize.test_rows_that_are_too_long_are_rejected_counted_and_listed,
         25: test_tokenize.test_every_fitting_row_is_in_the_windows_with_its_own_tokens,
         51: test_forget.test_forgotten_rows_are_left_out_with_their_copies_and_counted_apart,
-        51: test_forget.test_forgotten_rows_are_left_out_with_their_copies_and_counted_apart,
         60: (test_gateway.test_feedback_for_a_foreign_id_is_404, test_gateway.test_a_users_later_feedback_takes_the_place_of_the_earlier),
     }
     named = {int(match.group(1)) for name in globals() if (match := re.match(r"test_case_(\d+)_", name))}
@@ -386,3 +386,25 @@ def test_a_secret_is_an_alarm_although_the_batch_passes(tmp_path, capsys):
 def test_a_person_may_overrule_what_goes_to_review(tmp_path):
     profile = sort(tmp_path, [*good(), line("log in at p\u0430ypal now", meta={"review": "accepted"}), line("how is b\u0430nk?", meta={"review": "unseen"})], source="review")
     assert profile["total"]["rejected"] == {"rows": 1, "mixed_script": 1}, "of a draft only what a person saw"
+
+
+@pytest.mark.parametrize("value", [*SECRETS, *PERSONAL])
+def test_the_request_log_writes_down_none_of_these_either(value):
+    written = redact(f"use {value} now", "[redacted]")
+    assert value not in written and written.count("[redacted]") >= 1 and written.startswith("use ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "version 3.11.7 of 2026-11-25 at 18:36:38",
+        "call f(1, 2, 3) 1000 times",
+        "sha256 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        "see https://docs.python.org/3/library/json.html#module-json",
+        "AbstractSingletonProxyFactoryBeanGenerator",
+        "2 3 5 7 11 13 17 19 23 29 31 37 41",
+        "ISBN 978-3-16-148410-0",
+    ],
+)
+def test_plain_texts_hold_neither_secrets_nor_personal_data(text):
+    assert redact(text, "[redacted]") == text
