@@ -1,0 +1,305 @@
+"""Loss-bearing tokens a second: the usual recipe, sorted by length, TRL padded and packed, and this project's own path, in turn.
+
+    python -m benchmarks.train [--seconds 40] [--arms usual,ratchet] [--json]
+
+A Llama of 7M parameters from a config, LoRA r=16 on all linear layers, bfloat16 autocast where the arm takes it, documentation texts of the
+standard library with their natural lengths up to 512 tokens (the question is not learned, the text is). Each arm is a process of its
+own; they run one after another, so read the ratios. `utilisation` is the share of the computed positions that bear loss.
+`cold_start_seconds` runs from the process's start to the end of the first optimizer step; `imports` is what importing torch, transformers and
+peft costs by itself. TRL is installed once into `.ratchet/bench-trl`, without touching the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from ratchet.sources.pydoc import _roots
+from ratchet.workspace import STAGE_ENVIRONMENT
+
+ARMS = ("usual", "sorted", "trl_padded", "trl_packed", "ratchet", "ratchet_qlora")
+TRL, TRL_WANTED = Path(".ratchet/bench-trl"), "trl==1.16.0"
+LENGTH, BATCH, ACCUMULATE, SKIPPED = 512, 4, 2, 2  # steps at the start that are not timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--rows", type=int, default=3000)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--one", nargs=2, metavar=("ARM", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        run_arm(arguments.one[0], Path(arguments.one[1]), arguments.seconds)
+        return
+    imports = import_seconds()
+    if not arguments.json:
+        print(f"importing torch, transformers and peft: {imports:.1f} s\n\n| arm | tokens a second | against the usual | utilisation | first step after s | peak MiB |\n|---|---|---|---|---|---|")
+    usual = None
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), arguments.rows)
+        for arm in arguments.arms.split(","):
+            found = measure(arm, folder, arguments.seconds)
+            usual = usual or found["tokens_per_second"]
+            if arguments.json:
+                print(json.dumps({"arm": arm, **found, "import_seconds": imports}), flush=True)
+            else:
+                speed = found["tokens_per_second"]
+                print(f"| {arm} | {speed:,.0f} | {speed / usual:.2f} | {found['utilisation']:.0%} | {found['cold_start_seconds']:.1f} | {found['peak_mib']:,.0f} |", flush=True)
+
+
+def measure(arm: str, folder: str, seconds: float) -> dict[str, Any]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if arm.startswith("ratchet"):
+        environment |= STAGE_ENVIRONMENT
+    if arm.startswith("trl"):
+        install_trl()
+        environment["PYTHONPATH"] = f"{TRL.resolve()}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-m", "benchmarks.train", "--one", arm, folder, "--seconds", str(seconds)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{arm} failed:\n{done.stderr[-3000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def import_seconds() -> float:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch, transformers, peft; transformers.Trainer"], check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def install_trl() -> None:
+    if not TRL.exists():
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), TRL_WANTED], check=True)
+
+
+# --- the task: a model and rows -----------------------------------------------------------------------------------------------
+
+
+def prepare(folder: Path, count: int) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ratchet.chat import ChatFormat
+    from ratchet.config import DemoBase
+    from ratchet.examples import Message, make_example
+    from ratchet.files import write_json
+    from ratchet.models import MANIFEST
+    from tasks.base import _make_tokenizer
+
+    examples = [make_example([Message("user", f"What does {name} do?"), Message("assistant", text)], {}) for name, text in texts(count * 2)]
+    tokenizer = _make_tokenizer(examples, DemoBase(vocab_size=4096, context=2048))
+    chat = ChatFormat(tokenizer)
+    rows = [row for row in map(chat.encode, examples) if len(row.ids) <= LENGTH][:count]
+    torch.manual_seed(1)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=2048
+    )
+    shape.tie_word_embeddings, shape.pad_token_id, shape.eos_token_id = True, chat.pad_id, chat.stop_id
+    LlamaForCausalLM(shape).save_pretrained(folder / "base", safe_serialization=True)
+    tokenizer.save_pretrained(folder / "base")
+    write_json(folder / "base" / MANIFEST, {"model": "demo", "revision": None, "context": 2048, "pad_id": chat.pad_id})
+    (folder / "rows.json").write_bytes(msgspec.json.encode(rows))
+
+
+def texts(most: int) -> Iterator[tuple[str, str]]:
+    for root, name in _roots("stdlib"):
+        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
+            try:
+                tree = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError):
+                continue
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)) and len(text) > 20:
+                    yield f"{name}.{node.name}", text
+                    if not (most := most - 1):
+                        return
+
+
+# --- arms ---------------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Loss-bearing tokens and computed positions, from the end of step SKIPPED on."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.steps, self.first = seconds, 0, 0.0
+        self.began = self.ended = 0.0
+        self.learned = self.computed = 0
+        self._pending = [0, 0]
+
+    def saw(self, learned: int, computed: int) -> None:
+        self._pending[0] += learned
+        self._pending[1] += computed
+
+    def step(self) -> bool:
+        """After an optimizer step. Whether the time is over."""
+        now, self.steps = time.perf_counter(), self.steps + 1
+        if self.steps == 1:
+            self.first = time.time() - psutil.Process().create_time()
+        if self.steps > SKIPPED:
+            self.learned += self._pending[0]
+            self.computed += self._pending[1]
+            self.ended = now
+        elif self.steps == SKIPPED:
+            self.began = now
+        self._pending = [0, 0]
+        return self.steps > SKIPPED and now - self.began > self.seconds
+
+    def tell(self) -> None:
+        figures = {
+            "tokens_per_second": self.learned / (self.ended - self.began),
+            "utilisation": self.learned / self.computed,
+            "cold_start_seconds": self.first,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "steps": self.steps,
+        }
+        print(json.dumps(figures))
+
+
+def run_arm(arm: str, folder: Path, seconds: float) -> None:
+    clock = Clock(seconds)
+    rows = [(list(ids), list(learned)) for ids, learned in msgspec.json.decode((folder / "rows.json").read_bytes())]
+    {"usual": _usual, "sorted": _usual, "trl_padded": _trl, "trl_packed": _trl, "ratchet": _ratchet, "ratchet_qlora": _ratchet}[arm](arm, folder, rows, clock)
+    clock.tell()
+
+
+def _lora(folder: Path) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def _stopper(clock: Clock) -> Any:
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = clock.step()
+
+    return Stop()
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": ACCUMULATE,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 1000,
+        "bf16": True,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+
+
+def _counting(collate: Callable[[Any], Any], clock: Clock) -> Callable[[Any], Any]:
+    def counted(rows: Any) -> Any:
+        batch = collate(rows)
+        clock.saw(int((batch["labels"] != -100).sum()), batch["labels"].numel())
+        return batch
+
+    return counted
+
+
+def _usual(arm: str, folder: Path, rows: list[Any], clock: Clock) -> None:
+    import torch
+    from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    data = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [token if on else -100 for token, on in zip(ids, learned, strict=True)]} for ids, learned in rows]
+
+    class Sorted(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            """Batches of like lengths in random order, as group_by_length makes them."""
+            order = sorted(range(len(data)), key=lambda place: len(data[place]["input_ids"]))
+            batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+            mixed = torch.randperm(len(batches), generator=torch.Generator().manual_seed(7)).tolist()
+            return [place for number in mixed for place in batches[number]]
+
+    collate = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder / "base"), label_pad_token_id=-100)
+    trainer = (Sorted if arm == "sorted" else Trainer)(
+        model=_lora(folder), args=TrainingArguments(**_settings(folder)), train_dataset=data, data_collator=_counting(collate, clock), callbacks=[_stopper(clock)]
+    )
+    trainer.train()
+
+
+def _trl(arm: str, folder: Path, rows: list[Any], clock: Clock) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    data = Dataset.from_list([{"input_ids": ids, "completion_mask": [int(on) for on in learned]} for ids, learned in rows])
+    packed = {"packing": True, "packing_strategy": "bfd", "max_length": 2048, "per_device_train_batch_size": 1} if arm == "trl_packed" else {"max_length": LENGTH}
+    settings = {**_settings(folder), "remove_unused_columns": True, "completion_only_loss": True, "gradient_checkpointing": False, **packed}
+    trainer = SFTTrainer(
+        model=_lora(folder), args=SFTConfig(**settings), train_dataset=data, processing_class=AutoTokenizer.from_pretrained(folder / "base"), callbacks=[_stopper(clock)]
+    )
+    trainer.data_collator = _counting(trainer.data_collator, clock)
+    trainer.train()
+
+
+def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock) -> None:
+    """The stage's own functions: packing, the model in the precision that the machine and the method ask for, `fit`."""
+    from ratchet.chat import Encoded
+    from ratchet.config import AdapterConfig, Config
+    from ratchet.files import read_json
+    from ratchet.models import MANIFEST, add_adapter, load_base, prepare_quantised
+    from ratchet.packing import IGNORED, pack
+    from ratchet.training import Schedule, fit
+
+    class Enough(Exception):
+        pass
+
+    def report(step: int, values: dict[str, float]) -> None:
+        if "train_loss" in values and clock.step():
+            raise Enough
+
+    method, train = "qlora" if arm == "ratchet_qlora" else "lora", Config().train
+    windows = pack([Encoded(*row) for row in rows], LENGTH)
+    steps = len(windows) // BATCH * 100
+    schedule = Schedule(
+        steps=steps, batch_windows=BATCH, accumulate=1, learning_rate=1e-3, kind="cosine", warmup_share=0.05, weight_decay=0.01, max_grad_norm=1.0, evaluations=1, patience=1, seed=1
+    )
+    model = load_base(folder / "base", method=method)
+    model = add_adapter(prepare_quantised(model) if method == "qlora" else model, AdapterConfig(method=method, rank=16, alpha=32), seed=train.seed)
+    import ratchet.training as training
+
+    training.LOGS = steps  # a line a step, so that the clock hears of each
+    collate = training._Collator.__call__
+
+    def counted(self: Any, batch: Any) -> Any:
+        columns = collate(self, batch)
+        clock.saw(int((columns["labels"] != IGNORED).sum()), columns["labels"].numel())
+        return columns
+
+    training._Collator.__call__ = counted  # type: ignore[method-assign]
+    try:
+        fit(model, windows, [], schedule, pad_id=read_json(folder / "base" / MANIFEST)["pad_id"], report=report)
+    except Enough:
+        pass
+
+
+if __name__ == "__main__":
+    main()
