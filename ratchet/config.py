@@ -165,13 +165,13 @@ class DemoBase(Section):
     """The small Llama that `base.model: demo` pre-trains on this machine."""
 
     packages: list[str] = Field(default=["stdlib"], min_length=1, description="import names whose documentation the base reads")
-    module_share: Share = Field(default=0.5, description="share of the modules that the base sees; the rest is left for the adapter")
+    module_share: Share = Field(default=0.35, description="share of the modules that the base sees; the rest is left for the adapter")
     vocab_size: int = Field(default=2048, ge=300, description="tokens in the tokenizer that is trained on the same texts")
     hidden_size: int = Field(default=128, ge=16, multiple_of=16, description="width of the model")
     layers: Count = Field(default=2, description="decoder layers")
     heads: Count = Field(default=4, description="attention heads")
     context: int = Field(default=512, ge=64, description="positions, in tokens")
-    steps: Count = Field(default=700, description="optimizer steps")
+    steps: Count = Field(default=600, description="optimizer steps")
     batch_tokens: int = Field(default=1024, ge=64, description="tokens in one optimizer step, about")
     learning_rate: float = Field(default=3.0e-3, gt=0, description="peak learning rate of AdamW")
     text_weight: Share = Field(default=0.3, description="weight of the loss on the question's text, where the answer's is 1")
@@ -262,7 +262,7 @@ class TrainConfig(Section):
         default=0.1,
         description="share of the rows trained on that may come from people's feedback. More of the other rows than `replay` says are replayed for it; feedback that is still too much stays out, the oldest first",
     )
-    epochs: float = Field(default=4.0, gt=0, description="passes over the chosen rows, at most")
+    epochs: float = Field(default=6.0, gt=0, description="passes over the chosen rows, at most")
     learning_rate: float = Field(default=2.0e-3, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="course of the learning rate after the warm-up")
     warmup_share: Share = Field(default=0.05, description="share of the steps in which the learning rate rises")
