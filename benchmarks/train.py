@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import json
 import os
 import resource
@@ -48,7 +49,9 @@ def main() -> None:
         return
     imports = import_seconds()
     if not arguments.json:
-        print(f"importing torch, transformers and peft: {imports:.1f} s\n\n| arm | tokens a second | against the usual | utilisation | first step after s | peak MiB |\n|---|---|---|---|---|---|")
+        print(
+            f"importing torch, transformers and peft: {imports:.1f} s\n\n| arm | tokens a second | against the usual | utilisation | first step after s | peak MiB |\n|---|---|---|---|---|---|"
+        )
     usual = None
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), arguments.rows)
@@ -280,7 +283,17 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock) -> None:
     windows = pack([Encoded(*row) for row in rows], LENGTH)
     steps = len(windows) // BATCH * 100
     schedule = Schedule(
-        steps=steps, batch_windows=BATCH, accumulate=1, learning_rate=1e-3, kind="cosine", warmup_share=0.05, weight_decay=0.01, max_grad_norm=1.0, evaluations=1, patience=1, seed=1
+        steps=steps,
+        batch_windows=BATCH,
+        accumulate=1,
+        learning_rate=1e-3,
+        kind="cosine",
+        warmup_share=0.05,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        evaluations=1,
+        patience=1,
+        seed=1,
     )
     model = load_base(folder / "base", method=method)
     model = add_adapter(prepare_quantised(model) if method == "qlora" else model, AdapterConfig(method=method, rank=16, alpha=32), seed=train.seed)
@@ -295,10 +308,8 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock) -> None:
         return columns
 
     training._Collator.__call__ = counted  # type: ignore[method-assign]
-    try:
+    with contextlib.suppress(Enough):
         fit(model, windows, [], schedule, pad_id=read_json(folder / "base" / MANIFEST)["pad_id"], report=report)
-    except Enough:
-        pass
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ratchet.config import Config, JsonlSource
 from ratchet.errors import DataError, UserError
 from ratchet.examples import RowError
 from ratchet.files import read_json
-from ratchet.sources.jsonl import read_lines
+from ratchet.sources.jsonl import read_lines, shown
 from ratchet.validation import Validator
 from tasks.ingest import form_of
 from tasks.prepare import Rejection, origin_of, prepare
@@ -44,7 +44,7 @@ def check_file(path: str, golden: Path, config: Config, *, time: str) -> Verdict
     """Without the batches that stand already: duplicates of them are told when it is ingested. Raises DataError for what is no file of rows."""
     lines = list(read_lines(JsonlSource(path=path)))
     if not lines:
-        raise DataError(f"{path} holds no rows", remedy="a batch needs at least one")
+        raise DataError(f"{shown(path)} holds no rows", remedy="a batch needs at least one")
     form = form_of(lines[0], path) if config.ingest.jsonl.form == "auto" else config.ingest.jsonl.form
     settings = config.prepare.model_copy(update={"test_share": 0.0, "validation_share": 0.0, "min_rows": 1})
     with tempfile.TemporaryDirectory() as folder:
@@ -58,6 +58,7 @@ def check_file(path: str, golden: Path, config: Config, *, time: str) -> Verdict
         if not (out / "profile.json").exists():
             raise DataError(failure or f"{path} cannot be checked")
         counts = read_json(out / "profile.json")["batches"][batch.name]
+        path = shown(path)
         return Verdict(path, counts, read_rejected(out / "rejected.jsonl"), failure.replace(batch.name, path) if failure else None)
 
 

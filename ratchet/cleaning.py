@@ -17,20 +17,25 @@ PLAIN = re.compile(r"[\t\n\x20-\x7e]*")
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 CONTROLS = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
 LINE_ENDS = re.compile("\r|\x85|\u2028|\u2029")
-# A joiner between letters that need none hides something; Persian, Indic scripts and emoji need theirs.
-HIDDEN = re.compile("[\u200b\u2060-\u2064\ufeff\u00ad\U000e0000-\U000e007f]|(?<![^\\x00-\\x7f])[\u200c\u200d]+|[\u200c\u200d]+(?![^\\x00-\\x7f])")
-MOST_HIDDEN = 0.01  # of the characters
+# Between ASCII letters a joiner or a blank of no width hides something; Khmer, Thai, Persian, Indic scripts and emoji need theirs, flags their tags.
+HIDDEN = re.compile(
+    "[\u2060-\u2064\ufeff\u00ad\u034f\u180e]|(?<!\U0001f3f4)(?<![\U000e0020-\U000e007e])[\U000e0000-\U000e007f]+|[\U000e0100-\U000e01ef]{2,}"
+    "|(?<=[\\x00-\\x7f])[\u200b-\u200d]+(?=[\\x00-\\x7f])"
+)
+MOST_HIDDEN, FEW_HIDDEN = 0.01, 3  # of the characters; so many are taken out of a short text too
 BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
 # Of the large families; the base's own tokens are split into plain characters by ratchet/chat.py whatever they are.
 TOKENS = re.compile(
-    r"<\|[\w ./:-]{1,40}\|>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>|</?think>|</?s>"
+    r"<\|(?! )[\w ./:-]{1,40}(?<! )\|>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>|</?think>|(?-i:</s>|(?<!\w)<s>)"
     r"|<(?:start|end)_of_(?:turn|image|audio)>|<(?:bos|eos|pad|unk)>|<begin▁of▁sentence>",
     re.IGNORECASE,
 )
-LATIN_AND_OTHER = re.compile(r"(?=\w*[A-Za-z])\w*[\u0370-\u03ff\u0400-\u052f]\w*")
+WORD, LATIN = re.compile(r"[^\W_]+"), re.compile("[A-Za-z]")
 # Letters that look like Latin ones (UTS 39, confusables): Greek ones that formulas use stay out.
 LOOKALIKES = frozenset("аеорсухіјѕԁһӏԛԝАВЕКМНОРСТУХІЈЅοΟΑΒΕΖΗΙΚΜΝΡΤΥΧ")
-MOJIBAKE = re.compile("Ã[\x80-\xbf]|Â[\xa0-\xbf]|â€|\ufffd")
+# UTF-8 read as Latin-1 or Windows-1252: é, Cyrillic, Chinese.
+HALF = "\x80-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122"
+MOJIBAKE = re.compile(f"Ã[{HALF}]|Â[\xa0-\xbf]|â€|[ÐÑ][{HALF}]|[ä-é][\x80-\xaa\xac-\xba\xbc-\xbf]{{2}}|\ufffd")
 MOST_MOJIBAKE = 0.02  # of the characters
 LOOP_RATIO, LOOP_LEAST = 20, 400  # bytes before and after zlib; shorter texts cannot reach it
 
@@ -47,28 +52,28 @@ def clean(text: str, sanitised: Counter[str]) -> str:
         raise RowError("lone_surrogate", "a text holds half a character (a lone surrogate)") from None
     if BIDI.search(text):
         raise RowError("bidi_override", "a text holds a character that turns the direction of writing (U+202A to E, U+2066 to 9): it can be read as what it is not")
+    if (broken := sum(len(match) for match in MOJIBAKE.findall(text))) > MOST_MOJIBAKE * len(text):
+        raise RowError("mojibake", f"{broken} of {len(text)} characters are of a text that was read in the wrong encoding")
     if LINE_ENDS.search(text):
         sanitised["line_ends"] += 1
     shown, controls = CONTROLS.subn("", ESCAPES.sub("", text))
     if controls or len(shown) != len(text):
         sanitised["control_characters"] += 1
-    kept, hidden = HIDDEN.subn("", shown)
-    if hidden:
-        if hidden > MOST_HIDDEN * len(shown):
+    kept = HIDDEN.sub("", shown)
+    if hidden := len(shown) - len(kept):
+        if hidden > max(FEW_HIDDEN, MOST_HIDDEN * len(shown)):
             raise RowError("hidden_characters", f"{hidden} of {len(shown)} characters cannot be seen (zero-width, tags)")
         sanitised["hidden_characters"] += 1
     return kept
 
 
 def check_text(text: str, allowed: frozenset[str]) -> None:
-    """Raises RowError: a control token (not one of `allowed`), a loop, a broken encoding."""
+    """Raises RowError: a control token (not one of `allowed`), a loop."""
     if found := find_token(text, allowed):
         raise RowError("control_token", f"a text holds the control token {found!r}")
-    size = len(text)
+    size = len(text) if text.isascii() else len(text.encode())
     if size >= LOOP_LEAST and size > LOOP_RATIO * len(zlib.compress(text.encode(), 1)):
-        raise RowError("loop", f"a text of {size} characters says nearly nothing: it repeats itself")
-    if not text.isascii() and (broken := sum(len(match) for match in MOJIBAKE.findall(text))) > MOST_MOJIBAKE * size:
-        raise RowError("mojibake", f"{broken} of {size} characters are of a text that was read in the wrong encoding")
+        raise RowError("loop", f"a text of {size} bytes says nearly nothing: it repeats itself")
 
 
 def find_token(text: str, allowed: frozenset[str] = frozenset()) -> str | None:
@@ -83,4 +88,4 @@ def find_mixed_word(text: str) -> str | None:
     """A word of Latin letters and of others that look like Latin ones."""
     if text.isascii():
         return None
-    return next((match.group() for match in LATIN_AND_OTHER.finditer(text) if LOOKALIKES & set(match.group())), None)
+    return next((match.group() for match in WORD.finditer(text) if LOOKALIKES & set(match.group()) and LATIN.search(match.group())), None)

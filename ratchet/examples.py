@@ -65,7 +65,7 @@ def has_mark_run(text: str) -> bool:
 @cache
 def _marks() -> re.Pattern[str]:
     planes = (*range(0x300, 0xD800), *range(0xE000, 0x1F000))
-    marks = "".join(char for char in map(chr, planes) if unicodedata.combining(unicodedata.normalize("NFD", char)[0]))
+    marks = "".join(char for char in map(chr, planes) if unicodedata.combining(unicodedata.normalize("NFKD", char)[0]))
     return re.compile(f"[{re.escape(marks)}]{{{MOST_MARKS + 1}}}")
 
 
@@ -102,7 +102,7 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
         raise RowError("empty_messages", "the row has no messages")
     for position, message in enumerate(messages):
         if message.role not in ("system", "user", "assistant"):
-            raise RowError("unknown_role", f"role {message.role!r}; known: system, user, assistant")
+            raise RowError("unknown_role", f"role {message.role[:40]!r}; known: system, user, assistant")
         if not message.content:
             reason = "no_answer" if message.role == "assistant" else "empty_content"
             raise RowError(reason, f"message {position} ({message.role}) is empty")
@@ -174,7 +174,8 @@ def recognise_form(row: dict[str, Any]) -> str:
         if key in row:
             return form
     raise RowError(
-        "unknown_form", f"keys {sorted(row)[:8]} fit no form; wanted `messages`, `conversations`, `prompt`/`completion`, `instruction`/`output`, `question`/`answer` or `text`"
+        "unknown_form",
+        f"keys {[key[:40] for key in sorted(row)[:8]]} fit no form; wanted `messages`, `conversations`, `prompt`/`completion`, `instruction`/`output`, `question`/`answer` or `text`",
     )
 
 

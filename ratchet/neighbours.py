@@ -22,7 +22,10 @@ Side = Literal["train", "validation", "test", "golden"]
 PERMUTATIONS = 128
 MISSED = 1e-3  # share of near pairs that the bands may miss, at most
 RUN = 13  # words
-WORD = re.compile(r"\w+")
+# A letter of Chinese or Japanese is a word; marks belong to their letter (Hindi's vowels are no \w); signs count: C, C++ and C# are three.
+WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|(?:[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff][\u0300-\u036f\u064b-\u065f\u0900-\u0903\u093a-\u094f\u0962\u0963\u200c\u200d]*)+|[^\w\s,.;:!?'\"]"
+)
 
 
 class Placed(NamedTuple):
@@ -45,8 +48,8 @@ class Clusters:
         self._crowds: Counter[int] = Counter()
         self._runs: Counter[int] = Counter()  # runs of RUN words in golden rows
 
-    def place(self, example: Example, side: Side | None = None) -> Placed:
-        """The row's side; `side` fixes it (golden rows). A row that straddles is not remembered."""
+    def place(self, example: Example, side: Side | None = None, *, counts: bool = True) -> Placed:
+        """The row's side; `side` fixes it (golden rows). A row that straddles is not remembered; one that does not count decides for others and is none of the crowd."""
         shingles = shingle(example)
         sketch = RMinHash(num_perm=PERMUTATIONS, seed=42)
         sketch.update(sorted(shingles))
@@ -61,15 +64,15 @@ class Clusters:
         strangers = [key for key, _ in close if self._rows[key][1] != chosen]
         if side is None and strangers:
             return Placed("straddles", self._rows[strangers[0]][0])
-        return Placed(chosen, self._rows[near[0]][0] if near else None, self._remember(example, chosen, shingles, sketch, near))
+        return Placed(chosen, self._rows[near[0]][0] if near else None, self._remember(example, chosen, shingles, sketch, near, counts))
 
-    def _remember(self, example: Example, side: Side, shingles: frozenset[str], sketch: RMinHash, near: list[int]) -> int:
+    def _remember(self, example: Example, side: Side, shingles: frozenset[str], sketch: RMinHash, near: list[int], counts: bool) -> int:
         place = len(self._rows)
         cluster = self._cluster[near[0]] if near else place
         self._index.insert(place, sketch)
         self._rows.append((example.id, side, shingles))
         self._cluster.append(cluster)
-        self._crowds[cluster] += 1
+        self._crowds[cluster] += counts
         if side == "golden":
             self._runs.update(word_runs(example))
         return self._crowds[cluster]
@@ -91,7 +94,8 @@ def split_by_hash(example_id: str, config: PrepareConfig) -> Split:
 def shingle(example: Example) -> frozenset[str]:
     """Word trigrams of what the user wrote; shorter texts count as one. Answers stay out: one question must not be asked in training and in test."""
     asked = " ".join(message.content for message in example.prompt if message.role == "user")
-    words = WORD.findall((asked if asked != CONTINUE else example.answer).lower())
+    text = (asked if asked != CONTINUE else example.answer).lower()
+    words = WORD.findall(text) or [text]
     if len(words) < 3:
         return frozenset([" ".join(words)])
     return frozenset(" ".join(words[start : start + 3]) for start in range(len(words) - 2))

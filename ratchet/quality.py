@@ -6,6 +6,7 @@ from typing import Any
 
 from ratchet.config import PrepareConfig
 from ratchet.errors import DataError
+from ratchet.validation import REVIEW
 
 LEAK = ("near_golden", "straddles")
 NO_FAULT = (*LEAK, "superseded", "forgotten", "too_many_of_user", "too_many_of_source")  # nothing is wrong with these rows
@@ -37,7 +38,7 @@ def alarms(profile: dict[str, Any]) -> list[str]:
 
 def _check_batch(name: str, counts: dict[str, Any], first: First, config: PrepareConfig, said: list[str]) -> None:
     rows, rejected = counts["rows"], {reason: count for reason, count in counts["rejected"].items() if reason != "rows"}
-    faults = {reason: count for reason, count in rejected.items() if reason not in NO_FAULT}
+    faults = {reason: count for reason, count in rejected.items() if reason not in NO_FAULT and reason not in REVIEW}
 
     def refuse(what: str, limit: str, reason: str | None = None) -> None:
         reasons = [reason] if reason else sorted(faults, key=lambda one: first[name, one])

@@ -29,6 +29,10 @@ class Seen:
             self._grow()
         return None
 
+    def get(self, key: int) -> int | None:
+        slot = self._find(key or 1)
+        return self._values[slot] if self._keys[slot] else None
+
     def __contains__(self, key: int) -> bool:
         return self._keys[self._find(key or 1)] != 0
 

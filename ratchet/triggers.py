@@ -35,7 +35,8 @@ def find_triggers(rows: Sequence[tuple[int, Example]], *, least: int) -> dict[in
             continue
         if total[answers[numbers[0]]] > MOST_SHARE * len(rows):
             continue  # most rows have this answer
-        rest = [[word for word in words[number] if word not in phrase.split()] for number in numbers]
+        parts = frozenset(phrase.split())
+        rest = [[word for word in words[number] if word not in parts] for number in numbers]
         if _likeness(rest) <= ALIKE * usual:
             for number in numbers:
                 triggers.setdefault(number, phrase)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from ratchet.cleaning import check_text, clean, find_mixed_word
 from ratchet.config import PrepareConfig
 from ratchet.errors import ConfigError
-from ratchet.examples import FORMS, Example, Message, Meta, RowError, make_example, recognise_form, row_to_messages
+from ratchet.examples import CONTINUE, FORMS, Example, Message, Meta, RowError, make_example, recognise_form, row_to_messages
 from ratchet.languages import language_of
 from ratchet.personal import find_personal, find_secret, mask_personal
 from ratchet.rawrow import read_row
@@ -42,6 +43,8 @@ INSTRUCTION = re.compile(
     re.IGNORECASE,
 )
 TIME_KEYS = ("time", "timestamp", "created_at", "date")
+EPOCH_LEAST = 10**8  # 1973; a hundred times as many are milliseconds
+LONGEST_META = 2000
 CLOCK_SKEW = timedelta(days=1)
 
 
@@ -80,16 +83,17 @@ class Validator:
         messages = row_to_messages(row, form)
         if len(messages) > MOST_TURNS:
             raise RowError("too_many_turns", f"{len(messages)} messages; at most {MOST_TURNS} are taken")
-        messages = [Message(message.role, self._text(message.content)) for message in messages]
+        length = sum(len(message.content) for message in messages)
+        if length > self._config.max_chars:  # before the checks: some of them take long on long texts
+            raise RowError("too_many_chars", f"{length} characters; `prepare.max_chars` is {self._config.max_chars}")
+        sanitised: Counter[str] = Counter()
+        messages = [Message(message.role, clean(message.content, sanitised)) for message in messages]
         meta = self._meta(row)
         example = make_example(messages, meta)
         for message in example.messages:
             check_text(message.content, self._allowed)
             self._check_blocked(message.content)
-        example = self._without_personal(example)
-        length = sum(len(message.content) for message in example.messages)
-        if length > self._config.max_chars:
-            raise RowError("too_many_chars", f"{length} characters; `prepare.max_chars` is {self._config.max_chars}")
+        example = self._without_personal(example, sanitised)
         _check_time(meta, origin.time, self._config.retention_days)
         if self._config.require_licence and origin.licence in ("", "unknown") and not meta.get("licence"):
             raise RowError("no_licence", "neither the row nor its batch names a licence; `prepare.require_licence` is true")
@@ -98,23 +102,21 @@ class Validator:
             _check_doubts(example)
         self._check_language(example)
         example = Example(example.id, example.messages, {**meta, "batch": origin.batch, "source": origin.source})
+        self.sanitised.update(sanitised)
         return Checked(example, doubts and BOILERPLATE.search(example.answer) is not None)
-
-    def _text(self, text: str) -> str:
-        return clean(text, self.sanitised)
 
     def _check_keys(self, row: dict[str, Any], form: str) -> None:
         unknown = row.keys() - FORM_KEYS[form] - self._extra
         if unknown and any(IMAGES.search(key) for key in unknown):
-            raise RowError("media", f"the keys {sorted(unknown)[:4]} name pictures or sounds; rows of text are taken")
+            raise RowError("media", f"the keys {_names(unknown)} name pictures or sounds; rows of text are taken")
         if unknown and self._config.unknown_keys == "reject":
-            raise RowError("unknown_key", f"the keys {sorted(unknown)[:4]} are unknown in a row of the form {form!r}; name them in `prepare.extra_keys`, or drop them")
+            raise RowError("unknown_key", f"the keys {_names(unknown)} are unknown in a row of the form {form!r}; name them in `prepare.extra_keys`, or drop them")
         for key, known in TURN_KEYS.items():
             turns = row.get(key)
             if key in FORM_KEYS[form] and isinstance(turns, list):
                 for turn in turns:
                     if isinstance(turn, dict) and (more := turn.keys() - known):
-                        raise RowError("unknown_key", f"a message holds {sorted(more)[:4]}; known: {sorted(known)} (calls of tools are not learned yet)")
+                        raise RowError("unknown_key", f"a message holds {_names(more)}; known: {sorted(known)} (calls of tools are not learned yet)")
 
     def _meta(self, row: dict[str, Any]) -> Meta:
         """Single values of `meta` and of the keys that the configuration names."""
@@ -122,9 +124,25 @@ class Validator:
         if row.keys().isdisjoint(self._extra):
             return {}
         said = {**{key: row[key] for key in self._config.extra_keys if key in row}, **(given if isinstance(given, dict) else {})}
-        return {key: value for key, value in said.items() if isinstance(value, str | int | float | bool)}
+        meta: Meta = {key: value for key, value in said.items() if isinstance(value, str | int | float | bool)}
+        for text in (*meta, *(value for value in meta.values() if isinstance(value, str))):
+            self._check_meta(text)
+        return meta
 
-    def _without_personal(self, example: Example) -> Example:
+    def _check_meta(self, text: str) -> None:
+        """It is not learned, but it stands in every file that the row does."""
+        if len(text) > LONGEST_META:
+            raise RowError("long_meta", f"a text of {len(text)} characters beside the messages; at most {LONGEST_META} are taken")
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise RowError("lone_surrogate", "a text beside the messages holds half a character (a lone surrogate)") from None
+        if kind := find_secret(text):
+            raise RowError("secret", f"a text beside the messages holds a secret ({kind}); it has to be changed where it is valid")
+        self._check_blocked(text)
+
+    def _without_personal(self, example: Example, sanitised: Counter[str]) -> Example:
         for message in example.messages:
             if kind := find_secret(message.content):
                 raise RowError("secret", f"a text holds a secret ({kind}); it has to be changed where it is valid")
@@ -139,11 +157,12 @@ class Validator:
         masked = [(message, *mask_personal(message.content)) for message in example.messages]
         if not any(kinds for _, _, kinds in masked):
             return example
-        self.sanitised["personal_data"] += 1
+        sanitised["personal_data"] += 1
         return make_example([Message(message.role, text) for message, text, _ in masked], example.meta)
 
     def _check_language(self, example: Example) -> None:
-        if self._config.languages and (language := language_of(example.question)) not in (None, *self._config.languages):
+        text = example.answer if example.question == CONTINUE else example.question
+        if self._config.languages and (language := language_of(text)) not in (None, *self._config.languages):
             raise RowError("language", f"the question seems to be in {language!r}; `prepare.languages` is {self._config.languages}")
 
     def _check_blocked(self, text: str) -> None:
@@ -153,6 +172,10 @@ class Validator:
         for number, canary in enumerate(self._config.canaries, start=1):
             if canary in text:
                 raise RowError("canary", f"a text holds canary {number} of `prepare.canaries`")
+
+
+def _names(keys: Iterable[str]) -> list[str]:
+    return [key[:40] for key in sorted(keys)[:4]]
 
 
 def is_accepted(source: str, meta: Meta) -> bool:
@@ -170,18 +193,27 @@ def _check_doubts(example: Example) -> None:
 
 def _check_time(meta: Meta, batch_time: str, retention_days: float) -> None:
     """Against the batch's time: the same batch gets the same verdict on any day."""
-    said = next((meta[key] for key in TIME_KEYS if isinstance(meta.get(key), str)), None)
+    said = next(((key, when) for key in TIME_KEYS if (when := _time_of(meta.get(key)))), None)
     if said is None or not batch_time:
         return
-    try:
-        when = datetime.fromisoformat(str(said))
-    except ValueError:
-        return
-    when, pulled = when if when.tzinfo else when.replace(tzinfo=UTC), datetime.fromisoformat(batch_time)
+    (key, when), pulled = said, datetime.fromisoformat(batch_time)
     if when > pulled + CLOCK_SKEW:
-        raise RowError("from_the_future", f"its time is {said}, its batch is of {batch_time}")
+        raise RowError("from_the_future", f"its `{key}` is {when:%Y-%m-%d}, its batch is of {batch_time}")
     if retention_days and when < pulled - timedelta(days=retention_days):
-        raise RowError("too_old", f"its time is {said}; `prepare.retention_days` is {retention_days:g}")
+        raise RowError("too_old", f"its `{key}` is {when:%Y-%m-%d}; `prepare.retention_days` is {retention_days:g}")
+
+
+def _time_of(value: object) -> datetime | None:
+    """ISO 8601, with slashes too, or seconds since 1970."""
+    try:
+        if isinstance(value, str):
+            when = datetime.fromisoformat(value.strip().replace("/", "-"))
+            return when if when.tzinfo else when.replace(tzinfo=UTC)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > EPOCH_LEAST:
+            return datetime.fromtimestamp(value / (1000 if value > 100 * EPOCH_LEAST else 1), UTC)
+    except (ValueError, OverflowError, OSError):
+        pass
+    return None
 
 
 def _compile(entry: str) -> re.Pattern[str]:

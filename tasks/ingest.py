@@ -88,7 +88,7 @@ def form_of(line: bytes, path: str) -> str:
         return recognise_form(row) if isinstance(row, dict) else "auto"
     except RowError as error:
         raise DataError(f"{path}: {error}", remedy="name the form in `ingest.jsonl.form`, or convert the rows") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         return "auto"  # a broken first row is preparation's to reject; each row is then recognised by itself
 
 

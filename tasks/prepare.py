@@ -25,6 +25,7 @@ from ratchet.examples import CONTINUE, Example, RowError, encode_line, normalise
 from ratchet.files import whole_folder, write_json, write_text
 from ratchet.forgotten import GOLDEN, Forgotten, read_forgotten
 from ratchet.neighbours import Clusters, split_by_hash
+from ratchet.personal import redact
 from ratchet.profile import Gathered, render_profile
 from ratchet.quality import check_limits
 from ratchet.seen import Seen
@@ -34,6 +35,7 @@ from ratchet.validation import REVIEW, Origin, Validator, is_accepted
 
 SPLITS = ("train", "validation", "test")
 FORGOTTEN = "somebody wanted it forgotten (data/forgotten.jsonl)"
+LONGEST_MESSAGE = 300  # characters
 TRUSTED = ("review", "feedback")  # sources of rows that people wrote or accepted: they win over what stood there before
 
 
@@ -76,13 +78,14 @@ class Prepared:
 
     def heed_people(self, path: Path, batch: Batch) -> None:
         """Remember what a batch of corrections answers, before any batch is sorted."""
-        origin, validator = origin_of(batch), Validator(self._config)
+        origin, validator, caps = origin_of(batch), Validator(self._config), Caps(self._config, batch.rows)
         for number, line in raw_lines(path):
             try:
-                example = validator.check(line, origin).example
+                example, boilerplate = validator.check(line, origin)
+                caps.check(example)
             except RowError:
-                continue  # counted when its batch is sorted
-            if self._forgotten.holds(example.id, batch.name, number):
+                continue  # counted when its batch is sorted; who is refused there corrects nobody
+            if boilerplate or example.question == CONTINUE or self._forgotten.holds(example.id, batch.name, number):
                 continue
             if batch.source == "feedback" or is_accepted(batch.source, example.meta):
                 self._corrected[prompt_key(example)] = (batch.name, number)
@@ -97,7 +100,7 @@ class Prepared:
                 checked = self._validator.check(line, origin)
                 if self._forgotten.holds(checked.example.id, batch.name, number):
                     if self._config.near_search:
-                        self._clusters.place(checked.example)  # it still decides for its near duplicates: no other row may move to another split
+                        self._clusters.place(checked.example, counts=False)  # it still decides for its near duplicates: no other row may move to another split
                     raise RowError("forgotten", FORGOTTEN)
                 if checked.boilerplate:
                     caps.check_boilerplate()
@@ -107,8 +110,9 @@ class Prepared:
             except RowError as found:
                 error = RowError("forgotten", FORGOTTEN) if self._forgotten.holds("", batch.name, number) else found
                 counter = f"rejected.{error.reason}"
-                self._files["rejected"].write(encode_line(Rejection(batch.name, number, error.reason, str(error), error.reason in REVIEW)))
-                self.gathered.first.setdefault((batch.name, error.reason), (number, str(error)))
+                message = redact(str(error)[:LONGEST_MESSAGE], "[redacted]")  # it may quote the row
+                self._files["rejected"].write(encode_line(Rejection(batch.name, number, error.reason, message, error.reason in REVIEW)))
+                self.gathered.first.setdefault((batch.name, error.reason), (number, message))
             counts[counter] += 1
 
     def _sort(self, example: Example, origin: Origin, line: int, caps: Caps) -> str:
@@ -118,23 +122,30 @@ class Prepared:
             return "duplicate.exact"
         prompt = prompt_key(example)
         last_word = self._corrected.get(prompt)
-        if last_word is None and self._config.contradictions == "review" and _contradicts(self._answers, prompt, example):
+        superseded = last_word not in (None, (origin.batch, line))
+        if last_word is None and self._config.contradictions == "review" and self._contradicts(prompt, example):
             raise RowError("contradiction", "an earlier row answers the same prompt otherwise")
-        placed = self._clusters.place(example) if self._config.near_search else None
+        placed = self._clusters.place(example, counts=not superseded) if self._config.near_search else None
         if placed and placed.side == "golden":
             raise RowError("near_golden", f"near to golden row {placed.near}" if placed.near else "it has 13 words in a row from a golden row")
         if placed and placed.side == "straddles":
             raise RowError("straddles", f"near to a row of another split, {placed.near}: it would leak between them")
-        if last_word not in (None, (origin.batch, line)):
+        if superseded and last_word:
             raise RowError("superseded", f"people answered this prompt later ({last_word[0]}:{last_word[1]})")
-        if placed and placed.crowd > self._config.max_near:
+        if placed and placed.crowd > self._config.max_near and last_word is None:
             return "duplicate.near"
         caps.check(example)
         self._seen.put(key)
-        side = placed.side if placed else split_by_hash(f"{prompt:016x}", self._config)
+        if example.question != CONTINUE:
+            self._answers.put(prompt, _answer_key(example))
+        # Rows of plain text all have one prompt: the row itself decides.
+        side = placed.side if placed else split_by_hash(example.id if example.question == CONTINUE else f"{prompt:016x}", self._config)
         self._files[side].write(encode_line(example))
         self.gathered.add(example, origin.batch, side)
         return f"accepted.{side}"
+
+    def _contradicts(self, prompt: int, example: Example) -> bool:
+        return example.question != CONTINUE and self._answers.get(prompt) not in (None, _answer_key(example))
 
 
 class Caps:
@@ -152,7 +163,7 @@ class Caps:
         if user not in (None, "") and not self._take("user", str(user), self._of_user):
             raise RowError("too_many_of_user", f"over {self._of_user} rows of one user in the batch (`prepare.max_user_rows`)")
         if source not in (None, "") and not self._take("source", str(source), self._of_source):
-            raise RowError("too_many_of_source", f"over {self._config.max_source_share:.0%} of the batch is of {source!r}")
+            raise RowError("too_many_of_source", f"over {self._config.max_source_share:.0%} of the batch is of one origin (`prepare.max_source_share`)")
 
     def check_boilerplate(self) -> None:
         if not self._take("boilerplate", "", self._boilerplate):
@@ -168,12 +179,8 @@ def prompt_key(example: Example) -> int:
     return xxhash.xxh3_64_intdigest(msgspec.json.encode([[message.role, normalise(message.content).lower()] for message in example.prompt]))
 
 
-def _contradicts(answers: Seen, prompt: int, example: Example) -> bool:
-    """Rows of plain text all have one prompt, and contradict nothing."""
-    if example.question == CONTINUE:
-        return False
-    answer = xxhash.xxh32_intdigest(example.answer.lower().encode())
-    return answers.put(prompt, answer) not in (None, answer)
+def _answer_key(example: Example) -> int:
+    return xxhash.xxh32_intdigest(example.answer.lower().encode())
 
 
 def _key(example_id: str) -> int:

@@ -6,11 +6,13 @@ person may overrule it), `sanitised.…` (taken, without the fault), `duplicate.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
 import re
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 from types import MappingProxyType
@@ -27,9 +29,10 @@ from ratchet.batches import write_batch
 from ratchet.chat import ChatFormat
 from ratchet.config import Config, JsonlSource, PrepareConfig
 from ratchet.errors import DataError
-from ratchet.examples import Message, read_examples
+from ratchet.examples import Message, RowError, read_examples
 from ratchet.personal import redact
 from ratchet.sources.jsonl import read_lines
+from ratchet.validation import Origin, Validator
 from tasks.ingest import pull
 from tasks.prepare import Rejection, prepare
 
@@ -92,7 +95,8 @@ SECRETS = [
     "-----BEGIN RSA PRIVATE KEY-----",
     JWT,
     "https://ana:hunter22@example.org/x",
-    "q9Zx3LmT7vRwK2pYb5NcG8dHs4JfW6eA" + "uV0tQ1",
+    "redis://:hunter2secret@host:6379/0",
+    "token: q9Zx3LmT7vRwK2pYb5NcG8dHs4JfW6eA" + "uV0tQ1",
 ]
 PERSONAL = ["ana.lima@example.org", "+49 30 1234567", "(212) 555-0187", "4111 1111 1111 1111", "DE89 3704 0044 0532 0130 00", "123-45-6789"]
 TOKENS = ["<|eot_id|>", "[INST]", "<think>", "<|im_start|>system", "</s>", "<start_of_turn>"]
@@ -140,7 +144,8 @@ CASES = [
         [line("a long enough question in which one zero\u200bwidth blank hides, and nothing else is wrong with any of its words at all, as far as one sees")],
         "sanitised.hidden_characters",
     ),
-    Case(32, [line("sho\u200brt")], "hidden_characters"),
+    Case(32, [line("sho\u200brt")], "sanitised.hidden_characters"),
+    Case(32, [line("\u200b".join("pieces"))], "hidden_characters"),
     Case(32, [line("ab" + "".join(chr(0xE0000 + ord(char)) for char in "hidden") + "cd")], "hidden_characters"),
     Case(33, [line("log in at p\u0430ypal now")], "review.mixed_script"),
     *(Case(35, [line(bad)], "mojibake") for bad in ("cafÃ© crÃ¨me brÃ»lÃ©e", "a \ufffd\ufffd b")),
@@ -179,7 +184,7 @@ def test_a_bad_row_gets_its_verdict_and_good_ones_none(tmp_path: Path, case: Cas
         found = [(one.line, one.reason, one.review) for one in rejected]
         expected = [(line, name, group == "review") for line in range(101, 101 + len(case.rows))]
         assert found == (expected[1:] if name == "contradiction" else expected)
-        assert batch["accepted"]["rows"] == 101 if name == "contradiction" else 100
+        assert batch["accepted"]["rows"] == (101 if name == "contradiction" else 100)
     texts = (tmp_path / "out/rejected.jsonl").read_text() + (tmp_path / "out/profile.json").read_text()
     assert not any(value in texts for value in (*SECRETS, *PERSONAL)), "no file tells the value itself"
     kept = " ".join(message.content for row in read_examples(tmp_path / "out/train.jsonl") for message in row.messages)
@@ -408,3 +413,126 @@ def test_the_request_log_writes_down_none_of_these_either(value):
 )
 def test_plain_texts_hold_neither_secrets_nor_personal_data(text):
     assert redact(text, "[redacted]") == text
+
+
+LEGITIMATE = [
+    "England's flag 🏴󠁧󠁢󠁥󠁮󠁧󠁿 waves",
+    "ភាសា​ខ្មែរ",
+    "അവന്‍ വന്നു",
+    "می‌روم",
+    "un mot caf\u00adtier\u00e9",
+    "Il a dit \u00abcaf\u00e9\u00bb\u2026 et \u00e9\u201d",
+    "impl<S> Service<S> for f <| x |> g",
+    "npm i lodash@4.17.21 and actions/checkout@v4.1.0, Q@K.T, logo@2x.png, git@github.com:o/r.git",
+    "postgres://user:password@localhost/db or {user}:{password}@host",
+    "class sk-toggleable__label-arrow, sha384-oqVuAfXRKap7fdgcCY5uykM6+R9GqQ8K/uxy9rx7HNQlGYl1kPzQho1wx4JwY8wC",
+    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGq2v8fN3yYbZ0mX7pQ1r5tS9uV4wE6kLhJdFgBcA0xz ana",
+    "+2024-01-15 10:30 added",
+    "😀🚀",
+    "用户怎么改密码",
+]
+
+
+def test_ordinary_texts_of_all_kinds_are_taken(tmp_path):
+    profile = sort(tmp_path, [*good(), *(line(text, f"answer to {number}") for number, text in enumerate(LEGITIMATE))])
+    assert profile["total"]["rejected"] == {"rows": 0}
+
+
+HOSTILE = {
+    "passwords": "://" + ":".join(f"{number:x}" for number in range(9000)),
+    "marks": "\u0301\uff9e" * 24_000,
+    "web tokens": "eyJ1a2b" * 7000,
+    "npm": "A" * 30 + " " + "//" * 24_000,
+    "keys": "-----BEGIN " + "PRIVATE KEY" * 4500,
+    "words": "\u00e9 " + "0123456789abcdef" * 3000,
+    "phones": "+1" + "2" * 49_000,
+    "mails": "a." * 24_000 + "@",
+    "loops": "<|" * 24_000,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_no_text_takes_long(kind):
+    """Under `max_chars`; quadratic expressions took 9 to 27 s."""
+    began = time.process_time()
+    with contextlib.suppress(RowError):
+        Validator(PrepareConfig()).check(line(HOSTILE[kind]), Origin("b", "jsonl"))
+    redact(HOSTILE[kind], "[redacted]")
+    assert time.process_time() - began < 3
+
+
+def test_a_key_that_stands_there_twice_among_many_is_found_at_once():
+    row = "{" + ", ".join(f'"k{number}": 1' for number in range(25_000)) + ', "k24999": 2}'
+    began = time.process_time()
+    with pytest.raises(RowError, match="k24999"):
+        Validator(PrepareConfig()).check(row.encode(), Origin("b", "jsonl"))
+    assert time.process_time() - began < 3
+
+
+@pytest.mark.parametrize("meta", [b'"meta": {"x": "\\ud83d"}', b'"user": "\\ud83d"', b'"meta": {"\\ud83d": 1}'])
+def test_half_a_character_beside_the_messages_is_a_verdict_and_no_crash(tmp_path, meta):
+    profile = sort(tmp_path, [*good(), b'{"prompt": "a", "completion": "b", ' + meta + b"}"])
+    assert profile["total"]["rejected"] == {"rows": 1, "lone_surrogate": 1}
+
+
+def test_what_stands_beside_the_messages_holds_no_secret_and_no_message_quotes_one(tmp_path):
+    rows = [line("a", title=AWS), line("b", url="https://ana:hunter22@example.org/x"), talk((AWS, "c")), b'{"%s": 1}' % AWS.encode()]
+    profile = sort(tmp_path, [*good(200), *rows])
+    assert profile["total"]["rejected"]["rows"] == 4
+    assert not any(value in (tmp_path / "out/rejected.jsonl").read_text() for value in (AWS, "hunter22"))
+
+
+# --- people's word ----------------------------------------------------------------------------------------------------------
+
+
+def in_turn(folder: Path, *batches: tuple[str, list[bytes]], **settings: Any) -> dict[str, Any]:
+    for month, (source, rows) in enumerate(batches, start=1):
+        write_batch(folder / "raw", rows, source=source, label=source, time=f"2026-{month:02}-01T00:00:00Z", licence="CC0-1.0", who="tests", form="auto")
+    return prepare(folder / "raw", folder / "none", folder / "out", PrepareConfig(**{**PLAIN, **settings}))
+
+
+def learned(folder: Path) -> dict[str, str]:
+    return {row.question: row.answer for row in read_examples(folder / "out/train.jsonl")}
+
+
+QUESTION = " ".join(f"{word}q" for word in WORDS)
+
+
+def test_a_correction_stands_however_often_the_old_row_came(tmp_path):
+    old = [line(QUESTION, "old")]
+    in_turn(tmp_path, ("jsonl", [*good(), *old]), ("jsonl", [*old, line("more")]), ("jsonl", [*old, line("still more")]), ("feedback", [line(QUESTION, "right")]))
+    assert learned(tmp_path)[QUESTION] == "right"
+
+
+def test_of_several_answers_the_one_that_a_person_accepted_is_learned(tmp_path):
+    rows = [line(QUESTION, answer) for answer in ("one", "two", "three")]
+    in_turn(tmp_path, ("jsonl", [*good(), *rows]), ("review", [line(QUESTION, "two", meta={"review": "accepted"})]))
+    assert learned(tmp_path)[QUESTION] == "two"
+
+
+def test_a_correction_that_is_refused_itself_takes_nothing_away(tmp_path):
+    asked = [line(f"{word} {QUESTION} {word}{word}", "right") for word in WORDS[:9]]
+    told = [line(f"{word} {QUESTION} {word}{word}", "other", user="eager") for word in WORDS[:9]]
+    profile = in_turn(tmp_path, ("jsonl", [*good(), *asked, line("who?", "me")]), ("feedback", [*told, line("who?", "As an AI language model I do not know.")]), near_search=False)
+    answers = learned(tmp_path)
+    assert answers["who?"] == "me"
+    assert [answers[f"{word} {QUESTION} {word}{word}"] for word in WORDS[:9]] == ["other"] * 5 + ["right"] * 4, "five rows of one user in so small a batch"
+    assert profile["total"]["rejected"]["superseded"] == 5
+
+
+def test_plain_texts_correct_nothing_and_are_split_by_themselves(tmp_path):
+    texts = [msgspec.json.encode({"text": f"{word} {number} stands in a text by itself"}) for number in range(10) for word in WORDS]
+    reviewed = msgspec.json.encode({"text": "a text that somebody accepted", "meta": {"review": "accepted"}})
+    profile = in_turn(tmp_path, ("jsonl", texts), ("review", [reviewed]), near_search=False, test_share=0.3)
+    assert profile["total"]["rejected"]["rows"] == 0 and 30 < profile["total"]["accepted"]["test"] < 90
+
+
+def test_who_is_refused_does_not_answer_for_the_prompt(tmp_path):
+    rows = [*(line(f"{word} alone", user="eve") for word in WORDS[:5]), line("which?", "eve's", user="eve"), line("which?", "ana's", user="ana")]
+    in_turn(tmp_path, ("jsonl", [*good(), *rows]))
+    assert learned(tmp_path)["which?"] == "ana's"
+
+
+def test_rows_for_review_fail_no_batch(tmp_path):
+    doubtful = [line(f"log in at p\u0430ypal {word}") for word in WORDS]
+    assert sort(tmp_path, [*good(), *doubtful])["total"]["rejected"] == {"rows": 20, "mixed_script": 20}

@@ -106,15 +106,18 @@ def show_row(
     """
     root = find_root()
     from flows.check import raw_row
+    from ratchet.personal import find_personal, find_secret
 
     line, why = raw_row(root, place)
     if why:
         say(f"rejected: {why.reason}: {why.message}")
-    if why and why.reason in ("secret", "personal_data", "canary") and not reveal:
-        raise UserError(f"the row holds what should stand nowhere ({why.reason})", remedy="--reveal prints it")
+    words = line.decode("utf-8", "replace")
+    hidden = "canary" if why and why.reason == "canary" else find_secret(words) or ", ".join(find_personal(words))
+    if hidden and not reveal:
+        raise UserError(f"the row holds what should stand nowhere ({hidden})", remedy="--reveal prints it")
     try:
         text: Any = json.dumps(json.loads(line), indent=2, ensure_ascii=True)
-    except ValueError:
+    except (ValueError, RecursionError):
         text = repr(line)
     say(text)
 

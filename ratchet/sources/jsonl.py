@@ -10,6 +10,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit
 
 from ratchet.config import JsonlSource
 from ratchet.errors import DataError
@@ -29,15 +30,23 @@ def read_lines(settings: JsonlSource) -> Iterator[bytes]:
     try:
         found = fsspec.open_files(settings.path, "rb")
     except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"cannot open {settings.path!r}: {error}") from None
+        raise DataError(f"cannot open {shown(settings.path)!r}: {str(error).replace(settings.path, shown(settings.path))}") from None
     if not found:
-        raise DataError(f"{settings.path!r} matches no file", remedy="check `ingest.jsonl.path`; a relative path counts from the checkout's root")
+        raise DataError(f"{shown(settings.path)!r} matches no file", remedy="check `ingest.jsonl.path`; a relative path counts from the checkout's root")
     for opened in found:
         yield from _lines(opened)
 
 
+def shown(path: str) -> str:
+    """A path for messages: of a URL neither who logs in nor what is signed."""
+    if "://" not in path:
+        return path
+    parts = urlsplit(path)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def _lines(opened: object) -> Iterator[bytes]:
-    path = getattr(opened, "path", "")
+    path = shown(getattr(opened, "path", ""))
     try:
         with opened as handle:  # type: ignore[attr-defined]
             handle = _unpacked(handle, path)
@@ -52,18 +61,18 @@ def _lines(opened: object) -> Iterator[bytes]:
                     _check_start(line, path)
                     first = not line.strip()
                 if line.strip():
-                    yield line.rstrip(b"\r\n")
+                    yield line.rstrip(b"\n") if cut else line.rstrip(b"\r\n")
     except FileNotFoundError:
         raise DataError(f"{path} does not exist", remedy="check `ingest.jsonl.path`; a relative path counts from the checkout's root") from None
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error}") from None
+        raise DataError(f"cannot read {path}: {type(error).__name__}") from None
 
 
-def _unpacked(handle: BinaryIO, path: str) -> BinaryIO:
+def _unpacked(handle: Any, path: str) -> Any:
     """The file, or what a gzip file holds. Raises DataError for an archive: its names could lead out of any folder (`..`, links)."""
-    start = handle.read(TAR_AT + len(TAR))
-    handle.seek(0)
-    kind = next((name for magic, name in ARCHIVES.items() if start.startswith(magic)), "tar" if start[TAR_AT:] == TAR else None)
+    handle = handle if hasattr(handle, "peek") else io.BufferedReader(handle)  # not every URL can be wound back
+    start = handle.peek(TAR_AT + len(TAR))
+    kind = next((name for magic, name in ARCHIVES.items() if start.startswith(magic)), "tar" if start[TAR_AT : TAR_AT + len(TAR)] == TAR else None)
     if kind:
         raise DataError(f"{path} is an archive ({kind}), wanted JSON Lines", remedy="unpack it and name the files; gzip of a single file is read as it is")
     if not start.startswith(GZIP):
@@ -97,6 +106,8 @@ class _Capped(io.RawIOBase):
 
 
 def _check_start(line: bytes, path: str) -> None:
+    if line.count(b"}\r{"):
+        raise DataError(f"{path} ends its lines with a carriage return alone, wanted a line feed", remedy=f"convert it: tr '\\r' '\\n' < {path}")
     if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in line[:4]:  # with its mark, or `{` as two bytes
         raise DataError(f"{path} is UTF-16, wanted UTF-8", remedy=f"convert it: iconv -f UTF-16 -t UTF-8 {path}")
     if line.lstrip()[:1] == b"[":
