@@ -28,7 +28,7 @@ from ratchet.errors import RatchetError, ServiceError
 from ratchet.regions import sources_for
 from ratchet.report import drift_card
 from ratchet.request_log import open_log
-from ratchet.retrains import last_start, note_asked, read_retrains
+from ratchet.retrains import is_under_way, last_start, note_asked, read_retrains
 from ratchet.rollout import read_rollout
 from ratchet.tracking import log_report
 from tasks import monitor as tasks
@@ -92,6 +92,7 @@ def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> t
         gpu_hours_week=sum(entry.seconds for entry in week) / 3600,
         hours_since_retrain=None if last is None else (now - last) / 3600,
         rollout_of=current.version if current else None,
+        under_way=is_under_way(home),
     )
     decision = tasks.decide(verdict, facts, config)
     for line in decision.for_:

@@ -10,6 +10,7 @@ from ratchet.validation import REVIEW
 
 LEAK = ("near_golden", "straddles")
 NO_FAULT = (*LEAK, "superseded", "forgotten", "too_many_of_user", "too_many_of_source")  # nothing is wrong with these rows
+FEW, FEW_LEAKED = 2, 20  # rows that never fail a batch: ten people's corrections may all be near to rows of the test split
 ALARMS = {"secret": "change it where it is valid: whoever has the batch has it", "canary": "data that must never come back did: find out from where"}
 REMEDY = "mend the source and take the batch back (git revert its commit), or raise the limit; rejected.jsonl lists every row with its reason"
 First = dict[tuple[str, str], tuple[int, str]]  # (batch, reason) → (line, message)
@@ -48,15 +49,15 @@ def _check_batch(name: str, counts: dict[str, Any], first: First, config: Prepar
 
     if rejected.get("canary"):
         refuse(f"{rejected['canary']} of {rows} rows of {name} hold a canary", "`prepare.canaries`", "canary")
-    if sum(faults.values()) > max(1, config.max_rejected_share * rows):
+    if sum(faults.values()) > max(FEW, config.max_rejected_share * rows):
         refuse(f"{sum(faults.values())} of {rows} rows of {name} are rejected ({faults})", f"`prepare.max_rejected_share` is {config.max_rejected_share}")
     worst = max(faults, key=lambda one: faults[one], default="")
-    if worst and faults[worst] > max(1, config.max_reason_share * rows):
+    if worst and faults[worst] > max(FEW, config.max_reason_share * rows):
         refuse(f"{faults[worst]} of {rows} rows of {name} are rejected as {worst}", f"`prepare.max_reason_share` is {config.max_reason_share}", worst)
     if config.trigger_rows and rejected.get("trigger"):
         refuse(f"{rejected['trigger']} of {rows} rows of {name} look like a planted trigger", f"`prepare.trigger_rows` is {config.trigger_rows}", "trigger")
     leaked = {reason: rejected[reason] for reason in LEAK if reason in rejected}
-    if sum(leaked.values()) > max(1, config.max_leaked_share * rows):
+    if sum(leaked.values()) > max(FEW_LEAKED, config.max_leaked_share * rows):
         refuse(
             f"{sum(leaked.values())} of {rows} rows of {name} are near to rows of the yardsticks ({leaked})",
             f"`prepare.max_leaked_share` is {config.max_leaked_share}",

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import msgspec
 
+from ratchet.errors import CheckoutError
 from ratchet.files import write_bytes, write_text
+from ratchet.workspace import locked
 
 FILE, ASKED = Path(".ratchet/retrains.jsonl"), Path(".ratchet/drift-asked")
+BEGIN_SECONDS = 900  # in which a retraining that was asked for has begun, pulling its rows included
 
 
 class Retraining(msgspec.Struct, frozen=True):
@@ -38,6 +41,17 @@ def read_retrains(root: Path, *, since: float = 0.0) -> list[Retraining]:
 def note_asked(root: Path) -> None:
     """Drift asks for a retraining now: the cool-down begins here, however long that takes and whether or not it trains."""
     write_text(root / ASKED, "")
+
+
+def is_under_way(root: Path) -> bool:
+    """Whether a retraining runs, or drift has just asked for one that has not begun: a second one for the same drift would learn from the same rows."""
+    try:
+        with locked(root, "retrain", wait=False):
+            pass
+    except CheckoutError:
+        return True
+    asked = (root / ASKED).stat().st_mtime if (root / ASKED).exists() else 0.0
+    return time.time() - asked < BEGIN_SECONDS and not any(entry.at > asked for entry in read_retrains(root))
 
 
 def last_start(root: Path) -> float | None:

@@ -62,6 +62,7 @@ class Facts(NamedTuple):
     gpu_hours_week: float
     hours_since_retrain: float | None
     rollout_of: int | None = None  # the version that is tried on users already
+    under_way: bool = False  # a retraining
 
 
 class Decision(NamedTuple):
@@ -224,6 +225,8 @@ def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
             "no retraining before" if since is None else f"{since:.1f} h since the last retraining, monitor.cooldown_hours {monitor.cooldown_hours:g}",
         ),
     ]
+    if facts.under_way:
+        checks.append((False, "a retraining is under way: it may be the cure"))
     if facts.rollout_of is not None:
         checks.append((False, f"the rollout of v{facts.rollout_of} is open: it may be the cure"))
     if verdict.verdict == "drift" and set(verdict.moved) <= NOT_TAUGHT:

@@ -240,6 +240,7 @@ def test_drift_alone_starts_no_retraining(facts: Facts, words: str):
 
 
 def test_no_other_retraining_starts_while_its_cure_is_tried_on_users():
+    assert decide(drifted(), Facts(900, 0, 0.0, None, under_way=True), CONFIG).against == ["a retraining is under way: it may be the cure"]
     decision = decide(drifted(), Facts(900, 0, 0.0, None, rollout_of=4), CONFIG)
     assert not decision.retrain and decision.against == ["the rollout of v4 is open: it may be the cure"]
 

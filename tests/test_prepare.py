@@ -241,12 +241,12 @@ def test_a_golden_row_that_is_broken_is_named_with_its_line(tmp_path):
 
 def test_too_many_rejected_rows_are_named_with_their_count_reasons_and_first_line(tmp_path):
     add(tmp_path / "raw", [row(question) for question in questions(100)])
-    name = add(tmp_path / "raw", [row("fine"), b"{", b"[]", row("fine too")], month=2)
-    with pytest.raises(DataError, match="2 of 4 rows") as caught:
+    name = add(tmp_path / "raw", [row("fine"), b"{", b"[]", row("fine too"), b"7"], month=2)
+    with pytest.raises(DataError, match="3 of 5 rows") as caught:
         prepare(tmp_path / "raw", NOWHERE, tmp_path / "out", PrepareConfig(min_rows=1))
     for part in (name, "invalid_json", "no_object", f"{name}:2: no valid JSON", "max_rejected_share", "rejected.jsonl"):
         assert part in str(caught.value)
-    assert len(rejections(tmp_path / "out")) == 2
+    assert len(rejections(tmp_path / "out")) == 3
 
 
 def test_a_rejected_share_at_the_limit_passes(tmp_path):

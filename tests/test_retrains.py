@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 
-from ratchet.retrains import last_start, note_asked, read_retrains, remember
+from ratchet.retrains import is_under_way, last_start, note_asked, read_retrains, remember
+from ratchet.workspace import locked
 
 
 def test_trainings_are_remembered_in_order_and_counted_since_a_time(tmp_path):
@@ -23,3 +25,14 @@ def test_a_cool_down_begins_when_drift_asks_whether_or_not_it_trains(tmp_path):
     note_asked(tmp_path)
     asked = last_start(tmp_path)
     assert trained is not None and asked is not None and time.time() - 5 < trained <= asked <= time.time() + 1
+
+
+def test_a_retraining_that_runs_or_was_just_asked_for_is_under_way(tmp_path):
+    assert not is_under_way(tmp_path)
+    with locked(tmp_path, "retrain"):
+        assert is_under_way(tmp_path)
+    note_asked(tmp_path)
+    assert is_under_way(tmp_path)
+    os.utime(tmp_path / ".ratchet/drift-asked", (time.time() - 60,) * 2)
+    remember(tmp_path, reason="drift", seconds=1.0, run_key="a", verdict="promote")
+    assert not is_under_way(tmp_path)
