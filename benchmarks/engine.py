@@ -46,7 +46,8 @@ def main() -> None:
 def make_bundles(scratch: Path) -> list[Any]:
     from ratchet.config import AdapterConfig, BaseConfig, Config, DemoBase
     from ratchet.files import read_json, write_json
-    from ratchet.models import MANIFEST, add_adapter, load_base
+    from ratchet.methods import add_adapter
+    from ratchet.models import MANIFEST, load_base
     from ratchet.serving import Bundle, Generation
     from tasks.base import make_base
 

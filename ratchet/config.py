@@ -263,26 +263,44 @@ class TrainConfig(Section):
         description="share of the rows trained on that may come from people's feedback. More of the other rows than `replay` says are replayed for it; feedback that is still too much stays out, the oldest first",
     )
     epochs: float = Field(default=6.0, gt=0, description="passes over the chosen rows, at most")
-    learning_rate: float = Field(default=2.0e-3, gt=0, description="peak learning rate of AdamW")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = Field(
+        default="adamw", description="`adamw_8bit` and `paged_adamw_8bit` keep their state in 8 bits and need CUDA; paged: it may move to the host's memory"
+    )
+    learning_rate: float = Field(default=2.0e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="course of the learning rate after the warm-up")
     warmup_share: Share = Field(default=0.05, description="share of the steps in which the learning rate rises")
-    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decoupled weight decay")
+    weight_decay: float = Field(default=0.01, ge=0, description="decoupled weight decay of AdamW; of the other optimizers their own form")
     batch_windows: Count = Field(default=4, description="packed windows in one forward pass")
     accumulate: Count = Field(default=1, description="forward passes in one optimizer step")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradient norm that is clipped to")
+    checkpoint_activations: bool = Field(default=False, description="compute activations again in the backward pass: less memory, about a third more time. Not with `prefix`")
+    neftune_alpha: float = Field(
+        default=0.0, ge=0, description="noise on the embeddings in training (NEFTune, arXiv 2310.05914), 5 is usual; 0: none. Not with `prompt` and `prefix`"
+    )
     evaluations: Count = Field(default=8, description="times that the validation loss is measured in a training")
     patience: Count = Field(default=3, description="measurements without a better validation loss that stop the training")
     seed: int = Field(default=17, ge=0, description="seed of the adapter's weights, of dropout and of the order of windows")
+    checkpoint_minutes: float = Field(default=10.0, ge=0, description="minutes between two checkpoints, which is what a kill costs at most; 0: after every optimizer step")
 
 
 class AdapterConfig(Section):
     """What is trained on top of the base."""
 
-    method: Literal["lora", "qlora"] = Field(default="lora", description="`lora`, or `qlora`: the base in NF4 with double quantisation, bfloat16 compute")
-    rank: int = Field(default=32, ge=1, le=512, description="rank of the update")
-    alpha: float = Field(default=64.0, gt=0, description="scale of the update; it is multiplied by alpha / rank")
-    dropout: Share = Field(default=0.0, description="dropout before the update")
-    target_modules: str | list[str] = Field(default="all-linear", description="layers that get an update: `all-linear` or names")
+    method: Literal["lora", "qlora", "dora", "rslora", "ia3", "prefix", "prompt", "full"] = Field(
+        default="lora", description="what is trained (docs/training.md); `qlora`: LoRA on a quantised base; `full`: all weights, and no adapter"
+    )
+    quantisation: Literal["nf4", "int8"] = Field(default="nf4", description="of the base, for `qlora`: NF4 with double quantisation, or LLM.int8(); bfloat16 compute")
+    rank: int = Field(default=32, ge=1, le=512, description="rank of the update (`lora`, `qlora`, `dora`, `rslora`)")
+    alpha: float = Field(default=64.0, gt=0, description="scale of the update; it is multiplied by alpha / rank, by alpha / √rank for `rslora`")
+    dropout: Share = Field(default=0.0, description="dropout before the update (`lora`, `qlora`, `dora`, `rslora`)")
+    target_modules: str | list[str] = Field(default="all-linear", description="layers that get an update: `all-linear` or names; not for `prefix`, `prompt` and `full`")
+    bias: Literal["none", "lora_only", "all"] = Field(
+        default="none", description="biases of the base that are trained as well (`lora`, `qlora`, `dora`, `rslora`); such a version is served on a base of its own"
+    )
+    modules_to_save: list[str] = Field(
+        default=[], description="modules that are trained whole beside the update, such as `lm_head`; not for `prefix`, `prompt` and `full`. Served on a base of its own"
+    )
+    virtual_tokens: int = Field(default=16, ge=1, le=1024, description="tokens that `prefix` and `prompt` put before every row; they count against the base's context")
 
 
 class EvaluateConfig(Section):
@@ -446,6 +464,20 @@ class Config(Section):
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     services: ServicesConfig = Field(default_factory=ServicesConfig)
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Config:
+        """What a method cannot do is said before anything is loaded."""
+        method = self.adapter.method
+        if method == "prefix" and self.train.checkpoint_activations:
+            raise ValueError("train.checkpoint_activations is true: `adapter.method: prefix` reads a cache in every layer, which cannot be computed again")
+        if method in ("prompt", "prefix") and self.train.neftune_alpha:
+            raise ValueError(f"train.neftune_alpha is {self.train.neftune_alpha}: `adapter.method: {method}` does not pass its rows through the embeddings that the noise goes on")
+        if method in ("prefix", "prompt", "full", "ia3") and self.adapter.bias != "none":
+            raise ValueError(f"adapter.bias is {self.adapter.bias!r}: only the methods of the LoRA family take it, not `{method}`")
+        if method in ("prefix", "prompt", "full") and self.adapter.modules_to_save:
+            raise ValueError(f"adapter.modules_to_save is {self.adapter.modules_to_save}: `adapter.method: {method}` takes none")
+        return self
 
 
 def load_config(path: Path) -> Config:

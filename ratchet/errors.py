@@ -10,6 +10,7 @@ RatchetError               exit code 1: our fault, or the machine's
 ├── BusyError              more requests than the gateway takes at once
 ├── StageError             a DVC stage failed; carries the stage's own exit code
 ├── CommandError           git or DVC failed in a way we did not foresee
+├── StoppedError           exit code 143: a signal asked for it; what was done so far is kept
 ├── DivergenceError        a loss, a gradient or a weight is not finite
 └── DiskSpaceError         less room than the stage is about to write
 """
@@ -65,6 +66,10 @@ class CommandError(RatchetError):
 
 class DivergenceError(RatchetError):
     pass
+
+
+class StoppedError(RatchetError):
+    exit_code = 143  # 128 + SIGTERM, as a shell says
 
 
 class DiskSpaceError(RatchetError):

@@ -29,7 +29,8 @@ def answer_likelihoods(model: Any, rows: Sequence[Encoded], *, pad_id: int, batc
         ids = torch.tensor([rows[index].ids + [pad_id] * (length - len(rows[index].ids)) for index in batch], device=model.device)  # (batch, seq)
         learned = torch.tensor([rows[index].learned + [False] * (length - len(rows[index].ids)) for index in batch], device=model.device)
         mask = torch.tensor([[1] * len(rows[index].ids) + [0] * (length - len(rows[index].ids)) for index in batch], device=model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()  # (batch, seq - 1, vocab)
+        # Virtual tokens of prompt tuning stand before the row and have logits as well.
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -length:-1].float()  # (batch, seq - 1, vocab)
         losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         answered, asked = learned[:, 1:], mask[:, 1:].bool() & ~learned[:, 1:]
         for position, index in enumerate(batch):

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ratchet.config import AdapterConfig
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, sha256_file
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 WEIGHTS = "adapter_model.safetensors"
+WHOLE = "model.safetensors"  # in place of an adapter, where all weights were trained
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -30,30 +30,56 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def load_base(folder: Path, *, method: str = "lora") -> PreTrainedModel:
-    """The base in the precision that the machine and the method ask for (see `precision`). Raises BaseModelError."""
+def load_base(folder: Path, *, method: str = "lora", quantisation: str = "nf4") -> PreTrainedModel:
+    """The base in the precision that the machine and the method ask for (see `precision`); `quantisation` is for `qlora` alone. Raises BaseModelError."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     manifest = read_json(folder / MANIFEST)
     source, revision = (folder, None) if manifest["model"] == "demo" else (manifest["model"], manifest["revision"])
-    settings: dict[str, Any] = {"dtype": getattr(torch, precision(method)[0]), "attn_implementation": "sdpa"}
+    settings: dict[str, Any] = {"dtype": getattr(torch, precision(method)[0]), "attn_implementation": "sdpa", "revision": revision}
     if method == "qlora":
-        settings["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-        )
-        settings["device_map"] = {"": device()}
-    with quiet():
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, trust_remote_code=False, local_files_only=True, use_safetensors=True, **settings)
-        except OSError as error:
-            raise BaseModelError(
-                f"the weights of {manifest['model']}@{revision} are not on this machine: {str(error).splitlines()[0]}",
-                remedy="dvc repro --force base (with network), or pull the cache",
-            ) from None
+        settings |= {"quantization_config": _quantised(quantisation), "device_map": {"": device()}}
+    try:
+        model = _load(source, **settings)
+    except OSError as error:
+        raise BaseModelError(
+            f"the weights of {manifest['model']}@{revision} are not on this machine: {str(error).splitlines()[0]}",
+            remedy="dvc repro --force base (with network), or pull the cache",
+        ) from None
     if method == "qlora":
         _keep_differentiable(model)
     return cast("PreTrainedModel", model if method == "qlora" else model.to(device()))
+
+
+def load_full(folder: Path, *, training: bool = False) -> PreTrainedModel:
+    """What `adapter.method: full` wrote: a whole model. transformers fills missing weights at random and only warns; this raises BaseModelError."""
+    import torch
+
+    try:
+        model, found = _load(folder, dtype=getattr(torch, precision("full" if training else "lora")[0]), attn_implementation="sdpa", output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BaseModelError(f"{folder} holds no whole model: {str(error).splitlines()[0]}", remedy="dvc pull brings what a training saved") from None
+    if odd := sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in found[kind]):
+        raise _misfit(folder, f"{len(odd)} weights differ, the first {odd[0]}")
+    return cast("PreTrainedModel", model.to(device()))
+
+
+def _load(source: Any, **settings: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, local_files_only=True, use_safetensors=True, **settings)
+
+
+def _quantised(kind: str) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
 
 
 def _keep_differentiable(model: Any) -> None:
@@ -67,37 +93,20 @@ def _keep_differentiable(model: Any) -> None:
 
 
 def precision(method: str) -> tuple[str, str]:
-    """(dtype, why). bfloat16 saves half the memory where the GPU computes in it; CPUs are exact and often faster in float32."""
+    """(dtype of the base's weights, why). bfloat16 saves half the memory where the GPU computes in it; CPUs are exact and often faster in float32."""
     import torch
 
+    if torch.cuda.is_available() and method == "full":
+        return "float32", "the weights that an optimizer moves stay float32; the GPU computes in half precision"
     if torch.cuda.is_available():
         return ("bfloat16", "the GPU computes in bfloat16") if torch.cuda.is_bf16_supported() else ("float16", "the GPU has no bfloat16")
-    return ("bfloat16", "NF4 computes in bfloat16") if method == "qlora" else ("float32", "no GPU: float32 is exact and repeatable on a CPU")
+    return ("bfloat16", "a quantised base computes in bfloat16") if method == "qlora" else ("float32", "no GPU: float32 is exact and repeatable on a CPU")
 
 
 def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def prepare_quantised(base: Any) -> Any:
-    """A base in NF4 made ready for training: norms and embeddings in float32, its weights frozen."""
-    from peft import prepare_model_for_kbit_training
-
-    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
-
-
-def add_adapter(base: Any, config: AdapterConfig, *, seed: int) -> Any:
-    """A fresh adapter on `base`, its weights drawn from `seed`; with it, the model computes what the base does."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import set_seed
-
-    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-    settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": targets}
-    set_seed(seed)  # PEFT draws from torch's global generator
-    with quiet():
-        return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
 
 
 def load_adapter(base: Any, folder: Path, *, name: str = "default", trainable: bool = False) -> Any:
@@ -107,7 +116,8 @@ def load_adapter(base: Any, folder: Path, *, name: str = "default", trainable: b
     from safetensors.torch import load_file
 
     if not (folder / WEIGHTS).exists():
-        raise BaseModelError(f"{folder} holds no {WEIGHTS}", remedy="dvc pull brings what a training saved; pickled adapters are never loaded")
+        whole = " but a whole model" if (folder / WHOLE).exists() else ""
+        raise BaseModelError(f"{folder} holds no {WEIGHTS}{whole}", remedy="dvc pull brings what a training saved; pickled adapters are never loaded")
     wanted = set(load_file(folder / WEIGHTS))
     try:
         with quiet():
@@ -130,8 +140,22 @@ def _misfit(folder: Path, what: str) -> BaseModelError:
     return BaseModelError(f"{folder} does not fit the base: {what}", remedy="the adapter was trained on another base or with other target modules; set `train.start_from: base`")
 
 
+def weights_file(folder: Path) -> Path:
+    """What a training wrote: an adapter, or the whole model of `adapter.method: full`. Raises BaseModelError: neither, or both."""
+    found = [folder / name for name in (WEIGHTS, WHOLE) if (folder / name).exists()]
+    if len(found) != 1:
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else "nothing"
+        raise BaseModelError(f"{folder.name} holds {names}; wanted one of {WEIGHTS} and {WHOLE}", remedy="dvc pull, or ratchet retrain makes it anew")
+    return found[0]
+
+
+def is_full(folder: Path) -> bool:
+    return (folder / WHOLE).exists() and not (folder / WEIGHTS).exists()
+
+
 def adapter_sha256(folder: Path) -> str:
-    return sha256_file(folder / WEIGHTS)
+    """Of the weights that were trained, whatever the method."""
+    return sha256_file(weights_file(folder))
 
 
 @contextlib.contextmanager

@@ -49,6 +49,12 @@ def _join(rows: Sequence[Encoded]) -> Window:
     return Window(ids, labels, [position for row in rows for position in range(len(row.ids))])
 
 
+def rows_of(window: Window) -> list[Window]:
+    """Its rows, each a window by itself: what `_join` put together."""
+    starts = [index for index, position in enumerate(window.position_ids) if position == 0]
+    return [Window(*(column[start:end] for column in window)) for start, end in zip(starts, [*starts[1:], len(window.input_ids)], strict=True)]
+
+
 def write_windows(path: Path, windows: Sequence[Window]) -> None:
     """Arrow's file format, three columns of integers."""
     import pyarrow as pa

@@ -47,6 +47,11 @@ class History:
         self._out.write(json.dumps({"step": step, "time_ms": int(time.time() * 1000), **values}) + "\n")
         self._out.flush()
 
+    def restore(self, points: list[dict[str, Any]]) -> None:
+        """The points of a training that goes on, with the times that they had."""
+        self._out.write("".join(json.dumps(point) + "\n" for point in points))
+        self._out.flush()
+
     def close(self) -> None:
         self._out.close()
 

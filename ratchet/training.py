@@ -1,24 +1,33 @@
 """One optimisation through transformers' Trainer: packed windows in, the best weights by validation loss left in the model.
 
-Deterministic on CPU: same commit, same data, same bytes. Not covered yet: resuming, several processes.
+Deterministic on CPU: same commit, same data, same bytes, whether or not it was killed and gone on with. Not covered yet: several processes.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from ratchet.errors import DivergenceError
-from ratchet.packing import IGNORED, Window
+from ratchet.errors import ConfigError, DivergenceError, StoppedError
+from ratchet.packing import IGNORED, Window, rows_of
+
+if TYPE_CHECKING:
+    from ratchet.checkpoints import Checkpoints, Saved
 
 LOGS = 100  # points on the training curve, at most; each costs a synchronisation on a GPU
+
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit", "adafactor": "adafactor", "sgd": "sgd"}
+CUDA_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # transformers' `constant` has no warm-up
 
 Report = Callable[[int, dict[str, float]], None]
 
@@ -37,6 +46,9 @@ class Schedule(NamedTuple):
     evaluations: int
     patience: int
     seed: int
+    optimizer: str = "adamw"
+    checkpoint_activations: bool = False
+    neftune_alpha: float = 0.0
 
 
 class Outcome(NamedTuple):
@@ -50,15 +62,30 @@ class Outcome(NamedTuple):
 
 
 def fit(
-    model: torch.nn.Module, windows: Sequence[Window], validation: Sequence[Window], schedule: Schedule, *, pad_id: int, report: Report, text_weight: float | None = None
+    model: torch.nn.Module,
+    windows: Sequence[Window],
+    validation: Sequence[Window],
+    schedule: Schedule,
+    *,
+    pad_id: int,
+    report: Report,
+    text_weight: float | None = None,
+    rows_apart: bool = False,
+    checkpoints: Checkpoints | None = None,
+    saved: Saved | None = None,
 ) -> Outcome:
-    """Train `model` in place. Raises DivergenceError when a loss, a gradient or a weight stops being finite.
+    """Train `model` in place, from `saved` on if there is one. Raises DivergenceError when a loss, a gradient or a weight stops being finite; ConfigError; StoppedError.
 
     With `text_weight` the prompt's tokens count in the loss as well, with that weight (the demo's base learns to read from them).
+    With `rows_apart` each row of a window stands by itself, as virtual tokens before it ask for; steps and losses stay those of the windows.
     """
+    if schedule.optimizer in CUDA_OPTIMIZERS and not torch.cuda.is_available():
+        raise ConfigError(f"`train.optimizer: {schedule.optimizer}` needs a GPU with CUDA, and this machine has none", remedy="set `train.optimizer: adamw` or `adafactor`")
     set_seed(schedule.seed)
     # Filling fresh memory is for finding reads of it; results do not depend on it, and it costs a tenth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if rows_apart:
+        validation = [row for window in validation for row in rows_of(window)]
     watch = _Watch(model, schedule, report)
     with tempfile.TemporaryDirectory(prefix="ratchet-train-") as scratch:
         trainer = _Trainer(
@@ -66,22 +93,26 @@ def fit(
             args=_arguments(scratch, schedule, evaluates=bool(validation)),
             train_dataset=_Windows(windows),
             eval_dataset=_Windows(validation) if validation else None,
-            data_collator=_Collator(pad_id),
+            data_collator=_RowCollator(pad_id) if rows_apart else _Collator(pad_id),
             callbacks=[watch],
         )
         trainer.text_weight = text_weight
         trainer.validation_density = sum(label != IGNORED for window in validation for label in window.labels) / (len(validation) or 1)
+        trainer.watch, trainer.checkpoints, trainer.saved, trainer.started = watch, checkpoints, saved, time.perf_counter()
+        trainer.add_callback(_Pace(trainer))
         trainer.remove_callback(PrinterCallback)
-        started = time.perf_counter()
-        result = trainer.train()
+        result = trainer.train(resume_from_checkpoint=str(saved.folder) if saved else None)
+    done = trainer.state.global_step
+    if checkpoints and checkpoints.stop_asked and done < schedule.steps and not watch.out_of_patience:
+        raise StoppedError(f"asked to stop at step {done} of {schedule.steps}", remedy="run it again: it goes on from its newest checkpoint; the champion is untouched")
     watch.restore_best()
     _check_weights(model)
-    done = trainer.state.global_step
-    return Outcome(done, watch.best_step or done, watch.best_loss, float(result.training_loss), time.perf_counter() - started)
+    return Outcome(done, watch.best_step or done, watch.best_loss, float(result.training_loss), trainer.seconds)
 
 
 def _arguments(scratch: str, schedule: Schedule, *, evaluates: bool) -> TrainingArguments:
     cuda = torch.cuda.is_available()
+    bf16 = cuda and torch.cuda.is_bf16_supported()
     return TrainingArguments(
         output_dir=scratch,
         max_steps=schedule.steps,
@@ -89,11 +120,14 @@ def _arguments(scratch: str, schedule: Schedule, *, evaluates: bool) -> Training
         per_device_eval_batch_size=schedule.batch_windows,
         gradient_accumulation_steps=schedule.accumulate,
         learning_rate=schedule.learning_rate,
-        lr_scheduler_type=schedule.kind,
+        lr_scheduler_type=SCHEDULES[schedule.kind],
         warmup_steps=math.ceil(schedule.warmup_share * schedule.steps),
         weight_decay=schedule.weight_decay,
         max_grad_norm=schedule.max_grad_norm,
-        optim="adamw_torch",
+        optim=OPTIMIZERS[schedule.optimizer],
+        activation_checkpointing=schedule.checkpoint_activations,
+        activation_checkpointing_kwargs={"use_reentrant": False} if schedule.checkpoint_activations else None,
+        neftune_noise_alpha=schedule.neftune_alpha or None,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=max(1, schedule.steps // schedule.evaluations),
         logging_steps=max(1, schedule.steps // LOGS),
@@ -106,7 +140,8 @@ def _arguments(scratch: str, schedule: Schedule, *, evaluates: bool) -> Training
         prediction_loss_only=True,
         disable_tqdm=True,
         use_cpu=not cuda,
-        bf16=cuda and torch.cuda.is_bf16_supported(),
+        bf16=bf16,
+        fp16=cuda and not bf16,
         dataloader_pin_memory=cuda,
         seed=schedule.seed,
         data_seed=schedule.seed,
@@ -115,8 +150,57 @@ def _arguments(scratch: str, schedule: Schedule, *, evaluates: bool) -> Training
 
 
 class _Trainer(Trainer):
+    """With a loss of our own, and checkpoints of our own in place of its pickles: what it would save and load is overridden."""
+
     text_weight: float | None = None
     validation_density: float  # learned tokens a window
+    watch: _Watch
+    checkpoints: Checkpoints | None
+    saved: Saved | None
+    started: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the optimisation, those before a kill included as far as its checkpoint knew them."""
+        return time.perf_counter() - self.started + (self.saved.state["seconds"] if self.saved else 0.0)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Called behind an optimizer step, its point on the curve and its evaluation."""
+        assert self.checkpoints
+        if self.watch.out_of_patience:  # it ends here; a start from here would not
+            return
+        assert self.optimizer and self.lr_scheduler
+        state = {
+            "weights": trainable(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "watch": self.watch.state(),
+            "random": _random_state(),
+            "losses": {"since_log": self._tr_loss, "total": self._total_loss_scalar, "last_log": self._globalstep_last_logged},
+            "seconds": self.seconds,
+        }
+        self.checkpoints.write(self.state.global_step, state, self.state.save_to_json)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        assert self.saved
+        _put(self.model, self.saved.state["weights"])
+        self.watch.restore(self.saved.state["watch"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.saved and self.optimizer and self.lr_scheduler:
+            self.optimizer.load_state_dict(self.saved.state["optimizer"])
+            self.lr_scheduler.load_state_dict(self.saved.state["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.saved:
+            _set_random_state(self.saved.state["random"])
+
+    def restore_losses(self) -> None:
+        """The Trainer starts its sums anew at every start."""
+        if self.saved:
+            kept = self.saved.state["losses"]
+            self._tr_loss, self._total_loss_scalar, self._globalstep_last_logged = kept["since_log"].to(self.args.device), kept["total"], kept["last_log"]
+            self._initial_global_step = 0
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         if not model.training:
@@ -157,6 +241,40 @@ class _Collator:
         return columns
 
 
+class _RowCollator:
+    """The rows of the windows, padded behind; for what puts tokens of its own before each row."""
+
+    def __init__(self, pad_id: int) -> None:
+        self._pad_id = pad_id
+
+    def __call__(self, windows: Sequence[Window]) -> dict[str, torch.Tensor]:
+        rows = [row for window in windows for row in rows_of(window)]
+        length = max(len(row.input_ids) for row in rows)
+        missing = [length - len(row.input_ids) for row in rows]
+        columns = {
+            "input_ids": [row.input_ids + [self._pad_id] * short for row, short in zip(rows, missing, strict=True)],
+            "labels": [row.labels + [IGNORED] * short for row, short in zip(rows, missing, strict=True)],
+            "attention_mask": [[1] * (length - short) + [0] * short for short in missing],
+        }
+        return {name: torch.tensor(column) for name, column in columns.items()}  # (batch, seq)
+
+
+class _Pace(TrainerCallback):
+    """When checkpoints are due, and when the training is asked to stop; between two optimizer steps."""
+
+    def __init__(self, trainer: _Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._trainer.restore_losses()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        checkpoints = self._trainer.checkpoints
+        if checkpoints and checkpoints.due and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = control.should_training_stop or checkpoints.stop_asked
+
+
 class _Watch(TrainerCallback):
     """Reports the curve, stops on what is not finite, keeps the best trainable weights in memory."""
 
@@ -184,16 +302,52 @@ class _Watch(TrainerCallback):
         loss = (metrics or {})["eval_loss"]
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step, self._worse = loss, state.global_step, 0
-            self._best = {name: weight.detach().clone() for name, weight in self._model.named_parameters() if weight.requires_grad}
+            self._best = {name: weight.to("cpu", copy=True) for name, weight in trainable(self._model).items()}
             return
         self._worse += 1
-        control.should_training_stop = self._worse >= self._patience
+        control.should_training_stop = control.should_training_stop or self.out_of_patience
+
+    @property
+    def out_of_patience(self) -> bool:
+        return self._worse >= self._patience
 
     def restore_best(self) -> None:
-        with torch.no_grad():
-            for name, weight in self._model.named_parameters():
-                if name in self._best:
-                    weight.copy_(self._best[name])
+        if self._best:
+            _put(self._model, self._best)
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self._best, "best_loss": self.best_loss, "best_step": self.best_step, "worse": self._worse}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._best, self.best_loss, self.best_step, self._worse = state["best"], state["best_loss"], state["best_step"], state["worse"]
+
+
+def trainable(model: Any) -> dict[str, torch.Tensor]:
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _put(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """All of them, and no others."""
+    ours = trainable(model)
+    assert ours.keys() == weights.keys(), f"weights differ: {sorted(ours.keys() ^ weights.keys())[:3]}"
+    for name, weight in ours.items():
+        weight.copy_(weights[name])
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest], "torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _check_weights(model: torch.nn.Module) -> None:

@@ -130,7 +130,7 @@ def check_checkout(root: Path) -> str:
 def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
     """Run one stage in its own process, its lines passed to `say`. Whether its outputs were made or fetched anew (False: unchanged). Raises StageError."""
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
-    lines, code = _stream(command, workspace.path, say)
+    lines, code = _stream(command, workspace, say)
     if code:
         codes = EXITED.findall("\n".join(lines))  # DVC's own word comes last
         told = [line for line in lines if line and not line.startswith(("ERROR: failed to reproduce", "Verifying", *CHATTER))]
@@ -138,11 +138,12 @@ def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
     return not any(line.startswith(f"Stage '{stage}' didn't change") for line in lines)
 
 
-def _stream(command: list[str], folder: Path, say: Say) -> tuple[list[str], int]:
+def _stream(command: list[str], workspace: Workspace, say: Say) -> tuple[list[str], int]:
     """Lines and exit code of a command. A signal to us ends its whole process group: DVC does not pass one on to the stage."""
     lines: list[str] = []
+    environment = {**child_environment(), "RATCHET_ROOT": str(workspace.root)}  # where a training's checkpoints outlive the workspace
     with subprocess.Popen(
-        command, cwd=folder, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+        command, cwd=workspace.path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     ) as process:
         try:
             for line in process.stdout or []:

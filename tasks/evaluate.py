@@ -25,6 +25,7 @@ from ratchet.errors import BaseModelError, DataError
 from ratchet.examples import Example, read_examples
 from ratchet.files import read_json, whole_folder, write_json
 from ratchet.inference import Likelihood, answer_likelihoods, greedy_answers
+from ratchet.methods import base_settings, can_be_switched_off, load_trained, share_a_base
 from ratchet.metrics import ROW_METRICS
 from ratchet.models import MANIFEST, load_adapter, load_base, load_tokenizer, quiet
 from ratchet.regions import mark, parts, read_region
@@ -86,22 +87,28 @@ def _split_by_fit(rows: list[Example], base: Path, config: Config) -> tuple[list
 
 
 def _score_all(rows: list[Example], base: Path, incumbent: Path | None, candidate: Path, config: Config) -> list[pd.DataFrame]:
-    """One base in memory; adapters take turns on it. A champion on another base brings that base along."""
-    method = config.adapter.method
-    model = load_adapter(load_base(base, method=method), candidate, name="candidate")
+    """One base in memory, on which plain adapters take turns; what cannot share it is loaded by itself, one after the other. Each in the precision of its own method."""
     own_base = incumbent / "base" if incumbent and (incumbent / "base").exists() else None
-    if incumbent and not own_base:
-        load_adapter(model, incumbent, name="champion")
     chat = ChatFormat(load_tokenizer(base))
-    frames = []
-    for name in ["candidate", *(["champion"] if incumbent and not own_base else [])]:
-        model.set_adapter(name)
-        frames.append(_score(model, chat, rows, name, config.evaluate))
-    with model.disable_adapter():
-        frames.append(_score(model, chat, rows, "base", config.evaluate))
-    if incumbent and own_base:
-        other = load_adapter(load_base(own_base, method=method), incumbent, name="champion")
-        frames.append(_score(other, ChatFormat(load_tokenizer(own_base)), rows, "champion", config.evaluate))
+    model = load_trained(base, candidate, name="candidate")
+    together = bool(incumbent and not own_base and share_a_base(candidate, incumbent))
+    if incumbent and together:
+        load_adapter(model, incumbent, name="champion")
+        model.set_adapter("candidate")
+    frames = [_score(model, chat, rows, "candidate", config.evaluate)]
+    if together:
+        model.set_adapter("champion")
+        frames.append(_score(model, chat, rows, "champion", config.evaluate))
+    if can_be_switched_off(candidate):
+        with model.disable_adapter():
+            frames.append(_score(model, chat, rows, "base", config.evaluate))
+    else:
+        del model
+        frames.append(_score(load_base(base, **base_settings(candidate)), chat, rows, "base", config.evaluate))
+    if incumbent and not together:
+        model = None
+        champion = load_trained(own_base or base, incumbent, name="champion")
+        frames.append(_score(champion, ChatFormat(load_tokenizer(own_base or base)), rows, "champion", config.evaluate))
     return frames
 
 

@@ -1,8 +1,10 @@
-"""Train an adapter on the packed windows: LoRA or QLoRA, from the base or from the champion's adapter.
+"""Train on the packed windows by the method of `adapter.method`, from the base or from the champion's weights.
 
     python -m tasks.train --tokens data/tokenized --base models/base --incumbent models/incumbent --out models/candidate --reports reports/train
 
-Writes the adapter (safetensors), tokenizer, chat template and manifest.json; the curve and the figures under --reports.
+Writes the adapter, or for `full` the whole model (safetensors), tokenizer, chat template and manifest.json; the curve and the figures
+under --reports. Checkpoints go to .ratchet/checkpoints of RATCHET_ROOT (the checkout) or of the working directory: the same command
+again goes on from the newest one.
 """
 
 from __future__ import annotations
@@ -20,17 +22,19 @@ from typing import Any
 from ratchet.config import Config
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, require_space, sha256_file, sha256_json, whole_folder, write_json
-from ratchet.models import MANIFEST, adapter_sha256, add_adapter, load_adapter, load_base, load_tokenizer, precision, prepare_quantised, quiet
+from ratchet.methods import PREFIXED, check_context, check_start, load_trainable, save_trained
+from ratchet.models import MANIFEST, adapter_sha256, load_tokenizer, precision, quiet
 from ratchet.packing import IGNORED, read_windows
 from ratchet.stage import run_stage, say
-from ratchet.tracking import History, LiveCopy, code_sha256
+from ratchet.tracking import History, LiveCopy, code_sha256, read_history
 
+ROOM = 200 * 2**20  # bytes that are free before anything is loaded
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, config: Config) -> dict[str, Any]:
     """Returns the figures of the run. Raises DivergenceError, DiskSpaceError, BaseModelError; nothing is left half-written."""
-    require_space(out.parent, 200 * 2**20, "the candidate")
+    require_space(out.parent, ROOM, "the candidate")
     start = _start_from(incumbent, config)
     inputs = _inputs(tokens, base, incumbent, start, config)
     run_key = sha256_json(inputs)[:32]
@@ -49,21 +53,35 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
 
 
 def _optimise(tokens: Path, base: Path, start: Path | None, out: Path, config: Config, history: History, facts: dict[str, Any]) -> dict[str, Any]:
+    from ratchet.checkpoints import Checkpoints
     from ratchet.training import fit
 
+    method = config.adapter.method
     windows, validation = read_windows(tokens / "train.arrow"), read_windows(tokens / "validation.arrow")
+    check_context(base, config.adapter, 1 + max(max(window.position_ids) for window in (*windows, *validation)))
     schedule = _schedule(len(windows), config)
     tokenizer = load_tokenizer(base)
-    model = load_base(base, method=config.adapter.method)
-    if config.adapter.method == "qlora":
-        model = prepare_quantised(model)
-    model = load_adapter(model, start, trainable=True) if start else add_adapter(model, config.adapter, seed=config.train.seed)
-    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    say(
-        f"train: {config.adapter.method} of {trainable:,} weights from {'the champion' if start else 'the base'}, {schedule.steps} steps, {precision(config.adapter.method)[0]} ({precision(config.adapter.method)[1]})"
-    )
-    with quiet():
-        outcome = fit(model, windows, validation, schedule, pad_id=_pad_id(tokenizer), report=_reporter(history, schedule.steps))
+    model = load_trainable(base, start, config.adapter, seed=config.train.seed)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    require_space(out.parent, ROOM + sum(weight.numel() * weight.element_size() for weight in weights), "the candidate")
+    trainable = sum(weight.numel() for weight in weights)
+    say(f"train: {method} of {trainable:,} weights from {'the champion' if start else 'the base'}, {schedule.steps} steps, {precision(method)[0]} ({precision(method)[1]})")
+    checkpoints = Checkpoints(_home(), facts["run_key"], {**facts["inputs"], **_machine()}, minutes=config.train.checkpoint_minutes, curve=lambda: read_history(history.path))
+    saved = checkpoints.newest(history.restore)
+    if saved:
+        say(f"train: goes on from the checkpoint of step {saved.step} of {schedule.steps}")
+    with quiet(), checkpoints.asked_by_sigterm():
+        outcome = fit(
+            model,
+            windows,
+            validation,
+            schedule,
+            pad_id=_pad_id(tokenizer),
+            report=_reporter(history, schedule.steps),
+            rows_apart=method in PREFIXED,
+            checkpoints=checkpoints,
+            saved=saved,
+        )
     learned = sum(label != IGNORED for window in windows for label in window.labels)
     figures = {
         **outcome._asdict(),
@@ -73,20 +91,29 @@ def _optimise(tokens: Path, base: Path, start: Path | None, out: Path, config: C
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     _save(model, tokenizer, base, out, config, facts)
-    say(f"train: {outcome.steps} steps in {outcome.seconds:.0f} s, best validation loss {outcome.best_validation_loss or math.nan:.4f} at step {outcome.best_step}")
+    checkpoints.forget()
+    best = math.nan if outcome.best_validation_loss is None else outcome.best_validation_loss
+    say(f"train: {outcome.steps} steps in {outcome.seconds:.0f} s, best validation loss {best:.4f} at step {outcome.best_step}")
     return figures
+
+
+def _home() -> Path:
+    """The checkout: a workspace goes when its run has failed."""
+    return Path(os.environ.get("RATCHET_ROOT") or Path.cwd())
+
+
+def _machine() -> dict[str, str]:
+    """What else the bytes depend on; a checkpoint of another is not gone on from."""
+    from ratchet.models import device
+
+    return {"device": device(), **{package: version(package) for package in PACKAGES}}
 
 
 def _save(model: Any, tokenizer: Any, base: Path, out: Path, config: Config, facts: dict[str, Any]) -> None:
     """Manifest last: its existence says that the folder is whole. It holds no time and no path, so equal trainings are equal bytes."""
     with whole_folder(out) as folder:
-        # A path of this machine in the adapter's config would be useless elsewhere, and would differ between equal runs.
-        adapter = model.peft_config["default"]
-        adapter.base_model_name_or_path = read_json(base / MANIFEST)["model"]
-        adapter.target_modules = sorted(adapter.target_modules)  # PEFT would write a set, in an order of its own in every process
-        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)  # "auto" would ask the hub
+        save_trained(model, base, folder)
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written with the gate's table
         write_json(
             folder / MANIFEST,
             {
@@ -107,10 +134,7 @@ def _start_from(incumbent: Path, config: Config) -> bool:
         return False
     if (incumbent / "base").exists():
         raise BaseModelError("the champion's adapter was trained on another base", remedy="set `train.start_from: base`")
-    theirs, wanted = read_json(incumbent / MANIFEST).get("adapter", {}), config.adapter.model_dump(mode="json", exclude={"method"})
-    differing = [f"`{key}` {theirs.get(key)}, wanted {value}" for key, value in wanted.items() if theirs.get(key) != value]
-    if differing:
-        raise BaseModelError(f"the champion's adapter has another shape: {', '.join(differing)}", remedy="set `adapter` as the champion has it, or `train.start_from: base`")
+    check_start(read_json(incumbent / MANIFEST).get("adapter", {}), config.adapter)
     return True
 
 
@@ -120,7 +144,7 @@ def _inputs(tokens: Path, base: Path, incumbent: Path, start: bool, config: Conf
     parts = {
         "tokens": read_json(tokens / "profile.json")["sha256"],
         "base": {key: manifest.get(key) for key in ("model", "revision", "files", "weights")},
-        "params": {"train": config.train.model_dump(mode="json"), "adapter": config.adapter.model_dump(mode="json")},
+        "params": {"train": config.train.model_dump(mode="json", exclude={"checkpoint_minutes"}), "adapter": config.adapter.model_dump(mode="json")},
         "code": code_sha256(),
     }
     hashes = {name: sha256_json(part) for name, part in parts.items()}
@@ -149,6 +173,9 @@ def _schedule(num_windows: int, config: Config) -> Any:
         evaluations=min(train.evaluations, steps),
         patience=train.patience,
         seed=train.seed,
+        optimizer=train.optimizer,
+        checkpoint_activations=train.checkpoint_activations,
+        neftune_alpha=train.neftune_alpha,
     )
 
 

@@ -57,7 +57,7 @@ def test_unknown_key_of_a_nested_section_is_named_with_the_keys_known_there(tmp_
         ("ingest: {pydoc: {packages: stdlib}}", "ingest.pydoc.packages", "'stdlib'"),
         ("ingest: {pydoc: {packages: []}}", "ingest.pydoc.packages", "[]"),
         ("prepare: {test_share: 1.5}", "prepare.test_share", "1.5"),
-        ("adapter: {method: dora}", "adapter.method", "'dora'"),
+        ("adapter: {method: vera}", "adapter.method", "'vera'"),
         ("project: {name: My Model}", "project.name", "'My Model'"),
         ("services: {mlflow_port: 70000}", "services.mlflow_port", "70000"),
     ],

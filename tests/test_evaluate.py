@@ -18,7 +18,8 @@ from ratchet.errors import BaseModelError, DataError
 from ratchet.examples import Example, Message, encode_line, make_example, read_examples
 from ratchet.files import read_json, write_bytes, write_json
 from ratchet.inference import answer_likelihoods, greedy_answers
-from ratchet.models import add_adapter, load_adapter, load_base, load_tokenizer
+from ratchet.methods import add_adapter
+from ratchet.models import load_adapter, load_base, load_tokenizer
 from ratchet.simple import simple_answers
 from tasks.base import make_base
 from tasks.evaluate import evaluate
