@@ -60,7 +60,7 @@ def make_bundles(scratch: Path) -> list[Any]:
         for path in [*base.glob("*token*"), base / "chat_template.jinja"]:
             shutil.copy(path, folder)
         write_json(folder / MANIFEST, {"base": {key: read_json(base / MANIFEST)[key] for key in ("model", "revision")}})
-        bundles.append(Bundle("bench", version, folder, base, "lora", 256, Generation(32)))
+        bundles.append(Bundle("bench", version, folder, base, 256, Generation(32)))
     return bundles
 
 

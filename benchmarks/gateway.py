@@ -104,7 +104,7 @@ def put_champion(root: Path, config: Config) -> None:
     (root / "params.yaml").write_text(render_params(config), encoding="utf-8")
     folder = root / SERVING / f"v1-{digest[:12]}"
     (folder / "adapter").mkdir(parents=True)
-    write_json(folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96, "method": "lora"})
+    write_json(folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96})
     write_json(root / SERVING / "bases/base/manifest.json", {})
     rest = {
         "previous": None,

@@ -274,9 +274,7 @@ class TrainConfig(Section):
     accumulate: Count = Field(default=1, description="forward passes in one optimizer step")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradient norm that is clipped to")
     checkpoint_activations: bool = Field(default=False, description="compute activations again in the backward pass: less memory, about a third more time. Not with `prefix`")
-    neftune_alpha: float = Field(
-        default=0.0, ge=0, description="noise on the embeddings in training (NEFTune, arXiv 2310.05914), 5 is usual; 0: none. Not with `prompt` and `prefix`"
-    )
+    neftune_alpha: float = Field(default=0.0, ge=0, description="noise on the embeddings in training (NEFTune, arXiv 2310.05914), 5 is usual; 0: none")
     evaluations: Count = Field(default=8, description="times that the validation loss is measured in a training")
     patience: Count = Field(default=3, description="measurements without a better validation loss that stop the training")
     seed: int = Field(default=17, ge=0, description="seed of the adapter's weights, of dropout and of the order of windows")
@@ -471,8 +469,6 @@ class Config(Section):
         method = self.adapter.method
         if method == "prefix" and self.train.checkpoint_activations:
             raise ValueError("train.checkpoint_activations is true: `adapter.method: prefix` reads a cache in every layer, which cannot be computed again")
-        if method in ("prompt", "prefix") and self.train.neftune_alpha:
-            raise ValueError(f"train.neftune_alpha is {self.train.neftune_alpha}: `adapter.method: {method}` does not pass its rows through the embeddings that the noise goes on")
         if method in ("prefix", "prompt", "full", "ia3") and self.adapter.bias != "none":
             raise ValueError(f"adapter.bias is {self.adapter.bias!r}: only the methods of the LoRA family take it, not `{method}`")
         if method in ("prefix", "prompt", "full") and self.adapter.modules_to_save:

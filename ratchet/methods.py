@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ratchet.config import AdapterConfig
 from ratchet.errors import BaseModelError, ConfigError, RatchetError
 from ratchet.files import read_json
-from ratchet.models import MANIFEST, is_full, load_adapter, load_base, load_full, quiet
+from ratchet.models import MANIFEST, WEIGHTS, is_full, load_adapter, load_base, load_full, quiet
 
 LORA_FAMILY = ("lora", "qlora", "dora", "rslora")
 PREFIXED = ("prefix", "prompt")  # these put virtual tokens before every row, so rows cannot share a window
@@ -58,7 +58,24 @@ def load_trainable(base: Path, start: Path | None, config: AdapterConfig, *, see
     model = load_base(base, method=config.method, quantisation=config.quantisation)
     if config.method == "qlora":
         model = prepare_quantised(model)
+    if start and config.method in PREFIXED:
+        return _put_virtual(add_adapter(model, config, seed=seed), start)
     return load_adapter(model, start, trainable=True) if start else add_adapter(model, config, seed=seed)
+
+
+def _put_virtual(model: Any, start: Path) -> Any:
+    """PEFT loads virtual tokens for inference alone."""
+    import torch
+    from safetensors.torch import load_file
+
+    weight = model.prompt_encoder["default"].embedding.weight  # (virtual tokens, width)
+    kept = load_file(start / WEIGHTS).get("prompt_embeddings")
+    if kept is None or kept.shape != weight.shape:
+        seen = "no prompt_embeddings" if kept is None else f"virtual tokens of shape {tuple(kept.shape)}"
+        raise BaseModelError(f"the champion holds {seen}, wanted {tuple(weight.shape)}", remedy="set `train.start_from: base`")
+    with torch.no_grad():
+        weight.copy_(kept)
+    return model
 
 
 def load_trained(base: Path, folder: Path, *, name: str = "default") -> Any:

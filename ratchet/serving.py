@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 
 from ratchet.errors import BaseModelError, CheckoutError, RatchetError
-from ratchet.files import read_json, sha256_file, whole_folder, write_json
+from ratchet.files import read_json, whole_folder, write_json
+from ratchet.models import adapter_sha256
 from ratchet.workspace import dvc, git
 
 SERVING = Path(".ratchet/serving")
 STATE = SERVING / "state.json"
 CARD = "serving.json"
-WEIGHTS = "adapter_model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 YOUNG_SECONDS = 600.0
 FOLDER = re.compile(r"v(\d+)-[0-9a-f]+")
@@ -37,9 +37,8 @@ class Generation(NamedTuple):
 class Bundle(NamedTuple):
     name: str
     version: int
-    adapter: Path  # a PEFT folder with the tokenizer, its template and manifest.json
+    adapter: Path  # a PEFT folder, or a whole model's, with the tokenizer, its template and manifest.json
     base: Path
-    method: str  # "lora" or "qlora"
     max_length: int  # tokens of a prompt and its answer together, at most
     generation: Generation
 
@@ -59,10 +58,7 @@ def make_bundle(root: Path, *, name: str, version: int, commit: str, adapter_sha
 def check_adapter(folder: Path, sha256: str) -> None:
     """Raises BaseModelError: pickled files, code of its own, other bytes than the ledger's."""
     check_harmless(folder)
-    names = sorted(path.name for path in folder.iterdir())
-    if not (folder / WEIGHTS).exists():
-        raise BaseModelError(f"the adapter has no {WEIGHTS}; it holds {', '.join(names[:6])}", remedy="ratchet retrain makes it anew")
-    if (seen := sha256_file(folder / WEIGHTS)) != sha256:
+    if (seen := adapter_sha256(folder)) != sha256:
         raise BaseModelError(f"the adapter has sha256 {seen[:12]}…, the ledger says {sha256[:12]}…", remedy="dvc pull; if it stays so, the cache is damaged")
 
 
@@ -112,7 +108,7 @@ def _read_bundle(root: Path, folder: Path, name: str, version: int) -> Bundle:
     card = read_json(folder / CARD)
     base = root / SERVING / "bases" / card["base"]
     context = read_json(base / "manifest.json").get("context")
-    return Bundle(name, version, folder / "adapter", base, card["method"], int(context or card["max_length"]), Generation(card["max_new_tokens"]))
+    return Bundle(name, version, folder / "adapter", base, int(context or card["max_length"]), Generation(card["max_new_tokens"]))
 
 
 def _fetch_base(root: Path, commit: str) -> Path:
@@ -148,5 +144,4 @@ def _settings(root: Path, commit: str) -> dict[str, Any]:
     return {
         "max_new_tokens": int((params.get("evaluate") or {}).get("max_new_tokens", defaults.evaluate.max_new_tokens)),
         "max_length": int((params.get("tokenize") or {}).get("max_length", defaults.tokenize.max_length)),
-        "method": str((params.get("adapter") or {}).get("method", defaults.adapter.method)),
     }

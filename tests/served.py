@@ -86,7 +86,7 @@ def make_served(root: Path, version: int) -> None:
     write_json(root / SERVING / "bases/base/manifest.json", {})
     folder = root / SERVING / f"v{version}-{digest(version)[:12]}"
     (folder / "adapter").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96, "method": "lora"})
+    write_json(folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96})
 
 
 def digest(version: int) -> str:

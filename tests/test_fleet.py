@@ -50,7 +50,7 @@ class Place:
         strength = (1.0, -10.0)[version % 2] if strength is None else strength
         weights = {name: weight * (strength if "lora_B" in name else 1) for name, weight in load_file(folder / "adapter" / WEIGHTS).items()}
         save_file(weights, folder / "adapter" / WEIGHTS, metadata={"format": "pt"})
-        write_json(folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 5 + version % 3, "max_length": 96, "method": "lora"})
+        write_json(folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 5 + version % 3, "max_length": 96})
 
     def bundle(self, version: int) -> Bundle:
         return make_bundle(self.root, name="small", version=version, commit="0" * 40, adapter_sha256=digest(version))

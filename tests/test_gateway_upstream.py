@@ -22,7 +22,7 @@ from ratchet.serving import Bundle, Generation
 
 
 def bundle(version: int) -> Bundle:
-    return Bundle("pydoc", version, Path(f"adapters/v{version}"), Path("base"), "lora", 96, Generation(8, 0.5))
+    return Bundle("pydoc", version, Path(f"adapters/v{version}"), Path("base"), 96, Generation(8, 0.5))
 
 
 def ask(prompt: str = "hello", *, version: int = 1, whole: bool = True, **fields: Any) -> Ask:

@@ -43,7 +43,7 @@ def change_weights(folder: Path, change: Any) -> None:
 
 
 def bundle(version: int, adapter: Path, base: Path) -> Bundle:
-    return Bundle("tiny", version, adapter, base, "lora", LENGTH, Generation(8))
+    return Bundle("tiny", version, adapter, base, LENGTH, Generation(8))
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_a_seed_repeats_a_sampled_answer_and_a_stop_string_ends_one(candidate: P
     assert text == first[: first.index(stop)] and end.finish == "stop"
 
 
-@pytest.mark.parametrize("fault", ["nan", "rank", "pissa", "dora", "shape", "base", "garbage"])
+@pytest.mark.parametrize("fault", ["nan", "rank", "pissa", "vera", "shape", "base", "garbage"])
 def test_a_broken_adapter_is_refused_with_its_reason_and_the_champion_serves_on(
     fault: str, candidate: Path, tiny_base: Path, tmp_path: Path, prompts: list[tuple[Message, ...]]
 ) -> None:
@@ -205,8 +205,8 @@ def test_a_broken_adapter_is_refused_with_its_reason_and_the_champion_serves_on(
     words = {
         "nan": "not finite",
         "rank": "rank is 4096",
-        "pissa": "more than plain LoRA: init_lora_weights",
-        "dora": "more than plain LoRA: use_dora",
+        "pissa": "more than `adapter.method` offers: init_lora_weights",
+        "vera": "more than `adapter.method` offers: peft_type 'VERA'",
         "shape": "does not fit the base",
         "base": "was trained on other/model",
         "garbage": "no safetensors file",
@@ -228,7 +228,7 @@ def spoil(folder: Path, fault: str) -> None:
     elif fault == "garbage":
         (folder / WEIGHTS).write_bytes(b"not a tensor" * 10)
     else:
-        changes = {"rank": {"r": 4096}, "pissa": {"init_lora_weights": "pissa"}, "dora": {"use_dora": True}, "base": {"base": {"model": "other/model", "revision": "f" * 40}}}
+        changes = {"rank": {"r": 4096}, "pissa": {"init_lora_weights": "pissa"}, "vera": {"peft_type": "VERA"}, "base": {"base": {"model": "other/model", "revision": "f" * 40}}}
         name, change = "manifest.json" if fault == "base" else "adapter_config.json", changes[fault]
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
 

@@ -1,8 +1,9 @@
-"""A base with the adapters of several versions, and the rows that are decoded on it together.
+"""The rows that are decoded together on a model (`ratchet/gateway/loaded.py`).
 
 Rows share one key-value cache, padded on the left; each has its own positions, so that what stands beside it in the batch cannot
-change it (beyond the last bits of a float). Rows of different versions go through one forward pass, each with its own adapter
-(PEFT's mixed batches). A row that ends leaves at once, with the columns that only it needed.
+change it (beyond the last bits of a float). Rows of different versions go through one forward pass, each with its own adapter,
+where PEFT can do that; other versions have a decoder each, on the same model. A row that ends leaves at once, with the columns
+that only it needed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from ratchet.chat import ChatFormat
-from ratchet.errors import BaseModelError, RatchetError, ServiceError, UserError
+from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.gateway.engine import Ask, Ended, Piece
+from ratchet.gateway.loaded import LoadedModel
 from ratchet.gateway.transcript import Transcript
-from ratchet.models import load_adapter, load_base, quiet
 from ratchet.serving import Bundle
 
 PREFILL_TOKENS = 4096  # of all prompts that join, in one forward pass; those under way get a token in between
@@ -60,10 +60,9 @@ class Joining(NamedTuple):
 class Decoder:
     """Owned by one thread."""
 
-    def __init__(self, base: Path, method: str, *, measure_prompts: bool) -> None:
+    def __init__(self, loaded: LoadedModel, *, measure_prompts: bool) -> None:
         self._measure_prompts = measure_prompts
-        self._base = load_base(base, method=method)
-        self._model: Any = None  # the base with its adapters, from the first one on
+        self._loaded = loaded
         self._bundles: dict[int, Bundle] = {}
         self._chats: dict[int, ChatFormat] = {}
         self._rows: list[Row] = []
@@ -79,29 +78,15 @@ class Decoder:
         return set(self._bundles)
 
     def add(self, bundle: Bundle, chat: ChatFormat) -> None:
-        """Raises BaseModelError: it has other modules or another shape than this base."""
-        name = _name(bundle.version)
-        try:
-            self._model = load_adapter(self._model if self._model is not None else self._base, bundle.adapter, name=name)
-        except Exception as error:
-            self._drop(name)
-            if isinstance(error, RatchetError):
-                raise
-            raise BaseModelError(f"v{bundle.version} cannot be loaded: {error}", remedy="ratchet retrain makes another; the log of the gateway has the whole message") from error
-        self._model.eval()
+        """Raises BaseModelError: it does not fit the model."""
+        self._loaded.add(bundle)
         self._bundles[bundle.version], self._chats[bundle.version] = bundle, chat
 
     def remove(self, version: int) -> None:
         """Rows of it that are under way, though none should be, are told so."""
         self._fail([row for row in self._rows if row.ask.version == version], ServiceError(f"v{version} was unloaded", remedy="come again: another version is in charge now"))
         del self._bundles[version], self._chats[version]
-        self._drop(_name(version))
-
-    def _drop(self, name: str) -> None:
-        adapters = getattr(self._model, "peft_config", {})
-        if name in adapters and len(adapters) > 1:
-            with quiet():
-                self._model.delete_adapter(name)
+        self._loaded.remove(version)
 
     # --- one round -----------------------------------------------------------------------------------------------------
 
@@ -140,17 +125,18 @@ class Decoder:
         """Token ids by this version's own template, and its settings. What cannot be is refused."""
         bundle, chat, ask = self._bundles[row.ask.version], self._chats[row.ask.version], row.ask
         row.queue_ms = (time.perf_counter() - row.since) * 1000
-        if (least := chat.at_least(ask.messages)) >= bundle.max_length:
-            row.tell(UserError(f"the prompt has over {least} tokens; the model takes {bundle.max_length} with the answer", remedy="shorten the messages"))
+        length = bundle.max_length - self._loaded.num_virtual(ask.version)
+        if (least := chat.at_least(ask.messages)) >= length:
+            row.tell(UserError(f"the prompt has over {least} tokens; the model takes {length} with the answer", remedy="shorten the messages"))
             return False
         try:
             row.prompt = chat.encode_prompt(ask.messages)
         except Exception as error:  # noqa: BLE001  (it is told to the one whose messages it comes from)
             row.tell(UserError(str(error) if isinstance(error, RatchetError) else f"the messages cannot be encoded: {error}"))
             return False
-        row.room = min(ask.max_tokens or bundle.generation.max_new_tokens, bundle.max_length - len(row.prompt))
+        row.room = min(ask.max_tokens or bundle.generation.max_new_tokens, length - len(row.prompt))
         if row.room < 1:
-            row.tell(UserError(f"the prompt has {len(row.prompt)} tokens; the model takes {bundle.max_length} with the answer", remedy="shorten the messages"))
+            row.tell(UserError(f"the prompt has {len(row.prompt)} tokens; the model takes {length} with the answer", remedy="shorten the messages"))
             return False
         row.transcript = Transcript(partial(_decode, chat), ask.stop)
         row.temperature = bundle.generation.temperature if ask.temperature is None else ask.temperature
@@ -160,23 +146,23 @@ class Decoder:
         return True
 
     def _prefill(self, rows: list[Row]) -> Joining:
-        """Their prompts, padded on the left, in forward passes of bounded size."""
-        from transformers import DynamicCache
-
+        """Their prompts, padded on the left, in forward passes of bounded size. Virtual tokens stand before the padding."""
         length = max(len(row.prompt) for row in rows)
-        device = self._model.device
+        device, version = self._loaded.device, rows[0].ask.version  # of virtual tokens a batch has one version's
         ids = torch.tensor([[0] * (length - len(row.prompt)) + row.prompt for row in rows], device=device)  # (batch, seq)
         mask = torch.tensor([[0] * (length - len(row.prompt)) + [1] * len(row.prompt) for row in rows], device=device)
-        positions = mask.cumsum(-1).sub(1).clamp(min=0)
-        cache, nll, logits = DynamicCache(), torch.zeros(len(rows), device=device), torch.empty(0)
+        virtual = self._loaded.num_virtual(version)
+        mask = pad(mask, (virtual, 0), value=1)
+        positions = mask.cumsum(-1).sub(1).clamp(min=0)[:, virtual:]
+        cache, nll, logits = self._loaded.new_cache(version, len(rows)), torch.zeros(len(rows), device=device), torch.empty(0)
         size = self._prefill_size(len(rows))
         for start in range(0, length, size):
             if start:
                 self._step_all()
             end = min(start + size, length)
-            logits = self._forward(rows, ids[:, start:end], mask[:, :end], positions[:, start:end], cache, whole=self._measure_prompts)
+            logits = self._forward(rows, ids[:, start:end], mask[:, : virtual + end], positions[:, start:end], cache, whole=self._measure_prompts)
             if self._measure_prompts:
-                nll += _nll(logits, ids[:, start + 1 : end + 1], mask[:, start:end])
+                nll += _nll(logits, ids[:, start + 1 : end + 1], mask[:, virtual + start : virtual + end])
         if self._measure_prompts:
             for row, total in zip(rows, nll.tolist(), strict=True):
                 row.prompt_nll = total / (len(row.prompt) - 1) if len(row.prompt) > 1 else None
@@ -186,7 +172,7 @@ class Decoder:
         """Positions in one pass."""
         size = PREFILL_TOKENS // num_rows
         if self._measure_prompts:
-            size = min(size, PREFILL_LOGITS // (num_rows * self._base.config.get_text_config().vocab_size))
+            size = min(size, PREFILL_LOGITS // (num_rows * self._loaded.vocab_size))
         return max(16, size)
 
     def _join(self, joining: Joining) -> None:
@@ -205,22 +191,14 @@ class Decoder:
 
     def _step(self) -> None:
         assert self._mask is not None
-        newest = torch.tensor([[row.newest] for row in self._rows], device=self._model.device)
+        newest = torch.tensor([[row.newest] for row in self._rows], device=self._loaded.device)
         positions = self._mask.sum(-1, keepdim=True)
         self._mask = torch.cat([self._mask, torch.ones_like(positions)], dim=1)
         logits = self._forward(self._rows, newest, self._mask, positions, self._cache, whole=False)
         self._extend(self._rows, logits[:, -1].float())
 
     def _forward(self, rows: list[Row], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool) -> Tensor:
-        """Logits (batch, seq or 1, vocab). Rows of one version take the plain way, which is faster than a mixed batch."""
-        names = [_name(row.ask.version) for row in rows]
-        settings: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
-        settings |= {} if whole else {"logits_to_keep": 1}
-        if len(set(names)) > 1:
-            return self._model(input_ids=ids, adapter_names=names, **settings).logits  # type: ignore[no-any-return]
-        if self._model.active_adapters != [names[0]]:
-            self._model.base_model.set_adapter(names[0], inference_mode=True)
-        return self._model(input_ids=ids, **settings).logits  # type: ignore[no-any-return]
+        return self._loaded.forward([row.ask.version for row in rows], ids, mask, positions, cache, whole=whole)
 
     def _leave(self, rows: list[Row]) -> None:
         """Take rows out, and the columns that only they needed."""
@@ -270,10 +248,6 @@ class Decoder:
         if ended:
             row.tell(Ended("stop" if stopped else "length", len(row.prompt), row.made, row.prompt_nll, row.nll / row.made, row.queue_ms))
         return ended
-
-
-def _name(version: int) -> str:
-    return f"v{version}"
 
 
 def _decode(chat: ChatFormat, ids: list[int]) -> str:

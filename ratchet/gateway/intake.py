@@ -1,4 +1,4 @@
-"""What an adapter must be before it may stand beside the champion's on one base. Reads files only: done while others are answered."""
+"""What a version must be before it may be served beside the champion. Reads files only: done while others are answered."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from typing import Any
 
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json
-from ratchet.models import MANIFEST, WEIGHTS
+from ratchet.methods import FAMILIES
+from ratchet.models import MANIFEST, is_full, weights_file
 from ratchet.serving import Bundle
 
 MAX_RANK = 512
-# What PEFT offers beyond plain LoRA changes the base under the other versions (biases, PiSSA and its like), or cannot share a batch (DoRA).
+# What PEFT offers beyond the methods that are trained here changes the base under the other versions (PiSSA and its like), or was never tried.
 MUST_BE_OFF = (
-    *("bias", "lora_bias", "use_dora", "use_qalora", "use_bdlora", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters"),
+    *("lora_bias", "use_qalora", "use_bdlora", "layer_replication", "trainable_token_indices", "target_parameters"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+    "prefix_projection",
 )
 OFF: tuple[Any, ...] = (None, False, "none", [], {})
 HARMLESS_STARTS = (True, False, "gaussian")  # of init_lora_weights; the weights are overwritten after it
 
 
 def check_adapter_fits(bundle: Bundle) -> None:
-    """Raises BaseModelError: another base, no plain LoRA, a rank over 512, weights that are not finite."""
+    """Raises BaseModelError: another base, a method that is not served, a rank over 512, weights that are not finite."""
     _check_base(bundle)
-    _check_config(bundle.adapter)
-    _check_weights(bundle.adapter / WEIGHTS)
+    if not is_full(bundle.adapter):
+        _check_config(bundle.adapter)
+    _check_weights(weights_file(bundle.adapter))
 
 
 def _check_base(bundle: Bundle) -> None:
@@ -40,17 +43,17 @@ def _check_base(bundle: Bundle) -> None:
 def _check_config(folder: Path) -> None:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+        ranks = [config["r"], *(config.get("rank_pattern") or {}).values()] if config.get("peft_type") == "LORA" else []
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise BaseModelError(f"adapter_config.json cannot be read: {error!r}", remedy="`ratchet retrain` makes another") from None
     if odd := [rank for rank in ranks if not isinstance(rank, int) or not 0 < rank <= MAX_RANK]:
         raise BaseModelError(f"the adapter's rank is {odd[0]!r}, wanted 1 to {MAX_RANK}", remedy="set `adapter.rank` and retrain")
     unlike = [key for key in MUST_BE_OFF if config.get(key) not in OFF]
-    unlike += [] if config.get("peft_type") == "LORA" else ["peft_type"]
+    unlike += [] if config.get("peft_type") in FAMILIES else ["peft_type"]
     unlike += [] if config.get("init_lora_weights", True) in HARMLESS_STARTS else ["init_lora_weights"]
     if unlike:
         said = ", ".join(f"{key} {config.get(key)!r}" for key in unlike)
-        raise BaseModelError(f"adapter_config.json asks for more than plain LoRA: {said}", remedy="only plain LoRA can share a base with other versions")
+        raise BaseModelError(f"adapter_config.json asks for more than `adapter.method` offers: {said}", remedy="only adapters that were trained here are served")
 
 
 def _check_weights(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The engine `local`: one base in memory, an adapter a version, requests of all versions decoded together.
+"""The engine `local`: one base in memory, an adapter a version, requests of all versions decoded together where their methods allow it.
 
 One thread owns the models. It works in rounds: take in what waits (forward passes over their prompts), then one token for
 everybody under way. Rows join and leave between rounds (continuous batching, Yu et al. 2022, OSDI); a row keeps the adapter that
@@ -27,6 +27,7 @@ from ratchet.errors import BusyError, RatchetError, ServiceError
 from ratchet.gateway.decoding import Decoder, Row
 from ratchet.gateway.engine import Ask, Ended, Piece, require_same
 from ratchet.gateway.intake import check_adapter_fits
+from ratchet.gateway.loaded import LoadedModel, batch_place, model_place
 from ratchet.models import load_tokenizer
 from ratchet.serving import Bundle
 
@@ -41,7 +42,8 @@ class LocalEngine:
         self._config = config
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: list[Row] = []  # the thread's own
-        self._decoders: dict[str, Decoder] = {}  # base folder and method → its model with all adapters on it
+        self._models: dict[str, LoadedModel] = {}  # by model_place
+        self._decoders: dict[str, Decoder] = {}  # by batch_place
         self._served: dict[int, Bundle] = {}
         self._pending = 0
         self._loading = asyncio.Lock()
@@ -93,12 +95,11 @@ class LocalEngine:
         if self._closed:
             raise ServiceError("the gateway stops", remedy="come again when it has started anew")
 
-    def _read(self, bundle: Bundle) -> tuple[ChatFormat, Decoder | None]:
-        """All that needs no model, and the base where none has it; in a thread of its own, beside the requests."""
+    def _read(self, bundle: Bundle) -> tuple[ChatFormat, LoadedModel | None]:
+        """All that needs no model, and the model where none has it; in a thread of its own, beside the requests."""
         check_adapter_fits(bundle)
         chat = ChatFormat(load_tokenizer(bundle.adapter))
-        here = _place(bundle) in self._decoders
-        return chat, None if here else Decoder(bundle.base, bundle.method, measure_prompts=self._config.gateway.prompt_nll)
+        return chat, None if model_place(bundle) in self._models else LoadedModel(bundle)
 
     async def _do(self, work: Callable[[], None]) -> None:
         """In the models' thread, between two rounds."""
@@ -136,9 +137,9 @@ class LocalEngine:
     def _round(self) -> None:
         self._waiting = [row for row in self._waiting if not row.cancelled]
         self._refuse([row for row in self._waiting if row.ask.version not in self._served], ServiceError("the version was unloaded", remedy="come again"))
-        for place, decoder in list(self._decoders.items()):
+        for decoder in list(self._decoders.values()):
             room = self._config.gateway.max_batch - sum(one.size for one in self._decoders.values())
-            joining = [row for row in self._waiting if _place(self._served[row.ask.version]) == place][:room]
+            joining = [row for row in self._waiting if row.ask.version in decoder.versions][:room]
             self._waiting = [row for row in self._waiting if row not in joining]
             try:
                 decoder.round(joining)
@@ -154,25 +155,24 @@ class LocalEngine:
         for row in rows:
             row.tell(error)
 
-    def _add(self, bundle: Bundle, chat: ChatFormat, made: Decoder | None) -> None:
-        decoder = made or self._decoders[_place(bundle)]
+    def _add(self, bundle: Bundle, chat: ChatFormat, made: LoadedModel | None) -> None:
+        model = made or self._models[model_place(bundle)]
+        decoder = self._decoders.get(batch_place(bundle)) or Decoder(model, measure_prompts=self._config.gateway.prompt_nll)
         decoder.add(bundle, chat)
-        self._decoders[_place(bundle)] = decoder
+        self._models[model_place(bundle)], self._decoders[batch_place(bundle)] = model, decoder
         self._served[bundle.version] = bundle
 
     def _remove(self, version: int) -> None:
-        """A base without versions goes as well."""
+        """A model without versions goes as well."""
         bundle = self._served.pop(version, None)
         if bundle is None:
             return
-        self._decoders[_place(bundle)].remove(version)
-        if not self._decoders[_place(bundle)].versions:
-            del self._decoders[_place(bundle)]
-
-
-def _place(bundle: Bundle) -> str:
-    """Versions of one place share a model."""
-    return f"{bundle.method} {bundle.base}"
+        place, decoder = batch_place(bundle), self._decoders[batch_place(bundle)]
+        decoder.remove(version)
+        if not decoder.versions:
+            del self._decoders[place]
+        if not self._models[model_place(bundle)].versions:
+            del self._models[model_place(bundle)]
 
 
 def _leave_a_core() -> None:

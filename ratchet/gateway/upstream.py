@@ -24,6 +24,8 @@ from ratchet.errors import BaseModelError, BusyError, ConfigError, ServiceError,
 from ratchet.files import read_json
 from ratchet.gateway.engine import Ask, Ended, Piece, require_same
 from ratchet.gateway.protocol import WholeAsk
+from ratchet.methods import read_kind
+from ratchet.models import is_full
 from ratchet.serving import Bundle
 
 KEY = "RATCHET_UPSTREAM_KEY"
@@ -95,6 +97,7 @@ class UpstreamEngine:
             require_same(known, bundle)
         self._control[bundle.version] = await asyncio.to_thread(_read_control_tokens, bundle.adapter)
         if self._loads:
+            await asyncio.to_thread(_check_loads, bundle)
             await self._load_adapter(bundle)
         else:
             await self._find_model(bundle)
@@ -196,6 +199,17 @@ class UpstreamEngine:
         """Status and text. Raises ServiceError."""
         response = await self._send(method, path, msgspec.json.encode(body) if body else None)
         return response.status, await _read_text(response)
+
+
+def _check_loads(bundle: Bundle) -> None:
+    """Raises BaseModelError: vLLM takes LoRA and rsLoRA at run time; what else stands in a folder it might take for one."""
+    if is_full(bundle.adapter) or (bundle.adapter / "adapter_config.json").exists():
+        kind = read_kind(bundle.adapter)
+        if not kind.mixes:
+            raise BaseModelError(
+                f"{_model(bundle)} is no plain LoRA ({kind.family}): an upstream cannot load it at run time",
+                remedy="serve it there under that name and set gateway.upstream_lora to false, or set gateway.engine to local",
+            )
 
 
 def _read_control_tokens(adapter: Path) -> re.Pattern[str]:
