@@ -80,6 +80,8 @@ class Checkpoints:
 
     def newest(self, restore_curve: Callable[[list[dict[str, Any]]], None]) -> Saved | None:
         """The one of the highest step that is whole and of the same training; others are passed over, and that is said."""
+        for half in self._folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
+            shutil.rmtree(half, ignore_errors=True)
         for step, folder in self._steps():
             try:
                 if fault := self._fault(folder, step):

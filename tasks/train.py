@@ -17,7 +17,7 @@ import resource
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ratchet.config import Config
 from ratchet.errors import BaseModelError
@@ -28,12 +28,17 @@ from ratchet.packing import IGNORED, read_windows
 from ratchet.stage import run_stage, say
 from ratchet.tracking import History, LiveCopy, code_sha256, read_history
 
+if TYPE_CHECKING:
+    from ratchet.checkpoints import Checkpoints
+
 ROOM = 200 * 2**20  # bytes that are free before anything is loaded
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, config: Config) -> dict[str, Any]:
     """Returns the figures of the run. Raises DivergenceError, DiskSpaceError, BaseModelError; nothing is left half-written."""
+    from ratchet.checkpoints import Checkpoints
+
     require_space(out.parent, ROOM, "the candidate")
     start = _start_from(incumbent, config)
     inputs = _inputs(tokens, base, incumbent, start, config)
@@ -44,16 +49,18 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
         copy = LiveCopy(history.path, config.project.name, run_key, {"mlflow.runName": f"train-{run_key[:8]}", "ratchet.state": "training"})
         if "MLFLOW_TRACKING_URI" in os.environ:
             copy.start()
-        figures = _optimise(tokens, base, incumbent if start else None, out, config, history, {"run_key": run_key, "inputs": inputs, "batches": _batches(tokens, incumbent)})
+        checkpoints = Checkpoints(_home(), run_key, {**inputs, **_machine()}, minutes=config.train.checkpoint_minutes, curve=lambda: read_history(history.path))
+        facts = {"run_key": run_key, "inputs": inputs, "batches": _batches(tokens, incumbent)}
+        figures = _optimise(tokens, base, incumbent if start else None, out, config, history, checkpoints, facts)
         figures["run_key"], figures["rows"] = run_key, profile["train"]
         write_json(report_folder / "figures.json", figures)
         delivered = "MLFLOW_TRACKING_URI" in os.environ and copy.finish()
+    checkpoints.forget()
     say(f"train: curve {'delivered to MLflow' if delivered else 'kept locally; the flow delivers it'}")
     return figures
 
 
-def _optimise(tokens: Path, base: Path, start: Path | None, out: Path, config: Config, history: History, facts: dict[str, Any]) -> dict[str, Any]:
-    from ratchet.checkpoints import Checkpoints
+def _optimise(tokens: Path, base: Path, start: Path | None, out: Path, config: Config, history: History, checkpoints: Checkpoints, facts: dict[str, Any]) -> dict[str, Any]:
     from ratchet.training import fit
 
     method = config.adapter.method
@@ -66,7 +73,6 @@ def _optimise(tokens: Path, base: Path, start: Path | None, out: Path, config: C
     require_space(out.parent, ROOM + sum(weight.numel() * weight.element_size() for weight in weights), "the candidate")
     trainable = sum(weight.numel() for weight in weights)
     say(f"train: {method} of {trainable:,} weights from {'the champion' if start else 'the base'}, {schedule.steps} steps, {precision(method)[0]} ({precision(method)[1]})")
-    checkpoints = Checkpoints(_home(), facts["run_key"], {**facts["inputs"], **_machine()}, minutes=config.train.checkpoint_minutes, curve=lambda: read_history(history.path))
     saved = checkpoints.newest(history.restore)
     if saved:
         say(f"train: goes on from the checkpoint of step {saved.step} of {schedule.steps}")
@@ -91,7 +97,6 @@ def _optimise(tokens: Path, base: Path, start: Path | None, out: Path, config: C
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     _save(model, tokenizer, base, out, config, facts)
-    checkpoints.forget()
     best = math.nan if outcome.best_validation_loss is None else outcome.best_validation_loss
     say(f"train: {outcome.steps} steps in {outcome.seconds:.0f} s, best validation loss {best:.4f} at step {outcome.best_step}")
     return figures

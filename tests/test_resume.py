@@ -206,6 +206,12 @@ def test_so_it_is_with_other_optimizers_and_with_noise(tmp_path: Path, made: Mad
     same(kill_and_go_on(tmp_path, made, CONFIGS["lora"], 8, **settings), made.whole(CONFIGS["lora"], **settings))
 
 
+@pytest.mark.parametrize("die_at", [5, 6])
+def test_so_it_is_where_the_last_step_of_an_epoch_is_a_short_one(tmp_path: Path, made: Made, die_at: int) -> None:
+    """Ten batches, three to a step: an epoch has four steps, and a kill comes in the first or the second one of the next."""
+    same(kill_and_go_on(tmp_path, made, CONFIGS["lora"], die_at, accumulate=3), made.whole(CONFIGS["lora"], accumulate=3))
+
+
 def test_the_best_weights_and_the_patience_survive(tmp_path: Path, made: Made) -> None:
     """A learning rate at which the validation loss soon rises: the best step lies before the kill."""
     settings = {"learning_rate": 0.3, "kind": "constant", "evaluations": 12, "patience": 4}
@@ -287,6 +293,12 @@ def test_a_training_goes_on_from_the_one_before_a_broken_one(home: Path, made: M
     found = made.go(CONFIGS["lora"], checkpoints(home, curve), curve)
     assert found[3] == 6
     same(found, made.whole(CONFIGS["lora"]))
+
+
+def test_what_a_kill_left_half_written_is_removed(home: Path) -> None:
+    (half := home / FOLDER / "key/.step-00000008.123.tmp").mkdir()
+    (half / TENSORS).write_bytes(b"half")
+    assert newest(home) == 7 and not half.exists()
 
 
 def test_another_training_does_not_go_on_from_it_and_says_what_differs(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
