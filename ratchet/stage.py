@@ -34,5 +34,9 @@ def run_stage(doc: str | None, paths: Sequence[str], work: Callable[[Config, arg
 
 
 def say(line: str, *, error: bool = False) -> None:
-    """One line of progress; the flow streams it into Prefect's log."""
-    print(line, file=sys.stderr if error else sys.stdout, flush=True)
+    """One line of progress; the flow streams it into Prefect's log. When whoever read is gone, the work is not: a training still writes its checkpoint."""
+    out = sys.stderr if error else sys.stdout
+    try:
+        print(line, file=out, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())

@@ -141,7 +141,7 @@ def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
 def _stream(command: list[str], workspace: Workspace, say: Say) -> tuple[list[str], int]:
     """Lines and exit code of a command. A signal to us ends its whole process group: DVC does not pass one on to the stage."""
     lines: list[str] = []
-    environment = {**child_environment(), "RATCHET_ROOT": str(workspace.root)}  # where a training's checkpoints outlive the workspace
+    environment = {**child_environment(), "RATCHET_ROOT": str(workspace.root.resolve())}  # where a training's checkpoints outlive the workspace
     with subprocess.Popen(
         command, cwd=workspace.path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     ) as process:

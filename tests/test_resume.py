@@ -372,6 +372,16 @@ def test_a_training_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on_later(
     same(found, made.whole(CONFIGS["lora"]))
 
 
+def test_a_line_that_nobody_reads_ends_no_training() -> None:
+    """A flow that is stopped closes the pipe and passes the signal on at the same moment."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    program = "from ratchet.stage import say; say('one'); say('two'); raise SystemExit(143)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (143, "")
+
+
 # --- the command itself, which began when the first test of this file did -----------------------------------------------
 
 
