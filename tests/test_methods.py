@@ -276,6 +276,15 @@ def test_an_upstream_is_not_asked_to_load_what_it_cannot(name: str, trained: Tra
         asyncio.run(engine.load(bundle(1, trained(name), trained.base)))
 
 
+@pytest.mark.parametrize("name", ["lora", "dora", "rslora", "ia3", "modules"])
+def test_what_can_be_merged_computes_the_same_merged(name: str, trained: Trained) -> None:
+    ids, model = torch.arange(5, 60)[None], load_trained(trained.base, trained.other(name)).eval()
+    with torch.no_grad():
+        apart = model(ids).logits
+        merged = model.merge_and_unload().eval()(ids).logits
+    torch.testing.assert_close(merged, apart, rtol=1e-4, atol=1e-4)
+
+
 # --- from the champion -----------------------------------------------------------------------------------------------
 
 
