@@ -268,7 +268,8 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock) -> None:
     from ratchet.chat import Encoded
     from ratchet.config import AdapterConfig, Config
     from ratchet.files import read_json
-    from ratchet.models import MANIFEST, add_adapter, load_base, prepare_quantised
+    from ratchet.methods import add_adapter, prepare_quantised
+    from ratchet.models import MANIFEST, load_base
     from ratchet.packing import IGNORED, pack
     from ratchet.training import Schedule, fit
 
