@@ -26,17 +26,22 @@ from tasks.tokenize import tokenize
 from tasks.train import train
 
 PACKAGES = ["email", "logging", "importlib", "http"]  # 436 rows with Python 3.11
-HUB_CACHE = tempfile.mkdtemp(prefix="ratchet-hub-")
+HUB_CACHE, HOME = tempfile.mkdtemp(prefix="ratchet-hub-"), tempfile.mkdtemp(prefix="ratchet-home-")
 
 
 def pytest_configure() -> None:
-    """Before any library is imported, since they read these once: no network, a hub's cache of our own, one thread (two gain nothing at width 32)."""
+    """Before any library is imported, since they read these once: no network, a hub's cache of our own, one thread (two gain nothing at width 32).
+
+    And a home of our own: a training that succeeds removes the checkpoints of its home, which must not be a developer's checkout.
+    """
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_CACHE=HUB_CACHE, HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ["RATCHET_ROOT"] = HOME
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(HUB_CACHE, ignore_errors=True)
+    for folder in (HUB_CACHE, HOME):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
