@@ -6,8 +6,9 @@ Stages read the file only: DVC tracks params.yaml and would not see an override 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -18,6 +19,13 @@ from ratchet.errors import ConfigError
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+Metric = Literal[
+    "exact_match", "token_f1", "rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "accuracy", "macro_f1", "json_valid", "regex_match", "numeric_match", "refusal", "length"
+]
+# Columns of a table of scores that no metric of one's own may have the name of.
+TAKEN = frozenset(
+    {*get_args(Metric), "id", "batch", "kind", "model", "question", "reference", "answer", "answer_nll", "answer_tokens", "prompt_nll", "region", "rows", "perplexity"}
+)
 
 
 class Section(BaseModel):
@@ -291,12 +299,41 @@ class EvaluateConfig(Section):
     max_new_tokens: Count = Field(default=32, description="longest generated answer, in tokens")
     batch_size: Count = Field(default=64, description="rows in one forward pass")
     simple_baseline: bool = Field(default=True, description="score TF-IDF with logistic regression or the nearest neighbour beside the models")
+    metrics: list[Metric] = Field(
+        default=["exact_match", "token_f1", "rouge_l", "chrf", "macro_f1"],
+        description="scores that are computed (exact_match and answer_nll always are); `macro_f1` where answers are labels, `length` in words, `regex_match` against `evaluate.pattern`",
+    )
+    pattern: str = Field(default="", description="regular expression that a whole answer has to match, for `regex_match`")
+    custom: list[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*:[A-Za-z_]\w*$")]] = Field(
+        default=[], description="your own metrics, as `module:function` of a file in `metrics/`: (prediction, reference, example_meta) to a number from 0 to 1"
+    )
+
+    @property
+    def row_scores(self) -> list[str]:
+        """Columns of scores a row of which higher, or for some lower, is better: what a gate can compare."""
+        listed = [name for name in self.metrics if name not in ("macro_f1", "length")]
+        return [*dict.fromkeys(["exact_match", "answer_nll", *listed, *(name.partition(":")[2] for name in self.custom)])]
+
+    @model_validator(mode="after")
+    def _computable(self) -> EvaluateConfig:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"evaluate.pattern is no regular expression: {error}") from None
+        if "regex_match" in self.metrics and not self.pattern:
+            raise ValueError("evaluate.metrics lists regex_match, which needs evaluate.pattern")
+        names = [name.partition(":")[2] for name in self.custom]
+        if taken := sorted({name for name in names if names.count(name) > 1 or name in TAKEN}):
+            raise ValueError(f"evaluate.custom names {', '.join(taken)}, a name that is taken; give the function another one")
+        return self
 
 
 class GateConfig(Section):
     """When a candidate may take the champion's place."""
 
-    metric: Literal["exact_match", "token_f1", "rouge_l", "chrf", "answer_nll"] = Field(default="exact_match", description="the success metric, a score a row")
+    metric: str = Field(
+        default="exact_match", description="the success metric, a score a row: `answer_nll`, one of `evaluate.metrics` but macro_f1 and length, or the function of one of your own"
+    )
     min_gain: float = Field(default=0.0, description="gain that the lower confidence bound has to exceed, in the metric's unit (`answer_nll`: nats a token, a fall counts as gain)")
     alpha: float = Field(default=0.01, gt=0, lt=0.5, description="one-sided error of the success metric's bounds")
     guardrail_alpha: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided error of the guardrails' bounds")
@@ -446,6 +483,12 @@ class Config(Section):
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     services: ServicesConfig = Field(default_factory=ServicesConfig)
+
+    @model_validator(mode="after")
+    def _gated_on_what_is_computed(self) -> Config:
+        if self.gate.metric not in self.evaluate.row_scores:
+            raise ValueError(f"gate.metric is {self.gate.metric}; the scores a row are {', '.join(self.evaluate.row_scores)} (evaluate.metrics, evaluate.custom)")
+        return self
 
 
 def load_config(path: Path) -> Config:

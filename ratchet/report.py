@@ -5,7 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 MODELS = ("candidate", "champion", "base", "simple")
-METRICS = (("exact_match", "exact match"), ("token_f1", "token F1"), ("rouge_l", "ROUGE-L"), ("chrf", "chrF"), ("answer_nll", "answer NLL (nats a token)"))
+LABELS = {
+    "exact_match": "exact match",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1 over labels",
+    "token_f1": "token F1",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "json_valid": "valid JSON",
+    "regex_match": "fits the pattern",
+    "numeric_match": "same number",
+    "refusal": "refusals (less is better)",
+    "length": "length (words)",
+    "answer_nll": "answer NLL (nats a token)",
+}
 VERDICTS = {"promote": "✅ promote", "reject": "❌ reject", "uncertain": "❔ uncertain: the champion stays"}
 
 
@@ -58,11 +74,18 @@ def table(part: dict[str, Any]) -> list[str]:
     """One column a model; the 95 % interval in brackets."""
     models = [model for model in MODELS if model in part]
     lines = [f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}"]
-    for key, label in METRICS:
-        lines.append(f"| {label} | {' | '.join(_cell(part[model].get(key)) for model in models)} |")
+    for key in metrics_of(part):
+        lines.append(f"| {LABELS.get(key, key)} | {' | '.join(_cell(part[model].get(key)) for model in models)} |")
     perplexities = [f"{part[model]['perplexity']:.2f}" if "perplexity" in part[model] else "" for model in models]
     lines.append(f"| perplexity | {' | '.join(perplexities)} |")
     return [*lines, f"| rows | {' | '.join(str(part[model]['rows']) for model in models)} |"]
+
+
+def metrics_of(part: dict[str, Any]) -> list[str]:
+    """Those that any model has in this slice: ours in their order, then the user's own, the NLL last."""
+    found = {key for summary in part.values() for key, value in summary.items() if isinstance(value, dict)}
+    own = sorted(found - set(LABELS))
+    return [*(key for key in LABELS if key in found and key != "answer_nll"), *own, *(["answer_nll"] if "answer_nll" in found else [])]
 
 
 def _slice_table(slices: dict[str, Any]) -> list[str]:

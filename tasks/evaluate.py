@@ -1,6 +1,6 @@
 """Candidate, champion and untouched base on the same rows, in one process: a score a row for each of them.
 
-    python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent --candidate models/candidate --region data/region.json --out reports/evaluation
+    python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent --candidate models/candidate --region data/region.json --own metrics --out reports/evaluation
 
 Writes scores.parquet (one line a row and model) and metrics.json (means with 95 % intervals a slice). Rows are the test
 split and the golden set; slices are `test`, `golden`, each batch, each kind, and each topic that drifted last (`region:`), so
@@ -21,11 +21,13 @@ import pandas as pd
 
 from ratchet.chat import ChatFormat, Encoded
 from ratchet.config import Config, EvaluateConfig
+from ratchet.custom import Custom, custom_score, load_custom
 from ratchet.errors import BaseModelError, DataError
 from ratchet.examples import Example, read_examples
 from ratchet.files import read_json, whole_folder, write_json
 from ratchet.inference import Likelihood, answer_likelihoods, greedy_answers
-from ratchet.metrics import ROW_METRICS
+from ratchet.labels import are_labels, macro_f1
+from ratchet.metrics import row_metrics
 from ratchet.models import MANIFEST, load_adapter, load_base, load_tokenizer, quiet
 from ratchet.regions import mark, parts, read_region
 from ratchet.simple import simple_answers
@@ -33,24 +35,27 @@ from ratchet.stage import run_stage, say
 from ratchet.statistics import bootstrap_mean, wilson
 
 SEEN_SHARE = 0.02
-COLUMNS = ("exact_match", "token_f1", "rouge_l", "chrf", "answer_nll")
+OWN = Path("metrics")
 
 
-def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: Path, config: Config, region: Path | None = None) -> dict[str, Any]:
-    """Returns the metrics. Raises DataError: no test rows, or test rows that the base was trained on."""
+def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: Path, config: Config, region: Path | None = None, own: Path = OWN) -> dict[str, Any]:
+    """Returns the metrics. Raises DataError: no test rows, or test rows that the base was trained on, or a metric of the user's own that fails."""
+    custom = load_custom(config.evaluate.custom, own)
     rows = _rows(prepared)
     rows = _unseen(rows, base)
     fitting, too_long = _split_by_fit(rows, base, config)
     if not fitting:
         raise DataError("no test row fits into the model's context", remedy="raise `tokenize.max_length`, or shorten the rows")
     champion = read_json(incumbent / MANIFEST)["version"]
-    scores = _score_all(fitting, base, incumbent if champion is not None else None, candidate, config)
+    for name, metric in custom.items():  # a fault of it shows before minutes of answers
+        custom_score(name, metric, fitting[0].answer, fitting[0])
+    tables = _score_all(fitting, base, incumbent if champion is not None else None, candidate, config)
     if config.evaluate.simple_baseline:
         train = list(read_examples(prepared / "train.jsonl"))
-        scores.append(_frame(fitting, "simple", simple_answers(train, fitting), []))
-    table = pd.concat(scores, ignore_index=True)
+        tables.append(_frame(fitting, "simple", simple_answers(train, fitting), []))
+    table = add_scores(pd.concat(tables, ignore_index=True), fitting, config.evaluate, custom)
     table["region"] = mark(list(table.question), read_region(region).topics if region else [])
-    metrics = {"rows": len(fitting), "too_long": too_long, "champion": champion, "slices": summarise(table)}
+    metrics = {"rows": len(fitting), "too_long": too_long, "champion": champion, "slices": summarise(table, config.evaluate)}
     with whole_folder(out) as folder:
         table.to_parquet(folder / "scores.parquet", index=False)
         write_json(folder / "metrics.json", metrics)
@@ -140,14 +145,23 @@ def _frame(rows: list[Example], model: str, answers: list[str], likelihoods: lis
         "answer_tokens": [found.tokens for found in likelihoods] or 0,
         "prompt_nll": [found.prompt_nll / max(1, found.prompt_tokens) for found in likelihoods] or math.nan,
     }
-    for name, metric in ROW_METRICS.items():
-        columns[name] = [metric(answer, row.answer) for answer, row in zip(answers, rows, strict=True)]
     return pd.DataFrame(columns)
 
 
-def summarise(table: pd.DataFrame) -> dict[str, Any]:
+def add_scores(table: pd.DataFrame, rows: list[Example], config: EvaluateConfig, custom: dict[str, Custom]) -> pd.DataFrame:
+    """A column a metric."""
+    pairs = list(zip(table.answer, table.reference, strict=True))
+    scores = {name: [metric(answer, reference) for answer, reference in pairs] for name, metric in row_metrics(config).items()}
+    of = {row.id: row for row in rows}
+    scores |= {name: [custom_score(name, metric, answer, of[id]) for answer, id in zip(table.answer, table.id, strict=True)] for name, metric in custom.items()}
+    return table.assign(**scores)
+
+
+def summarise(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, Any]:
     """slice → model → {rows, perplexity, metric: {mean, low, high}}; the interval holds 95 %."""
-    return {name: {str(model): _summary(rows) for model, rows in part.groupby("model")} for name, part in slices(table).items()}
+    columns = [*config.row_scores, *(["length"] if "length" in config.metrics else [])]
+    labelled = "macro_f1" in config.metrics and are_labels(list(table.reference[table.model == "candidate"]))
+    return {name: {str(model): _summary(rows, columns, labelled and name in ("test", "golden")) for model, rows in part.groupby("model")} for name, part in slices(table).items()}
 
 
 def slices(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -159,20 +173,22 @@ def slices(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {name: part for name, part in found.items() if len(part)}
 
 
-def _summary(rows: pd.DataFrame) -> dict[str, Any]:
+def _summary(rows: pd.DataFrame, columns: list[str], labelled: bool) -> dict[str, Any]:
     summary: dict[str, Any] = {"rows": len(rows)}
-    for name in COLUMNS:
+    for name in columns:
         values = rows[name].to_numpy(dtype=np.float64)
         if np.isfinite(values).all():
             is_share = bool(np.isin(values, (0.0, 1.0)).all())
             summary[name] = (wilson(values, alpha=0.025) if is_share else bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0))._asdict()
+    if labelled:
+        summary["macro_f1"] = macro_f1(list(rows.answer), list(rows.reference), alpha=0.025, resamples=1000, seed=0)._asdict()
     if "answer_nll" in summary:
         summary["perplexity"] = math.exp(min(700.0, float((rows.answer_nll * rows.answer_tokens).sum() / rows.answer_tokens.sum())))
     return summary
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    metrics = evaluate(arguments.prepared, arguments.base, arguments.incumbent, arguments.candidate, arguments.out, config, arguments.region)
+    metrics = evaluate(arguments.prepared, arguments.base, arguments.incumbent, arguments.candidate, arguments.out, config, arguments.region, arguments.own)
     for model, summary in metrics["slices"]["test"].items():
         say(
             f"evaluate: {model:9} exact match {summary['exact_match']['mean']:.3f} [{summary['exact_match']['low']:.3f}, {summary['exact_match']['high']:.3f}] on {summary['rows']} test rows"
@@ -180,4 +196,4 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, ["prepared", "base", "incumbent", "candidate", "region", "out"], _main)
+    run_stage(__doc__, ["prepared", "base", "incumbent", "candidate", "region", "own", "out"], _main)

@@ -104,6 +104,8 @@ def _region(name: str, rows: pd.DataFrame, rival: str, config: GateConfig) -> di
 
 def paired_gains(rows: pd.DataFrame, rival: str, metric: str) -> Values:
     """Candidate minus rival by row, in the ids' order, positive when the candidate is better. Raises RatchetError when the pairs are not whole."""
+    if metric not in rows:
+        raise RatchetError(f"the evaluation has no scores named {metric}", remedy="add it to `evaluate.metrics` or `evaluate.custom`, then dvc repro evaluate")
     sides = {name: rows[rows.model == name].set_index("id")[metric].sort_index() for name in ("candidate", rival)}
     for name, values in sides.items():
         if values.index.has_duplicates or not np.isfinite(values.to_numpy(dtype=np.float64)).all():

@@ -217,6 +217,29 @@ def test_rows_that_are_too_long_are_counted_and_left_out_for_everybody(tmp_path,
     assert metrics["rows"] == sum(length <= 40 for length in lengths) == metrics["slices"]["test"]["simple"]["rows"]
 
 
+def test_a_metric_of_ones_own_is_scored_for_every_model(tmp_path, prepared, tiny_base, nobody, candidate, tiny_config):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/mine.py").write_text("def starts_alike(prediction, reference, example_meta):\n    return prediction[:1] == reference[:1] and example_meta['batch'] != ''\n")
+    settings = {"custom": ["mine:starts_alike"], "metrics": ["length", "macro_f1", "bleu"]}
+    config = tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update=settings)})
+    metrics = evaluate(prepared, tiny_base, nobody, candidate, tmp_path / "out", config, own=tmp_path / "own")
+    table = pd.read_parquet(tmp_path / "out/scores.parquet")
+    assert table.starts_alike.tolist() == [float(answer[:1] == reference[:1]) for answer, reference in zip(table.answer, table.reference, strict=True)]
+    for model, figures in metrics["slices"]["test"].items():
+        assert figures["starts_alike"]["mean"] == pytest.approx(table.starts_alike[table.model == model].mean())
+        assert {"length", "bleu", "exact_match"} <= set(figures)
+        assert "chrf" not in figures
+        assert 0.0 <= figures["macro_f1"]["mean"] <= 1.0  # the answers are modules' names: labels
+
+
+def test_a_metric_that_fails_stops_before_any_model_answers(tmp_path, prepared, tiny_base, nobody, tiny_config):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/mine.py").write_text("def fails(prediction, reference, example_meta):\n    return example_meta['nothing']\n")
+    config = tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update={"custom": ["mine:fails"]})})
+    with pytest.raises(DataError, match=r"the metric fails failed on row [0-9a-f]{32}: KeyError: 'nothing'"):
+        evaluate(prepared, tiny_base, nobody, tmp_path / "no candidate was needed", tmp_path / "out", config, own=tmp_path / "own")
+
+
 # --- what stops an evaluation ----------------------------------------------------------------------------------------
 
 

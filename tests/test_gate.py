@@ -265,6 +265,11 @@ def test_an_evaluation_that_is_not_whole_gives_no_verdict(bench, fault):
     assert not (bench.folder / "gate.json").exists()
 
 
+def test_a_metric_that_the_evaluation_lacks_gives_no_verdict(bench):
+    with pytest.raises(RatchetError, match=r"(?s)no scores named legal_term_recall.*evaluate\.custom"):
+        bench.judge(scores(BETTER), metric="legal_term_recall")
+
+
 @pytest.mark.parametrize(("incumbent", "evaluated"), [(7, 6), (7, None), (None, 7)])
 def test_an_evaluation_against_another_champion_gives_no_verdict(bench, incumbent, evaluated):
     bench.incumbent(incumbent, [], evaluated=evaluated)
