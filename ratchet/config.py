@@ -307,6 +307,10 @@ class EvaluateConfig(Section):
     custom: list[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*:[A-Za-z_]\w*$")]] = Field(
         default=[], description="your own metrics, as `module:function` of a file in `metrics/`: (prediction, reference, example_meta) to a number from 0 to 1"
     )
+    slices: list[str] = Field(
+        default=[], description="meta fields whose values are slices, beside kind, source and length: each is shown, and none may get worse (`gate.slice_margin`)"
+    )
+    length_bounds: list[Count] = Field(default=[20, 100], description="words of the question at which a new slice by length begins, rising; empty: no such slices")
 
     @property
     def row_scores(self) -> list[str]:
@@ -322,6 +326,8 @@ class EvaluateConfig(Section):
             raise ValueError(f"evaluate.pattern is no regular expression: {error}") from None
         if "regex_match" in self.metrics and not self.pattern:
             raise ValueError("evaluate.metrics lists regex_match, which needs evaluate.pattern")
+        if self.length_bounds != sorted(set(self.length_bounds)):
+            raise ValueError(f"evaluate.length_bounds is {self.length_bounds}; wanted rising numbers, such as [20, 100]")
         names = [name.partition(":")[2] for name in self.custom]
         if taken := sorted({name for name in names if names.count(name) > 1 or name in TAKEN}):
             raise ValueError(f"evaluate.custom names {', '.join(taken)}, a name that is taken; give the function another one")
@@ -341,7 +347,8 @@ class GateConfig(Section):
     golden_margin: float = Field(default=0.08, ge=0, description="loss on the golden set that is still taken as no loss, in the metric's unit")
     past_margin: float = Field(default=0.05, ge=0, description="the same for the test rows of each batch that the champion has seen")
     nll_margin: float = Field(default=0.5, ge=0, description="the same for the answer's NLL on the test split, in nats a token")
-    min_slice_rows: Count = Field(default=50, description="rows under which a past batch gets no guardrail by itself (its rows still count in `past`)")
+    min_slice_rows: Count = Field(default=50, description="rows under which a past batch or a slice gets no guardrail by itself (a batch's rows still count in `past`)")
+    slice_margin: float = Field(default=0.1, ge=0, description="loss in a slice, in the metric's unit; one that is certainly larger rejects (Holm's correction over all slices)")
     resamples: int = Field(default=4000, ge=200, description="bootstrap resamples")
     seed: int = Field(default=5, ge=0, description="seed of the resampling")
 

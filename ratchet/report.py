@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 MODELS = ("candidate", "champion", "base", "simple")
@@ -34,6 +35,7 @@ def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[st
     for name in ("test", "golden"):
         if name in metrics["slices"]:
             lines += ["", f"### {name.capitalize()} rows", "", *table(metrics["slices"][name])]
+    lines += _gain_table(decision.get("slices", []))
     slices = {name.partition(":")[2]: part for name, part in metrics["slices"].items() if name.startswith("batch:")}
     lines += ["", "### Exact match by batch", "", *_slice_table(slices), "", "### Where it comes from", ""]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
@@ -79,6 +81,19 @@ def table(part: dict[str, Any]) -> list[str]:
     perplexities = [f"{part[model]['perplexity']:.2f}" if "perplexity" in part[model] else "" for model in models]
     lines.append(f"| perplexity | {' | '.join(perplexities)} |")
     return [*lines, f"| rows | {' | '.join(str(part[model]['rows']) for model in models)} |"]
+
+
+def _gain_table(slices: list[dict[str, Any]]) -> list[str]:
+    """Candidate against rival by slice, the lowest first."""
+    if not slices:
+        return []
+    lines = ["", "### Gain by slice", "", f"| slice | rows | gain in {slices[0]['metric']} | |", "|---|---|---|---|"]
+    return [*lines, *(f"| {_plain(one['name'])} | {one['rows']} | {one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}] | {mark(one['result'])} |" for one in slices)]
+
+
+def _plain(text: str) -> str:
+    """A value of somebody's data as a cell: it opens no column and no markup."""
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def metrics_of(part: dict[str, Any]) -> list[str]:

@@ -3,8 +3,8 @@
     python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent --candidate models/candidate --region data/region.json --own metrics --out reports/evaluation
 
 Writes scores.parquet (one line a row and model) and metrics.json (means with 95 % intervals a slice). Rows are the test
-split and the golden set; slices are `test`, `golden`, each batch, each kind, and each topic that drifted last (`region:`), so
-that a retraining can tell whether it cured what it was started for. Beside the models stands a simple baseline, so that
+split and the golden set; slices are `test`, `golden`, each batch, each kind, source, length and value of `evaluate.slices`, and each topic that drifted last
+(`region:`), so that a retraining can tell whether it cured what it was started for. Beside the models stands a simple baseline, so that
 nobody fools himself.
 """
 
@@ -31,10 +31,12 @@ from ratchet.metrics import row_metrics
 from ratchet.models import MANIFEST, load_adapter, load_base, load_tokenizer, quiet
 from ratchet.regions import mark, parts, read_region
 from ratchet.simple import simple_answers
+from ratchet.slices import groups, slice_columns
 from ratchet.stage import run_stage, say
-from ratchet.statistics import bootstrap_mean, wilson
+from ratchet.statistics import bootstrap_means, wilson
 
 SEEN_SHARE = 0.02
+MIN_SLICE = 20  # rows under which a value of a field is no slice of its own; fields such as an id would make thousands
 OWN = Path("metrics")
 
 
@@ -52,10 +54,11 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
     tables = _score_all(fitting, base, incumbent if champion is not None else None, candidate, config)
     if config.evaluate.simple_baseline:
         train = list(read_examples(prepared / "train.jsonl"))
-        tables.append(_frame(fitting, "simple", simple_answers(train, fitting), []))
+        tables.append(_frame(fitting, "simple", simple_answers(train, fitting), [], config.evaluate))
     table = add_scores(pd.concat(tables, ignore_index=True), fitting, config.evaluate, custom)
     table["region"] = mark(list(table.question), read_region(region).topics if region else [])
-    metrics = {"rows": len(fitting), "too_long": too_long, "champion": champion, "slices": summarise(table, config.evaluate)}
+    adapter = read_json(candidate / MANIFEST).get("adapter_sha256")
+    metrics = {"rows": len(fitting), "too_long": too_long, "champion": champion, "candidate": adapter, "slices": summarise(table, config.evaluate)}
     with whole_folder(out) as folder:
         table.to_parquet(folder / "scores.parquet", index=False)
         write_json(folder / "metrics.json", metrics)
@@ -122,7 +125,7 @@ def _score(model: Any, chat: ChatFormat, rows: list[Example], name: str, config:
     if broken := sum(not math.isfinite(found.nll) for found in likelihoods):
         raise BaseModelError(f"{name}: the likelihood of {broken} of {len(rows)} answers is not finite", remedy="its weights are broken: train again")
     say(f"evaluate: {name} on {len(rows)} rows in {time.perf_counter() - started:.0f} s")
-    return _frame(rows, name, answers, likelihoods)
+    return _frame(rows, name, answers, likelihoods, config)
 
 
 def _with_answer(chat: ChatFormat, row: Example, prompt: list[int]) -> Encoded:
@@ -131,7 +134,7 @@ def _with_answer(chat: ChatFormat, row: Example, prompt: list[int]) -> Encoded:
     return Encoded(ids, [position >= len(prompt) for position in range(len(ids))])
 
 
-def _frame(rows: list[Example], model: str, answers: list[str], likelihoods: list[Likelihood]) -> pd.DataFrame:
+def _frame(rows: list[Example], model: str, answers: list[str], likelihoods: list[Likelihood], config: EvaluateConfig) -> pd.DataFrame:
     """`likelihoods` is empty for what has none."""
     columns: dict[str, Any] = {
         "id": [row.id for row in rows],
@@ -145,7 +148,7 @@ def _frame(rows: list[Example], model: str, answers: list[str], likelihoods: lis
         "answer_tokens": [found.tokens for found in likelihoods] or 0,
         "prompt_nll": [found.prompt_nll / max(1, found.prompt_tokens) for found in likelihoods] or math.nan,
     }
-    return pd.DataFrame(columns)
+    return pd.DataFrame(columns | slice_columns(rows, config))
 
 
 def add_scores(table: pd.DataFrame, rows: list[Example], config: EvaluateConfig, custom: dict[str, Custom]) -> pd.DataFrame:
@@ -169,17 +172,20 @@ def slices(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     found = {"test": test, "golden": table[table.batch == "golden"]}
     found |= {f"batch:{batch}": part for batch, part in test.groupby("batch")}
     found |= {f"kind:{kind}": part for kind, part in test.groupby("kind") if kind}
+    found |= {name: part for name, part in groups(test, least=MIN_SLICE).items() if name not in found}
     found |= {f"region:{region}": rows for region, rows in parts(test).items()}
     return {name: part for name, part in found.items() if len(part)}
 
 
 def _summary(rows: pd.DataFrame, columns: list[str], labelled: bool) -> dict[str, Any]:
     summary: dict[str, Any] = {"rows": len(rows)}
-    for name in columns:
-        values = rows[name].to_numpy(dtype=np.float64)
-        if np.isfinite(values).all():
-            is_share = bool(np.isin(values, (0.0, 1.0)).all())
-            summary[name] = (wilson(values, alpha=0.025) if is_share else bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0))._asdict()
+    scores = {name: rows[name].to_numpy(dtype=np.float64) for name in columns}
+    shares = {name: values for name, values in scores.items() if np.isin(values, (0.0, 1.0)).all()}
+    others = {name: values for name, values in scores.items() if name not in shares and np.isfinite(values).all()}
+    summary |= {name: wilson(values, alpha=0.025)._asdict() for name, values in shares.items()}
+    if others:
+        found = bootstrap_means(np.column_stack(list(others.values())), alpha=0.025, resamples=1000, seed=0)
+        summary |= {name: interval._asdict() for name, interval in zip(others, found, strict=True)}
     if labelled:
         summary["macro_f1"] = macro_f1(list(rows.answer), list(rows.reference), alpha=0.025, resamples=1000, seed=0)._asdict()
     if "answer_nll" in summary:

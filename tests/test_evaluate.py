@@ -186,16 +186,21 @@ def make_champion(folder: Path, base: Path) -> Path:
 # --- slices and figures ----------------------------------------------------------------------------------------------
 
 
-def test_slices_are_the_test_split_the_golden_set_each_batch_and_each_kind(tmp_path, prepared, tiny_base, nobody, candidate, tiny_config, fitting):
+def test_slices_are_the_test_split_the_golden_set_and_the_values_of_each_field(tmp_path, prepared, tiny_base, nobody, candidate, tiny_config, fitting):
     shutil.copytree(prepared, tmp_path / "prepared")
     golden = [make_example(row.messages, {**row.meta, "batch": "golden"}) for row in fitting[:3]]
     write_bytes(tmp_path / "prepared/golden.jsonl", map(encode_line, golden))
     write_bytes(tmp_path / "prepared/test.jsonl", map(encode_line, fitting[3:]))
-    metrics = evaluate(tmp_path / "prepared", tiny_base, nobody, candidate, tmp_path / "out", tiny_config)
+    median = sorted(len(row.question.split()) for row in fitting[3:])[len(fitting[3:]) // 2]
+    config = tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update={"slices": ["module", "batch"], "length_bounds": [median]})})
+    metrics = evaluate(tmp_path / "prepared", tiny_base, nobody, candidate, tmp_path / "out", config)
     rows = {name: figures["candidate"]["rows"] for name, figures in metrics["slices"].items()}
     batches = sorted({f"batch:{row.meta['batch']}" for row in fitting[3:]})
     kinds = sorted({f"kind:{row.meta['kind']}" for row in fitting[3:]})
-    assert list(rows) == ["test", "golden", *batches, *kinds]
+    large = {name for name in {f"module:{row.meta['module']}" for row in fitting[3:]} if rows.get(name, 0) >= 20}
+    assert list(rows)[: 2 + len(batches + kinds)] == ["test", "golden", *batches, *kinds]
+    assert set(rows) - {"test", "golden", *batches, *kinds} == {*large, f"length:0-{median - 1} words", f"length:{median}+ words"}
+    assert rows[f"length:0-{median - 1} words"] + rows[f"length:{median}+ words"] == rows["test"]
     assert (rows["golden"], rows["test"]) == (3, len(fitting) - 3)
     assert sum(rows[name] for name in batches) == sum(rows[name] for name in kinds) == rows["test"]
 

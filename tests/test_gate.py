@@ -39,10 +39,15 @@ class Bench:
         self.incumbent(7, [OLD, OLDER])
 
     def incumbent(self, version: int | None, batches: list[str], *, evaluated: int | None = -1) -> None:
+        self.metrics = {"champion": version if evaluated == -1 else evaluated, "candidate": "sha"}
         write_json(self.folder / "incumbent/manifest.json", {"version": version, "batches": batches})
-        write_json(self.folder / "evaluation/metrics.json", {"champion": version if evaluated == -1 else evaluated})
+        write_json(self.folder / "evaluation/metrics.json", self.metrics)
 
-    def judge(self, table: pd.DataFrame, **settings: object) -> dict:
+    def judge(self, table: pd.DataFrame, *, evaluated: dict | None = None, **settings: object) -> dict:
+        """`evaluated`: what the evaluation says of itself, otherwise what fits the table."""
+        if (self.folder / "evaluation/metrics.json").exists():
+            rows = int(table.id[table.model == "candidate"].nunique())
+            write_json(self.folder / "evaluation/metrics.json", self.metrics | {"rows": rows} | (evaluated or {}))
         table.to_parquet(self.folder / "evaluation/scores.parquet", index=False)
         config = GateConfig(**{"resamples": 500, "min_rows": 200, **settings})
         return judge(self.folder / "evaluation", self.folder / "candidate", self.folder / "incumbent", self.folder / "gate.json", config)
@@ -215,6 +220,54 @@ def test_a_loss_within_the_margin_is_still_taken(bench, margin, verdict):
     assert bench.judge(table, golden_margin=margin)["verdict"] == verdict
 
 
+def with_topics(table: pd.DataFrame, topics: int = 5) -> pd.DataFrame:
+    """Every fifth row belongs to the same topic, across batches."""
+    return table.assign(**{"slice:topic": [f"topic {int(id[3:]) % topics}" if int(id[3:]) % 7 else "" for id in table.id], "kind": "all the same"})
+
+
+def test_a_slice_that_gets_worse_alone_blocks_and_is_named(bench):
+    table = with_topics(scores({**BETTER, "candidate": 0.9}))
+    decision = bench.judge(worsen(table, (table["slice:topic"] == "topic 3") & (table.batch != "golden")))
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["slices"]
+    assert decision["reasons"][0].startswith("guardrail slices: topic:topic 3: exact_match on ")
+    assert "is worse than the champion's for certain" in decision["reasons"][0]
+    assert "Holm over 5 slices" in decision["reasons"][0]
+    assert {one["name"]: one["result"] for one in decision["slices"]} == {f"topic:topic {number}": "fail" if number == 3 else "pass" for number in range(5)}
+
+
+def test_slices_that_do_not_get_worse_stop_nobody(bench):
+    decision = bench.judge(with_topics(scores(BETTER)))
+    assert decision["verdict"] == "promote"
+    assert result_of(decision, "slices") == "pass"
+    assert [one["name"] for one in decision["slices"]] == sorted((one["name"] for one in decision["slices"]), key=lambda name: decision_mean(decision, name))
+
+
+def decision_mean(decision: dict, name: str) -> float:
+    """How far over the margin a slice lies, in standard errors, about: the order in which they are told."""
+    one = next(one for one in decision["slices"] if one["name"] == name)
+    return (one["mean"] + 0.1) / (one["high"] - one["low"])
+
+
+def test_a_slice_under_the_least_number_of_rows_is_no_guardrail(bench):
+    table = with_topics(scores({**BETTER, "candidate": 0.9}))
+    table = worsen(table, (table["slice:topic"] == "topic 3") & (table.batch != "golden"))
+    assert bench.judge(table, min_slice_rows=70)["verdict"] == "promote"
+    assert bench.judge(table, slice_margin=1.0)["verdict"] == "promote"
+
+
+def test_many_equal_slices_are_seldom_called_worse(bench):
+    """40 cycles of twenty slices each; without the correction more than half of the cycles would have one at 5 %."""
+    called = 0
+    for cycle in range(40):
+        table = scores(EQUAL, rows={NEW: 1200}, seed=cycle)
+        table["slice:topic"] = [f"topic {int(id[3:]) % 20}" for id in table.id]
+        decision = bench.judge(table, slice_margin=0.0, resamples=400, seed=cycle)
+        assert len(decision["slices"]) == 20
+        called += result_of(decision, "slices") == "fail"
+    assert called <= 6  # the binomial's 99 % limit at 5 %
+
+
 def test_a_guardrail_that_the_rows_cannot_settle_is_uncertain(bench):
     table = scores(BETTER, rows={OLD: 200, NEW: 100, "golden": 12})
     table.loc[(table.batch == "golden") & (table.model != "base"), "exact_match"] = 1.0
@@ -262,6 +315,31 @@ BREAKS = {
 def test_an_evaluation_that_is_not_whole_gives_no_verdict(bench, fault):
     with pytest.raises(RatchetError, match=r"not scored on the same rows|doubled rows or values that are not finite|test rows"):
         bench.judge(BREAKS[fault](scores(BETTER)))
+    assert not (bench.folder / "gate.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "said"),
+    [
+        ({"rows": 519}, "holds 520 rows of the candidate, the evaluation says 519"),
+        ({"rows": None}, "says None"),
+        ({"candidate": "another"}, "is of the adapter another, the candidate's is sha"),
+    ],
+)
+def test_an_evaluation_that_lacks_rows_of_all_models_or_is_of_another_candidate_gives_no_verdict(bench, evaluated, said):
+    with pytest.raises(RatchetError, match=said):
+        bench.judge(scores(BETTER), evaluated=evaluated)
+    assert not (bench.folder / "gate.json").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PAR1 and then nothing"])
+def test_a_table_that_is_missing_or_cut_off_gives_no_verdict(bench, content):
+    bench.judge(scores(BETTER))
+    (bench.folder / "gate.json").unlink()
+    path = bench.folder / "evaluation/scores.parquet"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(RatchetError, match=r"scores\.parquet cannot be read"):
+        judge(bench.folder / "evaluation", bench.folder / "candidate", bench.folder / "incumbent", bench.folder / "gate.json", GateConfig())
     assert not (bench.folder / "gate.json").exists()
 
 

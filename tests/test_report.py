@@ -78,6 +78,13 @@ def test_the_table_has_the_intervals_of_candidate_champion_and_base():
     assert cells(rows[-1]) == ["rows", "300", "300", "300", "300"]
 
 
+def test_every_slice_has_its_gain_and_its_name_opens_no_column():
+    told = [{"name": "topic:a|b <b>", "metric": "chrf", "rows": 60, "mean": -0.1, "low": -0.2, "high": 0.05, "result": "unclear"}]
+    lines = model_card({"slices": {"test": MODELS}}, {"verdict": "reject", "rival": {"version": 7}, "checks": CHECKS, "slices": told}, {}).splitlines()
+    assert "| slice | rows | gain in chrf | |" in lines
+    assert r"| topic:a\|b \<b\> | 60 | -0.100 [-0.200, +0.050] | ? |" in lines
+
+
 def test_a_metric_of_ones_own_has_a_line_before_the_likelihood():
     own = {"candidate": summary(0.6) | {"legal_term_recall": interval(0.7), "macro_f1": interval(0.3)}, "base": summary(0.1)}
     [_, _, *rows] = table(own)
