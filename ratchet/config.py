@@ -24,7 +24,24 @@ Metric = Literal[
 ]
 # Columns of a table of scores that no metric of one's own may have the name of.
 TAKEN = frozenset(
-    {*get_args(Metric), "id", "batch", "kind", "model", "question", "reference", "answer", "answer_nll", "answer_tokens", "prompt_nll", "region", "rows", "perplexity"}
+    {
+        *get_args(Metric),
+        "id",
+        "batch",
+        "kind",
+        "model",
+        "question",
+        "reference",
+        "answer",
+        "answer_nll",
+        "answer_tokens",
+        "prompt_nll",
+        "region",
+        "swap",
+        "of",
+        "rows",
+        "perplexity",
+    }
 )
 
 
@@ -311,6 +328,9 @@ class EvaluateConfig(Section):
         default=[], description="meta fields whose values are slices, beside kind, source and length: each is shown, and none may get worse (`gate.slice_margin`)"
     )
     length_bounds: list[Count] = Field(default=[20, 100], description="words of the question at which a new slice by length begins, rising; empty: no such slices")
+    bias_pairs: int = Field(
+        default=0, ge=0, description="rows at most that are scored once more with swapped names, pronouns and other terms; 0: no audit. Each costs an answer of every model"
+    )
 
     @property
     def row_scores(self) -> list[str]:
@@ -349,6 +369,7 @@ class GateConfig(Section):
     nll_margin: float = Field(default=0.5, ge=0, description="the same for the answer's NLL on the test split, in nats a token")
     min_slice_rows: Count = Field(default=50, description="rows under which a past batch or a slice gets no guardrail by itself (a batch's rows still count in `past`)")
     slice_margin: float = Field(default=0.1, ge=0, description="loss in a slice, in the metric's unit; one that is certainly larger rejects (Holm's correction over all slices)")
+    bias_margin: float = Field(default=0.05, ge=0, description="by how much more a swapped term may change the score than it does for the champion (`evaluate.bias_pairs`)")
     resamples: int = Field(default=4000, ge=200, description="bootstrap resamples")
     seed: int = Field(default=5, ge=0, description="seed of the resampling")
 

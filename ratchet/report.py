@@ -36,6 +36,7 @@ def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[st
         if name in metrics["slices"]:
             lines += ["", f"### {name.capitalize()} rows", "", *table(metrics["slices"][name])]
     lines += _gain_table(decision.get("slices", []))
+    lines += _bias_table(metrics.get("bias", {}).get(decision.get("params", {}).get("metric"), {}))
     slices = {name.partition(":")[2]: part for name, part in metrics["slices"].items() if name.startswith("batch:")}
     lines += ["", "### Exact match by batch", "", *_slice_table(slices), "", "### Where it comes from", ""]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
@@ -89,6 +90,17 @@ def _gain_table(slices: list[dict[str, Any]]) -> list[str]:
         return []
     lines = ["", "### Gain by slice", "", f"| slice | rows | gain in {slices[0]['metric']} | |", "|---|---|---|---|"]
     return [*lines, *(f"| {_plain(one['name'])} | {one['rows']} | {one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}] | {mark(one['result'])} |" for one in slices)]
+
+
+def _bias_table(lists: dict[str, Any]) -> list[str]:
+    """How much swapped terms change each model's score."""
+    if not lists:
+        return []
+    models = [model for model in MODELS if any(model in part for part in lists.values())]
+    lines = ["", "### Change of the score with a swapped term", "", f"| list | pairs | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
+    for name, part in lists.items():
+        lines.append(f"| {_plain(name)} | {next(iter(part.values()))['rows']} | {' | '.join(_cell(part.get(model, {}).get('change')) for model in models)} |")
+    return lines
 
 
 def _plain(text: str) -> str:

@@ -2,7 +2,8 @@
 
     python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent --candidate models/candidate --region data/region.json --own metrics --out reports/evaluation
 
-Writes scores.parquet (one line a row and model) and metrics.json (means with 95 % intervals a slice). Rows are the test
+Writes scores.parquet (one line a row and model), metrics.json (means with 95 % intervals a slice) and, for an audit of bias,
+counterfactual.parquet (the rows with swapped terms). Rows are the test
 split and the golden set; slices are `test`, `golden`, each batch, each kind, source, length and value of `evaluate.slices`, and each topic that drifted last
 (`region:`), so that a retraining can tell whether it cured what it was started for. Beside the models stands a simple baseline, so that
 nobody fools himself.
@@ -19,8 +20,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ratchet.bias import describe_bias
 from ratchet.chat import ChatFormat, Encoded
 from ratchet.config import Config, EvaluateConfig
+from ratchet.counterfactuals import Pair, make_pairs, read_swaps
 from ratchet.custom import Custom, custom_score, load_custom
 from ratchet.errors import BaseModelError, DataError
 from ratchet.examples import Example, read_examples
@@ -45,24 +48,37 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
     custom = load_custom(config.evaluate.custom, own)
     rows = _rows(prepared)
     rows = _unseen(rows, base)
+    swaps = read_swaps(own)
     fitting, too_long = _split_by_fit(rows, base, config)
     if not fitting:
         raise DataError("no test row fits into the model's context", remedy="raise `tokenize.max_length`, or shorten the rows")
     champion = read_json(incumbent / MANIFEST)["version"]
     for name, metric in custom.items():  # a fault of it shows before minutes of answers
         custom_score(name, metric, fitting[0].answer, fitting[0])
-    tables = _score_all(fitting, base, incumbent if champion is not None else None, candidate, config)
+    pairs = make_pairs([row for row in fitting if row.meta["batch"] != "golden"], swaps, most=config.evaluate.bias_pairs)
+    asked = [*fitting, *(pair.swapped for pair in pairs)]
+    answered = _score_all(asked, base, incumbent if champion is not None else None, candidate, config)
+    tables = [frame.iloc[: len(fitting)] for frame in answered]
     if config.evaluate.simple_baseline:
         train = list(read_examples(prepared / "train.jsonl"))
         tables.append(_frame(fitting, "simple", simple_answers(train, fitting), [], config.evaluate))
     table = add_scores(pd.concat(tables, ignore_index=True), fitting, config.evaluate, custom)
     table["region"] = mark(list(table.question), read_region(region).topics if region else [])
     adapter = read_json(candidate / MANIFEST).get("adapter_sha256")
-    metrics = {"rows": len(fitting), "too_long": too_long, "champion": champion, "candidate": adapter, "slices": summarise(table, config.evaluate)}
+    metrics = {"rows": len(fitting), "too_long": too_long, "champion": champion, "candidate": adapter, "slices": summarise(table, config.evaluate), "pairs": len(pairs)}
+    swapped = add_scores(pd.concat([_swapped(frame.iloc[len(fitting) :], pairs) for frame in answered], ignore_index=True), asked, config.evaluate, custom) if pairs else None
+    if swapped is not None:
+        metrics["bias"] = {metric: describe_bias(swapped, table, metric) for metric in config.evaluate.row_scores}
     with whole_folder(out) as folder:
         table.to_parquet(folder / "scores.parquet", index=False)
+        if swapped is not None:
+            swapped.to_parquet(folder / "counterfactual.parquet", index=False)
         write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def _swapped(frame: pd.DataFrame, pairs: list[Pair]) -> pd.DataFrame:
+    return frame.assign(swap=[pair.swap for pair in pairs], of=[pair.row.id for pair in pairs])
 
 
 def _rows(prepared: Path) -> list[Example]:

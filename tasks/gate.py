@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from ratchet.bias import judge_bias
 from ratchet.checks import AGAIN, make_check, no_worse, paired_gains, said
 from ratchet.config import Config, GateConfig
 from ratchet.errors import RatchetError
@@ -39,6 +40,8 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, out: Path, config:
     rival = "base" if champion["version"] is None else "champion"
     slice_checks, slices = judge_slices(scores[scores.batch != "golden"], rival, config)
     checks = [_success(scores, rival, config), *_guardrails(scores, rival, champion["batches"], config), *slice_checks]
+    if metrics.get("pairs"):
+        checks.append(judge_bias(_whole_pairs(evaluation, metrics["pairs"]), scores, rival, config))
     verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"
     decision = {
         "verdict": verdict,
@@ -58,13 +61,24 @@ def _whole_scores(evaluation: Path, metrics: dict[str, Any], adapter: str) -> pd
     """Raises RatchetError: no table, one of another candidate, or one that lacks rows for candidate and rival alike."""
     if metrics.get("candidate") != adapter:
         raise RatchetError(f"the evaluation is of the adapter {str(metrics.get('candidate'))[:12]}, the candidate's is {adapter[:12]}", remedy=AGAIN)
-    try:
-        scores = pd.read_parquet(evaluation / "scores.parquet")
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise RatchetError(f"{evaluation / 'scores.parquet'} cannot be read: {' '.join(str(error).split())}", remedy=AGAIN) from None
+    scores = _read_table(evaluation / "scores.parquet")
     if (rows := scores[scores.model == "candidate"].id.nunique()) != metrics.get("rows"):
         raise RatchetError(f"the table of scores holds {rows} rows of the candidate, the evaluation says {metrics.get('rows')}", remedy=AGAIN)
     return scores
+
+
+def _whole_pairs(evaluation: Path, wanted: int) -> pd.DataFrame:
+    pairs = _read_table(evaluation / "counterfactual.parquet")
+    if (found := int((pairs.model == "candidate").sum())) != wanted:
+        raise RatchetError(f"the table of counterfactual rows holds {found} of the candidate, the evaluation says {wanted}", remedy=AGAIN)
+    return pairs
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise RatchetError(f"{path} cannot be read: {' '.join(str(error).split())}", remedy=AGAIN) from None
 
 
 def _success(scores: pd.DataFrame, rival: str, config: GateConfig) -> dict[str, Any]:

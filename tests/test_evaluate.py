@@ -237,6 +237,26 @@ def test_a_metric_of_ones_own_is_scored_for_every_model(tmp_path, prepared, tiny
         assert 0.0 <= figures["macro_f1"]["mean"] <= 1.0  # the answers are modules' names: labels
 
 
+def test_rows_with_swapped_terms_are_scored_by_every_model_and_stay_apart(tmp_path, prepared, tiny_base, incumbent, candidate, tiny_config, evaluation):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/swaps.yaml").write_text("articles: {the: a, a: the}\n")
+    config = tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update={"bias_pairs": 5})})
+    metrics = evaluate(prepared, tiny_base, incumbent, candidate, tmp_path / "out", config, own=tmp_path / "own")
+    pairs, table = (pd.read_parquet(tmp_path / "out" / f"{name}.parquet") for name in ("counterfactual", "scores"))
+    assert metrics["pairs"] == 5
+    assert pairs.groupby("model").size().to_dict() == {"candidate": 5, "champion": 5, "base": 5}
+    assert set(pairs.of) <= set(table.id)
+    assert not set(pairs.id) & set(table.id)
+    assert metrics["bias"]["answer_nll"]["articles"]["candidate"]["change"]["mean"] > 0
+    columns = ["id", "model", *SCORES]
+    pd.testing.assert_frame_equal(table[columns], pd.read_parquet(evaluation / "scores.parquet")[columns], rtol=1e-4)
+
+
+def test_without_an_audit_no_row_is_asked_twice(evaluation):
+    assert read_json(evaluation / "metrics.json")["pairs"] == 0
+    assert not (evaluation / "counterfactual.parquet").exists()
+
+
 def test_a_metric_that_fails_stops_before_any_model_answers(tmp_path, prepared, tiny_base, nobody, tiny_config):
     (tmp_path / "own").mkdir()
     (tmp_path / "own/mine.py").write_text("def fails(prediction, reference, example_meta):\n    return example_meta['nothing']\n")
