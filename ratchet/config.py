@@ -361,7 +361,10 @@ class GateConfig(Section):
         default="exact_match", description="the success metric, a score a row: `answer_nll`, one of `evaluate.metrics` but macro_f1 and length, or the function of one of your own"
     )
     min_gain: float = Field(default=0.0, description="gain that the lower confidence bound has to exceed, in the metric's unit (`answer_nll`: nats a token, a fall counts as gain)")
-    alpha: float = Field(default=0.01, gt=0, lt=0.5, description="one-sided error of the success metric's bounds")
+    alpha: float = Field(default=0.01, gt=0, lt=0.5, description="one-sided error of the success metric's bounds in one look, at most")
+    alpha_budget: float = Field(
+        default=0.05, gt=0, le=1, description="error of all looks at candidates against one champion together: look k gets budget * k^-1.2 / 5.59, but no more than `gate.alpha`"
+    )
     guardrail_alpha: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided error of the guardrails' bounds")
     min_rows: Count = Field(default=200, description="test rows under which the verdict is `uncertain`")
     golden_margin: float = Field(default=0.08, ge=0, description="loss on the golden set that is still taken as no loss, in the metric's unit")

@@ -1,6 +1,6 @@
 """The gate: may the candidate take the champion's place? promote / reject / uncertain, with every reason.
 
-    python -m tasks.gate --evaluation reports/evaluation --candidate models/candidate --incumbent models/incumbent --out reports/gate.json
+    python -m tasks.gate --evaluation reports/evaluation --candidate models/candidate --incumbent models/incumbent --looks reports/looks.json --out reports/gate.json
 
 A success metric has to be better for certain, every guardrail has to be no worse for certain (Miller, arXiv 2411.00640:
 paired differences on the same rows). What the rows cannot tell is `uncertain`, and the champion stays. A missing, partial
@@ -20,16 +20,17 @@ from ratchet.checks import AGAIN, make_check, no_worse, paired_gains, said
 from ratchet.config import Config, GateConfig
 from ratchet.errors import RatchetError
 from ratchet.files import read_json, write_json
+from ratchet.looks import alpha_of, look_number, read_looks
 from ratchet.models import MANIFEST
 from ratchet.regions import parts
 from ratchet.slice_guardrail import judge_slices
 from ratchet.stage import run_stage, say
-from ratchet.statistics import bootstrap_mean
+from ratchet.statistics import bootstrap_mean, chance_of
 
 Verdict = Literal["promote", "reject", "uncertain"]
 
 
-def judge(evaluation: Path, candidate: Path, incumbent: Path, out: Path, config: GateConfig) -> dict[str, Any]:
+def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: Path, config: GateConfig) -> dict[str, Any]:
     """Returns the decision and writes it. Raises RatchetError when the evaluation is not whole."""
     metrics = read_json(evaluation / "metrics.json")
     champion = read_json(incumbent / MANIFEST)
@@ -38,8 +39,9 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, out: Path, config:
     manifest = read_json(candidate / MANIFEST)
     scores = _whole_scores(evaluation, metrics, manifest["adapter_sha256"])
     rival = "base" if champion["version"] is None else "champion"
+    look = look_number(read_looks(looks), champion["version"], manifest["run_key"])
     slice_checks, slices = judge_slices(scores[scores.batch != "golden"], rival, config)
-    checks = [_success(scores, rival, config), *_guardrails(scores, rival, champion["batches"], config), *slice_checks]
+    checks = [_success(scores, rival, alpha_of(look, config), look, config), *_guardrails(scores, rival, champion["batches"], config), *slice_checks]
     if metrics.get("pairs"):
         checks.append(judge_bias(_whole_pairs(evaluation, metrics["pairs"]), scores, rival, config))
     verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"
@@ -50,6 +52,7 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, out: Path, config:
         "checks": checks,
         "regions": [_region(name, rows, rival, config) for name, rows in parts(scores[scores.batch != "golden"]).items()],
         "slices": slices,
+        "look": {"number": look, "alpha": alpha_of(look, config)},
         "candidate": {"run_key": manifest["run_key"], "adapter_sha256": manifest["adapter_sha256"]},
         "params": config.model_dump(mode="json"),
     }
@@ -81,16 +84,17 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise RatchetError(f"{path} cannot be read: {' '.join(str(error).split())}", remedy=AGAIN) from None
 
 
-def _success(scores: pd.DataFrame, rival: str, config: GateConfig) -> dict[str, Any]:
+def _success(scores: pd.DataFrame, rival: str, alpha: float, look: int, config: GateConfig) -> dict[str, Any]:
+    """`alpha` is what the budget leaves for this look: thirty candidates that are no better must not get one through by luck."""
     rows = scores[scores.batch != "golden"]
     gains = paired_gains(rows, rival, config.metric)
     if len(gains) < config.min_rows:
         reason = f"{len(gains)} test rows are too few to decide on; `gate.min_rows` is {config.min_rows}"
         return {"name": "success", "metric": config.metric, "rows": len(gains), "result": "unclear", "reason": reason}
-    found = bootstrap_mean(gains, alpha=config.alpha, resamples=config.resamples, seed=config.seed)
-    result = "pass" if found.low > config.min_gain else "fail" if found.high <= config.min_gain else "unclear"
+    found = bootstrap_mean(gains, alpha=alpha, resamples=config.resamples, seed=config.seed)
+    result = "pass" if found.low > config.min_gain and chance_of(gains) <= alpha else "fail" if found.high <= config.min_gain else "unclear"
     words = {"pass": "is better for certain than the {}'s", "fail": "is not better than the {}'s", "unclear": "may be better than the {}'s, but these rows cannot tell"}
-    reason = f"{config.metric} on {len(gains)} test rows {words[result].format(rival)}: gain {said(found)}, wanted a lower bound over {config.min_gain:+.3f}"
+    reason = f"{config.metric} on {len(gains)} test rows {words[result].format(rival)}: gain {said(found)}, wanted a lower bound over {config.min_gain:+.3f} (look {look} against it, error {alpha:.2g})"
     return make_check("success", config.metric, found, len(gains), config.min_gain, result, reason)
 
 
@@ -126,7 +130,7 @@ def _region(name: str, rows: pd.DataFrame, rival: str, config: GateConfig) -> di
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    decision = judge(arguments.evaluation, arguments.candidate, arguments.incumbent, arguments.out, config.gate)
+    decision = judge(arguments.evaluation, arguments.candidate, arguments.incumbent, arguments.looks, arguments.out, config.gate)
     say(f"gate: {decision['verdict']}")
     for check in decision["checks"]:
         say(f"gate: {check['result']:7} {check['reason']}")
@@ -135,4 +139,4 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, ["evaluation", "candidate", "incumbent", "out"], _main)
+    run_stage(__doc__, ["evaluation", "candidate", "incumbent", "looks", "out"], _main)

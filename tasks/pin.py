@@ -14,6 +14,8 @@ from typing import Any
 from ratchet.champion import Champion, read_champion
 from ratchet.errors import CheckoutError
 from ratchet.files import read_json, whole_folder, write_json
+from ratchet.looks import FILE as LOOKS
+from ratchet.looks import read_looks, with_verdict
 from ratchet.models import MANIFEST, adapter_sha256
 from ratchet.serving import base_hash
 from ratchet.workspace import Workspace
@@ -42,6 +44,20 @@ def pin(workspace: Workspace) -> bool:
         kept = read_json(folder / MANIFEST) if champion is not None else {}
         write_json(folder / MANIFEST, {**kept, **wanted})
     workspace.dvc("add", "--quiet", str(INCUMBENT))
+    return True
+
+
+def pin_looks(workspace: Workspace) -> bool:
+    """Count the last verdict before the next candidate is judged (`ratchet.looks`). Whether that changed the file.
+
+    Only where there is something to train: a gate that is run once more on the same candidate is no new look.
+    """
+    verdict, path = workspace.path / "reports/gate.json", workspace.path / LOOKS
+    looks = read_looks(path) if path.exists() else {}
+    judged = with_verdict(looks, read_json(verdict)) if verdict.exists() else looks
+    if judged == looks and path.exists():
+        return False
+    write_json(path, {"judged": judged})
     return True
 
 

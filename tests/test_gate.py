@@ -36,12 +36,16 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_json(folder / "candidate/manifest.json", {"run_key": "key", "adapter_sha256": "sha"})
+        self.looks({})
         self.incumbent(7, [OLD, OLDER])
 
     def incumbent(self, version: int | None, batches: list[str], *, evaluated: int | None = -1) -> None:
         self.metrics = {"champion": version if evaluated == -1 else evaluated, "candidate": "sha"}
         write_json(self.folder / "incumbent/manifest.json", {"version": version, "batches": batches})
         write_json(self.folder / "evaluation/metrics.json", self.metrics)
+
+    def looks(self, judged: dict[str, list[str]]) -> None:
+        write_json(self.folder / "looks.json", {"judged": judged})
 
     def judge(self, table: pd.DataFrame, *, evaluated: dict | None = None, **settings: object) -> dict:
         """`evaluated`: what the evaluation says of itself, otherwise what fits the table."""
@@ -50,7 +54,10 @@ class Bench:
             write_json(self.folder / "evaluation/metrics.json", self.metrics | {"rows": rows} | (evaluated or {}))
         table.to_parquet(self.folder / "evaluation/scores.parquet", index=False)
         config = GateConfig(**{"resamples": 500, "min_rows": 200, **settings})
-        return judge(self.folder / "evaluation", self.folder / "candidate", self.folder / "incumbent", self.folder / "gate.json", config)
+        return self.judge_as_it_is(config)
+
+    def judge_as_it_is(self, config: GateConfig) -> dict:
+        return judge(self.folder / "evaluation", self.folder / "candidate", self.folder / "incumbent", self.folder / "looks.json", self.folder / "gate.json", config)
 
 
 @pytest.fixture
@@ -152,11 +159,43 @@ def test_the_verdict_is_the_same_whatever_the_order_of_the_lines(bench):
 # --- how often chance promotes -----------------------------------------------------------------------------------------
 
 
+def test_the_error_of_a_look_shrinks_with_the_looks_before_it(bench):
+    table = scores({**EQUAL, "candidate": 0.66}, seed=1)
+    first = bench.judge(table)
+    assert (first["verdict"], first["look"]["number"]) == ("promote", 1)
+    assert "(look 1 against it, error 0.0089)" in first["reasons"][0]
+    bench.looks({"7": [f"key{number}" for number in range(400)], "6": ["other"]})
+    late = bench.judge(table)
+    assert (late["verdict"], late["look"]["number"]) == ("uncertain", 401)
+    assert late["checks"][0]["low"] < first["checks"][0]["low"]
+    assert late["look"]["alpha"] < 1e-5
+
+
+def test_judging_the_same_candidate_again_is_no_new_look(bench):
+    bench.looks({"7": ["another", "key"]})
+    assert bench.judge(scores(BETTER))["look"]["number"] == 2
+
+
+def test_a_gain_in_a_handful_of_rows_is_not_beyond_chance(bench):
+    """Five rows won and none lost: the bootstrap alone is sure of it in 99 %, and luck does it in 3 %."""
+    table = scores({"champion": 0.6, "base": 0.2})
+    copy = table[table.model == "champion"].assign(model="candidate")
+    lost = copy.index[(copy.exact_match == 0) & (copy.batch != "golden")]
+    copy.loc[lost[:5], "exact_match"] = 1.0
+    decision = bench.judge(pd.concat([table, copy]), resamples=4000)
+    assert decision["checks"][0]["low"] > 0
+    assert result_of(decision, "success") == "unclear"
+    copy.loc[lost[:9], "exact_match"] = 1.0
+    assert result_of(bench.judge(pd.concat([table, copy])), "success") == "pass"
+
+
 def test_equal_models_pass_no_more_often_than_alpha_allows(bench):
     """100 cycles of two models of the same quality on fresh rows. The limit is the 99 % one of the binomial."""
     cycles, alpha = 100, 0.05
     bench.incumbent(7, [])
-    passed = sum(result_of(bench.judge(scores(EQUAL, rows={NEW: 200}, seed=cycle), alpha=alpha, resamples=200, seed=cycle), "success") == "pass" for cycle in range(cycles))
+    passed = sum(
+        result_of(bench.judge(scores(EQUAL, rows={NEW: 200}, seed=cycle), alpha=alpha, alpha_budget=1.0, resamples=200, seed=cycle), "success") == "pass" for cycle in range(cycles)
+    )
     assert passed <= cycles * alpha + 2.326 * math.sqrt(cycles * alpha * (1 - alpha))
 
 
@@ -391,7 +430,7 @@ def test_a_table_that_is_missing_or_cut_off_gives_no_verdict(bench, content):
     path = bench.folder / "evaluation/scores.parquet"
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(RatchetError, match=r"scores\.parquet cannot be read"):
-        judge(bench.folder / "evaluation", bench.folder / "candidate", bench.folder / "incumbent", bench.folder / "gate.json", GateConfig())
+        bench.judge_as_it_is(GateConfig())
     assert not (bench.folder / "gate.json").exists()
 
 
@@ -407,7 +446,7 @@ def test_an_evaluation_against_another_champion_gives_no_verdict(bench, incumben
         bench.judge(scores(BETTER))
 
 
-@pytest.mark.parametrize("name", ["evaluation/metrics.json", "incumbent/manifest.json", "candidate/manifest.json"])
+@pytest.mark.parametrize("name", ["evaluation/metrics.json", "incumbent/manifest.json", "candidate/manifest.json", "looks.json"])
 def test_a_missing_file_is_named(bench, name):
     (bench.folder / name).unlink()
     with pytest.raises(RatchetError, match=name):
