@@ -369,6 +369,7 @@ class GateConfig(Section):
     min_rows: Count = Field(default=200, description="test rows under which the verdict is `uncertain`")
     golden_margin: float = Field(default=0.08, ge=0, description="loss on the golden set that is still taken as no loss, in the metric's unit")
     past_margin: float = Field(default=0.05, ge=0, description="the same for the test rows of each batch that the champion has seen")
+    oldest: bool = Field(default=True, description="compare with the scores that the first champion had, too, so that small losses cannot add up over many promotions")
     nll_margin: float = Field(default=0.5, ge=0, description="the same for the answer's NLL on the test split, in nats a token")
     min_slice_rows: Count = Field(default=50, description="rows under which a past batch or a slice gets no guardrail by itself (a batch's rows still count in `past`)")
     slice_margin: float = Field(default=0.1, ge=0, description="loss in a slice, in the metric's unit; one that is certainly larger rejects (Holm's correction over all slices)")

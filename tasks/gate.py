@@ -42,6 +42,8 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: 
     look = look_number(read_looks(looks), champion["version"], manifest["run_key"])
     slice_checks, slices = judge_slices(scores[scores.batch != "golden"], rival, config)
     checks = [_success(scores, rival, alpha_of(look, config), look, config), *_guardrails(scores, rival, champion["batches"], config), *slice_checks]
+    if config.oldest and champion.get("oldest") is not None:
+        checks += _oldest(scores, _read_table(incumbent / "oldest.parquet"), f"v{champion['oldest']}", config)
     if metrics.get("pairs"):
         checks.append(judge_bias(_whole_pairs(evaluation, metrics["pairs"]), scores, rival, config))
     verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"
@@ -113,6 +115,14 @@ def _guardrails(scores: pd.DataFrame, rival: str, seen: list[str], config: GateC
             if past.batch.nunique() > 1 and rows.id.nunique() >= config.min_slice_rows:
                 checks.append(_no_worse(f"past:{batch}", rows, rival, config.metric, config.past_margin, config))
     return checks
+
+
+def _oldest(scores: pd.DataFrame, old: pd.DataFrame, rival: str, config: GateConfig) -> list[dict[str, Any]]:
+    """On the rows that both were scored on, years apart. No guardrail when these are too few, or when today's metric was not computed then."""
+    mine = scores[(scores.model == "candidate") & scores.id.isin(old.id)]
+    if config.metric not in old or mine.id.nunique() < config.min_slice_rows:
+        return []
+    return [_no_worse("oldest", pd.concat([mine, old[old.id.isin(mine.id)].assign(model=rival)]), rival, config.metric, config.past_margin, config)]
 
 
 def _no_worse(name: str, rows: pd.DataFrame, rival: str, metric: str, margin: float, config: GateConfig) -> dict[str, Any]:

@@ -215,6 +215,42 @@ def test_falling_under_the_base_alone_blocks(bench):
     assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["base"]
 
 
+def with_oldest(bench: Bench, table: pd.DataFrame, hits: float, *, rows: int = 520) -> None:
+    """v1's own scores on the first rows, as its evaluation gave them."""
+    old = table[table.model == "champion"].assign(model="v1")[:rows]
+    old["exact_match"] = [float(place < hits * len(old)) for place in range(len(old))]
+    old.to_parquet(bench.folder / "incumbent/oldest.parquet", index=False)
+    write_json(bench.folder / "incumbent/manifest.json", {"version": 7, "batches": [OLD, OLDER], "oldest": 1})
+
+
+def test_falling_under_the_oldest_champion_alone_blocks(bench):
+    """Each promotion may lose a little within its margins; v1's scores tell when it has become too much."""
+    table = scores(BETTER)
+    with_oldest(bench, table, 0.95)
+    decision = bench.judge(table)
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["oldest"]
+    assert decision["reasons"][0].startswith("guardrail oldest: exact_match on 520 rows is worse than the v1's: gain -0.1")
+    assert bench.judge(table, oldest=False)["verdict"] == "promote"
+
+
+def test_a_candidate_that_is_no_worse_than_the_oldest_champion_passes(bench):
+    table = scores(BETTER)
+    with_oldest(bench, table, 0.5)
+    decision = bench.judge(table)
+    assert (decision["verdict"], result_of(decision, "oldest")) == ("promote", "pass")
+    with_oldest(bench, table, 1.0, rows=49)
+    assert "oldest" not in {check["name"] for check in bench.judge(table)["checks"]}
+
+
+def test_scores_of_the_oldest_champion_that_are_gone_give_no_verdict(bench):
+    table = scores(BETTER)
+    with_oldest(bench, table, 0.5)
+    (bench.folder / "incumbent/oldest.parquet").unlink()
+    with pytest.raises(RatchetError, match=r"oldest\.parquet cannot be read"):
+        bench.judge(table)
+
+
 def test_a_worse_golden_set_alone_blocks(bench):
     table = scores(BETTER)
     decision = bench.judge(worsen(table, table.batch == "golden"))
