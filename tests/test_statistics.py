@@ -58,7 +58,7 @@ def test_few_differing_rows_of_a_graded_score_leave_room_for_chance():
 
 
 def test_columns_have_the_bounds_that_they_have_alone():
-    table = np.random.default_rng(8).normal(size=(50, 3))
+    table = np.random.default_rng(8).normal(size=(80, 3))
     together = bootstrap_means(table, alpha=0.05, resamples=400, seed=1)
     assert together == [pytest.approx(bootstrap_mean(column, alpha=0.05, resamples=400, seed=1)) for column in table.T]
 
