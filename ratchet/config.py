@@ -354,6 +354,13 @@ class EvaluateConfig(Section):
         return self
 
 
+class MetricGuardrail(Section):
+    """A metric that must not get worse."""
+
+    metric: str = Field(description="a score a row, as for `gate.metric`")
+    margin: float = Field(default=0.02, ge=0, description="loss on the test split that is still taken as no loss, in the metric's unit")
+
+
 class GateConfig(Section):
     """When a candidate may take the champion's place."""
 
@@ -373,6 +380,10 @@ class GateConfig(Section):
     nll_margin: float = Field(default=0.5, ge=0, description="the same for the answer's NLL on the test split, in nats a token")
     min_slice_rows: Count = Field(default=50, description="rows under which a past batch or a slice gets no guardrail by itself (a batch's rows still count in `past`)")
     slice_margin: float = Field(default=0.1, ge=0, description="loss in a slice, in the metric's unit; one that is certainly larger rejects (Holm's correction over all slices)")
+    guardrails: list[MetricGuardrail] = Field(
+        default=[],
+        description="other metrics that must not get worse on the test split, such as `{metric: refusal, margin: 0.02}`: `metric`; `margin`, the loss that is still taken",
+    )
     bias_margin: float = Field(default=0.05, ge=0, description="by how much more a swapped term may change the score than it does for the champion (`evaluate.bias_pairs`)")
     resamples: int = Field(default=4000, ge=200, description="bootstrap resamples")
     seed: int = Field(default=5, ge=0, description="seed of the resampling")
@@ -518,7 +529,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _gated_on_what_is_computed(self) -> Config:
-        if self.gate.metric not in self.evaluate.row_scores:
+        known = self.evaluate.row_scores
+        if lacking := [rule.metric for rule in self.gate.guardrails if rule.metric not in known]:
+            raise ValueError(f"gate.guardrails names {', '.join(lacking)}; the scores a row are {', '.join(known)} (evaluate.metrics, evaluate.custom)")
+        if self.gate.metric not in known:
             raise ValueError(f"gate.metric is {self.gate.metric}; the scores a row are {', '.join(self.evaluate.row_scores)} (evaluate.metrics, evaluate.custom)")
         return self
 

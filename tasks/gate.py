@@ -106,6 +106,7 @@ def _guardrails(scores: pd.DataFrame, rival: str, seen: list[str], config: GateC
         _no_worse("answer_nll", test, rival, "answer_nll", config.nll_margin, config),
         _no_worse("base", test, "base", config.metric, config.past_margin, config),
     ]
+    checks += [_no_worse(f"metric:{rule.metric}", test, rival, rule.metric, rule.margin, config) for rule in config.guardrails]
     if len(golden):
         checks.append(_no_worse("golden", golden, rival, config.metric, config.golden_margin, config))
     past = test[test.batch.isin(seen)]

@@ -97,6 +97,7 @@ def test_a_metric_cannot_change_the_rows_meta(tmp_path):
         ({}, {"metric": "bleu"}, "gate.metric is bleu; the scores a row are exact_match"),
         ({"metrics": ["macro_f1"]}, {"metric": "macro_f1"}, "gate.metric is macro_f1"),
         ({}, {"metric": "mine"}, "gate.metric is mine"),
+        ({}, {"guardrails": [{"metric": "refusal"}]}, "gate.guardrails names refusal"),
     ],
 )
 def test_a_config_that_cannot_be_computed_is_refused(evaluate, gate, said):

@@ -208,6 +208,20 @@ def test_a_worse_likelihood_alone_blocks(bench):
     assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["answer_nll"]
 
 
+@pytest.mark.parametrize(("metric", "champion", "candidate"), [("refusal", 0.02, 0.2), ("json_valid", 0.99, 0.8)])
+def test_a_metric_that_gets_worse_alone_blocks_where_it_is_a_guardrail(bench, metric, champion, candidate):
+    """Of refusals fewer are better."""
+    table = scores(BETTER)
+    share = table.model.map({"champion": champion, "candidate": candidate, "base": 0.5})
+    table[metric] = (table.id.str[3:].astype(int) % 50 < share * 50).astype(float)
+    rule = {"metric": metric, "margin": 0.02}
+    decision = bench.judge(table, guardrails=[rule])
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == [f"metric:{metric}"]
+    assert bench.judge(table)["verdict"] == "promote"
+    assert bench.judge(table, guardrails=[{**rule, "margin": 0.5}])["verdict"] == "promote"
+
+
 def test_falling_under_the_base_alone_blocks(bench):
     """Small losses against one champion after another must not add up."""
     decision = bench.judge(scores({"candidate": 0.6, "champion": 0.4, "base": 0.8}))
