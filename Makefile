@@ -31,6 +31,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.gateway
+	$(BIN)/python -m benchmarks.gate
 	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.drift
 

@@ -34,7 +34,7 @@ from ratchet.report import model_card
 from ratchet.retrains import remember
 from ratchet.workspace import Workspace, catch_up, check_out, land, locked, open_workspace, push_data, run_stage, stale_stages, who
 from tasks.forget import inherit
-from tasks.pin import READERS, needs_pin, pin
+from tasks.pin import READERS, TRAINING, needs_pin, pin, pin_looks
 from tasks.promote import alias_is_pending, check_registry, follow_alias, promote
 from tasks.record import Findings, close_lost_runs, describe_data, read_findings, record, register
 
@@ -126,6 +126,8 @@ def bring_up_to_date(workspace: Workspace, force: bool) -> set[str]:
     stale = stale_stages(workspace)
     if needs_pin(workspace, stale, force=force) and pin(workspace):
         stale |= READERS
+    if stale & TRAINING and pin_looks(workspace):
+        stale |= {"gate"}
     say(f"to run: {', '.join(stage for stage in STAGES if stage in stale) or 'nothing, every stage is unchanged'}")
     return stale
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ratchet.commands import data, keys, review, rollout
+from ratchet.commands import data, gate, keys, review, rollout
 from ratchet.commands.here import Here, Json, Reason, find_root, note, read_config, ready_root, say, show
 from ratchet.commands.synthesize import synthesize
 from ratchet.errors import ConfigError, RatchetError, StageError, UserError
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(rollout.app, name="rollout")
 app.add_typer(keys.app, name="keys")
+app.add_typer(gate.app, name="gate")
 app.add_typer(review.app, name="review")
 app.add_typer(data.app, name="data")
 INTERRUPTED = 130  # typer's exit code for Ctrl-C

@@ -6,8 +6,9 @@ Stages read the file only: DVC tracks params.yaml and would not see an override 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -18,6 +19,30 @@ from ratchet.errors import ConfigError
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+Metric = Literal[
+    "exact_match", "token_f1", "rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "accuracy", "macro_f1", "json_valid", "regex_match", "numeric_match", "refusal", "length"
+]
+# Columns of a table of scores that no metric of one's own may have the name of.
+TAKEN = frozenset(
+    {
+        *get_args(Metric),
+        "id",
+        "batch",
+        "kind",
+        "model",
+        "question",
+        "reference",
+        "answer",
+        "answer_nll",
+        "answer_tokens",
+        "prompt_nll",
+        "region",
+        "swap",
+        "of",
+        "rows",
+        "perplexity",
+    }
+)
 
 
 class Section(BaseModel):
@@ -307,20 +332,75 @@ class EvaluateConfig(Section):
     max_new_tokens: Count = Field(default=32, description="longest generated answer, in tokens")
     batch_size: Count = Field(default=64, description="rows in one forward pass")
     simple_baseline: bool = Field(default=True, description="score TF-IDF with logistic regression or the nearest neighbour beside the models")
+    metrics: list[Metric] = Field(
+        default=["exact_match", "token_f1", "rouge_l", "chrf", "macro_f1"],
+        description="scores that are computed (exact_match and answer_nll always are); `macro_f1` where answers are labels, `length` in words, `regex_match` against `evaluate.pattern`",
+    )
+    pattern: str = Field(default="", description="regular expression that a whole answer has to match, for `regex_match`")
+    custom: list[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*:[A-Za-z_]\w*$")]] = Field(
+        default=[], description="your own metrics, as `module:function` of a file in `metrics/`: (prediction, reference, example_meta) to a number from 0 to 1"
+    )
+    slices: list[str] = Field(
+        default=[], description="meta fields whose values are slices, beside kind, source and length: each is shown, and none may get worse (`gate.slice_margin`)"
+    )
+    length_bounds: list[Count] = Field(default=[20, 100], description="words of the question at which a new slice by length begins, rising; empty: no such slices")
+    bias_pairs: int = Field(
+        default=0, ge=0, description="rows at most that are scored once more with swapped names, pronouns and other terms; 0: no audit. Each costs an answer of every model"
+    )
+
+    @property
+    def row_scores(self) -> list[str]:
+        """Columns of scores a row of which higher, or for some lower, is better: what a gate can compare."""
+        listed = [name for name in self.metrics if name not in ("macro_f1", "length")]
+        return [*dict.fromkeys(["exact_match", "answer_nll", *listed, *(name.partition(":")[2] for name in self.custom)])]
+
+    @model_validator(mode="after")
+    def _computable(self) -> EvaluateConfig:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"evaluate.pattern is no regular expression: {error}") from None
+        if "regex_match" in self.metrics and not self.pattern:
+            raise ValueError("evaluate.metrics lists regex_match, which needs evaluate.pattern")
+        if self.length_bounds != sorted(set(self.length_bounds)):
+            raise ValueError(f"evaluate.length_bounds is {self.length_bounds}; wanted rising numbers, such as [20, 100]")
+        names = [name.partition(":")[2] for name in self.custom]
+        if taken := sorted({name for name in names if names.count(name) > 1 or name in TAKEN}):
+            raise ValueError(f"evaluate.custom names {', '.join(taken)}, a name that is taken; give the function another one")
+        return self
+
+
+class MetricGuardrail(Section):
+    """A metric that must not get worse."""
+
+    metric: str = Field(description="a score a row, as for `gate.metric`")
+    margin: float = Field(default=0.02, ge=0, description="loss on the test split that is still taken as no loss, in the metric's unit")
 
 
 class GateConfig(Section):
     """When a candidate may take the champion's place."""
 
-    metric: Literal["exact_match", "token_f1", "rouge_l", "chrf", "answer_nll"] = Field(default="exact_match", description="the success metric, a score a row")
+    metric: str = Field(
+        default="exact_match", description="the success metric, a score a row: `answer_nll`, one of `evaluate.metrics` but macro_f1 and length, or the function of one of your own"
+    )
     min_gain: float = Field(default=0.0, description="gain that the lower confidence bound has to exceed, in the metric's unit (`answer_nll`: nats a token, a fall counts as gain)")
-    alpha: float = Field(default=0.01, gt=0, lt=0.5, description="one-sided error of the success metric's bounds")
+    alpha: float = Field(default=0.01, gt=0, lt=0.5, description="one-sided error of the success metric's bounds in one look, at most")
+    alpha_budget: float = Field(
+        default=0.05, gt=0, le=1, description="error of all looks at candidates against one champion together: look k gets budget * k^-1.2 / 5.59, but no more than `gate.alpha`"
+    )
     guardrail_alpha: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided error of the guardrails' bounds")
     min_rows: Count = Field(default=200, description="test rows under which the verdict is `uncertain`")
     golden_margin: float = Field(default=0.08, ge=0, description="loss on the golden set that is still taken as no loss, in the metric's unit")
     past_margin: float = Field(default=0.05, ge=0, description="the same for the test rows of each batch that the champion has seen")
+    oldest: bool = Field(default=True, description="compare with the scores that the first champion had, too, so that small losses cannot add up over many promotions")
     nll_margin: float = Field(default=0.5, ge=0, description="the same for the answer's NLL on the test split, in nats a token")
-    min_slice_rows: Count = Field(default=50, description="rows under which a past batch gets no guardrail by itself (its rows still count in `past`)")
+    min_slice_rows: Count = Field(default=50, description="rows under which a past batch or a slice gets no guardrail by itself (a batch's rows still count in `past`)")
+    slice_margin: float = Field(default=0.1, ge=0, description="loss in a slice, in the metric's unit; one that is certainly larger rejects (Holm's correction over all slices)")
+    guardrails: list[MetricGuardrail] = Field(
+        default=[],
+        description="other metrics that must not get worse on the test split, such as `{metric: refusal, margin: 0.02}`: `metric`; `margin`, the loss that is still taken",
+    )
+    bias_margin: float = Field(default=0.05, ge=0, description="by how much more a swapped term may change the score than it does for the champion (`evaluate.bias_pairs`)")
     resamples: int = Field(default=4000, ge=200, description="bootstrap resamples")
     seed: int = Field(default=5, ge=0, description="seed of the resampling")
 
@@ -473,6 +553,15 @@ class Config(Section):
             raise ValueError(f"adapter.bias is {self.adapter.bias!r}: only the methods of the LoRA family take it, not `{method}`")
         if method in ("prefix", "prompt", "full") and self.adapter.modules_to_save:
             raise ValueError(f"adapter.modules_to_save is {self.adapter.modules_to_save}: `adapter.method: {method}` takes none")
+        return self
+
+    @model_validator(mode="after")
+    def _gated_on_what_is_computed(self) -> Config:
+        known = self.evaluate.row_scores
+        if lacking := [rule.metric for rule in self.gate.guardrails if rule.metric not in known]:
+            raise ValueError(f"gate.guardrails names {', '.join(lacking)}; the scores a row are {', '.join(known)} (evaluate.metrics, evaluate.custom)")
+        if self.gate.metric not in known:
+            raise ValueError(f"gate.metric is {self.gate.metric}; the scores a row are {', '.join(self.evaluate.row_scores)} (evaluate.metrics, evaluate.custom)")
         return self
 
 

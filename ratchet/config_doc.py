@@ -21,13 +21,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ratchet.config import Config, TopicSource
+from ratchet.config import Config, MetricGuardrail, TopicSource
 from ratchet.files import write_text
 
 DOC, PARAMS = Path("docs/params.md"), Path("params.yaml")
 WIDTH, MAX_COLUMN = 150, 40  # columns of params.yaml; where its comments begin at the latest
 TYPES = {"string": "text", "integer": "integer", "number": "number", "boolean": "`true`, `false`", "null": "`null`"}
-ENTRIES = (TopicSource,)  # models of which a key takes a list
+ENTRIES = (TopicSource, MetricGuardrail)  # models of which a key takes a list
 PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")
 RESERVED = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})  # YAML 1.1 takes them for other types
 

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 MODELS = ("candidate", "champion", "base", "simple")
-METRICS = (("exact_match", "exact match"), ("token_f1", "token F1"), ("rouge_l", "ROUGE-L"), ("chrf", "chrF"), ("answer_nll", "answer NLL (nats a token)"))
+LABELS = {
+    "exact_match": "exact match",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1 over labels",
+    "token_f1": "token F1",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "json_valid": "valid JSON",
+    "regex_match": "fits the pattern",
+    "numeric_match": "same number",
+    "refusal": "refusals (less is better)",
+    "length": "length (words)",
+    "answer_nll": "answer NLL (nats a token)",
+}
 VERDICTS = {"promote": "✅ promote", "reject": "❌ reject", "uncertain": "❔ uncertain: the champion stays"}
 
 
@@ -18,6 +35,8 @@ def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[st
     for name in ("test", "golden"):
         if name in metrics["slices"]:
             lines += ["", f"### {name.capitalize()} rows", "", *table(metrics["slices"][name])]
+    lines += _gain_table(decision.get("slices", []))
+    lines += _bias_table(metrics.get("bias", {}).get(decision.get("params", {}).get("metric"), {}))
     slices = {name.partition(":")[2]: part for name, part in metrics["slices"].items() if name.startswith("batch:")}
     lines += ["", "### Exact match by batch", "", *_slice_table(slices), "", "### Where it comes from", ""]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
@@ -58,11 +77,42 @@ def table(part: dict[str, Any]) -> list[str]:
     """One column a model; the 95 % interval in brackets."""
     models = [model for model in MODELS if model in part]
     lines = [f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}"]
-    for key, label in METRICS:
-        lines.append(f"| {label} | {' | '.join(_cell(part[model].get(key)) for model in models)} |")
+    for key in metrics_of(part):
+        lines.append(f"| {LABELS.get(key, key)} | {' | '.join(_cell(part[model].get(key)) for model in models)} |")
     perplexities = [f"{part[model]['perplexity']:.2f}" if "perplexity" in part[model] else "" for model in models]
     lines.append(f"| perplexity | {' | '.join(perplexities)} |")
     return [*lines, f"| rows | {' | '.join(str(part[model]['rows']) for model in models)} |"]
+
+
+def _gain_table(slices: list[dict[str, Any]]) -> list[str]:
+    """Candidate against rival by slice, the lowest first."""
+    if not slices:
+        return []
+    lines = ["", "### Gain by slice", "", f"| slice | rows | gain in {slices[0]['metric']} | |", "|---|---|---|---|"]
+    return [*lines, *(f"| {_plain(one['name'])} | {one['rows']} | {one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}] | {mark(one['result'])} |" for one in slices)]
+
+
+def _bias_table(lists: dict[str, Any]) -> list[str]:
+    """How much swapped terms change each model's score."""
+    if not lists:
+        return []
+    models = [model for model in MODELS if any(model in part for part in lists.values())]
+    lines = ["", "### Change of the score with a swapped term", "", f"| list | pairs | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
+    for name, part in lists.items():
+        lines.append(f"| {_plain(name)} | {next(iter(part.values()))['rows']} | {' | '.join(_cell(part.get(model, {}).get('change')) for model in models)} |")
+    return lines
+
+
+def _plain(text: str) -> str:
+    """A value of somebody's data as a cell: it opens no column and no markup."""
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def metrics_of(part: dict[str, Any]) -> list[str]:
+    """Those that any model has in this slice: ours in their order, then the user's own, the NLL last."""
+    found = {key for summary in part.values() for key, value in summary.items() if isinstance(value, dict)}
+    own = sorted(found - set(LABELS))
+    return [*(key for key in LABELS if key in found and key != "answer_nll"), *own, *(["answer_nll"] if "answer_nll" in found else [])]
 
 
 def _slice_table(slices: dict[str, Any]) -> list[str]:

@@ -1,10 +1,11 @@
 """Candidate, champion and untouched base on the same rows, in one process: a score a row for each of them.
 
-    python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent --candidate models/candidate --region data/region.json --out reports/evaluation
+    python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent --candidate models/candidate --region data/region.json --own metrics --out reports/evaluation
 
-Writes scores.parquet (one line a row and model) and metrics.json (means with 95 % intervals a slice). Rows are the test
-split and the golden set; slices are `test`, `golden`, each batch, each kind, and each topic that drifted last (`region:`), so
-that a retraining can tell whether it cured what it was started for. Beside the models stands a simple baseline, so that
+Writes scores.parquet (one line a row and model), metrics.json (means with 95 % intervals a slice) and, for an audit of bias,
+counterfactual.parquet (the rows with swapped terms). Rows are the test
+split and the golden set; slices are `test`, `golden`, each batch, each kind, source, length and value of `evaluate.slices`, and each topic that drifted last
+(`region:`), so that a retraining can tell whether it cured what it was started for. Beside the models stands a simple baseline, so that
 nobody fools himself.
 """
 
@@ -19,43 +20,66 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ratchet.bias import describe_bias
 from ratchet.chat import ChatFormat, Encoded
 from ratchet.config import Config, EvaluateConfig
+from ratchet.counterfactuals import Pair, make_pairs, read_swaps
+from ratchet.custom import Custom, custom_score, load_custom
 from ratchet.errors import BaseModelError, DataError
 from ratchet.examples import Example, read_examples
 from ratchet.files import read_json, whole_folder, write_json
 from ratchet.inference import Likelihood, answer_likelihoods, greedy_answers
+from ratchet.labels import are_labels, macro_f1
 from ratchet.methods import base_settings, can_be_switched_off, load_trained, share_a_base
-from ratchet.metrics import ROW_METRICS
+from ratchet.metrics import row_metrics
 from ratchet.models import MANIFEST, load_adapter, load_base, load_tokenizer, quiet
 from ratchet.regions import mark, parts, read_region
 from ratchet.simple import simple_answers
+from ratchet.slices import groups, slice_columns
 from ratchet.stage import run_stage, say
-from ratchet.statistics import bootstrap_mean, wilson
+from ratchet.statistics import bootstrap_means, wilson
 
 SEEN_SHARE = 0.02
-COLUMNS = ("exact_match", "token_f1", "rouge_l", "chrf", "answer_nll")
+MIN_SLICE = 20  # rows under which a value of a field is no slice of its own; fields such as an id would make thousands
+OWN = Path("metrics")
 
 
-def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: Path, config: Config, region: Path | None = None) -> dict[str, Any]:
-    """Returns the metrics. Raises DataError: no test rows, or test rows that the base was trained on."""
+def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: Path, config: Config, region: Path | None = None, own: Path = OWN) -> dict[str, Any]:
+    """Returns the metrics. Raises DataError: no test rows, or test rows that the base was trained on, or a metric of the user's own that fails."""
+    custom = load_custom(config.evaluate.custom, own)
     rows = _rows(prepared)
     rows = _unseen(rows, base)
+    swaps = read_swaps(own)
     fitting, too_long = _split_by_fit(rows, base, config)
     if not fitting:
         raise DataError("no test row fits into the model's context", remedy="raise `tokenize.max_length`, or shorten the rows")
     champion = read_json(incumbent / MANIFEST)["version"]
-    scores = _score_all(fitting, base, incumbent if champion is not None else None, candidate, config)
+    for name, metric in custom.items():  # a fault of it shows before minutes of answers
+        custom_score(name, metric, fitting[0].answer, fitting[0])
+    pairs = make_pairs([row for row in fitting if row.meta["batch"] != "golden"], swaps, most=config.evaluate.bias_pairs)
+    asked = [*fitting, *(pair.swapped for pair in pairs)]
+    answered = _score_all(asked, base, incumbent if champion is not None else None, candidate, config)
+    tables = [frame.iloc[: len(fitting)] for frame in answered]
     if config.evaluate.simple_baseline:
         train = list(read_examples(prepared / "train.jsonl"))
-        scores.append(_frame(fitting, "simple", simple_answers(train, fitting), []))
-    table = pd.concat(scores, ignore_index=True)
+        tables.append(_frame(fitting, "simple", simple_answers(train, fitting), [], config.evaluate))
+    table = add_scores(pd.concat(tables, ignore_index=True), fitting, config.evaluate, custom)
     table["region"] = mark(list(table.question), read_region(region).topics if region else [])
-    metrics = {"rows": len(fitting), "too_long": too_long, "champion": champion, "slices": summarise(table)}
+    adapter = read_json(candidate / MANIFEST).get("adapter_sha256")
+    metrics = {"rows": len(fitting), "too_long": too_long, "champion": champion, "candidate": adapter, "slices": summarise(table, config.evaluate), "pairs": len(pairs)}
+    swapped = add_scores(pd.concat([_swapped(frame.iloc[len(fitting) :], pairs) for frame in answered], ignore_index=True), asked, config.evaluate, custom) if pairs else None
+    if swapped is not None:
+        metrics["bias"] = {metric: describe_bias(swapped, table, metric) for metric in config.evaluate.row_scores}
     with whole_folder(out) as folder:
         table.to_parquet(folder / "scores.parquet", index=False)
+        if swapped is not None:
+            swapped.to_parquet(folder / "counterfactual.parquet", index=False)
         write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def _swapped(frame: pd.DataFrame, pairs: list[Pair]) -> pd.DataFrame:
+    return frame.assign(swap=[pair.swap for pair in pairs], of=[pair.row.id for pair in pairs])
 
 
 def _rows(prepared: Path) -> list[Example]:
@@ -124,7 +148,7 @@ def _score(model: Any, chat: ChatFormat, rows: list[Example], name: str, config:
     if broken := sum(not math.isfinite(found.nll) for found in likelihoods):
         raise BaseModelError(f"{name}: the likelihood of {broken} of {len(rows)} answers is not finite", remedy="its weights are broken: train again")
     say(f"evaluate: {name} on {len(rows)} rows in {time.perf_counter() - started:.0f} s")
-    return _frame(rows, name, answers, likelihoods)
+    return _frame(rows, name, answers, likelihoods, config)
 
 
 def _with_answer(chat: ChatFormat, row: Example, prompt: list[int]) -> Encoded:
@@ -133,7 +157,7 @@ def _with_answer(chat: ChatFormat, row: Example, prompt: list[int]) -> Encoded:
     return Encoded(ids, [position >= len(prompt) for position in range(len(ids))])
 
 
-def _frame(rows: list[Example], model: str, answers: list[str], likelihoods: list[Likelihood]) -> pd.DataFrame:
+def _frame(rows: list[Example], model: str, answers: list[str], likelihoods: list[Likelihood], config: EvaluateConfig) -> pd.DataFrame:
     """`likelihoods` is empty for what has none."""
     columns: dict[str, Any] = {
         "id": [row.id for row in rows],
@@ -147,14 +171,23 @@ def _frame(rows: list[Example], model: str, answers: list[str], likelihoods: lis
         "answer_tokens": [found.tokens for found in likelihoods] or 0,
         "prompt_nll": [found.prompt_nll / max(1, found.prompt_tokens) for found in likelihoods] or math.nan,
     }
-    for name, metric in ROW_METRICS.items():
-        columns[name] = [metric(answer, row.answer) for answer, row in zip(answers, rows, strict=True)]
-    return pd.DataFrame(columns)
+    return pd.DataFrame(columns | slice_columns(rows, config))
 
 
-def summarise(table: pd.DataFrame) -> dict[str, Any]:
+def add_scores(table: pd.DataFrame, rows: list[Example], config: EvaluateConfig, custom: dict[str, Custom]) -> pd.DataFrame:
+    """A column a metric."""
+    pairs = list(zip(table.answer, table.reference, strict=True))
+    scores = {name: [metric(answer, reference) for answer, reference in pairs] for name, metric in row_metrics(config).items()}
+    of = {row.id: row for row in rows}
+    scores |= {name: [custom_score(name, metric, answer, of[id]) for answer, id in zip(table.answer, table.id, strict=True)] for name, metric in custom.items()}
+    return table.assign(**scores)
+
+
+def summarise(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, Any]:
     """slice → model → {rows, perplexity, metric: {mean, low, high}}; the interval holds 95 %."""
-    return {name: {str(model): _summary(rows) for model, rows in part.groupby("model")} for name, part in slices(table).items()}
+    columns = [*config.row_scores, *(["length"] if "length" in config.metrics else [])]
+    labelled = "macro_f1" in config.metrics and are_labels(list(table.reference[table.model == "candidate"]))
+    return {name: {str(model): _summary(rows, columns, labelled and name in ("test", "golden")) for model, rows in part.groupby("model")} for name, part in slices(table).items()}
 
 
 def slices(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -162,24 +195,29 @@ def slices(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     found = {"test": test, "golden": table[table.batch == "golden"]}
     found |= {f"batch:{batch}": part for batch, part in test.groupby("batch")}
     found |= {f"kind:{kind}": part for kind, part in test.groupby("kind") if kind}
+    found |= {name: part for name, part in groups(test, least=MIN_SLICE).items() if name not in found}
     found |= {f"region:{region}": rows for region, rows in parts(test).items()}
     return {name: part for name, part in found.items() if len(part)}
 
 
-def _summary(rows: pd.DataFrame) -> dict[str, Any]:
+def _summary(rows: pd.DataFrame, columns: list[str], labelled: bool) -> dict[str, Any]:
     summary: dict[str, Any] = {"rows": len(rows)}
-    for name in COLUMNS:
-        values = rows[name].to_numpy(dtype=np.float64)
-        if np.isfinite(values).all():
-            is_share = bool(np.isin(values, (0.0, 1.0)).all())
-            summary[name] = (wilson(values, alpha=0.025) if is_share else bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0))._asdict()
+    scores = {name: rows[name].to_numpy(dtype=np.float64) for name in columns}
+    shares = {name: values for name, values in scores.items() if np.isin(values, (0.0, 1.0)).all()}
+    others = {name: values for name, values in scores.items() if name not in shares and np.isfinite(values).all()}
+    summary |= {name: wilson(values, alpha=0.025)._asdict() for name, values in shares.items()}
+    if others:
+        found = bootstrap_means(np.column_stack(list(others.values())), alpha=0.025, resamples=1000, seed=0)
+        summary |= {name: interval._asdict() for name, interval in zip(others, found, strict=True)}
+    if labelled:
+        summary["macro_f1"] = macro_f1(list(rows.answer), list(rows.reference), alpha=0.025, resamples=1000, seed=0)._asdict()
     if "answer_nll" in summary:
         summary["perplexity"] = math.exp(min(700.0, float((rows.answer_nll * rows.answer_tokens).sum() / rows.answer_tokens.sum())))
     return summary
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    metrics = evaluate(arguments.prepared, arguments.base, arguments.incumbent, arguments.candidate, arguments.out, config, arguments.region)
+    metrics = evaluate(arguments.prepared, arguments.base, arguments.incumbent, arguments.candidate, arguments.out, config, arguments.region, arguments.own)
     for model, summary in metrics["slices"]["test"].items():
         say(
             f"evaluate: {model:9} exact match {summary['exact_match']['mean']:.3f} [{summary['exact_match']['low']:.3f}, {summary['exact_match']['high']:.3f}] on {summary['rows']} test rows"
@@ -187,4 +225,4 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, ["prepared", "base", "incumbent", "candidate", "region", "out"], _main)
+    run_stage(__doc__, ["prepared", "base", "incumbent", "candidate", "region", "own", "out"], _main)

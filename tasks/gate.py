@@ -1,6 +1,6 @@
 """The gate: may the candidate take the champion's place? promote / reject / uncertain, with every reason.
 
-    python -m tasks.gate --evaluation reports/evaluation --candidate models/candidate --incumbent models/incumbent --out reports/gate.json
+    python -m tasks.gate --evaluation reports/evaluation --candidate models/candidate --incumbent models/incumbent --looks reports/looks.json --out reports/gate.json
 
 A success metric has to be better for certain, every guardrail has to be no worse for certain (Miller, arXiv 2411.00640:
 paired differences on the same rows). What the rows cannot tell is `uncertain`, and the champion stays. A missing, partial
@@ -13,38 +13,48 @@ import argparse
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 
+from ratchet.bias import judge_bias
+from ratchet.checks import AGAIN, make_check, no_worse, paired_gains, said
 from ratchet.config import Config, GateConfig
 from ratchet.errors import RatchetError
 from ratchet.files import read_json, write_json
+from ratchet.looks import alpha_of, look_number, read_looks
 from ratchet.models import MANIFEST
 from ratchet.regions import parts
+from ratchet.slice_guardrail import judge_slices
 from ratchet.stage import run_stage, say
-from ratchet.statistics import Interval, Values, bootstrap_mean
+from ratchet.statistics import bootstrap_mean, chance_of
 
 Verdict = Literal["promote", "reject", "uncertain"]
-LOWER_IS_BETTER = ("answer_nll",)
 
 
-def judge(evaluation: Path, candidate: Path, incumbent: Path, out: Path, config: GateConfig) -> dict[str, Any]:
+def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: Path, config: GateConfig) -> dict[str, Any]:
     """Returns the decision and writes it. Raises RatchetError when the evaluation is not whole."""
     metrics = read_json(evaluation / "metrics.json")
     champion = read_json(incumbent / MANIFEST)
     if metrics["champion"] != champion["version"]:
         raise RatchetError(f"the evaluation is against v{metrics['champion']}, the incumbent is v{champion['version']}", remedy="ratchet retrain --force")
-    scores = pd.read_parquet(evaluation / "scores.parquet")
-    rival = "base" if champion["version"] is None else "champion"
-    checks = [_success(scores, rival, config), *_guardrails(scores, rival, champion["batches"], config)]
-    verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"
     manifest = read_json(candidate / MANIFEST)
+    scores = _whole_scores(evaluation, metrics, manifest["adapter_sha256"])
+    rival = "base" if champion["version"] is None else "champion"
+    look = look_number(read_looks(looks), champion["version"], manifest["run_key"])
+    slice_checks, slices = judge_slices(scores[scores.batch != "golden"], rival, config)
+    checks = [_success(scores, rival, alpha_of(look, config), look, config), *_guardrails(scores, rival, champion["batches"], config), *slice_checks]
+    if config.oldest and champion.get("oldest") is not None:
+        checks += _oldest(scores, _read_table(incumbent / "oldest.parquet"), f"v{champion['oldest']}", config)
+    if metrics.get("pairs"):
+        checks.append(judge_bias(_whole_pairs(evaluation, metrics["pairs"]), scores, rival, config))
+    verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"
     decision = {
         "verdict": verdict,
         "reasons": [check["reason"] for check in checks if check["result"] != "pass"] or [check["reason"] for check in checks],
         "rival": {"model": rival, "version": champion["version"]},
         "checks": checks,
         "regions": [_region(name, rows, rival, config) for name, rows in parts(scores[scores.batch != "golden"]).items()],
+        "slices": slices,
+        "look": {"number": look, "alpha": alpha_of(look, config)},
         "candidate": {"run_key": manifest["run_key"], "adapter_sha256": manifest["adapter_sha256"]},
         "params": config.model_dump(mode="json"),
     }
@@ -52,17 +62,42 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, out: Path, config:
     return decision
 
 
-def _success(scores: pd.DataFrame, rival: str, config: GateConfig) -> dict[str, Any]:
+def _whole_scores(evaluation: Path, metrics: dict[str, Any], adapter: str) -> pd.DataFrame:
+    """Raises RatchetError: no table, one of another candidate, or one that lacks rows for candidate and rival alike."""
+    if metrics.get("candidate") != adapter:
+        raise RatchetError(f"the evaluation is of the adapter {str(metrics.get('candidate'))[:12]}, the candidate's is {adapter[:12]}", remedy=AGAIN)
+    scores = _read_table(evaluation / "scores.parquet")
+    if (rows := scores[scores.model == "candidate"].id.nunique()) != metrics.get("rows"):
+        raise RatchetError(f"the table of scores holds {rows} rows of the candidate, the evaluation says {metrics.get('rows')}", remedy=AGAIN)
+    return scores
+
+
+def _whole_pairs(evaluation: Path, wanted: int) -> pd.DataFrame:
+    pairs = _read_table(evaluation / "counterfactual.parquet")
+    if (found := int((pairs.model == "candidate").sum())) != wanted:
+        raise RatchetError(f"the table of counterfactual rows holds {found} of the candidate, the evaluation says {wanted}", remedy=AGAIN)
+    return pairs
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise RatchetError(f"{path} cannot be read: {' '.join(str(error).split())}", remedy=AGAIN) from None
+
+
+def _success(scores: pd.DataFrame, rival: str, alpha: float, look: int, config: GateConfig) -> dict[str, Any]:
+    """`alpha` is what the budget leaves for this look: thirty candidates that are no better must not get one through by luck."""
     rows = scores[scores.batch != "golden"]
     gains = paired_gains(rows, rival, config.metric)
     if len(gains) < config.min_rows:
         reason = f"{len(gains)} test rows are too few to decide on; `gate.min_rows` is {config.min_rows}"
         return {"name": "success", "metric": config.metric, "rows": len(gains), "result": "unclear", "reason": reason}
-    found = bootstrap_mean(gains, alpha=config.alpha, resamples=config.resamples, seed=config.seed)
-    result = "pass" if found.low > config.min_gain else "fail" if found.high <= config.min_gain else "unclear"
+    found = bootstrap_mean(gains, alpha=alpha, resamples=config.resamples, seed=config.seed)
+    result = "pass" if found.low > config.min_gain and chance_of(gains) <= alpha else "fail" if found.high <= config.min_gain else "unclear"
     words = {"pass": "is better for certain than the {}'s", "fail": "is not better than the {}'s", "unclear": "may be better than the {}'s, but these rows cannot tell"}
-    reason = f"{config.metric} on {len(gains)} test rows {words[result].format(rival)}: gain {_said(found)}, wanted a lower bound over {config.min_gain:+.3f}"
-    return _check("success", config.metric, found, len(gains), config.min_gain, result, reason)
+    reason = f"{config.metric} on {len(gains)} test rows {words[result].format(rival)}: gain {said(found)}, wanted a lower bound over {config.min_gain:+.3f} (look {look} against it, error {alpha:.2g})"
+    return make_check("success", config.metric, found, len(gains), config.min_gain, result, reason)
 
 
 def _guardrails(scores: pd.DataFrame, rival: str, seen: list[str], config: GateConfig) -> list[dict[str, Any]]:
@@ -71,6 +106,7 @@ def _guardrails(scores: pd.DataFrame, rival: str, seen: list[str], config: GateC
         _no_worse("answer_nll", test, rival, "answer_nll", config.nll_margin, config),
         _no_worse("base", test, "base", config.metric, config.past_margin, config),
     ]
+    checks += [_no_worse(f"metric:{rule.metric}", test, rival, rule.metric, rule.margin, config) for rule in config.guardrails]
     if len(golden):
         checks.append(_no_worse("golden", golden, rival, config.metric, config.golden_margin, config))
     past = test[test.batch.isin(seen)]
@@ -82,14 +118,16 @@ def _guardrails(scores: pd.DataFrame, rival: str, seen: list[str], config: GateC
     return checks
 
 
+def _oldest(scores: pd.DataFrame, old: pd.DataFrame, rival: str, config: GateConfig) -> list[dict[str, Any]]:
+    """On the rows that both were scored on, years apart. No guardrail when these are too few, or when today's metric was not computed then."""
+    mine = scores[(scores.model == "candidate") & scores.id.isin(old.id)]
+    if config.metric not in old or mine.id.nunique() < config.min_slice_rows:
+        return []
+    return [_no_worse("oldest", pd.concat([mine, old[old.id.isin(mine.id)].assign(model=rival)]), rival, config.metric, config.past_margin, config)]
+
+
 def _no_worse(name: str, rows: pd.DataFrame, rival: str, metric: str, margin: float, config: GateConfig) -> dict[str, Any]:
-    """Non-inferiority: the lower bound of the gain must clear -margin. Guardrails need no correction of alpha for their number."""
-    gains = paired_gains(rows, rival, metric)
-    found = bootstrap_mean(gains, alpha=config.guardrail_alpha, resamples=config.resamples, seed=config.seed)
-    result = "pass" if found.low >= -margin else "fail" if found.high < -margin else "unclear"
-    words = {"pass": "is no worse than the {}'s", "fail": "is worse than the {}'s", "unclear": "may be worse than the {}'s, and these rows cannot tell"}
-    reason = f"guardrail {name}: {metric} on {len(gains)} rows {words[result].format(rival)}: gain {_said(found)}, a loss of {margin:g} is still taken"
-    return _check(name, metric, found, len(gains), -margin, result, reason)
+    return no_worse(name, paired_gains(rows, rival, metric), rival, metric, margin, config)
 
 
 def _region(name: str, rows: pd.DataFrame, rival: str, config: GateConfig) -> dict[str, Any]:
@@ -98,38 +136,18 @@ def _region(name: str, rows: pd.DataFrame, rival: str, config: GateConfig) -> di
     found = bootstrap_mean(gains, alpha=config.guardrail_alpha, resamples=config.resamples, seed=config.seed)
     result = "pass" if found.low > 0 else "fail" if found.high <= 0 else "unclear"
     words = {"pass": "is better for certain than the {}'s", "fail": "is not better than the {}'s", "unclear": "may be better than the {}'s, and these rows cannot tell"}
-    reason = f"drifted topic {name}: {config.metric} on {len(gains)} test rows {words[result].format(rival)}: gain {_said(found)}"
-    return _check(f"region:{name}", config.metric, found, len(gains), 0.0, result, reason)
-
-
-def paired_gains(rows: pd.DataFrame, rival: str, metric: str) -> Values:
-    """Candidate minus rival by row, in the ids' order, positive when the candidate is better. Raises RatchetError when the pairs are not whole."""
-    sides = {name: rows[rows.model == name].set_index("id")[metric].sort_index() for name in ("candidate", rival)}
-    for name, values in sides.items():
-        if values.index.has_duplicates or not np.isfinite(values.to_numpy(dtype=np.float64)).all():
-            raise RatchetError(f"the evaluation of the {name} holds doubled rows or values that are not finite", remedy="dvc repro --force evaluate")
-    if set(sides["candidate"].index) != set(sides[rival].index) or not len(sides[rival]):
-        raise RatchetError(f"candidate and {rival} were not scored on the same rows ({len(sides['candidate'])} and {len(sides[rival])})", remedy="dvc repro --force evaluate")
-    difference = (sides["candidate"] - sides[rival].reindex(sides["candidate"].index)).to_numpy(dtype=np.float64)
-    return -difference if metric in LOWER_IS_BETTER else difference
-
-
-def _check(name: str, metric: str, found: Interval, rows: int, wanted: float, result: str, reason: str) -> dict[str, Any]:
-    return {"name": name, "metric": metric, "rows": rows, **found._asdict(), "wanted": wanted, "result": result, "reason": reason}
-
-
-def _said(found: Interval) -> str:
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    reason = f"drifted topic {name}: {config.metric} on {len(gains)} test rows {words[result].format(rival)}: gain {said(found)}"
+    return make_check(f"region:{name}", config.metric, found, len(gains), 0.0, result, reason)
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    decision = judge(arguments.evaluation, arguments.candidate, arguments.incumbent, arguments.out, config.gate)
+    decision = judge(arguments.evaluation, arguments.candidate, arguments.incumbent, arguments.looks, arguments.out, config.gate)
     say(f"gate: {decision['verdict']}")
     for check in decision["checks"]:
         say(f"gate: {check['result']:7} {check['reason']}")
-    for region in decision["regions"]:
-        say(f"gate: {region['reason']}")
+    for part in [*decision["regions"], *decision["slices"]]:
+        say(f"gate: {part['reason']}")
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, ["evaluation", "candidate", "incumbent", "out"], _main)
+    run_stage(__doc__, ["evaluation", "candidate", "incumbent", "looks", "out"], _main)

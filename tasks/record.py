@@ -198,7 +198,7 @@ def _draw_comparison(metrics: dict[str, Any]) -> Any:
     """Exact match by slice and model, with the 95 % intervals."""
     from matplotlib.figure import Figure
 
-    slices = [name for name in metrics["slices"] if not name.startswith("kind:")]
+    slices = [name for name in metrics["slices"] if name.partition(":")[0] in ("test", "golden", "batch", "region")]
     models = [model for model in ("candidate", "champion", "base", "simple") if model in metrics["slices"]["test"]]
     figure = Figure(figsize=(max(6, 2.2 * len(slices)), 4), layout="constrained")
     axes = figure.subplots()

@@ -33,6 +33,7 @@ COMMANDS = tuple(
         "keys",
         "data",
         "review",
+        "gate",
         "report",
         "promote",
         "rollback",
@@ -44,6 +45,7 @@ GROUPS = {
     "rollout": ("look", "status", "pause", "resume", "abort"),
     "keys": ("add", "list", "revoke"),
     "data": ("check", "rejected", "replay", "show", "forget"),
+    "gate": ("plan",),
     "review": ("status", "next", "accept", "reject", "edit", "undo", "export", "import"),
 }
 PARAMS = "project:\n  name: small\nservices:\n  mlflow_port: 5907\n  prefect_port: 5908\ngateway:\n  port: 5909\n"

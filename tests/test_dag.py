@@ -15,8 +15,8 @@ from ratchet.dag import STAGES, imported, modules_of
 
 ROOT = Path(__file__).parents[1]
 DAG = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-# Inputs that no stage makes: rows come by `ingest`, the champion by a promotion.
-FROM_OUTSIDE = {"data/raw", "data/golden.jsonl", "data/forgotten.jsonl", "data/region.json", "models/incumbent"}
+# Inputs that no stage makes: rows come by `ingest`, the champion by a promotion, metrics of one's own by hand, looks by a retraining.
+FROM_OUTSIDE = {"data/raw", "data/golden.jsonl", "data/forgotten.jsonl", "data/region.json", "models/incumbent", "metrics", "reports/looks.json"}
 
 # The experiment that gets a copy of the curve: no output depends on it.
 HARMLESS = {"train": {"project.name"}}

@@ -187,16 +187,21 @@ def make_champion(folder: Path, base: Path) -> Path:
 # --- slices and figures ----------------------------------------------------------------------------------------------
 
 
-def test_slices_are_the_test_split_the_golden_set_each_batch_and_each_kind(tmp_path, prepared, tiny_base, nobody, candidate, tiny_config, fitting):
+def test_slices_are_the_test_split_the_golden_set_and_the_values_of_each_field(tmp_path, prepared, tiny_base, nobody, candidate, tiny_config, fitting):
     shutil.copytree(prepared, tmp_path / "prepared")
     golden = [make_example(row.messages, {**row.meta, "batch": "golden"}) for row in fitting[:3]]
     write_bytes(tmp_path / "prepared/golden.jsonl", map(encode_line, golden))
     write_bytes(tmp_path / "prepared/test.jsonl", map(encode_line, fitting[3:]))
-    metrics = evaluate(tmp_path / "prepared", tiny_base, nobody, candidate, tmp_path / "out", tiny_config)
+    median = sorted(len(row.question.split()) for row in fitting[3:])[len(fitting[3:]) // 2]
+    config = tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update={"slices": ["module", "batch"], "length_bounds": [median]})})
+    metrics = evaluate(tmp_path / "prepared", tiny_base, nobody, candidate, tmp_path / "out", config)
     rows = {name: figures["candidate"]["rows"] for name, figures in metrics["slices"].items()}
     batches = sorted({f"batch:{row.meta['batch']}" for row in fitting[3:]})
     kinds = sorted({f"kind:{row.meta['kind']}" for row in fitting[3:]})
-    assert list(rows) == ["test", "golden", *batches, *kinds]
+    large = {name for name in {f"module:{row.meta['module']}" for row in fitting[3:]} if rows.get(name, 0) >= 20}
+    assert list(rows)[: 2 + len(batches + kinds)] == ["test", "golden", *batches, *kinds]
+    assert set(rows) - {"test", "golden", *batches, *kinds} == {*large, f"length:0-{median - 1} words", f"length:{median}+ words"}
+    assert rows[f"length:0-{median - 1} words"] + rows[f"length:{median}+ words"] == rows["test"]
     assert (rows["golden"], rows["test"]) == (3, len(fitting) - 3)
     assert sum(rows[name] for name in batches) == sum(rows[name] for name in kinds) == rows["test"]
 
@@ -216,6 +221,49 @@ def test_rows_that_are_too_long_are_counted_and_left_out_for_everybody(tmp_path,
     lengths = [len(chat.encode(row).ids) for row in read_examples(prepared / "test.jsonl")]
     assert metrics["too_long"] == sum(length > 40 for length in lengths) > 0
     assert metrics["rows"] == sum(length <= 40 for length in lengths) == metrics["slices"]["test"]["simple"]["rows"]
+
+
+def test_a_metric_of_ones_own_is_scored_for_every_model(tmp_path, prepared, tiny_base, nobody, candidate, tiny_config):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/mine.py").write_text("def starts_alike(prediction, reference, example_meta):\n    return prediction[:1] == reference[:1] and example_meta['batch'] != ''\n")
+    settings = {"custom": ["mine:starts_alike"], "metrics": ["length", "macro_f1", "bleu"]}
+    config = tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update=settings)})
+    metrics = evaluate(prepared, tiny_base, nobody, candidate, tmp_path / "out", config, own=tmp_path / "own")
+    table = pd.read_parquet(tmp_path / "out/scores.parquet")
+    assert table.starts_alike.tolist() == [float(answer[:1] == reference[:1]) for answer, reference in zip(table.answer, table.reference, strict=True)]
+    for model, figures in metrics["slices"]["test"].items():
+        assert figures["starts_alike"]["mean"] == pytest.approx(table.starts_alike[table.model == model].mean())
+        assert {"length", "bleu", "exact_match"} <= set(figures)
+        assert "chrf" not in figures
+        assert 0.0 <= figures["macro_f1"]["mean"] <= 1.0  # the answers are modules' names: labels
+
+
+def test_rows_with_swapped_terms_are_scored_by_every_model_and_stay_apart(tmp_path, prepared, tiny_base, incumbent, candidate, tiny_config, evaluation):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/swaps.yaml").write_text("articles: {the: a, a: the}\n")
+    config = tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update={"bias_pairs": 5})})
+    metrics = evaluate(prepared, tiny_base, incumbent, candidate, tmp_path / "out", config, own=tmp_path / "own")
+    pairs, table = (pd.read_parquet(tmp_path / "out" / f"{name}.parquet") for name in ("counterfactual", "scores"))
+    assert metrics["pairs"] == 5
+    assert pairs.groupby("model").size().to_dict() == {"candidate": 5, "champion": 5, "base": 5}
+    assert set(pairs.of) <= set(table.id)
+    assert not set(pairs.id) & set(table.id)
+    assert metrics["bias"]["answer_nll"]["articles"]["candidate"]["change"]["mean"] > 0
+    columns = ["id", "model", *SCORES]
+    pd.testing.assert_frame_equal(table[columns], pd.read_parquet(evaluation / "scores.parquet")[columns], rtol=1e-4)
+
+
+def test_without_an_audit_no_row_is_asked_twice(evaluation):
+    assert read_json(evaluation / "metrics.json")["pairs"] == 0
+    assert not (evaluation / "counterfactual.parquet").exists()
+
+
+def test_a_metric_that_fails_stops_before_any_model_answers(tmp_path, prepared, tiny_base, nobody, tiny_config):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/mine.py").write_text("def fails(prediction, reference, example_meta):\n    return example_meta['nothing']\n")
+    config = tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update={"custom": ["mine:fails"]})})
+    with pytest.raises(DataError, match=r"the metric fails failed on row [0-9a-f]{32}: KeyError: 'nothing'"):
+        evaluate(prepared, tiny_base, nobody, tmp_path / "no candidate was needed", tmp_path / "out", config, own=tmp_path / "own")
 
 
 # --- what stops an evaluation ----------------------------------------------------------------------------------------

@@ -36,16 +36,28 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_json(folder / "candidate/manifest.json", {"run_key": "key", "adapter_sha256": "sha"})
+        self.looks({})
         self.incumbent(7, [OLD, OLDER])
 
     def incumbent(self, version: int | None, batches: list[str], *, evaluated: int | None = -1) -> None:
+        self.metrics = {"champion": version if evaluated == -1 else evaluated, "candidate": "sha"}
         write_json(self.folder / "incumbent/manifest.json", {"version": version, "batches": batches})
-        write_json(self.folder / "evaluation/metrics.json", {"champion": version if evaluated == -1 else evaluated})
+        write_json(self.folder / "evaluation/metrics.json", self.metrics)
 
-    def judge(self, table: pd.DataFrame, **settings: object) -> dict:
+    def looks(self, judged: dict[str, list[str]]) -> None:
+        write_json(self.folder / "looks.json", {"judged": judged})
+
+    def judge(self, table: pd.DataFrame, *, evaluated: dict | None = None, **settings: object) -> dict:
+        """`evaluated`: what the evaluation says of itself, otherwise what fits the table."""
+        if (self.folder / "evaluation/metrics.json").exists():
+            rows = int(table.id[table.model == "candidate"].nunique())
+            write_json(self.folder / "evaluation/metrics.json", self.metrics | {"rows": rows} | (evaluated or {}))
         table.to_parquet(self.folder / "evaluation/scores.parquet", index=False)
         config = GateConfig(**{"resamples": 500, "min_rows": 200, **settings})
-        return judge(self.folder / "evaluation", self.folder / "candidate", self.folder / "incumbent", self.folder / "gate.json", config)
+        return self.judge_as_it_is(config)
+
+    def judge_as_it_is(self, config: GateConfig) -> dict:
+        return judge(self.folder / "evaluation", self.folder / "candidate", self.folder / "incumbent", self.folder / "looks.json", self.folder / "gate.json", config)
 
 
 @pytest.fixture
@@ -147,11 +159,43 @@ def test_the_verdict_is_the_same_whatever_the_order_of_the_lines(bench):
 # --- how often chance promotes -----------------------------------------------------------------------------------------
 
 
+def test_the_error_of_a_look_shrinks_with_the_looks_before_it(bench):
+    table = scores({**EQUAL, "candidate": 0.66}, seed=1)
+    first = bench.judge(table)
+    assert (first["verdict"], first["look"]["number"]) == ("promote", 1)
+    assert "(look 1 against it, error 0.0089)" in first["reasons"][0]
+    bench.looks({"7": [f"key{number}" for number in range(400)], "6": ["other"]})
+    late = bench.judge(table)
+    assert (late["verdict"], late["look"]["number"]) == ("uncertain", 401)
+    assert late["checks"][0]["low"] < first["checks"][0]["low"]
+    assert late["look"]["alpha"] < 1e-5
+
+
+def test_judging_the_same_candidate_again_is_no_new_look(bench):
+    bench.looks({"7": ["another", "key"]})
+    assert bench.judge(scores(BETTER))["look"]["number"] == 2
+
+
+def test_a_gain_in_a_handful_of_rows_is_not_beyond_chance(bench):
+    """Five rows won and none lost: the bootstrap alone is sure of it in 99 %, and luck does it in 3 %."""
+    table = scores({"champion": 0.6, "base": 0.2})
+    copy = table[table.model == "champion"].assign(model="candidate")
+    lost = copy.index[(copy.exact_match == 0) & (copy.batch != "golden")]
+    copy.loc[lost[:5], "exact_match"] = 1.0
+    decision = bench.judge(pd.concat([table, copy]), resamples=4000)
+    assert decision["checks"][0]["low"] > 0
+    assert result_of(decision, "success") == "unclear"
+    copy.loc[lost[:9], "exact_match"] = 1.0
+    assert result_of(bench.judge(pd.concat([table, copy])), "success") == "pass"
+
+
 def test_equal_models_pass_no_more_often_than_alpha_allows(bench):
     """100 cycles of two models of the same quality on fresh rows. The limit is the 99 % one of the binomial."""
     cycles, alpha = 100, 0.05
     bench.incumbent(7, [])
-    passed = sum(result_of(bench.judge(scores(EQUAL, rows={NEW: 200}, seed=cycle), alpha=alpha, resamples=200, seed=cycle), "success") == "pass" for cycle in range(cycles))
+    passed = sum(
+        result_of(bench.judge(scores(EQUAL, rows={NEW: 200}, seed=cycle), alpha=alpha, alpha_budget=1.0, resamples=200, seed=cycle), "success") == "pass" for cycle in range(cycles)
+    )
     assert passed <= cycles * alpha + 2.326 * math.sqrt(cycles * alpha * (1 - alpha))
 
 
@@ -164,11 +208,61 @@ def test_a_worse_likelihood_alone_blocks(bench):
     assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["answer_nll"]
 
 
+@pytest.mark.parametrize(("metric", "champion", "candidate"), [("refusal", 0.02, 0.2), ("json_valid", 0.99, 0.8)])
+def test_a_metric_that_gets_worse_alone_blocks_where_it_is_a_guardrail(bench, metric, champion, candidate):
+    """Of refusals fewer are better."""
+    table = scores(BETTER)
+    share = table.model.map({"champion": champion, "candidate": candidate, "base": 0.5})
+    table[metric] = (table.id.str[3:].astype(int) % 50 < share * 50).astype(float)
+    rule = {"metric": metric, "margin": 0.02}
+    decision = bench.judge(table, guardrails=[rule])
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == [f"metric:{metric}"]
+    assert bench.judge(table)["verdict"] == "promote"
+    assert bench.judge(table, guardrails=[{**rule, "margin": 0.5}])["verdict"] == "promote"
+
+
 def test_falling_under_the_base_alone_blocks(bench):
     """Small losses against one champion after another must not add up."""
     decision = bench.judge(scores({"candidate": 0.6, "champion": 0.4, "base": 0.8}))
     assert decision["verdict"] == "reject"
     assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["base"]
+
+
+def with_oldest(bench: Bench, table: pd.DataFrame, hits: float, *, rows: int = 520) -> None:
+    """v1's own scores on the first rows, as its evaluation gave them."""
+    old = table[table.model == "champion"].assign(model="v1")[:rows]
+    old["exact_match"] = [float(place < hits * len(old)) for place in range(len(old))]
+    old.to_parquet(bench.folder / "incumbent/oldest.parquet", index=False)
+    write_json(bench.folder / "incumbent/manifest.json", {"version": 7, "batches": [OLD, OLDER], "oldest": 1})
+
+
+def test_falling_under_the_oldest_champion_alone_blocks(bench):
+    """Each promotion may lose a little within its margins; v1's scores tell when it has become too much."""
+    table = scores(BETTER)
+    with_oldest(bench, table, 0.95)
+    decision = bench.judge(table)
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["oldest"]
+    assert decision["reasons"][0].startswith("guardrail oldest: exact_match on 520 rows is worse than the v1's: gain -0.1")
+    assert bench.judge(table, oldest=False)["verdict"] == "promote"
+
+
+def test_a_candidate_that_is_no_worse_than_the_oldest_champion_passes(bench):
+    table = scores(BETTER)
+    with_oldest(bench, table, 0.5)
+    decision = bench.judge(table)
+    assert (decision["verdict"], result_of(decision, "oldest")) == ("promote", "pass")
+    with_oldest(bench, table, 1.0, rows=49)
+    assert "oldest" not in {check["name"] for check in bench.judge(table)["checks"]}
+
+
+def test_scores_of_the_oldest_champion_that_are_gone_give_no_verdict(bench):
+    table = scores(BETTER)
+    with_oldest(bench, table, 0.5)
+    (bench.folder / "incumbent/oldest.parquet").unlink()
+    with pytest.raises(RatchetError, match=r"oldest\.parquet cannot be read"):
+        bench.judge(table)
 
 
 def test_a_worse_golden_set_alone_blocks(bench):
@@ -213,6 +307,106 @@ def test_a_loss_within_the_margin_is_still_taken(bench, margin, verdict):
     table = scores(BETTER)
     table = worsen(table, (table.batch == "golden") & (table.id.str[-1].isin(["0", "1", "2", "3"])))
     assert bench.judge(table, golden_margin=margin)["verdict"] == verdict
+
+
+def with_topics(table: pd.DataFrame, topics: int = 5) -> pd.DataFrame:
+    """Every fifth row belongs to the same topic, across batches."""
+    return table.assign(**{"slice:topic": [f"topic {int(id[3:]) % topics}" if int(id[3:]) % 7 else "" for id in table.id], "kind": "all the same"})
+
+
+def test_a_slice_that_gets_worse_alone_blocks_and_is_named(bench):
+    table = with_topics(scores({**BETTER, "candidate": 0.9}))
+    decision = bench.judge(worsen(table, (table["slice:topic"] == "topic 3") & (table.batch != "golden")))
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["slices"]
+    assert decision["reasons"][0].startswith("guardrail slices: topic:topic 3: exact_match on ")
+    assert "is worse than the champion's for certain" in decision["reasons"][0]
+    assert "Holm over 5 slices" in decision["reasons"][0]
+    assert {one["name"]: one["result"] for one in decision["slices"]} == {f"topic:topic {number}": "fail" if number == 3 else "pass" for number in range(5)}
+
+
+def test_slices_that_do_not_get_worse_stop_nobody(bench):
+    decision = bench.judge(with_topics(scores(BETTER)))
+    assert decision["verdict"] == "promote"
+    assert result_of(decision, "slices") == "pass"
+    assert [one["name"] for one in decision["slices"]] == sorted((one["name"] for one in decision["slices"]), key=lambda name: decision_mean(decision, name))
+
+
+def decision_mean(decision: dict, name: str) -> float:
+    """How far over the margin a slice lies, in standard errors, about: the order in which they are told."""
+    one = next(one for one in decision["slices"] if one["name"] == name)
+    return (one["mean"] + 0.1) / (one["high"] - one["low"])
+
+
+def test_a_slice_under_the_least_number_of_rows_is_no_guardrail(bench):
+    table = with_topics(scores({**BETTER, "candidate": 0.9}))
+    table = worsen(table, (table["slice:topic"] == "topic 3") & (table.batch != "golden"))
+    assert bench.judge(table, min_slice_rows=70)["verdict"] == "promote"
+    assert bench.judge(table, slice_margin=1.0)["verdict"] == "promote"
+
+
+def test_many_equal_slices_are_seldom_called_worse(bench):
+    """25 cycles of twenty slices each; without the correction more than half of the cycles would have one at 5 %."""
+    called = 0
+    for cycle in range(25):
+        table = scores(EQUAL, rows={NEW: 1200}, seed=cycle)
+        table["slice:topic"] = [f"topic {int(id[3:]) % 20}" for id in table.id]
+        decision = bench.judge(table, slice_margin=0.0, resamples=300, seed=cycle)
+        assert len(decision["slices"]) == 20
+        called += result_of(decision, "slices") == "fail"
+    assert called <= 4  # the binomial's 99 % limit at 5 %
+
+
+def swapped(table: pd.DataFrame, changed: dict[str, float], pairs: int = 200) -> pd.DataFrame:
+    """The first rows once more with a swapped term; that share of a model's scores turns round."""
+    rows = table[table.id.isin([f"row{number}" for number in range(pairs)])].copy()
+    turned = rows.groupby("model").cumcount() < rows.model.map(changed).fillna(0.0) * pairs
+    return rows.assign(exact_match=rows.exact_match.where(~turned, 1 - rows.exact_match), of=rows.id, swap="gender", id=rows.id + " swapped")
+
+
+def audit(bench: Bench, table: pd.DataFrame, pairs: pd.DataFrame, **settings: object) -> dict:
+    pairs.to_parquet(bench.folder / "evaluation/counterfactual.parquet", index=False)
+    return bench.judge(table, evaluated={"pairs": int((pairs.model == "candidate").sum())}, **settings)
+
+
+def test_a_candidate_that_swapped_terms_sway_more_than_the_champion_alone_blocks(bench):
+    table = scores(BETTER)
+    decision = audit(bench, table, swapped(table, {"candidate": 0.2, "champion": 0.02}))
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["bias"]
+    assert "guardrail bias: change of exact_match with a swapped term on 200 rows is worse than the champion's: gain -0.180" in decision["reasons"][0]
+
+
+def test_a_candidate_that_swapped_terms_sway_no_more_than_the_champion_passes(bench):
+    table = scores(BETTER)
+    assert audit(bench, table, swapped(table, {"candidate": 0.2, "champion": 0.2}))["verdict"] == "promote"
+    assert audit(bench, table, swapped(table, {"candidate": 0.2, "champion": 0.02}), bias_margin=0.3)["verdict"] == "promote"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda pairs: pairs[pairs.model != "champion"],
+        lambda pairs: pairs.assign(of="nobody"),
+        lambda pairs: pd.concat([pairs, pairs[pairs.model == "champion"][:1]]),
+        lambda pairs: pairs.assign(exact_match=math.nan),
+        lambda pairs: pairs.drop(columns="exact_match"),
+    ],
+    ids=["a model is missing", "no originals", "doubled", "not finite", "another metric"],
+)
+def test_counterfactual_rows_that_are_not_whole_give_no_verdict(bench, fault):
+    table = scores(BETTER)
+    with pytest.raises(RatchetError, match="counterfactual rows"):
+        audit(bench, table, fault(swapped(table, {})))
+
+
+def test_counterfactual_rows_that_are_missing_give_no_verdict(bench):
+    with pytest.raises(RatchetError, match=r"counterfactual\.parquet cannot be read"):
+        bench.judge(scores(BETTER), evaluated={"pairs": 200})
+    table = scores(BETTER)
+    swapped(table, {}).to_parquet(bench.folder / "evaluation/counterfactual.parquet", index=False)
+    with pytest.raises(RatchetError, match="holds 200 of the candidate, the evaluation says 300"):
+        bench.judge(table, evaluated={"pairs": 300})
 
 
 def test_a_guardrail_that_the_rows_cannot_settle_is_uncertain(bench):
@@ -265,6 +459,36 @@ def test_an_evaluation_that_is_not_whole_gives_no_verdict(bench, fault):
     assert not (bench.folder / "gate.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("evaluated", "said"),
+    [
+        ({"rows": 519}, "holds 520 rows of the candidate, the evaluation says 519"),
+        ({"rows": None}, "says None"),
+        ({"candidate": "another"}, "is of the adapter another, the candidate's is sha"),
+    ],
+)
+def test_an_evaluation_that_lacks_rows_of_all_models_or_is_of_another_candidate_gives_no_verdict(bench, evaluated, said):
+    with pytest.raises(RatchetError, match=said):
+        bench.judge(scores(BETTER), evaluated=evaluated)
+    assert not (bench.folder / "gate.json").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PAR1 and then nothing"])
+def test_a_table_that_is_missing_or_cut_off_gives_no_verdict(bench, content):
+    bench.judge(scores(BETTER))
+    (bench.folder / "gate.json").unlink()
+    path = bench.folder / "evaluation/scores.parquet"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(RatchetError, match=r"scores\.parquet cannot be read"):
+        bench.judge_as_it_is(GateConfig())
+    assert not (bench.folder / "gate.json").exists()
+
+
+def test_a_metric_that_the_evaluation_lacks_gives_no_verdict(bench):
+    with pytest.raises(RatchetError, match=r"(?s)no scores named legal_term_recall.*evaluate\.custom"):
+        bench.judge(scores(BETTER), metric="legal_term_recall")
+
+
 @pytest.mark.parametrize(("incumbent", "evaluated"), [(7, 6), (7, None), (None, 7)])
 def test_an_evaluation_against_another_champion_gives_no_verdict(bench, incumbent, evaluated):
     bench.incumbent(incumbent, [], evaluated=evaluated)
@@ -272,7 +496,7 @@ def test_an_evaluation_against_another_champion_gives_no_verdict(bench, incumben
         bench.judge(scores(BETTER))
 
 
-@pytest.mark.parametrize("name", ["evaluation/metrics.json", "incumbent/manifest.json", "candidate/manifest.json"])
+@pytest.mark.parametrize("name", ["evaluation/metrics.json", "incumbent/manifest.json", "candidate/manifest.json", "looks.json"])
 def test_a_missing_file_is_named(bench, name):
     (bench.folder / name).unlink()
     with pytest.raises(RatchetError, match=name):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ratchet.report import METRICS, model_card, table
+from ratchet.report import LABELS, model_card, table
 
 BATCH = "20260101T000000Z-old-00000000.jsonl"
 
@@ -73,9 +73,24 @@ def test_the_table_has_the_intervals_of_candidate_champion_and_base():
     assert cells(head) == ["", "candidate", "champion", "base", "simple"]
     assert set(line) == {"|", "-"}
     assert cells(rows[0]) == ["exact match", "0.600 [0.550, 0.650]", "0.400 [0.350, 0.450]", "0.100 [0.050, 0.150]", "0.500 [0.450, 0.550]"]
-    assert [cells(row)[0] for row in rows] == [*(label for _, label in METRICS), "perplexity", "rows"]
+    assert [cells(row)[0] for row in rows] == ["exact match", "token F1", "ROUGE-L", "chrF", "answer NLL (nats a token)", "perplexity", "rows"]
     assert cells(rows[-2]) == ["perplexity", "3.32", "3.32", "3.32", ""]
     assert cells(rows[-1]) == ["rows", "300", "300", "300", "300"]
+
+
+def test_every_slice_has_its_gain_and_its_name_opens_no_column():
+    told = [{"name": "topic:a|b <b>", "metric": "chrf", "rows": 60, "mean": -0.1, "low": -0.2, "high": 0.05, "result": "unclear"}]
+    lines = model_card({"slices": {"test": MODELS}}, {"verdict": "reject", "rival": {"version": 7}, "checks": CHECKS, "slices": told}, {}).splitlines()
+    assert "| slice | rows | gain in chrf | |" in lines
+    assert r"| topic:a\|b \<b\> | 60 | -0.100 [-0.200, +0.050] | ? |" in lines
+
+
+def test_a_metric_of_ones_own_has_a_line_before_the_likelihood():
+    own = {"candidate": summary(0.6) | {"legal_term_recall": interval(0.7), "macro_f1": interval(0.3)}, "base": summary(0.1)}
+    [_, _, *rows] = table(own)
+    names = [cells(row)[0] for row in rows]
+    assert names == ["exact match", LABELS["macro_f1"], "token F1", "ROUGE-L", "chrF", "legal_term_recall", LABELS["answer_nll"], "perplexity", "rows"]
+    assert cells(rows[5]) == ["legal_term_recall", "0.700 [0.650, 0.750]", ""]
 
 
 def test_a_model_that_was_not_scored_has_no_column():

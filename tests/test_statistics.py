@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ratchet.statistics import bootstrap_mean, wilson
+from ratchet.statistics import bootstrap_mean, bootstrap_means, chance_of, wilson
 
 FINITE = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
 
@@ -38,6 +38,29 @@ def test_the_lower_bound_of_equal_models_exceeds_zero_as_often_as_alpha_says():
     passed = sum(bootstrap_mean(values, alpha=alpha, resamples=500, seed=cycle).low > 0 for cycle, values in enumerate(gains))
     assert passed <= cycles * alpha + 2.326 * math.sqrt(cycles * alpha * (1 - alpha))
     assert passed >= cycles * alpha - 3.29 * math.sqrt(cycles * alpha * (1 - alpha))  # a bound that never passes would prove nothing
+
+
+@pytest.mark.parametrize("alpha", [0.001, 1e-4, 1e-5])
+def test_a_bound_beyond_the_resamples_is_drawn_out_along_the_normal(alpha):
+    values = np.random.default_rng(7).choice([-1.0, 0.0, 1.0], size=2000, p=[0.1, 0.75, 0.15])
+    found = bootstrap_mean(values, alpha=alpha, resamples=2000, seed=3)
+    half = NormalDist().inv_cdf(1 - alpha) * values.std() / math.sqrt(len(values))
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.15 * half)
+
+
+@pytest.mark.parametrize(("won", "lost", "chance"), [(5, 0, 1 / 32), (0, 0, 1.0), (0, 3, 1.0), (8, 2, 56 / 1024), (1, 1, 0.75)])
+def test_the_chance_of_a_gain_is_mcnemars(won, lost, chance):
+    assert chance_of(np.array([1.0] * won + [-1.0] * lost + [0.0] * 30)) == pytest.approx(chance)
+
+
+def test_few_differing_rows_of_a_graded_score_leave_room_for_chance():
+    assert chance_of(np.array([0.3, 0.2, 0.0, 0.0])) == 0.25
+
+
+def test_columns_have_the_bounds_that_they_have_alone():
+    table = np.random.default_rng(8).normal(size=(80, 3))
+    together = bootstrap_means(table, alpha=0.05, resamples=400, seed=1)
+    assert together == [pytest.approx(bootstrap_mean(column, alpha=0.05, resamples=400, seed=1)) for column in table.T]
 
 
 def test_the_same_seed_gives_the_same_bounds_and_another_one_nearly_the_same():

@@ -1,0 +1,242 @@
+"""How often the gate errs: its own code (`tasks.gate.judge`) on simulated tables of scores, with the files that the stages leave.
+
+    python -m benchmarks.gate [--quick] [--only equal,copies,bad,better,repetition,unbudgeted,broken]
+
+Three models answer 1,200 test rows of three batches (two of them known to the champion) and 400 golden ones. A row is right or wrong; two
+models differ in `DIFFERING` of the rows. Not covered: what a real model does; these tables are as the gate's mathematics takes them to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binom
+
+from ratchet.config import GateConfig
+from ratchet.errors import RatchetError
+from ratchet.files import write_json
+from ratchet.looks import alpha_of
+from ratchet.power import Spread, plan
+from ratchet.statistics import bootstrap_mean, chance_of
+from tasks.gate import judge
+
+BATCHES = {"old": 400, "older": 400, "new": 400}
+SEEN = ["old", "older"]
+GOLDEN = 400
+RIGHT, DIFFERING, BASE = 0.6, 0.15, 0.2
+QUICK = 10  # a tenth of the cycles
+
+
+class Cycles(NamedTuple):
+    """Cycles of each part."""
+
+    equal: int = 1000
+    copies: int = 200
+    bad: int = 200
+    better: int = 600
+    series: int = 60
+    fast: int = 4000
+
+
+class Bench:
+    """A folder as the stages leave it before the gate."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.written = folder, dict[str, object]()
+        self.decision: dict[str, Any] = {}
+        write_json(folder / "incumbent/manifest.json", {"version": 7, "batches": SEEN})
+        write_json(folder / "candidate/manifest.json", {"run_key": "candidate", "adapter_sha256": "sha"})
+
+    def verdict(self, table: pd.DataFrame, config: GateConfig, *, looks: int = 0, evaluated: dict[str, object] | None = None) -> str:
+        """promote, reject, uncertain, or `error` when the gate gives none."""
+        found = {"champion": 7, "candidate": "sha", "rows": int((table.model == "base").sum()), "pairs": 0}
+        self._write("looks.json", {"judged": {"7": [f"earlier {number}" for number in range(looks)]}})
+        self._write("evaluation/metrics.json", found | (evaluated or {}))
+        table.to_parquet(self.folder / "evaluation/scores.parquet", index=False)
+        try:
+            self.decision = judge(*(self.folder / name for name in ("evaluation", "candidate", "incumbent", "looks.json", "gate.json")), config)
+        except RatchetError:
+            return "error"
+        return str(self.decision["verdict"])
+
+    def _write(self, name: str, value: object) -> None:
+        if self.written.get(name) != value:
+            write_json(self.folder / name, value)
+            self.written[name] = value
+
+
+def main() -> None:
+    parts = {"equal": equal, "copies": copies, "bad": bad, "better": better, "repetition": repetition, "unbudgeted": unbudgeted, "broken": broken}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the cycles")
+    parser.add_argument("--only", default=",".join(parts), help="parts, with commas")
+    options = parser.parse_args()
+    cycles = Cycles(*(count // QUICK for count in Cycles())) if options.quick else Cycles()
+    started = time.perf_counter()
+    print("| candidates | cycles | promoted | rejected | uncertain | no verdict | wanted |\n|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory(prefix="ratchet-gate-") as folder:
+        for name in options.only.split(","):
+            for line in parts[name](Bench(Path(folder)), cycles):
+                print(line, flush=True)
+    print(f"\n{time.perf_counter() - started:.0f} s")
+
+
+# --- parts: each gives lines of the table --------------------------------------------------------------------------------
+
+
+def equal(bench: Bench, cycles: Cycles) -> Iterator[str]:
+    """Fresh rows in every cycle, a gate of 5 % without a budget: as often as chance alone may."""
+    config = GateConfig(alpha=0.05, alpha_budget=1.0, resamples=1000)
+    found, passed = Counter[str](), 0
+    for cycle in range(cycles.equal):
+        found[bench.verdict(draw(np.random.default_rng([1, cycle])), config)] += 1
+        passed += bench.decision["checks"][0]["result"] == "pass"
+    yield row("equal to the champion, error 5 %", found, f"at most {limit(cycles.equal, 0.05)} promoted ({passed} by the success metric alone)")
+
+
+def copies(bench: Bench, cycles: Cycles) -> Iterator[str]:
+    config, found = GateConfig(alpha=0.05, alpha_budget=1.0, resamples=1000), Counter[str]()
+    for cycle in range(cycles.copies):
+        table = draw(np.random.default_rng([2, cycle]))
+        same = table[table.model == "champion"].assign(model="candidate")
+        found[bench.verdict(pd.concat([table[table.model != "candidate"], same]), config)] += 1
+    yield row("the champion itself", found, "none promoted")
+
+
+def bad(bench: Bench, cycles: Cycles) -> Iterator[str]:
+    """At the default settings."""
+    for name, spoil in SPOILT.items():
+        found = Counter(bench.verdict(spoil(np.random.default_rng([3, cycle])), GateConfig(resamples=1000)) for cycle in range(cycles.bad))
+        yield row(name, found, "none promoted")
+
+
+def better(bench: Bench, cycles: Cycles) -> Iterator[str]:
+    """At the default settings, against what `ratchet gate plan` says beforehand."""
+    config = GateConfig(resamples=2000)
+    for effect in (0.02, 0.03, 0.04):
+        told = plan(effect, BATCHES, SEEN, GOLDEN, Spread(DIFFERING, 0.0), alpha_of(1, config), config).power
+        found = Counter(bench.verdict(draw(np.random.default_rng([4, cycle, round(1000 * effect)]), effect), config) for cycle in range(cycles.better))
+        yield row(f"better by {effect:.2f}", found, f"{told:.0%} promoted by plan; measured {found['promote'] / cycles.better:.0%}")
+
+
+def repetition(bench: Bench, cycles: Cycles) -> Iterator[str]:
+    """Series of thirty candidates that are no better, each on fresh rows; a series counts once when any of them gets through. Default settings."""
+    yield _series("alpha budget 5 % (the default)", bench, cycles.series, GateConfig(resamples=2000), f"at most {limit(cycles.series, 0.05)} series")
+    yield _fast_series("by the success metric's two tests alone, budget 5 %", cycles.fast, GateConfig(resamples=2000), f"at most {limit(cycles.fast, 0.05)} series")
+
+
+def unbudgeted(_: Bench, cycles: Cycles) -> Iterator[str]:
+    """The same where each look has 1 %."""
+    yield _fast_series(
+        "by the two tests alone, 1 % a look without a budget", cycles.fast, GateConfig(resamples=2000, alpha_budget=1.0), "1 - 0.99^30 = 26 %, to compare", counted=False
+    )
+
+
+def _series(name: str, bench: Bench, series: int, config: GateConfig, wanted: str) -> str:
+    through = 0
+    for number in range(series):
+        generator = np.random.default_rng([5, number])
+        through += any(bench.verdict(draw(generator, light=True), config, looks=look) == "promote" for look in range(30))
+    return f"| thirty equal ones in a row, {name} | {series:,} series | {through} | | | | {wanted} |"
+
+
+def _fast_series(name: str, series: int, config: GateConfig, wanted: str, *, counted: bool = True) -> str:
+    """The functions that the gate calls, without tables and files. Where looks are not `counted`, each is the first."""
+    generator, through, rows = np.random.default_rng(7), 0, sum(BATCHES.values())
+    for _ in range(series):
+        for look in range(1, 31):
+            won, lost, _ = generator.multinomial(rows, [DIFFERING / 2, DIFFERING / 2, 1 - DIFFERING])
+            gains, alpha = np.repeat([1.0, -1.0, 0.0], [won, lost, rows - won - lost]), alpha_of(look if counted else 1, config)
+            if won > lost and chance_of(gains) <= alpha and bootstrap_mean(gains, alpha=alpha, resamples=config.resamples, seed=config.seed).low > 0:
+                through += 1
+                break
+    return f"| thirty equal ones in a row, {name} | {series:,} series | {through:,} ({through / series:.1%}) | | | | {wanted} |"
+
+
+def broken(bench: Bench, cycles: Cycles) -> Iterator[str]:
+    """A candidate that would be promoted, in an evaluation that is not whole."""
+    table = draw(np.random.default_rng(6), 0.3)
+    assert bench.verdict(table, GateConfig()) == "promote"
+    mine = table.model == "candidate"
+    faults: dict[str, tuple[pd.DataFrame, dict[str, object]]] = {
+        "no rows of the candidate": (table[~mine], {}),
+        "no rows of the champion": (table[table.model != "champion"], {}),
+        "a row of the candidate is missing": (table.drop(table.index[mine][0]), {}),
+        "a hundred rows of all models are missing": (table[~table.id.isin([f"row{number}" for number in range(100)])], {"rows": len(table) // 3}),
+        "a doubled row": (pd.concat([table, table[mine][:1]]), {}),
+        "all rows twice": (pd.concat([table, table]), {"rows": len(table) // 3}),
+        "NaN": (table.assign(exact_match=table.exact_match.mask(mine & (table.id == "row5"))), {}),
+        "another champion": (table, {"champion": 6}),
+        "another candidate": (table, {"candidate": "an earlier one"}),
+        "audit without its rows": (table, {"pairs": 20}),
+    }
+    found = Counter(bench.verdict(spoilt, GateConfig(), evaluated=evaluated) for spoilt, evaluated in faults.values())
+    yield row(f"better by 0.30, in {len(faults)} kinds of broken evaluation", found, "no verdict at all")
+
+
+# --- tables --------------------------------------------------------------------------------------------------------------
+
+
+def draw(generator: np.random.Generator, effect: float = 0.0, *, right: float | None = None, nll: float = 1.0, light: bool = False) -> pd.DataFrame:
+    """The candidate is better by `effect`; or right by chance in the share `right`. `light`: half of the test rows, no golden ones and no slices."""
+    batches = [name for name, count in BATCHES.items() for _ in range(count // 2 if light else count)] + ["golden"] * (0 if light else GOLDEN)
+    rows = len(batches)
+    champion = generator.random(rows) < RIGHT
+    if right is None:
+        # Won are some of the rows that the champion got wrong, lost some of the others: DIFFERING in all, `effect` more won.
+        differing = max(DIFFERING, abs(effect))
+        turn = np.where(champion, (differing - effect) / 2 / RIGHT, (differing + effect) / 2 / (1 - RIGHT))
+        candidate = champion ^ (generator.random(rows) < turn)
+    else:
+        candidate = generator.random(rows) < right
+    sides = {"candidate": (candidate, nll), "champion": (champion, 1.0), "base": (generator.random(rows) < BASE, 2.0)}
+    ids, topics = [f"row{number}" for number in range(rows)], [f"topic {number % 6}" for number in range(rows)]
+    likelihood = generator.normal(0, 0.3, rows).round(1)  # the same row is hard for all
+    frames = [
+        pd.DataFrame({"id": ids, "batch": batches, "slice:topic": topics, "model": model, "exact_match": hits.astype(float), "answer_nll": mean + likelihood})
+        for model, (hits, mean) in sides.items()
+    ]
+    table = pd.concat(frames, ignore_index=True)
+    return table.drop(columns="slice:topic") if light else table
+
+
+def with_nan(generator: np.random.Generator) -> pd.DataFrame:
+    """Weights that are not finite: no likelihood is."""
+    table = draw(generator)
+    return table.assign(answer_nll=table.answer_nll.mask(table.model == "candidate"))
+
+
+SPOILT: dict[str, Callable[[np.random.Generator], pd.DataFrame]] = {
+    "worse by 0.03": lambda generator: draw(generator, -0.03),
+    "worse by 0.10 (noise on the weights)": lambda generator: draw(generator, -0.10),
+    "as good, but a likelihood worse by 0.6 nats": lambda generator: draw(generator, nll=1.6),
+    "shuffled labels": lambda generator: draw(generator, right=0.02, nll=4.0),
+    "the bare base": lambda generator: draw(generator, right=BASE, nll=2.0),
+    "an answer of nothing": lambda generator: draw(generator, right=0.0),
+    "NaN weights": with_nan,
+}
+
+
+# --- figures -------------------------------------------------------------------------------------------------------------
+
+
+def row(name: str, found: Counter[str], wanted: str) -> str:
+    counts = [found[verdict] for verdict in ("promote", "reject", "uncertain", "error")]
+    return f"| {name} | {sum(counts):,} | {' | '.join(map(str, counts))} | {wanted} |"
+
+
+def limit(cycles: int, share: float) -> int:
+    """What 99 % of binomials stay within."""
+    return int(binom.ppf(0.99, cycles, share))
+
+
+if __name__ == "__main__":
+    main()

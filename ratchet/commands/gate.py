@@ -1,0 +1,105 @@
+"""`ratchet gate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ratchet.commands.here import Json, find_root, read_config, say, show
+from ratchet.errors import UserError
+
+if TYPE_CHECKING:
+    from ratchet.config import Config
+    from ratchet.power import Plan, Spread
+
+app = typer.Typer(help="The gate, before a cycle.", no_args_is_help=True, rich_markup_mode=None)
+ASSUMED = 0.2  # share of rows in which two models differ, where nothing was measured
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `plan` a command of its own as long as it is the only one."""
+
+
+@app.command("plan")
+def gate_plan(
+    effect: Annotated[float, typer.Option("--effect", metavar="GAIN", help="The gain that should be found, in the unit of `gate.metric`.")],
+    rows: Annotated[int | None, typer.Option("--rows", min=2, help="Test rows; otherwise those of the last evaluation.")] = None,
+    differing: Annotated[float | None, typer.Option("--differing", min=0.0, max=1.0, help="Share of rows in which the models differ; otherwise the last evaluation's.")] = None,
+    wished: Annotated[float, typer.Option("--power", min=0.5, max=0.999, help="Chance with which such a candidate should be promoted.")] = 0.8,
+    as_json: Json = False,
+) -> None:
+    """How likely the gate promotes a candidate that is better by GAIN, and how many test rows that takes.
+
+    Example: ratchet gate plan --effect 0.03
+    """
+    root = find_root()
+    config = read_config(root)
+    if effect <= config.gate.min_gain:
+        raise UserError(f"--effect is {effect:g}; wanted more than gate.min_gain, {config.gate.min_gain:g}", remedy="no number of rows shows a gain that is not wanted")
+    found, basis = _plan(root, config, effect, rows, differing, wished)
+    show({**found._asdict(), "wished": wished, "basis": basis}, as_json, lambda: say("\n".join(_describe(found, basis, wished, config))))
+
+
+def _plan(root: Path, config: Config, effect: float, rows: int | None, differing: float | None, wished: float) -> tuple[Plan, dict[str, Any]]:
+    from ratchet.champion import read_champion
+    from ratchet.files import read_json
+    from ratchet.looks import FILE, alpha_of, look_number, read_looks, with_verdict
+    from ratchet.power import Spread, plan
+
+    champion, verdict = read_champion(root), root / "reports/gate.json"
+    looks = read_looks(root / FILE) if (root / FILE).exists() else {}
+    looks = with_verdict(looks, read_json(verdict)) if verdict.exists() else looks
+    look = look_number(looks, champion.version if champion else None)
+    batches, golden, spread = _last_evaluation(root, config)
+    if not batches and rows is None:
+        raise UserError("no evaluation lies here yet: the number of test rows is not known", remedy="name one with --rows, or run `ratchet retrain` first")
+    source = "the last evaluation" if spread and differing is None else "--differing" if differing is not None else "an assumption"
+    if differing is not None and not (spread and spread.differing is None):
+        spread = Spread(differing, 0.0)
+    spread = spread or Spread(ASSUMED, 0.0)
+    if spread.differing is not None and not abs(effect) <= 1:
+        raise UserError(f"--effect is {effect:g}; {config.gate.metric} moves by 1 at most", remedy="name a share, such as 0.03")
+    seen = champion.batches if champion else []
+    found = plan(effect, batches or {"test": rows or 0}, seen, golden, spread, alpha_of(look, config.gate), config.gate, rows=rows, wished=wished)
+    return found, {"metric": config.gate.metric, "look": look, "spread": spread._asdict(), "from": source, "golden": golden, "past_batches": len(set(batches) & set(seen))}
+
+
+def _last_evaluation(root: Path, config: Config) -> tuple[dict[str, int], int, Spread | None]:
+    """(test rows a batch, golden rows, spread of the gains); empty without one."""
+    path = root / "reports/evaluation/scores.parquet"
+    if not path.exists():
+        return {}, 0, None
+    import pandas as pd
+
+    from ratchet.checks import paired_gains
+    from ratchet.power import spread_of
+
+    scores = pd.read_parquet(path)
+    test = scores[scores.batch != "golden"]
+    rival = "champion" if (scores.model == "champion").any() else "base"
+    mine = test[test.model == "candidate"]
+    return (
+        {str(name): len(part) for name, part in mine.groupby("batch")},
+        int(((scores.batch == "golden") & (scores.model == "candidate")).sum()),
+        spread_of(paired_gains(test, rival, config.gate.metric)),
+    )
+
+
+def _describe(found: Plan, basis: dict[str, Any], wished: float, config: Config) -> list[str]:
+    spread = basis["spread"]
+    varies = f"the models differ in {spread['differing']:.1%} of the rows" if spread["differing"] is not None else f"a row's gain deviates by {spread['deviation']:.3f}"
+    lines = [
+        f"a gain of {found.effect:+.3f} in {basis['metric']}, look {basis['look']} against this champion, error {found.alpha:.2g}",
+        f"  {varies} ({basis['from']})",
+        f"  with {found.rows:,} test rows: promoted with {found.power:.0%} ({found.success:.0%} by the success metric alone)",
+    ]
+    if found.smallest is not None:
+        lines.append(f"  the smallest gain that is promoted with {wished:.0%} there: {found.smallest:+.3f}")
+    if found.needed is not None:
+        lines.append(f"  for {wished:.0%}: {found.needed:,} test rows")
+    else:
+        lines.append(f"  more test rows alone never reach {wished:.0%}: {basis['golden']} golden rows are too few for gate.golden_margin {config.gate.golden_margin:g}")
+    return lines
