@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -30,6 +32,7 @@ class Verdict(NamedTuple):
     counts: dict[str, Any]
     rejected: list[Rejection]
     failure: str | None
+    said: list[str]  # alarms and warnings
 
 
 class Replayed(NamedTuple):
@@ -50,16 +53,23 @@ def check_file(path: str, golden: Path, config: Config, *, time: str) -> Verdict
     with tempfile.TemporaryDirectory() as folder:
         raw, out = Path(folder) / "raw", Path(folder) / "prepared"
         batch = write_batch(raw, lines, source="jsonl", label="checked", time=time, licence=config.ingest.licence, who="", form=form)
-        failure = None
+        failure, told = None, io.StringIO()
         try:
-            prepare(raw, golden, out, settings)
+            with contextlib.redirect_stdout(told):
+                prepare(raw, golden, out, settings)
         except DataError as error:
-            failure = str(error)
+            failure = str(error).partition("\n")[0]  # its remedy is for a batch that was committed
         if not (out / "profile.json").exists():
             raise DataError(failure or f"{path} cannot be checked")
         counts = read_json(out / "profile.json")["batches"][batch.name]
         path = shown(path)
-        return Verdict(path, counts, read_rejected(out / "rejected.jsonl"), failure.replace(batch.name, path) if failure else None)
+        return Verdict(
+            path,
+            counts,
+            read_rejected(out / "rejected.jsonl"),
+            failure.replace(batch.name, path) if failure else None,
+            [line.replace(batch.name, path) for line in told.getvalue().splitlines()],
+        )
 
 
 def read_rejected(path: Path) -> list[Rejection]:

@@ -20,7 +20,6 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.events import DRIFTED, tell
 from flows.say import say, working
-from ratchet.batches import read_manifest
 from ratchet.champion import Champion, read_champion
 from ratchet.config import Config, load_config
 from ratchet.drift import Verdict
@@ -104,13 +103,13 @@ def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> t
 
 def count_labelled(home: Path, config: Config, champion: Champion, verdict: Verdict) -> int:
     """Rows that the champion has not seen: in batches that came since, and in the sources of the drifted topics, which are asked but not taken in yet."""
-    count = sum(batch.rows for batch in read_manifest(home / "data/raw") if batch.name not in champion.batches)
+    pulled = []
     for source in sources_for(verdict.topics, config.monitor):
         try:
-            count += count_new(home, pull(config, root=home, source=source.source, path=source.path or None, packages=source.packages or None))
+            pulled.append(pull(config, root=home, source=source.source, path=source.path or None, packages=source.packages or None))
         except RatchetError as error:
             say(f"no rows from {source.source}: {str(error).splitlines()[0]}")
-    return count
+    return count_new(home, set(champion.batches), pulled)
 
 
 def reason_of(found: dict[str, Any]) -> str:

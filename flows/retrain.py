@@ -121,7 +121,7 @@ def land_region(workspace: Workspace, region: Region) -> None:
 def bring_up_to_date(workspace: Workspace, force: bool) -> set[str]:
     """Names of the stages that have to run; the champion is pinned when there is something to train."""
     if not (workspace.path / "data/raw.dvc").exists():
-        raise DataError(f"{workspace.root} holds no batch of rows yet", remedy="ratchet ingest")
+        raise DataError(f"{workspace.root} holds no batch of rows yet", remedy="ratchet ingest --path FILE takes rows in")
     check_out(workspace)
     stale = stale_stages(workspace)
     if needs_pin(workspace, stale, force=force) and pin(workspace):

@@ -64,10 +64,10 @@ def describe(found: dict[str, Any]) -> list[str]:
         lines += [f"           {reason}" for reason in gate["reasons"]]
     new = data["new"]
     lines.append(
-        f"data       {data['rows']} rows in {data['batches']} batches; {f'{len(new)} new since the champion: ratchet retrain' if new else 'nothing new since the champion'}"
+        f"data       {data['rows']} rows in {data['batches']} batches; {f'{len(new)} of them came since the champion: ratchet retrain' if new else 'nothing new since the champion'}"
     )
     if not data["batches"]:
-        lines[-1] = "data       no batch in this checkout yet: ratchet ingest"
+        lines[-1] = "data       no batch in this checkout yet: ratchet ingest --path FILE"
     if found["rollout"]:
         lines += [f"{'rollout' if not number else '':10} {line}" for number, line in enumerate(rollout_lines(found["rollout"]))]
     lines += [f"refused    {version} by the gateway: {why}" for version, why in ((found["serving"] or {}).get("refused") or {}).items()]
@@ -81,9 +81,9 @@ def rollout_lines(found: dict[str, Any]) -> list[str]:
     """Of an open or ended rollout; of a look that found none."""
     if not found.get("version"):
         return [found.get("why") or "no rollout is open"]
-    lines = [
-        f"v{found['version']} {found['state'].replace('_', ' ')}: {found['shares'][found['step']]:.0%} of the users (step {found['step'] + 1} of {len(found['shares'])}), the others v{found['champion']}"
-    ]
+    step = f"step {found['step'] + 1} of {len(found['shares'])}"
+    share = f": {found['shares'][found['step']]:.0%} of the users ({step}), the others v{found['champion']}"
+    lines = [f"v{found['version']} {found['state'].replace('_', ' ')}{share if found['state'] in ('open', 'paused') else f', at {step}'}"]
     return [*lines, *([found["why"]] if found.get("why") else [])]
 
 

@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 import msgspec
 import xxhash
 
-from ratchet.batches import Batch, content_hash, read_manifest, write_batch
+from ratchet.batches import Batch, content_hash, raw_lines, read_manifest, write_batch
 from ratchet.config import Config, JsonlSource, PydocSource
 from ratchet.errors import DataError
-from ratchet.examples import Example, RowError, encode_line, make_example, read_examples, recognise_form, row_to_messages
+from ratchet.examples import Example, RowError, encode_line, make_example, recognise_form, row_to_messages
 from ratchet.files import write_bytes
 from ratchet.neighbours import split_by_hash
 from ratchet.sources import feedback, jsonl, pydoc, review
@@ -45,6 +45,8 @@ def pull(config: Config, *, root: Path | None = None, source: str | None = None,
     chosen = source or ("jsonl" if path else "pydoc" if packages else "review" if draft else config.ingest.source)
     if draft and chosen != "review":
         raise DataError(f"a draft is named ({draft}), and the source {chosen}", remedy="drafts come from the source review: leave --source away")
+    if path and chosen != "jsonl":
+        raise DataError(f"a path is named ({jsonl.shown(path)}), and the source {chosen}", remedy="rows of a file come from the source jsonl: leave --source away")
     if chosen == "pydoc":
         settings = config.ingest.pydoc.model_copy(update={"packages": packages} if packages else {})
         pulled = _pull_pydoc(settings)
@@ -57,7 +59,8 @@ def pull(config: Config, *, root: Path | None = None, source: str | None = None,
     else:
         raise DataError(f"source {chosen!r} is unknown", remedy="known: pydoc, jsonl, feedback, review")
     if not pulled.lines:
-        raise DataError(f"the source {pulled.source} ({pulled.label}) gave no rows", remedy="a batch needs at least one row; check the source's settings in `ingest`")
+        why = "nobody has approved or corrected an answer yet, or all of it is in a batch" if chosen == "feedback" else "check the source's settings in `ingest`"
+        raise DataError(f"the source {pulled.source} ({pulled.label}) gave no rows", remedy=f"a batch needs at least one row; {why}")
     return pulled
 
 
@@ -102,10 +105,17 @@ def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Bat
     return write_batch(raw, pulled.lines, source=pulled.source, label=pulled.label, time=time, licence=licence, who=who, form=pulled.form), True
 
 
-def count_new(root: Path, pulled: Pulled) -> int:
-    """Rows of `pulled` that the prepared data of the checkout do not hold yet."""
-    known = {example.id for split in ("train", "validation", "test", "golden") if (file := root / f"data/prepared/{split}.jsonl").exists() for example in read_examples(file)}
-    return len({example.id for example in _examples(pulled)} - known)
+def count_new(root: Path, seen: set[str], pulled: list[Pulled]) -> int:
+    """Distinct rows that a champion who has `seen` these batches does not know: of the checkout's other batches, and of what was pulled and is no batch yet."""
+    known, new = set[str](), set[str]()
+    for batch in read_manifest(root / "data/raw"):
+        if (path := root / "data/raw" / batch.name).exists():
+            rows = _examples(Pulled([line for _, line in raw_lines(path)], batch.source, "", batch.form))
+            (known if batch.name in seen else new).update(example.id for example in rows)
+    if (golden := root / "data/golden.jsonl").exists():
+        known.update(example.id for example in _examples(Pulled([line for _, line in raw_lines(golden)], "golden", "", "auto")))
+    new.update(example.id for found in pulled for example in _examples(found))
+    return len(new - known)
 
 
 def freeze_golden(path: Path, pulled: Pulled, config: Config, *, rows: int) -> int:

@@ -208,7 +208,7 @@ def prepare(raw: Path, golden: Path, out: Path, config: PrepareConfig, *, forgot
     """Returns the profile; `forgotten` rows are rejected as such, which counts to no limit. Raises DataError: no batch, a batch that is not what the manifest says, too many rejected rows, too few left."""
     manifest = read_manifest(raw)
     if not manifest:
-        raise DataError(f"{raw} holds no batch", remedy="ratchet ingest")
+        raise DataError(f"{raw} holds no batch", remedy="ratchet ingest --path FILE takes rows in")
     paths = [(check_batch(raw, batch), batch) for batch in manifest]
     with whole_folder(out) as folder:
         with ExitStack() as opened:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -10,10 +12,12 @@ from flows.check import check_file, raw_row, read_rejected, replay
 from flows.doubts import queue_doubtful
 from ratchet.batches import write_batch
 from ratchet.config import Config
+from ratchet.config_doc import render_params
 from ratchet.examples import read_examples
 from ratchet.review import Decision, ReviewQueue
 from tasks.prepare import prepare
 
+ROOT = Path(__file__).parents[1]
 CONFIG = Config.model_validate({"prepare": {"test_share": 0, "validation_share": 0, "min_rows": 1}})
 GOOD = [
     msgspec.json.encode({"prompt": f"question {number} about {word}", "completion": f"answer {number}"})
@@ -71,3 +75,21 @@ def test_a_row_is_shown_by_its_place(tmp_path):
     line, why = raw_row(tmp_path, f"{name[:12]}:101")
     assert line == BROKEN and why is not None and why.reason == "invalid_json"
     assert raw_row(tmp_path, f"{name}:1") == (GOOD[0], None)
+
+
+def test_the_command_tells_apart_rows_that_would_fail_and_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "params.yaml").write_text(render_params(CONFIG))
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join([*GOOD[:9], b"7", b"8", b"9", b"10"]))
+    (tmp_path / "fine.jsonl").write_bytes(b"\n".join(GOOD))
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+
+    def check(*names: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "ratchet.cli", "-C", str(tmp_path), "data", "check", *(str(tmp_path / name) for name in names)], capture_output=True, text=True, cwd=ROOT
+        )
+
+    assert check("fine.jsonl").returncode == 0
+    bad = check("bad.jsonl")
+    assert bad.returncode == 3 and "line 10: no_object" in bad.stdout and "would fail: 4 of 13 rows" in bad.stderr and "-checked-" not in bad.stdout + bad.stderr
+    unread = check("empty.jsonl", "fine.jsonl")
+    assert unread.returncode == 2 and "fine.jsonl: 100 rows" in unread.stdout and "empty.jsonl holds no rows" in unread.stderr

@@ -98,12 +98,12 @@ def test_a_place_holds_whatever_the_row_has_become(tmp_path):
 
 
 def test_forgotten_rows_count_to_no_limit(tmp_path):
-    batch = add(tmp_path / "raw", [*(row(number) for number in range(20)), b"{", b"{"])
+    batch = add(tmp_path / "raw", [*(row(number) for number in range(20)), b"{", b"{", b"{"])
     strict = LENIENT.model_copy(update={"max_rejected_share": 0.0})
-    with pytest.raises(DataError, match="2 of 22 rows"):
+    with pytest.raises(DataError, match="3 of 23 rows"):
         prepared(tmp_path, Forgotten(), strict)
-    profile, _ = prepared(tmp_path, Forgotten([entry("", batch, 21), entry("", batch, 22), *(entry("", batch, line) for line in range(1, 15))]), strict)
-    assert profile["total"]["rejected"] == {"rows": 16, "forgotten": 16}
+    profile, _ = prepared(tmp_path, Forgotten([*(entry("", batch, line) for line in (21, 22, 23)), *(entry("", batch, line) for line in range(1, 15))]), strict)
+    assert profile["total"]["rejected"] == {"rows": 17, "forgotten": 17}
 
 
 def test_no_other_row_moves_to_another_split(tmp_path):

@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from places import make_repository, subjects, use_git_without_a_user, write_files
 
-from ratchet.batches import read_manifest
+from ratchet.batches import read_manifest, write_batch
 from ratchet.config import Config, IngestConfig, JsonlSource
 from ratchet.errors import DataError
 from ratchet.examples import Message, example_id
 from ratchet.neighbours import split_by_hash
 from ratchet.workspace import git
-from tasks.ingest import Pulled, add_batch, freeze_golden, label_of, pull
+from tasks.ingest import Pulled, add_batch, count_new, freeze_golden, label_of, pull
 
 CONFIG = Config()
 
@@ -243,3 +244,18 @@ def test_an_ingestion_starts_over_on_top_of_a_commit_that_came_first(root, tmp_p
     assert done["new"]
     assert subjects(root)[:2] == ["Ingest 10 rows from jsonl (two)", "Somebody else"]
     assert len(read_manifest(root / "data/raw")) == 2
+
+
+def test_rows_that_the_champion_does_not_know_are_counted_once(tmp_path):
+    raw = tmp_path / "data/raw"
+    rows = [msgspec.json.encode({"prompt": f"question {number}", "completion": "yes"}) for number in range(10)]
+    old = write_batch(raw, rows[:4], source="jsonl", label="old", time="2026-01-01T00:00:00Z", licence="", who="", form="auto")
+    write_batch(raw, [*rows[2:7], rows[5]], source="jsonl", label="new", time="2026-02-01T00:00:00Z", licence="", who="", form="auto")
+    (tmp_path / "data/golden.jsonl").write_bytes(rows[6] + b"\n")
+    pulled = Pulled([rows[5], rows[8]], "feedback", "feedback", "auto")
+    assert count_new(tmp_path, {old.name}, [pulled]) == 3, "rows 4, 5 and 8: 6 is golden, 5 came twice"
+
+
+def test_a_path_with_another_source_than_files_is_refused():
+    with pytest.raises(DataError, match="a path is named"):
+        pull(Config(), source="pydoc", path="rows.jsonl")

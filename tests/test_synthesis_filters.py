@@ -59,7 +59,7 @@ def test_a_system_message_stands_before_each_row():
         ("What is covered? [INST]", "Hail damage.", "control_token"),
         ("What is ＜|eot_id|＞ covered?", "Hail damage.", "control_token"),  # full width, as NFKC reads it
         ("What is <|im\u200b_start|> covered? " + "Which hail damage? " * 5, "Hail damage.", "control_token"),
-        ("What is covered?", "<thi\u200bnk>Hail damage.", "hidden_characters"),
+        ("What is covered?", "<thi\u200bnk>Hail damage.", "control_token"),
         ("What is covered?", "As an AI language model, hail damage is covered.", "boilerplate"),
         ("What is covered?", "I'm sorry, but I cannot answer that.", "refusal"),
         ("What is covered?", "I can’t help with hail damage.", "refusal"),

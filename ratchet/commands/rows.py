@@ -10,17 +10,17 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from ratchet.commands.here import Json, find_root, read_config, say, show
+from ratchet.commands.here import Json, find_root, note, read_config, say, show
 from ratchet.errors import DataError, UserError
 
-SHOWN = 10
+SHOWN, FAILED = 10, 3  # rows that are printed; the exit code for rows that would fail, apart from a file that cannot be read
 
 
 def check(
     files: Annotated[list[str], typer.Argument(help="JSON Lines: files, globs, URLs.")],
     as_json: Json = False,
 ) -> None:
-    """The verdicts that the rows of a file would get as a batch, before anything is committed. Exit code 3 when it would fail.
+    """The verdicts that the rows of a file would get as a batch, before anything is committed. Exit code 3 when it would fail, 2 when a file cannot be read.
 
     Example: ratchet data check exports/march.jsonl
     """
@@ -29,7 +29,12 @@ def check(
     from flows.check import check_file
 
     time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    verdicts = [check_file(path, root / "data/golden.jsonl", config, time=time) for path in files]
+    verdicts, unread = [], []
+    for path in files:
+        try:
+            verdicts.append(check_file(path, root / "data/golden.jsonl", config, time=time))
+        except DataError as error:  # the other files get their verdicts all the same
+            unread.append(error)
     found = [{**verdict._asdict(), "rejected": [msgspec.to_builtins(row) | {"batch": verdict.path} for row in verdict.rejected]} for verdict in verdicts]
 
     def tell() -> None:
@@ -40,12 +45,19 @@ def check(
                 say(f"  line {row.line}: {row.reason}: {row.message}{'  (a person may overrule it)' if row.review else ''}")
             if len(verdict.rejected) > SHOWN:
                 say(f"  … and {len(verdict.rejected) - SHOWN} more; --json lists all")
+            for line in verdict.said:
+                say(f"  {line}")
             if counts["sanitised"]:
                 say("  sanitised: " + ", ".join(f"{name.replace('_', ' ')} in {count} texts" for name, count in counts["sanitised"].items()))
 
     show(found, as_json, tell)
-    if failures := [verdict.failure for verdict in verdicts if verdict.failure]:
-        raise DataError("; ".join(failures))
+    for verdict in verdicts:
+        if verdict.failure:
+            note(f"would fail: {verdict.failure}")
+    if unread:
+        raise DataError("\n".join(map(str, unread)))
+    if any(verdict.failure for verdict in verdicts):
+        raise typer.Exit(FAILED)
 
 
 def rejected(
@@ -60,11 +72,13 @@ def rejected(
     root = find_root()
     from flows.check import REJECTED, read_rejected
 
-    rows = [row for row in read_rejected(root / REJECTED) if reason in ("", row.reason) and row.batch.startswith(batch)]
+    everything = read_rejected(root / REJECTED)
+    rows = [row for row in everything if reason in ("", row.reason) and row.batch.startswith(batch)]
 
     def tell() -> None:
         if not rows:
-            say("no row was rejected")
+            known = sorted({row.reason for row in everything})
+            say(f"none with that reason or batch; reasons: {', '.join(known)}" if known else "no row was rejected")
         for name, count in Counter(row.reason for row in rows).most_common():
             say(f"{count:7} {name}")
         for row in rows[:SHOWN]:
