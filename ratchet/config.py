@@ -236,6 +236,9 @@ class PrepareConfig(Section):
     )
     allowed_tokens: list[str] = Field(default=[], description="control tokens that rows may hold as plain text, such as `<s>`")
     personal_data: Literal["reject", "mask", "keep"] = Field(default="reject", description="rows with e-mail addresses, phone, card, IBAN or national id numbers")
+    names_model: str = Field(
+        default="", description="spaCy model, by name or folder, by which Presidio finds people's names, for `personal_data`; needs the extra `names`; empty: not looked for"
+    )
     blocked: list[str] = Field(default=[], description="regular expressions, case ignored; a row that one of them finds is rejected")
     canaries: list[str] = Field(default=[], description="strings that must never come back in data; a row with one fails the preparation")
     languages: list[str] = Field(default=[], description="languages that are taken, as ISO 639-1 codes; empty: any")

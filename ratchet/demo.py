@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
@@ -86,6 +87,22 @@ def _story(home: Path, until: str) -> None:
     traffic.print_table()
     _step("The ledger")
     console.print("\n".join(escape(line) for line in ledger_lines(ledger_rows(home))))
+    _step("8  A teacher writes rows out of a document, for people to review; here it is a script that asks for each sentence, no model")
+    with _scripted_teacher(home):
+        _ratchet(home, "synthesize", "--documents", "docs/data.md", "--count", "12")
+    _ratchet(home, "review", "status")
+
+
+@contextmanager
+def _scripted_teacher(home: Path) -> Iterator[None]:
+    """The tests' one, on the port that the demo's params.yaml names."""
+    port = urlsplit(load_config(home / "params.yaml").synthesize.teacher.url).port
+    command = ["uvicorn", "--app-dir", "tests", "--factory", "teacher_stub:TeacherStub", "--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
+    with subprocess.Popen([sys.executable, "-m", *command], cwd=home) as teacher:
+        try:
+            yield
+        finally:
+            teacher.terminate()
 
 
 def _roll_out(home: Path, traffic: Traffic) -> None:
@@ -168,6 +185,7 @@ def _settle(home: Path) -> None:
         if find_port_fault(values[section][key]):
             values[section][key] = _free_port()
     values["ingest"]["pydoc"]["share"] = 0.85
+    values["synthesize"]["teacher"] |= {"url": f"http://127.0.0.1:{_free_port()}/v1", "model": "script"}
     values["monitor"] |= {"cooldown_hours": 0.0, "sources": [{"match": WORDS, "source": "pydoc", "packages": SECOND.split(",")}]}
     # Names of the new packages take more tokens (numpy.ma against os): about a third more time for an answer, which these users take.
     values["rollout"] |= {"steps": [0.1, 0.5, 1.0], "step_minutes": 0.0, "latency_margin": 1.0}

@@ -17,7 +17,8 @@ from ratchet.config import PrepareConfig
 from ratchet.errors import ConfigError
 from ratchet.examples import CONTINUE, FORMS, Example, Message, Meta, RowError, make_example, recognise_form, row_to_messages
 from ratchet.languages import language_of
-from ratchet.personal import find_personal, find_secret, mask_personal
+from ratchet.names import mask_names
+from ratchet.personal import MASK, find_secret, mask_personal
 from ratchet.rawrow import read_row
 
 REVIEW = frozenset({"mixed_script", "boilerplate", "instruction_in_answer", "contradiction"})  # reasons that a person may overrule
@@ -151,14 +152,22 @@ class Validator:
             return example
         if policy == "reject":
             for message in example.messages:
-                if kinds := find_personal(message.content):
+                if kinds := self._mask(message.content)[1]:
                     raise RowError("personal_data", f"a text holds personal data: {', '.join(kinds)} (`prepare.personal_data`: mask takes the row without it)")
             return example
-        masked = [(message, *mask_personal(message.content)) for message in example.messages]
+        masked = [(message, *self._mask(message.content)) for message in example.messages]
         if not any(kinds for _, _, kinds in masked):
             return example
         sanitised["personal_data"] += 1
         return make_example([Message(message.role, text) for message, text, _ in masked], example.meta)
+
+    def _mask(self, text: str) -> tuple[str, list[str]]:
+        text, kinds = mask_personal(text)
+        if self._config.names_model:
+            named = mask_names(text, self._config.names_model, MASK.format("name"))
+            kinds += ["name"] * (named != text)
+            text = named
+        return text, kinds
 
     def _check_language(self, example: Example) -> None:
         text = example.answer if example.question == CONTINUE else example.question
