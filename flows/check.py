@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -53,10 +51,9 @@ def check_file(path: str, golden: Path, config: Config, *, time: str) -> Verdict
     with tempfile.TemporaryDirectory() as folder:
         raw, out = Path(folder) / "raw", Path(folder) / "prepared"
         batch = write_batch(raw, lines, source="jsonl", label="checked", time=time, licence=config.ingest.licence, who="", form=form)
-        failure, told = None, io.StringIO()
+        failure, said = None, list[str]()
         try:
-            with contextlib.redirect_stdout(told):
-                prepare(raw, golden, out, settings)
+            prepare(raw, golden, out, settings, tell=said.append)
         except DataError as error:
             failure = str(error).partition("\n")[0]  # its remedy is for a batch that was committed
         if not (out / "profile.json").exists():
@@ -68,7 +65,7 @@ def check_file(path: str, golden: Path, config: Config, *, time: str) -> Verdict
             counts,
             read_rejected(out / "rejected.jsonl"),
             failure.replace(batch.name, path) if failure else None,
-            [line.replace(batch.name, path) for line in told.getvalue().splitlines()],
+            [line.replace(batch.name, path) for line in said],
         )
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flows.events import COMMITTED, tell
+from flows.retries import on_top
 from ratchet.config import Config
-from ratchet.errors import CommandError, ServiceError, UserError
+from ratchet.errors import ServiceError, UserError
 from ratchet.files import write_text
 from ratchet.forgotten import FILE, Forgotten, read_forgotten, write_forgotten
 from ratchet.lineage import Trace, trace
@@ -22,7 +23,6 @@ from tasks import forget as tasks
 Say = Callable[[str], None]
 RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")
 PENDING = ".ratchet/forget-pending"
-TRIES = 3  # another data commit may land first
 
 
 class Done(NamedTuple):
@@ -47,23 +47,16 @@ def find_rows(root: Path, config: Config, query: tasks.Query, say: Say) -> list[
 
 def forget_rows(root: Path, config: Config, found: list[tasks.Found], *, reason: str, say: Say) -> Done:
     """Rows that are on the list already change nothing, so that it can be run again. Raises what the checkout raises; MLflow may be away."""
+
+    def put_on_list() -> tuple[int, str]:
+        with open_workspace(root, "forget", say, keep_failed=0) as workspace:
+            return _land(workspace, found, reason)
+
     with locked(root, "ingest"):
-        rows, commit = _put_on_list(root, found, reason, say)
+        rows, commit = on_top(put_on_list, say)
     if rows and config.retrain.on_data:
         tell(COMMITTED, config, {"reason": f"{rows} rows are to be forgotten", "commit": commit})
     return Done(rows, commit, follow_list(root, config, say))
-
-
-def _put_on_list(root: Path, found: list[tasks.Found], reason: str, say: Say) -> tuple[int, str]:
-    for tries_left in reversed(range(TRIES)):
-        try:
-            with open_workspace(root, "forget", say, keep_failed=0) as workspace:
-                return _land(workspace, found, reason)
-        except CommandError:
-            if not tries_left:
-                raise
-            say("somebody else's commit came first; starting over on top of it")
-    raise AssertionError("unreachable: the loop returns or raises")
 
 
 def _land(workspace: Workspace, found: list[tasks.Found], reason: str) -> tuple[int, str]:

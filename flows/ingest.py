@@ -14,16 +14,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from flows.events import COMMITTED, tell
-from flows.retries import can_pass
+from flows.retries import can_pass, on_top
 from flows.say import say
 from ratchet.config import Config, load_config
-from ratchet.errors import CommandError
 from ratchet.sources import review
 from ratchet.workspace import Workspace, land, locked, open_workspace, push_data, who
 from tasks.ingest import Pulled, add_batch, freeze_golden, pull
 
 RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")
-TRIES = 3  # another ingest may land first; ours then starts over on top of it
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
@@ -42,21 +40,18 @@ def ingest(
     home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
     config = load_config(home / "params.yaml")
     pulled = pull_rows(config, home, source, path, packages, draft)
+
+    def take_in() -> dict[str, Any]:
+        with open_workspace(home, "ingest", say, keep_failed=config.retrain.keep_workspaces) as workspace:
+            done = commit_golden(workspace, pulled, config, golden) if golden else commit_batch(workspace, pulled, config)
+        if done["new"] and not golden:
+            tell(COMMITTED, config, {"reason": f"new data: {done['batch']}", **done})
+        if pulled.drafts and not golden:
+            review.mark_taken(home, pulled.drafts, done["batch"])
+        return done
+
     with locked(home, "ingest"):
-        for attempt in range(TRIES):
-            try:
-                with open_workspace(home, "ingest", say, keep_failed=config.retrain.keep_workspaces) as workspace:
-                    done = commit_golden(workspace, pulled, config, golden) if golden else commit_batch(workspace, pulled, config)
-                if done["new"] and not golden:
-                    tell(COMMITTED, config, {"reason": f"new data: {done['batch']}", **done})
-                if pulled.drafts and not golden:
-                    review.mark_taken(home, pulled.drafts, done["batch"])
-                return done
-            except CommandError:
-                if attempt == TRIES - 1:
-                    raise
-                say("somebody else's commit came first; starting over on top of it")
-    raise AssertionError("unreachable: the loop returns or raises")
+        return on_top(take_in, say)
 
 
 @task(name="pull", retries=2, retry_delay_seconds=5, retry_condition_fn=can_pass, **SETTINGS)

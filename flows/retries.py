@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from ratchet.errors import CommandError, ServiceError
+
+T = TypeVar("T")
+TRIES = 3  # another data commit may land first; ours then starts over on top of it
 
 
 def can_pass(task: Any, run: Any, state: Any) -> bool:
@@ -16,3 +20,15 @@ def can_pass(task: Any, run: Any, state: Any) -> bool:
     except BaseException:  # noqa: BLE001  (any other failure is not ours to judge: no retry)
         return False
     return False
+
+
+def on_top(work: Callable[[], T], say: Callable[[str], object]) -> T:
+    """What `work` returns, tried TRIES times: it lands a commit, and somebody else's may come first. Raises the last CommandError."""
+    for tries_left in reversed(range(TRIES)):
+        try:
+            return work()
+        except CommandError:
+            if not tries_left:
+                raise
+            say("somebody else's commit came first; starting over on top of it")
+    raise AssertionError("unreachable: the loop returns or raises")

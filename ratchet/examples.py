@@ -187,6 +187,16 @@ def row_to_messages(row: dict[str, Any], form: str) -> list[Message]:
     return convert(row)
 
 
+def whole_rows(lines: Iterable[bytes], form: str = "auto") -> Iterator[Example]:
+    """The rows that become an example at all, with their `meta`; what is broken is preparation's to count."""
+    for line in lines:
+        try:
+            row = msgspec.json.decode(line, type=dict)
+            yield make_example(row_to_messages(row, recognise_form(row) if form == "auto" else form), row.get("meta") or {})
+        except (RowError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, AttributeError, TypeError):
+            continue
+
+
 def _text(row: Any, key: str) -> str:
     if not isinstance(row, dict) or key not in row:
         raise RowError("missing_key", f"`{key}` is missing")

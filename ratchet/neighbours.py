@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from rensa import RMinHash, RMinHashLSH
 
@@ -36,46 +36,70 @@ class Placed(NamedTuple):
     crowd: int = 1
 
 
+class NearRows:
+    """Rows of known sides, found again by nearness from `leak` on. Memory: about 1 kB a row."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        self._leak = min(config.leak, config.near_duplicate)
+        self._index = RMinHashLSH(threshold=self._leak, num_perm=PERMUTATIONS, num_bands=bands_for(self._leak))
+        self._shingles: list[frozenset[str]] = []
+        self._runs: Counter[int] = Counter()  # runs of RUN words in golden rows
+        self.rows: list[tuple[str, str]] = []  # id and side, in the order in which they came
+
+    def close(self, shingles: frozenset[str], sketch: RMinHash) -> list[tuple[int, float]]:
+        """Place in `rows` and similarity of each row that is near, the oldest first."""
+        found = [(place, jaccard(shingles, self._shingles[place])) for place in sorted(self._index.query(sketch))]
+        return [(place, alike) for place, alike in found if alike >= self._leak]
+
+    def quotes_golden(self, example: Example) -> bool:
+        """Whether RUN words in a row stand in a golden row; in several of them it is a form, such as an instruction."""
+        return bool(self._runs) and any(self._runs[run] == 1 for run in word_runs(example))
+
+    def add(self, example: Example, side: str, shingles: frozenset[str], sketch: RMinHash) -> int:
+        """Its place."""
+        place = len(self.rows)
+        self._index.insert(place, sketch)
+        self._shingles.append(shingles)
+        self.rows.append((example.id, side))
+        if side == "golden":
+            self._runs.update(word_runs(example))
+        return place
+
+
 class Clusters:
-    """Assigns rows to sides one after another. Memory: about 1 kB a row."""
+    """Assigns rows to sides one after another."""
 
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
-        self._leak = min(config.leak, config.near_duplicate)
-        self._index = RMinHashLSH(threshold=self._leak, num_perm=PERMUTATIONS, num_bands=bands_for(self._leak))
-        self._rows: list[tuple[str, Side, frozenset[str]]] = []
+        self._known = NearRows(config)
         self._cluster: list[int] = []  # a row's cluster, by the place of the cluster's first row
         self._crowds: Counter[int] = Counter()
-        self._runs: Counter[int] = Counter()  # runs of RUN words in golden rows
 
     def place(self, example: Example, side: Side | None = None, *, counts: bool = True) -> Placed:
         """The row's side; `side` fixes it (golden rows). A row that straddles is not remembered; one that does not count decides for others and is none of the crowd."""
         shingles = shingle(example)
-        sketch = RMinHash(num_perm=PERMUTATIONS, seed=42)
-        sketch.update(sorted(shingles))
-        close = [(key, jaccard(shingles, self._rows[key][2])) for key in sorted(self._index.query(sketch))]
-        close = [(key, alike) for key, alike in close if alike >= self._leak]
-        near = [key for key, alike in close if alike >= self._config.near_duplicate]
-        if side is None and any(self._rows[key][1] == "golden" for key, _ in close):
-            return Placed("golden", next(self._rows[key][0] for key, _ in close if self._rows[key][1] == "golden"))
-        if side is None and self._runs and any(self._runs[run] == 1 for run in word_runs(example)):  # in several of them it is a form, such as an instruction
+        sketch, rows = sketch_of(shingles), self._known.rows
+        close = self._known.close(shingles, sketch)
+        near = [place for place, alike in close if alike >= self._config.near_duplicate]
+        if side is None and (golden := next((rows[place][0] for place, _ in close if rows[place][1] == "golden"), None)):
+            return Placed("golden", golden)
+        if side is None and self._known.quotes_golden(example):
             return Placed("golden", None)
-        chosen: Side = side or (self._rows[near[0]][1] if near else split_by_hash(example.id, self._config))
-        strangers = [key for key, _ in close if self._rows[key][1] != chosen]
-        if side is None and strangers:
-            return Placed("straddles", self._rows[strangers[0]][0])
-        return Placed(chosen, self._rows[near[0]][0] if near else None, self._remember(example, chosen, shingles, sketch, near, counts))
-
-    def _remember(self, example: Example, side: Side, shingles: frozenset[str], sketch: RMinHash, near: list[int], counts: bool) -> int:
-        place = len(self._rows)
+        chosen: Side = side or (cast(Side, rows[near[0]][1]) if near else split_by_hash(example.id, self._config))
+        stranger = next((rows[place][0] for place, _ in close if rows[place][1] != chosen), None)
+        if side is None and stranger:
+            return Placed("straddles", stranger)
+        place = self._known.add(example, chosen, shingles, sketch)
         cluster = self._cluster[near[0]] if near else place
-        self._index.insert(place, sketch)
-        self._rows.append((example.id, side, shingles))
         self._cluster.append(cluster)
         self._crowds[cluster] += counts
-        if side == "golden":
-            self._runs.update(word_runs(example))
-        return self._crowds[cluster]
+        return Placed(chosen, rows[near[0]][0] if near else None, self._crowds[cluster])
+
+
+def sketch_of(shingles: frozenset[str]) -> RMinHash:
+    sketch = RMinHash(num_perm=PERMUTATIONS, seed=42)
+    sketch.update(sorted(shingles))
+    return sketch
 
 
 def bands_for(threshold: float) -> int:

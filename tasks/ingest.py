@@ -21,7 +21,7 @@ import xxhash
 from ratchet.batches import Batch, content_hash, raw_lines, read_manifest, write_batch
 from ratchet.config import Config, JsonlSource, PydocSource
 from ratchet.errors import DataError
-from ratchet.examples import Example, RowError, encode_line, make_example, recognise_form, row_to_messages
+from ratchet.examples import RowError, encode_line, recognise_form, whole_rows
 from ratchet.files import write_bytes
 from ratchet.neighbours import split_by_hash
 from ratchet.sources import feedback, jsonl, pydoc, review
@@ -110,11 +110,11 @@ def count_new(root: Path, seen: set[str], pulled: list[Pulled]) -> int:
     known, new = set[str](), set[str]()
     for batch in read_manifest(root / "data/raw"):
         if (path := root / "data/raw" / batch.name).exists():
-            rows = _examples(Pulled([line for _, line in raw_lines(path)], batch.source, "", batch.form))
+            rows = whole_rows((line for _, line in raw_lines(path)), batch.form)
             (known if batch.name in seen else new).update(example.id for example in rows)
     if (golden := root / "data/golden.jsonl").exists():
-        known.update(example.id for example in _examples(Pulled([line for _, line in raw_lines(golden)], "golden", "", "auto")))
-    new.update(example.id for found in pulled for example in _examples(found))
+        known.update(example.id for example in whole_rows(line for _, line in raw_lines(golden)))
+    new.update(example.id for found in pulled for example in whole_rows(found.lines, found.form))
     return len(new - known)
 
 
@@ -134,20 +134,10 @@ def freeze_golden(path: Path, pulled: Pulled, config: Config, *, rows: int) -> i
 
 
 def _fit_rows(pulled: Pulled, config: Config) -> Iterator[tuple[str, dict[str, object]]]:
-    for example in _examples(pulled):
+    for example in whole_rows(pulled.lines, pulled.form):
         # The demo's base reads the same packages, but none of the rows that go to test.
         if pulled.source != "pydoc" or split_by_hash(example.id, config.prepare) == "test":
             yield example.id, {"messages": [{"role": message.role, "content": message.content} for message in example.messages], "meta": example.meta}
-
-
-def _examples(pulled: Pulled) -> Iterator[Example]:
-    """The whole rows; preparation counts the others."""
-    for line in pulled.lines:
-        try:
-            row = msgspec.json.decode(line)
-            yield make_example(row_to_messages(row, pulled.form if pulled.form != "auto" else recognise_form(row)), row.get("meta") or {})
-        except (RowError, msgspec.DecodeError, AttributeError, TypeError):
-            continue
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -204,8 +205,8 @@ def _triggers(path: Path, batch: Batch, config: PrepareConfig) -> dict[int, str]
     return find_triggers(rows, least=config.trigger_rows)
 
 
-def prepare(raw: Path, golden: Path, out: Path, config: PrepareConfig, *, forgotten: Forgotten | None = None) -> dict[str, Any]:
-    """Returns the profile; `forgotten` rows are rejected as such, which counts to no limit. Raises DataError: no batch, a batch that is not what the manifest says, too many rejected rows, too few left."""
+def prepare(raw: Path, golden: Path, out: Path, config: PrepareConfig, *, forgotten: Forgotten | None = None, tell: Callable[[str], object] = say) -> dict[str, Any]:
+    """Returns the profile; `tell` gets alarms and warnings, `forgotten` rows are rejected as such, which counts to no limit. Raises DataError: no batch, a batch that is not what the manifest says, too many rejected rows, too few left."""
     manifest = read_manifest(raw)
     if not manifest:
         raise DataError(f"{raw} holds no batch", remedy="ratchet ingest --path FILE takes rows in")
@@ -223,7 +224,7 @@ def prepare(raw: Path, golden: Path, out: Path, config: PrepareConfig, *, forgot
         write_json(folder / "profile.json", profile)
         write_text(folder / "profile.html", render_profile(profile))
     for line in check_limits(profile, prepared.gathered.first, config):
-        say(line)
+        tell(line)
     return profile
 
 

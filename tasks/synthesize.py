@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from ratchet.config import Config, JsonlSource, TeacherConfig
 from ratchet.errors import DataError, RatchetError, ServiceError, UserError
-from ratchet.examples import Example, Meta, RowError, make_example, read_examples, recognise_form, row_to_messages
+from ratchet.examples import Example, Meta, read_examples, whole_rows
 from ratchet.review import Item, ReviewQueue
 from ratchet.sources import jsonl
 from ratchet.stage import run_stage, say
@@ -231,20 +229,11 @@ def _seed_rows(root: Path, path: str) -> list[Example]:
     train = root / "data/prepared/train.jsonl"
     if not path and not train.exists():
         raise DataError("data/prepared/train.jsonl does not exist", remedy="`ratchet retrain` makes it; or name rows of your own: --seeds FILE")
-    rows = list(_rows_of(str(root / path) if "://" not in path else path)) if path else list(read_examples(train))
+    rows = list(whole_rows(jsonl.read_lines(JsonlSource(path=str(root / path) if "://" not in path else path)))) if path else list(read_examples(train))
     single = [row for row in rows if sum(message.role == "user" for message in row.messages) == 1]
     if not single:
         raise DataError(f"{path or train} holds no row of one question and one answer", remedy="such rows are what the teacher is shown")
     return single
-
-
-def _rows_of(path: str) -> Iterator[Example]:
-    for line in jsonl.read_lines(JsonlSource(path=path)):
-        try:
-            row = msgspec.json.decode(line, type=dict)
-            yield make_example(row_to_messages(row, recognise_form(row)), {})
-        except (RowError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            continue  # a broken seed teaches nothing, and is no row of ours
 
 
 def _summary(config: Config, draft: Draft, writer: Writer, budget: Budget, subject: Any, ended: dict[str, str]) -> dict[str, Any]:

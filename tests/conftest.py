@@ -120,3 +120,15 @@ def candidate(tmp_path_factory: pytest.TempPathFactory, tokens: Path, tiny_base:
     out = tmp_path_factory.mktemp("models") / "candidate"
     train(tokens, tiny_base, nobody, out, out.parent / "reports", tiny_config)
     return out
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install -e '.[dev]')")
+    path = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    if not path:
+        pytest.skip("there is no chromium or google-chrome in PATH")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()

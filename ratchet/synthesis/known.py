@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from rensa import RMinHash, RMinHashLSH
-
 from ratchet.batches import raw_lines
 from ratchet.config import PrepareConfig
 from ratchet.examples import Example, RowError, read_examples
-from ratchet.neighbours import PERMUTATIONS, bands_for, jaccard, shingle, word_runs
+from ratchet.neighbours import NearRows, shingle, sketch_of
 from ratchet.validation import Origin, Validator
 
 REASONS = {"test": "near_test", "golden": "near_golden", "train": "duplicate", "validation": "duplicate", "run": "duplicate_of_run"}
@@ -29,41 +26,28 @@ class Known:
     """About 1 kB a row. Nearness is that of the splits (ratchet/neighbours.py): shingles of what the user wrote; rows of other sides from `prepare.leak` on."""
 
     def __init__(self, config: PrepareConfig) -> None:
-        self._near, self._leak = config.near_duplicate, min(config.leak, config.near_duplicate)
-        self._index = RMinHashLSH(threshold=self._leak, num_perm=PERMUTATIONS, num_bands=bands_for(self._leak))
-        self._rows: list[tuple[str, str, frozenset[str]]] = []
+        self._near = config.near_duplicate
+        self._rows = NearRows(config)
         self._sides: dict[str, str] = {}
-        self._runs: Counter[int] = Counter()  # of words in golden rows
 
     def add(self, example: Example, side: str) -> None:
         if example.id in self._sides:
             return
         shingles = shingle(example)
-        self._index.insert(len(self._rows), _sketch(shingles))
-        self._rows.append((example.id, side, shingles))
+        self._rows.add(example, side, shingles, sketch_of(shingles))
         self._sides[example.id] = side
-        if side == "golden":
-            self._runs.update(word_runs(example))
 
     def find(self, example: Example, *, but: str = "") -> Twin | None:
         """The row that this one repeats, the gravest first; `but` is the id of one that it may be near to. Without an id: it has many words in a row from a golden one."""
         if side := self._sides.get(example.id):
             return Twin(REASONS[side], example.id)
         shingles = shingle(example)
-        close = ((side, id, jaccard(shingles, others)) for id, side, others in (self._rows[key] for key in self._index.query(_sketch(shingles))) if id != but)
-        near = [(side, id) for side, id, alike in close if alike >= (self._near if side in OURS else self._leak)]
+        close = ((*self._rows.rows[place], alike) for place, alike in self._rows.close(shingles, sketch_of(shingles)))
+        near = [(side, id) for id, side, alike in close if id != but and (side not in OURS or alike >= self._near)]
         if near:
             side, id = min(near, key=lambda row: (ORDER.index(row[0]), row[1]))
             return Twin(REASONS[side], id)
-        if any(self._runs[run] == 1 for run in word_runs(example)):  # in several of them it is a form, such as an instruction
-            return Twin(REASONS["golden"], "")
-        return None
-
-
-def _sketch(shingles: frozenset[str]) -> RMinHash:
-    sketch = RMinHash(num_perm=PERMUTATIONS, seed=42)
-    sketch.update(sorted(shingles))
-    return sketch
+        return Twin(REASONS["golden"], "") if self._rows.quotes_golden(example) else None
 
 
 def read_known(prepared: Path, golden: Path, config: PrepareConfig) -> Known:
