@@ -35,7 +35,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.drift
 
-lock: $(VENV)/.core
+lock: $(VENV)/bin/uv
 	UV=$(BIN)/uv bash requirements/compile.sh
 
 clean-demo:
