@@ -269,8 +269,8 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock) -> None:
     from ratchet.config import AdapterConfig, Config
     from ratchet.files import read_json
     from ratchet.methods import add_adapter, prepare_quantised
-    from ratchet.models import MANIFEST, load_base
-    from ratchet.packing import IGNORED, pack
+    from ratchet.models import MANIFEST, compute_dtype, load_base
+    from ratchet.packing import pack
     from ratchet.training import Schedule, fit
 
     class Enough(Exception):
@@ -295,22 +295,30 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock) -> None:
         evaluations=1,
         patience=1,
         seed=1,
+        compute=compute_dtype("auto")[0],
     )
     model = load_base(folder / "base", method=method)
     model = add_adapter(prepare_quantised(model) if method == "qlora" else model, AdapterConfig(method=method, rank=16, alpha=32), seed=train.seed)
     import ratchet.training as training
 
     training.LOGS = steps  # a line a step, so that the clock hears of each
-    collate = training._Collator.__call__
+    for collator in (training._Collator, training._RowCollator):
+        _count(collator, clock)
+    with contextlib.suppress(Enough):
+        fit(model, windows, [], schedule, pad_id=read_json(folder / "base" / MANIFEST)["pad_id"], report=report)
+
+
+def _count(collator: Any, clock: Clock) -> None:
+    from ratchet.packing import IGNORED
+
+    collate = collator.__call__
 
     def counted(self: Any, batch: Any) -> Any:
         columns = collate(self, batch)
         clock.saw(int((columns["labels"] != IGNORED).sum()), columns["labels"].numel())
         return columns
 
-    training._Collator.__call__ = counted  # type: ignore[method-assign]
-    with contextlib.suppress(Enough):
-        fit(model, windows, [], schedule, pad_id=read_json(folder / "base" / MANIFEST)["pad_id"], report=report)
+    collator.__call__ = counted
 
 
 if __name__ == "__main__":

@@ -298,7 +298,10 @@ class TrainConfig(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="course of the learning rate after the warm-up")
     warmup_share: Share = Field(default=0.05, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(default=0.01, ge=0, description="decoupled weight decay of AdamW; of the other optimizers their own form")
-    batch_windows: Count = Field(default=4, description="packed windows in one forward pass")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="what forward and backward passes compute in; `auto`: bfloat16 where the machine has instructions for it. Adapters and losses stay float32"
+    )
+    batch_windows: Count = Field(default=4, description="packed windows in one forward pass; on a CPU as many rows of like length as fit into their room")
     accumulate: Count = Field(default=1, description="forward passes in one optimizer step")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradient norm that is clipped to")
     checkpoint_activations: bool = Field(default=False, description="compute activations again in the backward pass: less memory, about a third more time. Not with `prefix`")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ratchet.errors import BaseModelError
+from ratchet.errors import BaseModelError, ConfigError
 from ratchet.files import read_json, sha256_file
 
 if TYPE_CHECKING:
@@ -101,6 +101,24 @@ def precision(method: str) -> tuple[str, str]:
     if torch.cuda.is_available():
         return ("bfloat16", "the GPU computes in bfloat16") if torch.cuda.is_bf16_supported() else ("float16", "the GPU has no bfloat16")
     return ("bfloat16", "a quantised base computes in bfloat16") if method == "qlora" else ("float32", "no GPU: float32 is exact and repeatable on a CPU")
+
+
+def compute_dtype(setting: str) -> tuple[str, str]:
+    """(what `train.precision` comes to in the forward and backward pass, why). Raises ConfigError: the machine cannot."""
+    import torch
+
+    if torch.cuda.is_available():
+        best, why = ("bfloat16", "the GPU computes in it") if torch.cuda.is_bf16_supported() else ("float16", "the GPU has no bfloat16")
+        able = {"float32", "float16", best}
+    elif torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        best, why, able = "bfloat16", "this CPU computes in it, twice as fast as in float32", {"float32", "bfloat16"}
+    else:
+        best, why, able = "float32", "this CPU has no instructions for bfloat16", {"float32", "bfloat16"}
+    if setting == "auto":
+        return best, why
+    if setting not in able:
+        raise ConfigError(f"`train.precision: {setting}` is more than this machine computes in; it can {', '.join(sorted(able))}", remedy="set `train.precision: auto`")
+    return setting, "`train.precision` asks for it"
 
 
 def device() -> str:

@@ -55,6 +55,17 @@ def rows_of(window: Window) -> list[Window]:
     return [Window(*(column[start:end] for column in window)) for start, end in zip(starts, [*starts[1:], len(window.input_ids)], strict=True)]
 
 
+def by_length(rows: Sequence[Window], budget: int) -> list[list[Window]]:
+    """Every row in exactly one group of rows of like length; a group padded to its longest holds `budget` positions at most, or a single row."""
+    groups: list[list[Window]] = []
+    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
+        if groups and (len(groups[-1]) + 1) * len(groups[-1][0].input_ids) <= budget:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
 def write_windows(path: Path, windows: Sequence[Window]) -> None:
     """Arrow's file format, three columns of integers."""
     import pyarrow as pa

@@ -1,15 +1,17 @@
 """One optimisation through transformers' Trainer: packed windows in, the best weights by validation loss left in the model.
 
 Deterministic on CPU: same commit, same data, same bytes, whether or not it was killed and gone on with. Not covered yet: several processes.
+A GPU computes windows as they are packed. A CPU computes their rows in batches of like length with plain attention (docs/lab-notes.md).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,11 +20,12 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ratchet.errors import ConfigError, DivergenceError, StoppedError
-from ratchet.packing import IGNORED, Window, rows_of
+from ratchet.packing import IGNORED, Window, by_length, rows_of
 
 if TYPE_CHECKING:
     from ratchet.checkpoints import Checkpoints, Saved
 
+EAGER_LENGTH = 1024  # tokens of a row up to which plain attention is faster on a CPU; its memory grows with the square
 LOGS = 100  # points on the training curve, at most; each costs a synchronisation on a GPU
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit", "adafactor": "adafactor", "sgd": "sgd"}
@@ -49,6 +52,7 @@ class Schedule(NamedTuple):
     optimizer: str = "adamw"
     checkpoint_activations: bool = False
     neftune_alpha: float = 0.0
+    compute: str = "float32"  # what matrix products are computed in (autocast): "float32", "bfloat16" or "float16"; the weights stay what they are
 
 
 class Outcome(NamedTuple):
@@ -61,6 +65,22 @@ class Outcome(NamedTuple):
     seconds: float
 
 
+def count_batches(windows: Sequence[Window], batch_windows: int, *, apart: bool | None = None) -> int:
+    """Forward passes of an epoch."""
+    apart = _faster_apart() if apart is None else apart
+    return len(_grouped(windows, batch_windows)) if apart else math.ceil(len(windows) / batch_windows)
+
+
+def _faster_apart() -> bool:
+    return not torch.cuda.is_available()
+
+
+def _grouped(windows: Sequence[Window], batch_windows: int) -> list[list[Window]]:
+    """Padded, a group takes no more room than a batch of windows."""
+    rows = [row for window in windows for row in rows_of(window)]
+    return by_length(rows, batch_windows * max(len(window.input_ids) for window in windows))
+
+
 def fit(
     model: torch.nn.Module,
     windows: Sequence[Window],
@@ -70,34 +90,39 @@ def fit(
     pad_id: int,
     report: Report,
     text_weight: float | None = None,
-    rows_apart: bool = False,
+    apart: bool | None = None,
     checkpoints: Checkpoints | None = None,
     saved: Saved | None = None,
 ) -> Outcome:
     """Train `model` in place, from `saved` on if there is one. Raises DivergenceError when a loss, a gradient or a weight stops being finite; ConfigError; StoppedError.
 
     With `text_weight` the prompt's tokens count in the loss as well, with that weight (the demo's base learns to read from them).
-    With `rows_apart` each row of a window stands by itself, as virtual tokens before it ask for; steps and losses stay those of the windows.
+    `apart`: rows by themselves in batches of like length, as virtual tokens before each row ask for; by default on a CPU, where it is faster.
     """
     if schedule.optimizer in CUDA_OPTIMIZERS and not torch.cuda.is_available():
         raise ConfigError(f"`train.optimizer: {schedule.optimizer}` needs a GPU with CUDA, and this machine has none", remedy="set `train.optimizer: adamw` or `adafactor`")
     set_seed(schedule.seed)
     # Filling fresh memory is for finding reads of it; results do not depend on it, and it costs a tenth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if rows_apart:
-        validation = [row for window in validation for row in rows_of(window)]
     watch = _Watch(model, schedule, report)
-    with tempfile.TemporaryDirectory(prefix="ratchet-train-") as scratch:
+    batches: Sequence[Any] = windows
+    held_out: Sequence[Any] = validation
+    if apart := _faster_apart() if apart is None else apart:
+        batches, held_out = _grouped(windows, schedule.batch_windows), _grouped(validation, schedule.batch_windows) if validation else []
+    longest = max(window.position_ids[-1] + 1 for window in windows) if apart else max(len(window.input_ids) for window in windows)
+    with tempfile.TemporaryDirectory(prefix="ratchet-train-") as scratch, _fast_attention(model, longest), _Head(model) as head:
         trainer = _Trainer(
             model=model,
-            args=_arguments(scratch, schedule, evaluates=bool(validation)),
-            train_dataset=_Windows(windows),
-            eval_dataset=_Windows(validation) if validation else None,
-            data_collator=_RowCollator(pad_id) if rows_apart else _Collator(pad_id),
+            args=_arguments(scratch, schedule, batch_items=1 if apart else schedule.batch_windows, evaluates=bool(validation)),
+            train_dataset=_Items(batches),
+            eval_dataset=_Items(held_out) if validation else None,
+            data_collator=_RowCollator(pad_id) if apart else _Collator(pad_id),
             callbacks=[watch],
         )
-        trainer.text_weight = text_weight
-        trainer.validation_density = sum(label != IGNORED for window in validation for label in window.labels) / (len(validation) or 1)
+        trainer.model_accepts_loss_kwargs = True  # our loss is over the tokens of all forward passes of a step
+        trainer.text_weight, trainer.head = text_weight, head
+        trainer.autocast = torch.autocast("cpu", torch.bfloat16, enabled=schedule.compute == "bfloat16" and not torch.cuda.is_available())
+        trainer.validation_density = sum(label != IGNORED for window in validation for label in window.labels) / (len(held_out) or 1)
         trainer.watch, trainer.checkpoints, trainer.saved, trainer.started = watch, checkpoints, saved, time.perf_counter()
         trainer.add_callback(_Pace(trainer))
         trainer.remove_callback(PrinterCallback)
@@ -110,14 +135,48 @@ def fit(
     return Outcome(done, watch.best_step or done, watch.best_loss, float(result.training_loss), trainer.seconds)
 
 
-def _arguments(scratch: str, schedule: Schedule, *, evaluates: bool) -> TrainingArguments:
+@contextlib.contextmanager
+def _fast_attention(model: Any, longest: int) -> Iterator[None]:
+    """On a CPU torch's fused attention is slower than plain matrix products, while rows are short."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept = base.config._attn_implementation
+    if not torch.cuda.is_available() and longest <= EAGER_LENGTH:
+        base.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(kept)
+
+
+class _Head:
+    """Lets the output layer see only the positions that bear loss: its logits are what takes most room, and on a small model much of the time."""
+
+    def __init__(self, model: Any) -> None:
+        self._handle = model.get_output_embeddings().register_forward_pre_hook(self._choose)
+        self.chosen: torch.Tensor | None = None  # (batch, seq - 1), for the next pass
+
+    def __enter__(self) -> _Head:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _choose(self, _: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if self.chosen is None:
+            return inputs
+        hidden = inputs[0]  # (batch, virtual tokens + seq, width)
+        hidden = hidden[:, hidden.shape[1] - self.chosen.shape[1] - 1 : -1]
+        places = self.chosen.flatten().nonzero().squeeze(1)
+        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)[None], *inputs[1:])  # (1, chosen, width)
+
+
+def _arguments(scratch: str, schedule: Schedule, *, batch_items: int, evaluates: bool) -> TrainingArguments:
     cuda = torch.cuda.is_available()
-    bf16 = cuda and torch.cuda.is_bf16_supported()
     return TrainingArguments(
         output_dir=scratch,
         max_steps=schedule.steps,
-        per_device_train_batch_size=schedule.batch_windows,
-        per_device_eval_batch_size=schedule.batch_windows,
+        per_device_train_batch_size=batch_items,
+        per_device_eval_batch_size=batch_items,
         gradient_accumulation_steps=schedule.accumulate,
         learning_rate=schedule.learning_rate,
         lr_scheduler_type=SCHEDULES[schedule.kind],
@@ -140,8 +199,8 @@ def _arguments(scratch: str, schedule: Schedule, *, evaluates: bool) -> Training
         prediction_loss_only=True,
         disable_tqdm=True,
         use_cpu=not cuda,
-        bf16=bf16,
-        fp16=cuda and not bf16,
+        bf16=cuda and schedule.compute == "bfloat16",
+        fp16=cuda and schedule.compute == "float16",
         dataloader_pin_memory=cuda,
         seed=schedule.seed,
         data_seed=schedule.seed,
@@ -153,7 +212,9 @@ class _Trainer(Trainer):
     """With a loss of our own, and checkpoints of our own in place of its pickles: what it would save and load is overridden."""
 
     text_weight: float | None = None
-    validation_density: float  # learned tokens a window
+    head: _Head
+    autocast: Any
+    validation_density: float  # learned tokens a window, or a group of rows
     watch: _Watch
     checkpoints: Checkpoints | None
     saved: Saved | None
@@ -203,28 +264,36 @@ class _Trainer(Trainer):
             self._initial_global_step = 0
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        if not model.training:
-            # The mean over windows of what this gives is the loss a learned token, whatever the batches are.
-            num_items_in_batch = self.validation_density * len(inputs["input_ids"])
-        if self.text_weight is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        ids, labels, positions = inputs["input_ids"], inputs["labels"], inputs["position_ids"]
-        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, :-1].float()  # (batch, seq - 1, vocab)
-        losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        # A row's first token and padding stand at position 0: nothing of their own row predicts them.
-        weights = torch.where(labels[:, 1:] != IGNORED, 1.0, self.text_weight) * (positions[:, 1:] > 0)
-        return (losses * weights.flatten()).sum() / weights.sum()
+        ids, learned = inputs["input_ids"], inputs["labels"][:, 1:] != IGNORED
+        weights = learned.float()
+        if self.text_weight is not None and model.training:
+            # A row's first token and padding are no targets: nothing of their own row predicts them.
+            own = inputs["position_ids"][:, 1:] > 0 if "position_ids" in inputs else inputs["attention_mask"][:, 1:] > 0
+            weights = torch.where(learned, 1.0, self.text_weight) * own
+            num_items_in_batch = weights.sum()
+        elif not model.training:
+            # The mean over items of what this gives is the loss a learned token, whatever the batches are.
+            num_items_in_batch = self.validation_density * (len(ids) if "position_ids" in inputs else 1)
+        chosen = weights > 0
+        self.head.chosen = chosen
+        with self.autocast if model.training else contextlib.nullcontext():
+            logits = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False).logits[0]  # (chosen, vocab)
+        losses = cross_entropy(logits.float(), ids[:, 1:][chosen], reduction="none")
+        loss = (losses * weights[chosen]).sum() / num_items_in_batch
+        return (loss, {}) if return_outputs else loss
 
 
-class _Windows(torch.utils.data.Dataset[Window]):
-    def __init__(self, windows: Sequence[Window]) -> None:
-        self._windows = windows
+class _Items(torch.utils.data.Dataset[Any]):
+    """Windows, or groups of rows."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self._items = items
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return len(self._items)
 
-    def __getitem__(self, index: int) -> Window:
-        return self._windows[index]
+    def __getitem__(self, index: int) -> Any:
+        return self._items[index]
 
 
 class _Collator:
@@ -242,13 +311,13 @@ class _Collator:
 
 
 class _RowCollator:
-    """The rows of the windows, padded behind; for what puts tokens of its own before each row."""
+    """One group of rows, padded behind."""
 
     def __init__(self, pad_id: int) -> None:
         self._pad_id = pad_id
 
-    def __call__(self, windows: Sequence[Window]) -> dict[str, torch.Tensor]:
-        rows = [row for window in windows for row in rows_of(window)]
+    def __call__(self, groups: Sequence[list[Window]]) -> dict[str, torch.Tensor]:
+        (rows,) = groups
         length = max(len(row.input_ids) for row in rows)
         missing = [length - len(row.input_ids) for row in rows]
         columns = {

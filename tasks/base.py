@@ -22,7 +22,7 @@ from ratchet.config import BaseConfig, Config, DemoBase, PrepareConfig, PydocSou
 from ratchet.errors import BaseModelError, DataError
 from ratchet.examples import Example, Message, make_example
 from ratchet.files import read_json, require_space, sha256_file, whole_folder, write_json, write_text
-from ratchet.models import MANIFEST, load_tokenizer, quiet
+from ratchet.models import MANIFEST, compute_dtype, load_tokenizer, quiet
 from ratchet.neighbours import Clusters, split_by_hash
 from ratchet.packing import pack
 from ratchet.sources.pydoc import harvest
@@ -222,6 +222,7 @@ def _pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
         evaluations=1,
         patience=1,
         seed=config.seed,
+        compute=compute_dtype("auto")[0],
     )
     say(f"base: pre-training {sum(weight.numel() for weight in model.parameters()) / 1e6:.2f}M parameters on {len(encoded)} rows, {demo.steps} steps")
     with quiet():

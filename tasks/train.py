@@ -23,7 +23,7 @@ from ratchet.config import Config
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, require_space, sha256_file, sha256_json, whole_folder, write_json
 from ratchet.methods import PREFIXED, check_context, check_start, load_trainable, save_trained
-from ratchet.models import MANIFEST, adapter_sha256, load_tokenizer, precision, quiet
+from ratchet.models import MANIFEST, adapter_sha256, compute_dtype, load_tokenizer, precision, quiet
 from ratchet.packing import IGNORED, read_windows
 from ratchet.stage import run_stage, say
 from ratchet.tracking import History, LiveCopy, code_sha256, read_history
@@ -61,18 +61,21 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
 
 
 def _optimise(tokens: Path, base: Path, start: Path | None, out: Path, config: Config, history: History, checkpoints: Checkpoints, facts: dict[str, Any]) -> dict[str, Any]:
-    from ratchet.training import fit
+    from ratchet.training import count_batches, fit
 
     method = config.adapter.method
     windows, validation = read_windows(tokens / "train.arrow"), read_windows(tokens / "validation.arrow")
     check_context(base, config.adapter, 1 + max(max(window.position_ids) for window in (*windows, *validation)))
-    schedule = _schedule(len(windows), config)
+    apart = True if method in PREFIXED else None
+    num_batches = count_batches(windows, config.train.batch_windows, apart=apart)
+    computed, why = compute_dtype(config.train.precision)
+    schedule = _schedule(num_batches, computed, config)
     tokenizer = load_tokenizer(base)
     model = load_trainable(base, start, config.adapter, seed=config.train.seed)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     require_space(out.parent, ROOM + sum(weight.numel() * weight.element_size() for weight in weights), "the candidate")
     trainable = sum(weight.numel() for weight in weights)
-    say(f"train: {method} of {trainable:,} weights from {'the champion' if start else 'the base'}, {schedule.steps} steps, {precision(method)[0]} ({precision(method)[1]})")
+    say(f"train: {method} of {trainable:,} weights from {'the champion' if start else 'the base'}, {schedule.steps} steps; computed in {computed}: {why}")
     saved = checkpoints.newest(history.restore)
     if saved:
         say(f"train: goes on from the checkpoint of step {saved.step} of {schedule.steps}")
@@ -84,16 +87,17 @@ def _optimise(tokens: Path, base: Path, start: Path | None, out: Path, config: C
             schedule,
             pad_id=_pad_id(tokenizer),
             report=_reporter(history, schedule.steps),
-            rows_apart=method in PREFIXED,
+            apart=apart,
             checkpoints=checkpoints,
             saved=saved,
         )
     learned = sum(label != IGNORED for window in windows for label in window.labels)
+    epochs = outcome.steps * config.train.accumulate / num_batches
     figures = {
         **outcome._asdict(),
         "trainable_weights": trainable,
-        "epochs": outcome.steps * config.train.batch_windows * config.train.accumulate / len(windows),
-        "learned_tokens_per_second": learned / len(windows) * outcome.steps * config.train.batch_windows * config.train.accumulate / outcome.seconds,
+        "epochs": epochs,
+        "learned_tokens_per_second": learned * epochs / outcome.seconds,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     _save(model, tokenizer, base, out, config, facts)
@@ -111,7 +115,7 @@ def _machine() -> dict[str, str]:
     """What else the bytes depend on; a checkpoint of another is not gone on from."""
     from ratchet.models import device
 
-    return {"device": device(), **{package: version(package) for package in PACKAGES}}
+    return {"device": device(), "computed": compute_dtype("auto")[0], **{package: version(package) for package in PACKAGES}}
 
 
 def _save(model: Any, tokenizer: Any, base: Path, out: Path, config: Config, facts: dict[str, Any]) -> None:
@@ -161,11 +165,11 @@ def _batches(tokens: Path, incumbent: Path) -> list[str]:
     return sorted({*read_json(tokens / "profile.json")["batches"], *read_json(incumbent / MANIFEST)["batches"]})
 
 
-def _schedule(num_windows: int, config: Config) -> Any:
+def _schedule(num_batches: int, computed: str, config: Config) -> Any:
     from ratchet.training import Schedule
 
     train = config.train
-    steps = max(1, math.ceil(train.epochs * num_windows / (train.batch_windows * train.accumulate)))
+    steps = max(1, math.ceil(train.epochs * num_batches / train.accumulate))
     return Schedule(
         steps=steps,
         batch_windows=train.batch_windows,
@@ -181,6 +185,7 @@ def _schedule(num_windows: int, config: Config) -> Any:
         optimizer=train.optimizer,
         checkpoint_activations=train.checkpoint_activations,
         neftune_alpha=train.neftune_alpha,
+        compute=computed,
     )
 
 

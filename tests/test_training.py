@@ -90,9 +90,9 @@ def adapted(base: Path, **settings) -> Any:
     return add_adapter(load_base(base), AdapterConfig(rank=4, alpha=8.0, **settings), seed=1)
 
 
-def run(model: Any, windows: list[Window], validation: list[Window], **settings) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
+def run(model: Any, windows: list[Window], validation: list[Window], apart: bool | None = None, **settings) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
     curve: list[tuple[int, dict[str, float]]] = []
-    outcome = fit(model, windows, validation, SCHEDULE._replace(**settings), pad_id=0, report=lambda step, values: curve.append((step, values)))
+    outcome = fit(model, windows, validation, SCHEDULE._replace(**settings), pad_id=0, report=lambda step, values: curve.append((step, values)), apart=apart)
     return outcome, curve
 
 
@@ -119,8 +119,8 @@ def test_the_loss_falls(tiny_base, windows):
 def test_one_batch_of_four_is_as_many_windows_accumulated(tiny_base, windows, validation, batch_windows, accumulate):
     """The curve, the validation loss and the weights; losses are a learned token, however the windows are split."""
     whole, split = adapted(tiny_base), adapted(tiny_base)
-    _, at_once = run(whole, windows, validation, batch_windows=4, accumulate=1)
-    _, in_parts = run(split, windows, validation, batch_windows=batch_windows, accumulate=accumulate)
+    _, at_once = run(whole, windows, validation, apart=False, batch_windows=4, accumulate=1)
+    _, in_parts = run(split, windows, validation, apart=False, batch_windows=batch_windows, accumulate=accumulate)
     assert [step for step, _ in at_once] == [step for step, _ in in_parts]
     for (_, left), (_, right) in zip(at_once, in_parts, strict=True):
         assert left == pytest.approx(right, rel=1e-5, abs=1e-6)
