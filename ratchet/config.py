@@ -303,13 +303,29 @@ class TrainConfig(Section):
     )
     batch_windows: Count = Field(default=4, description="packed windows in one forward pass; on a CPU as many rows of like length as fit into their room")
     accumulate: Count = Field(default=1, description="forward passes in one optimizer step")
+    processes: Count = Field(
+        default=1, description="processes that share the forward passes of a step, started by torchrun: one a GPU, or parts of a CPU. `accumulate` has to be a multiple"
+    )
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradient norm that is clipped to")
+    teacher: str = Field(
+        default="",
+        pattern=r"^(|champion|[\w.-]+/[\w.-]+@[0-9a-f]{40})$",
+        description="distillation: whose distribution the training learns from beside the rows: `champion`, or a hub id with its commit (`org/name@<40 hex digits>`) of the same tokenizer; empty: nobody's",
+    )
+    teacher_weight: Share = Field(default=0.5, description="share of the loss that is the divergence from the teacher")
+    teacher_temperature: float = Field(default=1.0, gt=0, description="both distributions are flattened by it before they are compared")
     checkpoint_activations: bool = Field(default=False, description="compute activations again in the backward pass: less memory, about a third more time. Not with `prefix`")
     neftune_alpha: float = Field(default=0.0, ge=0, description="noise on the embeddings in training (NEFTune, arXiv 2310.05914), 5 is usual; 0: none")
     evaluations: Count = Field(default=8, description="times that the validation loss is measured in a training")
     patience: Count = Field(default=3, description="measurements without a better validation loss that stop the training")
     seed: int = Field(default=17, ge=0, description="seed of the adapter's weights, of dropout and of the order of windows")
     checkpoint_minutes: float = Field(default=10.0, ge=0, description="minutes between two checkpoints, which is what a kill costs at most; 0: after every optimizer step")
+
+    @model_validator(mode="after")
+    def _passes_can_be_shared(self) -> TrainConfig:
+        if self.accumulate % self.processes:
+            raise ValueError(f"`train.accumulate` {self.accumulate} forward passes cannot be shared by `train.processes` {self.processes}: make it a multiple")
+        return self
 
 
 class AdapterConfig(Section):

@@ -51,6 +51,19 @@ def load_base(folder: Path, *, method: str = "lora", quantisation: str = "nf4") 
     return cast("PreTrainedModel", model if method == "qlora" else model.to(device()))
 
 
+def load_hub(name: str, revision: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model of the hub's cache and its tokenizer. Raises BaseModelError."""
+    import torch
+    from transformers import AutoTokenizer
+
+    try:
+        model = _load(name, dtype=getattr(torch, precision("lora")[0]), attn_implementation="sdpa", revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False, local_files_only=True)
+    except OSError as error:
+        raise BaseModelError(f"{name}@{revision} is not on this machine: {str(error).splitlines()[0]}", remedy=f"with network: hf download {name} --revision {revision}") from None
+    return cast("PreTrainedModel", model.to(device())), tokenizer
+
+
 def load_full(folder: Path, *, training: bool = False) -> PreTrainedModel:
     """What `adapter.method: full` wrote: a whole model. transformers fills missing weights at random and only warns; this raises BaseModelError."""
     import torch

@@ -1,6 +1,7 @@
 """One optimisation through transformers' Trainer: packed windows in, the best weights by validation loss left in the model.
 
-Deterministic on CPU: same commit, same data, same bytes, whether or not it was killed and gone on with. Not covered yet: several processes.
+Deterministic on CPU: same commit, same data, same bytes, whether or not it was killed and gone on with. Several processes (torchrun)
+share the forward passes of a step.
 A GPU computes windows as they are packed. A CPU computes their rows in batches of like length with plain attention (docs/lab-notes.md).
 """
 
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ratchet.errors import ConfigError, DivergenceError, StoppedError
 from ratchet.packing import IGNORED, Window, by_length, rows_of
+from ratchet.processes import any_of, check_size, rank, world_size
 
 if TYPE_CHECKING:
     from ratchet.checkpoints import Checkpoints, Saved
@@ -52,6 +54,8 @@ class Schedule(NamedTuple):
     optimizer: str = "adamw"
     checkpoint_activations: bool = False
     neftune_alpha: float = 0.0
+    teacher_weight: float = 0.0  # share of the loss that is the divergence from the teacher's distribution
+    temperature: float = 1.0
     compute: str = "float32"  # what matrix products are computed in (autocast): "float32", "bfloat16" or "float16"; the weights stay what they are
 
 
@@ -91,6 +95,7 @@ def fit(
     report: Report,
     text_weight: float | None = None,
     apart: bool | None = None,
+    teacher: torch.nn.Module | None = None,
     checkpoints: Checkpoints | None = None,
     saved: Saved | None = None,
 ) -> Outcome:
@@ -98,6 +103,7 @@ def fit(
 
     With `text_weight` the prompt's tokens count in the loss as well, with that weight (the demo's base learns to read from them).
     `apart`: rows by themselves in batches of like length, as virtual tokens before each row ask for; by default on a CPU, where it is faster.
+    `teacher`: a model of the same tokenizer, from whose distribution the model learns too (arXiv 1503.02531); it is not changed.
     """
     if schedule.optimizer in CUDA_OPTIMIZERS and not torch.cuda.is_available():
         raise ConfigError(f"`train.optimizer: {schedule.optimizer}` needs a GPU with CUDA, and this machine has none", remedy="set `train.optimizer: adamw` or `adafactor`")
@@ -109,18 +115,23 @@ def fit(
     held_out: Sequence[Any] = validation
     if apart := _faster_apart() if apart is None else apart:
         batches, held_out = _grouped(windows, schedule.batch_windows), _grouped(validation, schedule.batch_windows) if validation else []
+    batch_items = 1 if apart else schedule.batch_windows
+    # Every step has the same number of forward passes, so that processes can share them; the last ones may be of nothing.
+    nothing = Window([pad_id], [IGNORED], [0])
+    batches = [*batches, *([[nothing] if apart else nothing] * (-len(batches) % (batch_items * schedule.accumulate)) if schedule.accumulate > 1 else [])]
     longest = max(window.position_ids[-1] + 1 for window in windows) if apart else max(len(window.input_ids) for window in windows)
-    with tempfile.TemporaryDirectory(prefix="ratchet-train-") as scratch, _fast_attention(model, longest), _Head(model) as head:
+    with tempfile.TemporaryDirectory(prefix="ratchet-train-") as scratch, _fast_attention(model, longest), _Head(model) as head, _Teacher(teacher, schedule.temperature) as taught:
         trainer = _Trainer(
             model=model,
-            args=_arguments(scratch, schedule, batch_items=1 if apart else schedule.batch_windows, evaluates=bool(validation)),
+            args=_arguments(scratch, schedule, batch_items=batch_items, evaluates=bool(validation)),
             train_dataset=_Items(batches),
             eval_dataset=_Items(held_out) if validation else None,
             data_collator=_RowCollator(pad_id) if apart else _Collator(pad_id),
             callbacks=[watch],
         )
+        check_size(world_size(), trainer.args.world_size)
         trainer.model_accepts_loss_kwargs = True  # our loss is over the tokens of all forward passes of a step
-        trainer.text_weight, trainer.head = text_weight, head
+        trainer.text_weight, trainer.head, trainer.teacher, trainer.teacher_weight = text_weight, head, taught, schedule.teacher_weight
         trainer.autocast = torch.autocast("cpu", torch.bfloat16, enabled=schedule.compute == "bfloat16" and not torch.cuda.is_available())
         trainer.validation_density = sum(label != IGNORED for window in validation for label in window.labels) / (len(held_out) or 1)
         trainer.watch, trainer.checkpoints, trainer.saved, trainer.started = watch, checkpoints, saved, time.perf_counter()
@@ -177,7 +188,8 @@ def _arguments(scratch: str, schedule: Schedule, *, batch_items: int, evaluates:
         max_steps=schedule.steps,
         per_device_train_batch_size=batch_items,
         per_device_eval_batch_size=batch_items,
-        gradient_accumulation_steps=schedule.accumulate,
+        gradient_accumulation_steps=schedule.accumulate // world_size(),
+        ddp_backend=None if cuda or world_size() == 1 else "gloo",
         learning_rate=schedule.learning_rate,
         lr_scheduler_type=SCHEDULES[schedule.kind],
         warmup_steps=math.ceil(schedule.warmup_share * schedule.steps),
@@ -213,6 +225,8 @@ class _Trainer(Trainer):
 
     text_weight: float | None = None
     head: _Head
+    teacher: _Teacher
+    teacher_weight: float
     autocast: Any
     validation_density: float  # learned tokens a window, or a group of rows
     watch: _Watch
@@ -228,7 +242,7 @@ class _Trainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Called behind an optimizer step, its point on the curve and its evaluation."""
         assert self.checkpoints
-        if self.watch.out_of_patience:  # it ends here; a start from here would not
+        if rank() or self.watch.out_of_patience:  # it ends here; a start from here would not
             return
         assert self.optimizer and self.lr_scheduler
         state = {
@@ -270,17 +284,54 @@ class _Trainer(Trainer):
             # A row's first token and padding are no targets: nothing of their own row predicts them.
             own = inputs["position_ids"][:, 1:] > 0 if "position_ids" in inputs else inputs["attention_mask"][:, 1:] > 0
             weights = torch.where(learned, 1.0, self.text_weight) * own
-            num_items_in_batch = weights.sum()
+            num_items_in_batch = weights.sum() * self.args.gradient_accumulation_steps
         elif not model.training:
             # The mean over items of what this gives is the loss a learned token, whatever the batches are.
             num_items_in_batch = self.validation_density * (len(ids) if "position_ids" in inputs else 1)
         chosen = weights > 0
         self.head.chosen = chosen
+        seen = {name: value for name, value in inputs.items() if name != "labels"}
         with self.autocast if model.training else contextlib.nullcontext():
-            logits = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False).logits[0]  # (chosen, vocab)
-        losses = cross_entropy(logits.float(), ids[:, 1:][chosen], reduction="none")
+            logits = model(**seen, use_cache=False).logits[0].float()  # (chosen, vocab)
+            taught = self.teacher(seen, chosen) if model.training and self.teacher else None
+        losses = cross_entropy(logits, ids[:, 1:][chosen], reduction="none")
+        if taught is not None:
+            losses = (1 - self.teacher_weight) * losses + self.teacher_weight * self.teacher.divergence(logits, taught)
+        if model.training and self.args.world_size > 1:
+            losses = losses * self.args.world_size  # the gradients of all processes are averaged, the tokens counted together
         loss = (losses * weights[chosen]).sum() / num_items_in_batch
         return (loss, {}) if return_outputs else loss
+
+
+class _Teacher:
+    """Its distribution over the next token, where the student bears loss."""
+
+    def __init__(self, model: Any, temperature: float) -> None:
+        self._model = model.eval() if model is not None else None
+        self._temperature = temperature
+        self._head = _Head(model) if model is not None else None
+
+    def __bool__(self) -> bool:
+        return self._model is not None
+
+    def __enter__(self) -> _Teacher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._head:
+            self._head.__exit__()
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, torch.Tensor], chosen: torch.Tensor) -> torch.Tensor:
+        assert self._model is not None and self._head
+        self._head.chosen = chosen
+        return self._model(**inputs, use_cache=False).logits[0].float()  # type: ignore[no-any-return]  # (chosen, vocab)
+
+    def divergence(self, logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+        """KL(teacher ‖ student) a position, in nats, times the square of the temperature, so that its gradient does not shrink with it."""
+        width = min(logits.shape[-1], taught.shape[-1])  # beyond the tokenizer's size some models have rows to fill
+        student, teacher = (log_softmax(each[:, :width] / self._temperature, dim=-1) for each in (logits, taught))
+        return kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * self._temperature**2
 
 
 class _Items(torch.utils.data.Dataset[Any]):
@@ -339,7 +390,10 @@ class _Pace(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         checkpoints = self._trainer.checkpoints
-        if checkpoints and checkpoints.due and state.global_step < state.max_steps:
+        if not checkpoints:
+            return
+        due, checkpoints.stop_asked = any_of([checkpoints.due, checkpoints.stop_asked])
+        if due and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = control.should_training_stop or checkpoints.stop_asked
 

@@ -14,22 +14,27 @@ import math
 import os
 import platform
 import resource
-from contextlib import closing
+import sys
+from collections.abc import Callable
+from contextlib import closing, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ratchet.config import Config
+from ratchet.distillation import CHAMPION, load_teacher
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, require_space, sha256_file, sha256_json, whole_folder, write_json
 from ratchet.methods import PREFIXED, check_context, check_start, load_trainable, save_trained
 from ratchet.models import MANIFEST, adapter_sha256, compute_dtype, load_tokenizer, precision, quiet
 from ratchet.packing import IGNORED, read_windows
+from ratchet.processes import become_torchrun, check_size, rank, world_size
 from ratchet.stage import run_stage, say
 from ratchet.tracking import History, LiveCopy, code_sha256, read_history
 
 if TYPE_CHECKING:
     from ratchet.checkpoints import Checkpoints
+    from ratchet.training import Outcome, Report
 
 ROOM = 200 * 2**20  # bytes that are free before anything is loaded
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
@@ -39,10 +44,17 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
     """Returns the figures of the run. Raises DivergenceError, DiskSpaceError, BaseModelError; nothing is left half-written."""
     from ratchet.checkpoints import Checkpoints
 
+    check_size(config.train.processes, world_size())
     require_space(out.parent, ROOM, "the candidate")
     start = _start_from(incumbent, config)
     inputs = _inputs(tokens, base, incumbent, start, config)
     run_key = sha256_json(inputs)[:32]
+    if rank():
+        # The first process tells and writes; the others compute, and read the same checkpoint.
+        checkpoints = Checkpoints(_home(), run_key, {**inputs, **_machine()}, minutes=config.train.checkpoint_minutes, curve=list)
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            _fit(tokens, base, incumbent, start, out, config, lambda step, values: None, lambda points: None, checkpoints)
+        return {}
     profile = read_json(tokens / "profile.json")
     with whole_folder(reports) as report_folder, closing(History(report_folder / "history.jsonl")) as history:
         # A run of another training with the same key would be the same training: its copy is the same.
@@ -51,7 +63,7 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
             copy.start()
         checkpoints = Checkpoints(_home(), run_key, {**inputs, **_machine()}, minutes=config.train.checkpoint_minutes, curve=lambda: read_history(history.path))
         facts = {"run_key": run_key, "inputs": inputs, "batches": _batches(tokens, incumbent)}
-        figures = _optimise(tokens, base, incumbent if start else None, out, config, history, checkpoints, facts)
+        figures = _optimise(tokens, base, incumbent, start, out, config, history, checkpoints, facts)
         figures["run_key"], figures["rows"] = run_key, profile["train"]
         write_json(report_folder / "figures.json", figures)
         delivered = "MLFLOW_TRACKING_URI" in os.environ and copy.finish()
@@ -60,7 +72,25 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
     return figures
 
 
-def _optimise(tokens: Path, base: Path, start: Path | None, out: Path, config: Config, history: History, checkpoints: Checkpoints, facts: dict[str, Any]) -> dict[str, Any]:
+def _optimise(
+    tokens: Path, base: Path, incumbent: Path, start: bool, out: Path, config: Config, history: History, checkpoints: Checkpoints, facts: dict[str, Any]
+) -> dict[str, Any]:
+    def report(step: int, values: dict[str, float]) -> None:
+        history.add(step, values)
+        if "validation_loss" in values:
+            say(f"train: step {step}, validation loss {values['validation_loss']:.4f}")
+
+    model, outcome, figures = _fit(tokens, base, incumbent, start, out, config, report, history.restore, checkpoints)
+    _save(model, load_tokenizer(base), base, out, config, facts)
+    best = math.nan if outcome.best_validation_loss is None else outcome.best_validation_loss
+    say(f"train: {outcome.steps} steps in {outcome.seconds:.0f} s, best validation loss {best:.4f} at step {outcome.best_step}")
+    return {**outcome._asdict(), **figures, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def _fit(
+    tokens: Path, base: Path, incumbent: Path, start: bool, out: Path, config: Config, report: Report, restore: Callable[[Any], None], checkpoints: Checkpoints
+) -> tuple[Any, Outcome, dict[str, Any]]:
+    """What every process of a training does: (model, outcome, figures)."""
     from ratchet.training import count_batches, fit
 
     method = config.adapter.method
@@ -70,13 +100,15 @@ def _optimise(tokens: Path, base: Path, start: Path | None, out: Path, config: C
     num_batches = count_batches(windows, config.train.batch_windows, apart=apart)
     computed, why = compute_dtype(config.train.precision)
     schedule = _schedule(num_batches, computed, config)
-    tokenizer = load_tokenizer(base)
-    model = load_trainable(base, start, config.adapter, seed=config.train.seed)
+    model = load_trainable(base, incumbent if start else None, config.adapter, seed=config.train.seed)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     require_space(out.parent, ROOM + sum(weight.numel() * weight.element_size() for weight in weights), "the candidate")
     trainable = sum(weight.numel() for weight in weights)
     say(f"train: {method} of {trainable:,} weights from {'the champion' if start else 'the base'}, {schedule.steps} steps; computed in {computed}: {why}")
-    saved = checkpoints.newest(history.restore)
+    teacher = load_teacher(config.train.teacher, base, incumbent)
+    if config.train.teacher:
+        say(f"train: learns from {config.train.teacher}, too" if teacher else "train: there is no champion to learn from yet")
+    saved = checkpoints.newest(restore)
     if saved:
         say(f"train: goes on from the checkpoint of step {saved.step} of {schedule.steps}")
     with quiet(), checkpoints.asked_by_sigterm():
@@ -85,25 +117,16 @@ def _optimise(tokens: Path, base: Path, start: Path | None, out: Path, config: C
             windows,
             validation,
             schedule,
-            pad_id=_pad_id(tokenizer),
-            report=_reporter(history, schedule.steps),
+            pad_id=_pad_id(load_tokenizer(base)),
+            report=report,
             apart=apart,
+            teacher=teacher,
             checkpoints=checkpoints,
             saved=saved,
         )
     learned = sum(label != IGNORED for window in windows for label in window.labels)
     epochs = outcome.steps * config.train.accumulate / num_batches
-    figures = {
-        **outcome._asdict(),
-        "trainable_weights": trainable,
-        "epochs": epochs,
-        "learned_tokens_per_second": learned * epochs / outcome.seconds,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
-    _save(model, tokenizer, base, out, config, facts)
-    best = math.nan if outcome.best_validation_loss is None else outcome.best_validation_loss
-    say(f"train: {outcome.steps} steps in {outcome.seconds:.0f} s, best validation loss {best:.4f} at step {outcome.best_step}")
-    return figures
+    return model, outcome, {"trainable_weights": trainable, "epochs": epochs, "learned_tokens_per_second": learned * epochs / outcome.seconds}
 
 
 def _home() -> Path:
@@ -157,7 +180,8 @@ def _inputs(tokens: Path, base: Path, incumbent: Path, start: bool, config: Conf
         "code": code_sha256(),
     }
     hashes = {name: sha256_json(part) for name, part in parts.items()}
-    return {**hashes, "start": adapter_sha256(incumbent) if start else "base"}
+    teacher = {"teacher": adapter_sha256(incumbent)} if config.train.teacher == CHAMPION and read_json(incumbent / MANIFEST)["version"] is not None else {}
+    return {**hashes, "start": adapter_sha256(incumbent) if start else "base", **teacher}
 
 
 def _batches(tokens: Path, incumbent: Path) -> list[str]:
@@ -186,6 +210,8 @@ def _schedule(num_batches: int, computed: str, config: Config) -> Any:
         checkpoint_activations=train.checkpoint_activations,
         neftune_alpha=train.neftune_alpha,
         compute=computed,
+        teacher_weight=train.teacher_weight if train.teacher else 0.0,
+        temperature=train.teacher_temperature,
     )
 
 
@@ -195,16 +221,9 @@ def _pad_id(tokenizer: Any) -> int:
     return ChatFormat(tokenizer).pad_id
 
 
-def _reporter(history: History, steps: int) -> Any:
-    def report(step: int, values: dict[str, float]) -> None:
-        history.add(step, values)
-        if "validation_loss" in values:
-            say(f"train: step {step}/{steps}, validation loss {values['validation_loss']:.4f}")
-
-    return report
-
-
 def _main(config: Config, arguments: argparse.Namespace) -> None:
+    if config.train.processes > 1:
+        become_torchrun(config.train.processes, "tasks.train", sys.argv[1:])
     train(arguments.tokens, arguments.base, arguments.incumbent, arguments.out, arguments.reports, config)
 
 

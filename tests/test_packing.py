@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ratchet.chat import Encoded
-from ratchet.packing import IGNORED, Window, pack, read_windows, write_windows
+from ratchet.packing import IGNORED, Window, by_length, pack, read_windows, write_windows
 from ratchet.training import _Collator
 
 LIMIT = 12
@@ -150,3 +152,13 @@ def test_the_padding_token_does_not_matter(llama, pad_id):
     windows = pack(REAL_ROWS, LIMIT)
     losses = [llama(**_Collator(pad)(windows), use_cache=False, num_items_in_batch=1).loss.item() for pad in (2, pad_id)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(40, 200))
+def test_every_row_is_in_exactly_one_group_and_no_group_is_larger_padded_than_its_room(lengths, budget):
+    rows = [Window([index] * length, [IGNORED] * length, list(range(length))) for index, length in enumerate(lengths)]
+    groups = by_length(rows, budget)
+    assert sorted(row.input_ids[0] for group in groups for row in group) == list(range(len(rows)))
+    assert all(len(group) * max(len(row.input_ids) for row in group) <= budget for group in groups)
+    bounds = [(min(len(row.input_ids) for row in group), max(len(row.input_ids) for row in group)) for group in groups]
+    assert all(shortest >= longest for (shortest, _), (_, longest) in pairwise(bounds))  # like lengths together

@@ -150,7 +150,15 @@ class Made:
         saved = checkpoints.newest(curve.restore) if checkpoints else None
         schedule = SCHEDULE._replace(**settings)
         outcome = fit(
-            model, self._windows, self._validation, schedule, pad_id=0, report=curve.add, rows_apart=config.method in ("prefix", "prompt"), checkpoints=checkpoints, saved=saved
+            model,
+            self._windows,
+            self._validation,
+            schedule,
+            pad_id=0,
+            report=curve.add,
+            apart=True if config.method in ("prefix", "prompt") else None,
+            checkpoints=checkpoints,
+            saved=saved,
         )
         return {name: weight.clone() for name, weight in trainable(model).items()}, outcome._replace(seconds=0), curve.points, saved.step if saved else 0
 

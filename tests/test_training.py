@@ -18,14 +18,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ratchet.chat import Encoded
 from ratchet.config import AdapterConfig, Config, TrainConfig
 from ratchet.config_doc import render_params
-from ratchet.errors import BaseModelError, DiskSpaceError, DivergenceError
+from ratchet.errors import BaseModelError, ConfigError, DiskSpaceError, DivergenceError
 from ratchet.files import read_json, sha256_file, write_json
 from ratchet.inference import answer_likelihoods
 from ratchet.methods import add_adapter, prepare_quantised
-from ratchet.models import adapter_sha256, load_adapter, load_base
+from ratchet.models import adapter_sha256, compute_dtype, load_adapter, load_base
 from ratchet.packing import IGNORED, Window, read_windows
 from ratchet.tracking import read_history
-from ratchet.training import Schedule, _Collator, fit
+from ratchet.training import Schedule, _Collator, count_batches, fit
 from tasks.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -90,9 +90,13 @@ def adapted(base: Path, **settings) -> Any:
     return add_adapter(load_base(base), AdapterConfig(rank=4, alpha=8.0, **settings), seed=1)
 
 
-def run(model: Any, windows: list[Window], validation: list[Window], apart: bool | None = None, **settings) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
+def run(
+    model: Any, windows: list[Window], validation: list[Window], apart: bool | None = None, text_weight: float | None = None, **settings
+) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
     curve: list[tuple[int, dict[str, float]]] = []
-    outcome = fit(model, windows, validation, SCHEDULE._replace(**settings), pad_id=0, report=lambda step, values: curve.append((step, values)), apart=apart)
+    outcome = fit(
+        model, windows, validation, SCHEDULE._replace(**settings), pad_id=0, report=lambda step, values: curve.append((step, values)), apart=apart, text_weight=text_weight
+    )
     return outcome, curve
 
 
@@ -126,6 +130,49 @@ def test_one_batch_of_four_is_as_many_windows_accumulated(tiny_base, windows, va
         assert left == pytest.approx(right, rel=1e-5, abs=1e-6)
     for (name, left), (_, right) in zip(whole.named_parameters(), split.named_parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def step_of_sgd(base: Path, windows: list[Window], **settings) -> dict[str, torch.Tensor]:
+    """All windows in one step: what moves is the gradient."""
+    model = adapted(base)
+    run(model, windows, [], steps=1, optimizer="sgd", kind="constant", learning_rate=1.0, weight_decay=0.0, max_grad_norm=1e9, **settings)
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def test_rows_in_groups_of_like_length_give_the_gradient_of_the_windows(tiny_base, windows):
+    batch = len(windows) // 3
+    groups = count_batches(windows, batch, apart=True)
+    assert groups > 1
+    packed = step_of_sgd(tiny_base, windows, apart=False, batch_windows=len(windows))
+    apart = step_of_sgd(tiny_base, windows, apart=True, batch_windows=batch, accumulate=groups)
+    for name, weight in packed.items():
+        torch.testing.assert_close(apart[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_output_layer_computes_only_what_bears_loss(tiny_base, windows):
+    model = adapted(tiny_base)
+    seen: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda layer, inputs, output: seen.append(output[..., 0].numel()))
+    run(model, windows, [], steps=1, apart=False, batch_windows=len(windows))
+    assert seen == [sum(label != IGNORED for window in windows for label in window.labels)]
+
+
+def test_bfloat16_learns_what_float32_does_and_validates_exactly(tiny_base, windows, validation):
+    exact, half = adapted(tiny_base), adapted(tiny_base)
+    full, _ = run(exact, windows, validation, steps=30)
+    coarse, _ = run(half, windows, validation, steps=30, compute="bfloat16")
+    assert coarse.best_validation_loss == pytest.approx(full.best_validation_loss, abs=0.02)
+    assert coarse.best_validation_loss != full.best_validation_loss
+    assert coarse.best_validation_loss == pytest.approx(loss_by_hand(half, validation), rel=1e-5)
+    assert {weight.dtype for weight in half.parameters()} == {torch.float32}
+
+
+def test_a_precision_that_the_machine_does_not_have_is_refused():
+    assert compute_dtype("auto")[0] in ("float32", "bfloat16", "float16")
+    assert compute_dtype("float32")[0] == "float32"
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"float16.*bfloat16, float32"):
+            compute_dtype("float16")
 
 
 @pytest.mark.parametrize("batch_windows", [1, 3, 16])

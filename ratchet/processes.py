@@ -1,0 +1,49 @@
+"""Several processes of one training: torchrun starts them, transformers' Trainer makes one optimisation of them.
+
+`accelerate launch --cpu` says yes and runs a single one; so the size is compared with what was asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from ratchet.errors import ConfigError
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def become_torchrun(processes: int, module: str, arguments: Sequence[str]) -> None:
+    """Replaces this process, unless it is one of torchrun's already. Other nodes are started by hand: `torchrun --nnodes … -m tasks.train …`."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    run = ["--nnodes", "1", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *run, "-m", module, *arguments])  # noqa: S606  (no shell is wanted)
+
+
+def check_size(processes: int, found: int) -> None:
+    """Raises ConfigError: the training would run in fewer or more processes than were asked for."""
+    if processes != found:
+        raise ConfigError(
+            f"`train.processes` is {processes}, and {found} work on this training", remedy="start it by `ratchet retrain` or `python -m tasks.train`, or set `train.processes`"
+        )
+
+
+def any_of(flags: Sequence[bool]) -> list[bool]:
+    """Each true when it is so in any process; all have to ask at the same place."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(flags)
+    told = torch.tensor(flags, dtype=torch.int32, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in told.tolist()]
