@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import psutil
@@ -33,7 +33,21 @@ from ratchet.workspace import STAGE_ENVIRONMENT
 
 ARMS = ("usual", "sorted", "trl_padded", "trl_packed", "ratchet", "ratchet_qlora")
 TRL, TRL_WANTED = Path(".ratchet/bench-trl"), "trl==1.16.0"
-LENGTH, BATCH, ACCUMULATE, SKIPPED = 512, 4, 2, 2  # steps at the start that are not timed
+SKIPPED = 2  # steps at the start that are not timed
+
+
+class Setup(NamedTuple):
+    """One machine's task. Lengths in tokens; `method` is what every arm trains unless its name says another."""
+
+    length: int = 512
+    batch: int = 4
+    accumulate: int = 2
+    packed: int = 2048  # the window of TRL's packing
+    method: str = "lora"
+    cuda: bool = False
+
+
+SMALL = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": True}
 
 
 def main() -> None:
@@ -45,7 +59,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("ARM", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        run_arm(arguments.one[0], Path(arguments.one[1]), arguments.seconds)
+        run_arm(arguments.one[0], Path(arguments.one[1]), arguments.seconds, Setup())
         return
     imports = import_seconds()
     if not arguments.json:
@@ -54,9 +68,9 @@ def main() -> None:
         )
     usual = None
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), arguments.rows)
+        prepare(Path(folder), arguments.rows, SMALL, Setup().length)
         for arm in arguments.arms.split(","):
-            found = measure(arm, folder, arguments.seconds)
+            found = measure(arm, ["-m", "benchmarks.train", "--one", arm, folder, "--seconds", str(arguments.seconds)])
             usual = usual or found["tokens_per_second"]
             if arguments.json:
                 print(json.dumps({"arm": arm, **found, "import_seconds": imports}), flush=True)
@@ -65,15 +79,14 @@ def main() -> None:
                 print(f"| {arm} | {speed:,.0f} | {speed / usual:.2f} | {found['utilisation']:.0%} | {found['cold_start_seconds']:.1f} | {found['peak_mib']:,.0f} |", flush=True)
 
 
-def measure(arm: str, folder: str, seconds: float) -> dict[str, Any]:
+def measure(arm: str, command: list[str]) -> dict[str, Any]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if arm.startswith("ratchet"):
         environment |= STAGE_ENVIRONMENT
     if arm.startswith("trl"):
         install_trl()
         environment["PYTHONPATH"] = f"{TRL.resolve()}{os.pathsep}{environment.get('PYTHONPATH', '')}"
-    command = [sys.executable, "-m", "benchmarks.train", "--one", arm, folder, "--seconds", str(seconds)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{arm} failed:\n{done.stderr[-3000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -93,7 +106,8 @@ def install_trl() -> None:
 # --- the task: a model and rows -----------------------------------------------------------------------------------------------
 
 
-def prepare(folder: Path, count: int) -> None:
+def prepare(folder: Path, count: int, shape: dict[str, Any], length: int, dtype: str = "float32") -> None:
+    """A base with random weights, and rows of up to `length` tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -105,17 +119,17 @@ def prepare(folder: Path, count: int) -> None:
     from tasks.base import _make_tokenizer
 
     examples = [make_example([Message("user", f"What does {name} do?"), Message("assistant", text)], {}) for name, text in texts(count * 2)]
-    tokenizer = _make_tokenizer(examples, DemoBase(vocab_size=4096, context=2048))
+    tokenizer = _make_tokenizer(examples, DemoBase(vocab_size=4096, context=4096))
     chat = ChatFormat(tokenizer)
-    rows = [row for row in map(chat.encode, examples) if len(row.ids) <= LENGTH][:count]
+    rows = [row for row in map(chat.encode, examples) if len(row.ids) <= length][:count]
     torch.manual_seed(1)
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=2048
-    )
-    shape.tie_word_embeddings, shape.pad_token_id, shape.eos_token_id = True, chat.pad_id, chat.stop_id
-    LlamaForCausalLM(shape).save_pretrained(folder / "base", safe_serialization=True)
+    config = LlamaConfig(max_position_embeddings=4096, pad_token_id=chat.pad_id, eos_token_id=chat.stop_id, **{**shape, "vocab_size": max(shape["vocab_size"], len(tokenizer))})
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype))
+    model.save_pretrained(folder / "base", safe_serialization=True)
+    del model
     tokenizer.save_pretrained(folder / "base")
-    write_json(folder / "base" / MANIFEST, {"model": "demo", "revision": None, "context": 2048, "pad_id": chat.pad_id})
+    write_json(folder / "base" / MANIFEST, {"model": "demo", "revision": None, "context": 4096, "pad_id": chat.pad_id})
     (folder / "rows.json").write_bytes(msgspec.json.encode(rows))
 
 
@@ -163,30 +177,42 @@ class Clock:
         self._pending = [0, 0]
         return self.steps > SKIPPED and now - self.began > self.seconds
 
-    def tell(self) -> None:
-        figures = {
+    def tell(self) -> dict[str, Any]:
+        return {
             "tokens_per_second": self.learned / (self.ended - self.began),
             "utilisation": self.learned / self.computed,
             "cold_start_seconds": self.first,
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "steps": self.steps,
+            "positions_per_second": self.computed / (self.ended - self.began),
         }
-        print(json.dumps(figures))
 
 
-def run_arm(arm: str, folder: Path, seconds: float) -> None:
+def run_arm(arm: str, folder: Path, seconds: float, setup: Setup) -> None:
     clock = Clock(seconds)
     rows = [(list(ids), list(learned)) for ids, learned in msgspec.json.decode((folder / "rows.json").read_bytes())]
-    {"usual": _usual, "sorted": _usual, "trl_padded": _trl, "trl_packed": _trl, "ratchet": _ratchet, "ratchet_qlora": _ratchet}[arm](arm, folder, rows, clock)
-    clock.tell()
+    {"usual": _usual, "sorted": _usual, "trl_padded": _trl, "trl_packed": _trl, "ratchet": _ratchet, "ratchet_qlora": _ratchet}[arm](arm, folder, rows, clock, setup)
+    figures = clock.tell()
+    if setup.cuda:
+        import torch
+
+        figures["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    print(json.dumps(figures))
 
 
-def _lora(folder: Path) -> Any:
+def _lora(folder: Path, setup: Setup) -> Any:
+    """As PEFT's documentation has it: LoRA, or QLoRA on NF4 with double quantisation."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    settings: dict[str, Any] = {"dtype": torch.bfloat16 if setup.cuda else torch.float32}
+    if setup.method == "qlora":
+        settings["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        settings["device_map"] = {"": "cuda" if setup.cuda else "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", **settings)
+    if setup.method == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
@@ -200,15 +226,16 @@ def _stopper(clock: Clock) -> Any:
     return Stop()
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _settings(folder: Path, setup: Setup) -> dict[str, Any]:
     return {
         "output_dir": str(folder / "out"),
-        "per_device_train_batch_size": BATCH,
-        "gradient_accumulation_steps": ACCUMULATE,
+        "per_device_train_batch_size": setup.batch,
+        "gradient_accumulation_steps": setup.accumulate,
         "learning_rate": 1e-3,
         "num_train_epochs": 1000,
         "bf16": True,
-        "use_cpu": True,
+        "use_cpu": not setup.cuda,
+        "gradient_checkpointing": setup.cuda,  # a model of a GPU's size does not fit otherwise
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 10,
@@ -227,7 +254,7 @@ def _counting(collate: Callable[[Any], Any], clock: Clock) -> Callable[[Any], An
     return counted
 
 
-def _usual(arm: str, folder: Path, rows: list[Any], clock: Clock) -> None:
+def _usual(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup) -> None:
     import torch
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -237,33 +264,33 @@ def _usual(arm: str, folder: Path, rows: list[Any], clock: Clock) -> None:
         def _get_train_sampler(self, *_: Any) -> Any:
             """Batches of like lengths in random order, as group_by_length makes them."""
             order = sorted(range(len(data)), key=lambda place: len(data[place]["input_ids"]))
-            batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+            batches = [order[start : start + setup.batch] for start in range(0, len(order), setup.batch)]
             mixed = torch.randperm(len(batches), generator=torch.Generator().manual_seed(7)).tolist()
             return [place for number in mixed for place in batches[number]]
 
     collate = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder / "base"), label_pad_token_id=-100)
     trainer = (Sorted if arm == "sorted" else Trainer)(
-        model=_lora(folder), args=TrainingArguments(**_settings(folder)), train_dataset=data, data_collator=_counting(collate, clock), callbacks=[_stopper(clock)]
+        model=_lora(folder, setup), args=TrainingArguments(**_settings(folder, setup)), train_dataset=data, data_collator=_counting(collate, clock), callbacks=[_stopper(clock)]
     )
     trainer.train()
 
 
-def _trl(arm: str, folder: Path, rows: list[Any], clock: Clock) -> None:
+def _trl(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup) -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     data = Dataset.from_list([{"input_ids": ids, "completion_mask": [int(on) for on in learned]} for ids, learned in rows])
-    packed = {"packing": True, "packing_strategy": "bfd", "max_length": 2048, "per_device_train_batch_size": 1} if arm == "trl_packed" else {"max_length": LENGTH}
-    settings = {**_settings(folder), "remove_unused_columns": True, "completion_only_loss": True, "gradient_checkpointing": False, **packed}
+    packed = {"packing": True, "packing_strategy": "bfd", "max_length": setup.packed, "per_device_train_batch_size": 1} if arm == "trl_packed" else {"max_length": setup.length}
+    settings = {**_settings(folder, setup), "remove_unused_columns": True, "completion_only_loss": True, **packed}
     trainer = SFTTrainer(
-        model=_lora(folder), args=SFTConfig(**settings), train_dataset=data, processing_class=AutoTokenizer.from_pretrained(folder / "base"), callbacks=[_stopper(clock)]
+        model=_lora(folder, setup), args=SFTConfig(**settings), train_dataset=data, processing_class=AutoTokenizer.from_pretrained(folder / "base"), callbacks=[_stopper(clock)]
     )
     trainer.data_collator = _counting(trainer.data_collator, clock)
     trainer.train()
 
 
-def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock) -> None:
+def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup) -> None:
     """The stage's own functions: packing, the model in the precision that the machine and the method ask for, `fit`."""
     from ratchet.chat import Encoded
     from ratchet.config import AdapterConfig, Config
@@ -280,12 +307,12 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock) -> None:
         if "train_loss" in values and clock.step():
             raise Enough
 
-    method, train = "qlora" if arm == "ratchet_qlora" else "lora", Config().train
-    windows = pack([Encoded(*row) for row in rows], LENGTH)
-    steps = len(windows) // BATCH * 100
+    method, train = "qlora" if arm == "ratchet_qlora" else setup.method, Config().train
+    windows = pack([Encoded(*row) for row in rows], setup.length)
+    steps = max(1, len(windows) // setup.batch) * 100
     schedule = Schedule(
         steps=steps,
-        batch_windows=BATCH,
+        batch_windows=setup.batch,
         accumulate=1,
         learning_rate=1e-3,
         kind="cosine",
@@ -296,6 +323,7 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock) -> None:
         patience=1,
         seed=1,
         compute=compute_dtype("auto")[0],
+        checkpoint_activations=setup.cuda,
     )
     model = load_base(folder / "base", method=method)
     model = add_adapter(prepare_quantised(model) if method == "qlora" else model, AdapterConfig(method=method, rank=16, alpha=32), seed=train.seed)
