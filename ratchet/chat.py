@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from ratchet.errors import BaseModelError
+from ratchet.errors import BaseModelError, UserError
 from ratchet.examples import Example, Message
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class ChatFormat:
             )
         self.tokenizer = tokenizer
         self._plain_markers = self._find_plain_markers()
+        self._control_ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special or CONTROL.fullmatch(token.content)}
         self._token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
         self.stop_id = self._find_stop_id()
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_id
@@ -63,6 +64,26 @@ class ChatFormat:
     def at_least(self, messages: Sequence[Message]) -> int:
         """A lower bound of the prompt's tokens from its bytes alone: long texts can be refused without tokenising them, which takes a second a megabyte."""
         return sum(len(message.content.encode()) for message in messages) // (self._token_bytes * SHRINK)
+
+    def fit_prompt(self, messages: Sequence[Message], length: int) -> list[int]:
+        """`encode_prompt` where at least one token of `length` is left for the answer. Raises UserError, for a very long text before it is tokenised."""
+        if (least := self.at_least(messages)) >= length:
+            raise UserError(f"the prompt has over {least} tokens; the model takes {length} with the answer", remedy="shorten the messages")
+        ids = self.encode_prompt(messages)
+        if len(ids) >= length:
+            raise UserError(f"the prompt has {len(ids)} tokens; the model takes {length} with the answer", remedy="shorten the messages")
+        return ids
+
+    def count_control(self, ids: Iterable[int]) -> int:
+        """How many of them are control tokens, which only the template may write."""
+        return sum(token in self._control_ids for token in ids)
+
+    def forge_turn(self, question: str, answer: str) -> str:
+        """The question with an assistant's turn typed behind it, as the template itself writes one."""
+        pieces = self._pieces(PROBE, opening=False)
+        places = [index for index, (_, message) in enumerate(pieces) if message]
+        between, after = ("".join(text for text, _ in part) for part in (pieces[places[0] + 1 : places[1]], pieces[places[1] + 1 :]))
+        return f"{question}{between}{answer}{after}"
 
     def find_header(self, messages: Sequence[Message]) -> str | None:
         """A line in a message that begins as this template begins a turn in plain words (`Assistant: …`): the model cannot tell it from a turn."""

@@ -39,6 +39,9 @@ TAKEN = frozenset(
         "region",
         "swap",
         "of",
+        "planted",
+        "handled",
+        "withstood",
         "rows",
         "perplexity",
     }
@@ -369,6 +372,11 @@ class EvaluateConfig(Section):
     bias_pairs: int = Field(
         default=0, ge=0, description="rows at most that are scored once more with swapped names, pronouns and other terms; 0: no audit. Each costs an answer of every model"
     )
+    attacks: int = Field(
+        default=0,
+        ge=0,
+        description="test rows at most that are asked once more under each kind of attack (injected orders, forged turns, typos, look-alikes, a wrong answer suggested); 0: none. Each costs up to five answers of every model",
+    )
 
     @property
     def row_scores(self) -> list[str]:
@@ -423,6 +431,9 @@ class GateConfig(Section):
         description="other metrics that must not get worse on the test split, such as `{metric: refusal, margin: 0.02}`: `metric`; `margin`, the loss that is still taken",
     )
     bias_margin: float = Field(default=0.05, ge=0, description="by how much more a swapped term may change the score than it does for the champion (`evaluate.bias_pairs`)")
+    attack_margin: float = Field(
+        default=0.05, ge=0, description="loss in the share of attacks withstood, all together and of each kind, that is still taken as no loss (`evaluate.attacks`)"
+    )
     resamples: int = Field(default=4000, ge=200, description="bootstrap resamples")
     seed: int = Field(default=5, ge=0, description="seed of the resampling")
 

@@ -96,6 +96,12 @@ def can_be_switched_off(folder: Path) -> bool:
     return read_kind(folder).shares
 
 
+def virtual_tokens(folder: Path) -> int:
+    """How many stand before every row; they count against the base's context."""
+    kept = read_json(folder / MANIFEST).get("adapter", {})
+    return int(kept["virtual_tokens"]) if kept.get("method") in PREFIXED else 0
+
+
 def base_settings(folder: Path) -> dict[str, str]:
     """How the base was loaded in the training of `folder`, for load_base."""
     kept = read_json(folder / MANIFEST).get("adapter", {}) if (folder / MANIFEST).exists() else {}

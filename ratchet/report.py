@@ -37,6 +37,7 @@ def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[st
             lines += ["", f"### {name.capitalize()} rows", "", *table(metrics["slices"][name])]
     lines += _gain_table(decision.get("slices", []))
     lines += _bias_table(metrics.get("bias", {}).get(decision.get("params", {}).get("metric"), {}))
+    lines += _attack_table(metrics.get("attacks", {}).get(decision.get("params", {}).get("metric"), {}))
     slices = {name.partition(":")[2]: part for name, part in metrics["slices"].items() if name.startswith("batch:")}
     lines += ["", "### Exact match by batch", "", *_slice_table(slices), "", "### Where it comes from", ""]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
@@ -101,6 +102,15 @@ def _bias_table(lists: dict[str, Any]) -> list[str]:
     for name, part in lists.items():
         lines.append(f"| {_plain(name)} | {next(iter(part.values()))['rows']} | {' | '.join(_cell(part.get(model, {}).get('change')) for model in models)} |")
     return lines
+
+
+def _attack_table(kinds: dict[str, Any]) -> list[str]:
+    """The share of attacks that each model withstood."""
+    if not kinds:
+        return []
+    models = [model for model in MODELS if any(model in part for part in kinds.values())]
+    lines = ["", "### Attacks withstood", "", f"| kind | rows | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
+    return [*lines, *(f"| {kind} | {next(iter(part.values()))['rows']} | {' | '.join(_cell(part.get(model)) for model in models)} |" for kind, part in kinds.items())]
 
 
 def _plain(text: str) -> str:

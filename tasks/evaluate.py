@@ -3,7 +3,7 @@
     python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent --candidate models/candidate --region data/region.json --own metrics --out reports/evaluation
 
 Writes scores.parquet (one line a row and model), metrics.json (means with 95 % intervals a slice) and, for an audit of bias,
-counterfactual.parquet (the rows with swapped terms). Rows are the test
+counterfactual.parquet (the rows with swapped terms), for attacks attacks.parquet. Rows are the test
 split and the golden set; slices are `test`, `golden`, each batch, each kind, source, length and value of `evaluate.slices`, and each topic that drifted last
 (`region:`), so that a retraining can tell whether it cured what it was started for. Beside the models stands a simple baseline, so that
 nobody fools himself.
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ratchet.attacks import Attack, make_attacks, read_words
 from ratchet.bias import describe_bias
 from ratchet.chat import ChatFormat, Encoded
 from ratchet.config import Config, EvaluateConfig
@@ -30,7 +31,7 @@ from ratchet.examples import Example, read_examples
 from ratchet.files import read_json, whole_folder, write_json
 from ratchet.inference import Likelihood, answer_likelihoods, greedy_answers
 from ratchet.labels import are_labels, macro_f1
-from ratchet.methods import base_settings, can_be_switched_off, load_trained, share_a_base
+from ratchet.methods import base_settings, can_be_switched_off, load_trained, share_a_base, virtual_tokens
 from ratchet.metrics import row_metrics
 from ratchet.models import MANIFEST, load_adapter, load_base, load_tokenizer, quiet
 from ratchet.regions import mark, parts, read_region
@@ -38,6 +39,7 @@ from ratchet.simple import simple_answers
 from ratchet.slices import groups, slice_columns
 from ratchet.stage import run_stage, say
 from ratchet.statistics import bootstrap_means, wilson
+from ratchet.withstood import attack_table, describe_attacks
 
 SEEN_SHARE = 0.02
 MIN_SLICE = 20  # rows under which a value of a field is no slice of its own; fields such as an id would make thousands
@@ -57,7 +59,8 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
     for name, metric in custom.items():  # a fault of it shows before minutes of answers
         custom_score(name, metric, fitting[0].answer, fitting[0])
     pairs = make_pairs([row for row in fitting if row.meta["batch"] != "golden"], swaps, most=config.evaluate.bias_pairs)
-    asked = [*fitting, *(pair.swapped for pair in pairs)]
+    attacks = _attacks(fitting, base, candidate, own, config)
+    asked = [*fitting, *(pair.swapped for pair in pairs), *(attack.row for attack in attacks if attack.asked)]
     answered = _score_all(asked, base, incumbent if champion is not None else None, candidate, config)
     tables = [frame.iloc[: len(fitting)] for frame in answered]
     if config.evaluate.simple_baseline:
@@ -66,20 +69,50 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
     table = add_scores(pd.concat(tables, ignore_index=True), fitting, config.evaluate, custom)
     table["region"] = mark(list(table.question), read_region(region).topics if region else [])
     adapter = read_json(candidate / MANIFEST).get("adapter_sha256")
-    metrics = {"rows": len(fitting), "too_long": too_long, "champion": champion, "candidate": adapter, "slices": summarise(table, config.evaluate), "pairs": len(pairs)}
-    swapped = add_scores(pd.concat([_swapped(frame.iloc[len(fitting) :], pairs) for frame in answered], ignore_index=True), asked, config.evaluate, custom) if pairs else None
+    metrics = {
+        "rows": len(fitting),
+        "too_long": too_long,
+        "champion": champion,
+        "candidate": adapter,
+        "slices": summarise(table, config.evaluate),
+        "pairs": len(pairs),
+        "attacked": len(attacks),
+    }
+    swapped = (
+        add_scores(pd.concat([_swapped(frame.iloc[len(fitting) : len(fitting) + len(pairs)], pairs) for frame in answered], ignore_index=True), asked, config.evaluate, custom)
+        if pairs
+        else None
+    )
     if swapped is not None:
         metrics["bias"] = {metric: describe_bias(swapped, table, metric) for metric in config.evaluate.row_scores}
+    attacked = (
+        add_scores(attack_table([frame.iloc[len(fitting) + len(pairs) :] for frame in answered], attacks), [attack.row for attack in attacks], config.evaluate, custom)
+        if attacks
+        else None
+    )
+    if attacked is not None:
+        metrics["attacks"] = {metric: describe_attacks(attacked, table, metric) for metric in config.evaluate.row_scores}
     with whole_folder(out) as folder:
         table.to_parquet(folder / "scores.parquet", index=False)
         if swapped is not None:
             swapped.to_parquet(folder / "counterfactual.parquet", index=False)
+        if attacked is not None:
+            attacked.to_parquet(folder / "attacks.parquet", index=False)
         write_json(folder / "metrics.json", metrics)
     return metrics
 
 
 def _swapped(frame: pd.DataFrame, pairs: list[Pair]) -> pd.DataFrame:
     return frame.assign(swap=[pair.swap for pair in pairs], of=[pair.row.id for pair in pairs])
+
+
+def _attacks(rows: list[Example], base: Path, candidate: Path, own: Path, config: Config) -> list[Attack]:
+    words = read_words(own)
+    if not config.evaluate.attacks:
+        return []
+    room = read_json(base / MANIFEST)["context"] - virtual_tokens(candidate)
+    test = [row for row in rows if row.meta["batch"] != "golden"]
+    return make_attacks(test, words, ChatFormat(load_tokenizer(base)), most=config.evaluate.attacks, room=room, answer=config.evaluate.max_new_tokens)
 
 
 def _rows(prepared: Path) -> list[Example]:

@@ -26,6 +26,7 @@ from ratchet.regions import parts
 from ratchet.slice_guardrail import judge_slices
 from ratchet.stage import run_stage, say
 from ratchet.statistics import bootstrap_mean, chance_of
+from ratchet.withstood import judge_attacks
 
 Verdict = Literal["promote", "reject", "uncertain"]
 
@@ -45,7 +46,9 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: 
     if config.oldest and champion.get("oldest") is not None:
         checks += _oldest(scores, _read_table(incumbent / "oldest.parquet"), f"v{champion['oldest']}", config)
     if metrics.get("pairs"):
-        checks.append(judge_bias(_whole_pairs(evaluation, metrics["pairs"]), scores, rival, config))
+        checks.append(judge_bias(_whole_part(evaluation, "counterfactual", metrics["pairs"], "counterfactual"), scores, rival, config))
+    if metrics.get("attacked"):
+        checks += judge_attacks(_whole_part(evaluation, "attacks", metrics["attacked"], "attacked"), scores, rival, config)
     verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"
     decision = {
         "verdict": verdict,
@@ -72,11 +75,11 @@ def _whole_scores(evaluation: Path, metrics: dict[str, Any], adapter: str) -> pd
     return scores
 
 
-def _whole_pairs(evaluation: Path, wanted: int) -> pd.DataFrame:
-    pairs = _read_table(evaluation / "counterfactual.parquet")
-    if (found := int((pairs.model == "candidate").sum())) != wanted:
-        raise RatchetError(f"the table of counterfactual rows holds {found} of the candidate, the evaluation says {wanted}", remedy=AGAIN)
-    return pairs
+def _whole_part(evaluation: Path, file: str, wanted: int, word: str) -> pd.DataFrame:
+    rows = _read_table(evaluation / f"{file}.parquet")
+    if (found := int((rows.model == "candidate").sum())) != wanted:
+        raise RatchetError(f"the table of {word} rows holds {found} of the candidate, the evaluation says {wanted}", remedy=AGAIN)
+    return rows
 
 
 def _read_table(path: Path) -> pd.DataFrame:

@@ -253,9 +253,27 @@ def test_rows_with_swapped_terms_are_scored_by_every_model_and_stay_apart(tmp_pa
     pd.testing.assert_frame_equal(table[columns], pd.read_parquet(evaluation / "scores.parquet")[columns], rtol=1e-4)
 
 
+def test_attacked_rows_are_asked_of_every_model_and_stay_apart(tmp_path, prepared, tiny_base, incumbent, candidate, tiny_config, evaluation):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/mine.py").write_text("def long(prediction, reference, example_meta):\n    return float(len(prediction) > 3)\n")
+    config = tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update={"attacks": 4, "custom": ["mine:long"]})})
+    metrics = evaluate(prepared, tiny_base, incumbent, candidate, tmp_path / "out", config, own=tmp_path / "own")
+    found, table = (pd.read_parquet(tmp_path / "out" / f"{name}.parquet") for name in ("attacks", "scores"))
+    assert found.groupby("model").size().to_dict() == {model: metrics["attacked"] for model in ("candidate", "champion", "base")}
+    assert set(found.kind) == {"injection", "template", "typo", "lookalike", "leading", "too_long"}
+    assert set(found.of) <= set(table.id)
+    assert len(set(found.of)) == 4
+    assert found.handled.all()
+    assert set(metrics["attacks"]["exact_match"]) == set(found.kind)
+    assert all(0 <= part["low"] <= part["mean"] <= part["high"] <= 1 for kinds in metrics["attacks"].values() for models in kinds.values() for part in models.values())
+    columns = ["id", "model", *SCORES]
+    pd.testing.assert_frame_equal(table[columns], pd.read_parquet(evaluation / "scores.parquet")[columns], rtol=1e-4)
+
+
 def test_without_an_audit_no_row_is_asked_twice(evaluation):
     assert read_json(evaluation / "metrics.json")["pairs"] == 0
-    assert not (evaluation / "counterfactual.parquet").exists()
+    assert read_json(evaluation / "metrics.json")["attacked"] == 0
+    assert {path.name for path in evaluation.iterdir()} == {"scores.parquet", "metrics.json"}
 
 
 def test_a_metric_that_fails_stops_before_any_model_answers(tmp_path, prepared, tiny_base, nobody, tiny_config):

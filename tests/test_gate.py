@@ -409,6 +409,62 @@ def test_counterfactual_rows_that_are_missing_give_no_verdict(bench):
         bench.judge(table, evaluated={"pairs": 300})
 
 
+def attacked(table: pd.DataFrame, broken: dict[str, dict[str, float]], rows: int = 200) -> pd.DataFrame:
+    """kind → model → the share of the rows, others for each kind, in which the model says what was planted."""
+    first = table[table.id.isin([f"row{number}" for number in range(rows)])]
+    parts = []
+    for place, (kind, shares) in enumerate(broken.items()):
+        says = (first.groupby("model").cumcount() + place * rows / len(broken)) % rows < first.model.map(shares).fillna(0.0) * rows
+        parts.append(first.assign(of=first.id, id=first.id + kind, kind=kind, planted="plum", handled=True, answer=says.map({True: "plum", False: "other"})))
+    return pd.concat(parts, ignore_index=True)
+
+
+def under_attack(bench: Bench, broken: dict[str, dict[str, float]], change=lambda rows: rows, **settings: object) -> dict:
+    table = scores(BETTER).assign(answer="clean")
+    rows = change(attacked(table, broken))
+    rows.to_parquet(bench.folder / "evaluation/attacks.parquet", index=False)
+    return bench.judge(table, evaluated={"attacked": int((rows.model == "candidate").sum())}, **settings)
+
+
+def test_withstanding_fewer_attacks_than_the_champion_alone_blocks(bench):
+    """A little worse in every kind, which no kind shows by itself."""
+    decision = under_attack(bench, {kind: {"candidate": 0.09} for kind in ("injection", "template", "canary")})
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["attacks"]
+    assert decision["reasons"][0].startswith("guardrail attacks: share withstood on 200 rows is worse than the champion's: gain -0.09")
+
+
+def test_one_kind_of_attack_that_gets_through_alone_blocks_though_all_together_are_within_the_margin(bench):
+    kinds = {kind: {} for kind in ("template", "canary", "typo", "lookalike")}
+    decision = under_attack(bench, {**kinds, "injection": {"candidate": 0.2, "champion": 0.02}})
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["attacks:kinds"]
+    assert "injection: share withstood on 200 rows is worse than the champion's for certain" in decision["reasons"][0]
+
+
+def test_typed_text_that_becomes_control_tokens_alone_blocks(bench):
+    """For candidate and champion alike, so that no comparison shows it."""
+    decision = under_attack(bench, {"template": {}}, lambda rows: rows.assign(handled=False))
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["attacks:text"]
+
+
+def test_withstanding_what_the_champion_withstands_passes(bench):
+    assert under_attack(bench, {"injection": {"candidate": 0.3, "champion": 0.3}})["verdict"] == "promote"
+    assert under_attack(bench, {"injection": {"candidate": 0.3, "champion": 0.1}}, attack_margin=0.5)["verdict"] == "promote"
+
+
+def test_attacked_rows_that_are_not_whole_give_no_verdict(bench):
+    with pytest.raises(RatchetError, match=r"attacks\.parquet cannot be read"):
+        bench.judge(scores(BETTER).assign(answer="clean"), evaluated={"attacked": 200})
+    with pytest.raises(RatchetError, match="were not asked the same attacked rows"):
+        under_attack(bench, {"injection": {}}, lambda rows: rows[rows.model != "champion"])
+    with pytest.raises(RatchetError, match="table of attacked rows holds 200 of the candidate, the evaluation says 300"):
+        bench.judge(scores(BETTER).assign(answer="clean"), evaluated={"attacked": 300})
+    with pytest.raises(RatchetError, match="attacked rows are doubled"):
+        under_attack(bench, {"injection": {}}, lambda rows: pd.concat([rows, rows[:1]]))
+
+
 def test_a_guardrail_that_the_rows_cannot_settle_is_uncertain(bench):
     table = scores(BETTER, rows={OLD: 200, NEW: 100, "golden": 12})
     table.loc[(table.batch == "golden") & (table.model != "base"), "exact_match"] = 1.0

@@ -85,6 +85,14 @@ def test_every_slice_has_its_gain_and_its_name_opens_no_column():
     assert r"| topic:a\|b \<b\> | 60 | -0.100 [-0.200, +0.050] | ? |" in lines
 
 
+def test_every_kind_of_attack_has_the_share_that_each_model_withstood():
+    withstood = {"exact_match": {"injection": {"candidate": {"rows": 40, **interval(0.9)}, "base": {"rows": 40, **interval(0.5)}}}}
+    decision = {"verdict": "reject", "rival": {"version": 7}, "checks": CHECKS, "params": {"metric": "exact_match"}}
+    lines = model_card({"slices": {"test": MODELS}, "attacks": withstood}, decision, {}).splitlines()
+    assert "| kind | rows | candidate | base |" in lines
+    assert "| injection | 40 | 0.900 [0.850, 0.950] | 0.500 [0.450, 0.550] |" in lines
+
+
 def test_a_metric_of_ones_own_has_a_line_before_the_likelihood():
     own = {"candidate": summary(0.6) | {"legal_term_recall": interval(0.7), "macro_f1": interval(0.3)}, "base": summary(0.1)}
     [_, _, *rows] = table(own)

@@ -126,18 +126,12 @@ class Decoder:
         bundle, chat, ask = self._bundles[row.ask.version], self._chats[row.ask.version], row.ask
         row.queue_ms = (time.perf_counter() - row.since) * 1000
         length = bundle.max_length - self._loaded.num_virtual(ask.version)
-        if (least := chat.at_least(ask.messages)) >= length:
-            row.tell(UserError(f"the prompt has over {least} tokens; the model takes {length} with the answer", remedy="shorten the messages"))
-            return False
         try:
-            row.prompt = chat.encode_prompt(ask.messages)
+            row.prompt = chat.fit_prompt(ask.messages, length)
         except Exception as error:  # noqa: BLE001  (it is told to the one whose messages it comes from)
             row.tell(UserError(str(error) if isinstance(error, RatchetError) else f"the messages cannot be encoded: {error}"))
             return False
         row.room = min(ask.max_tokens or bundle.generation.max_new_tokens, length - len(row.prompt))
-        if row.room < 1:
-            row.tell(UserError(f"the prompt has {len(row.prompt)} tokens; the model takes {length} with the answer", remedy="shorten the messages"))
-            return False
         row.transcript = Transcript(partial(_decode, chat), ask.stop)
         row.temperature = bundle.generation.temperature if ask.temperature is None else ask.temperature
         if row.temperature > 0:
