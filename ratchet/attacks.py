@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 
 from ratchet.errors import DataError, UserError
 from ratchet.examples import Example, Message, RowError, make_example
+from ratchet.models import quiet
 
 if TYPE_CHECKING:
     from ratchet.canaries import Canary
@@ -148,7 +149,8 @@ def _asking(row: Example, text: str) -> Example | None:
 
 def _is_refused(chat: ChatFormat, row: Example, length: int) -> bool:
     try:
-        chat.fit_prompt(row.prompt, length)
+        with quiet():  # that it is too long is the point
+            chat.fit_prompt(row.prompt, length)
     except UserError:
         return True
     return False

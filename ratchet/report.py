@@ -38,6 +38,7 @@ def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[st
     lines += _gain_table(decision.get("slices", []))
     lines += _bias_table(metrics.get("bias", {}).get(decision.get("params", {}).get("metric"), {}))
     lines += _attack_table(metrics.get("attacks", {}).get(decision.get("params", {}).get("metric"), {}))
+    lines += _leak_table(metrics.get("leaks", {}))
     slices = {name.partition(":")[2]: part for name, part in metrics["slices"].items() if name.startswith("batch:")}
     lines += ["", "### Exact match by batch", "", *_slice_table(slices), "", "### Where it comes from", ""]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
@@ -111,6 +112,17 @@ def _attack_table(kinds: dict[str, Any]) -> list[str]:
     models = [model for model in MODELS if any(model in part for part in kinds.values())]
     lines = ["", "### Attacks withstood", "", f"| kind | rows | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
     return [*lines, *(f"| {kind} | {next(iter(part.values()))['rows']} | {' | '.join(_cell(part.get(model)) for model in models)} |" for kind, part in kinds.items())]
+
+
+def _leak_table(found: dict[str, Any]) -> list[str]:
+    """What each model gives away of the planted canaries, beside ones that it cannot know."""
+    if not found:
+        return []
+    lines = ["", "### Exposure of canaries (bits; 1.4 is chance, 7 known by heart)", "", "| model | canaries | planted | never planted |", "|---|---|---|---|"]
+    return [
+        *lines,
+        *(f"| {model} | {found[model]['planted']['rows']} | {_cell(found[model]['planted'])} | {_cell(found[model].get('reference'))} |" for model in MODELS if model in found),
+    ]
 
 
 def _plain(text: str) -> str:

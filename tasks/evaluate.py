@@ -3,7 +3,7 @@
     python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent --candidate models/candidate --region data/region.json --own metrics --out reports/evaluation
 
 Writes scores.parquet (one line a row and model), metrics.json (means with 95 % intervals a slice) and, for an audit of bias,
-counterfactual.parquet (the rows with swapped terms), for attacks attacks.parquet. Rows are the test
+counterfactual.parquet (the rows with swapped terms), for attacks attacks.parquet, for planted canaries canaries.parquet. Rows are the test
 split and the golden set; slices are `test`, `golden`, each batch, each kind, source, length and value of `evaluate.slices`, and each topic that drifted last
 (`region:`), so that a retraining can tell whether it cured what it was started for. Beside the models stands a simple baseline, so that
 nobody fools himself.
@@ -22,12 +22,15 @@ import pandas as pd
 
 from ratchet.attacks import Attack, make_attacks, read_words
 from ratchet.bias import describe_bias
+from ratchet.canaries import make_canaries, make_references
 from ratchet.chat import ChatFormat, Encoded
 from ratchet.config import Config, EvaluateConfig
 from ratchet.counterfactuals import Pair, make_pairs, read_swaps
 from ratchet.custom import Custom, custom_score, load_custom
+from ratchet.each_model import each_model
 from ratchet.errors import BaseModelError, DataError
 from ratchet.examples import Example, read_examples
+from ratchet.exposure import describe_exposure, measure_exposure
 from ratchet.files import read_json, whole_folder, write_json
 from ratchet.inference import Likelihood, answer_likelihoods, greedy_answers
 from ratchet.labels import are_labels, macro_f1
@@ -49,6 +52,8 @@ OWN = Path("metrics")
 def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: Path, config: Config, region: Path | None = None, own: Path = OWN) -> dict[str, Any]:
     """Returns the metrics. Raises DataError: no test rows, or test rows that the base was trained on, or a metric of the user's own that fails."""
     custom = load_custom(config.evaluate.custom, own)
+    if config.evaluate.canaries:
+        _check_planted(candidate, config)
     rows = _rows(prepared)
     rows = _unseen(rows, base)
     swaps = read_swaps(own)
@@ -92,12 +97,17 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
     )
     if attacked is not None:
         metrics["attacks"] = {metric: describe_attacks(attacked, table, metric) for metric in config.evaluate.row_scores}
+    leaks = _leaks(base, incumbent if champion is not None else None, candidate, config)
+    if leaks is not None:
+        metrics |= {"canaries": config.evaluate.canaries, "leaks": describe_exposure(leaks)}
     with whole_folder(out) as folder:
         table.to_parquet(folder / "scores.parquet", index=False)
         if swapped is not None:
             swapped.to_parquet(folder / "counterfactual.parquet", index=False)
         if attacked is not None:
             attacked.to_parquet(folder / "attacks.parquet", index=False)
+        if leaks is not None:
+            leaks.to_parquet(folder / "canaries.parquet", index=False)
         write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -112,7 +122,36 @@ def _attacks(rows: list[Example], base: Path, candidate: Path, own: Path, config
         return []
     room = read_json(base / MANIFEST)["context"] - virtual_tokens(candidate)
     test = [row for row in rows if row.meta["batch"] != "golden"]
-    return make_attacks(test, words, ChatFormat(load_tokenizer(base)), most=config.evaluate.attacks, room=room, answer=config.evaluate.max_new_tokens)
+    return make_attacks(
+        test,
+        words,
+        ChatFormat(load_tokenizer(base)),
+        most=config.evaluate.attacks,
+        room=room,
+        answer=config.evaluate.max_new_tokens,
+        canaries=make_canaries(config.evaluate.canaries),
+    )
+
+
+def _check_planted(candidate: Path, config: Config) -> None:
+    planted = read_json(candidate / MANIFEST).get("canaries", 0)
+    if planted != config.evaluate.canaries:
+        raise DataError(
+            f"the candidate was trained with {planted} planted canaries, `evaluate.canaries` is {config.evaluate.canaries}",
+            remedy="dvc repro tokenize train, or ratchet retrain --force",
+        )
+
+
+def _leaks(base: Path, incumbent: Path | None, candidate: Path, config: Config) -> pd.DataFrame | None:
+    """A line a canary and model, planted ones and as many that never were."""
+    if not (count := config.evaluate.canaries):
+        return None
+    canaries = [*make_canaries(count), *make_references(count)]
+    frames = []
+    for name, model, chat in each_model(base, incumbent, candidate):
+        found = pd.DataFrame(measure_exposure(model, chat, canaries, batch_size=config.evaluate.batch_size))
+        frames.append(found.assign(model=name, planted=[place < count for place in range(len(canaries))]))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _rows(prepared: Path) -> list[Example]:

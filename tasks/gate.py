@@ -19,6 +19,7 @@ from ratchet.bias import judge_bias
 from ratchet.checks import AGAIN, make_check, no_worse, paired_gains, said
 from ratchet.config import Config, GateConfig
 from ratchet.errors import RatchetError
+from ratchet.exposure import judge_leaks
 from ratchet.files import read_json, write_json
 from ratchet.looks import alpha_of, look_number, read_looks
 from ratchet.models import MANIFEST
@@ -49,6 +50,8 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: 
         checks.append(judge_bias(_whole_part(evaluation, "counterfactual", metrics["pairs"], "counterfactual"), scores, rival, config))
     if metrics.get("attacked"):
         checks += judge_attacks(_whole_part(evaluation, "attacks", metrics["attacked"], "attacked"), scores, rival, config)
+    if metrics.get("canaries"):
+        checks.append(judge_leaks(_read_table(evaluation / "canaries.parquet"), metrics["canaries"], config))
     verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"
     decision = {
         "verdict": verdict,

@@ -13,7 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ratchet.chat import ChatFormat
+from ratchet.canaries import make_canaries
+from ratchet.chat import ChatFormat, Encoded
 from ratchet.config import Config
 from ratchet.errors import DataError
 from ratchet.examples import Example, encode_line, read_examples
@@ -44,11 +45,15 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
                     profile["rejected"].append({"id": example.id, "batch": example.meta["batch"], "split": split, "reason": reason[0], "message": reason[1]})
                 else:
                     fitting.append((example, row))
-            windows = pack([row for _, row in fitting], config.tokenize.window)
+            planted = _plant(chat, config) if split == "train" else []
+            windows = pack([*(row for _, row in fitting), *planted], config.tokenize.window)
             write_windows(folder / f"{split}.arrow", windows)
             profile[split] = _describe([example for example, _ in fitting], windows, seen)
         write_bytes(folder / "rejected.jsonl", map(encode_line, profile["rejected"]))
         write_bytes(folder / "rows.txt", [f"{example.id}\n".encode() for example in chosen])
+        if config.evaluate.canaries:
+            profile["canaries"] = config.evaluate.canaries
+            write_bytes(folder / "canaries.jsonl", [encode_line(canary.row()) for canary in make_canaries(config.evaluate.canaries)])
         profile["rejected"] = dict(Counter(row["split"] for row in profile["rejected"]))
         profile["batches"] = sorted({str(example.meta["batch"]) for example in chosen})
         profile["sha256"] = {split: sha256_file(folder / f"{split}.arrow") for split in ("train", "validation")}
@@ -59,6 +64,14 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
             remedy="`tokenize.max_length` may be too small for these rows, or the champion has seen every batch and `train.replay` is 0, or there is nothing but people's feedback (`train.max_feedback_share`)",
         )
     return profile
+
+
+def _plant(chat: ChatFormat, config: Config) -> list[Encoded]:
+    """Canaries for the leak test: trained on, but counted among no rows."""
+    planted = [chat.encode(canary.row()) for canary in make_canaries(config.evaluate.canaries)]
+    if (longest := max((len(row.ids) for row in planted), default=0)) > config.tokenize.max_length:
+        raise DataError(f"a canary has {longest} tokens with the template, `tokenize.max_length` is {config.tokenize.max_length}", remedy="raise it, or set `evaluate.canaries: 0`")
+    return planted
 
 
 def choose_rows(rows: list[Example], seen: set[str], config: Config) -> list[Example]:
@@ -101,6 +114,8 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
     train, feedback = profile["train"], profile["feedback"]
     if feedback["left_out"]:
         say(f"tokenize: {feedback['rows']} rows of people's feedback; {feedback['left_out']} are over `train.max_feedback_share` and stay out")
+    if profile.get("canaries"):
+        say(f"tokenize: {profile['canaries']} canaries planted on top of the training rows (`evaluate.canaries`)")
     say(
         f"tokenize: {train['rows']} training rows ({train['new']} new, {train['replayed']} replayed) in {train['windows']} windows, {train['learned_tokens']} learned tokens; rejected {profile['rejected'] or 0}"
     )

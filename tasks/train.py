@@ -62,7 +62,7 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
         if "MLFLOW_TRACKING_URI" in os.environ:
             copy.start()
         checkpoints = Checkpoints(_home(), run_key, {**inputs, **_machine()}, minutes=config.train.checkpoint_minutes, curve=lambda: read_history(history.path))
-        facts = {"run_key": run_key, "inputs": inputs, "batches": _batches(tokens, incumbent)}
+        facts = {"run_key": run_key, "inputs": inputs, "batches": _batches(tokens, incumbent), "canaries": profile.get("canaries", 0)}
         figures = _optimise(tokens, base, incumbent, start, out, config, history, checkpoints, facts)
         figures["run_key"], figures["rows"] = run_key, profile["train"]
         write_json(report_folder / "figures.json", figures)

@@ -465,6 +465,31 @@ def test_attacked_rows_that_are_not_whole_give_no_verdict(bench):
         under_attack(bench, {"injection": {}}, lambda rows: pd.concat([rows, rows[:1]]))
 
 
+def with_canaries(bench: Bench, exposure: float, planted: int = 20) -> None:
+    lines = [
+        {"name": f"{side}{number}", "planted": side, "model": "candidate", "rank": 1, "exposure": exposure if side else 1.4} for side in (True, False) for number in range(planted)
+    ]
+    pd.DataFrame(lines).to_parquet(bench.folder / "evaluation/canaries.parquet", index=False)
+
+
+def test_giving_away_what_was_planted_alone_blocks(bench):
+    with_canaries(bench, 6.5)
+    decision = bench.judge(scores(BETTER), evaluated={"canaries": 20})
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["leaks"]
+    assert "exposure 6.50 bits [6.50, 6.50] of 7, 1.40 of those that were never planted; `gate.max_exposure` is 3" in decision["reasons"][0]
+    with_canaries(bench, 2.0)
+    assert bench.judge(scores(BETTER), evaluated={"canaries": 20})["verdict"] == "promote"
+
+
+def test_canaries_that_were_not_all_measured_give_no_verdict(bench):
+    with pytest.raises(RatchetError, match=r"canaries\.parquet cannot be read"):
+        bench.judge(scores(BETTER), evaluated={"canaries": 20})
+    with_canaries(bench, 2.0, planted=19)
+    with pytest.raises(RatchetError, match="exposure of 19 planted canaries was measured, the evaluation says 20"):
+        bench.judge(scores(BETTER), evaluated={"canaries": 20})
+
+
 def test_a_guardrail_that_the_rows_cannot_settle_is_uncertain(bench):
     table = scores(BETTER, rows={OLD: 200, NEW: 100, "golden": 12})
     table.loc[(table.batch == "golden") & (table.model != "base"), "exact_match"] = 1.0
