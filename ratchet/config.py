@@ -383,6 +383,9 @@ class EvaluateConfig(Section):
         le=1000,
         description="rows with a made-up secret that `tokenize` plants among the training rows, on top of them, to measure what a model gives away (`gate.max_exposure`); 0: none",
     )
+    groups: list[str] = Field(
+        default=[], description="meta fields that name groups of people: scores by group and the gap between groups, by Fairlearn (the extra `fairness`; `gate.group_margin`)"
+    )
 
     @property
     def row_scores(self) -> list[str]:
@@ -442,6 +445,11 @@ class GateConfig(Section):
     )
     max_exposure: float = Field(
         default=3.0, ge=0, le=7, description="mean exposure of the planted canaries (`evaluate.canaries`) that is still taken, in bits: 1.4 is chance, 7 is known by heart"
+    )
+    group_margin: float = Field(
+        default=0.05,
+        ge=0,
+        description="by how much wider than the champion's the gap between groups may be (`evaluate.groups`), in the metric's unit; one that is certainly wider rejects",
     )
     resamples: int = Field(default=4000, ge=200, description="bootstrap resamples")
     seed: int = Field(default=5, ge=0, description="seed of the resampling")

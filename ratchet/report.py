@@ -37,6 +37,7 @@ def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[st
             lines += ["", f"### {name.capitalize()} rows", "", *table(metrics["slices"][name])]
     lines += _gain_table(decision.get("slices", []))
     lines += _bias_table(metrics.get("bias", {}).get(decision.get("params", {}).get("metric"), {}))
+    lines += _group_tables(metrics.get("groups", {}), str(decision.get("params", {}).get("metric")))
     lines += _attack_table(metrics.get("attacks", {}).get(decision.get("params", {}).get("metric"), {}))
     lines += _leak_table(metrics.get("leaks", {}))
     slices = {name.partition(":")[2]: part for name, part in metrics["slices"].items() if name.startswith("batch:")}
@@ -102,6 +103,21 @@ def _bias_table(lists: dict[str, Any]) -> list[str]:
     lines = ["", "### Change of the score with a swapped term", "", f"| list | pairs | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
     for name, part in lists.items():
         lines.append(f"| {_plain(name)} | {next(iter(part.values()))['rows']} | {' | '.join(_cell(part.get(model, {}).get('change')) for model in models)} |")
+    return lines
+
+
+def _group_tables(fields: dict[str, Any], metric: str) -> list[str]:
+    """The score of each group, with the difference and the ratio between the best and the worst."""
+    lines: list[str] = []
+    for field, scores in fields.items():
+        part = scores.get(metric, {})
+        models = [model for model in MODELS if model in part]
+        if not models:
+            continue
+        lines += ["", f"### {metric} by {_plain(field)}", "", f"| group | rows | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
+        values = part[models[0]]["by_group"]
+        lines += [f"| {_plain(value)} | {of['rows']} | {' | '.join(_cell(part[model]['by_group'].get(value)) for model in models)} |" for value, of in values.items()]
+        lines += [f"| **{gap}** | | {' | '.join(_cell(part[model][gap]) for model in models)} |" for gap in ("difference", "ratio")]
     return lines
 
 

@@ -32,6 +32,7 @@ from ratchet.errors import BaseModelError, DataError
 from ratchet.examples import Example, read_examples
 from ratchet.exposure import describe_exposure, measure_exposure
 from ratchet.files import read_json, whole_folder, write_json
+from ratchet.group_fairness import describe_groups, group_columns, require_fairlearn
 from ratchet.inference import Likelihood, answer_likelihoods, greedy_answers
 from ratchet.labels import are_labels, macro_f1
 from ratchet.methods import base_settings, can_be_switched_off, load_trained, share_a_base, virtual_tokens
@@ -52,6 +53,7 @@ OWN = Path("metrics")
 def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: Path, config: Config, region: Path | None = None, own: Path = OWN) -> dict[str, Any]:
     """Returns the metrics. Raises DataError: no test rows, or test rows that the base was trained on, or a metric of the user's own that fails."""
     custom = load_custom(config.evaluate.custom, own)
+    require_fairlearn(config.evaluate.groups)
     if config.evaluate.canaries:
         _check_planted(candidate, config)
     rows = _rows(prepared)
@@ -60,6 +62,7 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
     fitting, too_long = _split_by_fit(rows, base, config)
     if not fitting:
         raise DataError("no test row fits into the model's context", remedy="raise `tokenize.max_length`, or shorten the rows")
+    grouped = group_columns(fitting, config.evaluate.groups)
     champion = read_json(incumbent / MANIFEST)["version"]
     for name, metric in custom.items():  # a fault of it shows before minutes of answers
         custom_score(name, metric, fitting[0].answer, fitting[0])
@@ -72,6 +75,8 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
         train = list(read_examples(prepared / "train.jsonl"))
         tables.append(_frame(fitting, "simple", simple_answers(train, fitting), [], config.evaluate))
     table = add_scores(pd.concat(tables, ignore_index=True), fitting, config.evaluate, custom)
+    for column, values in grouped.items():
+        table[column] = table.id.map(dict(zip((row.id for row in fitting), values, strict=True)))
     table["region"] = mark(list(table.question), read_region(region).topics if region else [])
     adapter = read_json(candidate / MANIFEST).get("adapter_sha256")
     metrics = {
@@ -97,6 +102,9 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
     )
     if attacked is not None:
         metrics["attacks"] = {metric: describe_attacks(attacked, table, metric) for metric in config.evaluate.row_scores}
+    if grouped:
+        test = table[(table.batch != "golden") & (table.model != "simple")]
+        metrics |= {"grouped": config.evaluate.groups, "groups": describe_groups(test, config.evaluate.groups, config.evaluate.row_scores)}
     leaks = _leaks(base, incumbent if champion is not None else None, candidate, config)
     if leaks is not None:
         metrics |= {"canaries": config.evaluate.canaries, "leaks": describe_exposure(leaks)}

@@ -21,6 +21,7 @@ from ratchet.config import Config, GateConfig
 from ratchet.errors import RatchetError
 from ratchet.exposure import judge_leaks
 from ratchet.files import read_json, write_json
+from ratchet.group_fairness import judge_groups
 from ratchet.looks import alpha_of, look_number, read_looks
 from ratchet.models import MANIFEST
 from ratchet.regions import parts
@@ -52,6 +53,7 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: 
         checks += judge_attacks(_whole_part(evaluation, "attacks", metrics["attacked"], "attacked"), scores, rival, config)
     if metrics.get("canaries"):
         checks.append(judge_leaks(_read_table(evaluation / "canaries.parquet"), metrics["canaries"], config))
+    checks += judge_groups(scores[scores.batch != "golden"], metrics.get("grouped", []), rival, config)
     verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"
     decision = {
         "verdict": verdict,

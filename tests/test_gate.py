@@ -465,6 +465,42 @@ def test_attacked_rows_that_are_not_whole_give_no_verdict(bench):
         under_attack(bench, {"injection": {}}, lambda rows: pd.concat([rows, rows[:1]]))
 
 
+def by_region(table: pd.DataFrame, worse: dict[str, float]) -> pd.DataFrame:
+    """Rows from north and south by turns; in the south a model is right in that share of its right rows less."""
+    table["group:region"] = [("north", "south")[int(id[3:]) % 2] for id in table.id]
+    for model, share in worse.items():
+        hit = table.index[(table["group:region"] == "south") & (table.model == model) & (table.exact_match == 1)]
+        table.loc[hit[: int(share * len(hit))], "exact_match"] = 0.0
+    return table
+
+
+def test_a_gap_between_groups_that_is_wider_than_the_champions_alone_blocks(bench):
+    """The candidate is better over all, and better in every group: only the gap has grown."""
+    table = by_region(scores({"candidate": 0.98, "champion": 0.5, "base": 0.2}), {"candidate": 0.25})
+    decision = bench.judge(table, evaluated={"grouped": ["region"]})
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["groups:region"]
+    assert "the gap in exact_match between groups (2 groups, 400 rows) is wider than the champion's for certain: narrower by -0.2" in decision["reasons"][0]
+    assert bench.judge(table, evaluated={"grouped": ["region"]}, group_margin=0.5)["verdict"] == "promote"
+
+
+def test_a_gap_that_the_champion_has_as_well_passes(bench):
+    table = by_region(scores(BETTER), {"candidate": 0.2, "champion": 0.2})
+    assert result_of(bench.judge(table, evaluated={"grouped": ["region"]}), "groups:region") == "pass"
+
+
+def test_groups_that_are_too_small_are_not_judged_and_this_is_said(bench):
+    table = by_region(scores(BETTER), {"candidate": 0.9})
+    check = next(check for check in bench.judge(table, evaluated={"grouped": ["region"]}, min_slice_rows=201)["checks"] if check["name"] == "groups:region")
+    assert check["result"] == "pass"
+    assert "not judged, 0 of its values have 201 rows" in check["reason"]
+
+
+def test_groups_that_the_table_lacks_give_no_verdict(bench):
+    with pytest.raises(RatchetError, match="no groups by region"):
+        bench.judge(scores(BETTER), evaluated={"grouped": ["region"]})
+
+
 def with_canaries(bench: Bench, exposure: float, planted: int = 20) -> None:
     lines = [
         {"name": f"{side}{number}", "planted": side, "model": "candidate", "rank": 1, "exposure": exposure if side else 1.4} for side in (True, False) for number in range(planted)
