@@ -416,6 +416,19 @@ class MetricGuardrail(Section):
     margin: float = Field(default=0.02, ge=0, description="loss on the test split that is still taken as no loss, in the metric's unit")
 
 
+class WorthConfig(Section):
+    """What a gain brings and what a training costs, shown with the verdict once requests, value and cost are given."""
+
+    requests_per_month: float = Field(default=0.0, ge=0, description="requests that the model answers in a month")
+    value_per_correct: float = Field(default=0.0, ge=0, description="what one more right answer is worth (a gain of 1 in `gate.metric`), in any one currency")
+    cost_per_hour: float = Field(default=0.0, ge=0, description="cost of an hour of training, in the same currency")
+    months: float = Field(default=1.0, gt=0, description="months that a version is expected to serve")
+
+    @property
+    def given(self) -> bool:
+        return min(self.requests_per_month, self.value_per_correct, self.cost_per_hour) > 0
+
+
 class GateConfig(Section):
     """When a candidate may take the champion's place."""
 
@@ -451,8 +464,18 @@ class GateConfig(Section):
         ge=0,
         description="by how much wider than the champion's the gap between groups may be (`evaluate.groups`), in the metric's unit; one that is certainly wider rejects",
     )
+    worth: WorthConfig = WorthConfig()
+    require_worth: bool = Field(default=False, description="reject a candidate whose expected gain brings less than its training cost (`gate.worth`)")
     resamples: int = Field(default=4000, ge=200, description="bootstrap resamples")
     seed: int = Field(default=5, ge=0, description="seed of the resampling")
+
+    @model_validator(mode="after")
+    def _weighable(self) -> GateConfig:
+        if self.require_worth and not self.worth.given:
+            raise ValueError("gate.require_worth needs gate.worth.requests_per_month, value_per_correct and cost_per_hour over 0")
+        if self.worth.given and self.metric == "answer_nll":
+            raise ValueError("gate.worth counts right answers: gate.metric is answer_nll, wanted a score from 0 to 1")
+        return self
 
 
 class RetrainConfig(Section):

@@ -31,7 +31,7 @@ def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[st
     rival = decision["rival"]
     against = f"v{rival['version']}, the champion" if rival["version"] is not None else "the untouched base (there is no champion yet)"
     lines = [f"## {VERDICTS[decision['verdict']]}", "", f"Compared with {against}, on the same rows in the same run.", ""]
-    lines += [f"- {mark(check['result'])} {check['reason']}" for check in [*decision["checks"], *decision.get("regions", [])]]
+    lines += [f"- {mark(check['result'])} {check['reason']}" for check in [*decision["checks"], *_shown_worth(decision), *decision.get("regions", [])]]
     for name in ("test", "golden"):
         if name in metrics["slices"]:
             lines += ["", f"### {name.capitalize()} rows", "", *table(metrics["slices"][name])]
@@ -85,6 +85,12 @@ def table(part: dict[str, Any]) -> list[str]:
     perplexities = [f"{part[model]['perplexity']:.2f}" if "perplexity" in part[model] else "" for model in models]
     lines.append(f"| perplexity | {' | '.join(perplexities)} |")
     return [*lines, f"| rows | {' | '.join(str(part[model]['rows']) for model in models)} |"]
+
+
+def _shown_worth(decision: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where it is no rule, and so among no checks."""
+    worth = decision.get("worth")
+    return [worth] if worth and all(check["name"] != "worth" for check in decision["checks"]) else []
 
 
 def _gain_table(slices: list[dict[str, Any]]) -> list[str]:

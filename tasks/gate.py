@@ -1,6 +1,6 @@
 """The gate: may the candidate take the champion's place? promote / reject / uncertain, with every reason.
 
-    python -m tasks.gate --evaluation reports/evaluation --candidate models/candidate --incumbent models/incumbent --looks reports/looks.json --out reports/gate.json
+    python -m tasks.gate --evaluation reports/evaluation --candidate models/candidate --incumbent models/incumbent --looks reports/looks.json --training reports/train --out reports/gate.json
 
 A success metric has to be better for certain, every guardrail has to be no worse for certain (Miller, arXiv 2411.00640:
 paired differences on the same rows). What the rows cannot tell is `uncertain`, and the champion stays. A missing, partial
@@ -29,12 +29,13 @@ from ratchet.slice_guardrail import judge_slices
 from ratchet.stage import run_stage, say
 from ratchet.statistics import bootstrap_mean, chance_of
 from ratchet.withstood import judge_attacks
+from ratchet.worth import training_seconds, weigh
 
 Verdict = Literal["promote", "reject", "uncertain"]
 
 
-def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: Path, config: GateConfig) -> dict[str, Any]:
-    """Returns the decision and writes it. Raises RatchetError when the evaluation is not whole."""
+def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: Path, config: GateConfig, training: Path | None = None) -> dict[str, Any]:
+    """Returns the decision and writes it. `training` holds the figures of the run, for `gate.worth`. Raises RatchetError when the evaluation is not whole."""
     metrics = read_json(evaluation / "metrics.json")
     champion = read_json(incumbent / MANIFEST)
     if metrics["champion"] != champion["version"]:
@@ -54,6 +55,8 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: 
     if metrics.get("canaries"):
         checks.append(judge_leaks(_read_table(evaluation / "canaries.parquet"), metrics["canaries"], config))
     checks += judge_groups(scores[scores.batch != "golden"], metrics.get("grouped", []), rival, config)
+    worth = [weigh(scores[scores.batch != "golden"], rival, training_seconds(training, manifest["run_key"]), config)] if training and config.worth.given else []
+    checks += worth if config.require_worth else []
     verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"
     decision = {
         "verdict": verdict,
@@ -62,6 +65,7 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: 
         "checks": checks,
         "regions": [_region(name, rows, rival, config) for name, rows in parts(scores[scores.batch != "golden"]).items()],
         "slices": slices,
+        "worth": worth[0] if worth else None,
         "look": {"number": look, "alpha": alpha_of(look, config)},
         "candidate": {"run_key": manifest["run_key"], "adapter_sha256": manifest["adapter_sha256"]},
         "params": config.model_dump(mode="json"),
@@ -149,13 +153,14 @@ def _region(name: str, rows: pd.DataFrame, rival: str, config: GateConfig) -> di
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    decision = judge(arguments.evaluation, arguments.candidate, arguments.incumbent, arguments.looks, arguments.out, config.gate)
+    decision = judge(arguments.evaluation, arguments.candidate, arguments.incumbent, arguments.looks, arguments.out, config.gate, arguments.training)
     say(f"gate: {decision['verdict']}")
     for check in decision["checks"]:
         say(f"gate: {check['result']:7} {check['reason']}")
-    for part in [*decision["regions"], *decision["slices"]]:
+    shown = [decision["worth"]] if decision["worth"] and not config.gate.require_worth else []
+    for part in [*shown, *decision["regions"], *decision["slices"]]:
         say(f"gate: {part['reason']}")
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, ["evaluation", "candidate", "incumbent", "looks", "out"], _main)
+    run_stage(__doc__, ["evaluation", "candidate", "incumbent", "looks", "training", "out"], _main)

@@ -54,10 +54,13 @@ class Bench:
             write_json(self.folder / "evaluation/metrics.json", self.metrics | {"rows": rows} | (evaluated or {}))
         table.to_parquet(self.folder / "evaluation/scores.parquet", index=False)
         config = GateConfig(**{"resamples": 500, "min_rows": 200, **settings})
+        write_json(self.folder / "train/figures.json", {"run_key": "key", "seconds": 7200.0})
         return self.judge_as_it_is(config)
 
     def judge_as_it_is(self, config: GateConfig) -> dict:
-        return judge(self.folder / "evaluation", self.folder / "candidate", self.folder / "incumbent", self.folder / "looks.json", self.folder / "gate.json", config)
+        return judge(
+            self.folder / "evaluation", self.folder / "candidate", self.folder / "incumbent", self.folder / "looks.json", self.folder / "gate.json", config, self.folder / "train"
+        )
 
 
 @pytest.fixture
@@ -499,6 +502,40 @@ def test_groups_that_are_too_small_are_not_judged_and_this_is_said(bench):
 def test_groups_that_the_table_lacks_give_no_verdict(bench):
     with pytest.raises(RatchetError, match="no groups by region"):
         bench.judge(scores(BETTER), evaluated={"grouped": ["region"]})
+
+
+WORTH = {"requests_per_month": 1000, "value_per_correct": 0.1, "cost_per_hour": 2.0, "months": 2}
+
+
+def test_a_gain_that_brings_less_than_the_training_cost_alone_blocks_where_that_is_the_rule(bench):
+    table, dear = scores(BETTER), {**WORTH, "cost_per_hour": 50.0}
+    decision = bench.judge(table, worth=dear, require_worth=True)
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["worth"]
+    assert "over 2,000 requests in 2 months does not bring what the training cost: " in decision["reasons"][0]
+    assert decision["reasons"][0].endswith("against 100.00 for 2.00 h")
+    assert bench.judge(table, worth=WORTH, require_worth=True)["verdict"] == "promote"
+
+
+def test_what_a_gain_brings_is_shown_and_decides_nothing_by_itself(bench):
+    decision = bench.judge(scores(BETTER), worth={**WORTH, "cost_per_hour": 50.0})
+    assert decision["verdict"] == "promote"
+    assert "worth" not in {check["name"] for check in decision["checks"]}
+    assert decision["worth"]["mean"] == pytest.approx(decision["checks"][0]["mean"] * 200)
+    assert decision["worth"]["result"] == "fail"
+    assert bench.judge(scores(BETTER))["worth"] is None
+
+
+def test_the_cost_of_another_training_gives_no_verdict(bench):
+    write_json(bench.folder / "candidate/manifest.json", {"run_key": "another", "adapter_sha256": "sha"})
+    with pytest.raises(RatchetError, match="tells of the run key, the candidate comes from another"):
+        bench.judge(scores(BETTER), worth=WORTH)
+
+
+@pytest.mark.parametrize(("settings", "said"), [({"require_worth": True}, "gate.require_worth needs"), ({"worth": WORTH, "metric": "answer_nll"}, "counts right answers")])
+def test_a_worth_that_cannot_be_weighed_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        GateConfig(**settings)
 
 
 def with_canaries(bench: Bench, exposure: float, planted: int = 20) -> None:

@@ -85,6 +85,13 @@ def test_every_slice_has_its_gain_and_its_name_opens_no_column():
     assert r"| topic:a\|b \<b\> | 60 | -0.100 [-0.200, +0.050] | ? |" in lines
 
 
+def test_what_a_gain_brings_stands_in_the_card_once():
+    worth = {"name": "worth", "result": "fail", "reason": "worth: it does not"}
+    for checks in (CHECKS, [*CHECKS, worth]):
+        text = model_card({"slices": {"test": MODELS}}, {"verdict": "reject", "rival": {"version": 7}, "checks": checks, "worth": worth}, {})
+        assert text.count("- ✗ worth: it does not") == 1
+
+
 def test_every_kind_of_attack_has_the_share_that_each_model_withstood():
     withstood = {"exact_match": {"injection": {"candidate": {"rows": 40, **interval(0.9)}, "base": {"rows": 40, **interval(0.5)}}}}
     decision = {"verdict": "reject", "rival": {"version": 7}, "checks": CHECKS, "params": {"metric": "exact_match"}}
