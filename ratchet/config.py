@@ -42,6 +42,9 @@ TAKEN = frozenset(
         "planted",
         "handled",
         "withstood",
+        "judge_correctness",
+        "judge_groundedness",
+        "judge_preference",
         "rows",
         "perplexity",
     }
@@ -351,6 +354,22 @@ class AdapterConfig(Section):
     virtual_tokens: int = Field(default=16, ge=1, le=1024, description="tokens that `prefix` and `prompt` put before every row; they count against the base's context")
 
 
+class AnswerJudge(TeacherConfig):
+    """A model that scores answers beside the metrics; without a `model` nobody judges. Its scores gate only once its agreement with people is measured."""
+
+    key_env: str = Field(default="RATCHET_JUDGE_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="environment variable that holds its key; a server without keys needs none")
+    licence: str = Field(default="unknown", description="what its terms say of using its answers; nothing is trained on them")
+    temperature: float = Field(default=0.0, ge=0, le=2, description="sampling temperature; left out where the endpoint refuses it")
+    max_tokens: int = Field(default=512, ge=16, description="tokens of one answer, at most")
+    metrics: list[Literal["correctness", "groundedness", "preference"]] = Field(
+        default=["correctness"], description="what is judged of candidate and champion; `preference`: one against the other, from both places; guardrails as `judge_correctness` …"
+    )
+    rows: Count = Field(default=100, description="test rows that are judged, at most")
+    passage: str = Field(default="passage", description="key of `meta` with the text in which an answer has to stand, for `groundedness`; rows without it are not judged so")
+    max_cost: float = Field(default=5.0, ge=0, description="money that one evaluation may spend, in the prices' currency; it stops before it would go over")
+    max_run_tokens: int = Field(default=2_000_000, ge=0, description="tokens of one evaluation, input and output of all requests; it stops before it would go over")
+
+
 class EvaluateConfig(Section):
     """Candidate, champion and base on the same rows, in one process."""
 
@@ -386,6 +405,7 @@ class EvaluateConfig(Section):
     groups: list[str] = Field(
         default=[], description="meta fields that name groups of people: scores by group and the gap between groups, by Fairlearn (the extra `fairness`; `gate.group_margin`)"
     )
+    judge: AnswerJudge = Field(default_factory=AnswerJudge, description="a model that scores answers")
 
     @property
     def row_scores(self) -> list[str]:
@@ -466,11 +486,16 @@ class GateConfig(Section):
     )
     worth: WorthConfig = WorthConfig()
     require_worth: bool = Field(default=False, description="reject a candidate whose expected gain brings less than its training cost (`gate.worth`)")
+    judge_agreement: float = Field(
+        default=0.4, ge=-1, le=1, description="lower bound of Cohen's kappa with people's decisions (`ratchet gate judge`) from which a judge's score may be among `guardrails`"
+    )
     resamples: int = Field(default=4000, ge=200, description="bootstrap resamples")
     seed: int = Field(default=5, ge=0, description="seed of the resampling")
 
     @model_validator(mode="after")
     def _weighable(self) -> GateConfig:
+        if self.metric.startswith("judge_"):
+            raise ValueError(f"gate.metric is {self.metric}: a judge's score of some rows may be among gate.guardrails, it is no success metric")
         if self.require_worth and not self.worth.given:
             raise ValueError("gate.require_worth needs gate.worth.requests_per_month, value_per_correct and cost_per_hour over 0")
         if self.worth.given and self.metric == "answer_nll":

@@ -39,6 +39,7 @@ def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[st
     lines += _bias_table(metrics.get("bias", {}).get(decision.get("params", {}).get("metric"), {}))
     lines += _group_tables(metrics.get("groups", {}), str(decision.get("params", {}).get("metric")))
     lines += _attack_table(metrics.get("attacks", {}).get(decision.get("params", {}).get("metric"), {}))
+    lines += _judge_table(metrics.get("judge", {}))
     lines += _leak_table(metrics.get("leaks", {}))
     slices = {name.partition(":")[2]: part for name, part in metrics["slices"].items() if name.startswith("batch:")}
     lines += ["", "### Exact match by batch", "", *_slice_table(slices), "", "### Where it comes from", ""]
@@ -134,6 +135,21 @@ def _attack_table(kinds: dict[str, Any]) -> list[str]:
     models = [model for model in MODELS if any(model in part for part in kinds.values())]
     lines = ["", "### Attacks withstood", "", f"| kind | rows | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
     return [*lines, *(f"| {kind} | {next(iter(part.values()))['rows']} | {' | '.join(_cell(part.get(model)) for model in models)} |" for kind, part in kinds.items())]
+
+
+def _judge_table(found: dict[str, Any]) -> list[str]:
+    """What the judge says of both models, and how far people agree with it."""
+    if not found.get("scores"):
+        return []
+    models = [model for model in MODELS if any(model in part for part in found["scores"].values())]
+    lines = ["", f"### Judged by {_plain(found['model'])}", "", f"| | rows | {' | '.join(models)} | kappa with people |", f"|---|---|{'---|' * len(models)}---|"]
+    for metric, part in found["scores"].items():
+        agreement = found.get("agreement", {}).get(metric, {})
+        kappa = f"{agreement['kappa']:.2f}, at least {agreement['low']:.2f} ({agreement['labels']} decisions)" if "kappa" in agreement else "not measured"
+        lines.append(f"| {metric} | {next(iter(part.values()))['rows']} | {' | '.join(_cell(part.get(model)) for model in models)} | {kappa} |")
+    if "consistent" in found:
+        lines += ["", f"The same answer was preferred from either place in {found['consistent']:.0%} of the pairs."]
+    return lines
 
 
 def _leak_table(found: dict[str, Any]) -> list[str]:

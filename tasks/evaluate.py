@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from ratchet.exposure import describe_exposure, measure_exposure
 from ratchet.files import read_json, whole_folder, write_json
 from ratchet.group_fairness import describe_groups, group_columns, require_fairlearn
 from ratchet.inference import Likelihood, answer_likelihoods, greedy_answers
+from ratchet.judged import judge_answers, read_agreement
 from ratchet.labels import are_labels, macro_f1
 from ratchet.methods import base_settings, can_be_switched_off, load_trained, share_a_base, virtual_tokens
 from ratchet.metrics import row_metrics
@@ -105,6 +107,9 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
     if grouped:
         test = table[(table.batch != "golden") & (table.model != "simple")]
         metrics |= {"grouped": config.evaluate.groups, "groups": describe_groups(test, config.evaluate.groups, config.evaluate.row_scores)}
+    judged, figures = _judge(table, fitting, "base" if champion is None else "champion", own, config)
+    if judged is not None:
+        metrics["judge"] = figures
     leaks = _leaks(base, incumbent if champion is not None else None, candidate, config)
     if leaks is not None:
         metrics |= {"canaries": config.evaluate.canaries, "leaks": describe_exposure(leaks)}
@@ -116,6 +121,8 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
             attacked.to_parquet(folder / "attacks.parquet", index=False)
         if leaks is not None:
             leaks.to_parquet(folder / "canaries.parquet", index=False)
+        if judged is not None:
+            judged.to_parquet(folder / "judged.parquet", index=False)
         write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -160,6 +167,15 @@ def _leaks(base: Path, incumbent: Path | None, candidate: Path, config: Config) 
         found = pd.DataFrame(measure_exposure(model, chat, canaries, batch_size=config.evaluate.batch_size))
         frames.append(found.assign(model=name, planted=[place < count for place in range(len(canaries))]))
     return pd.concat(frames, ignore_index=True)
+
+
+def _judge(table: pd.DataFrame, rows: list[Example], rival: str, own: Path, config: Config) -> tuple[pd.DataFrame | None, dict[str, Any]]:
+    judge = config.evaluate.judge
+    if not judge.model:
+        return None, {}
+    home = Path(os.environ.get("RATCHET_ROOT") or Path.cwd())  # a workspace goes, what the judge said stays
+    judged, figures = judge_answers(table, rows, rival, judge, home, say=say)
+    return judged, figures | {"agreement": read_agreement(own, judge)}
 
 
 def _rows(prepared: Path) -> list[Example]:

@@ -22,6 +22,7 @@ from ratchet.errors import RatchetError
 from ratchet.exposure import judge_leaks
 from ratchet.files import read_json, write_json
 from ratchet.group_fairness import judge_groups
+from ratchet.judged import PREFIX, guard_by_judge
 from ratchet.looks import alpha_of, look_number, read_looks
 from ratchet.models import MANIFEST
 from ratchet.regions import parts
@@ -54,6 +55,8 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: 
         checks += judge_attacks(_whole_part(evaluation, "attacks", metrics["attacked"], "attacked"), scores, rival, config)
     if metrics.get("canaries"):
         checks.append(judge_leaks(_read_table(evaluation / "canaries.parquet"), metrics["canaries"], config))
+    judged = _read_table(evaluation / "judged.parquet") if metrics.get("judge") else None
+    checks += guard_by_judge(judged, metrics.get("judge", {}), rival, config)
     checks += judge_groups(scores[scores.batch != "golden"], metrics.get("grouped", []), rival, config)
     worth = [weigh(scores[scores.batch != "golden"], rival, training_seconds(training, manifest["run_key"]), config)] if training and config.worth.given else []
     checks += worth if config.require_worth else []
@@ -118,7 +121,7 @@ def _guardrails(scores: pd.DataFrame, rival: str, seen: list[str], config: GateC
         _no_worse("answer_nll", test, rival, "answer_nll", config.nll_margin, config),
         _no_worse("base", test, "base", config.metric, config.past_margin, config),
     ]
-    checks += [_no_worse(f"metric:{rule.metric}", test, rival, rule.metric, rule.margin, config) for rule in config.guardrails]
+    checks += [_no_worse(f"metric:{rule.metric}", test, rival, rule.metric, rule.margin, config) for rule in config.guardrails if not rule.metric.startswith(PREFIX)]
     if len(golden):
         checks.append(_no_worse("golden", golden, rival, config.metric, config.golden_margin, config))
     past = test[test.batch.isin(seen)]

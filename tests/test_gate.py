@@ -504,6 +504,32 @@ def test_groups_that_the_table_lacks_give_no_verdict(bench):
         bench.judge(scores(BETTER), evaluated={"grouped": ["region"]})
 
 
+def judged_by(bench: Bench, candidate: float, low: float) -> dict:
+    """A judge that scores the champion 0.7 on 100 rows; people agree with it at least `low` beyond chance."""
+    lines = [
+        {"id": str(place), "model": model, "judge_correctness": float(place < share * 100)}
+        for model, share in (("candidate", candidate), ("champion", 0.7))
+        for place in range(100)
+    ]
+    pd.DataFrame(lines).to_parquet(bench.folder / "evaluation/judged.parquet", index=False)
+    figures = {"asked": {"correctness": 100}, "agreement": {"correctness": {"labels": 80, "kappa": 0.8, "low": low}}}
+    return bench.judge(scores(BETTER), evaluated={"judge": figures}, guardrails=[{"metric": "judge_correctness", "margin": 0.05}])
+
+
+def test_a_judge_whom_people_agree_with_alone_blocks(bench):
+    decision = judged_by(bench, 0.4, 0.6)
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["metric:judge_correctness"]
+    assert judged_by(bench, 0.7, 0.6)["verdict"] == "promote"
+
+
+def test_a_judge_whom_people_do_not_agree_with_settles_nothing(bench):
+    decision = judged_by(bench, 0.9, 0.1)
+    assert decision["verdict"] == "uncertain"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["metric:judge_correctness"]
+    assert "the judge may not gate: kappa with 80 decisions of people is 0.80, at least 0.10" in decision["reasons"][0]
+
+
 WORTH = {"requests_per_month": 1000, "value_per_correct": 0.1, "cost_per_hour": 2.0, "months": 2}
 
 

@@ -261,6 +261,7 @@ def test_a_file_that_holds_no_synonyms_is_refused(tmp_path, text):
 # --- prompts -------------------------------------------------------------------------------------------------------------
 
 VALUES = {"document": "d", "passage": "p", "count": 3, "asked": [], "examples": [], "question": "q", "answer": "a", "text": "t", "language": "German"}
+VALUES |= {"reference": "r", "first": "f", "second": "s"}
 
 
 @pytest.mark.parametrize("name", NAMES)

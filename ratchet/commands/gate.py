@@ -14,13 +14,8 @@ if TYPE_CHECKING:
     from ratchet.config import Config
     from ratchet.power import Plan, Spread
 
-app = typer.Typer(help="The gate, before a cycle.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="The gate: its power, and the judge beside it.", no_args_is_help=True, rich_markup_mode=None)
 ASSUMED = 0.2  # share of rows in which two models differ, where nothing was measured
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `plan` a command of its own as long as it is the only one."""
 
 
 @app.command("plan")
@@ -41,6 +36,50 @@ def gate_plan(
         raise UserError(f"--effect is {effect:g}; wanted more than gate.min_gain, {config.gate.min_gain:g}", remedy="no number of rows shows a gain that is not wanted")
     found, basis = _plan(root, config, effect, rows, differing, wished)
     show({**found._asdict(), "wished": wished, "basis": basis}, as_json, lambda: say("\n".join(_describe(found, basis, wished, config))))
+
+
+@app.command("judge")
+def gate_judge(as_json: Json = False) -> None:
+    """Measure how far the judge of `evaluate.judge` agrees with people's decisions in the review queue, which is what lets it gate.
+
+    Example: ratchet gate judge
+    """
+    from ratchet.files import write_json
+    from ratchet.judge_agreement import measure_agreement
+    from ratchet.judged import AGREEMENT
+    from ratchet.review import ReviewQueue
+
+    root = find_root()
+    config = read_config(root)
+    if not config.evaluate.judge.model:
+        raise UserError("evaluate.judge.model is empty: nobody judges", remedy="name an endpoint and a model in `evaluate.judge`")
+    queue = ReviewQueue(root)
+    try:
+        found = measure_agreement(queue, config.evaluate.judge, root)
+    finally:
+        queue.close()
+    write_json(root / "metrics" / AGREEMENT, {key: value for key, value in found.items() if key != "failures"})
+    show(found, as_json, lambda: say("\n".join(_describe_agreement(found, config))))
+
+
+def _describe_agreement(found: dict[str, Any], config: Config) -> list[str]:
+    lines = [f"{found['model']} against people's decisions in the review queue:"]
+    for metric, part in found["agreement"].items():
+        if "why" in part:
+            lines.append(f"  {metric}: may not gate: {part['why']}")
+            continue
+        may = "may gate" if part["low"] >= config.gate.judge_agreement else "may not gate"
+        lines.append(
+            f"  {metric}: {may}: agrees in {part['agree']:.0%} of {part['labels']}, kappa {part['kappa']:.2f}, at least {part['low']:.2f} (gate.judge_agreement: {config.gate.judge_agreement:g})"
+        )
+    lines += [f"  without an answer: {count} ({reason})" for reason, count in found["failures"].items()]
+    return [*lines, f"written to metrics/{_agreement_name()}; commit it, and the next evaluation takes it into account"]
+
+
+def _agreement_name() -> str:
+    from ratchet.judged import AGREEMENT
+
+    return AGREEMENT
 
 
 def _plan(root: Path, config: Config, effect: float, rows: int | None, differing: float | None, wished: float) -> tuple[Plan, dict[str, Any]]:

@@ -25,7 +25,7 @@ class Prices(NamedTuple):
 
 
 class SpentError(Exception):
-    """The next request could pass a limit; nothing was sent. `limit` is the key in `synthesize`."""
+    """The next request could pass a limit; nothing was sent. `limit` is the key in the budget's section."""
 
     def __init__(self, limit: str, message: str) -> None:
         super().__init__(message)
@@ -35,7 +35,8 @@ class SpentError(Exception):
 class Budget:
     """Shared by all clients of a run."""
 
-    def __init__(self, *, max_cost: float, max_tokens: int) -> None:
+    def __init__(self, *, max_cost: float, max_tokens: int, section: str = "synthesize") -> None:
+        self._section = section
         self._max_cost, self._max_tokens = max_cost, max_tokens
         self.cost, self.usage = 0.0, Usage()
         self._held: dict[int, tuple[float, int]] = {}
@@ -72,5 +73,5 @@ class Budget:
 
     def _say(self, limit: str, cost: float, tokens: int) -> str:
         if limit == "max_cost":
-            return f"{self.cost:.4f} of synthesize.max_cost ({self._max_cost:g}) is spent, and the next request can cost up to {cost:.4f}"
-        return f"{sum(self.usage)} of synthesize.max_run_tokens ({self._max_tokens}) are spent, and the next request can take up to {tokens}"
+            return f"{self.cost:.4f} of {self._section}.max_cost ({self._max_cost:g}) is spent, and the next request can cost up to {cost:.4f}"
+        return f"{sum(self.usage)} of {self._section}.max_run_tokens ({self._max_tokens}) are spent, and the next request can take up to {tokens}"

@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ratchet.errors import ConfigError
 
-NAMES = ("questions_from_passage", "self_instruct", "paraphrase", "judge", "back_translate")
+NAMES = ("questions_from_passage", "self_instruct", "paraphrase", "judge", "back_translate", "judge_correctness", "judge_groundedness", "judge_preference")
 LINE = "\n---\n"
 
 
