@@ -405,6 +405,9 @@ class EvaluateConfig(Section):
     groups: list[str] = Field(
         default=[], description="meta fields that name groups of people: scores by group and the gap between groups, by Fairlearn (the extra `fairness`; `gate.group_margin`)"
     )
+    suites: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]] = Field(
+        default=[], description="tasks of lm-evaluation-harness that are run on every model, as names of files `metrics/suites/NAME.yaml` (the extra `suites`; `gate.suite_margin`)"
+    )
     judge: AnswerJudge = Field(default_factory=AnswerJudge, description="a model that scores answers")
 
     @property
@@ -486,6 +489,7 @@ class GateConfig(Section):
     )
     worth: WorthConfig = WorthConfig()
     require_worth: bool = Field(default=False, description="reject a candidate whose expected gain brings less than its training cost (`gate.worth`)")
+    suite_margin: float = Field(default=0.05, ge=0, description="loss in a suite (`evaluate.suites`) that is still taken as no loss, in its metric's unit")
     judge_agreement: float = Field(
         default=0.4, ge=-1, le=1, description="lower bound of Cohen's kappa with people's decisions (`ratchet gate judge`) from which a judge's score may be among `guardrails`"
     )

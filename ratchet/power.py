@@ -1,7 +1,7 @@
 """How likely the gate promotes a candidate that is better by a wished effect, and how many test rows that takes.
 
 Draws tables of paired gains and judges them as the gate does: the success metric at the look's alpha, the guardrails on past
-batches and the golden set. Not covered: the guardrails on the NLL, the base, slices and bias are taken to pass.
+batches and the golden set. Not covered: the guardrails on the NLL, the base and slices, and those that are off by default, are taken to pass.
 """
 
 from __future__ import annotations

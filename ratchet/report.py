@@ -39,6 +39,7 @@ def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[st
     lines += _bias_table(metrics.get("bias", {}).get(decision.get("params", {}).get("metric"), {}))
     lines += _group_tables(metrics.get("groups", {}), str(decision.get("params", {}).get("metric")))
     lines += _attack_table(metrics.get("attacks", {}).get(decision.get("params", {}).get("metric"), {}))
+    lines += _suite_table(metrics.get("suites", {}))
     lines += _judge_table(metrics.get("judge", {}))
     lines += _leak_table(metrics.get("leaks", {}))
     slices = {name.partition(":")[2]: part for name, part in metrics["slices"].items() if name.startswith("batch:")}
@@ -135,6 +136,18 @@ def _attack_table(kinds: dict[str, Any]) -> list[str]:
     models = [model for model in MODELS if any(model in part for part in kinds.values())]
     lines = ["", "### Attacks withstood", "", f"| kind | rows | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
     return [*lines, *(f"| {kind} | {next(iter(part.values()))['rows']} | {' | '.join(_cell(part.get(model)) for model in models)} |" for kind, part in kinds.items())]
+
+
+def _suite_table(found: dict[str, Any]) -> list[str]:
+    """What each model scores in public suites."""
+    if not found:
+        return []
+    models = [model for model in MODELS if any(model in part["models"] for part in found.values())]
+    lines = ["", "### Public suites", "", f"| suite | metric | documents | {' | '.join(models)} |", f"|---|---|---|{'---|' * len(models)}"]
+    return [
+        *lines,
+        *(f"| {_plain(name)} | {_plain(part['metric'])} | {part['rows']} | {' | '.join(_cell(part['models'].get(model)) for model in models)} |" for name, part in found.items()),
+    ]
 
 
 def _judge_table(found: dict[str, Any]) -> list[str]:

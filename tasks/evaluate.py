@@ -45,6 +45,7 @@ from ratchet.simple import simple_answers
 from ratchet.slices import groups, slice_columns
 from ratchet.stage import run_stage, say
 from ratchet.statistics import bootstrap_means, wilson
+from ratchet.suites import check_measurable, describe_suites, read_suites, run_suites
 from ratchet.withstood import attack_table, describe_attacks
 
 SEEN_SHARE = 0.02
@@ -56,6 +57,10 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
     """Returns the metrics. Raises DataError: no test rows, or test rows that the base was trained on, or a metric of the user's own that fails."""
     custom = load_custom(config.evaluate.custom, own)
     require_fairlearn(config.evaluate.groups)
+    suites = read_suites(own, config.evaluate.suites)
+    if suites:
+        check_measurable(candidate)
+        check_measurable(incumbent)
     if config.evaluate.canaries:
         _check_planted(candidate, config)
     rows = _rows(prepared)
@@ -110,17 +115,19 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
     judged, figures = _judge(table, fitting, "base" if champion is None else "champion", own, config)
     if judged is not None:
         metrics["judge"] = figures
-    leaks = _leaks(base, incumbent if champion is not None else None, candidate, config)
-    if leaks is not None:
-        metrics |= {"canaries": config.evaluate.canaries, "leaks": describe_exposure(leaks)}
+    measured = _measure(base, incumbent if champion is not None else None, candidate, suites, config)
+    if "canaries" in measured:
+        metrics |= {"canaries": config.evaluate.canaries, "leaks": describe_exposure(measured["canaries"])}
+    if "suites" in measured:
+        metrics["suites"] = describe_suites(measured["suites"], suites)
     with whole_folder(out) as folder:
         table.to_parquet(folder / "scores.parquet", index=False)
         if swapped is not None:
             swapped.to_parquet(folder / "counterfactual.parquet", index=False)
         if attacked is not None:
             attacked.to_parquet(folder / "attacks.parquet", index=False)
-        if leaks is not None:
-            leaks.to_parquet(folder / "canaries.parquet", index=False)
+        for name, lines in measured.items():
+            lines.to_parquet(folder / f"{name}.parquet", index=False)
         if judged is not None:
             judged.to_parquet(folder / "judged.parquet", index=False)
         write_json(folder / "metrics.json", metrics)
@@ -157,16 +164,17 @@ def _check_planted(candidate: Path, config: Config) -> None:
         )
 
 
-def _leaks(base: Path, incumbent: Path | None, candidate: Path, config: Config) -> pd.DataFrame | None:
-    """A line a canary and model, planted ones and as many that never were."""
-    if not (count := config.evaluate.canaries):
-        return None
+def _measure(base: Path, incumbent: Path | None, candidate: Path, suites: dict[str, Any], config: Config) -> dict[str, pd.DataFrame]:
+    """`canaries`: a line a canary and model, planted ones and as many that never were; `suites`: a line a document and model. Only what is asked for."""
+    count, found = config.evaluate.canaries, {"canaries": [], "suites": []}
     canaries = [*make_canaries(count), *make_references(count)]
-    frames = []
-    for name, model, chat in each_model(base, incumbent, candidate):
-        found = pd.DataFrame(measure_exposure(model, chat, canaries, batch_size=config.evaluate.batch_size))
-        frames.append(found.assign(model=name, planted=[place < count for place in range(len(canaries))]))
-    return pd.concat(frames, ignore_index=True)
+    for name, model, chat in each_model(base, incumbent, candidate) if count or suites else ():
+        if count:
+            lines = pd.DataFrame(measure_exposure(model, chat, canaries, batch_size=config.evaluate.batch_size))
+            found["canaries"].append(lines.assign(model=name, planted=[place < count for place in range(len(canaries))]))
+        if suites:
+            found["suites"].append(pd.DataFrame(run_suites(model, chat.tokenizer, suites, batch_size=config.evaluate.batch_size)).assign(model=name))
+    return {part: pd.concat(frames, ignore_index=True) for part, frames in found.items() if frames}
 
 
 def _judge(table: pd.DataFrame, rows: list[Example], rival: str, own: Path, config: Config) -> tuple[pd.DataFrame | None, dict[str, Any]]:

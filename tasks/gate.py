@@ -29,6 +29,7 @@ from ratchet.regions import parts
 from ratchet.slice_guardrail import judge_slices
 from ratchet.stage import run_stage, say
 from ratchet.statistics import bootstrap_mean, chance_of
+from ratchet.suites import judge_suites
 from ratchet.withstood import judge_attacks
 from ratchet.worth import training_seconds, weigh
 
@@ -57,6 +58,8 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: 
         checks.append(judge_leaks(_read_table(evaluation / "canaries.parquet"), metrics["canaries"], config))
     judged = _read_table(evaluation / "judged.parquet") if metrics.get("judge") else None
     checks += guard_by_judge(judged, metrics.get("judge", {}), rival, config)
+    if metrics.get("suites"):
+        checks += judge_suites(_read_table(evaluation / "suites.parquet"), metrics["suites"], rival, config)
     checks += judge_groups(scores[scores.batch != "golden"], metrics.get("grouped", []), rival, config)
     worth = [weigh(scores[scores.batch != "golden"], rival, training_seconds(training, manifest["run_key"]), config)] if training and config.worth.given else []
     checks += worth if config.require_worth else []

@@ -530,6 +530,33 @@ def test_a_judge_whom_people_do_not_agree_with_settles_nothing(bench):
     assert "the judge may not gate: kappa with 80 decisions of people is 0.80, at least 0.10" in decision["reasons"][0]
 
 
+def in_suite(bench: Bench, candidate: float, *, documents: int = 300, told: int = 300) -> dict:
+    """The champion gets 0.7 of the documents right."""
+    lines = [
+        {"suite": "general", "id": str(place), "model": model, "score": float(place < share * documents)}
+        for model, share in (("candidate", candidate), ("champion", 0.7))
+        for place in range(documents)
+    ]
+    pd.DataFrame(lines).to_parquet(bench.folder / "evaluation/suites.parquet", index=False)
+    return bench.judge(scores(BETTER), evaluated={"suites": {"general": {"metric": "acc", "rows": told}}})
+
+
+def test_ability_that_is_lost_in_a_public_suite_alone_blocks(bench):
+    decision = in_suite(bench, 0.5)
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["suite:general"]
+    assert decision["reasons"][0].startswith("guardrail suite:general: acc on 300 rows is worse than the champion's: gain -0.200")
+    assert in_suite(bench, 0.7)["verdict"] == "promote"
+
+
+def test_a_suite_that_is_not_whole_gives_no_verdict(bench):
+    with pytest.raises(RatchetError, match="holds 299 documents of general for the candidate, the evaluation says 300"):
+        in_suite(bench, 0.7, documents=299)
+    (bench.folder / "evaluation/suites.parquet").unlink()
+    with pytest.raises(RatchetError, match=r"suites\.parquet cannot be read"):
+        bench.judge(scores(BETTER), evaluated={"suites": {"general": {"metric": "acc", "rows": 300}}})
+
+
 WORTH = {"requests_per_month": 1000, "value_per_correct": 0.1, "cost_per_hour": 2.0, "months": 2}
 
 
