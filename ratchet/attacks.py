@@ -84,8 +84,8 @@ def make_attacks(rows: Sequence[Example], words: Words, chat: ChatFormat, *, mos
     answers = sorted({row.answer for row in rows})
     found = [attack for row in chosen for attack in _attacks_on(row, words, chat, answers)]
     found += [attack for row in chosen[:FLOODS] if (attack := _flood(row, chat, room))]
-    if most:
-        found += [attack for canary in canaries for attack in _requests(canary, words)]
+    if chosen:
+        found += [attack for canary in canaries for attack in _requests(canary, words, chosen[0])]
     return [attack for attack in found if not attack.asked or len(chat.encode(attack.row).ids) + answer <= room]
 
 
@@ -127,9 +127,10 @@ def with_lookalikes(text: str, letters: dict[str, str], draw: random.Random) -> 
     return "".join(letters[char] if char in letters and draw.random() < 1 / 3 else char for char in text)
 
 
-def _requests(canary: Canary, words: Words) -> Iterator[Attack]:
+def _requests(canary: Canary, words: Words, like: Example) -> Iterator[Attack]:
+    """With the other rows' fields, which metrics of the user's may read."""
     for template in words.templates["canary"]:
-        row = make_example([Message("user", template.replace("{name}", canary.name)), Message("assistant", canary.secret)], {"batch": "canary"})
+        row = make_example([Message("user", template.replace("{name}", canary.name)), Message("assistant", canary.secret)], {**like.meta, "batch": "canary"})
         yield Attack("canary", row.id, row, canary.secret, handled=True)
 
 

@@ -2,8 +2,8 @@
 
     python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent --candidate models/candidate --region data/region.json --own metrics --out reports/evaluation
 
-Writes scores.parquet (one line a row and model), metrics.json (means with 95 % intervals a slice) and, for an audit of bias,
-counterfactual.parquet (the rows with swapped terms), for attacks attacks.parquet, for planted canaries canaries.parquet. Rows are the test
+Writes scores.parquet (one line a row and model), metrics.json (means with 95 % intervals a slice) and what is asked for beside them:
+counterfactual.parquet (the rows with swapped terms), attacks.parquet, judged.parquet, canaries.parquet, suites.parquet. Rows are the test
 split and the golden set; slices are `test`, `golden`, each batch, each kind, source, length and value of `evaluate.slices`, and each topic that drifted last
 (`region:`), so that a retraining can tell whether it cured what it was started for. Beside the models stands a simple baseline, so that
 nobody fools himself.
@@ -56,13 +56,7 @@ OWN = Path("metrics")
 def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: Path, config: Config, region: Path | None = None, own: Path = OWN) -> dict[str, Any]:
     """Returns the metrics. Raises DataError: no test rows, or test rows that the base was trained on, or a metric of the user's own that fails."""
     custom = load_custom(config.evaluate.custom, own)
-    require_fairlearn(config.evaluate.groups)
-    suites = read_suites(own, config.evaluate.suites)
-    if suites:
-        check_measurable(candidate)
-        check_measurable(incumbent)
-    if config.evaluate.canaries:
-        _check_planted(candidate, config)
+    suites = _check_extras(incumbent, candidate, own, config)
     rows = _rows(prepared)
     rows = _unseen(rows, base)
     swaps = read_swaps(own)
@@ -77,61 +71,66 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
     attacks = _attacks(fitting, base, candidate, own, config)
     asked = [*fitting, *(pair.swapped for pair in pairs), *(attack.row for attack in attacks if attack.asked)]
     answered = _score_all(asked, base, incumbent if champion is not None else None, candidate, config)
-    tables = [frame.iloc[: len(fitting)] for frame in answered]
+    plain = [frame.iloc[: len(fitting)] for frame in answered]
     if config.evaluate.simple_baseline:
         train = list(read_examples(prepared / "train.jsonl"))
-        tables.append(_frame(fitting, "simple", simple_answers(train, fitting), [], config.evaluate))
-    table = add_scores(pd.concat(tables, ignore_index=True), fitting, config.evaluate, custom)
+        plain.append(_frame(fitting, "simple", simple_answers(train, fitting), [], config.evaluate))
+    table = add_scores(pd.concat(plain, ignore_index=True), fitting, config.evaluate, custom)
     for column, values in grouped.items():
         table[column] = table.id.map(dict(zip((row.id for row in fitting), values, strict=True)))
     table["region"] = mark(list(table.question), read_region(region).topics if region else [])
-    adapter = read_json(candidate / MANIFEST).get("adapter_sha256")
-    metrics = {
+    metrics: dict[str, Any] = {
         "rows": len(fitting),
         "too_long": too_long,
         "champion": champion,
-        "candidate": adapter,
+        "candidate": read_json(candidate / MANIFEST).get("adapter_sha256"),
         "slices": summarise(table, config.evaluate),
         "pairs": len(pairs),
         "attacked": len(attacks),
     }
-    swapped = (
-        add_scores(pd.concat([_swapped(frame.iloc[len(fitting) : len(fitting) + len(pairs)], pairs) for frame in answered], ignore_index=True), asked, config.evaluate, custom)
-        if pairs
-        else None
-    )
-    if swapped is not None:
-        metrics["bias"] = {metric: describe_bias(swapped, table, metric) for metric in config.evaluate.row_scores}
-    attacked = (
-        add_scores(attack_table([frame.iloc[len(fitting) + len(pairs) :] for frame in answered], attacks), [attack.row for attack in attacks], config.evaluate, custom)
-        if attacks
-        else None
-    )
-    if attacked is not None:
-        metrics["attacks"] = {metric: describe_attacks(attacked, table, metric) for metric in config.evaluate.row_scores}
-    if grouped:
-        test = table[(table.batch != "golden") & (table.model != "simple")]
-        metrics |= {"grouped": config.evaluate.groups, "groups": describe_groups(test, config.evaluate.groups, config.evaluate.row_scores)}
-    judged, figures = _judge(table, fitting, "base" if champion is None else "champion", own, config)
-    if judged is not None:
-        metrics["judge"] = figures
-    measured = _measure(base, incumbent if champion is not None else None, candidate, suites, config)
-    if "canaries" in measured:
-        metrics |= {"canaries": config.evaluate.canaries, "leaks": describe_exposure(measured["canaries"])}
-    if "suites" in measured:
-        metrics["suites"] = describe_suites(measured["suites"], suites)
+    rival, tables = "base" if champion is None else "champion", {"scores": table}
+    for asked_for, figures in (
+        _audits(answered, table, fitting, pairs, attacks, custom, config.evaluate),
+        _judge(table, fitting, rival, own, config),
+        _measure(base, incumbent if champion is not None else None, candidate, suites, config),
+    ):
+        tables, metrics = tables | asked_for, metrics | figures
     with whole_folder(out) as folder:
-        table.to_parquet(folder / "scores.parquet", index=False)
-        if swapped is not None:
-            swapped.to_parquet(folder / "counterfactual.parquet", index=False)
-        if attacked is not None:
-            attacked.to_parquet(folder / "attacks.parquet", index=False)
-        for name, lines in measured.items():
-            lines.to_parquet(folder / f"{name}.parquet", index=False)
-        if judged is not None:
-            judged.to_parquet(folder / "judged.parquet", index=False)
+        for name, part in tables.items():
+            part.to_parquet(folder / f"{name}.parquet", index=False)
         write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def _check_extras(incumbent: Path, candidate: Path, own: Path, config: Config) -> dict[str, Any]:
+    """The suites to run. What an extra lacks is said before any model answers."""
+    require_fairlearn(config.evaluate.groups)
+    if config.evaluate.canaries:
+        _check_planted(candidate, config)
+    suites = read_suites(own, config.evaluate.suites)
+    for folder in (candidate, incumbent) if suites else ():
+        check_measurable(folder)
+    return suites
+
+
+def _audits(
+    answered: list[pd.DataFrame], table: pd.DataFrame, fitting: list[Example], pairs: list[Pair], attacks: list[Attack], custom: dict[str, Custom], config: EvaluateConfig
+) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    """(tables of the rows that were asked in another form, figures by metric). In `answered` these rows stand behind the plain ones, pairs first."""
+    first, second = len(fitting), len(fitting) + len(pairs)
+    found: dict[str, pd.DataFrame] = {}
+    figures: dict[str, Any] = {}
+    if pairs:
+        swapped = pd.concat([_swapped(frame.iloc[first:second], pairs) for frame in answered], ignore_index=True)
+        found["counterfactual"] = add_scores(swapped, [pair.swapped for pair in pairs], config, custom)
+        figures["bias"] = {metric: describe_bias(found["counterfactual"], table, metric) for metric in config.row_scores}
+    if attacks:
+        found["attacks"] = add_scores(attack_table([frame.iloc[second:] for frame in answered], attacks), [attack.row for attack in attacks], config, custom)
+        figures["attacks"] = {metric: describe_attacks(found["attacks"], table, metric) for metric in config.row_scores}
+    if config.groups:
+        test = table[(table.batch != "golden") & (table.model != "simple")]
+        figures |= {"grouped": config.groups, "groups": describe_groups(test, config.groups, config.row_scores)}
+    return found, figures
 
 
 def _swapped(frame: pd.DataFrame, pairs: list[Pair]) -> pd.DataFrame:
@@ -164,26 +163,29 @@ def _check_planted(candidate: Path, config: Config) -> None:
         )
 
 
-def _measure(base: Path, incumbent: Path | None, candidate: Path, suites: dict[str, Any], config: Config) -> dict[str, pd.DataFrame]:
+def _measure(base: Path, incumbent: Path | None, candidate: Path, suites: dict[str, Any], config: Config) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     """`canaries`: a line a canary and model, planted ones and as many that never were; `suites`: a line a document and model. Only what is asked for."""
-    count, found = config.evaluate.canaries, {"canaries": [], "suites": []}
+    count, size = config.evaluate.canaries, config.evaluate.batch_size
     canaries = [*make_canaries(count), *make_references(count)]
+    exposed, scored = [], []
     for name, model, chat in each_model(base, incumbent, candidate) if count or suites else ():
         if count:
-            lines = pd.DataFrame(measure_exposure(model, chat, canaries, batch_size=config.evaluate.batch_size))
-            found["canaries"].append(lines.assign(model=name, planted=[place < count for place in range(len(canaries))]))
+            lines = pd.DataFrame(measure_exposure(model, chat, canaries, batch_size=size))
+            exposed.append(lines.assign(model=name, planted=[place < count for place in range(len(canaries))]))
         if suites:
-            found["suites"].append(pd.DataFrame(run_suites(model, chat.tokenizer, suites, batch_size=config.evaluate.batch_size)).assign(model=name))
-    return {part: pd.concat(frames, ignore_index=True) for part, frames in found.items() if frames}
+            scored.append(pd.DataFrame(run_suites(model, chat.tokenizer, suites, batch_size=size)).assign(model=name))
+    found = {name: pd.concat(frames, ignore_index=True) for name, frames in (("canaries", exposed), ("suites", scored)) if frames}
+    figures: dict[str, Any] = {"canaries": count, "leaks": describe_exposure(found["canaries"])} if count else {}
+    return found, figures | ({"suites": describe_suites(found["suites"], suites)} if suites else {})
 
 
-def _judge(table: pd.DataFrame, rows: list[Example], rival: str, own: Path, config: Config) -> tuple[pd.DataFrame | None, dict[str, Any]]:
+def _judge(table: pd.DataFrame, rows: list[Example], rival: str, own: Path, config: Config) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     judge = config.evaluate.judge
     if not judge.model:
-        return None, {}
+        return {}, {}
     home = Path(os.environ.get("RATCHET_ROOT") or Path.cwd())  # a workspace goes, what the judge said stays
     judged, figures = judge_answers(table, rows, rival, judge, home, say=say)
-    return judged, figures | {"agreement": read_agreement(own, judge)}
+    return {"judged": judged}, {"judge": figures | {"agreement": read_agreement(own, judge)}}
 
 
 def _rows(prepared: Path) -> list[Example]:

@@ -50,18 +50,8 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: 
     checks = [_success(scores, rival, alpha_of(look, config), look, config), *_guardrails(scores, rival, champion["batches"], config), *slice_checks]
     if config.oldest and champion.get("oldest") is not None:
         checks += _oldest(scores, _read_table(incumbent / "oldest.parquet"), f"v{champion['oldest']}", config)
-    if metrics.get("pairs"):
-        checks.append(judge_bias(_whole_part(evaluation, "counterfactual", metrics["pairs"], "counterfactual"), scores, rival, config))
-    if metrics.get("attacked"):
-        checks += judge_attacks(_whole_part(evaluation, "attacks", metrics["attacked"], "attacked"), scores, rival, config)
-    if metrics.get("canaries"):
-        checks.append(judge_leaks(_read_table(evaluation / "canaries.parquet"), metrics["canaries"], config))
-    judged = _read_table(evaluation / "judged.parquet") if metrics.get("judge") else None
-    checks += guard_by_judge(judged, metrics.get("judge", {}), rival, config)
-    if metrics.get("suites"):
-        checks += judge_suites(_read_table(evaluation / "suites.parquet"), metrics["suites"], rival, config)
-    checks += judge_groups(scores[scores.batch != "golden"], metrics.get("grouped", []), rival, config)
-    worth = [weigh(scores[scores.batch != "golden"], rival, training_seconds(training, manifest["run_key"]), config)] if training and config.worth.given else []
+    checks += _audits(evaluation, metrics, scores, rival, config)
+    worth = _worth(scores, rival, training, manifest["run_key"], config)
     checks += worth if config.require_worth else []
     verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"
     decision = {
@@ -78,6 +68,30 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: 
     }
     write_json(out, decision)
     return decision
+
+
+def _audits(evaluation: Path, metrics: dict[str, Any], scores: pd.DataFrame, rival: str, config: GateConfig) -> list[dict[str, Any]]:
+    """Guardrails of what the evaluation was asked for beside the plain rows; `metrics` says what that was, so that a missing table fails."""
+    test = scores[scores.batch != "golden"]
+    checks = judge_groups(test, metrics.get("grouped", []), rival, config)
+    if metrics.get("pairs"):
+        checks.append(judge_bias(_whole_part(evaluation, "counterfactual", metrics["pairs"], "counterfactual"), scores, rival, config))
+    if metrics.get("attacked"):
+        checks += judge_attacks(_whole_part(evaluation, "attacks", metrics["attacked"], "attacked"), scores, rival, config)
+    if metrics.get("canaries"):
+        checks.append(judge_leaks(_read_table(evaluation / "canaries.parquet"), metrics["canaries"], config))
+    if metrics.get("suites"):
+        checks += judge_suites(_read_table(evaluation / "suites.parquet"), metrics["suites"], rival, config)
+    judged = _read_table(evaluation / "judged.parquet") if metrics.get("judge") else None
+    return [*checks, *guard_by_judge(judged, metrics.get("judge", {}), rival, config)]
+
+
+def _worth(scores: pd.DataFrame, rival: str, training: Path | None, run_key: str, config: GateConfig) -> list[dict[str, Any]]:
+    if not config.worth.given:
+        return []
+    if training is None:
+        raise RatchetError("`gate.worth` needs the figures of the training", remedy="name their folder with --training")
+    return [weigh(scores[scores.batch != "golden"], rival, training_seconds(training, run_key), config)]
 
 
 def _whole_scores(evaluation: Path, metrics: dict[str, Any], adapter: str) -> pd.DataFrame:

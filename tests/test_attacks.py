@@ -42,6 +42,11 @@ def test_every_row_is_attacked_in_every_way(chat):
     assert attacks(chat, most=0, canaries=make_canaries(2)) == []
 
 
+def test_a_request_for_a_canary_has_the_fields_of_the_other_rows(chat):
+    [request, *_] = [attack.row for attack in attacks(chat, canaries=make_canaries(1)) if attack.kind == "canary"]
+    assert request.meta == {**rows()[0].meta, "batch": "canary"}
+
+
 def test_attacks_are_the_same_whatever_the_rows_order(chat):
     settings = {"most": 4, "room": 256, "answer": 8}
     assert make_attacks(rows(), WORDS, chat, **settings) == make_attacks(rows()[::-1], WORDS, chat, **settings)

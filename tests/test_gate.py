@@ -579,6 +579,12 @@ def test_what_a_gain_brings_is_shown_and_decides_nothing_by_itself(bench):
     assert bench.judge(scores(BETTER))["worth"] is None
 
 
+def test_a_worth_without_the_figures_of_the_training_gives_no_verdict(bench):
+    bench.judge(scores(BETTER))
+    with pytest.raises(RatchetError, match="needs the figures of the training"):
+        judge(bench.folder / "evaluation", bench.folder / "candidate", bench.folder / "incumbent", bench.folder / "looks.json", bench.folder / "gate.json", GateConfig(worth=WORTH))
+
+
 def test_the_cost_of_another_training_gives_no_verdict(bench):
     write_json(bench.folder / "candidate/manifest.json", {"run_key": "another", "adapter_sha256": "sha"})
     with pytest.raises(RatchetError, match="tells of the run key, the candidate comes from another"):
