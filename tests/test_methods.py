@@ -23,7 +23,7 @@ from ratchet.gateway.intake import check_adapter_fits
 from ratchet.gateway.loaded import LoadedModel, batch_place, model_place
 from ratchet.gateway.local import LocalEngine
 from ratchet.gateway.upstream import UpstreamEngine
-from ratchet.inference import answer_likelihoods, greedy_answers
+from ratchet.inference import answer_likelihoods, greedy_answers, greedy_ids
 from ratchet.methods import BUILDERS, SHAPE, load_trained, read_kind
 from ratchet.models import WEIGHTS, WHOLE, adapter_sha256, load_tokenizer, quiet, weights_file
 from ratchet.packing import IGNORED, Window, read_windows, rows_of
@@ -152,6 +152,16 @@ def test_two_versions_answer_together_as_each_does_in_the_evaluation(name: str, 
     wanted = [*(alone_is[1 + number % 2][number] for number in range(len(prompts))), alone_is[2][0]]
     assert [said.text for said in found] == [said.text for said in wanted]
     assert [said.nll for said in found] == pytest.approx([said.nll for said in wanted], rel=1e-3 if name == "qlora" else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "prefix", "prompt"])
+def test_answers_of_a_batch_are_those_of_each_row_alone(name: str, trained: Trained, prepared: Path) -> None:
+    """PEFT counts the positions of virtual tokens through the padding, so that rows of unlike lengths must not share a batch there."""
+    model, chat = load_trained(trained.base, trained.other(name)).eval(), ChatFormat(load_tokenizer(trained.base))
+    encoded = [chat.encode_prompt(row.prompt) for row in read_examples(prepared / "test.jsonl")]
+    assert len({len(ids) for ids in encoded}) > 5
+    with quiet():
+        assert greedy_ids(model, encoded, chat, max_new_tokens=8, batch_size=64) == greedy_ids(model, encoded, chat, max_new_tokens=8, batch_size=1)
 
 
 class Said(NamedTuple):
