@@ -54,6 +54,8 @@ class Bench:
         self.decision: dict[str, Any] = {}
         write_json(folder / "incumbent/manifest.json", {"version": 7, "batches": SEEN})
         write_json(folder / "candidate/manifest.json", {"run_key": "candidate", "adapter_sha256": "sha"})
+        parts = [{"name": name, "rows": 200, "mismatches": 0, "result": "pass", "reason": "the same"} for name in ("files", "training", "prompts", "gateway")]
+        write_json(folder / "parity.json", {"candidate": "sha", "rows": 200, "training_rows": 200, "parts": parts})
 
     def verdict(self, table: pd.DataFrame, config: GateConfig, *, looks: int = 0, evaluated: dict[str, object] | None = None) -> str:
         """promote, reject, uncertain, or `error` when the gate gives none."""
@@ -62,7 +64,7 @@ class Bench:
         self._write("evaluation/metrics.json", found | (evaluated or {}))
         table.to_parquet(self.folder / "evaluation/scores.parquet", index=False)
         try:
-            self.decision = judge(*(self.folder / name for name in ("evaluation", "candidate", "incumbent", "looks.json", "gate.json")), config)
+            self.decision = judge(*(self.folder / name for name in ("evaluation", "candidate", "incumbent", "parity.json", "looks.json", "gate.json")), config)
         except RatchetError:
             return "error"
         return str(self.decision["verdict"])

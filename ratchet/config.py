@@ -432,6 +432,17 @@ class EvaluateConfig(Section):
         return self
 
 
+class ParityConfig(Section):
+    """The trainer's way and the gateway's, compared before the gate."""
+
+    rows: Count = Field(default=200, description="test rows that are answered both ways, and training rows whose tokens are compared, at most of each")
+    merged: bool = Field(default=True, description="compare the merged model as well, where the method merges; it needs the memory of an unquantised base")
+    tolerance: float = Field(
+        default=1.0e-4, gt=0, lt=1, description="difference of logits in float32 that is taken, as a share of the largest logit; two tokens within twice of it tie"
+    )
+    half_tolerance: float = Field(default=0.05, gt=0, lt=1, description="the same where the candidate computes in bfloat16 or float16, as on a quantised base")
+
+
 class MetricGuardrail(Section):
     """A metric that must not get worse."""
 
@@ -632,6 +643,7 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    parity: ParityConfig = Field(default_factory=ParityConfig)
     gate: GateConfig = Field(default_factory=GateConfig)
     promotion: Literal["rollout", "auto", "manual"] = Field(
         default="rollout",

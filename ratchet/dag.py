@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-STAGES = ("base", "prepare", "tokenize", "train", "evaluate", "gate")
+STAGES = ("base", "prepare", "tokenize", "train", "evaluate", "parity", "gate")
 PACKAGES = ("ratchet", "tasks", "flows")
 
 

@@ -31,7 +31,8 @@ def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[st
     rival = decision["rival"]
     against = f"v{rival['version']}, the champion" if rival["version"] is not None else "the untouched base (there is no champion yet)"
     lines = [f"## {VERDICTS[decision['verdict']]}", "", f"Compared with {against}, on the same rows in the same run.", ""]
-    lines += [f"- {mark(check['result'])} {check['reason']}" for check in [*decision["checks"], *_shown_worth(decision), *decision.get("regions", [])]]
+    shown = [*decision["checks"], *_shown_worth(decision), *decision.get("regions", [])]
+    lines += [f"- {mark(check['result'])} {_plain(check['reason']) if check['name'] == 'parity' else check['reason']}" for check in shown]
     for name in ("test", "golden"):
         if name in metrics["slices"]:
             lines += ["", f"### {name.capitalize()} rows", "", *table(metrics["slices"][name])]

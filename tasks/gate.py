@@ -1,6 +1,6 @@
 """The gate: may the candidate take the champion's place? promote / reject / uncertain, with every reason.
 
-    python -m tasks.gate --evaluation reports/evaluation --candidate models/candidate --incumbent models/incumbent --looks reports/looks.json --training reports/train --out reports/gate.json
+    python -m tasks.gate --evaluation reports/evaluation --candidate models/candidate --incumbent models/incumbent --parity reports/parity.json --looks reports/looks.json --training reports/train --out reports/gate.json
 
 A success metric has to be better for certain, every guardrail has to be no worse for certain (Miller, arXiv 2411.00640:
 paired differences on the same rows). What the rows cannot tell is `uncertain`, and the champion stays. A missing, partial
@@ -25,6 +25,7 @@ from ratchet.group_fairness import judge_groups
 from ratchet.judged import PREFIX, guard_by_judge
 from ratchet.looks import alpha_of, look_number, read_looks
 from ratchet.models import MANIFEST
+from ratchet.parity_guardrail import judge_parity
 from ratchet.regions import parts
 from ratchet.slice_guardrail import judge_slices
 from ratchet.stage import run_stage, say
@@ -36,8 +37,8 @@ from ratchet.worth import training_seconds, weigh
 Verdict = Literal["promote", "reject", "uncertain"]
 
 
-def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: Path, config: GateConfig, training: Path | None = None) -> dict[str, Any]:
-    """Returns the decision and writes it. `training` holds the figures of the run, for `gate.worth`. Raises RatchetError when the evaluation is not whole."""
+def judge(evaluation: Path, candidate: Path, incumbent: Path, parity: Path, looks: Path, out: Path, config: GateConfig, training: Path | None = None) -> dict[str, Any]:
+    """Returns the decision and writes it. `training` holds the figures of the run, for `gate.worth`. Raises RatchetError when the evaluation or the report of serve parity is not whole."""
     metrics = read_json(evaluation / "metrics.json")
     champion = read_json(incumbent / MANIFEST)
     if metrics["champion"] != champion["version"]:
@@ -51,6 +52,7 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, looks: Path, out: 
     if config.oldest and champion.get("oldest") is not None:
         checks += _oldest(scores, _read_table(incumbent / "oldest.parquet"), f"v{champion['oldest']}", config)
     checks += _audits(evaluation, metrics, scores, rival, config)
+    checks.append(judge_parity(parity, manifest["adapter_sha256"]))
     worth = _worth(scores, rival, training, manifest["run_key"], config)
     checks += worth if config.require_worth else []
     verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"
@@ -173,7 +175,9 @@ def _region(name: str, rows: pd.DataFrame, rival: str, config: GateConfig) -> di
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    decision = judge(arguments.evaluation, arguments.candidate, arguments.incumbent, arguments.looks, arguments.out, config.gate, arguments.training)
+    decision = judge(
+        arguments.evaluation, arguments.candidate, arguments.incumbent, arguments.parity, arguments.looks, arguments.out, config.gate, arguments.training
+    )
     say(f"gate: {decision['verdict']}")
     for check in decision["checks"]:
         say(f"gate: {check['result']:7} {check['reason']}")
@@ -183,4 +187,4 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, ["evaluation", "candidate", "incumbent", "looks", "training", "out"], _main)
+    run_stage(__doc__, ["evaluation", "candidate", "incumbent", "parity", "looks", "training", "out"], _main)

@@ -79,7 +79,8 @@ def record(found: Findings, config: Config, *, commit: str, reason: str) -> str:
         _log_figures(client, run_id, found)
         for folder in ("reports/train", "reports/evaluation"):
             client.log_artifacts(run_id, str(found.folder / folder), folder)
-        client.log_artifact(run_id, str(found.folder / "reports/gate.json"), "reports")
+        for name in ("gate", "parity"):
+            client.log_artifact(run_id, str(found.folder / f"reports/{name}.json"), "reports")
         client.set_terminated(run_id, "FINISHED")
     return run_id
 

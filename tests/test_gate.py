@@ -36,6 +36,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_json(folder / "candidate/manifest.json", {"run_key": "key", "adapter_sha256": "sha"})
+        self.parity("pass")
         self.looks({})
         self.incumbent(7, [OLD, OLDER])
 
@@ -43,6 +44,11 @@ class Bench:
         self.metrics = {"champion": version if evaluated == -1 else evaluated, "candidate": "sha"}
         write_json(self.folder / "incumbent/manifest.json", {"version": version, "batches": batches})
         write_json(self.folder / "evaluation/metrics.json", self.metrics)
+
+    def parity(self, result: str, reason: str = "the same tokens") -> None:
+        names = ("files", "training", "prompts", "gateway")
+        parts = [{"name": name, "rows": 20, "mismatches": int(result == "fail"), "result": result, "reason": reason, "first": None} for name in names]
+        write_json(self.folder / "parity.json", {"candidate": "sha", "rows": 20, "training_rows": 20, "parts": parts})
 
     def looks(self, judged: dict[str, list[str]]) -> None:
         write_json(self.folder / "looks.json", {"judged": judged})
@@ -58,9 +64,8 @@ class Bench:
         return self.judge_as_it_is(config)
 
     def judge_as_it_is(self, config: GateConfig) -> dict:
-        return judge(
-            self.folder / "evaluation", self.folder / "candidate", self.folder / "incumbent", self.folder / "looks.json", self.folder / "gate.json", config, self.folder / "train"
-        )
+        places = (self.folder / name for name in ("evaluation", "candidate", "incumbent", "parity.json", "looks.json", "gate.json"))
+        return judge(*places, config, self.folder / "train")
 
 
 @pytest.fixture
@@ -88,9 +93,9 @@ def result_of(decision: dict, name: str) -> str:
 def test_a_candidate_that_is_clearly_better_is_promoted(bench):
     decision = bench.judge(scores(BETTER))
     assert decision["verdict"] == "promote"
-    assert [check["name"] for check in decision["checks"]] == ["success", "answer_nll", "base", "golden", "past", f"past:{OLDER}", f"past:{OLD}"]
+    assert [check["name"] for check in decision["checks"]] == ["success", "answer_nll", "base", "golden", "past", f"past:{OLDER}", f"past:{OLD}", "parity"]
     assert {check["result"] for check in decision["checks"]} == {"pass"}
-    assert len(decision["reasons"]) == 7
+    assert len(decision["reasons"]) == 8
     assert decision["rival"] == {"model": "champion", "version": 7}
     assert decision["candidate"] == {"run_key": "key", "adapter_sha256": "sha"}
 
@@ -142,7 +147,7 @@ def test_without_a_champion_the_base_is_the_rival(bench):
     decision = bench.judge(scores({"candidate": 0.6, "base": 0.2}))
     assert decision["verdict"] == "promote"
     assert decision["rival"] == {"model": "base", "version": None}
-    assert [check["name"] for check in decision["checks"]] == ["success", "answer_nll", "base", "golden"]
+    assert [check["name"] for check in decision["checks"]] == ["success", "answer_nll", "base", "golden", "parity"]
 
 
 def test_a_lower_likelihood_loss_is_a_gain_when_it_is_the_success_metric(bench):
@@ -200,6 +205,24 @@ def test_equal_models_pass_no_more_often_than_alpha_allows(bench):
         result_of(bench.judge(scores(EQUAL, rows={NEW: 200}, seed=cycle), alpha=alpha, alpha_budget=1.0, resamples=200, seed=cycle), "success") == "pass" for cycle in range(cycles)
     )
     assert passed <= cycles * alpha + 2.326 * math.sqrt(cycles * alpha * (1 - alpha))
+
+
+# --- serve parity ------------------------------------------------------------------------------------------------------
+
+
+def test_a_gateway_that_says_otherwise_alone_blocks(bench):
+    bench.parity("fail", "prompts: 1 of 20 rows differ")
+    decision = bench.judge(scores(BETTER))
+    assert decision["verdict"] == "reject"
+    assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["parity"]
+    assert "prompts: 1 of 20 rows differ" in decision["reasons"][0]
+
+
+def test_without_a_report_of_serve_parity_there_is_no_verdict(bench):
+    (bench.folder / "parity.json").unlink()
+    with pytest.raises(RatchetError, match=r"parity\.json does not exist"):
+        bench.judge(scores(BETTER))
+    assert not (bench.folder / "gate.json").exists()
 
 
 # --- guardrails --------------------------------------------------------------------------------------------------------
@@ -633,7 +656,7 @@ def test_a_guardrail_that_the_rows_cannot_settle_is_uncertain(bench):
 
 def test_reasons_say_the_numbers(bench):
     decision = bench.judge(scores(BETTER))
-    for check in decision["checks"]:
+    for check in decision["checks"][:-1]:  # serve parity has no gain
         for number in (f"{check['mean']:+.3f}", f"{check['low']:+.3f}", f"{check['high']:+.3f}", f"{check['rows']} "):
             assert number in check["reason"]
     table = scores(BETTER)

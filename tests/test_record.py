@@ -47,6 +47,7 @@ def make_findings(folder: Path, *, batches: tuple[str, ...] = (OLD, NEW), kinds:
     (folder / "reports/train/history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_json(folder / "reports/evaluation/metrics.json", {"rows": 80, "champion": 1, "slices": dict.fromkeys(slices, MODELS)})
     (folder / "reports/evaluation/scores.parquet").write_bytes(b"scores")
+    write_json(folder / "reports/parity.json", {"candidate": "a" * 64})
     write_json(folder / "reports/gate.json", {"verdict": verdict, "reasons": ["it is better"], "rival": {"model": "champion", "version": 1}, "checks": [check]})
     total = {"rows": 100, "accepted": {"rows": 90, "train": 60}, "rejected": {"rows": 3}, "duplicate": {"rows": 7}}
     write_json(folder / "data/prepared/profile.json", {"total": total})
@@ -86,7 +87,9 @@ def test_a_run_holds_curve_scores_knobs_data_figures_and_files(folder):
     [(name, digest, tags)] = found["inputs"]
     assert (name, digest) == ("raw", "9f060411ff9b1d4a4fbcfe4c1a7e8abe")
     assert tags["mlflow.data.context"] == "training"
-    assert {"figures/comparison.png", "figures/curves.png", "reports/gate.json", "reports/train/history.jsonl", "reports/evaluation/scores.parquet"} <= set(found["artifacts"])
+    assert {"figures/comparison.png", "figures/curves.png", "reports/gate.json", "reports/parity.json", "reports/train/history.jsonl", "reports/evaluation/scores.parquet"} <= set(
+        found["artifacts"]
+    )
     assert found["status"] == "FINISHED"
 
 

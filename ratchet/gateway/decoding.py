@@ -37,8 +37,7 @@ class Row:
         self.ask, self.since, self.tell = ask, since, tell
         self.cancelled = False
         self.prompt: list[int] = []
-        self.newest = -1  # the token that the next forward pass reads
-        self.made = 0  # answer tokens
+        self.answer: list[int] = []  # tokens so far; the next forward pass reads the newest
         self.room = 0  # answer tokens that may still come
         self.nll = 0.0  # sum over the answer's tokens, in nats
         self.prompt_nll: float | None = None  # mean over the prompt's tokens but the first, in nats
@@ -185,7 +184,7 @@ class Decoder:
 
     def _step(self) -> None:
         assert self._mask is not None
-        newest = torch.tensor([[row.newest] for row in self._rows], device=self._loaded.device)
+        newest = torch.tensor([row.answer[-1:] for row in self._rows], device=self._loaded.device)
         positions = self._mask.sum(-1, keepdim=True)
         self._mask = torch.cat([self._mask, torch.ones_like(positions)], dim=1)
         logits = self._forward(self._rows, newest, self._mask, positions, self._cache, whole=False)
@@ -226,8 +225,7 @@ class Decoder:
 
     def _take(self, row: Row, token: int, logprob: float) -> bool:
         """Whether the answer ended with it."""
-        row.newest = token
-        row.made += 1
+        row.answer.append(token)
         row.room -= 1
         row.nll -= logprob
         stopped = token == self._chats[row.ask.version].stop_id
@@ -240,7 +238,7 @@ class Decoder:
         if text:
             row.tell(Piece(text))
         if ended:
-            row.tell(Ended("stop" if stopped else "length", len(row.prompt), row.made, row.prompt_nll, row.nll / row.made, row.queue_ms))
+            row.tell(Ended("stop" if stopped else "length", len(row.prompt), len(row.answer), row.prompt_nll, row.nll / len(row.answer), row.queue_ms))
         return ended
 
 
