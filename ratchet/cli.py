@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ratchet.commands import data, gate, keys, review, rollout
+from ratchet.commands.export import export
 from ratchet.commands.here import Here, Json, Reason, find_root, note, read_config, ready_root, say, show
 from ratchet.commands.synthesize import synthesize
 from ratchet.errors import ConfigError, RatchetError, StageError, UserError
@@ -103,6 +104,7 @@ def ingest(
 
 
 app.command()(synthesize)
+app.command()(export)
 
 
 @app.command()

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from ratchet.config import Config
 from ratchet.files import read_json, sha256_json
+from ratchet.hub_card import hub_card
 from ratchet.lineage import STARTED_FROM
 from ratchet.models import MANIFEST
-from ratchet.registry import Version, make_version
+from ratchet.registry import ARTIFACT, Version, make_version
 from ratchet.report import model_card
 from ratchet.tracking import KEY_TAG, STATE_TAG, find_or_create_run, log_points, mlflow_client, mlflow_errors, parameters, read_history
 
@@ -108,7 +109,11 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str, data:
         "gate": json.dumps(gate_summary(decision)),
         "generation": json.dumps({"max_new_tokens": config.evaluate.max_new_tokens, "do_sample": False}),
     }
-    return make_version(config.project.name, run_id, found.folder / "models/candidate", tags, _fit(model_card(found.metrics, decision, facts)))
+    version = make_version(config.project.name, run_id, found.folder / "models/candidate", tags, _fit(model_card(found.metrics, decision, facts)))
+    card = hub_card(config.project.name, f"v{version.number}", "adapter", manifest, found.metrics, decision, facts)
+    with mlflow_errors():
+        mlflow_client().log_text(run_id, card, f"{ARTIFACT}/README.md")
+    return version
 
 
 def _fit(card: str) -> str:

@@ -25,6 +25,7 @@ COMMANDS = tuple(
         "down",
         "ingest",
         "synthesize",
+        "export",
         "retrain",
         "status",
         "serve",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from places import KEPT_CONNECTIONS, use_mlflow, use_no_mlflow
 
 from ratchet.config import Config, ProjectConfig
@@ -68,7 +69,7 @@ def everything(run_id: str) -> dict[str, Any]:
         "params": run.data.params,
         "tags": run.data.tags,
         "inputs": [(entry.dataset.name, entry.dataset.digest, {tag.key: tag.value for tag in entry.tags}) for entry in run.inputs.dataset_inputs],
-        "artifacts": sorted(entry.path for place in ("", "figures", "reports", "reports/train", "reports/evaluation") for entry in client.list_artifacts(run_id, place)),
+        "artifacts": sorted(entry.path for place in ("", "adapter", "figures", "reports", "reports/train", "reports/evaluation") for entry in client.list_artifacts(run_id, place)),
         "status": run.info.status,
     }
 
@@ -132,6 +133,9 @@ def test_many_batches_are_delivered_and_the_card_fits_into_the_registry(tmp_path
     assert len(version.description) <= MAX_DESCRIPTION
     assert version.description.endswith("the rest stands in the run's artifacts: reports/gate.json, reports/evaluation/metrics.json\n")
     assert json.loads(get_version("small", version.number).tags["batches"]) == list(batches)
+    card = ModelCard.load(mlflow_client().download_artifacts(run_id, "adapter/README.md", str(tmp_path)))
+    assert (card.data.base_model, card.data.library_name, card.data.eval_results[0].metric_value) == ("org/base", "peft", 0.6)
+    assert all(batch in card.text for batch in batches), "the card is whole where the description is cut"
 
 
 def registered(folder: Path) -> Any:
