@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,14 +98,20 @@ def check_parity(
 
 def find_trained(examples: Sequence[Example], windows: Sequence[Window], chat: ChatFormat) -> list[Trained]:
     """Each example with its tokenised row; with the likest one where none is what the chat format makes of it today."""
-    known = {tuple(row.input_ids): row.labels[-1] == row.input_ids[-1] for row in windows}
+    encoded = [chat.encode(example).ids for example in examples]
+    wanted = set(map(tuple, encoded))
+    known = {ids: row for row in windows if (ids := tuple(row.input_ids)) in wanted}
     found: list[Trained] = []
-    for example in examples:
-        ids = chat.encode(example).ids
-        if tuple(ids) not in known:
-            ids = list(max(known, key=lambda one, wanted=ids: first_difference(one, wanted) or 0))  # type: ignore[misc]
-        found.append(Trained(example, ids, known[tuple(ids)]))
+    for example, ids in zip(examples, encoded, strict=True):
+        row = known.get(tuple(ids)) or max(windows, key=partial(_alike, ids))
+        found.append(Trained(example, row.input_ids, row.labels[-1] == row.input_ids[-1]))
     return found
+
+
+def _alike(ids: list[int], row: Window) -> int:
+    """Tokens that both begin with."""
+    place = first_difference(ids, row.input_ids)
+    return len(ids) if place is None else place
 
 
 def check_files(bundle: Bundle, manifest: dict[str, Any]) -> Part:
