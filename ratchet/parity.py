@@ -100,7 +100,7 @@ def find_trained(examples: Sequence[Example], windows: Sequence[Window], chat: C
     """Each example with its tokenised row; with the likest one where none is what the chat format makes of it today."""
     encoded = [chat.encode(example).ids for example in examples]
     wanted = set(map(tuple, encoded))
-    known = {ids: row for row in windows if (ids := tuple(row.input_ids)) in wanted}
+    known = {key: row for row in windows if (key := tuple(row.input_ids)) in wanted}
     found: list[Trained] = []
     for example, ids in zip(examples, encoded, strict=True):
         row = known.get(tuple(ids)) or max(windows, key=partial(_alike, ids))
@@ -108,7 +108,7 @@ def find_trained(examples: Sequence[Example], windows: Sequence[Window], chat: C
     return found
 
 
-def _alike(ids: list[int], row: Window) -> int:
+def _alike(ids: Sequence[int], row: Window) -> int:
     """Tokens that both begin with."""
     place = first_difference(ids, row.input_ids)
     return len(ids) if place is None else place

@@ -203,7 +203,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, candidate: Path, tiny_bas
     return root
 
 
-@pytest.mark.parametrize(("which", "label"), [("candidate", "candidate"), ("champion", "v1")])
+@pytest.mark.parametrize(("which", "label"), [("candidate", "candidate"), ("1", "v1")])
 def test_a_version_comes_whole_from_its_own_commit(which: str, label: str, checkout: Path, candidate: Path) -> None:
     found = find_source(checkout, "small", which)
     assert (found.label, len(found.rows), found.metrics, found.decision["verdict"]) == (label, 5, METRICS, "promote")
@@ -216,7 +216,6 @@ def test_versions_that_are_not_there_are_told(checkout: Path, tmp_path: Path, mo
     use_mlflow(monkeypatch, tmp_path)
     with pytest.raises(UserError, match="small has no v7"):
         find_source(checkout, "small", "v7")
-    assert find_source(checkout, "small", "v1").label == "v1"
     with pytest.raises(UserError, match="'newest' is no version"):
         find_source(checkout, "small", "newest")
     empty = make_repository(tmp_path / "empty")
