@@ -175,9 +175,7 @@ def _region(name: str, rows: pd.DataFrame, rival: str, config: GateConfig) -> di
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    decision = judge(
-        arguments.evaluation, arguments.candidate, arguments.incumbent, arguments.parity, arguments.looks, arguments.out, config.gate, arguments.training
-    )
+    decision = judge(arguments.evaluation, arguments.candidate, arguments.incumbent, arguments.parity, arguments.looks, arguments.out, config.gate, arguments.training)
     say(f"gate: {decision['verdict']}")
     for check in decision["checks"]:
         say(f"gate: {check['result']:7} {check['reason']}")

@@ -605,7 +605,7 @@ def test_what_a_gain_brings_is_shown_and_decides_nothing_by_itself(bench):
 def test_a_worth_without_the_figures_of_the_training_gives_no_verdict(bench):
     bench.judge(scores(BETTER))
     with pytest.raises(RatchetError, match="needs the figures of the training"):
-        judge(bench.folder / "evaluation", bench.folder / "candidate", bench.folder / "incumbent", bench.folder / "looks.json", bench.folder / "gate.json", GateConfig(worth=WORTH))
+        judge(*(bench.folder / name for name in ("evaluation", "candidate", "incumbent", "parity.json", "looks.json", "gate.json")), GateConfig(worth=WORTH))
 
 
 def test_the_cost_of_another_training_gives_no_verdict(bench):
