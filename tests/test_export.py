@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokens: Path, tiny_base: P
 # --- merged ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "tolerance"), [("lora", 1e-4), ("dora", 1e-4), ("ia3", 1e-4), ("full", 0.0), ("qlora", 0.05)])
+@pytest.mark.parametrize(("method", "tolerance"), [("lora", 1e-4), ("dora", 1e-4), ("full", 0.0), ("qlora", 0.05)])
 def test_a_merged_model_is_one_that_transformers_loads_and_says_what_the_adapter_says(
     method: str, tolerance: float, trained: Any, tiny_base: Path, prepared: Path, tmp_path: Path
 ) -> None:
@@ -95,7 +95,7 @@ def test_what_is_not_the_adapter_is_refused_and_nothing_is_left(trained: Any, ti
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("method", "to"), [("prefix", "merged"), ("prompt", "gguf")])
+@pytest.mark.parametrize(("method", "to"), [("prefix", "merged"), ("prefix", "gguf")])
 def test_methods_that_do_not_merge_are_refused_with_the_reason(method: str, to: str, trained: Any, tiny_base: Path, prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"`adapter.method: {method}` puts virtual tokens before every row"):
         export(source(trained(method), tiny_base, prepared), to, tmp_path / "out", CONFIG)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -28,8 +30,9 @@ def export(
 
     Example: ratchet export champion --to gguf --out exports/claims
     """
-    root = ready_root(clean=False)
-    out = out.resolve()
+    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # bars of libraries, read when they are imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it notes optional kernels at every import
+    root, out = ready_root(clean=False), out.resolve()
     from ratchet.export_source import find_source
     from tasks.export import export as run
     from tasks.export import tell
