@@ -375,6 +375,9 @@ class EvaluateConfig(Section):
 
     max_new_tokens: Count = Field(default=32, description="longest generated answer, in tokens")
     batch_size: Count = Field(default=64, description="rows in one forward pass")
+    cache_mib: int = Field(
+        default=512, ge=0, description="size of `.ratchet/cache/answers`, in MiB, over which the answers of the model that was asked longest ago are forgotten; 0: no cache"
+    )
     simple_baseline: bool = Field(default=True, description="score TF-IDF with logistic regression or the nearest neighbour beside the models")
     metrics: list[Metric] = Field(
         default=["exact_match", "token_f1", "rouge_l", "chrf", "macro_f1"],

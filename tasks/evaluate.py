@@ -6,7 +6,7 @@ Writes scores.parquet (one line a row and model), metrics.json (means with 95 % 
 counterfactual.parquet (the rows with swapped terms), attacks.parquet, judged.parquet, canaries.parquet, suites.parquet. Rows are the test
 split and the golden set; slices are `test`, `golden`, each batch, each kind, source, length and value of `evaluate.slices`, and each topic that drifted last
 (`region:`), so that a retraining can tell whether it cured what it was started for. Beside the models stands a simple baseline, so that
-nobody fools himself.
+nobody fools himself. Answers are kept in .ratchet/cache/answers of RATCHET_ROOT (the checkout) or of the working directory.
 """
 
 from __future__ import annotations
@@ -14,35 +14,36 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ratchet.answers import FOLDER as CACHE
+from ratchet.answers import forget_oldest
 from ratchet.attacks import Attack, make_attacks, read_words
 from ratchet.bias import describe_bias
 from ratchet.canaries import make_canaries, make_references
-from ratchet.chat import ChatFormat, Encoded
+from ratchet.chat import ChatFormat
 from ratchet.config import Config, EvaluateConfig
 from ratchet.counterfactuals import Pair, make_pairs, read_swaps
 from ratchet.custom import Custom, custom_score, load_custom
 from ratchet.each_model import each_model
-from ratchet.errors import BaseModelError, DataError
+from ratchet.errors import DataError
 from ratchet.examples import Example, read_examples
 from ratchet.exposure import describe_exposure, measure_exposure
 from ratchet.files import read_json, whole_folder, write_json
 from ratchet.group_fairness import describe_groups, group_columns, require_fairlearn
-from ratchet.inference import Likelihood, answer_likelihoods, greedy_answers
 from ratchet.judged import judge_answers, read_agreement
 from ratchet.labels import are_labels, macro_f1
-from ratchet.methods import base_settings, can_be_switched_off, load_trained, share_a_base, virtual_tokens
+from ratchet.methods import share_a_base, virtual_tokens
 from ratchet.metrics import row_metrics
-from ratchet.models import MANIFEST, load_adapter, load_base, load_tokenizer, quiet
+from ratchet.models import MANIFEST, load_tokenizer
 from ratchet.regions import mark, parts, read_region
+from ratchet.scoring import Answered, Asked, Models, Player, answer, frame_of
 from ratchet.simple import simple_answers
-from ratchet.slices import groups, slice_columns
+from ratchet.slices import groups
 from ratchet.stage import run_stage, say
 from ratchet.statistics import bootstrap_means, wilson
 from ratchet.suites import check_measurable, describe_suites, read_suites, run_suites
@@ -53,8 +54,13 @@ MIN_SLICE = 20  # rows under which a value of a field is no slice of its own; fi
 OWN = Path("metrics")
 
 
-def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: Path, config: Config, region: Path | None = None, own: Path = OWN) -> dict[str, Any]:
-    """Returns the metrics. Raises DataError: no test rows, or test rows that the base was trained on, or a metric of the user's own that fails."""
+def evaluate(
+    prepared: Path, base: Path, incumbent: Path, candidate: Path, out: Path, config: Config, region: Path | None = None, own: Path = OWN, cache: Path | None = None
+) -> dict[str, Any]:
+    """Returns the metrics; `cache` holds answers of evaluations before, and changes nothing but the time.
+
+    Raises DataError: no test rows, or test rows that the base was trained on, or a metric of the user's own that fails.
+    """
     custom = load_custom(config.evaluate.custom, own)
     suites = _check_extras(incumbent, candidate, own, config)
     rows = _rows(prepared)
@@ -69,12 +75,16 @@ def evaluate(prepared: Path, base: Path, incumbent: Path, candidate: Path, out: 
         custom_score(name, metric, fitting[0].answer, fitting[0])
     pairs = make_pairs([row for row in fitting if row.meta["batch"] != "golden"], swaps, most=config.evaluate.bias_pairs)
     attacks = _attacks(fitting, base, candidate, own, config)
-    asked = [*fitting, *(pair.swapped for pair in pairs), *(attack.row for attack in attacks if attack.asked)]
-    answered = _score_all(asked, base, incumbent if champion is not None else None, candidate, config)
+    attacked = [attack.row for attack in attacks if attack.asked]
+    asked = Asked(
+        [*fitting, *(pair.swapped for pair in pairs), *attacked],
+        [*(str(row.meta["batch"]) for row in fitting), *("swapped rows" for _ in pairs), *("attacked rows" for _ in attacked)],
+    )
+    answered = _score_all(asked, base, incumbent if champion is not None else None, candidate, config.evaluate, cache)
     plain = [frame.iloc[: len(fitting)] for frame in answered]
     if config.evaluate.simple_baseline:
         train = list(read_examples(prepared / "train.jsonl"))
-        plain.append(_frame(fitting, "simple", simple_answers(train, fitting), [], config.evaluate))
+        plain.append(frame_of(fitting, "simple", Answered(simple_answers(train, fitting), []), config.evaluate))
     table = add_scores(pd.concat(plain, ignore_index=True), fitting, config.evaluate, custom)
     for column, values in grouped.items():
         table[column] = table.id.map(dict(zip((row.id for row in fitting), values, strict=True)))
@@ -216,68 +226,18 @@ def _split_by_fit(rows: list[Example], base: Path, config: Config) -> tuple[list
     return fitting, len(rows) - len(fitting)
 
 
-def _score_all(rows: list[Example], base: Path, incumbent: Path | None, candidate: Path, config: Config) -> list[pd.DataFrame]:
-    """One base in memory, on which plain adapters take turns; what cannot share it is loaded by itself, one after the other. Each in the precision of its own method."""
-    own_base = incumbent / "base" if incumbent and (incumbent / "base").exists() else None
-    chat = ChatFormat(load_tokenizer(base))
-    model = load_trained(base, candidate, name="candidate")
-    together = bool(incumbent and not own_base and share_a_base(candidate, incumbent))
-    if incumbent and together:
-        load_adapter(model, incumbent, name="champion")
-        model.set_adapter("candidate")
-    frames = [_score(model, chat, rows, "candidate", config.evaluate)]
-    if together:
-        model.set_adapter("champion")
-        frames.append(_score(model, chat, rows, "champion", config.evaluate))
-    if can_be_switched_off(candidate):
-        with model.disable_adapter():
-            frames.append(_score(model, chat, rows, "base", config.evaluate))
-    else:
-        del model
-        frames.append(_score(load_base(base, **base_settings(candidate)), chat, rows, "base", config.evaluate))
-    if incumbent and not together:
-        model = None
-        champion = load_trained(own_base or base, incumbent, name="champion")
-        frames.append(_score(champion, ChatFormat(load_tokenizer(own_base or base)), rows, "champion", config.evaluate))
+def _score_all(asked: Asked, base: Path, incumbent: Path | None, candidate: Path, config: EvaluateConfig, cache: Path | None) -> list[pd.DataFrame]:
+    """Each in the precision of its own method; those that share a base in memory one after the other."""
+    players = [Player("candidate", base, candidate, candidate), Player("base", base, None, candidate)]
+    if incumbent:
+        own_base = incumbent / "base" if (incumbent / "base").exists() else base
+        together = own_base == base and share_a_base(candidate, incumbent)
+        players.insert(1 if together else 2, Player("champion", own_base, incumbent, incumbent))
+    models = Models()
+    frames = [frame_of(asked.rows, player.name, answer(player, models, asked, config, cache), config) for player in players]
+    if cache:
+        forget_oldest(cache, config.cache_mib)
     return frames
-
-
-def _score(model: Any, chat: ChatFormat, rows: list[Example], name: str, config: EvaluateConfig) -> pd.DataFrame:
-    model.eval()
-    started = time.perf_counter()
-    prompts = [chat.encode_prompt(row.prompt) for row in rows]
-    with quiet():
-        likelihoods = answer_likelihoods(
-            model, [_with_answer(chat, row, prompt) for row, prompt in zip(rows, prompts, strict=True)], pad_id=chat.pad_id, batch_size=config.batch_size
-        )
-        answers = greedy_answers(model, prompts, chat, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
-    if broken := sum(not math.isfinite(found.nll) for found in likelihoods):
-        raise BaseModelError(f"{name}: the likelihood of {broken} of {len(rows)} answers is not finite", remedy="its weights are broken: train again")
-    say(f"evaluate: {name} on {len(rows)} rows in {time.perf_counter() - started:.0f} s")
-    return _frame(rows, name, answers, likelihoods, config)
-
-
-def _with_answer(chat: ChatFormat, row: Example, prompt: list[int]) -> Encoded:
-    """Scored on its last answer alone; the earlier ones are learned, but they are part of what is asked."""
-    ids = chat.encode(row).ids
-    return Encoded(ids, [position >= len(prompt) for position in range(len(ids))])
-
-
-def _frame(rows: list[Example], model: str, answers: list[str], likelihoods: list[Likelihood], config: EvaluateConfig) -> pd.DataFrame:
-    """`likelihoods` is empty for what has none."""
-    columns: dict[str, Any] = {
-        "id": [row.id for row in rows],
-        "batch": [str(row.meta["batch"]) for row in rows],
-        "kind": [str(row.meta.get("kind", "")) for row in rows],
-        "model": [model] * len(rows),
-        "question": [row.question for row in rows],
-        "reference": [row.answer for row in rows],
-        "answer": answers,
-        "answer_nll": [found.nll / found.tokens for found in likelihoods] or math.nan,
-        "answer_tokens": [found.tokens for found in likelihoods] or 0,
-        "prompt_nll": [found.prompt_nll / max(1, found.prompt_tokens) for found in likelihoods] or math.nan,
-    }
-    return pd.DataFrame(columns | slice_columns(rows, config))
 
 
 def add_scores(table: pd.DataFrame, rows: list[Example], config: EvaluateConfig, custom: dict[str, Custom]) -> pd.DataFrame:
@@ -323,7 +283,8 @@ def _summary(rows: pd.DataFrame, columns: list[str], labelled: bool) -> dict[str
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    metrics = evaluate(arguments.prepared, arguments.base, arguments.incumbent, arguments.candidate, arguments.out, config, arguments.region, arguments.own)
+    cache = Path(os.environ.get("RATCHET_ROOT") or Path.cwd()) / CACHE if config.evaluate.cache_mib else None
+    metrics = evaluate(arguments.prepared, arguments.base, arguments.incumbent, arguments.candidate, arguments.out, config, arguments.region, arguments.own, cache)
     for model, summary in metrics["slices"]["test"].items():
         say(
             f"evaluate: {model:9} exact match {summary['exact_match']['mean']:.3f} [{summary['exact_match']['low']:.3f}, {summary['exact_match']['high']:.3f}] on {summary['rows']} test rows"

@@ -1,0 +1,112 @@
+"""Seconds to score test rows for three models, with an empty cache of answers and with a full one.
+
+    python -m benchmarks.evaluate [--rows 1000] [--json]
+
+The base has the demo's shape (`base.demo`, weights by chance), candidate and champion are LoRA adapters of `adapter.rank` on it; the rows
+are documentation of the standard library. Weights by chance seldom end an answer, so most rows cost all of `evaluate.max_new_tokens`: a
+trained model is faster. Each evaluation is a process of its own, so its imports count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ratchet.config import AdapterConfig, Config, PydocSource, load_config
+from ratchet.examples import Example, Message, encode_line, make_example
+from ratchet.files import write_bytes, write_json
+from ratchet.workspace import STAGE_ENVIRONMENT
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    arguments = parser.parse_args()
+    config = load_config(arguments.params)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = prepare(Path(folder), arguments.rows, config)
+        found = {name: seconds(Path(folder), arguments.params, name) for name in ("cold", "cached")}
+        same = len({(Path(folder) / name / "scores.parquet").read_bytes() for name in found}) == 1
+    if arguments.json:
+        print(json.dumps({"rows": rows, "models": 3, **{f"{name}_seconds": value for name, value in found.items()}, "same_bytes": same}))
+    else:
+        print(f"{rows} rows, 3 models: {found['cold']:.1f} s; all answers cached: {found['cached']:.1f} s, {'the same bytes' if same else 'OTHER BYTES'}")
+
+
+def prepare(folder: Path, count: int, config: Config) -> int:
+    """Returns the number of rows."""
+    from ratchet.chat import ChatFormat
+    from ratchet.sources.pydoc import harvest
+    from tasks.base import _make_tokenizer
+
+    examples = [make_example([Message(**message) for message in row["messages"]], {**row["meta"], "batch": "one"}) for row in harvest(PydocSource())]
+    tokenizer = _make_tokenizer(examples[::4], config.base.demo)
+    chat = ChatFormat(tokenizer)
+    rows: list[Example] = [row for row in examples if len(chat.encode(row).ids) <= config.tokenize.max_length]
+    make_models(folder, tokenizer, chat, config)
+    write_bytes(folder / "prepared/test.jsonl", map(encode_line, rows[:count]))
+    write_bytes(folder / "prepared/golden.jsonl", [])
+    write_bytes(folder / "prepared/train.jsonl", map(encode_line, rows[count : count + 4000]))
+    write_json(folder / "region.json", {"topics": []})
+    return len(rows[:count])
+
+
+def make_models(folder: Path, tokenizer: Any, chat: Any, config: Config) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ratchet.methods import add_adapter, save_trained
+    from ratchet.models import MANIFEST, load_base
+
+    demo = config.base.demo
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=demo.hidden_size,
+        intermediate_size=demo.hidden_size * 11 // 4 // 8 * 8,
+        num_hidden_layers=demo.layers,
+        num_attention_heads=demo.heads,
+        num_key_value_heads=demo.heads,
+        max_position_embeddings=demo.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=chat.stop_id,
+        pad_token_id=chat.pad_id,
+    )
+    torch.manual_seed(1)
+    LlamaForCausalLM(shape).save_pretrained(folder / "base", safe_serialization=True)
+    tokenizer.save_pretrained(folder / "base")
+    write_json(folder / "base" / MANIFEST, {"model": "demo", "revision": None, "context": demo.context})
+    for seed, name in enumerate(("candidate", "incumbent")):
+        adapter = AdapterConfig(rank=config.adapter.rank, alpha=config.adapter.alpha)
+        model = add_adapter(load_base(folder / "base"), adapter, seed=seed)
+        for key, weight in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(weight, std=0.02)
+        save_trained(model, folder / "base", folder / name)
+        write_json(folder / name / MANIFEST, {"version": seed, "batches": [], "adapter": adapter.model_dump(mode="json")})
+
+
+def seconds(folder: Path, params: Path, name: str) -> float:
+    paths = {key: folder / place for key, place in {"prepared": "prepared", "base": "base", "incumbent": "incumbent", "candidate": "candidate", "region": "region.json"}.items()}
+    flags = [str(part) for key, path in {**paths, "own": Path("metrics"), "out": folder / name, "params": params}.items() for part in (f"--{key}", path)]
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks.evaluate", *flags], env={**STAGE_ENVIRONMENT, **os.environ, "RATCHET_ROOT": str(folder)}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"the evaluation failed:\n{done.stderr[-3000:]}")
+    print(done.stdout, file=sys.stderr, end="")
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
