@@ -16,6 +16,7 @@ import typer
 from ratchet.commands import data, gate, keys, review, rollout
 from ratchet.commands.export import export
 from ratchet.commands.here import Here, Json, Reason, find_root, note, read_config, ready_root, say, show
+from ratchet.commands.ledger import ledger
 from ratchet.commands.synthesize import synthesize
 from ratchet.errors import ConfigError, RatchetError, StageError, UserError
 
@@ -105,6 +106,7 @@ def ingest(
 
 app.command()(synthesize)
 app.command()(export)
+app.command()(ledger)
 
 
 @app.command()

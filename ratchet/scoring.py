@@ -21,10 +21,12 @@ import pandas as pd
 from ratchet.answers import Answers, identity, open_answers
 from ratchet.chat import ChatFormat, Encoded
 from ratchet.config import EvaluateConfig
+from ratchet.custom import Custom, custom_score
 from ratchet.errors import BaseModelError
 from ratchet.examples import Example
 from ratchet.inference import Likelihood, answer_likelihoods, greedy_answers
 from ratchet.methods import base_settings, can_be_switched_off, load_trained, share_a_base
+from ratchet.metrics import row_metrics
 from ratchet.models import load_adapter, load_base, load_tokenizer, quiet
 from ratchet.slices import slice_columns
 from ratchet.stage import say
@@ -179,3 +181,12 @@ def frame_of(rows: list[Example], model: str, found: Answered, config: EvaluateC
         "prompt_nll": [each.prompt_nll / max(1, each.prompt_tokens) for each in likelihoods] or math.nan,
     }
     return pd.DataFrame(columns | slice_columns(rows, config))
+
+
+def add_scores(table: pd.DataFrame, rows: list[Example], config: EvaluateConfig, custom: dict[str, Custom]) -> pd.DataFrame:
+    """A column a metric."""
+    pairs = list(zip(table.answer, table.reference, strict=True))
+    scores = {name: [metric(answer, reference) for answer, reference in pairs] for name, metric in row_metrics(config).items()}
+    of = {row.id: row for row in rows}
+    scores |= {name: [custom_score(name, metric, answer, of[id]) for answer, id in zip(table.answer, table.id, strict=True)] for name, metric in custom.items()}
+    return table.assign(**scores)

@@ -38,10 +38,9 @@ from ratchet.group_fairness import describe_groups, group_columns, require_fairl
 from ratchet.judged import judge_answers, read_agreement
 from ratchet.labels import are_labels, macro_f1
 from ratchet.methods import share_a_base, virtual_tokens
-from ratchet.metrics import row_metrics
 from ratchet.models import MANIFEST, load_tokenizer
 from ratchet.regions import mark, parts, read_region
-from ratchet.scoring import Answered, Asked, Models, Player, answer, frame_of
+from ratchet.scoring import Answered, Asked, Models, Player, add_scores, answer, frame_of
 from ratchet.simple import simple_answers
 from ratchet.slices import groups
 from ratchet.stage import run_stage, say
@@ -238,15 +237,6 @@ def _score_all(asked: Asked, base: Path, incumbent: Path | None, candidate: Path
     if cache:
         forget_oldest(cache, config.cache_mib)
     return frames
-
-
-def add_scores(table: pd.DataFrame, rows: list[Example], config: EvaluateConfig, custom: dict[str, Custom]) -> pd.DataFrame:
-    """A column a metric."""
-    pairs = list(zip(table.answer, table.reference, strict=True))
-    scores = {name: [metric(answer, reference) for answer, reference in pairs] for name, metric in row_metrics(config).items()}
-    of = {row.id: row for row in rows}
-    scores |= {name: [custom_score(name, metric, answer, of[id]) for answer, id in zip(table.answer, table.id, strict=True)] for name, metric in custom.items()}
-    return table.assign(**scores)
 
 
 def summarise(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, Any]:
