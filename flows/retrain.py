@@ -27,6 +27,8 @@ from ratchet.champion import Champion, last_entry, read_champion
 from ratchet.config import Config, TopicSource, load_config
 from ratchet.dag import STAGES
 from ratchet.errors import CheckoutError, DataError, RatchetError
+from ratchet.files import write_json
+from ratchet.ledger import SAVED, build, numbers_of, registered_numbers
 from ratchet.regions import FILE as REGION
 from ratchet.regions import Region, Topic, sources_for, write_region
 from ratchet.registry import CHALLENGER, Version, set_alias
@@ -36,7 +38,7 @@ from ratchet.workspace import Workspace, catch_up, check_out, land, locked, open
 from tasks.forget import inherit
 from tasks.pin import READERS, TRAINING, needs_pin, pin, pin_looks
 from tasks.promote import alias_is_pending, check_registry, follow_alias, promote
-from tasks.record import Findings, close_lost_runs, describe_data, read_findings, record, register
+from tasks.record import Findings, close_lost_runs, describe_data, read_findings, record, record_page, register
 
 OUTPUTS = ["dvc.lock", "reports", "models", "data"]  # what is tracked by git among them: locks, .gitignore files, the verdict
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
@@ -172,6 +174,7 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
     run_id = record(found, config, commit=commit, reason=reason)
     data = describe_data(workspace.path, found.profile, found.manifest["batches"])
     version = register(found, config, run_id=run_id, commit=commit, data=data)
+    show_ledger(workspace, found, config, run_id, version)
     if list_is_pending(workspace.root):
         follow_list(workspace.root, config, say)
     else:
@@ -180,6 +183,16 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
     card = model_card(found.metrics, found.decision, {"version": f"{config.project.name} v{version.number}", "git commit": commit, "reason": reason})
     create_markdown_artifact(card, key="gate", description=f"{config.project.name} v{version.number}: {found.decision['verdict']}")
     return version
+
+
+def show_ledger(workspace: Workspace, found: Findings, config: Config, run_id: str, version: Version) -> None:
+    """What each version still knows, with the evaluation's page. What cannot be read is left out: no version waits for a picture."""
+    try:
+        ledger = build(workspace.root, config.gate.metric, {**registered_numbers(config.project.name), **numbers_of(workspace.root)})
+        write_json(workspace.root / SAVED, ledger)
+        record_page(found, ledger, run_id=run_id, name=f"v{version.number}")
+    except Exception as error:  # noqa: BLE001  (a picture of what stands in files)
+        say(f"the evaluation's page is not in MLflow: {(str(error) or type(error).__name__).splitlines()[0]}; `ratchet gate explain v{version.number} --page FILE` writes it")
 
 
 @task(name="decide", **RETRIED)

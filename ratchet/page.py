@@ -19,6 +19,7 @@ from ratchet.champion import read_champion
 from ratchet.config import Config
 from ratchet.errors import CommandError, RatchetError
 from ratchet.files import write_text
+from ratchet.ledger import SAVED
 from ratchet.request_log import open_log
 from ratchet.rollout import Rollout, read_ended, read_rollout
 from ratchet.serving import read_state
@@ -60,6 +61,7 @@ def gather(root: Path, config: Config) -> dict[str, Any]:
         "traffic": _part(lambda: _traffic(root, config, now - DAYS * 86_400)),
         "verdicts": _part(lambda: _verdicts(root / VERDICTS)),
         "ledger": {"found": (ledger["found"] or [])[:MOST_MOVES], "fault": ledger["fault"], "all": len(ledger["found"] or [])},
+        "table": _part(lambda: _table(root)),
         "forgetting": _part(lambda: _forgetting(root, ledger["found"] or [])),
     }
 
@@ -145,6 +147,13 @@ def seconds_of(at: Any) -> float:
     except (OverflowError, OSError):
         raise ValueError(f"{at} is no moment") from None
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+
+
+def _table(root: Path) -> dict[str, Any] | None:
+    """The forgetting ledger as it was read last: reading it anew takes seconds a version."""
+    path = root / SAVED
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return found if found and found["versions"] else None
 
 
 # --- what each promotion kept --------------------------------------------------------------------------------------

@@ -6,10 +6,14 @@ import math
 from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ratchet.charts import Mark, Tick, intervals, lines, make_slots, moment, nice_top, p_height, stack, time_ticks
+from ratchet.heat import heat
 from ratchet.page import seconds_of
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 COLOURS = 6
 MEASURES = {"feedback": "gain", "errors": "pass", "empty": "pass", "latency": "pass"}  # measure → the bounds that let a challenger through
@@ -17,11 +21,16 @@ LABELS = {"feedback": "feedback score", "errors": "failed requests", "empty": "e
 
 
 def render(found: dict[str, Any]) -> str:
+    return environment().get_template("page.html").render(found, **views(found))
+
+
+def environment() -> Environment:
+    """All text that comes in is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pages.filters |= {"when": when, "iso": iso, "signed": signed, "figure": figure, "percent": percent, "said": said}
-    return pages.get_template("page.html").render(found, **views(found))
+    return pages
 
 
 def views(found: dict[str, Any]) -> dict[str, Any]:
@@ -32,6 +41,7 @@ def views(found: dict[str, Any]) -> dict[str, Any]:
         "usage": usage_view(traffic, found["at"]) if traffic else None,
         "drift": drift_view(found["verdicts"]["found"], found["false_alarm_rate"]) if found["verdicts"]["found"] else None,
         "measures": measure_views((rollout["last"] or {}).get("measures") or {}, found["margins"]) if rollout else [],
+        "heat": heat(found["table"]["found"]) if found["table"]["found"] else None,
         "kept": [entry | {"rows": check_views(entry["checks"])} for entry in found["forgetting"]["found"] or []],
     }
 

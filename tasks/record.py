@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ratchet.config import Config
+from ratchet.evaluation import gather
+from ratchet.evaluation_page import write_evaluation_page
 from ratchet.files import read_json, sha256_json
 from ratchet.hub_card import hub_card
+from ratchet.ledger_plot import draw
 from ratchet.lineage import STARTED_FROM
 from ratchet.models import MANIFEST
 from ratchet.registry import ARTIFACT, Version, make_version
 from ratchet.report import model_card
 from ratchet.tracking import KEY_TAG, STATE_TAG, find_or_create_run, log_points, mlflow_client, mlflow_errors, parameters, read_history
 
+PAGE = Path(".ratchet/evaluation.html")  # in the workspace; no output of a stage
 MAX_DESCRIPTION = 5000  # characters of a version's description (mlflow/store/model_registry/dbmodels/models.py)
 
 
@@ -84,6 +88,19 @@ def record(found: Findings, config: Config, *, commit: str, reason: str) -> str:
             client.log_artifact(run_id, str(found.folder / f"reports/{name}.json"), "reports")
         client.set_terminated(run_id, "FINISHED")
     return run_id
+
+
+def record_page(found: Findings, ledger: dict[str, Any], *, run_id: str, name: str) -> None:
+    """The evaluation's page and the forgetting ledger's heat map. Raises ServiceError."""
+    from matplotlib import use
+
+    use("Agg")
+    page = write_evaluation_page(found.folder / PAGE, gather(found.folder, name, ledger))
+    client = mlflow_client()
+    with mlflow_errors():
+        client.log_artifact(run_id, str(page), "reports")
+        client.log_figure(run_id, draw(ledger), "figures/ledger.png")
+        client.log_dict(run_id, ledger, "reports/ledger.json")
 
 
 def register(found: Findings, config: Config, *, run_id: str, commit: str, data: dict[str, Any]) -> Version:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from judged import LEDGER
 from places import commit, make_repository, write_files
 
 from ratchet.champion import Champion, write_champion
 from ratchet.config import Config
+from ratchet.files import write_json
+from ratchet.ledger import SAVED
 from ratchet.request_log import Feedback, Logged, open_log
 from ratchet.rollout import Rollout, end_rollout, write_rollout
 from ratchet.status import VERDICTS
@@ -30,6 +33,7 @@ def make_busy(path: Path, now: float | None = None) -> Path:
     write_traffic(path, now)
     write_verdicts(path, now)
     write_rollouts(path, now)
+    write_json(path / SAVED, LEDGER)
     return path
 
 

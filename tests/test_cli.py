@@ -35,6 +35,7 @@ COMMANDS = tuple(
         "data",
         "review",
         "gate",
+        "ledger",
         "report",
         "promote",
         "rollback",
@@ -46,7 +47,7 @@ GROUPS = {
     "rollout": ("look", "status", "pause", "resume", "abort"),
     "keys": ("add", "list", "revoke"),
     "data": ("check", "rejected", "replay", "show", "forget"),
-    "gate": ("plan",),
+    "gate": ("plan", "explain"),
     "review": ("status", "next", "accept", "reject", "edit", "undo", "export", "import"),
 }
 PARAMS = "project:\n  name: small\nservices:\n  mlflow_port: 5907\n  prefect_port: 5908\ngateway:\n  port: 5909\n"

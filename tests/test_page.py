@@ -13,6 +13,7 @@ from places import make_repository, use_git_without_a_user, use_no_mlflow, write
 
 from ratchet.charts import intervals, lines, make_slots, nice_top, p_height, stack
 from ratchet.config import Config
+from ratchet.ledger import SAVED
 from ratchet.page import gather, render_page, seconds_of, write_page
 from ratchet.request_log import URL_VARIABLE
 from ratchet.rollout import FILE as ROLLOUT
@@ -243,3 +244,13 @@ def test_bounds_without_an_end_stay_inside() -> None:
 def test_times_without_a_zone_are_utc() -> None:
     assert seconds_of("2026-01-02T03:04:05") == seconds_of("2026-01-02T03:04:05Z") == seconds_of(1767323045) == 1767323045.0
     assert re.search(r'<time datetime="[\d-]+T[\d:]+Z">', render_page(Path("nowhere"), Config().model_copy()))
+
+
+def test_the_forgetting_ledger_is_shown_as_it_was_read_last_and_says_what_was_not_asked(busy: Path) -> None:
+    words = Reader(render_page(busy, CONFIG)).words
+    assert "0.350 0.300 to 0.400" in words
+    assert words.count("not asked") == 1
+    (busy / SAVED).write_text("{", encoding="utf-8")
+    assert "v3 is in charge" in Reader(render_page(busy, CONFIG)).words
+    (busy / SAVED).unlink()
+    assert "Nothing was read yet: ratchet ledger" in Reader(render_page(busy, CONFIG)).words

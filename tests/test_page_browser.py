@@ -1,4 +1,4 @@
-"""The page in a real headless Chromium: nothing fetched, nothing in the console, readable on a phone and in both schemes."""
+"""The pages in a real headless Chromium: nothing fetched, nothing in the console, readable on a phone and in both schemes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 from busy import CONFIG, make_busy
+from judged import LEDGER, make_reports
 from places import make_repository, use_git_without_a_user
 
+from ratchet.evaluation import gather
+from ratchet.evaluation_page import write_evaluation_page
 from ratchet.page import write_page
 
 pytestmark = pytest.mark.browser
@@ -39,12 +42,14 @@ MARKS = """() => [...document.querySelectorAll('rect, .line, .dot, .interval .ra
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`busy` and `empty`, written once."""
+    """`busy`, `empty` and the page of one `evaluation`, written once."""
     folder = tmp_path_factory.mktemp("pages")
     with pytest.MonkeyPatch.context() as patch:
         use_git_without_a_user(patch)
         made = {"busy": make_busy(folder / "busy"), "empty": make_repository(folder / "empty")}
-        return {name: write_page(root, CONFIG, folder / f"{name}.html") for name, root in made.items()}
+        found = gather(make_reports(folder / "judged"), "v3", LEDGER)
+        evaluation = write_evaluation_page(folder / "evaluation.html", found)
+        return {"evaluation": evaluation, **{name: write_page(root, CONFIG, folder / f"{name}.html") for name, root in made.items()}}
 
 
 class Seen:
@@ -74,7 +79,7 @@ def look(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
         seen.page.close()
 
 
-@pytest.mark.parametrize("name", ["busy", "empty"])
+@pytest.mark.parametrize("name", ["busy", "empty", "evaluation"])
 def test_nothing_is_fetched_and_nothing_is_complained_about(look: Any, pages: dict[str, Path], name: str) -> None:
     seen = look(name)
 
@@ -96,25 +101,27 @@ def test_the_version_in_charge_is_the_first_thing_seen(look: Any, size: str) -> 
     assert heading.is_visible() and heading.bounding_box()["y"] < 300
 
 
-@pytest.mark.parametrize("name", ["busy", "empty"])
+@pytest.mark.parametrize("name", ["busy", "empty", "evaluation"])
 @pytest.mark.parametrize("size", list(SIZES))
 def test_it_never_scrolls_sideways(look: Any, name: str, size: str) -> None:
     page = look(name, size).page
     page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     width = page.evaluate("document.documentElement.scrollWidth")
-    outside = page.evaluate("[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 90))")
+    outside = page.evaluate(
+        "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 90))"
+    )
 
     assert width <= SIZES[size][0] and outside == []
 
 
-@pytest.mark.parametrize("name", ["busy", "empty"])
+@pytest.mark.parametrize("name", ["busy", "empty", "evaluation"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_all_text_can_be_read_in_both_schemes(look: Any, name: str, scheme: str) -> None:
     page = look(name, scheme=scheme).page
     page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     found = page.evaluate(CONTRAST)
 
-    assert len(found) > (100 if name == "busy" else 20)
+    assert len(found) > (20 if name == "empty" else 100)
     assert [text for text in found if text["ratio"] < text["wanted"]] == []
 
 
@@ -124,6 +131,40 @@ def test_all_marks_stand_out_in_both_schemes(look: Any, scheme: str) -> None:
 
     assert len(pairs) >= 6
     assert {pair: round(contrast(*pair), 2) for pair in pairs if contrast(*pair) < 3} == {}
+
+
+def test_an_evaluation_begins_with_its_verdict_and_reasons(look: Any) -> None:
+    page = look("evaluation", "phone").page
+
+    assert page.get_by_role("heading", level=1).inner_text() == "Reject"
+    assert page.get_by_role("heading", level=1).bounding_box()["y"] < 300
+    assert page.get_by_role("heading", level=2).all_inner_texts() == [
+        "Every check",
+        "Figures",
+        "Slices",
+        "The forgetting ledger",
+        "Rows that got better",
+        "Rows that got worse",
+        "Training",
+    ]
+
+
+def test_rows_that_moved_stand_side_by_side_and_their_words_do_nothing(look: Any) -> None:
+    page = look("evaluation").page
+
+    better, worse = page.locator(".pairs").all()
+    assert (better.locator("tbody tr").count(), worse.locator("tbody tr").count()) == (20, 20)
+    assert [better.locator("th").nth(place).inner_text() for place in (1, 2)] == ["v1", "v3"]
+    assert page.title() == "v3: reject" and page.locator("script, img").count() == 0
+    assert page.get_by_text("<script>").count() >= 20
+
+
+def test_the_ledger_has_a_cell_for_every_version_and_slice_in_shades_that_differ(look: Any) -> None:
+    table = look("evaluation").page.locator(".heat")
+
+    assert table.locator("tbody tr").count() == len(LEDGER["versions"]) and table.locator("td").count() == len(LEDGER["versions"]) * len(LEDGER["slices"])
+    assert table.get_by_text("not asked").count() == 1
+    assert len(colours(table.screenshot())) >= 5
 
 
 def test_the_schemes_differ(look: Any) -> None:

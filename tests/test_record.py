@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from judged import LEDGER, make_reports
 from places import KEPT_CONNECTIONS, use_mlflow, use_no_mlflow
 
 from ratchet.config import Config, ProjectConfig
@@ -15,7 +17,7 @@ from ratchet.errors import RatchetError, ServiceError
 from ratchet.files import write_json
 from ratchet.registry import get_version, list_versions
 from ratchet.tracking import KEY_TAG, find_or_create_run, mlflow_client
-from tasks.record import MAX_DESCRIPTION, close_lost_runs, describe_data, gate_summary, read_findings, record, register
+from tasks.record import MAX_DESCRIPTION, close_lost_runs, describe_data, gate_summary, read_findings, record, record_page, register
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 CONFIG = Config(project=ProjectConfig(name="small"))
@@ -99,6 +101,19 @@ def test_recording_twice_changes_nothing(folder):
     before = everything(first)
     assert record(read_findings(folder), CONFIG, commit=COMMIT, reason="by hand") == first
     assert everything(first) == before
+
+
+def test_the_evaluations_page_and_the_ledger_stand_beside_the_run(folder):
+    shutil.rmtree(folder / "reports")
+    make_reports(folder)
+    shutil.copytree(make_findings(folder.parent / "other") / "reports/train", folder / "reports/train", dirs_exist_ok=True)
+    found = read_findings(folder)
+    run_id = record(found, CONFIG, commit=COMMIT, reason="by hand")
+    for _ in range(2):
+        record_page(found, LEDGER, run_id=run_id, name="v3")
+    assert {"reports/evaluation.html", "reports/ledger.json", "figures/ledger.png"} <= set(everything(run_id)["artifacts"])
+    page = Path(mlflow_client().download_artifacts(run_id, "reports/evaluation.html", str(folder.parent))).read_text(encoding="utf-8")
+    assert page.index("Reject") < page.index("The forgetting ledger") < page.index("Rows that got better")
 
 
 def test_the_run_that_the_training_opened_is_the_one_that_is_completed(folder):

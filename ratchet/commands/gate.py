@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from ratchet.config import Config
     from ratchet.power import Plan, Spread
 
-app = typer.Typer(help="The gate: its power, and the judge beside it.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="The gate: before a cycle, why it decided so, and the judge beside it.", no_args_is_help=True, rich_markup_mode=None)
 ASSUMED = 0.2  # share of rows in which two models differ, where nothing was measured
 
 
@@ -80,6 +81,54 @@ def _agreement_name() -> str:
     from ratchet.judged import AGREEMENT
 
     return AGREEMENT
+
+
+@app.command("explain")
+def gate_explain(
+    version: Annotated[str, typer.Argument(metavar="[vN]", help="A version, or a commit; otherwise the last evaluation.")] = "",
+    page: Annotated[Path | None, typer.Option("--page", help="Write it as one HTML page instead.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The verdict and its reasons, the figures, the forgetting ledger, the rows that moved, the curve.
+
+    Example: ratchet gate explain v3
+    """
+    root = find_root()
+    config = read_config(root)
+    from ratchet.commands.explain import print_evaluation
+    from ratchet.commands.ledger import known_numbers
+    from ratchet.evaluation import fetched, gather
+    from ratchet.ledger import build
+
+    numbers = known_numbers(root, config)
+    commit, name = _find(root, version, numbers)
+    with fetched(root, commit) as folder:
+        found = gather(folder, name, build(root, config.gate.metric, numbers))
+    if page:
+        from ratchet.evaluation_page import write_evaluation_page
+
+        say(str(write_evaluation_page(page, found)))
+    else:
+        show(found, as_json, lambda: print_evaluation(found))
+
+
+def _find(root: Path, wanted: str, numbers: dict[str, int]) -> tuple[str, str]:
+    """(commit, name) of an evaluation. Raises UserError."""
+    from ratchet.ledger import read_evaluations
+
+    evaluations = read_evaluations(root)
+    if not evaluations:
+        raise UserError("no evaluation has landed in this checkout yet", remedy="ratchet retrain")
+    number = re.fullmatch(r"v?(\d{1,6})", wanted)
+    for each in evaluations:
+        named = numbers.get(each.adapter) == int(number[1]) if number else len(wanted) >= 7 and each.commit.startswith(wanted)
+        if not wanted or named:
+            known = numbers.get(each.adapter)
+            return each.commit, f"v{known}" if known is not None else f"the candidate of {each.commit[:8]}"
+    known_ones = ", ".join(f"v{known}" for known in sorted(set(numbers.values()))[-10:]) or "none with a number"
+    raise UserError(
+        f"no evaluation of {wanted} stands in this checkout; known: {known_ones}", remedy="versions that were never in charge are known by number where MLflow runs (ratchet up)"
+    )
 
 
 def _plan(root: Path, config: Config, effect: float, rows: int | None, differing: float | None, wished: float) -> tuple[Plan, dict[str, Any]]:
