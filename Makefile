@@ -32,6 +32,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.gateway
 	$(BIN)/python -m benchmarks.gate
+	$(BIN)/python -m benchmarks.evaluate
 	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.drift
 
