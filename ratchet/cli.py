@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ratchet.commands import data, gate, keys, review, rollout
+from ratchet.commands import data, gate, keys, review, rollout, training
 from ratchet.commands.export import export
 from ratchet.commands.here import Here, Json, Reason, find_root, note, read_config, ready_root, say, show
 from ratchet.commands.ledger import ledger
@@ -107,6 +107,8 @@ def ingest(
 app.command()(synthesize)
 app.command()(export)
 app.command()(ledger)
+for command in (training.plan,):
+    app.command()(command)
 
 
 @app.command()

@@ -6,6 +6,7 @@ Stages read the file only: DVC tracks params.yaml and would not see an override 
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -332,6 +333,10 @@ class TrainConfig(Section):
         if self.accumulate % self.processes:
             raise ValueError(f"`train.accumulate` {self.accumulate} forward passes cannot be shared by `train.processes` {self.processes}: make it a multiple")
         return self
+
+    def steps(self, num_batches: int) -> int:
+        """Optimizer steps, at most, of a training in which an epoch is that many forward passes."""
+        return max(1, math.ceil(self.epochs * num_batches / self.accumulate))
 
 
 class AdapterConfig(Section):

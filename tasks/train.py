@@ -84,7 +84,7 @@ def _optimise(
     _save(model, load_tokenizer(base), base, out, config, facts)
     best = math.nan if outcome.best_validation_loss is None else outcome.best_validation_loss
     say(f"train: {outcome.steps} steps in {outcome.seconds:.0f} s, best validation loss {best:.4f} at step {outcome.best_step}")
-    return {**outcome._asdict(), **figures, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {**outcome._asdict(), **figures, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **_peak_of_gpu()}
 
 
 def _fit(
@@ -127,6 +127,13 @@ def _fit(
     learned = sum(label != IGNORED for window in windows for label in window.labels)
     epochs = outcome.steps * config.train.accumulate / num_batches
     return model, outcome, {"trainable_weights": trainable, "epochs": epochs, "learned_tokens_per_second": learned * epochs / outcome.seconds}
+
+
+def _peak_of_gpu() -> dict[str, float]:
+    """With what torch keeps for itself: nobody else can have it. The driver's own part is not in it."""
+    import torch
+
+    return {"peak_gpu_mib": torch.cuda.max_memory_reserved() / 2**20} if torch.cuda.is_available() else {}
 
 
 def _home() -> Path:
@@ -193,7 +200,7 @@ def _schedule(num_batches: int, computed: str, config: Config) -> Any:
     from ratchet.training import Schedule
 
     train = config.train
-    steps = max(1, math.ceil(train.epochs * num_batches / train.accumulate))
+    steps = train.steps(num_batches)
     return Schedule(
         steps=steps,
         batch_windows=train.batch_windows,

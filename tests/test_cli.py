@@ -26,6 +26,7 @@ COMMANDS = tuple(
         "ingest",
         "synthesize",
         "export",
+        "plan",
         "retrain",
         "status",
         "serve",
