@@ -375,6 +375,58 @@ class AnswerJudge(TeacherConfig):
     max_run_tokens: int = Field(default=2_000_000, ge=0, description="tokens of one evaluation, input and output of all requests; it stops before it would go over")
 
 
+class SweepRange(Section):
+    """Numbers from `low` to `high`."""
+
+    low: int | float = Field(description="least value")
+    high: int | float = Field(description="greatest value")
+    log: bool = Field(default=False, description="evenly by orders of magnitude")
+    step: int | float | None = Field(default=None, description="distance between two values; not with `log`")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SweepRange:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) is not under high ({self.high})")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError(f"log wants low over 0 and no step, got low {self.low} and step {self.step}")
+        if self.step is not None and self.step <= 0:
+            raise ValueError(f"step is {self.step}; wanted more than 0")
+        return self
+
+
+Choices = Annotated[list[bool | int | float | str | list[str]], Field(min_length=1)]
+
+
+class SweepConfig(Section):
+    """The flow `sweep`: which settings give the least validation loss."""
+
+    space: dict[str, Choices | SweepRange] = Field(
+        default={"train.learning_rate": SweepRange(low=2.0e-4, high=2.0e-2, log=True), "train.batch_windows": [2, 4, 8]},
+        description="where to look: a key of `train` or `adapter`, or `base.model` (`demo`, or `org/name@revision`), each with a list of choices or `{low, high, log, step}`",
+    )
+    trials: Count = Field(default=20, description="trainings in all, those of other machines and of earlier calls included")
+    startup_trials: int = Field(default=5, ge=1, description="trials whose settings are drawn at random, and that are not ended early")
+    storage: str = Field(
+        default="",
+        description="SQLAlchemy URL of Optuna's database; empty: SQLite in `.ratchet/sweep.db`. With PostgreSQL (`postgresql+psycopg://…`) the same command on another machine joins in. A password belongs into RATCHET_SWEEP_STORAGE, which wins over this",
+    )
+    seed: int = Field(default=41, ge=0, description="seed of what is drawn")
+
+
+class CompareConfig(Section):
+    """What `ratchet compare` changes for a method."""
+
+    settings: dict[str, dict[str, bool | int | float | str | list[str]]] = Field(
+        default={
+            "full": {"train.learning_rate": 2.0e-4},
+            "ia3": {"train.learning_rate": 2.0e-2},
+            "prefix": {"train.learning_rate": 2.0e-2},
+            "prompt": {"train.learning_rate": 2.0e-2},
+        },
+        description="method → keys of `train` and `adapter` with the values that it is compared with; all else is the same for all",
+    )
+
+
 class EvaluateConfig(Section):
     """Candidate, champion and base on the same rows, in one process."""
 
@@ -650,6 +702,8 @@ class Config(Section):
     tokenize: TokenizeConfig = Field(default_factory=TokenizeConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    sweep: SweepConfig = Field(default_factory=SweepConfig)
+    compare: CompareConfig = Field(default_factory=CompareConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     parity: ParityConfig = Field(default_factory=ParityConfig)
     gate: GateConfig = Field(default_factory=GateConfig)
@@ -715,7 +769,8 @@ def _yaml_fault(error: Exception) -> str:
 
 
 def _where(fault: Any) -> str:
-    return ".".join(str(part) for part in fault["loc"]) or "(top level)"
+    # Pydantic names the kinds of value that a key takes as well, such as `list[str]`.
+    return ".".join(str(part) for part in fault["loc"] if "[" not in str(part)) or "(top level)"
 
 
 def _what(fault: Any) -> str:

@@ -21,13 +21,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ratchet.config import Config, MetricGuardrail, TopicSource
+from ratchet.config import Config, MetricGuardrail, SweepRange, TopicSource
 from ratchet.files import write_text
 
 DOC, PARAMS = Path("docs/params.md"), Path("params.yaml")
 WIDTH, MAX_COLUMN = 150, 40  # columns of params.yaml; where its comments begin at the latest
 TYPES = {"string": "text", "integer": "integer", "number": "number", "boolean": "`true`, `false`", "null": "`null`"}
-ENTRIES = (TopicSource, MetricGuardrail)  # models of which a key takes a list
+ENTRIES = (TopicSource, MetricGuardrail, SweepRange)  # models of which a key takes a list or a mapping
 PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")
 RESERVED = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})  # YAML 1.1 takes them for other types
 
@@ -88,6 +88,8 @@ def takes(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{choice}`" for choice in schema["enum"])
     if "$ref" in schema:
         return f"`{{{', '.join(next(model for model in ENTRIES if model.__name__ == schema['$ref'].rpartition('/')[2]).model_fields)}}}`"
+    if schema["type"] == "object":
+        return f"mapping of text to {takes(schema['additionalProperties'])}"
     if schema["type"] == "array":
         least = f", at least {schema['minItems']}" if "minItems" in schema else ""
         return f"list of {takes(schema['items'])}{least}"
@@ -126,12 +128,14 @@ def render_params(values: Config) -> str:
 
 def _yaml_section(values: BaseModel, depth: int) -> Iterator[str]:
     indent, fields = "  " * depth, type(values).model_fields
-    pairs = {key: f"{indent}{key}: {yaml_value(getattr(values, key))}" for key, field in fields.items() if not section_of(field.annotation)}
+    mappings = {key: value for key in fields if isinstance(value := getattr(values, key), dict) and value}
+    pairs = {key: f"{indent}{key}:{'' if key in mappings else ' ' + yaml_value(getattr(values, key))}" for key, field in fields.items() if not section_of(field.annotation)}
     column = min(max(map(len, pairs.values()), default=0), MAX_COLUMN) + 2
     for key, field in fields.items():
         gap = "" if depth else "\n"
         if key in pairs:
             yield gap + "\n".join(_beside(pairs[key], field.description or "", column)) + "\n"
+            yield from (f"{indent}  {yaml_value(name)}: {yaml_value(value)}\n" for name, value in mappings.get(key, {}).items())
         else:
             section: BaseModel = getattr(values, key)
             lead = f"{gap}# {_lead(type(section))}\n{key}:\n" if not depth else f"{indent}{key}:  # {_lead(type(section))}\n"
@@ -148,7 +152,9 @@ def _beside(pair: str, comment: str, column: int) -> Iterator[str]:
 def yaml_value(value: Any) -> str:
     """A scalar, a list of them or a mapping, on one line."""
     if isinstance(value, BaseModel):
-        return f"{{{', '.join(f'{key}: {yaml_value(part)}' for key, part in value)}}}"
+        return yaml_value(dict(value))
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{yaml_value(key)}: {yaml_value(part)}' for key, part in value.items())}}}"
     if isinstance(value, list):
         return f"[{', '.join(map(yaml_value, value))}]"
     if isinstance(value, str):

@@ -127,7 +127,7 @@ def find_or_create_run(experiment: str, run_key: str, tags: dict[str, str]) -> s
     client = mlflow_client()
     with mlflow_errors():
         found = client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else _create_experiment(client, experiment)
+        experiment_id = found.experiment_id if found else create_experiment(client, experiment)
         run_id = find_run(experiment, run_key)
         if run_id:
             return run_id
@@ -135,7 +135,7 @@ def find_or_create_run(experiment: str, run_key: str, tags: dict[str, str]) -> s
         return str(client.create_run(experiment_id, tags={**tags, KEY_TAG: run_key}, run_name=name).info.run_id)
 
 
-def _create_experiment(client: Any, name: str) -> str:
+def create_experiment(client: Any, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     try:

@@ -27,6 +27,7 @@ COMMANDS = tuple(
         "synthesize",
         "export",
         "plan",
+        "sweep",
         "retrain",
         "status",
         "serve",

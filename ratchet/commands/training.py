@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,36 @@ def plan(
     config = read_config(root)
     found = _prepared_plan(root, config) if prepare else _plan_here(root, config)
     show({**found._asdict(), "fits": found.fits}, as_json, lambda: say("\n".join(_describe(found, config))))
+
+
+def sweep(
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trainings in all; otherwise `sweep.trials`.")] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Write the best settings into params.yaml.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train with settings from `sweep.space`, and propose the best as a change of params.yaml.
+
+    After an interruption the same command goes on; with `sweep.storage` on PostgreSQL it joins in from other machines. Example: ratchet sweep --trials 30
+    """
+    root = ready_root()
+    from flows.sweep import sweep as flow
+
+    done = flow(root=str(root), trials=trials, apply=apply)
+    show(done, as_json, lambda: say("\n".join(_proposal(done))))
+
+
+def _proposal(done: dict[str, Any]) -> Iterator[str]:
+    best, counts = done["best"], done["counts"]
+    elsewhere = f", {counts['running']} run elsewhere" if counts["running"] else ""
+    yield f"{done['study']}: {counts['complete']} trials completed, {counts['pruned']} ended early, {counts['fail']} failed{elsewhere}"
+    today = f"; today's settings {done['baseline']:.4f}" if done["baseline"] is not None else ""
+    yield f"best: trial {best['number']}, validation loss {best['value']:.4f} {done['unit']}{today}"
+    yield f"  chosen as the best of many on the same rows, so it flatters; the gate's test rows decide\n  again: {best['command']}"
+    if not done["diff"]:
+        yield "params.yaml says so already: nothing to change"
+        return
+    yield done["diff"].rstrip("\n")
+    yield "written; git commit -a, then ratchet retrain" if done["applied"] else "ratchet sweep --apply writes this"
 
 
 def _prepared_plan(root: Path, config: Config) -> Plan:

@@ -1,0 +1,110 @@
+"""The flow `sweep`: trainings with other settings, one Prefect task a trial; the best settings are proposed as a change of params.yaml.
+
+It works in a workspace of which nothing lands. MLflow gets each trial when it has ended; when it is away, they are delivered at the end or by the next sweep.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import optuna
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows.material import make_material, open_bench
+from flows.say import say
+from ratchet.config import Config, load_config
+from ratchet.errors import RatchetError, ServiceError, StageError
+from ratchet.search import check_space, rows_key
+from ratchet.sweep_runs import close_study, deliver
+from ratchet.trainings import Material
+from ratchet.workspace import Workspace, locked
+from tasks.sweep import Search, propose
+
+SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+
+
+@flow(name="sweep", flow_run_name="sweep", persist_result=False)
+def sweep(root: str | None = None, trials: int | None = None, apply: bool = False) -> dict[str, Any]:
+    """Returns {study, trials, counts, best, baseline, unit, diff, applied}. Raises ConfigError, DataError, StageError, ServiceError; RatchetError: no trial was completed."""
+    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    config = load_config(home / "params.yaml")
+    if trials:
+        config = config.model_copy(update={"sweep": config.sweep.model_copy(update={"trials": trials})})
+    check_space(config)
+    with locked(home, "sweep", wait=False), open_bench(home, "sweep", say) as workspace:
+        material = tokenise.with_options(task_run_name="rows")(workspace, {})
+        search = Search(home, config, material, commit=workspace.git("rev-parse", "HEAD").strip(), say=say)
+        run_trials(search, workspace, config, material)
+    summary = conclude(search, home, config, apply=apply)
+    if not summary["best"]:
+        raise RatchetError(f"none of {summary['trials']} trials was completed", remedy=f"their reasons stand in {search.folder.relative_to(home)}; make `sweep.space` narrower")
+    return summary
+
+
+def run_trials(search: Search, workspace: Workspace, config: Config, material: Material) -> None:
+    """One after the other; base and rows are made anew when a trial's settings ask for other ones."""
+    made: dict[str, Any] = {}
+    while (trial := search.next()) is not None:
+        if (wanted := rows_key(trial.user_attrs["changes"])) != made:
+            try:
+                material, made = tokenise.with_options(task_run_name=f"rows of trial {trial.number}")(workspace, wanted), wanted
+            except StageError as error:
+                search.fail(trial, " ".join(str(error).split())[:500])
+                made = {"failed": trial.number}
+                continue
+            except BaseException:
+                search.put_back(trial, "interrupted")
+                raise
+        train.with_options(task_run_name=f"trial {trial.number}")(search, trial, material)
+        tell_mlflow(search, config)
+
+
+@task(name="rows", **SETTINGS)
+def tokenise(workspace: Workspace, changes: dict[str, Any]) -> Material:
+    return make_material(workspace, changes, say)
+
+
+@task(name="trial", **SETTINGS)
+def train(search: Search, trial: optuna.Trial, material: Material) -> None:
+    say(f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in trial.user_attrs['changes'].items())}")
+    record = search.run(trial, material)
+    loss = f"{record['value']:.4f}" if record["value"] is not None else record["reason"]
+    say(f"trial {trial.number}: {record['state']}, {loss} ({record['ended'] - record['began']:.0f} s)")
+
+
+def tell_mlflow(search: Search, config: Config) -> None:
+    """Not asked again in this sweep once it was away: each try costs seconds."""
+    if search.tracker_away:
+        return
+    try:
+        deliver(search.folder, config)
+    except ServiceError:
+        search.tracker_away = True
+        say("MLflow does not answer: the trials are kept for it, and delivered at the end or by the next `ratchet sweep`")
+
+
+@task(name="propose", **SETTINGS)
+def conclude(search: Search, home: Path, config: Config, *, apply: bool) -> dict[str, Any]:
+    best, counts = search.best(), search.counts()
+    summary: dict[str, Any] = {
+        "study": search.name,
+        "trials": sum(counts.values()),
+        "counts": counts,
+        "best": best._asdict() if best else None,
+        "baseline": search.baseline(),
+        "unit": search.unit,
+        "diff": propose(home, best, apply=apply) if best else "",
+        "applied": apply and best is not None,
+    }
+    try:
+        deliver(search.folder, config)
+        close_study(search.name, config, summary)
+    except ServiceError:
+        say("MLflow has no whole picture of this study: `ratchet up`, then the same command again")
+    if best:
+        create_markdown_artifact(f"```diff\n{summary['diff']}```\n\n`{best.command}`\n", key="sweep", description=f"{search.unit} {best.value:.4f} (trial {best.number})")
+    return summary

@@ -1,0 +1,310 @@
+"""A study of settings: each trial is a training of its own (`python -m tasks.train`), judged and ended early by its validation loss.
+
+A flow's task, not a stage. The study stands in a database (Optuna's), so that it outlives a killed sweep, and several machines can share it; what
+belongs to one machine, such as records for MLflow, lies in `.ratchet/sweeps/<study>/`. A study is of one base, one set of rows and one space:
+other ones make another study, since their losses are not comparable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from ratchet.config import Config
+from ratchet.errors import ConfigError, DataError, RatchetError, ServiceError
+from ratchet.files import read_json, sha256_json, write_json, write_text
+from ratchet.methods import SHAPE
+from ratchet.models import MANIFEST, adapter_sha256
+from ratchet.params_file import diff_params, edit_params
+from ratchet.search import BASE, changes_of, current, draw, dvc_command, with_changes
+from ratchet.tracking import PASSWORD, read_history
+from ratchet.trainings import Ended, Material, Points, read_figures, run_training
+
+FOLDER, DATABASE = Path(".ratchet/sweeps"), Path(".ratchet/sweep.db")
+STORAGE_VARIABLE = "RATCHET_SWEEP_STORAGE"
+ALIVE_SECONDS, LOST_SECONDS = 15.0, 3600.0  # a sign of life each; without one for that long another machine's trial is lost
+
+Say = Callable[[str], None]
+
+
+class Best(NamedTuple):
+    number: int
+    value: float
+    changes: dict[str, Any]
+    command: str
+
+
+class Search:
+    """One study as one machine works on it; under a lock, so that a running trial of this machine that is not ours has lost its process."""
+
+    def __init__(self, home: Path, config: Config, material: Material, *, commit: str, say: Say) -> None:
+        """Raises ConfigError, DataError: there is nothing to search by; ServiceError: the storage does not answer."""
+        check_start_allows(config, material.incumbent)
+        if not read_json(material.tokens / "profile.json")["validation"]["windows"]:
+            raise DataError("there are no validation rows to compare trials by", remedy="raise `prepare.validation_share`")
+        self._home, self._config, self._commit, self._say = home, config, commit, say
+        self.tracker_away = False
+        self.unit = "nats a row" if BASE in config.sweep.space else "nats a learned token"
+        self._worker = f"{socket.gethostname()}-{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:8]}"
+        self.name = f"{config.project.name}-{sha256_json(_facts(config, material))[:12]}"
+        self.folder = home / FOLDER / self.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._study = _open(home, config, self.name)
+        self._give_up_lost()
+        if not self._trials() and (now := current(config)):
+            self._study.enqueue_trial(now, skip_if_exists=True)  # what a better one has to beat
+        say(f"sweep: study {self.name}, {self.finished} of {config.sweep.trials} trials are done")
+
+    @property
+    def finished(self) -> int:
+        return sum(_counts(trial) and trial.state.is_finished() for trial in self._trials())
+
+    def next(self) -> optuna.Trial | None:
+        """The next trial, its settings drawn; None when there are enough, those that run elsewhere included. Raises ServiceError."""
+        with storage_errors():
+            return self._next()
+
+    def _next(self) -> optuna.Trial | None:
+        self._give_up_lost()
+        trials = self._trials()
+        if sum(map(_counts, trials)) >= self._config.sweep.trials:
+            return None
+        # A sampler that began anew with its seed after an interruption would draw the same settings again; two machines would draw the same ones.
+        elsewhere = zlib.crc32(self._worker.encode()) if _url(self._home, self._config)[1] else 0
+        self._study.sampler = optuna.samplers.TPESampler(
+            n_startup_trials=self._config.sweep.startup_trials, seed=(self._config.sweep.seed + 1000 * len(trials) + elsewhere) % 2**32
+        )
+        trial = self._study.ask()
+        trial.set_user_attr("worker", self._worker)
+        trial.set_user_attr("alive", time.time())
+        drawn = draw(trial, self._config)
+        changes = changes_of(drawn)
+        trial.set_user_attr("changes", changes)
+        trial.set_user_attr("command", dvc_command(changes))
+        trial.set_user_attr("commit", self._commit)
+        if sum(_counts(other) for other in self._trials() if other.number < trial.number) >= self._config.sweep.trials:
+            self._fail(trial, "not needed: others were faster", counts=False)
+            return None
+        return trial
+
+    def run(self, trial: optuna.Trial, material: Material) -> dict[str, Any]:
+        """Train by the trial's settings. Its record; a training that fails is one as well. An interruption puts the settings back in the queue and passes on."""
+        changes, began = trial.user_attrs["changes"], time.time()
+        # By its settings, not its number: after an interruption it goes on from its checkpoint.
+        folder = self.folder / sha256_json(changes)[:16]
+        follower = _Follower(trial, unit(material, self._config))
+        try:
+            folder.mkdir(exist_ok=True)
+            ended = run_training(folder, material, with_changes(self._config, changes), follower)
+            state, value, reason = follower.conclude(ended, folder)
+        except RatchetError as error:
+            state, value, reason, ended = TrialState.FAIL, None, " ".join(str(error).partition("\n  →")[0].split())[:500], None
+        except BaseException:
+            self.put_back(trial, "interrupted")
+            raise
+        with storage_errors():
+            try:
+                trial.set_user_attr("reason", reason)
+                self._study.tell(trial, value, state=state)
+            except UpdateFinishedTrialError:
+                state, value, reason = TrialState.FAIL, None, "another machine took it for lost and tries its settings again"
+        record = {
+            "number": trial.number,
+            "study": self.name,
+            "state": state.name.lower(),
+            "value": value,
+            "reason": reason,
+            "changes": changes,
+            "command": trial.user_attrs["command"],
+            "commit": self._commit,
+            "began": began,
+            "ended": time.time(),
+            "points": follower.points,
+            "figures": read_figures(folder) if state == TrialState.COMPLETE else {},
+            "manifest": read_json(folder / "candidate" / MANIFEST) if state == TrialState.COMPLETE else {},
+            "said": ended.said if ended else [],
+        }
+        write_json(self.folder / f"trial-{trial.number:04d}.json", record)
+        shutil.rmtree(folder, ignore_errors=True)
+        return record
+
+    def put_back(self, trial: optuna.Trial, reason: str) -> None:
+        """Its settings wait for the next worker."""
+        self._study.enqueue_trial(trial.params)
+        self._fail(trial, reason, counts=False)
+
+    def fail(self, trial: optuna.Trial, reason: str) -> None:
+        self._fail(trial, reason, counts=True)
+
+    def best(self) -> Best | None:
+        done = [trial for trial in self._trials() if trial.state == TrialState.COMPLETE and trial.value is not None]
+        if not done:
+            return None
+        first = min(done, key=lambda trial: (trial.value, trial.number))
+        return Best(first.number, first.value or 0.0, first.user_attrs["changes"], first.user_attrs["command"])
+
+    def baseline(self) -> float | None:
+        """The loss of today's settings, when they were tried."""
+        now = current(self._config)
+        wanted = changes_of(now) if now else None
+        return next((trial.value for trial in self._trials() if trial.state == TrialState.COMPLETE and trial.user_attrs["changes"] == wanted), None)
+
+    def counts(self) -> dict[str, int]:
+        trials = [trial for trial in self._trials() if _counts(trial)]
+        return {state.name.lower(): sum(trial.state == state for trial in trials) for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)}
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _fail(self, trial: optuna.Trial, reason: str, *, counts: bool) -> None:
+        trial.set_user_attr("reason", reason)
+        trial.set_user_attr("counts", counts)
+        self._study.tell(trial, state=TrialState.FAIL)
+
+    def _give_up_lost(self) -> None:
+        """Trials whose process was killed: their settings wait again."""
+        for trial in self._trials():
+            attributes = trial.user_attrs
+            silent = time.time() - attributes.get("alive", trial.datetime_start.timestamp() if trial.datetime_start else 0)
+            if trial.state == TrialState.RUNNING and (attributes.get("worker") == self._worker or silent > LOST_SECONDS):
+                self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                if "changes" in attributes:
+                    self._study.enqueue_trial(trial.params)
+                self._say(f"sweep: trial {trial.number} was lost with its process; its settings are tried again")
+
+
+class _Follower:
+    """Reports each new validation loss to the study, and says when to end the training."""
+
+    def __init__(self, trial: optuna.Trial, unit: float) -> None:
+        self._trial, self._unit = trial, unit
+        self._reported, self._alive = 0, time.monotonic()
+        self.points: Points = []
+
+    def __call__(self, points: Points) -> bool:
+        self.points = points or self.points
+        try:
+            if time.monotonic() - self._alive > ALIVE_SECONDS:
+                self._alive = time.monotonic()
+                self._trial.set_user_attr("alive", time.time())
+            return self._report() and self._trial.should_prune()
+        except StorageInternalError:  # away for a while: the training goes on, and is asked about again
+            return False
+        except UpdateFinishedTrialError:  # taken for lost elsewhere
+            return True
+
+    def _report(self) -> bool:
+        """Whether there was anything new. Numbered, not by optimizer step: trials of other batch sizes measure at other steps, but at the same shares of the way."""
+        measured = [point["validation_loss"] * self._unit for point in self.points if "validation_loss" in point]
+        new = measured[self._reported :]
+        for loss in new:
+            self._trial.report(loss, self._reported)
+            self._reported += 1
+        return bool(new)
+
+    def conclude(self, ended: Ended, folder: Path) -> tuple[TrialState, float | None, str]:
+        if ended.stopped:
+            return TrialState.PRUNED, None, f"ended after {self._reported} measurements: worse than the median of the others"
+        if ended.code:
+            return TrialState.FAIL, None, ended.reason
+        self.points = read_history(folder / "reports/history.jsonl")
+        self._report()
+        return TrialState.COMPLETE, read_figures(folder)["best_validation_loss"] * self._unit, ""
+
+
+def unit(material: Material, config: Config) -> float:
+    """What a loss is multiplied by. Tokens of different bases are of different length: then it is nats a row instead of nats a learned token."""
+    if BASE not in config.sweep.space:
+        return 1.0
+    validation = read_json(material.tokens / "profile.json")["validation"]
+    return float(validation["learned_tokens"] / validation["rows"])
+
+
+def check_start_allows(config: Config, incumbent: Path) -> None:
+    """Raises ConfigError: trainings would go on from a champion of another shape or base."""
+    if config.train.start_from == "base" or read_json(incumbent / MANIFEST)["version"] is None:
+        return
+    shapes = {f"adapter.{key}" for keys in SHAPE.values() for key in keys} | {"adapter.method", BASE}
+    if found := sorted(shapes & config.sweep.space.keys()):
+        raise ConfigError(
+            f"`sweep.space` holds {', '.join(found)}, and `train.start_from` is champion: its adapter has one shape and one base",
+            remedy="set `train.start_from: base`, or take them out",
+        )
+
+
+def _facts(config: Config, material: Material) -> dict[str, Any]:
+    """What losses depend on beside what is searched."""
+    manifest = read_json(material.incumbent / MANIFEST)
+    champion = "champion" in (config.train.start_from, config.train.teacher) and manifest["version"] is not None
+    params = {section: getattr(config, section).model_dump(mode="json") for section in ("train", "adapter")}
+    return {
+        "tokens": read_json(material.tokens / "profile.json")["sha256"],
+        "base": {key: read_json(material.base / MANIFEST).get(key) for key in ("model", "revision", "files", "weights")},
+        "start": adapter_sha256(material.incumbent) if champion else "base",
+        "params": {f"{section}.{key}": value for section, values in params.items() for key, value in values.items() if f"{section}.{key}" not in config.sweep.space},
+        "space": config.sweep.model_dump(mode="json")["space"],
+    }
+
+
+def _url(home: Path, config: Config) -> tuple[str, bool]:
+    """(URL, whether others may share it)."""
+    url = os.environ.get(STORAGE_VARIABLE) or config.sweep.storage
+    return (url, True) if url else (f"sqlite:///{(home / DATABASE).absolute()}", False)
+
+
+def _open(home: Path, config: Config, name: str) -> optuna.Study:
+    url, _ = _url(home, config)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Losses measured at other shares of the way are not comparable.
+    comparable = "train.evaluations" not in config.sweep.space
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=config.sweep.startup_trials) if comparable else optuna.pruners.NopPruner()
+    try:
+        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True})
+        return optuna.create_study(study_name=name, storage=storage, direction="minimize", pruner=pruner, load_if_exists=True)
+    except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError) as error:
+        raise _storage_fault(error) from None
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    try:
+        yield
+    except StorageInternalError as error:
+        raise _storage_fault(error) from None
+
+
+def _storage_fault(error: Exception) -> ServiceError:
+    first = PASSWORD.sub("//", (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0])
+    remedy = f"`sweep.storage` and {STORAGE_VARIABLE} name it; PostgreSQL needs the extra `store`. The same command goes on with the study"
+    return ServiceError(f"the study's storage does not answer: {first}", remedy=remedy)
+
+
+def _counts(trial: FrozenTrial) -> bool:
+    """Towards `sweep.trials`: not what waits, was lost, or was put back."""
+    if trial.state == TrialState.FAIL:
+        return bool(trial.user_attrs.get("reason")) and bool(trial.user_attrs.get("counts", True))
+    return trial.state != TrialState.WAITING
+
+
+def propose(home: Path, best: Best, *, apply: bool) -> str:
+    """The best settings as a change of params.yaml, in unified form; written when `apply`. Empty where they stand there already."""
+    path = home / "params.yaml"
+    before = path.read_text(encoding="utf-8")
+    after = edit_params(before, best.changes)
+    if apply and after != before:
+        write_text(path, after)
+    return diff_params(before, after)
