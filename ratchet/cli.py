@@ -107,7 +107,7 @@ def ingest(
 app.command()(synthesize)
 app.command()(export)
 app.command()(ledger)
-for command in (training.plan, training.sweep):
+for command in (training.plan, training.sweep, training.compare):
     app.command()(command)
 
 

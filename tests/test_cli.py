@@ -28,6 +28,7 @@ COMMANDS = tuple(
         "export",
         "plan",
         "sweep",
+        "compare",
         "retrain",
         "status",
         "serve",

@@ -59,6 +59,28 @@ def _proposal(done: dict[str, Any]) -> Iterator[str]:
     yield "written; git commit -a, then ratchet retrain" if done["applied"] else "ratchet sweep --apply writes this"
 
 
+def compare(
+    methods: Annotated[str, typer.Argument(metavar="METHODS", help="Values of `adapter.method`, with commas.")],
+    as_json: Json = False,
+) -> None:
+    """Train each method on the same rows and show quality, time, memory, size and latency side by side; written to reports/compare.
+
+    `compare.settings` in params.yaml gives a method its own learning rate. Example: ratchet compare full,lora,qlora
+    """
+    root = ready_root()
+    from flows.compare import OUT
+    from flows.compare import compare as run
+    from ratchet.comparison import text
+
+    found = run(root, read_config(root), [word.strip() for word in methods.split(",") if word.strip()], note)
+
+    def tell() -> None:
+        say("\n".join(text(found)))
+        say(f"quality: {found['metric']} on {found['rows']} test rows; one training each; written to {OUT / 'compare.md'}")
+
+    show(found, as_json, tell)
+
+
 def _prepared_plan(root: Path, config: Config) -> Plan:
     from flows.material import make_material, open_bench
     from ratchet.plan import plan_training

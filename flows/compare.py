@@ -1,0 +1,115 @@
+"""Each method trained on the same rows, scored on the same test rows, and asked in the gateway's engine. In a workspace of which nothing lands.
+
+All start from the base: a champion's adapter has one shape. No Prefect here: nothing is retried, and nobody schedules it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any, get_args
+
+from flows.material import PREPARED, Say, make_material, open_bench
+from ratchet.comparison import markdown
+from ratchet.config import AdapterConfig, Config
+from ratchet.config_doc import render_params
+from ratchet.errors import RatchetError, UserError
+from ratchet.files import read_json, write_json, write_text
+from ratchet.models import weights_file
+from ratchet.regions import FILE as REGION
+from ratchet.search import with_changes
+from ratchet.trainings import CANDIDATE, PARAMS, Material, read_figures, require_success, run_module, run_training
+from ratchet.workspace import locked
+
+OUT = Path("reports/compare")
+METHODS = get_args(AdapterConfig.model_fields["method"].annotation)
+FROM_BASE = {"train.start_from": "base"}
+
+
+def compare(home: Path, config: Config, methods: list[str], say: Say) -> dict[str, Any]:
+    """What stands in reports/compare/compare.json. A method that fails is a row with its reason. Raises UserError, ConfigError, StageError."""
+    plans = {method: settings_of(config, method) for method in dict.fromkeys(methods)}
+    for changes in plans.values():
+        with_changes(config, changes)
+    with locked(home, "compare", wait=False), open_bench(home, "compare", say) as workspace:
+        made = make_material(workspace, FROM_BASE, say)
+        nobody = workspace.path / ".ratchet/compare/nobody"
+        write_json(nobody / "manifest.json", {"version": None, "batches": []})
+        rows = [measure(workspace.path, made._replace(incumbent=nobody), config, method, changes, say) for method, changes in plans.items()]
+        commit = workspace.git("rev-parse", "HEAD").strip()
+    scored = next((row["test_rows"] for row in rows if not row["failed"]), 0)
+    found = {"metric": config.gate.metric, "rows": scored, "seed": config.train.seed, "commit": commit, "machine": _machine(), "methods": rows}
+    write_json(home / OUT / "compare.json", found)
+    write_text(home / OUT / "compare.md", markdown(found))
+    return found
+
+
+def settings_of(config: Config, method: str) -> dict[str, Any]:
+    if method not in METHODS:
+        raise UserError(f"{method!r} is no method", remedy=f"known: {', '.join(METHODS)}")
+    return {"adapter.method": method, **FROM_BASE, **config.compare.settings.get(method, {})}
+
+
+def measure(place: Path, material: Material, config: Config, method: str, changes: dict[str, Any], say: Say) -> dict[str, Any]:
+    folder = place / ".ratchet/compare" / method
+    folder.mkdir(parents=True, exist_ok=True)
+    row: dict[str, Any] = {"method": method, "changes": changes, "failed": ""}
+    try:
+        say(f"compare: {method} trains …")
+        require_success(run_training(folder, material, with_changes(config, changes)), "training")
+        figures = read_figures(folder)
+        say(f"compare: {method} trained in {figures['seconds']:.0f} s; it is scored and asked …")
+        metrics, latency = _evaluate(folder, place, material, config, changes), _latency(folder, place, material)
+    except RatchetError as error:
+        say(f"compare: {method}: {error}")
+        return row | {"failed": " ".join(str(error).partition("\n")[0].split())}
+    test = metrics["slices"]["test"]["candidate"]
+    return row | {
+        "quality": test[config.gate.metric],
+        "test_rows": test["rows"],
+        "validation_loss": figures["best_validation_loss"],
+        "seconds": figures["seconds"],
+        "peak_mib": figures.get("peak_gpu_mib", figures["peak_mib"]),
+        "saved_mib": weights_file(folder / CANDIDATE).stat().st_size / 2**20,
+        "latency": latency,
+        "figures": figures,
+    }
+
+
+def _evaluate(folder: Path, place: Path, material: Material, config: Config, changes: dict[str, Any]) -> dict[str, Any]:
+    """The project's own, without what judges no candidate."""
+    params, out = folder / "evaluate.yaml", folder / "evaluation"
+    write_text(params, render_params(with_changes(config, {**changes, "evaluate.simple_baseline": False, "evaluate.bias_pairs": 0})))
+    paths = {
+        "params": params,
+        "prepared": place / PREPARED,
+        "base": material.base,
+        "incumbent": material.incumbent,
+        "candidate": folder / CANDIDATE,
+        "region": place / REGION,
+        "own": place / "metrics",
+        "out": out,
+    }
+    require_success(run_module("tasks.evaluate", _words(paths), folder), "evaluation")
+    found: dict[str, Any] = read_json(out / "metrics.json")
+    return found
+
+
+def _latency(folder: Path, place: Path, material: Material) -> dict[str, Any]:
+    out = folder / "latency.json"
+    paths = {"params": folder / PARAMS, "prepared": place / PREPARED, "base": material.base, "candidate": folder / CANDIDATE, "out": out}
+    require_success(run_module("tasks.latency", _words(paths), folder), "asking in the gateway's engine")
+    found: dict[str, Any] = read_json(out)
+    return found
+
+
+def _words(paths: dict[str, Path]) -> list[str]:
+    return [word for name, path in paths.items() for word in (f"--{name}", str(path.absolute()))]
+
+
+def _machine() -> str:
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{os.cpu_count()} cores ({platform.machine()}), {gpu}"
