@@ -41,7 +41,7 @@ def group_columns(rows: Sequence[Example], fields: Sequence[str]) -> dict[str, l
     return {f"{PREFIX}{field}": ["" if row.meta.get(field) is None else str(row.meta[field]) for row in rows] for field in fields}
 
 
-def describe_groups(table: pd.DataFrame, fields: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+def describe_groups(table: pd.DataFrame, fields: Sequence[str], metrics: Sequence[str], *, draws: int = DRAWS) -> dict[str, Any]:
     """field → metric → model → {by_group: value → {rows, mean, low, high}, difference, ratio}, each with a 95 % interval. Values under LEAST rows are left out."""
     found: dict[str, Any] = {}
     for field in fields:
@@ -50,12 +50,12 @@ def describe_groups(table: pd.DataFrame, fields: Sequence[str], metrics: Sequenc
             scored = [metric for metric in metrics if np.isfinite(kept[metric].to_numpy(dtype=np.float64)).all()]
             if kept[f"{PREFIX}{field}"].nunique() < 2:
                 continue
-            for metric, part in _frame(kept, f"{PREFIX}{field}", scored).items():
+            for metric, part in _frame(kept, f"{PREFIX}{field}", scored, draws).items():
                 found.setdefault(field, {}).setdefault(metric, {})[str(model)] = part
     return found
 
 
-def _frame(rows: pd.DataFrame, column: str, metrics: Sequence[str]) -> dict[str, Any]:
+def _frame(rows: pd.DataFrame, column: str, metrics: Sequence[str], draws: int) -> dict[str, Any]:
     from fairlearn.metrics import MetricFrame
 
     def mean(_true: Any, _predicted: Any, score: Any) -> float:
@@ -71,7 +71,7 @@ def _frame(rows: pd.DataFrame, column: str, metrics: Sequence[str]) -> dict[str,
             y_pred=nothing,
             sensitive_features=rows[column].to_numpy(),
             sample_params=scores,
-            n_boot=DRAWS,
+            n_boot=draws,
             ci_quantiles=[0.025, 0.975],
             random_state=0,
         )
