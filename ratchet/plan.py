@@ -1,8 +1,9 @@
 """Before a training: how much memory and time it takes, from its shapes and a few optimizer steps that are really made.
 
 The probe is the stage itself (`python -m tasks.train`) on real windows: as many as a few steps take, from the one with the longest rows on evenly
-through all, with the whole validation set measured twice. So what is loaded, kept and saved is in its peak, and the batch that takes most room as
-well. Where steps are so short that noise would rule, it is run once more with more of them.
+through all, gone through twice, with the whole validation set measured twice. So what is loaded, kept and saved is in its peak, and the batch that
+takes most room as well. The first pass tells what a batch of a new shape costs once, since libraries prepare kernels for it (on a CPU steps took
+1.7 times as long until all shapes had been there); the second what a step costs from then on. Where steps are so short that noise would rule, it is run once more with more of them.
 Not seen by it: patience may end the training earlier.
 """
 
@@ -26,7 +27,7 @@ from ratchet.methods import PREFIXED
 from ratchet.packing import Window, by_length, read_windows, rows_of, write_windows
 from ratchet.trainings import Material, Points, read_figures, read_points, require_success, run_training
 
-STEPS = 4
+STEPS, PASSES = 4, 2.0  # steps a pass
 SHORT_STEP = 0.2  # seconds
 ENOUGH_SECONDS, MOST_STEPS = 4.0, 64
 MIB = 2**20
@@ -79,7 +80,7 @@ def _probe(folder: Path, material: Material, config: Config, windows: list[Windo
     chosen = choose_windows(windows, steps * config.train.batch_windows * config.train.accumulate)
     shutil.copytree(material.tokens, folder / "tokens", ignore=shutil.ignore_patterns("train.arrow"))
     write_windows(folder / "tokens/train.arrow", chosen)
-    passes = 1.0 if len(chosen) < len(windows) else min(config.train.epochs, max(1.0, steps * config.train.batch_windows * config.train.accumulate / len(windows)))
+    passes = PASSES if len(chosen) < len(windows) else min(config.train.epochs, PASSES)
     say(f"plan: a training of about {steps} steps, on {len(chosen)} of {len(windows)} windows …")
     ended = run_training(folder, material._replace(tokens=folder / "tokens"), shortened(config, passes))
     require_success(ended, "a training of a few steps")
@@ -100,14 +101,16 @@ def shortened(config: Config, epochs: float) -> Config:
 
 def extrapolate(points: Points, figures: dict[str, Any], process_seconds: float, config: Config, windows: list[Window], chosen: list[Window]) -> Plan:
     train, apart = config.train, config.adapter.method in PREFIXED or "peak_gpu_mib" not in figures
-    whole, part = positions(windows, train.batch_windows, apart=apart), positions(chosen, train.batch_windows, apart=apart)
+    whole, part = shapes(windows, train.batch_windows, apart=apart), shapes(chosen, train.batch_windows, apart=apart)
     steps, probed = train.steps(len(whole)), figures["steps"]
     evaluations = _evaluations(steps, train.evaluations)
-    measured, evaluation = _paces(points, figures)
-    step = measured * _mean_a_step(whole, train.accumulate) / _mean_a_step(part, train.accumulate)
+    first_pass = min(probed, math.ceil(len(part) / train.accumulate))
+    first, later, evaluation = _paces(points, figures, first_pass)
+    step = later * _positions_a_step(whole, train.accumulate) / _positions_a_step(part, train.accumulate)
+    new_shape = max(0.0, first - later) * first_pass / len(set(part))
     # The first step's extra and what stands around the steps are paid once.
-    around = max(0.0, figures["seconds"] - probed * measured - _evaluations(probed, 2) * evaluation)
-    seconds = around + steps * step + evaluations * evaluation
+    around = max(0.0, figures["seconds"] - first_pass * first - (probed - first_pass) * later - _evaluations(probed, 2) * evaluation)
+    seconds = around + steps * step + min(len(set(whole)), steps * train.accumulate) * new_shape + evaluations * evaluation
     checkpoint = 4 * figures["trainable_weights"] * 4 / MIB if seconds > 60 * train.checkpoint_minutes else 0.0  # weights, best ones, AdamW's two, in float32
     rest = BYTES_A_TOKEN * (sum(len(window.input_ids) for window in windows) - sum(len(window.input_ids) for window in chosen)) / MIB
     return Plan(
@@ -126,16 +129,16 @@ def extrapolate(points: Points, figures: dict[str, Any], process_seconds: float,
     )
 
 
-def positions(windows: list[Window], batch_windows: int, *, apart: bool) -> list[int]:
-    """Of each forward pass, padding included, batched as `ratchet.training` does it: rows of like length, or windows."""
+def shapes(windows: list[Window], batch_windows: int, *, apart: bool) -> list[tuple[int, int]]:
+    """(rows, padded length) of each forward pass of an epoch, batched as `ratchet.training` does it: rows of like length, or windows."""
     longest = max(len(window.input_ids) for window in windows)
     if apart:
-        return [len(rows) * len(rows[0].input_ids) for rows in by_length([row for window in windows for row in rows_of(window)], batch_windows * longest)]
-    return [longest * len(windows[start : start + batch_windows]) for start in range(0, len(windows), batch_windows)]
+        return [(len(rows), len(rows[0].input_ids)) for rows in by_length([row for window in windows for row in rows_of(window)], batch_windows * longest)]
+    return [(len(windows[start : start + batch_windows]), longest) for start in range(0, len(windows), batch_windows)]
 
 
-def _mean_a_step(passes: list[int], accumulate: int) -> float:
-    return sum(passes) / math.ceil(len(passes) / accumulate)
+def _positions_a_step(passes: list[tuple[int, int]], accumulate: int) -> float:
+    return sum(rows * length for rows, length in passes) / math.ceil(len(passes) / accumulate)
 
 
 def _evaluations(steps: int, wanted: int) -> int:
@@ -143,16 +146,19 @@ def _evaluations(steps: int, wanted: int) -> int:
     return math.ceil(steps / max(1, steps // min(wanted, steps)))  # the Trainer measures at the end as well
 
 
-def _paces(points: Points, figures: dict[str, Any]) -> tuple[float, float]:
-    """(seconds a step, seconds an evaluation), from the times between the curve's points; the first step warms up and does not count."""
-    steps, evaluations = [], []
+def _paces(points: Points, figures: dict[str, Any], first_pass: int) -> tuple[float, float, float]:
+    """(seconds a step of the first pass, of later ones, seconds an evaluation), from the times between the curve's points; the very first step does not count."""
+    first: list[float] = []
+    later: list[float] = []
+    evaluations: list[float] = []
     for before, after in pairwise(points):
         seconds = (after["time_ms"] - before["time_ms"]) / 1000
         if "validation_loss" in after:
             evaluations.append(seconds)
         else:
-            steps.append(seconds / (after["step"] - before["step"]))
-    return fmean(steps) if steps else figures["seconds"], fmean(evaluations) if evaluations else 0.0
+            (first if after["step"] <= first_pass else later).append(seconds / (after["step"] - before["step"]))
+    early = fmean(first) if first else fmean(later) if later else figures["seconds"]
+    return early, fmean(later) if later else early, fmean(evaluations) if evaluations else 0.0
 
 
 def free_mib() -> float:

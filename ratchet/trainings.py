@@ -26,7 +26,7 @@ from ratchet.tracking import read_history
 from ratchet.workspace import child_environment
 
 CODE = Path(__file__).resolve().parents[1]  # the modules that run now are the ones that train
-CANDIDATE, REPORTS, PARAMS, LOG = "candidate", "reports", "params.yaml", "train.log"
+CANDIDATE, REPORTS, PARAMS, LOG, PROCESS = "candidate", "reports", "params.yaml", "train.log", "process"
 POLL_SECONDS = 0.05
 STOP_SECONDS = 20.0
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")
@@ -65,6 +65,7 @@ class Ended(NamedTuple):
 
 def run_training(folder: Path, material: Material, config: Config, follow: Callable[[Points], bool] = lambda points: False) -> Ended:
     """Train into `folder`/candidate and `folder`/reports. `follow` sees the curve as it grows; when it returns True the process is ended at once."""
+    _end_orphan(folder)
     for half in folder.glob(".*.tmp"):  # of a process that was killed: its curve is not ours
         shutil.rmtree(half, ignore_errors=True)
     write_text(folder / PARAMS, render_params(config))
@@ -81,6 +82,7 @@ def run_module(module: str, arguments: list[str], folder: Path, follow: Callable
     with (folder / LOG).open("w", encoding="utf-8") as log:
         # A session of its own: Ctrl-C in a terminal reaches us alone, and we decide.
         process = subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=CODE, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        write_text(folder / PROCESS, str(process.pid))
         try:
             stopped = _watch(process, follow)
         except BaseException:
@@ -109,14 +111,24 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """With its children: torchrun's stand in sessions of their own."""
     with suppress(psutil.NoSuchProcess):
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        for child in children:
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
+        _kill_tree(psutil.Process(process.pid))
     process.wait()
+
+
+def _kill_tree(process: psutil.Process) -> None:
+    """With its children: torchrun's stand in sessions of their own."""
+    for each in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def _end_orphan(folder: Path) -> None:
+    """A training in this folder whose starter was killed would go on writing into it."""
+    with suppress(OSError, ValueError, psutil.Error):
+        process = psutil.Process(int((folder / PROCESS).read_text()))
+        if str(folder.absolute()) in " ".join(process.cmdline()):
+            _kill_tree(process)
 
 
 def read_points(folder: Path) -> Points:

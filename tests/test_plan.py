@@ -15,7 +15,7 @@ from places import make_repository
 from ratchet.config import AdapterConfig, Config, TrainConfig
 from ratchet.errors import StageError, UserError
 from ratchet.packing import read_windows, rows_of
-from ratchet.plan import Plan, choose_windows, extrapolate, free_mib, plan_training, positions, shortened
+from ratchet.plan import Plan, choose_windows, extrapolate, free_mib, plan_training, shapes, shortened
 from ratchet.training import count_batches
 from ratchet.trainings import Material, read_figures, run_training
 
@@ -33,7 +33,7 @@ def quiet(line: str) -> None:
 
 def long_config(config: Config, method: str) -> Config:
     """Some fifteen seconds on one core; patience would end it when it likes."""
-    train = TrainConfig(epochs=60, batch_windows=8, accumulate=2, learning_rate=1e-4, evaluations=6, patience=100)
+    train = TrainConfig(epochs=20, batch_windows=8, accumulate=2, learning_rate=1e-4, evaluations=6, patience=100)
     return config.model_copy(update={"train": train, "adapter": AdapterConfig(method=method, rank=4, alpha=8.0)})
 
 
@@ -73,7 +73,7 @@ def test_passes_are_counted_as_training_counts_them(material: Material) -> None:
     assert len(windows) > 20
     for batch_windows in (1, 3, 8):
         for apart in (True, False):
-            assert len(positions(windows, batch_windows, apart=apart)) == count_batches(windows, batch_windows, apart=apart)
+            assert len(shapes(windows, batch_windows, apart=apart)) == count_batches(windows, batch_windows, apart=apart)
 
 
 def test_the_probe_has_the_pass_that_takes_most_room(material: Material) -> None:

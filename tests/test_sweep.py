@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 from places import KEPT_CONNECTIONS, commit, make_repository, use_mlflow, use_no_mlflow, write_files
 
@@ -173,14 +174,14 @@ def test_an_interrupted_sweep_goes_on_with_the_same_study(material: Material, ti
         "search = Search(home, load_config(home / 'params.yaml'), material, commit='c', say=print)\n"
         "search.run(search.next(), material)\n"
     )
-    started = subprocess.Popen([sys.executable, "-c", program, str(home), *map(str, material)], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE)
+    started = subprocess.Popen([sys.executable, "-c", program, str(home), *map(str, material)], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 60
     while not (trainings := list((home / ".ratchet/sweeps").glob("*/*/.reports.*.tmp/history.jsonl"))) and time.monotonic() < until and started.poll() is None:
         time.sleep(0.05)
     child = int(trainings[0].parent.name.split(".")[2])
-    for process in (started.pid, child):
-        os.kill(process, signal.SIGKILL)
-    started.communicate()
+    os.kill(started.pid, signal.SIGKILL)
+    started.wait()
+    assert psutil.Process(child).status() != psutil.STATUS_ZOMBIE, "its training goes on without it"
 
     said: list[str] = []
     search = search_in(home, config, material, said)
@@ -193,6 +194,7 @@ def test_an_interrupted_sweep_goes_on_with_the_same_study(material: Material, ti
     assert again is not None and again.user_attrs["changes"] == {"adapter.rank": 4}
     assert search.counts() == {"complete": 0, "pruned": 0, "fail": 0, "running": 1}, "what was lost or put back is no trial"
     assert len(list((home / ".ratchet/sweeps").glob("*/"))) == 1
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE, "the orphan was ended before its folder was used again"
 
 
 def interrupt(search: Search, trial: optuna.Trial, material: Material) -> None:
