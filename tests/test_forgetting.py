@@ -20,6 +20,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(not (DATA / "data_full.json").exists(), reason="CLINC150 does not lie in ../shared/data/clinc150")
 def test_two_domains_arrive_and_each_arm_is_told_with_what_it_kept(tmp_path):
     done = run("--data", str(DATA), "--quick", "--arms", "0,all", "--jobs", "1", "--json", "--runs", str(tmp_path / "runs"))
