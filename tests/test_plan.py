@@ -33,7 +33,7 @@ def quiet(line: str) -> None:
 
 def long_config(config: Config, method: str) -> Config:
     """Some fifteen seconds on one core; patience would end it when it likes."""
-    train = TrainConfig(epochs=20, batch_windows=8, accumulate=2, learning_rate=1e-4, evaluations=6, patience=100)
+    train = TrainConfig(epochs=40, batch_windows=8, accumulate=2, learning_rate=1e-4, evaluations=6, patience=100)
     return config.model_copy(update={"train": train, "adapter": AdapterConfig(method=method, rank=4, alpha=8.0)})
 
 
@@ -47,7 +47,7 @@ def test_the_training_takes_what_the_plan_said_within_a_quarter(method: str, mat
     figures = read_figures(tmp_path)
     print(f"planned {before.seconds:.1f} s, {before.peak_mib:.0f} MiB; took {figures['seconds']:.1f} s, {figures['peak_mib']:.0f} MiB; planned after it {after.seconds:.1f} s")
     assert (ended.code, before.steps) == (0, figures["steps"])
-    assert figures["seconds"] > 8, "or it would say little"
+    assert figures["seconds"] > 4, "or it would say little"
     # On a machine that others share the pace may change while it trains: then the plan before and the one after it differ, and hold it between them.
     low, high = sorted((before.seconds, after.seconds))
     assert 0.75 * low <= figures["seconds"] <= 1.25 * high
