@@ -66,6 +66,12 @@ def by_length(rows: Sequence[Window], budget: int) -> list[list[Window]]:
     return groups
 
 
+def group_rows(windows: Sequence[Window], batch_windows: int) -> list[list[Window]]:
+    """The rows of the windows by length; padded, a group takes no more room than a batch of windows."""
+    rows = [row for window in windows for row in rows_of(window)]
+    return by_length(rows, batch_windows * max(len(window.input_ids) for window in windows))
+
+
 def write_windows(path: Path, windows: Sequence[Window]) -> None:
     """Arrow's file format, three columns of integers."""
     import pyarrow as pa

@@ -24,7 +24,7 @@ from ratchet.config import Config
 from ratchet.errors import UserError
 from ratchet.files import read_json
 from ratchet.methods import PREFIXED
-from ratchet.packing import Window, by_length, read_windows, rows_of, write_windows
+from ratchet.packing import Window, group_rows, read_windows, write_windows
 from ratchet.trainings import Material, Points, read_figures, read_points, require_success, run_training
 
 STEPS, PASSES = 4, 2.0  # steps a pass
@@ -131,9 +131,9 @@ def extrapolate(points: Points, figures: dict[str, Any], process_seconds: float,
 
 def shapes(windows: list[Window], batch_windows: int, *, apart: bool) -> list[tuple[int, int]]:
     """(rows, padded length) of each forward pass of an epoch, batched as `ratchet.training` does it: rows of like length, or windows."""
-    longest = max(len(window.input_ids) for window in windows)
     if apart:
-        return [(len(rows), len(rows[0].input_ids)) for rows in by_length([row for window in windows for row in rows_of(window)], batch_windows * longest)]
+        return [(len(rows), len(rows[0].input_ids)) for rows in group_rows(windows, batch_windows)]
+    longest = max(len(window.input_ids) for window in windows)
     return [(len(windows[start : start + batch_windows]), longest) for start in range(0, len(windows), batch_windows)]
 
 

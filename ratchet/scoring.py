@@ -89,6 +89,24 @@ class Models:
         yield load_base(player.base, **base_settings(player.like))
 
 
+def players_of(base: Path, incumbent: Path | None, candidate: Path) -> list[Player]:
+    """Candidate, champion (None before the first promotion) and untouched base, those that share a base in memory one after the other."""
+    players = [Player("candidate", base, candidate, candidate), Player("base", base, None, candidate)]
+    if incumbent:
+        own_base = incumbent / "base" if (incumbent / "base").exists() else base
+        together = own_base == base and share_a_base(candidate, incumbent)
+        players.insert(1 if together else 2, Player("champion", own_base, incumbent, incumbent))
+    return players
+
+
+def each_model(base: Path, incumbent: Path | None, candidate: Path) -> Iterator[tuple[str, Any, ChatFormat]]:
+    """(name, model, chat) in turn, for what is measured on the model itself. A model is to be used before the next one is asked for."""
+    models = Models()
+    for player in players_of(base, incumbent, candidate):
+        with models.play(player) as model:
+            yield player.name, model.eval(), ChatFormat(load_tokenizer(player.base))
+
+
 def answer(player: Player, models: Models, asked: Asked, config: EvaluateConfig, cache: Path | None = None) -> Answered:
     """In the order of the rows. Raises BaseModelError when a likelihood is not finite."""
     started = time.perf_counter()

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ratchet.errors import ConfigError, DivergenceError, StoppedError
-from ratchet.packing import IGNORED, Window, by_length, rows_of
+from ratchet.packing import IGNORED, Window, group_rows
 from ratchet.processes import any_of, check_size, rank, world_size
 
 if TYPE_CHECKING:
@@ -72,17 +72,11 @@ class Outcome(NamedTuple):
 def count_batches(windows: Sequence[Window], batch_windows: int, *, apart: bool | None = None) -> int:
     """Forward passes of an epoch."""
     apart = _faster_apart() if apart is None else apart
-    return len(_grouped(windows, batch_windows)) if apart else math.ceil(len(windows) / batch_windows)
+    return len(group_rows(windows, batch_windows)) if apart else math.ceil(len(windows) / batch_windows)
 
 
 def _faster_apart() -> bool:
     return not torch.cuda.is_available()
-
-
-def _grouped(windows: Sequence[Window], batch_windows: int) -> list[list[Window]]:
-    """Padded, a group takes no more room than a batch of windows."""
-    rows = [row for window in windows for row in rows_of(window)]
-    return by_length(rows, batch_windows * max(len(window.input_ids) for window in windows))
 
 
 def fit(
@@ -114,7 +108,7 @@ def fit(
     batches: Sequence[Any] = windows
     held_out: Sequence[Any] = validation
     if apart := _faster_apart() if apart is None else apart:
-        batches, held_out = _grouped(windows, schedule.batch_windows), _grouped(validation, schedule.batch_windows) if validation else []
+        batches, held_out = group_rows(windows, schedule.batch_windows), group_rows(validation, schedule.batch_windows) if validation else []
     batch_items = 1 if apart else schedule.batch_windows
     # Every step has the same number of forward passes, so that processes can share them; the last ones may be of nothing.
     nothing = Window([pad_id], [IGNORED], [0])

@@ -29,7 +29,6 @@ from ratchet.chat import ChatFormat
 from ratchet.config import Config, EvaluateConfig
 from ratchet.counterfactuals import Pair, make_pairs, read_swaps
 from ratchet.custom import Custom, custom_score, load_custom
-from ratchet.each_model import each_model
 from ratchet.errors import DataError
 from ratchet.examples import Example, read_examples
 from ratchet.exposure import describe_exposure, measure_exposure
@@ -37,10 +36,10 @@ from ratchet.files import read_json, whole_folder, write_json
 from ratchet.group_fairness import describe_groups, group_columns, require_fairlearn
 from ratchet.judged import judge_answers, read_agreement
 from ratchet.labels import are_labels, macro_f1
-from ratchet.methods import share_a_base, virtual_tokens
+from ratchet.methods import virtual_tokens
 from ratchet.models import MANIFEST, load_tokenizer
 from ratchet.regions import mark, parts, read_region
-from ratchet.scoring import Answered, Asked, Models, Player, add_scores, answer, frame_of
+from ratchet.scoring import Answered, Asked, Models, add_scores, answer, each_model, frame_of, players_of
 from ratchet.simple import simple_answers
 from ratchet.slices import groups
 from ratchet.stage import run_stage, say
@@ -227,13 +226,8 @@ def _split_by_fit(rows: list[Example], base: Path, config: Config) -> tuple[list
 
 def _score_all(asked: Asked, base: Path, incumbent: Path | None, candidate: Path, config: EvaluateConfig, cache: Path | None) -> list[pd.DataFrame]:
     """Each in the precision of its own method; those that share a base in memory one after the other."""
-    players = [Player("candidate", base, candidate, candidate), Player("base", base, None, candidate)]
-    if incumbent:
-        own_base = incumbent / "base" if (incumbent / "base").exists() else base
-        together = own_base == base and share_a_base(candidate, incumbent)
-        players.insert(1 if together else 2, Player("champion", own_base, incumbent, incumbent))
     models = Models()
-    frames = [frame_of(asked.rows, player.name, answer(player, models, asked, config, cache), config) for player in players]
+    frames = [frame_of(asked.rows, player.name, answer(player, models, asked, config, cache), config) for player in players_of(base, incumbent, candidate)]
     if cache:
         forget_oldest(cache, config.cache_mib)
     return frames

@@ -13,13 +13,13 @@ import pytest
 from ratchet.canaries import ALTERNATIVES, alternatives, make_canaries, make_references
 from ratchet.chat import ChatFormat
 from ratchet.config import AdapterConfig, Config, GateConfig, TokenizeConfig, TrainConfig
-from ratchet.each_model import each_model
 from ratchet.errors import DataError
 from ratchet.examples import encode_line, read_examples
 from ratchet.exposure import judge_leaks, measure_exposure
 from ratchet.files import read_json, write_bytes
 from ratchet.models import load_base, load_tokenizer
 from ratchet.packing import read_windows, rows_of
+from ratchet.scoring import each_model
 from tasks.evaluate import evaluate
 from tasks.tokenize import tokenize
 from tasks.train import train
