@@ -313,6 +313,9 @@ class TrainConfig(Section):
     processes: Count = Field(
         default=1, description="processes that share the forward passes of a step, started by torchrun: one a GPU, or parts of a CPU. `accumulate` has to be a multiple"
     )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        default="auto", description="several processes: each with the whole model (`ddp`) or a part of it (`fsdp`); `auto`: parts for `full` and for `qlora` on NF4"
+    )
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradient norm that is clipped to")
     teacher: str = Field(
         default="",

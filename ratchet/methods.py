@@ -51,11 +51,11 @@ def read_kind(folder: Path) -> Kind:
     return Kind(family, shares=shares, mixes=shares and family == "lora" and not config.get("use_dora"))
 
 
-def load_trainable(base: Path, start: Path | None, config: AdapterConfig, *, seed: int) -> Any:
-    """The model to train: `base` with a fresh adapter, or with the one of `start`. Raises BaseModelError, ConfigError."""
+def load_trainable(base: Path, start: Path | None, config: AdapterConfig, *, seed: int, in_parts: bool = False) -> Any:
+    """The model to train: `base` with a fresh adapter, or with the one of `start`; `in_parts` as in load_base. Raises BaseModelError, ConfigError."""
     if config.method == "full":
-        return load_full(start, training=True) if start else load_base(base, method="full")
-    model = load_base(base, method=config.method, quantisation=config.quantisation)
+        return load_full(start, training=True, in_parts=in_parts) if start else load_base(base, method="full", in_parts=in_parts)
+    model = load_base(base, method=config.method, quantisation=config.quantisation, in_parts=in_parts)
     if config.method == "qlora":
         model = prepare_quantised(model)
     if start and config.method in PREFIXED:
@@ -180,8 +180,11 @@ BUILDERS: dict[str, Callable[[AdapterConfig], Any]] = {
 }
 
 
-def save_trained(model: Any, base: Path, folder: Path) -> None:
-    """Safetensors and their config, without a path of this machine: it would be useless elsewhere, and would differ between equal runs."""
+def save_trained(model: Any, base: Path, folder: Path, weights: dict[str, Any] | None = None) -> None:
+    """Safetensors and their config, without a path of this machine: it would be useless elsewhere, and would differ between equal runs.
+
+    `weights`: the whole trained ones, where the model holds parts of them.
+    """
     name = read_json(base / MANIFEST)["model"]
     if not hasattr(model, "peft_config"):
         import torch
@@ -189,14 +192,19 @@ def save_trained(model: Any, base: Path, folder: Path) -> None:
         from ratchet.models import precision
 
         model.config.name_or_path = name
+        dtype = getattr(torch, precision("lora")[0])
+        if weights is None:
+            model = model.to(dtype)
+        else:
+            weights = {key: weight.to(dtype) for key, weight in weights.items()}
         # One file, so that one sum tells which weights they are.
-        model.to(getattr(torch, precision("lora")[0])).save_pretrained(folder, safe_serialization=True, max_shard_size="10TB")
+        model.save_pretrained(folder, state_dict=weights, safe_serialization=True, max_shard_size="10TB")
         return
     adapter = model.peft_config["default"]
     adapter.base_model_name_or_path = name
     if isinstance(getattr(adapter, "target_modules", None), set):
         adapter.target_modules = sorted(adapter.target_modules)  # PEFT would write a set, in an order of its own in every process
-    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)  # "auto" would ask the hub
+    model.save_pretrained(folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False)  # "auto" would ask the hub
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written with the gate's table
 
 

@@ -30,15 +30,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def load_base(folder: Path, *, method: str = "lora", quantisation: str = "nf4") -> PreTrainedModel:
-    """The base in the precision that the machine and the method ask for (see `precision`); `quantisation` is for `qlora` alone. Raises BaseModelError."""
+def load_base(folder: Path, *, method: str = "lora", quantisation: str = "nf4", in_parts: bool = False) -> PreTrainedModel:
+    """The base in the precision that the machine and the method ask for (see `precision`); `quantisation` is for `qlora` alone. Raises BaseModelError.
+
+    `in_parts`: fit to be cut among processes, and left on the CPU as far as it can be, so that a GPU never holds all of it.
+    """
     import torch
 
     manifest = read_json(folder / MANIFEST)
     source, revision = (folder, None) if manifest["model"] == "demo" else (manifest["model"], manifest["revision"])
     settings: dict[str, Any] = {"dtype": getattr(torch, precision(method)[0]), "attn_implementation": "sdpa", "revision": revision}
     if method == "qlora":
-        settings |= {"quantization_config": _quantised(quantisation), "device_map": {"": device()}}
+        settings |= {"quantization_config": _quantised(quantisation, in_parts=in_parts), "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}}
     try:
         model = _load(source, **settings)
     except OSError as error:
@@ -48,7 +51,7 @@ def load_base(folder: Path, *, method: str = "lora", quantisation: str = "nf4") 
         ) from None
     if method == "qlora":
         _keep_differentiable(model)
-    return cast("PreTrainedModel", model if method == "qlora" else model.to(device()))
+    return cast("PreTrainedModel", model if method == "qlora" or in_parts else model.to(device()))
 
 
 def load_hub(name: str, revision: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -64,8 +67,8 @@ def load_hub(name: str, revision: str) -> tuple[PreTrainedModel, PreTrainedToken
     return cast("PreTrainedModel", model.to(device())), tokenizer
 
 
-def load_full(folder: Path, *, training: bool = False) -> PreTrainedModel:
-    """What `adapter.method: full` wrote: a whole model. transformers fills missing weights at random and only warns; this raises BaseModelError."""
+def load_full(folder: Path, *, training: bool = False, in_parts: bool = False) -> PreTrainedModel:
+    """What `adapter.method: full` wrote: a whole model; `in_parts` as in load_base. transformers fills missing weights at random and only warns; this raises BaseModelError."""
     import torch
 
     try:
@@ -74,7 +77,7 @@ def load_full(folder: Path, *, training: bool = False) -> PreTrainedModel:
         raise BaseModelError(f"{folder} holds no whole model: {str(error).splitlines()[0]}", remedy="dvc pull brings what a training saved") from None
     if odd := sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in found[kind]):
         raise _misfit(folder, f"{len(odd)} weights differ, the first {odd[0]}")
-    return cast("PreTrainedModel", model.to(device()))
+    return cast("PreTrainedModel", model if in_parts else model.to(device()))
 
 
 def _load(source: Any, **settings: Any) -> Any:
@@ -84,14 +87,19 @@ def _load(source: Any, **settings: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, local_files_only=True, use_safetensors=True, **settings)
 
 
-def _quantised(kind: str) -> Any:
+def _quantised(kind: str, *, in_parts: bool) -> Any:
+    """FSDP cuts weights of a floating type alone, so NF4 is kept in one."""
     import torch
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16 if in_parts else torch.uint8,
     )
 
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Sequence
 
+from ratchet.config import AdapterConfig, TrainConfig
 from ratchet.errors import ConfigError
 
 
@@ -30,12 +33,48 @@ def become_torchrun(processes: int, module: str, arguments: Sequence[str]) -> No
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *run, "-m", module, *arguments])  # noqa: S606  (no shell is wanted)
 
 
+def end_with_parent() -> None:
+    """torchrun's processes outlive it when it is killed; they would train on beside the next start."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def check_size(processes: int, found: int) -> None:
     """Raises ConfigError: the training would run in fewer or more processes than were asked for."""
     if processes != found:
         raise ConfigError(
             f"`train.processes` is {processes}, and {found} work on this training", remedy="start it by `ratchet retrain` or `python -m tasks.train`, or set `train.processes`"
         )
+
+
+def take_gpu() -> None:
+    """Of a machine's GPUs the one that is this process's, so that nothing is loaded onto another's."""
+    import torch
+
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def in_parts(train: TrainConfig, adapter: AdapterConfig) -> bool:
+    """Whether each of several processes keeps a part of the model (FSDP2) and not all of it. Raises ConfigError: `train.parallel: fsdp` cannot be."""
+    if train.processes == 1 or train.parallel == "ddp":
+        return False
+    why = ""
+    if adapter.method in ("prefix", "prompt"):
+        why = f"`adapter.method: {adapter.method}` puts its virtual tokens before the layers that would be in parts"
+    elif adapter.method == "qlora" and adapter.quantisation == "int8":
+        why = "`adapter.quantisation: int8` keeps its scales beside the weights, which cannot be cut with them"
+    elif train.optimizer not in ("adamw", "sgd"):
+        why = f"`train.optimizer: {train.optimizer}` does not take weights in parts"
+    if why and train.parallel == "fsdp":
+        raise ConfigError(f"`train.parallel: fsdp` does not work here: {why}", remedy="set `train.parallel: ddp`")
+    return not why and (train.parallel == "fsdp" or adapter.method in ("full", "qlora"))
 
 
 def any_of(flags: Sequence[bool]) -> list[bool]:

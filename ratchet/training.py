@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from ratchet.errors import ConfigError, DivergenceError, StoppedError
 from ratchet.packing import IGNORED, Window, group_rows
 from ratchet.processes import any_of, check_size, rank, world_size
+from ratchet.sharding import as_parts, cut, cut_optimizer, local, shard, whole
 
 if TYPE_CHECKING:
     from ratchet.checkpoints import Checkpoints, Saved
@@ -90,6 +91,7 @@ def fit(
     text_weight: float | None = None,
     apart: bool | None = None,
     teacher: torch.nn.Module | None = None,
+    sharded: bool = False,
     checkpoints: Checkpoints | None = None,
     saved: Saved | None = None,
 ) -> Outcome:
@@ -98,13 +100,13 @@ def fit(
     With `text_weight` the prompt's tokens count in the loss as well, with that weight (the demo's base learns to read from them).
     `apart`: rows by themselves in batches of like length, as virtual tokens before each row ask for; by default on a CPU, where it is faster.
     `teacher`: a model of the same tokenizer, from whose distribution the model learns too (arXiv 1503.02531); it is not changed.
+    `sharded`: among several processes each keeps a part of the model, which stays so (`ratchet.sharding`); otherwise each keeps all of it.
     """
     if schedule.optimizer in CUDA_OPTIMIZERS and not torch.cuda.is_available():
         raise ConfigError(f"`train.optimizer: {schedule.optimizer}` needs a GPU with CUDA, and this machine has none", remedy="set `train.optimizer: adamw` or `adafactor`")
     set_seed(schedule.seed)
     # Filling fresh memory is for finding reads of it; results do not depend on it, and it costs a tenth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    watch = _Watch(model, schedule, report)
     batches: Sequence[Any] = windows
     held_out: Sequence[Any] = validation
     if apart := _faster_apart() if apart is None else apart:
@@ -115,15 +117,19 @@ def fit(
     batches = [*batches, *([[nothing] if apart else nothing] * (-len(batches) % (batch_items * schedule.accumulate)) if schedule.accumulate > 1 else [])]
     longest = max(window.position_ids[-1] + 1 for window in windows) if apart else max(len(window.input_ids) for window in windows)
     with tempfile.TemporaryDirectory(prefix="ratchet-train-") as scratch, _fast_attention(model, longest), _Head(model) as head, _Teacher(teacher, schedule.temperature) as taught:
+        arguments = _arguments(scratch, schedule, batch_items=batch_items, evaluates=bool(validation))
+        check_size(world_size(), arguments.world_size)  # the processes meet here
+        if sharded:
+            shard(model)
+        watch = _Watch(model, schedule, report)
         trainer = _Trainer(
             model=model,
-            args=_arguments(scratch, schedule, batch_items=batch_items, evaluates=bool(validation)),
+            args=arguments,
             train_dataset=_Items(batches),
             eval_dataset=_Items(held_out) if validation else None,
             data_collator=_RowCollator(pad_id) if apart else _Collator(pad_id),
             callbacks=[watch],
         )
-        check_size(world_size(), trainer.args.world_size)
         trainer.model_accepts_loss_kwargs = True  # our loss is over the tokens of all forward passes of a step
         trainer.text_weight, trainer.head, trainer.teacher, trainer.teacher_weight = text_weight, head, taught, schedule.teacher_weight
         trainer.autocast = torch.autocast("cpu", torch.bfloat16, enabled=schedule.compute == "bfloat16" and not torch.cuda.is_available())
@@ -235,15 +241,18 @@ class _Trainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Called behind an optimizer step, its point on the curve and its evaluation."""
-        assert self.checkpoints
-        if rank() or self.watch.out_of_patience:  # it ends here; a start from here would not
+        if self.watch.out_of_patience:  # it ends here; a start from here would not
             return
-        assert self.optimizer and self.lr_scheduler
+        assert self.checkpoints and self.optimizer and self.lr_scheduler
+        weights = trainable(self.model)
+        tensors = whole({"weights": weights, "optimizer": self.optimizer.state_dict(), "best": as_parts(self.watch.best, weights)})
+        if rank():
+            return
         state = {
-            "weights": trainable(self.model),
-            "optimizer": self.optimizer.state_dict(),
+            "weights": tensors["weights"],
+            "optimizer": tensors["optimizer"],
             "scheduler": self.lr_scheduler.state_dict(),
-            "watch": self.watch.state(),
+            "watch": {**self.watch.state(), "best": tensors["best"]},
             "random": _random_state(),
             "losses": {"since_log": self._tr_loss, "total": self._total_loss_scalar, "last_log": self._globalstep_last_logged},
             "seconds": self.seconds,
@@ -252,12 +261,13 @@ class _Trainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         assert self.saved
-        _put(self.model, self.saved.state["weights"])
-        self.watch.restore(self.saved.state["watch"])
+        _put(self.model, cut(self.saved.state["weights"], trainable(self.model)))
+        watch = self.saved.state["watch"]
+        self.watch.restore({**watch, "best": cut(watch["best"], trainable(self.model))})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.saved and self.optimizer and self.lr_scheduler:
-            self.optimizer.load_state_dict(self.saved.state["optimizer"])
+            self.optimizer.load_state_dict(cut_optimizer(self.saved.state["optimizer"], self.optimizer))
             self.lr_scheduler.load_state_dict(self.saved.state["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -399,7 +409,7 @@ class _Watch(TrainerCallback):
         self._model = model
         self._patience = schedule.patience
         self._report = report
-        self._best: dict[str, torch.Tensor] = {}
+        self.best: dict[str, torch.Tensor] = {}  # this process's parts
         self._worse = 0
         self.best_loss: float | None = None
         self.best_step = 0
@@ -419,7 +429,7 @@ class _Watch(TrainerCallback):
         loss = (metrics or {})["eval_loss"]
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step, self._worse = loss, state.global_step, 0
-            self._best = {name: weight.to("cpu", copy=True) for name, weight in trainable(self._model).items()}
+            self.best = {name: local(weight).to("cpu", copy=True) for name, weight in trainable(self._model).items()}
             return
         self._worse += 1
         control.should_training_stop = control.should_training_stop or self.out_of_patience
@@ -429,14 +439,14 @@ class _Watch(TrainerCallback):
         return self._worse >= self._patience
 
     def restore_best(self) -> None:
-        if self._best:
-            _put(self._model, self._best)
+        if self.best:
+            _put(self._model, self.best)
 
     def state(self) -> dict[str, Any]:
-        return {"best": self._best, "best_loss": self.best_loss, "best_step": self.best_step, "worse": self._worse}
+        return {"best": self.best, "best_loss": self.best_loss, "best_step": self.best_step, "worse": self._worse}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._best, self.best_loss, self.best_step, self._worse = state["best"], state["best_loss"], state["best_step"], state["worse"]
+        self.best, self.best_loss, self.best_step, self._worse = state["best"], state["best_loss"], state["best_step"], state["worse"]
 
 
 def trainable(model: Any) -> dict[str, torch.Tensor]:
@@ -444,11 +454,11 @@ def trainable(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _put(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    """All of them, and no others."""
+    """All of them, and no others; of a model in parts, this process's."""
     ours = trainable(model)
     assert ours.keys() == weights.keys(), f"weights differ: {sorted(ours.keys() ^ weights.keys())[:3]}"
     for name, weight in ours.items():
-        weight.copy_(weights[name])
+        local(weight).copy_(weights[name])
 
 
 def _random_state() -> dict[str, Any]:
@@ -468,6 +478,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def _check_weights(model: torch.nn.Module) -> None:
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and not bool(torch.isfinite(weight).all()):
-            raise DivergenceError(f"{name} holds weights that are not finite", remedy="lower `train.learning_rate`; nothing was saved, the champion is untouched")
+    odd = next((name for name, weight in trainable(model).items() if not bool(torch.isfinite(local(weight)).all())), "")
+    if any_of([bool(odd)])[0]:
+        where = odd or "another process's part"
+        raise DivergenceError(f"{where} holds weights that are not finite", remedy="lower `train.learning_rate`; nothing was saved, the champion is untouched")

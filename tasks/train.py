@@ -28,7 +28,7 @@ from ratchet.files import read_json, require_space, sha256_file, sha256_json, wh
 from ratchet.methods import PREFIXED, check_context, check_start, load_trainable, save_trained
 from ratchet.models import MANIFEST, adapter_sha256, compute_dtype, load_tokenizer, precision, quiet
 from ratchet.packing import IGNORED, read_windows
-from ratchet.processes import become_torchrun, check_size, rank, world_size
+from ratchet.processes import become_torchrun, check_size, end_with_parent, in_parts, rank, take_gpu, world_size
 from ratchet.stage import run_stage, say
 from ratchet.tracking import History, LiveCopy, code_sha256, read_history
 
@@ -80,8 +80,8 @@ def _optimise(
         if "validation_loss" in values:
             say(f"train: step {step}, validation loss {values['validation_loss']:.4f}")
 
-    model, outcome, figures = _fit(tokens, base, incumbent, start, out, config, report, history.restore, checkpoints)
-    _save(model, load_tokenizer(base), base, out, config, facts)
+    model, weights, outcome, figures = _fit(tokens, base, incumbent, start, out, config, report, history.restore, checkpoints)
+    _save(model, weights, load_tokenizer(base), base, out, config, facts)
     best = math.nan if outcome.best_validation_loss is None else outcome.best_validation_loss
     say(f"train: {outcome.steps} steps in {outcome.seconds:.0f} s, best validation loss {best:.4f} at step {outcome.best_step}")
     return {**outcome._asdict(), **figures, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **_peak_of_gpu()}
@@ -89,22 +89,26 @@ def _optimise(
 
 def _fit(
     tokens: Path, base: Path, incumbent: Path, start: bool, out: Path, config: Config, report: Report, restore: Callable[[Any], None], checkpoints: Checkpoints
-) -> tuple[Any, Outcome, dict[str, Any]]:
-    """What every process of a training does: (model, outcome, figures)."""
-    from ratchet.training import count_batches, fit
+) -> tuple[Any, dict[str, Any] | None, Outcome, dict[str, Any]]:
+    """What every process of a training does: (model, its whole weights where it holds parts of them, outcome, figures)."""
+    from ratchet.sharding import whole
+    from ratchet.training import count_batches, fit, trainable
 
-    method = config.adapter.method
+    method, sharded = config.adapter.method, in_parts(config.train, config.adapter)
+    take_gpu()
     windows, validation = read_windows(tokens / "train.arrow"), read_windows(tokens / "validation.arrow")
     check_context(base, config.adapter, 1 + max(max(window.position_ids) for window in (*windows, *validation)))
     apart = True if method in PREFIXED else None
     num_batches = count_batches(windows, config.train.batch_windows, apart=apart)
     computed, why = compute_dtype(config.train.precision)
     schedule = _schedule(num_batches, computed, config)
-    model = load_trainable(base, incumbent if start else None, config.adapter, seed=config.train.seed)
+    model = load_trainable(base, incumbent if start else None, config.adapter, seed=config.train.seed, in_parts=sharded)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     require_space(out.parent, ROOM + sum(weight.numel() * weight.element_size() for weight in weights), "the candidate")
-    trainable = sum(weight.numel() for weight in weights)
-    say(f"train: {method} of {trainable:,} weights from {'the champion' if start else 'the base'}, {schedule.steps} steps; computed in {computed}: {why}")
+    count = sum(weight.numel() for weight in weights)
+    say(f"train: {method} of {count:,} weights from {'the champion' if start else 'the base'}, {schedule.steps} steps; computed in {computed}: {why}")
+    if config.train.processes > 1:
+        say(f"train: {config.train.processes} processes, each with {'a part' if sharded else 'all'} of the model")
     teacher = load_teacher(config.train.teacher, base, incumbent)
     if config.train.teacher:
         say(f"train: learns from {config.train.teacher}, too" if teacher else "train: there is no champion to learn from yet")
@@ -121,12 +125,18 @@ def _fit(
             report=report,
             apart=apart,
             teacher=teacher,
+            sharded=sharded,
             checkpoints=checkpoints,
             saved=saved,
         )
     learned = sum(label != IGNORED for window in windows for label in window.labels)
     epochs = outcome.steps * config.train.accumulate / num_batches
-    return model, outcome, {"trainable_weights": trainable, "epochs": epochs, "learned_tokens_per_second": learned * epochs / outcome.seconds}
+    return (
+        model,
+        whole(trainable(model)) if sharded else None,
+        outcome,
+        {"trainable_weights": count, "epochs": epochs, "learned_tokens_per_second": learned * epochs / outcome.seconds},
+    )
 
 
 def _peak_of_gpu() -> dict[str, float]:
@@ -148,10 +158,10 @@ def _machine() -> dict[str, str]:
     return {"device": device(), "computed": compute_dtype("auto")[0], **{package: version(package) for package in PACKAGES}}
 
 
-def _save(model: Any, tokenizer: Any, base: Path, out: Path, config: Config, facts: dict[str, Any]) -> None:
+def _save(model: Any, weights: dict[str, Any] | None, tokenizer: Any, base: Path, out: Path, config: Config, facts: dict[str, Any]) -> None:
     """Manifest last: its existence says that the folder is whole. It holds no time and no path, so equal trainings are equal bytes."""
     with whole_folder(out) as folder:
-        save_trained(model, base, folder)
+        save_trained(model, base, folder, weights)
         tokenizer.save_pretrained(folder)
         write_json(
             folder / MANIFEST,
@@ -231,6 +241,7 @@ def _pad_id(tokenizer: Any) -> int:
 def _main(config: Config, arguments: argparse.Namespace) -> None:
     if config.train.processes > 1:
         become_torchrun(config.train.processes, "tasks.train", sys.argv[1:])
+        end_with_parent()
     train(arguments.tokens, arguments.base, arguments.incumbent, arguments.out, arguments.reports, config)
 
 
