@@ -215,6 +215,10 @@ class BaseConfig(Section):
     model: str = Field(default="demo", min_length=1, description="`demo`, or a hub id (`org/name`)")
     revision: str | None = Field(default=None, description="commit of the hub id, 40 hex digits; needed for a hub id")
     chat_template: str | None = Field(default=None, description="path of a Jinja chat template, for a base that brings none")
+    new_tokens: list[str] = Field(
+        default=[],
+        description="words of the domain that become one token each, its embedding trained (LoRA's family and `full`); until then it is the mean of the pieces' that the word was. Such a version is served on a base of its own",
+    )
     seed: int = Field(default=20, ge=0, description="seed of the demo's weights and of its order of rows")
     demo: DemoBase = Field(default_factory=DemoBase, description="settings of `model: demo`")
 
@@ -222,6 +226,9 @@ class BaseConfig(Section):
     def _pinned(self) -> BaseConfig:
         if self.model != "demo" and not (self.revision and len(self.revision) == 40 and all(c in "0123456789abcdef" for c in self.revision)):
             raise ValueError(f"base.revision is {self.revision!r}; a hub id needs its commit, 40 hex digits, so that every run loads the same weights")
+        for token in self.new_tokens:
+            if not re.fullmatch(r"\w|\w.*\w", token) or self.new_tokens.count(token) > 1:
+                raise ValueError(f"base.new_tokens names {token!r}; wanted words, each once, that begin and end with a letter or digit: markup is for control tokens")
         return self
 
 
@@ -325,6 +332,7 @@ class TrainConfig(Section):
     teacher_weight: Share = Field(default=0.5, description="share of the loss that is the divergence from the teacher")
     teacher_temperature: float = Field(default=1.0, gt=0, description="both distributions are flattened by it before they are compared")
     checkpoint_activations: bool = Field(default=False, description="compute activations again in the backward pass: less memory, about a third more time. Not with `prefix`")
+    liger: bool = Field(default=False, description="Liger's kernels for norms, rotary positions and gated layers: less memory on a GPU; needs CUDA and the extra `kernels`")
     neftune_alpha: float = Field(default=0.0, ge=0, description="noise on the embeddings in training (NEFTune, arXiv 2310.05914), 5 is usual; 0: none")
     evaluations: Count = Field(default=8, description="times that the validation loss is measured in a training")
     patience: Count = Field(default=3, description="measurements without a better validation loss that stop the training")
@@ -732,6 +740,10 @@ class Config(Section):
             raise ValueError(f"adapter.bias is {self.adapter.bias!r}: only the methods of the LoRA family take it, not `{method}`")
         if method in ("prefix", "prompt", "full") and self.adapter.modules_to_save:
             raise ValueError(f"adapter.modules_to_save is {self.adapter.modules_to_save}: `adapter.method: {method}` takes none")
+        if method in ("prefix", "prompt", "ia3") and self.base.new_tokens:
+            raise ValueError(
+                f"base.new_tokens is {self.base.new_tokens}: `adapter.method: {method}` would leave their embeddings untrained; take one of the LoRA family, or `full`"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,11 +1,11 @@
 """What is trained on top of the base: one small builder a method (`adapter.method`); the optimisation is the same for all.
 
-What each can and cannot is told in docs/training.md. Not covered: embeddings for new tokens.
+What each can and cannot is told in docs/training.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ def read_kind(folder: Path) -> Kind:
     try:
         config = read_json(folder / "adapter_config.json")
         family = FAMILIES[config["peft_type"]]
-        alone = config.get("bias", "none") != "none" or bool(config.get("modules_to_save"))
+        alone = config.get("bias", "none") != "none" or bool(config.get("modules_to_save")) or bool(config.get("trainable_token_indices"))
     except (RatchetError, KeyError, AttributeError, TypeError) as error:
         raise BaseModelError(f"adapter_config.json of {folder.name} is of no kind that is known here: {error!r}", remedy="`ratchet retrain` makes another") from None
     shares = family in ("lora", "ia3") and not alone
@@ -60,7 +60,9 @@ def load_trainable(base: Path, start: Path | None, config: AdapterConfig, *, see
         model = prepare_quantised(model)
     if start and config.method in PREFIXED:
         return _put_virtual(add_adapter(model, config, seed=seed), start)
-    return load_adapter(model, start, trainable=True) if start else add_adapter(model, config, seed=seed)
+    if start:
+        return load_adapter(model, start, trainable=True)
+    return add_adapter(model, config, seed=seed, new_ids=[token["id"] for token in read_json(base / MANIFEST).get("new_tokens", [])])
 
 
 def _put_virtual(model: Any, start: Path) -> Any:
@@ -102,7 +104,7 @@ def virtual_tokens(folder: Path) -> int:
     return int(kept["virtual_tokens"]) if kept.get("method") in PREFIXED else 0
 
 
-def base_settings(folder: Path) -> dict[str, str]:
+def base_settings(folder: Path) -> dict[str, Any]:
     """How the base was loaded in the training of `folder`, for load_base."""
     kept = read_json(folder / MANIFEST).get("adapter", {}) if (folder / MANIFEST).exists() else {}
     if kept.get("method") != "qlora":
@@ -117,17 +119,30 @@ def prepare_quantised(base: Any) -> Any:
     return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
 
 
-def add_adapter(base: Any, config: AdapterConfig, *, seed: int) -> Any:
-    """A fresh adapter on `base`, its weights drawn from `seed`; but for `prefix` and `prompt`, the model then computes what the base does."""
+def add_adapter(base: Any, config: AdapterConfig, *, seed: int, new_ids: Sequence[int] = ()) -> Any:
+    """A fresh adapter on `base`, its weights drawn from `seed`; but for `prefix` and `prompt`, the model then computes what the base does.
+
+    `new_ids`: tokens whose embeddings are trained as well.
+    """
     from peft import get_peft_model
     from transformers import set_seed
 
+    settings = BUILDERS[config.method](config)
+    if new_ids:
+        settings.trainable_token_indices = {name: list(new_ids) for name in _embeddings(base)}
     set_seed(seed)  # PEFT draws from torch's global generator
     with quiet():
         try:
-            return get_peft_model(base, BUILDERS[config.method](config))
+            return get_peft_model(base, settings)
         except ValueError as error:
             raise ConfigError(f"`adapter` does not fit the base: {str(error).splitlines()[0]}", remedy="name modules that the base has in `adapter.target_modules`") from None
+
+
+def _embeddings(base: Any) -> list[str]:
+    """The names of the table that reads tokens and, where it is another, of the one that writes them."""
+    reads, writes = base.get_input_embeddings(), base.get_output_embeddings()
+    wanted = [reads] if reads.weight is writes.weight else [reads, writes]
+    return [name.rpartition(".")[2] for name, module in base.named_modules() if any(module is table for table in wanted)]
 
 
 def _lora(config: AdapterConfig, **more: Any) -> Any:

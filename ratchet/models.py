@@ -51,6 +51,7 @@ def load_base(folder: Path, *, method: str = "lora", quantisation: str = "nf4", 
         ) from None
     if method == "qlora":
         _keep_differentiable(model)
+    _grow(model, manifest.get("new_tokens", []))
     return cast("PreTrainedModel", model if method == "qlora" or in_parts else model.to(device()))
 
 
@@ -85,6 +86,20 @@ def _load(source: Any, **settings: Any) -> Any:
 
     with quiet():
         return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, local_files_only=True, use_safetensors=True, **settings)
+
+
+def _grow(model: Any, new_tokens: list[dict[str, Any]]) -> None:
+    """Embeddings for `base.new_tokens`: each the mean of the pieces' that the word was, on the way in and on the way out."""
+    if not new_tokens:
+        return
+    import torch
+
+    if (rows := 1 + max(token["id"] for token in new_tokens)) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):  # one and the same where they are tied
+            for token in new_tokens:
+                table[token["id"]] = table[token["pieces"]].mean(0)
 
 
 def _quantised(kind: str, *, in_parts: bool) -> Any:

@@ -8,6 +8,7 @@ A GPU computes windows as they are packed. A CPU computes their rows in batches 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import random
 import tempfile
@@ -33,6 +34,8 @@ LOGS = 100  # points on the training curve, at most; each costs a synchronisatio
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit", "adafactor": "adafactor", "sgd": "sgd"}
 CUDA_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
+# Its losses stay off: ours weighs positions, and its output layer sees only those that bear loss.
+LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # transformers' `constant` has no warm-up
 
 Report = Callable[[int, dict[str, float]], None]
@@ -55,6 +58,7 @@ class Schedule(NamedTuple):
     optimizer: str = "adamw"
     checkpoint_activations: bool = False
     neftune_alpha: float = 0.0
+    liger: bool = False
     teacher_weight: float = 0.0  # share of the loss that is the divergence from the teacher's distribution
     temperature: float = 1.0
     compute: str = "float32"  # what matrix products are computed in (autocast): "float32", "bfloat16" or "float16"; the weights stay what they are
@@ -104,6 +108,8 @@ def fit(
     """
     if schedule.optimizer in CUDA_OPTIMIZERS and not torch.cuda.is_available():
         raise ConfigError(f"`train.optimizer: {schedule.optimizer}` needs a GPU with CUDA, and this machine has none", remedy="set `train.optimizer: adamw` or `adafactor`")
+    if schedule.liger:
+        _apply_liger(model)
     set_seed(schedule.seed)
     # Filling fresh memory is for finding reads of it; results do not depend on it, and it costs a tenth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -144,6 +150,17 @@ def fit(
     watch.restore_best()
     _check_weights(model)
     return Outcome(done, watch.best_step or done, watch.best_loss, float(result.training_loss), trainer.seconds)
+
+
+def _apply_liger(model: Any) -> None:
+    """By hand: with its own switch the Trainer hands evaluations a key that only Liger's fused loss knows."""
+    if not torch.cuda.is_available():
+        raise ConfigError("`train.liger` needs a GPU with CUDA, and this machine has none", remedy="set `train.liger: false`")
+    if not importlib.util.find_spec("liger_kernel"):
+        raise ConfigError("`train.liger` needs the package liger-kernel, which is not installed", remedy="install the extra `kernels`, or set `train.liger: false`")
+    from transformers.integrations.liger import apply_liger_kernel
+
+    apply_liger_kernel(model, LIGER)  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

@@ -38,6 +38,8 @@ def make_base(out: Path, config: Config) -> dict[str, Any]:
     require_space(out.parent, 200 * 2**20, "the base model")
     with whole_folder(out) as folder:
         details = _make_demo(folder, config.base, config.prepare) if config.base.model == "demo" else _take_from_hub(folder, config.base)
+        if config.base.new_tokens:
+            details |= _add_tokens(folder, config.base.new_tokens)
         manifest = {
             "model": config.base.model,
             "revision": config.base.revision,
@@ -46,6 +48,21 @@ def make_base(out: Path, config: Config) -> dict[str, Any]:
         }
         write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _add_tokens(folder: Path, words: list[str]) -> dict[str, Any]:
+    """Into the tokenizer; the weights follow when they are loaded. Raises BaseModelError: a word that is one token already."""
+    from transformers import AddedToken
+
+    tokenizer = load_tokenizer(folder)
+    pieces = [list(map(int, tokenizer.encode(word, add_special_tokens=False))) for word in words]
+    if known := [word for word, ids in zip(words, pieces, strict=True) if len(ids) < 2]:
+        raise BaseModelError(f"`base.new_tokens` names {known[0]!r}, which is one token of this base already", remedy="take it out of the list")
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
+    ids = [int(tokenizer.convert_tokens_to_ids(word)) for word in words]
+    tokenizer.save_pretrained(folder)
+    say(f"base: {len(words)} new tokens, which were {sum(map(len, pieces))} pieces")
+    return {"vocab_size": len(tokenizer), "new_tokens": [{"token": word, "id": id, "pieces": of} for word, id, of in zip(words, ids, pieces, strict=True)]}
 
 
 # --- a hub's model ---------------------------------------------------------------------------------------------------

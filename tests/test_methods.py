@@ -362,6 +362,11 @@ def test_an_optimizer_that_needs_cuda_says_so(optimizer: str, trained: Trained, 
         fails(trained, tokens, nobody, tmp_path, optimizer=optimizer)
 
 
+def test_kernels_that_need_cuda_say_so(trained: Trained, tokens: Path, nobody: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`train\.liger` needs a GPU"):
+        fails(trained, tokens, nobody, tmp_path, liger=True)
+
+
 def test_modules_that_the_base_does_not_have_are_named(trained: Trained, tokens: Path, nobody: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)does not fit the base.*c_attn"):
         fails(trained, tokens, nobody, tmp_path, adapter=AdapterConfig(target_modules=["c_attn"]))

@@ -15,7 +15,7 @@ from ratchet.serving import Bundle
 MAX_RANK = 512
 # What PEFT offers beyond the methods that are trained here changes the base under the other versions (PiSSA and its like), or was never tried.
 MUST_BE_OFF = (
-    *("lora_bias", "use_qalora", "use_bdlora", "layer_replication", "trainable_token_indices", "target_parameters"),
+    *("lora_bias", "use_qalora", "use_bdlora", "layer_replication", "target_parameters"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
     "prefix_projection",
 )
@@ -27,7 +27,7 @@ def check_adapter_fits(bundle: Bundle) -> None:
     """Raises BaseModelError: another base, a method that is not served, a rank over 512, weights that are not finite."""
     _check_base(bundle)
     if not is_full(bundle.adapter):
-        _check_config(bundle.adapter)
+        _check_config(bundle.adapter, bundle.base)
     _check_weights(weights_file(bundle.adapter))
 
 
@@ -40,7 +40,7 @@ def _check_base(bundle: Bundle) -> None:
         )
 
 
-def _check_config(folder: Path) -> None:
+def _check_config(folder: Path, base: Path) -> None:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         ranks = [config["r"], *(config.get("rank_pattern") or {}).values()] if config.get("peft_type") == "LORA" else []
@@ -50,10 +50,17 @@ def _check_config(folder: Path) -> None:
         raise BaseModelError(f"the adapter's rank is {odd[0]!r}, wanted 1 to {MAX_RANK}", remedy="set `adapter.rank` and retrain")
     unlike = [key for key in MUST_BE_OFF if config.get(key) not in OFF]
     unlike += [] if config.get("peft_type") in FAMILIES else ["peft_type"]
+    unlike += [] if _only_new(config.get("trainable_token_indices"), base) else ["trainable_token_indices"]
     unlike += [] if config.get("init_lora_weights", True) in HARMLESS_STARTS else ["init_lora_weights"]
     if unlike:
         said = ", ".join(f"{key} {config.get(key)!r}" for key in unlike)
         raise BaseModelError(f"adapter_config.json asks for more than `adapter.method` offers: {said}", remedy="only adapters that were trained here are served")
+
+
+def _only_new(trained: Any, base: Path) -> bool:
+    """Embeddings of no other tokens than the base's `new_tokens`."""
+    ids = [token["id"] for token in read_json(base / MANIFEST).get("new_tokens", [])]
+    return not trained or (isinstance(trained, dict) and all(of == ids for of in trained.values()))
 
 
 def _check_weights(path: Path) -> None:
