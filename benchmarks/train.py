@@ -31,7 +31,7 @@ import psutil
 from ratchet.sources.pydoc import _roots
 from ratchet.workspace import STAGE_ENVIRONMENT
 
-ARMS = ("usual", "sorted", "trl_padded", "trl_packed", "ratchet", "ratchet_qlora")
+ARMS = ("usual", "sorted", "trl_padded", "trl_packed", "ratchet", "ratchet_qlora", "ratchet_compiled")
 TRL, TRL_WANTED = Path(".ratchet/bench-trl"), "trl==1.16.0"
 SKIPPED = 2  # steps at the start that are not timed
 
@@ -191,7 +191,9 @@ class Clock:
 def run_arm(arm: str, folder: Path, seconds: float, setup: Setup) -> None:
     clock = Clock(seconds)
     rows = [(list(ids), list(learned)) for ids, learned in msgspec.json.decode((folder / "rows.json").read_bytes())]
-    {"usual": _usual, "sorted": _usual, "trl_padded": _trl, "trl_packed": _trl, "ratchet": _ratchet, "ratchet_qlora": _ratchet}[arm](arm, folder, rows, clock, setup)
+    {"usual": _usual, "sorted": _usual, "trl_padded": _trl, "trl_packed": _trl, "ratchet": _ratchet, "ratchet_qlora": _ratchet, "ratchet_compiled": _ratchet}[arm](
+        arm, folder, rows, clock, setup
+    )
     figures = clock.tell()
     if setup.cuda:
         import torch
@@ -324,6 +326,7 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup
         seed=1,
         compute=compute_dtype("auto")[0],
         checkpoint_activations=setup.cuda,
+        compile=arm == "ratchet_compiled",
     )
     model = load_base(folder / "base", method=method)
     model = add_adapter(prepare_quantised(model) if method == "qlora" else model, AdapterConfig(method=method, rank=16, alpha=32), seed=train.seed)

@@ -332,6 +332,10 @@ class TrainConfig(Section):
     teacher_weight: Share = Field(default=0.5, description="share of the loss that is the divergence from the teacher")
     teacher_temperature: float = Field(default=1.0, gt=0, description="both distributions are flattened by it before they are compared")
     checkpoint_activations: bool = Field(default=False, description="compute activations again in the backward pass: less memory, about a third more time. Not with `prefix`")
+    compile: bool = Field(
+        default=False,
+        description="compile the layers (torch.compile) at the start, a minute or so, for faster steps: for trainings of ten minutes and more. A CPU needs a C++ compiler",
+    )
     liger: bool = Field(default=False, description="Liger's kernels for norms, rotary positions and gated layers: less memory on a GPU; needs CUDA and the extra `kernels`")
     neftune_alpha: float = Field(default=0.0, ge=0, description="noise on the embeddings in training (NEFTune, arXiv 2310.05914), 5 is usual; 0: none")
     evaluations: Count = Field(default=8, description="times that the validation loss is measured in a training")

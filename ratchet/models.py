@@ -163,6 +163,17 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def without_adapter(model: Any) -> Any:
+    """transformers' model, inside PEFT's or itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The decoder's layers."""
+    base = without_adapter(model)
+    return [module for module in base.modules() if type(module).__name__ in base._no_split_modules]
+
+
 def load_adapter(base: Any, folder: Path, *, name: str = "default", trainable: bool = False) -> Any:
     """`base` with the adapter of `folder`; PEFT's own loading accepts missing and foreign keys without a word, this one raises BaseModelError."""
     from peft import PeftModel

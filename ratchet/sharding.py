@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ratchet.models import layers_of, without_adapter
 from ratchet.processes import rank, world_size
 
 
@@ -21,12 +22,10 @@ def shard(model: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for module in base.modules():
-        if type(module).__name__ in base._no_split_modules:
-            fully_shard(module, mesh=mesh)
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # otherwise it is whole after an evaluation, and what is read then is no part
-    base._is_distributed_loading_by_transformers = True  # so the Trainer neither moves it nor wraps it in DDP
+    without_adapter(model)._is_distributed_loading_by_transformers = True  # so the Trainer neither moves it nor wraps it in DDP
     model._is_fsdp_managed_module = True  # and adds gradients up before it exchanges them
 
 

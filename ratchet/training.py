@@ -8,12 +8,11 @@ A GPU computes windows as they are packed. A CPU computes their rows in batches 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ratchet.errors import ConfigError, DivergenceError, StoppedError
+from ratchet.kernels import apply_liger, check_compiler, compiled, fast_attention
 from ratchet.packing import IGNORED, Window, group_rows
 from ratchet.processes import any_of, check_size, rank, world_size
 from ratchet.sharding import as_parts, cut, cut_optimizer, local, shard, whole
@@ -29,13 +29,10 @@ from ratchet.sharding import as_parts, cut, cut_optimizer, local, shard, whole
 if TYPE_CHECKING:
     from ratchet.checkpoints import Checkpoints, Saved
 
-EAGER_LENGTH = 1024  # tokens of a row up to which plain attention is faster on a CPU; its memory grows with the square
 LOGS = 100  # points on the training curve, at most; each costs a synchronisation on a GPU
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit", "adafactor": "adafactor", "sgd": "sgd"}
 CUDA_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
-# Its losses stay off: ours weighs positions, and its output layer sees only those that bear loss.
-LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # transformers' `constant` has no warm-up
 
 Report = Callable[[int, dict[str, float]], None]
@@ -58,6 +55,7 @@ class Schedule(NamedTuple):
     optimizer: str = "adamw"
     checkpoint_activations: bool = False
     neftune_alpha: float = 0.0
+    compile: bool = False
     liger: bool = False
     teacher_weight: float = 0.0  # share of the loss that is the divergence from the teacher's distribution
     temperature: float = 1.0
@@ -108,8 +106,10 @@ def fit(
     """
     if schedule.optimizer in CUDA_OPTIMIZERS and not torch.cuda.is_available():
         raise ConfigError(f"`train.optimizer: {schedule.optimizer}` needs a GPU with CUDA, and this machine has none", remedy="set `train.optimizer: adamw` or `adafactor`")
+    if schedule.compile:
+        check_compiler()
     if schedule.liger:
-        _apply_liger(model)
+        apply_liger(model)
     set_seed(schedule.seed)
     # Filling fresh memory is for finding reads of it; results do not depend on it, and it costs a tenth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -122,11 +122,16 @@ def fit(
     nothing = Window([pad_id], [IGNORED], [0])
     batches = [*batches, *([[nothing] if apart else nothing] * (-len(batches) % (batch_items * schedule.accumulate)) if schedule.accumulate > 1 else [])]
     longest = max(window.position_ids[-1] + 1 for window in windows) if apart else max(len(window.input_ids) for window in windows)
-    with tempfile.TemporaryDirectory(prefix="ratchet-train-") as scratch, _fast_attention(model, longest), _Head(model) as head, _Teacher(teacher, schedule.temperature) as taught:
+    with contextlib.ExitStack() as at_the_end:
+        scratch = at_the_end.enter_context(tempfile.TemporaryDirectory(prefix="ratchet-train-"))
+        at_the_end.enter_context(fast_attention(model, longest))
+        head, taught = at_the_end.enter_context(_Head(model)), at_the_end.enter_context(_Teacher(teacher, schedule.temperature))
         arguments = _arguments(scratch, schedule, batch_items=batch_items, evaluates=bool(validation))
         check_size(world_size(), arguments.world_size)  # the processes meet here
         if sharded:
             shard(model)
+        if schedule.compile:
+            at_the_end.enter_context(compiled(model))
         watch = _Watch(model, schedule, report)
         trainer = _Trainer(
             model=model,
@@ -150,30 +155,6 @@ def fit(
     watch.restore_best()
     _check_weights(model)
     return Outcome(done, watch.best_step or done, watch.best_loss, float(result.training_loss), trainer.seconds)
-
-
-def _apply_liger(model: Any) -> None:
-    """By hand: with its own switch the Trainer hands evaluations a key that only Liger's fused loss knows."""
-    if not torch.cuda.is_available():
-        raise ConfigError("`train.liger` needs a GPU with CUDA, and this machine has none", remedy="set `train.liger: false`")
-    if not importlib.util.find_spec("liger_kernel"):
-        raise ConfigError("`train.liger` needs the package liger-kernel, which is not installed", remedy="install the extra `kernels`, or set `train.liger: false`")
-    from transformers.integrations.liger import apply_liger_kernel
-
-    apply_liger_kernel(model, LIGER)  # type: ignore[no-untyped-call]
-
-
-@contextlib.contextmanager
-def _fast_attention(model: Any, longest: int) -> Iterator[None]:
-    """On a CPU torch's fused attention is slower than plain matrix products, while rows are short."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kept = base.config._attn_implementation
-    if not torch.cuda.is_available() and longest <= EAGER_LENGTH:
-        base.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(kept)
 
 
 class _Head:
@@ -312,7 +293,8 @@ class _Trainer(Trainer):
         chosen = weights > 0
         self.head.chosen = chosen
         seen = {name: value for name, value in inputs.items() if name != "labels"}
-        with self.autocast if model.training else contextlib.nullcontext():
+        # An evaluation is no reason to compile everything once more.
+        with self.autocast if model.training else torch.compiler.set_stance("force_eager"):
             logits = model(**seen, use_cache=False).logits[0].float()  # (chosen, vocab)
             taught = self.teacher(seen, chosen) if model.training and self.teacher else None
         losses = cross_entropy(logits, ids[:, 1:][chosen], reduction="none")

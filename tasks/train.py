@@ -226,6 +226,7 @@ def _schedule(num_batches: int, computed: str, config: Config) -> Any:
         optimizer=train.optimizer,
         checkpoint_activations=train.checkpoint_activations,
         neftune_alpha=train.neftune_alpha,
+        compile=train.compile,
         liger=train.liger,
         compute=computed,
         teacher_weight=train.teacher_weight if train.teacher else 0.0,
