@@ -38,6 +38,8 @@ def why_no_gguf(config: Any, tokenizer: Any) -> str:
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope != "default":
         return f"its rotary positions are scaled ({rope})"
+    if words := [token.content for token in tokenizer.added_tokens_decoder.values() if token.single_word]:
+        return f"its tokenizer takes {words[0]!r} for a token where it is a whole word, llama.cpp would within other words as well"
     return "" if _pre_tokenizer(_describe(tokenizer)) else "llama.cpp has no name for the way in which its tokenizer cuts text, or it is no byte-level BPE"
 
 

@@ -18,6 +18,7 @@ from ratchet.errors import BaseModelError
 from ratchet.examples import Message, make_example
 from ratchet.files import read_json, write_json
 from ratchet.gateway.intake import check_adapter_fits
+from ratchet.gguf_file import why_no_gguf
 from ratchet.merging import load_merged
 from ratchet.methods import add_adapter, load_trained, read_kind
 from ratchet.models import load_base, load_tokenizer, quiet
@@ -126,6 +127,12 @@ def test_markup_is_no_word(word):
 def test_methods_that_would_leave_them_untrained_are_refused():
     with pytest.raises(ValidationError, match=r"base\.new_tokens.*`adapter\.method: ia3`"):
         Config(base=BaseConfig(new_tokens=["iterator"]), adapter=AdapterConfig(method="ia3"))
+
+
+def test_llama_cpp_would_cut_text_otherwise_and_that_is_said(grown, tiny_base):
+    config = load_base(grown.base).config
+    assert "'dictionary'" in why_no_gguf(config, load_tokenizer(grown.base))
+    assert not why_no_gguf(config, load_tokenizer(tiny_base))
 
 
 def test_an_adapter_that_moves_other_embeddings_is_not_served(tmp_path, grown, candidate):
