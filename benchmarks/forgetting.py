@@ -254,12 +254,12 @@ def interval(values: list[float]) -> dict[str, float | None]:
 
 def table(rows: list[dict[str, Any]], size: Size) -> list[str]:
     names = {"all": "everything from the base"}
-    lines = ["| replay | kept | against all | newest | forgotten a domain | worst domain | base's own domains | rows in the last | training s, all; last |", f"|{'---|' * 9}"]
+    lines = ["| replay | kept | against all | newest | forgotten a domain | worst domain | rows in the last | training s, all; last |", f"|{'---|' * 8}"]
     for row in rows:
         worst = max(row["forgotten_by_domain"].items(), key=lambda item: item[1])
         lines.append(
             f"| {names.get(row['arm'], row['arm'])} | {_cell(row['kept'])} | {_cell(row['against_all'], '+')} | {_cell(row['newest'])} | {_cell(row['forgotten'], '+')} "
-            f"| {worst[0]} {worst[1]:+.3f} | {_cell(row['base_domains'])} | {row['last_rows']} | {row['seconds']:.0f}; {row['last_seconds']:.0f} |"
+            f"| {worst[0]} {worst[1]:+.3f} | {row['last_rows']} | {row['seconds']:.0f}; {row['last_seconds']:.0f} |"
         )
     return [f"{size.domains} retrainings, {size.seeds} seeds, {15 * size.train} training and {15 * size.test} test rows a domain", "", *lines]
 

@@ -33,7 +33,7 @@ RESERVED = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null
 
 DOC_HEAD = """# Every key of params.yaml
 
-Made from `ratchet/config.py` by `python -m ratchet.config_doc`. A key that is left out has its default; a key that is not listed here is refused.
+Made from `ratchet/sections/` by `python -m ratchet.config_doc`. A key that is left out has its default; a key that is not listed here is refused.
 """
 PARAMS_HEAD = """# Every knob, with its default. docs/params.md lists what each of them takes.
 # Stages read this file alone: a change here makes DVC run the stages that it touches, and no others.
