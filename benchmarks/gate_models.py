@@ -65,7 +65,7 @@ class Size(NamedTuple):
 
 
 FULL = Size(5, Counts(30, 20, 30), 4, 600, 8.0, 4, 1000, (1200, 400), 40, 10, (400, 150), 1.0)
-QUICK = Size(1, Counts(10, 6, 8), 2, 20, 2.0, 1, 10, (220, 60), 2, 1, (210, 50), 1.0)
+QUICK = Size(1, Counts(10, 6, 8), 2, 20, 2.0, 1, 10, (220, 60), 1, 1, (210, 50), 1.0)
 CHUNK = 100  # cycles that a process takes at once
 
 
@@ -188,7 +188,7 @@ WANTED = {
     ITSELF: "none promoted",
     EXCHANGED: "at most {} promoted ({} by the success metric alone)",
     NO_BETTER: "at most {} promoted ({} by the success metric alone)",
-    BETTER: "to compare: promoting it is right",
+    BETTER: "to compare ({1} by the success metric alone): promoting it is right",
 }
 
 

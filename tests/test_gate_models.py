@@ -1,4 +1,4 @@
-"""The benchmark of the gate on real models, as small as it goes: one known domain of CLINC150, a few cycles, three candidates of each kind."""
+"""The benchmark of the gate on real models, as small as it goes: one known domain of CLINC150, a few cycles, one candidate of each kind."""
 
 from __future__ import annotations
 
@@ -34,14 +34,13 @@ def test_the_gate_promotes_neither_the_champion_nor_a_spoilt_one():
     done = run("--data", str(DATA), "--quick", "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     models, *lines = map(json.loads, done.stdout.splitlines())
-    found = {line["name"]: line for line in lines}
-    assert len(models["twins"]) == 1 and models["base"] < models["champion"] < 1
-    assert found[ITSELF]["found"] == {"reject": 10}
-    assert sum(found[EXCHANGED]["found"].values()) == 10
-    spoilt = {name: line for name, line in found.items() if line["wanted"] == "none promoted" and name != ITSELF}
-    assert sum(sum(line["found"].values()) for line in spoilt.values()) == 15 and not any("promote" in line["found"] for line in spoilt.values())
-    assert [line["found"] for name, line in spoilt.items() if name.startswith("NaN")] == [{"error": 3}]
-    assert [min(line["empty"]) for name, line in spoilt.items() if "nothing" in name] == [1.0]
+    found = {line["name"]: line["found"] for line in lines}
+    assert len(models["twins"]) == 1 and models["rows"] > 280
+    assert found[ITSELF] == {"reject": 10}
+    assert sum(found[EXCHANGED].values()) == 10
+    spoilt = {line["name"].split(" ")[0]: line["found"] for line in lines if not line["name"].startswith(("a twin", "the champion"))}
+    assert spoilt == {"noise": {"reject": 1}, "shuffled": {"reject": 1}, "the": {"reject": 1}, "an": {"reject": 1}, "NaN": {"error": 1}}
+    assert all(len(line["lost"]) == line["found"].get("reject") for line in lines if line["found"] == {"reject": 1})
 
 
 def test_without_the_data_it_says_so(tmp_path):
