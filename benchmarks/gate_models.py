@@ -44,7 +44,7 @@ from ratchet.files import read_json, write_bytes, write_json
 from ratchet.models import MANIFEST, WEIGHTS, adapter_sha256
 
 SCORES = ["exact_match", "answer_nll"]
-SCALES = (0.5, 0.6, 0.8, 1.0)  # of noise, in standard deviations of each weight matrix; half as much costs under five points
+SCALES = (0.5, 0.6, 0.8, 1.0)  # of noise, in standard deviations of each matrix: from 0.5 on, each costs over five points
 AT_MOST = GateConfig(alpha=0.05, alpha_budget=1.0, resamples=1000)
 CHAMPION, BASE, CACHE, POOL, LOOKS = "models/champion", "models/base", "cache", "pool", "looks.json"
 
