@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import multiprocessing
-import os
 import random
 import statistics
 import sys
@@ -28,13 +26,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ratchet.config import AdapterConfig, BaseConfig, Config, DemoBase, EvaluateConfig, TokenizeConfig, TrainConfig
-from ratchet.examples import Example, Message, encode_line, make_example
+from benchmarks import clinc
+from benchmarks.clinc import DATA, READ, Counts, make_base, one_thread, read_domain, require_data, unread
+from ratchet.config import Config
+from ratchet.examples import Example, encode_line
 from ratchet.files import read_json, write_bytes, write_json
 
-DATA = Path("../shared/data/clinc150")
 ARMS = ("0", "0.05", "0.1", "0.25", "0.5", "1", "all")
-READ = ("small_talk", "utility", "travel", "banking")  # domains that the base has read
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by number of seeds
 
 
@@ -48,6 +46,10 @@ class Size(NamedTuple):
     test: int
     steps: int  # of the base's pre-training
     epochs: float
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(self.train, self.validation, self.test)
 
 
 FULL, QUICK = Size(6, 3, 20, 4, 10, 600, 8.0), Size(2, 1, 6, 2, 2, 20, 1.0)
@@ -64,8 +66,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="file to keep each arm and seed in, as it ends; what stands in it is not measured again")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    if not (arguments.data / "data_full.json").exists():
-        raise SystemExit(f"no CLINC150 in {arguments.data} (wanted data_full.json and domains.json): nothing is measured; name its folder with --data")
+    require_data(arguments.data)
     size = QUICK if arguments.quick else FULL
     size = size._replace(domains=arguments.domains or size.domains, seeds=arguments.seeds or size.seeds)
     with contextlib.redirect_stdout(sys.stderr):  # progress; the table alone is the result
@@ -85,21 +86,11 @@ def measure(data: Path, arms: list[str], size: Size, jobs: int, kept: Path | Non
     found = [known[each] for each in wanted if each in known]
     if len(found) < len(wanted):
         with tempfile.TemporaryDirectory() as folder:
-            make_base(Path(folder) / "base", data, size)
-            with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread, initargs=(folder,)) as pool:
+            make_base(Path(folder) / "base", data, size.counts, settings("all", 0, size).base)
+            with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=one_thread, initargs=(folder,)) as pool:
                 for done in as_completed([pool.submit(run, Path(folder), data, arm, seed, size) for arm, seed in wanted if (arm, seed) not in known]):
                     found.append(_said(done.result(), kept))
     return found
-
-
-def _one_thread(folder: str) -> None:
-    """And checkpoints, if any, in a folder that goes."""
-    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", RATCHET_ROOT=f"{folder}/{os.getpid()}")
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
-    sys.stdout = sys.stderr
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _said(run: dict[str, Any], kept: Path | None) -> dict[str, Any]:
@@ -110,62 +101,9 @@ def _said(run: dict[str, Any], kept: Path | None) -> dict[str, Any]:
     return run
 
 
-# --- rows and base -----------------------------------------------------------------------------------------------------------
-
-
-class Domain(NamedTuple):
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
-
-
-def read_domain(data: Path, name: str, size: Size, seed: int) -> Domain:
-    """Rows drawn by `seed`; the domain is their batch."""
-    texts, intents = read_json(data / "data_full.json"), read_json(data / "domains.json")[name]
-    parts = []
-    for split, count in (("train", size.train), ("val", size.validation), ("test", size.test)):
-        rows = []
-        for intent in intents:
-            asked = [query for query, label in texts[split] if label == intent and (split != "train" or _is_drawn(query))]
-            for query in random.Random(f"{seed} {intent}").sample(asked, count):
-                rows.append(make_example([Message("user", query), Message("assistant", intent.replace("_", " "))], {"batch": name}))
-        parts.append(rows)
-    return Domain(*parts)
-
-
 def settings(arm: str, seed: int, size: Size) -> Config:
-    shape = DemoBase(steps=size.steps)
     chosen: dict[str, Any] = {"start_from": "base", "rows": "all"} if arm == "all" else {"start_from": "champion", "replay": float(arm)}
-    return Config(
-        base=BaseConfig(demo=shape),
-        tokenize=TokenizeConfig(max_length=96, window=256),
-        train=TrainConfig(epochs=size.epochs, learning_rate=2e-3, batch_windows=2, evaluations=4, patience=3, seed=seed, checkpoint_minutes=1e6, **chosen),
-        adapter=AdapterConfig(rank=32, alpha=64.0),
-        evaluate=EvaluateConfig(max_new_tokens=12),
-    )
-
-
-def make_base(folder: Path, data: Path, size: Size) -> None:
-    """It has read four domains, and knows the words of the others from repeating queries that are drawn for nothing else; not what they mean."""
-    from ratchet.chat import ChatFormat
-    from ratchet.models import MANIFEST
-    from tasks.base import _make_tokenizer, _pretrain
-
-    config, texts, intents = settings("all", 0, size), read_json(data / "data_full.json"), read_json(data / "domains.json")
-    read = [row for name in READ for row in read_domain(data, name, size, 0).train]
-    others = {intent for name, part in intents.items() if name not in READ for intent in part}
-    spoken = [query for query, intent in texts["train"] if intent in others and not _is_drawn(query)]
-    spoken = random.Random(0).sample(spoken, min(len(spoken), 4 * len(read)))
-    read += [make_example([Message("user", f"Repeat: {query}"), Message("assistant", query)], {"batch": "base"}) for query in spoken]
-    tokenizer = _make_tokenizer(read, config.base.demo)
-    tokenizer.save_pretrained(folder)
-    _pretrain(read, ChatFormat(tokenizer), config.base).save_pretrained(folder, safe_serialization=True)
-    write_json(folder / MANIFEST, {"model": "demo", "revision": None, "context": config.base.demo.context})
-
-
-def _is_drawn(query: str) -> bool:
-    """Half of the training queries are for the retrainings, the other half for the base."""
-    return hashlib.sha256(query.encode()).digest()[0] % 2 == 0
+    return clinc.settings(size.steps, size.epochs, seed, **chosen)
 
 
 # --- one arm -----------------------------------------------------------------------------------------------------------------
@@ -176,10 +114,9 @@ def run(folder: Path, data: Path, arm: str, seed: int, size: Size) -> dict[str, 
     from tasks.tokenize import tokenize
     from tasks.train import train
 
-    intents = read_json(data / "domains.json")
-    order = random.Random(seed).sample([name for name in intents if name not in READ], size.domains)
-    domains = {name: read_domain(data, name, size, seed) for name in order}
-    own = {name: read_domain(data, name, size, seed).test for name in READ}
+    order = random.Random(seed).sample(unread(data), size.domains)
+    domains = {name: read_domain(data, name, size.counts, seed) for name in order}
+    own = {name: read_domain(data, name, size.counts, seed).test for name in READ}
     config, base, place = settings(arm, seed, size), folder / "base", folder / f"{arm}-{seed}"
     incumbent, learned, seconds, rows = place / "nobody", {}, [], []
     write_json(incumbent / MANIFEST, {"version": None, "batches": []})

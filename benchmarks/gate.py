@@ -3,7 +3,7 @@
     python -m benchmarks.gate [--quick] [--only equal,copies,bad,better,repetition,unbudgeted,broken]
 
 Three models answer 1,200 test rows of three batches (two of them known to the champion) and 400 golden ones. A row is right or wrong; two
-models differ in `DIFFERING` of the rows. Not covered: what a real model does; these tables are as the gate's mathematics takes them to be.
+models differ in `DIFFERING` of the rows. Not covered: what a real model does (`benchmarks.gate_models`); these tables are as the gate's mathematics takes them to be.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ SEEN = ["old", "older"]
 GOLDEN = 400
 RIGHT, DIFFERING, BASE = 0.6, 0.15, 0.2
 QUICK = 10  # a tenth of the cycles
+HEADER = "| candidates | cycles | promoted | rejected | uncertain | no verdict | wanted |\n|---|---|---|---|---|---|---|"
 
 
 class Cycles(NamedTuple):
@@ -49,13 +50,12 @@ class Cycles(NamedTuple):
 class Bench:
     """A folder as the stages leave it before the gate."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, seen: list[str] = SEEN) -> None:
         self.folder, self.written = folder, dict[str, object]()
         self.decision: dict[str, Any] = {}
-        write_json(folder / "incumbent/manifest.json", {"version": 7, "batches": SEEN})
+        write_json(folder / "incumbent/manifest.json", {"version": 7, "batches": seen})
         write_json(folder / "candidate/manifest.json", {"run_key": "candidate", "adapter_sha256": "sha"})
-        parts = [{"name": name, "rows": 200, "mismatches": 0, "result": "pass", "reason": "the same"} for name in ("files", "training", "prompts", "gateway")]
-        write_json(folder / "parity.json", {"candidate": "sha", "rows": 200, "training_rows": 200, "parts": parts})
+        write_json(folder / "parity.json", passing_parity("sha"))
 
     def verdict(self, table: pd.DataFrame, config: GateConfig, *, looks: int = 0, evaluated: dict[str, object] | None = None) -> str:
         """promote, reject, uncertain, or `error` when the gate gives none."""
@@ -75,6 +75,12 @@ class Bench:
             self.written[name] = value
 
 
+def passing_parity(adapter: str) -> dict[str, object]:
+    """A report of serve parity that finds nothing, so that the scores alone decide."""
+    parts = [{"name": name, "rows": 200, "mismatches": 0, "result": "pass", "reason": "the same"} for name in ("files", "training", "prompts", "gateway")]
+    return {"candidate": adapter, "rows": 200, "training_rows": 200, "parts": parts}
+
+
 def main() -> None:
     parts = {"equal": equal, "copies": copies, "bad": bad, "better": better, "repetition": repetition, "unbudgeted": unbudgeted, "broken": broken}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,7 +89,7 @@ def main() -> None:
     options = parser.parse_args()
     cycles = Cycles(*(count // QUICK for count in Cycles())) if options.quick else Cycles()
     started = time.perf_counter()
-    print("| candidates | cycles | promoted | rejected | uncertain | no verdict | wanted |\n|---|---|---|---|---|---|---|", flush=True)
+    print(HEADER, flush=True)
     with tempfile.TemporaryDirectory(prefix="ratchet-gate-") as folder:
         for name in options.only.split(","):
             for line in parts[name](Bench(Path(folder)), cycles):

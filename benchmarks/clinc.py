@@ -1,0 +1,102 @@
+"""CLINC150 as the rows of a real fine-tune: a base of the demo's shape that read four domains, and domains that are left for retrainings.
+
+Queries are the questions, intents' names the answers, a domain is a batch. Shared by benchmarks/forgetting.py and benchmarks/gate_models.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ratchet.config import AdapterConfig, BaseConfig, Config, DemoBase, EvaluateConfig, TokenizeConfig, TrainConfig
+from ratchet.examples import Example, Message, make_example
+from ratchet.files import read_json, write_json
+
+DATA = Path("../shared/data/clinc150")
+READ = ("small_talk", "utility", "travel", "banking")  # domains that the base has read
+
+
+class Counts(NamedTuple):
+    """Rows an intent."""
+
+    train: int
+    validation: int
+    test: int
+
+
+class Domain(NamedTuple):
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+
+def require_data(data: Path) -> None:
+    if not (data / "data_full.json").exists():
+        raise SystemExit(f"no CLINC150 in {data} (wanted data_full.json and domains.json): nothing is measured; name its folder with --data")
+
+
+def one_thread(folder: str) -> None:
+    """For the processes of a benchmark. Checkpoints, if any, lie in a folder that goes."""
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", RATCHET_ROOT=f"{folder}/{os.getpid()}")
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    sys.stdout = sys.stderr
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def unread(data: Path) -> list[str]:
+    """The domains that the base has not read."""
+    return [name for name in read_json(data / "domains.json") if name not in READ]
+
+
+def read_domain(data: Path, name: str, counts: Counts, seed: int) -> Domain:
+    """Rows drawn by `seed`; the domain is their batch."""
+    texts, intents = read_json(data / "data_full.json"), read_json(data / "domains.json")[name]
+    parts = []
+    for split, count in (("train", counts.train), ("val", counts.validation), ("test", counts.test)):
+        rows = []
+        for intent in intents:
+            asked = [query for query, label in texts[split] if label == intent and (split != "train" or _is_drawn(query))]
+            for query in random.Random(f"{seed} {intent}").sample(asked, count):
+                rows.append(make_example([Message("user", query), Message("assistant", intent.replace("_", " "))], {"batch": name}))
+        parts.append(rows)
+    return Domain(*parts)
+
+
+def settings(steps: int, epochs: float, seed: int, **train: Any) -> Config:
+    """`steps` of the base's pre-training, `epochs` of a retraining at most."""
+    return Config(
+        base=BaseConfig(demo=DemoBase(steps=steps)),
+        tokenize=TokenizeConfig(max_length=96, window=256),
+        train=TrainConfig(epochs=epochs, learning_rate=2e-3, batch_windows=2, evaluations=4, patience=3, seed=seed, checkpoint_minutes=1e6, **train),
+        adapter=AdapterConfig(rank=32, alpha=64.0),
+        evaluate=EvaluateConfig(max_new_tokens=12),
+    )
+
+
+def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig) -> None:
+    """It has read four domains, and knows the words of the others from repeating queries that are drawn for nothing else; not what they mean."""
+    from ratchet.chat import ChatFormat
+    from ratchet.models import MANIFEST
+    from tasks.base import _make_tokenizer, _pretrain
+
+    texts, intents = read_json(data / "data_full.json"), read_json(data / "domains.json")
+    read = [row for name in READ for row in read_domain(data, name, counts, 0).train]
+    others = {intent for name, part in intents.items() if name not in READ for intent in part}
+    spoken = [query for query, intent in texts["train"] if intent in others and not _is_drawn(query)]
+    spoken = random.Random(0).sample(spoken, min(len(spoken), 4 * len(read)))
+    read += [make_example([Message("user", f"Repeat: {query}"), Message("assistant", query)], {"batch": "base"}) for query in spoken]
+    tokenizer = _make_tokenizer(read, config.demo)
+    tokenizer.save_pretrained(folder)
+    _pretrain(read, ChatFormat(tokenizer), config).save_pretrained(folder, safe_serialization=True)
+    write_json(folder / MANIFEST, {"model": "demo", "revision": None, "context": config.demo.context})
+
+
+def _is_drawn(query: str) -> bool:
+    """Half of the training queries are for the retrainings, the other half for the base."""
+    return hashlib.sha256(query.encode()).digest()[0] % 2 == 0
