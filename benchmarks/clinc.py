@@ -83,7 +83,7 @@ def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig) -> N
     """It has read four domains, and knows the words of the others from repeating queries that are drawn for nothing else; not what they mean."""
     from ratchet.chat import ChatFormat
     from ratchet.models import MANIFEST
-    from tasks.base import _make_tokenizer, _pretrain
+    from tasks.base import make_tokenizer, pretrain
 
     texts, intents = read_json(data / "data_full.json"), read_json(data / "domains.json")
     read = [row for name in READ for row in read_domain(data, name, counts, 0).train]
@@ -91,9 +91,9 @@ def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig) -> N
     spoken = [query for query, intent in texts["train"] if intent in others and not _is_drawn(query)]
     spoken = random.Random(0).sample(spoken, min(len(spoken), 4 * len(read)))
     read += [make_example([Message("user", f"Repeat: {query}"), Message("assistant", query)], {"batch": "base"}) for query in spoken]
-    tokenizer = _make_tokenizer(read, config.demo)
+    tokenizer = make_tokenizer(read, config.demo)
     tokenizer.save_pretrained(folder)
-    _pretrain(read, ChatFormat(tokenizer), config).save_pretrained(folder, safe_serialization=True)
+    pretrain(read, ChatFormat(tokenizer), config).save_pretrained(folder, safe_serialization=True)
     write_json(folder / MANIFEST, {"model": "demo", "revision": None, "context": config.demo.context})
 
 

@@ -46,13 +46,12 @@ def prepare(folder: Path, count: int, config: Config) -> int:
     """Returns the number of rows."""
     from ratchet.chat import ChatFormat
     from ratchet.sources.pydoc import harvest
-    from tasks.base import _make_tokenizer
+    from tasks.base import make_tokenizer
 
     examples = [make_example([Message(**message) for message in row["messages"]], {**row["meta"], "batch": "one"}) for row in harvest(PydocSource())]
-    tokenizer = _make_tokenizer(examples[::4], config.base.demo)
-    chat = ChatFormat(tokenizer)
+    chat = ChatFormat(make_tokenizer(examples[::4], config.base.demo))
     rows: list[Example] = [row for row in examples if len(chat.encode(row).ids) <= config.tokenize.max_length]
-    make_models(folder, tokenizer, chat, config)
+    make_models(folder, chat, config)
     write_bytes(folder / "prepared/test.jsonl", map(encode_line, rows[:count]))
     write_bytes(folder / "prepared/golden.jsonl", [])
     write_bytes(folder / "prepared/train.jsonl", map(encode_line, rows[count : count + 4000]))
@@ -60,30 +59,18 @@ def prepare(folder: Path, count: int, config: Config) -> int:
     return len(rows[:count])
 
 
-def make_models(folder: Path, tokenizer: Any, chat: Any, config: Config) -> None:
+def make_models(folder: Path, chat: Any, config: Config) -> None:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from ratchet.methods import add_adapter, save_trained
     from ratchet.models import MANIFEST, load_base
+    from tasks.base import llama
 
     demo = config.base.demo
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=demo.hidden_size,
-        intermediate_size=demo.hidden_size * 11 // 4 // 8 * 8,
-        num_hidden_layers=demo.layers,
-        num_attention_heads=demo.heads,
-        num_key_value_heads=demo.heads,
-        max_position_embeddings=demo.context,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=chat.stop_id,
-        pad_token_id=chat.pad_id,
-    )
     torch.manual_seed(1)
-    LlamaForCausalLM(shape).save_pretrained(folder / "base", safe_serialization=True)
-    tokenizer.save_pretrained(folder / "base")
+    LlamaForCausalLM(llama(demo, chat)).save_pretrained(folder / "base", safe_serialization=True)
+    chat.tokenizer.save_pretrained(folder / "base")
     write_json(folder / "base" / MANIFEST, {"model": "demo", "revision": None, "context": demo.context})
     for seed, name in enumerate(("candidate", "incumbent")):
         adapter = AdapterConfig(rank=config.adapter.rank, alpha=config.adapter.alpha)

@@ -116,10 +116,10 @@ def prepare(folder: Path, count: int, shape: dict[str, Any], length: int, dtype:
     from ratchet.examples import Message, make_example
     from ratchet.files import write_json
     from ratchet.models import MANIFEST
-    from tasks.base import _make_tokenizer
+    from tasks.base import make_tokenizer
 
     examples = [make_example([Message("user", f"What does {name} do?"), Message("assistant", text)], {}) for name, text in texts(count * 2)]
-    tokenizer = _make_tokenizer(examples, DemoBase(vocab_size=4096, context=4096))
+    tokenizer = make_tokenizer(examples, DemoBase(vocab_size=4096, context=4096))
     chat = ChatFormat(tokenizer)
     rows = [row for row in map(chat.encode, examples) if len(row.ids) <= length][:count]
     torch.manual_seed(1)

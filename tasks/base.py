@@ -155,10 +155,10 @@ def _read_template(path: Path) -> str:
 
 def _make_demo(folder: Path, config: BaseConfig, splits: PrepareConfig) -> dict[str, Any]:
     rows = reading(config.demo, splits)
-    tokenizer = _make_tokenizer(rows, config.demo)
+    tokenizer = make_tokenizer(rows, config.demo)
     tokenizer.save_pretrained(folder)
     write_text(folder / SEEN, "".join(f"{row.id}\n" for row in rows))
-    model = _pretrain(rows, ChatFormat(tokenizer), config)
+    model = pretrain(rows, ChatFormat(tokenizer), config)
     model.save_pretrained(folder, safe_serialization=True)
     return {"context": config.demo.context, "vocab_size": len(tokenizer), "rows": len(rows), "modules": sorted({str(row.meta["module"]) for row in rows})}
 
@@ -183,7 +183,7 @@ def _is_read(module: str, share: float) -> bool:
     return xxhash.xxh3_64_intdigest(module.encode()) % 10_000 < share * 10_000
 
 
-def _make_tokenizer(rows: list[Example], demo: DemoBase) -> Any:
+def make_tokenizer(rows: list[Example], demo: DemoBase) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -203,15 +203,11 @@ def _make_tokenizer(rows: list[Example], demo: DemoBase) -> Any:
     )
 
 
-def _pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+def llama(demo: DemoBase, chat: ChatFormat) -> Any:
+    """The demo's shape, as transformers wants it."""
+    from transformers import LlamaConfig
 
-    from ratchet.training import Schedule, fit
-
-    demo = config.demo
-    set_seed(config.seed)
-    settings = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(chat.tokenizer),
         hidden_size=demo.hidden_size,
         intermediate_size=demo.hidden_size * 11 // 4 // 8 * 8,
@@ -224,7 +220,17 @@ def _pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
         eos_token_id=chat.stop_id,
         pad_token_id=chat.pad_id,
     )
-    model = LlamaForCausalLM(settings).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
+    import torch
+    from transformers import LlamaForCausalLM, set_seed
+
+    from ratchet.training import Schedule, fit
+
+    demo = config.demo
+    set_seed(config.seed)
+    model = LlamaForCausalLM(llama(demo, chat)).to("cuda" if torch.cuda.is_available() else "cpu")
     window = min(demo.context, WINDOW)
     encoded: list[Encoded] = [row for example in rows if len((row := chat.encode(example)).ids) <= window]
     schedule = Schedule(
