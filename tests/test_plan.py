@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from places import make_repository
 
+from ratchet.commands.training import _describe
 from ratchet.config import AdapterConfig, Config, TrainConfig
 from ratchet.errors import StageError, UserError
 from ratchet.packing import read_windows, rows_of
@@ -97,6 +98,13 @@ def test_it_fits_when_all_its_peaks_do() -> None:
     assert fitting.fits and not fitting._replace(free_mib=800.0).fits
     assert fitting._replace(peak_gpu_mib=5.0, free_gpu_mib=6.0).fits and not fitting._replace(peak_gpu_mib=7.0, free_gpu_mib=6.0).fits
     assert 0 < free_mib() < math.inf
+
+
+def test_a_long_training_is_told_of_compiling() -> None:
+    plan = Plan(100, 4, 1.0, 1.0, 601.0, 620.0, 1000, 1.0, 2.0, None, None, 8)
+    assert any("train.compile" in line for line in _describe(plan, Config()))
+    assert not any("train.compile" in line for line in _describe(plan._replace(seconds=599.0), Config()))
+    assert not any("train.compile" in line for line in _describe(plan, Config.model_validate({"train": {"compile": True}})))
 
 
 def test_a_training_that_cannot_start_is_told_with_its_own_words(material: Material, tiny_config: Config) -> None:

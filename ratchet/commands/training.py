@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ratchet.plan import Plan
 
 
+LONG = 600.0  # seconds; compiling takes about one of the minutes
+
+
 def plan(
     prepare: Annotated[bool, typer.Option("--prepare", help="Make base, prepared rows and tokens first, through the DAG; nothing is trained, nothing lands.")] = False,
     as_json: Json = False,
@@ -114,6 +117,8 @@ def _describe(found: Plan, config: Config) -> Iterator[str]:
         if found.fits
         else "  it does NOT fit\n  → lower `train.batch_windows` (and raise `train.accumulate`), set `train.checkpoint_activations: true`, or take `adapter.method: qlora`"
     )
+    if found.seconds > LONG and not config.train.compile:
+        yield "  `train.compile: true` may make a training as long as this one faster (docs/training.md)"
 
 
 def _duration(seconds: float) -> str:
