@@ -320,9 +320,10 @@ def _check_url(url: str) -> None:
 
 @contextmanager
 def storage_errors(*also: type[Exception]) -> Iterator[None]:
+    kinds: tuple[type[Exception], ...] = (SQLAlchemyError, StorageInternalError, *also)
     try:
         yield
-    except (SQLAlchemyError, StorageInternalError, *also) as error:
+    except kinds as error:
         first = PASSWORD.sub("//", (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0])
         remedy = f"`sweep.storage` and {STORAGE_VARIABLE} name it; PostgreSQL is postgresql+psycopg://… with the extra `store`. The same command goes on with the study"
         raise ServiceError(f"the study's storage does not answer: {first}", remedy=remedy) from None

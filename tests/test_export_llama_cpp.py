@@ -66,7 +66,6 @@ def test_an_exported_adapter_says_in_llama_cpp_what_it_says_here(to: str, apart:
             said = server.say(prompt, 8, model.config.vocab_size)
             found.append(compare(said, model, prompt))
             same += server.chat(messages, 8).strip() == chat.decode_answer(said.ids)
-    print(to, "largest differences", np.max(found, axis=0))
     assert max(largest for largest, _ in found) < apart
     assert max(behind for _, behind in found) < apart, "another token only where two are as likely"
     assert same == 12, "its chat route renders, reads and stops as its completions do"
@@ -79,7 +78,6 @@ def test_every_shape_that_is_written_is_computed_alike(settings: dict[str, Any],
     prompt = torch.randint(5, 500, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     with serving_gguf(tmp_path / FILE) as server:
         largest, behind = compare(server.say(prompt, 8, 520), model, prompt)
-    print(settings, largest, behind)
     assert largest < 0.01 and behind < 0.01
 
 
@@ -101,3 +99,24 @@ def test_each_way_to_cut_text_is_llama_cpps_own(name: str, tiny_base: Path, tmp_
             assert server.ids(text, control=True) == ours == server.ids(text, control=True, start=True), text
             assert server.ids(text, control=False) == tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), text
         assert server.facts()["chat_template"] == tokenizer.chat_template
+
+
+def test_added_words_are_found_where_they_are_found_here(tiny_base: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer.add_tokens(["foo_bar", "foo_bar_baz", "Zürich", "two words", "\n\n\n", "<think>"])
+    write_gguf(small_llama(vocab_size=len(tokenizer)), tokenizer, tmp_path / FILE, name="small", stop_id=4, kind="int8")
+    with serving_gguf(tmp_path / FILE) as server:
+        for text in ["a foo_bar_baz, foo_bars  foo_bar", "inZürich, two words", "a\n\n\n\nb", "<think>x <|end|>"]:
+            assert server.ids(text, control=True) == tokenizer.encode(text, add_special_tokens=False), text
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(None, None), (None, "<|end|>"), ("<|system|>", "<|user|>")])
+def test_a_template_that_names_the_first_and_last_token_renders_alike(bos: str | None, eos: str | None, tiny_base: Path, tmp_path: Path) -> None:
+    """Without a first token of its own a model would get token 11 of llama.cpp as one: here an apostrophe."""
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer.bos_token, tokenizer.eos_token = bos, eos
+    tokenizer.chat_template = f"{{{{ bos_token }}}}|{{{{ eos_token }}}}|\n{tokenizer.chat_template}"
+    write_gguf(small_llama(), tokenizer, tmp_path / FILE, name="small", stop_id=4, kind="gguf")
+    messages = [{"role": "user", "content": "hi"}]
+    with serving_gguf(tmp_path / FILE) as server:
+        assert server.render(messages) == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
