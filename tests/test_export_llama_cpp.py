@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llama_cpp import Said, serving_gguf
+from llama_server import Said, serving_gguf
 from test_export import CONFIG, small_llama, source
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Split
