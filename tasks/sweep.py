@@ -288,7 +288,9 @@ def check_storage(home: Path, config: Config) -> None:
     url, shared = _url(home, config)
     if shared:
         with storage_errors(*OPENING):
-            _storage(url).engine.dispose()
+            storage = _storage(url)
+            storage.remove_session()
+            storage.engine.dispose()
 
 
 def _storage(url: str) -> RDBStorage:
