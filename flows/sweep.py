@@ -22,7 +22,7 @@ from ratchet.search import check_space, rows_key
 from ratchet.sweep_runs import close_study, deliver
 from ratchet.trainings import Material
 from ratchet.workspace import Workspace, locked
-from tasks.sweep import Search, propose
+from tasks.sweep import Search, check_storage, propose
 
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
@@ -35,6 +35,7 @@ def sweep(root: str | None = None, trials: int | None = None, apply: bool = Fals
     if trials:
         config = config.model_copy(update={"sweep": config.sweep.model_copy(update={"trials": trials})})
     check_space(config)
+    check_storage(home, config)
     with locked(home, "sweep", wait=False), open_bench(home, "sweep", say) as workspace:
         material = tokenise.with_options(task_run_name="rows")(workspace, {})
         search = Search(home, config, material, commit=workspace.git("rev-parse", "HEAD").strip(), say=say)

@@ -61,6 +61,10 @@ class ChatFormat:
         """What a server sends to the model: the messages and the opening of the assistant's turn."""
         return self._encode_prompt(messages).ids
 
+    def encode_whole(self, messages: Sequence[Message]) -> list[int]:
+        """As other programs do it: the rendered text in one piece. Another sequence where a word and the template's own text grow together, or where control tokens were typed."""
+        return self._template_ids(self._render([{"role": message.role, "content": message.content} for message in messages], opening=True))
+
     def at_least(self, messages: Sequence[Message]) -> int:
         """A lower bound of the prompt's tokens from its bytes alone: long texts can be refused without tokenising them, which takes a second a megabyte."""
         return sum(len(message.content.encode()) for message in messages) // (self._token_bytes * SHRINK)

@@ -19,6 +19,7 @@ FILE = "model.gguf"
 KINDS = ("gguf", "int8", "int4")  # float16, Q8_0, Q4_0
 CONVERTER = "`ratchet export … --to merged`, then llama.cpp's convert_hf_to_gguf.py on that folder, which knows many more"
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # of meta-llama/Meta-Llama-3-8B
+WHOLE_WORDS = ("llama-bpe",)  # by these names llama.cpp takes a word that is a token as it is; by the others it merges
 BLOCK = 32  # weights that share a scale in Q8_0 and Q4_0
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
@@ -38,8 +39,11 @@ def why_no_gguf(config: Any, tokenizer: Any) -> str:
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope != "default":
         return f"its rotary positions are scaled ({rope})"
-    if words := [token.content for token in tokenizer.added_tokens_decoder.values() if token.single_word]:
-        return f"its tokenizer takes {words[0]!r} for a token where it is a whole word, llama.cpp would within other words as well"
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.single_word:
+            return f"its tokenizer takes {token.content!r} for a token where it is a whole word, llama.cpp would within other words as well"
+        if token.lstrip or token.rstrip:
+            return f"its tokenizer drops blanks beside {token.content!r}, llama.cpp would keep them"
     return "" if _pre_tokenizer(_describe(tokenizer)) else "llama.cpp has no name for the way in which its tokenizer cuts text, or it is no byte-level BPE"
 
 
@@ -128,7 +132,13 @@ def _describe(tokenizer: Any) -> dict[str, Any]:
 
 
 def _pre_tokenizer(found: dict[str, Any]) -> str:
-    """llama.cpp's name for how text is cut before BPE; empty when it has none."""
+    """llama.cpp's name for how text is cut before BPE, which also says how words of the vocabulary are found; empty when it has none."""
+    name, model = _cut(found), found["model"]
+    other = model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    return "" if other or bool(model.get("ignore_merges")) != (name in WHOLE_WORDS) else name
+
+
+def _cut(found: dict[str, Any]) -> str:
     cut = found.get("pre_tokenizer") or {}
     steps = cut.get("pretokenizers", [cut])
     kinds = [step.get("type") for step in steps]
@@ -160,4 +170,11 @@ def _add_tokenizer(writer: Any, tokenizer: Any, config: Any, stop_id: int) -> No
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)  # the template writes all of a prompt
-    writer.add_chat_template(tokenizer.chat_template)
+    writer.add_chat_template(_template(tokenizer, named[stop_id]))
+
+
+def _template(tokenizer: Any, stop: str) -> str:
+    """llama.cpp gives a template its own words: the stop token as `eos_token`, and for a `bos_token` that there is none of, token 11."""
+    template, ours = str(tokenizer.chat_template), {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+    theirs = {"bos_token": tokenizer.bos_token, "eos_token": stop}
+    return "".join(f"{{% set {name} = {json.dumps(ours[name])} %}}" for name in ours if name in template and ours[name] != theirs[name]) + template

@@ -66,7 +66,7 @@ def export(source: Source, to: str, out: Path, config: Config) -> dict[str, Any]
                 raise BaseModelError(
                     f"what came out is not the adapter: {part.reason}", remedy="nothing was written; serve the adapter, or raise the tolerance of `parity` if you know why"
                 )
-            record = _record(source, to, part, _compare(ours, theirs), lost)
+            record = _record(source, to, part, _compare(ours, theirs), lost) | {"prompts": _prompts(asked)}
             _describe(folder, source, to, record)
     return record
 
@@ -146,6 +146,12 @@ def _mean(values: Values) -> dict[str, float]:
     return bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)._asdict()
 
 
+def _prompts(asked: Asked) -> dict[str, int]:
+    """In how many a program that tokenises a rendered prompt in one piece sees what was trained."""
+    alike = sum(asked.ours.encode_whole(row.prompt) == asked.ours.encode_prompt(row.prompt) for row in asked.rows)
+    return {"rows": len(asked.rows), "alike": alike}
+
+
 def _record(source: Source, to: str, part: Part, scores: dict[str, Any], lost: dict[str, float]) -> dict[str, Any]:
     manifest = read_json(source.bundle.adapter / MANIFEST)
     return {
@@ -177,4 +183,7 @@ def tell(record: dict[str, Any], out: Path) -> list[str]:
     lines = [f"{record['name']} {record['version']} as {record['to']} in {out}: {sum(1 for _ in record['files'])} files", f"  {check['reason']}"]
     if "largest_loss" in check:
         lines.append(f"  a layer's weights moved by {check['largest_loss']:.2%} at most, by rounding")
+    if (prompts := record["prompts"])["alike"] < prompts["rows"]:
+        other = prompts["rows"] - prompts["alike"]
+        lines.append(f"  {other} of {prompts['rows']} prompts are other tokens where template and words are tokenised in one piece, as other programs do: see docs/export.md")
     return [*lines, *(f"  {line}" for line in score_table(record["to"], record["scores"]) if line)]

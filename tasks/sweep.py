@@ -22,7 +22,8 @@ import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import make_url
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from ratchet.config import Config
 from ratchet.errors import ConfigError, DataError, RatchetError, ServiceError
@@ -36,6 +37,9 @@ from ratchet.trainings import Ended, Material, Points, read_figures, run_trainin
 
 FOLDER, DATABASE = Path(".ratchet/sweeps"), Path(".ratchet/sweep.db")
 STORAGE_VARIABLE = "RATCHET_SWEEP_STORAGE"
+TODAY = "today"  # marks the trial of today's settings
+CONNECT_SECONDS = 10
+OPENING = (ImportError, RuntimeError)  # no driver; tables of another Optuna
 ALIVE_SECONDS, LOST_SECONDS = 15.0, 3600.0  # a sign of life each; without one for that long another machine's trial is lost
 
 Say = Callable[[str], None]
@@ -66,7 +70,7 @@ class Search:
         self._study = _open(home, config, self.name)
         self._give_up_lost()
         if not self._trials() and (now := current(config)):
-            self._study.enqueue_trial(now, skip_if_exists=True)  # what a better one has to beat
+            self._study.enqueue_trial(now, user_attrs={TODAY: True}, skip_if_exists=True)  # what a better one has to beat
         say(f"sweep: study {self.name}, {self.finished} of {config.sweep.trials} trials are done")
 
     @property
@@ -89,6 +93,9 @@ class Search:
             n_startup_trials=self._config.sweep.startup_trials, seed=(self._config.sweep.seed + 1000 * len(trials) + elsewhere) % 2**32
         )
         trial = self._study.ask()
+        if trial.user_attrs.get(TODAY) and any(other.user_attrs.get(TODAY) for other in self._trials() if other.number < trial.number):
+            self._fail(trial, "machines that began at once have each queued today's settings", counts=False)
+            return self._next()
         trial.set_user_attr("worker", self._worker)
         trial.set_user_attr("alive", time.time())
         drawn = draw(trial, self._config)
@@ -272,25 +279,56 @@ def _open(home: Path, config: Config, name: str) -> optuna.Study:
     # Losses measured at other shares of the way are not comparable.
     comparable = "train.evaluations" not in config.sweep.space
     pruner = optuna.pruners.MedianPruner(n_startup_trials=config.sweep.startup_trials) if comparable else optuna.pruners.NopPruner()
+    with storage_errors(*OPENING):
+        return optuna.create_study(study_name=name, storage=_storage(url), direction="minimize", pruner=pruner, load_if_exists=True)
+
+
+def check_storage(home: Path, config: Config) -> None:
+    """Raises ConfigError, ServiceError: before minutes are spent on rows, a storage for several machines is looked at."""
+    url, shared = _url(home, config)
+    if shared:
+        with storage_errors(*OPENING):
+            storage = _storage(url)
+            storage.remove_session()
+            storage.engine.dispose()
+
+
+def _storage(url: str) -> RDBStorage:
+    """Machines that begin at once make its tables at once, and all but one fail at that: then they are there."""
+    _check_url(url)
+    settings: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    if url.startswith("postgresql"):
+        settings["connect_args"] = {"connect_timeout": CONNECT_SECONDS}
+    for pause in (0.2, 1.0):
+        try:
+            return RDBStorage(url, engine_kwargs=dict(settings))
+        except (IntegrityError, ProgrammingError):
+            time.sleep(pause)
+    return RDBStorage(url, engine_kwargs=settings)
+
+
+def _check_url(url: str) -> None:
+    """Shows nothing of it: a driver would tell what follows an @ in a password as the name of a host."""
     try:
-        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True})
-        return optuna.create_study(study_name=name, storage=storage, direction="minimize", pruner=pruner, load_if_exists=True)
-    except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError) as error:
-        raise _storage_fault(error) from None
+        known = "@" not in (make_url(url).host or "")
+    except (SQLAlchemyError, ValueError):
+        known = False
+    if not known:
+        raise ConfigError(
+            f"{STORAGE_VARIABLE}, or else `sweep.storage`, is no database URL",
+            remedy="write postgresql+psycopg://USER:PASSWORD@HOST:5432/DATABASE; within a password @ is %40, / is %2F, % is %25",
+        )
 
 
 @contextmanager
-def storage_errors() -> Iterator[None]:
+def storage_errors(*also: type[Exception]) -> Iterator[None]:
+    kinds: tuple[type[Exception], ...] = (SQLAlchemyError, StorageInternalError, *also)
     try:
         yield
-    except StorageInternalError as error:
-        raise _storage_fault(error) from None
-
-
-def _storage_fault(error: Exception) -> ServiceError:
-    first = PASSWORD.sub("//", (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0])
-    remedy = f"`sweep.storage` and {STORAGE_VARIABLE} name it; PostgreSQL needs the extra `store`. The same command goes on with the study"
-    return ServiceError(f"the study's storage does not answer: {first}", remedy=remedy)
+    except kinds as error:
+        first = PASSWORD.sub("//", (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0])
+        remedy = f"`sweep.storage` and {STORAGE_VARIABLE} name it; PostgreSQL is postgresql+psycopg://… with the extra `store`. The same command goes on with the study"
+        raise ServiceError(f"the study's storage does not answer: {first}", remedy=remedy) from None
 
 
 def _counts(trial: FrozenTrial) -> bool:

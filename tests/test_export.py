@@ -17,7 +17,7 @@ from ratchet.champion import Champion, write_champion
 from ratchet.chat import ChatFormat
 from ratchet.config import AdapterConfig, Config, ParityConfig
 from ratchet.errors import BaseModelError, UserError
-from ratchet.examples import encode_line, read_examples
+from ratchet.examples import Example, Message, encode_line, read_examples
 from ratchet.export_source import Source, find_source
 from ratchet.files import read_json, sha256_file, write_bytes, write_json
 from ratchet.gguf_file import FILE, load_gguf, why_no_gguf, write_gguf
@@ -168,11 +168,42 @@ def test_what_cannot_be_written_faithfully_is_refused_with_the_way_out(tiny_base
     scaled = small_llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0})
     with pytest.raises(UserError, match=r"(?s)rotary positions are scaled \(linear\).*convert_hf_to_gguf\.py"):
         write_gguf(scaled, tokenizer, tmp_path / FILE, name="small", stop_id=4, kind="gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokenizers_that_llama_cpp_would_read_otherwise_are_refused(tiny_base: Path) -> None:
+    """Each was tried in llama.cpp: it gave other ids."""
+    from tokenizers import AddedToken
     from tokenizers.pre_tokenizers import Whitespace
 
-    tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
-    assert "cuts text" in why_no_gguf(small_llama().config, tokenizer)
-    assert list(tmp_path.iterdir()) == []
+    config = small_llama().config
+
+    def why(change: Any) -> str:
+        tokenizer = load_tokenizer(tiny_base)
+        change(tokenizer, tokenizer.backend_tokenizer.model)
+        return why_no_gguf(config, tokenizer)
+
+    assert why(lambda tokenizer, model: None) == ""
+    assert "cuts text" in why(lambda tokenizer, model: setattr(tokenizer.backend_tokenizer, "pre_tokenizer", Whitespace()))
+    assert "cuts text" in why(lambda tokenizer, model: setattr(model, "ignore_merges", True)), "a word of the vocabulary that no merges make"
+    assert "cuts text" in why(lambda tokenizer, model: setattr(model, "end_of_word_suffix", "</w>"))
+    assert "drops blanks beside '<|sep|>'" in why(lambda tokenizer, model: tokenizer.add_tokens([AddedToken("<|sep|>", special=True, rstrip=True)]))
+    assert "'seam'" in why(lambda tokenizer, model: tokenizer.add_tokens([AddedToken("seam", single_word=True)]))
+
+
+def test_prompts_that_other_programs_would_tokenise_otherwise_are_counted(trained: Any, tiny_base: Path, prepared: Path, tmp_path: Path) -> None:
+    """A word after `user:` and a blank takes the blank into its own token when all is tokenised in one piece."""
+    record = export(source(trained("lora"), tiny_base, prepared), "merged", tmp_path / "out", CONFIG)
+    assert record["prompts"] == {"rows": 12, "alike": 12} and not any("in one piece" in line for line in tell(record, tmp_path))
+    plain = tmp_path / "plain"
+    shutil.copytree(trained("lora"), plain)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    (plain / "chat_template.jinja").write_text(template)
+    made = source(plain, tiny_base, prepared)
+    asked = [Example(row.id, (Message("user", text), *row.messages[1:]), row.meta) for row, text in zip(made.rows, ["the file", "a module", "Which?"], strict=False)]
+    record = export(made._replace(rows=asked), "merged", tmp_path / "other", CONFIG)
+    assert record["prompts"] == {"rows": 3, "alike": 1}
+    assert any("2 of 3 prompts are other tokens" in line for line in tell(record, tmp_path))
 
 
 # --- which version -----------------------------------------------------------------------------------------------------------------

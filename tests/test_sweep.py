@@ -28,7 +28,7 @@ from ratchet.sweep_runs import STUDY_TAG, TRIAL_TAG, close_study, deliver
 from ratchet.tracking import mlflow_client
 from ratchet.trainings import Material
 from ratchet.workspace import child_environment
-from tasks.sweep import DATABASE, Best, Search, propose
+from tasks.sweep import DATABASE, TODAY, Best, Search, propose
 from tasks.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -233,6 +233,16 @@ def test_two_workers_on_one_storage_share_its_trials(material: Material, tiny_co
     assert first and second and third
     assert second.user_attrs["changes"] != first.user_attrs["changes"] == third.user_attrs["changes"]
     assert other._study.get_trials()[second.number].state == optuna.trial.TrialState.RUNNING
+
+
+def test_todays_settings_are_tried_once_when_two_machines_have_queued_them(material: Material, tiny_config: Config, tmp_path: Path) -> None:
+    config = with_space(tiny_config, {"adapter.rank": {"low": 1, "high": 512}}, storage=f"sqlite:///{tmp_path / 'shared.db'}")
+    one, other = search_in(tmp_path / "one", config, material), search_in(tmp_path / "other", config, material)
+    one._study.enqueue_trial({"adapter.rank": 4}, user_attrs={TODAY: True})
+    first, second = one.next(), other.next()
+    assert first and second
+    assert first.user_attrs["changes"] == {"adapter.rank": 4} != second.user_attrs["changes"]
+    assert one.counts() == {"complete": 0, "pruned": 0, "fail": 0, "running": 2}
 
 
 def test_a_storage_that_is_away_is_named_without_its_password(material: Material, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
