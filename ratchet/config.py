@@ -113,8 +113,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _gated_on_what_is_computed(self) -> Config:
         known = self.evaluate.row_scores
-        if lacking := [rule.metric for rule in self.gate.guardrails if rule.metric not in known]:
-            raise ValueError(f"gate.guardrails names {', '.join(lacking)}; the scores a row are {', '.join(known)} (evaluate.metrics, evaluate.custom)")
+        judge = self.evaluate.judge
+        judged = [f"judge_{metric}" for metric in judge.metrics] if judge.model else []
+        if lacking := [rule.metric for rule in self.gate.guardrails if rule.metric not in (*known, *judged)]:
+            raise ValueError(
+                f"gate.guardrails names {', '.join(lacking)}; the scores a row are {', '.join((*known, *judged))} (evaluate.metrics, evaluate.custom, and evaluate.judge where it names a model)"
+            )
         if self.gate.metric not in known:
             raise ValueError(f"gate.metric is {self.gate.metric}; the scores a row are {', '.join(self.evaluate.row_scores)} (evaluate.metrics, evaluate.custom)")
         return self

@@ -10,6 +10,7 @@ from ratchet.charts import Line, Tick, intervals, nice_top
 from ratchet.files import write_text
 from ratchet.heat import heat
 from ratchet.page_view import environment
+from ratchet.parity_guardrail import speed_line
 from ratchet.report import LABELS, VERDICTS
 
 LOSSES = ("train_loss", "validation_loss")
@@ -34,6 +35,7 @@ def _views(found: dict[str, Any]) -> dict[str, Any]:
         "checks": _with_intervals(checks),
         "slices": _with_intervals(decision.get("slices", [])),
         "batches": {name.partition(":")[2]: part for name, part in found["metrics"]["slices"].items() if name.startswith("batch:")},
+        "speed": speed_line(decision["speed"]) if decision.get("speed") else "",
         "curve_view": _curve(found["curve"]),
         "heat": heat(found["ledger"]) if found["ledger"] else None,
     }
@@ -43,8 +45,9 @@ def _with_intervals(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All gains of one metric on one axis; checks without figures have no interval."""
     whole = [place for place, check in enumerate(checks) if all(isinstance(check.get(key), int | float) for key in ("low", "mean", "high"))]
     drawn: dict[int, Any] = {}
-    for metric in {checks[place]["metric"] for place in whole}:
-        places = [place for place in whole if checks[place]["metric"] == metric]
+    axis = ["money" if check["name"] == "worth" else check["metric"] for check in checks]
+    for metric in {axis[place] for place in whole}:
+        places = [place for place in whole if axis[place] == metric]
         drawn |= zip(places, intervals([(checks[place]["low"], checks[place]["mean"], checks[place]["high"], checks[place].get("wanted")) for place in places]), strict=True)
     return [{**check, "drawn": drawn.get(place)} for place, check in enumerate(checks)]
 

@@ -105,7 +105,7 @@ def _judge(scores: pd.DataFrame, field: str, rival: str, config: GateConfig, alp
     paired_gains(kept if len(kept) else scores, rival, config.metric)  # whole, or it raises
     if kept[column].nunique() < 2:
         reason = f"guardrail {name}: not judged, {kept[column].nunique()} of its values have {config.min_slice_rows} rows (`gate.min_slice_rows`); two are needed"
-        return {"name": name, "metric": config.metric, "rows": 0, "mean": None, "low": None, "high": None, "wanted": None, "result": "pass", "reason": reason}
+        return {"name": name, "metric": config.metric, "rows": 0, "mean": None, "low": None, "high": None, "wanted": None, "result": "unclear", "reason": reason}
     sides = {model: kept[kept.model == model].set_index("id").sort_index() for model in ("candidate", rival)}
     sign = -1.0 if config.metric in LOWER_IS_BETTER else 1.0
     values = sign * np.column_stack([side[config.metric].to_numpy(dtype=np.float64) for side in sides.values()])

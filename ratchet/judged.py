@@ -51,7 +51,11 @@ def judge_answers(table: pd.DataFrame, rows: Sequence[Example], rival: str, conf
                 asks.append(ask_groundedness(row.question, answer, str(passage)))
                 places.append(("groundedness", row.id, model, False))
     replies = ask_all(asks, config, home)
-    say(f"evaluate: {config.model} judged {len(asks)} answers, {replies.asked} of them anew{f'; without a score: {replies.failures}' if replies.failures else ''}")
+    scored = sum(score is not None for score in replies.scores)
+    failed = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in sorted(replies.failures.items()))
+    say(f"evaluate: {config.model} scored {scored} of {len(asks)} answers{f'; without a score: {failed} (evaluate.judge.url is {config.url})' if failed else ''}")
+    if unasked := [metric for metric in config.metrics if not any(name == metric for name, *_ in places) and not any(name == metric for name, *_ in given)]:
+        say(f"evaluate: no row was asked about {', '.join(unasked)}; groundedness needs a passage in `meta.{config.passage}`")
     for (metric, id, model, turned), score in zip(places, replies.scores, strict=True):
         value = math.nan if score is None else 1 - score if turned else score
         given.setdefault((metric, id, model), []).append(value)
@@ -60,10 +64,12 @@ def judge_answers(table: pd.DataFrame, rows: Sequence[Example], rival: str, conf
         if metric == "preference":
             lines[id, rival][f"{PREFIX}{metric}"] = 1 - float(np.mean(values))
     judged = pd.DataFrame(list(lines.values()), columns=["id", "model", *(f"{PREFIX}{metric}" for metric in config.metrics)])
-    return judged, _describe(judged, given, rival, config) | {"failures": replies.failures}
+    compared = {id for metric, id, _, _ in places if metric == "preference"}
+    return judged, _describe(judged, given, compared, rival, config) | {"failures": replies.failures}
 
 
-def _describe(judged: pd.DataFrame, given: dict[tuple[str, str, str], list[float]], rival: str, config: AnswerJudge) -> dict[str, Any]:
+def _describe(judged: pd.DataFrame, given: dict[tuple[str, str, str], list[float]], asked_of: set[str], rival: str, config: AnswerJudge) -> dict[str, Any]:
+    """`asked_of`: rows whose pair of answers the judge was really asked about; equal answers need no judge."""
     figures: dict[str, Any] = {"model": config.model, "protocol": config.protocol, "rows": len(judged) // 2, "scores": {}, "asked": {}}
     for metric in config.metrics:
         figures["asked"][metric] = len({id for name, id, _ in given if name == metric})
@@ -72,7 +78,7 @@ def _describe(judged: pd.DataFrame, given: dict[tuple[str, str, str], list[float
             if len(values):
                 interval = bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)
                 figures["scores"].setdefault(metric, {})[model] = {"rows": len(values), **interval._asdict()}
-    if both := [values for (metric, _, _), values in given.items() if metric == "preference" and np.isfinite(values).all()]:
+    if both := [values for (metric, id, _), values in given.items() if metric == "preference" and id in asked_of and np.isfinite(values).all()]:
         figures["consistent"] = sum(one == other for one, other in both) / len(both)  # the same answer was preferred from either place
     return figures
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ratchet.config import ParityConfig
 from ratchet.errors import RatchetError
 from ratchet.files import read_json
 
 AGAIN = "dvc repro --force parity"
+ENOUGH = 0.9  # of the test rows that were asked for: those too long for training are not compared
 
 
-def judge_parity(path: Path, adapter: str) -> dict[str, Any]:
-    """Raises RatchetError: no report, one of another candidate, or one that lacks parts."""
+def judge_parity(path: Path, adapter: str, asked: ParityConfig | None = None, *, test_rows: int = 0, merges: bool = True) -> dict[str, Any]:
+    """Raises RatchetError: no report, one of another candidate, or one that lacks parts, or rows of the `test_rows` that were there. `merges`: whether the method does."""
     report = read_json(path)
     try:
         parts, seen = {part["name"]: part for part in report["parts"]}, report["candidate"]
@@ -22,10 +24,22 @@ def judge_parity(path: Path, adapter: str) -> dict[str, Any]:
         raise RatchetError(f"{path} is no report of serve parity: {error!r}", remedy=AGAIN) from None
     if seen != adapter:
         raise RatchetError(f"serve parity was checked for the adapter {str(seen)[:12]}, the candidate's is {adapter[:12]}", remedy=AGAIN)
-    lacking = [name for name in ("files", "training", "prompts", "gateway") if not parts.get(name, {}).get("rows")]
+    wanted = ["files", "training", "prompts", "gateway", *(["merged"] if asked and asked.merged and merges else [])]
+    lacking = [name for name in wanted if not parts.get(name, {}).get("rows")]
     if lacking and not failed:
         raise RatchetError(f"the report of serve parity has no rows for {', '.join(lacking)}", remedy=AGAIN)
+    if asked and not failed and rows < (least := round(ENOUGH * min(asked.rows, test_rows))):
+        raise RatchetError(
+            f"serve parity was checked on {rows} rows; wanted at least {least} (`parity.rows` is {asked.rows}, the evaluation has {test_rows} test rows)", remedy=AGAIN
+        )
     # The first differing token says more than a file's name.
     told = sorted(failed, key=lambda part: part.get("first") is None)
     reason = "; ".join(part["reason"] for part in told) if failed else f"{parts['prompts']['reason']}; {parts['gateway']['reason']}"
     return {"name": "parity", "metric": "tokens", "rows": rows, "result": "fail" if failed else "pass", "reason": f"guardrail parity: {reason}"}
+
+
+def speed_line(found: dict[str, Any]) -> str:
+    """What `ratchet.latency` measured, in words."""
+    time = found["milliseconds"]
+    each = f"{time['mean']:.0f} ms [{time['low']:.0f}, {time['high']:.0f}] an answer, {found['tokens_per_second']:.0f} tokens a second"
+    return f"in the gateway's engine, one question at a time: {each} ({found['answers']} answers)"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ratchet.parity_guardrail import speed_line
+
 MODELS = ("candidate", "champion", "base", "simple")
 LABELS = {
     "exact_match": "exact match",
@@ -33,19 +35,28 @@ def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[st
     lines = [f"## {VERDICTS[decision['verdict']]}", "", f"Compared with {against}, on the same rows in the same run.", ""]
     shown = [*decision["checks"], *_shown_worth(decision), *decision.get("regions", [])]
     lines += [f"- {mark(check['result'])} {_plain(check['reason']) if check['name'] == 'parity' else check['reason']}" for check in shown]
+    lines += [f"- {speed_line(decision['speed'])}"] if decision.get("speed") else []
     for name in ("test", "golden"):
         if name in metrics["slices"]:
             lines += ["", f"### {name.capitalize()} rows", "", *table(metrics["slices"][name])]
     lines += _gain_table(decision.get("slices", []))
-    lines += _bias_table(metrics.get("bias", {}).get(decision.get("params", {}).get("metric"), {}))
-    lines += _group_tables(metrics.get("groups", {}), str(decision.get("params", {}).get("metric")))
-    lines += _attack_table(metrics.get("attacks", {}).get(decision.get("params", {}).get("metric"), {}))
-    lines += _suite_table(metrics.get("suites", {}))
-    lines += _judge_table(metrics.get("judge", {}))
-    lines += _leak_table(metrics.get("leaks", {}))
+    lines += audit_lines(metrics, decision)
     slices = {name.partition(":")[2]: part for name, part in metrics["slices"].items() if name.startswith("batch:")}
     lines += ["", "### Exact match by batch", "", *_slice_table(slices), "", "### Where it comes from", ""]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
+
+
+def audit_lines(metrics: dict[str, Any], decision: dict[str, Any]) -> list[str]:
+    """What was asked for beside the plain rows, part by part: bias, groups, attacks, suites, judge, leaks."""
+    metric = str(decision.get("params", {}).get("metric"))
+    return [
+        *_bias_table(metrics.get("bias", {}).get(metric, {})),
+        *_group_tables(metrics.get("groups", {}), metric),
+        *_attack_table(metrics.get("attacks", {}).get(metric, {})),
+        *_suite_table(metrics.get("suites", {})),
+        *_judge_table(metrics.get("judge", {})),
+        *_leak_table(metrics.get("leaks", {})),
+    ]
 
 
 def drift_card(found: dict[str, Any]) -> str:

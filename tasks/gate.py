@@ -1,6 +1,6 @@
 """The gate: may the candidate take the champion's place? promote / reject / uncertain, with every reason.
 
-    python -m tasks.gate --evaluation reports/evaluation --candidate models/candidate --incumbent models/incumbent --parity reports/parity.json --looks reports/looks.json --training reports/train --out reports/gate.json
+    python -m tasks.gate --prepared data/prepared --evaluation reports/evaluation --candidate models/candidate --incumbent models/incumbent --parity reports/parity.json --looks reports/looks.json --training reports/train --out reports/gate.json
 
 A success metric has to be better for certain, every guardrail has to be no worse for certain (Miller, arXiv 2411.00640:
 paired differences on the same rows). What the rows cannot tell is `uncertain`, and the champion stays. A missing, partial
@@ -17,15 +17,17 @@ import pandas as pd
 
 from ratchet.bias import judge_bias
 from ratchet.checks import AGAIN, make_check, no_worse, paired_gains, said
-from ratchet.config import Config, GateConfig
+from ratchet.config import Config, GateConfig, ParityConfig
 from ratchet.errors import RatchetError
+from ratchet.examples import read_examples
 from ratchet.exposure import judge_leaks
 from ratchet.files import read_json, write_json
 from ratchet.group_fairness import judge_groups
 from ratchet.judged import PREFIX, guard_by_judge
 from ratchet.looks import alpha_of, look_number, read_looks
+from ratchet.methods import PREFIXED
 from ratchet.models import MANIFEST
-from ratchet.parity_guardrail import judge_parity
+from ratchet.parity_guardrail import judge_parity, speed_line
 from ratchet.regions import parts
 from ratchet.slice_guardrail import judge_slices
 from ratchet.stage import run_stage, say
@@ -34,17 +36,36 @@ from ratchet.suites import judge_suites
 from ratchet.withstood import judge_attacks
 from ratchet.worth import training_seconds, weigh
 
+UNASKED = 0.02  # share of the test rows that an evaluation may leave out
 Verdict = Literal["promote", "reject", "uncertain"]
 
 
-def judge(evaluation: Path, candidate: Path, incumbent: Path, parity: Path, looks: Path, out: Path, config: GateConfig, training: Path | None = None) -> dict[str, Any]:
-    """Returns the decision and writes it. `training` holds the figures of the run, for `gate.worth`. Raises RatchetError when the evaluation or the report of serve parity is not whole."""
+def judge(
+    evaluation: Path,
+    candidate: Path,
+    incumbent: Path,
+    parity: Path,
+    looks: Path,
+    out: Path,
+    config: GateConfig,
+    training: Path | None = None,
+    *,
+    prepared: Path | None = None,
+    parity_asked: ParityConfig | None = None,
+) -> dict[str, Any]:
+    """Returns the decision and writes it. `training` holds the figures of the run, for `gate.worth`.
+
+    Raises RatchetError when the evaluation or the report of serve parity is not whole: against themselves, and where they are given against the rows of `prepared` and what `parity_asked` for.
+    """
     metrics = read_json(evaluation / "metrics.json")
     champion = read_json(incumbent / MANIFEST)
     if metrics["champion"] != champion["version"]:
         raise RatchetError(f"the evaluation is against v{metrics['champion']}, the incumbent is v{champion['version']}", remedy="ratchet retrain --force")
     manifest = read_json(candidate / MANIFEST)
     scores = _whole_scores(evaluation, metrics, manifest["adapter_sha256"])
+    _check_range(scores, config)
+    if prepared:
+        _check_rows(scores, prepared)
     rival = "base" if champion["version"] is None else "champion"
     look = look_number(read_looks(looks), champion["version"], manifest["run_key"])
     slice_checks, slices = judge_slices(scores[scores.batch != "golden"], rival, config)
@@ -52,7 +73,9 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, parity: Path, look
     if config.oldest and champion.get("oldest") is not None:
         checks += _oldest(scores, _read_table(incumbent / "oldest.parquet"), f"v{champion['oldest']}", config)
     checks += _audits(evaluation, metrics, scores, rival, config)
-    checks.append(judge_parity(parity, manifest["adapter_sha256"]))
+    test_rows = int(scores[scores.batch != "golden"].id.nunique())
+    merges = manifest.get("adapter", {}).get("method") not in PREFIXED
+    checks.append(judge_parity(parity, manifest["adapter_sha256"], parity_asked, test_rows=test_rows, merges=merges))
     worth = _worth(scores, rival, training, manifest["run_key"], config)
     checks += worth if config.require_worth else []
     verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"
@@ -64,6 +87,7 @@ def judge(evaluation: Path, candidate: Path, incumbent: Path, parity: Path, look
         "regions": [_region(name, rows, rival, config) for name, rows in parts(scores[scores.batch != "golden"]).items()],
         "slices": slices,
         "worth": worth[0] if worth else None,
+        "speed": read_json(parity).get("speed"),
         "look": {"number": look, "alpha": alpha_of(look, config)},
         "candidate": {"run_key": manifest["run_key"], "adapter_sha256": manifest["adapter_sha256"]},
         "params": config.model_dump(mode="json"),
@@ -104,6 +128,23 @@ def _whole_scores(evaluation: Path, metrics: dict[str, Any], adapter: str) -> pd
     if (rows := scores[scores.model == "candidate"].id.nunique()) != metrics.get("rows"):
         raise RatchetError(f"the table of scores holds {rows} rows of the candidate, the evaluation says {metrics.get('rows')}", remedy=AGAIN)
     return scores
+
+
+def _check_rows(scores: pd.DataFrame, prepared: Path) -> None:
+    """Raises RatchetError: rows that wait to be asked were not. The evaluation leaves out the few test rows that the demo's base has read, and no golden one."""
+    asked = set(scores[scores.model == "candidate"].id)
+    for name, most in (("golden", 0.0), ("test", UNASKED)):
+        rows = [row.id for row in read_examples(prepared / f"{name}.jsonl")]
+        if (missing := sum(id not in asked for id in rows)) > most * len(rows):
+            raise RatchetError(f"the evaluation lacks {missing} of {len(rows)} {name} rows", remedy=AGAIN)
+
+
+def _check_range(scores: pd.DataFrame, config: GateConfig) -> None:
+    """Raises RatchetError: a share outside 0 to 1 is no score."""
+    for metric in {config.metric, *(rule.metric for rule in config.guardrails)} & set(scores) - {"answer_nll"}:
+        values = scores[metric].dropna()
+        if ((values < 0) | (values > 1)).any():
+            raise RatchetError(f"{metric} of {scores.loc[((scores[metric] < 0) | (scores[metric] > 1)), 'id'].iloc[0]} is outside 0 to 1", remedy=AGAIN)
 
 
 def _whole_part(evaluation: Path, file: str, wanted: int, word: str) -> pd.DataFrame:
@@ -175,14 +216,17 @@ def _region(name: str, rows: pd.DataFrame, rival: str, config: GateConfig) -> di
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    decision = judge(arguments.evaluation, arguments.candidate, arguments.incumbent, arguments.parity, arguments.looks, arguments.out, config.gate, arguments.training)
+    paths = (arguments.evaluation, arguments.candidate, arguments.incumbent, arguments.parity, arguments.looks, arguments.out)
+    decision = judge(*paths, config.gate, arguments.training, prepared=arguments.prepared, parity_asked=config.parity)
     say(f"gate: {decision['verdict']}")
     for check in decision["checks"]:
         say(f"gate: {check['result']:7} {check['reason']}")
+    if decision["speed"]:
+        say(f"gate: {speed_line(decision['speed'])}")
     shown = [decision["worth"]] if decision["worth"] and not config.gate.require_worth else []
     for part in [*shown, *decision["regions"], *decision["slices"]]:
         say(f"gate: {part['reason']}")
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, ["evaluation", "candidate", "incumbent", "parity", "looks", "training", "out"], _main)
+    run_stage(__doc__, ["prepared", "evaluation", "candidate", "incumbent", "parity", "looks", "training", "out"], _main)

@@ -17,6 +17,7 @@ from ratchet.config import Config
 from ratchet.errors import DataError
 from ratchet.examples import Example, read_examples
 from ratchet.files import read_json, write_json
+from ratchet.latency import WARM_UP, measure_speed
 from ratchet.models import MANIFEST, load_tokenizer
 from ratchet.packing import read_windows, rows_of
 from ratchet.parity import Trained, check_parity, find_trained
@@ -35,6 +36,8 @@ def parity(prepared: Path, tokens: Path, base: Path, candidate: Path, out: Path,
     context = read_json(base / MANIFEST).get("context")
     bundle = Bundle(config.project.name, 1, candidate, base, int(context or config.tokenize.max_length), Generation(config.evaluate.max_new_tokens))
     report = check_parity(rows, trained, base, candidate, bundle, config.parity, max_new_tokens=config.evaluate.max_new_tokens, batch_size=config.evaluate.batch_size)
+    if all(part["result"] == "pass" for part in report["parts"]) and len(rows) > WARM_UP:
+        report["speed"] = measure_speed(bundle, rows, config)
     write_json(out, report)
     return report
 

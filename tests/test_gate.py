@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ratchet.config import GateConfig
+from ratchet.config import GateConfig, ParityConfig
 from ratchet.errors import RatchetError
-from ratchet.files import read_json, write_json
+from ratchet.examples import Message, encode_line, make_example
+from ratchet.files import read_json, write_bytes, write_json
 from tasks.gate import judge, paired_gains
 
 OLD, OLDER, NEW = "20260101T000000Z-old-00000000.jsonl", "20250101T000000Z-older-00000000.jsonl", "20260201T000000Z-new-00000000.jsonl"
@@ -216,6 +217,48 @@ def test_a_gateway_that_says_otherwise_alone_blocks(bench):
     assert decision["verdict"] == "reject"
     assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["parity"]
     assert "prompts: 1 of 20 rows differ" in decision["reasons"][0]
+
+
+def whole(bench: Bench, table: pd.DataFrame, asked: ParityConfig, *, method: str = "lora") -> dict:
+    """By the command's way: against the prepared rows and what parity was asked for."""
+    bench.judge(table)
+    write_json(bench.folder / "candidate/manifest.json", {"run_key": "key", "adapter_sha256": "sha", "adapter": {"method": method}})
+    places = (bench.folder / name for name in ("evaluation", "candidate", "incumbent", "parity.json", "looks.json", "gate.json"))
+    return judge(*places, GateConfig(resamples=500, min_rows=200), bench.folder / "train", prepared=bench.folder / "prepared", parity_asked=asked)
+
+
+def prepare(bench: Bench, table: pd.DataFrame) -> pd.DataFrame:
+    """The table of rows that lie in prepared files."""
+    names = {id: make_example([Message("user", id), Message("assistant", "a")], {"batch": "b"}) for id in table.id.unique()}
+    for name, rows in (("golden", table[table.batch == "golden"]), ("test", table[table.batch != "golden"])):
+        write_bytes(bench.folder / f"prepared/{name}.jsonl", (encode_line(names[id]) for id in rows.id.unique()))
+    return table.assign(id=[names[id].id for id in table.id])
+
+
+@pytest.mark.parametrize("gone", ["golden", "test"])
+def test_rows_that_were_never_asked_give_no_verdict_whatever_the_evaluation_says_of_itself(bench, gone):
+    table = prepare(bench, scores(BETTER))
+    asked = ParityConfig(rows=20, merged=False)
+    assert whole(bench, table, asked)["verdict"] == "promote"
+    ids = table.id[table.batch == "golden"].unique() if gone == "golden" else table.id[table.batch != "golden"].unique()[::10]
+    with pytest.raises(RatchetError, match=rf"lacks {len(ids)} of \d+ {gone} rows"):
+        whole(bench, table[~table.id.isin(ids)], asked)
+
+
+def test_a_report_of_parity_that_lacks_what_was_asked_for_gives_no_verdict(bench):
+    table = prepare(bench, scores(BETTER))
+    with pytest.raises(RatchetError, match="has no rows for merged"):
+        whole(bench, table, ParityConfig(rows=20))
+    assert whole(bench, table, ParityConfig(rows=20), method="prompt")["verdict"] == "promote"  # nothing to merge
+    with pytest.raises(RatchetError, match=r"checked on 20 rows; wanted at least 180 \(`parity.rows` is 200"):
+        whole(bench, table, ParityConfig(rows=200, merged=False))
+
+
+@pytest.mark.parametrize("value", [5.0, -0.1])
+def test_a_share_outside_0_to_1_gives_no_verdict(bench, value):
+    table = scores(BETTER)
+    with pytest.raises(RatchetError, match=r"exact_match of .* is outside 0 to 1"):
+        bench.judge(worsen(table, table.id == table.id.iloc[0], value=value))
 
 
 def test_without_a_report_of_serve_parity_there_is_no_verdict(bench):
@@ -518,7 +561,7 @@ def test_a_gap_that_the_champion_has_as_well_passes(bench):
 def test_groups_that_are_too_small_are_not_judged_and_this_is_said(bench):
     table = by_region(scores(BETTER), {"candidate": 0.9})
     check = next(check for check in bench.judge(table, evaluated={"grouped": ["region"]}, min_slice_rows=201)["checks"] if check["name"] == "groups:region")
-    assert check["result"] == "pass"
+    assert check["result"] == "unclear"  # it was asked for, and is not shown
     assert "not judged, 0 of its values have 201 rows" in check["reason"]
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 from servers import serving
 from teacher_stub import BROKEN, DATA, Act, TeacherStub
 from typer.testing import CliRunner
 
 from ratchet.cli import app
-from ratchet.config import AnswerJudge, GateConfig
+from ratchet.config import AnswerJudge, Config, GateConfig
 from ratchet.errors import ConfigError, RatchetError
 from ratchet.examples import Example, Message, example_id, make_example
 from ratchet.files import read_json, write_json
@@ -205,6 +206,18 @@ def test_the_command_measures_records_and_says_who_may_gate(tmp_path, config):
 
 
 # --- the guardrail -----------------------------------------------------------------------------------------------------
+
+
+def test_params_may_name_a_judge_in_a_guardrail_where_one_is_set():
+    """The way that people write it, through params.yaml's own checks."""
+    judge = {"url": "http://127.0.0.1:8000/v1", "model": "large", "metrics": ["correctness"]}
+    found = Config.model_validate({"evaluate": {"judge": judge}, "gate": RULE})
+    assert found.gate.guardrails[0].metric == "judge_correctness"
+    with pytest.raises(ValidationError, match="judge_correctness; the scores a row are"):
+        Config.model_validate({"gate": RULE})
+    with pytest.raises(ValidationError, match=r"evaluate\.judge\.url is empty"):
+        Config.model_validate({"evaluate": {"judge": judge | {"url": ""}}})
+
 
 RULE = {"guardrails": [{"metric": "judge_correctness", "margin": 0.05}]}
 AGREED = {"labels": 80, "agree": 0.9, "kappa": 0.8, "low": 0.7}

@@ -205,6 +205,12 @@ def test_explain_finds_a_version_by_its_number_and_writes_its_page(made, monkeyp
     assert "no evaluation of v9 stands in this checkout; known: v1, v3" in str(unknown.exception)
 
 
+def test_a_metric_that_nobody_recorded_is_told(made, monkeypatch):
+    use_no_mlflow(monkeypatch)
+    done = CliRunner().invoke(app, ["-C", str(made.root), "ledger", "--metric", "foo"])
+    assert "has no foo" in str(done.exception) and "exact_match, answer_nll" in str(done.exception)
+
+
 def test_without_an_evaluation_the_ledger_is_empty(tmp_path, monkeypatch):
     use_git_without_a_user(monkeypatch)
     found = build(make_repository(tmp_path / "new"), "exact_match", {})

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from ratchet.config import EvaluateConfig, parse_config
-from ratchet.errors import ConfigError
+from ratchet.errors import ConfigError, DataError
 from ratchet.examples import Message, make_example
 from ratchet.slices import groups, length_bucket, slice_columns
 
@@ -34,6 +34,12 @@ def test_every_field_gives_a_column_and_a_missing_value_is_empty():
     ]
     found = slice_columns(rows, EvaluateConfig(slices=["topic"]))
     assert found == {"slice:source": ["jsonl"] * 4, "slice:topic": ["cars", "", "", "3"], "slice:length": ["0-19 words"] * 4}
+
+
+def test_a_field_that_no_row_has_is_refused_and_not_silently_unguarded():
+    rows = [make_example([Message("user", "hail?"), Message("assistant", "yes")], {"batch": "a", "topic": "cars"})]
+    with pytest.raises(DataError, match=r"(?s)evaluate.slices names 'topik'.*the first row has batch, topic"):
+        slice_columns(rows, EvaluateConfig(slices=["topik"]))
 
 
 def test_groups_leave_out_small_ones_empty_values_and_fields_that_tell_nothing_apart():

@@ -16,18 +16,27 @@ def print_evaluation(found: dict[str, Any]) -> None:
     from rich.text import Text
 
     from ratchet.commands.ledger import print_table
-    from ratchet.report import VERDICTS, mark
+    from ratchet.parity_guardrail import speed_line
+    from ratchet.report import VERDICTS, audit_lines, mark
 
     console, decision = Console(), found["decision"]
     rival = "the untouched base" if decision["rival"]["version"] is None else f"v{decision['rival']['version']}"
     console.print(Text(f"{found['name']} against {rival}: {VERDICTS[decision['verdict']]}", style="bold"))
-    for check in [*decision["checks"], *decision.get("regions", [])]:
+    for check in decision["checks"]:
         console.print(Text(f"  {mark(check['result'])} {check['reason']}"))
+    if told := decision.get("regions", []):
+        console.print("  told, not decided on:")
+    for check in told:
+        console.print(Text(f"    {mark(check['result'])} {check['reason']}"))
+    if decision.get("speed"):
+        console.print(Text(f"  {speed_line(decision['speed'])}"))
     for part, rows in found["tables"].items():
         console.print(_figures(f"{part} rows", found["models"], rows))
     console.print(_batches(found))
     for check in decision.get("slices", []):
         console.print(Text(f"  {mark(check['result'])} {check['reason']}"))
+    for line in audit_lines(found["metrics"], decision):
+        console.print(Text(line))
     if found["ledger"]:
         print_table(found["ledger"])
     if found["rows_fault"]:
@@ -73,7 +82,12 @@ def _moved(title: str, rows: list[dict[str, Any]], rival: str, name: str) -> Tab
 
 def _curve(points: list[dict[str, Any]]) -> Table:
     table = _table("training: loss in nats a learned token", "step", "train", "validation")
-    told = [point for point in points if "validation_loss" in point] or points
+    told: list[dict[str, Any]] = []
+    train: dict[str, float] = {}
+    for point in points:
+        train = {"train_loss": point["train_loss"]} if "train_loss" in point else train
+        told += [train | point] if "validation_loss" in point else []
+    told = told or points
     for point in told[:: max(1, -(-len(told) // MOST_POINTS))]:
         table.add_row(str(point["step"]), *(f"{point[key]:.4f}" if key in point else "" for key in ("train_loss", "validation_loss")))
     return table

@@ -33,6 +33,7 @@ def ledger(
 
 def read(root: Path, config: Config, metric: str, *, fill: bool = False) -> dict[str, Any]:
     """From git, DVC and, for the numbers of versions that were never in charge, MLflow where it answers."""
+    from ratchet.errors import UserError
     from ratchet.files import write_json
     from ratchet.ledger import SAVED, build, read_evaluations
 
@@ -45,6 +46,11 @@ def read(root: Path, config: Config, metric: str, *, fill: bool = False) -> dict
             filled = fill_cells(root, found, evaluations[0], config, note)
         note(f"{filled} cells filled")
         found = build(root, metric, numbers, evaluations)
+    if evaluations and not found["versions"]:
+        raise UserError(
+            f"no evaluation that landed tells of {metric}: {next(iter(found['faults']), 'none can be read')}",
+            remedy=f"params.yaml asks for {', '.join(config.evaluate.row_scores)}",
+        )
     if metric == config.gate.metric:
         write_json(root / SAVED, found)  # for the page
     return found

@@ -26,6 +26,12 @@ class AnswerJudge(TeacherConfig):
     max_cost: float = Field(default=5.0, ge=0, description="money that one evaluation may spend, in the prices' currency; it stops before it would go over")
     max_run_tokens: int = Field(default=2_000_000, ge=0, description="tokens of one evaluation, input and output of all requests; it stops before it would go over")
 
+    @model_validator(mode="after")
+    def _somewhere(self) -> AnswerJudge:
+        if self.model and not self.url:
+            raise ValueError(f"evaluate.judge.url is empty: nobody knows where {self.model} answers; wanted a base URL, such as http://127.0.0.1:8000/v1")
+        return self
+
 
 class EvaluateConfig(Section):
     """Candidate, champion and base on the same rows, in one process."""
