@@ -114,7 +114,7 @@ def _judge(scores: pd.DataFrame, field: str, rival: str, config: GateConfig, alp
     result = "fail" if found.high < -config.group_margin else "pass"
     words = {"fail": "is wider than the {}'s for certain", "pass": "is not wider than the {}'s for certain"}[result].format(rival)
     groups = f"{of.max() + 1} groups, {len(of)} rows"
-    reason = f"guardrail {name}: the gap in {config.metric} between groups ({groups}) {words}: narrower by {said(found)}, {config.group_margin:g} wider is still taken"
+    reason = f"guardrail {name}: the gap in {config.metric} between groups ({groups}) {words}: narrower by {said(found)} (under 0 it is wider), {config.group_margin:g} wider is still taken"
     return make_check(name, config.metric, found, len(of), -config.group_margin, result, reason)
 
 

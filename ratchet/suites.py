@@ -55,7 +55,9 @@ def _read(path: Path, own: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{LIMIT} names {path.stem!r}, but there is no {path}", remedy=remedy) from None
     except (YAMLError, ValueError) as error:
-        raise DataError(f"{path} is no plain YAML: {' '.join(str(error).split())}", remedy=remedy) from None
+        tag = "!function" in path.read_text(encoding="utf-8", errors="replace")
+        why = "it names Python (`!function`), which is never run from a task file" if tag else f"it is no plain YAML: {' '.join(str(error).split())}"
+        raise DataError(f"{path}: {why}", remedy=remedy) from None
     metrics = found.get("metric_list") if isinstance(found, dict) else None
     if not isinstance(metrics, list) or not metrics or not isinstance(metrics[0], dict) or not isinstance(metrics[0].get("metric"), str):
         raise DataError(f"{path} names no metric in `metric_list`", remedy=remedy)

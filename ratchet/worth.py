@@ -35,7 +35,7 @@ def weigh(test: pd.DataFrame, rival: str, seconds: float, config: GateConfig) ->
     result = "pass" if brings.mean > cost else "fail"
     words = {"pass": "brings more than the training cost", "fail": "does not bring what the training cost"}[result]
     reason = (
-        f"worth: a gain of {gain.mean:+.3f} over {requests:,.0f} requests in {worth.months:g} months {words}: "
+        f"worth: a gain of {gain.mean:+.3f} over {requests:,.0f} requests in {worth.months:g} month{'s' * (worth.months != 1)} {words}: "
         f"{brings.mean:,.2f} [{brings.low:,.2f}, {brings.high:,.2f}] against {cost:,.2f} for {seconds / SECONDS:.2f} h"
     )
     return make_check("worth", config.metric, brings, test.id.nunique(), cost, result, reason)

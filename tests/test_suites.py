@@ -78,7 +78,7 @@ def test_an_evaluation_runs_its_suites_on_every_model_and_the_card_shows_them(tm
         (("tiny.jsonl", "../../../elsewhere.jsonl"), "is not in"),
         (("metric_list: [{metric: acc}]", ""), "names no metric"),
         (("dataset_kwargs: {data_files: {test: tiny.jsonl}}", ""), "names no `data_files`"),
-        (('"{{question}}"', "!function code.run"), "is no plain YAML"),
+        (('"{{question}}"', "!function code.run"), "names Python (`!function`)"),
         (("output_type", "}{"), "is no plain YAML"),
     ],
 )

@@ -85,7 +85,7 @@ def _agreement_name() -> str:
 
 @app.command("explain")
 def gate_explain(
-    version: Annotated[str, typer.Argument(metavar="[vN]", help="A version, or a commit; otherwise the last evaluation.")] = "",
+    version: Annotated[str, typer.Argument(metavar="[vN]", help="A version, or a commit; otherwise the last evaluation that was committed.")] = "",
     page: Annotated[Path | None, typer.Option("--page", help="Write it as one HTML page instead.")] = None,
     as_json: Json = False,
 ) -> None:
