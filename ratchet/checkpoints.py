@@ -28,6 +28,7 @@ from ratchet.stage import say
 
 FOLDER = Path(".ratchet/checkpoints")
 MANIFEST, TENSORS, STATE, TRAINER_STATE = "manifest.json", "tensors.safetensors", "state.json", "trainer_state.json"
+MOST_TOLD = 6
 KEPT = 2  # the newest, and the one before it in case that one is broken
 STEP = re.compile(r"step-(\d{8})")
 
@@ -111,15 +112,15 @@ class Checkpoints:
         return ""
 
     def _differing(self) -> list[str]:
-        """Which facts are others than those of any training that left checkpoints here."""
-        found: set[str] = set()
+        """Which facts are others than those of any training that left checkpoints here, with both values where these are short."""
+        found: dict[str, str] = {}
         for path in self._all.glob(f"*/step-*/{MANIFEST}"):
             try:
                 theirs = read_json(path)["facts"]
-                found |= {key for key, value in self._facts.items() if theirs.get(key) != value}
+                found |= {key: _change(key, theirs.get(key), value) for key, value in self._facts.items() if theirs.get(key) != value and " " not in found.get(key, "")}
             except (RatchetError, KeyError, TypeError, AttributeError):
                 continue
-        return sorted(found) or ["none of them is whole"]
+        return sorted(found.values())[:MOST_TOLD] or ["none of them is whole"]
 
     def _steps(self) -> list[tuple[int, Path]]:
         """By step, the highest first; times of files tell nothing after a clock was set back."""
@@ -144,6 +145,11 @@ class Checkpoints:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    short = before is not None and all(len(str(value)) < 30 for value in (before, now))
+    return f"{key} {before} → {now}" if short else key
 
 
 def split(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:

@@ -19,7 +19,7 @@ from ratchet.sections.data import FeedbackSource, IngestConfig, JsonlSource, Pre
 from ratchet.sections.judging import AnswerJudge, EvaluateConfig, GateConfig, MetricGuardrail, ParityConfig, WorthConfig
 from ratchet.sections.running import GatewayConfig, MonitorConfig, RequestLogConfig, RolloutConfig, ServicesConfig, TopicSource
 from ratchet.sections.synthesis import AugmentConfig, GroundedConfig, JudgeConfig, SynthesizeConfig, TeacherConfig
-from ratchet.sections.training import AdapterConfig, BaseConfig, Choices, CompareConfig, DemoBase, RetrainConfig, SweepConfig, SweepRange, TrainConfig
+from ratchet.sections.training import AdapterConfig, BaseConfig, Choices, CompareConfig, DemoBase, RetrainConfig, SweepConfig, SweepRange, TrainConfig, why_whole
 
 __all__ = [
     "TAKEN",
@@ -98,6 +98,8 @@ class Config(Section):
     def _go_together(self) -> Config:
         """What a method cannot do is said before anything is loaded."""
         method = self.adapter.method
+        if self.train.processes > 1 and self.train.parallel == "fsdp" and (why := why_whole(self.train, self.adapter)):
+            raise ValueError(f"train.parallel is 'fsdp': {why}; set `train.parallel: ddp`")
         if method == "prefix" and self.train.checkpoint_activations:
             raise ValueError("train.checkpoint_activations is true: `adapter.method: prefix` reads a cache in every layer, which cannot be computed again")
         if method in ("prefix", "prompt", "full", "ia3") and self.adapter.bias != "none":

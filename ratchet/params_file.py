@@ -25,7 +25,9 @@ def edit_params(text: str, changes: dict[str, Any]) -> str:
             if place.get(section) is None:
                 place[section] = CommentedMap()
             place = place[section]
-        place[last] = yaml.load(yaml_value(value))  # so that a number is written as the file's other numbers are
+        wanted = yaml.load(yaml_value(value))  # so that a number is written as the file's other numbers are
+        if last not in place or place[last] != wanted or isinstance(place[last], bool) != isinstance(wanted, bool):
+            place[last] = wanted
     out = io.StringIO()
     yaml.dump(document, out)
     return out.getvalue()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from ratchet.config import AdapterConfig, TrainConfig
 from ratchet.errors import ConfigError
+from ratchet.sections.training import why_whole
 
 
 def rank() -> int:
@@ -65,13 +66,7 @@ def in_parts(train: TrainConfig, adapter: AdapterConfig) -> bool:
     """Whether each of several processes keeps a part of the model (FSDP2) and not all of it. Raises ConfigError: `train.parallel: fsdp` cannot be."""
     if train.processes == 1 or train.parallel == "ddp":
         return False
-    why = ""
-    if adapter.method in ("prefix", "prompt"):
-        why = f"`adapter.method: {adapter.method}` puts its virtual tokens before the layers that would be in parts"
-    elif adapter.method == "qlora" and adapter.quantisation == "int8":
-        why = "`adapter.quantisation: int8` keeps its scales beside the weights, which cannot be cut with them"
-    elif train.optimizer not in ("adamw", "sgd"):
-        why = f"`train.optimizer: {train.optimizer}` does not take weights in parts"
+    why = why_whole(train, adapter)
     if why and train.parallel == "fsdp":
         raise ConfigError(f"`train.parallel: fsdp` does not work here: {why}", remedy="set `train.parallel: ddp`")
     return not why and (train.parallel == "fsdp" or adapter.method in ("full", "qlora"))

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,8 @@ class Ended(NamedTuple):
     @property
     def reason(self) -> str:
         """Why it failed, in one line."""
-        told = [line for line in self.said if "Error: " in line]
+        told = [f"{line.strip()} {after.strip()}" if after.lstrip().startswith("→") else line for line, after in pairwise([*self.said, ""]) if "Error: " in line]
+        told = [line for line in told if "ChildFailedError" not in line] or told  # torchrun's own word comes last and says nothing
         if self.code == -signal.SIGKILL and not self.stopped:
             return "its process was killed: out of memory?"
         return (told or self.said or [f"exit code {self.code}"])[-1].strip()[:500]

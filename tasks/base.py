@@ -56,7 +56,8 @@ def _add_tokens(folder: Path, words: list[str]) -> dict[str, Any]:
 
     tokenizer = load_tokenizer(folder)
     pieces = [list(map(int, tokenizer.encode(word, add_special_tokens=False))) for word in words]
-    if known := [word for word, ids in zip(words, pieces, strict=True) if len(ids) < 2]:
+    # Within a sentence a blank stands before it, and many tokenizers have a token for both.
+    if known := [word for word, ids in zip(words, pieces, strict=True) if min(len(ids), len(tokenizer.encode(f" {word}", add_special_tokens=False))) < 2]:
         raise BaseModelError(f"`base.new_tokens` names {known[0]!r}, which is one token of this base already", remedy="take it out of the list")
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
     ids = [int(tokenizer.convert_tokens_to_ids(word)) for word in words]

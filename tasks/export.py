@@ -68,6 +68,8 @@ def export(source: Source, to: str, out: Path, config: Config) -> dict[str, Any]
                 )
             record = _record(source, to, part, _compare(ours, theirs), lost) | {"prompts": _prompts(asked)}
             _describe(folder, source, to, record)
+            for path in folder.iterdir():
+                path.chmod(0o644)  # some libraries write for their own user alone
     return record
 
 

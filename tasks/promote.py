@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from ratchet.champion import FILE, Champion, last_entry, read_champion, write_champion
-from ratchet.errors import RatchetError, ServiceError, UserError
+from ratchet.errors import CheckoutError, CommandError, RatchetError, ServiceError, UserError
 from ratchet.files import write_text
 from ratchet.gate_tags import check_gate, named, read_tags
 from ratchet.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, get_version, set_alias
@@ -33,6 +33,7 @@ def promote(workspace: Workspace, version: Version, *, by: str, why: str, force:
         follow_alias(workspace.root, current, say)
         return current
     tags = read_tags(version)
+    check_known(workspace, version)
     if not force:
         check_gate(version, current)
     chosen = Champion(
@@ -53,6 +54,17 @@ def promote(workspace: Workspace, version: Version, *, by: str, why: str, force:
         replaced=current.version if current else None,
     )
     return _put_in_charge(workspace, chosen, say)
+
+
+def check_known(workspace: Workspace, version: Version) -> None:
+    """Raises CheckoutError: another checkout of the team made it, and its commit is not here yet; nobody here could serve it."""
+    commit = version.tags["git_commit"]
+    try:
+        workspace.git("cat-file", "-e", f"{commit}^{{commit}}")
+    except CommandError:
+        raise CheckoutError(
+            f"v{version.number} was made by commit {commit[:8]}, which is not in this repository", remedy="push it where it was made and git pull here; only then is it promoted"
+        ) from None
 
 
 def rollback(workspace: Workspace, *, by: str, why: str, say: Say) -> Champion:

@@ -49,9 +49,10 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
     start = _start_from(incumbent, config)
     inputs = _inputs(tokens, base, incumbent, start, config)
     run_key = sha256_json(inputs)[:32]
+    known = {**inputs, **_machine(), **_settings(config)}
     if rank():
         # The first process tells and writes; the others compute, and read the same checkpoint.
-        checkpoints = Checkpoints(_home(), run_key, {**inputs, **_machine()}, minutes=config.train.checkpoint_minutes, curve=list)
+        checkpoints = Checkpoints(_home(), run_key, known, minutes=config.train.checkpoint_minutes, curve=list)
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             _fit(tokens, base, incumbent, start, out, config, lambda step, values: None, lambda points: None, checkpoints)
         return {}
@@ -61,7 +62,7 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
         copy = LiveCopy(history.path, config.project.name, run_key, {"mlflow.runName": f"train-{run_key[:8]}", "ratchet.state": "training"})
         if "MLFLOW_TRACKING_URI" in os.environ:
             copy.start()
-        checkpoints = Checkpoints(_home(), run_key, {**inputs, **_machine()}, minutes=config.train.checkpoint_minutes, curve=lambda: read_history(history.path))
+        checkpoints = Checkpoints(_home(), run_key, known, minutes=config.train.checkpoint_minutes, curve=lambda: read_history(history.path))
         facts = {"run_key": run_key, "inputs": inputs, "batches": _batches(tokens, incumbent), "canaries": profile.get("canaries", 0)}
         figures = _optimise(tokens, base, incumbent, start, out, config, history, checkpoints, facts)
         figures["run_key"], figures["rows"] = run_key, profile["train"]
@@ -149,6 +150,12 @@ def _peak_of_gpu() -> dict[str, float]:
 def _home() -> Path:
     """The checkout: a workspace goes when its run has failed."""
     return Path(os.environ.get("RATCHET_ROOT") or Path.cwd())
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Key by key, to tell which of them changed; `params` of the inputs is what decides."""
+    train = config.train.model_dump(mode="json", exclude={"checkpoint_minutes"})
+    return {f"train.{key}": value for key, value in train.items()} | {f"adapter.{key}": value for key, value in config.adapter.model_dump(mode="json").items()}
 
 
 def _machine() -> dict[str, str]:

@@ -114,6 +114,10 @@ def test_a_word_that_is_a_token_already_is_refused(tmp_path, tiny_base):
     shutil.copytree(tiny_base, tmp_path / "base")
     with pytest.raises(BaseModelError, match="'a', which is one token"):
         _add_tokens(tmp_path / "base", ["a"])
+    tokenizer = load_tokenizer(tiny_base)
+    word = next(word for token in tokenizer.get_vocab() if token.startswith("Ġ") and (word := token[1:]).isascii() and len(tokenizer.encode(word, add_special_tokens=False)) > 1)
+    with pytest.raises(BaseModelError, match=f"'{word}', which is one token"):  # behind a blank, as in a sentence
+        _add_tokens(tmp_path / "base", [word])
 
 
 @pytest.mark.parametrize("word", ["<think>", " iterator", "", "<|user|>", "[INST]"])

@@ -20,6 +20,8 @@ from ratchet.errors import ConfigError
 from ratchet.files import read_json, sha256_file
 from ratchet.processes import check_size, in_parts
 from ratchet.tracking import read_history
+from ratchet.trainings import Ended
+from ratchet.workspace import _without_torchrun
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = ["--tokens", "data/tokenized", "--base", "models/base", "--incumbent", "models/incumbent", "--out", "models/candidate", "--reports", "reports/train"]
@@ -164,6 +166,19 @@ def test_what_is_kept_in_parts(adapter, train, parts):
 def test_what_cannot_be_cut_is_refused(adapter, train, seen):
     with pytest.raises(ConfigError, match=seen):
         in_parts(TrainConfig(processes=2, accumulate=2, parallel="fsdp", **train), AdapterConfig(**adapter))
+
+
+def test_what_cannot_be_cut_is_refused_with_params_yaml():
+    """Before torchrun starts, whose report would bury the reason."""
+    with pytest.raises(ValidationError, match=r"train\.parallel is 'fsdp': `adapter\.method: prefix`"):
+        Config.model_validate({"train": {"processes": 2, "accumulate": 2, "parallel": "fsdp"}, "adapter": {"method": "prefix"}})
+
+
+def test_of_torchruns_report_only_what_the_process_said_is_told():
+    said = ["train: …", "ConfigError: no", "  → do this", "E1 torch/distributed/elastic failed (exitcode: 2)", "Traceback", "torch.distributed.ChildFailedError:"]
+    assert Ended(1, 1.0, False, said).reason == "ConfigError: no → do this"
+    assert _without_torchrun(said) == said[:3]
+    assert _without_torchrun(said[:3]) == said[:3]
 
 
 def test_fewer_processes_than_asked_for_are_no_training():

@@ -36,7 +36,7 @@ def quiet(line: str) -> None:
     """Nobody listens."""
 
 
-def register(number: int, *, rival: int | None, verdict: str = "promote") -> int:
+def register(number: int, *, rival: int | None, verdict: str = "promote", commit: str = "") -> int:
     """A version as `tasks.record` makes it."""
     adapter = Path("adapter")
     adapter.mkdir(exist_ok=True)
@@ -44,7 +44,7 @@ def register(number: int, *, rival: int | None, verdict: str = "promote") -> int
     gate = {"verdict": verdict, "rival": rival, "metric": "exact_match", "mean": 0.2, "low": 0.1, "high": 0.3, "rows": 400}
     tags = {
         KEY_TAG: f"key{number}",
-        "git_commit": f"{number}" * 40,
+        "git_commit": commit or (git(Path("checkout"), "rev-parse", "HEAD").strip() if Path("checkout").exists() else "0" * 40),
         "adapter_sha256": f"{number}" * 64,
         "data": json.dumps({"rows": 10 * number, "batches": number, "dvc": "d.dir"}),
         "batches": json.dumps([f"batch{known}.jsonl" for known in range(number)]),
@@ -71,11 +71,25 @@ def reign(root: Path, versions: int) -> None:
 # --- promotion -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_version_of_a_commit_that_is_not_here_is_not_put_in_charge(root):
+    """Two checkouts share one registry: the other one's commit has to come here first, or nobody could fetch what was promoted."""
+    before = git(root, "rev-parse", "HEAD")
+    with pytest.raises(CheckoutError, match=r"(?s)v1 was made by commit abababab, which is not in this repository.*git pull"):
+        take(root, register(1, rival=None, commit="ab" * 20))
+    assert (git(root, "rev-parse", "HEAD"), read_champion(root)) == (before, None)
+
+
 def test_a_promotion_is_a_commit_a_tag_and_an_alias(root):
     chosen = take(root, register(1, rival=None))
     assert read_champion(root) == chosen
     assert (chosen.version, chosen.previous, chosen.replaced, chosen.move, chosen.by, chosen.why) == (1, None, None, "promote", "Ana", "better")
-    assert (chosen.commit, chosen.run_key, chosen.batches, chosen.data["rows"], chosen.gate["mean"]) == ("1" * 40, "key1", ["batch0.jsonl"], 10, 0.2)
+    assert (chosen.commit, chosen.run_key, chosen.batches, chosen.data["rows"], chosen.gate["mean"]) == (
+        get_version("small", 1).tags["git_commit"],
+        "key1",
+        ["batch0.jsonl"],
+        10,
+        0.2,
+    )
     assert subjects(root)[0] == "Promote small v1"
     assert git(root, "log", "-1", "--format=%b").strip() == "By Ana: better"
     assert git(root, "rev-parse", "model/small/v1") == git(root, "rev-parse", "HEAD")

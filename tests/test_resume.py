@@ -313,7 +313,7 @@ def test_another_training_does_not_go_on_from_it_and_says_what_differs(home: Pat
     manifest = home / FOLDER / "key/step-00000007" / MANIFEST
     manifest.write_text(json.dumps({**read_json(manifest), "facts": {"tokens": "1", "torch": "2"}}))
     assert newest(home, key="another", tokens="1", torch="3") is None
-    assert "of other data, params or code (tokens, torch)" in capfd.readouterr().out  # step 6 has no facts at all
+    assert "of other data, params or code (tokens, torch 2 → 3)" in capfd.readouterr().out  # step 6 has no facts at all
     assert newest(home, tokens="1", torch="3") is None
     assert "torch was 2, is 3" in capfd.readouterr().err
 

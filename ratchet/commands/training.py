@@ -73,13 +73,15 @@ def compare(
     root = ready_root()
     from flows.compare import OUT
     from flows.compare import compare as run
+    from ratchet.checks import LOWER_IS_BETTER
     from ratchet.comparison import text
 
     found = run(root, read_config(root), [word.strip() for word in methods.split(",") if word.strip()], note)
 
     def tell() -> None:
         say("\n".join(text(found)))
-        say(f"quality: {found['metric']} on {found['rows']} test rows; one training each; written to {OUT / 'compare.md'}")
+        less = ", less is better," if found["metric"] in LOWER_IS_BETTER else ""
+        say(f"quality: {found['metric']}{less} on {found['rows']} test rows; one training each; written to {OUT / 'compare.md'}")
 
     show(found, as_json, tell)
 

@@ -110,6 +110,15 @@ class TrainConfig(Section):
         return max(1, math.ceil(self.epochs * num_batches / self.accumulate))
 
 
+def why_whole(train: TrainConfig, adapter: AdapterConfig) -> str:
+    """Why several processes cannot keep parts of the model; empty when they can."""
+    if adapter.method in ("prefix", "prompt"):
+        return f"`adapter.method: {adapter.method}` puts its virtual tokens before the layers that would be in parts"
+    if adapter.method == "qlora" and adapter.quantisation == "int8":
+        return "`adapter.quantisation: int8` keeps its scales beside the weights, which cannot be cut with them"
+    return "" if train.optimizer in ("adamw", "sgd") else f"`train.optimizer: {train.optimizer}` does not take weights in parts"
+
+
 class AdapterConfig(Section):
     """What is trained on top of the base."""
 
