@@ -10,16 +10,15 @@ from ratchet.errors import RatchetError
 from ratchet.files import read_json
 
 AGAIN = "dvc repro --force parity"
-ENOUGH = 0.9  # of the test rows that were asked for: those too long for training are not compared
 
 
-def judge_parity(path: Path, adapter: str, asked: ParityConfig | None = None, *, test_rows: int = 0, merges: bool = True) -> dict[str, Any]:
-    """Raises RatchetError: no report, one of another candidate, or one that lacks parts, or rows of the `test_rows` that were there. `merges`: whether the method does."""
+def judge_parity(path: Path, adapter: str, asked: ParityConfig | None = None, *, merges: bool = True) -> dict[str, Any]:
+    """Raises RatchetError: no report, one of another candidate, or one that lacks parts, or rows that were `asked` for and there. `merges`: whether the method does."""
     report = read_json(path)
     try:
         parts, seen = {part["name"]: part for part in report["parts"]}, report["candidate"]
         failed = [part for part in parts.values() if part["result"] != "pass" or part["mismatches"]]
-        rows = int(report["rows"])
+        rows, there = int(report["rows"]), int(report.get("fitting", 0))
     except (KeyError, TypeError, ValueError) as error:
         raise RatchetError(f"{path} is no report of serve parity: {error!r}", remedy=AGAIN) from None
     if seen != adapter:
@@ -28,10 +27,8 @@ def judge_parity(path: Path, adapter: str, asked: ParityConfig | None = None, *,
     lacking = [name for name in wanted if not parts.get(name, {}).get("rows")]
     if lacking and not failed:
         raise RatchetError(f"the report of serve parity has no rows for {', '.join(lacking)}", remedy=AGAIN)
-    if asked and not failed and rows < (least := round(ENOUGH * min(asked.rows, test_rows))):
-        raise RatchetError(
-            f"serve parity was checked on {rows} rows; wanted at least {least} (`parity.rows` is {asked.rows}, the evaluation has {test_rows} test rows)", remedy=AGAIN
-        )
+    if asked and not failed and rows < (min(asked.rows, there) or asked.rows):
+        raise RatchetError(f"serve parity was checked on {rows} of {there} test rows; `parity.rows` is {asked.rows}", remedy=AGAIN)
     # The first differing token says more than a file's name.
     told = sorted(failed, key=lambda part: part.get("first") is None)
     reason = "; ".join(part["reason"] for part in told) if failed else f"{parts['prompts']['reason']}; {parts['gateway']['reason']}"

@@ -73,9 +73,8 @@ def judge(
     if config.oldest and champion.get("oldest") is not None:
         checks += _oldest(scores, _read_table(incumbent / "oldest.parquet"), f"v{champion['oldest']}", config)
     checks += _audits(evaluation, metrics, scores, rival, config)
-    test_rows = int(scores[scores.batch != "golden"].id.nunique())
     merges = manifest.get("adapter", {}).get("method") not in PREFIXED
-    checks.append(judge_parity(parity, manifest["adapter_sha256"], parity_asked, test_rows=test_rows, merges=merges))
+    checks.append(judge_parity(parity, manifest["adapter_sha256"], parity_asked, merges=merges))
     worth = _worth(scores, rival, training, manifest["run_key"], config)
     checks += worth if config.require_worth else []
     verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"

@@ -29,6 +29,7 @@ def parity(prepared: Path, tokens: Path, base: Path, candidate: Path, out: Path,
     """Returns the report and writes it. Raises DataError: no test or training row to compare on."""
     chat = ChatFormat(load_tokenizer(base))
     rows = [row for row in read_examples(prepared / "test.jsonl") if len(chat.encode(row).ids) <= config.tokenize.max_length]
+    fitting = len(rows)
     rows = sorted(rows, key=lambda row: row.id)[: config.parity.rows]
     trained = _trained(prepared, tokens, chat, config.parity.rows)
     if not rows or not trained:
@@ -36,6 +37,7 @@ def parity(prepared: Path, tokens: Path, base: Path, candidate: Path, out: Path,
     context = read_json(base / MANIFEST).get("context")
     bundle = Bundle(config.project.name, 1, candidate, base, int(context or config.tokenize.max_length), Generation(config.evaluate.max_new_tokens))
     report = check_parity(rows, trained, base, candidate, bundle, config.parity, max_new_tokens=config.evaluate.max_new_tokens, batch_size=config.evaluate.batch_size)
+    report["fitting"] = fitting  # test rows that are short enough to have been trained on
     if all(part["result"] == "pass" for part in report["parts"]) and len(rows) > WARM_UP:
         report["speed"] = measure_speed(bundle, rows, config)
     write_json(out, report)

@@ -49,7 +49,7 @@ class Bench:
     def parity(self, result: str, reason: str = "the same tokens") -> None:
         names = ("files", "training", "prompts", "gateway")
         parts = [{"name": name, "rows": 20, "mismatches": int(result == "fail"), "result": result, "reason": reason, "first": None} for name in names]
-        write_json(self.folder / "parity.json", {"candidate": "sha", "rows": 20, "training_rows": 20, "parts": parts})
+        write_json(self.folder / "parity.json", {"candidate": "sha", "rows": 20, "training_rows": 20, "fitting": 150, "parts": parts})
 
     def looks(self, judged: dict[str, list[str]]) -> None:
         write_json(self.folder / "looks.json", {"judged": judged})
@@ -250,7 +250,7 @@ def test_a_report_of_parity_that_lacks_what_was_asked_for_gives_no_verdict(bench
     with pytest.raises(RatchetError, match="has no rows for merged"):
         whole(bench, table, ParityConfig(rows=20))
     assert whole(bench, table, ParityConfig(rows=20), method="prompt")["verdict"] == "promote"  # nothing to merge
-    with pytest.raises(RatchetError, match=r"checked on 20 rows; wanted at least 180 \(`parity.rows` is 200"):
+    with pytest.raises(RatchetError, match=r"checked on 20 of 150 test rows; `parity.rows` is 200"):
         whole(bench, table, ParityConfig(rows=200, merged=False))
 
 
