@@ -36,7 +36,7 @@ from ratchet.suites import judge_suites
 from ratchet.withstood import judge_attacks
 from ratchet.worth import training_seconds, weigh
 
-UNASKED = 0.02  # share of the test rows that an evaluation may leave out
+UNASKED = 0.02  # share of all rows that an evaluation may leave out, as the demo's base has read them
 Verdict = Literal["promote", "reject", "uncertain"]
 
 
@@ -132,10 +132,10 @@ def _whole_scores(evaluation: Path, metrics: dict[str, Any], adapter: str) -> pd
 def _check_rows(scores: pd.DataFrame, prepared: Path) -> None:
     """Raises RatchetError: rows that wait to be asked were not. The evaluation leaves out the few test rows that the demo's base has read, and no golden one."""
     asked = set(scores[scores.model == "candidate"].id)
-    for name, most in (("golden", 0.0), ("test", UNASKED)):
-        rows = [row.id for row in read_examples(prepared / f"{name}.jsonl")]
-        if (missing := sum(id not in asked for id in rows)) > most * len(rows):
-            raise RatchetError(f"the evaluation lacks {missing} of {len(rows)} {name} rows", remedy=AGAIN)
+    ids = {name: [row.id for row in read_examples(prepared / f"{name}.jsonl")] for name in ("golden", "test")}
+    for name, most in (("golden", 0.0), ("test", UNASKED * sum(map(len, ids.values())))):
+        if (missing := sum(id not in asked for id in ids[name])) > most:
+            raise RatchetError(f"the evaluation lacks {missing} of {len(ids[name])} {name} rows", remedy=AGAIN)
 
 
 def _check_range(scores: pd.DataFrame, config: GateConfig) -> None:
