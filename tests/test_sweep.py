@@ -325,6 +325,12 @@ def test_the_best_settings_are_a_diff_that_keeps_the_comments(tmp_path: Path) ->
     assert propose(tmp_path, best, apply=True) == ""
 
 
+def test_a_value_that_stands_there_in_another_writing_is_no_change() -> None:
+    text = "train:\n  learning_rate: 0.002  # peak\n  compile: false\n"
+    assert edit_params(text, {"train.learning_rate": 2.0e-3, "train.compile": False}) == text
+    assert "compile: true" in edit_params(text, {"train.compile": True}) and "0.003" in edit_params(text, {"train.learning_rate": 0.003}).replace("3.0e-3", "0.003")
+
+
 def test_a_change_of_the_whole_params_yaml_touches_its_lines_alone() -> None:
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     changed = edit_params(text, {"train.learning_rate": 1e-4, "base.revision": None, "train.epochs": 2.5})
