@@ -24,7 +24,7 @@ from ratchet.config_doc import render_params
 from ratchet.errors import StageError
 from ratchet.files import read_json, write_text
 from ratchet.tracking import read_history
-from ratchet.workspace import child_environment
+from ratchet.workspace import child_environment, without_torchrun
 
 CODE = Path(__file__).resolve().parents[1]  # the modules that run now are the ones that train
 CANDIDATE, REPORTS, PARAMS, LOG, PROCESS = "candidate", "reports", "params.yaml", "train.log", "process"
@@ -55,7 +55,6 @@ class Ended(NamedTuple):
     def reason(self) -> str:
         """Why it failed, in one line."""
         told = [f"{line.strip()} {after.strip()}" if after.lstrip().startswith("→") else line for line, after in pairwise([*self.said, ""]) if "Error: " in line]
-        told = [line for line in told if "ChildFailedError" not in line] or told  # torchrun's own word comes last and says nothing
         if self.code == -signal.SIGKILL and not self.stopped:
             return "its process was killed: out of memory?"
         return (told or self.said or [f"exit code {self.code}"])[-1].strip()[:500]
@@ -90,7 +89,7 @@ def run_module(module: str, arguments: list[str], folder: Path, follow: Callable
         except BaseException:
             _end(process)
             raise
-    said = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    said = without_torchrun((folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines())
     return Ended(process.returncode, time.monotonic() - began, stopped, said[-30:])
 
 

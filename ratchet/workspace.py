@@ -26,7 +26,7 @@ from typing import NamedTuple
 from ratchet.errors import CheckoutError, CommandError, StageError
 
 EXITED = re.compile(r"exited with (-?\d+)")
-TORCHRUN = "ChildFailedError"  # its own report stands behind what a process said, and is long
+TORCHRUN = re.compile(r"[EW]\d{4} \S+ \d+ torch/distributed/elastic/")  # begins its own report, which stands behind what a process said, and is long
 WORKSPACES = Path(".ratchet/workspaces")
 CACHE_TYPES = "reflink,symlink,hardlink,copy"
 LANDING_TRIES = 5
@@ -134,17 +134,16 @@ def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
     lines, code = _stream(command, workspace, say)
     if code:
         codes = EXITED.findall("\n".join(lines))  # DVC's own word comes last
-        told = [line for line in _without_torchrun(lines) if line and not line.startswith(("ERROR: failed to reproduce", "Verifying", *CHATTER))]
+        told = [line for line in without_torchrun(lines) if line and not line.startswith(("ERROR: failed to reproduce", "Verifying", *CHATTER))]
         if codes and codes[-1].startswith("-"):
             told.append(f"its process was killed by signal {codes[-1][1:]}" + ("; the same command goes on from the newest checkpoint" if stage == "train" else ""))
         raise StageError(f"stage {stage} failed:\n" + "\n".join(told[-12:] or lines[-3:]), exit_code=2 if codes[-1:] == ["2"] else 1)
     return not any(line.startswith(f"Stage '{stage}' didn't change") for line in lines)
 
 
-def _without_torchrun(lines: list[str]) -> list[str]:
-    if not any(TORCHRUN in line for line in lines):
-        return lines
-    first = next(place for place, line in enumerate(lines) if "torch.distributed" in line or "torch/distributed" in line or "Traceback" in line)
+def without_torchrun(lines: list[str]) -> list[str]:
+    """What the processes themselves said, their own tracebacks included."""
+    first = next((place for place, line in enumerate(lines) if TORCHRUN.match(line)), len(lines))
     return lines[:first] or lines
 
 

@@ -21,7 +21,7 @@ from ratchet.files import read_json, sha256_file
 from ratchet.processes import check_size, in_parts
 from ratchet.tracking import read_history
 from ratchet.trainings import Ended
-from ratchet.workspace import _without_torchrun
+from ratchet.workspace import without_torchrun
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = ["--tokens", "data/tokenized", "--base", "models/base", "--incumbent", "models/incumbent", "--out", "models/candidate", "--reports", "reports/train"]
@@ -175,10 +175,13 @@ def test_what_cannot_be_cut_is_refused_with_params_yaml():
 
 
 def test_of_torchruns_report_only_what_the_process_said_is_told():
-    said = ["train: …", "ConfigError: no", "  → do this", "E1 torch/distributed/elastic failed (exitcode: 2)", "Traceback", "torch.distributed.ChildFailedError:"]
-    assert Ended(1, 1.0, False, said).reason == "ConfigError: no → do this"
-    assert _without_torchrun(said) == said[:3]
-    assert _without_torchrun(said[:3]) == said[:3]
+    report = "E1126 05:05:26.555000 28172 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 2) local_rank: 0 (pid: 28179)"
+    said = ["train: …", "ConfigError: no", "  → do this", report, "Traceback", "torch.distributed.ChildFailedError:"]
+    assert Ended(1, 1.0, False, without_torchrun(said)).reason == "ConfigError: no → do this"
+    assert without_torchrun(said) == said[:3]
+    assert without_torchrun(said[:3]) == said[:3]
+    fault = ["[rank0]: Traceback (most recent call last):", '[rank0]:   File "torch/distributed/tensor/_api.py", line 774', "[rank0]: RuntimeError: boom"]
+    assert without_torchrun([*fault, report, "ChildFailedError:"]) == fault
 
 
 def test_fewer_processes_than_asked_for_are_no_training():
