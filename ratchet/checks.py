@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 LOWER_IS_BETTER = ("answer_nll", "refusal")
 AGAIN = "dvc repro --force evaluate"
+SEEN_SHARE = 0.02  # of all rows: what an evaluation may leave out because the demo's base has read it
 
 
 def paired_gains(rows: pd.DataFrame, rival: str, metric: str) -> Values:

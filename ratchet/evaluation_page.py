@@ -9,7 +9,7 @@ from typing import Any
 from ratchet.charts import Line, Tick, intervals, nice_top
 from ratchet.files import write_text
 from ratchet.heat import heat
-from ratchet.page_view import environment
+from ratchet.page_view import environment, word_of
 from ratchet.parity_guardrail import speed_line
 from ratchet.report import LABELS, VERDICTS
 
@@ -49,7 +49,14 @@ def _with_intervals(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for metric in {axis[place] for place in whole}:
         places = [place for place in whole if axis[place] == metric]
         drawn |= zip(places, intervals([(checks[place]["low"], checks[place]["mean"], checks[place]["high"], checks[place].get("wanted")) for place in places]), strict=True)
-    return [{**check, "drawn": drawn.get(place)} for place, check in enumerate(checks)]
+    return [{**check, "drawn": drawn.get(place), **_badge(check)} for place, check in enumerate(checks)]
+
+
+def _badge(check: dict[str, Any]) -> dict[str, str]:
+    """What it says, and its colour: a drifted topic that is not cured failed nobody."""
+    if check["name"].startswith("region:"):
+        return {"word": word_of(check), "look": "unclear" if check["result"] == "fail" else check["result"]}
+    return {"word": {"pass": "passed", "fail": "failed"}.get(check["result"], "unclear"), "look": check["result"]}
 
 
 def _curve(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -12,7 +12,8 @@ import numpy as np
 
 from ratchet.checks import AGAIN, LOWER_IS_BETTER, make_check, paired_gains, said
 from ratchet.config import GateConfig
-from ratchet.errors import ConfigError, DataError, RatchetError
+from ratchet.errors import ConfigError, RatchetError
+from ratchet.slices import require_fields
 from ratchet.statistics import Interval, Values
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ def require_fairlearn(fields: Sequence[str]) -> None:
 
 def group_columns(rows: Sequence[Example], fields: Sequence[str]) -> dict[str, list[str]]:
     """A value a row for each field; empty where the row has none. Raises DataError for a field that no row has."""
-    if unknown := [field for field in fields if not any(row.meta.get(field) not in (None, "") for row in rows)]:
-        raise DataError(f"evaluate.groups names {unknown[0]!r}, which no test row has in its `meta`", remedy=f"the first row has {', '.join(sorted(rows[0].meta)) or 'none'}")
+    require_fields("evaluate.groups", fields, rows)
     return {f"{PREFIX}{field}": ["" if row.meta.get(field) is None else str(row.meta[field]) for row in rows] for field in fields}
 
 

@@ -54,8 +54,6 @@ def judge_answers(table: pd.DataFrame, rows: Sequence[Example], rival: str, conf
     scored = sum(score is not None for score in replies.scores)
     failed = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in sorted(replies.failures.items()))
     say(f"evaluate: {config.model} scored {scored} of {len(asks)} answers{f'; without a score: {failed} (evaluate.judge.url is {config.url})' if failed else ''}")
-    if unasked := [metric for metric in config.metrics if not any(name == metric for name, *_ in places) and not any(name == metric for name, *_ in given)]:
-        say(f"evaluate: no row was asked about {', '.join(unasked)}; groundedness needs a passage in `meta.{config.passage}`")
     for (metric, id, model, turned), score in zip(places, replies.scores, strict=True):
         value = math.nan if score is None else 1 - score if turned else score
         given.setdefault((metric, id, model), []).append(value)
@@ -65,7 +63,10 @@ def judge_answers(table: pd.DataFrame, rows: Sequence[Example], rival: str, conf
             lines[id, rival][f"{PREFIX}{metric}"] = 1 - float(np.mean(values))
     judged = pd.DataFrame(list(lines.values()), columns=["id", "model", *(f"{PREFIX}{metric}" for metric in config.metrics)])
     compared = {id for metric, id, _, _ in places if metric == "preference"}
-    return judged, _describe(judged, given, compared, rival, config) | {"failures": replies.failures}
+    figures = _describe(judged, given, compared, rival, config)
+    if unasked := [metric for metric, count in figures["asked"].items() if not count]:
+        say(f"evaluate: no row was asked about {', '.join(unasked)}; groundedness needs a passage in `meta.{config.passage}`")
+    return judged, figures | {"failures": replies.failures}
 
 
 def _describe(judged: pd.DataFrame, given: dict[tuple[str, str, str], list[float]], asked_of: set[str], rival: str, config: AnswerJudge) -> dict[str, Any]:

@@ -22,11 +22,16 @@ PREFIX = "slice:"
 
 def slice_columns(rows: Sequence[Example], config: EvaluateConfig) -> dict[str, list[str]]:
     """A value a row for each field; empty where the row has none. Raises DataError for a field of `evaluate.slices` that no row has."""
-    if unknown := [field for field in config.slices if not any(row.meta.get(field) not in (None, "") for row in rows)]:
-        raise DataError(f"evaluate.slices names {unknown[0]!r}, which no test row has in its `meta`", remedy=f"the first row has {', '.join(sorted(rows[0].meta)) or 'none'}")
+    require_fields("evaluate.slices", config.slices, rows)
     fields = {field: [_value(row.meta.get(field)) for row in rows] for field in dict.fromkeys(("source", *config.slices))}
     fields["length"] = [length_bucket(row.question, config.length_bounds) for row in rows]
     return {f"{PREFIX}{field}": values for field, values in fields.items()}
+
+
+def require_fields(key: str, fields: Sequence[str], rows: Sequence[Example]) -> None:
+    """Raises DataError for a field of the params' `key` that no row has: what it should guard would go unguarded."""
+    if unknown := [field for field in fields if not any(row.meta.get(field) not in (None, "") for row in rows)]:
+        raise DataError(f"{key} names {unknown[0]!r}, which no test row has in its `meta`", remedy=f"the first row has {', '.join(sorted(rows[0].meta)) or 'none'}")
 
 
 def length_bucket(text: str, bounds: Sequence[int]) -> str:

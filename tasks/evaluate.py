@@ -26,6 +26,7 @@ from ratchet.attacks import Attack, make_attacks, read_words
 from ratchet.bias import describe_bias
 from ratchet.canaries import make_canaries, make_references
 from ratchet.chat import ChatFormat
+from ratchet.checks import SEEN_SHARE
 from ratchet.config import Config, EvaluateConfig
 from ratchet.counterfactuals import Pair, make_pairs, read_swaps
 from ratchet.custom import Custom, custom_score, load_custom
@@ -47,7 +48,6 @@ from ratchet.statistics import bootstrap_means, wilson
 from ratchet.suites import check_measurable, describe_suites, read_suites, run_suites
 from ratchet.withstood import attack_table, describe_attacks
 
-SEEN_SHARE = 0.02
 MIN_SLICE = 20  # rows under which a value of a field is no slice of its own; fields such as an id would make thousands
 OWN = Path("metrics")
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from ratchet.bias import judge_bias
-from ratchet.checks import AGAIN, make_check, no_worse, paired_gains, said
+from ratchet.checks import AGAIN, SEEN_SHARE, make_check, no_worse, paired_gains, said
 from ratchet.config import Config, GateConfig, ParityConfig
 from ratchet.errors import RatchetError
 from ratchet.examples import read_examples
@@ -36,7 +36,6 @@ from ratchet.suites import judge_suites
 from ratchet.withstood import judge_attacks
 from ratchet.worth import training_seconds, weigh
 
-UNASKED = 0.02  # share of all rows that an evaluation may leave out, as the demo's base has read them
 Verdict = Literal["promote", "reject", "uncertain"]
 
 
@@ -133,7 +132,7 @@ def _check_rows(scores: pd.DataFrame, prepared: Path) -> None:
     """Raises RatchetError: rows that wait to be asked were not. The evaluation leaves out the few test rows that the demo's base has read, and no golden one."""
     asked = set(scores[scores.model == "candidate"].id)
     ids = {name: [row.id for row in read_examples(prepared / f"{name}.jsonl")] for name in ("golden", "test")}
-    for name, most in (("golden", 0.0), ("test", UNASKED * sum(map(len, ids.values())))):
+    for name, most in (("golden", 0.0), ("test", SEEN_SHARE * sum(map(len, ids.values())))):
         if (missing := sum(id not in asked for id in ids[name])) > most:
             raise RatchetError(f"the evaluation lacks {missing} of {len(ids[name])} {name} rows", remedy=AGAIN)
 
@@ -141,9 +140,9 @@ def _check_rows(scores: pd.DataFrame, prepared: Path) -> None:
 def _check_range(scores: pd.DataFrame, config: GateConfig) -> None:
     """Raises RatchetError: a share outside 0 to 1 is no score."""
     for metric in {config.metric, *(rule.metric for rule in config.guardrails)} & set(scores) - {"answer_nll"}:
-        values = scores[metric].dropna()
-        if ((values < 0) | (values > 1)).any():
-            raise RatchetError(f"{metric} of {scores.loc[((scores[metric] < 0) | (scores[metric] > 1)), 'id'].iloc[0]} is outside 0 to 1", remedy=AGAIN)
+        odd = scores[(scores[metric] < 0) | (scores[metric] > 1)]
+        if len(odd):
+            raise RatchetError(f"{metric} of {odd.id.iloc[0]} is outside 0 to 1", remedy=AGAIN)
 
 
 def _whole_part(evaluation: Path, file: str, wanted: int, word: str) -> pd.DataFrame:
