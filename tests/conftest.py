@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,8 @@ def pytest_configure() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_CACHE=HUB_CACHE, HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     os.environ["RATCHET_ROOT"] = HOME
     os.environ.pop("MLFLOW_TRACKING_URI", None)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in the background of a script; children would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:
