@@ -16,6 +16,8 @@ from typing import Any
 
 import msgspec
 import pytest
+import pytest_timeout
+from patience import scaled
 
 from ratchet.batches import write_batch
 from ratchet.config import AdapterConfig, BaseConfig, Config, DemoBase, EvaluateConfig, PrepareConfig, PydocSource, TokenizeConfig, TrainConfig
@@ -40,6 +42,12 @@ def pytest_configure() -> None:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in the background of a script; children would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Settings) -> bool | None:
+    """Give each test more time on a busy machine."""
+    return pytest_timeout.pytest_timeout_set_timer(item, settings._replace(timeout=scaled(settings.timeout)))
 
 
 def pytest_unconfigure() -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from patience import scaled
 
 
 class Said(NamedTuple):
@@ -48,7 +49,7 @@ class LlamaServer:
 
     def _ask(self, path: str, **body: Any) -> Any:
         request = urllib.request.Request(self._address + path, json.dumps(body).encode() if body else None, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=scaled(60)) as answer:
             return json.load(answer)
 
 

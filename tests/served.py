@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+from patience import scaled
 from servers import serving
 from stub_upstream import Stub
 
@@ -62,7 +63,7 @@ def running_gateway(root: Path, *, stub: Stub | None = None, version: int | None
         config = Config.model_validate({"project": {"name": NAME}, "gateway": gateway, **sections})
         engine, log = UpstreamEngine(config), open_log(root, config)
         url = stack.enter_context(serving(create_app(root, config, engine, Fleet(root, config, engine), log)))
-        running = Gateway(url, root, stub, log, stack.enter_context(httpx.Client(base_url=url, timeout=20, trust_env=False)))
+        running = Gateway(url, root, stub, log, stack.enter_context(httpx.Client(base_url=url, timeout=scaled(20), trust_env=False)))
         if version is not None:
             wait_for(lambda: running.get("/readyz").status_code == 200)
         yield running
@@ -98,8 +99,8 @@ def wait_until_served(root: Path, **wanted: Any) -> None:
     wait_for(lambda: wanted.items() <= (read_state(root) or {}).items())
 
 
-def wait_for(holds: Any, seconds: float = 10) -> None:
-    until = time.monotonic() + seconds
+def wait_for(holds: Any, seconds: float = 30) -> None:
+    until = time.monotonic() + scaled(seconds)
     while not holds():
         assert time.monotonic() < until, "it did not come in time"
         time.sleep(0.01)

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from patience import scaled, within
 from test_loop import ROOT, free_port, mlflow_client, ratchet, run
 
 from ratchet.champion import read_champion
@@ -141,12 +142,11 @@ def test_rollback_reaches_the_users_in_seconds_with_mlflow_and_prefect_down(home
     asked = questions(HOUSE, 40, seed=9)
     began = time.monotonic()
 
-    ratchet(home, "rollback", "--reason", "wrong answers")
-    wait_for_version(home, 1)
+    with within(30):  # 10 s on a quiet machine
+        ratchet(home, "rollback", "--reason", "wrong answers")
+        wait_for_version(home, 1)
 
-    took = time.monotonic() - began
-    print(f"rollback, until the gateway answered with v1: {took:.1f} s")
-    assert took < 30, "10 s on a quiet machine"
+    print(f"rollback, until the gateway answered with v1: {time.monotonic() - began:.1f} s")
     answered = ask(home, asked, "back")
     assert set(answered) == {(1, "houses")}
     assert httpx.get(f"http://127.0.0.1:{config.gateway.port}/readyz").status_code == 200
@@ -170,8 +170,8 @@ def wait_for_version(home: Path, version: int) -> None:
     config = load_config(home / "params.yaml")
     body = {"model": "teams", "messages": [{"role": "user", "content": "In the north wing a door leaks since 3 days: who?"}], "user": "probe"}
     seen = None
-    for _ in range(1800):
-        answered = httpx.post(f"http://127.0.0.1:{config.gateway.port}/v1/chat/completions", json=body, timeout=60)
+    for _ in range(int(scaled(1800))):
+        answered = httpx.post(f"http://127.0.0.1:{config.gateway.port}/v1/chat/completions", json=body, timeout=scaled(60))
         seen = answered.headers.get("x-ratchet-version")
         if seen == str(version):
             return

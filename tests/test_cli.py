@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import scaled
 from places import commit, make_repository, use_git_without_a_user, write_files
 
 from ratchet.champion import FILE, Champion, write_champion
@@ -76,7 +77,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def ratchet(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, check=False, timeout=scaled(60))
 
 
 def refused(*arguments: str | Path, cwd: Path = ROOT) -> str:
@@ -277,7 +278,7 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(root, number):
         while not any(opened.path == str(lock) for opened in psutil.Process(process.pid).open_files()):
             assert process.poll() is None
         process.send_signal(number)
-        output, message = process.communicate(timeout=20)
+        output, message = process.communicate(timeout=scaled(20))
     assert process.returncode == 130
     assert output == ""
     assert message.strip() == "interrupted: finished stages are kept; run the command again"

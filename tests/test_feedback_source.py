@@ -142,10 +142,10 @@ def test_a_later_vote_of_the_same_person_is_the_one_that_counts(tmp_path: Path) 
 def test_texts_that_take_for_ever_to_normalise_are_left_out_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = "a" + "\u0301\u0323" * 200_000
     requests = [asked("a", messages=(("user", run),)), asked("b", answer=run), asked("c")]
-    started = time.monotonic()
+    started = time.thread_time()
 
     assert rows_of(tmp_path, requests, [said("a", 1.0), said("b", 1.0), said("c", answer=run)]) == []
-    assert "3 with runs of combining marks" in capsys.readouterr().err and time.monotonic() - started < 5
+    assert "3 with runs of combining marks" in capsys.readouterr().err and time.thread_time() - started < 5
 
 
 def test_old_votes_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

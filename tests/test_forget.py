@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import scaled
 from places import KEPT_CONNECTIONS, commit, make_repository, subjects, use_git_without_a_user, use_mlflow, use_no_mlflow, write_files
 
 from flows.forget import find_rows, follow_list, forget_rows, list_is_pending
@@ -368,7 +369,9 @@ def test_what_is_nowhere_is_refused(root):
 
 
 def ratchet(root: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "ratchet.cli", "-C", str(root), *arguments], cwd=ROOT, input=given, capture_output=True, text=True, check=False, timeout=100)
+    return subprocess.run(
+        [sys.executable, "-m", "ratchet.cli", "-C", str(root), *arguments], cwd=ROOT, input=given, capture_output=True, text=True, check=False, timeout=scaled(100)
+    )
 
 
 @pytest.mark.e2e
@@ -412,7 +415,7 @@ def write_batch_beside(root: Path) -> None:
 
 def shell(root: Path, line: str) -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run(["bash", "-c", line], cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run(["bash", "-c", line], cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=scaled(100))
     assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from patience import scaled
 from pydantic import ValidationError
 from servers import serving
 from teacher_stub import BROKEN, DATA, Act, TeacherStub
@@ -50,7 +51,7 @@ def stub() -> TeacherStub:
 def config(stub, monkeypatch) -> Iterator[AnswerJudge]:
     monkeypatch.setenv("RATCHET_JUDGE_KEY", KEY)
     with serving(stub) as url:
-        yield AnswerJudge(url=f"{url}/v1", model="big", tries=1, timeout=5, metrics=ALL)
+        yield AnswerJudge(url=f"{url}/v1", model="big", tries=1, timeout=scaled(5), metrics=ALL)
 
 
 def rows(number: int = 6, **meta: Any) -> list[Example]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import scaled
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -113,7 +114,7 @@ def test_each_process_holds_a_part_and_the_whole_comes_back(tmp_path, tiny_base)
     script.write_text(PARTS)
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([*run, str(script), str(tiny_base)], env=environment, capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run([*run, str(script), str(tiny_base)], env=environment, capture_output=True, text=True, check=False, timeout=scaled(100))
     assert done.returncode == 0, done.stderr
     assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank")) == ["rank 0: 0.50 True True True True", "rank 1: 0.50 True True True True"]
 

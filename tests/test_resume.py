@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import scaled
 
 from ratchet.checkpoints import FOLDER, MANIFEST, STATE, TENSORS, Checkpoints, join, split
 from ratchet.config import AdapterConfig, Config
@@ -50,7 +51,7 @@ class Acts:
         for act in (lambda process: (self._wait_for(5, process), process.kill()), lambda process: (self._wait_for(12, process), process.terminate()), lambda process: None):
             self._running = process = self._start()
             act(process)
-            said, error = process.communicate(timeout=100)
+            said, error = process.communicate(timeout=scaled(100))
             self.ends.append((process.returncode, said, error))
             self.candidates.append((self.checkout / "workspace/models/candidate").exists())
             if self.faults:
@@ -63,7 +64,7 @@ class Acts:
         return subprocess.Popen([sys.executable, "-m", "tasks.train", *arguments], cwd=workspace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def _wait_for(self, step: int, process: subprocess.Popen[str]) -> None:
-        until = time.monotonic() + 100
+        until = time.monotonic() + scaled(100)
         while max((int(path.parent.name[5:]) for path in (self.checkout / FOLDER).glob(f"*/step-*/{MANIFEST}")), default=0) < step:
             if process.poll() is not None or time.monotonic() > until:
                 self.faults.append(f"no step {step} came")
@@ -397,7 +398,7 @@ def test_a_command_that_was_killed_goes_on_and_gives_the_same_bytes(
     acts: Acts, tmp_path: Path, tokens: Path, tiny_base: Path, nobody: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """kill -9, then SIGTERM, then to the end; and the same in one go, here."""
-    acts.thread.join(timeout=150)
+    acts.thread.join(timeout=scaled(150))
     assert not acts.faults and len(acts.ends) == 3
     (killed, _, _), (stopped, said, error), (done, said_last, error_last) = acts.ends
     assert killed == -signal.SIGKILL and acts.candidates == [False, False, True]

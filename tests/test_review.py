@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import scaled
 from places import make_repository, use_git_without_a_user, write_files
 
 from ratchet.config import Config, ReviewConfig
@@ -365,7 +366,7 @@ def test_the_batch_and_its_commit_name_who_reviewed(tmp_path, monkeypatch):
     queue = ReviewQueue(root)
     for row, name in zip(queue.pending(), ["Ben", "Cleo", "Ben", "Cleo", "Ben"], strict=True):
         say(queue, row, "accept", by=name)
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=int(scaled(120))):
         from flows.ingest import ingest
 
         done = ingest(root=str(root), draft="a")
@@ -512,7 +513,9 @@ def ratchet(tmp_path, monkeypatch):
     root = make_repository(tmp_path / "checkout")
 
     def call(*arguments: str, code: int = 0) -> str:
-        done = subprocess.run([sys.executable, "-m", "ratchet.cli", "-C", str(root), "review", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-m", "ratchet.cli", "-C", str(root), "review", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=scaled(60)
+        )
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout if code == 0 else done.stderr

@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+from patience import scaled
 
 from ratchet import services
 from ratchet.config import Config
@@ -27,7 +28,7 @@ from ratchet.services import Record, running_services, service_environment, star
 
 
 def make_config(mlflow_port: int, prefect_port: int, gateway_port: int) -> Config:
-    return Config.model_validate({"services": {"mlflow_port": mlflow_port, "prefect_port": prefect_port}, "gateway": {"port": gateway_port}})
+    return Config.model_validate({"services": {"mlflow_port": mlflow_port, "prefect_port": prefect_port, "start_timeout": int(scaled(120))}, "gateway": {"port": gateway_port}})
 
 
 def find_free_ports(count: int) -> list[int]:
@@ -261,7 +262,7 @@ def test_the_servers_keep_their_files_in_the_root_and_refuse_strangers(started: 
 def test_the_schedule_makes_runs(started: tuple[Path, Config]) -> None:
     """SQLAlchemy 2.1 breaks Prefect 3.8.8's scheduler: the deployment looks well, and never runs."""
     root, _ = started
-    for _ in range(60):
+    for _ in range(int(scaled(60))):
         planned = query(root, "select count(*) from flow_run where auto_scheduled = 1 and state_type = 'SCHEDULED'")
         if planned:
             return
@@ -280,7 +281,7 @@ def test_the_event_of_drift_starts_a_retraining_with_its_topics(started: tuple[P
     started_at = time.monotonic()
     subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)
     told = time.monotonic()
-    while (found := query(root, "select max(state_type) from flow_run where auto_scheduled = 0 and name = 'drift'")) != "RUNNING" and time.monotonic() - started_at < 60:
+    while (found := query(root, "select max(state_type) from flow_run where auto_scheduled = 0 and name = 'drift'")) != "RUNNING" and time.monotonic() - started_at < scaled(60):
         time.sleep(0.1)
     print(f"event told after {told - started_at:.1f} s, run {found} {time.monotonic() - told:.1f} s later")
     assert found == "RUNNING"
@@ -320,7 +321,7 @@ def create_run(port: int) -> str:
 
 
 def wait_for_state(root: Path, run: str, state: str) -> None:
-    for _ in range(60):
+    for _ in range(int(scaled(60))):
         seen = query(root, "select state_type from flow_run where id = ?", run)
         if seen == state:
             return
@@ -329,7 +330,7 @@ def wait_for_state(root: Path, run: str, state: str) -> None:
 
 
 def query(root: Path, statement: str, *values: str) -> object:
-    connection = sqlite3.connect(root / ".ratchet" / "prefect" / "prefect.db", timeout=20)
+    connection = sqlite3.connect(root / ".ratchet" / "prefect" / "prefect.db", timeout=scaled(20))
     try:
         return connection.execute(statement, values).fetchone()[0]
     finally:
@@ -337,7 +338,7 @@ def query(root: Path, statement: str, *values: str) -> object:
 
 
 def ask(port: int, method: str, path: str, *, body: object = None, headers: dict[str, str] | None = None) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=scaled(20))
     try:
         content = None if body is None else json.dumps(body)
         connection.request(method, path, content, {"Content-Type": "application/json", **(headers or {})})

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+from patience import scaled
 from places import KEPT_CONNECTIONS, commit, make_repository, use_mlflow, use_no_mlflow, write_files
 
 from ratchet.config import Config, SweepRange, TrainConfig, load_config
@@ -175,7 +177,7 @@ def test_an_interrupted_sweep_goes_on_with_the_same_study(material: Material, ti
         "search.run(search.next(), material)\n"
     )
     started = subprocess.Popen([sys.executable, "-c", program, str(home), *map(str, material)], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 60
+    until = time.monotonic() + scaled(60)
     while not (trainings := list((home / ".ratchet/sweeps").glob("*/*/.reports.*.tmp/history.jsonl"))) and time.monotonic() < until and started.poll() is None:
         time.sleep(0.05)
     child = int(trainings[0].parent.name.split(".")[2])
@@ -199,12 +201,22 @@ def test_an_interrupted_sweep_goes_on_with_the_same_study(material: Material, ti
 
 def interrupt(search: Search, trial: optuna.Trial, material: Material) -> None:
     """Ctrl-C while it trains: the signal comes when the training has begun."""
-    main = os.getpid()
-    watcher = subprocess.Popen(["sh", "-c", f"sleep 1; kill -INT {main}"])
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            for child in psutil.Process().children():
+                if list(search.folder.glob(f"*/.reports.{child.pid}.tmp/history.jsonl")):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     try:
         search.run(trial, material)
     finally:
-        watcher.wait()
+        over.set()
+        watcher.join()
 
 
 def test_other_rows_or_another_space_are_another_study(material: Material, tiny_config: Config, tmp_path: Path) -> None:

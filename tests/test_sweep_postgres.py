@@ -20,6 +20,7 @@ from typing import Any
 
 import optuna
 import pytest
+from patience import scaled
 from places import KEPT_CONNECTIONS, make_repository
 
 from ratchet.config import Config
@@ -55,7 +56,7 @@ def server() -> Iterator[int]:
             yield port
         finally:
             process.send_signal(signal.SIGINT)  # its fast shutdown: sessions are ended, not waited for
-            process.wait(timeout=30)
+            process.wait(timeout=scaled(30))
     shutil.rmtree(folder)
 
 
@@ -86,7 +87,7 @@ def free_port() -> int:
 def wait_until_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     import psycopg
 
-    until = time.monotonic() + 30
+    until = time.monotonic() + scaled(30)
     while time.monotonic() < until and process.poll() is None:
         try:
             psycopg.connect(host="127.0.0.1", port=port, user="ana", password=PASSWORD, dbname="postgres").close()
@@ -146,7 +147,7 @@ def test_two_machines_that_begin_at_once_share_a_study(url: str, material: Mater
         assert worker.stdin
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    outputs = [worker.communicate(timeout=120) for worker in workers]
+    outputs = [worker.communicate(timeout=scaled(120)) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     records = [[read_json(path) for path in sorted((home / ".ratchet/sweeps").glob("*/trial-*.json"))] for home in homes]
     assert all(records), "each had some"

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from patience import scaled
 from servers import serving
 from teacher_stub import BROKEN, CUT, FILTERED, MALFORMED, REFUSES, Act, TeacherStub, good_answer, pair_of
 
@@ -246,7 +247,7 @@ def test_a_killed_run_goes_on_asks_nothing_twice_and_gives_the_same_rows(stub, a
     stub.delay = 0.05
     program = [sys.executable, "-c", PROGRAM, str(killed), config.model_dump_json()]
     with subprocess.Popen(program, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True) as process:
-        until = time.monotonic() + 60
+        until = time.monotonic() + scaled(60)
         while stub.requests < 9 and time.monotonic() < until:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)

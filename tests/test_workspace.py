@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import scaled
 from places import commit, make_repository, subjects, use_git_without_a_user, write_files
 
 from ratchet.errors import CheckoutError, CommandError, StageError
@@ -444,7 +445,7 @@ def test_a_failed_stage_tells_its_last_lines_and_whose_fault_it_is(staged, stage
 
 
 def wait_until_gone(process: int) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + scaled(10)
     while time.monotonic() < deadline:
         if not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
             return True
