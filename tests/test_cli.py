@@ -266,15 +266,22 @@ def test_nothing_runs_so_there_is_nothing_to_stop(root):
 # --- signals ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_command_says_so_and_leaves_nothing(root, number):
+IN_THE_BACKGROUND = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]  # a script's `command &` ignores SIGINT
+
+
+@pytest.mark.parametrize(
+    ("number", "before"),
+    [(signal.SIGINT, []), (signal.SIGTERM, []), (signal.SIGTERM, IN_THE_BACKGROUND)],
+    ids=["SIGINT", "SIGTERM", "SIGTERM in a script's background"],
+)
+def test_an_interrupted_command_says_so_and_leaves_nothing(root, number, before):
     """It waits for the lock of another command when the signal comes."""
     crown(root)
     lock = root / ".ratchet" / "locks" / "promote.lock"
     lock.parent.mkdir(parents=True)
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        process = subprocess.Popen(command("-C", root, "rollback"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen([*before, *command("-C", root, "rollback")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while not any(opened.path == str(lock) for opened in psutil.Process(process.pid).open_files()):
             assert process.poll() is None
         process.send_signal(number)

@@ -94,9 +94,10 @@ def result_of(decision: dict, name: str) -> str:
 def test_a_candidate_that_is_clearly_better_is_promoted(bench):
     decision = bench.judge(scores(BETTER))
     assert decision["verdict"] == "promote"
-    assert [check["name"] for check in decision["checks"]] == ["success", "answer_nll", "base", "golden", "past", f"past:{OLDER}", f"past:{OLD}", "parity"]
+    names = [check["name"] for check in decision["checks"]]
+    assert {"success", "answer_nll", "base", "golden", "past", f"past:{OLDER}", f"past:{OLD}", "parity"} <= set(names)
     assert {check["result"] for check in decision["checks"]} == {"pass"}
-    assert len(decision["reasons"]) == 8
+    assert len(decision["reasons"]) == len(names) == len(set(names)), "a reason for each check"
     assert decision["rival"] == {"model": "champion", "version": 7}
     assert decision["candidate"] == {"run_key": "key", "adapter_sha256": "sha"}
 
@@ -148,7 +149,9 @@ def test_without_a_champion_the_base_is_the_rival(bench):
     decision = bench.judge(scores({"candidate": 0.6, "base": 0.2}))
     assert decision["verdict"] == "promote"
     assert decision["rival"] == {"model": "base", "version": None}
-    assert [check["name"] for check in decision["checks"]] == ["success", "answer_nll", "base", "golden", "parity"]
+    names = {check["name"] for check in decision["checks"]}
+    assert {"success", "answer_nll", "base", "golden", "parity"} <= names
+    assert not any(name.startswith("past") for name in names)
 
 
 def test_a_lower_likelihood_loss_is_a_gain_when_it_is_the_success_metric(bench):

@@ -244,13 +244,13 @@ def test_two_workers_on_one_storage_share_its_trials(material: Material, tiny_co
     # One's first trial counts as lost when one asks again: a worker has one at a time. Other's runs on.
     assert first and second and third
     assert second.user_attrs["changes"] != first.user_attrs["changes"] == third.user_attrs["changes"]
-    assert other._study.get_trials()[second.number].state == optuna.trial.TrialState.RUNNING
+    assert optuna.load_study(study_name=other.name, storage=url).get_trials()[second.number].state == optuna.trial.TrialState.RUNNING
 
 
 def test_todays_settings_are_tried_once_when_two_machines_have_queued_them(material: Material, tiny_config: Config, tmp_path: Path) -> None:
-    config = with_space(tiny_config, {"adapter.rank": {"low": 1, "high": 512}}, storage=f"sqlite:///{tmp_path / 'shared.db'}")
+    config = with_space(tiny_config, {"adapter.rank": {"low": 1, "high": 512}}, storage=(url := f"sqlite:///{tmp_path / 'shared.db'}"))
     one, other = search_in(tmp_path / "one", config, material), search_in(tmp_path / "other", config, material)
-    one._study.enqueue_trial({"adapter.rank": 4}, user_attrs={TODAY: True})
+    optuna.load_study(study_name=one.name, storage=url).enqueue_trial({"adapter.rank": 4}, user_attrs={TODAY: True})
     first, second = one.next(), other.next()
     assert first and second
     assert first.user_attrs["changes"] == {"adapter.rank": 4} != second.user_attrs["changes"]
