@@ -24,7 +24,7 @@ test: $(VENV)/.dev
 
 # Two at a time: each file has its own checkout, servers and ports.
 test-e2e: $(VENV)/.dev
-	$(BIN)/python -m pytest -m e2e --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m e2e --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-browser: $(VENV)/.dev
 	$(BIN)/python -m pytest -m browser

@@ -44,6 +44,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that may take longest, so that no process is left with one of them at the end."""
+    allowed = {item: item.get_closest_marker("timeout") for item in items}
+    items.sort(key=lambda item: -marker.args[0] if (marker := allowed[item]) else 0)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Settings) -> bool | None:
     """Give each test more time on a busy machine."""
