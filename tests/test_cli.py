@@ -211,7 +211,7 @@ def test_status_and_history_are_json_on_request(root):
 
 
 def test_the_history_of_a_fresh_checkout_is_empty(root):
-    assert ratchet("-C", root, "history").stdout == "the ledger is empty: no model was promoted yet\n"
+    assert "no model was promoted yet" in ratchet("-C", root, "history").stdout
     assert json.loads(ratchet("-C", root, "history", "--json").stdout) == []
 
 
@@ -288,5 +288,5 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(root, number, before)
         output, message = process.communicate(timeout=scaled(20))
     assert process.returncode == 130
     assert output == ""
-    assert message.strip() == "interrupted: finished stages are kept; run the command again"
+    assert message.startswith("interrupted") and message.count("\n") == 1
     assert not (root / ".ratchet" / "workspaces").exists()

@@ -131,7 +131,8 @@ def test_a_gain_that_the_rows_cannot_tell_from_nothing_is_uncertain(bench):
 def test_too_few_rows_are_uncertain_however_good_they_look(bench):
     decision = bench.judge(scores({"candidate": 0.95, "champion": 0.1, "base": 0.1}, rows={OLD: 60, NEW: 60}))
     assert decision["verdict"] == "uncertain"
-    assert decision["reasons"] == ["120 test rows are too few to decide on; `gate.min_rows` is 200"]
+    [reason] = decision["reasons"]
+    assert all(word in reason for word in ("120", "gate.min_rows", "200"))
 
 
 def test_golden_rows_do_not_count_as_test_rows(bench):

@@ -191,7 +191,8 @@ def test_a_judge_that_likes_everything_agrees_with_nobody_beyond_chance(tmp_path
 
 def test_few_decisions_show_no_agreement(tmp_path, config):
     queue = review(tmp_path, [("right", "accept"), ("no", "reject")])
-    assert measure_agreement(queue, config, tmp_path)["agreement"]["correctness"] == {"labels": 2, "why": "2 decisions of people speak of it, 30 are needed"}
+    found = measure_agreement(queue, config, tmp_path)["agreement"]["correctness"]
+    assert found.keys() == {"labels", "why"} and found["labels"] == 2 and "30" in found["why"]
     queue.close()
 
 
@@ -274,7 +275,7 @@ def test_a_record_of_another_judge_or_another_prompt_counts_for_nothing(tmp_path
         found = read_agreement(tmp_path, config)["correctness"]
         assert found == AGREED if why is None else why in found["why"]
     write_json(tmp_path / "judge_agreement.json", record)
-    assert read_agreement(tmp_path, config)["preference"] == {"why": "no decision of a reviewer speaks of it"}
+    assert read_agreement(tmp_path, config)["preference"].keys() == {"why"}
 
 
 def test_an_evaluation_asks_the_judge_and_the_card_tells_what_it_said(tmp_path, monkeypatch, config, prepared, tiny_base, nobody, candidate, tiny_config):
@@ -283,7 +284,8 @@ def test_an_evaluation_asks_the_judge_and_the_card_tells_what_it_said(tmp_path, 
     metrics = evaluate(prepared, tiny_base, nobody, candidate, tmp_path / "out", tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update=settings)}))
     judged = pd.read_parquet(tmp_path / "out/judged.parquet")
     assert judged.groupby("model").size().to_dict() == {"candidate": 4, "base": 4}
-    assert metrics["judge"]["agreement"]["correctness"] == {"why": "its agreement with people was never measured (ratchet gate judge)"}
+    agreement = metrics["judge"]["agreement"]["correctness"]
+    assert agreement.keys() == {"why"} and "ratchet gate judge" in agreement["why"]
     assert read_json(tmp_path / "out/metrics.json")["judge"]["model"] == "big"
     card = model_card(metrics, {"verdict": "promote", "rival": {"version": None}, "checks": []}, {})
     assert "### Judged by big" in card

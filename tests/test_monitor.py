@@ -240,15 +240,18 @@ def test_drift_alone_starts_no_retraining(facts: Facts, words: str):
 
 
 def test_no_other_retraining_starts_while_its_cure_is_tried_on_users():
-    assert decide(drifted(), Facts(900, 0, 0.0, None, under_way=True), CONFIG).against == ["a retraining is under way: it may be the cure"]
+    [against] = decide(drifted(), Facts(900, 0, 0.0, None, under_way=True), CONFIG).against
+    assert "retraining" in against
     decision = decide(drifted(), Facts(900, 0, 0.0, None, rollout_of=4), CONFIG)
-    assert not decision.retrain and decision.against == ["the rollout of v4 is open: it may be the cure"]
+    [against] = decision.against
+    assert not decision.retrain and "rollout" in against and "v4" in against
 
 
 def test_drift_with_rows_and_budget_does_and_without_drift_nothing_does():
     assert decide(drifted(), Facts(900, 1, 0.1, 30.0), CONFIG).retrain
     calm = decide(Verdict("no drift", 0.4, 500, 480, 100), Facts(900, 0, 0.0, None), CONFIG)
-    assert not calm.retrain and calm.against == ["no drift (p = 0.4000, monitor.false_alarm_rate 0.05)"]
+    [against] = calm.against
+    assert not calm.retrain and all(word in against for word in ("no drift", "0.4", "monitor.false_alarm_rate", "0.05"))
 
 
 def test_verdicts_are_lines_with_their_reasons(tmp_path: Path):

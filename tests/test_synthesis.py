@@ -393,13 +393,8 @@ def test_a_low_score_of_the_judge_is_a_doubt(stub, address, tmp_path):
     }
     found = run(judged(address), tmp_path, wanted)
     kept = rows(tmp_path, found)
-    assert [row["doubts"] for row in kept] == [[], ["the judge scores it 0.20, under 0.7: vague"], ["the judge's score is 7, wanted 0 to 1"]] or [
-        tuple(row["doubts"]) for row in kept
-    ] == [
-        (),
-        ("the judge scores it 0.20, under 0.7: vague",),
-        ("the judge's score is 7, wanted 0 to 1",),
-    ]
+    good, (vague,), (wild,) = [row["doubts"] for row in kept]
+    assert not good and all(word in vague for word in ("0.20", "0.7", "vague")) and "7, wanted 0 to 1" in wild
     assert [row["example"]["meta"].get("judge_score") for row in kept] == [0.9, 0.2, None]
     assert sentence(0) in stub.prompts()[[body["model"] for body in stub.seen].index("judge")]
     assert (found["asked"], found["doubted"], found["judge"]) == (6, 2, "judge")
@@ -412,7 +407,8 @@ def test_a_judge_without_an_answer_is_a_doubt_and_no_end(stub, address, tmp_path
     wanted = write_documents(tmp_path, 2, each=1)
     stub.script = {'"score"': [BROKEN] * 2}
     found = run(judged(address, tries=2, parallel=1), tmp_path, wanted)
-    assert [list(row["doubts"]) for row in rows(tmp_path, found)] == [["the judge gave no answer: endpoint_error"], []]
+    (doubt,), sure = [row["doubts"] for row in rows(tmp_path, found)]
+    assert "endpoint_error" in doubt and not sure
 
 
 def test_what_the_model_in_charge_answers_otherwise_is_a_doubt(stub, address, tmp_path):
@@ -423,7 +419,8 @@ def test_what_the_model_in_charge_answers_otherwise_is_a_doubt(stub, address, tm
     config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"port": port})})
     stub.script = {f"Please explain: {sentence(number)[:-1]}?": [Act(text=text)] for number, text in ((0, sentence(0)), (1, "No idea."))}
     found = run(config, tmp_path, wanted)
-    assert [list(row["doubts"]) for row in rows(tmp_path, found)] == [[], ["the model in charge answers otherwise: 'No idea.'"]]
+    sure, (doubt,) = [row["doubts"] for row in rows(tmp_path, found)]
+    assert "'No idea.'" in doubt and not sure
     assert [body["model"] for body in stub.seen].count("small") == 2
 
 

@@ -412,7 +412,8 @@ def test_without_a_remote_the_user_is_told_that_the_data_stay_here(root):
     told: list[str] = []
     with opened(root) as workspace:
         push_data(workspace, told.append)
-    assert told == ["no DVC remote is configured: the data stay on this machine (dvc remote add --default NAME URL)"]
+    [line] = told
+    assert "no DVC remote" in line and "dvc remote add" in line
 
 
 def test_a_password_in_the_local_configuration_stays_readable_by_its_owner_alone(root):
