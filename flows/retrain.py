@@ -25,7 +25,7 @@ from flows.retries import can_pass
 from flows.say import say, working
 from ratchet.champion import Champion, last_entry, read_champion
 from ratchet.config import Config, TopicSource, load_config
-from ratchet.dag import STAGES
+from ratchet.dag import KEYS, STAGES
 from ratchet.errors import CheckoutError, DataError, RatchetError
 from ratchet.files import write_json
 from ratchet.ledger import SAVED, build, numbers_of, registered_numbers
@@ -161,6 +161,7 @@ def ask_people(workspace: Workspace, config: Config) -> int:
 def land_outputs(workspace: Workspace, reason: str) -> str:
     """Push data, commit what git tracks, move the checkout. The commit's id."""
     push_data(workspace, say)
+    workspace.dvc("commit", "--quiet", "--force", KEYS.name)  # or the next `dvc repro` by hand changes dvc.lock
     present = [path for path in OUTPUTS if (workspace.path / path).exists()]
     return land(workspace, f"Retrain: {reason}"[:72], present)
 

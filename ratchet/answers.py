@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ratchet.dag import code_key
 from ratchet.files import sha256_file, sha256_json
 from ratchet.methods import base_settings
 from ratchet.models import device, is_full, precision, weights_file
@@ -25,7 +26,7 @@ from ratchet.stage import say
 
 FOLDER = Path(".ratchet/cache/answers")
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes")
-CODE = ("answers.py", "chat.py", "inference.py", "methods.py", "models.py", "scoring.py")
+CODE = ("ratchet/answers.py", "ratchet/scoring.py")  # with all that they import, they compute an answer
 
 
 class Answers:
@@ -117,7 +118,7 @@ def identity(base: Path, trained: Path | None, like: Path) -> str:
         "trained": _trained(trained) if trained else None,
         "settings": [*settings.values(), precision(settings["method"])[0]],
         "machine": _machine(),
-        "code": {name: sha256_file(Path(__file__).parent / name) for name in CODE},
+        "code": code_key(CODE, Path(__file__).parents[1]),
     }
     return sha256_json(parts)[:32]
 

@@ -7,7 +7,6 @@ run is found by its key (hash of data, params and code), never by an id, so a st
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,15 +23,6 @@ STATE_TAG = "ratchet.state"
 RETRY_SECONDS = 15.0
 FLUSH_SECONDS = 2.0
 PASSWORD = re.compile(r"//[^/@\s]*@")  # with its user, in an address
-
-
-def code_sha256() -> str:
-    """Of every module that a training may pass through, so that other code is another run."""
-    root = Path(__file__).parent
-    hasher = hashlib.sha256()
-    for path in sorted([*root.rglob("*.py"), *(root.parent / "tasks").glob("*.py")]):
-        hasher.update(path.relative_to(root.parent).as_posix().encode() + b"\0" + path.read_bytes())
-    return hasher.hexdigest()
 
 
 class History:

@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from ratchet.dag import KEYS, write_keys
 from ratchet.errors import CheckoutError, CommandError, StageError
 
 EXITED = re.compile(r"exited with (-?\d+)")
@@ -130,6 +131,7 @@ def check_checkout(root: Path) -> str:
 
 def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
     """Run one stage in its own process, its lines passed to `say`. Whether its outputs were made or fetched anew (False: unchanged). Raises StageError."""
+    write_keys(workspace.path)
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
     lines, code = _stream(command, workspace, say)
     if code:
@@ -166,9 +168,13 @@ def _stream(command: list[str], workspace: Workspace, say: Say) -> tuple[list[st
 
 
 def stale_stages(workspace: Workspace) -> set[str]:
-    """Names of the stages whose inputs, code, params or outputs changed since they last ran; downstream ones are not among them."""
+    """Names of the stages whose inputs, code, params or outputs changed since they last ran; not those downstream.
+
+    `code` is none of them: DVC calls it changed at all times.
+    """
+    write_keys(workspace.path)
     found = json.loads(workspace.dvc("status", "--json"))
-    return {name.rpartition(":")[2] for name in found if not name.endswith(".dvc")}
+    return {name.rpartition(":")[2] for name in found if not name.endswith(".dvc")} - {KEYS.name}
 
 
 def check_out(workspace: Workspace) -> None:

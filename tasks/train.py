@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ratchet.config import Config
+from ratchet.dag import stage_key
 from ratchet.distillation import CHAMPION, load_teacher
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, require_space, sha256_file, sha256_json, whole_folder, write_json
@@ -30,7 +31,7 @@ from ratchet.models import MANIFEST, adapter_sha256, compute_dtype, load_tokeniz
 from ratchet.packing import IGNORED, read_windows
 from ratchet.processes import become_torchrun, check_size, end_with_parent, in_parts, rank, take_gpu, world_size
 from ratchet.stage import run_stage, say
-from ratchet.tracking import History, LiveCopy, code_sha256, read_history
+from ratchet.tracking import History, LiveCopy, read_history
 
 if TYPE_CHECKING:
     from ratchet.checkpoints import Checkpoints
@@ -201,7 +202,7 @@ def _inputs(tokens: Path, base: Path, incumbent: Path, start: bool, config: Conf
         "tokens": read_json(tokens / "profile.json")["sha256"],
         "base": {key: manifest.get(key) for key in ("model", "revision", "files", "weights")},
         "params": {"train": config.train.model_dump(mode="json", exclude={"checkpoint_minutes"}), "adapter": config.adapter.model_dump(mode="json")},
-        "code": code_sha256(),
+        "code": stage_key("train", Path(__file__).parents[1]),
     }
     hashes = {name: sha256_json(part) for name, part in parts.items()}
     teacher = {"teacher": adapter_sha256(incumbent)} if config.train.teacher == CHAMPION and read_json(incumbent / MANIFEST)["version"] is not None else {}

@@ -223,7 +223,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 "params.yaml": PARAMS,
                 str(FILE): "",
                 "data/golden.jsonl": row(90, SECRET).decode() + "\n",
-                "data/.gitignore": "/raw\n/prepared\n",
+                "data/.gitignore": "/raw\n/prepared\n/code\n",
                 ".gitignore": ".ratchet/\n__pycache__/\n",
             },
         )

@@ -11,7 +11,7 @@ from places import KEPT_CONNECTIONS, use_mlflow, use_no_mlflow
 
 from ratchet import tracking
 from ratchet.errors import ServiceError
-from ratchet.tracking import KEY_TAG, History, LiveCopy, code_sha256, find_or_create_run, find_run, log_points, mlflow_client, mlflow_errors, parameters, read_history
+from ratchet.tracking import KEY_TAG, History, LiveCopy, find_or_create_run, find_run, log_points, mlflow_client, mlflow_errors, parameters, read_history
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 
@@ -233,8 +233,3 @@ def test_parameters_are_flat_with_dotted_keys():
         "promotion": "auto",
         "list": "[1, 2]",
     }
-
-
-def test_the_hash_of_the_code_is_the_same_until_the_code_changes():
-    assert code_sha256() == code_sha256()
-    assert len(code_sha256()) == 64
