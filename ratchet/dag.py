@@ -46,8 +46,12 @@ def stage_key(stage: str, root: Path) -> str:
 def write_keys(root: Path, out: Path = KEYS) -> None:
     """Write `out`/STAGE for each stage: its files with hashes, so that a person can see what changed."""
     for stage in STAGES:
-        if (root / f"tasks/{stage}.py").exists():  # a workspace of another DAG has none
-            write_text(root / out / stage, _listing([f"tasks/{stage}.py"], root))
+        path, module = root / out / stage, f"tasks/{stage}.py"
+        if not (root / module).exists():  # a workspace of another DAG
+            continue
+        listing = _listing([module], root)
+        if not path.exists() or path.read_text(encoding="utf-8") != listing:
+            write_text(path, listing)
 
 
 def modules_of(modules: Iterable[str], root: Path) -> list[str]:
@@ -64,7 +68,7 @@ def modules_of(modules: Iterable[str], root: Path) -> list[str]:
 def templates_of(path: str, root: Path) -> list[str]:
     """Find the files in `templates/` beside a module that it names, and those that they name in turn.
 
-    A module names a file by its whole name, or every file of an ending where it puts names together ("….j2").
+    A module names a file by its whole name, or every file of an ending where it puts names together.
     """
     folder = (root / path).parent / TEMPLATES
     files = {file.name: file for file in sorted(folder.glob("*"))}

@@ -20,8 +20,8 @@ from ratchet.workspace import check_out, dvc, open_workspace, stale_stages
 
 ROOT = Path(__file__).parents[1]
 DAG = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-# Inputs that no stage makes: rows come by `ingest`, the champion by a promotion, own metrics by hand, looks by
-# a retraining.
+# Inputs that no stage makes: rows come by `ingest`, the champion by a promotion, own metrics by hand,
+# and looks by a retraining.
 ROWS = {"data/raw", "data/golden.jsonl", "data/forgotten.jsonl", "data/region.json"}
 FROM_OUTSIDE = {*ROWS, "models/incumbent", "metrics", "reports/looks.json"}
 
@@ -107,7 +107,8 @@ def test_a_knob_of_another_section_that_a_stage_reads_is_among_its_params():
         known = DAG[stage]["params"]
         missing = set()
         for section, key in set(re.findall(r"config\.([a-z]+)\.([a-z_]+)", source)):
-            if section not in Config.model_fields or key not in Config.model_fields[section].annotation.model_fields:
+            found = Config.model_fields.get(section)
+            if not found or key not in found.annotation.model_fields:
                 continue
             if section not in known and f"{section}.{key}" not in known:
                 missing.add(f"{section}.{key}")
