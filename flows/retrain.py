@@ -161,7 +161,7 @@ def ask_people(workspace: Workspace, config: Config) -> int:
 def land_outputs(workspace: Workspace, reason: str) -> str:
     """Push data, commit what git tracks, move the checkout. The commit's id."""
     push_data(workspace, say)
-    workspace.dvc("commit", "--quiet", "--force", KEYS.name)  # or the next `dvc repro` by hand changes dvc.lock
+    workspace.dvc("commit", "--quiet", "--force", KEYS.name)  # or a `dvc repro` by hand would change dvc.lock
     present = [path for path in OUTPUTS if (workspace.path / path).exists()]
     return land(workspace, f"Retrain: {reason}"[:72], present)
 

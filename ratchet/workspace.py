@@ -168,7 +168,7 @@ def _stream(command: list[str], workspace: Workspace, say: Say) -> tuple[list[st
 
 
 def stale_stages(workspace: Workspace) -> set[str]:
-    """Names of the stages whose inputs, code, params or outputs changed since they last ran; not those downstream.
+    """Ask DVC which stages' inputs, code, params or outputs changed since they last ran, none downstream.
 
     `code` is none of them: DVC calls it changed at all times.
     """
