@@ -102,7 +102,7 @@ def test_whatever_an_answer_depends_on_makes_another_model(tmp_path, tiny_base, 
     elif what == "threads":
         monkeypatch.setattr("torch.get_num_threads", lambda: 77)
     else:
-        monkeypatch.setattr("ratchet.answers.CODE", ("answers.py",))
+        monkeypatch.setattr("ratchet.answers.CODE", ("ratchet/answers.py",))
     assert identity(base, folder, folder) != before
 
 
