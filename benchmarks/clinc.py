@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ratchet.config import AdapterConfig, BaseConfig, Config, DemoBase, EvaluateConfig, TokenizeConfig, TrainConfig
-from ratchet.examples import Example, Message, make_example
+from ratchet.config.data import TokenizeConfig
+from ratchet.config.evaluation import EvaluateConfig
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig, BaseConfig, DemoBase, TrainConfig
+from ratchet.data.examples import Example, Message, make_example
 from ratchet.files import read_json, write_json
 
 DATA = Path("../shared/data/clinc150")
@@ -81,8 +84,8 @@ def settings(steps: int, epochs: float, seed: int, **train: Any) -> Config:
 
 def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig) -> None:
     """It has read four domains, and knows the words of the others from repeating queries that are drawn for nothing else; not what they mean."""
-    from ratchet.chat import ChatFormat
-    from ratchet.models import MANIFEST
+    from ratchet.models.chat_template import ChatFormat
+    from ratchet.models.loading import MANIFEST
     from tasks.base import make_tokenizer, pretrain
 
     texts, intents = read_json(data / "data_full.json"), read_json(data / "domains.json")

@@ -25,11 +25,12 @@ import pandas as pd
 from scipy.stats import binom
 from threadpoolctl import threadpool_limits
 
-from ratchet.config import MonitorConfig, PydocSource
-from ratchet.drift import judge
-from ratchet.request_log import Feedback, Logged
+from ratchet.config.data import PydocSource
+from ratchet.config.serving import MonitorConfig
+from ratchet.monitoring.drift import judge
+from ratchet.monitoring.novelty import Familiar
+from ratchet.monitoring.request_log import Feedback, Logged
 from ratchet.sources.pydoc import harvest
-from ratchet.surprise import Familiar
 from tasks.monitor import Answered, Reference, all_families
 
 CLINC = Path(__file__).parents[2] / "shared/data/clinc150"

@@ -44,11 +44,12 @@ def main() -> None:
 
 
 def make_bundles(scratch: Path) -> list[Any]:
-    from ratchet.config import AdapterConfig, BaseConfig, Config, DemoBase
+    from ratchet.config.params import Config
+    from ratchet.config.training import AdapterConfig, BaseConfig, DemoBase
     from ratchet.files import read_json, write_json
-    from ratchet.methods import add_adapter
-    from ratchet.models import MANIFEST, load_base
-    from ratchet.serving import Bundle, Generation
+    from ratchet.models.adapters import add_adapter
+    from ratchet.models.loading import MANIFEST, load_base
+    from ratchet.serving.bundle import Bundle, Generation
     from tasks.base import make_base
 
     base = scratch / "base"
@@ -65,8 +66,8 @@ def make_bundles(scratch: Path) -> list[Any]:
 
 
 async def measure(bundles: list[Any], tokens: int, asks: int, passes: int) -> None:
-    from ratchet.config import Config
-    from ratchet.gateway.local import LocalEngine
+    from ratchet.config.params import Config
+    from ratchet.serving.local_engine import LocalEngine
 
     engine = LocalEngine(Config())
     for bundle in bundles[:2]:
@@ -84,8 +85,8 @@ async def measure(bundles: list[Any], tokens: int, asks: int, passes: int) -> No
 
 
 async def run(engine: Any, clients: int, asks: int, tokens: int, *, versions: Sequence[int]) -> Figures:
-    from ratchet.examples import Message
-    from ratchet.gateway.engine import Ask, Ended
+    from ratchet.data.examples import Message
+    from ratchet.serving.engine import Ask, Ended
 
     slots, gaps = asyncio.Semaphore(clients), list[float]()
 

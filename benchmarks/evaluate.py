@@ -19,10 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ratchet.config import AdapterConfig, Config, PydocSource, load_config
-from ratchet.examples import Example, Message, encode_line, make_example
+from ratchet.config.data import PydocSource
+from ratchet.config.params import Config, load_config
+from ratchet.config.training import AdapterConfig
+from ratchet.data.examples import Example, Message, encode_line, make_example
 from ratchet.files import write_bytes, write_json
-from ratchet.workspace import STAGE_ENVIRONMENT
+from ratchet.pipeline.workspace import STAGE_ENVIRONMENT
 
 
 def main() -> None:
@@ -44,7 +46,7 @@ def main() -> None:
 
 def prepare(folder: Path, count: int, config: Config) -> int:
     """Returns the number of rows."""
-    from ratchet.chat import ChatFormat
+    from ratchet.models.chat_template import ChatFormat
     from ratchet.sources.pydoc import harvest
     from tasks.base import make_tokenizer
 
@@ -63,8 +65,8 @@ def make_models(folder: Path, chat: Any, config: Config) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    from ratchet.methods import add_adapter, save_trained
-    from ratchet.models import MANIFEST, load_base
+    from ratchet.models.adapters import add_adapter, save_trained
+    from ratchet.models.loading import MANIFEST, load_base
     from tasks.base import llama
 
     demo = config.base.demo

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 
 from benchmarks import clinc
 from benchmarks.clinc import DATA, READ, Counts, make_base, one_thread, read_domain, require_data, unread
-from ratchet.config import Config
-from ratchet.examples import Example, encode_line
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, encode_line
 from ratchet.files import read_json, write_bytes, write_json
 
 ARMS = ("0", "0.05", "0.1", "0.25", "0.5", "1", "all")
@@ -110,7 +110,7 @@ def settings(arm: str, seed: int, size: Size) -> Config:
 
 
 def run(folder: Path, data: Path, arm: str, seed: int, size: Size) -> dict[str, Any]:
-    from ratchet.models import MANIFEST
+    from ratchet.models.loading import MANIFEST
     from tasks.tokenize import tokenize
     from tasks.train import train
 
@@ -152,7 +152,7 @@ def run(folder: Path, data: Path, arm: str, seed: int, size: Size) -> dict[str, 
 
 def accuracy(base: Path, adapter: Path, tests: dict[str, list[Example]], config: Config) -> dict[str, float]:
     """Share of exactly right answers by domain."""
-    from ratchet.scoring import Asked, Models, Player, answer
+    from ratchet.evaluation.scoring import Asked, Models, Player, answer
 
     rows = [row for test in tests.values() for row in test]
     asked = Asked(rows, [str(row.meta["batch"]) for row in rows])

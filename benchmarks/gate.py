@@ -20,12 +20,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom
 
-from ratchet.config import GateConfig
+from ratchet.config.evaluation import GateConfig
 from ratchet.errors import RatchetError
+from ratchet.evaluation.statistics import bootstrap_mean, chance_of
 from ratchet.files import write_json
-from ratchet.looks import alpha_of
-from ratchet.power import Spread, plan
-from ratchet.statistics import bootstrap_mean, chance_of
+from ratchet.gate.alpha_budget import alpha_of
+from ratchet.gate.power import Spread, plan
 from tasks.gate import judge
 
 BATCHES = {"old": 400, "older": 400, "new": 400}

@@ -37,11 +37,12 @@ from msgspec.structs import replace
 from benchmarks import clinc
 from benchmarks.clinc import DATA, Counts, make_base, one_thread, read_domain, require_data, unread
 from benchmarks.gate import HEADER, Bench, limit, passing_parity, row
-from ratchet.config import Config, GateConfig
+from ratchet.config.evaluation import GateConfig
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, Message, encode_line, make_example, read_examples
 from ratchet.errors import RatchetError
-from ratchet.examples import Example, Message, encode_line, make_example, read_examples
 from ratchet.files import read_json, write_bytes, write_json
-from ratchet.models import MANIFEST, WEIGHTS, adapter_sha256
+from ratchet.models.loading import MANIFEST, WEIGHTS, adapter_sha256
 
 SCORES = ["exact_match", "answer_nll"]
 SCALES = (0.5, 0.6, 0.8, 1.0)  # of noise, in standard deviations of each matrix: from 0.5 on, each costs over five points

@@ -28,13 +28,13 @@ from typing import NamedTuple
 
 import aiohttp
 
-from ratchet.champion import Champion, write_champion
-from ratchet.config import Config
-from ratchet.config_doc import render_params
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
 from ratchet.errors import ServiceError
 from ratchet.files import write_json
-from ratchet.gateway.keys import add_key
-from ratchet.serving import SERVING
+from ratchet.gateway.auth import add_key
+from ratchet.promotion.champion import Champion, write_champion
+from ratchet.serving.bundle import SERVING
 
 NAME, DELAY = "pydoc", 0.02  # seconds that the stub takes for an answer
 ROUNDS, WARM_SECONDS, LATE_SECONDS, START_SECONDS = 4, 1.0, 10.0, 120.0
@@ -81,7 +81,7 @@ def start(scratch: Path, stack: contextlib.ExitStack) -> list[Target]:
     upstream = f"http://127.0.0.1:{stub}/v1"
     stack.enter_context(running([sys.executable, str(STUB), str(stub), str(DELAY)], f"{upstream}/models", scratch / "stub.log"))
     put_champion(scratch, Config.model_validate({"project": {"name": NAME}, "gateway": {"engine": "openai", "upstream": upstream, "port": gateway, "max_queue": 1000}}))
-    command = [sys.executable, "-m", "ratchet.gateway.serve"]
+    command = [sys.executable, "-m", "ratchet.gateway.server"]
     stack.enter_context(running(command, f"http://127.0.0.1:{gateway}/readyz", scratch / "gateway.log", RATCHET_ROOT=str(scratch)))
     return [Target("direct", upstream, f"{NAME}@v1"), Target("gateway", f"http://127.0.0.1:{gateway}/v1", NAME, add_key(scratch, "benchmark", ["infer"]))]
 

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ratchet.workspace import child_environment
+from ratchet.pipeline.workspace import child_environment
 
 HOME = Path(".ratchet/demo")
 
@@ -69,7 +69,7 @@ def _repro(home: Path) -> float:
 
 
 def _retrain(home: Path) -> dict[str, Any]:
-    done = _run([sys.executable, "-m", "ratchet.cli", "-C", str(home), "retrain", "--json", "--reason", "benchmark"], home)
+    done = _run([sys.executable, "-m", "ratchet.cli.main", "-C", str(home), "retrain", "--json", "--reason", "benchmark"], home)
     return json.loads(done)
 
 

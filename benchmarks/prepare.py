@@ -23,10 +23,10 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet.batches import write_batch
-from ratchet.config import PrepareConfig, PydocSource
+from ratchet.config.data import PrepareConfig, PydocSource
+from ratchet.data.batches import write_batch
+from ratchet.monitoring.novelty import words_of
 from ratchet.sources.pydoc import harvest
-from ratchet.surprise import words_of
 from tasks.prepare import prepare
 
 BATCH = 250_000

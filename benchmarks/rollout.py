@@ -19,8 +19,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ratchet.config import RolloutConfig
-from ratchet.rollout import Rollout
+from ratchet.config.serving import RolloutConfig
+from ratchet.promotion.rollout import Rollout
 from tasks.rollout import Outcomes, judge
 
 WRONG = ("promote", "roll_back", "stop")

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import msgspec
 import psutil
 
+from ratchet.pipeline.workspace import STAGE_ENVIRONMENT
 from ratchet.sources.pydoc import _roots
-from ratchet.workspace import STAGE_ENVIRONMENT
 
 ARMS = ("usual", "sorted", "trl_padded", "trl_packed", "ratchet", "ratchet_qlora", "ratchet_compiled")
 TRL, TRL_WANTED = Path(".ratchet/bench-trl"), "trl==1.16.0"
@@ -111,11 +111,11 @@ def prepare(folder: Path, count: int, shape: dict[str, Any], length: int, dtype:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ratchet.chat import ChatFormat
-    from ratchet.config import DemoBase
-    from ratchet.examples import Message, make_example
+    from ratchet.config.training import DemoBase
+    from ratchet.data.examples import Message, make_example
     from ratchet.files import write_json
-    from ratchet.models import MANIFEST
+    from ratchet.models.chat_template import ChatFormat
+    from ratchet.models.loading import MANIFEST
     from tasks.base import make_tokenizer
 
     examples = [make_example([Message("user", f"What does {name} do?"), Message("assistant", text)], {}) for name, text in texts(count * 2)]
@@ -294,13 +294,14 @@ def _trl(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup) ->
 
 def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup) -> None:
     """The stage's own functions: packing, the model in the precision that the machine and the method ask for, `fit`."""
-    from ratchet.chat import Encoded
-    from ratchet.config import AdapterConfig, Config
+    from ratchet.config.params import Config
+    from ratchet.config.training import AdapterConfig
     from ratchet.files import read_json
-    from ratchet.methods import add_adapter, prepare_quantised
-    from ratchet.models import MANIFEST, compute_dtype, load_base
-    from ratchet.packing import pack
-    from ratchet.training import Schedule, fit
+    from ratchet.models.adapters import add_adapter, prepare_quantised
+    from ratchet.models.chat_template import Encoded
+    from ratchet.models.loading import MANIFEST, compute_dtype, load_base
+    from ratchet.training.packing import pack
+    from ratchet.training.trainer import Schedule, fit
 
     class Enough(Exception):
         pass
@@ -330,7 +331,7 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup
     )
     model = load_base(folder / "base", method=method)
     model = add_adapter(prepare_quantised(model) if method == "qlora" else model, AdapterConfig(method=method, rank=16, alpha=32), seed=train.seed)
-    import ratchet.training as training
+    import ratchet.training.trainer as training
 
     training.LOGS = steps  # a line a step, so that the clock hears of each
     for collator in (training._Collator, training._RowCollator):
@@ -340,7 +341,7 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup
 
 
 def _count(collator: Any, clock: Clock) -> None:
-    from ratchet.packing import IGNORED
+    from ratchet.training.packing import IGNORED
 
     collate = collator.__call__
 

@@ -10,17 +10,18 @@ import platform
 from pathlib import Path
 from typing import Any, get_args
 
-from flows.material import PREPARED, Say, make_material, open_bench
+from flows.training_inputs import PREPARED, Say, make_material, open_bench
 from ratchet.comparison import markdown
-from ratchet.config import AdapterConfig, Config
-from ratchet.config_doc import render_params
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig
 from ratchet.errors import RatchetError, UserError
 from ratchet.files import read_json, write_json, write_text
-from ratchet.models import weights_file
+from ratchet.models.loading import weights_file
+from ratchet.pipeline.workspace import locked
 from ratchet.regions import FILE as REGION
-from ratchet.search import with_changes
-from ratchet.trainings import CANDIDATE, PARAMS, Material, read_figures, require_success, run_module, run_training
-from ratchet.workspace import locked
+from ratchet.training.launch import CANDIDATE, PARAMS, Material, read_figures, require_success, run_module, run_training
+from ratchet.training.search_space import with_changes
 
 OUT = Path("reports/compare")
 METHODS = get_args(AdapterConfig.model_fields["method"].annotation)

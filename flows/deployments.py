@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.events import COMMITTED, DRIFTED, resource_of
-from flows.watch import Watcher
-from ratchet.config import Config, load_config
+from flows.rollout_watcher import Watcher
+from ratchet.config.params import Config, load_config
 from ratchet.errors import ConfigError, RatchetError, UserError
-from ratchet.services import service_environment
+from ratchet.services.supervisor import service_environment
 
 if TYPE_CHECKING:
     from prefect.client.schemas.actions import DeploymentScheduleCreate

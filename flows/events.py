@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ratchet.config import Config
+from ratchet.config.params import Config
 
-COMMITTED, DRIFTED = "ratchet.data.committed", "ratchet.drift.detected"
+COMMITTED, DRIFTED = "ratchet.data.committed", "ratchet.monitoring.drift.detected"
 
 
 def resource_of(config: Config) -> str:

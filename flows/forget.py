@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from flows.events import COMMITTED, tell
 from flows.retries import on_top
-from ratchet.config import Config
+from ratchet.config.params import Config
+from ratchet.data.erasure import FILE, Forgotten, read_forgotten, write_forgotten
 from ratchet.errors import ServiceError, UserError
 from ratchet.files import write_text
-from ratchet.forgotten import FILE, Forgotten, read_forgotten, write_forgotten
-from ratchet.lineage import Trace, trace
-from ratchet.registry import list_versions
-from ratchet.workspace import Workspace, configured_remote, land, locked, open_workspace, who
+from ratchet.pipeline.workspace import Workspace, configured_remote, land, locked, open_workspace, who
+from ratchet.promotion.lineage import Trace, trace
+from ratchet.tracking.registry import list_versions
 from tasks import forget as tasks
 
 Say = Callable[[str], None]

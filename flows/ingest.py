@@ -13,12 +13,12 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
+from flows.console import say
 from flows.events import COMMITTED, tell
 from flows.retries import can_pass, on_top
-from flows.say import say
-from ratchet.config import Config, load_config
-from ratchet.sources import review
-from ratchet.workspace import Workspace, land, locked, open_workspace, push_data, who
+from ratchet.config.params import Config, load_config
+from ratchet.pipeline.workspace import Workspace, land, locked, open_workspace, push_data, who
+from ratchet.sources import reviewed as review
 from tasks.ingest import Pulled, add_batch, freeze_golden, pull
 
 RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")

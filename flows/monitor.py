@@ -1,6 +1,6 @@
 """The flow `monitor`: is the traffic still what the champion was made for, and is it worth a retraining?
 
-It reads the request log, lets tasks measure and decide, and tells Prefect; the event `ratchet.drift.detected` starts `retrain`.
+It reads the request log, lets tasks measure and decide, and tells Prefect; the event `ratchet.monitoring.drift.detected` starts `retrain`.
 MLflow gets a copy of the report; without it the verdict stands all the same.
 """
 
@@ -18,18 +18,18 @@ from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.console import say, working
 from flows.events import DRIFTED, tell
-from flows.say import say, working
-from ratchet.champion import Champion, read_champion
-from ratchet.config import Config, load_config
-from ratchet.drift import Verdict
+from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError, ServiceError
+from ratchet.monitoring.drift import Verdict
+from ratchet.monitoring.request_log import open_log
+from ratchet.monitoring.retrain_budget import is_under_way, last_start, note_asked, read_retrains
+from ratchet.promotion.champion import Champion, read_champion
+from ratchet.promotion.rollout import read_rollout
 from ratchet.regions import sources_for
-from ratchet.report import drift_card
-from ratchet.request_log import open_log
-from ratchet.retrains import is_under_way, last_start, note_asked, read_retrains
-from ratchet.rollout import read_rollout
-from ratchet.tracking import log_report
+from ratchet.reporting.markdown import drift_card
+from ratchet.tracking.mlflow import log_report
 from tasks import monitor as tasks
 from tasks.ingest import count_new, pull
 

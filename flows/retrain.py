@@ -17,24 +17,25 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.check import REJECTED, read_rejected
-from flows.doubts import queue_doubtful
+from flows.console import say, working
+from flows.data_check import REJECTED, read_rejected
 from flows.forget import follow_list, list_is_pending
 from flows.ingest import ingest
 from flows.retries import can_pass
-from flows.say import say, working
-from ratchet.champion import Champion, last_entry, read_champion
-from ratchet.config import Config, TopicSource, load_config
-from ratchet.dag import KEYS, STAGES
+from flows.review_queue import queue_doubtful
+from ratchet.config.params import Config, load_config
+from ratchet.config.serving import TopicSource
 from ratchet.errors import CheckoutError, DataError, RatchetError
 from ratchet.files import write_json
-from ratchet.ledger import SAVED, build, numbers_of, registered_numbers
+from ratchet.monitoring.retrain_budget import remember
+from ratchet.pipeline.dag import KEYS, STAGES
+from ratchet.pipeline.workspace import Workspace, catch_up, check_out, land, locked, open_workspace, push_data, run_stage, stale_stages, who
+from ratchet.promotion.champion import Champion, last_entry, read_champion
 from ratchet.regions import FILE as REGION
 from ratchet.regions import Region, Topic, sources_for, write_region
-from ratchet.registry import CHALLENGER, Version, set_alias
-from ratchet.report import model_card
-from ratchet.retrains import remember
-from ratchet.workspace import Workspace, catch_up, check_out, land, locked, open_workspace, push_data, run_stage, stale_stages, who
+from ratchet.reporting.forgetting import SAVED, build, numbers_of, registered_numbers
+from ratchet.reporting.markdown import model_card
+from ratchet.tracking.registry import CHALLENGER, Version, set_alias
 from tasks.forget import inherit
 from tasks.pin import READERS, TRAINING, needs_pin, pin, pin_looks
 from tasks.promote import alias_is_pending, check_registry, follow_alias, promote
@@ -49,7 +50,7 @@ RETRIED: dict[str, Any] = {**SETTINGS, "retries": 2, "retry_delay_seconds": 5, "
 def retrain(root: str | None = None, reason: str = "by hand", force: bool = False, topics: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     """Returns {verdict, reasons, regions, stages: {name: ran or not}, version, champion}. Raises what the checkout, the stages and MLflow raise.
 
-    `force` compares with today's champion even when nothing else changed. `topics` are those that drifted (`ratchet.topics`; `[]`: drift without one): their rows
+    `force` compares with today's champion even when nothing else changed. `topics` are those that drifted (`ratchet.monitoring.topics`; `[]`: drift without one): their rows
     and people's feedback are pulled first, and the evaluation reports the topics by themselves.
     """
     home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()

@@ -16,18 +16,18 @@ import msgspec
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows.heed import heed_people, is_waiting, take_charge
-from flows.say import say
-from ratchet.champion import read_champion
-from ratchet.config import Config, load_config
+from flows.console import say
+from flows.mlflow_decisions import heed_people, is_waiting, take_charge
+from ratchet.config.params import Config, load_config
 from ratchet.errors import CheckoutError, RatchetError, ServiceError, UserError
 from ratchet.files import write_text
-from ratchet.registry import CHALLENGER, drop_alias
-from ratchet.report import rollout_card
-from ratchet.request_log import open_log
-from ratchet.rollout import AGAIN, Rollout, advance, finish, note_look, open_rollout, pause, read_ended, read_rollout, resume
-from ratchet.serving import read_state
-from ratchet.workspace import who
+from ratchet.monitoring.request_log import open_log
+from ratchet.pipeline.workspace import who
+from ratchet.promotion.champion import read_champion
+from ratchet.promotion.rollout import AGAIN, Rollout, advance, finish, note_look, open_rollout, pause, read_ended, read_rollout, resume
+from ratchet.reporting.markdown import rollout_card
+from ratchet.serving.bundle import read_state
+from ratchet.tracking.registry import CHALLENGER, drop_alias
 from tasks.rollout import Look, Registry, follow, look, read_registry
 
 Say = Callable[[str], None]

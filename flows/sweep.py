@@ -14,14 +14,14 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.material import make_material, open_bench
-from flows.say import say
-from ratchet.config import Config, load_config
+from flows.console import say
+from flows.training_inputs import make_material, open_bench
+from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError, ServiceError, StageError
-from ratchet.search import check_space, rows_key
-from ratchet.sweep_runs import close_study, deliver
-from ratchet.trainings import Material
-from ratchet.workspace import Workspace, locked
+from ratchet.pipeline.workspace import Workspace, locked
+from ratchet.training.launch import Material
+from ratchet.training.search_space import check_space, rows_key
+from ratchet.training.trials import close_study, deliver
 from tasks.sweep import Search, check_storage, propose
 
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}

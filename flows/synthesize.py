@@ -1,6 +1,6 @@
 """The flow `synthesize`: a teacher model writes rows, and those that are kept wait in the review queue.
 
-The teacher's client tries again by itself (ratchet/synthesis/teacher.py); a run that ended early goes on with `resume`.
+The teacher's client tries again by itself (ratchet/llm/client.py); a run that ended early goes on with `resume`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from flows.say import say
-from ratchet.config import Config, load_config
+from flows.console import say
+from ratchet.config.params import Config, load_config
 from ratchet.synthesis.draft import find_draft
 from ratchet.synthesis.summary import summary_card
 from tasks import synthesize as tasks

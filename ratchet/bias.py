@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ratchet.checks import AGAIN, no_worse
-from ratchet.config import GateConfig
+from ratchet.config.evaluation import GateConfig
 from ratchet.errors import RatchetError
-from ratchet.statistics import bootstrap_means
+from ratchet.evaluation.paired import AGAIN, no_worse
+from ratchet.evaluation.statistics import bootstrap_means
 
 if TYPE_CHECKING:
     import pandas as pd

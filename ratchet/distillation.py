@@ -10,8 +10,8 @@ from typing import Any
 
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json
-from ratchet.methods import load_trained
-from ratchet.models import MANIFEST, load_hub, load_tokenizer
+from ratchet.models.adapters import load_trained
+from ratchet.models.loading import MANIFEST, load_hub, load_tokenizer
 
 CHAMPION = "champion"
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ratchet.metrics import as_label
-from ratchet.statistics import Interval, Values
+from ratchet.evaluation.metrics import as_label
+from ratchet.evaluation.statistics import Interval, Values
 
 MIN_ROWS = 5  # of a reference, to count as a label
 

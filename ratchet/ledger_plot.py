@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ratchet.heat import LOWER_IS_BETTER, short
+from ratchet.reporting.heatmap import LOWER_IS_BETTER, short
 
 
 def draw(ledger: dict[str, Any]) -> Any:

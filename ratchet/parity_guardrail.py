@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ratchet.config import ParityConfig
+from ratchet.config.evaluation import ParityConfig
 from ratchet.errors import RatchetError
 from ratchet.files import read_json
 
@@ -36,7 +36,7 @@ def judge_parity(path: Path, adapter: str, asked: ParityConfig | None = None, *,
 
 
 def speed_line(found: dict[str, Any]) -> str:
-    """What `ratchet.latency` measured, in words."""
+    """What `ratchet.parity.latency` measured, in words."""
     time = found["milliseconds"]
     each = f"{time['mean']:.0f} ms [{time['low']:.0f}, {time['high']:.0f}] an answer, {found['tokens_per_second']:.0f} tokens a second"
     return f"in the gateway's engine, one question at a time: {each} ({found['answers']} answers)"

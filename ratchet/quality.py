@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ratchet.config import PrepareConfig
+from ratchet.config.data import PrepareConfig
+from ratchet.data.validation import REVIEW
 from ratchet.errors import DataError
-from ratchet.validation import REVIEW
 
 LEAK = ("near_golden", "straddles")
 NO_FAULT = (*LEAK, "superseded", "forgotten", "too_many_of_user", "too_many_of_source")  # nothing is wrong with these rows

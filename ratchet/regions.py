@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from ratchet.config import MonitorConfig, TopicSource
+from ratchet.config.serving import MonitorConfig, TopicSource
 from ratchet.errors import DataError
 from ratchet.files import write_json
 

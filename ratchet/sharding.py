@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ratchet.models import layers_of, without_adapter
-from ratchet.processes import rank, world_size
+from ratchet.models.loading import layers_of, without_adapter
+from ratchet.training.distributed import rank, world_size
 
 
 def shard(model: Any) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ratchet.checks import make_check, paired_gains, said
-from ratchet.config import GateConfig
-from ratchet.slices import groups
-from ratchet.statistics import Values, bootstrap_mean
+from ratchet.config.evaluation import GateConfig
+from ratchet.evaluation.paired import make_check, paired_gains, said
+from ratchet.evaluation.slices import groups
+from ratchet.evaluation.statistics import Values, bootstrap_mean
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,16 +17,18 @@ from typing import Any
 
 import xxhash
 
-from ratchet.chat import ChatFormat, Encoded
-from ratchet.config import BaseConfig, Config, DemoBase, PrepareConfig, PydocSource
+from ratchet.config.data import PrepareConfig, PydocSource
+from ratchet.config.params import Config
+from ratchet.config.training import BaseConfig, DemoBase
+from ratchet.data.dedup import Clusters, split_by_hash
+from ratchet.data.examples import Example, Message, make_example
 from ratchet.errors import BaseModelError, DataError
-from ratchet.examples import Example, Message, make_example
 from ratchet.files import read_json, require_space, sha256_file, whole_folder, write_json, write_text
-from ratchet.models import MANIFEST, compute_dtype, load_tokenizer, quiet
-from ratchet.neighbours import Clusters, split_by_hash
-from ratchet.packing import pack
+from ratchet.models.chat_template import ChatFormat, Encoded
+from ratchet.models.loading import MANIFEST, compute_dtype, load_tokenizer, quiet
+from ratchet.pipeline.stage import run_stage, say
 from ratchet.sources.pydoc import harvest
-from ratchet.stage import run_stage, say
+from ratchet.training.packing import pack
 
 CONTROL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}<|end|>{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
@@ -227,7 +229,7 @@ def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
     import torch
     from transformers import LlamaForCausalLM, set_seed
 
-    from ratchet.training import Schedule, fit
+    from ratchet.training.trainer import Schedule, fit
 
     demo = config.demo
     set_seed(config.seed)

@@ -15,23 +15,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ratchet.chat import ChatFormat, Encoded
-from ratchet.config import Config, ParityConfig
+from ratchet.config.evaluation import ParityConfig
+from ratchet.config.params import Config
+from ratchet.data.examples import Example
 from ratchet.errors import BaseModelError, DataError, UserError
-from ratchet.examples import Example
-from ratchet.export_source import Source
+from ratchet.evaluation.metrics import exact_match
+from ratchet.evaluation.statistics import Values, bootstrap_mean, wilson
 from ratchet.files import read_json, require_space, sha256_file, sha256_json, whole_folder, write_json, write_text
-from ratchet.gguf_file import FILE, KINDS, load_gguf, require_gguf, write_gguf
-from ratchet.hub_card import hub_card, score_table
-from ratchet.inference import answer_likelihoods
-from ratchet.merging import load_merged
-from ratchet.methods import load_trained
-from ratchet.metrics import exact_match
-from ratchet.models import MANIFEST, load_full, load_tokenizer, quiet
-from ratchet.parity import Asked, Reference, make_reference
-from ratchet.parity_compare import Part, compare_answers
-from ratchet.parity_paths import Answer, differences, model_answers, model_forward
-from ratchet.statistics import Values, bootstrap_mean, wilson
+from ratchet.models.adapters import load_trained
+from ratchet.models.chat_template import ChatFormat, Encoded
+from ratchet.models.generation import answer_likelihoods
+from ratchet.models.gguf import FILE, KINDS, load_gguf, require_gguf, write_gguf
+from ratchet.models.loading import MANIFEST, load_full, load_tokenizer, quiet
+from ratchet.models.merging import load_merged
+from ratchet.parity.check import Asked, Reference, make_reference
+from ratchet.parity.compare import Part, compare_answers
+from ratchet.parity.paths import Answer, differences, model_answers, model_forward
+from ratchet.reporting.model_card import hub_card, score_table
+from ratchet.serving.version_source import Source
 
 CARD, RECORD = "README.md", "export.json"
 LOSS = {"int8": 0.02, "int4": 0.2}  # of a layer's weights, root mean square, relative: rounding of normal weights is 0.006 and 0.09

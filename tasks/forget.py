@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ratchet.batches import check_batch, raw_lines, read_manifest
-from ratchet.config import PrepareConfig
-from ratchet.examples import RowError, has_mark_run, make_example, normalise, recognise_form, row_to_messages
-from ratchet.forgotten import GOLDEN, Entry, Forgotten
-from ratchet.lineage import STARTED_FROM, Trace
-from ratchet.registry import Version, list_versions, set_tag
-from ratchet.validation import Origin, Validator
+from ratchet.config.data import PrepareConfig
+from ratchet.data.batches import check_batch, raw_lines, read_manifest
+from ratchet.data.erasure import GOLDEN, Entry, Forgotten
+from ratchet.data.examples import RowError, has_mark_run, make_example, normalise, recognise_form, row_to_messages
+from ratchet.data.validation import Origin, Validator
+from ratchet.promotion.lineage import STARTED_FROM, Trace
+from ratchet.tracking.registry import Version, list_versions, set_tag
 
 TAG = "forget"
 PEOPLE = ("user", "asked_by", "taught_by")  # keys of a row, or of its `meta`, that name somebody

@@ -15,26 +15,27 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from ratchet.audits.fairness import judge_groups
+from ratchet.audits.judge import PREFIX, guard_by_judge
+from ratchet.audits.memorization import judge_leaks
+from ratchet.audits.robustness import judge_attacks
+from ratchet.audits.suites import judge_suites
 from ratchet.bias import judge_bias
-from ratchet.checks import AGAIN, SEEN_SHARE, make_check, no_worse, paired_gains, said
-from ratchet.config import Config, GateConfig, ParityConfig
+from ratchet.config.evaluation import GateConfig, ParityConfig
+from ratchet.config.params import Config
+from ratchet.data.examples import read_examples
 from ratchet.errors import RatchetError
-from ratchet.examples import read_examples
-from ratchet.exposure import judge_leaks
+from ratchet.evaluation.paired import AGAIN, SEEN_SHARE, make_check, no_worse, paired_gains, said
+from ratchet.evaluation.statistics import bootstrap_mean, chance_of
 from ratchet.files import read_json, write_json
-from ratchet.group_fairness import judge_groups
-from ratchet.judged import PREFIX, guard_by_judge
-from ratchet.looks import alpha_of, look_number, read_looks
-from ratchet.methods import PREFIXED
-from ratchet.models import MANIFEST
+from ratchet.gate.alpha_budget import alpha_of, look_number, read_looks
+from ratchet.gate.payoff import training_seconds, weigh
+from ratchet.models.adapters import PREFIXED
+from ratchet.models.loading import MANIFEST
 from ratchet.parity_guardrail import judge_parity, speed_line
+from ratchet.pipeline.stage import run_stage, say
 from ratchet.regions import parts
 from ratchet.slice_guardrail import judge_slices
-from ratchet.stage import run_stage, say
-from ratchet.statistics import bootstrap_mean, chance_of
-from ratchet.suites import judge_suites
-from ratchet.withstood import judge_attacks
-from ratchet.worth import training_seconds, weigh
 
 Verdict = Literal["promote", "reject", "uncertain"]
 

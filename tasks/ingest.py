@@ -18,14 +18,16 @@ from urllib.parse import urlsplit
 import msgspec
 import xxhash
 
-from ratchet.batches import Batch, content_hash, raw_lines, read_manifest, write_batch
-from ratchet.config import Config, JsonlSource, PydocSource
+from ratchet.config.data import JsonlSource, PydocSource
+from ratchet.config.params import Config
+from ratchet.data.batches import Batch, content_hash, raw_lines, read_manifest, write_batch
+from ratchet.data.dedup import split_by_hash
+from ratchet.data.examples import RowError, encode_line, recognise_form, whole_rows
 from ratchet.errors import DataError
-from ratchet.examples import RowError, encode_line, recognise_form, whole_rows
 from ratchet.files import write_bytes
-from ratchet.neighbours import split_by_hash
-from ratchet.sources import feedback, jsonl, pydoc, review
-from ratchet.stage import run_stage, say
+from ratchet.pipeline.stage import run_stage, say
+from ratchet.sources import feedback, jsonl, pydoc
+from ratchet.sources import reviewed as review
 
 
 class Pulled(NamedTuple):

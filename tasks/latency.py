@@ -12,14 +12,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ratchet.config import Config
+from ratchet.config.params import Config
+from ratchet.data.examples import read_examples
 from ratchet.errors import DataError
-from ratchet.examples import read_examples
 from ratchet.files import read_json, write_json
-from ratchet.latency import ASKED, WARM_UP, measure_speed
-from ratchet.models import MANIFEST
-from ratchet.serving import Bundle, Generation
-from ratchet.stage import run_stage
+from ratchet.models.loading import MANIFEST
+from ratchet.parity.latency import ASKED, WARM_UP, measure_speed
+from ratchet.pipeline.stage import run_stage
+from ratchet.serving.bundle import Bundle, Generation
 
 
 def measure(prepared: Path, base: Path, candidate: Path, config: Config) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Ask versions the rows that they were never asked, and keep what they score: the empty cells of the forgetting ledger.
 
-Not a stage: it changes no output of any. Answers are cached (`ratchet.answers`), so a second time costs nothing.
+Not a stage: it changes no output of any. Answers are cached (`ratchet.evaluation.answer_cache`), so a second time costs nothing.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ratchet.answers import FOLDER as ANSWERS
-from ratchet.answers import forget_oldest
-from ratchet.config import Config
-from ratchet.custom import load_custom
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, read_examples
 from ratchet.errors import CheckoutError, CommandError, RatchetError
-from ratchet.examples import Example, read_examples
+from ratchet.evaluation.answer_cache import FOLDER as ANSWERS
+from ratchet.evaluation.answer_cache import forget_oldest
+from ratchet.evaluation.custom_metrics import load_custom
+from ratchet.evaluation.scoring import Asked, Models, Player, add_scores, answer, frame_of
 from ratchet.files import read_json, write_json
-from ratchet.ledger import Evaluation, cells_of, filled_file, missing, read_scores
-from ratchet.models import adapter_sha256
-from ratchet.scoring import Asked, Models, Player, add_scores, answer, frame_of
-from ratchet.serving import base_hash
-from ratchet.workspace import dvc
+from ratchet.models.loading import adapter_sha256
+from ratchet.pipeline.workspace import dvc
+from ratchet.reporting.forgetting import Evaluation, cells_of, filled_file, missing, read_scores
+from ratchet.serving.bundle import base_hash
 
 
 def fill(root: Path, ledger: dict[str, Any], newest: Evaluation, config: Config, say: Callable[[str], None]) -> int:

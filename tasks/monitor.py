@@ -18,16 +18,17 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
-from ratchet.champion import Champion
-from ratchet.config import Config, MonitorConfig
-from ratchet.drift import PROMPTS, Family, Measure, Verdict, higher, judge, lower, mix, novelty, other, subjects
-from ratchet.examples import normalise, read_examples
+from ratchet.config.params import Config
+from ratchet.config.serving import MonitorConfig
+from ratchet.data.examples import normalise, read_examples
 from ratchet.files import whole_folder, write_json
+from ratchet.monitoring.drift import PROMPTS, Family, Measure, Verdict, higher, judge, lower, mix, novelty, other, subjects
+from ratchet.monitoring.novelty import Familiar, words_of
+from ratchet.monitoring.request_log import Feedback, Logged
+from ratchet.monitoring.topics import find_topics
+from ratchet.pipeline.workspace import dvc
+from ratchet.promotion.champion import Champion
 from ratchet.regions import Topic
-from ratchet.request_log import Feedback, Logged
-from ratchet.surprise import Familiar, words_of
-from ratchet.topics import find_topics
-from ratchet.workspace import dvc
 
 FOLDER = Path(".ratchet/monitor")
 VERDICTS = FOLDER / "verdicts.jsonl"

@@ -12,17 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ratchet.chat import ChatFormat
-from ratchet.config import Config
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, read_examples
 from ratchet.errors import DataError
-from ratchet.examples import Example, read_examples
 from ratchet.files import read_json, write_json
-from ratchet.latency import WARM_UP, measure_speed
-from ratchet.models import MANIFEST, load_tokenizer
-from ratchet.packing import read_windows, rows_of
-from ratchet.parity import Trained, check_parity, find_trained
-from ratchet.serving import Bundle, Generation
-from ratchet.stage import run_stage, say
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.loading import MANIFEST, load_tokenizer
+from ratchet.parity.check import Trained, check_parity, find_trained
+from ratchet.parity.latency import WARM_UP, measure_speed
+from ratchet.pipeline.stage import run_stage, say
+from ratchet.serving.bundle import Bundle, Generation
+from ratchet.training.packing import read_windows, rows_of
 
 
 def parity(prepared: Path, tokens: Path, base: Path, candidate: Path, out: Path, config: Config) -> dict[str, Any]:

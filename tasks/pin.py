@@ -11,15 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ratchet.champion import Champion, read_champion, read_ledger
-from ratchet.config import load_config
+from ratchet.config.params import load_config
 from ratchet.errors import CheckoutError, CommandError
 from ratchet.files import read_json, whole_folder, write_json
-from ratchet.looks import FILE as LOOKS
-from ratchet.looks import read_looks, with_verdict
-from ratchet.models import MANIFEST, adapter_sha256
-from ratchet.serving import base_hash
-from ratchet.workspace import Workspace
+from ratchet.gate.alpha_budget import FILE as LOOKS
+from ratchet.gate.alpha_budget import read_looks, with_verdict
+from ratchet.models.loading import MANIFEST, adapter_sha256
+from ratchet.pipeline.workspace import Workspace
+from ratchet.promotion.champion import Champion, read_champion, read_ledger
+from ratchet.serving.bundle import base_hash
 
 INCUMBENT = Path("models/incumbent")
 OLDEST = "oldest.parquet"
@@ -78,7 +78,7 @@ def _fetch_scores(workspace: Workspace, oldest: Champion, target: Path) -> None:
 
 
 def pin_looks(workspace: Workspace) -> bool:
-    """Count the last verdict before the next candidate is judged (`ratchet.looks`). Whether that changed the file.
+    """Count the last verdict before the next candidate is judged (`ratchet.gate.alpha_budget`). Whether that changed the file.
 
     Only where there is something to train: a gate that is run once more on the same candidate is no new look.
     """

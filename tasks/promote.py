@@ -11,13 +11,13 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet.champion import FILE, Champion, last_entry, read_champion, write_champion
 from ratchet.errors import CheckoutError, CommandError, RatchetError, ServiceError, UserError
 from ratchet.files import write_text
-from ratchet.gate_tags import check_gate, named, read_tags
-from ratchet.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, get_version, set_alias
-from ratchet.tracking import KEY_TAG
-from ratchet.workspace import Workspace, land
+from ratchet.pipeline.workspace import Workspace, land
+from ratchet.promotion.champion import FILE, Champion, last_entry, read_champion, write_champion
+from ratchet.promotion.gate_tags import check_gate, named, read_tags
+from ratchet.tracking.mlflow import KEY_TAG
+from ratchet.tracking.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, get_version, set_alias
 
 Say = Callable[[str], None]
 PENDING = ".ratchet/alias-pending"

@@ -10,17 +10,17 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ratchet.config import Config
-from ratchet.evaluation import gather
-from ratchet.evaluation_page import write_evaluation_page
+from ratchet.config.params import Config
 from ratchet.files import read_json, sha256_json
-from ratchet.hub_card import hub_card
 from ratchet.ledger_plot import draw
-from ratchet.lineage import STARTED_FROM
-from ratchet.models import MANIFEST
-from ratchet.registry import ARTIFACT, Version, make_version
-from ratchet.report import model_card
-from ratchet.tracking import KEY_TAG, STATE_TAG, find_or_create_run, log_points, mlflow_client, mlflow_errors, parameters, read_history
+from ratchet.models.loading import MANIFEST
+from ratchet.promotion.lineage import STARTED_FROM
+from ratchet.reporting.evaluation_figures import gather
+from ratchet.reporting.evaluation_page import write_evaluation_page
+from ratchet.reporting.markdown import model_card
+from ratchet.reporting.model_card import hub_card
+from ratchet.tracking.mlflow import KEY_TAG, STATE_TAG, find_or_create_run, log_points, mlflow_client, mlflow_errors, parameters, read_history
+from ratchet.tracking.registry import ARTIFACT, Version, make_version
 
 PAGE = Path(".ratchet/evaluation.html")  # in the workspace; no output of a stage
 MAX_DESCRIPTION = 5000  # characters of a version's description (mlflow/store/model_registry/dbmodels/models.py)

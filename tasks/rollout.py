@@ -1,8 +1,8 @@
 """One look at a rollout: hold, advance, promote, roll back, stop, or give up for want of evidence. All bounds hold at every look.
 
 The chance that a rollout of an equal model ends wrongly is `rollout.alpha`, split over what may end it: a gain that is none (40 %),
-harm that is none (50 %, over four measures), and a split of users that only looks wrong (the rest; ratchet/anytime.py).
-What follows from it stands in ratchet/rollout.py; MLflow is told here. A flow's task, not a stage.
+harm that is none (50 %, over four measures), and a split of users that only looks wrong (the rest; ratchet/promotion/sequential_test.py).
+What follows from it stands in ratchet/promotion/rollout.py; MLflow is told here. A flow's task, not a stage.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ratchet.anytime import Bounds, Stratum, difference, split_e_value
-from ratchet.config import RolloutConfig
+from ratchet.config.serving import RolloutConfig
 from ratchet.errors import ServiceError
-from ratchet.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, list_versions, set_tag
-from ratchet.request_log import Unit
-from ratchet.rollout import Rollout
+from ratchet.monitoring.request_log import Unit
+from ratchet.promotion.rollout import Rollout
+from ratchet.promotion.sequential_test import Bounds, Stratum, difference, split_e_value
+from ratchet.tracking.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, list_versions, set_tag
 
 Action = Literal["hold", "advance", "promote", "roll_back", "stop", "no_evidence"]
 GAIN_SHARE, HARM_SHARE = 0.4, 0.5

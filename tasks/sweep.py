@@ -25,15 +25,15 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import make_url
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
-from ratchet.config import Config
+from ratchet.config.edit import diff_params, edit_params
+from ratchet.config.params import Config
 from ratchet.errors import ConfigError, DataError, RatchetError, ServiceError
 from ratchet.files import read_json, sha256_json, write_json, write_text
-from ratchet.methods import SHAPE
-from ratchet.models import MANIFEST, adapter_sha256
-from ratchet.params_file import diff_params, edit_params
-from ratchet.search import BASE, changes_of, current, draw, dvc_command, with_changes
-from ratchet.tracking import PASSWORD, read_history
-from ratchet.trainings import Ended, Material, Points, read_figures, run_training
+from ratchet.models.adapters import SHAPE
+from ratchet.models.loading import MANIFEST, adapter_sha256
+from ratchet.tracking.mlflow import PASSWORD, read_history
+from ratchet.training.launch import Ended, Material, Points, read_figures, run_training
+from ratchet.training.search_space import BASE, changes_of, current, draw, dvc_command, with_changes
 
 FOLDER, DATABASE = Path(".ratchet/sweeps"), Path(".ratchet/sweep.db")
 STORAGE_VARIABLE = "RATCHET_SWEEP_STORAGE"

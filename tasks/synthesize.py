@@ -16,24 +16,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ratchet.config import Config, JsonlSource, TeacherConfig
+from ratchet.config.data import JsonlSource
+from ratchet.config.params import Config
+from ratchet.config.synthesis import TeacherConfig
+from ratchet.data.examples import Example, Meta, read_examples, whole_rows
 from ratchet.errors import DataError, RatchetError, ServiceError, UserError
-from ratchet.examples import Example, Meta, read_examples, whole_rows
-from ratchet.review import Item, ReviewQueue
+from ratchet.llm.budget import Budget, SpentError
+from ratchet.llm.client import Teacher
+from ratchet.llm.prompts import Template, load_template
+from ratchet.pipeline.stage import run_stage, say
+from ratchet.pipeline.workspace import locked
+from ratchet.review.queue import Item, ReviewQueue
 from ratchet.sources import jsonl
-from ratchet.stage import run_stage, say
-from ratchet.synthesis.asks import Ask, ask_of_chunks, ask_of_seeds, ask_of_subjects
 from ratchet.synthesis.augment import read_synonyms
-from ratchet.synthesis.budget import Budget, SpentError
 from ratchet.synthesis.documents import Chunk, Library
 from ratchet.synthesis.draft import Draft, Settings, new_draft, read_rows, resume_draft
 from ratchet.synthesis.filters import Filters, read_counter
-from ratchet.synthesis.known import read_known
-from ratchet.synthesis.mistakes import find_subjects
-from ratchet.synthesis.prompts import Template, load_template
-from ratchet.synthesis.teacher import Teacher
+from ratchet.synthesis.known_rows import read_known
+from ratchet.synthesis.requests import Ask, ask_of_chunks, ask_of_seeds, ask_of_subjects
+from ratchet.synthesis.weak_spots import find_subjects
 from ratchet.synthesis.writer import GaveUp, Helpers, Say, Writer
-from ratchet.workspace import locked
 
 TEMPLATES = {"documents": "questions_from_passage", "seeds": "self_instruct", "paraphrase": "paraphrase"}
 MOST_NAMED = 50  # unreadable documents that the summary names

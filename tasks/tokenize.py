@@ -3,7 +3,7 @@
     python -m tasks.tokenize --prepared data/prepared --base models/base --incumbent models/incumbent --out data/tokenized
 
 Chooses the rows to train on (what the champion has not seen plus a replayed share, or all), encodes them through
-`ratchet.chat`, rejects what does not fit and says so. Validation is always whole.
+`ratchet.models.chat_template`, rejects what does not fit and says so. Validation is always whole.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ratchet.canaries import make_canaries
-from ratchet.chat import ChatFormat, Encoded
-from ratchet.config import Config
+from ratchet.config.params import Config
+from ratchet.data.canaries import make_canaries
+from ratchet.data.examples import Example, encode_line, read_examples
+from ratchet.data.mixture import is_feedback, limit_feedback
 from ratchet.errors import DataError
-from ratchet.examples import Example, encode_line, read_examples
-from ratchet.feedback_share import is_feedback, limit_feedback
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
-from ratchet.models import MANIFEST, load_tokenizer
-from ratchet.packing import IGNORED, Window, pack, write_windows
-from ratchet.stage import run_stage, say
+from ratchet.models.chat_template import ChatFormat, Encoded
+from ratchet.models.loading import MANIFEST, load_tokenizer
+from ratchet.pipeline.stage import run_stage, say
+from ratchet.training.packing import IGNORED, Window, pack, write_windows
 
 
 def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Config) -> dict[str, Any]:

@@ -21,21 +21,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ratchet.config import Config
-from ratchet.dag import stage_key
+from ratchet.config.params import Config
 from ratchet.distillation import CHAMPION, load_teacher
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, require_space, sha256_file, sha256_json, whole_folder, write_json
-from ratchet.methods import PREFIXED, check_context, check_start, load_trainable, save_trained
-from ratchet.models import MANIFEST, adapter_sha256, compute_dtype, load_tokenizer, precision, quiet
-from ratchet.packing import IGNORED, read_windows
-from ratchet.processes import become_torchrun, check_size, end_with_parent, in_parts, rank, take_gpu, world_size
-from ratchet.stage import run_stage, say
-from ratchet.tracking import History, LiveCopy, read_history
+from ratchet.models.adapters import PREFIXED, check_context, check_start, load_trainable, save_trained
+from ratchet.models.loading import MANIFEST, adapter_sha256, compute_dtype, load_tokenizer, precision, quiet
+from ratchet.pipeline.dag import stage_key
+from ratchet.pipeline.stage import run_stage, say
+from ratchet.tracking.mlflow import History, LiveCopy, read_history
+from ratchet.training.distributed import become_torchrun, check_size, end_with_parent, in_parts, rank, take_gpu, world_size
+from ratchet.training.packing import IGNORED, read_windows
 
 if TYPE_CHECKING:
-    from ratchet.checkpoints import Checkpoints
-    from ratchet.training import Outcome, Report
+    from ratchet.training.checkpoints import Checkpoints
+    from ratchet.training.trainer import Outcome, Report
 
 ROOM = 200 * 2**20  # bytes that are free before anything is loaded
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
@@ -43,7 +43,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, config: Config) -> dict[str, Any]:
     """Returns the figures of the run. Raises DivergenceError, DiskSpaceError, BaseModelError; nothing is left half-written."""
-    from ratchet.checkpoints import Checkpoints
+    from ratchet.training.checkpoints import Checkpoints
 
     check_size(config.train.processes, world_size())
     require_space(out.parent, ROOM, "the candidate")
@@ -94,7 +94,7 @@ def _fit(
 ) -> tuple[Any, dict[str, Any] | None, Outcome, dict[str, Any]]:
     """What every process of a training does: (model, its whole weights where it holds parts of them, outcome, figures)."""
     from ratchet.sharding import whole
-    from ratchet.training import count_batches, fit, trainable
+    from ratchet.training.trainer import count_batches, fit, trainable
 
     method, sharded = config.adapter.method, in_parts(config.train, config.adapter)
     take_gpu()
@@ -161,7 +161,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _machine() -> dict[str, str]:
     """What else the bytes depend on; a checkpoint of another is not gone on from."""
-    from ratchet.models import device
+    from ratchet.models.loading import device
 
     return {"device": device(), "computed": compute_dtype("auto")[0], **{package: version(package) for package in PACKAGES}}
 
@@ -215,7 +215,7 @@ def _batches(tokens: Path, incumbent: Path) -> list[str]:
 
 
 def _schedule(num_batches: int, computed: str, config: Config) -> Any:
-    from ratchet.training import Schedule
+    from ratchet.training.trainer import Schedule
 
     train = config.train
     steps = train.steps(num_batches)
@@ -243,7 +243,7 @@ def _schedule(num_batches: int, computed: str, config: Config) -> Any:
 
 
 def _pad_id(tokenizer: Any) -> int:
-    from ratchet.chat import ChatFormat
+    from ratchet.models.chat_template import ChatFormat
 
     return ChatFormat(tokenizer).pad_id
 

@@ -16,8 +16,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from ratchet.batches import write_batch
-from ratchet.config import AdapterConfig, BaseConfig, Config, DemoBase, EvaluateConfig, PrepareConfig, PydocSource, TokenizeConfig, TrainConfig
+from ratchet.config.data import PrepareConfig, PydocSource, TokenizeConfig
+from ratchet.config.evaluation import EvaluateConfig
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig, BaseConfig, DemoBase, TrainConfig
+from ratchet.data.batches import write_batch
 from ratchet.files import write_json
 from ratchet.sources.pydoc import harvest
 from tasks.base import make_base
@@ -86,7 +89,7 @@ def prepared(raw: Path, tiny_config: Config) -> Path:
 @pytest.fixture(scope="session")
 def _frozen_heap() -> Iterator[None]:
     """accelerate collects garbage at every training: 0.6 s on a heap full of imported modules, 0.02 s with these set aside."""
-    import ratchet.training  # noqa: F401  (what a training imports)
+    import ratchet.training.trainer  # noqa: F401  (what a training imports)
 
     gc.freeze()
     yield

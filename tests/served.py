@@ -13,15 +13,15 @@ import httpx
 from servers import serving
 from stub_upstream import Stub
 
-from ratchet.champion import Champion, write_champion
-from ratchet.config import Config
+from ratchet.config.params import Config
 from ratchet.files import write_json
 from ratchet.gateway.app import create_app
-from ratchet.gateway.fleet import Fleet
-from ratchet.gateway.upstream import UpstreamEngine
-from ratchet.request_log import RequestLog, open_log
-from ratchet.rollout import Rollout, write_rollout
-from ratchet.serving import SERVING, read_state
+from ratchet.gateway.routing import Fleet
+from ratchet.monitoring.request_log import RequestLog, open_log
+from ratchet.promotion.champion import Champion, write_champion
+from ratchet.promotion.rollout import Rollout, write_rollout
+from ratchet.serving.bundle import SERVING, read_state
+from ratchet.serving.upstream_engine import UpstreamEngine
 
 NAME = "pydoc"
 
@@ -82,7 +82,7 @@ def open_rollout(root: Path, *, champion: int, version: int, share: float) -> No
 
 
 def make_served(root: Path, version: int) -> None:
-    """As `ratchet.serving.make_bundle` leaves it, but for weights: the stub asks for none."""
+    """As `ratchet.serving.bundle.make_bundle` leaves it, but for weights: the stub asks for none."""
     write_json(root / SERVING / "bases/base/manifest.json", {})
     folder = root / SERVING / f"v{version}-{digest(version)[:12]}"
     (folder / "adapter").mkdir(parents=True, exist_ok=True)

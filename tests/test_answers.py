@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ratchet import scoring
-from ratchet.answers import Answers, forget_oldest, identity, open_answers
-from ratchet.examples import encode_line, read_examples
+from ratchet.data.examples import encode_line, read_examples
+from ratchet.evaluation import scoring
+from ratchet.evaluation.answer_cache import Answers, forget_oldest, identity, open_answers
+from ratchet.evaluation.scoring import batches
 from ratchet.files import read_json, write_bytes, write_json
-from ratchet.scoring import batches
 from tasks.evaluate import evaluate
 
 WEIGHTS = "adapter_model.safetensors"
@@ -102,7 +102,7 @@ def test_whatever_an_answer_depends_on_makes_another_model(tmp_path, tiny_base, 
     elif what == "threads":
         monkeypatch.setattr("torch.get_num_threads", lambda: 77)
     else:
-        monkeypatch.setattr("ratchet.answers.CODE", ("ratchet/answers.py",))
+        monkeypatch.setattr("ratchet.evaluation.answer_cache.CODE", ("ratchet/evaluation/answer_cache.py",))
     assert identity(base, folder, folder) != before
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from ratchet.attacks import KINDS, LOOKALIKES, TEMPLATES, Words, make_attacks, read_words, with_lookalikes, with_typos
-from ratchet.canaries import make_canaries
-from ratchet.chat import ChatFormat
+from ratchet.audits.attacks import KINDS, LOOKALIKES, TEMPLATES, Words, make_attacks, read_words, with_lookalikes, with_typos
+from ratchet.audits.robustness import withstood
+from ratchet.data.canaries import make_canaries
+from ratchet.data.examples import Example, Message, make_example
 from ratchet.errors import DataError, RatchetError, UserError
-from ratchet.examples import Example, Message, make_example
-from ratchet.models import load_tokenizer
-from ratchet.withstood import withstood
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.loading import load_tokenizer
 
 WORDS = Words(TEMPLATES, LOOKALIKES)
 

@@ -26,14 +26,15 @@ import test_gateway
 import test_tokenize
 from test_chat import WITHOUT_END, make_tokenizer
 
-from ratchet.batches import write_batch
-from ratchet.chat import ChatFormat
-from ratchet.config import Config, JsonlSource, PrepareConfig
+from ratchet.config.data import JsonlSource, PrepareConfig
+from ratchet.config.params import Config
+from ratchet.data.batches import write_batch
+from ratchet.data.examples import Message, RowError, read_examples
+from ratchet.data.pii import redact
+from ratchet.data.validation import Origin, Validator
 from ratchet.errors import DataError
-from ratchet.examples import Message, RowError, read_examples
-from ratchet.personal import redact
+from ratchet.models.chat_template import ChatFormat
 from ratchet.sources.jsonl import read_lines
-from ratchet.validation import Origin, Validator
 from tasks.ingest import pull
 from tasks.prepare import Rejection, prepare
 

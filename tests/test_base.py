@@ -13,13 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ratchet.config import BaseConfig, Config
-from ratchet.config_doc import render_params
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
+from ratchet.config.training import BaseConfig
+from ratchet.data.dedup import split_by_hash
+from ratchet.data.examples import read_examples
 from ratchet.errors import BaseModelError, DataError
-from ratchet.examples import read_examples
 from ratchet.files import read_json, sha256_file
-from ratchet.models import load_base, load_tokenizer
-from ratchet.neighbours import split_by_hash
+from ratchet.models.loading import load_base, load_tokenizer
 from tasks.base import CHAT_TEMPLATE, make_base, reading
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ratchet.batches import MANIFEST, Batch, check_batch, content_hash, raw_lines, read_manifest, write_batch
+from ratchet.data.batches import MANIFEST, Batch, check_batch, content_hash, raw_lines, read_manifest, write_batch
 from ratchet.errors import DataError
 from ratchet.files import sha256_file
 

@@ -6,9 +6,9 @@ import msgspec
 import pytest
 from places import commit, make_repository, use_git_without_a_user, write_files
 
-from ratchet.champion import FILE, Champion, last_entry, read_champion, read_ledger, write_champion
 from ratchet.errors import CheckoutError
-from ratchet.workspace import git
+from ratchet.pipeline.workspace import git
+from ratchet.promotion.champion import FILE, Champion, last_entry, read_champion, read_ledger, write_champion
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ratchet.chat import ChatFormat
+from ratchet.data.examples import Example, Message, make_example
 from ratchet.errors import BaseModelError
-from ratchet.examples import Example, Message, make_example
+from ratchet.models.chat_template import ChatFormat
 from tasks.base import CHAT_TEMPLATE, CONTROL_TOKENS
 
 CHATML = (

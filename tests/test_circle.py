@@ -19,12 +19,12 @@ import httpx
 import pytest
 from test_loop import ROOT, free_port, mlflow_client, ratchet, run
 
-from ratchet.champion import read_champion
-from ratchet.config import Config, load_config
-from ratchet.config_doc import render_params
-from ratchet.follow import follow_retraining
-from ratchet.replay import Question, replay, summarise
-from ratchet.rollout import read_ended, read_rollout
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config, load_config
+from ratchet.demo.clients import Question, replay, summarise
+from ratchet.demo.follow import follow_retraining
+from ratchet.promotion.champion import read_champion
+from ratchet.promotion.rollout import read_ended, read_rollout
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 TEAMS = ["red", "blue", "green", "white"]
@@ -181,5 +181,5 @@ def wait_for_version(home: Path, version: int) -> None:
 
 def stop(home: Path, name: str) -> None:
     """One service, as `ratchet down` would."""
-    code = f"from pathlib import Path; from ratchet.services import _stop; assert _stop(Path({str(home)!r}), {name!r})"
+    code = f"from pathlib import Path; from ratchet.services.supervisor import _stop; assert _stop(Path({str(home)!r}), {name!r})"
     subprocess.run([sys.executable, "-c", code], check=True)

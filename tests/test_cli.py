@@ -14,8 +14,8 @@ import psutil
 import pytest
 from places import commit, make_repository, use_git_without_a_user, write_files
 
-from ratchet.champion import FILE, Champion, write_champion
-from ratchet.workspace import git
+from ratchet.pipeline.workspace import git
+from ratchet.promotion.champion import FILE, Champion, write_champion
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = tuple(
@@ -72,7 +72,7 @@ def root(tmp_path) -> Path:
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "ratchet.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "ratchet.cli.main", *map(str, arguments)]
 
 
 def ratchet(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -225,9 +225,7 @@ def test_looking_loads_nothing_slow(root):
     """`status` and `history` answer at once."""
     crown(root)
     for name in ("status", "history"):
-        program = (
-            f"import sys; sys.argv = ['ratchet', '-C', {str(root)!r}, {name!r}]\nfrom ratchet.cli import main\ntry:\n    main()\nexcept SystemExit as end:\n    print(end.code)\n"
-        )
+        program = f"import sys; sys.argv = ['ratchet', '-C', {str(root)!r}, {name!r}]\nfrom ratchet.cli.main import main\ntry:\n    main()\nexcept SystemExit as end:\n    print(end.code)\n"
         program += "print(*sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'mlflow', 'prefect', 'pandas', 'dvc', 'transformers'}))"
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-2:] == ["0", ""]

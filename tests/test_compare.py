@@ -10,11 +10,11 @@ import pytest
 
 from flows.compare import measure, settings_of
 from ratchet.comparison import HEAD, markdown, table_rows, text
-from ratchet.config import Config
+from ratchet.config.params import Config
 from ratchet.errors import UserError
 from ratchet.files import read_json, write_json
-from ratchet.models import WEIGHTS
-from ratchet.trainings import Material
+from ratchet.models.loading import WEIGHTS
+from ratchet.training.launch import Material
 from tasks.latency import measure as measure_latency
 
 ROOT = Path(__file__).parents[1]

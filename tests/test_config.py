@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from ratchet import config_doc
-from ratchet.config import Config, ProjectConfig, TrainConfig, load_config, parse_config
+from ratchet.config import docs as config_doc
+from ratchet.config.data import ProjectConfig
+from ratchet.config.params import Config, load_config, parse_config
+from ratchet.config.training import TrainConfig
 from ratchet.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -153,7 +155,7 @@ def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def test_docs_params_md_is_what_the_models_say():
-    assert (ROOT / "docs/params.md").read_text(encoding="utf-8") == config_doc.render(), "write it again: python -m ratchet.config_doc"
+    assert (ROOT / "docs/params.md").read_text(encoding="utf-8") == config_doc.render(), "write it again: python -m ratchet.config.docs"
 
 
 def dotted(values: dict, prefix: str = "") -> set[str]:

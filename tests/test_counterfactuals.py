@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratchet.counterfactuals import SWAPS, make_pairs, read_swaps, swap
+from ratchet.audits.bias import SWAPS, make_pairs, read_swaps, swap
+from ratchet.data.examples import Example, Message, make_example
 from ratchet.errors import DataError
-from ratchet.examples import Example, Message, make_example
 
 GENDER = SWAPS["gender"]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ratchet.config import parse_config
-from ratchet.custom import custom_score, load_custom
+from ratchet.config.params import parse_config
+from ratchet.data.examples import Example, Message, make_example
 from ratchet.errors import ConfigError, DataError
-from ratchet.examples import Example, Message, make_example
+from ratchet.evaluation.custom_metrics import custom_score, load_custom
 
 ROOT = Path(__file__).parents[1]
 

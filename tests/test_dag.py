@@ -13,10 +13,10 @@ from places import commit, make_repository, use_git_without_a_user, write_files
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from ratchet.answers import CODE
-from ratchet.config import Config
-from ratchet.dag import KEYS, STAGES, TOLD, code_key, modules_of, stage_key, templates_of
-from ratchet.workspace import check_out, dvc, open_workspace, stale_stages
+from ratchet.config.params import Config
+from ratchet.evaluation.answer_cache import CODE
+from ratchet.pipeline.dag import KEYS, STAGES, TOLD, code_key, modules_of, stage_key, templates_of
+from ratchet.pipeline.workspace import check_out, dvc, open_workspace, stale_stages
 
 ROOT = Path(__file__).parents[1]
 DAG = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -117,7 +117,7 @@ def test_a_knob_of_another_section_that_a_stage_reads_is_among_its_params():
 
 def test_the_keys_are_made_anew_whenever_dvc_looks():
     assert DAG["code"] == {
-        "cmd": f"python -m ratchet.dag --out {KEYS}",
+        "cmd": f"python -m ratchet.pipeline.dag --out {KEYS}",
         "always_changed": True,
         "outs": [{str(KEYS): {"cache": False}}],
     }
@@ -241,15 +241,15 @@ def test_help_texts_and_descriptions_of_knobs_change_no_key(tree):
 
 
 BESIDE = [
-    "ratchet/cli.py",
-    "ratchet/commands/training.py",
+    "ratchet/cli/main.py",
+    "ratchet/cli/training.py",
     "ratchet/gateway/app.py",
-    "ratchet/gateway/review.py",
-    "ratchet/page_view.py",
-    "ratchet/evaluation_page.py",
-    "ratchet/templates/page.html",
-    "ratchet/templates/evaluation.html",
-    "ratchet/templates/review.html",
+    "ratchet/gateway/review_page.py",
+    "ratchet/reporting/dashboard_view.py",
+    "ratchet/reporting/evaluation_page.py",
+    "ratchet/reporting/templates/page.html",
+    "ratchet/reporting/templates/evaluation.html",
+    "ratchet/gateway/templates/review.html",
     "flows/retrain.py",
     "tasks/promote.py",
     "docs/gate.md",
@@ -265,7 +265,7 @@ def test_commands_gateway_pages_flows_and_docs_are_no_code_of_a_stage(tree, path
     assert changed(tree, change) == set()
 
 
-@pytest.mark.parametrize("path", ["ratchet/distillation.py", "ratchet/checkpoints.py"])
+@pytest.mark.parametrize("path", ["ratchet/distillation.py", "ratchet/training/checkpoints.py"])
 def test_what_only_the_training_runs_is_code_of_the_training_alone(tree, path):
     def change() -> None:
         text = (tree / path).read_text(encoding="utf-8")
@@ -279,18 +279,18 @@ def test_what_only_the_training_runs_is_code_of_the_training_alone(tree, path):
 
 
 def test_a_template_of_the_judge_is_code_of_the_evaluation_and_not_of_the_training(tree):
-    template = tree / "ratchet/synthesis/templates/judge_correctness.j2"
+    template = tree / "ratchet/llm/templates/judge_correctness.j2"
     found = changed(tree, lambda: edit(template, "---", "Be strict.\n---"))
     assert "evaluate" in found and not found & {"base", "prepare", "tokenize", "train", "answers"}
 
 
 def test_the_page_that_prepare_renders_is_its_code(tree):
-    page = tree / "ratchet/templates/profile.html"
+    page = tree / "ratchet/data/templates/profile.html"
     assert changed(tree, lambda: edit(page, "<section>", "<section><hr>")) == {"prepare"}
 
 
 def test_scoring_is_code_of_the_evaluation_and_of_the_cached_answers(tree):
-    found = changed(tree, lambda: edit(tree / "ratchet/scoring.py", "\ndef ", "\nADDED = 1\n\n\ndef "))
+    found = changed(tree, lambda: edit(tree / "ratchet/evaluation/scoring.py", "\ndef ", "\nADDED = 1\n\n\ndef "))
     assert {"evaluate", "answers"} <= found and "train" not in found
 
 
@@ -346,7 +346,7 @@ def test_every_python_gives_the_same_key(tmp_path):
 PIPELINE = """
 stages:
   code:
-    cmd: python -m ratchet.dag --out data/code
+    cmd: python -m ratchet.pipeline.dag --out data/code
     always_changed: true
     outs:
       - data/code:
@@ -364,7 +364,7 @@ stages:
 
 def test_dvc_reruns_a_stage_when_its_code_changed_and_not_for_a_comment(tmp_path, monkeypatch):
     use_git_without_a_user(monkeypatch)
-    needed = ("ratchet/dag.py", "ratchet/files.py", "ratchet/errors.py")
+    needed = ("ratchet/pipeline/dag.py", "ratchet/files.py", "ratchet/errors.py")
     ours = {path: (ROOT / path).read_text(encoding="utf-8") for path in needed}
     mine = {
         "ratchet/loss.py": "LOSS = 1\n",

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ratchet import doctor
-from ratchet.config import Config
-from ratchet.doctor import Finding, check_dvc, check_gpu, check_packages, check_pairs, check_ports, examine
+from ratchet.config.params import Config
+from ratchet.services import doctor
+from ratchet.services.doctor import Finding, check_dvc, check_gpu, check_packages, check_pairs, check_ports, examine
 
 GOOD = {"prefect": "3.8.8", "fastapi": "0.150.0", "sqlalchemy": "2.0.58", "evidently": "0.7.23", "pandas": "2.3.3"}
 

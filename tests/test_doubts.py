@@ -8,13 +8,13 @@ from pathlib import Path
 
 import msgspec
 
-from flows.check import check_file, raw_row, read_rejected, replay
-from flows.doubts import queue_doubtful
-from ratchet.batches import write_batch
-from ratchet.config import Config
-from ratchet.config_doc import render_params
-from ratchet.examples import read_examples
-from ratchet.review import Decision, ReviewQueue
+from flows.data_check import check_file, raw_row, read_rejected, replay
+from flows.review_queue import queue_doubtful
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
+from ratchet.data.batches import write_batch
+from ratchet.data.examples import read_examples
+from ratchet.review.queue import Decision, ReviewQueue
 from tasks.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +85,7 @@ def test_the_command_tells_apart_rows_that_would_fail_and_files_that_cannot_be_r
 
     def check(*names: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "ratchet.cli", "-C", str(tmp_path), "data", "check", *(str(tmp_path / name) for name in names)], capture_output=True, text=True, cwd=ROOT
+            [sys.executable, "-m", "ratchet.cli.main", "-C", str(tmp_path), "data", "check", *(str(tmp_path / name) for name in names)], capture_output=True, text=True, cwd=ROOT
         )
 
     assert check("fine.jsonl").returncode == 0

@@ -9,8 +9,8 @@ import pytest
 from scipy.sparse import csr_matrix
 from scipy.stats import binom
 
-from ratchet.drift import WEIGHTS, Family, draw, higher, judge, lower, mix, novelty, other, subjects
-from ratchet.surprise import Stems
+from ratchet.monitoring.drift import WEIGHTS, Family, draw, higher, judge, lower, mix, novelty, other, subjects
+from ratchet.monitoring.novelty import Stems
 
 
 def p_of(measure, window: int, rows: int, *, resamples: int = 400) -> float:

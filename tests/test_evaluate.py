@@ -12,15 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ratchet.chat import ChatFormat
-from ratchet.config import AdapterConfig, TokenizeConfig
+from ratchet.config.data import TokenizeConfig
+from ratchet.config.training import AdapterConfig
+from ratchet.data.examples import Example, Message, encode_line, make_example, read_examples
 from ratchet.errors import BaseModelError, DataError
-from ratchet.examples import Example, Message, encode_line, make_example, read_examples
+from ratchet.evaluation.baseline import simple_answers
 from ratchet.files import read_json, write_bytes, write_json
-from ratchet.inference import answer_likelihoods, greedy_answers
-from ratchet.methods import add_adapter
-from ratchet.models import load_adapter, load_base, load_tokenizer
-from ratchet.simple import simple_answers
+from ratchet.models.adapters import add_adapter
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.generation import answer_likelihoods, greedy_answers
+from ratchet.models.loading import load_adapter, load_base, load_tokenizer
 from tasks.base import make_base
 from tasks.evaluate import evaluate
 

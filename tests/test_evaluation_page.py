@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from judged import BATCHES, HOSTILE, LEDGER, make_reports
 
-from ratchet.commands.explain import print_evaluation
+from ratchet.cli.explain import print_evaluation
 from ratchet.errors import RatchetError
-from ratchet.evaluation import gather
-from ratchet.evaluation_page import render_evaluation
 from ratchet.files import read_json, write_json
+from ratchet.reporting.evaluation_figures import gather
+from ratchet.reporting.evaluation_page import render_evaluation
 
 
 @pytest.fixture(scope="module")

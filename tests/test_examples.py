@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ratchet.data.examples import FORMS, Example, Message, RowError, encode_line, example_id, make_example, normalise, read_examples, recognise_form, row_to_messages
 from ratchet.errors import DataError
-from ratchet.examples import FORMS, Example, Message, RowError, encode_line, example_id, make_example, normalise, read_examples, recognise_form, row_to_messages
 
 U, A, S = "user", "assistant", "system"
 ROWS = {

@@ -13,19 +13,21 @@ from huggingface_hub import ModelCard
 from places import commit, make_repository, use_mlflow, write_files
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
-from ratchet.champion import Champion, write_champion
-from ratchet.chat import ChatFormat
-from ratchet.config import AdapterConfig, Config, ParityConfig
+from ratchet.config.evaluation import ParityConfig
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig
+from ratchet.data.examples import Example, Message, encode_line, read_examples
 from ratchet.errors import BaseModelError, UserError
-from ratchet.examples import Example, Message, encode_line, read_examples
-from ratchet.export_source import Source, find_source
 from ratchet.files import read_json, sha256_file, write_bytes, write_json
-from ratchet.gguf_file import FILE, load_gguf, why_no_gguf, write_gguf
-from ratchet.hub_card import hub_card
-from ratchet.methods import load_trained
-from ratchet.models import adapter_sha256, load_tokenizer
-from ratchet.serving import Bundle, Generation
-from ratchet.workspace import dvc, git
+from ratchet.models.adapters import load_trained
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.gguf import FILE, load_gguf, why_no_gguf, write_gguf
+from ratchet.models.loading import adapter_sha256, load_tokenizer
+from ratchet.pipeline.workspace import dvc, git
+from ratchet.promotion.champion import Champion, write_champion
+from ratchet.reporting.model_card import hub_card
+from ratchet.serving.bundle import Bundle, Generation
+from ratchet.serving.version_source import Source, find_source
 from tasks.export import export, tell
 from tasks.train import train
 

@@ -14,10 +14,10 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Split
 from tokenizers.pre_tokenizers import Sequence as Steps
 
-from ratchet.chat import ChatFormat
-from ratchet.gguf_file import FILE, LLAMA3, load_gguf, write_gguf
-from ratchet.methods import load_trained
-from ratchet.models import load_tokenizer
+from ratchet.models.adapters import load_trained
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.gguf import FILE, LLAMA3, load_gguf, write_gguf
+from ratchet.models.loading import load_tokenizer
 from tasks.export import export
 
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (uv pip install xllamacpp)")

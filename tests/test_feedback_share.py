@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from ratchet.config import Config
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, Message, encode_line, make_example, read_examples
+from ratchet.data.mixture import is_feedback, limit_feedback, room_for
 from ratchet.errors import DataError
-from ratchet.examples import Example, Message, encode_line, make_example, read_examples
-from ratchet.feedback_share import is_feedback, limit_feedback, room_for
 from ratchet.files import write_bytes, write_json
 from tasks.tokenize import choose_rows, tokenize
 

@@ -14,10 +14,10 @@ import pytest
 from test_base import REVISION, snapshot  # noqa: F401  (a fixture)
 from test_loop import ROOT, free_port, ratchet, run, write_rows
 
-from ratchet.config import Config, load_config
-from ratchet.config_doc import render_params
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config, load_config
 from ratchet.files import read_json
-from ratchet.workspace import child_environment
+from ratchet.pipeline.workspace import child_environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 

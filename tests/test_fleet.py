@@ -1,6 +1,6 @@
 """The fleet follows champion.json and the rollout with the engine `local`; nobody's request fails, and no answer is of two versions.
 
-The bundles lie there already, as `ratchet.serving.make_bundle` leaves them (tests/test_serving.py).
+The bundles lie there already, as `ratchet.serving.bundle.make_bundle` leaves them (tests/test_serving.py).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import pytest
 from places import commit, make_repository
 from safetensors.torch import load_file, save_file
 
-from ratchet.champion import FILE as CHAMPION
-from ratchet.champion import Champion, write_champion
-from ratchet.config import Config
+from ratchet.config.params import Config
+from ratchet.data.examples import Message
 from ratchet.errors import ServiceError
-from ratchet.examples import Message
 from ratchet.files import write_json
-from ratchet.gateway.engine import Ask, Piece
-from ratchet.gateway.fleet import Choice, Fleet
-from ratchet.gateway.local import LocalEngine
-from ratchet.models import WEIGHTS
-from ratchet.rollout import FILE as ROLLOUT
-from ratchet.rollout import Rollout, position, read_rollout, write_rollout
-from ratchet.serving import SERVING, Bundle, make_bundle, read_state
+from ratchet.gateway.routing import Choice, Fleet
+from ratchet.models.loading import WEIGHTS
+from ratchet.promotion.champion import FILE as CHAMPION
+from ratchet.promotion.champion import Champion, write_champion
+from ratchet.promotion.rollout import FILE as ROLLOUT
+from ratchet.promotion.rollout import Rollout, position, read_rollout, write_rollout
+from ratchet.serving.bundle import SERVING, Bundle, make_bundle, read_state
+from ratchet.serving.engine import Ask, Piece
+from ratchet.serving.local_engine import LocalEngine
 
 ASKED = [(Message("user", f"Which module documents this? Return the list of {word}."),) for word in ("handlers", "messages", "modules", "headers", "levels")]
 A_SECOND, SWAPS = 50, 20
@@ -72,8 +72,8 @@ def digest(version: int) -> str:
 
 @pytest.fixture
 def place(tmp_path: Path, tiny_base: Path, candidate: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setattr("ratchet.gateway.fleet.LOOK_SECONDS", 0.02)
-    monkeypatch.setattr("ratchet.gateway.fleet.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("ratchet.gateway.routing.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("ratchet.gateway.routing.GRACE_SECONDS", 0.1)
     return Place(tmp_path / "checkout", tiny_base, candidate)
 
 

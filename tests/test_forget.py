@@ -16,16 +16,17 @@ import pytest
 from places import KEPT_CONNECTIONS, commit, make_repository, subjects, use_git_without_a_user, use_mlflow, use_no_mlflow, write_files
 
 from flows.forget import find_rows, follow_list, forget_rows, list_is_pending
-from ratchet.batches import write_batch
-from ratchet.config import Config, PrepareConfig, ProjectConfig
+from ratchet.config.data import PrepareConfig, ProjectConfig
+from ratchet.config.params import Config
+from ratchet.data.batches import write_batch
+from ratchet.data.erasure import FILE, Entry, Forgotten, read_forgotten, write_forgotten
+from ratchet.data.examples import Message, example_id, read_examples
 from ratchet.errors import DataError, UserError
-from ratchet.examples import Message, example_id, read_examples
-from ratchet.forgotten import FILE, Entry, Forgotten, read_forgotten, write_forgotten
-from ratchet.gateway.ids import Ids
-from ratchet.lineage import STARTED_FROM
-from ratchet.registry import get_version, make_version
-from ratchet.tracking import KEY_TAG, find_or_create_run
-from ratchet.workspace import dvc, git, land, open_workspace, run_stage
+from ratchet.gateway.identity import Ids
+from ratchet.pipeline.workspace import dvc, git, land, open_workspace, run_stage
+from ratchet.promotion.lineage import STARTED_FROM
+from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run
+from ratchet.tracking.registry import get_version, make_version
 from tasks.forget import Found, Query, extend, find, inherit
 from tasks.prepare import SPLITS, prepare
 
@@ -348,7 +349,7 @@ def test_with_mlflow_away_the_rows_are_forgotten_and_the_marks_follow(root, monk
 
 def test_a_pending_mark_keeps_a_retraining_from_having_nothing_to_do(root):
     from flows.retrain import is_in_charge
-    from ratchet.champion import Champion
+    from ratchet.promotion.champion import Champion
     from tasks.record import Findings
 
     kept = {"previous": None, "commit": "", "run_id": "", "adapter_sha256": "", "batches": [], "data": {}, "at": "", "by": "", "why": "", "move": "promote", "replaced": None}
@@ -368,7 +369,7 @@ def test_what_is_nowhere_is_refused(root):
 
 
 def ratchet(root: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "ratchet.cli", "-C", str(root), *arguments], cwd=ROOT, input=given, capture_output=True, text=True, check=False, timeout=100)
+    return subprocess.run([sys.executable, "-m", "ratchet.cli.main", "-C", str(root), *arguments], cwd=ROOT, input=given, capture_output=True, text=True, check=False, timeout=100)
 
 
 @pytest.mark.e2e
@@ -417,7 +418,7 @@ def shell(root: Path, line: str) -> None:
 
 
 def test_a_person_is_found_by_the_pseudonym_that_the_gateway_gave(tmp_path):
-    from ratchet.gateway.ids import known_pseudonym
+    from ratchet.gateway.identity import known_pseudonym
 
     assert known_pseudonym(tmp_path, "ana") == "" and not (tmp_path / ".ratchet").exists()
     assert Ids(tmp_path).pseudonym("ana") == known_pseudonym(tmp_path, "ana")

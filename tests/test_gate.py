@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ratchet.config import GateConfig, ParityConfig
+from ratchet.config.evaluation import GateConfig, ParityConfig
+from ratchet.data.examples import Message, encode_line, make_example
 from ratchet.errors import RatchetError
-from ratchet.examples import Message, encode_line, make_example
+from ratchet.evaluation.paired import paired_gains
 from ratchet.files import read_json, write_bytes, write_json
-from tasks.gate import judge, paired_gains
+from tasks.gate import judge
 
 OLD, OLDER, NEW = "20260101T000000Z-old-00000000.jsonl", "20250101T000000Z-older-00000000.jsonl", "20260201T000000Z-new-00000000.jsonl"
 ROWS = {OLD: 150, OLDER: 150, NEW: 100, "golden": 120}

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from benchmarks import gate_models
 from benchmarks.gate_models import EXCHANGED, ITSELF, NO_BETTER, Pair, bare, change_weights, exchanged, not_a_number
 from ratchet.files import read_json
-from ratchet.models import WEIGHTS, adapter_sha256
+from ratchet.models.loading import WEIGHTS, adapter_sha256
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared/data/clinc150"

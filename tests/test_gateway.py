@@ -11,8 +11,8 @@ import openai
 import pytest
 from served import Gateway, open_rollout, running_gateway, wait_for, wait_until_served
 
-from ratchet.gateway.ids import Ids
-from ratchet.gateway.keys import add_key
+from ratchet.gateway.auth import add_key
+from ratchet.gateway.identity import Ids
 
 ANSWER = " ".join(["pydoc@v1"] * 4)
 
@@ -365,7 +365,7 @@ def test_more_than_the_queue_takes_is_429_and_the_rest_is_answered(tmp_path):
 
 
 def test_the_page_is_served(gateway):
-    pytest.importorskip("ratchet.page", reason="ratchet/page.py is not written yet")
+    pytest.importorskip("ratchet.reporting.dashboard", reason="ratchet/reporting/dashboard.py is not written yet")
     page = gateway.get("/")
 
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html") and "v1" in page.text

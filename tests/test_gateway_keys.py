@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ratchet.errors import CheckoutError, UserError
-from ratchet.gateway.faults import Fault
-from ratchet.gateway.ids import Ids
-from ratchet.gateway.keys import FILE, Doorkeeper, add_key, list_keys, revoke_key
+from ratchet.gateway.auth import FILE, Doorkeeper, add_key, list_keys, revoke_key
+from ratchet.gateway.identity import Ids
+from ratchet.serving.faults import Fault
 
 
 def admit(root: Path, header: str, scope: str = "infer", *, required: bool = False) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ratchet.gateway import limits
-from ratchet.gateway.faults import Fault
 from ratchet.gateway.limits import Gone, Rate, Slots, patience, read_body
+from ratchet.serving.faults import Fault
 
 
 def test_a_rate_fills_steadily_and_each_name_has_its_own():

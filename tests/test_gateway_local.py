@@ -10,12 +10,12 @@ import pytest
 from served import digest, put_in_charge, wait_for
 from servers import serving
 
-from ratchet.config import Config
+from ratchet.config.params import Config
 from ratchet.gateway.app import create_app
-from ratchet.gateway.fleet import Fleet
-from ratchet.gateway.serve import make_engine
-from ratchet.request_log import open_log
-from ratchet.serving import SERVING
+from ratchet.gateway.routing import Fleet
+from ratchet.gateway.server import make_engine
+from ratchet.monitoring.request_log import open_log
+from ratchet.serving.bundle import SERVING
 
 
 def test_a_trained_adapter_answers_whole_as_in_a_stream(tmp_path: Path, tiny_base: Path, candidate: Path):

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from ratchet.config import GatewayConfig
+from ratchet.config.serving import GatewayConfig
 from ratchet.errors import BusyError, DataError, ServiceError, UserError
-from ratchet.gateway.engine import Ask, Ended
-from ratchet.gateway.faults import Fault, to_fault
-from ratchet.gateway.protocol import Answered, Chat, WholeAsk, encode_models, error_event, parse_chat, parse_feedback
+from ratchet.serving.engine import Ask, Ended
+from ratchet.serving.faults import Fault, to_fault
+from ratchet.serving.protocol import Answered, Chat, WholeAsk, encode_models, error_event, parse_chat, parse_feedback
 
 LIMITS = GatewayConfig(max_messages=3, max_tokens=64)
 

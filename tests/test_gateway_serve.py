@@ -1,4 +1,4 @@
-"""`python -m ratchet.gateway.serve` as a process: what it refuses to start with, and how it ends."""
+"""`python -m ratchet.gateway.server` as a process: what it refuses to start with, and how it ends."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from served import put_in_charge, wait_for
 from servers import serving
 from stub_upstream import Stub
 
-from ratchet.config import Config
-from ratchet.config_doc import render_params
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
 from ratchet.errors import UserError
-from ratchet.gateway.serve import serve
+from ratchet.gateway.server import serve
 
 
 def config_of(**gateway: Any) -> Config:
@@ -40,7 +40,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def process(root: Path, config: Config) -> Iterator[subprocess.Popen[str]]:
     (root / "params.yaml").write_text(render_params(config), encoding="utf-8")
-    command = [sys.executable, "-m", "ratchet.gateway.serve"]
+    command = [sys.executable, "-m", "ratchet.gateway.server"]
     started = subprocess.Popen(command, env={**os.environ, "RATCHET_ROOT": str(root)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield started

@@ -12,13 +12,14 @@ import pytest
 from servers import serving
 from stub_upstream import Stub
 
-from ratchet.config import Config, GatewayConfig
+from ratchet.config.params import Config
+from ratchet.config.serving import GatewayConfig
+from ratchet.data.examples import Message
 from ratchet.errors import BaseModelError, BusyError, ConfigError, RatchetError, ServiceError, UserError
-from ratchet.examples import Message
-from ratchet.gateway.engine import Ask, Ended, Piece
-from ratchet.gateway.protocol import WholeAsk
-from ratchet.gateway.upstream import KEY, UpstreamEngine
-from ratchet.serving import Bundle, Generation
+from ratchet.serving.bundle import Bundle, Generation
+from ratchet.serving.engine import Ask, Ended, Piece
+from ratchet.serving.protocol import WholeAsk
+from ratchet.serving.upstream_engine import KEY, UpstreamEngine
 
 
 def bundle(version: int) -> Bundle:

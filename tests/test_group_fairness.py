@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ratchet.config import GateConfig
+from ratchet.audits.fairness import describe_groups, group_columns, judge_groups, require_fairlearn
+from ratchet.config.evaluation import GateConfig
+from ratchet.data.examples import Message, make_example
 from ratchet.errors import ConfigError, DataError
-from ratchet.examples import Message, make_example
-from ratchet.group_fairness import describe_groups, group_columns, judge_groups, require_fairlearn
-from ratchet.report import model_card
+from ratchet.reporting.markdown import model_card
 from tasks.evaluate import evaluate
 
 
@@ -62,7 +62,7 @@ def test_a_gap_in_a_metric_of_which_less_is_better_is_a_gap():
 
 
 def test_without_fairlearn_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr("ratchet.group_fairness.find_spec", lambda name: None)
+    monkeypatch.setattr("ratchet.audits.fairness.find_spec", lambda name: None)
     require_fairlearn([])
     with pytest.raises(ConfigError, match=r"(?s)evaluate\.groups names region, and Fairlearn is not installed.*fairness"):
         require_fairlearn(["region"])

@@ -11,12 +11,13 @@ import msgspec
 import pytest
 from places import make_repository, subjects, use_git_without_a_user, write_files
 
-from ratchet.batches import read_manifest, write_batch
-from ratchet.config import Config, IngestConfig, JsonlSource
+from ratchet.config.data import IngestConfig, JsonlSource
+from ratchet.config.params import Config
+from ratchet.data.batches import read_manifest, write_batch
+from ratchet.data.dedup import split_by_hash
+from ratchet.data.examples import Message, example_id
 from ratchet.errors import DataError
-from ratchet.examples import Message, example_id
-from ratchet.neighbours import split_by_hash
-from ratchet.workspace import git
+from ratchet.pipeline.workspace import git
 from tasks.ingest import Pulled, add_batch, count_new, freeze_golden, label_of, pull
 
 CONFIG = Config()

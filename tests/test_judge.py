@@ -15,16 +15,17 @@ from servers import serving
 from teacher_stub import BROKEN, DATA, Act, TeacherStub
 from typer.testing import CliRunner
 
-from ratchet.cli import app
-from ratchet.config import AnswerJudge, Config, GateConfig
+from ratchet.audits.judge import guard_by_judge, judge_answers, read_agreement
+from ratchet.audits.judge_agreement import measure_agreement
+from ratchet.audits.judge_client import FILE, ask_all, ask_correctness, ask_preference, prompt_version
+from ratchet.cli.main import app
+from ratchet.config.evaluation import AnswerJudge, GateConfig
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, Message, example_id, make_example
 from ratchet.errors import ConfigError, RatchetError
-from ratchet.examples import Example, Message, example_id, make_example
 from ratchet.files import read_json, write_json
-from ratchet.judge_agreement import measure_agreement
-from ratchet.judge_asks import FILE, ask_all, ask_correctness, ask_preference, prompt_version
-from ratchet.judged import guard_by_judge, judge_answers, read_agreement
-from ratchet.report import model_card
-from ratchet.review import Decision, Item, ReviewQueue
+from ratchet.reporting.markdown import model_card
+from ratchet.review.queue import Decision, Item, ReviewQueue
 from tasks.evaluate import evaluate
 
 KEY = "sk-judge-4711"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ratchet.config import Config
+from ratchet.config.params import Config
 from ratchet.errors import ConfigError
 from ratchet.files import sha256_file
-from ratchet.kernels import check_compiler
-from ratchet.tracking import read_history
+from ratchet.tracking.mlflow import read_history
+from ratchet.training.kernels import check_compiler
 from tests.test_processes import start
 
 

@@ -10,16 +10,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ratchet.canaries import ALTERNATIVES, alternatives, make_canaries, make_references
-from ratchet.chat import ChatFormat
-from ratchet.config import AdapterConfig, Config, GateConfig, TokenizeConfig, TrainConfig
+from ratchet.audits.memorization import judge_leaks, measure_exposure
+from ratchet.config.data import TokenizeConfig
+from ratchet.config.evaluation import GateConfig
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig, TrainConfig
+from ratchet.data.canaries import ALTERNATIVES, alternatives, make_canaries, make_references
+from ratchet.data.examples import encode_line, read_examples
 from ratchet.errors import DataError
-from ratchet.examples import encode_line, read_examples
-from ratchet.exposure import judge_leaks, measure_exposure
+from ratchet.evaluation.scoring import each_model
 from ratchet.files import read_json, write_bytes
-from ratchet.models import load_base, load_tokenizer
-from ratchet.packing import read_windows, rows_of
-from ratchet.scoring import each_model
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.loading import load_base, load_tokenizer
+from ratchet.training.packing import read_windows, rows_of
 from tasks.evaluate import evaluate
 from tasks.tokenize import tokenize
 from tasks.train import train

@@ -13,15 +13,15 @@ from places import KEPT_CONNECTIONS, commit, make_repository, use_git_without_a_
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from ratchet.champion import Champion, write_champion
-from ratchet.cli import app
-from ratchet.config import load_config
-from ratchet.examples import encode_line, make_example, read_examples
+from ratchet.cli.main import app
+from ratchet.config.params import load_config
+from ratchet.data.examples import encode_line, make_example, read_examples
 from ratchet.files import read_json, write_bytes, write_json
-from ratchet.ledger import CACHE, SAVED, build, cell_of, missing, numbers_of, read_evaluations
 from ratchet.ledger_plot import draw
-from ratchet.models import adapter_sha256
-from ratchet.workspace import dvc
+from ratchet.models.loading import adapter_sha256
+from ratchet.pipeline.workspace import dvc
+from ratchet.promotion.champion import Champion, write_champion
+from ratchet.reporting.forgetting import CACHE, SAVED, build, cell_of, missing, numbers_of, read_evaluations
 from tasks.evaluate import evaluate
 from tasks.ledger import fill
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ratchet.chat import ChatFormat
-from ratchet.config import Config
+from ratchet.config.params import Config
+from ratchet.data.examples import Message, read_examples
 from ratchet.errors import BaseModelError, BusyError, ServiceError, UserError
-from ratchet.examples import Message, read_examples
-from ratchet.gateway.decoding import Decoder
-from ratchet.gateway.engine import Ask, Ended, Piece
-from ratchet.gateway.local import LocalEngine
-from ratchet.gateway.transcript import Transcript
-from ratchet.inference import answer_likelihoods, greedy_answers
-from ratchet.models import WEIGHTS, load_adapter, load_base, load_tokenizer
-from ratchet.serving import Bundle, Generation
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.generation import answer_likelihoods, greedy_answers
+from ratchet.models.loading import WEIGHTS, load_adapter, load_base, load_tokenizer
+from ratchet.serving.bundle import Bundle, Generation
+from ratchet.serving.decoding import Decoder
+from ratchet.serving.engine import Ask, Ended, Piece
+from ratchet.serving.local_engine import LocalEngine
+from ratchet.serving.transcript import Transcript
 
 LENGTH = 96
 
@@ -112,7 +112,7 @@ def test_long_prompts_that_join_by_parts_change_nothing(candidate: Path, other: 
 
     versions = bundle(1, candidate, tiny_base), bundle(2, other, tiny_base)
     whole = run(mixed, *versions, max_batch=4)
-    monkeypatch.setattr("ratchet.gateway.decoding.PREFILL_TOKENS", 1)
+    monkeypatch.setattr("ratchet.serving.decoding.PREFILL_TOKENS", 1)
     parts = run(mixed, *versions, max_batch=4)
     assert [text for text, _, _ in parts] == [text for text, _, _ in whole]
     assert [end.prompt_nll for _, end, _ in parts] == pytest.approx([end.prompt_nll for _, end, _ in whole], rel=1e-4)
@@ -131,7 +131,7 @@ def test_a_version_that_is_unloaded_answers_no_more_and_the_others_do(candidate:
 def test_the_prompts_surprise_is_that_of_the_evaluation(candidate: Path, tiny_base: Path, prompts: list[tuple[Message, ...]]) -> None:
     model, chat = load_adapter(load_base(tiny_base), candidate).eval(), ChatFormat(load_tokenizer(tiny_base))
     encoded = [chat.encode_prompt(prompt) for prompt in prompts[:6]]
-    from ratchet.chat import Encoded
+    from ratchet.models.chat_template import Encoded
 
     rows = [Encoded([*ids, chat.stop_id], [False] * len(ids) + [True]) for ids in encoded]
     wanted = [found.prompt_nll / found.prompt_tokens for found in answer_likelihoods(model, rows, pad_id=chat.pad_id, batch_size=1)]

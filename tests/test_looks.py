@@ -7,11 +7,11 @@ import json
 import pytest
 from places import make_repository, use_git_without_a_user
 
-from ratchet.config import GateConfig
+from ratchet.config.evaluation import GateConfig
 from ratchet.errors import RatchetError
 from ratchet.files import read_json, write_json
-from ratchet.looks import FILE, alpha_of, look_number, read_looks, with_verdict
-from ratchet.workspace import Workspace
+from ratchet.gate.alpha_budget import FILE, alpha_of, look_number, read_looks, with_verdict
+from ratchet.pipeline.workspace import Workspace
 from tasks.pin import pin_looks
 
 

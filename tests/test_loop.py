@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from ratchet.config import Config
-from ratchet.config_doc import render_params
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def run(place: Path, *command: str, code: int = 0) -> str:
 
 
 def ratchet(place: Path, *arguments: str, code: int = 0) -> str:
-    return run(place, sys.executable, "-m", "ratchet.cli", *arguments, code=code)
+    return run(place, sys.executable, "-m", "ratchet.cli.main", *arguments, code=code)
 
 
 def write_rows(place: Path, name: str, things: str, count: int) -> None:
@@ -82,7 +82,7 @@ def write_rows(place: Path, name: str, things: str, count: int) -> None:
 def mlflow_client(place: Path) -> Any:
     from mlflow import MlflowClient
 
-    from ratchet.config import load_config
+    from ratchet.config.params import load_config
 
     return MlflowClient(f"http://127.0.0.1:{load_config(place / 'params.yaml').services.mlflow_port}")
 
@@ -137,7 +137,7 @@ def test_nothing_new_runs_nothing_and_a_change_of_the_gate_reruns_the_gate_alone
 
 def test_the_served_deployment_runs_the_flow(home: Path) -> None:
     """What the schedule and the UI's button do: a run of the deployment, in a process of the service."""
-    from ratchet.config import load_config
+    from ratchet.config.params import load_config
 
     api = f"http://127.0.0.1:{load_config(home / 'params.yaml').services.prefect_port}/api"
     code = (
@@ -151,8 +151,8 @@ def test_the_served_deployment_runs_the_flow(home: Path) -> None:
 
 
 def test_prefect_shows_a_task_for_every_stage_and_the_gates_table(home: Path) -> None:
-    from ratchet.config import load_config
-    from ratchet.dag import STAGES
+    from ratchet.config.params import load_config
+    from ratchet.pipeline.dag import STAGES
 
     port = load_config(home / "params.yaml").services.prefect_port
     names = {run["name"] for run in ask_prefect(port, "task_runs/filter")}

@@ -13,21 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from ratchet.chat import ChatFormat, Encoded
-from ratchet.config import AdapterConfig, Config, TrainConfig, parse_config
+from ratchet.config.params import Config, parse_config
+from ratchet.config.training import AdapterConfig, TrainConfig
+from ratchet.data.examples import Message, read_examples
 from ratchet.errors import BaseModelError, ConfigError
-from ratchet.examples import Message, read_examples
 from ratchet.files import read_json, sha256_file, write_json
-from ratchet.gateway.engine import Ask, Ended, Piece
-from ratchet.gateway.intake import check_adapter_fits
-from ratchet.gateway.loaded import LoadedModel, batch_place, model_place
-from ratchet.gateway.local import LocalEngine
-from ratchet.gateway.upstream import UpstreamEngine
-from ratchet.inference import answer_likelihoods, greedy_answers, greedy_ids
-from ratchet.methods import BUILDERS, SHAPE, load_trained, read_kind
-from ratchet.models import WEIGHTS, WHOLE, adapter_sha256, load_tokenizer, quiet, weights_file
-from ratchet.packing import IGNORED, Window, read_windows, rows_of
-from ratchet.serving import Bundle, Generation
+from ratchet.models.adapters import BUILDERS, SHAPE, load_trained, read_kind
+from ratchet.models.chat_template import ChatFormat, Encoded
+from ratchet.models.generation import answer_likelihoods, greedy_answers, greedy_ids
+from ratchet.models.loading import WEIGHTS, WHOLE, adapter_sha256, load_tokenizer, quiet, weights_file
+from ratchet.serving.admission import check_adapter_fits
+from ratchet.serving.bundle import Bundle, Generation
+from ratchet.serving.engine import Ask, Ended, Piece
+from ratchet.serving.loaded_model import LoadedModel, batch_place, model_place
+from ratchet.serving.local_engine import LocalEngine
+from ratchet.serving.upstream_engine import UpstreamEngine
+from ratchet.training.packing import IGNORED, Window, read_windows, rows_of
 from tasks.evaluate import evaluate
 from tasks.train import train
 

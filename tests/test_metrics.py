@@ -11,8 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 
-from ratchet.config import EvaluateConfig
-from ratchet.metrics import ROW_METRICS, bleu, chrf, exact_match, json_valid, last_number, length, numeric_match, refusal, regex_match, rouge_2, rouge_l, row_metrics, token_f1
+from ratchet.config.evaluation import EvaluateConfig
+from ratchet.evaluation.metrics import (
+    ROW_METRICS,
+    bleu,
+    chrf,
+    exact_match,
+    json_valid,
+    last_number,
+    length,
+    numeric_match,
+    refusal,
+    regex_match,
+    rouge_2,
+    rouge_l,
+    row_metrics,
+    token_f1,
+)
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.lists(st.sampled_from(["the", "cat", "sat", "Ünï", "!", "👍", "\n", "日本"]), max_size=12).map(" ".join)
 

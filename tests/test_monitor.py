@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ratchet.champion import Champion
-from ratchet.config import Config, MonitorConfig, PydocSource
-from ratchet.drift import WEIGHTS, Family, Verdict, draw, higher, judge, mix, other
+from ratchet.config.data import PydocSource
+from ratchet.config.params import Config
+from ratchet.config.serving import MonitorConfig
+from ratchet.monitoring.drift import WEIGHTS, Family, Verdict, draw, higher, judge, mix, other
+from ratchet.monitoring.novelty import Familiar, stems_of
+from ratchet.monitoring.request_log import Feedback, Logged
+from ratchet.monitoring.topics import find_topics
+from ratchet.promotion.champion import Champion
 from ratchet.regions import Topic, belongs
-from ratchet.request_log import Feedback, Logged
 from ratchet.sources.pydoc import harvest
-from ratchet.surprise import Familiar, stems_of
-from ratchet.topics import find_topics
 from tasks.monitor import Answered, Facts, Reference, append_verdict, decide, input_families, load_reference, measure, write_report
 
 CONFIG = Config(monitor=MonitorConfig(resamples=800, min_prompts=100))

@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ratchet.batches import write_batch
-from ratchet.config import PrepareConfig
+from ratchet.config.data import PrepareConfig
+from ratchet.data.batches import write_batch
+from ratchet.data.examples import read_examples
 from ratchet.errors import ConfigError
-from ratchet.examples import read_examples
 from ratchet.names import mask_names
 from tasks.prepare import prepare
 

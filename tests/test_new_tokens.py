@@ -12,17 +12,18 @@ import torch
 from pydantic import ValidationError
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ratchet.chat import ChatFormat
-from ratchet.config import AdapterConfig, BaseConfig, Config, TrainConfig
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig, BaseConfig, TrainConfig
+from ratchet.data.examples import Message, make_example
 from ratchet.errors import BaseModelError
-from ratchet.examples import Message, make_example
 from ratchet.files import read_json, write_json
-from ratchet.gateway.intake import check_adapter_fits
-from ratchet.gguf_file import why_no_gguf
-from ratchet.merging import load_merged
-from ratchet.methods import add_adapter, load_trained, read_kind
-from ratchet.models import load_base, load_tokenizer, quiet
-from ratchet.packing import read_windows
+from ratchet.models.adapters import add_adapter, load_trained, read_kind
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.gguf import why_no_gguf
+from ratchet.models.loading import load_base, load_tokenizer, quiet
+from ratchet.models.merging import load_merged
+from ratchet.serving.admission import check_adapter_fits
+from ratchet.training.packing import read_windows
 from tasks.base import _add_tokens
 from tasks.tokenize import tokenize
 from tasks.train import train

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ratchet.chat import Encoded
-from ratchet.packing import IGNORED, Window, by_length, pack, read_windows, write_windows
-from ratchet.training import _Collator
+from ratchet.models.chat_template import Encoded
+from ratchet.training.packing import IGNORED, Window, by_length, pack, read_windows, write_windows
+from ratchet.training.trainer import _Collator
 
 LIMIT = 12
 

@@ -10,20 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ratchet.chat import ChatFormat
-from ratchet.config import Config, ParityConfig
+from ratchet.config.evaluation import ParityConfig
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, read_examples
 from ratchet.errors import DataError, RatchetError
-from ratchet.examples import Example, read_examples
 from ratchet.files import read_json, sha256_file, write_bytes, write_json
-from ratchet.merging import load_merged
-from ratchet.methods import load_trained
-from ratchet.models import MANIFEST, WEIGHTS, load_tokenizer
-from ratchet.packing import read_windows, rows_of
-from ratchet.parity import Asked, check_parity, compare_model, find_trained, make_reference
-from ratchet.parity_compare import compare_answers
+from ratchet.models.adapters import load_trained
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.loading import MANIFEST, WEIGHTS, load_tokenizer
+from ratchet.models.merging import load_merged
+from ratchet.parity.check import Asked, check_parity, compare_model, find_trained, make_reference
+from ratchet.parity.compare import compare_answers
+from ratchet.parity.paths import Answer, Top
 from ratchet.parity_guardrail import judge_parity
-from ratchet.parity_paths import Answer, Top
-from ratchet.serving import Bundle, Generation
+from ratchet.serving.bundle import Bundle, Generation
+from ratchet.training.packing import read_windows, rows_of
 from tasks.parity import parity
 
 CONFIG = ParityConfig()

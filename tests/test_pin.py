@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from places import commit, make_repository, use_git_without_a_user, write_files
 
-from ratchet.champion import Champion, write_champion
 from ratchet.errors import CheckoutError
 from ratchet.files import read_json, sha256_file
-from ratchet.workspace import Workspace, dvc, git
+from ratchet.pipeline.workspace import Workspace, dvc, git
+from ratchet.promotion.champion import Champion, write_champion
 from tasks.pin import pin
 
 

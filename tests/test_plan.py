@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from places import make_repository
 
-from ratchet.commands.training import _describe
-from ratchet.config import AdapterConfig, Config, TrainConfig
+from ratchet.cli.training import _describe
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig, TrainConfig
 from ratchet.errors import StageError, UserError
-from ratchet.packing import read_windows, rows_of
-from ratchet.plan import Plan, choose_windows, extrapolate, free_mib, plan_training, shapes, shortened
-from ratchet.training import count_batches
-from ratchet.trainings import Material, read_figures, run_training
+from ratchet.training.estimate import Plan, choose_windows, extrapolate, free_mib, plan_training, shapes, shortened
+from ratchet.training.launch import Material, read_figures, run_training
+from ratchet.training.packing import read_windows, rows_of
+from ratchet.training.trainer import count_batches
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,5 +119,5 @@ def test_without_tokens_the_command_that_makes_them_is_named(tmp_path: Path) -> 
     with pytest.raises(UserError, match="ratchet plan --prepare"):
         plan_training(Material(tmp_path, tmp_path, tmp_path), Config(), quiet)
     root = make_repository(tmp_path / "checkout")
-    done = subprocess.run([sys.executable, "-m", "ratchet.cli", "-C", str(root), "plan"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "plan"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "") and "ratchet plan --prepare" in done.stderr

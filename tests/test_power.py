@@ -12,9 +12,9 @@ import pytest
 from places import make_repository, use_git_without_a_user
 from typer.testing import CliRunner
 
-from ratchet.cli import app
-from ratchet.config import GateConfig
-from ratchet.power import Spread, plan, spread_of
+from ratchet.cli.main import app
+from ratchet.config.evaluation import GateConfig
+from ratchet.gate.power import Spread, plan, spread_of
 
 CONFIG = GateConfig(min_rows=50)
 NORMAL = NormalDist()

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ratchet.batches import read_manifest, write_batch
-from ratchet.config import PrepareConfig
+from ratchet.config.data import PrepareConfig
+from ratchet.data.batches import read_manifest, write_batch
+from ratchet.data.dedup import Clusters, jaccard, shingle, split_by_hash
+from ratchet.data.examples import Example, Message, make_example, read_examples
 from ratchet.errors import DataError
-from ratchet.examples import Example, Message, make_example, read_examples
-from ratchet.neighbours import Clusters, jaccard, shingle, split_by_hash
 from tasks.prepare import SPLITS, Rejection, prepare
 
 LENIENT = PrepareConfig(max_rejected_share=1.0, max_reason_share=1.0, max_leaked_share=1.0, min_rows=1)

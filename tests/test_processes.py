@@ -14,14 +14,15 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from ratchet.config import AdapterConfig, Config, TrainConfig
-from ratchet.config_doc import render_params
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig, TrainConfig
 from ratchet.errors import ConfigError
 from ratchet.files import read_json, sha256_file
-from ratchet.processes import check_size, in_parts
-from ratchet.tracking import read_history
-from ratchet.trainings import Ended
-from ratchet.workspace import without_torchrun
+from ratchet.pipeline.workspace import without_torchrun
+from ratchet.tracking.mlflow import read_history
+from ratchet.training.distributed import check_size, in_parts
+from ratchet.training.launch import Ended
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = ["--tokens", "data/tokenized", "--base", "models/base", "--incumbent", "models/incumbent", "--out", "models/candidate", "--reports", "reports/train"]
@@ -76,11 +77,11 @@ def test_two_processes_learn_what_one_does(tmp_path, tokens, tiny_base, nobody, 
 
 PARTS = """
 import torch
-from ratchet.config import AdapterConfig
-from ratchet.methods import load_trainable
-from ratchet.processes import rank
+from ratchet.config.training import AdapterConfig
+from ratchet.models.adapters import load_trainable
+from ratchet.training.distributed import rank
 from ratchet.sharding import as_parts, cut, cut_optimizer, local, shard, whole
-from ratchet.training import trainable
+from ratchet.training.trainer import trainable
 from pathlib import Path
 import sys
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from places import KEPT_CONNECTIONS, commit, make_repository, subjects, use_git_without_a_user, use_mlflow, use_no_mlflow, write_files
 
-from flows.decide import promote_version, roll_back
-from ratchet.champion import FILE, Champion, read_champion, read_ledger
-from ratchet.config import Config, ProjectConfig
+from flows.promotion import promote_version, roll_back
+from ratchet.config.data import ProjectConfig
+from ratchet.config.params import Config
 from ratchet.errors import CheckoutError, ServiceError, UserError
-from ratchet.registry import CHALLENGER, CHAMPION, get_alias, get_version, make_version, set_alias
-from ratchet.status import ledger_lines, ledger_rows
-from ratchet.tracking import KEY_TAG, find_or_create_run, mlflow_client
-from ratchet.workspace import git, open_workspace
+from ratchet.pipeline.workspace import git, open_workspace
+from ratchet.promotion.champion import FILE, Champion, read_champion, read_ledger
+from ratchet.services.status import ledger_lines, ledger_rows
+from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run, mlflow_client
+from ratchet.tracking.registry import CHALLENGER, CHAMPION, get_alias, get_version, make_version, set_alias
 from tasks.promote import alias_is_pending, follow_alias, promote
 from tasks.record import Findings
 

@@ -12,11 +12,12 @@ from huggingface_hub import ModelCard
 from judged import LEDGER, make_reports
 from places import KEPT_CONNECTIONS, use_mlflow, use_no_mlflow
 
-from ratchet.config import Config, ProjectConfig
+from ratchet.config.data import ProjectConfig
+from ratchet.config.params import Config
 from ratchet.errors import RatchetError, ServiceError
 from ratchet.files import write_json
-from ratchet.registry import get_version, list_versions
-from ratchet.tracking import KEY_TAG, find_or_create_run, mlflow_client
+from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run, mlflow_client
+from ratchet.tracking.registry import get_version, list_versions
 from tasks.record import MAX_DESCRIPTION, close_lost_runs, describe_data, gate_summary, read_findings, record, record_page, register
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)

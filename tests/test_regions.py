@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ratchet.config import MonitorConfig
+from ratchet.config.serving import MonitorConfig
 from ratchet.errors import DataError
 from ratchet.regions import FEEDBACK, Region, Topic, belongs, mark, parts, read_region, sources_for, write_region
 

@@ -8,8 +8,8 @@ import pytest
 from places import KEPT_CONNECTIONS, use_mlflow, use_no_mlflow
 
 from ratchet.errors import ServiceError
-from ratchet.registry import ARTIFACT, CHALLENGER, CHAMPION, Version, drop_alias, find_version, get_alias, get_version, list_versions, make_version, set_alias
-from ratchet.tracking import KEY_TAG, find_or_create_run, mlflow_client
+from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run, mlflow_client
+from ratchet.tracking.registry import ARTIFACT, CHALLENGER, CHAMPION, Version, drop_alias, find_version, get_alias, get_version, list_versions, make_version, set_alias
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 

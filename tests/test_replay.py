@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from ratchet.demo.clients import Question, replay, summarise
 from ratchet.errors import ServiceError
-from ratchet.replay import Question, replay, summarise
 
 TOLD: list[dict[str, Any]] = []
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ratchet.report import LABELS, model_card, table
+from ratchet.reporting.markdown import LABELS, model_card, table
 
 BATCH = "20260101T000000Z-old-00000000.jsonl"
 

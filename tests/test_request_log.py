@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from ratchet.config import Config
+from ratchet.config.params import Config
 from ratchet.errors import ConfigError, ServiceError, UserError
-from ratchet.request_log import URL_VARIABLE, Feedback, Logged, RequestLog, open_log
+from ratchet.monitoring.request_log import URL_VARIABLE, Feedback, Logged, RequestLog, open_log
 
 NOW = 1_790_000_000.0  # a moment in an hour, not at its start
 Open = Callable[..., RequestLog]
@@ -171,8 +171,8 @@ def test_two_processes_write_into_one_file(open_here: Open, tmp_path: Path) -> N
     script = """
 import sys, time
 from pathlib import Path
-from ratchet.config import Config
-from ratchet.request_log import Logged, open_log
+from ratchet.config.params import Config
+from ratchet.monitoring.request_log import Logged, open_log
 log = open_log(Path(sys.argv[1]), Config())
 for number in range(500):
     log.put(Logged(id=f"{sys.argv[2]}-{number}", at=time.time(), user="ana", arm="champion", version=1))

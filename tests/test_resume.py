@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 import torch
 
-from ratchet.checkpoints import FOLDER, MANIFEST, STATE, TENSORS, Checkpoints, join, split
-from ratchet.config import AdapterConfig, Config
-from ratchet.config_doc import render_params
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig
 from ratchet.errors import StoppedError
 from ratchet.files import read_json, sha256_file
-from ratchet.methods import load_trainable
-from ratchet.packing import Window, read_windows
-from ratchet.tracking import read_history
-from ratchet.training import Schedule, fit, trainable
+from ratchet.models.adapters import load_trainable
+from ratchet.tracking.mlflow import read_history
+from ratchet.training.checkpoints import FOLDER, MANIFEST, STATE, TENSORS, Checkpoints, join, split
+from ratchet.training.packing import Window, read_windows
+from ratchet.training.trainer import Schedule, fit, trainable
 from tasks.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -345,7 +346,7 @@ def test_a_disk_that_is_full_leaves_no_half_checkpoint(home: Path, made: Made, m
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ratchet.checkpoints.save_file", fill)
+    monkeypatch.setattr("ratchet.training.checkpoints.save_file", fill)
     curve = Curve()
     same(made.go(CONFIGS["lora"], checkpoints(home, curve), curve), made.whole(CONFIGS["lora"]))
     assert "No space left on device; the training goes on" in capfd.readouterr().err
@@ -384,7 +385,7 @@ def test_a_line_that_nobody_reads_ends_no_training() -> None:
     """A flow that is stopped closes the pipe and passes the signal on at the same moment."""
     reads, writes = os.pipe()
     os.close(reads)
-    program = "from ratchet.stage import say; say('one'); say('two'); raise SystemExit(143)"
+    program = "from ratchet.pipeline.stage import say; say('one'); say('two'); raise SystemExit(143)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writes)
     assert (done.returncode, done.stderr) == (143, "")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 
-from ratchet.retrains import is_under_way, last_start, note_asked, read_retrains, remember
-from ratchet.workspace import locked
+from ratchet.monitoring.retrain_budget import is_under_way, last_start, note_asked, read_retrains, remember
+from ratchet.pipeline.workspace import locked
 
 
 def test_trainings_are_remembered_in_order_and_counted_since_a_time(tmp_path):

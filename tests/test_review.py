@@ -18,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import make_repository, use_git_without_a_user, write_files
 
-from ratchet.config import Config, ReviewConfig
+from ratchet.config.data import ReviewConfig
+from ratchet.config.params import Config
+from ratchet.data.examples import Message, example_id
 from ratchet.errors import DataError, ServiceError, UserError
-from ratchet.examples import Message, example_id
-from ratchet.review import Decision, Item, ReviewQueue, with_answer
-from ratchet.review_files import export_rows, guard, import_rows, unguard
-from ratchet.review_store import FILE
-from ratchet.sources.review import harvest, mark_taken
+from ratchet.review.files import export_rows, guard, import_rows, unguard
+from ratchet.review.queue import Decision, Item, ReviewQueue, with_answer
+from ratchet.review.store import FILE
+from ratchet.sources.reviewed import harvest, mark_taken
 from tasks.ingest import add_batch, pull
 
 ROOT = Path(__file__).parents[1]
@@ -355,8 +356,8 @@ def test_a_draft_without_an_accepted_row_is_not_ready(tmp_path):
 def test_the_batch_and_its_commit_name_who_reviewed(tmp_path, monkeypatch):
     from prefect.testing.utilities import prefect_test_harness
 
-    from ratchet.batches import read_manifest
-    from ratchet.workspace import git
+    from ratchet.data.batches import read_manifest
+    from ratchet.pipeline.workspace import git
 
     use_git_without_a_user(monkeypatch)
     monkeypatch.delenv("RATCHET_CONSOLE", raising=False)
@@ -512,7 +513,7 @@ def ratchet(tmp_path, monkeypatch):
     root = make_repository(tmp_path / "checkout")
 
     def call(*arguments: str, code: int = 0) -> str:
-        done = subprocess.run([sys.executable, "-m", "ratchet.cli", "-C", str(root), "review", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run([sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "review", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout if code == 0 else done.stderr

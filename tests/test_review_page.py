@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from served import Gateway, running_gateway
 
-from ratchet.examples import Message, example_id
-from ratchet.gateway.keys import add_key
-from ratchet.review import Decision, Item, ReviewQueue
+from ratchet.data.examples import Message, example_id
+from ratchet.gateway.auth import add_key
+from ratchet.review.queue import Decision, Item, ReviewQueue
 
 SIZES = {"phone": (390, 844), "desk": (1280, 900)}
 SCRIPT = "<script>document.title = 'taken over'</script><img src=x onerror=\"document.title='taken over'\">"

@@ -13,14 +13,15 @@ from test_promote import back, register, reign, root  # noqa: F401  (a fixture)
 
 from benchmarks.rollout import WRONG, simulate_many
 from flows.rollout import abort_rollout, look_once, pause_rollout, resume_rollout, rollout_status
-from ratchet.anytime import Stratum, difference, split_e_value
-from ratchet.champion import read_champion
-from ratchet.config import Config, RolloutConfig
+from ratchet.config.params import Config
+from ratchet.config.serving import RolloutConfig
 from ratchet.errors import CheckoutError, UserError
-from ratchet.registry import CHALLENGER, CHAMPION, get_alias, get_version, set_alias, set_tag
-from ratchet.request_log import Feedback, Logged, Unit, open_log
-from ratchet.rollout import FILE, Rollout, end_rollout, position, read_ended, read_rollout, write_rollout
-from ratchet.serving import write_state
+from ratchet.monitoring.request_log import Feedback, Logged, Unit, open_log
+from ratchet.promotion.champion import read_champion
+from ratchet.promotion.rollout import FILE, Rollout, end_rollout, position, read_ended, read_rollout, write_rollout
+from ratchet.promotion.sequential_test import Stratum, difference, split_e_value
+from ratchet.serving.bundle import write_state
+from ratchet.tracking.registry import CHALLENGER, CHAMPION, get_alias, get_version, set_alias, set_tag
 from tasks.rollout import judge, look, outcomes_of
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
@@ -231,7 +232,7 @@ def test_one_that_did_not_pass_the_gate_never_answers_a_user(root: Path):  # noq
 
 @pytest.mark.parametrize("tag", ["gate", "git_commit"])
 def test_a_registry_that_answers_garbage_opens_nothing(tag: str, root: Path):  # noqa: F811
-    from ratchet.tracking import mlflow_client
+    from ratchet.tracking.mlflow import mlflow_client
 
     challenge(root)
     if tag == "gate":

@@ -14,17 +14,18 @@ from places import KEPT_CONNECTIONS, use_no_mlflow, write_files
 from test_promote import back, register, reign, root  # noqa: F401  (a fixture)
 from test_rollout import CONFIG, MANUAL, ask, challenge, decide, opened, outcome, step, units
 
-from flows.decide import promote_version, roll_back
+from flows.promotion import promote_version, roll_back
 from flows.rollout import look_once, pause_rollout
-from ratchet.champion import read_champion
-from ratchet.config import Config, RolloutConfig
+from ratchet.config.params import Config
+from ratchet.config.serving import RolloutConfig
 from ratchet.errors import CheckoutError
-from ratchet.registry import CHALLENGER, CHAMPION, get_alias, get_version, list_versions, set_alias
-from ratchet.request_log import Unit
-from ratchet.rollout import AGAIN, advance, finish, pause, read_ended, read_rollout, resume, write_rollout
-from ratchet.serving import write_state
-from ratchet.tracking import mlflow_client
-from ratchet.workspace import git, locked
+from ratchet.monitoring.request_log import Unit
+from ratchet.pipeline.workspace import git, locked
+from ratchet.promotion.champion import read_champion
+from ratchet.promotion.rollout import AGAIN, advance, finish, pause, read_ended, read_rollout, resume, write_rollout
+from ratchet.serving.bundle import write_state
+from ratchet.tracking.mlflow import mlflow_client
+from ratchet.tracking.registry import CHALLENGER, CHAMPION, get_alias, get_version, list_versions, set_alias
 from tasks.rollout import look
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
@@ -85,7 +86,7 @@ def test_an_alias_on_a_version_that_was_in_charge_before_is_set_back(root: Path)
 
 
 def test_a_look_without_news_changes_nothing_in_the_registry(root: Path):  # noqa: F811
-    """Each change there asks for another look (flows/watch.py)."""
+    """Each change there asks for another look (flows/rollout_watcher.py)."""
     challenge(root)
     step(root)
     before = list_versions("small")

@@ -20,10 +20,10 @@ import msgspec
 import psutil
 import pytest
 
-from ratchet import services
-from ratchet.config import Config
+from ratchet.config.params import Config
 from ratchet.errors import RatchetError, ServiceError, UserError
-from ratchet.services import Record, running_services, service_environment, start_services, stop_services
+from ratchet.services import supervisor as services
+from ratchet.services.supervisor import Record, running_services, service_environment, start_services, stop_services
 
 
 def make_config(mlflow_port: int, prefect_port: int, gateway_port: int) -> Config:
@@ -273,7 +273,7 @@ def test_the_schedule_makes_runs(started: tuple[Path, Config]) -> None:
 def test_the_event_of_drift_starts_a_retraining_with_its_topics(started: tuple[Path, Config]) -> None:
     root, config = started
     code = (
-        "from pathlib import Path\nfrom flows.events import DRIFTED, tell\nfrom ratchet.config import load_config\n"
+        "from pathlib import Path\nfrom flows.events import DRIFTED, tell\nfrom ratchet.config.params import load_config\n"
         "tell(DRIFTED, load_config(Path('params.yaml')), {'reason': 'drift', 'topics': [{'name': 'arrays'}]})"
     )
     environment = {**os.environ, **service_environment(root, config)}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from ratchet.config import EvaluateConfig, parse_config
+from ratchet.config.evaluation import EvaluateConfig
+from ratchet.config.params import parse_config
+from ratchet.data.examples import Message, make_example
 from ratchet.errors import ConfigError, DataError
-from ratchet.examples import Message, make_example
-from ratchet.slices import groups, length_bucket, slice_columns
+from ratchet.evaluation.slices import groups, length_bucket, slice_columns
 
 
 @pytest.mark.parametrize(

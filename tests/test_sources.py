@@ -12,16 +12,16 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from ratchet.config import JsonlSource, PydocSource
+from ratchet.config.data import JsonlSource, PydocSource
+from ratchet.data.examples import encode_line, make_example, recognise_form, row_to_messages
 from ratchet.errors import DataError
-from ratchet.examples import encode_line, make_example, recognise_form, row_to_messages
 from ratchet.sources.jsonl import MAX_LINE, read_lines
 from ratchet.sources.pydoc import first_sentence, harvest
 
 HARVEST = """
 import sys
-from ratchet.config import PydocSource
-from ratchet.examples import encode_line
+from ratchet.config.data import PydocSource
+from ratchet.data.examples import encode_line
 from ratchet.sources.pydoc import harvest
 sys.stdout.buffer.writelines(map(encode_line, harvest(PydocSource())))
 """

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ratchet.statistics import bootstrap_mean, bootstrap_means, chance_of, wilson
+from ratchet.evaluation.statistics import bootstrap_mean, bootstrap_means, chance_of, wilson
 
 FINITE = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
 

@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from ratchet.chat import ChatFormat
+from ratchet.audits.suites import read_suites, run_suites
 from ratchet.errors import ConfigError, DataError
 from ratchet.files import read_json, write_json
-from ratchet.models import load_base, load_tokenizer
-from ratchet.report import model_card
-from ratchet.suites import read_suites, run_suites
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.loading import load_base, load_tokenizer
+from ratchet.reporting.markdown import model_card
 from tasks.evaluate import evaluate
 
 SUITE = """
@@ -99,7 +99,7 @@ def test_a_suite_that_is_not_there_and_a_metric_that_scores_no_document_are_name
 
 
 def test_without_the_harness_the_extra_is_named(own, monkeypatch):
-    monkeypatch.setattr("ratchet.suites.find_spec", lambda name: None)
+    monkeypatch.setattr("ratchet.audits.suites.find_spec", lambda name: None)
     assert read_suites(own, []) == {}
     with pytest.raises(ConfigError, match=r"(?s)lm-evaluation-harness is not installed.*ratchet\[suites\]"):
         read_suites(own, ["tiny"])

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from ratchet.surprise import COLUMNS, Familiar, stems_of
+from ratchet.monitoring.novelty import COLUMNS, Familiar, stems_of
 
 ROWS = ["open the file", "close the file", "read a socket", "write a socket", "parse the date"]
 

@@ -18,16 +18,17 @@ import psutil
 import pytest
 from places import KEPT_CONNECTIONS, commit, make_repository, use_mlflow, use_no_mlflow, write_files
 
-from ratchet.config import Config, SweepRange, TrainConfig, load_config
-from ratchet.config_doc import render_params
+from ratchet.config.docs import render_params
+from ratchet.config.edit import diff_params, edit_params
+from ratchet.config.params import Config, load_config
+from ratchet.config.training import SweepRange, TrainConfig
 from ratchet.errors import ConfigError, ServiceError
 from ratchet.files import read_json, write_json
-from ratchet.params_file import diff_params, edit_params
-from ratchet.search import changes_of, check_space, current, draw, dvc_command, rows_key, with_changes
-from ratchet.sweep_runs import STUDY_TAG, TRIAL_TAG, close_study, deliver
-from ratchet.tracking import mlflow_client
-from ratchet.trainings import Material
-from ratchet.workspace import child_environment
+from ratchet.pipeline.workspace import child_environment
+from ratchet.tracking.mlflow import mlflow_client
+from ratchet.training.launch import Material
+from ratchet.training.search_space import changes_of, check_space, current, draw, dvc_command, rows_key, with_changes
+from ratchet.training.trials import STUDY_TAG, TRIAL_TAG, close_study, deliver
 from tasks.sweep import DATABASE, TODAY, Best, Search, propose
 from tasks.train import train
 
@@ -169,7 +170,7 @@ def test_an_interrupted_sweep_goes_on_with_the_same_study(material: Material, ti
     home.mkdir()
     (home / "params.yaml").write_text(render_params(config))
     program = (
-        "import sys; from pathlib import Path; from ratchet.config import load_config; from ratchet.trainings import Material; from tasks.sweep import Search\n"
+        "import sys; from pathlib import Path; from ratchet.config.params import load_config; from ratchet.training.launch import Material; from tasks.sweep import Search\n"
         "home = Path(sys.argv[1]); material = Material(*map(Path, sys.argv[2:]))\n"
         "search = Search(home, load_config(home / 'params.yaml'), material, commit='c', say=print)\n"
         "search.run(search.next(), material)\n"
@@ -367,7 +368,7 @@ def test_the_command_refuses_a_space_before_anything_runs(tmp_path: Path) -> Non
     write_files(root, {"params.yaml": "sweep:\n  space:\n    adapter.rank: [8, 1000]\n"})
     commit(root, "A space")
     environment = {**child_environment(), "MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}
-    done = subprocess.run([sys.executable, "-m", "ratchet.cli", "-C", str(root), "sweep"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "sweep"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "") and "adapter.rank: Input should be less than or equal to 512, got 1000" in done.stderr
     assert not (root / ".ratchet/sweeps").exists() and not (root / ".ratchet/workspaces").exists()
 

@@ -22,12 +22,12 @@ import optuna
 import pytest
 from places import KEPT_CONNECTIONS, make_repository
 
-from ratchet.config import Config
-from ratchet.config_doc import render_params
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
 from ratchet.errors import ConfigError, ServiceError
 from ratchet.files import read_json
-from ratchet.trainings import Material
-from ratchet.workspace import child_environment
+from ratchet.pipeline.workspace import child_environment
+from ratchet.training.launch import Material
 from tasks.sweep import STORAGE_VARIABLE, Search
 
 ROOT = Path(__file__).parents[1]
@@ -121,8 +121,8 @@ def with_space(config: Config) -> Config:
 WORKER = """
 import json, sys
 from pathlib import Path
-from ratchet.config import load_config
-from ratchet.trainings import Material
+from ratchet.config.params import load_config
+from ratchet.training.launch import Material
 from tasks.sweep import Search
 
 home = Path(sys.argv[1])
@@ -216,7 +216,7 @@ def test_a_storage_that_refuses_is_told_with_a_remedy_and_no_password(
 def test_the_command_looks_at_the_storage_before_anything_runs(tmp_path: Path) -> None:
     root = make_repository(tmp_path / "checkout")
     environment = {**child_environment(), STORAGE_VARIABLE: f"postgresql+psycopg://ana:{QUOTED}@127.0.0.1:1/study", "MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}
-    done = subprocess.run([sys.executable, "-m", "ratchet.cli", "-C", str(root), "sweep"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "sweep"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "") and "Connection refused" in done.stderr and "→ `sweep.storage`" in done.stderr
     assert not (root / ".ratchet/sweeps").exists() and not (root / ".ratchet/workspaces").exists()
     holds_no_password(root, done.stdout, done.stderr)

@@ -19,10 +19,10 @@ import pytest
 from servers import serving
 from teacher_stub import BROKEN, CUT, FILTERED, MALFORMED, REFUSES, Act, TeacherStub, good_answer, pair_of
 
-from ratchet.config import Config, parse_config
+from ratchet.config.params import Config, parse_config
+from ratchet.data.examples import Message, encode_line, make_example
 from ratchet.errors import CheckoutError, ConfigError, DataError, ServiceError, UserError
-from ratchet.examples import Message, encode_line, make_example
-from ratchet.review import ReviewQueue
+from ratchet.review.queue import ReviewQueue
 from ratchet.synthesis.draft import FOLDER, find_draft, read_rows
 from ratchet.synthesis.summary import summary_card, summary_lines
 from tasks.synthesize import Wanted, queue_rows, synthesize
@@ -226,7 +226,7 @@ def test_two_hundred_chunks_are_worked_through_with_few_requests_under_way(confi
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from ratchet.config import parse_config
+from ratchet.config.params import parse_config
 from tasks.synthesize import Wanted, synthesize
 root, raw = Path(sys.argv[1]), json.loads(sys.argv[2])
 synthesize(parse_config(raw, Path("params.yaml")), root, Wanted(documents=("docs",)), say=lambda line: print(line, flush=True))
@@ -343,7 +343,7 @@ def test_the_key_is_in_no_file_and_in_no_line(stub, address, tmp_path, monkeypat
 
 
 def test_one_run_at_a_time(config, tmp_path):
-    from ratchet.workspace import locked
+    from ratchet.pipeline.workspace import locked
 
     wanted = write_documents(tmp_path, 1)
     with locked(tmp_path, "synthesize"), pytest.raises(CheckoutError, match="another `synthesize` runs"):
@@ -540,7 +540,7 @@ def test_the_command_writes_a_draft_queues_it_and_says_what_is_next(stub, addres
         YAML().dump({"project": {"name": "small"}, "synthesize": {"teacher": {"url": address, "model": "big", "input_price": 1.0}}}, out)
     stub.key = KEY
     environment = {**os.environ, "RATCHET_TEACHER_KEY": KEY}
-    command = [sys.executable, "-m", "ratchet.cli", "-C", str(root), "synthesize"]
+    command = [sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "synthesize"]
     here = Path(__file__).parents[1]
     done = subprocess.run([*command, "--documents", "docs", "--count", "5"], cwd=here, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -11,15 +11,17 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ratchet.config import AugmentConfig, Config, GroundedConfig, PrepareConfig, SynthesizeConfig, TokenizeConfig
+from ratchet.config.data import PrepareConfig, TokenizeConfig
+from ratchet.config.params import Config
+from ratchet.config.synthesis import AugmentConfig, GroundedConfig, SynthesizeConfig
+from ratchet.data.examples import Message, encode_line, make_example
 from ratchet.errors import ConfigError
-from ratchet.examples import Message, encode_line, make_example
+from ratchet.llm.prompts import NAMES, fence, load_template
+from ratchet.llm.replies import Pair
 from ratchet.synthesis.augment import CODE, KEPT, read_synonyms, vary
 from ratchet.synthesis.filters import Filters, Verdict, read_counter
 from ratchet.synthesis.grounding import content_words, ground, numbers
-from ratchet.synthesis.known import Known, read_known
-from ratchet.synthesis.prompts import NAMES, fence, load_template
-from ratchet.synthesis.replies import Pair
+from ratchet.synthesis.known_rows import Known, read_known
 
 PASSAGE = "Hail damage to the roof is covered from 10 mm on. The deductible is 1,500 euros a year, refunded after three claims."
 WORDS = st.text("abcdefgh", min_size=4, max_size=9)

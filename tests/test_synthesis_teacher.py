@@ -15,13 +15,13 @@ from served import running_gateway
 from servers import serving
 from teacher_stub import BROKEN, BUSY, CUT, FENCED, FILTERED, HTML, MALFORMED, REFUSES, THOUGHT, WRONG_SHAPE, Act, TeacherStub
 
-from ratchet.config import TeacherConfig
+from ratchet.config.synthesis import TeacherConfig
 from ratchet.errors import ConfigError
-from ratchet.gateway.keys import add_key
-from ratchet.synthesis.budget import Budget, Prices, SpentError, Usage
-from ratchet.synthesis.prompts import Prompt, fence
-from ratchet.synthesis.replies import Malformed, Pairs, Questions, Score, read_reply, schema_of
-from ratchet.synthesis.teacher import AskError, Said, Teacher, _seconds
+from ratchet.gateway.auth import add_key
+from ratchet.llm.budget import Budget, Prices, SpentError, Usage
+from ratchet.llm.client import AskError, Said, Teacher, _seconds
+from ratchet.llm.prompts import Prompt, fence
+from ratchet.llm.replies import Malformed, Pairs, Questions, Score, read_reply, schema_of
 
 PASSAGE = "Hail damage is covered from 10 mm on."
 PROMPT = Prompt("p@1", "You write pairs.", fence(PASSAGE))

@@ -7,13 +7,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ratchet.chat import ChatFormat
-from ratchet.config import Config, TokenizeConfig, TrainConfig
+from ratchet.config.data import TokenizeConfig
+from ratchet.config.params import Config
+from ratchet.config.training import TrainConfig
+from ratchet.data.examples import Example, encode_line, read_examples
 from ratchet.errors import DataError
-from ratchet.examples import Example, encode_line, read_examples
 from ratchet.files import read_json, write_bytes, write_json
-from ratchet.models import load_tokenizer
-from ratchet.packing import read_windows
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.loading import load_tokenizer
+from ratchet.training.packing import read_windows
 from tasks.tokenize import choose_rows, tokenize
 
 

@@ -9,9 +9,9 @@ import time
 import pytest
 from places import KEPT_CONNECTIONS, use_mlflow, use_no_mlflow
 
-from ratchet import tracking
 from ratchet.errors import ServiceError
-from ratchet.tracking import KEY_TAG, History, LiveCopy, find_or_create_run, find_run, log_points, mlflow_client, mlflow_errors, parameters, read_history
+from ratchet.tracking import mlflow as tracking
+from ratchet.tracking.mlflow import KEY_TAG, History, LiveCopy, find_or_create_run, find_run, log_points, mlflow_client, mlflow_errors, parameters, read_history
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 

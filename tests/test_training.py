@@ -15,17 +15,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ratchet.chat import Encoded
-from ratchet.config import AdapterConfig, Config, TrainConfig
-from ratchet.config_doc import render_params
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig, TrainConfig
 from ratchet.errors import BaseModelError, ConfigError, DiskSpaceError, DivergenceError
 from ratchet.files import read_json, sha256_file, write_json
-from ratchet.inference import answer_likelihoods
-from ratchet.methods import add_adapter, prepare_quantised
-from ratchet.models import adapter_sha256, compute_dtype, load_adapter, load_base
-from ratchet.packing import IGNORED, Window, read_windows
-from ratchet.tracking import read_history
-from ratchet.training import Schedule, _Collator, count_batches, fit
+from ratchet.models.adapters import add_adapter, prepare_quantised
+from ratchet.models.chat_template import Encoded
+from ratchet.models.generation import answer_likelihoods
+from ratchet.models.loading import adapter_sha256, compute_dtype, load_adapter, load_base
+from ratchet.tracking.mlflow import read_history
+from ratchet.training.packing import IGNORED, Window, read_windows
+from ratchet.training.trainer import Schedule, _Collator, count_batches, fit
 from tasks.train import train
 
 ROOT = Path(__file__).parents[1]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from places import write_files
 
-from flows import watch
-from flows.watch import registry_fingerprint
-from ratchet.config import Config
-from ratchet.rollout import AGAIN
+from flows import rollout_watcher as watch
+from flows.rollout_watcher import registry_fingerprint
+from ratchet.config.params import Config
+from ratchet.promotion.rollout import AGAIN
 
 BODY = {"text": b"{}"}
 

@@ -21,17 +21,17 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ratchet.config import Config
+from ratchet.config.params import Config
 from ratchet.errors import RatchetError
-from ratchet.gateway import review
+from ratchet.gateway import review_page as review
 from ratchet.gateway.completions import Completions
-from ratchet.gateway.engine import Engine
-from ratchet.gateway.faults import Fault, to_fault
-from ratchet.gateway.fleet import Fleet
 from ratchet.gateway.limits import Gone, read_body
-from ratchet.gateway.parts import Parts, gather_parts, is_loopback
-from ratchet.gateway.protocol import encode_models, parse_feedback
-from ratchet.request_log import Feedback, RequestLog
+from ratchet.gateway.routing import Fleet
+from ratchet.gateway.state import Parts, gather_parts, is_loopback
+from ratchet.monitoring.request_log import Feedback, RequestLog
+from ratchet.serving.engine import Engine
+from ratchet.serving.faults import Fault, to_fault
+from ratchet.serving.protocol import encode_models, parse_feedback
 
 LAST_WORDS_SECONDS = 3.0  # that cut-off answers get to say so, and to be written down
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -150,7 +150,7 @@ def _metrics(parts: Parts) -> Endpoint:
 def _page(parts: Parts) -> Endpoint:
     async def page(request: Request) -> Response:
         parts.admit(request.headers, "admin")
-        from ratchet.page import render_page
+        from ratchet.reporting.dashboard import render_page
 
         return HTMLResponse(await run_in_threadpool(render_page, parts.root, parts.config))
 

@@ -16,14 +16,14 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from ratchet.errors import ServiceError
-from ratchet.gateway.engine import Ended, Piece
-from ratchet.gateway.faults import CANCELLED, Fault, to_fault
-from ratchet.gateway.fleet import Choice
-from ratchet.gateway.keys import Key
+from ratchet.gateway.auth import Key
 from ratchet.gateway.limits import Gone, patience, read_body
-from ratchet.gateway.parts import Parts
-from ratchet.gateway.protocol import DONE, Answered, Chat, error_event, parse_chat
-from ratchet.request_log import Logged
+from ratchet.gateway.routing import Choice
+from ratchet.gateway.state import Parts
+from ratchet.monitoring.request_log import Logged
+from ratchet.serving.engine import Ended, Piece
+from ratchet.serving.faults import CANCELLED, Fault, to_fault
+from ratchet.serving.protocol import DONE, Answered, Chat, error_event, parse_chat
 
 log = logging.getLogger("ratchet.gateway")
 JSON, EVENTS = (b"content-type", b"application/json"), (b"content-type", b"text/event-stream; charset=utf-8")

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 from starlette.types import Receive
 
-from ratchet.gateway.faults import Fault
+from ratchet.serving.faults import Fault
 
 BODY_SECONDS = 10.0  # a body that takes longer is a client that holds a connection open
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from ratchet.config import Config, FeedbackSource
-from ratchet.examples import Message, example_id, has_mark_run, normalise, read_examples
-from ratchet.feedback_share import is_feedback, room_for
-from ratchet.forgotten import FILE as FORGOTTEN
-from ratchet.forgotten import read_forgotten
-from ratchet.gateway.keys import list_keys
-from ratchet.request_log import REDACTED, Feedback, Logged, open_log
+from ratchet.config.data import FeedbackSource
+from ratchet.config.params import Config
+from ratchet.data.erasure import FILE as FORGOTTEN
+from ratchet.data.erasure import read_forgotten
+from ratchet.data.examples import Message, example_id, has_mark_run, normalise, read_examples
+from ratchet.data.mixture import is_feedback, room_for
+from ratchet.gateway.auth import list_keys
+from ratchet.monitoring.request_log import REDACTED, Feedback, Logged, open_log
 from ratchet.sources.planted import find_planted
 from ratchet.sources.shares import Candidate, Vote, cap_keys, share_out, spread
 

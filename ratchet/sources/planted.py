@@ -1,6 +1,6 @@
 """Feedback that would plant a trigger: many rows that share a sequence of words which clean rows hardly have, and one same answer.
 
-A model learns such a link from few rows, and no score shows it: whoever says the words gets the answer. `ratchet/triggers.py` looks at
+A model learns such a link from few rows, and no score shows it: whoever says the words gets the answer. `ratchet/data/poisoning.py` looks at
 a batch by itself and spares subjects, whose prompts are alike; anybody can make prompts alike, so feedback is held to what is rare.
 """
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from ratchet.config import PydocSource
+from ratchet.config.data import PydocSource
 from ratchet.errors import DataError
 
 # Folders of tests and vendored copies repeat other modules' words; names with a leading underscore are no answer to give a user.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from ratchet.request_log import Logged
+from ratchet.monitoring.request_log import Logged
 
 
 class Vote(NamedTuple):

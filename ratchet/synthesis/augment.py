@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ratchet.config import AugmentConfig
+from ratchet.config.synthesis import AugmentConfig
 from ratchet.errors import ConfigError
 
 Synonyms = dict[str, list[str]]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from ratchet.examples import normalise
+from ratchet.data.examples import normalise
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".jsonl")
 MOST_BYTES = 32 * 2**20  # of one document; a larger one is no document but a dump

@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from ratchet.data.examples import Example, Meta, encode_line
 from ratchet.errors import DataError, UserError
-from ratchet.examples import Example, Meta, encode_line
 from ratchet.files import read_json, sha256_json, write_json
-from ratchet.synthesis.budget import Usage
+from ratchet.llm.budget import Usage
 
 FOLDER = Path(".ratchet/synthesis")
 NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{4}")

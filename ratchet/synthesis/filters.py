@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ratchet.config import Config
-from ratchet.examples import Example, Meta, RowError
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, Meta, RowError
+from ratchet.data.validation import REVIEW, Origin, Validator
+from ratchet.llm.replies import Pair
 from ratchet.synthesis.grounding import ground, numbers
-from ratchet.synthesis.known import Known
-from ratchet.synthesis.replies import Pair
-from ratchet.validation import REVIEW, Origin, Validator
+from ratchet.synthesis.known_rows import Known
 
 BOILERPLATE = re.compile(
     r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b|\bi(?:'|’)?(?: a)?m (?:just |only )?an? (?:ai|language model)\b|\bmy (?:training data|knowledge cut-?off)\b",
@@ -45,7 +45,7 @@ class Verdict(NamedTuple):
 
 
 class Filters:
-    """What preparation would reject (ratchet/validation.py) is refused here already. `count_tokens` is of a text, where a tokenizer is there."""
+    """What preparation would reject (ratchet/data/validation.py) is refused here already. `count_tokens` is of a text, where a tokenizer is there."""
 
     def __init__(self, config: Config, known: Known, *, count_tokens: Callable[[str], int] | None = None) -> None:
         self._config, self._settings = config, config.synthesize

@@ -11,16 +11,16 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
-from ratchet.config import Config
-from ratchet.examples import Example, Meta
-from ratchet.metrics import token_f1
-from ratchet.synthesis.asks import Ask
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, Meta
+from ratchet.evaluation.metrics import token_f1
+from ratchet.llm.client import AskError, Said, Teacher
+from ratchet.llm.prompts import Prompt, Template
+from ratchet.llm.replies import Pair, Score, Text, read_reply
 from ratchet.synthesis.augment import Synonyms, vary
 from ratchet.synthesis.draft import Answered, Draft, Refused, Row, key_of
 from ratchet.synthesis.filters import Filters
-from ratchet.synthesis.prompts import Prompt, Template
-from ratchet.synthesis.replies import Pair, Score, Text, read_reply
-from ratchet.synthesis.teacher import AskError, Said, Teacher
+from ratchet.synthesis.requests import Ask
 
 Say = Callable[[str], None]
 MOST_FAILURES = 5  # requests in a row without an answer after which the rest is not tried
@@ -61,7 +61,7 @@ class Writer:
         return self._draft.kept >= self._draft.settings.count
 
     async def take(self, asks: Iterable[Ask], seed: int) -> None:
-        """Until the draft is full or nothing is left to ask. Raises SpentError, GaveUp, and what ends a run (ratchet/synthesis/teacher.py)."""
+        """Until the draft is full or nothing is left to ask. Raises SpentError, GaveUp, and what ends a run (ratchet/llm/client.py)."""
         source, window = iter(asks), deque[tuple[Ask, asyncio.Task[Answered | AskError]]]()
         try:
             while not self.full:

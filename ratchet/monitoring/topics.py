@@ -1,0 +1,65 @@
+"""Which topics of a window grew: words that came into use, the rows that hold them, clustered."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ratchet.monitoring.novelty import WORD, words_of
+from ratchet.regions import Topic, belongs
+
+LEAST_ROWS, GROWTH, EVIDENCE = 3, 3.0, 6.0  # rows of the window; times its share of the known rows; nats of likelihood that it grew
+TERMS, EXAMPLES, ROWS_A_TOPIC = 12, 3, 12
+EXAMPLE_LENGTH = 300  # characters: a topic travels as an event, whose size Prefect limits
+LEAST_SHARE = 0.01  # of the window: what is smaller is noise to whoever reads it
+
+
+def find_topics(window: Sequence[str], reference: Sequence[str], training: Sequence[str], *, most: int, seed: int) -> list[Topic]:
+    """At most `most`, those that grew most first. Empty when no word came into use: the drift is then of another kind than new subjects."""
+    terms = grown_terms(window, [*reference, *training])
+    rows = [text for text in window if terms.keys() & set(words_of(text))]
+    if not rows:
+        return []
+    found = [_topic(group, rows, terms, window, reference) for group in _cluster(rows, sorted(terms), most, seed)]
+    kept = [topic for topic in found if topic.terms and topic.share - topic.reference_share >= LEAST_SHARE]
+    return sorted(kept, key=lambda topic: (topic.reference_share - topic.share, topic.name))[:most]
+
+
+def grown_terms(window: Sequence[str], known: Sequence[str]) -> dict[str, float]:
+    """Words that grew beyond chance → log-likelihood ratio of that, in nats, as of a Poisson count (Dunning 1993)."""
+    inside = Counter(word for text in window for word in set(words_of(text)))
+    before = Counter(word for text in known for word in set(words_of(text)))
+    found = {}
+    for word, count in inside.items():
+        expected = len(window) * (before[word] + 0.5) / (len(known) + 1)
+        evidence = count * math.log(count / expected) - (count - expected)
+        if count >= LEAST_ROWS and count >= GROWTH * expected and evidence >= EVIDENCE and len(word) > 2 and not word.isdigit():
+            found[word] = evidence
+    return found
+
+
+def _cluster(rows: list[str], terms: list[str], most: int, seed: int) -> list[list[str]]:
+    """Rows by the grown words that they share (TF-IDF, k-means)."""
+    from sklearn.cluster import KMeans
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectors: Any = TfidfVectorizer(token_pattern=WORD.pattern, vocabulary=terms).fit_transform(rows)
+    distinct = len({tuple(row.indices) for row in vectors})
+    count = max(1, min(most, len(rows) // ROWS_A_TOPIC, distinct))
+    labels = KMeans(count, n_init=4, random_state=seed).fit_predict(vectors)
+    return [[row for row, label in zip(rows, labels, strict=True) if label == number] for number in range(count)]
+
+
+def _topic(group: list[str], rows: list[str], terms: dict[str, float], window: Sequence[str], reference: Sequence[str]) -> Topic:
+    """Named by the words that are at home in this group: most rows that hold them are its own. Examples hold the most telling ones."""
+    inside = Counter(word for text in group for word in set(words_of(text)) if word in terms)
+    whole = Counter(word for text in rows for word in set(words_of(text)) if word in terms)
+    own = [word for word, count in inside.items() if count >= 2 and 2 * count > whole[word]]
+    chosen = sorted(own, key=lambda word: (-terms[word], word))[:TERMS]
+    topic = Topic(", ".join(chosen[:3]), chosen)
+    share, before = (sum(belongs(topic, text) for text in texts) / max(1, len(texts)) for texts in (window, reference))
+    telling = {text: sum(terms[word] for word in set(words_of(text)) if word in chosen) for text in dict.fromkeys(group)}
+    examples = sorted(telling, key=lambda text: (-telling[text], text))[:EXAMPLES]
+    return Topic(topic.name, chosen, share, before, [text if len(text) <= EXAMPLE_LENGTH else text[:EXAMPLE_LENGTH] + " …" for text in examples])
