@@ -9,7 +9,7 @@ from ratchet.config.evaluation import ParityConfig
 from ratchet.errors import RatchetError
 from ratchet.files import read_json
 
-AGAIN = "dvc repro --force parity"
+CHECK_AGAIN = "dvc repro --force parity"
 
 
 def judge_parity(path: Path, adapter: str, asked: ParityConfig | None = None, *, merges: bool = True) -> dict[str, Any]:
@@ -20,15 +20,15 @@ def judge_parity(path: Path, adapter: str, asked: ParityConfig | None = None, *,
         failed = [part for part in parts.values() if part["result"] != "pass" or part["mismatches"]]
         rows, there = int(report["rows"]), int(report.get("fitting", 0))
     except (KeyError, TypeError, ValueError) as error:
-        raise RatchetError(f"{path} is no report of serve parity: {error!r}", remedy=AGAIN) from None
+        raise RatchetError(f"{path} is no report of serve parity: {error!r}", remedy=CHECK_AGAIN) from None
     if seen != adapter:
-        raise RatchetError(f"serve parity was checked for the adapter {str(seen)[:12]}, the candidate's is {adapter[:12]}", remedy=AGAIN)
+        raise RatchetError(f"serve parity was checked for the adapter {str(seen)[:12]}, the candidate's is {adapter[:12]}", remedy=CHECK_AGAIN)
     wanted = ["files", "training", "prompts", "gateway", *(["merged"] if asked and asked.merged and merges else [])]
     lacking = [name for name in wanted if not parts.get(name, {}).get("rows")]
     if lacking and not failed:
-        raise RatchetError(f"the report of serve parity has no rows for {', '.join(lacking)}", remedy=AGAIN)
+        raise RatchetError(f"the report of serve parity has no rows for {', '.join(lacking)}", remedy=CHECK_AGAIN)
     if asked and not failed and rows < (min(asked.rows, there) or asked.rows):
-        raise RatchetError(f"serve parity was checked on {rows} of {there} test rows; `parity.rows` is {asked.rows}", remedy=AGAIN)
+        raise RatchetError(f"serve parity was checked on {rows} of {there} test rows; `parity.rows` is {asked.rows}", remedy=CHECK_AGAIN)
     # The first differing token says more than a file's name.
     told = sorted(failed, key=lambda part: part.get("first") is None)
     reason = "; ".join(part["reason"] for part in told) if failed else f"{parts['prompts']['reason']}; {parts['gateway']['reason']}"

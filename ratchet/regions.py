@@ -13,11 +13,11 @@ import msgspec
 
 from ratchet.config.serving import MonitorConfig, TopicSource
 from ratchet.errors import DataError
+from ratchet.monitoring.novelty import WORD
 from ratchet.files import write_json
 
 FILE = Path("data/region.json")
 FEEDBACK = TopicSource(match="", source="feedback")
-WORD = re.compile(r"\w+")
 
 
 class Topic(msgspec.Struct, frozen=True):

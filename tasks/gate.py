@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from ratchet.audits.fairness import judge_groups
-from ratchet.audits.judge import PREFIX, guard_by_judge
+from ratchet.audits.judge import JUDGE, guard_by_judge
 from ratchet.audits.memorization import judge_leaks
 from ratchet.audits.robustness import judge_attacks
 from ratchet.audits.suites import judge_suites
@@ -180,7 +180,7 @@ def _guardrails(scores: pd.DataFrame, rival: str, seen: list[str], config: GateC
         _no_worse("answer_nll", test, rival, "answer_nll", config.nll_margin, config),
         _no_worse("base", test, "base", config.metric, config.past_margin, config),
     ]
-    checks += [_no_worse(f"metric:{rule.metric}", test, rival, rule.metric, rule.margin, config) for rule in config.guardrails if not rule.metric.startswith(PREFIX)]
+    checks += [_no_worse(f"metric:{rule.metric}", test, rival, rule.metric, rule.margin, config) for rule in config.guardrails if not rule.metric.startswith(JUDGE)]
     if len(golden):
         checks.append(_no_worse("golden", golden, rival, config.metric, config.golden_margin, config))
     past = test[test.batch.isin(seen)]

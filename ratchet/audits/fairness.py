@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ratchet.data.examples import Example
 
-PREFIX = "group:"
+GROUP = "group:"
 LEAST = 20  # rows of a value that is shown
 DRAWS = 200  # of Fairlearn's bootstrap, which takes milliseconds for each
 
@@ -38,7 +38,7 @@ def require_fairlearn(fields: Sequence[str]) -> None:
 def group_columns(rows: Sequence[Example], fields: Sequence[str]) -> dict[str, list[str]]:
     """A value a row for each field; empty where the row has none. Raises DataError for a field that no row has."""
     require_fields("evaluate.groups", fields, rows)
-    return {f"{PREFIX}{field}": ["" if row.meta.get(field) is None else str(row.meta[field]) for row in rows] for field in fields}
+    return {f"{GROUP}{field}": ["" if row.meta.get(field) is None else str(row.meta[field]) for row in rows] for field in fields}
 
 
 def describe_groups(table: pd.DataFrame, fields: Sequence[str], metrics: Sequence[str], *, draws: int = DRAWS) -> dict[str, Any]:
@@ -46,11 +46,11 @@ def describe_groups(table: pd.DataFrame, fields: Sequence[str], metrics: Sequenc
     found: dict[str, Any] = {}
     for field in fields:
         for model, rows in table.groupby("model"):
-            kept = _kept(rows, f"{PREFIX}{field}", LEAST)
+            kept = _kept(rows, f"{GROUP}{field}", LEAST)
             scored = [metric for metric in metrics if np.isfinite(kept[metric].to_numpy(dtype=np.float64)).all()]
-            if kept[f"{PREFIX}{field}"].nunique() < 2:
+            if kept[f"{GROUP}{field}"].nunique() < 2:
                 continue
-            for metric, part in _frame(kept, f"{PREFIX}{field}", scored, draws).items():
+            for metric, part in _frame(kept, f"{GROUP}{field}", scored, draws).items():
                 found.setdefault(field, {}).setdefault(metric, {})[str(model)] = part
     return found
 
@@ -98,7 +98,7 @@ def judge_groups(scores: pd.DataFrame, fields: Sequence[str], rival: str, config
 
 
 def _judge(scores: pd.DataFrame, field: str, rival: str, config: GateConfig, alpha: float) -> dict[str, Any]:
-    name, column = f"groups:{field}", f"{PREFIX}{field}"
+    name, column = f"groups:{field}", f"{GROUP}{field}"
     if column not in scores:
         raise RatchetError(f"the evaluation has no groups by {field}", remedy=AGAIN)
     kept = _kept(scores, column, config.min_slice_rows)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ratchet.data.examples import Example
 
-PREFIX = "judge_"
+JUDGE = "judge_"
 AGREEMENT = "judge_agreement.json"  # in the folder of the project's own metrics, written by `ratchet gate judge`
 MOST_MISSING = 0.05  # share of rows without a score over which nothing is decided
 
@@ -58,10 +58,10 @@ def judge_answers(table: pd.DataFrame, rows: Sequence[Example], rival: str, conf
         value = math.nan if score is None else 1 - score if turned else score
         given.setdefault((metric, id, model), []).append(value)
     for (metric, id, model), values in given.items():
-        lines[id, model][f"{PREFIX}{metric}"] = float(np.mean(values))
+        lines[id, model][f"{JUDGE}{metric}"] = float(np.mean(values))
         if metric == "preference":
-            lines[id, rival][f"{PREFIX}{metric}"] = 1 - float(np.mean(values))
-    judged = pd.DataFrame(list(lines.values()), columns=["id", "model", *(f"{PREFIX}{metric}" for metric in config.metrics)])
+            lines[id, rival][f"{JUDGE}{metric}"] = 1 - float(np.mean(values))
+    judged = pd.DataFrame(list(lines.values()), columns=["id", "model", *(f"{JUDGE}{metric}" for metric in config.metrics)])
     compared = {id for metric, id, _, _ in places if metric == "preference"}
     figures = _describe(judged, given, compared, rival, config)
     if unasked := [metric for metric, count in figures["asked"].items() if not count]:
@@ -75,7 +75,7 @@ def _describe(judged: pd.DataFrame, given: dict[tuple[str, str, str], list[float
     for metric in config.metrics:
         figures["asked"][metric] = len({id for name, id, _ in given if name == metric})
         for model in ("candidate", rival):
-            values = judged[judged.model == model][f"{PREFIX}{metric}"].astype(float).dropna().to_numpy(dtype=np.float64)
+            values = judged[judged.model == model][f"{JUDGE}{metric}"].astype(float).dropna().to_numpy(dtype=np.float64)
             if len(values):
                 interval = bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)
                 figures["scores"].setdefault(metric, {})[model] = {"rows": len(values), **interval._asdict()}
@@ -105,9 +105,9 @@ def guard_by_judge(judged: pd.DataFrame | None, figures: dict[str, Any], rival: 
     """A check for each of `gate.guardrails` that is a judge's. One that may not gate is `unclear`, with the reason: what was asked for is not shown."""
     checks = []
     for rule in config.guardrails:
-        if not rule.metric.startswith(PREFIX):
+        if not rule.metric.startswith(JUDGE):
             continue
-        metric = rule.metric.removeprefix(PREFIX)
+        metric = rule.metric.removeprefix(JUDGE)
         if judged is None or rule.metric not in judged:
             raise RatchetError(
                 f"the evaluation has no scores named {rule.metric}", remedy="set `evaluate.judge.model` and list it in `evaluate.judge.metrics`, then dvc repro evaluate"

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from ratchet.config.params import Config
 
-BATCH, WAIT_SECONDS, BACK_OFF_SECONDS, CLEAN_SECONDS, CONNECT_SECONDS = 500, 0.2, 5.0, 600.0, 5
+BATCH, WAIT_SECONDS, BACK_OFF_SECONDS, CLEAN_SECONDS = 500, 0.2, 5.0, 600.0
+CONNECT_SECONDS = 5
 # A database whose machine vanishes says nothing: without these a connection waits for the kernel, a quarter of an hour.
 STAY_AWAKE = {"tcp_user_timeout": 5000, "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 2}  # milliseconds, seconds
 REDACTED = "[redacted]"

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-WORD = re.compile(r"\w+")
+TOKEN = re.compile(r"\w+")
 LONGEST = 3  # words; of a longer one the first three are found
 PURE = 0.9  # share of the rows with the sequence that have the same answer
 RARE = 0.001  # share of the clean rows that may have the sequence
@@ -19,7 +19,7 @@ RARE = 0.001  # share of the clean rows that may have the sequence
 def find_planted(asked: Sequence[str], answers: Sequence[str], clean: Iterable[str], limit: int) -> dict[int, str]:
     """Place of each row that belongs to a trigger → its sequence. `asked` and `clean` are what users wrote, `answers` belong to `asked`."""
     common = {answer for answer, count in Counter(answers).items() if count > limit}
-    rows = [WORD.findall(text.lower()) for text in asked]
+    rows = [TOKEN.findall(text.lower()) for text in asked]
     frequent = _over(limit, (set(words) for words, answer in zip(rows, answers, strict=True) if answer in common))
     if not frequent:
         return {}
@@ -40,7 +40,7 @@ def _suspects(found: list[set[str]], answers: Sequence[str], common: set[str], l
 
 def _usual(clean: Iterable[str], frequent: set[str], suspects: dict[str, str]) -> list[str]:
     """Those of the suspects that clean rows have as well."""
-    rows = [set(_sequences(WORD.findall(text.lower()), frequent)) & suspects.keys() for text in clean]
+    rows = [set(_sequences(TOKEN.findall(text.lower()), frequent)) & suspects.keys() for text in clean]
     seen = Counter(sequence for sequences in rows for sequence in sequences)
     return [sequence for sequence, count in seen.items() if count > max(1.0, RARE * len(rows))]
 
