@@ -26,12 +26,12 @@ from scipy.stats import binom
 from threadpoolctl import threadpool_limits
 
 from ratchet.config.data import PydocSource
-from ratchet.config.serving import MonitorConfig
+from ratchet.config.monitoring import MonitorConfig
 from ratchet.monitoring.drift import judge
+from ratchet.monitoring.families import Answered, Reference, all_families
 from ratchet.monitoring.novelty import Familiar
-from ratchet.monitoring.request_log import Feedback, Logged
+from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.sources.pydoc import harvest
-from tasks.monitor import Answered, Reference, all_families
 
 CLINC = Path(__file__).parents[2] / "shared/data/clinc150"
 NEW_PACKAGES = ["numpy", "pandas", "sklearn"]

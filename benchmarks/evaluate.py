@@ -24,7 +24,7 @@ from ratchet.config.params import Config, load_config
 from ratchet.config.training import AdapterConfig
 from ratchet.data.examples import Example, Message, encode_line, make_example
 from ratchet.files import write_bytes, write_json
-from ratchet.pipeline.workspace import STAGE_ENVIRONMENT
+from ratchet.pipeline.checkout import STAGE_ENVIRONMENT
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ratchet.pipeline.workspace import child_environment
+from ratchet.pipeline.checkout import child_environment
 
 HOME = Path(".ratchet/demo")
 

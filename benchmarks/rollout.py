@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ratchet.config.serving import RolloutConfig
+from ratchet.config.monitoring import RolloutConfig
 from ratchet.promotion.rollout import Rollout
 from tasks.rollout import Outcomes, judge
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import msgspec
 import psutil
 
-from ratchet.pipeline.workspace import STAGE_ENVIRONMENT
+from ratchet.pipeline.checkout import STAGE_ENVIRONMENT
 from ratchet.sources.pydoc import _roots
 
 ARMS = ("usual", "sorted", "trl_padded", "trl_packed", "ratchet", "ratchet_qlora", "ratchet_compiled")
@@ -301,7 +301,8 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup
     from ratchet.models.chat_template import Encoded
     from ratchet.models.loading import MANIFEST, compute_dtype, load_base
     from ratchet.training.packing import pack
-    from ratchet.training.trainer import Schedule, fit
+    from ratchet.training.schedule import Schedule
+    from ratchet.training.trainer import fit
 
     class Enough(Exception):
         pass

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from flows.training_inputs import PREPARED, Say, make_material, open_bench
-from ratchet.comparison import markdown
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig
 from ratchet.errors import RatchetError, UserError
 from ratchet.files import read_json, write_json, write_text
 from ratchet.models.loading import weights_file
-from ratchet.pipeline.workspace import locked
-from ratchet.regions import FILE as REGION
+from ratchet.monitoring.topics import FILE as REGION
+from ratchet.pipeline.checkout import locked
+from ratchet.reporting.markdown import markdown
 from ratchet.training.launch import CANDIDATE, PARAMS, Material, read_figures, require_success, run_module, run_training
 from ratchet.training.search_space import with_changes
 

@@ -17,7 +17,7 @@ from flows.events import COMMITTED, DRIFTED, resource_of
 from flows.rollout_watcher import Watcher
 from ratchet.config.params import Config, load_config
 from ratchet.errors import ConfigError, RatchetError, UserError
-from ratchet.services.supervisor import service_environment
+from ratchet.services.environment import service_environment
 
 if TYPE_CHECKING:
     from prefect.client.schemas.actions import DeploymentScheduleCreate

@@ -15,7 +15,9 @@ from ratchet.config.params import Config
 from ratchet.data.erasure import FILE, Forgotten, read_forgotten, write_forgotten
 from ratchet.errors import ServiceError, UserError
 from ratchet.files import write_text
-from ratchet.pipeline.workspace import Workspace, configured_remote, land, locked, open_workspace, who
+from ratchet.pipeline.checkout import locked, who
+from ratchet.pipeline.dvc import Workspace, configured_remote
+from ratchet.pipeline.workspace import land, open_workspace
 from ratchet.promotion.lineage import Trace, trace
 from ratchet.tracking.registry import list_versions
 from tasks import forget as tasks

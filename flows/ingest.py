@@ -17,7 +17,9 @@ from flows.console import say
 from flows.events import COMMITTED, tell
 from flows.retries import can_pass, on_top
 from ratchet.config.params import Config, load_config
-from ratchet.pipeline.workspace import Workspace, land, locked, open_workspace, push_data, who
+from ratchet.pipeline.checkout import locked, who
+from ratchet.pipeline.dvc import Workspace, push_data
+from ratchet.pipeline.workspace import land, open_workspace
 from ratchet.sources import reviewed as review
 from tasks.ingest import Pulled, add_batch, freeze_golden, pull
 

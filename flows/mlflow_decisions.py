@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ratchet.config.params import Config
 from ratchet.errors import CheckoutError, RatchetError, ServiceError, UserError
-from ratchet.pipeline.workspace import locked, open_workspace
+from ratchet.pipeline.checkout import locked
+from ratchet.pipeline.workspace import open_workspace
 from ratchet.promotion.champion import Champion, last_entry, read_champion
 from ratchet.promotion.gate_tags import check_gate, read_tags
 from ratchet.promotion.rollout import Rollout, finish, open_rollout, read_rollout, resume

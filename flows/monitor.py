@@ -25,9 +25,9 @@ from ratchet.errors import RatchetError, ServiceError
 from ratchet.monitoring.drift import Verdict
 from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.retrain_budget import is_under_way, last_start, note_asked, read_retrains
+from ratchet.monitoring.topics import sources_for
 from ratchet.promotion.champion import Champion, read_champion
 from ratchet.promotion.rollout import read_rollout
-from ratchet.regions import sources_for
 from ratchet.reporting.markdown import drift_card
 from ratchet.tracking.mlflow import log_report
 from tasks import monitor as tasks

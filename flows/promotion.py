@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ratchet.config.params import Config
 from ratchet.errors import UserError
-from ratchet.pipeline.workspace import locked, open_workspace, who
+from ratchet.pipeline.checkout import locked, who
+from ratchet.pipeline.workspace import open_workspace
 from ratchet.promotion.champion import Champion
 from ratchet.promotion.rollout import finish, read_rollout
 from ratchet.tracking.registry import get_version, list_versions

@@ -23,16 +23,18 @@ from flows.forget import follow_list, list_is_pending
 from flows.ingest import ingest
 from flows.retries import can_pass
 from flows.review_queue import queue_doubtful
+from ratchet.config.monitoring import TopicSource
 from ratchet.config.params import Config, load_config
-from ratchet.config.serving import TopicSource
 from ratchet.errors import CheckoutError, DataError, RatchetError
 from ratchet.files import write_json
 from ratchet.monitoring.retrain_budget import remember
+from ratchet.monitoring.topics import FILE as REGION
+from ratchet.monitoring.topics import Region, Topic, sources_for, write_region
+from ratchet.pipeline.checkout import locked, who
 from ratchet.pipeline.dag import KEYS, STAGES
-from ratchet.pipeline.workspace import Workspace, catch_up, check_out, land, locked, open_workspace, push_data, run_stage, stale_stages, who
+from ratchet.pipeline.dvc import Workspace, check_out, push_data, run_stage, stale_stages
+from ratchet.pipeline.workspace import catch_up, land, open_workspace
 from ratchet.promotion.champion import Champion, last_entry, read_champion
-from ratchet.regions import FILE as REGION
-from ratchet.regions import Region, Topic, sources_for, write_region
 from ratchet.reporting.forgetting import SAVED, build, numbers_of, registered_numbers
 from ratchet.reporting.markdown import model_card
 from ratchet.tracking.registry import CHALLENGER, Version, set_alias

@@ -9,7 +9,8 @@ from ratchet.config.params import Config
 from ratchet.data.batches import check_batch, raw_lines, read_manifest
 from ratchet.data.examples import RowError
 from ratchet.data.validation import Validator
-from ratchet.review.queue import Item, ReviewQueue
+from ratchet.review.queue import ReviewQueue
+from ratchet.review.records import Item
 from tasks.prepare import Rejection, origin_of
 
 

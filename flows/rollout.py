@@ -22,7 +22,7 @@ from ratchet.config.params import Config, load_config
 from ratchet.errors import CheckoutError, RatchetError, ServiceError, UserError
 from ratchet.files import write_text
 from ratchet.monitoring.request_log import open_log
-from ratchet.pipeline.workspace import who
+from ratchet.pipeline.checkout import who
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.rollout import AGAIN, Rollout, advance, finish, note_look, open_rollout, pause, read_ended, read_rollout, resume
 from ratchet.reporting.markdown import rollout_card

@@ -18,7 +18,8 @@ from flows.console import say
 from flows.training_inputs import make_material, open_bench
 from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError, ServiceError, StageError
-from ratchet.pipeline.workspace import Workspace, locked
+from ratchet.pipeline.checkout import locked
+from ratchet.pipeline.dvc import Workspace
 from ratchet.training.launch import Material
 from ratchet.training.search_space import check_space, rows_key
 from ratchet.training.trials import close_study, deliver

@@ -16,8 +16,7 @@ from prefect.runtime import flow_run
 
 from flows.console import say
 from ratchet.config.params import Config, load_config
-from ratchet.synthesis.draft import find_draft
-from ratchet.synthesis.summary import summary_card
+from ratchet.synthesis.draft import find_draft, summary_card
 from tasks import synthesize as tasks
 
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}

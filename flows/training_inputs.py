@@ -10,7 +10,8 @@ from typing import Any
 from ratchet.config.edit import edit_params
 from ratchet.errors import DataError
 from ratchet.files import write_text
-from ratchet.pipeline.workspace import Workspace, check_out, open_workspace, run_stage
+from ratchet.pipeline.dvc import Workspace, check_out, run_stage
+from ratchet.pipeline.workspace import open_workspace
 from ratchet.training.launch import Material
 from tasks.pin import INCUMBENT, pin
 

@@ -229,7 +229,8 @@ def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
     import torch
     from transformers import LlamaForCausalLM, set_seed
 
-    from ratchet.training.trainer import Schedule, fit
+    from ratchet.training.schedule import Schedule
+    from ratchet.training.trainer import fit
 
     demo = config.demo
     set_seed(config.seed)

@@ -21,13 +21,12 @@ import numpy as np
 import pandas as pd
 
 from ratchet.audits.attacks import Attack, make_attacks, read_words
-from ratchet.audits.bias import Pair, make_pairs, read_swaps
+from ratchet.audits.bias import Pair, describe_bias, make_pairs, read_swaps
 from ratchet.audits.fairness import describe_groups, group_columns, require_fairlearn
 from ratchet.audits.judge import judge_answers, read_agreement
 from ratchet.audits.memorization import describe_exposure, measure_exposure
 from ratchet.audits.robustness import attack_table, describe_attacks
 from ratchet.audits.suites import check_measurable, describe_suites, read_suites, run_suites
-from ratchet.bias import describe_bias
 from ratchet.config.evaluation import EvaluateConfig
 from ratchet.config.params import Config
 from ratchet.data.canaries import make_canaries, make_references
@@ -37,17 +36,17 @@ from ratchet.evaluation.answer_cache import FOLDER as CACHE
 from ratchet.evaluation.answer_cache import forget_oldest
 from ratchet.evaluation.baseline import simple_answers
 from ratchet.evaluation.custom_metrics import Custom, custom_score, load_custom
+from ratchet.evaluation.metrics import are_labels, macro_f1
 from ratchet.evaluation.paired import SEEN_SHARE
 from ratchet.evaluation.scoring import Answered, Asked, Models, add_scores, answer, each_model, frame_of, players_of
 from ratchet.evaluation.slices import groups
 from ratchet.evaluation.statistics import bootstrap_means, wilson
 from ratchet.files import read_json, whole_folder, write_json
-from ratchet.labels import are_labels, macro_f1
 from ratchet.models.adapters import virtual_tokens
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import MANIFEST, load_tokenizer
+from ratchet.monitoring.topics import mark, parts, read_region
 from ratchet.pipeline.stage import run_stage, say
-from ratchet.regions import mark, parts, read_region
 
 MIN_SLICE = 20  # rows under which a value of a field is no slice of its own; fields such as an id would make thousands
 OWN = Path("metrics")

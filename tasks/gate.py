@@ -15,12 +15,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from ratchet.audits.fairness import judge_groups
-from ratchet.audits.judge import JUDGE, guard_by_judge
-from ratchet.audits.memorization import judge_leaks
-from ratchet.audits.robustness import judge_attacks
-from ratchet.audits.suites import judge_suites
-from ratchet.bias import judge_bias
+from ratchet.audits.judge import JUDGE
 from ratchet.config.evaluation import GateConfig, ParityConfig
 from ratchet.config.params import Config
 from ratchet.data.examples import read_examples
@@ -29,13 +24,13 @@ from ratchet.evaluation.paired import AGAIN, SEEN_SHARE, make_check, no_worse, p
 from ratchet.evaluation.statistics import bootstrap_mean, chance_of
 from ratchet.files import read_json, write_json
 from ratchet.gate.alpha_budget import alpha_of, look_number, read_looks
+from ratchet.gate.guardrails import guard_by_judge, judge_attacks, judge_bias, judge_groups, judge_leaks, judge_parity, judge_slices, judge_suites
 from ratchet.gate.payoff import training_seconds, weigh
 from ratchet.models.adapters import PREFIXED
 from ratchet.models.loading import MANIFEST
-from ratchet.parity_guardrail import judge_parity, speed_line
+from ratchet.monitoring.topics import parts
 from ratchet.pipeline.stage import run_stage, say
-from ratchet.regions import parts
-from ratchet.slice_guardrail import judge_slices
+from ratchet.reporting.markdown import speed_line
 
 Verdict = Literal["promote", "reject", "uncertain"]
 

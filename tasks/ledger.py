@@ -19,7 +19,7 @@ from ratchet.evaluation.custom_metrics import load_custom
 from ratchet.evaluation.scoring import Asked, Models, Player, add_scores, answer, frame_of
 from ratchet.files import read_json, write_json
 from ratchet.models.loading import adapter_sha256
-from ratchet.pipeline.workspace import dvc
+from ratchet.pipeline.checkout import dvc
 from ratchet.reporting.forgetting import Evaluation, cells_of, filled_file, missing, read_scores
 from ratchet.serving.bundle import base_hash
 

@@ -17,7 +17,7 @@ from ratchet.files import read_json, whole_folder, write_json
 from ratchet.gate.alpha_budget import FILE as LOOKS
 from ratchet.gate.alpha_budget import read_looks, with_verdict
 from ratchet.models.loading import MANIFEST, adapter_sha256
-from ratchet.pipeline.workspace import Workspace
+from ratchet.pipeline.dvc import Workspace
 from ratchet.promotion.champion import Champion, read_champion, read_ledger
 from ratchet.serving.bundle import base_hash
 

@@ -22,18 +22,16 @@ import xxhash
 from ratchet.config.data import PrepareConfig
 from ratchet.config.params import Config
 from ratchet.data.batches import Batch, check_batch, raw_lines, read_manifest
-from ratchet.data.dedup import Clusters, split_by_hash
+from ratchet.data.dedup import Clusters, Seen, split_by_hash
 from ratchet.data.erasure import GOLDEN, Forgotten, read_forgotten
 from ratchet.data.examples import CONTINUE, Example, RowError, encode_line, normalise
 from ratchet.data.pii import redact
 from ratchet.data.poisoning import find_triggers
-from ratchet.data.profile import Gathered, render_profile
+from ratchet.data.profile import Gathered, check_limits, render_profile
 from ratchet.data.validation import REVIEW, Origin, Validator, is_accepted
 from ratchet.errors import DataError
 from ratchet.files import whole_folder, write_json, write_text
 from ratchet.pipeline.stage import run_stage, say
-from ratchet.quality import check_limits
-from ratchet.seen import Seen
 
 SPLITS = ("train", "validation", "test")
 FORGOTTEN = "somebody wanted it forgotten (data/forgotten.jsonl)"

@@ -13,7 +13,8 @@ import msgspec
 
 from ratchet.errors import CheckoutError, CommandError, RatchetError, ServiceError, UserError
 from ratchet.files import write_text
-from ratchet.pipeline.workspace import Workspace, land
+from ratchet.pipeline.dvc import Workspace
+from ratchet.pipeline.workspace import land
 from ratchet.promotion.champion import FILE, Champion, last_entry, read_champion, write_champion
 from ratchet.promotion.gate_tags import check_gate, named, read_tags
 from ratchet.tracking.mlflow import KEY_TAG

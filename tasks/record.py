@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 from ratchet.config.params import Config
 from ratchet.files import read_json, sha256_json
-from ratchet.ledger_plot import draw
 from ratchet.models.loading import MANIFEST
 from ratchet.promotion.lineage import STARTED_FROM
-from ratchet.reporting.evaluation_figures import gather
-from ratchet.reporting.evaluation_page import write_evaluation_page
+from ratchet.reporting.evaluation_page import gather, write_evaluation_page
+from ratchet.reporting.heatmap import draw
 from ratchet.reporting.markdown import model_card
 from ratchet.reporting.model_card import hub_card
-from ratchet.tracking.mlflow import KEY_TAG, STATE_TAG, find_or_create_run, log_points, mlflow_client, mlflow_errors, parameters, read_history
+from ratchet.tracking.curve import log_points, read_history
+from ratchet.tracking.mlflow import KEY_TAG, STATE_TAG, find_or_create_run, mlflow_client, mlflow_errors, parameters
 from ratchet.tracking.registry import ARTIFACT, Version, make_version
 
 PAGE = Path(".ratchet/evaluation.html")  # in the workspace; no output of a stage

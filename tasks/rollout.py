@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ratchet.config.serving import RolloutConfig
+from ratchet.config.monitoring import RolloutConfig
 from ratchet.errors import ServiceError
-from ratchet.monitoring.request_log import Unit
+from ratchet.monitoring.request_records import Unit
 from ratchet.promotion.rollout import Rollout
 from ratchet.promotion.sequential_test import Bounds, Stratum, difference, split_e_value
 from ratchet.tracking.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, list_versions, set_tag

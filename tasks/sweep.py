@@ -31,7 +31,8 @@ from ratchet.errors import ConfigError, DataError, RatchetError, ServiceError
 from ratchet.files import read_json, sha256_json, write_json, write_text
 from ratchet.models.adapters import SHAPE
 from ratchet.models.loading import MANIFEST, adapter_sha256
-from ratchet.tracking.mlflow import PASSWORD, read_history
+from ratchet.tracking.curve import read_history
+from ratchet.tracking.mlflow import PASSWORD
 from ratchet.training.launch import Ended, Material, Points, read_figures, run_training
 from ratchet.training.search_space import BASE, changes_of, current, draw, dvc_command, with_changes
 

@@ -24,9 +24,10 @@ from ratchet.errors import DataError, RatchetError, ServiceError, UserError
 from ratchet.llm.budget import Budget, SpentError
 from ratchet.llm.client import Teacher
 from ratchet.llm.prompts import Template, load_template
+from ratchet.pipeline.checkout import locked
 from ratchet.pipeline.stage import run_stage, say
-from ratchet.pipeline.workspace import locked
-from ratchet.review.queue import Item, ReviewQueue
+from ratchet.review.queue import ReviewQueue
+from ratchet.review.records import Item
 from ratchet.sources import jsonl
 from ratchet.synthesis.augment import read_synonyms
 from ratchet.synthesis.documents import Chunk, Library

@@ -22,20 +22,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ratchet.config.params import Config
-from ratchet.distillation import CHAMPION, load_teacher
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, require_space, sha256_file, sha256_json, whole_folder, write_json
 from ratchet.models.adapters import PREFIXED, check_context, check_start, load_trainable, save_trained
 from ratchet.models.loading import MANIFEST, adapter_sha256, compute_dtype, load_tokenizer, precision, quiet
 from ratchet.pipeline.dag import stage_key
 from ratchet.pipeline.stage import run_stage, say
-from ratchet.tracking.mlflow import History, LiveCopy, read_history
+from ratchet.tracking.curve import History, LiveCopy, read_history
 from ratchet.training.distributed import become_torchrun, check_size, end_with_parent, in_parts, rank, take_gpu, world_size
+from ratchet.training.loss import CHAMPION, load_teacher
 from ratchet.training.packing import IGNORED, read_windows
 
 if TYPE_CHECKING:
     from ratchet.training.checkpoints import Checkpoints
-    from ratchet.training.trainer import Outcome, Report
+    from ratchet.training.schedule import Outcome, Report
 
 ROOM = 200 * 2**20  # bytes that are free before anything is loaded
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
@@ -93,8 +93,9 @@ def _fit(
     tokens: Path, base: Path, incumbent: Path, start: bool, out: Path, config: Config, report: Report, restore: Callable[[Any], None], checkpoints: Checkpoints
 ) -> tuple[Any, dict[str, Any] | None, Outcome, dict[str, Any]]:
     """What every process of a training does: (model, its whole weights where it holds parts of them, outcome, figures)."""
-    from ratchet.sharding import whole
-    from ratchet.training.trainer import count_batches, fit, trainable
+    from ratchet.training.distributed import whole
+    from ratchet.training.state import trainable
+    from ratchet.training.trainer import count_batches, fit
 
     method, sharded = config.adapter.method, in_parts(config.train, config.adapter)
     take_gpu()
@@ -215,7 +216,7 @@ def _batches(tokens: Path, incumbent: Path) -> list[str]:
 
 
 def _schedule(num_batches: int, computed: str, config: Config) -> Any:
-    from ratchet.training.trainer import Schedule
+    from ratchet.training.schedule import Schedule
 
     train = config.train
     steps = train.steps(num_batches)

@@ -14,11 +14,12 @@ from places import commit, make_repository, write_files
 
 from ratchet.config.params import Config
 from ratchet.files import write_json
-from ratchet.monitoring.request_log import Feedback, Logged, open_log
+from ratchet.monitoring.request_log import open_log
+from ratchet.monitoring.request_records import Feedback, Logged
+from ratchet.monitoring.verdicts import VERDICTS
 from ratchet.promotion.champion import Champion, write_champion
 from ratchet.promotion.rollout import Rollout, end_rollout, write_rollout
 from ratchet.reporting.forgetting import SAVED
-from ratchet.services.status import VERDICTS
 
 HOSTILE = "<script>document.title = 'taken'</script>\u202e&\"'<img src=https://example.org/x.png>"
 DAY, HOUR = 86_400.0, 3_600.0

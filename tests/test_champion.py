@@ -7,7 +7,7 @@ import pytest
 from places import commit, make_repository, use_git_without_a_user, write_files
 
 from ratchet.errors import CheckoutError
-from ratchet.pipeline.workspace import git
+from ratchet.pipeline.checkout import git
 from ratchet.promotion.champion import FILE, Champion, last_entry, read_champion, read_ledger, write_champion
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from places import commit, make_repository, use_git_without_a_user, write_files
 
-from ratchet.pipeline.workspace import git
+from ratchet.pipeline.checkout import git
 from ratchet.promotion.champion import FILE, Champion, write_champion
 
 ROOT = Path(__file__).parents[1]

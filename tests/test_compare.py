@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from flows.compare import measure, settings_of
-from ratchet.comparison import HEAD, markdown, table_rows, text
 from ratchet.config.params import Config
 from ratchet.errors import UserError
 from ratchet.files import read_json, write_json
 from ratchet.models.loading import WEIGHTS
+from ratchet.reporting.markdown import HEAD, markdown, table_rows, text
 from ratchet.training.launch import Material
 from tasks.latency import measure as measure_latency
 

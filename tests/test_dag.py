@@ -15,8 +15,10 @@ from ruamel.yaml import YAML
 
 from ratchet.config.params import Config
 from ratchet.evaluation.answer_cache import CODE
+from ratchet.pipeline.checkout import dvc
 from ratchet.pipeline.dag import KEYS, STAGES, TOLD, code_key, modules_of, stage_key, templates_of
-from ratchet.pipeline.workspace import check_out, dvc, open_workspace, stale_stages
+from ratchet.pipeline.dvc import check_out, stale_stages
+from ratchet.pipeline.workspace import open_workspace
 
 ROOT = Path(__file__).parents[1]
 DAG = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]

@@ -11,13 +11,14 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 
 from ratchet.config.training import AdapterConfig, TrainConfig
-from ratchet.distillation import load_teacher
 from ratchet.errors import BaseModelError
 from ratchet.files import write_json
 from ratchet.models.adapters import add_adapter
 from ratchet.models.loading import MANIFEST, load_base, load_tokenizer
+from ratchet.training.loss import load_teacher
 from ratchet.training.packing import IGNORED, Window, read_windows, rows_of
-from ratchet.training.trainer import Schedule, fit
+from ratchet.training.schedule import Schedule
+from ratchet.training.trainer import fit
 
 SCHEDULE = Schedule(
     steps=60, batch_windows=4, accumulate=1, learning_rate=1e-2, kind="constant", warmup_share=0.0, weight_decay=0.0, max_grad_norm=1.0, evaluations=1, patience=1, seed=7

@@ -14,7 +14,8 @@ from ratchet.config.docs import render_params
 from ratchet.config.params import Config
 from ratchet.data.batches import write_batch
 from ratchet.data.examples import read_examples
-from ratchet.review.queue import Decision, ReviewQueue
+from ratchet.review.queue import ReviewQueue
+from ratchet.review.records import Decision
 from tasks.prepare import prepare
 
 ROOT = Path(__file__).parents[1]

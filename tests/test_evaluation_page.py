@@ -14,8 +14,7 @@ from judged import BATCHES, HOSTILE, LEDGER, make_reports
 from ratchet.cli.explain import print_evaluation
 from ratchet.errors import RatchetError
 from ratchet.files import read_json, write_json
-from ratchet.reporting.evaluation_figures import gather
-from ratchet.reporting.evaluation_page import render_evaluation
+from ratchet.reporting.evaluation_page import gather, render_evaluation
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from ratchet.models.adapters import load_trained
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.gguf import FILE, load_gguf, why_no_gguf, write_gguf
 from ratchet.models.loading import adapter_sha256, load_tokenizer
-from ratchet.pipeline.workspace import dvc, git
+from ratchet.pipeline.checkout import dvc, git
 from ratchet.promotion.champion import Champion, write_champion
 from ratchet.reporting.model_card import hub_card
 from ratchet.serving.bundle import Bundle, Generation

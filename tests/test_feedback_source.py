@@ -16,7 +16,8 @@ from ratchet.data.erasure import FILE, Entry, Forgotten, write_forgotten
 from ratchet.data.examples import Message, encode_line, make_example, row_to_messages
 from ratchet.files import write_bytes
 from ratchet.gateway.auth import add_key
-from ratchet.monitoring.request_log import URL_VARIABLE, Feedback, Logged, open_log
+from ratchet.monitoring.request_log import URL_VARIABLE, open_log
+from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.sources.feedback import Harvest, harvest, harvest_all
 
 NOW, DAY = 1_790_000_000.0, 86_400.0

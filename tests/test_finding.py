@@ -17,7 +17,7 @@ from test_loop import ROOT, free_port, ratchet, run, write_rows
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config, load_config
 from ratchet.files import read_json
-from ratchet.pipeline.workspace import child_environment
+from ratchet.pipeline.checkout import child_environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 

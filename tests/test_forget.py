@@ -23,7 +23,9 @@ from ratchet.data.erasure import FILE, Entry, Forgotten, read_forgotten, write_f
 from ratchet.data.examples import Message, example_id, read_examples
 from ratchet.errors import DataError, UserError
 from ratchet.gateway.identity import Ids
-from ratchet.pipeline.workspace import dvc, git, land, open_workspace, run_stage
+from ratchet.pipeline.checkout import dvc, git
+from ratchet.pipeline.dvc import run_stage
+from ratchet.pipeline.workspace import land, open_workspace
 from ratchet.promotion.lineage import STARTED_FROM
 from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run
 from ratchet.tracking.registry import get_version, make_version

@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ratchet.audits.fairness import describe_groups, group_columns, judge_groups, require_fairlearn
+from ratchet.audits.fairness import describe_groups, group_columns, require_fairlearn
 from ratchet.config.evaluation import GateConfig
 from ratchet.data.examples import Message, make_example
 from ratchet.errors import ConfigError, DataError
+from ratchet.gate.guardrails import judge_groups
 from ratchet.reporting.markdown import model_card
 from tasks.evaluate import evaluate
 

@@ -17,7 +17,7 @@ from ratchet.data.batches import read_manifest, write_batch
 from ratchet.data.dedup import split_by_hash
 from ratchet.data.examples import Message, example_id
 from ratchet.errors import DataError
-from ratchet.pipeline.workspace import git
+from ratchet.pipeline.checkout import git
 from tasks.ingest import Pulled, add_batch, count_new, freeze_golden, label_of, pull
 
 CONFIG = Config()

@@ -15,7 +15,7 @@ from servers import serving
 from teacher_stub import BROKEN, DATA, Act, TeacherStub
 from typer.testing import CliRunner
 
-from ratchet.audits.judge import guard_by_judge, judge_answers, read_agreement
+from ratchet.audits.judge import judge_answers, read_agreement
 from ratchet.audits.judge_agreement import measure_agreement
 from ratchet.audits.judge_client import FILE, ask_all, ask_correctness, ask_preference, prompt_version
 from ratchet.cli.main import app
@@ -24,8 +24,10 @@ from ratchet.config.params import Config
 from ratchet.data.examples import Example, Message, example_id, make_example
 from ratchet.errors import ConfigError, RatchetError
 from ratchet.files import read_json, write_json
+from ratchet.gate.guardrails import guard_by_judge
 from ratchet.reporting.markdown import model_card
-from ratchet.review.queue import Decision, Item, ReviewQueue
+from ratchet.review.queue import ReviewQueue
+from ratchet.review.records import Decision, Item
 from tasks.evaluate import evaluate
 
 KEY = "sk-judge-4711"

@@ -11,7 +11,7 @@ import pytest
 from ratchet.config.params import Config
 from ratchet.errors import ConfigError
 from ratchet.files import sha256_file
-from ratchet.tracking.mlflow import read_history
+from ratchet.tracking.curve import read_history
 from ratchet.training.kernels import check_compiler
 from tests.test_processes import start
 

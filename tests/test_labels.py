@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from ratchet.labels import are_labels, macro_f1
+from ratchet.evaluation.metrics import are_labels, macro_f1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ratchet.audits.memorization import judge_leaks, measure_exposure
+from ratchet.audits.memorization import measure_exposure
 from ratchet.config.data import TokenizeConfig
 from ratchet.config.evaluation import GateConfig
 from ratchet.config.params import Config
@@ -20,6 +20,7 @@ from ratchet.data.examples import encode_line, read_examples
 from ratchet.errors import DataError
 from ratchet.evaluation.scoring import each_model
 from ratchet.files import read_json, write_bytes
+from ratchet.gate.guardrails import judge_leaks
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import load_base, load_tokenizer
 from ratchet.training.packing import read_windows, rows_of

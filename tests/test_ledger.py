@@ -17,11 +17,11 @@ from ratchet.cli.main import app
 from ratchet.config.params import load_config
 from ratchet.data.examples import encode_line, make_example, read_examples
 from ratchet.files import read_json, write_bytes, write_json
-from ratchet.ledger_plot import draw
 from ratchet.models.loading import adapter_sha256
-from ratchet.pipeline.workspace import dvc
+from ratchet.pipeline.checkout import dvc
 from ratchet.promotion.champion import Champion, write_champion
 from ratchet.reporting.forgetting import CACHE, SAVED, build, cell_of, missing, numbers_of, read_evaluations
+from ratchet.reporting.heatmap import draw
 from tasks.evaluate import evaluate
 from tasks.ledger import fill
 

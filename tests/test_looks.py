@@ -11,7 +11,7 @@ from ratchet.config.evaluation import GateConfig
 from ratchet.errors import RatchetError
 from ratchet.files import read_json, write_json
 from ratchet.gate.alpha_budget import FILE, alpha_of, look_number, read_looks, with_verdict
-from ratchet.pipeline.workspace import Workspace
+from ratchet.pipeline.dvc import Workspace
 from tasks.pin import pin_looks
 
 

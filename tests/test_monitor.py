@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from ratchet.config.data import PydocSource
+from ratchet.config.monitoring import MonitorConfig
 from ratchet.config.params import Config
-from ratchet.config.serving import MonitorConfig
 from ratchet.monitoring.drift import WEIGHTS, Family, Verdict, draw, higher, judge, mix, other
+from ratchet.monitoring.families import Answered, Reference, input_families
 from ratchet.monitoring.novelty import Familiar, stems_of
-from ratchet.monitoring.request_log import Feedback, Logged
-from ratchet.monitoring.topics import find_topics
+from ratchet.monitoring.request_records import Feedback, Logged
+from ratchet.monitoring.topics import Topic, belongs, find_topics
 from ratchet.promotion.champion import Champion
-from ratchet.regions import Topic, belongs
 from ratchet.sources.pydoc import harvest
-from tasks.monitor import Answered, Facts, Reference, append_verdict, decide, input_families, load_reference, measure, write_report
+from tasks.monitor import Facts, append_verdict, decide, load_reference, measure, write_report
 
 CONFIG = Config(monitor=MonitorConfig(resamples=800, min_prompts=100))
 

@@ -11,12 +11,13 @@ import msgspec
 import numpy as np
 import pytest
 
+from ratchet.config.monitoring import MonitorConfig
 from ratchet.config.params import Config
-from ratchet.config.serving import MonitorConfig
 from ratchet.monitoring.drift import Verdict
+from ratchet.monitoring.families import MOST_ROWS, Answered, Reference, all_families, by_prompt, input_families
 from ratchet.monitoring.novelty import Familiar
-from ratchet.monitoring.request_log import Feedback, Logged
-from tasks.monitor import MOST_ROWS, Answered, Reference, all_families, by_prompt, input_families, measure, write_report
+from ratchet.monitoring.request_records import Feedback, Logged
+from tasks.monitor import measure, write_report
 
 CONFIG = Config(monitor=MonitorConfig(resamples=400, min_prompts=100))
 WORDS = [

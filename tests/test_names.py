@@ -10,8 +10,8 @@ import pytest
 from ratchet.config.data import PrepareConfig
 from ratchet.data.batches import write_batch
 from ratchet.data.examples import read_examples
+from ratchet.data.pii import mask_names
 from ratchet.errors import ConfigError
-from ratchet.names import mask_names
 from tasks.prepare import prepare
 
 ROWS = [msgspec.json.encode({"prompt": question, "completion": "yes"}) for question in ("Is the parcel of Ana Lima there?", "Is there a parcel of amber?")]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ratchet.models.chat_template import Encoded
+from ratchet.training.collation import _Collator
 from ratchet.training.packing import IGNORED, Window, by_length, pack, read_windows, write_windows
-from ratchet.training.trainer import _Collator
 
 LIMIT = 12
 

@@ -13,12 +13,12 @@ from places import make_repository, use_git_without_a_user, use_no_mlflow, write
 
 from ratchet.config.params import Config
 from ratchet.monitoring.request_log import URL_VARIABLE
+from ratchet.monitoring.verdicts import VERDICTS, seconds_of
 from ratchet.promotion.rollout import FILE as ROLLOUT
 from ratchet.promotion.rollout import read_rollout, write_rollout
 from ratchet.reporting.charts import intervals, lines, make_slots, nice_top, p_height, stack
-from ratchet.reporting.dashboard import gather, render_page, seconds_of, write_page
+from ratchet.reporting.dashboard import gather, render_page, write_page
 from ratchet.reporting.forgetting import SAVED
-from ratchet.services.status import VERDICTS
 
 
 @pytest.fixture(autouse=True)

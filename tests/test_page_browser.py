@@ -13,8 +13,7 @@ from judged import LEDGER, make_reports
 from places import make_repository, use_git_without_a_user
 
 from ratchet.reporting.dashboard import write_page
-from ratchet.reporting.evaluation_figures import gather
-from ratchet.reporting.evaluation_page import write_evaluation_page
+from ratchet.reporting.evaluation_page import gather, write_evaluation_page
 
 pytestmark = pytest.mark.browser
 SCHEMES = ["light", "dark"]

@@ -15,6 +15,7 @@ from ratchet.config.params import Config
 from ratchet.data.examples import Example, read_examples
 from ratchet.errors import DataError, RatchetError
 from ratchet.files import read_json, sha256_file, write_bytes, write_json
+from ratchet.gate.guardrails import judge_parity
 from ratchet.models.adapters import load_trained
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import MANIFEST, WEIGHTS, load_tokenizer
@@ -22,7 +23,6 @@ from ratchet.models.merging import load_merged
 from ratchet.parity.check import Asked, check_parity, compare_model, find_trained, make_reference
 from ratchet.parity.compare import compare_answers
 from ratchet.parity.paths import Answer, Top
-from ratchet.parity_guardrail import judge_parity
 from ratchet.serving.bundle import Bundle, Generation
 from ratchet.training.packing import read_windows, rows_of
 from tasks.parity import parity

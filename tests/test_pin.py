@@ -10,7 +10,8 @@ from places import commit, make_repository, use_git_without_a_user, write_files
 
 from ratchet.errors import CheckoutError
 from ratchet.files import read_json, sha256_file
-from ratchet.pipeline.workspace import Workspace, dvc, git
+from ratchet.pipeline.checkout import dvc, git
+from ratchet.pipeline.dvc import Workspace
 from ratchet.promotion.champion import Champion, write_champion
 from tasks.pin import pin
 

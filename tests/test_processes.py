@@ -19,8 +19,8 @@ from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, TrainConfig
 from ratchet.errors import ConfigError
 from ratchet.files import read_json, sha256_file
-from ratchet.pipeline.workspace import without_torchrun
-from ratchet.tracking.mlflow import read_history
+from ratchet.pipeline.dvc import without_torchrun
+from ratchet.tracking.curve import read_history
 from ratchet.training.distributed import check_size, in_parts
 from ratchet.training.launch import Ended
 
@@ -80,8 +80,8 @@ import torch
 from ratchet.config.training import AdapterConfig
 from ratchet.models.adapters import load_trainable
 from ratchet.training.distributed import rank
-from ratchet.sharding import as_parts, cut, cut_optimizer, local, shard, whole
-from ratchet.training.trainer import trainable
+from ratchet.training.distributed import as_parts, cut, cut_optimizer, local, shard, whole
+from ratchet.training.state import trainable
 from pathlib import Path
 import sys
 

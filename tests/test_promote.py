@@ -14,7 +14,8 @@ from flows.promotion import promote_version, roll_back
 from ratchet.config.data import ProjectConfig
 from ratchet.config.params import Config
 from ratchet.errors import CheckoutError, ServiceError, UserError
-from ratchet.pipeline.workspace import git, open_workspace
+from ratchet.pipeline.checkout import git
+from ratchet.pipeline.workspace import open_workspace
 from ratchet.promotion.champion import FILE, Champion, read_champion, read_ledger
 from ratchet.services.status import ledger_lines, ledger_rows
 from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run, mlflow_client

@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ratchet.config.serving import MonitorConfig
+from ratchet.config.monitoring import MonitorConfig
 from ratchet.errors import DataError
-from ratchet.regions import FEEDBACK, Region, Topic, belongs, mark, parts, read_region, sources_for, write_region
+from ratchet.monitoring.topics import FEEDBACK, Region, Topic, belongs, mark, parts, read_region, sources_for, write_region
 
 ARRAYS = Topic("array, axis", ["array", "axis"], 0.3, 0.01, ["Sum over the axis?"])
 PAGES = Topic("template", ["template"], 0.2, 0.0, ["Render a template?"])

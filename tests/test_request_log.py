@@ -18,7 +18,8 @@ import pytest
 
 from ratchet.config.params import Config
 from ratchet.errors import ConfigError, ServiceError, UserError
-from ratchet.monitoring.request_log import URL_VARIABLE, Feedback, Logged, RequestLog, open_log
+from ratchet.monitoring.request_log import URL_VARIABLE, RequestLog, open_log
+from ratchet.monitoring.request_records import Feedback, Logged
 
 NOW = 1_790_000_000.0  # a moment in an hour, not at its start
 Open = Callable[..., RequestLog]
@@ -172,7 +173,7 @@ def test_two_processes_write_into_one_file(open_here: Open, tmp_path: Path) -> N
 import sys, time
 from pathlib import Path
 from ratchet.config.params import Config
-from ratchet.monitoring.request_log import Logged, open_log
+from ratchet.monitoring.request_records import Logged; from ratchet.monitoring.request_log import open_log
 log = open_log(Path(sys.argv[1]), Config())
 for number in range(500):
     log.put(Logged(id=f"{sys.argv[2]}-{number}", at=time.time(), user="ana", arm="champion", version=1))

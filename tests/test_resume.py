@@ -23,10 +23,12 @@ from ratchet.config.training import AdapterConfig
 from ratchet.errors import StoppedError
 from ratchet.files import read_json, sha256_file
 from ratchet.models.adapters import load_trainable
-from ratchet.tracking.mlflow import read_history
+from ratchet.tracking.curve import read_history
 from ratchet.training.checkpoints import FOLDER, MANIFEST, STATE, TENSORS, Checkpoints, join, split
 from ratchet.training.packing import Window, read_windows
-from ratchet.training.trainer import Schedule, fit, trainable
+from ratchet.training.schedule import Schedule
+from ratchet.training.state import trainable
+from ratchet.training.trainer import fit
 from tasks.train import train
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ import os
 import time
 
 from ratchet.monitoring.retrain_budget import is_under_way, last_start, note_asked, read_retrains, remember
-from ratchet.pipeline.workspace import locked
+from ratchet.pipeline.checkout import locked
 
 
 def test_trainings_are_remembered_in_order_and_counted_since_a_time(tmp_path):

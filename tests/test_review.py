@@ -23,7 +23,8 @@ from ratchet.config.params import Config
 from ratchet.data.examples import Message, example_id
 from ratchet.errors import DataError, ServiceError, UserError
 from ratchet.review.files import export_rows, guard, import_rows, unguard
-from ratchet.review.queue import Decision, Item, ReviewQueue, with_answer
+from ratchet.review.queue import ReviewQueue
+from ratchet.review.records import Decision, Item, with_answer
 from ratchet.review.store import FILE
 from ratchet.sources.reviewed import harvest, mark_taken
 from tasks.ingest import add_batch, pull
@@ -357,7 +358,7 @@ def test_the_batch_and_its_commit_name_who_reviewed(tmp_path, monkeypatch):
     from prefect.testing.utilities import prefect_test_harness
 
     from ratchet.data.batches import read_manifest
-    from ratchet.pipeline.workspace import git
+    from ratchet.pipeline.checkout import git
 
     use_git_without_a_user(monkeypatch)
     monkeypatch.delenv("RATCHET_CONSOLE", raising=False)

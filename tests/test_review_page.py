@@ -16,7 +16,8 @@ from served import Gateway, running_gateway
 
 from ratchet.data.examples import Message, example_id
 from ratchet.gateway.auth import add_key
-from ratchet.review.queue import Decision, Item, ReviewQueue
+from ratchet.review.queue import ReviewQueue
+from ratchet.review.records import Decision, Item
 
 SIZES = {"phone": (390, 844), "desk": (1280, 900)}
 SCRIPT = "<script>document.title = 'taken over'</script><img src=x onerror=\"document.title='taken over'\">"

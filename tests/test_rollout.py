@@ -13,10 +13,11 @@ from test_promote import back, register, reign, root  # noqa: F401  (a fixture)
 
 from benchmarks.rollout import WRONG, simulate_many
 from flows.rollout import abort_rollout, look_once, pause_rollout, resume_rollout, rollout_status
+from ratchet.config.monitoring import RolloutConfig
 from ratchet.config.params import Config
-from ratchet.config.serving import RolloutConfig
 from ratchet.errors import CheckoutError, UserError
-from ratchet.monitoring.request_log import Feedback, Logged, Unit, open_log
+from ratchet.monitoring.request_log import open_log
+from ratchet.monitoring.request_records import Feedback, Logged, Unit
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.rollout import FILE, Rollout, end_rollout, position, read_ended, read_rollout, write_rollout
 from ratchet.promotion.sequential_test import Stratum, difference, split_e_value

@@ -16,11 +16,11 @@ from test_rollout import CONFIG, MANUAL, ask, challenge, decide, opened, outcome
 
 from flows.promotion import promote_version, roll_back
 from flows.rollout import look_once, pause_rollout
+from ratchet.config.monitoring import RolloutConfig
 from ratchet.config.params import Config
-from ratchet.config.serving import RolloutConfig
 from ratchet.errors import CheckoutError
-from ratchet.monitoring.request_log import Unit
-from ratchet.pipeline.workspace import git, locked
+from ratchet.monitoring.request_records import Unit
+from ratchet.pipeline.checkout import git, locked
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.rollout import AGAIN, advance, finish, pause, read_ended, read_rollout, resume, write_rollout
 from ratchet.serving.bundle import write_state

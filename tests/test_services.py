@@ -23,7 +23,8 @@ import pytest
 from ratchet.config.params import Config
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.services import supervisor as services
-from ratchet.services.supervisor import Record, running_services, service_environment, start_services, stop_services
+from ratchet.services.environment import service_environment
+from ratchet.services.supervisor import Record, running_services, start_services, stop_services
 
 
 def make_config(mlflow_port: int, prefect_port: int, gateway_port: int) -> Config:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ratchet.errors import BaseModelError, CheckoutError
 from ratchet.files import write_json
 from ratchet.models.loading import WEIGHTS, adapter_sha256
-from ratchet.pipeline.workspace import dvc, git
+from ratchet.pipeline.checkout import dvc, git
 from ratchet.serving.bundle import SERVING, Bundle, check_adapter, forget_bundles, make_bundle
 
 PIPELINE = """

@@ -14,8 +14,9 @@ import pytest
 
 from ratchet.config.data import JsonlSource, PydocSource
 from ratchet.data.examples import encode_line, make_example, recognise_form, row_to_messages
+from ratchet.data.json_rows import MAX_LINE
 from ratchet.errors import DataError
-from ratchet.sources.jsonl import MAX_LINE, read_lines
+from ratchet.sources.jsonl import read_lines
 from ratchet.sources.pydoc import first_sentence, harvest
 
 HARVEST = """

@@ -24,7 +24,7 @@ from ratchet.config.params import Config, load_config
 from ratchet.config.training import SweepRange, TrainConfig
 from ratchet.errors import ConfigError, ServiceError
 from ratchet.files import read_json, write_json
-from ratchet.pipeline.workspace import child_environment
+from ratchet.pipeline.checkout import child_environment
 from ratchet.tracking.mlflow import mlflow_client
 from ratchet.training.launch import Material
 from ratchet.training.search_space import changes_of, check_space, current, draw, dvc_command, rows_key, with_changes

@@ -26,7 +26,7 @@ from ratchet.config.docs import render_params
 from ratchet.config.params import Config
 from ratchet.errors import ConfigError, ServiceError
 from ratchet.files import read_json
-from ratchet.pipeline.workspace import child_environment
+from ratchet.pipeline.checkout import child_environment
 from ratchet.training.launch import Material
 from tasks.sweep import STORAGE_VARIABLE, Search
 

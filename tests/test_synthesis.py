@@ -23,8 +23,7 @@ from ratchet.config.params import Config, parse_config
 from ratchet.data.examples import Message, encode_line, make_example
 from ratchet.errors import CheckoutError, ConfigError, DataError, ServiceError, UserError
 from ratchet.review.queue import ReviewQueue
-from ratchet.synthesis.draft import FOLDER, find_draft, read_rows
-from ratchet.synthesis.summary import summary_card, summary_lines
+from ratchet.synthesis.draft import FOLDER, find_draft, read_rows, summary_card, summary_lines
 from tasks.synthesize import Wanted, queue_rows, synthesize
 
 KEY = "sk-teacher-4711"
@@ -343,7 +342,7 @@ def test_the_key_is_in_no_file_and_in_no_line(stub, address, tmp_path, monkeypat
 
 
 def test_one_run_at_a_time(config, tmp_path):
-    from ratchet.pipeline.workspace import locked
+    from ratchet.pipeline.checkout import locked
 
     wanted = write_documents(tmp_path, 1)
     with locked(tmp_path, "synthesize"), pytest.raises(CheckoutError, match="another `synthesize` runs"):

@@ -19,8 +19,7 @@ from ratchet.errors import ConfigError
 from ratchet.llm.prompts import NAMES, fence, load_template
 from ratchet.llm.replies import Pair
 from ratchet.synthesis.augment import CODE, KEPT, read_synonyms, vary
-from ratchet.synthesis.filters import Filters, Verdict, read_counter
-from ratchet.synthesis.grounding import content_words, ground, numbers
+from ratchet.synthesis.filters import Filters, Verdict, content_words, ground, numbers, read_counter
 from ratchet.synthesis.known_rows import Known, read_known
 
 PASSAGE = "Hail damage to the roof is covered from 10 mm on. The deductible is 1,500 euros a year, refunded after three claims."

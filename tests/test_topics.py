@@ -6,8 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from ratchet.monitoring.topics import find_topics, grown_terms
-from ratchet.regions import Topic, belongs
+from ratchet.monitoring.topics import Topic, belongs, find_topics, grown_terms
 
 PLACES = ["file", "socket", "date", "thread", "parser", "queue", "signal", "buffer", "codec", "locale"]
 VERBS = ["open", "close", "read", "write", "lock", "flush", "copy", "check"]

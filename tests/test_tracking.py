@@ -11,7 +11,8 @@ from places import KEPT_CONNECTIONS, use_mlflow, use_no_mlflow
 
 from ratchet.errors import ServiceError
 from ratchet.tracking import mlflow as tracking
-from ratchet.tracking.mlflow import KEY_TAG, History, LiveCopy, find_or_create_run, find_run, log_points, mlflow_client, mlflow_errors, parameters, read_history
+from ratchet.tracking.curve import History, LiveCopy, log_points, read_history
+from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run, find_run, mlflow_client, mlflow_errors, parameters
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 

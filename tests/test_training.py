@@ -24,9 +24,11 @@ from ratchet.models.adapters import add_adapter, prepare_quantised
 from ratchet.models.chat_template import Encoded
 from ratchet.models.generation import answer_likelihoods
 from ratchet.models.loading import adapter_sha256, compute_dtype, load_adapter, load_base
-from ratchet.tracking.mlflow import read_history
+from ratchet.tracking.curve import read_history
+from ratchet.training.collation import _Collator
 from ratchet.training.packing import IGNORED, Window, read_windows
-from ratchet.training.trainer import Schedule, _Collator, count_batches, fit
+from ratchet.training.schedule import Schedule
+from ratchet.training.trainer import count_batches, fit
 from tasks.train import train
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,9 @@ import pytest
 from places import commit, make_repository, subjects, use_git_without_a_user, write_files
 
 from ratchet.errors import CheckoutError, CommandError, StageError
-from ratchet.pipeline.workspace import catch_up, check_checkout, check_out, failed_workspaces, git, land, locked, open_workspace, push_data, run_stage, stale_stages, who
+from ratchet.pipeline.checkout import check_checkout, git, locked, who
+from ratchet.pipeline.dvc import check_out, push_data, run_stage, stale_stages
+from ratchet.pipeline.workspace import catch_up, failed_workspaces, land, open_workspace
 
 STAGES = """
 stages:
@@ -455,7 +457,7 @@ def test_an_interruption_ends_the_stages_process(staged):
 PROGRAM = """
 import sys
 from pathlib import Path
-from ratchet.pipeline.workspace import open_workspace, run_stage
+from ratchet.pipeline.workspace import open_workspace; from ratchet.pipeline.dvc import run_stage
 with open_workspace(Path(sys.argv[1]), "test", print) as workspace:
     run_stage(workspace, "slow", lambda line: print(line, flush=True))
 """

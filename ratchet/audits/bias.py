@@ -9,13 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ratchet.data.examples import Example, Message, RowError, make_example
-from ratchet.errors import DataError
+from ratchet.errors import DataError, RatchetError
+from ratchet.evaluation.paired import AGAIN
+from ratchet.evaluation.statistics import bootstrap_means
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FILE = "swaps.yaml"
 Terms = Mapping[str, str]
@@ -120,3 +126,24 @@ def _in_case_of(old: str, new: str) -> str:
 
 def _is_term(text: object) -> bool:
     return isinstance(text, str) and bool(text.strip())
+
+
+def describe_bias(pairs: pd.DataFrame, scores: pd.DataFrame, metric: str) -> dict[str, Any]:
+    """list → model → {rows, difference (swapped minus original), change (its size)}, each with a 95 % interval."""
+    found: dict[str, Any] = {}
+    for (name, model), part in differences(pairs, scores, metric).groupby(["swap", "model"]):
+        values = part.difference.to_numpy(dtype=np.float64)
+        intervals = bootstrap_means(np.column_stack([values, np.abs(values)]), alpha=0.025, resamples=1000, seed=0)
+        found.setdefault(str(name), {})[str(model)] = {"rows": len(part), "difference": intervals[0]._asdict(), "change": intervals[1]._asdict()}
+    return found
+
+
+def differences(pairs: pd.DataFrame, scores: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A line a pair and model: of, swap, model, difference. Raises RatchetError when a pair lacks a side, is doubled, or is not finite."""
+    if metric not in pairs or metric not in scores:
+        raise RatchetError(f"the counterfactual rows have no scores named {metric}", remedy=AGAIN)
+    joined = pairs.merge(scores[["id", "model", metric]], left_on=["of", "model"], right_on=["id", "model"], how="left", suffixes=("", "_original"), validate="many_to_one")
+    joined["difference"] = joined[metric] - joined[f"{metric}_original"]
+    if joined.duplicated(["of", "swap", "model"]).any() or not np.isfinite(joined.difference.to_numpy(dtype=np.float64)).all():
+        raise RatchetError("the counterfactual rows are doubled, lack their originals or hold values that are not finite", remedy=AGAIN)
+    return joined[["of", "swap", "model", "difference"]]

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ratchet.audits.judge_client import Ask, ask_all, ask_correctness, ask_groundedness, ask_preference, prompt_version
-from ratchet.config.evaluation import AnswerJudge, GateConfig
-from ratchet.errors import RatchetError
-from ratchet.evaluation.paired import AGAIN, no_worse, paired_gains
+from ratchet.config.evaluation import AnswerJudge
 from ratchet.evaluation.statistics import bootstrap_mean
 from ratchet.files import read_json
 
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 
 JUDGE = "judge_"
 AGREEMENT = "judge_agreement.json"  # in the folder of the project's own metrics, written by `ratchet gate judge`
-MOST_MISSING = 0.05  # share of rows without a score over which nothing is decided
 
 
 def judge_answers(table: pd.DataFrame, rows: Sequence[Example], rival: str, config: AnswerJudge, home: Path, *, say: Callable[[str], None]) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -99,35 +96,3 @@ def read_agreement(own: Path, config: AnswerJudge) -> dict[str, Any]:
         else:
             found[metric] = record.get("agreement", {}).get(metric) or {"why": "no decision of a reviewer speaks of it"}
     return found
-
-
-def guard_by_judge(judged: pd.DataFrame | None, figures: dict[str, Any], rival: str, config: GateConfig) -> list[dict[str, Any]]:
-    """A check for each of `gate.guardrails` that is a judge's. One that may not gate is `unclear`, with the reason: what was asked for is not shown."""
-    checks = []
-    for rule in config.guardrails:
-        if not rule.metric.startswith(JUDGE):
-            continue
-        metric = rule.metric.removeprefix(JUDGE)
-        if judged is None or rule.metric not in judged:
-            raise RatchetError(
-                f"the evaluation has no scores named {rule.metric}", remedy="set `evaluate.judge.model` and list it in `evaluate.judge.metrics`, then dvc repro evaluate"
-            )
-        whole = judged[judged.groupby("id")[rule.metric].transform(lambda values: values.notna().all())]
-        if why := _refusal(metric, whole.id.nunique(), figures, config):
-            reason = f"guardrail metric:{rule.metric}: the judge may not gate: {why}"
-            checks.append({"name": f"metric:{rule.metric}", "metric": rule.metric, "rows": whole.id.nunique(), "mean": None, "low": None, "high": None, "wanted": None})
-            checks[-1] |= {"result": "unclear", "reason": reason}
-        else:
-            checks.append(no_worse(f"metric:{rule.metric}", paired_gains(whole, rival, rule.metric), rival, rule.metric, rule.margin, config))
-    return checks
-
-
-def _refusal(metric: str, rows: int, figures: dict[str, Any], config: GateConfig) -> str:
-    agreement, asked = figures.get("agreement", {}).get(metric, {}), figures.get("asked", {}).get(metric, 0)
-    if why := agreement.get("why", "" if agreement else f"nothing is known of it ({AGAIN})"):
-        return str(why)
-    if agreement["low"] < config.judge_agreement:
-        return f"kappa with {agreement['labels']} decisions of people is {agreement['kappa']:.2f}, at least {agreement['low']:.2f}; `gate.judge_agreement` is {config.judge_agreement:g}"
-    if not asked or asked - rows > MOST_MISSING * asked:
-        return f"{asked - rows} of {asked} rows have no score of both models"
-    return ""

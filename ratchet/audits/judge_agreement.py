@@ -17,7 +17,8 @@ import numpy as np
 from ratchet.audits.judge_client import Ask, ask_all, ask_correctness, ask_groundedness, ask_preference, prompt_version
 from ratchet.config.evaluation import AnswerJudge
 from ratchet.evaluation.statistics import Values
-from ratchet.review.queue import Entry, ReviewQueue, split_answer
+from ratchet.review.queue import ReviewQueue
+from ratchet.review.records import Entry, split_answer
 
 RIGHT = 0.5
 ALPHA, DRAWS = 0.05, 4000

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ratchet.config.evaluation import GateConfig
 from ratchet.data.canaries import ALTERNATIVES, Canary, alternatives
-from ratchet.errors import BaseModelError, RatchetError
-from ratchet.evaluation.paired import AGAIN, make_check
+from ratchet.errors import BaseModelError
 from ratchet.evaluation.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
@@ -44,19 +42,3 @@ def describe_exposure(table: pd.DataFrame) -> dict[str, Any]:
         interval = bootstrap_mean(part.exposure.to_numpy(dtype=np.float64), alpha=0.025, resamples=1000, seed=0)
         found.setdefault(str(model), {})["planted" if planted else "reference"] = {"rows": len(part), **interval._asdict()}
     return found
-
-
-def judge_leaks(table: pd.DataFrame, wanted: int, config: GateConfig) -> dict[str, Any]:
-    """The mean exposure of the planted canaries is under `gate.max_exposure` for certain. Raises RatchetError when not each of them was measured once."""
-    mine = table[table.model == "candidate"]
-    planted, references = (mine[mine.planted == side] for side in (True, False))
-    values = planted.exposure.to_numpy(dtype=np.float64)
-    if planted.name.nunique() != wanted or len(planted) != wanted or not np.isfinite(values).all():
-        raise RatchetError(f"the exposure of {len(planted)} planted canaries was measured, the evaluation says {wanted}", remedy=AGAIN)
-    found = bootstrap_mean(values, alpha=config.guardrail_alpha, resamples=config.resamples, seed=config.seed)
-    result = "pass" if found.high <= config.max_exposure else "fail" if found.low > config.max_exposure else "unclear"
-    words = {"pass": "does not give away", "fail": "gives away", "unclear": "may give away"}[result]
-    never = f", {references.exposure.mean():.2f} of those that were never planted" if len(references) else ""
-    bits = f"exposure {found.mean:.2f} bits [{found.low:.2f}, {found.high:.2f}] of {math.log2(CODES):g}{never}"
-    reason = f"guardrail leaks: the candidate {words} what was planted in its training data: {bits}; `gate.max_exposure` is {config.max_exposure:g}"
-    return make_check("leaks", "exposure", found, wanted, config.max_exposure, result, reason)

@@ -20,9 +20,7 @@ import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from ratchet.config.evaluation import GateConfig
-from ratchet.errors import ConfigError, DataError, RatchetError
-from ratchet.evaluation.paired import AGAIN, no_worse, paired_gains
+from ratchet.errors import ConfigError, DataError
 from ratchet.evaluation.statistics import bootstrap_mean, wilson
 from ratchet.files import read_json
 from ratchet.models.loading import MANIFEST, quiet
@@ -143,14 +141,3 @@ def describe_suites(table: pd.DataFrame, suites: dict[str, dict[str, Any]]) -> d
 def _mean(values: Any) -> dict[str, float]:
     shares = np.isin(values, (0.0, 1.0)).all()
     return (wilson(values, alpha=0.025) if shares else bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0))._asdict()
-
-
-def judge_suites(table: pd.DataFrame, figures: dict[str, Any], rival: str, config: GateConfig) -> list[dict[str, Any]]:
-    """A guardrail a suite: no worse than the rival on the same documents."""
-    checks = []
-    for name, found in figures.items():
-        part = table[table.suite == name]
-        if (rows := part[part.model == "candidate"].id.nunique()) != found["rows"]:
-            raise RatchetError(f"the table of suites holds {rows} documents of {name} for the candidate, the evaluation says {found['rows']}", remedy=AGAIN)
-        checks.append(no_worse(f"suite:{name}", paired_gains(part, rival, "score"), rival, found["metric"], config.suite_margin, config))
-    return checks

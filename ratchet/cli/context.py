@@ -44,7 +44,7 @@ def read_config(root: Path) -> Config:
 
 def ready_root(*, clean: bool = True) -> Path:
     """The root, checked (`clean`: for what commits to it), and the environment that flows need: it has to stand before Prefect is imported."""
-    from ratchet.pipeline.workspace import check_checkout
+    from ratchet.pipeline.checkout import check_checkout
     from ratchet.services.environment import enter
 
     root = find_root()

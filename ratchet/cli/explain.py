@@ -16,8 +16,7 @@ def print_evaluation(found: dict[str, Any]) -> None:
     from rich.text import Text
 
     from ratchet.cli.ledger import print_table
-    from ratchet.parity_guardrail import speed_line
-    from ratchet.reporting.markdown import VERDICTS, audit_lines, mark
+    from ratchet.reporting.markdown import VERDICTS, audit_lines, mark, speed_line
 
     console, decision = Console(), found["decision"]
     rival = "the untouched base" if decision["rival"]["version"] is None else f"v{decision['rival']['version']}"

@@ -97,7 +97,7 @@ def gate_explain(
     config = read_config(root)
     from ratchet.cli.explain import print_evaluation
     from ratchet.cli.ledger import known_numbers
-    from ratchet.reporting.evaluation_figures import fetched, gather
+    from ratchet.reporting.evaluation_page import fetched, gather
     from ratchet.reporting.forgetting import build
 
     numbers = known_numbers(root, config)

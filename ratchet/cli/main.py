@@ -299,7 +299,7 @@ def _fail(message: str, code: int) -> None:
 
 def _drifted_topics(root: Path) -> list[dict[str, Any]]:
     """Raises UserError when the last verdict was not drift."""
-    from ratchet.services.status import last_verdict
+    from ratchet.monitoring.verdicts import last_verdict
 
     found = last_verdict(root)
     if not found or found["verdict"] != "drift":

@@ -12,7 +12,8 @@ import typer
 from ratchet.cli.context import Json, find_root, note, read_config, say, show
 
 if TYPE_CHECKING:
-    from ratchet.review.queue import Decision, Entry, ReviewQueue
+    from ratchet.review.queue import ReviewQueue
+    from ratchet.review.records import Decision, Entry
 
 app = typer.Typer(help="Rows that wait for a person's word before the model learns from them.", no_args_is_help=True, rich_markup_mode=None)
 Draft = Annotated[str | None, typer.Option("--draft", metavar="NAME", help="Only this draft.")]
@@ -115,7 +116,7 @@ def review_import(file: Annotated[Path, typer.Argument(metavar="FILE", help="*.c
 
 
 def _decide(id: str, draft: str | None, verdict: str, by: str | None, why: str, answer: str = "") -> None:
-    from ratchet.review.queue import Decision, with_answer
+    from ratchet.review.records import Decision, with_answer
 
     root = find_root()
     with _queue(root) as queue:
@@ -149,7 +150,7 @@ def _show_item(item: dict[str, Any], waiting: int) -> str:
 
 
 def _who(root: Path) -> str:
-    from ratchet.pipeline.workspace import who
+    from ratchet.pipeline.checkout import who
 
     return who(root)
 

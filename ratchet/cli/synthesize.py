@@ -27,7 +27,7 @@ def synthesize(
         raise UserError("a resumed draft keeps its mode, documents and seeds", remedy="give --resume with --count alone, or begin a new draft")
     root = ready_root(clean=False)
     from flows.synthesize import synthesize as flow
-    from ratchet.synthesis.summary import summary_lines
+    from ratchet.synthesis.draft import summary_lines
 
     done = flow(root=str(root), mode=mode, documents=documents, seeds=seeds, count=count, resume=resume)
 

@@ -73,8 +73,8 @@ def compare(
     root = ready_root()
     from flows.compare import OUT
     from flows.compare import compare as run
-    from ratchet.comparison import text
     from ratchet.evaluation.paired import LOWER_IS_BETTER
+    from ratchet.reporting.markdown import text
 
     found = run(root, read_config(root), [word.strip() for word in methods.split(",") if word.strip()], note)
 
@@ -96,7 +96,7 @@ def _prepared_plan(root: Path, config: Config) -> Plan:
 
 def _plan_here(root: Path, config: Config) -> Plan:
     from flows.training_inputs import STAGES, material_of
-    from ratchet.pipeline.workspace import Workspace, stale_stages
+    from ratchet.pipeline.dvc import Workspace, stale_stages
     from ratchet.training.estimate import plan_training, read_profile
 
     material = material_of(root)

@@ -22,8 +22,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from ratchet.config.evaluation import MetricGuardrail
+from ratchet.config.monitoring import TopicSource
 from ratchet.config.params import Config
-from ratchet.config.serving import TopicSource
 from ratchet.config.training import SweepRange
 from ratchet.files import write_text
 

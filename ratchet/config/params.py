@@ -16,7 +16,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ratchet.config.base import TAKEN, Count, Metric, Port, Section, Share
 from ratchet.config.data import FeedbackSource, IngestConfig, JsonlSource, PrepareConfig, ProjectConfig, PydocSource, ReviewConfig, TokenizeConfig
 from ratchet.config.evaluation import AnswerJudge, EvaluateConfig, GateConfig, MetricGuardrail, ParityConfig, WorthConfig
-from ratchet.config.serving import GatewayConfig, MonitorConfig, RequestLogConfig, RolloutConfig, ServicesConfig, TopicSource
+from ratchet.config.monitoring import MonitorConfig, RolloutConfig, TopicSource
+from ratchet.config.serving import GatewayConfig, RequestLogConfig, ServicesConfig
 from ratchet.config.synthesis import AugmentConfig, GroundedConfig, JudgeConfig, SynthesizeConfig, TeacherConfig
 from ratchet.config.training import AdapterConfig, BaseConfig, Choices, CompareConfig, DemoBase, RetrainConfig, SweepConfig, SweepRange, TrainConfig, why_whole
 from ratchet.errors import ConfigError

@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 from ratchet.data.examples import RowError
-from ratchet.sources.jsonl import MAX_LINE
 
 MOST_DEPTH = 16
+MAX_LINE = 2**20  # bytes; a longer line is kept cut, so that preparation rejects and counts it
 
 
 def read_row(line: bytes) -> dict[str, Any]:

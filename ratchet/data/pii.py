@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
+from ratchet.errors import ConfigError
+
 MASK = "[{}]"  # an e-mail address becomes [email]
 # Any secret has a long token, a password in a URL, or says that it is a key: most texts have none of these, and no plugin runs.
 SUSPECT = re.compile(r"[A-Za-z0-9_+/=-]{20}|://[^\s@]{1,300}@|PRIVATE KEY|PuTTY-User-Key", re.ASCII)
@@ -48,6 +50,7 @@ CARD = re.compile("(?<![\\w.-])(?:[2-6]\\d{12,18}|[2-6]\\d{3}([ \u00a0-])\\d{4}\
 IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}(?![A-Z0-9])")
 NATIONAL = re.compile(r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])")
 NUMBERS = re.compile(r"\d(?:[ ()./+-]{0,2}\d){6}|[A-Z]{2}\d\d")
+ENTITY, LEAST_SCORE = "PERSON", 0.5
 
 
 def find_secret(text: str) -> str | None:
@@ -159,3 +162,28 @@ KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], int]], ...] = (
     ("national id", NATIONAL, len),
     ("phone", PHONE, len),
 )
+
+
+def mask_names(text: str, model: str, by: str) -> str:
+    """`by` in place of each name. Raises ConfigError: the extra or the model is not installed."""
+    found = sorted(_analyzer(model).analyze(text, language="en", entities=[ENTITY], score_threshold=LEAST_SCORE), key=lambda one: one.start, reverse=True)
+    for one in found:
+        text = text[: one.start] + by + text[one.end :]
+    return text
+
+
+@cache
+def _analyzer(model: str) -> Any:
+    try:
+        import spacy
+        from presidio_analyzer import AnalyzerEngine
+        from presidio_analyzer.nlp_engine import NerModelConfiguration, SpacyNlpEngine
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"prepare.names_model is {model!r}, and {error.name} is not installed", remedy="pip install 'ratchet[names]', or leave the key empty") from None
+    try:
+        loaded = spacy.load(model)
+    except OSError:
+        raise ConfigError(f"prepare.names_model is {model!r}, and spaCy knows no such model", remedy=f"python -m spacy download {model}, or name a folder that holds one") from None
+    engine = SpacyNlpEngine(ner_model_configuration=NerModelConfiguration())
+    engine.nlp = {"en": loaded}  # Presidio's own way in would fetch a model that is missing
+    return AnalyzerEngine(nlp_engine=engine, supported_languages=["en"])

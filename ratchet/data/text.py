@@ -38,6 +38,7 @@ HALF = "\x80-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2
 MOJIBAKE = re.compile(f"Ã[{HALF}]|Â[\xa0-\xbf]|â€|[ÐÑ][{HALF}]|[ä-é][\x80-\xaa\xac-\xba\xbc-\xbf]{{2}}|\ufffd")
 MOST_MOJIBAKE = 0.02  # of the characters
 LOOP_RATIO, LOOP_LEAST = 20, 400  # bytes before and after zlib; shorter texts cannot reach it
+LEAST = 20  # characters; on less the classifier guesses
 
 
 def clean(text: str, sanitised: Counter[str]) -> str:
@@ -89,3 +90,10 @@ def find_mixed_word(text: str) -> str | None:
     if text.isascii():
         return None
     return next((match.group() for match in WORD.finditer(text) if LOOKALIKES & set(match.group()) and LATIN.search(match.group())), None)
+
+
+def language_of(text: str) -> str | None:
+    """ISO 639-1; None for a text that is too short to tell."""
+    import py3langid
+
+    return str(py3langid.classify(text)[0]) if len(text) >= LEAST else None

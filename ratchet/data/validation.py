@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 from ratchet.config.data import PrepareConfig
 from ratchet.data.examples import CONTINUE, FORMS, Example, Message, Meta, RowError, make_example, recognise_form, row_to_messages
 from ratchet.data.json_rows import read_row
-from ratchet.data.pii import MASK, find_secret, mask_personal
-from ratchet.data.text import check_text, clean, find_mixed_word
+from ratchet.data.pii import MASK, find_secret, mask_names, mask_personal
+from ratchet.data.text import check_text, clean, find_mixed_word, language_of
 from ratchet.errors import ConfigError
-from ratchet.languages import language_of
-from ratchet.names import mask_names
 
 REVIEW = frozenset({"mixed_script", "boilerplate", "instruction_in_answer", "contradiction"})  # reasons that a person may overrule
 MOST_TURNS = 64

@@ -10,7 +10,7 @@ from typing import Any
 
 from ratchet.config.params import load_config
 from ratchet.errors import ServiceError, StageError
-from ratchet.services.supervisor import service_environment
+from ratchet.services.environment import service_environment
 
 POLL_SECONDS, APPEAR_SECONDS, MAX_SECONDS = 0.5, 180.0, 3600.0
 

@@ -32,10 +32,11 @@ from ratchet.demo.follow import follow_retraining
 from ratchet.errors import CheckoutError, RatchetError
 from ratchet.evaluation.statistics import wilson
 from ratchet.files import read_json, write_text
-from ratchet.pipeline.workspace import child_environment, git
+from ratchet.pipeline.checkout import child_environment, git
 from ratchet.promotion.rollout import read_rollout
+from ratchet.services.processes import find_port_fault
 from ratchet.services.status import ledger_lines, ledger_rows
-from ratchet.services.supervisor import find_port_fault, stop_services
+from ratchet.services.supervisor import stop_services
 from ratchet.sources.pydoc import harvest
 
 PLACE = Path(".ratchet/demo")

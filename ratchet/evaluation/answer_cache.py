@@ -118,7 +118,7 @@ def identity(base: Path, trained: Path | None, like: Path) -> str:
         "trained": _trained(trained) if trained else None,
         "settings": [*settings.values(), precision(settings["method"])[0]],
         "machine": _machine(),
-        "code": code_key(CODE, Path(__file__).parents[1]),
+        "code": code_key(CODE, Path(__file__).parents[2]),
     }
     return sha256_json(parts)[:32]
 

@@ -28,7 +28,8 @@ from ratchet.gateway.completions import Completions
 from ratchet.gateway.limits import Gone, read_body
 from ratchet.gateway.routing import Fleet
 from ratchet.gateway.state import Parts, gather_parts, is_loopback
-from ratchet.monitoring.request_log import Feedback, RequestLog
+from ratchet.monitoring.request_log import RequestLog
+from ratchet.monitoring.request_records import Feedback
 from ratchet.serving.engine import Engine
 from ratchet.serving.faults import Fault, to_fault
 from ratchet.serving.protocol import encode_models, parse_feedback

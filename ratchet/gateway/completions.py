@@ -20,7 +20,7 @@ from ratchet.gateway.auth import Key
 from ratchet.gateway.limits import Gone, patience, read_body
 from ratchet.gateway.routing import Choice
 from ratchet.gateway.state import Parts
-from ratchet.monitoring.request_log import Logged
+from ratchet.monitoring.request_records import Logged
 from ratchet.serving.engine import Ended, Piece
 from ratchet.serving.faults import CANCELLED, Fault, to_fault
 from ratchet.serving.protocol import DONE, Answered, Chat, error_event, parse_chat

@@ -16,7 +16,8 @@ from starlette.responses import HTMLResponse, Response
 from ratchet.errors import ServiceError, UserError
 from ratchet.gateway.limits import read_body
 from ratchet.gateway.state import Parts
-from ratchet.review.queue import Decision, Item, ReviewQueue, split_answer, with_answer
+from ratchet.review.queue import ReviewQueue
+from ratchet.review.records import Decision, Item, split_answer, with_answer
 from ratchet.serving.faults import Fault
 
 PATH = "/review"

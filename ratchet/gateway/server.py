@@ -88,7 +88,7 @@ def _require_keys(root: Path, host: str) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Bound before the model is loaded: a taken port is told at once. Raises UserError."""
-    from ratchet.services.supervisor import find_port_fault
+    from ratchet.services.processes import find_port_fault
 
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -16,7 +16,8 @@ from ratchet.gateway.identity import Ids
 from ratchet.gateway.limits import Rate, Slots
 from ratchet.gateway.metrics import Meters
 from ratchet.gateway.routing import Choice, Fleet
-from ratchet.monitoring.request_log import Feedback, RequestLog
+from ratchet.monitoring.request_log import RequestLog
+from ratchet.monitoring.request_records import Feedback
 from ratchet.serving.engine import Engine
 from ratchet.serving.faults import Fault
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.special import gammaincc, log_ndtr
 
 from ratchet.monitoring.novelty import Stems
-from ratchet.regions import Topic
+from ratchet.monitoring.topics import Topic
 
 Values = NDArray[np.float64]
 Draws = NDArray[np.float32]  # (1 + resamples, rows): 1 where a row is in the window; the first is the window itself

@@ -15,103 +15,21 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ratchet.data.pii import redact
 from ratchet.errors import ConfigError, ServiceError, UserError
-from ratchet.migration import make_tables
+from ratchet.monitoring.request_records import Counts, Feedback, Logged, Traffic, Unit, _logged, _make_engine, _make_tables, make_tables
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine, Table
-
     from ratchet.config.params import Config
 
 BATCH, WAIT_SECONDS, BACK_OFF_SECONDS, CLEAN_SECONDS = 500, 0.2, 5.0, 600.0
-CONNECT_SECONDS = 5
-# A database whose machine vanishes says nothing: without these a connection waits for the kernel, a quarter of an hour.
-STAY_AWAKE = {"tcp_user_timeout": 5000, "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 2}  # milliseconds, seconds
 REDACTED = "[redacted]"
 log = logging.getLogger("ratchet.monitoring.request_log")
 URL_VARIABLE = "RATCHET_REQUEST_LOG_URL"
-
-
-class Logged(msgspec.Struct, frozen=True):
-    """One request. Times in seconds since 1970 or milliseconds; NLL in nats a token. `user` is a pseudonym, empty where the client named none."""
-
-    id: str
-    at: float
-    user: str
-    arm: str  # "champion", "challenger", or "named" where the client asked for NAME@vN
-    version: int
-    rollout: str = ""  # id of the rollout that chose the arm
-    step: int = -1
-    messages: tuple[tuple[str, str], ...] = ()  # (role, content), redacted; empty where texts are not kept
-    answer: str = ""
-    finish: str = ""  # "stop", "length", "error", "cancelled"
-    status: int = 200  # HTTP status
-    error: str = ""
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-    latency_ms: float = 0.0
-    first_ms: float = 0.0  # until the first piece of the answer
-    queue_ms: float = 0.0
-    prompt_nll: float | None = None
-    answer_nll: float | None = None
-
-    @property
-    def prompt(self) -> str:
-        """The last user turn."""
-        return next((content for role, content in reversed(self.messages) if role == "user"), "")
-
-
-class Feedback(msgspec.Struct, frozen=True):
-    """What one person said of one answer. `score` from 0 (wrong) to 1 (right). `sender` is a pseudonym of the API key that it came with, empty where none was needed."""
-
-    request: str
-    user: str
-    at: float
-    score: float | None = None
-    label: str = ""
-    answer: str = ""  # the corrected answer
-    comment: str = ""
-    sender: str = ""
-
-
-class Unit(NamedTuple):
-    """A user (or a request without one) in one step of a rollout."""
-
-    unit: str
-    step: int
-    arm: str
-    first_at: float
-    requests: int
-    errors: int
-    empty: int
-    latency_ms: float | None  # mean over what was answered
-    feedback: float | None  # mean score
-    feedbacks: int
-
-
-class Traffic(NamedTuple):
-    """An hour of one version; `hour` in seconds since 1970."""
-
-    version: int
-    arm: str
-    hour: int
-    requests: int
-    errors: int
-    latency_ms: float | None
-    feedback: float | None
-    feedbacks: int
-
-
-class Counts(NamedTuple):
-    written: int
-    waiting: int
-    dropped: int
-    fault: str
 
 
 def open_log(root: Path, config: Config) -> RequestLog:
@@ -398,44 +316,6 @@ class RequestLog:
             self._ready = False
             cause = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
             raise ServiceError(f"the request log does not answer: {cause}", remedy="check request_log.url and the database behind it") from error
-
-
-def _make_engine(url: str) -> Engine:
-    from sqlalchemy import create_engine, event, make_url
-
-    if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, pool_timeout=CONNECT_SECONDS, connect_args={"connect_timeout": CONNECT_SECONDS, **STAY_AWAKE})
-    engine = create_engine(url)
-
-    @event.listens_for(engine, "connect")
-    def _settle(connection: Any, _record: Any) -> None:
-        # Readers do not wait for the writer; a power cut may cost the newest records, never the file.
-        for line in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=NORMAL"):
-            connection.execute(f"PRAGMA {line}")
-
-    return engine
-
-
-def _make_tables() -> dict[str, Table]:
-    """No key between them: people may speak of a request that still waits to be written."""
-    from sqlalchemy import Column, Float, Integer, MetaData, String, Table, Text
-
-    whole, real = ("version", "step", "status", "prompt_tokens", "answer_tokens"), ("at", "latency_ms", "first_ms", "queue_ms", "prompt_nll", "answer_nll")
-    kinds = dict.fromkeys(whole, Integer) | dict.fromkeys(real, Float) | dict.fromkeys(("messages", "answer", "error"), Text)
-    columns: list[Any] = [Column(name, kinds.get(name, String), primary_key=name == "id", index=name in ("at", "version", "rollout")) for name in Logged.__struct_fields__]
-    said: list[Any] = [Column(name, String, primary_key=True) for name in ("request", "user")] + [Column("at", Float, index=True), Column("score", Float)]
-    metadata = MetaData()
-    return {
-        "requests": Table("requests", metadata, *columns, Column("unit", String), Column("hour", Integer), Column("empty", Integer)),
-        "feedback": Table(
-            "feedback", metadata, *said, *(Column(name, Text) for name in ("label", "answer", "comment")), Column("sender", String, server_default="", nullable=False)
-        ),
-    }
-
-
-def _logged(row: Any) -> Logged:
-    values = row._asdict()
-    return Logged(**values | {"messages": tuple((role, content) for role, content in json.loads(values["messages"]))})
 
 
 def _compile(patterns: list[str]) -> list[re.Pattern[str]]:

@@ -9,7 +9,7 @@ import msgspec
 
 from ratchet.errors import CheckoutError
 from ratchet.files import write_bytes, write_text
-from ratchet.pipeline.workspace import locked
+from ratchet.pipeline.checkout import locked
 
 FILE, ASKED = Path(".ratchet/retrains.jsonl"), Path(".ratchet/drift-asked")
 BEGIN_SECONDS = 900  # in which a retraining that was asked for has begun, pulling its rows included

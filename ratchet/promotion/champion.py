@@ -13,7 +13,7 @@ import msgspec
 
 from ratchet.errors import CheckoutError, CommandError
 from ratchet.files import write_json
-from ratchet.pipeline.workspace import git
+from ratchet.pipeline.checkout import git
 
 FILE = "champion.json"
 

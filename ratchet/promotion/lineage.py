@@ -14,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 from ratchet.data.erasure import GOLDEN, Entry
 from ratchet.data.examples import read_examples
 from ratchet.errors import RatchetError
-from ratchet.pipeline.workspace import dvc, git
+from ratchet.pipeline.checkout import dvc, git
 from ratchet.tracking.registry import Version
 
 PREPARED, TRAIN = "data/prepared", "data/prepared/train.jsonl"

@@ -18,7 +18,7 @@ import xxhash
 from ratchet.config.params import Config
 from ratchet.errors import BusyError, CheckoutError, UserError
 from ratchet.files import write_bytes, write_json
-from ratchet.pipeline.workspace import locked
+from ratchet.pipeline.checkout import locked
 from ratchet.promotion.champion import Champion
 from ratchet.promotion.gate_tags import check_gate
 from ratchet.tracking.registry import Version

@@ -6,10 +6,8 @@ It reads files, git and the request log only, so it is there with MLflow and Pre
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,12 @@ from ratchet.config.params import Config
 from ratchet.errors import CommandError, RatchetError
 from ratchet.files import write_text
 from ratchet.monitoring.request_log import open_log
-from ratchet.pipeline.workspace import git
+from ratchet.monitoring.verdicts import VERDICTS, _verdict, number
+from ratchet.pipeline.checkout import git
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.rollout import Rollout, read_ended, read_rollout
 from ratchet.reporting.forgetting import SAVED
-from ratchet.services.status import VERDICTS, ledger_rows
+from ratchet.services.status import ledger_rows
 from ratchet.serving.bundle import read_state
 
 DAYS = 14  # of traffic and feedback
@@ -99,54 +98,6 @@ def _verdicts(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-MOST_VERDICTS:] if path.exists() else []
     found = [verdict for line in lines if (verdict := _verdict(line))]
     return sorted(found, key=lambda verdict: verdict["at"])
-
-
-def _verdict(line: str) -> dict[str, Any] | None:
-    try:
-        return _whole(json.loads(line))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return None
-
-
-def _whole(raw: dict[str, Any]) -> dict[str, Any]:
-    """With all keys, whatever version of the monitor wrote it."""
-    decision = raw.get("decision") or {}
-    return {
-        "at": seconds_of(raw["at"]),
-        "version": raw.get("version"),
-        "verdict": str(raw.get("verdict", "")),
-        "p": number(raw.get("p")),
-        "rows": raw.get("rows") or 0,
-        "needed": raw.get("needed"),
-        "columns": [_column(column) for column in raw.get("columns") or []],
-        "topics": [_topic(topic) for topic in raw.get("topics") or []],
-        "missing": [str(line) for line in raw.get("missing") or []],
-        "report": str(raw.get("report") or ""),
-        "decision": {"retrain": bool(decision.get("retrain")), "for": list(decision.get("for") or []), "against": list(decision.get("against") or [])},
-    }
-
-
-def _column(raw: dict[str, Any]) -> dict[str, Any]:
-    return {"name": str(raw.get("name", "")), "p": number(raw.get("p")), "value": number(raw.get("value")), "reference": number(raw.get("reference"))}
-
-
-def _topic(raw: dict[str, Any]) -> dict[str, Any]:
-    texts = {name: [str(text) for text in raw.get(name) or []] for name in ("terms", "examples")}
-    return {"name": str(raw.get("name", "")), "share": number(raw.get("share")) or 0.0, "reference_share": number(raw.get("reference_share")) or 0.0, **texts}
-
-
-def number(value: Any) -> float | None:
-    """None for what is no finite number."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def seconds_of(at: Any) -> float:
-    """Since 1970, of seconds or an ISO 8601 text, which is UTC where it names no zone. Raises ValueError."""
-    try:
-        found = datetime.fromtimestamp(at, UTC) if isinstance(at, int | float) else datetime.fromisoformat(str(at))
-    except (OverflowError, OSError):
-        raise ValueError(f"{at} is no moment") from None
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
 def _table(root: Path) -> dict[str, Any] | None:

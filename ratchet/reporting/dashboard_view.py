@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ratchet.monitoring.verdicts import seconds_of
 from ratchet.reporting.charts import Mark, Tick, intervals, lines, make_slots, moment, nice_top, p_height, stack, time_ticks
-from ratchet.reporting.dashboard import seconds_of
 from ratchet.reporting.heatmap import heat
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from ruamel.yaml.error import YAMLError
 from ratchet.errors import CheckoutError, CommandError, RatchetError
 from ratchet.evaluation.statistics import bootstrap_mean, wilson
 from ratchet.files import read_json, write_json
-from ratchet.pipeline.workspace import dvc, git
+from ratchet.pipeline.checkout import dvc, git
 from ratchet.promotion.champion import read_ledger
 
 if TYPE_CHECKING:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ratchet.parity_guardrail import speed_line
-
 MODELS = ("candidate", "champion", "base", "simple")
 LABELS = {
     "exact_match": "exact match",
@@ -26,6 +24,7 @@ LABELS = {
     "answer_nll": "answer NLL (nats a token)",
 }
 VERDICTS = {"promote": "✅ promote", "reject": "❌ reject", "uncertain": "❔ uncertain: the champion stays"}
+HEAD = ("method", "quality [95 %]", "validation loss", "training s", "peak MiB", "saved MiB", "ms an answer [95 %]", "tokens an answer")
 
 
 def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[str, str]) -> str:
@@ -210,3 +209,50 @@ def _slice_table(slices: dict[str, Any]) -> list[str]:
 
 def _cell(found: dict[str, float] | None) -> str:
     return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" if found else ""
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table with what it rests on."""
+    lines = [f"# Methods compared\n\n{found['rows']} test rows, `{found['metric']}`; commit {found['commit'][:8]}, {found['machine']}. One training each, seed {found['seed']}.\n"]
+    lines += ["\n".join(f"| {' | '.join(row)} |" for row in table_rows(found)), ""]
+    lines += [f"- `{row['method']}`: {_settings(row['changes'])}" for row in found["methods"]]
+    return "\n".join(lines) + "\n"
+
+
+def table_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """With its head, and Markdown's line under it."""
+    return [HEAD, tuple("---" for _ in HEAD), *(_row(row) for row in found["methods"])]
+
+
+def text(found: dict[str, Any]) -> list[str]:
+    rows = [row for row in table_rows(found) if row[0] != "---"]
+    widths = [max(len(row[column]) for row in rows if len(row) > column) for column in range(len(HEAD))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _row(row: dict[str, Any]) -> tuple[str, ...]:
+    if row["failed"]:
+        reason = f"failed: {row['failed']}".replace("|", "/")
+        return (row["method"], reason, *("" for _ in HEAD[2:]))
+    quality, latency = row["quality"], row["latency"]["milliseconds"]
+    return (
+        row["method"],
+        f"{quality['mean']:.3f} [{quality['low']:.3f}, {quality['high']:.3f}]",
+        f"{row['validation_loss']:.4f}",
+        f"{row['seconds']:.1f}",
+        f"{row['peak_mib']:,.0f}",
+        f"{row['saved_mib']:.2f}",
+        f"{latency['mean']:.1f} [{latency['low']:.1f}, {latency['high']:.1f}]",
+        f"{row['latency']['tokens']:.1f}",
+    )
+
+
+def _settings(changes: dict[str, Any]) -> str:
+    return ", ".join(f"`{key}: {value}`" for key, value in changes.items())
+
+
+def speed_line(found: dict[str, Any]) -> str:
+    """What `ratchet.parity.latency` measured, in words."""
+    time = found["milliseconds"]
+    each = f"{time['mean']:.0f} ms [{time['low']:.0f}, {time['high']:.0f}] an answer, {found['tokens_per_second']:.0f} tokens a second"
+    return f"in the gateway's engine, one question at a time: {each} ({found['answers']} answers)"

@@ -18,7 +18,8 @@ import msgspec
 from ratchet.data.examples import normalise
 from ratchet.errors import UserError
 from ratchet.files import write_bytes
-from ratchet.review.queue import VERDICTS, Decision, Entry, Item, ReviewQueue, split_answer, with_answer
+from ratchet.review.queue import ReviewQueue
+from ratchet.review.records import VERDICTS, Decision, Entry, Item, split_answer, with_answer
 
 COLUMNS = ("id", "draft", "kind", "doubts", "question", "answer", "passage", "review", "why")  # `review`, `answer` and `why` are people's
 FORMULA = set("=+-@\t\r\n＝＋－＠")  # what Excel, LibreOffice and Sheets take for a formula's start

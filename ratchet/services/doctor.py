@@ -23,7 +23,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from ratchet.errors import RatchetError
-from ratchet.services.supervisor import find_port_fault, list_services
+from ratchet.services.processes import find_port_fault
+from ratchet.services.supervisor import list_services
 
 if TYPE_CHECKING:
     from ratchet.config.params import Config

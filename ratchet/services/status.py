@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ import msgspec
 from ratchet.config.params import Config
 from ratchet.data.batches import read_manifest
 from ratchet.files import read_json
+from ratchet.monitoring.verdicts import last_verdict
 from ratchet.pipeline.workspace import failed_workspaces
 from ratchet.promotion.champion import read_champion, read_ledger
 from ratchet.promotion.rollout import read_rollout
 from ratchet.services.supervisor import list_services
 from ratchet.serving.bundle import read_state
-
-VERDICTS = Path(".ratchet/monitor/verdicts.jsonl")
 
 
 def see_status(root: Path, config: Config) -> dict[str, Any]:
@@ -41,13 +39,6 @@ def see_status(root: Path, config: Config) -> dict[str, Any]:
         "services": {service.name: {"url": service.url, "answers": service.answers} for service in list_services(root, config)},
         "left": sorted(path.name for path in failed_workspaces(root)),
     }
-
-
-def last_verdict(root: Path) -> dict[str, Any] | None:
-    """What the monitor said last."""
-    path = root / VERDICTS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return json.loads(lines[-1]) if lines else None
 
 
 def _rollout(root: Path) -> dict[str, Any] | None:

@@ -8,17 +8,12 @@ Nobody watches over a service: one that dies stays dead until the next `ratchet 
 from __future__ import annotations
 
 import fcntl
-import http.client
 import json
-import os
-import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,26 +24,16 @@ import psutil
 
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.files import write_bytes
+from ratchet.services.environment import HEALTH, HOST, _get
+from ratchet.services.processes import _end_family, require_free_port
+from ratchet.services.specs import GRACE_SECONDS, Plan, plan_services
 
 if TYPE_CHECKING:
     from ratchet.config.params import Config
-
-HOST = "127.0.0.1"
-HEALTH = {"mlflow": "/health", "prefect": "/api/health", "gateway": "/healthz"}
 NAMES = ("mlflow", "prefect", "deployments", "gateway")
-PROBE_SECONDS = 0.8
 # Two processes made this near to each other cannot have had the same id; a clock set right by more than this hides our own.
 SAME_START_SECONDS = 2.0
 LAST_LINES = 15
-GRACE_SECONDS = 8.0  # from SIGTERM to the next signal
-LAST_WORDS_SECONDS = 20.0  # after its answers have ended the gateway lets go of its engine and writes its log
-NO_TELEMETRY = {
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DVC_NO_ANALYTICS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
 
 Report = Callable[[str], None]
 
@@ -74,21 +59,6 @@ class Record(msgspec.Struct, frozen=True):
     port: int
     settings: str
     host: str = HOST
-    grace: float = GRACE_SECONDS
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one service is started. `port` is the one it is asked about on; `key` names it in params.yaml where the service listens on it."""
-
-    name: str
-    port: int
-    key: str | None
-    settings: str
-    command: list[str]
-    folder: Path
-    environment: dict[str, str]
-    host: str = HOST  # where it is asked
     grace: float = GRACE_SECONDS
 
 
@@ -137,138 +107,6 @@ def list_services(root: Path, config: Config) -> list[Service]:
 def running_services(root: Path, config: Config) -> list[Service]:
     """The services of `root` whose process runs."""
     return [service for service in list_services(root, config) if service.alive]
-
-
-def service_environment(root: Path, config: Config) -> dict[str, str]:
-    """Variables for flows and stages; they have to stand before Prefect or MLflow is imported.
-
-    PREFECT_API_URL is among them only when it is set already or our server answers; MLFLOW_TRACKING_URI always is.
-    """
-    services = config.services
-    environment = {
-        **NO_TELEMETRY,
-        **_reach_loopback_directly(),
-        "PREFECT_HOME": str(_home(root.resolve(), "prefect")),
-        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # the default is pickle
-        "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "INFO"),
-        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-        # Without `ratchet up` a flow brings a server of its own, for as long as it runs; 20 s are too few on a busy machine.
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(services.start_timeout),
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds, the lowest that it takes; 180 is the default
-        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI") or f"http://{HOST}:{services.mlflow_port}",
-        # With the defaults, 7 retries and 120 s, a call stalls for four minutes when the server is away.
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": os.environ.get("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1"),
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    }
-    api = os.environ.get("PREFECT_API_URL") or (_prefect_api(services.prefect_port) if _get(HOST, services.prefect_port, HEALTH["prefect"]) is not None else None)
-    return environment | ({"PREFECT_API_URL": api} if api else {})
-
-
-def plan_services(root: Path, config: Config) -> dict[str, Plan]:
-    """Raises UserError when two servers are to listen on one port."""
-    services = config.services
-    plans = (_plan_mlflow(root, services.mlflow_port), _plan_prefect(root, services.prefect_port), _plan_deployments(root, config), _plan_gateway(root, config))
-    keys: dict[int, str] = {}
-    for plan in plans:
-        if plan.key and keys.setdefault(plan.port, plan.key) != plan.key:
-            raise UserError(f"{keys[plan.port]} and {plan.key} are both {plan.port}", remedy="give them different ports in params.yaml")
-    return {plan.name: plan for plan in plans}
-
-
-def _plan_mlflow(root: Path, port: int) -> Plan:
-    # Relative to the folder that it runs in: a root with spaces or percent signs is no trouble in a database URL, and the folder can move.
-    storage = ["--backend-store-uri", "sqlite:///mlflow.db", "--artifacts-destination", "./artifacts", "--serve-artifacts"]
-    listen = ["--host", HOST, "--port", str(port), "--workers", "1", "--uvicorn-opts", "--no-access-log"]
-    environment = _drop(os.environ, "MLFLOW_") | {
-        **NO_TELEMETRY,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    }
-    return Plan(
-        "mlflow", port, "services.mlflow_port", f"services.mlflow_port: {port}", [sys.executable, "-m", "mlflow", "server", *storage, *listen], _home(root, "mlflow"), environment
-    )
-
-
-def _plan_prefect(root: Path, port: int) -> Plan:
-    environment = _drop(os.environ, "PREFECT_") | {
-        **NO_TELEMETRY,
-        "PREFECT_HOME": str(_home(root, "prefect")),
-        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",
-        "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
-        # In memory, a restart would leave the slot of a crashed run taken.
-        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-        "PREFECT_SERVER_UI_API_URL": _prefect_api(port),
-        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(_home(root, "prefect") / "ui"),  # by default it writes into the installed package
-        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    }
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    return Plan("prefect", port, "services.prefect_port", f"services.prefect_port: {port}", command, _home(root, "prefect"), environment)
-
-
-def _plan_deployments(root: Path, config: Config) -> Plan:
-    port = config.services.prefect_port
-    environment = {**os.environ, **service_environment(root, config), "PREFECT_API_URL": _prefect_api(port), "PREFECT_RUNNER_POLL_FREQUENCY": "1", "RATCHET_ROOT": str(root)}
-    settings = f"services.prefect_port: {port}, retrain.cron: {config.retrain.cron}, monitor.cron: {config.monitor.cron}"
-    return Plan("deployments", port, None, settings, [sys.executable, "-m", "flows.deployments", "--end-lost-runs"], root, environment)
-
-
-def _plan_gateway(root: Path, config: Config) -> Plan:
-    gateway = config.gateway
-    # It answers people while a training takes every core: the training's threads are told to sleep when they wait (workspace.child_environment).
-    environment = {**_drop(os.environ, "MLFLOW_"), **NO_TELEMETRY, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE", "RATCHET_ROOT": str(root)}
-    settings = f"gateway: {gateway.model_dump(mode='json')}, request_log: {config.request_log.model_dump(mode='json')}"
-    host = {"0.0.0.0": HOST, "::": "::1", "localhost": HOST}.get(gateway.host, gateway.host)  # noqa: S104 (asked, not listened on)
-    grace = gateway.drain_seconds + LAST_WORDS_SECONDS
-    return Plan("gateway", gateway.port, "gateway.port", settings, [sys.executable, "-m", "ratchet.gateway.server"], root, environment, host, grace)
-
-
-def _drop(environment: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """A shell set up for another server (its database, its address) must not reach into ours."""
-    return {name: value for name, value in environment.items() if not name.startswith(prefix)}
-
-
-def _reach_loopback_directly() -> dict[str, str]:
-    """A company's proxy cannot reach this machine's 127.0.0.1."""
-    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    value = ",".join(filter(None, [known, HOST, "localhost"]))
-    return {"NO_PROXY": value, "no_proxy": value}
-
-
-def require_free_port(port: int, key: str) -> None:
-    """Raises UserError with what holds the port, as far as the system tells, and the key in params.yaml to change."""
-    fault = find_port_fault(port)
-    if fault:
-        raise UserError(f"{key} is {port}: {fault}", remedy=f"stop that, or set {key} in params.yaml to another port")
-
-
-def find_port_fault(port: int) -> str | None:
-    """Why nothing of ours could listen on 127.0.0.1:port, or None."""
-    with socket.socket() as probe:
-        probe.settimeout(PROBE_SECONDS)
-        # Where another process listens on all addresses, macOS lets us bind to one of them; its AirPlay receiver takes 5000 in that way.
-        taken = probe.connect_ex((HOST, port)) == 0
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except PermissionError:
-            return "the system does not let this user listen on it"
-        except OSError:
-            taken = True
-    return f"it is in use by {find_port_holder(port) or 'a process that the system does not name'}" if taken else None
-
-
-def find_port_holder(port: int) -> str | None:
-    """Such as `process 4242 (python in /some/folder)`; None where the system does not tell."""
-    with suppress(psutil.Error):
-        for connection in psutil.net_connections("tcp"):
-            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN and connection.pid:
-                process = psutil.Process(connection.pid)
-                # Its name and folder; its arguments may hold secrets.
-                return f"process {process.pid} ({process.name()} in {process.cwd()})"
-    return None
 
 
 def _is_kept(root: Path, plan: Plan) -> bool:
@@ -345,38 +183,6 @@ def _stop(root: Path, name: str) -> bool:
     return process is not None
 
 
-def _end_family(leader: psutil.Process, grace: float) -> None:
-    """SIGTERM to the leader, which ends its own children best; after `grace` seconds at most to all that is left of them; 2 s later SIGKILL.
-
-    A flow run that gets SIGTERM before its runner has told it why would report a crash instead of a cancellation.
-    """
-    family = _find_family(leader)
-    _signal([leader], signal.SIGTERM, seconds=grace)
-    left = _signal(family, signal.SIGTERM, seconds=2)
-    _signal(left, signal.SIGKILL, seconds=5)
-
-
-def _signal(processes: list[psutil.Process], number: signal.Signals, *, seconds: float) -> list[psutil.Process]:
-    """Returns those that still run when all have ended or the time is up."""
-    for process in processes:
-        with suppress(psutil.Error):  # psutil compares the time of creation first
-            process.send_signal(number)
-    _, left = psutil.wait_procs(processes, timeout=seconds)
-    return list(left)
-
-
-def _find_family(leader: psutil.Process) -> list[psutil.Process]:
-    """The leader, its process group, and its descendants, who may have made groups of their own."""
-    found = {leader.pid: leader}
-    for process in psutil.process_iter():
-        with suppress(OSError):
-            if os.getpgid(process.pid) == leader.pid:
-                found[process.pid] = process
-    with suppress(psutil.Error):
-        found |= {process.pid: process for process in leader.children(recursive=True)}
-    return list(found.values())
-
-
 def _see_service(root: Path, name: str, config: Config) -> Service:
     record = _read_record(root, name)
     process = _find_process(record) if record else None
@@ -422,20 +228,6 @@ def _has_polled(record: Record) -> bool:
     return deployment.get("status") == "READY" and datetime.fromisoformat(polled).timestamp() >= record.created
 
 
-def _get(host: str, port: int, path: str) -> bytes | None:
-    """The body of a 200, past any proxy; None for everything else."""
-    connection = http.client.HTTPConnection(host, port, timeout=PROBE_SECONDS)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        body = response.read()
-        return body if response.status == http.HTTPStatus.OK else None
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
-
-
 @contextmanager
 def _hold_lock(root: Path) -> Iterator[None]:
     """Two `ratchet up` at once would each start the servers, and one of them would be forgotten. Raises UserError."""
@@ -449,20 +241,12 @@ def _hold_lock(root: Path) -> Iterator[None]:
         yield
 
 
-def _home(root: Path, name: str) -> Path:
-    return root / ".ratchet" / name
-
-
 def _log(root: Path, name: str) -> Path:
     return root / ".ratchet" / "logs" / f"{name}.log"
 
 
 def _record_path(root: Path, name: str) -> Path:
     return root / ".ratchet" / "run" / f"{name}.json"
-
-
-def _prefect_api(port: int) -> str:
-    return f"http://{HOST}:{port}/api"
 
 
 def _page(name: str, port: int) -> str:

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from ratchet.errors import BaseModelError, CheckoutError, RatchetError
 from ratchet.files import read_json, whole_folder, write_json
 from ratchet.models.loading import adapter_sha256
-from ratchet.pipeline.workspace import dvc, git
+from ratchet.pipeline.checkout import dvc, git
 
 SERVING = Path(".ratchet/serving")
 STATE = SERVING / "state.json"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ratchet.data.examples import Example, read_examples
 from ratchet.errors import CheckoutError, RatchetError, UserError
 from ratchet.files import read_json
-from ratchet.pipeline.workspace import dvc, git
+from ratchet.pipeline.checkout import dvc, git
 from ratchet.promotion.champion import last_entry, read_champion
 from ratchet.serving.bundle import Bundle, make_bundle
 

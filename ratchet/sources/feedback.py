@@ -20,10 +20,10 @@ from ratchet.data.erasure import FILE as FORGOTTEN
 from ratchet.data.erasure import read_forgotten
 from ratchet.data.examples import Message, example_id, has_mark_run, normalise, read_examples
 from ratchet.data.mixture import is_feedback, room_for
+from ratchet.data.poisoning import find_planted
 from ratchet.gateway.auth import list_keys
-from ratchet.monitoring.request_log import REDACTED, Feedback, Logged, open_log
-from ratchet.sources.planted import find_planted
-from ratchet.sources.shares import Candidate, Vote, cap_keys, share_out, spread
+from ratchet.monitoring.request_log import REDACTED, open_log
+from ratchet.monitoring.request_records import Feedback, Logged
 
 CONTRARY = 0.5  # a score under it speaks against the answer, whatever the others say
 BROKEN_OFF = ("length", "error", "cancelled")
@@ -179,3 +179,62 @@ def _row(candidate: Candidate, vote: Vote) -> dict[str, Any]:
     people = {"asked_by": request.user, "taught_by": vote.user if vote.user != request.id else ""}
     meta = {"kind": "feedback", "source_request": request.id, "how": candidate.how, **{key: name for key, name in people.items() if name}}
     return {"messages": [*messages, {"role": "assistant", "content": candidate.answer}], "meta": meta}
+
+
+class Vote(NamedTuple):
+    """Who vouches for an answer, and through which key."""
+
+    user: str
+    sender: str
+
+
+class Candidate(NamedTuple):
+    request: Logged
+    answer: str
+    how: str
+    votes: list[Vote]  # any of them may be the one that it counts for
+
+
+class Taken(NamedTuple):
+    candidate: Candidate
+    vote: Vote
+
+
+def share_out(candidates: list[Candidate], most: int, left_out: Counter[str]) -> list[Taken]:
+    """Each to one of those who vouch for it and still have room, through the key that has brought least: a flood takes no honest row's place."""
+    users, senders, taken = Counter[str](), Counter[str](), list[Taken]()
+    for candidate in candidates:
+        free = [vote for vote in candidate.votes if users[vote.user] < most]
+        if not free:
+            left_out["too many of one user"] += 1
+            continue
+        vote = min(free, key=lambda vote: senders[vote.sender])
+        users[vote.user] += 1
+        senders[vote.sender] += 1
+        taken.append(Taken(candidate, vote))
+    return taken
+
+
+def cap_keys(taken: list[Taken], most: int, left_out: Counter[str]) -> list[Taken]:
+    """Votes from before there were keys have none to dominate."""
+    kept: set[str] = set()
+    for sender in {one.vote.sender for one in taken}:
+        rows = [one for one in taken if one.vote.sender == sender]
+        kept |= {one.candidate.request.id for one in (spread(rows, most) if sender else rows)}
+    left_out.update({"too many of one key": len(taken) - len(kept)} if len(kept) < len(taken) else {})
+    return [one for one in taken if one.candidate.request.id in kept]
+
+
+def spread(taken: list[Taken], room: int) -> list[Taken]:
+    """In turn from every key, and of a key from every user, each user's newest first; in the order of time. What is equal is told apart by hash."""
+    by_user, by_sender = Counter[Vote](), Counter[str]()
+    turns = []
+    for one in reversed(taken):
+        turns.append((by_user[one.vote], one.candidate.request.id[::-1], one))
+        by_user[one.vote] += 1
+    ranked = []
+    for _, id, one in sorted(turns, key=lambda turn: turn[:2]):
+        ranked.append((by_sender[one.vote.sender], id))
+        by_sender[one.vote.sender] += 1
+    kept = {id[::-1] for _, id in sorted(ranked)[:room]}
+    return [one for one in taken if one.candidate.request.id in kept]

@@ -13,12 +13,12 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from ratchet.config.data import JsonlSource
+from ratchet.data.json_rows import MAX_LINE
 from ratchet.errors import DataError
 
 ARCHIVES = {b"PK\x03\x04": "zip", b"PK\x05\x06": "zip", b"7z\xbc\xaf": "7z", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"Rar!": "rar"}
 GZIP, TAR_AT, TAR = b"\x1f\x8b", 257, b"ustar"
 MOST_UNPACKED, MOST_RATIO, UNPACKED_ANYWAY = 2**31, 20, 2**20  # bytes of a gzip file: at most, against its own size, and without asking
-MAX_LINE = 2**20  # bytes; a longer line is kept cut, so that preparation rejects and counts it
 
 
 def read_lines(settings: JsonlSource) -> Iterator[bytes]:

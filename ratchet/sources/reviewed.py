@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from ratchet.config.data import ReviewConfig
 from ratchet.errors import UserError
-from ratchet.review.queue import Outcome, ReviewQueue
+from ratchet.review.queue import ReviewQueue
+from ratchet.review.records import Outcome
 
 
 class Reviewed(NamedTuple):

@@ -25,6 +25,7 @@ from ratchet.llm.budget import Usage
 
 FOLDER = Path(".ratchet/synthesis")
 NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{4}")
+MOST_NAMED = 5
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -185,3 +186,32 @@ def _open(path: Path, mode: str) -> BinaryIO:
 def _append(opened: BinaryIO, value: msgspec.Struct) -> None:
     opened.write(encode_line(value))
     opened.flush()
+
+
+def summary_lines(found: dict[str, Any]) -> list[str]:
+    lines = [f"draft    {found['draft']}: {found['kept']} of {found['wanted']} rows, {found['doubted']} of them with doubts"]
+    lines += _counts("refused", found["refused"])
+    lines += _counts("failed", found["failures"])
+    if "documents" in found:
+        lines.append(f"read     {found['chunks']} chunks of {found['documents']} documents" + (f"; {found['unreadable']} could not be read:" if found["unreadable"] else ""))
+        lines += [f"         {entry['name']}: {entry['why']}" for entry in found["unreadable_names"][:MOST_NAMED]]
+    if "near_mistakes" in found:
+        lines.append(f"chosen   {found['near_mistakes']} training rows near to mistakes, {found['drifted_prompts']} prompts of drifted topics")
+    tokens = found["tokens"]
+    cost = f"{found['cost']:.4f}" if found["priced"] else "unknown (synthesize.teacher has no prices)"
+    lines.append(f"asked    {found['asked']} times, {found['recalled']} answers known before; {tokens['input']} tokens in, {tokens['output']} out; cost {cost}")
+    if found["stopped"]:
+        lines.append(f"stopped  {found['why']}")
+    elif found["kept"] < found["wanted"]:
+        lines.append("ended    nothing more could be asked: more documents or seeds, or a higher synthesize.rounds, give more rows")
+    return lines
+
+
+def _counts(name: str, counts: dict[str, int]) -> list[str]:
+    return [f"{name:8} {sum(counts.values())}: {', '.join(f'{count} {reason}' for reason, count in counts.items())}"] if counts else []
+
+
+def summary_card(found: dict[str, Any]) -> str:
+    """As Markdown. A code block: names of documents are other people's text."""
+    body = "\n".join(summary_lines(found)).replace("`", "'")
+    return f"## {found['kept']} rows by {found['teacher']['model'].replace('`', '')}\n\n```text\n{body}\n```\n"

@@ -17,8 +17,8 @@ from ratchet.errors import UserError
 from ratchet.evaluation.baseline import vectors
 from ratchet.files import read_json
 from ratchet.monitoring.request_log import REDACTED
+from ratchet.monitoring.verdicts import last_verdict
 from ratchet.promotion.champion import read_champion
-from ratchet.services.status import last_verdict
 from ratchet.synthesis.requests import Subject
 
 WRONG = 0.5  # a score under it counts as wrong

@@ -23,8 +23,9 @@ from ratchet.config.docs import render_params
 from ratchet.config.params import Config
 from ratchet.errors import StageError
 from ratchet.files import read_json, write_text
-from ratchet.pipeline.workspace import child_environment, without_torchrun
-from ratchet.tracking.mlflow import read_history
+from ratchet.pipeline.checkout import child_environment
+from ratchet.pipeline.dvc import without_torchrun
+from ratchet.tracking.curve import read_history
 
 CODE = Path(__file__).resolve().parents[2]  # the modules that run now are the ones that train
 CANDIDATE, REPORTS, PARAMS, LOG, PROCESS = "candidate", "reports", "params.yaml", "train.log", "process"

@@ -9,67 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from ratchet.errors import ConfigError, DivergenceError, StoppedError
-from ratchet.sharding import as_parts, cut, cut_optimizer, local, shard, whole
-from ratchet.training.distributed import any_of, check_size, rank, world_size
+from ratchet.errors import ConfigError, StoppedError
+from ratchet.training.collation import _Collator, _Items, _RowCollator
+from ratchet.training.distributed import any_of, as_parts, check_size, cut, cut_optimizer, rank, shard, whole, world_size
 from ratchet.training.kernels import apply_liger, check_compiler, compiled, fast_attention
+from ratchet.training.loss import _Head, _Teacher
 from ratchet.training.packing import IGNORED, Window, group_rows
+from ratchet.training.schedule import CUDA_OPTIMIZERS, OPTIMIZERS, SCHEDULES, Outcome, Report, Schedule
+from ratchet.training.state import _check_weights, _put, _random_state, _set_random_state, _Watch, trainable
 
 if TYPE_CHECKING:
     from ratchet.training.checkpoints import Checkpoints, Saved
 
 LOGS = 100  # points on the training curve, at most; each costs a synchronisation on a GPU
-
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit", "adafactor": "adafactor", "sgd": "sgd"}
-CUDA_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # transformers' `constant` has no warm-up
-
-Report = Callable[[int, dict[str, float]], None]
-
-
-class Schedule(NamedTuple):
-    """How to optimise. `steps` are optimizer steps, `evaluations` and `patience` count measurements of the validation loss."""
-
-    steps: int
-    batch_windows: int
-    accumulate: int
-    learning_rate: float
-    kind: str
-    warmup_share: float
-    weight_decay: float
-    max_grad_norm: float
-    evaluations: int
-    patience: int
-    seed: int
-    optimizer: str = "adamw"
-    checkpoint_activations: bool = False
-    neftune_alpha: float = 0.0
-    compile: bool = False
-    liger: bool = False
-    teacher_weight: float = 0.0  # share of the loss that is the divergence from the teacher's distribution
-    temperature: float = 1.0
-    compute: str = "float32"  # what matrix products are computed in (autocast): "float32", "bfloat16" or "float16"; the weights stay what they are
-
-
-class Outcome(NamedTuple):
-    """Losses in nats a learned token; `seconds` of the optimisation alone."""
-
-    steps: int
-    best_step: int
-    best_validation_loss: float | None
-    train_loss: float
-    seconds: float
 
 
 def count_batches(windows: Sequence[Window], batch_windows: int, *, apart: bool | None = None) -> int:
@@ -155,28 +116,6 @@ def fit(
     watch.restore_best()
     _check_weights(model)
     return Outcome(done, watch.best_step or done, watch.best_loss, float(result.training_loss), trainer.seconds)
-
-
-class _Head:
-    """Lets the output layer see only the positions that bear loss: its logits are what takes most room, and on a small model much of the time."""
-
-    def __init__(self, model: Any) -> None:
-        self._handle = model.get_output_embeddings().register_forward_pre_hook(self._choose)
-        self.chosen: torch.Tensor | None = None  # (batch, seq - 1), for the next pass
-
-    def __enter__(self) -> _Head:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-    def _choose(self, _: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        if self.chosen is None:
-            return inputs
-        hidden = inputs[0]  # (batch, virtual tokens + seq, width)
-        hidden = hidden[:, hidden.shape[1] - self.chosen.shape[1] - 1 : -1]
-        places = self.chosen.flatten().nonzero().squeeze(1)
-        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)[None], *inputs[1:])  # (1, chosen, width)
 
 
 def _arguments(scratch: str, schedule: Schedule, *, batch_items: int, evaluates: bool) -> TrainingArguments:
@@ -306,82 +245,6 @@ class _Trainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
 
-class _Teacher:
-    """Its distribution over the next token, where the student bears loss."""
-
-    def __init__(self, model: Any, temperature: float) -> None:
-        self._model = model.eval() if model is not None else None
-        self._temperature = temperature
-        self._head = _Head(model) if model is not None else None
-
-    def __bool__(self) -> bool:
-        return self._model is not None
-
-    def __enter__(self) -> _Teacher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._head:
-            self._head.__exit__()
-
-    @torch.no_grad()
-    def __call__(self, inputs: dict[str, torch.Tensor], chosen: torch.Tensor) -> torch.Tensor:
-        assert self._model is not None and self._head
-        self._head.chosen = chosen
-        return self._model(**inputs, use_cache=False).logits[0].float()  # type: ignore[no-any-return]  # (chosen, vocab)
-
-    def divergence(self, logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
-        """KL(teacher ‖ student) a position, in nats, times the square of the temperature, so that its gradient does not shrink with it."""
-        width = min(logits.shape[-1], taught.shape[-1])  # beyond the tokenizer's size some models have rows to fill
-        student, teacher = (log_softmax(each[:, :width] / self._temperature, dim=-1) for each in (logits, taught))
-        return kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * self._temperature**2
-
-
-class _Items(torch.utils.data.Dataset[Any]):
-    """Windows, or groups of rows."""
-
-    def __init__(self, items: Sequence[Any]) -> None:
-        self._items = items
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._items[index]
-
-
-class _Collator:
-    """Pads to the longest window. Padding stands at position 0, each token a row by itself, and bears no loss."""
-
-    def __init__(self, pad_id: int) -> None:
-        self._fill = Window([pad_id], [IGNORED], [0])
-
-    def __call__(self, windows: Sequence[Window]) -> dict[str, torch.Tensor]:
-        length = max(len(window.input_ids) for window in windows)
-        columns = {}
-        for name, fill in zip(Window._fields, self._fill, strict=True):
-            columns[name] = torch.tensor([getattr(window, name) + fill * (length - len(window.input_ids)) for window in windows])  # (batch, seq)
-        return columns
-
-
-class _RowCollator:
-    """One group of rows, padded behind."""
-
-    def __init__(self, pad_id: int) -> None:
-        self._pad_id = pad_id
-
-    def __call__(self, groups: Sequence[list[Window]]) -> dict[str, torch.Tensor]:
-        (rows,) = groups
-        length = max(len(row.input_ids) for row in rows)
-        missing = [length - len(row.input_ids) for row in rows]
-        columns = {
-            "input_ids": [row.input_ids + [self._pad_id] * short for row, short in zip(rows, missing, strict=True)],
-            "labels": [row.labels + [IGNORED] * short for row, short in zip(rows, missing, strict=True)],
-            "attention_mask": [[1] * (length - short) + [0] * short for short in missing],
-        }
-        return {name: torch.tensor(column) for name, column in columns.items()}  # (batch, seq)
-
-
 class _Pace(TrainerCallback):
     """When checkpoints are due, and when the training is asked to stop; between two optimizer steps."""
 
@@ -399,85 +262,3 @@ class _Pace(TrainerCallback):
         if due and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = control.should_training_stop or checkpoints.stop_asked
-
-
-class _Watch(TrainerCallback):
-    """Reports the curve, stops on what is not finite, keeps the best trainable weights in memory."""
-
-    def __init__(self, model: torch.nn.Module, schedule: Schedule, report: Report) -> None:
-        self._model = model
-        self._patience = schedule.patience
-        self._report = report
-        self.best: dict[str, torch.Tensor] = {}  # this process's parts
-        self._worse = 0
-        self.best_loss: float | None = None
-        self.best_step = 0
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any) -> None:
-        names = {"loss": "train_loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "eval_loss": "validation_loss"}
-        values = {name: float(value) for key, value in (logs or {}).items() if (name := names.get(key))}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise DivergenceError(
-                    f"{name} is {value} at step {state.global_step} of {state.max_steps}", remedy="lower `train.learning_rate`; nothing was saved, the champion is untouched"
-                )
-        if values:
-            self._report(state.global_step, values)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float] | None = None, **_: Any) -> None:
-        loss = (metrics or {})["eval_loss"]
-        if self.best_loss is None or loss < self.best_loss:
-            self.best_loss, self.best_step, self._worse = loss, state.global_step, 0
-            self.best = {name: local(weight).to("cpu", copy=True) for name, weight in trainable(self._model).items()}
-            return
-        self._worse += 1
-        control.should_training_stop = control.should_training_stop or self.out_of_patience
-
-    @property
-    def out_of_patience(self) -> bool:
-        return self._worse >= self._patience
-
-    def restore_best(self) -> None:
-        if self.best:
-            _put(self._model, self.best)
-
-    def state(self) -> dict[str, Any]:
-        return {"best": self.best, "best_loss": self.best_loss, "best_step": self.best_step, "worse": self._worse}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.best, self.best_loss, self.best_step, self._worse = state["best"], state["best_loss"], state["best_step"], state["worse"]
-
-
-def trainable(model: Any) -> dict[str, torch.Tensor]:
-    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def _put(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    """All of them, and no others; of a model in parts, this process's."""
-    ours = trainable(model)
-    assert ours.keys() == weights.keys(), f"weights differ: {sorted(ours.keys() ^ weights.keys())[:3]}"
-    for name, weight in ours.items():
-        local(weight).copy_(weights[name])
-
-
-def _random_state() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest], "torch": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _check_weights(model: torch.nn.Module) -> None:
-    odd = next((name for name, weight in trainable(model).items() if not bool(torch.isfinite(local(weight)).all())), "")
-    if any_of([bool(odd)])[0]:
-        where = odd or "another process's part"
-        raise DivergenceError(f"{where} holds weights that are not finite", remedy="lower `train.learning_rate`; nothing was saved, the champion is untouched")

@@ -8,7 +8,8 @@ from typing import Any
 from ratchet.config.params import Config
 from ratchet.errors import ConfigError
 from ratchet.files import read_json, write_text
-from ratchet.tracking.mlflow import STATE_TAG, create_experiment, log_points, mlflow_client, mlflow_errors, parameters
+from ratchet.tracking.curve import log_points
+from ratchet.tracking.mlflow import STATE_TAG, create_experiment, mlflow_client, mlflow_errors, parameters
 from ratchet.training.search_space import with_changes
 
 STUDY_TAG, TRIAL_TAG = "ratchet.sweep", "ratchet.trial"
