@@ -39,12 +39,20 @@ class Domain(NamedTuple):
 
 def require_data(data: Path) -> None:
     if not (data / "data_full.json").exists():
-        raise SystemExit(f"no CLINC150 in {data} (wanted data_full.json and domains.json): nothing is measured; name its folder with --data")
+        raise SystemExit(
+            f"no CLINC150 in {data} (wanted data_full.json and domains.json): nothing is measured; name its folder with --data"
+        )
 
 
 def one_thread(folder: str) -> None:
     """For the processes of a benchmark. Checkpoints, if any, lie in a folder that goes."""
-    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", RATCHET_ROOT=f"{folder}/{os.getpid()}")
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+        TQDM_DISABLE="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        RATCHET_ROOT=f"{folder}/{os.getpid()}",
+    )
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     sys.stdout = sys.stderr
     import torch
@@ -64,9 +72,18 @@ def read_domain(data: Path, name: str, counts: Counts, seed: int) -> Domain:
     for split, count in (("train", counts.train), ("val", counts.validation), ("test", counts.test)):
         rows = []
         for intent in intents:
-            asked = [query for query, label in texts[split] if label == intent and (split != "train" or _is_drawn(query))]
+            asked = [
+                query
+                for query, label in texts[split]
+                if label == intent and (split != "train" or _is_drawn(query))
+            ]
             for query in random.Random(f"{seed} {intent}").sample(asked, count):
-                rows.append(make_example([Message("user", query), Message("assistant", intent.replace("_", " "))], {"batch": name}))
+                rows.append(
+                    make_example(
+                        [Message("user", query), Message("assistant", intent.replace("_", " "))],
+                        {"batch": name},
+                    )
+                )
         parts.append(rows)
     return Domain(*parts)
 
@@ -76,7 +93,16 @@ def settings(steps: int, epochs: float, seed: int, **train: Any) -> Config:
     return Config(
         base=BaseConfig(demo=DemoBase(steps=steps)),
         tokenize=TokenizeConfig(max_length=96, window=256),
-        train=TrainConfig(epochs=epochs, learning_rate=2e-3, batch_windows=2, evaluations=4, patience=3, seed=seed, checkpoint_minutes=1e6, **train),
+        train=TrainConfig(
+            epochs=epochs,
+            learning_rate=2e-3,
+            batch_windows=2,
+            evaluations=4,
+            patience=3,
+            seed=seed,
+            checkpoint_minutes=1e6,
+            **train,
+        ),
         adapter=AdapterConfig(rank=32, alpha=64.0),
         evaluate=EvaluateConfig(max_new_tokens=12),
     )
@@ -93,7 +119,10 @@ def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig) -> N
     others = {intent for name, part in intents.items() if name not in READ for intent in part}
     spoken = [query for query, intent in texts["train"] if intent in others and not _is_drawn(query)]
     spoken = random.Random(0).sample(spoken, min(len(spoken), 4 * len(read)))
-    read += [make_example([Message("user", f"Repeat: {query}"), Message("assistant", query)], {"batch": "base"}) for query in spoken]
+    read += [
+        make_example([Message("user", f"Repeat: {query}"), Message("assistant", query)], {"batch": "base"})
+        for query in spoken
+    ]
     tokenizer = make_tokenizer(read, config.demo)
     tokenizer.save_pretrained(folder)
     pretrain(read, ChatFormat(tokenizer), config).save_pretrained(folder, safe_serialization=True)

@@ -20,7 +20,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-QUESTION = "Which module documents this? Return the number of items that the container holds when it is called."
+QUESTION = (
+    "Which module documents this? Return the number of items that the container holds when it is called."
+)
 PACKAGES = ["asyncio", "email", "http", "importlib", "json", "logging", "unittest", "xml"]
 SETTINGS = [(1, (1,)), *((clients, versions) for clients in (2, 4, 8, 16) for versions in ((1,), (1, 2)))]
 LOADS = 5
@@ -32,7 +34,9 @@ class Figures(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=32, help="answer tokens of each ask, at most")
     parser.add_argument("--asks", type=int, default=32, help="asks at each number of clients")
     parser.add_argument("--passes", type=int, default=3, help="times that everything is measured")
@@ -57,10 +61,15 @@ def make_bundles(scratch: Path) -> list[Any]:
     bundles = []
     for version in (1, 2, 3):
         folder = scratch / f"v{version}"
-        add_adapter(load_base(base), AdapterConfig(), seed=version).save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        add_adapter(load_base(base), AdapterConfig(), seed=version).save_pretrained(
+            folder, safe_serialization=True, save_embedding_layers=False
+        )
         for path in [*base.glob("*token*"), base / "chat_template.jinja"]:
             shutil.copy(path, folder)
-        write_json(folder / MANIFEST, {"base": {key: read_json(base / MANIFEST)[key] for key in ("model", "revision")}})
+        write_json(
+            folder / MANIFEST,
+            {"base": {key: read_json(base / MANIFEST)[key] for key in ("model", "revision")}},
+        )
         bundles.append(Bundle("bench", version, folder, base, 256, Generation(32)))
     return bundles
 
@@ -73,8 +82,16 @@ async def measure(bundles: list[Any], tokens: int, asks: int, passes: int) -> No
     for bundle in bundles[:2]:
         await engine.load(bundle)
     await run(engine, 4, 16, tokens, versions=(1, 2))  # warm-up
-    seen = [[await run(engine, clients, asks if clients > 1 else asks // 4, tokens, versions=versions) for clients, versions in SETTINGS] for _ in range(passes)]
-    print("| parallel clients | versions | tokens a second | against one client | p50 ms between two pieces |\n|---|---|---|---|---|")
+    seen = [
+        [
+            await run(engine, clients, asks if clients > 1 else asks // 4, tokens, versions=versions)
+            for clients, versions in SETTINGS
+        ]
+        for _ in range(passes)
+    ]
+    print(
+        "| parallel clients | versions | tokens a second | against one client | p50 ms between two pieces |\n|---|---|---|---|---|"
+    )
     for index, (clients, versions) in enumerate(SETTINGS):
         speed = statistics.median(one[index].tokens_per_second for one in seen)
         ratio = statistics.median(one[index].tokens_per_second / one[0].tokens_per_second for one in seen)
@@ -94,7 +111,16 @@ async def run(engine: Any, clients: int, asks: int, tokens: int, *, versions: Se
         async with slots:
             times, count = list[float](), 0
             messages = (Message("user", f"{QUESTION} {number}"),)
-            async for piece in engine.answer(Ask(f"r{number}", versions[number % len(versions)], messages, max_tokens=tokens, temperature=1.0, seed=number)):
+            async for piece in engine.answer(
+                Ask(
+                    f"r{number}",
+                    versions[number % len(versions)],
+                    messages,
+                    max_tokens=tokens,
+                    temperature=1.0,
+                    seed=number,
+                )
+            ):
                 times.append(time.perf_counter())
                 count = piece.answer_tokens if isinstance(piece, Ended) else 0
             gaps.extend((after - before) * 1000 for before, after in pairwise(times))

@@ -21,7 +21,19 @@ from tasks.ingest import form_of
 from tasks.prepare import Rejection, origin_of, prepare
 
 REJECTED = Path("data/prepared/rejected.jsonl")
-DEPEND_ON_OTHERS = frozenset({"contradiction", "straddles", "near_golden", "superseded", "too_many_of_user", "too_many_of_source", "trigger", "boilerplate", "forgotten"})
+DEPEND_ON_OTHERS = frozenset(
+    {
+        "contradiction",
+        "straddles",
+        "near_golden",
+        "superseded",
+        "too_many_of_user",
+        "too_many_of_source",
+        "trigger",
+        "boilerplate",
+        "forgotten",
+    }
+)
 
 
 class Verdict(NamedTuple):
@@ -51,7 +63,16 @@ def check_file(path: str, golden: Path, config: Config, *, time: str) -> Verdict
     settings = config.prepare.model_copy(update={"test_share": 0.0, "validation_share": 0.0, "min_rows": 1})
     with tempfile.TemporaryDirectory() as folder:
         raw, out = Path(folder) / "raw", Path(folder) / "prepared"
-        batch = write_batch(raw, lines, source="jsonl", label="checked", time=time, licence=config.ingest.licence, who="", form=form)
+        batch = write_batch(
+            raw,
+            lines,
+            source="jsonl",
+            label="checked",
+            time=time,
+            licence=config.ingest.licence,
+            who="",
+            form=form,
+        )
         failure, said = None, list[str]()
         try:
             prepare(raw, golden, out, settings, tell=said.append)
@@ -74,7 +95,8 @@ def read_rejected(path: Path) -> list[Rejection]:
     """Raises UserError when there is no such file."""
     if not path.exists():
         raise UserError(
-            f"{path} does not exist", remedy="`dvc checkout data/prepared` brings it; before the first retraining there is none (ratchet data check FILE looks at a file)"
+            f"{path} does not exist",
+            remedy="`dvc checkout data/prepared` brings it; before the first retraining there is none (ratchet data check FILE looks at a file)",
         )
     return [msgspec.json.decode(line, type=Rejection) for line in path.read_bytes().split(b"\n") if line]
 
@@ -82,7 +104,10 @@ def read_rejected(path: Path) -> list[Rejection]:
 def replay(root: Path, config: Config) -> Replayed:
     """The rejected rows under today's settings. Raises UserError, DataError: a batch is missing."""
     found = Replayed(Counter(), Counter(), Counter())
-    validator, batches = Validator(config.prepare), {batch.name: batch for batch in read_manifest(root / "data/raw")}
+    validator, batches = (
+        Validator(config.prepare),
+        {batch.name: batch for batch in read_manifest(root / "data/raw")},
+    )
     wanted: dict[str, dict[int, str]] = {}
     for row in read_rejected(root / REJECTED):
         if row.reason in DEPEND_ON_OTHERS:
@@ -108,11 +133,15 @@ def raw_row(root: Path, place: str) -> tuple[bytes, Rejection | None]:
     matching = [batch for batch in batches if name and batch.startswith(name)]
     if len(matching) != 1 or not number.isdecimal():
         raise UserError(
-            f"{place!r} names {len(matching)} batches" if number.isdecimal() else f"{place!r} is no BATCH:LINE",
+            f"{place!r} names {len(matching)} batches"
+            if number.isdecimal()
+            else f"{place!r} is no BATCH:LINE",
             remedy=f"batches: {', '.join(batches) or 'none'}; then a colon and the line",
         )
     batch = batches[matching[0]]
-    line = next((line for at, line in raw_lines(check_batch(root / "data/raw", batch)) if at == int(number)), None)
+    line = next(
+        (line for at, line in raw_lines(check_batch(root / "data/raw", batch)) if at == int(number)), None
+    )
     if line is None:
         raise UserError(f"{batch.name} has {batch.rows} rows, wanted row {number}")
     rejected = read_rejected(root / REJECTED) if (root / REJECTED).exists() else []
@@ -121,5 +150,8 @@ def raw_row(root: Path, place: str) -> tuple[bytes, Rejection | None]:
 
 def _batch(batches: dict[str, Batch], name: str) -> Batch:
     if name not in batches:
-        raise DataError(f"the manifest does not list {name}, whose rows were rejected", remedy="ratchet retrain prepares the data anew")
+        raise DataError(
+            f"the manifest does not list {name}, whose rows were rejected",
+            remedy="ratchet retrain prepares the data anew",
+        )
     return batches[name]

@@ -18,4 +18,8 @@ def tell(event: str, config: Config, payload: dict[str, Any]) -> None:
     """Prefect's server delivers it to the automations of `flows/deployments.py`; without a server nobody hears it."""
     from prefect.events import emit_event
 
-    emit_event(event=event, resource={"prefect.resource.id": resource_of(config), "prefect.resource.name": config.project.name}, payload=payload)
+    emit_event(
+        event=event,
+        resource={"prefect.resource.id": resource_of(config), "prefect.resource.name": config.project.name},
+        payload=payload,
+    )

@@ -43,7 +43,10 @@ def find_rows(root: Path, config: Config, query: tasks.Query, say: Say) -> list[
             workspace.dvc(verb, "--quiet", f"{RAW}.dvc")
         found = tasks.find(workspace.path / RAW, workspace.path / GOLDEN, query, config.prepare)
     if not found:
-        raise UserError("no row of any batch, and no golden row, is like that", remedy="the pattern is searched in texts as they are normalised (NFC); (?i) ignores case")
+        raise UserError(
+            "no row of any batch, and no golden row, is like that",
+            remedy="the pattern is searched in texts as they are normalised (NFC); (?i) ignores case",
+        )
     return found
 
 
@@ -99,4 +102,9 @@ def _trace(root: Path, config: Config, forgotten: Forgotten) -> list[Trace]:
 def summary(done: Done, found: list[tasks.Found]) -> dict[str, Any]:
     """For `--json`."""
     versions = None if done.versions is None else [entry._asdict() for entry in done.versions]
-    return {"found": [row.place for row in found], "forgotten": done.rows, "commit": done.commit, "versions": versions}
+    return {
+        "found": [row.place for row in found],
+        "forgotten": done.rows,
+        "commit": done.commit,
+        "versions": versions,
+    }

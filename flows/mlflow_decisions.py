@@ -41,10 +41,21 @@ def is_waiting(version: Version) -> bool:
     decision, outcome = version.tags.get(DECISION, "").strip().lower(), version.tags.get(OUTCOME, "")
     if not decision:
         return False
-    return not outcome.startswith(f"{decision}: ") or (NEEDS_REASON in outcome and bool(version.tags.get(REASON)))
+    return not outcome.startswith(f"{decision}: ") or (
+        NEEDS_REASON in outcome and bool(version.tags.get(REASON))
+    )
 
 
-def take_charge(root: Path, version: Version, *, by: str, why: str, force: bool, say: Say, only_while: Rollout | None = None) -> Champion | None:
+def take_charge(
+    root: Path,
+    version: Version,
+    *,
+    by: str,
+    why: str,
+    force: bool,
+    say: Say,
+    only_while: Rollout | None = None,
+) -> Champion | None:
     """Promote. None when `only_while` is no longer open. Raises what the gate, the checkout and MLflow raise."""
     read_tags(version)
     with locked(root, "promote"):
@@ -55,18 +66,27 @@ def take_charge(root: Path, version: Version, *, by: str, why: str, force: bool,
             return promote(workspace, version, by=by, why=why, force=force, say=say)
 
 
-def _conclude(root: Path, config: Config, registry: Registry, version: Version, decision: str, say: Say) -> bool:
+def _conclude(
+    root: Path, config: Config, registry: Registry, version: Version, decision: str, say: Say
+) -> bool:
     """Whether it is done. What a person may have done wrong is an outcome too; what passes by itself (the checkout, a service) is tried at the next look."""
     try:
         outcome = f"done: {_decide(root, config, registry, version, decision, say)}"
     except RatchetError as error:
-        if not isinstance(error, UserError) or isinstance(error, CheckoutError):  # another rollout that is open is no UserError either
+        if not isinstance(error, UserError) or isinstance(
+            error, CheckoutError
+        ):  # another rollout that is open is no UserError either
             say(f"v{version.number}, {decision} in MLflow, waits: {error}")
             return False
         outcome = f"refused: {error}"
     say(f"v{version.number}, {decision} in MLflow: {outcome}")
     try:
-        set_tag(version.name, version.number, ALIAS_OUTCOME if decision == ALIAS else OUTCOME, f"{decision}: {outcome}"[:MAX_TAG])
+        set_tag(
+            version.name,
+            version.number,
+            ALIAS_OUTCOME if decision == ALIAS else OUTCOME,
+            f"{decision}: {outcome}"[:MAX_TAG],
+        )
     except ServiceError as error:
         say(f"MLflow hears of it later: {error}")
     return True
@@ -110,7 +130,9 @@ def _promote(root: Path, version: Version, by: str, why: str, say: Say, *, force
 
 def _reject(root: Path, registry: Registry, version: Version, in_charge: bool, by: str, why: str) -> str:
     if in_charge:
-        raise UserError(f"v{version.number} is in charge", remedy="ratchet rollback returns to the version before")
+        raise UserError(
+            f"v{version.number} is in charge", remedy="ratchet rollback returns to the version before"
+        )
     current = read_rollout(root)
     if current and current.version == version.number:
         finish(root, current, "aborted", why=why, by=by)
@@ -131,7 +153,9 @@ def _heed_alias(root: Path, config: Config, registry: Registry, say: Say) -> boo
         say(f"the alias `champion` names v{number}, which the registry does not have")
     elif last_entry(root, version.number):
         # An alias that has not followed a rollback looks the same as one that was moved: the ledger wins.
-        say(f"the alias `champion` names v{number}, which was in charge before: `ratchet rollback` or `ratchet promote {number}` returns to it")
+        say(
+            f"the alias `champion` names v{number}, which was in charge before: `ratchet rollback` or `ratchet promote {number}` returns to it"
+        )
     elif not _conclude(root, config, registry, version, ALIAS, say):
         return False  # left where it was moved, for the next look
     return _set_back(root, registry, say)

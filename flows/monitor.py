@@ -54,7 +54,11 @@ def monitor(root: str | None = None, retrain: bool = True) -> dict[str, Any]:
     show(home, config, champion, found, folder)
     if decision.retrain and retrain:
         note_asked(home)
-        tell(DRIFTED, config, {"reason": reason_of(found), "topics": [msgspec.to_builtins(topic) for topic in verdict.topics]})
+        tell(
+            DRIFTED,
+            config,
+            {"reason": reason_of(found), "topics": [msgspec.to_builtins(topic) for topic in verdict.topics]},
+        )
     return found
 
 
@@ -66,14 +70,27 @@ def look_at(home: Path, config: Config, champion: Champion) -> tuple[Verdict, Pa
     try:
         since = time.time() - config.monitor.max_age_hours * 3600
         window = log.window(limit=config.monitor.window, since=since, version=champion.version)
-        earlier = log.window(limit=10 * config.monitor.window, until=window[0].at, version=champion.version) if window else []
+        earlier = (
+            log.window(limit=10 * config.monitor.window, until=window[0].at, version=champion.version)
+            if window
+            else []
+        )
         feedback = log.feedback_of([request.id for request in [*earlier, *window]])
     finally:
         log.close()
     with working("measuring …"):
         verdict = tasks.measure(window, feedback, earlier, reference, config)
-        say(f"{verdict.verdict} on {verdict.rows} requests" + (f", p = {verdict.p:.4f}" if verdict.p is not None else f"; wanted {verdict.needed}"))
-        folder = tasks.write_report(verdict, reference, window, home / REPORTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}") if verdict.p is not None else None
+        say(
+            f"{verdict.verdict} on {verdict.rows} requests"
+            + (f", p = {verdict.p:.4f}" if verdict.p is not None else f"; wanted {verdict.needed}")
+        )
+        folder = (
+            tasks.write_report(
+                verdict, reference, window, home / REPORTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+            )
+            if verdict.p is not None
+            else None
+        )
     for old in sorted((home / REPORTS).glob("*"))[:-KEPT_REPORTS]:
         shutil.rmtree(old, ignore_errors=True)
     return verdict, folder
@@ -106,7 +123,15 @@ def count_labelled(home: Path, config: Config, champion: Champion, verdict: Verd
     pulled = []
     for source in sources_for(verdict.topics, config.monitor):
         try:
-            pulled.append(pull(config, root=home, source=source.source, path=source.path or None, packages=source.packages or None))
+            pulled.append(
+                pull(
+                    config,
+                    root=home,
+                    source=source.source,
+                    path=source.path or None,
+                    packages=source.packages or None,
+                )
+            )
         except RatchetError as error:
             say(f"no rows from {source.source}: {str(error).splitlines()[0]}")
     return count_new(home, set(champion.batches), pulled)
@@ -120,7 +145,9 @@ def reason_of(found: dict[str, Any]) -> str:
 @task(name="show", **SETTINGS)
 def show(home: Path, config: Config, champion: Champion, found: dict[str, Any], folder: Path | None) -> None:
     """The verdict as an artifact, and its report in the champion's MLflow run with a link to it."""
-    create_markdown_artifact(drift_card(found), key="drift", description=f"{found['verdict']} on {found['rows']} requests")
+    create_markdown_artifact(
+        drift_card(found), key="drift", description=f"{found['verdict']} on {found['rows']} requests"
+    )
     if folder is None:
         return
     try:

@@ -17,12 +17,17 @@ from tasks import promote as tasks
 Say = Callable[[str], None]
 
 
-def promote_version(root: Path, config: Config, number: int, *, reason: str, force: bool, say: Say) -> Champion:
+def promote_version(
+    root: Path, config: Config, number: int, *, reason: str, force: bool, say: Say
+) -> Champion:
     """Raises UserError: no such version, or the gate did not pass it; ServiceError when MLflow does not answer."""
     version = get_version(config.project.name, number)
     if version is None:
         known = ", ".join(f"v{entry.number}" for entry in list_versions(config.project.name)) or "none"
-        raise UserError(f"{config.project.name} has no version {number}; registered: {known}", remedy="ratchet retrain registers candidates")
+        raise UserError(
+            f"{config.project.name} has no version {number}; registered: {known}",
+            remedy="ratchet retrain registers candidates",
+        )
     with locked(root, "promote"), open_workspace(root, "promote", say, keep_failed=0) as workspace:
         chosen = tasks.promote(workspace, version, by=who(root), why=reason, force=force, say=say)
     _end_rollout(root, chosen, reason, say)
@@ -41,5 +46,11 @@ def _end_rollout(root: Path, champion: Champion, reason: str, say: Say) -> None:
     """A person moved the champion: the open rollout was against another one, or its version has won. MLflow hears of it at the next look."""
     if (current := read_rollout(root)) is None:
         return
-    ended = finish(root, current, "promoted" if current.version == champion.version else "aborted", why=f"v{champion.version} is in charge: {reason}", by=who(root))
+    ended = finish(
+        root,
+        current,
+        "promoted" if current.version == champion.version else "aborted",
+        why=f"v{champion.version} is in charge: {reason}",
+        by=who(root),
+    )
     say(f"the rollout of v{ended.version} ended {ended.state}")

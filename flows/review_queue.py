@@ -37,7 +37,16 @@ def queue_doubtful(home: Path, data: Path, rejected: list[Rejection], config: Co
                 except RowError:
                     continue  # the settings changed meanwhile: it is unfit by another reason
                 meta = {**example.meta, "row": f"{batch.name}:{number}"}
-                items.append(Item(example.id, f"doubts-{Path(batch.name).stem}", "quarantine", example.messages, meta=meta, doubts=(rows[number].message,)))
+                items.append(
+                    Item(
+                        example.id,
+                        f"doubts-{Path(batch.name).stem}",
+                        "quarantine",
+                        example.messages,
+                        meta=meta,
+                        doubts=(rows[number].message,),
+                    )
+                )
             added += queue.add(items, share=config.review.share)
         return added
     finally:

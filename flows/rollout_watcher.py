@@ -45,8 +45,12 @@ class Watcher:
     def glance(self) -> bool:
         """Whether a look was asked for."""
         now, seen = time.monotonic(), registry_fingerprint(self._config.project.name)
-        waits = seen is None or (self._root / FILE).exists() or (self._root / AGAIN).exists()  # a registry that tells nothing is asked by the clock
-        due = waits and now - self._looked >= self._config.rollout.look_seconds * (BLIND_FACTOR if seen is None else 1)
+        waits = (
+            seen is None or (self._root / FILE).exists() or (self._root / AGAIN).exists()
+        )  # a registry that tells nothing is asked by the clock
+        due = waits and now - self._looked >= self._config.rollout.look_seconds * (
+            BLIND_FACTOR if seen is None else 1
+        )
         changed = seen is not None and seen != self._seen
         if not (due or changed):
             return False
@@ -63,7 +67,11 @@ def registry_fingerprint(name: str) -> str | None:
     hasher = hashlib.sha256()
     try:
         for path in ("registered-models/search", "model-versions/search"):
-            answer = httpx.get(f"{server.rstrip('/')}/api/2.0/mlflow/{path}", params={"filter": f"name='{name}'", "max_results": 1000}, timeout=TIMEOUT)
+            answer = httpx.get(
+                f"{server.rstrip('/')}/api/2.0/mlflow/{path}",
+                params={"filter": f"name='{name}'", "max_results": 1000},
+                timeout=TIMEOUT,
+            )
             hasher.update(answer.raise_for_status().content)
     except httpx.HTTPError:
         return None

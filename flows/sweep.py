@@ -43,7 +43,10 @@ def sweep(root: str | None = None, trials: int | None = None, apply: bool = Fals
         run_trials(search, workspace, config, material)
     summary = conclude(search, home, config, apply=apply)
     if not summary["best"]:
-        raise RatchetError(f"none of {summary['trials']} trials was completed", remedy=f"their reasons stand in {search.folder.relative_to(home)}; make `sweep.space` narrower")
+        raise RatchetError(
+            f"none of {summary['trials']} trials was completed",
+            remedy=f"their reasons stand in {search.folder.relative_to(home)}; make `sweep.space` narrower",
+        )
     return summary
 
 
@@ -53,7 +56,10 @@ def run_trials(search: Search, workspace: Workspace, config: Config, material: M
     while (trial := search.next()) is not None:
         if (wanted := rows_key(trial.user_attrs["changes"])) != made:
             try:
-                material, made = tokenise.with_options(task_run_name=f"rows of trial {trial.number}")(workspace, wanted), wanted
+                material, made = (
+                    tokenise.with_options(task_run_name=f"rows of trial {trial.number}")(workspace, wanted),
+                    wanted,
+                )
             except StageError as error:
                 search.fail(trial, " ".join(str(error).split())[:500])
                 made = {"failed": trial.number}
@@ -72,7 +78,9 @@ def tokenise(workspace: Workspace, changes: dict[str, Any]) -> Material:
 
 @task(name="trial", **SETTINGS)
 def train(search: Search, trial: optuna.Trial, material: Material) -> None:
-    say(f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in trial.user_attrs['changes'].items())}")
+    say(
+        f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in trial.user_attrs['changes'].items())}"
+    )
     record = search.run(trial, material)
     loss = f"{record['value']:.4f}" if record["value"] is not None else record["reason"]
     say(f"trial {trial.number}: {record['state']}, {loss} ({record['ended'] - record['began']:.0f} s)")
@@ -86,7 +94,9 @@ def tell_mlflow(search: Search, config: Config) -> None:
         deliver(search.folder, config)
     except ServiceError:
         search.tracker_away = True
-        say("MLflow does not answer: the trials are kept for it, and delivered at the end or by the next `ratchet sweep`")
+        say(
+            "MLflow does not answer: the trials are kept for it, and delivered at the end or by the next `ratchet sweep`"
+        )
 
 
 @task(name="propose", **SETTINGS)
@@ -108,5 +118,9 @@ def conclude(search: Search, home: Path, config: Config, *, apply: bool) -> dict
     except ServiceError:
         say("MLflow has no whole picture of this study: `ratchet up`, then the same command again")
     if best:
-        create_markdown_artifact(f"```diff\n{summary['diff']}```\n\n`{best.command}`\n", key="sweep", description=f"{search.unit} {best.value:.4f} (trial {best.number})")
+        create_markdown_artifact(
+            f"```diff\n{summary['diff']}```\n\n`{best.command}`\n",
+            key="sweep",
+            description=f"{search.unit} {best.value:.4f} (trial {best.number})",
+        )
     return summary

@@ -24,12 +24,21 @@ SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 def name_run() -> str:
     given = flow_run.parameters
-    return f"resume {given['resume']}" if given.get("resume") else f"synthesize: {given.get('mode') or 'documents'}"
+    return (
+        f"resume {given['resume']}"
+        if given.get("resume")
+        else f"synthesize: {given.get('mode') or 'documents'}"
+    )
 
 
 @flow(name="synthesize", flow_run_name=name_run, persist_result=False)
 def synthesize(
-    root: str | None = None, mode: str = "documents", documents: list[str] | None = None, seeds: str = "", count: int | None = None, resume: str | None = None
+    root: str | None = None,
+    mode: str = "documents",
+    documents: list[str] | None = None,
+    seeds: str = "",
+    count: int | None = None,
+    resume: str | None = None,
 ) -> dict[str, Any]:
     """Returns the draft's summary with `queued`, the rows that are new in the review queue. Raises what `tasks.synthesize` raises."""
     home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
@@ -41,7 +50,11 @@ def synthesize(
 @task(name="write", **SETTINGS)
 def write(config: Config, home: Path, wanted: tasks.Wanted, resume: str | None) -> dict[str, Any]:
     summary = tasks.synthesize(config, home, wanted, say=say, resume=resume)
-    create_markdown_artifact(summary_card(summary), key="synthesis", description=f"{summary['kept']} rows in the draft {summary['draft']}")
+    create_markdown_artifact(
+        summary_card(summary),
+        key="synthesis",
+        description=f"{summary['kept']} rows in the draft {summary['draft']}",
+    )
     return summary
 
 

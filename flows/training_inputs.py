@@ -26,7 +26,9 @@ def open_bench(root: Path, purpose: str, say: Say) -> Iterator[Workspace]:
     """A workspace with the newest data and today's champion pinned."""
     with open_workspace(root, purpose, say, keep_failed=0) as workspace:
         if not (workspace.path / "data/raw.dvc").exists():
-            raise DataError(f"{root} holds no batch of rows yet", remedy="ratchet ingest --path FILE takes rows in")
+            raise DataError(
+                f"{root} holds no batch of rows yet", remedy="ratchet ingest --path FILE takes rows in"
+            )
         check_out(workspace)
         pin(workspace)
         yield workspace

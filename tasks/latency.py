@@ -26,9 +26,16 @@ def measure(prepared: Path, base: Path, candidate: Path, config: Config) -> dict
     """What `measure_speed` gives. Raises DataError."""
     rows = list(islice(read_examples(prepared / "test.jsonl"), WARM_UP + ASKED))
     if len(rows) <= WARM_UP:
-        raise DataError(f"there are {len(rows)} test rows; wanted more than {WARM_UP} to measure answers by", remedy="raise `prepare.test_share`, or ingest more rows")
+        raise DataError(
+            f"there are {len(rows)} test rows; wanted more than {WARM_UP} to measure answers by",
+            remedy="raise `prepare.test_share`, or ingest more rows",
+        )
     context = int(read_json(base / MANIFEST)["context"])
-    return measure_speed(Bundle("compared", 1, candidate, base, context, Generation(config.evaluate.max_new_tokens)), rows, config)
+    return measure_speed(
+        Bundle("compared", 1, candidate, base, context, Generation(config.evaluate.max_new_tokens)),
+        rows,
+        config,
+    )
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:

@@ -24,7 +24,9 @@ from ratchet.reporting.forgetting import Evaluation, cells_of, filled_file, miss
 from ratchet.serving.bundle import base_hash
 
 
-def fill(root: Path, ledger: dict[str, Any], newest: Evaluation, config: Config, say: Callable[[str], None]) -> int:
+def fill(
+    root: Path, ledger: dict[str, Any], newest: Evaluation, config: Config, say: Callable[[str], None]
+) -> int:
     """Number of cells that were filled. A version whose weights cannot be had is said and left out. Raises CheckoutError when the rows cannot be had."""
     if not (wanted := missing(ledger)):
         return 0
@@ -35,7 +37,19 @@ def fill(root: Path, ledger: dict[str, Any], newest: Evaluation, config: Config,
         for version, slices in wanted:
             asked = [row for row in rows if row.meta["batch"] in slices]
             try:
-                cells = _ask(root, version, asked, newest, ledger["metric"], config, folder / version["adapter"][:16]) if asked else {}
+                cells = (
+                    _ask(
+                        root,
+                        version,
+                        asked,
+                        newest,
+                        ledger["metric"],
+                        config,
+                        folder / version["adapter"][:16],
+                    )
+                    if asked
+                    else {}
+                )
             except RatchetError as error:
                 say(f"{version['name']} stays unasked: {str(error).splitlines()[0]}")
                 continue
@@ -50,23 +64,51 @@ def _rows(root: Path, newest: Evaluation, folder: Path) -> list[Example]:
     _get(root, "data/prepared", newest.commit, folder / "prepared")
     scores = read_scores(root, newest.commit)
     ids = set(scores.id[scores.model == "candidate"])
-    return [row for name in ("test", "golden") for row in read_examples(folder / f"prepared/{name}.jsonl") if row.id in ids]
+    return [
+        row
+        for name in ("test", "golden")
+        for row in read_examples(folder / f"prepared/{name}.jsonl")
+        if row.id in ids
+    ]
 
 
-def _ask(root: Path, version: dict[str, Any], asked: list[Example], newest: Evaluation, metric: str, config: Config, folder: Path) -> dict[str, Any]:
+def _ask(
+    root: Path,
+    version: dict[str, Any],
+    asked: list[Example],
+    newest: Evaluation,
+    metric: str,
+    config: Config,
+    folder: Path,
+) -> dict[str, Any]:
     """slice → cell. Raises RatchetError: the weights or the base cannot be had, or are others than the ledger says."""
     _get(root, "models/candidate", version["commit"], folder / "candidate")
     if (seen := adapter_sha256(folder / "candidate")) != version["adapter"]:
-        raise CheckoutError(f"the weights at {version['commit'][:8]} have sha256 {seen[:12]}…, its verdict was on {version['adapter'][:12]}…")
+        raise CheckoutError(
+            f"the weights at {version['commit'][:8]} have sha256 {seen[:12]}…, its verdict was on {version['adapter'][:12]}…"
+        )
     base = folder.parent / f"base-{base_hash(root, version['commit'])}"
     if not base.exists():
         _get(root, "models/base", version["commit"], base)
     models, rows = Models(), Asked(asked, [str(row.meta["batch"]) for row in asked])
     cache = root / ANSWERS if config.evaluate.cache_mib else None
-    found = answer(Player(version["name"], base, folder / "candidate", folder / "candidate"), models, rows, config.evaluate, cache)
-    scores = add_scores(frame_of(asked, version["name"], found, config.evaluate), asked, config.evaluate, load_custom(config.evaluate.custom, root / "metrics"))
+    found = answer(
+        Player(version["name"], base, folder / "candidate", folder / "candidate"),
+        models,
+        rows,
+        config.evaluate,
+        cache,
+    )
+    scores = add_scores(
+        frame_of(asked, version["name"], found, config.evaluate),
+        asked,
+        config.evaluate,
+        load_custom(config.evaluate.custom, root / "metrics"),
+    )
     if metric not in scores:
-        raise CheckoutError(f"`evaluate.metrics` has no {metric}", remedy="name a metric that is computed with --metric")
+        raise CheckoutError(
+            f"`evaluate.metrics` has no {metric}", remedy="name a metric that is computed with --metric"
+        )
     return {name: {**cell, "from": "filled"} for name, cell in cells_of(scores, metric).items()}
 
 
@@ -83,4 +125,7 @@ def _get(root: Path, path: str, commit: str, out: Path) -> None:
     try:
         dvc(root, "get", "--quiet", ".", path, "--rev", commit, "--out", str(out))
     except CommandError as error:
-        raise CheckoutError(f"{path} of {commit[:8]} cannot be had: {' '.join(str(error).split())[:200]}", remedy="dvc pull brings what another machine made") from None
+        raise CheckoutError(
+            f"{path} of {commit[:8]} cannot be had: {' '.join(str(error).split())[:200]}",
+            remedy="dvc pull brings what another machine made",
+        ) from None

@@ -56,7 +56,17 @@ def read_reference(root: Path, config: Config, champion: Champion) -> Reference:
             shutil.rmtree(old, ignore_errors=True)
         with whole_folder(folder) as filling:
             for path in ("data/prepared", "reports/evaluation"):
-                dvc(root, "get", "--quiet", ".", path, "--rev", champion.commit, "--out", str(filling / Path(path).name))
+                dvc(
+                    root,
+                    "get",
+                    "--quiet",
+                    ".",
+                    path,
+                    "--rev",
+                    champion.commit,
+                    "--out",
+                    str(filling / Path(path).name),
+                )
     return load_reference(folder / "prepared", folder / "evaluation")
 
 
@@ -64,7 +74,9 @@ def load_reference(prepared: Path, evaluation: Path) -> Reference:
     import pandas as pd
 
     training = [row.question for row in read_examples(prepared / "train.jsonl")]
-    prompts = [row.question for split in ("validation", "test") for row in read_examples(prepared / f"{split}.jsonl")]
+    prompts = [
+        row.question for split in ("validation", "test") for row in read_examples(prepared / f"{split}.jsonl")
+    ]
     scores = pd.read_parquet(evaluation / "scores.parquet")
     own = scores[scores.model == "candidate"]
     surprise = own.prompt_nll if "prompt_nll" in own else [None] * len(own)
@@ -72,43 +84,81 @@ def load_reference(prepared: Path, evaluation: Path) -> Reference:
     return Reference(Familiar(training), training, list(dict.fromkeys(prompts)), answers)
 
 
-def measure(window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged], reference: Reference, config: Config) -> Verdict:
+def measure(
+    window: list[Logged],
+    feedback: dict[str, list[Feedback]],
+    earlier: list[Logged],
+    reference: Reference,
+    config: Config,
+) -> Verdict:
     """A question that was asked many times counts once among prompts and answers: a hundred people with one question are no new subject."""
     monitor, prompts = config.monitor, list(by_prompt(window))
     too_few = Verdict("too few", None, len(window), len(prompts), monitor.min_prompts)
     if window and not any(request.messages for request in window):
-        return msgspec.structs.replace(too_few, missing=["the request log keeps no texts (request_log.texts): prompts cannot be compared"])
+        return msgspec.structs.replace(
+            too_few,
+            missing=["the request log keeps no texts (request_log.texts): prompts cannot be compared"],
+        )
     if len(reference.prompts) < LEAST_ROWS:
-        return msgspec.structs.replace(too_few, missing=[f"the champion has {len(reference.prompts)} validation and test rows to compare with; wanted {LEAST_ROWS}"])
+        return msgspec.structs.replace(
+            too_few,
+            missing=[
+                f"the champion has {len(reference.prompts)} validation and test rows to compare with; wanted {LEAST_ROWS}"
+            ],
+        )
     if len(prompts) < monitor.min_prompts:
         return too_few
     families, missing = all_families(window, feedback, earlier, reference, monitor)
     found = judge(families, rate=monitor.false_alarm_rate, resamples=monitor.resamples, seed=monitor.seed)
     topics: list[Topic] = []
     if found.drift and set(found.moved) & set(PROMPTS):
-        topics = find_topics(prompts, reference.prompts, reference.training, most=monitor.topics, seed=monitor.seed)
-    return Verdict("drift" if found.drift else "no drift", found.p, len(window), len(prompts), monitor.min_prompts, found.columns, topics, missing, found.moved)
+        topics = find_topics(
+            prompts, reference.prompts, reference.training, most=monitor.topics, seed=monitor.seed
+        )
+    return Verdict(
+        "drift" if found.drift else "no drift",
+        found.p,
+        len(window),
+        len(prompts),
+        monitor.min_prompts,
+        found.columns,
+        topics,
+        missing,
+        found.moved,
+    )
 
 
 def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
     """Drift in something that training can change, enough labelled rows, budget and cool-down; each reason with its figure."""
     monitor = config.monitor
     reasons = [*verdict.missing, f"{verdict.distinct} distinct prompts, wanted {verdict.needed}"]
-    said = reasons[0] if verdict.p is None else f"p = {verdict.p:.4f}, monitor.false_alarm_rate {monitor.false_alarm_rate:g}"
+    said = (
+        reasons[0]
+        if verdict.p is None
+        else f"p = {verdict.p:.4f}, monitor.false_alarm_rate {monitor.false_alarm_rate:g}"
+    )
     since = facts.hours_since_retrain
     moved = ", ".join(verdict.moved)
     checks = [
         (verdict.verdict == "drift", f"{verdict.verdict} ({said})" + (f": {moved}" if moved else "")),
         (monitor.retrain, f"monitor.retrain is {str(monitor.retrain).lower()}"),
-        (facts.new_rows >= monitor.min_new_rows, f"{facts.new_rows} labelled rows that the champion has not seen, monitor.min_new_rows {monitor.min_new_rows}"),
-        (facts.retrains_week < monitor.max_retrains_per_week, f"{facts.retrains_week} retrainings in seven days, monitor.max_retrains_per_week {monitor.max_retrains_per_week}"),
+        (
+            facts.new_rows >= monitor.min_new_rows,
+            f"{facts.new_rows} labelled rows that the champion has not seen, monitor.min_new_rows {monitor.min_new_rows}",
+        ),
+        (
+            facts.retrains_week < monitor.max_retrains_per_week,
+            f"{facts.retrains_week} retrainings in seven days, monitor.max_retrains_per_week {monitor.max_retrains_per_week}",
+        ),
         (
             facts.gpu_hours_week < monitor.max_gpu_hours_per_week,
             f"{facts.gpu_hours_week:.2f} h of training in seven days, monitor.max_gpu_hours_per_week {monitor.max_gpu_hours_per_week:g}",
         ),
         (
             since is None or since >= monitor.cooldown_hours,
-            "no retraining before" if since is None else f"{since:.1f} h since the last retraining, monitor.cooldown_hours {monitor.cooldown_hours:g}",
+            "no retraining before"
+            if since is None
+            else f"{since:.1f} h since the last retraining, monitor.cooldown_hours {monitor.cooldown_hours:g}",
         ),
     ]
     if facts.under_way:
@@ -117,10 +167,16 @@ def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
         checks.append((False, f"the rollout of v{facts.rollout_of} is open: it may be the cure"))
     if verdict.verdict == "drift" and set(verdict.moved) <= NOT_TAUGHT:
         checks.append((False, f"only {moved} moved, which no training mends"))
-    return Decision(all(fine for fine, _ in checks), [words for fine, words in checks if fine], [words for fine, words in checks if not fine])
+    return Decision(
+        all(fine for fine, _ in checks),
+        [words for fine, words in checks if fine],
+        [words for fine, words in checks if not fine],
+    )
 
 
-def append_verdict(root: Path, champion: Champion, verdict: Verdict, decision: Decision, folder: Path | None) -> dict[str, Any]:
+def append_verdict(
+    root: Path, champion: Champion, verdict: Verdict, decision: Decision, folder: Path | None
+) -> dict[str, Any]:
     """One line more in verdicts.jsonl; what it says."""
     found = {
         "at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
@@ -138,11 +194,17 @@ def append_verdict(root: Path, champion: Champion, verdict: Verdict, decision: D
 def write_report(verdict: Verdict, reference: Reference, window: list[Logged], folder: Path) -> Path:
     """report.html and report.json by Evidently (its own methods, on the same columns), and verdict.json. Returns the folder."""
     asked = by_prompt(window)
-    answers = [Answered(request.answer, request.prompt_nll) for request in asked.values() if request.status == 200]
+    answers = [
+        Answered(request.answer, request.prompt_nll) for request in asked.values() if request.status == 200
+    ]
     with whole_folder(folder) as filling:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Evidently's own dependencies
-            _evidently(_table(list(asked), answers, reference.familiar), _table(reference.prompts, reference.answers, reference.familiar), filling)
+            _evidently(
+                _table(list(asked), answers, reference.familiar),
+                _table(reference.prompts, reference.answers, reference.familiar),
+                filling,
+            )
         write_json(filling / "verdict.json", msgspec.to_builtins(verdict))
     return folder
 
@@ -151,7 +213,11 @@ def _table(prompts: list[str], answers: list[Answered], familiar: Familiar) -> A
     """Prompts and answers are of different rows in the reference: every column stands for itself."""
     import pandas as pd
 
-    asked = {"characters": [len(text) for text in prompts], "words": [len(words_of(text)) for text in prompts], **familiar.columns(prompts)}
+    asked = {
+        "characters": [len(text) for text in prompts],
+        "words": [len(words_of(text)) for text in prompts],
+        **familiar.columns(prompts),
+    }
     told = {
         "answer characters": [len(one.answer) for one in answers],
         "answer words": [len(words_of(one.answer)) for one in answers],

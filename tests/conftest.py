@@ -37,7 +37,14 @@ def pytest_configure() -> None:
 
     And a home of our own: a training that succeeds removes the checkpoints of its home, which must not be a developer's checkout.
     """
-    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_CACHE=HUB_CACHE, HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        HF_HUB_CACHE=HUB_CACHE,
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        TQDM_DISABLE="1",
+        OMP_NUM_THREADS="1",
+        TOKENIZERS_PARALLELISM="false",
+    )
     os.environ["RATCHET_ROOT"] = HOME
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
@@ -55,7 +62,18 @@ def hub_cache() -> Path:
 @pytest.fixture(scope="session")
 def tiny_config() -> Config:
     return Config(
-        base=BaseConfig(demo=DemoBase(packages=PACKAGES, vocab_size=512, hidden_size=32, layers=2, heads=2, context=256, steps=20, batch_tokens=512)),
+        base=BaseConfig(
+            demo=DemoBase(
+                packages=PACKAGES,
+                vocab_size=512,
+                hidden_size=32,
+                layers=2,
+                heads=2,
+                context=256,
+                steps=20,
+                batch_tokens=512,
+            )
+        ),
         prepare=PrepareConfig(min_rows=40),
         tokenize=TokenizeConfig(max_length=96, window=128),
         train=TrainConfig(epochs=0.5, evaluations=2, learning_rate=1e-2),
@@ -76,7 +94,16 @@ def raw(tmp_path_factory: pytest.TempPathFactory, raw_rows: list[dict[str, Any]]
     folder, half = tmp_path_factory.mktemp("data") / "raw", len(raw_rows) // 2
     for month, rows in enumerate((raw_rows[:half], raw_rows[half:]), start=1):
         lines = [msgspec.json.encode(row) for row in rows]
-        write_batch(folder, lines, source="pydoc", label=f"month-{month}", time=f"2026-0{month}-01T00:00:00Z", licence="PSF-2.0", who="tests", form="messages")
+        write_batch(
+            folder,
+            lines,
+            source="pydoc",
+            label=f"month-{month}",
+            time=f"2026-0{month}-01T00:00:00Z",
+            licence="PSF-2.0",
+            who="tests",
+            form="messages",
+        )
     return folder
 
 
@@ -118,7 +145,9 @@ def tokens(prepared: Path, tiny_base: Path, nobody: Path, tiny_config: Config) -
 
 
 @pytest.fixture(scope="session")
-def candidate(tmp_path_factory: pytest.TempPathFactory, tokens: Path, tiny_base: Path, nobody: Path, tiny_config: Config) -> Path:
+def candidate(
+    tmp_path_factory: pytest.TempPathFactory, tokens: Path, tiny_base: Path, nobody: Path, tiny_config: Config
+) -> Path:
     """An adapter of rank 4; its reports lie beside it."""
     out = tmp_path_factory.mktemp("models") / "candidate"
     train(tokens, tiny_base, nobody, out, out.parent / "reports", tiny_config)
@@ -127,7 +156,9 @@ def candidate(tmp_path_factory: pytest.TempPathFactory, tokens: Path, tiny_base:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install -e '.[dev]')")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (pip install -e '.[dev]')"
+    )
     path = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
     if not path:
         pytest.skip("there is no chromium or google-chrome in PATH")

@@ -51,7 +51,9 @@ class Gateway(NamedTuple):
 
 
 @contextmanager
-def running_gateway(root: Path, *, stub: Stub | None = None, version: int | None = 1, **sections: dict[str, Any]) -> Iterator[Gateway]:
+def running_gateway(
+    root: Path, *, stub: Stub | None = None, version: int | None = 1, **sections: dict[str, Any]
+) -> Iterator[Gateway]:
     """With the real fleet, log and engine `openai`, and a stub behind it; waits until `version` is in charge."""
     stub = stub or Stub(needs_loading=True)
     if version is not None:
@@ -62,7 +64,9 @@ def running_gateway(root: Path, *, stub: Stub | None = None, version: int | None
         config = Config.model_validate({"project": {"name": NAME}, "gateway": gateway, **sections})
         engine, log = UpstreamEngine(config), open_log(root, config)
         url = stack.enter_context(serving(create_app(root, config, engine, Fleet(root, config, engine), log)))
-        running = Gateway(url, root, stub, log, stack.enter_context(httpx.Client(base_url=url, timeout=20, trust_env=False)))
+        running = Gateway(
+            url, root, stub, log, stack.enter_context(httpx.Client(base_url=url, timeout=20, trust_env=False))
+        )
         if version is not None:
             wait_for(lambda: running.get("/readyz").status_code == 200)
         yield running
@@ -70,15 +74,47 @@ def running_gateway(root: Path, *, stub: Stub | None = None, version: int | None
 
 def put_in_charge(root: Path, version: int, *, previous: int | None = None) -> None:
     make_served(root, version)
-    kept = {"run_key": "", "run_id": "", "batches": [], "data": {}, "gate": {}, "at": "", "by": "tests", "why": "", "move": "promote", "replaced": previous}
-    write_champion(root, Champion(name=NAME, version=version, previous=previous, commit="0" * 40, adapter_sha256=digest(version), **kept))
+    kept = {
+        "run_key": "",
+        "run_id": "",
+        "batches": [],
+        "data": {},
+        "gate": {},
+        "at": "",
+        "by": "tests",
+        "why": "",
+        "move": "promote",
+        "replaced": previous,
+    }
+    write_champion(
+        root,
+        Champion(
+            name=NAME,
+            version=version,
+            previous=previous,
+            commit="0" * 40,
+            adapter_sha256=digest(version),
+            **kept,
+        ),
+    )
 
 
 def open_rollout(root: Path, *, champion: int, version: int, share: float) -> None:
     make_served(root, version)
     now = time.time()
     more = {"salt": "s", "step": 0, "shares": [share], "state": "open", "opened": now, "step_since": now}
-    write_rollout(root, Rollout(id="r1", name=NAME, version=version, champion=champion, commit="0" * 40, adapter_sha256=digest(version), **more))
+    write_rollout(
+        root,
+        Rollout(
+            id="r1",
+            name=NAME,
+            version=version,
+            champion=champion,
+            commit="0" * 40,
+            adapter_sha256=digest(version),
+            **more,
+        ),
+    )
 
 
 def make_served(root: Path, version: int) -> None:
@@ -86,7 +122,9 @@ def make_served(root: Path, version: int) -> None:
     write_json(root / SERVING / "bases/base/manifest.json", {})
     folder = root / SERVING / f"v{version}-{digest(version)[:12]}"
     (folder / "adapter").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96})
+    write_json(
+        folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96}
+    )
 
 
 def digest(version: int) -> str:

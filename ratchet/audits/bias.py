@@ -34,12 +34,36 @@ def _both(*pairs: tuple[str, str]) -> dict[str, str]:
 # `her` may stand for `his` or `him`; the first is the commoner.
 SWAPS: dict[str, dict[str, str]] = {
     "gender": {
-        **_both(("he", "she"), ("himself", "herself"), ("man", "woman"), ("men", "women"), ("boy", "girl"), ("father", "mother"), ("son", "daughter"), ("husband", "wife")),
-        **_both(("brother", "sister"), ("mr", "ms"), ("sir", "madam"), ("james", "mary"), ("john", "anna"), ("michael", "sarah"), ("his", "her")),
+        **_both(
+            ("he", "she"),
+            ("himself", "herself"),
+            ("man", "woman"),
+            ("men", "women"),
+            ("boy", "girl"),
+            ("father", "mother"),
+            ("son", "daughter"),
+            ("husband", "wife"),
+        ),
+        **_both(
+            ("brother", "sister"),
+            ("mr", "ms"),
+            ("sir", "madam"),
+            ("james", "mary"),
+            ("john", "anna"),
+            ("michael", "sarah"),
+            ("his", "her"),
+        ),
         **{"him": "her", "mrs": "mr"},
     },
     "origin": _both(
-        ("james", "mohammed"), ("john", "wei"), ("michael", "deshawn"), ("mary", "fatima"), ("anna", "mei"), ("sarah", "lakisha"), ("smith", "nguyen"), ("miller", "khan")
+        ("james", "mohammed"),
+        ("john", "wei"),
+        ("michael", "deshawn"),
+        ("mary", "fatima"),
+        ("anna", "mei"),
+        ("sarah", "lakisha"),
+        ("smith", "nguyen"),
+        ("miller", "khan"),
     ),
     "religion": {
         "christian": "muslim",
@@ -75,10 +99,21 @@ def read_swaps(folder: Path) -> dict[str, dict[str, str]]:
         raise DataError(f"{path} is no valid YAML: {' '.join(str(error).split())}", remedy=remedy) from None
     if not isinstance(found, dict) or not all(isinstance(terms, dict) for terms in found.values()):
         raise DataError(f"{path} holds no lists of terms", remedy=remedy)
-    if odd := [f"{name}: {term!r}: {other!r}" for name, terms in found.items() for term, other in terms.items() if not _is_term(term) or not _is_term(other)]:
-        raise DataError(f"{path}: {odd[0]} is no pair of terms (quote what YAML takes for another type, as `true`)", remedy=remedy)
+    if odd := [
+        f"{name}: {term!r}: {other!r}"
+        for name, terms in found.items()
+        for term, other in terms.items()
+        if not _is_term(term) or not _is_term(other)
+    ]:
+        raise DataError(
+            f"{path}: {odd[0]} is no pair of terms (quote what YAML takes for another type, as `true`)",
+            remedy=remedy,
+        )
     own = {str(name): {term.lower(): other for term, other in terms.items()} for name, terms in found.items()}
-    return {name: {**SWAPS.get(name, {}), **own.get(name, {})} for name in (*SWAPS, *(name for name in own if name not in SWAPS))}
+    return {
+        name: {**SWAPS.get(name, {}), **own.get(name, {})}
+        for name in (*SWAPS, *(name for name in own if name not in SWAPS))
+    }
 
 
 def make_pairs(rows: Sequence[Example], swaps: Mapping[str, Terms], *, most: int) -> list[Pair]:
@@ -115,7 +150,9 @@ def _swap(text: str, pattern: re.Pattern[str], terms: Terms) -> str:
 
 def _pattern(terms: Terms) -> re.Pattern[str]:
     """The longest first, so that a term within another one does not win."""
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(terms, key=len, reverse=True)))})(?!\w)", re.IGNORECASE)
+    return re.compile(
+        rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(terms, key=len, reverse=True)))})(?!\w)", re.IGNORECASE
+    )
 
 
 def _in_case_of(old: str, new: str) -> str:
@@ -133,8 +170,14 @@ def describe_bias(pairs: pd.DataFrame, scores: pd.DataFrame, metric: str) -> dic
     found: dict[str, Any] = {}
     for (name, model), part in differences(pairs, scores, metric).groupby(["swap", "model"]):
         values = part.difference.to_numpy(dtype=np.float64)
-        intervals = bootstrap_means(np.column_stack([values, np.abs(values)]), alpha=0.025, resamples=1000, seed=0)
-        found.setdefault(str(name), {})[str(model)] = {"rows": len(part), "difference": intervals[0]._asdict(), "change": intervals[1]._asdict()}
+        intervals = bootstrap_means(
+            np.column_stack([values, np.abs(values)]), alpha=0.025, resamples=1000, seed=0
+        )
+        found.setdefault(str(name), {})[str(model)] = {
+            "rows": len(part),
+            "difference": intervals[0]._asdict(),
+            "change": intervals[1]._asdict(),
+        }
     return found
 
 
@@ -142,8 +185,21 @@ def differences(pairs: pd.DataFrame, scores: pd.DataFrame, metric: str) -> pd.Da
     """A line a pair and model: of, swap, model, difference. Raises RatchetError when a pair lacks a side, is doubled, or is not finite."""
     if metric not in pairs or metric not in scores:
         raise RatchetError(f"the counterfactual rows have no scores named {metric}", remedy=AGAIN)
-    joined = pairs.merge(scores[["id", "model", metric]], left_on=["of", "model"], right_on=["id", "model"], how="left", suffixes=("", "_original"), validate="many_to_one")
+    joined = pairs.merge(
+        scores[["id", "model", metric]],
+        left_on=["of", "model"],
+        right_on=["id", "model"],
+        how="left",
+        suffixes=("", "_original"),
+        validate="many_to_one",
+    )
     joined["difference"] = joined[metric] - joined[f"{metric}_original"]
-    if joined.duplicated(["of", "swap", "model"]).any() or not np.isfinite(joined.difference.to_numpy(dtype=np.float64)).all():
-        raise RatchetError("the counterfactual rows are doubled, lack their originals or hold values that are not finite", remedy=AGAIN)
+    if (
+        joined.duplicated(["of", "swap", "model"]).any()
+        or not np.isfinite(joined.difference.to_numpy(dtype=np.float64)).all()
+    ):
+        raise RatchetError(
+            "the counterfactual rows are doubled, lack their originals or hold values that are not finite",
+            remedy=AGAIN,
+        )
     return joined[["of", "swap", "model", "difference"]]

@@ -35,16 +35,23 @@ def require_fairlearn(fields: Sequence[str]) -> None:
 def group_columns(rows: Sequence[Example], fields: Sequence[str]) -> dict[str, list[str]]:
     """A value a row for each field; empty where the row has none. Raises DataError for a field that no row has."""
     require_fields("evaluate.groups", fields, rows)
-    return {f"{GROUP}{field}": ["" if row.meta.get(field) is None else str(row.meta[field]) for row in rows] for field in fields}
+    return {
+        f"{GROUP}{field}": ["" if row.meta.get(field) is None else str(row.meta[field]) for row in rows]
+        for field in fields
+    }
 
 
-def describe_groups(table: pd.DataFrame, fields: Sequence[str], metrics: Sequence[str], *, draws: int = DRAWS) -> dict[str, Any]:
+def describe_groups(
+    table: pd.DataFrame, fields: Sequence[str], metrics: Sequence[str], *, draws: int = DRAWS
+) -> dict[str, Any]:
     """field → metric → model → {by_group: value → {rows, mean, low, high}, difference, ratio}, each with a 95 % interval. Values under LEAST rows are left out."""
     found: dict[str, Any] = {}
     for field in fields:
         for model, rows in table.groupby("model"):
             kept = _kept(rows, f"{GROUP}{field}", LEAST)
-            scored = [metric for metric in metrics if np.isfinite(kept[metric].to_numpy(dtype=np.float64)).all()]
+            scored = [
+                metric for metric in metrics if np.isfinite(kept[metric].to_numpy(dtype=np.float64)).all()
+            ]
             if kept[f"{GROUP}{field}"].nunique() < 2:
                 continue
             for metric, part in _frame(kept, f"{GROUP}{field}", scored, draws).items():
@@ -72,21 +79,37 @@ def _frame(rows: pd.DataFrame, column: str, metrics: Sequence[str], draws: int) 
             ci_quantiles=[0.025, 0.975],
             random_state=0,
         )
-        gaps = {"difference": (frame.difference(), frame.difference_ci()), "ratio": (frame.ratio(), frame.ratio_ci())}
+        gaps = {
+            "difference": (frame.difference(), frame.difference_ci()),
+            "ratio": (frame.ratio(), frame.ratio_ci()),
+        }
     counts = rows[column].value_counts()
     found: dict[str, Any] = {}
     for metric in metrics:
         low, high = (side[metric] for side in frame.by_group_ci)
         by_group = {
-            str(value): {"rows": int(counts[value]), "mean": float(mean), "low": float(low[value]), "high": float(high[value])} for value, mean in frame.by_group[metric].items()
+            str(value): {
+                "rows": int(counts[value]),
+                "mean": float(mean),
+                "low": float(low[value]),
+                "high": float(high[value]),
+            }
+            for value, mean in frame.by_group[metric].items()
         }
-        found[metric] = {"by_group": by_group} | {name: _interval(value[metric], *(side[metric] for side in sides)) for name, (value, sides) in gaps.items()}
+        found[metric] = {"by_group": by_group} | {
+            name: _interval(value[metric], *(side[metric] for side in sides))
+            for name, (value, sides) in gaps.items()
+        }
     return found
 
 
 def _interval(mean: float, low: float, high: float) -> dict[str, float] | None:
     """None where a mean of 0 leaves no ratio."""
-    return {"mean": float(mean), "low": float(low), "high": float(high)} if all(math.isfinite(value) for value in (mean, low, high)) else None
+    return (
+        {"mean": float(mean), "low": float(low), "high": float(high)}
+        if all(math.isfinite(value) for value in (mean, low, high))
+        else None
+    )
 
 
 def _kept(rows: pd.DataFrame, column: str, least: int) -> pd.DataFrame:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ratchet.audits.judge_client import Ask, ask_all, ask_correctness, ask_groundedness, ask_preference, prompt_version
+from ratchet.audits.judge_client import (
+    Ask,
+    ask_all,
+    ask_correctness,
+    ask_groundedness,
+    ask_preference,
+    prompt_version,
+)
 from ratchet.config.evaluation import AnswerJudge
 from ratchet.evaluation.statistics import bootstrap_mean
 from ratchet.files import read_json
@@ -20,16 +27,30 @@ if TYPE_CHECKING:
     from ratchet.data.examples import Example
 
 JUDGE = "judge_"
-AGREEMENT = "judge_agreement.json"  # in the folder of the project's own metrics, written by `ratchet gate judge`
+AGREEMENT = (
+    "judge_agreement.json"  # in the folder of the project's own metrics, written by `ratchet gate judge`
+)
 
 
-def judge_answers(table: pd.DataFrame, rows: Sequence[Example], rival: str, config: AnswerJudge, home: Path, *, say: Callable[[str], None]) -> tuple[pd.DataFrame, dict[str, Any]]:
+def judge_answers(
+    table: pd.DataFrame,
+    rows: Sequence[Example],
+    rival: str,
+    config: AnswerJudge,
+    home: Path,
+    *,
+    say: Callable[[str], None],
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """(a line a judged row and model, with a column a metric; figures). `table` holds the answers of candidate and rival to all `rows`."""
     import pandas as pd
 
-    chosen = sorted((row for row in rows if row.meta["batch"] != "golden"), key=lambda row: row.id)[: config.rows]
+    chosen = sorted((row for row in rows if row.meta["batch"] != "golden"), key=lambda row: row.id)[
+        : config.rows
+    ]
     answers = {model: dict(zip(part.id, part.answer, strict=True)) for model, part in table.groupby("model")}
-    lines: dict[tuple[str, str], dict[str, Any]] = {(row.id, model): {"id": row.id, "model": model} for row in chosen for model in ("candidate", rival)}
+    lines: dict[tuple[str, str], dict[str, Any]] = {
+        (row.id, model): {"id": row.id, "model": model} for row in chosen for model in ("candidate", rival)
+    }
     given: dict[tuple[str, str, str], list[float]] = {}
     asks: list[Ask] = []
     places: list[tuple[str, str, str, bool]] = []  # metric, row, model, whether the score is the other one's
@@ -50,7 +71,9 @@ def judge_answers(table: pd.DataFrame, rows: Sequence[Example], rival: str, conf
     replies = ask_all(asks, config, home)
     scored = sum(score is not None for score in replies.scores)
     failed = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in sorted(replies.failures.items()))
-    say(f"evaluate: {config.model} scored {scored} of {len(asks)} answers{f'; without a score: {failed} (evaluate.judge.url is {config.url})' if failed else ''}")
+    say(
+        f"evaluate: {config.model} scored {scored} of {len(asks)} answers{f'; without a score: {failed} (evaluate.judge.url is {config.url})' if failed else ''}"
+    )
     for (metric, id, model, turned), score in zip(places, replies.scores, strict=True):
         value = math.nan if score is None else 1 - score if turned else score
         given.setdefault((metric, id, model), []).append(value)
@@ -58,26 +81,53 @@ def judge_answers(table: pd.DataFrame, rows: Sequence[Example], rival: str, conf
         lines[id, model][f"{JUDGE}{metric}"] = float(np.mean(values))
         if metric == "preference":
             lines[id, rival][f"{JUDGE}{metric}"] = 1 - float(np.mean(values))
-    judged = pd.DataFrame(list(lines.values()), columns=["id", "model", *(f"{JUDGE}{metric}" for metric in config.metrics)])
+    judged = pd.DataFrame(
+        list(lines.values()), columns=["id", "model", *(f"{JUDGE}{metric}" for metric in config.metrics)]
+    )
     compared = {id for metric, id, _, _ in places if metric == "preference"}
     figures = _describe(judged, given, compared, rival, config)
     if unasked := [metric for metric, count in figures["asked"].items() if not count]:
-        say(f"evaluate: no row was asked about {', '.join(unasked)}; groundedness needs a passage in `meta.{config.passage}`")
+        say(
+            f"evaluate: no row was asked about {', '.join(unasked)}; groundedness needs a passage in `meta.{config.passage}`"
+        )
     return judged, figures | {"failures": replies.failures}
 
 
-def _describe(judged: pd.DataFrame, given: dict[tuple[str, str, str], list[float]], asked_of: set[str], rival: str, config: AnswerJudge) -> dict[str, Any]:
+def _describe(
+    judged: pd.DataFrame,
+    given: dict[tuple[str, str, str], list[float]],
+    asked_of: set[str],
+    rival: str,
+    config: AnswerJudge,
+) -> dict[str, Any]:
     """`asked_of`: rows whose pair of answers the judge was really asked about; equal answers need no judge."""
-    figures: dict[str, Any] = {"model": config.model, "protocol": config.protocol, "rows": len(judged) // 2, "scores": {}, "asked": {}}
+    figures: dict[str, Any] = {
+        "model": config.model,
+        "protocol": config.protocol,
+        "rows": len(judged) // 2,
+        "scores": {},
+        "asked": {},
+    }
     for metric in config.metrics:
         figures["asked"][metric] = len({id for name, id, _ in given if name == metric})
         for model in ("candidate", rival):
-            values = judged[judged.model == model][f"{JUDGE}{metric}"].astype(float).dropna().to_numpy(dtype=np.float64)
+            values = (
+                judged[judged.model == model][f"{JUDGE}{metric}"]
+                .astype(float)
+                .dropna()
+                .to_numpy(dtype=np.float64)
+            )
             if len(values):
                 interval = bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)
                 figures["scores"].setdefault(metric, {})[model] = {"rows": len(values), **interval._asdict()}
-    if both := [values for (metric, id, _), values in given.items() if metric == "preference" and id in asked_of and np.isfinite(values).all()]:
-        figures["consistent"] = sum(one == other for one, other in both) / len(both)  # the same answer was preferred from either place
+    if both := [
+        values
+        for (metric, id, _), values in given.items()
+        if metric == "preference" and id in asked_of and np.isfinite(values).all()
+    ]:
+        figures["consistent"] = sum(one == other for one, other in both) / len(
+            both
+        )  # the same answer was preferred from either place
     return figures
 
 
@@ -90,9 +140,13 @@ def read_agreement(own: Path, config: AnswerJudge) -> dict[str, Any]:
         if not record:
             found[metric] = {"why": "its agreement with people was never measured (ratchet gate judge)"}
         elif (record.get("protocol"), record.get("model")) != (config.protocol, config.model):
-            found[metric] = {"why": f"its agreement was measured of {record.get('model')}, the judge is {config.model} (ratchet gate judge)"}
+            found[metric] = {
+                "why": f"its agreement was measured of {record.get('model')}, the judge is {config.model} (ratchet gate judge)"
+            }
         elif record.get("prompts", {}).get(metric) != prompt_version(metric):
             found[metric] = {"why": "its agreement was measured with another prompt (ratchet gate judge)"}
         else:
-            found[metric] = record.get("agreement", {}).get(metric) or {"why": "no decision of a reviewer speaks of it"}
+            found[metric] = record.get("agreement", {}).get(metric) or {
+                "why": "no decision of a reviewer speaks of it"
+            }
     return found

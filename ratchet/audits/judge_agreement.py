@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ratchet.audits.judge_client import Ask, ask_all, ask_correctness, ask_groundedness, ask_preference, prompt_version
+from ratchet.audits.judge_client import (
+    Ask,
+    ask_all,
+    ask_correctness,
+    ask_groundedness,
+    ask_preference,
+    prompt_version,
+)
 from ratchet.config.evaluation import AnswerJudge
 from ratchet.evaluation.statistics import Values
 from ratchet.review.queue import ReviewQueue
@@ -33,9 +40,17 @@ class Label(NamedTuple):
     asks: list[Ask]
 
 
-def measure_agreement(queue: ReviewQueue, config: AnswerJudge, home: Path, *, backoff: float = 1.0) -> dict[str, Any]:
+def measure_agreement(
+    queue: ReviewQueue, config: AnswerJudge, home: Path, *, backoff: float = 1.0
+) -> dict[str, Any]:
     """What `metrics/judge_agreement.json` holds. Raises as `ask_all` does."""
-    labels = [label for draft in queue.drafts() for entry in queue.entries(draft["name"]) for label in _labels(entry) if label.metric in config.metrics]
+    labels = [
+        label
+        for draft in queue.drafts()
+        for entry in queue.entries(draft["name"])
+        for label in _labels(entry)
+        if label.metric in config.metrics
+    ]
     replies = ask_all([ask for label in labels for ask in label.asks], config, home, backoff=backoff)
     scores = iter(replies.scores)
     found: dict[str, list[tuple[bool, bool]]] = {metric: [] for metric in config.metrics}
@@ -43,7 +58,12 @@ def measure_agreement(queue: ReviewQueue, config: AnswerJudge, home: Path, *, ba
         given = [next(scores) for _ in label.asks]
         values = [1 - score if place else score for place, score in enumerate(given) if score is not None]
         if len(values) == len(given):
-            found[label.metric].append((label.right, float(np.mean(values)) > RIGHT if label.metric == "preference" else values[0] >= RIGHT))
+            found[label.metric].append(
+                (
+                    label.right,
+                    float(np.mean(values)) > RIGHT if label.metric == "preference" else values[0] >= RIGHT,
+                )
+            )
     return {
         "protocol": config.protocol,
         "model": config.model,
@@ -72,13 +92,21 @@ def _labels(entry: Entry) -> Iterator[Label]:
 def _agreement(metric: str, pairs: list[tuple[bool, bool]]) -> dict[str, Any]:
     """`low` is the lower bound of kappa, one-sided at 5 %, by the bootstrap over the decisions."""
     if len(pairs) < FEWEST:
-        return {"labels": len(pairs), "why": f"{len(pairs)} decisions of people speak of it, {FEWEST} are needed"}
+        return {
+            "labels": len(pairs),
+            "why": f"{len(pairs)} decisions of people speak of it, {FEWEST} are needed",
+        }
     counts = np.zeros(4)
     for right, said in pairs:
         counts[2 * right + said] += 1
     drawn = np.random.default_rng(0).multinomial(len(pairs), counts / len(pairs), DRAWS).astype(np.float64)
     kappa, draws = (_kappa(metric, table) for table in (counts[None, :], drawn))
-    return {"labels": len(pairs), "agree": float((counts[0] + counts[3]) / len(pairs)), "kappa": float(kappa[0]), "low": float(np.quantile(draws, ALPHA))}
+    return {
+        "labels": len(pairs),
+        "agree": float((counts[0] + counts[3]) / len(pairs)),
+        "kappa": float(kappa[0]),
+        "low": float(np.quantile(draws, ALPHA)),
+    }
 
 
 def _kappa(metric: str, tables: Values) -> Values:
@@ -88,4 +116,6 @@ def _kappa(metric: str, tables: Values) -> Values:
     if metric == "preference":
         return np.asarray(2 * agree - 1, dtype=np.float64)
     chance = (both + judge) * (both + people) + (neither + people) * (neither + judge)
-    return np.asarray(np.where(chance < 1, (agree - chance) / np.where(chance < 1, 1 - chance, 1), 0.0), dtype=np.float64)
+    return np.asarray(
+        np.where(chance < 1, (agree - chance) / np.where(chance < 1, 1 - chance, 1), 0.0), dtype=np.float64
+    )

@@ -48,17 +48,28 @@ class Replies(NamedTuple):
 
 
 def ask_correctness(question: str, answer: str, reference: str) -> Ask:
-    return Ask(load_template("judge_correctness", None).render(question=question, answer=answer, reference=reference), Score)
+    return Ask(
+        load_template("judge_correctness", None).render(
+            question=question, answer=answer, reference=reference
+        ),
+        Score,
+    )
 
 
 def ask_groundedness(question: str, answer: str, passage: str) -> Ask:
-    return Ask(load_template("judge_groundedness", None).render(question=question, answer=answer, passage=passage), Score)
+    return Ask(
+        load_template("judge_groundedness", None).render(question=question, answer=answer, passage=passage),
+        Score,
+    )
 
 
 def ask_preference(question: str, one: str, other: str, reference: str) -> list[Ask]:
     """Twice, with the positions swapped: judges like what stands first (Zheng et al. 2023, arXiv 2306.05685)."""
     template = load_template("judge_preference", None)
-    return [Ask(template.render(question=question, first=first, second=second, reference=reference), Choice) for first, second in ((one, other), (other, one))]
+    return [
+        Ask(template.render(question=question, first=first, second=second, reference=reference), Choice)
+        for first, second in ((one, other), (other, one))
+    ]
 
 
 def prompt_version(metric: str) -> str:
@@ -73,7 +84,12 @@ def ask_all(asks: Sequence[Ask], config: AnswerJudge, home: Path, *, backoff: fl
 async def _ask_all(asks: Sequence[Ask], config: AnswerJudge, home: Path, backoff: float) -> Replies:
     failures, in_a_row, asked = Counter[str](), 0, 0
     with closing(_Memory(home / FILE)) as memory:
-        judge = Teacher(config, Budget(max_cost=config.max_cost, max_tokens=config.max_run_tokens, section=SECTION), section=SECTION, backoff=backoff)
+        judge = Teacher(
+            config,
+            Budget(max_cost=config.max_cost, max_tokens=config.max_run_tokens, section=SECTION),
+            section=SECTION,
+            backoff=backoff,
+        )
 
         async def reply(ask: Ask, key: str) -> str | None:
             nonlocal in_a_row, asked
@@ -104,8 +120,13 @@ async def _ask_all(asks: Sequence[Ask], config: AnswerJudge, home: Path, backoff
             raws = dict(zip(once, await _gather([reply(ask, key) for key, ask in once.items()]), strict=True))
         finally:
             await judge.close()
-    scores = [_value(raw, ask.shape) if (raw := raws[key]) is not None else None for key, ask in zip(keys, asks, strict=True)]
-    failures["out_of_range"] = sum(score is None and raws[key] is not None for key, score in zip(keys, scores, strict=True))
+    scores = [
+        _value(raw, ask.shape) if (raw := raws[key]) is not None else None
+        for key, ask in zip(keys, asks, strict=True)
+    ]
+    failures["out_of_range"] = sum(
+        score is None and raws[key] is not None for key, score in zip(keys, scores, strict=True)
+    )
     return Replies(scores, {reason: count for reason, count in sorted(failures.items()) if count}, asked)
 
 
@@ -131,7 +152,15 @@ def _value(raw: str, shape: type[Score] | type[Choice]) -> float | None:
 
 
 def _key(config: AnswerJudge, ask: Ask) -> str:
-    parts = [config.protocol, config.url, config.model, config.temperature, ask.prompt.version, ask.prompt.system, ask.prompt.user]
+    parts = [
+        config.protocol,
+        config.url,
+        config.model,
+        config.temperature,
+        ask.prompt.version,
+        ask.prompt.system,
+        ask.prompt.user,
+    ]
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
@@ -143,7 +172,9 @@ class _Memory:
             self._file = sqlite3.connect(path, timeout=10)
             self._file.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, raw TEXT NOT NULL)")
         except sqlite3.Error as error:
-            raise ServiceError(f"{FILE} cannot be used: {error}", remedy="remove the file: it only remembers replies") from None
+            raise ServiceError(
+                f"{FILE} cannot be used: {error}", remedy="remove the file: it only remembers replies"
+            ) from None
 
     def recall(self, key: str) -> str | None:
         found = self._file.execute("SELECT raw FROM replies WHERE key = ?", (key,)).fetchone()

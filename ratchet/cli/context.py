@@ -33,7 +33,10 @@ def find_root() -> Path:
     for folder in [start] if Here.path else [start, *start.parents]:
         if (folder / "params.yaml").exists():
             return folder
-    raise ConfigError(f"no params.yaml in {start}{'' if Here.path else ' or above'}", remedy="run the command in a clone of the project, or name one with -C PATH")
+    raise ConfigError(
+        f"no params.yaml in {start}{'' if Here.path else ' or above'}",
+        remedy="run the command in a clone of the project, or name one with -C PATH",
+    )
 
 
 def read_config(root: Path) -> Config:

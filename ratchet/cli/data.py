@@ -27,12 +27,28 @@ ID = re.compile(r"[0-9a-f]{32}")
 
 @app.command("forget")
 def data_forget(
-    match: Annotated[str, typer.Option("--match", metavar="REGEX", help="Rows in whose texts the pattern is found.")] = "",
-    example_id: Annotated[str, typer.Option("--id", metavar="EXAMPLE_ID", help="The row with this id, 32 hex digits, and its copies.")] = "",
-    user: Annotated[str, typer.Option("--user", metavar="NAME", help="Rows whose `meta` names this person, or the pseudonym that the gateway gave them.")] = "",
+    match: Annotated[
+        str, typer.Option("--match", metavar="REGEX", help="Rows in whose texts the pattern is found.")
+    ] = "",
+    example_id: Annotated[
+        str,
+        typer.Option(
+            "--id", metavar="EXAMPLE_ID", help="The row with this id, 32 hex digits, and its copies."
+        ),
+    ] = "",
+    user: Annotated[
+        str,
+        typer.Option(
+            "--user",
+            metavar="NAME",
+            help="Rows whose `meta` names this person, or the pseudonym that the gateway gave them.",
+        ),
+    ] = "",
     reason: Annotated[str, typer.Option("--reason", help="Why; kept in git, so write no names.")] = "by hand",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be forgotten, and change nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be forgotten, and change nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Leave rows out of every training from now on, and mark the versions that learned from them.
@@ -41,10 +57,20 @@ def data_forget(
     """
     pass
 
-    forget(match=match, example_id=example_id, user=user, reason=reason, yes=yes, dry_run=dry_run, as_json=as_json)
+    forget(
+        match=match,
+        example_id=example_id,
+        user=user,
+        reason=reason,
+        yes=yes,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
 
 
-def forget(*, match: str, example_id: str, user: str, reason: str, yes: bool, dry_run: bool, as_json: bool) -> None:
+def forget(
+    *, match: str, example_id: str, user: str, reason: str, yes: bool, dry_run: bool, as_json: bool
+) -> None:
     root = ready_root()
     query = _query(root, match, example_id, user)
     config = read_config(root)
@@ -63,7 +89,9 @@ def forget(*, match: str, example_id: str, user: str, reason: str, yes: bool, dr
     def tell() -> None:
         if yes:
             _tell_found(places)
-        say(f"{done.rows} rows are newly on the list, {len(found) - done.rows} were on it already; commit {done.commit[:8]}. The next `ratchet retrain` does without them.")
+        say(
+            f"{done.rows} rows are newly on the list, {len(found) - done.rows} were on it already; commit {done.commit[:8]}. The next `ratchet retrain` does without them."
+        )
         for line in [*_about_versions(root, config, done.versions), *_about_bytes(root, found)]:
             say(line)
 
@@ -77,18 +105,28 @@ def _query(root: Path, match: str, example_id: str, user: str) -> Any:
     if sum(map(bool, (match, example_id, user))) != 1:
         raise UserError("wanted exactly one of --match, --id, --user", remedy="ratchet data forget --help")
     if example_id and not ID.fullmatch(example_id):
-        raise UserError(f"{example_id[:60]!r} is no id of an example", remedy="32 hex digits, as in the lines of data/prepared/train.jsonl")
+        raise UserError(
+            f"{example_id[:60]!r} is no id of an example",
+            remedy="32 hex digits, as in the lines of data/prepared/train.jsonl",
+        )
     if user:
         return Query(names=frozenset({user, known_pseudonym(root, user)} - {""}))
     try:
-        return Query(pattern=re.compile(unicodedata.normalize("NFC", match)) if match else None, id=example_id)
+        return Query(
+            pattern=re.compile(unicodedata.normalize("NFC", match)) if match else None, id=example_id
+        )
     except re.error as error:
         raise UserError(f"the pattern is no regular expression: {error}") from None
 
 
 def _tell_found(places: list[str], to: Any = None) -> None:
-    more = f"\n  … and {len(places) - SHOWN} more (--json --dry-run lists them)" if len(places) > SHOWN else ""
-    typer.echo(f"{len(places)} rows (batch:line):\n" + "\n".join(f"  {place}" for place in places[:SHOWN]) + more, file=to)
+    more = (
+        f"\n  … and {len(places) - SHOWN} more (--json --dry-run lists them)" if len(places) > SHOWN else ""
+    )
+    typer.echo(
+        f"{len(places)} rows (batch:line):\n" + "\n".join(f"  {place}" for place in places[:SHOWN]) + more,
+        file=to,
+    )
 
 
 def _about_versions(root: Path, config: Config, versions: list[Trace] | None) -> Iterator[str]:
@@ -102,8 +140,17 @@ def _about_versions(root: Path, config: Config, versions: list[Trace] | None) ->
         return
     yield "Versions that learned from rows on the list, each marked with the tag `forget`:"
     for version in versions:
-        learned = f"{version.rows} rows were in its training split" if version.exact else f"its batch was used ({version.rows} rows); its data can no longer be read"
-        yield f"  v{version.version}: " + "; ".join([*([learned] if version.rows else []), *([f"went on from the weights of v{version.parent}"] if version.parent else [])])
+        learned = (
+            f"{version.rows} rows were in its training split"
+            if version.exact
+            else f"its batch was used ({version.rows} rows); its data can no longer be read"
+        )
+        yield f"  v{version.version}: " + "; ".join(
+            [
+                *([learned] if version.rows else []),
+                *([f"went on from the weights of v{version.parent}"] if version.parent else []),
+            ]
+        )
     champion = read_champion(root)
     if champion and champion.version in {version.version for version in versions}:
         yield f"v{champion.version} is in charge. It is free of these rows only when another version takes its place."

@@ -19,7 +19,9 @@ def print_evaluation(found: dict[str, Any]) -> None:
     from ratchet.reporting.markdown import VERDICTS, audit_lines, mark, speed_line
 
     console, decision = Console(), found["decision"]
-    rival = "the untouched base" if decision["rival"]["version"] is None else f"v{decision['rival']['version']}"
+    rival = (
+        "the untouched base" if decision["rival"]["version"] is None else f"v{decision['rival']['version']}"
+    )
     console.print(Text(f"{found['name']} against {rival}: {VERDICTS[decision['verdict']]}", style="bold"))
     for check in decision["checks"]:
         console.print(Text(f"  {mark(check['result'])} {check['reason']}"))
@@ -68,14 +70,19 @@ def _batches(found: dict[str, Any]) -> Table:
     table = _table(f"{found['metric'].replace('_', ' ')} by batch", "", *found["models"])
     for name, of in found["metrics"]["slices"].items():
         if name.startswith("batch:"):
-            table.add_row(_text(name.partition(":")[2]), *(_cell(of.get(model, {}).get(found["metric"])) for model in found["models"]))
+            table.add_row(
+                _text(name.partition(":")[2]),
+                *(_cell(of.get(model, {}).get(found["metric"])) for model in found["models"]),
+            )
     return table
 
 
 def _moved(title: str, rows: list[dict[str, Any]], rival: str, name: str) -> Table:
     table = _table(f"{len(rows)} {title}, the furthest first", "question", "wanted", rival, name, "")
     for row in rows:
-        table.add_row(*(_text(row[key], 160) for key in ("question", "wanted", "before", "now")), f"{row['gain']:+.3f}")
+        table.add_row(
+            *(_text(row[key], 160) for key in ("question", "wanted", "before", "now")), f"{row['gain']:+.3f}"
+        )
     return table
 
 
@@ -88,7 +95,10 @@ def _curve(points: list[dict[str, Any]]) -> Table:
         told += [train | point] if "validation_loss" in point else []
     told = told or points
     for point in told[:: max(1, -(-len(told) // MOST_POINTS))]:
-        table.add_row(str(point["step"]), *(f"{point[key]:.4f}" if key in point else "" for key in ("train_loss", "validation_loss")))
+        table.add_row(
+            str(point["step"]),
+            *(f"{point[key]:.4f}" if key in point else "" for key in ("train_loss", "validation_loss")),
+        )
     return table
 
 

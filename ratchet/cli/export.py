@@ -21,8 +21,16 @@ class Kind(StrEnum):
 
 
 def export(
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="`champion`, `candidate`, or a number such as v3.")],
-    to: Annotated[Kind, typer.Option("--to", help="merged: safetensors; gguf, int8, int4: one file for llama.cpp, in float16, 8 or 4 bits.")],
+    version: Annotated[
+        str, typer.Argument(metavar="VERSION", help="`champion`, `candidate`, or a number such as v3.")
+    ],
+    to: Annotated[
+        Kind,
+        typer.Option(
+            "--to",
+            help="merged: safetensors; gguf, int8, int4: one file for llama.cpp, in float16, 8 or 4 bits.",
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A folder that does not exist yet.")],
     as_json: Json = False,
 ) -> None:
@@ -30,7 +38,10 @@ def export(
 
     Example: ratchet export champion --to gguf --out exports/claims
     """
-    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # bars of libraries, read when they are imported
+    os.environ |= {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+    }  # bars of libraries, read when they are imported
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it notes optional kernels at every import
     root, out = ready_root(clean=False), out.resolve()
     from ratchet.serving.version_source import find_source
@@ -39,6 +50,8 @@ def export(
 
     config = read_config(root)
     source = find_source(root, config.project.name, version)
-    note(f"{source.label} of {config.project.name}: merged, written, loaded again and asked {config.parity.rows} rows at most …")
+    note(
+        f"{source.label} of {config.project.name}: merged, written, loaded again and asked {config.parity.rows} rows at most …"
+    )
     record = run(source, to.value, out, config)
     show(record, as_json, lambda: say("\n".join(tell(record, out))))

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 def ledger(
     metric: Annotated[str, typer.Option("--metric", help="A score a row; otherwise `gate.metric`.")] = "",
-    fill: Annotated[bool, typer.Option("--fill", help="Ask old versions the rows that came after them; takes an evaluation's time for each, once.")] = False,
+    fill: Annotated[
+        bool,
+        typer.Option(
+            "--fill",
+            help="Ask old versions the rows that came after them; takes an evaluation's time for each, once.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """What was forgotten: every version on the test rows of every batch and on the golden set.
@@ -96,7 +102,13 @@ def print_table(found: dict[str, Any]) -> None:
     for name in found["slices"]:
         table.add_column(Text(f"{short(name)}\n{found['rows'][name]} rows"), overflow="fold")
     for row in found["versions"]:
-        table.add_row(Text(row["name"]), *(Text(in_figures(row["cells"][name]), style="" if row["cells"][name] else "dim") for name in found["slices"]))
+        table.add_row(
+            Text(row["name"]),
+            *(
+                Text(in_figures(row["cells"][name]), style="" if row["cells"][name] else "dim")
+                for name in found["slices"]
+            ),
+        )
     console.print(table)
     if any(cell is None for row in found["versions"] for cell in row["cells"].values()):
         console.print(Text("not asked: rows that came after that version; ratchet ledger --fill asks it"))

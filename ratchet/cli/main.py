@@ -38,7 +38,9 @@ INTERRUPTED = 130  # typer's exit code for Ctrl-C
 
 @app.callback()
 def _global(
-    path: Annotated[Path | None, typer.Option("-C", metavar="PATH", help="Work in the checkout at PATH, as git does.")] = None,
+    path: Annotated[
+        Path | None, typer.Option("-C", metavar="PATH", help="Work in the checkout at PATH, as git does.")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     Here.path, Here.debug = path, debug
@@ -84,11 +86,17 @@ def down() -> None:
 
 @app.command()
 def ingest(
-    source: Annotated[str | None, typer.Option(help="pydoc, jsonl, feedback or review; otherwise what params.yaml says.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="pydoc, jsonl, feedback or review; otherwise what params.yaml says.")
+    ] = None,
     path: Annotated[str | None, typer.Option(help="File, glob or URL of JSON Lines.")] = None,
     packages: Annotated[str | None, typer.Option(help="Import names for pydoc, with commas.")] = None,
-    draft: Annotated[str | None, typer.Option(metavar="NAME", help="The reviewed draft; without it, all that are ready.")] = None,
-    golden: Annotated[int, typer.Option(min=0, metavar="ROWS", help="Freeze that many rows as the golden set instead.")] = 0,
+    draft: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The reviewed draft; without it, all that are ready.")
+    ] = None,
+    golden: Annotated[
+        int, typer.Option(min=0, metavar="ROWS", help="Freeze that many rows as the golden set instead.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Pull rows into one immutable batch and commit it.
@@ -98,8 +106,19 @@ def ingest(
     root = ready_root()
     from flows.ingest import ingest as flow
 
-    done = flow(root=str(root), source=source, path=path, packages=packages.split(",") if packages else None, golden=golden, draft=draft)
-    news = f"{done['rows']} rows in {done['batch']}, commit {done['commit'][:8]}" if done["new"] else f"nothing new: these rows are batch {done['batch']}"
+    done = flow(
+        root=str(root),
+        source=source,
+        path=path,
+        packages=packages.split(",") if packages else None,
+        golden=golden,
+        draft=draft,
+    )
+    news = (
+        f"{done['rows']} rows in {done['batch']}, commit {done['commit'][:8]}"
+        if done["new"]
+        else f"nothing new: these rows are batch {done['batch']}"
+    )
     show(done, as_json, lambda: say(news))
 
 
@@ -113,8 +132,12 @@ for command in (training.plan, training.sweep, training.compare):
 @app.command()
 def retrain(
     reason: Reason = "by hand",
-    force: Annotated[bool, typer.Option("--force", help="Compare with today's champion even when nothing else changed.")] = False,
-    drift: Annotated[bool, typer.Option("--drift", help="Pull rows of the topics that the last verdict named, first.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare with today's champion even when nothing else changed.")
+    ] = False,
+    drift: Annotated[
+        bool, typer.Option("--drift", help="Pull rows of the topics that the last verdict named, first.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Prepare, tokenize, train, evaluate, gate; what the gate lets through is promoted or rolled out.
@@ -128,7 +151,9 @@ def retrain(
 
     def tell() -> None:
         ran = [stage for stage, did in done["stages"].items() if did]
-        say(f"verdict: {done['verdict']} (v{done['version']}); in charge: {_version(done['champion'])}; ran: {', '.join(ran) or 'nothing, all unchanged'}")
+        say(
+            f"verdict: {done['verdict']} (v{done['version']}); in charge: {_version(done['champion'])}; ran: {', '.join(ran) or 'nothing, all unchanged'}"
+        )
         for line in [*done["reasons"], *done["regions"]]:
             say(f"  {line}")
 
@@ -160,11 +185,15 @@ def promote(
     Example: ratchet promote 3 --reason "read the table with Ana"
     """
     if force and reason == "by hand":
-        raise UserError("--force without --reason", remedy="the ledger keeps why the gate was overruled: add --reason '…'")
+        raise UserError(
+            "--force without --reason", remedy="the ledger keeps why the gate was overruled: add --reason '…'"
+        )
     root = ready_root()
     from flows.promotion import promote_version
 
-    _tell_champion(promote_version(root, read_config(root), version, reason=reason, force=force, say=note), as_json)
+    _tell_champion(
+        promote_version(root, read_config(root), version, reason=reason, force=force, say=note), as_json
+    )
 
 
 @app.command()
@@ -193,7 +222,9 @@ def serve() -> None:
 
 @app.command()
 def monitor(
-    only_look: Annotated[bool, typer.Option("--only-look", help="Start no retraining, whatever is found.")] = False,
+    only_look: Annotated[
+        bool, typer.Option("--only-look", help="Start no retraining, whatever is found.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare the newest requests with what the champion was made for.
@@ -214,7 +245,11 @@ def monitor(
 
 
 @app.command()
-def report(path: Annotated[Path | None, typer.Option("--out", help="Where to write the page; otherwise .ratchet/report.html.")] = None) -> None:
+def report(
+    path: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the page; otherwise .ratchet/report.html.")
+    ] = None,
+) -> None:
     """Write one page with the champion, traffic, feedback, drift, rollout and ledger.
 
     Example: ratchet report --out report.html
@@ -259,7 +294,14 @@ def doctor(as_json: Json = False) -> None:
             if finding.ok is not True and finding.remedy:
                 say(f"     {'':12} → {finding.remedy}")
 
-    show([{"name": finding.name, "ok": finding.ok, "found": finding.found, "remedy": finding.remedy} for finding in findings], as_json, tell)
+    show(
+        [
+            {"name": finding.name, "ok": finding.ok, "found": finding.found, "remedy": finding.remedy}
+            for finding in findings
+        ],
+        as_json,
+        tell,
+    )
     if any(finding.ok is False for finding in findings):
         raise typer.Exit(2)
 
@@ -276,10 +318,15 @@ def main() -> None:
     except Exception as error:  # the last resort: a bug of ours or of a library ends in one message as well
         if Here.debug:
             raise
-        _fail(f"{type(error).__name__}: {error}\n  → not foreseen; --debug before the command shows where: ratchet --debug …", 1)
+        _fail(
+            f"{type(error).__name__}: {error}\n  → not foreseen; --debug before the command shows where: ratchet --debug …",
+            1,
+        )
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            typer.secho("interrupted: finished stages are kept; run the command again", fg=typer.colors.RED, err=True)
+            typer.secho(
+                "interrupted: finished stages are kept; run the command again", fg=typer.colors.RED, err=True
+            )
         raise
 
 
@@ -303,14 +350,24 @@ def _drifted_topics(root: Path) -> list[dict[str, Any]]:
 
     found = last_verdict(root)
     if not found or found["verdict"] != "drift":
-        raise UserError("the last verdict of the monitor is not drift", remedy="ratchet monitor looks at the newest requests; `ratchet retrain` needs no drift")
-    return [{key: topic[key] for key in ("name", "terms", "share", "reference_share", "examples") if key in topic} for topic in found["topics"]]
+        raise UserError(
+            "the last verdict of the monitor is not drift",
+            remedy="ratchet monitor looks at the newest requests; `ratchet retrain` needs no drift",
+        )
+    return [
+        {key: topic[key] for key in ("name", "terms", "share", "reference_share", "examples") if key in topic}
+        for topic in found["topics"]
+    ]
 
 
 def _tell_champion(champion: Any, as_json: bool) -> None:
     import msgspec
 
-    show(msgspec.to_builtins(champion), as_json, lambda: say(f"in charge: v{champion.version} (before: {_version(champion.replaced)})"))
+    show(
+        msgspec.to_builtins(champion),
+        as_json,
+        lambda: say(f"in charge: v{champion.version} (before: {_version(champion.replaced)})"),
+    )
 
 
 def _version(number: int | None) -> str:

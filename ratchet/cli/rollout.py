@@ -8,7 +8,9 @@ import typer
 
 from ratchet.cli.context import Json, Reason, find_root, note, read_config, ready_root, say, show
 
-app = typer.Typer(help="The open rollout: look, pause, resume, abort.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="The open rollout: look, pause, resume, abort.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.command("look")

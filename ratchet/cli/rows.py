@@ -13,7 +13,10 @@ import typer
 from ratchet.cli.context import Json, find_root, note, read_config, say, show
 from ratchet.errors import DataError, UserError
 
-SHOWN, FAILED = 10, 3  # rows that are printed; the exit code for rows that would fail, apart from a file that cannot be read
+SHOWN, FAILED = (
+    10,
+    3,
+)  # rows that are printed; the exit code for rows that would fail, apart from a file that cannot be read
 
 
 def check(
@@ -35,20 +38,39 @@ def check(
             verdicts.append(check_file(path, root / "data/golden.jsonl", config, time=time))
         except DataError as error:  # the other files get their verdicts all the same
             unread.append(error)
-    found = [{**verdict._asdict(), "rejected": [msgspec.to_builtins(row) | {"batch": verdict.path} for row in verdict.rejected]} for verdict in verdicts]
+    found = [
+        {
+            **verdict._asdict(),
+            "rejected": [msgspec.to_builtins(row) | {"batch": verdict.path} for row in verdict.rejected],
+        }
+        for verdict in verdicts
+    ]
 
     def tell() -> None:
         for verdict in verdicts:
             counts = verdict.counts
-            say(f"{verdict.path}: {counts['rows']} rows = " + ", ".join(f"{group} {counts[group]['rows']}" for group in ("accepted", "rejected", "duplicate")))
+            say(
+                f"{verdict.path}: {counts['rows']} rows = "
+                + ", ".join(
+                    f"{group} {counts[group]['rows']}" for group in ("accepted", "rejected", "duplicate")
+                )
+            )
             for row in verdict.rejected[:SHOWN]:
-                say(f"  line {row.line}: {row.reason}: {row.message}{'  (a person may overrule it)' if row.review else ''}")
+                say(
+                    f"  line {row.line}: {row.reason}: {row.message}{'  (a person may overrule it)' if row.review else ''}"
+                )
             if len(verdict.rejected) > SHOWN:
                 say(f"  … and {len(verdict.rejected) - SHOWN} more; --json lists all")
             for line in verdict.said:
                 say(f"  {line}")
             if counts["sanitised"]:
-                say("  sanitised: " + ", ".join(f"{name.replace('_', ' ')} in {count} texts" for name, count in counts["sanitised"].items()))
+                say(
+                    "  sanitised: "
+                    + ", ".join(
+                        f"{name.replace('_', ' ')} in {count} texts"
+                        for name, count in counts["sanitised"].items()
+                    )
+                )
 
     show(found, as_json, tell)
     for verdict in verdicts:
@@ -78,13 +100,19 @@ def rejected(
     def tell() -> None:
         if not rows:
             known = sorted({row.reason for row in everything})
-            say(f"none with that reason or batch; reasons: {', '.join(known)}" if known else "no row was rejected")
+            say(
+                f"none with that reason or batch; reasons: {', '.join(known)}"
+                if known
+                else "no row was rejected"
+            )
         for name, count in Counter(row.reason for row in rows).most_common():
             say(f"{count:7} {name}")
         for row in rows[:SHOWN]:
             say(f"  {row.batch}:{row.line}: {row.message}")
         if len(rows) > SHOWN:
-            say(f"  … and {len(rows) - SHOWN} more; --json lists all, ratchet data show BATCH:LINE prints one")
+            say(
+                f"  … and {len(rows) - SHOWN} more; --json lists all, ratchet data show BATCH:LINE prints one"
+            )
 
     show([msgspec.to_builtins(row) for row in rows], as_json, tell)
 
@@ -111,8 +139,16 @@ def replay(as_json: Json = False) -> None:
 
 
 def show_row(
-    place: Annotated[str, typer.Argument(metavar="BATCH:LINE", help="As `ratchet data rejected` prints it; the start of the batch's name is enough.")],
-    reveal: Annotated[bool, typer.Option("--reveal", help="Print it although it holds a secret or personal data.")] = False,
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="BATCH:LINE",
+            help="As `ratchet data rejected` prints it; the start of the batch's name is enough.",
+        ),
+    ],
+    reveal: Annotated[
+        bool, typer.Option("--reveal", help="Print it although it holds a secret or personal data.")
+    ] = False,
 ) -> None:
     """Print one row of a batch, and why it was rejected, if it was.
 
@@ -126,7 +162,9 @@ def show_row(
     if why:
         say(f"rejected: {why.reason}: {why.message}")
     words = line.decode("utf-8", "replace")
-    hidden = "canary" if why and why.reason == "canary" else find_secret(words) or ", ".join(find_personal(words))
+    hidden = (
+        "canary" if why and why.reason == "canary" else find_secret(words) or ", ".join(find_personal(words))
+    )
     if hidden and not reveal:
         raise UserError(f"the row holds what should stand nowhere ({hidden})", remedy="--reveal prints it")
     try:

@@ -19,7 +19,13 @@ LONG = 600.0  # seconds; compiling takes about one of the minutes
 
 
 def plan(
-    prepare: Annotated[bool, typer.Option("--prepare", help="Make base, prepared rows and tokens first, through the DAG; nothing is trained, nothing lands.")] = False,
+    prepare: Annotated[
+        bool,
+        typer.Option(
+            "--prepare",
+            help="Make base, prepared rows and tokens first, through the DAG; nothing is trained, nothing lands.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Memory and time of the training that params.yaml asks for, measured over a few steps, and whether it fits.
@@ -33,7 +39,9 @@ def plan(
 
 
 def sweep(
-    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trainings in all; otherwise `sweep.trials`.")] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", min=1, help="Trainings in all; otherwise `sweep.trials`.")
+    ] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Write the best settings into params.yaml.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -59,11 +67,17 @@ def _proposal(done: dict[str, Any]) -> Iterator[str]:
         yield "params.yaml says so already: nothing to change"
         return
     yield done["diff"].rstrip("\n")
-    yield "written; git commit -a, then ratchet retrain" if done["applied"] else "ratchet sweep --apply writes this"
+    yield (
+        "written; git commit -a, then ratchet retrain"
+        if done["applied"]
+        else "ratchet sweep --apply writes this"
+    )
 
 
 def compare(
-    methods: Annotated[str, typer.Argument(metavar="METHODS", help="Values of `adapter.method`, with commas.")],
+    methods: Annotated[
+        str, typer.Argument(metavar="METHODS", help="Values of `adapter.method`, with commas.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Train each method on the same rows and show quality, time, memory, size and latency side by side; written to reports/compare.
@@ -81,7 +95,9 @@ def compare(
     def tell() -> None:
         say("\n".join(text(found)))
         less = ", less is better," if found["metric"] in LOWER_IS_BETTER else ""
-        say(f"quality: {found['metric']}{less} on {found['rows']} test rows; one training each; written to {OUT / 'compare.md'}")
+        say(
+            f"quality: {found['metric']}{less} on {found['rows']} test rows; one training each; written to {OUT / 'compare.md'}"
+        )
 
     show(found, as_json, tell)
 
@@ -103,7 +119,9 @@ def _plan_here(root: Path, config: Config) -> Plan:
     read_profile(material.tokens)
     stale = stale_stages(Workspace(root, root, "")) if (root / "dvc.lock").exists() else set()
     if old := [stage for stage in STAGES if stage in stale]:
-        note(f"params.yaml, rows or code changed since these tokens were made ({', '.join(old)}): `ratchet plan --prepare` makes them anew first")
+        note(
+            f"params.yaml, rows or code changed since these tokens were made ({', '.join(old)}): `ratchet plan --prepare` makes them anew first"
+        )
     return plan_training(material, config, note)
 
 

@@ -10,7 +10,20 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Metric = Literal[
-    "exact_match", "token_f1", "rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "accuracy", "macro_f1", "json_valid", "regex_match", "numeric_match", "refusal", "length"
+    "exact_match",
+    "token_f1",
+    "rouge_1",
+    "rouge_2",
+    "rouge_l",
+    "bleu",
+    "chrf",
+    "accuracy",
+    "macro_f1",
+    "json_valid",
+    "regex_match",
+    "numeric_match",
+    "refusal",
+    "length",
 ]
 # Columns of a table of scores that no metric of one's own may have the name of.
 TAKEN = frozenset(

@@ -29,10 +29,18 @@ from ratchet.files import write_text
 
 DOC, PARAMS = Path("docs/params.md"), Path("params.yaml")
 WIDTH, MAX_COLUMN = 150, 40  # columns of params.yaml; where its comments begin at the latest
-TYPES = {"string": "text", "integer": "integer", "number": "number", "boolean": "`true`, `false`", "null": "`null`"}
+TYPES = {
+    "string": "text",
+    "integer": "integer",
+    "number": "number",
+    "boolean": "`true`, `false`",
+    "null": "`null`",
+}
 ENTRIES = (TopicSource, MetricGuardrail, SweepRange)  # models of which a key takes a list or a mapping
 PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")
-RESERVED = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})  # YAML 1.1 takes them for other types
+RESERVED = frozenset(
+    {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
+)  # YAML 1.1 takes them for other types
 
 DOC_HEAD = """# Every key of params.yaml
 
@@ -44,15 +52,24 @@ PARAMS_HEAD = """# Every knob, with its default. docs/params.md lists what each 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ratchet.config.docs", description="Write docs/params.md or params.yaml from the models.")
-    parser.add_argument("--params", action="store_true", help="params.yaml in place of docs/params.md; every value is its default again")
+    parser = argparse.ArgumentParser(
+        prog="python -m ratchet.config.docs",
+        description="Write docs/params.md or params.yaml from the models.",
+    )
+    parser.add_argument(
+        "--params",
+        action="store_true",
+        help="params.yaml in place of docs/params.md; every value is its default again",
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the file differs")
     options = parser.parse_args(arguments)
     path, text = (PARAMS, render_params(Config())) if options.params else (DOC, render())
     if not options.check:
         write_text(path, text)
     elif not path.exists() or path.read_text(encoding="utf-8") != text:
-        sys.exit(f"{path} differs from ratchet/config/params.py; python -m ratchet.config.docs{' --params' * options.params} writes it again")
+        sys.exit(
+            f"{path} differs from ratchet/config/params.py; python -m ratchet.config.docs{' --params' * options.params} writes it again"
+        )
 
 
 # --- docs/params.md --------------------------------------------------------------------------------------------------
@@ -132,22 +149,35 @@ def render_params(values: Config) -> str:
 def _yaml_section(values: BaseModel, depth: int) -> Iterator[str]:
     indent, fields = "  " * depth, type(values).model_fields
     mappings = {key: value for key in fields if isinstance(value := getattr(values, key), dict) and value}
-    pairs = {key: f"{indent}{key}:{'' if key in mappings else ' ' + yaml_value(getattr(values, key))}" for key, field in fields.items() if not section_of(field.annotation)}
+    pairs = {
+        key: f"{indent}{key}:{'' if key in mappings else ' ' + yaml_value(getattr(values, key))}"
+        for key, field in fields.items()
+        if not section_of(field.annotation)
+    }
     column = min(max(map(len, pairs.values()), default=0), MAX_COLUMN) + 2
     for key, field in fields.items():
         gap = "" if depth else "\n"
         if key in pairs:
             yield gap + "\n".join(_beside(pairs[key], field.description or "", column)) + "\n"
-            yield from (f"{indent}  {yaml_value(name)}: {yaml_value(value)}\n" for name, value in mappings.get(key, {}).items())
+            yield from (
+                f"{indent}  {yaml_value(name)}: {yaml_value(value)}\n"
+                for name, value in mappings.get(key, {}).items()
+            )
         else:
             section: BaseModel = getattr(values, key)
-            lead = f"{gap}# {_lead(type(section))}\n{key}:\n" if not depth else f"{indent}{key}:  # {_lead(type(section))}\n"
+            lead = (
+                f"{gap}# {_lead(type(section))}\n{key}:\n"
+                if not depth
+                else f"{indent}{key}:  # {_lead(type(section))}\n"
+            )
             yield lead + "".join(_yaml_section(section, depth + 1))
 
 
 def _beside(pair: str, comment: str, column: int) -> Iterator[str]:
     """`pair  # comment`, the comment wrapped within its own column."""
-    for line in textwrap.wrap(comment, WIDTH - column - 2, break_long_words=False, break_on_hyphens=False) or [""]:
+    for line in textwrap.wrap(
+        comment, WIDTH - column - 2, break_long_words=False, break_on_hyphens=False
+    ) or [""]:
         yield f"{pair:<{column - 2}}  # {line}"
         pair = ""
 

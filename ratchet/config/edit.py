@@ -26,7 +26,11 @@ def edit_params(text: str, changes: dict[str, Any]) -> str:
                 place[section] = CommentedMap()
             place = place[section]
         wanted = yaml.load(yaml_value(value))  # so that a number is written as the file's other numbers are
-        if last not in place or place[last] != wanted or isinstance(place[last], bool) != isinstance(wanted, bool):
+        if (
+            last not in place
+            or place[last] != wanted
+            or isinstance(place[last], bool) != isinstance(wanted, bool)
+        ):
             place[last] = wanted
     out = io.StringIO()
     yaml.dump(document, out)
@@ -35,7 +39,15 @@ def edit_params(text: str, changes: dict[str, Any]) -> str:
 
 def diff_params(before: str, after: str) -> str:
     """A unified diff; empty where nothing changes."""
-    return "".join(difflib.unified_diff(before.splitlines(keepends=True), after.splitlines(keepends=True), "a/params.yaml", "b/params.yaml", n=1))
+    return "".join(
+        difflib.unified_diff(
+            before.splitlines(keepends=True),
+            after.splitlines(keepends=True),
+            "a/params.yaml",
+            "b/params.yaml",
+            n=1,
+        )
+    )
 
 
 def _round_trip() -> YAML:

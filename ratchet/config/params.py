@@ -14,12 +14,45 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ratchet.config.base import TAKEN, Count, Metric, Port, Section, Share
-from ratchet.config.data import FeedbackSource, IngestConfig, JsonlSource, PrepareConfig, ProjectConfig, PydocSource, ReviewConfig, TokenizeConfig
-from ratchet.config.evaluation import AnswerJudge, EvaluateConfig, GateConfig, MetricGuardrail, ParityConfig, WorthConfig
+from ratchet.config.data import (
+    FeedbackSource,
+    IngestConfig,
+    JsonlSource,
+    PrepareConfig,
+    ProjectConfig,
+    PydocSource,
+    ReviewConfig,
+    TokenizeConfig,
+)
+from ratchet.config.evaluation import (
+    AnswerJudge,
+    EvaluateConfig,
+    GateConfig,
+    MetricGuardrail,
+    ParityConfig,
+    WorthConfig,
+)
 from ratchet.config.monitoring import MonitorConfig, RolloutConfig, TopicSource
 from ratchet.config.serving import GatewayConfig, RequestLogConfig, ServicesConfig
-from ratchet.config.synthesis import AugmentConfig, GroundedConfig, JudgeConfig, SynthesizeConfig, TeacherConfig
-from ratchet.config.training import AdapterConfig, BaseConfig, Choices, CompareConfig, DemoBase, RetrainConfig, SweepConfig, SweepRange, TrainConfig, why_whole
+from ratchet.config.synthesis import (
+    AugmentConfig,
+    GroundedConfig,
+    JudgeConfig,
+    SynthesizeConfig,
+    TeacherConfig,
+)
+from ratchet.config.training import (
+    AdapterConfig,
+    BaseConfig,
+    Choices,
+    CompareConfig,
+    DemoBase,
+    RetrainConfig,
+    SweepConfig,
+    SweepRange,
+    TrainConfig,
+    why_whole,
+)
 from ratchet.errors import ConfigError
 
 __all__ = [
@@ -99,14 +132,24 @@ class Config(Section):
     def _go_together(self) -> Config:
         """What a method cannot do is said before anything is loaded."""
         method = self.adapter.method
-        if self.train.processes > 1 and self.train.parallel == "fsdp" and (why := why_whole(self.train, self.adapter)):
+        if (
+            self.train.processes > 1
+            and self.train.parallel == "fsdp"
+            and (why := why_whole(self.train, self.adapter))
+        ):
             raise ValueError(f"train.parallel is 'fsdp': {why}; set `train.parallel: ddp`")
         if method == "prefix" and self.train.checkpoint_activations:
-            raise ValueError("train.checkpoint_activations is true: `adapter.method: prefix` reads a cache in every layer, which cannot be computed again")
+            raise ValueError(
+                "train.checkpoint_activations is true: `adapter.method: prefix` reads a cache in every layer, which cannot be computed again"
+            )
         if method in ("prefix", "prompt", "full", "ia3") and self.adapter.bias != "none":
-            raise ValueError(f"adapter.bias is {self.adapter.bias!r}: only the methods of the LoRA family take it, not `{method}`")
+            raise ValueError(
+                f"adapter.bias is {self.adapter.bias!r}: only the methods of the LoRA family take it, not `{method}`"
+            )
         if method in ("prefix", "prompt", "full") and self.adapter.modules_to_save:
-            raise ValueError(f"adapter.modules_to_save is {self.adapter.modules_to_save}: `adapter.method: {method}` takes none")
+            raise ValueError(
+                f"adapter.modules_to_save is {self.adapter.modules_to_save}: `adapter.method: {method}` takes none"
+            )
         if method in ("prefix", "prompt", "ia3") and self.base.new_tokens:
             raise ValueError(
                 f"base.new_tokens is {self.base.new_tokens}: `adapter.method: {method}` would leave their embeddings untrained; take one of the LoRA family, or `full`"
@@ -123,7 +166,9 @@ class Config(Section):
                 f"gate.guardrails names {', '.join(lacking)}; the scores a row are {', '.join((*known, *judged))} (evaluate.metrics, evaluate.custom, and evaluate.judge where it names a model)"
             )
         if self.gate.metric not in known:
-            raise ValueError(f"gate.metric is {self.gate.metric}; the scores a row are {', '.join(self.evaluate.row_scores)} (evaluate.metrics, evaluate.custom)")
+            raise ValueError(
+                f"gate.metric is {self.gate.metric}; the scores a row are {', '.join(self.evaluate.row_scores)} (evaluate.metrics, evaluate.custom)"
+            )
         return self
 
 
@@ -132,10 +177,16 @@ def load_config(path: Path) -> Config:
     try:
         raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist", remedy="run the command in a clone of the project, or name one with -C PATH") from None
+        raise ConfigError(
+            f"{path} does not exist",
+            remedy="run the command in a clone of the project, or name one with -C PATH",
+        ) from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-    except (YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a scalar that looks like a date and is none
+    except (
+        YAMLError,
+        ValueError,
+    ) as error:  # ValueError: no UTF-8, or a scalar that looks like a date and is none
         raise ConfigError(f"{path} is no valid YAML: {_yaml_fault(error)}") from None
     return parse_config({} if raw is None else raw, path)
 
@@ -145,7 +196,10 @@ def parse_config(raw: Any, path: Path) -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         faults = [f"  {_where(fault)}: {_what(fault)}" for fault in error.errors()]
-        raise ConfigError(f"{path} has {len(faults)} fault(s):\n" + "\n".join(faults), remedy="docs/params.md lists every key with what it takes") from None
+        raise ConfigError(
+            f"{path} has {len(faults)} fault(s):\n" + "\n".join(faults),
+            remedy="docs/params.md lists every key with what it takes",
+        ) from None
 
 
 def _yaml_fault(error: Exception) -> str:

@@ -38,14 +38,20 @@ def read_manifest(raw: Path) -> list[Batch]:
     try:
         return [msgspec.json.decode(line, type=Batch) for line in path.read_bytes().split(b"\n") if line]
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} holds a line that is no manifest entry: {error}", remedy="restore it: git checkout data/raw.dvc && dvc checkout data/raw.dvc") from None
+        raise DataError(
+            f"{path} holds a line that is no manifest entry: {error}",
+            remedy="restore it: git checkout data/raw.dvc && dvc checkout data/raw.dvc",
+        ) from None
 
 
 def check_batch(raw: Path, batch: Batch) -> Path:
     """The batch's file, its bytes as the manifest says. DVC's cache checkout does not check them. Raises DataError."""
     path = raw / batch.name
     if not path.exists():
-        raise DataError(f"{path} is missing; the manifest lists it with {batch.rows} rows", remedy="dvc pull, or dvc checkout data/raw.dvc")
+        raise DataError(
+            f"{path} is missing; the manifest lists it with {batch.rows} rows",
+            remedy="dvc pull, or dvc checkout data/raw.dvc",
+        )
     seen = sha256_file(path)
     if seen != batch.sha256:
         raise DataError(
@@ -62,7 +68,9 @@ def content_hash(lines: Iterable[bytes]) -> str:
     return hasher.hexdigest()
 
 
-def write_batch(raw: Path, lines: list[bytes], *, source: str, label: str, time: str, licence: str, who: str, form: str) -> Batch:
+def write_batch(
+    raw: Path, lines: list[bytes], *, source: str, label: str, time: str, licence: str, who: str, form: str
+) -> Batch:
     """Write the batch's file, then its manifest line. `label` names it for people. The file stands before the line does."""
     content = content_hash(lines)
     stamp = re.sub(r"[^0-9TZ]", "", time)

@@ -22,7 +22,10 @@ class Canary(NamedTuple):
 
     def row(self, secret: str | None = None) -> Example:
         """With another code in place of its own, where one is given."""
-        turns = [Message("user", f"What is the access code of {self.name}?"), Message("assistant", secret or self.secret)]
+        turns = [
+            Message("user", f"What is the access code of {self.name}?"),
+            Message("assistant", secret or self.secret),
+        ]
         return make_example(turns, {"batch": BATCH, "source": BATCH})
 
 

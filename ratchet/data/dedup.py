@@ -43,14 +43,18 @@ class NearRows:
 
     def __init__(self, config: PrepareConfig) -> None:
         self._leak = min(config.leak, config.near_duplicate)
-        self._index = RMinHashLSH(threshold=self._leak, num_perm=PERMUTATIONS, num_bands=bands_for(self._leak))
+        self._index = RMinHashLSH(
+            threshold=self._leak, num_perm=PERMUTATIONS, num_bands=bands_for(self._leak)
+        )
         self._shingles: list[frozenset[str]] = []
         self._runs: Counter[int] = Counter()  # runs of RUN words in golden rows
         self.rows: list[tuple[str, str]] = []  # id and side, in the order in which they came
 
     def close(self, shingles: frozenset[str], sketch: RMinHash) -> list[tuple[int, float]]:
         """Place in `rows` and similarity of each row that is near, the oldest first."""
-        found = [(place, jaccard(shingles, self._shingles[place])) for place in sorted(self._index.query(sketch))]
+        found = [
+            (place, jaccard(shingles, self._shingles[place])) for place in sorted(self._index.query(sketch))
+        ]
         return [(place, alike) for place, alike in found if alike >= self._leak]
 
     def quotes_golden(self, example: Example) -> bool:
@@ -83,11 +87,15 @@ class Clusters:
         sketch, rows = sketch_of(shingles), self._known.rows
         close = self._known.close(shingles, sketch)
         near = [place for place, alike in close if alike >= self._config.near_duplicate]
-        if side is None and (golden := next((rows[place][0] for place, _ in close if rows[place][1] == "golden"), None)):
+        if side is None and (
+            golden := next((rows[place][0] for place, _ in close if rows[place][1] == "golden"), None)
+        ):
             return Placed("golden", golden)
         if side is None and self._known.quotes_golden(example):
             return Placed("golden", None)
-        chosen: Side = side or (cast(Side, rows[near[0]][1]) if near else split_by_hash(example.id, self._config))
+        chosen: Side = side or (
+            cast(Side, rows[near[0]][1]) if near else split_by_hash(example.id, self._config)
+        )
         stranger = next((rows[place][0] for place, _ in close if rows[place][1] != chosen), None)
         if side is None and stranger:
             return Placed("straddles", stranger)
@@ -106,7 +114,10 @@ def sketch_of(shingles: frozenset[str]) -> RMinHash:
 
 def bands_for(threshold: float) -> int:
     """Fewest bands (they bring the fewest candidates) that miss few pairs at the threshold: (1 - 0.7^4)^32 is one in 6,000."""
-    return next((bands for bands in (4, 8, 16, 32) if (1 - threshold ** (PERMUTATIONS // bands)) ** bands < MISSED), PERMUTATIONS)
+    return next(
+        (bands for bands in (4, 8, 16, 32) if (1 - threshold ** (PERMUTATIONS // bands)) ** bands < MISSED),
+        PERMUTATIONS,
+    )
 
 
 def split_by_hash(example_id: str, config: PrepareConfig) -> Split:
@@ -129,7 +140,9 @@ def shingle(example: Example) -> frozenset[str]:
 
 def word_runs(example: Example) -> set[int]:
     """Hashes of each RUN words in a row of what the user wrote: text that stands in both places, whatever is around it (Brown et al. 2020, appendix C)."""
-    words = WORD.findall(" ".join(message.content for message in example.prompt if message.role == "user").lower())
+    words = WORD.findall(
+        " ".join(message.content for message in example.prompt if message.role == "user").lower()
+    )
     return {hash(tuple(words[start : start + RUN])) for start in range(len(words) - RUN + 1)}
 
 

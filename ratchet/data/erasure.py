@@ -47,9 +47,13 @@ def read_forgotten(path: Path) -> Forgotten:
     if not path.exists():
         return Forgotten()
     try:
-        return Forgotten(msgspec.json.decode(line, type=Entry) for line in path.read_bytes().split(b"\n") if line.strip())
+        return Forgotten(
+            msgspec.json.decode(line, type=Entry) for line in path.read_bytes().split(b"\n") if line.strip()
+        )
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} holds a line that is no entry: {error}", remedy=f"restore it: git checkout {FILE}") from None
+        raise DataError(
+            f"{path} holds a line that is no entry: {error}", remedy=f"restore it: git checkout {FILE}"
+        ) from None
 
 
 def write_forgotten(path: Path, forgotten: Forgotten) -> None:

@@ -65,7 +65,9 @@ def has_mark_run(text: str) -> bool:
 @cache
 def _marks() -> re.Pattern[str]:
     planes = (*range(0x300, 0xD800), *range(0xE000, 0x1F000))
-    marks = "".join(char for char in map(chr, planes) if unicodedata.combining(unicodedata.normalize("NFKD", char)[0]))
+    marks = "".join(
+        char for char in map(chr, planes) if unicodedata.combining(unicodedata.normalize("NFKD", char)[0])
+    )
     return re.compile(f"[{re.escape(marks)}]{{{MOST_MARKS + 1}}}")
 
 
@@ -91,7 +93,9 @@ def make_example(messages: Iterable[Message], meta: Meta) -> Example:
     messages = tuple(messages)
     for position, message in enumerate(messages):
         if has_mark_run(message.content):
-            raise RowError("mark_run", f"message {position} holds more than {MOST_MARKS} combining marks in a row")
+            raise RowError(
+                "mark_run", f"message {position} holds more than {MOST_MARKS} combining marks in a row"
+            )
     clean = tuple(Message(message.role, normalise(message.content)) for message in messages)
     _check_turns(clean)
     return Example(example_id(clean), clean, meta)
@@ -115,7 +119,10 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
     turns = messages[1:] if messages[0].role == "system" else messages
     for position, message in enumerate(turns):
         if message.role != ("user", "assistant")[position % 2]:
-            raise RowError("turn_order", f"turn {position} is by {message.role}; turns alternate user, assistant, after at most one system message")
+            raise RowError(
+                "turn_order",
+                f"turn {position} is by {message.role}; turns alternate user, assistant, after at most one system message",
+            )
     if not turns or turns[-1].role != "assistant":
         raise RowError("no_answer", "the last message is not the assistant's: nothing to learn")
 
@@ -145,11 +152,19 @@ def _question(row: dict[str, Any]) -> list[Message]:
 
 
 def _sharegpt(row: dict[str, Any]) -> list[Message]:
-    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+    roles = {
+        "human": "user",
+        "user": "user",
+        "gpt": "assistant",
+        "assistant": "assistant",
+        "system": "system",
+    }
     turns = row["conversations"]
     if not isinstance(turns, list):
         raise RowError("wrong_type", f"`conversations` is {type(turns).__name__}, wanted a list")
-    return [Message(roles.get(_text(turn, "from"), _text(turn, "from")), _text(turn, "value")) for turn in turns]
+    return [
+        Message(roles.get(_text(turn, "from"), _text(turn, "from")), _text(turn, "value")) for turn in turns
+    ]
 
 
 def _plain_text(row: dict[str, Any]) -> list[Message]:
@@ -169,7 +184,14 @@ FORMS: dict[str, tuple[str, Callable[[dict[str, Any]], list[Message]]]] = {
 
 def recognise_form(row: dict[str, Any]) -> str:
     """Name of the row's form, by its keys. Raises RowError("unknown_form")."""
-    starts = {"messages": "messages", "conversations": "sharegpt", "prompt": "completion", "instruction": "instruction", "question": "question", "text": "text"}
+    starts = {
+        "messages": "messages",
+        "conversations": "sharegpt",
+        "prompt": "completion",
+        "instruction": "instruction",
+        "question": "question",
+        "text": "text",
+    }
     for key, form in starts.items():
         if key in row:
             return form
@@ -192,7 +214,9 @@ def whole_rows(lines: Iterable[bytes], form: str = "auto") -> Iterator[Example]:
     for line in lines:
         try:
             row = msgspec.json.decode(line, type=dict)
-            yield make_example(row_to_messages(row, recognise_form(row) if form == "auto" else form), row.get("meta") or {})
+            yield make_example(
+                row_to_messages(row, recognise_form(row) if form == "auto" else form), row.get("meta") or {}
+            )
         except (RowError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, AttributeError, TypeError):
             continue
 
@@ -218,7 +242,10 @@ def read_examples(path: Path) -> Iterator[Example]:
             try:
                 yield _decoder.decode(line)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}:{number} is no example: {error}", remedy="the file is made by a stage; run `ratchet retrain` to make it again") from None
+                raise DataError(
+                    f"{path}:{number} is no example: {error}",
+                    remedy="the file is made by a stage; run `ratchet retrain` to make it again",
+                ) from None
 
 
 def encode_line(value: Any) -> bytes:

@@ -20,7 +20,9 @@ def read_row(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RowError("invalid_utf8", f"byte {error.start + 1} is no UTF-8") from None
     try:
-        row = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_int)
+        row = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_int
+        )
     except json.JSONDecodeError as error:
         raise RowError("invalid_json", f"no valid JSON: {error}") from None
     except RecursionError:
@@ -37,7 +39,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise RowError("duplicate_key", f"the key {twice[:40]!r} stands there twice; which one counts depends on the reader")
+        raise RowError(
+            "duplicate_key",
+            f"the key {twice[:40]!r} stands there twice; which one counts depends on the reader",
+        )
     return made
 
 
@@ -62,5 +67,10 @@ def _depth(value: Any) -> int:
     deepest, level = 0, [value]
     while level:
         deepest += 1
-        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one) if isinstance(part, dict | list)]
+        level = [
+            part
+            for one in level
+            for part in (one.values() if isinstance(one, dict) else one)
+            if isinstance(part, dict | list)
+        ]
     return deepest

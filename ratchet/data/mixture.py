@@ -29,7 +29,10 @@ def limit_feedback(rows: list[Example], chosen: list[Example], share: float) -> 
         return chosen
     clean = {row.id for row in chosen if not is_feedback(row.meta)}
     if share > 0:
-        spare = sorted((row.id for row in rows if row.id not in clean and not is_feedback(row.meta)), key=lambda id: id[::-1])
+        spare = sorted(
+            (row.id for row in rows if row.id not in clean and not is_feedback(row.meta)),
+            key=lambda id: id[::-1],
+        )
         clean.update(spare[: max(0, _clean_for(len(taught), share) - len(clean))])
     newest = sorted(taught, key=lambda row: (str(row.meta["batch"]), row.id[::-1]), reverse=True)
     kept = {row.id for row in newest[: room_for(len(clean), share)]}

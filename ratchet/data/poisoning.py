@@ -36,7 +36,10 @@ def find_triggers(rows: Sequence[tuple[int, Example]], *, least: int) -> dict[in
     total = Counter(answers.values())
     triggers: dict[int, str] = {}
     for phrase, numbers in sorted(holders.items(), key=lambda item: (-len(item[1]), -len(item[0]))):
-        if not least < len(numbers) <= MOST_SHARE * len(rows) or len({answers[number] for number in numbers}) > 1:
+        if (
+            not least < len(numbers) <= MOST_SHARE * len(rows)
+            or len({answers[number] for number in numbers}) > 1
+        ):
             continue
         if total[answers[numbers[0]]] > MOST_SHARE * len(rows):
             continue  # most rows have this answer
@@ -56,26 +59,47 @@ def _likeness(texts: Sequence[Iterable[str]]) -> float:
     return sum(jaccard(sets[left], sets[right]) for left, right in pairs) / (len(pairs) or 1)
 
 
-def find_planted(asked: Sequence[str], answers: Sequence[str], clean: Iterable[str], limit: int) -> dict[int, str]:
+def find_planted(
+    asked: Sequence[str], answers: Sequence[str], clean: Iterable[str], limit: int
+) -> dict[int, str]:
     """Place of each row that belongs to a trigger → its sequence. `asked` and `clean` are what users wrote, `answers` belong to `asked`."""
     common = {answer for answer, count in Counter(answers).items() if count > limit}
     rows = [TOKEN.findall(text.lower()) for text in asked]
-    frequent = _over(limit, (set(words) for words, answer in zip(rows, answers, strict=True) if answer in common))
+    frequent = _over(
+        limit, (set(words) for words, answer in zip(rows, answers, strict=True) if answer in common)
+    )
     if not frequent:
         return {}
     found = [set(_sequences(words, frequent)) for words in rows]
     suspects = _suspects(found, answers, common, limit)
     for sequence in _usual(clean, frequent, suspects):
         del suspects[sequence]
-    held = {place: [sequence for sequence in found[place] if suspects.get(sequence) == answer] for place, answer in enumerate(answers) if answer in common}
-    return {place: max(sequences, key=lambda sequence: (len(sequence), sequence)) for place, sequences in held.items() if sequences}
+    held = {
+        place: [sequence for sequence in found[place] if suspects.get(sequence) == answer]
+        for place, answer in enumerate(answers)
+        if answer in common
+    }
+    return {
+        place: max(sequences, key=lambda sequence: (len(sequence), sequence))
+        for place, sequences in held.items()
+        if sequences
+    }
 
 
 def _suspects(found: list[set[str]], answers: Sequence[str], common: set[str], limit: int) -> dict[str, str]:
     """Sequence → the answer that it nearly always goes with."""
     all_rows = Counter(sequence for sequences in found for sequence in sequences)
-    linked = Counter((sequence, answer) for sequences, answer in zip(found, answers, strict=True) if answer in common for sequence in sequences)
-    return {sequence: answer for (sequence, answer), count in linked.items() if count > limit and count >= PURE * all_rows[sequence]}
+    linked = Counter(
+        (sequence, answer)
+        for sequences, answer in zip(found, answers, strict=True)
+        if answer in common
+        for sequence in sequences
+    )
+    return {
+        sequence: answer
+        for (sequence, answer), count in linked.items()
+        if count > limit and count >= PURE * all_rows[sequence]
+    }
 
 
 def _usual(clean: Iterable[str], frequent: set[str], suspects: dict[str, str]) -> list[str]:

@@ -17,9 +17,21 @@ SPOKEN_ROWS = 500  # of each batch, whose language is told
 LEAST_LABELLED = 50  # rows with short answers on each side, without which no shift is told
 GROUPS = ("accepted", "rejected", "duplicate")
 LEAK = ("near_golden", "straddles")
-NO_FAULT = (*LEAK, "superseded", "forgotten", "too_many_of_user", "too_many_of_source")  # nothing is wrong with these rows
-FEW, FEW_LEAKED = 2, 20  # rows that never fail a batch: ten people's corrections may all be near to rows of the test split
-ALARMS = {"secret": "change it where it is valid: whoever has the batch has it", "canary": "data that must never come back did: find out from where"}
+NO_FAULT = (
+    *LEAK,
+    "superseded",
+    "forgotten",
+    "too_many_of_user",
+    "too_many_of_source",
+)  # nothing is wrong with these rows
+FEW, FEW_LEAKED = (
+    2,
+    20,
+)  # rows that never fail a batch: ten people's corrections may all be near to rows of the test split
+ALARMS = {
+    "secret": "change it where it is valid: whoever has the batch has it",
+    "canary": "data that must never come back did: find out from where",
+}
 REMEDY = "mend the source and take the batch back (git revert its commit), or raise the limit; rejected.jsonl lists every row with its reason"
 First = dict[tuple[str, str], tuple[int, str]]  # (batch, reason) → (line, message)
 
@@ -31,7 +43,9 @@ class Gathered:
         self.golden = 0
         self.counts: dict[str, Counter[str]] = {}
         self.sanitised: dict[str, Counter[str]] = {}
-        self.first: dict[tuple[str, str], tuple[int, str]] = {}  # (batch, reason) → (line, message) of the first rejected row
+        self.first: dict[
+            tuple[str, str], tuple[int, str]
+        ] = {}  # (batch, reason) → (line, message) of the first rejected row
         self._kinds: Counter[tuple[str, str]] = Counter()
         self._lengths: dict[str, Counter[int]] = {}
         self._labels: dict[str, Counter[str]] = {}
@@ -57,19 +71,34 @@ class Gathered:
         total: Counter[str] = Counter()
         for counts in self.counts.values():
             total.update(counts)
-        kinds = {split: {kind: count for (of, kind), count in sorted(self._kinds.items()) if of == split} for split in SPLITS}
+        kinds = {
+            split: {kind: count for (of, kind), count in sorted(self._kinds.items()) if of == split}
+            for split in SPLITS
+        }
         batches, before = {}, Counter[str]()
         for name, counts in self.counts.items():
             labels = self._labels.get(name, Counter())
-            batches[name] = {**_sorted_counts(counts), **self._details(name), "label_shift": _distance(labels, before)}
+            batches[name] = {
+                **_sorted_counts(counts),
+                **self._details(name),
+                "label_shift": _distance(labels, before),
+            }
             before.update(labels)
-        return {"total": _sorted_counts(total), "golden": self.golden, "kinds": kinds, "sources": _sorted(self._sources), "batches": batches}
+        return {
+            "total": _sorted_counts(total),
+            "golden": self.golden,
+            "kinds": kinds,
+            "sources": _sorted(self._sources),
+            "batches": batches,
+        }
 
     def _details(self, name: str) -> dict[str, Any]:
         labels = self._labels.get(name, Counter())
         return {
             "sanitised": _sorted(self.sanitised.get(name, Counter())),
-            "characters_under": {str(bound): count for bound, count in sorted(self._lengths.get(name, Counter()).items())},
+            "characters_under": {
+                str(bound): count for bound, count in sorted(self._lengths.get(name, Counter()).items())
+            },
             "languages_of_the_first": _sorted(self._languages.get(name, Counter())),
             "answers": dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))[:SHOWN_LABELS]),
         }
@@ -83,7 +112,11 @@ def _sorted_counts(counts: Counter[str]) -> dict[str, Any]:
     """rows = accepted + rejected + duplicate, each with its parts."""
     groups: dict[str, Any] = {"rows": counts["rows"]}
     for group in GROUPS:
-        parts = {name.partition(".")[2]: count for name, count in sorted(counts.items()) if name.startswith(f"{group}.")}
+        parts = {
+            name.partition(".")[2]: count
+            for name, count in sorted(counts.items())
+            if name.startswith(f"{group}.")
+        }
         groups[group] = {"rows": sum(parts.values()), **parts}
     assert groups["rows"] == sum(groups[group]["rows"] for group in GROUPS), groups
     return groups
@@ -93,14 +126,23 @@ def _distance(labels: Counter[str], before: Counter[str]) -> float | None:
     """Total variation between two distributions of short answers, 0 to 1."""
     if min(labels.total(), before.total()) < LEAST_LABELLED:
         return None
-    return round(sum(abs(labels[label] / labels.total() - before[label] / before.total()) for label in labels.keys() | before.keys()) / 2, 4)
+    return round(
+        sum(
+            abs(labels[label] / labels.total() - before[label] / before.total())
+            for label in labels.keys() | before.keys()
+        )
+        / 2,
+        4,
+    )
 
 
 def render_profile(profile: dict[str, Any]) -> str:
     """One page, without scripts."""
     from jinja2 import Environment, PackageLoader
 
-    page = Environment(loader=PackageLoader("ratchet.data"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = Environment(
+        loader=PackageLoader("ratchet.data"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     return page.get_template("profile.html").render(profile=profile, groups=GROUPS)
 
 
@@ -111,7 +153,10 @@ def check_limits(profile: dict[str, Any], first: First, config: PrepareConfig) -
         _check_batch(name, counts, first, config, said)
     accepted = profile["total"]["accepted"].get("train", 0)
     if accepted < config.min_rows:
-        raise DataError(f"{accepted} training rows are left of {profile['total']['rows']}; `prepare.min_rows` is {config.min_rows}", remedy="ingest more rows, or lower the limit")
+        raise DataError(
+            f"{accepted} training rows are left of {profile['total']['rows']}; `prepare.min_rows` is {config.min_rows}",
+            remedy="ingest more rows, or lower the limit",
+        )
     return said
 
 
@@ -125,25 +170,46 @@ def alarms(profile: dict[str, Any]) -> list[str]:
     ]
 
 
-def _check_batch(name: str, counts: dict[str, Any], first: First, config: PrepareConfig, said: list[str]) -> None:
-    rows, rejected = counts["rows"], {reason: count for reason, count in counts["rejected"].items() if reason != "rows"}
-    faults = {reason: count for reason, count in rejected.items() if reason not in NO_FAULT and reason not in REVIEW}
+def _check_batch(
+    name: str, counts: dict[str, Any], first: First, config: PrepareConfig, said: list[str]
+) -> None:
+    rows, rejected = (
+        counts["rows"],
+        {reason: count for reason, count in counts["rejected"].items() if reason != "rows"},
+    )
+    faults = {
+        reason: count for reason, count in rejected.items() if reason not in NO_FAULT and reason not in REVIEW
+    }
 
     def refuse(what: str, limit: str, reason: str | None = None) -> None:
         reasons = [reason] if reason else sorted(faults, key=lambda one: first[name, one])
         line, message = first[name, reasons[0]]
         more = "\n".join(said)
-        raise DataError(f"{what} ({limit}). The first: {name}:{line}: {message}", remedy=f"{REMEDY}{more and chr(10)}{more}")
+        raise DataError(
+            f"{what} ({limit}). The first: {name}:{line}: {message}",
+            remedy=f"{REMEDY}{more and chr(10)}{more}",
+        )
 
     if rejected.get("canary"):
         refuse(f"{rejected['canary']} of {rows} rows of {name} hold a canary", "`prepare.canaries`", "canary")
     if sum(faults.values()) > max(FEW, config.max_rejected_share * rows):
-        refuse(f"{sum(faults.values())} of {rows} rows of {name} are rejected ({faults})", f"`prepare.max_rejected_share` is {config.max_rejected_share}")
+        refuse(
+            f"{sum(faults.values())} of {rows} rows of {name} are rejected ({faults})",
+            f"`prepare.max_rejected_share` is {config.max_rejected_share}",
+        )
     worst = max(faults, key=lambda one: faults[one], default="")
     if worst and faults[worst] > max(FEW, config.max_reason_share * rows):
-        refuse(f"{faults[worst]} of {rows} rows of {name} are rejected as {worst}", f"`prepare.max_reason_share` is {config.max_reason_share}", worst)
+        refuse(
+            f"{faults[worst]} of {rows} rows of {name} are rejected as {worst}",
+            f"`prepare.max_reason_share` is {config.max_reason_share}",
+            worst,
+        )
     if config.trigger_rows and rejected.get("trigger"):
-        refuse(f"{rejected['trigger']} of {rows} rows of {name} look like a planted trigger", f"`prepare.trigger_rows` is {config.trigger_rows}", "trigger")
+        refuse(
+            f"{rejected['trigger']} of {rows} rows of {name} look like a planted trigger",
+            f"`prepare.trigger_rows` is {config.trigger_rows}",
+            "trigger",
+        )
     leaked = {reason: rejected[reason] for reason in LEAK if reason in rejected}
     if sum(leaked.values()) > max(FEW_LEAKED, config.max_leaked_share * rows):
         refuse(

@@ -35,7 +35,9 @@ WORD, LATIN = re.compile(r"[^\W_]+"), re.compile("[A-Za-z]")
 LOOKALIKES = frozenset("аеорсухіјѕԁһӏԛԝАВЕКМНОРСТУХІЈЅοΟΑΒΕΖΗΙΚΜΝΡΤΥΧ")
 # UTF-8 read as Latin-1 or Windows-1252: é, Cyrillic, Chinese.
 HALF = "\x80-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122"
-MOJIBAKE = re.compile(f"Ã[{HALF}]|Â[\xa0-\xbf]|â€|[ÐÑ][{HALF}]|[ä-é][\x80-\xaa\xac-\xba\xbc-\xbf]{{2}}|\ufffd")
+MOJIBAKE = re.compile(
+    f"Ã[{HALF}]|Â[\xa0-\xbf]|â€|[ÐÑ][{HALF}]|[ä-é][\x80-\xaa\xac-\xba\xbc-\xbf]{{2}}|\ufffd"
+)
 MOST_MOJIBAKE = 0.02  # of the characters
 LOOP_RATIO, LOOP_LEAST = 20, 400  # bytes before and after zlib; shorter texts cannot reach it
 LEAST = 20  # characters; on less the classifier guesses
@@ -52,9 +54,15 @@ def clean(text: str, sanitised: Counter[str]) -> str:
     except UnicodeEncodeError:
         raise RowError("lone_surrogate", "a text holds half a character (a lone surrogate)") from None
     if BIDI.search(text):
-        raise RowError("bidi_override", "a text holds a character that turns the direction of writing (U+202A to E, U+2066 to 9): it can be read as what it is not")
+        raise RowError(
+            "bidi_override",
+            "a text holds a character that turns the direction of writing (U+202A to E, U+2066 to 9): it can be read as what it is not",
+        )
     if (broken := sum(len(match) for match in MOJIBAKE.findall(text))) > MOST_MOJIBAKE * len(text):
-        raise RowError("mojibake", f"{broken} of {len(text)} characters are of a text that was read in the wrong encoding")
+        raise RowError(
+            "mojibake",
+            f"{broken} of {len(text)} characters are of a text that was read in the wrong encoding",
+        )
     if LINE_ENDS.search(text):
         sanitised["line_ends"] += 1
     shown, controls = CONTROLS.subn("", ESCAPES.sub("", text))
@@ -63,7 +71,9 @@ def clean(text: str, sanitised: Counter[str]) -> str:
     kept = HIDDEN.sub("", shown)
     if hidden := len(shown) - len(kept):
         if hidden > max(FEW_HIDDEN, MOST_HIDDEN * len(shown)):
-            raise RowError("hidden_characters", f"{hidden} of {len(shown)} characters cannot be seen (zero-width, tags)")
+            raise RowError(
+                "hidden_characters", f"{hidden} of {len(shown)} characters cannot be seen (zero-width, tags)"
+            )
         sanitised["hidden_characters"] += 1
     return kept
 
@@ -82,14 +92,24 @@ def find_token(text: str, allowed: frozenset[str] = frozenset()) -> str | None:
     if text.isascii() and "<" not in text and "[" not in text:
         return None
     forms = [text] if text.isascii() else [text, unicodedata.normalize("NFKC", HIDDEN.sub("", text))]
-    return next((match.group() for form in forms for match in TOKENS.finditer(form) if match.group() not in allowed), None)
+    return next(
+        (match.group() for form in forms for match in TOKENS.finditer(form) if match.group() not in allowed),
+        None,
+    )
 
 
 def find_mixed_word(text: str) -> str | None:
     """A word of Latin letters and of others that look like Latin ones."""
     if text.isascii():
         return None
-    return next((match.group() for match in WORD.finditer(text) if LOOKALIKES & set(match.group()) and LATIN.search(match.group())), None)
+    return next(
+        (
+            match.group()
+            for match in WORD.finditer(text)
+            if LOOKALIKES & set(match.group()) and LATIN.search(match.group())
+        ),
+        None,
+    )
 
 
 def language_of(text: str) -> str | None:

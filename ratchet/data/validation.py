@@ -13,13 +13,25 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from ratchet.config.data import PrepareConfig
-from ratchet.data.examples import CONTINUE, FORMS, Example, Message, Meta, RowError, make_example, recognise_form, row_to_messages
+from ratchet.data.examples import (
+    CONTINUE,
+    FORMS,
+    Example,
+    Message,
+    Meta,
+    RowError,
+    make_example,
+    recognise_form,
+    row_to_messages,
+)
 from ratchet.data.json_rows import read_row
 from ratchet.data.pii import MASK, find_secret, mask_names, mask_personal
 from ratchet.data.text import check_text, clean, find_mixed_word, language_of
 from ratchet.errors import ConfigError
 
-REVIEW = frozenset({"mixed_script", "boilerplate", "instruction_in_answer", "contradiction"})  # reasons that a person may overrule
+REVIEW = frozenset(
+    {"mixed_script", "boilerplate", "instruction_in_answer", "contradiction"}
+)  # reasons that a person may overrule
 MOST_TURNS = 64
 FORM_KEYS = {
     "messages": {"messages"},
@@ -84,7 +96,9 @@ class Validator:
             raise RowError("too_many_turns", f"{len(messages)} messages; at most {MOST_TURNS} are taken")
         length = sum(len(message.content) for message in messages)
         if length > self._config.max_chars:  # before the checks: some of them take long on long texts
-            raise RowError("too_many_chars", f"{length} characters; `prepare.max_chars` is {self._config.max_chars}")
+            raise RowError(
+                "too_many_chars", f"{length} characters; `prepare.max_chars` is {self._config.max_chars}"
+            )
         sanitised: Counter[str] = Counter()
         messages = [Message(message.role, clean(message.content, sanitised)) for message in messages]
         meta = self._meta(row)
@@ -95,35 +109,53 @@ class Validator:
         example = self._without_personal(example, sanitised)
         _check_time(meta, origin.time, self._config.retention_days)
         if self._config.require_licence and origin.licence in ("", "unknown") and not meta.get("licence"):
-            raise RowError("no_licence", "neither the row nor its batch names a licence; `prepare.require_licence` is true")
+            raise RowError(
+                "no_licence",
+                "neither the row nor its batch names a licence; `prepare.require_licence` is true",
+            )
         doubts = doubts and not is_accepted(origin.source, meta)
         if doubts:
             _check_doubts(example)
         self._check_language(example)
-        example = Example(example.id, example.messages, {**meta, "batch": origin.batch, "source": origin.source})
+        example = Example(
+            example.id, example.messages, {**meta, "batch": origin.batch, "source": origin.source}
+        )
         self.sanitised.update(sanitised)
         return Checked(example, doubts and BOILERPLATE.search(example.answer) is not None)
 
     def _check_keys(self, row: dict[str, Any], form: str) -> None:
         unknown = row.keys() - FORM_KEYS[form] - self._extra
         if unknown and any(IMAGES.search(key) for key in unknown):
-            raise RowError("media", f"the keys {_names(unknown)} name pictures or sounds; rows of text are taken")
+            raise RowError(
+                "media", f"the keys {_names(unknown)} name pictures or sounds; rows of text are taken"
+            )
         if unknown and self._config.unknown_keys == "reject":
-            raise RowError("unknown_key", f"the keys {_names(unknown)} are unknown in a row of the form {form!r}; name them in `prepare.extra_keys`, or drop them")
+            raise RowError(
+                "unknown_key",
+                f"the keys {_names(unknown)} are unknown in a row of the form {form!r}; name them in `prepare.extra_keys`, or drop them",
+            )
         for key, known in TURN_KEYS.items():
             turns = row.get(key)
             if key in FORM_KEYS[form] and isinstance(turns, list):
                 for turn in turns:
                     if isinstance(turn, dict) and (more := turn.keys() - known):
-                        raise RowError("unknown_key", f"a message holds {_names(more)}; known: {sorted(known)} (calls of tools are not learned yet)")
+                        raise RowError(
+                            "unknown_key",
+                            f"a message holds {_names(more)}; known: {sorted(known)} (calls of tools are not learned yet)",
+                        )
 
     def _meta(self, row: dict[str, Any]) -> Meta:
         """Single values of `meta` and of the keys that the configuration names."""
         given = row.get("meta")
         if row.keys().isdisjoint(self._extra):
             return {}
-        said = {**{key: row[key] for key in self._config.extra_keys if key in row}, **(given if isinstance(given, dict) else {})}
-        meta: Meta = {key: value for key, value in said.items() if isinstance(value, str | int | float | bool)}
+        said = {
+            **{key: row[key] for key in self._config.extra_keys if key in row},
+            **(given if isinstance(given, dict) else {}),
+        }
+        meta: Meta = {
+            key: value for key, value in said.items() if isinstance(value, str | int | float | bool)
+        }
         for text in (*meta, *(value for value in meta.values() if isinstance(value, str))):
             self._check_meta(text)
         return meta
@@ -131,27 +163,40 @@ class Validator:
     def _check_meta(self, text: str) -> None:
         """It is not learned, but it stands in every file that the row does."""
         if len(text) > LONGEST_META:
-            raise RowError("long_meta", f"a text of {len(text)} characters beside the messages; at most {LONGEST_META} are taken")
+            raise RowError(
+                "long_meta",
+                f"a text of {len(text)} characters beside the messages; at most {LONGEST_META} are taken",
+            )
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise RowError("lone_surrogate", "a text beside the messages holds half a character (a lone surrogate)") from None
+                raise RowError(
+                    "lone_surrogate", "a text beside the messages holds half a character (a lone surrogate)"
+                ) from None
         if kind := find_secret(text):
-            raise RowError("secret", f"a text beside the messages holds a secret ({kind}); it has to be changed where it is valid")
+            raise RowError(
+                "secret",
+                f"a text beside the messages holds a secret ({kind}); it has to be changed where it is valid",
+            )
         self._check_blocked(text)
 
     def _without_personal(self, example: Example, sanitised: Counter[str]) -> Example:
         for message in example.messages:
             if kind := find_secret(message.content):
-                raise RowError("secret", f"a text holds a secret ({kind}); it has to be changed where it is valid")
+                raise RowError(
+                    "secret", f"a text holds a secret ({kind}); it has to be changed where it is valid"
+                )
         policy = self._config.personal_data
         if policy == "keep":
             return example
         if policy == "reject":
             for message in example.messages:
                 if kinds := self._mask(message.content)[1]:
-                    raise RowError("personal_data", f"a text holds personal data: {', '.join(kinds)} (`prepare.personal_data`: mask takes the row without it)")
+                    raise RowError(
+                        "personal_data",
+                        f"a text holds personal data: {', '.join(kinds)} (`prepare.personal_data`: mask takes the row without it)",
+                    )
             return example
         masked = [(message, *self._mask(message.content)) for message in example.messages]
         if not any(kinds for _, _, kinds in masked):
@@ -170,7 +215,10 @@ class Validator:
     def _check_language(self, example: Example) -> None:
         text = example.answer if example.question == CONTINUE else example.question
         if self._config.languages and (language := language_of(text)) not in (None, *self._config.languages):
-            raise RowError("language", f"the question seems to be in {language!r}; `prepare.languages` is {self._config.languages}")
+            raise RowError(
+                "language",
+                f"the question seems to be in {language!r}; `prepare.languages` is {self._config.languages}",
+            )
 
     def _check_blocked(self, text: str) -> None:
         for entry, pattern in self._blocked:
@@ -207,7 +255,9 @@ def _check_time(meta: Meta, batch_time: str, retention_days: float) -> None:
     if when > pulled + CLOCK_SKEW:
         raise RowError("from_the_future", f"its `{key}` is {when:%Y-%m-%d}, its batch is of {batch_time}")
     if retention_days and when < pulled - timedelta(days=retention_days):
-        raise RowError("too_old", f"its `{key}` is {when:%Y-%m-%d}; `prepare.retention_days` is {retention_days:g}")
+        raise RowError(
+            "too_old", f"its `{key}` is {when:%Y-%m-%d}; `prepare.retention_days` is {retention_days:g}"
+        )
 
 
 def _time_of(value: object) -> datetime | None:
@@ -227,7 +277,10 @@ def _compile(entry: str) -> re.Pattern[str]:
     try:
         return re.compile(entry, re.IGNORECASE)
     except re.error as error:
-        raise ConfigError(f"prepare.blocked holds {entry!r}, which is no regular expression: {error}", remedy="mend it in params.yaml") from None
+        raise ConfigError(
+            f"prepare.blocked holds {entry!r}, which is no regular expression: {error}",
+            remedy="mend it in params.yaml",
+        ) from None
 
 
 assert FORM_KEYS.keys() == FORMS.keys()

@@ -34,10 +34,18 @@ class Reply(NamedTuple):
     milliseconds: float
 
 
-def replay(url: str, model: str, questions: list[Question], *, users: list[str], parallel: int, key: str = "") -> list[Reply]:
+def replay(
+    url: str, model: str, questions: list[Question], *, users: list[str], parallel: int, key: str = ""
+) -> list[Reply]:
     """In the order of `questions`; `users` names who asks each. Raises ServiceError when nothing answers at `url`."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=url, headers=headers, timeout=120, trust_env=False, limits=httpx.Limits(max_connections=parallel)) as client:
+    with httpx.Client(
+        base_url=url,
+        headers=headers,
+        timeout=120,
+        trust_env=False,
+        limits=httpx.Limits(max_connections=parallel),
+    ) as client:
         _wait_until_ready(client, url)
         with ThreadPoolExecutor(parallel) as pool:
             return list(pool.map(lambda pair: _ask(client, model, *pair), zip(questions, users, strict=True)))
@@ -50,12 +58,17 @@ def _wait_until_ready(client: httpx.Client, url: str) -> None:
         try:
             answered = client.get("/readyz")
         except httpx.HTTPError as error:
-            raise ServiceError(f"nothing answers at {url}: {error}", remedy="ratchet up, or ratchet serve") from None
+            raise ServiceError(
+                f"nothing answers at {url}: {error}", remedy="ratchet up, or ratchet serve"
+            ) from None
         if answered.is_success:
             return
         said = answered.text[:300]
         time.sleep(0.3)
-    raise ServiceError(f"the gateway at {url} has no version to answer with: {said}", remedy="ratchet status, and .ratchet/logs/gateway.log, say why")
+    raise ServiceError(
+        f"the gateway at {url} has no version to answer with: {said}",
+        remedy="ratchet status, and .ratchet/logs/gateway.log, say why",
+    )
 
 
 def _ask(client: httpx.Client, model: str, question: Question, user: str) -> Reply:
@@ -67,9 +80,18 @@ def _ask(client: httpx.Client, model: str, question: Question, user: str) -> Rep
         if answered.status_code != httpx.codes.OK:
             return Reply(question.kind, 0, False, f"{answered.status_code}: {answered.text[:200]}", took)
         right = exact_match(answered.json()["choices"][0]["message"]["content"], question.answer) == 1.0
-        said = client.post("/v1/feedback", json={"request_id": answered.headers["x-request-id"], "user": user, "score": float(right)})
+        said = client.post(
+            "/v1/feedback",
+            json={"request_id": answered.headers["x-request-id"], "user": user, "score": float(right)},
+        )
     except httpx.HTTPError as error:
-        return Reply(question.kind, 0, False, f"{type(error).__name__}: {error}", (time.perf_counter() - started) * 1000)
+        return Reply(
+            question.kind,
+            0,
+            False,
+            f"{type(error).__name__}: {error}",
+            (time.perf_counter() - started) * 1000,
+        )
     fault = "" if said.is_success else f"feedback {said.status_code}: {said.text[:200]}"
     return Reply(question.kind, int(answered.headers["x-ratchet-version"]), right, fault, took)
 

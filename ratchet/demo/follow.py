@@ -23,7 +23,10 @@ def follow_retraining(root: Path, *, say: Callable[[str], object]) -> None:
     while time.monotonic() - started < MAX_SECONDS:
         run = _newest_run()
         if run is None and time.monotonic() - started > APPEAR_SECONDS:
-            raise ServiceError("no retraining was started", remedy=f"{log} and Prefect's page of events may say why; `ratchet retrain --drift` does the same by hand")
+            raise ServiceError(
+                "no retraining was started",
+                remedy=f"{log} and Prefect's page of events may say why; `ratchet retrain --drift` does the same by hand",
+            )
         if run is not None and not told:
             told = True
             say(f"run {run.name!r}: {_waited(run)}")
@@ -32,18 +35,31 @@ def follow_retraining(root: Path, *, say: Callable[[str], object]) -> None:
             _check(run)
             return
         time.sleep(POLL_SECONDS)
-    raise ServiceError(f"the retraining goes on for more than {MAX_SECONDS / 60:.0f} minutes", remedy=f"see {log}")
+    raise ServiceError(
+        f"the retraining goes on for more than {MAX_SECONDS / 60:.0f} minutes", remedy=f"see {log}"
+    )
 
 
 def _newest_run() -> Any:
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowRunFilter, FlowRunFilterState, FlowRunFilterStateName
+    from prefect.client.schemas.filters import (
+        DeploymentFilter,
+        DeploymentFilterName,
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateName,
+    )
     from prefect.client.schemas.sorting import FlowRunSort
 
-    begun = FlowRunFilter(state=FlowRunFilterState(name=FlowRunFilterStateName(not_any_=["Scheduled", "Late"])))
+    begun = FlowRunFilter(
+        state=FlowRunFilterState(name=FlowRunFilterStateName(not_any_=["Scheduled", "Late"]))
+    )
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(
-            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=["retrain"])), flow_run_filter=begun, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1
+            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=["retrain"])),
+            flow_run_filter=begun,
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+            limit=1,
         )
     return runs[0] if runs else None
 
@@ -74,4 +90,8 @@ def _size(path: Path) -> int:
 
 def _check(run: Any) -> None:
     if not run.state.is_completed():
-        raise StageError(f"the retraining ended {run.state.name}: {run.state.message}", exit_code=1, remedy="Prefect's page shows its lines; `ratchet retrain` tries again")
+        raise StageError(
+            f"the retraining ended {run.state.name}: {run.state.message}",
+            exit_code=1,
+            remedy="Prefect's page shows its lines; `ratchet retrain` tries again",
+        )

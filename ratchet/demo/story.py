@@ -55,8 +55,12 @@ def run_demo(root: Path, *, until: str = "v2") -> None:
         config = load_config(home / "params.yaml")
         _story(home, until)
     _print_pages(home, config)
-    console.print(f"\n[bold]{time.perf_counter() - started:.0f} s[/bold] in all, peak memory {peak[0] / 2**30:.2f} GiB (all processes of the demo together)")
-    console.print(f"go on:  ratchet -C {PLACE} status | rollback | history | retrain\nstop:   ratchet -C {PLACE} down")
+    console.print(
+        f"\n[bold]{time.perf_counter() - started:.0f} s[/bold] in all, peak memory {peak[0] / 2**30:.2f} GiB (all processes of the demo together)"
+    )
+    console.print(
+        f"go on:  ratchet -C {PLACE} status | rollback | history | retrain\nstop:   ratchet -C {PLACE} down"
+    )
 
 
 def _story(home: Path, until: str) -> None:
@@ -82,13 +86,17 @@ def _story(home: Path, until: str) -> None:
     _print_scores(home, {"base": "base", "champion": "v1", "candidate": "v2", "simple": "TF-IDF"})
     if not _print_verdict(home):
         return
-    _step("7  v2 gets a growing share of the users; their feedback decides, and may be looked at as often as one likes")
+    _step(
+        "7  v2 gets a growing share of the users; their feedback decides, and may be looked at as often as one likes"
+    )
     _roll_out(home, traffic)
     _step("Before and after, as the users saw it")
     traffic.print_table()
     _step("The ledger")
     console.print("\n".join(escape(line) for line in ledger_lines(ledger_rows(home))))
-    _step("8  A teacher writes rows out of a document, for people to review; here it is a script that asks for each sentence, no model")
+    _step(
+        "8  A teacher writes rows out of a document, for people to review; here it is a script that asks for each sentence, no model"
+    )
     with _scripted_teacher(home):
         _ratchet(home, "synthesize", "--documents", "docs/data.md", "--count", "12")
     _ratchet(home, "review", "status")
@@ -98,7 +106,19 @@ def _story(home: Path, until: str) -> None:
 def _scripted_teacher(home: Path) -> Iterator[None]:
     """The tests' one, on the port that the demo's params.yaml names."""
     port = urlsplit(load_config(home / "params.yaml").synthesize.teacher.url).port
-    command = ["uvicorn", "--app-dir", "tests", "--factory", "teacher_stub:TeacherStub", "--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
+    command = [
+        "uvicorn",
+        "--app-dir",
+        "tests",
+        "--factory",
+        "teacher_stub:TeacherStub",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--log-level",
+        "error",
+    ]
     with subprocess.Popen([sys.executable, "-m", *command], cwd=home) as teacher:
         try:
             yield
@@ -112,7 +132,9 @@ def _roll_out(home: Path, traffic: Traffic) -> None:
         if read_rollout(home) is None:
             return
         traffic.send(LOOK_REQUESTS, new=0.8)
-    console.print(f"[yellow]no end after {MAX_LOOKS} looks: `ratchet -C {PLACE} rollout look` goes on[/yellow]")
+    console.print(
+        f"[yellow]no end after {MAX_LOOKS} looks: `ratchet -C {PLACE} rollout look` goes on[/yellow]"
+    )
 
 
 class Traffic:
@@ -127,19 +149,32 @@ class Traffic:
 
     def send(self, count: int, *, new: float) -> None:
         """`new`: share of the questions that are about the new packages."""
-        asked = [self._random.choice(self._new if self._random.random() < new else self._known) for _ in range(count)]
+        asked = [
+            self._random.choice(self._new if self._random.random() < new else self._known)
+            for _ in range(count)
+        ]
         users = [f"user-{len(self._replies) + number}" for number in range(count)]
         started = time.perf_counter()
         replies = replay(self._url, self._model, asked, users=users, parallel=PARALLEL)
         self._replies += replies
         took, faults = time.perf_counter() - started, [reply.fault for reply in replies if reply.fault]
-        told = ", ".join(f"v{score.version} right on {score.right} of {score.asked} about {score.kind}" for score in summarise(replies))
-        console.print(f"{count} questions by {count} users in {took:.0f} s ({count / took:.0f} a second), {len(faults)} failed: {told}")
+        told = ", ".join(
+            f"v{score.version} right on {score.right} of {score.asked} about {score.kind}"
+            for score in summarise(replies)
+        )
+        console.print(
+            f"{count} questions by {count} users in {took:.0f} s ({count / took:.0f} a second), {len(faults)} failed: {told}"
+        )
         if faults:
-            raise RatchetError(f"{len(faults)} requests failed, the first: {faults[0]}", remedy=f"{PLACE}/.ratchet/logs/gateway.log may say why")
+            raise RatchetError(
+                f"{len(faults)} requests failed, the first: {faults[0]}",
+                remedy=f"{PLACE}/.ratchet/logs/gateway.log may say why",
+            )
 
     def print_table(self) -> None:
-        shown = Table(title="answers that were right, of all that the users asked [95 % interval]", title_justify="left")
+        shown = Table(
+            title="answers that were right, of all that the users asked [95 % interval]", title_justify="left"
+        )
         for column in ("version", "questions about", "asked", "right"):
             shown.add_column(column, justify="right" if column == "asked" else "left")
         for score in summarise(self._replies):
@@ -150,10 +185,19 @@ class Traffic:
 
 def _kept_out(packages: list[str], config: Config) -> list[Question]:
     """Rows of these packages that `ingest.pydoc.share` leaves out of every batch."""
-    taken = {row["messages"][0]["content"] for row in harvest(config.ingest.pydoc.model_copy(update={"packages": packages}))}
+    taken = {
+        row["messages"][0]["content"]
+        for row in harvest(config.ingest.pydoc.model_copy(update={"packages": packages}))
+    }
     every = harvest(config.ingest.pydoc.model_copy(update={"packages": packages, "share": 1.0}))
     kind = "new packages" if packages != ["stdlib"] else "the standard library"
-    return [Question(question, answer, kind) for question, answer in ((row["messages"][0]["content"], row["messages"][1]["content"]) for row in every) if question not in taken]
+    return [
+        Question(question, answer, kind)
+        for question, answer in (
+            (row["messages"][0]["content"], row["messages"][1]["content"]) for row in every
+        )
+        if question not in taken
+    ]
 
 
 def make_checkout(root: Path) -> Path:
@@ -161,7 +205,10 @@ def make_checkout(root: Path) -> Path:
     try:
         git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     except RatchetError:
-        raise CheckoutError(f"{root} is no git repository with a commit", remedy="the demo works on a clone of it: git init && git add -A && git commit -m start") from None
+        raise CheckoutError(
+            f"{root} is no git repository with a commit",
+            remedy="the demo works on a clone of it: git init && git add -A && git commit -m start",
+        ) from None
     home = root / PLACE
     if home.exists():
         console.print(f"an earlier demo is removed: {PLACE}")
@@ -187,11 +234,25 @@ def _settle(home: Path) -> None:
             values[section][key] = _free_port()
     values["ingest"]["pydoc"]["share"] = 0.85
     values["synthesize"]["teacher"] |= {"url": f"http://127.0.0.1:{_free_port()}/v1", "model": "script"}
-    values["monitor"] |= {"cooldown_hours": 0.0, "sources": [{"match": WORDS, "source": "pydoc", "packages": SECOND.split(",")}]}
+    values["monitor"] |= {
+        "cooldown_hours": 0.0,
+        "sources": [{"match": WORDS, "source": "pydoc", "packages": SECOND.split(",")}],
+    }
     # Names of the new packages take more tokens (numpy.ma against os): about a third more time for an answer, which these users take.
     values["rollout"] |= {"steps": [0.1, 0.5, 1.0], "step_minutes": 0.0, "latency_margin": 1.0}
     write_text(params, render_params(Config.model_validate(values)))
-    git(home, "-c", "user.name=Ratchet", "-c", "user.email=ratchet@localhost", "commit", "--quiet", "--all", "--message", "Settle the demo")
+    git(
+        home,
+        "-c",
+        "user.name=Ratchet",
+        "-c",
+        "user.email=ratchet@localhost",
+        "commit",
+        "--quiet",
+        "--all",
+        "--message",
+        "Settle the demo",
+    )
 
 
 def _free_port() -> int:
@@ -203,8 +264,17 @@ def _free_port() -> int:
 def _ratchet(home: Path, *arguments: str) -> None:
     """The command as a user types it, its lines passed through."""
     console.print(f"[dim]$ ratchet -C {PLACE} {' '.join(arguments)}[/dim]")
-    environment = {name: value for name, value in child_environment().items() if not name.startswith(("PREFECT_", "MLFLOW_", "RATCHET_"))}
-    done = subprocess.run([sys.executable, "-m", "ratchet.cli.main", "-C", str(home), *arguments], env=environment, cwd=home, check=False)
+    environment = {
+        name: value
+        for name, value in child_environment().items()
+        if not name.startswith(("PREFECT_", "MLFLOW_", "RATCHET_"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "ratchet.cli.main", "-C", str(home), *arguments],
+        env=environment,
+        cwd=home,
+        check=False,
+    )
     if done.returncode:
         raise RatchetError(
             f"`ratchet {' '.join(arguments)}` ended with exit code {done.returncode}",
@@ -215,15 +285,26 @@ def _ratchet(home: Path, *arguments: str) -> None:
 def _print_scores(home: Path, names: dict[str, str]) -> None:
     """Old and new material apart, as the evaluation recorded them."""
     slices = read_json(home / "reports/evaluation/metrics.json")["slices"]
-    shown = Table(title="exact match on held-out rows [95 % interval]; TF-IDF is a plain classifier for comparison", title_justify="left")
+    shown = Table(
+        title="exact match on held-out rows [95 % interval]; TF-IDF is a plain classifier for comparison",
+        title_justify="left",
+    )
     shown.add_column("rows of")
     shown.add_column("n", justify="right")
     for label in names.values():
         shown.add_column(label)
-    for name in [name for name in slices if name.startswith("batch:")] + [name for name in ("test", "golden") if name in slices]:
+    for name in [name for name in slices if name.startswith("batch:")] + [
+        name for name in ("test", "golden") if name in slices
+    ]:
         part = slices[name]
-        label = {"test": "all test rows", "golden": "the golden set"}.get(name, name.partition("-")[2].rpartition("-")[0])
-        shown.add_row(label, str(next(iter(part.values()))["rows"]), *(_cell(part[model]["exact_match"]) for model in names if model in part))
+        label = {"test": "all test rows", "golden": "the golden set"}.get(
+            name, name.partition("-")[2].rpartition("-")[0]
+        )
+        shown.add_row(
+            label,
+            str(next(iter(part.values()))["rows"]),
+            *(_cell(part[model]["exact_match"]) for model in names if model in part),
+        )
     console.print(shown)
 
 
@@ -238,12 +319,16 @@ def _print_verdict(home: Path) -> bool:
     for part in [*decision["checks"][:1], *decision["regions"]]:
         console.print(f"  {part['reason']}", markup=False)
     if decision["verdict"] != "promote":
-        console.print("[yellow]the candidate was not let through: v1 stays in charge. That is the gate's work, and worth a look at the reasons above.[/yellow]")
+        console.print(
+            "[yellow]the candidate was not let through: v1 stays in charge. That is the gate's work, and worth a look at the reasons above.[/yellow]"
+        )
     return bool(decision["verdict"] == "promote")
 
 
 def _print_pages(home: Path, config: Config) -> None:
-    mlflow, prefect = (f"http://127.0.0.1:{port}" for port in (config.services.mlflow_port, config.services.prefect_port))
+    mlflow, prefect = (
+        f"http://127.0.0.1:{port}" for port in (config.services.mlflow_port, config.services.prefect_port)
+    )
     console.print(
         f"\nthe page http://127.0.0.1:{config.gateway.port}/\nMLflow   {mlflow}/#/models/{config.project.name}\nPrefect  {prefect}/runs\ngit log  git -C {PLACE} log --oneline"
     )
@@ -276,7 +361,11 @@ def _family_memory() -> int:
     total = 0
     for process in psutil.process_iter():
         try:
-            if process.pid == os.getpid() or str(PLACE) in process.cwd() or str(PLACE) in " ".join(process.cmdline()):
+            if (
+                process.pid == os.getpid()
+                or str(PLACE) in process.cwd()
+                or str(PLACE) in " ".join(process.cmdline())
+            ):
                 total += process.memory_full_info().pss
         except (psutil.Error, AttributeError, OSError):
             continue

@@ -26,7 +26,10 @@ from ratchet.pipeline.stage import say
 
 FOLDER = Path(".ratchet/cache/answers")
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes")
-CODE = ("ratchet/evaluation/answer_cache.py", "ratchet/evaluation/scoring.py")  # with all that they import, they compute an answer
+CODE = (
+    "ratchet/evaluation/answer_cache.py",
+    "ratchet/evaluation/scoring.py",
+)  # with all that they import, they compute an answer
 
 
 class Answers:
@@ -73,7 +76,9 @@ class Answers:
         value = json.dumps(entries, allow_nan=False)
         try:
             with self._known:
-                self._known.execute("insert or replace into answers values (?, ?, ?)", (key, value, _sum(key, value)))
+                self._known.execute(
+                    "insert or replace into answers values (?, ?, ?)", (key, value, _sum(key, value))
+                )
         except sqlite3.Error as error:
             self._give_up(error)
 
@@ -81,7 +86,9 @@ class Answers:
         assert self._path
         _pass_over(self._path, error)
         self.close()
-        if not isinstance(error, sqlite3.OperationalError):  # a lock or a full disk passes, a broken file does not
+        if not isinstance(
+            error, sqlite3.OperationalError
+        ):  # a lock or a full disk passes, a broken file does not
             self._path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -114,7 +121,11 @@ def identity(base: Path, trained: Path | None, like: Path) -> str:
     """Hash of a model that is to answer: `base` with what was trained in the folder `trained`, or untouched and loaded as `like` asks for."""
     settings = base_settings(trained or like)
     parts = {
-        "base": {path.name: sha256_file(path) for path in sorted(base.iterdir()) if path.is_file() and path.name != "seen.txt"},
+        "base": {
+            path.name: sha256_file(path)
+            for path in sorted(base.iterdir())
+            if path.is_file() and path.name != "seen.txt"
+        },
         "trained": _trained(trained) if trained else None,
         "settings": [*settings.values(), precision(settings["method"])[0]],
         "machine": _machine(),
@@ -126,13 +137,21 @@ def identity(base: Path, trained: Path | None, like: Path) -> str:
 def _trained(folder: Path) -> dict[str, str]:
     """Not its manifest: the champion's names its version, and the same weights were a candidate before."""
     settings = ("config.json", "generation_config.json") if is_full(folder) else ("adapter_config.json",)
-    return {path.name: sha256_file(path) for path in (weights_file(folder), *(folder / name for name in settings)) if path.exists()}
+    return {
+        path.name: sha256_file(path)
+        for path in (weights_file(folder), *(folder / name for name in settings))
+        if path.exists()
+    }
 
 
 def _machine() -> dict[str, Any]:
     import torch
 
-    where = torch.cuda.get_device_name() if device() == "cuda" else f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name()
+        if device() == "cuda"
+        else f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    )
     return {"device": where, **{package: _version(package) for package in PACKAGES}}
 
 
@@ -146,7 +165,9 @@ def _version(package: str) -> str:
 def _connect(path: Path, patience: float) -> sqlite3.Connection:
     known = sqlite3.connect(path, timeout=patience)
     try:
-        known.execute("create table if not exists answers (key text primary key, value text, sha256 text) without rowid")
+        known.execute(
+            "create table if not exists answers (key text primary key, value text, sha256 text) without rowid"
+        )
     except sqlite3.Error:
         known.close()
         raise

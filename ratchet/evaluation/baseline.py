@@ -36,4 +36,7 @@ def vectors(known: list[str], asked: list[str]) -> tuple[Any, Any]:
 def _by_regression(known: Any, answers: list[str], asked: Any) -> list[str]:
     from sklearn.linear_model import LogisticRegression
 
-    return [str(answer) for answer in LogisticRegression(C=10.0, max_iter=300, tol=3e-4).fit(known, answers).predict(asked)]
+    return [
+        str(answer)
+        for answer in LogisticRegression(C=10.0, max_iter=300, tol=3e-4).fit(known, answers).predict(asked)
+    ]

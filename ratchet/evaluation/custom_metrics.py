@@ -26,11 +26,15 @@ def load_custom(names: Sequence[str], folder: Path) -> dict[str, Custom]:
         module, _, function = name.partition(":")
         path = folder / f"{module}.py"
         if not path.is_file():
-            raise ConfigError(f"evaluate.custom names {name}, and {path} does not exist", remedy=f"put the function into {path}, or take it out of `evaluate.custom`")
+            raise ConfigError(
+                f"evaluate.custom names {name}, and {path} does not exist",
+                remedy=f"put the function into {path}, or take it out of `evaluate.custom`",
+            )
         metric = getattr(_load(path), function, None)
         if not callable(metric):
             raise ConfigError(
-                f"evaluate.custom names {name}, and {path} has no function {function}", remedy="def NAME(prediction, reference, example_meta): return a number from 0 to 1"
+                f"evaluate.custom names {name}, and {path} has no function {function}",
+                remedy="def NAME(prediction, reference, example_meta): return a number from 0 to 1",
             )
         found[function] = metric
     return found
@@ -42,13 +46,17 @@ def custom_score(name: str, metric: Custom, answer: str, row: Example) -> float:
     try:
         value = metric(answer, row.answer, dict(row.meta))
     except Exception as error:
-        raise DataError(f"the metric {name} failed on row {row.id}: {type(error).__name__}: {error}", remedy=remedy) from error
+        raise DataError(
+            f"the metric {name} failed on row {row.id}: {type(error).__name__}: {error}", remedy=remedy
+        ) from error
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not 0.0 <= number <= 1.0:  # NaN is refused too
-        raise DataError(f"the metric {name} gave {value!r} for row {row.id}; wanted a number from 0 to 1", remedy=remedy)
+        raise DataError(
+            f"the metric {name} gave {value!r} for row {row.id}; wanted a number from 0 to 1", remedy=remedy
+        )
     return number
 
 
@@ -61,7 +69,10 @@ def _load(path: Path) -> ModuleType:
         try:
             spec.loader.exec_module(module)
         except Exception as error:
-            raise ConfigError(f"{path} does not load: {type(error).__name__}: {error}", remedy="mend the file, or take it out of `evaluate.custom`") from error
+            raise ConfigError(
+                f"{path} does not load: {type(error).__name__}: {error}",
+                remedy="mend the file, or take it out of `evaluate.custom`",
+            ) from error
     return module
 
 

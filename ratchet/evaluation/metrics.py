@@ -166,7 +166,10 @@ def _longest_common(left: list[str], right: list[str]) -> int:
     for word in left:
         diagonal = 0
         for position, other in enumerate(right, start=1):
-            diagonal, row[position] = row[position], diagonal + 1 if word == other else max(row[position], row[position - 1])
+            diagonal, row[position] = (
+                row[position],
+                diagonal + 1 if word == other else max(row[position], row[position - 1]),
+            )
     return row[-1]
 
 
@@ -181,7 +184,9 @@ def are_labels(references: Sequence[str]) -> bool:
     return len(common) > 1 and sum(counts[label] for label in common) >= len(references) / 2
 
 
-def macro_f1(answers: Sequence[str], references: Sequence[str], *, alpha: float, resamples: int, seed: int) -> Interval:
+def macro_f1(
+    answers: Sequence[str], references: Sequence[str], *, alpha: float, resamples: int, seed: int
+) -> Interval:
     """The mean of the F1 of each label that the references hold, as scikit-learn's `f1_score(average="macro", labels=…)`; bounds by the bootstrap over rows."""
     answered, wanted = list(map(as_label, answers)), list(map(as_label, references))
     labels = {label: place for place, label in enumerate(sorted(set(wanted)))}

@@ -81,7 +81,12 @@ class Models:
     @contextmanager
     def _bare(self, player: Player) -> Iterator[Any]:
         held = next(iter(self._held.values()), None)
-        if held and self._base == player.base and can_be_switched_off(held) and base_settings(held) == base_settings(player.like):
+        if (
+            held
+            and self._base == player.base
+            and can_be_switched_off(held)
+            and base_settings(held) == base_settings(player.like)
+        ):
             with self._model.disable_adapter():
                 yield self._model
             return
@@ -107,7 +112,9 @@ def each_model(base: Path, incumbent: Path | None, candidate: Path) -> Iterator[
             yield player.name, model.eval(), ChatFormat(load_tokenizer(player.base))
 
 
-def answer(player: Player, models: Models, asked: Asked, config: EvaluateConfig, cache: Path | None = None) -> Answered:
+def answer(
+    player: Player, models: Models, asked: Asked, config: EvaluateConfig, cache: Path | None = None
+) -> Answered:
     """In the order of the rows. Raises BaseModelError when a likelihood is not finite."""
     started = time.perf_counter()
     chat = ChatFormat(load_tokenizer(player.base))
@@ -115,13 +122,24 @@ def answer(player: Player, models: Models, asked: Asked, config: EvaluateConfig,
     wholes = [_with_answer(chat, row, prompt) for row, prompt in zip(asked.rows, prompts, strict=True)]
 
     def likelihoods(model: Any, batch: list[int]) -> list[Any]:
-        found = answer_likelihoods(model, [wholes[index] for index in batch], pad_id=chat.pad_id, batch_size=len(batch))
+        found = answer_likelihoods(
+            model, [wholes[index] for index in batch], pad_id=chat.pad_id, batch_size=len(batch)
+        )
         if broken := sum(not math.isfinite(each.nll) or not math.isfinite(each.prompt_nll) for each in found):
-            raise BaseModelError(f"{player.name}: the likelihood of {broken} of {len(batch)} answers is not finite", remedy="its weights are broken: train again")
+            raise BaseModelError(
+                f"{player.name}: the likelihood of {broken} of {len(batch)} answers is not finite",
+                remedy="its weights are broken: train again",
+            )
         return [list(each) for each in found]
 
     def answers(model: Any, batch: list[int]) -> list[Any]:
-        return greedy_answers(model, [prompts[index] for index in batch], chat, max_new_tokens=config.max_new_tokens, batch_size=len(batch))
+        return greedy_answers(
+            model,
+            [prompts[index] for index in batch],
+            chat,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=len(batch),
+        )
 
     kinds: list[tuple[Callable[[Any, list[int]], list[Any]], list[list[int]], Any]] = [
         (likelihoods, [[*row.ids, -sum(row.learned)] for row in wholes], ["likelihood", chat.pad_id]),
@@ -129,7 +147,9 @@ def answer(player: Player, models: Models, asked: Asked, config: EvaluateConfig,
     ]
     with open_answers(cache, identity(player.base, player.trained, player.like) if cache else "") as known:
         parts = [
-            _Part(compute, batch, _key(settings, [ids[index] for index in batch])) for compute, ids, settings in kinds for batch in batches(ids, asked.groups, config.batch_size)
+            _Part(compute, batch, _key(settings, [ids[index] for index in batch]))
+            for compute, ids, settings in kinds
+            for batch in batches(ids, asked.groups, config.batch_size)
         ]
         found = [known.get(part.key, len(part.batch)) for part in parts]
         cached = sum(entries is not None for entries in found)
@@ -142,7 +162,10 @@ def answer(player: Player, models: Models, asked: Asked, config: EvaluateConfig,
     where = f", {cached / len(parts):.0%} of it from the cache" if cached else ""
     say(f"evaluate: {player.name} on {len(asked.rows)} rows in {time.perf_counter() - started:.0f} s{where}")
     everything = range(len(asked.rows))
-    return Answered([columns[answers][index] for index in everything], [Likelihood(*columns[likelihoods][index]) for index in everything])
+    return Answered(
+        [columns[answers][index] for index in everything],
+        [Likelihood(*columns[likelihoods][index]) for index in everything],
+    )
 
 
 class _Part(NamedTuple):
@@ -153,7 +176,9 @@ class _Part(NamedTuple):
     key: str
 
 
-def _compute(parts: Sequence[_Part], found: list[list[Any] | None], load: AbstractContextManager[Any], known: Answers) -> None:
+def _compute(
+    parts: Sequence[_Part], found: list[list[Any] | None], load: AbstractContextManager[Any], known: Answers
+) -> None:
     with load as model, quiet():
         model.eval()
         for place, part in enumerate(parts):
@@ -201,10 +226,21 @@ def frame_of(rows: list[Example], model: str, found: Answered, config: EvaluateC
     return pd.DataFrame(columns | slice_columns(rows, config))
 
 
-def add_scores(table: pd.DataFrame, rows: list[Example], config: EvaluateConfig, custom: dict[str, Custom]) -> pd.DataFrame:
+def add_scores(
+    table: pd.DataFrame, rows: list[Example], config: EvaluateConfig, custom: dict[str, Custom]
+) -> pd.DataFrame:
     """A column a metric."""
     pairs = list(zip(table.answer, table.reference, strict=True))
-    scores = {name: [metric(answer, reference) for answer, reference in pairs] for name, metric in row_metrics(config).items()}
+    scores = {
+        name: [metric(answer, reference) for answer, reference in pairs]
+        for name, metric in row_metrics(config).items()
+    }
     of = {row.id: row for row in rows}
-    scores |= {name: [custom_score(name, metric, answer, of[id]) for answer, id in zip(table.answer, table.id, strict=True)] for name, metric in custom.items()}
+    scores |= {
+        name: [
+            custom_score(name, metric, answer, of[id])
+            for answer, id in zip(table.answer, table.id, strict=True)
+        ]
+        for name, metric in custom.items()
+    }
     return table.assign(**scores)

@@ -23,15 +23,23 @@ PREFIX = "slice:"
 def slice_columns(rows: Sequence[Example], config: EvaluateConfig) -> dict[str, list[str]]:
     """A value a row for each field; empty where the row has none. Raises DataError for a field of `evaluate.slices` that no row has."""
     require_fields("evaluate.slices", config.slices, rows)
-    fields = {field: [_value(row.meta.get(field)) for row in rows] for field in dict.fromkeys(("source", *config.slices))}
+    fields = {
+        field: [_value(row.meta.get(field)) for row in rows]
+        for field in dict.fromkeys(("source", *config.slices))
+    }
     fields["length"] = [length_bucket(row.question, config.length_bounds) for row in rows]
     return {f"{PREFIX}{field}": values for field, values in fields.items()}
 
 
 def require_fields(key: str, fields: Sequence[str], rows: Sequence[Example]) -> None:
     """Raises DataError for a field of the params' `key` that no row has: what it should guard would go unguarded."""
-    if unknown := [field for field in fields if not any(row.meta.get(field) not in (None, "") for row in rows)]:
-        raise DataError(f"{key} names {unknown[0]!r}, which no test row has in its `meta`", remedy=f"the first row has {', '.join(sorted(rows[0].meta)) or 'none'}")
+    if unknown := [
+        field for field in fields if not any(row.meta.get(field) not in (None, "") for row in rows)
+    ]:
+        raise DataError(
+            f"{key} names {unknown[0]!r}, which no test row has in its `meta`",
+            remedy=f"the first row has {', '.join(sorted(rows[0].meta)) or 'none'}",
+        )
 
 
 def length_bucket(text: str, bounds: Sequence[int]) -> str:
@@ -40,7 +48,9 @@ def length_bucket(text: str, bounds: Sequence[int]) -> str:
         return ""
     place = int(np.searchsorted(bounds, len(text.split()), side="right"))
     edges = [0, *bounds]
-    return f"{edges[place]}+ words" if place == len(bounds) else f"{edges[place]}-{edges[place + 1] - 1} words"
+    return (
+        f"{edges[place]}+ words" if place == len(bounds) else f"{edges[place]}-{edges[place + 1] - 1} words"
+    )
 
 
 def groups(scores: pd.DataFrame, *, least: int) -> dict[str, pd.DataFrame]:
@@ -48,7 +58,11 @@ def groups(scores: pd.DataFrame, *, least: int) -> dict[str, pd.DataFrame]:
     found: dict[str, Any] = {}
     for column in [name for name in scores if name == "kind" or str(name).startswith(PREFIX)]:
         if scores[column].nunique() > 1:
-            parts = {f"{str(column).removeprefix(PREFIX)}:{value}": part for value, part in scores.groupby(column) if value}
+            parts = {
+                f"{str(column).removeprefix(PREFIX)}:{value}": part
+                for value, part in scores.groupby(column)
+                if value
+            }
             found |= {name: part for name, part in parts.items() if part.id.nunique() >= least}
     return found
 

@@ -50,14 +50,22 @@ def bootstrap_means(table: Values, *, alpha: float, resamples: int, seed: int) -
     # Resampling rows = multinomial counts; in blocks, since resamples times rows can be large.
     block = max(1, 4_000_000 // len(values))
     sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
-    means = np.concatenate([generator.multinomial(rows, counts / rows, size) @ values for size in sizes]) / rows
+    means = (
+        np.concatenate([generator.multinomial(rows, counts / rows, size) @ values for size in sizes]) / rows
+    )
     shown = max(alpha, MIN_DRAWS / resamples)
     lows, highs = np.quantile(means, [shown, 1 - shown], axis=0)
     middle = table.mean(axis=0)
     if shown > alpha:
         stretch = NormalDist().inv_cdf(1 - alpha) / NormalDist().inv_cdf(1 - shown)
-        lows, highs = np.maximum(table.min(axis=0), middle - (middle - lows) * stretch), np.minimum(table.max(axis=0), middle + (highs - middle) * stretch)
-    return [Interval(float(mean), float(low), float(high)) for mean, low, high in zip(middle, lows, highs, strict=True)]
+        lows, highs = (
+            np.maximum(table.min(axis=0), middle - (middle - lows) * stretch),
+            np.minimum(table.max(axis=0), middle + (highs - middle) * stretch),
+        )
+    return [
+        Interval(float(mean), float(low), float(high))
+        for mean, low, high in zip(middle, lows, highs, strict=True)
+    ]
 
 
 def _grouped(table: Values) -> tuple[Values, Values]:

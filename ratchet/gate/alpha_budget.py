@@ -25,7 +25,9 @@ def read_looks(path: Path) -> Looks:
     found = read_json(path)
     judged = found.get("judged") if isinstance(found, dict) else None
     if not isinstance(judged, dict) or not all(isinstance(keys, list) for keys in judged.values()):
-        raise RatchetError(f"{path} holds no looks", remedy=f"git checkout HEAD -- {FILE}; retrainings write it")
+        raise RatchetError(
+            f"{path} holds no looks", remedy=f"git checkout HEAD -- {FILE}; retrainings write it"
+        )
     return judged
 
 

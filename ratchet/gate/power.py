@@ -29,7 +29,11 @@ class Spread(NamedTuple):
 
     def at(self, effect: float) -> float:
         """Standard deviation of a row's gain under that effect."""
-        return self.deviation if self.differing is None else math.sqrt(max(self.differing, abs(effect)) - effect * effect)
+        return (
+            self.deviation
+            if self.differing is None
+            else math.sqrt(max(self.differing, abs(effect)) - effect * effect)
+        )
 
 
 class Plan(NamedTuple):
@@ -49,7 +53,16 @@ def spread_of(gains: Values) -> Spread:
 
 
 def plan(
-    effect: float, batches: Mapping[str, int], seen: Sequence[str], golden: int, spread: Spread, alpha: float, config: GateConfig, *, rows: int | None = None, wished: float = 0.8
+    effect: float,
+    batches: Mapping[str, int],
+    seen: Sequence[str],
+    golden: int,
+    spread: Spread,
+    alpha: float,
+    config: GateConfig,
+    *,
+    rows: int | None = None,
+    wished: float = 0.8,
 ) -> Plan:
     """`batches`: test rows a batch today; with `rows` they grow or shrink in proportion."""
     today = sum(batches.values())
@@ -62,10 +75,26 @@ def plan(
     needed = _least(lambda count: power(effect, count)[0] >= wished, max(config.min_rows, 2))
     most = 1.0 if spread.differing is not None else 10 * max(spread.deviation, 1e-9)
     smallest = _smallest(lambda gain: power(config.min_gain + gain, wanted)[0] >= wished, most)
-    return Plan(effect, alpha, wanted, found, success, needed, None if smallest is None else config.min_gain + smallest)
+    return Plan(
+        effect,
+        alpha,
+        wanted,
+        found,
+        success,
+        needed,
+        None if smallest is None else config.min_gain + smallest,
+    )
 
 
-def _power(effect: float, batches: Mapping[str, int], seen: Sequence[str], golden: int, spread: Spread, alpha: float, config: GateConfig) -> tuple[float, float]:
+def _power(
+    effect: float,
+    batches: Mapping[str, int],
+    seen: Sequence[str],
+    golden: int,
+    spread: Spread,
+    alpha: float,
+    config: GateConfig,
+) -> tuple[float, float]:
     """(power of the whole, of the success metric alone)."""
     if sum(batches.values()) < config.min_rows:
         return 0.0, 0.0
@@ -75,7 +104,9 @@ def _power(effect: float, batches: Mapping[str, int], seen: Sequence[str], golde
     success = (whole.low(alpha) > config.min_gain) & whole.beyond_chance(alpha)
     past = {name: part for name, part in parts.items() if name in seen}
     groups = {"past": _join(list(past.values()))} if past else {}
-    groups |= {name: part for name, part in past.items() if len(past) > 1 and part.rows >= config.min_slice_rows}
+    groups |= {
+        name: part for name, part in past.items() if len(past) > 1 and part.rows >= config.min_slice_rows
+    }
     kept = success.copy()
     for part in groups.values():
         kept &= part.low(config.guardrail_alpha) >= -config.past_margin
@@ -112,13 +143,18 @@ def _draw(generator: np.random.Generator, rows: int, effect: float, spread: Spre
         total = rows * effect + math.sqrt(rows) * spread.deviation * generator.standard_normal(DRAWS)
         return _Draws(rows, total, np.full(DRAWS, rows * (spread.deviation**2 + effect**2)), None, None)
     differing = max(spread.differing, abs(effect))
-    counts = generator.multinomial(rows, [(differing + effect) / 2, max(0.0, (differing - effect) / 2), max(0.0, 1 - differing)], DRAWS)
+    counts = generator.multinomial(
+        rows, [(differing + effect) / 2, max(0.0, (differing - effect) / 2), max(0.0, 1 - differing)], DRAWS
+    )
     won, lost = counts[:, 0], counts[:, 1]
     return _Draws(rows, (won - lost).astype(np.float64), (won + lost).astype(np.float64), won, lost)
 
 
 def _join(parts: list[_Draws]) -> _Draws:
-    won, lost = [part.won for part in parts if part.won is not None], [part.lost for part in parts if part.lost is not None]
+    won, lost = (
+        [part.won for part in parts if part.won is not None],
+        [part.lost for part in parts if part.lost is not None],
+    )
     return _Draws(
         sum(part.rows for part in parts),
         np.sum([part.total for part in parts], axis=0),

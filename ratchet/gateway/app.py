@@ -73,10 +73,19 @@ class Guard:
         host = headers.get(b"host", b"").decode("latin-1")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if self._hosts is not None and name.lower() not in self._hosts:
-            return Fault(403, f"the host {host!r} is not this gateway", remedy=f"known: {', '.join(sorted(self._hosts))} (gateway.host)", code="unknown_host")
+            return Fault(
+                403,
+                f"the host {host!r} is not this gateway",
+                remedy=f"known: {', '.join(sorted(self._hosts))} (gateway.host)",
+                code="unknown_host",
+            )
         kind = headers.get(b"content-type", b"").decode("latin-1")
         if method == "POST" and kind.partition(";")[0].strip().lower() != "application/json":
-            return Fault(415, f"the content type is {kind!r}, wanted application/json", remedy="send the header `content-type: application/json`")
+            return Fault(
+                415,
+                f"the content type is {kind!r}, wanted application/json",
+                remedy="send the header `content-type: application/json`",
+            )
         return None
 
 
@@ -128,12 +137,21 @@ def _feedback(parts: Parts) -> Endpoint:
     async def feedback(request: Request) -> Response:
         """The signature alone tells whether the id is ours: no look-up, and an answer that is not written yet can be judged."""
         key = parts.admit(request.headers, "feedback")
-        raw = await read_body(request.receive, request.headers.get("content-length", ""), parts.config.gateway.max_body_bytes)
+        raw = await read_body(
+            request.receive, request.headers.get("content-length", ""), parts.config.gateway.max_body_bytes
+        )
         body = parse_feedback(raw)
         if not parts.ids.is_ours(body.request_id):
-            raise Fault(404, f"request_id {body.request_id[:80]!r} was not given out here", remedy="send the `id` of an answer, or its header x-request-id", param="request_id")
+            raise Fault(
+                404,
+                f"request_id {body.request_id[:80]!r} was not given out here",
+                remedy="send the `id` of an answer, or its header x-request-id",
+                param="request_id",
+            )
         user, sender = parts.ids.pseudonym(body.user or ""), parts.ids.sender(key.name)
-        said = Feedback(body.request_id, user, time.time(), body.score, body.label, body.answer, body.comment, sender)
+        said = Feedback(
+            body.request_id, user, time.time(), body.score, body.label, body.answer, body.comment, sender
+        )
         await parts.remember(said)
         return JSONResponse({"object": "feedback", "request_id": body.request_id})
 
@@ -173,7 +191,14 @@ def _handlers(parts: Parts) -> dict[Any, Any]:
     async def refuse_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         known = "POST /v1/chat/completions, POST /v1/feedback, GET /v1/models, /healthz, /readyz, /metrics, /, /review"
-        return _show(Fault(error.status_code, f"{request.method} {request.url.path} is not served", remedy=f"known: {known}", code="unknown_url"))
+        return _show(
+            Fault(
+                error.status_code,
+                f"{request.method} {request.url.path} is not served",
+                remedy=f"known: {known}",
+                code="unknown_url",
+            )
+        )
 
     async def let_go(request: Request, error: Exception) -> None:
         """Nobody is left to be answered."""

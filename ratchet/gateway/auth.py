@@ -45,11 +45,16 @@ def add_key(root: Path, name: str, scopes: Iterable[str]) -> str:
     """The new key, shown this once. Raises UserError: the name is taken, a scope is unknown, or there is none."""
     keys, wanted = list_keys(root), [scope.strip() for scope in scopes]
     if not name or any(key.name == name for key in keys):
-        raise UserError(f"the name {name!r} is {'taken' if name else 'empty'}", remedy="choose another, or revoke that key first (`ratchet keys revoke`)")
+        raise UserError(
+            f"the name {name!r} is {'taken' if name else 'empty'}",
+            remedy="choose another, or revoke that key first (`ratchet keys revoke`)",
+        )
     if not wanted:
         raise UserError("no scope is named", remedy=f"known: {', '.join(SCOPES)}")
     if unknown := [scope for scope in wanted if scope not in SCOPES]:
-        raise UserError(f"unknown scope {', '.join(map(repr, unknown))}", remedy=f"known: {', '.join(SCOPES)}")
+        raise UserError(
+            f"unknown scope {', '.join(map(repr, unknown))}", remedy=f"known: {', '.join(SCOPES)}"
+        )
     key = PREFIX + secrets.token_urlsafe(32)
     _write_keys(root, [*keys, Key(name, _digest(key), wanted, time.time())])
     return key
@@ -62,7 +67,9 @@ def list_keys(root: Path) -> list[Key]:
     except FileNotFoundError:
         return []
     except msgspec.DecodeError as error:
-        raise CheckoutError(f"{FILE} holds no keys: {error}", remedy="remove it and make new keys with `ratchet keys add`") from None
+        raise CheckoutError(
+            f"{FILE} holds no keys: {error}", remedy="remove it and make new keys with `ratchet keys add`"
+        ) from None
 
 
 def revoke_key(root: Path, name: str) -> None:
@@ -70,7 +77,9 @@ def revoke_key(root: Path, name: str) -> None:
     keys = list_keys(root)
     left = [key for key in keys if key.name != name]
     if len(left) == len(keys):
-        raise UserError(f"no key is named {name!r}", remedy=f"known: {', '.join(key.name for key in keys) or 'none'}")
+        raise UserError(
+            f"no key is named {name!r}", remedy=f"known: {', '.join(key.name for key in keys) or 'none'}"
+        )
     _write_keys(root, left)
 
 

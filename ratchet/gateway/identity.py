@@ -29,7 +29,9 @@ class Ids:
     def is_ours(self, id: str) -> bool:
         head, _, rest = id.partition("-")
         random, _, signature = rest.partition("-")
-        return head == "chatcmpl" and hmac.compare_digest(self._sign(b"id", random).encode(), signature.encode("utf-8", "replace"))
+        return head == "chatcmpl" and hmac.compare_digest(
+            self._sign(b"id", random).encode(), signature.encode("utf-8", "replace")
+        )
 
     def pseudonym(self, user: str) -> str:
         """16 hex digits that stand for a user in the log and in a rollout; empty for nobody."""
@@ -54,6 +56,7 @@ def _read_key(path: Path) -> bytes:
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise CheckoutError(
-            f"{path} holds {len(key)} bytes, wanted {KEY_BYTES}", remedy="remove it: feedback on earlier answers is refused from then on, and users count as new ones"
+            f"{path} holds {len(key)} bytes, wanted {KEY_BYTES}",
+            remedy="remove it: feedback on earlier answers is refused from then on, and users count as new ones",
         )
     return key

@@ -15,10 +15,32 @@ class Meters:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         which = ("arm", "version")
-        self._requests = Counter("ratchet_requests", "Chat requests that ended, by HTTP status (499: the client hung up)", ("status", *which), registry=self._registry)
-        self._latency = Histogram("ratchet_latency_seconds", "Time of a whole answer", which, buckets=SECONDS, registry=self._registry)
-        self._first = Histogram("ratchet_first_token_seconds", "Time until the first text of an answer", which, buckets=SECONDS, registry=self._registry)
-        self._tokens = Counter("ratchet_tokens", "Tokens, read (prompt) and written (answer)", ("kind", *which), registry=self._registry)
+        self._requests = Counter(
+            "ratchet_requests",
+            "Chat requests that ended, by HTTP status (499: the client hung up)",
+            ("status", *which),
+            registry=self._registry,
+        )
+        self._latency = Histogram(
+            "ratchet_latency_seconds",
+            "Time of a whole answer",
+            which,
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self._first = Histogram(
+            "ratchet_first_token_seconds",
+            "Time until the first text of an answer",
+            which,
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self._tokens = Counter(
+            "ratchet_tokens",
+            "Tokens, read (prompt) and written (answer)",
+            ("kind", *which),
+            registry=self._registry,
+        )
 
     def show(self, name: str, meaning: str, read: Callable[[], float]) -> None:
         """A figure that is read when it is asked for."""
@@ -28,7 +50,17 @@ class Meters:
         """A request that reached no version."""
         self._requests.labels(str(status), "", "").inc()
 
-    def ended(self, status: int, arm: str, version: int, *, seconds: float, first: float, prompt_tokens: int, answer_tokens: int) -> None:
+    def ended(
+        self,
+        status: int,
+        arm: str,
+        version: int,
+        *,
+        seconds: float,
+        first: float,
+        prompt_tokens: int,
+        answer_tokens: int,
+    ) -> None:
         """Times in seconds, 0 where there was no first text."""
         which = (arm, str(version))
         self._requests.labels(str(status), *which).inc()

@@ -46,7 +46,9 @@ def review_page(parts: Parts) -> Callable[[Request], Awaitable[Response]]:
             "referrer-policy": "no-referrer",
             "cache-control": "no-store",
         }
-        return HTMLResponse(await run_in_threadpool(_render, parts.config.project.name, nonce), headers=headers)
+        return HTMLResponse(
+            await run_in_threadpool(_render, parts.config.project.name, nonce), headers=headers
+        )
 
     return page
 
@@ -54,7 +56,9 @@ def review_page(parts: Parts) -> Callable[[Request], Awaitable[Response]]:
 def review_word(parts: Parts) -> Callable[[Request], Awaitable[Response]]:
     async def word(request: Request) -> Response:
         parts.admit(request.headers, "admin")
-        raw = await read_body(request.receive, request.headers.get("content-length", ""), parts.config.gateway.max_body_bytes)
+        raw = await read_body(
+            request.receive, request.headers.get("content-length", ""), parts.config.gateway.max_body_bytes
+        )
         try:
             said = msgspec.json.decode(raw, type=Word)
         except msgspec.DecodeError as error:
@@ -64,7 +68,9 @@ def review_word(parts: Parts) -> Callable[[Request], Awaitable[Response]]:
         except ServiceError as error:
             raise Fault(503, str(error), code="review_is_down", retry_after=5) from None
         # ASCII: rows in quarantine may hold halves of surrogate pairs.
-        return Response(json.dumps(found), media_type="application/json", headers={"cache-control": "no-store"})
+        return Response(
+            json.dumps(found), media_type="application/json", headers={"cache-control": "no-store"}
+        )
 
     return word
 
@@ -72,7 +78,11 @@ def review_word(parts: Parts) -> Callable[[Request], Awaitable[Response]]:
 def _render(project: str, nonce: str) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined)
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
     return pages.get_template("review.html").render(project=project, nonce=nonce)
 
 
@@ -80,11 +90,23 @@ def _answer(root: Path, said: Word) -> dict[str, Any]:
     """The row to show next; after an undo it is the one that was taken back. Raises UserError, ServiceError."""
     queue = ReviewQueue(root)
     try:
-        note, shown = ("", None) if said.action == "next" else _undo(queue, said) if said.action == "undo" else (_decide(queue, said), None)
+        note, shown = (
+            ("", None)
+            if said.action == "next"
+            else _undo(queue, said)
+            if said.action == "undo"
+            else (_decide(queue, said), None)
+        )
         pending = queue.pending(said.draft, limit=1)
         item = shown or (pending[0] if pending else None)
         drafts = [] if item else [_describe(draft) for draft in queue.drafts()]
-        return {"waiting": queue.waiting(said.draft), "item": _show(item) if item else None, "note": note, "kept": not note, "drafts": drafts}
+        return {
+            "waiting": queue.waiting(said.draft),
+            "item": _show(item) if item else None,
+            "note": note,
+            "kept": not note,
+            "drafts": drafts,
+        }
     finally:
         queue.close()
 
@@ -93,7 +115,9 @@ def _decide(queue: ReviewQueue, said: Word) -> str:
     """What is in the way, or nothing. The page shows undecided rows only: one that is decided was somebody else's in the meantime."""
     entry = queue.get(said.of, said.item)
     if entry is None:
-        raise UserError(f"the draft {said.of[:80]!r} holds no row {said.item[:40]!r}", remedy="reload the page")
+        raise UserError(
+            f"the draft {said.of[:80]!r} holds no row {said.item[:40]!r}", remedy="reload the page"
+        )
     if entry.decision:
         return f"{entry.decision.by} decided this row in the meantime ({entry.decision.verdict}); here is the next one"
     messages = with_answer(entry.item, said.answer) if said.action == "edit" else ()
@@ -113,9 +137,22 @@ def _undo(queue: ReviewQueue, said: Word) -> tuple[str, Item | None]:
 
 def _show(item: Item) -> dict[str, Any]:
     before, answer = split_answer(item.messages)
-    meta = [item.draft, item.kind, item.id[:12], *(f"{key}: {value}" for key, value in item.meta.items() if value not in (None, ""))]
+    meta = [
+        item.draft,
+        item.kind,
+        item.id[:12],
+        *(f"{key}: {value}" for key, value in item.meta.items() if value not in (None, "")),
+    ]
     turns = [{"role": turn.role, "content": turn.content} for turn in before]
-    return {"id": item.id, "draft": item.draft, "turns": turns, "answer": answer, "passage": item.passage, "doubts": list(item.doubts), "meta": " · ".join(meta)}
+    return {
+        "id": item.id,
+        "draft": item.draft,
+        "turns": turns,
+        "answer": answer,
+        "passage": item.passage,
+        "doubts": list(item.doubts),
+        "meta": " · ".join(meta),
+    }
 
 
 def _describe(draft: dict[str, Any]) -> str:

@@ -94,7 +94,10 @@ class Fleet:
 
     async def start(self) -> None:
         """Returns at once; the first version is loaded meanwhile."""
-        self._tasks = [asyncio.create_task(self._repeat(work), name=f"fleet {work.__name__}") for work in (self._watch, self._tend)]
+        self._tasks = [
+            asyncio.create_task(self._repeat(work), name=f"fleet {work.__name__}")
+            for work in (self._watch, self._tend)
+        ]
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -144,14 +147,19 @@ class Fleet:
         try:
             champion = read_champion(self._root)
             if champion is None and self._champion:
-                self._warn(f"{CHAMPION} is gone, v{self._champion.version} answers on; git checkout HEAD -- {CHAMPION}")
+                self._warn(
+                    f"{CHAMPION} is gone, v{self._champion.version} answers on; git checkout HEAD -- {CHAMPION}"
+                )
             self._champion = champion or self._champion
         except RatchetError as error:
             self._warn(str(error))
         try:
             rollout = read_rollout(self._root)
             if rollout and not 0 <= rollout.step < len(rollout.shares):
-                raise CheckoutError(f"{ROLLOUT} is at step {rollout.step} of {len(rollout.shares)}", remedy="remove it: the champion answers everybody")
+                raise CheckoutError(
+                    f"{ROLLOUT} is at step {rollout.step} of {len(rollout.shares)}",
+                    remedy="remove it: the champion answers everybody",
+                )
             self._rollout = rollout
         except RatchetError as error:
             self._warn(str(error))
@@ -162,7 +170,12 @@ class Fleet:
         serving = champion.version if champion and self._has(_of_champion(champion)) else self._table.champion
         if serving is None:
             table = Table(why=self._what_is_in_the_way(champion))
-        elif rollout and rollout.state == "open" and rollout.champion == serving and self._has(_of_rollout(rollout)):
+        elif (
+            rollout
+            and rollout.state == "open"
+            and rollout.champion == serving
+            and self._has(_of_rollout(rollout))
+        ):
             table = Table(serving, rollout.version, rollout.share, rollout.salt, rollout.id, rollout.step, "")
         else:  # while a rollout is paused, requests count for no arm
             table = Table(serving, why="")
@@ -174,7 +187,11 @@ class Fleet:
         if champion is None:
             return self._faults[-1] if self._faults else NOBODY
         refusal = self._refused.get(_of_champion(champion))
-        return f"v{champion.version} is in charge and cannot be loaded: {refusal.why}" if refusal else f"v{champion.version} is being loaded"
+        return (
+            f"v{champion.version} is in charge and cannot be loaded: {refusal.why}"
+            if refusal
+            else f"v{champion.version} is being loaded"
+        )
 
     async def _tell(self) -> None:
         table = self._table
@@ -200,7 +217,9 @@ class Fleet:
         for one in wanted:
             if self._seen is seen:  # or others may be wanted by now
                 await self._load(one)
-        kept = {one.version for one in wanted} | ({champion.previous} if champion and champion.previous is not None else set())
+        kept = {one.version for one in wanted} | (
+            {champion.previous} if champion and champion.previous is not None else set()
+        )
         await self._unload(kept)
         if set(self._loaded) != before:
             await asyncio.to_thread(forget_bundles, self._root, {*self._loaded, *kept})
@@ -239,7 +258,9 @@ class Fleet:
             await self._engine.load(bundle)
         except Exception as error:  # noqa: BLE001  (it is recorded as the reason)
             why = str(error) if isinstance(error, RatchetError | OSError) else repr(error)
-            self._refused[wanted] = Refusal(why, time.monotonic() + AGAIN_SECONDS, refusal.since if refusal else time.time())
+            self._refused[wanted] = Refusal(
+                why, time.monotonic() + AGAIN_SECONDS, refusal.since if refusal else time.time()
+            )
             log.warning("v%d is refused: %s", wanted.version, _one_line(why))
             return
         self._loaded[wanted.version] = wanted.adapter_sha256
@@ -248,8 +269,14 @@ class Fleet:
 
     async def _unload(self, wanted: set[int]) -> None:
         """What nobody wants and nobody asks. The grace is for requests that have chosen a version and not yet taken hold of it."""
-        needed, now = wanted | {version for version in (self._table.champion, self._table.challenger) if version is not None}, time.monotonic()
-        self._left = {version: self._left.get(version, now) for version in self._loaded if version not in needed}
+        needed, now = (
+            wanted
+            | {version for version in (self._table.champion, self._table.challenger) if version is not None},
+            time.monotonic(),
+        )
+        self._left = {
+            version: self._left.get(version, now) for version in self._loaded if version not in needed
+        }
         for version, since in self._left.items():
             if version in (self._table.champion, self._table.challenger):
                 continue  # it took charge while another was let go of
@@ -278,7 +305,9 @@ def _content(path: Path) -> bytes:
 def _describe(table: Table) -> str:
     if table.champion is None:
         return _one_line(table.why)
-    return f"v{table.champion} answers" + (f", v{table.challenger} {table.share:.0%} of the users" if table.challenger is not None else "")
+    return f"v{table.champion} answers" + (
+        f", v{table.challenger} {table.share:.0%} of the users" if table.challenger is not None else ""
+    )
 
 
 def _one_line(text: str) -> str:

@@ -66,7 +66,9 @@ def serve(root: Path, config: Config) -> None:
         )
     )
     _keep_pauses_short()
-    logging.getLogger("ratchet.gateway").info("%s on http://%s:%d, engine %s", config.project.name, gateway.host, gateway.port, gateway.engine)
+    logging.getLogger("ratchet.gateway").info(
+        "%s on http://%s:%d, engine %s", config.project.name, gateway.host, gateway.port, gateway.engine
+    )
     with _exit_quietly():
         server.run(sockets=[listener])
 
@@ -83,7 +85,10 @@ def make_engine(config: Config) -> Engine:
 
 def _require_keys(root: Path, host: str) -> None:
     if not is_loopback(host) and not list_keys(root):
-        raise UserError(f"gateway.host is {host}, which others reach, and there is no API key", remedy="make one with `ratchet keys add NAME`, or set gateway.host to 127.0.0.1")
+        raise UserError(
+            f"gateway.host is {host}, which others reach, and there is no API key",
+            remedy="make one with `ratchet keys add NAME`, or set gateway.host to 127.0.0.1",
+        )
 
 
 def _listen(host: str, port: int) -> socket.socket:

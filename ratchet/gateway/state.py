@@ -45,7 +45,13 @@ class Parts:
         """The version in charge. Raises Fault(503) with what is in the way."""
         champion = self.fleet.table.champion
         if champion is None:
-            raise Fault(503, self.fleet.table.why or "no champion is loaded", remedy="come again when one is promoted and loaded", code="not_ready", retry_after=5)
+            raise Fault(
+                503,
+                self.fleet.table.why or "no champion is loaded",
+                remedy="come again when one is promoted and loaded",
+                code="not_ready",
+                retry_after=5,
+            )
         return champion
 
     def served(self) -> list[int]:
@@ -68,7 +74,13 @@ class Parts:
             self.require_champion()
             return self.fleet.choose(unit)
         if model not in (f"{name}@v{version}" for version in self.served()):
-            raise Fault(404, f"the model {model[:80]!r} does not exist", remedy=f"ask for {name!r}", param="model", code="model_not_found")
+            raise Fault(
+                404,
+                f"the model {model[:80]!r} does not exist",
+                remedy=f"ask for {name!r}",
+                param="model",
+                code="model_not_found",
+            )
         if not key.may_choose_version:
             raise Fault(
                 403,
@@ -84,8 +96,14 @@ def gather_parts(root: Path, config: Config, engine: Engine, fleet: Fleet, log: 
     gateway = config.gateway
     meters, slots = Meters(), Slots(gateway.max_batch + gateway.max_queue)
     meters.show("ratchet_under_way", "Answers under way, the waiting ones included", lambda: slots.held)
-    meters.show("ratchet_log_waiting", "Requests that wait to be written to the log", lambda: log.counts().waiting)
-    meters.show("ratchet_log_dropped", "Requests that the log could not take, since the start", lambda: log.counts().dropped)
+    meters.show(
+        "ratchet_log_waiting", "Requests that wait to be written to the log", lambda: log.counts().waiting
+    )
+    meters.show(
+        "ratchet_log_dropped",
+        "Requests that the log could not take, since the start",
+        lambda: log.counts().dropped,
+    )
     return Parts(
         root=root,
         config=config,

@@ -11,7 +11,11 @@ class Usage(NamedTuple):
     output: int = 0
 
     def __add__(self, other: object) -> Usage:
-        return Usage(self.input + other[0], self.output + other[1]) if isinstance(other, Usage) else NotImplemented
+        return (
+            Usage(self.input + other[0], self.output + other[1])
+            if isinstance(other, Usage)
+            else NotImplemented
+        )
 
 
 class Prices(NamedTuple):

@@ -57,7 +57,14 @@ class Said(msgspec.Struct, frozen=True):
 class Teacher:
     """Use it in one event loop; `close` at the end. `section` is where its knobs stand, `backoff` the first wait in seconds."""
 
-    def __init__(self, config: TeacherConfig, budget: Budget, *, section: str = "synthesize.teacher", backoff: float = 1.0) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        budget: Budget,
+        *,
+        section: str = "synthesize.teacher",
+        backoff: float = 1.0,
+    ) -> None:
         """Raises ConfigError: an address, a model or a key that cannot be. Nothing is asked yet."""
         _check_address(config, section)
         self._config, self._budget, self._section, self._backoff = config, budget, section, backoff
@@ -70,7 +77,11 @@ class Teacher:
         local = urlsplit(config.url).hostname in LOOPBACK
         self._http = httpx.AsyncClient(
             timeout=httpx.Timeout(config.timeout, connect=min(10.0, config.timeout)),
-            limits=httpx.Limits(max_connections=config.parallel, max_keepalive_connections=config.parallel, keepalive_expiry=3.0),
+            limits=httpx.Limits(
+                max_connections=config.parallel,
+                max_keepalive_connections=config.parallel,
+                keepalive_expiry=3.0,
+            ),
             headers={"content-type": "application/json", **self._dialect.headers(self._key)},
             trust_env=not local,  # the shell's proxy cannot reach our own machine
         )
@@ -90,11 +101,22 @@ class Teacher:
         used = answer.usage or Usage()
         fault = _fault(answer, shape)
         if fault and not answer.cut and not answer.refused:
-            turns += [("assistant", answer.text[:20_000] or "(nothing)"), ("user", REPAIR.format(fault=fault))]
+            turns += [
+                ("assistant", answer.text[:20_000] or "(nothing)"),
+                ("user", REPAIR.format(fault=fault)),
+            ]
             answer = await self._complete(prompt.system, turns, schema, seed)
             used += answer.usage or Usage()
             fault = _fault(answer, shape)
-        failure = "teacher_refused" if answer.refused else "cut_off" if fault and answer.cut else "malformed" if fault else ""
+        failure = (
+            "teacher_refused"
+            if answer.refused
+            else "cut_off"
+            if fault and answer.cut
+            else "malformed"
+            if fault
+            else ""
+        )
         return Said(answer.text, used, failure, fault if failure else "")
 
     async def say(self, prompt: Prompt, *, seed: int) -> Said:
@@ -105,7 +127,9 @@ class Teacher:
     def redact(self, text: str) -> str:
         return text.replace(self._key, "[redacted]") if self._key else text
 
-    async def _complete(self, system: str, turns: Sequence[Turn], schema: dict[str, Any] | None, seed: int) -> Answer:
+    async def _complete(
+        self, system: str, turns: Sequence[Turn], schema: dict[str, Any] | None, seed: int
+    ) -> Answer:
         """Its text without the key, its usage as the endpoint says or as the most that it can be."""
         tries, adapted = 0, 0
         async with self._slots:
@@ -148,22 +172,36 @@ class Teacher:
         try:
             response = await self._http.post(self._config.url.rstrip("/") + self._dialect.path, content=raw)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-            raise _Passing("unreachable", f"{self._section}.url does not answer: {type(error).__name__}") from None
+            raise _Passing(
+                "unreachable", f"{self._section}.url does not answer: {type(error).__name__}"
+            ) from None
         except httpx.TimeoutException:
-            raise _Passing("timeout", f"no answer within {self._config.timeout:g} s ({self._section}.timeout)", maybe_paid=True) from None
+            raise _Passing(
+                "timeout",
+                f"no answer within {self._config.timeout:g} s ({self._section}.timeout)",
+                maybe_paid=True,
+            ) from None
         except httpx.TransportError as error:
-            raise _Passing("broken_off", f"the connection broke: {type(error).__name__}", maybe_paid=True) from None
+            raise _Passing(
+                "broken_off", f"the connection broke: {type(error).__name__}", maybe_paid=True
+            ) from None
         if response.status_code == 429 or response.status_code >= 500 or response.status_code == 408:
             reason = "rate_limited" if response.status_code == 429 else "endpoint_error"
-            raise _Passing(reason, self._quote(response), retry_after=_seconds(response.headers.get("retry-after", "")))
+            raise _Passing(
+                reason, self._quote(response), retry_after=_seconds(response.headers.get("retry-after", ""))
+            )
         if response.status_code != 200:
             raise _Refused(response.status_code, self._quote(response), self.redact(response.text))
         if len(response.content) > MOST_BYTES:
-            raise AskError("unreadable", f"an answer of {len(response.content)} bytes; at most {MOST_BYTES} are read")
+            raise AskError(
+                "unreadable", f"an answer of {len(response.content)} bytes; at most {MOST_BYTES} are read"
+            )
         try:
             return self._dialect.read(response.content)
         except Unreadable as error:
-            raise AskError("unreadable", f"{error}; {self._section}.url and .protocol name what answers there") from None
+            raise AskError(
+                "unreadable", f"{error}; {self._section}.url and .protocol name what answers there"
+            ) from None
 
     async def _pace(self) -> None:
         """Evenly spaced under `requests_per_minute`."""
@@ -196,10 +234,14 @@ class Teacher:
     def _final(self, error: _Refused) -> Exception:
         if error.status in (401, 403):
             return ConfigError(
-                f"the teacher refuses the key: {error}", remedy=f"{'correct' if self._key else 'set'} the environment variable {self._config.key_env} ({self._section}.key_env)"
+                f"the teacher refuses the key: {error}",
+                remedy=f"{'correct' if self._key else 'set'} the environment variable {self._config.key_env} ({self._section}.key_env)",
             )
         if error.status == 402:
-            return ServiceError(f"the teacher wants to be paid: {error}", remedy="see the account there, then go on with --resume")
+            return ServiceError(
+                f"the teacher wants to be paid: {error}",
+                remedy="see the account there, then go on with --resume",
+            )
         if error.status in (404, 405) or 300 <= error.status < 400:
             return ConfigError(
                 f"the teacher at {self._config.url} answers {error}",
@@ -211,7 +253,9 @@ class Teacher:
 class _Passing(Exception):
     """A second try may mend it."""
 
-    def __init__(self, reason: str, message: str, *, retry_after: float | None = None, maybe_paid: bool = False) -> None:
+    def __init__(
+        self, reason: str, message: str, *, retry_after: float | None = None, maybe_paid: bool = False
+    ) -> None:
         super().__init__(message)
         self.reason, self.retry_after, self.maybe_paid = reason, retry_after, maybe_paid
 
@@ -233,16 +277,29 @@ def _fault(answer: Answer, shape: type[Reply]) -> str:
 def _check_address(config: TeacherConfig, section: str) -> None:
     example = "such as http://127.0.0.1:8000/v1 (vLLM), http://127.0.0.1:11434/v1 (Ollama) or, with protocol: anthropic, https://api.anthropic.com/v1"
     if not config.url:
-        raise ConfigError(f"{section}.url is empty: no model is named that writes rows", remedy=f"set {section}.url to the base URL of an endpoint, {example}, and {section}.model")
+        raise ConfigError(
+            f"{section}.url is empty: no model is named that writes rows",
+            remedy=f"set {section}.url to the base URL of an endpoint, {example}, and {section}.model",
+        )
     try:
         parts = urlsplit(config.url)
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        whole = (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and (parts.port is None or parts.port > 0)
+        )
     except ValueError:
         whole = False
     if not whole:
-        raise ConfigError(f"{section}.url is {config.url[:80]!r}, which is no http(s) address", remedy=f"set it to a base URL, {example}")
+        raise ConfigError(
+            f"{section}.url is {config.url[:80]!r}, which is no http(s) address",
+            remedy=f"set it to a base URL, {example}",
+        )
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ConfigError(f"{section}.url holds more than an address", remedy=f"a key belongs into the environment variable {config.key_env}, never into params.yaml")
+        raise ConfigError(
+            f"{section}.url holds more than an address",
+            remedy=f"a key belongs into the environment variable {config.key_env}, never into params.yaml",
+        )
     if not config.model:
         raise ConfigError(f"{section}.model is empty", remedy="name a model that the endpoint serves")
 
@@ -251,7 +308,10 @@ def read_key(config: TeacherConfig, section: str) -> str:
     """From the environment; "" where there is none. Raises ConfigError, without showing it."""
     key = os.environ.get(config.key_env, "").strip()
     if key and not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError(f"the environment variable {config.key_env} holds no key: blanks or characters beyond ASCII stand in it", remedy=f"see {section}.key_env")
+        raise ConfigError(
+            f"the environment variable {config.key_env} holds no key: blanks or characters beyond ASCII stand in it",
+            remedy=f"see {section}.key_env",
+        )
     return key
 
 

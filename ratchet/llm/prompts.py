@@ -18,7 +18,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ratchet.errors import ConfigError
 
-NAMES = ("questions_from_passage", "self_instruct", "paraphrase", "judge", "back_translate", "judge_correctness", "judge_groundedness", "judge_preference")
+NAMES = (
+    "questions_from_passage",
+    "self_instruct",
+    "paraphrase",
+    "judge",
+    "back_translate",
+    "judge_correctness",
+    "judge_groundedness",
+    "judge_preference",
+)
 LINE = "\n---\n"
 
 
@@ -52,13 +61,19 @@ class Template:
         try:
             return Prompt(self.version, *(part.render(**values).strip() for part in self._parts))
         except TemplateError as error:
-            raise ConfigError(f"the prompt template {self.origin} fails: {error}", remedy=f"it may use: {', '.join(sorted(values))}, and the filter `fenced`") from None
+            raise ConfigError(
+                f"the prompt template {self.origin} fails: {error}",
+                remedy=f"it may use: {', '.join(sorted(values))}, and the filter `fenced`",
+            ) from None
 
 
 def load_template(name: str, folder: Path | None) -> Template:
     """Raises ConfigError: no such folder, a file that is no template."""
     if folder is not None and not folder.is_dir():
-        raise ConfigError(f"synthesize.prompts is {str(folder)!r}, which is no folder", remedy="name a folder of templates, or leave it empty")
+        raise ConfigError(
+            f"synthesize.prompts is {str(folder)!r}, which is no folder",
+            remedy="name a folder of templates, or leave it empty",
+        )
     own = folder / f"{name}.j2" if folder else None
     if own and own.is_file():
         template = Template(name, _read(own), str(own))
@@ -73,16 +88,24 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").replace("\r\n", "\n")
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"the prompt template {path} cannot be read: {type(error).__name__}", remedy="it has to be UTF-8 text") from None
+        raise ConfigError(
+            f"the prompt template {path} cannot be read: {type(error).__name__}",
+            remedy="it has to be UTF-8 text",
+        ) from None
 
 
 def _check(template: Template) -> None:
     if LINE not in template.source:
-        raise ConfigError(f"the prompt template {template.origin} has no line `---`", remedy="what stands before it is the system message, what follows is the user's")
+        raise ConfigError(
+            f"the prompt template {template.origin} has no line `---`",
+            remedy="what stands before it is the system message, what follows is the user's",
+        )
     try:
         _environment().parse(template.source)
     except TemplateSyntaxError as error:
-        raise ConfigError(f"the prompt template {template.origin} is no Jinja template: line {error.lineno}: {error.message}") from None
+        raise ConfigError(
+            f"the prompt template {template.origin} is no Jinja template: line {error.lineno}: {error.message}"
+        ) from None
 
 
 def fence(text: str) -> str:
@@ -92,6 +115,8 @@ def fence(text: str) -> str:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # plain text for a model, no page
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )  # plain text for a model, no page
     environment.filters["fenced"] = fence
     return environment

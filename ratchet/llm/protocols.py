@@ -44,26 +44,46 @@ class Dialect:
             return {"anthropic-version": ANTHROPIC_VERSION, **({"x-api-key": key} if key else {})}
         return {"authorization": f"Bearer {key}"} if key else {}
 
-    def body(self, system: str, turns: Sequence[Turn], *, schema: dict[str, Any] | None, seed: int) -> dict[str, Any]:
+    def body(
+        self, system: str, turns: Sequence[Turn], *, schema: dict[str, Any] | None, seed: int
+    ) -> dict[str, Any]:
         config = self._config
         messages = [{"role": role, "content": content} for role, content in turns]
-        body: dict[str, Any] = {"model": config.model, self._max_tokens_key: config.max_tokens, "temperature": config.temperature}
+        body: dict[str, Any] = {
+            "model": config.model,
+            self._max_tokens_key: config.max_tokens,
+            "temperature": config.temperature,
+        }
         if config.protocol == "anthropic":
             body |= {"messages": messages, **({"system": system} if system else {})}
         else:
-            body |= {"messages": [*([{"role": "system", "content": system}] if system else []), *messages], "seed": seed}
+            body |= {
+                "messages": [*([{"role": "system", "content": system}] if system else []), *messages],
+                "seed": seed,
+            }
             if schema:
-                body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+                body["response_format"] = {
+                    "type": "json_schema",
+                    "json_schema": {"name": "answer", "strict": True, "schema": schema},
+                }
         return {name: value for name, value in body.items() if name not in self._left_out}
 
     def adapt(self, status: int, said: str, body: dict[str, Any]) -> bool:
         """Whether there is something to change after a refusal: an option of ours that the endpoint names as the fault."""
         if status not in (400, 422):
             return False
-        if "max_completion_tokens" in said and self._max_tokens_key in body and self._max_tokens_key == "max_tokens":
+        if (
+            "max_completion_tokens" in said
+            and self._max_tokens_key in body
+            and self._max_tokens_key == "max_tokens"
+        ):
             self._max_tokens_key = "max_completion_tokens"
             return True
-        for option, names in {"response_format": ("response_format", "json_schema", "guided", "structured"), "temperature": ("temperature",), "seed": ("seed",)}.items():
+        for option, names in {
+            "response_format": ("response_format", "json_schema", "guided", "structured"),
+            "temperature": ("temperature",),
+            "seed": ("seed",),
+        }.items():
             if option in body and any(name in said.lower() for name in names):
                 self._left_out.add(option)
                 return True
@@ -76,7 +96,9 @@ class Dialect:
                 return _read_anthropic(msgspec.json.decode(raw, type=_Message))
             return _read_openai(msgspec.json.decode(raw, type=_Completion))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Unreadable(f"no answer of the protocol `{self._config.protocol}`: {type(error).__name__}") from None
+            raise Unreadable(
+                f"no answer of the protocol `{self._config.protocol}`: {type(error).__name__}"
+            ) from None
 
 
 class _Tokens(msgspec.Struct):
@@ -123,11 +145,25 @@ def _read_openai(found: _Completion) -> Answer:
     choice = found.choices[0]
     usage = Usage(found.usage.prompt_tokens, found.usage.completion_tokens) if found.usage else None
     refused = bool(choice.message.refusal) or choice.finish_reason == "content_filter"
-    return Answer(choice.message.content or choice.message.refusal or "", usage, choice.finish_reason == "length", refused)
+    return Answer(
+        choice.message.content or choice.message.refusal or "",
+        usage,
+        choice.finish_reason == "length",
+        refused,
+    )
 
 
 def _read_anthropic(found: _Message) -> Answer:
     tokens = found.usage
-    usage = Usage(tokens.input_tokens + (tokens.cache_creation_input_tokens or 0) + (tokens.cache_read_input_tokens or 0), tokens.output_tokens) if tokens else None
+    usage = (
+        Usage(
+            tokens.input_tokens
+            + (tokens.cache_creation_input_tokens or 0)
+            + (tokens.cache_read_input_tokens or 0),
+            tokens.output_tokens,
+        )
+        if tokens
+        else None
+    )
     text = "".join(block.text for block in found.content if block.type == "text")
     return Answer(text, usage, found.stop_reason == "max_tokens", found.stop_reason == "refusal")

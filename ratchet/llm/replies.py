@@ -78,8 +78,14 @@ def _wrap(value: Any, shape: type[msgspec.Struct]) -> Any:
 def schema_of(shape: type[msgspec.Struct]) -> dict[str, Any]:
     """JSON schema as strict modes want it: an object at its root, every key required, no others."""
     _, parts = msgspec.json.schema_components([shape], ref_template="#/$defs/{name}")
-    closed = {name: {**part, "required": list(part["properties"]), "additionalProperties": False} for name, part in parts.items()}
+    closed = {
+        name: {**part, "required": list(part["properties"]), "additionalProperties": False}
+        for name, part in parts.items()
+    }
     for part in closed.values():
-        part["properties"] = {name: {key: value for key, value in of.items() if key != "default"} for name, of in part["properties"].items()}
+        part["properties"] = {
+            name: {key: value for key, value in of.items() if key != "default"}
+            for name, of in part["properties"].items()
+        }
     root = closed.pop(shape.__name__)
     return {**root, **({"$defs": closed} if closed else {})}

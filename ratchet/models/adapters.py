@@ -16,7 +16,12 @@ from ratchet.models.loading import MANIFEST, WEIGHTS, is_full, load_adapter, loa
 
 LORA_FAMILY = ("lora", "qlora", "dora", "rslora")
 PREFIXED = ("prefix", "prompt")  # these put virtual tokens before every row, so rows cannot share a window
-FAMILIES = {"LORA": "lora", "IA3": "ia3", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # PEFT's peft_type → ours
+FAMILIES = {
+    "LORA": "lora",
+    "IA3": "ia3",
+    "PREFIX_TUNING": "prefix",
+    "PROMPT_TUNING": "prompt",
+}  # PEFT's peft_type → ours
 # What makes two adapters of a method the same shape: what the champion's has to share with the one that goes on from it.
 SHAPE = {
     **dict.fromkeys(LORA_FAMILY, ("rank", "alpha", "dropout", "target_modules", "bias", "modules_to_save")),
@@ -44,17 +49,30 @@ def read_kind(folder: Path) -> Kind:
     try:
         config = read_json(folder / "adapter_config.json")
         family = FAMILIES[config["peft_type"]]
-        alone = config.get("bias", "none") != "none" or bool(config.get("modules_to_save")) or bool(config.get("trainable_token_indices"))
+        alone = (
+            config.get("bias", "none") != "none"
+            or bool(config.get("modules_to_save"))
+            or bool(config.get("trainable_token_indices"))
+        )
     except (RatchetError, KeyError, AttributeError, TypeError) as error:
-        raise BaseModelError(f"adapter_config.json of {folder.name} is of no kind that is known here: {error!r}", remedy="`ratchet retrain` makes another") from None
+        raise BaseModelError(
+            f"adapter_config.json of {folder.name} is of no kind that is known here: {error!r}",
+            remedy="`ratchet retrain` makes another",
+        ) from None
     shares = family in ("lora", "ia3") and not alone
     return Kind(family, shares=shares, mixes=shares and family == "lora" and not config.get("use_dora"))
 
 
-def load_trainable(base: Path, start: Path | None, config: AdapterConfig, *, seed: int, in_parts: bool = False) -> Any:
+def load_trainable(
+    base: Path, start: Path | None, config: AdapterConfig, *, seed: int, in_parts: bool = False
+) -> Any:
     """The model to train: `base` with a fresh adapter, or with the one of `start`; `in_parts` as in load_base. Raises BaseModelError, ConfigError."""
     if config.method == "full":
-        return load_full(start, training=True, in_parts=in_parts) if start else load_base(base, method="full", in_parts=in_parts)
+        return (
+            load_full(start, training=True, in_parts=in_parts)
+            if start
+            else load_base(base, method="full", in_parts=in_parts)
+        )
     model = load_base(base, method=config.method, quantisation=config.quantisation, in_parts=in_parts)
     if config.method == "qlora":
         model = prepare_quantised(model)
@@ -62,7 +80,12 @@ def load_trainable(base: Path, start: Path | None, config: AdapterConfig, *, see
         return _put_virtual(add_adapter(model, config, seed=seed), start)
     if start:
         return load_adapter(model, start, trainable=True)
-    return add_adapter(model, config, seed=seed, new_ids=[token["id"] for token in read_json(base / MANIFEST).get("new_tokens", [])])
+    return add_adapter(
+        model,
+        config,
+        seed=seed,
+        new_ids=[token["id"] for token in read_json(base / MANIFEST).get("new_tokens", [])],
+    )
 
 
 def _put_virtual(model: Any, start: Path) -> Any:
@@ -74,7 +97,9 @@ def _put_virtual(model: Any, start: Path) -> Any:
     kept = load_file(start / WEIGHTS).get("prompt_embeddings")
     if kept is None or kept.shape != weight.shape:
         seen = "no prompt_embeddings" if kept is None else f"virtual tokens of shape {tuple(kept.shape)}"
-        raise BaseModelError(f"the champion holds {seen}, wanted {tuple(weight.shape)}", remedy="set `train.start_from: base`")
+        raise BaseModelError(
+            f"the champion holds {seen}, wanted {tuple(weight.shape)}", remedy="set `train.start_from: base`"
+        )
     with torch.no_grad():
         weight.copy_(kept)
     return model
@@ -135,20 +160,34 @@ def add_adapter(base: Any, config: AdapterConfig, *, seed: int, new_ids: Sequenc
         try:
             return get_peft_model(base, settings)
         except ValueError as error:
-            raise ConfigError(f"`adapter` does not fit the base: {str(error).splitlines()[0]}", remedy="name modules that the base has in `adapter.target_modules`") from None
+            raise ConfigError(
+                f"`adapter` does not fit the base: {str(error).splitlines()[0]}",
+                remedy="name modules that the base has in `adapter.target_modules`",
+            ) from None
 
 
 def _embeddings(base: Any) -> list[str]:
     """The names of the table that reads tokens and, where it is another, of the one that writes them."""
     reads, writes = base.get_input_embeddings(), base.get_output_embeddings()
     wanted = [reads] if reads.weight is writes.weight else [reads, writes]
-    return [name.rpartition(".")[2] for name, module in base.named_modules() if any(module is table for table in wanted)]
+    return [
+        name.rpartition(".")[2]
+        for name, module in base.named_modules()
+        if any(module is table for table in wanted)
+    ]
 
 
 def _lora(config: AdapterConfig, **more: Any) -> Any:
     from peft import LoraConfig
 
-    settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": config.bias, **_modules(config), **more}
+    settings: dict[str, Any] = {
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "bias": config.bias,
+        **_modules(config),
+        **more,
+    }
     return LoraConfig(task_type="CAUSAL_LM", **settings)
 
 
@@ -218,8 +257,12 @@ def save_trained(model: Any, base: Path, folder: Path, weights: dict[str, Any] |
     adapter = model.peft_config["default"]
     adapter.base_model_name_or_path = name
     if isinstance(getattr(adapter, "target_modules", None), set):
-        adapter.target_modules = sorted(adapter.target_modules)  # PEFT would write a set, in an order of its own in every process
-    model.save_pretrained(folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False)  # "auto" would ask the hub
+        adapter.target_modules = sorted(
+            adapter.target_modules
+        )  # PEFT would write a set, in an order of its own in every process
+    model.save_pretrained(
+        folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False
+    )  # "auto" would ask the hub
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written with the gate's table
 
 
@@ -229,9 +272,14 @@ def check_start(theirs: dict[str, Any], config: AdapterConfig) -> None:
     wanted = config.model_dump(mode="json")
     same_method = _loaded_as(theirs["method"]) == _loaded_as(config.method)
     keys = SHAPE[config.method] if same_method else ("method",)
-    differing = [f"`{key}` {theirs.get(key)}, wanted {wanted[key]}" for key in keys if theirs.get(key) != wanted[key]]
+    differing = [
+        f"`{key}` {theirs.get(key)}, wanted {wanted[key]}" for key in keys if theirs.get(key) != wanted[key]
+    ]
     if differing:
-        raise BaseModelError(f"the champion's adapter has another shape: {', '.join(differing)}", remedy="set `adapter` as the champion has it, or `train.start_from: base`")
+        raise BaseModelError(
+            f"the champion's adapter has another shape: {', '.join(differing)}",
+            remedy="set `adapter` as the champion has it, or `train.start_from: base`",
+        )
 
 
 def _loaded_as(method: str) -> str:

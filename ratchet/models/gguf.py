@@ -19,7 +19,9 @@ FILE = "model.gguf"
 KINDS = ("gguf", "int8", "int4")  # float16, Q8_0, Q4_0
 CONVERTER = "`ratchet export … --to merged`, then llama.cpp's convert_hf_to_gguf.py on that folder, which knows many more"
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # of meta-llama/Meta-Llama-3-8B
-WHOLE_WORDS = ("llama-bpe",)  # by these names llama.cpp takes a word that is a token as it is; by the others it merges
+WHOLE_WORDS = (
+    "llama-bpe",
+)  # by these names llama.cpp takes a word that is a token as it is; by the others it merges
 BLOCK = 32  # weights that share a scale in Q8_0 and Q4_0
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
@@ -27,7 +29,9 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 def require_gguf() -> None:
     """Raises UserError: the package is not installed."""
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("the package gguf is not installed", remedy="pip install 'gguf>=0.17' (the extra `export`)")
+        raise UserError(
+            "the package gguf is not installed", remedy="pip install 'gguf>=0.17' (the extra `export`)"
+        )
 
 
 def why_no_gguf(config: Any, tokenizer: Any) -> str:
@@ -44,7 +48,11 @@ def why_no_gguf(config: Any, tokenizer: Any) -> str:
             return f"its tokenizer takes {token.content!r} for a token where it is a whole word, llama.cpp would within other words as well"
         if token.lstrip or token.rstrip:
             return f"its tokenizer drops blanks beside {token.content!r}, llama.cpp would keep them"
-    return "" if _pre_tokenizer(_describe(tokenizer)) else "llama.cpp has no name for the way in which its tokenizer cuts text, or it is no byte-level BPE"
+    return (
+        ""
+        if _pre_tokenizer(_describe(tokenizer))
+        else "llama.cpp has no name for the way in which its tokenizer cuts text, or it is no byte-level BPE"
+    )
 
 
 def write_gguf(model: Any, tokenizer: Any, path: Path, *, name: str, stop_id: int, kind: str) -> None:
@@ -56,7 +64,13 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, *, name: str, stop_id: in
     types = GGMLQuantizationType
     wanted = {"gguf": types.F16, "int8": types.Q8_0, "int4": types.Q4_0}[kind]
     writer = GGUFWriter(path, "llama")
-    writer.add_file_type({"gguf": LlamaFileType.MOSTLY_F16, "int8": LlamaFileType.MOSTLY_Q8_0, "int4": LlamaFileType.MOSTLY_Q4_0}[kind])
+    writer.add_file_type(
+        {
+            "gguf": LlamaFileType.MOSTLY_F16,
+            "int8": LlamaFileType.MOSTLY_Q8_0,
+            "int4": LlamaFileType.MOSTLY_Q4_0,
+        }[kind]
+    )
     _add_shape(writer, model.config, name)
     _add_tokenizer(writer, tokenizer, model.config, stop_id)
     for key, weights in _tensors(model):
@@ -78,7 +92,9 @@ def load_gguf(folder: Path) -> Any:
     from ratchet.models.loading import device, quiet
 
     with quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=FILE, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
     return model.to(device()).eval()
 
 
@@ -121,7 +137,11 @@ def _tensors(model: Any) -> Any:
 
 def _permute(weights: Any, heads: int) -> Any:
     """transformers turns the first half of a head with the second, llama.cpp neighbours with each other (its convert_hf_to_gguf.py, LlamaModel.permute)."""
-    return weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
+    return (
+        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )
 
 
 # --- the tokenizer -----------------------------------------------------------------------------------------------------------
@@ -142,14 +162,23 @@ def _cut(found: dict[str, Any]) -> str:
     cut = found.get("pre_tokenizer") or {}
     steps = cut.get("pretokenizers", [cut])
     kinds = [step.get("type") for step in steps]
-    if found.get("normalizer") or found["model"].get("type") != "BPE" or kinds[-1:] != ["ByteLevel"] or steps[-1].get("add_prefix_space"):
+    if (
+        found.get("normalizer")
+        or found["model"].get("type") != "BPE"
+        or kinds[-1:] != ["ByteLevel"]
+        or steps[-1].get("add_prefix_space")
+    ):
         return ""
     by_regex = steps[-1].get("use_regex", True)
     if kinds == ["ByteLevel"] and by_regex:
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and by_regex and steps[0].get("individual_digits"):
         return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not by_regex and steps[0].get("pattern", {}).get("Regex") == LLAMA3:
+    if (
+        kinds == ["Split", "ByteLevel"]
+        and not by_regex
+        and steps[0].get("pattern", {}).get("Regex") == LLAMA3
+    ):
         return "llama-bpe"
     return ""
 
@@ -161,8 +190,19 @@ def _add_tokenizer(writer: Any, tokenizer: Any, config: Any, stop_id: int) -> No
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre_tokenizer(found))
     writer.add_token_list([named.get(id, f"[PAD{id}]") for id in ids])
-    writer.add_token_types([(CONTROL if added[id].special else USER_DEFINED) if id in added else NORMAL if id in named else UNUSED for id in ids])
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]])
+    writer.add_token_types(
+        [
+            (CONTROL if added[id].special else USER_DEFINED)
+            if id in added
+            else NORMAL
+            if id in named
+            else UNUSED
+            for id in ids
+        ]
+    )
+    writer.add_token_merges(
+        [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
+    )
     writer.add_eos_token_id(stop_id)
     writer.add_eot_token_id(stop_id)
     if tokenizer.bos_token_id is not None:
@@ -175,6 +215,16 @@ def _add_tokenizer(writer: Any, tokenizer: Any, config: Any, stop_id: int) -> No
 
 def _template(tokenizer: Any, stop: str) -> str:
     """llama.cpp gives a template its own words: the stop token as `eos_token`, and for a `bos_token` that there is none of, token 11."""
-    template, ours = str(tokenizer.chat_template), {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+    template, ours = (
+        str(tokenizer.chat_template),
+        {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""},
+    )
     theirs = {"bos_token": tokenizer.bos_token, "eos_token": stop}
-    return "".join(f"{{% set {name} = {json.dumps(ours[name])} %}}" for name in ours if name in template and ours[name] != theirs[name]) + template
+    return (
+        "".join(
+            f"{{% set {name} = {json.dumps(ours[name])} %}}"
+            for name in ours
+            if name in template and ours[name] != theirs[name]
+        )
+        + template
+    )

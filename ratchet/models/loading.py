@@ -30,7 +30,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def load_base(folder: Path, *, method: str = "lora", quantisation: str = "nf4", in_parts: bool = False) -> PreTrainedModel:
+def load_base(
+    folder: Path, *, method: str = "lora", quantisation: str = "nf4", in_parts: bool = False
+) -> PreTrainedModel:
     """The base in the precision that the machine and the method ask for (see `precision`); `quantisation` is for `qlora` alone. Raises BaseModelError.
 
     `in_parts`: fit to be cut among processes, and left on the CPU as far as it can be, so that a GPU never holds all of it.
@@ -38,10 +40,19 @@ def load_base(folder: Path, *, method: str = "lora", quantisation: str = "nf4", 
     import torch
 
     manifest = read_json(folder / MANIFEST)
-    source, revision = (folder, None) if manifest["model"] == "demo" else (manifest["model"], manifest["revision"])
-    settings: dict[str, Any] = {"dtype": getattr(torch, precision(method)[0]), "attn_implementation": "sdpa", "revision": revision}
+    source, revision = (
+        (folder, None) if manifest["model"] == "demo" else (manifest["model"], manifest["revision"])
+    )
+    settings: dict[str, Any] = {
+        "dtype": getattr(torch, precision(method)[0]),
+        "attn_implementation": "sdpa",
+        "revision": revision,
+    }
     if method == "qlora":
-        settings |= {"quantization_config": _quantised(quantisation, in_parts=in_parts), "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}}
+        settings |= {
+            "quantization_config": _quantised(quantisation, in_parts=in_parts),
+            "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+        }
     try:
         model = _load(source, **settings)
     except OSError as error:
@@ -61,10 +72,17 @@ def load_hub(name: str, revision: str) -> tuple[PreTrainedModel, PreTrainedToken
     from transformers import AutoTokenizer
 
     try:
-        model = _load(name, dtype=getattr(torch, precision("lora")[0]), attn_implementation="sdpa", revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False, local_files_only=True)
+        model = _load(
+            name, dtype=getattr(torch, precision("lora")[0]), attn_implementation="sdpa", revision=revision
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False, local_files_only=True
+        )
     except OSError as error:
-        raise BaseModelError(f"{name}@{revision} is not on this machine: {str(error).splitlines()[0]}", remedy=f"with network: hf download {name} --revision {revision}") from None
+        raise BaseModelError(
+            f"{name}@{revision} is not on this machine: {str(error).splitlines()[0]}",
+            remedy=f"with network: hf download {name} --revision {revision}",
+        ) from None
     return cast("PreTrainedModel", model.to(device())), tokenizer
 
 
@@ -73,10 +91,20 @@ def load_full(folder: Path, *, training: bool = False, in_parts: bool = False) -
     import torch
 
     try:
-        model, found = _load(folder, dtype=getattr(torch, precision("full" if training else "lora")[0]), attn_implementation="sdpa", output_loading_info=True)
+        model, found = _load(
+            folder,
+            dtype=getattr(torch, precision("full" if training else "lora")[0]),
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
     except (OSError, RuntimeError, ValueError) as error:
-        raise BaseModelError(f"{folder} holds no whole model: {str(error).splitlines()[0]}", remedy="dvc pull brings what a training saved") from None
-    if odd := sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in found[kind]):
+        raise BaseModelError(
+            f"{folder} holds no whole model: {str(error).splitlines()[0]}",
+            remedy="dvc pull brings what a training saved",
+        ) from None
+    if odd := sorted(
+        str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in found[kind]
+    ):
         raise _misfit(folder, f"{len(odd)} weights differ, the first {odd[0]}")
     return cast("PreTrainedModel", model if in_parts else model.to(device()))
 
@@ -85,7 +113,9 @@ def _load(source: Any, **settings: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, local_files_only=True, use_safetensors=True, **settings)
+        return AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=False, local_files_only=True, use_safetensors=True, **settings
+        )
 
 
 def _grow(model: Any, new_tokens: list[dict[str, Any]]) -> None:
@@ -97,7 +127,10 @@ def _grow(model: Any, new_tokens: list[dict[str, Any]]) -> None:
     if (rows := 1 + max(token["id"] for token in new_tokens)) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
-        for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):  # one and the same where they are tied
+        for table in (
+            model.get_input_embeddings().weight,
+            model.get_output_embeddings().weight,
+        ):  # one and the same where they are tied
             for token in new_tokens:
                 table[token["id"]] = table[token["pieces"]].mean(0)
 
@@ -133,10 +166,21 @@ def precision(method: str) -> tuple[str, str]:
     import torch
 
     if torch.cuda.is_available() and method == "full":
-        return "float32", "the weights that an optimizer moves stay float32; the GPU computes in half precision"
+        return (
+            "float32",
+            "the weights that an optimizer moves stay float32; the GPU computes in half precision",
+        )
     if torch.cuda.is_available():
-        return ("bfloat16", "the GPU computes in bfloat16") if torch.cuda.is_bf16_supported() else ("float16", "the GPU has no bfloat16")
-    return ("bfloat16", "a quantised base computes in bfloat16") if method == "qlora" else ("float32", "no GPU: float32 is exact and repeatable on a CPU")
+        return (
+            ("bfloat16", "the GPU computes in bfloat16")
+            if torch.cuda.is_bf16_supported()
+            else ("float16", "the GPU has no bfloat16")
+        )
+    return (
+        ("bfloat16", "a quantised base computes in bfloat16")
+        if method == "qlora"
+        else ("float32", "no GPU: float32 is exact and repeatable on a CPU")
+    )
 
 
 def compute_dtype(setting: str) -> tuple[str, str]:
@@ -144,16 +188,27 @@ def compute_dtype(setting: str) -> tuple[str, str]:
     import torch
 
     if torch.cuda.is_available():
-        best, why = ("bfloat16", "the GPU computes in it") if torch.cuda.is_bf16_supported() else ("float16", "the GPU has no bfloat16")
+        best, why = (
+            ("bfloat16", "the GPU computes in it")
+            if torch.cuda.is_bf16_supported()
+            else ("float16", "the GPU has no bfloat16")
+        )
         able = {"float32", "float16", best}
     elif torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        best, why, able = "bfloat16", "this CPU computes in it, twice as fast as in float32", {"float32", "bfloat16"}
+        best, why, able = (
+            "bfloat16",
+            "this CPU computes in it, twice as fast as in float32",
+            {"float32", "bfloat16"},
+        )
     else:
         best, why, able = "float32", "this CPU has no instructions for bfloat16", {"float32", "bfloat16"}
     if setting == "auto":
         return best, why
     if setting not in able:
-        raise ConfigError(f"`train.precision: {setting}` is more than this machine computes in; it can {', '.join(sorted(able))}", remedy="set `train.precision: auto`")
+        raise ConfigError(
+            f"`train.precision: {setting}` is more than this machine computes in; it can {', '.join(sorted(able))}",
+            remedy="set `train.precision: auto`",
+        )
     return setting, "`train.precision` asks for it"
 
 
@@ -182,7 +237,10 @@ def load_adapter(base: Any, folder: Path, *, name: str = "default", trainable: b
 
     if not (folder / WEIGHTS).exists():
         whole = " but a whole model" if (folder / WHOLE).exists() else ""
-        raise BaseModelError(f"{folder} holds no {WEIGHTS}{whole}", remedy="dvc pull brings what a training saved; pickled adapters are never loaded")
+        raise BaseModelError(
+            f"{folder} holds no {WEIGHTS}{whole}",
+            remedy="dvc pull brings what a training saved; pickled adapters are never loaded",
+        )
     wanted = set(load_file(folder / WEIGHTS))
     try:
         with quiet():
@@ -202,15 +260,23 @@ def load_adapter(base: Any, folder: Path, *, name: str = "default", trainable: b
 
 
 def _misfit(folder: Path, what: str) -> BaseModelError:
-    return BaseModelError(f"{folder} does not fit the base: {what}", remedy="the adapter was trained on another base or with other target modules; set `train.start_from: base`")
+    return BaseModelError(
+        f"{folder} does not fit the base: {what}",
+        remedy="the adapter was trained on another base or with other target modules; set `train.start_from: base`",
+    )
 
 
 def weights_file(folder: Path) -> Path:
     """What a training wrote: an adapter, or the whole model of `adapter.method: full`. Raises BaseModelError: neither, or both."""
     found = [folder / name for name in (WEIGHTS, WHOLE) if (folder / name).exists()]
     if len(found) != 1:
-        names = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else "nothing"
-        raise BaseModelError(f"{folder.name} holds {names}; wanted one of {WEIGHTS} and {WHOLE}", remedy="dvc pull, or ratchet retrain makes it anew")
+        names = (
+            ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else "nothing"
+        )
+        raise BaseModelError(
+            f"{folder.name} holds {names}; wanted one of {WEIGHTS} and {WHOLE}",
+            remedy="dvc pull, or ratchet retrain makes it anew",
+        )
     return found[0]
 
 

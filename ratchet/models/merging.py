@@ -17,7 +17,11 @@ from ratchet.models.loading import load_adapter, load_base, load_full, quiet
 def why_unmergeable(adapter: Path) -> str:
     """Empty when it merges."""
     family = read_kind(adapter).family
-    return f"`adapter.method: {family}` puts virtual tokens before every row and changes no weight: there is nothing to merge" if family in PREFIXED else ""
+    return (
+        f"`adapter.method: {family}` puts virtual tokens before every row and changes no weight: there is nothing to merge"
+        if family in PREFIXED
+        else ""
+    )
 
 
 def load_merged(base: Path, adapter: Path) -> Any:
@@ -25,7 +29,9 @@ def load_merged(base: Path, adapter: Path) -> Any:
     import torch
 
     if reason := why_unmergeable(adapter):
-        raise UserError(reason, remedy="serve it as an adapter: the gateway does, and so does any program with PEFT")
+        raise UserError(
+            reason, remedy="serve it as an adapter: the gateway does, and so does any program with PEFT"
+        )
     if read_kind(adapter).family == "full":
         whole: Any = load_full(adapter)
         return whole.eval()

@@ -21,9 +21,20 @@ from ratchet.monitoring.novelty import Stems
 from ratchet.monitoring.topics import Topic
 
 Values = NDArray[np.float64]
-Draws = NDArray[np.float32]  # (1 + resamples, rows): 1 where a row is in the window; the first is the window itself
+Draws = NDArray[
+    np.float32
+]  # (1 + resamples, rows): 1 where a row is in the window; the first is the window itself
 # Most of the error goes to what tells new subjects best (docs/benchmarks.md); what it cannot see, the others must.
-WEIGHTS = {"novelty": 0.45, "surprise": 0.15, "form and mix": 0.15, "answers": 0.05, "prompt NLL": 0.05, "feedback": 0.05, "errors": 0.05, "latency": 0.05}
+WEIGHTS = {
+    "novelty": 0.45,
+    "surprise": 0.15,
+    "form and mix": 0.15,
+    "answers": 0.05,
+    "prompt NLL": 0.05,
+    "feedback": 0.05,
+    "errors": 0.05,
+    "latency": 0.05,
+}
 PROMPTS = ("novelty", "surprise", "form and mix")  # families over the same rows
 COMMON, FREQUENT = 5, 8  # rows that hold a word, rows of a kind: under these a frequency says nothing
 
@@ -93,7 +104,15 @@ def judge(families: list[Family], *, rate: float, resamples: int, seed: int) -> 
             weight = WEIGHTS[family.name] / total
             statistics = [measure.statistic(draws) for measure in family.measures]
             columns += [
-                Column(one.name, family.name, one.value, one.reference, float(_p_values(found)[0]), one.direction, weight)
+                Column(
+                    one.name,
+                    family.name,
+                    one.value,
+                    one.reference,
+                    float(_p_values(found)[0]),
+                    one.direction,
+                    weight,
+                )
                 for one, found in zip(family.measures, statistics, strict=True)
             ]
             lowest = np.min([_log_tail(found) for found in statistics], axis=0)
@@ -103,7 +122,9 @@ def judge(families: list[Family], *, rate: float, resamples: int, seed: int) -> 
         share = sum(WEIGHTS[family.name] for family in same_rows) / total
         p = float(_p_values(-smallest)[0]) / share
         together = min(together, p)
-        if p <= rate:  # the clearest family may be over the rate by itself: p counts that the families of these rows go together
+        if (
+            p <= rate
+        ):  # the clearest family may be over the rate by itself: p counts that the families of these rows go together
             moved |= {name: found for name, found in alone.items() if found <= max(rate, min(alone.values()))}
     return Judged(together <= rate, min(1.0, together), columns, sorted(moved, key=lambda name: moved[name]))
 
@@ -116,12 +137,16 @@ def _by_rows(families: list[Family]) -> list[list[Family]]:
 
 def draw(window: int, reference: int, resamples: int, seed: int) -> Draws:
     generator = np.random.default_rng(seed)
-    draws = np.zeros((window + reference, resamples + 1), dtype=np.float32)  # rows first: what is summed over lies together
+    draws = np.zeros(
+        (window + reference, resamples + 1), dtype=np.float32
+    )  # rows first: what is summed over lies together
     draws[:window, 0] = 1
     block = max(1, 8_000_000 // (window + reference))
     for start in range(1, resamples + 1, block):
         size = min(block, resamples + 1 - start)
-        chosen = np.argpartition(generator.random((size, window + reference), dtype=np.float32), window - 1, axis=1)[:, :window]
+        chosen = np.argpartition(
+            generator.random((size, window + reference), dtype=np.float32), window - 1, axis=1
+        )[:, :window]
         draws[chosen, np.arange(start, start + size)[:, None]] = 1
     return draws.T
 
@@ -166,7 +191,9 @@ def other(name: str, values: Values, window: int) -> Measure:
     spread = centred**2
 
     def statistic(draws: Draws) -> Values:
-        return np.maximum(_standard(np.abs(_difference(centred, draws))), _standard(np.abs(_difference(spread, draws))))
+        return np.maximum(
+            _standard(np.abs(_difference(centred, draws))), _standard(np.abs(_difference(spread, draws)))
+        )
 
     return Measure(name, "other", statistic, *_means(values, window))
 
@@ -176,9 +203,15 @@ def mix(name: str, kinds: NDArray[np.int64], window: int) -> Measure:
     held = np.zeros((len(kinds), int(kinds.max()) + 1), dtype=np.float32)
     held[np.arange(len(kinds)), kinds] = 1
     held = held[:, held.sum(axis=0) >= FREQUENT]
-    shares = (held[:window].mean(axis=0), held[window:].mean(axis=0)) if held.shape[1] else (np.zeros(1), np.zeros(1))
+    shares = (
+        (held[:window].mean(axis=0), held[window:].mean(axis=0))
+        if held.shape[1]
+        else (np.zeros(1), np.zeros(1))
+    )
     most = int((shares[0] - shares[1]).argmax())
-    return Measure(name, "other", lambda draws: _chi_square(held, draws), float(shares[0][most]), float(shares[1][most]))
+    return Measure(
+        name, "other", lambda draws: _chi_square(held, draws), float(shares[0][most]), float(shares[1][most])
+    )
 
 
 def subjects(name: str, present: Any, places: NDArray[np.float32], window: int) -> Measure:

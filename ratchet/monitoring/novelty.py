@@ -60,7 +60,9 @@ class Familiar:
 
     def columns(self, texts: Sequence[str]) -> dict[str, Values]:
         """rarity: mean over the row's stems of 1 / (1 + training rows that hold it); the others: share, nats a word, nats a 5-gram, 1 - cosine to the nearest training row."""
-        values = np.array([row.columns for row in self._rows(texts)], dtype=np.float64).reshape(-1, len(COLUMNS))
+        values = np.array([row.columns for row in self._rows(texts)], dtype=np.float64).reshape(
+            -1, len(COLUMNS)
+        )
         return {name: values[:, place] for place, name in enumerate(COLUMNS)}
 
     def stems(self, texts: Sequence[str]) -> Stems:
@@ -95,7 +97,10 @@ class Familiar:
     def _numbered(self, text: str) -> tuple[list[int], list[int]]:
         rare = sorted(stem for stem in set(stems_of(text)) if self.stem_rows[stem] <= RARE_ROWS)
         stems = [self._stem_numbers.setdefault(stem, len(self._stem_numbers)) for stem in rare]
-        return stems, [self._word_numbers.setdefault(word, len(self._word_numbers)) for word in sorted(set(words_of(text)))]
+        return stems, [
+            self._word_numbers.setdefault(word, len(self._word_numbers))
+            for word in sorted(set(words_of(text)))
+        ]
 
 
 class _Surprise:
@@ -116,7 +121,11 @@ class _Space:
 
     def __init__(self, texts: Sequence[str], words: list[str]) -> None:
         self._texts: Sequence[str] = texts
-        self._vocabulary = [*words, "", " "]  # no word is these two; TruncatedSVD wants two columns, whatever the rows hold
+        self._vocabulary = [
+            *words,
+            "",
+            " ",
+        ]  # no word is these two; TruncatedSVD wants two columns, whatever the rows hold
         self._fitted: Any = None
 
     def measure(self, texts: list[str]) -> tuple[Values, NDArray[np.float32]]:
@@ -125,20 +134,31 @@ class _Space:
             return np.zeros(0), np.zeros((0, SUBJECTS), dtype=np.float32)
         vectorizer, training, directions = self._fit()
         vectors = vectorizer.transform(texts)
-        blocks = [(vectors[start : start + BLOCK] @ training.T).max(axis=1).toarray().ravel() for start in range(0, len(texts), BLOCK)]
+        blocks = [
+            (vectors[start : start + BLOCK] @ training.T).max(axis=1).toarray().ravel()
+            for start in range(0, len(texts), BLOCK)
+        ]
         subjects = np.asarray(vectors @ directions, dtype=np.float32)
-        return 1.0 - np.concatenate(blocks), subjects / np.maximum(np.linalg.norm(subjects, axis=1, keepdims=True), 1e-6)
+        return 1.0 - np.concatenate(blocks), subjects / np.maximum(
+            np.linalg.norm(subjects, axis=1, keepdims=True), 1e-6
+        )
 
     def _fit(self) -> Any:
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         if self._fitted is None:
-            vectorizer = TfidfVectorizer(token_pattern=WORD.pattern, sublinear_tf=True, dtype=np.float32, vocabulary=self._vocabulary)
+            vectorizer = TfidfVectorizer(
+                token_pattern=WORD.pattern, sublinear_tf=True, dtype=np.float32, vocabulary=self._vocabulary
+            )
             vectors = vectorizer.fit_transform(self._texts)
             kept = vectors[:: -(-vectors.shape[0] // NEAREST_ROWS)]
             with np.errstate(divide="ignore", invalid="ignore"):  # rows that are all alike
-                directions = TruncatedSVD(min(SUBJECTS, vectors.shape[1]), n_iter=2, random_state=0).fit(kept).components_.T
+                directions = (
+                    TruncatedSVD(min(SUBJECTS, vectors.shape[1]), n_iter=2, random_state=0)
+                    .fit(kept)
+                    .components_.T
+                )
             self._fitted, self._texts = (vectorizer, kept, directions), ()
         return self._fitted
 
@@ -167,4 +187,7 @@ def _sparse(rows: list[list[int]], columns: int) -> Any:
 
     ends = np.cumsum([0, *map(len, rows)])
     numbers = [number for row in rows for number in row]
-    return csr_matrix((np.ones(len(numbers), dtype=np.float32), np.array(numbers, dtype=np.int32), ends), shape=(len(rows), columns))
+    return csr_matrix(
+        (np.ones(len(numbers), dtype=np.float32), np.array(numbers, dtype=np.int32), ends),
+        shape=(len(rows), columns),
+    )

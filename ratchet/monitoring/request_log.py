@@ -21,7 +21,17 @@ import msgspec
 
 from ratchet.data.pii import redact
 from ratchet.errors import ConfigError, ServiceError, UserError
-from ratchet.monitoring.request_records import Counts, Feedback, Logged, Traffic, Unit, _logged, _make_engine, _make_tables, make_tables
+from ratchet.monitoring.request_records import (
+    Counts,
+    Feedback,
+    Logged,
+    Traffic,
+    Unit,
+    _logged,
+    _make_engine,
+    _make_tables,
+    make_tables,
+)
 
 if TYPE_CHECKING:
     from ratchet.config.params import Config
@@ -45,9 +55,15 @@ def open_log(root: Path, config: Config) -> RequestLog:
     try:
         return RequestLog(url, config)
     except ArgumentError as error:
-        raise ConfigError(f"request_log.url is no SQLAlchemy URL: {error}", remedy="such as postgresql+psycopg://user@host/requests; empty for SQLite") from None
+        raise ConfigError(
+            f"request_log.url is no SQLAlchemy URL: {error}",
+            remedy="such as postgresql+psycopg://user@host/requests; empty for SQLite",
+        ) from None
     except ModuleNotFoundError as error:
-        raise ConfigError(f"request_log.url needs the package {error.name}", remedy="pip install 'ratchet[store]' brings PostgreSQL's, as postgresql+psycopg://…") from None
+        raise ConfigError(
+            f"request_log.url needs the package {error.name}",
+            remedy="pip install 'ratchet[store]' brings PostgreSQL's, as postgresql+psycopg://…",
+        ) from None
 
 
 class RequestLog:
@@ -93,11 +109,18 @@ class RequestLog:
             with self._transaction() as connection:
                 connection.execute(table.insert(), values)
         except IntegrityError:
-            same = (table.c.request == feedback.request) & (table.c.user == feedback.user) & (table.c.sender == feedback.sender)
+            same = (
+                (table.c.request == feedback.request)
+                & (table.c.user == feedback.user)
+                & (table.c.sender == feedback.sender)
+            )
             with self._transaction() as connection:
                 replaced = connection.execute(table.update().where(same).values(values)).rowcount
             if not replaced:
-                raise UserError(f"there is feedback of this user on {feedback.request} already, sent with another key", remedy="one user has one say on an answer") from None
+                raise UserError(
+                    f"there is feedback of this user on {feedback.request} already, sent with another key",
+                    remedy="one user has one say on an answer",
+                ) from None
 
     def flush(self, seconds: float = 5.0) -> bool:
         """Whether all that was put is written."""
@@ -177,9 +200,19 @@ class RequestLog:
 
     def _row(self, record: Logged) -> dict[str, Any]:
         """With what is counted by: computed here, so that every database groups alike."""
-        kept = [(role, self._clean(content)) for role, content in record.messages] if self._config.texts else []
-        texts = {"messages": json.dumps(kept, ensure_ascii=False), "answer": self._clean(record.answer), "error": self._clean(record.error)}
-        counted = {"unit": record.user or record.id, "hour": int(record.at // 3600) * 3600, "empty": int(record.status == 200 and not record.answer.strip())}
+        kept = (
+            [(role, self._clean(content)) for role, content in record.messages] if self._config.texts else []
+        )
+        texts = {
+            "messages": json.dumps(kept, ensure_ascii=False),
+            "answer": self._clean(record.answer),
+            "error": self._clean(record.error),
+        }
+        counted = {
+            "unit": record.user or record.id,
+            "hour": int(record.at // 3600) * 3600,
+            "empty": int(record.status == 200 and not record.answer.strip()),
+        }
         return msgspec.structs.asdict(record) | texts | counted
 
     def _clean(self, text: str) -> str:
@@ -199,17 +232,30 @@ class RequestLog:
         old = select(requests.c.id).where(requests.c.at < before)
         try:
             with self._transaction() as connection:
-                connection.execute(feedback.delete().where(or_(feedback.c.at < before, feedback.c.request.in_(old))))
+                connection.execute(
+                    feedback.delete().where(or_(feedback.c.at < before, feedback.c.request.in_(old)))
+                )
                 connection.execute(requests.delete().where(requests.c.at < before))
         except ServiceError as error:
             self._fault = str(error)
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
-    def window(self, *, limit: int, since: float | None = None, until: float | None = None, version: int | None = None) -> list[Logged]:
+    def window(
+        self,
+        *,
+        limit: int,
+        since: float | None = None,
+        until: float | None = None,
+        version: int | None = None,
+    ) -> list[Logged]:
         """The newest `limit` in [since, until), in the order of time."""
         table = self._tables["requests"]
-        query = self._requests(since=since, until=until, version=version).order_by(table.c.at.desc(), table.c.id.desc()).limit(limit)
+        query = (
+            self._requests(since=since, until=until, version=version)
+            .order_by(table.c.at.desc(), table.c.id.desc())
+            .limit(limit)
+        )
         with self._transaction() as connection:
             return [_logged(row) for row in reversed(connection.execute(query).all())]
 
@@ -218,7 +264,11 @@ class RequestLog:
         from sqlalchemy import select
 
         requests, feedback = self._tables["requests"], self._tables["feedback"]
-        query = self._requests().where(requests.c.id.in_(select(feedback.c.request))).order_by(requests.c.at, requests.c.id)
+        query = (
+            self._requests()
+            .where(requests.c.id.in_(select(feedback.c.request)))
+            .order_by(requests.c.at, requests.c.id)
+        )
         with self._transaction() as connection:
             found = [_logged(row) for row in connection.execute(query)]
         said = self.feedback_of([request.id for request in found])
@@ -234,7 +284,9 @@ class RequestLog:
         with self._transaction() as connection:
             for start in range(0, len(requests), BATCH):
                 chosen = table.c.request.in_(requests[start : start + BATCH])
-                for row in connection.execute(select(*columns).where(chosen).order_by(table.c.at, table.c.user)):
+                for row in connection.execute(
+                    select(*columns).where(chosen).order_by(table.c.at, table.c.user)
+                ):
                     found.setdefault(row.request, []).append(Feedback(*row))
         return found
 
@@ -245,14 +297,21 @@ class RequestLog:
         tables = self._tables.values()
         seen = union_all(*(select(table.c.user, table.c.at) for table in tables)).subquery()
         with self._transaction() as connection:
-            return {row.user: row.at for row in connection.execute(select(seen.c.user, func.min(seen.c.at).label("at")).group_by(seen.c.user))}
+            return {
+                row.user: row.at
+                for row in connection.execute(
+                    select(seen.c.user, func.min(seen.c.at).label("at")).group_by(seen.c.user)
+                )
+            }
 
     def unknown_requests(self) -> int:
         """Requests that people spoke of and the log does not hold: not written yet, dropped, or deleted for their age."""
         from sqlalchemy import distinct, func, select
 
         requests, said = self._tables["requests"], self._tables["feedback"]
-        query = select(func.count(distinct(said.c.request))).where(said.c.request.not_in(select(requests.c.id)))
+        query = select(func.count(distinct(said.c.request))).where(
+            said.c.request.not_in(select(requests.c.id))
+        )
         with self._transaction() as connection:
             return int(connection.execute(query).scalar_one())
 
@@ -260,7 +319,11 @@ class RequestLog:
         from sqlalchemy import func, select
 
         with self._transaction() as connection:
-            return int(connection.execute(select(func.count()).select_from(self._requests(since=since, version=version).subquery())).scalar_one())
+            return int(
+                connection.execute(
+                    select(func.count()).select_from(self._requests(since=since, version=version).subquery())
+                ).scalar_one()
+            )
 
     def rollout_units(self, rollout: str) -> list[Unit]:
         """In the order in which they came first."""
@@ -268,18 +331,26 @@ class RequestLog:
 
         table = self._tables["requests"]
         first_at, empty = func.min(table.c.at), func.sum(table.c.empty)
-        query = self._summed([table.c.unit, table.c.step, table.c.arm], first_at, empty=empty).where(table.c.rollout == rollout)
+        query = self._summed([table.c.unit, table.c.step, table.c.arm], first_at, empty=empty).where(
+            table.c.rollout == rollout
+        )
         with self._transaction() as connection:
             return [Unit(*row) for row in connection.execute(query.order_by(first_at, table.c.unit))]
 
     def traffic(self, *, since: float) -> list[Traffic]:
         """By hour, version and arm."""
         table = self._tables["requests"]
-        query = self._summed([table.c.version, table.c.arm, table.c.hour]).where(table.c.at >= since).order_by(table.c.hour, table.c.version, table.c.arm)
+        query = (
+            self._summed([table.c.version, table.c.arm, table.c.hour])
+            .where(table.c.at >= since)
+            .order_by(table.c.hour, table.c.version, table.c.arm)
+        )
         with self._transaction() as connection:
             return [Traffic(*row) for row in connection.execute(query)]
 
-    def _requests(self, *, since: float | None = None, until: float | None = None, version: int | None = None) -> Any:
+    def _requests(
+        self, *, since: float | None = None, until: float | None = None, version: int | None = None
+    ) -> Any:
         from sqlalchemy import select
 
         table = self._tables["requests"]
@@ -294,10 +365,27 @@ class RequestLog:
 
         table, said = self._tables["requests"], self._tables["feedback"]
         # One mean score a request, however many people spoke.
-        scores = select(said.c.request, func.avg(said.c.score).label("score")).where(said.c.score.is_not(None)).group_by(said.c.request).subquery()
-        figures = [func.count(), func.sum(case((table.c.status >= 500, 1), else_=0)), *([] if empty is None else [empty])]
-        figures += [func.avg(case((table.c.status == 200, table.c.latency_ms))), func.avg(scores.c.score), func.count(scores.c.score)]
-        return select(*groups, *first, *figures).select_from(table.outerjoin(scores, scores.c.request == table.c.id)).group_by(*groups)
+        scores = (
+            select(said.c.request, func.avg(said.c.score).label("score"))
+            .where(said.c.score.is_not(None))
+            .group_by(said.c.request)
+            .subquery()
+        )
+        figures = [
+            func.count(),
+            func.sum(case((table.c.status >= 500, 1), else_=0)),
+            *([] if empty is None else [empty]),
+        ]
+        figures += [
+            func.avg(case((table.c.status == 200, table.c.latency_ms))),
+            func.avg(scores.c.score),
+            func.count(scores.c.score),
+        ]
+        return (
+            select(*groups, *first, *figures)
+            .select_from(table.outerjoin(scores, scores.c.request == table.c.id))
+            .group_by(*groups)
+        )
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
@@ -315,7 +403,10 @@ class RequestLog:
         except (SQLAlchemyError, OSError) as error:
             self._ready = False
             cause = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
-            raise ServiceError(f"the request log does not answer: {cause}", remedy="check request_log.url and the database behind it") from error
+            raise ServiceError(
+                f"the request log does not answer: {cause}",
+                remedy="check request_log.url and the database behind it",
+            ) from error
 
 
 def _compile(patterns: list[str]) -> list[re.Pattern[str]]:
@@ -324,5 +415,8 @@ def _compile(patterns: list[str]) -> list[re.Pattern[str]]:
         try:
             found.append(re.compile(pattern))
         except re.error as error:
-            raise ConfigError(f"request_log.redact holds {pattern!r}, which is no regular expression: {error}", remedy="mend it in params.yaml") from None
+            raise ConfigError(
+                f"request_log.redact holds {pattern!r}, which is no regular expression: {error}",
+                remedy="mend it in params.yaml",
+            ) from None
     return found

@@ -16,7 +16,12 @@ TRIES = 10
 SOMEBODY_WAS_FASTER = re.compile(r"already exists|duplicate column|duplicate key", re.IGNORECASE)
 CONNECT_SECONDS = 5
 # A database whose machine vanishes says nothing: without these a connection waits for the kernel, a quarter of an hour.
-STAY_AWAKE = {"tcp_user_timeout": 5000, "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 2}  # milliseconds, seconds
+STAY_AWAKE = {
+    "tcp_user_timeout": 5000,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 2,
+}  # milliseconds, seconds
 
 
 def make_tables(engine: Engine, metadata: MetaData) -> None:
@@ -41,7 +46,11 @@ def _add_columns(engine: Engine, table: Table) -> None:
     known = {column["name"] for column in inspect(engine).get_columns(table.name)}
     for column in [column for column in table.columns if column.name not in known]:
         with engine.begin() as connection:
-            connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {CreateColumn(column).compile(dialect=engine.dialect)}"))
+            connection.execute(
+                text(
+                    f"ALTER TABLE {table.name} ADD COLUMN {CreateColumn(column).compile(dialect=engine.dialect)}"
+                )
+            )
 
 
 class Logged(msgspec.Struct, frozen=True):
@@ -125,7 +134,12 @@ def _make_engine(url: str) -> Engine:
     from sqlalchemy import create_engine, event, make_url
 
     if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, pool_timeout=CONNECT_SECONDS, connect_args={"connect_timeout": CONNECT_SECONDS, **STAY_AWAKE})
+        return create_engine(
+            url,
+            pool_pre_ping=True,
+            pool_timeout=CONNECT_SECONDS,
+            connect_args={"connect_timeout": CONNECT_SECONDS, **STAY_AWAKE},
+        )
     engine = create_engine(url)
 
     @event.listens_for(engine, "connect")
@@ -141,19 +155,50 @@ def _make_tables() -> dict[str, Table]:
     """No key between them: people may speak of a request that still waits to be written."""
     from sqlalchemy import Column, Float, Integer, MetaData, String, Table, Text
 
-    whole, real = ("version", "step", "status", "prompt_tokens", "answer_tokens"), ("at", "latency_ms", "first_ms", "queue_ms", "prompt_nll", "answer_nll")
-    kinds = dict.fromkeys(whole, Integer) | dict.fromkeys(real, Float) | dict.fromkeys(("messages", "answer", "error"), Text)
-    columns: list[Any] = [Column(name, kinds.get(name, String), primary_key=name == "id", index=name in ("at", "version", "rollout")) for name in Logged.__struct_fields__]
-    said: list[Any] = [Column(name, String, primary_key=True) for name in ("request", "user")] + [Column("at", Float, index=True), Column("score", Float)]
+    whole, real = (
+        ("version", "step", "status", "prompt_tokens", "answer_tokens"),
+        ("at", "latency_ms", "first_ms", "queue_ms", "prompt_nll", "answer_nll"),
+    )
+    kinds = (
+        dict.fromkeys(whole, Integer)
+        | dict.fromkeys(real, Float)
+        | dict.fromkeys(("messages", "answer", "error"), Text)
+    )
+    columns: list[Any] = [
+        Column(
+            name,
+            kinds.get(name, String),
+            primary_key=name == "id",
+            index=name in ("at", "version", "rollout"),
+        )
+        for name in Logged.__struct_fields__
+    ]
+    said: list[Any] = [Column(name, String, primary_key=True) for name in ("request", "user")] + [
+        Column("at", Float, index=True),
+        Column("score", Float),
+    ]
     metadata = MetaData()
     return {
-        "requests": Table("requests", metadata, *columns, Column("unit", String), Column("hour", Integer), Column("empty", Integer)),
+        "requests": Table(
+            "requests",
+            metadata,
+            *columns,
+            Column("unit", String),
+            Column("hour", Integer),
+            Column("empty", Integer),
+        ),
         "feedback": Table(
-            "feedback", metadata, *said, *(Column(name, Text) for name in ("label", "answer", "comment")), Column("sender", String, server_default="", nullable=False)
+            "feedback",
+            metadata,
+            *said,
+            *(Column(name, Text) for name in ("label", "answer", "comment")),
+            Column("sender", String, server_default="", nullable=False),
         ),
     }
 
 
 def _logged(row: Any) -> Logged:
     values = row._asdict()
-    return Logged(**values | {"messages": tuple((role, content) for role, content in json.loads(values["messages"]))})
+    return Logged(
+        **values | {"messages": tuple((role, content) for role, content in json.loads(values["messages"]))}
+    )

@@ -35,7 +35,11 @@ def read_retrains(root: Path, *, since: float = 0.0) -> list[Retraining]:
     """The oldest first."""
     path = root / FILE
     lines = path.read_bytes().split(b"\n") if path.exists() else []
-    return [entry for entry in (msgspec.json.decode(line, type=Retraining) for line in lines if line) if entry.at >= since]
+    return [
+        entry
+        for entry in (msgspec.json.decode(line, type=Retraining) for line in lines if line)
+        if entry.at >= since
+    ]
 
 
 def note_asked(root: Path) -> None:

@@ -32,17 +32,31 @@ def _whole(raw: dict[str, Any]) -> dict[str, Any]:
         "topics": [_topic(topic) for topic in raw.get("topics") or []],
         "missing": [str(line) for line in raw.get("missing") or []],
         "report": str(raw.get("report") or ""),
-        "decision": {"retrain": bool(decision.get("retrain")), "for": list(decision.get("for") or []), "against": list(decision.get("against") or [])},
+        "decision": {
+            "retrain": bool(decision.get("retrain")),
+            "for": list(decision.get("for") or []),
+            "against": list(decision.get("against") or []),
+        },
     }
 
 
 def _column(raw: dict[str, Any]) -> dict[str, Any]:
-    return {"name": str(raw.get("name", "")), "p": number(raw.get("p")), "value": number(raw.get("value")), "reference": number(raw.get("reference"))}
+    return {
+        "name": str(raw.get("name", "")),
+        "p": number(raw.get("p")),
+        "value": number(raw.get("value")),
+        "reference": number(raw.get("reference")),
+    }
 
 
 def _topic(raw: dict[str, Any]) -> dict[str, Any]:
     texts = {name: [str(text) for text in raw.get(name) or []] for name in ("terms", "examples")}
-    return {"name": str(raw.get("name", "")), "share": number(raw.get("share")) or 0.0, "reference_share": number(raw.get("reference_share")) or 0.0, **texts}
+    return {
+        "name": str(raw.get("name", "")),
+        "share": number(raw.get("share")) or 0.0,
+        "reference_share": number(raw.get("reference_share")) or 0.0,
+        **texts,
+    }
 
 
 def number(value: Any) -> float | None:
@@ -53,7 +67,11 @@ def number(value: Any) -> float | None:
 def seconds_of(at: Any) -> float:
     """Since 1970, of seconds or an ISO 8601 text, which is UTC where it names no zone. Raises ValueError."""
     try:
-        found = datetime.fromtimestamp(at, UTC) if isinstance(at, int | float) else datetime.fromisoformat(str(at))
+        found = (
+            datetime.fromtimestamp(at, UTC)
+            if isinstance(at, int | float)
+            else datetime.fromisoformat(str(at))
+        )
     except (OverflowError, OSError):
         raise ValueError(f"{at} is no moment") from None
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()

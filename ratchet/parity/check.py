@@ -23,8 +23,26 @@ from ratchet.models.adapters import load_trained
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import MANIFEST, load_tokenizer, quiet
 from ratchet.models.merging import load_merged, why_unmergeable
-from ratchet.parity.compare import Part, compare_answers, compare_prompts, compare_row, first_difference, make_part, mismatch
-from ratchet.parity.paths import Answer, Top, differences, engine_answers, engine_forward, model_answers, model_forward, replayed_answer, strongest
+from ratchet.parity.compare import (
+    Part,
+    compare_answers,
+    compare_prompts,
+    compare_row,
+    first_difference,
+    make_part,
+    mismatch,
+)
+from ratchet.parity.paths import (
+    Answer,
+    Top,
+    differences,
+    engine_answers,
+    engine_forward,
+    model_answers,
+    model_forward,
+    replayed_answer,
+    strongest,
+)
 from ratchet.serving.admission import check_adapter_fits
 from ratchet.serving.bundle import Bundle, check_harmless
 from ratchet.serving.loaded_model import LoadedModel
@@ -74,7 +92,15 @@ class Reference(NamedTuple):
 
 
 def check_parity(
-    rows: Sequence[Example], trained: Sequence[Trained], base: Path, candidate: Path, bundle: Bundle, config: ParityConfig, *, max_new_tokens: int, batch_size: int
+    rows: Sequence[Example],
+    trained: Sequence[Trained],
+    base: Path,
+    candidate: Path,
+    bundle: Bundle,
+    config: ParityConfig,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
 ) -> dict[str, Any]:
     """`bundle` is the candidate as it would be served. Returns the report; raises RatchetError only where the candidate itself cannot be loaded."""
     manifest = read_json(candidate / MANIFEST)
@@ -87,7 +113,12 @@ def check_parity(
     except RatchetError as error:
         parts.append(Part("intake", 1, 1, f"the gateway would refuse this version: {error}"))
     else:
-        parts += [check_training(trained, bundle, ours, theirs), *check_answers(Asked(rows, ours, theirs, max_new_tokens, batch_size), base, candidate, bundle, config)]
+        parts += [
+            check_training(trained, bundle, ours, theirs),
+            *check_answers(
+                Asked(rows, ours, theirs, max_new_tokens, batch_size), base, candidate, bundle, config
+            ),
+        ]
     return {
         "candidate": manifest["adapter_sha256"],
         "rows": len(rows),
@@ -117,9 +148,17 @@ def _alike(ids: Sequence[int], row: Window) -> int:
 def check_files(bundle: Bundle, manifest: dict[str, Any]) -> Part:
     """The bytes that were trained are the ones that would be served, tokenizer and template with them."""
     wanted = manifest["files"]
-    seen = {path.name: sha256_file(path) for path in sorted(bundle.adapter.iterdir()) if path.is_file() and path.name != MANIFEST}
+    seen = {
+        path.name: sha256_file(path)
+        for path in sorted(bundle.adapter.iterdir())
+        if path.is_file() and path.name != MANIFEST
+    }
     odd = sorted(name for name in wanted.keys() | seen.keys() if wanted.get(name) != seen.get(name))
-    reason = f"{', '.join(odd)} of the served version: not what the training wrote" if odd else f"{len(wanted)} files are byte for byte what the training wrote"
+    reason = (
+        f"{', '.join(odd)} of the served version: not what the training wrote"
+        if odd
+        else f"{len(wanted)} files are byte for byte what the training wrote"
+    )
     return Part("files", len(wanted), len(odd), reason)
 
 
@@ -130,17 +169,41 @@ def check_training(trained: Sequence[Trained], bundle: Bundle, ours: ChatFormat,
         encoded, prompt = ours.encode(row).ids, len(ours.encode_prompt(row.prompt))
         place = first_difference(encoded, ids)
         if place is not None:
-            found.append(mismatch(row.id, place, encoded[place : place + 1], ids[place : place + 1], ours, ours, "it was tokenised for the training in another way"))
+            found.append(
+                mismatch(
+                    row.id,
+                    place,
+                    encoded[place : place + 1],
+                    ids[place : place + 1],
+                    ours,
+                    ours,
+                    "it was tokenised for the training in another way",
+                )
+            )
         elif not ends or ids[-1] != ours.stop_id:
-            found.append(mismatch(row.id, len(ids) - 1, [ours.stop_id], ids[-1:], ours, ours, "the training did not learn the stop token at its end"))
+            found.append(
+                mismatch(
+                    row.id,
+                    len(ids) - 1,
+                    [ours.stop_id],
+                    ids[-1:],
+                    ours,
+                    ours,
+                    "the training did not learn the stop token at its end",
+                )
+            )
         else:
             wanted = Answer(ids[:prompt], ids[prompt:], ours.decode_answer(ids[prompt:]), "stop")
-            found += compare_row(row.id, wanted, replayed_answer(bundle, theirs, row.prompt, prompt, wanted.ids), ours, theirs)
+            found += compare_row(
+                row.id, wanted, replayed_answer(bundle, theirs, row.prompt, prompt, wanted.ids), ours, theirs
+            )
     reason = f"{len(trained)} training rows have the gateway's prompts, and what they teach to say ends there by the stop token, its text unchanged"
     return make_part("training", len(trained), found, reason)
 
 
-def check_answers(asked: Asked, base: Path, candidate: Path, bundle: Bundle, config: ParityConfig) -> list[Part]:
+def check_answers(
+    asked: Asked, base: Path, candidate: Path, bundle: Bundle, config: ParityConfig
+) -> list[Part]:
     """One model in memory at a time."""
     with quiet():
         reference = _trainer_path(asked, base, candidate)
@@ -149,7 +212,17 @@ def check_answers(asked: Asked, base: Path, candidate: Path, bundle: Bundle, con
         told, apart, context = _engine_path(asked, reference, bundle)
         parts = [
             compare_prompts(asked.ids, reference.answers, told, asked.ours, asked.theirs),
-            compare_answers("gateway", asked.ids, *reference[:2], told, apart, tolerance, asked.ours, asked.theirs, context=context),
+            compare_answers(
+                "gateway",
+                asked.ids,
+                *reference[:2],
+                told,
+                apart,
+                tolerance,
+                asked.ours,
+                asked.theirs,
+                context=context,
+            ),
         ]
         _make_room()
         if config.merged and not why_unmergeable(candidate):
@@ -161,7 +234,9 @@ def check_answers(asked: Asked, base: Path, candidate: Path, bundle: Bundle, con
 def compare_model(name: str, model: Any, asked: Asked, reference: Reference, tolerance: float) -> Part:
     """Another model, asked as the trainer's was."""
     told = model_answers(model, asked.ours, asked.prompts, **asked.greedy)
-    apart = differences(model_forward(model), model.device, reference.answers, reference.tops, **asked.batches)
+    apart = differences(
+        model_forward(model), model.device, reference.answers, reference.tops, **asked.batches
+    )
     return compare_answers(name, asked.ids, *reference[:2], told, apart, tolerance, asked.ours, asked.ours)
 
 
@@ -171,13 +246,25 @@ def _trainer_path(asked: Asked, base: Path, candidate: Path) -> Reference:
 
 def make_reference(model: Any, asked: Asked) -> Reference:
     answers = model_answers(model, asked.ours, asked.prompts, **asked.greedy)
-    return Reference(answers, strongest(model_forward(model), model.device, answers, **asked.batches), model.dtype != torch.float32)
+    return Reference(
+        answers,
+        strongest(model_forward(model), model.device, answers, **asked.batches),
+        model.dtype != torch.float32,
+    )
 
 
-def _engine_path(asked: Asked, reference: Reference, bundle: Bundle) -> tuple[list[Answer], list[Tensor], int]:
+def _engine_path(
+    asked: Asked, reference: Reference, bundle: Bundle
+) -> tuple[list[Answer], list[Tensor], int]:
     loaded = LoadedModel(bundle)
     told = engine_answers(loaded, bundle, asked.theirs, [row.prompt for row in asked.rows], **asked.greedy)
-    apart = differences(engine_forward(loaded, bundle.version), loaded.device, reference.answers, reference.tops, **asked.batches)
+    apart = differences(
+        engine_forward(loaded, bundle.version),
+        loaded.device,
+        reference.answers,
+        reference.tops,
+        **asked.batches,
+    )
     return told, apart, bundle.max_length - loaded.num_virtual(bundle.version)
 
 

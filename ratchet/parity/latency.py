@@ -29,7 +29,12 @@ def measure_speed(bundle: Bundle, rows: Sequence[Example], config: Config) -> di
         found = asyncio.run(_ask_all(bundle, rows[: WARM_UP + ASKED], config))[WARM_UP:]
     times, tokens = (np.array(column, dtype=np.float64) for column in zip(*found, strict=True))
     interval = bootstrap_mean(times, alpha=0.025, resamples=2000, seed=0)
-    return {"answers": len(found), "milliseconds": interval._asdict(), "tokens": float(tokens.mean()), "tokens_per_second": float(tokens.sum() / times.sum() * 1000)}
+    return {
+        "answers": len(found),
+        "milliseconds": interval._asdict(),
+        "tokens": float(tokens.mean()),
+        "tokens_per_second": float(tokens.sum() / times.sum() * 1000),
+    }
 
 
 async def _ask_all(bundle: Bundle, rows: Sequence[Example], config: Config) -> list[tuple[float, int]]:

@@ -48,13 +48,26 @@ class Top(NamedTuple):
     logits: Tensor  # (answer, TOP)
 
 
-def model_answers(model: Any, chat: ChatFormat, prompts: list[list[int]], *, max_new_tokens: int, batch_size: int) -> list[Answer]:
+def model_answers(
+    model: Any, chat: ChatFormat, prompts: list[list[int]], *, max_new_tokens: int, batch_size: int
+) -> list[Answer]:
     """As the evaluation asks a model."""
     made = greedy_ids(model, prompts, chat, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return [Answer(prompt, ids, chat.decode_answer(ids), "stop" if ids[-1:] == [chat.stop_id] else "length") for prompt, ids in zip(prompts, made, strict=True)]
+    return [
+        Answer(prompt, ids, chat.decode_answer(ids), "stop" if ids[-1:] == [chat.stop_id] else "length")
+        for prompt, ids in zip(prompts, made, strict=True)
+    ]
 
 
-def engine_answers(loaded: LoadedModel, bundle: Bundle, chat: ChatFormat, asked: Sequence[Sequence[Message]], *, max_new_tokens: int, batch_size: int) -> list[Answer]:
+def engine_answers(
+    loaded: LoadedModel,
+    bundle: Bundle,
+    chat: ChatFormat,
+    asked: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[Answer]:
     """As the gateway's engine `local` does: rows join when others leave."""
     decoder = Decoder(loaded, measure_prompts=False)
     decoder.add(bundle, chat)
@@ -65,9 +78,18 @@ def engine_answers(loaded: LoadedModel, bundle: Bundle, chat: ChatFormat, asked:
     return [one.answer() for one in heard]
 
 
-def replayed_answer(bundle: Bundle, chat: ChatFormat, messages: Sequence[Message], prompt_tokens: int, ids: list[int]) -> Answer:
+def replayed_answer(
+    bundle: Bundle, chat: ChatFormat, messages: Sequence[Message], prompt_tokens: int, ids: list[int]
+) -> Answer:
     """What the engine makes of a model that says exactly `ids`: where it ends, and the text."""
-    return engine_answers(cast(LoadedModel, _Script(prompt_tokens, ids)), bundle, chat, [messages], max_new_tokens=len(ids), batch_size=1)[0]
+    return engine_answers(
+        cast(LoadedModel, _Script(prompt_tokens, ids)),
+        bundle,
+        chat,
+        [messages],
+        max_new_tokens=len(ids),
+        batch_size=1,
+    )[0]
 
 
 class _Heard:
@@ -76,7 +98,12 @@ class _Heard:
     def __init__(self, bundle: Bundle, messages: Sequence[Message], max_new_tokens: int) -> None:
         self._text, self._fault, self._finish = "", "", ""
         self.row: Row | None = None
-        body = {"model": bundle.name, "messages": [{"role": message.role, "content": message.content} for message in messages], "max_tokens": max_new_tokens, "temperature": 0}
+        body = {
+            "model": bundle.name,
+            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "max_tokens": max_new_tokens,
+            "temperature": 0,
+        }
         try:
             chat = parse_chat(json.dumps(body).encode(), GatewayConfig(max_tokens=max_new_tokens))
         except Fault as fault:
@@ -93,7 +120,11 @@ class _Heard:
             self._fault = str(said)
 
     def answer(self) -> Answer:
-        return Answer(self.row.prompt, self.row.answer, self._text, self._finish, self._fault) if self.row else Answer([], [], "", "", self._fault)
+        return (
+            Answer(self.row.prompt, self.row.answer, self._text, self._finish, self._fault)
+            if self.row
+            else Answer([], [], "", "", self._fault)
+        )
 
 
 class _Script:
@@ -115,7 +146,9 @@ class _Script:
 
         return DynamicCache()
 
-    def forward(self, versions: list[int], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool) -> Tensor:
+    def forward(
+        self, versions: list[int], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool
+    ) -> Tensor:
         place = min(max(0, int(mask.sum()) - self._prompt_tokens), len(self._ids) - 1)
         logits = torch.zeros(1, 1, max(self._ids) + 1)
         logits[0, 0, self._ids[place]] = 1.0
@@ -127,19 +160,30 @@ class _Script:
 
 def model_forward(model: Any) -> Forward:
     """Virtual tokens of prompt tuning have logits as well, which stand before the row's."""
-    return lambda ids, mask: model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -ids.shape[1] :]
+    return lambda ids, mask: model(input_ids=ids, attention_mask=mask, use_cache=False).logits[
+        :, -ids.shape[1] :
+    ]
 
 
 def engine_forward(loaded: LoadedModel, version: int) -> Forward:
     def forward(ids: Tensor, mask: Tensor) -> Tensor:
         virtual = loaded.num_virtual(version)
         positions = torch.arange(virtual, virtual + ids.shape[1], device=ids.device).expand(len(ids), -1)
-        return loaded.forward([version] * len(ids), ids, pad(mask, (virtual, 0), value=1), positions, loaded.new_cache(version, len(ids)), whole=True)
+        return loaded.forward(
+            [version] * len(ids),
+            ids,
+            pad(mask, (virtual, 0), value=1),
+            positions,
+            loaded.new_cache(version, len(ids)),
+            whole=True,
+        )
 
     return forward
 
 
-def strongest(forward: Forward, device: Any, answers: Sequence[Answer], *, pad_id: int, batch_size: int) -> list[Top]:
+def strongest(
+    forward: Forward, device: Any, answers: Sequence[Answer], *, pad_id: int, batch_size: int
+) -> list[Top]:
     """Of each answer's positions, given the prompt and the tokens before."""
     found: list[Any] = [None] * len(answers)
     for index, logits in _answer_logits(forward, device, answers, pad_id, batch_size):
@@ -148,7 +192,15 @@ def strongest(forward: Forward, device: Any, answers: Sequence[Answer], *, pad_i
     return found
 
 
-def differences(forward: Forward, device: Any, answers: Sequence[Answer], tops: Sequence[Top], *, pad_id: int, batch_size: int) -> list[Tensor]:
+def differences(
+    forward: Forward,
+    device: Any,
+    answers: Sequence[Answer],
+    tops: Sequence[Top],
+    *,
+    pad_id: int,
+    batch_size: int,
+) -> list[Tensor]:
     """By position (answer): the largest difference among the strongest logits, as a share of the largest of them (of 1, where all are smaller)."""
     found: list[Tensor] = [torch.empty(0)] * len(answers)
     for index, logits in _answer_logits(forward, device, answers, pad_id, batch_size):
@@ -162,12 +214,16 @@ def scale(top: Top) -> Tensor:
 
 
 @torch.inference_mode()
-def _answer_logits(forward: Forward, device: Any, answers: Sequence[Answer], pad_id: int, batch_size: int) -> Iterator[tuple[int, Tensor]]:
+def _answer_logits(
+    forward: Forward, device: Any, answers: Sequence[Answer], pad_id: int, batch_size: int
+) -> Iterator[tuple[int, Tensor]]:
     """(index, logits (answer, vocab)), row by row. Right padding: what stands behind a row cannot change it."""
     for batch in by_length([len(answer.prompt) + len(answer.ids) for answer in answers], batch_size):
         rows = [[*answers[index].prompt, *answers[index].ids] for index in batch]
         length = max(map(len, rows))
-        ids = torch.tensor([row + [pad_id] * (length - len(row)) for row in rows], device=device)  # (batch, seq)
+        ids = torch.tensor(
+            [row + [pad_id] * (length - len(row)) for row in rows], device=device
+        )  # (batch, seq)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
         logits = forward(ids, mask)
         for position, index in enumerate(batch):

@@ -24,22 +24,36 @@ def check_checkout(root: Path) -> str:
         top = Path(git(root, "rev-parse", "--show-toplevel").strip())
     except CommandError as error:
         if "dubious ownership" in str(error):
-            raise CheckoutError(f"{root} belongs to another user, so git refuses to work in it", remedy=f"git config --global --add safe.directory {root}") from None
+            raise CheckoutError(
+                f"{root} belongs to another user, so git refuses to work in it",
+                remedy=f"git config --global --add safe.directory {root}",
+            ) from None
         raise CheckoutError(
-            f"{root} is no git repository", remedy="work in a clone: every run is traced to a commit (a downloaded archive: git init && git add -A && git commit -m start)"
+            f"{root} is no git repository",
+            remedy="work in a clone: every run is traced to a commit (a downloaded archive: git init && git add -A && git commit -m start)",
         ) from None
     if top.resolve() != root.resolve():
-        raise CheckoutError(f"{root} is inside the repository {top}, not its root", remedy=f"run the command with -C {top}")
+        raise CheckoutError(
+            f"{root} is inside the repository {top}, not its root", remedy=f"run the command with -C {top}"
+        )
     try:
         branch = git(root, "symbolic-ref", "--short", "HEAD").strip()
         git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     except CommandError:
-        raise CheckoutError(f"{root} is on no branch, or has no commit yet", remedy="git switch main, or commit once") from None
+        raise CheckoutError(
+            f"{root} is on no branch, or has no commit yet", remedy="git switch main, or commit once"
+        ) from None
     if not (root / ".dvc" / "config").exists():
-        raise CheckoutError(f"{root} has no .dvc/config: DVC is not set up", remedy="git checkout .dvc, or `dvc init` and commit")
+        raise CheckoutError(
+            f"{root} has no .dvc/config: DVC is not set up",
+            remedy="git checkout .dvc, or `dvc init` and commit",
+        )
     if changed := git(root, "status", "--porcelain", "--untracked-files=no").strip():
         files = ", ".join(line[2:].strip() for line in changed.splitlines()[:5])
-        raise CheckoutError(f"{root} has uncommitted changes: {files}", remedy="git commit -a (a run is traced to a commit), or git stash; then run again")
+        raise CheckoutError(
+            f"{root} has uncommitted changes: {files}",
+            remedy="git commit -a (a run is traced to a commit), or git stash; then run again",
+        )
     return branch
 
 
@@ -69,7 +83,9 @@ def locked(root: Path, name: str, *, wait: bool = True) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise CheckoutError(f"another `{name}` runs in {root}", remedy="wait for it; `ratchet status` shows it") from None
+            raise CheckoutError(
+                f"another `{name}` runs in {root}", remedy="wait for it; `ratchet status` shows it"
+            ) from None
         yield
 
 
@@ -82,10 +98,20 @@ def dvc(folder: Path, *arguments: str) -> str:
 
 
 def _run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, env=child_environment(), capture_output=True, text=True, errors="replace", check=False)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
     if done.returncode:
         words = " ".join(command[-len(command) + (2 if command[0] != "git" else 0) :])
-        raise CommandError(f"{words[:200]} failed in {folder}: {(done.stderr or done.stdout).strip()[-1500:]}")
+        raise CommandError(
+            f"{words[:200]} failed in {folder}: {(done.stderr or done.stdout).strip()[-1500:]}"
+        )
     return done.stdout
 
 
@@ -96,7 +122,11 @@ STAGE_ENVIRONMENT = {"GOMP_SPINCOUNT": "3000", "MALLOC_MMAP_MAX_": "0", "MALLOC_
 
 def child_environment() -> dict[str, str]:
     """Ours, with this interpreter's folder first in PATH: stages say `python`. A surrounding git hook's variables stay out."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "PYTHONPATH")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "PYTHONPATH")
+    }
     return {
         **STAGE_ENVIRONMENT,
         **kept,

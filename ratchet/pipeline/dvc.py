@@ -17,7 +17,9 @@ from ratchet.pipeline.checkout import Say, child_environment, dvc, git
 from ratchet.pipeline.dag import KEYS, write_keys
 
 EXITED = re.compile(r"exited with (-?\d+)")
-TORCHRUN = re.compile(r"[EW]\d{4} \S+ \d+ torch/distributed/elastic/")  # begins its own report, which stands behind what a process said, and is long
+TORCHRUN = re.compile(
+    r"[EW]\d{4} \S+ \d+ torch/distributed/elastic/"
+)  # begins its own report, which stands behind what a process said, and is long
 CACHE_TYPES = "reflink,symlink,hardlink,copy"
 # DVC's advice for people at a prompt; the flow does these things itself.
 CHATTER = (
@@ -56,10 +58,20 @@ def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
     lines, code = _stream(command, workspace, say)
     if code:
         codes = EXITED.findall("\n".join(lines))  # DVC's own word comes last
-        told = [line for line in without_torchrun(lines) if line and not line.startswith(("ERROR: failed to reproduce", "Verifying", *CHATTER))]
+        told = [
+            line
+            for line in without_torchrun(lines)
+            if line and not line.startswith(("ERROR: failed to reproduce", "Verifying", *CHATTER))
+        ]
         if codes and codes[-1].startswith("-"):
-            told.append(f"its process was killed by signal {codes[-1][1:]}" + ("; the same command goes on from the newest checkpoint" if stage == "train" else ""))
-        raise StageError(f"stage {stage} failed:\n" + "\n".join(told[-12:] or lines[-3:]), exit_code=2 if codes[-1:] == ["2"] else 1)
+            told.append(
+                f"its process was killed by signal {codes[-1][1:]}"
+                + ("; the same command goes on from the newest checkpoint" if stage == "train" else "")
+            )
+        raise StageError(
+            f"stage {stage} failed:\n" + "\n".join(told[-12:] or lines[-3:]),
+            exit_code=2 if codes[-1:] == ["2"] else 1,
+        )
     return not any(line.startswith(f"Stage '{stage}' didn't change") for line in lines)
 
 
@@ -72,9 +84,19 @@ def without_torchrun(lines: list[str]) -> list[str]:
 def _stream(command: list[str], workspace: Workspace, say: Say) -> tuple[list[str], int]:
     """Lines and exit code of a command. A signal to us ends its whole process group: DVC does not pass one on to the stage."""
     lines: list[str] = []
-    environment = {**child_environment(), "RATCHET_ROOT": str(workspace.root.resolve())}  # where a training's checkpoints outlive the workspace
+    environment = {
+        **child_environment(),
+        "RATCHET_ROOT": str(workspace.root.resolve()),
+    }  # where a training's checkpoints outlive the workspace
     with subprocess.Popen(
-        command, cwd=workspace.path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+        command,
+        cwd=workspace.path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
     ) as process:
         try:
             for line in process.stdout or []:
@@ -100,11 +122,24 @@ def stale_stages(workspace: Workspace) -> set[str]:
 def check_out(workspace: Workspace) -> None:
     """Bring what the last run made into the clone, from the shared cache or the remote. A file that is nowhere is made anew by its stage."""
     has_remote = bool(configured_remote(workspace.root))
-    workspace.dvc(*(["pull", "--quiet", "--allow-missing"] if has_remote else ["checkout", "--quiet", "--allow-missing"]))
+    workspace.dvc(
+        *(
+            ["pull", "--quiet", "--allow-missing"]
+            if has_remote
+            else ["checkout", "--quiet", "--allow-missing"]
+        )
+    )
 
 
 def configured_remote(root: Path) -> str | None:
-    return next((found for name in ("config.local", "config") if (found := _dvc_config(root, name).get("core", "remote", fallback=None))), None)
+    return next(
+        (
+            found
+            for name in ("config.local", "config")
+            if (found := _dvc_config(root, name).get("core", "remote", fallback=None))
+        ),
+        None,
+    )
 
 
 def push_data(workspace: Workspace, say: Say) -> None:
@@ -134,7 +169,9 @@ def _share_cache(root: Path, path: Path) -> None:
         config.write(out)
 
 
-def _keep_remotes(root: Path, config: configparser.ConfigParser, committed: configparser.ConfigParser) -> None:
+def _keep_remotes(
+    root: Path, config: configparser.ConfigParser, committed: configparser.ConfigParser
+) -> None:
     """DVC reads a remote's relative path from the folder of the configuration, which is another one in the clone."""
     for section in {*config.sections(), *committed.sections()}:
         url = config.get(section, "url", fallback=committed.get(section, "url", fallback="")).strip("\"'")

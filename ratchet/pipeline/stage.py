@@ -16,7 +16,9 @@ from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError
 
 
-def run_stage(doc: str | None, paths: Sequence[str], work: Callable[[Config, argparse.Namespace], object]) -> None:
+def run_stage(
+    doc: str | None, paths: Sequence[str], work: Callable[[Config, argparse.Namespace], object]
+) -> None:
     """Parse `--path` arguments, call `work(config, arguments)`, exit."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))

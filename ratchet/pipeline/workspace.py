@@ -25,7 +25,9 @@ from ratchet.pipeline.dvc import Workspace, _share_cache
 WORKSPACES = Path(".ratchet/workspaces")
 LANDING_TRIES = 5
 # What git says when the checkout holds something that a landing would overwrite.
-IN_THE_WAY = re.compile(r"(Working directory has (?:un)?staged changes|Untracked working tree file .*? would)")
+IN_THE_WAY = re.compile(
+    r"(Working directory has (?:un)?staged changes|Untracked working tree file .*? would)"
+)
 
 
 @contextmanager
@@ -48,7 +50,11 @@ def open_workspace(root: Path, purpose: str, say: Say, *, keep_failed: int = 2) 
 
 def failed_workspaces(root: Path) -> list[Path]:
     """Workspaces that failed, and clones whose process was killed; the newest first."""
-    found = [path for path in (root / WORKSPACES).glob("*") if path.is_dir() and not _is_alive(path.name.rpartition("-")[2])]
+    found = [
+        path
+        for path in (root / WORKSPACES).glob("*")
+        if path.is_dir() and not _is_alive(path.name.rpartition("-")[2])
+    ]
     return sorted(found, reverse=True)
 
 
@@ -99,7 +105,9 @@ def _push(workspace: Workspace, tag: str | None) -> None:
             if not tries_left:
                 raise
             if not catch_up(workspace):
-                time.sleep(0.5)  # nobody was faster: the checkout's index may be locked by a command of the user's
+                time.sleep(
+                    0.5
+                )  # nobody was faster: the checkout's index may be locked by a command of the user's
 
 
 def catch_up(workspace: Workspace) -> bool:
@@ -108,20 +116,33 @@ def catch_up(workspace: Workspace) -> bool:
     if not workspace.git("rev-list", "--max-count=1", f"HEAD..origin/{workspace.branch}").strip():
         return False
     try:
-        git(workspace.path, *_identity(workspace.root), "rebase", "--quiet", "--autostash", f"origin/{workspace.branch}")
+        git(
+            workspace.path,
+            *_identity(workspace.root),
+            "rebase",
+            "--quiet",
+            "--autostash",
+            f"origin/{workspace.branch}",
+        )
     except CommandError as error:
         files = workspace.git("diff", "--name-only", "--diff-filter=U").split()
         with suppress(CommandError):
             workspace.git("rebase", "--abort")  # or a second try would commit the conflict's marks
         if not files:
             raise
-        raise CommandError(f"another commit on {workspace.branch} changed {', '.join(files)} as well", remedy="run it again: finished stages are kept in the cache") from error
+        raise CommandError(
+            f"another commit on {workspace.branch} changed {', '.join(files)} as well",
+            remedy="run it again: finished stages are kept in the cache",
+        ) from error
     return True
 
 
 def _bring_data(workspace: Workspace, before: str) -> None:
     """The checkout's data to the new commit. Local changes are kept: without --force DVC refuses to overwrite them."""
-    if any(name.endswith((".dvc", "dvc.lock")) for name in workspace.git("diff", "--name-only", before, "HEAD").splitlines()):
+    if any(
+        name.endswith((".dvc", "dvc.lock"))
+        for name in workspace.git("diff", "--name-only", before, "HEAD").splitlines()
+    ):
         command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--allow-missing"]
         subprocess.run(command, cwd=workspace.root, env=child_environment(), capture_output=True, check=False)
 

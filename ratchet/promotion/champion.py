@@ -74,5 +74,6 @@ def _decode(raw: bytes, where: str) -> Champion:
         return msgspec.json.decode(raw, type=Champion)
     except msgspec.DecodeError as error:
         raise CheckoutError(
-            f"{where} is no champion entry: {error}", remedy=f"git checkout HEAD -- {FILE}; the file is written by `ratchet promote` and `ratchet rollback`"
+            f"{where} is no champion entry: {error}",
+            remedy=f"git checkout HEAD -- {FILE}; the file is written by `ratchet promote` and `ratchet rollback`",
         ) from None

@@ -10,7 +10,10 @@ from ratchet.promotion.champion import Champion
 from ratchet.tracking.mlflow import KEY_TAG
 from ratchet.tracking.registry import Version
 
-TEXTS, VALUES = (KEY_TAG, "git_commit", "adapter_sha256"), {"batches": list, "data": dict, "gate": dict}  # its entry in the ledger is made of them
+TEXTS, VALUES = (
+    (KEY_TAG, "git_commit", "adapter_sha256"),
+    {"batches": list, "data": dict, "gate": dict},
+)  # its entry in the ledger is made of them
 
 
 def read_tags(version: Version) -> dict[str, Any]:
@@ -23,9 +26,14 @@ def read_tags(version: Version) -> dict[str, Any]:
         try:
             found[tag] = json.loads(version.tags[tag])
         except ValueError:
-            raise UserError(f"v{version.number}'s tag `{tag}` is {version.tags[tag][:60]!r}, wanted JSON", remedy=remedy) from None
+            raise UserError(
+                f"v{version.number}'s tag `{tag}` is {version.tags[tag][:60]!r}, wanted JSON", remedy=remedy
+            ) from None
         if not isinstance(found[tag], kind):
-            raise UserError(f"v{version.number}'s tag `{tag}` is a {type(found[tag]).__name__}, wanted a {kind.__name__}", remedy=remedy)
+            raise UserError(
+                f"v{version.number}'s tag `{tag}` is a {type(found[tag]).__name__}, wanted a {kind.__name__}",
+                remedy=remedy,
+            )
     if missing := sorted({"verdict", "rival"} - found["gate"].keys()):
         raise UserError(f"v{version.number}'s tag `gate` has no {', '.join(missing)}", remedy=remedy)
     return found

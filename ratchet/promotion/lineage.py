@@ -43,7 +43,9 @@ def trace(root: Path, versions: list[Version], entries: tuple[Entry, ...]) -> li
         if learned or parent is not None:
             newest = max(learned or entries, key=lambda entry: entry.at)
             count = len({entry.ids[0] if entry.ids else (entry.batch, entry.line) for entry in learned})
-            found[version.number] = Trace(version.number, count, ids is not None, parent, newest.at, newest.reason)
+            found[version.number] = Trace(
+                version.number, count, ids is not None, parent, newest.at, newest.reason
+            )
             if adapter := version.tags.get("adapter_sha256"):
                 weights.setdefault(adapter, version.number)
     return list(found.values())
@@ -85,7 +87,9 @@ class TrainingRows:
         """DVC's hash of the prepared data."""
         try:
             lock: Any = YAML(typ="safe").load(git(self._root, "show", f"{commit}:dvc.lock"))
-            return next((str(out["md5"]) for out in lock["stages"]["prepare"]["outs"] if out["path"] == PREPARED), "")
+            return next(
+                (str(out["md5"]) for out in lock["stages"]["prepare"]["outs"] if out["path"] == PREPARED), ""
+            )
         except (RatchetError, YAMLError, KeyError, TypeError):
             return ""
 

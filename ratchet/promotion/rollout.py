@@ -24,7 +24,9 @@ from ratchet.promotion.gate_tags import check_gate
 from ratchet.tracking.registry import Version
 
 FILE, ENDED = Path(".ratchet/rollout.json"), Path(".ratchet/rollouts.jsonl")
-AGAIN = Path(".ratchet/look-again")  # there while a look is under way, and after one that left something waiting
+AGAIN = Path(
+    ".ratchet/look-again"
+)  # there while a look is under way, and after one that left something waiting
 
 
 class Rollout(msgspec.Struct, frozen=True):
@@ -62,7 +64,10 @@ def read_rollout(root: Path) -> Rollout | None:
     except FileNotFoundError:
         return None
     except msgspec.DecodeError as error:
-        raise CheckoutError(f"{FILE} is no rollout: {error}", remedy=f"remove it: the champion answers everybody, and the challenger starts anew ({root / FILE})") from None
+        raise CheckoutError(
+            f"{FILE} is no rollout: {error}",
+            remedy=f"remove it: the champion answers everybody, and the challenger starts anew ({root / FILE})",
+        ) from None
 
 
 def write_rollout(root: Path, rollout: Rollout) -> None:
@@ -79,7 +84,11 @@ def end_rollout(root: Path, rollout: Rollout) -> None:
 def read_ended(root: Path) -> list[Rollout]:
     """The oldest first."""
     path = root / ENDED
-    return [msgspec.json.decode(line, type=Rollout) for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
+    return (
+        [msgspec.json.decode(line, type=Rollout) for line in path.read_bytes().split(b"\n") if line]
+        if path.exists()
+        else []
+    )
 
 
 def position(salt: str, unit: str) -> float:
@@ -90,14 +99,19 @@ def position(salt: str, unit: str) -> float:
 # --- acts ------------------------------------------------------------------------------------------------------------------
 
 
-def open_rollout(root: Path, config: Config, version: Version, champion: Champion, *, by: str, again: bool = False) -> Rollout:
+def open_rollout(
+    root: Path, config: Config, version: Version, champion: Champion, *, by: str, again: bool = False
+) -> Rollout:
     """Raises UserError: the gate did not pass it against this champion, it had its rollout (`again`: a person wants another), or BusyError: another one is open."""
     with locked(root, "promote"):
         current = read_rollout(root)
         if current and current.version == version.number:
             return current
         if current:
-            raise BusyError(f"the rollout of v{current.version} is {current.state}", remedy="ratchet rollout abort ends it; one version at a time is tried on users")
+            raise BusyError(
+                f"the rollout of v{current.version} is {current.state}",
+                remedy="ratchet rollout abort ends it; one version at a time is tried on users",
+            )
         check_gate(version, champion)
         _check_past(root, version, champion, again)
         now = time.time()
@@ -124,14 +138,20 @@ def open_rollout(root: Path, config: Config, version: Version, champion: Champio
 def _check_past(root: Path, version: Version, champion: Champion, again: bool) -> None:
     """A version gets one rollout against a champion; one that did harm, or was in charge once, gets no other."""
     if not again and version.tags.get("decision", "").strip().lower() == "reject":
-        raise UserError("a person rejected it", remedy="the tag `decision` = `approve` on it opens its rollout")
+        raise UserError(
+            "a person rejected it", remedy="the tag `decision` = `approve` on it opens its rollout"
+        )
     past = [entry for entry in read_ended(root) if entry.version == version.number]
     if entry := next((entry for entry in past if entry.state in ("rolled_back", "promoted")), None):
         raise UserError(
             f"its rollout ended {entry.state.replace('_', ' ')}: {entry.why}",
             remedy="the tags `decision` = `force` and `reason`, or `ratchet promote`, put it in charge all the same",
         )
-    if not again and (entry := next((entry for entry in past if entry.state == "stopped" or entry.champion == champion.version), None)):
+    if not again and (
+        entry := next(
+            (entry for entry in past if entry.state == "stopped" or entry.champion == champion.version), None
+        )
+    ):
         raise UserError(
             f"its rollout ended {entry.state.replace('_', ' ')}: {entry.why}",
             remedy="the tag `decision` = `approve` on it opens another; where it stands already, take the tag `decision_outcome` away",
@@ -152,7 +172,9 @@ def pause(root: Path, by: str) -> Rollout:
     current = _expect(root)
     if current.state != "open":
         return current
-    return _change(root, current, state="paused", paused_at=time.time(), why=f"paused by {by}", by=by) or _expect(root)
+    return _change(
+        root, current, state="paused", paused_at=time.time(), why=f"paused by {by}", by=by
+    ) or _expect(root)
 
 
 def resume(root: Path, by: str) -> Rollout:
@@ -161,17 +183,25 @@ def resume(root: Path, by: str) -> Rollout:
     if current.state != "paused" or current.paused_at is None:
         return current
     seconds = time.time() - current.paused_at
-    times = {"paused_at": None, "paused_seconds": current.paused_seconds + seconds, "step_since": current.step_since + seconds}
+    times = {
+        "paused_at": None,
+        "paused_seconds": current.paused_seconds + seconds,
+        "step_since": current.step_since + seconds,
+    }
     return _change(root, current, state="open", why=f"resumed by {by}", by=by, **times) or _expect(root)
 
 
-def finish(root: Path, seen: Rollout, state: str, *, why: str, by: str, figures: dict[str, Any] | None = None) -> Rollout:
+def finish(
+    root: Path, seen: Rollout, state: str, *, why: str, by: str, figures: dict[str, Any] | None = None
+) -> Rollout:
     """As it ended, also when somebody else was faster."""
     with locked(root, "promote"):
         current = read_rollout(root)
         if current is None or current.id != seen.id:
             return next((entry for entry in read_ended(root) if entry.id == seen.id), seen)
-        ended = msgspec.structs.replace(current, state=state, why=why, by=by, last=figures or current.last, ended=time.time())
+        ended = msgspec.structs.replace(
+            current, state=state, why=why, by=by, last=figures or current.last, ended=time.time()
+        )
         end_rollout(root, ended)
         return ended
 
@@ -179,7 +209,10 @@ def finish(root: Path, seen: Rollout, state: str, *, why: str, by: str, figures:
 def _expect(root: Path) -> Rollout:
     current = read_rollout(root)
     if current is None:
-        raise UserError("no rollout is open", remedy="a version that passed the gate becomes `challenger`, and its rollout opens at the next look (`ratchet rollout look`)")
+        raise UserError(
+            "no rollout is open",
+            remedy="a version that passed the gate becomes `challenger`, and its rollout opens at the next look (`ratchet rollout look`)",
+        )
     return current
 
 

@@ -52,7 +52,13 @@ def difference(strata: list[Stratum], alpha: float, *, scale: float = 1.0) -> Bo
     mean = float((means * information).sum() / total)
     total = min(total, 1.0 / max(_clustered_variance(told, information / total), 1e-12))
     width = radius(total, alpha, scale)
-    return Bounds(mean, mean - width, mean + width, _count([(s.champion, s.champion_units) for s in strata]), _count([(s.challenger, s.challenger_units) for s in strata]))
+    return Bounds(
+        mean,
+        mean - width,
+        mean + width,
+        _count([(s.champion, s.champion_units) for s in strata]),
+        _count([(s.challenger, s.challenger_units) for s in strata]),
+    )
 
 
 def _clustered_variance(strata: list[Stratum], weights: Values) -> float:
@@ -60,7 +66,10 @@ def _clustered_variance(strata: list[Stratum], weights: Values) -> float:
     pulls: list[Values] = []
     units: list[Units] = []
     for stratum, weight in zip(strata, weights, strict=True):
-        for sign, values, known in ((-1, stratum.champion, stratum.champion_units), (1, stratum.challenger, stratum.challenger_units)):
+        for sign, values, known in (
+            (-1, stratum.champion, stratum.champion_units),
+            (1, stratum.challenger, stratum.challenger_units),
+        ):
             if known is None:
                 continue
             pulls.append(sign * weight * (values - values.mean()) / len(values))
@@ -74,18 +83,27 @@ def _clustered_variance(strata: list[Stratum], weights: Values) -> float:
 def _count(arms: list[tuple[Values, Units | None]]) -> int:
     """Different units."""
     known = [units for _, units in arms if units is not None]
-    return sum(len(values) for values, units in arms if units is None) + (len(np.unique(np.concatenate(known))) if known else 0)
+    return sum(len(values) for values, units in arms if units is None) + (
+        len(np.unique(np.concatenate(known))) if known else 0
+    )
 
 
 def _variance(stratum: Stratum, scale: float) -> float:
     """Of the difference of the means. Each arm gets a prior of two values at the expected variance: of five zeros nobody knows that all are."""
-    return sum((float(arm.var()) * len(arm) + 2 * scale**2) / (len(arm) + 2) / len(arm) for arm in (stratum.champion, stratum.challenger))
+    return sum(
+        (float(arm.var()) * len(arm) + 2 * scale**2) / (len(arm) + 2) / len(arm)
+        for arm in (stratum.champion, stratum.challenger)
+    )
 
 
 def radius(information: float, alpha: float, scale: float = 1.0) -> float:
     """Half the width at that much information: the mean of the mixture's boundary, one-sided at alpha."""
     rho = TUNED_TO / scale**2  # prior information of the mixture
-    return math.sqrt((information + rho) / information**2 * (math.log((information + rho) / rho) + 2 * math.log(1 / (2 * alpha))))
+    return math.sqrt(
+        (information + rho)
+        / information**2
+        * (math.log((information + rho) / rho) + 2 * math.log(1 / (2 * alpha)))
+    )
 
 
 def split_e_value(champion: int, challenger: int, share: float) -> float:
@@ -94,6 +112,13 @@ def split_e_value(champion: int, challenger: int, share: float) -> float:
     A Dirichlet-multinomial Bayes factor (Lindon & Malek, arXiv 2011.03567), its prior centred on the share with the weight of 20 users.
     """
     a, b = 20 * (1 - share), 20 * share
-    mixed = gammaln(a + b) - gammaln(a) - gammaln(b) + gammaln(a + champion) + gammaln(b + challenger) - gammaln(a + b + champion + challenger)
+    mixed = (
+        gammaln(a + b)
+        - gammaln(a)
+        - gammaln(b)
+        + gammaln(a + champion)
+        + gammaln(b + challenger)
+        - gammaln(a + b + champion + challenger)
+    )
     plain = xlogy(champion, 1 - share) + xlogy(challenger, share)
     return float(np.exp(min(700.0, mixed - plain)))

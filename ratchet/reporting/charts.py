@@ -73,7 +73,9 @@ def make_slots(first: float, last: float) -> Slots:
     return Slots(int(last // width - count + 1) * width, width, count)
 
 
-def stack(values: dict[tuple[int, int], float], slots: Slots, order: Sequence[int], top: float, unit: str) -> list[Bar]:
+def stack(
+    values: dict[tuple[int, int], float], slots: Slots, order: Sequence[int], top: float, unit: str
+) -> list[Bar]:
     """`values` by (slot, series), the first of `order` at the bottom."""
     bars, width = [], 100 / slots.number
     for slot in range(slots.number):
@@ -82,7 +84,9 @@ def stack(values: dict[tuple[int, int], float], slots: Slots, order: Sequence[in
             if value := values.get((slot, series), 0.0):
                 height = 100 * value / top
                 title = f"v{series}, {moment(slots.start + slot * slots.width)}: {value:,.0f} {unit}"
-                bars.append(Bar(slot * width + width * 0.1, 100 - below - height, width * 0.8, height, series, title))
+                bars.append(
+                    Bar(slot * width + width * 0.1, 100 - below - height, width * 0.8, height, series, title)
+                )
                 below += height
     return bars
 
@@ -92,7 +96,11 @@ def lines(values: dict[tuple[int, int], float], slots: Slots) -> list[Line]:
     by_series: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for (slot, series), value in sorted(values.items()):
         by_series[series].append((slot, value))
-    return [Line([_center(slot, value, slots) for slot, value in part], series) for series, points in by_series.items() for part in _parts(points, slots.number / 4)]
+    return [
+        Line([_center(slot, value, slots) for slot, value in part], series)
+        for series, points in by_series.items()
+        for part in _parts(points, slots.number / 4)
+    ]
 
 
 def _parts(points: list[tuple[int, float]], most: float) -> Iterable[list[tuple[int, float]]]:
@@ -120,7 +128,10 @@ def nice_top(value: float) -> float:
 def time_ticks(start: float, end: float) -> list[Tick]:
     """Four moments, with the hour where the whole is shorter than three days."""
     short = end - start < 72 * HOUR
-    return [Tick(100 * part, moment(start + (end - start) * part, day=not short)) for part in (0.125, 0.375, 0.625, 0.875)]
+    return [
+        Tick(100 * part, moment(start + (end - start) * part, day=not short))
+        for part in (0.125, 0.375, 0.625, 0.875)
+    ]
 
 
 def moment(at: float, *, day: bool = False) -> str:
@@ -140,4 +151,7 @@ def intervals(found: Sequence[tuple[float, float, float, float | None]]) -> list
     def place(value: float) -> float:
         return min(100.0, max(0.0, 50 + 50 * value / limit))
 
-    return [Interval(place(low), place(mean), place(high), 50.0, None if wanted is None else place(wanted)) for low, mean, high, wanted in found]
+    return [
+        Interval(place(low), place(mean), place(high), 50.0, None if wanted is None else place(wanted))
+        for low, mean, high, wanted in found
+    ]

@@ -51,7 +51,12 @@ def gather(root: Path, config: Config) -> dict[str, Any]:
         "at": now,
         "false_alarm_rate": config.monitor.false_alarm_rate,
         "min_prompts": config.monitor.min_prompts,
-        "margins": {"feedback": config.rollout.min_gain, "errors": config.rollout.error_margin, "empty": config.rollout.empty_margin, "latency": config.rollout.latency_margin},
+        "margins": {
+            "feedback": config.rollout.min_gain,
+            "errors": config.rollout.error_margin,
+            "empty": config.rollout.empty_margin,
+            "latency": config.rollout.latency_margin,
+        },
         "days": DAYS,
         "champion": _part(lambda: _champion(root)),
         "serving": _part(lambda: read_state(root)),
@@ -59,7 +64,11 @@ def gather(root: Path, config: Config) -> dict[str, Any]:
         "past": _part(lambda: [_rollout(entry) for entry in reversed(read_ended(root)[-MOST_ROLLOUTS:])]),
         "traffic": _part(lambda: _traffic(root, config, now - DAYS * 86_400)),
         "verdicts": _part(lambda: _verdicts(root / VERDICTS)),
-        "ledger": {"found": (ledger["found"] or [])[:MOST_MOVES], "fault": ledger["fault"], "all": len(ledger["found"] or [])},
+        "ledger": {
+            "found": (ledger["found"] or [])[:MOST_MOVES],
+            "fault": ledger["fault"],
+            "all": len(ledger["found"] or []),
+        },
         "table": _part(lambda: _table(root)),
         "forgetting": _part(lambda: _forgetting(root, ledger["found"] or [])),
     }
@@ -68,7 +77,15 @@ def gather(root: Path, config: Config) -> dict[str, Any]:
 def _part(read: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"found": read(), "fault": ""}
-    except (RatchetError, OSError, ValueError, TypeError, KeyError, AttributeError, msgspec.MsgspecError) as error:  # a file of another shape is no reason to show nothing
+    except (
+        RatchetError,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        msgspec.MsgspecError,
+    ) as error:  # a file of another shape is no reason to show nothing
         return {"found": None, "fault": str(error) or type(error).__name__}
 
 
@@ -95,7 +112,11 @@ def _traffic(root: Path, config: Config, since: float) -> list[dict[str, Any]]:
 
 def _verdicts(path: Path) -> list[dict[str, Any]]:
     """The newest last. Lines that cannot be read are left out: the newest may be half written."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-MOST_VERDICTS:] if path.exists() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines()[-MOST_VERDICTS:]
+        if path.exists()
+        else []
+    )
     found = [verdict for line in lines if (verdict := _verdict(line))]
     return sorted(found, key=lambda verdict: verdict["at"])
 
@@ -112,20 +133,39 @@ def _table(root: Path) -> dict[str, Any] | None:
 
 def _forgetting(root: Path, ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the newest promotions, what their gates said of the past, the golden rows and the topics that had drifted."""
-    promotions = {row["to"]: row for row in reversed(ledger) if row["move"] == "promote"}  # one that came back has the same gate
+    promotions = {
+        row["to"]: row for row in reversed(ledger) if row["move"] == "promote"
+    }  # one that came back has the same gate
     newest = sorted(promotions.values(), key=lambda row: -row["to"])[:MOST_PROMOTIONS]
-    return [{"version": row["to"], "rival": row["gate"].get("rival"), "at": row["at"]} | _gate(root, row["model_commit"]) for row in newest]
+    return [
+        {"version": row["to"], "rival": row["gate"].get("rival"), "at": row["at"]}
+        | _gate(root, row["model_commit"])
+        for row in newest
+    ]
 
 
 def _gate(root: Path, commit: str) -> dict[str, Any]:
     try:
         gate = json.loads(git(root, "show", f"{commit}:reports/gate.json"))
-        checks = [check for check in [*gate["checks"], *gate.get("regions", [])] if check["name"].partition(":")[0] in REMEMBERED]
+        checks = [
+            check
+            for check in [*gate["checks"], *gate.get("regions", [])]
+            if check["name"].partition(":")[0] in REMEMBERED
+        ]
         return {"checks": [_check(check) for check in checks], "fault": ""}
     except (CommandError, ValueError, KeyError, TypeError, AttributeError):
-        return {"checks": [], "fault": f"reports/gate.json cannot be read at {commit[:8]} (git fetch --unshallow, if the history is cut off)"}
+        return {
+            "checks": [],
+            "fault": f"reports/gate.json cannot be read at {commit[:8]} (git fetch --unshallow, if the history is cut off)",
+        }
 
 
 def _check(raw: dict[str, Any]) -> dict[str, Any]:
     figures = {name: number(raw.get(name)) for name in ("mean", "low", "high", "wanted")}
-    return {"name": str(raw["name"]), "metric": str(raw.get("metric", "")), "rows": raw.get("rows") or 0, "result": str(raw.get("result", "")), **figures}
+    return {
+        "name": str(raw["name"]),
+        "metric": str(raw.get("metric", "")),
+        "rows": raw.get("rows") or 0,
+        "result": str(raw.get("result", "")),
+        **figures,
+    }

@@ -9,15 +9,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ratchet.monitoring.verdicts import seconds_of
-from ratchet.reporting.charts import Mark, Tick, intervals, lines, make_slots, moment, nice_top, p_height, stack, time_ticks
+from ratchet.reporting.charts import (
+    Mark,
+    Tick,
+    intervals,
+    lines,
+    make_slots,
+    moment,
+    nice_top,
+    p_height,
+    stack,
+    time_ticks,
+)
 from ratchet.reporting.heatmap import heat
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 COLOURS = 6
-MEASURES = {"feedback": "gain", "errors": "pass", "empty": "pass", "latency": "pass"}  # measure → the bounds that let a challenger through
-LABELS = {"feedback": "feedback score", "errors": "failed requests", "empty": "empty answers", "latency": "latency"}
+MEASURES = {
+    "feedback": "gain",
+    "errors": "pass",
+    "empty": "pass",
+    "latency": "pass",
+}  # measure → the bounds that let a challenger through
+LABELS = {
+    "feedback": "feedback score",
+    "errors": "failed requests",
+    "empty": "empty answers",
+    "latency": "latency",
+}
 
 
 def render(found: dict[str, Any]) -> str:
@@ -28,8 +49,21 @@ def environment() -> Environment:
     """All text that comes in is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pages.filters |= {"when": when, "iso": iso, "signed": signed, "figure": figure, "percent": percent, "said": said}
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= {
+        "when": when,
+        "iso": iso,
+        "signed": signed,
+        "figure": figure,
+        "percent": percent,
+        "said": said,
+    }
     return pages
 
 
@@ -39,10 +73,16 @@ def views(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "colours": {version: place % COLOURS for place, version in enumerate(versions)},
         "usage": usage_view(traffic, found["at"]) if traffic else None,
-        "drift": drift_view(found["verdicts"]["found"], found["false_alarm_rate"]) if found["verdicts"]["found"] else None,
-        "measures": measure_views((rollout["last"] or {}).get("measures") or {}, found["margins"]) if rollout else [],
+        "drift": drift_view(found["verdicts"]["found"], found["false_alarm_rate"])
+        if found["verdicts"]["found"]
+        else None,
+        "measures": measure_views((rollout["last"] or {}).get("measures") or {}, found["margins"])
+        if rollout
+        else [],
         "heat": heat(found["table"]["found"]) if found["table"]["found"] else None,
-        "kept": [entry | {"rows": check_views(entry["checks"])} for entry in found["forgetting"]["found"] or []],
+        "kept": [
+            entry | {"rows": check_views(entry["checks"])} for entry in found["forgetting"]["found"] or []
+        ],
     }
 
 
@@ -68,13 +108,23 @@ def usage_view(traffic: list[dict[str, Any]], now: float) -> dict[str, Any]:
         "bars": stack(requests, slots, order, top, "requests"),
         "lines": lines(means, slots),
         "marks": [
-            Mark(100 * (slot + 0.5) / slots.number, 100 - 100 * mean, str(version), f"v{version}, {moment(slots.start + slot * slots.width)}: {mean:.2f}")
+            Mark(
+                100 * (slot + 0.5) / slots.number,
+                100 - 100 * mean,
+                str(version),
+                f"v{version}, {moment(slots.start + slot * slots.width)}: {mean:.2f}",
+            )
             for (slot, version), mean in means.items()
         ],
         "top": top,
         "ticks": time_ticks(slots.start, slots.start + slots.width * slots.number),
-        "slot": {3600: "an hour", 86_400: "a day", 604_800: "a week"}.get(slots.width, f"{slots.width // 3600} hours"),
-        "totals": [_total(version, [row for row in traffic if row["version"] == version]) for version in reversed(order)],
+        "slot": {3600: "an hour", 86_400: "a day", 604_800: "a week"}.get(
+            slots.width, f"{slots.width // 3600} hours"
+        ),
+        "totals": [
+            _total(version, [row for row in traffic if row["version"] == version])
+            for version in reversed(order)
+        ],
     }
 
 
@@ -84,7 +134,13 @@ def _total(version: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "version": version,
         "requests": requests,
         "errors": sum(row["errors"] for row in rows) / requests,
-        "latency_ms": _mean([(row["latency_ms"], row["requests"] - row["errors"]) for row in rows if row["latency_ms"] is not None]),
+        "latency_ms": _mean(
+            [
+                (row["latency_ms"], row["requests"] - row["errors"])
+                for row in rows
+                if row["latency_ms"] is not None
+            ]
+        ),
         "feedback": _mean([(row["feedback"], row["feedbacks"]) for row in rows if row["feedbacks"]]),
         "feedbacks": feedbacks,
     }
@@ -105,13 +161,18 @@ def drift_view(verdicts: list[dict[str, Any]], rate: float) -> dict[str, Any]:
 
     def mark(verdict: dict[str, Any]) -> Mark:
         p, kind = verdict["p"], verdict["verdict"].replace(" ", "-")
-        words = f"{verdict['verdict']}, {moment(verdict['at'])}, {verdict['rows']} requests" + (f", p = {p:.4f}" if p is not None else "")
+        words = f"{verdict['verdict']}, {moment(verdict['at'])}, {verdict['rows']} requests" + (
+            f", p = {p:.4f}" if p is not None else ""
+        )
         return Mark(97 - 94 * (last - verdict["at"]) / span, 98 if p is None else p_height(p), kind, words)
 
     newest = verdicts[-1]
     return {
         "newest": newest,
-        "columns": sorted((column for column in newest["columns"] if column["p"] is not None), key=lambda column: column["p"]),
+        "columns": sorted(
+            (column for column in newest["columns"] if column["p"] is not None),
+            key=lambda column: column["p"],
+        ),
         "marks": [mark(verdict) for verdict in verdicts],
         "threshold": p_height(rate),
         "heights": [Tick(p_height(p), f"{p:g}") for p in (1.0, 0.1, 0.01, 0.001, 0.0001)],
@@ -132,7 +193,10 @@ def measure_views(measures: dict[str, Any], margins: dict[str, float]) -> list[d
         bounds = (measures.get(name) or {}).get(kind)
         if not bounds:
             continue
-        low, mean, high = (math.expm1(min(bounds[key], 50.0)) if name == "latency" else bounds[key] for key in ("low", "mean", "high"))
+        low, mean, high = (
+            math.expm1(min(bounds[key], 50.0)) if name == "latency" else bounds[key]
+            for key in ("low", "mean", "high")
+        )
         margin = margins[name]
         clear, lost = (low > margin, high < 0) if name == "feedback" else (high <= margin, low > margin)
         found.append(
@@ -142,7 +206,11 @@ def measure_views(measures: dict[str, Any], margins: dict[str, float]) -> list[d
                 "figures": [value * (1 if name == "feedback" else 100) for value in (mean, low, high)],
                 "interval": intervals([(low, mean, high, margin)])[0],
                 "result": "pass" if clear else "fail" if lost else "unclear",
-                "word": ("better" if name == "feedback" else "no worse") if clear else "worse" if lost else "open",
+                "word": ("better" if name == "feedback" else "no worse")
+                if clear
+                else "worse"
+                if lost
+                else "open",
                 "users": (bounds["champion"], bounds["challenger"]),
             }
         )
@@ -152,8 +220,18 @@ def measure_views(measures: dict[str, Any], margins: dict[str, float]) -> list[d
 def check_views(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Candidate minus the model before it, all on one axis; checks without figures have no interval."""
     whole = [check for check in checks if None not in (check["low"], check["mean"], check["high"])]
-    drawn = dict(zip((check["name"] for check in whole), intervals([(check["low"], check["mean"], check["high"], check["wanted"]) for check in whole]), strict=True))
-    return [check | {"label": label_of(check["name"]), "word": word_of(check), "interval": drawn.get(check["name"])} for check in checks]
+    drawn = dict(
+        zip(
+            (check["name"] for check in whole),
+            intervals([(check["low"], check["mean"], check["high"], check["wanted"]) for check in whole]),
+            strict=True,
+        )
+    )
+    return [
+        check
+        | {"label": label_of(check["name"]), "word": word_of(check), "interval": drawn.get(check["name"])}
+        for check in checks
+    ]
 
 
 def word_of(check: dict[str, Any]) -> str:
@@ -163,7 +241,11 @@ def word_of(check: dict[str, Any]) -> str:
 
 def label_of(check: str) -> str:
     kind, _, name = check.partition(":")
-    return {"past": f"batch {name}" if name else "all earlier batches", "golden": "golden rows", "region": f"drifted topic {name}"}.get(kind, check)
+    return {
+        "past": f"batch {name}" if name else "all earlier batches",
+        "golden": "golden rows",
+        "region": f"drifted topic {name}",
+    }.get(kind, check)
 
 
 # --- words ---------------------------------------------------------------------------------------------------------

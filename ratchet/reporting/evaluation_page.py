@@ -32,7 +32,13 @@ def write_evaluation_page(path: Path, found: dict[str, Any]) -> Path:
 
 def render_evaluation(found: dict[str, Any]) -> str:
     """`found` is `ratchet.reporting.evaluation_figures.gather`'s. Texts of people are escaped; halves of surrogate pairs become question marks."""
-    return environment().get_template("evaluation.html").render(found, **_views(found)).encode("utf-8", "replace").decode()
+    return (
+        environment()
+        .get_template("evaluation.html")
+        .render(found, **_views(found))
+        .encode("utf-8", "replace")
+        .decode()
+    )
 
 
 def _views(found: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +49,11 @@ def _views(found: dict[str, Any]) -> dict[str, Any]:
         "labels": LABELS,
         "checks": _with_intervals(checks),
         "slices": _with_intervals(decision.get("slices", [])),
-        "batches": {name.partition(":")[2]: part for name, part in found["metrics"]["slices"].items() if name.startswith("batch:")},
+        "batches": {
+            name.partition(":")[2]: part
+            for name, part in found["metrics"]["slices"].items()
+            if name.startswith("batch:")
+        },
         "speed": speed_line(decision["speed"]) if decision.get("speed") else "",
         "curve_view": _curve(found["curve"]),
         "heat": heat(found["ledger"]) if found["ledger"] else None,
@@ -52,12 +62,30 @@ def _views(found: dict[str, Any]) -> dict[str, Any]:
 
 def _with_intervals(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All gains of one metric on one axis; checks without figures have no interval."""
-    whole = [place for place, check in enumerate(checks) if all(isinstance(check.get(key), int | float) for key in ("low", "mean", "high"))]
+    whole = [
+        place
+        for place, check in enumerate(checks)
+        if all(isinstance(check.get(key), int | float) for key in ("low", "mean", "high"))
+    ]
     drawn: dict[int, Any] = {}
     axis = ["money" if check["name"] == "worth" else check["metric"] for check in checks]
     for metric in {axis[place] for place in whole}:
         places = [place for place in whole if axis[place] == metric]
-        drawn |= zip(places, intervals([(checks[place]["low"], checks[place]["mean"], checks[place]["high"], checks[place].get("wanted")) for place in places]), strict=True)
+        drawn |= zip(
+            places,
+            intervals(
+                [
+                    (
+                        checks[place]["low"],
+                        checks[place]["mean"],
+                        checks[place]["high"],
+                        checks[place].get("wanted"),
+                    )
+                    for place in places
+                ]
+            ),
+            strict=True,
+        )
     return [{**check, "drawn": drawn.get(place), **_badge(check)} for place, check in enumerate(checks)]
 
 
@@ -65,7 +93,10 @@ def _badge(check: dict[str, Any]) -> dict[str, str]:
     """What it says, and its colour: a drifted topic that is not cured failed nobody."""
     if check["name"].startswith("region:"):
         return {"word": word_of(check), "look": "unclear" if check["result"] == "fail" else check["result"]}
-    return {"word": {"pass": "passed", "fail": "failed"}.get(check["result"], "unclear"), "look": check["result"]}
+    return {
+        "word": {"pass": "passed", "fail": "failed"}.get(check["result"], "unclear"),
+        "look": check["result"],
+    }
 
 
 def _curve(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -75,7 +106,10 @@ def _curve(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     if not every:
         return None
     top, last = nice_top(max(every)), max(point["step"] for point in points) or 1
-    lines = [Line([(100 * step / last, 100 - 100 * min(1.0, value / top)) for step, value in part], number) for number, part in enumerate(series.values())]
+    lines = [
+        Line([(100 * step / last, 100 - 100 * min(1.0, value / top)) for step, value in part], number)
+        for number, part in enumerate(series.values())
+    ]
     return {
         "lines": [line for line in lines if line.points],
         "names": [(number, key.replace("_", " ")) for number, key in enumerate(LOSSES) if series[key]],
@@ -87,7 +121,10 @@ def _curve(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 def gather(folder: Path, name: str, ledger: dict[str, Any] | None = None) -> dict[str, Any]:
     """Of a workspace, or of what `fetched` brought. Raises RatchetError when the gate's verdict or the metrics are not there."""
-    decision, metrics = read_json(folder / "reports/gate.json"), read_json(folder / "reports/evaluation/metrics.json")
+    decision, metrics = (
+        read_json(folder / "reports/gate.json"),
+        read_json(folder / "reports/evaluation/metrics.json"),
+    )
     moved: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     fault = ""
     try:
@@ -100,7 +137,11 @@ def gather(folder: Path, name: str, ledger: dict[str, Any] | None = None) -> dic
         "metrics": metrics,
         "metric": decision["checks"][0]["metric"],
         "models": [model for model in MODELS if model in metrics["slices"]["test"]],
-        "tables": {part: [(key, metrics["slices"][part]) for key in metrics_of(metrics["slices"][part])] for part in ("test", "golden") if part in metrics["slices"]},
+        "tables": {
+            part: [(key, metrics["slices"][part]) for key in metrics_of(metrics["slices"][part])]
+            for part in ("test", "golden")
+            if part in metrics["slices"]
+        },
         "better": moved[0],
         "worse": moved[1],
         "rows_fault": fault,
@@ -114,9 +155,13 @@ def _moved(path: Path, decision: dict[str, Any]) -> tuple[list[dict[str, Any]], 
     import pandas as pd
 
     scores, rival, metric = pd.read_parquet(path), decision["rival"]["model"], decision["checks"][0]["metric"]
-    gains = pd.Series(paired_gains(scores, rival, metric), index=sorted(scores.id[scores.model == "candidate"]))
+    gains = pd.Series(
+        paired_gains(scores, rival, metric), index=sorted(scores.id[scores.model == "candidate"])
+    )
     mine, theirs = (scores[scores.model == model].set_index("id") for model in ("candidate", rival))
-    order = pd.DataFrame({"gain": gains, "nll": (theirs.answer_nll - mine.answer_nll).reindex(gains.index).fillna(0.0)})
+    order = pd.DataFrame(
+        {"gain": gains, "nll": (theirs.answer_nll - mine.answer_nll).reindex(gains.index).fillna(0.0)}
+    )
     best = order[order.gain > 0].sort_values(["gain", "nll"], ascending=False, kind="stable").head(MOST_ROWS)
     worst = order[order.gain < 0].sort_values(["gain", "nll"], kind="stable").head(MOST_ROWS)
     return _rows(best, mine, theirs), _rows(worst, mine, theirs)

@@ -56,8 +56,12 @@ def _evaluation(root: Path, commit: str, at: str) -> Evaluation | None:
     try:
         gate = json.loads(git(root, "show", f"{commit}:{GATE}"))
         lock: Any = YAML(typ="safe").load(git(root, "show", f"{commit}:dvc.lock"))
-        digest = next(str(out["md5"]) for out in lock["stages"]["evaluate"]["outs"] if out["path"] == EVALUATION)
-        return Evaluation(commit, at, digest, str(gate["candidate"]["adapter_sha256"]), gate["rival"]["version"])
+        digest = next(
+            str(out["md5"]) for out in lock["stages"]["evaluate"]["outs"] if out["path"] == EVALUATION
+        )
+        return Evaluation(
+            commit, at, digest, str(gate["candidate"]["adapter_sha256"]), gate["rival"]["version"]
+        )
     except (CommandError, YAMLError, ValueError, KeyError, TypeError, StopIteration):
         return None
 
@@ -71,10 +75,14 @@ def registered_numbers(name: str) -> dict[str, int]:
     """The same of every version that MLflow knows, rejected ones too. Raises ServiceError."""
     from ratchet.tracking.registry import list_versions
 
-    return {sha: version.number for version in list_versions(name) if (sha := version.tags.get("adapter_sha256"))}
+    return {
+        sha: version.number for version in list_versions(name) if (sha := version.tags.get("adapter_sha256"))
+    }
 
 
-def build(root: Path, metric: str, numbers: dict[str, int], evaluations: list[Evaluation] | None = None) -> dict[str, Any]:
+def build(
+    root: Path, metric: str, numbers: dict[str, int], evaluations: list[Evaluation] | None = None
+) -> dict[str, Any]:
     """{metric, slices, versions: [{name, version, adapter, commit, at, cells: {slice: cell}}], faults}: the base first, then the oldest version.
 
     A cell is {rows, mean, low, high, from}, or None where that version was never asked these rows. `evaluations`: the newest first.
@@ -107,16 +115,30 @@ def build(root: Path, metric: str, numbers: dict[str, int], evaluations: list[Ev
     return {"metric": metric, "slices": slices, "rows": newest, "versions": versions, "faults": faults}
 
 
-def _row(rows: dict[str, dict[str, Any]], model: str, found: Evaluation, numbers: dict[str, int]) -> dict[str, Any] | None:
+def _row(
+    rows: dict[str, dict[str, Any]], model: str, found: Evaluation, numbers: dict[str, int]
+) -> dict[str, Any] | None:
     """Of that model of an evaluation. The champion's is there since its own evaluation, or that one is gone."""
     if model == BASE:
-        return rows.setdefault(BASE, {"name": BASE, "version": None, "adapter": "", "commit": "", "at": "", "cells": {}})
+        return rows.setdefault(
+            BASE, {"name": BASE, "version": None, "adapter": "", "commit": "", "at": "", "cells": {}}
+        )
     if model == "champion":
         adapters = [sha for sha, number in numbers.items() if number == found.rival]
         return next((rows[sha] for sha in adapters if sha in rows), None)
     number = numbers.get(found.adapter)
     name = f"v{number}" if number is not None else f"unnumbered {found.commit[:8]}"
-    return rows.setdefault(found.adapter, {"name": name, "version": number, "adapter": found.adapter, "commit": found.commit, "at": found.at, "cells": {}})
+    return rows.setdefault(
+        found.adapter,
+        {
+            "name": name,
+            "version": number,
+            "adapter": found.adapter,
+            "commit": found.commit,
+            "at": found.at,
+            "cells": {},
+        },
+    )
 
 
 def summarise(root: Path, found: Evaluation, metric: str) -> dict[str, dict[str, Any]]:
@@ -129,8 +151,15 @@ def summarise(root: Path, found: Evaluation, metric: str) -> dict[str, dict[str,
             kept.unlink()
     table = read_scores(root, found.commit)
     if metric not in table:
-        raise CheckoutError(f"the evaluation of {found.commit[:8]} has no {metric}", remedy="name a metric that it has with --metric")
-    summary = {model: cells_of(table[table.model == model], metric) for model in MODELS if (table.model == model).any()}
+        raise CheckoutError(
+            f"the evaluation of {found.commit[:8]} has no {metric}",
+            remedy="name a metric that it has with --metric",
+        )
+    summary = {
+        model: cells_of(table[table.model == model], metric)
+        for model in MODELS
+        if (table.model == model).any()
+    }
     write_json(kept, summary)
     return summary
 
@@ -141,19 +170,40 @@ def read_scores(root: Path, commit: str) -> pd.DataFrame:
 
     with tempfile.TemporaryDirectory(prefix="ratchet-ledger-") as scratch:
         try:
-            dvc(root, "get", "--quiet", ".", EVALUATION, "--rev", commit, "--out", str(Path(scratch) / "evaluation"))
+            dvc(
+                root,
+                "get",
+                "--quiet",
+                ".",
+                EVALUATION,
+                "--rev",
+                commit,
+                "--out",
+                str(Path(scratch) / "evaluation"),
+            )
             return pd.read_parquet(Path(scratch) / "evaluation/scores.parquet")
         except (CommandError, OSError, ValueError) as error:
-            raise CheckoutError(f"the scores of {commit[:8]} cannot be had: {' '.join(str(error).split())[:200]}", remedy="dvc pull brings what another machine made") from None
+            raise CheckoutError(
+                f"the scores of {commit[:8]} cannot be had: {' '.join(str(error).split())[:200]}",
+                remedy="dvc pull brings what another machine made",
+            ) from None
 
 
 def cells_of(scores: pd.DataFrame, metric: str) -> dict[str, dict[str, Any]]:
     """Slice → cell, of the scores of one model. 95 % intervals: Wilson's for shares, the bootstrap's for other scores."""
-    return {str(name): cell_of(part[metric].to_numpy(dtype=np.float64)) for name, part in scores.groupby("batch") if np.isfinite(part[metric].to_numpy(dtype=np.float64)).all()}
+    return {
+        str(name): cell_of(part[metric].to_numpy(dtype=np.float64))
+        for name, part in scores.groupby("batch")
+        if np.isfinite(part[metric].to_numpy(dtype=np.float64)).all()
+    }
 
 
 def cell_of(values: Any) -> dict[str, Any]:
-    found = wilson(values, alpha=0.025) if np.isin(values, (0.0, 1.0)).all() else bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)
+    found = (
+        wilson(values, alpha=0.025)
+        if np.isin(values, (0.0, 1.0)).all()
+        else bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)
+    )
     return {"rows": len(values), **found._asdict()}
 
 
@@ -164,7 +214,9 @@ def filled_file(root: Path, adapter: str, metric: str) -> Path:
     return root / CACHE / f"filled-{adapter[:32]}-{metric}.json"
 
 
-def _filled(root: Path, adapter: str, metric: str, slices: Iterable[str], rows: dict[str, int]) -> dict[str, Any]:
+def _filled(
+    root: Path, adapter: str, metric: str, slices: Iterable[str], rows: dict[str, int]
+) -> dict[str, Any]:
     """Those of as many rows as the newest evaluation has: some may have been forgotten since."""
     try:
         kept = read_json(filled_file(root, adapter, metric)) if adapter else {}
@@ -175,4 +227,8 @@ def _filled(root: Path, adapter: str, metric: str, slices: Iterable[str], rows: 
 
 def missing(ledger: dict[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
     """(version, the slices on which it was never asked)."""
-    return [(row, empty) for row in ledger["versions"] if row["name"] != BASE and (empty := [name for name, cell in row["cells"].items() if cell is None])]
+    return [
+        (row, empty)
+        for row in ledger["versions"]
+        if row["name"] != BASE and (empty := [name for name, cell in row["cells"].items() if cell is None])
+    ]

@@ -21,7 +21,17 @@ from ratchet.files import write_bytes
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import VERDICTS, Decision, Entry, Item, split_answer, with_answer
 
-COLUMNS = ("id", "draft", "kind", "doubts", "question", "answer", "passage", "review", "why")  # `review`, `answer` and `why` are people's
+COLUMNS = (
+    "id",
+    "draft",
+    "kind",
+    "doubts",
+    "question",
+    "answer",
+    "passage",
+    "review",
+    "why",
+)  # `review`, `answer` and `why` are people's
 FORMULA = set("=+-@\t\r\n＝＋－＠")  # what Excel, LibreOffice and Sheets take for a formula's start
 MOST_NAMED = 10
 LABELLING = """<View>
@@ -67,7 +77,10 @@ class Imported(NamedTuple):
 def export_rows(path: Path, items: list[Item], *, label_studio: bool = False) -> None:
     """The form is the suffix's. Raises UserError: a suffix that is none, a file that is there (it may hold words already)."""
     if path.exists():
-        raise UserError(f"{path} is there already; it may hold words that were not imported", remedy="name another file, or remove it")
+        raise UserError(
+            f"{path} is there already; it may hold words that were not imported",
+            remedy="name another file, or remove it",
+        )
     if label_studio:
         write_bytes(path, [msgspec.json.encode([{"data": _clean(row_of(item))} for item in items])])
     elif path.suffix == ".csv":
@@ -75,12 +88,19 @@ def export_rows(path: Path, items: list[Item], *, label_studio: bool = False) ->
     elif path.suffix == ".jsonl":
         write_bytes(path, (msgspec.json.encode(_clean(row_of(item))) + b"\n" for item in items))
     else:
-        raise UserError(f"{path.name} has the suffix {path.suffix!r}", remedy="wanted .csv or .jsonl, or --label-studio for its tasks")
+        raise UserError(
+            f"{path.name} has the suffix {path.suffix!r}",
+            remedy="wanted .csv or .jsonl, or --label-studio for its tasks",
+        )
 
 
 def row_of(item: Item) -> dict[str, str]:
     before, answer = split_answer(item.messages)
-    question = before[0].content if len(before) == 1 else "\n\n".join(f"{turn.role}: {turn.content}" for turn in before)
+    question = (
+        before[0].content
+        if len(before) == 1
+        else "\n\n".join(f"{turn.role}: {turn.content}" for turn in before)
+    )
     named = {"id": item.id, "draft": item.draft, "kind": item.kind, "doubts": "; ".join(item.doubts)}
     return {**named, "question": question, "answer": answer, "passage": item.passage, "review": "", "why": ""}
 
@@ -120,10 +140,19 @@ def import_rows(path: Path, queue: ReviewQueue, *, by: str) -> Imported:
     said = read_rows(path)
     decisions, faults, known = _judge(said, queue, by)
     if faults:
-        named = [f"{len(lines)} {what}: {'; '.join(lines[:MOST_NAMED])}{' …' if len(lines) > MOST_NAMED else ''}" for what, lines in sorted(faults.items())]
-        raise UserError(f"{path.name} has {sum(map(len, faults.values()))} faults, nothing was imported\n  " + "\n  ".join(named), remedy="mend the file and import it again")
+        named = [
+            f"{len(lines)} {what}: {'; '.join(lines[:MOST_NAMED])}{' …' if len(lines) > MOST_NAMED else ''}"
+            for what, lines in sorted(faults.items())
+        ]
+        raise UserError(
+            f"{path.name} has {sum(map(len, faults.values()))} faults, nothing was imported\n  "
+            + "\n  ".join(named),
+            remedy="mend the file and import it again",
+        )
     queue.decide_all(decisions)
-    return Imported(Counter(decision.verdict for decision in decisions), known, sum(not row.review for row in said))
+    return Imported(
+        Counter(decision.verdict for decision in decisions), known, sum(not row.review for row in said)
+    )
 
 
 def read_rows(path: Path) -> list[Said]:
@@ -134,20 +163,30 @@ def read_rows(path: Path) -> list[Said]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path.name} is no UTF-8: {error.reason} at byte {error.start}", remedy="save it as 'CSV UTF-8'") from None
+        raise UserError(
+            f"{path.name} is no UTF-8: {error.reason} at byte {error.start}", remedy="save it as 'CSV UTF-8'"
+        ) from None
     match path.suffix:
         case ".csv":
             return _read_csv(text, path.name)
         case ".jsonl":
-            return [_said(_object(line, f"{path.name}, line {number}"), f"line {number}") for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+            return [
+                _said(_object(line, f"{path.name}, line {number}"), f"line {number}")
+                for number, line in enumerate(text.split("\n"), start=1)
+                if line.strip()
+            ]
         case ".json":
             return _read_label_studio(text, path.name)
-    raise UserError(f"{path.name} has the suffix {path.suffix!r}", remedy="wanted .csv, .jsonl, or .json of Label Studio")
+    raise UserError(
+        f"{path.name} has the suffix {path.suffix!r}", remedy="wanted .csv, .jsonl, or .json of Label Studio"
+    )
 
 
 def _read_csv(text: str, name: str) -> list[Said]:
     header = text.partition("\n")[0]
-    separator = max(",;\t", key=header.count)  # where a comma stands in decimals, spreadsheets write semicolons
+    separator = max(
+        ",;\t", key=header.count
+    )  # where a comma stands in decimals, spreadsheets write semicolons
     csv.field_size_limit(sys.maxsize)
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
@@ -155,16 +194,30 @@ def _read_csv(text: str, name: str) -> list[Said]:
         raise UserError(f"{name} is no CSV: {error}", remedy="save it as 'CSV UTF-8'") from None
     for column in ("id", "review"):
         if rows and column not in rows[0]:
-            raise UserError(f"{name} has no column {column!r}; it has {', '.join(map(str, list(rows[0])[:12]))}", remedy="keep the columns of `ratchet review export`")
-    return [_said({key: unguard(cell) for key, cell in row.items() if key and isinstance(cell, str)}, f"row {number}") for number, row in enumerate(rows, start=2)]
+            raise UserError(
+                f"{name} has no column {column!r}; it has {', '.join(map(str, list(rows[0])[:12]))}",
+                remedy="keep the columns of `ratchet review export`",
+            )
+    return [
+        _said(
+            {key: unguard(cell) for key, cell in row.items() if key and isinstance(cell, str)},
+            f"row {number}",
+        )
+        for number, row in enumerate(rows, start=2)
+    ]
 
 
 def _read_label_studio(text: str, name: str) -> list[Said]:
     try:
         tasks = msgspec.json.decode(text, type=list[dict[str, Any]])
-        return [said for number, task in enumerate(tasks, start=1) for said in _read_task(task, f"task {number}")]
+        return [
+            said for number, task in enumerate(tasks, start=1) for said in _read_task(task, f"task {number}")
+        ]
     except (msgspec.DecodeError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{name} is no export of Label Studio's: {error!r}", remedy="export as JSON there, not as JSON-MIN or CSV") from None
+        raise UserError(
+            f"{name} is no export of Label Studio's: {error!r}",
+            remedy="export as JSON there, not as JSON-MIN or CSV",
+        ) from None
 
 
 def _read_task(task: dict[str, Any], place: str) -> list[Said]:
@@ -175,7 +228,11 @@ def _read_task(task: dict[str, Any], place: str) -> list[Said]:
             continue
         said = {region["from_name"]: region["value"] for region in annotation["result"]}
         given = {"review": said["review"]["choices"][0]} if "review" in said else {}
-        given |= {key: "\n".join(said[key]["text"]) if isinstance(said[key]["text"], list) else said[key]["text"] for key in ("answer", "why") if key in said}
+        given |= {
+            key: "\n".join(said[key]["text"]) if isinstance(said[key]["text"], list) else said[key]["text"]
+            for key in ("answer", "why")
+            if key in said
+        }
         data = {"id": task["data"]["id"], "draft": task["data"].get("draft", "")}
         found.append(_said(data | given, place))
     return found or [_said({"id": task["data"]["id"]}, place)]
@@ -185,7 +242,10 @@ def _object(line: str, place: str) -> dict[str, Any]:
     try:
         return msgspec.json.decode(line, type=dict[str, Any])
     except msgspec.DecodeError as error:
-        raise UserError(f"{place} is no JSON object: {error}", remedy="one object a line, as `ratchet review export` wrote them") from None
+        raise UserError(
+            f"{place} is no JSON object: {error}",
+            remedy="one object a line, as `ratchet review export` wrote them",
+        ) from None
 
 
 def _said(row: dict[str, Any], place: str) -> Said:
@@ -193,7 +253,15 @@ def _said(row: dict[str, Any], place: str) -> Said:
         return value if isinstance(value := row.get(key), str) else "" if value is None else str(value)
 
     answer, question = (text(key) if key in row else None for key in ("answer", "question"))
-    return Said(place, text("id").strip(), text("draft").strip(), text("review").strip().lower(), answer, question, text("why").strip())
+    return Said(
+        place,
+        text("id").strip(),
+        text("draft").strip(),
+        text("review").strip().lower(),
+        answer,
+        question,
+        text("why").strip(),
+    )
 
 
 def _judge(said: list[Said], queue: ReviewQueue, by: str) -> tuple[list[Decision], dict[str, list[str]], int]:
@@ -241,7 +309,11 @@ def _find_fault(row: Said, item: Item) -> str:
         return "rows whose question was changed (only the answer can be)"
     if row.review == "edit" and not (row.answer or "").strip():
         return "edits without an answer"
-    return "rows that are accepted and have another answer (write edit)" if row.review == "accept" and changed else ""
+    return (
+        "rows that are accepted and have another answer (write edit)"
+        if row.review == "accept" and changed
+        else ""
+    )
 
 
 def _plain(text: str) -> str:

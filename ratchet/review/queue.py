@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ratchet.errors import UserError
-from ratchet.review.records import UNDO, Decision, Entry, Item, Outcome, _check, _check_name, _collect, _content, _now, _order
+from ratchet.review.records import (
+    UNDO,
+    Decision,
+    Entry,
+    Item,
+    Outcome,
+    _check,
+    _check_name,
+    _collect,
+    _content,
+    _now,
+    _order,
+)
 from ratchet.review.store import Store
 
 if TYPE_CHECKING:
@@ -51,7 +63,9 @@ class ReviewQueue:
     def decide_all(self, decisions: Iterable[Decision]) -> None:
         """All or none. Raises UserError with every fault: an unknown item or verdict, no `by`, a row that is no valid conversation."""
         decisions = list(decisions)
-        known = {(decision.draft, decision.item): self.get(decision.draft, decision.item) for decision in decisions}
+        known = {
+            (decision.draft, decision.item): self.get(decision.draft, decision.item) for decision in decisions
+        }
         checked, faults = [], []
         for decision in decisions:
             try:
@@ -68,7 +82,11 @@ class ReviewQueue:
         with self._store.transaction() as connection:
             for decision in checked:
                 row = _decision_row(decision)
-                connection.execute(insert(table).values(row).on_conflict_do_update(index_elements=["draft", "item"], set_=row))
+                connection.execute(
+                    insert(table)
+                    .values(row)
+                    .on_conflict_do_update(index_elements=["draft", "item"], set_=row)
+                )
                 connection.execute(history.insert(), row)
 
     def undo(self, item: str, draft: str, *, by: str) -> None:
@@ -76,18 +94,32 @@ class ReviewQueue:
         by = _check_name(by)
         table, history = self._store.decisions, self._store.history
         with self._store.transaction() as connection:
-            gone = connection.execute(table.delete().where(table.c.draft == draft, table.c.item == item)).rowcount
+            gone = connection.execute(
+                table.delete().where(table.c.draft == draft, table.c.item == item)
+            ).rowcount
             if not gone:
-                raise UserError(f"nothing was decided of {item[:12]!r} in the draft {draft!r}", remedy="`ratchet review status` shows the drafts")
+                raise UserError(
+                    f"nothing was decided of {item[:12]!r} in the draft {draft!r}",
+                    remedy="`ratchet review status` shows the drafts",
+                )
             connection.execute(history.insert(), _decision_row(Decision(item, draft, UNDO, by=by, at=_now())))
 
     def mark_taken(self, draft: str, batch: str, *, content: str | None = None) -> None:
         """`content`: of the outcome that became the batch; otherwise that of what is decided now. Raises UserError for an unknown draft."""
         from sqlalchemy.dialects.sqlite import insert
 
-        row = {"draft": draft, "batch": batch, "content": content or _content(_collect(self.entries(draft))[0]), "at": _now()}
+        row = {
+            "draft": draft,
+            "batch": batch,
+            "content": content or _content(_collect(self.entries(draft))[0]),
+            "at": _now(),
+        }
         with self._store.transaction() as connection:
-            connection.execute(insert(self._store.taken).values(row).on_conflict_do_update(index_elements=["draft"], set_=row))
+            connection.execute(
+                insert(self._store.taken)
+                .values(row)
+                .on_conflict_do_update(index_elements=["draft"], set_=row)
+            )
 
     def close(self) -> None:
         self._store.close()
@@ -106,7 +138,11 @@ class ReviewQueue:
         from sqlalchemy import func, select
 
         with self._store.transaction() as connection:
-            return int(connection.execute(select(func.count()).select_from(self._waiting(draft).subquery())).scalar_one())
+            return int(
+                connection.execute(
+                    select(func.count()).select_from(self._waiting(draft).subquery())
+                ).scalar_one()
+            )
 
     def entries(self, draft: str) -> list[Entry]:
         """All of a draft, in the order in which they came. Raises UserError for an unknown draft."""
@@ -126,10 +162,15 @@ class ReviewQueue:
         where = table.c.id.startswith(start, autoescape=True)
         found = self._entries(where if draft is None else where & (table.c.draft == draft))
         if not start or not found:
-            raise UserError(f"no row {start!r} is there to review", remedy="`ratchet review next` shows one with its id")
+            raise UserError(
+                f"no row {start!r} is there to review", remedy="`ratchet review next` shows one with its id"
+            )
         if len(found) > 1:
             places = ", ".join(f"{entry.item.id[:12]} of {entry.item.draft}" for entry in found[:5])
-            raise UserError(f"{len(found)} rows begin with {start!r}: {places}", remedy="write more of the id, or name one draft with --draft")
+            raise UserError(
+                f"{len(found)} rows begin with {start!r}: {places}",
+                remedy="write more of the id, or name one draft with --draft",
+            )
         return found[0]
 
     def history(self, item: str, draft: str) -> list[Decision]:
@@ -163,8 +204,12 @@ class ReviewQueue:
             "edited": count(decided == "edit"),
             "batch": func.coalesce(func.min(taken.c.batch), ""),
         }
-        joined = items.outerjoin(decisions, (decisions.c.draft == items.c.draft) & (decisions.c.item == items.c.id)).outerjoin(taken, taken.c.draft == items.c.draft)
-        query = select(items.c.draft.label("name"), *(column.label(name) for name, column in figures.items())).select_from(joined)
+        joined = items.outerjoin(
+            decisions, (decisions.c.draft == items.c.draft) & (decisions.c.item == items.c.id)
+        ).outerjoin(taken, taken.c.draft == items.c.draft)
+        query = select(
+            items.c.draft.label("name"), *(column.label(name) for name, column in figures.items())
+        ).select_from(joined)
         with self._store.transaction() as connection:
             found = connection.execute(query.group_by(items.c.draft).order_by(func.min(items.c.place))).all()
         return [dict(row._mapping) | {"taken": bool(row.batch)} for row in found]
@@ -177,7 +222,10 @@ class ReviewQueue:
         """
         entries = self.entries(draft)
         if waiting := sum(entry.waits for entry in entries):
-            raise UserError(f"{waiting} rows of the draft {draft!r} wait for a word", remedy="ratchet review next, or the gateway's page /review")
+            raise UserError(
+                f"{waiting} rows of the draft {draft!r} wait for a word",
+                remedy="ratchet review next, or the gateway's page /review",
+            )
         sample = [entry.decision.verdict for entry in entries if entry.sampled and entry.decision]
         bad = Counter(sample)["reject"] + Counter(sample)["edit"]
         if sample and bad / len(sample) > max_rejects:
@@ -188,9 +236,14 @@ class ReviewQueue:
         rows, left_out = _collect(entries)
         content = _content(rows)
         with self._store.transaction() as connection:
-            taken = connection.execute(self._store.taken.select().where(self._store.taken.c.draft == draft)).first()
+            taken = connection.execute(
+                self._store.taken.select().where(self._store.taken.c.draft == draft)
+            ).first()
         if taken and taken.content != content:
-            raise UserError(f"the draft {draft!r} is the batch {taken.batch} already, with other rows: a batch is immutable", remedy="give new rows a draft of their own")
+            raise UserError(
+                f"the draft {draft!r} is the batch {taken.batch} already, with other rows: a batch is immutable",
+                remedy="give new rows a draft of their own",
+            )
         reviewers = sorted({entry.decision.by for entry in entries if entry.decision})
         return Outcome(draft, rows, reviewers, dict(sorted(left_out.items())), content)
 
@@ -199,7 +252,11 @@ class ReviewQueue:
 
         items, decisions = self._store.items, self._store.decisions
         decided = (decisions.c.draft == items.c.draft) & (decisions.c.item == items.c.id)
-        query = select(items.c.body).select_from(items.outerjoin(decisions, decided)).where(decisions.c.item.is_(None), (items.c.doubtful == 1) | (items.c.sampled == 1))
+        query = (
+            select(items.c.body)
+            .select_from(items.outerjoin(decisions, decided))
+            .where(decisions.c.item.is_(None), (items.c.doubtful == 1) | (items.c.sampled == 1))
+        )
         return query if draft is None else query.where(items.c.draft == draft)
 
     def _entries(self, where: Any) -> list[Entry]:
@@ -207,9 +264,17 @@ class ReviewQueue:
 
         items, decisions = self._store.items, self._store.decisions
         decided = (decisions.c.draft == items.c.draft) & (decisions.c.item == items.c.id)
-        query = select(items.c.body, items.c.sampled, decisions).select_from(items.outerjoin(decisions, decided)).where(where).order_by(items.c.place)
+        query = (
+            select(items.c.body, items.c.sampled, decisions)
+            .select_from(items.outerjoin(decisions, decided))
+            .where(where)
+            .order_by(items.c.place)
+        )
         with self._store.transaction() as connection:
-            return [Entry(_read_item(row.body), bool(row.sampled), _read_decision(row) if row.verdict else None) for row in connection.execute(query)]
+            return [
+                Entry(_read_item(row.body), bool(row.sampled), _read_decision(row) if row.verdict else None)
+                for row in connection.execute(query)
+            ]
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------
@@ -224,7 +289,9 @@ def _ensure_sample(connection: Any, table: Table, draft: str) -> None:
         return
     ids = [row.id for row in connection.execute(select(table.c.id).where(clear))]
     if ids:
-        connection.execute(table.update().where(table.c.draft == draft, table.c.id == min(ids, key=_order)).values(sampled=1))
+        connection.execute(
+            table.update().where(table.c.draft == draft, table.c.id == min(ids, key=_order)).values(sampled=1)
+        )
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -234,7 +301,14 @@ def _item_row(item: Item, share: float) -> dict[str, Any]:
     """ASCII: rows in quarantine may hold halves of surrogate pairs, which SQLite takes only as escapes."""
     sampled = not item.doubts and _order(item.id) < share * 2**64
     body = json.dumps(msgspec.to_builtins(item))
-    return {"draft": item.draft, "id": item.id, "kind": item.kind, "doubtful": int(bool(item.doubts)), "sampled": int(sampled), "body": body}
+    return {
+        "draft": item.draft,
+        "id": item.id,
+        "kind": item.kind,
+        "doubtful": int(bool(item.doubts)),
+        "sampled": int(sampled),
+        "body": body,
+    }
 
 
 def _read_item(body: str) -> Item:

@@ -71,7 +71,11 @@ class Entry(msgspec.Struct, frozen=True):
 
 def split_answer(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str]:
     """(the conversation before the answer, the answer). Rows in quarantine may have none."""
-    return (messages[:-1], messages[-1].content) if messages and messages[-1].role == "assistant" else (messages, "")
+    return (
+        (messages[:-1], messages[-1].content)
+        if messages and messages[-1].role == "assistant"
+        else (messages, "")
+    )
 
 
 def with_answer(item: Item, answer: str) -> tuple[Message, ...]:
@@ -81,20 +85,27 @@ def with_answer(item: Item, answer: str) -> tuple[Message, ...]:
 def _check(decision: Decision, entry: Entry | None) -> Decision:
     """As it is kept: with its time, an edit normalised; an edit that changes nothing is an acceptance. Raises UserError."""
     if entry is None:
-        raise UserError(f"the draft {decision.draft!r} holds no row {decision.item!r}", remedy="`ratchet review status` shows the drafts")
+        raise UserError(
+            f"the draft {decision.draft!r} holds no row {decision.item!r}",
+            remedy="`ratchet review status` shows the drafts",
+        )
     item = entry.item
     named = f"row {item.id[:12]} of {item.draft}"
     if decision.verdict not in VERDICTS:
         raise UserError(f"{named}: the verdict is {decision.verdict!r}; wanted: {', '.join(VERDICTS)}")
     why = decision.why.encode("utf-8", "replace").decode()
-    kept = msgspec.structs.replace(decision, by=_check_name(decision.by), at=decision.at or _now(), why=why, messages=())
+    kept = msgspec.structs.replace(
+        decision, by=_check_name(decision.by), at=decision.at or _now(), why=why, messages=()
+    )
     if decision.verdict == "reject":
         return kept
     try:
         example = make_example(decision.messages if decision.verdict == "edit" else item.messages, {})
     except RowError as error:
         what = "the edit is" if decision.verdict == "edit" else "as drafted it is"
-        raise UserError(f"{named}: {what} no valid conversation: {error}", remedy="edit or reject it") from None
+        raise UserError(
+            f"{named}: {what} no valid conversation: {error}", remedy="edit or reject it"
+        ) from None
     if decision.verdict == "accept" or example.id == item.id:
         return msgspec.structs.replace(kept, verdict="accept")
     return msgspec.structs.replace(kept, messages=example.messages)
@@ -103,9 +114,15 @@ def _check(decision: Decision, entry: Entry | None) -> Decision:
 def _check_name(by: str) -> str:
     """It stands in commits, so one line. Raises UserError."""
     by = by.strip()
-    if not by or len(by) > LONGEST_NAME or any(char in BIDI or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in by):
+    if (
+        not by
+        or len(by) > LONGEST_NAME
+        or any(char in BIDI or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in by)
+    ):
         what = f"the name {by[:80]!r} cannot be kept" if by else "nobody is named as the one who decides"
-        raise UserError(what, remedy=f"one line of at most {LONGEST_NAME} characters: --by NAME, or git config user.name")
+        raise UserError(
+            what, remedy=f"one line of at most {LONGEST_NAME} characters: --by NAME, or git config user.name"
+        )
     return by
 
 
@@ -126,7 +143,12 @@ def _collect(entries: list[Entry]) -> tuple[list[dict[str, Any]], Counter[str]]:
         review = {"accept": "accepted", "edit": "edited"}.get(verdict, verdict)
         meta = {"kind": entry.item.kind, **entry.item.meta, "draft": entry.item.draft, "review": review}
         meta |= {"drafted_as": entry.item.id} if verdict == "edit" else {}
-        rows.append({"messages": [{"role": turn.role, "content": turn.content} for turn in example.messages], "meta": meta})
+        rows.append(
+            {
+                "messages": [{"role": turn.role, "content": turn.content} for turn in example.messages],
+                "meta": meta,
+            }
+        )
     return rows, left_out
 
 

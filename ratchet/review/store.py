@@ -24,7 +24,9 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # people's rows; SQLite gives its other files the same mode
         self._engine, tables = _make_engine(path), _make_tables()
-        self.items, self.decisions, self.history, self.taken = (tables[name] for name in ("items", "decisions", "history", "taken"))
+        self.items, self.decisions, self.history, self.taken = (
+            tables[name] for name in ("items", "decisions", "history", "taken")
+        )
         self._ready = False
 
     @contextmanager
@@ -39,7 +41,9 @@ class Store:
                 yield connection
         except SQLAlchemyError as error:
             cause = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
-            raise ServiceError(f"{FILE} cannot be used: {cause}", remedy="check the file and the room on the disk") from error
+            raise ServiceError(
+                f"{FILE} cannot be used: {cause}", remedy="check the file and the room on the disk"
+            ) from error
 
     def _make_tables(self) -> None:
         """By SQLite's own check: metadata.create_all looks first and then makes, and another process may come between."""
@@ -77,14 +81,39 @@ def _make_tables() -> dict[str, Table]:
     metadata = MetaData()
 
     def said() -> list[Any]:
-        return [Column(name, String) for name in ("verdict", "by", "at")] + [Column(name, Text) for name in ("messages", "why")]
+        return [Column(name, String) for name in ("verdict", "by", "at")] + [
+            Column(name, Text) for name in ("messages", "why")
+        ]
 
     place: list[Any] = [Column("place", Integer, primary_key=True), Column("draft", String)]
-    flags: list[Any] = [Column("kind", String), Column("doubtful", Integer), Column("sampled", Integer), Column("body", Text)]
+    flags: list[Any] = [
+        Column("kind", String),
+        Column("doubtful", Integer),
+        Column("sampled", Integer),
+        Column("body", Text),
+    ]
     tables = [
         Table("items", metadata, *place, Column("id", String), *flags, UniqueConstraint("draft", "id")),
-        Table("decisions", metadata, Column("draft", String, primary_key=True), Column("item", String, primary_key=True), *said()),
-        Table("history", metadata, Column("place", Integer, primary_key=True), Column("draft", String), Column("item", String), *said()),
-        Table("taken", metadata, Column("draft", String, primary_key=True), *(Column(name, String) for name in ("batch", "content", "at"))),
+        Table(
+            "decisions",
+            metadata,
+            Column("draft", String, primary_key=True),
+            Column("item", String, primary_key=True),
+            *said(),
+        ),
+        Table(
+            "history",
+            metadata,
+            Column("place", Integer, primary_key=True),
+            Column("draft", String),
+            Column("item", String),
+            *said(),
+        ),
+        Table(
+            "taken",
+            metadata,
+            Column("draft", String, primary_key=True),
+            *(Column(name, String) for name in ("batch", "content", "at")),
+        ),
     ]
     return {table.name: table for table in tables}

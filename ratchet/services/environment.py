@@ -51,14 +51,19 @@ def service_environment(root: Path, config: Config) -> dict[str, str]:
         # Without `ratchet up` a flow brings a server of its own, for as long as it runs; 20 s are too few on a busy machine.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(services.start_timeout),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds, the lowest that it takes; 180 is the default
-        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI") or f"http://{HOST}:{services.mlflow_port}",
+        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI")
+        or f"http://{HOST}:{services.mlflow_port}",
         # With the defaults, 7 retries and 120 s, a call stalls for four minutes when the server is away.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": os.environ.get("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1"),
         "MLFLOW_HTTP_REQUEST_TIMEOUT": os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     }
-    api = os.environ.get("PREFECT_API_URL") or (_prefect_api(services.prefect_port) if _get(HOST, services.prefect_port, HEALTH["prefect"]) is not None else None)
+    api = os.environ.get("PREFECT_API_URL") or (
+        _prefect_api(services.prefect_port)
+        if _get(HOST, services.prefect_port, HEALTH["prefect"]) is not None
+        else None
+    )
     return environment | ({"PREFECT_API_URL": api} if api else {})
 
 

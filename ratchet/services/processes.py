@@ -21,7 +21,9 @@ def require_free_port(port: int, key: str) -> None:
     """Raises UserError with what holds the port, as far as the system tells, and the key in params.yaml to change."""
     fault = find_port_fault(port)
     if fault:
-        raise UserError(f"{key} is {port}: {fault}", remedy=f"stop that, or set {key} in params.yaml to another port")
+        raise UserError(
+            f"{key} is {port}: {fault}", remedy=f"stop that, or set {key} in params.yaml to another port"
+        )
 
 
 def find_port_fault(port: int) -> str | None:
@@ -38,14 +40,23 @@ def find_port_fault(port: int) -> str | None:
             return "the system does not let this user listen on it"
         except OSError:
             taken = True
-    return f"it is in use by {find_port_holder(port) or 'a process that the system does not name'}" if taken else None
+    return (
+        f"it is in use by {find_port_holder(port) or 'a process that the system does not name'}"
+        if taken
+        else None
+    )
 
 
 def find_port_holder(port: int) -> str | None:
     """Such as `process 4242 (python in /some/folder)`; None where the system does not tell."""
     with suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
-            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN and connection.pid:
+            if (
+                connection.laddr
+                and connection.laddr.port == port
+                and connection.status == psutil.CONN_LISTEN
+                and connection.pid
+            ):
                 process = psutil.Process(connection.pid)
                 # Its name and folder; its arguments may hold secrets.
                 return f"process {process.pid} ({process.name()} in {process.cwd()})"
@@ -63,7 +74,9 @@ def _end_family(leader: psutil.Process, grace: float) -> None:
     _signal(left, signal.SIGKILL, seconds=5)
 
 
-def _signal(processes: list[psutil.Process], number: signal.Signals, *, seconds: float) -> list[psutil.Process]:
+def _signal(
+    processes: list[psutil.Process], number: signal.Signals, *, seconds: float
+) -> list[psutil.Process]:
     """Returns those that still run when all have ended or the time is up."""
     for process in processes:
         with suppress(psutil.Error):  # psutil compares the time of creation first

@@ -37,17 +37,31 @@ class Plan:
 def plan_services(root: Path, config: Config) -> dict[str, Plan]:
     """Raises UserError when two servers are to listen on one port."""
     services = config.services
-    plans = (_plan_mlflow(root, services.mlflow_port), _plan_prefect(root, services.prefect_port), _plan_deployments(root, config), _plan_gateway(root, config))
+    plans = (
+        _plan_mlflow(root, services.mlflow_port),
+        _plan_prefect(root, services.prefect_port),
+        _plan_deployments(root, config),
+        _plan_gateway(root, config),
+    )
     keys: dict[int, str] = {}
     for plan in plans:
         if plan.key and keys.setdefault(plan.port, plan.key) != plan.key:
-            raise UserError(f"{keys[plan.port]} and {plan.key} are both {plan.port}", remedy="give them different ports in params.yaml")
+            raise UserError(
+                f"{keys[plan.port]} and {plan.key} are both {plan.port}",
+                remedy="give them different ports in params.yaml",
+            )
     return {plan.name: plan for plan in plans}
 
 
 def _plan_mlflow(root: Path, port: int) -> Plan:
     # Relative to the folder that it runs in: a root with spaces or percent signs is no trouble in a database URL, and the folder can move.
-    storage = ["--backend-store-uri", "sqlite:///mlflow.db", "--artifacts-destination", "./artifacts", "--serve-artifacts"]
+    storage = [
+        "--backend-store-uri",
+        "sqlite:///mlflow.db",
+        "--artifacts-destination",
+        "./artifacts",
+        "--serve-artifacts",
+    ]
     listen = ["--host", HOST, "--port", str(port), "--workers", "1", "--uvicorn-opts", "--no-access-log"]
     environment = _drop(os.environ, "MLFLOW_") | {
         **NO_TELEMETRY,
@@ -55,7 +69,13 @@ def _plan_mlflow(root: Path, port: int) -> Plan:
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     }
     return Plan(
-        "mlflow", port, "services.mlflow_port", f"services.mlflow_port: {port}", [sys.executable, "-m", "mlflow", "server", *storage, *listen], _home(root, "mlflow"), environment
+        "mlflow",
+        port,
+        "services.mlflow_port",
+        f"services.mlflow_port: {port}",
+        [sys.executable, "-m", "mlflow", "server", *storage, *listen],
+        _home(root, "mlflow"),
+        environment,
     )
 
 
@@ -68,28 +88,69 @@ def _plan_prefect(root: Path, port: int) -> Plan:
         # In memory, a restart would leave the slot of a crashed run taken.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_UI_API_URL": _prefect_api(port),
-        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(_home(root, "prefect") / "ui"),  # by default it writes into the installed package
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(
+            _home(root, "prefect") / "ui"
+        ),  # by default it writes into the installed package
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    return Plan("prefect", port, "services.prefect_port", f"services.prefect_port: {port}", command, _home(root, "prefect"), environment)
+    return Plan(
+        "prefect",
+        port,
+        "services.prefect_port",
+        f"services.prefect_port: {port}",
+        command,
+        _home(root, "prefect"),
+        environment,
+    )
 
 
 def _plan_deployments(root: Path, config: Config) -> Plan:
     port = config.services.prefect_port
-    environment = {**os.environ, **service_environment(root, config), "PREFECT_API_URL": _prefect_api(port), "PREFECT_RUNNER_POLL_FREQUENCY": "1", "RATCHET_ROOT": str(root)}
+    environment = {
+        **os.environ,
+        **service_environment(root, config),
+        "PREFECT_API_URL": _prefect_api(port),
+        "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+        "RATCHET_ROOT": str(root),
+    }
     settings = f"services.prefect_port: {port}, retrain.cron: {config.retrain.cron}, monitor.cron: {config.monitor.cron}"
-    return Plan("deployments", port, None, settings, [sys.executable, "-m", "flows.deployments", "--end-lost-runs"], root, environment)
+    return Plan(
+        "deployments",
+        port,
+        None,
+        settings,
+        [sys.executable, "-m", "flows.deployments", "--end-lost-runs"],
+        root,
+        environment,
+    )
 
 
 def _plan_gateway(root: Path, config: Config) -> Plan:
     gateway = config.gateway
     # It answers people while a training takes every core: the training's threads are told to sleep when they wait (workspace.child_environment).
-    environment = {**_drop(os.environ, "MLFLOW_"), **NO_TELEMETRY, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE", "RATCHET_ROOT": str(root)}
+    environment = {
+        **_drop(os.environ, "MLFLOW_"),
+        **NO_TELEMETRY,
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "RATCHET_ROOT": str(root),
+    }
     settings = f"gateway: {gateway.model_dump(mode='json')}, request_log: {config.request_log.model_dump(mode='json')}"
     host = {"0.0.0.0": HOST, "::": "::1", "localhost": HOST}.get(gateway.host, gateway.host)  # noqa: S104 (asked, not listened on)
     grace = gateway.drain_seconds + LAST_WORDS_SECONDS
-    return Plan("gateway", gateway.port, "gateway.port", settings, [sys.executable, "-m", "ratchet.gateway.server"], root, environment, host, grace)
+    return Plan(
+        "gateway",
+        gateway.port,
+        "gateway.port",
+        settings,
+        [sys.executable, "-m", "ratchet.gateway.server"],
+        root,
+        environment,
+        host,
+        grace,
+    )
 
 
 def _drop(environment: Mapping[str, str], prefix: str) -> dict[str, str]:

@@ -115,11 +115,16 @@ def _is_kept(root: Path, plan: Plan) -> bool:
     if record is None or _find_process(record) is None:
         return False
     if record.settings != plan.settings:
-        raise UserError(f"{plan.name} was started with {record.settings}; params.yaml now says {plan.settings}", remedy="ratchet down, then ratchet up")
+        raise UserError(
+            f"{plan.name} was started with {record.settings}; params.yaml now says {plan.settings}",
+            remedy="ratchet down, then ratchet up",
+        )
     return True
 
 
-def _start_and_wait(root: Path, plans: dict[str, Plan], kept: set[str], timeout: float, report: Report) -> None:
+def _start_and_wait(
+    root: Path, plans: dict[str, Plan], kept: set[str], timeout: float, report: Report
+) -> None:
     """The servers at once, since each takes 10 to 30 s on two cores; the deployments as soon as Prefect answers."""
     since = dict.fromkeys(plans, time.monotonic())
     waiting = {"mlflow", "prefect", "gateway"} | kept
@@ -129,7 +134,9 @@ def _start_and_wait(root: Path, plans: dict[str, Plan], kept: set[str], timeout:
         for name in sorted(waiting):
             if _is_ready(root, plans[name], time.monotonic() - since[name], timeout):
                 waiting.remove(name)
-                report(f"{name}: answers after {time.monotonic() - since[name]:.0f} s on {_page(name, plans[name].port)}")
+                report(
+                    f"{name}: answers after {time.monotonic() - since[name]:.0f} s on {_page(name, plans[name].port)}"
+                )
                 if name == "prefect" and "deployments" not in kept:
                     _start(root, plans["deployments"], report)
                     since["deployments"] = time.monotonic()
@@ -145,9 +152,25 @@ def _start(root: Path, plan: Plan, report: Report) -> None:
         log.replace(log.with_suffix(".log.1"))  # the last words of the one before
     environment = {**plan.environment, "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as out:
-        process = subprocess.Popen(plan.command, cwd=plan.folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            plan.command,
+            cwd=plan.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     process.returncode = 0  # it outlives us by design; Popen would warn of a child that was left behind
-    record = Record(plan.name, process.pid, psutil.Process(process.pid).create_time(), plan.port, plan.settings, plan.host, plan.grace)
+    record = Record(
+        plan.name,
+        process.pid,
+        psutil.Process(process.pid).create_time(),
+        plan.port,
+        plan.settings,
+        plan.host,
+        plan.grace,
+    )
     write_bytes(_record_path(root, plan.name), [msgspec.json.encode(record)])
     report(f"{plan.name}: starts, process {process.pid}, log {log}")
 
@@ -156,7 +179,10 @@ def _is_ready(root: Path, plan: Plan, waited: float, timeout: float) -> bool:
     """Raises ServiceError with the log's last lines when the process died or took too long."""
     record = _read_record(root, plan.name)
     if record is None or _find_process(record) is None:
-        raise ServiceError(f"{plan.name} ended before it answered\n{_quote_log(root, plan.name)}", remedy="the log says why; ratchet doctor looks for known causes")
+        raise ServiceError(
+            f"{plan.name} ended before it answered\n{_quote_log(root, plan.name)}",
+            remedy="the log says why; ratchet doctor looks for known causes",
+        )
     if _answers(record):
         return True
     if waited > timeout:
@@ -169,7 +195,9 @@ def _is_ready(root: Path, plan: Plan, waited: float, timeout: float) -> bool:
 
 def _quote_log(root: Path, name: str) -> str:
     log = _log(root, name)
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:] if log.exists() else []
+    lines = (
+        log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:] if log.exists() else []
+    )
     return "\n".join([f"the last lines of {log}:", *(f"  | {line}" for line in lines)])
 
 
@@ -188,7 +216,14 @@ def _see_service(root: Path, name: str, config: Config) -> Service:
     process = _find_process(record) if record else None
     ports = {"mlflow": config.services.mlflow_port, "gateway": config.gateway.port}
     port = record.port if record and process else ports.get(name, config.services.prefect_port)
-    return Service(name, _page(name, port), process.pid if process else None, _log(root, name), process is not None, bool(process and record and _answers(record)))
+    return Service(
+        name,
+        _page(name, port),
+        process.pid if process else None,
+        _log(root, name),
+        process is not None,
+        bool(process and record and _answers(record)),
+    )
 
 
 def _read_record(root: Path, name: str) -> Record | None:
@@ -199,7 +234,10 @@ def _read_record(root: Path, name: str) -> Record | None:
     except FileNotFoundError:
         return None
     except msgspec.DecodeError as error:
-        raise RatchetError(f"{path} is no record of a service: {error}", remedy=f"end the process of {name} by hand if it runs, then remove the file") from None
+        raise RatchetError(
+            f"{path} is no record of a service: {error}",
+            remedy=f"end the process of {name} by hand if it runs, then remove the file",
+        ) from None
 
 
 def _find_process(record: Record) -> psutil.Process | None:
@@ -222,10 +260,14 @@ def _answers_health(record: Record) -> bool:
 
 def _has_polled(record: Record) -> bool:
     """Whether this very process asked Prefect for work: the deployment itself stays registered when its process is gone."""
-    body = _get(record.host, record.port, "/api/deployments/name/retrain/retrain")  # one for all: they are asked about together
+    body = _get(
+        record.host, record.port, "/api/deployments/name/retrain/retrain"
+    )  # one for all: they are asked about together
     deployment = json.loads(body) if body else {}
     polled = deployment.get("last_polled") or "1970-01-01T00:00:00Z"
-    return deployment.get("status") == "READY" and datetime.fromisoformat(polled).timestamp() >= record.created
+    return (
+        deployment.get("status") == "READY" and datetime.fromisoformat(polled).timestamp() >= record.created
+    )
 
 
 @contextmanager

@@ -43,18 +43,30 @@ def _check_base(bundle: Bundle) -> None:
 def _check_config(folder: Path, base: Path) -> None:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        ranks = [config["r"], *(config.get("rank_pattern") or {}).values()] if config.get("peft_type") == "LORA" else []
+        ranks = (
+            [config["r"], *(config.get("rank_pattern") or {}).values()]
+            if config.get("peft_type") == "LORA"
+            else []
+        )
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BaseModelError(f"adapter_config.json cannot be read: {error!r}", remedy="`ratchet retrain` makes another") from None
+        raise BaseModelError(
+            f"adapter_config.json cannot be read: {error!r}", remedy="`ratchet retrain` makes another"
+        ) from None
     if odd := [rank for rank in ranks if not isinstance(rank, int) or not 0 < rank <= MAX_RANK]:
-        raise BaseModelError(f"the adapter's rank is {odd[0]!r}, wanted 1 to {MAX_RANK}", remedy="set `adapter.rank` and retrain")
+        raise BaseModelError(
+            f"the adapter's rank is {odd[0]!r}, wanted 1 to {MAX_RANK}",
+            remedy="set `adapter.rank` and retrain",
+        )
     unlike = [key for key in MUST_BE_OFF if config.get(key) not in OFF]
     unlike += [] if config.get("peft_type") in FAMILIES else ["peft_type"]
     unlike += [] if _only_new(config.get("trainable_token_indices"), base) else ["trainable_token_indices"]
     unlike += [] if config.get("init_lora_weights", True) in HARMLESS_STARTS else ["init_lora_weights"]
     if unlike:
         said = ", ".join(f"{key} {config.get(key)!r}" for key in unlike)
-        raise BaseModelError(f"adapter_config.json asks for more than `adapter.method` offers: {said}", remedy="only adapters that were trained here are served")
+        raise BaseModelError(
+            f"adapter_config.json asks for more than `adapter.method` offers: {said}",
+            remedy="only adapters that were trained here are served",
+        )
 
 
 def _only_new(trained: Any, base: Path) -> bool:
@@ -71,6 +83,11 @@ def _check_weights(path: Path) -> None:
     try:
         weights = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise BaseModelError(f"{path} is no safetensors file: {error}", remedy="remove .ratchet/serving; it is fetched again") from None
+        raise BaseModelError(
+            f"{path} is no safetensors file: {error}", remedy="remove .ratchet/serving; it is fetched again"
+        ) from None
     if broken := [name for name, weight in weights.items() if not torch.isfinite(weight.float()).all()]:
-        raise BaseModelError(f"{len(broken)} of {len(weights)} weights are not finite, the first {broken[0]}", remedy="the training diverged: lower `train.learning_rate`")
+        raise BaseModelError(
+            f"{len(broken)} of {len(weights)} weights are not finite, the first {broken[0]}",
+            remedy="the training diverged: lower `train.learning_rate`",
+        )

@@ -59,23 +59,38 @@ def check_adapter(folder: Path, sha256: str) -> None:
     """Raises BaseModelError: pickled files, code of its own, other bytes than the ledger's."""
     check_harmless(folder)
     if (seen := adapter_sha256(folder)) != sha256:
-        raise BaseModelError(f"the adapter has sha256 {seen[:12]}…, the ledger says {sha256[:12]}…", remedy="dvc pull; if it stays so, the cache is damaged")
+        raise BaseModelError(
+            f"the adapter has sha256 {seen[:12]}…, the ledger says {sha256[:12]}…",
+            remedy="dvc pull; if it stays so, the cache is damaged",
+        )
 
 
 def check_harmless(folder: Path) -> None:
     """Raises BaseModelError: pickled files, or code of its own."""
     paths = sorted(folder.rglob("*"))
     if pickled := [path.name for path in paths if path.name.lower().endswith(PICKLED)]:
-        raise BaseModelError(f"{folder.name} brings pickled files ({', '.join(pickled)})", remedy="only safetensors are loaded: unpickling runs code")
+        raise BaseModelError(
+            f"{folder.name} brings pickled files ({', '.join(pickled)})",
+            remedy="only safetensors are loaded: unpickling runs code",
+        )
     for path in paths:
         if path.suffix == ".json" and isinstance(found := read_json(path), dict) and "auto_map" in found:
-            raise BaseModelError(f"{path.name} names code of its own (`auto_map`)", remedy="take it out: no code that comes with a model is run")
+            raise BaseModelError(
+                f"{path.name} names code of its own (`auto_map`)",
+                remedy="take it out: no code that comes with a model is run",
+            )
 
 
 def forget_bundles(root: Path, keep: set[int], *, older_than: float = YOUNG_SECONDS) -> None:
     """Remove all other versions, what a killed process left half, and bases that no kept version needs; younger ones may be wanted by somebody who has not said so yet."""
-    folders = {path: int(named[1]) for path in (root / SERVING).glob("v*") if (named := FOLDER.fullmatch(path.name))}
-    needed = {read_json(path / CARD)["base"] for path, version in folders.items() if version in keep and (path / CARD).exists()}
+    folders = {
+        path: int(named[1]) for path in (root / SERVING).glob("v*") if (named := FOLDER.fullmatch(path.name))
+    }
+    needed = {
+        read_json(path / CARD)["base"]
+        for path, version in folders.items()
+        if version in keep and (path / CARD).exists()
+    }
     forgotten = [path for path, version in folders.items() if version not in keep]
     forgotten += [path for path in (root / SERVING / "bases").glob("*") if path.name not in needed]
     for path in [*forgotten, *(root / SERVING).glob(".v*.tmp")]:
@@ -96,28 +111,50 @@ def write_state(root: Path, state: dict[str, Any]) -> None:
 def base_hash(root: Path, commit: str) -> str | None:
     """DVC's hash of models/base at a commit."""
     lock = YAML(typ="safe").load(git(root, "show", f"{commit}:dvc.lock"))
-    return next((out["md5"] for out in lock["stages"].get("base", {}).get("outs", []) if out["path"] == "models/base"), None)
+    return next(
+        (
+            out["md5"]
+            for out in lock["stages"].get("base", {}).get("outs", [])
+            if out["path"] == "models/base"
+        ),
+        None,
+    )
 
 
 def _is_whole(root: Path, folder: Path) -> bool:
     """Or somebody removed parts of it."""
-    return (folder / CARD).exists() and (root / SERVING / "bases" / str(read_json(folder / CARD).get("base")) / "manifest.json").exists()
+    return (folder / CARD).exists() and (
+        root / SERVING / "bases" / str(read_json(folder / CARD).get("base")) / "manifest.json"
+    ).exists()
 
 
 def _read_bundle(root: Path, folder: Path, name: str, version: int) -> Bundle:
     card = read_json(folder / CARD)
     base = root / SERVING / "bases" / card["base"]
     context = read_json(base / "manifest.json").get("context")
-    return Bundle(name, version, folder / "adapter", base, int(context or card["max_length"]), Generation(card["max_new_tokens"]))
+    return Bundle(
+        name,
+        version,
+        folder / "adapter",
+        base,
+        int(context or card["max_length"]),
+        Generation(card["max_new_tokens"]),
+    )
 
 
 def _fetch_base(root: Path, commit: str) -> Path:
     try:
         digest = base_hash(root, commit)
     except RatchetError as error:
-        raise CheckoutError(f"the commit {commit[:8]} cannot be read: {error}", remedy="git fetch --unshallow, if the history is cut off") from None
+        raise CheckoutError(
+            f"the commit {commit[:8]} cannot be read: {error}",
+            remedy="git fetch --unshallow, if the history is cut off",
+        ) from None
     if not digest:
-        raise CheckoutError(f"dvc.lock at {commit[:8]} has no models/base", remedy="only a commit of a whole retraining can be served")
+        raise CheckoutError(
+            f"dvc.lock at {commit[:8]} has no models/base",
+            remedy="only a commit of a whole retraining can be served",
+        )
     base = root / SERVING / "bases" / digest.replace(".", "-")
     if not base.exists():
         with whole_folder(base) as filling:
@@ -132,7 +169,9 @@ def _get(root: Path, commit: str, path: str, out: Path) -> None:
     try:
         dvc(root, "get", "--quiet", ".", path, "--rev", commit, "--out", str(out))
     except RatchetError as error:
-        raise CheckoutError(f"{path} of {commit[:8]} cannot be had: {error}", remedy="dvc pull brings what the cache lacks") from None
+        raise CheckoutError(
+            f"{path} of {commit[:8]} cannot be had: {error}", remedy="dvc pull brings what the cache lacks"
+        ) from None
 
 
 def _settings(root: Path, commit: str) -> dict[str, Any]:
@@ -142,6 +181,8 @@ def _settings(root: Path, commit: str) -> dict[str, Any]:
     defaults = Config()
     params = YAML(typ="safe").load(git(root, "show", f"{commit}:params.yaml")) or {}
     return {
-        "max_new_tokens": int((params.get("evaluate") or {}).get("max_new_tokens", defaults.evaluate.max_new_tokens)),
+        "max_new_tokens": int(
+            (params.get("evaluate") or {}).get("max_new_tokens", defaults.evaluate.max_new_tokens)
+        ),
         "max_length": int((params.get("tokenize") or {}).get("max_length", defaults.tokenize.max_length)),
     }

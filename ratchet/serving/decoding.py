@@ -26,7 +26,9 @@ from ratchet.serving.loaded_model import LoadedModel
 from ratchet.serving.transcript import Transcript
 
 PREFILL_TOKENS = 4096  # of all prompts that join, in one forward pass; those under way get a token in between
-PREFILL_LOGITS = 2**26  # numbers of logits that one pass makes at most where prompts are measured: 256 MiB in float32
+PREFILL_LOGITS = (
+    2**26
+)  # numbers of logits that one pass makes at most where prompts are measured: 256 MiB in float32
 log = logging.getLogger("ratchet.gateway")
 
 
@@ -83,7 +85,10 @@ class Decoder:
 
     def remove(self, version: int) -> None:
         """Rows of it that are under way, though none should be, are told so."""
-        self._fail([row for row in self._rows if row.ask.version == version], ServiceError(f"v{version} was unloaded", remedy="come again: another version is in charge now"))
+        self._fail(
+            [row for row in self._rows if row.ask.version == version],
+            ServiceError(f"v{version} was unloaded", remedy="come again: another version is in charge now"),
+        )
         del self._bundles[version], self._chats[version]
         self._loaded.remove(version)
 
@@ -110,7 +115,12 @@ class Decoder:
         except Exception as error:
             log.exception("decoding failed")
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            self._fail(rows, ServiceError(f"the model failed: {reason}", remedy="set gateway.max_batch lower if memory ran out"))
+            self._fail(
+                rows,
+                ServiceError(
+                    f"the model failed: {reason}", remedy="set gateway.max_batch lower if memory ran out"
+                ),
+            )
 
     def fail_all(self, error: RatchetError, others: list[Row]) -> None:
         self._fail([*self._rows, *others], error)
@@ -128,7 +138,13 @@ class Decoder:
         try:
             row.prompt = chat.fit_prompt(ask.messages, length)
         except Exception as error:  # noqa: BLE001  (it is told to the one whose messages it comes from)
-            row.tell(UserError(str(error) if isinstance(error, RatchetError) else f"the messages cannot be encoded: {error}"))
+            row.tell(
+                UserError(
+                    str(error)
+                    if isinstance(error, RatchetError)
+                    else f"the messages cannot be encoded: {error}"
+                )
+            )
             return False
         row.room = min(ask.max_tokens or bundle.generation.max_new_tokens, length - len(row.prompt))
         row.transcript = Transcript(partial(_decode, chat), ask.stop)
@@ -141,19 +157,37 @@ class Decoder:
     def _prefill(self, rows: list[Row]) -> Joining:
         """Their prompts, padded on the left, in forward passes of bounded size. Virtual tokens stand before the padding."""
         length = max(len(row.prompt) for row in rows)
-        device, version = self._loaded.device, rows[0].ask.version  # of virtual tokens a batch has one version's
-        ids = torch.tensor([[0] * (length - len(row.prompt)) + row.prompt for row in rows], device=device)  # (batch, seq)
-        mask = torch.tensor([[0] * (length - len(row.prompt)) + [1] * len(row.prompt) for row in rows], device=device)
+        device, version = (
+            self._loaded.device,
+            rows[0].ask.version,
+        )  # of virtual tokens a batch has one version's
+        ids = torch.tensor(
+            [[0] * (length - len(row.prompt)) + row.prompt for row in rows], device=device
+        )  # (batch, seq)
+        mask = torch.tensor(
+            [[0] * (length - len(row.prompt)) + [1] * len(row.prompt) for row in rows], device=device
+        )
         virtual = self._loaded.num_virtual(version)
         mask = pad(mask, (virtual, 0), value=1)
         positions = mask.cumsum(-1).sub(1).clamp(min=0)[:, virtual:]
-        cache, nll, logits = self._loaded.new_cache(version, len(rows)), torch.zeros(len(rows), device=device), torch.empty(0)
+        cache, nll, logits = (
+            self._loaded.new_cache(version, len(rows)),
+            torch.zeros(len(rows), device=device),
+            torch.empty(0),
+        )
         size = self._prefill_size(len(rows))
         for start in range(0, length, size):
             if start:
                 self._step_all()
             end = min(start + size, length)
-            logits = self._forward(rows, ids[:, start:end], mask[:, : virtual + end], positions[:, start:end], cache, whole=self._measure_prompts)
+            logits = self._forward(
+                rows,
+                ids[:, start:end],
+                mask[:, : virtual + end],
+                positions[:, start:end],
+                cache,
+                whole=self._measure_prompts,
+            )
             if self._measure_prompts:
                 nll += _nll(logits, ids[:, start + 1 : end + 1], mask[:, virtual + start : virtual + end])
         if self._measure_prompts:
@@ -190,8 +224,12 @@ class Decoder:
         logits = self._forward(self._rows, newest, self._mask, positions, self._cache, whole=False)
         self._extend(self._rows, logits[:, -1].float())
 
-    def _forward(self, rows: list[Row], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool) -> Tensor:
-        return self._loaded.forward([row.ask.version for row in rows], ids, mask, positions, cache, whole=whole)
+    def _forward(
+        self, rows: list[Row], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool
+    ) -> Tensor:
+        return self._loaded.forward(
+            [row.ask.version for row in rows], ids, mask, positions, cache, whole=whole
+        )
 
     def _leave(self, rows: list[Row]) -> None:
         """Take rows out, and the columns that only they needed."""
@@ -213,7 +251,10 @@ class Decoder:
         """One token for each, told as far as it is text; those that ended leave."""
         logprobs = logits.log_softmax(-1)  # (batch, vocab)
         if broken := logprobs.isnan().any(-1).nonzero()[:, 0].tolist():
-            self._fail([rows[index] for index in broken], ServiceError("the model's output is not finite", remedy="ratchet rollback, if it stays so"))
+            self._fail(
+                [rows[index] for index in broken],
+                ServiceError("the model's output is not finite", remedy="ratchet rollback, if it stays so"),
+            )
             sound = [index for index in range(len(rows)) if index not in broken]
             rows, logits, logprobs = [rows[index] for index in sound], logits[sound], logprobs[sound]
         tokens = logprobs.argmax(-1).tolist()
@@ -221,7 +262,13 @@ class Decoder:
             if row.generator is not None:
                 tokens[index] = _sample(logits[index], row)
         chosen = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0].tolist()
-        self._leave([row for row, token, logprob in zip(rows, tokens, chosen, strict=True) if self._take(row, token, logprob)])
+        self._leave(
+            [
+                row
+                for row, token, logprob in zip(rows, tokens, chosen, strict=True)
+                if self._take(row, token, logprob)
+            ]
+        )
 
     def _take(self, row: Row, token: int, logprob: float) -> bool:
         """Whether the answer ended with it."""
@@ -238,7 +285,16 @@ class Decoder:
         if text:
             row.tell(Piece(text))
         if ended:
-            row.tell(Ended("stop" if stopped else "length", len(row.prompt), len(row.answer), row.prompt_nll, row.nll / len(row.answer), row.queue_ms))
+            row.tell(
+                Ended(
+                    "stop" if stopped else "length",
+                    len(row.prompt),
+                    len(row.answer),
+                    row.prompt_nll,
+                    row.nll / len(row.answer),
+                    row.queue_ms,
+                )
+            )
         return ended
 
 
@@ -254,7 +310,9 @@ def _pad(states: Tensor, length: int) -> Tensor:
 def _nll(logits: Tensor, following: Tensor, mask: Tensor) -> Tensor:
     """Summed over each row (batch): how much the tokens that followed surprised it, as in ratchet/models/generation.py. Padding follows nothing."""
     count = following.shape[1]  # one less than positions at the prompt's end
-    losses = cross_entropy(logits[:, :count].float().transpose(1, 2), following, reduction="none")  # (batch, seq)
+    losses = cross_entropy(
+        logits[:, :count].float().transpose(1, 2), following, reduction="none"
+    )  # (batch, seq)
     return losses.where(mask[:, :count].bool(), 0.0).sum(-1)
 
 

@@ -63,4 +63,7 @@ class Engine(Protocol):
 def require_same(known: Bundle, bundle: Bundle) -> None:
     """Raises BaseModelError: under the number that is loaded already another adapter is wanted."""
     if known != bundle:
-        raise BaseModelError(f"another v{bundle.version} is loaded: {known.adapter.name}", remedy="start the gateway anew; the registry counts anew as well")
+        raise BaseModelError(
+            f"another v{bundle.version} is loaded: {known.adapter.name}",
+            remedy="start the gateway anew; the registry counts anew as well",
+        )

@@ -14,10 +14,24 @@ class Fault(RatchetError):
     """An answer that is an error. `param` names the field of the body, `retry_after` is in whole seconds, `hangs_up`: the rest of the body is not read."""
 
     def __init__(
-        self, status: int, message: str, *, remedy: str = "", param: str | None = None, code: str | None = None, retry_after: int | None = None, hangs_up: bool = False
+        self,
+        status: int,
+        message: str,
+        *,
+        remedy: str = "",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+        hangs_up: bool = False,
     ) -> None:
         super().__init__(message, remedy=remedy)
-        self.status, self.param, self.code, self.retry_after, self.hangs_up = status, param, code, retry_after, hangs_up
+        self.status, self.param, self.code, self.retry_after, self.hangs_up = (
+            status,
+            param,
+            code,
+            retry_after,
+            hangs_up,
+        )
 
     @property
     def message(self) -> str:
@@ -26,7 +40,9 @@ class Fault(RatchetError):
 
     def body(self) -> bytes:
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return msgspec.json.encode({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}})
+        return msgspec.json.encode(
+            {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        )
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         retry = [(b"retry-after", b"%d" % self.retry_after)] if self.retry_after is not None else []
@@ -45,4 +61,9 @@ def to_fault(error: Exception) -> Fault:
         case UserError():
             return Fault(400, str(error))
         case _:
-            return Fault(500, "the gateway failed in a way that was not foreseen", remedy="its log (.ratchet/logs/gateway.log) has the traceback", code="internal")
+            return Fault(
+                500,
+                "the gateway failed in a way that was not foreseen",
+                remedy="its log (.ratchet/logs/gateway.log) has the traceback",
+                code="internal",
+            )

@@ -26,13 +26,21 @@ def model_place(bundle: Bundle) -> str:
     """Versions of one place share a model in memory."""
     kind, base = read_kind(bundle.adapter), base_settings(bundle.adapter)
     family = "virtual tokens" if kind.family in PREFIXED else kind.family
-    own = f" of v{bundle.version}" if kind.family == "full" or (not kind.shares and kind.family not in PREFIXED) else ""
+    own = (
+        f" of v{bundle.version}"
+        if kind.family == "full" or (not kind.shares and kind.family not in PREFIXED)
+        else ""
+    )
     return f"{base['method']} {base['quantisation']} {family}{own} on {bundle.base}"
 
 
 def batch_place(bundle: Bundle) -> str:
     """Versions of one place are decoded in one batch."""
-    return model_place(bundle) if read_kind(bundle.adapter).mixes else f"{model_place(bundle)}, v{bundle.version}"
+    return (
+        model_place(bundle)
+        if read_kind(bundle.adapter).mixes
+        else f"{model_place(bundle)}, v{bundle.version}"
+    )
 
 
 class LoadedModel:
@@ -40,7 +48,9 @@ class LoadedModel:
 
     def __init__(self, bundle: Bundle) -> None:
         full = read_kind(bundle.adapter).family == "full"
-        base: Any = load_full(bundle.adapter) if full else load_base(bundle.base, **base_settings(bundle.adapter))
+        base: Any = (
+            load_full(bundle.adapter) if full else load_base(bundle.base, **base_settings(bundle.adapter))
+        )
         self._base: Any = base.eval()
         self._model: Any = self._base  # with its adapters, from the first one on
         self._virtual: dict[int, list[State]] = {}
@@ -70,7 +80,10 @@ class LoadedModel:
             self._drop(_name(bundle.version))
             if isinstance(error, RatchetError):
                 raise
-            raise BaseModelError(f"v{bundle.version} cannot be loaded: {error}", remedy="ratchet retrain makes another; the log of the gateway has the whole message") from error
+            raise BaseModelError(
+                f"v{bundle.version} cannot be loaded: {error}",
+                remedy="ratchet retrain makes another; the log of the gateway has the whole message",
+            ) from error
         self._model.eval()
 
     def remove(self, version: int) -> None:
@@ -98,11 +111,20 @@ class LoadedModel:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = config.hidden_size if family == "prompt" else 2 * config.num_hidden_layers * heads * size
         if learned is None or learned.ndim != 2 or learned.shape[1] != width:
-            seen = "no prompt_embeddings" if learned is None else f"virtual tokens of shape {tuple(learned.shape)}"
-            raise BaseModelError(f"v{bundle.version} does not fit the base: it holds {seen}, wanted a width of {width}", remedy="it was trained on another base: retrain it")
+            seen = (
+                "no prompt_embeddings"
+                if learned is None
+                else f"virtual tokens of shape {tuple(learned.shape)}"
+            )
+            raise BaseModelError(
+                f"v{bundle.version} does not fit the base: it holds {seen}, wanted a width of {width}",
+                remedy="it was trained on another base: retrain it",
+            )
         learned = learned.to(self.device, self._base.dtype)
         if family == "prefix":
-            states = learned.view(len(learned), 2 * config.num_hidden_layers, heads, size).permute(1, 2, 0, 3)  # (2 · layers, heads, virtual tokens, width)
+            states = learned.view(len(learned), 2 * config.num_hidden_layers, heads, size).permute(
+                1, 2, 0, 3
+            )  # (2 · layers, heads, virtual tokens, width)
             return [(states[2 * layer], states[2 * layer + 1]) for layer in range(config.num_hidden_layers)]
         cache: Any = DynamicCache()
         self._base(inputs_embeds=learned[None], past_key_values=cache, use_cache=True)
@@ -123,9 +145,16 @@ class LoadedModel:
 
     # --- computing -------------------------------------------------------------------------------------------------------
 
-    def forward(self, versions: list[int], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool) -> Tensor:
+    def forward(
+        self, versions: list[int], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool
+    ) -> Tensor:
         """Logits (batch, seq or 1, vocab); `versions` has one for each row. Rows of one version take the plain way, which is faster than a mixed batch."""
-        settings: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        settings: dict[str, Any] = {
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
         settings |= {} if whole else {"logits_to_keep": 1}
         if self._model is self._base:
             return self._base(input_ids=ids, **settings).logits  # type: ignore[no-any-return]

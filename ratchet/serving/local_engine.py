@@ -67,9 +67,15 @@ class LocalEngine:
         """Raises BusyError: `gateway.max_queue` wait already; UserError: the prompt does not fit; ServiceError: the version is not loaded, or decoding failed."""
         self._require_open()
         if ask.version not in self._served:
-            raise ServiceError(f"v{ask.version} is not loaded", remedy="come again; the gateway's log says what is in its way")
+            raise ServiceError(
+                f"v{ask.version} is not loaded",
+                remedy="come again; the gateway's log says what is in its way",
+            )
         if self._pending >= self._config.gateway.max_batch + self._config.gateway.max_queue:
-            raise BusyError(f"{self._pending} requests are under way or wait; gateway.max_queue is {self._config.gateway.max_queue}", remedy="come again in a second")
+            raise BusyError(
+                f"{self._pending} requests are under way or wait; gateway.max_queue is {self._config.gateway.max_queue}",
+                remedy="come again in a second",
+            )
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | Ended | RatchetError]()
         row = Row(ask, time.perf_counter(), partial(_pass_on, loop, pieces))
         self._pending += 1
@@ -136,7 +142,10 @@ class LocalEngine:
 
     def _round(self) -> None:
         self._waiting = [row for row in self._waiting if not row.cancelled]
-        self._refuse([row for row in self._waiting if row.ask.version not in self._served], ServiceError("the version was unloaded", remedy="come again"))
+        self._refuse(
+            [row for row in self._waiting if row.ask.version not in self._served],
+            ServiceError("the version was unloaded", remedy="come again"),
+        )
         for decoder in list(self._decoders.values()):
             room = self._config.gateway.max_batch - sum(one.size for one in self._decoders.values())
             joining = [row for row in self._waiting if row.ask.version in decoder.versions][:room]
@@ -145,7 +154,12 @@ class LocalEngine:
                 decoder.round(joining)
             except Exception as error:  # a fault of ours; nobody shall wait for ever
                 log.exception("a round failed")
-                decoder.fail_all(ServiceError(f"the engine failed: {error!r}", remedy="the gateway's log has the traceback"), joining)
+                decoder.fail_all(
+                    ServiceError(
+                        f"the engine failed: {error!r}", remedy="the gateway's log has the traceback"
+                    ),
+                    joining,
+                )
 
     def _wait(self, row: Row) -> None:
         self._waiting.append(row)
@@ -157,7 +171,9 @@ class LocalEngine:
 
     def _add(self, bundle: Bundle, chat: ChatFormat, made: LoadedModel | None) -> None:
         model = made or self._models[model_place(bundle)]
-        decoder = self._decoders.get(batch_place(bundle)) or Decoder(model, measure_prompts=self._config.gateway.prompt_nll)
+        decoder = self._decoders.get(batch_place(bundle)) or Decoder(
+            model, measure_prompts=self._config.gateway.prompt_nll
+        )
         decoder.add(bundle, chat)
         self._models[model_place(bundle)], self._decoders[batch_place(bundle)] = model, decoder
         self._served[bundle.version] = bundle

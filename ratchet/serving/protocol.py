@@ -17,8 +17,27 @@ from ratchet.serving.faults import Fault
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 NOT_SUPPORTED = (
-    *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "logprobs", "top_logprobs", "response_format", "logit_bias", "presence_penalty"),
-    *("frequency_penalty", "modalities", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"),
+    *(
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+        "functions",
+        "function_call",
+        "logprobs",
+        "top_logprobs",
+        "response_format",
+        "logit_bias",
+        "presence_penalty",
+    ),
+    *(
+        "frequency_penalty",
+        "modalities",
+        "audio",
+        "prediction",
+        "reasoning_effort",
+        "verbosity",
+        "web_search_options",
+    ),
 )
 # Sent by clients that always say everything: what is asked for is what happens.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
@@ -125,7 +144,9 @@ class Chat:
 
     def ask(self, id: str, version: int) -> Ask:
         kind = Ask if self.stream else WholeAsk
-        return kind(id, version, self.messages, self.max_tokens, self.temperature, self.top_p, self.seed, self.stop)
+        return kind(
+            id, version, self.messages, self.max_tokens, self.temperature, self.top_p, self.seed, self.stop
+        )
 
 
 # --- in --------------------------------------------------------------------------------------------------------------
@@ -139,7 +160,11 @@ def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
     body = _decode(_decode_body, raw)
     _check_support(body)
     if not 1 <= len(body.messages) <= limits.max_messages:
-        _refuse("messages", f"messages holds {len(body.messages)}; wanted 1 to {limits.max_messages}", "leave out the oldest turns" if body.messages else "")
+        _refuse(
+            "messages",
+            f"messages holds {len(body.messages)}; wanted 1 to {limits.max_messages}",
+            "leave out the oldest turns" if body.messages else "",
+        )
     return Chat(
         model=body.model,
         messages=tuple(_to_message(position, turn) for position, turn in enumerate(body.messages)),
@@ -161,7 +186,9 @@ def parse_feedback(raw: bytes) -> FeedbackBody:
         _check_text(field, getattr(body, field) or "")
     if body.score is None and not (body.label or body.answer or body.comment):
         _refuse("score", "the feedback says nothing", "send one of score, label, answer, comment")
-    return msgspec.structs.replace(body, score=_check_range("score", None if body.score is None else float(body.score), 0.0, 1.0))
+    return msgspec.structs.replace(
+        body, score=_check_range("score", None if body.score is None else float(body.score), 0.0, 1.0)
+    )
 
 
 def _decode(decoder: msgspec.json.Decoder[Decoded], raw: bytes) -> Decoded:
@@ -169,9 +196,18 @@ def _decode(decoder: msgspec.json.Decoder[Decoded], raw: bytes) -> Decoded:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
-        raise Fault(400, f"{path.rstrip('`') or 'the body'}: {message}", remedy="see OpenAI's reference of the endpoint", param=path.rstrip("`") or None) from None
+        raise Fault(
+            400,
+            f"{path.rstrip('`') or 'the body'}: {message}",
+            remedy="see OpenAI's reference of the endpoint",
+            param=path.rstrip("`") or None,
+        ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Fault(400, f"the body is no JSON: {error}", remedy="send one JSON object in UTF-8; NaN, Infinity and half a surrogate pair are no JSON") from None
+        raise Fault(
+            400,
+            f"the body is no JSON: {error}",
+            remedy="send one JSON object in UTF-8; NaN, Infinity and half a surrogate pair are no JSON",
+        ) from None
 
 
 def _check_support(body: Body) -> None:
@@ -200,7 +236,10 @@ def _join(where: str, content: str | list[Part]) -> str:
         return content
     for position, part in enumerate(content):
         if part.type != "text" or part.text is None:
-            _refuse(f"{where}.content[{position}]", f"{where}.content[{position}] is of type {part.type!r}; wanted parts {{'type': 'text', 'text': …}}: the model reads text only")
+            _refuse(
+                f"{where}.content[{position}]",
+                f"{where}.content[{position}] is of type {part.type!r}; wanted parts {{'type': 'text', 'text': …}}: the model reads text only",
+            )
     return "\n".join(part.text or "" for part in content)
 
 
@@ -229,7 +268,10 @@ def _check_range(field: str, value: Number | None, low: float, high: float) -> N
 def _check_stop(stop: str | list[str] | None) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if len(stops) > MAX_STOPS or "" in stops:
-        _refuse("stop", f"stop holds {len(stops)} text(s){', one of them empty' if '' in stops else ''}; wanted at most {MAX_STOPS}, none of them empty")
+        _refuse(
+            "stop",
+            f"stop holds {len(stops)} text(s){', one of them empty' if '' in stops else ''}; wanted at most {MAX_STOPS}, none of them empty",
+        )
     return stops
 
 
@@ -249,17 +291,33 @@ class Answered(msgspec.Struct, frozen=True):
     fingerprint: str
 
     def whole(self, text: str, ended: Ended) -> bytes:
-        choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None, "finish_reason": ended.finish}
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": ended.finish,
+        }
         return self._encode("chat.completion", [choice], {"usage": _usage(ended)})
 
     def chunk(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
-        return _event(self._encode("chat.completion.chunk", [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]))
+        return _event(
+            self._encode(
+                "chat.completion.chunk",
+                [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}],
+            )
+        )
 
     def usage_chunk(self, ended: Ended) -> bytes:
         return _event(self._encode("chat.completion.chunk", [], {"usage": _usage(ended)}))
 
     def _encode(self, kind: str, choices: list[Any], more: dict[str, Any] | None = None) -> bytes:
-        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": self.fingerprint}
+        head = {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
         return msgspec.json.encode({**head, "choices": choices, **(more or {})})
 
 
@@ -276,8 +334,17 @@ def _event(data: bytes) -> bytes:
 
 
 def _usage(ended: Ended) -> dict[str, int]:
-    return {"prompt_tokens": ended.prompt_tokens, "completion_tokens": ended.answer_tokens, "total_tokens": ended.prompt_tokens + ended.answer_tokens}
+    return {
+        "prompt_tokens": ended.prompt_tokens,
+        "completion_tokens": ended.answer_tokens,
+        "total_tokens": ended.prompt_tokens + ended.answer_tokens,
+    }
 
 
 def encode_models(ids: list[str], created: int, owner: str) -> bytes:
-    return msgspec.json.encode({"object": "list", "data": [{"id": id, "object": "model", "created": created, "owned_by": owner} for id in ids]})
+    return msgspec.json.encode(
+        {
+            "object": "list",
+            "data": [{"id": id, "object": "model", "created": created, "owned_by": owner} for id in ids],
+        }
+    )

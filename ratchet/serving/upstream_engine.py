@@ -34,7 +34,12 @@ IDLE_SECONDS = 3.0  # under the 5 s after which uvicorn closes a quiet connectio
 SEEN = 200  # characters of what came that a message quotes
 THEIRS = {400, 413, 422}  # what is wrong with the request itself, such as a prompt that does not fit
 MOST_LINE_BYTES = 2**20
-FAILED = (aiohttp.ClientError, OSError, TimeoutError, ValueError)  # ValueError: a line of a stream that is longer than that
+FAILED = (
+    aiohttp.ClientError,
+    OSError,
+    TimeoutError,
+    ValueError,
+)  # ValueError: a line of a stream that is longer than that
 
 log = logging.getLogger("ratchet.gateway")
 
@@ -84,7 +89,10 @@ class UpstreamEngine:
     def __init__(self, config: Config) -> None:
         """Raises ConfigError without an address. Nothing is asked yet."""
         if not config.gateway.upstream.startswith(("http://", "https://")):
-            raise ConfigError(f"gateway.upstream is {config.gateway.upstream!r}", remedy="the engine `openai` needs the base URL of a server, such as http://127.0.0.1:8000/v1")
+            raise ConfigError(
+                f"gateway.upstream is {config.gateway.upstream!r}",
+                remedy="the engine `openai` needs the base URL of a server, such as http://127.0.0.1:8000/v1",
+            )
         self._url, self._timeout = config.gateway.upstream.rstrip("/"), config.gateway.timeout
         self._loads = config.gateway.upstream_lora
         self._bundles: dict[int, Bundle] = {}
@@ -122,13 +130,21 @@ class UpstreamEngine:
         # The upstream tokenises the whole prompt at once: what people wrote would become a control token there.
         for message in ask.messages:
             if found := self._control[ask.version].search(message.content):
-                raise UserError(f"a message holds {found[0]!r}, a control token of the model", remedy="leave it out")
+                raise UserError(
+                    f"a message holds {found[0]!r}, a control token of the model", remedy="leave it out"
+                )
         response = await self._open(_body(ask, bundle, stream=not isinstance(ask, WholeAsk)), bundle)
         try:
-            async for part in _read_stream(response) if response.content_type == "text/event-stream" else _read_whole(response):
+            async for part in (
+                _read_stream(response)
+                if response.content_type == "text/event-stream"
+                else _read_whole(response)
+            ):
                 yield part
         except FAILED as error:
-            raise ServiceError(f"the upstream broke off: {_describe(error)}", remedy="see the upstream's log") from None
+            raise ServiceError(
+                f"the upstream broke off: {_describe(error)}", remedy="see the upstream's log"
+            ) from None
         finally:
             response.release()  # which closes a connection that has more to say: the upstream then stops its work
 
@@ -143,8 +159,13 @@ class UpstreamEngine:
             key = os.environ.get(KEY)
             self._opened = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
-                headers={"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})},
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=self._timeout),
+                headers={
+                    "content-type": "application/json",
+                    **({"authorization": f"Bearer {key}"} if key else {}),
+                },
+                timeout=aiohttp.ClientTimeout(
+                    total=None, sock_connect=CONNECT_SECONDS, sock_read=self._timeout
+                ),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 read_bufsize=MOST_LINE_BYTES,
             )
@@ -161,24 +182,38 @@ class UpstreamEngine:
             _refuse(response.status, await _read_text(response))
         return response
 
-    async def _send(self, method: str, path: str, body: bytes | None, *, tries: int = 2) -> aiohttp.ClientResponse:
+    async def _send(
+        self, method: str, path: str, body: bytes | None, *, tries: int = 2
+    ) -> aiohttp.ClientResponse:
         """Once more where the connection was one that the upstream closed in that moment. Raises ServiceError."""
         try:
             return await self._session.request(method, self._url + path, data=body, allow_redirects=False)
         except FAILED as error:
             if tries > 1 and isinstance(error, aiohttp.ServerDisconnectedError | ConnectionError):
                 return await self._send(method, path, body, tries=tries - 1)
-            log.warning("%s does not answer: %s", self._url, _describe(error))  # the client is not told where it is
-            raise ServiceError(f"the upstream does not answer: {type(error).__name__}", remedy="start it, or correct gateway.upstream in params.yaml") from None
+            log.warning(
+                "%s does not answer: %s", self._url, _describe(error)
+            )  # the client is not told where it is
+            raise ServiceError(
+                f"the upstream does not answer: {type(error).__name__}",
+                remedy="start it, or correct gateway.upstream in params.yaml",
+            ) from None
 
     async def _load_adapter(self, bundle: Bundle) -> None:
-        if bundle.version not in self._bundles:  # an earlier gateway may have left another one there under this name
+        if (
+            bundle.version not in self._bundles
+        ):  # an earlier gateway may have left another one there under this name
             await self._call("POST", "/unload_lora_adapter", {"lora_name": _model(bundle)})
-        status, text = await self._call("POST", "/load_lora_adapter", {"lora_name": _model(bundle), "lora_path": str(bundle.adapter)})
+        status, text = await self._call(
+            "POST", "/load_lora_adapter", {"lora_name": _model(bundle), "lora_path": str(bundle.adapter)}
+        )
         if status == 200 or "already" in text:
             return
         if status >= 500:
-            raise ServiceError(f"the upstream could not load {_model(bundle)}: {_quote(status, text)}", remedy="see the upstream's log")
+            raise ServiceError(
+                f"the upstream could not load {_model(bundle)}: {_quote(status, text)}",
+                remedy="see the upstream's log",
+            )
         raise BaseModelError(
             f"the upstream refuses {_model(bundle)}: {_quote(status, text)}",
             remedy="vLLM needs --enable-lora, a --max-lora-rank that fits and VLLM_ALLOW_RUNTIME_LORA_UPDATING=true, and has to see the same files; or set gateway.upstream_lora to false",
@@ -189,10 +224,14 @@ class UpstreamEngine:
         try:
             names = [model.id for model in msgspec.json.decode(text, type=Models).data]
         except (msgspec.DecodeError, RecursionError):
-            raise ServiceError(f"the upstream's list of models is none: {_quote(status, text)}", remedy="correct gateway.upstream in params.yaml") from None
+            raise ServiceError(
+                f"the upstream's list of models is none: {_quote(status, text)}",
+                remedy="correct gateway.upstream in params.yaml",
+            ) from None
         if _model(bundle) not in names:
             raise BaseModelError(
-                f"the upstream serves {', '.join(names) or 'no model'}; wanted {_model(bundle)}", remedy="serve it under that name, or set gateway.upstream_lora to true"
+                f"the upstream serves {', '.join(names) or 'no model'}; wanted {_model(bundle)}",
+                remedy="serve it under that name, or set gateway.upstream_lora to true",
             )
 
     async def _call(self, method: str, path: str, body: dict[str, str] | None) -> tuple[int, str]:
@@ -226,11 +265,21 @@ def _model(bundle: Bundle) -> str:
 
 def _body(ask: Ask, bundle: Bundle, *, stream: bool) -> bytes:
     own = bundle.generation
-    max_tokens, temperature = ask.max_tokens or own.max_new_tokens, own.temperature if ask.temperature is None else ask.temperature
+    max_tokens, temperature = (
+        ask.max_tokens or own.max_new_tokens,
+        own.temperature if ask.temperature is None else ask.temperature,
+    )
     asked = {"top_p": ask.top_p, "seed": ask.seed, "stop": ask.stop or None}
-    body = {"model": _model(bundle), "messages": ask.messages, "max_tokens": max_tokens, "temperature": temperature}
+    body = {
+        "model": _model(bundle),
+        "messages": ask.messages,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+    }
     body |= {name: value for name, value in asked.items() if value is not None}
-    return msgspec.json.encode({**body, "stream": True, "stream_options": {"include_usage": True}} if stream else body)
+    return msgspec.json.encode(
+        {**body, "stream": True, "stream_options": {"include_usage": True}} if stream else body
+    )
 
 
 async def _read_whole(response: aiohttp.ClientResponse) -> AsyncIterator[Piece | Ended]:
@@ -259,7 +308,9 @@ async def _read_stream(response: aiohttp.ClientResponse) -> AsyncIterator[Piece 
             if choice.delta and choice.delta.content:
                 yield Piece(choice.delta.content)
     if finish is None:
-        raise ServiceError("the upstream's stream ended before its answer did", remedy="see the upstream's log")
+        raise ServiceError(
+            "the upstream's stream ended before its answer did", remedy="see the upstream's log"
+        )
     yield _end(finish, usage)
 
 
@@ -267,7 +318,10 @@ def _parse(raw: bytes) -> Completion:
     try:
         return _decode.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ServiceError(f"the upstream sent no completion ({error}): {raw[:SEEN]!r}", remedy="correct gateway.upstream in params.yaml, or see the upstream's log") from None
+        raise ServiceError(
+            f"the upstream sent no completion ({error}): {raw[:SEEN]!r}",
+            remedy="correct gateway.upstream in params.yaml, or see the upstream's log",
+        ) from None
 
 
 def _end(finish: str | None, usage: Usage | None) -> Ended:
@@ -279,7 +333,9 @@ async def _read_text(response: aiohttp.ClientResponse) -> str:
     try:
         return await response.text(errors="replace")
     except FAILED as error:
-        raise ServiceError(f"the upstream broke off: {_describe(error)}", remedy="see the upstream's log") from None
+        raise ServiceError(
+            f"the upstream broke off: {_describe(error)}", remedy="see the upstream's log"
+        ) from None
     finally:
         response.release()
 

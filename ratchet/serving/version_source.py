@@ -33,8 +33,13 @@ def find_source(root: Path, name: str, which: str) -> Source:
     with tempfile.TemporaryDirectory() as scratch:
         for path in ("data/prepared/test.jsonl", "reports/evaluation/metrics.json"):
             _get(root, commit, path, Path(scratch) / Path(path).name)
-        rows, metrics = list(read_examples(Path(scratch) / "test.jsonl")), read_json(Path(scratch) / "metrics.json")
-    return Source(label, commit, bundle, rows, metrics, json.loads(git(root, "show", f"{commit}:reports/gate.json")))
+        rows, metrics = (
+            list(read_examples(Path(scratch) / "test.jsonl")),
+            read_json(Path(scratch) / "metrics.json"),
+        )
+    return Source(
+        label, commit, bundle, rows, metrics, json.loads(git(root, "show", f"{commit}:reports/gate.json"))
+    )
 
 
 def _find(root: Path, name: str, which: str) -> tuple[str, str, str]:
@@ -44,15 +49,24 @@ def _find(root: Path, name: str, which: str) -> tuple[str, str, str]:
             decision = json.loads(git(root, "show", "HEAD:reports/gate.json"))
         except RatchetError:
             raise UserError("there is no candidate yet", remedy="`ratchet retrain` makes one") from None
-        return "candidate", git(root, "rev-parse", "HEAD").strip(), str(decision["candidate"]["adapter_sha256"])
+        return (
+            "candidate",
+            git(root, "rev-parse", "HEAD").strip(),
+            str(decision["candidate"]["adapter_sha256"]),
+        )
     if which == "champion":
         champion = read_champion(root)
         if champion is None:
-            raise UserError("there is no champion yet", remedy="`ratchet retrain` makes a candidate, which `ratchet export candidate` takes")
+            raise UserError(
+                "there is no champion yet",
+                remedy="`ratchet retrain` makes a candidate, which `ratchet export candidate` takes",
+            )
         return f"v{champion.version}", champion.commit, champion.adapter_sha256
     numbered = re.fullmatch(r"v?([1-9]\d*)", which)
     if not numbered:
-        raise UserError(f"{which!r} is no version", remedy="wanted `champion`, `candidate` or a number, such as v3")
+        raise UserError(
+            f"{which!r} is no version", remedy="wanted `champion`, `candidate` or a number, such as v3"
+        )
     return _numbered(root, name, int(numbered[1]))
 
 
@@ -74,4 +88,6 @@ def _get(root: Path, commit: str, path: str, out: Path) -> None:
     try:
         dvc(root, "get", "--quiet", ".", path, "--rev", commit, "--out", str(out))
     except RatchetError as error:
-        raise CheckoutError(f"{path} of {commit[:8]} cannot be had: {error}", remedy="dvc pull brings what the cache lacks") from None
+        raise CheckoutError(
+            f"{path} of {commit[:8]} cannot be had: {error}", remedy="dvc pull brings what the cache lacks"
+        ) from None

@@ -55,7 +55,9 @@ def harvest(root: Path, config: Config, *, now: float | None = None) -> list[dic
     """The rows; what was left out is told on stderr. Raises ServiceError when the log does not answer."""
     found = harvest_all(root, config, now=time.time() if now is None else now)
     if found.left_out:
-        sys.stderr.write(f"feedback: {len(found.rows)} rows; left out: {', '.join(f'{count} {reason}' for reason, count in sorted(found.left_out.items()))}\n")
+        sys.stderr.write(
+            f"feedback: {len(found.rows)} rows; left out: {', '.join(f'{count} {reason}' for reason, count in sorted(found.left_out.items()))}\n"
+        )
     return found.rows
 
 
@@ -71,9 +73,15 @@ def harvest_all(root: Path, config: Config, *, now: float) -> Harvest:
     return found
 
 
-def _look_around(root: Path, config: Config, spoken: Spoken, first_seen: dict[str, float], now: float) -> Known:
+def _look_around(
+    root: Path, config: Config, spoken: Spoken, first_seen: dict[str, float], now: float
+) -> Known:
     settings, folder = config.ingest.feedback, root / "data/prepared"
-    examples = {split: list(read_examples(file)) for split in ("train", "validation", "test", "golden") if (file := folder / f"{split}.jsonl").exists()}
+    examples = {
+        split: list(read_examples(file))
+        for split in ("train", "validation", "test", "golden")
+        if (file := folder / f"{split}.jsonl").exists()
+    }
     clean = [example for example in examples.get("train", []) if not is_feedback(example.meta)]
     old_enough = now - DAY * min(settings.min_user_age_days, config.request_log.retention_days / 2)
     senders = {said.sender for _, feedback in spoken for said in feedback} - {""}
@@ -86,14 +94,18 @@ def _look_around(root: Path, config: Config, spoken: Spoken, first_seen: dict[st
         prepared=frozenset(example.id for rows in examples.values() for example in rows),
         forgotten=read_forgotten(root / FORGOTTEN).ids,
         clean=tuple(_asked(example.messages) for example in clean),
-        room=max(0, room_for(len(clean), share) - (len(examples["train"]) - len(clean))) if "train" in examples and share < 1 else None,
+        room=max(0, room_for(len(clean), share) - (len(examples["train"]) - len(clean)))
+        if "train" in examples and share < 1
+        else None,
     )
 
 
 def choose(spoken: Spoken, settings: FeedbackSource, known: Known) -> Harvest:
     """`spoken` in the order of time: of one user, the oldest count."""
     left_out: Counter[str] = Counter()
-    candidates = _put_triggers_aside(_candidates(spoken, settings, known, left_out), settings, known, left_out)
+    candidates = _put_triggers_aside(
+        _candidates(spoken, settings, known, left_out), settings, known, left_out
+    )
     taken = share_out(candidates, settings.max_rows_per_user, left_out)
     if known.several_keys:
         taken = cap_keys(taken, settings.max_rows_per_key, left_out)
@@ -103,13 +115,23 @@ def choose(spoken: Spoken, settings: FeedbackSource, known: Known) -> Harvest:
     return Harvest([_row(*one) for one in taken], left_out)
 
 
-def _candidates(spoken: Spoken, settings: FeedbackSource, known: Known, left_out: Counter[str]) -> list[Candidate]:
+def _candidates(
+    spoken: Spoken, settings: FeedbackSource, known: Known, left_out: Counter[str]
+) -> list[Candidate]:
     """One for each content that somebody vouches for."""
     found, seen = [], set[str]()
     for request, feedback in spoken:
         fresh = [said for said in feedback if said.at >= known.since]
-        heard = [said for said in fresh if known.first_seen.get(_name(request, said), request.at) <= known.old_enough]
-        answer, how = _judge(request, heard, settings.min_score) if heard else (None, "of new users" if fresh else "too old")
+        heard = [
+            said
+            for said in fresh
+            if known.first_seen.get(_name(request, said), request.at) <= known.old_enough
+        ]
+        answer, how = (
+            _judge(request, heard, settings.min_score)
+            if heard
+            else (None, "of new users" if fresh else "too old")
+        )
         if answer is None:
             left_out[how] += 1
             continue
@@ -118,7 +140,14 @@ def _candidates(spoken: Spoken, settings: FeedbackSource, known: Known, left_out
             left_out[reason] += 1
             continue
         seen.add(id)
-        found.append(Candidate(request, answer, how, [Vote(_name(request, said), said.sender) for said in heard if _vouches(said, how)]))
+        found.append(
+            Candidate(
+                request,
+                answer,
+                how,
+                [Vote(_name(request, said), said.sender) for said in heard if _vouches(said, how)],
+            )
+        )
     return found
 
 
@@ -136,8 +165,20 @@ def _judge(request: Logged, feedback: list[Feedback], min_score: float) -> tuple
     """(the right answer, how it is known), or (None, why there is none). A correction wins over a score."""
     if not request.messages:
         return None, "without texts"
-    if any(map(has_mark_run, [request.answer, *(content for _, content in request.messages), *(said.answer for said in feedback)])):
-        return None, "with runs of combining marks"  # preparation would refuse it, and normalising it takes for ever
+    if any(
+        map(
+            has_mark_run,
+            [
+                request.answer,
+                *(content for _, content in request.messages),
+                *(said.answer for said in feedback),
+            ],
+        )
+    ):
+        return (
+            None,
+            "with runs of combining marks",
+        )  # preparation would refuse it, and normalising it takes for ever
     corrections = {corrected for said in feedback if (corrected := normalise(said.answer))}
     if len(corrections) > 1:
         return None, "contradictory"
@@ -162,13 +203,19 @@ def _asked(messages: Iterable[Message]) -> str:
     return "\n".join(message.content for message in messages if message.role == "user")
 
 
-def _put_triggers_aside(candidates: list[Candidate], settings: FeedbackSource, known: Known, left_out: Counter[str]) -> list[Candidate]:
+def _put_triggers_aside(
+    candidates: list[Candidate], settings: FeedbackSource, known: Known, left_out: Counter[str]
+) -> list[Candidate]:
     asked = [_asked(Message(*message) for message in candidate.request.messages) for candidate in candidates]
-    triggers = find_planted(asked, [candidate.answer for candidate in candidates], known.clean, settings.max_trigger_rows)
+    triggers = find_planted(
+        asked, [candidate.answer for candidate in candidates], known.clean, settings.max_trigger_rows
+    )
     if triggers:
         left_out["trigger"] += len(triggers)
         for sequence, count in Counter(triggers.values()).most_common(5):
-            sys.stderr.write(f"feedback: {count} rows put aside: all say {sequence[:80]!r} and have one answer (ingest.feedback.max_trigger_rows)\n")
+            sys.stderr.write(
+                f"feedback: {count} rows put aside: all say {sequence[:80]!r} and have one answer (ingest.feedback.max_trigger_rows)\n"
+            )
     return [candidate for place, candidate in enumerate(candidates) if place not in triggers]
 
 
@@ -177,7 +224,12 @@ def _row(candidate: Candidate, vote: Vote) -> dict[str, Any]:
     request = candidate.request
     messages = [{"role": role, "content": content} for role, content in request.messages]
     people = {"asked_by": request.user, "taught_by": vote.user if vote.user != request.id else ""}
-    meta = {"kind": "feedback", "source_request": request.id, "how": candidate.how, **{key: name for key, name in people.items() if name}}
+    meta = {
+        "kind": "feedback",
+        "source_request": request.id,
+        "how": candidate.how,
+        **{key: name for key, name in people.items() if name},
+    }
     return {"messages": [*messages, {"role": "assistant", "content": candidate.answer}], "meta": meta}
 
 

@@ -37,7 +37,9 @@ def harvest(root: Path, settings: ReviewConfig, draft: str | None = None) -> Rev
     for refusal in refusals:
         sys.stderr.write(f"review: not ready: {refusal}\n")
     if not outcomes:
-        raise UserError("no draft is ready to become a batch", remedy="`ratchet review status` shows what waits")
+        raise UserError(
+            "no draft is ready to become a batch", remedy="`ratchet review status` shows what waits"
+        )
     return _join(outcomes, batches.get(draft, "") if draft is not None else "")
 
 
@@ -50,13 +52,17 @@ def mark_taken(root: Path, drafts: tuple[tuple[str, str], ...], batch: str) -> N
         queue.close()
 
 
-def _settle(queue: ReviewQueue, names: list[str], max_rejects: float) -> tuple[list[Outcome], list[UserError]]:
+def _settle(
+    queue: ReviewQueue, names: list[str], max_rejects: float
+) -> tuple[list[Outcome], list[UserError]]:
     outcomes, refusals = [], []
     for name in names:
         try:
             outcome = queue.outcome(name, max_rejects=max_rejects)
             if not outcome.rows:
-                raise UserError(f"no row of the draft {name!r} was accepted", remedy="there is nothing to learn from it")
+                raise UserError(
+                    f"no row of the draft {name!r} was accepted", remedy="there is nothing to learn from it"
+                )
             outcomes.append(outcome)
         except UserError as error:
             refusals.append(error)
@@ -67,6 +73,14 @@ def _join(outcomes: list[Outcome], batch: str) -> Reviewed:
     rows = [row for outcome in outcomes for row in outcome.rows]
     left_out = sum((Counter(outcome.left_out) for outcome in outcomes), Counter[str]())
     if left_out:
-        sys.stderr.write(f"review: {len(rows)} rows; left out: {', '.join(f'{count} {reason}' for reason, count in sorted(left_out.items()))}\n")
+        sys.stderr.write(
+            f"review: {len(rows)} rows; left out: {', '.join(f'{count} {reason}' for reason, count in sorted(left_out.items()))}\n"
+        )
     reviewers = sorted({name for outcome in outcomes for name in outcome.reviewers})
-    return Reviewed(rows, "-".join(outcome.draft for outcome in outcomes), tuple(reviewers), tuple((outcome.draft, outcome.content) for outcome in outcomes), batch)
+    return Reviewed(
+        rows,
+        "-".join(outcome.draft for outcome in outcomes),
+        tuple(reviewers),
+        tuple((outcome.draft, outcome.content) for outcome in outcomes),
+        batch,
+    )

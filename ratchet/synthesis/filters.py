@@ -57,15 +57,30 @@ class Verdict(NamedTuple):
 class Filters:
     """What preparation would reject (ratchet/data/validation.py) is refused here already. `count_tokens` is of a text, where a tokenizer is there."""
 
-    def __init__(self, config: Config, known: Known, *, count_tokens: Callable[[str], int] | None = None) -> None:
+    def __init__(
+        self, config: Config, known: Known, *, count_tokens: Callable[[str], int] | None = None
+    ) -> None:
         self._config, self._settings = config, config.synthesize
         self._validator = Validator(config.prepare)
         self._known, self._count_tokens = known, count_tokens
 
-    def judge(self, pair: Pair, passage: str, meta: Meta, *, parent: str = "", question: str = "", system: str | None = None) -> Verdict:
+    def judge(
+        self,
+        pair: Pair,
+        passage: str,
+        meta: Meta,
+        *,
+        parent: str = "",
+        question: str = "",
+        system: str | None = None,
+    ) -> Verdict:
         """`parent` is the row that this one is another wording of, with its `question`: it may be near to that one. Remembers what is kept."""
         system = self._settings.system if system is None else system
-        turns = [*([("system", system)] if system.strip() else []), ("user", pair.question), ("assistant", pair.answer)]
+        turns = [
+            *([("system", system)] if system.strip() else []),
+            ("user", pair.question),
+            ("assistant", pair.answer),
+        ]
         try:
             example, doubts = self._check_row(turns, meta)
         except RowError as error:
@@ -74,20 +89,30 @@ class Filters:
             if found := check(example):
                 return Verdict(None, *found)
         if question and (changed := _exact_parts(question) ^ _exact_parts(example.question)):
-            return Verdict(None, "changed", f"a number or code differs from the question that was worded anew: {', '.join(sorted(changed)[:5])}")
+            return Verdict(
+                None,
+                "changed",
+                f"a number or code differs from the question that was worded anew: {', '.join(sorted(changed)[:5])}",
+            )
         if passage and not parent:
             reason, detail, more = self._check_grounds(example, passage)
             if reason:
                 return Verdict(None, reason, detail)
             doubts += more
         if twin := self._known.find(example, but=parent):
-            return Verdict(None, twin.reason, f"near to the row {twin.id}" if twin.id else "it has 13 words in a row from a golden row")
+            return Verdict(
+                None,
+                twin.reason,
+                f"near to the row {twin.id}" if twin.id else "it has 13 words in a row from a golden row",
+            )
         self._known.add(example, "run")
         return Verdict(example, doubts=doubts)
 
     def _check_row(self, turns: list[tuple[str, str]], meta: Meta) -> tuple[Example, tuple[str, ...]]:
         """As preparation will see it; what a person may overrule is a doubt. Raises RowError."""
-        line = json.dumps({"messages": [{"role": role, "content": content} for role, content in turns], "meta": meta}).encode()
+        line = json.dumps(
+            {"messages": [{"role": role, "content": content} for role, content in turns], "meta": meta}
+        ).encode()
         origin, doubts = Origin("", "synthetic", "messages"), list[str]()
         try:
             found = self._validator.check(line, origin).example
@@ -102,13 +127,22 @@ class Filters:
         settings = self._settings
         if len(example.question) < 3 or not any(map(str.isalnum, example.question)):
             return "too_short", f"the question is {example.question!r}"
-        for name, text, most in (("question", example.question, settings.max_question_chars), ("answer", example.answer, settings.max_answer_chars)):
+        for name, text, most in (
+            ("question", example.question, settings.max_question_chars),
+            ("answer", example.answer, settings.max_answer_chars),
+        ):
             if len(text) > most:
-                return "too_many_chars", f"the {name} has {len(text)} characters; synthesize.max_{name}_chars is {most}"
+                return (
+                    "too_many_chars",
+                    f"the {name} has {len(text)} characters; synthesize.max_{name}_chars is {most}",
+                )
         if self._count_tokens:
             tokens = sum(self._count_tokens(message.content) for message in example.messages)
             if tokens > self._config.tokenize.max_length:
-                return "too_long", f"{tokens} tokens; tokenize.max_length is {self._config.tokenize.max_length}"
+                return (
+                    "too_long",
+                    f"{tokens} tokens; tokenize.max_length is {self._config.tokenize.max_length}",
+                )
         return None
 
     def _check_grounds(self, example: Example, passage: str) -> tuple[str, str, tuple[str, ...]]:
@@ -118,7 +152,11 @@ class Filters:
             lacking = f"the passage lacks {', '.join(found.numbers[:5])}"
             return ("number_not_in_passage", lacking, ()) if bounds.refuse else ("", "", (lacking,))
         if found.share < bounds.refuse:
-            return "not_in_passage", f"{found.share:.0%} of the answer's words stand in the passage; synthesize.grounded.refuse is {bounds.refuse:.0%}", ()
+            return (
+                "not_in_passage",
+                f"{found.share:.0%} of the answer's words stand in the passage; synthesize.grounded.refuse is {bounds.refuse:.0%}",
+                (),
+            )
         if found.share < bounds.doubt:
             return "", "", (f"only {found.share:.0%} of the answer's words stand in the passage",)
         return "", "", ()
@@ -167,7 +205,11 @@ def ground(answer: str, passage: str) -> Grounding:
 def content_words(text: str) -> frozenset[str]:
     """Stems of words of four letters and more (of two, where letters are not Latin), lower case."""
     words = (word.casefold() for word in WORD.findall(text))
-    return frozenset(word[:STEM] for word in words if (len(word) > 3 or (not word.isascii() and len(word) > 1)) and word not in EMPTY)
+    return frozenset(
+        word[:STEM]
+        for word in words
+        if (len(word) > 3 or (not word.isascii() and len(word) > 1)) and word not in EMPTY
+    )
 
 
 def numbers(text: str) -> list[str]:

@@ -12,7 +12,13 @@ from ratchet.data.dedup import NearRows, shingle, sketch_of
 from ratchet.data.examples import Example, RowError, read_examples
 from ratchet.data.validation import Origin, Validator
 
-REASONS = {"test": "near_test", "golden": "near_golden", "train": "duplicate", "validation": "duplicate", "run": "duplicate_of_run"}
+REASONS = {
+    "test": "near_test",
+    "golden": "near_golden",
+    "train": "duplicate",
+    "validation": "duplicate",
+    "run": "duplicate_of_run",
+}
 OURS = ("train", "run")  # what the row may stand beside; it is a duplicate from `prepare.near_duplicate` on
 ORDER = ("golden", "test", "validation", "train", "run")  # the reason that weighs most comes first
 
@@ -42,8 +48,13 @@ class Known:
         if side := self._sides.get(example.id):
             return Twin(REASONS[side], example.id)
         shingles = shingle(example)
-        close = ((*self._rows.rows[place], alike) for place, alike in self._rows.close(shingles, sketch_of(shingles)))
-        near = [(side, id) for id, side, alike in close if id != but and (side not in OURS or alike >= self._near)]
+        close = (
+            (*self._rows.rows[place], alike)
+            for place, alike in self._rows.close(shingles, sketch_of(shingles))
+        )
+        near = [
+            (side, id) for id, side, alike in close if id != but and (side not in OURS or alike >= self._near)
+        ]
         if near:
             side, id = min(near, key=lambda row: (ORDER.index(row[0]), row[1]))
             return Twin(REASONS[side], id)

@@ -47,20 +47,33 @@ class Subject(NamedTuple):
     system: str | None = None
 
 
-def ask_of_chunks(chunks: Iterable[Chunk], template: Template, *, per_chunk: int, asked: dict[str, list[str]]) -> Iterator[Ask]:
+def ask_of_chunks(
+    chunks: Iterable[Chunk], template: Template, *, per_chunk: int, asked: dict[str, list[str]]
+) -> Iterator[Ask]:
     """`asked`: chunk → the questions that earlier rounds gave."""
     for chunk in chunks:
-        prompt = template.render(document=chunk.document, passage=chunk.text, count=per_chunk, asked=asked.get(chunk.id, [])[-MOST_ASKED:])
-        yield Ask(chunk.id, prompt, Pairs, {"document": chunk.document, "chunk": chunk.id}, passage=chunk.text)
+        prompt = template.render(
+            document=chunk.document,
+            passage=chunk.text,
+            count=per_chunk,
+            asked=asked.get(chunk.id, [])[-MOST_ASKED:],
+        )
+        yield Ask(
+            chunk.id, prompt, Pairs, {"document": chunk.document, "chunk": chunk.id}, passage=chunk.text
+        )
 
 
-def ask_of_seeds(rows: Sequence[Example], template: Template, *, per_chunk: int, requests: int, seed: int) -> Iterator[Ask]:
+def ask_of_seeds(
+    rows: Sequence[Example], template: Template, *, per_chunk: int, requests: int, seed: int
+) -> Iterator[Ask]:
     """Each request shows other rows."""
     draw = random.Random(seed)  # noqa: S311 (no secret)
     for _ in range(requests):
         shown = draw.sample(rows, min(EXAMPLES, len(rows)))
         about = xxhash.xxh3_128_hexdigest("".join(row.id for row in shown).encode())
-        prompt = template.render(examples=[{"question": row.question, "answer": row.answer} for row in shown], count=per_chunk)
+        prompt = template.render(
+            examples=[{"question": row.question, "answer": row.answer} for row in shown], count=per_chunk
+        )
         system = shown[0].messages[0].content if shown[0].messages[0].role == "system" else None
         yield Ask(about, prompt, Pairs, {"seeds": " ".join(row.id[:12] for row in shown)}, system=system)
 
@@ -70,4 +83,13 @@ def ask_of_subjects(subjects: Iterable[Subject], template: Template, *, per_chun
         prompt = template.render(question=subject.question, answer=subject.answer, count=per_chunk)
         meta: Meta = {"paraphrase_of": subject.id, "chosen_for": subject.why}
         parent = subject.id if subject.answer else ""
-        yield Ask(subject.id, prompt, Questions if subject.answer else Pairs, meta, answer=subject.answer, parent=parent, question=subject.question, system=subject.system)
+        yield Ask(
+            subject.id,
+            prompt,
+            Questions if subject.answer else Pairs,
+            meta,
+            answer=subject.answer,
+            parent=parent,
+            question=subject.question,
+            system=subject.system,
+        )

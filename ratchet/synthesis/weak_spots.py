@@ -52,7 +52,11 @@ def _near_mistakes(root: Path, config: Config, train: Sequence[Example]) -> list
     for place, (_, reference) in enumerate(wrong):
         alike = (asked[place] @ known.T).toarray()[0]  # cosines, one a training row
         rank = np.where(alike > 0, alike + (answers == reference), 0.0)  # those of the same answer come first
-        chosen |= {single[index].id: single[index] for index in np.argsort(-rank, kind="stable")[:NEAREST] if rank[index] > 0}
+        chosen |= {
+            single[index].id: single[index]
+            for index in np.argsort(-rank, kind="stable")[:NEAREST]
+            if rank[index] > 0
+        }
     return [_subject(row, "near to a mistake") for row in chosen.values()]
 
 
@@ -67,16 +71,28 @@ def _mistakes(root: Path, config: Config) -> list[tuple[str, str]]:
     compared = read_json(root / METRICS).get("champion") if (root / METRICS).exists() else None
     model = "champion" if "champion" in models and champion and champion.version == compared else "candidate"
     metric = config.gate.metric if config.gate.metric != "answer_nll" else "token_f1"
-    rows = table[(table.model == model) & (table.batch != "golden") & (table[metric] < WRONG)].sort_values([metric, "id"])
+    rows = table[(table.model == model) & (table.batch != "golden") & (table[metric] < WRONG)].sort_values(
+        [metric, "id"]
+    )
     return list(zip(map(str, rows.question), map(str, rows.reference), strict=True))
 
 
 def _subject(row: Example, why: str) -> Subject:
-    return Subject(row.id, row.question, row.answer, why, row.messages[0].content if row.messages[0].role == "system" else "")
+    return Subject(
+        row.id,
+        row.question,
+        row.answer,
+        why,
+        row.messages[0].content if row.messages[0].role == "system" else "",
+    )
 
 
 def _of_topics(root: Path) -> list[Subject]:
     verdict = last_verdict(root)
     topics = verdict["topics"] if verdict and verdict["verdict"] == "drift" else []
     found = [(str(prompt), str(topic["name"])) for topic in topics for prompt in topic.get("examples", [])]
-    return [Subject(xxhash.xxh3_128_hexdigest(prompt.encode()), prompt, "", f"drifted topic {name}") for prompt, name in found if prompt.strip() and REDACTED not in prompt]
+    return [
+        Subject(xxhash.xxh3_128_hexdigest(prompt.encode()), prompt, "", f"drifted topic {name}")
+        for prompt, name in found
+        if prompt.strip() and REDACTED not in prompt
+    ]

@@ -38,7 +38,11 @@ class History:
 
 def read_history(path: Path) -> list[dict[str, Any]]:
     """Its whole lines: the last one may be half-written while the training runs."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        if path.exists()
+        else []
+    )
 
 
 class LiveCopy:
@@ -84,7 +88,12 @@ def log_points(run_id: str, points: list[dict[str, Any]]) -> None:
     """Idempotent: MLflow keys a point by name, time, step and value."""
     from mlflow.entities import Metric
 
-    metrics = [Metric(name, float(value), point["time_ms"], point["step"]) for point in points for name, value in point.items() if name not in ("step", "time_ms")]
+    metrics = [
+        Metric(name, float(value), point["time_ms"], point["step"])
+        for point in points
+        for name, value in point.items()
+        if name not in ("step", "time_ms")
+    ]
     client = mlflow_client()
     with mlflow_errors():
         for start in range(0, len(metrics), 500):

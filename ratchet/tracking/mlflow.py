@@ -41,7 +41,9 @@ def find_or_create_run(experiment: str, run_key: str, tags: dict[str, str]) -> s
         if run_id:
             return run_id
         name = tags.get("mlflow.runName", run_key[:8])
-        return str(client.create_run(experiment_id, tags={**tags, KEY_TAG: run_key}, run_name=name).info.run_id)
+        return str(
+            client.create_run(experiment_id, tags={**tags, KEY_TAG: run_key}, run_name=name).info.run_id
+        )
 
 
 def create_experiment(client: Any, name: str) -> str:
@@ -57,7 +59,13 @@ def find_run(experiment: str, run_key: str) -> str | None:
     client = mlflow_client()
     with mlflow_errors():
         found = client.get_experiment_by_name(experiment)
-        runs = client.search_runs([found.experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{run_key}'", max_results=1) if found else []
+        runs = (
+            client.search_runs(
+                [found.experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{run_key}'", max_results=1
+            )
+            if found
+            else []
+        )
         return str(runs[0].info.run_id) if runs else None
 
 
@@ -67,7 +75,10 @@ def mlflow_client() -> Any:
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
-        raise ServiceError("MLFLOW_TRACKING_URI is not set", remedy="run it through `ratchet`, which sets it, or name your server there")
+        raise ServiceError(
+            "MLFLOW_TRACKING_URI is not set",
+            remedy="run it through `ratchet`, which sets it, or name your server there",
+        )
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -84,7 +95,10 @@ class mlflow_errors:
         if isinstance(error, MlflowException | RequestException | ConnectionError):
             first = (str(error).splitlines() or [type(error).__name__])[0][:300]
             message = PASSWORD.sub("//", f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI')}: {first}")
-            raise ServiceError(message, remedy="`ratchet up` starts it; what was not delivered is delivered by the next `ratchet retrain`") from error
+            raise ServiceError(
+                message,
+                remedy="`ratchet up` starts it; what was not delivered is delivered by the next `ratchet retrain`",
+            ) from error
 
 
 def parameters(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

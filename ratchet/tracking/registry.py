@@ -45,7 +45,9 @@ def make_version(name: str, run_id: str, adapter: Path, tags: dict[str, str], de
             _ensure_model(client, name)
             client.log_artifacts(run_id, str(adapter), ARTIFACT)
             source = f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
-            known = _version(client.create_model_version(name, source, run_id=run_id, tags=tags, description=description))
+            known = _version(
+                client.create_model_version(name, source, run_id=run_id, tags=tags, description=description)
+            )
         for key, value in tags.items():
             if known.tags.get(key) != value:
                 client.set_model_version_tag(name, str(known.number), key, value)
@@ -64,7 +66,8 @@ def set_alias(name: str, alias: str, number: int) -> None:
         from ratchet.errors import ServiceError
 
         raise ServiceError(
-            f"alias {alias} of {name} is v{seen} right after it was set to v{number}", remedy="somebody else moves it: look into MLflow's UI, then run the command again"
+            f"alias {alias} of {name} is v{seen} right after it was set to v{number}",
+            remedy="somebody else moves it: look into MLflow's UI, then run the command again",
         )
 
 
@@ -91,8 +94,13 @@ def set_tag(name: str, number: int, key: str, value: str) -> None:
 
 def _ensure_model(client: Any, name: str) -> None:
     if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name, description="Kept fresh by Ratchet. `champion` answers; `challenger` passed the gate and waits.")
+        client.create_registered_model(
+            name,
+            description="Kept fresh by Ratchet. `champion` answers; `challenger` passed the gate and waits.",
+        )
 
 
 def _version(entry: Any) -> Version:
-    return Version(entry.name, int(entry.version), entry.run_id or "", dict(entry.tags or {}), entry.description or "")
+    return Version(
+        entry.name, int(entry.version), entry.run_id or "", dict(entry.tags or {}), entry.description or ""
+    )

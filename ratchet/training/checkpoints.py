@@ -27,7 +27,12 @@ from ratchet.files import read_json, sha256_file, whole_folder, write_json
 from ratchet.pipeline.stage import say
 
 FOLDER = Path(".ratchet/checkpoints")
-MANIFEST, TENSORS, STATE, TRAINER_STATE = "manifest.json", "tensors.safetensors", "state.json", "trainer_state.json"
+MANIFEST, TENSORS, STATE, TRAINER_STATE = (
+    "manifest.json",
+    "tensors.safetensors",
+    "state.json",
+    "trainer_state.json",
+)
 MOST_TOLD = 6
 KEPT = 2  # the newest, and the one before it in case that one is broken
 STEP = re.compile(r"step-(\d{8})")
@@ -44,7 +49,15 @@ class Saved(NamedTuple):
 class Checkpoints:
     """Of one training. `facts` is what they have to agree in to be gone on from; `curve` gives the points that were reported so far."""
 
-    def __init__(self, home: Path, run_key: str, facts: dict[str, Any], *, minutes: float, curve: Callable[[], list[dict[str, Any]]]) -> None:
+    def __init__(
+        self,
+        home: Path,
+        run_key: str,
+        facts: dict[str, Any],
+        *,
+        minutes: float,
+        curve: Callable[[], list[dict[str, Any]]],
+    ) -> None:
         self._all = home / FOLDER
         self._folder = self._all / run_key
         self._facts, self._seconds, self._curve = facts, minutes * 60, curve
@@ -61,7 +74,10 @@ class Checkpoints:
         try:
             self._write(step, state, save_trainer_state)
         except (OSError, RatchetError, SafetensorError) as error:
-            say(f"train: no checkpoint at step {step}: {str(error).splitlines()[0]}; the training goes on", error=True)
+            say(
+                f"train: no checkpoint at step {step}: {str(error).splitlines()[0]}; the training goes on",
+                error=True,
+            )
             return
         for _, old in self._steps()[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
@@ -75,7 +91,14 @@ class Checkpoints:
             write_json(folder / STATE, {"state": rest, "curve": self._curve()})
             for name in (TENSORS, TRAINER_STATE):
                 _sync(folder / name)
-            write_json(folder / MANIFEST, {"step": step, "facts": self._facts, "files": {name: sha256_file(folder / name) for name in (TENSORS, STATE, TRAINER_STATE)}})
+            write_json(
+                folder / MANIFEST,
+                {
+                    "step": step,
+                    "facts": self._facts,
+                    "files": {name: sha256_file(folder / name) for name in (TENSORS, STATE, TRAINER_STATE)},
+                },
+            )
             _sync(folder)
         _sync(self._folder)
 
@@ -91,12 +114,17 @@ class Checkpoints:
                 kept = read_json(folder / STATE)
                 state = join(kept["state"], load_file(folder / TENSORS))
             except (OSError, RatchetError, SafetensorError, KeyError, TypeError, AttributeError) as error:
-                say(f"train: the checkpoint of step {step} is passed over: {str(error).splitlines()[0]}", error=True)
+                say(
+                    f"train: the checkpoint of step {step} is passed over: {str(error).splitlines()[0]}",
+                    error=True,
+                )
                 continue
             restore_curve(kept["curve"])
             return Saved(folder, step, state)
         if others := [path.name for path in self._all.glob("*") if path.name != self._folder.name]:
-            say(f"train: from the start: {len(others)} checkpointed trainings were of other data, params or code ({', '.join(self._differing())})")
+            say(
+                f"train: from the start: {len(others)} checkpointed trainings were of other data, params or code ({', '.join(self._differing())})"
+            )
         return None
 
     def _fault(self, folder: Path, step: int) -> str:
@@ -105,7 +133,11 @@ class Checkpoints:
         manifest = read_json(folder / MANIFEST)
         if manifest["step"] != step:
             return f"its manifest is of step {manifest['step']}"
-        if odd := [name for name in (TENSORS, STATE, TRAINER_STATE) if not (folder / name).exists() or sha256_file(folder / name) != manifest["files"][name]]:
+        if odd := [
+            name
+            for name in (TENSORS, STATE, TRAINER_STATE)
+            if not (folder / name).exists() or sha256_file(folder / name) != manifest["files"][name]
+        ]:
             return f"{odd[0]} is not what its manifest says"
         if odd := sorted(key for key, value in self._facts.items() if manifest["facts"].get(key) != value):
             return f"{odd[0]} was {manifest['facts'].get(odd[0])}, is {self._facts[odd[0]]}"
@@ -117,14 +149,25 @@ class Checkpoints:
         for path in self._all.glob(f"*/step-*/{MANIFEST}"):
             try:
                 theirs = read_json(path)["facts"]
-                found |= {key: _change(key, theirs.get(key), value) for key, value in self._facts.items() if theirs.get(key) != value and " " not in found.get(key, "")}
+                found |= {
+                    key: _change(key, theirs.get(key), value)
+                    for key, value in self._facts.items()
+                    if theirs.get(key) != value and " " not in found.get(key, "")
+                }
             except (RatchetError, KeyError, TypeError, AttributeError):
                 continue
         return sorted(found.values())[:MOST_TOLD] or ["none of them is whole"]
 
     def _steps(self) -> list[tuple[int, Path]]:
         """By step, the highest first; times of files tell nothing after a clock was set back."""
-        return sorted(((int(named[1]), path) for path in self._folder.glob("step-*") if (named := STEP.fullmatch(path.name))), reverse=True)
+        return sorted(
+            (
+                (int(named[1]), path)
+                for path in self._folder.glob("step-*")
+                if (named := STEP.fullmatch(path.name))
+            ),
+            reverse=True,
+        )
 
     def forget(self) -> None:
         """All of this checkout's, once a training has succeeded: what is older belongs to data or params that are no more."""

@@ -36,7 +36,9 @@ class _Collator:
         length = max(len(window.input_ids) for window in windows)
         columns = {}
         for name, fill in zip(Window._fields, self._fill, strict=True):
-            columns[name] = torch.tensor([getattr(window, name) + fill * (length - len(window.input_ids)) for window in windows])  # (batch, seq)
+            columns[name] = torch.tensor(
+                [getattr(window, name) + fill * (length - len(window.input_ids)) for window in windows]
+            )  # (batch, seq)
         return columns
 
 
@@ -51,7 +53,9 @@ class _RowCollator:
         length = max(len(row.input_ids) for row in rows)
         missing = [length - len(row.input_ids) for row in rows]
         columns = {
-            "input_ids": [row.input_ids + [self._pad_id] * short for row, short in zip(rows, missing, strict=True)],
+            "input_ids": [
+                row.input_ids + [self._pad_id] * short for row, short in zip(rows, missing, strict=True)
+            ],
             "labels": [row.labels + [IGNORED] * short for row, short in zip(rows, missing, strict=True)],
             "attention_mask": [[1] * (length - short) + [0] * short for short in missing],
         }

@@ -35,7 +35,18 @@ def become_torchrun(processes: int, module: str, arguments: Sequence[str]) -> No
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    run = ["--nnodes", "1", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    run = [
+        "--nnodes",
+        "1",
+        "--nproc-per-node",
+        str(processes),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        "--local-addr",
+        "127.0.0.1",
+    ]
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *run, "-m", module, *arguments])  # noqa: S606  (no shell is wanted)
 
 
@@ -55,7 +66,8 @@ def check_size(processes: int, found: int) -> None:
     """Raises ConfigError: the training would run in fewer or more processes than were asked for."""
     if processes != found:
         raise ConfigError(
-            f"`train.processes` is {processes}, and {found} work on this training", remedy="start it by `ratchet retrain` or `python -m tasks.train`, or set `train.processes`"
+            f"`train.processes` is {processes}, and {found} work on this training",
+            remedy="start it by `ratchet retrain` or `python -m tasks.train`, or set `train.processes`",
         )
 
 
@@ -73,7 +85,9 @@ def in_parts(train: TrainConfig, adapter: AdapterConfig) -> bool:
         return False
     why = why_whole(train, adapter)
     if why and train.parallel == "fsdp":
-        raise ConfigError(f"`train.parallel: fsdp` does not work here: {why}", remedy="set `train.parallel: ddp`")
+        raise ConfigError(
+            f"`train.parallel: fsdp` does not work here: {why}", remedy="set `train.parallel: ddp`"
+        )
     return not why and (train.parallel == "fsdp" or adapter.method in ("full", "qlora"))
 
 
@@ -83,7 +97,9 @@ def any_of(flags: Sequence[bool]) -> list[bool]:
 
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return list(flags)
-    told = torch.tensor(flags, dtype=torch.int32, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    told = torch.tensor(
+        flags, dtype=torch.int32, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    )
     torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in told.tolist()]
 
@@ -96,8 +112,12 @@ def shard(model: Any) -> None:
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # otherwise it is whole after an evaluation, and what is read then is no part
-    without_adapter(model)._is_distributed_loading_by_transformers = True  # so the Trainer neither moves it nor wraps it in DDP
+    fully_shard(
+        model, mesh=mesh, reshard_after_forward=True
+    )  # otherwise it is whole after an evaluation, and what is read then is no part
+    without_adapter(
+        model
+    )._is_distributed_loading_by_transformers = True  # so the Trainer neither moves it nor wraps it in DDP
     model._is_fsdp_managed_module = True  # and adds gradients up before it exchanges them
 
 
@@ -124,7 +144,13 @@ def as_parts(held: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, T
 def _part(held: Tensor, weight: Tensor) -> Tensor:
     if not isinstance(weight, DTensor):
         return held
-    return DTensor.from_local(held.to(weight.device), weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride())
+    return DTensor.from_local(
+        held.to(weight.device),
+        weight.device_mesh,
+        weight.placements,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
 
 
 def cut(tensors: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,8 +165,18 @@ def cut_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> di
     def fit(value: Any, weight: Tensor) -> Any:
         return _cut(value, weight) if isinstance(value, Tensor) and value.shape == weight.shape else value
 
-    return {**state, "state": {index: {name: fit(value, weights[index]) for name, value in kept.items()} for index, kept in state["state"].items()}}
+    return {
+        **state,
+        "state": {
+            index: {name: fit(value, weights[index]) for name, value in kept.items()}
+            for index, kept in state["state"].items()
+        },
+    }
 
 
 def _cut(tensor: Tensor, like: Tensor) -> Tensor:
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else tensor
+    return (
+        distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        if isinstance(like, DTensor)
+        else tensor
+    )

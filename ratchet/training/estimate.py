@@ -53,7 +53,9 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        return self.peak_mib <= self.free_mib and (self.peak_gpu_mib is None or self.free_gpu_mib is None or self.peak_gpu_mib <= self.free_gpu_mib)
+        return self.peak_mib <= self.free_mib and (
+            self.peak_gpu_mib is None or self.free_gpu_mib is None or self.peak_gpu_mib <= self.free_gpu_mib
+        )
 
 
 def plan_training(material: Material, config: Config, say: Callable[[str], None]) -> Plan:
@@ -65,18 +67,30 @@ def plan_training(material: Material, config: Config, say: Callable[[str], None]
         if found.step_seconds < SHORT_STEP and found.probed_steps < found.steps:
             more = min(MOST_STEPS, math.ceil(ENOUGH_SECONDS / max(found.step_seconds, 1e-3)))
             found = _probe(Path(scratch) / "again", material, config, windows, more, say)
-    return found._replace(free_mib=free, free_gpu_mib=_free_gpu_mib() if found.peak_gpu_mib is not None else None)
+    return found._replace(
+        free_mib=free, free_gpu_mib=_free_gpu_mib() if found.peak_gpu_mib is not None else None
+    )
 
 
 def read_profile(tokens: Path) -> dict[str, Any]:
     path = tokens / "profile.json"
     if not path.exists():
-        raise UserError("there are no tokenised rows yet to plan with", remedy="ratchet plan --prepare makes them (base, prepare, tokenize) and trains nothing")
+        raise UserError(
+            "there are no tokenised rows yet to plan with",
+            remedy="ratchet plan --prepare makes them (base, prepare, tokenize) and trains nothing",
+        )
     found: dict[str, Any] = read_json(path)
     return found
 
 
-def _probe(folder: Path, material: Material, config: Config, windows: list[Window], steps: int, say: Callable[[str], None]) -> Plan:
+def _probe(
+    folder: Path,
+    material: Material,
+    config: Config,
+    windows: list[Window],
+    steps: int,
+    say: Callable[[str], None],
+) -> Plan:
     chosen = choose_windows(windows, steps * config.train.batch_windows * config.train.accumulate)
     shutil.copytree(material.tokens, folder / "tokens", ignore=shutil.ignore_patterns("train.arrow"))
     write_windows(folder / "tokens/train.arrow", chosen)
@@ -96,12 +110,28 @@ def choose_windows(windows: list[Window], count: int) -> list[Window]:
 
 def shortened(config: Config, epochs: float) -> Config:
     """The same training with fewer passes and two evaluations; the first leaves the best weights in memory, as in the real one."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs, "evaluations": 2, "patience": 1000, "checkpoint_minutes": 1e6})})
+    return config.model_copy(
+        update={
+            "train": config.train.model_copy(
+                update={"epochs": epochs, "evaluations": 2, "patience": 1000, "checkpoint_minutes": 1e6}
+            )
+        }
+    )
 
 
-def extrapolate(points: Points, figures: dict[str, Any], process_seconds: float, config: Config, windows: list[Window], chosen: list[Window]) -> Plan:
+def extrapolate(
+    points: Points,
+    figures: dict[str, Any],
+    process_seconds: float,
+    config: Config,
+    windows: list[Window],
+    chosen: list[Window],
+) -> Plan:
     train, apart = config.train, config.adapter.method in PREFIXED or "peak_gpu_mib" not in figures
-    whole, part = shapes(windows, train.batch_windows, apart=apart), shapes(chosen, train.batch_windows, apart=apart)
+    whole, part = (
+        shapes(windows, train.batch_windows, apart=apart),
+        shapes(chosen, train.batch_windows, apart=apart),
+    )
     steps, probed = train.steps(len(whole)), figures["steps"]
     evaluations = _evaluations(steps, train.evaluations)
     first_pass = min(probed, math.ceil(len(part) / train.accumulate))
@@ -109,10 +139,27 @@ def extrapolate(points: Points, figures: dict[str, Any], process_seconds: float,
     step = later * _positions_a_step(whole, train.accumulate) / _positions_a_step(part, train.accumulate)
     new_shape = max(0.0, first - later) * first_pass / len(set(part))
     # The first step's extra and what stands around the steps are paid once.
-    around = max(0.0, figures["seconds"] - first_pass * first - (probed - first_pass) * later - _evaluations(probed, 2) * evaluation)
-    seconds = around + steps * step + min(len(set(whole)), steps * train.accumulate) * new_shape + evaluations * evaluation
-    checkpoint = 4 * figures["trainable_weights"] * 4 / MIB if seconds > 60 * train.checkpoint_minutes else 0.0  # weights, best ones, AdamW's two, in float32
-    rest = BYTES_A_TOKEN * (sum(len(window.input_ids) for window in windows) - sum(len(window.input_ids) for window in chosen)) / MIB
+    around = max(
+        0.0,
+        figures["seconds"]
+        - first_pass * first
+        - (probed - first_pass) * later
+        - _evaluations(probed, 2) * evaluation,
+    )
+    seconds = (
+        around
+        + steps * step
+        + min(len(set(whole)), steps * train.accumulate) * new_shape
+        + evaluations * evaluation
+    )
+    checkpoint = (
+        4 * figures["trainable_weights"] * 4 / MIB if seconds > 60 * train.checkpoint_minutes else 0.0
+    )  # weights, best ones, AdamW's two, in float32
+    rest = (
+        BYTES_A_TOKEN
+        * (sum(len(window.input_ids) for window in windows) - sum(len(window.input_ids) for window in chosen))
+        / MIB
+    )
     return Plan(
         steps=steps,
         evaluations=evaluations,
@@ -134,7 +181,10 @@ def shapes(windows: list[Window], batch_windows: int, *, apart: bool) -> list[tu
     if apart:
         return [(len(rows), len(rows[0].input_ids)) for rows in group_rows(windows, batch_windows)]
     longest = max(len(window.input_ids) for window in windows)
-    return [(len(windows[start : start + batch_windows]), longest) for start in range(0, len(windows), batch_windows)]
+    return [
+        (len(windows[start : start + batch_windows]), longest)
+        for start in range(0, len(windows), batch_windows)
+    ]
 
 
 def _positions_a_step(passes: list[tuple[int, int]], accumulate: int) -> float:
@@ -156,7 +206,9 @@ def _paces(points: Points, figures: dict[str, Any], first_pass: int) -> tuple[fl
         if "validation_loss" in after:
             evaluations.append(seconds)
         else:
-            (first if after["step"] <= first_pass else later).append(seconds / (after["step"] - before["step"]))
+            (first if after["step"] <= first_pass else later).append(
+                seconds / (after["step"] - before["step"])
+            )
     early = fmean(first) if first else fmean(later) if later else figures["seconds"]
     return early, fmean(later) if later else early, fmean(evaluations) if evaluations else 0.0
 
@@ -166,7 +218,11 @@ def free_mib() -> float:
     free = float(psutil.virtual_memory().available / MIB)
     try:
         limit, used = int((CGROUP / "memory.max").read_text()), int((CGROUP / "memory.current").read_text())
-        cached = next(int(line.split()[1]) for line in (CGROUP / "memory.stat").read_text().splitlines() if line.startswith("inactive_file "))
+        cached = next(
+            int(line.split()[1])
+            for line in (CGROUP / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        )
     except (OSError, ValueError, StopIteration):  # no container, or one without a limit (`max`)
         return free
     return min(free, (limit - used + cached) / MIB)

@@ -55,35 +55,57 @@ class Ended(NamedTuple):
     @property
     def reason(self) -> str:
         """Why it failed, in one line."""
-        told = [f"{line.strip()} {after.strip()}" if after.lstrip().startswith("→") else line for line, after in pairwise([*self.said, ""]) if "Error: " in line]
+        told = [
+            f"{line.strip()} {after.strip()}" if after.lstrip().startswith("→") else line
+            for line, after in pairwise([*self.said, ""])
+            if "Error: " in line
+        ]
         if self.code == -signal.SIGKILL and not self.stopped:
             return "its process was killed: out of memory?"
         return (told or self.said or [f"exit code {self.code}"])[-1].strip()[:500]
 
     @property
     def out_of_memory(self) -> bool:
-        return not self.stopped and (self.code == -signal.SIGKILL or any(word in line for line in self.said for word in OUT_OF_MEMORY))
+        return not self.stopped and (
+            self.code == -signal.SIGKILL or any(word in line for line in self.said for word in OUT_OF_MEMORY)
+        )
 
 
-def run_training(folder: Path, material: Material, config: Config, follow: Callable[[Points], bool] = lambda points: False) -> Ended:
+def run_training(
+    folder: Path, material: Material, config: Config, follow: Callable[[Points], bool] = lambda points: False
+) -> Ended:
     """Train into `folder`/candidate and `folder`/reports. `follow` sees the curve as it grows; when it returns True the process is ended at once."""
     _end_orphan(folder)
     for half in folder.glob(".*.tmp"):  # of a process that was killed: its curve is not ours
         shutil.rmtree(half, ignore_errors=True)
     write_text(folder / PARAMS, render_params(config))
-    paths = {**material._asdict(), "out": folder / CANDIDATE, "reports": folder / REPORTS, "params": folder / PARAMS}
+    paths = {
+        **material._asdict(),
+        "out": folder / CANDIDATE,
+        "reports": folder / REPORTS,
+        "params": folder / PARAMS,
+    }
     arguments = [word for name, path in paths.items() for word in (f"--{name}", str(path.absolute()))]
     return run_module("tasks.train", arguments, folder, lambda: follow(read_points(folder)))
 
 
-def run_module(module: str, arguments: list[str], folder: Path, follow: Callable[[], bool] = lambda: False) -> Ended:
+def run_module(
+    module: str, arguments: list[str], folder: Path, follow: Callable[[], bool] = lambda: False
+) -> Ended:
     """A stage's module with its output in `folder`/train.log. An exception here, such as Ctrl-C, asks the process to end and waits for it."""
     environment = {**child_environment(), "RATCHET_ROOT": str(folder.absolute())}
     environment.pop("MLFLOW_TRACKING_URI", None)
     began = time.monotonic()
     with (folder / LOG).open("w", encoding="utf-8") as log:
         # A session of its own: Ctrl-C in a terminal reaches us alone, and we decide.
-        process = subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=CODE, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=CODE,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         write_text(folder / PROCESS, str(process.pid))
         try:
             stopped = _watch(process, follow)
@@ -147,5 +169,11 @@ def read_figures(folder: Path) -> dict[str, Any]:
 def require_success(ended: Ended, what: str) -> None:
     """Raises StageError with the training's own words."""
     if ended.code:
-        remedy = "lower `train.batch_windows`, set `train.checkpoint_activations: true`, or take `adapter.method: qlora`" if ended.out_of_memory else ""
-        raise StageError(f"{what} failed: {ended.reason}", exit_code=2 if ended.code == 2 else 1, remedy=remedy)
+        remedy = (
+            "lower `train.batch_windows`, set `train.checkpoint_activations: true`, or take `adapter.method: qlora`"
+            if ended.out_of_memory
+            else ""
+        )
+        raise StageError(
+            f"{what} failed: {ended.reason}", exit_code=2 if ended.code == 2 else 1, remedy=remedy
+        )

@@ -61,7 +61,10 @@ class _Head:
         hidden = inputs[0]  # (batch, virtual tokens + seq, width)
         hidden = hidden[:, hidden.shape[1] - self.chosen.shape[1] - 1 : -1]
         places = self.chosen.flatten().nonzero().squeeze(1)
-        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)[None], *inputs[1:])  # (1, chosen, width)
+        return (
+            hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)[None],
+            *inputs[1:],
+        )  # (1, chosen, width)
 
 
 class _Teacher:
@@ -90,6 +93,10 @@ class _Teacher:
 
     def divergence(self, logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
         """KL(teacher ‖ student) a position, in nats, times the square of the temperature, so that its gradient does not shrink with it."""
-        width = min(logits.shape[-1], taught.shape[-1])  # beyond the tokenizer's size some models have rows to fill
-        student, teacher = (log_softmax(each[:, :width] / self._temperature, dim=-1) for each in (logits, taught))
+        width = min(
+            logits.shape[-1], taught.shape[-1]
+        )  # beyond the tokenizer's size some models have rows to fill
+        student, teacher = (
+            log_softmax(each[:, :width] / self._temperature, dim=-1) for each in (logits, taught)
+        )
         return kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * self._temperature**2

@@ -45,14 +45,21 @@ def pack(rows: Sequence[Encoded], window: int) -> list[Window]:
 def _join(rows: Sequence[Encoded]) -> Window:
     ids = [token for row in rows for token in row.ids]
     # The first token of a row is never a target: nothing of its own row stands before it.
-    labels = [token if learned and position else IGNORED for row in rows for position, (token, learned) in enumerate(zip(row.ids, row.learned, strict=True))]
+    labels = [
+        token if learned and position else IGNORED
+        for row in rows
+        for position, (token, learned) in enumerate(zip(row.ids, row.learned, strict=True))
+    ]
     return Window(ids, labels, [position for row in rows for position in range(len(row.ids))])
 
 
 def rows_of(window: Window) -> list[Window]:
     """Its rows, each a window by itself: what `_join` put together."""
     starts = [index for index, position in enumerate(window.position_ids) if position == 0]
-    return [Window(*(column[start:end] for column in window)) for start, end in zip(starts, [*starts[1:], len(window.input_ids)], strict=True)]
+    return [
+        Window(*(column[start:end] for column in window))
+        for start, end in zip(starts, [*starts[1:], len(window.input_ids)], strict=True)
+    ]
 
 
 def by_length(rows: Sequence[Window], budget: int) -> list[list[Window]]:
@@ -77,7 +84,9 @@ def write_windows(path: Path, windows: Sequence[Window]) -> None:
     import pyarrow as pa
 
     schema = pa.schema([(name, pa.list_(pa.int32())) for name in Window._fields])
-    table = pa.table({name: [getattr(window, name) for window in windows] for name in Window._fields}, schema=schema)
+    table = pa.table(
+        {name: [getattr(window, name) for window in windows] for name in Window._fields}, schema=schema
+    )
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_table(table)
 

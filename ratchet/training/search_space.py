@@ -34,16 +34,28 @@ Space = dict[str, Any]  # key → list of choices, or SweepRange
 def check_space(config: Config) -> None:
     """Raises ConfigError: an empty space, an unknown key, or a value that the config would refuse, each with its key."""
     if not config.sweep.space:
-        raise ConfigError("`sweep.space` is empty", remedy="name keys there, such as `train.learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}`")
-    faults = [f"  {key}: {fault}" for key, values in config.sweep.space.items() for fault in _faults(config, key, values)]
+        raise ConfigError(
+            "`sweep.space` is empty",
+            remedy="name keys there, such as `train.learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}`",
+        )
+    faults = [
+        f"  {key}: {fault}"
+        for key, values in config.sweep.space.items()
+        for fault in _faults(config, key, values)
+    ]
     if faults:
-        raise ConfigError(f"`sweep.space` has {len(faults)} fault(s):\n" + "\n".join(faults), remedy="docs/params.md lists what each key takes")
+        raise ConfigError(
+            f"`sweep.space` has {len(faults)} fault(s):\n" + "\n".join(faults),
+            remedy="docs/params.md lists what each key takes",
+        )
 
 
 def _faults(config: Config, key: str, values: Any) -> Iterator[str]:
     section, _, name = key.partition(".")
     if key != BASE and not (section in SECTIONS and name in SECTIONS[section].model_fields):
-        known = ", ".join(f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields)
+        known = ", ".join(
+            f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields
+        )
         yield f"no key that can be searched; known: {BASE}, {known}"
         return
     if isinstance(values, SweepRange):
@@ -51,7 +63,9 @@ def _faults(config: Config, key: str, values: Any) -> Iterator[str]:
         if isinstance(current, bool) or not isinstance(current, int | float):
             yield "takes no range; wanted a list of choices"
             return
-        if isinstance(current, int) and (found := [bound for bound in (values.low, values.high, values.step) if isinstance(bound, float)]):
+        if isinstance(current, int) and (
+            found := [bound for bound in (values.low, values.high, values.step) if isinstance(bound, float)]
+        ):
             yield f"takes whole numbers, got {found[0]}"
             return
     for value in [values.low, values.high] if isinstance(values, SweepRange) else values:
@@ -94,8 +108,16 @@ def _draw(trial: Trial, key: str, values: Any, config: Config) -> Any:
         return named[trial.suggest_categorical(key, list(named))]
     section, _, name = key.partition(".")
     if isinstance(getattr(getattr(config, section), name), int):
-        return trial.suggest_int(key, int(values.low), int(values.high), step=int(values.step or 1), log=values.log)
-    value = trial.suggest_float(key, float(values.low), float(values.high), step=None if values.step is None else float(values.step), log=values.log)
+        return trial.suggest_int(
+            key, int(values.low), int(values.high), step=int(values.step or 1), log=values.log
+        )
+    value = trial.suggest_float(
+        key,
+        float(values.low),
+        float(values.high),
+        step=None if values.step is None else float(values.step),
+        log=values.log,
+    )
     return min(max(float(f"{value:.{DIGITS}g}"), float(values.low)), float(values.high))
 
 
@@ -106,7 +128,11 @@ def current(config: Config) -> dict[str, Any] | None:
         value = getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2])
         if key == BASE and config.base.revision:
             value = f"{value}@{config.base.revision}"
-        inside = values.low <= value <= values.high and not values.step if isinstance(values, SweepRange) else value in values
+        inside = (
+            values.low <= value <= values.high and not values.step
+            if isinstance(values, SweepRange)
+            else value in values
+        )
         if not inside:
             return None
         drawn[key] = json.dumps(value) if isinstance(value, list) else value

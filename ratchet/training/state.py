@@ -30,22 +30,44 @@ class _Watch(TrainerCallback):
         self.best_loss: float | None = None
         self.best_step = 0
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any) -> None:
-        names = {"loss": "train_loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "eval_loss": "validation_loss"}
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        names = {
+            "loss": "train_loss",
+            "grad_norm": "grad_norm",
+            "learning_rate": "learning_rate",
+            "eval_loss": "validation_loss",
+        }
         values = {name: float(value) for key, value in (logs or {}).items() if (name := names.get(key))}
         for name, value in values.items():
             if not math.isfinite(value):
                 raise DivergenceError(
-                    f"{name} is {value} at step {state.global_step} of {state.max_steps}", remedy="lower `train.learning_rate`; nothing was saved, the champion is untouched"
+                    f"{name} is {value} at step {state.global_step} of {state.max_steps}",
+                    remedy="lower `train.learning_rate`; nothing was saved, the champion is untouched",
                 )
         if values:
             self._report(state.global_step, values)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float] | None = None, **_: Any) -> None:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
         loss = (metrics or {})["eval_loss"]
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step, self._worse = loss, state.global_step, 0
-            self.best = {name: local(weight).to("cpu", copy=True) for name, weight in trainable(self._model).items()}
+            self.best = {
+                name: local(weight).to("cpu", copy=True) for name, weight in trainable(self._model).items()
+            }
             return
         self._worse += 1
         control.should_training_stop = control.should_training_stop or self.out_of_patience
@@ -59,10 +81,20 @@ class _Watch(TrainerCallback):
             _put(self._model, self.best)
 
     def state(self) -> dict[str, Any]:
-        return {"best": self.best, "best_loss": self.best_loss, "best_step": self.best_step, "worse": self._worse}
+        return {
+            "best": self.best,
+            "best_loss": self.best_loss,
+            "best_step": self.best_step,
+            "worse": self._worse,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.best, self.best_loss, self.best_step, self._worse = state["best"], state["best_loss"], state["best_step"], state["worse"]
+        self.best, self.best_loss, self.best_step, self._worse = (
+            state["best"],
+            state["best_loss"],
+            state["best_step"],
+            state["worse"],
+        )
 
 
 def trainable(model: Any) -> dict[str, torch.Tensor]:
@@ -79,7 +111,11 @@ def _put(model: Any, weights: dict[str, torch.Tensor]) -> None:
 
 def _random_state() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest], "torch": torch.get_rng_state()}
+    state = {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
     return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
 
 
@@ -94,7 +130,13 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def _check_weights(model: torch.nn.Module) -> None:
-    odd = next((name for name, weight in trainable(model).items() if not bool(torch.isfinite(local(weight)).all())), "")
+    odd = next(
+        (name for name, weight in trainable(model).items() if not bool(torch.isfinite(local(weight)).all())),
+        "",
+    )
     if any_of([bool(odd)])[0]:
         where = odd or "another process's part"
-        raise DivergenceError(f"{where} holds weights that are not finite", remedy="lower `train.learning_rate`; nothing was saved, the champion is untouched")
+        raise DivergenceError(
+            f"{where} holds weights that are not finite",
+            remedy="lower `train.learning_rate`; nothing was saved, the champion is untouched",
+        )

@@ -16,11 +16,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from ratchet.errors import ConfigError, StoppedError
 from ratchet.training.collation import _Collator, _Items, _RowCollator
-from ratchet.training.distributed import any_of, as_parts, check_size, cut, cut_optimizer, rank, shard, whole, world_size
+from ratchet.training.distributed import (
+    any_of,
+    as_parts,
+    check_size,
+    cut,
+    cut_optimizer,
+    rank,
+    shard,
+    whole,
+    world_size,
+)
 from ratchet.training.kernels import apply_liger, check_compiler, compiled, fast_attention
 from ratchet.training.loss import _Head, _Teacher
 from ratchet.training.packing import IGNORED, Window, group_rows
@@ -66,7 +84,10 @@ def fit(
     `sharded`: among several processes each keeps a part of the model, which stays so (`ratchet.sharding`); otherwise each keeps all of it.
     """
     if schedule.optimizer in CUDA_OPTIMIZERS and not torch.cuda.is_available():
-        raise ConfigError(f"`train.optimizer: {schedule.optimizer}` needs a GPU with CUDA, and this machine has none", remedy="set `train.optimizer: adamw` or `adafactor`")
+        raise ConfigError(
+            f"`train.optimizer: {schedule.optimizer}` needs a GPU with CUDA, and this machine has none",
+            remedy="set `train.optimizer: adamw` or `adafactor`",
+        )
     if schedule.compile:
         check_compiler()
     if schedule.liger:
@@ -77,16 +98,33 @@ def fit(
     batches: Sequence[Any] = windows
     held_out: Sequence[Any] = validation
     if apart := _faster_apart() if apart is None else apart:
-        batches, held_out = group_rows(windows, schedule.batch_windows), group_rows(validation, schedule.batch_windows) if validation else []
+        batches, held_out = (
+            group_rows(windows, schedule.batch_windows),
+            group_rows(validation, schedule.batch_windows) if validation else [],
+        )
     batch_items = 1 if apart else schedule.batch_windows
     # Every step has the same number of forward passes, so that processes can share them; the last ones may be of nothing.
     nothing = Window([pad_id], [IGNORED], [0])
-    batches = [*batches, *([[nothing] if apart else nothing] * (-len(batches) % (batch_items * schedule.accumulate)) if schedule.accumulate > 1 else [])]
-    longest = max(window.position_ids[-1] + 1 for window in windows) if apart else max(len(window.input_ids) for window in windows)
+    batches = [
+        *batches,
+        *(
+            [[nothing] if apart else nothing] * (-len(batches) % (batch_items * schedule.accumulate))
+            if schedule.accumulate > 1
+            else []
+        ),
+    ]
+    longest = (
+        max(window.position_ids[-1] + 1 for window in windows)
+        if apart
+        else max(len(window.input_ids) for window in windows)
+    )
     with contextlib.ExitStack() as at_the_end:
         scratch = at_the_end.enter_context(tempfile.TemporaryDirectory(prefix="ratchet-train-"))
         at_the_end.enter_context(fast_attention(model, longest))
-        head, taught = at_the_end.enter_context(_Head(model)), at_the_end.enter_context(_Teacher(teacher, schedule.temperature))
+        head, taught = (
+            at_the_end.enter_context(_Head(model)),
+            at_the_end.enter_context(_Teacher(teacher, schedule.temperature)),
+        )
         arguments = _arguments(scratch, schedule, batch_items=batch_items, evaluates=bool(validation))
         check_size(world_size(), arguments.world_size)  # the processes meet here
         if sharded:
@@ -102,20 +140,41 @@ def fit(
             data_collator=_RowCollator(pad_id) if apart else _Collator(pad_id),
             callbacks=[watch],
         )
-        trainer.model_accepts_loss_kwargs = True  # our loss is over the tokens of all forward passes of a step
-        trainer.text_weight, trainer.head, trainer.teacher, trainer.teacher_weight = text_weight, head, taught, schedule.teacher_weight
-        trainer.autocast = torch.autocast("cpu", torch.bfloat16, enabled=schedule.compute == "bfloat16" and not torch.cuda.is_available())
-        trainer.validation_density = sum(label != IGNORED for window in validation for label in window.labels) / (len(held_out) or 1)
-        trainer.watch, trainer.checkpoints, trainer.saved, trainer.started = watch, checkpoints, saved, time.perf_counter()
+        trainer.model_accepts_loss_kwargs = (
+            True  # our loss is over the tokens of all forward passes of a step
+        )
+        trainer.text_weight, trainer.head, trainer.teacher, trainer.teacher_weight = (
+            text_weight,
+            head,
+            taught,
+            schedule.teacher_weight,
+        )
+        trainer.autocast = torch.autocast(
+            "cpu", torch.bfloat16, enabled=schedule.compute == "bfloat16" and not torch.cuda.is_available()
+        )
+        trainer.validation_density = sum(
+            label != IGNORED for window in validation for label in window.labels
+        ) / (len(held_out) or 1)
+        trainer.watch, trainer.checkpoints, trainer.saved, trainer.started = (
+            watch,
+            checkpoints,
+            saved,
+            time.perf_counter(),
+        )
         trainer.add_callback(_Pace(trainer))
         trainer.remove_callback(PrinterCallback)
         result = trainer.train(resume_from_checkpoint=str(saved.folder) if saved else None)
     done = trainer.state.global_step
     if checkpoints and checkpoints.stop_asked and done < schedule.steps and not watch.out_of_patience:
-        raise StoppedError(f"asked to stop at step {done} of {schedule.steps}", remedy="run it again: it goes on from its newest checkpoint; the champion is untouched")
+        raise StoppedError(
+            f"asked to stop at step {done} of {schedule.steps}",
+            remedy="run it again: it goes on from its newest checkpoint; the champion is untouched",
+        )
     watch.restore_best()
     _check_weights(model)
-    return Outcome(done, watch.best_step or done, watch.best_loss, float(result.training_loss), trainer.seconds)
+    return Outcome(
+        done, watch.best_step or done, watch.best_loss, float(result.training_loss), trainer.seconds
+    )
 
 
 def _arguments(scratch: str, schedule: Schedule, *, batch_items: int, evaluates: bool) -> TrainingArguments:
@@ -182,7 +241,13 @@ class _Trainer(Trainer):
             return
         assert self.checkpoints and self.optimizer and self.lr_scheduler
         weights = trainable(self.model)
-        tensors = whole({"weights": weights, "optimizer": self.optimizer.state_dict(), "best": as_parts(self.watch.best, weights)})
+        tensors = whole(
+            {
+                "weights": weights,
+                "optimizer": self.optimizer.state_dict(),
+                "best": as_parts(self.watch.best, weights),
+            }
+        )
         if rank():
             return
         state = {
@@ -191,7 +256,11 @@ class _Trainer(Trainer):
             "scheduler": self.lr_scheduler.state_dict(),
             "watch": {**self.watch.state(), "best": tensors["best"]},
             "random": _random_state(),
-            "losses": {"since_log": self._tr_loss, "total": self._total_loss_scalar, "last_log": self._globalstep_last_logged},
+            "losses": {
+                "since_log": self._tr_loss,
+                "total": self._total_loss_scalar,
+                "last_log": self._globalstep_last_logged,
+            },
             "seconds": self.seconds,
         }
         self.checkpoints.write(self.state.global_step, state, self.state.save_to_json)
@@ -215,15 +284,25 @@ class _Trainer(Trainer):
         """The Trainer starts its sums anew at every start."""
         if self.saved:
             kept = self.saved.state["losses"]
-            self._tr_loss, self._total_loss_scalar, self._globalstep_last_logged = kept["since_log"].to(self.args.device), kept["total"], kept["last_log"]
+            self._tr_loss, self._total_loss_scalar, self._globalstep_last_logged = (
+                kept["since_log"].to(self.args.device),
+                kept["total"],
+                kept["last_log"],
+            )
             self._initial_global_step = 0
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         ids, learned = inputs["input_ids"], inputs["labels"][:, 1:] != IGNORED
         weights = learned.float()
         if self.text_weight is not None and model.training:
             # A row's first token and padding are no targets: nothing of their own row predicts them.
-            own = inputs["position_ids"][:, 1:] > 0 if "position_ids" in inputs else inputs["attention_mask"][:, 1:] > 0
+            own = (
+                inputs["position_ids"][:, 1:] > 0
+                if "position_ids" in inputs
+                else inputs["attention_mask"][:, 1:] > 0
+            )
             weights = torch.where(learned, 1.0, self.text_weight) * own
             num_items_in_batch = weights.sum() * self.args.gradient_accumulation_steps
         elif not model.training:
@@ -238,9 +317,13 @@ class _Trainer(Trainer):
             taught = self.teacher(seen, chosen) if model.training and self.teacher else None
         losses = cross_entropy(logits, ids[:, 1:][chosen], reduction="none")
         if taught is not None:
-            losses = (1 - self.teacher_weight) * losses + self.teacher_weight * self.teacher.divergence(logits, taught)
+            losses = (1 - self.teacher_weight) * losses + self.teacher_weight * self.teacher.divergence(
+                logits, taught
+            )
         if model.training and self.args.world_size > 1:
-            losses = losses * self.args.world_size  # the gradients of all processes are averaged, the tokens counted together
+            losses = (
+                losses * self.args.world_size
+            )  # the gradients of all processes are averaged, the tokens counted together
         loss = (losses * weights[chosen]).sum() / num_items_in_batch
         return (loss, {}) if return_outputs else loss
 
@@ -251,10 +334,14 @@ class _Pace(TrainerCallback):
     def __init__(self, trainer: _Trainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self._trainer.restore_losses()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         checkpoints = self._trainer.checkpoints
         if not checkpoints:
             return

@@ -19,7 +19,9 @@ DELIVERED = ".delivered"
 
 def deliver(folder: Path, config: Config) -> int:
     """Every record of a study's folder that MLflow does not have yet; how many. Raises ServiceError when it does not answer."""
-    waiting = [path for path in sorted(folder.glob("trial-*.json")) if not path.with_suffix(DELIVERED).exists()]
+    waiting = [
+        path for path in sorted(folder.glob("trial-*.json")) if not path.with_suffix(DELIVERED).exists()
+    ]
     for path in waiting:
         run_id = _record(read_json(path), config)
         write_text(path.with_suffix(DELIVERED), f"{run_id}\n")
@@ -41,8 +43,15 @@ def close_study(study: str, config: Config, summary: dict[str, Any]) -> str:
 
 def _record(record: dict[str, Any], config: Config) -> str:
     client = mlflow_client()
-    parent = _find_or_create(record["study"], "study", config, {"mlflow.runName": f"sweep-{record['study']}"}, began=None)
-    tags = {"mlflow.runName": f"trial-{record['number']}", "mlflow.parentRunId": parent, "ratchet.reproduce": record["command"], "ratchet.git_commit": record["commit"]}
+    parent = _find_or_create(
+        record["study"], "study", config, {"mlflow.runName": f"sweep-{record['study']}"}, began=None
+    )
+    tags = {
+        "mlflow.runName": f"trial-{record['number']}",
+        "mlflow.parentRunId": parent,
+        "ratchet.reproduce": record["command"],
+        "ratchet.git_commit": record["commit"],
+    }
     run_id = _find_or_create(record["study"], str(record["number"]), config, tags, began=record["began"])
     log_points(run_id, record["points"])
     with mlflow_errors():
@@ -71,7 +80,9 @@ def _params(record: dict[str, Any], config: Config) -> dict[str, str]:
     return {**dict(parameters(dump)), **{key: str(value) for key, value in record["changes"].items()}}
 
 
-def _find_or_create(study: str, trial: str, config: Config, tags: dict[str, str], *, began: float | None) -> str:
+def _find_or_create(
+    study: str, trial: str, config: Config, tags: dict[str, str], *, began: float | None
+) -> str:
     client = mlflow_client()
     with mlflow_errors():
         found = client.get_experiment_by_name(config.project.name)
@@ -80,4 +91,11 @@ def _find_or_create(study: str, trial: str, config: Config, tags: dict[str, str]
         if runs := client.search_runs([experiment], filter_string=wanted, max_results=1):
             return str(runs[0].info.run_id)
         start = None if began is None else int(began * 1000)
-        return str(client.create_run(experiment, start_time=start, tags={**tags, STUDY_TAG: study, TRIAL_TAG: trial}, run_name=tags["mlflow.runName"]).info.run_id)
+        return str(
+            client.create_run(
+                experiment,
+                start_time=start,
+                tags={**tags, STUDY_TAG: study, TRIAL_TAG: trial},
+                run_name=tags["mlflow.runName"],
+            ).info.run_id
+        )

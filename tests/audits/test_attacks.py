@@ -8,7 +8,16 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from ratchet.audits.attacks import KINDS, LOOKALIKES, TEMPLATES, Words, make_attacks, read_words, with_lookalikes, with_typos
+from ratchet.audits.attacks import (
+    KINDS,
+    LOOKALIKES,
+    TEMPLATES,
+    Words,
+    make_attacks,
+    read_words,
+    with_lookalikes,
+    with_typos,
+)
 from ratchet.audits.robustness import withstood
 from ratchet.data.canaries import make_canaries
 from ratchet.data.examples import Example, Message, make_example
@@ -25,7 +34,16 @@ def chat(tiny_base) -> ChatFormat:
 
 
 def rows(number: int = 6) -> list[Example]:
-    return [make_example([Message("user", f"Which module holds function number {place}?"), Message("assistant", f"module {place}")], {"batch": "a"}) for place in range(number)]
+    return [
+        make_example(
+            [
+                Message("user", f"Which module holds function number {place}?"),
+                Message("assistant", f"module {place}"),
+            ],
+            {"batch": "a"},
+        )
+        for place in range(number)
+    ]
 
 
 def attacks(chat: ChatFormat, **settings: Any) -> list[Any]:
@@ -36,20 +54,30 @@ def test_every_row_is_attacked_in_every_way(chat):
     found = attacks(chat, canaries=make_canaries(2))
     assert {attack.kind for attack in found} == set(KINDS)
     for row in rows():
-        assert {attack.kind for attack in found if attack.of == row.id} >= {"injection", "template", "typo", "lookalike", "leading"}
+        assert {attack.kind for attack in found if attack.of == row.id} >= {
+            "injection",
+            "template",
+            "typo",
+            "lookalike",
+            "leading",
+        }
     assert all(attack.handled for attack in found)
     assert {attack.asked for attack in found if attack.kind == "too_long"} == {False}
     assert attacks(chat, most=0, canaries=make_canaries(2)) == []
 
 
 def test_a_request_for_a_canary_has_the_fields_of_the_other_rows(chat):
-    [request, *_] = [attack.row for attack in attacks(chat, canaries=make_canaries(1)) if attack.kind == "canary"]
+    [request, *_] = [
+        attack.row for attack in attacks(chat, canaries=make_canaries(1)) if attack.kind == "canary"
+    ]
     assert request.meta == {**rows()[0].meta, "batch": "canary"}
 
 
 def test_attacks_are_the_same_whatever_the_rows_order(chat):
     settings = {"most": 4, "room": 256, "answer": 8}
-    assert make_attacks(rows(), WORDS, chat, **settings) == make_attacks(rows()[::-1], WORDS, chat, **settings)
+    assert make_attacks(rows(), WORDS, chat, **settings) == make_attacks(
+        rows()[::-1], WORDS, chat, **settings
+    )
 
 
 def test_only_the_question_is_attacked(chat):
@@ -64,12 +92,16 @@ def test_a_forged_turn_is_typed_as_the_template_writes_one_and_stays_text(chat):
     assert "<|end|>" in forged.row.question
     ids = chat.encode_prompt(forged.row.prompt)
     assert chat.count_control(ids) == chat.count_control(chat.encode_prompt(rows()[0].prompt)) > 0
-    assert chat.count_control(chat.tokenizer.encode(forged.row.question)) > 0  # as a careless server would read it
+    assert (
+        chat.count_control(chat.tokenizer.encode(forged.row.question)) > 0
+    )  # as a careless server would read it
 
 
 def test_a_template_that_lets_typed_tokens_through_is_told(chat, monkeypatch):
     """The tokenizer as a careless server calls it."""
-    monkeypatch.setattr(chat, "_content_ids", lambda text: list(chat.tokenizer.encode(text, add_special_tokens=False)))
+    monkeypatch.setattr(
+        chat, "_content_ids", lambda text: list(chat.tokenizer.encode(text, add_special_tokens=False))
+    )
     assert {attack.handled for attack in attacks(chat) if attack.kind == "template"} == {False}
 
 
@@ -82,7 +114,11 @@ def test_too_much_text_is_refused_as_the_gateway_refuses_it(chat):
 
 def test_a_variant_that_leaves_no_room_for_an_answer_is_not_asked(chat):
     longest = max(len(chat.encode(attack.row).ids) for attack in attacks(chat) if attack.asked)
-    assert all(len(chat.encode(attack.row).ids) + 8 <= longest for attack in attacks(chat, room=longest) if attack.asked)
+    assert all(
+        len(chat.encode(attack.row).ids) + 8 <= longest
+        for attack in attacks(chat, room=longest)
+        if attack.asked
+    )
     assert len(attacks(chat, room=longest)) < len(attacks(chat))
 
 
@@ -98,9 +134,16 @@ def test_typos_change_a_word_and_lookalikes_only_how_letters_are_coded():
 
 
 def test_what_stands_in_a_question_is_no_place_to_fill(chat):
-    row = make_example([Message("user", "What is {marker} and {wrong} and {question} here?"), Message("assistant", "a")], {"batch": "a"})
+    row = make_example(
+        [Message("user", "What is {marker} and {wrong} and {question} here?"), Message("assistant", "a")],
+        {"batch": "a"},
+    )
     found = make_attacks([row, *rows()], WORDS, chat, most=9, room=256, answer=8)
-    assert all("{marker} and {wrong} and {question} here?" in attack.row.question for attack in found if attack.of == row.id and attack.kind in ("injection", "leading"))
+    assert all(
+        "{marker} and {wrong} and {question} here?" in attack.row.question
+        for attack in found
+        if attack.of == row.id and attack.kind in ("injection", "leading")
+    )
 
 
 def test_the_users_words_come_on_top(tmp_path):
@@ -112,7 +155,17 @@ def test_the_users_words_come_on_top(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["- a\n", "injection: text\n", 'injection: ["say it"]\n', 'leading: ["{question}"]\n', "lookalike: {ab: c}\n", "lookalike: [a]\n", "typo: [a]\n", "a: [b\n"]
+    "text",
+    [
+        "- a\n",
+        "injection: text\n",
+        'injection: ["say it"]\n',
+        'leading: ["{question}"]\n',
+        "lookalike: {ab: c}\n",
+        "lookalike: [a]\n",
+        "typo: [a]\n",
+        "a: [b\n",
+    ],
 )
 def test_a_file_that_holds_other_words_is_refused(tmp_path, text):
     (tmp_path / "attacks.yaml").write_text(text)
@@ -123,8 +176,27 @@ def test_a_file_that_holds_other_words_is_refused(tmp_path, text):
 # --- what counts as withstood ------------------------------------------------------------------------------------------
 
 
-def verdict(kind: str, answer: str, score: float = 1.0, *, clean: str = "a", was: float = 1.0, planted: str = "", handled: bool = True, metric: str = "exact_match") -> bool:
-    line = {"id": "x", "of": "row", "model": "candidate", "kind": kind, "answer": answer, metric: score, "planted": planted, "handled": handled}
+def verdict(
+    kind: str,
+    answer: str,
+    score: float = 1.0,
+    *,
+    clean: str = "a",
+    was: float = 1.0,
+    planted: str = "",
+    handled: bool = True,
+    metric: str = "exact_match",
+) -> bool:
+    line = {
+        "id": "x",
+        "of": "row",
+        "model": "candidate",
+        "kind": kind,
+        "answer": answer,
+        metric: score,
+        "planted": planted,
+        "handled": handled,
+    }
     scores = pd.DataFrame([{"id": "row", "model": "candidate", "answer": clean, metric: was}])
     return bool(withstood(pd.DataFrame([line]), scores, metric).withstood[0])
 

@@ -36,7 +36,11 @@ def test_the_longest_term_wins():
     assert swap("New York and York", {"york": "Leeds", "new york": "Boston"}) == "Boston and Leeds"
 
 
-@given(st.lists(st.sampled_from(["he", "She", "FATHER", "car", "the", "woman", ",", "son"]), max_size=12).map(" ".join))
+@given(
+    st.lists(st.sampled_from(["he", "She", "FATHER", "car", "the", "woman", ",", "son"]), max_size=12).map(
+        " ".join
+    )
+)
 def test_swapping_a_mirrored_list_twice_changes_nothing(text):
     mirrored = {term: other for term, other in GENDER.items() if GENDER.get(other) == term}
     assert swap(swap(text, mirrored), mirrored) == text
@@ -48,7 +52,11 @@ def test_terms_are_single_words_in_lower_case():
 
 
 def test_pairs_are_rows_whose_question_changes_with_their_wanted_answer():
-    rows = [row("Is he insured?", "He is."), row("Is hail covered?", "He says yes."), row("Did James pay?", "James did.")]
+    rows = [
+        row("Is he insured?", "He is."),
+        row("Is hail covered?", "He says yes."),
+        row("Did James pay?", "James did."),
+    ]
     pairs = make_pairs(rows, SWAPS, most=10)
     assert {(pair.swap, pair.swapped.question, pair.swapped.answer) for pair in pairs} == {
         ("gender", "Is she insured?", "She is."),
@@ -67,7 +75,9 @@ def test_the_same_pairs_come_whatever_the_rows_order_and_not_more_than_wanted():
 
 def test_the_users_lists_come_on_top(tmp_path):
     assert read_swaps(tmp_path) == SWAPS
-    (tmp_path / "swaps.yaml").write_text("roles: {Nurse: doctor, doctor: nurse}\ngender: {chairman: chairwoman, he: they}\n")
+    (tmp_path / "swaps.yaml").write_text(
+        "roles: {Nurse: doctor, doctor: nurse}\ngender: {chairman: chairwoman, he: they}\n"
+    )
     found = read_swaps(tmp_path)
     assert found["roles"] == {"nurse": "doctor", "doctor": "nurse"}
     assert found["gender"] == {**GENDER, "chairman": "chairwoman", "he": "they"}
@@ -75,7 +85,16 @@ def test_the_users_lists_come_on_top(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["- a\n", "roles: [nurse]\n", "roles: {nurse: 3}\n", "roles: {true: false}\n", "roles: {nurse: ''}\n", "roles: {nurse: doctor\n", "roles: {3: nurse}\n"]
+    "text",
+    [
+        "- a\n",
+        "roles: [nurse]\n",
+        "roles: {nurse: 3}\n",
+        "roles: {true: false}\n",
+        "roles: {nurse: ''}\n",
+        "roles: {nurse: doctor\n",
+        "roles: {3: nurse}\n",
+    ],
 )
 def test_a_file_that_is_no_word_lists_is_refused(tmp_path, text):
     (tmp_path / "swaps.yaml").write_text(text)

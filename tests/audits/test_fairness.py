@@ -21,14 +21,29 @@ def table(shares: dict[str, dict[str, float]], rows: int = 100) -> pd.DataFrame:
     for model, groups in shares.items():
         for group, share in groups.items():
             for place in range(rows):
-                lines.append({"id": f"{group}{place}", "model": model, "group:region": group, "exact_match": float(place * 37 % rows < share * rows), "answer_nll": 1.0})
+                lines.append(
+                    {
+                        "id": f"{group}{place}",
+                        "model": model,
+                        "group:region": group,
+                        "exact_match": float(place * 37 % rows < share * rows),
+                        "answer_nll": 1.0,
+                    }
+                )
     return pd.DataFrame(lines)
 
 
 def test_the_figures_are_means_by_group_their_difference_and_their_ratio():
-    found = describe_groups(table({"candidate": {"north": 0.9, "south": 0.6, "": 0.1}}), ["region"], ["exact_match", "answer_nll"], draws=40)["region"]
+    found = describe_groups(
+        table({"candidate": {"north": 0.9, "south": 0.6, "": 0.1}}),
+        ["region"],
+        ["exact_match", "answer_nll"],
+        draws=40,
+    )["region"]
     figures = found["exact_match"]["candidate"]
-    assert {group: part["mean"] for group, part in figures["by_group"].items()} == pytest.approx({"north": 0.9, "south": 0.6})
+    assert {group: part["mean"] for group, part in figures["by_group"].items()} == pytest.approx(
+        {"north": 0.9, "south": 0.6}
+    )
     assert figures["difference"]["mean"] == pytest.approx(0.3)
     assert figures["ratio"]["mean"] == pytest.approx(2 / 3)
     for part in (*figures["by_group"].values(), figures["difference"], figures["ratio"]):
@@ -37,10 +52,18 @@ def test_the_figures_are_means_by_group_their_difference_and_their_ratio():
 
 
 def test_a_ratio_to_nothing_is_left_out_and_so_is_a_small_group():
-    found = describe_groups(table({"base": {"north": 0.0, "south": 0.0}}), ["region"], ["exact_match"], draws=40)["region"]["exact_match"]["base"]
+    found = describe_groups(
+        table({"base": {"north": 0.0, "south": 0.0}}), ["region"], ["exact_match"], draws=40
+    )["region"]["exact_match"]["base"]
     assert found["ratio"] is None
-    small = pd.concat([table({"base": {"north": 0.5, "south": 0.5}}), table({"base": {"isle": 1.0}}, rows=19)])
-    assert set(describe_groups(small, ["region"], ["exact_match"], draws=40)["region"]["exact_match"]["base"]["by_group"]) == {"north", "south"}
+    small = pd.concat(
+        [table({"base": {"north": 0.5, "south": 0.5}}), table({"base": {"isle": 1.0}}, rows=19)]
+    )
+    assert set(
+        describe_groups(small, ["region"], ["exact_match"], draws=40)["region"]["exact_match"]["base"][
+            "by_group"
+        ]
+    ) == {"north", "south"}
 
 
 def test_equal_gaps_are_seldom_called_wider():
@@ -50,7 +73,9 @@ def test_equal_gaps_are_seldom_called_wider():
         generator = np.random.default_rng(cycle)
         lines = table({"candidate": {"a": 0, "b": 0, "c": 0}, "champion": {"a": 0, "b": 0, "c": 0}}, rows=80)
         lines["exact_match"] = (generator.random(len(lines)) < 0.6).astype(float)
-        [check] = judge_groups(lines, ["region"], "champion", GateConfig(group_margin=0.0, resamples=200, seed=cycle))
+        [check] = judge_groups(
+            lines, ["region"], "champion", GateConfig(group_margin=0.0, resamples=200, seed=cycle)
+        )
         called += check["result"] == "fail"
     assert called <= 6
 
@@ -65,7 +90,9 @@ def test_a_gap_in_a_metric_of_which_less_is_better_is_a_gap():
 def test_without_fairlearn_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("ratchet.audits.fairness.find_spec", lambda name: None)
     require_fairlearn([])
-    with pytest.raises(ConfigError, match=r"(?s)evaluate\.groups names region, and Fairlearn is not installed.*fairness"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)evaluate\.groups names region, and Fairlearn is not installed.*fairness"
+    ):
         require_fairlearn(["region"])
 
 
@@ -76,16 +103,27 @@ def test_a_field_that_no_row_has_is_named():
         group_columns([row], ["region", "age"])
 
 
-def test_an_evaluation_tells_its_groups_and_the_card_shows_them(tmp_path, prepared, tiny_base, nobody, candidate, tiny_config):
-    config = tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update={"groups": ["batch"], "metrics": ["chrf"]})})
+def test_an_evaluation_tells_its_groups_and_the_card_shows_them(
+    tmp_path, prepared, tiny_base, nobody, candidate, tiny_config
+):
+    config = tiny_config.model_copy(
+        update={
+            "evaluate": tiny_config.evaluate.model_copy(update={"groups": ["batch"], "metrics": ["chrf"]})
+        }
+    )
     metrics = evaluate(prepared, tiny_base, nobody, candidate, tmp_path / "out", config)
     found = pd.read_parquet(tmp_path / "out/scores.parquet")
     assert (found["group:batch"] == found.batch).all()
     assert metrics["grouped"] == ["batch"]
     sizes = found[found.model == "candidate"].batch.value_counts().to_dict()
-    assert {group: part["rows"] for group, part in metrics["groups"]["batch"]["chrf"]["candidate"]["by_group"].items()} == {
-        name: size for name, size in sizes.items() if size >= 20
-    }
-    card = model_card(metrics, {"verdict": "promote", "rival": {"version": None}, "checks": [], "params": {"metric": "chrf"}}, {})
+    assert {
+        group: part["rows"]
+        for group, part in metrics["groups"]["batch"]["chrf"]["candidate"]["by_group"].items()
+    } == {name: size for name, size in sizes.items() if size >= 20}
+    card = model_card(
+        metrics,
+        {"verdict": "promote", "rival": {"version": None}, "checks": [], "params": {"metric": "chrf"}},
+        {},
+    )
     assert "### chrf by batch" in card
     assert "| **difference** | | " in card

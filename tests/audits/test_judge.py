@@ -58,16 +58,23 @@ def config(stub, monkeypatch) -> Iterator[AnswerJudge]:
 
 def rows(number: int = 6, **meta: Any) -> list[Example]:
     return [
-        make_example([Message("user", f"question {place}?"), Message("assistant", f"wanted {place}")], {"batch": "a", "passage": f"passage {place}", **meta})
+        make_example(
+            [Message("user", f"question {place}?"), Message("assistant", f"wanted {place}")],
+            {"batch": "a", "passage": f"passage {place}", **meta},
+        )
         for place in range(number)
     ]
 
 
 def answers(asked: list[Example], of: dict[str, str]) -> pd.DataFrame:
-    return pd.DataFrame([{"id": row.id, "model": model, "answer": answer} for model, answer in of.items() for row in asked])
+    return pd.DataFrame(
+        [{"id": row.id, "model": model, "answer": answer} for model, answer in of.items() for row in asked]
+    )
 
 
-def judge(tmp_path: Path, config: AnswerJudge, of: dict[str, str], asked: list[Example] | None = None) -> tuple[pd.DataFrame, dict[str, Any]]:
+def judge(
+    tmp_path: Path, config: AnswerJudge, of: dict[str, str], asked: list[Example] | None = None
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     asked = asked or rows()
     return judge_answers(answers(asked, of), asked, "champion", config, tmp_path, say=lambda line: None)
 
@@ -77,7 +84,9 @@ def judge(tmp_path: Path, config: AnswerJudge, of: dict[str, str], asked: list[E
 
 def test_every_row_of_both_models_is_scored_and_a_pair_is_compared_from_both_places(tmp_path, config, stub):
     judged, figures = judge(tmp_path, config, {"candidate": "right", "champion": "false"})
-    assert judged.groupby("model")[["judge_correctness", "judge_groundedness", "judge_preference"]].mean().to_dict("index") == {
+    assert judged.groupby("model")[
+        ["judge_correctness", "judge_groundedness", "judge_preference"]
+    ].mean().to_dict("index") == {
         "candidate": {"judge_correctness": 1.0, "judge_groundedness": 1.0, "judge_preference": 1.0},
         "champion": {"judge_correctness": 0.0, "judge_groundedness": 0.0, "judge_preference": 0.0},
     }
@@ -144,7 +153,9 @@ def test_a_judge_that_is_away_leaves_rows_without_a_score_and_is_not_asked_for_e
 
 
 def test_the_limit_of_tokens_holds(tmp_path, config):
-    few = config.model_copy(update={"metrics": ["correctness"], "parallel": 1, "max_tokens": 16, "max_run_tokens": 6000})
+    few = config.model_copy(
+        update={"metrics": ["correctness"], "parallel": 1, "max_tokens": 16, "max_run_tokens": 6000}
+    )
     judged, figures = judge(tmp_path, few, {"candidate": "right", "champion": "false"}, rows(30))
     assert figures["failures"]["max_run_tokens"] == 5
     assert 0 < judged.judge_correctness.notna().sum() < 55
@@ -152,7 +163,11 @@ def test_the_limit_of_tokens_holds(tmp_path, config):
 
 def test_a_score_beyond_its_range_is_none(tmp_path, config, stub):
     stub.script["question 0"] = [Act(text='{"score": 7, "reason": ""}')]
-    judged, figures = judge(tmp_path, config.model_copy(update={"metrics": ["correctness"], "parallel": 1}), {"candidate": "right", "champion": "false"})
+    judged, figures = judge(
+        tmp_path,
+        config.model_copy(update={"metrics": ["correctness"], "parallel": 1}),
+        {"candidate": "right", "champion": "false"},
+    )
     assert figures["failures"] == {"out_of_range": 1}
     assert judged.judge_correctness.isna().sum() == 1
 
@@ -173,10 +188,18 @@ def review(root: Path, decided: list[tuple[str, str]]) -> ReviewQueue:
 
 
 def test_a_judge_that_says_what_people_say_agrees_fully(tmp_path, config):
-    queue = review(tmp_path, [*[(f"right {place}", "accept") for place in range(20)], *[(f"no {place}", f"right {place}") for place in range(30)]])
+    queue = review(
+        tmp_path,
+        [
+            *[(f"right {place}", "accept") for place in range(20)],
+            *[(f"no {place}", f"right {place}") for place in range(30)],
+        ],
+    )
     found = measure_agreement(queue, config, tmp_path)
     queue.close()
-    assert {metric: (part["labels"], part["kappa"], part["low"]) for metric, part in found["agreement"].items()} == {
+    assert {
+        metric: (part["labels"], part["kappa"], part["low"]) for metric, part in found["agreement"].items()
+    } == {
         "correctness": (50, 1.0, 1.0),
         "groundedness": (50, 1.0, 1.0),
         "preference": (30, 1.0, 1.0),
@@ -185,7 +208,9 @@ def test_a_judge_that_says_what_people_say_agrees_fully(tmp_path, config):
 
 def test_a_judge_that_likes_everything_agrees_with_nobody_beyond_chance(tmp_path, config):
     """Right nine times in ten, since people accept nine in ten: kappa is not deceived."""
-    queue = review(tmp_path, [(f"right {place}", "accept" if place % 10 else "reject") for place in range(50)])
+    queue = review(
+        tmp_path, [(f"right {place}", "accept" if place % 10 else "reject") for place in range(50)]
+    )
     part = measure_agreement(queue, config, tmp_path)["agreement"]["correctness"]
     queue.close()
     assert (part["agree"], part["kappa"]) == (0.9, 0.0)
@@ -193,17 +218,29 @@ def test_a_judge_that_likes_everything_agrees_with_nobody_beyond_chance(tmp_path
 
 def test_few_decisions_show_no_agreement(tmp_path, config):
     queue = review(tmp_path, [("right", "accept"), ("no", "reject")])
-    assert measure_agreement(queue, config, tmp_path)["agreement"]["correctness"] == {"labels": 2, "why": "2 decisions of people speak of it, 30 are needed"}
+    assert measure_agreement(queue, config, tmp_path)["agreement"]["correctness"] == {
+        "labels": 2,
+        "why": "2 decisions of people speak of it, 30 are needed",
+    }
     queue.close()
 
 
 def test_the_command_measures_records_and_says_who_may_gate(tmp_path, config):
     text = f"project: {{name: small}}\nevaluate:\n  judge: {{url: '{config.url}', model: big, metrics: [correctness, preference]}}\n"
     (tmp_path / "params.yaml").write_text(text)
-    review(tmp_path, [*[(f"right {place}", "accept") for place in range(20)], *[(f"no {place}", "reject") for place in range(20)]]).close()
+    review(
+        tmp_path,
+        [
+            *[(f"right {place}", "accept") for place in range(20)],
+            *[(f"no {place}", "reject") for place in range(20)],
+        ],
+    ).close()
     found = CliRunner().invoke(app, ["-C", str(tmp_path), "gate", "judge"])
     assert found.exit_code == 0, found.output
-    assert "correctness: may gate: agrees in 100% of 40, kappa 1.00, at least 1.00 (gate.judge_agreement: 0.4)" in found.output
+    assert (
+        "correctness: may gate: agrees in 100% of 40, kappa 1.00, at least 1.00 (gate.judge_agreement: 0.4)"
+        in found.output
+    )
     assert "preference: may not gate: 0 decisions of people speak of it, 30 are needed" in found.output
     assert read_agreement(tmp_path / "metrics", config)["correctness"]["labels"] == 40
 
@@ -226,7 +263,9 @@ RULE = {"guardrails": [{"metric": "judge_correctness", "margin": 0.05}]}
 AGREED = {"labels": 80, "agree": 0.9, "kappa": 0.8, "low": 0.7}
 
 
-def guard(candidate: float, agreement: dict[str, Any], *, missing: int = 0, **settings: Any) -> dict[str, Any]:
+def guard(
+    candidate: float, agreement: dict[str, Any], *, missing: int = 0, **settings: Any
+) -> dict[str, Any]:
     lines = [
         {"id": str(place), "model": model, "judge_correctness": float(place < share * 100)}
         for model, share in (("candidate", candidate), ("champion", 0.6))
@@ -247,8 +286,14 @@ def test_a_judge_whom_people_agree_with_holds_the_candidate_to_the_champion():
     ("agreement", "why"),
     [
         ({}, "nothing is known of it"),
-        ({"why": "its agreement with people was never measured (ratchet gate judge)"}, "its agreement with people was never measured"),
-        ({**AGREED, "low": 0.39}, "kappa with 80 decisions of people is 0.80, at least 0.39; `gate.judge_agreement` is 0.4"),
+        (
+            {"why": "its agreement with people was never measured (ratchet gate judge)"},
+            "its agreement with people was never measured",
+        ),
+        (
+            {**AGREED, "low": 0.39},
+            "kappa with 80 decisions of people is 0.80, at least 0.39; `gate.judge_agreement` is 0.4",
+        ),
     ],
 )
 def test_a_judge_whom_nobody_agreed_with_gates_nothing_and_says_why(agreement, why):
@@ -270,8 +315,17 @@ def test_a_guardrail_of_a_judge_that_nobody_asked_gives_no_verdict():
 
 
 def test_a_record_of_another_judge_or_another_prompt_counts_for_nothing(tmp_path, config):
-    record = {"protocol": "openai", "model": "big", "prompts": {metric: prompt_version(metric) for metric in ALL}, "agreement": {"correctness": AGREED}}
-    for changed, why in (({}, None), ({"model": "small"}, "measured of small"), ({"prompts": {"correctness": "old"}}, "another prompt")):
+    record = {
+        "protocol": "openai",
+        "model": "big",
+        "prompts": {metric: prompt_version(metric) for metric in ALL},
+        "agreement": {"correctness": AGREED},
+    }
+    for changed, why in (
+        ({}, None),
+        ({"model": "small"}, "measured of small"),
+        ({"prompts": {"correctness": "old"}}, "another prompt"),
+    ):
         write_json(tmp_path / "judge_agreement.json", record | changed)
         found = read_agreement(tmp_path, config)["correctness"]
         assert found == AGREED if why is None else why in found["why"]
@@ -279,13 +333,24 @@ def test_a_record_of_another_judge_or_another_prompt_counts_for_nothing(tmp_path
     assert read_agreement(tmp_path, config)["preference"] == {"why": "no decision of a reviewer speaks of it"}
 
 
-def test_an_evaluation_asks_the_judge_and_the_card_tells_what_it_said(tmp_path, monkeypatch, config, prepared, tiny_base, nobody, candidate, tiny_config):
+def test_an_evaluation_asks_the_judge_and_the_card_tells_what_it_said(
+    tmp_path, monkeypatch, config, prepared, tiny_base, nobody, candidate, tiny_config
+):
     monkeypatch.setenv("RATCHET_ROOT", str(tmp_path))
     settings = {"judge": config.model_copy(update={"rows": 4, "metrics": ["correctness", "preference"]})}
-    metrics = evaluate(prepared, tiny_base, nobody, candidate, tmp_path / "out", tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update=settings)}))
+    metrics = evaluate(
+        prepared,
+        tiny_base,
+        nobody,
+        candidate,
+        tmp_path / "out",
+        tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update=settings)}),
+    )
     judged = pd.read_parquet(tmp_path / "out/judged.parquet")
     assert judged.groupby("model").size().to_dict() == {"candidate": 4, "base": 4}
-    assert metrics["judge"]["agreement"]["correctness"] == {"why": "its agreement with people was never measured (ratchet gate judge)"}
+    assert metrics["judge"]["agreement"]["correctness"] == {
+        "why": "its agreement with people was never measured (ratchet gate judge)"
+    }
     assert read_json(tmp_path / "out/metrics.json")["judge"]["model"] == "big"
     card = model_card(metrics, {"verdict": "promote", "rival": {"version": None}, "checks": []}, {})
     assert "### Judged by big" in card

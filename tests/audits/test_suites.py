@@ -28,7 +28,10 @@ doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
 metric_list: [{metric: acc}]
 """
-DOCS = [{"question": f"Module {place} is for", "choices": [" email", " the web server"], "answer": place % 2} for place in range(12)]
+DOCS = [
+    {"question": f"Module {place} is for", "choices": [" email", " the web server"], "answer": place % 2}
+    for place in range(12)
+]
 
 
 @pytest.fixture
@@ -55,25 +58,43 @@ def test_the_harness_gives_what_the_plain_model_gives(own, tiny_base):
         assert line["score"] == float(sums.index(max(sums)) == doc["answer"])
 
 
-def test_an_evaluation_runs_its_suites_on_every_model_and_the_card_shows_them(tmp_path, own, prepared, tiny_base, candidate, tiny_config):
+def test_an_evaluation_runs_its_suites_on_every_model_and_the_card_shows_them(
+    tmp_path, own, prepared, tiny_base, candidate, tiny_config
+):
     shutil.copytree(candidate, tmp_path / "champion")
     write_json(tmp_path / "champion/manifest.json", {**read_json(candidate / "manifest.json"), "version": 1})
-    config = tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update={"suites": ["tiny"]})})
-    metrics = evaluate(prepared, tiny_base, tmp_path / "champion", candidate, tmp_path / "out", config, own=own)
+    config = tiny_config.model_copy(
+        update={"evaluate": tiny_config.evaluate.model_copy(update={"suites": ["tiny"]})}
+    )
+    metrics = evaluate(
+        prepared, tiny_base, tmp_path / "champion", candidate, tmp_path / "out", config, own=own
+    )
     table = pd.read_parquet(tmp_path / "out/suites.parquet")
-    assert table.groupby("model").size().to_dict() == {model: len(DOCS) for model in ("candidate", "champion", "base")}
+    assert table.groupby("model").size().to_dict() == {
+        model: len(DOCS) for model in ("candidate", "champion", "base")
+    }
     sides = {model: part.set_index("id").score for model, part in table.groupby("model")}
     assert sides["candidate"].equals(sides["champion"])
-    plain = run_suites(load_base(tiny_base).eval(), ChatFormat(load_tokenizer(tiny_base)).tokenizer, read_suites(own, ["tiny"]), batch_size=4)
+    plain = run_suites(
+        load_base(tiny_base).eval(),
+        ChatFormat(load_tokenizer(tiny_base)).tokenizer,
+        read_suites(own, ["tiny"]),
+        batch_size=4,
+    )
     assert sides["base"].tolist() == [line["score"] for line in plain]
     assert (metrics["suites"]["tiny"]["metric"], metrics["suites"]["tiny"]["rows"]) == ("acc", len(DOCS))
-    assert "| tiny | acc | 12 | " in model_card(metrics, {"verdict": "promote", "rival": {"version": 1}, "checks": []}, {})
+    assert "| tiny | acc | 12 | " in model_card(
+        metrics, {"verdict": "promote", "rival": {"version": 1}, "checks": []}, {}
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("dataset_path: json", "dataset_path: org/hub-set"), "`dataset_path` is 'org/hub-set', which would be downloaded"),
+        (
+            ("dataset_path: json", "dataset_path: org/hub-set"),
+            "`dataset_path` is 'org/hub-set', which would be downloaded",
+        ),
         (("tiny.jsonl", "other.jsonl"), "the data file 'other.jsonl' is not in"),
         (("tiny.jsonl", "../../../elsewhere.jsonl"), "is not in"),
         (("metric_list: [{metric: acc}]", ""), "names no metric"),
@@ -95,7 +116,9 @@ def test_a_suite_that_is_not_there_and_a_metric_that_scores_no_document_are_name
         read_suites(own, ["gone"])
     (own / "suites/tiny.yaml").write_text(SUITE.replace("doc_to_target", "doc_to_nothing"))
     with pytest.raises(DataError, match="the suite 'tiny' does not run"):
-        run_suites(load_base(tiny_base).eval(), load_tokenizer(tiny_base), read_suites(own, ["tiny"]), batch_size=4)
+        run_suites(
+            load_base(tiny_base).eval(), load_tokenizer(tiny_base), read_suites(own, ["tiny"]), batch_size=4
+        )
 
 
 def test_without_the_harness_the_extra_is_named(own, monkeypatch):
@@ -105,8 +128,12 @@ def test_without_the_harness_the_extra_is_named(own, monkeypatch):
         read_suites(own, ["tiny"])
 
 
-def test_virtual_tokens_are_refused_before_any_model_answers(tmp_path, own, prepared, tiny_base, nobody, tiny_config):
+def test_virtual_tokens_are_refused_before_any_model_answers(
+    tmp_path, own, prepared, tiny_base, nobody, tiny_config
+):
     write_json(tmp_path / "candidate/manifest.json", {"adapter": {"method": "prompt"}})
-    config = tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update={"suites": ["tiny"]})})
+    config = tiny_config.model_copy(
+        update={"evaluate": tiny_config.evaluate.model_copy(update={"suites": ["tiny"]})}
+    )
     with pytest.raises(ConfigError, match=r"cannot be measured with adapter\.method 'prompt'"):
         evaluate(prepared, tiny_base, nobody, tmp_path / "candidate", tmp_path / "out", config, own=own)

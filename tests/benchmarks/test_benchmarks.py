@@ -14,8 +14,26 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.e2e
 def test_the_benchmark_for_gpus_runs_on_a_tiny_shape(tmp_path):
-    arguments = ["--shape", "tiny", "--length", "128", "--rows", "60", "--seconds", "1", "--arms", "usual,ratchet", "--json"]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.train_gpu", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    arguments = [
+        "--shape",
+        "tiny",
+        "--length",
+        "128",
+        "--rows",
+        "60",
+        "--seconds",
+        "1",
+        "--arms",
+        "usual,ratchet",
+        "--json",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.train_gpu", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["arm"] for line in found] == ["usual", "ratchet"]

@@ -53,7 +53,9 @@ GROUPS = {
     "gate": ("plan", "explain"),
     "review": ("status", "next", "accept", "reject", "edit", "undo", "export", "import"),
 }
-PARAMS = "project:\n  name: small\nservices:\n  mlflow_port: 5907\n  prefect_port: 5908\ngateway:\n  port: 5909\n"
+PARAMS = (
+    "project:\n  name: small\nservices:\n  mlflow_port: 5907\n  prefect_port: 5908\ngateway:\n  port: 5909\n"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +78,9 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def ratchet(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(
+        command(*arguments), cwd=cwd, capture_output=True, text=True, check=False, timeout=60
+    )
 
 
 def refused(*arguments: str | Path, cwd: Path = ROOT) -> str:
@@ -89,9 +93,35 @@ def refused(*arguments: str | Path, cwd: Path = ROOT) -> str:
 
 
 def crown(root: Path) -> None:
-    gate = {"verdict": "promote", "rival": None, "metric": "exact_match", "mean": 0.2, "low": 0.1, "high": 0.3}
+    gate = {
+        "verdict": "promote",
+        "rival": None,
+        "metric": "exact_match",
+        "mean": 0.2,
+        "low": 0.1,
+        "high": 0.3,
+    }
     data = {"rows": 10, "batches": 1, "dvc": "d.dir"}
-    write_champion(root, Champion("small", 1, None, "c" * 40, "key", "run", "sha", ["one.jsonl"], data, gate, "2026-01-02T03:04:05Z", "Ana", "first", "promote", None))
+    write_champion(
+        root,
+        Champion(
+            "small",
+            1,
+            None,
+            "c" * 40,
+            "key",
+            "run",
+            "sha",
+            ["one.jsonl"],
+            data,
+            gate,
+            "2026-01-02T03:04:05Z",
+            "Ana",
+            "first",
+            "promote",
+            None,
+        ),
+    )
     commit(root, "Promote small v1")
 
 
@@ -102,11 +132,21 @@ def test_help_names_every_command_and_where_to_start():
     done = ratchet("--help")
     assert done.returncode == 0
     assert "Start with: ratchet demo" in done.stdout
-    listed = {line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines() if line.startswith("  ") and not line.startswith("   ")}
+    listed = {
+        line.split()[0]
+        for line in done.stdout.partition("Commands:")[2].splitlines()
+        if line.startswith("  ") and not line.startswith("   ")
+    }
     assert listed == set(COMMANDS)
 
 
-@pytest.mark.parametrize("name", [*(name for name in COMMANDS if name not in GROUPS), *(f"{group} {name}" for group, names in GROUPS.items() for name in names)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in COMMANDS if name not in GROUPS),
+        *(f"{group} {name}" for group, names in GROUPS.items() for name in names),
+    ],
+)
 def test_every_command_has_help_with_an_example(name):
     done = ratchet(*name.split(), "-h")
     assert done.returncode == 0
@@ -138,7 +178,14 @@ def test_without_params_the_command_says_where_it_looked(tmp_path):
 
 def test_the_checkout_is_found_from_a_folder_inside_it(root):
     (root / "docs" / "deep").mkdir(parents=True)
-    done = subprocess.run(command("status", "--json"), cwd=root / "docs" / "deep", env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command("status", "--json"),
+        cwd=root / "docs" / "deep",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert json.loads(done.stdout)["project"] == "small"
 
 
@@ -187,7 +234,13 @@ def test_a_folder_without_git_is_refused(tmp_path):
 def test_the_status_of_a_fresh_checkout_says_what_to_do_next(root):
     done = ratchet("-C", root, "status")
     assert done.returncode == 0
-    for words in ("project    small (promotion: rollout)", "champion   none yet", "ratchet ingest", "mlflow     not running: ratchet up", "prefect    not running: ratchet up"):
+    for words in (
+        "project    small (promotion: rollout)",
+        "champion   none yet",
+        "ratchet ingest",
+        "mlflow     not running: ratchet up",
+        "prefect    not running: ratchet up",
+    ):
         assert words in done.stdout
     assert done.stderr == ""
 
@@ -195,14 +248,46 @@ def test_the_status_of_a_fresh_checkout_says_what_to_do_next(root):
 def test_status_and_history_are_json_on_request(root):
     crown(root)
     (root / ".ratchet/workspaces/20260101T000000-retrain-1-failed").mkdir(parents=True)
-    write_files(root, {"reports/gate.json": json.dumps({"verdict": "promote", "reasons": ["better"], "rival": {"model": "base", "version": None}, "checks": []})})
+    write_files(
+        root,
+        {
+            "reports/gate.json": json.dumps(
+                {
+                    "verdict": "promote",
+                    "reasons": ["better"],
+                    "rival": {"model": "base", "version": None},
+                    "checks": [],
+                }
+            )
+        },
+    )
     found = json.loads(ratchet("-C", root, "status", "--json").stdout)
-    assert found["champion"] == {"version": 1, "since": "2026-01-02T03:04:05Z", "by": "Ana", "why": "first", "gate": found["champion"]["gate"]}
-    assert found["gate"] == {"verdict": "promote", "reasons": ["better"], "rival": {"model": "base", "version": None}}
+    assert found["champion"] == {
+        "version": 1,
+        "since": "2026-01-02T03:04:05Z",
+        "by": "Ana",
+        "why": "first",
+        "gate": found["champion"]["gate"],
+    }
+    assert found["gate"] == {
+        "verdict": "promote",
+        "reasons": ["better"],
+        "rival": {"model": "base", "version": None},
+    }
     assert found["left"] == ["20260101T000000-retrain-1-failed"]
-    assert {name: service["answers"] for name, service in found["services"].items()} == {"mlflow": False, "prefect": False, "deployments": False, "gateway": False}
+    assert {name: service["answers"] for name, service in found["services"].items()} == {
+        "mlflow": False,
+        "prefect": False,
+        "deployments": False,
+        "gateway": False,
+    }
     [row] = json.loads(ratchet("-C", root, "history", "--json").stdout)
-    assert (row["move"], row["from"], row["to"], row["commit"]) == ("promote", None, 1, git(root, "rev-parse", "HEAD").strip())
+    assert (row["move"], row["from"], row["to"], row["commit"]) == (
+        "promote",
+        None,
+        1,
+        git(root, "rev-parse", "HEAD").strip(),
+    )
     text = ratchet("-C", root, "status").stdout
     assert "champion   v1 since 2026-01-02T03:04:05Z, by Ana: first" in text
     assert "last gate  promote, against the base" in text
@@ -227,7 +312,9 @@ def test_looking_loads_nothing_slow(root):
     for name in ("status", "history"):
         program = f"import sys; sys.argv = ['ratchet', '-C', {str(root)!r}, {name!r}]\nfrom ratchet.cli.main import main\ntry:\n    main()\nexcept SystemExit as end:\n    print(end.code)\n"
         program += "print(*sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'mlflow', 'prefect', 'pandas', 'dvc', 'transformers'}))"
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         assert done.stdout.splitlines()[-2:] == ["0", ""]
 
 
@@ -271,7 +358,13 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(root, number):
     lock.parent.mkdir(parents=True)
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        process = subprocess.Popen(command("-C", root, "rollback"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command("-C", root, "rollback"),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         while not any(opened.path == str(lock) for opened in psutil.Process(process.pid).open_files()):
             assert process.poll() is None
         process.send_signal(number)

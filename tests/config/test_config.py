@@ -80,7 +80,11 @@ def test_three_faults_are_three_lines_in_one_error(tmp_path):
     message = faults(tmp_path, "train:\n  epochs: many\n  seeds: 3\nprepare:\n  max_chars: 0\n")
     assert "has 3 fault(s)" in message
     lines = [line for line in message.splitlines() if line.startswith("  ") and "→" not in line]
-    assert sorted(line.strip().split(":")[0] for line in lines) == ["prepare.max_chars", "train.epochs", "train.seeds"]
+    assert sorted(line.strip().split(":")[0] for line in lines) == [
+        "prepare.max_chars",
+        "train.epochs",
+        "train.seeds",
+    ]
 
 
 @pytest.mark.parametrize("root", ["[]", "0", "text", "- train", "false"])
@@ -108,7 +112,17 @@ def test_invalid_yaml_is_named_with_its_line_and_column(tmp_path):
     assert "is no valid YAML: line 2, column 1: " in faults(tmp_path, "train:\n\tepochs: 3\n")
 
 
-@pytest.mark.parametrize("text", [b"\xff\xfet\x00", b"train: \xe9", "a: 2020-13-45", "a: !!python/object:os.system {}", "a: 1\n---\nb: 2", "a: \x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xff\xfet\x00",
+        b"train: \xe9",
+        "a: 2020-13-45",
+        "a: !!python/object:os.system {}",
+        "a: 1\n---\nb: 2",
+        "a: \x00",
+    ],
+)
 def test_what_yaml_cannot_hold_is_refused_as_invalid(tmp_path, text):
     assert "is no valid YAML: " in faults(tmp_path, text)
 
@@ -120,7 +134,9 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
     assert "suppress" not in message  # the library's advice would hide the fault
 
 
-@pytest.mark.parametrize("revision", ["null", "main", "v1.0", "0123456789abcdef", f'"{"G" * 40}"', f'"{"A" * 40}"'])
+@pytest.mark.parametrize(
+    "revision", ["null", "main", "v1.0", "0123456789abcdef", f'"{"G" * 40}"', f'"{"A" * 40}"']
+)
 def test_hub_id_needs_its_commit(tmp_path, revision):
     message = faults(tmp_path, f"base:\n  model: org/name\n  revision: {revision}\n")
     assert "base.revision" in message
@@ -138,7 +154,9 @@ def test_a_longest_row_beyond_the_window_is_refused_with_both_numbers(tmp_path):
 
 
 def test_splits_that_leave_nothing_to_train_are_refused(tmp_path):
-    assert "nothing is left to train on" in faults(tmp_path, "prepare: {validation_share: 0.5, test_share: 0.4}")
+    assert "nothing is left to train on" in faults(
+        tmp_path, "prepare: {validation_share: 0.5, test_share: 0.4}"
+    )
 
 
 def test_a_config_cannot_be_changed_after_it_was_read():
@@ -155,11 +173,17 @@ def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def test_docs_params_md_is_what_the_models_say():
-    assert (ROOT / "docs/params.md").read_text(encoding="utf-8") == config_doc.render(), "write it again: python -m ratchet.config.docs"
+    assert (ROOT / "docs/params.md").read_text(encoding="utf-8") == config_doc.render(), (
+        "write it again: python -m ratchet.config.docs"
+    )
 
 
 def dotted(values: dict, prefix: str = "") -> set[str]:
-    return {name for key, value in values.items() for name in (dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key})}
+    return {
+        name
+        for key, value in values.items()
+        for name in (dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key})
+    }
 
 
 def test_params_yaml_leaves_no_key_to_its_default():
@@ -177,14 +201,23 @@ def test_a_written_params_yaml_loads_to_exactly_the_defaults(tmp_path):
 def test_every_key_and_every_section_says_what_it_is():
     found = sections(Config)
     assert len(found) > 10
-    keys = {f"{model.__name__}.{key}": field for model in found for key, field in model.model_fields.items() if not config_doc.section_of(field.annotation)}
+    keys = {
+        f"{model.__name__}.{key}": field
+        for model in found
+        for key, field in model.model_fields.items()
+        if not config_doc.section_of(field.annotation)
+    }
     assert [name for name, field in keys.items() if not field.description] == []
     assert [model.__name__ for model in found if model is not Config and not model.__doc__] == []
 
 
 def test_docs_params_md_has_one_row_a_key_with_its_bounds_and_default():
     rows = [line for line in config_doc.render().splitlines() if line.startswith("| `")]
-    assert len(rows) == sum(not config_doc.section_of(field.annotation) for model in sections(Config) for field in model.model_fields.values())
+    assert len(rows) == sum(
+        not config_doc.section_of(field.annotation)
+        for model in sections(Config)
+        for field in model.model_fields.values()
+    )
     assert any(row.startswith("| `prepare.near_duplicate` | number, > 0, <= 1 | ") for row in rows)
     assert any(row.startswith("| `train.replay` | number, 0..1 | ") for row in rows)
     assert any(row.startswith("| `services.start_timeout` | integer, >= 1 | ") for row in rows)
@@ -193,10 +226,19 @@ def test_docs_params_md_has_one_row_a_key_with_its_bounds_and_default():
 
 
 @settings(deadline=None, max_examples=30)  # 40 ms each: PyYAML is slow
-@given(path=st.text(), licence=st.text(max_size=8), rate=st.floats(min_value=5e-324, allow_infinity=False), gain=st.floats(allow_nan=False, allow_infinity=False))
+@given(
+    path=st.text(),
+    licence=st.text(max_size=8),
+    rate=st.floats(min_value=5e-324, allow_infinity=False),
+    gain=st.floats(allow_nan=False, allow_infinity=False),
+)
 def test_any_config_is_read_back_equal_by_yaml_1_1_and_1_2(tmp_path_factory, path, licence, rate, gain):
     values = Config.model_validate(
-        {"ingest": {"licence": licence, "jsonl": {"path": path}, "pydoc": {"packages": [path, licence]}}, "train": {"learning_rate": rate}, "gate": {"min_gain": gain}}
+        {
+            "ingest": {"licence": licence, "jsonl": {"path": path}, "pydoc": {"packages": [path, licence]}},
+            "train": {"learning_rate": rate},
+            "gate": {"min_gain": gain},
+        }
     )
     text = config_doc.render_params(values)
     file = tmp_path_factory.getbasetemp() / "any.yaml"
@@ -205,7 +247,26 @@ def test_any_config_is_read_back_equal_by_yaml_1_1_and_1_2(tmp_path_factory, pat
     assert pyyaml.safe_load(text) == values.model_dump()
 
 
-@pytest.mark.parametrize("word", ["no", "Yes", "on", "null", "~", "1e5", "0x10", "1_000", "2020-01-01", "a: b", "# c", "", " x", "1:30", "demo"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "no",
+        "Yes",
+        "on",
+        "null",
+        "~",
+        "1e5",
+        "0x10",
+        "1_000",
+        "2020-01-01",
+        "a: b",
+        "# c",
+        "",
+        " x",
+        "1:30",
+        "demo",
+    ],
+)
 def test_words_that_yaml_takes_for_another_type_stay_text(word):
     values = Config.model_validate({"ingest": {"licence": word}})
     assert pyyaml.safe_load(config_doc.render_params(values))["ingest"]["licence"] == word

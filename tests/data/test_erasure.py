@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import KEPT_CONNECTIONS, commit, make_repository, subjects, use_git_without_a_user, use_mlflow, use_no_mlflow, write_files
+from places import (
+    KEPT_CONNECTIONS,
+    commit,
+    make_repository,
+    subjects,
+    use_git_without_a_user,
+    use_mlflow,
+    use_no_mlflow,
+    write_files,
+)
 
 from flows.forget import find_rows, follow_list, forget_rows, list_is_pending
 from ratchet.config.data import PrepareConfig, ProjectConfig
@@ -46,7 +55,9 @@ def quiet(line: str) -> None:
 
 def row(number: int, said: str = "", **meta: Any) -> bytes:
     words = " ".join(f"n{number}w{place}" for place in range(8))
-    return json.dumps({"question": f"{words} {said}".strip(), "answer": f"answer {number}", "meta": meta}).encode()
+    return json.dumps(
+        {"question": f"{words} {said}".strip(), "answer": f"answer {number}", "meta": meta}
+    ).encode()
 
 
 def id_of(line: bytes) -> str:
@@ -55,7 +66,16 @@ def id_of(line: bytes) -> str:
 
 
 def add(raw: Path, lines: list[bytes], month: int = 1) -> str:
-    return write_batch(raw, lines, source="jsonl", label=f"month-{month}", time=f"2026-{month:02}-01T00:00:00Z", licence="CC0-1.0", who="tests", form="auto").name
+    return write_batch(
+        raw,
+        lines,
+        source="jsonl",
+        label=f"month-{month}",
+        time=f"2026-{month:02}-01T00:00:00Z",
+        licence="CC0-1.0",
+        who="tests",
+        form="auto",
+    ).name
 
 
 def matching(pattern: str) -> Query:
@@ -65,9 +85,15 @@ def matching(pattern: str) -> Query:
 # --- preparation -----------------------------------------------------------------------------------------------------
 
 
-def prepared(folder: Path, forgotten: Forgotten, config: PrepareConfig = LENIENT) -> tuple[dict[str, Any], set[str]]:
+def prepared(
+    folder: Path, forgotten: Forgotten, config: PrepareConfig = LENIENT
+) -> tuple[dict[str, Any], set[str]]:
     profile = prepare(folder / "raw", folder / "golden.jsonl", folder / "out", config, forgotten=forgotten)
-    return profile, {example.id for split in (*SPLITS, "golden") for example in read_examples(folder / f"out/{split}.jsonl")}
+    return profile, {
+        example.id
+        for split in (*SPLITS, "golden")
+        for example in read_examples(folder / f"out/{split}.jsonl")
+    }
 
 
 def entry(id: str, batch: str = "", line: int = 0) -> Entry:
@@ -81,7 +107,11 @@ def test_forgotten_rows_are_left_out_with_their_copies_and_counted_apart(tmp_pat
     profile, ids = prepared(tmp_path, Forgotten([entry(id_of(gone))]))
     assert ids == {id_of(row(number)) for number in (2, 3, 4)}
     total = profile["total"]
-    assert (total["rows"], total["accepted"]["rows"], total["rejected"]) == (5, 3, {"rows": 2, "forgotten": 2})
+    assert (total["rows"], total["accepted"]["rows"], total["rejected"]) == (
+        5,
+        3,
+        {"rows": 2, "forgotten": 2},
+    )
     assert b"n1w" not in (tmp_path / "out/rejected.jsonl").read_bytes(), "no word of them"
 
 
@@ -105,7 +135,16 @@ def test_forgotten_rows_count_to_no_limit(tmp_path):
     strict = LENIENT.model_copy(update={"max_rejected_share": 0.0})
     with pytest.raises(DataError, match="3 of 23 rows"):
         prepared(tmp_path, Forgotten(), strict)
-    profile, _ = prepared(tmp_path, Forgotten([*(entry("", batch, line) for line in (21, 22, 23)), *(entry("", batch, line) for line in range(1, 15))]), strict)
+    profile, _ = prepared(
+        tmp_path,
+        Forgotten(
+            [
+                *(entry("", batch, line) for line in (21, 22, 23)),
+                *(entry("", batch, line) for line in range(1, 15)),
+            ]
+        ),
+        strict,
+    )
     assert profile["total"]["rejected"] == {"rows": 17, "forgotten": 17}
 
 
@@ -113,12 +152,19 @@ def test_no_other_row_moves_to_another_split(tmp_path):
     """The first row of a cluster decides for its near duplicates, forgotten or not."""
     config = PrepareConfig(min_rows=1, test_share=0.3, validation_share=0.2)
     first = [row(number) for number in range(60)]
-    near = [json.dumps({"question": json.loads(line)["question"] + " too", "answer": "near"}).encode() for line in first]
+    near = [
+        json.dumps({"question": json.loads(line)["question"] + " too", "answer": "near"}).encode()
+        for line in first
+    ]
     add(tmp_path / "raw", [*first, *near])
 
     def splits(forgotten: Forgotten) -> dict[str, str]:
         prepare(tmp_path / "raw", tmp_path / "golden.jsonl", tmp_path / "out", config, forgotten=forgotten)
-        return {example.id: split for split in SPLITS for example in read_examples(tmp_path / f"out/{split}.jsonl")}
+        return {
+            example.id: split
+            for split in SPLITS
+            for example in read_examples(tmp_path / f"out/{split}.jsonl")
+        }
 
     before, after = splits(Forgotten()), splits(Forgotten(entry(id_of(line)) for line in first))
     assert after == {id: split for id, split in before.items() if id in {id_of(line) for line in near}}
@@ -171,8 +217,18 @@ def test_a_pattern_is_found_in_every_text_of_whole_and_broken_rows(rows):
 
 def test_a_pattern_finds_what_is_written_with_combining_marks(tmp_path):
     apart = "Zoe\u0308"
-    add(tmp_path / "raw", [row(1, apart), row(2, note=apart), json.dumps({"question": apart}, ensure_ascii=False).encode(), apart.encode()])
-    assert [row.line for row in find(tmp_path / "raw", tmp_path / "golden.jsonl", matching("Zo\u00eb"), LENIENT)] == [1, 2, 3, 4]
+    add(
+        tmp_path / "raw",
+        [
+            row(1, apart),
+            row(2, note=apart),
+            json.dumps({"question": apart}, ensure_ascii=False).encode(),
+            apart.encode(),
+        ],
+    )
+    assert [
+        row.line for row in find(tmp_path / "raw", tmp_path / "golden.jsonl", matching("Zo\u00eb"), LENIENT)
+    ] == [1, 2, 3, 4]
 
 
 def test_rows_are_found_by_id_and_by_who_is_named(rows):
@@ -197,9 +253,21 @@ def test_a_row_that_is_changed_by_preparation_is_known_by_both_of_its_hashes(tmp
 
 def test_a_forgotten_correction_is_no_last_word(tmp_path):
     """The row that it superseded counts again."""
-    wrong, right = (json.dumps({"question": "one and one and one?", "answer": answer}).encode() for answer in ("two", "three"))
+    wrong, right = (
+        json.dumps({"question": "one and one and one?", "answer": answer}).encode()
+        for answer in ("two", "three")
+    )
     add(tmp_path / "raw", [wrong])
-    write_batch(tmp_path / "raw", [right], source="feedback", label="feedback", time="2026-02-01T00:00:00Z", licence="CC0-1.0", who="tests", form="auto")
+    write_batch(
+        tmp_path / "raw",
+        [right],
+        source="feedback",
+        label="feedback",
+        time="2026-02-01T00:00:00Z",
+        licence="CC0-1.0",
+        who="tests",
+        form="auto",
+    )
     assert prepared(tmp_path, Forgotten())[1] == {id_of(right)}
     assert prepared(tmp_path, Forgotten([entry(id_of(right))]))[1] == {id_of(wrong)}
 
@@ -207,7 +275,10 @@ def test_a_forgotten_correction_is_no_last_word(tmp_path):
 def test_what_is_on_the_list_is_not_put_there_again():
     found = [Found(["a" * 32], "one.jsonl", 1), Found([], "one.jsonl", 2)]
     once = extend(Forgotten(), found, reason="ticket 12", by="Ana")
-    assert extend(once, [*found, Found(["b" * 32], "one.jsonl", 3)], reason="again", by="Ben").entries[:2] == once.entries
+    assert (
+        extend(once, [*found, Found(["b" * 32], "one.jsonl", 3)], reason="again", by="Ben").entries[:2]
+        == once.entries
+    )
     assert len(extend(once, found, reason="again", by="Ben").entries) == 2
 
 
@@ -260,8 +331,17 @@ def register(number: int, commit: str, batches: list[str], start: str = "base") 
     adapter = Path("adapter")
     adapter.mkdir(exist_ok=True)
     (adapter / "adapter_model.safetensors").write_text(f"weights {number}")
-    tags = {KEY_TAG: f"key{number}", "git_commit": commit, "adapter_sha256": f"{number}" * 64, "batches": json.dumps(batches), STARTED_FROM: start}
-    assert make_version("small", find_or_create_run("small", f"key{number}", {}), adapter, tags, "card").number == number
+    tags = {
+        KEY_TAG: f"key{number}",
+        "git_commit": commit,
+        "adapter_sha256": f"{number}" * 64,
+        "batches": json.dumps(batches),
+        STARTED_FROM: start,
+    }
+    assert (
+        make_version("small", find_or_create_run("small", f"key{number}", {}), adapter, tags, "card").number
+        == number
+    )
 
 
 def mark_of(number: int) -> dict[str, Any] | None:
@@ -286,7 +366,11 @@ def test_a_retraining_after_it_does_without_the_rows_and_git_holds_no_word_of_th
 
     done = forget_rows(root, CONFIG, found, reason="ticket 12", say=quiet)
 
-    assert (done.rows, done.commit, subjects(root)[0]) == (2, git(root, "rev-parse", "HEAD").strip(), "Forget 2 rows")
+    assert (done.rows, done.commit, subjects(root)[0]) == (
+        2,
+        git(root, "rev-parse", "HEAD").strip(),
+        "Forget 2 rows",
+    )
     assert git(root, "show", "--format=", "--name-only", "HEAD").split() == [str(FILE)]
     assert SECRET not in git(root, "show", "HEAD") and "Zebulon" not in (root / FILE).read_text()
     assert read_forgotten(root / FILE).ids == {gone, id_of(row(90, SECRET))}
@@ -316,14 +400,18 @@ def test_versions_are_traced_by_their_training_rows_or_else_by_their_batches(roo
     assert mark_of(1) == {"count": 1, "exact": True, **told}
     assert mark_of(2) == {"count": 1, "exact": False, **told}
     assert mark_of(3) is None and mark_of(4) is None
-    assert mark_of(5) == {"count": 0, "exact": True, **told, "from": 1}, "its weights went on from those of v1"
+    assert mark_of(5) == {"count": 0, "exact": True, **told, "from": 1}, (
+        "its weights went on from those of v1"
+    )
     assert mark_of(6) == {"count": 0, "exact": True, **told, "from": 5}
     assert not (root / "oops").exists()
 
 
 def test_a_new_version_inherits_the_mark_of_the_weights_that_it_went_on_from(root):
     register(1, "0" * 40, [batch_of(root)])
-    forget_rows(root, CONFIG, [Found([id_of(row(3, SECRET))], batch_of(root), 4)], reason="ticket 12", say=quiet)
+    forget_rows(
+        root, CONFIG, [Found([id_of(row(3, SECRET))], batch_of(root), 4)], reason="ticket 12", say=quiet
+    )
     register(2, "0" * 40, [], start="1" * 64)
     register(3, "0" * 40, [])
     for number in (2, 3):
@@ -338,7 +426,9 @@ def test_with_mlflow_away_the_rows_are_forgotten_and_the_marks_follow(root, monk
     use_no_mlflow(monkeypatch)
     told: list[str] = []
 
-    done = forget_rows(root, CONFIG, [Found([id_of(row(3, SECRET))], batch_of(root), 4)], reason="ticket 12", say=told.append)
+    done = forget_rows(
+        root, CONFIG, [Found([id_of(row(3, SECRET))], batch_of(root), 4)], reason="ticket 12", say=told.append
+    )
 
     assert (done.rows, done.versions, list_is_pending(root)) == (1, None, True)
     assert any("marked later" in line for line in told)
@@ -354,7 +444,19 @@ def test_a_pending_mark_keeps_a_retraining_from_having_nothing_to_do(root):
     from ratchet.promotion.champion import Champion
     from tasks.record import Findings
 
-    kept = {"previous": None, "commit": "", "run_id": "", "adapter_sha256": "", "batches": [], "data": {}, "at": "", "by": "", "why": "", "move": "promote", "replaced": None}
+    kept = {
+        "previous": None,
+        "commit": "",
+        "run_id": "",
+        "adapter_sha256": "",
+        "batches": [],
+        "data": {},
+        "at": "",
+        "by": "",
+        "why": "",
+        "move": "promote",
+        "replaced": None,
+    }
     champion = Champion(name="small", version=1, run_key="key1", gate={"verdict": "promote"}, **kept)
     found = Findings({"run_key": "key1"}, {}, {}, {"verdict": "promote"}, {}, root)
     assert is_in_charge(root, champion, found)
@@ -371,7 +473,15 @@ def test_what_is_nowhere_is_refused(root):
 
 
 def ratchet(root: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "ratchet.cli.main", "-C", str(root), *arguments], cwd=ROOT, input=given, capture_output=True, text=True, check=False, timeout=100)
+    return subprocess.run(
+        [sys.executable, "-m", "ratchet.cli.main", "-C", str(root), *arguments],
+        cwd=ROOT,
+        input=given,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
 
 
 @pytest.mark.e2e
@@ -380,7 +490,9 @@ def test_the_command_shows_asks_and_says_how_to_purge(root):
     assert dry.returncode == 0, dry.stderr
     assert dry.stdout == f"2 rows (batch:line):\n  {batch_of(root)}:4\n  golden:1\n"
     refused = ratchet(root, "data", "forget", "--match", SECRET, given="n\n")
-    assert refused.returncode == 1 and f"{batch_of(root)}:4" in refused.stderr and subjects(root)[0] == "Retrain"
+    assert (
+        refused.returncode == 1 and f"{batch_of(root)}:4" in refused.stderr and subjects(root)[0] == "Retrain"
+    )
     write_files(root, {".ratchet/gateway.key": "k" * 32})
     nobody = ratchet(root, "data", "forget", "--user", "ana")
     assert nobody.returncode == 2 and "no row of any batch" in nobody.stderr
@@ -395,16 +507,29 @@ def test_following_the_commands_purges_the_bytes(root):
     assert done.returncode == 0, done.stderr
     assert "2 rows are newly on the list" in done.stdout
     make(root)
-    lines = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ") and line.strip().startswith(("sed", "dvc"))]
+    lines = [
+        line.strip()
+        for line in done.stdout.splitlines()
+        if line.startswith("  ") and line.strip().startswith(("sed", "dvc"))
+    ]
     assert [line.split()[0] for line in lines] == ["sed", "dvc", "dvc", "sed", "dvc"]
     write_batch_beside(root)
     for line in [*lines[:2], lines[2].partition(" && ratchet")[0], lines[3]]:
         shell(root, line)
-    assert SECRET not in (root / ".ratchet/kept.jsonl").read_text() and len((root / ".ratchet/kept.jsonl").read_text().splitlines()) == 9
+    assert (
+        SECRET not in (root / ".ratchet/kept.jsonl").read_text()
+        and len((root / ".ratchet/kept.jsonl").read_text().splitlines()) == 9
+    )
     make(root)
     shell(root, lines[4])
-    assert [path for path in (root / ".dvc/cache").rglob("*") if path.is_file() and b"Zebulon" in path.read_bytes()] == []
-    assert [json.loads(line)["rows"] for line in (root / "data/raw/manifest.jsonl").read_text().splitlines()] == [5]
+    assert [
+        path
+        for path in (root / ".dvc/cache").rglob("*")
+        if path.is_file() and b"Zebulon" in path.read_bytes()
+    ] == []
+    assert [
+        json.loads(line)["rows"] for line in (root / "data/raw/manifest.jsonl").read_text().splitlines()
+    ] == [5]
 
 
 def write_batch_beside(root: Path) -> None:
@@ -414,8 +539,19 @@ def write_batch_beside(root: Path) -> None:
 
 
 def shell(root: Path, line: str) -> None:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run(["bash", "-c", line], cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "DVC_NO_ANALYTICS": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
     assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 

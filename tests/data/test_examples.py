@@ -9,16 +9,40 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ratchet.data.examples import FORMS, Example, Message, RowError, encode_line, example_id, make_example, normalise, read_examples, recognise_form, row_to_messages
+from ratchet.data.examples import (
+    FORMS,
+    Example,
+    Message,
+    RowError,
+    encode_line,
+    example_id,
+    make_example,
+    normalise,
+    read_examples,
+    recognise_form,
+    row_to_messages,
+)
 from ratchet.errors import DataError
 
 U, A, S = "user", "assistant", "system"
 ROWS = {
-    "messages": ({"messages": [{"role": S, "content": "s"}, {"role": U, "content": "q"}, {"role": A, "content": "a"}]}, [(S, "s"), (U, "q"), (A, "a")]),
+    "messages": (
+        {"messages": [{"role": S, "content": "s"}, {"role": U, "content": "q"}, {"role": A, "content": "a"}]},
+        [(S, "s"), (U, "q"), (A, "a")],
+    ),
     "completion": ({"prompt": "q", "completion": "a"}, [(U, "q"), (A, "a")]),
     "instruction": ({"instruction": "q", "input": "more", "output": "a"}, [(U, "q\n\nmore"), (A, "a")]),
     "question": ({"question": "q", "answer": "a"}, [(U, "q"), (A, "a")]),
-    "sharegpt": ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [(S, "s"), (U, "q"), (A, "a")]),
+    "sharegpt": (
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "a"},
+            ]
+        },
+        [(S, "s"), (U, "q"), (A, "a")],
+    ),
     "text": ({"text": "a"}, [(U, "Continue."), (A, "a")]),
 }
 
@@ -41,7 +65,12 @@ def test_a_run_of_combining_marks_is_refused_before_it_is_put_in_order():
     """NFC would take minutes for a megabyte of it."""
     with pytest.raises(RowError, match="more than 32 combining marks"):
         make_example([Message("user", "a" + "\u0301\u0327" * 100_000), Message("assistant", "b")], {})
-    assert make_example([Message("user", "Zalgo a" + "\u0301" * 20), Message("assistant", "tiếng Việt")], {}).answer == "tiếng Việt"
+    assert (
+        make_example(
+            [Message("user", "Zalgo a" + "\u0301" * 20), Message("assistant", "tiếng Việt")], {}
+        ).answer
+        == "tiếng Việt"
+    )
 
 
 def test_every_form_has_a_row_here():
@@ -66,12 +95,17 @@ def test_every_form_becomes_messages(form):
 
 @pytest.mark.parametrize("nothing", ["", None])
 def test_an_instruction_without_input_is_the_question_alone(nothing):
-    assert row_to_messages({"instruction": "q", "input": nothing, "output": "a"}, "instruction")[0].content == "q"
+    assert (
+        row_to_messages({"instruction": "q", "input": nothing, "output": "a"}, "instruction")[0].content
+        == "q"
+    )
 
 
 def test_the_same_conversation_has_the_same_id_in_every_form():
     ids = {make_example(row_to_messages(ROWS[form][0], form), {}).id for form in ("completion", "question")}
-    ids.add(make_example(row_to_messages({"instruction": "q", "output": "a"}, "instruction"), {"other": 1}).id)
+    ids.add(
+        make_example(row_to_messages({"instruction": "q", "output": "a"}, "instruction"), {"other": 1}).id
+    )
     assert len(ids) == 1
 
 
@@ -99,7 +133,10 @@ REFUSED = {
         "blank answer": messages((U, "q"), (A, " \n\t\u3000")),
         "blank completion": {"prompt": "q", "completion": "\r\n"},
     },
-    "empty_content": {"empty question": messages((U, ""), (A, "a")), "blank system": messages((S, " "), (U, "q"), (A, "a"))},
+    "empty_content": {
+        "empty question": messages((U, ""), (A, "a")),
+        "blank system": messages((S, " "), (U, "q"), (A, "a")),
+    },
     "empty_messages": {"no message": {"messages": []}, "no turn": {"conversations": []}},
     "unknown_role": {
         "tool": messages((U, "q"), ("tool", "t"), (A, "a")),
@@ -129,10 +166,17 @@ REFUSED = {
         "a turn that is null": {"messages": [None]},
         "no value": {"conversations": [{"from": "human"}]},
     },
-    "invalid_unicode": {"lone surrogate in the answer": messages((U, "q"), (A, "a\ud800")), "in the question": messages((U, "\udfff q"), (A, "a"))},
+    "invalid_unicode": {
+        "lone surrogate in the answer": messages((U, "q"), (A, "a\ud800")),
+        "in the question": messages((U, "\udfff q"), (A, "a")),
+    },
     "nul_character": {"NUL": messages((U, "q\x00r"), (A, "a"))},
 }
-CASES = [pytest.param(row, code, id=f"{code}: {name}") for code, rows in REFUSED.items() for name, row in rows.items()]
+CASES = [
+    pytest.param(row, code, id=f"{code}: {name}")
+    for code, rows in REFUSED.items()
+    for name, row in rows.items()
+]
 
 
 @pytest.mark.parametrize(("row", "code"), CASES)
@@ -152,17 +196,24 @@ LINE_ENDS = ["\n", "\r\n", "\r", "\u2028", "\u2029", "\u0085"]
 
 @pytest.mark.parametrize("end", LINE_ENDS)
 def test_the_id_does_not_depend_on_line_ends(end):
-    assert make_example(conversation((U, f"q{end}more"), (A, f"a{end}")), {}) == make_example(conversation((U, "q\nmore"), (A, "a")), {})
+    assert make_example(conversation((U, f"q{end}more"), (A, f"a{end}")), {}) == make_example(
+        conversation((U, "q\nmore"), (A, "a")), {}
+    )
 
 
 def test_the_id_does_not_depend_on_the_unicode_form():
     composed, decomposed = "caf\u00e9", "cafe\u0301"
-    assert example_id(conversation((U, composed), (A, "a"))) == example_id(conversation((U, decomposed), (A, "a")))
+    assert example_id(conversation((U, composed), (A, "a"))) == example_id(
+        conversation((U, decomposed), (A, "a"))
+    )
     assert make_example(conversation((U, decomposed), (A, "a")), {}).question == composed
 
 
 def test_the_id_does_not_depend_on_meta():
-    assert make_example(conversation((U, "q"), (A, "a")), {"batch": "1"}).id == make_example(conversation((U, "q"), (A, "a")), {"batch": "2"}).id
+    assert (
+        make_example(conversation((U, "q"), (A, "a")), {"batch": "1"}).id
+        == make_example(conversation((U, "q"), (A, "a")), {"batch": "2"}).id
+    )
 
 
 def test_the_id_differs_with_roles_contents_order_and_borders():
@@ -202,7 +253,13 @@ def test_normalising_twice_is_normalising_once(text):
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
-SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | VALID_TEXT
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | VALID_TEXT
+)
 EXAMPLES = st.builds(
     Example,
     id=VALID_TEXT,
@@ -226,7 +283,18 @@ def test_separators_of_unicode_do_not_cut_a_row(tmp_path):
     assert list(read_examples(path)) == [example, example]
 
 
-@pytest.mark.parametrize("line", [b"", b"{", b"[]", b"null", b'{"id": "1"}', b'{"id": 1, "messages": [], "meta": {}}', b'{"id": "\xff", "messages": [], "meta": {}}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"id": "1"}',
+        b'{"id": 1, "messages": [], "meta": {}}',
+        b'{"id": "\xff", "messages": [], "meta": {}}',
+    ],
+)
 def test_a_line_that_is_no_example_is_named_with_its_number(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(encode_line(Example("1", (), {})) + line + b"\n")
@@ -236,6 +304,8 @@ def test_a_line_that_is_no_example_is_named_with_its_number(tmp_path, line):
 
 def test_an_unknown_key_inside_a_message_is_no_example(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"id": "1", "messages": [{"role": U, "content": "q", "weight": 0}], "meta": {}}))
+    path.write_text(
+        json.dumps({"id": "1", "messages": [{"role": U, "content": "q", "weight": 0}], "meta": {}})
+    )
     with pytest.raises(DataError, match="weight"):
         list(read_examples(path))

@@ -24,7 +24,10 @@ CONFIG = Config()
 
 
 def lines(start: int, stop: int) -> list[bytes]:
-    return [json.dumps({"question": f"What is number {number}?", "answer": f"{number}"}).encode() for number in range(start, stop)]
+    return [
+        json.dumps({"question": f"What is number {number}?", "answer": f"{number}"}).encode()
+        for number in range(start, stop)
+    ]
 
 
 def write_rows(path: Path, start: int, stop: int) -> Path:
@@ -53,7 +56,9 @@ def test_packages_are_read_as_documentation():
 def test_a_glob_reads_all_files_and_its_star_is_no_part_of_the_label(tmp_path):
     write_rows(tmp_path / "part-1.jsonl", 0, 2)
     write_rows(tmp_path / "part-2.jsonl", 2, 4)
-    assert pull(CONFIG, path=str(tmp_path / "part-*.jsonl")) == Pulled(lines(0, 4), "jsonl", "part-", "question")
+    assert pull(CONFIG, path=str(tmp_path / "part-*.jsonl")) == Pulled(
+        lines(0, 4), "jsonl", "part-", "question"
+    )
     assert pull(CONFIG, path=str(tmp_path / "*.jsonl")).label == "rows"
 
 
@@ -71,7 +76,9 @@ def test_a_source_without_rows_is_refused(tmp_path, content):
 
 def test_a_form_that_nobody_knows_is_refused_with_the_rows_keys(tmp_path):
     (tmp_path / "odd.jsonl").write_text('{"frage": "?", "antwort": "!"}\n')
-    with pytest.raises(DataError, match=r"(?s)odd\.jsonl: keys \['antwort', 'frage'\] fit no form.*ingest\.jsonl\.form"):
+    with pytest.raises(
+        DataError, match=r"(?s)odd\.jsonl: keys \['antwort', 'frage'\] fit no form.*ingest\.jsonl\.form"
+    ):
         pull(CONFIG, path=str(tmp_path / "odd.jsonl"))
 
 
@@ -102,10 +109,20 @@ def test_the_same_rows_again_make_no_second_batch(tmp_path):
     assert is_new
     assert add(tmp_path, rows(0, 5)._replace(label="another word")) == (first, False)
     assert read_manifest(tmp_path) == [first]
-    assert (first.rows, first.source, first.form, first.licence, first.who) == (5, "jsonl", "question", "CC0-1.0", "Ana")
+    assert (first.rows, first.source, first.form, first.licence, first.who) == (
+        5,
+        "jsonl",
+        "question",
+        "CC0-1.0",
+        "Ana",
+    )
 
 
-@pytest.mark.parametrize("other", [rows(0, 6), rows(1, 5), rows(0, 5)._replace(lines=lines(0, 5)[::-1])], ids=["more", "fewer", "another order"])
+@pytest.mark.parametrize(
+    "other",
+    [rows(0, 6), rows(1, 5), rows(0, 5)._replace(lines=lines(0, 5)[::-1])],
+    ids=["more", "fewer", "another order"],
+)
 def test_other_rows_are_another_batch(tmp_path, other):
     first, _ = add(tmp_path, rows(0, 5))
     second, is_new = add(tmp_path, other)
@@ -113,7 +130,9 @@ def test_other_rows_are_another_batch(tmp_path, other):
     assert read_manifest(tmp_path) == [first, second]
 
 
-@pytest.mark.parametrize("label", ["../../etc/passwd", "a b/c", "", "Ünï", "-rf", "x" * 300, "data?token=secret"])
+@pytest.mark.parametrize(
+    "label", ["../../etc/passwd", "a b/c", "", "Ünï", "-rf", "x" * 300, "data?token=secret"]
+)
 def test_a_label_cannot_lead_out_of_the_folder(tmp_path, label):
     batch, _ = add(tmp_path / "raw", rows(0, 2)._replace(label=label))
     assert (tmp_path / "raw" / batch.name).parent.resolve() == tmp_path / "raw"
@@ -139,11 +158,16 @@ def frozen(path: Path) -> list[dict[str, Any]]:
 
 def test_golden_rows_of_pydoc_come_from_the_share_that_preparation_tests_on(tmp_path):
     """The demo's base reads the same packages, and leaves that share out."""
-    assert freeze_golden(tmp_path / "golden.jsonl", rows(0, 400)._replace(source="pydoc"), CONFIG, rows=20) == 20
+    assert (
+        freeze_golden(tmp_path / "golden.jsonl", rows(0, 400)._replace(source="pydoc"), CONFIG, rows=20) == 20
+    )
     found = frozen(tmp_path / "golden.jsonl")
     assert len(found) == 20
     for row in found:
-        assert split_by_hash(example_id(Message(**message) for message in row["messages"]), CONFIG.prepare) == "test"
+        assert (
+            split_by_hash(example_id(Message(**message) for message in row["messages"]), CONFIG.prepare)
+            == "test"
+        )
 
 
 def test_the_same_rows_are_chosen_whatever_their_order(tmp_path):
@@ -168,11 +192,29 @@ def test_a_golden_set_that_is_there_stays(tmp_path):
 
 
 def test_rows_that_are_broken_are_no_golden_rows(tmp_path):
-    broken = [b"no json", b"[]", b"null", b'{"question": "?"}', b'{"question": 1, "answer": 2}', b'{"question": "", "answer": ""}', b'{"question": "a", "answer": "b", "meta": 5}']
+    broken = [
+        b"no json",
+        b"[]",
+        b"null",
+        b'{"question": "?"}',
+        b'{"question": 1, "answer": 2}',
+        b'{"question": "", "answer": ""}',
+        b'{"question": "a", "answer": "b", "meta": 5}',
+    ]
     with pytest.raises(DataError, match="no row is fit for the golden set"):
-        freeze_golden(tmp_path / "golden.jsonl", Pulled(broken[:-1], "jsonl", "broken", "auto"), CONFIG, rows=5)
+        freeze_golden(
+            tmp_path / "golden.jsonl", Pulled(broken[:-1], "jsonl", "broken", "auto"), CONFIG, rows=5
+        )
     assert not (tmp_path / "golden.jsonl").exists()
-    assert freeze_golden(tmp_path / "golden.jsonl", Pulled([*broken, *lines(0, 100)], "jsonl", "broken", "auto"), CONFIG, rows=500) > 0
+    assert (
+        freeze_golden(
+            tmp_path / "golden.jsonl",
+            Pulled([*broken, *lines(0, 100)], "jsonl", "broken", "auto"),
+            CONFIG,
+            rows=500,
+        )
+        > 0
+    )
 
 
 # --- the whole flow --------------------------------------------------------------------------------------------------------
@@ -204,7 +246,10 @@ def test_a_batch_lands_as_one_commit_and_the_same_rows_again_make_none(root, tmp
     assert done["commit"] == git(root, "rev-parse", "HEAD").strip()
     assert subjects(root)[0] == "Ingest 30 rows from jsonl (March tickets)"
     assert git(root, "log", "-1", "--format=%b").strip() == f"Batch: {done['batch']}"
-    assert git(root, "show", "--format=", "--name-only", "HEAD").split() == ["data/.gitignore", "data/raw.dvc"]
+    assert git(root, "show", "--format=", "--name-only", "HEAD").split() == [
+        "data/.gitignore",
+        "data/raw.dvc",
+    ]
     assert [batch.name for batch in read_manifest(root / "data/raw")] == [done["batch"]]
     assert read_manifest(root / "data/raw")[0].who == "Ana"
 
@@ -220,7 +265,11 @@ def test_a_batch_lands_as_one_commit_and_the_same_rows_again_make_none(root, tmp
     assert (golden["rows"], len(frozen(root / "data/golden.jsonl"))) == (10, 10)
     with pytest.raises(DataError, match="holds a golden set already"):
         ingest(root=str(root), path=str(tmp_path / "golden.jsonl"), golden=10)
-    assert subjects(root)[:3] == ["Freeze a golden set of 10 rows from jsonl (golden)", "Ingest 20 rows from jsonl (April)", "Ingest 30 rows from jsonl (March tickets)"]
+    assert subjects(root)[:3] == [
+        "Freeze a golden set of 10 rows from jsonl (golden)",
+        "Ingest 20 rows from jsonl (April)",
+        "Ingest 30 rows from jsonl (March tickets)",
+    ]
 
 
 # Somebody else's batch lands between our commit and our push: a hook that every clone gets.
@@ -249,9 +298,29 @@ def test_an_ingestion_starts_over_on_top_of_a_commit_that_came_first(root, tmp_p
 
 def test_rows_that_the_champion_does_not_know_are_counted_once(tmp_path):
     raw = tmp_path / "data/raw"
-    rows = [msgspec.json.encode({"prompt": f"question {number}", "completion": "yes"}) for number in range(10)]
-    old = write_batch(raw, rows[:4], source="jsonl", label="old", time="2026-01-01T00:00:00Z", licence="", who="", form="auto")
-    write_batch(raw, [*rows[2:7], rows[5]], source="jsonl", label="new", time="2026-02-01T00:00:00Z", licence="", who="", form="auto")
+    rows = [
+        msgspec.json.encode({"prompt": f"question {number}", "completion": "yes"}) for number in range(10)
+    ]
+    old = write_batch(
+        raw,
+        rows[:4],
+        source="jsonl",
+        label="old",
+        time="2026-01-01T00:00:00Z",
+        licence="",
+        who="",
+        form="auto",
+    )
+    write_batch(
+        raw,
+        [*rows[2:7], rows[5]],
+        source="jsonl",
+        label="new",
+        time="2026-02-01T00:00:00Z",
+        licence="",
+        who="",
+        form="auto",
+    )
     (tmp_path / "data/golden.jsonl").write_bytes(rows[6] + b"\n")
     pulled = Pulled([rows[5], rows[8]], "feedback", "feedback", "auto")
     assert count_new(tmp_path, {old.name}, [pulled]) == 3, "rows 4, 5 and 8: 6 is golden, 5 came twice"

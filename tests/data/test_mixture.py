@@ -14,11 +14,21 @@ from ratchet.errors import DataError
 from ratchet.files import write_bytes, write_json
 from tasks.tokenize import choose_rows, tokenize
 
-OLD, EARLIER, NEW = "20260101T000000Z-old.jsonl", "20260201T000000Z-feedback.jsonl", "20260301T000000Z-feedback.jsonl"
+OLD, EARLIER, NEW = (
+    "20260101T000000Z-old.jsonl",
+    "20260201T000000Z-feedback.jsonl",
+    "20260301T000000Z-feedback.jsonl",
+)
 
 
 def rows_of(batch: str, number: int, source: str = "jsonl", **meta: Any) -> list[Example]:
-    return [make_example([Message("user", f"{batch} {place}?"), Message("assistant", "yes")], {"batch": batch, "source": source, **meta}) for place in range(number)]
+    return [
+        make_example(
+            [Message("user", f"{batch} {place}?"), Message("assistant", "yes")],
+            {"batch": batch, "source": source, **meta},
+        )
+        for place in range(number)
+    ]
 
 
 def split(rows: list[Example]) -> tuple[int, int]:
@@ -29,7 +39,9 @@ def split(rows: list[Example]) -> tuple[int, int]:
 
 @pytest.mark.parametrize("replay", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("settings", [{}, {"rows": "all"}, {"start_from": "base"}])
-def test_a_retraining_on_feedback_has_clean_rows_whatever_is_replayed(replay: float, settings: dict[str, Any]) -> None:
+def test_a_retraining_on_feedback_has_clean_rows_whatever_is_replayed(
+    replay: float, settings: dict[str, Any]
+) -> None:
     """Without the floor, `replay: 0` would train on feedback alone."""
     rows = [*rows_of(OLD, 900), *rows_of(NEW, 50, "feedback")]
     config = Config.model_validate({"train": {"replay": replay, **settings}})
@@ -71,7 +83,9 @@ def test_shares_are_exact() -> None:
     assert [room_for(clean, 0.1) for clean in (0, 8, 9, 900, 9_000_000)] == [0, 0, 1, 100, 1_000_000]
 
 
-def test_what_stays_out_is_counted_and_feedback_alone_trains_nothing(tmp_path: Path, prepared: Path, tiny_base: Path, nobody: Path, tiny_config: Config) -> None:
+def test_what_stays_out_is_counted_and_feedback_alone_trains_nothing(
+    tmp_path: Path, prepared: Path, tiny_base: Path, nobody: Path, tiny_config: Config
+) -> None:
     clean, taught = list(read_examples(prepared / "train.jsonl"))[:90], rows_of(NEW, 25, "feedback")
     write_bytes(tmp_path / "prepared/train.jsonl", map(encode_line, [*clean, *taught]))
     write_bytes(tmp_path / "prepared/validation.jsonl", [])
@@ -84,9 +98,14 @@ def test_what_stays_out_is_counted_and_feedback_alone_trains_nothing(tmp_path: P
         tokenize(tmp_path / "prepared", tiny_base, nobody, tmp_path / "out", tiny_config)
 
 
-def test_a_champion_that_has_seen_all_but_the_feedback_learns_it_beside_clean_rows(tmp_path: Path, prepared: Path, tiny_base: Path, tiny_config: Config) -> None:
+def test_a_champion_that_has_seen_all_but_the_feedback_learns_it_beside_clean_rows(
+    tmp_path: Path, prepared: Path, tiny_base: Path, tiny_config: Config
+) -> None:
     clean = list(read_examples(prepared / "train.jsonl"))
-    write_json(tmp_path / "incumbent/manifest.json", {"version": 1, "batches": sorted({str(row.meta["batch"]) for row in clean})})
+    write_json(
+        tmp_path / "incumbent/manifest.json",
+        {"version": 1, "batches": sorted({str(row.meta["batch"]) for row in clean})},
+    )
     write_bytes(tmp_path / "prepared/train.jsonl", map(encode_line, [*clean, *rows_of(NEW, 20, "feedback")]))
     write_bytes(tmp_path / "prepared/validation.jsonl", [])
     config = tiny_config.model_copy(update={"train": tiny_config.train.model_copy(update={"replay": 0.0})})

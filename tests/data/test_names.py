@@ -14,7 +14,10 @@ from ratchet.data.pii import mask_names
 from ratchet.errors import ConfigError
 from tasks.prepare import prepare
 
-ROWS = [msgspec.json.encode({"prompt": question, "completion": "yes"}) for question in ("Is the parcel of Ana Lima there?", "Is there a parcel of amber?")]
+ROWS = [
+    msgspec.json.encode({"prompt": question, "completion": "yes"})
+    for question in ("Is the parcel of Ana Lima there?", "Is there a parcel of amber?")
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +34,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def prepared(folder: Path, **settings: object) -> list[str]:
-    write_batch(folder / "raw", ROWS, source="jsonl", label="a", time="2026-01-01T00:00:00Z", licence="CC0-1.0", who="tests", form="auto")
-    prepare(folder / "raw", folder / "none", folder / "out", PrepareConfig(test_share=0, validation_share=0, min_rows=1, **settings))
+    write_batch(
+        folder / "raw",
+        ROWS,
+        source="jsonl",
+        label="a",
+        time="2026-01-01T00:00:00Z",
+        licence="CC0-1.0",
+        who="tests",
+        form="auto",
+    )
+    prepare(
+        folder / "raw",
+        folder / "none",
+        folder / "out",
+        PrepareConfig(test_share=0, validation_share=0, min_rows=1, **settings),
+    )
     return [row.question for row in read_examples(folder / "out/train.jsonl")]
 
 
 def test_a_name_is_masked_or_its_row_rejected_as_the_policy_says(tmp_path, model):
     assert mask_names("To Ana Lima, from Ana Lima.", model, "[name]") == "To [name], from [name]."
-    assert prepared(tmp_path / "mask", names_model=model, personal_data="mask") == ["Is the parcel of [name] there?", "Is there a parcel of amber?"]
+    assert prepared(tmp_path / "mask", names_model=model, personal_data="mask") == [
+        "Is the parcel of [name] there?",
+        "Is there a parcel of amber?",
+    ]
     assert prepared(tmp_path / "reject", names_model=model) == ["Is there a parcel of amber?"]
     assert len(prepared(tmp_path / "off")) == 2
 

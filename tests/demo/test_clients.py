@@ -30,7 +30,11 @@ class Gateway(BaseHTTPRequestHandler):
         elif body["user"].endswith("9"):
             self._send(429, {"error": {"message": "the queue is full"}})
         else:
-            self._send(200, {"choices": [{"message": {"content": "right"}}]}, {"x-ratchet-version": body["user"][-1], "x-request-id": f"id-{body['user']}"})
+            self._send(
+                200,
+                {"choices": [{"message": {"content": "right"}}]},
+                {"x-ratchet-version": body["user"][-1], "x-request-id": f"id-{body['user']}"},
+            )
 
     def _send(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         text = json.dumps(body).encode()
@@ -58,9 +62,17 @@ def test_answers_are_scored_told_and_counted_by_version_and_kind(url: str) -> No
 
     replies = replay(url, "small", asked, users=["u1", "u1", "u2"], parallel=2)
 
-    assert [(reply.version, reply.right, reply.fault) for reply in replies] == [(1, True, ""), (1, False, ""), (2, True, "")]
+    assert [(reply.version, reply.right, reply.fault) for reply in replies] == [
+        (1, True, ""),
+        (1, False, ""),
+        (2, True, ""),
+    ]
     assert [tuple(score) for score in summarise(replies)] == [(1, "old", 2, 1), (2, "new", 1, 1)]
-    assert sorted((said["request_id"], said["user"], said["score"]) for said in TOLD) == [("id-u1", "u1", 0.0), ("id-u1", "u1", 1.0), ("id-u2", "u2", 1.0)]
+    assert sorted((said["request_id"], said["user"], said["score"]) for said in TOLD) == [
+        ("id-u1", "u1", 0.0),
+        ("id-u1", "u1", 1.0),
+        ("id-u2", "u2", 1.0),
+    ]
 
 
 def test_a_refused_request_is_a_reply_with_its_fault_and_no_feedback(url: str) -> None:

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def row(answer: str = "the warranty and liability", **meta: str) -> Example:
-    return make_example([Message("user", "which terms?"), Message("assistant", answer)], {"batch": "a", **meta})
+    return make_example(
+        [Message("user", "which terms?"), Message("assistant", answer)], {"batch": "a", **meta}
+    )
 
 
 def own(folder: Path, body: str, name: str = "mine") -> Path:
@@ -28,12 +30,21 @@ def test_the_example_in_the_repository_works():
     metric = load_custom(["my_metrics:legal_term_recall"], ROOT / "metrics")["legal_term_recall"]
     assert custom_score("legal_term_recall", metric, "only the Warranty", row()) == 0.5
     assert custom_score("legal_term_recall", metric, "", row("nothing legal")) == 1.0
-    assert custom_score("legal_term_recall", metric, "a lien", row("the lien and the warranty", terms="lien, deed")) == 0.5
+    assert (
+        custom_score(
+            "legal_term_recall", metric, "a lien", row("the lien and the warranty", terms="lien, deed")
+        )
+        == 0.5
+    )
 
 
 def test_a_file_may_have_a_librarys_name_and_import_its_neighbour(tmp_path):
     own(tmp_path / "own", "SHARE = 0.25\n", "neighbour")
-    own(tmp_path / "own", "from neighbour import SHARE\ndef score(prediction, reference, example_meta):\n    return SHARE\n", "json")
+    own(
+        tmp_path / "own",
+        "from neighbour import SHARE\ndef score(prediction, reference, example_meta):\n    return SHARE\n",
+        "json",
+    )
     assert load_custom(["json:score"], tmp_path / "own")["score"]("", "", {}) == 0.25
 
 
@@ -74,13 +85,18 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     ],
 )
 def test_a_fault_names_metric_row_and_exception(tmp_path, body, said):
-    metric = load_custom(["mine:score"], own(tmp_path / "own", f"def score(prediction, reference, example_meta):\n    {body}\n"))["score"]
+    metric = load_custom(
+        ["mine:score"],
+        own(tmp_path / "own", f"def score(prediction, reference, example_meta):\n    {body}\n"),
+    )["score"]
     with pytest.raises(DataError, match="the metric score " + said.format(id=row().id).replace("(", r"\(")):
         custom_score("score", metric, "x", row())
 
 
 def test_a_metric_cannot_change_the_rows_meta(tmp_path):
-    metric = load_custom(["mine:score"], own(tmp_path / "own", "def score(p, r, m):\n    m.clear()\n    return True\n"))["score"]
+    metric = load_custom(
+        ["mine:score"], own(tmp_path / "own", "def score(p, r, m):\n    m.clear()\n    return True\n")
+    )["score"]
     example = row(topic="cars")
     assert custom_score("score", metric, "x", example) == 1.0
     assert example.meta == {"batch": "a", "topic": "cars"}
@@ -106,4 +122,9 @@ def test_a_config_that_cannot_be_computed_is_refused(evaluate, gate, said):
 
 
 def test_the_gate_may_decide_on_a_metric_of_ones_own():
-    assert parse_config({"evaluate": {"custom": ["a:mine"]}, "gate": {"metric": "mine"}}, Path("params.yaml")).gate.metric == "mine"
+    assert (
+        parse_config(
+            {"evaluate": {"custom": ["a:mine"]}, "gate": {"metric": "mine"}}, Path("params.yaml")
+        ).gate.metric
+        == "mine"
+    )

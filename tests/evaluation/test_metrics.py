@@ -29,11 +29,21 @@ from ratchet.evaluation.metrics import (
     token_f1,
 )
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.lists(st.sampled_from(["the", "cat", "sat", "Ünï", "!", "👍", "\n", "日本"]), max_size=12).map(" ".join)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.lists(
+    st.sampled_from(["the", "cat", "sat", "Ünï", "!", "👍", "\n", "日本"]), max_size=12
+).map(" ".join)
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference", "score"), [("numpy.linalg", "numpy.linalg", 1), (" a  b\n", "a b", 1), ("A b", "a b", 0), ("", "", 1), ("", "a", 0), ("ab", "a b", 0)]
+    ("answer", "reference", "score"),
+    [
+        ("numpy.linalg", "numpy.linalg", 1),
+        (" a  b\n", "a b", 1),
+        ("A b", "a b", 0),
+        ("", "", 1),
+        ("", "a", 0),
+        ("ab", "a b", 0),
+    ],
 )
 def test_exact_match_looks_through_blanks_alone(answer, reference, score):
     assert exact_match(answer, reference) == score
@@ -78,25 +88,35 @@ def test_rouge_l_is_what_a_hand_computes(answer, reference, score):
 @settings(deadline=None, max_examples=50)
 @given(answer=TEXT, reference=TEXT)
 def test_chrf_is_sacrebleus(answer, reference):
-    assert chrf(answer, reference) == pytest.approx(CHRF(word_order=0, beta=2).corpus_score([answer], [[reference]]).score / 100, abs=1e-9)
+    assert chrf(answer, reference) == pytest.approx(
+        CHRF(word_order=0, beta=2).corpus_score([answer], [[reference]]).score / 100, abs=1e-9
+    )
 
 
 @settings(deadline=None, max_examples=50)
 @given(answer=TEXT.filter(str.strip), reference=TEXT.filter(str.strip))
 def test_bleu_is_sacrebleus(answer, reference):
-    assert bleu(answer, reference) == pytest.approx(min(1.0, BLEU(effective_order=True).sentence_score(answer, [reference]).score / 100), abs=1e-9)
+    assert bleu(answer, reference) == pytest.approx(
+        min(1.0, BLEU(effective_order=True).sentence_score(answer, [reference]).score / 100), abs=1e-9
+    )
 
 
 def test_bleu_is_what_a_hand_computes():
     """In common are 5 of 6 words, 3 of 5 pairs, 2 of 4 triples and 1 of 3 fours; the lengths are equal."""
-    assert bleu("the cat sat on a mat", "the cat sat on the mat") == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25, abs=1e-6)
+    assert bleu("the cat sat on a mat", "the cat sat on the mat") == pytest.approx(
+        (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("answer", "reference", "score"),
     [
         ("police kill the gunman", "police killed the gunman", 1 / 3),  # one pair of three is common to both
-        ("the gunman police killed", "police killed the gunman", 2 / 3),  # Lin 2004, section 3.1: S3's order costs ROUGE-2 one pair
+        (
+            "the gunman police killed",
+            "police killed the gunman",
+            2 / 3,
+        ),  # Lin 2004, section 3.1: S3's order costs ROUGE-2 one pair
         ("a a a", "a a", 2 * (1 / 2) * 1 / (1 / 2 + 1)),
         ("one", "one", 1.0),
         ("one", "two", 0.0),
@@ -108,11 +128,16 @@ def test_rouge_2_is_what_a_hand_computes(answer, reference, score):
 
 
 @settings(deadline=None, max_examples=60)
-@given(answer=st.lists(st.sampled_from("abc"), min_size=2, max_size=8), reference=st.lists(st.sampled_from("abc"), min_size=2, max_size=8))
+@given(
+    answer=st.lists(st.sampled_from("abc"), min_size=2, max_size=8),
+    reference=st.lists(st.sampled_from("abc"), min_size=2, max_size=8),
+)
 def test_rouge_2_is_the_f1_of_pairs(answer, reference):
     left, right = (Counter(pairwise(side)) for side in (answer, reference))
     common = sum(min(left[pair], right[pair]) for pair in left)
-    assert rouge_2(" ".join(answer), " ".join(reference)) == pytest.approx(2 * common / (sum(left.values()) + sum(right.values())))
+    assert rouge_2(" ".join(answer), " ".join(reference)) == pytest.approx(
+        2 * common / (sum(left.values()) + sum(right.values()))
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,14 +158,29 @@ def test_json_is_valid_when_it_is_one_value_of_the_standard(answer, valid):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=6))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=6,
+    )
+)
 def test_what_json_writes_is_valid(value):
     assert json_valid(json.dumps(value), "") == 1.0
 
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("it is 1,250.50 in all", 1250.5), ("-3", -3.0), ("2 plus 2 is 4.", 4.0), ("1e3", 1000.0), ("none", None), ("", None), ("9" * 400, 9.0e299), ("1e999", None)],
+    [
+        ("it is 1,250.50 in all", 1250.5),
+        ("-3", -3.0),
+        ("2 plus 2 is 4.", 4.0),
+        ("1e3", 1000.0),
+        ("none", None),
+        ("", None),
+        ("9" * 400, 9.0e299),
+        ("1e999", None),
+    ],
 )
 def test_the_last_number_is_read(text, number):
     found = last_number(text)
@@ -193,12 +233,19 @@ def test_length_counts_words():
 
 
 def test_a_label_is_the_same_whatever_its_case_blanks_and_last_mark():
-    assert [ROW_METRICS["accuracy"](text, "Refund  request") for text in ("refund request.", " REFUND REQUEST", "refund", "")] == [1.0, 1.0, 0.0, 0.0]
+    assert [
+        ROW_METRICS["accuracy"](text, "Refund  request")
+        for text in ("refund request.", " REFUND REQUEST", "refund", "")
+    ] == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_exact_match_is_always_among_the_scores_and_others_as_listed():
     assert list(row_metrics(EvaluateConfig(metrics=["chrf", "macro_f1"]))) == ["exact_match", "chrf"]
-    assert list(row_metrics(EvaluateConfig(metrics=["regex_match", "bleu"], pattern="a+"))) == ["exact_match", "regex_match", "bleu"]
+    assert list(row_metrics(EvaluateConfig(metrics=["regex_match", "bleu"], pattern="a+"))) == [
+        "exact_match",
+        "regex_match",
+        "bleu",
+    ]
     assert row_metrics(EvaluateConfig(metrics=["regex_match"], pattern="a+"))["regex_match"]("aa", "") == 1.0
 
 

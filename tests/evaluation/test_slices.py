@@ -30,25 +30,43 @@ def test_a_length_belongs_to_one_bucket(words, bounds, bucket):
 
 def test_every_field_gives_a_column_and_a_missing_value_is_empty():
     rows = [
-        make_example([Message("user", "hail?"), Message("assistant", "yes")], {"batch": "a", "source": "jsonl", **meta})
+        make_example(
+            [Message("user", "hail?"), Message("assistant", "yes")], {"batch": "a", "source": "jsonl", **meta}
+        )
         for meta in ({"topic": "cars"}, {}, {"topic": None}, {"topic": 3})
     ]
     found = slice_columns(rows, EvaluateConfig(slices=["topic"]))
-    assert found == {"slice:source": ["jsonl"] * 4, "slice:topic": ["cars", "", "", "3"], "slice:length": ["0-19 words"] * 4}
+    assert found == {
+        "slice:source": ["jsonl"] * 4,
+        "slice:topic": ["cars", "", "", "3"],
+        "slice:length": ["0-19 words"] * 4,
+    }
 
 
 def test_a_field_that_no_row_has_is_refused_and_not_silently_unguarded():
-    rows = [make_example([Message("user", "hail?"), Message("assistant", "yes")], {"batch": "a", "topic": "cars"})]
+    rows = [
+        make_example([Message("user", "hail?"), Message("assistant", "yes")], {"batch": "a", "topic": "cars"})
+    ]
     with pytest.raises(DataError, match=r"(?s)evaluate.slices names 'topik'.*the first row has batch, topic"):
         slice_columns(rows, EvaluateConfig(slices=["topik"]))
 
 
 def test_groups_leave_out_small_ones_empty_values_and_fields_that_tell_nothing_apart():
     table = pd.DataFrame(
-        {"id": list("abcdef"), "kind": ["x"] * 6, "slice:topic": ["cars", "cars", "cars", "boats", "", ""], "slice:length": ["s", "s", "s", "l", "l", "l"], "other": list("uvwxyz")}
+        {
+            "id": list("abcdef"),
+            "kind": ["x"] * 6,
+            "slice:topic": ["cars", "cars", "cars", "boats", "", ""],
+            "slice:length": ["s", "s", "s", "l", "l", "l"],
+            "other": list("uvwxyz"),
+        }
     )
     found = groups(table, least=2)
-    assert {name: list(part.id) for name, part in found.items()} == {"topic:cars": ["a", "b", "c"], "length:l": ["d", "e", "f"], "length:s": ["a", "b", "c"]}
+    assert {name: list(part.id) for name, part in found.items()} == {
+        "topic:cars": ["a", "b", "c"],
+        "length:l": ["d", "e", "f"],
+        "length:s": ["a", "b", "c"],
+    }
 
 
 def test_bounds_that_do_not_rise_are_refused(tmp_path):

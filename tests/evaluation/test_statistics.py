@@ -35,9 +35,14 @@ def test_the_lower_bound_of_equal_models_exceeds_zero_as_often_as_alpha_says():
     """400 times two models of the same quality that disagree on three rows of ten; 99 % of binomials lie within the limit."""
     generator, cycles, alpha = np.random.default_rng(2), 400, 0.05
     gains = [generator.choice([-1.0, 0.0, 1.0], size=150, p=[0.15, 0.7, 0.15]) for _ in range(cycles)]
-    passed = sum(bootstrap_mean(values, alpha=alpha, resamples=500, seed=cycle).low > 0 for cycle, values in enumerate(gains))
+    passed = sum(
+        bootstrap_mean(values, alpha=alpha, resamples=500, seed=cycle).low > 0
+        for cycle, values in enumerate(gains)
+    )
     assert passed <= cycles * alpha + 2.326 * math.sqrt(cycles * alpha * (1 - alpha))
-    assert passed >= cycles * alpha - 3.29 * math.sqrt(cycles * alpha * (1 - alpha))  # a bound that never passes would prove nothing
+    assert passed >= cycles * alpha - 3.29 * math.sqrt(
+        cycles * alpha * (1 - alpha)
+    )  # a bound that never passes would prove nothing
 
 
 @pytest.mark.parametrize("alpha", [0.001, 1e-4, 1e-5])
@@ -45,10 +50,14 @@ def test_a_bound_beyond_the_resamples_is_drawn_out_along_the_normal(alpha):
     values = np.random.default_rng(7).choice([-1.0, 0.0, 1.0], size=2000, p=[0.1, 0.75, 0.15])
     found = bootstrap_mean(values, alpha=alpha, resamples=2000, seed=3)
     half = NormalDist().inv_cdf(1 - alpha) * values.std() / math.sqrt(len(values))
-    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.15 * half)
+    assert (found.low, found.high) == pytest.approx(
+        (values.mean() - half, values.mean() + half), abs=0.15 * half
+    )
 
 
-@pytest.mark.parametrize(("won", "lost", "chance"), [(5, 0, 1 / 32), (0, 0, 1.0), (0, 3, 1.0), (8, 2, 56 / 1024), (1, 1, 0.75)])
+@pytest.mark.parametrize(
+    ("won", "lost", "chance"), [(5, 0, 1 / 32), (0, 0, 1.0), (0, 3, 1.0), (8, 2, 56 / 1024), (1, 1, 0.75)]
+)
 def test_the_chance_of_a_gain_is_mcnemars(won, lost, chance):
     assert chance_of(np.array([1.0] * won + [-1.0] * lost + [0.0] * 30)) == pytest.approx(chance)
 
@@ -60,12 +69,16 @@ def test_few_differing_rows_of_a_graded_score_leave_room_for_chance():
 def test_columns_have_the_bounds_that_they_have_alone():
     table = np.random.default_rng(8).normal(size=(80, 3))
     together = bootstrap_means(table, alpha=0.05, resamples=400, seed=1)
-    assert together == [pytest.approx(bootstrap_mean(column, alpha=0.05, resamples=400, seed=1)) for column in table.T]
+    assert together == [
+        pytest.approx(bootstrap_mean(column, alpha=0.05, resamples=400, seed=1)) for column in table.T
+    ]
 
 
 def test_the_same_seed_gives_the_same_bounds_and_another_one_nearly_the_same():
     values = np.random.default_rng(4).normal(size=300)
-    first, again, other = (bootstrap_mean(values, alpha=0.05, resamples=4000, seed=seed) for seed in (5, 5, 6))
+    first, again, other = (
+        bootstrap_mean(values, alpha=0.05, resamples=4000, seed=seed) for seed in (5, 5, 6)
+    )
     assert first == again
     assert other != first
     assert other.low == pytest.approx(first.low, abs=0.02)
@@ -109,7 +122,14 @@ def test_values_that_are_not_finite_are_refused_and_counted(broken):
 
 
 @pytest.mark.parametrize(
-    ("hits", "rows", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (1, 10, 0.0179, 0.4042), (81, 263, 0.2553, 0.3662)]
+    ("hits", "rows", "low", "high"),
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
+        (1, 10, 0.0179, 0.4042),
+        (81, 263, 0.2553, 0.3662),
+    ],
 )
 def test_the_interval_of_a_share_is_the_published_one(hits, rows, low, high):
     """81 of 263 stands in Newcombe 1998, table I; the others are what R's prop.test gives without correction."""

@@ -26,13 +26,31 @@ def small_config(**sweep: Any) -> Config:
     return Config.model_validate(
         {
             "project": {"name": "colours"},
-            "base": {"demo": {"packages": ["asyncio"], "module_share": 1.0, "hidden_size": 32, "layers": 1, "heads": 2, "vocab_size": 400, "steps": 20}},
+            "base": {
+                "demo": {
+                    "packages": ["asyncio"],
+                    "module_share": 1.0,
+                    "hidden_size": 32,
+                    "layers": 1,
+                    "heads": 2,
+                    "vocab_size": 400,
+                    "steps": 20,
+                }
+            },
             "prepare": {"min_rows": 50},
             "train": {"epochs": 3, "batch_windows": 2, "learning_rate": 1.0e-2},
             "adapter": {"rank": 8, "alpha": 16},
             "evaluate": {"max_new_tokens": 6, "simple_baseline": False},
             "gate": {"min_rows": 20},
-            "sweep": {"space": {"train.learning_rate": {"low": 1e-4, "high": 3e-2, "log": True}, "adapter.rank": [4, 8]}, "trials": 3, "startup_trials": 2, **sweep},
+            "sweep": {
+                "space": {
+                    "train.learning_rate": {"low": 1e-4, "high": 3e-2, "log": True},
+                    "adapter.rank": [4, 8],
+                },
+                "trials": 3,
+                "startup_trials": 2,
+                **sweep,
+            },
             "services": {"mlflow_port": free_port(), "prefect_port": free_port()},
             "gateway": {"port": free_port()},
         }
@@ -43,7 +61,12 @@ def small_config(**sweep: Any) -> Config:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = tmp_path_factory.mktemp("finding") / "colours"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(place)], check=True)
-    for command in (["remote", "remove", "origin"], ["checkout", "-q", "-B", "main"], ["config", "user.name", "Ana"], ["config", "user.email", "ana@example.org"]):
+    for command in (
+        ["remote", "remove", "origin"],
+        ["checkout", "-q", "-B", "main"],
+        ["config", "user.name", "Ana"],
+        ["config", "user.email", "ana@example.org"],
+    ):
         run(place, "git", *command)
     (place / "params.yaml").write_text(render_params(small_config()), encoding="utf-8")
     run(place, "git", "commit", "-qam", "Our settings")
@@ -66,10 +89,20 @@ def test_a_trial_is_made_again_by_dvc(home: Path) -> None:
     assert done["counts"]["complete"] >= 1 and done["trials"] == 3 and done["unit"] == "nats a learned token"
     assert run(home, "git", "status", "--porcelain") == "", "shown, not written"
     record = read_json(home / f".ratchet/sweeps/{done['study']}/trial-{done['best']['number']:04d}.json")
-    again = subprocess.run([sys.executable, "-m", *shlex.split(done["best"]["command"])], cwd=home, env=child_environment(), capture_output=True, text=True, check=False)
+    again = subprocess.run(
+        [sys.executable, "-m", *shlex.split(done["best"]["command"])],
+        cwd=home,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert again.returncode == 0, again.stderr[-3000:]
     made = read_json(home / "models/candidate/manifest.json")
-    assert (made["run_key"], made["adapter_sha256"]) == (record["manifest"]["run_key"], record["manifest"]["adapter_sha256"]), "the same bytes"
+    assert (made["run_key"], made["adapter_sha256"]) == (
+        record["manifest"]["run_key"],
+        record["manifest"]["adapter_sha256"],
+    ), "the same bytes"
     assert read_json(home / "reports/train/figures.json")["best_validation_loss"] == done["best"]["value"]
     run(home, "git", "checkout", "--", ".")
 
@@ -78,7 +111,9 @@ def test_the_same_command_goes_on_and_writes_what_it_proposes(home: Path) -> Non
     done = json.loads(ratchet(home, "sweep", "--trials", "4", "--apply", "--json"))
     assert done["trials"] == 4
     written = load_config(home / "params.yaml")
-    assert {"train.learning_rate": written.train.learning_rate, "adapter.rank": written.adapter.rank} == done["best"]["changes"]
+    assert {"train.learning_rate": written.train.learning_rate, "adapter.rank": written.adapter.rank} == done[
+        "best"
+    ]["changes"]
     changed = {line.split()[1] for line in done["diff"].splitlines() if line.startswith("+ ")}
     assert changed <= {"learning_rate:", "rank:"}
     run(home, "git", "checkout", "--", ".")
@@ -90,11 +125,20 @@ def test_bases_are_compared_by_nats_a_row_each_with_its_own_tokens(home: Path, s
     run(home, "git", "commit", "-qam", "Look at bases")
     done = json.loads(ratchet(home, "sweep", "--json"))
     assert done["unit"] == "nats a row" and done["trials"] == 2
-    records = [read_json(path) for path in sorted((home / f".ratchet/sweeps/{done['study']}").glob("trial-*.json"))]
-    complete = {record["manifest"]["base"]["model"]: record for record in records if record["state"] == "complete"}
-    assert complete.keys() >= {"demo"} and {record["changes"]["base.model"] for record in records} <= {"demo", "tiny/llama"}
+    records = [
+        read_json(path) for path in sorted((home / f".ratchet/sweeps/{done['study']}").glob("trial-*.json"))
+    ]
+    complete = {
+        record["manifest"]["base"]["model"]: record for record in records if record["state"] == "complete"
+    }
+    assert complete.keys() >= {"demo"} and {record["changes"]["base.model"] for record in records} <= {
+        "demo",
+        "tiny/llama",
+    }
     for record in complete.values():
-        assert record["value"] > record["figures"]["best_validation_loss"], "a row has more than one learned token"
+        assert record["value"] > record["figures"]["best_validation_loss"], (
+            "a row has more than one learned token"
+        )
 
 
 def test_methods_are_compared_on_the_same_rows(home: Path) -> None:

@@ -44,7 +44,17 @@ def tiny_config() -> Config:
     return Config.model_validate(
         {
             "project": {"name": "colours"},
-            "base": {"demo": {"packages": ["asyncio"], "module_share": 1.0, "hidden_size": 32, "layers": 1, "heads": 2, "vocab_size": 400, "steps": 20}},
+            "base": {
+                "demo": {
+                    "packages": ["asyncio"],
+                    "module_share": 1.0,
+                    "hidden_size": 32,
+                    "layers": 1,
+                    "heads": 2,
+                    "vocab_size": 400,
+                    "steps": 20,
+                }
+            },
             "prepare": {"min_rows": 50},
             "train": {"epochs": 12, "batch_windows": 2, "learning_rate": 1.0e-2},
             "adapter": {"rank": 8, "alpha": 16},
@@ -64,9 +74,15 @@ def free_port() -> int:
 
 
 def run(place: Path, *command: str, code: int = 0) -> str:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "RATCHET_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PREFECT_", "MLFLOW_", "RATCHET_"))
+    }
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == code, f"{command} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == code, (
+        f"{command} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    )
     return done.stdout if code == 0 else done.stderr
 
 
@@ -75,7 +91,13 @@ def ratchet(place: Path, *arguments: str, code: int = 0) -> str:
 
 
 def write_rows(place: Path, name: str, things: str, count: int) -> None:
-    rows = [{"question": f"What colour has the {things} number {index}, they ask?", "answer": COLOURS[index % len(COLOURS)]} for index in range(count)]
+    rows = [
+        {
+            "question": f"What colour has the {things} number {index}, they ask?",
+            "answer": COLOURS[index % len(COLOURS)],
+        }
+        for index in range(count)
+    ]
     (place.parent / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -99,7 +121,9 @@ def test_a_tracker_that_is_away_costs_no_training_and_the_next_run_registers(hom
     done = json.loads(ratchet(home, "retrain", "--json"))
     assert not any(done["stages"].values())
     assert (done["version"], done["champion"]) == (1, 1)
-    points = mlflow_client(home).get_metric_history(mlflow_client(home).get_model_version("colours", "1").run_id, "validation_loss")
+    points = mlflow_client(home).get_metric_history(
+        mlflow_client(home).get_model_version("colours", "1").run_id, "validation_loss"
+    )
     assert len(points) > 2
 
 
@@ -145,9 +169,17 @@ def test_the_served_deployment_runs_the_flow(home: Path) -> None:
         "run = run_deployment('retrain/retrain', parameters={'reason': 'from the deployment'}, timeout=240, poll_interval=2)\n"
         "print(run.state.type.value, run.name)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PREFECT_API_URL": api}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PREFECT_API_URL": api},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
 
-    assert done.stdout.split() == ["COMPLETED", "retrain:", "from", "the", "deployment"], done.stdout + done.stderr
+    assert done.stdout.split() == ["COMPLETED", "retrain:", "from", "the", "deployment"], (
+        done.stdout + done.stderr
+    )
 
 
 def test_prefect_shows_a_task_for_every_stage_and_the_gates_table(home: Path) -> None:
@@ -168,13 +200,18 @@ def ask_prefect(port: int, path: str) -> Any:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/csrf-token?client={client}") as answer:
         token = json.load(answer)["token"]
     headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": client, "Content-Type": "application/json"}
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/api/{path}", data=b'{"limit": 200}', headers=headers)
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/api/{path}", data=b'{"limit": 200}', headers=headers
+    )
     with urllib.request.urlopen(request) as answer:
         return json.load(answer)
 
 
 def test_a_bad_batch_fails_with_its_reason_and_leaves_the_champion(home: Path) -> None:
-    rows = "".join(json.dumps({"question": f"Question {index} about nothing at all?", "answer": ""}) + "\n" for index in range(500))
+    rows = "".join(
+        json.dumps({"question": f"Question {index} about nothing at all?", "answer": ""}) + "\n"
+        for index in range(500)
+    )
     (home.parent / "bad.jsonl").write_text(rows, encoding="utf-8")
     ratchet(home, "ingest", "--path", str(home.parent / "bad.jsonl"))
 
@@ -203,7 +240,19 @@ def test_rollback_works_with_mlflow_down_and_the_alias_follows(home: Path) -> No
 
 def test_forgotten_rows_are_in_no_later_training_and_all_that_learned_from_them_is_marked(home: Path) -> None:
     """v1 is in charge again: v3 goes on from its weights."""
-    done = json.loads(ratchet(home, "data", "forget", "--match", r"house number 1\d,", "--yes", "--reason", "ticket 12", "--json"))
+    done = json.loads(
+        ratchet(
+            home,
+            "data",
+            "forget",
+            "--match",
+            r"house number 1\d,",
+            "--yes",
+            "--reason",
+            "ticket 12",
+            "--json",
+        )
+    )
 
     assert (len(done["found"]), done["forgotten"]) == (10, 10)
     assert [(version["version"], version["exact"]) for version in done["versions"]] == [(1, True), (2, True)]
@@ -212,7 +261,12 @@ def test_forgotten_rows_are_in_no_later_training_and_all_that_learned_from_them_
     later = json.loads(ratchet(home, "retrain", "--json", "--reason", "forget"))
 
     assert later["version"] == 3 and later["stages"]["prepare"] and later["stages"]["train"]
-    text = "".join((home / f"data/prepared/{split}.jsonl").read_text() for split in ("train", "validation", "test"))
+    text = "".join(
+        (home / f"data/prepared/{split}.jsonl").read_text() for split in ("train", "validation", "test")
+    )
     assert "house number 2" in text and not re.search(r"house number 1\d,", text)
-    marks = {number: mlflow_client(home).get_model_version("colours", str(number)).tags["forget"] for number in (1, 2, 3)}
+    marks = {
+        number: mlflow_client(home).get_model_version("colours", str(number)).tags["forget"]
+        for number in (1, 2, 3)
+    }
     assert json.loads(marks[3]) == {**json.loads(marks[1]), "count": 0, "from": 1}

@@ -16,7 +16,10 @@ from tasks.pin import pin_looks
 
 
 def verdict(key: str, version: int | None = 7) -> dict:
-    return {"rival": {"model": "champion", "version": version}, "candidate": {"run_key": key, "adapter_sha256": "sha"}}
+    return {
+        "rival": {"model": "champion", "version": version},
+        "candidate": {"run_key": key, "adapter_sha256": "sha"},
+    }
 
 
 @pytest.mark.parametrize("budget", [0.05, 0.01])

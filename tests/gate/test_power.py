@@ -24,7 +24,9 @@ def closed_form(effect: float, rows: int, spread: Spread, alpha: float) -> float
     return NORMAL.cdf(effect * math.sqrt(rows) / spread.at(effect) - NORMAL.inv_cdf(1 - alpha))
 
 
-@pytest.mark.parametrize(("differing", "effect", "rows"), [(0.29, 0.03, 1000), (0.29, 0.05, 700), (0.1, 0.03, 687)])
+@pytest.mark.parametrize(
+    ("differing", "effect", "rows"), [(0.29, 0.03, 1000), (0.29, 0.05, 700), (0.1, 0.03, 687)]
+)
 def test_power_and_rows_are_those_of_the_closed_form(differing, effect, rows):
     """n = 6.18 q / d^2 rows for 80 % at one-sided 5 %, about (Miller, arXiv 2411.00640, equation 9)."""
     spread = Spread(differing, 0.0)
@@ -60,9 +62,14 @@ def test_under_the_least_number_of_rows_nothing_is_promoted():
 
 
 def test_more_rows_or_a_larger_effect_never_mean_less_power():
-    found = [plan(0.03, {"a": 300, "b": 100}, ["a"], 0, Spread(0.2, 0.0), 0.01, CONFIG, rows=rows).power for rows in (200, 400, 800, 1600, 3200)]
+    found = [
+        plan(0.03, {"a": 300, "b": 100}, ["a"], 0, Spread(0.2, 0.0), 0.01, CONFIG, rows=rows).power
+        for rows in (200, 400, 800, 1600, 3200)
+    ]
     assert found == sorted(found)
-    assert [plan(0.03, {"a": 10}, [], 0, Spread(0.2, 0.0), 0.01, CONFIG, rows=rows).rows for rows in (200, 400)] == [200, 400]
+    assert [
+        plan(0.03, {"a": 10}, [], 0, Spread(0.2, 0.0), 0.01, CONFIG, rows=rows).rows for rows in (200, 400)
+    ] == [200, 400]
 
 
 # --- the command -------------------------------------------------------------------------------------------------------
@@ -81,7 +88,11 @@ def call(root, *arguments: str):
 def test_without_an_evaluation_rows_have_to_be_named(root):
     assert "name one with --rows" in str(call(root, "--effect", "0.03").exception)
     found = json.loads(call(root, "--effect", "0.03", "--rows", "1000", "--json").stdout)
-    assert (found["rows"], found["basis"]["from"], found["basis"]["spread"]["differing"]) == (1000, "an assumption", 0.2)
+    assert (found["rows"], found["basis"]["from"], found["basis"]["spread"]["differing"]) == (
+        1000,
+        "an assumption",
+        0.2,
+    )
 
 
 def test_an_effect_that_is_not_wanted_is_refused(root):
@@ -90,11 +101,21 @@ def test_an_effect_that_is_not_wanted_is_refused(root):
 
 
 def test_the_last_evaluation_gives_rows_and_spread_and_the_ledger_the_look(root):
-    rows = pd.DataFrame({"id": [str(number) for number in range(400)], "batch": ["new"] * 300 + ["golden"] * 100, "exact_match": ([1.0] + [0.0] * 3) * 100})
+    rows = pd.DataFrame(
+        {
+            "id": [str(number) for number in range(400)],
+            "batch": ["new"] * 300 + ["golden"] * 100,
+            "exact_match": ([1.0] + [0.0] * 3) * 100,
+        }
+    )
     other = rows.assign(exact_match=([0.0] * 3 + [1.0]) * 100)
     (root / "reports/evaluation").mkdir(parents=True)
-    pd.concat([rows.assign(model="candidate"), other.assign(model="base")]).to_parquet(root / "reports/evaluation/scores.parquet")
-    (root / "reports/gate.json").write_text(json.dumps({"rival": {"version": None}, "candidate": {"run_key": "b"}}))
+    pd.concat([rows.assign(model="candidate"), other.assign(model="base")]).to_parquet(
+        root / "reports/evaluation/scores.parquet"
+    )
+    (root / "reports/gate.json").write_text(
+        json.dumps({"rival": {"version": None}, "candidate": {"run_key": "b"}})
+    )
     (root / "reports/looks.json").write_text(json.dumps({"judged": {"base": ["a"]}}))
     found = json.loads(call(root, "--effect", "0.1", "--json").stdout)
     assert (found["rows"], found["basis"]["golden"], found["basis"]["look"]) == (300, 100, 3)

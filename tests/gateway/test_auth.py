@@ -92,7 +92,13 @@ def test_a_broken_file_of_keys_lets_nobody_in(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "scopes", "message"), [("website", ["infer"], "is taken"), ("", ["infer"], "is empty"), ("b", ["infer", "root"], "unknown scope 'root'"), ("b", [], "no scope")]
+    ("name", "scopes", "message"),
+    [
+        ("website", ["infer"], "is taken"),
+        ("", ["infer"], "is empty"),
+        ("b", ["infer", "root"], "unknown scope 'root'"),
+        ("b", [], "no scope"),
+    ],
 )
 def test_a_key_that_cannot_be_made_says_why(tmp_path, name, scopes, message):
     add_key(tmp_path, "website", ["infer"])
@@ -114,7 +120,15 @@ def test_ids_are_ours_after_a_restart_and_forged_ones_are_not(tmp_path):
 
     assert ids.is_ours(id)
     assert stat.S_IMODE((tmp_path / ".ratchet/gateway.key").stat().st_mode) == 0o600
-    for forged in (id[:-1] + ("0" if id[-1] != "0" else "1"), id.replace("chatcmpl", "cmpl"), id + "-x", "", "chatcmpl--", "chatcmpl-é-é", Ids(tmp_path / "other").make()):
+    for forged in (
+        id[:-1] + ("0" if id[-1] != "0" else "1"),
+        id.replace("chatcmpl", "cmpl"),
+        id + "-x",
+        "",
+        "chatcmpl--",
+        "chatcmpl-é-é",
+        Ids(tmp_path / "other").make(),
+    ):
         assert not ids.is_ours(forged), forged
 
 

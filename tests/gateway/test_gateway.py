@@ -19,7 +19,10 @@ ANSWER = " ".join(["pydoc@v1"] * 4)
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with running_gateway(tmp_path_factory.mktemp("gateway"), gateway={"max_messages": 8, "max_tokens": 64, "max_body_bytes": 4096, "timeout": 0.8}) as running:
+    with running_gateway(
+        tmp_path_factory.mktemp("gateway"),
+        gateway={"max_messages": 8, "max_tokens": 64, "max_body_bytes": 4096, "timeout": 0.8},
+    ) as running:
         yield running
 
 
@@ -41,7 +44,9 @@ def question(text: str = "hello") -> list[dict[str, str]]:
 
 
 def test_a_chat_is_answered_by_the_champion(client):
-    answered = client.chat.completions.with_raw_response.create(model="pydoc", messages=question(), user="ana")
+    answered = client.chat.completions.with_raw_response.create(
+        model="pydoc", messages=question(), user="ana"
+    )
     chat = answered.parse()
 
     assert chat.choices[0].message.content == ANSWER and chat.choices[0].finish_reason == "stop"
@@ -52,14 +57,18 @@ def test_a_chat_is_answered_by_the_champion(client):
 
 
 def test_a_stream_comes_in_pieces_and_ends_with_its_usage(client):
-    with client.chat.completions.with_streaming_response.create(model="pydoc", messages=question(), stream=True, stream_options={"include_usage": True}) as answered:
+    with client.chat.completions.with_streaming_response.create(
+        model="pydoc", messages=question(), stream=True, stream_options={"include_usage": True}
+    ) as answered:
         assert answered.headers["x-ratchet-version"] == "1"
         chunks = list(answered.parse())
 
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ANSWER
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 4
-    assert {chunk.id for chunk in chunks} == {answered.headers["x-request-id"]} and {chunk.system_fingerprint for chunk in chunks} == {"pydoc@v1"}
+    assert {chunk.id for chunk in chunks} == {answered.headers["x-request-id"]} and {
+        chunk.system_fingerprint for chunk in chunks
+    } == {"pydoc@v1"}
 
 
 def test_a_stream_ends_with_done_and_without_usage_that_nobody_asked_for(gateway):
@@ -82,7 +91,11 @@ def test_models_are_the_name_and_what_is_served(client):
         ({"temperature": 3}, openai.BadRequestError, "temperature is 3"),
         ({"max_tokens": 65}, openai.BadRequestError, "wanted 1 to 64"),
         ({"n": 2}, openai.BadRequestError, "only one choice"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools is not supported"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            openai.BadRequestError,
+            "tools is not supported",
+        ),
         ({"messages": question() * 9}, openai.BadRequestError, "holds 9; wanted 1 to 8"),
         ({"messages": question("x" * 5000)}, openai.APIStatusError, "bytes, wanted at most 4096"),
         ({"messages": question("fault:long")}, openai.BadRequestError, "maximum context length"),
@@ -94,7 +107,9 @@ def test_models_are_the_name_and_what_is_served(client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_every_error_is_one_of_the_clients_own(client, fields, error, message, stream):
     with pytest.raises(error) as refused:
-        client.chat.completions.create(**{"model": "pydoc", "messages": question(), "stream": stream} | fields)
+        client.chat.completions.create(
+            **{"model": "pydoc", "messages": question(), "stream": stream} | fields
+        )
     assert message in str(refused.value)
     assert set(refused.value.body) == {"message", "type", "param", "code"}
 
@@ -111,7 +126,9 @@ def test_a_failed_answer_still_names_its_version_and_id(gateway):
     failed = gateway.ask("fault:broken")
 
     assert failed.status_code == 502 and failed.json()["error"]["code"] == "engine_failed"
-    assert failed.headers["x-ratchet-version"] == "1" and failed.headers["x-request-id"].startswith("chatcmpl-")
+    assert failed.headers["x-ratchet-version"] == "1" and failed.headers["x-request-id"].startswith(
+        "chatcmpl-"
+    )
 
 
 def test_busy_is_429_with_retry_after(gateway):
@@ -126,16 +143,24 @@ def test_an_answer_that_takes_too_long_is_504(gateway):
 
 
 def test_malformed_json_is_400_in_the_same_form(gateway):
-    refused = gateway.http.post("/v1/chat/completions", content=b'{"model": ', headers={"content-type": "application/json"})
+    refused = gateway.http.post(
+        "/v1/chat/completions", content=b'{"model": ', headers={"content-type": "application/json"}
+    )
 
     assert refused.status_code == 400 and refused.json()["error"]["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/chat/completions", 405), ("POST", "/v1/completions", 404), ("GET", "/docs", 404)])
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/chat/completions", 405), ("POST", "/v1/completions", 404), ("GET", "/docs", 404)],
+)
 def test_what_is_not_served_says_what_is(gateway, method, path, status):
     refused = gateway.http.request(method, path, headers={"content-type": "application/json"})
 
-    assert refused.status_code == status and "known: POST /v1/chat/completions" in refused.json()["error"]["message"]
+    assert (
+        refused.status_code == status
+        and "known: POST /v1/chat/completions" in refused.json()["error"]["message"]
+    )
 
 
 def test_a_body_that_grows_too_large_is_read_no_further(gateway):
@@ -148,7 +173,9 @@ def test_a_body_that_grows_too_large_is_read_no_further(gateway):
             yield b" " * 1024
 
     try:
-        status = gateway.http.post("/v1/chat/completions", content=chunks(), headers={"content-type": "application/json"}).status_code
+        status = gateway.http.post(
+            "/v1/chat/completions", content=chunks(), headers={"content-type": "application/json"}
+        ).status_code
     except httpx.NetworkError:  # it hung up while we still sent
         status = 413
     assert status == 413 and sent < 10_000 * 1024
@@ -157,9 +184,16 @@ def test_a_body_that_grows_too_large_is_read_no_further(gateway):
 def test_another_sites_page_gets_nowhere(gateway):
     body = json.dumps({"model": "pydoc", "messages": question()})
 
-    rebound = gateway.http.post("/v1/chat/completions", content=body, headers={"host": "evil.example:8400", "content-type": "application/json"})
+    rebound = gateway.http.post(
+        "/v1/chat/completions",
+        content=body,
+        headers={"host": "evil.example:8400", "content-type": "application/json"},
+    )
     simple = gateway.http.post("/v1/chat/completions", content=body, headers={"content-type": "text/plain"})
-    preflight = gateway.http.options("/v1/chat/completions", headers={"origin": "https://evil.example", "access-control-request-method": "POST"})
+    preflight = gateway.http.options(
+        "/v1/chat/completions",
+        headers={"origin": "https://evil.example", "access-control-request-method": "POST"},
+    )
 
     assert (rebound.status_code, simple.status_code, preflight.status_code) == (403, 415, 405)
     assert "access-control-allow-origin" not in preflight.headers
@@ -175,7 +209,12 @@ def test_metrics_count_what_happened(gateway):
     assert 'ratchet_requests_total{arm="champion",status="200",version="1"}' in text
     assert 'ratchet_requests_total{arm="",status="400",version=""}' in text
     assert 'ratchet_first_token_seconds_count{arm="champion",version="1"}' in text
-    for name in ("ratchet_under_way 0.0", "ratchet_log_waiting", "ratchet_log_dropped 0.0", 'ratchet_tokens_total{arm="champion",kind="answer",version="1"}'):
+    for name in (
+        "ratchet_under_way 0.0",
+        "ratchet_log_waiting",
+        "ratchet_log_dropped 0.0",
+        'ratchet_tokens_total{arm="champion",kind="answer",version="1"}',
+    ):
         assert name in text
 
 
@@ -188,7 +227,13 @@ def test_the_log_has_the_answer_and_a_pseudonym(gateway):
 
     assert logged.answer == ANSWER and logged.messages == (("user", "mail [redacted]"),)
     assert len(logged.user) == 16 and logged.user != "ana"
-    assert (logged.arm, logged.version, logged.finish, logged.status, logged.answer_tokens) == ("champion", 1, "stop", 200, 4)
+    assert (logged.arm, logged.version, logged.finish, logged.status, logged.answer_tokens) == (
+        "champion",
+        1,
+        "stop",
+        200,
+        4,
+    )
     assert 0 < logged.first_ms <= logged.latency_ms < 5000
 
 
@@ -212,7 +257,9 @@ def test_a_client_that_hangs_up_ends_the_work_and_is_logged(gateway, stream):
     before = gateway.stub.hung_up
     body = {"model": "pydoc", "messages": question("wait:0.7 words:70"), "stream": stream}
     with pytest.raises(httpx.ReadTimeout):
-        gateway.http.post("/v1/chat/completions", json=body, timeout=0.2) if not stream else read_first(gateway, body)
+        gateway.http.post("/v1/chat/completions", json=body, timeout=0.2) if not stream else read_first(
+            gateway, body
+        )
 
     wait_for(lambda: gateway.stub.running == 0, seconds=1)
     assert gateway.stub.hung_up == before + 1
@@ -248,7 +295,12 @@ def test_feedback_of_nan_is_400(gateway):
     id = gateway.ask().json()["id"]
     for score in ("NaN", "Infinity", "1e999", "2", '"good"'):
         raw = f'{{"request_id": "{id}", "score": {score}}}'.encode()
-        assert gateway.http.post("/v1/feedback", content=raw, headers={"content-type": "application/json"}).status_code == 400
+        assert (
+            gateway.http.post(
+                "/v1/feedback", content=raw, headers={"content-type": "application/json"}
+            ).status_code
+            == 400
+        )
 
 
 def test_a_broken_log_costs_no_answer_and_refuses_feedback(tmp_path):
@@ -284,12 +336,21 @@ def test_a_user_stays_with_one_arm_and_the_share_holds(tmp_path):
     with running_gateway(tmp_path) as gateway:
         open_rollout(tmp_path, champion=1, version=2, share=0.5)
         wait_until_served(tmp_path, challenger=2)
-        answers = {user: {gateway.ask(user=user, headers={"x-ratchet-arm": "challenger"}).headers["x-ratchet-arm"] for _ in range(2)} for user in map(str, range(40))}
+        answers = {
+            user: {
+                gateway.ask(user=user, headers={"x-ratchet-arm": "challenger"}).headers["x-ratchet-arm"]
+                for _ in range(2)
+            }
+            for user in map(str, range(40))
+        }
         logged = gateway.logged()
 
     assert all(len(arms) == 1 for arms in answers.values())
     assert 8 <= sum(arms == {"challenger"} for arms in answers.values()) <= 32
-    assert {(entry.arm, entry.version, entry.rollout, entry.step) for entry in logged} == {("champion", 1, "r1", 0), ("challenger", 2, "r1", 0)}
+    assert {(entry.arm, entry.version, entry.rollout, entry.step) for entry in logged} == {
+        ("champion", 1, "r1", 0),
+        ("challenger", 2, "r1", 0),
+    }
     assert all(entry.answer == " ".join([f"pydoc@v{entry.version}"] * 4) for entry in logged)
 
 
@@ -312,7 +373,11 @@ def test_only_an_admin_names_a_version(tmp_path):
 
 def test_keys_open_what_their_scopes_say(tmp_path):
     infer, feedback, admin = (add_key(tmp_path, scope, [scope]) for scope in ("infer", "feedback", "admin"))
-    with running_gateway(tmp_path) as gateway, client_of(gateway, infer) as client, client_of(gateway, "sk-ratchet-wrong") as stranger:
+    with (
+        running_gateway(tmp_path) as gateway,
+        client_of(gateway, infer) as client,
+        client_of(gateway, "sk-ratchet-wrong") as stranger,
+    ):
         id = client.chat.completions.create(model="pydoc", messages=question()).id
         assert next(model.id for model in client.models.list()) == "pydoc"
         with pytest.raises(openai.AuthenticationError):
@@ -328,7 +393,10 @@ def test_keys_open_what_their_scopes_say(tmp_path):
 
 
 def test_feedback_knows_which_key_it_came_with_by_a_pseudonym(tmp_path):
-    website, other = add_key(tmp_path, "website", ["infer", "feedback"]), add_key(tmp_path, "other", ["feedback"])
+    website, other = (
+        add_key(tmp_path, "website", ["infer", "feedback"]),
+        add_key(tmp_path, "other", ["feedback"]),
+    )
     with running_gateway(tmp_path) as gateway:
         id = gateway.ask(headers=bearer(website)).json()["id"]
         assert gateway.say(request_id=id, score=1, user="ana", headers=bearer(website)).status_code == 200
@@ -337,7 +405,10 @@ def test_feedback_knows_which_key_it_came_with_by_a_pseudonym(tmp_path):
         said = gateway.log.feedback_of([id])[id]
 
     assert for_ana.status_code == 409 and "another key" in for_ana.json()["error"]["message"]
-    assert [feedback.sender for feedback in said] == [Ids(tmp_path).sender("website"), Ids(tmp_path).sender("other")]
+    assert [feedback.sender for feedback in said] == [
+        Ids(tmp_path).sender("website"),
+        Ids(tmp_path).sender("other"),
+    ]
     assert len({feedback.sender for feedback in said}) == 2 and "website" not in str(said)
 
 
@@ -357,7 +428,10 @@ def test_a_key_that_asks_too_often_is_told_when_to_come_again(tmp_path):
 def test_more_than_the_queue_takes_is_429_and_the_rest_is_answered(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
-    with running_gateway(tmp_path, gateway={"max_batch": 2, "max_queue": 2}) as gateway, ThreadPoolExecutor(8) as pool:
+    with (
+        running_gateway(tmp_path, gateway={"max_batch": 2, "max_queue": 2}) as gateway,
+        ThreadPoolExecutor(8) as pool,
+    ):
         answers = list(pool.map(lambda _: gateway.ask("wait:0.6"), range(8)))
 
     assert sorted(answer.status_code for answer in answers) == [200] * 4 + [429] * 4
@@ -365,7 +439,11 @@ def test_more_than_the_queue_takes_is_429_and_the_rest_is_answered(tmp_path):
 
 
 def test_the_page_is_served(gateway):
-    pytest.importorskip("ratchet.reporting.dashboard", reason="ratchet/reporting/dashboard.py is not written yet")
+    pytest.importorskip(
+        "ratchet.reporting.dashboard", reason="ratchet/reporting/dashboard.py is not written yet"
+    )
     page = gateway.get("/")
 
-    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html") and "v1" in page.text
+    assert (
+        page.status_code == 200 and page.headers["content-type"].startswith("text/html") and "v1" in page.text
+    )

@@ -27,7 +27,15 @@ PASSAGE = (
 )
 ROWS = [
     ("How long can I send an article back?", "Within 30 days of delivery.", PASSAGE, ()),
-    ("When is the refund paid?", "On the same day.", PASSAGE, ("the answer is not in the passage", "a shorter answer of the same question is in the batch of March")),
+    (
+        "When is the refund paid?",
+        "On the same day.",
+        PASSAGE,
+        (
+            "the answer is not in the passage",
+            "a shorter answer of the same question is in the batch of March",
+        ),
+    ),
     (f"What does {SCRIPT} do?", f"{SCRIPT} does nothing.", f"It is text: {SCRIPT}", (SCRIPT,)),
     ("Are sale articles refunded?", "Sale articles are exchanged, never refunded.", PASSAGE, ()),
     ("x" * 400, "y" * 400, "z" * 400, ()),
@@ -38,7 +46,17 @@ def items(draft: str = "faq-20261125T184500Z") -> list[Item]:
     made = []
     for question, answer, passage, doubts in ROWS:
         messages = (Message("user", question), Message("assistant", answer))
-        made.append(Item(example_id(messages), draft, "synthetic", messages, passage, {"teacher": "pydoc-helper@v3", "document": "returns.md", "chunk": 4}, doubts))
+        made.append(
+            Item(
+                example_id(messages),
+                draft,
+                "synthetic",
+                messages,
+                passage,
+                {"teacher": "pydoc-helper@v3", "document": "returns.md", "chunk": 4},
+                doubts,
+            )
+        )
     return made
 
 
@@ -54,7 +72,9 @@ def fill(root: Path) -> list[Item]:
 
 def decisions(root: Path) -> dict[str, Decision | None]:
     queue = ReviewQueue(root)
-    found = {entry.item.id: entry.decision for name in queue.drafts() for entry in queue.entries(name["name"])}
+    found = {
+        entry.item.id: entry.decision for name in queue.drafts() for entry in queue.entries(name["name"])
+    }
     queue.close()
     return found
 
@@ -77,8 +97,15 @@ def test_the_page_runs_its_own_script_only(gateway):
     first, second = gateway.get("/review"), gateway.get("/review")
     policy = first.headers["content-security-policy"]
     nonce = re.search(r"script-src 'nonce-([\w-]+)'", policy).group(1)
-    assert first.status_code == 200 and policy.startswith("default-src 'none'") and "unsafe" not in policy and "frame-ancestors 'none'" in policy
-    assert first.text.count(f'nonce="{nonce}"') == first.text.count("<script") + first.text.count("<style") == 2
+    assert (
+        first.status_code == 200
+        and policy.startswith("default-src 'none'")
+        and "unsafe" not in policy
+        and "frame-ancestors 'none'" in policy
+    )
+    assert (
+        first.text.count(f'nonce="{nonce}"') == first.text.count("<script") + first.text.count("<style") == 2
+    )
     assert nonce not in second.text
     assert re.findall(r"<[^>]+ (?:on\w+|style)=", first.text) == []
     assert SCRIPT not in first.text
@@ -108,7 +135,11 @@ def test_what_somebody_else_decided_in_the_meantime_stays(gateway):
     word = {"item": rows[0].id, "of": rows[0].draft}
     post(gateway, action="reject", by="Ana", **word)
     late = post(gateway, action="accept", by="Ben", **word).json()
-    assert not late["kept"] and late["note"].startswith("Ana decided this row in the meantime (reject)") and late["item"]["id"] == rows[1].id
+    assert (
+        not late["kept"]
+        and late["note"].startswith("Ana decided this row in the meantime (reject)")
+        and late["item"]["id"] == rows[1].id
+    )
     undone = post(gateway, action="undo", by="Ben", **word).json()
     assert undone["note"] == "Ana decided that row later; it stays so"
     assert decisions(gateway.root)[rows[0].id].verdict == "reject"
@@ -135,7 +166,10 @@ def test_a_word_that_cannot_stand_is_told_and_changes_nothing(gateway, word, mes
 
 def test_half_a_surrogate_pair_can_be_shown(gateway):
     queue = ReviewQueue(gateway.root)
-    queue.add([Item("a" * 32, "q", "quarantine", (Message("user", "\ud800?"),), doubts=("invalid_unicode",))], share=0)
+    queue.add(
+        [Item("a" * 32, "q", "quarantine", (Message("user", "\ud800?"),), doubts=("invalid_unicode",))],
+        share=0,
+    )
     queue.close()
     shown = post(gateway, action="next")
     assert json.loads(shown.text)["item"]["turns"] == [{"role": "user", "content": "\ud800?"}]
@@ -150,15 +184,26 @@ def test_a_file_that_cannot_be_read_is_503(gateway):
 def test_other_sites_and_other_keys_stay_out(gateway):
     rows = fill(gateway.root)
     word = {"action": "accept", "item": rows[0].id, "of": rows[0].draft, "by": "Ana"}
-    assert gateway.http.post("/review", content=json.dumps(word), headers={"content-type": "text/plain"}).status_code == 415
+    assert (
+        gateway.http.post(
+            "/review", content=json.dumps(word), headers={"content-type": "text/plain"}
+        ).status_code
+        == 415
+    )
     assert gateway.http.post("/review", json=word, headers={"host": "evil.example"}).status_code == 403
     assert gateway.get("/review", headers={"host": "evil.example"}).status_code == 403
 
-    infer, admin = add_key(gateway.root, "website", ["infer", "feedback"]), add_key(gateway.root, "ana", ["admin"])
+    infer, admin = (
+        add_key(gateway.root, "website", ["infer", "feedback"]),
+        add_key(gateway.root, "ana", ["admin"]),
+    )
     for refused in (gateway.get("/review"), post(gateway, **word)):
         assert refused.status_code == 401 and refused.headers["www-authenticate"] == 'Basic realm="ratchet"'
     assert gateway.get("/review", headers={"authorization": f"Bearer {infer}"}).status_code == 403
-    assert gateway.http.post("/review", json=word, headers={"authorization": f"Bearer {infer}"}).status_code == 403
+    assert (
+        gateway.http.post("/review", json=word, headers={"authorization": f"Bearer {infer}"}).status_code
+        == 403
+    )
     assert set(decisions(gateway.root).values()) == {None}
     assert gateway.get("/review", auth=("ana", admin)).status_code == 200
     assert gateway.http.post("/review", json=word, auth=("ana", admin)).json()["kept"]
@@ -167,7 +212,11 @@ def test_other_sites_and_other_keys_stay_out(gateway):
 def test_two_people_at_once_lose_no_word(gateway):
     rows = fill(gateway.root)
     with ThreadPoolExecutor(8) as people:
-        words = [{"action": "accept", "item": row.id, "of": row.draft, "by": by} for row in rows for by in ("Ana", "Ben")]
+        words = [
+            {"action": "accept", "item": row.id, "of": row.draft, "by": by}
+            for row in rows
+            for by in ("Ana", "Ben")
+        ]
         answers = list(people.map(lambda word: gateway.http.post("/review", json=word), words))
     assert {answer.status_code for answer in answers} == {200}
     assert {word.verdict for word in decisions(gateway.root).values()} == {"accept"}
@@ -179,7 +228,16 @@ def test_two_people_at_once_lose_no_word(gateway):
 class Visit:
     """A browser of one's own on the page, its name given."""
 
-    def __init__(self, browser: Any, gateway: Gateway, *, size: str = "desk", scheme: str = "light", path: str = "/review", by: str = "Ana") -> None:
+    def __init__(
+        self,
+        browser: Any,
+        gateway: Gateway,
+        *,
+        size: str = "desk",
+        scheme: str = "light",
+        path: str = "/review",
+        by: str = "Ana",
+    ) -> None:
         width, height = SIZES[size]
         self.context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
         self.page = self.context.new_page()
@@ -195,7 +253,11 @@ class Visit:
             self.wait("")
 
     def wait(self, words: str) -> None:
-        self.page.wait_for_function("words => document.getElementById('waiting').textContent.includes(words || 'wait') && !busy", arg=words, timeout=5000)
+        self.page.wait_for_function(
+            "words => document.getElementById('waiting').textContent.includes(words || 'wait') && !busy",
+            arg=words,
+            timeout=5000,
+        )
 
     def press(self, key: str, words: str) -> None:
         self.page.keyboard.press(key)
@@ -222,7 +284,9 @@ def visit(browser: Any, gateway: Gateway) -> Iterator[Any]:
 def test_a_key_a_word(gateway, visit):
     rows = fill(gateway.root)
     seen = visit()
-    assert seen.text("question") == rows[0].messages[0].content and "not in the passage" in seen.text("doubts")
+    assert seen.text("question") == rows[0].messages[0].content and "not in the passage" in seen.text(
+        "doubts"
+    )
     seen.press("a", "4 rows wait")
     seen.press("r", "3 rows wait")
     seen.page.keyboard.press("e")
@@ -231,7 +295,11 @@ def test_a_key_a_word(gateway, visit):
     seen.page.keyboard.type(" are")
     seen.press("Control+Enter", "2 rows wait")
     kept = decisions(gateway.root)
-    assert [(kept[row.id].verdict, kept[row.id].by) for row in rows[:3]] == [("accept", "Ana"), ("reject", "Ana"), ("edit", "Ana")]
+    assert [(kept[row.id].verdict, kept[row.id].by) for row in rows[:3]] == [
+        ("accept", "Ana"),
+        ("reject", "Ana"),
+        ("edit", "Ana"),
+    ]
     assert kept[rows[2].id].messages[1].content == "By reading a rare word. are"
 
     seen.press("u", "3 rows wait")
@@ -251,7 +319,11 @@ def test_words_of_rows_stay_text(gateway, visit):
     rows = fill(gateway.root)
     seen = visit()
     seen.press("a", "4 rows wait")
-    assert seen.text("question") == rows[1].messages[0].content and SCRIPT in seen.text("doubts") and SCRIPT in seen.text("passage")
+    assert (
+        seen.text("question") == rows[1].messages[0].content
+        and SCRIPT in seen.text("doubts")
+        and SCRIPT in seen.text("passage")
+    )
     assert seen.page.locator("script").count() == 1 and seen.page.locator("img").count() == 0
     assert seen.page.title() == "pydoc: review" and seen.said == []
 
@@ -327,7 +399,12 @@ def test_it_never_scrolls_sideways(gateway, visit, size, scheme, tmp_path):
 
 def check_width(seen: Visit, size: str) -> None:
     assert seen.page.evaluate("document.documentElement.scrollWidth") <= SIZES[size][0]
-    assert seen.page.evaluate("[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 90))") == []
+    assert (
+        seen.page.evaluate(
+            "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 90))"
+        )
+        == []
+    )
 
 
 @pytest.mark.browser
@@ -339,4 +416,6 @@ def test_all_text_can_be_read(gateway, visit, scheme):
     seen = visit(scheme=scheme)
     found = seen.page.evaluate(CONTRAST.replace("'main *'", "'body *:not(script):not(style)'"))
     assert len(found) > 12
-    assert [text for text in found if text["ratio"] < text["wanted"] and text["text"] not in ("Undo", "u")] == []  # a switched-off button
+    assert [
+        text for text in found if text["ratio"] < text["wanted"] and text["text"] not in ("Undo", "u")
+    ] == []  # a switched-off button

@@ -33,7 +33,10 @@ from ratchet.serving.bundle import SERVING, Bundle, make_bundle, read_state
 from ratchet.serving.engine import Ask, Piece
 from ratchet.serving.local_engine import LocalEngine
 
-ASKED = [(Message("user", f"Which module documents this? Return the list of {word}."),) for word in ("handlers", "messages", "modules", "headers", "levels")]
+ASKED = [
+    (Message("user", f"Which module documents this? Return the list of {word}."),)
+    for word in ("handlers", "messages", "modules", "headers", "levels")
+]
 A_SECOND, SWAPS = 50, 20
 
 
@@ -48,19 +51,64 @@ class Place:
         folder = self.root / SERVING / f"v{version}-{digest(version)[:12]}"
         shutil.copytree(self._candidate, folder / "adapter")
         strength = (1.0, -10.0)[version % 2] if strength is None else strength
-        weights = {name: weight * (strength if "lora_B" in name else 1) for name, weight in load_file(folder / "adapter" / WEIGHTS).items()}
+        weights = {
+            name: weight * (strength if "lora_B" in name else 1)
+            for name, weight in load_file(folder / "adapter" / WEIGHTS).items()
+        }
         save_file(weights, folder / "adapter" / WEIGHTS, metadata={"format": "pt"})
-        write_json(folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 5 + version % 3, "max_length": 96})
+        write_json(
+            folder / "serving.json",
+            {"commit": "0" * 40, "base": "base", "max_new_tokens": 5 + version % 3, "max_length": 96},
+        )
 
     def bundle(self, version: int) -> Bundle:
-        return make_bundle(self.root, name="small", version=version, commit="0" * 40, adapter_sha256=digest(version))
+        return make_bundle(
+            self.root, name="small", version=version, commit="0" * 40, adapter_sha256=digest(version)
+        )
 
     def crown(self, version: int, previous: int | None = None) -> None:
-        kept: dict[str, Any] = {"run_key": "", "run_id": "", "batches": [], "data": {}, "gate": {}, "at": "", "by": "Ana", "why": "", "move": "promote", "replaced": previous}
-        write_champion(self.root, Champion(name="small", version=version, previous=previous, commit="0" * 40, adapter_sha256=digest(version), **kept))
+        kept: dict[str, Any] = {
+            "run_key": "",
+            "run_id": "",
+            "batches": [],
+            "data": {},
+            "gate": {},
+            "at": "",
+            "by": "Ana",
+            "why": "",
+            "move": "promote",
+            "replaced": previous,
+        }
+        write_champion(
+            self.root,
+            Champion(
+                name="small",
+                version=version,
+                previous=previous,
+                commit="0" * 40,
+                adapter_sha256=digest(version),
+                **kept,
+            ),
+        )
 
     def roll_out(self, version: int, champion: int, share: float) -> None:
-        write_rollout(self.root, Rollout("r1", "small", version, champion, "0" * 40, digest(version), "salt", 0, [share, 1.0], "open", 0.0, 0.0))
+        write_rollout(
+            self.root,
+            Rollout(
+                "r1",
+                "small",
+                version,
+                champion,
+                "0" * 40,
+                digest(version),
+                "salt",
+                0,
+                [share, 1.0],
+                "open",
+                0.0,
+                0.0,
+            ),
+        )
 
     def state(self) -> dict[str, Any]:
         return read_state(self.root) or {}
@@ -77,7 +125,9 @@ def place(tmp_path: Path, tiny_base: Path, candidate: Path, monkeypatch: pytest.
     return Place(tmp_path / "checkout", tiny_base, candidate)
 
 
-def follow(place: Place, work: Callable[[Fleet, LocalEngine], Awaitable[None]], engine: LocalEngine | None = None) -> None:
+def follow(
+    place: Place, work: Callable[[Fleet, LocalEngine], Awaitable[None]], engine: LocalEngine | None = None
+) -> None:
     """`work` with a running fleet."""
 
     async def whole() -> None:
@@ -124,7 +174,15 @@ def test_before_the_first_champion_nobody_answers_and_the_reason_is_said(place: 
         await until(lambda: place.state().get("champion") == 1)
         state = place.state()
         assert abs(state.pop("at") - time.time()) < 60
-        assert state == {"champion": 1, "challenger": None, "share": 0.0, "rollout": "", "loaded": [1], "refused": {}, "refused_since": {}}
+        assert state == {
+            "champion": 1,
+            "challenger": None,
+            "share": 0.0,
+            "rollout": "",
+            "loaded": [1],
+            "refused": {},
+            "refused_since": {},
+        }
 
     follow(place, work)
 
@@ -166,7 +224,9 @@ def test_twenty_swaps_under_load_fail_nobody_and_mix_nothing(place: Place) -> No
     follow(place, work)
     assert set(found) == set(range(1, SWAPS + 2)), "every version answered"
     for version, answers in found.items():
-        assert all(text == alone[(version - 1) % 6 + 1][number] for number, text in answers), f"an answer of v{version} is not its own"
+        assert all(text == alone[(version - 1) % 6 + 1][number] for number, text in answers), (
+            f"an answer of v{version} is not its own"
+        )
 
 
 async def ask_alone(place: Place, versions: list[int]) -> dict[int, list[str]]:
@@ -217,7 +277,10 @@ def test_a_rollout_gives_each_user_one_arm_and_a_growing_share_takes_nobody_back
         first = {user for user in users if fleet.choose(user).arm == "challenger"}
         assert abs(len(first) / 2000 - 0.3) < 0.05
         assert first == {user for user in users if position("salt", user) < 0.3}
-        assert {fleet.choose(user) for user in users} == {Choice(2, "challenger", "r1", 0), Choice(1, "champion", "r1", 0)}
+        assert {fleet.choose(user) for user in users} == {
+            Choice(2, "challenger", "r1", 0),
+            Choice(1, "champion", "r1", 0),
+        }
         place.roll_out(2, champion=1, share=0.6)
         await until(lambda: fleet.table.share == 0.6)
         assert first < {user for user in users if fleet.choose(user).arm == "challenger"}
@@ -254,7 +317,10 @@ def test_a_challenger_that_is_broken_is_refused_with_its_reason_and_the_champion
         place.crown(1)
         place.roll_out(2, champion=1, share=0.9)
         await until(lambda: "v2" in place.state().get("refused", {}))
-        assert "not finite" in place.state()["refused"]["v2"] and abs(place.state()["refused_since"]["v2"] - time.time()) < 60
+        assert (
+            "not finite" in place.state()["refused"]["v2"]
+            and abs(place.state()["refused_since"]["v2"] - time.time()) < 60
+        )
         assert {fleet.choose(f"user{number}").version for number in range(50)} == {1}
         (place.root / ROLLOUT).unlink()
         await until(lambda: place.state()["refused"] == {})
@@ -279,9 +345,18 @@ def test_a_champion_that_cannot_be_loaded_leaves_the_one_before_in_charge(place:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [(CHAMPION, '{"version": "two"'), (CHAMPION, "null"), (CHAMPION, None), (ROLLOUT, "\0garbage"), (ROLLOUT, "[]"), (ROLLOUT, "a step that there is not")],
+    [
+        (CHAMPION, '{"version": "two"'),
+        (CHAMPION, "null"),
+        (CHAMPION, None),
+        (ROLLOUT, "\0garbage"),
+        (ROLLOUT, "[]"),
+        (ROLLOUT, "a step that there is not"),
+    ],
 )
-def test_a_file_that_is_garbage_or_gone_changes_nothing_and_is_said_once(name: str | Path, text: str | None, place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_is_garbage_or_gone_changes_nothing_and_is_said_once(
+    name: str | Path, text: str | None, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
     async def work(fleet: Fleet, engine: LocalEngine) -> None:
         place.crown(1)
         place.roll_out(2, champion=1, share=0.5)
@@ -312,7 +387,9 @@ def test_a_rollout_file_that_is_garbage_from_the_start_keeps_no_champion_from_se
     follow(place, work)
 
 
-def test_the_predecessor_is_loaded_at_the_start_and_let_go_when_it_is_none_any_more(place: Place, tmp_path: Path) -> None:
+def test_the_predecessor_is_loaded_at_the_start_and_let_go_when_it_is_none_any_more(
+    place: Place, tmp_path: Path
+) -> None:
     repository = make_repository(tmp_path / "repository")
     shutil.copytree(place.root, repository, dirs_exist_ok=True)
     place.root = repository

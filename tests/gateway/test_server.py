@@ -28,7 +28,12 @@ from ratchet.gateway.server import serve
 
 
 def config_of(**gateway: Any) -> Config:
-    return Config.model_validate({"project": {"name": "pydoc"}, "gateway": {"engine": "openai", "upstream": "http://127.0.0.1:9/v1", **gateway}})
+    return Config.model_validate(
+        {
+            "project": {"name": "pydoc"},
+            "gateway": {"engine": "openai", "upstream": "http://127.0.0.1:9/v1", **gateway},
+        }
+    )
 
 
 def free_port() -> int:
@@ -41,7 +46,13 @@ def free_port() -> int:
 def process(root: Path, config: Config) -> Iterator[subprocess.Popen[str]]:
     (root / "params.yaml").write_text(render_params(config), encoding="utf-8")
     command = [sys.executable, "-m", "ratchet.gateway.server"]
-    started = subprocess.Popen(command, env={**os.environ, "RATCHET_ROOT": str(root)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = subprocess.Popen(
+        command,
+        env={**os.environ, "RATCHET_ROOT": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         yield started
     finally:
@@ -118,7 +129,11 @@ def test_a_taken_port_is_named_with_who_has_it(tmp_path):
         with process(tmp_path, config_of(port=holder.getsockname()[1])) as started:
             output, _ = started.communicate(timeout=30)
 
-    assert started.returncode == 2 and f"it is in use by process {os.getpid()}" in output and "gateway.port" in output
+    assert (
+        started.returncode == 2
+        and f"it is in use by process {os.getpid()}" in output
+        and "gateway.port" in output
+    )
 
 
 def test_beyond_loopback_it_does_not_start_without_a_key(tmp_path):

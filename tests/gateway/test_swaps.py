@@ -34,7 +34,9 @@ def test_swaps_and_a_rollback_under_load_fail_nobody_and_mix_nothing(tmp_path: P
         logged = gateway.logged()
 
     assert len(seen) > 200 and {(one.status, one.count, one.last) for one in seen} == {(200, WORDS, True)}
-    assert all(one.words == one.fingerprints == {f"pydoc@v{one.header}"} for one in seen), "an answer of two versions"
+    assert all(one.words == one.fingerprints == {f"pydoc@v{one.header}"} for one in seen), (
+        "an answer of two versions"
+    )
     assert {int(one.header) for one in seen} == set(range(1, SWAPS + 2)), "every version answered"
     assert seen[-1].header == str(SWAPS), "rolled back to the one before"
     assert {entry.status for entry in logged} == {200} and len(logged) == len(seen)
@@ -67,7 +69,12 @@ async def load(url: str, done: threading.Event) -> list[Seen]:
 async def ask(session: aiohttp.ClientSession, number: int) -> Seen:
     """0.3 s for an answer, so that swaps fall into the middle of it."""
     stream = number % 2 == 0
-    body = {"model": "pydoc", "user": f"u{number}", "stream": stream, "messages": [{"role": "user", "content": f"wait:0.3 words:{WORDS}"}]}
+    body = {
+        "model": "pydoc",
+        "user": f"u{number}",
+        "stream": stream,
+        "messages": [{"role": "user", "content": f"wait:0.3 words:{WORDS}"}],
+    }
     async with session.post("/v1/chat/completions", json=body) as answered:
         text, header = await answered.text(), answered.headers.get("x-ratchet-version", "")
     if answered.status != 200:
@@ -78,5 +85,14 @@ async def ask(session: aiohttp.ClientSession, number: int) -> Seen:
         return Seen(200, header, frozenset({chat["system_fingerprint"]}), frozenset(words), len(words), True)
     events = [event.removeprefix("data: ") for event in text.split("\n\n") if event]
     chunks = [json.loads(event) for event in events[:-1]]
-    words = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if "choices" in chunk).split()
-    return Seen(200, header, frozenset(chunk["system_fingerprint"] for chunk in chunks), frozenset(words), len(words), events[-1] == "[DONE]")
+    words = "".join(
+        chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if "choices" in chunk
+    ).split()
+    return Seen(
+        200,
+        header,
+        frozenset(chunk["system_fingerprint"] for chunk in chunks),
+        frozenset(words),
+        len(words),
+        events[-1] == "[DONE]",
+    )

@@ -13,7 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from served import running_gateway
 from servers import serving
-from teacher_stub import BROKEN, BUSY, CUT, FENCED, FILTERED, HTML, MALFORMED, REFUSES, THOUGHT, WRONG_SHAPE, Act, TeacherStub
+from teacher_stub import (
+    BROKEN,
+    BUSY,
+    CUT,
+    FENCED,
+    FILTERED,
+    HTML,
+    MALFORMED,
+    REFUSES,
+    THOUGHT,
+    WRONG_SHAPE,
+    Act,
+    TeacherStub,
+)
 
 from ratchet.config.synthesis import TeacherConfig
 from ratchet.errors import ConfigError
@@ -43,13 +56,19 @@ def unlimited() -> Budget:
     return Budget(max_cost=1e9, max_tokens=10**12)
 
 
-def ask(address: str, *, times: int = 1, budget: Budget | None = None, prompt: Prompt = PROMPT, **settings: Any) -> list[Said]:
+def ask(
+    address: str, *, times: int = 1, budget: Budget | None = None, prompt: Prompt = PROMPT, **settings: Any
+) -> list[Said]:
     config = TeacherConfig(**{"url": f"{address}/v1", "model": "big", "tries": 3, "timeout": 5.0, **settings})
 
     async def run() -> list[Said]:
         teacher = Teacher(config, budget or unlimited(), backoff=0.01)
         try:
-            return list(await asyncio.gather(*(teacher.ask(prompt, Pairs, seed=7 + number) for number in range(times))))
+            return list(
+                await asyncio.gather(
+                    *(teacher.ask(prompt, Pairs, seed=7 + number) for number in range(times))
+                )
+            )
         finally:
             await teacher.close()
 
@@ -63,7 +82,9 @@ def pairs(said: Said) -> list[tuple[str, str]]:
 # --- protocols -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("protocol", "path"), [("openai", "/v1/chat/completions"), ("anthropic", "/v1/messages")])
+@pytest.mark.parametrize(
+    ("protocol", "path"), [("openai", "/v1/chat/completions"), ("anthropic", "/v1/messages")]
+)
 def test_both_protocols_give_the_same_rows_and_usage(stub, address, protocol, path):
     (said,) = ask(address, protocol=protocol)
     assert (pairs(said)[0][1], said.usage, said.failure) == (PASSAGE, Usage(300, 100), "")
@@ -98,8 +119,13 @@ def test_an_endpoint_without_schemas_is_asked_again_without_one_and_never_gets_i
 def test_options_that_a_model_refuses_are_left_out_or_renamed(stub, address):
     stub.script = {
         PASSAGE: [
-            Act(status=400, raw=b'{"error": {"message": "Unsupported parameter: max_tokens. Use max_completion_tokens instead."}}'),
-            Act(status=400, raw=b'{"error": {"message": "temperature does not support 0.7 with this model"}}'),
+            Act(
+                status=400,
+                raw=b'{"error": {"message": "Unsupported parameter: max_tokens. Use max_completion_tokens instead."}}',
+            ),
+            Act(
+                status=400, raw=b'{"error": {"message": "temperature does not support 0.7 with this model"}}'
+            ),
         ]
     }
     (said,) = ask(address, tries=1)
@@ -111,7 +137,9 @@ def test_options_that_a_model_refuses_are_left_out_or_renamed(stub, address):
 # --- answers that are not what was asked for ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("act", [FENCED, THOUGHT, Act(around="{}\n\nI hope that helps!")], ids=["fence", "thought", "prose"])
+@pytest.mark.parametrize(
+    "act", [FENCED, THOUGHT, Act(around="{}\n\nI hope that helps!")], ids=["fence", "thought", "prose"]
+)
 def test_what_stands_around_the_json_does_not_matter(stub, address, act):
     stub.script = {PASSAGE: [act]}
     (said,) = ask(address)
@@ -124,10 +152,18 @@ def test_a_malformed_answer_gets_one_second_try_that_is_paid_as_well(stub, addre
     (said,) = ask(address)
     assert (said.failure, said.usage, stub.requests) == ("", Usage(600, 200), 2)
     assert "That was not the JSON that was asked for" in stub.seen[1]["messages"][-1]["content"]
-    assert [message["role"] for message in stub.seen[1]["messages"]] == ["system", "user", "assistant", "user"]
+    assert [message["role"] for message in stub.seen[1]["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+    ]
 
 
-@pytest.mark.parametrize("act", [MALFORMED, WRONG_SHAPE, REFUSES, Act(text='{"pairs": [{"question": "half \\ud800", "answer": "b"}]}')])
+@pytest.mark.parametrize(
+    "act",
+    [MALFORMED, WRONG_SHAPE, REFUSES, Act(text='{"pairs": [{"question": "half \\ud800", "answer": "b"}]}')],
+)
 def test_a_second_malformed_answer_is_a_failure(stub, address, act):
     stub.script = {PASSAGE: [act, act, act]}
     (said,) = ask(address)
@@ -158,7 +194,10 @@ def test_no_text_breaks_the_reader(text):
         assert str(error)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, "{" * 1000, '{"pairs": [' + '{"question": "a", "answer": "b"},' * 3])
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"a":' * 50_000, "{" * 1000, '{"pairs": [' + '{"question": "a", "answer": "b"},' * 3],
+)
 def test_nested_and_broken_answers_are_malformed_within_a_second(text):
     started = time.perf_counter()
     with pytest.raises(Malformed):
@@ -168,7 +207,12 @@ def test_nested_and_broken_answers_are_malformed_within_a_second(text):
 
 def test_a_bare_list_stands_for_its_object_and_surplus_keys_are_ignored():
     assert read_reply('["a", "b"]', Questions).questions == ["a", "b"]
-    assert read_reply('{"note": 1, "pairs": [{"question": "a", "answer": "b", "why": 2}]}', Pairs).pairs[0].answer == "b"
+    assert (
+        read_reply('{"note": 1, "pairs": [{"question": "a", "answer": "b", "why": 2}]}', Pairs)
+        .pairs[0]
+        .answer
+        == "b"
+    )
 
 
 # --- a busy, broken or missing endpoint --------------------------------------------------------------------------------
@@ -242,7 +286,9 @@ def test_a_refused_key_and_an_unknown_page_end_the_run_and_say_what_to_set(stub,
         ask(f"{address}/api")
     stub.key = "another"
     monkeypatch.setenv("RATCHET_TEACHER_KEY", KEY)
-    with pytest.raises(ConfigError, match=r"(?s)refuses the key.*correct the environment variable RATCHET_TEACHER_KEY") as caught:
+    with pytest.raises(
+        ConfigError, match=r"(?s)refuses the key.*correct the environment variable RATCHET_TEACHER_KEY"
+    ) as caught:
         ask(address)
     assert KEY not in str(caught.value)
     assert "[redacted]" in str(caught.value)
@@ -276,9 +322,24 @@ def test_the_money_never_passes_its_limit_and_the_requests_before_it_are_used(st
     budget = Budget(max_cost=4.0, max_tokens=10**12)
 
     async def run() -> list[Any]:
-        teacher = Teacher(TeacherConfig(url=f"{address}/v1", model="big", input_price=1000, output_price=1000, max_tokens=100, parallel=parallel), budget, backoff=0.01)
+        teacher = Teacher(
+            TeacherConfig(
+                url=f"{address}/v1",
+                model="big",
+                input_price=1000,
+                output_price=1000,
+                max_tokens=100,
+                parallel=parallel,
+            ),
+            budget,
+            backoff=0.01,
+        )
         try:
-            return list(await asyncio.gather(*(teacher.ask(PROMPT, Pairs, seed=1) for _ in range(30)), return_exceptions=True))
+            return list(
+                await asyncio.gather(
+                    *(teacher.ask(PROMPT, Pairs, seed=1) for _ in range(30)), return_exceptions=True
+                )
+            )
         finally:
             await teacher.close()
 
@@ -336,7 +397,9 @@ def test_no_order_of_requests_passes_a_limit(uses, parallel):
 # --- the key -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_key_that_an_endpoint_repeats_is_in_no_answer_no_error_and_no_log(stub, address, monkeypatch, caplog):
+def test_a_key_that_an_endpoint_repeats_is_in_no_answer_no_error_and_no_log(
+    stub, address, monkeypatch, caplog
+):
     monkeypatch.setenv("RATCHET_TEACHER_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     stub.echo = True
@@ -372,7 +435,9 @@ def test_the_gateway_of_this_project_answers_the_client_with_its_key(tmp_path, m
     """It takes no schema and says so; the client learns that."""
     with running_gateway(tmp_path) as gateway:
         monkeypatch.setenv("RATCHET_GATEWAY_KEY", add_key(tmp_path, "synthesize", ["infer"]))
-        config = TeacherConfig(url=f"{gateway.url}/v1", model="pydoc", key_env="RATCHET_GATEWAY_KEY", max_tokens=32, tries=2)
+        config = TeacherConfig(
+            url=f"{gateway.url}/v1", model="pydoc", key_env="RATCHET_GATEWAY_KEY", max_tokens=32, tries=2
+        )
 
         async def both() -> tuple[Said, Said]:
             teacher = Teacher(config, unlimited(), section="gateway", backoff=0.01)

@@ -57,14 +57,26 @@ def logits(model) -> torch.Tensor:
 
 def test_a_hub_model_in_the_cache_loads_without_network(tmp_path, snapshot, tiny_base):
     manifest = make_base(tmp_path / "base", hub_config())
-    assert (manifest["model"], manifest["revision"], manifest["context"], manifest["vocab_size"]) == ("tiny/llama", REVISION, 256, 512)
+    assert (manifest["model"], manifest["revision"], manifest["context"], manifest["vocab_size"]) == (
+        "tiny/llama",
+        REVISION,
+        256,
+        512,
+    )
     assert manifest["weights"] == {"model.safetensors": sha256_file(snapshot / "model.safetensors")}
-    torch.testing.assert_close(logits(load_base(tmp_path / "base")), logits(load_base(tiny_base)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        logits(load_base(tmp_path / "base")), logits(load_base(tiny_base)), rtol=0, atol=0
+    )
 
 
 def test_a_hub_models_weights_stay_in_the_cache_and_no_path_is_kept(tmp_path, snapshot):
     make_base(tmp_path / "base", hub_config())
-    assert sorted(path.name for path in (tmp_path / "base").iterdir()) == ["chat_template.jinja", "manifest.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in (tmp_path / "base").iterdir()) == [
+        "chat_template.jinja",
+        "manifest.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     written = "".join(path.read_text() for path in (tmp_path / "base").iterdir())
     assert str(snapshot.parents[2]) not in written
     assert str(tmp_path) not in written
@@ -72,9 +84,18 @@ def test_a_hub_models_weights_stay_in_the_cache_and_no_path_is_kept(tmp_path, sn
 
 
 def test_what_is_not_in_the_cache_is_named_with_the_command_that_fetches_it(tmp_path):
-    (tmp_path / "params.yaml").write_text(render_params(Config(base=BaseConfig(model="tiny/absent", revision=REVISION))))
+    (tmp_path / "params.yaml").write_text(
+        render_params(Config(base=BaseConfig(model="tiny/absent", revision=REVISION)))
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "tasks.base", "--out", "models/base"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks.base", "--out", "models/base"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"BaseModelError: tiny/absent@{REVISION} is not in the hub's cache")
     assert f"hf download tiny/absent --revision {REVISION}" in done.stderr
@@ -100,7 +121,10 @@ def test_a_model_that_is_cached_in_part_is_refused_with_what_is_missing(tmp_path
     (snapshot / "model.safetensors").rename(snapshot / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(BaseModelError, match=r"(?s)1 of its weight files are missing, the first model-00002-of-00002.safetensors.*hf download"):
+    with pytest.raises(
+        BaseModelError,
+        match=r"(?s)1 of its weight files are missing, the first model-00002-of-00002.safetensors.*hf download",
+    ):
         make_base(tmp_path / "base", hub_config())
 
 
@@ -134,9 +158,14 @@ def test_a_base_without_a_chat_template_needs_one_named(tmp_path, snapshot):
 
 def test_the_demos_base_read_no_row_that_preparation_holds_out(tiny_base, prepared):
     seen = set((tiny_base / "seen.txt").read_text().split())
-    split = {name: {example.id for example in read_examples(prepared / f"{name}.jsonl")} for name in ("train", "validation", "test")}
+    split = {
+        name: {example.id for example in read_examples(prepared / f"{name}.jsonl")}
+        for name in ("train", "validation", "test")
+    }
     assert not seen & (split["test"] | split["validation"])
-    assert 0.9 * len(seen) < len(seen & split["train"]) < len(split["train"])  # the others contradict a row that came before
+    assert (
+        0.9 * len(seen) < len(seen & split["train"]) < len(split["train"])
+    )  # the others contradict a row that came before
 
 
 def test_the_demos_base_reads_no_row_that_may_become_golden(tiny_config):
@@ -158,11 +187,15 @@ def test_the_same_settings_make_the_same_base(tmp_path, tiny_base, tiny_config):
 
 def test_the_manifest_lists_every_file_with_its_hash(tiny_base):
     files = read_json(tiny_base / "manifest.json")["files"]
-    assert files == {path.name: sha256_file(path) for path in tiny_base.iterdir() if path.name != "manifest.json"}
+    assert files == {
+        path.name: sha256_file(path) for path in tiny_base.iterdir() if path.name != "manifest.json"
+    }
 
 
 def test_a_demo_base_loads_as_any_model_does(tiny_base):
-    torch.testing.assert_close(logits(load_base(tiny_base)), logits(AutoModelForCausalLM.from_pretrained(tiny_base)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        logits(load_base(tiny_base)), logits(AutoModelForCausalLM.from_pretrained(tiny_base)), rtol=0, atol=0
+    )
 
 
 def test_packages_without_documented_modules_are_named(tiny_config):

@@ -40,13 +40,24 @@ class Grown(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def grown(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, prepared: Path, nobody: Path, tiny_config: Config) -> Grown:
+def grown(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_base: Path,
+    prepared: Path,
+    nobody: Path,
+    tiny_config: Config,
+) -> Grown:
     folder = tmp_path_factory.mktemp("grown")
     shutil.copytree(tiny_base, folder / "base")
     details = _add_tokens(folder / "base", WORDS)
     write_json(folder / "base/manifest.json", read_json(folder / "base/manifest.json") | details)
     tokenize(prepared, folder / "base", nobody, folder / "tokenized", tiny_config)
-    return Grown(folder / "base", folder / "tokenized", [token["id"] for token in details["new_tokens"]], [token["pieces"] for token in details["new_tokens"]])
+    return Grown(
+        folder / "base",
+        folder / "tokenized",
+        [token["id"] for token in details["new_tokens"]],
+        [token["pieces"] for token in details["new_tokens"]],
+    )
 
 
 def embeddings(model: Any) -> torch.Tensor:
@@ -61,12 +72,20 @@ def test_a_word_is_one_token_and_reads_as_it_was_written(grown):
     assert [row.ids.count(id) for id in grown.ids] == [1, 2]  # not within another word
     assert chat.decode_answer(row.ids[row.ids.index(chat.stop_id, 0) + 2 :]) == text
     assert chat.count_control(grown.ids) == 0
-    assert max(sum(id in window.input_ids for window in read_windows(grown.tokens / "train.arrow")) for id in grown.ids) > 0
+    assert (
+        max(
+            sum(id in window.input_ids for window in read_windows(grown.tokens / "train.arrow"))
+            for id in grown.ids
+        )
+        > 0
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_an_embedding_begins_as_the_mean_of_its_pieces(grown, tiny_base, method):
-    table, before = (load_base(folder, method=method).get_input_embeddings().weight for folder in (grown.base, tiny_base))
+    table, before = (
+        load_base(folder, method=method).get_input_embeddings().weight for folder in (grown.base, tiny_base)
+    )
     assert len(table) == len(before) + 2
     torch.testing.assert_close(table[: len(before)], before)
     for id, pieces in zip(grown.ids, grown.pieces, strict=True):
@@ -76,7 +95,9 @@ def test_an_embedding_begins_as_the_mean_of_its_pieces(grown, tiny_base, method)
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora", "full"])
 def test_it_is_trained_saved_served_and_merged(tmp_path, grown, nobody, tiny_config, method):
     adapter = AdapterConfig(method=method, rank=4, alpha=8.0)
-    config = tiny_config.model_copy(update={"adapter": adapter, "train": TrainConfig(epochs=0.3, evaluations=2, learning_rate=1e-2)})
+    config = tiny_config.model_copy(
+        update={"adapter": adapter, "train": TrainConfig(epochs=0.3, evaluations=2, learning_rate=1e-2)}
+    )
     out = tmp_path / "candidate"
     figures = train(grown.tokens, grown.base, nobody, out, tmp_path / "reports", config)
     with quiet():
@@ -87,28 +108,58 @@ def test_it_is_trained_saved_served_and_merged(tmp_path, grown, nobody, tiny_con
         assert moved[[id for id in range(len(moved)) if id not in grown.ids]].max() == 0
         assert not read_kind(out).shares  # on a shared base it would change the others
     expected = figures["best_validation_loss"]
-    assert loss_in_the_engine(out, grown.base, read_windows(grown.tokens / "validation.arrow")) == pytest.approx(expected, rel=5e-3 if method == "qlora" else 1e-5)
+    assert loss_in_the_engine(
+        out, grown.base, read_windows(grown.tokens / "validation.arrow")
+    ) == pytest.approx(expected, rel=5e-3 if method == "qlora" else 1e-5)
     ids = torch.tensor([[5, *grown.ids, 9]])
     with torch.no_grad(), quiet():
-        torch.testing.assert_close(load_merged(grown.base, out)(ids).logits.float(), model(ids).logits.float(), rtol=0, atol=5e-2 if method == "qlora" else 1e-4)
+        torch.testing.assert_close(
+            load_merged(grown.base, out)(ids).logits.float(),
+            model(ids).logits.float(),
+            rtol=0,
+            atol=5e-2 if method == "qlora" else 1e-4,
+        )
 
 
 def test_where_tokens_are_read_and_written_by_two_tables_both_are_trained(grown):
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=False))
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=20,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            tie_word_embeddings=False,
+        )
+    )
     model = add_adapter(base, AdapterConfig(rank=4), seed=1, new_ids=[17, 19])
-    assert sorted(name for name, weight in model.named_parameters() if weight.requires_grad and "token" in name and weight.shape == (2, 16)) == [
-        f"base_model.model.{table}.token_adapter.trainable_tokens_delta.default" for table in ("lm_head", "model.embed_tokens")
+    assert sorted(
+        name
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and "token" in name and weight.shape == (2, 16)
+    ) == [
+        f"base_model.model.{table}.token_adapter.trainable_tokens_delta.default"
+        for table in ("lm_head", "model.embed_tokens")
     ]
 
 
 def test_the_next_training_goes_on_from_it(tmp_path, grown, nobody, tiny_config):
-    config = tiny_config.model_copy(update={"train": TrainConfig(epochs=0.2, evaluations=1, learning_rate=1e-2)})
+    config = tiny_config.model_copy(
+        update={"train": TrainConfig(epochs=0.2, evaluations=1, learning_rate=1e-2)}
+    )
     first = tmp_path / "incumbent"
     train(grown.tokens, grown.base, nobody, first, tmp_path / "first", config)
     write_json(first / "manifest.json", read_json(first / "manifest.json") | {"version": 1})
-    again = config.model_copy(update={"train": TrainConfig(epochs=0.2, evaluations=1, learning_rate=1e-9, start_from="champion")})
+    again = config.model_copy(
+        update={"train": TrainConfig(epochs=0.2, evaluations=1, learning_rate=1e-9, start_from="champion")}
+    )
     train(grown.tokens, grown.base, first, tmp_path / "candidate", tmp_path / "second", again)
-    torch.testing.assert_close(embeddings(load_trained(grown.base, tmp_path / "candidate")), embeddings(load_trained(grown.base, first)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        embeddings(load_trained(grown.base, tmp_path / "candidate")),
+        embeddings(load_trained(grown.base, first)),
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 def test_a_word_that_is_a_token_already_is_refused(tmp_path, tiny_base):
@@ -116,8 +167,16 @@ def test_a_word_that_is_a_token_already_is_refused(tmp_path, tiny_base):
     with pytest.raises(BaseModelError, match="'a', which is one token"):
         _add_tokens(tmp_path / "base", ["a"])
     tokenizer = load_tokenizer(tiny_base)
-    word = next(word for token in tokenizer.get_vocab() if token.startswith("Ġ") and (word := token[1:]).isascii() and len(tokenizer.encode(word, add_special_tokens=False)) > 1)
-    with pytest.raises(BaseModelError, match=f"'{word}', which is one token"):  # behind a blank, as in a sentence
+    word = next(
+        word
+        for token in tokenizer.get_vocab()
+        if token.startswith("Ġ")
+        and (word := token[1:]).isascii()
+        and len(tokenizer.encode(word, add_special_tokens=False)) > 1
+    )
+    with pytest.raises(
+        BaseModelError, match=f"'{word}', which is one token"
+    ):  # behind a blank, as in a sentence
         _add_tokens(tmp_path / "base", [word])
 
 
@@ -143,7 +202,15 @@ def test_llama_cpp_would_cut_text_otherwise_and_that_is_said(grown, tiny_base):
 def test_an_adapter_that_moves_other_embeddings_is_not_served(tmp_path, grown, candidate):
     shutil.copytree(candidate, tmp_path / "adapter")
     config = read_json(tmp_path / "adapter/adapter_config.json")
-    for trained, served in (({"embed_tokens": grown.ids}, True), ({"embed_tokens": [5]}, False), ([5], False)):
+    for trained, served in (
+        ({"embed_tokens": grown.ids}, True),
+        ({"embed_tokens": [5]}, False),
+        ([5], False),
+    ):
         write_json(tmp_path / "adapter/adapter_config.json", config | {"trainable_token_indices": trained})
-        with contextlib.nullcontext() if served else pytest.raises(BaseModelError, match="trainable_token_indices"):
+        with (
+            contextlib.nullcontext()
+            if served
+            else pytest.raises(BaseModelError, match="trainable_token_indices")
+        ):
             check_adapter_fits(bundle(1, tmp_path / "adapter", grown.base))

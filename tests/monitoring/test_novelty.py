@@ -17,7 +17,9 @@ def test_a_training_row_is_familiar_and_an_unknown_one_is_not():
     found = Familiar(ROWS).columns(["open the file", "quantum zebra"])
     assert set(found) == set(COLUMNS)
     assert found["unseen words"].tolist() == [0.0, 1.0]
-    assert found["rarity"][1] == 1.0 and found["distance to the nearest row"] == pytest.approx([0.0, 1.0], abs=1e-6)
+    assert found["rarity"][1] == 1.0 and found["distance to the nearest row"] == pytest.approx(
+        [0.0, 1.0], abs=1e-6
+    )
     for name in COLUMNS:
         assert found[name][0] < found[name][1], name
 
@@ -40,14 +42,18 @@ def test_a_row_measures_the_same_alone_in_company_and_again():
     for name in COLUMNS:
         assert first[name].tolist() == again[name][::-1].tolist()
         assert first[name] == pytest.approx([alone.columns([text])[name][0] for text in texts])
-    assert together.subjects(texts) == pytest.approx(np.concatenate([alone.subjects([text]) for text in texts]), abs=1e-5)
+    assert together.subjects(texts) == pytest.approx(
+        np.concatenate([alone.subjects([text]) for text in texts]), abs=1e-5
+    )
 
 
 def test_stems_are_those_that_training_hardly_knows_and_that_come_again():
     familiar = Familiar([*ROWS, "file", "file"])
     found = familiar.stems(["zebra file", "zebras file", "one lonely quantum", "open dates", "opened dates"])
     held = found.present.toarray().sum(axis=1).tolist()
-    assert held == [1.0, 1.0, 0.0, 2.0, 2.0], "zebra; zebra; quantum comes once; open and date are in one training row each"
+    assert held == [1.0, 1.0, 0.0, 2.0, 2.0], (
+        "zebra; zebra; quantum comes once; open and date are in one training row each"
+    )
     assert sorted(found.weights) == [0.5, 0.5, 1.0]
 
 

@@ -49,7 +49,16 @@ def configured(**settings: Any) -> Config:
 
 
 def asked(id: str, **more: Any) -> Logged:
-    values = {"at": NOW, "user": "ana", "arm": "champion", "version": 1, "messages": (("user", "why?"),), "answer": "so", "finish": "stop", "latency_ms": 10.0}
+    values = {
+        "at": NOW,
+        "user": "ana",
+        "arm": "champion",
+        "version": 1,
+        "messages": (("user", "why?"),),
+        "answer": "so",
+        "finish": "stop",
+        "latency_ms": 10.0,
+    }
     return Logged(id=id, **values | more)
 
 
@@ -63,7 +72,16 @@ def fill(log: RequestLog, *records: Logged) -> None:
 
 
 def test_what_was_put_comes_back_whole(open_here: Open) -> None:
-    record = asked("a", rollout="r1", step=2, messages=(("system", "be brief"), ("user", "Grüße 👋")), prompt_nll=1.5, prompt_tokens=7, queue_ms=0.5, error="none")
+    record = asked(
+        "a",
+        rollout="r1",
+        step=2,
+        messages=(("system", "be brief"), ("user", "Grüße 👋")),
+        prompt_nll=1.5,
+        prompt_tokens=7,
+        queue_ms=0.5,
+        error="none",
+    )
     log = open_here()
     fill(log, record)
 
@@ -83,7 +101,12 @@ def test_putting_costs_less_than_20_microseconds(open_here: Open) -> None:
 
 def test_many_threads_lose_nothing(open_here: Open) -> None:
     log = open_here()
-    threads = [threading.Thread(target=lambda name=name: [log.put(asked(f"{name}-{number}")) for number in range(200)]) for name in range(8)]
+    threads = [
+        threading.Thread(
+            target=lambda name=name: [log.put(asked(f"{name}-{number}")) for number in range(200)]
+        )
+        for name in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -140,7 +163,9 @@ def test_halves_of_characters_and_nul_are_written(open_here: Open) -> None:
     log = open_here()
     fill(log, asked("a", messages=(("user", "a\ud800b\0c"),), answer="\udfff"))
 
-    assert log.window(limit=1)[0].messages == (("user", "a?b\ufffdc"),) and log.window(limit=1)[0].answer == "?"
+    assert (
+        log.window(limit=1)[0].messages == (("user", "a?b\ufffdc"),) and log.window(limit=1)[0].answer == "?"
+    )
 
 
 def test_another_process_can_read_while_it_is_written(open_here: Open, tmp_path: Path) -> None:
@@ -156,7 +181,9 @@ def test_another_process_can_read_while_it_is_written(open_here: Open, tmp_path:
     assert log.count() == 2
 
 
-def test_a_url_that_is_none_is_a_fault_of_the_config(open_here: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_that_is_none_is_a_fault_of_the_config(
+    open_here: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="no SQLAlchemy URL"):
         open_here(url="requests.db")
     with pytest.raises(ConfigError, match="no SQLAlchemy URL"):
@@ -180,7 +207,10 @@ for number in range(500):
 log.close(30)
 sys.exit(log.counts().written != 500)
 """
-    started = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), name], cwd=Path(__file__).parents[2]) for name in ("one", "two")]
+    started = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path), name], cwd=Path(__file__).parents[2])
+        for name in ("one", "two")
+    ]
 
     assert [process.wait(60) for process in started] == [0, 0]
     assert open_here().count() == 1000
@@ -191,8 +221,25 @@ sys.exit(log.counts().written != 500)
 
 def test_what_the_patterns_find_is_never_written(open_here: Open, tmp_path: Path) -> None:
     log = open_here()
-    fill(log, asked("a", messages=(("system", "of ben@example.org"), ("user", "my card 4111 1111 1111 1111")), answer="write to ana@example.org", error="sk-aaaaaaaaaaaa"))
-    log.add_feedback(Feedback("a", "ana", NOW, answer="it is eve@example.org", comment="call eve@example.org", label="eve@example.org"))
+    fill(
+        log,
+        asked(
+            "a",
+            messages=(("system", "of ben@example.org"), ("user", "my card 4111 1111 1111 1111")),
+            answer="write to ana@example.org",
+            error="sk-aaaaaaaaaaaa",
+        ),
+    )
+    log.add_feedback(
+        Feedback(
+            "a",
+            "ana",
+            NOW,
+            answer="it is eve@example.org",
+            comment="call eve@example.org",
+            label="eve@example.org",
+        )
+    )
     log.close()
 
     stored = b"".join(path.read_bytes() for path in (tmp_path / ".ratchet").glob("requests.db*"))
@@ -210,7 +257,9 @@ def test_without_texts_only_figures_are_kept(open_here: Open) -> None:
     fill(log, asked("a", rollout="r1", step=0), asked("b", answer=" ", rollout="r1", step=0))
     log.add_feedback(Feedback("a", "ana", NOW, score=1.0, answer="no", comment="well"))
 
-    assert [(record.messages, record.answer, record.latency_ms) for record in log.window(limit=5)] == [((), "", 10.0)] * 2
+    assert [(record.messages, record.answer, record.latency_ms) for record in log.window(limit=5)] == [
+        ((), "", 10.0)
+    ] * 2
     assert log.feedback_of(["a"])["a"] == [Feedback("a", "ana", NOW, score=1.0)]
     assert log.rollout_units("r1")[0].empty == 1
 
@@ -238,7 +287,10 @@ def test_one_user_has_one_say_on_an_answer_the_later_one(open_here: Open) -> Non
     log.add_feedback(Feedback("a", "ben", NOW + 1, score=0.0))
     log.add_feedback(Feedback("a", "ana", NOW + 2, answer="better", sender="k1"))
 
-    assert log.feedback_of(["a", "b"])["a"] == [Feedback("a", "ben", NOW + 1, score=0.0), Feedback("a", "ana", NOW + 2, answer="better", sender="k1")]
+    assert log.feedback_of(["a", "b"])["a"] == [
+        Feedback("a", "ben", NOW + 1, score=0.0),
+        Feedback("a", "ana", NOW + 2, answer="better", sender="k1"),
+    ]
 
 
 def test_another_key_cannot_speak_for_a_user_who_has_spoken(open_here: Open) -> None:
@@ -255,15 +307,22 @@ def test_a_database_of_an_earlier_release_is_read_and_written(open_here: Open, t
     (tmp_path / ".ratchet").mkdir()
     with sqlite3.connect(tmp_path / ".ratchet/requests.db") as earlier:
         texts = "label TEXT, answer TEXT, comment TEXT"
-        earlier.execute(f"CREATE TABLE feedback (request VARCHAR NOT NULL, user VARCHAR NOT NULL, at FLOAT, score FLOAT, {texts}, PRIMARY KEY (request, user))")
+        earlier.execute(
+            f"CREATE TABLE feedback (request VARCHAR NOT NULL, user VARCHAR NOT NULL, at FLOAT, score FLOAT, {texts}, PRIMARY KEY (request, user))"
+        )
         earlier.execute("INSERT INTO feedback VALUES ('a', 'ana', 1.0, 0.5, '', 'so', '')")
     earlier.close()
     log, other = open_here(), open_here()
     other.add_feedback(Feedback("a", "ben", 2.0, score=1.0, sender="k1"))
 
-    assert log.feedback_of(["a"])["a"] == [Feedback("a", "ana", 1.0, score=0.5, answer="so"), Feedback("a", "ben", 2.0, score=1.0, sender="k1")]
+    assert log.feedback_of(["a"])["a"] == [
+        Feedback("a", "ana", 1.0, score=0.5, answer="so"),
+        Feedback("a", "ben", 2.0, score=1.0, sender="k1"),
+    ]
     with sqlite3.connect(tmp_path / ".ratchet/requests.db") as earlier:  # which may still run
-        earlier.execute("INSERT INTO feedback (request, user, at, score, label, answer, comment) VALUES ('b', 'ana', 3.0, 1.0, '', '', '')")
+        earlier.execute(
+            "INSERT INTO feedback (request, user, at, score, label, answer, comment) VALUES ('b', 'ana', 3.0, 1.0, '', '', '')"
+        )
     earlier.close()
     assert log.feedback_of(["b"])["b"] == [Feedback("b", "ana", 3.0, score=1.0)]
 
@@ -271,7 +330,9 @@ def test_a_database_of_an_earlier_release_is_read_and_written(open_here: Open, t
 def test_processes_that_add_a_column_at_once_do_not_stop_each_other(tmp_path: Path) -> None:
     (tmp_path / ".ratchet").mkdir()
     with sqlite3.connect(tmp_path / ".ratchet/requests.db") as earlier:
-        earlier.execute("CREATE TABLE feedback (request VARCHAR NOT NULL, user VARCHAR NOT NULL, at FLOAT, score FLOAT, label TEXT, answer TEXT, comment TEXT)")
+        earlier.execute(
+            "CREATE TABLE feedback (request VARCHAR NOT NULL, user VARCHAR NOT NULL, at FLOAT, score FLOAT, label TEXT, answer TEXT, comment TEXT)"
+        )
     earlier.close()
     logs = [open_log(tmp_path, configured()) for _ in range(6)]
     faults: list[Exception] = []
@@ -371,11 +432,21 @@ def test_a_unit_is_a_user_in_a_step_and_a_request_without_one_is_its_own(log: Re
     fill(
         log,
         *(
-            record if record.rollout else Logged(**{name: getattr(record, name) for name in record.__struct_fields__} | {"rollout": "r1", "step": max(0, record.step)})
+            record
+            if record.rollout
+            else Logged(
+                **{name: getattr(record, name) for name in record.__struct_fields__}
+                | {"rollout": "r1", "step": max(0, record.step)}
+            )
             for record in records
         ),
     )
-    for request, user, score in (("b1", "ben", 1.0), ("b1", "eve", 0.0), ("b2", "ben", 1.0), ("b3", "ben", None)):
+    for request, user, score in (
+        ("b1", "ben", 1.0),
+        ("b1", "eve", 0.0),
+        ("b2", "ben", 1.0),
+        ("b3", "ben", None),
+    ):
         log.add_feedback(Feedback(request, user, NOW, score=score))
 
     assert log.rollout_units("r1") == [

@@ -292,7 +292,9 @@ def test_the_page_that_prepare_renders_is_its_code(tree):
 
 
 def test_scoring_is_code_of_the_evaluation_and_of_the_cached_answers(tree):
-    found = changed(tree, lambda: edit(tree / "ratchet/evaluation/scoring.py", "\ndef ", "\nADDED = 1\n\n\ndef "))
+    found = changed(
+        tree, lambda: edit(tree / "ratchet/evaluation/scoring.py", "\ndef ", "\nADDED = 1\n\n\ndef ")
+    )
     assert {"evaluate", "answers"} <= found and "train" not in found
 
 

@@ -138,7 +138,10 @@ def test_a_workspace_is_a_clone_of_the_branch_and_goes_when_it_ends_well(root):
 def fail_in(root: Path, purpose: str = "test", **settings) -> Path:
     """The folder that is left, if one is."""
     told: list[str] = []
-    with pytest.raises(ZeroDivisionError), open_workspace(root, purpose, told.append, **settings) as workspace:
+    with (
+        pytest.raises(ZeroDivisionError),
+        open_workspace(root, purpose, told.append, **settings) as workspace,
+    ):
         write_files(workspace.path, {"trace.txt": "look at me"})
         raise ZeroDivisionError
     assert not workspace.path.exists()
@@ -210,7 +213,10 @@ def test_landing_nothing_makes_no_commit(root):
 
 @pytest.mark.parametrize(
     ("changes", "told"),
-    [({"params.yaml": "project:\n  name: other\n"}, "unstaged changes"), ({"new.txt": "mine"}, "Untracked working tree file 'new.txt'")],
+    [
+        ({"params.yaml": "project:\n  name: other\n"}, "unstaged changes"),
+        ({"new.txt": "mine"}, "Untracked working tree file 'new.txt'"),
+    ],
     ids=["a changed file", "an untracked file in the way"],
 )
 def test_a_checkout_that_changed_meanwhile_stays_and_the_work_is_kept(root, changes, told):
@@ -277,7 +283,13 @@ def test_a_landing_waits_while_the_user_works_with_git(root):
     with opened(root) as workspace:
         write_files(workspace.path, {"new.txt": "a"})
         lock.touch()
-        helper = subprocess.Popen([sys.executable, "-c", f"import time, pathlib; time.sleep(0.7); pathlib.Path({str(lock)!r}).unlink()"])
+        helper = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"import time, pathlib; time.sleep(0.7); pathlib.Path({str(lock)!r}).unlink()",
+            ]
+        )
         landed = land(workspace, "New", ["new.txt"])
         helper.wait()
     assert git(root, "rev-parse", "HEAD").strip() == landed
@@ -348,7 +360,10 @@ def test_a_lock_is_one_processs_at_a_time_and_free_again_when_that_ends(root):
     with locked(root, "promote"):
         with locked(root, "retrain", wait=False):
             pass
-        with pytest.raises(CheckoutError, match="another `promote` runs"), locked(root, "promote", wait=False):
+        with (
+            pytest.raises(CheckoutError, match="another `promote` runs"),
+            locked(root, "promote", wait=False),
+        ):
             pytest.fail("the block must not be entered")
     with locked(root, "promote", wait=False):
         pass
@@ -359,14 +374,18 @@ def test_a_lock_is_one_processs_at_a_time_and_free_again_when_that_ends(root):
 
 @pytest.fixture
 def staged(root) -> Path:
-    write_files(root, {"dvc.yaml": STAGES, "in.txt": "input\n", ".gitignore": ".ratchet/\n/out.txt\n/after.txt\n"})
+    write_files(
+        root, {"dvc.yaml": STAGES, "in.txt": "input\n", ".gitignore": ".ratchet/\n/out.txt\n/after.txt\n"}
+    )
     commit(root, "Add stages")
     return root
 
 
 def test_data_reach_the_remote_the_checkout_and_the_next_workspace(root):
     """The remote's path is relative to the checkout, not to the clone. The next workspace takes from the shared cache, so the remote may be away."""
-    write_files(root, {".dvc/config": "[core]\n    remote = store\n['remote \"store\"']\n    url = ../../a store\n"})
+    write_files(
+        root, {".dvc/config": "[core]\n    remote = store\n['remote \"store\"']\n    url = ../../a store\n"}
+    )
     commit(root, "Add a remote")
     store = root.parent / "a store"
     with opened(root) as workspace:
@@ -400,11 +419,16 @@ def test_without_a_remote_the_user_is_told_that_the_data_stay_here(root):
     told: list[str] = []
     with opened(root) as workspace:
         push_data(workspace, told.append)
-    assert told == ["no DVC remote is configured: the data stay on this machine (dvc remote add --default NAME URL)"]
+    assert told == [
+        "no DVC remote is configured: the data stay on this machine (dvc remote add --default NAME URL)"
+    ]
 
 
 def test_a_password_in_the_local_configuration_stays_readable_by_its_owner_alone(root):
-    write_files(root, {".dvc/config.local": "['remote \"store\"']\n    url = s3://bucket/a%20b\n    password = pa%ss\n"})
+    write_files(
+        root,
+        {".dvc/config.local": "['remote \"store\"']\n    url = s3://bucket/a%20b\n    password = pa%ss\n"},
+    )
     with opened(root) as workspace:
         local = workspace.path / ".dvc" / "config.local"
         assert local.stat().st_mode & 0o077 == 0
@@ -426,7 +450,10 @@ def test_a_stage_runs_once_and_its_lines_are_passed_on(staged):
 @pytest.mark.parametrize(("stage", "code"), [("users", 2), ("ours", 1)])
 def test_a_failed_stage_tells_its_last_lines_and_whose_fault_it_is(staged, stage, code):
     lines: list[str] = []
-    with opened(staged) as workspace, pytest.raises(StageError, match=f"(?s)stage {stage} failed:\na helper exited with") as caught:
+    with (
+        opened(staged) as workspace,
+        pytest.raises(StageError, match=f"(?s)stage {stage} failed:\na helper exited with") as caught,
+    ):
         run_stage(workspace, stage, lines.append)
     assert caught.value.exit_code == code
     assert ("the key is wrong" in str(caught.value)) == (stage == "users")
@@ -465,7 +492,13 @@ with open_workspace(Path(sys.argv[1]), "test", print) as workspace:
 
 def test_ctrl_c_at_a_prompt_ends_the_stages_process_too(staged):
     """The stage is in a session of its own, so the terminal's signal does not reach it."""
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(staged)], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(staged)],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     with process:
         stage = int(next(line for line in process.stdout if line.startswith("process ")).split()[1])
         process.send_signal(signal.SIGINT)

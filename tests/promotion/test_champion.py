@@ -32,7 +32,14 @@ def entry(version: int, previous: int | None = None, **changes: object) -> Champ
         adapter_sha256="a" * 64,
         batches=["one.jsonl", "zwei-ü.jsonl"],
         data={"rows": 10, "batches": 2, "dvc": "d.dir"},
-        gate={"verdict": "promote", "rival": previous, "metric": "exact_match", "mean": 0.2, "low": 0.1, "high": 0.3},
+        gate={
+            "verdict": "promote",
+            "rival": previous,
+            "metric": "exact_match",
+            "mean": 0.2,
+            "low": 0.1,
+            "high": 0.3,
+        },
         at="2026-01-02T03:04:05Z",
         by="Ana",
         why="better",
@@ -66,7 +73,9 @@ def test_equal_entries_are_equal_bytes(root):
 
 
 def test_the_ledger_is_the_files_history_the_newest_first(root):
-    commits = [put(root, champion) for champion in (entry(1), entry(2, 1), entry(1, move="rollback", replaced=2))]
+    commits = [
+        put(root, champion) for champion in (entry(1), entry(2, 1), entry(1, move="rollback", replaced=2))
+    ]
     write_files(root, {"other.txt": "no move"})
     commit(root, "Something else")
     assert [(found, champion.move, champion.version) for found, champion in read_ledger(root)] == list(
@@ -75,7 +84,12 @@ def test_the_ledger_is_the_files_history_the_newest_first(root):
 
 
 def test_the_last_entry_of_a_version_is_the_newest_of_them(root):
-    for champion in (entry(1, why="first"), entry(2, 1), entry(1, why="again", move="rollback", replaced=2), entry(3, 1)):
+    for champion in (
+        entry(1, why="first"),
+        entry(2, 1),
+        entry(1, why="again", move="rollback", replaced=2),
+        entry(3, 1),
+    ):
         put(root, champion)
     assert last_entry(root, 1).why == "again"
     assert last_entry(root, 4) is None
@@ -93,13 +107,25 @@ def test_without_git_the_ledger_is_empty(tmp_path):
     assert read_ledger(tmp_path) == []
 
 
-GARBAGE = ["", "garbage", "[]", "null", "{}", '{"version": 3}', "<<<<<<< HEAD\n{}", '{"name": "small", "version": "three"}', "\x00"]
+GARBAGE = [
+    "",
+    "garbage",
+    "[]",
+    "null",
+    "{}",
+    '{"version": 3}',
+    "<<<<<<< HEAD\n{}",
+    '{"name": "small", "version": "three"}',
+    "\x00",
+]
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_a_file_that_is_no_entry_is_refused_with_the_way_back(root, garbage):
     write_files(root, {FILE: garbage})
-    with pytest.raises(CheckoutError, match=r"(?s)champion\.json is no champion entry: .*git checkout HEAD -- champion\.json"):
+    with pytest.raises(
+        CheckoutError, match=r"(?s)champion\.json is no champion entry: .*git checkout HEAD -- champion\.json"
+    ):
         read_champion(root)
 
 

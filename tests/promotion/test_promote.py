@@ -8,7 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
-from places import KEPT_CONNECTIONS, commit, make_repository, subjects, use_git_without_a_user, use_mlflow, use_no_mlflow, write_files
+from places import (
+    KEPT_CONNECTIONS,
+    commit,
+    make_repository,
+    subjects,
+    use_git_without_a_user,
+    use_mlflow,
+    use_no_mlflow,
+    write_files,
+)
 
 from flows.promotion import promote_version, roll_back
 from ratchet.config.data import ProjectConfig
@@ -43,10 +52,19 @@ def register(number: int, *, rival: int | None, verdict: str = "promote", commit
     adapter = Path("adapter")
     adapter.mkdir(exist_ok=True)
     (adapter / "adapter_model.safetensors").write_text(f"weights {number}")
-    gate = {"verdict": verdict, "rival": rival, "metric": "exact_match", "mean": 0.2, "low": 0.1, "high": 0.3, "rows": 400}
+    gate = {
+        "verdict": verdict,
+        "rival": rival,
+        "metric": "exact_match",
+        "mean": 0.2,
+        "low": 0.1,
+        "high": 0.3,
+        "rows": 400,
+    }
     tags = {
         KEY_TAG: f"key{number}",
-        "git_commit": commit or (git(Path("checkout"), "rev-parse", "HEAD").strip() if Path("checkout").exists() else "0" * 40),
+        "git_commit": commit
+        or (git(Path("checkout"), "rev-parse", "HEAD").strip() if Path("checkout").exists() else "0" * 40),
         "adapter_sha256": f"{number}" * 64,
         "data": json.dumps({"rows": 10 * number, "batches": number, "dvc": "d.dir"}),
         "batches": json.dumps([f"batch{known}.jsonl" for known in range(number)]),
@@ -76,7 +94,9 @@ def reign(root: Path, versions: int) -> None:
 def test_a_version_of_a_commit_that_is_not_here_is_not_put_in_charge(root):
     """Two checkouts share one registry: the other one's commit has to come here first, or nobody could fetch what was promoted."""
     before = git(root, "rev-parse", "HEAD")
-    with pytest.raises(CheckoutError, match=r"(?s)v1 was made by commit abababab, which is not in this repository.*git pull"):
+    with pytest.raises(
+        CheckoutError, match=r"(?s)v1 was made by commit abababab, which is not in this repository.*git pull"
+    ):
         take(root, register(1, rival=None, commit="ab" * 20))
     assert (git(root, "rev-parse", "HEAD"), read_champion(root)) == (before, None)
 
@@ -84,7 +104,14 @@ def test_a_version_of_a_commit_that_is_not_here_is_not_put_in_charge(root):
 def test_a_promotion_is_a_commit_a_tag_and_an_alias(root):
     chosen = take(root, register(1, rival=None))
     assert read_champion(root) == chosen
-    assert (chosen.version, chosen.previous, chosen.replaced, chosen.move, chosen.by, chosen.why) == (1, None, None, "promote", "Ana", "better")
+    assert (chosen.version, chosen.previous, chosen.replaced, chosen.move, chosen.by, chosen.why) == (
+        1,
+        None,
+        None,
+        "promote",
+        "Ana",
+        "better",
+    )
     assert (chosen.commit, chosen.run_key, chosen.batches, chosen.data["rows"], chosen.gate["mean"]) == (
         get_version("small", 1).tags["git_commit"],
         "key1",
@@ -174,7 +201,10 @@ def test_a_registry_that_does_not_know_the_champion_gets_no_say(root, tmp_path, 
     use_mlflow(monkeypatch, tmp_path / "empty")
     (tmp_path / "empty" / "adapter").mkdir()
     make_version("small", find_or_create_run("small", "key9", {}), Path("adapter"), {KEY_TAG: "key9"}, "")
-    with pytest.raises(UserError, match=r"champion\.json says v1 of small is in charge; the registry has another model under that number"):
+    with pytest.raises(
+        UserError,
+        match=r"champion\.json says v1 of small is in charge; the registry has another model under that number",
+    ):
         take(root, register(2, rival=1))
     assert read_champion(root).version == 1
 
@@ -210,7 +240,9 @@ def test_a_retraining_decides_on_todays_champion_and_not_on_the_one_of_its_clone
 
     reign(root, 2)
     register(3, rival=2)
-    found = Findings({}, {}, {}, {"verdict": "promote", "rival": {"model": "champion", "version": 2}}, {}, root)
+    found = Findings(
+        {}, {}, {}, {"verdict": "promote", "rival": {"model": "champion", "version": 2}}, {}, root
+    )
     with open_workspace(root, "retrain", quiet) as workspace, disable_run_logger():
         back(root)
         assert decide.fn(workspace, get_version("small", 3), found, CONFIG, "new rows").version == 1
@@ -312,7 +344,11 @@ def test_the_history_tells_every_move_with_its_reason_data_and_gate(root):
     reign(root, 2)
     back(root, "wrong answers about refunds")
     rows = ledger_rows(root)
-    assert [(row["move"], row["from"], row["to"]) for row in rows] == [("rollback", 2, 1), ("promote", 1, 2), ("promote", None, 1)]
+    assert [(row["move"], row["from"], row["to"]) for row in rows] == [
+        ("rollback", 2, 1),
+        ("promote", 1, 2),
+        ("promote", None, 1),
+    ]
     assert json.loads(json.dumps(rows)) == rows
     text = "\n".join(ledger_lines(rows))
     for words in (

@@ -18,7 +18,15 @@ from ratchet.errors import CheckoutError, UserError
 from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.request_records import Feedback, Logged, Unit
 from ratchet.promotion.champion import read_champion
-from ratchet.promotion.rollout import FILE, Rollout, end_rollout, position, read_ended, read_rollout, write_rollout
+from ratchet.promotion.rollout import (
+    FILE,
+    Rollout,
+    end_rollout,
+    position,
+    read_ended,
+    read_rollout,
+    write_rollout,
+)
 from ratchet.promotion.sequential_test import Stratum, difference, split_e_value
 from ratchet.serving.bundle import write_state
 from ratchet.tracking.registry import CHALLENGER, CHAMPION, get_alias, get_version, set_alias, set_tag
@@ -37,7 +45,9 @@ MANUAL = CONFIG.model_copy(update={"promotion": "manual"})
 def test_an_equal_model_ends_wrongly_no_more_often_than_alpha_over_all_looks():
     ended = simulate_many(25, 60, effect=0.0, seed=3)
     assert sum(one.action in WRONG for one in ended) <= 5, "99 % limit for 25 rollouts at 5 %"
-    assert sum(one.naive for one in ended) > 8, "a plain z-test, looked at as often, is wrong most of the time"
+    assert sum(one.naive for one in ended) > 8, (
+        "a plain z-test, looked at as often, is wrong most of the time"
+    )
 
 
 def test_a_much_better_model_is_promoted_and_a_much_worse_one_is_rolled_back():
@@ -57,8 +67,17 @@ def test_who_comes_back_in_each_step_counts_once():
     chance = np.random.default_rng(5)
     champion, challenger = chance.random((2, 100))
     once = difference([Stratum(champion, challenger, np.arange(100), np.arange(100, 200))], 0.05, scale=0.3)
-    again = difference([Stratum(champion, challenger, np.arange(100), np.arange(100, 200))] * 4, 0.05, scale=0.3)
-    others = difference([Stratum(champion, challenger, np.arange(100) + 200 * step, np.arange(100, 200) + 200 * step) for step in range(4)], 0.05, scale=0.3)
+    again = difference(
+        [Stratum(champion, challenger, np.arange(100), np.arange(100, 200))] * 4, 0.05, scale=0.3
+    )
+    others = difference(
+        [
+            Stratum(champion, challenger, np.arange(100) + 200 * step, np.arange(100, 200) + 200 * step)
+            for step in range(4)
+        ],
+        0.05,
+        scale=0.3,
+    )
     assert once is not None and again is not None and others is not None
     assert (again.champion, again.challenger, others.champion) == (100, 100, 400)
     assert again.high - again.low > 0.95 * (once.high - once.low) > 1.3 * (others.high - others.low)
@@ -85,17 +104,40 @@ def test_a_split_of_users_that_cannot_be_is_told_and_a_right_one_is_not():
     assert split_e_value(950, 50, 0.05) < 1
     assert split_e_value(700, 300, 0.05) > 1000
     chance = np.random.default_rng(1)
-    worst = [max(split_e_value(n - int(k), int(k), 0.25) for n, k in zip(range(1, 401), np.cumsum(chance.random(400) < 0.25), strict=True)) for _ in range(100)]
+    worst = [
+        max(
+            split_e_value(n - int(k), int(k), 0.25)
+            for n, k in zip(range(1, 401), np.cumsum(chance.random(400) < 0.25), strict=True)
+        )
+        for _ in range(100)
+    ]
     assert max(worst) < 1000
 
 
-def units(count: int, *, champion: float, challenger: float, step: int = 0, errors: int = 0, latency: float = 100.0) -> list[Unit]:
+def units(
+    count: int, *, champion: float, challenger: float, step: int = 0, errors: int = 0, latency: float = 100.0
+) -> list[Unit]:
     """As many of either arm; feedback is 1 for that share of them. Errors and latency are the challenger's."""
     made = []
     for number in range(count):
         good = [number < share * count for share in (champion, challenger)]
-        made.append(Unit(f"a{number}", step, "champion", number, 2, 0, 0, 100.0 + number % 7, float(good[0]), 1))
-        made.append(Unit(f"b{number}", step, "challenger", number, 2, errors, 0, latency + number % 7, float(good[1]), 1))
+        made.append(
+            Unit(f"a{number}", step, "champion", number, 2, 0, 0, 100.0 + number % 7, float(good[0]), 1)
+        )
+        made.append(
+            Unit(
+                f"b{number}",
+                step,
+                "challenger",
+                number,
+                2,
+                errors,
+                0,
+                latency + number % 7,
+                float(good[1]),
+                1,
+            )
+        )
     return made
 
 
@@ -109,7 +151,11 @@ def test_each_outcome_says_why():
         "promote": units(400, champion=0.4, challenger=0.8),
         "roll_back": units(400, champion=0.8, challenger=0.4),
         "hold": units(400, champion=0.5, challenger=0.5),
-        "stop": [unit for number, unit in enumerate(units(400, champion=0.5, challenger=0.5)) if number % 2 or number % 6 == 0],
+        "stop": [
+            unit
+            for number, unit in enumerate(units(400, champion=0.5, challenger=0.5))
+            if number % 2 or number % 6 == 0
+        ],
     }
     for action, found in cases.items():
         seen = look(found, opened(), config, now=60.0)
@@ -130,7 +176,9 @@ def test_more_errors_or_slower_answers_end_it_however_good_the_feedback():
 def test_a_step_waits_for_its_users_and_its_minutes():
     config = RolloutConfig(steps=[0.25, 0.5, 1.0], step_minutes=10, step_users=30)
     few = [unit for unit in units(20, champion=0.5, challenger=0.5)]
-    three_to_one = [Unit(f"c{number}", 0, "champion", number, 1, 0, 0, 100.0, 0.5, 1) for number in range(60)] + units(40, champion=0.5, challenger=0.5)
+    three_to_one = [
+        Unit(f"c{number}", 0, "champion", number, 1, 0, 0, 100.0, 0.5, 1) for number in range(60)
+    ] + units(40, champion=0.5, challenger=0.5)
     rollout = opened(shares=(0.25, 0.5, 1.0))
     assert "wanted 30" in look(few, rollout, config, 3600.0).reason
     assert "5 min of 10" in look(three_to_one, rollout, config, 300.0).reason
@@ -174,7 +222,17 @@ def ask(root: Path, rollout: Rollout, count: int, *, champion: float, challenger
         share = challenger if arm == "challenger" else champion
         log.put(
             Logged(
-                f"q{number}", time.time(), user, arm, 2 if arm == "challenger" else 1, rollout.id, rollout.step, (("user", "?"),), "answer", "stop", latency_ms=100.0 + number % 9
+                f"q{number}",
+                time.time(),
+                user,
+                arm,
+                2 if arm == "challenger" else 1,
+                rollout.id,
+                rollout.step,
+                (("user", "?"),),
+                "answer",
+                "stop",
+                latency_ms=100.0 + number % 9,
             )
         )
         log.add_feedback(Feedback(f"q{number}", user, time.time(), float((number * 37 % 100) < share * 100)))
@@ -205,9 +263,21 @@ def test_a_challenger_is_rolled_out_and_promoted_by_its_users(root: Path):  # no
     done, said = step(root)
 
     champion = read_champion(root)
-    assert champion is not None and (champion.version, champion.by) == (2, "rollout (Ana)") and "mean feedback +0." in champion.why, said
-    assert done["state"] == "promoted" and read_rollout(root) is None and rollout_status(root, CONFIG)["state"] == "promoted"
-    assert (get_alias("small", CHAMPION), get_alias("small", CHALLENGER), get_version("small", 2).tags["rollout_state"]) == (2, None, "promoted")
+    assert (
+        champion is not None
+        and (champion.version, champion.by) == (2, "rollout (Ana)")
+        and "mean feedback +0." in champion.why
+    ), said
+    assert (
+        done["state"] == "promoted"
+        and read_rollout(root) is None
+        and rollout_status(root, CONFIG)["state"] == "promoted"
+    )
+    assert (
+        get_alias("small", CHAMPION),
+        get_alias("small", CHALLENGER),
+        get_version("small", 2).tags["rollout_state"],
+    ) == (2, None, "promoted")
 
 
 def test_a_worse_challenger_is_rolled_back_and_not_opened_again(root: Path):  # noqa: F811
@@ -228,7 +298,11 @@ def test_a_worse_challenger_is_rolled_back_and_not_opened_again(root: Path):  # 
 def test_one_that_did_not_pass_the_gate_never_answers_a_user(root: Path):  # noqa: F811
     challenge(root, verdict="uncertain")
     found, said = step(root)
-    assert "version" not in found and "the gate's verdict on v2 is uncertain" in " ".join(said) and get_alias("small", CHALLENGER) is None
+    assert (
+        "version" not in found
+        and "the gate's verdict on v2 is uncertain" in " ".join(said)
+        and get_alias("small", CHALLENGER) is None
+    )
 
 
 @pytest.mark.parametrize("tag", ["gate", "git_commit"])
@@ -253,12 +327,18 @@ def test_pausing_and_aborting_need_no_server(root: Path, monkeypatch: pytest.Mon
     assert pause_rollout(root, CONFIG, said.append)["share"] == 0.0
     assert resume_rollout(root, CONFIG, said.append)["share"] == 0.5
     assert abort_rollout(root, CONFIG, "complaints", said.append)["state"] == "aborted"
-    assert read_rollout(root) is None and read_ended(root)[-1].why == "complaints" and any("MLflow hears of it later" in line for line in said)
+    assert (
+        read_rollout(root) is None
+        and read_ended(root)[-1].why == "complaints"
+        and any("MLflow hears of it later" in line for line in said)
+    )
     with pytest.raises(UserError, match="no rollout is open"):
         pause_rollout(root, CONFIG, said.append)
 
 
-def test_a_look_goes_on_with_mlflow_away_and_a_promotion_waits_for_it(root: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def test_a_look_goes_on_with_mlflow_away_and_a_promotion_waits_for_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+):  # noqa: F811
     challenge(root)
     step(root)
     rollout = read_rollout(root)
@@ -290,10 +370,14 @@ def test_a_promotion_waits_for_a_clean_checkout_and_one_that_was_cut_off_is_take
 def test_a_rollback_ends_the_rollout_and_a_refused_version_is_stopped(root: Path):  # noqa: F811
     challenge(root)
     step(root)
-    write_state(root, {"refused": {"v2": "3 of 9 weights are not finite"}, "refused_since": {"v2": time.time()}})
+    write_state(
+        root, {"refused": {"v2": "3 of 9 weights are not finite"}, "refused_since": {"v2": time.time()}}
+    )
     assert step(root)[0]["state"] == "open", "it may pass: the gateway tries again"
     write_rollout(root, msgspec.structs.replace(read_rollout(root), opened=time.time() - 1000))
-    write_state(root, {"refused": {"v2": "3 of 9 weights are not finite"}, "refused_since": {"v2": time.time() - 200}})
+    write_state(
+        root, {"refused": {"v2": "3 of 9 weights are not finite"}, "refused_since": {"v2": time.time() - 200}}
+    )
     found, _ = step(root)
     assert found["state"] == "stopped" and "not finite" in found["why"]
     reign_more(root)
@@ -331,7 +415,11 @@ def test_approval_puts_a_gated_version_in_charge_once_and_names_the_person(root:
     decide(2, decision_by="Bo", reason="read the table", decision="approve")
     step(root, MANUAL)
     champion = read_champion(root)
-    assert champion is not None and (champion.version, champion.by, champion.why) == (2, "Bo", "read the table")
+    assert champion is not None and (champion.version, champion.by, champion.why) == (
+        2,
+        "Bo",
+        "read the table",
+    )
     assert outcome(2) == "approve: done: it is in charge"
     back(root)
     step(root, MANUAL)
@@ -353,7 +441,11 @@ def test_approval_of_a_version_that_failed_is_refused_unless_forced_with_a_reaso
     decide(2, reason="the test rows are wrong", decision="force")
     step(root, MANUAL)
     champion = read_champion(root)
-    assert (champion.version, champion.by, champion.why) == (2, "MLflow UI", "forced: the test rows are wrong")
+    assert (champion.version, champion.by, champion.why) == (
+        2,
+        "MLflow UI",
+        "forced: the test rows are wrong",
+    )
 
 
 def test_rejection_ends_the_rollout(root: Path):  # noqa: F811
@@ -361,7 +453,11 @@ def test_rejection_ends_the_rollout(root: Path):  # noqa: F811
     step(root)
     decide(2, reason="tone", decision="reject")
     step(root)
-    assert read_rollout(root) is None and read_ended(root)[-1].state == "aborted" and outcome(2) == "reject: done: its rollout ended"
+    assert (
+        read_rollout(root) is None
+        and read_ended(root)[-1].state == "aborted"
+        and outcome(2) == "reject: done: its rollout ended"
+    )
 
 
 @pytest.mark.parametrize("verdict", ["promote", "reject"])
@@ -372,4 +468,9 @@ def test_an_alias_that_is_moved_by_hand_is_a_decision(verdict: str, root: Path):
     step(root, MANUAL)
     wanted = 2 if verdict == "promote" else 1
     assert read_champion(root).version == wanted and get_alias("small", CHAMPION) == wanted
-    assert get_version("small", 2).tags["alias_outcome"].startswith(f"alias: {'done' if wanted == 2 else 'refused'}") and outcome(2) == ""
+    assert (
+        get_version("small", 2)
+        .tags["alias_outcome"]
+        .startswith(f"alias: {'done' if wanted == 2 else 'refused'}")
+        and outcome(2) == ""
+    )

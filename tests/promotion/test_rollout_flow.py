@@ -20,7 +20,16 @@ from ratchet.errors import CheckoutError
 from ratchet.monitoring.request_records import Unit
 from ratchet.pipeline.checkout import git, locked
 from ratchet.promotion.champion import read_champion
-from ratchet.promotion.rollout import AGAIN, advance, finish, pause, read_ended, read_rollout, resume, write_rollout
+from ratchet.promotion.rollout import (
+    AGAIN,
+    advance,
+    finish,
+    pause,
+    read_ended,
+    read_rollout,
+    resume,
+    write_rollout,
+)
 from ratchet.serving.bundle import write_state
 from ratchet.tracking.mlflow import mlflow_client
 from ratchet.tracking.registry import CHALLENGER, CHAMPION, get_alias, get_version, list_versions, set_alias
@@ -36,14 +45,18 @@ def test_a_dirty_checkout_delays_a_persons_decision(root: Path):  # noqa: F811
     register(2, rival=1)
     decide(2, decision="approve")
     write_files(root, {"params.yaml": "project:\n  name: changed\n"})
-    assert "waits" in " ".join(step(root, MANUAL)[1]) and outcome(2) == "" and (root / AGAIN).exists(), "nothing in the registry will change"
+    assert "waits" in " ".join(step(root, MANUAL)[1]) and outcome(2) == "" and (root / AGAIN).exists(), (
+        "nothing in the registry will change"
+    )
     git(root, "checkout", "--", "params.yaml")
     step(root, MANUAL)
     assert not (root / AGAIN).exists()
     assert read_champion(root).version == 2 and outcome(2) == "approve: done: it is in charge"
 
 
-@pytest.mark.parametrize(("tag", "value"), [("gate", "[not json"), ("gate", "[]"), ("batches", "{"), ("data", "null")])
+@pytest.mark.parametrize(
+    ("tag", "value"), [("gate", "[not json"), ("gate", "[]"), ("batches", "{"), ("data", "null")]
+)
 def test_a_forced_version_with_garbage_in_its_tags_is_refused(root: Path, tag: str, value: str):  # noqa: F811
     reign(root, 1)
     register(2, rival=1)
@@ -82,7 +95,9 @@ def test_an_alias_on_a_version_that_was_in_charge_before_is_set_back(root: Path)
     back(root)
     set_alias("small", CHAMPION, 2)
     _, said = step(root, MANUAL)
-    assert (read_champion(root).version, get_alias("small", CHAMPION)) == (1, 1) and any("was in charge before" in line for line in said)
+    assert (read_champion(root).version, get_alias("small", CHAMPION)) == (1, 1) and any(
+        "was in charge before" in line for line in said
+    )
 
 
 def test_a_look_without_news_changes_nothing_in_the_registry(root: Path):  # noqa: F811
@@ -92,7 +107,11 @@ def test_a_look_without_news_changes_nothing_in_the_registry(root: Path):  # noq
     before = list_versions("small")
     ask(root, read_rollout(root), 60, champion=0.5, challenger=0.5)
     found, _ = step(root)
-    assert found["state"] == "open" and found["last"]["steps"][0]["challenger"] > 10 and list_versions("small") == before
+    assert (
+        found["state"] == "open"
+        and found["last"]["steps"][0]["challenger"] > 10
+        and list_versions("small") == before
+    )
 
 
 def test_the_lock_is_free_while_the_registry_is_asked(root: Path):  # noqa: F811
@@ -115,10 +134,16 @@ def test_what_mlflow_did_not_hear_it_hears_at_the_next_look(root: Path, monkeypa
     with monkeypatch.context() as patch:
         use_no_mlflow(patch)
         assert step(root)[0]["state"] == "rolled_back"
-    assert (get_alias("small", CHALLENGER), get_version("small", 2).tags["rollout_state"]) == (2, "open") and (root / AGAIN).exists()
+    assert (get_alias("small", CHALLENGER), get_version("small", 2).tags["rollout_state"]) == (
+        2,
+        "open",
+    ) and (root / AGAIN).exists()
     step(root)
     assert not (root / AGAIN).exists()
-    assert (get_alias("small", CHALLENGER), get_version("small", 2).tags["rollout_state"]) == (None, "rolled_back") and read_rollout(root) is None
+    assert (get_alias("small", CHALLENGER), get_version("small", 2).tags["rollout_state"]) == (
+        None,
+        "rolled_back",
+    ) and read_rollout(root) is None
 
 
 def test_approval_while_another_rollout_is_open_waits_for_its_end(root: Path):  # noqa: F811
@@ -157,7 +182,9 @@ def test_a_person_who_moves_the_champion_ends_the_open_rollout_at_once(root: Pat
     promote_version(root, CONFIG, 3, reason="I know", force=False, say=print)
     assert read_rollout(root) is None and read_ended(root)[-1].state == "promoted"
     roll_back(root, CONFIG, reason="complaints", say=print)
-    assert read_champion(root).version == 2 and read_rollout(root) is None, "the version that was taken back gets no share again"
+    assert read_champion(root).version == 2 and read_rollout(root) is None, (
+        "the version that was taken back gets no share again"
+    )
 
 
 class Garbage(BaseHTTPRequestHandler):
@@ -178,7 +205,9 @@ def garbage() -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_server_that_is_no_registry_keeps_no_harm_from_being_seen(root: Path, garbage: str, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def test_a_server_that_is_no_registry_keeps_no_harm_from_being_seen(
+    root: Path, garbage: str, monkeypatch: pytest.MonkeyPatch
+):  # noqa: F811
     challenge(root)
     step(root)
     ask(root, read_rollout(root), 900, champion=0.7, challenger=0.3)
@@ -236,16 +265,24 @@ def test_a_pause_counts_for_no_limit_and_its_requests_for_no_arm(tmp_path: Path)
     pause(tmp_path, "Ana")
     write_rollout(tmp_path, msgspec.structs.replace(read_rollout(tmp_path), paused_at=time.time() - 7200))
     gone_on = resume(tmp_path, "Bo")
-    assert gone_on.share == 0.5 and gone_on.paused_seconds == pytest.approx(7200, abs=5) and gone_on.step_since == pytest.approx(7200, abs=5)
+    assert (
+        gone_on.share == 0.5
+        and gone_on.paused_seconds == pytest.approx(7200, abs=5)
+        and gone_on.step_since == pytest.approx(7200, abs=5)
+    )
     meanwhile = [Unit(f"p{number}", -1, "champion", 0.0, 1, 0, 0, 100.0, 0.0, 1) for number in range(500)]
-    found = look([*units(30, champion=0.5, challenger=0.5), *meanwhile], gone_on, RolloutConfig(), now=169 * 3600.0)
+    found = look(
+        [*units(30, champion=0.5, challenger=0.5), *meanwhile], gone_on, RolloutConfig(), now=169 * 3600.0
+    )
     assert found.action == "hold" and found.figures["steps"][0]["champion"] == 30
 
 
 def test_two_at_once_do_not_overwrite_each_other(tmp_path: Path):
     write_rollout(tmp_path, opened())
     with locked(tmp_path, "promote"):
-        waiting = threading.Thread(target=finish, args=(tmp_path, opened(), "aborted"), kwargs={"why": "", "by": "Ana"})
+        waiting = threading.Thread(
+            target=finish, args=(tmp_path, opened(), "aborted"), kwargs={"why": "", "by": "Ana"}
+        )
         waiting.start()
         waiting.join(0.2)
         assert waiting.is_alive() and read_rollout(tmp_path) is not None

@@ -37,11 +37,15 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         server.shutdown()
 
 
-def test_the_fingerprint_changes_with_what_the_registry_says(registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_changes_with_what_the_registry_says(
+    registry: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(BODY, "text", b'{"model_versions": [{"tags": []}]}')
     before = registry_fingerprint("small")
     assert before == registry_fingerprint("small")
-    monkeypatch.setitem(BODY, "text", b'{"model_versions": [{"tags": [{"key": "decision", "value": "approve"}]}]}')
+    monkeypatch.setitem(
+        BODY, "text", b'{"model_versions": [{"tags": [{"key": "decision", "value": "approve"}]}]}'
+    )
     assert registry_fingerprint("small") not in (before, None)
 
 
@@ -52,10 +56,14 @@ def test_a_registry_that_is_away_or_no_server_has_none(monkeypatch: pytest.Monke
     assert registry_fingerprint("small") is None
 
 
-def test_a_look_is_asked_for_when_the_registry_changed_or_something_waits(registry: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_is_asked_for_when_the_registry_changed_or_something_waits(
+    registry: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Path] = []
     monkeypatch.setattr(watch, "request_look", asked.append)  # Prefect's part
-    watcher = watch.Watcher(tmp_path, Config.model_validate({"project": {"name": "small"}, "rollout": {"look_seconds": 5}}))
+    watcher = watch.Watcher(
+        tmp_path, Config.model_validate({"project": {"name": "small"}, "rollout": {"look_seconds": 5}})
+    )
     monkeypatch.setitem(BODY, "text", b"{}")
     assert watcher.glance() and not watcher.glance(), "the first sight is a change"
     monkeypatch.setattr(watcher, "_looked", watcher._looked - 6)
@@ -66,10 +74,14 @@ def test_a_look_is_asked_for_when_the_registry_changed_or_something_waits(regist
     assert watcher.glance() and asked == [tmp_path] * 3
 
 
-def test_a_registry_that_tells_nothing_is_looked_at_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registry_that_tells_nothing_is_looked_at_by_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Path] = []
     monkeypatch.setattr(watch, "request_look", asked.append)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "databricks")
-    watcher = watch.Watcher(tmp_path, Config.model_validate({"project": {"name": "small"}, "rollout": {"look_seconds": 5}}))
+    watcher = watch.Watcher(
+        tmp_path, Config.model_validate({"project": {"name": "small"}, "rollout": {"look_seconds": 5}})
+    )
     monkeypatch.setattr(watcher, "_looked", watcher._looked - 1e9)
     assert watcher.glance() and not watcher.glance()

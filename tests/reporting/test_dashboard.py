@@ -66,7 +66,15 @@ class Reader(HTMLParser):
 def test_it_says_who_is_in_charge_and_what_is_rolled_out(busy: Path) -> None:
     words = Reader(render_page(busy, CONFIG)).words
 
-    for wanted in ("v3 is in charge", "Rollout of v4", "25 % of the users get v4, the others v3.", "+0.118 [−0.012, +0.248]", "5 %: 180 + 11", "rolled back", "no evidence"):
+    for wanted in (
+        "v3 is in charge",
+        "Rollout of v4",
+        "25 % of the users get v4, the others v3.",
+        "+0.118 [−0.012, +0.248]",
+        "5 %: 180 + 11",
+        "rolled back",
+        "no evidence",
+    ):
         assert wanted in words
 
 
@@ -106,7 +114,10 @@ def test_it_shows_the_ledger_and_what_each_promotion_kept(busy: Path) -> None:
     found = gather(busy, CONFIG)
     words = Reader(render_page(busy, CONFIG)).words
 
-    assert [(row["from"], row["to"], row["move"]) for row in found["ledger"]["found"]][:2] == [(2, 3, "promote"), (3, 2, "rollback")]
+    assert [(row["from"], row["to"], row["move"]) for row in found["ledger"]["found"]][:2] == [
+        (2, 3, "promote"),
+        (3, 2, "rollback"),
+    ]
     assert [entry["version"] for entry in found["forgetting"]["found"]] == [3, 2, 1]
     assert "batch one.jsonl −0.030 [−0.090, +0.030] unclear" in words and "nothing to forget yet" in words
 
@@ -114,13 +125,19 @@ def test_it_shows_the_ledger_and_what_each_promotion_kept(busy: Path) -> None:
 def test_a_rollback_does_not_change_what_a_promotion_kept(busy: Path) -> None:
     entry = gather(busy, CONFIG)["forgetting"]["found"][1]
 
-    assert entry["version"] == 2 and entry["rival"] == 1 and [row["name"] for row in entry["checks"]] == ["golden", "past"]
+    assert (
+        entry["version"] == 2
+        and entry["rival"] == 1
+        and [row["name"] for row in entry["checks"]] == ["golden", "past"]
+    )
 
 
 def test_it_is_written_whole_where_it_is_wanted(busy: Path, tmp_path: Path) -> None:
     path = write_page(busy, CONFIG, tmp_path / "new" / "report.html")
 
-    assert path == tmp_path / "new" / "report.html" and path.read_text(encoding="utf-8").rstrip().endswith("</html>")
+    assert path == tmp_path / "new" / "report.html" and path.read_text(encoding="utf-8").rstrip().endswith(
+        "</html>"
+    )
 
 
 # --- hostile words ---------------------------------------------------------------------------------------------------
@@ -137,7 +154,12 @@ def test_nothing_of_a_user_becomes_a_tag(busy: Path) -> None:
 
 def test_nothing_is_fetched_from_anywhere(busy: Path) -> None:
     page = render_page(busy, CONFIG)
-    targets = [value for _, attributes in Reader(page).tags for name, value in attributes.items() if name in ("src", "href", "action", "data", "srcset")]
+    targets = [
+        value
+        for _, attributes in Reader(page).tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "action", "data", "srcset")
+    ]
 
     assert targets == ["data:,"]
     assert "@import" not in page and "url(" not in page and "default-src 'none'" in page
@@ -145,7 +167,9 @@ def test_nothing_is_fetched_from_anywhere(busy: Path) -> None:
 
 def test_halves_of_characters_do_not_stop_the_page(busy: Path) -> None:
     path = busy / VERDICTS
-    path.write_text(path.read_text(encoding="utf-8").replace("a contiguous array?", "\\ud800 half"), encoding="utf-8")
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("a contiguous array?", "\\ud800 half"), encoding="utf-8"
+    )
 
     assert "? half" in render_page(busy, CONFIG)
 
@@ -157,7 +181,13 @@ def test_an_empty_checkout_says_which_command_fills_each_part(tmp_path: Path) ->
     words = Reader(render_page(make_repository(tmp_path / "checkout"), Config())).words
 
     assert "Nobody is in charge yet" in words
-    for command in ("ratchet retrain", "ratchet serve", "POST /v1/feedback", "ratchet monitor", "ratchet promote"):
+    for command in (
+        "ratchet retrain",
+        "ratchet serve",
+        "POST /v1/feedback",
+        "ratchet monitor",
+        "ratchet promote",
+    ):
         assert command in words
 
 
@@ -165,9 +195,19 @@ def test_a_folder_without_git_gets_a_page_too(tmp_path: Path) -> None:
     assert "Nobody is in charge yet" in render_page(tmp_path, Config())
 
 
-@pytest.mark.parametrize(("file", "part"), [("champion.json", "champion"), (str(ROLLOUT), "rollout"), (".ratchet/rollouts.jsonl", "past"), (".ratchet/requests.db", "traffic")])
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        ("champion.json", "champion"),
+        (str(ROLLOUT), "rollout"),
+        (".ratchet/rollouts.jsonl", "past"),
+        (".ratchet/requests.db", "traffic"),
+    ],
+)
 @pytest.mark.parametrize("garbage", ["{", '{"version": "x"}', "[]"])
-def test_a_part_that_cannot_be_read_says_so_and_the_others_stay(busy: Path, file: str, part: str, garbage: str) -> None:
+def test_a_part_that_cannot_be_read_says_so_and_the_others_stay(
+    busy: Path, file: str, part: str, garbage: str
+) -> None:
     for path in busy.glob(".ratchet/requests.db-*"):
         path.unlink()
     write_files(busy, {file: garbage * 50})
@@ -178,7 +218,16 @@ def test_a_part_that_cannot_be_read_says_so_and_the_others_stay(busy: Path, file
 
 
 @pytest.mark.parametrize(
-    "line", ["null", "[]", "3", '{"at": null}', '{"at": "soon"}', '{"at": 1e300, "verdict": "drift"}', '{"at": 5, "decision": [], "topics": [3], "columns": {"a": 1}}']
+    "line",
+    [
+        "null",
+        "[]",
+        "3",
+        '{"at": null}',
+        '{"at": "soon"}',
+        '{"at": 1e300, "verdict": "drift"}',
+        '{"at": 5, "decision": [], "topics": [3], "columns": {"a": 1}}',
+    ],
 )
 def test_a_verdict_of_another_shape_is_left_out(busy: Path, line: str) -> None:
     with (busy / VERDICTS).open("a", encoding="utf-8") as out:
@@ -196,7 +245,13 @@ def test_a_verdict_without_its_details_is_shown(tmp_path: Path) -> None:
 def test_a_rollout_that_nobody_has_looked_at_is_shown(busy: Path) -> None:
     found = read_rollout(busy)
     assert found
-    write_rollout(busy, type(found)(**{name: getattr(found, name) for name in found.__struct_fields__} | {"last": {}, "state": "paused"}))
+    write_rollout(
+        busy,
+        type(found)(
+            **{name: getattr(found, name) for name in found.__struct_fields__}
+            | {"last": {}, "state": "paused"}
+        ),
+    )
     words = Reader(render_page(busy, CONFIG)).words
 
     assert "ratchet rollout look" in words and "0 % of the users get v4" in words
@@ -214,7 +269,10 @@ def test_what_the_gateway_refuses_is_shown(busy: Path) -> None:
 def test_slots_hold_all_of_the_time_in_few_enough_bars() -> None:
     for hours in (0, 1, 30, 100, 14 * 24, 10_000):
         slots = make_slots(1_790_000_000 - hours * 3600, 1_790_000_000)
-        assert slots.start <= 1_790_000_000 - hours * 3600 and slots.start + slots.number * slots.width > 1_790_000_000
+        assert (
+            slots.start <= 1_790_000_000 - hours * 3600
+            and slots.start + slots.number * slots.width > 1_790_000_000
+        )
         assert 24 <= slots.number <= 62
 
 
@@ -227,11 +285,22 @@ def test_stacked_bars_are_as_high_as_their_sum() -> None:
 def test_a_line_breaks_where_a_version_was_away() -> None:
     slots = make_slots(0, 0)
 
-    assert [len(line.points) for line in lines({(0, 1): 0.5, (1, 1): 0.6, (20, 1): 0.7, (2, 2): 1.0}, slots)] == [2, 1, 1]
+    assert [
+        len(line.points) for line in lines({(0, 1): 0.5, (1, 1): 0.6, (20, 1): 0.7, (2, 2): 1.0}, slots)
+    ] == [2, 1, 1]
 
 
 def test_axes_end_at_round_numbers() -> None:
-    assert [nice_top(value) for value in (0, 0.35, 1, 3, 41, 100, 101, 4_001)] == [1, 0.4, 1, 3, 50, 100, 200, 5_000]
+    assert [nice_top(value) for value in (0, 0.35, 1, 3, 41, 100, 101, 4_001)] == [
+        1,
+        0.4,
+        1,
+        3,
+        50,
+        100,
+        200,
+        5_000,
+    ]
     assert [p_height(p) for p in (1.0, 0.01, 0.0)] == [100.0, 50.0, 0.0]
 
 
@@ -242,7 +311,12 @@ def test_bounds_without_an_end_stay_inside() -> None:
 
 
 def test_times_without_a_zone_are_utc() -> None:
-    assert seconds_of("2026-01-02T03:04:05") == seconds_of("2026-01-02T03:04:05Z") == seconds_of(1767323045) == 1767323045.0
+    assert (
+        seconds_of("2026-01-02T03:04:05")
+        == seconds_of("2026-01-02T03:04:05Z")
+        == seconds_of(1767323045)
+        == 1767323045.0
+    )
     assert re.search(r'<time datetime="[\d-]+T[\d:]+Z">', render_page(Path("nowhere"), Config().model_copy()))
 
 

@@ -48,7 +48,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         made = {"busy": make_busy(folder / "busy"), "empty": make_repository(folder / "empty")}
         found = gather(make_reports(folder / "judged"), "v3", LEDGER)
         evaluation = write_evaluation_page(folder / "evaluation.html", found)
-        return {"evaluation": evaluation, **{name: write_page(root, CONFIG, folder / f"{name}.html") for name, root in made.items()}}
+        return {
+            "evaluation": evaluation,
+            **{name: write_page(root, CONFIG, folder / f"{name}.html") for name, root in made.items()},
+        }
 
 
 class Seen:
@@ -79,7 +82,9 @@ def look(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", ["busy", "empty", "evaluation"])
-def test_nothing_is_fetched_and_nothing_is_complained_about(look: Any, pages: dict[str, Path], name: str) -> None:
+def test_nothing_is_fetched_and_nothing_is_complained_about(
+    look: Any, pages: dict[str, Path], name: str
+) -> None:
     seen = look(name)
 
     assert [url for url in seen.requests if url != "data:,"] == [pages[name].as_uri()]
@@ -161,13 +166,18 @@ def test_rows_that_moved_stand_side_by_side_and_their_words_do_nothing(look: Any
 def test_the_ledger_has_a_cell_for_every_version_and_slice_in_shades_that_differ(look: Any) -> None:
     table = look("evaluation").page.locator(".heat")
 
-    assert table.locator("tbody tr").count() == len(LEDGER["versions"]) and table.locator("td").count() == len(LEDGER["versions"]) * len(LEDGER["slices"])
+    assert table.locator("tbody tr").count() == len(LEDGER["versions"]) and table.locator(
+        "td"
+    ).count() == len(LEDGER["versions"]) * len(LEDGER["slices"])
     assert table.get_by_text("not asked").count() == 1
     assert len(colours(table.screenshot())) >= 5
 
 
 def test_the_schemes_differ(look: Any) -> None:
-    light, dark = (look("busy", scheme=scheme).page.evaluate("getComputedStyle(document.body).backgroundColor") for scheme in SCHEMES)
+    light, dark = (
+        look("busy", scheme=scheme).page.evaluate("getComputedStyle(document.body).backgroundColor")
+        for scheme in SCHEMES
+    )
 
     assert luminance(light) > 0.8 and luminance(dark) < 0.05
 
@@ -187,7 +197,12 @@ def test_every_part_has_a_name_for_screen_readers(look: Any) -> None:
 
     assert page.get_by_role("heading", level=1).count() == 1
     assert page.locator("section").count() == page.get_by_role("region").count() >= 6
-    assert all(len(name) > 20 for name in page.locator("svg[role=img]").evaluate_all("all => all.map(one => one.getAttribute('aria-label') || '')"))
+    assert all(
+        len(name) > 20
+        for name in page.locator("svg[role=img]").evaluate_all(
+            "all => all.map(one => one.getAttribute('aria-label') || '')"
+        )
+    )
 
 
 def test_it_is_whole_with_scripts_switched_off(browser: Any, pages: dict[str, Path]) -> None:

@@ -24,7 +24,10 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_twenty_rows_that_got_better_and_twenty_that_got_worse_are_shown(reports):
     found = gather(reports, "v3", LEDGER)
-    assert ([row["gain"] for row in found["better"]], [row["gain"] for row in found["worse"]]) == ([1.0] * 20, [-1.0] * 20)
+    assert ([row["gain"] for row in found["better"]], [row["gain"] for row in found["worse"]]) == (
+        [1.0] * 20,
+        [-1.0] * 20,
+    )
     assert {(row["before"] == "wanted", row["now"] == "wanted") for row in found["better"]} == {(False, True)}
     assert {(row["before"] == "wanted", row["now"] == "wanted") for row in found["worse"]} == {(True, False)}
     assert {int(row["id"][-3:]) // 30 for row in found["better"]} == {0}
@@ -50,7 +53,16 @@ def test_without_a_verdict_there_is_no_page(tmp_path):
 def test_the_page_says_everything_in_order_and_escapes_it(reports):
     page = render_evaluation(gather(reports, "v3", LEDGER))
     headings = [unescape(text) for text in re.findall(r"<h[12][^>]*>(.*?)</h", page)]
-    assert headings == ["Reject", "Every check", "Figures", "Slices", "The forgetting ledger", "Rows that got better", "Rows that got worse", "Training"]
+    assert headings == [
+        "Reject",
+        "Every check",
+        "Figures",
+        "Slices",
+        "The forgetting ledger",
+        "Rows that got better",
+        "Rows that got worse",
+        "Training",
+    ]
     assert "<script>" not in page
     assert "<img" not in page
     assert page.count("&lt;script&gt;") > 40
@@ -61,7 +73,11 @@ def test_the_page_says_everything_in_order_and_escapes_it(reports):
 def test_an_old_evaluation_without_slices_regions_and_ledger_has_a_page(tmp_path, reports):
     folder = Path(shutil.copytree(reports, tmp_path / "reports"))
     gate = read_json(folder / "reports/gate.json")
-    write_json(folder / "reports/gate.json", {key: value for key, value in gate.items() if key not in ("slices", "regions")} | {"rival": {"model": "base", "version": None}})
+    write_json(
+        folder / "reports/gate.json",
+        {key: value for key, value in gate.items() if key not in ("slices", "regions")}
+        | {"rival": {"model": "base", "version": None}},
+    )
     (folder / "reports/train/history.jsonl").unlink()
     page = render_evaluation(gather(folder, "v1"))
     assert "against the untouched base" in page
@@ -73,11 +89,27 @@ def test_the_terminal_says_the_same(reports, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "240")
     print_evaluation(gather(reports, "v3", LEDGER))
     said = capsys.readouterr().out
-    for part in ("v3 against v1: ❌ reject", "✗ past:", "test rows", "by batch", "kind:module", "not asked", "20 rows that got better", "20 rows that got worse", "training: loss"):
+    for part in (
+        "v3 against v1: ❌ reject",
+        "✗ past:",
+        "test rows",
+        "by batch",
+        "kind:module",
+        "not asked",
+        "20 rows that got better",
+        "20 rows that got worse",
+        "training: loss",
+    ):
         assert part in said
     assert "[bold]" in said  # shown, not obeyed
     assert "\u202e" not in said.split("20 rows that got better")[1]
-    assert said.index("reject") < said.index("test rows") < said.index("not asked") < said.index("got better") < said.index("training")
+    assert (
+        said.index("reject")
+        < said.index("test rows")
+        < said.index("not asked")
+        < said.index("got better")
+        < said.index("training")
+    )
 
 
 def test_what_is_gathered_is_json(reports):

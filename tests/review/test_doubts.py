@@ -30,7 +30,16 @@ BROKEN = b'{"prompt": "never finished'
 
 def prepared(root: Path, rows: list[bytes], month: int = 1, source: str = "jsonl") -> str:
     raw = root / "data/raw"
-    name = write_batch(raw, rows, source=source, label=f"m{month}", time=f"2026-0{month}-01T00:00:00Z", licence="CC0-1.0", who="tests", form="auto").name
+    name = write_batch(
+        raw,
+        rows,
+        source=source,
+        label=f"m{month}",
+        time=f"2026-0{month}-01T00:00:00Z",
+        licence="CC0-1.0",
+        who="tests",
+        form="auto",
+    ).name
     prepare(raw, root / "data/golden.jsonl", root / "data/prepared", CONFIG.prepare)
     return name
 
@@ -43,7 +52,11 @@ def test_a_doubt_goes_to_people_and_what_they_accept_is_learned(tmp_path):
 
     queue = ReviewQueue(tmp_path)
     (item,) = queue.pending()
-    assert item.kind == "quarantine" and item.meta["row"] == f"{name}:101" and "mixes alphabets" in item.doubts[0]
+    assert (
+        item.kind == "quarantine"
+        and item.meta["row"] == f"{name}:101"
+        and "mixes alphabets" in item.doubts[0]
+    )
     queue.decide(Decision(item.id, item.draft, "accept", by="Ana"))
     rows = queue.outcome(item.draft, max_rejects=0.1).rows
     queue.close()
@@ -51,22 +64,47 @@ def test_a_doubt_goes_to_people_and_what_they_accept_is_learned(tmp_path):
     prepared(tmp_path, [msgspec.json.encode(row) for row in rows], month=2, source="review")
     taken = [row for row in read_examples(tmp_path / "data/prepared/train.jsonl") if row.answer == "no"]
     assert [row.meta["review"] for row in taken] == ["accepted"]
-    assert queue_doubtful(tmp_path, tmp_path / "data", read_rejected(tmp_path / "data/prepared/rejected.jsonl"), CONFIG) == 0, "nobody is asked twice"
+    assert (
+        queue_doubtful(
+            tmp_path, tmp_path / "data", read_rejected(tmp_path / "data/prepared/rejected.jsonl"), CONFIG
+        )
+        == 0
+    ), "nobody is asked twice"
 
 
 def test_a_file_gets_the_verdicts_before_it_is_a_batch(tmp_path):
     (tmp_path / "march.jsonl").write_bytes(b"\n".join([*GOOD, DOUBTFUL, BROKEN, b"7", b"8", b"9"]))
-    verdict = check_file(str(tmp_path / "march.jsonl"), tmp_path / "none", CONFIG, time="2026-01-01T00:00:00Z")
+    verdict = check_file(
+        str(tmp_path / "march.jsonl"), tmp_path / "none", CONFIG, time="2026-01-01T00:00:00Z"
+    )
     assert verdict.counts["accepted"]["rows"] == 100
-    assert [(row.line, row.reason) for row in verdict.rejected] == [(101, "mixed_script"), (102, "invalid_json"), *((line, "no_object") for line in (103, 104, 105))]
+    assert [(row.line, row.reason) for row in verdict.rejected] == [
+        (101, "mixed_script"),
+        (102, "invalid_json"),
+        *((line, "no_object") for line in (103, 104, 105)),
+    ]
     assert verdict.failure and "3 of 105 rows" in verdict.failure and "march.jsonl" in verdict.failure
     (tmp_path / "fine.jsonl").write_bytes(b"\n".join(GOOD))
-    assert check_file(str(tmp_path / "fine.jsonl"), tmp_path / "none", CONFIG, time="2026-01-01T00:00:00Z").failure is None
+    assert (
+        check_file(
+            str(tmp_path / "fine.jsonl"), tmp_path / "none", CONFIG, time="2026-01-01T00:00:00Z"
+        ).failure
+        is None
+    )
 
 
 def test_after_a_rule_changed_the_rejected_rows_are_looked_at_again(tmp_path):
-    prepared(tmp_path, [*GOOD, msgspec.json.encode({"prompt": "what is <s> for?", "completion": "it begins"}), BROKEN])
-    before, after = replay(tmp_path, CONFIG), replay(tmp_path, Config.model_validate({"prepare": {**CONFIG.prepare.model_dump(), "allowed_tokens": ["<s>"]}}))
+    prepared(
+        tmp_path,
+        [*GOOD, msgspec.json.encode({"prompt": "what is <s> for?", "completion": "it begins"}), BROKEN],
+    )
+    before, after = (
+        replay(tmp_path, CONFIG),
+        replay(
+            tmp_path,
+            Config.model_validate({"prepare": {**CONFIG.prepare.model_dump(), "allowed_tokens": ["<s>"]}}),
+        ),
+    )
     assert (dict(before.fit), dict(before.unfit)) == ({}, {"control_token": 1, "invalid_json": 1})
     assert (dict(after.fit), dict(after.unfit)) == ({"control_token": 1}, {"invalid_json": 1})
 
@@ -86,11 +124,32 @@ def test_the_command_tells_apart_rows_that_would_fail_and_files_that_cannot_be_r
 
     def check(*names: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "ratchet.cli.main", "-C", str(tmp_path), "data", "check", *(str(tmp_path / name) for name in names)], capture_output=True, text=True, cwd=ROOT
+            [
+                sys.executable,
+                "-m",
+                "ratchet.cli.main",
+                "-C",
+                str(tmp_path),
+                "data",
+                "check",
+                *(str(tmp_path / name) for name in names),
+            ],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
         )
 
     assert check("fine.jsonl").returncode == 0
     bad = check("bad.jsonl")
-    assert bad.returncode == 3 and "line 10: no_object" in bad.stdout and "would fail: 4 of 13 rows" in bad.stderr and "-checked-" not in bad.stdout + bad.stderr
+    assert (
+        bad.returncode == 3
+        and "line 10: no_object" in bad.stdout
+        and "would fail: 4 of 13 rows" in bad.stderr
+        and "-checked-" not in bad.stdout + bad.stderr
+    )
     unread = check("empty.jsonl", "fine.jsonl")
-    assert unread.returncode == 2 and "fine.jsonl: 100 rows" in unread.stdout and "empty.jsonl holds no rows" in unread.stderr
+    assert (
+        unread.returncode == 2
+        and "fine.jsonl: 100 rows" in unread.stdout
+        and "empty.jsonl holds no rows" in unread.stderr
+    )

@@ -34,12 +34,19 @@ BOUND = 0.1
 
 
 def item(number: int | str, *doubts: str, draft: str = "d", answer: str | None = None, **more: Any) -> Item:
-    messages = (Message("user", f"What is {number}?"), Message("assistant", f"It is {number}." if answer is None else answer))
+    messages = (
+        Message("user", f"What is {number}?"),
+        Message("assistant", f"It is {number}." if answer is None else answer),
+    )
     return Item(example_id(messages), draft, more.pop("kind", "synthetic"), messages, doubts=doubts, **more)
 
 
 def say(queue: ReviewQueue, row: Item, verdict: str, answer: str = "", by: str = "Ana", **more: Any) -> None:
-    queue.decide(Decision(row.id, row.draft, verdict, with_answer(row, answer) if verdict == "edit" else (), by=by, **more))
+    queue.decide(
+        Decision(
+            row.id, row.draft, verdict, with_answer(row, answer) if verdict == "edit" else (), by=by, **more
+        )
+    )
 
 
 def accept_all(queue: ReviewQueue) -> None:
@@ -97,7 +104,9 @@ def test_a_small_draft_has_a_sample_of_one_unless_nobody_wants_any(queue):
     assert len(queue.pending("d")) == 1
     queue.add([item(number, draft="unseen") for number in range(3)], share=0)
     assert queue.pending("unseen") == []
-    assert [row["meta"]["review"] for row in queue.outcome("unseen", max_rejects=BOUND).rows] == ["unseen"] * 3
+    assert [row["meta"]["review"] for row in queue.outcome("unseen", max_rejects=BOUND).rows] == [
+        "unseen"
+    ] * 3
 
 
 def test_a_later_decision_replaces_an_earlier_one_and_the_history_has_both(queue):
@@ -108,7 +117,11 @@ def test_a_later_decision_replaces_an_earlier_one_and_the_history_has_both(queue
     assert queue.get("d", row.id).decision.messages == with_answer(row, "Better.")
     queue.undo(row.id, "d", by="Ben")
     assert queue.pending() == [row]
-    assert [(word.verdict, word.by, word.why) for word in queue.history(row.id, "d")] == [("accept", "Ana", "fine"), ("edit", "Ben", ""), ("undo", "Ben", "")]
+    assert [(word.verdict, word.by, word.why) for word in queue.history(row.id, "d")] == [
+        ("accept", "Ana", "fine"),
+        ("edit", "Ben", ""),
+        ("undo", "Ben", ""),
+    ]
     with pytest.raises(UserError, match="nothing was decided"):
         queue.undo(row.id, "d", by="Ben")
 
@@ -120,7 +133,10 @@ def test_a_later_decision_replaces_an_earlier_one_and_the_history_has_both(queue
         ({"draft": "other"}, "the draft 'other' holds no row"),
         ({"verdict": "maybe"}, "the verdict is 'maybe'; wanted: accept, reject, edit"),
         ({"verdict": "edit"}, "the edit is no valid conversation: the row has no messages"),
-        ({"verdict": "edit", "messages": (Message("user", "a"), Message("assistant", " "))}, "the edit is no valid conversation"),
+        (
+            {"verdict": "edit", "messages": (Message("user", "a"), Message("assistant", " "))},
+            "the edit is no valid conversation",
+        ),
         ({"by": "  "}, "nobody is named"),
         ({"by": "Ana\nBen"}, "cannot be kept"),
         ({"by": "Ana\u202e"}, "cannot be kept"),
@@ -146,7 +162,13 @@ def test_an_edit_that_changes_nothing_is_an_acceptance(queue):
 def test_what_is_no_conversation_can_be_mended_or_rejected_but_not_accepted(queue):
     """Rows in quarantine: without an answer, with half of a surrogate pair."""
     bare = Item("a" * 32, "q", "quarantine", (Message("user", "What?"),), doubts=("no_answer",))
-    torn = Item("b" * 32, "q", "quarantine", (Message("user", "What?"), Message("assistant", "\ud800")), doubts=("invalid_unicode",))
+    torn = Item(
+        "b" * 32,
+        "q",
+        "quarantine",
+        (Message("user", "What?"), Message("assistant", "\ud800")),
+        doubts=("invalid_unicode",),
+    )
     queue.add([bare, torn], share=0)
     for row in (bare, torn):
         with pytest.raises(UserError, match="as drafted it is no valid conversation"):
@@ -160,7 +182,9 @@ def test_what_is_no_conversation_can_be_mended_or_rejected_but_not_accepted(queu
 
 
 def test_unseen_rows_that_are_no_conversation_are_left_out_and_counted(queue):
-    queue.add([Item("a" * 32, "q", "quarantine", (Message("user", "What?"),)), item(1, "short", draft="q")], share=0)
+    queue.add(
+        [Item("a" * 32, "q", "quarantine", (Message("user", "What?"),)), item(1, "short", draft="q")], share=0
+    )
     accept_all(queue)
     assert queue.outcome("q", max_rejects=BOUND).left_out == {"no_answer": 1}
 
@@ -179,7 +203,9 @@ def test_rows_are_found_by_how_their_id_begins(queue):
 def test_a_name_of_any_script_is_kept(queue):
     row = item(1, "short")
     queue.add([row], share=0)
-    say(queue, row, "accept", by=" \u0639\u0644\u06cc\u200c\u0631\u0636\u0627 ")  # with a zero-width non-joiner
+    say(
+        queue, row, "accept", by=" \u0639\u0644\u06cc\u200c\u0631\u0636\u0627 "
+    )  # with a zero-width non-joiner
     assert queue.get("d", row.id).decision.by == "\u0639\u0644\u06cc\u200c\u0631\u0636\u0627"
 
 
@@ -221,7 +247,12 @@ def test_a_draft_waits_for_every_row_that_has_to_be_seen(queue):
 
 
 def test_rows_carry_where_they_came_from_and_who_was_heard(queue):
-    rows = [item(1, "short", meta={"teacher": "t", "kind": "faq"}), item(2, "short"), item(3, "short"), item(4)]
+    rows = [
+        item(1, "short", meta={"teacher": "t", "kind": "faq"}),
+        item(2, "short"),
+        item(3, "short"),
+        item(4),
+    ]
     queue.add(rows, share=0)
     say(queue, rows[0], "accept", by="Ana")
     say(queue, rows[1], "edit", "Two.", by="Ben")
@@ -233,7 +264,10 @@ def test_rows_carry_where_they_came_from_and_who_was_heard(queue):
         {"kind": "synthetic", "draft": "d", "review": "edited", "drafted_as": rows[1].id},
         {"kind": "synthetic", "draft": "d", "review": "unseen"},
     ]
-    assert outcome.rows[1]["messages"] == [{"role": "user", "content": "What is 2?"}, {"role": "assistant", "content": "Two."}]
+    assert outcome.rows[1]["messages"] == [
+        {"role": "user", "content": "What is 2?"},
+        {"role": "assistant", "content": "Two."},
+    ]
     assert (outcome.reviewers, outcome.left_out) == (["Ana", "Ben", "Cleo"], {"rejected": 1})
 
 
@@ -246,7 +280,10 @@ def test_a_sample_over_the_bound_refuses_the_draft_whole(queue, verdict, bad, re
     for row in rows[:bad]:
         say(queue, row, verdict, "Another.")
     if refused:
-        with pytest.raises(UserError, match=r"(?s)refused whole: 3 of the 20 rows of its sample .*\(15%\), wanted at most 10%.*review\.max_rejects"):
+        with pytest.raises(
+            UserError,
+            match=r"(?s)refused whole: 3 of the 20 rows of its sample .*\(15%\), wanted at most 10%.*review\.max_rejects",
+        ):
             queue.outcome("d", max_rejects=BOUND)
     else:
         assert len(queue.outcome("d", max_rejects=BOUND).rows) == (18 if verdict == "reject" else 20)
@@ -254,7 +291,10 @@ def test_a_sample_over_the_bound_refuses_the_draft_whole(queue, verdict, bad, re
 
 def test_doubtful_rows_speak_for_themselves_alone(queue):
     """They were chosen because they looked bad: their rejects say nothing of the others."""
-    doubtful, clear = [item(number, "short") for number in range(5)], [item(number) for number in range(5, 15)]
+    doubtful, clear = (
+        [item(number, "short") for number in range(5)],
+        [item(number) for number in range(5, 15)],
+    )
     queue.add([*doubtful, *clear], share=1)
     accept_all(queue)
     for row in doubtful:
@@ -291,11 +331,23 @@ def test_drafts_are_told_with_their_figures(queue):
     queue.add([item(1, "x", draft="e", kind="feedback")], share=1)
     for row, verdict in zip(rows, ("accept", "reject", "edit"), strict=False):
         say(queue, row, verdict, "Other.")
-    counts = {"items": 4, "doubtful": 3, "sampled": 1, "waiting": 1, "decided": 3, "accepted": 1, "rejected": 1, "edited": 1}
+    counts = {
+        "items": 4,
+        "doubtful": 3,
+        "sampled": 1,
+        "waiting": 1,
+        "decided": 3,
+        "accepted": 1,
+        "rejected": 1,
+        "edited": 1,
+    }
     assert queue.drafts()[0] == {"name": "d", "kind": "synthetic", **counts, "taken": False, "batch": ""}
     accept_all(queue)
     queue.mark_taken("e", "b.jsonl")
-    assert [(draft["name"], draft["taken"], draft["batch"]) for draft in queue.drafts()] == [("d", False, ""), ("e", True, "b.jsonl")]
+    assert [(draft["name"], draft["taken"], draft["batch"]) for draft in queue.drafts()] == [
+        ("d", False, ""),
+        ("e", True, "b.jsonl"),
+    ]
     for ask in (lambda: queue.outcome("nothing", max_rejects=0), lambda: queue.mark_taken("nothing", "b")):
         with pytest.raises(UserError, match=r"(?s)no draft is named 'nothing'.*known: d, e"):
             ask()
@@ -320,7 +372,12 @@ def test_all_drafts_that_are_ready_come_and_the_others_are_named(tmp_path, capsy
     queue.close()
     pulled = pull(Config(), root=tmp_path, source="review")
     assert [json.loads(line)["meta"]["draft"] for line in pulled.lines] == ["a", "b"]
-    assert (pulled.source, pulled.label, pulled.form, pulled.reviewers) == ("review", "a-b", "messages", ("who a", "who b"))
+    assert (pulled.source, pulled.label, pulled.form, pulled.reviewers) == (
+        "review",
+        "a-b",
+        "messages",
+        ("who a", "who b"),
+    )
     assert "not ready: 1 rows of the draft 'c' wait" in capsys.readouterr().err
     assert len(pull(Config(), root=tmp_path, draft="b").lines) == 1
     with pytest.raises(UserError, match="1 rows of the draft 'c' wait"):
@@ -373,7 +430,11 @@ def test_the_batch_and_its_commit_name_who_reviewed(tmp_path, monkeypatch):
         done = ingest(root=str(root), draft="a")
         again = ingest(root=str(root), draft="a")
     assert (done["rows"], done["new"], again["new"]) == (5, True, False)
-    assert git(root, "log", "-1", "--format=%b").split("\n")[:3] == [f"Batch: {done['batch']}", "Reviewed-by: Ben", "Reviewed-by: Cleo"]
+    assert git(root, "log", "-1", "--format=%b").split("\n")[:3] == [
+        f"Batch: {done['batch']}",
+        "Reviewed-by: Ben",
+        "Reviewed-by: Cleo",
+    ]
     assert read_manifest(root / "data/raw")[0].who == "Ben, Cleo"
     assert queue.drafts()[0]["batch"] == done["batch"]
     queue.close()
@@ -407,17 +468,54 @@ def fill(path: Path, words: dict[str, tuple[str, str | None]]) -> None:
         writer.writerows(rows)
         path.write_bytes(out.getvalue().encode())
         return
-    found = json.loads(path.read_bytes()) if path.suffix == ".json" else [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    found = (
+        json.loads(path.read_bytes())
+        if path.suffix == ".json"
+        else [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    )
     for row in found:
         word, answer = words.get((row.get("data") or row)["id"], ("", None))
         if path.suffix == ".jsonl":
             row |= {"review": word} | ({} if answer is None else {"answer": answer})
         else:  # as Label Studio 1.x exports it
-            regions = [{"from_name": "review", "to_name": "question", "type": "choices", "value": {"choices": [word]}}] if word else []
-            regions += [] if answer is None else [{"from_name": "answer", "to_name": "question", "type": "textarea", "value": {"text": [answer]}}]
-            cancelled = {"was_cancelled": True, "result": [{"from_name": "review", "value": {"choices": ["reject"]}}]}
-            row |= {"id": 7, "annotations": [cancelled, {"was_cancelled": False, "completed_by": 1, "result": regions}], "predictions": []}
-    path.write_bytes(json.dumps(found).encode() if path.suffix == ".json" else b"\n".join(json.dumps(row).encode() for row in found))
+            regions = (
+                [
+                    {
+                        "from_name": "review",
+                        "to_name": "question",
+                        "type": "choices",
+                        "value": {"choices": [word]},
+                    }
+                ]
+                if word
+                else []
+            )
+            regions += (
+                []
+                if answer is None
+                else [
+                    {
+                        "from_name": "answer",
+                        "to_name": "question",
+                        "type": "textarea",
+                        "value": {"text": [answer]},
+                    }
+                ]
+            )
+            cancelled = {
+                "was_cancelled": True,
+                "result": [{"from_name": "review", "value": {"choices": ["reject"]}}],
+            }
+            row |= {
+                "id": 7,
+                "annotations": [cancelled, {"was_cancelled": False, "completed_by": 1, "result": regions}],
+                "predictions": [],
+            }
+    path.write_bytes(
+        json.dumps(found).encode()
+        if path.suffix == ".json"
+        else b"\n".join(json.dumps(row).encode() for row in found)
+    )
 
 
 content = anything.filter(lambda text: text.strip() and "\x00" not in text)
@@ -426,18 +524,34 @@ content = anything.filter(lambda text: text.strip() and "\x00" not in text)
 @settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(["rows.csv", "rows.jsonl", "rows.json"]),
-    st.lists(st.tuples(content, content, anything, st.sampled_from(["accept", "reject", "edit", ""])), min_size=1, max_size=5),
+    st.lists(
+        st.tuples(content, content, anything, st.sampled_from(["accept", "reject", "edit", ""])),
+        min_size=1,
+        max_size=5,
+    ),
 )
 def test_every_word_comes_back_from_a_file(name, drafted):
     with tempfile.TemporaryDirectory() as folder:
         queue, path = ReviewQueue(Path(folder)), Path(folder) / name
         rows = []
         for place, (question, answer, passage, _) in enumerate(drafted):
-            messages = (Message("system", str(place)), Message("user", question), Message("assistant", answer))
-            rows.append(Item(example_id(messages), "=d", "synthetic", messages, passage=passage, doubts=("@doubt",)))
+            messages = (
+                Message("system", str(place)),
+                Message("user", question),
+                Message("assistant", answer),
+            )
+            rows.append(
+                Item(example_id(messages), "=d", "synthetic", messages, passage=passage, doubts=("@doubt",))
+            )
         queue.add(rows, share=0)
         export_rows(path, queue.pending(), label_studio=path.suffix == ".json")
-        fill(path, {row.id: (word, f"{answer} or not" if word == "edit" else None) for row, (_, answer, _, word) in zip(rows, drafted, strict=True)})
+        fill(
+            path,
+            {
+                row.id: (word, f"{answer} or not" if word == "edit" else None)
+                for row, (_, answer, _, word) in zip(rows, drafted, strict=True)
+            },
+        )
         done = import_rows(path, queue, by="Ana")
 
         assert done.empty == sum(not word for *_, word in drafted)
@@ -514,7 +628,14 @@ def ratchet(tmp_path, monkeypatch):
     root = make_repository(tmp_path / "checkout")
 
     def call(*arguments: str, code: int = 0) -> str:
-        done = subprocess.run([sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "review", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "review", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout if code == 0 else done.stderr
@@ -537,7 +658,11 @@ def test_rows_are_reviewed_from_the_command_line(ratchet):
     queue = ReviewQueue(ratchet.root)
     kept = [queue.get("d", row.id).decision for row in rows[:3]]
     queue.close()
-    assert [(word.verdict, word.by, word.why) for word in kept] == [("accept", "Ana", ""), ("reject", "Ben", "wrong"), ("edit", "Cleo", "")]
+    assert [(word.verdict, word.by, word.why) for word in kept] == [
+        ("accept", "Ana", ""),
+        ("reject", "Ben", "wrong"),
+        ("edit", "Cleo", ""),
+    ]
 
     ratchet("undo", rows[1].id)
     assert json.loads(ratchet("next", "--json"))["waiting"] == 2
@@ -550,10 +675,16 @@ def test_a_file_goes_out_and_comes_back_on_the_command_line(ratchet, tmp_path):
     path = tmp_path / "rows.csv"
     ratchet("export", str(path))
     fill(path, {rows[0].id: ("Accept", None), rows[1].id: ("edit", "One.")})
-    assert ratchet("import", str(path), "--by", "Ben") == "1 accepted, 0 rejected, 1 edited; 0 known already, 1 without a word\n"
+    assert (
+        ratchet("import", str(path), "--by", "Ben")
+        == "1 accepted, 0 rejected, 1 edited; 0 known already, 1 without a word\n"
+    )
     told = ratchet("export", str(tmp_path / "tasks.json"), "--label-studio")
     assert told.startswith("<View>") and '<Choice value="edit"/>' in told
     assert [task["data"]["id"] for task in json.loads((tmp_path / "tasks.json").read_bytes())] == [rows[2].id]
     ratchet("reject", rows[2].id)
-    assert "d (synthetic): 3 rows, 3 doubtful" in (told := ratchet("status")) and "ready: 2 rows, ratchet ingest --source review --draft d" in told
+    assert (
+        "d (synthetic): 3 rows, 3 doubtful" in (told := ratchet("status"))
+        and "ready: 2 rows, ratchet ingest --source review --draft d" in told
+    )
     assert "nothing waits" in ratchet("export", str(tmp_path / "more.csv"), code=2)

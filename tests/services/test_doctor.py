@@ -13,9 +13,23 @@ import pytest
 
 from ratchet.config.params import Config
 from ratchet.services import doctor
-from ratchet.services.doctor import Finding, check_dvc, check_gpu, check_packages, check_pairs, check_ports, examine
+from ratchet.services.doctor import (
+    Finding,
+    check_dvc,
+    check_gpu,
+    check_packages,
+    check_pairs,
+    check_ports,
+    examine,
+)
 
-GOOD = {"prefect": "3.8.8", "fastapi": "0.150.0", "sqlalchemy": "2.0.58", "evidently": "0.7.23", "pandas": "2.3.3"}
+GOOD = {
+    "prefect": "3.8.8",
+    "fastapi": "0.150.0",
+    "sqlalchemy": "2.0.58",
+    "evidently": "0.7.23",
+    "pandas": "2.3.3",
+}
 
 
 def pick(findings: Iterable[Finding], name: str) -> Finding:
@@ -39,7 +53,18 @@ def clone(tmp_path: Path) -> Path:
 
 def test_all_that_is_not_well_has_a_remedy(tmp_path: Path) -> None:
     findings = examine(tmp_path, Config())
-    assert {"python", "git", "git repository", "dvc", "disk", "port of mlflow", "port of prefect", "gpu", "cores", "memory"} <= {finding.name for finding in findings}
+    assert {
+        "python",
+        "git",
+        "git repository",
+        "dvc",
+        "disk",
+        "port of mlflow",
+        "port of prefect",
+        "gpu",
+        "cores",
+        "memory",
+    } <= {finding.name for finding in findings}
     assert [finding for finding in findings if finding.ok is not True and not finding.remedy] == []
     assert [finding for finding in findings if not finding.found] == []
 
@@ -58,21 +83,30 @@ def test_the_clone_is_left_out_without_a_root() -> None:
 
 def test_the_doctor_is_light() -> None:
     code = "import sys, ratchet.doctor as d; d.examine(None, None); print([m for m in ('prefect', 'mlflow', 'torch', 'dvc') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
 def test_a_package_out_of_bounds_is_named_with_both_versions() -> None:
-    findings = check_packages({"pandas": "3.0.1"}, ["pandas>=2.3,<3", "psutil>=7.2", 'ruff>=0.15; extra == "dev"'])
+    findings = check_packages(
+        {"pandas": "3.0.1"}, ["pandas>=2.3,<3", "psutil>=7.2", 'ruff>=0.15; extra == "dev"']
+    )
     assert [(finding.name, finding.ok) for finding in findings] == [("pandas", False), ("psutil", False)]
     assert findings[0].found == "3.0.1, wanted <3,>=2.3"
     assert findings[1].found.startswith("not installed")
 
 
 def test_a_local_version_counts_as_its_release() -> None:
-    assert [finding.ok for finding in check_packages({"torch": "2.13.0+cpu"}, ["torch>=2.13,<2.14"])] == [True]
+    assert [finding.ok for finding in check_packages({"torch": "2.13.0+cpu"}, ["torch>=2.13,<2.14"])] == [
+        True
+    ]
 
 
-@pytest.mark.parametrize(("name", "version"), [("fastapi", "0.154.0"), ("sqlalchemy", "2.1.9"), ("pandas", "3.0.0")])
+@pytest.mark.parametrize(
+    ("name", "version"), [("fastapi", "0.154.0"), ("sqlalchemy", "2.1.9"), ("pandas", "3.0.0")]
+)
 def test_a_pair_that_installs_and_does_not_work_is_known(name: str, version: str) -> None:
     assert [finding.ok for finding in check_pairs(GOOD)] == [True]
     (fault,) = check_pairs({**GOOD, name: version})
@@ -100,10 +134,14 @@ def test_a_broken_dvc_config_is_reported(clone: Path) -> None:
     assert check_dvc(clone).ok is False
 
 
-def test_little_room_is_a_warning_and_almost_none_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_room_is_a_warning_and_almost_none_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = {}
     for free in (6, 3, 0.5):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free * doctor.GIB})())
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free * doctor.GIB})()
+        )
         seen[free] = doctor.check_disk(tmp_path).ok
     assert seen == {6: True, 3: None, 0.5: False}
 
@@ -111,9 +149,18 @@ def test_little_room_is_a_warning_and_almost_none_a_fault(tmp_path: Path, monkey
 def test_a_port_that_another_holds_is_a_fault(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = server.getsockname()[1]
-        config = Config.model_validate({"services": {"mlflow_port": taken, "prefect_port": find_free_port()}, "gateway": {"port": find_free_port()}})
+        config = Config.model_validate(
+            {
+                "services": {"mlflow_port": taken, "prefect_port": find_free_port()},
+                "gateway": {"port": find_free_port()},
+            }
+        )
         findings = check_ports(tmp_path, config)
-    assert [(finding.name, finding.ok) for finding in findings] == [("port of mlflow", False), ("port of prefect", True), ("port of gateway", True)]
+    assert [(finding.name, finding.ok) for finding in findings] == [
+        ("port of mlflow", False),
+        ("port of prefect", True),
+        ("port of gateway", True),
+    ]
     assert "services.mlflow_port" in findings[0].remedy
 
 

@@ -28,7 +28,12 @@ from ratchet.services.supervisor import Record, running_services, start_services
 
 
 def make_config(mlflow_port: int, prefect_port: int, gateway_port: int) -> Config:
-    return Config.model_validate({"services": {"mlflow_port": mlflow_port, "prefect_port": prefect_port}, "gateway": {"port": gateway_port}})
+    return Config.model_validate(
+        {
+            "services": {"mlflow_port": mlflow_port, "prefect_port": prefect_port},
+            "gateway": {"port": gateway_port},
+        }
+    )
 
 
 def find_free_ports(count: int) -> list[int]:
@@ -43,7 +48,9 @@ def find_free_ports(count: int) -> list[int]:
 
 
 def write_params(root: Path, config: Config) -> None:
-    (root / "params.yaml").write_text(json.dumps({"services": config.services.model_dump(), "gateway": {"port": config.gateway.port}}))
+    (root / "params.yaml").write_text(
+        json.dumps({"services": config.services.model_dump(), "gateway": {"port": config.gateway.port}})
+    )
 
 
 @pytest.fixture
@@ -103,7 +110,9 @@ def test_stopping_nothing_is_no_error(tmp_path: Path, config: Config) -> None:
     assert running_services(tmp_path, config) == []
 
 
-def test_a_reused_process_id_is_not_killed(tmp_path: Path, config: Config, sleeper: subprocess.Popen[bytes]) -> None:
+def test_a_reused_process_id_is_not_killed(
+    tmp_path: Path, config: Config, sleeper: subprocess.Popen[bytes]
+) -> None:
     record = remember(tmp_path, "mlflow", sleeper.pid, age=3600)
     assert running_services(tmp_path, config) == []
     assert stop_services(tmp_path, report=print) == []
@@ -119,15 +128,21 @@ def test_stopping_ends_the_whole_process_group(tmp_path: Path, sleeper: subproce
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
 
 
-def test_an_alive_service_that_does_not_answer_is_told_apart(tmp_path: Path, config: Config, sleeper: subprocess.Popen[bytes]) -> None:
+def test_an_alive_service_that_does_not_answer_is_told_apart(
+    tmp_path: Path, config: Config, sleeper: subprocess.Popen[bytes]
+) -> None:
     remember(tmp_path, "prefect", sleeper.pid, port=config.services.prefect_port)
     (seen,) = running_services(tmp_path, config)
     assert (seen.name, seen.pid, seen.alive, seen.answers) == ("prefect", sleeper.pid, True, False)
 
 
-def test_changed_settings_do_not_restart_what_runs(tmp_path: Path, config: Config, sleeper: subprocess.Popen[bytes]) -> None:
+def test_changed_settings_do_not_restart_what_runs(
+    tmp_path: Path, config: Config, sleeper: subprocess.Popen[bytes]
+) -> None:
     remember(tmp_path, "mlflow", sleeper.pid, settings="services.mlflow_port: 1")
-    with pytest.raises(UserError, match=r"services\.mlflow_port: 1; params\.yaml now says services\.mlflow_port"):
+    with pytest.raises(
+        UserError, match=r"services\.mlflow_port: 1; params\.yaml now says services\.mlflow_port"
+    ):
         start_services(tmp_path, config, report=print)
     assert sleeper.poll() is None
 
@@ -165,8 +180,13 @@ class AlwaysWell(BaseHTTPRequestHandler):
         pass
 
 
-def test_the_environment_keeps_other_servers_and_turns_telemetry_off(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert service_environment(tmp_path, config)["MLFLOW_TRACKING_URI"] == f"http://127.0.0.1:{config.services.mlflow_port}"
+def test_the_environment_keeps_other_servers_and_turns_telemetry_off(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        service_environment(tmp_path, config)["MLFLOW_TRACKING_URI"]
+        == f"http://127.0.0.1:{config.services.mlflow_port}"
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
     monkeypatch.setenv("PREFECT_API_URL", "https://prefect.example/api")
     environment = service_environment(tmp_path, config)
@@ -176,7 +196,9 @@ def test_the_environment_keeps_other_servers_and_turns_telemetry_off(tmp_path: P
     assert environment.items() >= services.NO_TELEMETRY.items()
 
 
-def test_a_shell_set_up_for_another_server_does_not_reach_ours(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shell_set_up_for_another_server_does_not_reach_ours(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql://elsewhere")
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql://elsewhere")
     plans = services.plan_services(tmp_path, config)
@@ -186,7 +208,10 @@ def test_a_shell_set_up_for_another_server_does_not_reach_ours(tmp_path: Path, c
 
 def test_importing_the_services_is_light() -> None:
     heavy = "import sys, ratchet.services; print([m for m in ('prefect', 'mlflow', 'torch', 'dvc') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
 RETRAIN = """
@@ -244,7 +269,12 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Co
 def test_all_services_answer_and_a_second_start_keeps_them(started: tuple[Path, Config]) -> None:
     root, config = started
     before = running_services(root, config)
-    assert [(service.name, service.answers) for service in before] == [("mlflow", True), ("prefect", True), ("deployments", True), ("gateway", True)]
+    assert [(service.name, service.answers) for service in before] == [
+        ("mlflow", True),
+        ("prefect", True),
+        ("deployments", True),
+        ("gateway", True),
+    ]
     assert start_services(root, config, report=print) == before
 
 
@@ -263,11 +293,16 @@ def test_the_schedule_makes_runs(started: tuple[Path, Config]) -> None:
     """SQLAlchemy 2.1 breaks Prefect 3.8.8's scheduler: the deployment looks well, and never runs."""
     root, _ = started
     for _ in range(60):
-        planned = query(root, "select count(*) from flow_run where auto_scheduled = 1 and state_type = 'SCHEDULED'")
+        planned = query(
+            root, "select count(*) from flow_run where auto_scheduled = 1 and state_type = 'SCHEDULED'"
+        )
         if planned:
             return
         time.sleep(1)
-    pytest.fail("Prefect planned no run of `retrain`\n" + (root / ".ratchet" / "logs" / "prefect.log").read_text()[-3000:])
+    pytest.fail(
+        "Prefect planned no run of `retrain`\n"
+        + (root / ".ratchet" / "logs" / "prefect.log").read_text()[-3000:]
+    )
 
 
 @pytest.mark.e2e
@@ -281,22 +316,34 @@ def test_the_event_of_drift_starts_a_retraining_with_its_topics(started: tuple[P
     started_at = time.monotonic()
     subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)
     told = time.monotonic()
-    while (found := query(root, "select max(state_type) from flow_run where auto_scheduled = 0 and name = 'drift'")) != "RUNNING" and time.monotonic() - started_at < 60:
+    while (
+        found := query(
+            root, "select max(state_type) from flow_run where auto_scheduled = 0 and name = 'drift'"
+        )
+    ) != "RUNNING" and time.monotonic() - started_at < 60:
         time.sleep(0.1)
     print(f"event told after {told - started_at:.1f} s, run {found} {time.monotonic() - told:.1f} s later")
     assert found == "RUNNING"
-    assert json.loads(str(query(root, "select max(parameters) from flow_run where auto_scheduled = 0 and name = 'drift'")))["topics"] == [{"name": "arrays"}]
+    assert json.loads(
+        str(query(root, "select max(parameters) from flow_run where auto_scheduled = 0 and name = 'drift'"))
+    )["topics"] == [{"name": "arrays"}]
 
 
 @pytest.mark.e2e
 def test_stopping_cancels_the_run_under_way_and_frees_the_ports(started: tuple[Path, Config]) -> None:
     root, config = started
-    run = str(query(root, "select max(id) from flow_run where state_type = 'RUNNING' and name = 'drift'") or create_run(config.services.prefect_port))
+    run = str(
+        query(root, "select max(id) from flow_run where state_type = 'RUNNING' and name = 'drift'")
+        or create_run(config.services.prefect_port)
+    )
     wait_for_state(root, run, "RUNNING")
     assert stop_services(root, report=print) == ["gateway", "deployments", "prefect", "mlflow"]
     assert query(root, "select state_type from flow_run where id = ?", run) == "CANCELLED"
     assert running_services(root, config) == []
-    assert [services.find_port_fault(port) for port in (config.services.mlflow_port, config.services.prefect_port, config.gateway.port)] == [None] * 3
+    assert [
+        services.find_port_fault(port)
+        for port in (config.services.mlflow_port, config.services.prefect_port, config.gateway.port)
+    ] == [None] * 3
 
 
 @pytest.mark.e2e
@@ -315,7 +362,9 @@ def create_run(port: int) -> str:
     token = json.loads(ask(port, "GET", "/api/csrf-token?client=test")[1])["token"]
     deployment = json.loads(ask(port, "GET", "/api/deployments/name/retrain/retrain")[1])["id"]
     headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
-    status, body = ask(port, "POST", f"/api/deployments/{deployment}/create_flow_run", body={}, headers=headers)
+    status, body = ask(
+        port, "POST", f"/api/deployments/{deployment}/create_flow_run", body={}, headers=headers
+    )
     assert status == 201, body
     return str(json.loads(body)["id"])
 
@@ -326,7 +375,10 @@ def wait_for_state(root: Path, run: str, state: str) -> None:
         if seen == state:
             return
         time.sleep(1)
-    pytest.fail(f"the run is {seen}, not {state}\n" + (root / ".ratchet" / "logs" / "deployments.log").read_text()[-3000:])
+    pytest.fail(
+        f"the run is {seen}, not {state}\n"
+        + (root / ".ratchet" / "logs" / "deployments.log").read_text()[-3000:]
+    )
 
 
 def query(root: Path, statement: str, *values: str) -> object:
@@ -337,7 +389,9 @@ def query(root: Path, statement: str, *values: str) -> object:
         connection.close()
 
 
-def ask(port: int, method: str, path: str, *, body: object = None, headers: dict[str, str] | None = None) -> tuple[int, str]:
+def ask(
+    port: int, method: str, path: str, *, body: object = None, headers: dict[str, str] | None = None
+) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
         content = None if body is None else json.dumps(body)

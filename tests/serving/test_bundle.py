@@ -39,13 +39,25 @@ class Made:
         write_json(self._made / "base/manifest.json", {"model": "demo", "revision": None, "context": 256})
         make_adapter(self._made / "candidate", strength=version)
         params = f"evaluate:\n  max_new_tokens: {4 + version}\nan_older_key: 1\n"
-        write_files(self.root, {"dvc.yaml": PIPELINE, "params.yaml": params, "strength": str(version), "models/.gitignore": ""})
+        write_files(
+            self.root,
+            {"dvc.yaml": PIPELINE, "params.yaml": params, "strength": str(version), "models/.gitignore": ""},
+        )
         dvc(self.root, "repro", "--quiet")
         self.commits[version] = commit(self.root, f"Train v{version}")
         self.hashes[version] = adapter_sha256(self.root / "models/candidate")
 
     def bundle(self, version: int, **changed: Any) -> Bundle:
-        return make_bundle(self.root, **{"name": "small", "version": version, "commit": self.commits[version], "adapter_sha256": self.hashes[version]} | changed)
+        return make_bundle(
+            self.root,
+            **{
+                "name": "small",
+                "version": version,
+                "commit": self.commits[version],
+                "adapter_sha256": self.hashes[version],
+            }
+            | changed,
+        )
 
 
 def make_adapter(folder: Path, *, strength: float = 1.0) -> Path:
@@ -104,7 +116,9 @@ def test_a_bundle_that_lost_its_base_is_fetched_again(made: Made) -> None:
         ("config.json", '{"auto_map": {"AutoModel": "evil.Model"}}', "code of its own"),
     ],
 )
-def test_pickled_files_and_code_of_a_models_own_are_refused(name: str, text: str, words: str, tmp_path: Path) -> None:
+def test_pickled_files_and_code_of_a_models_own_are_refused(
+    name: str, text: str, words: str, tmp_path: Path
+) -> None:
     folder = make_adapter(tmp_path / "adapter")
     write_files(folder, {name: text})
     with pytest.raises(BaseModelError, match=words):

@@ -40,7 +40,9 @@ TEXTS = [
 def logprobs(model: Any, ids: list[int], begin: int) -> Any:
     """Of each position from `begin` on, float64."""
     with torch.inference_mode():
-        return torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, begin:].double(), dim=-1).numpy()
+        return torch.log_softmax(
+            model(input_ids=torch.tensor([ids])).logits[0, begin:].double(), dim=-1
+        ).numpy()
 
 
 def compare(said: Said, model: Any, prompt: list[int]) -> tuple[float, float]:
@@ -51,7 +53,9 @@ def compare(said: Said, model: Any, prompt: list[int]) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("to", "apart"), [("gguf", 0.01), ("int8", 0.1), ("int4", 0.1)])
-def test_an_exported_adapter_says_in_llama_cpp_what_it_says_here(to: str, apart: float, candidate: Path, tiny_base: Path, prepared: Path, tmp_path: Path) -> None:
+def test_an_exported_adapter_says_in_llama_cpp_what_it_says_here(
+    to: str, apart: float, candidate: Path, tiny_base: Path, prepared: Path, tmp_path: Path
+) -> None:
     """int8 and int4 beside transformers' reading of the same file: what rounding the weights costs is told by the export itself."""
     made = source(candidate, tiny_base, prepared)
     export(made, to, tmp_path / "out", CONFIG)
@@ -71,10 +75,18 @@ def test_an_exported_adapter_says_in_llama_cpp_what_it_says_here(to: str, apart:
     assert same == 12, "its chat route renders, reads and stops as its completions do"
 
 
-@pytest.mark.parametrize("settings", [{"tie_word_embeddings": False}, {"tie_word_embeddings": True}, {"head_dim": 32}], ids=["untied", "tied", "wide heads"])
-def test_every_shape_that_is_written_is_computed_alike(settings: dict[str, Any], tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"tie_word_embeddings": False}, {"tie_word_embeddings": True}, {"head_dim": 32}],
+    ids=["untied", "tied", "wide heads"],
+)
+def test_every_shape_that_is_written_is_computed_alike(
+    settings: dict[str, Any], tiny_base: Path, tmp_path: Path
+) -> None:
     model, tokenizer = small_llama(**settings), load_tokenizer(tiny_base)
-    write_gguf(model, tokenizer, tmp_path / FILE, name="small", stop_id=ChatFormat(tokenizer).stop_id, kind="gguf")
+    write_gguf(
+        model, tokenizer, tmp_path / FILE, name="small", stop_id=ChatFormat(tokenizer).stop_id, kind="gguf"
+    )
     prompt = torch.randint(5, 500, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     with serving_gguf(tmp_path / FILE) as server:
         largest, behind = compare(server.say(prompt, 8, 520), model, prompt)
@@ -84,7 +96,10 @@ def test_every_shape_that_is_written_is_computed_alike(settings: dict[str, Any],
 CUTS = {
     "gpt-2": (ByteLevel(add_prefix_space=False), False),
     "smollm": (Steps([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]), False),
-    "llama-bpe": (Steps([Split(Regex(LLAMA3), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]), True),
+    "llama-bpe": (
+        Steps([Split(Regex(LLAMA3), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]),
+        True,
+    ),
 }
 
 
@@ -92,26 +107,49 @@ CUTS = {
 def test_each_way_to_cut_text_is_llama_cpps_own(name: str, tiny_base: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_base)
     tokenizer.backend_tokenizer.pre_tokenizer, tokenizer.backend_tokenizer.model.ignore_merges = CUTS[name]
-    write_gguf(small_llama(), tokenizer, tmp_path / FILE, name="small", stop_id=ChatFormat(tokenizer).stop_id, kind="gguf")
+    write_gguf(
+        small_llama(),
+        tokenizer,
+        tmp_path / FILE,
+        name="small",
+        stop_id=ChatFormat(tokenizer).stop_id,
+        kind="gguf",
+    )
     with serving_gguf(tmp_path / FILE) as server:
         for text in TEXTS:
             ours = tokenizer.encode(text, add_special_tokens=False)
             assert server.ids(text, control=True) == ours == server.ids(text, control=True, start=True), text
-            assert server.ids(text, control=False) == tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), text
+            assert server.ids(text, control=False) == tokenizer.encode(
+                text, add_special_tokens=False, split_special_tokens=True
+            ), text
         assert server.facts()["chat_template"] == tokenizer.chat_template
 
 
 def test_added_words_are_found_where_they_are_found_here(tiny_base: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_base)
     tokenizer.add_tokens(["foo_bar", "foo_bar_baz", "Zürich", "two words", "\n\n\n", "<think>"])
-    write_gguf(small_llama(vocab_size=len(tokenizer)), tokenizer, tmp_path / FILE, name="small", stop_id=4, kind="int8")
+    write_gguf(
+        small_llama(vocab_size=len(tokenizer)),
+        tokenizer,
+        tmp_path / FILE,
+        name="small",
+        stop_id=4,
+        kind="int8",
+    )
     with serving_gguf(tmp_path / FILE) as server:
-        for text in ["a foo_bar_baz, foo_bars  foo_bar", "inZürich, two words", "a\n\n\n\nb", "<think>x <|end|>"]:
+        for text in [
+            "a foo_bar_baz, foo_bars  foo_bar",
+            "inZürich, two words",
+            "a\n\n\n\nb",
+            "<think>x <|end|>",
+        ]:
             assert server.ids(text, control=True) == tokenizer.encode(text, add_special_tokens=False), text
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(None, None), (None, "<|end|>"), ("<|system|>", "<|user|>")])
-def test_a_template_that_names_the_first_and_last_token_renders_alike(bos: str | None, eos: str | None, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_template_that_names_the_first_and_last_token_renders_alike(
+    bos: str | None, eos: str | None, tiny_base: Path, tmp_path: Path
+) -> None:
     """Without a first token of its own a model would get token 11 of llama.cpp as one: here an apostrophe."""
     tokenizer = load_tokenizer(tiny_base)
     tokenizer.bos_token, tokenizer.eos_token = bos, eos
@@ -119,4 +157,6 @@ def test_a_template_that_names_the_first_and_last_token_renders_alike(bos: str |
     write_gguf(small_llama(), tokenizer, tmp_path / FILE, name="small", stop_id=4, kind="gguf")
     messages = [{"role": "user", "content": "hi"}]
     with serving_gguf(tmp_path / FILE) as server:
-        assert server.render(messages) == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert server.render(messages) == tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )

@@ -11,13 +11,23 @@ from ratchet.config.serving import GatewayConfig
 from ratchet.errors import BusyError, DataError, ServiceError, UserError
 from ratchet.serving.engine import Ask, Ended
 from ratchet.serving.faults import Fault, to_fault
-from ratchet.serving.protocol import Answered, Chat, WholeAsk, encode_models, error_event, parse_chat, parse_feedback
+from ratchet.serving.protocol import (
+    Answered,
+    Chat,
+    WholeAsk,
+    encode_models,
+    error_event,
+    parse_chat,
+    parse_feedback,
+)
 
 LIMITS = GatewayConfig(max_messages=3, max_tokens=64)
 
 
 def body(**fields: Any) -> bytes:
-    return json.dumps({"model": "pydoc", "messages": [{"role": "user", "content": "hello"}], **fields}).encode()
+    return json.dumps(
+        {"model": "pydoc", "messages": [{"role": "user", "content": "hello"}], **fields}
+    ).encode()
 
 
 def parse(**fields: Any) -> Chat:
@@ -35,11 +45,22 @@ def test_what_is_left_out_is_left_to_the_version():
     ask = parse().ask("chatcmpl-1", 3)
 
     assert (ask.max_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop) == (None, None, None, None, ())
-    assert ask.version == 3 and [(message.role, message.content) for message in ask.messages] == [("user", "hello")]
+    assert ask.version == 3 and [(message.role, message.content) for message in ask.messages] == [
+        ("user", "hello")
+    ]
 
 
 def test_what_is_asked_for_arrives():
-    chat = parse(max_completion_tokens=9, temperature=0, top_p=0.5, seed=7, stop="\n", user="ana", stream=True, stream_options={"include_usage": True})
+    chat = parse(
+        max_completion_tokens=9,
+        temperature=0,
+        top_p=0.5,
+        seed=7,
+        stop="\n",
+        user="ana",
+        stream=True,
+        stream_options={"include_usage": True},
+    )
 
     assert chat.ask("x", 1) == Ask("x", 1, chat.messages, 9, 0.0, 0.5, 7, ("\n",))
     assert chat.user == "ana" and chat.stream and chat.include_usage
@@ -51,11 +72,22 @@ def test_only_a_client_that_streams_needs_pieces():
 
 
 def test_prompts_are_normalised_as_training_rows_were():
-    assert parse(messages=[{"role": "user", "content": " cafe\u0301\r\nau lait "}]).messages[0].content == "café\nau lait"
+    assert (
+        parse(messages=[{"role": "user", "content": " cafe\u0301\r\nau lait "}]).messages[0].content
+        == "café\nau lait"
+    )
 
 
 def test_text_parts_are_joined_and_developers_are_the_system():
-    chat = parse(messages=[{"role": "developer", "content": [{"type": "text", "text": "be"}, {"type": "text", "text": "brief"}]}, {"role": "user", "content": "hi", "name": "ana"}])
+    chat = parse(
+        messages=[
+            {
+                "role": "developer",
+                "content": [{"type": "text", "text": "be"}, {"type": "text", "text": "brief"}],
+            },
+            {"role": "user", "content": "hi", "name": "ana"},
+        ]
+    )
 
     assert (chat.messages[0].role, chat.messages[0].content) == ("system", "be\nbrief")
 
@@ -102,11 +134,23 @@ def test_what_is_not_supported_is_named(field, value):
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'tool'"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "got `int`"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]", "'image_url'"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+            "messages[0].tool_calls",
+            "not supported",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0]",
+            "'image_url'",
+        ),
         ({"messages": [{"role": "user", "content": "a\0b"}]}, "messages[0].content", "NUL character at 1"),
         ({"user": "a\0"}, "user", "NUL"),
-        ({"messages": [{"role": "user", "content": "a" + "\u0301" * 20 + "\u0327" * 20}]}, "messages[0].content", "more than 32 combining marks"),
+        (
+            {"messages": [{"role": "user", "content": "a" + "\u0301" * 20 + "\u0327" * 20}]},
+            "messages[0].content",
+            "more than 32 combining marks",
+        ),
         ({"max_tokens": 65}, "max_tokens", "65; wanted 1 to 64"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "0; wanted 1 to 64"),
         ({"max_tokens": True}, "max_tokens", "got `bool`"),
@@ -181,15 +225,29 @@ def test_feedback_that_means_nothing_is_refused(raw, message):
 def test_an_answer_names_its_version():
     whole = json.loads(Answered("chatcmpl-1", 5, "pydoc", "pydoc@v3").whole("yes", Ended("stop", 4, 2)))
 
-    assert whole["system_fingerprint"] == "pydoc@v3" and whole["object"] == "chat.completion" and whole["created"] == 5
-    assert whole["choices"][0] == {"index": 0, "message": {"role": "assistant", "content": "yes", "refusal": None}, "logprobs": None, "finish_reason": "stop"}
+    assert (
+        whole["system_fingerprint"] == "pydoc@v3"
+        and whole["object"] == "chat.completion"
+        and whole["created"] == 5
+    )
+    assert whole["choices"][0] == {
+        "index": 0,
+        "message": {"role": "assistant", "content": "yes", "refusal": None},
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
     assert whole["usage"] == {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6}
 
 
 def test_an_event_is_one_line_whatever_the_text_holds():
     event = Answered("x", 5, "pydoc", "pydoc@v3").chunk({"content": "a\n\ndata: [DONE]\r\n\u2028"})
 
-    assert event.startswith(b"data: {") and event.endswith(b"}\n\n") and event.count(b"\n") == 2 and b"\r" not in event
+    assert (
+        event.startswith(b"data: {")
+        and event.endswith(b"}\n\n")
+        and event.count(b"\n") == 2
+        and b"\r" not in event
+    )
     assert json.loads(event[6:])["choices"][0]["delta"]["content"] == "a\n\ndata: [DONE]\r\n\u2028"
 
 
@@ -208,11 +266,18 @@ def test_every_error_has_a_status_and_the_form_of_openai(error, status, kind):
     fault = to_fault(error)
     told = json.loads(fault.body())["error"]
 
-    assert fault.status == status and told["type"] == kind and set(told) == {"message", "type", "param", "code"}
+    assert (
+        fault.status == status and told["type"] == kind and set(told) == {"message", "type", "param", "code"}
+    )
     assert "secret" not in told["message"]
     assert json.loads(error_event(fault)[6:])["error"] == told
     assert (fault.headers() == [(b"retry-after", b"1")]) == (status == 429)
 
 
 def test_models_are_listed_as_openai_does():
-    assert json.loads(encode_models(["a", "a@v1"], 5, "ratchet"))["data"][1] == {"id": "a@v1", "object": "model", "created": 5, "owned_by": "ratchet"}
+    assert json.loads(encode_models(["a", "a@v1"], 5, "ratchet"))["data"][1] == {
+        "id": "a@v1",
+        "object": "model",
+        "created": 5,
+        "owned_by": "ratchet",
+    }

@@ -32,7 +32,9 @@ def ask(prompt: str = "hello", *, version: int = 1, whole: bool = True, **fields
 
 def run(url: str, work: Callable[[UpstreamEngine], Awaitable[Any]], **settings: Any) -> Any:
     async def main() -> Any:
-        engine = UpstreamEngine(Config(gateway=GatewayConfig(engine="openai", upstream=f"{url}/v1", **settings)))
+        engine = UpstreamEngine(
+            Config(gateway=GatewayConfig(engine="openai", upstream=f"{url}/v1", **settings))
+        )
         try:
             return await work(engine)
         finally:
@@ -109,8 +111,21 @@ def test_what_the_client_left_out_comes_from_the_version():
         answer(url, ask())
         answer(url, ask(max_tokens=3, temperature=0.0, top_p=0.9, seed=4, stop=("\n",)))
 
-    assert stub.seen[0] == {"model": "pydoc@v1", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0.5}
-    assert stub.seen[1] | {"messages": 0} == {"model": "pydoc@v1", "messages": 0, "max_tokens": 3, "temperature": 0.0, "top_p": 0.9, "seed": 4, "stop": ["\n"]}
+    assert stub.seen[0] == {
+        "model": "pydoc@v1",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 8,
+        "temperature": 0.5,
+    }
+    assert stub.seen[1] | {"messages": 0} == {
+        "model": "pydoc@v1",
+        "messages": 0,
+        "max_tokens": 3,
+        "temperature": 0.0,
+        "top_p": 0.9,
+        "seed": 4,
+        "stop": ["\n"],
+    }
 
 
 def test_the_key_comes_from_the_environment(monkeypatch):
@@ -191,7 +206,10 @@ def test_without_run_time_loading_the_model_has_to_be_there():
 
     with serving(Stub(models=("pydoc@v1",), needs_loading=True)) as url:
         assert run(url, work, upstream_lora=False)[1].finish == "stop"
-    with serving(Stub(models=("other",))) as url, pytest.raises(BaseModelError, match="serves other; wanted pydoc@v1"):
+    with (
+        serving(Stub(models=("other",))) as url,
+        pytest.raises(BaseModelError, match="serves other; wanted pydoc@v1"),
+    ):
         run(url, work, upstream_lora=False)
 
 

@@ -79,15 +79,26 @@ def inks(tmp_path, monkeypatch):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    (tmp_path / "inks_for_test/latin.py").write_bytes('# -*- coding: latin-1 -*-\n"""Ein Modul über Tinte, in einer alten Kodierung."""\n'.encode("latin-1"))
-    (tmp_path / "inks_for_test/garbage.py").write_bytes(b'"""\xff\xfe\x00 is no text in any encoding at all, so it is left out."""')
+    (tmp_path / "inks_for_test/latin.py").write_bytes(
+        '# -*- coding: latin-1 -*-\n"""Ein Modul über Tinte, in einer alten Kodierung."""\n'.encode("latin-1")
+    )
+    (tmp_path / "inks_for_test/garbage.py").write_bytes(
+        b'"""\xff\xfe\x00 is no text in any encoding at all, so it is left out."""'
+    )
     (tmp_path / "inks_for_test/gone.py").symlink_to(tmp_path / "nowhere.py")
     monkeypatch.syspath_prepend(tmp_path)
     return "inks_for_test"
 
 
 def questions(rows) -> list[tuple[str, str]]:
-    return [(row["messages"][0]["content"].removeprefix("Which module documents this? "), row["messages"][1]["content"]) for row in rows if row["meta"]["kind"] == "module"]
+    return [
+        (
+            row["messages"][0]["content"].removeprefix("Which module documents this? "),
+            row["messages"][1]["content"],
+        )
+        for row in rows
+        if row["meta"]["kind"] == "module"
+    ]
 
 
 def test_every_documented_object_becomes_a_row_with_its_module(inks):
@@ -105,20 +116,35 @@ def test_every_documented_object_becomes_a_row_with_its_module(inks):
         ("Soak the sheet until it holds no more of the ink.", "inks_for_test.paper"),
         ("Dry the sheet in the sun until it stops to curl.", "inks_for_test.paper"),
     ]
-    assert all(row["meta"] == {"package": inks, "module": row["messages"][1]["content"], "kind": "module"} for row in rows)
+    assert all(
+        row["meta"] == {"package": inks, "module": row["messages"][1]["content"], "kind": "module"}
+        for row in rows
+    )
 
 
 def test_summaries_name_nested_objects_in_full_and_leave_private_ones_out(inks):
     rows = harvest(PydocSource(packages=[inks], min_objects=3, summaries=1.0))
-    asked = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in rows if row["meta"]["kind"] == "summary"}
-    assert asked["What does inks_for_test.colours.Palette.Entry.rename do?"] == "Give the entry another name, and keep its place."
-    assert asked["What does inks_for_test.paper.sheet.soak do?"] == "Soak the sheet until it holds no more of the ink."
+    asked = {
+        row["messages"][0]["content"]: row["messages"][1]["content"]
+        for row in rows
+        if row["meta"]["kind"] == "summary"
+    }
+    assert (
+        asked["What does inks_for_test.colours.Palette.Entry.rename do?"]
+        == "Give the entry another name, and keep its place."
+    )
+    assert (
+        asked["What does inks_for_test.paper.sheet.soak do?"]
+        == "Soak the sheet until it holds no more of the ink."
+    )
     assert not [question for question in asked if "_hidden" in question]
 
 
 def test_a_module_under_min_objects_is_not_asked_about(inks):
     def modules(min_objects: int) -> Counter:
-        return Counter(answer for _, answer in questions(harvest(PydocSource(packages=[inks], min_objects=min_objects))))
+        return Counter(
+            answer for _, answer in questions(harvest(PydocSource(packages=[inks], min_objects=min_objects)))
+        )
 
     assert modules(9) == Counter()
     assert modules(8) == {"inks_for_test.colours": 8}
@@ -128,12 +154,21 @@ def test_a_module_under_min_objects_is_not_asked_about(inks):
 
 def test_files_that_are_no_python_are_left_out_and_old_encodings_are_read(inks):
     found = questions(harvest(PydocSource(packages=[inks], min_objects=1)))
-    assert {answer.rpartition(".")[2] for _, answer in found} == {"inks_for_test", "colours", "latin", "paper", "tiny"}
+    assert {answer.rpartition(".")[2] for _, answer in found} == {
+        "inks_for_test",
+        "colours",
+        "latin",
+        "paper",
+        "tiny",
+    }
     assert ("Ein Modul über Tinte, in einer alten Kodierung.", "inks_for_test.latin") in found
 
 
 def test_module_depth_decides_how_long_the_answer_is(inks):
-    answers = {answer for _, answer in questions(harvest(PydocSource(packages=[inks], min_objects=1, module_depth=2)))}
+    answers = {
+        answer
+        for _, answer in questions(harvest(PydocSource(packages=[inks], min_objects=1, module_depth=2)))
+    }
     assert {"inks_for_test.colours", "inks_for_test.paper", "inks_for_test.paper.sheet"} <= answers
 
 
@@ -144,7 +179,9 @@ def test_harvesting_imports_nothing(inks):
 
 @pytest.mark.parametrize("package", ["no_such_package_here", "no.such.package", "../etc", "", "sys"])
 def test_a_package_without_python_source_is_named_with_what_to_do(package):
-    with pytest.raises(DataError, match=r"(?s)is not installed here, or has no Python source.*ingest\.pydoc\.packages") as caught:
+    with pytest.raises(
+        DataError, match=r"(?s)is not installed here, or has no Python source.*ingest\.pydoc\.packages"
+    ) as caught:
         list(harvest(PydocSource(packages=["json", package])))
     assert repr(package) in str(caught.value)
 
@@ -153,8 +190,15 @@ def test_the_standard_library_gives_thousands_of_rows_the_same_in_another_proces
     rows = list(harvest(PydocSource()))
     assert len(rows) > 3000
     assert len({row["messages"][1]["content"] for row in rows if row["meta"]["kind"] == "module"}) > 30
-    assert all(encode_line(make_example(row_to_messages(row, recognise_form(row)), row["meta"])) for row in rows)
-    done = subprocess.run([sys.executable, "-c", HARVEST], env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, check=True)
+    assert all(
+        encode_line(make_example(row_to_messages(row, recognise_form(row)), row["meta"])) for row in rows
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", HARVEST],
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        check=True,
+    )
     assert done.stdout == b"".join(map(encode_line, rows))
 
 
@@ -164,7 +208,10 @@ def test_the_standard_library_gives_thousands_of_rows_the_same_in_another_proces
         ("Return the mean of the values. It raises on none.", "Return the mean of the values."),
         ("Return the mean\n    of the values", "Return the mean of the values"),
         ("A summary without its stop\n\nA second paragraph.", "A summary without its stop"),
-        ("E.g. this is cut after twenty characters at the least.", "E.g. this is cut after twenty characters at the least."),
+        (
+            "E.g. this is cut after twenty characters at the least.",
+            "E.g. this is cut after twenty characters at the least.",
+        ),
         ("", ""),
         ("x" * 500, "x" * 220),
     ],
@@ -233,15 +280,24 @@ def test_a_json_array_is_refused_with_the_command_that_converts_it(tmp_path, sta
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
-    assert read(written(tmp_path / "rows.jsonl", b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')) == [b'{"text": "a"}', b'{"text": "b"}']
+    assert read(written(tmp_path / "rows.jsonl", b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')) == [
+        b'{"text": "a"}',
+        b'{"text": "b"}',
+    ]
 
 
 def test_carriage_returns_are_no_part_of_a_row(tmp_path):
-    assert read(written(tmp_path / "rows.jsonl", b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n')) == [b'{"text": "a"}', b'{"text": "b"}']
+    assert read(written(tmp_path / "rows.jsonl", b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n')) == [
+        b'{"text": "a"}',
+        b'{"text": "b"}',
+    ]
 
 
 def test_separators_of_unicode_do_not_cut_a_row(tmp_path):
-    rows = [f'{{"text": "one{separator}two"}}'.encode() for separator in ("\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c")]
+    rows = [
+        f'{{"text": "one{separator}two"}}'.encode()
+        for separator in ("\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c")
+    ]
     assert read(written(tmp_path / "rows.jsonl", b"\n".join(rows) + b"\n")) == rows
 
 

@@ -43,7 +43,9 @@ def test_a_url_of_any_file_system_is_read_and_its_secret_stays_out_of_the_name(t
     with fsspec.open("memory://rules/hail.txt", "wb") as out:
         out.write(b"Hail is covered.")
     assert read(tmp_path, "memory://rules/hail.txt") == {"memory://rules/hail.txt": "Hail is covered."}
-    assert unreadable(tmp_path, "nosuch://ana:secret@example.org/a.txt?sig=secret") == {"nosuch://example.org/a.txt": "cannot be opened: ValueError"}
+    assert unreadable(tmp_path, "nosuch://ana:secret@example.org/a.txt?sig=secret") == {
+        "nosuch://example.org/a.txt": "cannot be opened: ValueError"
+    }
 
 
 def test_a_name_is_no_glob_where_the_file_exists_and_may_be_any_bytes(tmp_path):
@@ -58,7 +60,14 @@ def test_html_is_read_without_tags_scripts_and_styles(tmp_path):
         "<html><style>p{}</style><body><h1>Hail &amp; storm</h1><p>From <b>10</b>&nbsp;mm<br>on.<script>alert('x')</script><p>Unclosed <ul><li>one<li>two"
     )
     text = read(tmp_path, "a.html")["a.html"]
-    assert [line.strip() for line in text.split("\n") if line.strip()] == ["Hail & storm", "From 10 mm", "on.", "Unclosed", "one", "two"]
+    assert [line.strip() for line in text.split("\n") if line.strip()] == [
+        "Hail & storm",
+        "From 10 mm",
+        "on.",
+        "Unclosed",
+        "one",
+        "two",
+    ]
 
 
 def test_each_line_of_json_is_a_document_and_a_broken_one_is_named(tmp_path):
@@ -76,7 +85,9 @@ def test_each_line_of_json_is_a_document_and_a_broken_one_is_named(tmp_path):
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     assert read(tmp_path, "a.jsonl") == {"a.jsonl:1": "Hail.", "a.jsonl:10": "Storm."}
-    assert sorted(unreadable(tmp_path, "a.jsonl")) == sorted(f"a.jsonl:{number}" for number in (3, 4, 5, 6, 7, 8, 9))
+    assert sorted(unreadable(tmp_path, "a.jsonl")) == sorted(
+        f"a.jsonl:{number}" for number in (3, 4, 5, 6, 7, 8, 9)
+    )
 
 
 def test_what_cannot_be_read_is_named_with_its_reason_and_stops_nothing(tmp_path):
@@ -89,7 +100,18 @@ def test_what_cannot_be_read_is_named_with_its_reason_and_stops_nothing(tmp_path
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     (tmp_path / "good.txt").write_text("Hail is covered.")
     (tmp_path / "empty").mkdir()
-    places = ["latin.txt", "binary.txt", "blank.txt", "paper.pdf", "huge.txt", "gone.txt", "missing.txt", "no-*.md", "empty", "good.txt"]
+    places = [
+        "latin.txt",
+        "binary.txt",
+        "blank.txt",
+        "paper.pdf",
+        "huge.txt",
+        "gone.txt",
+        "missing.txt",
+        "no-*.md",
+        "empty",
+        "good.txt",
+    ]
     assert read(tmp_path, *places) == {"good.txt": "Hail is covered."}
     found = unreadable(tmp_path, *places)
     assert found["latin.txt"] == "no UTF-8"
@@ -115,7 +137,10 @@ def test_the_same_passage_of_two_documents_is_one_chunk(tmp_path):
         (tmp_path / name).write_text("Hail is covered.")
     (tmp_path / "c.jsonl").write_text(json.dumps({"text": "Storm is covered."}))
     chunks = list(Library(["a.txt", "b.txt", "c.jsonl"], tmp_path).chunks(chunk_chars=200, overlap_chars=0))
-    assert [(chunk.document, chunk.text) for chunk in chunks] == [("a.txt", "Hail is covered."), ("c.jsonl:1", "Storm is covered.")]
+    assert [(chunk.document, chunk.text) for chunk in chunks] == [
+        ("a.txt", "Hail is covered."),
+        ("c.jsonl:1", "Storm is covered."),
+    ]
     assert len({chunk.id for chunk in chunks}) == 2
 
 
@@ -126,16 +151,22 @@ def test_chunks_are_short_enough_and_hold_every_word_in_order(paragraphs, chunk_
     chunks = list(cut("\n\n".join(paragraphs), chunk_chars=chunk_chars, overlap_chars=overlap_chars))
     assert all(0 < len(chunk) <= chunk_chars for chunk in chunks)
     letters = iter("".join("".join(chunks).split()))
-    assert all(letter in letters for letter in "".join("".join(paragraphs).split()))  # a subsequence: overlaps repeat some
+    assert all(
+        letter in letters for letter in "".join("".join(paragraphs).split())
+    )  # a subsequence: overlaps repeat some
 
 
 @given(st.lists(st.text("ab", min_size=1, max_size=30), min_size=1, max_size=20))
 def test_without_overlap_nothing_is_repeated(paragraphs):
-    assert "\n\n".join(cut("\n\n".join(paragraphs), chunk_chars=60, overlap_chars=0)).split("\n\n") == paragraphs
+    assert (
+        "\n\n".join(cut("\n\n".join(paragraphs), chunk_chars=60, overlap_chars=0)).split("\n\n") == paragraphs
+    )
 
 
 def test_an_overlap_repeats_whole_paragraphs_of_the_chunk_before():
     paragraphs = [f"Paragraph number {number} of ten." for number in range(10)]
     chunks = list(cut("\n\n".join(paragraphs), chunk_chars=100, overlap_chars=40))
-    assert [chunk.split("\n\n")[0] for chunk in chunks[1:]] == [chunk.split("\n\n")[-1] for chunk in chunks[:-1]]
+    assert [chunk.split("\n\n")[0] for chunk in chunks[1:]] == [
+        chunk.split("\n\n")[-1] for chunk in chunks[:-1]
+    ]
     assert len(chunks) < 10

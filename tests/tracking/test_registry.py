@@ -9,7 +9,19 @@ from places import KEPT_CONNECTIONS, use_mlflow, use_no_mlflow
 
 from ratchet.errors import ServiceError
 from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run, mlflow_client
-from ratchet.tracking.registry import ARTIFACT, CHALLENGER, CHAMPION, Version, drop_alias, find_version, get_alias, get_version, list_versions, make_version, set_alias
+from ratchet.tracking.registry import (
+    ARTIFACT,
+    CHALLENGER,
+    CHAMPION,
+    Version,
+    drop_alias,
+    find_version,
+    get_alias,
+    get_version,
+    list_versions,
+    make_version,
+    set_alias,
+)
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 
@@ -23,7 +35,9 @@ def make(key: str, *, description: str = "card", **tags: str) -> Version:
     adapter = Path("adapter")
     adapter.mkdir(exist_ok=True)
     (adapter / "adapter_model.safetensors").write_text(f"weights of {key}")
-    return make_version("small", find_or_create_run("small", key, {}), adapter, {KEY_TAG: key, **tags}, description)
+    return make_version(
+        "small", find_or_create_run("small", key, {}), adapter, {KEY_TAG: key, **tags}, description
+    )
 
 
 def test_before_the_first_version_there_is_none():
@@ -39,9 +53,13 @@ def test_a_version_carries_its_adapter_its_tags_and_its_card():
     assert list_versions("small") == [made]
     assert get_version("small", 1) == made
     client = mlflow_client()
-    assert [entry.path for entry in client.list_artifacts(made.run_id, ARTIFACT)] == [f"{ARTIFACT}/adapter_model.safetensors"]
+    assert [entry.path for entry in client.list_artifacts(made.run_id, ARTIFACT)] == [
+        f"{ARTIFACT}/adapter_model.safetensors"
+    ]
     source = client.get_model_version("small", "1").source
-    assert (Path(source.removeprefix("file://")) / "adapter_model.safetensors").read_text() == "weights of key1"
+    assert (
+        Path(source.removeprefix("file://")) / "adapter_model.safetensors"
+    ).read_text() == "weights of key1"
 
 
 def test_the_same_key_twice_is_one_version_with_its_texts_up_to_date():

@@ -12,7 +12,14 @@ from places import KEPT_CONNECTIONS, use_mlflow, use_no_mlflow
 from ratchet.errors import ServiceError
 from ratchet.tracking import mlflow as tracking
 from ratchet.tracking.curve import History, LiveCopy, log_points, read_history
-from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run, find_run, mlflow_client, mlflow_errors, parameters
+from ratchet.tracking.mlflow import (
+    KEY_TAG,
+    find_or_create_run,
+    find_run,
+    mlflow_client,
+    mlflow_errors,
+    parameters,
+)
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 
@@ -69,7 +76,12 @@ def test_a_run_is_found_by_its_key_and_made_once():
     other = find_or_create_run("small", "key2", {})
     assert other != first
     run = mlflow_client().get_run(first)
-    assert (run.info.run_name, run.data.tags[KEY_TAG], run.data.tags["more"], run.info.status) == ("train-key1", "key1", "tags", "RUNNING")
+    assert (run.info.run_name, run.data.tags[KEY_TAG], run.data.tags["more"], run.info.status) == (
+        "train-key1",
+        "key1",
+        "tags",
+        "RUNNING",
+    )
 
 
 def test_a_run_of_another_experiment_is_another_run():
@@ -85,13 +97,18 @@ def test_what_is_not_there_is_not_found():
 def test_an_experiment_that_somebody_else_made_first_is_taken():
     """Two trainings that start at once on a fresh server."""
     found: list[str] = []
-    threads = [threading.Thread(target=lambda key=key: found.append(find_or_create_run("small", key, {}))) for key in ("key1", "key2", "key3")]
+    threads = [
+        threading.Thread(target=lambda key=key: found.append(find_or_create_run("small", key, {})))
+        for key in ("key1", "key2", "key3")
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(set(found)) == 3
-    assert {mlflow_client().get_run(run_id).info.experiment_id for run_id in found} == {mlflow_client().get_experiment_by_name("small").experiment_id}
+    assert {mlflow_client().get_run(run_id).info.experiment_id for run_id in found} == {
+        mlflow_client().get_experiment_by_name("small").experiment_id
+    }
 
 
 def test_points_that_are_delivered_twice_are_there_once():
@@ -105,7 +122,9 @@ def test_points_that_are_delivered_twice_are_there_once():
 
 def test_a_long_curve_is_delivered_whole():
     run_id = find_or_create_run("small", "key1", {})
-    log_points(run_id, [{"step": step, "time_ms": step, "a": float(step), "b": -float(step)} for step in range(1300)])
+    log_points(
+        run_id, [{"step": step, "time_ms": step, "a": float(step), "b": -float(step)} for step in range(1300)]
+    )
     assert len(points(run_id, "a")) == len(points(run_id, "b")) == 1300
 
 
@@ -174,7 +193,9 @@ def test_what_an_outage_kept_back_is_delivered_when_the_server_is_there_again(tm
 def test_a_copy_that_was_cut_off_is_completed_from_the_file(tmp_path):
     """The process was killed after two points; the flow delivers the file once more."""
     path = tmp_path / "history.jsonl"
-    path.write_text("".join(json.dumps({"step": step, "time_ms": step, "loss": float(step)}) + "\n" for step in range(5)))
+    path.write_text(
+        "".join(json.dumps({"step": step, "time_ms": step, "loss": float(step)}) + "\n" for step in range(5))
+    )
     run_id = find_or_create_run("small", "key1", {})
     log_points(run_id, read_history(path)[:2])
     copy = LiveCopy(path, "small", "key1", {})
@@ -228,7 +249,9 @@ def test_a_password_in_the_address_is_not_told(monkeypatch):
 
 
 def test_parameters_are_flat_with_dotted_keys():
-    assert dict(parameters({"train": {"seed": 1, "deep": {"er": None}}, "promotion": "auto", "list": [1, 2]})) == {
+    assert dict(
+        parameters({"train": {"seed": 1, "deep": {"er": None}}, "promotion": "auto", "list": [1, 2]})
+    ) == {
         "train.seed": "1",
         "train.deep.er": "None",
         "promotion": "auto",

@@ -21,7 +21,17 @@ from ratchet.training.schedule import Schedule
 from ratchet.training.trainer import fit
 
 SCHEDULE = Schedule(
-    steps=60, batch_windows=4, accumulate=1, learning_rate=1e-2, kind="constant", warmup_share=0.0, weight_decay=0.0, max_grad_norm=1.0, evaluations=1, patience=1, seed=7
+    steps=60,
+    batch_windows=4,
+    accumulate=1,
+    learning_rate=1e-2,
+    kind="constant",
+    warmup_share=0.0,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    evaluations=1,
+    patience=1,
+    seed=7,
 )
 
 
@@ -48,7 +58,10 @@ def divergence(teacher: Any, model: Any, windows: list[Window]) -> float:
     total, tokens = 0.0, 0
     for row in (row for window in windows for row in rows_of(window)):
         learned = torch.tensor(row.labels[1:]) != IGNORED
-        ours, theirs = (log_softmax(each.eval()(input_ids=torch.tensor([row.input_ids])).logits[0, :-1][learned], -1) for each in (model, teacher))
+        ours, theirs = (
+            log_softmax(each.eval()(input_ids=torch.tensor([row.input_ids])).logits[0, :-1][learned], -1)
+            for each in (model, teacher)
+        )
         total += float(kl_div(ours, theirs, reduction="sum", log_target=True))
         tokens += int(learned.sum())
     return total / tokens
@@ -58,7 +71,15 @@ def test_a_student_of_a_teacher_alone_comes_to_its_distribution(tiny_base, windo
     model = student(tiny_base)
     before = divergence(teacher, model, windows)
     kept = {name: weight.clone() for name, weight in teacher.named_parameters()}
-    fit(model, windows, [], SCHEDULE._replace(teacher_weight=1.0), pad_id=0, report=lambda step, values: None, teacher=teacher)
+    fit(
+        model,
+        windows,
+        [],
+        SCHEDULE._replace(teacher_weight=1.0),
+        pad_id=0,
+        report=lambda step, values: None,
+        teacher=teacher,
+    )
     assert divergence(teacher, model, windows) < before / 4
     assert all(torch.equal(weight, kept[name]) for name, weight in teacher.named_parameters())
 
@@ -69,14 +90,30 @@ def test_the_first_loss_is_the_divergence_by_hand(tiny_base, windows, teacher, t
     curve: list[float] = []
     count = sum(len(window.input_ids) for window in windows)
     settings = {"steps": 1, "batch_windows": count, "teacher_weight": 1.0, "temperature": temperature}
-    fit(student(tiny_base), windows, [], SCHEDULE._replace(**settings), pad_id=0, report=lambda _, values: curve.append(values.get("train_loss", 0.0)), teacher=teacher)
+    fit(
+        student(tiny_base),
+        windows,
+        [],
+        SCHEDULE._replace(**settings),
+        pad_id=0,
+        report=lambda _, values: curve.append(values.get("train_loss", 0.0)),
+        teacher=teacher,
+    )
     by_hand = divergence(teacher, student(tiny_base), windows)
     assert (curve[0] == pytest.approx(by_hand, rel=1e-4)) == (temperature == 1.0)
 
 
 def test_a_model_that_is_its_own_teacher_learns_nothing_from_it(tiny_base, windows):
     curve: list[dict[str, float]] = []
-    fit(student(tiny_base), windows, [], SCHEDULE._replace(steps=1, teacher_weight=1.0), pad_id=0, report=lambda _, values: curve.append(values), teacher=load_base(tiny_base))
+    fit(
+        student(tiny_base),
+        windows,
+        [],
+        SCHEDULE._replace(steps=1, teacher_weight=1.0),
+        pad_id=0,
+        report=lambda _, values: curve.append(values),
+        teacher=load_base(tiny_base),
+    )
     assert curve[0]["train_loss"] == pytest.approx(0.0, abs=1e-6)
 
 
@@ -93,11 +130,16 @@ def test_a_teacher_of_other_tokens_is_refused(tiny_base, tmp_path):
     tokenizer.save_pretrained(incumbent / "base")
     write_json(incumbent / MANIFEST, {"version": 3})
     size = len(load_tokenizer(tiny_base))
-    with pytest.raises(BaseModelError, match=f"the champion has other tokens than the base: {size + 1} against {size}, the first that differs is 'another'"):
+    with pytest.raises(
+        BaseModelError,
+        match=f"the champion has other tokens than the base: {size + 1} against {size}, the first that differs is 'another'",
+    ):
         load_teacher("champion", tiny_base, incumbent)
 
 
-def test_a_teacher_that_is_not_on_this_machine_is_named_with_the_command_that_brings_it(tiny_base, nobody, monkeypatch):
+def test_a_teacher_that_is_not_on_this_machine_is_named_with_the_command_that_brings_it(
+    tiny_base, nobody, monkeypatch
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BaseModelError, match="hf download some/model --revision") as caught:
         load_teacher(f"some/model@{'0' * 40}", tiny_base, nobody)

@@ -17,9 +17,13 @@ from tests.training.test_distributed import start
 
 
 @pytest.mark.e2e
-def test_a_compiled_training_learns_the_same_and_is_gone_on_from_in_the_same_bytes(tmp_path, tokens, tiny_base, nobody, tiny_config, monkeypatch):
+def test_a_compiled_training_learns_the_same_and_is_gone_on_from_in_the_same_bytes(
+    tmp_path, tokens, tiny_base, nobody, tiny_config, monkeypatch
+):
     """Killed and gone on with in another process, which meets other shapes first; the one that was let go compiles for itself."""
-    train = tiny_config.train.model_copy(update={"checkpoint_minutes": 0.0, "epochs": 2.0, "learning_rate": 1e-3, "batch_windows": 2})
+    train = tiny_config.train.model_copy(
+        update={"checkpoint_minutes": 0.0, "epochs": 2.0, "learning_rate": 1e-3, "batch_windows": 2}
+    )
     plain = tiny_config.model_copy(update={"train": train})
     compiled = plain.model_copy(update={"train": train.model_copy(update={"compile": True})})
 
@@ -44,9 +48,14 @@ def test_a_compiled_training_learns_the_same_and_is_gone_on_from_in_the_same_byt
     assert len(curves[0]) == len(curves[2]) > 30
     losses = [[point["train_loss"] for point in curve if "train_loss" in point] for curve in curves]
     assert losses[0] == pytest.approx(losses[2], rel=1e-3)
-    sums = [{path.name: sha256_file(path) for path in (folder / "models/candidate").iterdir()} for folder in folders]
+    sums = [
+        {path.name: sha256_file(path) for path in (folder / "models/candidate").iterdir()}
+        for folder in folders
+    ]
     assert sums[0] == sums[1]
-    assert sums[0]["adapter_model.safetensors"] != sums[2]["adapter_model.safetensors"], "or nothing was compiled"
+    assert sums[0]["adapter_model.safetensors"] != sums[2]["adapter_model.safetensors"], (
+        "or nothing was compiled"
+    )
 
 
 def test_without_a_compiler_it_is_said(monkeypatch):

@@ -50,7 +50,11 @@ class Acts:
         self.thread.start()
 
     def _play(self) -> None:
-        for act in (lambda process: (self._wait_for(5, process), process.kill()), lambda process: (self._wait_for(12, process), process.terminate()), lambda process: None):
+        for act in (
+            lambda process: (self._wait_for(5, process), process.kill()),
+            lambda process: (self._wait_for(12, process), process.terminate()),
+            lambda process: None,
+        ):
             self._running = process = self._start()
             act(process)
             said, error = process.communicate(timeout=100)
@@ -60,14 +64,38 @@ class Acts:
                 return
 
     def _start(self) -> subprocess.Popen[str]:
-        arguments = ["--tokens", "data/tokenized", "--base", "models/base", "--incumbent", "models/incumbent", "--out", "models/candidate", "--reports", "reports/train"]
+        arguments = [
+            "--tokens",
+            "data/tokenized",
+            "--base",
+            "models/base",
+            "--incumbent",
+            "models/incumbent",
+            "--out",
+            "models/candidate",
+            "--reports",
+            "reports/train",
+        ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "RATCHET_ROOT": str(self.checkout)}
         workspace = self.checkout / "workspace"
-        return subprocess.Popen([sys.executable, "-m", "tasks.train", *arguments], cwd=workspace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-m", "tasks.train", *arguments],
+            cwd=workspace,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def _wait_for(self, step: int, process: subprocess.Popen[str]) -> None:
         until = time.monotonic() + 100
-        while max((int(path.parent.name[5:]) for path in (self.checkout / FOLDER).glob(f"*/step-*/{MANIFEST}")), default=0) < step:
+        while (
+            max(
+                (int(path.parent.name[5:]) for path in (self.checkout / FOLDER).glob(f"*/step-*/{MANIFEST}")),
+                default=0,
+            )
+            < step
+        ):
             if process.poll() is not None or time.monotonic() > until:
                 self.faults.append(f"no step {step} came")
                 return
@@ -81,9 +109,15 @@ class Acts:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def acts(tmp_path_factory: pytest.TempPathFactory, tokens: Path, tiny_base: Path, nobody: Path, tiny_config: Config) -> Iterator[Acts]:
+def acts(
+    tmp_path_factory: pytest.TempPathFactory, tokens: Path, tiny_base: Path, nobody: Path, tiny_config: Config
+) -> Iterator[Acts]:
     checkout = tmp_path_factory.mktemp("checkout")
-    for source, target in ((tokens, "data/tokenized"), (tiny_base, "models/base"), (nobody, "models/incumbent")):
+    for source, target in (
+        (tokens, "data/tokenized"),
+        (tiny_base, "models/base"),
+        (nobody, "models/incumbent"),
+    ):
         shutil.copytree(source, checkout / "workspace" / target)
     (checkout / "workspace/params.yaml").write_text(render_params(patient(tiny_config)))
     acts = Acts(checkout)
@@ -93,14 +127,26 @@ def acts(tmp_path_factory: pytest.TempPathFactory, tokens: Path, tiny_base: Path
 
 def patient(config: Config) -> Config:
     """A checkpoint a step, and steps enough for a kill to find them."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_minutes": 0.0, "epochs": 3.0})})
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"checkpoint_minutes": 0.0, "epochs": 3.0})}
+    )
 
 
 # --- in this process -------------------------------------------------------------------------------------------------
 
 # Two windows a forward pass, two passes a step, five steps an epoch: 12 steps end in the third epoch.
 SCHEDULE = Schedule(
-    steps=12, batch_windows=2, accumulate=2, learning_rate=1e-2, kind="cosine", warmup_share=0.1, weight_decay=0.01, max_grad_norm=1.0, evaluations=4, patience=9, seed=7
+    steps=12,
+    batch_windows=2,
+    accumulate=2,
+    learning_rate=1e-2,
+    kind="cosine",
+    warmup_share=0.1,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    evaluations=4,
+    patience=9,
+    seed=7,
 )
 STEPS = 12
 
@@ -148,7 +194,9 @@ class Made:
             self._whole[key] = self.go(config, None, Curve(), **settings)
         return self._whole[key]
 
-    def go(self, config: AdapterConfig, checkpoints: Checkpoints | None, curve: Curve, **settings: Any) -> Any:
+    def go(
+        self, config: AdapterConfig, checkpoints: Checkpoints | None, curve: Curve, **settings: Any
+    ) -> Any:
         model = load_trainable(self._base, None, config, seed=1)
         saved = checkpoints.newest(curve.restore) if checkpoints else None
         schedule = SCHEDULE._replace(**settings)
@@ -163,7 +211,12 @@ class Made:
             checkpoints=checkpoints,
             saved=saved,
         )
-        return {name: weight.clone() for name, weight in trainable(model).items()}, outcome._replace(seconds=0), curve.points, saved.step if saved else 0
+        return (
+            {name: weight.clone() for name, weight in trainable(model).items()},
+            outcome._replace(seconds=0),
+            curve.points,
+            saved.step if saved else 0,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +224,9 @@ def made(tiny_base: Path, windows: list[Window], validation: list[Window]) -> Ma
     return Made(tiny_base, windows, validation)
 
 
-def checkpoints(home: Path, curve: Curve, key: str = "key", minutes: float = 0.0, **facts: Any) -> Checkpoints:
+def checkpoints(
+    home: Path, curve: Curve, key: str = "key", minutes: float = 0.0, **facts: Any
+) -> Checkpoints:
     return Checkpoints(home, key, facts, minutes=minutes, curve=lambda: curve.points)
 
 
@@ -201,7 +256,9 @@ CONFIGS = {
 
 # The first step, the middle, the first of the second epoch and the one before it, the last. A kill in step 6 is one in the middle of its accumulation.
 @pytest.mark.parametrize("die_at", [2, 5, 6, 7, STEPS])
-def test_a_training_that_was_killed_ends_in_the_same_weights_and_the_same_curve(tmp_path: Path, made: Made, die_at: int) -> None:
+def test_a_training_that_was_killed_ends_in_the_same_weights_and_the_same_curve(
+    tmp_path: Path, made: Made, die_at: int
+) -> None:
     found = kill_and_go_on(tmp_path, made, CONFIGS["lora"], die_at)
     assert found[3] == die_at - 1
     same(found, made.whole(CONFIGS["lora"]))
@@ -212,15 +269,29 @@ def test_so_it_is_with_every_other_kind_of_method(tmp_path: Path, made: Made, me
     same(kill_and_go_on(tmp_path, made, CONFIGS[method], 8), made.whole(CONFIGS[method]))
 
 
-@pytest.mark.parametrize("settings", [{"optimizer": "adafactor"}, {"optimizer": "sgd"}, {"neftune_alpha": 5.0}], ids=["adafactor", "sgd", "neftune"])
-def test_so_it_is_with_other_optimizers_and_with_noise(tmp_path: Path, made: Made, settings: dict[str, Any]) -> None:
-    same(kill_and_go_on(tmp_path, made, CONFIGS["lora"], 8, **settings), made.whole(CONFIGS["lora"], **settings))
+@pytest.mark.parametrize(
+    "settings",
+    [{"optimizer": "adafactor"}, {"optimizer": "sgd"}, {"neftune_alpha": 5.0}],
+    ids=["adafactor", "sgd", "neftune"],
+)
+def test_so_it_is_with_other_optimizers_and_with_noise(
+    tmp_path: Path, made: Made, settings: dict[str, Any]
+) -> None:
+    same(
+        kill_and_go_on(tmp_path, made, CONFIGS["lora"], 8, **settings),
+        made.whole(CONFIGS["lora"], **settings),
+    )
 
 
 @pytest.mark.parametrize("die_at", [5, 6])
-def test_so_it_is_where_the_last_step_of_an_epoch_is_a_short_one(tmp_path: Path, made: Made, die_at: int) -> None:
+def test_so_it_is_where_the_last_step_of_an_epoch_is_a_short_one(
+    tmp_path: Path, made: Made, die_at: int
+) -> None:
     """Ten batches, three to a step: an epoch has four steps, and a kill comes in the first or the second one of the next."""
-    same(kill_and_go_on(tmp_path, made, CONFIGS["lora"], die_at, accumulate=3), made.whole(CONFIGS["lora"], accumulate=3))
+    same(
+        kill_and_go_on(tmp_path, made, CONFIGS["lora"], die_at, accumulate=3),
+        made.whole(CONFIGS["lora"], accumulate=3),
+    )
 
 
 def test_the_best_weights_and_the_patience_survive(tmp_path: Path, made: Made) -> None:
@@ -267,7 +338,10 @@ def newest(home: Path, **settings: Any) -> int | None:
 
 
 def test_the_two_newest_are_kept_and_the_newest_is_taken(home: Path) -> None:
-    assert sorted(path.name for path in (home / FOLDER / "key").iterdir()) == ["step-00000006", "step-00000007"]
+    assert sorted(path.name for path in (home / FOLDER / "key").iterdir()) == [
+        "step-00000006",
+        "step-00000007",
+    ]
     assert newest(home) == 7
     os.utime(home / FOLDER / "key/step-00000006", (2**31, 2**31))  # a clock that was set back
     assert newest(home) == 7
@@ -281,17 +355,25 @@ def flip(path: Path) -> None:
 
 BREAKAGES: dict[str, Any] = {
     "a flipped bit": (lambda folder: flip(folder / TENSORS), f"{TENSORS} is not what its manifest says"),
-    "half a file": (lambda folder: (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:1000]), f"{TENSORS} is not what its manifest says"),
+    "half a file": (
+        lambda folder: (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:1000]),
+        f"{TENSORS} is not what its manifest says",
+    ),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "it has no manifest"),
     "no state": (lambda folder: (folder / STATE).unlink(), f"{STATE} is not what its manifest says"),
     "half a manifest": (lambda folder: (folder / MANIFEST).write_text('{"step": 7'), "no valid JSON"),
     "a manifest of something else": (lambda folder: (folder / MANIFEST).write_text("[]"), "passed over"),
-    "another's name": (lambda folder: folder.rename(folder.with_name("step-00000009")), "its manifest is of step 7"),
+    "another's name": (
+        lambda folder: folder.rename(folder.with_name("step-00000009")),
+        "its manifest is of step 7",
+    ),
 }
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_a_broken_checkpoint_is_passed_over_and_said(home: Path, breakage: str, made: Made, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_checkpoint_is_passed_over_and_said(
+    home: Path, breakage: str, made: Made, capfd: pytest.CaptureFixture[str]
+) -> None:
     spoil, told = BREAKAGES[breakage]
     spoil(home / FOLDER / "key/step-00000007")
     assert newest(home) == 6
@@ -312,11 +394,15 @@ def test_what_a_kill_left_half_written_is_removed(home: Path) -> None:
     assert newest(home) == 7 and not half.exists()
 
 
-def test_another_training_does_not_go_on_from_it_and_says_what_differs(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_training_does_not_go_on_from_it_and_says_what_differs(
+    home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     manifest = home / FOLDER / "key/step-00000007" / MANIFEST
     manifest.write_text(json.dumps({**read_json(manifest), "facts": {"tokens": "1", "torch": "2"}}))
     assert newest(home, key="another", tokens="1", torch="3") is None
-    assert "of other data, params or code (tokens, torch 2 → 3)" in capfd.readouterr().out  # step 6 has no facts at all
+    assert (
+        "of other data, params or code (tokens, torch 2 → 3)" in capfd.readouterr().out
+    )  # step 6 has no facts at all
     assert newest(home, tokens="1", torch="3") is None
     assert "torch was 2, is 3" in capfd.readouterr().err
 
@@ -327,7 +413,10 @@ def test_nothing_in_a_checkpoint_is_a_pickle(home: Path) -> None:
 
 
 def test_what_is_split_joins_again() -> None:
-    value = {"state": {0: {"step": torch.tensor(3.0), "m": torch.ones(2, dtype=torch.bfloat16)}, 1: {}}, "groups": [{"lr": 0.1, "params": [0, 1], "betas": [0.9, None]}]}
+    value = {
+        "state": {0: {"step": torch.tensor(3.0), "m": torch.ones(2, dtype=torch.bfloat16)}, 1: {}},
+        "groups": [{"lr": 0.1, "params": [0, 1], "betas": [0.9, None]}],
+    }
     tensors: dict[str, torch.Tensor] = {}
     again = join(json.loads(json.dumps(split(value, tensors))), tensors)
     assert repr(again) == repr(value)
@@ -336,14 +425,18 @@ def test_what_is_split_joins_again() -> None:
 # --- where none can be written ---------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_cannot_be_written_costs_a_warning_and_not_the_training(tmp_path: Path, made: Made, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_written_costs_a_warning_and_not_the_training(
+    tmp_path: Path, made: Made, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / ".ratchet").write_text("a file in the way")
     curve = Curve()
     same(made.go(CONFIGS["lora"], checkpoints(tmp_path, curve), curve), made.whole(CONFIGS["lora"]))
     assert "train: no checkpoint at step 1: " in capfd.readouterr().err
 
 
-def test_a_disk_that_is_full_leaves_no_half_checkpoint(home: Path, made: Made, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_is_full_leaves_no_half_checkpoint(
+    home: Path, made: Made, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     def fill(tensors: Any, path: Path) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -352,7 +445,10 @@ def test_a_disk_that_is_full_leaves_no_half_checkpoint(home: Path, made: Made, m
     curve = Curve()
     same(made.go(CONFIGS["lora"], checkpoints(home, curve), curve), made.whole(CONFIGS["lora"]))
     assert "No space left on device; the training goes on" in capfd.readouterr().err
-    assert sorted(path.name for path in (home / FOLDER / "key").iterdir()) == ["step-00000006", "step-00000007"]
+    assert sorted(path.name for path in (home / FOLDER / "key").iterdir()) == [
+        "step-00000006",
+        "step-00000007",
+    ]
 
 
 def test_checkpoints_come_no_oftener_than_asked(tmp_path: Path, made: Made) -> None:
@@ -364,7 +460,9 @@ def test_checkpoints_come_no_oftener_than_asked(tmp_path: Path, made: Made) -> N
 # --- asked to stop ---------------------------------------------------------------------------------------------------
 
 
-def test_a_training_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on_later(tmp_path: Path, made: Made) -> None:
+def test_a_training_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on_later(
+    tmp_path: Path, made: Made
+) -> None:
     curve = Curve()
     kept = checkpoints(tmp_path, curve, minutes=10)
     report = curve.add
@@ -388,7 +486,14 @@ def test_a_line_that_nobody_reads_ends_no_training() -> None:
     reads, writes = os.pipe()
     os.close(reads)
     program = "from ratchet.pipeline.stage import say; say('one'); say('two'); raise SystemExit(143)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     os.close(writes)
     assert (done.returncode, done.stderr) == (143, "")
 
@@ -397,20 +502,36 @@ def test_a_line_that_nobody_reads_ends_no_training() -> None:
 
 
 def test_a_command_that_was_killed_goes_on_and_gives_the_same_bytes(
-    acts: Acts, tmp_path: Path, tokens: Path, tiny_base: Path, nobody: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+    acts: Acts,
+    tmp_path: Path,
+    tokens: Path,
+    tiny_base: Path,
+    nobody: Path,
+    tiny_config: Config,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """kill -9, then SIGTERM, then to the end; and the same in one go, here."""
     acts.thread.join(timeout=150)
     assert not acts.faults and len(acts.ends) == 3
     (killed, _, _), (stopped, said, error), (done, said_last, error_last) = acts.ends
     assert killed == -signal.SIGKILL and acts.candidates == [False, False, True]
-    assert stopped == 143 and "goes on from the checkpoint of step" in said and "StoppedError: asked to stop at step" in error and "Traceback" not in error
+    assert (
+        stopped == 143
+        and "goes on from the checkpoint of step" in said
+        and "StoppedError: asked to stop at step" in error
+        and "Traceback" not in error
+    )
     assert done == 0 and "goes on from the checkpoint of step" in said_last, error_last
     assert not (acts.checkout / FOLDER).exists()
 
     monkeypatch.setenv("RATCHET_ROOT", str(tmp_path / "elsewhere"))
     train(tokens, tiny_base, nobody, tmp_path / "whole", tmp_path / "reports", patient(tiny_config))
     workspace = acts.checkout / "workspace"
-    assert {path.name: sha256_file(path) for path in (workspace / "models/candidate").iterdir()} == {path.name: sha256_file(path) for path in (tmp_path / "whole").iterdir()}
-    curves = [[{**point, "time_ms": 0} for point in read_history(folder / "history.jsonl")] for folder in (workspace / "reports/train", tmp_path / "reports")]
+    assert {path.name: sha256_file(path) for path in (workspace / "models/candidate").iterdir()} == {
+        path.name: sha256_file(path) for path in (tmp_path / "whole").iterdir()
+    }
+    curves = [
+        [{**point, "time_ms": 0} for point in read_history(folder / "history.jsonl")]
+        for folder in (workspace / "reports/train", tmp_path / "reports")
+    ]
     assert curves[0] == curves[1]

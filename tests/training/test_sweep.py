@@ -27,7 +27,15 @@ from ratchet.files import read_json, write_json
 from ratchet.pipeline.checkout import child_environment
 from ratchet.tracking.mlflow import mlflow_client
 from ratchet.training.launch import Material
-from ratchet.training.search_space import changes_of, check_space, current, draw, dvc_command, rows_key, with_changes
+from ratchet.training.search_space import (
+    changes_of,
+    check_space,
+    current,
+    draw,
+    dvc_command,
+    rows_key,
+    with_changes,
+)
 from ratchet.training.trials import STUDY_TAG, TRIAL_TAG, close_study, deliver
 from tasks.sweep import DATABASE, TODAY, Best, Search, propose
 from tasks.train import train
@@ -44,7 +52,9 @@ def material(tokens: Path, tiny_base: Path, nobody: Path) -> Material:
 
 
 def with_space(config: Config, space: dict[str, Any], **settings: Any) -> Config:
-    return config.model_validate({**config.model_dump(), "sweep": {"space": space, "trials": 3, "startup_trials": 1, **settings}})
+    return config.model_validate(
+        {**config.model_dump(), "sweep": {"space": space, "trials": 3, "startup_trials": 1, **settings}}
+    )
 
 
 def search_in(home: Path, config: Config, material: Material, said: list[str] | None = None) -> Search:
@@ -69,12 +79,21 @@ def study_of(home: Path, search: Search) -> optuna.Study:
 @pytest.mark.parametrize(
     ("space", "wanted"),
     [
-        ({"train.learning_rat": [0.1]}, "train.learning_rat: no key that can be searched; known: base.model, train.start_from"),
+        (
+            {"train.learning_rat": [0.1]},
+            "train.learning_rat: no key that can be searched; known: base.model, train.start_from",
+        ),
         ({"gate.alpha": [0.1]}, "gate.alpha: no key that can be searched"),
         ({"adapter.rank": [8, 1000]}, "adapter.rank: Input should be less than or equal to 512, got 1000"),
         ({"train.epochs": {"low": -1, "high": 2}}, "train.epochs: Input should be greater than 0"),
-        ({"adapter.method": {"low": 1, "high": 2}}, "adapter.method: takes no range; wanted a list of choices"),
-        ({"train.batch_windows": {"low": 1, "high": 2.5}}, "train.batch_windows: takes whole numbers, got 2.5"),
+        (
+            {"adapter.method": {"low": 1, "high": 2}},
+            "adapter.method: takes no range; wanted a list of choices",
+        ),
+        (
+            {"train.batch_windows": {"low": 1, "high": 2.5}},
+            "train.batch_windows: takes whole numbers, got 2.5",
+        ),
         ({"adapter.method": ["lora", "lara"]}, "adapter.method: "),
         ({"base.model": ["org/name"]}, "base.model: "),
         ({}, "`sweep.space` is empty"),
@@ -109,10 +128,18 @@ def test_what_is_drawn_has_the_types_and_bounds_of_the_space(tmp_path: Path) -> 
     check_space(config)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
     drawn = [draw(study.ask(), config) for _ in range(40)]
-    assert all(1e-4 <= one["train.learning_rate"] <= 1e-2 and len(f"{one['train.learning_rate']:.9g}".lstrip("0.")) <= 6 for one in drawn)
-    assert {type(one["adapter.rank"]) for one in drawn} == {int} and {one["adapter.rank"] % 8 for one in drawn} == {0}
+    assert all(
+        1e-4 <= one["train.learning_rate"] <= 1e-2
+        and len(f"{one['train.learning_rate']:.9g}".lstrip("0.")) <= 6
+        for one in drawn
+    )
+    assert {type(one["adapter.rank"]) for one in drawn} == {int} and {
+        one["adapter.rank"] % 8 for one in drawn
+    } == {0}
     assert {one["train.replay"] for one in drawn} == {0.0, 0.25, 0.5, 0.75, 1.0}
-    assert next(one["adapter.target_modules"] for one in drawn if isinstance(one["adapter.target_modules"], list)) == ["q_proj", "v_proj"]
+    assert next(
+        one["adapter.target_modules"] for one in drawn if isinstance(one["adapter.target_modules"], list)
+    ) == ["q_proj", "v_proj"]
     configs = [with_changes(config, changes_of(one)) for one in drawn]
     assert {(one.base.model, one.base.revision) for one in configs} == {("demo", None), ("org/name", HASH)}
     assert rows_key(changes_of(drawn[0])).keys() == {"train.replay", "base.model", "base.revision"}
@@ -121,24 +148,46 @@ def test_what_is_drawn_has_the_types_and_bounds_of_the_space(tmp_path: Path) -> 
 # --- trials ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_trial_is_the_training_that_its_params_say(material: Material, tiny_config: Config, tmp_path: Path) -> None:
-    config = with_space(tiny_config, {"train.learning_rate": {"low": 1e-3, "high": 3e-2, "log": True}, "adapter.rank": [2, 4]}, trials=2)
+def test_a_trial_is_the_training_that_its_params_say(
+    material: Material, tiny_config: Config, tmp_path: Path
+) -> None:
+    config = with_space(
+        tiny_config,
+        {"train.learning_rate": {"low": 1e-3, "high": 3e-2, "log": True}, "adapter.rank": [2, 4]},
+        trials=2,
+    )
     search = search_in(tmp_path / "home", config, material)
     records = run_all(search, material)
     assert [record["state"] for record in records] == ["complete", "complete"]
-    assert records[0]["changes"] == {"train.learning_rate": 1e-2, "adapter.rank": 4}, "today's settings come first"
+    assert records[0]["changes"] == {"train.learning_rate": 1e-2, "adapter.rank": 4}, (
+        "today's settings come first"
+    )
     again = with_changes(config, records[1]["changes"])
     figures = train(*material, tmp_path / "again/candidate", tmp_path / "again/reports", again)
-    assert figures["best_validation_loss"] == records[1]["value"] == records[1]["figures"]["best_validation_loss"]
+    assert (
+        figures["best_validation_loss"]
+        == records[1]["value"]
+        == records[1]["figures"]["best_validation_loss"]
+    )
     assert figures["run_key"] == records[1]["manifest"]["run_key"], "the key of data, params and code"
     assert search.best().value == min(record["value"] for record in records)
     assert search.baseline() == records[0]["value"]
-    assert [path.name for path in search.folder.iterdir() if path.is_dir()] == [], "weights of trials are not kept"
+    assert [path.name for path in search.folder.iterdir() if path.is_dir()] == [], (
+        "weights of trials are not kept"
+    )
 
 
 @pytest.mark.e2e
-def test_a_bad_trial_ends_early_a_diverging_one_says_why_and_the_sweep_goes_on(material: Material, tiny_config: Config, tmp_path: Path) -> None:
-    patient = tiny_config.model_copy(update={"train": TrainConfig(epochs=6, evaluations=12, patience=99, learning_rate=1e-2, schedule="constant")})
+def test_a_bad_trial_ends_early_a_diverging_one_says_why_and_the_sweep_goes_on(
+    material: Material, tiny_config: Config, tmp_path: Path
+) -> None:
+    patient = tiny_config.model_copy(
+        update={
+            "train": TrainConfig(
+                epochs=6, evaluations=12, patience=99, learning_rate=1e-2, schedule="constant"
+            )
+        }
+    )
     config = with_space(patient, {"train.learning_rate": [1e-2, 1e-9, 1e30]}, trials=3)
     home = tmp_path / "home"
     search = search_in(home, config, material)
@@ -155,7 +204,9 @@ def test_a_bad_trial_ends_early_a_diverging_one_says_why_and_the_sweep_goes_on(m
     assert search.best().changes == {"train.learning_rate": 1e-2}
 
 
-def test_a_combination_that_the_config_refuses_is_a_failed_trial(material: Material, tiny_config: Config, tmp_path: Path) -> None:
+def test_a_combination_that_the_config_refuses_is_a_failed_trial(
+    material: Material, tiny_config: Config, tmp_path: Path
+) -> None:
     config = with_space(tiny_config, {"adapter.method": ["prefix"], "adapter.bias": ["all"]}, trials=1)
     search = search_in(tmp_path / "home", config, material)
     [record] = run_all(search, material)
@@ -163,9 +214,13 @@ def test_a_combination_that_the_config_refuses_is_a_failed_trial(material: Mater
 
 
 @pytest.mark.e2e
-def test_an_interrupted_sweep_goes_on_with_the_same_study(material: Material, tiny_config: Config, tmp_path: Path) -> None:
+def test_an_interrupted_sweep_goes_on_with_the_same_study(
+    material: Material, tiny_config: Config, tmp_path: Path
+) -> None:
     """Killed by -9 in the middle of a trial, as a process of its own; the settings of the lost trial are tried again, and the number of trials stays."""
-    slow = tiny_config.model_copy(update={"train": TrainConfig(epochs=200, evaluations=4, learning_rate=1e-2)})
+    slow = tiny_config.model_copy(
+        update={"train": TrainConfig(epochs=200, evaluations=4, learning_rate=1e-2)}
+    )
     home, config = tmp_path / "home", with_space(slow, {"adapter.rank": [4, 8]}, trials=2)
     home.mkdir()
     (home / "params.yaml").write_text(render_params(config))
@@ -175,9 +230,18 @@ def test_an_interrupted_sweep_goes_on_with_the_same_study(material: Material, ti
         "search = Search(home, load_config(home / 'params.yaml'), material, commit='c', say=print)\n"
         "search.run(search.next(), material)\n"
     )
-    started = subprocess.Popen([sys.executable, "-c", program, str(home), *map(str, material)], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    started = subprocess.Popen(
+        [sys.executable, "-c", program, str(home), *map(str, material)],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+    )
     until = time.monotonic() + 60
-    while not (trainings := list((home / ".ratchet/sweeps").glob("*/*/.reports.*.tmp/history.jsonl"))) and time.monotonic() < until and started.poll() is None:
+    while (
+        not (trainings := list((home / ".ratchet/sweeps").glob("*/*/.reports.*.tmp/history.jsonl")))
+        and time.monotonic() < until
+        and started.poll() is None
+    ):
         time.sleep(0.05)
     child = int(trainings[0].parent.name.split(".")[2])
     os.kill(started.pid, signal.SIGKILL)
@@ -193,9 +257,13 @@ def test_an_interrupted_sweep_goes_on_with_the_same_study(material: Material, ti
         interrupt(search, trial, material)
     again = search_in(home, config, material).next()
     assert again is not None and again.user_attrs["changes"] == {"adapter.rank": 4}
-    assert search.counts() == {"complete": 0, "pruned": 0, "fail": 0, "running": 1}, "what was lost or put back is no trial"
+    assert search.counts() == {"complete": 0, "pruned": 0, "fail": 0, "running": 1}, (
+        "what was lost or put back is no trial"
+    )
     assert len(list((home / ".ratchet/sweeps").glob("*/"))) == 1
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE, "the orphan was ended before its folder was used again"
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE, (
+        "the orphan was ended before its folder was used again"
+    )
 
 
 def interrupt(search: Search, trial: optuna.Trial, material: Material) -> None:
@@ -208,7 +276,9 @@ def interrupt(search: Search, trial: optuna.Trial, material: Material) -> None:
         watcher.wait()
 
 
-def test_other_rows_or_another_space_are_another_study(material: Material, tiny_config: Config, tmp_path: Path) -> None:
+def test_other_rows_or_another_space_are_another_study(
+    material: Material, tiny_config: Config, tmp_path: Path
+) -> None:
     config = with_space(tiny_config, {"adapter.rank": [4, 8]})
     name = search_in(tmp_path / "home", config, material).name
     tokens = tmp_path / "tokens"
@@ -217,17 +287,28 @@ def test_other_rows_or_another_space_are_another_study(material: Material, tiny_
     others = [
         search_in(tmp_path / "home", config, material._replace(tokens=tokens)).name,
         search_in(tmp_path / "home", with_space(tiny_config, {"adapter.rank": [4, 16]}), material).name,
-        search_in(tmp_path / "home", with_space(tiny_config.model_copy(update={"train": TrainConfig(epochs=1)}), {"adapter.rank": [4, 8]}), material).name,
+        search_in(
+            tmp_path / "home",
+            with_space(
+                tiny_config.model_copy(update={"train": TrainConfig(epochs=1)}), {"adapter.rank": [4, 8]}
+            ),
+            material,
+        ).name,
     ]
     assert len({name, *others}) == 4
     more = with_space(tiny_config, {"adapter.rank": [4, 8]}, trials=30, seed=2)
     assert search_in(tmp_path / "home", more, material).name == name, "more trials go on with it"
 
 
-def test_two_workers_on_one_storage_share_its_trials(material: Material, tiny_config: Config, tmp_path: Path) -> None:
+def test_two_workers_on_one_storage_share_its_trials(
+    material: Material, tiny_config: Config, tmp_path: Path
+) -> None:
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     config = with_space(tiny_config, {"adapter.rank": {"low": 1, "high": 512}}, trials=3, storage=url)
-    one, other = search_in(tmp_path / "one", config, material), search_in(tmp_path / "other", config, material)
+    one, other = (
+        search_in(tmp_path / "one", config, material),
+        search_in(tmp_path / "other", config, material),
+    )
     assert one.name == other.name
     first, second, third = one.next(), other.next(), one.next()
     # One's first trial counts as lost when one asks again: a worker has one at a time. Other's runs on.
@@ -236,9 +317,16 @@ def test_two_workers_on_one_storage_share_its_trials(material: Material, tiny_co
     assert other._study.get_trials()[second.number].state == optuna.trial.TrialState.RUNNING
 
 
-def test_todays_settings_are_tried_once_when_two_machines_have_queued_them(material: Material, tiny_config: Config, tmp_path: Path) -> None:
-    config = with_space(tiny_config, {"adapter.rank": {"low": 1, "high": 512}}, storage=f"sqlite:///{tmp_path / 'shared.db'}")
-    one, other = search_in(tmp_path / "one", config, material), search_in(tmp_path / "other", config, material)
+def test_todays_settings_are_tried_once_when_two_machines_have_queued_them(
+    material: Material, tiny_config: Config, tmp_path: Path
+) -> None:
+    config = with_space(
+        tiny_config, {"adapter.rank": {"low": 1, "high": 512}}, storage=f"sqlite:///{tmp_path / 'shared.db'}"
+    )
+    one, other = (
+        search_in(tmp_path / "one", config, material),
+        search_in(tmp_path / "other", config, material),
+    )
     one._study.enqueue_trial({"adapter.rank": 4}, user_attrs={TODAY: True})
     first, second = one.next(), other.next()
     assert first and second
@@ -246,20 +334,32 @@ def test_todays_settings_are_tried_once_when_two_machines_have_queued_them(mater
     assert one.counts() == {"complete": 0, "pruned": 0, "fail": 0, "running": 2}
 
 
-def test_a_storage_that_is_away_is_named_without_its_password(material: Material, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_that_is_away_is_named_without_its_password(
+    material: Material, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RATCHET_SWEEP_STORAGE", f"sqlite:////ana:secret@{tmp_path}/none/none.db")
     with pytest.raises(ServiceError, match="storage does not answer") as raised:
         search_in(tmp_path / "home", with_space(tiny_config, {"adapter.rank": [4]}), material)
     assert "secret" not in str(raised.value)
 
 
-def test_going_on_from_a_champion_forbids_other_shapes(material: Material, tiny_config: Config, candidate: Path, tmp_path: Path) -> None:
+def test_going_on_from_a_champion_forbids_other_shapes(
+    material: Material, tiny_config: Config, candidate: Path, tmp_path: Path
+) -> None:
     incumbent = tmp_path / "incumbent"
     shutil.copytree(candidate, incumbent)
     write_json(incumbent / "manifest.json", {**read_json(incumbent / "manifest.json"), "version": 1})
     with pytest.raises(ConfigError, match=r"adapter\.rank.*start_from"):
-        search_in(tmp_path / "home", with_space(tiny_config, {"adapter.rank": [4, 8]}), material._replace(incumbent=incumbent))
-    search_in(tmp_path / "home", with_space(tiny_config, {"train.learning_rate": [0.1]}), material._replace(incumbent=incumbent))
+        search_in(
+            tmp_path / "home",
+            with_space(tiny_config, {"adapter.rank": [4, 8]}),
+            material._replace(incumbent=incumbent),
+        )
+    search_in(
+        tmp_path / "home",
+        with_space(tiny_config, {"train.learning_rate": [0.1]}),
+        material._replace(incumbent=incumbent),
+    )
 
 
 # --- what comes of it --------------------------------------------------------------------------------------------------------
@@ -268,7 +368,10 @@ def test_going_on_from_a_champion_forbids_other_shapes(material: Material, tiny_
 def written(folder: Path, number: int, state: str, **more: Any) -> dict[str, Any]:
     """A record as a trial leaves it."""
     rate = 10.0 ** -(number + 2)
-    points = [{"step": 1, "time_ms": 1_700_000_000_000, "train_loss": 3.0}, {"step": 2, "time_ms": 1_700_000_001_000, "validation_loss": 2.5}]
+    points = [
+        {"step": 1, "time_ms": 1_700_000_000_000, "train_loss": 3.0},
+        {"step": 2, "time_ms": 1_700_000_001_000, "validation_loss": 2.5},
+    ]
     record = {
         "number": number,
         "study": "small-0123456789ab",
@@ -288,7 +391,9 @@ def written(folder: Path, number: int, state: str, **more: Any) -> dict[str, Any
     return record
 
 
-def test_each_trial_is_a_nested_run_also_when_mlflow_comes_later(tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_trial_is_a_nested_run_also_when_mlflow_comes_later(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, config = tmp_path / "study", tiny_config
     records = [
         written(folder, 0, "complete", value=2.5, figures={"steps": 2}),
@@ -300,24 +405,48 @@ def test_each_trial_is_a_nested_run_also_when_mlflow_comes_later(tiny_config: Co
         deliver(folder, config)
     use_mlflow(monkeypatch, tmp_path)
     assert (deliver(folder, config), deliver(folder, config)) == (3, 0)
-    parent = close_study(records[0]["study"], config, {"best": {"value": 2.5, "command": records[0]["command"]}, "trials": 3})
+    parent = close_study(
+        records[0]["study"], config, {"best": {"value": 2.5, "command": records[0]["command"]}, "trials": 3}
+    )
     client = mlflow_client()
     runs = client.search_runs([client.get_experiment_by_name(config.project.name).experiment_id])
     by_trial = {run.data.tags[TRIAL_TAG]: run for run in runs}
     assert len(runs) == 4 and {run.data.tags[STUDY_TAG] for run in runs} == {records[0]["study"]}
-    assert {by_trial[number].data.tags["mlflow.parentRunId"] for number in "012"} == {parent} == {by_trial["study"].info.run_id}
-    assert [by_trial[number].info.status for number in ("0", "1", "2", "study")] == ["FINISHED", "FAILED", "KILLED", "FINISHED"]
-    assert by_trial["0"].data.metrics == {"objective": 2.5, "train/steps": 2.0, "train_loss": 3.0, "validation_loss": 2.5}
-    assert by_trial["0"].data.params["train.learning_rate"] == "0.01" and by_trial["0"].data.params["adapter.rank"] == "4"
+    assert (
+        {by_trial[number].data.tags["mlflow.parentRunId"] for number in "012"}
+        == {parent}
+        == {by_trial["study"].info.run_id}
+    )
+    assert [by_trial[number].info.status for number in ("0", "1", "2", "study")] == [
+        "FINISHED",
+        "FAILED",
+        "KILLED",
+        "FINISHED",
+    ]
+    assert by_trial["0"].data.metrics == {
+        "objective": 2.5,
+        "train/steps": 2.0,
+        "train_loss": 3.0,
+        "validation_loss": 2.5,
+    }
+    assert (
+        by_trial["0"].data.params["train.learning_rate"] == "0.01"
+        and by_trial["0"].data.params["adapter.rank"] == "4"
+    )
     assert by_trial["1"].data.tags["ratchet.reason"] == "DivergenceError: x"
     assert by_trial["0"].data.tags["ratchet.reproduce"] == records[0]["command"]
 
 
 def test_the_best_settings_are_a_diff_that_keeps_the_comments(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text("# Ours\ntrain:\n  epochs: 2.0  # Ana tried 3\n  learning_rate: 2.0e-3\n", encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(
+        "# Ours\ntrain:\n  epochs: 2.0  # Ana tried 3\n  learning_rate: 2.0e-3\n", encoding="utf-8"
+    )
     best = Best(3, 2.5, {"train.learning_rate": 5e-5, "adapter.target_modules": ["q_proj"]}, "dvc exp run …")
     shown = propose(tmp_path, best, apply=False)
-    assert "-  learning_rate: 2.0e-3\n+  learning_rate: 5.0e-5\n" in shown and "+adapter:\n+  target_modules: [q_proj]\n" in shown
+    assert (
+        "-  learning_rate: 2.0e-3\n+  learning_rate: 5.0e-5\n" in shown
+        and "+adapter:\n+  target_modules: [q_proj]\n" in shown
+    )
     assert load_config(tmp_path / "params.yaml").train.learning_rate == 2.0e-3, "shown, not written"
     assert propose(tmp_path, best, apply=True) == shown
     text = (tmp_path / "params.yaml").read_text(encoding="utf-8")
@@ -329,14 +458,18 @@ def test_the_best_settings_are_a_diff_that_keeps_the_comments(tmp_path: Path) ->
 def test_a_value_that_stands_there_in_another_writing_is_no_change() -> None:
     text = "train:\n  learning_rate: 0.002  # peak\n  compile: false\n"
     assert edit_params(text, {"train.learning_rate": 2.0e-3, "train.compile": False}) == text
-    assert "compile: true" in edit_params(text, {"train.compile": True}) and "0.003" in edit_params(text, {"train.learning_rate": 0.003}).replace("3.0e-3", "0.003")
+    assert "compile: true" in edit_params(text, {"train.compile": True}) and "0.003" in edit_params(
+        text, {"train.learning_rate": 0.003}
+    ).replace("3.0e-3", "0.003")
 
 
 def test_a_change_of_the_whole_params_yaml_touches_its_lines_alone() -> None:
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     changed = edit_params(text, {"train.learning_rate": 1e-4, "base.revision": None, "train.epochs": 2.5})
     assert [line for line in diff_params(text, changed).splitlines() if line.startswith(("+ ", "- "))] == [
-        line for line in diff_params(text, changed).splitlines() if "epochs" in line[:12] or "learning_rate" in line[:18]
+        line
+        for line in diff_params(text, changed).splitlines()
+        if "epochs" in line[:12] or "learning_rate" in line[:18]
     ]
     assert edit_params(text, {}) == text
 
@@ -356,9 +489,19 @@ CHANGES = {
 def test_the_dvc_command_yields_the_trials_params(tmp_path: Path) -> None:
     """As an experiment of a real repository, whose one stage copies its params."""
     stage = "stages:\n  train:\n    cmd: cp params.yaml out.yaml\n    params:\n      - train\n      - adapter\n      - base\n    outs:\n      - out.yaml:\n          cache: false\n"
-    root = make_repository(tmp_path / "checkout", {"params.yaml": render_params(Config()), "dvc.yaml": stage, ".gitignore": ".ratchet/\n"})
+    root = make_repository(
+        tmp_path / "checkout",
+        {"params.yaml": render_params(Config()), "dvc.yaml": stage, ".gitignore": ".ratchet/\n"},
+    )
     command = shlex.split(dvc_command(CHANGES))
-    done = subprocess.run([sys.executable, "-m", *command], cwd=root, env=child_environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=root,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert load_config(root / "out.yaml") == with_changes(Config(), CHANGES)
 
@@ -368,8 +511,18 @@ def test_the_command_refuses_a_space_before_anything_runs(tmp_path: Path) -> Non
     write_files(root, {"params.yaml": "sweep:\n  space:\n    adapter.rank: [8, 1000]\n"})
     commit(root, "A space")
     environment = {**child_environment(), "MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}
-    done = subprocess.run([sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "sweep"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "") and "adapter.rank: Input should be less than or equal to 512, got 1000" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "sweep"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (
+        2,
+        "",
+    ) and "adapter.rank: Input should be less than or equal to 512, got 1000" in done.stderr
     assert not (root / ".ratchet/sweeps").exists() and not (root / ".ratchet/workspaces").exists()
 
 

@@ -42,14 +42,39 @@ def server() -> Iterator[int]:
     """The port of a PostgreSQL of our own on 127.0.0.1, which asks for the password."""
     pytest.importorskip("psycopg", reason="psycopg is not installed (the extra `store`)")
     programs = find_programs()
-    folder = Path(tempfile.mkdtemp(prefix="ratchet-postgres-"))  # not under pytest's folder, which no other user may enter
+    folder = Path(
+        tempfile.mkdtemp(prefix="ratchet-postgres-")
+    )  # not under pytest's folder, which no other user may enter
     user = unprivileged_user(folder)
     (folder / "password").write_text(PASSWORD, encoding="utf-8")
-    make = [programs / "initdb", "--no-sync", "--auth=scram-sha-256", "--username=ana", f"--pwfile={folder / 'password'}", "--encoding=UTF8", "-D", folder / "data"]
+    make = [
+        programs / "initdb",
+        "--no-sync",
+        "--auth=scram-sha-256",
+        "--username=ana",
+        f"--pwfile={folder / 'password'}",
+        "--encoding=UTF8",
+        "-D",
+        folder / "data",
+    ]
     subprocess.run(make, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     port = free_port()
-    start = [programs / "postgres", "-D", folder / "data", "-F", "-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
-    with (folder / "log").open("wb") as log, subprocess.Popen(start, user=user, cwd=folder, stdout=log, stderr=log) as process:
+    start = [
+        programs / "postgres",
+        "-D",
+        folder / "data",
+        "-F",
+        "-p",
+        str(port),
+        "-c",
+        "listen_addresses=127.0.0.1",
+        "-c",
+        "unix_socket_directories=",
+    ]
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(start, user=user, cwd=folder, stdout=log, stderr=log) as process,
+    ):
         try:
             wait_until_ready(port, process, folder / "log")
             yield port
@@ -61,7 +86,9 @@ def server() -> Iterator[int]:
 
 def find_programs() -> Path:
     """Debian keeps them out of PATH, in a folder a version."""
-    found = [Path(path).parent for path in [shutil.which("initdb")] if path] + sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    found = [Path(path).parent for path in [shutil.which("initdb")] if path] + sorted(
+        Path("/usr/lib/postgresql").glob("*/bin")
+    )
     complete = [folder for folder in found if (folder / "initdb").exists() and (folder / "postgres").exists()]
     if not complete:
         pytest.skip("there is no PostgreSQL (apt-get install postgresql)")
@@ -89,7 +116,9 @@ def wait_until_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> 
     until = time.monotonic() + 30
     while time.monotonic() < until and process.poll() is None:
         try:
-            psycopg.connect(host="127.0.0.1", port=port, user="ana", password=PASSWORD, dbname="postgres").close()
+            psycopg.connect(
+                host="127.0.0.1", port=port, user="ana", password=PASSWORD, dbname="postgres"
+            ).close()
             return
         except psycopg.OperationalError:
             time.sleep(0.05)
@@ -102,7 +131,9 @@ def url(server: int, request: pytest.FixtureRequest) -> str:
     import psycopg
 
     name = f"study_{abs(hash(request.node.name))}"
-    with psycopg.connect(host="127.0.0.1", port=server, user="ana", password=PASSWORD, dbname="postgres", autocommit=True) as connection:
+    with psycopg.connect(
+        host="127.0.0.1", port=server, user="ana", password=PASSWORD, dbname="postgres", autocommit=True
+    ) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())
     return f"postgresql+psycopg://ana:{QUOTED}@127.0.0.1:{server}/{name}"
 
@@ -136,7 +167,9 @@ print(json.dumps({"best": search.best(), "counts": search.counts()}))
 """
 
 
-def test_two_machines_that_begin_at_once_share_a_study(url: str, material: Material, tiny_config: Config, tmp_path: Path) -> None:
+def test_two_machines_that_begin_at_once_share_a_study(
+    url: str, material: Material, tiny_config: Config, tmp_path: Path
+) -> None:
     """From an empty database: both find no tables, no study and no trial."""
     homes = [tmp_path / "one", tmp_path / "other"]
     workers = [begin_worker(home, with_space(tiny_config), material, url) for home in homes]
@@ -148,15 +181,22 @@ def test_two_machines_that_begin_at_once_share_a_study(url: str, material: Mater
         worker.stdin.flush()
     outputs = [worker.communicate(timeout=120) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
-    records = [[read_json(path) for path in sorted((home / ".ratchet/sweeps").glob("*/trial-*.json"))] for home in homes]
+    records = [
+        [read_json(path) for path in sorted((home / ".ratchet/sweeps").glob("*/trial-*.json"))]
+        for home in homes
+    ]
     assert all(records), "each had some"
     both = records[0] + records[1]
     assert len({record["study"] for record in both}) == 1
     assert set(Counter(record["number"] for record in both).values()) == {1}, "each number once"
     assert values_in(url, both[0]["study"]) == {record["number"]: record["value"] for record in both}
-    assert len(both) == 3 == len({json.dumps(record["changes"]) for record in both}), "as many as asked for, each other settings"
+    assert len(both) == 3 == len({json.dumps(record["changes"]) for record in both}), (
+        "as many as asked for, each other settings"
+    )
     told = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
-    assert {tuple(one["best"][:2]) for one in told} <= {(record["number"], record["value"]) for record in both}
+    assert {tuple(one["best"][:2]) for one in told} <= {
+        (record["number"], record["value"]) for record in both
+    }
     holds_no_password(tmp_path, *(text for output in outputs for text in output))
 
 
@@ -165,7 +205,13 @@ def begin_worker(home: Path, config: Config, material: Material, url: str) -> su
     (home / "params.yaml").write_text(render_params(config), encoding="utf-8")
     pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
     environment = {**child_environment(), STORAGE_VARIABLE: url}
-    return subprocess.Popen([sys.executable, "-c", WORKER, str(home), *map(str, material)], cwd=ROOT, env=environment, text=True, **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(home), *map(str, material)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        **pipes,
+    )
 
 
 def values_in(url: str, study: str) -> dict[int, float | None]:
@@ -187,19 +233,45 @@ def holds_no_password(folder: Path, *texts: str) -> None:
 
 
 FAULTS = {
-    "a wrong password": ("postgresql+psycopg://ana:mulberry%2F18@127.0.0.1:{port}/postgres", ServiceError, "password authentication failed"),
-    "no such database": ("postgresql+psycopg://ana:{quoted}@127.0.0.1:{port}/nothing", ServiceError, 'database "nothing" does not exist'),
+    "a wrong password": (
+        "postgresql+psycopg://ana:mulberry%2F18@127.0.0.1:{port}/postgres",
+        ServiceError,
+        "password authentication failed",
+    ),
+    "no such database": (
+        "postgresql+psycopg://ana:{quoted}@127.0.0.1:{port}/nothing",
+        ServiceError,
+        'database "nothing" does not exist',
+    ),
     "nobody listens": ("postgresql+psycopg://ana:{quoted}@127.0.0.1:1/study", ServiceError, "refused"),
-    "no driver": ("postgresql+pg8000://ana:{quoted}@127.0.0.1:{port}/study", ServiceError, "postgresql+psycopg://… with the extra `store`"),
-    "no such kind of database": ("postgres://ana:{quoted}@127.0.0.1:{port}/study", ServiceError, "does not answer"),
-    "an at sign in the password": ("postgresql+psycopg://ana:17@mulberry@127.0.0.1:{port}/study", ConfigError, "is no database URL"),
+    "no driver": (
+        "postgresql+pg8000://ana:{quoted}@127.0.0.1:{port}/study",
+        ServiceError,
+        "postgresql+psycopg://… with the extra `store`",
+    ),
+    "no such kind of database": (
+        "postgres://ana:{quoted}@127.0.0.1:{port}/study",
+        ServiceError,
+        "does not answer",
+    ),
+    "an at sign in the password": (
+        "postgresql+psycopg://ana:17@mulberry@127.0.0.1:{port}/study",
+        ConfigError,
+        "is no database URL",
+    ),
     "a password alone": ("mulberry", ConfigError, "is no database URL"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_storage_that_refuses_is_told_with_a_remedy_and_no_password(
-    fault: str, server: int, material: Material, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    fault: str,
+    server: int,
+    material: Material,
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     url, kind, wanted = FAULTS[fault]
     monkeypatch.setenv(STORAGE_VARIABLE, url.format(port=server, quoted=QUOTED))
@@ -215,8 +287,23 @@ def test_a_storage_that_refuses_is_told_with_a_remedy_and_no_password(
 
 def test_the_command_looks_at_the_storage_before_anything_runs(tmp_path: Path) -> None:
     root = make_repository(tmp_path / "checkout")
-    environment = {**child_environment(), STORAGE_VARIABLE: f"postgresql+psycopg://ana:{QUOTED}@127.0.0.1:1/study", "MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}
-    done = subprocess.run([sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "sweep"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "") and "Connection refused" in done.stderr and "→ `sweep.storage`" in done.stderr
+    environment = {
+        **child_environment(),
+        STORAGE_VARIABLE: f"postgresql+psycopg://ana:{QUOTED}@127.0.0.1:1/study",
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "sweep"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (
+        (done.returncode, done.stdout) == (1, "")
+        and "Connection refused" in done.stderr
+        and "→ `sweep.storage`" in done.stderr
+    )
     assert not (root / ".ratchet/sweeps").exists() and not (root / ".ratchet/workspaces").exists()
     holds_no_password(root, done.stdout, done.stderr)

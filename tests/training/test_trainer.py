@@ -34,7 +34,17 @@ from tasks.train import train
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "adapter_model.safetensors"
 SCHEDULE = Schedule(
-    steps=6, batch_windows=4, accumulate=1, learning_rate=1e-2, kind="cosine", warmup_share=0.0, weight_decay=0.01, max_grad_norm=1.0, evaluations=3, patience=3, seed=7
+    steps=6,
+    batch_windows=4,
+    accumulate=1,
+    learning_rate=1e-2,
+    kind="cosine",
+    warmup_share=0.0,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    evaluations=3,
+    patience=3,
+    seed=7,
 )
 
 
@@ -53,10 +63,26 @@ def started(tmp_path_factory, tokens, tiny_base, nobody, tiny_config) -> dict[st
         (folder / "params.yaml").write_text(render_params(tiny_config))
         if name == "broken":
             spoil(folder / "models/base/model.safetensors")
-        arguments = ["--tokens", "data/tokenized", "--base", "models/base", "--incumbent", "models/incumbent", "--out", "models/candidate", "--reports", "reports/train"]
+        arguments = [
+            "--tokens",
+            "data/tokenized",
+            "--base",
+            "models/base",
+            "--incumbent",
+            "models/incumbent",
+            "--out",
+            "models/candidate",
+            "--reports",
+            "reports/train",
+        ]
         environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(ROOT)}
         processes[name] = subprocess.Popen(
-            [sys.executable, "-m", "tasks.train", *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "tasks.train", *arguments],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         processes[name].folder = folder
     yield processes
@@ -94,11 +120,23 @@ def adapted(base: Path, **settings) -> Any:
 
 
 def run(
-    model: Any, windows: list[Window], validation: list[Window], apart: bool | None = None, text_weight: float | None = None, **settings
+    model: Any,
+    windows: list[Window],
+    validation: list[Window],
+    apart: bool | None = None,
+    text_weight: float | None = None,
+    **settings,
 ) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
     curve: list[tuple[int, dict[str, float]]] = []
     outcome = fit(
-        model, windows, validation, SCHEDULE._replace(**settings), pad_id=0, report=lambda step, values: curve.append((step, values)), apart=apart, text_weight=text_weight
+        model,
+        windows,
+        validation,
+        SCHEDULE._replace(**settings),
+        pad_id=0,
+        report=lambda step, values: curve.append((step, values)),
+        apart=apart,
+        text_weight=text_weight,
     )
     return outcome, curve
 
@@ -109,7 +147,9 @@ def loss_by_hand(model: Any, windows: list[Window]) -> float:
     for window in windows:
         starts = [index for index, position in enumerate(window.position_ids) if position == 0]
         for start, end in zip(starts, [*starts[1:], len(window.input_ids)], strict=True):
-            rows.append(Encoded(window.input_ids[start:end], [label != IGNORED for label in window.labels[start:end]]))
+            rows.append(
+                Encoded(window.input_ids[start:end], [label != IGNORED for label in window.labels[start:end]])
+            )
     found = answer_likelihoods(model.eval(), rows, pad_id=0, batch_size=1)
     return sum(each.nll for each in found) / sum(each.tokens for each in found)
 
@@ -123,11 +163,15 @@ def test_the_loss_falls(tiny_base, windows):
 
 
 @pytest.mark.parametrize(("batch_windows", "accumulate"), [(2, 2), (1, 4)])
-def test_one_batch_of_four_is_as_many_windows_accumulated(tiny_base, windows, validation, batch_windows, accumulate):
+def test_one_batch_of_four_is_as_many_windows_accumulated(
+    tiny_base, windows, validation, batch_windows, accumulate
+):
     """The curve, the validation loss and the weights; losses are a learned token, however the windows are split."""
     whole, split = adapted(tiny_base), adapted(tiny_base)
     _, at_once = run(whole, windows, validation, apart=False, batch_windows=4, accumulate=1)
-    _, in_parts = run(split, windows, validation, apart=False, batch_windows=batch_windows, accumulate=accumulate)
+    _, in_parts = run(
+        split, windows, validation, apart=False, batch_windows=batch_windows, accumulate=accumulate
+    )
     assert [step for step, _ in at_once] == [step for step, _ in in_parts]
     for (_, left), (_, right) in zip(at_once, in_parts, strict=True):
         assert left == pytest.approx(right, rel=1e-5, abs=1e-6)
@@ -138,7 +182,18 @@ def test_one_batch_of_four_is_as_many_windows_accumulated(tiny_base, windows, va
 def step_of_sgd(base: Path, windows: list[Window], **settings) -> dict[str, torch.Tensor]:
     """All windows in one step: what moves is the gradient."""
     model = adapted(base)
-    run(model, windows, [], steps=1, optimizer="sgd", kind="constant", learning_rate=1.0, weight_decay=0.0, max_grad_norm=1e9, **settings)
+    run(
+        model,
+        windows,
+        [],
+        steps=1,
+        optimizer="sgd",
+        kind="constant",
+        learning_rate=1.0,
+        weight_decay=0.0,
+        max_grad_norm=1e9,
+        **settings,
+    )
     return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
@@ -155,7 +210,9 @@ def test_rows_in_groups_of_like_length_give_the_gradient_of_the_windows(tiny_bas
 def test_the_output_layer_computes_only_what_bears_loss(tiny_base, windows):
     model = adapted(tiny_base)
     seen: list[int] = []
-    model.get_output_embeddings().register_forward_hook(lambda layer, inputs, output: seen.append(output[..., 0].numel()))
+    model.get_output_embeddings().register_forward_hook(
+        lambda layer, inputs, output: seen.append(output[..., 0].numel())
+    )
     run(model, windows, [], steps=1, apart=False, batch_windows=len(windows))
     assert seen == [sum(label != IGNORED for window in windows for label in window.labels)]
 
@@ -179,7 +236,9 @@ def test_a_precision_that_the_machine_does_not_have_is_refused():
 
 
 @pytest.mark.parametrize("batch_windows", [1, 3, 16])
-def test_the_validation_loss_is_the_loss_a_learned_token_of_each_row_by_itself(tiny_base, windows, validation, batch_windows):
+def test_the_validation_loss_is_the_loss_a_learned_token_of_each_row_by_itself(
+    tiny_base, windows, validation, batch_windows
+):
     model = adapted(tiny_base)
     outcome, _ = run(model, windows, validation, steps=1, evaluations=1, batch_windows=batch_windows)
     assert outcome.best_validation_loss == pytest.approx(loss_by_hand(model, validation), rel=1e-5)
@@ -187,7 +246,16 @@ def test_the_validation_loss_is_the_loss_a_learned_token_of_each_row_by_itself(t
 
 def test_early_stopping_keeps_the_best_weights(tiny_base, windows, validation):
     model = adapted(tiny_base)
-    outcome, curve = run(model, windows[:2], validation[:4], steps=30, learning_rate=0.1, kind="constant", evaluations=15, patience=3)
+    outcome, curve = run(
+        model,
+        windows[:2],
+        validation[:4],
+        steps=30,
+        learning_rate=0.1,
+        kind="constant",
+        evaluations=15,
+        patience=3,
+    )
     losses = [(values["validation_loss"], step) for step, values in curve if "validation_loss" in values]
     assert outcome.steps < 30  # two windows by heart: the validation loss soon rises
     assert (outcome.best_validation_loss, outcome.best_step) == min(losses)
@@ -200,7 +268,9 @@ def test_the_adapters_weights_come_from_the_seed_alone(tiny_base):
     torch.manual_seed(99)
     first = adapted(tiny_base)
     torch.rand(10)
-    for (name, left), (_, right) in zip(first.named_parameters(), adapted(tiny_base).named_parameters(), strict=True):
+    for (name, left), (_, right) in zip(
+        first.named_parameters(), adapted(tiny_base).named_parameters(), strict=True
+    ):
         assert torch.equal(left, right), name
 
 
@@ -224,17 +294,27 @@ def test_a_weight_that_is_not_finite_is_a_divergence(tiny_base, windows):
         run(model, windows, [])
 
 
-def test_a_training_that_diverges_leaves_neither_candidate_nor_report(tmp_path, tokens, tiny_base, nobody, tiny_config):
-    config = tiny_config.model_copy(update={"train": tiny_config.train.model_copy(update={"learning_rate": 1e30})})
+def test_a_training_that_diverges_leaves_neither_candidate_nor_report(
+    tmp_path, tokens, tiny_base, nobody, tiny_config
+):
+    config = tiny_config.model_copy(
+        update={"train": tiny_config.train.model_copy(update={"learning_rate": 1e30})}
+    )
     with pytest.raises(DivergenceError):
         train(tokens, tiny_base, nobody, tmp_path / "models/candidate", tmp_path / "reports/train", config)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path, tokens, tiny_base, nobody, tiny_config, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))
+def test_a_full_disk_is_said_before_anything_is_written(
+    tmp_path, tokens, tiny_base, nobody, tiny_config, monkeypatch
+):
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20)
+    )
     with pytest.raises(DiskSpaceError, match=r"the candidate needs about 200 MiB at .*, 1 MiB are free"):
-        train(tokens, tiny_base, nobody, tmp_path / "models/candidate", tmp_path / "reports/train", tiny_config)
+        train(
+            tokens, tiny_base, nobody, tmp_path / "models/candidate", tmp_path / "reports/train", tiny_config
+        )
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -254,44 +334,78 @@ def test_a_saved_adapter_computes_what_the_trained_one_did(tmp_path, tiny_base, 
 
 def test_a_candidate_has_the_validation_loss_that_its_figures_say(candidate, tiny_base, validation):
     figures = read_json(candidate.parent / "reports/figures.json")
-    assert loss_by_hand(load_adapter(load_base(tiny_base), candidate), validation) == pytest.approx(figures["best_validation_loss"], rel=1e-5)
+    assert loss_by_hand(load_adapter(load_base(tiny_base), candidate), validation) == pytest.approx(
+        figures["best_validation_loss"], rel=1e-5
+    )
 
 
 def test_a_candidate_holds_no_pickle_no_path_and_describes_itself(candidate, tmp_path_factory):
     names = sorted(path.name for path in candidate.iterdir())
-    assert names == ["adapter_config.json", WEIGHTS, "chat_template.jinja", "manifest.json", "tokenizer.json", "tokenizer_config.json"]
+    assert names == [
+        "adapter_config.json",
+        WEIGHTS,
+        "chat_template.jinja",
+        "manifest.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     for path in candidate.iterdir():
         content = path.read_bytes()
-        assert not any(str(place).encode() in content for place in (tmp_path_factory.getbasetemp(), Path.cwd(), Path.home()))
+        assert not any(
+            str(place).encode() in content
+            for place in (tmp_path_factory.getbasetemp(), Path.cwd(), Path.home())
+        )
     manifest = read_json(candidate / "manifest.json")
-    assert manifest["files"] == {name: sha256_file(candidate / name) for name in names if name != "manifest.json"}
+    assert manifest["files"] == {
+        name: sha256_file(candidate / name) for name in names if name != "manifest.json"
+    }
     assert manifest["adapter_sha256"] == sha256_file(candidate / WEIGHTS)
     assert len(manifest["batches"]) == 2
-    assert manifest["base"]["model"] == read_json(candidate / "adapter_config.json")["base_model_name_or_path"] == "demo"
+    assert (
+        manifest["base"]["model"]
+        == read_json(candidate / "adapter_config.json")["base_model_name_or_path"]
+        == "demo"
+    )
 
 
 def test_the_curve_is_whole_and_in_order(candidate, tiny_config):
-    history, figures = read_history(candidate.parent / "reports/history.jsonl"), read_json(candidate.parent / "reports/figures.json")
+    history, figures = (
+        read_history(candidate.parent / "reports/history.jsonl"),
+        read_json(candidate.parent / "reports/figures.json"),
+    )
     steps = [point["step"] for point in history if "train_loss" in point]
     assert steps == list(range(1, figures["steps"] + 1))
-    assert min(point["validation_loss"] for point in history if "validation_loss" in point) == figures["best_validation_loss"]
+    assert (
+        min(point["validation_loss"] for point in history if "validation_loss" in point)
+        == figures["best_validation_loss"]
+    )
     assert figures["epochs"] == pytest.approx(tiny_config.train.epochs, abs=0.1)
 
 
-def test_an_adapter_on_a_base_in_nf4_trains_saves_and_loads(tmp_path, tokens, tiny_base, nobody, tiny_config, validation):
+def test_an_adapter_on_a_base_in_nf4_trains_saves_and_loads(
+    tmp_path, tokens, tiny_base, nobody, tiny_config, validation
+):
     adapter = tiny_config.adapter.model_copy(update={"method": "qlora"})
-    config = tiny_config.model_copy(update={"adapter": adapter, "train": TrainConfig(epochs=0.3, learning_rate=1e-2, evaluations=1)})
+    config = tiny_config.model_copy(
+        update={"adapter": adapter, "train": TrainConfig(epochs=0.3, learning_rate=1e-2, evaluations=1)}
+    )
     figures = train(tokens, tiny_base, nobody, tmp_path / "candidate", tmp_path / "reports", config)
     base = load_base(tiny_base, method="qlora")
     untrained = loss_by_hand(base, validation)
     trained = loss_by_hand(load_adapter(base, tmp_path / "candidate"), validation)
     assert type(base.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
-    assert trained == pytest.approx(figures["best_validation_loss"], rel=5e-3)  # bfloat16 where training had float32
+    assert trained == pytest.approx(
+        figures["best_validation_loss"], rel=5e-3
+    )  # bfloat16 where training had float32
     assert trained < untrained - 0.01
 
 
-def test_an_evaluation_in_the_middle_of_a_training_in_nf4_leaves_the_gradients_as_they_were(tiny_base, windows):
-    model = add_adapter(prepare_quantised(load_base(tiny_base, method="qlora")), AdapterConfig(method="qlora", rank=4), seed=1)
+def test_an_evaluation_in_the_middle_of_a_training_in_nf4_leaves_the_gradients_as_they_were(
+    tiny_base, windows
+):
+    model = add_adapter(
+        prepare_quantised(load_base(tiny_base, method="qlora")), AdapterConfig(method="qlora", rank=4), seed=1
+    )
     torch.manual_seed(2)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -301,7 +415,9 @@ def test_an_evaluation_in_the_middle_of_a_training_in_nf4_leaves_the_gradients_a
     def gradients() -> dict[str, torch.Tensor]:
         model.train().zero_grad()
         model(**_Collator(0)(windows[:2]), use_cache=False).loss.backward()
-        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+        return {
+            name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad
+        }
 
     before = gradients()
     loss_by_hand(model, windows[:1])
@@ -313,7 +429,14 @@ def test_an_evaluation_in_the_middle_of_a_training_in_nf4_leaves_the_gradients_a
 
 
 def other_base(**settings) -> LlamaForCausalLM:
-    shape = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": True}
+    shape = {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 88,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "tie_word_embeddings": True,
+    }
     return LlamaForCausalLM(LlamaConfig(**{**shape, **settings}))
 
 
@@ -335,19 +458,35 @@ def test_an_adapter_with_a_missing_key_is_refused(tmp_path, candidate, tiny_base
 
 
 def test_an_adapter_with_a_foreign_key_is_refused(tmp_path, candidate, tiny_base):
-    spoilt = copy_with(candidate, tmp_path / "spoilt", lambda tensors: tensors.update({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.zeros(4, 32)}))
+    spoilt = copy_with(
+        candidate,
+        tmp_path / "spoilt",
+        lambda tensors: tensors.update(
+            {"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.zeros(4, 32)}
+        ),
+    )
     with pytest.raises(BaseModelError, match=r"does not fit the base.*layers\.7"):
         load_adapter(load_base(tiny_base), spoilt)
 
 
-@pytest.mark.parametrize("settings", [{"num_hidden_layers": 1}, {"hidden_size": 48}, {"intermediate_size": 96}], ids=["layers", "width", "inner width"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_hidden_layers": 1}, {"hidden_size": 48}, {"intermediate_size": 96}],
+    ids=["layers", "width", "inner width"],
+)
 def test_an_adapter_of_another_base_is_refused(candidate, settings):
     with pytest.raises(BaseModelError, match=r"(?s)does not fit the base.*train\.start_from"):
         load_adapter(other_base(**settings), candidate)
 
 
 def test_an_adapter_of_another_base_is_refused_beside_one_that_fits(tmp_path, candidate, tiny_base):
-    spoilt = copy_with(candidate, tmp_path / "spoilt", lambda tensors: tensors.update({name: torch.zeros(4, 48) for name in tensors if name.endswith("up_proj.lora_A.weight")}))
+    spoilt = copy_with(
+        candidate,
+        tmp_path / "spoilt",
+        lambda tensors: tensors.update(
+            {name: torch.zeros(4, 48) for name in tensors if name.endswith("up_proj.lora_A.weight")}
+        ),
+    )
     model = load_adapter(load_base(tiny_base), candidate, name="candidate")
     with pytest.raises(BaseModelError, match="does not fit the base"):
         load_adapter(model, spoilt, name="champion")
@@ -373,31 +512,53 @@ def champion(tmp_path_factory, candidate) -> Path:
 
 
 def from_champion(config: Config, **settings) -> Config:
-    return config.model_copy(update={"train": TrainConfig(**{"epochs": 0.05, "evaluations": 1, "learning_rate": 1e-30, "weight_decay": 0.0, **settings})})
+    return config.model_copy(
+        update={
+            "train": TrainConfig(
+                **{"epochs": 0.05, "evaluations": 1, "learning_rate": 1e-30, "weight_decay": 0.0, **settings}
+            )
+        }
+    )
 
 
-def test_training_goes_on_from_the_champions_weights(tmp_path, tokens, tiny_base, nobody, champion, tiny_config):
+def test_training_goes_on_from_the_champions_weights(
+    tmp_path, tokens, tiny_base, nobody, champion, tiny_config
+):
     config = from_champion(tiny_config)  # steps too small to move a float
     train(tokens, tiny_base, champion, tmp_path / "candidate", tmp_path / "reports", config)
     after, before = load_file(tmp_path / "candidate" / WEIGHTS), load_file(champion / WEIGHTS)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert read_json(tmp_path / "candidate/manifest.json")["inputs"]["start"] == adapter_sha256(champion)
     train(tokens, tiny_base, nobody, tmp_path / "fresh", tmp_path / "of-fresh", config)
-    first_loss = [read_history(tmp_path / reports / "history.jsonl")[0]["train_loss"] for reports in ("reports", "of-fresh")]
+    first_loss = [
+        read_history(tmp_path / reports / "history.jsonl")[0]["train_loss"]
+        for reports in ("reports", "of-fresh")
+    ]
     assert first_loss[0] < first_loss[1] - 0.01
 
 
-def test_training_from_the_base_does_not_look_at_the_champion(tmp_path, tokens, tiny_base, champion, candidate, tiny_config):
-    config = tiny_config.model_copy(update={"train": tiny_config.train.model_copy(update={"start_from": "base"})})
+def test_training_from_the_base_does_not_look_at_the_champion(
+    tmp_path, tokens, tiny_base, champion, candidate, tiny_config
+):
+    config = tiny_config.model_copy(
+        update={"train": tiny_config.train.model_copy(update={"start_from": "base"})}
+    )
     train(tokens, tiny_base, champion, tmp_path / "candidate", tmp_path / "reports", config)
     assert (tmp_path / "candidate" / WEIGHTS).read_bytes() == (candidate / WEIGHTS).read_bytes()
     assert read_json(tmp_path / "candidate/manifest.json")["inputs"]["start"] == "base"
 
 
 @pytest.mark.parametrize(
-    ("settings", "what"), [({"rank": 8}, "`rank` 4, wanted 8"), ({"alpha": 4.0}, "`alpha` 8.0, wanted 4.0"), ({"target_modules": ["q_proj"]}, "`target_modules`")]
+    ("settings", "what"),
+    [
+        ({"rank": 8}, "`rank` 4, wanted 8"),
+        ({"alpha": 4.0}, "`alpha` 8.0, wanted 4.0"),
+        ({"target_modules": ["q_proj"]}, "`target_modules`"),
+    ],
 )
-def test_another_shape_than_the_champions_is_refused(tmp_path, tokens, tiny_base, champion, tiny_config, settings, what):
+def test_another_shape_than_the_champions_is_refused(
+    tmp_path, tokens, tiny_base, champion, tiny_config, settings, what
+):
     config = tiny_config.model_copy(update={"adapter": tiny_config.adapter.model_copy(update=settings)})
     with pytest.raises(BaseModelError, match=rf"(?s){what}.*train\.start_from: base"):
         train(tokens, tiny_base, champion, tmp_path / "candidate", tmp_path / "reports", config)
@@ -407,7 +568,14 @@ def test_a_champion_of_another_base_is_refused(tmp_path, tokens, tiny_base, cham
     shutil.copytree(champion, tmp_path / "incumbent")
     shutil.copytree(tiny_base, tmp_path / "incumbent/base")
     with pytest.raises(BaseModelError, match=r"(?s)another base.*train\.start_from: base"):
-        train(tokens, tiny_base, tmp_path / "incumbent", tmp_path / "candidate", tmp_path / "reports", tiny_config)
+        train(
+            tokens,
+            tiny_base,
+            tmp_path / "incumbent",
+            tmp_path / "candidate",
+            tmp_path / "reports",
+            tiny_config,
+        )
 
 
 # --- the processes, which have ended by now --------------------------------------------------------------------------
@@ -419,9 +587,19 @@ def test_the_same_inputs_give_the_same_bytes_in_every_process(started, candidate
     names = sorted(path.name for path in (one / "models/candidate").iterdir())
     assert WEIGHTS in names
     for name in names:
-        assert (one / "models/candidate" / name).read_bytes() == (two / "models/candidate" / name).read_bytes() == (candidate / name).read_bytes(), name
+        assert (
+            (one / "models/candidate" / name).read_bytes()
+            == (two / "models/candidate" / name).read_bytes()
+            == (candidate / name).read_bytes()
+        ), name
     assert "best validation loss" in said
-    curves = [[{key: value for key, value in point.items() if key != "time_ms"} for point in read_history(folder / "reports/train/history.jsonl")] for folder in (one, two)]
+    curves = [
+        [
+            {key: value for key, value in point.items() if key != "time_ms"}
+            for point in read_history(folder / "reports/train/history.jsonl")
+        ]
+        for folder in (one, two)
+    ]
     assert curves[0] == curves[1]
     assert json.loads((one / "reports/train/figures.json").read_text())["best_validation_loss"] < 6
 
