@@ -248,9 +248,8 @@ class Writer:
 
     async def _vary(self, row: Row, ask: Ask, seed: int) -> list[Row]:
         settings, question = self._config.synthesize.augment, row.example.question
-        found = list(
-            vary(question, settings, self._helpers.synonyms or {}, random.Random(f"{seed} {row.example.id}"))
-        )  # noqa: S311 (no secret)
+        draw = random.Random(f"{seed} {row.example.id}")  # noqa: S311 (no secret)
+        found = list(vary(question, settings, self._helpers.synonyms or {}, draw))
         if back := await self._translate(row, seed):
             found.append(("back translation", back))
         rows = []

@@ -206,8 +206,10 @@ def garbage() -> Iterator[str]:
 
 
 def test_a_server_that_is_no_registry_keeps_no_harm_from_being_seen(
-    root: Path, garbage: str, monkeypatch: pytest.MonkeyPatch
-):  # noqa: F811
+    root: Path,
+    garbage: str,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+):
     challenge(root)
     step(root)
     ask(root, read_rollout(root), 900, champion=0.7, challenger=0.3)
