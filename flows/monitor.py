@@ -1,6 +1,6 @@
 """The flow `monitor`: is the traffic still what the champion was made for, and is it worth a retraining?
 
-It reads the request log, lets tasks measure and decide, and tells Prefect; the event `ratchet.monitoring.drift.detected` starts `retrain`.
+It reads the request log, lets tasks measure and decide, and tells Prefect; the event `ratchet.drift.detected` starts `retrain`.
 MLflow gets a copy of the report; without it the verdict stands all the same.
 """
 

@@ -32,7 +32,7 @@ def write_evaluation_page(path: Path, found: dict[str, Any]) -> Path:
 
 
 def render_evaluation(found: dict[str, Any]) -> str:
-    """`found` is `ratchet.reporting.evaluation_figures.gather`'s. Texts of people are escaped; halves of surrogate pairs become question marks."""
+    """`found` is `ratchet.reporting.evaluation_page.gather`'s. Texts of people are escaped; halves of surrogate pairs become question marks."""
     return (
         environment()
         .get_template("evaluation.html")

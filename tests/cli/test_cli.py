@@ -73,7 +73,7 @@ def root(tmp_path) -> Path:
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "ratchet.cli.main", *map(str, arguments)]
+    return [sys.executable, "-m", "ratchet.cli", *map(str, arguments)]
 
 
 def ratchet(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
