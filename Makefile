@@ -9,7 +9,7 @@ TORCH  := torch==2.13.0
 TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
 # Some images turn bytecode off; each of a loop's dozens of processes would then compile torch, pandas and
-# Prefect again: the imports of `flows.retrain` take 8.2 s of CPU in place of 3.3, those of `tasks.evaluate` 12 for 5.
+# Prefect again: to import `flows.retrain` takes 8.2 s of CPU, not 3.3; `tasks.evaluate` 12, not 5.
 export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo install test test-e2e test-browser lint bench lock clean-demo

@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ratchet.config import AdapterConfig, BaseConfig, Config, DemoBase, EvaluateConfig, TokenizeConfig, TrainConfig
-from ratchet.examples import Example, Message, make_example
+from ratchet.config.data import TokenizeConfig
+from ratchet.config.evaluation import EvaluateConfig
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig, BaseConfig, DemoBase, TrainConfig
+from ratchet.data.examples import Example, Message, make_example
 from ratchet.files import read_json, write_json
 
 DATA = Path("../shared/data/clinc150")
@@ -36,12 +39,20 @@ class Domain(NamedTuple):
 
 def require_data(data: Path) -> None:
     if not (data / "data_full.json").exists():
-        raise SystemExit(f"no CLINC150 in {data} (wanted data_full.json and domains.json): nothing is measured; name its folder with --data")
+        raise SystemExit(
+            f"no CLINC150 in {data} (wanted data_full.json and domains.json): nothing is measured; name its folder with --data"
+        )
 
 
 def one_thread(folder: str) -> None:
     """For the processes of a benchmark. Checkpoints, if any, lie in a folder that goes."""
-    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", RATCHET_ROOT=f"{folder}/{os.getpid()}")
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+        TQDM_DISABLE="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        RATCHET_ROOT=f"{folder}/{os.getpid()}",
+    )
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     sys.stdout = sys.stderr
     import torch
@@ -61,9 +72,18 @@ def read_domain(data: Path, name: str, counts: Counts, seed: int) -> Domain:
     for split, count in (("train", counts.train), ("val", counts.validation), ("test", counts.test)):
         rows = []
         for intent in intents:
-            asked = [query for query, label in texts[split] if label == intent and (split != "train" or _is_drawn(query))]
+            asked = [
+                query
+                for query, label in texts[split]
+                if label == intent and (split != "train" or _is_drawn(query))
+            ]
             for query in random.Random(f"{seed} {intent}").sample(asked, count):
-                rows.append(make_example([Message("user", query), Message("assistant", intent.replace("_", " "))], {"batch": name}))
+                rows.append(
+                    make_example(
+                        [Message("user", query), Message("assistant", intent.replace("_", " "))],
+                        {"batch": name},
+                    )
+                )
         parts.append(rows)
     return Domain(*parts)
 
@@ -73,7 +93,16 @@ def settings(steps: int, epochs: float, seed: int, **train: Any) -> Config:
     return Config(
         base=BaseConfig(demo=DemoBase(steps=steps)),
         tokenize=TokenizeConfig(max_length=96, window=256),
-        train=TrainConfig(epochs=epochs, learning_rate=2e-3, batch_windows=2, evaluations=4, patience=3, seed=seed, checkpoint_minutes=1e6, **train),
+        train=TrainConfig(
+            epochs=epochs,
+            learning_rate=2e-3,
+            batch_windows=2,
+            evaluations=4,
+            patience=3,
+            seed=seed,
+            checkpoint_minutes=1e6,
+            **train,
+        ),
         adapter=AdapterConfig(rank=32, alpha=64.0),
         evaluate=EvaluateConfig(max_new_tokens=12),
     )
@@ -81,8 +110,8 @@ def settings(steps: int, epochs: float, seed: int, **train: Any) -> Config:
 
 def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig) -> None:
     """It has read four domains, and knows the words of the others from repeating queries that are drawn for nothing else; not what they mean."""
-    from ratchet.chat import ChatFormat
-    from ratchet.models import MANIFEST
+    from ratchet.models.chat_template import ChatFormat
+    from ratchet.models.loading import MANIFEST
     from tasks.base import make_tokenizer, pretrain
 
     texts, intents = read_json(data / "data_full.json"), read_json(data / "domains.json")
@@ -90,7 +119,10 @@ def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig) -> N
     others = {intent for name, part in intents.items() if name not in READ for intent in part}
     spoken = [query for query, intent in texts["train"] if intent in others and not _is_drawn(query)]
     spoken = random.Random(0).sample(spoken, min(len(spoken), 4 * len(read)))
-    read += [make_example([Message("user", f"Repeat: {query}"), Message("assistant", query)], {"batch": "base"}) for query in spoken]
+    read += [
+        make_example([Message("user", f"Repeat: {query}"), Message("assistant", query)], {"batch": "base"})
+        for query in spoken
+    ]
     tokenizer = make_tokenizer(read, config.demo)
     tokenizer.save_pretrained(folder)
     pretrain(read, ChatFormat(tokenizer), config).save_pretrained(folder, safe_serialization=True)

@@ -25,12 +25,13 @@ import pandas as pd
 from scipy.stats import binom
 from threadpoolctl import threadpool_limits
 
-from ratchet.config import MonitorConfig, PydocSource
-from ratchet.drift import judge
-from ratchet.request_log import Feedback, Logged
+from ratchet.config.data import PydocSource
+from ratchet.config.monitoring import MonitorConfig
+from ratchet.monitoring.drift import judge
+from ratchet.monitoring.families import Answered, Reference, all_families
+from ratchet.monitoring.novelty import Familiar
+from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.sources.pydoc import harvest
-from ratchet.surprise import Familiar
-from tasks.monitor import Answered, Reference, all_families
 
 CLINC = Path(__file__).parents[2] / "shared/data/clinc150"
 NEW_PACKAGES = ["numpy", "pandas", "sklearn"]
@@ -45,7 +46,9 @@ class Row(NamedTuple):
     answer: str
 
 
-Change = Callable[[list[Row], list[Row], Chance], tuple[list[Row], list[Row]]]  # of a window and its reference
+Change = Callable[
+    [list[Row], list[Row], Chance], tuple[list[Row], list[Row]]
+]  # of a window and its reference
 
 
 class Corpus(NamedTuple):
@@ -70,25 +73,48 @@ class Seen(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=400, help="null windows of each size; of new subjects a quarter as many, of other kinds an eighth")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=400,
+        help="null windows of each size; of new subjects a quarter as many, of other kinds an eighth",
+    )
     parser.add_argument("--corpus", choices=["pydoc", "clinc150"], default="pydoc")
-    parser.add_argument("--evidently", type=int, default=10, help="windows for Evidently, which takes a second each")
+    parser.add_argument(
+        "--evidently", type=int, default=10, help="windows for Evidently, which takes a second each"
+    )
     options = parser.parse_args()
     started = time.perf_counter()
     corpus = read_pydoc() if options.corpus == "pydoc" else read_clinc()
     rows = f"{len(corpus.training)} training rows, {len(corpus.pool)} held out, {sum(map(len, corpus.new))} of new subjects"
-    print(f"{options.corpus}: {rows}; false_alarm_rate {CONFIG.false_alarm_rate}; {CONFIG.resamples} draws a window; the seed is the window's number\n")
+    print(
+        f"{options.corpus}: {rows}; false_alarm_rate {CONFIG.false_alarm_rate}; {CONFIG.resamples} draws a window; the seed is the window's number\n"
+    )
     _given.update(corpus=corpus, familiar=measured(corpus))
-    print("| requests | of new subjects | windows | drift found | single columns with p ≤ 0.05 | Evidently's preset | seconds a window |\n|---|---|---|---|---|---|---|")
+    print(
+        "| requests | of new subjects | windows | drift found | single columns with p ≤ 0.05 | Evidently's preset | seconds a window |\n|---|---|---|---|---|---|---|"
+    )
     for size, share in CELLS:
         found = look(size, share, "none", options.windows if share == 0 else options.windows // 4)
-        theirs = [evidently_says(*draw_rows(corpus, size, share, number)) for number in range(options.evidently if size == 500 else 0)]
-        print(f"| {size} | {share:.0%} | {cells(found)} | {f'{sum(theirs)} of {len(theirs)}' if theirs else ''} | {np.mean([one.seconds for one in found]):.2f} |", flush=True)
-    print("\n| another kind, 500 requests | windows | drift found | single columns with p ≤ 0.05 |\n|---|---|---|---|")
+        theirs = [
+            evidently_says(*draw_rows(corpus, size, share, number))
+            for number in range(options.evidently if size == 500 else 0)
+        ]
+        print(
+            f"| {size} | {share:.0%} | {cells(found)} | {f'{sum(theirs)} of {len(theirs)}' if theirs else ''} | {np.mean([one.seconds for one in found]):.2f} |",
+            flush=True,
+        )
+    print(
+        "\n| another kind, 500 requests | windows | drift found | single columns with p ≤ 0.05 |\n|---|---|---|---|"
+    )
     for name in [name for name in KINDS if name != "none"]:
         print(f"| {name} | {cells(look(500, 0.0, name, options.windows // 8))} |", flush=True)
-    print(f"\nOf {options.windows} null windows {binom.ppf(0.99, options.windows, CONFIG.false_alarm_rate):.0f} alarms are within the binomial 99 % limit.")
+    print(
+        f"\nOf {options.windows} null windows {binom.ppf(0.99, options.windows, CONFIG.false_alarm_rate):.0f} alarms are within the binomial 99 % limit."
+    )
     print(f"{time.perf_counter() - started:.0f} s, {PROCESSES} processes.")
 
 
@@ -115,13 +141,22 @@ def _judge(size: int, share: float, kind: str, number: int) -> Seen:
     window, reference = change(window, reference, chance)
     requests, feedback = asked(window, chance, service)
     earlier, earlier_feedback = asked(window[:1] * EARLIER, chance, Service())
-    known = Reference(familiar, [], [row.text for row in reference], [Answered(row.answer, chance.normal(3.0, 0.5)) for row in reference])
+    known = Reference(
+        familiar,
+        [],
+        [row.text for row in reference],
+        [Answered(row.answer, chance.normal(3.0, 0.5)) for row in reference],
+    )
     started = time.perf_counter()
     with threadpool_limits(1):
         families, missing = all_families(requests, feedback | earlier_feedback, earlier, known, CONFIG)
         assert not missing, missing
         found = judge(families, rate=CONFIG.false_alarm_rate, resamples=CONFIG.resamples, seed=number)
-    return Seen(found.drift, [column.name for column in found.columns if column.p <= CONFIG.false_alarm_rate], time.perf_counter() - started)
+    return Seen(
+        found.drift,
+        [column.name for column in found.columns if column.p <= CONFIG.false_alarm_rate],
+        time.perf_counter() - started,
+    )
 
 
 def draw_rows(corpus: Corpus, size: int, share: float, number: int) -> tuple[list[Row], list[Row]]:
@@ -129,14 +164,23 @@ def draw_rows(corpus: Corpus, size: int, share: float, number: int) -> tuple[lis
     chance, new = np.random.default_rng([number, size, round(100 * share)]), round(size * share)
     order, subject = chance.permutation(len(corpus.pool)), corpus.new[number % len(corpus.new)]
     rows = [corpus.pool[place] for place in order]
-    arrived = [Row(subject[place], rows[count].answer) for count, place in enumerate(chance.permutation(len(subject))[:new])]
+    arrived = [
+        Row(subject[place], rows[count].answer)
+        for count, place in enumerate(chance.permutation(len(subject))[:new])
+    ]
     return rows[: size - new] + arrived, rows[size:]
 
 
-def asked(rows: list[Row], chance: Chance, service: Service) -> tuple[list[Logged], dict[str, list[Feedback]]]:
+def asked(
+    rows: list[Row], chance: Chance, service: Service
+) -> tuple[list[Logged], dict[str, list[Feedback]]]:
     """A request a row, every second one with feedback."""
     failed, right = chance.random(len(rows)) < service.errors, chance.random(len(rows)) < service.right
-    latency, nll, salt = service.slower * chance.lognormal(4.0, 0.5, len(rows)), chance.normal(3.0 + service.nll, 0.5, len(rows)), chance.integers(1 << 40)
+    latency, nll, salt = (
+        service.slower * chance.lognormal(4.0, 0.5, len(rows)),
+        chance.normal(3.0 + service.nll, 0.5, len(rows)),
+        chance.integers(1 << 40),
+    )
     requests = [
         Logged(
             f"{salt}-{place}",
@@ -152,7 +196,11 @@ def asked(rows: list[Row], chance: Chance, service: Service) -> tuple[list[Logge
         )
         for place, row in enumerate(rows)
     ]
-    return requests, {request.id: [Feedback(request.id, "", 0.0, float(right[place]))] for place, request in enumerate(requests) if place % 2}
+    return requests, {
+        request.id: [Feedback(request.id, "", 0.0, float(right[place]))]
+        for place, request in enumerate(requests)
+        if place % 2
+    }
 
 
 # --- the other kinds -------------------------------------------------------------------------------------------------------
@@ -168,7 +216,10 @@ def more_of_one(window: list[Row], reference: list[Row], chance: Chance) -> tupl
     chosen = common[chance.integers(5)]
     extra = [row for row in reference if subject(row) == chosen][: len(window) // 10]
     taken = {row.text for row in extra}
-    return [*window[len(extra) :], *extra], [*(row for row in reference if row.text not in taken), *window[: len(extra)]]
+    return [*window[len(extra) :], *extra], [
+        *(row for row in reference if row.text not in taken),
+        *window[: len(extra)],
+    ]
 
 
 def subject(row: Row) -> str:
@@ -178,13 +229,25 @@ def subject(row: Row) -> str:
 def shorter(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
     """A quarter of the prompts loses half of its words."""
     cut = len(window) // 4
-    return [*(Row(" ".join(row.text.split()[: max(1, len(row.text.split()) // 2)]), row.answer) for row in window[:cut]), *window[cut:]], reference
+    return [
+        *(
+            Row(" ".join(row.text.split()[: max(1, len(row.text.split()) // 2)]), row.answer)
+            for row in window[:cut]
+        ),
+        *window[cut:],
+    ], reference
 
 
 def longer(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
     """A quarter of the prompts says another one as well."""
     cut = len(window) // 4
-    return [*(Row(f"{one.text} {other.text}", one.answer) for one, other in zip(window[:cut], reference, strict=False)), *window[cut:]], reference
+    return [
+        *(
+            Row(f"{one.text} {other.text}", one.answer)
+            for one, other in zip(window[:cut], reference, strict=False)
+        ),
+        *window[cut:],
+    ], reference
 
 
 def answering(text: str, share: float) -> Change:
@@ -231,14 +294,24 @@ def evidently_says(window: list[Row], reference: list[Row]) -> bool:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sides = [Dataset.from_pandas(pd.DataFrame({"prompt": [row.text for row in rows]}), data_definition=DataDefinition(text_columns=["prompt"])) for rows in (window, reference)]
+        sides = [
+            Dataset.from_pandas(
+                pd.DataFrame({"prompt": [row.text for row in rows]}),
+                data_definition=DataDefinition(text_columns=["prompt"]),
+            )
+            for rows in (window, reference)
+        ]
         found: Any = json.loads(Report([DataDriftPreset()]).run(*sides).json())
-    return bool(next(metric["value"]["count"] for metric in found["metrics"] if "count" in str(metric.get("value"))))
+    return bool(
+        next(metric["value"]["count"] for metric in found["metrics"] if "count" in str(metric.get("value")))
+    )
 
 
 def cells(found: list[Seen]) -> str:
     drift, low = sum(one.drift for one in found), Counter(name for one in found for name in one.low)
-    told = ", ".join(f"{name} {count / len(found):.0%}" for name, count in low.most_common() if count >= 0.1 * len(found))
+    told = ", ".join(
+        f"{name} {count / len(found):.0%}" for name, count in low.most_common() if count >= 0.1 * len(found)
+    )
     return f"{len(found)} | {drift} ({drift / len(found):.1%}) | {told or 'none in a tenth of the windows'}"
 
 
@@ -250,7 +323,11 @@ def read_pydoc() -> Corpus:
 
 def rows_of(packages: list[str]) -> list[Row]:
     turns = (row["messages"] for row in harvest(PydocSource(packages=packages, min_objects=1, summaries=0.0)))
-    return list({question["content"]: Row(question["content"], answer["content"]) for question, answer in turns}.values())
+    return list(
+        {
+            question["content"]: Row(question["content"], answer["content"]) for question, answer in turns
+        }.values()
+    )
 
 
 DOMAINS: dict[str, str] = {}  # of each intent
@@ -258,11 +335,16 @@ DOMAINS: dict[str, str] = {}  # of each intent
 
 def read_clinc() -> Corpus:
     """Five domains are known, the other five are new; the answer is the intent."""
-    data, domains = (json.loads((CLINC / name).read_text(encoding="utf-8")) for name in ("data_full.json", "domains.json"))
+    data, domains = (
+        json.loads((CLINC / name).read_text(encoding="utf-8")) for name in ("data_full.json", "domains.json")
+    )
     DOMAINS.update({intent: name for name in domains for intent in domains[name]})
     rows = [Row(text, intent) for part in ("train", "val", "test") for text, intent in data[part]]
     known, new = list(domains)[:5], list(domains)[5:]
-    return split([row for row in rows if subject(row) in known], [[row.text for row in rows if subject(row) == name] for name in new])
+    return split(
+        [row for row in rows if subject(row) in known],
+        [[row.text for row in rows if subject(row) == name] for name in new],
+    )
 
 
 def split(known: list[Row], new: list[list[str]]) -> Corpus:

@@ -20,7 +20,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-QUESTION = "Which module documents this? Return the number of items that the container holds when it is called."
+QUESTION = (
+    "Which module documents this? Return the number of items that the container holds when it is called."
+)
 PACKAGES = ["asyncio", "email", "http", "importlib", "json", "logging", "unittest", "xml"]
 SETTINGS = [(1, (1,)), *((clients, versions) for clients in (2, 4, 8, 16) for versions in ((1,), (1, 2)))]
 LOADS = 5
@@ -32,7 +34,9 @@ class Figures(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=32, help="answer tokens of each ask, at most")
     parser.add_argument("--asks", type=int, default=32, help="asks at each number of clients")
     parser.add_argument("--passes", type=int, default=3, help="times that everything is measured")
@@ -44,11 +48,12 @@ def main() -> None:
 
 
 def make_bundles(scratch: Path) -> list[Any]:
-    from ratchet.config import AdapterConfig, BaseConfig, Config, DemoBase
+    from ratchet.config.params import Config
+    from ratchet.config.training import AdapterConfig, BaseConfig, DemoBase
     from ratchet.files import read_json, write_json
-    from ratchet.methods import add_adapter
-    from ratchet.models import MANIFEST, load_base
-    from ratchet.serving import Bundle, Generation
+    from ratchet.models.adapters import add_adapter
+    from ratchet.models.loading import MANIFEST, load_base
+    from ratchet.serving.bundle import Bundle, Generation
     from tasks.base import make_base
 
     base = scratch / "base"
@@ -56,24 +61,37 @@ def make_bundles(scratch: Path) -> list[Any]:
     bundles = []
     for version in (1, 2, 3):
         folder = scratch / f"v{version}"
-        add_adapter(load_base(base), AdapterConfig(), seed=version).save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        add_adapter(load_base(base), AdapterConfig(), seed=version).save_pretrained(
+            folder, safe_serialization=True, save_embedding_layers=False
+        )
         for path in [*base.glob("*token*"), base / "chat_template.jinja"]:
             shutil.copy(path, folder)
-        write_json(folder / MANIFEST, {"base": {key: read_json(base / MANIFEST)[key] for key in ("model", "revision")}})
+        write_json(
+            folder / MANIFEST,
+            {"base": {key: read_json(base / MANIFEST)[key] for key in ("model", "revision")}},
+        )
         bundles.append(Bundle("bench", version, folder, base, 256, Generation(32)))
     return bundles
 
 
 async def measure(bundles: list[Any], tokens: int, asks: int, passes: int) -> None:
-    from ratchet.config import Config
-    from ratchet.gateway.local import LocalEngine
+    from ratchet.config.params import Config
+    from ratchet.serving.local_engine import LocalEngine
 
     engine = LocalEngine(Config())
     for bundle in bundles[:2]:
         await engine.load(bundle)
     await run(engine, 4, 16, tokens, versions=(1, 2))  # warm-up
-    seen = [[await run(engine, clients, asks if clients > 1 else asks // 4, tokens, versions=versions) for clients, versions in SETTINGS] for _ in range(passes)]
-    print("| parallel clients | versions | tokens a second | against one client | p50 ms between two pieces |\n|---|---|---|---|---|")
+    seen = [
+        [
+            await run(engine, clients, asks if clients > 1 else asks // 4, tokens, versions=versions)
+            for clients, versions in SETTINGS
+        ]
+        for _ in range(passes)
+    ]
+    print(
+        "| parallel clients | versions | tokens a second | against one client | p50 ms between two pieces |\n|---|---|---|---|---|"
+    )
     for index, (clients, versions) in enumerate(SETTINGS):
         speed = statistics.median(one[index].tokens_per_second for one in seen)
         ratio = statistics.median(one[index].tokens_per_second / one[0].tokens_per_second for one in seen)
@@ -84,8 +102,8 @@ async def measure(bundles: list[Any], tokens: int, asks: int, passes: int) -> No
 
 
 async def run(engine: Any, clients: int, asks: int, tokens: int, *, versions: Sequence[int]) -> Figures:
-    from ratchet.examples import Message
-    from ratchet.gateway.engine import Ask, Ended
+    from ratchet.data.examples import Message
+    from ratchet.serving.engine import Ask, Ended
 
     slots, gaps = asyncio.Semaphore(clients), list[float]()
 
@@ -93,7 +111,16 @@ async def run(engine: Any, clients: int, asks: int, tokens: int, *, versions: Se
         async with slots:
             times, count = list[float](), 0
             messages = (Message("user", f"{QUESTION} {number}"),)
-            async for piece in engine.answer(Ask(f"r{number}", versions[number % len(versions)], messages, max_tokens=tokens, temperature=1.0, seed=number)):
+            async for piece in engine.answer(
+                Ask(
+                    f"r{number}",
+                    versions[number % len(versions)],
+                    messages,
+                    max_tokens=tokens,
+                    temperature=1.0,
+                    seed=number,
+                )
+            ):
                 times.append(time.perf_counter())
                 count = piece.answer_tokens if isinstance(piece, Ended) else 0
             gaps.extend((after - before) * 1000 for before, after in pairwise(times))

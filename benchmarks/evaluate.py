@@ -19,14 +19,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ratchet.config import AdapterConfig, Config, PydocSource, load_config
-from ratchet.examples import Example, Message, encode_line, make_example
+from ratchet.config.data import PydocSource
+from ratchet.config.params import Config, load_config
+from ratchet.config.training import AdapterConfig
+from ratchet.data.examples import Example, Message, encode_line, make_example
 from ratchet.files import write_bytes, write_json
-from ratchet.workspace import STAGE_ENVIRONMENT
+from ratchet.pipeline.checkout import STAGE_ENVIRONMENT
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
@@ -37,18 +41,32 @@ def main() -> None:
         found = {name: seconds(Path(folder), arguments.params, name) for name in ("cold", "cached")}
         same = len({(Path(folder) / name / "scores.parquet").read_bytes() for name in found}) == 1
     if arguments.json:
-        print(json.dumps({"rows": rows, "models": 3, **{f"{name}_seconds": value for name, value in found.items()}, "same_bytes": same}))
+        print(
+            json.dumps(
+                {
+                    "rows": rows,
+                    "models": 3,
+                    **{f"{name}_seconds": value for name, value in found.items()},
+                    "same_bytes": same,
+                }
+            )
+        )
     else:
-        print(f"{rows} rows, 3 models: {found['cold']:.1f} s; all answers cached: {found['cached']:.1f} s, {'the same bytes' if same else 'OTHER BYTES'}")
+        print(
+            f"{rows} rows, 3 models: {found['cold']:.1f} s; all answers cached: {found['cached']:.1f} s, {'the same bytes' if same else 'OTHER BYTES'}"
+        )
 
 
 def prepare(folder: Path, count: int, config: Config) -> int:
     """Returns the number of rows."""
-    from ratchet.chat import ChatFormat
+    from ratchet.models.chat_template import ChatFormat
     from ratchet.sources.pydoc import harvest
     from tasks.base import make_tokenizer
 
-    examples = [make_example([Message(**message) for message in row["messages"]], {**row["meta"], "batch": "one"}) for row in harvest(PydocSource())]
+    examples = [
+        make_example([Message(**message) for message in row["messages"]], {**row["meta"], "batch": "one"})
+        for row in harvest(PydocSource())
+    ]
     chat = ChatFormat(make_tokenizer(examples[::4], config.base.demo))
     rows: list[Example] = [row for row in examples if len(chat.encode(row).ids) <= config.tokenize.max_length]
     make_models(folder, chat, config)
@@ -63,8 +81,8 @@ def make_models(folder: Path, chat: Any, config: Config) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    from ratchet.methods import add_adapter, save_trained
-    from ratchet.models import MANIFEST, load_base
+    from ratchet.models.adapters import add_adapter, save_trained
+    from ratchet.models.loading import MANIFEST, load_base
     from tasks.base import llama
 
     demo = config.base.demo
@@ -79,15 +97,35 @@ def make_models(folder: Path, chat: Any, config: Config) -> None:
             if "lora_B" in key:
                 torch.nn.init.normal_(weight, std=0.02)
         save_trained(model, folder / "base", folder / name)
-        write_json(folder / name / MANIFEST, {"version": seed, "batches": [], "adapter": adapter.model_dump(mode="json")})
+        write_json(
+            folder / name / MANIFEST,
+            {"version": seed, "batches": [], "adapter": adapter.model_dump(mode="json")},
+        )
 
 
 def seconds(folder: Path, params: Path, name: str) -> float:
-    paths = {key: folder / place for key, place in {"prepared": "prepared", "base": "base", "incumbent": "incumbent", "candidate": "candidate", "region": "region.json"}.items()}
-    flags = [str(part) for key, path in {**paths, "own": Path("metrics"), "out": folder / name, "params": params}.items() for part in (f"--{key}", path)]
+    paths = {
+        key: folder / place
+        for key, place in {
+            "prepared": "prepared",
+            "base": "base",
+            "incumbent": "incumbent",
+            "candidate": "candidate",
+            "region": "region.json",
+        }.items()
+    }
+    flags = [
+        str(part)
+        for key, path in {**paths, "own": Path("metrics"), "out": folder / name, "params": params}.items()
+        for part in (f"--{key}", path)
+    ]
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "tasks.evaluate", *flags], env={**STAGE_ENVIRONMENT, **os.environ, "RATCHET_ROOT": str(folder)}, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tasks.evaluate", *flags],
+        env={**STAGE_ENVIRONMENT, **os.environ, "RATCHET_ROOT": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"the evaluation failed:\n{done.stderr[-3000:]}")

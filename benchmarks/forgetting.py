@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 
 from benchmarks import clinc
 from benchmarks.clinc import DATA, READ, Counts, make_base, one_thread, read_domain, require_data, unread
-from ratchet.config import Config
-from ratchet.examples import Example, encode_line
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, encode_line
 from ratchet.files import read_json, write_bytes, write_json
 
 ARMS = ("0", "0.05", "0.1", "0.25", "0.5", "1", "all")
@@ -56,14 +56,22 @@ FULL, QUICK = Size(6, 3, 20, 4, 10, 600, 8.0), Size(2, 1, 6, 2, 2, 20, 1.0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--quick", action="store_true", help="two domains, one seed, hardly any training: shows that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="two domains, one seed, hardly any training: shows that it runs"
+    )
     parser.add_argument("--domains", type=int, help="arriving domains, 6 at most")
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--runs", type=Path, help="file to keep each arm and seed in, as it ends; what stands in it is not measured again")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        help="file to keep each arm and seed in, as it ends; what stands in it is not measured again",
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     require_data(arguments.data)
@@ -71,30 +79,56 @@ def main() -> None:
     size = size._replace(domains=arguments.domains or size.domains, seeds=arguments.seeds or size.seeds)
     with contextlib.redirect_stdout(sys.stderr):  # progress; the table alone is the result
         found = measure(arguments.data, arguments.arms.split(","), size, arguments.jobs, arguments.runs)
-    rows = [describe(arm, [run for run in found if run["arm"] == arm], [run for run in found if run["arm"] == "all"]) for arm in arguments.arms.split(",")]
+    rows = [
+        describe(
+            arm, [run for run in found if run["arm"] == arm], [run for run in found if run["arm"] == "all"]
+        )
+        for arm in arguments.arms.split(",")
+    ]
     if arguments.json:
         print("\n".join(json.dumps(row) for row in rows))
     else:
         print("\n".join(table(rows, size)))
 
 
-def measure(data: Path, arms: list[str], size: Size, jobs: int, kept: Path | None = None) -> list[dict[str, Any]]:
+def measure(
+    data: Path, arms: list[str], size: Size, jobs: int, kept: Path | None = None
+) -> list[dict[str, Any]]:
     """A dict an arm and seed."""
     lines = kept.read_text(encoding="utf-8").splitlines() if kept and kept.exists() else []
-    known = {(run["arm"], run["seed"]): run for run in map(json.loads, lines) if run["size"] == list(size._replace(seeds=0))}
+    known = {
+        (run["arm"], run["seed"]): run
+        for run in map(json.loads, lines)
+        if run["size"] == list(size._replace(seeds=0))
+    }
     wanted = [(arm, seed) for seed in range(size.seeds) for arm in reversed(arms)]
     found = [known[each] for each in wanted if each in known]
     if len(found) < len(wanted):
         with tempfile.TemporaryDirectory() as folder:
             make_base(Path(folder) / "base", data, size.counts, settings("all", 0, size).base)
-            with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=one_thread, initargs=(folder,)) as pool:
-                for done in as_completed([pool.submit(run, Path(folder), data, arm, seed, size) for arm, seed in wanted if (arm, seed) not in known]):
+            with ProcessPoolExecutor(
+                jobs,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=one_thread,
+                initargs=(folder,),
+            ) as pool:
+                for done in as_completed(
+                    [
+                        pool.submit(run, Path(folder), data, arm, seed, size)
+                        for arm, seed in wanted
+                        if (arm, seed) not in known
+                    ]
+                ):
                     found.append(_said(done.result(), kept))
     return found
 
 
 def _said(run: dict[str, Any], kept: Path | None) -> dict[str, Any]:
-    print(f"seed {run['seed']}, {run['arm']:>4}: kept {run['kept']:.3f}, newest {run['newest']:.3f}, {run['seconds']:.0f} s of training", file=sys.stderr, flush=True)
+    print(
+        f"seed {run['seed']}, {run['arm']:>4}: kept {run['kept']:.3f}, newest {run['newest']:.3f}, {run['seconds']:.0f} s of training",
+        file=sys.stderr,
+        flush=True,
+    )
     if kept:
         with kept.open("a", encoding="utf-8") as out:
             out.write(json.dumps(run) + "\n")
@@ -102,7 +136,11 @@ def _said(run: dict[str, Any], kept: Path | None) -> dict[str, Any]:
 
 
 def settings(arm: str, seed: int, size: Size) -> Config:
-    chosen: dict[str, Any] = {"start_from": "base", "rows": "all"} if arm == "all" else {"start_from": "champion", "replay": float(arm)}
+    chosen: dict[str, Any] = (
+        {"start_from": "base", "rows": "all"}
+        if arm == "all"
+        else {"start_from": "champion", "replay": float(arm)}
+    )
     return clinc.settings(size.steps, size.epochs, seed, **chosen)
 
 
@@ -110,7 +148,7 @@ def settings(arm: str, seed: int, size: Size) -> Config:
 
 
 def run(folder: Path, data: Path, arm: str, seed: int, size: Size) -> dict[str, Any]:
-    from ratchet.models import MANIFEST
+    from ratchet.models.loading import MANIFEST
     from tasks.tokenize import tokenize
     from tasks.train import train
 
@@ -122,8 +160,13 @@ def run(folder: Path, data: Path, arm: str, seed: int, size: Size) -> dict[str, 
     write_json(incumbent / MANIFEST, {"version": None, "batches": []})
     for number, name in enumerate(order, start=1):
         seen = [domains[each] for each in order[:number]]
-        write_bytes(place / "prepared/train.jsonl", (encode_line(row) for domain in seen for row in domain.train))
-        write_bytes(place / "prepared/validation.jsonl", (encode_line(row) for domain in seen for row in domain.validation))
+        write_bytes(
+            place / "prepared/train.jsonl", (encode_line(row) for domain in seen for row in domain.train)
+        )
+        write_bytes(
+            place / "prepared/validation.jsonl",
+            (encode_line(row) for domain in seen for row in domain.validation),
+        )
         profile = tokenize(place / "prepared", base, incumbent, place / "tokens", config)
         began = time.perf_counter()
         train(place / "tokens", base, incumbent, place / f"v{number}", place / "reports", config)
@@ -152,11 +195,13 @@ def run(folder: Path, data: Path, arm: str, seed: int, size: Size) -> dict[str, 
 
 def accuracy(base: Path, adapter: Path, tests: dict[str, list[Example]], config: Config) -> dict[str, float]:
     """Share of exactly right answers by domain."""
-    from ratchet.scoring import Asked, Models, Player, answer
+    from ratchet.evaluation.scoring import Asked, Models, Player, answer
 
     rows = [row for test in tests.values() for row in test]
     asked = Asked(rows, [str(row.meta["batch"]) for row in rows])
-    given = iter(answer(Player("candidate", base, adapter, adapter), Models(), asked, config.evaluate).answers)
+    given = iter(
+        answer(Player("candidate", base, adapter, adapter), Models(), asked, config.evaluate).answers
+    )
     return {name: statistics.mean(next(given) == row.answer for row in test) for name, test in tests.items()}
 
 
@@ -166,7 +211,9 @@ def accuracy(base: Path, adapter: Path, tests: dict[str, list[Example]], config:
 def describe(arm: str, runs: list[dict[str, Any]], against: list[dict[str, Any]]) -> dict[str, Any]:
     """Means with 95 % intervals over seeds."""
     whole = {run["seed"]: run["kept"] for run in against}
-    measured = {key: interval([run[key] for run in runs]) for key in ("kept", "newest", "forgotten", "base_domains")}
+    measured = {
+        key: interval([run[key] for run in runs]) for key in ("kept", "newest", "forgotten", "base_domains")
+    }
     differences = [run["kept"] - whole[run["seed"]] for run in runs if run["seed"] in whole]
     domains = sorted({name for run in runs for name in run["forgotten_by_domain"]})
     return {
@@ -174,7 +221,12 @@ def describe(arm: str, runs: list[dict[str, Any]], against: list[dict[str, Any]]
         "seeds": len(runs),
         **measured,
         "against_all": interval(differences) if differences else None,
-        "forgotten_by_domain": {name: statistics.mean(run["forgotten_by_domain"][name] for run in runs if name in run["forgotten_by_domain"]) for name in domains},
+        "forgotten_by_domain": {
+            name: statistics.mean(
+                run["forgotten_by_domain"][name] for run in runs if name in run["forgotten_by_domain"]
+            )
+            for name in domains
+        },
         "seconds": statistics.mean(run["seconds"] for run in runs),
         "last_seconds": statistics.mean(run["last_seconds"] for run in runs),
         "last_rows": runs[0]["last_rows"],
@@ -191,21 +243,30 @@ def interval(values: list[float]) -> dict[str, float | None]:
 
 def table(rows: list[dict[str, Any]], size: Size) -> list[str]:
     names = {"all": "everything from the base"}
-    lines = ["| replay | kept | against all | newest | forgotten a domain | worst domain | rows in the last | training s, all; last |", f"|{'---|' * 8}"]
+    lines = [
+        "| replay | kept | against all | newest | forgotten a domain | worst domain | rows in the last | training s, all; last |",
+        f"|{'---|' * 8}",
+    ]
     for row in rows:
         worst = max(row["forgotten_by_domain"].items(), key=lambda item: item[1])
         lines.append(
             f"| {names.get(row['arm'], row['arm'])} | {_cell(row['kept'])} | {_cell(row['against_all'], '+')} | {_cell(row['newest'])} | {_cell(row['forgotten'], '+')} "
             f"| {worst[0]} {worst[1]:+.3f} | {row['last_rows']} | {row['seconds']:.0f}; {row['last_seconds']:.0f} |"
         )
-    return [f"{size.domains} retrainings, {size.seeds} seeds, {15 * size.train} training and {15 * size.test} test rows a domain", "", *lines]
+    return [
+        f"{size.domains} retrainings, {size.seeds} seeds, {15 * size.train} training and {15 * size.test} test rows a domain",
+        "",
+        *lines,
+    ]
 
 
 def _cell(found: dict[str, float | None] | None, sign: str = "") -> str:
     if not found:
         return ""
     low, high = found["low"], found["high"]
-    return f"{found['mean']:{sign}.3f}" + (f" [{low:{sign}.3f}, {high:{sign}.3f}]" if low is not None and high is not None else "")
+    return f"{found['mean']:{sign}.3f}" + (
+        f" [{low:{sign}.3f}, {high:{sign}.3f}]" if low is not None and high is not None else ""
+    )
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom
 
-from ratchet.config import GateConfig
+from ratchet.config.evaluation import GateConfig
 from ratchet.errors import RatchetError
+from ratchet.evaluation.statistics import bootstrap_mean, chance_of
 from ratchet.files import write_json
-from ratchet.looks import alpha_of
-from ratchet.power import Spread, plan
-from ratchet.statistics import bootstrap_mean, chance_of
+from ratchet.gate.alpha_budget import alpha_of
+from ratchet.gate.power import Spread, plan
 from tasks.gate import judge
 
 BATCHES = {"old": 400, "older": 400, "new": 400}
@@ -57,14 +57,34 @@ class Bench:
         write_json(folder / "candidate/manifest.json", {"run_key": "candidate", "adapter_sha256": "sha"})
         write_json(folder / "parity.json", passing_parity("sha"))
 
-    def verdict(self, table: pd.DataFrame, config: GateConfig, *, looks: int = 0, evaluated: dict[str, object] | None = None) -> str:
+    def verdict(
+        self,
+        table: pd.DataFrame,
+        config: GateConfig,
+        *,
+        looks: int = 0,
+        evaluated: dict[str, object] | None = None,
+    ) -> str:
         """promote, reject, uncertain, or `error` when the gate gives none."""
         found = {"champion": 7, "candidate": "sha", "rows": int((table.model == "base").sum()), "pairs": 0}
         self._write("looks.json", {"judged": {"7": [f"earlier {number}" for number in range(looks)]}})
         self._write("evaluation/metrics.json", found | (evaluated or {}))
         table.to_parquet(self.folder / "evaluation/scores.parquet", index=False)
         try:
-            self.decision = judge(*(self.folder / name for name in ("evaluation", "candidate", "incumbent", "parity.json", "looks.json", "gate.json")), config)
+            self.decision = judge(
+                *(
+                    self.folder / name
+                    for name in (
+                        "evaluation",
+                        "candidate",
+                        "incumbent",
+                        "parity.json",
+                        "looks.json",
+                        "gate.json",
+                    )
+                ),
+                config,
+            )
         except RatchetError:
             return "error"
         return str(self.decision["verdict"])
@@ -77,13 +97,26 @@ class Bench:
 
 def passing_parity(adapter: str) -> dict[str, object]:
     """A report of serve parity that finds nothing, so that the scores alone decide."""
-    parts = [{"name": name, "rows": 200, "mismatches": 0, "result": "pass", "reason": "the same"} for name in ("files", "training", "prompts", "gateway")]
+    parts = [
+        {"name": name, "rows": 200, "mismatches": 0, "result": "pass", "reason": "the same"}
+        for name in ("files", "training", "prompts", "gateway")
+    ]
     return {"candidate": adapter, "rows": 200, "training_rows": 200, "parts": parts}
 
 
 def main() -> None:
-    parts = {"equal": equal, "copies": copies, "bad": bad, "better": better, "repetition": repetition, "unbudgeted": unbudgeted, "broken": broken}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {
+        "equal": equal,
+        "copies": copies,
+        "bad": bad,
+        "better": better,
+        "repetition": repetition,
+        "unbudgeted": unbudgeted,
+        "broken": broken,
+    }
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a tenth of the cycles")
     parser.add_argument("--only", default=",".join(parts), help="parts, with commas")
     options = parser.parse_args()
@@ -107,7 +140,11 @@ def equal(bench: Bench, cycles: Cycles) -> Iterator[str]:
     for cycle in range(cycles.equal):
         found[bench.verdict(draw(np.random.default_rng([1, cycle])), config)] += 1
         passed += bench.decision["checks"][0]["result"] == "pass"
-    yield row("equal to the champion, error 5 %", found, f"at most {limit(cycles.equal, 0.05)} promoted ({passed} by the success metric alone)")
+    yield row(
+        "equal to the champion, error 5 %",
+        found,
+        f"at most {limit(cycles.equal, 0.05)} promoted ({passed} by the success metric alone)",
+    )
 
 
 def copies(bench: Bench, cycles: Cycles) -> Iterator[str]:
@@ -122,7 +159,10 @@ def copies(bench: Bench, cycles: Cycles) -> Iterator[str]:
 def bad(bench: Bench, cycles: Cycles) -> Iterator[str]:
     """At the default settings."""
     for name, spoil in SPOILT.items():
-        found = Counter(bench.verdict(spoil(np.random.default_rng([3, cycle])), GateConfig(resamples=1000)) for cycle in range(cycles.bad))
+        found = Counter(
+            bench.verdict(spoil(np.random.default_rng([3, cycle])), GateConfig(resamples=1000))
+            for cycle in range(cycles.bad)
+        )
         yield row(name, found, "none promoted")
 
 
@@ -131,20 +171,42 @@ def better(bench: Bench, cycles: Cycles) -> Iterator[str]:
     config = GateConfig(resamples=2000)
     for effect in (0.02, 0.03, 0.04):
         told = plan(effect, BATCHES, SEEN, GOLDEN, Spread(DIFFERING, 0.0), alpha_of(1, config), config).power
-        found = Counter(bench.verdict(draw(np.random.default_rng([4, cycle, round(1000 * effect)]), effect), config) for cycle in range(cycles.better))
-        yield row(f"better by {effect:.2f}", found, f"{told:.0%} promoted by plan; measured {found['promote'] / cycles.better:.0%}")
+        found = Counter(
+            bench.verdict(draw(np.random.default_rng([4, cycle, round(1000 * effect)]), effect), config)
+            for cycle in range(cycles.better)
+        )
+        yield row(
+            f"better by {effect:.2f}",
+            found,
+            f"{told:.0%} promoted by plan; measured {found['promote'] / cycles.better:.0%}",
+        )
 
 
 def repetition(bench: Bench, cycles: Cycles) -> Iterator[str]:
     """Series of thirty candidates that are no better, each on fresh rows; a series counts once when any of them gets through. Default settings."""
-    yield _series("alpha budget 5 % (the default)", bench, cycles.series, GateConfig(resamples=2000), f"at most {limit(cycles.series, 0.05)} series")
-    yield _fast_series("by the success metric's two tests alone, budget 5 %", cycles.fast, GateConfig(resamples=2000), f"at most {limit(cycles.fast, 0.05)} series")
+    yield _series(
+        "alpha budget 5 % (the default)",
+        bench,
+        cycles.series,
+        GateConfig(resamples=2000),
+        f"at most {limit(cycles.series, 0.05)} series",
+    )
+    yield _fast_series(
+        "by the success metric's two tests alone, budget 5 %",
+        cycles.fast,
+        GateConfig(resamples=2000),
+        f"at most {limit(cycles.fast, 0.05)} series",
+    )
 
 
 def unbudgeted(_: Bench, cycles: Cycles) -> Iterator[str]:
     """The same where each look has 1 %."""
     yield _fast_series(
-        "by the two tests alone, 1 % a look without a budget", cycles.fast, GateConfig(resamples=2000, alpha_budget=1.0), "1 - 0.99^30 = 26 %, to compare", counted=False
+        "by the two tests alone, 1 % a look without a budget",
+        cycles.fast,
+        GateConfig(resamples=2000, alpha_budget=1.0),
+        "1 - 0.99^30 = 26 %, to compare",
+        counted=False,
     )
 
 
@@ -152,7 +214,9 @@ def _series(name: str, bench: Bench, series: int, config: GateConfig, wanted: st
     through = 0
     for number in range(series):
         generator = np.random.default_rng([5, number])
-        through += any(bench.verdict(draw(generator, light=True), config, looks=look) == "promote" for look in range(30))
+        through += any(
+            bench.verdict(draw(generator, light=True), config, looks=look) == "promote" for look in range(30)
+        )
     return f"| thirty equal ones in a row, {name} | {series:,} series | {through} | | | | {wanted} |"
 
 
@@ -162,8 +226,15 @@ def _fast_series(name: str, series: int, config: GateConfig, wanted: str, *, cou
     for _ in range(series):
         for look in range(1, 31):
             won, lost, _ = generator.multinomial(rows, [DIFFERING / 2, DIFFERING / 2, 1 - DIFFERING])
-            gains, alpha = np.repeat([1.0, -1.0, 0.0], [won, lost, rows - won - lost]), alpha_of(look if counted else 1, config)
-            if won > lost and chance_of(gains) <= alpha and bootstrap_mean(gains, alpha=alpha, resamples=config.resamples, seed=config.seed).low > 0:
+            gains, alpha = (
+                np.repeat([1.0, -1.0, 0.0], [won, lost, rows - won - lost]),
+                alpha_of(look if counted else 1, config),
+            )
+            if (
+                won > lost
+                and chance_of(gains) <= alpha
+                and bootstrap_mean(gains, alpha=alpha, resamples=config.resamples, seed=config.seed).low > 0
+            ):
                 through += 1
                 break
     return f"| thirty equal ones in a row, {name} | {series:,} series | {through:,} ({through / series:.1%}) | | | | {wanted} |"
@@ -178,7 +249,10 @@ def broken(bench: Bench, cycles: Cycles) -> Iterator[str]:
         "no rows of the candidate": (table[~mine], {}),
         "no rows of the champion": (table[table.model != "champion"], {}),
         "a row of the candidate is missing": (table.drop(table.index[mine][0]), {}),
-        "a hundred rows of all models are missing": (table[~table.id.isin([f"row{number}" for number in range(100)])], {"rows": len(table) // 3}),
+        "a hundred rows of all models are missing": (
+            table[~table.id.isin([f"row{number}" for number in range(100)])],
+            {"rows": len(table) // 3},
+        ),
         "a doubled row": (pd.concat([table, table[mine][:1]]), {}),
         "all rows twice": (pd.concat([table, table]), {"rows": len(table) // 3}),
         "NaN": (table.assign(exact_match=table.exact_match.mask(mine & (table.id == "row5"))), {}),
@@ -186,16 +260,27 @@ def broken(bench: Bench, cycles: Cycles) -> Iterator[str]:
         "another candidate": (table, {"candidate": "an earlier one"}),
         "audit without its rows": (table, {"pairs": 20}),
     }
-    found = Counter(bench.verdict(spoilt, GateConfig(), evaluated=evaluated) for spoilt, evaluated in faults.values())
+    found = Counter(
+        bench.verdict(spoilt, GateConfig(), evaluated=evaluated) for spoilt, evaluated in faults.values()
+    )
     yield row(f"better by 0.30, in {len(faults)} kinds of broken evaluation", found, "no verdict at all")
 
 
 # --- tables --------------------------------------------------------------------------------------------------------------
 
 
-def draw(generator: np.random.Generator, effect: float = 0.0, *, right: float | None = None, nll: float = 1.0, light: bool = False) -> pd.DataFrame:
+def draw(
+    generator: np.random.Generator,
+    effect: float = 0.0,
+    *,
+    right: float | None = None,
+    nll: float = 1.0,
+    light: bool = False,
+) -> pd.DataFrame:
     """The candidate is better by `effect`; or right by chance in the share `right`. `light`: half of the test rows, no golden ones and no slices."""
-    batches = [name for name, count in BATCHES.items() for _ in range(count // 2 if light else count)] + ["golden"] * (0 if light else GOLDEN)
+    batches = [name for name, count in BATCHES.items() for _ in range(count // 2 if light else count)] + [
+        "golden"
+    ] * (0 if light else GOLDEN)
     rows = len(batches)
     champion = generator.random(rows) < RIGHT
     if right is None:
@@ -205,11 +290,27 @@ def draw(generator: np.random.Generator, effect: float = 0.0, *, right: float | 
         candidate = champion ^ (generator.random(rows) < turn)
     else:
         candidate = generator.random(rows) < right
-    sides = {"candidate": (candidate, nll), "champion": (champion, 1.0), "base": (generator.random(rows) < BASE, 2.0)}
-    ids, topics = [f"row{number}" for number in range(rows)], [f"topic {number % 6}" for number in range(rows)]
+    sides = {
+        "candidate": (candidate, nll),
+        "champion": (champion, 1.0),
+        "base": (generator.random(rows) < BASE, 2.0),
+    }
+    ids, topics = (
+        [f"row{number}" for number in range(rows)],
+        [f"topic {number % 6}" for number in range(rows)],
+    )
     likelihood = generator.normal(0, 0.3, rows).round(1)  # the same row is hard for all
     frames = [
-        pd.DataFrame({"id": ids, "batch": batches, "slice:topic": topics, "model": model, "exact_match": hits.astype(float), "answer_nll": mean + likelihood})
+        pd.DataFrame(
+            {
+                "id": ids,
+                "batch": batches,
+                "slice:topic": topics,
+                "model": model,
+                "exact_match": hits.astype(float),
+                "answer_nll": mean + likelihood,
+            }
+        )
         for model, (hits, mean) in sides.items()
     ]
     table = pd.concat(frames, ignore_index=True)

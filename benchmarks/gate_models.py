@@ -37,14 +37,20 @@ from msgspec.structs import replace
 from benchmarks import clinc
 from benchmarks.clinc import DATA, Counts, make_base, one_thread, read_domain, require_data, unread
 from benchmarks.gate import HEADER, Bench, limit, passing_parity, row
-from ratchet.config import Config, GateConfig
+from ratchet.config.evaluation import GateConfig
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, Message, encode_line, make_example, read_examples
 from ratchet.errors import RatchetError
-from ratchet.examples import Example, Message, encode_line, make_example, read_examples
 from ratchet.files import read_json, write_bytes, write_json
-from ratchet.models import MANIFEST, WEIGHTS, adapter_sha256
+from ratchet.models.loading import MANIFEST, WEIGHTS, adapter_sha256
 
 SCORES = ["exact_match", "answer_nll"]
-SCALES = (0.5, 0.6, 0.8, 1.0)  # of noise, in standard deviations of each matrix: from 0.5 on, each costs over five points
+SCALES = (
+    0.5,
+    0.6,
+    0.8,
+    1.0,
+)  # of noise, in standard deviations of each matrix: from 0.5 on, each costs over five points
 AT_MOST = GateConfig(alpha=0.05, alpha_budget=1.0, resamples=1000)
 CHAMPION, BASE, CACHE, POOL, LOOKS = "models/champion", "models/base", "cache", "pool", "looks.json"
 
@@ -80,9 +86,13 @@ class Line(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--quick", action="store_true", help="hardly any training and few cycles: shows that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="hardly any training and few cycles: shows that it runs"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -90,7 +100,12 @@ def main() -> None:
     started = time.perf_counter()
     for part in measure(arguments.data, QUICK if arguments.quick else FULL, arguments.jobs):
         if isinstance(part, Line):
-            print(json.dumps(part._asdict()) if arguments.json else row(part.name, part.found, part.wanted + told(part)), flush=True)
+            print(
+                json.dumps(part._asdict())
+                if arguments.json
+                else row(part.name, part.found, part.wanted + told(part)),
+                flush=True,
+            )
         else:
             print(json.dumps(part) if arguments.json else f"{described(part)}\n\n{HEADER}", flush=True)
     print(f"\n{time.perf_counter() - started:.0f} s", file=sys.stderr if arguments.json else sys.stdout)
@@ -100,7 +115,9 @@ def measure(data: Path, size: Size, jobs: int) -> Iterator[dict[str, Any] | Line
     """The models' accuracy first, then the lines of the table."""
     with tempfile.TemporaryDirectory(prefix="ratchet-gate-") as name:
         folder = Path(name)
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=one_thread, initargs=(name,)) as pool:
+        with ProcessPoolExecutor(
+            jobs, mp_context=multiprocessing.get_context("spawn"), initializer=one_thread, initargs=(name,)
+        ) as pool:
             pool.submit(make_models, folder, data, size).result()
             list(pool.map(make_twin, [folder] * size.twins, [size] * size.twins, range(1, size.twins + 1)))
             yield accuracies(folder, size)
@@ -117,20 +134,37 @@ def make_models(folder: Path, data: Path, size: Size) -> None:
     domains = [read_domain(data, name, size.counts, 0) for name in names]
     parts = {
         "train": [domain.train for domain in domains],
-        "validation": [[each for place, each in enumerate(domain.validation) if place % size.counts.validation < size.validation] for domain in domains],
+        "validation": [
+            [
+                each
+                for place, each in enumerate(domain.validation)
+                if place % size.counts.validation < size.validation
+            ]
+            for domain in domains
+        ],
     }
     for split, rows in parts.items():
-        write_rows(folder / "known" / f"{split}.jsonl", [each for part in rows[: size.known] for each in part])
+        write_rows(
+            folder / "known" / f"{split}.jsonl", [each for part in rows[: size.known] for each in part]
+        )
         write_rows(folder / "arrived" / f"{split}.jsonl", [each for part in rows for each in part])
     used = {each.id for rows in parts.values() for part in rows for each in part}
-    held_out = {each.id: each for domain in domains for each in (*domain.test, *domain.validation) if each.id not in used}
+    held_out = {
+        each.id: each
+        for domain in domains
+        for each in (*domain.test, *domain.validation)
+        if each.id not in used
+    }
     pool = list(held_out.values())
     write_rows(folder / POOL / "test.jsonl", pool)
     write_rows(folder / POOL / "golden.jsonl", [])
     for number in range(size.draws):
         drawn = random.Random(f"rows {number}").sample(pool, sum(size.asked))
         write_rows(folder / f"draw-{number}" / "test.jsonl", drawn[: size.asked[0]])
-        write_rows(folder / f"draw-{number}" / "golden.jsonl", [replace(each, meta={**each.meta, "batch": "golden"}) for each in drawn[size.asked[0] :]])
+        write_rows(
+            folder / f"draw-{number}" / "golden.jsonl",
+            [replace(each, meta={**each.meta, "batch": "golden"}) for each in drawn[size.asked[0] :]],
+        )
     write_json(folder / "nobody" / MANIFEST, {"version": None, "batches": []})
     write_json(folder / LOOKS, {"judged": {}})
     make_base(folder / BASE, data, size.counts, settings(size, 0).base)
@@ -144,7 +178,15 @@ def make_twin(folder: Path, size: Size, seed: int) -> None:
 
     out = folder / f"models/twin-{seed}"
     learn(folder, folder / "known", folder / "nobody", out, settings(size, seed))
-    evaluate(folder / POOL, folder / BASE, folder / CHAMPION, out, folder / f"twin-{seed}", settings(size, seed), cache=folder / CACHE)
+    evaluate(
+        folder / POOL,
+        folder / BASE,
+        folder / CHAMPION,
+        out,
+        folder / f"twin-{seed}",
+        settings(size, seed),
+        cache=folder / CACHE,
+    )
 
 
 def learn(folder: Path, rows: Path, incumbent: Path, out: Path, config: Config) -> None:
@@ -159,7 +201,13 @@ def learn(folder: Path, rows: Path, incumbent: Path, out: Path, config: Config) 
 def settings(size: Size, seed: int, epochs: float | None = None) -> Config:
     """The project's own but for what judges no candidate."""
     config = clinc.settings(size.steps, epochs or size.epochs, seed)
-    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"simple_baseline": False, "metrics": ["exact_match"]})})
+    return config.model_copy(
+        update={
+            "evaluate": config.evaluate.model_copy(
+                update={"simple_baseline": False, "metrics": ["exact_match"]}
+            )
+        }
+    )
 
 
 def write_rows(path: Path, rows: list[Example]) -> None:
@@ -173,16 +221,23 @@ def same_and_twins(folder: Path, size: Size, pool: ProcessPoolExecutor) -> Itera
     for kind in (itself, exchanged, as_they_are):
         starts = range(0, size.cycles, CHUNK)
         found: dict[str, Counter[str]] = {}
-        for part in pool.map(cycles_of, [folder] * len(starts), [size] * len(starts), [kind] * len(starts), starts):
+        for part in pool.map(
+            cycles_of, [folder] * len(starts), [size] * len(starts), [kind] * len(starts), starts
+        ):
             for name, verdicts in part.items():
                 found[name] = found.get(name, Counter()) + verdicts
         for name, verdicts in sorted(found.items()):
             passed = verdicts.pop(PASSED, 0)
-            yield Line(name, verdicts, WANTED[name].format(limit(verdicts.total(), AT_MOST.alpha), passed), [], [])
+            yield Line(
+                name, verdicts, WANTED[name].format(limit(verdicts.total(), AT_MOST.alpha), passed), [], []
+            )
 
 
 ITSELF, EXCHANGED = "the champion itself, real rows", "a twin by another seed, exchanged row by row"
-NO_BETTER, BETTER = "a twin as it is: no better over all rows", "a twin as it is: the better one over all rows"
+NO_BETTER, BETTER = (
+    "a twin as it is: no better over all rows",
+    "a twin as it is: the better one over all rows",
+)
 PASSED = "passed"  # by the success metric, whatever the guardrails say
 WANTED = {
     ITSELF: "none promoted",
@@ -192,9 +247,13 @@ WANTED = {
 }
 
 
-def cycles_of(folder: Path, size: Size, kind: Callable[[list[pd.DataFrame], np.random.Generator], Pair], start: int) -> dict[str, Counter[str]]:
+def cycles_of(
+    folder: Path, size: Size, kind: Callable[[list[pd.DataFrame], np.random.Generator], Pair], start: int
+) -> dict[str, Counter[str]]:
     models, base = read_scores(folder, size)
-    bench = Bench(folder / f"bench-{kind.__name__}-{start}", seen=read_json(folder / CHAMPION / MANIFEST)["batches"])
+    bench = Bench(
+        folder / f"bench-{kind.__name__}-{start}", seen=read_json(folder / CHAMPION / MANIFEST)["batches"]
+    )
     found: dict[str, Counter[str]] = {}
     for cycle in range(start, min(start + CHUNK, size.cycles)):
         generator = np.random.default_rng([8, cycle])
@@ -230,20 +289,29 @@ def as_they_are(models: list[pd.DataFrame], generator: np.random.Generator) -> P
     return Pair(BETTER if better else NO_BETTER, candidate, champion)
 
 
-def drawn(pair: Pair, base: pd.DataFrame, generator: np.random.Generator, counts: tuple[int, int]) -> pd.DataFrame:
+def drawn(
+    pair: Pair, base: pd.DataFrame, generator: np.random.Generator, counts: tuple[int, int]
+) -> pd.DataFrame:
     """A table of scores as the evaluation leaves it, on rows drawn without putting back."""
     places = generator.choice(len(base), sum(counts), replace=False)
     golden = np.arange(sum(counts)) >= counts[0]
     sides = {"candidate": pair.candidate, "champion": pair.champion, "base": base}
-    table = pd.concat([frame.iloc[places].assign(model=name) for name, frame in sides.items()], ignore_index=True)
+    table = pd.concat(
+        [frame.iloc[places].assign(model=name) for name, frame in sides.items()], ignore_index=True
+    )
     return table.assign(batch=table.batch.mask(np.tile(golden, len(sides)), "golden"))
 
 
 def read_scores(folder: Path, size: Size) -> tuple[list[pd.DataFrame], pd.DataFrame]:
     """(champion and twins, base): a line a row, in one order."""
-    tables = [pd.read_parquet(folder / f"twin-{seed}" / "scores.parquet") for seed in range(1, size.twins + 1)]
+    tables = [
+        pd.read_parquet(folder / f"twin-{seed}" / "scores.parquet") for seed in range(1, size.twins + 1)
+    ]
     kept = ["id", "batch", *(name for name in tables[0] if str(name).startswith("slice:")), *SCORES]
-    sides = {name: [table[table.model == name][kept].sort_values("id", ignore_index=True) for table in tables] for name in ("candidate", "champion", "base")}
+    sides = {
+        name: [table[table.model == name][kept].sort_values("id", ignore_index=True) for table in tables]
+        for name in ("candidate", "champion", "base")
+    }
     return [sides["champion"][0], *sides["candidate"]], sides["base"][0]
 
 
@@ -259,11 +327,19 @@ def accuracies(folder: Path, size: Size) -> dict[str, Any]:
 def known_bad(folder: Path, size: Size, pool: ProcessPoolExecutor) -> Iterator[Line]:
     for kind in KINDS:
         found: dict[str, list[Judged]] = {}
-        for each in pool.map(judged, [folder] * size.bad, [size] * size.bad, [kind] * size.bad, range(size.bad)):
+        for each in pool.map(
+            judged, [folder] * size.bad, [size] * size.bad, [kind] * size.bad, range(size.bad)
+        ):
             found.setdefault(each.name, []).append(each)
         for name, part in found.items():
             whole = [each for each in part if each.verdict != "error"]
-            yield Line(name, Counter(each.verdict for each in part), "none promoted", [each.lost for each in whole], [each.empty for each in whole])
+            yield Line(
+                name,
+                Counter(each.verdict for each in part),
+                "none promoted",
+                [each.lost for each in whole],
+                [each.empty for each in whole],
+            )
 
 
 class Judged(NamedTuple):
@@ -282,9 +358,25 @@ def judged(folder: Path, size: Size, kind: str, number: int) -> Judged:
     candidate, evaluation, config = place / "candidate", place / "evaluation", settings(size, number)
     name = KINDS[kind](folder, candidate, number, size)
     try:
-        metrics = evaluate(folder / f"draw-{number % size.draws}", folder / BASE, folder / CHAMPION, candidate, evaluation, config, cache=folder / CACHE)
+        metrics = evaluate(
+            folder / f"draw-{number % size.draws}",
+            folder / BASE,
+            folder / CHAMPION,
+            candidate,
+            evaluation,
+            config,
+            cache=folder / CACHE,
+        )
         write_json(place / "parity.json", passing_parity(adapter_sha256(candidate)))
-        verdict = judge(evaluation, candidate, folder / CHAMPION, place / "parity.json", folder / LOOKS, place / "gate.json", config.gate)["verdict"]
+        verdict = judge(
+            evaluation,
+            candidate,
+            folder / CHAMPION,
+            place / "parity.json",
+            folder / LOOKS,
+            place / "gate.json",
+            config.gate,
+        )["verdict"]
     except RatchetError as error:
         print(f"{name}, {number}: {error}", file=sys.stderr)
         return Judged(name, "error")
@@ -298,7 +390,13 @@ def judged(folder: Path, size: Size, kind: str, number: int) -> Judged:
 
 def noise(folder: Path, out: Path, number: int, _: Size) -> str:
     scale, generator = SCALES[number % len(SCALES)], np.random.default_rng([9, number])
-    change_weights(folder / CHAMPION, out, lambda _, weight: weight + generator.normal(0, scale * weight.std(), weight.shape).astype(weight.dtype))
+    change_weights(
+        folder / CHAMPION,
+        out,
+        lambda _, weight: (
+            weight + generator.normal(0, scale * weight.std(), weight.shape).astype(weight.dtype)
+        ),
+    )
     return f"noise on the weights, {scale:g} times their spread"
 
 
@@ -308,7 +406,10 @@ def shuffled(folder: Path, out: Path, number: int, size: Size) -> str:
 
     def spoil(rows: list[Example]) -> list[Example]:
         answers = generator.sample([each.answer for each in rows], len(rows))
-        return [make_example([*each.prompt, Message("assistant", answer)], each.meta) for each, answer in zip(rows, answers, strict=True)]
+        return [
+            make_example([*each.prompt, Message("assistant", answer)], each.meta)
+            for each, answer in zip(rows, answers, strict=True)
+        ]
 
     retrain(folder, out, number, size, spoil)
     return "shuffled labels"
@@ -329,7 +430,11 @@ def bare(folder: Path, out: Path, number: int, _: Size) -> str:
     generator = np.random.default_rng([10, number])
 
     def begin(name: str, weight: Any) -> Any:
-        return np.zeros_like(weight) if "lora_B" in name else generator.normal(0, weight.std(), weight.shape).astype(weight.dtype)
+        return (
+            np.zeros_like(weight)
+            if "lora_B" in name
+            else generator.normal(0, weight.std(), weight.shape).astype(weight.dtype)
+        )
 
     change_weights(folder / CHAMPION, out, begin)
     return "the bare base (an untrained adapter)"
@@ -351,10 +456,18 @@ def not_a_number(folder: Path, out: Path, number: int, _: Size) -> str:
     return "NaN weights (one value, one matrix, all)"
 
 
-KINDS: dict[str, Callable[[Path, Path, int, Size], str]] = {"noise": noise, "shuffled": shuffled, "bare": bare, "nan": not_a_number, "nothing": nothing}
+KINDS: dict[str, Callable[[Path, Path, int, Size], str]] = {
+    "noise": noise,
+    "shuffled": shuffled,
+    "bare": bare,
+    "nan": not_a_number,
+    "nothing": nothing,
+}
 
 
-def retrain(folder: Path, out: Path, number: int, size: Size, spoil: Callable[[list[Example]], list[Example]]) -> None:
+def retrain(
+    folder: Path, out: Path, number: int, size: Size, spoil: Callable[[list[Example]], list[Example]]
+) -> None:
     rows = out.with_name("rows")
     for split in ("train", "validation"):
         write_rows(rows / f"{split}.jsonl", spoil(list(read_examples(folder / "arrived" / f"{split}.jsonl"))))
@@ -372,7 +485,11 @@ def change_weights(source: Path, out: Path, change: Callable[[str, Any], Any]) -
     from safetensors.numpy import save_file
 
     shutil.copytree(source, out)
-    save_file({name: change(name, weight) for name, weight in read_weights(source).items()}, out / WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {name: change(name, weight) for name, weight in read_weights(source).items()},
+        out / WEIGHTS,
+        metadata={"format": "pt"},
+    )
     manifest = {key: value for key, value in read_json(source / MANIFEST).items() if key != "version"}
     write_json(out / MANIFEST, manifest | {"run_key": out.parent.name, "adapter_sha256": adapter_sha256(out)})
 
@@ -386,8 +503,16 @@ def described(found: dict[str, Any]) -> str:
 
 
 def told(line: Line) -> str:
-    lost = f"; exact match lost: {statistics.mean(line.lost):.3f}, least {min(line.lost):.3f}" if line.lost else ""
-    return lost + (f"; at least {min(line.empty):.0%} of the answers empty" if line.empty and min(line.empty) > 0.5 else "")
+    lost = (
+        f"; exact match lost: {statistics.mean(line.lost):.3f}, least {min(line.lost):.3f}"
+        if line.lost
+        else ""
+    )
+    return lost + (
+        f"; at least {min(line.empty):.0%} of the answers empty"
+        if line.empty and min(line.empty) > 0.5
+        else ""
+    )
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ from typing import NamedTuple
 
 import aiohttp
 
-from ratchet.champion import Champion, write_champion
-from ratchet.config import Config
-from ratchet.config_doc import render_params
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
 from ratchet.errors import ServiceError
 from ratchet.files import write_json
-from ratchet.gateway.keys import add_key
-from ratchet.serving import SERVING
+from ratchet.gateway.auth import add_key
+from ratchet.promotion.champion import Champion, write_champion
+from ratchet.serving.bundle import SERVING
 
 NAME, DELAY = "pydoc", 0.02  # seconds that the stub takes for an answer
 ROUNDS, WARM_SECONDS, LATE_SECONDS, START_SECONDS = 4, 1.0, 10.0, 120.0
@@ -57,9 +57,13 @@ class Asked(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rate", type=float, default=200.0, help="requests a second")
-    parser.add_argument("--seconds", type=float, default=20.0, help="seconds of load for each target, at most 60")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="seconds of load for each target, at most 60"
+    )
     parser.add_argument("--no-litellm", action="store_true", help="leave LiteLLM's proxy out")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as scratch, contextlib.ExitStack() as stack:
@@ -79,22 +83,56 @@ def main() -> None:
 def start(scratch: Path, stack: contextlib.ExitStack) -> list[Target]:
     stub, gateway = free_port(), free_port()
     upstream = f"http://127.0.0.1:{stub}/v1"
-    stack.enter_context(running([sys.executable, str(STUB), str(stub), str(DELAY)], f"{upstream}/models", scratch / "stub.log"))
-    put_champion(scratch, Config.model_validate({"project": {"name": NAME}, "gateway": {"engine": "openai", "upstream": upstream, "port": gateway, "max_queue": 1000}}))
-    command = [sys.executable, "-m", "ratchet.gateway.serve"]
-    stack.enter_context(running(command, f"http://127.0.0.1:{gateway}/readyz", scratch / "gateway.log", RATCHET_ROOT=str(scratch)))
-    return [Target("direct", upstream, f"{NAME}@v1"), Target("gateway", f"http://127.0.0.1:{gateway}/v1", NAME, add_key(scratch, "benchmark", ["infer"]))]
+    stack.enter_context(
+        running(
+            [sys.executable, str(STUB), str(stub), str(DELAY)], f"{upstream}/models", scratch / "stub.log"
+        )
+    )
+    put_champion(
+        scratch,
+        Config.model_validate(
+            {
+                "project": {"name": NAME},
+                "gateway": {"engine": "openai", "upstream": upstream, "port": gateway, "max_queue": 1000},
+            }
+        ),
+    )
+    command = [sys.executable, "-m", "ratchet.gateway.server"]
+    stack.enter_context(
+        running(
+            command, f"http://127.0.0.1:{gateway}/readyz", scratch / "gateway.log", RATCHET_ROOT=str(scratch)
+        )
+    )
+    return [
+        Target("direct", upstream, f"{NAME}@v1"),
+        Target("gateway", f"http://127.0.0.1:{gateway}/v1", NAME, add_key(scratch, "benchmark", ["infer"])),
+    ]
 
 
 def start_litellm(scratch: Path, upstream: str, stack: contextlib.ExitStack) -> Target:
     """As its documentation advises for production: no debugging, no telemetry, no retries here. Raises ServiceError."""
     program, port, key = install_litellm(), free_port(), f"sk-{secrets.token_hex(32)}"
     model = {"model": f"openai/{NAME}@v1", "api_base": upstream, "api_key": "none"}
-    settings = {"model_list": [{"model_name": NAME, "litellm_params": model}], "litellm_settings": {"telemetry": False, "set_verbose": False, "num_retries": 0}}
+    settings = {
+        "model_list": [{"model_name": NAME, "litellm_params": model}],
+        "litellm_settings": {"telemetry": False, "set_verbose": False, "num_retries": 0},
+    }
     (scratch / "litellm.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
-    command = [str(program), "--config", str(scratch / "litellm.yaml"), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
+    command = [
+        str(program),
+        "--config",
+        str(scratch / "litellm.yaml"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--num_workers",
+        "1",
+    ]
     environment = {"LITELLM_MASTER_KEY": key, "LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    stack.enter_context(running(command, f"http://127.0.0.1:{port}/health/liveliness", scratch / "litellm.log", **environment))
+    stack.enter_context(
+        running(command, f"http://127.0.0.1:{port}/health/liveliness", scratch / "litellm.log", **environment)
+    )
     return Target("litellm", f"http://127.0.0.1:{port}/v1", NAME, key)
 
 
@@ -104,7 +142,9 @@ def put_champion(root: Path, config: Config) -> None:
     (root / "params.yaml").write_text(render_params(config), encoding="utf-8")
     folder = root / SERVING / f"v1-{digest[:12]}"
     (folder / "adapter").mkdir(parents=True)
-    write_json(folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96})
+    write_json(
+        folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96}
+    )
     write_json(root / SERVING / "bases/base/manifest.json", {})
     rest = {
         "previous": None,
@@ -129,10 +169,15 @@ def install_litellm() -> Path:
     if program.exists():
         return program
     print(f"installing litellm[proxy] into {LITELLM} (minutes, once)", flush=True)
-    for command in ([sys.executable, "-m", "venv", str(LITELLM)], [str(LITELLM / "bin/python"), "-m", "pip", "install", "--quiet", "litellm[proxy]"]):
+    for command in (
+        [sys.executable, "-m", "venv", str(LITELLM)],
+        [str(LITELLM / "bin/python"), "-m", "pip", "install", "--quiet", "litellm[proxy]"],
+    ):
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         if done.returncode:
-            raise ServiceError(f"`{' '.join(command)}` failed: {(done.stderr.strip() or 'no reason given').splitlines()[-1][:200]}")
+            raise ServiceError(
+                f"`{' '.join(command)}` failed: {(done.stderr.strip() or 'no reason given').splitlines()[-1][:200]}"
+            )
     return program
 
 
@@ -140,7 +185,9 @@ def install_litellm() -> Path:
 def running(command: list[str], url: str, log: Path, **environment: str) -> Iterator[None]:
     """Until the block ends; waits for its first answer at `url`."""
     with log.open("wb") as out:
-        process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=out, stderr=subprocess.STDOUT
+        )
         try:
             asyncio.run(wait_for_answer(process, url, log))
             yield
@@ -180,7 +227,9 @@ async def measure(targets: list[Target], rate: float, seconds: float) -> dict[st
     for _ in range(ROUNDS):
         for target in targets:
             asked = await load(target, rate, seconds / ROUNDS)
-            found[target.name] = Asked(found[target.name].milliseconds + asked.milliseconds, found[target.name].faults + asked.faults)
+            found[target.name] = Asked(
+                found[target.name].milliseconds + asked.milliseconds, found[target.name].faults + asked.faults
+            )
     return found
 
 
@@ -193,17 +242,30 @@ async def load(target: Target, rate: float, seconds: float) -> Asked:
             await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
             tasks.append(asyncio.create_task(ask(session, target, number)))
         took = (await asyncio.gather(*tasks))[int(rate * WARM_SECONDS) :]
-    return Asked([one for one in took if isinstance(one, float)], [one for one in took if isinstance(one, str)])
+    return Asked(
+        [one for one in took if isinstance(one, float)], [one for one in took if isinstance(one, str)]
+    )
 
 
 async def ask(session: aiohttp.ClientSession, target: Target, number: int) -> float | str:
     """Milliseconds, or why there was no answer within 10 s."""
-    body = {"model": target.model, "user": f"u{number}", "max_tokens": 8, "messages": [{"role": "user", "content": "Which module documents this? Return the number of items."}]}
+    body = {
+        "model": target.model,
+        "user": f"u{number}",
+        "max_tokens": 8,
+        "messages": [{"role": "user", "content": "Which module documents this? Return the number of items."}],
+    }
     began = time.perf_counter()
     try:
-        async with session.post(f"{target.url}/chat/completions", json=body, headers={"authorization": f"Bearer {target.key}"}) as answered:
+        async with session.post(
+            f"{target.url}/chat/completions", json=body, headers={"authorization": f"Bearer {target.key}"}
+        ) as answered:
             text = await answered.text()
-            return (time.perf_counter() - began) * 1000 if answered.status == 200 else f"{answered.status} {text[:200]}"
+            return (
+                (time.perf_counter() - began) * 1000
+                if answered.status == 200
+                else f"{answered.status} {text[:200]}"
+            )
     except (aiohttp.ClientError, TimeoutError) as error:
         return f"{type(error).__name__} {error}"
 
@@ -213,9 +275,16 @@ def print_table(rate: float, found: dict[str, Asked]) -> None:
     print(f"\n{rate:g} requests a second, milliseconds    p50     p95     p99   failed     n")
     for name, asked in found.items():
         seen = quantiles(asked.milliseconds)
-        print(f"{name:34}" + "".join(f"{value:8.2f}" for value in seen) + f"{len(asked.faults):9}{len(asked.milliseconds):6}")
+        print(
+            f"{name:34}"
+            + "".join(f"{value:8.2f}" for value in seen)
+            + f"{len(asked.faults):9}{len(asked.milliseconds):6}"
+        )
         if name != "direct":
-            print(f"{'  own cost':34}" + "".join(f"{value - base:8.2f}" for value, base in zip(seen, direct, strict=True)))
+            print(
+                f"{'  own cost':34}"
+                + "".join(f"{value - base:8.2f}" for value, base in zip(seen, direct, strict=True))
+            )
         if asked.faults:
             print(f"  the first fault: {asked.faults[0]}")
 

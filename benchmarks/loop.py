@@ -21,20 +21,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ratchet.workspace import child_environment
+from ratchet.pipeline.checkout import child_environment
 
 HOME = Path(".ratchet/demo")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if not (HOME / "champion.json").exists():
         sys.exit(f"{HOME} holds no finished demo: run `make demo` first")
     found = measure(HOME.resolve(), arguments.runs)
-    print(json.dumps(found) if arguments.json else "\n".join(f"{name:32} {value}" for name, value in found.items()))
+    print(
+        json.dumps(found)
+        if arguments.json
+        else "\n".join(f"{name:32} {value}" for name, value in found.items())
+    )
 
 
 def measure(home: Path, runs: int) -> dict[str, Any]:
@@ -61,7 +67,9 @@ def _repro(home: Path) -> float:
         def work() -> None:
             _run(["git", "clone", "--quiet", str(home), str(clone)], home)
             with (clone / ".dvc/config.local").open("w") as config:
-                config.write(f'\n[cache]\n    dir = "{home}/.dvc/cache"\n    type = "reflink,symlink,hardlink,copy"\n')
+                config.write(
+                    f'\n[cache]\n    dir = "{home}/.dvc/cache"\n    type = "reflink,symlink,hardlink,copy"\n'
+                )
             _run([sys.executable, "-m", "dvc", "checkout", "--quiet", "--allow-missing"], clone)
             _run([sys.executable, "-m", "dvc", "repro", "--quiet"], clone)
 
@@ -69,7 +77,20 @@ def _repro(home: Path) -> float:
 
 
 def _retrain(home: Path) -> dict[str, Any]:
-    done = _run([sys.executable, "-m", "ratchet.cli", "-C", str(home), "retrain", "--json", "--reason", "benchmark"], home)
+    done = _run(
+        [
+            sys.executable,
+            "-m",
+            "ratchet.cli",
+            "-C",
+            str(home),
+            "retrain",
+            "--json",
+            "--reason",
+            "benchmark",
+        ],
+        home,
+    )
     return json.loads(done)
 
 
@@ -89,7 +110,21 @@ def _change_gate(home: Path) -> list[str]:
 
 
 def _commit(home: Path, message: str) -> None:
-    _run(["git", "-c", "user.name=Ratchet", "-c", "user.email=ratchet@localhost", "commit", "--quiet", "--all", "--message", message], home)
+    _run(
+        [
+            "git",
+            "-c",
+            "user.name=Ratchet",
+            "-c",
+            "user.email=ratchet@localhost",
+            "commit",
+            "--quiet",
+            "--all",
+            "--message",
+            message,
+        ],
+        home,
+    )
 
 
 def _timed(work: Any) -> float:
@@ -99,7 +134,9 @@ def _timed(work: Any) -> float:
 
 
 def _run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, env=child_environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=child_environment(), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
     return done.stdout

@@ -23,17 +23,19 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet.batches import write_batch
-from ratchet.config import PrepareConfig, PydocSource
+from ratchet.config.data import PrepareConfig, PydocSource
+from ratchet.data.batches import write_batch
+from ratchet.monitoring.novelty import words_of
 from ratchet.sources.pydoc import harvest
-from ratchet.surprise import words_of
 from tasks.prepare import prepare
 
 BATCH = 250_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--near-rows", type=int, default=100_000)
     parser.add_argument("--one", nargs=2, metavar=("RAW", "NEAR"), help=argparse.SUPPRESS)
@@ -41,13 +43,25 @@ def main() -> None:
     if arguments.one:
         measure(Path(arguments.one[0]), near=arguments.one[1] == "near")
         return
-    print("| rows | near duplicates | seconds | rows a second | accepted | rejected | duplicates | MiB over the least |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| rows | near duplicates | seconds | rows a second | accepted | rejected | duplicates | MiB over the least |\n|---|---|---|---|---|---|---|---|"
+    )
     least = 0.0
-    for rows, near in ((100, "no"), (arguments.rows // 4, "no"), (arguments.rows, "no"), (arguments.near_rows, "near")):
+    for rows, near in (
+        (100, "no"),
+        (arguments.rows // 4, "no"),
+        (arguments.rows, "no"),
+        (arguments.near_rows, "near"),
+    ):
         with tempfile.TemporaryDirectory() as folder:
             fill(Path(folder) / "raw", rows)
             found = json.loads(
-                subprocess.run([sys.executable, "-m", "benchmarks.prepare", "--one", folder, near], capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+                subprocess.run(
+                    [sys.executable, "-m", "benchmarks.prepare", "--one", folder, near],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                ).stdout.splitlines()[-1]
             )
         if rows == 100:
             least = found["mib"]
@@ -64,12 +78,25 @@ def fill(raw: Path, rows: int) -> None:
     lines = make_rows(rows)
     for number, start in enumerate(range(0, rows, BATCH)):
         taken = [next(lines) for _ in range(min(BATCH, rows - start))]
-        write_batch(raw, taken, source="jsonl", label=f"b{number}", time=f"2026-01-01T00:{number:02}:00Z", licence="CC0-1.0", who="benchmark", form="completion")
+        write_batch(
+            raw,
+            taken,
+            source="jsonl",
+            label=f"b{number}",
+            time=f"2026-01-01T00:{number:02}:00Z",
+            licence="CC0-1.0",
+            who="benchmark",
+            form="completion",
+        )
 
 
 def make_rows(count: int) -> Iterator[bytes]:
     chance = random.Random(7)
-    frequency = Counter(word for row in harvest(PydocSource(packages=["stdlib"])) for word in words_of(row["messages"][0]["content"]))
+    frequency = Counter(
+        word
+        for row in harvest(PydocSource(packages=["stdlib"]))
+        for word in words_of(row["messages"][0]["content"])
+    )
     words, weights = list(frequency), list(frequency.values())
     drawn = chance.choices(words, weights, k=2_000_000)
     last = b"{}"
@@ -85,10 +112,20 @@ def make_rows(count: int) -> Iterator[bytes]:
 
 def measure(folder: Path, *, near: bool) -> None:
     began = time.perf_counter()
-    profile = prepare(folder / "raw", folder / "golden.jsonl", folder / "out", PrepareConfig(near_search=near, min_rows=1))
+    profile = prepare(
+        folder / "raw", folder / "golden.jsonl", folder / "out", PrepareConfig(near_search=near, min_rows=1)
+    )
     seconds, total = time.perf_counter() - began, profile["total"]
     mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "mib": mib, **{group: total[group]["rows"] for group in ("accepted", "rejected", "duplicate")}}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "mib": mib,
+                **{group: total[group]["rows"] for group in ("accepted", "rejected", "duplicate")},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ratchet.config import RolloutConfig
-from ratchet.rollout import Rollout
+from ratchet.config.monitoring import RolloutConfig
+from ratchet.promotion.rollout import Rollout
 from tasks.rollout import Outcomes, judge
 
 WRONG = ("promote", "roll_back", "stop")
@@ -38,22 +38,45 @@ class Ended(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rollouts", type=int, default=1000, help="A/A rollouts")
     parser.add_argument("--looks", type=int, default=80, help="looks of each")
     options = parser.parse_args()
     started = time.perf_counter()
-    print(f"A/A: {options.rollouts} rollouts of an equal model, {options.looks} looks each, rollout.alpha {CONFIG.alpha}")
-    print("| effect on the feedback | rollouts | promoted | rolled back | stopped | undecided | ends wrongly | naive z-test calls a difference | median users at the end |")
+    print(
+        f"A/A: {options.rollouts} rollouts of an equal model, {options.looks} looks each, rollout.alpha {CONFIG.alpha}"
+    )
+    print(
+        "| effect on the feedback | rollouts | promoted | rolled back | stopped | undecided | ends wrongly | naive z-test calls a difference | median users at the end |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     print(row("0 (A/A)", simulate_many(options.rollouts, options.looks, effect=0.0), wrong=WRONG))
     print(
-        row("0, 8 steps, users of one opinion", simulate_many(max(20, options.rollouts // 4), options.looks, effect=0.0, seed=2, shares=EIGHT, opinion=(0.2, 0.2)), wrong=WRONG),
+        row(
+            "0, 8 steps, users of one opinion",
+            simulate_many(
+                max(20, options.rollouts // 4),
+                options.looks,
+                effect=0.0,
+                seed=2,
+                shares=EIGHT,
+                opinion=(0.2, 0.2),
+            ),
+            wrong=WRONG,
+        ),
         flush=True,
     )
     for effect in (0.05, 0.1, -0.05, -0.1):
         wrong = ("roll_back", "stop") if effect > 0 else ("promote", "stop")
-        print(row(f"{effect:+.2f}", simulate_many(max(20, options.rollouts // 10), options.looks, effect=effect, seed=1), wrong=wrong))
+        print(
+            row(
+                f"{effect:+.2f}",
+                simulate_many(max(20, options.rollouts // 10), options.looks, effect=effect, seed=1),
+                wrong=wrong,
+            )
+        )
     print(f"\n{time.perf_counter() - started:.0f} s")
 
 
@@ -63,23 +86,41 @@ def row(name: str, ended: list[Ended], wrong: tuple[str, ...]) -> str:
     share = sum(counts[action] for action in wrong) / len(ended)
     median = str(told[len(told) // 2]) if told else "—"
     naive = sum(one.naive for one in ended) / len(ended)
-    return (
-        f"| {name} | {len(ended)} | {counts['promote']} | {counts['roll_back']} | {counts['stop']} | {counts['hold'] + counts['advance']} | {share:.1%} | {naive:.1%} | {median} |"
-    )
+    return f"| {name} | {len(ended)} | {counts['promote']} | {counts['roll_back']} | {counts['stop']} | {counts['hold'] + counts['advance']} | {share:.1%} | {naive:.1%} | {median} |"
 
 
-def simulate_many(rollouts: int, looks: int, *, effect: float, seed: int = 0, shares: Sequence[float] = CONFIG.steps, opinion: tuple[float, float] = (3, 2)) -> list[Ended]:
-    return [simulate(np.random.default_rng([seed, number]), looks, effect=effect, shares=shares, opinion=opinion) for number in range(rollouts)]
+def simulate_many(
+    rollouts: int,
+    looks: int,
+    *,
+    effect: float,
+    seed: int = 0,
+    shares: Sequence[float] = CONFIG.steps,
+    opinion: tuple[float, float] = (3, 2),
+) -> list[Ended]:
+    return [
+        simulate(np.random.default_rng([seed, number]), looks, effect=effect, shares=shares, opinion=opinion)
+        for number in range(rollouts)
+    ]
 
 
 def simulate(
-    chance: np.random.Generator, looks: int, *, effect: float, shares: Sequence[float] = CONFIG.steps, opinion: tuple[float, float] = (3, 2), users: int = 1600, requests: int = 100
+    chance: np.random.Generator,
+    looks: int,
+    *,
+    effect: float,
+    shares: Sequence[float] = CONFIG.steps,
+    opinion: tuple[float, float] = (3, 2),
+    users: int = 1600,
+    requests: int = 100,
 ) -> Ended:
     """One rollout; `requests` come between two looks, half of them with feedback. `opinion`: the beta distribution of the users' mean scores."""
     spoken = 0.5
     rollout = Rollout("a", "small", 2, 1, "c", "h", "salt", 0, list(shares), "open", 0.0, 0.0)
     quality, place = chance.beta(*opinion, users), chance.random(users)
-    sums = np.zeros((len(rollout.shares), users, 5))  # requests, errors, empty, log latency, and feedback's sum …
+    sums = np.zeros(
+        (len(rollout.shares), users, 5)
+    )  # requests, errors, empty, log latency, and feedback's sum …
     voices = np.zeros((len(rollout.shares), users))  # … and number
     naive, seen = False, Counter[str]()
     for number in range(1, looks + 1):
@@ -87,7 +128,16 @@ def simulate(
         treated = place[who] < rollout.share
         hour = 0.1 * math.sin(number / 4)
         score = chance.random(requests) < np.clip(quality[who] + hour + effect * treated, 0, 1)
-        values = np.stack([np.ones(requests), chance.random(requests) < 0.01, chance.random(requests) < 0.02, chance.normal(5 + hour, 0.5, requests), score], axis=1)
+        values = np.stack(
+            [
+                np.ones(requests),
+                chance.random(requests) < 0.01,
+                chance.random(requests) < 0.02,
+                chance.normal(5 + hour, 0.5, requests),
+                score,
+            ],
+            axis=1,
+        )
         np.add.at(sums[rollout.step], who, values * np.array([1, 1, 1, 1, 0]))
         said = chance.random(requests) < spoken
         np.add.at(sums[rollout.step], who[said], values[said] * np.array([0, 0, 0, 0, 1]))
@@ -103,13 +153,23 @@ def simulate(
     return Ended("hold", looks, users, naive)
 
 
-def outcomes(sums: NDArray[np.float64], voices: NDArray[np.float64], place: NDArray[np.float64], rollout: Rollout) -> Outcomes:
+def outcomes(
+    sums: NDArray[np.float64], voices: NDArray[np.float64], place: NDArray[np.float64], rollout: Rollout
+) -> Outcomes:
     step, user = np.nonzero(sums[: rollout.step + 1, :, 0])
     unit, said = sums[step, user], voices[step, user]
     share = np.array(rollout.shares)[step]
     with np.errstate(invalid="ignore", divide="ignore"):
         feedback = np.where(said > 0, unit[:, 4] / said, math.nan)
-    return Outcomes(step, place[user] < share, unit[:, 1] / unit[:, 0], unit[:, 2] / unit[:, 0], unit[:, 3] / unit[:, 0], feedback, user.astype(np.int64))
+    return Outcomes(
+        step,
+        place[user] < share,
+        unit[:, 1] / unit[:, 0],
+        unit[:, 2] / unit[:, 0],
+        unit[:, 3] / unit[:, 0],
+        feedback,
+        user.astype(np.int64),
+    )
 
 
 def z_test(found: Outcomes) -> bool:

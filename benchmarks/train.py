@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import msgspec
 import psutil
 
+from ratchet.pipeline.checkout import STAGE_ENVIRONMENT
 from ratchet.sources.pydoc import _roots
-from ratchet.workspace import STAGE_ENVIRONMENT
 
 ARMS = ("usual", "sorted", "trl_padded", "trl_packed", "ratchet", "ratchet_qlora", "ratchet_compiled")
 TRL, TRL_WANTED = Path(".ratchet/bench-trl"), "trl==1.16.0"
@@ -47,11 +47,21 @@ class Setup(NamedTuple):
     cuda: bool = False
 
 
-SMALL = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": True}
+SMALL = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--rows", type=int, default=3000)
@@ -70,13 +80,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), arguments.rows, SMALL, Setup().length)
         for arm in arguments.arms.split(","):
-            found = measure(arm, ["-m", "benchmarks.train", "--one", arm, folder, "--seconds", str(arguments.seconds)])
+            found = measure(
+                arm, ["-m", "benchmarks.train", "--one", arm, folder, "--seconds", str(arguments.seconds)]
+            )
             usual = usual or found["tokens_per_second"]
             if arguments.json:
                 print(json.dumps({"arm": arm, **found, "import_seconds": imports}), flush=True)
             else:
                 speed = found["tokens_per_second"]
-                print(f"| {arm} | {speed:,.0f} | {speed / usual:.2f} | {found['utilisation']:.0%} | {found['cold_start_seconds']:.1f} | {found['peak_mib']:,.0f} |", flush=True)
+                print(
+                    f"| {arm} | {speed:,.0f} | {speed / usual:.2f} | {found['utilisation']:.0%} | {found['cold_start_seconds']:.1f} | {found['peak_mib']:,.0f} |",
+                    flush=True,
+                )
 
 
 def measure(arm: str, command: list[str]) -> dict[str, Any]:
@@ -86,7 +101,9 @@ def measure(arm: str, command: list[str]) -> dict[str, Any]:
     if arm.startswith("trl"):
         install_trl()
         environment["PYTHONPATH"] = f"{TRL.resolve()}{os.pathsep}{environment.get('PYTHONPATH', '')}"
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"{arm} failed:\n{done.stderr[-3000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -94,13 +111,30 @@ def measure(arm: str, command: list[str]) -> dict[str, Any]:
 
 def import_seconds() -> float:
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch, transformers, peft; transformers.Trainer"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", "import torch, transformers, peft; transformers.Trainer"],
+        check=True,
+        capture_output=True,
+    )
     return time.perf_counter() - began
 
 
 def install_trl() -> None:
     if not TRL.exists():
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), TRL_WANTED], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--target",
+                str(TRL),
+                TRL_WANTED,
+            ],
+            check=True,
+        )
 
 
 # --- the task: a model and rows -----------------------------------------------------------------------------------------------
@@ -111,25 +145,36 @@ def prepare(folder: Path, count: int, shape: dict[str, Any], length: int, dtype:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ratchet.chat import ChatFormat
-    from ratchet.config import DemoBase
-    from ratchet.examples import Message, make_example
+    from ratchet.config.training import DemoBase
+    from ratchet.data.examples import Message, make_example
     from ratchet.files import write_json
-    from ratchet.models import MANIFEST
+    from ratchet.models.chat_template import ChatFormat
+    from ratchet.models.loading import MANIFEST
     from tasks.base import make_tokenizer
 
-    examples = [make_example([Message("user", f"What does {name} do?"), Message("assistant", text)], {}) for name, text in texts(count * 2)]
+    examples = [
+        make_example([Message("user", f"What does {name} do?"), Message("assistant", text)], {})
+        for name, text in texts(count * 2)
+    ]
     tokenizer = make_tokenizer(examples, DemoBase(vocab_size=4096, context=4096))
     chat = ChatFormat(tokenizer)
     rows = [row for row in map(chat.encode, examples) if len(row.ids) <= length][:count]
     torch.manual_seed(1)
-    config = LlamaConfig(max_position_embeddings=4096, pad_token_id=chat.pad_id, eos_token_id=chat.stop_id, **{**shape, "vocab_size": max(shape["vocab_size"], len(tokenizer))})
+    config = LlamaConfig(
+        max_position_embeddings=4096,
+        pad_token_id=chat.pad_id,
+        eos_token_id=chat.stop_id,
+        **{**shape, "vocab_size": max(shape["vocab_size"], len(tokenizer))},
+    )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(folder / "base", safe_serialization=True)
     del model
     tokenizer.save_pretrained(folder / "base")
-    write_json(folder / "base" / MANIFEST, {"model": "demo", "revision": None, "context": 4096, "pad_id": chat.pad_id})
+    write_json(
+        folder / "base" / MANIFEST,
+        {"model": "demo", "revision": None, "context": 4096, "pad_id": chat.pad_id},
+    )
     (folder / "rows.json").write_bytes(msgspec.json.encode(rows))
 
 
@@ -141,7 +186,11 @@ def texts(most: int) -> Iterator[tuple[str, str]]:
             except (SyntaxError, ValueError):
                 continue
             for node in ast.walk(tree):
-                if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)) and len(text) > 20:
+                if (
+                    isinstance(node, ast.FunctionDef | ast.ClassDef)
+                    and (text := ast.get_docstring(node))
+                    and len(text) > 20
+                ):
                     yield f"{name}.{node.name}", text
                     if not (most := most - 1):
                         return
@@ -190,10 +239,19 @@ class Clock:
 
 def run_arm(arm: str, folder: Path, seconds: float, setup: Setup) -> None:
     clock = Clock(seconds)
-    rows = [(list(ids), list(learned)) for ids, learned in msgspec.json.decode((folder / "rows.json").read_bytes())]
-    {"usual": _usual, "sorted": _usual, "trl_padded": _trl, "trl_packed": _trl, "ratchet": _ratchet, "ratchet_qlora": _ratchet, "ratchet_compiled": _ratchet}[arm](
-        arm, folder, rows, clock, setup
-    )
+    rows = [
+        (list(ids), list(learned))
+        for ids, learned in msgspec.json.decode((folder / "rows.json").read_bytes())
+    ]
+    {
+        "usual": _usual,
+        "sorted": _usual,
+        "trl_padded": _trl,
+        "trl_packed": _trl,
+        "ratchet": _ratchet,
+        "ratchet_qlora": _ratchet,
+        "ratchet_compiled": _ratchet,
+    }[arm](arm, folder, rows, clock, setup)
     figures = clock.tell()
     if setup.cuda:
         import torch
@@ -210,12 +268,19 @@ def _lora(folder: Path, setup: Setup) -> Any:
 
     settings: dict[str, Any] = {"dtype": torch.bfloat16 if setup.cuda else torch.float32}
     if setup.method == "qlora":
-        settings["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
         settings["device_map"] = {"": "cuda" if setup.cuda else "cpu"}
     model = AutoModelForCausalLM.from_pretrained(folder / "base", **settings)
     if setup.method == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return get_peft_model(
+        model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
 
 
 def _stopper(clock: Clock) -> Any:
@@ -260,7 +325,14 @@ def _usual(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup) 
     import torch
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    data = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [token if on else -100 for token, on in zip(ids, learned, strict=True)]} for ids, learned in rows]
+    data = [
+        {
+            "input_ids": ids,
+            "attention_mask": [1] * len(ids),
+            "labels": [token if on else -100 for token, on in zip(ids, learned, strict=True)],
+        }
+        for ids, learned in rows
+    ]
 
     class Sorted(Trainer):
         def _get_train_sampler(self, *_: Any) -> Any:
@@ -272,7 +344,11 @@ def _usual(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup) 
 
     collate = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder / "base"), label_pad_token_id=-100)
     trainer = (Sorted if arm == "sorted" else Trainer)(
-        model=_lora(folder, setup), args=TrainingArguments(**_settings(folder, setup)), train_dataset=data, data_collator=_counting(collate, clock), callbacks=[_stopper(clock)]
+        model=_lora(folder, setup),
+        args=TrainingArguments(**_settings(folder, setup)),
+        train_dataset=data,
+        data_collator=_counting(collate, clock),
+        callbacks=[_stopper(clock)],
     )
     trainer.train()
 
@@ -282,11 +358,31 @@ def _trl(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup) ->
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    data = Dataset.from_list([{"input_ids": ids, "completion_mask": [int(on) for on in learned]} for ids, learned in rows])
-    packed = {"packing": True, "packing_strategy": "bfd", "max_length": setup.packed, "per_device_train_batch_size": 1} if arm == "trl_packed" else {"max_length": setup.length}
-    settings = {**_settings(folder, setup), "remove_unused_columns": True, "completion_only_loss": True, **packed}
+    data = Dataset.from_list(
+        [{"input_ids": ids, "completion_mask": [int(on) for on in learned]} for ids, learned in rows]
+    )
+    packed = (
+        {
+            "packing": True,
+            "packing_strategy": "bfd",
+            "max_length": setup.packed,
+            "per_device_train_batch_size": 1,
+        }
+        if arm == "trl_packed"
+        else {"max_length": setup.length}
+    )
+    settings = {
+        **_settings(folder, setup),
+        "remove_unused_columns": True,
+        "completion_only_loss": True,
+        **packed,
+    }
     trainer = SFTTrainer(
-        model=_lora(folder, setup), args=SFTConfig(**settings), train_dataset=data, processing_class=AutoTokenizer.from_pretrained(folder / "base"), callbacks=[_stopper(clock)]
+        model=_lora(folder, setup),
+        args=SFTConfig(**settings),
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(folder / "base"),
+        callbacks=[_stopper(clock)],
     )
     trainer.data_collator = _counting(trainer.data_collator, clock)
     trainer.train()
@@ -294,13 +390,15 @@ def _trl(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup) ->
 
 def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup) -> None:
     """The stage's own functions: packing, the model in the precision that the machine and the method ask for, `fit`."""
-    from ratchet.chat import Encoded
-    from ratchet.config import AdapterConfig, Config
+    from ratchet.config.params import Config
+    from ratchet.config.training import AdapterConfig
     from ratchet.files import read_json
-    from ratchet.methods import add_adapter, prepare_quantised
-    from ratchet.models import MANIFEST, compute_dtype, load_base
-    from ratchet.packing import pack
-    from ratchet.training import Schedule, fit
+    from ratchet.models.adapters import add_adapter, prepare_quantised
+    from ratchet.models.chat_template import Encoded
+    from ratchet.models.loading import MANIFEST, compute_dtype, load_base
+    from ratchet.training.packing import pack
+    from ratchet.training.schedule import Schedule
+    from ratchet.training.trainer import fit
 
     class Enough(Exception):
         pass
@@ -329,18 +427,29 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup
         compile=arm == "ratchet_compiled",
     )
     model = load_base(folder / "base", method=method)
-    model = add_adapter(prepare_quantised(model) if method == "qlora" else model, AdapterConfig(method=method, rank=16, alpha=32), seed=train.seed)
-    import ratchet.training as training
+    model = add_adapter(
+        prepare_quantised(model) if method == "qlora" else model,
+        AdapterConfig(method=method, rank=16, alpha=32),
+        seed=train.seed,
+    )
+    import ratchet.training.trainer as training
 
     training.LOGS = steps  # a line a step, so that the clock hears of each
     for collator in (training._Collator, training._RowCollator):
         _count(collator, clock)
     with contextlib.suppress(Enough):
-        fit(model, windows, [], schedule, pad_id=read_json(folder / "base" / MANIFEST)["pad_id"], report=report)
+        fit(
+            model,
+            windows,
+            [],
+            schedule,
+            pad_id=read_json(folder / "base" / MANIFEST)["pad_id"],
+            report=report,
+        )
 
 
 def _count(collator: Any, clock: Clock) -> None:
-    from ratchet.packing import IGNORED
+    from ratchet.training.packing import IGNORED
 
     collate = collator.__call__
 

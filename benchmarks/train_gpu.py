@@ -29,7 +29,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "tie_word_embeddings": False,
     },
-    "tiny": {**SMALL, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
+    "tiny": {
+        **SMALL,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    },
 }
 ARMS = ("usual", "trl_packed", "ratchet")
 
@@ -37,7 +44,9 @@ ARMS = ("usual", "trl_packed", "ratchet")
 def main() -> None:
     import torch
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--method", choices=("lora", "qlora"), default="qlora")
     parser.add_argument("--length", type=int, default=2048, help="longest row and window, in tokens")
@@ -50,24 +59,51 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     if not cuda and arguments.shape != "tiny":
         raise SystemExit("no GPU with CUDA here; `--shape tiny` shows that the script runs")
-    setup = Setup(length=arguments.length, batch=1, accumulate=1, packed=arguments.length, method=arguments.method, cuda=cuda)
+    setup = Setup(
+        length=arguments.length,
+        batch=1,
+        accumulate=1,
+        packed=arguments.length,
+        method=arguments.method,
+        cuda=cuda,
+    )
     if arguments.one:
         run_arm(arguments.one[0], Path(arguments.one[1]), arguments.seconds, setup)
         return
     peak = matmul_peak(4096 if cuda else 256)
     if not arguments.json:
-        print(f"bfloat16 matmul peak: {peak / 1e12:.3f} TFLOP/s\n\n| arm | learned tokens a second | utilisation | of peak | peak MiB |\n|---|---|---|---|---|")
+        print(
+            f"bfloat16 matmul peak: {peak / 1e12:.3f} TFLOP/s\n\n| arm | learned tokens a second | utilisation | of peak | peak MiB |\n|---|---|---|---|---|"
+        )
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), arguments.rows, SHAPES[arguments.shape], arguments.length, "bfloat16" if cuda else "float32")
+        prepare(
+            Path(folder),
+            arguments.rows,
+            SHAPES[arguments.shape],
+            arguments.length,
+            "bfloat16" if cuda else "float32",
+        )
         weights = num_weights(Path(folder) / "base")
-        kept = ["--shape", arguments.shape, "--method", arguments.method, "--length", str(arguments.length), "--seconds", str(arguments.seconds)]
+        kept = [
+            "--shape",
+            arguments.shape,
+            "--method",
+            arguments.method,
+            "--length",
+            str(arguments.length),
+            "--seconds",
+            str(arguments.seconds),
+        ]
         for arm in arguments.arms.split(","):
             found = measure(arm, ["-m", "benchmarks.train_gpu", "--one", arm, folder, *kept])
             found["of_peak"] = found["positions_per_second"] * 6 * weights / peak
             if arguments.json:
                 print(json.dumps({"arm": arm, **found, "matmul_peak": peak}), flush=True)
             else:
-                print(f"| {arm} | {found['tokens_per_second']:,.0f} | {found['utilisation']:.0%} | {found['of_peak']:.1%} | {found['peak_mib']:,.0f} |", flush=True)
+                print(
+                    f"| {arm} | {found['tokens_per_second']:,.0f} | {found['utilisation']:.0%} | {found['of_peak']:.1%} | {found['peak_mib']:,.0f} |",
+                    flush=True,
+                )
 
 
 def matmul_peak(size: int) -> float:

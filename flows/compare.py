@@ -10,17 +10,26 @@ import platform
 from pathlib import Path
 from typing import Any, get_args
 
-from flows.material import PREPARED, Say, make_material, open_bench
-from ratchet.comparison import markdown
-from ratchet.config import AdapterConfig, Config
-from ratchet.config_doc import render_params
+from flows.training_inputs import PREPARED, Say, make_material, open_bench
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig
 from ratchet.errors import RatchetError, UserError
 from ratchet.files import read_json, write_json, write_text
-from ratchet.models import weights_file
-from ratchet.regions import FILE as REGION
-from ratchet.search import with_changes
-from ratchet.trainings import CANDIDATE, PARAMS, Material, read_figures, require_success, run_module, run_training
-from ratchet.workspace import locked
+from ratchet.models.loading import weights_file
+from ratchet.monitoring.topics import FILE as REGION
+from ratchet.pipeline.checkout import locked
+from ratchet.reporting.markdown import markdown
+from ratchet.training.launch import (
+    CANDIDATE,
+    PARAMS,
+    Material,
+    read_figures,
+    require_success,
+    run_module,
+    run_training,
+)
+from ratchet.training.search_space import with_changes
 
 OUT = Path("reports/compare")
 METHODS = get_args(AdapterConfig.model_fields["method"].annotation)
@@ -36,10 +45,20 @@ def compare(home: Path, config: Config, methods: list[str], say: Say) -> dict[st
         made = make_material(workspace, FROM_BASE, say)
         nobody = workspace.path / ".ratchet/compare/nobody"
         write_json(nobody / "manifest.json", {"version": None, "batches": []})
-        rows = [measure(workspace.path, made._replace(incumbent=nobody), config, method, changes, say) for method, changes in plans.items()]
+        rows = [
+            measure(workspace.path, made._replace(incumbent=nobody), config, method, changes, say)
+            for method, changes in plans.items()
+        ]
         commit = workspace.git("rev-parse", "HEAD").strip()
     scored = next((row["test_rows"] for row in rows if not row["failed"]), 0)
-    found = {"metric": config.gate.metric, "rows": scored, "seed": config.train.seed, "commit": commit, "machine": _machine(), "methods": rows}
+    found = {
+        "metric": config.gate.metric,
+        "rows": scored,
+        "seed": config.train.seed,
+        "commit": commit,
+        "machine": _machine(),
+        "methods": rows,
+    }
     write_json(home / OUT / "compare.json", found)
     write_text(home / OUT / "compare.md", markdown(found))
     return found
@@ -51,7 +70,9 @@ def settings_of(config: Config, method: str) -> dict[str, Any]:
     return {"adapter.method": method, **FROM_BASE, **config.compare.settings.get(method, {})}
 
 
-def measure(place: Path, material: Material, config: Config, method: str, changes: dict[str, Any], say: Say) -> dict[str, Any]:
+def measure(
+    place: Path, material: Material, config: Config, method: str, changes: dict[str, Any], say: Say
+) -> dict[str, Any]:
     folder = place / ".ratchet/compare" / method
     folder.mkdir(parents=True, exist_ok=True)
     row: dict[str, Any] = {"method": method, "changes": changes, "failed": ""}
@@ -60,7 +81,10 @@ def measure(place: Path, material: Material, config: Config, method: str, change
         require_success(run_training(folder, material, with_changes(config, changes)), "training")
         figures = read_figures(folder)
         say(f"compare: {method} trained in {figures['seconds']:.0f} s; it is scored and asked …")
-        metrics, latency = _evaluate(folder, place, material, config, changes), _latency(folder, place, material)
+        metrics, latency = (
+            _evaluate(folder, place, material, config, changes),
+            _latency(folder, place, material),
+        )
     except RatchetError as error:
         say(f"compare: {method}: {error}")
         return row | {"failed": " ".join(str(error).partition("\n")[0].split())}
@@ -77,10 +101,17 @@ def measure(place: Path, material: Material, config: Config, method: str, change
     }
 
 
-def _evaluate(folder: Path, place: Path, material: Material, config: Config, changes: dict[str, Any]) -> dict[str, Any]:
+def _evaluate(
+    folder: Path, place: Path, material: Material, config: Config, changes: dict[str, Any]
+) -> dict[str, Any]:
     """The project's own, without what judges no candidate."""
     params, out = folder / "evaluate.yaml", folder / "evaluation"
-    write_text(params, render_params(with_changes(config, {**changes, "evaluate.simple_baseline": False, "evaluate.bias_pairs": 0})))
+    write_text(
+        params,
+        render_params(
+            with_changes(config, {**changes, "evaluate.simple_baseline": False, "evaluate.bias_pairs": 0})
+        ),
+    )
     paths = {
         "params": params,
         "prepared": place / PREPARED,
@@ -98,7 +129,13 @@ def _evaluate(folder: Path, place: Path, material: Material, config: Config, cha
 
 def _latency(folder: Path, place: Path, material: Material) -> dict[str, Any]:
     out = folder / "latency.json"
-    paths = {"params": folder / PARAMS, "prepared": place / PREPARED, "base": material.base, "candidate": folder / CANDIDATE, "out": out}
+    paths = {
+        "params": folder / PARAMS,
+        "prepared": place / PREPARED,
+        "base": material.base,
+        "candidate": folder / CANDIDATE,
+        "out": out,
+    }
     require_success(run_module("tasks.latency", _words(paths), folder), "asking in the gateway's engine")
     found: dict[str, Any] = read_json(out)
     return found

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.events import COMMITTED, DRIFTED, resource_of
-from flows.watch import Watcher
-from ratchet.config import Config, load_config
+from flows.rollout_watcher import Watcher
+from ratchet.config.params import Config, load_config
 from ratchet.errors import ConfigError, RatchetError, UserError
-from ratchet.services import service_environment
+from ratchet.pipeline.stage import project_root
+from ratchet.services.environment import service_environment
 
 if TYPE_CHECKING:
     from prefect.client.schemas.actions import DeploymentScheduleCreate
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    root = Path(os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    root = project_root()
     try:
         config = load_config(root / "params.yaml")
         set_environment(root, config)
@@ -52,7 +53,10 @@ def set_environment(root: Path, config: Config) -> None:
     os.environ.update(service_environment(root, config), RATCHET_ROOT=str(root))
     if "PREFECT_API_URL" not in os.environ:
         port = config.services.prefect_port
-        raise UserError(f"Prefect does not answer on 127.0.0.1:{port} (services.prefect_port)", remedy="start it with `ratchet up`, or set PREFECT_API_URL")
+        raise UserError(
+            f"Prefect does not answer on 127.0.0.1:{port} (services.prefect_port)",
+            remedy="start it with `ratchet up`, or set PREFECT_API_URL",
+        )
 
 
 def describe_retrain(root: Path, config: Config) -> RunnerDeployment:
@@ -72,7 +76,9 @@ def describe_retrain(root: Path, config: Config) -> RunnerDeployment:
         parameters={"root": str(root)},
         schedules=[describe_schedule("retrain", config.retrain.cron, {"reason": "schedule"})],
         triggers=describe_triggers(config),
-        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
+        concurrency_limit=ConcurrencyLimitConfig(
+            limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE
+        ),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
 
@@ -83,16 +89,24 @@ def describe_schedule(section: str, cron: str, parameters: dict[str, Any]) -> De
     from prefect.client.schemas.schedules import CronSchedule
 
     try:
-        return DeploymentScheduleCreate(schedule=CronSchedule(cron=cron, timezone="UTC"), parameters=parameters, slug=f"{section}-cron")
+        return DeploymentScheduleCreate(
+            schedule=CronSchedule(cron=cron, timezone="UTC"), parameters=parameters, slug=f"{section}-cron"
+        )
     except ValueError:
-        raise ConfigError(f"{section}.cron is {cron!r}, which is no cron schedule", remedy="give five fields in params.yaml, such as `0 3 * * 1` (Mondays at 03:00 UTC)") from None
+        raise ConfigError(
+            f"{section}.cron is {cron!r}, which is no cron schedule",
+            remedy="give five fields in params.yaml, such as `0 3 * * 1` (Mondays at 03:00 UTC)",
+        ) from None
 
 
 def describe_triggers(config: Config) -> list[Any]:
     """Drift starts a retraining of the topics that drifted; new data does when `retrain.on_data` says so. The event's payload becomes the run's parameters."""
     from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
 
-    chosen = {DRIFTED: ("drift", {"topics": _from_payload("topics")}), **({COMMITTED: ("new data", {})} if config.retrain.on_data else {})}
+    chosen = {
+        DRIFTED: ("drift", {"topics": _from_payload("topics")}),
+        **({COMMITTED: ("new data", {})} if config.retrain.on_data else {}),
+    }
     return [
         DeploymentEventTrigger(
             name=f"{config.project.name}: retrain on {what}",
@@ -106,7 +120,10 @@ def describe_triggers(config: Config) -> list[Any]:
 
 def _from_payload(key: str) -> dict[str, Any]:
     """A part of the payload as a value, where a plain template would give text (prefect/utilities/schema_tools/hydration.py)."""
-    return {"__prefect_kind": "json", "value": {"__prefect_kind": "jinja", "template": f"{{{{ event.payload.{key} | tojson }}}}"}}
+    return {
+        "__prefect_kind": "json",
+        "value": {"__prefect_kind": "jinja", "template": f"{{{{ event.payload.{key} | tojson }}}}"},
+    }
 
 
 def describe_monitor(root: Path, config: Config) -> RunnerDeployment:
@@ -133,7 +150,9 @@ def describe_rollout(root: Path, config: Config) -> RunnerDeployment:
     )
 
 
-def _describe(flow: Any, root: Path, config: Config, *, description: str, **settings: Any) -> RunnerDeployment:
+def _describe(
+    flow: Any, root: Path, config: Config, *, description: str, **settings: Any
+) -> RunnerDeployment:
     """One run at a time; another waits: what it was asked for may have come after the first one looked."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.deployments.runner import RunnerDeployment
@@ -145,7 +164,9 @@ def _describe(flow: Any, root: Path, config: Config, *, description: str, **sett
         description=description,
         tags=["ratchet", config.project.name],
         parameters={"root": str(root)},
-        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
+        concurrency_limit=ConcurrencyLimitConfig(
+            limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE
+        ),
         entrypoint_type=EntrypointType.MODULE_PATH,
         **settings,
     )
@@ -182,17 +203,34 @@ def describe_synthesize(root: Path, config: Config) -> RunnerDeployment:
 def end_lost_runs(names: list[str]) -> None:
     """Mark what a killed predecessor left as running, which would hold its concurrency slot for minutes. Only where no other process serves `names`."""
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+    from prefect.client.schemas.filters import (
+        DeploymentFilter,
+        DeploymentFilterName,
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
     from prefect.client.schemas.objects import StateType
     from prefect.client.schemas.sorting import FlowRunSort
     from prefect.states import Crashed
 
-    unfinished = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])))
+    unfinished = FlowRunFilter(
+        state=FlowRunFilterState(
+            type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
+        )
+    )
     ours = DeploymentFilter(name=DeploymentFilterName(any_=names))
     with get_client(sync_client=True) as client:
-        lost = client.read_flow_runs(deployment_filter=ours, flow_run_filter=unfinished, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=200)
+        lost = client.read_flow_runs(
+            deployment_filter=ours,
+            flow_run_filter=unfinished,
+            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+            limit=200,
+        )
         for run in lost:
-            client.set_flow_run_state(run.id, Crashed(message="The process that ran it ended without a word."), force=True)
+            client.set_flow_run_state(
+                run.id, Crashed(message="The process that ran it ended without a word."), force=True
+            )
 
 
 def serve_deployments(deployments: list[RunnerDeployment]) -> None:
@@ -216,7 +254,9 @@ def make_runner() -> Runner:
             if not self.started:
                 sys.exit(0)
             loop = asyncio.get_running_loop()
-            loop.call_soon_threadsafe(self._end, loop)  # a plain call would not wake the loop before its next timer
+            loop.call_soon_threadsafe(
+                self._end, loop
+            )  # a plain call would not wake the loop before its next timer
 
         def _end(self, loop: asyncio.AbstractEventLoop) -> None:
             self._ending = loop.create_task(self.astop())  # the loop itself holds tasks weakly

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ratchet.config import Config
+from ratchet.config.params import Config
 
 COMMITTED, DRIFTED = "ratchet.data.committed", "ratchet.drift.detected"
 
@@ -18,4 +18,8 @@ def tell(event: str, config: Config, payload: dict[str, Any]) -> None:
     """Prefect's server delivers it to the automations of `flows/deployments.py`; without a server nobody hears it."""
     from prefect.events import emit_event
 
-    emit_event(event=event, resource={"prefect.resource.id": resource_of(config), "prefect.resource.name": config.project.name}, payload=payload)
+    emit_event(
+        event=event,
+        resource={"prefect.resource.id": resource_of(config), "prefect.resource.name": config.project.name},
+        payload=payload,
+    )

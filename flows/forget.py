@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 
 from flows.events import COMMITTED, tell
 from flows.retries import on_top
-from ratchet.config import Config
+from ratchet.config.params import Config
+from ratchet.data.erasure import FILE, Forgotten, read_forgotten, write_forgotten
 from ratchet.errors import ServiceError, UserError
 from ratchet.files import write_text
-from ratchet.forgotten import FILE, Forgotten, read_forgotten, write_forgotten
-from ratchet.lineage import Trace, trace
-from ratchet.registry import list_versions
-from ratchet.workspace import Workspace, configured_remote, land, locked, open_workspace, who
+from ratchet.pipeline.checkout import locked, who
+from ratchet.pipeline.dvc import Workspace, configured_remote
+from ratchet.pipeline.workspace import land, open_workspace
+from ratchet.promotion.lineage import Trace, trace
+from ratchet.tracking.registry import list_versions
 from tasks import forget as tasks
 
 Say = Callable[[str], None]
@@ -41,7 +43,10 @@ def find_rows(root: Path, config: Config, query: tasks.Query, say: Say) -> list[
             workspace.dvc(verb, "--quiet", f"{RAW}.dvc")
         found = tasks.find(workspace.path / RAW, workspace.path / GOLDEN, query, config.prepare)
     if not found:
-        raise UserError("no row of any batch, and no golden row, is like that", remedy="the pattern is searched in texts as they are normalised (NFC); (?i) ignores case")
+        raise UserError(
+            "no row of any batch, and no golden row, is like that",
+            remedy="the pattern is searched in texts as they are normalised (NFC); (?i) ignores case",
+        )
     return found
 
 
@@ -97,4 +102,9 @@ def _trace(root: Path, config: Config, forgotten: Forgotten) -> list[Trace]:
 def summary(done: Done, found: list[tasks.Found]) -> dict[str, Any]:
     """For `--json`."""
     versions = None if done.versions is None else [entry._asdict() for entry in done.versions]
-    return {"found": [row.place for row in found], "forgotten": done.rows, "commit": done.commit, "versions": versions}
+    return {
+        "found": [row.place for row in found],
+        "forgotten": done.rows,
+        "commit": done.commit,
+        "versions": versions,
+    }

@@ -5,7 +5,6 @@ That commit is what starts a retraining: by the GitHub workflow, or by the event
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,15 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
+from flows.console import say
 from flows.events import COMMITTED, tell
 from flows.retries import can_pass, on_top
-from flows.say import say
-from ratchet.config import Config, load_config
-from ratchet.sources import review
-from ratchet.workspace import Workspace, land, locked, open_workspace, push_data, who
+from ratchet.config.params import Config, load_config
+from ratchet.pipeline.checkout import locked, who
+from ratchet.pipeline.dvc import Workspace, push_data
+from ratchet.pipeline.stage import project_root
+from ratchet.pipeline.workspace import land, open_workspace
+from ratchet.sources import reviewed as review
 from tasks.ingest import Pulled, add_batch, freeze_golden, pull
 
 RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")
@@ -28,22 +30,37 @@ SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 def name_run() -> str:
     """What is pulled, for the list of runs."""
     given = flow_run.parameters
-    what = given.get("draft") or given.get("path") or ", ".join(given.get("packages") or []) or given.get("source") or "the source of params.yaml"
+    what = (
+        given.get("draft")
+        or given.get("path")
+        or ", ".join(given.get("packages") or [])
+        or given.get("source")
+        or "the source of params.yaml"
+    )
     return f"{'freeze golden rows' if given.get('golden') else 'ingest'}: {what}"
 
 
 @flow(name="ingest", flow_run_name=name_run, persist_result=False)
 def ingest(
-    root: str | None = None, source: str | None = None, path: str | None = None, packages: list[str] | None = None, golden: int = 0, draft: str | None = None
+    root: str | None = None,
+    source: str | None = None,
+    path: str | None = None,
+    packages: list[str] | None = None,
+    golden: int = 0,
+    draft: str | None = None,
 ) -> dict[str, Any]:
     """Returns {batch, rows, new, commit}. With `golden` that many rows become the frozen golden set instead. Raises DataError, CheckoutError."""
-    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    home = project_root(root)
     config = load_config(home / "params.yaml")
     pulled = pull_rows(config, home, source, path, packages, draft)
 
     def take_in() -> dict[str, Any]:
         with open_workspace(home, "ingest", say, keep_failed=config.retrain.keep_workspaces) as workspace:
-            done = commit_golden(workspace, pulled, config, golden) if golden else commit_batch(workspace, pulled, config)
+            done = (
+                commit_golden(workspace, pulled, config, golden)
+                if golden
+                else commit_batch(workspace, pulled, config)
+            )
         if done["new"] and not golden:
             tell(COMMITTED, config, {"reason": f"new data: {done['batch']}", **done})
         if pulled.drafts and not golden:
@@ -55,8 +72,17 @@ def ingest(
 
 
 @task(name="pull", retries=2, retry_delay_seconds=5, retry_condition_fn=can_pass, **SETTINGS)
-def pull_rows(config: Config, root: Path, source: str | None, path: str | None, packages: list[str] | None, draft: str | None = None) -> Pulled:
-    named = path or (config.ingest.jsonl.path if (source or config.ingest.source) == "jsonl" and not draft else None)
+def pull_rows(
+    config: Config,
+    root: Path,
+    source: str | None,
+    path: str | None,
+    packages: list[str] | None,
+    draft: str | None = None,
+) -> Pulled:
+    named = path or (
+        config.ingest.jsonl.path if (source or config.ingest.source) == "jsonl" and not draft else None
+    )
     found = str(root / named) if named and "://" not in named else named
     pulled = pull(config, root=root, source=source, path=found or None, packages=packages, draft=draft)
     say(f"{len(pulled.lines)} rows from {pulled.source} ({pulled.label}), form {pulled.form}")
@@ -67,14 +93,28 @@ def pull_rows(config: Config, root: Path, source: str | None, path: str | None, 
 def commit_batch(workspace: Workspace, pulled: Pulled, config: Config) -> dict[str, Any]:
     if (workspace.path / f"{RAW}.dvc").exists():
         workspace.dvc("checkout", "--quiet", f"{RAW}.dvc")
-    batch, new = add_batch(workspace.path / RAW, pulled, licence=config.ingest.licence, who=", ".join(pulled.reviewers) or who(workspace.root))
+    batch, new = add_batch(
+        workspace.path / RAW,
+        pulled,
+        licence=config.ingest.licence,
+        who=", ".join(pulled.reviewers) or who(workspace.root),
+    )
     if not new:
         say(f"these rows are known: batch {batch.name} of {batch.time}; nothing was added")
-        return {"batch": batch.name, "rows": batch.rows, "new": False, "commit": workspace.git("rev-parse", "HEAD").strip()}
+        return {
+            "batch": batch.name,
+            "rows": batch.rows,
+            "new": False,
+            "commit": workspace.git("rev-parse", "HEAD").strip(),
+        }
     workspace.dvc("add", "--quiet", str(RAW))
     push_data(workspace, say)
     trailers = [f"Batch: {batch.name}", *(f"Reviewed-by: {name}" for name in pulled.reviewers)]
-    commit = land(workspace, f"Ingest {batch.rows} rows from {pulled.source} ({pulled.label})"[:72] + "\n\n" + "\n".join(trailers), [f"{RAW}.dvc", "data/.gitignore"])
+    commit = land(
+        workspace,
+        f"Ingest {batch.rows} rows from {pulled.source} ({pulled.label})"[:72] + "\n\n" + "\n".join(trailers),
+        [f"{RAW}.dvc", "data/.gitignore"],
+    )
     say(f"batch {batch.name}: {batch.rows} rows, commit {commit[:8]}")
     return {"batch": batch.name, "rows": batch.rows, "new": True, "commit": commit}
 
@@ -82,6 +122,10 @@ def commit_batch(workspace: Workspace, pulled: Pulled, config: Config) -> dict[s
 @task(name="freeze", **SETTINGS)
 def commit_golden(workspace: Workspace, pulled: Pulled, config: Config, rows: int) -> dict[str, Any]:
     frozen = freeze_golden(workspace.path / GOLDEN, pulled, config, rows=rows)
-    commit = land(workspace, f"Freeze a golden set of {frozen} rows from {pulled.source} ({pulled.label})"[:72], [str(GOLDEN)])
+    commit = land(
+        workspace,
+        f"Freeze a golden set of {frozen} rows from {pulled.source} ({pulled.label})"[:72],
+        [str(GOLDEN)],
+    )
     say(f"{GOLDEN}: {frozen} rows, commit {commit[:8]}")
     return {"batch": str(GOLDEN), "rows": frozen, "new": True, "commit": commit}

@@ -6,7 +6,6 @@ MLflow gets a copy of the report; without it the verdict stands all the same.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from datetime import UTC, datetime
@@ -18,18 +17,19 @@ from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.console import say, working
 from flows.events import DRIFTED, tell
-from flows.say import say, working
-from ratchet.champion import Champion, read_champion
-from ratchet.config import Config, load_config
-from ratchet.drift import Verdict
+from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError, ServiceError
-from ratchet.regions import sources_for
-from ratchet.report import drift_card
-from ratchet.request_log import open_log
-from ratchet.retrains import is_under_way, last_start, note_asked, read_retrains
-from ratchet.rollout import read_rollout
-from ratchet.tracking import log_report
+from ratchet.monitoring.drift import Verdict
+from ratchet.monitoring.request_log import open_log
+from ratchet.monitoring.retrain_budget import is_under_way, last_start, note_asked, read_retrains
+from ratchet.monitoring.topics import sources_for
+from ratchet.pipeline.stage import project_root
+from ratchet.promotion.champion import Champion, read_champion
+from ratchet.promotion.rollout import read_rollout
+from ratchet.reporting.markdown import drift_card
+from ratchet.tracking.mlflow import log_report
 from tasks import monitor as tasks
 from tasks.ingest import count_new, pull
 
@@ -42,7 +42,7 @@ WEEK = 7 * 86_400.0
 @flow(name="monitor", persist_result=False)
 def monitor(root: str | None = None, retrain: bool = True) -> dict[str, Any]:
     """Returns {verdict, p, rows, columns, topics, decision, report, …}; with `retrain` a decision to retrain is told as an event. Raises what the log and DVC raise."""
-    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    home = project_root(root)
     config = load_config(home / "params.yaml")
     champion = read_champion(home)
     if champion is None:
@@ -54,7 +54,11 @@ def monitor(root: str | None = None, retrain: bool = True) -> dict[str, Any]:
     show(home, config, champion, found, folder)
     if decision.retrain and retrain:
         note_asked(home)
-        tell(DRIFTED, config, {"reason": reason_of(found), "topics": [msgspec.to_builtins(topic) for topic in verdict.topics]})
+        tell(
+            DRIFTED,
+            config,
+            {"reason": reason_of(found), "topics": [msgspec.to_builtins(topic) for topic in verdict.topics]},
+        )
     return found
 
 
@@ -66,14 +70,27 @@ def look_at(home: Path, config: Config, champion: Champion) -> tuple[Verdict, Pa
     try:
         since = time.time() - config.monitor.max_age_hours * 3600
         window = log.window(limit=config.monitor.window, since=since, version=champion.version)
-        earlier = log.window(limit=10 * config.monitor.window, until=window[0].at, version=champion.version) if window else []
+        earlier = (
+            log.window(limit=10 * config.monitor.window, until=window[0].at, version=champion.version)
+            if window
+            else []
+        )
         feedback = log.feedback_of([request.id for request in [*earlier, *window]])
     finally:
         log.close()
     with working("measuring …"):
         verdict = tasks.measure(window, feedback, earlier, reference, config)
-        say(f"{verdict.verdict} on {verdict.rows} requests" + (f", p = {verdict.p:.4f}" if verdict.p is not None else f"; wanted {verdict.needed}"))
-        folder = tasks.write_report(verdict, reference, window, home / REPORTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}") if verdict.p is not None else None
+        say(
+            f"{verdict.verdict} on {verdict.rows} requests"
+            + (f", p = {verdict.p:.4f}" if verdict.p is not None else f"; wanted {verdict.needed}")
+        )
+        folder = (
+            tasks.write_report(
+                verdict, reference, window, home / REPORTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+            )
+            if verdict.p is not None
+            else None
+        )
     for old in sorted((home / REPORTS).glob("*"))[:-KEPT_REPORTS]:
         shutil.rmtree(old, ignore_errors=True)
     return verdict, folder
@@ -106,7 +123,15 @@ def count_labelled(home: Path, config: Config, champion: Champion, verdict: Verd
     pulled = []
     for source in sources_for(verdict.topics, config.monitor):
         try:
-            pulled.append(pull(config, root=home, source=source.source, path=source.path or None, packages=source.packages or None))
+            pulled.append(
+                pull(
+                    config,
+                    root=home,
+                    source=source.source,
+                    path=source.path or None,
+                    packages=source.packages or None,
+                )
+            )
         except RatchetError as error:
             say(f"no rows from {source.source}: {str(error).splitlines()[0]}")
     return count_new(home, set(champion.batches), pulled)
@@ -120,7 +145,9 @@ def reason_of(found: dict[str, Any]) -> str:
 @task(name="show", **SETTINGS)
 def show(home: Path, config: Config, champion: Champion, found: dict[str, Any], folder: Path | None) -> None:
     """The verdict as an artifact, and its report in the champion's MLflow run with a link to it."""
-    create_markdown_artifact(drift_card(found), key="drift", description=f"{found['verdict']} on {found['rows']} requests")
+    create_markdown_artifact(
+        drift_card(found), key="drift", description=f"{found['verdict']} on {found['rows']} requests"
+    )
     if folder is None:
         return
     try:

@@ -7,7 +7,6 @@ next run, which skips every stage, registers it.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,47 +16,74 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.check import REJECTED, read_rejected
-from flows.doubts import queue_doubtful
+from flows.console import say, working
+from flows.data_check import REJECTED, read_rejected
 from flows.forget import follow_list, list_is_pending
 from flows.ingest import ingest
 from flows.retries import can_pass
-from flows.say import say, working
-from ratchet.champion import Champion, last_entry, read_champion
-from ratchet.config import Config, TopicSource, load_config
-from ratchet.dag import STAGES
+from flows.review_queue import queue_doubtful
+from ratchet.config.monitoring import TopicSource
+from ratchet.config.params import Config, load_config
 from ratchet.errors import CheckoutError, DataError, RatchetError
 from ratchet.files import write_json
-from ratchet.ledger import SAVED, build, numbers_of, registered_numbers
-from ratchet.regions import FILE as REGION
-from ratchet.regions import Region, Topic, sources_for, write_region
-from ratchet.registry import CHALLENGER, Version, set_alias
-from ratchet.report import model_card
-from ratchet.retrains import remember
-from ratchet.workspace import Workspace, catch_up, check_out, land, locked, open_workspace, push_data, run_stage, stale_stages, who
+from ratchet.monitoring.retrain_budget import remember
+from ratchet.monitoring.topics import FILE as REGION
+from ratchet.monitoring.topics import Region, Topic, sources_for, write_region
+from ratchet.pipeline.checkout import locked, who
+from ratchet.pipeline.dag import KEYS, STAGES
+from ratchet.pipeline.dvc import Workspace, check_out, push_data, run_stage, stale_stages
+from ratchet.pipeline.stage import project_root
+from ratchet.pipeline.workspace import catch_up, land, open_workspace
+from ratchet.promotion.champion import Champion, last_entry, read_champion
+from ratchet.reporting.forgetting import SAVED, build, numbers_of, registered_numbers
+from ratchet.reporting.markdown import model_card
+from ratchet.tracking.registry import CHALLENGER, Version, set_alias
 from tasks.forget import inherit
 from tasks.pin import READERS, TRAINING, needs_pin, pin, pin_looks
 from tasks.promote import alias_is_pending, check_registry, follow_alias, promote
-from tasks.record import Findings, close_lost_runs, describe_data, read_findings, record, record_page, register
+from tasks.record import (
+    Findings,
+    close_lost_runs,
+    describe_data,
+    read_findings,
+    record,
+    record_page,
+    register,
+)
 
-OUTPUTS = ["dvc.lock", "reports", "models", "data"]  # what is tracked by git among them: locks, .gitignore files, the verdict
+OUTPUTS = [
+    "dvc.lock",
+    "reports",
+    "models",
+    "data",
+]  # what is tracked by git among them: locks, .gitignore files, the verdict
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 RETRIED: dict[str, Any] = {**SETTINGS, "retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": can_pass}
 
 
 @flow(name="retrain", flow_run_name="retrain: {reason}", persist_result=False)
-def retrain(root: str | None = None, reason: str = "by hand", force: bool = False, topics: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+def retrain(
+    root: str | None = None,
+    reason: str = "by hand",
+    force: bool = False,
+    topics: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Returns {verdict, reasons, regions, stages: {name: ran or not}, version, champion}. Raises what the checkout, the stages and MLflow raise.
 
-    `force` compares with today's champion even when nothing else changed. `topics` are those that drifted (`ratchet.topics`; `[]`: drift without one): their rows
+    `force` compares with today's champion even when nothing else changed. `topics` are those that drifted (`ratchet.monitoring.topics`; `[]`: drift without one): their rows
     and people's feedback are pulled first, and the evaluation reports the topics by themselves.
     """
-    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    home = project_root(root)
     config = load_config(home / "params.yaml")
     region = Region(msgspec.convert(topics, list[Topic])) if topics else None
-    for source in sources_for(region.topics if region else [], config.monitor) if topics is not None else []:  # feedback cures what has no topic
+    for source in (
+        sources_for(region.topics if region else [], config.monitor) if topics is not None else []
+    ):  # feedback cures what has no topic
         pull_topic(home, source)
-    with locked(home, "retrain"), open_workspace(home, "retrain", say, keep_failed=config.retrain.keep_workspaces) as workspace:
+    with (
+        locked(home, "retrain"),
+        open_workspace(home, "retrain", say, keep_failed=config.retrain.keep_workspaces) as workspace,
+    ):
         if region:
             land_region(workspace, region)
         stale = bring_up_to_date(workspace, force)
@@ -65,16 +91,28 @@ def retrain(root: str | None = None, reason: str = "by hand", force: bool = Fals
         began = time.monotonic()
         try:
             for stage in STAGES:
-                ran[stage] = stage_task.with_options(task_run_name=stage)(workspace, stage, needed=stage in stale or any(ran.values()))
+                ran[stage] = stage_task.with_options(task_run_name=stage)(
+                    workspace, stage, needed=stage in stale or any(ran.values())
+                )
                 if stage == "prepare" and ran[stage]:
                     ask_people(workspace, config)
         except BaseException:  # it cost its time all the same: drift's budget and cool-down count it
             remember(home, reason=reason, seconds=time.monotonic() - began, run_key="", verdict="failed")
             raise
-        commit = land_outputs(workspace, reason) if any(ran.values()) else workspace.git("rev-parse", "HEAD").strip()
+        commit = (
+            land_outputs(workspace, reason)
+            if any(ran.values())
+            else workspace.git("rev-parse", "HEAD").strip()
+        )
         found = read_findings(workspace.path)
         if ran["train"]:
-            remember(home, reason=reason, seconds=found.figures["seconds"], run_key=found.manifest["run_key"], verdict=found.decision["verdict"])
+            remember(
+                home,
+                reason=reason,
+                seconds=found.figures["seconds"],
+                run_key=found.manifest["run_key"],
+                verdict=found.decision["verdict"],
+            )
         champion = read_champion(workspace.path)
         if not any(ran.values()) and is_in_charge(home, champion, found):
             say("the champion was made from exactly this: nothing to do")
@@ -106,7 +144,9 @@ def is_in_charge(root: Path, champion: Champion | None, found: Findings) -> bool
 def pull_topic(root: Path, source: TopicSource) -> None:
     """One batch of rows of a drifted topic. A source that has none is said; the others may still cure it."""
     try:
-        ingest(root=str(root), source=source.source, path=source.path or None, packages=source.packages or None)
+        ingest(
+            root=str(root), source=source.source, path=source.path or None, packages=source.packages or None
+        )
     except CheckoutError:
         raise
     except RatchetError as error:
@@ -123,14 +163,18 @@ def land_region(workspace: Workspace, region: Region) -> None:
 def bring_up_to_date(workspace: Workspace, force: bool) -> set[str]:
     """Names of the stages that have to run; the champion is pinned when there is something to train."""
     if not (workspace.path / "data/raw.dvc").exists():
-        raise DataError(f"{workspace.root} holds no batch of rows yet", remedy="ratchet ingest --path FILE takes rows in")
+        raise DataError(
+            f"{workspace.root} holds no batch of rows yet", remedy="ratchet ingest --path FILE takes rows in"
+        )
     check_out(workspace)
     stale = stale_stages(workspace)
     if needs_pin(workspace, stale, force=force) and pin(workspace):
         stale |= READERS
     if stale & TRAINING and pin_looks(workspace):
         stale |= {"gate"}
-    say(f"to run: {', '.join(stage for stage in STAGES if stage in stale) or 'nothing, every stage is unchanged'}")
+    say(
+        f"to run: {', '.join(stage for stage in STAGES if stage in stale) or 'nothing, every stage is unchanged'}"
+    )
     return stale
 
 
@@ -148,7 +192,9 @@ def stage_task(workspace: Workspace, stage: str, *, needed: bool) -> bool:
 def ask_people(workspace: Workspace, config: Config) -> int:
     """Rows with a doubt go to the queue. No training waits for it, or ends with it."""
     try:
-        added = queue_doubtful(workspace.root, workspace.path / "data", read_rejected(workspace.path / REJECTED), config)
+        added = queue_doubtful(
+            workspace.root, workspace.path / "data", read_rejected(workspace.path / REJECTED), config
+        )
     except Exception as error:  # noqa: BLE001  (the queue is a file of this machine; the rows stay in rejected.jsonl)
         say(f"the rows with doubts did not reach the review queue: {error}")
         return 0
@@ -161,6 +207,7 @@ def ask_people(workspace: Workspace, config: Config) -> int:
 def land_outputs(workspace: Workspace, reason: str) -> str:
     """Push data, commit what git tracks, move the checkout. The commit's id."""
     push_data(workspace, say)
+    workspace.dvc("commit", "--quiet", "--force", KEYS.name)  # or a `dvc repro` by hand would change dvc.lock
     present = [path for path in OUTPUTS if (workspace.path / path).exists()]
     return land(workspace, f"Retrain: {reason}"[:72], present)
 
@@ -179,47 +226,75 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
         follow_list(workspace.root, config, say)
     else:
         inherit(version)
-    say(f"{config.project.name} v{version.number} registered, verdict {found.decision['verdict']}{f'; closed {lost} lost runs' if lost else ''}")
-    card = model_card(found.metrics, found.decision, {"version": f"{config.project.name} v{version.number}", "git commit": commit, "reason": reason})
-    create_markdown_artifact(card, key="gate", description=f"{config.project.name} v{version.number}: {found.decision['verdict']}")
+    say(
+        f"{config.project.name} v{version.number} registered, verdict {found.decision['verdict']}{f'; closed {lost} lost runs' if lost else ''}"
+    )
+    card = model_card(
+        found.metrics,
+        found.decision,
+        {"version": f"{config.project.name} v{version.number}", "git commit": commit, "reason": reason},
+    )
+    create_markdown_artifact(
+        card, key="gate", description=f"{config.project.name} v{version.number}: {found.decision['verdict']}"
+    )
     return version
 
 
 def show_ledger(workspace: Workspace, found: Findings, config: Config, run_id: str, version: Version) -> None:
     """What each version still knows, with the evaluation's page. What cannot be read is left out: no version waits for a picture."""
     try:
-        ledger = build(workspace.root, config.gate.metric, {**registered_numbers(config.project.name), **numbers_of(workspace.root)})
+        ledger = build(
+            workspace.root,
+            config.gate.metric,
+            {**registered_numbers(config.project.name), **numbers_of(workspace.root)},
+        )
         write_json(workspace.root / SAVED, ledger)
         record_page(found, ledger, run_id=run_id, name=f"v{version.number}")
     except Exception as error:  # noqa: BLE001  (a picture of what stands in files)
-        say(f"the evaluation's page is not in MLflow: {(str(error) or type(error).__name__).splitlines()[0]}; `ratchet gate explain v{version.number} --page FILE` writes it")
+        say(
+            f"the evaluation's page is not in MLflow: {(str(error) or type(error).__name__).splitlines()[0]}; `ratchet gate explain v{version.number} --page FILE` writes it"
+        )
 
 
 @task(name="decide", **RETRIED)
-def decide(workspace: Workspace, version: Version, found: Findings, config: Config, reason: str) -> Champion | None:
+def decide(
+    workspace: Workspace, version: Version, found: Findings, config: Config, reason: str
+) -> Champion | None:
     """Promote, or leave it to a person; who is in charge afterwards."""
     with locked(workspace.root, "promote"):
         catch_up(workspace)  # a person may have moved the champion while the stages ran
         return _decide(workspace, version, found, config, reason)
 
 
-def _decide(workspace: Workspace, version: Version, found: Findings, config: Config, reason: str) -> Champion | None:
+def _decide(
+    workspace: Workspace, version: Version, found: Findings, config: Config, reason: str
+) -> Champion | None:
     current = read_champion(workspace.path)
-    if current and alias_is_pending(workspace.root):  # an alias that a person moved is a decision, which the flow `rollout` hears
+    if current and alias_is_pending(
+        workspace.root
+    ):  # an alias that a person moved is a decision, which the flow `rollout` hears
         follow_alias(workspace.root, current, say)
     if found.decision["verdict"] != "promote" or (current and current.version == version.number):
         return current
     if last_entry(workspace.path, version.number):
-        say(f"v{version.number} was in charge before and was rolled back; `ratchet promote {version.number}` would put it back")
+        say(
+            f"v{version.number} was in charge before and was rolled back; `ratchet promote {version.number}` would put it back"
+        )
         return current
     if found.decision["rival"]["version"] != (current.version if current else None):
-        say(f"v{version.number} was compared with another champion than today's; `ratchet retrain --force` compares again")
+        say(
+            f"v{version.number} was compared with another champion than today's; `ratchet retrain --force` compares again"
+        )
         return current
     set_alias(config.project.name, CHALLENGER, version.number)
     if config.promotion == "manual":
-        say(f"v{version.number} waits for a person: `ratchet promote {version.number}`, or the tag `decision` = `approve` on the version in MLflow")
+        say(
+            f"v{version.number} waits for a person: `ratchet promote {version.number}`, or the tag `decision` = `approve` on the version in MLflow"
+        )
         return current
     if config.promotion == "rollout" and current and config.rollout.steps[0] < 1:
-        say(f"v{version.number} is the challenger: its rollout starts at the next look (`ratchet rollout look`, or by itself where `ratchet up` runs)")
+        say(
+            f"v{version.number} is the challenger: its rollout starts at the next look (`ratchet rollout look`, or by itself where `ratchet up` runs)"
+        )
         return current
     return promote(workspace, version, by=f"gate ({who(workspace.root)})", why=reason, force=False, say=say)

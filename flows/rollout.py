@@ -6,7 +6,6 @@ follows at the next look.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,18 +15,30 @@ import msgspec
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows.heed import heed_people, is_waiting, take_charge
-from flows.say import say
-from ratchet.champion import read_champion
-from ratchet.config import Config, load_config
+from flows.console import say
+from flows.mlflow_decisions import heed_people, is_waiting, take_charge
+from ratchet.config.params import Config, load_config
 from ratchet.errors import CheckoutError, RatchetError, ServiceError, UserError
 from ratchet.files import write_text
-from ratchet.registry import CHALLENGER, drop_alias
-from ratchet.report import rollout_card
-from ratchet.request_log import open_log
-from ratchet.rollout import AGAIN, Rollout, advance, finish, note_look, open_rollout, pause, read_ended, read_rollout, resume
-from ratchet.serving import read_state
-from ratchet.workspace import who
+from ratchet.monitoring.request_log import open_log
+from ratchet.pipeline.checkout import who
+from ratchet.pipeline.stage import project_root
+from ratchet.promotion.champion import read_champion
+from ratchet.promotion.rollout import (
+    AGAIN,
+    Rollout,
+    advance,
+    finish,
+    note_look,
+    open_rollout,
+    pause,
+    read_ended,
+    read_rollout,
+    resume,
+)
+from ratchet.reporting.markdown import rollout_card
+from ratchet.serving.bundle import read_state
+from ratchet.tracking.registry import CHALLENGER, drop_alias
 from tasks.rollout import Look, Registry, follow, look, read_registry
 
 Say = Callable[[str], None]
@@ -39,10 +50,14 @@ ENDS = {"roll_back": "rolled_back", "stop": "stopped", "no_evidence": "no_eviden
 @flow(name="rollout", persist_result=False)
 def rollout(root: str | None = None) -> dict[str, Any]:
     """One look; what `look_once` returns. With an artifact when there was something to look at. Raises what the checkout raises."""
-    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    home = project_root(root)
     seen = _look_once(home, load_config(home / "params.yaml"), say)
     if seen:
-        create_markdown_artifact(rollout_card(_tell(seen)), key="rollout", description=f"v{seen.version}: {seen.state.replace('_', ' ')}")
+        create_markdown_artifact(
+            rollout_card(_tell(seen)),
+            key="rollout",
+            description=f"v{seen.version}: {seen.state.replace('_', ' ')}",
+        )
     return _tell(seen)
 
 
@@ -111,11 +126,19 @@ def _settle(root: Path, config: Config, say: Say) -> Rollout | None:
     current, champion = read_rollout(root), read_champion(root)
     if current is None:
         return None
-    if champion and champion.version == current.version:  # the look that put it there was cut off, or a person did
+    if (
+        champion and champion.version == current.version
+    ):  # the look that put it there was cut off, or a person did
         ended = finish(root, current, "promoted", why=champion.why, by=champion.by)
     elif champion is None or champion.version != current.champion:
         now = f"v{champion.version} now (by {champion.by}: {champion.why})" if champion else "nobody now"
-        ended = finish(root, current, "aborted", why=f"the champion is {now}, the rollout was against v{current.champion}", by="rollout")
+        ended = finish(
+            root,
+            current,
+            "aborted",
+            why=f"the champion is {now}, the rollout was against v{current.champion}",
+            by="rollout",
+        )
     elif refused := _refusal(root, current):
         ended = finish(root, current, "stopped", why=f"the gateway cannot load it: {refused}", by="gateway")
     else:
@@ -167,7 +190,9 @@ def _act(root: Path, config: Config, current: Rollout, registry: Registry | None
     except ServiceError as error:
         say(f"no look this time: {error}")
         return current
-    say(f"v{current.version} at {current.share:.0%} of the users: {seen.action.replace('_', ' ')}: {seen.reason}")
+    say(
+        f"v{current.version} at {current.share:.0%} of the users: {seen.action.replace('_', ' ')}: {seen.reason}"
+    )
     if seen.action == "promote":
         return _promote(root, config, current, seen, registry, say)
     if seen.action in ENDS:
@@ -184,17 +209,39 @@ def _look(root: Path, config: Config, current: Rollout) -> Look:
         log.close()
 
 
-def _promote(root: Path, config: Config, current: Rollout, seen: Look, registry: Registry | None, say: Say) -> Rollout | None:
+def _promote(
+    root: Path, config: Config, current: Rollout, seen: Look, registry: Registry | None, say: Say
+) -> Rollout | None:
     """By live evidence. What is in the way (MLflow, a dirty checkout) is said, and tried again at the next look."""
     try:
         if registry is None:
             raise ServiceError("it waits until MLflow answers")
         if (version := registry.versions.get(current.version)) is None:
-            raise UserError(f"the registry does not know v{current.version} any more", remedy="ratchet rollout abort ends its rollout")
-        taken = take_charge(root, version, by=f"rollout ({who(root)})", why=seen.reason, force=False, say=say, only_while=current)
+            raise UserError(
+                f"the registry does not know v{current.version} any more",
+                remedy="ratchet rollout abort ends its rollout",
+            )
+        taken = take_charge(
+            root,
+            version,
+            by=f"rollout ({who(root)})",
+            why=seen.reason,
+            force=False,
+            say=say,
+            only_while=current,
+        )
     except RatchetError as error:
-        if isinstance(error, UserError) and not isinstance(error, CheckoutError):  # the gate says otherwise now, or it is gone: no later look changes that
-            return finish(root, current, "aborted", why=f"it had earned its place ({seen.reason}), but {error}", by="rollout", figures=seen.figures)
+        if isinstance(error, UserError) and not isinstance(
+            error, CheckoutError
+        ):  # the gate says otherwise now, or it is gone: no later look changes that
+            return finish(
+                root,
+                current,
+                "aborted",
+                why=f"it had earned its place ({seen.reason}), but {error}",
+                by="rollout",
+                figures=seen.figures,
+            )
         waits = f"waits for the checkout: {error}" if isinstance(error, CheckoutError) else str(error)
         say(f"v{current.version} has earned its place and could not take it yet: {waits}")
         return note_look(root, current, f"{seen.reason}; {waits}", seen.figures)
@@ -205,7 +252,11 @@ def _promote(root: Path, config: Config, current: Rollout, seen: Look, registry:
 
 def _follow(root: Path, config: Config, registry: Registry, say: Say) -> bool:
     """Whether MLflow knows all: MLflow's tags and the alias, for the open rollout and the newest of each version that had one."""
-    known = {entry.version: entry for entry in [*read_ended(root), *filter(None, [read_rollout(root)])] if entry.name == config.project.name}
+    known = {
+        entry.version: entry
+        for entry in [*read_ended(root), *filter(None, [read_rollout(root)])]
+        if entry.name == config.project.name
+    }
     try:
         for entry in known.values():
             follow(registry, entry)

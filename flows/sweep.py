@@ -5,7 +5,6 @@ It works in a workspace of which nothing lands. MLflow gets each trial when it h
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,16 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.material import make_material, open_bench
-from flows.say import say
-from ratchet.config import Config, load_config
+from flows.console import say
+from flows.training_inputs import make_material, open_bench
+from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError, ServiceError, StageError
-from ratchet.search import check_space, rows_key
-from ratchet.sweep_runs import close_study, deliver
-from ratchet.trainings import Material
-from ratchet.workspace import Workspace, locked
+from ratchet.pipeline.checkout import locked
+from ratchet.pipeline.dvc import Workspace
+from ratchet.pipeline.stage import project_root
+from ratchet.training.launch import Material
+from ratchet.training.search_space import check_space, rows_key
+from ratchet.training.trials import close_study, deliver
 from tasks.sweep import Search, check_storage, propose
 
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
@@ -30,7 +31,7 @@ SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 @flow(name="sweep", flow_run_name="sweep", persist_result=False)
 def sweep(root: str | None = None, trials: int | None = None, apply: bool = False) -> dict[str, Any]:
     """Returns {study, trials, counts, best, baseline, unit, diff, applied}. Raises ConfigError, DataError, StageError, ServiceError; RatchetError: no trial was completed."""
-    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    home = project_root(root)
     config = load_config(home / "params.yaml")
     if trials:
         config = config.model_copy(update={"sweep": config.sweep.model_copy(update={"trials": trials})})
@@ -42,7 +43,10 @@ def sweep(root: str | None = None, trials: int | None = None, apply: bool = Fals
         run_trials(search, workspace, config, material)
     summary = conclude(search, home, config, apply=apply)
     if not summary["best"]:
-        raise RatchetError(f"none of {summary['trials']} trials was completed", remedy=f"their reasons stand in {search.folder.relative_to(home)}; make `sweep.space` narrower")
+        raise RatchetError(
+            f"none of {summary['trials']} trials was completed",
+            remedy=f"their reasons stand in {search.folder.relative_to(home)}; make `sweep.space` narrower",
+        )
     return summary
 
 
@@ -52,7 +56,10 @@ def run_trials(search: Search, workspace: Workspace, config: Config, material: M
     while (trial := search.next()) is not None:
         if (wanted := rows_key(trial.user_attrs["changes"])) != made:
             try:
-                material, made = tokenise.with_options(task_run_name=f"rows of trial {trial.number}")(workspace, wanted), wanted
+                material, made = (
+                    tokenise.with_options(task_run_name=f"rows of trial {trial.number}")(workspace, wanted),
+                    wanted,
+                )
             except StageError as error:
                 search.fail(trial, " ".join(str(error).split())[:500])
                 made = {"failed": trial.number}
@@ -71,7 +78,9 @@ def tokenise(workspace: Workspace, changes: dict[str, Any]) -> Material:
 
 @task(name="trial", **SETTINGS)
 def train(search: Search, trial: optuna.Trial, material: Material) -> None:
-    say(f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in trial.user_attrs['changes'].items())}")
+    say(
+        f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in trial.user_attrs['changes'].items())}"
+    )
     record = search.run(trial, material)
     loss = f"{record['value']:.4f}" if record["value"] is not None else record["reason"]
     say(f"trial {trial.number}: {record['state']}, {loss} ({record['ended'] - record['began']:.0f} s)")
@@ -85,7 +94,9 @@ def tell_mlflow(search: Search, config: Config) -> None:
         deliver(search.folder, config)
     except ServiceError:
         search.tracker_away = True
-        say("MLflow does not answer: the trials are kept for it, and delivered at the end or by the next `ratchet sweep`")
+        say(
+            "MLflow does not answer: the trials are kept for it, and delivered at the end or by the next `ratchet sweep`"
+        )
 
 
 @task(name="propose", **SETTINGS)
@@ -107,5 +118,9 @@ def conclude(search: Search, home: Path, config: Config, *, apply: bool) -> dict
     except ServiceError:
         say("MLflow has no whole picture of this study: `ratchet up`, then the same command again")
     if best:
-        create_markdown_artifact(f"```diff\n{summary['diff']}```\n\n`{best.command}`\n", key="sweep", description=f"{search.unit} {best.value:.4f} (trial {best.number})")
+        create_markdown_artifact(
+            f"```diff\n{summary['diff']}```\n\n`{best.command}`\n",
+            key="sweep",
+            description=f"{search.unit} {best.value:.4f} (trial {best.number})",
+        )
     return summary

@@ -1,11 +1,10 @@
 """The flow `synthesize`: a teacher model writes rows, and those that are kept wait in the review queue.
 
-The teacher's client tries again by itself (ratchet/synthesis/teacher.py); a run that ended early goes on with `resume`.
+The teacher's client tries again by itself (ratchet/llm/client.py); a run that ended early goes on with `resume`.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from flows.say import say
-from ratchet.config import Config, load_config
-from ratchet.synthesis.draft import find_draft
-from ratchet.synthesis.summary import summary_card
+from flows.console import say
+from ratchet.config.params import Config, load_config
+from ratchet.pipeline.stage import project_root
+from ratchet.synthesis.draft import find_draft, summary_card
 from tasks import synthesize as tasks
 
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
@@ -25,15 +24,24 @@ SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 def name_run() -> str:
     given = flow_run.parameters
-    return f"resume {given['resume']}" if given.get("resume") else f"synthesize: {given.get('mode') or 'documents'}"
+    return (
+        f"resume {given['resume']}"
+        if given.get("resume")
+        else f"synthesize: {given.get('mode') or 'documents'}"
+    )
 
 
 @flow(name="synthesize", flow_run_name=name_run, persist_result=False)
 def synthesize(
-    root: str | None = None, mode: str = "documents", documents: list[str] | None = None, seeds: str = "", count: int | None = None, resume: str | None = None
+    root: str | None = None,
+    mode: str = "documents",
+    documents: list[str] | None = None,
+    seeds: str = "",
+    count: int | None = None,
+    resume: str | None = None,
 ) -> dict[str, Any]:
     """Returns the draft's summary with `queued`, the rows that are new in the review queue. Raises what `tasks.synthesize` raises."""
-    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    home = project_root(root)
     config = load_config(home / "params.yaml")
     summary = write(config, home, tasks.Wanted(mode, tuple(documents or ()), seeds, count), resume)
     return summary | {"queued": queue(config, home, summary)}
@@ -42,7 +50,11 @@ def synthesize(
 @task(name="write", **SETTINGS)
 def write(config: Config, home: Path, wanted: tasks.Wanted, resume: str | None) -> dict[str, Any]:
     summary = tasks.synthesize(config, home, wanted, say=say, resume=resume)
-    create_markdown_artifact(summary_card(summary), key="synthesis", description=f"{summary['kept']} rows in the draft {summary['draft']}")
+    create_markdown_artifact(
+        summary_card(summary),
+        key="synthesis",
+        description=f"{summary['kept']} rows in the draft {summary['draft']}",
+    )
     return summary
 
 

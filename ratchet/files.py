@@ -26,7 +26,9 @@ def write_bytes(path: Path, chunks: Iterable[bytes]) -> None:
             os.fsync(out.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise DiskSpaceError(f"cannot write {path}: {error.strerror or error}", remedy="free some room; nothing was changed") from error
+        raise DiskSpaceError(
+            f"cannot write {path}: {error.strerror or error}", remedy="free some room; nothing was changed"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -44,7 +46,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RatchetError(f"{path} does not exist", remedy="the stage that writes it has not run; `ratchet retrain` runs it") from None
+        raise RatchetError(
+            f"{path} does not exist", remedy="the stage that writes it has not run; `ratchet retrain` runs it"
+        ) from None
     except ValueError as error:
         raise RatchetError(f"{path} is no valid JSON: {error}") from None
 

@@ -17,16 +17,18 @@ from typing import Any
 
 import xxhash
 
-from ratchet.chat import ChatFormat, Encoded
-from ratchet.config import BaseConfig, Config, DemoBase, PrepareConfig, PydocSource
+from ratchet.config.data import PrepareConfig, PydocSource
+from ratchet.config.params import Config
+from ratchet.config.training import BaseConfig, DemoBase
+from ratchet.data.dedup import Clusters, split_by_hash
+from ratchet.data.examples import Example, Message, make_example
 from ratchet.errors import BaseModelError, DataError
-from ratchet.examples import Example, Message, make_example
 from ratchet.files import read_json, require_space, sha256_file, whole_folder, write_json, write_text
-from ratchet.models import MANIFEST, compute_dtype, load_tokenizer, quiet
-from ratchet.neighbours import Clusters, split_by_hash
-from ratchet.packing import pack
+from ratchet.models.chat_template import ChatFormat, Encoded
+from ratchet.models.loading import MANIFEST, compute_dtype, load_tokenizer, quiet
+from ratchet.pipeline.stage import run_stage, say
 from ratchet.sources.pydoc import harvest
-from ratchet.stage import run_stage, say
+from ratchet.training.packing import pack
 
 CONTROL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}<|end|>{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
@@ -37,14 +39,22 @@ def make_base(out: Path, config: Config) -> dict[str, Any]:
     """Returns the manifest. Raises BaseModelError, DataError, DivergenceError."""
     require_space(out.parent, 200 * 2**20, "the base model")
     with whole_folder(out) as folder:
-        details = _make_demo(folder, config.base, config.prepare) if config.base.model == "demo" else _take_from_hub(folder, config.base)
+        details = (
+            _make_demo(folder, config.base, config.prepare)
+            if config.base.model == "demo"
+            else _take_from_hub(folder, config.base)
+        )
         if config.base.new_tokens:
             details |= _add_tokens(folder, config.base.new_tokens)
         manifest = {
             "model": config.base.model,
             "revision": config.base.revision,
             **details,
-            "files": {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()},
+            "files": {
+                str(path.relative_to(folder)): sha256_file(path)
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            },
         }
         write_json(folder / MANIFEST, manifest)
     return manifest
@@ -57,13 +67,25 @@ def _add_tokens(folder: Path, words: list[str]) -> dict[str, Any]:
     tokenizer = load_tokenizer(folder)
     pieces = [list(map(int, tokenizer.encode(word, add_special_tokens=False))) for word in words]
     # Within a sentence a blank stands before it, and many tokenizers have a token for both.
-    if known := [word for word, ids in zip(words, pieces, strict=True) if min(len(ids), len(tokenizer.encode(f" {word}", add_special_tokens=False))) < 2]:
-        raise BaseModelError(f"`base.new_tokens` names {known[0]!r}, which is one token of this base already", remedy="take it out of the list")
+    if known := [
+        word
+        for word, ids in zip(words, pieces, strict=True)
+        if min(len(ids), len(tokenizer.encode(f" {word}", add_special_tokens=False))) < 2
+    ]:
+        raise BaseModelError(
+            f"`base.new_tokens` names {known[0]!r}, which is one token of this base already",
+            remedy="take it out of the list",
+        )
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
     ids = [int(tokenizer.convert_tokens_to_ids(word)) for word in words]
     tokenizer.save_pretrained(folder)
     say(f"base: {len(words)} new tokens, which were {sum(map(len, pieces))} pieces")
-    return {"vocab_size": len(tokenizer), "new_tokens": [{"token": word, "id": id, "pieces": of} for word, id, of in zip(words, ids, pieces, strict=True)]}
+    return {
+        "vocab_size": len(tokenizer),
+        "new_tokens": [
+            {"token": word, "id": id, "pieces": of} for word, id, of in zip(words, ids, pieces, strict=True)
+        ],
+    }
 
 
 # --- a hub's model ---------------------------------------------------------------------------------------------------
@@ -74,10 +96,20 @@ def _take_from_hub(folder: Path, config: BaseConfig) -> dict[str, Any]:
     name = f"{config.model}@{config.revision}"
     weights, missing = _weights(snapshot)
     if not weights:
-        pickled = sorted(path.name for path in snapshot.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
-        raise BaseModelError(f"{name} holds no safetensors (found {pickled or 'no weights'})", remedy="take a model, or a revision, with safetensors: pickles are never loaded")
+        pickled = sorted(
+            path.name
+            for path in snapshot.iterdir()
+            if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+        )
+        raise BaseModelError(
+            f"{name} holds no safetensors (found {pickled or 'no weights'})",
+            remedy="take a model, or a revision, with safetensors: pickles are never loaded",
+        )
     if missing:
-        raise BaseModelError(f"{name} is in the hub's cache in part: {len(missing)} of its weight files are missing, the first {missing[0]}", remedy=_fetch_command(config))
+        raise BaseModelError(
+            f"{name} is in the hub's cache in part: {len(missing)} of its weight files are missing, the first {missing[0]}",
+            remedy=_fetch_command(config),
+        )
     settings = _read_settings(snapshot, name)
     tokenizer = load_tokenizer(snapshot)
     if config.chat_template:
@@ -98,13 +130,17 @@ def _read_settings(snapshot: Path, name: str) -> Any:
     for path in (snapshot / "config.json", snapshot / "tokenizer_config.json"):
         if path.exists() and "auto_map" in read_json(path):
             raise BaseModelError(
-                f"{name} wants to run its own code (auto_map in {path.name})", remedy="take a model whose architecture transformers knows; remote code is never run"
+                f"{name} wants to run its own code (auto_map in {path.name})",
+                remedy="take a model whose architecture transformers knows; remote code is never run",
             )
     try:
-        return AutoConfig.from_pretrained(snapshot, trust_remote_code=False, local_files_only=True).get_text_config()
+        return AutoConfig.from_pretrained(
+            snapshot, trust_remote_code=False, local_files_only=True
+        ).get_text_config()
     except (ValueError, OSError, KeyError) as error:
         raise BaseModelError(
-            f"{name} has a config.json that transformers {version('transformers')} cannot read: {str(error).splitlines()[0]}", remedy="take another model"
+            f"{name} has a config.json that transformers {version('transformers')} cannot read: {str(error).splitlines()[0]}",
+            remedy="take another model",
         ) from None
 
 
@@ -122,7 +158,11 @@ def _snapshot(config: BaseConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-    settings: dict[str, Any] = {"repo_id": config.model, "revision": config.revision, "allow_patterns": wanted}
+    settings: dict[str, Any] = {
+        "repo_id": config.model,
+        "revision": config.revision,
+        "allow_patterns": wanted,
+    }
     cached = None
     with contextlib.suppress(LocalEntryNotFoundError):
         cached = Path(snapshot_download(**settings, local_files_only=True))
@@ -147,7 +187,10 @@ def _fetch_command(config: BaseConfig) -> str:
 
 def _read_template(path: Path) -> str:
     if not path.exists():
-        raise BaseModelError(f"`base.chat_template` names {path}, which does not exist", remedy="a path counts from the repository's root; commit the file")
+        raise BaseModelError(
+            f"`base.chat_template` names {path}, which does not exist",
+            remedy="a path counts from the repository's root; commit the file",
+        )
     return path.read_text(encoding="utf-8")
 
 
@@ -161,7 +204,12 @@ def _make_demo(folder: Path, config: BaseConfig, splits: PrepareConfig) -> dict[
     write_text(folder / SEEN, "".join(f"{row.id}\n" for row in rows))
     model = pretrain(rows, ChatFormat(tokenizer), config)
     model.save_pretrained(folder, safe_serialization=True)
-    return {"context": config.demo.context, "vocab_size": len(tokenizer), "rows": len(rows), "modules": sorted({str(row.meta["module"]) for row in rows})}
+    return {
+        "context": config.demo.context,
+        "vocab_size": len(tokenizer),
+        "rows": len(rows),
+        "modules": sorted({str(row.meta["module"]) for row in rows}),
+    }
 
 
 def reading(demo: DemoBase, splits: PrepareConfig) -> list[Example]:
@@ -173,10 +221,15 @@ def reading(demo: DemoBase, splits: PrepareConfig) -> list[Example]:
     rows = []
     for row in harvest(PydocSource(packages=demo.packages)):
         example = make_example([Message(**message) for message in row["messages"]], row["meta"])
-        if clusters.place(example).side == "train" == split_by_hash(example.id, splits) and _is_read(str(row["meta"]["module"]), demo.module_share):
+        if clusters.place(example).side == "train" == split_by_hash(example.id, splits) and _is_read(
+            str(row["meta"]["module"]), demo.module_share
+        ):
             rows.append(example)
     if not rows:
-        raise DataError(f"`base.demo.packages` {demo.packages} gives no rows to pre-train on", remedy="name packages with documented modules there")
+        raise DataError(
+            f"`base.demo.packages` {demo.packages} gives no rows to pre-train on",
+            remedy="name packages with documented modules there",
+        )
     return rows
 
 
@@ -191,7 +244,12 @@ def make_tokenizer(rows: list[Example], demo: DemoBase) -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=demo.vocab_size, special_tokens=list(CONTROL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=demo.vocab_size,
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator((message.content for row in rows for message in row.messages), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -227,7 +285,8 @@ def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
     import torch
     from transformers import LlamaForCausalLM, set_seed
 
-    from ratchet.training import Schedule, fit
+    from ratchet.training.schedule import Schedule
+    from ratchet.training.trainer import fit
 
     demo = config.demo
     set_seed(config.seed)
@@ -248,9 +307,19 @@ def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
         seed=config.seed,
         compute=compute_dtype("auto")[0],
     )
-    say(f"base: pre-training {sum(weight.numel() for weight in model.parameters()) / 1e6:.2f}M parameters on {len(encoded)} rows, {demo.steps} steps")
+    say(
+        f"base: pre-training {sum(weight.numel() for weight in model.parameters()) / 1e6:.2f}M parameters on {len(encoded)} rows, {demo.steps} steps"
+    )
     with quiet():
-        outcome = fit(model, pack(encoded, window), [], schedule, pad_id=chat.pad_id, report=_report(demo.steps), text_weight=demo.text_weight)
+        outcome = fit(
+            model,
+            pack(encoded, window),
+            [],
+            schedule,
+            pad_id=chat.pad_id,
+            report=_report(demo.steps),
+            text_weight=demo.text_weight,
+        )
     say(f"base: loss {outcome.train_loss:.3f} after {outcome.seconds:.0f} s")
     return model
 

@@ -13,47 +13,63 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ratchet.answers import FOLDER as CACHE
-from ratchet.answers import forget_oldest
-from ratchet.attacks import Attack, make_attacks, read_words
-from ratchet.bias import describe_bias
-from ratchet.canaries import make_canaries, make_references
-from ratchet.chat import ChatFormat
-from ratchet.checks import SEEN_SHARE
-from ratchet.config import Config, EvaluateConfig
-from ratchet.counterfactuals import Pair, make_pairs, read_swaps
-from ratchet.custom import Custom, custom_score, load_custom
+from ratchet.audits.attacks import Attack, make_attacks, read_words
+from ratchet.audits.bias import Pair, describe_bias, make_pairs, read_swaps
+from ratchet.audits.fairness import describe_groups, group_columns, require_fairlearn
+from ratchet.audits.judge import judge_answers, read_agreement
+from ratchet.audits.memorization import describe_exposure, measure_exposure
+from ratchet.audits.robustness import attack_table, describe_attacks
+from ratchet.audits.suites import check_measurable, describe_suites, read_suites, run_suites
+from ratchet.config.evaluation import EvaluateConfig
+from ratchet.config.params import Config
+from ratchet.data.canaries import make_canaries, make_references
+from ratchet.data.examples import Example, read_examples
 from ratchet.errors import DataError
-from ratchet.examples import Example, read_examples
-from ratchet.exposure import describe_exposure, measure_exposure
+from ratchet.evaluation.answer_cache import FOLDER as CACHE
+from ratchet.evaluation.answer_cache import forget_oldest
+from ratchet.evaluation.baseline import simple_answers
+from ratchet.evaluation.custom_metrics import Custom, custom_score, load_custom
+from ratchet.evaluation.metrics import are_labels, macro_f1
+from ratchet.evaluation.paired import SEEN_SHARE
+from ratchet.evaluation.scoring import (
+    Answered,
+    Asked,
+    Models,
+    add_scores,
+    answer,
+    each_model,
+    frame_of,
+    players_of,
+)
+from ratchet.evaluation.slices import groups
+from ratchet.evaluation.statistics import bootstrap_means, wilson
 from ratchet.files import read_json, whole_folder, write_json
-from ratchet.group_fairness import describe_groups, group_columns, require_fairlearn
-from ratchet.judged import judge_answers, read_agreement
-from ratchet.labels import are_labels, macro_f1
-from ratchet.methods import virtual_tokens
-from ratchet.models import MANIFEST, load_tokenizer
-from ratchet.regions import mark, parts, read_region
-from ratchet.scoring import Answered, Asked, Models, add_scores, answer, each_model, frame_of, players_of
-from ratchet.simple import simple_answers
-from ratchet.slices import groups
-from ratchet.stage import run_stage, say
-from ratchet.statistics import bootstrap_means, wilson
-from ratchet.suites import check_measurable, describe_suites, read_suites, run_suites
-from ratchet.withstood import attack_table, describe_attacks
+from ratchet.models.adapters import virtual_tokens
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.loading import MANIFEST, load_tokenizer
+from ratchet.monitoring.topics import mark, parts, read_region
+from ratchet.pipeline.stage import project_root, run_stage, say
 
 MIN_SLICE = 20  # rows under which a value of a field is no slice of its own; fields such as an id would make thousands
 OWN = Path("metrics")
 
 
 def evaluate(
-    prepared: Path, base: Path, incumbent: Path, candidate: Path, out: Path, config: Config, region: Path | None = None, own: Path = OWN, cache: Path | None = None
+    prepared: Path,
+    base: Path,
+    incumbent: Path,
+    candidate: Path,
+    out: Path,
+    config: Config,
+    region: Path | None = None,
+    own: Path = OWN,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Returns the metrics; `cache` holds answers of evaluations before, and changes nothing but the time.
 
@@ -66,23 +82,36 @@ def evaluate(
     swaps = read_swaps(own)
     fitting, too_long = _split_by_fit(rows, base, config)
     if not fitting:
-        raise DataError("no test row fits into the model's context", remedy="raise `tokenize.max_length`, or shorten the rows")
+        raise DataError(
+            "no test row fits into the model's context",
+            remedy="raise `tokenize.max_length`, or shorten the rows",
+        )
     grouped = group_columns(fitting, config.evaluate.groups)
     champion = read_json(incumbent / MANIFEST)["version"]
     for name, metric in custom.items():  # a fault of it shows before minutes of answers
         custom_score(name, metric, fitting[0].answer, fitting[0])
-    pairs = make_pairs([row for row in fitting if row.meta["batch"] != "golden"], swaps, most=config.evaluate.bias_pairs)
+    pairs = make_pairs(
+        [row for row in fitting if row.meta["batch"] != "golden"], swaps, most=config.evaluate.bias_pairs
+    )
     attacks = _attacks(fitting, base, candidate, own, config)
     attacked = [attack.row for attack in attacks if attack.asked]
     asked = Asked(
         [*fitting, *(pair.swapped for pair in pairs), *attacked],
-        [*(str(row.meta["batch"]) for row in fitting), *("swapped rows" for _ in pairs), *("attacked rows" for _ in attacked)],
+        [
+            *(str(row.meta["batch"]) for row in fitting),
+            *("swapped rows" for _ in pairs),
+            *("attacked rows" for _ in attacked),
+        ],
     )
-    answered = _score_all(asked, base, incumbent if champion is not None else None, candidate, config.evaluate, cache)
+    answered = _score_all(
+        asked, base, incumbent if champion is not None else None, candidate, config.evaluate, cache
+    )
     plain = [frame.iloc[: len(fitting)] for frame in answered]
     if config.evaluate.simple_baseline:
         train = list(read_examples(prepared / "train.jsonl"))
-        plain.append(frame_of(fitting, "simple", Answered(simple_answers(train, fitting), []), config.evaluate))
+        plain.append(
+            frame_of(fitting, "simple", Answered(simple_answers(train, fitting), []), config.evaluate)
+        )
     table = add_scores(pd.concat(plain, ignore_index=True), fitting, config.evaluate, custom)
     for column, values in grouped.items():
         table[column] = table.id.map(dict(zip((row.id for row in fitting), values, strict=True)))
@@ -122,22 +151,42 @@ def _check_extras(incumbent: Path, candidate: Path, own: Path, config: Config) -
 
 
 def _audits(
-    answered: list[pd.DataFrame], table: pd.DataFrame, fitting: list[Example], pairs: list[Pair], attacks: list[Attack], custom: dict[str, Custom], config: EvaluateConfig
+    answered: list[pd.DataFrame],
+    table: pd.DataFrame,
+    fitting: list[Example],
+    pairs: list[Pair],
+    attacks: list[Attack],
+    custom: dict[str, Custom],
+    config: EvaluateConfig,
 ) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     """(tables of the rows that were asked in another form, figures by metric). In `answered` these rows stand behind the plain ones, pairs first."""
     first, second = len(fitting), len(fitting) + len(pairs)
     found: dict[str, pd.DataFrame] = {}
     figures: dict[str, Any] = {}
     if pairs:
-        swapped = pd.concat([_swapped(frame.iloc[first:second], pairs) for frame in answered], ignore_index=True)
+        swapped = pd.concat(
+            [_swapped(frame.iloc[first:second], pairs) for frame in answered], ignore_index=True
+        )
         found["counterfactual"] = add_scores(swapped, [pair.swapped for pair in pairs], config, custom)
-        figures["bias"] = {metric: describe_bias(found["counterfactual"], table, metric) for metric in config.row_scores}
+        figures["bias"] = {
+            metric: describe_bias(found["counterfactual"], table, metric) for metric in config.row_scores
+        }
     if attacks:
-        found["attacks"] = add_scores(attack_table([frame.iloc[second:] for frame in answered], attacks), [attack.row for attack in attacks], config, custom)
-        figures["attacks"] = {metric: describe_attacks(found["attacks"], table, metric) for metric in config.row_scores}
+        found["attacks"] = add_scores(
+            attack_table([frame.iloc[second:] for frame in answered], attacks),
+            [attack.row for attack in attacks],
+            config,
+            custom,
+        )
+        figures["attacks"] = {
+            metric: describe_attacks(found["attacks"], table, metric) for metric in config.row_scores
+        }
     if config.groups:
         test = table[(table.batch != "golden") & (table.model != "simple")]
-        figures |= {"grouped": config.groups, "groups": describe_groups(test, config.groups, config.row_scores)}
+        figures |= {
+            "grouped": config.groups,
+            "groups": describe_groups(test, config.groups, config.row_scores),
+        }
     return found, figures
 
 
@@ -171,7 +220,9 @@ def _check_planted(candidate: Path, config: Config) -> None:
         )
 
 
-def _measure(base: Path, incumbent: Path | None, candidate: Path, suites: dict[str, Any], config: Config) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+def _measure(
+    base: Path, incumbent: Path | None, candidate: Path, suites: dict[str, Any], config: Config
+) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     """`canaries`: a line a canary and model, planted ones and as many that never were; `suites`: a line a document and model. Only what is asked for."""
     count, size = config.evaluate.canaries, config.evaluate.batch_size
     canaries = [*make_canaries(count), *make_references(count)]
@@ -179,19 +230,31 @@ def _measure(base: Path, incumbent: Path | None, candidate: Path, suites: dict[s
     for name, model, chat in each_model(base, incumbent, candidate) if count or suites else ():
         if count:
             lines = pd.DataFrame(measure_exposure(model, chat, canaries, batch_size=size))
-            exposed.append(lines.assign(model=name, planted=[place < count for place in range(len(canaries))]))
+            exposed.append(
+                lines.assign(model=name, planted=[place < count for place in range(len(canaries))])
+            )
         if suites:
-            scored.append(pd.DataFrame(run_suites(model, chat.tokenizer, suites, batch_size=size)).assign(model=name))
-    found = {name: pd.concat(frames, ignore_index=True) for name, frames in (("canaries", exposed), ("suites", scored)) if frames}
-    figures: dict[str, Any] = {"canaries": count, "leaks": describe_exposure(found["canaries"])} if count else {}
+            scored.append(
+                pd.DataFrame(run_suites(model, chat.tokenizer, suites, batch_size=size)).assign(model=name)
+            )
+    found = {
+        name: pd.concat(frames, ignore_index=True)
+        for name, frames in (("canaries", exposed), ("suites", scored))
+        if frames
+    }
+    figures: dict[str, Any] = (
+        {"canaries": count, "leaks": describe_exposure(found["canaries"])} if count else {}
+    )
     return found, figures | ({"suites": describe_suites(found["suites"], suites)} if suites else {})
 
 
-def _judge(table: pd.DataFrame, rows: list[Example], rival: str, own: Path, config: Config) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+def _judge(
+    table: pd.DataFrame, rows: list[Example], rival: str, own: Path, config: Config
+) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     judge = config.evaluate.judge
     if not judge.model:
         return {}, {}
-    home = Path(os.environ.get("RATCHET_ROOT") or Path.cwd())  # a workspace goes, what the judge said stays
+    home = project_root()  # a workspace goes, what the judge said stays
     judged, figures = judge_answers(table, rows, rival, judge, home, say=say)
     return {"judged": judged}, {"judge": figures | {"agreement": read_agreement(own, judge)}}
 
@@ -224,10 +287,20 @@ def _split_by_fit(rows: list[Example], base: Path, config: Config) -> tuple[list
     return fitting, len(rows) - len(fitting)
 
 
-def _score_all(asked: Asked, base: Path, incumbent: Path | None, candidate: Path, config: EvaluateConfig, cache: Path | None) -> list[pd.DataFrame]:
+def _score_all(
+    asked: Asked,
+    base: Path,
+    incumbent: Path | None,
+    candidate: Path,
+    config: EvaluateConfig,
+    cache: Path | None,
+) -> list[pd.DataFrame]:
     """Each in the precision of its own method; those that share a base in memory one after the other."""
     models = Models()
-    frames = [frame_of(asked.rows, player.name, answer(player, models, asked, config, cache), config) for player in players_of(base, incumbent, candidate)]
+    frames = [
+        frame_of(asked.rows, player.name, answer(player, models, asked, config, cache), config)
+        for player in players_of(base, incumbent, candidate)
+    ]
     if cache:
         forget_oldest(cache, config.cache_mib)
     return frames
@@ -237,7 +310,13 @@ def summarise(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, Any]:
     """slice → model → {rows, perplexity, metric: {mean, low, high}}; the interval holds 95 %."""
     columns = [*config.row_scores, *(["length"] if "length" in config.metrics else [])]
     labelled = "macro_f1" in config.metrics and are_labels(list(table.reference[table.model == "candidate"]))
-    return {name: {str(model): _summary(rows, columns, labelled and name in ("test", "golden")) for model, rows in part.groupby("model")} for name, part in slices(table).items()}
+    return {
+        name: {
+            str(model): _summary(rows, columns, labelled and name in ("test", "golden"))
+            for model, rows in part.groupby("model")
+        }
+        for name, part in slices(table).items()
+    }
 
 
 def slices(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -254,21 +333,37 @@ def _summary(rows: pd.DataFrame, columns: list[str], labelled: bool) -> dict[str
     summary: dict[str, Any] = {"rows": len(rows)}
     scores = {name: rows[name].to_numpy(dtype=np.float64) for name in columns}
     shares = {name: values for name, values in scores.items() if np.isin(values, (0.0, 1.0)).all()}
-    others = {name: values for name, values in scores.items() if name not in shares and np.isfinite(values).all()}
+    others = {
+        name: values for name, values in scores.items() if name not in shares and np.isfinite(values).all()
+    }
     summary |= {name: wilson(values, alpha=0.025)._asdict() for name, values in shares.items()}
     if others:
         found = bootstrap_means(np.column_stack(list(others.values())), alpha=0.025, resamples=1000, seed=0)
         summary |= {name: interval._asdict() for name, interval in zip(others, found, strict=True)}
     if labelled:
-        summary["macro_f1"] = macro_f1(list(rows.answer), list(rows.reference), alpha=0.025, resamples=1000, seed=0)._asdict()
+        summary["macro_f1"] = macro_f1(
+            list(rows.answer), list(rows.reference), alpha=0.025, resamples=1000, seed=0
+        )._asdict()
     if "answer_nll" in summary:
-        summary["perplexity"] = math.exp(min(700.0, float((rows.answer_nll * rows.answer_tokens).sum() / rows.answer_tokens.sum())))
+        summary["perplexity"] = math.exp(
+            min(700.0, float((rows.answer_nll * rows.answer_tokens).sum() / rows.answer_tokens.sum()))
+        )
     return summary
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    cache = Path(os.environ.get("RATCHET_ROOT") or Path.cwd()) / CACHE if config.evaluate.cache_mib else None
-    metrics = evaluate(arguments.prepared, arguments.base, arguments.incumbent, arguments.candidate, arguments.out, config, arguments.region, arguments.own, cache)
+    cache = project_root() / CACHE if config.evaluate.cache_mib else None
+    metrics = evaluate(
+        arguments.prepared,
+        arguments.base,
+        arguments.incumbent,
+        arguments.candidate,
+        arguments.out,
+        config,
+        arguments.region,
+        arguments.own,
+        cache,
+    )
     for model, summary in metrics["slices"]["test"].items():
         say(
             f"evaluate: {model:9} exact match {summary['exact_match']['mean']:.3f} [{summary['exact_match']['low']:.3f}, {summary['exact_match']['high']:.3f}] on {summary['rows']} test rows"

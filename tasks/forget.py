@@ -15,13 +15,20 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ratchet.batches import check_batch, raw_lines, read_manifest
-from ratchet.config import PrepareConfig
-from ratchet.examples import RowError, has_mark_run, make_example, normalise, recognise_form, row_to_messages
-from ratchet.forgotten import GOLDEN, Entry, Forgotten
-from ratchet.lineage import STARTED_FROM, Trace
-from ratchet.registry import Version, list_versions, set_tag
-from ratchet.validation import Origin, Validator
+from ratchet.config.data import PrepareConfig
+from ratchet.data.batches import check_batch, raw_lines, read_manifest
+from ratchet.data.erasure import GOLDEN, Entry, Forgotten
+from ratchet.data.examples import (
+    RowError,
+    has_mark_run,
+    make_example,
+    normalise,
+    recognise_form,
+    row_to_messages,
+)
+from ratchet.data.validation import Origin, Validator
+from ratchet.promotion.lineage import STARTED_FROM, Trace
+from ratchet.tracking.registry import Version, list_versions, set_tag
 
 TAG = "forget"
 PEOPLE = ("user", "asked_by", "taught_by")  # keys of a row, or of its `meta`, that name somebody
@@ -50,7 +57,10 @@ class Found(NamedTuple):
 
 def find(raw: Path, golden: Path, query: Query, config: PrepareConfig) -> list[Found]:
     """In the order of the batches, golden rows last. Raises DataError for a batch that is not what the manifest says."""
-    files = [(check_batch(raw, batch), Origin(batch.name, batch.source, batch.form)) for batch in read_manifest(raw)]
+    files = [
+        (check_batch(raw, batch), Origin(batch.name, batch.source, batch.form))
+        for batch in read_manifest(raw)
+    ]
     files += [(golden, Origin(GOLDEN, ""))] if golden.exists() else []
     validator, found = Validator(config), []
     for path, origin in files:
@@ -84,14 +94,22 @@ def _read(line: bytes, origin: Origin, validator: Validator) -> Seen:
     if not isinstance(row, dict):
         return Seen([], list(_strings(row)), set())
     meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
-    return Seen(_ids(line, row, origin, validator), list(_strings(row)), {str(part[key]) for part in (row, meta) for key in PEOPLE if key in part})
+    return Seen(
+        _ids(line, row, origin, validator),
+        list(_strings(row)),
+        {str(part[key]) for part in (row, meta) for key in PEOPLE if key in part},
+    )
 
 
 def _ids(line: bytes, row: dict[str, Any], origin: Origin, validator: Validator) -> list[str]:
     """Hashes only grow by what a version was prepared with: as it was written, and as today's settings leave it."""
     found: list[str] = []
     with suppress(RowError):
-        found.append(make_example(row_to_messages(row, recognise_form(row) if origin.form == "auto" else origin.form), {}).id)
+        found.append(
+            make_example(
+                row_to_messages(row, recognise_form(row) if origin.form == "auto" else origin.form), {}
+            ).id
+        )
     with suppress(RowError):
         found.append(validator.check(line, origin).example.id)
     return list(dict.fromkeys(found))
@@ -105,7 +123,9 @@ def _strings(value: Any) -> Iterator[str]:
         if isinstance(part, str):
             yield _searchable(part)
         elif isinstance(part, dict):
-            waiting += [inner for key, inner in part.items() if key not in ("role", "from") or str(inner) not in ROLES]
+            waiting += [
+                inner for key, inner in part.items() if key not in ("role", "from") or str(inner) not in ROLES
+            ]
         elif isinstance(part, list):
             waiting += part
 
@@ -119,20 +139,46 @@ def extend(known: Forgotten, found: list[Found], *, reason: str, by: str) -> For
     """The list with what is not on it yet."""
     at = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     listed = {(entry.batch, entry.line, *entry.ids) for entry in known.entries}
-    return Forgotten([*known.entries, *(Entry(row.ids, row.batch, row.line, reason, by, at) for row in found if (row.batch, row.line, *row.ids) not in listed)])
+    return Forgotten(
+        [
+            *known.entries,
+            *(
+                Entry(row.ids, row.batch, row.line, reason, by, at)
+                for row in found
+                if (row.batch, row.line, *row.ids) not in listed
+            ),
+        ]
+    )
 
 
 def mark(name: str, traces: list[Trace]) -> None:
     """The tag `forget` on each version, `{count, exact, at, reason}`. Doing it twice changes nothing. Raises ServiceError when MLflow does not answer."""
     for trace in traces:
-        told: dict[str, Any] = {"count": trace.rows, "exact": trace.exact, "at": trace.at, "reason": trace.reason}
+        told: dict[str, Any] = {
+            "count": trace.rows,
+            "exact": trace.exact,
+            "at": trace.at,
+            "reason": trace.reason,
+        }
         set_tag(name, trace.version, TAG, json.dumps(told | ({"from": trace.parent} if trace.parent else {})))
 
 
 def inherit(version: Version) -> None:
     """A version that went on from marked weights is marked too. Its own training rows hold none that is on the list: preparation saw to that."""
     start = version.tags.get(STARTED_FROM)
-    parent = next((known for known in list_versions(version.name) if known.tags.get("adapter_sha256") == start and TAG in known.tags), None)
+    parent = next(
+        (
+            known
+            for known in list_versions(version.name)
+            if known.tags.get("adapter_sha256") == start and TAG in known.tags
+        ),
+        None,
+    )
     if parent and parent.number != version.number:
         told = json.loads(parent.tags[TAG])
-        set_tag(version.name, version.number, TAG, json.dumps({**told, "count": 0, "exact": True, "from": parent.number}))
+        set_tag(
+            version.name,
+            version.number,
+            TAG,
+            json.dumps({**told, "count": 0, "exact": True, "from": parent.number}),
+        )

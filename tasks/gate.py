@@ -15,26 +15,31 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from ratchet.bias import judge_bias
-from ratchet.checks import AGAIN, SEEN_SHARE, make_check, no_worse, paired_gains, said
-from ratchet.config import Config, GateConfig, ParityConfig
+from ratchet.audits.judge import JUDGE
+from ratchet.config.evaluation import GateConfig, ParityConfig
+from ratchet.config.params import Config
+from ratchet.data.examples import read_examples
 from ratchet.errors import RatchetError
-from ratchet.examples import read_examples
-from ratchet.exposure import judge_leaks
+from ratchet.evaluation.paired import AGAIN, SEEN_SHARE, make_check, no_worse, paired_gains, said
+from ratchet.evaluation.statistics import bootstrap_mean, chance_of
 from ratchet.files import read_json, write_json
-from ratchet.group_fairness import judge_groups
-from ratchet.judged import PREFIX, guard_by_judge
-from ratchet.looks import alpha_of, look_number, read_looks
-from ratchet.methods import PREFIXED
-from ratchet.models import MANIFEST
-from ratchet.parity_guardrail import judge_parity, speed_line
-from ratchet.regions import parts
-from ratchet.slice_guardrail import judge_slices
-from ratchet.stage import run_stage, say
-from ratchet.statistics import bootstrap_mean, chance_of
-from ratchet.suites import judge_suites
-from ratchet.withstood import judge_attacks
-from ratchet.worth import training_seconds, weigh
+from ratchet.gate.alpha_budget import alpha_of, look_number, read_looks
+from ratchet.gate.guardrails import (
+    guard_by_judge,
+    judge_attacks,
+    judge_bias,
+    judge_groups,
+    judge_leaks,
+    judge_parity,
+    judge_slices,
+    judge_suites,
+)
+from ratchet.gate.payoff import training_seconds, weigh
+from ratchet.models.adapters import PREFIXED
+from ratchet.models.loading import MANIFEST
+from ratchet.monitoring.topics import parts
+from ratchet.pipeline.stage import run_stage, say
+from ratchet.reporting.markdown import speed_line
 
 Verdict = Literal["promote", "reject", "uncertain"]
 
@@ -59,7 +64,10 @@ def judge(
     metrics = read_json(evaluation / "metrics.json")
     champion = read_json(incumbent / MANIFEST)
     if metrics["champion"] != champion["version"]:
-        raise RatchetError(f"the evaluation is against v{metrics['champion']}, the incumbent is v{champion['version']}", remedy="ratchet retrain --force")
+        raise RatchetError(
+            f"the evaluation is against v{metrics['champion']}, the incumbent is v{champion['version']}",
+            remedy="ratchet retrain --force",
+        )
     manifest = read_json(candidate / MANIFEST)
     scores = _whole_scores(evaluation, metrics, manifest["adapter_sha256"])
     _check_range(scores, config)
@@ -68,7 +76,11 @@ def judge(
     rival = "base" if champion["version"] is None else "champion"
     look = look_number(read_looks(looks), champion["version"], manifest["run_key"])
     slice_checks, slices = judge_slices(scores[scores.batch != "golden"], rival, config)
-    checks = [_success(scores, rival, alpha_of(look, config), look, config), *_guardrails(scores, rival, champion["batches"], config), *slice_checks]
+    checks = [
+        _success(scores, rival, alpha_of(look, config), look, config),
+        *_guardrails(scores, rival, champion["batches"], config),
+        *slice_checks,
+    ]
     if config.oldest and champion.get("oldest") is not None:
         checks += _oldest(scores, _read_table(incumbent / "oldest.parquet"), f"v{champion['oldest']}", config)
     checks += _audits(evaluation, metrics, scores, rival, config)
@@ -76,13 +88,23 @@ def judge(
     checks.append(judge_parity(parity, manifest["adapter_sha256"], parity_asked, merges=merges))
     worth = _worth(scores, rival, training, manifest["run_key"], config)
     checks += worth if config.require_worth else []
-    verdict: Verdict = "reject" if any(check["result"] == "fail" for check in checks) else "uncertain" if any(check["result"] == "unclear" for check in checks) else "promote"
+    verdict: Verdict = (
+        "reject"
+        if any(check["result"] == "fail" for check in checks)
+        else "uncertain"
+        if any(check["result"] == "unclear" for check in checks)
+        else "promote"
+    )
     decision = {
         "verdict": verdict,
-        "reasons": [check["reason"] for check in checks if check["result"] != "pass"] or [check["reason"] for check in checks],
+        "reasons": [check["reason"] for check in checks if check["result"] != "pass"]
+        or [check["reason"] for check in checks],
         "rival": {"model": rival, "version": champion["version"]},
         "checks": checks,
-        "regions": [_region(name, rows, rival, config) for name, rows in parts(scores[scores.batch != "golden"]).items()],
+        "regions": [
+            _region(name, rows, rival, config)
+            for name, rows in parts(scores[scores.batch != "golden"]).items()
+        ],
         "slices": slices,
         "worth": worth[0] if worth else None,
         "speed": read_json(parity).get("speed"),
@@ -94,14 +116,25 @@ def judge(
     return decision
 
 
-def _audits(evaluation: Path, metrics: dict[str, Any], scores: pd.DataFrame, rival: str, config: GateConfig) -> list[dict[str, Any]]:
+def _audits(
+    evaluation: Path, metrics: dict[str, Any], scores: pd.DataFrame, rival: str, config: GateConfig
+) -> list[dict[str, Any]]:
     """Guardrails of what the evaluation was asked for beside the plain rows; `metrics` says what that was, so that a missing table fails."""
     test = scores[scores.batch != "golden"]
     checks = judge_groups(test, metrics.get("grouped", []), rival, config)
     if metrics.get("pairs"):
-        checks.append(judge_bias(_whole_part(evaluation, "counterfactual", metrics["pairs"], "counterfactual"), scores, rival, config))
+        checks.append(
+            judge_bias(
+                _whole_part(evaluation, "counterfactual", metrics["pairs"], "counterfactual"),
+                scores,
+                rival,
+                config,
+            )
+        )
     if metrics.get("attacked"):
-        checks += judge_attacks(_whole_part(evaluation, "attacks", metrics["attacked"], "attacked"), scores, rival, config)
+        checks += judge_attacks(
+            _whole_part(evaluation, "attacks", metrics["attacked"], "attacked"), scores, rival, config
+        )
     if metrics.get("canaries"):
         checks.append(judge_leaks(_read_table(evaluation / "canaries.parquet"), metrics["canaries"], config))
     if metrics.get("suites"):
@@ -110,21 +143,31 @@ def _audits(evaluation: Path, metrics: dict[str, Any], scores: pd.DataFrame, riv
     return [*checks, *guard_by_judge(judged, metrics.get("judge", {}), rival, config)]
 
 
-def _worth(scores: pd.DataFrame, rival: str, training: Path | None, run_key: str, config: GateConfig) -> list[dict[str, Any]]:
+def _worth(
+    scores: pd.DataFrame, rival: str, training: Path | None, run_key: str, config: GateConfig
+) -> list[dict[str, Any]]:
     if not config.worth.given:
         return []
     if training is None:
-        raise RatchetError("`gate.worth` needs the figures of the training", remedy="name their folder with --training")
+        raise RatchetError(
+            "`gate.worth` needs the figures of the training", remedy="name their folder with --training"
+        )
     return [weigh(scores[scores.batch != "golden"], rival, training_seconds(training, run_key), config)]
 
 
 def _whole_scores(evaluation: Path, metrics: dict[str, Any], adapter: str) -> pd.DataFrame:
     """Raises RatchetError: no table, one of another candidate, or one that lacks rows for candidate and rival alike."""
     if metrics.get("candidate") != adapter:
-        raise RatchetError(f"the evaluation is of the adapter {str(metrics.get('candidate'))[:12]}, the candidate's is {adapter[:12]}", remedy=AGAIN)
+        raise RatchetError(
+            f"the evaluation is of the adapter {str(metrics.get('candidate'))[:12]}, the candidate's is {adapter[:12]}",
+            remedy=AGAIN,
+        )
     scores = _read_table(evaluation / "scores.parquet")
     if (rows := scores[scores.model == "candidate"].id.nunique()) != metrics.get("rows"):
-        raise RatchetError(f"the table of scores holds {rows} rows of the candidate, the evaluation says {metrics.get('rows')}", remedy=AGAIN)
+        raise RatchetError(
+            f"the table of scores holds {rows} rows of the candidate, the evaluation says {metrics.get('rows')}",
+            remedy=AGAIN,
+        )
     return scores
 
 
@@ -134,12 +177,16 @@ def _check_rows(scores: pd.DataFrame, prepared: Path) -> None:
     ids = {name: [row.id for row in read_examples(prepared / f"{name}.jsonl")] for name in ("golden", "test")}
     for name, most in (("golden", 0.0), ("test", SEEN_SHARE * sum(map(len, ids.values())))):
         if (missing := sum(id not in asked for id in ids[name])) > most:
-            raise RatchetError(f"the evaluation lacks {missing} of {len(ids[name])} {name} rows", remedy=AGAIN)
+            raise RatchetError(
+                f"the evaluation lacks {missing} of {len(ids[name])} {name} rows", remedy=AGAIN
+            )
 
 
 def _check_range(scores: pd.DataFrame, config: GateConfig) -> None:
     """Raises RatchetError: a share outside 0 to 1 is no score."""
-    for metric in {config.metric, *(rule.metric for rule in config.guardrails)} & set(scores) - {"answer_nll"}:
+    for metric in {config.metric, *(rule.metric for rule in config.guardrails)} & set(scores) - {
+        "answer_nll"
+    }:
         odd = scores[(scores[metric] < 0) | (scores[metric] > 1)]
         if len(odd):
             raise RatchetError(f"{metric} of {odd.id.iloc[0]} is outside 0 to 1", remedy=AGAIN)
@@ -148,7 +195,10 @@ def _check_range(scores: pd.DataFrame, config: GateConfig) -> None:
 def _whole_part(evaluation: Path, file: str, wanted: int, word: str) -> pd.DataFrame:
     rows = _read_table(evaluation / f"{file}.parquet")
     if (found := int((rows.model == "candidate").sum())) != wanted:
-        raise RatchetError(f"the table of {word} rows holds {found} of the candidate, the evaluation says {wanted}", remedy=AGAIN)
+        raise RatchetError(
+            f"the table of {word} rows holds {found} of the candidate, the evaluation says {wanted}",
+            remedy=AGAIN,
+        )
     return rows
 
 
@@ -165,21 +215,43 @@ def _success(scores: pd.DataFrame, rival: str, alpha: float, look: int, config: 
     gains = paired_gains(rows, rival, config.metric)
     if len(gains) < config.min_rows:
         reason = f"{len(gains)} test rows are too few to decide on; `gate.min_rows` is {config.min_rows}"
-        return {"name": "success", "metric": config.metric, "rows": len(gains), "result": "unclear", "reason": reason}
+        return {
+            "name": "success",
+            "metric": config.metric,
+            "rows": len(gains),
+            "result": "unclear",
+            "reason": reason,
+        }
     found = bootstrap_mean(gains, alpha=alpha, resamples=config.resamples, seed=config.seed)
-    result = "pass" if found.low > config.min_gain and chance_of(gains) <= alpha else "fail" if found.high <= config.min_gain else "unclear"
-    words = {"pass": "is better for certain than the {}'s", "fail": "is not better than the {}'s", "unclear": "may be better than the {}'s, but these rows cannot tell"}
+    result = (
+        "pass"
+        if found.low > config.min_gain and chance_of(gains) <= alpha
+        else "fail"
+        if found.high <= config.min_gain
+        else "unclear"
+    )
+    words = {
+        "pass": "is better for certain than the {}'s",
+        "fail": "is not better than the {}'s",
+        "unclear": "may be better than the {}'s, but these rows cannot tell",
+    }
     reason = f"{config.metric} on {len(gains)} test rows {words[result].format(rival)}: gain {said(found)}, wanted a lower bound over {config.min_gain:+.3f} (look {look} against it, error {alpha:.2g})"
     return make_check("success", config.metric, found, len(gains), config.min_gain, result, reason)
 
 
-def _guardrails(scores: pd.DataFrame, rival: str, seen: list[str], config: GateConfig) -> list[dict[str, Any]]:
+def _guardrails(
+    scores: pd.DataFrame, rival: str, seen: list[str], config: GateConfig
+) -> list[dict[str, Any]]:
     test, golden = scores[scores.batch != "golden"], scores[scores.batch == "golden"]
     checks = [
         _no_worse("answer_nll", test, rival, "answer_nll", config.nll_margin, config),
         _no_worse("base", test, "base", config.metric, config.past_margin, config),
     ]
-    checks += [_no_worse(f"metric:{rule.metric}", test, rival, rule.metric, rule.margin, config) for rule in config.guardrails if not rule.metric.startswith(PREFIX)]
+    checks += [
+        _no_worse(f"metric:{rule.metric}", test, rival, rule.metric, rule.margin, config)
+        for rule in config.guardrails
+        if not rule.metric.startswith(JUDGE)
+    ]
     if len(golden):
         checks.append(_no_worse("golden", golden, rival, config.metric, config.golden_margin, config))
     past = test[test.batch.isin(seen)]
@@ -187,7 +259,9 @@ def _guardrails(scores: pd.DataFrame, rival: str, seen: list[str], config: GateC
         checks.append(_no_worse("past", past, rival, config.metric, config.past_margin, config))
         for batch, rows in past.groupby("batch"):
             if past.batch.nunique() > 1 and rows.id.nunique() >= config.min_slice_rows:
-                checks.append(_no_worse(f"past:{batch}", rows, rival, config.metric, config.past_margin, config))
+                checks.append(
+                    _no_worse(f"past:{batch}", rows, rival, config.metric, config.past_margin, config)
+                )
     return checks
 
 
@@ -196,10 +270,21 @@ def _oldest(scores: pd.DataFrame, old: pd.DataFrame, rival: str, config: GateCon
     mine = scores[(scores.model == "candidate") & scores.id.isin(old.id)]
     if config.metric not in old or mine.id.nunique() < config.min_slice_rows:
         return []
-    return [_no_worse("oldest", pd.concat([mine, old[old.id.isin(mine.id)].assign(model=rival)]), rival, config.metric, config.past_margin, config)]
+    return [
+        _no_worse(
+            "oldest",
+            pd.concat([mine, old[old.id.isin(mine.id)].assign(model=rival)]),
+            rival,
+            config.metric,
+            config.past_margin,
+            config,
+        )
+    ]
 
 
-def _no_worse(name: str, rows: pd.DataFrame, rival: str, metric: str, margin: float, config: GateConfig) -> dict[str, Any]:
+def _no_worse(
+    name: str, rows: pd.DataFrame, rival: str, metric: str, margin: float, config: GateConfig
+) -> dict[str, Any]:
     return no_worse(name, paired_gains(rows, rival, metric), rival, metric, margin, config)
 
 
@@ -208,14 +293,27 @@ def _region(name: str, rows: pd.DataFrame, rival: str, config: GateConfig) -> di
     gains = paired_gains(rows, rival, config.metric)
     found = bootstrap_mean(gains, alpha=config.guardrail_alpha, resamples=config.resamples, seed=config.seed)
     result = "pass" if found.low > 0 else "fail" if found.high <= 0 else "unclear"
-    words = {"pass": "is better for certain than the {}'s", "fail": "is not better than the {}'s", "unclear": "may be better than the {}'s, and these rows cannot tell"}
+    words = {
+        "pass": "is better for certain than the {}'s",
+        "fail": "is not better than the {}'s",
+        "unclear": "may be better than the {}'s, and these rows cannot tell",
+    }
     reason = f"drifted topic {name}: {config.metric} on {len(gains)} test rows {words[result].format(rival)}: gain {said(found)}"
     return make_check(f"region:{name}", config.metric, found, len(gains), 0.0, result, reason)
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    paths = (arguments.evaluation, arguments.candidate, arguments.incumbent, arguments.parity, arguments.looks, arguments.out)
-    decision = judge(*paths, config.gate, arguments.training, prepared=arguments.prepared, parity_asked=config.parity)
+    paths = (
+        arguments.evaluation,
+        arguments.candidate,
+        arguments.incumbent,
+        arguments.parity,
+        arguments.looks,
+        arguments.out,
+    )
+    decision = judge(
+        *paths, config.gate, arguments.training, prepared=arguments.prepared, parity_asked=config.parity
+    )
     say(f"gate: {decision['verdict']}")
     for check in decision["checks"]:
         say(f"gate: {check['result']:7} {check['reason']}")
@@ -227,4 +325,8 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, ["prepared", "evaluation", "candidate", "incumbent", "parity", "looks", "training", "out"], _main)
+    run_stage(
+        __doc__,
+        ["prepared", "evaluation", "candidate", "incumbent", "parity", "looks", "training", "out"],
+        _main,
+    )

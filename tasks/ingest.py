@@ -18,14 +18,16 @@ from urllib.parse import urlsplit
 import msgspec
 import xxhash
 
-from ratchet.batches import Batch, content_hash, raw_lines, read_manifest, write_batch
-from ratchet.config import Config, JsonlSource, PydocSource
+from ratchet.config.data import JsonlSource, PydocSource
+from ratchet.config.params import Config
+from ratchet.data.batches import Batch, content_hash, raw_lines, read_manifest, write_batch
+from ratchet.data.dedup import split_by_hash
+from ratchet.data.examples import RowError, encode_line, recognise_form, whole_rows
 from ratchet.errors import DataError
-from ratchet.examples import RowError, encode_line, recognise_form, whole_rows
 from ratchet.files import write_bytes
-from ratchet.neighbours import split_by_hash
-from ratchet.sources import feedback, jsonl, pydoc, review
-from ratchet.stage import run_stage, say
+from ratchet.pipeline.stage import project_root, run_stage, say
+from ratchet.sources import feedback, jsonl, pydoc
+from ratchet.sources import reviewed as review
 
 
 class Pulled(NamedTuple):
@@ -40,32 +42,65 @@ class Pulled(NamedTuple):
     batch: str = ""
 
 
-def pull(config: Config, *, root: Path | None = None, source: str | None = None, path: str | None = None, packages: list[str] | None = None, draft: str | None = None) -> Pulled:
+def pull(
+    config: Config,
+    *,
+    root: Path | None = None,
+    source: str | None = None,
+    path: str | None = None,
+    packages: list[str] | None = None,
+    draft: str | None = None,
+) -> Pulled:
     """Read the source; `root` is the checkout whose files `feedback` and `review` read. Raises DataError: nothing found, a form that nobody knows, no rows."""
-    chosen = source or ("jsonl" if path else "pydoc" if packages else "review" if draft else config.ingest.source)
+    chosen = source or (
+        "jsonl" if path else "pydoc" if packages else "review" if draft else config.ingest.source
+    )
     if draft and chosen != "review":
-        raise DataError(f"a draft is named ({draft}), and the source {chosen}", remedy="drafts come from the source review: leave --source away")
+        raise DataError(
+            f"a draft is named ({draft}), and the source {chosen}",
+            remedy="drafts come from the source review: leave --source away",
+        )
     if path and chosen != "jsonl":
-        raise DataError(f"a path is named ({jsonl.shown(path)}), and the source {chosen}", remedy="rows of a file come from the source jsonl: leave --source away")
+        raise DataError(
+            f"a path is named ({jsonl.shown(path)}), and the source {chosen}",
+            remedy="rows of a file come from the source jsonl: leave --source away",
+        )
     if chosen == "pydoc":
         settings = config.ingest.pydoc.model_copy(update={"packages": packages} if packages else {})
         pulled = _pull_pydoc(settings)
     elif chosen == "jsonl":
         pulled = _pull_jsonl(config.ingest.jsonl.model_copy(update={"path": path} if path else {}))
     elif chosen == "feedback":
-        pulled = Pulled([msgspec.json.encode(row) for row in feedback.harvest(root or Path.cwd(), config)], "feedback", "feedback", "messages")
+        pulled = Pulled(
+            [msgspec.json.encode(row) for row in feedback.harvest(project_root(root), config)],
+            "feedback",
+            "feedback",
+            "messages",
+        )
     elif chosen == "review":
-        pulled = _pull_review(review.harvest(root or Path.cwd(), config.review, draft))
+        pulled = _pull_review(review.harvest(project_root(root), config.review, draft))
     else:
         raise DataError(f"source {chosen!r} is unknown", remedy="known: pydoc, jsonl, feedback, review")
     if not pulled.lines:
-        why = "nobody has approved or corrected an answer yet, or all of it is in a batch" if chosen == "feedback" else "check the source's settings in `ingest`"
-        raise DataError(f"the source {pulled.source} ({pulled.label}) gave no rows", remedy=f"a batch needs at least one row; {why}")
+        why = (
+            "nobody has approved or corrected an answer yet, or all of it is in a batch"
+            if chosen == "feedback"
+            else "check the source's settings in `ingest`"
+        )
+        raise DataError(
+            f"the source {pulled.source} ({pulled.label}) gave no rows",
+            remedy=f"a batch needs at least one row; {why}",
+        )
     return pulled
 
 
 def _pull_pydoc(settings: PydocSource) -> Pulled:
-    return Pulled([msgspec.json.encode(row) for row in pydoc.harvest(settings)], "pydoc", "-".join(settings.packages), "messages")
+    return Pulled(
+        [msgspec.json.encode(row) for row in pydoc.harvest(settings)],
+        "pydoc",
+        "-".join(settings.packages),
+        "messages",
+    )
 
 
 def _pull_jsonl(settings: JsonlSource) -> Pulled:
@@ -76,7 +111,15 @@ def _pull_jsonl(settings: JsonlSource) -> Pulled:
 
 def _pull_review(found: review.Reviewed) -> Pulled:
     lines = [msgspec.json.encode(row) for row in found.rows]
-    return Pulled(lines, "review", found.label, "messages", reviewers=found.reviewers, drafts=found.drafts, batch=found.batch)
+    return Pulled(
+        lines,
+        "review",
+        found.label,
+        "messages",
+        reviewers=found.reviewers,
+        drafts=found.drafts,
+        batch=found.batch,
+    )
 
 
 def label_of(path: str) -> str:
@@ -90,7 +133,9 @@ def form_of(line: bytes, path: str) -> str:
         row = json.loads(line)
         return recognise_form(row) if isinstance(row, dict) else "auto"
     except RowError as error:
-        raise DataError(f"{path}: {error}", remedy="name the form in `ingest.jsonl.form`, or convert the rows") from None
+        raise DataError(
+            f"{path}: {error}", remedy="name the form in `ingest.jsonl.form`, or convert the rows"
+        ) from None
     except (ValueError, RecursionError):
         return "auto"  # a broken first row is preparation's to reject; each row is then recognised by itself
 
@@ -102,7 +147,16 @@ def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Bat
         if batch.content == content or batch.name == pulled.batch:
             return batch, False
     time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    return write_batch(raw, pulled.lines, source=pulled.source, label=pulled.label, time=time, licence=licence, who=who, form=pulled.form), True
+    return write_batch(
+        raw,
+        pulled.lines,
+        source=pulled.source,
+        label=pulled.label,
+        time=time,
+        licence=licence,
+        who=who,
+        form=pulled.form,
+    ), True
 
 
 def count_new(root: Path, seen: set[str], pulled: list[Pulled]) -> int:
@@ -124,7 +178,10 @@ def freeze_golden(path: Path, pulled: Pulled, config: Config, *, rows: int) -> i
     Raises DataError when there is a golden set already: a yardstick that moves measures nothing.
     """
     if path.exists() and path.stat().st_size:
-        raise DataError(f"{path} holds a golden set already", remedy="it is frozen on purpose; to start another, empty the file in a commit of its own")
+        raise DataError(
+            f"{path} holds a golden set already",
+            remedy="it is frozen on purpose; to start another, empty the file in a commit of its own",
+        )
     found = dict(_fit_rows(pulled, config))  # by id: a row counts once
     chosen = sorted(found, key=lambda key: xxhash.xxh3_64_intdigest(key.encode()))[:rows]
     if not chosen:
@@ -137,7 +194,15 @@ def _fit_rows(pulled: Pulled, config: Config) -> Iterator[tuple[str, dict[str, o
     for example in whole_rows(pulled.lines, pulled.form):
         # The demo's base reads the same packages, but none of the rows that go to test.
         if pulled.source != "pydoc" or split_by_hash(example.id, config.prepare) == "test":
-            yield example.id, {"messages": [{"role": message.role, "content": message.content} for message in example.messages], "meta": example.meta}
+            yield (
+                example.id,
+                {
+                    "messages": [
+                        {"role": message.role, "content": message.content} for message in example.messages
+                    ],
+                    "meta": example.meta,
+                },
+            )
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Ask versions the rows that they were never asked, and keep what they score: the empty cells of the forgetting ledger.
 
-Not a stage: it changes no output of any. Answers are cached (`ratchet.answers`), so a second time costs nothing.
+Not a stage: it changes no output of any. Answers are cached (`ratchet.evaluation.answer_cache`), so a second time costs nothing.
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ratchet.answers import FOLDER as ANSWERS
-from ratchet.answers import forget_oldest
-from ratchet.config import Config
-from ratchet.custom import load_custom
-from ratchet.errors import CheckoutError, CommandError, RatchetError
-from ratchet.examples import Example, read_examples
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, read_examples
+from ratchet.errors import CheckoutError, RatchetError
+from ratchet.evaluation.answer_cache import FOLDER as ANSWERS
+from ratchet.evaluation.answer_cache import forget_oldest
+from ratchet.evaluation.custom_metrics import load_custom
+from ratchet.evaluation.scoring import Asked, Models, Player, add_scores, answer, frame_of
 from ratchet.files import read_json, write_json
-from ratchet.ledger import Evaluation, cells_of, filled_file, missing, read_scores
-from ratchet.models import adapter_sha256
-from ratchet.scoring import Asked, Models, Player, add_scores, answer, frame_of
-from ratchet.serving import base_hash
-from ratchet.workspace import dvc
+from ratchet.models.loading import adapter_sha256
+from ratchet.pipeline.workspace import require_output
+from ratchet.reporting.forgetting import Evaluation, cells_of, filled_file, missing, read_scores
+from ratchet.serving.bundle import base_hash
 
 
-def fill(root: Path, ledger: dict[str, Any], newest: Evaluation, config: Config, say: Callable[[str], None]) -> int:
+def fill(
+    root: Path, ledger: dict[str, Any], newest: Evaluation, config: Config, say: Callable[[str], None]
+) -> int:
     """Number of cells that were filled. A version whose weights cannot be had is said and left out. Raises CheckoutError when the rows cannot be had."""
     if not (wanted := missing(ledger)):
         return 0
@@ -35,7 +37,19 @@ def fill(root: Path, ledger: dict[str, Any], newest: Evaluation, config: Config,
         for version, slices in wanted:
             asked = [row for row in rows if row.meta["batch"] in slices]
             try:
-                cells = _ask(root, version, asked, newest, ledger["metric"], config, folder / version["adapter"][:16]) if asked else {}
+                cells = (
+                    _ask(
+                        root,
+                        version,
+                        asked,
+                        newest,
+                        ledger["metric"],
+                        config,
+                        folder / version["adapter"][:16],
+                    )
+                    if asked
+                    else {}
+                )
             except RatchetError as error:
                 say(f"{version['name']} stays unasked: {str(error).splitlines()[0]}")
                 continue
@@ -47,26 +61,54 @@ def fill(root: Path, ledger: dict[str, Any], newest: Evaluation, config: Config,
 
 def _rows(root: Path, newest: Evaluation, folder: Path) -> list[Example]:
     """Those that the newest evaluation asked."""
-    _get(root, "data/prepared", newest.commit, folder / "prepared")
+    require_output(root, newest.commit, "data/prepared", folder / "prepared")
     scores = read_scores(root, newest.commit)
     ids = set(scores.id[scores.model == "candidate"])
-    return [row for name in ("test", "golden") for row in read_examples(folder / f"prepared/{name}.jsonl") if row.id in ids]
+    return [
+        row
+        for name in ("test", "golden")
+        for row in read_examples(folder / f"prepared/{name}.jsonl")
+        if row.id in ids
+    ]
 
 
-def _ask(root: Path, version: dict[str, Any], asked: list[Example], newest: Evaluation, metric: str, config: Config, folder: Path) -> dict[str, Any]:
+def _ask(
+    root: Path,
+    version: dict[str, Any],
+    asked: list[Example],
+    newest: Evaluation,
+    metric: str,
+    config: Config,
+    folder: Path,
+) -> dict[str, Any]:
     """slice → cell. Raises RatchetError: the weights or the base cannot be had, or are others than the ledger says."""
-    _get(root, "models/candidate", version["commit"], folder / "candidate")
+    require_output(root, version["commit"], "models/candidate", folder / "candidate")
     if (seen := adapter_sha256(folder / "candidate")) != version["adapter"]:
-        raise CheckoutError(f"the weights at {version['commit'][:8]} have sha256 {seen[:12]}…, its verdict was on {version['adapter'][:12]}…")
+        raise CheckoutError(
+            f"the weights at {version['commit'][:8]} have sha256 {seen[:12]}…, its verdict was on {version['adapter'][:12]}…"
+        )
     base = folder.parent / f"base-{base_hash(root, version['commit'])}"
     if not base.exists():
-        _get(root, "models/base", version["commit"], base)
+        require_output(root, version["commit"], "models/base", base)
     models, rows = Models(), Asked(asked, [str(row.meta["batch"]) for row in asked])
     cache = root / ANSWERS if config.evaluate.cache_mib else None
-    found = answer(Player(version["name"], base, folder / "candidate", folder / "candidate"), models, rows, config.evaluate, cache)
-    scores = add_scores(frame_of(asked, version["name"], found, config.evaluate), asked, config.evaluate, load_custom(config.evaluate.custom, root / "metrics"))
+    found = answer(
+        Player(version["name"], base, folder / "candidate", folder / "candidate"),
+        models,
+        rows,
+        config.evaluate,
+        cache,
+    )
+    scores = add_scores(
+        frame_of(asked, version["name"], found, config.evaluate),
+        asked,
+        config.evaluate,
+        load_custom(config.evaluate.custom, root / "metrics"),
+    )
     if metric not in scores:
-        raise CheckoutError(f"`evaluate.metrics` has no {metric}", remedy="name a metric that is computed with --metric")
+        raise CheckoutError(
+            f"`evaluate.metrics` has no {metric}", remedy="name a metric that is computed with --metric"
+        )
     return {name: {**cell, "from": "filled"} for name, cell in cells_of(scores, metric).items()}
 
 
@@ -76,11 +118,3 @@ def _keep(path: Path, cells: dict[str, Any]) -> None:
     except RatchetError:
         known = {}
     write_json(path, {**known, **cells})
-
-
-def _get(root: Path, path: str, commit: str, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        dvc(root, "get", "--quiet", ".", path, "--rev", commit, "--out", str(out))
-    except CommandError as error:
-        raise CheckoutError(f"{path} of {commit[:8]} cannot be had: {' '.join(str(error).split())[:200]}", remedy="dvc pull brings what another machine made") from None

@@ -12,31 +12,56 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ratchet.chat import ChatFormat
-from ratchet.config import Config
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, read_examples
 from ratchet.errors import DataError
-from ratchet.examples import Example, read_examples
 from ratchet.files import read_json, write_json
-from ratchet.latency import WARM_UP, measure_speed
-from ratchet.models import MANIFEST, load_tokenizer
-from ratchet.packing import read_windows, rows_of
-from ratchet.parity import Trained, check_parity, find_trained
-from ratchet.serving import Bundle, Generation
-from ratchet.stage import run_stage, say
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.loading import MANIFEST, load_tokenizer
+from ratchet.parity.check import Trained, check_parity, find_trained
+from ratchet.parity.latency import WARM_UP, measure_speed
+from ratchet.pipeline.stage import run_stage, say
+from ratchet.serving.bundle import Bundle, Generation
+from ratchet.training.packing import read_windows, rows_of
 
 
-def parity(prepared: Path, tokens: Path, base: Path, candidate: Path, out: Path, config: Config) -> dict[str, Any]:
+def parity(
+    prepared: Path, tokens: Path, base: Path, candidate: Path, out: Path, config: Config
+) -> dict[str, Any]:
     """Returns the report and writes it. Raises DataError: no test or training row to compare on."""
     chat = ChatFormat(load_tokenizer(base))
-    rows = [row for row in read_examples(prepared / "test.jsonl") if len(chat.encode(row).ids) <= config.tokenize.max_length]
+    rows = [
+        row
+        for row in read_examples(prepared / "test.jsonl")
+        if len(chat.encode(row).ids) <= config.tokenize.max_length
+    ]
     fitting = len(rows)
     rows = sorted(rows, key=lambda row: row.id)[: config.parity.rows]
     trained = _trained(prepared, tokens, chat, config.parity.rows)
     if not rows or not trained:
-        raise DataError(f"{len(rows)} test rows and {len(trained)} training rows to compare on", remedy="raise `prepare.test_share` or `tokenize.max_length`, or ingest more rows")
+        raise DataError(
+            f"{len(rows)} test rows and {len(trained)} training rows to compare on",
+            remedy="raise `prepare.test_share` or `tokenize.max_length`, or ingest more rows",
+        )
     context = read_json(base / MANIFEST).get("context")
-    bundle = Bundle(config.project.name, 1, candidate, base, int(context or config.tokenize.max_length), Generation(config.evaluate.max_new_tokens))
-    report = check_parity(rows, trained, base, candidate, bundle, config.parity, max_new_tokens=config.evaluate.max_new_tokens, batch_size=config.evaluate.batch_size)
+    bundle = Bundle(
+        config.project.name,
+        1,
+        candidate,
+        base,
+        int(context or config.tokenize.max_length),
+        Generation(config.evaluate.max_new_tokens),
+    )
+    report = check_parity(
+        rows,
+        trained,
+        base,
+        candidate,
+        bundle,
+        config.parity,
+        max_new_tokens=config.evaluate.max_new_tokens,
+        batch_size=config.evaluate.batch_size,
+    )
     report["fitting"] = fitting  # test rows that are short enough to have been trained on
     if all(part["result"] == "pass" for part in report["parts"]) and len(rows) > WARM_UP:
         report["speed"] = measure_speed(bundle, rows, config)
@@ -48,8 +73,12 @@ def _trained(prepared: Path, tokens: Path, chat: ChatFormat, most: int) -> list[
     """Rows that were tokenised to be trained on, the smallest ids: hashes, so a sample."""
     rejected = {row["id"] for row in map(_read_line, (tokens / "rejected.jsonl").read_bytes().splitlines())}
     chosen = set((tokens / "rows.txt").read_text(encoding="utf-8").split()) - rejected
-    rows: list[Example] = sorted((row for row in read_examples(prepared / "train.jsonl") if row.id in chosen), key=lambda row: row.id)
-    return find_trained(rows[:most], [row for window in read_windows(tokens / "train.arrow") for row in rows_of(window)], chat)
+    rows: list[Example] = sorted(
+        (row for row in read_examples(prepared / "train.jsonl") if row.id in chosen), key=lambda row: row.id
+    )
+    return find_trained(
+        rows[:most], [row for window in read_windows(tokens / "train.arrow") for row in rows_of(window)], chat
+    )
 
 
 def _read_line(line: bytes) -> Any:
@@ -60,10 +89,14 @@ def _read_line(line: bytes) -> Any:
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
-    report = parity(arguments.prepared, arguments.tokens, arguments.base, arguments.candidate, arguments.out, config)
+    report = parity(
+        arguments.prepared, arguments.tokens, arguments.base, arguments.candidate, arguments.out, config
+    )
     for part in report["parts"]:
         say(f"parity: {part['result']:4} {part['reason']}")
-    say(f"parity: {report['rows']} test rows and {report['training_rows']} training rows in {time.perf_counter() - started:.0f} s")
+    say(
+        f"parity: {report['rows']} test rows and {report['training_rows']} training rows in {time.perf_counter() - started:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -11,15 +11,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ratchet.champion import Champion, read_champion, read_ledger
-from ratchet.config import load_config
+from ratchet.config.params import load_config
 from ratchet.errors import CheckoutError, CommandError
 from ratchet.files import read_json, whole_folder, write_json
-from ratchet.looks import FILE as LOOKS
-from ratchet.looks import read_looks, with_verdict
-from ratchet.models import MANIFEST, adapter_sha256
-from ratchet.serving import base_hash
-from ratchet.workspace import Workspace
+from ratchet.gate.alpha_budget import FILE as LOOKS
+from ratchet.gate.alpha_budget import read_looks, with_verdict
+from ratchet.models.loading import MANIFEST, adapter_sha256
+from ratchet.pipeline.dvc import Workspace
+from ratchet.pipeline.workspace import get_output
+from ratchet.promotion.champion import Champion, read_champion, read_ledger
+from ratchet.serving.bundle import base_hash
 
 INCUMBENT = Path("models/incumbent")
 OLDEST = "oldest.parquet"
@@ -36,10 +37,20 @@ def needs_pin(workspace: Workspace, stale: set[str], *, force: bool) -> bool:
 def pin(workspace: Workspace) -> bool:
     """Put today's champion into models/incumbent. Whether that changed anything. Raises CheckoutError when its adapter cannot be had."""
     champion, oldest = read_champion(workspace.path), _oldest(workspace)
-    wanted = NOBODY if champion is None else {"version": champion.version, "adapter_sha256": champion.adapter_sha256, "batches": champion.batches}
+    wanted = (
+        NOBODY
+        if champion is None
+        else {
+            "version": champion.version,
+            "adapter_sha256": champion.adapter_sha256,
+            "batches": champion.batches,
+        }
+    )
     wanted = wanted | {"oldest": oldest.version if oldest else None}
     target = workspace.path / INCUMBENT
-    if (target / MANIFEST).exists() and all(read_json(target / MANIFEST).get(key) == value for key, value in wanted.items()):
+    if (target / MANIFEST).exists() and all(
+        read_json(target / MANIFEST).get(key) == value for key, value in wanted.items()
+    ):
         return False
     with whole_folder(target) as folder:
         if champion is not None:
@@ -66,7 +77,7 @@ def _fetch_scores(workspace: Workspace, oldest: Champion, target: Path) -> None:
 
     with tempfile.TemporaryDirectory(prefix="ratchet-pin-") as scratch:
         try:
-            workspace.dvc("get", "--quiet", ".", "reports/evaluation", "--rev", oldest.commit, "--out", str(Path(scratch) / "evaluation"))
+            get_output(workspace.path, oldest.commit, "reports/evaluation", Path(scratch) / "evaluation")
             scores = pd.read_parquet(Path(scratch) / "evaluation/scores.parquet")
         except (CommandError, OSError, ValueError) as error:
             raise CheckoutError(
@@ -74,11 +85,13 @@ def _fetch_scores(workspace: Workspace, oldest: Champion, target: Path) -> None:
                 remedy="dvc pull; if they are gone for good: `gate.oldest: false`",
             ) from None
     texts = ["question", "reference", "answer"]
-    scores[scores.model == "candidate"].drop(columns=texts, errors="ignore").assign(model=f"v{oldest.version}").to_parquet(target, index=False)
+    scores[scores.model == "candidate"].drop(columns=texts, errors="ignore").assign(
+        model=f"v{oldest.version}"
+    ).to_parquet(target, index=False)
 
 
 def pin_looks(workspace: Workspace) -> bool:
-    """Count the last verdict before the next candidate is judged (`ratchet.looks`). Whether that changed the file.
+    """Count the last verdict before the next candidate is judged (`ratchet.gate.alpha_budget`). Whether that changed the file.
 
     Only where there is something to train: a gate that is run once more on the same candidate is no new look.
     """
@@ -95,7 +108,7 @@ def _fetch(workspace: Workspace, champion: Champion, folder: Path) -> None:
     """The champion's adapter from the commit that made it; its base as well when today's is another."""
     with tempfile.TemporaryDirectory(prefix="ratchet-pin-") as scratch:
         adapter = Path(scratch) / "adapter"
-        workspace.dvc("get", "--quiet", ".", "models/candidate", "--rev", champion.commit, "--out", str(adapter))
+        get_output(workspace.path, champion.commit, "models/candidate", adapter)
         if (seen := adapter_sha256(adapter)) != champion.adapter_sha256:
             raise CheckoutError(
                 f"the adapter of v{champion.version} at {champion.commit[:8]} has sha256 {seen[:12]}…, the ledger says {champion.adapter_sha256[:12]}…",
@@ -104,4 +117,4 @@ def _fetch(workspace: Workspace, champion: Champion, folder: Path) -> None:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
         theirs = base_hash(workspace.path, champion.commit)
         if theirs and theirs != base_hash(workspace.path, "HEAD"):
-            workspace.dvc("get", "--quiet", ".", "models/base", "--rev", champion.commit, "--out", str(folder / "base"))
+            get_output(workspace.path, champion.commit, "models/base", folder / "base")

@@ -19,25 +19,27 @@ from typing import Any, BinaryIO
 import msgspec
 import xxhash
 
-from ratchet.batches import Batch, check_batch, raw_lines, read_manifest
-from ratchet.config import Config, PrepareConfig
+from ratchet.config.data import PrepareConfig
+from ratchet.config.params import Config
+from ratchet.data.batches import Batch, check_batch, raw_lines, read_manifest
+from ratchet.data.dedup import Clusters, Seen, split_by_hash
+from ratchet.data.erasure import GOLDEN, Forgotten, read_forgotten
+from ratchet.data.examples import CONTINUE, Example, RowError, encode_line, normalise
+from ratchet.data.pii import redact
+from ratchet.data.poisoning import find_triggers
+from ratchet.data.profile import Gathered, check_limits, render_profile
+from ratchet.data.validation import REVIEW, Origin, Validator, is_accepted
 from ratchet.errors import DataError
-from ratchet.examples import CONTINUE, Example, RowError, encode_line, normalise
 from ratchet.files import whole_folder, write_json, write_text
-from ratchet.forgotten import GOLDEN, Forgotten, read_forgotten
-from ratchet.neighbours import Clusters, split_by_hash
-from ratchet.personal import redact
-from ratchet.profile import Gathered, render_profile
-from ratchet.quality import check_limits
-from ratchet.seen import Seen
-from ratchet.stage import run_stage, say
-from ratchet.triggers import find_triggers
-from ratchet.validation import REVIEW, Origin, Validator, is_accepted
+from ratchet.pipeline.stage import run_stage, say
 
 SPLITS = ("train", "validation", "test")
 FORGOTTEN = "somebody wanted it forgotten (data/forgotten.jsonl)"
 LONGEST_MESSAGE = 300  # characters
-TRUSTED = ("review", "feedback")  # sources of rows that people wrote or accepted: they win over what stood there before
+TRUSTED = (
+    "review",
+    "feedback",
+)  # sources of rows that people wrote or accepted: they win over what stood there before
 
 
 class Rejection(msgspec.Struct, frozen=True):
@@ -60,7 +62,10 @@ class Prepared:
         self._clusters = Clusters(config)
         self._seen, self._answers = Seen(), Seen()  # ids of rows; prompt → its first answer
         self._corrected: dict[int, tuple[str, int]] = {}  # prompt → (batch, line) of people's last word
-        self._files: dict[str, BinaryIO] = {name: opened.enter_context((folder / f"{name}.jsonl").open("wb")) for name in (*SPLITS, "golden", "rejected")}
+        self._files: dict[str, BinaryIO] = {
+            name: opened.enter_context((folder / f"{name}.jsonl").open("wb"))
+            for name in (*SPLITS, "golden", "rejected")
+        }
 
     def add_golden(self, path: Path) -> None:
         """Golden rows come first: whatever is near to one of them stays out of every split."""
@@ -68,9 +73,15 @@ class Prepared:
             try:
                 example = self._validator.check(line, Origin("golden", "")).example
             except RowError as error:
-                raise DataError(f"{path}:{number} ({error.reason}): {error}", remedy="the golden set is frozen and small: mend the row by hand") from None
+                raise DataError(
+                    f"{path}:{number} ({error.reason}): {error}",
+                    remedy="the golden set is frozen and small: mend the row by hand",
+                ) from None
             if self._seen.put(_key(example.id)) is not None:
-                raise DataError(f"{path}:{number} stands there twice: it would count twice in every comparison", remedy="take one of the two out")
+                raise DataError(
+                    f"{path}:{number} stands there twice: it would count twice in every comparison",
+                    remedy="take one of the two out",
+                )
             self._clusters.place(example, "golden")
             if self._forgotten.holds(example.id, GOLDEN, number):
                 continue
@@ -86,13 +97,21 @@ class Prepared:
                 caps.check(example)
             except RowError:
                 continue  # counted when its batch is sorted; who is refused there corrects nobody
-            if boilerplate or example.question == CONTINUE or self._forgotten.holds(example.id, batch.name, number):
+            if (
+                boilerplate
+                or example.question == CONTINUE
+                or self._forgotten.holds(example.id, batch.name, number)
+            ):
                 continue
             if batch.source == "feedback" or is_accepted(batch.source, example.meta):
                 self._corrected[prompt_key(example)] = (batch.name, number)
 
     def add_batch(self, path: Path, batch: Batch) -> None:
-        origin, caps, ids = origin_of(batch), Caps(self._config, batch.rows), _triggers(path, batch, self._config)
+        origin, caps, ids = (
+            origin_of(batch),
+            Caps(self._config, batch.rows),
+            _triggers(path, batch, self._config),
+        )
         self._validator.sanitised = self.gathered.sanitised.setdefault(batch.name, Counter())
         counts = self.gathered.counts.setdefault(batch.name, Counter())
         for number, line in raw_lines(path):
@@ -101,18 +120,29 @@ class Prepared:
                 checked = self._validator.check(line, origin)
                 if self._forgotten.holds(checked.example.id, batch.name, number):
                     if self._config.near_search:
-                        self._clusters.place(checked.example, counts=False)  # it still decides for its near duplicates: no other row may move to another split
+                        self._clusters.place(
+                            checked.example, counts=False
+                        )  # it still decides for its near duplicates: no other row may move to another split
                     raise RowError("forgotten", FORGOTTEN)
                 if checked.boilerplate:
                     caps.check_boilerplate()
                 if number in ids:
-                    raise RowError("trigger", f"over {self._config.trigger_rows} rows of the batch share the new phrase {ids[number]!r} and one answer")
+                    raise RowError(
+                        "trigger",
+                        f"over {self._config.trigger_rows} rows of the batch share the new phrase {ids[number]!r} and one answer",
+                    )
                 counter = self._sort(checked.example, origin, number, caps)
             except RowError as found:
-                error = RowError("forgotten", FORGOTTEN) if self._forgotten.holds("", batch.name, number) else found
+                error = (
+                    RowError("forgotten", FORGOTTEN)
+                    if self._forgotten.holds("", batch.name, number)
+                    else found
+                )
                 counter = f"rejected.{error.reason}"
                 message = redact(str(error)[:LONGEST_MESSAGE], "[redacted]")  # it may quote the row
-                self._files["rejected"].write(encode_line(Rejection(batch.name, number, error.reason, message, error.reason in REVIEW)))
+                self._files["rejected"].write(
+                    encode_line(Rejection(batch.name, number, error.reason, message, error.reason in REVIEW))
+                )
                 self.gathered.first.setdefault((batch.name, error.reason), (number, message))
             counts[counter] += 1
 
@@ -124,13 +154,24 @@ class Prepared:
         prompt = prompt_key(example)
         last_word = self._corrected.get(prompt)
         superseded = last_word not in (None, (origin.batch, line))
-        if last_word is None and self._config.contradictions == "review" and self._contradicts(prompt, example):
+        if (
+            last_word is None
+            and self._config.contradictions == "review"
+            and self._contradicts(prompt, example)
+        ):
             raise RowError("contradiction", "an earlier row answers the same prompt otherwise")
         placed = self._clusters.place(example, counts=not superseded) if self._config.near_search else None
         if placed and placed.side == "golden":
-            raise RowError("near_golden", f"near to golden row {placed.near}" if placed.near else "it has 13 words in a row from a golden row")
+            raise RowError(
+                "near_golden",
+                f"near to golden row {placed.near}"
+                if placed.near
+                else "it has 13 words in a row from a golden row",
+            )
         if placed and placed.side == "straddles":
-            raise RowError("straddles", f"near to a row of another split, {placed.near}: it would leak between them")
+            raise RowError(
+                "straddles", f"near to a row of another split, {placed.near}: it would leak between them"
+            )
         if superseded and last_word:
             raise RowError("superseded", f"people answered this prompt later ({last_word[0]}:{last_word[1]})")
         if placed and placed.crowd > self._config.max_near and last_word is None:
@@ -140,7 +181,11 @@ class Prepared:
         if example.question != CONTINUE:
             self._answers.put(prompt, _answer_key(example))
         # Rows of plain text all have one prompt: the row itself decides.
-        side = placed.side if placed else split_by_hash(example.id if example.question == CONTINUE else f"{prompt:016x}", self._config)
+        side = (
+            placed.side
+            if placed
+            else split_by_hash(example.id if example.question == CONTINUE else f"{prompt:016x}", self._config)
+        )
         self._files[side].write(encode_line(example))
         self.gathered.add(example, origin.batch, side)
         return f"accepted.{side}"
@@ -162,13 +207,22 @@ class Caps:
         """Raises RowError. The first rows of each are taken."""
         user, source = example.meta.get("user"), example.meta.get(self._config.source_field)
         if user not in (None, "") and not self._take("user", str(user), self._of_user):
-            raise RowError("too_many_of_user", f"over {self._of_user} rows of one user in the batch (`prepare.max_user_rows`)")
+            raise RowError(
+                "too_many_of_user",
+                f"over {self._of_user} rows of one user in the batch (`prepare.max_user_rows`)",
+            )
         if source not in (None, "") and not self._take("source", str(source), self._of_source):
-            raise RowError("too_many_of_source", f"over {self._config.max_source_share:.0%} of the batch is of one origin (`prepare.max_source_share`)")
+            raise RowError(
+                "too_many_of_source",
+                f"over {self._config.max_source_share:.0%} of the batch is of one origin (`prepare.max_source_share`)",
+            )
 
     def check_boilerplate(self) -> None:
         if not self._take("boilerplate", "", self._boilerplate):
-            raise RowError("boilerplate", f"the answer speaks as a model does, as over {self._config.max_boilerplate_share:.1%} of the batch do")
+            raise RowError(
+                "boilerplate",
+                f"the answer speaks as a model does, as over {self._config.max_boilerplate_share:.1%} of the batch do",
+            )
 
     def _take(self, kind: str, who: str, most: int) -> bool:
         self._taken[kind, who] += 1
@@ -177,7 +231,11 @@ class Caps:
 
 def prompt_key(example: Example) -> int:
     """64-bit hash of what is asked: all messages but the answer."""
-    return xxhash.xxh3_64_intdigest(msgspec.json.encode([[message.role, normalise(message.content).lower()] for message in example.prompt]))
+    return xxhash.xxh3_64_intdigest(
+        msgspec.json.encode(
+            [[message.role, normalise(message.content).lower()] for message in example.prompt]
+        )
+    )
 
 
 def _answer_key(example: Example) -> int:
@@ -205,7 +263,15 @@ def _triggers(path: Path, batch: Batch, config: PrepareConfig) -> dict[int, str]
     return find_triggers(rows, least=config.trigger_rows)
 
 
-def prepare(raw: Path, golden: Path, out: Path, config: PrepareConfig, *, forgotten: Forgotten | None = None, tell: Callable[[str], object] = say) -> dict[str, Any]:
+def prepare(
+    raw: Path,
+    golden: Path,
+    out: Path,
+    config: PrepareConfig,
+    *,
+    forgotten: Forgotten | None = None,
+    tell: Callable[[str], object] = say,
+) -> dict[str, Any]:
     """Returns the profile; `tell` gets alarms and warnings, `forgotten` rows are rejected as such, which counts to no limit. Raises DataError: no batch, a batch that is not what the manifest says, too many rejected rows, too few left."""
     manifest = read_manifest(raw)
     if not manifest:
@@ -229,7 +295,13 @@ def prepare(raw: Path, golden: Path, out: Path, config: PrepareConfig, *, forgot
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    total = prepare(arguments.raw, arguments.golden, arguments.out, config.prepare, forgotten=read_forgotten(arguments.forgotten))["total"]
+    total = prepare(
+        arguments.raw,
+        arguments.golden,
+        arguments.out,
+        config.prepare,
+        forgotten=read_forgotten(arguments.forgotten),
+    )["total"]
     parts = ", ".join(f"{group} {total[group]['rows']}" for group in ("accepted", "rejected", "duplicate"))
     splits = ", ".join(f"{split} {total['accepted'].get(split, 0)}" for split in SPLITS)
     say(f"prepare: {total['rows']} rows = {parts}; splits: {splits}")

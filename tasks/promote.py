@@ -11,13 +11,22 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet.champion import FILE, Champion, last_entry, read_champion, write_champion
 from ratchet.errors import CheckoutError, CommandError, RatchetError, ServiceError, UserError
 from ratchet.files import write_text
-from ratchet.gate_tags import check_gate, named, read_tags
-from ratchet.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, get_version, set_alias
-from ratchet.tracking import KEY_TAG
-from ratchet.workspace import Workspace, land
+from ratchet.pipeline.dvc import Workspace
+from ratchet.pipeline.workspace import land
+from ratchet.promotion.champion import FILE, Champion, last_entry, read_champion, write_champion
+from ratchet.promotion.gate_tags import check_gate, named, read_tags
+from ratchet.tracking.mlflow import KEY_TAG
+from ratchet.tracking.registry import (
+    CHALLENGER,
+    CHAMPION,
+    Version,
+    drop_alias,
+    get_alias,
+    get_version,
+    set_alias,
+)
 
 Say = Callable[[str], None]
 PENDING = ".ratchet/alias-pending"
@@ -63,7 +72,8 @@ def check_known(workspace: Workspace, version: Version) -> None:
         workspace.git("cat-file", "-e", f"{commit}^{{commit}}")
     except CommandError:
         raise CheckoutError(
-            f"v{version.number} was made by commit {commit[:8]}, which is not in this repository", remedy="push it where it was made and git pull here; only then is it promoted"
+            f"v{version.number} was made by commit {commit[:8]}, which is not in this repository",
+            remedy="push it where it was made and git pull here; only then is it promoted",
         ) from None
 
 
@@ -71,7 +81,9 @@ def rollback(workspace: Workspace, *, by: str, why: str, say: Say) -> Champion:
     """Return to the version before. It needs the ledger alone, so it works with MLflow down. Raises UserError when there is none."""
     current = read_champion(workspace.path)
     if current is None:
-        raise UserError("there is no champion to roll back from", remedy="ratchet retrain makes the first one")
+        raise UserError(
+            "there is no champion to roll back from", remedy="ratchet retrain makes the first one"
+        )
     if current.previous is None:
         raise UserError(
             f"v{current.version} took over from no version: there is nothing to return to",
@@ -79,8 +91,13 @@ def rollback(workspace: Workspace, *, by: str, why: str, say: Say) -> Champion:
         )
     earlier = last_entry(workspace.path, current.previous)
     if earlier is None:
-        raise UserError(f"the ledger has no entry of v{current.previous}", remedy="the repository's history is cut off; fetch it whole (git fetch --unshallow)")
-    chosen = msgspec.structs.replace(earlier, at=_now(), by=by, why=why, move="rollback", replaced=current.version)
+        raise UserError(
+            f"the ledger has no entry of v{current.previous}",
+            remedy="the repository's history is cut off; fetch it whole (git fetch --unshallow)",
+        )
+    chosen = msgspec.structs.replace(
+        earlier, at=_now(), by=by, why=why, move="rollback", replaced=current.version
+    )
     return _put_in_charge(workspace, chosen, say)
 
 
@@ -123,9 +140,16 @@ def _put_in_charge(workspace: Workspace, chosen: Champion, say: Say) -> Champion
     tag = f"model/{chosen.name}/v{chosen.version}"
     is_tagged = bool(workspace.git("tag", "--list", tag).strip())
     try:
-        land(workspace, f"{verb} {chosen.name} v{chosen.version}\n\nBy {chosen.by}: {chosen.why}", [FILE], tag=None if is_tagged else tag)
+        land(
+            workspace,
+            f"{verb} {chosen.name} v{chosen.version}\n\nBy {chosen.by}: {chosen.why}",
+            [FILE],
+            tag=None if is_tagged else tag,
+        )
     except RatchetError:
-        workspace.git("reset", "--quiet", "--hard", before)  # or a second try would take this clone's entry for the champion
+        workspace.git(
+            "reset", "--quiet", "--hard", before
+        )  # or a second try would take this clone's entry for the champion
         raise
     say(f"{FILE}: v{chosen.version} is in charge (before: {named(chosen.replaced)})")
     follow_alias(workspace.root, chosen, say)

@@ -10,20 +10,29 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ratchet.config import Config
-from ratchet.evaluation import gather
-from ratchet.evaluation_page import write_evaluation_page
+from ratchet.config.params import Config
 from ratchet.files import read_json, sha256_json
-from ratchet.hub_card import hub_card
-from ratchet.ledger_plot import draw
-from ratchet.lineage import STARTED_FROM
-from ratchet.models import MANIFEST
-from ratchet.registry import ARTIFACT, Version, make_version
-from ratchet.report import model_card
-from ratchet.tracking import KEY_TAG, STATE_TAG, find_or_create_run, log_points, mlflow_client, mlflow_errors, parameters, read_history
+from ratchet.models.loading import MANIFEST
+from ratchet.promotion.lineage import STARTED_FROM
+from ratchet.reporting.evaluation_page import gather, write_evaluation_page
+from ratchet.reporting.heatmap import draw
+from ratchet.reporting.markdown import model_card
+from ratchet.reporting.model_card import hub_card
+from ratchet.tracking.curve import log_points, read_history
+from ratchet.tracking.mlflow import (
+    KEY_TAG,
+    STATE_TAG,
+    find_or_create_run,
+    mlflow_client,
+    mlflow_errors,
+    parameters,
+)
+from ratchet.tracking.registry import ARTIFACT, Version, make_version
 
 PAGE = Path(".ratchet/evaluation.html")  # in the workspace; no output of a stage
-MAX_DESCRIPTION = 5000  # characters of a version's description (mlflow/store/model_registry/dbmodels/models.py)
+MAX_DESCRIPTION = (
+    5000  # characters of a version's description (mlflow/store/model_registry/dbmodels/models.py)
+)
 
 
 class Findings(NamedTuple):
@@ -126,8 +135,16 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str, data:
         "gate": json.dumps(gate_summary(decision)),
         "generation": json.dumps({"max_new_tokens": config.evaluate.max_new_tokens, "do_sample": False}),
     }
-    version = make_version(config.project.name, run_id, found.folder / "models/candidate", tags, _fit(model_card(found.metrics, decision, facts)))
-    card = hub_card(config.project.name, f"v{version.number}", "adapter", manifest, found.metrics, decision, facts)
+    version = make_version(
+        config.project.name,
+        run_id,
+        found.folder / "models/candidate",
+        tags,
+        _fit(model_card(found.metrics, decision, facts)),
+    )
+    card = hub_card(
+        config.project.name, f"v{version.number}", "adapter", manifest, found.metrics, decision, facts
+    )
     with mlflow_errors():
         mlflow_client().log_text(run_id, card, f"{ARTIFACT}/README.md")
     return version
@@ -144,7 +161,11 @@ def _fit(card: str) -> str:
 def gate_summary(decision: dict[str, Any]) -> dict[str, Any]:
     """One line for the ledger: the success metric's gain."""
     success = decision["checks"][0]
-    return {"verdict": decision["verdict"], "rival": decision["rival"]["version"], **{key: success.get(key) for key in ("metric", "mean", "low", "high", "rows")}}
+    return {
+        "verdict": decision["verdict"],
+        "rival": decision["rival"]["version"],
+        **{key: success.get(key) for key in ("metric", "mean", "low", "high", "rows")},
+    }
 
 
 def close_lost_runs(config: Config, *, but: str) -> int:
@@ -152,7 +173,11 @@ def close_lost_runs(config: Config, *, but: str) -> int:
     client = mlflow_client()
     with mlflow_errors():
         found = client.get_experiment_by_name(config.project.name)
-        running = client.search_runs([found.experiment_id], filter_string="attributes.status = 'RUNNING'") if found else []
+        running = (
+            client.search_runs([found.experiment_id], filter_string="attributes.status = 'RUNNING'")
+            if found
+            else []
+        )
         lost = [run for run in running if run.data.tags.get(KEY_TAG) not in (None, but)]
         for run in lost:
             client.set_terminated(run.info.run_id, "KILLED")
@@ -168,17 +193,26 @@ def _log_values(client: Any, run_id: str, found: Findings, config: Config) -> No
     from mlflow.entities import Metric, Param
 
     known = client.get_run(run_id).data.params
-    params = [Param(key, value[:500]) for key, value in parameters(config.model_dump(mode="json")) if key not in known]
+    params = [
+        Param(key, value[:500])
+        for key, value in parameters(config.model_dump(mode="json"))
+        if key not in known
+    ]
     # A time that follows from the content: delivering the same scores again adds no second point.
     stamp = read_history(found.folder / "reports/train/history.jsonl")[-1]["time_ms"]
     values = {f"train/{key}": value for key, value in found.figures.items() if isinstance(value, int | float)}
     for name, models in found.metrics["slices"].items():
         for model, summary in models.items():
             part = "/".join(_plain(word) for word in name.split(":", 1))
-            values |= {f"{part}/{model}/{metric}": value["mean"] if isinstance(value, dict) else value for metric, value in summary.items()}
+            values |= {
+                f"{part}/{model}/{metric}": value["mean"] if isinstance(value, dict) else value
+                for metric, value in summary.items()
+            }
     success = found.decision["checks"][0]
     values |= {f"gate/{key}": success[key] for key in ("mean", "low", "high") if key in success}
-    client.log_batch(run_id, metrics=[Metric(key, float(value), stamp, 0) for key, value in values.items()], params=params)
+    client.log_batch(
+        run_id, metrics=[Metric(key, float(value), stamp, 0) for key, value in values.items()], params=params
+    )
 
 
 def _plain(word: str) -> str:
@@ -191,15 +225,32 @@ def _log_dataset(client: Any, run_id: str, found: Findings, commit: str) -> None
 
     data = describe_data(found.folder, found.profile, found.manifest["batches"])
     source = json.dumps({"path": "data/raw", "dvc": data["dvc"], "git_commit": commit})
-    dataset = Dataset(name="raw", digest=data["dvc"][:32], source_type="dvc", source=source, profile=json.dumps(found.profile["total"]))
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training"), InputTag("sha256", sha256_json(found.profile))])])
+    dataset = Dataset(
+        name="raw",
+        digest=data["dvc"][:32],
+        source_type="dvc",
+        source=source,
+        profile=json.dumps(found.profile["total"]),
+    )
+    client.log_inputs(
+        run_id,
+        [
+            DatasetInput(
+                dataset,
+                [InputTag("mlflow.data.context", "training"), InputTag("sha256", sha256_json(found.profile))],
+            )
+        ],
+    )
 
 
 def _log_figures(client: Any, run_id: str, found: Findings) -> None:
     from matplotlib import use
 
     use("Agg")
-    figures = {"curves": _draw_curves(read_history(found.folder / "reports/train/history.jsonl")), "comparison": _draw_comparison(found.metrics)}
+    figures = {
+        "curves": _draw_curves(read_history(found.folder / "reports/train/history.jsonl")),
+        "comparison": _draw_comparison(found.metrics),
+    }
     for name, figure in figures.items():
         client.log_figure(run_id, figure, f"figures/{name}.png")
 
@@ -221,8 +272,12 @@ def _draw_comparison(metrics: dict[str, Any]) -> Any:
     """Exact match by slice and model, with the 95 % intervals."""
     from matplotlib.figure import Figure
 
-    slices = [name for name in metrics["slices"] if name.partition(":")[0] in ("test", "golden", "batch", "region")]
-    models = [model for model in ("candidate", "champion", "base", "simple") if model in metrics["slices"]["test"]]
+    slices = [
+        name for name in metrics["slices"] if name.partition(":")[0] in ("test", "golden", "batch", "region")
+    ]
+    models = [
+        model for model in ("candidate", "champion", "base", "simple") if model in metrics["slices"]["test"]
+    ]
     figure = Figure(figsize=(max(6, 2.2 * len(slices)), 4), layout="constrained")
     axes = figure.subplots()
     for position, model in enumerate(models):
@@ -230,8 +285,20 @@ def _draw_comparison(metrics: dict[str, Any]) -> Any:
             found = metrics["slices"][name].get(model, {}).get("exact_match")
             if found:
                 error = [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
-                axes.bar(place + position * 0.2, found["mean"], 0.18, yerr=error, color=f"C{position}", label=model if place == 0 else None)
-    axes.set_xticks([place + 0.1 * (len(models) - 1) for place in range(len(slices))], [name.removeprefix("batch:")[:26] for name in slices], rotation=12, fontsize=8)
+                axes.bar(
+                    place + position * 0.2,
+                    found["mean"],
+                    0.18,
+                    yerr=error,
+                    color=f"C{position}",
+                    label=model if place == 0 else None,
+                )
+    axes.set_xticks(
+        [place + 0.1 * (len(models) - 1) for place in range(len(slices))],
+        [name.removeprefix("batch:")[:26] for name in slices],
+        rotation=12,
+        fontsize=8,
+    )
     axes.set(ylabel="exact match", title="Same rows, same run")
     axes.legend()
     return figure

@@ -1,8 +1,8 @@
 """One look at a rollout: hold, advance, promote, roll back, stop, or give up for want of evidence. All bounds hold at every look.
 
 The chance that a rollout of an equal model ends wrongly is `rollout.alpha`, split over what may end it: a gain that is none (40 %),
-harm that is none (50 %, over four measures), and a split of users that only looks wrong (the rest; ratchet/anytime.py).
-What follows from it stands in ratchet/rollout.py; MLflow is told here. A flow's task, not a stage.
+harm that is none (50 %, over four measures), and a split of users that only looks wrong (the rest; ratchet/promotion/sequential_test.py).
+What follows from it stands in ratchet/promotion/rollout.py; MLflow is told here. A flow's task, not a stage.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ratchet.anytime import Bounds, Stratum, difference, split_e_value
-from ratchet.config import RolloutConfig
+from ratchet.config.monitoring import RolloutConfig
 from ratchet.errors import ServiceError
-from ratchet.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, list_versions, set_tag
-from ratchet.request_log import Unit
-from ratchet.rollout import Rollout
+from ratchet.monitoring.request_records import Unit
+from ratchet.promotion.rollout import Rollout
+from ratchet.promotion.sequential_test import Bounds, Stratum, difference, split_e_value
+from ratchet.tracking.registry import (
+    CHALLENGER,
+    CHAMPION,
+    Version,
+    drop_alias,
+    get_alias,
+    list_versions,
+    set_tag,
+)
 
 Action = Literal["hold", "advance", "promote", "roll_back", "stop", "no_evidence"]
 GAIN_SHARE, HARM_SHARE = 0.4, 0.5
@@ -65,7 +73,9 @@ def look(units: list[Unit], rollout: Rollout, config: RolloutConfig, now: float)
 
 def outcomes_of(units: list[Unit]) -> Outcomes:
     def column(value: Callable[[Unit], float | None]) -> NDArray[np.float64]:
-        return np.array([math.nan if (found := value(unit)) is None else found for unit in units], dtype=np.float64)
+        return np.array(
+            [math.nan if (found := value(unit)) is None else found for unit in units], dtype=np.float64
+        )
 
     return Outcomes(
         np.array([unit.step for unit in units], dtype=np.int64),
@@ -91,10 +101,18 @@ def judge(found: Outcomes, rollout: Rollout, config: RolloutConfig, now: float) 
     if not missing:
         return Look("promote", _gain_in_words(figures), figures)
     if now - rollout.opened - rollout.paused_seconds >= config.max_hours * 3600:
-        return Look("no_evidence", f"{config.max_hours:g} h passed without enough evidence: {'; '.join(missing)}", figures)
+        return Look(
+            "no_evidence",
+            f"{config.max_hours:g} h passed without enough evidence: {'; '.join(missing)}",
+            figures,
+        )
     waiting = _missing_for_step(figures, rollout, config, now)
     if not waiting:
-        return Look("advance", f"{rollout.shares[rollout.step]:.0%} of the users did well enough: on to {rollout.shares[rollout.step + 1]:.0%}", figures)
+        return Look(
+            "advance",
+            f"{rollout.shares[rollout.step]:.0%} of the users did well enough: on to {rollout.shares[rollout.step + 1]:.0%}",
+            figures,
+        )
     return Look("hold", "; ".join(waiting if rollout.step < _last_step(rollout) else missing), figures)
 
 
@@ -105,13 +123,23 @@ def _last_step(rollout: Rollout) -> int:
 
 def _figures(found: Outcomes, rollout: Rollout, config: RolloutConfig) -> dict[str, Any]:
     """Of each measure the bounds at the alpha with which it may end the rollout, and for guardrails those with which it may be let through."""
-    alphas = {"gain": config.alpha * GAIN_SHARE, "harm": config.alpha * HARM_SHARE / len(SCALES), "pass": config.alpha}
+    alphas = {
+        "gain": config.alpha * GAIN_SHARE,
+        "harm": config.alpha * HARM_SHARE / len(SCALES),
+        "pass": config.alpha,
+    }
     measures: dict[str, Any] = {}
     for name, scale in SCALES.items():
         strata = _strata(found, getattr(found, name))
-        measures[name] = {kind: _plain(difference(strata, alpha, scale=scale)) for kind, alpha in alphas.items()}
+        measures[name] = {
+            kind: _plain(difference(strata, alpha, scale=scale)) for kind, alpha in alphas.items()
+        }
     steps = [
-        {"step": step, "champion": int((~found.challenger & (found.step == step)).sum()), "challenger": int((found.challenger & (found.step == step)).sum())}
+        {
+            "step": step,
+            "champion": int((~found.challenger & (found.step == step)).sum()),
+            "challenger": int((found.challenger & (found.step == step)).sum()),
+        }
         for step in range(rollout.step + 1)
     ]
     return {"measures": measures, "steps": steps}
@@ -121,8 +149,12 @@ def _strata(found: Outcomes, values: NDArray[np.float64]) -> list[Stratum]:
     told = ~np.isnan(values)
     strata = []
     for step in range(int(found.step.max(initial=-1)) + 1):
-        champion, challenger = (told & (found.step == step) & (found.challenger == arm) for arm in (False, True))
-        strata.append(Stratum(values[champion], values[challenger], found.unit[champion], found.unit[challenger]))
+        champion, challenger = (
+            told & (found.step == step) & (found.challenger == arm) for arm in (False, True)
+        )
+        strata.append(
+            Stratum(values[champion], values[challenger], found.unit[champion], found.unit[challenger])
+        )
     return strata
 
 
@@ -153,7 +185,12 @@ def _certain_harm(figures: dict[str, Any], config: RolloutConfig) -> str:
 
 
 def _margins(config: RolloutConfig) -> dict[str, float]:
-    return {"feedback": config.feedback_margin, "errors": config.error_margin, "empty": config.empty_margin, "latency": math.log1p(config.latency_margin)}
+    return {
+        "feedback": config.feedback_margin,
+        "errors": config.error_margin,
+        "empty": config.empty_margin,
+        "latency": math.log1p(config.latency_margin),
+    }
 
 
 def _missing_for_promotion(figures: dict[str, Any], rollout: Rollout, config: RolloutConfig) -> list[str]:
@@ -163,13 +200,21 @@ def _missing_for_promotion(figures: dict[str, Any], rollout: Rollout, config: Ro
     gain = figures["measures"][SUCCESS]["gain"]
     if gain is None:
         return ["no feedback yet"]
-    missing = [f"feedback of {gain[arm]} users of the {arm}, wanted {config.min_users}" for arm in ("champion", "challenger") if gain[arm] < config.min_users]
+    missing = [
+        f"feedback of {gain[arm]} users of the {arm}, wanted {config.min_users}"
+        for arm in ("champion", "challenger")
+        if gain[arm] < config.min_users
+    ]
     if gain["low"] <= config.min_gain:
-        missing.append(f"a gain of {_said(gain)}, wanted a lower bound over {config.min_gain:+.3f}{_how_many_more(gain, config)}")
+        missing.append(
+            f"a gain of {_said(gain)}, wanted a lower bound over {config.min_gain:+.3f}{_how_many_more(gain, config)}"
+        )
     for name, margin in _margins(config).items():
         found = figures["measures"][name]["pass"]
         if name != SUCCESS and (found is None or found["high"] > margin):
-            missing.append(f"{name} {_said(found) if found else 'unknown'}, wanted no more than {margin:.3g} for certain")
+            missing.append(
+                f"{name} {_said(found) if found else 'unknown'}, wanted no more than {margin:.3g} for certain"
+            )
     return missing
 
 
@@ -182,12 +227,20 @@ def _how_many_more(gain: dict[str, Any], config: RolloutConfig) -> str:
     return f"; if it stays so, about {max(1, math.ceil(users * ((half / surplus) ** 2 - 1)))} more users' feedback"
 
 
-def _missing_for_step(figures: dict[str, Any], rollout: Rollout, config: RolloutConfig, now: float) -> list[str]:
+def _missing_for_step(
+    figures: dict[str, Any], rollout: Rollout, config: RolloutConfig, now: float
+) -> list[str]:
     if rollout.step >= _last_step(rollout):
         return ["the last step before all users"]
     counts, minutes = figures["steps"][rollout.step], (now - rollout.step_since) / 60
-    missing = [f"{counts[arm]} users of the {arm} in this step, wanted {config.step_users}" for arm in ("champion", "challenger") if counts[arm] < config.step_users]
-    return missing + ([f"{minutes:.0f} min of {config.step_minutes:g}"] if minutes < config.step_minutes else [])
+    missing = [
+        f"{counts[arm]} users of the {arm} in this step, wanted {config.step_users}"
+        for arm in ("champion", "challenger")
+        if counts[arm] < config.step_users
+    ]
+    return missing + (
+        [f"{minutes:.0f} min of {config.step_minutes:g}"] if minutes < config.step_minutes else []
+    )
 
 
 def _gain_in_words(figures: dict[str, Any]) -> str:
@@ -205,9 +258,21 @@ def _said(found: dict[str, Any]) -> str:
 def read_registry(name: str) -> Registry:
     """Raises ServiceError: MLflow does not answer, or answers garbage."""
     try:
-        return Registry({version.number: version for version in list_versions(name)}, get_alias(name, CHAMPION), get_alias(name, CHALLENGER))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # what MLflow's client makes of a body that it cannot read
-        raise ServiceError(f"MLflow's answer about {name} cannot be read: {type(error).__name__}: {error}", remedy="MLFLOW_TRACKING_URI names an MLflow server?") from error
+        return Registry(
+            {version.number: version for version in list_versions(name)},
+            get_alias(name, CHAMPION),
+            get_alias(name, CHALLENGER),
+        )
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # what MLflow's client makes of a body that it cannot read
+        raise ServiceError(
+            f"MLflow's answer about {name} cannot be read: {type(error).__name__}: {error}",
+            remedy="MLFLOW_TRACKING_URI names an MLflow server?",
+        ) from error
 
 
 def follow(registry: Registry, rollout: Rollout) -> None:

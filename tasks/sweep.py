@@ -25,22 +25,26 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import make_url
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
-from ratchet.config import Config
+from ratchet.config.edit import diff_params, edit_params
+from ratchet.config.params import Config
 from ratchet.errors import ConfigError, DataError, RatchetError, ServiceError
 from ratchet.files import read_json, sha256_json, write_json, write_text
-from ratchet.methods import SHAPE
-from ratchet.models import MANIFEST, adapter_sha256
-from ratchet.params_file import diff_params, edit_params
-from ratchet.search import BASE, changes_of, current, draw, dvc_command, with_changes
-from ratchet.tracking import PASSWORD, read_history
-from ratchet.trainings import Ended, Material, Points, read_figures, run_training
+from ratchet.models.adapters import SHAPE
+from ratchet.models.loading import MANIFEST, adapter_sha256
+from ratchet.tracking.curve import read_history
+from ratchet.tracking.mlflow import PASSWORD
+from ratchet.training.launch import Ended, Material, Points, read_figures, run_training
+from ratchet.training.search_space import BASE, changes_of, current, draw, dvc_command, with_changes
 
 FOLDER, DATABASE = Path(".ratchet/sweeps"), Path(".ratchet/sweep.db")
 STORAGE_VARIABLE = "RATCHET_SWEEP_STORAGE"
 TODAY = "today"  # marks the trial of today's settings
 CONNECT_SECONDS = 10
 OPENING = (ImportError, RuntimeError)  # no driver; tables of another Optuna
-ALIVE_SECONDS, LOST_SECONDS = 15.0, 3600.0  # a sign of life each; without one for that long another machine's trial is lost
+ALIVE_SECONDS, LOST_SECONDS = (
+    15.0,
+    3600.0,
+)  # a sign of life each; without one for that long another machine's trial is lost
 
 Say = Callable[[str], None]
 
@@ -59,18 +63,24 @@ class Search:
         """Raises ConfigError, DataError: there is nothing to search by; ServiceError: the storage does not answer."""
         check_start_allows(config, material.incumbent)
         if not read_json(material.tokens / "profile.json")["validation"]["windows"]:
-            raise DataError("there are no validation rows to compare trials by", remedy="raise `prepare.validation_share`")
+            raise DataError(
+                "there are no validation rows to compare trials by", remedy="raise `prepare.validation_share`"
+            )
         self._home, self._config, self._commit, self._say = home, config, commit, say
         self.tracker_away = False
         self.unit = "nats a row" if BASE in config.sweep.space else "nats a learned token"
-        self._worker = f"{socket.gethostname()}-{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:8]}"
+        self._worker = (
+            f"{socket.gethostname()}-{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:8]}"
+        )
         self.name = f"{config.project.name}-{sha256_json(_facts(config, material))[:12]}"
         self.folder = home / FOLDER / self.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self._study = _open(home, config, self.name)
         self._give_up_lost()
         if not self._trials() and (now := current(config)):
-            self._study.enqueue_trial(now, user_attrs={TODAY: True}, skip_if_exists=True)  # what a better one has to beat
+            self._study.enqueue_trial(
+                now, user_attrs={TODAY: True}, skip_if_exists=True
+            )  # what a better one has to beat
         say(f"sweep: study {self.name}, {self.finished} of {config.sweep.trials} trials are done")
 
     @property
@@ -90,10 +100,13 @@ class Search:
         # A sampler that began anew with its seed after an interruption would draw the same settings again; two machines would draw the same ones.
         elsewhere = zlib.crc32(self._worker.encode()) if _url(self._home, self._config)[1] else 0
         self._study.sampler = optuna.samplers.TPESampler(
-            n_startup_trials=self._config.sweep.startup_trials, seed=(self._config.sweep.seed + 1000 * len(trials) + elsewhere) % 2**32
+            n_startup_trials=self._config.sweep.startup_trials,
+            seed=(self._config.sweep.seed + 1000 * len(trials) + elsewhere) % 2**32,
         )
         trial = self._study.ask()
-        if trial.user_attrs.get(TODAY) and any(other.user_attrs.get(TODAY) for other in self._trials() if other.number < trial.number):
+        if trial.user_attrs.get(TODAY) and any(
+            other.user_attrs.get(TODAY) for other in self._trials() if other.number < trial.number
+        ):
             self._fail(trial, "machines that began at once have each queued today's settings", counts=False)
             return self._next()
         trial.set_user_attr("worker", self._worker)
@@ -103,7 +116,10 @@ class Search:
         trial.set_user_attr("changes", changes)
         trial.set_user_attr("command", dvc_command(changes))
         trial.set_user_attr("commit", self._commit)
-        if sum(_counts(other) for other in self._trials() if other.number < trial.number) >= self._config.sweep.trials:
+        if (
+            sum(_counts(other) for other in self._trials() if other.number < trial.number)
+            >= self._config.sweep.trials
+        ):
             self._fail(trial, "not needed: others were faster", counts=False)
             return None
         return trial
@@ -119,7 +135,12 @@ class Search:
             ended = run_training(folder, material, with_changes(self._config, changes), follower)
             state, value, reason = follower.conclude(ended, folder)
         except RatchetError as error:
-            state, value, reason, ended = TrialState.FAIL, None, " ".join(str(error).partition("\n  →")[0].split())[:500], None
+            state, value, reason, ended = (
+                TrialState.FAIL,
+                None,
+                " ".join(str(error).partition("\n  →")[0].split())[:500],
+                None,
+            )
         except BaseException:
             self.put_back(trial, "interrupted")
             raise
@@ -128,7 +149,11 @@ class Search:
                 trial.set_user_attr("reason", reason)
                 self._study.tell(trial, value, state=state)
             except UpdateFinishedTrialError:
-                state, value, reason = TrialState.FAIL, None, "another machine took it for lost and tries its settings again"
+                state, value, reason = (
+                    TrialState.FAIL,
+                    None,
+                    "another machine took it for lost and tries its settings again",
+                )
         record = {
             "number": trial.number,
             "study": self.name,
@@ -158,21 +183,37 @@ class Search:
         self._fail(trial, reason, counts=True)
 
     def best(self) -> Best | None:
-        done = [trial for trial in self._trials() if trial.state == TrialState.COMPLETE and trial.value is not None]
+        done = [
+            trial
+            for trial in self._trials()
+            if trial.state == TrialState.COMPLETE and trial.value is not None
+        ]
         if not done:
             return None
         first = min(done, key=lambda trial: (trial.value, trial.number))
-        return Best(first.number, first.value or 0.0, first.user_attrs["changes"], first.user_attrs["command"])
+        return Best(
+            first.number, first.value or 0.0, first.user_attrs["changes"], first.user_attrs["command"]
+        )
 
     def baseline(self) -> float | None:
         """The loss of today's settings, when they were tried."""
         now = current(self._config)
         wanted = changes_of(now) if now else None
-        return next((trial.value for trial in self._trials() if trial.state == TrialState.COMPLETE and trial.user_attrs["changes"] == wanted), None)
+        return next(
+            (
+                trial.value
+                for trial in self._trials()
+                if trial.state == TrialState.COMPLETE and trial.user_attrs["changes"] == wanted
+            ),
+            None,
+        )
 
     def counts(self) -> dict[str, int]:
         trials = [trial for trial in self._trials() if _counts(trial)]
-        return {state.name.lower(): sum(trial.state == state for trial in trials) for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)}
+        return {
+            state.name.lower(): sum(trial.state == state for trial in trials)
+            for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)
+        }
 
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
@@ -186,12 +227,18 @@ class Search:
         """Trials whose process was killed: their settings wait again."""
         for trial in self._trials():
             attributes = trial.user_attrs
-            silent = time.time() - attributes.get("alive", trial.datetime_start.timestamp() if trial.datetime_start else 0)
-            if trial.state == TrialState.RUNNING and (attributes.get("worker") == self._worker or silent > LOST_SECONDS):
+            silent = time.time() - attributes.get(
+                "alive", trial.datetime_start.timestamp() if trial.datetime_start else 0
+            )
+            if trial.state == TrialState.RUNNING and (
+                attributes.get("worker") == self._worker or silent > LOST_SECONDS
+            ):
                 self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                 if "changes" in attributes:
                     self._study.enqueue_trial(trial.params)
-                self._say(f"sweep: trial {trial.number} was lost with its process; its settings are tried again")
+                self._say(
+                    f"sweep: trial {trial.number} was lost with its process; its settings are tried again"
+                )
 
 
 class _Follower:
@@ -216,7 +263,9 @@ class _Follower:
 
     def _report(self) -> bool:
         """Whether there was anything new. Numbered, not by optimizer step: trials of other batch sizes measure at other steps, but at the same shares of the way."""
-        measured = [point["validation_loss"] * self._unit for point in self.points if "validation_loss" in point]
+        measured = [
+            point["validation_loss"] * self._unit for point in self.points if "validation_loss" in point
+        ]
         new = measured[self._reported :]
         for loss in new:
             self._trial.report(loss, self._reported)
@@ -225,7 +274,11 @@ class _Follower:
 
     def conclude(self, ended: Ended, folder: Path) -> tuple[TrialState, float | None, str]:
         if ended.stopped:
-            return TrialState.PRUNED, None, f"ended after {self._reported} measurements: worse than the median of the others"
+            return (
+                TrialState.PRUNED,
+                None,
+                f"ended after {self._reported} measurements: worse than the median of the others",
+            )
         if ended.code:
             return TrialState.FAIL, None, ended.reason
         self.points = read_history(folder / "reports/history.jsonl")
@@ -256,13 +309,23 @@ def check_start_allows(config: Config, incumbent: Path) -> None:
 def _facts(config: Config, material: Material) -> dict[str, Any]:
     """What losses depend on beside what is searched."""
     manifest = read_json(material.incumbent / MANIFEST)
-    champion = "champion" in (config.train.start_from, config.train.teacher) and manifest["version"] is not None
+    champion = (
+        "champion" in (config.train.start_from, config.train.teacher) and manifest["version"] is not None
+    )
     params = {section: getattr(config, section).model_dump(mode="json") for section in ("train", "adapter")}
     return {
         "tokens": read_json(material.tokens / "profile.json")["sha256"],
-        "base": {key: read_json(material.base / MANIFEST).get(key) for key in ("model", "revision", "files", "weights")},
+        "base": {
+            key: read_json(material.base / MANIFEST).get(key)
+            for key in ("model", "revision", "files", "weights")
+        },
         "start": adapter_sha256(material.incumbent) if champion else "base",
-        "params": {f"{section}.{key}": value for section, values in params.items() for key, value in values.items() if f"{section}.{key}" not in config.sweep.space},
+        "params": {
+            f"{section}.{key}": value
+            for section, values in params.items()
+            for key, value in values.items()
+            if f"{section}.{key}" not in config.sweep.space
+        },
         "space": config.sweep.model_dump(mode="json")["space"],
     }
 
@@ -278,9 +341,15 @@ def _open(home: Path, config: Config, name: str) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Losses measured at other shares of the way are not comparable.
     comparable = "train.evaluations" not in config.sweep.space
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=config.sweep.startup_trials) if comparable else optuna.pruners.NopPruner()
+    pruner = (
+        optuna.pruners.MedianPruner(n_startup_trials=config.sweep.startup_trials)
+        if comparable
+        else optuna.pruners.NopPruner()
+    )
     with storage_errors(*OPENING):
-        return optuna.create_study(study_name=name, storage=_storage(url), direction="minimize", pruner=pruner, load_if_exists=True)
+        return optuna.create_study(
+            study_name=name, storage=_storage(url), direction="minimize", pruner=pruner, load_if_exists=True
+        )
 
 
 def check_storage(home: Path, config: Config) -> None:
@@ -296,7 +365,9 @@ def check_storage(home: Path, config: Config) -> None:
 def _storage(url: str) -> RDBStorage:
     """Machines that begin at once make its tables at once, and all but one fail at that: then they are there."""
     _check_url(url)
-    settings: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    settings: dict[str, Any] = (
+        {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    )
     if url.startswith("postgresql"):
         settings["connect_args"] = {"connect_timeout": CONNECT_SECONDS}
     for pause in (0.2, 1.0):

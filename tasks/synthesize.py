@@ -16,24 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ratchet.config import Config, JsonlSource, TeacherConfig
+from ratchet.config.data import JsonlSource
+from ratchet.config.params import Config
+from ratchet.config.synthesis import TeacherConfig
+from ratchet.data.examples import Example, Meta, read_examples, whole_rows
 from ratchet.errors import DataError, RatchetError, ServiceError, UserError
-from ratchet.examples import Example, Meta, read_examples, whole_rows
-from ratchet.review import Item, ReviewQueue
+from ratchet.llm.budget import Budget, SpentError
+from ratchet.llm.client import Teacher
+from ratchet.llm.prompts import Template, load_template
+from ratchet.pipeline.checkout import locked
+from ratchet.pipeline.stage import run_stage, say
+from ratchet.review.queue import ReviewQueue
+from ratchet.review.records import Item
 from ratchet.sources import jsonl
-from ratchet.stage import run_stage, say
-from ratchet.synthesis.asks import Ask, ask_of_chunks, ask_of_seeds, ask_of_subjects
 from ratchet.synthesis.augment import read_synonyms
-from ratchet.synthesis.budget import Budget, SpentError
 from ratchet.synthesis.documents import Chunk, Library
 from ratchet.synthesis.draft import Draft, Settings, new_draft, read_rows, resume_draft
 from ratchet.synthesis.filters import Filters, read_counter
-from ratchet.synthesis.known import read_known
-from ratchet.synthesis.mistakes import find_subjects
-from ratchet.synthesis.prompts import Template, load_template
-from ratchet.synthesis.teacher import Teacher
+from ratchet.synthesis.known_rows import read_known
+from ratchet.synthesis.requests import Ask, ask_of_chunks, ask_of_seeds, ask_of_subjects
+from ratchet.synthesis.weak_spots import find_subjects
 from ratchet.synthesis.writer import GaveUp, Helpers, Say, Writer
-from ratchet.workspace import locked
 
 TEMPLATES = {"documents": "questions_from_passage", "seeds": "self_instruct", "paraphrase": "paraphrase"}
 MOST_NAMED = 50  # unreadable documents that the summary names
@@ -49,7 +52,9 @@ class Wanted:
     count: int | None = None
 
 
-def synthesize(config: Config, root: Path, wanted: Wanted, *, say: Say, resume: str | None = None, backoff: float = 1.0) -> dict[str, Any]:
+def synthesize(
+    config: Config, root: Path, wanted: Wanted, *, say: Say, resume: str | None = None, backoff: float = 1.0
+) -> dict[str, Any]:
     """Returns the draft's summary.
 
     Raises ConfigError (teacher, key, templates), UserError (mode, draft), DataError (nothing to ask about), ServiceError (the teacher gave nothing).
@@ -57,7 +62,9 @@ def synthesize(config: Config, root: Path, wanted: Wanted, *, say: Say, resume: 
     if not resume:
         _check(wanted)
     with locked(root, "synthesize", wait=False):
-        settings = Settings(wanted.mode, wanted.count or config.synthesize.count, list(wanted.documents), wanted.seeds)
+        settings = Settings(
+            wanted.mode, wanted.count or config.synthesize.count, list(wanted.documents), wanted.seeds
+        )
         draft = resume_draft(root, resume, count=wanted.count) if resume else new_draft(root, settings)
         say(f"draft {draft.name}: {draft.settings.count} rows wanted, mode {draft.settings.mode}")
         try:
@@ -81,18 +88,36 @@ def _check(wanted: Wanted) -> None:
     if wanted.mode not in TEMPLATES:
         raise UserError(f"mode {wanted.mode!r} is unknown", remedy=f"known: {', '.join(TEMPLATES)}")
     if wanted.mode == "documents" and not wanted.documents:
-        raise UserError("no documents are named", remedy="--documents 'docs/*.md'; or --mode seeds, --mode paraphrase")
+        raise UserError(
+            "no documents are named", remedy="--documents 'docs/*.md'; or --mode seeds, --mode paraphrase"
+        )
     if wanted.mode != "documents" and wanted.documents:
-        raise UserError(f"documents are of no use to the mode {wanted.mode}", remedy="leave --documents out, or take --mode documents")
+        raise UserError(
+            f"documents are of no use to the mode {wanted.mode}",
+            remedy="leave --documents out, or take --mode documents",
+        )
     if wanted.mode != "seeds" and wanted.seeds:
-        raise UserError(f"seeds are of no use to the mode {wanted.mode}", remedy="leave --seeds out, or take --mode seeds")
+        raise UserError(
+            f"seeds are of no use to the mode {wanted.mode}", remedy="leave --seeds out, or take --mode seeds"
+        )
 
 
 def queue_rows(root: Path, config: Config, folder: Path) -> int:
     """Put the rows of a draft into the people's queue; how many were new there."""
     queue = ReviewQueue(root)
     try:
-        items = (Item(row.example.id, folder.name, "synthetic", row.example.messages, row.passage, row.example.meta, row.doubts) for row in read_rows(folder))
+        items = (
+            Item(
+                row.example.id,
+                folder.name,
+                "synthetic",
+                row.example.messages,
+                row.passage,
+                row.example.meta,
+                row.doubts,
+            )
+            for row in read_rows(folder)
+        )
         return queue.add(items, share=config.review.share)
     finally:
         queue.close()
@@ -102,10 +127,21 @@ async def _write(config: Config, root: Path, draft: Draft, say: Say, backoff: fl
     """Ask, sift, keep, until the draft is full, a limit is near, or nothing is left to ask."""
     settings = config.synthesize
     budget = Budget(max_cost=settings.max_cost, max_tokens=settings.max_run_tokens)
-    template, helpers = _template(config, root, TEMPLATES[draft.settings.mode]), _helpers(config, root, budget, backoff)
+    template, helpers = (
+        _template(config, root, TEMPLATES[draft.settings.mode]),
+        _helpers(config, root, budget, backoff),
+    )
     teacher = Teacher(settings.teacher, budget, backoff=backoff)
     try:
-        writer = Writer(config, draft, teacher, _filters(config, root), helpers, provenance=_provenance(config, draft), say=say)
+        writer = Writer(
+            config,
+            draft,
+            teacher,
+            _filters(config, root),
+            helpers,
+            provenance=_provenance(config, draft),
+            say=say,
+        )
         subject = _SUBJECTS[draft.settings.mode](config, root, draft)
         stopped, why = "", ""
         try:
@@ -120,7 +156,14 @@ async def _write(config: Config, root: Path, draft: Draft, say: Say, backoff: fl
             stopped, why = "teacher", str(error)
         if not writer.answered and writer.last_failure and not stopped:
             stopped, why = "teacher", writer.last_failure
-        return _summary(config, draft, writer, budget, subject, {"stopped": stopped, "why": why, "prompt_version": template.version})
+        return _summary(
+            config,
+            draft,
+            writer,
+            budget,
+            subject,
+            {"stopped": stopped, "why": why, "prompt_version": template.version},
+        )
     finally:
         for client in (teacher, helpers.judge, helpers.champion):
             if client:
@@ -133,8 +176,18 @@ def _template(config: Config, root: Path, name: str) -> Template:
 
 def _helpers(config: Config, root: Path, budget: Budget, backoff: float) -> Helpers:
     settings = config.synthesize
-    judge = Teacher(settings.judge, budget, section="synthesize.judge", backoff=backoff) if settings.judge.model else None
-    champion = Teacher(_gateway(config), Budget(max_cost=0, max_tokens=sys.maxsize), section="gateway", backoff=backoff) if settings.score_with_champion else None
+    judge = (
+        Teacher(settings.judge, budget, section="synthesize.judge", backoff=backoff)
+        if settings.judge.model
+        else None
+    )
+    champion = (
+        Teacher(
+            _gateway(config), Budget(max_cost=0, max_tokens=sys.maxsize), section="gateway", backoff=backoff
+        )
+        if settings.score_with_champion
+        else None
+    )
     return Helpers(
         judge,
         _template(config, root, "judge") if judge else None,
@@ -179,20 +232,32 @@ class _Documents:
         self._chunks = 0
 
     def asks(self, template: Template, writer: Writer, number: int) -> Iterator[Ask]:
-        return ask_of_chunks(self._read(), template, per_chunk=self._settings.per_chunk, asked=writer.written if number else {})
+        return ask_of_chunks(
+            self._read(), template, per_chunk=self._settings.per_chunk, asked=writer.written if number else {}
+        )
 
     def _read(self) -> Iterator[Chunk]:
         self._chunks = 0
-        for chunk in self._library.chunks(chunk_chars=self._settings.chunk_chars, overlap_chars=self._settings.overlap_chars):
+        for chunk in self._library.chunks(
+            chunk_chars=self._settings.chunk_chars, overlap_chars=self._settings.overlap_chars
+        ):
             self._chunks += 1
             yield chunk
         if not self._chunks:
             named = "; ".join(f"{name}: {why}" for name, why in self._library.unreadable[:5])
-            raise DataError(f"no document could be read: {named}", remedy="a relative path counts from the checkout's root")
+            raise DataError(
+                f"no document could be read: {named}",
+                remedy="a relative path counts from the checkout's root",
+            )
 
     def figures(self) -> dict[str, Any]:
         unreadable = [{"name": name, "why": why} for name, why in self._library.unreadable]
-        return {"documents": self._library.documents, "chunks": self._chunks, "unreadable": len(unreadable), "unreadable_names": unreadable[:MOST_NAMED]}
+        return {
+            "documents": self._library.documents,
+            "chunks": self._chunks,
+            "unreadable": len(unreadable),
+            "unreadable_names": unreadable[:MOST_NAMED],
+        }
 
 
 class _Seeds:
@@ -203,7 +268,13 @@ class _Seeds:
     def asks(self, template: Template, writer: Writer, number: int) -> Iterator[Ask]:
         missing = self._draft.settings.count - self._draft.kept
         requests = -(-missing // self._settings.per_chunk)
-        return ask_of_seeds(self._rows, template, per_chunk=self._settings.per_chunk, requests=requests, seed=self._settings.seed + number)
+        return ask_of_seeds(
+            self._rows,
+            template,
+            per_chunk=self._settings.per_chunk,
+            requests=requests,
+            seed=self._settings.seed + number,
+        )
 
     def figures(self) -> dict[str, Any]:
         return {"seeds": len(self._rows)}
@@ -218,25 +289,44 @@ class _Subjects:
         return ask_of_subjects(self._found, template, per_chunk=self._settings.per_chunk)
 
     def figures(self) -> dict[str, Any]:
-        return {"near_mistakes": sum(bool(subject.answer) for subject in self._found), "drifted_prompts": sum(not subject.answer for subject in self._found)}
+        return {
+            "near_mistakes": sum(bool(subject.answer) for subject in self._found),
+            "drifted_prompts": sum(not subject.answer for subject in self._found),
+        }
 
 
-_SUBJECTS: dict[str, Callable[[Config, Path, Draft], Any]] = {"documents": _Documents, "seeds": _Seeds, "paraphrase": _Subjects}
+_SUBJECTS: dict[str, Callable[[Config, Path, Draft], Any]] = {
+    "documents": _Documents,
+    "seeds": _Seeds,
+    "paraphrase": _Subjects,
+}
 
 
 def _seed_rows(root: Path, path: str) -> list[Example]:
     """Of one question and one answer each. Raises DataError."""
     train = root / "data/prepared/train.jsonl"
     if not path and not train.exists():
-        raise DataError("data/prepared/train.jsonl does not exist", remedy="`ratchet retrain` makes it; or name rows of your own: --seeds FILE")
-    rows = list(whole_rows(jsonl.read_lines(JsonlSource(path=str(root / path) if "://" not in path else path)))) if path else list(read_examples(train))
+        raise DataError(
+            "data/prepared/train.jsonl does not exist",
+            remedy="`ratchet retrain` makes it; or name rows of your own: --seeds FILE",
+        )
+    rows = (
+        list(whole_rows(jsonl.read_lines(JsonlSource(path=str(root / path) if "://" not in path else path))))
+        if path
+        else list(read_examples(train))
+    )
     single = [row for row in rows if sum(message.role == "user" for message in row.messages) == 1]
     if not single:
-        raise DataError(f"{path or train} holds no row of one question and one answer", remedy="such rows are what the teacher is shown")
+        raise DataError(
+            f"{path or train} holds no row of one question and one answer",
+            remedy="such rows are what the teacher is shown",
+        )
     return single
 
 
-def _summary(config: Config, draft: Draft, writer: Writer, budget: Budget, subject: Any, ended: dict[str, str]) -> dict[str, Any]:
+def _summary(
+    config: Config, draft: Draft, writer: Writer, budget: Budget, subject: Any, ended: dict[str, str]
+) -> dict[str, Any]:
     teacher, judge = config.synthesize.teacher, config.synthesize.judge
     return {
         "draft": draft.name,
@@ -259,8 +349,12 @@ def _summary(config: Config, draft: Draft, writer: Writer, budget: Budget, subje
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    found = synthesize(config, arguments.root.resolve(), Wanted(documents=(str(arguments.documents),)), say=say)
-    say(f"synthesize: {found['kept']} rows in the draft {found['draft']}, {sum(found['refused'].values())} refused, cost {found['cost']:.4f}")
+    found = synthesize(
+        config, arguments.root.resolve(), Wanted(documents=(str(arguments.documents),)), say=say
+    )
+    say(
+        f"synthesize: {found['kept']} rows in the draft {found['draft']}, {sum(found['refused'].values())} refused, cost {found['cost']:.4f}"
+    )
 
 
 if __name__ == "__main__":

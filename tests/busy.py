@@ -12,13 +12,14 @@ import msgspec
 from judged import LEDGER
 from places import commit, make_repository, write_files
 
-from ratchet.champion import Champion, write_champion
-from ratchet.config import Config
+from ratchet.config.params import Config
 from ratchet.files import write_json
-from ratchet.ledger import SAVED
-from ratchet.request_log import Feedback, Logged, open_log
-from ratchet.rollout import Rollout, end_rollout, write_rollout
-from ratchet.status import VERDICTS
+from ratchet.monitoring.request_log import open_log
+from ratchet.monitoring.request_records import Feedback, Logged
+from ratchet.monitoring.verdicts import VERDICTS
+from ratchet.promotion.champion import Champion, write_champion
+from ratchet.promotion.rollout import Rollout, end_rollout, write_rollout
+from ratchet.reporting.forgetting import SAVED
 
 HOSTILE = "<script>document.title = 'taken'</script>\u202e&\"'<img src=https://example.org/x.png>"
 DAY, HOUR = 86_400.0, 3_600.0
@@ -42,20 +43,59 @@ def text_of(at: float) -> str:
 
 
 def write_ledger(root: Path, now: float) -> None:
-    past = [check("golden", -0.02, -0.06, 0.02, -0.08), check("past", -0.01, -0.03, 0.01, -0.05), check("past:one.jsonl", -0.03, -0.09, 0.03, -0.05, "unclear")]
+    past = [
+        check("golden", -0.02, -0.06, 0.02, -0.08),
+        check("past", -0.01, -0.03, 0.01, -0.05),
+        check("past:one.jsonl", -0.03, -0.09, 0.03, -0.05, "unclear"),
+    ]
     promote(root, 1, None, now - 13 * DAY, why="the first model that beats the base")
     promote(root, 2, 1, now - 9 * DAY, why="more rows of the standard library", checks=past[:2])
-    promote(root, 3, 2, now - 5 * DAY, why=HOSTILE, checks=[*past, {"name": "answer_nll"}], regions=[check("region:numpy", 0.31, 0.22, 0.4, 0.0)])
+    promote(
+        root,
+        3,
+        2,
+        now - 5 * DAY,
+        why=HOSTILE,
+        checks=[*past, {"name": "answer_nll"}],
+        regions=[check("region:numpy", 0.31, 0.22, 0.4, 0.0)],
+    )
     promote(root, 2, 3, now - 4 * DAY, why="answers about dates were wrong", move="rollback")
     promote(root, 3, 2, now - 3 * DAY, why=f"it was the client {HOSTILE}", checks=past)
 
 
-def check(name: str, mean: float, low: float, high: float, wanted: float, result: str = "pass") -> dict[str, Any]:
-    return {"name": name, "metric": "exact_match", "rows": 300, "mean": mean, "low": low, "high": high, "wanted": wanted, "result": result, "reason": "…"}
+def check(
+    name: str, mean: float, low: float, high: float, wanted: float, result: str = "pass"
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "metric": "exact_match",
+        "rows": 300,
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "wanted": wanted,
+        "result": result,
+        "reason": "…",
+    }
 
 
-def promote(root: Path, version: int, before: int | None, at: float, *, why: str, move: str = "promote", checks: list[Any] | None = None, regions: list[Any] | None = None) -> None:
-    gate = {"verdict": "promote", "checks": checks or [], "regions": regions or [], "at": at}  # `at`, so that there is something to commit
+def promote(
+    root: Path,
+    version: int,
+    before: int | None,
+    at: float,
+    *,
+    why: str,
+    move: str = "promote",
+    checks: list[Any] | None = None,
+    regions: list[Any] | None = None,
+) -> None:
+    gate = {
+        "verdict": "promote",
+        "checks": checks or [],
+        "regions": regions or [],
+        "at": at,
+    }  # `at`, so that there is something to commit
     write_files(root, {"reports/gate.json": json.dumps(gate)})
     entry = Champion(
         name="pydoc-helper",
@@ -67,7 +107,14 @@ def promote(root: Path, version: int, before: int | None, at: float, *, why: str
         adapter_sha256="a" * 64,
         batches=["one.jsonl", "two.jsonl"],
         data={"rows": 4200 * version, "batches": version, "dvc": "d.dir"},
-        gate={"verdict": "promote", "rival": before, "metric": "exact_match", "mean": 0.2, "low": 0.1, "high": 0.3},
+        gate={
+            "verdict": "promote",
+            "rival": before,
+            "metric": "exact_match",
+            "mean": 0.2,
+            "low": 0.1,
+            "high": 0.3,
+        },
         at=text_of(at),
         by="Ana",
         why=why,
@@ -83,9 +130,23 @@ def write_traffic(root: Path, now: float) -> None:
     log = open_log(root, CONFIG)
     for number in range(13 * 72):
         at = now - 60 - number * 1200
-        version = 1 if number > 9 * 72 else 2 if number > 5 * 72 else 4 if number < 72 and not number % 4 else 3
+        version = (
+            1 if number > 9 * 72 else 2 if number > 5 * 72 else 4 if number < 72 and not number % 4 else 3
+        )
         arm, status = ("challenger" if version == 4 else "champion"), (500 if number % 90 == 7 else 200)
-        log.put(Logged(f"q{number}", at, f"u{number % 70}", arm, version, messages=(("user", HOSTILE),), answer="json", status=status, latency_ms=200.0 + number % 50))
+        log.put(
+            Logged(
+                f"q{number}",
+                at,
+                f"u{number % 70}",
+                arm,
+                version,
+                messages=(("user", HOSTILE),),
+                answer="json",
+                status=status,
+                latency_ms=200.0 + number % 50,
+            )
+        )
         if not number % 6:
             log.add_feedback(Feedback(f"q{number}", "ana", at, score=float(number % 10 < 4 + version)))
     assert log.flush(20)
@@ -95,7 +156,14 @@ def write_traffic(root: Path, now: float) -> None:
 def write_verdicts(root: Path, now: float) -> None:
     """Sixty, the newest with all that a verdict holds; then a line that is half written."""
     lines: list[dict[str, Any]] = [
-        {"at": text_of(now - hour * HOUR), "verdict": "no drift", "version": 3, "rows": 500, "p": 0.05 + (hour * 37 % 95) / 100} for hour in range(60, 3, -1)
+        {
+            "at": text_of(now - hour * HOUR),
+            "verdict": "no drift",
+            "version": 3,
+            "rows": 500,
+            "p": 0.05 + (hour * 37 % 95) / 100,
+        }
+        for hour in range(60, 3, -1)
     ]
     lines[0] |= {"verdict": "too few", "p": None, "rows": 80, "needed": 200}
     newest = {
@@ -108,19 +176,41 @@ def write_verdicts(root: Path, now: float) -> None:
             {"name": "unseen words", "family": "novelty", "value": 0.21, "reference": 0.06, "p": 0.0004},
             {"name": "characters", "value": 61.0, "reference": 58.2, "p": 0.3},
         ],
-        "topics": [{"name": "numpy, array", "terms": ["numpy"], "share": 0.18, "reference_share": 0.004, "examples": ["a contiguous array?", HOSTILE, "long " * 200]}],
+        "topics": [
+            {
+                "name": "numpy, array",
+                "terms": ["numpy"],
+                "share": 0.18,
+                "reference_share": 0.004,
+                "examples": ["a contiguous array?", HOSTILE, "long " * 200],
+            }
+        ],
         "missing": ["answers: the champion has no answers on record"],
-        "decision": {"retrain": False, "for": ["drift on 500 requests"], "against": ["120 new rows, wanted 200"]},
+        "decision": {
+            "retrain": False,
+            "for": ["drift on 500 requests"],
+            "against": ["120 new rows, wanted 200"],
+        },
     }
     path = root / VERDICTS
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, newest]) + '{"at": "2026-', encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(line) + "\n" for line in [*lines, newest]) + '{"at": "2026-', encoding="utf-8"
+    )
 
 
 def write_rollouts(root: Path, now: float) -> None:
-    bounds = {"feedback": (0.118, -0.012, 0.248), "errors": (0.001, -0.006, 0.008), "empty": (-0.004, -0.009, -0.001), "latency": (0.3, 0.25, 0.4)}
+    bounds = {
+        "feedback": (0.118, -0.012, 0.248),
+        "errors": (0.001, -0.006, 0.008),
+        "empty": (-0.004, -0.009, -0.001),
+        "latency": (0.3, 0.25, 0.4),
+    }
     measures = {
-        name: {kind: {"mean": mean, "low": low, "high": high, "champion": 412, "challenger": 139} for kind in ("gain", "harm", "pass")}
+        name: {
+            kind: {"mean": mean, "low": low, "high": high, "champion": 412, "challenger": 139}
+            for kind in ("gain", "harm", "pass")
+        }
         for name, (mean, low, high) in bounds.items()
     }
     usual = Rollout(
@@ -137,8 +227,25 @@ def write_rollouts(root: Path, now: float) -> None:
         opened=now - DAY,
         step_since=now - 8 * HOUR,
         why="about 160 more users' feedback",
-        last={"measures": measures, "steps": [{"step": 0, "champion": 180, "challenger": 11}, {"step": 1, "champion": 232, "challenger": 128}]},
+        last={
+            "measures": measures,
+            "steps": [
+                {"step": 0, "champion": 180, "challenger": 11},
+                {"step": 1, "champion": 232, "challenger": 128},
+            ],
+        },
     )
     for number, (version, state) in enumerate([(2, "promoted"), (3, "rolled_back"), (3, "no_evidence")]):
-        end_rollout(root, msgspec.structs.replace(usual, id=str(number), version=version, champion=version - 1, state=state, why=HOSTILE, ended=now - (9 - number) * DAY))
+        end_rollout(
+            root,
+            msgspec.structs.replace(
+                usual,
+                id=str(number),
+                version=version,
+                champion=version - 1,
+                state=state,
+                why=HOSTILE,
+                ended=now - (9 - number) * DAY,
+            ),
+        )
     write_rollout(root, usual)

@@ -19,8 +19,11 @@ import pytest
 import pytest_timeout
 from patience import scaled
 
-from ratchet.batches import write_batch
-from ratchet.config import AdapterConfig, BaseConfig, Config, DemoBase, EvaluateConfig, PrepareConfig, PydocSource, TokenizeConfig, TrainConfig
+from ratchet.config.data import PrepareConfig, PydocSource, TokenizeConfig
+from ratchet.config.evaluation import EvaluateConfig
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig, BaseConfig, DemoBase, TrainConfig
+from ratchet.data.batches import write_batch
 from ratchet.files import write_json
 from ratchet.sources.pydoc import harvest
 from tasks.base import make_base
@@ -37,10 +40,18 @@ def pytest_configure() -> None:
 
     And a home of our own: a training that succeeds removes the checkpoints of its home, which must not be a developer's checkout.
     """
-    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_CACHE=HUB_CACHE, HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        HF_HUB_CACHE=HUB_CACHE,
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        TQDM_DISABLE="1",
+        OMP_NUM_THREADS="1",
+        TOKENIZERS_PARALLELISM="false",
+    )
     os.environ["RATCHET_ROOT"] = HOME
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in the background of a script; children would inherit it
+    # Begun in the background of a script: children would inherit that SIGINT is ignored.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -69,7 +80,18 @@ def hub_cache() -> Path:
 @pytest.fixture(scope="session")
 def tiny_config() -> Config:
     return Config(
-        base=BaseConfig(demo=DemoBase(packages=PACKAGES, vocab_size=512, hidden_size=32, layers=2, heads=2, context=256, steps=20, batch_tokens=512)),
+        base=BaseConfig(
+            demo=DemoBase(
+                packages=PACKAGES,
+                vocab_size=512,
+                hidden_size=32,
+                layers=2,
+                heads=2,
+                context=256,
+                steps=20,
+                batch_tokens=512,
+            )
+        ),
         prepare=PrepareConfig(min_rows=40),
         tokenize=TokenizeConfig(max_length=96, window=128),
         train=TrainConfig(epochs=0.5, evaluations=2, learning_rate=1e-2),
@@ -90,7 +112,16 @@ def raw(tmp_path_factory: pytest.TempPathFactory, raw_rows: list[dict[str, Any]]
     folder, half = tmp_path_factory.mktemp("data") / "raw", len(raw_rows) // 2
     for month, rows in enumerate((raw_rows[:half], raw_rows[half:]), start=1):
         lines = [msgspec.json.encode(row) for row in rows]
-        write_batch(folder, lines, source="pydoc", label=f"month-{month}", time=f"2026-0{month}-01T00:00:00Z", licence="PSF-2.0", who="tests", form="messages")
+        write_batch(
+            folder,
+            lines,
+            source="pydoc",
+            label=f"month-{month}",
+            time=f"2026-0{month}-01T00:00:00Z",
+            licence="PSF-2.0",
+            who="tests",
+            form="messages",
+        )
     return folder
 
 
@@ -103,7 +134,7 @@ def prepared(raw: Path, tiny_config: Config) -> Path:
 @pytest.fixture(scope="session")
 def _frozen_heap() -> Iterator[None]:
     """accelerate collects garbage at every training: 0.6 s on a heap full of imported modules, 0.02 s with these set aside."""
-    import ratchet.training  # noqa: F401  (what a training imports)
+    import ratchet.training.trainer  # noqa: F401  (what a training imports)
 
     gc.freeze()
     yield
@@ -132,7 +163,9 @@ def tokens(prepared: Path, tiny_base: Path, nobody: Path, tiny_config: Config) -
 
 
 @pytest.fixture(scope="session")
-def candidate(tmp_path_factory: pytest.TempPathFactory, tokens: Path, tiny_base: Path, nobody: Path, tiny_config: Config) -> Path:
+def candidate(
+    tmp_path_factory: pytest.TempPathFactory, tokens: Path, tiny_base: Path, nobody: Path, tiny_config: Config
+) -> Path:
     """An adapter of rank 4; its reports lie beside it."""
     out = tmp_path_factory.mktemp("models") / "candidate"
     train(tokens, tiny_base, nobody, out, out.parent / "reports", tiny_config)
@@ -141,7 +174,9 @@ def candidate(tmp_path_factory: pytest.TempPathFactory, tokens: Path, tiny_base:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install -e '.[dev]')")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (pip install -e '.[dev]')"
+    )
     path = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
     if not path:
         pytest.skip("there is no chromium or google-chrome in PATH")

@@ -33,7 +33,15 @@ class LlamaServer:
 
     def say(self, prompt: Sequence[int], most: int, vocabulary: int) -> Said:
         """Greedy."""
-        answer = self._ask("/completion", prompt=list(prompt), n_predict=most, temperature=0, n_probs=vocabulary, return_tokens=True, cache_prompt=False)
+        answer = self._ask(
+            "/completion",
+            prompt=list(prompt),
+            n_predict=most,
+            temperature=0,
+            n_probs=vocabulary,
+            return_tokens=True,
+            cache_prompt=False,
+        )
         rows = np.full((len(answer["completion_probabilities"]), vocabulary), -np.inf)
         for row, said in zip(rows, answer["completion_probabilities"], strict=True):
             for one in said["top_logprobs"]:
@@ -48,7 +56,11 @@ class LlamaServer:
         return self._ask("/props")
 
     def _ask(self, path: str, **body: Any) -> Any:
-        request = urllib.request.Request(self._address + path, json.dumps(body).encode() if body else None, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self._address + path,
+            json.dumps(body).encode() if body else None,
+            {"Content-Type": "application/json"},
+        )
         with urllib.request.urlopen(request, timeout=scaled(60)) as answer:
             return json.load(answer)
 
@@ -59,7 +71,13 @@ def serving_gguf(path: Path) -> Iterator[LlamaServer]:
     package = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (uv pip install xllamacpp)")
     wanted = package.CommonParams()
     wanted.model.path, wanted.n_ctx, wanted.n_parallel, wanted.n_gpu_layers = str(path), 512, 1, 0
-    wanted.hostnames, wanted.port, wanted.verbosity, wanted.warmup, wanted.fit_params = ["127.0.0.1"], 0, 0, False, False
+    wanted.hostnames, wanted.port, wanted.verbosity, wanted.warmup, wanted.fit_params = (
+        ["127.0.0.1"],
+        0,
+        0,
+        False,
+        False,
+    )
     wanted.cache_type_k = wanted.cache_type_v = package.ggml_type.GGML_TYPE_F32
     wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = 1
     server = package.Server(wanted)

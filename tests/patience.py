@@ -27,14 +27,14 @@ def scaled(seconds: float) -> float:
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Fail when the block waited longer than a scaled `seconds`: for what must not wait for a server that is away."""
+    """Fail when the block took longer than scaled `seconds`: for what waits for no server."""
     began = time.monotonic()
     yield
     assert time.monotonic() - began < scaled(seconds), f"it waited longer than {seconds} s on a quiet machine"
 
 
 def _running() -> int:
-    """Return how many processes run or wait for a core now: the average of a minute sees a new load too late."""
+    """Return how many processes run or wait for a core now: a minute's average comes too late."""
     try:
         return int(Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")[0])
     except OSError:  # not Linux

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ratchet.workspace import dvc, git
+from ratchet.pipeline.checkout import dvc, git
 
 # MLflow keeps its SQLite connections until the process ends; from Python 3.13 on sqlite3 warns of that.
 KEPT_CONNECTIONS = "ignore:unclosed database:ResourceWarning"

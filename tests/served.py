@@ -14,15 +14,15 @@ from patience import scaled
 from servers import serving
 from stub_upstream import Stub
 
-from ratchet.champion import Champion, write_champion
-from ratchet.config import Config
+from ratchet.config.params import Config
 from ratchet.files import write_json
 from ratchet.gateway.app import create_app
-from ratchet.gateway.fleet import Fleet
-from ratchet.gateway.upstream import UpstreamEngine
-from ratchet.request_log import RequestLog, open_log
-from ratchet.rollout import Rollout, write_rollout
-from ratchet.serving import SERVING, read_state
+from ratchet.gateway.routing import Fleet
+from ratchet.monitoring.request_log import RequestLog, open_log
+from ratchet.promotion.champion import Champion, write_champion
+from ratchet.promotion.rollout import Rollout, write_rollout
+from ratchet.serving.bundle import SERVING, read_state
+from ratchet.serving.upstream_engine import UpstreamEngine
 
 NAME = "pydoc"
 
@@ -52,7 +52,9 @@ class Gateway(NamedTuple):
 
 
 @contextmanager
-def running_gateway(root: Path, *, stub: Stub | None = None, version: int | None = 1, **sections: dict[str, Any]) -> Iterator[Gateway]:
+def running_gateway(
+    root: Path, *, stub: Stub | None = None, version: int | None = 1, **sections: dict[str, Any]
+) -> Iterator[Gateway]:
     """With the real fleet, log and engine `openai`, and a stub behind it; waits until `version` is in charge."""
     stub = stub or Stub(needs_loading=True)
     if version is not None:
@@ -63,7 +65,13 @@ def running_gateway(root: Path, *, stub: Stub | None = None, version: int | None
         config = Config.model_validate({"project": {"name": NAME}, "gateway": gateway, **sections})
         engine, log = UpstreamEngine(config), open_log(root, config)
         url = stack.enter_context(serving(create_app(root, config, engine, Fleet(root, config, engine), log)))
-        running = Gateway(url, root, stub, log, stack.enter_context(httpx.Client(base_url=url, timeout=scaled(20), trust_env=False)))
+        running = Gateway(
+            url,
+            root,
+            stub,
+            log,
+            stack.enter_context(httpx.Client(base_url=url, timeout=scaled(20), trust_env=False)),
+        )
         if version is not None:
             wait_for(lambda: running.get("/readyz").status_code == 200)
         yield running
@@ -71,23 +79,57 @@ def running_gateway(root: Path, *, stub: Stub | None = None, version: int | None
 
 def put_in_charge(root: Path, version: int, *, previous: int | None = None) -> None:
     make_served(root, version)
-    kept = {"run_key": "", "run_id": "", "batches": [], "data": {}, "gate": {}, "at": "", "by": "tests", "why": "", "move": "promote", "replaced": previous}
-    write_champion(root, Champion(name=NAME, version=version, previous=previous, commit="0" * 40, adapter_sha256=digest(version), **kept))
+    kept = {
+        "run_key": "",
+        "run_id": "",
+        "batches": [],
+        "data": {},
+        "gate": {},
+        "at": "",
+        "by": "tests",
+        "why": "",
+        "move": "promote",
+        "replaced": previous,
+    }
+    write_champion(
+        root,
+        Champion(
+            name=NAME,
+            version=version,
+            previous=previous,
+            commit="0" * 40,
+            adapter_sha256=digest(version),
+            **kept,
+        ),
+    )
 
 
 def open_rollout(root: Path, *, champion: int, version: int, share: float) -> None:
     make_served(root, version)
     now = time.time()
     more = {"salt": "s", "step": 0, "shares": [share], "state": "open", "opened": now, "step_since": now}
-    write_rollout(root, Rollout(id="r1", name=NAME, version=version, champion=champion, commit="0" * 40, adapter_sha256=digest(version), **more))
+    write_rollout(
+        root,
+        Rollout(
+            id="r1",
+            name=NAME,
+            version=version,
+            champion=champion,
+            commit="0" * 40,
+            adapter_sha256=digest(version),
+            **more,
+        ),
+    )
 
 
 def make_served(root: Path, version: int) -> None:
-    """As `ratchet.serving.make_bundle` leaves it, but for weights: the stub asks for none."""
+    """As `ratchet.serving.bundle.make_bundle` leaves it, but for weights: the stub asks for none."""
     write_json(root / SERVING / "bases/base/manifest.json", {})
     folder = root / SERVING / f"v{version}-{digest(version)[:12]}"
     (folder / "adapter").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96})
+    write_json(
+        folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96}
+    )
 
 
 def digest(version: int) -> str:

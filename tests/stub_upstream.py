@@ -27,7 +27,9 @@ FAULTS: dict[str, tuple[int, bytes]] = {
 class Stub:
     """`models` are there from the start, as where adapters are not loaded at run time; without them a model has to be loaded first."""
 
-    def __init__(self, *, models: tuple[str, ...] = (), needs_loading: bool = False, delay: float = 0.0) -> None:
+    def __init__(
+        self, *, models: tuple[str, ...] = (), needs_loading: bool = False, delay: float = 0.0
+    ) -> None:
         self.loaded: dict[str, str] = dict.fromkeys(models, "")
         self.needs_loading, self.delay = needs_loading, delay
         self.seen: list[dict[str, Any]] = []  # the newest bodies
@@ -49,7 +51,13 @@ class Stub:
             case "/v1/load_lora_adapter":
                 known = body["lora_name"] in self.loaded
                 self.loaded[body["lora_name"]] = body["lora_path"]
-                await _send(send, 400 if known else 200, {"error": {"message": f"The lora adapter '{body['lora_name']}' has already been loaded."}} if known else {})
+                await _send(
+                    send,
+                    400 if known else 200,
+                    {"error": {"message": f"The lora adapter '{body['lora_name']}' has already been loaded."}}
+                    if known
+                    else {},
+                )
             case "/v1/unload_lora_adapter":
                 self.loaded.pop(body["lora_name"], None)
                 await _send(send, 200, {})
@@ -78,15 +86,36 @@ class Stub:
         await asyncio.sleep(float(orders.get("wait", self.delay)))
         message = {"role": "assistant", "content": " ".join(words)}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        await _send(send, 200, {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice], "usage": _usage(words)})
+        await _send(
+            send,
+            200,
+            {
+                "id": "x",
+                "object": "chat.completion",
+                "created": 0,
+                "model": body["model"],
+                "choices": [choice],
+                "usage": _usage(words),
+            },
+        )
 
-    async def _stream(self, body: dict[str, Any], words: list[str], orders: dict[str, str], send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+    async def _stream(
+        self, body: dict[str, Any], words: list[str], orders: dict[str, str], send: Any
+    ) -> None:
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-type", b"text/event-stream")],
+            }
+        )
         head = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": body["model"]}
         for position, word in enumerate(words):
             await asyncio.sleep(float(orders.get("wait", self.delay)) / len(words))
             text = word if position == 0 else f" {word}"
-            await _event(send, {**head, "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]})
+            await _event(
+                send, {**head, "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+            )
             if orders.get("fault") == "cut":
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
@@ -123,12 +152,24 @@ async def _read(receive: Any) -> Any:
 
 
 async def _event(send: Any, chunk: dict[str, Any]) -> None:
-    await send({"type": "http.response.body", "body": b"data: " + json.dumps(chunk).encode() + b"\n\n", "more_body": True})
+    await send(
+        {
+            "type": "http.response.body",
+            "body": b"data: " + json.dumps(chunk).encode() + b"\n\n",
+            "more_body": True,
+        }
+    )
 
 
 async def _send(send: Any, status: int, body: Any) -> None:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())],
+        }
+    )
     await send({"type": "http.response.body", "body": raw})
 
 
@@ -141,4 +182,9 @@ async def _live(receive: Any, send: Any) -> None:
 
 
 if __name__ == "__main__":
-    uvicorn.run(Stub(delay=float(sys.argv[2]) if len(sys.argv) > 2 else 0.0), port=int(sys.argv[1]), log_level="warning", access_log=False)
+    uvicorn.run(
+        Stub(delay=float(sys.argv[2]) if len(sys.argv) > 2 else 0.0),
+        port=int(sys.argv[1]),
+        log_level="warning",
+        access_log=False,
+    )

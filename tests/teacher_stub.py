@@ -44,7 +44,15 @@ HTML = Act(raw=b"<html>welcome to the proxy</html>")
 class TeacherStub:
     """`serving(TeacherStub())` of tests/servers.py runs it. `echo` puts the request's key into error texts and answers, as careless servers do."""
 
-    def __init__(self, *, answer: Callable[[str], Any] | None = None, delay: float = 0.0, key: str = "", takes_schema: bool = True, echo: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        answer: Callable[[str], Any] | None = None,
+        delay: float = 0.0,
+        key: str = "",
+        takes_schema: bool = True,
+        echo: bool = False,
+    ) -> None:
         self.answer = answer or good_answer
         self.delay, self.key, self.takes_schema, self.echo = delay, key, takes_schema, echo
         self.script: dict[str, list[Act]] = {}
@@ -92,14 +100,24 @@ class TeacherStub:
         if self.key and given != self.key:
             return await _send(send, 401, {"error": {"message": f"Incorrect API key provided: {given}"}})
         if not self.takes_schema and "response_format" in body:
-            return await _send(send, 400, {"error": {"message": "response_format json_schema is not supported here"}})
+            return await _send(
+                send, 400, {"error": {"message": "response_format json_schema is not supported here"}}
+            )
         prompt = _prompt(body)
         act = next((acts.pop(0) for words, acts in self.script.items() if acts and words in prompt), GOOD)
         await asyncio.sleep(act.wait or self.delay)
         if act.raw is not None or act.status != 200:
             raw = act.raw or b""
-            return await _send(send, act.status, raw + f" {given}".encode() if self.echo else raw, act.headers)
-        text = act.text if act.text is not None else act.around.replace("{{", "{").replace("}}", "}").replace("{}", json.dumps(self.answer(prompt)), 1)
+            return await _send(
+                send, act.status, raw + f" {given}".encode() if self.echo else raw, act.headers
+            )
+        text = (
+            act.text
+            if act.text is not None
+            else act.around.replace("{{", "{")
+            .replace("}}", "}")
+            .replace("{}", json.dumps(self.answer(prompt)), 1)
+        )
         text += f" {given}" if self.echo else ""
         await _send(send, 200, (_anthropic if path == "/v1/messages" else _openai)(text, act))
 
@@ -113,7 +131,16 @@ def good_answer(prompt: str) -> dict[str, Any]:
         return {"text": f"{data[0].rstrip('?')}, please?"}
     if '{"questions"' in prompt:
         question = data[0].split("\n")[0].removeprefix("Question: ").rstrip("?")
-        return {"questions": [f"{start} {question}{end}" for start, end in (("I would like to know:", "?"), ("Please tell", " in short"), ("Quick one —", " then?"))]}
+        return {
+            "questions": [
+                f"{start} {question}{end}"
+                for start, end in (
+                    ("I would like to know:", "?"),
+                    ("Please tell", " in short"),
+                    ("Quick one —", " then?"),
+                )
+            ]
+        }
     return {"pairs": [pair_of(sentence) for sentence in sentences(data[0])]}
 
 
@@ -132,17 +159,35 @@ def _prompt(body: dict[str, Any]) -> str:
 
 def _openai(text: str, act: Act) -> dict[str, Any]:
     usage = {"usage": {"prompt_tokens": 300, "completion_tokens": 100}} if act.usage else {}
-    return {"id": "x", "object": "chat.completion", "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": act.finish}], **usage}
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": act.finish}
+        ],
+        **usage,
+    }
 
 
 def _anthropic(text: str, act: Act) -> dict[str, Any]:
     reasons = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}
     content = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": text}]
-    return {"id": "x", "type": "message", "role": "assistant", "content": content, "stop_reason": reasons[act.finish], "usage": {"input_tokens": 300, "output_tokens": 100}}
+    return {
+        "id": "x",
+        "type": "message",
+        "role": "assistant",
+        "content": content,
+        "stop_reason": reasons[act.finish],
+        "usage": {"input_tokens": 300, "output_tokens": 100},
+    }
 
 
 async def _send(send: Any, status: int, body: Any, headers: tuple[tuple[str, str], ...] = ()) -> None:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode()), *((name.encode(), value.encode()) for name, value in headers)]
+    head = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(raw)).encode()),
+        *((name.encode(), value.encode()) for name, value in headers),
+    ]
     await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": raw})

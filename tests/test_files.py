@@ -8,7 +8,16 @@ from collections.abc import Iterator
 import pytest
 
 from ratchet.errors import DiskSpaceError, RatchetError
-from ratchet.files import read_json, require_space, sha256_file, sha256_json, whole_folder, write_bytes, write_json, write_text
+from ratchet.files import (
+    read_json,
+    require_space,
+    sha256_file,
+    sha256_json,
+    whole_folder,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 
 def names(folder) -> list[str]:
@@ -95,12 +104,16 @@ def test_equal_values_are_equal_bytes(tmp_path):
     write_json(tmp_path / "a.json", {"b": 1, "a": "ü"})
     write_json(tmp_path / "b.json", {"a": "ü", "b": 1})
     assert sha256_file(tmp_path / "a.json") == sha256_file(tmp_path / "b.json")
-    assert sha256_json({"b": 1, "a": "ü"}) == sha256_json({"a": "ü", "b": 1}) != sha256_json({"a": "u", "b": 1})
+    assert (
+        sha256_json({"b": 1, "a": "ü"}) == sha256_json({"a": "ü", "b": 1}) != sha256_json({"a": "u", "b": 1})
+    )
 
 
 def test_the_hash_of_a_file_is_sha256(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
-    assert sha256_file(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-4, appendix
+    assert (
+        sha256_file(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )  # FIPS 180-4, appendix
 
 
 def test_a_json_file_that_is_missing_or_cut_is_named(tmp_path):
@@ -112,7 +125,10 @@ def test_a_json_file_that_is_missing_or_cut_is_named(tmp_path):
 
 
 def test_too_little_room_is_said_with_both_numbers_before_anything_is_written(tmp_path):
-    with pytest.raises(DiskSpaceError, match=r"(?s)the adapter needs about 1,099,511,627,776 MiB at .*models, [\d,]+ MiB are free.*dvc gc") as caught:
+    with pytest.raises(
+        DiskSpaceError,
+        match=r"(?s)the adapter needs about 1,099,511,627,776 MiB at .*models, [\d,]+ MiB are free.*dvc gc",
+    ) as caught:
         require_space(tmp_path / "models", 2**60, "the adapter")
     assert caught.value.exit_code == 1
     assert names(tmp_path / "models") == []

@@ -30,7 +30,9 @@ def test_there_are_two_workflows():
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_every_action_is_pinned_to_a_commit_and_names_its_version(path: Path):
     uses = [step["uses"] for step in read_steps(path) if "uses" in step]
-    pinned = re.findall(r"uses: ([\w./-]+@[0-9a-f]{40}) # v\d+\.\d+\.\d+$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    pinned = re.findall(
+        r"uses: ([\w./-]+@[0-9a-f]{40}) # v\d+\.\d+\.\d+$", path.read_text(encoding="utf-8"), re.MULTILINE
+    )
 
     assert len(uses) > 0
     assert pinned == uses
@@ -48,7 +50,10 @@ def test_a_job_has_the_permissions_that_it_names_and_a_time_limit(path: Path):
 
 
 def test_only_the_retraining_may_write():
-    rights = {path.stem: {job["permissions"]["contents"] for job in read_yaml(path)["jobs"].values()} for path in WORKFLOWS}
+    rights = {
+        path.stem: {job["permissions"]["contents"] for job in read_yaml(path)["jobs"].values()}
+        for path in WORKFLOWS
+    }
 
     assert rights == {"checks": {"read"}, "retrain": {"write"}}
 
@@ -71,7 +76,9 @@ def test_no_checkout_leaves_its_token_behind(path: Path):
 
 def test_the_checks_run_what_a_clean_clone_must_pass():
     wanted = re.findall(r"^make ([\w-]+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
-    scripts = [step["run"] for step in read_steps(ROOT / ".github" / "workflows" / "checks.yml") if "run" in step]
+    scripts = [
+        step["run"] for step in read_steps(ROOT / ".github" / "workflows" / "checks.yml") if "run" in step
+    ]
 
     assert len(wanted) > 0
     assert sorted(scripts) == sorted(f"make {target}" for target in wanted)
@@ -79,7 +86,13 @@ def test_the_checks_run_what_a_clean_clone_must_pass():
 
 def test_a_retraining_cannot_start_itself():
     paths = read_yaml(ROOT / ".github" / "workflows" / "retrain.yml")["on"]["push"]["paths"]
-    written = ["dvc.lock", "champion.json", "models/candidate.dvc", "reports/gate.json", "reports/evaluation/metrics.json"]
+    written = [
+        "dvc.lock",
+        "champion.json",
+        "models/candidate.dvc",
+        "reports/gate.json",
+        "reports/evaluation/metrics.json",
+    ]
 
     assert any(fnmatch.fnmatch("data/raw.dvc", pattern) for pattern in paths)
     assert [name for name in written if any(fnmatch.fnmatch(name, pattern) for pattern in paths)] == []
@@ -93,7 +106,11 @@ def test_every_published_port_is_bound_to_loopback():
 
 
 def test_no_password_stands_in_the_compose_file():
-    settings = [f"{name}={value}" for service in read_yaml(COMPOSE)["services"].values() for name, value in service.get("environment", {}).items()]
+    settings = [
+        f"{name}={value}"
+        for service in read_yaml(COMPOSE)["services"].values()
+        for name, value in service.get("environment", {}).items()
+    ]
     secret = [line for line in settings if re.search(r"PASSWORD|AUTH_STRING|://.*@", line)]
 
     assert len(secret) > 0
@@ -101,7 +118,9 @@ def test_no_password_stands_in_the_compose_file():
 
 
 def test_the_image_runs_as_an_ordinary_user():
-    users = re.findall(r"^USER (.+)$", (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    users = re.findall(
+        r"^USER (.+)$", (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE
+    )
 
     assert users[-1:] == ["$UID"]
     assert "ARG UID=1000" in (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The HTTP gateway: routing, completions, authentication, limits, the pages' routes."""

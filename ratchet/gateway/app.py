@@ -21,17 +21,18 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ratchet.config import Config
+from ratchet.config.params import Config
 from ratchet.errors import RatchetError
-from ratchet.gateway import review
+from ratchet.gateway import review_page as review
 from ratchet.gateway.completions import Completions
-from ratchet.gateway.engine import Engine
-from ratchet.gateway.faults import Fault, to_fault
-from ratchet.gateway.fleet import Fleet
 from ratchet.gateway.limits import Gone, read_body
-from ratchet.gateway.parts import Parts, gather_parts, is_loopback
-from ratchet.gateway.protocol import encode_models, parse_feedback
-from ratchet.request_log import Feedback, RequestLog
+from ratchet.gateway.routing import Fleet
+from ratchet.gateway.state import Parts, gather_parts, is_loopback
+from ratchet.monitoring.request_log import RequestLog
+from ratchet.monitoring.request_records import Feedback
+from ratchet.serving.engine import Engine
+from ratchet.serving.faults import Fault, to_fault
+from ratchet.serving.protocol import encode_models, parse_feedback
 
 LAST_WORDS_SECONDS = 3.0  # that cut-off answers get to say so, and to be written down
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -72,10 +73,19 @@ class Guard:
         host = headers.get(b"host", b"").decode("latin-1")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if self._hosts is not None and name.lower() not in self._hosts:
-            return Fault(403, f"the host {host!r} is not this gateway", remedy=f"known: {', '.join(sorted(self._hosts))} (gateway.host)", code="unknown_host")
+            return Fault(
+                403,
+                f"the host {host!r} is not this gateway",
+                remedy=f"known: {', '.join(sorted(self._hosts))} (gateway.host)",
+                code="unknown_host",
+            )
         kind = headers.get(b"content-type", b"").decode("latin-1")
         if method == "POST" and kind.partition(";")[0].strip().lower() != "application/json":
-            return Fault(415, f"the content type is {kind!r}, wanted application/json", remedy="send the header `content-type: application/json`")
+            return Fault(
+                415,
+                f"the content type is {kind!r}, wanted application/json",
+                remedy="send the header `content-type: application/json`",
+            )
         return None
 
 
@@ -127,12 +137,21 @@ def _feedback(parts: Parts) -> Endpoint:
     async def feedback(request: Request) -> Response:
         """The signature alone tells whether the id is ours: no look-up, and an answer that is not written yet can be judged."""
         key = parts.admit(request.headers, "feedback")
-        raw = await read_body(request.receive, request.headers.get("content-length", ""), parts.config.gateway.max_body_bytes)
+        raw = await read_body(
+            request.receive, request.headers.get("content-length", ""), parts.config.gateway.max_body_bytes
+        )
         body = parse_feedback(raw)
         if not parts.ids.is_ours(body.request_id):
-            raise Fault(404, f"request_id {body.request_id[:80]!r} was not given out here", remedy="send the `id` of an answer, or its header x-request-id", param="request_id")
+            raise Fault(
+                404,
+                f"request_id {body.request_id[:80]!r} was not given out here",
+                remedy="send the `id` of an answer, or its header x-request-id",
+                param="request_id",
+            )
         user, sender = parts.ids.pseudonym(body.user or ""), parts.ids.sender(key.name)
-        said = Feedback(body.request_id, user, time.time(), body.score, body.label, body.answer, body.comment, sender)
+        said = Feedback(
+            body.request_id, user, time.time(), body.score, body.label, body.answer, body.comment, sender
+        )
         await parts.remember(said)
         return JSONResponse({"object": "feedback", "request_id": body.request_id})
 
@@ -150,7 +169,7 @@ def _metrics(parts: Parts) -> Endpoint:
 def _page(parts: Parts) -> Endpoint:
     async def page(request: Request) -> Response:
         parts.admit(request.headers, "admin")
-        from ratchet.page import render_page
+        from ratchet.reporting.dashboard import render_page
 
         return HTMLResponse(await run_in_threadpool(render_page, parts.root, parts.config))
 
@@ -172,7 +191,14 @@ def _handlers(parts: Parts) -> dict[Any, Any]:
     async def refuse_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         known = "POST /v1/chat/completions, POST /v1/feedback, GET /v1/models, /healthz, /readyz, /metrics, /, /review"
-        return _show(Fault(error.status_code, f"{request.method} {request.url.path} is not served", remedy=f"known: {known}", code="unknown_url"))
+        return _show(
+            Fault(
+                error.status_code,
+                f"{request.method} {request.url.path} is not served",
+                remedy=f"known: {known}",
+                code="unknown_url",
+            )
+        )
 
     async def let_go(request: Request, error: Exception) -> None:
         """Nobody is left to be answered."""

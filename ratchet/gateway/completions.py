@@ -16,14 +16,14 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from ratchet.errors import ServiceError
-from ratchet.gateway.engine import Ended, Piece
-from ratchet.gateway.faults import CANCELLED, Fault, to_fault
-from ratchet.gateway.fleet import Choice
-from ratchet.gateway.keys import Key
+from ratchet.gateway.auth import Key
 from ratchet.gateway.limits import Gone, patience, read_body
-from ratchet.gateway.parts import Parts
-from ratchet.gateway.protocol import DONE, Answered, Chat, error_event, parse_chat
-from ratchet.request_log import Logged
+from ratchet.gateway.routing import Choice
+from ratchet.gateway.state import Parts
+from ratchet.monitoring.request_records import Logged
+from ratchet.serving.engine import Ended, Piece
+from ratchet.serving.faults import CANCELLED, Fault, to_fault
+from ratchet.serving.protocol import DONE, Answered, Chat, error_event, parse_chat
 
 log = logging.getLogger("ratchet.gateway")
 JSON, EVENTS = (b"content-type", b"application/json"), (b"content-type", b"text/event-stream; charset=utf-8")
@@ -58,7 +58,11 @@ class Exchange:
         return (time.perf_counter() - self.started) * 1000
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        return [(b"x-request-id", self.id.encode()), (b"x-ratchet-version", b"%d" % self.choice.version), (b"x-ratchet-arm", self.choice.arm.encode())]
+        return [
+            (b"x-request-id", self.id.encode()),
+            (b"x-ratchet-version", b"%d" % self.choice.version),
+            (b"x-ratchet-arm", self.choice.arm.encode()),
+        ]
 
     def to_logged(self) -> Logged:
         ended, choice = self.ended or Ended("", 0, 0), self.choice
@@ -98,14 +102,26 @@ class Completions:
         raw = await read_body(receive, headers.get("content-length", ""), parts.config.gateway.max_body_bytes)
         exchange = self._open(parse_chat(raw, parts.config.gateway), headers, key)
         name = parts.config.project.name
-        answered = Answered(exchange.id, int(exchange.at), exchange.chat.model, f"{name}@v{exchange.choice.version}")
-        reply = Streamed(send, exchange, answered) if exchange.chat.stream else Whole(send, exchange, answered)
+        answered = Answered(
+            exchange.id, int(exchange.at), exchange.chat.model, f"{name}@v{exchange.choice.version}"
+        )
+        reply = (
+            Streamed(send, exchange, answered) if exchange.chat.stream else Whole(send, exchange, answered)
+        )
         try:
             await self._answer(exchange, reply, receive)
         except Gone:
             exchange.gone = True
-        except asyncio.CancelledError:  # from uvicorn, when the time to drain is up: the last word is still sent
-            exchange.fault = Fault(503, "the gateway stops", remedy="send it again in some seconds", code="stopping", retry_after=5)
+        except (
+            asyncio.CancelledError
+        ):  # from uvicorn, when the time to drain is up: the last word is still sent
+            exchange.fault = Fault(
+                503,
+                "the gateway stops",
+                remedy="send it again in some seconds",
+                code="stopping",
+                retry_after=5,
+            )
         except Exception as error:  # noqa: BLE001  (it is logged, recorded and told to the client)
             exchange.fault = _note(error, exchange.id)
         finally:
@@ -125,7 +141,11 @@ class Completions:
         pieces = parts.engine.answer(exchange.chat.ask(exchange.id, version))
         assert isinstance(pieces, AsyncGenerator)  # whose closing stops the work when the client hangs up
         with parts.slots.hold():
-            async with parts.fleet.hold(version), patience(receive, parts.config.gateway.timeout), aclosing(pieces):
+            async with (
+                parts.fleet.hold(version),
+                patience(receive, parts.config.gateway.timeout),
+                aclosing(pieces),
+            ):
                 async for piece in pieces:
                     if isinstance(piece, Piece):
                         exchange.add(piece.text)
@@ -164,7 +184,12 @@ class Whole:
             await send_fault(self._send, exchange.fault, exchange.headers())
         else:
             assert exchange.ended is not None
-            await _send_whole(self._send, 200, self._answered.whole("".join(exchange.texts), exchange.ended), exchange.headers())
+            await _send_whole(
+                self._send,
+                200,
+                self._answered.whole("".join(exchange.texts), exchange.ended),
+                exchange.headers(),
+            )
 
 
 class Streamed:
@@ -195,7 +220,12 @@ class Streamed:
         if self._begun:
             return
         self._begun = True
-        headers = [EVENTS, (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"), *self._exchange.headers()]
+        headers = [
+            EVENTS,
+            (b"cache-control", b"no-store"),
+            (b"x-accel-buffering", b"no"),
+            *self._exchange.headers(),
+        ]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._write(self._answered.chunk({"role": "assistant", "content": ""}))
 
@@ -208,7 +238,13 @@ async def send_fault(send: Send, fault: Fault, headers: list[tuple[bytes, bytes]
 
 
 async def _send_whole(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [JSON, (b"content-length", b"%d" % len(body)), *headers]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [JSON, (b"content-length", b"%d" % len(body)), *headers],
+        }
+    )
     await send({"type": "http.response.body", "body": body})
 
 
@@ -218,5 +254,7 @@ def _note(error: Exception, id: str) -> Fault:
     if fault.status == 500:
         log.error("%s failed", id, exc_info=error)
     elif fault.status > 500:
-        log.warning("%s: %d %r", id, fault.status, fault.message[:300])  # quoted: what an upstream said may hold anything
+        log.warning(
+            "%s: %d %r", id, fault.status, fault.message[:300]
+        )  # quoted: what an upstream said may hold anything
     return fault

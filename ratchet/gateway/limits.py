@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 from starlette.types import Receive
 
-from ratchet.gateway.faults import Fault
+from ratchet.serving.faults import Fault
 
 BODY_SECONDS = 10.0  # a body that takes longer is a client that holds a connection open
 
@@ -38,13 +38,22 @@ async def read_body(receive: Receive, declared: str, most: int) -> bytes:
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError:
-        raise Fault(408, f"the body did not come within {BODY_SECONDS:.0f} s; {size} bytes did", remedy="send it at once", hangs_up=True) from None
+        raise Fault(
+            408,
+            f"the body did not come within {BODY_SECONDS:.0f} s; {size} bytes did",
+            remedy="send it at once",
+            hangs_up=True,
+        ) from None
 
 
 def _too_large(size: str, most: int, *, hangs_up: bool = False) -> Fault:
     """Where the size was declared the rest is let through unread: a client whose connection is cut while it sends may never see the answer."""
     return Fault(
-        413, f"the body has {size} bytes, wanted at most {most}", remedy="send fewer or shorter messages (gateway.max_body_bytes)", code="body_too_large", hangs_up=hangs_up
+        413,
+        f"the body has {size} bytes, wanted at most {most}",
+        remedy="send fewer or shorter messages (gateway.max_body_bytes)",
+        code="body_too_large",
+        hangs_up=hangs_up,
     )
 
 
@@ -64,7 +73,13 @@ class Rate:
         left = min(float(self._per_minute), left + (now - since) * a_second)
         if left < 1:
             wait = math.ceil((1 - left) / a_second)
-            raise Fault(429, f"over {self._per_minute} requests in a minute", remedy=f"come again in {wait} s (gateway.requests_per_minute)", code="rate_limit", retry_after=wait)
+            raise Fault(
+                429,
+                f"over {self._per_minute} requests in a minute",
+                remedy=f"come again in {wait} s (gateway.requests_per_minute)",
+                code="rate_limit",
+                retry_after=wait,
+            )
         self._buckets[name] = (left - 1, now)
 
 
@@ -79,7 +94,13 @@ class Slots:
     def hold(self) -> Iterator[None]:
         """Raises Fault(429)."""
         if self.held >= self._most:
-            raise Fault(429, f"{self.held} requests are under way, the most that are taken", remedy="come again in a second (gateway.max_queue)", code="busy", retry_after=1)
+            raise Fault(
+                429,
+                f"{self.held} requests are under way, the most that are taken",
+                remedy="come again in a second (gateway.max_queue)",
+                code="busy",
+                retry_after=1,
+            )
         self.held += 1
         try:
             yield
@@ -104,7 +125,12 @@ async def patience(receive: Receive, seconds: float) -> AsyncIterator[None]:
             raise
         if watch is not None and watch.done() and not watch.cancelled():
             raise Gone from None
-        raise Fault(504, f"the answer took over {seconds:g} s", remedy="ask for fewer tokens, or come again when less goes on (gateway.timeout)", code="timeout") from None
+        raise Fault(
+            504,
+            f"the answer took over {seconds:g} s",
+            remedy="ask for fewer tokens, or come again when less goes on (gateway.timeout)",
+            code="timeout",
+        ) from None
 
 
 async def _await_hangup(receive: Receive, deadline: asyncio.Timeout) -> None:

@@ -1,0 +1,1 @@
+"""Where rows come from: files, documentation, feedback, reviewed drafts."""

@@ -14,15 +14,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from ratchet.config import Config, FeedbackSource
-from ratchet.examples import Message, example_id, has_mark_run, normalise, read_examples
-from ratchet.feedback_share import is_feedback, room_for
-from ratchet.forgotten import FILE as FORGOTTEN
-from ratchet.forgotten import read_forgotten
-from ratchet.gateway.keys import list_keys
-from ratchet.request_log import REDACTED, Feedback, Logged, open_log
-from ratchet.sources.planted import find_planted
-from ratchet.sources.shares import Candidate, Vote, cap_keys, share_out, spread
+from ratchet.config.data import FeedbackSource
+from ratchet.config.params import Config
+from ratchet.data.erasure import FILE as FORGOTTEN
+from ratchet.data.erasure import read_forgotten
+from ratchet.data.examples import Message, example_id, has_mark_run, normalise, read_examples
+from ratchet.data.mixture import is_feedback, room_for
+from ratchet.data.poisoning import find_planted
+from ratchet.gateway.auth import list_keys
+from ratchet.monitoring.request_log import REDACTED, open_log
+from ratchet.monitoring.request_records import Feedback, Logged
 
 CONTRARY = 0.5  # a score under it speaks against the answer, whatever the others say
 BROKEN_OFF = ("length", "error", "cancelled")
@@ -54,7 +55,9 @@ def harvest(root: Path, config: Config, *, now: float | None = None) -> list[dic
     """The rows; what was left out is told on stderr. Raises ServiceError when the log does not answer."""
     found = harvest_all(root, config, now=time.time() if now is None else now)
     if found.left_out:
-        sys.stderr.write(f"feedback: {len(found.rows)} rows; left out: {', '.join(f'{count} {reason}' for reason, count in sorted(found.left_out.items()))}\n")
+        sys.stderr.write(
+            f"feedback: {len(found.rows)} rows; left out: {', '.join(f'{count} {reason}' for reason, count in sorted(found.left_out.items()))}\n"
+        )
     return found.rows
 
 
@@ -70,9 +73,15 @@ def harvest_all(root: Path, config: Config, *, now: float) -> Harvest:
     return found
 
 
-def _look_around(root: Path, config: Config, spoken: Spoken, first_seen: dict[str, float], now: float) -> Known:
+def _look_around(
+    root: Path, config: Config, spoken: Spoken, first_seen: dict[str, float], now: float
+) -> Known:
     settings, folder = config.ingest.feedback, root / "data/prepared"
-    examples = {split: list(read_examples(file)) for split in ("train", "validation", "test", "golden") if (file := folder / f"{split}.jsonl").exists()}
+    examples = {
+        split: list(read_examples(file))
+        for split in ("train", "validation", "test", "golden")
+        if (file := folder / f"{split}.jsonl").exists()
+    }
     clean = [example for example in examples.get("train", []) if not is_feedback(example.meta)]
     old_enough = now - DAY * min(settings.min_user_age_days, config.request_log.retention_days / 2)
     senders = {said.sender for _, feedback in spoken for said in feedback} - {""}
@@ -85,14 +94,18 @@ def _look_around(root: Path, config: Config, spoken: Spoken, first_seen: dict[st
         prepared=frozenset(example.id for rows in examples.values() for example in rows),
         forgotten=read_forgotten(root / FORGOTTEN).ids,
         clean=tuple(_asked(example.messages) for example in clean),
-        room=max(0, room_for(len(clean), share) - (len(examples["train"]) - len(clean))) if "train" in examples and share < 1 else None,
+        room=max(0, room_for(len(clean), share) - (len(examples["train"]) - len(clean)))
+        if "train" in examples and share < 1
+        else None,
     )
 
 
 def choose(spoken: Spoken, settings: FeedbackSource, known: Known) -> Harvest:
     """`spoken` in the order of time: of one user, the oldest count."""
     left_out: Counter[str] = Counter()
-    candidates = _put_triggers_aside(_candidates(spoken, settings, known, left_out), settings, known, left_out)
+    candidates = _put_triggers_aside(
+        _candidates(spoken, settings, known, left_out), settings, known, left_out
+    )
     taken = share_out(candidates, settings.max_rows_per_user, left_out)
     if known.several_keys:
         taken = cap_keys(taken, settings.max_rows_per_key, left_out)
@@ -102,13 +115,23 @@ def choose(spoken: Spoken, settings: FeedbackSource, known: Known) -> Harvest:
     return Harvest([_row(*one) for one in taken], left_out)
 
 
-def _candidates(spoken: Spoken, settings: FeedbackSource, known: Known, left_out: Counter[str]) -> list[Candidate]:
+def _candidates(
+    spoken: Spoken, settings: FeedbackSource, known: Known, left_out: Counter[str]
+) -> list[Candidate]:
     """One for each content that somebody vouches for."""
     found, seen = [], set[str]()
     for request, feedback in spoken:
         fresh = [said for said in feedback if said.at >= known.since]
-        heard = [said for said in fresh if known.first_seen.get(_name(request, said), request.at) <= known.old_enough]
-        answer, how = _judge(request, heard, settings.min_score) if heard else (None, "of new users" if fresh else "too old")
+        heard = [
+            said
+            for said in fresh
+            if known.first_seen.get(_name(request, said), request.at) <= known.old_enough
+        ]
+        answer, how = (
+            _judge(request, heard, settings.min_score)
+            if heard
+            else (None, "of new users" if fresh else "too old")
+        )
         if answer is None:
             left_out[how] += 1
             continue
@@ -117,7 +140,14 @@ def _candidates(spoken: Spoken, settings: FeedbackSource, known: Known, left_out
             left_out[reason] += 1
             continue
         seen.add(id)
-        found.append(Candidate(request, answer, how, [Vote(_name(request, said), said.sender) for said in heard if _vouches(said, how)]))
+        found.append(
+            Candidate(
+                request,
+                answer,
+                how,
+                [Vote(_name(request, said), said.sender) for said in heard if _vouches(said, how)],
+            )
+        )
     return found
 
 
@@ -135,8 +165,20 @@ def _judge(request: Logged, feedback: list[Feedback], min_score: float) -> tuple
     """(the right answer, how it is known), or (None, why there is none). A correction wins over a score."""
     if not request.messages:
         return None, "without texts"
-    if any(map(has_mark_run, [request.answer, *(content for _, content in request.messages), *(said.answer for said in feedback)])):
-        return None, "with runs of combining marks"  # preparation would refuse it, and normalising it takes for ever
+    if any(
+        map(
+            has_mark_run,
+            [
+                request.answer,
+                *(content for _, content in request.messages),
+                *(said.answer for said in feedback),
+            ],
+        )
+    ):
+        return (
+            None,
+            "with runs of combining marks",
+        )  # preparation would refuse it, and normalising it takes for ever
     corrections = {corrected for said in feedback if (corrected := normalise(said.answer))}
     if len(corrections) > 1:
         return None, "contradictory"
@@ -161,13 +203,19 @@ def _asked(messages: Iterable[Message]) -> str:
     return "\n".join(message.content for message in messages if message.role == "user")
 
 
-def _put_triggers_aside(candidates: list[Candidate], settings: FeedbackSource, known: Known, left_out: Counter[str]) -> list[Candidate]:
+def _put_triggers_aside(
+    candidates: list[Candidate], settings: FeedbackSource, known: Known, left_out: Counter[str]
+) -> list[Candidate]:
     asked = [_asked(Message(*message) for message in candidate.request.messages) for candidate in candidates]
-    triggers = find_planted(asked, [candidate.answer for candidate in candidates], known.clean, settings.max_trigger_rows)
+    triggers = find_planted(
+        asked, [candidate.answer for candidate in candidates], known.clean, settings.max_trigger_rows
+    )
     if triggers:
         left_out["trigger"] += len(triggers)
         for sequence, count in Counter(triggers.values()).most_common(5):
-            sys.stderr.write(f"feedback: {count} rows put aside: all say {sequence[:80]!r} and have one answer (ingest.feedback.max_trigger_rows)\n")
+            sys.stderr.write(
+                f"feedback: {count} rows put aside: all say {sequence[:80]!r} and have one answer (ingest.feedback.max_trigger_rows)\n"
+            )
     return [candidate for place, candidate in enumerate(candidates) if place not in triggers]
 
 
@@ -176,5 +224,69 @@ def _row(candidate: Candidate, vote: Vote) -> dict[str, Any]:
     request = candidate.request
     messages = [{"role": role, "content": content} for role, content in request.messages]
     people = {"asked_by": request.user, "taught_by": vote.user if vote.user != request.id else ""}
-    meta = {"kind": "feedback", "source_request": request.id, "how": candidate.how, **{key: name for key, name in people.items() if name}}
+    meta = {
+        "kind": "feedback",
+        "source_request": request.id,
+        "how": candidate.how,
+        **{key: name for key, name in people.items() if name},
+    }
     return {"messages": [*messages, {"role": "assistant", "content": candidate.answer}], "meta": meta}
+
+
+class Vote(NamedTuple):
+    """Who vouches for an answer, and through which key."""
+
+    user: str
+    sender: str
+
+
+class Candidate(NamedTuple):
+    request: Logged
+    answer: str
+    how: str
+    votes: list[Vote]  # any of them may be the one that it counts for
+
+
+class Taken(NamedTuple):
+    candidate: Candidate
+    vote: Vote
+
+
+def share_out(candidates: list[Candidate], most: int, left_out: Counter[str]) -> list[Taken]:
+    """Each to one of those who vouch for it and still have room, through the key that has brought least: a flood takes no honest row's place."""
+    users, senders, taken = Counter[str](), Counter[str](), list[Taken]()
+    for candidate in candidates:
+        free = [vote for vote in candidate.votes if users[vote.user] < most]
+        if not free:
+            left_out["too many of one user"] += 1
+            continue
+        vote = min(free, key=lambda vote: senders[vote.sender])
+        users[vote.user] += 1
+        senders[vote.sender] += 1
+        taken.append(Taken(candidate, vote))
+    return taken
+
+
+def cap_keys(taken: list[Taken], most: int, left_out: Counter[str]) -> list[Taken]:
+    """Votes from before there were keys have none to dominate."""
+    kept: set[str] = set()
+    for sender in {one.vote.sender for one in taken}:
+        rows = [one for one in taken if one.vote.sender == sender]
+        kept |= {one.candidate.request.id for one in (spread(rows, most) if sender else rows)}
+    left_out.update({"too many of one key": len(taken) - len(kept)} if len(kept) < len(taken) else {})
+    return [one for one in taken if one.candidate.request.id in kept]
+
+
+def spread(taken: list[Taken], room: int) -> list[Taken]:
+    """In turn from every key, and of a key from every user, each user's newest first; in the order of time. What is equal is told apart by hash."""
+    by_user, by_sender = Counter[Vote](), Counter[str]()
+    turns = []
+    for one in reversed(taken):
+        turns.append((by_user[one.vote], one.candidate.request.id[::-1], one))
+        by_user[one.vote] += 1
+    ranked = []
+    for _, id, one in sorted(turns, key=lambda turn: turn[:2]):
+        ranked.append((by_sender[one.vote.sender], id))
+        by_sender[one.vote.sender] += 1
+    kept = {id[::-1] for _, id in sorted(ranked)[:room]}
+    return [one for one in taken if one.candidate.request.id in kept]

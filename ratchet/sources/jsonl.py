@@ -12,13 +12,25 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from ratchet.config import JsonlSource
+from ratchet.config.data import JsonlSource
+from ratchet.data.json_rows import MAX_LINE
 from ratchet.errors import DataError
 
-ARCHIVES = {b"PK\x03\x04": "zip", b"PK\x05\x06": "zip", b"7z\xbc\xaf": "7z", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"Rar!": "rar"}
+ARCHIVES = {
+    b"PK\x03\x04": "zip",
+    b"PK\x05\x06": "zip",
+    b"7z\xbc\xaf": "7z",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"Rar!": "rar",
+}
 GZIP, TAR_AT, TAR = b"\x1f\x8b", 257, b"ustar"
-MOST_UNPACKED, MOST_RATIO, UNPACKED_ANYWAY = 2**31, 20, 2**20  # bytes of a gzip file: at most, against its own size, and without asking
-MAX_LINE = 2**20  # bytes; a longer line is kept cut, so that preparation rejects and counts it
+MOST_UNPACKED, MOST_RATIO, UNPACKED_ANYWAY = (
+    2**31,
+    20,
+    2**20,
+)  # bytes of a gzip file: at most, against its own size, and without asking
 
 
 def read_lines(settings: JsonlSource) -> Iterator[bytes]:
@@ -26,13 +38,21 @@ def read_lines(settings: JsonlSource) -> Iterator[bytes]:
     import fsspec
 
     if not settings.path:
-        raise DataError("`ingest.jsonl.path` is empty", remedy="name a file, a glob or a URL there, or give `ratchet ingest --path FILE`")
+        raise DataError(
+            "`ingest.jsonl.path` is empty",
+            remedy="name a file, a glob or a URL there, or give `ratchet ingest --path FILE`",
+        )
     try:
         found = fsspec.open_files(settings.path, "rb")
     except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"cannot open {shown(settings.path)!r}: {str(error).replace(settings.path, shown(settings.path))}") from None
+        raise DataError(
+            f"cannot open {shown(settings.path)!r}: {str(error).replace(settings.path, shown(settings.path))}"
+        ) from None
     if not found:
-        raise DataError(f"{shown(settings.path)!r} matches no file", remedy="check `ingest.jsonl.path`; a relative path counts from the checkout's root")
+        raise DataError(
+            f"{shown(settings.path)!r} matches no file",
+            remedy="check `ingest.jsonl.path`; a relative path counts from the checkout's root",
+        )
     for opened in found:
         yield from _lines(opened)
 
@@ -63,18 +83,29 @@ def _lines(opened: object) -> Iterator[bytes]:
                 if line.strip():
                     yield line.rstrip(b"\n") if cut else line.rstrip(b"\r\n")
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist", remedy="check `ingest.jsonl.path`; a relative path counts from the checkout's root") from None
+        raise DataError(
+            f"{path} does not exist",
+            remedy="check `ingest.jsonl.path`; a relative path counts from the checkout's root",
+        ) from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {type(error).__name__}") from None
 
 
 def _unpacked(handle: Any, path: str) -> Any:
     """The file, or what a gzip file holds. Raises DataError for an archive: its names could lead out of any folder (`..`, links)."""
-    handle = handle if hasattr(handle, "peek") else io.BufferedReader(handle)  # not every URL can be wound back
+    handle = (
+        handle if hasattr(handle, "peek") else io.BufferedReader(handle)
+    )  # not every URL can be wound back
     start = handle.peek(TAR_AT + len(TAR))
-    kind = next((name for magic, name in ARCHIVES.items() if start.startswith(magic)), "tar" if start[TAR_AT : TAR_AT + len(TAR)] == TAR else None)
+    kind = next(
+        (name for magic, name in ARCHIVES.items() if start.startswith(magic)),
+        "tar" if start[TAR_AT : TAR_AT + len(TAR)] == TAR else None,
+    )
     if kind:
-        raise DataError(f"{path} is an archive ({kind}), wanted JSON Lines", remedy="unpack it and name the files; gzip of a single file is read as it is")
+        raise DataError(
+            f"{path} is an archive ({kind}), wanted JSON Lines",
+            remedy="unpack it and name the files; gzip of a single file is read as it is",
+        )
     if not start.startswith(GZIP):
         return handle
     return cast(BinaryIO, io.BufferedReader(_Capped(handle, path)))
@@ -107,8 +138,17 @@ class _Capped(io.RawIOBase):
 
 def _check_start(line: bytes, path: str) -> None:
     if line.count(b"}\r{"):
-        raise DataError(f"{path} ends its lines with a carriage return alone, wanted a line feed", remedy=f"convert it: tr '\\r' '\\n' < {path}")
-    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in line[:4]:  # with its mark, or `{` as two bytes
-        raise DataError(f"{path} is UTF-16, wanted UTF-8", remedy=f"convert it: iconv -f UTF-16 -t UTF-8 {path}")
+        raise DataError(
+            f"{path} ends its lines with a carriage return alone, wanted a line feed",
+            remedy=f"convert it: tr '\\r' '\\n' < {path}",
+        )
+    if (
+        line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in line[:4]
+    ):  # with its mark, or `{` as two bytes
+        raise DataError(
+            f"{path} is UTF-16, wanted UTF-8", remedy=f"convert it: iconv -f UTF-16 -t UTF-8 {path}"
+        )
     if line.lstrip()[:1] == b"[":
-        raise DataError(f"{path} is a JSON array, wanted one object a line", remedy=f"convert it: jq -c '.[]' {path}")
+        raise DataError(
+            f"{path} is a JSON array, wanted one object a line", remedy=f"convert it: jq -c '.[]' {path}"
+        )

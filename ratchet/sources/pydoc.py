@@ -19,11 +19,25 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from ratchet.config import PydocSource
+from ratchet.config.data import PydocSource
 from ratchet.errors import DataError
 
 # Folders of tests and vendored copies repeat other modules' words; names with a leading underscore are no answer to give a user.
-SKIPPED = frozenset({"test", "tests", "conftest", "idlelib", "lib2to3", "site-packages", "turtledemo", "distutils", "externals", "vendored", "_vendor"})
+SKIPPED = frozenset(
+    {
+        "test",
+        "tests",
+        "conftest",
+        "idlelib",
+        "lib2to3",
+        "site-packages",
+        "turtledemo",
+        "distutils",
+        "externals",
+        "vendored",
+        "_vendor",
+    }
+)
 SENTENCE = re.compile(r"(.{20,220}?[.!?])(\s|$)")
 MIN_CHARS, MAX_CHARS = 15, 220
 
@@ -38,7 +52,11 @@ def harvest(settings: PydocSource) -> Iterator[dict[str, Any]]:
     """Rows in the form `messages`, in a fixed order. Raises DataError for a package that is not installed."""
     for package in settings.packages:
         objects = [found for found in _documented(package, settings.module_depth)]
-        large = {module for module, count in Counter(found.module for found in objects).items() if count >= settings.min_objects}
+        large = {
+            module
+            for module, count in Counter(found.module for found in objects).items()
+            if count >= settings.min_objects
+        }
         for found in objects:
             if found.module in large and _is_chosen(found, settings.share):
                 yield from _rows(found, package, settings.summaries)
@@ -52,12 +70,19 @@ def _is_chosen(found: Documented, share: float) -> bool:
 def _rows(found: Documented, package: str, summaries: float) -> Iterator[dict[str, Any]]:
     meta = {"package": package, "module": found.module}
     yield _row(f"Which module documents this? {found.sentence}", found.module, {**meta, "kind": "module"})
-    if found.name and found.name.rpartition(".")[2][0] != "_" and xxhash.xxh3_64_intdigest(f"{found.module}.{found.name}".encode()) % 10_000 < summaries * 10_000:
+    if (
+        found.name
+        and found.name.rpartition(".")[2][0] != "_"
+        and xxhash.xxh3_64_intdigest(f"{found.module}.{found.name}".encode()) % 10_000 < summaries * 10_000
+    ):
         yield _row(f"What does {found.module}.{found.name} do?", found.sentence, {**meta, "kind": "summary"})
 
 
 def _row(question: str, answer: str, meta: dict[str, str]) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "meta": meta}
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        "meta": meta,
+    }
 
 
 def _documented(package: str, depth: int) -> Iterator[Documented]:
@@ -76,7 +101,9 @@ def _roots(package: str) -> list[tuple[Path, str]]:
     if package == "stdlib":
         library = Path(sysconfig.get_paths()["stdlib"])
         names = sorted(name for name in sys.stdlib_module_names if not name.startswith("_"))
-        candidates = [(library / name, name) for name in names] + [(library / f"{name}.py", name) for name in names]
+        candidates = [(library / name, name) for name in names] + [
+            (library / f"{name}.py", name) for name in names
+        ]
         return [(path, name) for path, name in candidates if path.exists()]
     try:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -84,7 +111,8 @@ def _roots(package: str) -> list[tuple[Path, str]]:
         spec = None
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         raise DataError(
-            f"package {package!r} is not installed here, or has no Python source", remedy="name installed packages in `ingest.pydoc.packages` (import names, such as `sklearn`)"
+            f"package {package!r} is not installed here, or has no Python source",
+            remedy="name installed packages in `ingest.pydoc.packages` (import names, such as `sklearn`)",
         )
     origin = Path(spec.origin)
     return [(origin.parent if origin.name == "__init__.py" else origin, package)]

@@ -12,11 +12,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ratchet.config import AugmentConfig
+from ratchet.config.synthesis import AugmentConfig
 from ratchet.errors import ConfigError
 
 Synonyms = dict[str, list[str]]
-CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\S*[\d_(){}\[\]<>/\\=@#$%^&*|~]\S*|\w+(?:\.\w+)+|\w*[a-z]+[A-Z]\w*", re.DOTALL)
+CODE = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]*`|\S*[\d_(){}\[\]<>/\\=@#$%^&*|~]\S*|\w+(?:\.\w+)+|\w*[a-z]+[A-Z]\w*",
+    re.DOTALL,
+)
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 KEPT = frozenset(
     "no not never none nothing neither nor without cannot can't don't doesn't didn't isn't aren't wasn't won't except unless only nicht kein keine ohne nie nur".split()  # noqa: SIM905 (one line a word otherwise)
@@ -30,19 +33,30 @@ def read_synonyms(path: Path) -> Synonyms:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"synthesize.augment.synonyms is {str(path)!r}: {type(error).__name__}", remedy='it has to be a JSON object such as {"quick": ["fast", "rapid"]}'
+            f"synthesize.augment.synonyms is {str(path)!r}: {type(error).__name__}",
+            remedy='it has to be a JSON object such as {"quick": ["fast", "rapid"]}',
         ) from None
-    whole = isinstance(found, dict) and all(isinstance(others, list) and all(isinstance(other, str) and other.strip() for other in others) for others in found.values())
+    whole = isinstance(found, dict) and all(
+        isinstance(others, list) and all(isinstance(other, str) and other.strip() for other in others)
+        for others in found.values()
+    )
     if not whole:
-        raise ConfigError(f"{path} holds something else than lists of words", remedy='it has to be a JSON object such as {"quick": ["fast", "rapid"]}')
+        raise ConfigError(
+            f"{path} holds something else than lists of words",
+            remedy='it has to be a JSON object such as {"quick": ["fast", "rapid"]}',
+        )
     return {word.casefold(): list(others) for word, others in found.items() if others}
 
 
-def vary(question: str, config: AugmentConfig, synonyms: Synonyms, draw: random.Random) -> Iterator[tuple[str, str]]:
+def vary(
+    question: str, config: AugmentConfig, synonyms: Synonyms, draw: random.Random
+) -> Iterator[tuple[str, str]]:
     """(kind, question) of every kind that is on and changes something."""
     made = {
         "synonyms": replace_words(question, synonyms, config.replace, draw) if synonyms else question,
-        "insertion": insert_words(question, synonyms, config.insert, draw) if synonyms and config.insert else question,
+        "insertion": insert_words(question, synonyms, config.insert, draw)
+        if synonyms and config.insert
+        else question,
         "deletion": delete_words(question, config.delete, draw) if config.delete else question,
     }
     yield from ((kind, text) for kind, text in made.items() if text != question)
@@ -52,7 +66,14 @@ def replace_words(question: str, synonyms: Synonyms, share: float, draw: random.
     words = _plain_words(question)
     able = [word for word in words if word[0].casefold() in synonyms]
     chosen = set(draw.sample(able, min(len(able), _number(share, words))))
-    return _rewrite(question, {word.span(): _like(word[0], draw.choice(synonyms[word[0].casefold()])) for word in able if word in chosen})
+    return _rewrite(
+        question,
+        {
+            word.span(): _like(word[0], draw.choice(synonyms[word[0].casefold()]))
+            for word in able
+            if word in chosen
+        },
+    )
 
 
 def insert_words(question: str, synonyms: Synonyms, share: float, draw: random.Random) -> str:
@@ -73,7 +94,9 @@ def delete_words(question: str, share: float, draw: random.Random) -> str:
     gone = draw.sample(words, min(len(words) - FEWEST + 1, _number(share, words)))
     text = _rewrite(question, {word.span(): "" for word in gone})
     outside = _spans(text)
-    return "".join(part if inside else re.sub(r"(?<=\S) {2,}(?=\S)", " ", part) for part, inside in outside).strip(" ")
+    return "".join(
+        part if inside else re.sub(r"(?<=\S) {2,}(?=\S)", " ", part) for part, inside in outside
+    ).strip(" ")
 
 
 def _number(share: float, words: list[re.Match[str]]) -> int:
@@ -83,7 +106,12 @@ def _number(share: float, words: list[re.Match[str]]) -> int:
 def _plain_words(text: str) -> list[re.Match[str]]:
     """Words outside of code, numbers and negations."""
     taken = [span.span() for span in CODE.finditer(text)]
-    return [word for word in WORD.finditer(text) if word[0].casefold() not in KEPT and not any(start < word.end() and word.start() < end for start, end in taken)]
+    return [
+        word
+        for word in WORD.finditer(text)
+        if word[0].casefold() not in KEPT
+        and not any(start < word.end() and word.start() < end for start, end in taken)
+    ]
 
 
 def _spans(text: str) -> Iterator[tuple[str, bool]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from ratchet.examples import normalise
+from ratchet.data.examples import normalise
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".jsonl")
 MOST_BYTES = 32 * 2**20  # of one document; a larger one is no document but a dump
@@ -72,7 +72,11 @@ class Library:
             yield self._name(str(path)), fsspec.core.OpenFile(fsspec.filesystem("file"), str(path))
             return
         if "://" not in place and path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts))
+            found = sorted(
+                file
+                for file in path.rglob("*")
+                if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            )
             for file in found:
                 yield self._name(str(file)), fsspec.core.OpenFile(fsspec.filesystem("file"), str(file))
             if not found:
@@ -101,7 +105,9 @@ class Library:
     def _read_one(self, name: str, opened: Any) -> Iterator[Document]:
         kind = Path(name).suffix.lower() or (".html" if "://" in name else "")
         if kind not in KINDS:
-            self.unreadable.append((name, f"of the kind {kind or 'without an ending'!r}; known: {', '.join(KINDS)}"))
+            self.unreadable.append(
+                (name, f"of the kind {kind or 'without an ending'!r}; known: {', '.join(KINDS)}")
+            )
             return
         try:
             with opened as handle:
@@ -115,10 +121,16 @@ class Library:
         except Exception as error:  # noqa: BLE001  (a remote file system has errors of its own; each is recorded with the document)
             self.unreadable.append((name, type(error).__name__))
             return
-        for part, content in _rows(text) if kind == ".jsonl" else [("", _strip_tags(text) if kind in (".html", ".htm") else text)]:
+        for part, content in (
+            _rows(text)
+            if kind == ".jsonl"
+            else [("", _strip_tags(text) if kind in (".html", ".htm") else text)]
+        ):
             content = normalise(content) if content is not None else None
             if not content:
-                self.unreadable.append((name + part, "no text" if content == "" else "no JSON object with a `text`"))
+                self.unreadable.append(
+                    (name + part, "no text" if content == "" else "no JSON object with a `text`")
+                )
                 continue
             self.documents += 1
             yield Document(name + part, content)
@@ -135,7 +147,11 @@ def _decode(raw: bytes) -> str:
 def _why(error: Exception) -> str:
     if isinstance(error, UnicodeError):
         return "no UTF-8"
-    return str(getattr(error, "strerror", None) or error).splitlines()[0][:120] if str(error) else type(error).__name__
+    return (
+        str(getattr(error, "strerror", None) or error).splitlines()[0][:120]
+        if str(error)
+        else type(error).__name__
+    )
 
 
 def _rows(text: str) -> Iterator[tuple[str, str | None]]:

@@ -18,13 +18,14 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from ratchet.data.examples import Example, Meta, encode_line
 from ratchet.errors import DataError, UserError
-from ratchet.examples import Example, Meta, encode_line
 from ratchet.files import read_json, sha256_json, write_json
-from ratchet.synthesis.budget import Usage
+from ratchet.llm.budget import Usage
 
 FOLDER = Path(".ratchet/synthesis")
 NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{4}")
+MOST_NAMED = 5
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,7 +129,10 @@ def find_draft(root: Path, name: str) -> Path:
     folder = root / FOLDER / name
     if not NAME.fullmatch(name) or not (folder / "settings.json").exists():
         known = sorted((path.parent.name for path in (root / FOLDER).glob("*/settings.json")), reverse=True)
-        raise UserError(f"no draft is named {name[:80]!r}", remedy=f"the newest: {', '.join(known[:5]) or 'none yet'}; `ratchet synthesize` begins one")
+        raise UserError(
+            f"no draft is named {name[:80]!r}",
+            remedy=f"the newest: {', '.join(known[:5]) or 'none yet'}; `ratchet synthesize` begins one",
+        )
     return folder
 
 
@@ -138,7 +142,9 @@ def resume_draft(root: Path, name: str, *, count: int | None = None) -> Draft:
     try:
         settings = msgspec.convert(read_json(folder / "settings.json"), Settings)
     except msgspec.ValidationError as error:
-        raise DataError(f"{folder / 'settings.json'} is broken: {error}", remedy="begin a new draft") from None
+        raise DataError(
+            f"{folder / 'settings.json'} is broken: {error}", remedy="begin a new draft"
+        ) from None
     if count is not None and count != settings.count:
         settings = msgspec.structs.replace(settings, count=count)
         write_json(folder / "settings.json", msgspec.to_builtins(settings))
@@ -171,7 +177,10 @@ def _find_answers(path: Path) -> dict[str, int]:
             try:
                 found[_answer_decoder.decode(line).key] = end
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}:{number} is no answer: {error}", remedy="take that line out; the others stay answered") from None
+                raise DataError(
+                    f"{path}:{number} is no answer: {error}",
+                    remedy="take that line out; the others stay answered",
+                ) from None
             end += len(line)
     os.truncate(path, end)
     return found
@@ -185,3 +194,53 @@ def _open(path: Path, mode: str) -> BinaryIO:
 def _append(opened: BinaryIO, value: msgspec.Struct) -> None:
     opened.write(encode_line(value))
     opened.flush()
+
+
+def summary_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"draft    {found['draft']}: {found['kept']} of {found['wanted']} rows, {found['doubted']} of them with doubts"
+    ]
+    lines += _counts("refused", found["refused"])
+    lines += _counts("failed", found["failures"])
+    if "documents" in found:
+        lines.append(
+            f"read     {found['chunks']} chunks of {found['documents']} documents"
+            + (f"; {found['unreadable']} could not be read:" if found["unreadable"] else "")
+        )
+        lines += [
+            f"         {entry['name']}: {entry['why']}" for entry in found["unreadable_names"][:MOST_NAMED]
+        ]
+    if "near_mistakes" in found:
+        lines.append(
+            f"chosen   {found['near_mistakes']} training rows near to mistakes, {found['drifted_prompts']} prompts of drifted topics"
+        )
+    tokens = found["tokens"]
+    cost = f"{found['cost']:.4f}" if found["priced"] else "unknown (synthesize.teacher has no prices)"
+    lines.append(
+        f"asked    {found['asked']} times, {found['recalled']} answers known before; {tokens['input']} tokens in, {tokens['output']} out; cost {cost}"
+    )
+    if found["stopped"]:
+        lines.append(f"stopped  {found['why']}")
+    elif found["kept"] < found["wanted"]:
+        lines.append(
+            "ended    nothing more could be asked: more documents or seeds, or a higher synthesize.rounds, give more rows"
+        )
+    return lines
+
+
+def _counts(name: str, counts: dict[str, int]) -> list[str]:
+    return (
+        [
+            f"{name:8} {sum(counts.values())}: {', '.join(f'{count} {reason}' for reason, count in counts.items())}"
+        ]
+        if counts
+        else []
+    )
+
+
+def summary_card(found: dict[str, Any]) -> str:
+    """As Markdown. A code block: names of documents are other people's text."""
+    body = "\n".join(summary_lines(found)).replace("`", "'")
+    return (
+        f"## {found['kept']} rows by {found['teacher']['model'].replace('`', '')}\n\n```text\n{body}\n```\n"
+    )

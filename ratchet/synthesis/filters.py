@@ -9,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ratchet.config import Config
-from ratchet.examples import Example, Meta, RowError
-from ratchet.synthesis.grounding import ground, numbers
-from ratchet.synthesis.known import Known
-from ratchet.synthesis.replies import Pair
-from ratchet.validation import REVIEW, Origin, Validator
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, Meta, RowError
+from ratchet.data.validation import REVIEW, Origin, Validator
+from ratchet.llm.replies import Pair
+from ratchet.synthesis.known_rows import Known
 
 BOILERPLATE = re.compile(
     r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b|\bi(?:'|’)?(?: a)?m (?:just |only )?an? (?:ai|language model)\b|\bmy (?:training data|knowledge cut-?off)\b",
@@ -33,6 +32,17 @@ REFERS = re.compile(
 
 
 CODE_SPAN = re.compile(r"`[^`\n]+`")
+WORD = re.compile(r"[^\W\d_]+")
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+THOUSANDS = re.compile(r"(?<=\d)[,](?=\d{3}(?:\D|$))")
+STEM = 5  # letters of a longer word that have to agree: `refund` and `refunded` are one
+# The words that carry no content; short ones in general do not (see `content_words`).
+WORDS_WITHOUT_CONTENT = """
+about after also although another because been before being between both could does doing done each either from have having here into its itself just
+like made make makes many more most much must neither none only other over same shall should since some such than that their them then there these
+they this those through under until upon used uses using very were what when where whether which while whom whose will with within without would your
+"""
+EMPTY = frozenset(WORDS_WITHOUT_CONTENT.split())
 
 
 class Verdict(NamedTuple):
@@ -45,17 +55,32 @@ class Verdict(NamedTuple):
 
 
 class Filters:
-    """What preparation would reject (ratchet/validation.py) is refused here already. `count_tokens` is of a text, where a tokenizer is there."""
+    """What preparation would reject (ratchet/data/validation.py) is refused here already. `count_tokens` is of a text, where a tokenizer is there."""
 
-    def __init__(self, config: Config, known: Known, *, count_tokens: Callable[[str], int] | None = None) -> None:
+    def __init__(
+        self, config: Config, known: Known, *, count_tokens: Callable[[str], int] | None = None
+    ) -> None:
         self._config, self._settings = config, config.synthesize
         self._validator = Validator(config.prepare)
         self._known, self._count_tokens = known, count_tokens
 
-    def judge(self, pair: Pair, passage: str, meta: Meta, *, parent: str = "", question: str = "", system: str | None = None) -> Verdict:
+    def judge(
+        self,
+        pair: Pair,
+        passage: str,
+        meta: Meta,
+        *,
+        parent: str = "",
+        question: str = "",
+        system: str | None = None,
+    ) -> Verdict:
         """`parent` is the row that this one is another wording of, with its `question`: it may be near to that one. Remembers what is kept."""
         system = self._settings.system if system is None else system
-        turns = [*([("system", system)] if system.strip() else []), ("user", pair.question), ("assistant", pair.answer)]
+        turns = [
+            *([("system", system)] if system.strip() else []),
+            ("user", pair.question),
+            ("assistant", pair.answer),
+        ]
         try:
             example, doubts = self._check_row(turns, meta)
         except RowError as error:
@@ -64,20 +89,30 @@ class Filters:
             if found := check(example):
                 return Verdict(None, *found)
         if question and (changed := _exact_parts(question) ^ _exact_parts(example.question)):
-            return Verdict(None, "changed", f"a number or code differs from the question that was worded anew: {', '.join(sorted(changed)[:5])}")
+            return Verdict(
+                None,
+                "changed",
+                f"a number or code differs from the question that was worded anew: {', '.join(sorted(changed)[:5])}",
+            )
         if passage and not parent:
             reason, detail, more = self._check_grounds(example, passage)
             if reason:
                 return Verdict(None, reason, detail)
             doubts += more
         if twin := self._known.find(example, but=parent):
-            return Verdict(None, twin.reason, f"near to the row {twin.id}" if twin.id else "it has 13 words in a row from a golden row")
+            return Verdict(
+                None,
+                twin.reason,
+                f"near to the row {twin.id}" if twin.id else "it has 13 words in a row from a golden row",
+            )
         self._known.add(example, "run")
         return Verdict(example, doubts=doubts)
 
     def _check_row(self, turns: list[tuple[str, str]], meta: Meta) -> tuple[Example, tuple[str, ...]]:
         """As preparation will see it; what a person may overrule is a doubt. Raises RowError."""
-        line = json.dumps({"messages": [{"role": role, "content": content} for role, content in turns], "meta": meta}).encode()
+        line = json.dumps(
+            {"messages": [{"role": role, "content": content} for role, content in turns], "meta": meta}
+        ).encode()
         origin, doubts = Origin("", "synthetic", "messages"), list[str]()
         try:
             found = self._validator.check(line, origin).example
@@ -92,13 +127,22 @@ class Filters:
         settings = self._settings
         if len(example.question) < 3 or not any(map(str.isalnum, example.question)):
             return "too_short", f"the question is {example.question!r}"
-        for name, text, most in (("question", example.question, settings.max_question_chars), ("answer", example.answer, settings.max_answer_chars)):
+        for name, text, most in (
+            ("question", example.question, settings.max_question_chars),
+            ("answer", example.answer, settings.max_answer_chars),
+        ):
             if len(text) > most:
-                return "too_many_chars", f"the {name} has {len(text)} characters; synthesize.max_{name}_chars is {most}"
+                return (
+                    "too_many_chars",
+                    f"the {name} has {len(text)} characters; synthesize.max_{name}_chars is {most}",
+                )
         if self._count_tokens:
             tokens = sum(self._count_tokens(message.content) for message in example.messages)
             if tokens > self._config.tokenize.max_length:
-                return "too_long", f"{tokens} tokens; tokenize.max_length is {self._config.tokenize.max_length}"
+                return (
+                    "too_long",
+                    f"{tokens} tokens; tokenize.max_length is {self._config.tokenize.max_length}",
+                )
         return None
 
     def _check_grounds(self, example: Example, passage: str) -> tuple[str, str, tuple[str, ...]]:
@@ -108,7 +152,11 @@ class Filters:
             lacking = f"the passage lacks {', '.join(found.numbers[:5])}"
             return ("number_not_in_passage", lacking, ()) if bounds.refuse else ("", "", (lacking,))
         if found.share < bounds.refuse:
-            return "not_in_passage", f"{found.share:.0%} of the answer's words stand in the passage; synthesize.grounded.refuse is {bounds.refuse:.0%}", ()
+            return (
+                "not_in_passage",
+                f"{found.share:.0%} of the answer's words stand in the passage; synthesize.grounded.refuse is {bounds.refuse:.0%}",
+                (),
+            )
         if found.share < bounds.doubt:
             return "", "", (f"only {found.share:.0%} of the answer's words stand in the passage",)
         return "", "", ()
@@ -138,3 +186,39 @@ def read_counter(tokenizer: Path) -> Callable[[str], int] | None:
 
     found = Tokenizer.from_file(str(tokenizer))
     return lambda text: len(found.encode(text, add_special_tokens=False).ids)
+
+
+class Grounding(NamedTuple):
+    """`share` of the answer's content words that the passage holds, 1 without any; `numbers` that it lacks."""
+
+    share: float
+    numbers: list[str]
+
+
+def ground(answer: str, passage: str) -> Grounding:
+    wanted, held = content_words(answer), content_words(passage)
+    known = set(numbers(passage))
+    missing = [number for number in dict.fromkeys(numbers(answer)) if number not in known]
+    return Grounding(len(wanted & held) / len(wanted) if wanted else 1.0, missing)
+
+
+def content_words(text: str) -> frozenset[str]:
+    """Stems of words of four letters and more (of two, where letters are not Latin), lower case."""
+    words = (word.casefold() for word in WORD.findall(text))
+    return frozenset(
+        word[:STEM]
+        for word in words
+        if (len(word) > 3 or (not word.isascii() and len(word) > 1)) and word not in EMPTY
+    )
+
+
+def numbers(text: str) -> list[str]:
+    """As digits alone: `1,000` is `1000`, `10.50` is `10.5`."""
+    return [_plain(THOUSANDS.sub("", number)) for number in NUMBER.findall(text)]
+
+
+def _plain(number: str) -> str:
+    number = number.lstrip("0") or "0"
+    number = f"0{number}" if number[0] in ".," else number
+    whole, dot, rest = number.partition(".")
+    return f"{whole}.{rest.rstrip('0')}".rstrip(".") if dot and "." not in rest else number

@@ -11,16 +11,16 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
-from ratchet.config import Config
-from ratchet.examples import Example, Meta
-from ratchet.metrics import token_f1
-from ratchet.synthesis.asks import Ask
+from ratchet.config.params import Config
+from ratchet.data.examples import Example, Meta
+from ratchet.evaluation.metrics import token_f1
+from ratchet.llm.client import AskError, Said, Teacher
+from ratchet.llm.prompts import Prompt, Template
+from ratchet.llm.replies import Pair, Score, Text, read_reply
 from ratchet.synthesis.augment import Synonyms, vary
 from ratchet.synthesis.draft import Answered, Draft, Refused, Row, key_of
 from ratchet.synthesis.filters import Filters
-from ratchet.synthesis.prompts import Prompt, Template
-from ratchet.synthesis.replies import Pair, Score, Text, read_reply
-from ratchet.synthesis.teacher import AskError, Said, Teacher
+from ratchet.synthesis.requests import Ask
 
 Say = Callable[[str], None]
 MOST_FAILURES = 5  # requests in a row without an answer after which the rest is not tried
@@ -47,8 +47,24 @@ class GaveUp(Exception):
 class Writer:
     """Fills a draft; `provenance` goes into each row's meta."""
 
-    def __init__(self, config: Config, draft: Draft, teacher: Teacher, filters: Filters, helpers: Helpers, *, provenance: Meta, say: Say) -> None:
-        self._config, self._draft, self._teacher, self._filters, self._helpers = config, draft, teacher, filters, helpers
+    def __init__(
+        self,
+        config: Config,
+        draft: Draft,
+        teacher: Teacher,
+        filters: Filters,
+        helpers: Helpers,
+        *,
+        provenance: Meta,
+        say: Say,
+    ) -> None:
+        self._config, self._draft, self._teacher, self._filters, self._helpers = (
+            config,
+            draft,
+            teacher,
+            filters,
+            helpers,
+        )
         self._provenance, self._say = provenance, say
         self.asked, self.recalled, self.answered = 0, 0, 0
         self.failures = Counter[str]()
@@ -61,7 +77,7 @@ class Writer:
         return self._draft.kept >= self._draft.settings.count
 
     async def take(self, asks: Iterable[Ask], seed: int) -> None:
-        """Until the draft is full or nothing is left to ask. Raises SpentError, GaveUp, and what ends a run (ratchet/synthesis/teacher.py)."""
+        """Until the draft is full or nothing is left to ask. Raises SpentError, GaveUp, and what ends a run (ratchet/llm/client.py)."""
         source, window = iter(asks), deque[tuple[Ask, asyncio.Task[Answered | AskError]]]()
         try:
             while not self.full:
@@ -76,7 +92,9 @@ class Writer:
                 answering.cancel()
             raise
         finally:
-            await asyncio.gather(*(answering for _, answering in window), return_exceptions=True)  # what is under way is paid for, and remembered
+            await asyncio.gather(
+                *(answering for _, answering in window), return_exceptions=True
+            )  # what is under way is paid for, and remembered
 
     def _width(self) -> int:
         """No more requests than what is missing may need."""
@@ -85,11 +103,19 @@ class Writer:
 
     async def _answer(self, ask: Ask, seed: int) -> Answered | AskError:
         try:
-            return await self._once(self._teacher, ask.prompt.version, ask.about, seed, lambda: self._teacher.ask(ask.prompt, ask.shape, seed=seed))
+            return await self._once(
+                self._teacher,
+                ask.prompt.version,
+                ask.about,
+                seed,
+                lambda: self._teacher.ask(ask.prompt, ask.shape, seed=seed),
+            )
         except AskError as error:
             return error
 
-    async def _once(self, teacher: Teacher, version: str, about: str, seed: int, ask: Callable[[], Awaitable[Said]]) -> Answered:
+    async def _once(
+        self, teacher: Teacher, version: str, about: str, seed: int, ask: Callable[[], Awaitable[Said]]
+    ) -> Answered:
         """From the draft, or asked and then remembered there."""
         key = key_of(prompt=version, model=teacher.model, about=about, seed=seed)
         if known := self._draft.recall(key):
@@ -97,7 +123,9 @@ class Writer:
             return known
         said = await ask()
         self.asked += 1
-        answered = Answered(key, version, teacher.model, about, said.raw, said.usage, said.failure, said.fault)
+        answered = Answered(
+            key, version, teacher.model, about, said.raw, said.usage, said.failure, said.fault
+        )
         self._draft.remember(answered)
         return answered
 
@@ -115,14 +143,24 @@ class Writer:
         else:
             await self._keep_pairs(ask, ask.read(answered.raw), seed)
         if self.answered % EVERY == 0:
-            self._say(f"{self.answered} answers: {self._draft.kept} rows kept, {sum(self._draft.refused.values())} refused")
+            self._say(
+                f"{self.answered} answers: {self._draft.kept} rows kept, {sum(self._draft.refused.values())} refused"
+            )
 
     async def _keep_pairs(self, ask: Ask, pairs: list[Pair], seed: int) -> None:
         meta = {**self._provenance, "prompt_version": ask.prompt.version, **ask.meta}
         passed: list[Row] = []
         most = SURPLUS * self._config.synthesize.per_chunk
         for pair in pairs[most:]:
-            self._draft.refuse(Refused("surplus", f"{len(pairs)} pairs came, {most} are looked at", pair.question, pair.answer, meta))
+            self._draft.refuse(
+                Refused(
+                    "surplus",
+                    f"{len(pairs)} pairs came, {most} are looked at",
+                    pair.question,
+                    pair.answer,
+                    meta,
+                )
+            )
         for pair in pairs[:most]:
             if self._draft.kept + len(passed) >= self._draft.settings.count:
                 break
@@ -136,10 +174,14 @@ class Writer:
                 if not self.full:
                     self._draft.keep(variant)
 
-    def _pass(self, pair: Pair, ask: Ask, meta: Meta, *, of: Example | None = None, doubts: tuple[str, ...] = ()) -> Row | None:
+    def _pass(
+        self, pair: Pair, ask: Ask, meta: Meta, *, of: Example | None = None, doubts: tuple[str, ...] = ()
+    ) -> Row | None:
         """`of` is the row of this run that it words anew."""
         parent, question = (of.id, of.question) if of else (ask.parent, ask.question)
-        verdict = self._filters.judge(pair, ask.passage, meta, parent=parent, question=question, system=ask.system)
+        verdict = self._filters.judge(
+            pair, ask.passage, meta, parent=parent, question=question, system=ask.system
+        )
         if verdict.example is None:
             self._draft.refuse(Refused(verdict.reason, verdict.detail, pair.question, pair.answer, meta))
             return None
@@ -154,16 +196,26 @@ class Writer:
         if score is not None:
             meta |= {"judge": self._config.synthesize.judge.model, "judge_score": round(score, 3)}
         alone = not ask.passage and not ask.answer and (score is None or bool(doubts))
-        unfounded = ("neither a passage nor a known answer stands behind it, the teacher alone",) if alone else ()
-        return Row(Example(row.example.id, row.example.messages, meta), row.passage, (*row.doubts, *unfounded, *doubts, *others))
+        unfounded = (
+            ("neither a passage nor a known answer stands behind it, the teacher alone",) if alone else ()
+        )
+        return Row(
+            Example(row.example.id, row.example.messages, meta),
+            row.passage,
+            (*row.doubts, *unfounded, *doubts, *others),
+        )
 
     async def _score(self, row: Row, seed: int) -> tuple[float | None, tuple[str, ...]]:
         judge, template = self._helpers.judge, self._helpers.judging
         if judge is None or template is None:
             return None, ()
-        prompt = template.render(question=row.example.question, answer=row.example.answer, passage=row.passage)
+        prompt = template.render(
+            question=row.example.question, answer=row.example.answer, passage=row.passage
+        )
         try:
-            answered = await self._once(judge, prompt.version, row.example.id, seed, lambda: judge.ask(prompt, Score, seed=seed))
+            answered = await self._once(
+                judge, prompt.version, row.example.id, seed, lambda: judge.ask(prompt, Score, seed=seed)
+            )
         except AskError as error:
             return None, (f"the judge gave no answer: {error.reason}",)
         if answered.failure:
@@ -172,7 +224,9 @@ class Writer:
         if not 0 <= found.score <= 1:
             return None, (f"the judge's score is {found.score:g}, wanted 0 to 1",)
         least = self._config.synthesize.judge.min_score
-        return found.score, (f"the judge scores it {found.score:.2f}, under {least:g}: {found.reason[:SEEN]}",) if found.score < least else ()
+        return found.score, (
+            f"the judge scores it {found.score:.2f}, under {least:g}: {found.reason[:SEEN]}",
+        ) if found.score < least else ()
 
     async def _compare(self, row: Row, seed: int) -> tuple[str, ...]:
         champion = self._helpers.champion
@@ -181,7 +235,9 @@ class Writer:
         system = row.example.messages[0].content if row.example.messages[0].role == "system" else ""
         prompt = Prompt("champion", system, row.example.question)
         try:
-            answered = await self._once(champion, prompt.version, row.example.id, seed, lambda: champion.say(prompt, seed=seed))
+            answered = await self._once(
+                champion, prompt.version, row.example.id, seed, lambda: champion.say(prompt, seed=seed)
+            )
         except AskError as error:
             return (f"the model in charge gave no answer: {error.reason}",)
         if token_f1(answered.raw, row.example.answer) >= AGREES:
@@ -192,14 +248,17 @@ class Writer:
 
     async def _vary(self, row: Row, ask: Ask, seed: int) -> list[Row]:
         settings, question = self._config.synthesize.augment, row.example.question
-        found = list(vary(question, settings, self._helpers.synonyms or {}, random.Random(f"{seed} {row.example.id}")))  # noqa: S311 (no secret)
+        draw = random.Random(f"{seed} {row.example.id}")  # noqa: S311 (no secret)
+        found = list(vary(question, settings, self._helpers.synonyms or {}, draw))
         if back := await self._translate(row, seed):
             found.append(("back translation", back))
         rows = []
         for kind, text in found:
             meta: Meta = {**row.example.meta, "augmented": kind, "augmented_from": row.example.id}
             doubts = (*row.doubts, f"its question was worded anew by {kind}")
-            if variant := self._pass(Pair(text, row.example.answer), ask, meta, of=row.example, doubts=doubts):
+            if variant := self._pass(
+                Pair(text, row.example.answer), ask, meta, of=row.example, doubts=doubts
+            ):
                 rows.append(variant)
         return rows
 
@@ -209,7 +268,13 @@ class Writer:
             return ""
         prompt = template.render(text=row.example.question, language=language)
         try:
-            answered = await self._once(self._teacher, prompt.version, f"{row.example.id} {language}", seed, lambda: self._teacher.ask(prompt, Text, seed=seed))
+            answered = await self._once(
+                self._teacher,
+                prompt.version,
+                f"{row.example.id} {language}",
+                seed,
+                lambda: self._teacher.ask(prompt, Text, seed=seed),
+            )
         except AskError as error:
             self.failures[error.reason] += 1
             return ""

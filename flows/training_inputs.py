@@ -1,0 +1,47 @@
+"""What a training beside the DAG reads, made by the DAG's own stages in a workspace of which nothing lands; DVC's cache keeps it for the next retraining."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ratchet.config.edit import edit_params
+from ratchet.errors import DataError
+from ratchet.files import write_text
+from ratchet.pipeline.dvc import Workspace, check_out, run_stage
+from ratchet.pipeline.workspace import open_workspace
+from ratchet.training.launch import Material
+from tasks.pin import INCUMBENT, pin
+
+STAGES = ("base", "prepare", "tokenize")
+TOKENS, BASE, PREPARED = Path("data/tokenized"), Path("models/base"), Path("data/prepared")
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def open_bench(root: Path, purpose: str, say: Say) -> Iterator[Workspace]:
+    """A workspace with the newest data and today's champion pinned."""
+    with open_workspace(root, purpose, say, keep_failed=0) as workspace:
+        if not (workspace.path / "data/raw.dvc").exists():
+            raise DataError(
+                f"{root} holds no batch of rows yet", remedy="ratchet ingest --path FILE takes rows in"
+            )
+        check_out(workspace)
+        pin(workspace)
+        yield workspace
+
+
+def make_material(workspace: Workspace, changes: dict[str, Any], say: Say) -> Material:
+    """Base, prepared rows and tokens for params.yaml with `changes` (dotted key → value). Raises StageError."""
+    text = (workspace.root / "params.yaml").read_text(encoding="utf-8")
+    write_text(workspace.path / "params.yaml", edit_params(text, changes))
+    for stage in STAGES:
+        run_stage(workspace, stage, say)
+    return material_of(workspace.path)
+
+
+def material_of(folder: Path) -> Material:
+    return Material(folder / TOKENS, folder / BASE, folder / INCUMBENT)

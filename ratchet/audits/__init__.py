@@ -1,0 +1,1 @@
+"""Probes of a model: attacks, bias, fairness, memorisation, public suites, judges."""

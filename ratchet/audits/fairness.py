@@ -1,0 +1,118 @@
+"""Scores by group of people (or whatever a meta field names), by Fairlearn's MetricFrame, and the guardrail on the gap between groups."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ratchet.errors import ConfigError
+from ratchet.evaluation.slices import require_fields
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ratchet.data.examples import Example
+
+GROUP = "group:"
+LEAST = 20  # rows of a value that is shown
+DRAWS = 200  # of Fairlearn's bootstrap, which takes milliseconds for each
+
+
+def require_fairlearn(fields: Sequence[str]) -> None:
+    """Raises ConfigError before any model answers."""
+    if fields and find_spec("fairlearn") is None:
+        raise ConfigError(
+            f"evaluate.groups names {', '.join(fields)}, and Fairlearn is not installed",
+            remedy="pip install 'ratchet[fairness]', or set `evaluate.groups: []`",
+        )
+
+
+def group_columns(rows: Sequence[Example], fields: Sequence[str]) -> dict[str, list[str]]:
+    """A value a row for each field; empty where the row has none. Raises DataError for a field that no row has."""
+    require_fields("evaluate.groups", fields, rows)
+    return {
+        f"{GROUP}{field}": ["" if row.meta.get(field) is None else str(row.meta[field]) for row in rows]
+        for field in fields
+    }
+
+
+def describe_groups(
+    table: pd.DataFrame, fields: Sequence[str], metrics: Sequence[str], *, draws: int = DRAWS
+) -> dict[str, Any]:
+    """field → metric → model → {by_group: value → {rows, mean, low, high}, difference, ratio}, each with a 95 % interval. Values under LEAST rows are left out."""
+    found: dict[str, Any] = {}
+    for field in fields:
+        for model, rows in table.groupby("model"):
+            kept = _kept(rows, f"{GROUP}{field}", LEAST)
+            scored = [
+                metric for metric in metrics if np.isfinite(kept[metric].to_numpy(dtype=np.float64)).all()
+            ]
+            if kept[f"{GROUP}{field}"].nunique() < 2:
+                continue
+            for metric, part in _frame(kept, f"{GROUP}{field}", scored, draws).items():
+                found.setdefault(field, {}).setdefault(metric, {})[str(model)] = part
+    return found
+
+
+def _frame(rows: pd.DataFrame, column: str, metrics: Sequence[str], draws: int) -> dict[str, Any]:
+    from fairlearn.metrics import MetricFrame
+
+    def mean(_true: Any, _predicted: Any, score: Any) -> float:
+        return float(np.mean(score))
+
+    scores = {metric: {"score": rows[metric].to_numpy(dtype=np.float64)} for metric in metrics}
+    nothing = np.zeros(len(rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a ratio to a mean of 0
+        frame = MetricFrame(
+            metrics=dict.fromkeys(metrics, mean),
+            y_true=nothing,
+            y_pred=nothing,
+            sensitive_features=rows[column].to_numpy(),
+            sample_params=scores,
+            n_boot=draws,
+            ci_quantiles=[0.025, 0.975],
+            random_state=0,
+        )
+        gaps = {
+            "difference": (frame.difference(), frame.difference_ci()),
+            "ratio": (frame.ratio(), frame.ratio_ci()),
+        }
+    counts = rows[column].value_counts()
+    found: dict[str, Any] = {}
+    for metric in metrics:
+        low, high = (side[metric] for side in frame.by_group_ci)
+        by_group = {
+            str(value): {
+                "rows": int(counts[value]),
+                "mean": float(mean),
+                "low": float(low[value]),
+                "high": float(high[value]),
+            }
+            for value, mean in frame.by_group[metric].items()
+        }
+        found[metric] = {"by_group": by_group} | {
+            name: _interval(value[metric], *(side[metric] for side in sides))
+            for name, (value, sides) in gaps.items()
+        }
+    return found
+
+
+def _interval(mean: float, low: float, high: float) -> dict[str, float] | None:
+    """None where a mean of 0 leaves no ratio."""
+    return (
+        {"mean": float(mean), "low": float(low), "high": float(high)}
+        if all(math.isfinite(value) for value in (mean, low, high))
+        else None
+    )
+
+
+def _kept(rows: pd.DataFrame, column: str, least: int) -> pd.DataFrame:
+    """Rows whose group has a name and `least` rows of one model."""
+    sizes = rows[rows[column] != ""].groupby(column).id.nunique()
+    return rows[rows[column].isin(sizes[sizes >= least].index)]

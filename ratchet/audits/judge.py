@@ -1,0 +1,160 @@
+"""Score candidate and rival by a judge on the same test rows.
+
+The scores may be guardrails of the gate once people agree with the judge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ratchet.audits.judge_client import (
+    Ask,
+    ask_all,
+    ask_correctness,
+    ask_groundedness,
+    ask_preference,
+    prompt_version,
+)
+from ratchet.config.evaluation import AnswerJudge
+from ratchet.evaluation.statistics import bootstrap_mean
+from ratchet.files import read_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ratchet.data.examples import Example
+
+JUDGE = "judge_"
+AGREEMENT = (
+    "judge_agreement.json"  # in the folder of the project's own metrics, written by `ratchet gate judge`
+)
+
+
+def judge_answers(
+    table: pd.DataFrame,
+    rows: Sequence[Example],
+    rival: str,
+    config: AnswerJudge,
+    home: Path,
+    *,
+    say: Callable[[str], None],
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the scores, with a line for each row and model and a column for each metric, and figures.
+
+    `table` holds the answers of candidate and rival to all `rows`.
+    """
+    import pandas as pd
+
+    chosen = sorted((row for row in rows if row.meta["batch"] != "golden"), key=lambda row: row.id)[
+        : config.rows
+    ]
+    answers = {model: dict(zip(part.id, part.answer, strict=True)) for model, part in table.groupby("model")}
+    lines: dict[tuple[str, str], dict[str, Any]] = {
+        (row.id, model): {"id": row.id, "model": model} for row in chosen for model in ("candidate", rival)
+    }
+    given: dict[tuple[str, str, str], list[float]] = {}
+    asks: list[Ask] = []
+    places: list[tuple[str, str, str, bool]] = []  # metric, row, model, whether the score is the other one's
+    for row in chosen:
+        mine, theirs = answers["candidate"][row.id], answers[rival][row.id]
+        if "preference" in config.metrics and mine == theirs:
+            given["preference", row.id, "candidate"] = [0.5, 0.5]
+        elif "preference" in config.metrics:
+            asks += ask_preference(row.question, mine, theirs, row.answer)
+            places += [("preference", row.id, "candidate", False), ("preference", row.id, "candidate", True)]
+        for model, answer in (("candidate", mine), (rival, theirs)):
+            if "correctness" in config.metrics:
+                asks.append(ask_correctness(row.question, answer, row.answer))
+                places.append(("correctness", row.id, model, False))
+            if "groundedness" in config.metrics and (passage := row.meta.get(config.passage)):
+                asks.append(ask_groundedness(row.question, answer, str(passage)))
+                places.append(("groundedness", row.id, model, False))
+    replies = ask_all(asks, config, home)
+    scored = sum(score is not None for score in replies.scores)
+    failed = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in sorted(replies.failures.items()))
+    missing = f"; without a score: {failed} (evaluate.judge.url is {config.url})" if failed else ""
+    say(f"evaluate: {config.model} scored {scored} of {len(asks)} answers{missing}")
+    for (metric, id, model, turned), score in zip(places, replies.scores, strict=True):
+        value = math.nan if score is None else 1 - score if turned else score
+        given.setdefault((metric, id, model), []).append(value)
+    for (metric, id, model), values in given.items():
+        lines[id, model][f"{JUDGE}{metric}"] = float(np.mean(values))
+        if metric == "preference":
+            lines[id, rival][f"{JUDGE}{metric}"] = 1 - float(np.mean(values))
+    judged = pd.DataFrame(
+        list(lines.values()), columns=["id", "model", *(f"{JUDGE}{metric}" for metric in config.metrics)]
+    )
+    compared = {id for metric, id, _, _ in places if metric == "preference"}
+    figures = _describe(judged, given, compared, rival, config)
+    if unasked := [metric for metric, count in figures["asked"].items() if not count]:
+        say(
+            f"evaluate: no row was asked about {', '.join(unasked)}; groundedness needs a passage in `meta.{config.passage}`"
+        )
+    return judged, figures | {"failures": replies.failures}
+
+
+def _describe(
+    judged: pd.DataFrame,
+    given: dict[tuple[str, str, str], list[float]],
+    asked_of: set[str],
+    rival: str,
+    config: AnswerJudge,
+) -> dict[str, Any]:
+    """Return the figures; `asked_of` are the rows whose two answers differ, which the judge compared."""
+    figures: dict[str, Any] = {
+        "model": config.model,
+        "protocol": config.protocol,
+        "rows": len(judged) // 2,
+        "scores": {},
+        "asked": {},
+    }
+    for metric in config.metrics:
+        figures["asked"][metric] = len({id for name, id, _ in given if name == metric})
+        for model in ("candidate", rival):
+            values = (
+                judged[judged.model == model][f"{JUDGE}{metric}"]
+                .astype(float)
+                .dropna()
+                .to_numpy(dtype=np.float64)
+            )
+            if len(values):
+                interval = bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)
+                figures["scores"].setdefault(metric, {})[model] = {"rows": len(values), **interval._asdict()}
+    if both := [
+        values
+        for (metric, id, _), values in given.items()
+        if metric == "preference" and id in asked_of and np.isfinite(values).all()
+    ]:
+        figures["consistent"] = sum(one == other for one, other in both) / len(
+            both
+        )  # the same answer was preferred from either place
+    return figures
+
+
+def read_agreement(own: Path, config: AnswerJudge) -> dict[str, Any]:
+    """Return {labels, kappa, …} or {why} for each metric.
+
+    `ratchet gate judge` recorded it of this judge with these prompts.
+    """
+    path = own / AGREEMENT
+    record = read_json(path) if path.exists() else {}
+    found: dict[str, Any] = {}
+    for metric in config.metrics:
+        if not record:
+            found[metric] = {"why": "its agreement with people was never measured (ratchet gate judge)"}
+        elif (record.get("protocol"), record.get("model")) != (config.protocol, config.model):
+            found[metric] = {
+                "why": f"its agreement was measured of {record.get('model')}, the judge is {config.model} (ratchet gate judge)"
+            }
+        elif record.get("prompts", {}).get(metric) != prompt_version(metric):
+            found[metric] = {"why": "its agreement was measured with another prompt (ratchet gate judge)"}
+        else:
+            found[metric] = record.get("agreement", {}).get(metric) or {
+                "why": "no decision of a reviewer speaks of it"
+            }
+    return found

@@ -1,0 +1,121 @@
+"""How far a judge agrees with people: their decisions in the review queue against what the judge says of the same drafted answers.
+
+correctness, groundedness   accepted: right; rejected, or edited in its answer: not. The judge says right from a score of 0.5 on
+preference                  of each edit: the judge prefers what people made of the answer
+
+Agreement is Cohen's kappa (1960), agreement beyond chance; for preferences, where chance is a coin, twice the share minus 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ratchet.audits.judge_client import (
+    Ask,
+    ask_all,
+    ask_correctness,
+    ask_groundedness,
+    ask_preference,
+    prompt_version,
+)
+from ratchet.config.evaluation import AnswerJudge
+from ratchet.evaluation.statistics import Values
+from ratchet.review.queue import ReviewQueue
+from ratchet.review.records import Entry, split_answer
+
+RIGHT = 0.5
+ALPHA, DRAWS = 0.05, 4000
+FEWEST = 30  # decisions under which a bound says nothing
+
+
+class Label(NamedTuple):
+    """What people said (1: right, or: the first answer is better), and what the judge is asked; two asks with the positions swapped."""
+
+    metric: str
+    right: bool
+    asks: list[Ask]
+
+
+def measure_agreement(
+    queue: ReviewQueue, config: AnswerJudge, home: Path, *, backoff: float = 1.0
+) -> dict[str, Any]:
+    """What `metrics/judge_agreement.json` holds. Raises as `ask_all` does."""
+    labels = [
+        label
+        for draft in queue.drafts()
+        for entry in queue.entries(draft["name"])
+        for label in _labels(entry)
+        if label.metric in config.metrics
+    ]
+    replies = ask_all([ask for label in labels for ask in label.asks], config, home, backoff=backoff)
+    scores = iter(replies.scores)
+    found: dict[str, list[tuple[bool, bool]]] = {metric: [] for metric in config.metrics}
+    for label in labels:
+        given = [next(scores) for _ in label.asks]
+        values = [1 - score if place else score for place, score in enumerate(given) if score is not None]
+        if len(values) == len(given):
+            found[label.metric].append(
+                (
+                    label.right,
+                    float(np.mean(values)) > RIGHT if label.metric == "preference" else values[0] >= RIGHT,
+                )
+            )
+    return {
+        "protocol": config.protocol,
+        "model": config.model,
+        "prompts": {metric: prompt_version(metric) for metric in config.metrics},
+        "agreement": {metric: _agreement(metric, pairs) for metric, pairs in found.items()},
+        "failures": replies.failures,
+    }
+
+
+def _labels(entry: Entry) -> Iterator[Label]:
+    before, answer = split_answer(entry.item.messages)
+    if entry.decision is None or not answer or not before:
+        return
+    question, verdict = before[-1].content, entry.decision.verdict
+    edited = split_answer(entry.decision.messages)[1] if verdict == "edit" else ""
+    if verdict == "edit" and edited == answer:  # the question was mended, which says nothing of the answer
+        return
+    right = verdict == "accept"
+    yield Label("correctness", right, [ask_correctness(question, answer, edited)])
+    if entry.item.passage:
+        yield Label("groundedness", right, [ask_groundedness(question, answer, entry.item.passage)])
+    if edited:
+        yield Label("preference", True, ask_preference(question, edited, answer, ""))
+
+
+def _agreement(metric: str, pairs: list[tuple[bool, bool]]) -> dict[str, Any]:
+    """`low` is the lower bound of kappa, one-sided at 5 %, by the bootstrap over the decisions."""
+    if len(pairs) < FEWEST:
+        return {
+            "labels": len(pairs),
+            "why": f"{len(pairs)} decisions of people speak of it, {FEWEST} are needed",
+        }
+    counts = np.zeros(4)
+    for right, said in pairs:
+        counts[2 * right + said] += 1
+    drawn = np.random.default_rng(0).multinomial(len(pairs), counts / len(pairs), DRAWS).astype(np.float64)
+    kappa, draws = (_kappa(metric, table) for table in (counts[None, :], drawn))
+    return {
+        "labels": len(pairs),
+        "agree": float((counts[0] + counts[3]) / len(pairs)),
+        "kappa": float(kappa[0]),
+        "low": float(np.quantile(draws, ALPHA)),
+    }
+
+
+def _kappa(metric: str, tables: Values) -> Values:
+    """Of each row (neither, judge alone, people alone, both say right). 0 where one side never varies: there is no agreement beyond chance to see."""
+    neither, judge, people, both = (tables / tables.sum(axis=1, keepdims=True)).T
+    agree = neither + both
+    if metric == "preference":
+        return np.asarray(2 * agree - 1, dtype=np.float64)
+    chance = (both + judge) * (both + people) + (neither + people) * (neither + judge)
+    return np.asarray(
+        np.where(chance < 1, (agree - chance) / np.where(chance < 1, 1 - chance, 1), 0.0), dtype=np.float64
+    )

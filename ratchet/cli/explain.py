@@ -1,0 +1,114 @@
+"""What `ratchet gate explain` prints: the same as the evaluation's page, for a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MOST_POINTS = 12  # of the curve
+
+
+def print_evaluation(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.text import Text
+
+    from ratchet.cli.ledger import print_table
+    from ratchet.reporting.markdown import VERDICTS, audit_lines, mark, speed_line
+
+    console, decision = Console(), found["decision"]
+    rival = (
+        "the untouched base" if decision["rival"]["version"] is None else f"v{decision['rival']['version']}"
+    )
+    console.print(Text(f"{found['name']} against {rival}: {VERDICTS[decision['verdict']]}", style="bold"))
+    for check in decision["checks"]:
+        console.print(Text(f"  {mark(check['result'])} {check['reason']}"))
+    if told := decision.get("regions", []):
+        console.print("  told, not decided on:")
+    for check in told:
+        console.print(Text(f"    {mark(check['result'])} {check['reason']}"))
+    if decision.get("speed"):
+        console.print(Text(f"  {speed_line(decision['speed'])}"))
+    for part, rows in found["tables"].items():
+        console.print(_figures(f"{part} rows", found["models"], rows))
+    console.print(_batches(found))
+    for check in decision.get("slices", []):
+        console.print(Text(f"  {mark(check['result'])} {check['reason']}"))
+    for line in audit_lines(found["metrics"], decision):
+        console.print(Text(line))
+    if found["ledger"]:
+        print_table(found["ledger"])
+    if found["rows_fault"]:
+        console.print(f"the rows cannot be read: {escape(found['rows_fault'])}")
+    console.print(_moved("rows that got better", found["better"], rival, found["name"]))
+    console.print(_moved("rows that got worse", found["worse"], rival, found["name"]))
+    console.print(_curve(found["curve"]))
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(Text(column), overflow="fold")
+    return table
+
+
+def _figures(title: str, models: list[str], rows: list[tuple[str, dict[str, Any]]]) -> Table:
+    from ratchet.reporting.markdown import LABELS
+
+    table = _table(title, "", *models)
+    for key, of in rows:
+        table.add_row(_text(LABELS.get(key, key)), *(_cell(of.get(model, {}).get(key)) for model in models))
+    return table
+
+
+def _batches(found: dict[str, Any]) -> Table:
+    table = _table(f"{found['metric'].replace('_', ' ')} by batch", "", *found["models"])
+    for name, of in found["metrics"]["slices"].items():
+        if name.startswith("batch:"):
+            table.add_row(
+                _text(name.partition(":")[2]),
+                *(_cell(of.get(model, {}).get(found["metric"])) for model in found["models"]),
+            )
+    return table
+
+
+def _moved(title: str, rows: list[dict[str, Any]], rival: str, name: str) -> Table:
+    table = _table(f"{len(rows)} {title}, the furthest first", "question", "wanted", rival, name, "")
+    for row in rows:
+        table.add_row(
+            *(_text(row[key], 160) for key in ("question", "wanted", "before", "now")), f"{row['gain']:+.3f}"
+        )
+    return table
+
+
+def _curve(points: list[dict[str, Any]]) -> Table:
+    table = _table("training: loss in nats a learned token", "step", "train", "validation")
+    told: list[dict[str, Any]] = []
+    train: dict[str, float] = {}
+    for point in points:
+        train = {"train_loss": point["train_loss"]} if "train_loss" in point else train
+        told += [train | point] if "validation_loss" in point else []
+    told = told or points
+    for point in told[:: max(1, -(-len(told) // MOST_POINTS))]:
+        table.add_row(
+            str(point["step"]),
+            *(f"{point[key]:.4f}" if key in point else "" for key in ("train_loss", "validation_loss")),
+        )
+    return table
+
+
+def _text(words: str, most: int = 80) -> Any:
+    """People's text: no markup, no control characters."""
+    from rich.text import Text
+
+    plain = " ".join("".join(char if char.isprintable() or char.isspace() else "�" for char in words).split())
+    return Text(plain if len(plain) <= most else f"{plain[: most - 1]}…")
+
+
+def _cell(found: dict[str, float] | None) -> str:
+    return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})" if found else ""

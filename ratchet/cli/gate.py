@@ -1,0 +1,281 @@
+"""`ratchet gate`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ratchet.cli.context import Json, find_root, read_config, say, show
+from ratchet.errors import UserError
+
+if TYPE_CHECKING:
+    from ratchet.config.params import Config
+    from ratchet.gate.power import Plan, Spread
+
+app = typer.Typer(
+    help="The gate: before a cycle, why it decided so, and the judge beside it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+ASSUMED = 0.2  # share of rows in which two models differ, where nothing was measured
+
+
+@app.command("plan")
+def gate_plan(
+    effect: Annotated[
+        float,
+        typer.Option(
+            "--effect", metavar="GAIN", help="The gain that should be found, in the unit of `gate.metric`."
+        ),
+    ],
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=2, help="Test rows; otherwise those of the last evaluation.")
+    ] = None,
+    differing: Annotated[
+        float | None,
+        typer.Option(
+            "--differing",
+            min=0.0,
+            max=1.0,
+            help="Share of rows in which the models differ; otherwise the last evaluation's.",
+        ),
+    ] = None,
+    wished: Annotated[
+        float,
+        typer.Option(
+            "--power", min=0.5, max=0.999, help="Chance with which such a candidate should be promoted."
+        ),
+    ] = 0.8,
+    as_json: Json = False,
+) -> None:
+    """How likely the gate promotes a candidate that is better by GAIN, and how many test rows that takes.
+
+    Example: ratchet gate plan --effect 0.03
+    """
+    root = find_root()
+    config = read_config(root)
+    if effect <= config.gate.min_gain:
+        raise UserError(
+            f"--effect is {effect:g}; wanted more than gate.min_gain, {config.gate.min_gain:g}",
+            remedy="no number of rows shows a gain that is not wanted",
+        )
+    found, basis = _plan(root, config, effect, rows, differing, wished)
+    show(
+        {**found._asdict(), "wished": wished, "basis": basis},
+        as_json,
+        lambda: say("\n".join(_describe(found, basis, wished, config))),
+    )
+
+
+@app.command("judge")
+def gate_judge(as_json: Json = False) -> None:
+    """Measure how far the judge of `evaluate.judge` agrees with people's decisions in the review queue, which is what lets it gate.
+
+    Example: ratchet gate judge
+    """
+    from ratchet.audits.judge import AGREEMENT
+    from ratchet.audits.judge_agreement import measure_agreement
+    from ratchet.files import write_json
+    from ratchet.review.queue import ReviewQueue
+
+    root = find_root()
+    config = read_config(root)
+    if not config.evaluate.judge.model:
+        raise UserError(
+            "evaluate.judge.model is empty: nobody judges",
+            remedy="name an endpoint and a model in `evaluate.judge`",
+        )
+    queue = ReviewQueue(root)
+    try:
+        found = measure_agreement(queue, config.evaluate.judge, root)
+    finally:
+        queue.close()
+    write_json(
+        root / "metrics" / AGREEMENT, {key: value for key, value in found.items() if key != "failures"}
+    )
+    show(found, as_json, lambda: say("\n".join(_describe_agreement(found, config))))
+
+
+def _describe_agreement(found: dict[str, Any], config: Config) -> list[str]:
+    lines = [f"{found['model']} against people's decisions in the review queue:"]
+    for metric, part in found["agreement"].items():
+        if "why" in part:
+            lines.append(f"  {metric}: may not gate: {part['why']}")
+            continue
+        may = "may gate" if part["low"] >= config.gate.judge_agreement else "may not gate"
+        lines.append(
+            f"  {metric}: {may}: agrees in {part['agree']:.0%} of {part['labels']}, kappa {part['kappa']:.2f}, at least {part['low']:.2f} (gate.judge_agreement: {config.gate.judge_agreement:g})"
+        )
+    lines += [f"  without an answer: {count} ({reason})" for reason, count in found["failures"].items()]
+    return [
+        *lines,
+        f"written to metrics/{_agreement_name()}; commit it, and the next evaluation takes it into account",
+    ]
+
+
+def _agreement_name() -> str:
+    from ratchet.audits.judge import AGREEMENT
+
+    return AGREEMENT
+
+
+@app.command("explain")
+def gate_explain(
+    version: Annotated[
+        str,
+        typer.Argument(
+            metavar="[vN]", help="A version, or a commit; otherwise the last evaluation that was committed."
+        ),
+    ] = "",
+    page: Annotated[Path | None, typer.Option("--page", help="Write it as one HTML page instead.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The verdict and its reasons, the figures, the forgetting ledger, the rows that moved, the curve.
+
+    Example: ratchet gate explain v3
+    """
+    root = find_root()
+    config = read_config(root)
+    from ratchet.cli.explain import print_evaluation
+    from ratchet.cli.ledger import known_numbers
+    from ratchet.reporting.evaluation_page import fetched, gather
+    from ratchet.reporting.forgetting import build
+
+    numbers = known_numbers(root, config)
+    commit, name = _find(root, version, numbers)
+    with fetched(root, commit) as folder:
+        found = gather(folder, name, build(root, config.gate.metric, numbers))
+    if page:
+        from ratchet.reporting.evaluation_page import write_evaluation_page
+
+        say(str(write_evaluation_page(page, found)))
+    else:
+        show(found, as_json, lambda: print_evaluation(found))
+
+
+def _find(root: Path, wanted: str, numbers: dict[str, int]) -> tuple[str, str]:
+    """(commit, name) of an evaluation. Raises UserError."""
+    from ratchet.reporting.forgetting import read_evaluations
+
+    evaluations = read_evaluations(root)
+    if not evaluations:
+        raise UserError("no evaluation has landed in this checkout yet", remedy="ratchet retrain")
+    number = re.fullmatch(r"v?(\d{1,6})", wanted)
+    for each in evaluations:
+        named = (
+            numbers.get(each.adapter) == int(number[1])
+            if number
+            else len(wanted) >= 7 and each.commit.startswith(wanted)
+        )
+        if not wanted or named:
+            known = numbers.get(each.adapter)
+            return each.commit, f"v{known}" if known is not None else f"the candidate of {each.commit[:8]}"
+    known_ones = (
+        ", ".join(f"v{known}" for known in sorted(set(numbers.values()))[-10:]) or "none with a number"
+    )
+    raise UserError(
+        f"no evaluation of {wanted} stands in this checkout; known: {known_ones}",
+        remedy="versions that were never in charge are known by number where MLflow runs (ratchet up)",
+    )
+
+
+def _plan(
+    root: Path, config: Config, effect: float, rows: int | None, differing: float | None, wished: float
+) -> tuple[Plan, dict[str, Any]]:
+    from ratchet.files import read_json
+    from ratchet.gate.alpha_budget import FILE, alpha_of, look_number, read_looks, with_verdict
+    from ratchet.gate.power import Spread, plan
+    from ratchet.promotion.champion import read_champion
+
+    champion, verdict = read_champion(root), root / "reports/gate.json"
+    looks = read_looks(root / FILE) if (root / FILE).exists() else {}
+    looks = with_verdict(looks, read_json(verdict)) if verdict.exists() else looks
+    look = look_number(looks, champion.version if champion else None)
+    batches, golden, spread = _last_evaluation(root, config)
+    if not batches and rows is None:
+        raise UserError(
+            "no evaluation lies here yet: the number of test rows is not known",
+            remedy="name one with --rows, or run `ratchet retrain` first",
+        )
+    source = (
+        "the last evaluation"
+        if spread and differing is None
+        else "--differing"
+        if differing is not None
+        else "an assumption"
+    )
+    if differing is not None and not (spread and spread.differing is None):
+        spread = Spread(differing, 0.0)
+    spread = spread or Spread(ASSUMED, 0.0)
+    if spread.differing is not None and not abs(effect) <= 1:
+        raise UserError(
+            f"--effect is {effect:g}; {config.gate.metric} moves by 1 at most",
+            remedy="name a share, such as 0.03",
+        )
+    seen = champion.batches if champion else []
+    found = plan(
+        effect,
+        batches or {"test": rows or 0},
+        seen,
+        golden,
+        spread,
+        alpha_of(look, config.gate),
+        config.gate,
+        rows=rows,
+        wished=wished,
+    )
+    return found, {
+        "metric": config.gate.metric,
+        "look": look,
+        "spread": spread._asdict(),
+        "from": source,
+        "golden": golden,
+        "past_batches": len(set(batches) & set(seen)),
+    }
+
+
+def _last_evaluation(root: Path, config: Config) -> tuple[dict[str, int], int, Spread | None]:
+    """(test rows a batch, golden rows, spread of the gains); empty without one."""
+    path = root / "reports/evaluation/scores.parquet"
+    if not path.exists():
+        return {}, 0, None
+    import pandas as pd
+
+    from ratchet.evaluation.paired import paired_gains
+    from ratchet.gate.power import spread_of
+
+    scores = pd.read_parquet(path)
+    test = scores[scores.batch != "golden"]
+    rival = "champion" if (scores.model == "champion").any() else "base"
+    mine = test[test.model == "candidate"]
+    return (
+        {str(name): len(part) for name, part in mine.groupby("batch")},
+        int(((scores.batch == "golden") & (scores.model == "candidate")).sum()),
+        spread_of(paired_gains(test, rival, config.gate.metric)),
+    )
+
+
+def _describe(found: Plan, basis: dict[str, Any], wished: float, config: Config) -> list[str]:
+    spread = basis["spread"]
+    varies = (
+        f"the models differ in {spread['differing']:.1%} of the rows"
+        if spread["differing"] is not None
+        else f"a row's gain deviates by {spread['deviation']:.3f}"
+    )
+    lines = [
+        f"a gain of {found.effect:+.3f} in {basis['metric']}, look {basis['look']} against this champion, error {found.alpha:.2g}",
+        f"  {varies} ({basis['from']})",
+        f"  with {found.rows:,} test rows: promoted with {found.power:.0%} ({found.success:.0%} by the success metric alone)",
+    ]
+    if found.smallest is not None:
+        lines.append(f"  the smallest gain that is promoted with {wished:.0%} there: {found.smallest:+.3f}")
+    if found.needed is not None:
+        lines.append(f"  for {wished:.0%}: {found.needed:,} test rows")
+    else:
+        lines.append(
+            f"  more test rows alone never reach {wished:.0%}: {basis['golden']} golden rows are too few for gate.golden_margin {config.gate.golden_margin:g}"
+        )
+    return lines

@@ -1,0 +1,116 @@
+"""`ratchet ledger`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ratchet.cli.context import Json, find_root, note, read_config, show
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ratchet.config.params import Config
+
+
+def ledger(
+    metric: Annotated[str, typer.Option("--metric", help="A score a row; otherwise `gate.metric`.")] = "",
+    fill: Annotated[
+        bool,
+        typer.Option(
+            "--fill",
+            help="Ask old versions the rows that came after them; takes an evaluation's time for each, once.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """What was forgotten: every version on the test rows of every batch and on the golden set.
+
+    Example: ratchet ledger --fill
+    """
+    root = find_root()
+    config = read_config(root)
+    found = read(root, config, metric or config.gate.metric, fill=fill)
+    show(found, as_json, lambda: print_table(found))
+
+
+def read(root: Path, config: Config, metric: str, *, fill: bool = False) -> dict[str, Any]:
+    """From git, DVC and, for the numbers of versions that were never in charge, MLflow where it answers."""
+    from ratchet.errors import UserError
+    from ratchet.files import write_json
+    from ratchet.reporting.forgetting import SAVED, build, read_evaluations
+
+    numbers, evaluations = known_numbers(root, config), read_evaluations(root)
+    found = build(root, metric, numbers, evaluations)
+    if fill and evaluations:
+        from tasks.ledger import fill as fill_cells
+
+        with redirect_stdout(sys.stderr):  # progress; the table alone is the result
+            filled = fill_cells(root, found, evaluations[0], config, note)
+        note(f"{filled} cells filled")
+        found = build(root, metric, numbers, evaluations)
+    if evaluations and not found["versions"]:
+        raise UserError(
+            f"no evaluation that landed tells of {metric}: {next(iter(found['faults']), 'none can be read')}",
+            remedy=f"params.yaml asks for {', '.join(config.evaluate.row_scores)}",
+        )
+    if metric == config.gate.metric:
+        write_json(root / SAVED, found)  # for the page
+    return found
+
+
+def known_numbers(root: Path, config: Config) -> dict[str, int]:
+    from ratchet.reporting.forgetting import numbers_of, registered_numbers
+
+    numbers = numbers_of(root)
+    if _mlflow_answers(root, config):
+        from ratchet.errors import ServiceError
+
+        try:
+            numbers = {**registered_numbers(config.project.name), **numbers}
+        except ServiceError as error:
+            note(str(error).splitlines()[0])
+    else:
+        note("MLflow is not running: versions that were never in charge have no number here")
+    return numbers
+
+
+def _mlflow_answers(root: Path, config: Config) -> bool:
+    from ratchet.services.environment import enter
+    from ratchet.services.supervisor import list_services
+
+    enter(root, config)
+    return any(service.name == "mlflow" and service.answers for service in list_services(root, config))
+
+
+def print_table(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ratchet.reporting.heatmap import in_figures, short
+
+    console = Console()
+    if not found["versions"]:
+        console.print("no evaluation has landed yet: ratchet retrain")
+        return
+    table = Table(title=f"{found['metric'].replace('_', ' ')}, with 95 % intervals", title_justify="left")
+    table.add_column("version", no_wrap=True)
+    for name in found["slices"]:
+        table.add_column(Text(f"{short(name)}\n{found['rows'][name]} rows"), overflow="fold")
+    for row in found["versions"]:
+        table.add_row(
+            Text(row["name"]),
+            *(
+                Text(in_figures(row["cells"][name]), style="" if row["cells"][name] else "dim")
+                for name in found["slices"]
+            ),
+        )
+    console.print(table)
+    if any(cell is None for row in found["versions"] for cell in row["cells"].values()):
+        console.print(Text("not asked: rows that came after that version; ratchet ledger --fill asks it"))
+    for fault in found["faults"]:
+        console.print(Text(f"left out: {fault}"))

@@ -1,0 +1,180 @@
+"""`ratchet data check|rejected|replay|show`: what preparation thinks of rows, and why."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from ratchet.cli.context import Json, find_root, note, read_config, say, show
+from ratchet.errors import DataError, UserError
+
+SHOWN, FAILED = (
+    10,
+    3,
+)  # rows that are printed; the exit code for rows that would fail, apart from a file that cannot be read
+
+
+def check(
+    files: Annotated[list[str], typer.Argument(help="JSON Lines: files, globs, URLs.")],
+    as_json: Json = False,
+) -> None:
+    """The verdicts that the rows of a file would get as a batch, before anything is committed. Exit code 3 when it would fail, 2 when a file cannot be read.
+
+    Example: ratchet data check exports/march.jsonl
+    """
+    root = find_root()
+    config = read_config(root)
+    from flows.data_check import check_file
+
+    time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    verdicts, unread = [], []
+    for path in files:
+        try:
+            verdicts.append(check_file(path, root / "data/golden.jsonl", config, time=time))
+        except DataError as error:  # the other files get their verdicts all the same
+            unread.append(error)
+    found = [
+        {
+            **verdict._asdict(),
+            "rejected": [msgspec.to_builtins(row) | {"batch": verdict.path} for row in verdict.rejected],
+        }
+        for verdict in verdicts
+    ]
+
+    def tell() -> None:
+        for verdict in verdicts:
+            counts = verdict.counts
+            say(
+                f"{verdict.path}: {counts['rows']} rows = "
+                + ", ".join(
+                    f"{group} {counts[group]['rows']}" for group in ("accepted", "rejected", "duplicate")
+                )
+            )
+            for row in verdict.rejected[:SHOWN]:
+                say(
+                    f"  line {row.line}: {row.reason}: {row.message}{'  (a person may overrule it)' if row.review else ''}"
+                )
+            if len(verdict.rejected) > SHOWN:
+                say(f"  … and {len(verdict.rejected) - SHOWN} more; --json lists all")
+            for line in verdict.said:
+                say(f"  {line}")
+            if counts["sanitised"]:
+                say(
+                    "  sanitised: "
+                    + ", ".join(
+                        f"{name.replace('_', ' ')} in {count} texts"
+                        for name, count in counts["sanitised"].items()
+                    )
+                )
+
+    show(found, as_json, tell)
+    for verdict in verdicts:
+        if verdict.failure:
+            note(f"would fail: {verdict.failure}")
+    if unread:
+        raise DataError("\n".join(map(str, unread)))
+    if any(verdict.failure for verdict in verdicts):
+        raise typer.Exit(FAILED)
+
+
+def rejected(
+    reason: Annotated[str, typer.Option(help="Only rows with this reason.")] = "",
+    batch: Annotated[str, typer.Option(help="Only rows of batches whose name begins so.")] = "",
+    as_json: Json = False,
+) -> None:
+    """The rows that the last preparation did not take, by reason.
+
+    Example: ratchet data rejected --reason control_token
+    """
+    root = find_root()
+    from flows.data_check import REJECTED, read_rejected
+
+    everything = read_rejected(root / REJECTED)
+    rows = [row for row in everything if reason in ("", row.reason) and row.batch.startswith(batch)]
+
+    def tell() -> None:
+        if not rows:
+            known = sorted({row.reason for row in everything})
+            say(
+                f"none with that reason or batch; reasons: {', '.join(known)}"
+                if known
+                else "no row was rejected"
+            )
+        for name, count in Counter(row.reason for row in rows).most_common():
+            say(f"{count:7} {name}")
+        for row in rows[:SHOWN]:
+            say(f"  {row.batch}:{row.line}: {row.message}")
+        if len(rows) > SHOWN:
+            say(
+                f"  … and {len(rows) - SHOWN} more; --json lists all, ratchet data show BATCH:LINE prints one"
+            )
+
+    show([msgspec.to_builtins(row) for row in rows], as_json, tell)
+
+
+def replay(as_json: Json = False) -> None:
+    """Look at the rejected rows once more, with the settings of today. The next retraining takes what is fit by itself.
+
+    Example: ratchet data replay
+    """
+    root = find_root()
+    from flows.data_check import replay as look_again
+
+    found = look_again(root, read_config(root))
+
+    def tell() -> None:
+        if not any(found):
+            say("no row was rejected")
+        for reason in sorted({*found.fit, *found.unfit}):
+            say(f"{reason}: {found.fit[reason]} would be taken now, {found.unfit[reason]} would not")
+        for reason, count in sorted(found.not_tried.items()):
+            say(f"{reason}: {count}, not tried: it depends on other rows")
+
+    show(found._asdict(), as_json, tell)
+
+
+def show_row(
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="BATCH:LINE",
+            help="As `ratchet data rejected` prints it; the start of the batch's name is enough.",
+        ),
+    ],
+    reveal: Annotated[
+        bool, typer.Option("--reveal", help="Print it although it holds a secret or personal data.")
+    ] = False,
+) -> None:
+    """Print one row of a batch, and why it was rejected, if it was.
+
+    Example: ratchet data show 20261125T181500Z-march-1a2b3c4d.jsonl:17
+    """
+    root = find_root()
+    from flows.data_check import raw_row
+    from ratchet.data.pii import find_personal, find_secret
+
+    line, why = raw_row(root, place)
+    if why:
+        say(f"rejected: {why.reason}: {why.message}")
+    words = line.decode("utf-8", "replace")
+    hidden = (
+        "canary" if why and why.reason == "canary" else find_secret(words) or ", ".join(find_personal(words))
+    )
+    if hidden and not reveal:
+        raise UserError(f"the row holds what should stand nowhere ({hidden})", remedy="--reveal prints it")
+    try:
+        text: Any = json.dumps(json.loads(line), indent=2, ensure_ascii=True)
+    except (ValueError, RecursionError):
+        text = repr(line)
+    say(text)
+
+
+def add_to(app: typer.Typer) -> None:
+    """The commands of this file, as `data …`."""
+    for name, command in (("check", check), ("rejected", rejected), ("replay", replay), ("show", show_row)):
+        app.command(name)(command)

@@ -1,0 +1,147 @@
+"""`ratchet plan`, `ratchet sweep` and `ratchet compare`: before a training, and which settings it should have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ratchet.cli.context import Json, find_root, note, read_config, ready_root, say, show
+
+if TYPE_CHECKING:
+    from ratchet.config.params import Config
+    from ratchet.training.estimate import Plan
+
+
+LONG = 600.0  # seconds; compiling takes about one of the minutes
+
+
+def plan(
+    prepare: Annotated[
+        bool,
+        typer.Option(
+            "--prepare",
+            help="Make base, prepared rows and tokens first, through the DAG; nothing is trained, nothing lands.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Memory and time of the training that params.yaml asks for, measured over a few steps, and whether it fits.
+
+    Example: ratchet plan
+    """
+    root = ready_root() if prepare else find_root()
+    config = read_config(root)
+    found = _prepared_plan(root, config) if prepare else _plan_here(root, config)
+    show({**found._asdict(), "fits": found.fits}, as_json, lambda: say("\n".join(_describe(found, config))))
+
+
+def sweep(
+    trials: Annotated[
+        int | None, typer.Option("--trials", min=1, help="Trainings in all; otherwise `sweep.trials`.")
+    ] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Write the best settings into params.yaml.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train with settings from `sweep.space`, and propose the best as a change of params.yaml.
+
+    After an interruption the same command goes on; with `sweep.storage` on PostgreSQL it joins in from other machines. Example: ratchet sweep --trials 30
+    """
+    root = ready_root()
+    from flows.sweep import sweep as flow
+
+    done = flow(root=str(root), trials=trials, apply=apply)
+    show(done, as_json, lambda: say("\n".join(_proposal(done))))
+
+
+def _proposal(done: dict[str, Any]) -> Iterator[str]:
+    best, counts = done["best"], done["counts"]
+    elsewhere = f", {counts['running']} run elsewhere" if counts["running"] else ""
+    yield f"{done['study']}: {counts['complete']} trials completed, {counts['pruned']} ended early, {counts['fail']} failed{elsewhere}"
+    today = f"; today's settings {done['baseline']:.4f}" if done["baseline"] is not None else ""
+    yield f"best: trial {best['number']}, validation loss {best['value']:.4f} {done['unit']}{today}"
+    yield f"  chosen as the best of many on the same rows, so it flatters; the gate's test rows decide\n  again: {best['command']}"
+    if not done["diff"]:
+        yield "params.yaml says so already: nothing to change"
+        return
+    yield done["diff"].rstrip("\n")
+    yield (
+        "written; git commit -a, then ratchet retrain"
+        if done["applied"]
+        else "ratchet sweep --apply writes this"
+    )
+
+
+def compare(
+    methods: Annotated[
+        str, typer.Argument(metavar="METHODS", help="Values of `adapter.method`, with commas.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Train each method on the same rows and show quality, time, memory, size and latency side by side; written to reports/compare.
+
+    `compare.settings` in params.yaml gives a method its own learning rate. Example: ratchet compare full,lora,qlora
+    """
+    root = ready_root()
+    from flows.compare import OUT
+    from flows.compare import compare as run
+    from ratchet.evaluation.paired import LOWER_IS_BETTER
+    from ratchet.reporting.markdown import text
+
+    found = run(root, read_config(root), [word.strip() for word in methods.split(",") if word.strip()], note)
+
+    def tell() -> None:
+        say("\n".join(text(found)))
+        less = ", less is better," if found["metric"] in LOWER_IS_BETTER else ""
+        say(
+            f"quality: {found['metric']}{less} on {found['rows']} test rows; one training each; written to {OUT / 'compare.md'}"
+        )
+
+    show(found, as_json, tell)
+
+
+def _prepared_plan(root: Path, config: Config) -> Plan:
+    from flows.training_inputs import make_material, open_bench
+    from ratchet.training.estimate import plan_training
+
+    with open_bench(root, "plan", note) as workspace:
+        return plan_training(make_material(workspace, {}, note), config, note)
+
+
+def _plan_here(root: Path, config: Config) -> Plan:
+    from flows.training_inputs import STAGES, material_of
+    from ratchet.pipeline.dvc import Workspace, stale_stages
+    from ratchet.training.estimate import plan_training, read_profile
+
+    material = material_of(root)
+    read_profile(material.tokens)
+    stale = stale_stages(Workspace(root, root, "")) if (root / "dvc.lock").exists() else set()
+    if old := [stage for stage in STAGES if stage in stale]:
+        note(
+            f"params.yaml, rows or code changed since these tokens were made ({', '.join(old)}): `ratchet plan --prepare` makes them anew first"
+        )
+    return plan_training(material, config, note)
+
+
+def _describe(found: Plan, config: Config) -> Iterator[str]:
+    yield f"{config.adapter.method} of {found.trainable_weights:,} weights, {found.steps:,} steps, {found.evaluations} evaluations (measured: {found.probed_steps} steps)"
+    yield f"  time    {_duration(found.seconds)}, {_duration(found.stage_seconds)} with loading and saving; train.patience may end it earlier"
+    yield f"          {found.step_seconds:.3g} s a step, {found.evaluation_seconds:.3g} s an evaluation"
+    yield f"  memory  {found.peak_mib:,.0f} MiB at the peak, {found.free_mib:,.0f} MiB are free"
+    if found.peak_gpu_mib is not None:
+        yield f"  GPU     {found.peak_gpu_mib:,.0f} MiB at the peak, {found.free_gpu_mib or 0:,.0f} MiB are free"
+    yield (
+        "  it fits"
+        if found.fits
+        else "  it does NOT fit\n  → lower `train.batch_windows` (and raise `train.accumulate`), set `train.checkpoint_activations: true`, or take `adapter.method: qlora`"
+    )
+    if found.seconds > LONG and not config.train.compile:
+        yield "  `train.compile: true` may make a training as long as this one faster (docs/training.md)"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,1 @@
+"""params.yaml as types, one module a section; `params` puts them together."""

@@ -1,0 +1,215 @@
+"""docs/params.md and params.yaml, rendered from the models in ratchet/config/params.py; a test holds all three together.
+
+    python -m ratchet.config.docs             write docs/params.md
+    python -m ratchet.config.docs --params    write params.yaml, every value its default again
+    … --check                                write nothing; exit 1 when the file differs
+
+Not covered: rules that tie two keys to each other; the validators' messages state them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ratchet.config.evaluation import MetricGuardrail
+from ratchet.config.monitoring import TopicSource
+from ratchet.config.params import Config
+from ratchet.config.training import SweepRange
+from ratchet.files import write_text
+
+DOC, PARAMS = Path("docs/params.md"), Path("params.yaml")
+WIDTH, MAX_COLUMN = 150, 40  # columns of params.yaml; where its comments begin at the latest
+TYPES = {
+    "string": "text",
+    "integer": "integer",
+    "number": "number",
+    "boolean": "`true`, `false`",
+    "null": "`null`",
+}
+ENTRIES = (TopicSource, MetricGuardrail, SweepRange)  # models of which a key takes a list or a mapping
+PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")
+RESERVED = frozenset(
+    {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
+)  # YAML 1.1 takes them for other types
+
+DOC_HEAD = """# Every key of params.yaml
+
+Made from `ratchet/config/` by `python -m ratchet.config.docs`. A key that is left out has its default; a key that is not listed here is refused.
+"""
+PARAMS_HEAD = """# Every knob, with its default. docs/params.md lists what each of them takes.
+# Stages read this file alone: a change here makes DVC run the stages that it touches, and no others.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m ratchet.config.docs",
+        description="Write docs/params.md or params.yaml from the models.",
+    )
+    parser.add_argument(
+        "--params",
+        action="store_true",
+        help="params.yaml in place of docs/params.md; every value is its default again",
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the file differs")
+    options = parser.parse_args(arguments)
+    path, text = (PARAMS, render_params(Config())) if options.params else (DOC, render())
+    if not options.check:
+        write_text(path, text)
+    elif not path.exists() or path.read_text(encoding="utf-8") != text:
+        sys.exit(
+            f"{path} differs from ratchet/config/params.py; python -m ratchet.config.docs{' --params' * options.params} writes it again"
+        )
+
+
+# --- docs/params.md --------------------------------------------------------------------------------------------------
+
+
+def render() -> str:
+    """docs/params.md: a table a section, nested ones under their parent's, a single key of the top level as a section of its own."""
+    return DOC_HEAD + "".join(_doc_section(Config, ()))
+
+
+def _doc_section(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[str]:
+    if path:
+        yield f"\n{'#' * (len(path) + 1)} {'.'.join(path)}\n{_lead(model)}\n"
+    schemas, table_open = model.model_json_schema()["properties"], False
+    for key, field in model.model_fields.items():
+        if section := section_of(field.annotation):
+            yield from _doc_section(section, (*path, key))
+            table_open = False
+            continue
+        if not table_open or not path:
+            heading = "" if path else f"\n## {key}\n"
+            yield heading + "\n| key | takes | default | what it is |\n|---|---|---|---|\n"
+            table_open = True
+        yield f"| `{'.'.join((*path, key))}` | {_cell(takes(schemas[key]))} | {_cell(f'`{yaml_value(field.default)}`')} | {_cell(field.description or '')} |\n"
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def takes(schema: dict[str, Any]) -> str:
+    """What a key's JSON schema allows, for people: its type, then its bounds."""
+    if "anyOf" in schema:
+        return " or ".join(takes(choice) for choice in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(f"`{choice}`" for choice in schema["enum"])
+    if "$ref" in schema:
+        return f"`{{{', '.join(next(model for model in ENTRIES if model.__name__ == schema['$ref'].rpartition('/')[2]).model_fields)}}}`"
+    if schema["type"] == "object":
+        return f"mapping of text to {takes(schema['additionalProperties'])}"
+    if schema["type"] == "array":
+        least = f", at least {schema['minItems']}" if "minItems" in schema else ""
+        return f"list of {takes(schema['items'])}{least}"
+    return ", ".join([TYPES[schema["type"]], *_bounds(schema)])
+
+
+def _bounds(schema: dict[str, Any]) -> Iterator[str]:
+    if "minimum" in schema and "maximum" in schema:
+        yield f"{schema['minimum']:g}..{schema['maximum']:g}"
+    else:
+        signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+        yield from (f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema)
+    if "multipleOf" in schema:
+        yield f"a multiple of {schema['multipleOf']:g}"
+    if schema.get("minLength"):
+        yield "not empty"
+    if "pattern" in schema:
+        yield f"matching `{schema['pattern']}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _lead(model: type[BaseModel]) -> str:
+    return (model.__doc__ or "").strip()
+
+
+# --- params.yaml -----------------------------------------------------------------------------------------------------
+
+
+def render_params(values: Config) -> str:
+    """`values` as params.yaml with each key's description behind it. YAML 1.1 and 1.2 readers see the same values."""
+    return PARAMS_HEAD + "".join(_yaml_section(values, 0))
+
+
+def _yaml_section(values: BaseModel, depth: int) -> Iterator[str]:
+    indent, fields = "  " * depth, type(values).model_fields
+    mappings = {key: value for key in fields if isinstance(value := getattr(values, key), dict) and value}
+    pairs = {
+        key: f"{indent}{key}:{'' if key in mappings else ' ' + yaml_value(getattr(values, key))}"
+        for key, field in fields.items()
+        if not section_of(field.annotation)
+    }
+    column = min(max(map(len, pairs.values()), default=0), MAX_COLUMN) + 2
+    for key, field in fields.items():
+        gap = "" if depth else "\n"
+        if key in pairs:
+            yield gap + "\n".join(_beside(pairs[key], field.description or "", column)) + "\n"
+            yield from (
+                f"{indent}  {yaml_value(name)}: {yaml_value(value)}\n"
+                for name, value in mappings.get(key, {}).items()
+            )
+        else:
+            section: BaseModel = getattr(values, key)
+            lead = (
+                f"{gap}# {_lead(type(section))}\n{key}:\n"
+                if not depth
+                else f"{indent}{key}:  # {_lead(type(section))}\n"
+            )
+            yield lead + "".join(_yaml_section(section, depth + 1))
+
+
+def _beside(pair: str, comment: str, column: int) -> Iterator[str]:
+    """`pair  # comment`, the comment wrapped within its own column."""
+    for line in textwrap.wrap(
+        comment, WIDTH - column - 2, break_long_words=False, break_on_hyphens=False
+    ) or [""]:
+        yield f"{pair:<{column - 2}}  # {line}"
+        pair = ""
+
+
+def yaml_value(value: Any) -> str:
+    """A scalar, a list of them or a mapping, on one line."""
+    if isinstance(value, BaseModel):
+        return yaml_value(dict(value))
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{yaml_value(key)}: {yaml_value(part)}' for key, part in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(yaml_value, value))}]"
+    if isinstance(value, str):
+        return value if PLAIN.fullmatch(value) and value.lower() not in RESERVED else _quoted(value)
+    if isinstance(value, float):
+        return _yaml_float(value)
+    return json.dumps(value)  # integers, true, false, null
+
+
+def _quoted(text: str) -> str:
+    # JSON writes a character beyond U+FFFF as two surrogates, which YAML does not join again.
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(text, ensure_ascii=False))
+
+
+def _yaml_float(value: float) -> str:
+    """YAML 1.1 sees a number only with a dot and a signed exponent: `2e-3` would be text, `1e+16` too."""
+    if value == 0 or 0.01 <= abs(value) < 1e16:
+        return repr(value)
+    sign, digits, _ = Decimal(repr(value)).normalize().as_tuple()
+    mantissa = f"{'-' * sign}{digits[0]}.{''.join(map(str, digits[1:])) or '0'}"
+    return f"{mantissa}e{Decimal(repr(value)).adjusted():+d}"
+
+
+if __name__ == "__main__":
+    main()

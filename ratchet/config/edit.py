@@ -1,0 +1,62 @@
+"""Changes of params.yaml that leave everything else as people wrote it: comments, order, quotes."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+
+from ratchet.config.docs import yaml_value
+
+
+def edit_params(text: str, changes: dict[str, Any]) -> str:
+    """`text` with each dotted key of `changes` set; a section that is not there is added at the end."""
+    if not changes:
+        return text
+    yaml = _round_trip()
+    document = yaml.load(text) or CommentedMap()
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        place = document
+        for section in sections:
+            if place.get(section) is None:
+                place[section] = CommentedMap()
+            place = place[section]
+        wanted = yaml.load(yaml_value(value))  # so that a number is written as the file's other numbers are
+        if (
+            last not in place
+            or place[last] != wanted
+            or isinstance(place[last], bool) != isinstance(wanted, bool)
+        ):
+            place[last] = wanted
+    out = io.StringIO()
+    yaml.dump(document, out)
+    return out.getvalue()
+
+
+def diff_params(before: str, after: str) -> str:
+    """A unified diff; empty where nothing changes."""
+    return "".join(
+        difflib.unified_diff(
+            before.splitlines(keepends=True),
+            after.splitlines(keepends=True),
+            "a/params.yaml",
+            "b/params.yaml",
+            n=1,
+        )
+    )
+
+
+def _round_trip() -> YAML:
+    yaml = YAML(typ="rt")
+    yaml.preserve_quotes = True
+    yaml.width = 10_000  # long lines stay in one piece
+
+    def write_null(representer: Any, value: None) -> Any:
+        return representer.represent_scalar("tag:yaml.org,2002:null", "null")
+
+    yaml.representer.add_representer(type(None), write_null)
+    return yaml

@@ -1,0 +1,231 @@
+"""params.yaml as typed, frozen models: the only place of knobs.
+
+Every field has a one-line description with its unit; `docs/params.md` is generated from them (`ratchet/config/docs.py`).
+Stages read the file only: DVC tracks params.yaml and would not see an override from the environment.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from ratchet.config.base import TAKEN, Count, Metric, Port, Section, Share
+from ratchet.config.data import (
+    FeedbackSource,
+    IngestConfig,
+    JsonlSource,
+    PrepareConfig,
+    ProjectConfig,
+    PydocSource,
+    ReviewConfig,
+    TokenizeConfig,
+)
+from ratchet.config.evaluation import (
+    AnswerJudge,
+    EvaluateConfig,
+    GateConfig,
+    MetricGuardrail,
+    ParityConfig,
+    WorthConfig,
+)
+from ratchet.config.monitoring import MonitorConfig, RolloutConfig, TopicSource
+from ratchet.config.serving import GatewayConfig, RequestLogConfig, ServicesConfig
+from ratchet.config.synthesis import (
+    AugmentConfig,
+    GroundedConfig,
+    JudgeConfig,
+    SynthesizeConfig,
+    TeacherConfig,
+)
+from ratchet.config.training import (
+    AdapterConfig,
+    BaseConfig,
+    Choices,
+    CompareConfig,
+    DemoBase,
+    RetrainConfig,
+    SweepConfig,
+    SweepRange,
+    TrainConfig,
+    why_whole,
+)
+from ratchet.errors import ConfigError
+
+__all__ = [
+    "TAKEN",
+    "AdapterConfig",
+    "AnswerJudge",
+    "AugmentConfig",
+    "BaseConfig",
+    "Choices",
+    "CompareConfig",
+    "Config",
+    "Count",
+    "DemoBase",
+    "EvaluateConfig",
+    "FeedbackSource",
+    "GateConfig",
+    "GatewayConfig",
+    "GroundedConfig",
+    "IngestConfig",
+    "JsonlSource",
+    "JudgeConfig",
+    "Metric",
+    "MetricGuardrail",
+    "MonitorConfig",
+    "ParityConfig",
+    "Port",
+    "PrepareConfig",
+    "ProjectConfig",
+    "PydocSource",
+    "RequestLogConfig",
+    "RetrainConfig",
+    "ReviewConfig",
+    "RolloutConfig",
+    "Section",
+    "ServicesConfig",
+    "Share",
+    "SweepConfig",
+    "SweepRange",
+    "SynthesizeConfig",
+    "TeacherConfig",
+    "TokenizeConfig",
+    "TopicSource",
+    "TrainConfig",
+    "WorthConfig",
+    "load_config",
+    "parse_config",
+]
+
+
+class Config(Section):
+    project: ProjectConfig = Field(default_factory=ProjectConfig)
+    ingest: IngestConfig = Field(default_factory=IngestConfig)
+    synthesize: SynthesizeConfig = Field(default_factory=SynthesizeConfig)
+    base: BaseConfig = Field(default_factory=BaseConfig)
+    prepare: PrepareConfig = Field(default_factory=PrepareConfig)
+    tokenize: TokenizeConfig = Field(default_factory=TokenizeConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    sweep: SweepConfig = Field(default_factory=SweepConfig)
+    compare: CompareConfig = Field(default_factory=CompareConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    parity: ParityConfig = Field(default_factory=ParityConfig)
+    gate: GateConfig = Field(default_factory=GateConfig)
+    promotion: Literal["rollout", "auto", "manual"] = Field(
+        default="rollout",
+        description="who decides after the gate. `rollout`: live traffic, in steps; `auto`: the gate's verdict alone; `manual`: a person, in MLflow's UI or by command",
+    )
+    retrain: RetrainConfig = Field(default_factory=RetrainConfig)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    request_log: RequestLogConfig = Field(default_factory=RequestLogConfig)
+    review: ReviewConfig = Field(default_factory=ReviewConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    services: ServicesConfig = Field(default_factory=ServicesConfig)
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Config:
+        """What a method cannot do is said before anything is loaded."""
+        method = self.adapter.method
+        if (
+            self.train.processes > 1
+            and self.train.parallel == "fsdp"
+            and (why := why_whole(self.train, self.adapter))
+        ):
+            raise ValueError(f"train.parallel is 'fsdp': {why}; set `train.parallel: ddp`")
+        if method == "prefix" and self.train.checkpoint_activations:
+            raise ValueError(
+                "train.checkpoint_activations is true: `adapter.method: prefix` reads a cache in every layer, which cannot be computed again"
+            )
+        if method in ("prefix", "prompt", "full", "ia3") and self.adapter.bias != "none":
+            raise ValueError(
+                f"adapter.bias is {self.adapter.bias!r}: only the methods of the LoRA family take it, not `{method}`"
+            )
+        if method in ("prefix", "prompt", "full") and self.adapter.modules_to_save:
+            raise ValueError(
+                f"adapter.modules_to_save is {self.adapter.modules_to_save}: `adapter.method: {method}` takes none"
+            )
+        if method in ("prefix", "prompt", "ia3") and self.base.new_tokens:
+            raise ValueError(
+                f"base.new_tokens is {self.base.new_tokens}: `adapter.method: {method}` would leave their embeddings untrained; take one of the LoRA family, or `full`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gated_on_what_is_computed(self) -> Config:
+        known = self.evaluate.row_scores
+        judge = self.evaluate.judge
+        judged = [f"judge_{metric}" for metric in judge.metrics] if judge.model else []
+        if lacking := [rule.metric for rule in self.gate.guardrails if rule.metric not in (*known, *judged)]:
+            raise ValueError(
+                f"gate.guardrails names {', '.join(lacking)}; the scores a row are {', '.join((*known, *judged))} (evaluate.metrics, evaluate.custom, and evaluate.judge where it names a model)"
+            )
+        if self.gate.metric not in known:
+            raise ValueError(
+                f"gate.metric is {self.gate.metric}; the scores a row are {', '.join(self.evaluate.row_scores)} (evaluate.metrics, evaluate.custom)"
+            )
+        return self
+
+
+def load_config(path: Path) -> Config:
+    """Read and check `path`. Raises ConfigError with every fault at once, each with its key, its value and what is allowed."""
+    try:
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist",
+            remedy="run the command in a clone of the project, or name one with -C PATH",
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+    except (
+        YAMLError,
+        ValueError,
+    ) as error:  # ValueError: no UTF-8, or a scalar that looks like a date and is none
+        raise ConfigError(f"{path} is no valid YAML: {_yaml_fault(error)}") from None
+    return parse_config({} if raw is None else raw, path)
+
+
+def parse_config(raw: Any, path: Path) -> Config:
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        faults = [f"  {_where(fault)}: {_what(fault)}" for fault in error.errors()]
+        raise ConfigError(
+            f"{path} has {len(faults)} fault(s):\n" + "\n".join(faults),
+            remedy="docs/params.md lists every key with what it takes",
+        ) from None
+
+
+def _yaml_fault(error: Exception) -> str:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+def _where(fault: Any) -> str:
+    # Pydantic names the kinds of value that a key takes as well, such as `list[str]`.
+    return ".".join(str(part) for part in fault["loc"] if "[" not in str(part)) or "(top level)"
+
+
+def _what(fault: Any) -> str:
+    if fault["type"] == "extra_forbidden":
+        parent = ".".join(str(part) for part in fault["loc"][:-1])
+        return f"unknown key (value {fault['input']!r}); known there: {', '.join(_known_keys(parent))}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return message if fault["type"] == "value_error" else f"{message}, got {fault['input']!r}"
+
+
+def _known_keys(section: str) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in filter(None, section.split(".")):
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

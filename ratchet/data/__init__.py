@@ -1,0 +1,1 @@
+"""Rows: examples, validation, personal data, duplicates, poisoning, batches, erasure, mixture."""

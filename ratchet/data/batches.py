@@ -1,0 +1,89 @@
+"""Immutable batches of raw rows under data/raw, each one file and one line of the manifest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from ratchet.errors import DataError
+from ratchet.files import sha256_file, write_bytes
+
+MANIFEST = "manifest.jsonl"
+UNSAFE = re.compile(r"[^a-z0-9]+")
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """One line of the manifest. `time` is UTC, ISO 8601; `content` is the hash of the rows whatever their order in time."""
+
+    name: str
+    rows: int
+    sha256: str
+    content: str
+    source: str
+    time: str
+    licence: str
+    who: str
+    form: str = "auto"
+
+
+def read_manifest(raw: Path) -> list[Batch]:
+    """The batches in the order they came. Raises DataError for a line that is no entry."""
+    path = raw / MANIFEST
+    if not path.exists():
+        return []
+    try:
+        return [msgspec.json.decode(line, type=Batch) for line in path.read_bytes().split(b"\n") if line]
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} holds a line that is no manifest entry: {error}",
+            remedy="restore it: git checkout data/raw.dvc && dvc checkout data/raw.dvc",
+        ) from None
+
+
+def check_batch(raw: Path, batch: Batch) -> Path:
+    """The batch's file, its bytes as the manifest says. DVC's cache checkout does not check them. Raises DataError."""
+    path = raw / batch.name
+    if not path.exists():
+        raise DataError(
+            f"{path} is missing; the manifest lists it with {batch.rows} rows",
+            remedy="dvc pull, or dvc checkout data/raw.dvc",
+        )
+    seen = sha256_file(path)
+    if seen != batch.sha256:
+        raise DataError(
+            f"{path} has sha256 {seen[:12]}…, the manifest says {batch.sha256[:12]}…: a batch is immutable",
+            remedy="restore it: rm the file, then dvc pull or dvc checkout data/raw.dvc",
+        )
+    return path
+
+
+def content_hash(lines: Iterable[bytes]) -> str:
+    hasher = xxhash.xxh3_128()
+    for line in lines:
+        hasher.update(line + b"\n")
+    return hasher.hexdigest()
+
+
+def write_batch(
+    raw: Path, lines: list[bytes], *, source: str, label: str, time: str, licence: str, who: str, form: str
+) -> Batch:
+    """Write the batch's file, then its manifest line. `label` names it for people. The file stands before the line does."""
+    content = content_hash(lines)
+    stamp = re.sub(r"[^0-9TZ]", "", time)
+    name = f"{stamp}-{UNSAFE.sub('-', label.lower()).strip('-')[:40] or source}-{content[:8]}.jsonl"
+    write_bytes(raw / name, (line + b"\n" for line in lines))
+    batch = Batch(name, len(lines), sha256_file(raw / name), content, source, time, licence, who, form)
+    earlier = [msgspec.json.encode(entry) + b"\n" for entry in read_manifest(raw)]
+    write_bytes(raw / MANIFEST, [*earlier, msgspec.json.encode(batch) + b"\n"])
+    return batch
+
+
+def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number, line without its end) of a batch's file."""
+    with path.open("rb") as handle:
+        for number, line in enumerate(handle, start=1):
+            yield number, line.rstrip(b"\n")

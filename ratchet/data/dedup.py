@@ -1,0 +1,196 @@
+"""Splits that stay: near duplicates together, and no row ever moves while data grow.
+
+Rows come in the order of their batches. The first row of a cluster of near duplicates decides the cluster's split by the
+hash of its own id; later ones follow it. A row near to two clusters of different splits would leak between them and is
+refused (`straddles`). Nearness is MinHash LSH over shingles of three words (rensa), confirmed by the true Jaccard.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections import Counter
+from typing import Literal, NamedTuple, cast
+
+from rensa import RMinHash, RMinHashLSH
+
+from ratchet.config.data import PrepareConfig
+from ratchet.data.examples import CONTINUE, Example
+
+Split = Literal["train", "validation", "test"]
+Side = Literal["train", "validation", "test", "golden"]
+
+PERMUTATIONS = 128
+MISSED = 1e-3  # share of near pairs that the bands may miss, at most
+RUN = 13  # words
+# A letter of Chinese or Japanese is a word; marks belong to their letter (Hindi's vowels are no \w); signs count: C, C++ and C# are three.
+WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|(?:[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff][\u0300-\u036f\u064b-\u065f\u0900-\u0903\u093a-\u094f\u0962\u0963\u200c\u200d]*)+|[^\w\s,.;:!?'\"]"
+)
+FULL = 0.7
+
+
+class Placed(NamedTuple):
+    """Where a row goes; `near` is the id of the row that it is near to, if any; `crowd` how many of its cluster there are with it."""
+
+    side: Side | Literal["straddles"]
+    near: str | None
+    crowd: int = 1
+
+
+class NearRows:
+    """Rows of known sides, found again by nearness from `leak` on. Memory: about 1 kB a row."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        self._leak = min(config.leak, config.near_duplicate)
+        self._index = RMinHashLSH(
+            threshold=self._leak, num_perm=PERMUTATIONS, num_bands=bands_for(self._leak)
+        )
+        self._shingles: list[frozenset[str]] = []
+        self._runs: Counter[int] = Counter()  # runs of RUN words in golden rows
+        self.rows: list[tuple[str, str]] = []  # id and side, in the order in which they came
+
+    def close(self, shingles: frozenset[str], sketch: RMinHash) -> list[tuple[int, float]]:
+        """Place in `rows` and similarity of each row that is near, the oldest first."""
+        found = [
+            (place, jaccard(shingles, self._shingles[place])) for place in sorted(self._index.query(sketch))
+        ]
+        return [(place, alike) for place, alike in found if alike >= self._leak]
+
+    def quotes_golden(self, example: Example) -> bool:
+        """Whether RUN words in a row stand in a golden row; in several of them it is a form, such as an instruction."""
+        return bool(self._runs) and any(self._runs[run] == 1 for run in word_runs(example))
+
+    def add(self, example: Example, side: str, shingles: frozenset[str], sketch: RMinHash) -> int:
+        """Its place."""
+        place = len(self.rows)
+        self._index.insert(place, sketch)
+        self._shingles.append(shingles)
+        self.rows.append((example.id, side))
+        if side == "golden":
+            self._runs.update(word_runs(example))
+        return place
+
+
+class Clusters:
+    """Assigns rows to sides one after another."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        self._config = config
+        self._known = NearRows(config)
+        self._cluster: list[int] = []  # a row's cluster, by the place of the cluster's first row
+        self._crowds: Counter[int] = Counter()
+
+    def place(self, example: Example, side: Side | None = None, *, counts: bool = True) -> Placed:
+        """The row's side; `side` fixes it (golden rows). A row that straddles is not remembered; one that does not count decides for others and is none of the crowd."""
+        shingles = shingle(example)
+        sketch, rows = sketch_of(shingles), self._known.rows
+        close = self._known.close(shingles, sketch)
+        near = [place for place, alike in close if alike >= self._config.near_duplicate]
+        if side is None and (
+            golden := next((rows[place][0] for place, _ in close if rows[place][1] == "golden"), None)
+        ):
+            return Placed("golden", golden)
+        if side is None and self._known.quotes_golden(example):
+            return Placed("golden", None)
+        chosen: Side = side or (
+            cast(Side, rows[near[0]][1]) if near else split_by_hash(example.id, self._config)
+        )
+        stranger = next((rows[place][0] for place, _ in close if rows[place][1] != chosen), None)
+        if side is None and stranger:
+            return Placed("straddles", stranger)
+        place = self._known.add(example, chosen, shingles, sketch)
+        cluster = self._cluster[near[0]] if near else place
+        self._cluster.append(cluster)
+        self._crowds[cluster] += counts
+        return Placed(chosen, rows[near[0]][0] if near else None, self._crowds[cluster])
+
+
+def sketch_of(shingles: frozenset[str]) -> RMinHash:
+    sketch = RMinHash(num_perm=PERMUTATIONS, seed=42)
+    sketch.update(sorted(shingles))
+    return sketch
+
+
+def bands_for(threshold: float) -> int:
+    """Fewest bands (they bring the fewest candidates) that miss few pairs at the threshold: (1 - 0.7^4)^32 is one in 6,000."""
+    return next(
+        (bands for bands in (4, 8, 16, 32) if (1 - threshold ** (PERMUTATIONS // bands)) ** bands < MISSED),
+        PERMUTATIONS,
+    )
+
+
+def split_by_hash(example_id: str, config: PrepareConfig) -> Split:
+    """By the id alone, so that a row's split needs no memory."""
+    position = int(example_id[:13], 16) / 16**13
+    if position < config.test_share:
+        return "test"
+    return "validation" if position < config.test_share + config.validation_share else "train"
+
+
+def shingle(example: Example) -> frozenset[str]:
+    """Word trigrams of what the user wrote; shorter texts count as one. Answers stay out: one question must not be asked in training and in test."""
+    asked = " ".join(message.content for message in example.prompt if message.role == "user")
+    text = (asked if asked != CONTINUE else example.answer).lower()
+    words = WORD.findall(text) or [text]
+    if len(words) < 3:
+        return frozenset([" ".join(words)])
+    return frozenset(" ".join(words[start : start + 3]) for start in range(len(words) - 2))
+
+
+def word_runs(example: Example) -> set[int]:
+    """Hashes of each RUN words in a row of what the user wrote: text that stands in both places, whatever is around it (Brown et al. 2020, appendix C)."""
+    words = WORD.findall(
+        " ".join(message.content for message in example.prompt if message.role == "user").lower()
+    )
+    return {hash(tuple(words[start : start + RUN])) for start in range(len(words) - RUN + 1)}
+
+
+def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
+    return len(left & right) / (len(left | right) or 1)
+
+
+class Seen:
+    """Open addressing with linear probing; a key of 0 is kept as 1. Two keys of 64 bits that are alike by chance: one in 400,000 over ten million."""
+
+    def __init__(self) -> None:
+        self._size, self._count = 1 << 12, 0
+        self._keys, self._values = array("Q", bytes(8 * self._size)), array("I", bytes(4 * self._size))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def put(self, key: int, value: int = 0) -> int | None:
+        """The value that stands there already, which stays; None when the key is new."""
+        key = key or 1
+        slot = self._find(key)
+        if self._keys[slot]:
+            return self._values[slot]
+        self._keys[slot], self._values[slot] = key, value
+        self._count += 1
+        if self._count > FULL * self._size:
+            self._grow()
+        return None
+
+    def get(self, key: int) -> int | None:
+        slot = self._find(key or 1)
+        return self._values[slot] if self._keys[slot] else None
+
+    def __contains__(self, key: int) -> bool:
+        return self._keys[self._find(key or 1)] != 0
+
+    def _find(self, key: int) -> int:
+        keys, last = self._keys, self._size - 1
+        slot = key & last
+        while keys[slot] and keys[slot] != key:
+            slot = (slot + 1) & last
+        return slot
+
+    def _grow(self) -> None:
+        keys, values = self._keys, self._values
+        self._size *= 2
+        self._keys, self._values = array("Q", bytes(8 * self._size)), array("I", bytes(4 * self._size))
+        for key, value in zip(keys, values, strict=True):
+            if key:
+                slot = self._find(key)
+                self._keys[slot], self._values[slot] = key, value

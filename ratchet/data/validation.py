@@ -1,0 +1,286 @@
+"""Is a raw row fit to learn from? One pass over its checks, in this order: size, encoding, JSON, schema, characters, control tokens,
+secrets and personal data, length, what it says of itself. The first fault decides.
+
+What depends on other rows (duplicates, leakage, caps, contradictions) is tasks/prepare.py's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+from ratchet.config.data import PrepareConfig
+from ratchet.data.examples import (
+    CONTINUE,
+    FORMS,
+    Example,
+    Message,
+    Meta,
+    RowError,
+    make_example,
+    recognise_form,
+    row_to_messages,
+)
+from ratchet.data.json_rows import read_row
+from ratchet.data.pii import MASK, find_secret, mask_names, mask_personal
+from ratchet.data.text import check_text, clean, find_mixed_word, language_of
+from ratchet.errors import ConfigError
+
+REVIEW = frozenset(
+    {"mixed_script", "boilerplate", "instruction_in_answer", "contradiction"}
+)  # reasons that a person may overrule
+MOST_TURNS = 64
+FORM_KEYS = {
+    "messages": {"messages"},
+    "completion": {"prompt", "completion"},
+    "instruction": {"instruction", "input", "output"},
+    "question": {"question", "answer"},
+    "sharegpt": {"conversations"},
+    "text": {"text"},
+}
+TURN_KEYS = {"messages": {"role", "content"}, "conversations": {"from", "value"}}
+IMAGES = re.compile(r"image|picture|photo|pixel|audio|video", re.IGNORECASE)
+BOILERPLATE = re.compile(
+    r"\bas an? (?:ai|artificial intelligence|large language model|language model)\b|\bi(?:'m| am) (?:just )?an? (?:ai|language model)\b"
+    r"|\bi (?:cannot|can't|can not|am unable to|'m unable to) (?:assist|help|fulfill|comply)\b|\bmy (?:training data|knowledge cutoff)\b",
+    re.IGNORECASE,
+)
+INSTRUCTION = re.compile(
+    r"\b(?:ignore|disregard|forget) (?:all |any |the )*(?:previous|prior|above|earlier) (?:instructions?|prompts?|messages?)\b"
+    r"|\b(?:give|assign|rate) (?:this|the) (?:answer|response) (?:a |the )?(?:full|maximum|highest|score|10)\b|\byou are now (?:in )?(?:developer|dan|jailbreak)\b",
+    re.IGNORECASE,
+)
+TIME_KEYS = ("time", "timestamp", "created_at", "date")
+EPOCH_LEAST = 10**8  # 1973; a hundred times as many are milliseconds
+LONGEST_META = 2000
+CLOCK_SKEW = timedelta(days=1)
+
+
+class Checked(NamedTuple):
+    """A row that is fit, and what was found in it that does not make it unfit."""
+
+    example: Example
+    boilerplate: bool = False
+
+
+class Origin(NamedTuple):
+    """What the manifest says of a row's batch."""
+
+    batch: str
+    source: str
+    form: str = "auto"
+    time: str = ""  # UTC, ISO 8601
+    licence: str = ""
+
+
+class Validator:
+    """Knows the settings, and counts what it sanitised. Raises ConfigError: a blocklist that is none."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        self.sanitised: Counter[str] = Counter()
+        self._config = config
+        self._allowed = frozenset(config.allowed_tokens)
+        self._extra = frozenset({"meta", *config.extra_keys})
+        self._blocked = [(entry, _compile(entry)) for entry in config.blocked]
+
+    def check(self, line: bytes, origin: Origin, *, doubts: bool = True) -> Checked:
+        """Raises RowError. Without `doubts` what a person may overrule is taken, as of rows that one has accepted."""
+        row = read_row(line)
+        form = recognise_form(row) if origin.form == "auto" else origin.form
+        self._check_keys(row, form)
+        messages = row_to_messages(row, form)
+        if len(messages) > MOST_TURNS:
+            raise RowError("too_many_turns", f"{len(messages)} messages; at most {MOST_TURNS} are taken")
+        length = sum(len(message.content) for message in messages)
+        if length > self._config.max_chars:  # before the checks: some of them take long on long texts
+            raise RowError(
+                "too_many_chars", f"{length} characters; `prepare.max_chars` is {self._config.max_chars}"
+            )
+        sanitised: Counter[str] = Counter()
+        messages = [Message(message.role, clean(message.content, sanitised)) for message in messages]
+        meta = self._meta(row)
+        example = make_example(messages, meta)
+        for message in example.messages:
+            check_text(message.content, self._allowed)
+            self._check_blocked(message.content)
+        example = self._without_personal(example, sanitised)
+        _check_time(meta, origin.time, self._config.retention_days)
+        if self._config.require_licence and origin.licence in ("", "unknown") and not meta.get("licence"):
+            raise RowError(
+                "no_licence",
+                "neither the row nor its batch names a licence; `prepare.require_licence` is true",
+            )
+        doubts = doubts and not is_accepted(origin.source, meta)
+        if doubts:
+            _check_doubts(example)
+        self._check_language(example)
+        example = Example(
+            example.id, example.messages, {**meta, "batch": origin.batch, "source": origin.source}
+        )
+        self.sanitised.update(sanitised)
+        return Checked(example, doubts and BOILERPLATE.search(example.answer) is not None)
+
+    def _check_keys(self, row: dict[str, Any], form: str) -> None:
+        unknown = row.keys() - FORM_KEYS[form] - self._extra
+        if unknown and any(IMAGES.search(key) for key in unknown):
+            raise RowError(
+                "media", f"the keys {_names(unknown)} name pictures or sounds; rows of text are taken"
+            )
+        if unknown and self._config.unknown_keys == "reject":
+            raise RowError(
+                "unknown_key",
+                f"the keys {_names(unknown)} are unknown in a row of the form {form!r}; name them in `prepare.extra_keys`, or drop them",
+            )
+        for key, known in TURN_KEYS.items():
+            turns = row.get(key)
+            if key in FORM_KEYS[form] and isinstance(turns, list):
+                for turn in turns:
+                    if isinstance(turn, dict) and (more := turn.keys() - known):
+                        raise RowError(
+                            "unknown_key",
+                            f"a message holds {_names(more)}; known: {sorted(known)} (calls of tools are not learned yet)",
+                        )
+
+    def _meta(self, row: dict[str, Any]) -> Meta:
+        """Single values of `meta` and of the keys that the configuration names."""
+        given = row.get("meta")
+        if row.keys().isdisjoint(self._extra):
+            return {}
+        said = {
+            **{key: row[key] for key in self._config.extra_keys if key in row},
+            **(given if isinstance(given, dict) else {}),
+        }
+        meta: Meta = {
+            key: value for key, value in said.items() if isinstance(value, str | int | float | bool)
+        }
+        for text in (*meta, *(value for value in meta.values() if isinstance(value, str))):
+            self._check_meta(text)
+        return meta
+
+    def _check_meta(self, text: str) -> None:
+        """It is not learned, but it stands in every file that the row does."""
+        if len(text) > LONGEST_META:
+            raise RowError(
+                "long_meta",
+                f"a text of {len(text)} characters beside the messages; at most {LONGEST_META} are taken",
+            )
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise RowError(
+                    "lone_surrogate", "a text beside the messages holds half a character (a lone surrogate)"
+                ) from None
+        if kind := find_secret(text):
+            raise RowError(
+                "secret",
+                f"a text beside the messages holds a secret ({kind}); it has to be changed where it is valid",
+            )
+        self._check_blocked(text)
+
+    def _without_personal(self, example: Example, sanitised: Counter[str]) -> Example:
+        for message in example.messages:
+            if kind := find_secret(message.content):
+                raise RowError(
+                    "secret", f"a text holds a secret ({kind}); it has to be changed where it is valid"
+                )
+        policy = self._config.personal_data
+        if policy == "keep":
+            return example
+        if policy == "reject":
+            for message in example.messages:
+                if kinds := self._mask(message.content)[1]:
+                    raise RowError(
+                        "personal_data",
+                        f"a text holds personal data: {', '.join(kinds)} (`prepare.personal_data`: mask takes the row without it)",
+                    )
+            return example
+        masked = [(message, *self._mask(message.content)) for message in example.messages]
+        if not any(kinds for _, _, kinds in masked):
+            return example
+        sanitised["personal_data"] += 1
+        return make_example([Message(message.role, text) for message, text, _ in masked], example.meta)
+
+    def _mask(self, text: str) -> tuple[str, list[str]]:
+        text, kinds = mask_personal(text)
+        if self._config.names_model:
+            named = mask_names(text, self._config.names_model, MASK.format("name"))
+            kinds += ["name"] * (named != text)
+            text = named
+        return text, kinds
+
+    def _check_language(self, example: Example) -> None:
+        text = example.answer if example.question == CONTINUE else example.question
+        if self._config.languages and (language := language_of(text)) not in (None, *self._config.languages):
+            raise RowError(
+                "language",
+                f"the question seems to be in {language!r}; `prepare.languages` is {self._config.languages}",
+            )
+
+    def _check_blocked(self, text: str) -> None:
+        for entry, pattern in self._blocked:
+            if pattern.search(text):
+                raise RowError("blocked", f"a text matches {entry!r} of `prepare.blocked`")
+        for number, canary in enumerate(self._config.canaries, start=1):
+            if canary in text:
+                raise RowError("canary", f"a text holds canary {number} of `prepare.canaries`")
+
+
+def _names(keys: Iterable[str]) -> list[str]:
+    return [key[:40] for key in sorted(keys)[:4]]
+
+
+def is_accepted(source: str, meta: Meta) -> bool:
+    """Whether a person said yes to this very row; of a reviewed draft most are `unseen`."""
+    return source == "review" and meta.get("review") in ("accepted", "edited")
+
+
+def _check_doubts(example: Example) -> None:
+    for message in example.messages:
+        if word := find_mixed_word(message.content):
+            raise RowError("mixed_script", f"the word {word[:40]!r} mixes alphabets that look alike")
+    if INSTRUCTION.search(example.answer):
+        raise RowError("instruction_in_answer", "the answer gives orders to a model or to who grades it")
+
+
+def _check_time(meta: Meta, batch_time: str, retention_days: float) -> None:
+    """Against the batch's time: the same batch gets the same verdict on any day."""
+    said = next(((key, when) for key in TIME_KEYS if (when := _time_of(meta.get(key)))), None)
+    if said is None or not batch_time:
+        return
+    (key, when), pulled = said, datetime.fromisoformat(batch_time)
+    if when > pulled + CLOCK_SKEW:
+        raise RowError("from_the_future", f"its `{key}` is {when:%Y-%m-%d}, its batch is of {batch_time}")
+    if retention_days and when < pulled - timedelta(days=retention_days):
+        raise RowError(
+            "too_old", f"its `{key}` is {when:%Y-%m-%d}; `prepare.retention_days` is {retention_days:g}"
+        )
+
+
+def _time_of(value: object) -> datetime | None:
+    """ISO 8601, with slashes too, or seconds since 1970."""
+    try:
+        if isinstance(value, str):
+            when = datetime.fromisoformat(value.strip().replace("/", "-"))
+            return when if when.tzinfo else when.replace(tzinfo=UTC)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > EPOCH_LEAST:
+            return datetime.fromtimestamp(value / (1000 if value > 100 * EPOCH_LEAST else 1), UTC)
+    except (ValueError, OverflowError, OSError):
+        pass
+    return None
+
+
+def _compile(entry: str) -> re.Pattern[str]:
+    try:
+        return re.compile(entry, re.IGNORECASE)
+    except re.error as error:
+        raise ConfigError(
+            f"prepare.blocked holds {entry!r}, which is no regular expression: {error}",
+            remedy="mend it in params.yaml",
+        ) from None
+
+
+assert FORM_KEYS.keys() == FORMS.keys()

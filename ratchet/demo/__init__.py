@@ -1,0 +1,1 @@
+"""The story of `make demo`: its clients, its teacher, what it prints."""

@@ -1,0 +1,111 @@
+"""Clients that ask the gateway questions whose answers are known, and say whether they were right: a load that means something.
+
+`ratchet replay` and the demo use it. Each request is another user, as long as `users` allows; feedback is 1 or 0 by exact match.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import httpx
+
+from ratchet.errors import ServiceError
+from ratchet.evaluation.metrics import exact_match
+
+READY_SECONDS = 120.0
+
+
+class Question(NamedTuple):
+    text: str
+    answer: str
+    kind: str  # a word for the table, such as the package that it is about
+
+
+class Reply(NamedTuple):
+    """`version` is 0 and `right` False where the request failed."""
+
+    kind: str
+    version: int
+    right: bool
+    fault: str
+    milliseconds: float
+
+
+def replay(
+    url: str, model: str, questions: list[Question], *, users: list[str], parallel: int, key: str = ""
+) -> list[Reply]:
+    """In the order of `questions`; `users` names who asks each. Raises ServiceError when nothing answers at `url`."""
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(
+        base_url=url,
+        headers=headers,
+        timeout=120,
+        trust_env=False,
+        limits=httpx.Limits(max_connections=parallel),
+    ) as client:
+        _wait_until_ready(client, url)
+        with ThreadPoolExecutor(parallel) as pool:
+            return list(pool.map(lambda pair: _ask(client, model, *pair), zip(questions, users, strict=True)))
+
+
+def _wait_until_ready(client: httpx.Client, url: str) -> None:
+    """A version that was put in charge a moment ago is still being loaded."""
+    said, end = "", time.monotonic() + READY_SECONDS
+    while time.monotonic() < end:
+        try:
+            answered = client.get("/readyz")
+        except httpx.HTTPError as error:
+            raise ServiceError(
+                f"nothing answers at {url}: {error}", remedy="ratchet up, or ratchet serve"
+            ) from None
+        if answered.is_success:
+            return
+        said = answered.text[:300]
+        time.sleep(0.3)
+    raise ServiceError(
+        f"the gateway at {url} has no version to answer with: {said}",
+        remedy="ratchet status, and .ratchet/logs/gateway.log, say why",
+    )
+
+
+def _ask(client: httpx.Client, model: str, question: Question, user: str) -> Reply:
+    started = time.perf_counter()
+    body = {"model": model, "user": user, "messages": [{"role": "user", "content": question.text}]}
+    try:
+        answered = client.post("/v1/chat/completions", json=body)
+        took = (time.perf_counter() - started) * 1000
+        if answered.status_code != httpx.codes.OK:
+            return Reply(question.kind, 0, False, f"{answered.status_code}: {answered.text[:200]}", took)
+        right = exact_match(answered.json()["choices"][0]["message"]["content"], question.answer) == 1.0
+        said = client.post(
+            "/v1/feedback",
+            json={"request_id": answered.headers["x-request-id"], "user": user, "score": float(right)},
+        )
+    except httpx.HTTPError as error:
+        return Reply(
+            question.kind,
+            0,
+            False,
+            f"{type(error).__name__}: {error}",
+            (time.perf_counter() - started) * 1000,
+        )
+    fault = "" if said.is_success else f"feedback {said.status_code}: {said.text[:200]}"
+    return Reply(question.kind, int(answered.headers["x-ratchet-version"]), right, fault, took)
+
+
+class Score(NamedTuple):
+    version: int
+    kind: str
+    asked: int
+    right: int
+
+
+def summarise(replies: list[Reply]) -> Iterator[Score]:
+    """A line for each version and kind."""
+    for version in sorted({reply.version for reply in replies}):
+        for kind in sorted({reply.kind for reply in replies if reply.version == version}):
+            found = [reply for reply in replies if (reply.version, reply.kind) == (version, kind)]
+            yield Score(version, kind, len(found), sum(reply.right for reply in found))

@@ -1,0 +1,97 @@
+"""Watch a retraining that the served deployment runs: its lines, as Prefect has them, until Prefect says how it ended."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ratchet.config.params import load_config
+from ratchet.errors import ServiceError, StageError
+from ratchet.services.environment import service_environment
+
+POLL_SECONDS, APPEAR_SECONDS, MAX_SECONDS = 0.5, 180.0, 3600.0
+LAST_LINES_SECONDS = 3.0  # a run sends its lines every 2 s (PREFECT_LOGGING_TO_API_BATCH_INTERVAL)
+
+
+def follow_retraining(root: Path, *, say: Callable[[str], object]) -> None:
+    """The newest run of the deployment `retrain`. Raises ServiceError when none appears in three minutes, StageError when it fails."""
+    os.environ.update(service_environment(root, load_config(root / "params.yaml")))
+    log = root / ".ratchet" / "logs" / "deployments.log"
+    position: int | None = None  # in the lines of the run; None before there is one
+    started = time.monotonic()
+    while time.monotonic() - started < MAX_SECONDS:
+        run = _newest_run()
+        if run is None and time.monotonic() - started > APPEAR_SECONDS:
+            raise ServiceError(
+                "no retraining was started",
+                remedy=f"{log} and Prefect's page of events may say why; `ratchet retrain --drift` does the same by hand",
+            )
+        if run is not None:
+            if position is None:
+                say(f"run {run.name!r}: {_waited(run)}")
+            position = _pass_on(run, position or 0, say)
+            if run.state is not None and run.state.is_final():
+                time.sleep(LAST_LINES_SECONDS)
+                _pass_on(run, position, say)
+                _check(run)
+                return
+        time.sleep(POLL_SECONDS)
+    raise ServiceError(
+        f"the retraining goes on for more than {MAX_SECONDS / 60:.0f} minutes", remedy=f"see {log}"
+    )
+
+
+def _newest_run() -> Any:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        DeploymentFilter,
+        DeploymentFilterName,
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateName,
+    )
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    begun = FlowRunFilter(
+        state=FlowRunFilterState(name=FlowRunFilterStateName(not_any_=["Scheduled", "Late"]))
+    )
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(
+            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=["retrain"])),
+            flow_run_filter=begun,
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+            limit=1,
+        )
+    return runs[0] if runs else None
+
+
+def _waited(run: Any) -> str:
+    if run.start_time is None or run.created is None:
+        return "starts"
+    return f"runs {(run.start_time - run.created).total_seconds():.1f} s after the event's automation asked for it"
+
+
+def _pass_on(run: Any, position: int, say: Callable[[str], object]) -> int:
+    """Say the lines of `run` and of its tasks from `position` on. The position behind the last one."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+
+    chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
+    with get_client(sync_client=True) as client:
+        while lines := client.read_logs(chosen, offset=position):  # 200 at most a call
+            for line in lines:
+                say("  " + line.message.partition("\n")[0])
+            position += len(lines)
+    return position
+
+
+def _check(run: Any) -> None:
+    if not run.state.is_completed():
+        raise StageError(
+            f"the retraining ended {run.state.name}: {run.state.message}",
+            exit_code=1,
+            remedy="Prefect's page shows its lines; `ratchet retrain` tries again",
+        )

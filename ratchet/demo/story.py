@@ -1,0 +1,372 @@
+"""`ratchet demo`: the whole loop on the embedded default, in a clone of its own under .ratchet/demo.
+
+Every figure that it prints is read from the records of the run. The user's checkout gets no commit and no change; the
+services go on running, so that their pages can be looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config, load_config
+from ratchet.demo.clients import Question, Reply, replay, summarise
+from ratchet.demo.follow import follow_retraining
+from ratchet.errors import CheckoutError, RatchetError
+from ratchet.evaluation.statistics import wilson
+from ratchet.files import read_json, write_text
+from ratchet.pipeline.checkout import child_environment, git
+from ratchet.promotion.rollout import read_rollout
+from ratchet.services.processes import find_port_fault
+from ratchet.services.status import ledger_lines, ledger_rows
+from ratchet.services.supervisor import stop_services
+from ratchet.sources.pydoc import harvest
+
+PLACE = Path(".ratchet/demo")
+SECOND = "numpy,jinja2,rich"
+GOLDEN_ROWS = 150
+WORDS = "array|matri|axis|template|macro|console|style|render"  # of the new packages' documentation: where a topic's rows come from
+REQUESTS, LOOK_REQUESTS, MAX_LOOKS, PARALLEL = 500, 250, 14, 16
+console = Console(highlight=False)
+
+
+def run_demo(root: Path, *, until: str = "v2") -> None:
+    """Raises RatchetError when a step fails; the demo's checkout and its services are left to look at."""
+    started = time.perf_counter()
+    with _peak_memory() as peak:
+        home = make_checkout(root)
+        config = load_config(home / "params.yaml")
+        _story(home, until)
+    _print_pages(home, config)
+    console.print(
+        f"\n[bold]{time.perf_counter() - started:.0f} s[/bold] in all, peak memory {peak[0] / 2**30:.2f} GiB (all processes of the demo together)"
+    )
+    console.print(
+        f"go on:  ratchet -C {PLACE} status | rollback | history | retrain\nstop:   ratchet -C {PLACE} down"
+    )
+
+
+def _story(home: Path, until: str) -> None:
+    _step("1  MLflow, Prefect, the deployments and the gateway start, on 127.0.0.1 only")
+    _ratchet(home, "up")
+    _step("2  The standard library's documentation comes in: a frozen golden set, then the first batch")
+    _ratchet(home, "ingest", "--packages", "stdlib", "--golden", str(GOLDEN_ROWS))
+    _ratchet(home, "ingest", "--packages", "stdlib")
+    _step("3  The base is pre-trained here, an adapter is trained on it, and the gate compares the two")
+    _ratchet(home, "retrain", "--reason", "first model of the standard library")
+    _print_scores(home, {"base": "base", "candidate": "v1", "simple": "TF-IDF"})
+    if until == "v1":
+        return
+    traffic = Traffic(home)
+    _step("4  Clients ask v1 about the standard library; what they ask was kept out of every batch")
+    traffic.send(REQUESTS, new=0.0)
+    _ratchet(home, "monitor")
+    _step(f"5  Half of the clients come with packages that v1 has never seen: {SECOND}")
+    traffic.send(REQUESTS, new=0.5)
+    _ratchet(home, "monitor")
+    _step("6  The event has started a retraining, in the served deployment; v1 answers on")
+    follow_retraining(home, say=console.print)
+    _print_scores(home, {"base": "base", "champion": "v1", "candidate": "v2", "simple": "TF-IDF"})
+    if not _print_verdict(home):
+        return
+    _step(
+        "7  v2 gets a growing share of the users; their feedback decides, and may be looked at as often as one likes"
+    )
+    _roll_out(home, traffic)
+    _step("Before and after, as the users saw it")
+    traffic.print_table()
+    _step("The ledger")
+    console.print("\n".join(escape(line) for line in ledger_lines(ledger_rows(home))))
+    _step(
+        "8  A teacher writes rows out of a document, for people to review; here it is a script that asks for each sentence, no model"
+    )
+    with _scripted_teacher(home):
+        _ratchet(home, "synthesize", "--documents", "docs/data.md", "--count", "12")
+    _ratchet(home, "review", "status")
+
+
+@contextmanager
+def _scripted_teacher(home: Path) -> Iterator[None]:
+    """The tests' one, on the port that the demo's params.yaml names."""
+    port = urlsplit(load_config(home / "params.yaml").synthesize.teacher.url).port
+    command = [
+        "uvicorn",
+        "--app-dir",
+        "tests",
+        "--factory",
+        "teacher_stub:TeacherStub",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--log-level",
+        "error",
+    ]
+    with subprocess.Popen([sys.executable, "-m", *command], cwd=home) as teacher:
+        try:
+            yield
+        finally:
+            teacher.terminate()
+
+
+def _roll_out(home: Path, traffic: Traffic) -> None:
+    for _ in range(MAX_LOOKS):
+        _ratchet(home, "rollout", "look")
+        if read_rollout(home) is None:
+            return
+        traffic.send(LOOK_REQUESTS, new=0.8)
+    console.print(
+        f"[yellow]no end after {MAX_LOOKS} looks: `ratchet -C {PLACE} rollout look` goes on[/yellow]"
+    )
+
+
+class Traffic:
+    """Questions that no batch holds, each asked by another user, with the answer known."""
+
+    def __init__(self, home: Path) -> None:
+        config = load_config(home / "params.yaml")
+        self._url, self._model = f"http://127.0.0.1:{config.gateway.port}", config.project.name
+        self._known, self._new = _kept_out(["stdlib"], config), _kept_out(SECOND.split(","), config)
+        self._random = random.Random(2)  # noqa: S311 which question comes next is no secret
+        self._replies: list[Reply] = []
+
+    def send(self, count: int, *, new: float) -> None:
+        """`new`: share of the questions that are about the new packages."""
+        asked = [
+            self._random.choice(self._new if self._random.random() < new else self._known)
+            for _ in range(count)
+        ]
+        users = [f"user-{len(self._replies) + number}" for number in range(count)]
+        started = time.perf_counter()
+        replies = replay(self._url, self._model, asked, users=users, parallel=PARALLEL)
+        self._replies += replies
+        took, faults = time.perf_counter() - started, [reply.fault for reply in replies if reply.fault]
+        told = ", ".join(
+            f"v{score.version} right on {score.right} of {score.asked} about {score.kind}"
+            for score in summarise(replies)
+        )
+        console.print(
+            f"{count} questions by {count} users in {took:.0f} s ({count / took:.0f} a second), {len(faults)} failed: {told}"
+        )
+        if faults:
+            raise RatchetError(
+                f"{len(faults)} requests failed, the first: {faults[0]}",
+                remedy=f"{PLACE}/.ratchet/logs/gateway.log may say why",
+            )
+
+    def print_table(self) -> None:
+        shown = Table(
+            title="answers that were right, of all that the users asked [95 % interval]", title_justify="left"
+        )
+        for column in ("version", "questions about", "asked", "right"):
+            shown.add_column(column, justify="right" if column == "asked" else "left")
+        for score in summarise(self._replies):
+            share = wilson(np.array([1.0] * score.right + [0.0] * (score.asked - score.right)), alpha=0.025)
+            shown.add_row(f"v{score.version}", score.kind, str(score.asked), _cell(share._asdict()))
+        console.print(shown)
+
+
+def _kept_out(packages: list[str], config: Config) -> list[Question]:
+    """Rows of these packages that `ingest.pydoc.share` leaves out of every batch."""
+    taken = {
+        row["messages"][0]["content"]
+        for row in harvest(config.ingest.pydoc.model_copy(update={"packages": packages}))
+    }
+    every = harvest(config.ingest.pydoc.model_copy(update={"packages": packages, "share": 1.0}))
+    kind = "new packages" if packages != ["stdlib"] else "the standard library"
+    return [
+        Question(question, answer, kind)
+        for question, answer in (
+            (row["messages"][0]["content"], row["messages"][1]["content"]) for row in every
+        )
+        if question not in taken
+    ]
+
+
+def make_checkout(root: Path) -> Path:
+    """A fresh clone of the last commit, without a remote, on free ports. Raises CheckoutError when `root` is no clone."""
+    try:
+        git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    except RatchetError:
+        raise CheckoutError(
+            f"{root} is no git repository with a commit",
+            remedy="the demo works on a clone of it: git init && git add -A && git commit -m start",
+        ) from None
+    home = root / PLACE
+    if home.exists():
+        console.print(f"an earlier demo is removed: {PLACE}")
+        stop_services(home, report=lambda _: None)
+        shutil.rmtree(home)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    git(root, "clone", "--quiet", str(root), str(home))
+    # A clone of a clone would push there; and a branch name is needed where HEAD was detached (a CI runner).
+    git(home, "remote", "remove", "origin")
+    git(home, "checkout", "--quiet", "-B", "main")
+    if git(root, "status", "--porcelain", "--untracked-files=no").strip():
+        console.print("note: your checkout has uncommitted changes; the demo runs the last commit")
+    _settle(home)
+    return home
+
+
+def _settle(home: Path) -> None:
+    """The demo's own params.yaml: free ports, some questions kept out, and a week of traffic in minutes."""
+    params = home / "params.yaml"
+    values = Config().model_dump(mode="json")  # the embedded default, whatever the team has made of its own
+    for section, key in (("services", "mlflow_port"), ("services", "prefect_port"), ("gateway", "port")):
+        if find_port_fault(values[section][key]):
+            values[section][key] = _free_port()
+    values["ingest"]["pydoc"]["share"] = 0.85
+    values["synthesize"]["teacher"] |= {"url": f"http://127.0.0.1:{_free_port()}/v1", "model": "script"}
+    values["monitor"] |= {
+        "cooldown_hours": 0.0,
+        "sources": [{"match": WORDS, "source": "pydoc", "packages": SECOND.split(",")}],
+    }
+    # Names of the new packages take more tokens (numpy.ma against os): about a third more time for an answer, which these users take.
+    values["rollout"] |= {"steps": [0.1, 0.5, 1.0], "step_minutes": 0.0, "latency_margin": 1.0}
+    write_text(params, render_params(Config.model_validate(values)))
+    git(
+        home,
+        "-c",
+        "user.name=Ratchet",
+        "-c",
+        "user.email=ratchet@localhost",
+        "commit",
+        "--quiet",
+        "--all",
+        "--message",
+        "Settle the demo",
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _ratchet(home: Path, *arguments: str) -> None:
+    """The command as a user types it, its lines passed through."""
+    console.print(f"[dim]$ ratchet -C {PLACE} {' '.join(arguments)}[/dim]")
+    environment = {
+        name: value
+        for name, value in child_environment().items()
+        if not name.startswith(("PREFECT_", "MLFLOW_", "RATCHET_"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "ratchet.cli", "-C", str(home), *arguments],
+        env=environment,
+        cwd=home,
+        check=False,
+    )
+    if done.returncode:
+        raise RatchetError(
+            f"`ratchet {' '.join(arguments)}` ended with exit code {done.returncode}",
+            remedy=f"its message stands above; {PLACE} is left as it was, `ratchet -C {PLACE} down` stops the services",
+        )
+
+
+def _print_scores(home: Path, names: dict[str, str]) -> None:
+    """Old and new material apart, as the evaluation recorded them."""
+    slices = read_json(home / "reports/evaluation/metrics.json")["slices"]
+    shown = Table(
+        title="exact match on held-out rows [95 % interval]; TF-IDF is a plain classifier for comparison",
+        title_justify="left",
+    )
+    shown.add_column("rows of")
+    shown.add_column("n", justify="right")
+    for label in names.values():
+        shown.add_column(label)
+    for name in [name for name in slices if name.startswith("batch:")] + [
+        name for name in ("test", "golden") if name in slices
+    ]:
+        part = slices[name]
+        label = {"test": "all test rows", "golden": "the golden set"}.get(
+            name, name.partition("-")[2].rpartition("-")[0]
+        )
+        shown.add_row(
+            label,
+            str(next(iter(part.values()))["rows"]),
+            *(_cell(part[model]["exact_match"]) for model in names if model in part),
+        )
+    console.print(shown)
+
+
+def _cell(found: dict[str, float]) -> str:
+    return escape(f"{found['mean']:.0%} [{found['low'] * 100:.0f}–{found['high'] * 100:.0f}]")
+
+
+def _print_verdict(home: Path) -> bool:
+    """Whether the gate let the candidate through."""
+    decision = read_json(home / "reports/gate.json")
+    console.print(f"gate: [bold]{decision['verdict']}[/bold]")
+    for part in [*decision["checks"][:1], *decision["regions"]]:
+        console.print(f"  {part['reason']}", markup=False)
+    if decision["verdict"] != "promote":
+        console.print(
+            "[yellow]the candidate was not let through: v1 stays in charge. That is the gate's work, and worth a look at the reasons above.[/yellow]"
+        )
+    return bool(decision["verdict"] == "promote")
+
+
+def _print_pages(home: Path, config: Config) -> None:
+    mlflow, prefect = (
+        f"http://127.0.0.1:{port}" for port in (config.services.mlflow_port, config.services.prefect_port)
+    )
+    console.print(
+        f"\nthe page http://127.0.0.1:{config.gateway.port}/\nMLflow   {mlflow}/#/models/{config.project.name}\nPrefect  {prefect}/runs\ngit log  git -C {PLACE} log --oneline"
+    )
+
+
+def _step(title: str) -> None:
+    console.rule(f"[bold]{title}", align="left")
+
+
+@contextmanager
+def _peak_memory() -> Iterator[list[int]]:
+    """Highest sum of proportional memory over this process and all that it started, in bytes, looked at once a second."""
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1.0):
+            peak[0] = max(peak[0], _family_memory())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def _family_memory() -> int:
+    """Services outlive their parents, so a process of the demo is told by the folder that it works in."""
+    total = 0
+    for process in psutil.process_iter():
+        try:
+            if (
+                process.pid == os.getpid()
+                or str(PLACE) in process.cwd()
+                or str(PLACE) in " ".join(process.cmdline())
+            ):
+                total += process.memory_full_info().pss
+        except (psutil.Error, AttributeError, OSError):
+            continue
+    return total

@@ -1,0 +1,1 @@
+"""Metrics, scoring, slices, paired statistics and the answer cache."""

@@ -1,0 +1,42 @@
+"""A simple honest baseline: logistic regression on TF-IDF where answers are labels, the nearest question's answer elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ratchet.data.examples import Example
+
+MIN_ROWS = 5  # of an answer, to count as a label
+
+
+def simple_answers(train: Sequence[Example], rows: Sequence[Example]) -> list[str]:
+    """An answer a row, learned from all training rows."""
+    known, asked = vectors([row.question for row in train], [row.question for row in rows])
+    counts = Counter(row.answer for row in train)
+    labelled = [index for index, row in enumerate(train) if counts[row.answer] >= MIN_ROWS]
+    if len(labelled) >= len(train) / 2 and len({train[index].answer for index in labelled}) > 1:
+        return _by_regression(known[labelled], [train[index].answer for index in labelled], asked)
+    return [train[index].answer for index in (asked @ known.T).toarray().argmax(axis=1)]
+
+
+def vectors(known: list[str], asked: list[str]) -> tuple[Any, Any]:
+    """TF-IDF of words and pairs of words; of characters where the texts share no words, as without blanks between them."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2 if len(known) > 100 else 1)
+    try:
+        return words.fit_transform(known), words.transform(asked)
+    except ValueError:  # scikit-learn's word for an empty vocabulary
+        characters = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), analyzer="char")
+        return characters.fit_transform(known), characters.transform(asked)
+
+
+def _by_regression(known: Any, answers: list[str], asked: Any) -> list[str]:
+    from sklearn.linear_model import LogisticRegression
+
+    return [
+        str(answer)
+        for answer in LogisticRegression(C=10.0, max_iter=300, tol=3e-4).fit(known, answers).predict(asked)
+    ]

@@ -1,0 +1,214 @@
+"""Scores of one answer against one reference. All lie in 0..1 but `length`; higher is better but for `refusal`.
+
+`evaluate.metrics` says which are computed; `ratchet/evaluation/custom_metrics.py` adds the user's own, `ratchet/labels.py` what needs many rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ratchet.config.evaluation import EvaluateConfig
+from ratchet.evaluation.statistics import Interval, Values
+
+Metric = Callable[[str, str], float]
+WORD = re.compile(r"\w+")
+NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,300})(?:\.\d{1,300})?(?:[eE][-+]?\d{1,3})?")
+TOLERANCE = 1e-6  # of two numbers, relative
+REFUSAL = re.compile(
+    r"^\W*(?:(?:i[’']?m|i am|we are) (?:very |so )?(?:sorry|afraid)|sorry\b|(?:unfortunately,? )?i (?:can[’']?t|can ?not|could ?n[’']?t|won[’']?t|(?:am|[’']m) (?:not able|unable))"
+    r"|i (?:do not|don[’']?t) (?:know|have (?:access|(?:any |enough )?information))|as an? (?:ai|(?:large )?language model))",
+    re.IGNORECASE,
+)
+MIN_ROWS = 5  # of a reference, to count as a label
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1 when equal but for blanks."""
+    return float(" ".join(answer.split()) == " ".join(reference.split()))
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """F1 over words, as multisets, lower case (SQuAD, arXiv 1606.05250, without its removal of articles). Without words on both sides: exact match."""
+    return _overlap(answer, reference, size=1)
+
+
+def rouge_1(answer: str, reference: str) -> float:
+    """ROUGE-N with N = 1 as F1 (Lin 2004, W04-1013), without stemming: what `token_f1` is."""
+    return _overlap(answer, reference, size=1)
+
+
+def rouge_2(answer: str, reference: str) -> float:
+    """F1 over pairs of neighbouring words, as multisets, lower case (Lin 2004). Without pairs on both sides: exact match."""
+    return _overlap(answer, reference, size=2)
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words, lower case (Lin 2004, W04-1013). Without words on both sides: exact match."""
+    left, right = _words(answer), _words(reference)
+    longest = _longest_common(left, right)
+    if not longest:
+        return exact_match(answer, reference) if not left and not right else 0.0
+    return 2 * longest / (len(left) + len(right))
+
+
+def bleu(answer: str, reference: str) -> float:
+    """Sentence BLEU by sacrebleu, effective order, divided by 100 (Papineni et al. 2002, P02-1040). Without text on both sides: exact match."""
+    from sacrebleu import sentence_bleu
+
+    if not answer.strip() or not reference.strip():
+        return exact_match(answer, reference)
+    return min(1.0, float(sentence_bleu(answer, [reference]).score) / 100)
+
+
+def chrf(answer: str, reference: str) -> float:
+    """chrF2 by sacrebleu, divided by 100 (Popović 2015, W15-3049)."""
+    from sacrebleu import sentence_chrf
+
+    return float(sentence_chrf(answer, [reference]).score) / 100
+
+
+def accuracy(answer: str, reference: str) -> float:
+    """1 when both are the same label: equal but for case, blanks and a mark at the end."""
+    return float(as_label(answer) == as_label(reference))
+
+
+def json_valid(answer: str, reference: str) -> float:
+    """1 when the answer is one JSON value (RFC 8259: no NaN, no comment). The reference plays no part."""
+    try:
+        json.loads(answer, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return 0.0
+    return 1.0
+
+
+def numeric_match(answer: str, reference: str) -> float:
+    """1 when the last number of both is the same, within 1e-6 of it (GSM8K's rule, arXiv 2110.14168). Without one in the reference: exact match."""
+    wanted, found = last_number(reference), last_number(answer)
+    if wanted is None:
+        return exact_match(answer, reference)
+    return float(found is not None and math.isclose(found, wanted, rel_tol=TOLERANCE, abs_tol=1e-12))
+
+
+def refusal(answer: str, reference: str) -> float:
+    """1 when the answer begins as a refusal does, in English; its mean is the refusal rate. The reference plays no part."""
+    return float(REFUSAL.match(answer) is not None)
+
+
+def length(answer: str, reference: str) -> float:
+    """Words of the answer."""
+    return float(len(_words(answer)))
+
+
+ROW_METRICS: dict[str, Metric] = {
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "rouge_1": rouge_1,
+    "rouge_2": rouge_2,
+    "rouge_l": rouge_l,
+    "bleu": bleu,
+    "chrf": chrf,
+    "accuracy": accuracy,
+    "json_valid": json_valid,
+    "numeric_match": numeric_match,
+    "refusal": refusal,
+    "length": length,
+}
+
+
+def row_metrics(config: EvaluateConfig) -> dict[str, Metric]:
+    """Those of `evaluate.metrics` that are a score a row; exact match is always among them."""
+    known = {**ROW_METRICS, "regex_match": regex_match(config.pattern)}
+    return {name: known[name] for name in dict.fromkeys(("exact_match", *config.metrics)) if name in known}
+
+
+def regex_match(pattern: str) -> Metric:
+    """1 when the whole answer, without blanks around it, fits `pattern`; a dot matches line ends too."""
+    compiled = re.compile(pattern, re.DOTALL)
+    return lambda answer, reference: float(compiled.fullmatch(answer.strip()) is not None)
+
+
+def as_label(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".!?;:, ")
+
+
+def last_number(text: str) -> float | None:
+    """`1,250.5` is one number; a text of digits that no float holds is none."""
+    found = NUMBER.findall(text)
+    value = float(found[-1].replace(",", "")) if found else math.nan
+    return value if math.isfinite(value) else None
+
+
+def _overlap(answer: str, reference: str, *, size: int) -> float:
+    left, right = _runs(_words(answer), size), _runs(_words(reference), size)
+    common = sum((left & right).values())
+    if not common:
+        return exact_match(answer, reference) if not left and not right else 0.0
+    precision, recall = common / sum(left.values()), common / sum(right.values())
+    return 2 * precision * recall / (precision + recall)
+
+
+def _runs(words: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(words[start : start + size]) for start in range(len(words) - size + 1))
+
+
+def _words(text: str) -> list[str]:
+    return WORD.findall(text.lower())
+
+
+def _longest_common(left: list[str], right: list[str]) -> int:
+    row = [0] * (len(right) + 1)
+    for word in left:
+        diagonal = 0
+        for position, other in enumerate(right, start=1):
+            diagonal, row[position] = (
+                row[position],
+                diagonal + 1 if word == other else max(row[position], row[position - 1]),
+            )
+    return row[-1]
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def are_labels(references: Sequence[str]) -> bool:
+    """At least half of the rows have a reference that comes five times or more, and there is more than one such."""
+    counts = Counter(map(as_label, references))
+    common = {label for label, count in counts.items() if count >= MIN_ROWS}
+    return len(common) > 1 and sum(counts[label] for label in common) >= len(references) / 2
+
+
+def macro_f1(
+    answers: Sequence[str], references: Sequence[str], *, alpha: float, resamples: int, seed: int
+) -> Interval:
+    """The mean of the F1 of each label that the references hold, as scikit-learn's `f1_score(average="macro", labels=…)`; bounds by the bootstrap over rows."""
+    answered, wanted = list(map(as_label, answers)), list(map(as_label, references))
+    labels = {label: place for place, label in enumerate(sorted(set(wanted)))}
+    said, true = (_one_hot(side, labels) for side in (answered, wanted))
+    rows = len(wanted)
+    counts = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), resamples)
+    means = _mean_f1(counts @ (said * true), counts @ said, counts @ true)
+    low, high = np.quantile(means, [alpha, 1 - alpha])
+    mean = float(_mean_f1((said * true).sum(0)[None], said.sum(0)[None], true.sum(0)[None])[0])
+    return Interval(mean, min(mean, float(low)), max(mean, float(high)))
+
+
+def _one_hot(side: list[str], labels: dict[str, int]) -> Values:
+    """(rows, labels); a row that says no known label is empty."""
+    found = np.zeros((len(side), len(labels)))
+    places = [(row, labels[label]) for row, label in enumerate(side) if label in labels]
+    found[tuple(np.array(places, dtype=int).reshape(-1, 2).T)] = 1.0
+    return found
+
+
+def _mean_f1(hits: Values, said: Values, true: Values) -> Values:
+    """(draws,) from counts of (draws, labels). A label that a draw lacks, and nobody says, does not count there."""
+    both = said + true
+    score = np.divide(2 * hits, both, out=np.zeros_like(both), where=both > 0)
+    return np.asarray(score.sum(1) / np.maximum(1, (both > 0).sum(1)), dtype=np.float64)

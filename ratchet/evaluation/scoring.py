@@ -1,0 +1,246 @@
+"""A model's answers and likelihoods on rows: from the cache where they stand there, from the loaded model otherwise.
+
+Rows go through the model in batches of like lengths, and those of a data batch stay among themselves: test rows never move, so a new
+batch of rows changes no forward batch of an old one, and what an unchanged model said of those is in the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from ratchet.config.evaluation import EvaluateConfig
+from ratchet.data.examples import Example
+from ratchet.errors import BaseModelError
+from ratchet.evaluation.answer_cache import Answers, identity, open_answers
+from ratchet.evaluation.custom_metrics import Custom, custom_score
+from ratchet.evaluation.metrics import row_metrics
+from ratchet.evaluation.slices import slice_columns
+from ratchet.models.adapters import base_settings, can_be_switched_off, load_trained, share_a_base
+from ratchet.models.chat_template import ChatFormat, Encoded
+from ratchet.models.generation import Likelihood, answer_likelihoods, greedy_answers
+from ratchet.models.loading import load_adapter, load_base, load_tokenizer, quiet
+from ratchet.pipeline.stage import say
+
+
+class Asked(NamedTuple):
+    """Rows to answer; `groups` says of each among whom it is computed."""
+
+    rows: list[Example]
+    groups: list[str]
+
+
+class Answered(NamedTuple):
+    answers: list[str]
+    likelihoods: list[Likelihood]
+
+
+class Player(NamedTuple):
+    """A model that answers: `base` with what was trained in `trained`, or untouched and loaded as `like` asks for."""
+
+    name: str
+    base: Path
+    trained: Path | None
+    like: Path
+
+
+class Models:
+    """Loads what has to answer, when it has to: plain adapters take turns on one base, anything else has the memory to itself."""
+
+    def __init__(self) -> None:
+        self._model: Any = None
+        self._base: Path | None = None
+        self._held: dict[str, Path] = {}
+
+    @contextmanager
+    def play(self, player: Player) -> Iterator[Any]:
+        if player.trained is None:
+            with self._bare(player) as model:
+                yield model
+            return
+        first = next(iter(self._held.values()), None)
+        if first and self._base == player.base and share_a_base(first, player.trained):
+            if player.name not in self._held:
+                load_adapter(self._model, player.trained, name=player.name)
+            self._model.set_adapter(player.name)
+        else:
+            self._model, self._held = None, {}  # before the next one is loaded
+            self._model, self._base = load_trained(player.base, player.trained, name=player.name), player.base
+        self._held[player.name] = player.trained
+        yield self._model
+
+    @contextmanager
+    def _bare(self, player: Player) -> Iterator[Any]:
+        held = next(iter(self._held.values()), None)
+        if (
+            held
+            and self._base == player.base
+            and can_be_switched_off(held)
+            and base_settings(held) == base_settings(player.like)
+        ):
+            with self._model.disable_adapter():
+                yield self._model
+            return
+        self._model, self._held = None, {}
+        yield load_base(player.base, **base_settings(player.like))
+
+
+def players_of(base: Path, incumbent: Path | None, candidate: Path) -> list[Player]:
+    """Candidate, champion (None before the first promotion) and untouched base, those that share a base in memory one after the other."""
+    players = [Player("candidate", base, candidate, candidate), Player("base", base, None, candidate)]
+    if incumbent:
+        own_base = incumbent / "base" if (incumbent / "base").exists() else base
+        together = own_base == base and share_a_base(candidate, incumbent)
+        players.insert(1 if together else 2, Player("champion", own_base, incumbent, incumbent))
+    return players
+
+
+def each_model(base: Path, incumbent: Path | None, candidate: Path) -> Iterator[tuple[str, Any, ChatFormat]]:
+    """(name, model, chat) in turn, for what is measured on the model itself. A model is to be used before the next one is asked for."""
+    models = Models()
+    for player in players_of(base, incumbent, candidate):
+        with models.play(player) as model:
+            yield player.name, model.eval(), ChatFormat(load_tokenizer(player.base))
+
+
+def answer(
+    player: Player, models: Models, asked: Asked, config: EvaluateConfig, cache: Path | None = None
+) -> Answered:
+    """In the order of the rows. Raises BaseModelError when a likelihood is not finite."""
+    started = time.perf_counter()
+    chat = ChatFormat(load_tokenizer(player.base))
+    prompts = [chat.encode_prompt(row.prompt) for row in asked.rows]
+    wholes = [_with_answer(chat, row, prompt) for row, prompt in zip(asked.rows, prompts, strict=True)]
+
+    def likelihoods(model: Any, batch: list[int]) -> list[Any]:
+        found = answer_likelihoods(
+            model, [wholes[index] for index in batch], pad_id=chat.pad_id, batch_size=len(batch)
+        )
+        if broken := sum(not math.isfinite(each.nll) or not math.isfinite(each.prompt_nll) for each in found):
+            raise BaseModelError(
+                f"{player.name}: the likelihood of {broken} of {len(batch)} answers is not finite",
+                remedy="its weights are broken: train again",
+            )
+        return [list(each) for each in found]
+
+    def answers(model: Any, batch: list[int]) -> list[Any]:
+        return greedy_answers(
+            model,
+            [prompts[index] for index in batch],
+            chat,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=len(batch),
+        )
+
+    kinds: list[tuple[Callable[[Any, list[int]], list[Any]], list[list[int]], Any]] = [
+        (likelihoods, [[*row.ids, -sum(row.learned)] for row in wholes], ["likelihood", chat.pad_id]),
+        (answers, prompts, ["answer", chat.pad_id, chat.stop_id, config.max_new_tokens]),
+    ]
+    with open_answers(cache, identity(player.base, player.trained, player.like) if cache else "") as known:
+        parts = [
+            _Part(compute, batch, _key(settings, [ids[index] for index in batch]))
+            for compute, ids, settings in kinds
+            for batch in batches(ids, asked.groups, config.batch_size)
+        ]
+        found = [known.get(part.key, len(part.batch)) for part in parts]
+        cached = sum(entries is not None for entries in found)
+        if cached < len(parts):
+            _compute(parts, found, models.play(player), known)
+    columns: dict[Any, dict[int, Any]] = defaultdict(dict)
+    for part, entries in zip(parts, found, strict=True):
+        assert entries is not None
+        columns[part.compute] |= zip(part.batch, entries, strict=True)
+    where = f", {cached / len(parts):.0%} of it from the cache" if cached else ""
+    say(f"evaluate: {player.name} on {len(asked.rows)} rows in {time.perf_counter() - started:.0f} s{where}")
+    everything = range(len(asked.rows))
+    return Answered(
+        [columns[answers][index] for index in everything],
+        [Likelihood(*columns[likelihoods][index]) for index in everything],
+    )
+
+
+class _Part(NamedTuple):
+    """One forward batch, by places in the list of rows."""
+
+    compute: Callable[[Any, list[int]], list[Any]]
+    batch: list[int]
+    key: str
+
+
+def _compute(
+    parts: Sequence[_Part], found: list[list[Any] | None], load: AbstractContextManager[Any], known: Answers
+) -> None:
+    with load as model, quiet():
+        model.eval()
+        for place, part in enumerate(parts):
+            if found[place] is None:
+                found[place] = entries = part.compute(model, part.batch)
+                known.put(part.key, entries)
+
+
+def batches(ids: Sequence[list[int]], groups: Sequence[str], size: int) -> Iterator[list[int]]:
+    """Places in batches of like lengths within their group. Which rows are together depends on nothing but the rows of the group."""
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        members[group].append(index)
+    for group in sorted(members):
+        order = sorted(members[group], key=lambda index: (len(ids[index]), ids[index]))
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+
+def _key(settings: Any, ids: list[list[int]]) -> str:
+    return sha256(json.dumps([settings, ids]).encode()).hexdigest()
+
+
+def _with_answer(chat: ChatFormat, row: Example, prompt: list[int]) -> Encoded:
+    """Scored on its last answer alone; the earlier ones are learned, but they are part of what is asked."""
+    ids = chat.encode(row).ids
+    return Encoded(ids, [position >= len(prompt) for position in range(len(ids))])
+
+
+def frame_of(rows: list[Example], model: str, found: Answered, config: EvaluateConfig) -> pd.DataFrame:
+    """A line a row; without likelihoods for what has none."""
+    likelihoods = found.likelihoods
+    columns: dict[str, Any] = {
+        "id": [row.id for row in rows],
+        "batch": [str(row.meta["batch"]) for row in rows],
+        "kind": [str(row.meta.get("kind", "")) for row in rows],
+        "model": [model] * len(rows),
+        "question": [row.question for row in rows],
+        "reference": [row.answer for row in rows],
+        "answer": found.answers,
+        "answer_nll": [each.nll / each.tokens for each in likelihoods] or math.nan,
+        "answer_tokens": [each.tokens for each in likelihoods] or 0,
+        "prompt_nll": [each.prompt_nll / max(1, each.prompt_tokens) for each in likelihoods] or math.nan,
+    }
+    return pd.DataFrame(columns | slice_columns(rows, config))
+
+
+def add_scores(
+    table: pd.DataFrame, rows: list[Example], config: EvaluateConfig, custom: dict[str, Custom]
+) -> pd.DataFrame:
+    """A column a metric."""
+    pairs = list(zip(table.answer, table.reference, strict=True))
+    scores = {
+        name: [metric(answer, reference) for answer, reference in pairs]
+        for name, metric in row_metrics(config).items()
+    }
+    of = {row.id: row for row in rows}
+    scores |= {
+        name: [
+            custom_score(name, metric, answer, of[id])
+            for answer, id in zip(table.answer, table.id, strict=True)
+        ]
+        for name, metric in custom.items()
+    }
+    return table.assign(**scores)

@@ -1,0 +1,194 @@
+"""How likely the gate promotes a candidate that is better by a wished effect, and how many test rows that takes.
+
+Draws tables of paired gains and judges them as the gate does: the success metric at the look's alpha, the guardrails on past
+batches and the golden set. Not covered: the guardrails on the NLL, the base and slices, and those that are off by default, are taken to pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ratchet.config.evaluation import GateConfig
+from ratchet.evaluation.statistics import Values
+
+DRAWS = 20_000
+MOST_ROWS = 2_000_000
+
+
+class Spread(NamedTuple):
+    """Of the paired gains: `differing` is the share of rows in which the models differ, for scores of 0 and 1; else `deviation` counts."""
+
+    differing: float | None
+    deviation: float
+
+    def at(self, effect: float) -> float:
+        """Standard deviation of a row's gain under that effect."""
+        return (
+            self.deviation
+            if self.differing is None
+            else math.sqrt(max(self.differing, abs(effect)) - effect * effect)
+        )
+
+
+class Plan(NamedTuple):
+    effect: float
+    alpha: float
+    rows: int
+    power: float
+    success: float  # the success metric alone
+    needed: int | None  # test rows for the wished power; None when more test rows alone never reach it
+    smallest: float | None  # effect that is found with the wished power on `rows`
+
+
+def spread_of(gains: Values) -> Spread:
+    """From the gains of an evaluation."""
+    binary = bool(np.isin(gains, (-1.0, 0.0, 1.0)).all())
+    return Spread(float((gains != 0).mean()) if binary else None, float(gains.std()))
+
+
+def plan(
+    effect: float,
+    batches: Mapping[str, int],
+    seen: Sequence[str],
+    golden: int,
+    spread: Spread,
+    alpha: float,
+    config: GateConfig,
+    *,
+    rows: int | None = None,
+    wished: float = 0.8,
+) -> Plan:
+    """`batches`: test rows a batch today; with `rows` they grow or shrink in proportion."""
+    today = sum(batches.values())
+    wanted = rows or today
+
+    def power(at: float, count: int) -> tuple[float, float]:
+        return _power(at, _scaled(batches, count), seen, golden, spread, alpha, config)
+
+    found, success = power(effect, wanted)
+    needed = _least(lambda count: power(effect, count)[0] >= wished, max(config.min_rows, 2))
+    most = 1.0 if spread.differing is not None else 10 * max(spread.deviation, 1e-9)
+    smallest = _smallest(lambda gain: power(config.min_gain + gain, wanted)[0] >= wished, most)
+    return Plan(
+        effect,
+        alpha,
+        wanted,
+        found,
+        success,
+        needed,
+        None if smallest is None else config.min_gain + smallest,
+    )
+
+
+def _power(
+    effect: float,
+    batches: Mapping[str, int],
+    seen: Sequence[str],
+    golden: int,
+    spread: Spread,
+    alpha: float,
+    config: GateConfig,
+) -> tuple[float, float]:
+    """(power of the whole, of the success metric alone)."""
+    if sum(batches.values()) < config.min_rows:
+        return 0.0, 0.0
+    generator = np.random.default_rng(config.seed)
+    parts = {name: _draw(generator, rows, effect, spread) for name, rows in batches.items() if rows}
+    whole = _join(list(parts.values()))
+    success = (whole.low(alpha) > config.min_gain) & whole.beyond_chance(alpha)
+    past = {name: part for name, part in parts.items() if name in seen}
+    groups = {"past": _join(list(past.values()))} if past else {}
+    groups |= {
+        name: part for name, part in past.items() if len(past) > 1 and part.rows >= config.min_slice_rows
+    }
+    kept = success.copy()
+    for part in groups.values():
+        kept &= part.low(config.guardrail_alpha) >= -config.past_margin
+    if golden:
+        kept &= _draw(generator, golden, effect, spread).low(config.guardrail_alpha) >= -config.golden_margin
+    return float(kept.mean()), float(success.mean())
+
+
+class _Draws(NamedTuple):
+    """Sums over `rows` rows, a value a draw: of the gains, of their squares; and rows that were won and lost, for scores of 0 and 1."""
+
+    rows: int
+    total: Values
+    squares: Values
+    won: NDArray[np.int64] | None
+    lost: NDArray[np.int64] | None
+
+    def low(self, alpha: float) -> Values:
+        mean = self.total / self.rows
+        deviation = np.sqrt(np.maximum(0.0, self.squares / self.rows - mean * mean))
+        return np.asarray(mean - NormalDist().inv_cdf(1 - alpha) * deviation / math.sqrt(self.rows))
+
+    def beyond_chance(self, alpha: float) -> NDArray[np.bool_]:
+        """The gate's sign test (`ratchet.evaluation.statistics.chance_of`)."""
+        from scipy.stats import binom
+
+        if self.won is None or self.lost is None:
+            return np.ones(len(self.total), dtype=np.bool_)
+        return np.asarray(binom.sf(self.won - 1, self.won + self.lost, 0.5) <= alpha)
+
+
+def _draw(generator: np.random.Generator, rows: int, effect: float, spread: Spread) -> _Draws:
+    if spread.differing is None:
+        total = rows * effect + math.sqrt(rows) * spread.deviation * generator.standard_normal(DRAWS)
+        return _Draws(rows, total, np.full(DRAWS, rows * (spread.deviation**2 + effect**2)), None, None)
+    differing = max(spread.differing, abs(effect))
+    counts = generator.multinomial(
+        rows, [(differing + effect) / 2, max(0.0, (differing - effect) / 2), max(0.0, 1 - differing)], DRAWS
+    )
+    won, lost = counts[:, 0], counts[:, 1]
+    return _Draws(rows, (won - lost).astype(np.float64), (won + lost).astype(np.float64), won, lost)
+
+
+def _join(parts: list[_Draws]) -> _Draws:
+    won, lost = (
+        [part.won for part in parts if part.won is not None],
+        [part.lost for part in parts if part.lost is not None],
+    )
+    return _Draws(
+        sum(part.rows for part in parts),
+        np.sum([part.total for part in parts], axis=0),
+        np.sum([part.squares for part in parts], axis=0),
+        np.sum(won, axis=0) if won else None,
+        np.sum(lost, axis=0) if lost else None,
+    )
+
+
+def _scaled(batches: Mapping[str, int], rows: int) -> dict[str, int]:
+    today = sum(batches.values())
+    return {name: round(count * rows / today) for name, count in batches.items()}
+
+
+def _least(holds: Callable[[int], bool], start: int) -> int | None:
+    """The least number from which it holds, to about one in a hundred, by doubling and halving."""
+    high = start
+    while not holds(high):
+        high *= 2
+        if high > MOST_ROWS:
+            return None
+    low = high // 2
+    while high - low > max(1, high // 100):
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _smallest(holds: Callable[[float], bool], most: float) -> float | None:
+    """The least gain from which it holds, to a thousandth of `most`."""
+    if not holds(most):
+        return None
+    low, high = 0.0, most
+    while high - low > most / 1000:
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high

@@ -1,0 +1,169 @@
+"""API keys of the gateway: `.ratchet/keys.json` keeps their SHA-256 and what each may do, never the key.
+
+Once the file is there, every request needs a key; a running gateway sees a change at once.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import os
+import secrets
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from ratchet.errors import CheckoutError, UserError
+from ratchet.serving.faults import Fault
+
+FILE = Path(".ratchet/keys.json")
+SCOPES = ("infer", "feedback", "admin")
+PREFIX = "sk-ratchet-"  # `sk-` is what scanners for secrets and the log's redaction look for
+
+
+class Key(msgspec.Struct, frozen=True):
+    """`digest` is the SHA-256 of the key in hex: 256 random bits need no salt and no slow hash. `created` is in seconds since 1970."""
+
+    name: str
+    digest: str
+    scopes: list[str]
+    created: float
+
+    @property
+    def may_choose_version(self) -> bool:
+        return bool(self.name) and "admin" in self.scopes
+
+
+NOBODY = Key("", "", list(SCOPES), 0.0)  # on loopback, as long as there are no keys
+
+
+def add_key(root: Path, name: str, scopes: Iterable[str]) -> str:
+    """The new key, shown this once. Raises UserError: the name is taken, a scope is unknown, or there is none."""
+    keys, wanted = list_keys(root), [scope.strip() for scope in scopes]
+    if not name or any(key.name == name for key in keys):
+        raise UserError(
+            f"the name {name!r} is {'taken' if name else 'empty'}",
+            remedy="choose another, or revoke that key first (`ratchet keys revoke`)",
+        )
+    if not wanted:
+        raise UserError("no scope is named", remedy=f"known: {', '.join(SCOPES)}")
+    if unknown := [scope for scope in wanted if scope not in SCOPES]:
+        raise UserError(
+            f"unknown scope {', '.join(map(repr, unknown))}", remedy=f"known: {', '.join(SCOPES)}"
+        )
+    key = PREFIX + secrets.token_urlsafe(32)
+    _write_keys(root, [*keys, Key(name, _digest(key), wanted, time.time())])
+    return key
+
+
+def list_keys(root: Path) -> list[Key]:
+    """Raises CheckoutError for a file that holds no keys."""
+    try:
+        return msgspec.json.decode((root / FILE).read_bytes(), type=list[Key])
+    except FileNotFoundError:
+        return []
+    except msgspec.DecodeError as error:
+        raise CheckoutError(
+            f"{FILE} holds no keys: {error}", remedy="remove it and make new keys with `ratchet keys add`"
+        ) from None
+
+
+def revoke_key(root: Path, name: str) -> None:
+    """Raises UserError when there is none of that name. The last one's end opens nothing: the empty file stays."""
+    keys = list_keys(root)
+    left = [key for key in keys if key.name != name]
+    if len(left) == len(keys):
+        raise UserError(
+            f"no key is named {name!r}", remedy=f"known: {', '.join(key.name for key in keys) or 'none'}"
+        )
+    _write_keys(root, left)
+
+
+class Doorkeeper:
+    """Who asks, and may they? Reads the file again when it changed. `required`: keys are needed even where there is no file."""
+
+    def __init__(self, root: Path, *, required: bool) -> None:
+        self._path, self._root, self._required = root / FILE, root, required
+        self._seen: tuple[int, int, int] | None = None
+        self._keys: list[Key] = []
+
+    def admit(self, header: str, scope: str) -> Key:
+        """The key that an `Authorization` header holds. Raises Fault: 401 for none or a wrong one, 403 for one without the scope."""
+        key = self._find(_read_header(header)) if self._are_needed() else NOBODY
+        if scope not in key.scopes:
+            raise Fault(
+                403,
+                f"the key {key.name!r} has the scopes {', '.join(key.scopes)}; this needs {scope}",
+                remedy=f"make one with `ratchet keys add NAME --scopes {scope}`",
+                code="missing_scope",
+            )
+        return key
+
+    def _are_needed(self) -> bool:
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            self._seen, self._keys = None, []
+            return self._required
+        seen = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+        if seen != self._seen:
+            try:
+                self._keys, self._seen = list_keys(self._root), seen
+            except CheckoutError as error:  # nobody gets in by a broken file
+                raise Fault(503, str(error), code="no_keys") from None
+        return True
+
+    def _find(self, shown: str) -> Key:
+        digest, found = _digest(shown), None
+        for key in self._keys:  # all of them: how long it takes tells nothing
+            if hmac.compare_digest(key.digest, digest):
+                found = key
+        if found is None or not shown:
+            raise Fault(
+                401,
+                "the API key is not known" if shown else "no API key was sent",
+                remedy="send `Authorization: Bearer KEY`; `ratchet keys add NAME` makes one",
+                code="invalid_api_key",
+            )
+        return found
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Whole or not at all, and readable by its owner only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_keys(root: Path, keys: list[Key]) -> None:
+    write_private(root / FILE, msgspec.json.format(msgspec.json.encode(keys), indent=2) + b"\n")
+
+
+def _read_header(header: str) -> str:
+    """The key of `Bearer KEY`, or the password of HTTP's basic authentication, which is what a browser asks for."""
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() == "basic":
+        return _read_password(value.strip())
+    return value.strip() if scheme.lower() == "bearer" else ""
+
+
+def _read_password(value: str) -> str:
+    try:
+        return base64.b64decode(value, validate=True).decode("utf-8").partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        return ""
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8")).hexdigest()

@@ -1,0 +1,62 @@
+"""Names that are given out: request ids that can be told from forged ones, and pseudonyms in place of users.
+
+Both come from `.ratchet/gateway.key`, made at the first start. Without that file old ids are no longer known, and every user is a new one.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from pathlib import Path
+
+from ratchet.errors import CheckoutError
+from ratchet.gateway.auth import write_private
+
+FILE = Path(".ratchet/gateway.key")
+KEY_BYTES = 32
+
+
+class Ids:
+    def __init__(self, root: Path) -> None:
+        """Raises CheckoutError when the key's file is not ours."""
+        self._key = _read_key(root / FILE)
+
+    def make(self) -> str:
+        """`chatcmpl-<96 random bits>-<64 bits of HMAC>`, in hex."""
+        random = secrets.token_hex(12)
+        return f"chatcmpl-{random}-{self._sign(b'id', random)}"
+
+    def is_ours(self, id: str) -> bool:
+        head, _, rest = id.partition("-")
+        random, _, signature = rest.partition("-")
+        return head == "chatcmpl" and hmac.compare_digest(
+            self._sign(b"id", random).encode(), signature.encode("utf-8", "replace")
+        )
+
+    def pseudonym(self, user: str) -> str:
+        """16 hex digits that stand for a user in the log and in a rollout; empty for nobody."""
+        return self._sign(b"user", user) if user else ""
+
+    def sender(self, key: str) -> str:
+        """The same for the name of an API key."""
+        return self._sign(b"key", key) if key else ""
+
+    def _sign(self, purpose: bytes, text: str) -> str:
+        return hmac.digest(self._key, purpose + b"\0" + text.encode("utf-8", "replace"), "sha256").hex()[:16]
+
+
+def known_pseudonym(root: Path, user: str) -> str:
+    """The pseudonym that this checkout's gateway gives a user; empty where no gateway has run."""
+    return Ids(root).pseudonym(user) if (root / FILE).exists() else ""
+
+
+def _read_key(path: Path) -> bytes:
+    if not path.exists():
+        write_private(path, secrets.token_bytes(KEY_BYTES))
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise CheckoutError(
+            f"{path} holds {len(key)} bytes, wanted {KEY_BYTES}",
+            remedy="remove it: feedback on earlier answers is refused from then on, and users count as new ones",
+        )
+    return key

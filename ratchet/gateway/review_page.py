@@ -1,0 +1,160 @@
+"""The page `/review`: a row at a time, one key a word. `GET` gives the page, `POST` takes a word and gives the next row."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from ratchet.errors import ServiceError, UserError
+from ratchet.gateway.limits import read_body
+from ratchet.gateway.state import Parts
+from ratchet.review.queue import ReviewQueue
+from ratchet.review.records import Decision, Item, split_answer, with_answer
+from ratchet.serving.faults import Fault
+
+PATH = "/review"
+
+
+class Word(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the page sends. `draft`: the only one to review, where the address names it; `item` and `of`: a row and its draft."""
+
+    action: Literal["next", "accept", "reject", "edit", "undo"]
+    draft: str | None = None
+    item: str = ""
+    of: str = ""
+    answer: str = ""
+    by: str = ""
+    why: str = ""
+
+
+def review_page(parts: Parts) -> Callable[[Request], Awaitable[Response]]:
+    async def page(request: Request) -> Response:
+        parts.admit(request.headers, "admin")
+        nonce = secrets.token_urlsafe(16)
+        allowed = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:"
+        headers = {
+            "content-security-policy": f"{allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+            "x-content-type-options": "nosniff",
+            "referrer-policy": "no-referrer",
+            "cache-control": "no-store",
+        }
+        return HTMLResponse(
+            await run_in_threadpool(_render, parts.config.project.name, nonce), headers=headers
+        )
+
+    return page
+
+
+def review_word(parts: Parts) -> Callable[[Request], Awaitable[Response]]:
+    async def word(request: Request) -> Response:
+        parts.admit(request.headers, "admin")
+        raw = await read_body(
+            request.receive, request.headers.get("content-length", ""), parts.config.gateway.max_body_bytes
+        )
+        try:
+            said = msgspec.json.decode(raw, type=Word)
+        except msgspec.DecodeError as error:
+            raise Fault(400, f"the body is no word on a row: {error}", remedy="reload the page") from None
+        try:
+            found = await run_in_threadpool(_answer, parts.root, said)
+        except ServiceError as error:
+            raise Fault(503, str(error), code="review_is_down", retry_after=5) from None
+        # ASCII: rows in quarantine may hold halves of surrogate pairs.
+        return Response(
+            json.dumps(found), media_type="application/json", headers={"cache-control": "no-store"}
+        )
+
+    return word
+
+
+def _render(project: str, nonce: str) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    return pages.get_template("review.html").render(project=project, nonce=nonce)
+
+
+def _answer(root: Path, said: Word) -> dict[str, Any]:
+    """The row to show next; after an undo it is the one that was taken back. Raises UserError, ServiceError."""
+    queue = ReviewQueue(root)
+    try:
+        note, shown = (
+            ("", None)
+            if said.action == "next"
+            else _undo(queue, said)
+            if said.action == "undo"
+            else (_decide(queue, said), None)
+        )
+        pending = queue.pending(said.draft, limit=1)
+        item = shown or (pending[0] if pending else None)
+        drafts = [] if item else [_describe(draft) for draft in queue.drafts()]
+        return {
+            "waiting": queue.waiting(said.draft),
+            "item": _show(item) if item else None,
+            "note": note,
+            "kept": not note,
+            "drafts": drafts,
+        }
+    finally:
+        queue.close()
+
+
+def _decide(queue: ReviewQueue, said: Word) -> str:
+    """What is in the way, or nothing. The page shows undecided rows only: one that is decided was somebody else's in the meantime."""
+    entry = queue.get(said.of, said.item)
+    if entry is None:
+        raise UserError(
+            f"the draft {said.of[:80]!r} holds no row {said.item[:40]!r}", remedy="reload the page"
+        )
+    if entry.decision:
+        return f"{entry.decision.by} decided this row in the meantime ({entry.decision.verdict}); here is the next one"
+    messages = with_answer(entry.item, said.answer) if said.action == "edit" else ()
+    queue.decide(Decision(said.item, said.of, said.action, messages, by=said.by, why=said.why))
+    return ""
+
+
+def _undo(queue: ReviewQueue, said: Word) -> tuple[str, Item | None]:
+    entry = queue.get(said.of, said.item)
+    if entry is None or entry.decision is None:
+        return "that row is undecided already", entry.item if entry else None
+    if entry.decision.by != said.by.strip():
+        return f"{entry.decision.by} decided that row later; it stays so", None
+    queue.undo(said.item, said.of, by=said.by)
+    return "", entry.item
+
+
+def _show(item: Item) -> dict[str, Any]:
+    before, answer = split_answer(item.messages)
+    meta = [
+        item.draft,
+        item.kind,
+        item.id[:12],
+        *(f"{key}: {value}" for key, value in item.meta.items() if value not in (None, "")),
+    ]
+    turns = [{"role": turn.role, "content": turn.content} for turn in before]
+    return {
+        "id": item.id,
+        "draft": item.draft,
+        "turns": turns,
+        "answer": answer,
+        "passage": item.passage,
+        "doubts": list(item.doubts),
+        "meta": " · ".join(meta),
+    }
+
+
+def _describe(draft: dict[str, Any]) -> str:
+    figures = f"{draft['items']} rows: {draft['accepted']} accepted, {draft['edited']} edited, {draft['rejected']} rejected, {draft['waiting']} wait"
+    return f"{draft['name']}, {figures}{', is a batch' if draft['taken'] else ''}"

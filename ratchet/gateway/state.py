@@ -1,0 +1,128 @@
+"""What every endpoint of the gateway works with, and who may use which."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+
+from ratchet.config.params import Config
+from ratchet.errors import ServiceError, UserError
+from ratchet.gateway.auth import Doorkeeper, Key
+from ratchet.gateway.identity import Ids
+from ratchet.gateway.limits import Rate, Slots
+from ratchet.gateway.metrics import Meters
+from ratchet.gateway.routing import Choice, Fleet
+from ratchet.monitoring.request_log import RequestLog
+from ratchet.monitoring.request_records import Feedback
+from ratchet.serving.engine import Engine
+from ratchet.serving.faults import Fault
+
+
+@dataclass(frozen=True)
+class Parts:
+    root: Path
+    config: Config
+    engine: Engine
+    fleet: Fleet
+    log: RequestLog
+    ids: Ids
+    doorkeeper: Doorkeeper
+    rate: Rate
+    slots: Slots
+    meters: Meters
+
+    def admit(self, headers: Headers, scope: str) -> Key:
+        """Raises Fault: 401, 403, or 429 for one that asks too often."""
+        key = self.doorkeeper.admit(headers.get("authorization", ""), scope)
+        self.rate.take(key.name)
+        return key
+
+    def require_champion(self) -> int:
+        """The version in charge. Raises Fault(503) with what is in the way."""
+        champion = self.fleet.table.champion
+        if champion is None:
+            raise Fault(
+                503,
+                self.fleet.table.why or "no champion is loaded",
+                remedy="come again when one is promoted and loaded",
+                code="not_ready",
+                retry_after=5,
+            )
+        return champion
+
+    def served(self) -> list[int]:
+        table = self.fleet.table
+        return [version for version in (table.champion, table.challenger) if version is not None]
+
+    async def remember(self, feedback: Feedback) -> None:
+        """In a thread, since the database may take its time. Raises Fault: 409 when another key spoke for that person, 503 when the log is down."""
+        try:
+            await run_in_threadpool(self.log.add_feedback, feedback)
+        except UserError as error:
+            raise Fault(409, str(error), param="request_id", code="feedback_exists") from None
+        except ServiceError as error:
+            raise Fault(503, str(error), code="log_is_down", retry_after=5) from None
+
+    def choose(self, model: str, unit: str, key: Key) -> Choice:
+        """Who answers. An admin may name a version; that request is of neither arm. Raises Fault (404, 403, 503)."""
+        name = self.config.project.name
+        if model == name:
+            self.require_champion()
+            return self.fleet.choose(unit)
+        if model not in (f"{name}@v{version}" for version in self.served()):
+            raise Fault(
+                404,
+                f"the model {model[:80]!r} does not exist",
+                remedy=f"ask for {name!r}",
+                param="model",
+                code="model_not_found",
+            )
+        if not key.may_choose_version:
+            raise Fault(
+                403,
+                f"{model} cannot be chosen: which version answers is up to the rollout",
+                remedy=f"ask for {name!r}, or send a key with the scope admin",
+                param="model",
+                code="missing_scope",
+            )
+        return Choice(int(model.rpartition("@v")[2]), "named", "", -1)
+
+
+def gather_parts(root: Path, config: Config, engine: Engine, fleet: Fleet, log: RequestLog) -> Parts:
+    gateway = config.gateway
+    meters, slots = Meters(), Slots(gateway.max_batch + gateway.max_queue)
+    meters.show("ratchet_under_way", "Answers under way, the waiting ones included", lambda: slots.held)
+    meters.show(
+        "ratchet_log_waiting", "Requests that wait to be written to the log", lambda: log.counts().waiting
+    )
+    meters.show(
+        "ratchet_log_dropped",
+        "Requests that the log could not take, since the start",
+        lambda: log.counts().dropped,
+    )
+    return Parts(
+        root=root,
+        config=config,
+        engine=engine,
+        fleet=fleet,
+        log=log,
+        ids=Ids(root),
+        doorkeeper=Doorkeeper(root, required=not is_loopback(gateway.host)),
+        rate=Rate(gateway.requests_per_minute),
+        slots=slots,
+        meters=meters,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,1 @@
+"""Asking a language model over HTTP: teachers and judges alike."""

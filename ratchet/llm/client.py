@@ -1,0 +1,338 @@
+"""Ask one model over HTTP: pace the requests, keep to the budget, retry, and never show the key.
+
+ConfigError, ServiceError   no request can succeed: the key is refused, the model is unknown
+AskError                    this request failed after all its tries
+SpentError                  the run's limit is reached (ratchet/llm/budget.py)
+
+The package openai is not used: docs/lab-notes.md says why, with figures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import msgspec
+
+from ratchet.config.synthesis import TeacherConfig
+from ratchet.errors import ConfigError, ServiceError
+from ratchet.llm.budget import Budget, Prices, Usage
+from ratchet.llm.prompts import Prompt
+from ratchet.llm.protocols import Answer, Dialect, Turn, Unreadable
+from ratchet.llm.replies import Malformed, Reply, read_reply, schema_of
+
+LONGEST_WAIT = 60.0  # seconds; a longer Retry-After is cut to this
+LONGEST_BACKOFF = 30.0  # seconds
+SEEN = 200  # characters of an endpoint's error that a message quotes
+MOST_BYTES = 8 * 2**20  # the largest answer that is parsed
+OVERHEAD = 512  # tokens that a chat template and a schema may add to a prompt
+MOST_ADAPTED = 5  # changes of one body: three options left out, one renamed, one to spare
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+REPAIR = "That was not the JSON that was asked for: {fault}. Answer again with the one JSON object and nothing else."
+
+
+class AskError(Exception):
+    """Say that a request failed for good; `reason` is the short code under which it is counted."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Said(msgspec.Struct, frozen=True):
+    """Hold the model's own text in `raw`; `failure` is the reason where it could not be read, or ""."""
+
+    raw: str
+    usage: Usage
+    failure: str = ""
+    fault: str = ""
+
+
+class Teacher:
+    """Ask a model from one event loop; call `close` at the end.
+
+    `section` is the part of params.yaml that errors name, `backoff` the first wait in seconds.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        budget: Budget,
+        *,
+        section: str = "synthesize.teacher",
+        backoff: float = 1.0,
+    ) -> None:
+        """Check address, model and key without sending anything. Raises ConfigError."""
+        _check_address(config, section)
+        self._config, self._budget, self._section, self._backoff = config, budget, section, backoff
+        self._key = read_key(config, section)
+        self._prices = Prices(config.input_price, config.output_price)
+        self._dialect = Dialect(config)
+        self._slots = asyncio.Semaphore(config.parallel)
+        self._next_start = 0.0
+        self.requests = 0
+        local = urlsplit(config.url).hostname in LOOPBACK
+        self._http = httpx.AsyncClient(
+            timeout=httpx.Timeout(config.timeout, connect=min(10.0, config.timeout)),
+            limits=httpx.Limits(
+                max_connections=config.parallel,
+                max_keepalive_connections=config.parallel,
+                keepalive_expiry=3.0,  # seconds; uvicorn closes a quiet connection after 5
+            ),
+            headers={"content-type": "application/json", **self._dialect.headers(self._key)},
+            trust_env=not local,  # a proxy from the environment cannot reach our loopback
+        )
+
+    @property
+    def model(self) -> str:
+        return self._config.model
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def ask(self, prompt: Prompt, shape: type[Reply], *, seed: int) -> Said:
+        """Return an answer of that shape; ask a second time where the first is malformed.
+
+        Raises AskError (nothing was answered), SpentError, ConfigError, ServiceError.
+        """
+        turns: list[Turn] = [("user", prompt.user)]
+        schema = schema_of(shape)
+        answer = await self._complete(prompt.system, turns, schema, seed)
+        used = answer.usage or Usage()
+        fault = _fault(answer, shape)
+        if fault and not answer.cut and not answer.refused:
+            turns += [
+                ("assistant", answer.text[:20_000] or "(nothing)"),
+                ("user", REPAIR.format(fault=fault)),
+            ]
+            answer = await self._complete(prompt.system, turns, schema, seed)
+            used += answer.usage or Usage()
+            fault = _fault(answer, shape)
+        if answer.refused:
+            return Said(answer.text, used, "teacher_refused", fault)
+        if fault:
+            return Said(answer.text, used, "cut_off" if answer.cut else "malformed", fault)
+        return Said(answer.text, used)
+
+    async def say(self, prompt: Prompt, *, seed: int) -> Said:
+        """Return free text. Raises what `ask` raises."""
+        answer = await self._complete(prompt.system, [("user", prompt.user)], None, seed)
+        return Said(answer.text, answer.usage or Usage(), "teacher_refused" if answer.refused else "")
+
+    def redact(self, text: str) -> str:
+        return text.replace(self._key, "[redacted]") if self._key else text
+
+    async def _complete(
+        self, system: str, turns: Sequence[Turn], schema: dict[str, Any] | None, seed: int
+    ) -> Answer:
+        """Return the answer without the key; retry what may pass, and leave out options that are refused."""
+        tries, adapted = 0, 0
+        async with self._slots:
+            while True:
+                body = self._dialect.body(system, turns, schema=schema, seed=seed)
+                try:
+                    return await self._paid(body)
+                except _Passing as error:
+                    tries += 1
+                    if tries >= self._config.tries:
+                        raise AskError(error.reason, str(error)) from None
+                    await asyncio.sleep(self._wait(tries, error.retry_after))
+                except _Refused as error:
+                    adapted += 1
+                    if adapted > MOST_ADAPTED or not self._dialect.adapt(error.status, error.said, body):
+                        raise self._final(error) from None
+
+    async def _paid(self, body: dict[str, Any]) -> Answer:
+        """Send one request; set its highest cost aside before, settle the real one after.
+
+        Where the endpoint names no usage, the highest that it can be counts.
+        """
+        raw = msgspec.json.encode(body)
+        most = Usage(len(raw) + OVERHEAD, self._config.max_tokens)  # a token is at least a byte
+        ticket = await self._budget.hold(most, self._prices)
+        used = Usage()
+        try:
+            answer = await self._send(raw)
+            used = answer.usage or Usage(most.input, min(most.output, len(answer.text.encode())))
+            return answer._replace(text=self.redact(answer.text), usage=used)
+        except _Passing as error:
+            used = most if error.maybe_paid else used  # a lost answer may still be billed
+            raise
+        except asyncio.CancelledError:
+            used = most
+            raise
+        finally:
+            await asyncio.shield(self._budget.settle(ticket, used, self._prices))
+
+    async def _send(self, raw: bytes) -> Answer:
+        await self._pace()
+        self.requests += 1
+        try:
+            response = await self._http.post(self._config.url.rstrip("/") + self._dialect.path, content=raw)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            raise _Passing(
+                "unreachable", f"{self._section}.url does not answer: {type(error).__name__}"
+            ) from None
+        except httpx.TimeoutException:
+            raise _Passing(
+                "timeout",
+                f"no answer within {self._config.timeout:g} s ({self._section}.timeout)",
+                maybe_paid=True,
+            ) from None
+        except httpx.TransportError as error:
+            raise _Passing(
+                "broken_off", f"the connection broke: {type(error).__name__}", maybe_paid=True
+            ) from None
+        if response.status_code == 429 or response.status_code >= 500 or response.status_code == 408:
+            reason = "rate_limited" if response.status_code == 429 else "endpoint_error"
+            raise _Passing(
+                reason, self._quote(response), retry_after=_seconds(response.headers.get("retry-after", ""))
+            )
+        if response.status_code != 200:
+            raise _Refused(response.status_code, self._quote(response), self.redact(response.text))
+        if len(response.content) > MOST_BYTES:
+            raise AskError(
+                "unreadable", f"an answer of {len(response.content)} bytes; at most {MOST_BYTES} are read"
+            )
+        try:
+            return self._dialect.read(response.content)
+        except Unreadable as error:
+            raise AskError(
+                "unreadable", f"{error}; {self._section}.url and .protocol name what answers there"
+            ) from None
+
+    async def _pace(self) -> None:
+        """Wait for this request's turn: starts are evenly spaced under `requests_per_minute`."""
+        now = time.monotonic()
+        start = max(now, self._next_start)
+        if self._config.requests_per_minute:
+            self._next_start = start + 60.0 / self._config.requests_per_minute
+        if start > now:
+            await asyncio.sleep(start - now)
+
+    def _wait(self, tries: int, retry_after: float | None) -> float:
+        """Return the seconds to wait; a Retry-After holds all requests back, not this one alone."""
+        if retry_after is None:
+            longest = min(LONGEST_BACKOFF, self._backoff * 2.0 ** (tries - 1))
+            return longest * random.uniform(0.5, 1.0)  # noqa: S311 (no secret)
+        wait = min(LONGEST_WAIT, retry_after)
+        self._next_start = max(self._next_start, time.monotonic() + wait)
+        return wait
+
+    def _quote(self, response: httpx.Response) -> str:
+        """Return status and message of an error, without the page around them and without the key."""
+        text = response.text
+        try:
+            found = msgspec.json.decode(text)
+            text = str(found["error"]["message"])
+        except (msgspec.DecodeError, RecursionError, KeyError, TypeError):
+            pass
+        return f"{response.status_code} {' '.join(self.redact(text).split())[:SEEN]}".strip()
+
+    def _final(self, error: _Refused) -> Exception:
+        """Return the error for people: it names the key or the setting to change."""
+        if error.status in (401, 403):
+            return ConfigError(
+                f"the teacher refuses the key: {error}",
+                remedy=f"{'correct' if self._key else 'set'} the environment variable {self._config.key_env} ({self._section}.key_env)",
+            )
+        if error.status == 402:
+            return ServiceError(
+                f"the teacher wants to be paid: {error}",
+                remedy="see the account there, then go on with --resume",
+            )
+        if error.status in (404, 405) or 300 <= error.status < 400:
+            return ConfigError(
+                f"the teacher at {self._config.url} answers {error}",
+                remedy=f"{self._section}.url is the base before {self._dialect.path}, mostly ending with /v1; {self._section}.model is {self._config.model!r}",
+            )
+        return AskError("endpoint_refused", str(error))
+
+
+class _Passing(Exception):
+    """Say that a request failed in a way that a later try may not."""
+
+    def __init__(
+        self, reason: str, message: str, *, retry_after: float | None = None, maybe_paid: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.reason, self.retry_after, self.maybe_paid = reason, retry_after, maybe_paid
+
+
+class _Refused(Exception):
+    """Say that the endpoint refused this body; `said` is its whole text, in which `adapt` looks for names."""
+
+    def __init__(self, status: int, message: str, said: str) -> None:
+        super().__init__(message)
+        self.status, self.said = status, said
+
+
+def _fault(answer: Answer, shape: type[Reply]) -> str:
+    """Return why the answer does not have the shape, or ""."""
+    try:
+        read_reply(answer.text, shape)
+    except Malformed as error:
+        return str(error)
+    return ""
+
+
+def _check_address(config: TeacherConfig, section: str) -> None:
+    example = "such as http://127.0.0.1:8000/v1 (vLLM), http://127.0.0.1:11434/v1 (Ollama) or, with protocol: anthropic, https://api.anthropic.com/v1"
+    if not config.url:
+        raise ConfigError(
+            f"{section}.url is empty: no model is named that writes rows",
+            remedy=f"set {section}.url to the base URL of an endpoint, {example}, and {section}.model",
+        )
+    try:
+        parts = urlsplit(config.url)
+        whole = (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and (parts.port is None or parts.port > 0)
+        )
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ConfigError(
+            f"{section}.url is {config.url[:80]!r}, which is no http(s) address",
+            remedy=f"set it to a base URL, {example}",
+        )
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ConfigError(
+            f"{section}.url holds more than an address",
+            remedy=f"a key belongs into the environment variable {config.key_env}, never into params.yaml",
+        )
+    if not config.model:
+        raise ConfigError(f"{section}.model is empty", remedy="name a model that the endpoint serves")
+
+
+def read_key(config: TeacherConfig, section: str) -> str:
+    """Return the key from the environment, or "". Raises ConfigError, which does not show it."""
+    key = os.environ.get(config.key_env, "").strip()
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(
+            f"the environment variable {config.key_env} holds no key: blanks or characters beyond ASCII stand in it",
+            remedy=f"see {section}.key_env",
+        )
+    return key
+
+
+def _seconds(header: str) -> float | None:
+    """Return the seconds of a Retry-After, which holds seconds or a date (RFC 9110, 10.2.3), or None."""
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        moment = parsedate_to_datetime(header)
+    except (ValueError, TypeError):
+        return None
+    return max(0.0, (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

@@ -1,0 +1,122 @@
+"""Prompt templates: Jinja files with a system part, a line `---`, and the user's part; a project's own folder wins over the package's.
+
+What a prompt quotes (passages, rows) stands between marks that hold its hash, and is called data: a document that says "ignore
+your instructions" is something to ask about. The version of a prompt is its name with the hash of the template's text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ratchet.errors import ConfigError
+
+NAMES = (
+    "questions_from_passage",
+    "self_instruct",
+    "paraphrase",
+    "judge",
+    "back_translate",
+    "judge_correctness",
+    "judge_groundedness",
+    "judge_preference",
+)
+LINE = "\n---\n"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is sent: the text and the version of the template that made it."""
+
+    version: str
+    system: str
+    user: str
+
+
+@dataclass(frozen=True)
+class Template:
+    name: str
+    source: str
+    origin: str
+
+    @cached_property
+    def version(self) -> str:
+        return f"{self.name}@{hashlib.sha256(self.source.encode()).hexdigest()[:12]}"
+
+    @cached_property
+    def _parts(self) -> list[Any]:
+        system, _, user = self.source.partition(LINE)
+        environment = _environment()
+        return [environment.from_string(part) for part in (system, user)]
+
+    def render(self, **values: Any) -> Prompt:
+        """Raises ConfigError: the template asks for what is not there, or does what the sandbox forbids."""
+        try:
+            return Prompt(self.version, *(part.render(**values).strip() for part in self._parts))
+        except TemplateError as error:
+            raise ConfigError(
+                f"the prompt template {self.origin} fails: {error}",
+                remedy=f"it may use: {', '.join(sorted(values))}, and the filter `fenced`",
+            ) from None
+
+
+def load_template(name: str, folder: Path | None) -> Template:
+    """Raises ConfigError: no such folder, a file that is no template."""
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(
+            f"synthesize.prompts is {str(folder)!r}, which is no folder",
+            remedy="name a folder of templates, or leave it empty",
+        )
+    own = folder / f"{name}.j2" if folder else None
+    if own and own.is_file():
+        template = Template(name, _read(own), str(own))
+    else:
+        packaged = resources.files("ratchet.llm") / "templates" / f"{name}.j2"
+        template = Template(name, packaged.read_text(encoding="utf-8"), f"{name}.j2")
+    _check(template)
+    return template
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").replace("\r\n", "\n")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"the prompt template {path} cannot be read: {type(error).__name__}",
+            remedy="it has to be UTF-8 text",
+        ) from None
+
+
+def _check(template: Template) -> None:
+    if LINE not in template.source:
+        raise ConfigError(
+            f"the prompt template {template.origin} has no line `---`",
+            remedy="what stands before it is the system message, what follows is the user's",
+        )
+    try:
+        _environment().parse(template.source)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the prompt template {template.origin} is no Jinja template: line {error.lineno}: {error.message}"
+        ) from None
+
+
+def fence(text: str) -> str:
+    """The text between marks that it cannot hold itself: they carry its own hash."""
+    mark = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return f"<data-{mark}>\n{text}\n</data-{mark}>"
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )  # plain text for a model, no page
+    environment.filters["fenced"] = fence
+    return environment

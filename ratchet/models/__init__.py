@@ -1,0 +1,1 @@
+"""The base, adapters, the chat template, generation, merging, GGUF."""

@@ -1,0 +1,244 @@
+"""Chat template and loss mask: the one way from messages to token ids, for training, evaluation and serving.
+
+The template's own text is tokenised with its control tokens; what people wrote is tokenised apart from it, with every
+control token split into plain characters, so that user text never becomes a control token. Training appends the answer
+and one end-of-turn token to exactly the ids that serving sends as the prompt: parity holds by construction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+from ratchet.data.examples import Example, Message
+from ratchet.errors import BaseModelError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Private-use characters stand for the contents while the template is rendered; a template copies them as they are.
+OPEN, CLOSE = "\ue0f0", "\ue0f1"
+MARKED = re.compile(f"{OPEN}(\\d+){CLOSE}")
+CONTROL = re.compile(r"[<\[].+[>\]]")
+PROBE = (Message("user", "a"), Message("assistant", "b"))
+SHRINK = (
+    3  # a tokenizer's own normaliser (NFC) makes text at most this much shorter (Unicode UAX #15, section 9)
+)
+
+
+class Encoded(NamedTuple):
+    """Token ids and, position by position, whether the loss counts: the assistant's words and the end of its turn."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+class ChatFormat:
+    """A tokenizer with a chat template. Raises BaseModelError when it has none, or one that cannot be used faithfully."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise BaseModelError(
+                "the base's tokenizer brings no chat template",
+                remedy="name a Jinja template of your own in `base.chat_template`, or take the instruction-tuned variant of the model",
+            )
+        self.tokenizer = tokenizer
+        self._plain_markers = self._find_plain_markers()
+        self._control_ids = {
+            id
+            for id, token in tokenizer.added_tokens_decoder.items()
+            if token.special or CONTROL.fullmatch(token.content)
+        }
+        self._token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
+        self.stop_id = self._find_stop_id()
+        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_id
+        self._headers = self._find_headers()
+        self._check_round_trip()
+
+    def encode(self, example: Example) -> Encoded:
+        """Prompt, answer, end of turn. Earlier answers of a longer conversation are learned as well."""
+        ids, learned = self._encode_prompt(example.prompt)
+        answer = self._content_ids(example.answer)
+        return Encoded([*ids, *answer, self.stop_id], [*learned, *[True] * (len(answer) + 1)])
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """What a server sends to the model: the messages and the opening of the assistant's turn."""
+        return self._encode_prompt(messages).ids
+
+    def encode_whole(self, messages: Sequence[Message]) -> list[int]:
+        """As other programs do it: the rendered text in one piece. Another sequence where a word and the template's own text grow together, or where control tokens were typed."""
+        return self._template_ids(
+            self._render(
+                [{"role": message.role, "content": message.content} for message in messages], opening=True
+            )
+        )
+
+    def at_least(self, messages: Sequence[Message]) -> int:
+        """A lower bound of the prompt's tokens from its bytes alone: long texts can be refused without tokenising them, which takes a second a megabyte."""
+        return sum(len(message.content.encode()) for message in messages) // (self._token_bytes * SHRINK)
+
+    def fit_prompt(self, messages: Sequence[Message], length: int) -> list[int]:
+        """`encode_prompt` where at least one token of `length` is left for the answer. Raises UserError, for a very long text before it is tokenised."""
+        if (least := self.at_least(messages)) >= length:
+            raise UserError(
+                f"the prompt has over {least} tokens; the model takes {length} with the answer",
+                remedy="shorten the messages",
+            )
+        ids = self.encode_prompt(messages)
+        if len(ids) >= length:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens; the model takes {length} with the answer",
+                remedy="shorten the messages",
+            )
+        return ids
+
+    def count_control(self, ids: Iterable[int]) -> int:
+        """How many of them are control tokens, which only the template may write."""
+        return sum(token in self._control_ids for token in ids)
+
+    def forge_turn(self, question: str, answer: str) -> str:
+        """The question with an assistant's turn typed behind it, as the template itself writes one."""
+        pieces = self._pieces(PROBE, opening=False)
+        places = [index for index, (_, message) in enumerate(pieces) if message]
+        between, after = (
+            "".join(text for text, _ in part)
+            for part in (pieces[places[0] + 1 : places[1]], pieces[places[1] + 1 :])
+        )
+        return f"{question}{between}{answer}{after}"
+
+    def find_header(self, messages: Sequence[Message]) -> str | None:
+        """A line in a message that begins as this template begins a turn in plain words (`Assistant: …`): the model cannot tell it from a turn."""
+        return next(
+            (
+                match.group().strip()
+                for message in messages
+                if self._headers and (match := self._headers.search(message.content))
+            ),
+            None,
+        )
+
+    def decode_answer(self, ids: Iterable[int]) -> str:
+        """Text of generated ids up to the end of the turn."""
+        kept: list[int] = []
+        for token in ids:
+            if token == self.stop_id:
+                break
+            kept.append(token)
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+
+    def _encode_prompt(self, messages: Sequence[Message]) -> Encoded:
+        ids: list[int] = []
+        learned: list[bool] = []
+        after_answer = False
+        for text, message in self._pieces(messages, opening=True):
+            piece = self._content_ids(text) if message else self._template_ids(text)
+            by_assistant = message is not None and message.role == "assistant"
+            ids += piece
+            learned += [
+                by_assistant or (after_answer and position == 0 and token == self.stop_id)
+                for position, token in enumerate(piece)
+            ]
+            after_answer = by_assistant
+        return Encoded(ids, learned)
+
+    def _pieces(self, messages: Sequence[Message], *, opening: bool) -> list[tuple[str, Message | None]]:
+        """The rendered conversation cut at its contents: (text of the template, None) and (content, its message) in turn."""
+        marked = [
+            {"role": message.role, "content": f"{OPEN}{index}{CLOSE}"}
+            for index, message in enumerate(messages)
+        ]
+        texts = MARKED.split(self._render(marked, opening=opening))  # text, number, text, number, … text
+        shown = [int(number) for number in texts[1::2]]
+        for index, message in enumerate(messages):
+            if shown.count(index) != 1:
+                raise BaseModelError(
+                    f"the chat template writes message {index} ({message.role}) {shown.count(index)} times, wanted once: what it leaves out the model never sees",
+                    remedy="name a template in `base.chat_template` that writes every message once, or take such messages out of the rows",
+                )
+        pieces: list[tuple[str, Message | None]] = [(texts[0], None)]
+        for index, after in zip(shown, texts[2::2], strict=True):
+            pieces += [(messages[index].content, messages[index]), (after, None)]
+        return [piece for piece in pieces if piece[0]]
+
+    def _render(self, messages: list[dict[str, str]], *, opening: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
+            )
+        except TemplateError as error:
+            raise BaseModelError(
+                f"the chat template refuses a conversation of {', '.join(message['role'] for message in messages)}: {error}",
+                remedy="name a template in `base.chat_template` that takes these turns, or take such messages out of the rows",
+            ) from None
+
+    def _template_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _content_ids(self, text: str) -> list[int]:
+        return [
+            token
+            for part in self._plain_markers.split(text)
+            for token in self.tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True)
+        ]
+
+    def _find_plain_markers(self) -> re.Pattern[str]:
+        """Matches inside each added token that looks like a control token but is not flagged special (`<think>` …): `split_special_tokens` leaves those whole."""
+        plain = [
+            token.content
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if not token.special and CONTROL.fullmatch(token.content)
+        ]
+        return re.compile(
+            "|".join(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in plain) or "(?!)"
+        )
+
+    def _find_stop_id(self) -> int:
+        """The control token that the template writes right after an answer; the tokenizer's end-of-text where it writes none.
+
+        Plain text, such as a line break, ends no turn: answers hold it as well.
+        """
+        tail, last = self._pieces(PROBE, opening=False)[-1]
+        first = self._template_ids(tail)[0] if last is None else None
+        stop = first if first in self.tokenizer.added_tokens_decoder else self.tokenizer.eos_token_id
+        if stop is None:
+            raise BaseModelError(
+                "neither the chat template nor the tokenizer has a token that ends an answer",
+                remedy="name a template in `base.chat_template` that closes the assistant's turn",
+            )
+        return int(stop)
+
+    def _find_headers(self) -> re.Pattern[str] | None:
+        """Of the text before each message, the last line; None where a control token is part of it, which no user can write."""
+        pieces = self._pieces(PROBE, opening=False)
+        before = [
+            text.rpartition("\n")[2].strip()
+            for (text, of), (_, after) in pairwise(pieces)
+            if of is None and after is not None
+        ]
+        control = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        headers = {
+            header
+            for header in before
+            if any(char.isalpha() for char in header) and not any(token in header for token in control)
+        }
+        return (
+            re.compile(
+                rf"^[ \t]*(?:{'|'.join(map(re.escape, sorted(headers)))})", re.IGNORECASE | re.MULTILINE
+            )
+            if headers
+            else None
+        )
+
+    def _check_round_trip(self) -> None:
+        """A tokenizer that adds a blank at the start of every piece would train on text that nobody wrote."""
+        text = "a b"
+        seen = self.tokenizer.decode(self._content_ids(text))
+        if seen != text:
+            raise BaseModelError(
+                f"this tokenizer turns {text!r} into {seen!r} when a piece is encoded by itself",
+                remedy="take a base with a byte-level tokenizer (Llama 3, Qwen, SmolLM, Mistral Tekken …)",
+            )

@@ -1,0 +1,230 @@
+"""A whole Llama model as one GGUF file, for llama.cpp and what is built on it (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+
+Written with the package `gguf` (extra `export`). Not covered: other architectures, scaled rotary positions, tokenizers that llama.cpp
+would cut in another way; `why_no_gguf` names the reason, and llama.cpp's own converter is the way.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ratchet.errors import UserError
+
+FILE = "model.gguf"
+KINDS = ("gguf", "int8", "int4")  # float16, Q8_0, Q4_0
+CONVERTER = "`ratchet export … --to merged`, then llama.cpp's convert_hf_to_gguf.py on that folder, which knows many more"
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # of meta-llama/Meta-Llama-3-8B
+WHOLE_WORDS = (
+    "llama-bpe",
+)  # by these names llama.cpp takes a word that is a token as it is; by the others it merges
+BLOCK = 32  # weights that share a scale in Q8_0 and Q4_0
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
+
+
+def require_gguf() -> None:
+    """Raises UserError: the package is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            "the package gguf is not installed", remedy="pip install 'gguf>=0.17' (the extra `export`)"
+        )
+
+
+def why_no_gguf(config: Any, tokenizer: Any) -> str:
+    """Empty when it can be written faithfully. `config` is the model's."""
+    if config.model_type != "llama":
+        return f"the architecture is {config.model_type}, only llama is written here"
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        return "its linear layers have biases"
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope != "default":
+        return f"its rotary positions are scaled ({rope})"
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.single_word:
+            return f"its tokenizer takes {token.content!r} for a token where it is a whole word, llama.cpp would within other words as well"
+        if token.lstrip or token.rstrip:
+            return f"its tokenizer drops blanks beside {token.content!r}, llama.cpp would keep them"
+    return (
+        ""
+        if _pre_tokenizer(_describe(tokenizer))
+        else "llama.cpp has no name for the way in which its tokenizer cuts text, or it is no byte-level BPE"
+    )
+
+
+def write_gguf(model: Any, tokenizer: Any, path: Path, *, name: str, stop_id: int, kind: str) -> None:
+    """Raises UserError: `why_no_gguf`. `stop_id` becomes the token that ends generation."""
+    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
+
+    if reason := why_no_gguf(model.config, tokenizer):
+        raise UserError(f"no GGUF: {reason}", remedy=CONVERTER)
+    types = GGMLQuantizationType
+    wanted = {"gguf": types.F16, "int8": types.Q8_0, "int4": types.Q4_0}[kind]
+    writer = GGUFWriter(path, "llama")
+    writer.add_file_type(
+        {
+            "gguf": LlamaFileType.MOSTLY_F16,
+            "int8": LlamaFileType.MOSTLY_Q8_0,
+            "int4": LlamaFileType.MOSTLY_Q4_0,
+        }[kind]
+    )
+    _add_shape(writer, model.config, name)
+    _add_tokenizer(writer, tokenizer, model.config, stop_id)
+    for key, weights in _tensors(model):
+        # A vector is small, and norms bear no rounding; the embeddings, which are the output as well where both are tied, get 8 bits at least.
+        fit = types.F32 if weights.ndim == 1 else wanted if weights.shape[-1] % BLOCK == 0 else types.F16
+        fit = types.Q8_0 if fit == types.Q4_0 and key in ("token_embd.weight", "output.weight") else fit
+        writer.add_tensor(key, quants.quantize(weights, fit), raw_dtype=fit)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def load_gguf(folder: Path) -> Any:
+    """By transformers' own reader: another program than the one that wrote it. In float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ratchet.models.loading import device, quiet
+
+    with quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=FILE, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    return model.to(device()).eval()
+
+
+def _add_shape(writer: Any, config: Any, name: str) -> None:
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_name(name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_rope_dimension_count(size)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _tensors(model: Any) -> Any:
+    """(llama.cpp's name, float32 array), one at a time."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    config, names = model.config, get_tensor_name_map(MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    for key, tensor in model.state_dict().items():
+        if key == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        target = names.get_name(key, try_suffixes=(".weight",))
+        if target is None:
+            raise UserError(f"no GGUF: llama.cpp has no place for the weights {key}", remedy=CONVERTER)
+        weights = tensor.detach().float().cpu().numpy()
+        if key.endswith("q_proj.weight"):
+            weights = _permute(weights, config.num_attention_heads)
+        elif key.endswith("k_proj.weight"):
+            weights = _permute(weights, config.num_key_value_heads)
+        yield target, np.ascontiguousarray(weights)
+
+
+def _permute(weights: Any, heads: int) -> Any:
+    """transformers turns the first half of a head with the second, llama.cpp neighbours with each other (its convert_hf_to_gguf.py, LlamaModel.permute)."""
+    return (
+        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )
+
+
+# --- the tokenizer -----------------------------------------------------------------------------------------------------------
+
+
+def _describe(tokenizer: Any) -> dict[str, Any]:
+    return json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[no-any-return]
+
+
+def _pre_tokenizer(found: dict[str, Any]) -> str:
+    """llama.cpp's name for how text is cut before BPE, which also says how words of the vocabulary are found; empty when it has none."""
+    name, model = _cut(found), found["model"]
+    other = model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    return "" if other or bool(model.get("ignore_merges")) != (name in WHOLE_WORDS) else name
+
+
+def _cut(found: dict[str, Any]) -> str:
+    cut = found.get("pre_tokenizer") or {}
+    steps = cut.get("pretokenizers", [cut])
+    kinds = [step.get("type") for step in steps]
+    if (
+        found.get("normalizer")
+        or found["model"].get("type") != "BPE"
+        or kinds[-1:] != ["ByteLevel"]
+        or steps[-1].get("add_prefix_space")
+    ):
+        return ""
+    by_regex = steps[-1].get("use_regex", True)
+    if kinds == ["ByteLevel"] and by_regex:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and by_regex and steps[0].get("individual_digits"):
+        return "smollm"
+    if (
+        kinds == ["Split", "ByteLevel"]
+        and not by_regex
+        and steps[0].get("pattern", {}).get("Regex") == LLAMA3
+    ):
+        return "llama-bpe"
+    return ""
+
+
+def _add_tokenizer(writer: Any, tokenizer: Any, config: Any, stop_id: int) -> None:
+    found, added = _describe(tokenizer), tokenizer.added_tokens_decoder
+    named = {id: token for token, id in tokenizer.get_vocab().items()}
+    ids = range(max(config.vocab_size, len(named)))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_pre_tokenizer(found))
+    writer.add_token_list([named.get(id, f"[PAD{id}]") for id in ids])
+    writer.add_token_types(
+        [
+            (CONTROL if added[id].special else USER_DEFINED)
+            if id in added
+            else NORMAL
+            if id in named
+            else UNUSED
+            for id in ids
+        ]
+    )
+    writer.add_token_merges(
+        [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
+    )
+    writer.add_eos_token_id(stop_id)
+    writer.add_eot_token_id(stop_id)
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)  # the template writes all of a prompt
+    writer.add_chat_template(_template(tokenizer, named[stop_id]))
+
+
+def _template(tokenizer: Any, stop: str) -> str:
+    """llama.cpp gives a template its own words: the stop token as `eos_token`, and for a `bos_token` that there is none of, token 11."""
+    template, ours = (
+        str(tokenizer.chat_template),
+        {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""},
+    )
+    theirs = {"bos_token": tokenizer.bos_token, "eos_token": stop}
+    return (
+        "".join(
+            f"{{% set {name} = {json.dumps(ours[name])} %}}"
+            for name in ours
+            if name in template and ours[name] != theirs[name]
+        )
+        + template
+    )

@@ -1,0 +1,305 @@
+"""Base models and adapters on disk: what they are, whether they are whole, and how they are loaded.
+
+`models/base/` always holds manifest.json, the tokenizer and the chat template; the weights are there too for `demo`, and
+in the hub's cache for a hub id. Adapters are PEFT folders (safetensors). Nothing is unpickled, no remote code is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ratchet.errors import BaseModelError, ConfigError
+from ratchet.files import read_json, sha256_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MANIFEST = "manifest.json"
+WEIGHTS = "adapter_model.safetensors"
+WHOLE = "model.safetensors"  # in place of an adapter, where all weights were trained
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def load_base(
+    folder: Path, *, method: str = "lora", quantisation: str = "nf4", in_parts: bool = False
+) -> PreTrainedModel:
+    """The base in the precision that the machine and the method ask for (see `precision`); `quantisation` is for `qlora` alone. Raises BaseModelError.
+
+    `in_parts`: fit to be cut among processes, and left on the CPU as far as it can be, so that a GPU never holds all of it.
+    """
+    import torch
+
+    manifest = read_json(folder / MANIFEST)
+    source, revision = (
+        (folder, None) if manifest["model"] == "demo" else (manifest["model"], manifest["revision"])
+    )
+    settings: dict[str, Any] = {
+        "dtype": getattr(torch, precision(method)[0]),
+        "attn_implementation": "sdpa",
+        "revision": revision,
+    }
+    if method == "qlora":
+        settings |= {
+            "quantization_config": _quantised(quantisation, in_parts=in_parts),
+            "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+        }
+    try:
+        model = _load(source, **settings)
+    except OSError as error:
+        raise BaseModelError(
+            f"the weights of {manifest['model']}@{revision} are not on this machine: {str(error).splitlines()[0]}",
+            remedy="dvc repro --force base (with network), or pull the cache",
+        ) from None
+    if method == "qlora":
+        _keep_differentiable(model)
+    _grow(model, manifest.get("new_tokens", []))
+    return cast("PreTrainedModel", model if method == "qlora" or in_parts else model.to(device()))
+
+
+def load_hub(name: str, revision: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model of the hub's cache and its tokenizer. Raises BaseModelError."""
+    import torch
+    from transformers import AutoTokenizer
+
+    try:
+        model = _load(
+            name, dtype=getattr(torch, precision("lora")[0]), attn_implementation="sdpa", revision=revision
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False, local_files_only=True
+        )
+    except OSError as error:
+        raise BaseModelError(
+            f"{name}@{revision} is not on this machine: {str(error).splitlines()[0]}",
+            remedy=f"with network: hf download {name} --revision {revision}",
+        ) from None
+    return cast("PreTrainedModel", model.to(device())), tokenizer
+
+
+def load_full(folder: Path, *, training: bool = False, in_parts: bool = False) -> PreTrainedModel:
+    """What `adapter.method: full` wrote: a whole model; `in_parts` as in load_base. transformers fills missing weights at random and only warns; this raises BaseModelError."""
+    import torch
+
+    try:
+        model, found = _load(
+            folder,
+            dtype=getattr(torch, precision("full" if training else "lora")[0]),
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BaseModelError(
+            f"{folder} holds no whole model: {str(error).splitlines()[0]}",
+            remedy="dvc pull brings what a training saved",
+        ) from None
+    if odd := sorted(
+        str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in found[kind]
+    ):
+        raise _misfit(folder, f"{len(odd)} weights differ, the first {odd[0]}")
+    return cast("PreTrainedModel", model if in_parts else model.to(device()))
+
+
+def _load(source: Any, **settings: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=False, local_files_only=True, use_safetensors=True, **settings
+        )
+
+
+def _grow(model: Any, new_tokens: list[dict[str, Any]]) -> None:
+    """Embeddings for `base.new_tokens`: each the mean of the pieces' that the word was, on the way in and on the way out."""
+    if not new_tokens:
+        return
+    import torch
+
+    if (rows := 1 + max(token["id"] for token in new_tokens)) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for table in (
+            model.get_input_embeddings().weight,
+            model.get_output_embeddings().weight,
+        ):  # one and the same where they are tied
+            for token in new_tokens:
+                table[token["id"]] = table[token["pieces"]].mean(0)
+
+
+def _quantised(kind: str, *, in_parts: bool) -> Any:
+    """FSDP cuts weights of a floating type alone, so NF4 is kept in one."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16 if in_parts else torch.uint8,
+    )
+
+
+def _keep_differentiable(model: Any) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks NF4 weights at the first evaluation, for a kernel that has no backward pass and wants widths of 64.
+
+    Training goes on all the same, with gradients that miss the base's part (cosine to the true ones: 0.88 in three layers).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def precision(method: str) -> tuple[str, str]:
+    """(dtype of the base's weights, why). bfloat16 saves half the memory where the GPU computes in it; CPUs are exact and often faster in float32."""
+    import torch
+
+    if torch.cuda.is_available() and method == "full":
+        return (
+            "float32",
+            "the weights that an optimizer moves stay float32; the GPU computes in half precision",
+        )
+    if torch.cuda.is_available():
+        return (
+            ("bfloat16", "the GPU computes in bfloat16")
+            if torch.cuda.is_bf16_supported()
+            else ("float16", "the GPU has no bfloat16")
+        )
+    return (
+        ("bfloat16", "a quantised base computes in bfloat16")
+        if method == "qlora"
+        else ("float32", "no GPU: float32 is exact and repeatable on a CPU")
+    )
+
+
+def compute_dtype(setting: str) -> tuple[str, str]:
+    """(what `train.precision` comes to in the forward and backward pass, why). Raises ConfigError: the machine cannot."""
+    import torch
+
+    if torch.cuda.is_available():
+        best, why = (
+            ("bfloat16", "the GPU computes in it")
+            if torch.cuda.is_bf16_supported()
+            else ("float16", "the GPU has no bfloat16")
+        )
+        able = {"float32", "float16", best}
+    elif torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        best, why, able = (
+            "bfloat16",
+            "this CPU computes in it, twice as fast as in float32",
+            {"float32", "bfloat16"},
+        )
+    else:
+        best, why, able = "float32", "this CPU has no instructions for bfloat16", {"float32", "bfloat16"}
+    if setting == "auto":
+        return best, why
+    if setting not in able:
+        raise ConfigError(
+            f"`train.precision: {setting}` is more than this machine computes in; it can {', '.join(sorted(able))}",
+            remedy="set `train.precision: auto`",
+        )
+    return setting, "`train.precision` asks for it"
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def without_adapter(model: Any) -> Any:
+    """transformers' model, inside PEFT's or itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The decoder's layers."""
+    base = without_adapter(model)
+    return [module for module in base.modules() if type(module).__name__ in base._no_split_modules]
+
+
+def load_adapter(base: Any, folder: Path, *, name: str = "default", trainable: bool = False) -> Any:
+    """`base` with the adapter of `folder`; PEFT's own loading accepts missing and foreign keys without a word, this one raises BaseModelError."""
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    if not (folder / WEIGHTS).exists():
+        whole = " but a whole model" if (folder / WHOLE).exists() else ""
+        raise BaseModelError(
+            f"{folder} holds no {WEIGHTS}{whole}",
+            remedy="dvc pull brings what a training saved; pickled adapters are never loaded",
+        )
+    wanted = set(load_file(folder / WEIGHTS))
+    try:
+        with quiet():
+            if isinstance(base, PeftModel):
+                base.load_adapter(folder, adapter_name=name, is_trainable=trainable)
+                model = base
+            else:
+                model = PeftModel.from_pretrained(base, folder, adapter_name=name, is_trainable=trainable)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise _misfit(folder, str(error).splitlines()[1].strip()) from None
+    loaded = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    if odd := sorted(loaded ^ wanted):
+        raise _misfit(folder, f"{len(odd)} weights differ, the first {odd[0]}")
+    return model
+
+
+def _misfit(folder: Path, what: str) -> BaseModelError:
+    return BaseModelError(
+        f"{folder} does not fit the base: {what}",
+        remedy="the adapter was trained on another base or with other target modules; set `train.start_from: base`",
+    )
+
+
+def weights_file(folder: Path) -> Path:
+    """What a training wrote: an adapter, or the whole model of `adapter.method: full`. Raises BaseModelError: neither, or both."""
+    found = [folder / name for name in (WEIGHTS, WHOLE) if (folder / name).exists()]
+    if len(found) != 1:
+        names = (
+            ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else "nothing"
+        )
+        raise BaseModelError(
+            f"{folder.name} holds {names}; wanted one of {WEIGHTS} and {WHOLE}",
+            remedy="dvc pull, or ratchet retrain makes it anew",
+        )
+    return found[0]
+
+
+def is_full(folder: Path) -> bool:
+    return (folder / WHOLE).exists() and not (folder / WEIGHTS).exists()
+
+
+def adapter_sha256(folder: Path) -> str:
+    """Of the weights that were trained, whatever the method."""
+    return sha256_file(weights_file(folder))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hides notes of the libraries that nobody can act upon (missing optional kernels, deprecations of their own)."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes", "peft", "torchao")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

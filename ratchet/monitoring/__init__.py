@@ -1,0 +1,1 @@
+"""The request log, drift, novelty, topics, verdicts, the retraining budget."""

@@ -1,0 +1,282 @@
+"""Is a window of traffic still what the reference is? One verdict over many columns, with a false-alarm rate that is kept.
+
+Window and reference rows are mixed and drawn again, `resamples` times, into a window and a reference of the same sizes: a permutation
+test, exact whatever the columns look like and however few reference rows there are. Columns over the same rows share the draws; in a
+family the smallest p counts, among families the smallest weighted one, each corrected by those draws (Westfall & Young 1993, min-p).
+Between families over different rows the error is divided by weight. A family that has no reference yet is left out and said; its
+weight goes to the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import gammaincc, log_ndtr
+
+from ratchet.monitoring.novelty import Stems
+from ratchet.monitoring.topics import Topic
+
+Values = NDArray[np.float64]
+Draws = NDArray[
+    np.float32
+]  # (1 + resamples, rows): 1 where a row is in the window; the first is the window itself
+# Most of the error goes to what tells new subjects best (docs/benchmarks.md); what it cannot see, the others must.
+WEIGHTS = {
+    "novelty": 0.45,
+    "surprise": 0.15,
+    "form and mix": 0.15,
+    "answers": 0.05,
+    "prompt NLL": 0.05,
+    "feedback": 0.05,
+    "errors": 0.05,
+    "latency": 0.05,
+}
+PROMPTS = ("novelty", "surprise", "form and mix")  # families over the same rows
+COMMON, FREQUENT = 5, 8  # rows that hold a word, rows of a kind: under these a frequency says nothing
+
+
+class Column(msgspec.Struct, frozen=True):
+    """`value` and `reference` are of the window and of the reference, in the column's own unit; `p` is the column's own, not corrected; `weight` the family's share of the error."""
+
+    name: str
+    family: str
+    value: float
+    reference: float
+    p: float
+    direction: str = ""  # what speaks of drift: "higher", "lower", "other"
+    weight: float = 0.0
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """`p` is of all columns together: `drift` where it is at most the false-alarm rate. None where the window is too small: `needed` distinct prompts are."""
+
+    verdict: str  # "drift", "no drift", "too few"
+    p: float | None
+    rows: int
+    distinct: int
+    needed: int
+    columns: list[Column] = []
+    topics: list[Topic] = []
+    missing: list[str] = []  # families without a reference, with the reason
+    moved: list[str] = []  # families that differ, the clearest first; all corrected for each other
+
+
+class Measure(NamedTuple):
+    """A statistic for each draw, larger where it speaks of drift more; and what people are shown."""
+
+    name: str
+    direction: str
+    statistic: Callable[[Draws], Values]
+    value: float
+    reference: float
+
+
+class Family(NamedTuple):
+    """Measures over the same rows: the window's first, then the reference's."""
+
+    name: str
+    window: int
+    reference: int
+    measures: list[Measure]
+
+
+class Judged(NamedTuple):
+    drift: bool
+    p: float  # of all families together
+    columns: list[Column]
+    moved: list[str]  # as in Verdict
+
+
+def judge(families: list[Family], *, rate: float, resamples: int, seed: int) -> Judged:
+    """`rate`: share of windows without drift in which `drift` may come out true."""
+    total = sum(WEIGHTS[family.name] for family in families)
+    columns: list[Column] = []
+    moved: dict[str, float] = {}  # with its p, corrected for all others
+    together = 1.0
+    for number, same_rows in enumerate(_by_rows(families)):
+        draws = draw(same_rows[0].window, same_rows[0].reference, resamples, seed + number)
+        smallest, alone = np.full(len(draws), np.inf), dict[str, float]()
+        for family in same_rows:
+            weight = WEIGHTS[family.name] / total
+            statistics = [measure.statistic(draws) for measure in family.measures]
+            columns += [
+                Column(
+                    one.name,
+                    family.name,
+                    one.value,
+                    one.reference,
+                    float(_p_values(found)[0]),
+                    one.direction,
+                    weight,
+                )
+                for one, found in zip(family.measures, statistics, strict=True)
+            ]
+            lowest = np.min([_log_tail(found) for found in statistics], axis=0)
+            weighted = _p_values(-lowest) / weight
+            alone[family.name] = float(weighted[0])
+            smallest = np.minimum(smallest, weighted)
+        share = sum(WEIGHTS[family.name] for family in same_rows) / total
+        p = float(_p_values(-smallest)[0]) / share
+        together = min(together, p)
+        if (
+            p <= rate
+        ):  # the clearest family may be over the rate by itself: p counts that the families of these rows go together
+            moved |= {name: found for name, found in alone.items() if found <= max(rate, min(alone.values()))}
+    return Judged(together <= rate, min(1.0, together), columns, sorted(moved, key=lambda name: moved[name]))
+
+
+def _by_rows(families: list[Family]) -> list[list[Family]]:
+    prompts = [family for family in families if family.name in PROMPTS]
+    assert len({(family.window, family.reference) for family in prompts}) <= 1
+    return [*([prompts] if prompts else []), *([family] for family in families if family.name not in PROMPTS)]
+
+
+def draw(window: int, reference: int, resamples: int, seed: int) -> Draws:
+    generator = np.random.default_rng(seed)
+    draws = np.zeros(
+        (window + reference, resamples + 1), dtype=np.float32
+    )  # rows first: what is summed over lies together
+    draws[:window, 0] = 1
+    block = max(1, 8_000_000 // (window + reference))
+    for start in range(1, resamples + 1, block):
+        size = min(block, resamples + 1 - start)
+        chosen = np.argpartition(
+            generator.random((size, window + reference), dtype=np.float32), window - 1, axis=1
+        )[:, :window]
+        draws[chosen, np.arange(start, start + size)[:, None]] = 1
+    return draws.T
+
+
+def _p_values(statistic: Values) -> Values:
+    """Of each draw among all of them, itself included (so never 0). What differs by rounding alone is equal."""
+    below = np.searchsorted(np.sort(statistic), statistic - 1e-4 * statistic.std() - 1e-9, side="left")
+    return np.asarray(1.0 - below / len(statistic), dtype=np.float64)
+
+
+def _log_tail(statistic: Values) -> Values:
+    """Log of the upper tail's probability, by a Pearson III curve with the draws' mean, variance and skew: what a family's columns are compared by.
+
+    Ranks would not do: the more columns, the more draws would hold a first rank, and a family of small weight could never win.
+    That the curve is no more than near does no harm: it is the same for the window and all draws.
+    """
+    z = _standard(statistic)
+    skew = float((z**3).mean())
+    if skew < 0.02:
+        return np.asarray(log_ndtr(-z), dtype=np.float64)
+    shape = 4 / skew**2
+    tail = gammaincc(shape, np.maximum(0.0, shape + z * np.sqrt(shape)))
+    return np.asarray(np.log(np.maximum(tail, 1e-300)), dtype=np.float64)
+
+
+# --- measures ----------------------------------------------------------------------------------------------------------
+
+
+def higher(name: str, values: Values, window: int, *, margin: float = 0.0) -> Measure:
+    """One-sided: the window's mean is higher, by more than `margin`. Each row needs a value; what only some rows have is a family of those rows."""
+    judged = np.where(np.arange(len(values)) < window, values, values + margin)
+    return Measure(name, "higher", lambda draws: _difference(judged, draws), *_means(values, window))
+
+
+def lower(name: str, values: Values, window: int) -> Measure:
+    return Measure(name, "lower", lambda draws: -_difference(values, draws), *_means(values, window))
+
+
+def other(name: str, values: Values, window: int) -> Measure:
+    """Two-sided in the mean and in the spread: short and long ones together are other than middling ones."""
+    centred = values - values.mean()
+    spread = centred**2
+
+    def statistic(draws: Draws) -> Values:
+        return np.maximum(
+            _standard(np.abs(_difference(centred, draws))), _standard(np.abs(_difference(spread, draws)))
+        )
+
+    return Measure(name, "other", statistic, *_means(values, window))
+
+
+def mix(name: str, kinds: NDArray[np.int64], window: int) -> Measure:
+    """Frequencies of kinds (such as answers): the chi-square statistic. Shown: the share of the kind that grew most."""
+    held = np.zeros((len(kinds), int(kinds.max()) + 1), dtype=np.float32)
+    held[np.arange(len(kinds)), kinds] = 1
+    held = held[:, held.sum(axis=0) >= FREQUENT]
+    shares = (
+        (held[:window].mean(axis=0), held[window:].mean(axis=0))
+        if held.shape[1]
+        else (np.zeros(1), np.zeros(1))
+    )
+    most = int((shares[0] - shares[1]).argmax())
+    return Measure(
+        name, "other", lambda draws: _chi_square(held, draws), float(shares[0][most]), float(shares[1][most])
+    )
+
+
+def subjects(name: str, present: Any, places: NDArray[np.float32], window: int) -> Measure:
+    """Known subjects in other shares: the frequencies of known words (`present`, sparse (rows, words)) and the mean place among the subjects.
+
+    Shown: how far the means of window and reference lie apart, and how far by chance.
+    """
+    words = present[:, np.asarray(present.sum(axis=0)).ravel() >= COMMON]
+    places = places - places.mean(axis=0)
+
+    def statistic(draws: Draws) -> Values:
+        return _standard(_chi_square(words, draws)) + _standard(_apart(places, draws))
+
+    apart = float(np.linalg.norm(places[:window].mean(axis=0) - places[window:].mean(axis=0)))
+    by_chance = float(np.sqrt(places.var(axis=0).sum() * (1 / window + 1 / (len(places) - window))))
+    return Measure(name, "other", statistic, apart, by_chance)
+
+
+def novelty(rarity: Values, stems: Stems, window: int) -> Measure:
+    """Rare stems, and the same ones in several rows: the sum of both, each in its null's standard deviations. Shown: the rarity."""
+
+    def statistic(draws: Draws) -> Values:
+        return _standard(_difference(rarity, draws)) + _standard(_recurrence(stems, draws))
+
+    return Measure("novelty", "higher", statistic, *_means(rarity, window))
+
+
+def _means(values: Values, window: int) -> tuple[float, float]:
+    return float(values[:window].mean()), float(values[window:].mean())
+
+
+def _difference(values: Values, draws: Draws) -> Values:
+    """Mean inside minus mean outside, for each draw."""
+    window, rows = float(draws[0].sum()), len(values)
+    centred = values - values.mean()
+    inside = (centred.astype(np.float32) @ draws.T).astype(np.float64)
+    return np.asarray(inside / window + inside / (rows - window), dtype=np.float64)
+
+
+def _recurrence(stems: Stems, draws: Draws) -> Values:
+    """Squared surplus of the share of window rows over that of reference rows, of stems that two window rows hold at least."""
+    window, reference = float(draws[0].sum()), float((1 - draws[0]).sum())
+    if not stems.weights.size:
+        return np.zeros(len(draws))
+    inside = stems.present.T @ draws.T  # (stems, draws)
+    outside = np.asarray(stems.present.sum(axis=0)).reshape(-1, 1) - inside
+    surplus = np.maximum(inside / window - outside / reference, 0.0) ** 2 * (inside >= 2)
+    return np.asarray(stems.weights @ surplus, dtype=np.float64)
+
+
+def _chi_square(held: Any, draws: Draws) -> Values:
+    window, rows = float(draws[0].sum()), draws.shape[1]
+    totals = np.asarray(held.sum(axis=0), dtype=np.float64).ravel()
+    if not totals.size:
+        return np.zeros(len(draws))
+    inside = held.T @ draws.T  # (kinds, draws)
+    expected = (totals * window / rows).astype(np.float32)[:, None]
+    return np.asarray(((inside - expected) ** 2 / expected).sum(axis=0), dtype=np.float64)
+
+
+def _apart(places: NDArray[np.float32], draws: Draws) -> Values:
+    """Squared length of the sum inside; the sum over all rows is 0, so it is the distance of the two means but for a factor."""
+    return np.asarray(((places.T @ draws.T) ** 2).sum(axis=0), dtype=np.float64)
+
+
+def _standard(values: Values) -> Values:
+    """In standard deviations of all draws: the window is one of them, or the test were not exact."""
+    return np.asarray((values - values.mean()) / (values.std() + 1e-12), dtype=np.float64)

@@ -1,0 +1,177 @@
+"""Group the monitor's columns into families that are compared on the same rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from ratchet.config.monitoring import MonitorConfig
+from ratchet.data.examples import normalise
+from ratchet.monitoring.drift import Family, Measure, higher, lower, mix, novelty, other, subjects
+from ratchet.monitoring.novelty import Familiar, words_of
+from ratchet.monitoring.request_records import Feedback, Logged
+
+LEAST_ROWS = 30  # rows of a side under which a family is left out
+MOST_ROWS = 5000  # rows of a reference; at ten times the window, more would add nothing but time
+Row = TypeVar("Row")
+REFUSALS = ("i cannot", "i can't", "i am unable", "i'm unable", "i'm sorry", "i am sorry", "as an ai")
+
+
+class Answered(NamedTuple):
+    """One answer of the champion: in the window, or on its own test rows. (The NLL of answers has no reference: tests score the right ones.)"""
+
+    answer: str
+    prompt_nll: float | None
+
+
+class Reference(NamedTuple):
+    """What the champion knows: prompts it was trained on, prompts like its traffic was when it was tested, and how it answered them."""
+
+    familiar: Familiar
+    training: list[str]
+    prompts: list[str]
+    answers: list[Answered]
+
+
+def all_families(
+    window: list[Logged],
+    feedback: dict[str, list[Feedback]],
+    earlier: list[Logged],
+    reference: Reference,
+    monitor: MonitorConfig,
+) -> tuple[list[Family], list[str]]:
+    """Those that have a reference, and why the others have none."""
+    asked = by_prompt(window)
+    families = input_families(list(asked), reference.prompts, reference.familiar, monitor)
+    others = [
+        *answer_families(asked, reference, monitor),
+        *service_families(window, feedback, earlier, monitor.latency_margin),
+    ]
+    return [*families, *(one for one in others if isinstance(one, Family))], [
+        one for one in others if isinstance(one, str)
+    ]
+
+
+def by_prompt(window: list[Logged]) -> dict[str, Logged]:
+    """Each prompt with the newest request that was answered, or the newest of all."""
+    found: dict[str, Logged] = {}
+    for request in window:
+        prompt = normalise(request.prompt)
+        if prompt and (prompt not in found or request.status == 200 or found[prompt].status != 200):
+            found[prompt] = request
+    return found
+
+
+def input_families(
+    prompts: list[str], reference: list[str], familiar: Familiar, monitor: MonitorConfig
+) -> list[Family]:
+    """What is asked: new subjects, less familiar words, other lengths, known subjects in another mix."""
+    before, window = _at_most(reference, monitor.seed), len(prompts)
+    texts = [*prompts, *before]
+    columns = familiar.columns(texts)
+    rarity = columns.pop("rarity")
+    form = [
+        other("prompt length (log characters)", np.log([max(1, len(text)) for text in texts]), window),
+        subjects("mix of known subjects", familiar.words(texts), familiar.subjects(texts), window),
+    ]
+    families = {
+        "novelty": [novelty(rarity, familiar.stems(texts), window)],
+        "surprise": [higher(name, values, window) for name, values in columns.items()],
+        "form and mix": form,
+    }
+    return [Family(name, window, len(before), measures) for name, measures in families.items()]
+
+
+def answer_families(
+    asked: dict[str, Logged], reference: Reference, monitor: MonitorConfig
+) -> list[Family | str]:
+    """How it is answered, and how the prompts surprise the model itself, against the champion's own test rows."""
+    mine = [
+        Answered(request.answer, request.prompt_nll) for request in asked.values() if request.status == 200
+    ]
+    theirs = _at_most(reference.answers, monitor.seed)
+    both, size = [*mine, *theirs], len(mine)
+    if min(size, len(theirs)) < LEAST_ROWS:
+        return [
+            f"answers: {size} in this window and {len(theirs)} of the champion's test rows; wanted {LEAST_ROWS}"
+        ]
+    measures = [
+        other(
+            "answer length (log characters)", np.array([math.log1p(len(one.answer)) for one in both]), size
+        ),
+        mix("mix of answers", _kinds([one.answer for one in both]), size),
+        higher("empty answers", np.array([float(not one.answer.strip()) for one in both]), size),
+        higher("refusals", np.array([float(one.answer.lower().startswith(REFUSALS)) for one in both]), size),
+    ]
+    surprise = [[one.prompt_nll for one in side if one.prompt_nll is not None] for side in (mine, theirs)]
+    return [
+        Family("answers", size, len(theirs), measures),
+        _one_column("prompt NLL", "prompt NLL (nats a token)", higher, surprise[0], surprise[1]),
+    ]
+
+
+def _kinds(answers: list[str]) -> Any:
+    """Whole short answers, else their first word: labels stay labels, prose is told by how it begins."""
+    names = [
+        answer.strip().lower() if len(answer) <= 40 else " ".join(words_of(answer)[:1]) for answer in answers
+    ]
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
+
+
+def service_families(
+    window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged], latency_margin: float
+) -> list[Family | str]:
+    """Feedback (a value a user), errors and latency (one a request that has it), against the same champion's earlier traffic.
+
+    One busy hour is slower than the next: latency has to be higher by a margin, a share of what it was.
+    """
+    scores = [_by_user(side, feedback) for side in (window, earlier)]
+    failed = [[float(one.status >= 500) for one in side] for side in (window, earlier)]
+    waited = [[math.log1p(one.latency_ms) for one in side if one.status == 200] for side in (window, earlier)]
+    return [
+        _one_column("feedback", "feedback", lower, *scores),
+        _one_column("errors", "errors", higher, *failed),
+        _one_column(
+            "latency", "latency (log ms)", partial(higher, margin=math.log1p(latency_margin)), *waited
+        ),
+    ]
+
+
+def _one_column(
+    family: str,
+    name: str,
+    measured: Callable[[str, Any, int], Measure],
+    window: list[float],
+    before: list[float],
+) -> Family | str:
+    if min(len(window), len(before)) < LEAST_ROWS:
+        return (
+            f"{family}: {len(window)} in this window and {len(before)} to compare with; wanted {LEAST_ROWS}"
+        )
+    return Family(
+        family, len(window), len(before), [measured(name, np.array([*window, *before]), len(window))]
+    )
+
+
+def _at_most(rows: list[Row], seed: int) -> list[Row]:
+    """MOST_ROWS of them, drawn; all where they are fewer."""
+    if len(rows) <= MOST_ROWS:
+        return rows
+    return [
+        rows[place]
+        for place in sorted(np.random.default_rng(seed).choice(len(rows), MOST_ROWS, replace=False))
+    ]
+
+
+def _by_user(requests: list[Logged], feedback: dict[str, list[Feedback]]) -> list[float]:
+    """The mean score of each user's requests: thirty votes of one person are one opinion."""
+    scores: dict[str, list[float]] = {}
+    for request in requests:
+        scores.setdefault(request.user or request.id, []).extend(
+            said.score for said in feedback.get(request.id, []) if said.score is not None
+        )
+    return [sum(found) / len(found) for found in scores.values() if found]

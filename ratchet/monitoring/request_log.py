@@ -1,0 +1,422 @@
+"""What the gateway remembers: requests and people's feedback on them, in SQLite or PostgreSQL.
+
+Writing is off the hot path: a bounded queue, one thread, batches. A database that is away costs records, which are counted, never an answer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ratchet.data.pii import redact
+from ratchet.errors import ConfigError, ServiceError, UserError
+from ratchet.monitoring.request_records import (
+    Counts,
+    Feedback,
+    Logged,
+    Traffic,
+    Unit,
+    _logged,
+    _make_engine,
+    _make_tables,
+    make_tables,
+)
+
+if TYPE_CHECKING:
+    from ratchet.config.params import Config
+
+BATCH, WAIT_SECONDS, BACK_OFF_SECONDS, CLEAN_SECONDS = 500, 0.2, 5.0, 600.0
+REDACTED = "[redacted]"
+log = logging.getLogger("ratchet.monitoring.request_log")
+URL_VARIABLE = "RATCHET_REQUEST_LOG_URL"
+
+
+def open_log(root: Path, config: Config) -> RequestLog:
+    """The log of a checkout. Raises ConfigError for a URL or a pattern that is none; a database that is away is no fault yet."""
+    from sqlalchemy.exc import ArgumentError
+
+    url = os.environ.get(URL_VARIABLE) or config.request_log.url
+    if not url:
+        path = root / ".ratchet" / "requests.db"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)  # people's prompts; SQLite gives its other files the same mode
+        url = f"sqlite:///{path}"
+    try:
+        return RequestLog(url, config)
+    except ArgumentError as error:
+        raise ConfigError(
+            f"request_log.url is no SQLAlchemy URL: {error}",
+            remedy="such as postgresql+psycopg://user@host/requests; empty for SQLite",
+        ) from None
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"request_log.url needs the package {error.name}",
+            remedy="pip install 'ratchet[store]' brings PostgreSQL's, as postgresql+psycopg://…",
+        ) from None
+
+
+class RequestLog:
+    """Thread-safe. `put` is for the hot path; all else may wait for the database and raises ServiceError when it is away."""
+
+    def __init__(self, url: str, config: Config) -> None:
+        self._config = config.request_log
+        self._redact = _compile(self._config.redact)
+        self._engine, self._tables = _make_engine(url), _make_tables()
+        self._waiting: deque[Logged] = deque()
+        self._written = self._dropped = 0
+        self._fault = ""
+        self._ready = self._ended = False
+        self._wake, self._lock = threading.Event(), threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+
+    def put(self, record: Logged) -> None:
+        """Never waits, never raises: a full queue drops the record and counts it."""
+        if self._ended or len(self._waiting) >= self._config.queue:
+            self._drop(1)
+        else:
+            self._waiting.append(record)
+        if self._thread is None:
+            self.start()
+
+    def counts(self) -> Counts:
+        return Counts(self._written, len(self._waiting), self._dropped, self._fault)
+
+    def add_feedback(self, feedback: Feedback) -> None:
+        """A person's later word on a request takes the whole place of the earlier one, when it comes with the same key: one vote an answer.
+
+        Raises UserError when another key spoke for that person, or the score is none; ServiceError when the database is away.
+        """
+        from sqlalchemy.exc import IntegrityError
+
+        if feedback.score is not None and not 0 <= feedback.score <= 1:  # NaN neither
+            raise UserError(f"the score is {feedback.score}, wanted 0 (wrong) to 1 (right)")
+        texts = {name: self._clean(getattr(feedback, name)) for name in ("label", "answer", "comment")}
+        values, table = msgspec.structs.asdict(feedback) | texts, self._tables["feedback"]
+        try:
+            with self._transaction() as connection:
+                connection.execute(table.insert(), values)
+        except IntegrityError:
+            same = (
+                (table.c.request == feedback.request)
+                & (table.c.user == feedback.user)
+                & (table.c.sender == feedback.sender)
+            )
+            with self._transaction() as connection:
+                replaced = connection.execute(table.update().where(same).values(values)).rowcount
+            if not replaced:
+                raise UserError(
+                    f"there is feedback of this user on {feedback.request} already, sent with another key",
+                    remedy="one user has one say on an answer",
+                ) from None
+
+    def flush(self, seconds: float = 5.0) -> bool:
+        """Whether all that was put is written."""
+        end = time.monotonic() + seconds
+        while self._waiting and time.monotonic() < end:
+            self._wake.set()
+            time.sleep(0.01)
+        return not self._waiting
+
+    def close(self, seconds: float = 5.0) -> None:
+        """Writes what waits; with a database that is away it is lost, and counted."""
+        self._ended = True
+        self._wake.set()
+        if self._thread:
+            self._thread.join(seconds)
+        self._engine.dispose()
+
+    def start(self) -> None:
+        """Writing, and forgetting what is too old. `put` does it too."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._write, name="request log", daemon=True)
+                self._thread.start()
+
+    def _write(self) -> None:
+        pause, next_clean = WAIT_SECONDS, 0.0
+        while not self._ended:
+            self._wake.wait(pause)
+            self._wake.clear()
+            pause = WAIT_SECONDS if self._drain() else min(2 * pause, BACK_OFF_SECONDS)
+            if time.monotonic() >= next_clean:
+                next_clean = time.monotonic() + CLEAN_SECONDS
+                self._forget_old()
+        self._drain()
+        self._drop(len(self._waiting))
+        self._waiting.clear()
+
+    def _drain(self) -> bool:
+        """False when the database is away; what was not written goes on waiting, in its order."""
+        while self._waiting:
+            batch = [self._waiting[place] for place in range(min(BATCH, len(self._waiting)))]
+            try:
+                taken = self._store(batch)
+            except ServiceError as error:
+                self._tell(str(error))
+                return False
+            self._written += taken
+            self._fault = "" if taken == len(batch) else self._fault
+            for _ in batch:
+                self._waiting.popleft()
+        return True
+
+    def _store(self, batch: list[Logged]) -> int:
+        """How many were taken. A record that the database refuses costs itself alone, never the batch or the thread. Raises ServiceError."""
+        try:
+            with self._transaction() as connection:
+                connection.execute(self._tables["requests"].insert(), [self._row(record) for record in batch])
+            return len(batch)
+        except ServiceError:
+            raise
+        except Exception as error:  # noqa: BLE001  (it is counted and shown)
+            if len(batch) == 1:
+                self._drop(1)
+                self._tell(f"a record was refused: {error}")
+                return 0
+            half = len(batch) // 2
+            return self._store(batch[:half]) + self._store(batch[half:])
+
+    def _tell(self, fault: str) -> None:
+        if fault != self._fault:
+            log.warning("requests are not written: %s", fault)
+        self._fault = fault
+
+    def _drop(self, records: int) -> None:
+        with self._lock:
+            self._dropped += records
+
+    def _row(self, record: Logged) -> dict[str, Any]:
+        """With what is counted by: computed here, so that every database groups alike."""
+        kept = (
+            [(role, self._clean(content)) for role, content in record.messages] if self._config.texts else []
+        )
+        texts = {
+            "messages": json.dumps(kept, ensure_ascii=False),
+            "answer": self._clean(record.answer),
+            "error": self._clean(record.error),
+        }
+        counted = {
+            "unit": record.user or record.id,
+            "hour": int(record.at // 3600) * 3600,
+            "empty": int(record.status == 200 and not record.answer.strip()),
+        }
+        return msgspec.structs.asdict(record) | texts | counted
+
+    def _clean(self, text: str) -> str:
+        """Redacted, and without what databases do not take: NUL, halves of surrogate pairs."""
+        if not self._config.texts:
+            return ""
+        text = redact(text, REDACTED)
+        for pattern in self._redact:
+            text = pattern.sub(REDACTED, text)
+        return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+
+    def _forget_old(self) -> None:
+        from sqlalchemy import or_, select
+
+        requests, feedback = self._tables["requests"], self._tables["feedback"]
+        before = time.time() - self._config.retention_days * 86_400
+        old = select(requests.c.id).where(requests.c.at < before)
+        try:
+            with self._transaction() as connection:
+                connection.execute(
+                    feedback.delete().where(or_(feedback.c.at < before, feedback.c.request.in_(old)))
+                )
+                connection.execute(requests.delete().where(requests.c.at < before))
+        except ServiceError as error:
+            self._fault = str(error)
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def window(
+        self,
+        *,
+        limit: int,
+        since: float | None = None,
+        until: float | None = None,
+        version: int | None = None,
+    ) -> list[Logged]:
+        """The newest `limit` in [since, until), in the order of time."""
+        table = self._tables["requests"]
+        query = (
+            self._requests(since=since, until=until, version=version)
+            .order_by(table.c.at.desc(), table.c.id.desc())
+            .limit(limit)
+        )
+        with self._transaction() as connection:
+            return [_logged(row) for row in reversed(connection.execute(query).all())]
+
+    def spoken_of(self) -> list[tuple[Logged, list[Feedback]]]:
+        """Every request that people gave feedback on, in the order of time."""
+        from sqlalchemy import select
+
+        requests, feedback = self._tables["requests"], self._tables["feedback"]
+        query = (
+            self._requests()
+            .where(requests.c.id.in_(select(feedback.c.request)))
+            .order_by(requests.c.at, requests.c.id)
+        )
+        with self._transaction() as connection:
+            found = [_logged(row) for row in connection.execute(query)]
+        said = self.feedback_of([request.id for request in found])
+        return [(request, said[request.id]) for request in found if request.id in said]
+
+    def feedback_of(self, requests: Sequence[str]) -> dict[str, list[Feedback]]:
+        """Of those that have any, in the order of time."""
+        from sqlalchemy import select
+
+        table = self._tables["feedback"]
+        columns = [table.c[name] for name in Feedback.__struct_fields__]
+        found: dict[str, list[Feedback]] = {}
+        with self._transaction() as connection:
+            for start in range(0, len(requests), BATCH):
+                chosen = table.c.request.in_(requests[start : start + BATCH])
+                for row in connection.execute(
+                    select(*columns).where(chosen).order_by(table.c.at, table.c.user)
+                ):
+                    found.setdefault(row.request, []).append(Feedback(*row))
+        return found
+
+    def first_seen(self) -> dict[str, float]:
+        """User → when they first asked or spoke, as far back as the log goes; "" stands for those without a name."""
+        from sqlalchemy import func, select, union_all
+
+        tables = self._tables.values()
+        seen = union_all(*(select(table.c.user, table.c.at) for table in tables)).subquery()
+        with self._transaction() as connection:
+            return {
+                row.user: row.at
+                for row in connection.execute(
+                    select(seen.c.user, func.min(seen.c.at).label("at")).group_by(seen.c.user)
+                )
+            }
+
+    def unknown_requests(self) -> int:
+        """Requests that people spoke of and the log does not hold: not written yet, dropped, or deleted for their age."""
+        from sqlalchemy import distinct, func, select
+
+        requests, said = self._tables["requests"], self._tables["feedback"]
+        query = select(func.count(distinct(said.c.request))).where(
+            said.c.request.not_in(select(requests.c.id))
+        )
+        with self._transaction() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def count(self, *, since: float | None = None, version: int | None = None) -> int:
+        from sqlalchemy import func, select
+
+        with self._transaction() as connection:
+            return int(
+                connection.execute(
+                    select(func.count()).select_from(self._requests(since=since, version=version).subquery())
+                ).scalar_one()
+            )
+
+    def rollout_units(self, rollout: str) -> list[Unit]:
+        """In the order in which they came first."""
+        from sqlalchemy import func
+
+        table = self._tables["requests"]
+        first_at, empty = func.min(table.c.at), func.sum(table.c.empty)
+        query = self._summed([table.c.unit, table.c.step, table.c.arm], first_at, empty=empty).where(
+            table.c.rollout == rollout
+        )
+        with self._transaction() as connection:
+            return [Unit(*row) for row in connection.execute(query.order_by(first_at, table.c.unit))]
+
+    def traffic(self, *, since: float) -> list[Traffic]:
+        """By hour, version and arm."""
+        table = self._tables["requests"]
+        query = (
+            self._summed([table.c.version, table.c.arm, table.c.hour])
+            .where(table.c.at >= since)
+            .order_by(table.c.hour, table.c.version, table.c.arm)
+        )
+        with self._transaction() as connection:
+            return [Traffic(*row) for row in connection.execute(query)]
+
+    def _requests(
+        self, *, since: float | None = None, until: float | None = None, version: int | None = None
+    ) -> Any:
+        from sqlalchemy import select
+
+        table = self._tables["requests"]
+        query = select(*(table.c[name] for name in Logged.__struct_fields__))
+        query = query.where(table.c.at >= since) if since is not None else query
+        query = query.where(table.c.at < until) if until is not None else query
+        return query.where(table.c.version == version) if version is not None else query
+
+    def _summed(self, groups: list[Any], *first: Any, empty: Any = None) -> Any:
+        """A row a group: the groups, `first`, requests, errors, `empty`, mean latency of what was answered, mean score, requests with a score."""
+        from sqlalchemy import case, func, select
+
+        table, said = self._tables["requests"], self._tables["feedback"]
+        # One mean score a request, however many people spoke.
+        scores = (
+            select(said.c.request, func.avg(said.c.score).label("score"))
+            .where(said.c.score.is_not(None))
+            .group_by(said.c.request)
+            .subquery()
+        )
+        figures = [
+            func.count(),
+            func.sum(case((table.c.status >= 500, 1), else_=0)),
+            *([] if empty is None else [empty]),
+        ]
+        figures += [
+            func.avg(case((table.c.status == 200, table.c.latency_ms))),
+            func.avg(scores.c.score),
+            func.count(scores.c.score),
+        ]
+        return (
+            select(*groups, *first, *figures)
+            .select_from(table.outerjoin(scores, scores.c.request == table.c.id))
+            .group_by(*groups)
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Any]:
+        """Tables are made at the first. Raises ServiceError when the database is away; IntegrityError and DataError pass."""
+        from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
+
+        try:
+            if not self._ready:
+                make_tables(self._engine, self._tables["requests"].metadata)
+                self._ready = True
+            with self._engine.begin() as connection:
+                yield connection
+        except (IntegrityError, DataError):
+            raise
+        except (SQLAlchemyError, OSError) as error:
+            self._ready = False
+            cause = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
+            raise ServiceError(
+                f"the request log does not answer: {cause}",
+                remedy="check request_log.url and the database behind it",
+            ) from error
+
+
+def _compile(patterns: list[str]) -> list[re.Pattern[str]]:
+    found = []
+    for pattern in patterns:
+        try:
+            found.append(re.compile(pattern))
+        except re.error as error:
+            raise ConfigError(
+                f"request_log.redact holds {pattern!r}, which is no regular expression: {error}",
+                remedy="mend it in params.yaml",
+            ) from None
+    return found

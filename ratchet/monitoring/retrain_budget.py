@@ -1,0 +1,64 @@
+"""The trainings that ran on this machine, a line each in `.ratchet/retrains.jsonl`: what drift's budget and cool-down are counted from."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import msgspec
+
+from ratchet.errors import CheckoutError
+from ratchet.files import write_bytes, write_text
+from ratchet.pipeline.checkout import locked
+
+FILE, ASKED = Path(".ratchet/retrains.jsonl"), Path(".ratchet/drift-asked")
+BEGIN_SECONDS = 900  # in which a retraining that was asked for has begun, pulling its rows included
+
+
+class Retraining(msgspec.Struct, frozen=True):
+    """`at` in seconds since 1970, `seconds` of the optimisation alone; of one that failed (verdict `failed`, no run key) of all its stages."""
+
+    at: float
+    reason: str
+    seconds: float
+    run_key: str
+    verdict: str
+
+
+def remember(root: Path, *, reason: str, seconds: float, run_key: str, verdict: str) -> None:
+    """Under the lock `retrain`."""
+    done = [*read_retrains(root), Retraining(time.time(), reason, seconds, run_key, verdict)]
+    write_bytes(root / FILE, (msgspec.json.encode(entry) + b"\n" for entry in done))
+
+
+def read_retrains(root: Path, *, since: float = 0.0) -> list[Retraining]:
+    """The oldest first."""
+    path = root / FILE
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [
+        entry
+        for entry in (msgspec.json.decode(line, type=Retraining) for line in lines if line)
+        if entry.at >= since
+    ]
+
+
+def note_asked(root: Path) -> None:
+    """Drift asks for a retraining now: the cool-down begins here, however long that takes and whether or not it trains."""
+    write_text(root / ASKED, "")
+
+
+def is_under_way(root: Path) -> bool:
+    """Whether a retraining runs, or drift has just asked for one that has not begun: a second one for the same drift would learn from the same rows."""
+    try:
+        with locked(root, "retrain", wait=False):
+            pass
+    except CheckoutError:
+        return True
+    asked = (root / ASKED).stat().st_mtime if (root / ASKED).exists() else 0.0
+    return time.time() - asked < BEGIN_SECONDS and not any(entry.at > asked for entry in read_retrains(root))
+
+
+def last_start(root: Path) -> float | None:
+    """When the last one ended, or drift last asked for one, in seconds since 1970."""
+    asked = [(root / ASKED).stat().st_mtime] if (root / ASKED).exists() else []
+    return max([*(entry.at for entry in read_retrains(root)), *asked], default=None)

@@ -1,0 +1,170 @@
+"""Which topics of a window grew: words that came into use, the rows that hold them, clustered."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ratchet.config.monitoring import MonitorConfig, TopicSource
+from ratchet.errors import DataError
+from ratchet.files import write_json
+from ratchet.monitoring.novelty import WORD, words_of
+
+LEAST_ROWS, GROWTH, EVIDENCE = (
+    3,
+    3.0,
+    6.0,
+)  # rows of the window; times its share of the known rows; nats of likelihood that it grew
+TERMS, EXAMPLES, ROWS_A_TOPIC = 12, 3, 12
+EXAMPLE_LENGTH = 300  # characters: a topic travels as an event, whose size Prefect limits
+LEAST_SHARE = 0.01  # of the window: what is smaller is noise to whoever reads it
+FILE = Path("data/region.json")
+FEEDBACK = TopicSource(match="", source="feedback")
+
+
+def find_topics(
+    window: Sequence[str], reference: Sequence[str], training: Sequence[str], *, most: int, seed: int
+) -> list[Topic]:
+    """At most `most`, those that grew most first. Empty when no word came into use: the drift is then of another kind than new subjects."""
+    terms = grown_terms(window, [*reference, *training])
+    rows = [text for text in window if terms.keys() & set(words_of(text))]
+    if not rows:
+        return []
+    found = [
+        _topic(group, rows, terms, window, reference) for group in _cluster(rows, sorted(terms), most, seed)
+    ]
+    kept = [topic for topic in found if topic.terms and topic.share - topic.reference_share >= LEAST_SHARE]
+    return sorted(kept, key=lambda topic: (topic.reference_share - topic.share, topic.name))[:most]
+
+
+def grown_terms(window: Sequence[str], known: Sequence[str]) -> dict[str, float]:
+    """Words that grew beyond chance → log-likelihood ratio of that, in nats, as of a Poisson count (Dunning 1993)."""
+    inside = Counter(word for text in window for word in set(words_of(text)))
+    before = Counter(word for text in known for word in set(words_of(text)))
+    found = {}
+    for word, count in inside.items():
+        expected = len(window) * (before[word] + 0.5) / (len(known) + 1)
+        evidence = count * math.log(count / expected) - (count - expected)
+        if (
+            count >= LEAST_ROWS
+            and count >= GROWTH * expected
+            and evidence >= EVIDENCE
+            and len(word) > 2
+            and not word.isdigit()
+        ):
+            found[word] = evidence
+    return found
+
+
+def _cluster(rows: list[str], terms: list[str], most: int, seed: int) -> list[list[str]]:
+    """Rows by the grown words that they share (TF-IDF, k-means)."""
+    from sklearn.cluster import KMeans
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectors: Any = TfidfVectorizer(token_pattern=WORD.pattern, vocabulary=terms).fit_transform(rows)
+    distinct = len({tuple(row.indices) for row in vectors})
+    count = max(1, min(most, len(rows) // ROWS_A_TOPIC, distinct))
+    labels = KMeans(count, n_init=4, random_state=seed).fit_predict(vectors)
+    return [
+        [row for row, label in zip(rows, labels, strict=True) if label == number] for number in range(count)
+    ]
+
+
+def _topic(
+    group: list[str],
+    rows: list[str],
+    terms: dict[str, float],
+    window: Sequence[str],
+    reference: Sequence[str],
+) -> Topic:
+    """Named by the words that are at home in this group: most rows that hold them are its own. Examples hold the most telling ones."""
+    inside = Counter(word for text in group for word in set(words_of(text)) if word in terms)
+    whole = Counter(word for text in rows for word in set(words_of(text)) if word in terms)
+    own = [word for word, count in inside.items() if count >= 2 and 2 * count > whole[word]]
+    chosen = sorted(own, key=lambda word: (-terms[word], word))[:TERMS]
+    topic = Topic(", ".join(chosen[:3]), chosen)
+    share, before = (
+        sum(belongs(topic, text) for text in texts) / max(1, len(texts)) for texts in (window, reference)
+    )
+    telling = {
+        text: sum(terms[word] for word in set(words_of(text)) if word in chosen)
+        for text in dict.fromkeys(group)
+    }
+    examples = sorted(telling, key=lambda text: (-telling[text], text))[:EXAMPLES]
+    return Topic(
+        topic.name,
+        chosen,
+        share,
+        before,
+        [text if len(text) <= EXAMPLE_LENGTH else text[:EXAMPLE_LENGTH] + " …" for text in examples],
+    )
+
+
+class Topic(msgspec.Struct, frozen=True):
+    """A topic of the traffic, told by its words: its share of the window and of the reference, and prompts that belong to it."""
+
+    name: str
+    terms: list[str]
+    share: float = 0.0
+    reference_share: float = 0.0
+    examples: list[str] = []
+
+
+def belongs(topic: Topic, text: str) -> bool:
+    """Whether the text holds a term of the topic as a word."""
+    return not set(topic.terms).isdisjoint(WORD.findall(text.lower()))
+
+
+class Region(msgspec.Struct, frozen=True):
+    topics: list[Topic] = []
+
+
+def read_region(path: Path) -> Region:
+    """Empty where there is no file. Raises DataError for one that is no region."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Region)
+    except FileNotFoundError:
+        return Region()
+    except msgspec.DecodeError as error:
+        raise DataError(
+            f"{path} is no list of drifted topics: {error}",
+            remedy=f"git checkout HEAD -- {FILE}; retrainings write it",
+        ) from None
+
+
+def write_region(path: Path, region: Region) -> None:
+    """Names and terms alone: prompts of users do not belong into git, and shares that change by the hour would make an evaluation stale."""
+    topics = [{"name": topic.name, "terms": topic.terms} for topic in region.topics]
+    write_json(path, {"topics": topics})
+
+
+def sources_for(topics: list[Topic], config: MonitorConfig) -> list[TopicSource]:
+    """Where rows of these topics come from: for each the first of `monitor.sources` that matches its terms or examples; and people's feedback."""
+    found: list[TopicSource] = []
+    for topic in topics:
+        said = "\n".join([topic.name, *topic.terms, *topic.examples])
+        match = next(
+            (source for source in config.sources if re.search(source.match, said, re.IGNORECASE)), FEEDBACK
+        )
+        found += [match] if match not in found else []
+    return found if FEEDBACK in found else [*found, FEEDBACK]
+
+
+def mark(questions: list[str], topics: list[Topic]) -> list[str]:
+    """For each question the names of its topics, with `|` between them."""
+    return ["|".join(topic.name for topic in topics if belongs(topic, question)) for question in questions]
+
+
+def parts(scores: Any) -> dict[str, Any]:
+    """Topic → the rows of a table of scores that `mark` gave it. Empty for a table of an older evaluation."""
+    if "region" not in scores:
+        return {}
+    named = scores.region.str.split("|")
+    names = sorted({name for row in named for name in row if name})
+    return {name: scores[[name in row for row in named]] for name in names}

@@ -1,0 +1,1 @@
+"""Checks that trainer, gateway and merged model say the same."""

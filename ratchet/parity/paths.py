@@ -1,0 +1,231 @@
+"""The same rows by the trainer's way, by the gateway's and by a merged model: prompts, answers token by token, logits.
+
+The gateway's way is its own code from the request's bytes on: parse, template, continuous batching, text; only HTTP is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ratchet.config.serving import GatewayConfig
+from ratchet.data.examples import Message
+from ratchet.errors import RatchetError
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.generation import by_length, greedy_ids
+from ratchet.serving.bundle import Bundle
+from ratchet.serving.decoding import Decoder, Row
+from ratchet.serving.engine import Ended, Piece
+from ratchet.serving.faults import Fault
+from ratchet.serving.loaded_model import LoadedModel
+from ratchet.serving.protocol import parse_chat
+
+TOP = 32  # logits a position that are kept to compare with; a token beyond them is no tie
+Forward = Callable[[Tensor, Tensor], Tensor]  # ids, mask (batch, seq) → logits (batch, seq, vocab)
+
+
+class Answer(NamedTuple):
+    """`ids` holds the token that ended it. `fault` tells why there is none."""
+
+    prompt: list[int]
+    ids: list[int]
+    text: str
+    finish: str  # "stop" or "length"
+    fault: str = ""
+
+
+class Top(NamedTuple):
+    """The strongest logits at each position of an answer."""
+
+    ids: Tensor  # (answer, TOP)
+    logits: Tensor  # (answer, TOP)
+
+
+def model_answers(
+    model: Any, chat: ChatFormat, prompts: list[list[int]], *, max_new_tokens: int, batch_size: int
+) -> list[Answer]:
+    """As the evaluation asks a model."""
+    made = greedy_ids(model, prompts, chat, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return [
+        Answer(prompt, ids, chat.decode_answer(ids), "stop" if ids[-1:] == [chat.stop_id] else "length")
+        for prompt, ids in zip(prompts, made, strict=True)
+    ]
+
+
+def engine_answers(
+    loaded: LoadedModel,
+    bundle: Bundle,
+    chat: ChatFormat,
+    asked: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[Answer]:
+    """As the gateway's engine `local` does: rows join when others leave."""
+    decoder = Decoder(loaded, measure_prompts=False)
+    decoder.add(bundle, chat)
+    heard = [_Heard(bundle, messages, max_new_tokens) for messages in asked]
+    waiting = deque(one.row for one in heard if one.row)
+    while waiting or decoder.size:
+        decoder.round([waiting.popleft() for _ in range(min(len(waiting), batch_size - decoder.size))])
+    return [one.answer() for one in heard]
+
+
+def replayed_answer(
+    bundle: Bundle, chat: ChatFormat, messages: Sequence[Message], prompt_tokens: int, ids: list[int]
+) -> Answer:
+    """What the engine makes of a model that says exactly `ids`: where it ends, and the text."""
+    return engine_answers(
+        cast(LoadedModel, _Script(prompt_tokens, ids)),
+        bundle,
+        chat,
+        [messages],
+        max_new_tokens=len(ids),
+        batch_size=1,
+    )[0]
+
+
+class _Heard:
+    """A request, and what comes back."""
+
+    def __init__(self, bundle: Bundle, messages: Sequence[Message], max_new_tokens: int) -> None:
+        self._text, self._fault, self._finish = "", "", ""
+        self.row: Row | None = None
+        body = {
+            "model": bundle.name,
+            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "max_tokens": max_new_tokens,
+            "temperature": 0,
+        }
+        try:
+            chat = parse_chat(json.dumps(body).encode(), GatewayConfig(max_tokens=max_new_tokens))
+        except Fault as fault:
+            self._fault = str(fault)
+        else:
+            self.row = Row(chat.ask("parity", bundle.version), time.perf_counter(), self._take)
+
+    def _take(self, said: Piece | Ended | RatchetError) -> None:
+        if isinstance(said, Piece):
+            self._text += said.text
+        elif isinstance(said, Ended):
+            self._finish = said.finish
+        else:
+            self._fault = str(said)
+
+    def answer(self) -> Answer:
+        return (
+            Answer(self.row.prompt, self.row.answer, self._text, self._finish, self._fault)
+            if self.row
+            else Answer([], [], "", "", self._fault)
+        )
+
+
+class _Script:
+    """In a model's place: its next token is the one that stands written."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, prompt_tokens: int, ids: list[int]) -> None:
+        self._prompt_tokens, self._ids = prompt_tokens, ids
+
+    def add(self, bundle: Bundle) -> None:
+        """Every version says the same."""
+
+    def num_virtual(self, version: int) -> int:
+        return 0
+
+    def new_cache(self, version: int, num_rows: int) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache()
+
+    def forward(
+        self, versions: list[int], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool
+    ) -> Tensor:
+        place = min(max(0, int(mask.sum()) - self._prompt_tokens), len(self._ids) - 1)
+        logits = torch.zeros(1, 1, max(self._ids) + 1)
+        logits[0, 0, self._ids[place]] = 1.0
+        return logits
+
+
+# --- logits --------------------------------------------------------------------------------------------------------------
+
+
+def model_forward(model: Any) -> Forward:
+    """Virtual tokens of prompt tuning have logits as well, which stand before the row's."""
+    return lambda ids, mask: model(input_ids=ids, attention_mask=mask, use_cache=False).logits[
+        :, -ids.shape[1] :
+    ]
+
+
+def engine_forward(loaded: LoadedModel, version: int) -> Forward:
+    def forward(ids: Tensor, mask: Tensor) -> Tensor:
+        virtual = loaded.num_virtual(version)
+        positions = torch.arange(virtual, virtual + ids.shape[1], device=ids.device).expand(len(ids), -1)
+        return loaded.forward(
+            [version] * len(ids),
+            ids,
+            pad(mask, (virtual, 0), value=1),
+            positions,
+            loaded.new_cache(version, len(ids)),
+            whole=True,
+        )
+
+    return forward
+
+
+def strongest(
+    forward: Forward, device: Any, answers: Sequence[Answer], *, pad_id: int, batch_size: int
+) -> list[Top]:
+    """Of each answer's positions, given the prompt and the tokens before."""
+    found: list[Any] = [None] * len(answers)
+    for index, logits in _answer_logits(forward, device, answers, pad_id, batch_size):
+        top = logits.topk(min(TOP, logits.shape[-1]))
+        found[index] = Top(top.indices, top.values)
+    return found
+
+
+def differences(
+    forward: Forward,
+    device: Any,
+    answers: Sequence[Answer],
+    tops: Sequence[Top],
+    *,
+    pad_id: int,
+    batch_size: int,
+) -> list[Tensor]:
+    """By position (answer): the largest difference among the strongest logits, as a share of the largest of them (of 1, where all are smaller)."""
+    found: list[Tensor] = [torch.empty(0)] * len(answers)
+    for index, logits in _answer_logits(forward, device, answers, pad_id, batch_size):
+        top = tops[index]
+        found[index] = (logits.gather(1, top.ids) - top.logits).abs().max(-1).values / scale(top)
+    return found
+
+
+def scale(top: Top) -> Tensor:
+    return top.logits.abs().max(-1).values.clamp(min=1.0)
+
+
+@torch.inference_mode()
+def _answer_logits(
+    forward: Forward, device: Any, answers: Sequence[Answer], pad_id: int, batch_size: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(index, logits (answer, vocab)), row by row. Right padding: what stands behind a row cannot change it."""
+    for batch in by_length([len(answer.prompt) + len(answer.ids) for answer in answers], batch_size):
+        rows = [[*answers[index].prompt, *answers[index].ids] for index in batch]
+        length = max(map(len, rows))
+        ids = torch.tensor(
+            [row + [pad_id] * (length - len(row)) for row in rows], device=device
+        )  # (batch, seq)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
+        logits = forward(ids, mask)
+        for position, index in enumerate(batch):
+            first = len(answers[index].prompt) - 1
+            yield index, logits[position, first : first + len(answers[index].ids)].float().cpu()

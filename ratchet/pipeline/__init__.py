@@ -1,0 +1,1 @@
+"""git, DVC, workspaces and stages."""

@@ -1,0 +1,49 @@
+"""How a stage's module is run by hand and by DVC: `python -m tasks.NAME --flag PATH …`.
+
+Paths come from `cmd` in dvc.yaml, knobs from params.yaml; a fault ends with one message and the error's exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ratchet.config.params import Config, load_config
+from ratchet.errors import RatchetError
+
+
+def run_stage(
+    doc: str | None, paths: Sequence[str], work: Callable[[Config, argparse.Namespace], object]
+) -> None:
+    """Parse `--path` arguments, call `work(config, arguments)`, exit."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    for path in paths:
+        parser.add_argument(f"--{path}", type=Path, required=True)
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries; our own lines go to the flow's log
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it notes optional kernels at every import
+    try:
+        work(load_config(arguments.params), arguments)
+    except RatchetError as error:
+        say(f"{type(error).__name__}: {error}", error=True)
+        sys.exit(error.exit_code)
+
+
+def project_root(root: str | Path | None = None) -> Path:
+    """Return the checkout: `root`, else RATCHET_ROOT (set for a stage that runs in a workspace), else the working directory."""
+    return Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+
+
+def say(line: str, *, error: bool = False) -> None:
+    """One line of progress; the flow streams it into Prefect's log. When whoever read is gone, the work is not: a training still writes its checkpoint."""
+    out = sys.stderr if error else sys.stdout
+    try:
+        print(line, file=out, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())

@@ -1,0 +1,168 @@
+"""A flow works in a clone of the repository, never in the user's checkout.
+
+A workspace is cloned from the checkout's branch, shares its DVC cache, runs, commits, and pushes back with
+rebase-and-retry. The push moves the checkout's files only when it is clean (git's `updateInstead`). One DVC command at a
+time a clone; one push at a time a checkout.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ratchet.errors import CheckoutError, CommandError
+from ratchet.pipeline.checkout import Say, _identity, check_checkout, child_environment, dvc, git, locked
+from ratchet.pipeline.dvc import Workspace, _share_cache
+
+WORKSPACES = Path(".ratchet/workspaces")
+LANDING_TRIES = 5
+# What git says when the checkout holds something that a landing would overwrite.
+IN_THE_WAY = re.compile(
+    r"(Working directory has (?:un)?staged changes|Untracked working tree file .*? would)"
+)
+
+
+@contextmanager
+def open_workspace(root: Path, purpose: str, say: Say, *, keep_failed: int = 2) -> Iterator[Workspace]:
+    """A fresh clone, removed when the block ends well; of a purpose, the last `keep_failed` that did not are kept to look at. Raises CheckoutError."""
+    branch = check_checkout(root)
+    path = root / WORKSPACES / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{purpose}-{os.getpid()}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _forget_failed(root, purpose, keep_failed)
+    try:
+        git(root, "clone", "--quiet", "--branch", branch, str(root), str(path))
+        _share_cache(root, path)
+        yield Workspace(root, path, branch)
+    except BaseException:
+        if path.exists():
+            _set_aside(root, path, purpose, keep_failed, say)
+        raise
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def failed_workspaces(root: Path) -> list[Path]:
+    """Workspaces that failed, and clones whose process was killed; the newest first."""
+    found = [
+        path
+        for path in (root / WORKSPACES).glob("*")
+        if path.is_dir() and not _is_alive(path.name.rpartition("-")[2])
+    ]
+    return sorted(found, reverse=True)
+
+
+def _set_aside(root: Path, path: Path, purpose: str, keep: int, say: Say) -> None:
+    """Under a name without a process, so that nobody takes it for one in which somebody works."""
+    failed = path.rename(path.with_name(f"{path.name}-failed"))
+    _forget_failed(root, purpose, keep)
+    if keep:
+        say(f"left to look at: {failed}")
+
+
+def _forget_failed(root: Path, purpose: str, keep: int) -> None:
+    for path in [path for path in failed_workspaces(root) if f"-{purpose}-" in path.name][keep:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def land(workspace: Workspace, message: str, paths: list[str], *, tag: str | None = None) -> str:
+    """Commit `paths` and push, rebasing when somebody was faster. The commit's id; that of HEAD when nothing changed. Raises CheckoutError, CommandError.
+
+    A second try after a push that failed lands what the first one committed.
+    """
+    workspace.git("add", "--", *paths)
+    if workspace.git("diff", "--cached", "--name-only").strip():
+        git(workspace.path, *_identity(workspace.root), "commit", "--quiet", "--message", message)
+    before = workspace.git("rev-parse", f"origin/{workspace.branch}").strip()
+    if tag or before != workspace.git("rev-parse", "HEAD").strip():
+        with locked(workspace.root, "land"):
+            _push(workspace, tag)
+            _bring_data(workspace, before)
+    return workspace.git("rev-parse", "HEAD").strip()
+
+
+def _push(workspace: Workspace, tag: str | None) -> None:
+    """The branch and the tag together or not at all."""
+    # Given to the receiving side of this push alone: the user's own configuration stays as it is.
+    receive = "--receive-pack=git -c receive.denyCurrentBranch=updateInstead receive-pack"
+    refs = [f"HEAD:refs/heads/{workspace.branch}", *([f"+HEAD:refs/tags/{tag}"] if tag else [])]
+    for tries_left in reversed(range(LANDING_TRIES)):
+        try:
+            workspace.git("push", "--quiet", "--atomic", receive, "origin", *refs)
+            return
+        except CommandError as error:
+            if found := IN_THE_WAY.search(str(error)):
+                raise CheckoutError(
+                    f"{workspace.root} was changed while the run worked: {found.group(1).removesuffix(' would')}",
+                    remedy="git commit -a or git stash there, then run again: finished stages are kept in the cache",
+                ) from None
+            if not tries_left:
+                raise
+            if not catch_up(workspace):
+                time.sleep(
+                    0.5
+                )  # nobody was faster: the checkout's index may be locked by a command of the user's
+
+
+def catch_up(workspace: Workspace) -> bool:
+    """Bring what landed meanwhile into the workspace, its own commits on top. Whether there was anything. Raises CommandError when both changed the same lines."""
+    workspace.git("fetch", "--quiet", "origin", workspace.branch)
+    if not workspace.git("rev-list", "--max-count=1", f"HEAD..origin/{workspace.branch}").strip():
+        return False
+    try:
+        git(
+            workspace.path,
+            *_identity(workspace.root),
+            "rebase",
+            "--quiet",
+            "--autostash",
+            f"origin/{workspace.branch}",
+        )
+    except CommandError as error:
+        files = workspace.git("diff", "--name-only", "--diff-filter=U").split()
+        with suppress(CommandError):
+            workspace.git("rebase", "--abort")  # or a second try would commit the conflict's marks
+        if not files:
+            raise
+        raise CommandError(
+            f"another commit on {workspace.branch} changed {', '.join(files)} as well",
+            remedy="run it again: finished stages are kept in the cache",
+        ) from error
+    return True
+
+
+def _bring_data(workspace: Workspace, before: str) -> None:
+    """The checkout's data to the new commit. Local changes are kept: without --force DVC refuses to overwrite them."""
+    if any(
+        name.endswith((".dvc", "dvc.lock"))
+        for name in workspace.git("diff", "--name-only", before, "HEAD").splitlines()
+    ):
+        command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--allow-missing"]
+        subprocess.run(command, cwd=workspace.root, env=child_environment(), capture_output=True, check=False)
+
+
+def get_output(root: Path, commit: str, path: str, out: Path) -> None:
+    """Write `path` of `commit` to `out`, from the cache or the remote. Raises CommandError."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    dvc(root, "get", "--quiet", ".", path, "--rev", commit, "--out", str(out))
+
+
+def require_output(root: Path, commit: str, path: str, out: Path) -> None:
+    """Call `get_output` where a second try mends nothing. Raises CheckoutError."""
+    try:
+        get_output(root, commit, path, out)
+    except CommandError as error:
+        raise CheckoutError(
+            f"{path} of {commit[:8]} cannot be had: {' '.join(str(error).split())[:400]}",
+            remedy="dvc pull brings what another machine made",
+        ) from None
+
+
+def _is_alive(process: str) -> bool:
+    return process.isdigit() and Path(f"/proc/{process}").exists()

@@ -1,0 +1,1 @@
+"""The champion, rollouts, lineage and the sequential test."""

@@ -1,0 +1,79 @@
+"""champion.json: which version is in charge. Its git history is the promotion ledger.
+
+The file is the truth; MLflow's alias `champion` follows it, so that a rollback works with MLflow down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ratchet.errors import CheckoutError, CommandError
+from ratchet.files import write_json
+from ratchet.pipeline.checkout import git
+
+FILE = "champion.json"
+
+
+class Champion(msgspec.Struct, frozen=True):
+    """One entry. `commit` is the one whose dvc.lock holds the adapter; `previous` the version that it took over from, for rollback."""
+
+    name: str
+    version: int
+    previous: int | None
+    commit: str
+    run_key: str
+    run_id: str
+    adapter_sha256: str
+    batches: list[str]
+    data: dict[str, Any]
+    gate: dict[str, Any]
+    at: str
+    by: str
+    why: str
+    move: str  # "promote" or "rollback"
+    replaced: int | None  # the version in charge before this entry
+
+
+def read_champion(root: Path) -> Champion | None:
+    """None before the first promotion. Raises CheckoutError for a file that is no entry."""
+    path = root / FILE
+    if not path.exists():
+        return None
+    return _decode(path.read_bytes(), str(path))
+
+
+def write_champion(root: Path, champion: Champion) -> None:
+    write_json(root / FILE, msgspec.to_builtins(champion))
+
+
+def read_ledger(root: Path) -> list[tuple[str, Champion]]:
+    """(commit that moved the champion, entry), the newest first."""
+    return list(_entries(root))
+
+
+def last_entry(root: Path, version: int) -> Champion | None:
+    """The newest entry in which that version was in charge. What is older is not looked at, so a rollback needs no whole history."""
+    return next((entry for _, entry in _entries(root) if entry.version == version), None)
+
+
+def _entries(root: Path) -> Iterator[tuple[str, Champion]]:
+    try:
+        commits = git(root, "log", "--format=%H", "--diff-filter=AM", "--", FILE).split()
+    except CommandError:
+        return
+    for commit in commits:
+        yield commit, _decode(git(root, "show", f"{commit}:{FILE}").encode(), f"{FILE} at {commit[:8]}")
+
+
+def _decode(raw: bytes, where: str) -> Champion:
+    try:
+        return msgspec.json.decode(raw, type=Champion)
+    except msgspec.DecodeError as error:
+        raise CheckoutError(
+            f"{where} is no champion entry: {error}",
+            remedy=f"git checkout HEAD -- {FILE}; the file is written by `ratchet promote` and `ratchet rollback`",
+        ) from None

@@ -1,0 +1,227 @@
+"""The open rollout as a file, `.ratchet/rollout.json`: who gets which version, and how far it is. Ended ones are lines of `.ratchet/rollouts.jsonl`.
+
+The gateway reads it, the flow `rollout` writes it (one at a time, under the lock `promote`), MLflow's tags follow: a rollout can be
+paused or aborted with MLflow down. Each act reads the file again under that lock; doing it twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+
+from ratchet.config.params import Config
+from ratchet.errors import BusyError, CheckoutError, UserError
+from ratchet.files import write_bytes, write_json
+from ratchet.pipeline.checkout import locked
+from ratchet.promotion.champion import Champion
+from ratchet.promotion.gate_tags import check_gate
+from ratchet.tracking.registry import Version
+
+FILE, ENDED = Path(".ratchet/rollout.json"), Path(".ratchet/rollouts.jsonl")
+AGAIN = Path(
+    ".ratchet/look-again"
+)  # there while a look is under way, and after one that left something waiting
+
+
+class Rollout(msgspec.Struct, frozen=True):
+    """`share` of the users get `version`, the others `champion`. Times are in seconds since 1970; `salt` makes the split of users its own."""
+
+    id: str
+    name: str
+    version: int
+    champion: int
+    commit: str  # whose dvc.lock holds the challenger's adapter
+    adapter_sha256: str
+    salt: str
+    step: int  # position in `shares`
+    shares: list[float]
+    state: str  # "open", "paused"; ended: "promoted", "rolled_back", "no_evidence", "stopped", "aborted"
+    opened: float
+    step_since: float
+    why: str = ""  # the state's reason
+    by: str = ""
+    last: dict[str, Any] = {}  # the newest look's figures
+    ended: float | None = None
+    paused_at: float | None = None
+    paused_seconds: float = 0.0  # earlier pauses together; they count for no limit
+
+    @property
+    def share(self) -> float:
+        """0 while it is paused: everybody gets the champion."""
+        return self.shares[self.step] if self.state == "open" else 0.0
+
+
+def read_rollout(root: Path) -> Rollout | None:
+    """The open or paused one. Raises CheckoutError for a file that is none."""
+    try:
+        return msgspec.json.decode((root / FILE).read_bytes(), type=Rollout)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise CheckoutError(
+            f"{FILE} is no rollout: {error}",
+            remedy=f"remove it: the champion answers everybody, and the challenger starts anew ({root / FILE})",
+        ) from None
+
+
+def write_rollout(root: Path, rollout: Rollout) -> None:
+    write_json(root / FILE, msgspec.to_builtins(rollout))
+
+
+def end_rollout(root: Path, rollout: Rollout) -> None:
+    """Into the list of ended ones, then out of the gateway's sight. Doing it twice adds nothing."""
+    past = [entry for entry in read_ended(root) if entry.id != rollout.id]
+    write_bytes(root / ENDED, (msgspec.json.encode(entry) + b"\n" for entry in [*past, rollout]))
+    (root / FILE).unlink(missing_ok=True)
+
+
+def read_ended(root: Path) -> list[Rollout]:
+    """The oldest first."""
+    path = root / ENDED
+    return (
+        [msgspec.json.decode(line, type=Rollout) for line in path.read_bytes().split(b"\n") if line]
+        if path.exists()
+        else []
+    )
+
+
+def position(salt: str, unit: str) -> float:
+    """Where a user stands between 0 and 1: under the share, the challenger answers. A growing share takes nobody back."""
+    return xxhash.xxh3_64_intdigest(f"{salt}\0{unit}".encode()) / 2**64
+
+
+# --- acts ------------------------------------------------------------------------------------------------------------------
+
+
+def open_rollout(
+    root: Path, config: Config, version: Version, champion: Champion, *, by: str, again: bool = False
+) -> Rollout:
+    """Raises UserError: the gate did not pass it against this champion, it had its rollout (`again`: a person wants another), or BusyError: another one is open."""
+    with locked(root, "promote"):
+        current = read_rollout(root)
+        if current and current.version == version.number:
+            return current
+        if current:
+            raise BusyError(
+                f"the rollout of v{current.version} is {current.state}",
+                remedy="ratchet rollout abort ends it; one version at a time is tried on users",
+            )
+        check_gate(version, champion)
+        _check_past(root, version, champion, again)
+        now = time.time()
+        opened = Rollout(
+            id=f"v{version.number}-{datetime.fromtimestamp(now, UTC):%Y%m%dT%H%M%S.%f}",
+            name=version.name,
+            version=version.number,
+            champion=champion.version,
+            commit=version.tags["git_commit"],
+            adapter_sha256=version.tags["adapter_sha256"],
+            salt=secrets.token_hex(8),  # who was a guinea pig once is not so every time
+            step=0,
+            shares=config.rollout.steps,
+            state="open",
+            opened=now,
+            step_since=now,
+            why="it has just been opened",
+            by=by,
+        )
+        write_rollout(root, opened)
+        return opened
+
+
+def _check_past(root: Path, version: Version, champion: Champion, again: bool) -> None:
+    """A version gets one rollout against a champion; one that did harm, or was in charge once, gets no other."""
+    if not again and version.tags.get("decision", "").strip().lower() == "reject":
+        raise UserError(
+            "a person rejected it", remedy="the tag `decision` = `approve` on it opens its rollout"
+        )
+    past = [entry for entry in read_ended(root) if entry.version == version.number]
+    if entry := next((entry for entry in past if entry.state in ("rolled_back", "promoted")), None):
+        raise UserError(
+            f"its rollout ended {entry.state.replace('_', ' ')}: {entry.why}",
+            remedy="the tags `decision` = `force` and `reason`, or `ratchet promote`, put it in charge all the same",
+        )
+    if not again and (
+        entry := next(
+            (entry for entry in past if entry.state == "stopped" or entry.champion == champion.version), None
+        )
+    ):
+        raise UserError(
+            f"its rollout ended {entry.state.replace('_', ' ')}: {entry.why}",
+            remedy="the tag `decision` = `approve` on it opens another; where it stands already, take the tag `decision_outcome` away",
+        )
+
+
+def advance(root: Path, seen: Rollout, why: str, figures: dict[str, Any]) -> Rollout | None:
+    """The next step, from the one that was looked at; as it is, where somebody else was faster. None: it has ended."""
+    return _change(root, seen, step=seen.step + 1, step_since=time.time(), why=why, last=figures)
+
+
+def note_look(root: Path, seen: Rollout, why: str, figures: dict[str, Any]) -> Rollout | None:
+    return _change(root, seen, why=why, last=figures)
+
+
+def pause(root: Path, by: str) -> Rollout:
+    """The champion answers everybody. Raises UserError when no rollout is open."""
+    current = _expect(root)
+    if current.state != "open":
+        return current
+    return _change(
+        root, current, state="paused", paused_at=time.time(), why=f"paused by {by}", by=by
+    ) or _expect(root)
+
+
+def resume(root: Path, by: str) -> Rollout:
+    """Where it was: a pause counts for no limit. Raises UserError when there is none."""
+    current = _expect(root)
+    if current.state != "paused" or current.paused_at is None:
+        return current
+    seconds = time.time() - current.paused_at
+    times = {
+        "paused_at": None,
+        "paused_seconds": current.paused_seconds + seconds,
+        "step_since": current.step_since + seconds,
+    }
+    return _change(root, current, state="open", why=f"resumed by {by}", by=by, **times) or _expect(root)
+
+
+def finish(
+    root: Path, seen: Rollout, state: str, *, why: str, by: str, figures: dict[str, Any] | None = None
+) -> Rollout:
+    """As it ended, also when somebody else was faster."""
+    with locked(root, "promote"):
+        current = read_rollout(root)
+        if current is None or current.id != seen.id:
+            return next((entry for entry in read_ended(root) if entry.id == seen.id), seen)
+        ended = msgspec.structs.replace(
+            current, state=state, why=why, by=by, last=figures or current.last, ended=time.time()
+        )
+        end_rollout(root, ended)
+        return ended
+
+
+def _expect(root: Path) -> Rollout:
+    current = read_rollout(root)
+    if current is None:
+        raise UserError(
+            "no rollout is open",
+            remedy="a version that passed the gate becomes `challenger`, and its rollout opens at the next look (`ratchet rollout look`)",
+        )
+    return current
+
+
+def _change(root: Path, seen: Rollout, **values: Any) -> Rollout | None:
+    """Only where it still is in the state and step that were seen."""
+    with locked(root, "promote"):
+        current = read_rollout(root)
+        if current is None or (current.id, current.state, current.step) != (seen.id, seen.state, seen.step):
+            return current if current and current.id == seen.id else None
+        changed = msgspec.structs.replace(current, **values)
+        write_rollout(root, changed)
+        return changed

@@ -1,0 +1,124 @@
+"""Inference that holds at every look, however many there are: for the difference of two arms, and for the split of users between them.
+
+The difference is taken inside each step of a rollout and the steps are then joined by inverse variance: pooled over steps, an arm whose
+share grows would be compared with other hours of other days (Simpson's paradox). Who comes back in several steps counts as one. The bound is the asymptotic confidence sequence of
+Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas (arXiv 2103.06476, theorem 2.2, one-sided): a normal mixture as in Robbins (1970) and
+Johari, Koomen, Pekelis & Walsh (arXiv 1512.04922).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import gammaln, xlogy
+
+Values = NDArray[np.float64]
+Units = NDArray[np.int64]
+# Information (1 / variance of the difference) at which the bound is tightest, in units of a score's variance: about 250 users an arm.
+TUNED_TO = 125.0
+LEAST = 5  # values of an arm in a step under which the step says nothing yet
+
+
+class Stratum(NamedTuple):
+    """One step: a value a unit, of either arm, and which units they are (numbers that tell them apart in all steps; None: each is another)."""
+
+    champion: Values
+    challenger: Values
+    champion_units: Units | None = None
+    challenger_units: Units | None = None
+
+
+class Bounds(NamedTuple):
+    """Challenger minus champion; each bound holds at all looks together with probability 1 - alpha."""
+
+    mean: float
+    low: float
+    high: float
+    champion: int  # units
+    challenger: int
+
+
+def difference(strata: list[Stratum], alpha: float, *, scale: float = 1.0) -> Bounds | None:
+    """`scale` is the standard deviation that is expected of a value: it only sets where the bound is tightest. None while no step has enough units."""
+    told = [stratum for stratum in strata if min(len(stratum.champion), len(stratum.challenger)) >= LEAST]
+    if not told:
+        return None
+    means = np.array([stratum.challenger.mean() - stratum.champion.mean() for stratum in told])
+    information = np.array([1.0 / _variance(stratum, scale) for stratum in told])
+    total = float(information.sum())
+    mean = float((means * information).sum() / total)
+    total = min(total, 1.0 / max(_clustered_variance(told, information / total), 1e-12))
+    width = radius(total, alpha, scale)
+    return Bounds(
+        mean,
+        mean - width,
+        mean + width,
+        _count([(s.champion, s.champion_units) for s in strata]),
+        _count([(s.challenger, s.challenger_units) for s in strata]),
+    )
+
+
+def _clustered_variance(strata: list[Stratum], weights: Values) -> float:
+    """Of the joined difference, when who comes back in several steps is one unit and not several (a sandwich estimate, Liang & Zeger 1986)."""
+    pulls: list[Values] = []
+    units: list[Units] = []
+    for stratum, weight in zip(strata, weights, strict=True):
+        for sign, values, known in (
+            (-1, stratum.champion, stratum.champion_units),
+            (1, stratum.challenger, stratum.challenger_units),
+        ):
+            if known is None:
+                continue
+            pulls.append(sign * weight * (values - values.mean()) / len(values))
+            units.append(known)
+    if not pulls:
+        return 0.0
+    _, places = np.unique(np.concatenate(units), return_inverse=True)
+    return float((np.bincount(places, weights=np.concatenate(pulls)) ** 2).sum())
+
+
+def _count(arms: list[tuple[Values, Units | None]]) -> int:
+    """Different units."""
+    known = [units for _, units in arms if units is not None]
+    return sum(len(values) for values, units in arms if units is None) + (
+        len(np.unique(np.concatenate(known))) if known else 0
+    )
+
+
+def _variance(stratum: Stratum, scale: float) -> float:
+    """Of the difference of the means. Each arm gets a prior of two values at the expected variance: of five zeros nobody knows that all are."""
+    return sum(
+        (float(arm.var()) * len(arm) + 2 * scale**2) / (len(arm) + 2) / len(arm)
+        for arm in (stratum.champion, stratum.challenger)
+    )
+
+
+def radius(information: float, alpha: float, scale: float = 1.0) -> float:
+    """Half the width at that much information: the mean of the mixture's boundary, one-sided at alpha."""
+    rho = TUNED_TO / scale**2  # prior information of the mixture
+    return math.sqrt(
+        (information + rho)
+        / information**2
+        * (math.log((information + rho) / rho) + 2 * math.log(1 / (2 * alpha)))
+    )
+
+
+def split_e_value(champion: int, challenger: int, share: float) -> float:
+    """How many times likelier these numbers are under another split than under `share`; over 1/alpha at any look refutes it at level alpha.
+
+    A Dirichlet-multinomial Bayes factor (Lindon & Malek, arXiv 2011.03567), its prior centred on the share with the weight of 20 users.
+    """
+    a, b = 20 * (1 - share), 20 * share
+    mixed = (
+        gammaln(a + b)
+        - gammaln(a)
+        - gammaln(b)
+        + gammaln(a + champion)
+        + gammaln(b + challenger)
+        - gammaln(a + b + champion + challenger)
+    )
+    plain = xlogy(champion, 1 - share) + xlogy(challenger, share)
+    return float(np.exp(min(700.0, mixed - plain)))

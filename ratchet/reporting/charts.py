@@ -1,0 +1,157 @@
+"""Where marks stand in a chart, in per cent of its width and height: the page stretches the drawing and sets the words beside it in HTML.
+
+So a chart fits a phone and its words keep their size. Nothing is drawn here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import NamedTuple
+
+HOUR = 3600
+WIDTHS = (1, 2, 4, 8, 24, 168)  # hours in a slot
+SLOTS, FEWEST_SLOTS = 56, 24
+SMALLEST_P = 1e-4
+
+
+class Slots(NamedTuple):
+    """Equal stretches of time; `start` and `width` in seconds."""
+
+    start: int
+    width: int
+    number: int
+
+    def place(self, at: float) -> int:
+        return min(self.number - 1, max(0, int((at - self.start) // self.width)))
+
+
+class Bar(NamedTuple):
+    x: float
+    y: float
+    width: float
+    height: float
+    series: int
+    title: str
+
+
+class Line(NamedTuple):
+    points: list[tuple[float, float]]
+    series: int
+
+
+class Mark(NamedTuple):
+    x: float
+    y: float
+    kind: str
+    title: str
+
+
+class Tick(NamedTuple):
+    at: float
+    label: str
+
+
+class Interval(NamedTuple):
+    """A mean with its bounds on an axis that both ends share; `wanted` is the bound to clear."""
+
+    low: float
+    mean: float
+    high: float
+    zero: float
+    wanted: float | None
+
+
+def make_slots(first: float, last: float) -> Slots:
+    """From the first to the last moment; a short time still fills a day, so that one bar does not look like a wall."""
+    hours = next((width for width in WIDTHS if (last - first) / HOUR / width <= SLOTS), WIDTHS[-1])
+    width = hours * HOUR
+    count = max(FEWEST_SLOTS, int(last // width - first // width) + 1)
+    return Slots(int(last // width - count + 1) * width, width, count)
+
+
+def stack(
+    values: dict[tuple[int, int], float], slots: Slots, order: Sequence[int], top: float, unit: str
+) -> list[Bar]:
+    """`values` by (slot, series), the first of `order` at the bottom."""
+    bars, width = [], 100 / slots.number
+    for slot in range(slots.number):
+        below = 0.0
+        for series in order:
+            if value := values.get((slot, series), 0.0):
+                height = 100 * value / top
+                title = f"v{series}, {moment(slots.start + slot * slots.width)}: {value:,.0f} {unit}"
+                bars.append(
+                    Bar(slot * width + width * 0.1, 100 - below - height, width * 0.8, height, series, title)
+                )
+                below += height
+    return bars
+
+
+def lines(values: dict[tuple[int, int], float], slots: Slots) -> list[Line]:
+    """Of values between 0 and 1 by (slot, series). A slot without a value is bridged up to a quarter of the chart, then the line breaks."""
+    by_series: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for (slot, series), value in sorted(values.items()):
+        by_series[series].append((slot, value))
+    return [
+        Line([_center(slot, value, slots) for slot, value in part], series)
+        for series, points in by_series.items()
+        for part in _parts(points, slots.number / 4)
+    ]
+
+
+def _parts(points: list[tuple[int, float]], most: float) -> Iterable[list[tuple[int, float]]]:
+    part = points[:1]
+    for before, point in pairwise(points):
+        if point[0] - before[0] > most:
+            yield part
+            part = []
+        part.append(point)
+    yield part
+
+
+def _center(slot: int, value: float, slots: Slots) -> tuple[float, float]:
+    return (100 * (slot + 0.5) / slots.number, 100 - 100 * value)
+
+
+def nice_top(value: float) -> float:
+    """The smallest of 1, 2, 3, 4, 5, 6, 8, 10, 20, … that is no less."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next((step * power for step in (1, 2, 3, 4, 5, 6, 8, 10) if value <= step * power), 10 * power)
+
+
+def time_ticks(start: float, end: float) -> list[Tick]:
+    """Four moments, with the hour where the whole is shorter than three days."""
+    short = end - start < 72 * HOUR
+    return [
+        Tick(100 * part, moment(start + (end - start) * part, day=not short))
+        for part in (0.125, 0.375, 0.625, 0.875)
+    ]
+
+
+def moment(at: float, *, day: bool = False) -> str:
+    return f"{datetime.fromtimestamp(at, UTC):{'%-d %b' if day else '%-d %b %H:%M'}}"
+
+
+def p_height(p: float) -> float:
+    """Small p values stand high: 1 at the bottom, 1e-4 and less at the top. In per cent from above."""
+    return 100 - 100 * min(1.0, math.log10(max(p, SMALLEST_P)) / math.log10(SMALLEST_P))
+
+
+def intervals(found: Sequence[tuple[float, float, float, float | None]]) -> list[Interval]:
+    """(low, mean, high, wanted) on one axis with zero in its middle. Bounds that are not finite end at the edge."""
+    known = [abs(value) for entry in found for value in entry if value is not None and math.isfinite(value)]
+    limit = max(known, default=1.0) * 1.1 or 1.0
+
+    def place(value: float) -> float:
+        return min(100.0, max(0.0, 50 + 50 * value / limit))
+
+    return [
+        Interval(place(low), place(mean), place(high), 50.0, None if wanted is None else place(wanted))
+        for low, mean, high, wanted in found
+    ]

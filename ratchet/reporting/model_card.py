@@ -1,0 +1,136 @@
+"""The model card in the hub's format: a README.md whose YAML head hubs and programs read, and the gate's table for people.
+
+https://huggingface.co/docs/hub/model-cards. The licence is not known to us (the base's and the rows' decide), so none is claimed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ratchet.reporting.markdown import LABELS, model_card
+
+RELATIONS = {
+    "adapter": "adapter",
+    "merged": "finetune",
+    "gguf": "finetune",
+    "int8": "quantized",
+    "int4": "quantized",
+}
+USAGE = {
+    "adapter": 'A PEFT adapter, to be loaded on its base: `PeftModel.from_pretrained(base, "FOLDER")`. Ratchet\'s gateway serves it as it is.',
+    "full": 'A whole model: `AutoModelForCausalLM.from_pretrained("FOLDER")`. Ratchet\'s gateway serves it as it is.',
+    "merged": 'A whole model, the adapter merged into its base: `AutoModelForCausalLM.from_pretrained("FOLDER")`.',
+    "gguf": "One file in float16 for llama.cpp and what is built on it: `llama-server -m FOLDER/model.gguf --jinja`.",
+    "int8": "One file with 8 bits a weight (Q8_0) for llama.cpp and what is built on it: `llama-server -m FOLDER/model.gguf --jinja`.",
+    "int4": "One file with 4 bits a weight (Q4_0; the embeddings with 8) for llama.cpp and what is built on it: `llama-server -m FOLDER/model.gguf --jinja`.",
+}
+
+
+def hub_card(
+    name: str,
+    label: str,
+    kind: str,
+    manifest: dict[str, Any],
+    metrics: dict[str, Any],
+    decision: dict[str, Any],
+    facts: dict[str, str],
+    *,
+    scores: Any = None,
+) -> str:
+    """`kind`: `adapter`, or what it was exported to; `manifest` the candidate's; `scores` those of the exported file, with the adapter's beside them."""
+    method = manifest.get("adapter", {}).get("method", "lora")
+    usage = USAGE["full" if kind == "adapter" and method == "full" else kind]
+    lines = [
+        f"# {name} {label}",
+        "",
+        usage,
+        "",
+        f"Trained by `{method}` on {_base(manifest) or 'a small base that was made for it'}.",
+    ]
+    if scores:
+        lines += ["", *score_table(kind, scores)]
+    return (
+        f"---\n{_head(name, label, kind, method, manifest, metrics, scores)}\n---\n\n"
+        + "\n".join(lines)
+        + "\n\n"
+        + model_card(metrics, decision, facts)
+    )
+
+
+def score_table(kind: str, scores: dict[str, Any]) -> list[str]:
+    """The file beside the adapter that it was made of, on the same rows."""
+    lines = [
+        f"On {scores['rows']} test rows, 95 % intervals:",
+        "",
+        f"| | adapter | {kind} | difference |",
+        "|---|---|---|---|",
+    ]
+    for metric in scores["adapter"]:
+        cells = [
+            f"{part[metric]['mean']:.4f} [{part[metric]['low']:.4f}, {part[metric]['high']:.4f}]"
+            for part in (scores["adapter"], scores["export"], scores["difference"])
+        ]
+        lines.append(f"| {LABELS.get(metric, metric)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _base(manifest: dict[str, Any]) -> str:
+    """The hub's id; empty for a base that is on no hub."""
+    model = manifest["base"]["model"]
+    return "" if model == "demo" else str(model)
+
+
+def _head(
+    name: str,
+    label: str,
+    kind: str,
+    method: str,
+    manifest: dict[str, Any],
+    metrics: dict[str, Any],
+    scores: Any,
+) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    rows = scores["rows"] if scores else metrics["slices"]["test"]["candidate"]["rows"]
+    found = (
+        scores["export"]
+        if scores
+        else {
+            key: value
+            for key, value in metrics["slices"]["test"]["candidate"].items()
+            if isinstance(value, dict)
+        }
+    )
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Text generation",
+            dataset_type=name,
+            dataset_name=f"held-out rows of {name}",
+            dataset_split="test",
+            dataset_args={"rows": rows},
+            metric_type=metric,
+            metric_name=LABELS.get(metric, metric),
+            metric_value=round(value["mean"], 6),
+            metric_args={"low": round(value["low"], 6), "high": round(value["high"], 6), "confidence": 0.95},
+        )
+        for metric, value in found.items()
+    ]
+    base, whole = _base(manifest), kind != "adapter" or method == "full"
+    more: dict[str, Any] = (
+        {"base_model_relation": RELATIONS["merged" if kind == "adapter" and whole else kind]} if base else {}
+    )
+    head = ModelCardData(
+        base_model=base or None,
+        library_name="transformers"
+        if whole and kind in ("adapter", "merged")
+        else "gguf"
+        if whole
+        else "peft",
+        pipeline_tag="text-generation",
+        tags=["ratchet", method, *(["gguf", "llama.cpp"] if kind in ("gguf", "int8", "int4") else [])],
+        model_name=f"{name} {label}",
+        eval_results=results,
+        **more,
+    )
+    return head.to_yaml()

@@ -1,0 +1,119 @@
+"""The file `.ratchet/review.db`: its tables, and transactions that end in our own errors."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ratchet.errors import ServiceError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine, Table
+
+FILE = Path(".ratchet/review.db")
+
+
+class Store:
+    """Safe between threads and processes. Tables are made at the first transaction."""
+
+    def __init__(self, root: Path) -> None:
+        path = root / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)  # people's rows; SQLite gives its other files the same mode
+        self._engine, tables = _make_engine(path), _make_tables()
+        self.items, self.decisions, self.history, self.taken = (
+            tables[name] for name in ("items", "decisions", "history", "taken")
+        )
+        self._ready = False
+
+    @contextmanager
+    def transaction(self) -> Iterator[Any]:
+        """Raises ServiceError."""
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            if not self._ready:
+                self._make_tables()
+            with self._engine.begin() as connection:
+                yield connection
+        except SQLAlchemyError as error:
+            cause = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
+            raise ServiceError(
+                f"{FILE} cannot be used: {cause}", remedy="check the file and the room on the disk"
+            ) from error
+
+    def _make_tables(self) -> None:
+        """By SQLite's own check: metadata.create_all looks first and then makes, and another process may come between."""
+        from sqlalchemy.schema import CreateTable
+
+        with self._engine.begin() as connection:
+            for table in self.items.metadata.sorted_tables:
+                connection.execute(CreateTable(table, if_not_exists=True))
+        self._ready = True
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+
+def _make_engine(path: Path) -> Engine:
+    from sqlalchemy import create_engine, event
+
+    engine = create_engine(f"sqlite:///{path}")
+
+    @event.listens_for(engine, "connect")
+    def _settle(connection: Any, _record: Any) -> None:
+        # People's words are few and dear: unlike the request log, each is on the disk before it is said to be kept.
+        connection.execute("PRAGMA busy_timeout=5000")
+        connection.execute("PRAGMA synchronous=FULL")
+        # The mode stays with the file. Locked: another connection is switching it at this moment, and for that SQLite does not wait.
+        with suppress(sqlite3.OperationalError):
+            connection.execute("PRAGMA journal_mode=WAL")
+
+    return engine
+
+
+def _make_tables() -> dict[str, Table]:
+    from sqlalchemy import Column, Integer, MetaData, String, Table, Text, UniqueConstraint
+
+    metadata = MetaData()
+
+    def said() -> list[Any]:
+        return [Column(name, String) for name in ("verdict", "by", "at")] + [
+            Column(name, Text) for name in ("messages", "why")
+        ]
+
+    place: list[Any] = [Column("place", Integer, primary_key=True), Column("draft", String)]
+    flags: list[Any] = [
+        Column("kind", String),
+        Column("doubtful", Integer),
+        Column("sampled", Integer),
+        Column("body", Text),
+    ]
+    tables = [
+        Table("items", metadata, *place, Column("id", String), *flags, UniqueConstraint("draft", "id")),
+        Table(
+            "decisions",
+            metadata,
+            Column("draft", String, primary_key=True),
+            Column("item", String, primary_key=True),
+            *said(),
+        ),
+        Table(
+            "history",
+            metadata,
+            Column("place", Integer, primary_key=True),
+            Column("draft", String),
+            Column("item", String),
+            *said(),
+        ),
+        Table(
+            "taken",
+            metadata,
+            Column("draft", String, primary_key=True),
+            *(Column(name, String) for name in ("batch", "content", "at")),
+        ),
+    ]
+    return {table.name: table for table in tables}

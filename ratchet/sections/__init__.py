@@ -1,1 +1,0 @@
-"""The sections of params.yaml, by what they are about; `ratchet.config` puts them together."""

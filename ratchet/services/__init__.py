@@ -1,0 +1,1 @@
+"""`up`, `down`, `doctor`, `status`: processes and ports."""

@@ -1,0 +1,334 @@
+"""What this machine and this clone have, what they lack, and what to do about it: `ratchet doctor`.
+
+Under two seconds: versions are read from the packages' metadata, torch and MLflow are never imported. It changes nothing, and it does
+not look at the data, the model or the registry.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from ratchet.errors import RatchetError
+from ratchet.services.processes import find_port_fault
+from ratchet.services.supervisor import list_services
+
+if TYPE_CHECKING:
+    from ratchet.config.params import Config
+
+GIB = 2**30
+REINSTALL = "rm .venv/.core && make .venv/.core installs the locked versions"
+# Each pair installs without a word from the resolver: the metadata of the second allows the first.
+BAD_PAIRS = (
+    (
+        "sqlalchemy",
+        ">=2.1",
+        "prefect",
+        "==3.8.8",
+        "Prefect's scheduler fails: a deployment's schedule never starts a run",
+    ),
+    (
+        "fastapi",
+        ">=0.151",
+        "prefect",
+        "==3.8.8",
+        "Prefect's server refuses requests of its own client that leave a filter empty (422), and from 0.155 does not start",
+    ),
+    ("pandas", ">=3", "evidently", "<0.8", "Evidently does not import"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`ok` is None for a warning: it works, but less well or less safely. `remedy` is empty where there is nothing to do."""
+
+    name: str
+    ok: bool | None
+    found: str
+    remedy: str = ""
+
+
+def examine(root: Path | None, config: Config | None) -> list[Finding]:
+    """Without a root the checks of the clone are left out, without a config those of the ports."""
+    versions = read_versions()
+    findings = [
+        check_python(),
+        *check_packages(versions, metadata.requires("ratchet") or []),
+        *check_pairs(versions),
+        *check_git(root),
+    ]
+    if root is not None:
+        findings += [check_dvc(root), check_disk(root)]
+    if root is not None and config is not None:
+        findings += check_ports(root, config)
+    return [
+        *findings,
+        check_gpu(versions.get("torch"), has_cuda_build(), list_gpus()),
+        check_cores(),
+        check_memory(),
+    ]
+
+
+def read_versions() -> dict[str, str]:
+    """Normalised names (lower case, hyphens) of the installed packages."""
+    found = (
+        (distribution.metadata["Name"], distribution.version) for distribution in metadata.distributions()
+    )
+    return {name.lower().replace("_", "-"): version for name, version in found if name}
+
+
+def check_python() -> Finding:
+    wanted = metadata.metadata("ratchet")["Requires-Python"]
+    ok = platform.python_version() in SpecifierSet(wanted)
+    return Finding(
+        "python",
+        ok,
+        platform.python_version(),
+        "" if ok else f"Ratchet needs {wanted}: rm -r .venv, then make PYTHON=python3.12 demo",
+    )
+
+
+def check_packages(versions: Mapping[str, str], requirements: Iterable[str]) -> list[Finding]:
+    """One finding for all that fit, one for each that does not."""
+    wanted = [
+        requirement
+        for requirement in map(Requirement, requirements)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    ]
+    faults = [fault for requirement in wanted if (fault := _check_package(requirement, versions))]
+    named = ", ".join(
+        f"{name} {versions[name]}"
+        for name in ("prefect", "dvc", "mlflow", "torch", "transformers", "peft")
+        if name in versions
+    )
+    return faults or [Finding("packages", True, f"all {len(wanted)} within their bounds: {named}")]
+
+
+def _check_package(requirement: Requirement, versions: Mapping[str, str]) -> Finding | None:
+    version = versions.get(requirement.name.lower().replace("_", "-"))
+    if version is None:
+        return Finding(
+            requirement.name,
+            False,
+            f"not installed, wanted {requirement.specifier or 'any version'}",
+            REINSTALL,
+        )
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(requirement.name, False, f"{version}, wanted {requirement.specifier}", REINSTALL)
+    return None
+
+
+def check_pairs(versions: Mapping[str, str]) -> list[Finding]:
+    faults = []
+    for name, bad, other, others, effect in BAD_PAIRS:
+        if (
+            name in versions
+            and other in versions
+            and versions[name] in SpecifierSet(bad)
+            and versions[other] in SpecifierSet(others)
+        ):
+            faults.append(
+                Finding(
+                    f"{name} with {other}",
+                    False,
+                    f"{name} {versions[name]} with {other} {versions[other]}: {effect}",
+                    f"{REINSTALL}; or .venv/bin/uv pip install '{name}{_turn(bad)}'",
+                )
+            )
+    return faults or [Finding("known bad pairs", True, f"none of {len(BAD_PAIRS)}")]
+
+
+def _turn(bad: str) -> str:
+    """The bound that keeps `bad` (">=X") out."""
+    return "<" + bad.removeprefix(">=")
+
+
+def check_git(root: Path | None) -> list[Finding]:
+    version = _ask("git", "--version")
+    if version is None:
+        return [
+            Finding(
+                "git",
+                False,
+                "not installed",
+                "install git: workspaces, data commits and the promotion ledger are git's",
+            )
+        ]
+    place = ["-C", str(root)] if root else []
+    findings = [Finding("git", True, version.removeprefix("git version "))]
+    if root is not None:
+        inside = _ask("git", *place, "rev-parse", "--is-inside-work-tree") == "true"
+        findings.append(
+            Finding(
+                "git repository",
+                inside,
+                str(root) if inside else f"{root} is none",
+                "" if inside else "git clone the project, or git init here",
+            )
+        )
+    # The same question that `git commit` asks: config, environment, and what the system says of the user.
+    identity = _ask("git", *place, "var", "GIT_COMMITTER_IDENT")
+    remedy = (
+        "" if identity else "git config --global user.name NAME && git config --global user.email ADDRESS"
+    )
+    return [
+        *findings,
+        Finding(
+            "git identity",
+            identity is not None,
+            identity.rsplit(" ", 2)[0] if identity else "none: git would refuse to commit",
+            remedy,
+        ),
+    ]
+
+
+def check_dvc(root: Path) -> Finding:
+    if not (root / ".dvc" / "config").is_file():
+        return Finding("dvc", False, f"{root} is not initialised for DVC", "dvc init, then commit .dvc")
+    remotes = configparser.RawConfigParser(strict=False)
+    try:
+        remotes.read([root / ".dvc" / "config", root / ".dvc" / "config.local"], encoding="utf-8")
+    except configparser.Error as error:
+        return Finding(
+            "dvc",
+            False,
+            f"{root / '.dvc' / 'config'} cannot be read: {error.message.splitlines()[0]}",
+            "correct the file, or git checkout .dvc/config",
+        )
+    name = remotes.get("core", "remote", fallback=None)
+    if name is None:
+        return Finding(
+            "dvc",
+            None,
+            "no default remote: data and models stay on this machine",
+            "dvc remote add --default storage URL (s3://…, gs://…, ssh://…, a mounted folder)",
+        )
+    # The address itself may hold a password.
+    address = remotes.get(f"'remote \"{name}\"'", "url", fallback="")
+    kind = address.partition("://")[0] if "://" in address else "a folder"
+    return Finding("dvc", True, f"remote `{name}` ({kind})")
+
+
+def check_disk(root: Path) -> Finding:
+    free = shutil.disk_usage(root).free
+    found = f"{free / GIB:,.1f} GiB free at {root}"
+    if free >= 5 * GIB:
+        return Finding("disk", True, found)
+    return Finding(
+        "disk",
+        None if free >= GIB else False,
+        f"{found}, 5 GiB wanted",
+        "free some room; dvc gc -w drops versions of data that no commit needs",
+    )
+
+
+def check_ports(root: Path, config: Config) -> list[Finding]:
+    """Free, or held by the services of this very clone."""
+    try:
+        services = {service.name: service for service in list_services(root, config)}
+    except RatchetError as error:
+        return [Finding("services", False, str(error).splitlines()[0], error.remedy)]
+    findings = []
+    ports = {
+        "mlflow": ("services.mlflow_port", config.services.mlflow_port),
+        "prefect": ("services.prefect_port", config.services.prefect_port),
+        "gateway": ("gateway.port", config.gateway.port),
+    }
+    for name, (key, port) in ports.items():
+        service = services[name]
+        if service.alive:
+            said = "answers" if service.answers else "does not answer"
+            findings.append(
+                Finding(
+                    f"port of {name}",
+                    service.answers or None,
+                    f"our {name} {said} on {service.url}",
+                    "" if service.answers else f"wait a little, then see {service.log}",
+                )
+            )
+        else:
+            fault = find_port_fault(port)
+            findings.append(
+                Finding(
+                    f"port of {name}",
+                    fault is None,
+                    f"{port}: {fault or 'free'}",
+                    f"stop that, or set {key} in params.yaml to another port" if fault else "",
+                )
+            )
+    return findings
+
+
+def check_gpu(torch: str | None, cuda_build: bool, gpus: list[str]) -> Finding:
+    if not gpus:
+        return Finding("gpu", True, f"none; torch {torch} computes on the processor")
+    found = f"{len(gpus)}: {gpus[0]}; torch {torch}"
+    if cuda_build:
+        return Finding("gpu", True, found)
+    return Finding(
+        "gpu",
+        None,
+        f"{found} is a build for the processor and does not use it",
+        "rm -r .venv, then make TORCH_INDEX=https://download.pytorch.org/whl/cu130 demo (the index that fits the driver)",
+    )
+
+
+def list_gpus() -> list[str]:
+    """As NVIDIA's tool names them, without their serial numbers."""
+    lines = (_ask("nvidia-smi", "-L") or "").splitlines()
+    return [line.partition(": ")[2].partition(" (UUID")[0] for line in lines if line.startswith("GPU ")]
+
+
+def has_cuda_build() -> bool:
+    """By the library that such a build brings: the version need not say so, and importing torch takes seconds."""
+    spec = find_spec("torch")
+    return bool(spec and spec.origin and (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists())
+
+
+def check_cores() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Finding(
+        "cores",
+        True if cores > 1 else None,
+        str(cores),
+        ""
+        if cores > 1
+        else "services and training share one core: expect twice the time, and set services.start_timeout to 300",
+    )
+
+
+def check_memory() -> Finding:
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / GIB:,.1f} of {memory.total / GIB:,.1f} GiB available"
+    if memory.available >= 4 * GIB:
+        return Finding("memory", True, found)
+    return Finding(
+        "memory",
+        None,
+        f"{found}, 4 GiB wanted: the services alone take 0.9",
+        "end other programs, or choose a smaller base and train.batch_windows",
+    )
+
+
+def _ask(*command: str) -> str | None:
+    """The command's first words, or None when it fails or is not there."""
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=3, check=False, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -1,0 +1,97 @@
+"""End processes with their children, and find who holds a port."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import psutil
+
+from ratchet.errors import UserError
+from ratchet.services.environment import HOST, PROBE_SECONDS
+
+if TYPE_CHECKING:
+    pass
+
+
+def require_free_port(port: int, key: str) -> None:
+    """Raises UserError with what holds the port, as far as the system tells, and the key in params.yaml to change."""
+    fault = find_port_fault(port)
+    if fault:
+        raise UserError(
+            f"{key} is {port}: {fault}", remedy=f"stop that, or set {key} in params.yaml to another port"
+        )
+
+
+def find_port_fault(port: int) -> str | None:
+    """Why nothing of ours could listen on 127.0.0.1:port, or None."""
+    with socket.socket() as probe:
+        probe.settimeout(PROBE_SECONDS)
+        # Where another process listens on all addresses, macOS lets us bind to one of them; its AirPlay receiver takes 5000 in that way.
+        taken = probe.connect_ex((HOST, port)) == 0
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except PermissionError:
+            return "the system does not let this user listen on it"
+        except OSError:
+            taken = True
+    return (
+        f"it is in use by {find_port_holder(port) or 'a process that the system does not name'}"
+        if taken
+        else None
+    )
+
+
+def find_port_holder(port: int) -> str | None:
+    """Such as `process 4242 (python in /some/folder)`; None where the system does not tell."""
+    with suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if (
+                connection.laddr
+                and connection.laddr.port == port
+                and connection.status == psutil.CONN_LISTEN
+                and connection.pid
+            ):
+                process = psutil.Process(connection.pid)
+                # Its name and folder; its arguments may hold secrets.
+                return f"process {process.pid} ({process.name()} in {process.cwd()})"
+    return None
+
+
+def _end_family(leader: psutil.Process, grace: float) -> None:
+    """SIGTERM to the leader, which ends its own children best; after `grace` seconds at most to all that is left of them; 2 s later SIGKILL.
+
+    A flow run that gets SIGTERM before its runner has told it why would report a crash instead of a cancellation.
+    """
+    family = _find_family(leader)
+    _signal([leader], signal.SIGTERM, seconds=grace)
+    left = _signal(family, signal.SIGTERM, seconds=2)
+    _signal(left, signal.SIGKILL, seconds=5)
+
+
+def _signal(
+    processes: list[psutil.Process], number: signal.Signals, *, seconds: float
+) -> list[psutil.Process]:
+    """Returns those that still run when all have ended or the time is up."""
+    for process in processes:
+        with suppress(psutil.Error):  # psutil compares the time of creation first
+            process.send_signal(number)
+    _, left = psutil.wait_procs(processes, timeout=seconds)
+    return list(left)
+
+
+def _find_family(leader: psutil.Process) -> list[psutil.Process]:
+    """The leader, its process group, and its descendants, who may have made groups of their own."""
+    found = {leader.pid: leader}
+    for process in psutil.process_iter():
+        with suppress(OSError):
+            if os.getpgid(process.pid) == leader.pid:
+                found[process.pid] = process
+    with suppress(psutil.Error):
+        found |= {process.pid: process for process in leader.children(recursive=True)}
+    return list(found.values())

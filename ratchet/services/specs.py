@@ -1,0 +1,158 @@
+"""Plan the services that `ratchet up` starts: command, port and environment of each."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ratchet.errors import UserError
+from ratchet.services.environment import HOST, NO_TELEMETRY, _home, _prefect_api, service_environment
+
+if TYPE_CHECKING:
+    from ratchet.config.params import Config
+
+GRACE_SECONDS = 8.0  # from SIGTERM to the next signal
+LAST_WORDS_SECONDS = 20.0  # after its answers have ended the gateway lets go of its engine and writes its log
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one service is started. `port` is the one it is asked about on; `key` names it in params.yaml where the service listens on it."""
+
+    name: str
+    port: int
+    key: str | None
+    settings: str
+    command: list[str]
+    folder: Path
+    environment: dict[str, str]
+    host: str = HOST  # where it is asked
+    grace: float = GRACE_SECONDS
+
+
+def plan_services(root: Path, config: Config) -> dict[str, Plan]:
+    """Raises UserError when two servers are to listen on one port."""
+    services = config.services
+    plans = (
+        _plan_mlflow(root, services.mlflow_port),
+        _plan_prefect(root, services.prefect_port),
+        _plan_deployments(root, config),
+        _plan_gateway(root, config),
+    )
+    keys: dict[int, str] = {}
+    for plan in plans:
+        if plan.key and keys.setdefault(plan.port, plan.key) != plan.key:
+            raise UserError(
+                f"{keys[plan.port]} and {plan.key} are both {plan.port}",
+                remedy="give them different ports in params.yaml",
+            )
+    return {plan.name: plan for plan in plans}
+
+
+def _plan_mlflow(root: Path, port: int) -> Plan:
+    # Relative to the folder that it runs in: a root with spaces or percent signs is no trouble in a database URL, and the folder can move.
+    storage = [
+        "--backend-store-uri",
+        "sqlite:///mlflow.db",
+        "--artifacts-destination",
+        "./artifacts",
+        "--serve-artifacts",
+    ]
+    listen = ["--host", HOST, "--port", str(port), "--workers", "1", "--uvicorn-opts", "--no-access-log"]
+    environment = _drop(os.environ, "MLFLOW_") | {
+        **NO_TELEMETRY,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    }
+    return Plan(
+        "mlflow",
+        port,
+        "services.mlflow_port",
+        f"services.mlflow_port: {port}",
+        [sys.executable, "-m", "mlflow", "server", *storage, *listen],
+        _home(root, "mlflow"),
+        environment,
+    )
+
+
+def _plan_prefect(root: Path, port: int) -> Plan:
+    environment = _drop(os.environ, "PREFECT_") | {
+        **NO_TELEMETRY,
+        "PREFECT_HOME": str(_home(root, "prefect")),
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",
+        "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
+        # In memory, a restart would leave the slot of a crashed run taken.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_SERVER_UI_API_URL": _prefect_api(port),
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(
+            _home(root, "prefect") / "ui"
+        ),  # by default it writes into the installed package
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    }
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    return Plan(
+        "prefect",
+        port,
+        "services.prefect_port",
+        f"services.prefect_port: {port}",
+        command,
+        _home(root, "prefect"),
+        environment,
+    )
+
+
+def _plan_deployments(root: Path, config: Config) -> Plan:
+    port = config.services.prefect_port
+    environment = {
+        **os.environ,
+        **service_environment(root, config),
+        "PREFECT_API_URL": _prefect_api(port),
+        "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+        "RATCHET_ROOT": str(root),
+    }
+    settings = f"services.prefect_port: {port}, retrain.cron: {config.retrain.cron}, monitor.cron: {config.monitor.cron}"
+    return Plan(
+        "deployments",
+        port,
+        None,
+        settings,
+        [sys.executable, "-m", "flows.deployments", "--end-lost-runs"],
+        root,
+        environment,
+    )
+
+
+def _plan_gateway(root: Path, config: Config) -> Plan:
+    gateway = config.gateway
+    # It answers people while a training takes every core: the training's threads are told to sleep when they wait (workspace.child_environment).
+    environment = {
+        **_drop(os.environ, "MLFLOW_"),
+        **NO_TELEMETRY,
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "RATCHET_ROOT": str(root),
+    }
+    settings = f"gateway: {gateway.model_dump(mode='json')}, request_log: {config.request_log.model_dump(mode='json')}"
+    host = {"0.0.0.0": HOST, "::": "::1", "localhost": HOST}.get(gateway.host, gateway.host)  # noqa: S104 (asked, not listened on)
+    grace = gateway.drain_seconds + LAST_WORDS_SECONDS
+    return Plan(
+        "gateway",
+        gateway.port,
+        "gateway.port",
+        settings,
+        [sys.executable, "-m", "ratchet.gateway.server"],
+        root,
+        environment,
+        host,
+        grace,
+    )
+
+
+def _drop(environment: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """A shell set up for another server (its database, its address) must not reach into ours."""
+    return {name: value for name, value in environment.items() if not name.startswith(prefix)}

@@ -1,0 +1,283 @@
+"""MLflow, Prefect, the served deployments and the gateway on this machine: what `ratchet up`, `down` and `status` do.
+
+Each service is a process group of its own, bound to 127.0.0.1, with a log in .ratchet/logs and a record in .ratchet/run. A record
+holds the process id and the time at which that process was made, so that an id which the system gave away again is never killed.
+Nobody watches over a service: one that dies stays dead until the next `ratchet up`. Neither Prefect nor MLflow is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import psutil
+
+from ratchet.errors import RatchetError, ServiceError, UserError
+from ratchet.files import write_bytes
+from ratchet.pipeline.checkout import locked
+from ratchet.services.environment import HEALTH, HOST, _get
+from ratchet.services.processes import _end_family, require_free_port
+from ratchet.services.specs import GRACE_SECONDS, Plan, plan_services
+
+if TYPE_CHECKING:
+    from ratchet.config.params import Config
+NAMES = ("mlflow", "prefect", "deployments", "gateway")
+# Two processes made this near to each other cannot have had the same id; a clock set right by more than this hides our own.
+SAME_START_SECONDS = 2.0
+LAST_LINES = 15
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service as seen now. `alive`: its process runs; `answers`: and it said so within a second. `url` is for a browser."""
+
+    name: str
+    url: str | None
+    pid: int | None
+    log: Path
+    alive: bool
+    answers: bool
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What is remembered of a started process. `created` is in seconds since 1970, `settings` the params it was started with."""
+
+    name: str
+    pid: int
+    created: float
+    port: int
+    settings: str
+    host: str = HOST
+    grace: float = GRACE_SECONDS
+
+
+def start_services(root: Path, config: Config, *, report: Report) -> list[Service]:
+    """Start what does not run yet and wait until all of it answers. Raises UserError (a port is taken, settings changed) before anything starts.
+
+    Raises ServiceError when one dies or does not answer in time; what this call started is then stopped again.
+    """
+    root = root.resolve()
+    with locked(
+        root, "up", wait=False
+    ):  # two at once would each start the servers, and one of them would be forgotten
+        plans = plan_services(root, config)
+        kept = {name for name, plan in plans.items() if _is_kept(root, plan)}
+        for plan in plans.values():
+            if plan.name not in kept and plan.key:
+                require_free_port(plan.port, plan.key)
+        for name in kept:
+            report(f"{name}: runs already")
+        try:
+            _start_and_wait(root, plans, kept, config.services.start_timeout, report)
+        except BaseException:
+            for name in reversed(NAMES):
+                if name not in kept:
+                    _stop(root, name)
+            raise
+        return list_services(root, config)
+
+
+def stop_services(root: Path, *, report: Report) -> list[str]:
+    """End what `start_services` recorded, the deployments first, so that Prefect still hears how their runs ended. The names of what ran."""
+    root = root.resolve()
+    stopped = []
+    for name in reversed(NAMES):
+        if _stop(root, name):
+            report(f"{name}: stopped")
+            stopped.append(name)
+    return stopped
+
+
+def list_services(root: Path, config: Config) -> list[Service]:
+    """All services, running or not, in under a second."""
+    root = root.resolve()
+    with ThreadPoolExecutor(len(NAMES)) as pool:
+        return list(pool.map(lambda name: _see_service(root, name, config), NAMES))
+
+
+def running_services(root: Path, config: Config) -> list[Service]:
+    """The services of `root` whose process runs."""
+    return [service for service in list_services(root, config) if service.alive]
+
+
+def _is_kept(root: Path, plan: Plan) -> bool:
+    """Raises UserError when it runs, but with other settings: a restart by itself could cut a training short."""
+    record = _read_record(root, plan.name)
+    if record is None or _find_process(record) is None:
+        return False
+    if record.settings != plan.settings:
+        raise UserError(
+            f"{plan.name} was started with {record.settings}; params.yaml now says {plan.settings}",
+            remedy="ratchet down, then ratchet up",
+        )
+    return True
+
+
+def _start_and_wait(
+    root: Path, plans: dict[str, Plan], kept: set[str], timeout: float, report: Report
+) -> None:
+    """The servers at once, since each takes 10 to 30 s on two cores; the deployments as soon as Prefect answers."""
+    since = dict.fromkeys(plans, time.monotonic())
+    waiting = {"mlflow", "prefect", "gateway"} | kept
+    for name in sorted(waiting - kept):
+        _start(root, plans[name], report)
+    while waiting:
+        for name in sorted(waiting):
+            if _is_ready(root, plans[name], time.monotonic() - since[name], timeout):
+                waiting.remove(name)
+                report(
+                    f"{name}: answers after {time.monotonic() - since[name]:.0f} s on {_page(name, plans[name].port)}"
+                )
+                if name == "prefect" and "deployments" not in kept:
+                    _start(root, plans["deployments"], report)
+                    since["deployments"] = time.monotonic()
+                    waiting.add("deployments")
+        time.sleep(0.3)
+
+
+def _start(root: Path, plan: Plan, report: Report) -> None:
+    log = _log(root, plan.name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    if log.exists():
+        log.replace(log.with_suffix(".log.1"))  # the last words of the one before
+    environment = {**plan.environment, "PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            plan.command,
+            cwd=plan.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    process.returncode = 0  # it outlives us by design; Popen would warn of a child that was left behind
+    record = Record(
+        plan.name,
+        process.pid,
+        psutil.Process(process.pid).create_time(),
+        plan.port,
+        plan.settings,
+        plan.host,
+        plan.grace,
+    )
+    write_bytes(_record_path(root, plan.name), [msgspec.json.encode(record)])
+    report(f"{plan.name}: starts, process {process.pid}, log {log}")
+
+
+def _is_ready(root: Path, plan: Plan, waited: float, timeout: float) -> bool:
+    """Raises ServiceError with the log's last lines when the process died or took too long."""
+    record = _read_record(root, plan.name)
+    if record is None or _find_process(record) is None:
+        raise ServiceError(
+            f"{plan.name} ended before it answered\n{_quote_log(root, plan.name)}",
+            remedy="the log says why; ratchet doctor looks for known causes",
+        )
+    if _answers(record):
+        return True
+    if waited > timeout:
+        raise ServiceError(
+            f"{plan.name} does not answer after {timeout:.0f} s\n{_quote_log(root, plan.name)}",
+            remedy="set services.start_timeout higher in params.yaml if the machine is only slow",
+        )
+    return False
+
+
+def _quote_log(root: Path, name: str) -> str:
+    log = _log(root, name)
+    lines = (
+        log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:] if log.exists() else []
+    )
+    return "\n".join([f"the last lines of {log}:", *(f"  | {line}" for line in lines)])
+
+
+def _stop(root: Path, name: str) -> bool:
+    """Whether there was something to stop."""
+    record = _read_record(root, name)
+    process = _find_process(record) if record else None
+    if process is not None:
+        _end_family(process, record.grace if record else GRACE_SECONDS)
+    _record_path(root, name).unlink(missing_ok=True)
+    return process is not None
+
+
+def _see_service(root: Path, name: str, config: Config) -> Service:
+    record = _read_record(root, name)
+    process = _find_process(record) if record else None
+    ports = {"mlflow": config.services.mlflow_port, "gateway": config.gateway.port}
+    port = record.port if record and process else ports.get(name, config.services.prefect_port)
+    return Service(
+        name,
+        _page(name, port),
+        process.pid if process else None,
+        _log(root, name),
+        process is not None,
+        bool(process and record and _answers(record)),
+    )
+
+
+def _read_record(root: Path, name: str) -> Record | None:
+    """Raises RatchetError for a file that is no record: what it spoke of may still run."""
+    path = _record_path(root, name)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Record)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise RatchetError(
+            f"{path} is no record of a service: {error}",
+            remedy=f"end the process of {name} by hand if it runs, then remove the file",
+        ) from None
+
+
+def _find_process(record: Record) -> psutil.Process | None:
+    """The process that was recorded, or None when it ended, whoever has its id now."""
+    try:
+        process = psutil.Process(record.pid)
+        same = abs(process.create_time() - record.created) < SAME_START_SECONDS
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.Error:
+        return None
+
+
+def _answers(record: Record) -> bool:
+    return _has_polled(record) if record.name == "deployments" else _answers_health(record)
+
+
+def _answers_health(record: Record) -> bool:
+    return _get(record.host, record.port, HEALTH[record.name]) is not None
+
+
+def _has_polled(record: Record) -> bool:
+    """Whether this very process asked Prefect for work: the deployment itself stays registered when its process is gone."""
+    body = _get(
+        record.host, record.port, "/api/deployments/name/retrain/retrain"
+    )  # one for all: they are asked about together
+    deployment = json.loads(body) if body else {}
+    polled = deployment.get("last_polled") or "1970-01-01T00:00:00Z"
+    return (
+        deployment.get("status") == "READY" and datetime.fromisoformat(polled).timestamp() >= record.created
+    )
+
+
+def _log(root: Path, name: str) -> Path:
+    return root / ".ratchet" / "logs" / f"{name}.log"
+
+
+def _record_path(root: Path, name: str) -> Path:
+    return root / ".ratchet" / "run" / f"{name}.json"
+
+
+def _page(name: str, port: int) -> str:
+    return f"http://{HOST}:{port}" + ("/deployments" if name == "deployments" else "")

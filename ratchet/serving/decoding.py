@@ -1,0 +1,326 @@
+"""The rows that are decoded together on a model (`ratchet/serving/loaded_model.py`).
+
+Rows share one key-value cache, padded on the left; each has its own positions, so that what stands beside it in the batch cannot
+change it (beyond the last bits of a float). Rows of different versions go through one forward pass, each with its own adapter,
+where PEFT can do that; other versions have a decoder each, on the same model. A row that ends leaves at once, with the columns
+that only it needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+
+from ratchet.errors import RatchetError, ServiceError, UserError
+from ratchet.models.chat_template import ChatFormat
+from ratchet.serving.bundle import Bundle
+from ratchet.serving.engine import Ask, Ended, Piece
+from ratchet.serving.loaded_model import LoadedModel
+from ratchet.serving.transcript import Transcript
+
+PREFILL_TOKENS = 4096  # of all prompts that join, in one forward pass; those under way get a token in between
+PREFILL_LOGITS = (
+    2**26
+)  # numbers of logits that one pass makes at most where prompts are measured: 256 MiB in float32
+log = logging.getLogger("ratchet.gateway")
+
+
+class Row:
+    """One request under way. `tell` passes a piece, the end or an error to whoever asked; `since` is on time.perf_counter."""
+
+    def __init__(self, ask: Ask, since: float, tell: Callable[[Piece | Ended | RatchetError], None]) -> None:
+        self.ask, self.since, self.tell = ask, since, tell
+        self.cancelled = False
+        self.prompt: list[int] = []
+        self.answer: list[int] = []  # tokens so far; the next forward pass reads the newest
+        self.room = 0  # answer tokens that may still come
+        self.nll = 0.0  # sum over the answer's tokens, in nats
+        self.prompt_nll: float | None = None  # mean over the prompt's tokens but the first, in nats
+        self.queue_ms = 0.0
+        self.temperature = 0.0
+        self.generator: torch.Generator | None = None
+        self.transcript: Transcript
+
+
+class Joining(NamedTuple):
+    """Prompts that went through the model and are not yet among the others."""
+
+    rows: list[Row]
+    cache: Any
+    mask: Tensor
+    logits: Tensor  # (batch, vocab), of the first answer token
+
+
+class Decoder:
+    """Owned by one thread."""
+
+    def __init__(self, loaded: LoadedModel, *, measure_prompts: bool) -> None:
+        self._measure_prompts = measure_prompts
+        self._loaded = loaded
+        self._bundles: dict[int, Bundle] = {}
+        self._chats: dict[int, ChatFormat] = {}
+        self._rows: list[Row] = []
+        self._cache: Any = None
+        self._mask: Tensor | None = None  # (batch, seq): 1 where a row has a token in the cache
+
+    @property
+    def size(self) -> int:
+        return len(self._rows)
+
+    @property
+    def versions(self) -> set[int]:
+        return set(self._bundles)
+
+    def add(self, bundle: Bundle, chat: ChatFormat) -> None:
+        """Raises BaseModelError: it does not fit the model."""
+        self._loaded.add(bundle)
+        self._bundles[bundle.version], self._chats[bundle.version] = bundle, chat
+
+    def remove(self, version: int) -> None:
+        """Rows of it that are under way, though none should be, are told so."""
+        self._fail(
+            [row for row in self._rows if row.ask.version == version],
+            ServiceError(f"v{version} was unloaded", remedy="come again: another version is in charge now"),
+        )
+        del self._bundles[version], self._chats[version]
+        self._loaded.remove(version)
+
+    # --- one round -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def round(self, waiting: list[Row]) -> None:
+        """Let these in, then one token for every row. What fails is told to the rows that it concerns."""
+        self._leave([row for row in self._rows if row.cancelled])
+        ready = [row for row in waiting if not row.cancelled and self._prepare(row)]
+        joining = self._try(ready, partial(self._prefill, ready)) if ready else None
+        if joining:
+            self._try([*self._rows, *joining.rows], partial(self._join, joining))
+        self._step_all()
+
+    def _step_all(self) -> None:
+        if self._rows:
+            self._try(self._rows, self._step)
+
+    def _try(self, rows: list[Row], work: Callable[[], Any]) -> Any:
+        """A failure (out of memory, above all) ends these rows and nothing else."""
+        try:
+            return work()
+        except Exception as error:
+            log.exception("decoding failed")
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            self._fail(
+                rows,
+                ServiceError(
+                    f"the model failed: {reason}", remedy="set gateway.max_batch lower if memory ran out"
+                ),
+            )
+
+    def fail_all(self, error: RatchetError, others: list[Row]) -> None:
+        self._fail([*self._rows, *others], error)
+
+    def _fail(self, rows: list[Row], error: RatchetError) -> None:
+        for row in rows:
+            row.tell(error)
+        self._leave(rows)
+
+    def _prepare(self, row: Row) -> bool:
+        """Token ids by this version's own template, and its settings. What cannot be is refused."""
+        bundle, chat, ask = self._bundles[row.ask.version], self._chats[row.ask.version], row.ask
+        row.queue_ms = (time.perf_counter() - row.since) * 1000
+        length = bundle.max_length - self._loaded.num_virtual(ask.version)
+        try:
+            row.prompt = chat.fit_prompt(ask.messages, length)
+        except Exception as error:  # noqa: BLE001  (it is told to the one whose messages it comes from)
+            row.tell(
+                UserError(
+                    str(error)
+                    if isinstance(error, RatchetError)
+                    else f"the messages cannot be encoded: {error}"
+                )
+            )
+            return False
+        row.room = min(ask.max_tokens or bundle.generation.max_new_tokens, length - len(row.prompt))
+        row.transcript = Transcript(partial(_decode, chat), ask.stop)
+        row.temperature = bundle.generation.temperature if ask.temperature is None else ask.temperature
+        if row.temperature > 0:
+            row.generator = torch.Generator()
+            row.generator.manual_seed(ask.seed % 2**63) if ask.seed is not None else row.generator.seed()
+        return True
+
+    def _prefill(self, rows: list[Row]) -> Joining:
+        """Their prompts, padded on the left, in forward passes of bounded size. Virtual tokens stand before the padding."""
+        length = max(len(row.prompt) for row in rows)
+        device, version = (
+            self._loaded.device,
+            rows[0].ask.version,
+        )  # of virtual tokens a batch has one version's
+        ids = torch.tensor(
+            [[0] * (length - len(row.prompt)) + row.prompt for row in rows], device=device
+        )  # (batch, seq)
+        mask = torch.tensor(
+            [[0] * (length - len(row.prompt)) + [1] * len(row.prompt) for row in rows], device=device
+        )
+        virtual = self._loaded.num_virtual(version)
+        mask = pad(mask, (virtual, 0), value=1)
+        positions = mask.cumsum(-1).sub(1).clamp(min=0)[:, virtual:]
+        cache, nll, logits = (
+            self._loaded.new_cache(version, len(rows)),
+            torch.zeros(len(rows), device=device),
+            torch.empty(0),
+        )
+        size = self._prefill_size(len(rows))
+        for start in range(0, length, size):
+            if start:
+                self._step_all()
+            end = min(start + size, length)
+            logits = self._forward(
+                rows,
+                ids[:, start:end],
+                mask[:, : virtual + end],
+                positions[:, start:end],
+                cache,
+                whole=self._measure_prompts,
+            )
+            if self._measure_prompts:
+                nll += _nll(logits, ids[:, start + 1 : end + 1], mask[:, virtual + start : virtual + end])
+        if self._measure_prompts:
+            for row, total in zip(rows, nll.tolist(), strict=True):
+                row.prompt_nll = total / (len(row.prompt) - 1) if len(row.prompt) > 1 else None
+        return Joining(rows, cache, mask, logits[:, -1].float())
+
+    def _prefill_size(self, num_rows: int) -> int:
+        """Positions in one pass."""
+        size = PREFILL_TOKENS // num_rows
+        if self._measure_prompts:
+            size = min(size, PREFILL_LOGITS // (num_rows * self._loaded.vocab_size))
+        return max(16, size)
+
+    def _join(self, joining: Joining) -> None:
+        """Both caches at one length: the shorter one gets padding on its left."""
+        rows, cache, mask = joining.rows, joining.cache, joining.mask
+        if self._mask is None:
+            self._rows, self._cache, self._mask = list(rows), cache, mask
+        else:
+            length = max(self._mask.shape[1], mask.shape[1])
+            for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
+                ours.keys = torch.cat([_pad(ours.keys, length), _pad(theirs.keys, length)])
+                ours.values = torch.cat([_pad(ours.values, length), _pad(theirs.values, length)])
+            self._mask = torch.cat([pad(part, (length - part.shape[1], 0)) for part in (self._mask, mask)])
+            self._rows = [*self._rows, *rows]
+        self._extend(rows, joining.logits)
+
+    def _step(self) -> None:
+        assert self._mask is not None
+        newest = torch.tensor([row.answer[-1:] for row in self._rows], device=self._loaded.device)
+        positions = self._mask.sum(-1, keepdim=True)
+        self._mask = torch.cat([self._mask, torch.ones_like(positions)], dim=1)
+        logits = self._forward(self._rows, newest, self._mask, positions, self._cache, whole=False)
+        self._extend(self._rows, logits[:, -1].float())
+
+    def _forward(
+        self, rows: list[Row], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool
+    ) -> Tensor:
+        return self._loaded.forward(
+            [row.ask.version for row in rows], ids, mask, positions, cache, whole=whole
+        )
+
+    def _leave(self, rows: list[Row]) -> None:
+        """Take rows out, and the columns that only they needed."""
+        kept = [index for index, row in enumerate(self._rows) if row not in rows]
+        if len(kept) == len(self._rows):
+            return
+        self._rows = [self._rows[index] for index in kept]
+        if not kept:
+            self._cache, self._mask = None, None
+            return
+        assert self._mask is not None
+        mask = self._mask[kept]
+        start = int(mask.argmax(-1).min())
+        self._mask = mask[:, start:]
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[kept, :, start:], layer.values[kept, :, start:]
+
+    def _extend(self, rows: list[Row], logits: Tensor) -> None:
+        """One token for each, told as far as it is text; those that ended leave."""
+        logprobs = logits.log_softmax(-1)  # (batch, vocab)
+        if broken := logprobs.isnan().any(-1).nonzero()[:, 0].tolist():
+            self._fail(
+                [rows[index] for index in broken],
+                ServiceError("the model's output is not finite", remedy="ratchet rollback, if it stays so"),
+            )
+            sound = [index for index in range(len(rows)) if index not in broken]
+            rows, logits, logprobs = [rows[index] for index in sound], logits[sound], logprobs[sound]
+        tokens = logprobs.argmax(-1).tolist()
+        for index, row in enumerate(rows):
+            if row.generator is not None:
+                tokens[index] = _sample(logits[index], row)
+        chosen = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0].tolist()
+        self._leave(
+            [
+                row
+                for row, token, logprob in zip(rows, tokens, chosen, strict=True)
+                if self._take(row, token, logprob)
+            ]
+        )
+
+    def _take(self, row: Row, token: int, logprob: float) -> bool:
+        """Whether the answer ended with it."""
+        row.answer.append(token)
+        row.room -= 1
+        row.nll -= logprob
+        stopped = token == self._chats[row.ask.version].stop_id
+        text = "" if stopped else row.transcript.add(token)
+        stopped = stopped or row.transcript.stopped
+        ended = stopped or row.room == 0
+        if ended:
+            text += row.transcript.end()
+            stopped = stopped or row.transcript.stopped
+        if text:
+            row.tell(Piece(text))
+        if ended:
+            row.tell(
+                Ended(
+                    "stop" if stopped else "length",
+                    len(row.prompt),
+                    len(row.answer),
+                    row.prompt_nll,
+                    row.nll / len(row.answer),
+                    row.queue_ms,
+                )
+            )
+        return ended
+
+
+def _decode(chat: ChatFormat, ids: list[int]) -> str:
+    return str(chat.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _pad(states: Tensor, length: int) -> Tensor:
+    """Keys or values (batch, heads, seq, width), zeros on the left."""
+    return pad(states, (0, 0, length - states.shape[2], 0))
+
+
+def _nll(logits: Tensor, following: Tensor, mask: Tensor) -> Tensor:
+    """Summed over each row (batch): how much the tokens that followed surprised it, as in ratchet/models/generation.py. Padding follows nothing."""
+    count = following.shape[1]  # one less than positions at the prompt's end
+    losses = cross_entropy(
+        logits[:, :count].float().transpose(1, 2), following, reduction="none"
+    )  # (batch, seq)
+    return losses.where(mask[:, :count].bool(), 0.0).sum(-1)
+
+
+def _sample(logits: Tensor, row: Row) -> int:
+    """Temperature, then the smallest set of tokens whose probability reaches top_p (Holtzman et al., arXiv 1904.09751)."""
+    probabilities = (logits / max(row.temperature, 1e-4)).softmax(-1).cpu()
+    if row.ask.top_p is not None and row.ask.top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered > row.ask.top_p] = 0.0
+        probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered)
+    return int(torch.multinomial(probabilities, 1, generator=row.generator))

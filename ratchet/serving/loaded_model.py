@@ -1,0 +1,170 @@
+"""A model in memory with the versions on it: adapters on one base, virtual tokens before a plain one, or a whole model of its own.
+
+plain LoRA, rsLoRA, QLoRA   on one base, decoded together (PEFT's mixed batches)
+DoRA, (IA)³                 on one base, each version's rows by themselves: PEFT cannot mix them
+prefix, prompt              on one base, each version's rows by themselves, behind its virtual tokens
+biases, whole modules       on a base of their own: they would change it under the others
+full                        no base
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ratchet.errors import BaseModelError, RatchetError
+from ratchet.models.adapters import PREFIXED, base_settings, read_kind
+from ratchet.models.loading import WEIGHTS, load_adapter, load_base, load_full, quiet
+from ratchet.serving.bundle import Bundle
+
+State = tuple[Tensor, Tensor]  # keys and values of a layer: (heads, virtual tokens, width)
+
+
+def model_place(bundle: Bundle) -> str:
+    """Versions of one place share a model in memory."""
+    kind, base = read_kind(bundle.adapter), base_settings(bundle.adapter)
+    family = "virtual tokens" if kind.family in PREFIXED else kind.family
+    own = (
+        f" of v{bundle.version}"
+        if kind.family == "full" or (not kind.shares and kind.family not in PREFIXED)
+        else ""
+    )
+    return f"{base['method']} {base['quantisation']} {family}{own} on {bundle.base}"
+
+
+def batch_place(bundle: Bundle) -> str:
+    """Versions of one place are decoded in one batch."""
+    return (
+        model_place(bundle)
+        if read_kind(bundle.adapter).mixes
+        else f"{model_place(bundle)}, v{bundle.version}"
+    )
+
+
+class LoadedModel:
+    """Used by one thread once it is made."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        full = read_kind(bundle.adapter).family == "full"
+        base: Any = (
+            load_full(bundle.adapter) if full else load_base(bundle.base, **base_settings(bundle.adapter))
+        )
+        self._base: Any = base.eval()
+        self._model: Any = self._base  # with its adapters, from the first one on
+        self._virtual: dict[int, list[State]] = {}
+        self.versions: set[int] = set()
+
+    @property
+    def device(self) -> Any:
+        return self._base.device
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._base.config.get_text_config().vocab_size)
+
+    def add(self, bundle: Bundle) -> None:
+        """Raises BaseModelError: it has other modules or another shape than this base."""
+        family = read_kind(bundle.adapter).family
+        if family in PREFIXED:
+            self._virtual[bundle.version] = self._read_virtual(bundle, family)
+        elif family != "full":
+            self._add_adapter(bundle)
+        self.versions.add(bundle.version)
+
+    def _add_adapter(self, bundle: Bundle) -> None:
+        try:
+            self._model = load_adapter(self._model, bundle.adapter, name=_name(bundle.version))
+        except Exception as error:
+            self._drop(_name(bundle.version))
+            if isinstance(error, RatchetError):
+                raise
+            raise BaseModelError(
+                f"v{bundle.version} cannot be loaded: {error}",
+                remedy="ratchet retrain makes another; the log of the gateway has the whole message",
+            ) from error
+        self._model.eval()
+
+    def remove(self, version: int) -> None:
+        self.versions.discard(version)
+        self._virtual.pop(version, None)
+        self._drop(_name(version))
+
+    def _drop(self, name: str) -> None:
+        adapters = getattr(self._model, "peft_config", {})
+        if name in adapters and len(adapters) > 1:
+            with quiet():
+                self._model.delete_adapter(name)
+
+    # --- virtual tokens --------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _read_virtual(self, bundle: Bundle, family: str) -> list[State]:
+        """What each layer sees of the virtual tokens. It depends on nothing that comes after them, so it is made once."""
+        from safetensors.torch import load_file
+        from transformers import DynamicCache
+
+        learned = load_file(bundle.adapter / WEIGHTS).get("prompt_embeddings")
+        config = self._base.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = config.hidden_size if family == "prompt" else 2 * config.num_hidden_layers * heads * size
+        if learned is None or learned.ndim != 2 or learned.shape[1] != width:
+            seen = (
+                "no prompt_embeddings"
+                if learned is None
+                else f"virtual tokens of shape {tuple(learned.shape)}"
+            )
+            raise BaseModelError(
+                f"v{bundle.version} does not fit the base: it holds {seen}, wanted a width of {width}",
+                remedy="it was trained on another base: retrain it",
+            )
+        learned = learned.to(self.device, self._base.dtype)
+        if family == "prefix":
+            states = learned.view(len(learned), 2 * config.num_hidden_layers, heads, size).permute(
+                1, 2, 0, 3
+            )  # (2 · layers, heads, virtual tokens, width)
+            return [(states[2 * layer], states[2 * layer + 1]) for layer in range(config.num_hidden_layers)]
+        cache: Any = DynamicCache()
+        self._base(inputs_embeds=learned[None], past_key_values=cache, use_cache=True)
+        return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+    def num_virtual(self, version: int) -> int:
+        return int(self._virtual[version][0][0].shape[1]) if version in self._virtual else 0
+
+    def new_cache(self, version: int, num_rows: int) -> Any:
+        """With the virtual tokens of the version in it, where it has some."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer, states in enumerate(self._virtual.get(version, [])):
+            keys, values = (state.expand(num_rows, -1, -1, -1) for state in states)
+            cache.update(keys, values, layer)
+        return cache
+
+    # --- computing -------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, versions: list[int], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool
+    ) -> Tensor:
+        """Logits (batch, seq or 1, vocab); `versions` has one for each row. Rows of one version take the plain way, which is faster than a mixed batch."""
+        settings: dict[str, Any] = {
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        settings |= {} if whole else {"logits_to_keep": 1}
+        if self._model is self._base:
+            return self._base(input_ids=ids, **settings).logits  # type: ignore[no-any-return]
+        names = [_name(version) for version in versions]
+        if len(set(names)) > 1:
+            return self._model(input_ids=ids, adapter_names=names, **settings).logits  # type: ignore[no-any-return]
+        if self._model.active_adapters != [names[0]]:
+            self._model.base_model.set_adapter(names[0], inference_mode=True)
+        return self._model(input_ids=ids, **settings).logits  # type: ignore[no-any-return]
+
+
+def _name(version: int) -> str:
+    return f"v{version}"

@@ -1,0 +1,212 @@
+"""The engine `local`: one base in memory, an adapter a version, requests of all versions decoded together where their methods allow it.
+
+One thread owns the models. It works in rounds: take in what waits (forward passes over their prompts), then one token for
+everybody under way. Rows join and leave between rounds (continuous batching, Yu et al. 2022, OSDI); a row keeps the adapter that
+it began with. Between two rounds the thread puts versions in and takes them out, so nothing is swapped under a request; what
+takes longer (reading and checking files, loading another base) is done beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import torch
+
+from ratchet.config.params import Config
+from ratchet.errors import BusyError, RatchetError, ServiceError
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.loading import load_tokenizer
+from ratchet.serving.admission import check_adapter_fits
+from ratchet.serving.bundle import Bundle
+from ratchet.serving.decoding import Decoder, Row
+from ratchet.serving.engine import Ask, Ended, Piece, require_same
+from ratchet.serving.loaded_model import LoadedModel, batch_place, model_place
+
+CLOSE_SECONDS = 10
+log = logging.getLogger("ratchet.gateway")
+
+
+class LocalEngine:
+    """Used from one event loop; the thread starts with the first version."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: list[Row] = []  # the thread's own
+        self._models: dict[str, LoadedModel] = {}  # by model_place
+        self._decoders: dict[str, Decoder] = {}  # by batch_place
+        self._served: dict[int, Bundle] = {}
+        self._pending = 0
+        self._loading = asyncio.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    async def load(self, bundle: Bundle) -> None:
+        """Raises BaseModelError: it does not fit its base, is broken, or another one of that number is loaded."""
+        async with self._loading:
+            if bundle.version in self._served:
+                require_same(self._served[bundle.version], bundle)
+                return
+            chat, made = await asyncio.to_thread(self._read, bundle)
+            await self._do(partial(self._add, bundle, chat, made))
+
+    async def unload(self, version: int) -> None:
+        async with self._loading:
+            await self._do(partial(self._remove, version))
+
+    async def answer(self, ask: Ask) -> AsyncIterator[Piece | Ended]:
+        """Raises BusyError: `gateway.max_queue` wait already; UserError: the prompt does not fit; ServiceError: the version is not loaded, or decoding failed."""
+        self._require_open()
+        if ask.version not in self._served:
+            raise ServiceError(
+                f"v{ask.version} is not loaded",
+                remedy="come again; the gateway's log says what is in its way",
+            )
+        if self._pending >= self._config.gateway.max_batch + self._config.gateway.max_queue:
+            raise BusyError(
+                f"{self._pending} requests are under way or wait; gateway.max_queue is {self._config.gateway.max_queue}",
+                remedy="come again in a second",
+            )
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | Ended | RatchetError]()
+        row = Row(ask, time.perf_counter(), partial(_pass_on, loop, pieces))
+        self._pending += 1
+        self._inbox.put(partial(self._wait, row))
+        try:
+            while not isinstance(piece := await pieces.get(), Ended):
+                if isinstance(piece, RatchetError):
+                    raise piece
+                yield piece
+            yield piece
+        finally:
+            row.cancelled = True  # the thread lets go of it at its next round
+            self._pending -= 1
+
+    async def close(self) -> None:
+        """Whoever is under way is told that the gateway stops."""
+        self._closed = True
+        if self._thread:
+            self._inbox.put(None)
+            await asyncio.to_thread(self._thread.join, CLOSE_SECONDS)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ServiceError("the gateway stops", remedy="come again when it has started anew")
+
+    def _read(self, bundle: Bundle) -> tuple[ChatFormat, LoadedModel | None]:
+        """All that needs no model, and the model where none has it; in a thread of its own, beside the requests."""
+        check_adapter_fits(bundle)
+        chat = ChatFormat(load_tokenizer(bundle.adapter))
+        return chat, None if model_place(bundle) in self._models else LoadedModel(bundle)
+
+    async def _do(self, work: Callable[[], None]) -> None:
+        """In the models' thread, between two rounds."""
+        self._require_open()
+        done: Future[None] = Future()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+            self._thread.start()
+        self._inbox.put(partial(_settle, done, work))
+        await asyncio.wrap_future(done)
+
+    # --- in the thread -----------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        _leave_a_core()
+        while self._take_in():
+            self._round()
+        stopping = ServiceError("the gateway stops", remedy="come again when it has started anew")
+        self._refuse(self._waiting, stopping)
+        for decoder in self._decoders.values():
+            decoder.fail_all(stopping, [])
+
+    def _take_in(self) -> bool:
+        """All that was asked for since the last round; waits while there is nothing to decode. False at the end."""
+        while True:
+            busy = bool(self._waiting) or any(decoder.size for decoder in self._decoders.values())
+            try:
+                work = self._inbox.get(block=not busy)
+            except queue.Empty:
+                return True
+            if work is None:
+                return False
+            work()
+
+    def _round(self) -> None:
+        self._waiting = [row for row in self._waiting if not row.cancelled]
+        self._refuse(
+            [row for row in self._waiting if row.ask.version not in self._served],
+            ServiceError("the version was unloaded", remedy="come again"),
+        )
+        for decoder in list(self._decoders.values()):
+            room = self._config.gateway.max_batch - sum(one.size for one in self._decoders.values())
+            joining = [row for row in self._waiting if row.ask.version in decoder.versions][:room]
+            self._waiting = [row for row in self._waiting if row not in joining]
+            try:
+                decoder.round(joining)
+            except Exception as error:  # a fault of ours; nobody shall wait for ever
+                log.exception("a round failed")
+                decoder.fail_all(
+                    ServiceError(
+                        f"the engine failed: {error!r}", remedy="the gateway's log has the traceback"
+                    ),
+                    joining,
+                )
+
+    def _wait(self, row: Row) -> None:
+        self._waiting.append(row)
+
+    def _refuse(self, rows: list[Row], error: RatchetError) -> None:
+        self._waiting = [row for row in self._waiting if row not in rows]
+        for row in rows:
+            row.tell(error)
+
+    def _add(self, bundle: Bundle, chat: ChatFormat, made: LoadedModel | None) -> None:
+        model = made or self._models[model_place(bundle)]
+        decoder = self._decoders.get(batch_place(bundle)) or Decoder(
+            model, measure_prompts=self._config.gateway.prompt_nll
+        )
+        decoder.add(bundle, chat)
+        self._models[model_place(bundle)], self._decoders[batch_place(bundle)] = model, decoder
+        self._served[bundle.version] = bundle
+
+    def _remove(self, version: int) -> None:
+        """A model without versions goes as well."""
+        bundle = self._served.pop(version, None)
+        if bundle is None:
+            return
+        place, decoder = batch_place(bundle), self._decoders[batch_place(bundle)]
+        decoder.remove(version)
+        if not decoder.versions:
+            del self._decoders[place]
+        if not self._models[model_place(bundle)].versions:
+            del self._models[model_place(bundle)]
+
+
+def _leave_a_core() -> None:
+    """To the event loop and to what runs beside the gateway."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
+
+
+def _settle(done: Future[None], work: Callable[[], None]) -> None:
+    if not done.set_running_or_notify_cancel():
+        return
+    try:
+        work()
+        done.set_result(None)
+    except BaseException as error:  # noqa: BLE001  (it is raised again where it was asked for)
+        done.set_exception(error)
+
+
+def _pass_on(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Any], piece: Any) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(pieces.put_nowait, piece)

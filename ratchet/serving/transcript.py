@@ -1,0 +1,57 @@
+"""The text of an answer that comes token by token: what of it is certain, and whether a stop string ended it.
+
+The pieces joined are what `ChatFormat.decode_answer` makes of all tokens at once. Only the newest tokens are decoded again, with
+those before them, since a token's text may depend on its neighbour (text-generation-inference decodes streams the same way).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+HALF = "\ufffd"  # what a decoder writes for the first bytes of a character
+
+
+class Transcript:
+    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()) -> None:
+        self._decode, self._stops = decode, [stop for stop in stops if stop]
+        self._newest: list[int] = []  # tokens, of which the first `_read` are text already
+        self._read = 0
+        self._held = ""  # text that what comes may still change or cut
+        self._begun = False
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that this token makes certain, often none."""
+        self._newest.append(token)
+        whole = self._decode(self._newest)
+        if whole.endswith(HALF):
+            return ""
+        self._take_in(whole)
+        self._newest, self._read = self._newest[self._read :], len(self._newest) - self._read
+        end = len(self._held) - max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        return self._release(len(self._held[:end].rstrip()))
+
+    def end(self) -> str:
+        """The rest, without blanks at its end."""
+        self._take_in(self._decode(self._newest))
+        self._newest, self._read = [], 0
+        return self._release(len(self._held.rstrip()))
+
+    def _take_in(self, whole: str) -> None:
+        self._held += whole[len(self._decode(self._newest[: self._read])) :]
+        cuts = [cut for stop in self._stops if (cut := self._held.find(stop)) >= 0]
+        if cuts:
+            self._held, self.stopped = self._held[: min(cuts)], True
+
+    def _release(self, end: int) -> str:
+        text, self._held = self._held[:end], self._held[end:]
+        text = text if self._begun else text.lstrip()
+        self._begun = self._begun or bool(text)
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` that may be the beginning of `stop`."""
+    return next(
+        (size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0
+    )

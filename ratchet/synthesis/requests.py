@@ -1,0 +1,95 @@
+"""What is asked of the teacher: one request a chunk, a set of examples or a question, each with what becomes of its answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import xxhash
+
+from ratchet.data.examples import Example, Meta
+from ratchet.llm.prompts import Prompt, Template
+from ratchet.llm.replies import Pair, Pairs, Questions, read_reply
+from ratchet.synthesis.documents import Chunk
+
+EXAMPLES = 5  # rows that one self-instruct prompt shows
+MOST_ASKED = 40  # questions of earlier rounds that a prompt lists
+
+
+class Ask(NamedTuple):
+    """`about` is the id of what it is about; `answer` a reference that each new question keeps; `parent` and `question` are of the row that is worded anew."""
+
+    about: str
+    prompt: Prompt
+    shape: type[Pairs] | type[Questions]
+    meta: Meta
+    passage: str = ""
+    answer: str = ""
+    parent: str = ""
+    question: str = ""
+    system: str | None = None
+
+    def read(self, raw: str) -> list[Pair]:
+        """Of an answer that was found to be well formed. Raises Malformed."""
+        if self.shape is Questions:
+            return [Pair(question, self.answer) for question in read_reply(raw, Questions).questions]
+        return list(read_reply(raw, Pairs).pairs)
+
+
+class Subject(NamedTuple):
+    """A question to word anew; without an `answer` the teacher gives one."""
+
+    id: str
+    question: str
+    answer: str = ""
+    why: str = ""
+    system: str | None = None
+
+
+def ask_of_chunks(
+    chunks: Iterable[Chunk], template: Template, *, per_chunk: int, asked: dict[str, list[str]]
+) -> Iterator[Ask]:
+    """`asked`: chunk → the questions that earlier rounds gave."""
+    for chunk in chunks:
+        prompt = template.render(
+            document=chunk.document,
+            passage=chunk.text,
+            count=per_chunk,
+            asked=asked.get(chunk.id, [])[-MOST_ASKED:],
+        )
+        yield Ask(
+            chunk.id, prompt, Pairs, {"document": chunk.document, "chunk": chunk.id}, passage=chunk.text
+        )
+
+
+def ask_of_seeds(
+    rows: Sequence[Example], template: Template, *, per_chunk: int, requests: int, seed: int
+) -> Iterator[Ask]:
+    """Each request shows other rows."""
+    draw = random.Random(seed)  # noqa: S311 (no secret)
+    for _ in range(requests):
+        shown = draw.sample(rows, min(EXAMPLES, len(rows)))
+        about = xxhash.xxh3_128_hexdigest("".join(row.id for row in shown).encode())
+        prompt = template.render(
+            examples=[{"question": row.question, "answer": row.answer} for row in shown], count=per_chunk
+        )
+        system = shown[0].messages[0].content if shown[0].messages[0].role == "system" else None
+        yield Ask(about, prompt, Pairs, {"seeds": " ".join(row.id[:12] for row in shown)}, system=system)
+
+
+def ask_of_subjects(subjects: Iterable[Subject], template: Template, *, per_chunk: int) -> Iterator[Ask]:
+    for subject in subjects:
+        prompt = template.render(question=subject.question, answer=subject.answer, count=per_chunk)
+        meta: Meta = {"paraphrase_of": subject.id, "chosen_for": subject.why}
+        parent = subject.id if subject.answer else ""
+        yield Ask(
+            subject.id,
+            prompt,
+            Questions if subject.answer else Pairs,
+            meta,
+            answer=subject.answer,
+            parent=parent,
+            question=subject.question,
+            system=subject.system,
+        )

@@ -1,0 +1,1 @@
+"""The trainer, checkpoints, packing, distribution, sweeps, estimates."""

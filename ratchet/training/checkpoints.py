@@ -1,0 +1,224 @@
+"""Checkpoints of a training under way: whole or not there, checked before they are used, gone when the training has succeeded.
+
+`.ratchet/checkpoints/<run key>/step-00000012/` holds tensors.safetensors (weights, the best ones, the optimizer's state, random
+generators), state.json and trainer_state.json (everything that is no tensor), and manifest.json with their sha256, written last.
+The Trainer's own checkpoints are pickles in part, are not atomic, and are resumed from with parts missing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ratchet.errors import RatchetError
+from ratchet.files import read_json, sha256_file, whole_folder, write_json
+from ratchet.pipeline.stage import say
+
+FOLDER = Path(".ratchet/checkpoints")
+MANIFEST, TENSORS, STATE, TRAINER_STATE = (
+    "manifest.json",
+    "tensors.safetensors",
+    "state.json",
+    "trainer_state.json",
+)
+MOST_TOLD = 6
+KEPT = 2  # the newest, and the one before it in case that one is broken
+STEP = re.compile(r"step-(\d{8})")
+
+
+class Saved(NamedTuple):
+    """A checkpoint that was read and checked. `state` is what was given to `write`."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """Of one training. `facts` is what they have to agree in to be gone on from; `curve` gives the points that were reported so far."""
+
+    def __init__(
+        self,
+        home: Path,
+        run_key: str,
+        facts: dict[str, Any],
+        *,
+        minutes: float,
+        curve: Callable[[], list[dict[str, Any]]],
+    ) -> None:
+        self._all = home / FOLDER
+        self._folder = self._all / run_key
+        self._facts, self._seconds, self._curve = facts, minutes * 60, curve
+        self._last = time.monotonic()
+        self.stop_asked = False
+
+    @property
+    def due(self) -> bool:
+        return self.stop_asked or time.monotonic() - self._last >= self._seconds
+
+    def write(self, step: int, state: dict[str, Any], save_trainer_state: Callable[[str], None]) -> None:
+        """What cannot be written costs a warning, and not the training."""
+        self._last = time.monotonic()
+        try:
+            self._write(step, state, save_trainer_state)
+        except (OSError, RatchetError, SafetensorError) as error:
+            say(
+                f"train: no checkpoint at step {step}: {str(error).splitlines()[0]}; the training goes on",
+                error=True,
+            )
+            return
+        for _, old in self._steps()[KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _write(self, step: int, state: dict[str, Any], save_trainer_state: Callable[[str], None]) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        rest = split(state, tensors)
+        with whole_folder(self._folder / f"step-{step:08d}") as folder:
+            save_file(tensors, folder / TENSORS)
+            save_trainer_state(str(folder / TRAINER_STATE))
+            write_json(folder / STATE, {"state": rest, "curve": self._curve()})
+            for name in (TENSORS, TRAINER_STATE):
+                _sync(folder / name)
+            write_json(
+                folder / MANIFEST,
+                {
+                    "step": step,
+                    "facts": self._facts,
+                    "files": {name: sha256_file(folder / name) for name in (TENSORS, STATE, TRAINER_STATE)},
+                },
+            )
+            _sync(folder)
+        _sync(self._folder)
+
+    def newest(self, restore_curve: Callable[[list[dict[str, Any]]], None]) -> Saved | None:
+        """The one of the highest step that is whole and of the same training; others are passed over, and that is said."""
+        for half in self._folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
+            shutil.rmtree(half, ignore_errors=True)
+        for step, folder in self._steps():
+            try:
+                if fault := self._fault(folder, step):
+                    say(f"train: the checkpoint of step {step} is passed over: {fault}", error=True)
+                    continue
+                kept = read_json(folder / STATE)
+                state = join(kept["state"], load_file(folder / TENSORS))
+            except (OSError, RatchetError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+                say(
+                    f"train: the checkpoint of step {step} is passed over: {str(error).splitlines()[0]}",
+                    error=True,
+                )
+                continue
+            restore_curve(kept["curve"])
+            return Saved(folder, step, state)
+        if others := [path.name for path in self._all.glob("*") if path.name != self._folder.name]:
+            say(
+                f"train: from the start: {len(others)} checkpointed trainings were of other data, params or code ({', '.join(self._differing())})"
+            )
+        return None
+
+    def _fault(self, folder: Path, step: int) -> str:
+        if not (folder / MANIFEST).exists():
+            return "it has no manifest"
+        manifest = read_json(folder / MANIFEST)
+        if manifest["step"] != step:
+            return f"its manifest is of step {manifest['step']}"
+        if odd := [
+            name
+            for name in (TENSORS, STATE, TRAINER_STATE)
+            if not (folder / name).exists() or sha256_file(folder / name) != manifest["files"][name]
+        ]:
+            return f"{odd[0]} is not what its manifest says"
+        if odd := sorted(key for key, value in self._facts.items() if manifest["facts"].get(key) != value):
+            return f"{odd[0]} was {manifest['facts'].get(odd[0])}, is {self._facts[odd[0]]}"
+        return ""
+
+    def _differing(self) -> list[str]:
+        """Which facts are others than those of any training that left checkpoints here, with both values where these are short."""
+        found: dict[str, str] = {}
+        for path in self._all.glob(f"*/step-*/{MANIFEST}"):
+            try:
+                theirs = read_json(path)["facts"]
+                found |= {
+                    key: _change(key, theirs.get(key), value)
+                    for key, value in self._facts.items()
+                    if theirs.get(key) != value and " " not in found.get(key, "")
+                }
+            except (RatchetError, KeyError, TypeError, AttributeError):
+                continue
+        return sorted(found.values())[:MOST_TOLD] or ["none of them is whole"]
+
+    def _steps(self) -> list[tuple[int, Path]]:
+        """By step, the highest first; times of files tell nothing after a clock was set back."""
+        return sorted(
+            (
+                (int(named[1]), path)
+                for path in self._folder.glob("step-*")
+                if (named := STEP.fullmatch(path.name))
+            ),
+            reverse=True,
+        )
+
+    def forget(self) -> None:
+        """All of this checkout's, once a training has succeeded: what is older belongs to data or params that are no more."""
+        shutil.rmtree(self._all, ignore_errors=True)
+
+    @contextmanager
+    def asked_by_sigterm(self) -> Iterator[None]:
+        """SIGTERM asks for a checkpoint and the end, instead of ending the process at once. Python hears signals in its main thread alone."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(*_: Any) -> None:
+            self.stop_asked = True
+
+        before = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    short = before is not None and all(len(str(value)) < 30 for value in (before, now))
+    return f"{key} {before} → {now}" if short else key
+
+
+def split(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
+    """`value` without its tensors, fit for JSON; they are put into `tensors` under their path. Dicts keep the types of their keys."""
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {"items": [[key, split(part, tensors, f"{path}/{key}")] for key, part in value.items()]}
+    if isinstance(value, list | tuple):
+        return [split(part, tensors, f"{path}/{place}") for place, part in enumerate(value)]
+    return value
+
+
+def join(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """What `split` took apart; tuples come back as lists."""
+    if isinstance(value, dict) and "tensor" in value:
+        return tensors[value["tensor"]]
+    if isinstance(value, dict):
+        return {key: join(part, tensors) for key, part in value["items"]}
+    return [join(part, tensors) for part in value] if isinstance(value, list) else value
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

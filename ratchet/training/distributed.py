@@ -1,0 +1,182 @@
+"""Several processes of one training: torchrun starts them, transformers' Trainer makes one optimisation of them.
+
+`accelerate launch --cpu` says yes and runs a single one; so the size is compared with what was asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ratchet.config.training import AdapterConfig, TrainConfig, why_whole
+from ratchet.errors import ConfigError
+from ratchet.models.loading import layers_of, without_adapter
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def become_torchrun(processes: int, module: str, arguments: Sequence[str]) -> None:
+    """Replaces this process, unless it is one of torchrun's already. Other nodes are started by hand: `torchrun --nnodes … -m tasks.train …`."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    run = [
+        "--nnodes",
+        "1",
+        "--nproc-per-node",
+        str(processes),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        "--local-addr",
+        "127.0.0.1",
+    ]
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *run, "-m", module, *arguments])  # noqa: S606  (no shell is wanted)
+
+
+def end_with_parent() -> None:
+    """torchrun's processes outlive it when it is killed; they would train on beside the next start."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def check_size(processes: int, found: int) -> None:
+    """Raises ConfigError: the training would run in fewer or more processes than were asked for."""
+    if processes != found:
+        raise ConfigError(
+            f"`train.processes` is {processes}, and {found} work on this training",
+            remedy="start it by `ratchet retrain` or `python -m tasks.train`, or set `train.processes`",
+        )
+
+
+def take_gpu() -> None:
+    """Of a machine's GPUs the one that is this process's, so that nothing is loaded onto another's."""
+    import torch
+
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def in_parts(train: TrainConfig, adapter: AdapterConfig) -> bool:
+    """Whether each of several processes keeps a part of the model (FSDP2) and not all of it. Raises ConfigError: `train.parallel: fsdp` cannot be."""
+    if train.processes == 1 or train.parallel == "ddp":
+        return False
+    why = why_whole(train, adapter)
+    if why and train.parallel == "fsdp":
+        raise ConfigError(
+            f"`train.parallel: fsdp` does not work here: {why}", remedy="set `train.parallel: ddp`"
+        )
+    return not why and (train.parallel == "fsdp" or adapter.method in ("full", "qlora"))
+
+
+def any_of(flags: Sequence[bool]) -> list[bool]:
+    """Each true when it is so in any process; all have to ask at the same place."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(flags)
+    told = torch.tensor(
+        flags, dtype=torch.int32, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    )
+    torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in told.tolist()]
+
+
+def shard(model: Any) -> None:
+    """In place, a layer at a time. The processes have to know each other already."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(
+        model, mesh=mesh, reshard_after_forward=True
+    )  # otherwise it is whole after an evaluation, and what is read then is no part
+    without_adapter(
+        model
+    )._is_distributed_loading_by_transformers = True  # so the Trainer neither moves it nor wraps it in DDP
+    model._is_fsdp_managed_module = True  # and adds gradients up before it exchanges them
+
+
+def local(weight: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def whole(value: Any) -> Any:
+    """`value` with whole tensors in place of parts; in other processes than the first with empty ones."""
+    if isinstance(value, DTensor):
+        found = value.full_tensor()
+        return found.cpu() if rank() == 0 else torch.empty(0)
+    if isinstance(value, dict):
+        return {key: whole(part) for key, part in value.items()}
+    return [whole(part) for part in value] if isinstance(value, list) else value
+
+
+def as_parts(held: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What this process holds of `weights`' likes, as parts that `whole` can put together."""
+    return {name: _part(tensor, weights[name]) for name, tensor in held.items()}
+
+
+def _part(held: Tensor, weight: Tensor) -> Tensor:
+    if not isinstance(weight, DTensor):
+        return held
+    return DTensor.from_local(
+        held.to(weight.device),
+        weight.device_mesh,
+        weight.placements,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
+
+
+def cut(tensors: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of whole tensors what this process holds of `weights`."""
+    return {name: local(_cut(tensor, weights[name])) for name, tensor in tensors.items()}
+
+
+def cut_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state of whole tensors as this one wants it: those of a weight's shape in parts."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+
+    def fit(value: Any, weight: Tensor) -> Any:
+        return _cut(value, weight) if isinstance(value, Tensor) and value.shape == weight.shape else value
+
+    return {
+        **state,
+        "state": {
+            index: {name: fit(value, weights[index]) for name, value in kept.items()}
+            for index, kept in state["state"].items()
+        },
+    }
+
+
+def _cut(tensor: Tensor, like: Tensor) -> Tensor:
+    return (
+        distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        if isinstance(like, DTensor)
+        else tensor
+    )

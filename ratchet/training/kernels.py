@@ -1,0 +1,82 @@
+"""How a training is computed, apart from what: attention, compiled layers, Liger's kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ratchet.errors import ConfigError
+from ratchet.models.loading import layers_of, without_adapter
+
+EAGER_LENGTH = (
+    1024  # tokens of a row up to which plain attention is faster on a CPU; its memory grows with the square
+)
+# Liger's losses stay off: ours weighs positions, and its output layer sees only those that bear loss.
+LIGER = {
+    "rope": True,
+    "rms_norm": True,
+    "swiglu": True,
+    "geglu": True,
+    "cross_entropy": False,
+    "fused_linear_cross_entropy": False,
+}
+
+
+@contextlib.contextmanager
+def fast_attention(model: Any, longest: int) -> Iterator[None]:
+    """On a CPU torch's fused attention is slower than plain matrix products, while rows are short (`longest`, in tokens)."""
+    base = without_adapter(model)
+    kept = base.config._attn_implementation
+    if not torch.cuda.is_available() and longest <= EAGER_LENGTH:
+        base.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(kept)
+
+
+@contextlib.contextmanager
+def compiled(model: Any) -> Iterator[None]:
+    """Layer by layer: one compilation serves all of them, whatever the batch's shape."""
+    layers = layers_of(model)
+    for layer in layers:
+        layer.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+def check_compiler() -> None:
+    """Raises ConfigError: torch writes C++ for a CPU, and nothing here compiles it."""
+    if not torch.cuda.is_available() and not any(
+        map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))
+    ):
+        raise ConfigError(
+            "`train.compile` needs a C++ compiler, and neither g++ nor clang++ is here",
+            remedy="install g++, or set `train.compile: false`",
+        )
+
+
+def apply_liger(model: Any) -> None:
+    """Into `model`, and by hand: with its own switch the Trainer hands evaluations a key that only Liger's fused loss knows. Raises ConfigError: it cannot be had."""
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "`train.liger` needs a GPU with CUDA, and this machine has none",
+            remedy="set `train.liger: false`",
+        )
+    if not importlib.util.find_spec("liger_kernel"):
+        raise ConfigError(
+            "`train.liger` needs the package liger-kernel, which is not installed",
+            remedy="install the extra `kernels`, or set `train.liger: false`",
+        )
+    from transformers.integrations.liger import apply_liger_kernel
+
+    apply_liger_kernel(model, LIGER)  # type: ignore[no-untyped-call]

@@ -1,0 +1,179 @@
+"""A real training in a process and a folder of its own, followed while it runs: `python -m tasks.train` with params of its own.
+
+For what trains beside the DAG: the probe of `ratchet plan`, the trials of `ratchet sweep`, the methods of `ratchet compare`. Its checkpoints
+stay in its folder, and it tells MLflow nothing: whoever started it records it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
+from ratchet.errors import StageError
+from ratchet.files import read_json, write_text
+from ratchet.pipeline.checkout import child_environment
+from ratchet.pipeline.dvc import without_torchrun
+from ratchet.tracking.curve import read_history
+
+CODE = Path(__file__).resolve().parents[2]  # the modules that run now are the ones that train
+CANDIDATE, REPORTS, PARAMS, LOG, PROCESS = "candidate", "reports", "params.yaml", "train.log", "process"
+POLL_SECONDS = 0.05
+STOP_SECONDS = 20.0
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")
+
+Points = list[dict[str, Any]]  # of the training curve: step, time_ms and values
+
+
+class Material(NamedTuple):
+    """What a training reads."""
+
+    tokens: Path
+    base: Path
+    incumbent: Path
+
+
+class Ended(NamedTuple):
+    """How it ended. `seconds` are those of the process; `stopped`: we ended it."""
+
+    code: int
+    seconds: float
+    stopped: bool
+    said: list[str]
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, in one line."""
+        told = [
+            f"{line.strip()} {after.strip()}" if after.lstrip().startswith("→") else line
+            for line, after in pairwise([*self.said, ""])
+            if "Error: " in line
+        ]
+        if self.code == -signal.SIGKILL and not self.stopped:
+            return "its process was killed: out of memory?"
+        return (told or self.said or [f"exit code {self.code}"])[-1].strip()[:500]
+
+    @property
+    def out_of_memory(self) -> bool:
+        return not self.stopped and (
+            self.code == -signal.SIGKILL or any(word in line for line in self.said for word in OUT_OF_MEMORY)
+        )
+
+
+def run_training(
+    folder: Path, material: Material, config: Config, follow: Callable[[Points], bool] = lambda points: False
+) -> Ended:
+    """Train into `folder`/candidate and `folder`/reports. `follow` sees the curve as it grows; when it returns True the process is ended at once."""
+    _end_orphan(folder)
+    for half in folder.glob(".*.tmp"):  # of a process that was killed: its curve is not ours
+        shutil.rmtree(half, ignore_errors=True)
+    write_text(folder / PARAMS, render_params(config))
+    paths = {
+        **material._asdict(),
+        "out": folder / CANDIDATE,
+        "reports": folder / REPORTS,
+        "params": folder / PARAMS,
+    }
+    arguments = [word for name, path in paths.items() for word in (f"--{name}", str(path.absolute()))]
+    return run_module("tasks.train", arguments, folder, lambda: follow(read_points(folder)))
+
+
+def run_module(
+    module: str, arguments: list[str], folder: Path, follow: Callable[[], bool] = lambda: False
+) -> Ended:
+    """A stage's module with its output in `folder`/train.log. An exception here, such as Ctrl-C, asks the process to end and waits for it."""
+    environment = {**child_environment(), "RATCHET_ROOT": str(folder.absolute())}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    began = time.monotonic()
+    with (folder / LOG).open("w", encoding="utf-8") as log:
+        # A session of its own: Ctrl-C in a terminal reaches us alone, and we decide.
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=CODE,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        write_text(folder / PROCESS, str(process.pid))
+        try:
+            stopped = _watch(process, follow)
+        except BaseException:
+            _end(process)
+            raise
+    said = without_torchrun((folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines())
+    return Ended(process.returncode, time.monotonic() - began, stopped, said[-30:])
+
+
+def _watch(process: subprocess.Popen[bytes], follow: Callable[[], bool]) -> bool:
+    while process.poll() is None:
+        if follow():
+            _kill(process)  # nothing of it is wanted, a checkpoint neither
+            return True
+        time.sleep(POLL_SECONDS)
+    return False
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Asked first: a training then writes its checkpoint."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with suppress(psutil.NoSuchProcess):
+        _kill_tree(psutil.Process(process.pid))
+    process.wait()
+
+
+def _kill_tree(process: psutil.Process) -> None:
+    """With its children: torchrun's stand in sessions of their own."""
+    for each in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def _end_orphan(folder: Path) -> None:
+    """A training in this folder whose starter was killed would go on writing into it."""
+    with suppress(OSError, ValueError, psutil.Error):
+        process = psutil.Process(int((folder / PROCESS).read_text()))
+        if str(folder.absolute()) in " ".join(process.cmdline()):
+            _kill_tree(process)
+
+
+def read_points(folder: Path) -> Points:
+    """The curve so far; while it trains, its report stands under a temporary name (`ratchet.files.whole_folder`)."""
+    growing = next(folder.glob(f".{REPORTS}.*.tmp/history.jsonl"), None)
+    return read_history(growing or folder / REPORTS / "history.jsonl")
+
+
+def read_figures(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(folder / REPORTS / "figures.json")
+    return found
+
+
+def require_success(ended: Ended, what: str) -> None:
+    """Raises StageError with the training's own words."""
+    if ended.code:
+        remedy = (
+            "lower `train.batch_windows`, set `train.checkpoint_activations: true`, or take `adapter.method: qlora`"
+            if ended.out_of_memory
+            else ""
+        )
+        raise StageError(
+            f"{what} failed: {ended.reason}", exit_code=2 if ended.code == 2 else 1, remedy=remedy
+        )

@@ -1,0 +1,158 @@
+"""A search space of `sweep.space`: checked before anything runs, drawn from by Optuna, and put into a config.
+
+A key is one of `train` or `adapter`, or `base.model`, whose choices are `demo` or `org/name@revision`. Not covered: settings that depend on
+each other; a combination that params.yaml would refuse makes that trial fail, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from ratchet.config.docs import yaml_value
+from ratchet.config.params import Config, parse_config
+from ratchet.config.training import AdapterConfig, SweepRange, TrainConfig
+from ratchet.errors import ConfigError
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+BASE = "base.model"
+SECTIONS: dict[str, type[BaseModel]] = {"train": TrainConfig, "adapter": AdapterConfig}
+# What the tokenised rows depend on beside the base (dvc.yaml, stage `tokenize`).
+ROWS = ("train.rows", "train.replay", "train.max_feedback_share", "train.start_from")
+DIGITS = 4  # of a drawn number: nobody wants 0.0013862943611198906 in params.yaml
+
+Space = dict[str, Any]  # key → list of choices, or SweepRange
+
+
+def check_space(config: Config) -> None:
+    """Raises ConfigError: an empty space, an unknown key, or a value that the config would refuse, each with its key."""
+    if not config.sweep.space:
+        raise ConfigError(
+            "`sweep.space` is empty",
+            remedy="name keys there, such as `train.learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}`",
+        )
+    faults = [
+        f"  {key}: {fault}"
+        for key, values in config.sweep.space.items()
+        for fault in _faults(config, key, values)
+    ]
+    if faults:
+        raise ConfigError(
+            f"`sweep.space` has {len(faults)} fault(s):\n" + "\n".join(faults),
+            remedy="docs/params.md lists what each key takes",
+        )
+
+
+def _faults(config: Config, key: str, values: Any) -> Iterator[str]:
+    section, _, name = key.partition(".")
+    if key != BASE and not (section in SECTIONS and name in SECTIONS[section].model_fields):
+        known = ", ".join(
+            f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields
+        )
+        yield f"no key that can be searched; known: {BASE}, {known}"
+        return
+    if isinstance(values, SweepRange):
+        current = None if key == BASE else getattr(getattr(config, section), name)
+        if isinstance(current, bool) or not isinstance(current, int | float):
+            yield "takes no range; wanted a list of choices"
+            return
+        if isinstance(current, int) and (
+            found := [bound for bound in (values.low, values.high, values.step) if isinstance(bound, float)]
+        ):
+            yield f"takes whole numbers, got {found[0]}"
+            return
+    for value in [values.low, values.high] if isinstance(values, SweepRange) else values:
+        try:
+            with_changes(config, changes_of({key: value}))
+        except ConfigError as error:
+            yield " ".join(str(error).partition("\n  →")[0].split("\n", 1)[-1].split())
+
+
+def with_changes(config: Config, changes: dict[str, Any]) -> Config:
+    """Raises ConfigError, as for a params.yaml that held them."""
+    raw = config.model_dump()
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        place = raw
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    return parse_config(raw, Path("params.yaml"))
+
+
+def changes_of(drawn: dict[str, Any]) -> dict[str, Any]:
+    """Drawn values → keys of params.yaml; a base brings its revision along."""
+    changes = {key: value for key, value in drawn.items() if key != BASE}
+    if BASE in drawn:
+        model, _, revision = str(drawn[BASE]).partition("@")
+        changes |= {"base.model": model, "base.revision": revision or None}
+    return changes
+
+
+def draw(trial: Trial, config: Config) -> dict[str, Any]:
+    """A value for each key; the same ones for a trial that was drawn before."""
+    return {key: _draw(trial, key, values, config) for key, values in config.sweep.space.items()}
+
+
+def _draw(trial: Trial, key: str, values: Any, config: Config) -> Any:
+    if not isinstance(values, SweepRange):
+        # Optuna keeps plain values only; a list of names stands under its JSON.
+        named = {value if not isinstance(value, list) else json.dumps(value): value for value in values}
+        return named[trial.suggest_categorical(key, list(named))]
+    section, _, name = key.partition(".")
+    if isinstance(getattr(getattr(config, section), name), int):
+        return trial.suggest_int(
+            key, int(values.low), int(values.high), step=int(values.step or 1), log=values.log
+        )
+    value = trial.suggest_float(
+        key,
+        float(values.low),
+        float(values.high),
+        step=None if values.step is None else float(values.step),
+        log=values.log,
+    )
+    return min(max(float(f"{value:.{DIGITS}g}"), float(values.low)), float(values.high))
+
+
+def current(config: Config) -> dict[str, Any] | None:
+    """The settings of params.yaml as a draw, so that the sweep tries them too; None when one of them lies outside the space."""
+    drawn = {}
+    for key, values in config.sweep.space.items():
+        value = getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2])
+        if key == BASE and config.base.revision:
+            value = f"{value}@{config.base.revision}"
+        inside = (
+            values.low <= value <= values.high and not values.step
+            if isinstance(values, SweepRange)
+            else value in values
+        )
+        if not inside:
+            return None
+        drawn[key] = json.dumps(value) if isinstance(value, list) else value
+    return drawn
+
+
+def rows_key(changes: dict[str, Any]) -> dict[str, Any]:
+    """The part of the changes for which base or rows have to be made anew."""
+    return {key: value for key, value in changes.items() if key.startswith("base.") or key in ROWS}
+
+
+def dvc_command(changes: dict[str, Any]) -> str:
+    """What a person types in the checkout to get that trial as a DVC experiment; the value is in Hydra's form, quoted for the shell."""
+    settings = [f"--set-param {shlex.quote(f'{key}={_hydra(value)}')}" for key, value in changes.items()]
+    return " ".join(["dvc exp run", *settings, "train"])
+
+
+def _hydra(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(_hydra(part) for part in value)}]"
+    if isinstance(value, str):  # a revision of digits alone would be read as a number
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return yaml_value(value)

@@ -1,0 +1,292 @@
+"""params.yaml: what is refused and how it is said, and that the files made from the models are true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml as pyyaml  # YAML 1.1, where ratchet reads 1.2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from ratchet.config import docs as config_doc
+from ratchet.config.data import ProjectConfig
+from ratchet.config.params import Config, load_config, parse_config
+from ratchet.config.training import TrainConfig
+from ratchet.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def faults(tmp_path: Path, text: str | bytes) -> str:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert caught.value.exit_code == 2
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_unknown_section_is_named_with_the_known_ones(tmp_path):
+    message = faults(tmp_path, "trian:\n  epochs: 3\n")
+    assert "trian: unknown key (value {'epochs': 3})" in message
+    assert all(section in message for section in Config.model_fields)
+
+
+def test_unknown_key_is_named_with_its_path_its_value_and_the_known_keys(tmp_path):
+    message = faults(tmp_path, "train:\n  epoch: 3\n")
+    assert "train.epoch: unknown key (value 3)" in message
+    assert f"known there: {', '.join(TrainConfig.model_fields)}" in message
+
+
+def test_unknown_key_of_a_nested_section_is_named_with_the_keys_known_there(tmp_path):
+    message = faults(tmp_path, "ingest:\n  jsonl:\n    file: rows.jsonl\n")
+    assert "ingest.jsonl.file: unknown key (value 'rows.jsonl'); known there: path, form" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("train: {epochs: many}", "train.epochs", "'many'"),
+        ("train: {seed: 1.5}", "train.seed", "1.5"),
+        ("train: 4", "train", "4"),
+        ("gate: null", "gate", "None"),
+        ("ingest: {pydoc: {packages: stdlib}}", "ingest.pydoc.packages", "'stdlib'"),
+        ("ingest: {pydoc: {packages: []}}", "ingest.pydoc.packages", "[]"),
+        ("prepare: {test_share: 1.5}", "prepare.test_share", "1.5"),
+        ("adapter: {method: vera}", "adapter.method", "'vera'"),
+        ("project: {name: My Model}", "project.name", "'My Model'"),
+        ("services: {mlflow_port: 70000}", "services.mlflow_port", "70000"),
+    ],
+)
+def test_wrong_value_is_named_with_its_key(tmp_path, text, key, value):
+    message = faults(tmp_path, text)
+    assert f"  {key}: " in message
+    assert f"got {value}" in message
+
+
+@pytest.mark.parametrize("number", [".nan", ".inf", "-.inf"])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, number):
+    """A NaN in the gate would make every comparison false."""
+    assert "gate.min_gain: " in faults(tmp_path, f"gate: {{min_gain: {number}}}")
+
+
+def test_three_faults_are_three_lines_in_one_error(tmp_path):
+    message = faults(tmp_path, "train:\n  epochs: many\n  seeds: 3\nprepare:\n  max_chars: 0\n")
+    assert "has 3 fault(s)" in message
+    lines = [line for line in message.splitlines() if line.startswith("  ") and "→" not in line]
+    assert sorted(line.strip().split(":")[0] for line in lines) == [
+        "prepare.max_chars",
+        "train.epochs",
+        "train.seeds",
+    ]
+
+
+@pytest.mark.parametrize("root", ["[]", "0", "text", "- train", "false"])
+def test_a_root_that_is_no_mapping_is_refused(tmp_path, root):
+    assert "(top level): " in faults(tmp_path, root)
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("# nothing\n")
+    assert load_config(path) == Config()
+
+
+def test_missing_file_is_named_with_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"params\.yaml does not exist\n  → .*-C PATH"):
+        load_config(tmp_path / "params.yaml")
+
+
+def test_a_folder_in_place_of_the_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path)
+
+
+def test_invalid_yaml_is_named_with_its_line_and_column(tmp_path):
+    assert "is no valid YAML: line 2, column 1: " in faults(tmp_path, "train:\n\tepochs: 3\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xff\xfet\x00",
+        b"train: \xe9",
+        "a: 2020-13-45",
+        "a: !!python/object:os.system {}",
+        "a: 1\n---\nb: 2",
+        "a: \x00",
+    ],
+)
+def test_what_yaml_cannot_hold_is_refused_as_invalid(tmp_path, text):
+    assert "is no valid YAML: " in faults(tmp_path, text)
+
+
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
+    message = faults(tmp_path, "train:\n  epochs: 1\n  epochs: 2\n")
+    assert "line 3, column 3: " in message
+    assert 'duplicate key "epochs"' in message
+    assert "suppress" not in message  # the library's advice would hide the fault
+
+
+@pytest.mark.parametrize(
+    "revision", ["null", "main", "v1.0", "0123456789abcdef", f'"{"G" * 40}"', f'"{"A" * 40}"']
+)
+def test_hub_id_needs_its_commit(tmp_path, revision):
+    message = faults(tmp_path, f"base:\n  model: org/name\n  revision: {revision}\n")
+    assert "base.revision" in message
+    assert "40 hex digits" in message
+
+
+def test_hub_id_with_its_commit_is_taken():
+    config = parse_config({"base": {"model": "org/name", "revision": "0123456789" * 4}}, Path("params.yaml"))
+    assert config.base.revision == "0123456789" * 4
+
+
+def test_a_longest_row_beyond_the_window_is_refused_with_both_numbers(tmp_path):
+    message = faults(tmp_path, "tokenize: {max_length: 600, window: 512}")
+    assert "tokenize.max_length (600) is over tokenize.window (512)" in message
+
+
+def test_splits_that_leave_nothing_to_train_are_refused(tmp_path):
+    assert "nothing is left to train on" in faults(
+        tmp_path, "prepare: {validation_share: 0.5, test_share: 0.4}"
+    )
+
+
+def test_a_config_cannot_be_changed_after_it_was_read():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().train.epochs = 9.0
+
+
+# --- docs/params.md and params.yaml ----------------------------------------------------------------------------------
+
+
+def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
+    nested = [config_doc.section_of(field.annotation) for field in model.model_fields.values()]
+    return [model, *(found for section in nested if section for found in sections(section))]
+
+
+def test_docs_params_md_is_what_the_models_say():
+    assert (ROOT / "docs/params.md").read_text(encoding="utf-8") == config_doc.render(), (
+        "write it again: python -m ratchet.config.docs"
+    )
+
+
+def dotted(values: dict, prefix: str = "") -> set[str]:
+    return {
+        name
+        for key, value in values.items()
+        for name in (dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key})
+    }
+
+
+def test_params_yaml_leaves_no_key_to_its_default():
+    """The values are the team's own; that each key stands there to be seen and tracked is ours."""
+    values = pyyaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    assert dotted(values) == dotted(Config().model_dump())
+    assert load_config(ROOT / "params.yaml").model_dump() == values
+
+
+def test_a_written_params_yaml_loads_to_exactly_the_defaults(tmp_path):
+    (tmp_path / "params.yaml").write_text(config_doc.render_params(Config()), encoding="utf-8")
+    assert load_config(tmp_path / "params.yaml") == Config()
+
+
+def test_every_key_and_every_section_says_what_it_is():
+    found = sections(Config)
+    assert len(found) > 10
+    keys = {
+        f"{model.__name__}.{key}": field
+        for model in found
+        for key, field in model.model_fields.items()
+        if not config_doc.section_of(field.annotation)
+    }
+    assert [name for name, field in keys.items() if not field.description] == []
+    assert [model.__name__ for model in found if model is not Config and not model.__doc__] == []
+
+
+def test_docs_params_md_has_one_row_a_key_with_its_bounds_and_default():
+    rows = [line for line in config_doc.render().splitlines() if line.startswith("| `")]
+    assert len(rows) == sum(
+        not config_doc.section_of(field.annotation)
+        for model in sections(Config)
+        for field in model.model_fields.values()
+    )
+    assert any(row.startswith("| `prepare.near_duplicate` | number, > 0, <= 1 | ") for row in rows)
+    assert any(row.startswith("| `train.replay` | number, 0..1 | ") for row in rows)
+    assert any(row.startswith("| `services.start_timeout` | integer, >= 1 | ") for row in rows)
+    assert any(row.startswith("| `promotion` | `rollout`, `auto`, `manual` | `rollout` | ") for row in rows)
+    assert all(row.count(" | ") == 3 for row in rows)
+
+
+@settings(deadline=None, max_examples=30)  # 40 ms each: PyYAML is slow
+@given(
+    path=st.text(),
+    licence=st.text(max_size=8),
+    rate=st.floats(min_value=5e-324, allow_infinity=False),
+    gain=st.floats(allow_nan=False, allow_infinity=False),
+)
+def test_any_config_is_read_back_equal_by_yaml_1_1_and_1_2(tmp_path_factory, path, licence, rate, gain):
+    values = Config.model_validate(
+        {
+            "ingest": {"licence": licence, "jsonl": {"path": path}, "pydoc": {"packages": [path, licence]}},
+            "train": {"learning_rate": rate},
+            "gate": {"min_gain": gain},
+        }
+    )
+    text = config_doc.render_params(values)
+    file = tmp_path_factory.getbasetemp() / "any.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert load_config(file) == values
+    assert pyyaml.safe_load(text) == values.model_dump()
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "no",
+        "Yes",
+        "on",
+        "null",
+        "~",
+        "1e5",
+        "0x10",
+        "1_000",
+        "2020-01-01",
+        "a: b",
+        "# c",
+        "",
+        " x",
+        "1:30",
+        "demo",
+    ],
+)
+def test_words_that_yaml_takes_for_another_type_stay_text(word):
+    values = Config.model_validate({"ingest": {"licence": word}})
+    assert pyyaml.safe_load(config_doc.render_params(values))["ingest"]["licence"] == word
+
+
+def test_check_leaves_the_files_alone_and_exits_1_only_when_one_differs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags, path in (([], Path("docs/params.md")), (["--params"], Path("params.yaml"))):
+        with pytest.raises(SystemExit, match="differs"):
+            config_doc.main([*flags, "--check"])
+        assert not path.exists()
+        config_doc.main(flags)
+        config_doc.main([*flags, "--check"])
+        path.write_text(path.read_text(encoding="utf-8") + "more\n", encoding="utf-8")
+        with pytest.raises(SystemExit, match="differs"):
+            config_doc.main([*flags, "--check"])
+        assert path.read_text(encoding="utf-8").endswith("more\n")
+
+
+def test_the_name_of_the_model_fits_a_git_tag_and_a_folder():
+    for name in ("", ".hidden", "-flag", "a b", "a/b", "Ä"):
+        with pytest.raises(ValueError, match="pattern"):
+            ProjectConfig(name=name)

@@ -1,0 +1,236 @@
+"""The pages in a real headless Chromium: nothing fetched, nothing in the console, readable on a phone and in both schemes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from busy import CONFIG, make_busy
+from judged import LEDGER, make_reports
+from places import make_repository, use_git_without_a_user
+
+from ratchet.reporting.dashboard import write_page
+from ratchet.reporting.evaluation_page import gather, write_evaluation_page
+
+pytestmark = pytest.mark.browser
+SCHEMES = ["light", "dark"]
+SIZES = {"phone": (390, 844), "desk": (1280, 900)}
+# WCAG 2.2, 1.4.3: each text's colour against the nearest background behind it; 4.5 : 1, 3 : 1 for large text.
+CONTRAST = """() => {
+  const rgb = text => text.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = element => { for (; element; element = element.parentElement) { const c = rgb(getComputedStyle(element).backgroundColor); if (c[3] !== 0) return c; } return [255, 255, 255]; };
+  const found = [];
+  for (const element of document.querySelectorAll('main *')) {
+    if (![...element.childNodes].some(node => node.nodeType === 3 && node.data.trim()) || element.closest('svg') || !element.getClientRects().length) continue;
+    const style = getComputedStyle(element), size = parseFloat(style.fontSize), [a, b] = [light(rgb(style.color)), light(behind(element))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+    found.push({text: element.textContent.trim().slice(0, 40), ratio, wanted: large ? 3 : 4.5});
+  }
+  return found;
+}"""
+# The same for what charts are made of: 1.4.11 wants 3 : 1.
+MARKS = """() => [...document.querySelectorAll('rect, .line, .dot, .interval .range, .interval .mean, .threshold')].map(mark => {
+  const style = getComputedStyle(mark), card = getComputedStyle(mark.closest('.card')).backgroundColor;
+  return [mark.tagName === 'rect' ? style.fill : style.stroke, card];
+})"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`busy`, `empty` and the page of one `evaluation`, written once."""
+    folder = tmp_path_factory.mktemp("pages")
+    with pytest.MonkeyPatch.context() as patch:
+        use_git_without_a_user(patch)
+        made = {"busy": make_busy(folder / "busy"), "empty": make_repository(folder / "empty")}
+        found = gather(make_reports(folder / "judged"), "v3", LEDGER)
+        evaluation = write_evaluation_page(folder / "evaluation.html", found)
+        return {
+            "evaluation": evaluation,
+            **{name: write_page(root, CONFIG, folder / f"{name}.html") for name, root in made.items()},
+        }
+
+
+class Seen:
+    """A page that is open, and what it asked for and said."""
+
+    def __init__(self, browser: Any, path: Path, size: str, scheme: str) -> None:
+        width, height = SIZES[size]
+        self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        self.requests: list[str] = []
+        self.said: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.goto(path.as_uri(), wait_until="networkidle")
+
+
+@pytest.fixture
+def look(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
+    opened: list[Seen] = []
+
+    def open_page(name: str, size: str = "desk", scheme: str = "light") -> Seen:
+        opened.append(Seen(browser, pages[name], size, scheme))
+        return opened[-1]
+
+    yield open_page
+    for seen in opened:
+        seen.page.close()
+
+
+@pytest.mark.parametrize("name", ["busy", "empty", "evaluation"])
+def test_nothing_is_fetched_and_nothing_is_complained_about(
+    look: Any, pages: dict[str, Path], name: str
+) -> None:
+    seen = look(name)
+
+    assert [url for url in seen.requests if url != "data:,"] == [pages[name].as_uri()]
+    assert seen.said == []
+
+
+def test_words_of_users_do_nothing(look: Any) -> None:
+    page = look("busy").page
+
+    assert page.title() == "pydoc-helper: v3 is in charge"
+    assert page.locator("script, img").count() == 0 and page.get_by_text("<script>").count() >= 4
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_the_version_in_charge_is_the_first_thing_seen(look: Any, size: str) -> None:
+    heading = look("busy", size).page.get_by_role("heading", name="v3 is in charge")
+
+    assert heading.is_visible() and heading.bounding_box()["y"] < 300
+
+
+@pytest.mark.parametrize("name", ["busy", "empty", "evaluation"])
+@pytest.mark.parametrize("size", list(SIZES))
+def test_it_never_scrolls_sideways(look: Any, name: str, size: str) -> None:
+    page = look(name, size).page
+    page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    width = page.evaluate("document.documentElement.scrollWidth")
+    outside = page.evaluate(
+        "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 90))"
+    )
+
+    assert width <= SIZES[size][0] and outside == []
+
+
+@pytest.mark.parametrize("name", ["busy", "empty", "evaluation"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_all_text_can_be_read_in_both_schemes(look: Any, name: str, scheme: str) -> None:
+    page = look(name, scheme=scheme).page
+    page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    found = page.evaluate(CONTRAST)
+
+    assert len(found) > (20 if name == "empty" else 100)
+    assert [text for text in found if text["ratio"] < text["wanted"]] == []
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_all_marks_stand_out_in_both_schemes(look: Any, scheme: str) -> None:
+    pairs = {tuple(pair) for pair in look("busy", scheme=scheme).page.evaluate(MARKS)}
+
+    assert len(pairs) >= 6
+    assert {pair: round(contrast(*pair), 2) for pair in pairs if contrast(*pair) < 3} == {}
+
+
+def test_an_evaluation_begins_with_its_verdict_and_reasons(look: Any) -> None:
+    page = look("evaluation", "phone").page
+
+    assert page.get_by_role("heading", level=1).inner_text() == "Reject"
+    assert page.get_by_role("heading", level=1).bounding_box()["y"] < 300
+    assert page.get_by_role("heading", level=2).all_inner_texts() == [
+        "Every check",
+        "Figures",
+        "Slices",
+        "The forgetting ledger",
+        "Rows that got better",
+        "Rows that got worse",
+        "Training",
+    ]
+
+
+def test_rows_that_moved_stand_side_by_side_and_their_words_do_nothing(look: Any) -> None:
+    page = look("evaluation").page
+
+    better, worse = page.locator(".pairs").all()
+    assert (better.locator("tbody tr").count(), worse.locator("tbody tr").count()) == (20, 20)
+    assert [better.locator("th").nth(place).inner_text() for place in (1, 2)] == ["v1", "v3"]
+    assert page.title() == "v3: reject" and page.locator("script, img").count() == 0
+    assert page.get_by_text("<script>").count() >= 20
+
+
+def test_the_ledger_has_a_cell_for_every_version_and_slice_in_shades_that_differ(look: Any) -> None:
+    table = look("evaluation").page.locator(".heat")
+
+    assert table.locator("tbody tr").count() == len(LEDGER["versions"]) and table.locator(
+        "td"
+    ).count() == len(LEDGER["versions"]) * len(LEDGER["slices"])
+    assert table.get_by_text("not asked").count() == 1
+    assert len(colours(table.screenshot())) >= 5
+
+
+def test_the_schemes_differ(look: Any) -> None:
+    light, dark = (
+        look("busy", scheme=scheme).page.evaluate("getComputedStyle(document.body).backgroundColor")
+        for scheme in SCHEMES
+    )
+
+    assert luminance(light) > 0.8 and luminance(dark) < 0.05
+
+
+def test_the_charts_are_drawn(look: Any) -> None:
+    """As seen, not as written: pixels of at least the colours of four versions, and a picture that is not blank."""
+    page = look("busy").page
+    chart = page.locator(".chart").first
+    assert chart.locator("rect").count() > 30
+    assert len(colours(chart.screenshot())) >= 4
+
+    assert len(colours(page.screenshot(full_page=True))) >= 8
+
+
+def test_every_part_has_a_name_for_screen_readers(look: Any) -> None:
+    page = look("busy").page
+
+    assert page.get_by_role("heading", level=1).count() == 1
+    assert page.locator("section").count() == page.get_by_role("region").count() >= 6
+    assert all(
+        len(name) > 20
+        for name in page.locator("svg[role=img]").evaluate_all(
+            "all => all.map(one => one.getAttribute('aria-label') || '')"
+        )
+    )
+
+
+def test_it_is_whole_with_scripts_switched_off(browser: Any, pages: dict[str, Path]) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(pages["busy"].as_uri())
+
+    assert page.get_by_text("Rollout of v4").is_visible()
+    page.get_by_text("Verdicts before it").click()
+    assert page.get_by_role("columnheader", name="When (UTC)").is_visible()
+    context.close()
+
+
+def colours(png: bytes) -> list[tuple[int, ...]]:
+    """Of at least a ten-thousandth of the picture's pixels, dull ones counted too."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    found = picture.getcolors(picture.width * picture.height) or []
+    return [colour for count, colour in found if count > picture.width * picture.height / 10_000]
+
+
+def luminance(colour: str) -> float:
+    parts = [float(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one: str, other: str) -> float:
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)

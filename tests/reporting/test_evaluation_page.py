@@ -1,0 +1,118 @@
+"""An evaluation as people see it, on its page and in the terminal: the same things, whole, and nobody's words do anything."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html import unescape
+from pathlib import Path
+
+import pytest
+from judged import BATCHES, HOSTILE, LEDGER, make_reports
+
+from ratchet.cli.explain import print_evaluation
+from ratchet.errors import RatchetError
+from ratchet.files import read_json, write_json
+from ratchet.reporting.evaluation_page import gather, render_evaluation
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_reports(tmp_path_factory.mktemp("judged") / "reports of v3")
+
+
+def test_twenty_rows_that_got_better_and_twenty_that_got_worse_are_shown(reports):
+    found = gather(reports, "v3", LEDGER)
+    assert ([row["gain"] for row in found["better"]], [row["gain"] for row in found["worse"]]) == (
+        [1.0] * 20,
+        [-1.0] * 20,
+    )
+    assert {(row["before"] == "wanted", row["now"] == "wanted") for row in found["better"]} == {(False, True)}
+    assert {(row["before"] == "wanted", row["now"] == "wanted") for row in found["worse"]} == {(True, False)}
+    assert {int(row["id"][-3:]) // 30 for row in found["better"]} == {0}
+
+
+@pytest.mark.parametrize("rows", [None, b"no table"], ids=["gone", "broken"])
+def test_a_table_that_cannot_be_read_is_said_and_the_rest_is_shown(tmp_path, reports, rows):
+    folder = Path(shutil.copytree(reports, tmp_path / "reports"))
+    table = folder / "reports/evaluation/scores.parquet"
+    table.unlink() if rows is None else table.write_bytes(rows)
+    found = gather(folder, "v3", LEDGER)
+    assert found["rows_fault"]
+    page = render_evaluation(found)
+    assert "Cannot be read." in page
+    assert "The forgetting ledger" in page
+
+
+def test_without_a_verdict_there_is_no_page(tmp_path):
+    with pytest.raises(RatchetError, match=r"gate\.json does not exist"):
+        gather(tmp_path, "v3")
+
+
+def test_the_page_says_everything_in_order_and_escapes_it(reports):
+    page = render_evaluation(gather(reports, "v3", LEDGER))
+    headings = [unescape(text) for text in re.findall(r"<h[12][^>]*>(.*?)</h", page)]
+    assert headings == [
+        "Reject",
+        "Every check",
+        "Figures",
+        "Slices",
+        "The forgetting ledger",
+        "Rows that got better",
+        "Rows that got worse",
+        "Training",
+    ]
+    assert "<script>" not in page
+    assert "<img" not in page
+    assert page.count("&lt;script&gt;") > 40
+    assert page.count('<path class="line') == 2
+    assert "0.350<small>0.300 to 0.400</small>" in page
+
+
+def test_an_old_evaluation_without_slices_regions_and_ledger_has_a_page(tmp_path, reports):
+    folder = Path(shutil.copytree(reports, tmp_path / "reports"))
+    gate = read_json(folder / "reports/gate.json")
+    write_json(
+        folder / "reports/gate.json",
+        {key: value for key, value in gate.items() if key not in ("slices", "regions")}
+        | {"rival": {"model": "base", "version": None}},
+    )
+    (folder / "reports/train/history.jsonl").unlink()
+    page = render_evaluation(gather(folder, "v1"))
+    assert "against the untouched base" in page
+    assert "No curve was recorded." in page
+    assert "It could not be read here" in page
+
+
+def test_the_terminal_says_the_same(reports, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
+    print_evaluation(gather(reports, "v3", LEDGER))
+    said = capsys.readouterr().out
+    for part in (
+        "v3 against v1: ❌ reject",
+        "✗ past:",
+        "test rows",
+        "by batch",
+        "kind:module",
+        "not asked",
+        "20 rows that got better",
+        "20 rows that got worse",
+        "training: loss",
+    ):
+        assert part in said
+    assert "[bold]" in said  # shown, not obeyed
+    assert "\u202e" not in said.split("20 rows that got better")[1]
+    assert (
+        said.index("reject")
+        < said.index("test rows")
+        < said.index("not asked")
+        < said.index("got better")
+        < said.index("training")
+    )
+
+
+def test_what_is_gathered_is_json(reports):
+    found = json.loads(json.dumps(gather(reports, "v3", LEDGER)))
+    assert found["ledger"]["slices"][:2] == list(BATCHES)
+    assert HOSTILE in found["better"][0]["question"]

@@ -1,0 +1,155 @@
+"""Rows with a doubt: held back, asked about, and taken when a person says so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from flows.data_check import check_file, raw_row, read_rejected, replay
+from flows.review_queue import queue_doubtful
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
+from ratchet.data.batches import write_batch
+from ratchet.data.examples import read_examples
+from ratchet.review.queue import ReviewQueue
+from ratchet.review.records import Decision
+from tasks.prepare import prepare
+
+ROOT = Path(__file__).parents[2]
+CONFIG = Config.model_validate({"prepare": {"test_share": 0, "validation_share": 0, "min_rows": 1}})
+GOOD = [
+    msgspec.json.encode({"prompt": f"question {number} about {word}", "completion": f"answer {number}"})
+    for number, word in enumerate(["amber", "basin", "cedar", "delta", "ember"] * 20)
+]
+DOUBTFUL = msgspec.json.encode({"prompt": "log in at p\u0430ypal now", "completion": "no"})
+BROKEN = b'{"prompt": "never finished'
+
+
+def prepared(root: Path, rows: list[bytes], month: int = 1, source: str = "jsonl") -> str:
+    raw = root / "data/raw"
+    name = write_batch(
+        raw,
+        rows,
+        source=source,
+        label=f"m{month}",
+        time=f"2026-0{month}-01T00:00:00Z",
+        licence="CC0-1.0",
+        who="tests",
+        form="auto",
+    ).name
+    prepare(raw, root / "data/golden.jsonl", root / "data/prepared", CONFIG.prepare)
+    return name
+
+
+def test_a_doubt_goes_to_people_and_what_they_accept_is_learned(tmp_path):
+    name = prepared(tmp_path, [*GOOD, DOUBTFUL, BROKEN])
+    rejected = read_rejected(tmp_path / "data/prepared/rejected.jsonl")
+    assert {row.reason for row in rejected} == {"mixed_script", "invalid_json"}
+    assert [queue_doubtful(tmp_path, tmp_path / "data", rejected, CONFIG) for _ in range(2)] == [1, 0]
+
+    queue = ReviewQueue(tmp_path)
+    (item,) = queue.pending()
+    assert (
+        item.kind == "quarantine"
+        and item.meta["row"] == f"{name}:101"
+        and "mixes alphabets" in item.doubts[0]
+    )
+    queue.decide(Decision(item.id, item.draft, "accept", by="Ana"))
+    rows = queue.outcome(item.draft, max_rejects=0.1).rows
+    queue.close()
+
+    prepared(tmp_path, [msgspec.json.encode(row) for row in rows], month=2, source="review")
+    taken = [row for row in read_examples(tmp_path / "data/prepared/train.jsonl") if row.answer == "no"]
+    assert [row.meta["review"] for row in taken] == ["accepted"]
+    assert (
+        queue_doubtful(
+            tmp_path, tmp_path / "data", read_rejected(tmp_path / "data/prepared/rejected.jsonl"), CONFIG
+        )
+        == 0
+    ), "nobody is asked twice"
+
+
+def test_a_file_gets_the_verdicts_before_it_is_a_batch(tmp_path):
+    (tmp_path / "march.jsonl").write_bytes(b"\n".join([*GOOD, DOUBTFUL, BROKEN, b"7", b"8", b"9"]))
+    verdict = check_file(
+        str(tmp_path / "march.jsonl"), tmp_path / "none", CONFIG, time="2026-01-01T00:00:00Z"
+    )
+    assert verdict.counts["accepted"]["rows"] == 100
+    assert [(row.line, row.reason) for row in verdict.rejected] == [
+        (101, "mixed_script"),
+        (102, "invalid_json"),
+        *((line, "no_object") for line in (103, 104, 105)),
+    ]
+    assert verdict.failure and "3 of 105 rows" in verdict.failure and "march.jsonl" in verdict.failure
+    (tmp_path / "fine.jsonl").write_bytes(b"\n".join(GOOD))
+    assert (
+        check_file(
+            str(tmp_path / "fine.jsonl"), tmp_path / "none", CONFIG, time="2026-01-01T00:00:00Z"
+        ).failure
+        is None
+    )
+
+
+def test_after_a_rule_changed_the_rejected_rows_are_looked_at_again(tmp_path):
+    prepared(
+        tmp_path,
+        [*GOOD, msgspec.json.encode({"prompt": "what is <s> for?", "completion": "it begins"}), BROKEN],
+    )
+    before, after = (
+        replay(tmp_path, CONFIG),
+        replay(
+            tmp_path,
+            Config.model_validate({"prepare": {**CONFIG.prepare.model_dump(), "allowed_tokens": ["<s>"]}}),
+        ),
+    )
+    assert (dict(before.fit), dict(before.unfit)) == ({}, {"control_token": 1, "invalid_json": 1})
+    assert (dict(after.fit), dict(after.unfit)) == ({"control_token": 1}, {"invalid_json": 1})
+
+
+def test_a_row_is_shown_by_its_place(tmp_path):
+    name = prepared(tmp_path, [*GOOD, BROKEN])
+    line, why = raw_row(tmp_path, f"{name[:12]}:101")
+    assert line == BROKEN and why is not None and why.reason == "invalid_json"
+    assert raw_row(tmp_path, f"{name}:1") == (GOOD[0], None)
+
+
+def test_the_command_tells_apart_rows_that_would_fail_and_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "params.yaml").write_text(render_params(CONFIG))
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join([*GOOD[:9], b"7", b"8", b"9", b"10"]))
+    (tmp_path / "fine.jsonl").write_bytes(b"\n".join(GOOD))
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+
+    def check(*names: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "ratchet.cli",
+                "-C",
+                str(tmp_path),
+                "data",
+                "check",
+                *(str(tmp_path / name) for name in names),
+            ],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+
+    assert check("fine.jsonl").returncode == 0
+    bad = check("bad.jsonl")
+    assert (
+        bad.returncode == 3
+        and "line 10: no_object" in bad.stdout
+        and "would fail: 4 of 13 rows" in bad.stderr
+        and "-checked-" not in bad.stdout + bad.stderr
+    )
+    unread = check("empty.jsonl", "fine.jsonl")
+    assert (
+        unread.returncode == 2
+        and "fine.jsonl: 100 rows" in unread.stdout
+        and "empty.jsonl holds no rows" in unread.stderr
+    )

@@ -1,0 +1,408 @@
+"""Starting, finding and ending the services; the e2e tests do it with real servers and a stand-in for the flow `retrain`."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+from patience import scaled
+
+from ratchet.config.params import Config
+from ratchet.errors import RatchetError, ServiceError, UserError
+from ratchet.pipeline.checkout import locked
+from ratchet.services import supervisor as services
+from ratchet.services.environment import service_environment
+from ratchet.services.supervisor import Record, running_services, start_services, stop_services
+
+
+def make_config(mlflow_port: int, prefect_port: int, gateway_port: int) -> Config:
+    return Config.model_validate(
+        {
+            "services": {
+                "mlflow_port": mlflow_port,
+                "prefect_port": prefect_port,
+                "start_timeout": int(scaled(120)),
+            },
+            "gateway": {"port": gateway_port},
+        }
+    )
+
+
+def find_free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def write_params(root: Path, config: Config) -> None:
+    (root / "params.yaml").write_text(
+        json.dumps({"services": config.services.model_dump(), "gateway": {"port": config.gateway.port}})
+    )
+
+
+@pytest.fixture
+def config() -> Config:
+    return make_config(*find_free_ports(3))
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A shell and its child, in a process group of their own."""
+    with subprocess.Popen(["sh", "-c", "sleep 300 & wait"], start_new_session=True) as process:
+        while not psutil.Process(process.pid).children():
+            time.sleep(0.01)
+        yield process
+        for one in [*psutil.Process(process.pid).children(), process] if process.poll() is None else []:
+            one.kill()
+
+
+def remember(root: Path, name: str, pid: int, *, age: float = 0.0, settings: str = "", port: int = 1) -> Path:
+    record = Record(name, pid, psutil.Process(pid).create_time() - age, port, settings)
+    path = root / ".ratchet" / "run" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.encode(record))
+    return path
+
+
+def test_a_port_in_use_is_reported_with_its_holder_and_its_key(tmp_path: Path) -> None:
+    mlflow_port, prefect_port, gateway_port = find_free_ports(3)
+    with socket.create_server(("127.0.0.1", prefect_port)), pytest.raises(UserError) as caught:
+        start_services(tmp_path, make_config(mlflow_port, prefect_port, gateway_port), report=print)
+    for part in (str(prefect_port), f"process {os.getpid()} ", "services.prefect_port", "params.yaml"):
+        assert part in str(caught.value)
+    assert not list(tmp_path.glob(".ratchet/run/*.json")), "nothing may start before all ports were looked at"
+
+
+def test_a_port_that_is_bound_without_listening_is_in_use(tmp_path: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        assert services.find_port_fault(holder.getsockname()[1])
+
+
+def test_one_port_for_both_servers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"services\.mlflow_port and services\.prefect_port are both 4300"):
+        start_services(tmp_path, make_config(4300, 4300, 4301), report=print)
+    with pytest.raises(UserError, match=r"services\.prefect_port and gateway\.port are both 4301"):
+        start_services(tmp_path, make_config(4300, 4301, 4301), report=print)
+
+
+def test_stopping_nothing_is_no_error(tmp_path: Path, config: Config) -> None:
+    assert stop_services(tmp_path, report=print) == []
+    assert running_services(tmp_path, config) == []
+
+
+def test_a_reused_process_id_is_not_killed(
+    tmp_path: Path, config: Config, sleeper: subprocess.Popen[bytes]
+) -> None:
+    record = remember(tmp_path, "mlflow", sleeper.pid, age=3600)
+    assert running_services(tmp_path, config) == []
+    assert stop_services(tmp_path, report=print) == []
+    assert sleeper.poll() is None
+    assert not record.exists()
+
+
+def test_stopping_ends_the_whole_process_group(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    family = [psutil.Process(sleeper.pid), *psutil.Process(sleeper.pid).children()]
+    remember(tmp_path, "mlflow", sleeper.pid)
+    assert len(family) == 2
+    assert stop_services(tmp_path, report=print) == ["mlflow"]
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
+
+
+def test_an_alive_service_that_does_not_answer_is_told_apart(
+    tmp_path: Path, config: Config, sleeper: subprocess.Popen[bytes]
+) -> None:
+    remember(tmp_path, "prefect", sleeper.pid, port=config.services.prefect_port)
+    (seen,) = running_services(tmp_path, config)
+    assert (seen.name, seen.pid, seen.alive, seen.answers) == ("prefect", sleeper.pid, True, False)
+
+
+def test_changed_settings_do_not_restart_what_runs(
+    tmp_path: Path, config: Config, sleeper: subprocess.Popen[bytes]
+) -> None:
+    remember(tmp_path, "mlflow", sleeper.pid, settings="services.mlflow_port: 1")
+    with pytest.raises(
+        UserError, match=r"services\.mlflow_port: 1; params\.yaml now says services\.mlflow_port"
+    ):
+        start_services(tmp_path, config, report=print)
+    assert sleeper.poll() is None
+
+
+def test_an_unreadable_record_is_not_taken_for_nothing(tmp_path: Path, config: Config) -> None:
+    path = tmp_path / ".ratchet" / "run" / "prefect.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    with pytest.raises(RatchetError, match=r"prefect\.json is no record"):
+        running_services(tmp_path, config)
+
+
+def test_a_second_start_at_the_same_time_is_refused(tmp_path: Path, config: Config) -> None:
+    with locked(tmp_path, "up"), pytest.raises(UserError, match="another `up` runs"):
+        start_services(tmp_path, config, report=print)
+
+
+def test_the_environment_names_prefect_only_when_it_answers(tmp_path: Path, config: Config) -> None:
+    port = config.services.prefect_port
+    assert "PREFECT_API_URL" not in service_environment(tmp_path, config)
+    with HTTPServer(("127.0.0.1", port), AlwaysWell) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+        try:
+            assert service_environment(tmp_path, config)["PREFECT_API_URL"] == f"http://127.0.0.1:{port}/api"
+        finally:
+            server.shutdown()
+
+
+class AlwaysWell(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_the_environment_keeps_other_servers_and_turns_telemetry_off(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        service_environment(tmp_path, config)["MLFLOW_TRACKING_URI"]
+        == f"http://127.0.0.1:{config.services.mlflow_port}"
+    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
+    monkeypatch.setenv("PREFECT_API_URL", "https://prefect.example/api")
+    environment = service_environment(tmp_path, config)
+    assert environment["MLFLOW_TRACKING_URI"] == "https://mlflow.example"
+    assert environment["PREFECT_API_URL"] == "https://prefect.example/api"
+    assert environment["PREFECT_HOME"] == str(tmp_path / ".ratchet" / "prefect")
+    assert environment.items() >= services.NO_TELEMETRY.items()
+
+
+def test_a_shell_set_up_for_another_server_does_not_reach_ours(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql://elsewhere")
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql://elsewhere")
+    plans = services.plan_services(tmp_path, config)
+    assert "MLFLOW_BACKEND_STORE_URI" not in plans["mlflow"].environment
+    assert "PREFECT_SERVER_DATABASE_CONNECTION_URL" not in plans["prefect"].environment
+
+
+def test_importing_the_services_is_light() -> None:
+    heavy = "import sys, ratchet.services; print([m for m in ('prefect', 'mlflow', 'torch', 'dvc') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
+
+
+RETRAIN = """
+import subprocess
+from prefect import flow
+
+@flow(name="retrain", flow_run_name="{reason}")
+def retrain(root: str | None = None, reason: str = "by hand", force: bool = False, topics: list | None = None) -> dict:
+    subprocess.run(["sleep", "300"], check=True)
+    return {}
+"""
+INGEST = """
+from prefect import flow
+
+@flow(name="ingest")
+def ingest(root: str | None = None, source: str | None = None, path: str | None = None, packages: list[str] | None = None) -> dict:
+    return {}
+"""
+LOOK = """
+from prefect import flow
+
+@flow(name="{name}")
+def {name}(root: str | None = None) -> dict:
+    return {{}}
+"""
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Config]]:
+    """All services, in a folder whose name would break a URL, with flows that only sleep."""
+    root = tmp_path_factory.mktemp("a root") / "100% odd"
+    (root / "flows").mkdir(parents=True)
+    stand_ins = {
+        "__init__": "",
+        "retrain": RETRAIN,
+        "ingest": INGEST,
+        "monitor": LOOK.format(name="monitor"),
+        "rollout": LOOK.format(name="rollout"),
+        "synthesize": LOOK.format(name="synthesize"),
+    }
+    for name, text in stand_ins.items():
+        (root / "flows" / f"{name}.py").write_text(text)
+    for name in ("deployments", "events", "watch"):
+        shutil.copy(Path(__file__).parents[2] / "flows" / f"{name}.py", root / "flows")
+    config = make_config(*find_free_ports(3))
+    write_params(root, config)
+    try:
+        start_services(root, config, report=print)
+        yield root, config
+    finally:
+        stop_services(root, report=print)
+
+
+@pytest.mark.e2e
+def test_all_services_answer_and_a_second_start_keeps_them(started: tuple[Path, Config]) -> None:
+    root, config = started
+    before = running_services(root, config)
+    assert [(service.name, service.answers) for service in before] == [
+        ("mlflow", True),
+        ("prefect", True),
+        ("deployments", True),
+        ("gateway", True),
+    ]
+    assert start_services(root, config, report=print) == before
+
+
+@pytest.mark.e2e
+def test_the_servers_keep_their_files_in_the_root_and_refuse_strangers(started: tuple[Path, Config]) -> None:
+    root, config = started
+    assert (root / ".ratchet" / "mlflow" / "mlflow.db").stat().st_size > 0
+    assert (root / ".ratchet" / "prefect" / "prefect.db").stat().st_size > 0
+    assert ask(config.services.mlflow_port, "GET", "/", headers={"Host": "evil.example"})[0] == 403
+    assert ask(config.services.prefect_port, "POST", "/api/flows/filter", body={})[0] == 403, "no CSRF token"
+    assert ask(config.services.prefect_port, "GET", "/")[0] == 200, "the UI"
+
+
+@pytest.mark.e2e
+def test_the_schedule_makes_runs(started: tuple[Path, Config]) -> None:
+    """SQLAlchemy 2.1 breaks Prefect 3.8.8's scheduler: the deployment looks well, and never runs."""
+    root, _ = started
+    for _ in range(int(scaled(60))):
+        planned = query(
+            root, "select count(*) from flow_run where auto_scheduled = 1 and state_type = 'SCHEDULED'"
+        )
+        if planned:
+            return
+        time.sleep(1)
+    pytest.fail(
+        "Prefect planned no run of `retrain`\n"
+        + (root / ".ratchet" / "logs" / "prefect.log").read_text()[-3000:]
+    )
+
+
+@pytest.mark.e2e
+def test_the_event_of_drift_starts_a_retraining_with_its_topics(started: tuple[Path, Config]) -> None:
+    root, config = started
+    code = (
+        "from pathlib import Path\nfrom flows.events import DRIFTED, tell\nfrom ratchet.config.params import load_config\n"
+        "tell(DRIFTED, load_config(Path('params.yaml')), {'reason': 'drift', 'topics': [{'name': 'arrays'}]})"
+    )
+    environment = {**os.environ, **service_environment(root, config)}
+    started_at = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)
+    told = time.monotonic()
+    while (
+        found := query(
+            root, "select max(state_type) from flow_run where auto_scheduled = 0 and name = 'drift'"
+        )
+    ) != "RUNNING" and time.monotonic() - started_at < scaled(60):
+        time.sleep(0.1)
+    print(f"event told after {told - started_at:.1f} s, run {found} {time.monotonic() - told:.1f} s later")
+    assert found == "RUNNING"
+    assert json.loads(
+        str(query(root, "select max(parameters) from flow_run where auto_scheduled = 0 and name = 'drift'"))
+    )["topics"] == [{"name": "arrays"}]
+
+
+@pytest.mark.e2e
+def test_stopping_cancels_the_run_under_way_and_frees_the_ports(started: tuple[Path, Config]) -> None:
+    root, config = started
+    run = str(
+        query(root, "select max(id) from flow_run where state_type = 'RUNNING' and name = 'drift'")
+        or create_run(config.services.prefect_port)
+    )
+    wait_for_state(root, run, "RUNNING")
+    assert stop_services(root, report=print) == ["gateway", "deployments", "prefect", "mlflow"]
+    assert query(root, "select state_type from flow_run where id = ?", run) == "CANCELLED"
+    assert running_services(root, config) == []
+    assert [
+        services.find_port_fault(port)
+        for port in (config.services.mlflow_port, config.services.prefect_port, config.gateway.port)
+    ] == [None] * 3
+
+
+@pytest.mark.e2e
+def test_one_that_cannot_start_takes_the_others_down_and_says_why(tmp_path: Path, config: Config) -> None:
+    home = tmp_path / ".ratchet" / "mlflow"
+    home.mkdir(parents=True)
+    write_params(tmp_path, config)
+    (home / "mlflow.db").write_text("this is no database, and long enough to be taken for one " * 40)
+    with pytest.raises(ServiceError, match=r"(?s)mlflow ended before it answered.*file is not a database"):
+        start_services(tmp_path, config, report=print)
+    assert running_services(tmp_path, config) == []
+    assert services.find_port_fault(config.services.prefect_port) is None
+
+
+def create_run(port: int) -> str:
+    token = json.loads(ask(port, "GET", "/api/csrf-token?client=test")[1])["token"]
+    deployment = json.loads(ask(port, "GET", "/api/deployments/name/retrain/retrain")[1])["id"]
+    headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
+    status, body = ask(
+        port, "POST", f"/api/deployments/{deployment}/create_flow_run", body={}, headers=headers
+    )
+    assert status == 201, body
+    return str(json.loads(body)["id"])
+
+
+def wait_for_state(root: Path, run: str, state: str) -> None:
+    for _ in range(int(scaled(60))):
+        seen = query(root, "select state_type from flow_run where id = ?", run)
+        if seen == state:
+            return
+        time.sleep(1)
+    pytest.fail(
+        f"the run is {seen}, not {state}\n"
+        + (root / ".ratchet" / "logs" / "deployments.log").read_text()[-3000:]
+    )
+
+
+def query(root: Path, statement: str, *values: str) -> object:
+    connection = sqlite3.connect(root / ".ratchet" / "prefect" / "prefect.db", timeout=scaled(20))
+    try:
+        return connection.execute(statement, values).fetchone()[0]
+    finally:
+        connection.close()
+
+
+def ask(
+    port: int, method: str, path: str, *, body: object = None, headers: dict[str, str] | None = None
+) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=scaled(20))
+    try:
+        content = None if body is None else json.dumps(body)
+        connection.request(method, path, content, {"Content-Type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()

@@ -1,0 +1,278 @@
+"""Several processes of one training: what one alone would have learned."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from patience import scaled
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig, TrainConfig
+from ratchet.errors import ConfigError
+from ratchet.files import read_json, sha256_file
+from ratchet.pipeline.dvc import without_torchrun
+from ratchet.tracking.curve import read_history
+from ratchet.training.distributed import check_size, in_parts
+from ratchet.training.launch import Ended
+
+ROOT = Path(__file__).parents[2]
+ARGUMENTS = [
+    "--tokens",
+    "data/tokenized",
+    "--base",
+    "models/base",
+    "--incumbent",
+    "models/incumbent",
+    "--out",
+    "models/candidate",
+    "--reports",
+    "reports/train",
+]
+
+
+def start(folder: Path, tokens: Path, base: Path, nobody: Path, config: Config) -> subprocess.Popen[str]:
+    for source, place in ((tokens, "data/tokenized"), (base, "models/base"), (nobody, "models/incumbent")):
+        shutil.copytree(source, folder / place, dirs_exist_ok=True)
+    (folder / "params.yaml").write_text(render_params(config))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RATCHET_ROOT": str(folder)}
+    command = [sys.executable, "-m", "tasks.train", *ARGUMENTS]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def with_processes(config: Config, processes: int, method: str, parallel: str = "auto") -> Config:
+    train = config.train.model_copy(
+        update={
+            "processes": processes,
+            "parallel": parallel,
+            "accumulate": 2,
+            "batch_windows": 1,
+            "precision": "float32",
+            "epochs": 1.0,
+        }
+    )
+    if method == "full":  # with LoRA's rate it leaps, and a leap makes much of the last bit
+        train = train.model_copy(update={"learning_rate": 5e-4})
+    return config.model_copy(
+        update={"train": train, "adapter": config.adapter.model_copy(update={"method": method})}
+    )
+
+
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(method, marks=pytest.mark.e2e) for method in ("full", "qlora"))]
+)
+def test_two_processes_learn_what_one_does(tmp_path, tokens, tiny_base, nobody, tiny_config, method):
+    """The same global batch: losses within 1e-4, on gloo."""
+    started = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        started.append(
+            (folder, start(folder, tokens, tiny_base, nobody, with_processes(tiny_config, processes, method)))
+        )
+    curves, weights = [], []
+    for folder, process in started:
+        said, error = process.communicate()
+        assert process.returncode == 0, error
+        assert said.count("best validation loss") == 1  # one process tells and writes
+        assert ("2 processes, each with a part of the model" in said) == (
+            folder.name == "2" and method != "lora"
+        )
+        curves.append(read_history(folder / "reports/train/history.jsonl"))
+        weights.append(load_file(next((folder / "models/candidate").glob("*model.safetensors"))))
+        assert not list(folder.rglob(".*.tmp"))
+    alone, together = curves
+    assert len(alone) > 3
+    assert [point["step"] for point in alone] == [point["step"] for point in together]
+    for left, right in zip(alone, together, strict=True):
+        assert left.keys() == right.keys()
+        assert {name: value for name, value in left.items() if "loss" in name} == pytest.approx(
+            {name: value for name, value in right.items() if "loss" in name},
+            abs=1e-4 if method != "qlora" else 5e-3,
+        )
+    if method != "qlora":
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(weights[1][name], weight, rtol=1e-2, atol=1e-3, msg=name)
+    assert (
+        read_json(started[0][0] / "models/candidate/manifest.json")["run_key"]
+        != read_json(started[1][0] / "models/candidate/manifest.json")["run_key"]
+    )
+
+
+PARTS = """
+import torch
+from ratchet.config.training import AdapterConfig
+from ratchet.models.adapters import load_trainable
+from ratchet.training.distributed import rank
+from ratchet.training.distributed import as_parts, cut, cut_optimizer, local, shard, whole
+from ratchet.training.state import trainable
+from pathlib import Path
+import sys
+
+torch.distributed.init_process_group("gloo")
+model = load_trainable(Path(sys.argv[1]), None, AdapterConfig(method="qlora", rank=4), seed=1, in_parts=True)
+before = {name: weight.clone() for name, weight in trainable(model).items()}
+every = sum(weight.numel() for weight in model.parameters())
+shard(model)
+held = sum(local(weight).numel() for weight in model.parameters())
+ids = torch.arange(24).reshape(2, 12)
+optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.0, weight_decay=0.0)
+model(input_ids=ids, labels=ids).loss.backward()
+optimizer.step()
+weights = trainable(model)
+mine = {name: local(weight).clone() for name, weight in weights.items()}
+gathered, again, state = whole(weights), whole(as_parts(mine, weights)), whole(optimizer.state_dict())
+same = rank() > 0 or all(torch.equal(gathered[name], before[name]) and torch.equal(again[name], before[name]) for name in before)
+cutting = all(torch.equal(part, mine[name]) for name, part in cut(before, weights).items())
+both = [gathered if rank() == 0 else None, state if rank() == 0 else None]
+torch.distributed.broadcast_object_list(both)
+moments, loaded = optimizer.state_dict()["state"][1]["exp_avg"], cut_optimizer(both[1], optimizer)["state"][1]["exp_avg"]  # of a B: an A has no gradient yet
+print(f"rank {rank()}: {held / every:.2f} {same} {cutting} {torch.equal(local(loaded), local(moments))} {bool(local(moments).abs().sum() > 0)}", flush=True)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.e2e
+def test_each_process_holds_a_part_and_the_whole_comes_back(tmp_path, tiny_base):
+    script = tmp_path / "parts.py"
+    script.write_text(PARTS)
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        "--local-addr",
+        "127.0.0.1",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*run, str(script), str(tiny_base)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=scaled(100),
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank")) == [
+        "rank 0: 0.50 True True True True",
+        "rank 1: 0.50 True True True True",
+    ]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_a_training_in_parts_that_is_killed_ends_in_the_same_bytes(
+    tmp_path, tokens, tiny_base, nobody, tiny_config, method
+):
+    config = with_processes(tiny_config, 2, method)
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"checkpoint_minutes": 0.0, "epochs": 0.5})}
+    )
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    process = start(tmp_path / "killed", tokens, tiny_base, nobody, config)
+    while not list((tmp_path / "killed").glob(".ratchet/checkpoints/*/step-0000001*/manifest.json")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.kill()  # torchrun alone
+    process.communicate()  # ends when all have closed it
+    assert not (tmp_path / "killed/models/candidate").exists()
+    said = []
+    for name in ("killed", "whole"):
+        process = start(tmp_path / name, tokens, tiny_base, nobody, config)
+        said.append(process.communicate()[0])
+        assert process.returncode == 0
+    assert "goes on from the checkpoint of step 1" in said[0] and "goes on" not in said[1]
+    sums = [
+        {path.name: sha256_file(path) for path in (tmp_path / name / "models/candidate").iterdir()}
+        for name in ("killed", "whole")
+    ]
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "train", "parts"),
+    [
+        ({"method": "lora"}, {}, False),
+        ({"method": "full"}, {}, True),
+        ({"method": "qlora"}, {}, True),
+        ({"method": "qlora", "quantisation": "int8"}, {}, False),
+        ({"method": "full"}, {"parallel": "ddp"}, False),
+        ({"method": "lora"}, {"parallel": "fsdp"}, True),
+        ({"method": "full"}, {"optimizer": "adafactor"}, False),
+        ({"method": "full"}, {"processes": 1, "parallel": "fsdp"}, False),
+    ],
+)
+def test_what_is_kept_in_parts(adapter, train, parts):
+    assert (
+        in_parts(TrainConfig(**{"processes": 2, "accumulate": 2, **train}), AdapterConfig(**adapter)) is parts
+    )
+
+
+@pytest.mark.parametrize(
+    ("adapter", "train", "seen"),
+    [
+        ({"method": "prefix"}, {}, "prefix"),
+        ({"method": "qlora", "quantisation": "int8"}, {}, "int8"),
+        ({"method": "full"}, {"optimizer": "adamw_8bit"}, "adamw_8bit"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(adapter, train, seen):
+    with pytest.raises(ConfigError, match=seen):
+        in_parts(TrainConfig(processes=2, accumulate=2, parallel="fsdp", **train), AdapterConfig(**adapter))
+
+
+def test_what_cannot_be_cut_is_refused_with_params_yaml():
+    """Before torchrun starts, whose report would bury the reason."""
+    with pytest.raises(ValidationError, match=r"train\.parallel is 'fsdp': `adapter\.method: prefix`"):
+        Config.model_validate(
+            {"train": {"processes": 2, "accumulate": 2, "parallel": "fsdp"}, "adapter": {"method": "prefix"}}
+        )
+
+
+def test_of_torchruns_report_only_what_the_process_said_is_told():
+    report = "E1126 05:05:26.555000 28172 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 2) local_rank: 0 (pid: 28179)"
+    said = [
+        "train: …",
+        "ConfigError: no",
+        "  → do this",
+        report,
+        "Traceback",
+        "torch.distributed.ChildFailedError:",
+    ]
+    assert Ended(1, 1.0, False, without_torchrun(said)).reason == "ConfigError: no → do this"
+    assert without_torchrun(said) == said[:3]
+    assert without_torchrun(said[:3]) == said[:3]
+    fault = [
+        "[rank0]: Traceback (most recent call last):",
+        '[rank0]:   File "torch/distributed/tensor/_api.py", line 774',
+        "[rank0]: RuntimeError: boom",
+    ]
+    assert without_torchrun([*fault, report, "ChildFailedError:"]) == fault
+
+
+def test_fewer_processes_than_asked_for_are_no_training():
+    with pytest.raises(ConfigError, match=r"`train\.processes` is 2, and 1 work"):
+        check_size(2, 1)
+
+
+def test_passes_that_cannot_be_shared_are_refused():
+    with pytest.raises(ValidationError, match=r"`train\.accumulate` 3 .* `train\.processes` 2"):
+        TrainConfig(processes=2, accumulate=3)
