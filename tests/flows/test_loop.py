@@ -22,6 +22,9 @@ from ratchet.config.params import Config
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 COLOURS = ["red", "blue", "green", "white"]
+# Colours that v1 has never seen, so that v2's gain is certain on every processor: with the same ones, v1
+# answered about sheds as well as v2 where trainings compute in float32 (-0.001 [-0.005, +0.003] nats).
+SHED_COLOURS = ["grey", "brown", "black", "pink"]
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +93,11 @@ def ratchet(place: Path, *arguments: str, code: int = 0) -> str:
     return run(place, sys.executable, "-m", "ratchet.cli", *arguments, code=code)
 
 
-def write_rows(place: Path, name: str, things: str, count: int) -> None:
+def write_rows(place: Path, name: str, things: str, count: int, colours: list[str] = COLOURS) -> None:
     rows = [
         {
             "question": f"What colour has the {things} number {index}, they ask?",
-            "answer": COLOURS[index % len(COLOURS)],
+            "answer": colours[index % len(colours)],
         }
         for index in range(count)
     ]
@@ -128,7 +131,7 @@ def test_a_tracker_that_is_away_costs_no_training_and_the_next_run_registers(hom
 
 
 def test_a_second_batch_makes_v2_and_its_lineage_is_whole(home: Path) -> None:
-    write_rows(home, "second.jsonl", "garden shed", 400)
+    write_rows(home, "second.jsonl", "garden shed", 400, SHED_COLOURS)
     ratchet(home, "ingest", "--path", str(home.parent / "second.jsonl"))
 
     done = json.loads(ratchet(home, "retrain", "--json", "--reason", "sheds"))
