@@ -72,3 +72,7 @@ def say(line: str) -> None:
 def note(line: str) -> None:
     """Progress, apart from results."""
     typer.secho(line, fg=typer.colors.BRIGHT_BLACK, err=True)
+
+
+def name_version(number: int | None) -> str:
+    return f"v{number}" if number is not None else "nobody"
