@@ -15,7 +15,7 @@ def print_evaluation(found: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.text import Text
 
-    from ratchet.cli.ledger import print_table
+    from ratchet.cli.retention import print_table
     from ratchet.reporting.markdown import VERDICTS, audit_lines, mark, speed_line
 
     console, decision = Console(), found["decision"]

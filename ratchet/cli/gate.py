@@ -107,7 +107,9 @@ def _describe_agreement(found: dict[str, Any], config: Config) -> list[str]:
             continue
         may = "may gate" if part["low"] >= config.gate.judge_agreement else "may not gate"
         lines.append(
-            f"  {metric}: {may}: agrees in {part['agree']:.0%} of {part['labels']}, kappa {part['kappa']:.2f}, at least {part['low']:.2f} (gate.judge_agreement: {config.gate.judge_agreement:g})"
+            f"  {metric}: {may}: agrees in {part['agree']:.0%} of {part['labels']}, kappa "
+            f"{part['kappa']:.2f}, at least {part['low']:.2f} (gate.judge_agreement: "
+            f"{config.gate.judge_agreement:g})"
         )
     lines += [f"  without an answer: {count} ({reason})" for reason, count in found["failures"].items()]
     return [
@@ -133,14 +135,14 @@ def gate_explain(
     page: Annotated[Path | None, typer.Option("--page", help="Write it as one HTML page instead.")] = None,
     as_json: Json = False,
 ) -> None:
-    """The verdict and its reasons, the figures, the forgetting ledger, the rows that moved, the curve.
+    """Show the verdict and its reasons, the figures, the retention table, the rows that moved, the curve.
 
     Example: ratchet gate explain v3
     """
     root = find_root()
     config = read_config(root)
     from ratchet.cli.explain import print_evaluation
-    from ratchet.cli.ledger import known_numbers
+    from ratchet.cli.retention import known_numbers
     from ratchet.reporting.evaluation_page import fetched, gather
     from ratchet.reporting.forgetting import build
 
@@ -266,9 +268,15 @@ def _describe(found: Plan, basis: dict[str, Any], wished: float, config: Config)
         else f"a row's gain deviates by {spread['deviation']:.3f}"
     )
     lines = [
-        f"a gain of {found.effect:+.3f} in {basis['metric']}, look {basis['look']} against this champion, error {found.alpha:.2g}",
+        (
+            f"a gain of {found.effect:+.3f} in {basis['metric']}, look {basis['look']} against this champion, "
+            f"error {found.alpha:.2g}"
+        ),
         f"  {varies} ({basis['from']})",
-        f"  with {found.rows:,} test rows: promoted with {found.power:.0%} ({found.success:.0%} by the success metric alone)",
+        (
+            f"  with {found.rows:,} test rows: promoted with {found.power:.0%} ({found.success:.0%} by the "
+            "success metric alone)"
+        ),
     ]
     if found.smallest is not None:
         lines.append(f"  the smallest gain that is promoted with {wished:.0%} there: {found.smallest:+.3f}")
@@ -276,6 +284,7 @@ def _describe(found: Plan, basis: dict[str, Any], wished: float, config: Config)
         lines.append(f"  for {wished:.0%}: {found.needed:,} test rows")
     else:
         lines.append(
-            f"  more test rows alone never reach {wished:.0%}: {basis['golden']} golden rows are too few for gate.golden_margin {config.gate.golden_margin:g}"
+            f"  more test rows alone never reach {wished:.0%}: {basis['golden']} golden rows are too few for "
+            f"gate.golden_margin {config.gate.golden_margin:g}"
         )
     return lines

@@ -12,6 +12,7 @@ from ratchet.cli.context import (
     Reason,
     find_root,
     name_version,
+    note_renamed,
     read_config,
     ready_root,
     say,
@@ -84,7 +85,8 @@ def synthesize(
         str,
         typer.Option(
             "--mode",
-            help="documents; seeds: more rows like known ones; paraphrase: other wordings where the model is weak.",
+            help="documents; seeds: more rows like known ones; paraphrase: other wordings where the model is "
+            "weak.",
         ),
     ] = "documents",
     seeds: Annotated[
@@ -124,7 +126,8 @@ def synthesize(
             say(f"to go on: ratchet synthesize --resume {done['draft']}")
         if done["kept"]:
             say(
-                f"next: ratchet review status, or http://127.0.0.1:{read_config(root).gateway.port}/review; then ratchet ingest --source review --draft {done['draft']}"
+                f"next: ratchet review status, or http://127.0.0.1:{read_config(root).gateway.port}/review; "
+                f"then ratchet ingest --source review --draft {done['draft']}"
             )
 
     show(done, as_json, tell)
@@ -152,7 +155,8 @@ def retrain(
     def tell() -> None:
         ran = [stage for stage, did in done["stages"].items() if did]
         say(
-            f"verdict: {done['verdict']} (v{done['version']}); in charge: {name_version(done['champion'])}; ran: {', '.join(ran) or 'nothing, all unchanged'}"
+            f"verdict: {done['verdict']} (v{done['version']}); in charge: {name_version(done['champion'])}; "
+            f"ran: {', '.join(ran) or 'nothing, all unchanged'}"
         )
         for line in [*done["reasons"], *done["regions"]]:
             say(f"  {line}")
@@ -177,19 +181,22 @@ def _drifted_topics(root: Path) -> list[dict[str, Any]]:
 
 
 def monitor(
-    only_look: Annotated[
-        bool, typer.Option("--only-look", help="Start no retraining, whatever is found.")
+    no_retrain: Annotated[
+        bool, typer.Option("--no-retrain", help="Start no retraining, whatever is found.")
     ] = False,
+    only_look: Annotated[bool, typer.Option("--only-look", hidden=True)] = False,
     as_json: Json = False,
 ) -> None:
     """Compare the newest requests with what the champion was made for.
 
     Example: ratchet monitor
     """
+    if only_look:
+        note_renamed("--only-look", "--no-retrain")
     root = ready_root()
     from flows.monitor import monitor as flow
 
-    found = flow(root=str(root), retrain=not only_look)
+    found = flow(root=str(root), retrain=not (no_retrain or only_look))
 
     def tell() -> None:
         from ratchet.services.status import verdict_lines

@@ -12,9 +12,10 @@ from typing import Annotated
 
 import typer
 
-from ratchet.cli import data, gate, ledger, loop, promotion, review, services, training
-from ratchet.cli.context import Here
+from ratchet.cli import data, gate, loop, promotion, review, services, training
+from ratchet.cli.context import Here, add_old_name
 from ratchet.cli.export import export
+from ratchet.cli.retention import retention
 from ratchet.errors import RatchetError, StageError, UserError
 
 app = typer.Typer(
@@ -42,11 +43,12 @@ def _global(
 
 for command in (
     *(loop.demo, services.up, services.down, loop.ingest, loop.synthesize, loop.retrain, loop.monitor),
-    *(training.plan, training.sweep, training.compare, ledger.ledger, export),
+    *(training.plan, training.sweep, training.compare, retention, export),
     *(promotion.promote, promotion.rollback, promotion.history),
     *(services.serve, services.status, services.report, services.doctor),
 ):
     app.command()(command)
+add_old_name(app, "ledger", "retention", retention)
 app.add_typer(promotion.rollout, name="rollout")
 app.add_typer(services.keys, name="keys")
 app.add_typer(gate.app, name="gate")

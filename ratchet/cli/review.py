@@ -145,7 +145,10 @@ def review_import(
         "known": done.known,
         "empty": done.empty,
     }
-    words = f"{found['accepted']} accepted, {found['rejected']} rejected, {found['edited']} edited; {done.known} known already, {done.empty} without a word"
+    words = (
+        f"{found['accepted']} accepted, {found['rejected']} rejected, {found['edited']} edited; {done.known} "
+        f"known already, {done.empty} without a word"
+    )
     show(found, as_json, lambda: say(words))
 
 
@@ -165,14 +168,18 @@ def _decide(id: str, draft: str | None, verdict: str, by: str | None, why: str, 
 def _tell(entry: Entry, waiting: int, batch: str) -> None:
     decision: Decision | None = entry.decision
     say(
-        f"{decision.verdict if decision else 'undecided'}: row {entry.item.id[:12]} of {entry.item.draft}; {waiting} wait"
+        f"{decision.verdict if decision else 'undecided'}: row {entry.item.id[:12]} of {entry.item.draft}; "
+        f"{waiting} wait"
     )
     if batch:
         note(f"the draft is the batch {batch} already: the word is kept, the batch stays as it is")
 
 
 def _describe(draft: dict[str, Any]) -> str:
-    figures = f"{draft['items']} rows, {draft['doubtful']} doubtful, {draft['sampled']} in the sample; {draft['accepted']} accepted, {draft['edited']} edited, {draft['rejected']} rejected"
+    figures = (
+        f"{draft['items']} rows, {draft['doubtful']} doubtful, {draft['sampled']} in the sample; "
+        f"{draft['accepted']} accepted, {draft['edited']} edited, {draft['rejected']} rejected"
+    )
     state = (
         f"is the batch {draft['batch']}"
         if draft["taken"]

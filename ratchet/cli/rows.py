@@ -1,4 +1,4 @@
-"""`ratchet data check|rejected|replay|show`: what preparation thinks of rows, and why."""
+"""`ratchet data check|rejected|resubmit|show`: what preparation thinks of rows, and why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from ratchet.cli.context import Json, find_root, note, read_config, say, show
+from ratchet.cli.context import Json, add_old_name, find_root, note, read_config, say, show
 from ratchet.errors import DataError, UserError
 
 SHOWN, FAILED = (
@@ -57,7 +57,8 @@ def check(
             )
             for row in verdict.rejected[:SHOWN]:
                 say(
-                    f"  line {row.line}: {row.reason}: {row.message}{'  (a person may overrule it)' if row.review else ''}"
+                    f"  line {row.line}: {row.reason}: "
+                    f"{row.message}{'  (a person may overrule it)' if row.review else ''}"
                 )
             if len(verdict.rejected) > SHOWN:
                 say(f"  … and {len(verdict.rejected) - SHOWN} more; --json lists all")
@@ -117,15 +118,15 @@ def rejected(
     show([msgspec.to_builtins(row) for row in rows], as_json, tell)
 
 
-def replay(as_json: Json = False) -> None:
-    """Look at the rejected rows once more, with the settings of today. The next retraining takes what is fit by itself.
+def resubmit(as_json: Json = False) -> None:
+    """Check the rejected rows again with today's settings. The next retraining takes what passes by itself.
 
-    Example: ratchet data replay
+    Example: ratchet data resubmit
     """
     root = find_root()
-    from flows.data_check import replay as look_again
+    from flows.data_check import resubmit as check_again
 
-    found = look_again(root, read_config(root))
+    found = check_again(root, read_config(root))
 
     def tell() -> None:
         if not any(found):
@@ -175,6 +176,12 @@ def show_row(
 
 
 def add_to(app: typer.Typer) -> None:
-    """The commands of this file, as `data …`."""
-    for name, command in (("check", check), ("rejected", rejected), ("replay", replay), ("show", show_row)):
+    """Add this module's commands to `ratchet data`."""
+    for name, command in (
+        ("check", check),
+        ("rejected", rejected),
+        ("resubmit", resubmit),
+        ("show", show_row),
+    ):
         app.command(name)(command)
+    add_old_name(app, "data replay", "data resubmit", resubmit)

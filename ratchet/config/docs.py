@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         write_text(path, text)
     elif not path.exists() or path.read_text(encoding="utf-8") != text:
         sys.exit(
-            f"{path} differs from ratchet/config/params.py; python -m ratchet.config.docs{' --params' * options.params} writes it again"
+            f"{path} differs from ratchet/config/params.py; python -m "
+            f"ratchet.config.docs{' --params' * options.params} writes it again"
         )
 
 
@@ -93,7 +94,10 @@ def _doc_section(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[str]
             heading = "" if path else f"\n## {key}\n"
             yield heading + "\n| key | takes | default | what it is |\n|---|---|---|---|\n"
             table_open = True
-        yield f"| `{'.'.join((*path, key))}` | {_cell(takes(schemas[key]))} | {_cell(f'`{yaml_value(field.default)}`')} | {_cell(field.description or '')} |\n"
+        yield (
+            f"| `{'.'.join((*path, key))}` | {_cell(takes(schemas[key]))} | "
+            f"{_cell(f'`{yaml_value(field.default)}`')} | {_cell(field.description or '')} |\n"
+        )
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

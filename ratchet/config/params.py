@@ -118,7 +118,8 @@ class Config(Section):
     gate: GateConfig = Field(default_factory=GateConfig)
     promotion: Literal["rollout", "auto", "manual"] = Field(
         default="rollout",
-        description="who decides after the gate. `rollout`: live traffic, in steps; `auto`: the gate's verdict alone; `manual`: a person, in MLflow's UI or by command",
+        description="who decides after the gate. `rollout`: live traffic, in steps; `auto`: the gate's "
+        "verdict alone; `manual`: a person, in MLflow's UI or by command",
     )
     retrain: RetrainConfig = Field(default_factory=RetrainConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
@@ -140,19 +141,23 @@ class Config(Section):
             raise ValueError(f"train.parallel is 'fsdp': {why}; set `train.parallel: ddp`")
         if method == "prefix" and self.train.checkpoint_activations:
             raise ValueError(
-                "train.checkpoint_activations is true: `adapter.method: prefix` reads a cache in every layer, which cannot be computed again"
+                "train.checkpoint_activations is true: `adapter.method: prefix` reads a cache in every layer, "
+                "which cannot be computed again"
             )
         if method in ("prefix", "prompt", "full", "ia3") and self.adapter.bias != "none":
             raise ValueError(
-                f"adapter.bias is {self.adapter.bias!r}: only the methods of the LoRA family take it, not `{method}`"
+                f"adapter.bias is {self.adapter.bias!r}: only the methods of the LoRA family take it, not "
+                f"`{method}`"
             )
         if method in ("prefix", "prompt", "full") and self.adapter.modules_to_save:
             raise ValueError(
-                f"adapter.modules_to_save is {self.adapter.modules_to_save}: `adapter.method: {method}` takes none"
+                f"adapter.modules_to_save is {self.adapter.modules_to_save}: `adapter.method: {method}` takes "
+                "none"
             )
         if method in ("prefix", "prompt", "ia3") and self.base.new_tokens:
             raise ValueError(
-                f"base.new_tokens is {self.base.new_tokens}: `adapter.method: {method}` would leave their embeddings untrained; take one of the LoRA family, or `full`"
+                f"base.new_tokens is {self.base.new_tokens}: `adapter.method: {method}` would leave their "
+                "embeddings untrained; take one of the LoRA family, or `full`"
             )
         return self
 
@@ -163,11 +168,14 @@ class Config(Section):
         judged = [f"judge_{metric}" for metric in judge.metrics] if judge.model else []
         if lacking := [rule.metric for rule in self.gate.guardrails if rule.metric not in (*known, *judged)]:
             raise ValueError(
-                f"gate.guardrails names {', '.join(lacking)}; the scores a row are {', '.join((*known, *judged))} (evaluate.metrics, evaluate.custom, and evaluate.judge where it names a model)"
+                f"gate.guardrails names {', '.join(lacking)}; the scores a row are "
+                f"{', '.join((*known, *judged))} (evaluate.metrics, evaluate.custom, and evaluate.judge where "
+                "it names a model)"
             )
         if self.gate.metric not in known:
             raise ValueError(
-                f"gate.metric is {self.gate.metric}; the scores a row are {', '.join(self.evaluate.row_scores)} (evaluate.metrics, evaluate.custom)"
+                f"gate.metric is {self.gate.metric}; the scores a row are "
+                f"{', '.join(self.evaluate.row_scores)} (evaluate.metrics, evaluate.custom)"
             )
         return self
 

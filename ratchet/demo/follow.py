@@ -27,7 +27,8 @@ def follow_retraining(root: Path, *, say: Callable[[str], object]) -> None:
         if run is None and time.monotonic() - started > APPEAR_SECONDS:
             raise ServiceError(
                 "no retraining was started",
-                remedy=f"{log} and Prefect's page of events may say why; `ratchet retrain --drift` does the same by hand",
+                remedy=f"{log} and Prefect's page of events may say why; `ratchet retrain --drift` does the "
+                "same by hand",
             )
         if run is not None:
             if position is None:
@@ -71,7 +72,10 @@ def _newest_run() -> Any:
 def _waited(run: Any) -> str:
     if run.start_time is None or run.created is None:
         return "starts"
-    return f"runs {(run.start_time - run.created).total_seconds():.1f} s after the event's automation asked for it"
+    return (
+        f"runs {(run.start_time - run.created).total_seconds():.1f} s after the event's automation asked for "
+        "it"
+    )
 
 
 def _pass_on(run: Any, position: int, say: Callable[[str], object]) -> int:

@@ -56,7 +56,8 @@ def run_demo(root: Path, *, until: str = "v2") -> None:
         _story(home, until)
     _print_pages(home, config)
     console.print(
-        f"\n[bold]{time.perf_counter() - started:.0f} s[/bold] in all, peak memory {peak[0] / 2**30:.2f} GiB (all processes of the demo together)"
+        f"\n[bold]{time.perf_counter() - started:.0f} s[/bold] in all, peak memory {peak[0] / 2**30:.2f} GiB "
+        "(all processes of the demo together)"
     )
     console.print(
         f"go on:  ratchet -C {PLACE} status | rollback | history | retrain\nstop:   ratchet -C {PLACE} down"
@@ -87,7 +88,8 @@ def _story(home: Path, until: str) -> None:
     if not _print_verdict(home):
         return
     _step(
-        "7  v2 gets a growing share of the users; their feedback decides, and may be looked at as often as one likes"
+        "7  v2 gets a growing share of the users; their feedback decides, and may be looked at as often as "
+        "one likes"
     )
     _roll_out(home, traffic)
     _step("Before and after, as the users saw it")
@@ -95,7 +97,8 @@ def _story(home: Path, until: str) -> None:
     _step("The ledger")
     console.print("\n".join(escape(line) for line in ledger_lines(ledger_rows(home))))
     _step(
-        "8  A teacher writes rows out of a document, for people to review; here it is a script that asks for each sentence, no model"
+        "8  A teacher writes rows out of a document, for people to review; here it is a script that asks for "
+        "each sentence, no model"
     )
     with _scripted_teacher(home):
         _ratchet(home, "synthesize", "--documents", "docs/data.md", "--count", "12")
@@ -163,7 +166,8 @@ class Traffic:
             for score in summarise(replies)
         )
         console.print(
-            f"{count} questions by {count} users in {took:.0f} s ({count / took:.0f} a second), {len(faults)} failed: {told}"
+            f"{count} questions by {count} users in {took:.0f} s ({count / took:.0f} a second), {len(faults)} "
+            f"failed: {told}"
         )
         if faults:
             raise RatchetError(
@@ -278,7 +282,8 @@ def _ratchet(home: Path, *arguments: str) -> None:
     if done.returncode:
         raise RatchetError(
             f"`ratchet {' '.join(arguments)}` ended with exit code {done.returncode}",
-            remedy=f"its message stands above; {PLACE} is left as it was, `ratchet -C {PLACE} down` stops the services",
+            remedy=f"its message stands above; {PLACE} is left as it was, `ratchet -C {PLACE} down` stops the "
+            "services",
         )
 
 
@@ -320,7 +325,8 @@ def _print_verdict(home: Path) -> bool:
         console.print(f"  {part['reason']}", markup=False)
     if decision["verdict"] != "promote":
         console.print(
-            "[yellow]the candidate was not let through: v1 stays in charge. That is the gate's work, and worth a look at the reasons above.[/yellow]"
+            "[yellow]the candidate was not let through: v1 stays in charge. That is the gate's work, and "
+            "worth a look at the reasons above.[/yellow]"
         )
     return bool(decision["verdict"] == "promote")
 
@@ -330,7 +336,9 @@ def _print_pages(home: Path, config: Config) -> None:
         f"http://127.0.0.1:{port}" for port in (config.services.mlflow_port, config.services.prefect_port)
     )
     console.print(
-        f"\nthe page http://127.0.0.1:{config.gateway.port}/\nMLflow   {mlflow}/#/models/{config.project.name}\nPrefect  {prefect}/runs\ngit log  git -C {PLACE} log --oneline"
+        f"\nthe page http://127.0.0.1:{config.gateway.port}/\nMLflow   "
+        f"{mlflow}/#/models/{config.project.name}\nPrefect  {prefect}/runs\ngit log  git -C {PLACE} log "
+        "--oneline"
     )
 
 

@@ -29,7 +29,8 @@ def check_checkout(root: Path) -> str:
             ) from None
         raise CheckoutError(
             f"{root} is no git repository",
-            remedy="work in a clone: every run is traced to a commit (a downloaded archive: git init && git add -A && git commit -m start)",
+            remedy="work in a clone: every run is traced to a commit (a downloaded archive: git init && git "
+            "add -A && git commit -m start)",
         ) from None
     if top.resolve() != root.resolve():
         raise CheckoutError(

@@ -99,8 +99,10 @@ def _push(workspace: Workspace, tag: str | None) -> None:
         except CommandError as error:
             if found := IN_THE_WAY.search(str(error)):
                 raise CheckoutError(
-                    f"{workspace.root} was changed while the run worked: {found.group(1).removesuffix(' would')}",
-                    remedy="git commit -a or git stash there, then run again: finished stages are kept in the cache",
+                    f"{workspace.root} was changed while the run worked: "
+                    f"{found.group(1).removesuffix(' would')}",
+                    remedy="git commit -a or git stash there, then run again: finished stages are kept in the "
+                    "cache",
                 ) from None
             if not tries_left:
                 raise

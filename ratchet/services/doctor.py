@@ -45,7 +45,10 @@ BAD_PAIRS = (
         ">=0.151",
         "prefect",
         "==3.8.8",
-        "Prefect's server refuses requests of its own client that leave a filter empty (422), and from 0.155 does not start",
+        (
+            "Prefect's server refuses requests of its own client that leave a filter empty (422), and from "
+            "0.155 does not start"
+        ),
     ),
     ("pandas", ">=3", "evidently", "<0.8", "Evidently does not import"),
 )
@@ -282,7 +285,8 @@ def check_gpu(torch: str | None, cuda_build: bool, gpus: list[str]) -> Finding:
         "gpu",
         None,
         f"{found} is a build for the processor and does not use it",
-        "rm -r .venv, then make TORCH_INDEX=https://download.pytorch.org/whl/cu130 demo (the index that fits the driver)",
+        "rm -r .venv, then make TORCH_INDEX=https://download.pytorch.org/whl/cu130 demo (the index that fits "
+        "the driver)",
     )
 
 
@@ -306,7 +310,10 @@ def check_cores() -> Finding:
         str(cores),
         ""
         if cores > 1
-        else "services and training share one core: expect twice the time, and set services.start_timeout to 300",
+        else (
+            "services and training share one core: expect twice the time, and set services.start_timeout to "
+            "300"
+        ),
     )
 
 

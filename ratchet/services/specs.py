@@ -114,7 +114,10 @@ def _plan_deployments(root: Path, config: Config) -> Plan:
         "PREFECT_RUNNER_POLL_FREQUENCY": "1",
         "RATCHET_ROOT": str(root),
     }
-    settings = f"services.prefect_port: {port}, retrain.cron: {config.retrain.cron}, monitor.cron: {config.monitor.cron}"
+    settings = (
+        f"services.prefect_port: {port}, retrain.cron: {config.retrain.cron}, monitor.cron: "
+        f"{config.monitor.cron}"
+    )
     return Plan(
         "deployments",
         port,
@@ -137,7 +140,10 @@ def _plan_gateway(root: Path, config: Config) -> Plan:
         "OMP_WAIT_POLICY": "PASSIVE",
         "RATCHET_ROOT": str(root),
     }
-    settings = f"gateway: {gateway.model_dump(mode='json')}, request_log: {config.request_log.model_dump(mode='json')}"
+    settings = (
+        f"gateway: {gateway.model_dump(mode='json')}, request_log: "
+        f"{config.request_log.model_dump(mode='json')}"
+    )
     host = {"0.0.0.0": HOST, "::": "::1", "localhost": HOST}.get(gateway.host, gateway.host)  # noqa: S104 (asked, not listened on)
     grace = gateway.drain_seconds + LAST_WORDS_SECONDS
     return Plan(

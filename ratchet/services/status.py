@@ -71,12 +71,14 @@ def describe(found: dict[str, Any]) -> list[str]:
     )
     if gate:
         lines.append(
-            f"last gate  {gate['verdict']}, against {'the base' if gate['rival']['version'] is None else 'v' + str(gate['rival']['version'])}"
+            f"last gate  {gate['verdict']}, against "
+            f"{'the base' if gate['rival']['version'] is None else 'v' + str(gate['rival']['version'])}"
         )
         lines += [f"           {reason}" for reason in gate["reasons"]]
     new = data["new"]
     lines.append(
-        f"data       {data['rows']} rows in {data['batches']} batches; {f'{len(new)} of them came since the champion: ratchet retrain' if new else 'nothing new since the champion'}"
+        f"data       {data['rows']} rows in {data['batches']} batches; "
+        f"{f'{len(new)} of them came since the champion: ratchet retrain' if new else 'nothing new since the champion'}"
     )
     if not data["batches"]:
         lines[-1] = "data       no batch in this checkout yet: ratchet ingest --path FILE"
@@ -108,7 +110,10 @@ def rollout_lines(found: dict[str, Any]) -> list[str]:
     step = f"step {found['step'] + 1} of {len(found['shares'])}"
     share = f": {found['shares'][found['step']]:.0%} of the users ({step}), the others v{found['champion']}"
     lines = [
-        f"v{found['version']} {found['state'].replace('_', ' ')}{share if found['state'] in ('open', 'paused') else f', at {step}'}"
+        (
+            f"v{found['version']} "
+            f"{found['state'].replace('_', ' ')}{share if found['state'] in ('open', 'paused') else f', at {step}'}"
+        )
     ]
     return [*lines, *([found["why"]] if found.get("why") else [])]
 
@@ -129,7 +134,10 @@ def verdict_lines(found: dict[str, Any]) -> list[str]:
     )
     lines += [f"  {column['name']}: p = {column['p']:.4f}" for column in strongest]
     lines += [
-        f"  topic {topic['name']}: {topic['share']:.1%} of the requests, {topic['reference_share']:.1%} of the reference"
+        (
+            f"  topic {topic['name']}: {topic['share']:.1%} of the requests, {topic['reference_share']:.1%} "
+            "of the reference"
+        )
         for topic in found["topics"]
     ]
     decision = found["decision"]
@@ -172,13 +180,17 @@ def ledger_lines(rows: list[dict[str, Any]]) -> list[str]:
             else "no figures"
         )
         lines.append(
-            f"{row['at']}  {row['move']:8} {'—' if row['from'] is None else 'v' + str(row['from'])} → v{row['to']}  by {row['by']}"
+            f"{row['at']}  {row['move']:8} {'—' if row['from'] is None else 'v' + str(row['from'])} → "
+            f"v{row['to']}  by {row['by']}"
         )
         lines.append(f"    why   {row['why']}")
         lines.append(
-            f"    data  {row['data']['rows']} rows in {row['data']['batches']} batches, DVC {row['data']['dvc']}"
+            f"    data  {row['data']['rows']} rows in {row['data']['batches']} batches, DVC "
+            f"{row['data']['dvc']}"
         )
         lines.append(
-            f"    gate  {gate['verdict']} against {'the base' if gate['rival'] is None else 'v' + str(gate['rival'])}: {gain}; commit {row['commit'][:8]}"
+            f"    gate  {gate['verdict']} against "
+            f"{'the base' if gate['rival'] is None else 'v' + str(gate['rival'])}: {gain}; commit "
+            f"{row['commit'][:8]}"
         )
     return lines

@@ -136,7 +136,8 @@ def _start_and_wait(
             if _is_ready(root, plans[name], time.monotonic() - since[name], timeout):
                 waiting.remove(name)
                 report(
-                    f"{name}: answers after {time.monotonic() - since[name]:.0f} s on {_page(name, plans[name].port)}"
+                    f"{name}: answers after {time.monotonic() - since[name]:.0f} s on "
+                    f"{_page(name, plans[name].port)}"
                 )
                 if name == "prefect" and "deployments" not in kept:
                     _start(root, plans["deployments"], report)

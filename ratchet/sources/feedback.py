@@ -220,7 +220,7 @@ def _put_triggers_aside(
 
 
 def _row(candidate: Candidate, vote: Vote) -> dict[str, Any]:
-    """With the pseudonyms of who asked and who vouched, so that a person's rows can be found again (`ratchet data forget --user`)."""
+    """With the pseudonyms of who asked and who vouched, so that a person's rows can be found again (`ratchet data erase --user`)."""
     request = candidate.request
     messages = [{"role": role, "content": content} for role, content in request.messages]
     people = {"asked_by": request.user, "taught_by": vote.user if vote.user != request.id else ""}

@@ -97,7 +97,8 @@ class mlflow_errors:
             message = PASSWORD.sub("//", f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI')}: {first}")
             raise ServiceError(
                 message,
-                remedy="`ratchet up` starts it; what was not delivered is delivered by the next `ratchet retrain`",
+                remedy="`ratchet up` starts it; what was not delivered is delivered by the next `ratchet "
+                "retrain`",
             ) from error
 
 

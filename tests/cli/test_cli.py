@@ -37,7 +37,7 @@ COMMANDS = tuple(
         "data",
         "review",
         "gate",
-        "ledger",
+        "retention",
         "report",
         "promote",
         "rollback",
@@ -48,7 +48,7 @@ COMMANDS = tuple(
 GROUPS = {
     "rollout": ("look", "status", "pause", "resume", "abort"),
     "keys": ("add", "list", "revoke"),
-    "data": ("check", "rejected", "replay", "show", "forget"),
+    "data": ("check", "rejected", "resubmit", "show", "erase"),
     "gate": ("plan", "explain"),
     "review": ("status", "next", "accept", "reject", "edit", "undo", "export", "import"),
 }
@@ -309,8 +309,14 @@ def test_looking_loads_nothing_slow(root):
     """`status` and `history` answer at once."""
     crown(root)
     for name in ("status", "history"):
-        program = f"import sys; sys.argv = ['ratchet', '-C', {str(root)!r}, {name!r}]\nfrom ratchet.cli.main import main\ntry:\n    main()\nexcept SystemExit as end:\n    print(end.code)\n"
-        program += "print(*sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'mlflow', 'prefect', 'pandas', 'dvc', 'transformers'}))"
+        program = (
+            f"import sys; sys.argv = ['ratchet', '-C', {str(root)!r}, {name!r}]\nfrom ratchet.cli.main import "
+            "main\ntry:\n    main()\nexcept SystemExit as end:\n    print(end.code)\n"
+        )
+        program += (
+            "print(*sorted({name.split('.')[0] for name in sys.modules} & "
+            "{'torch', 'mlflow', 'prefect', 'pandas', 'dvc', 'transformers'}))"
+        )
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -354,7 +360,10 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(root, number):
     """It waits for the lock of another command when the signal comes."""
     crown(root)
     log = root / ".ratchet" / "lock.log"
-    program = f"import logging; logging.basicConfig(filename={str(log)!r}); logging.getLogger('filelock').setLevel('DEBUG'); from ratchet.cli.main import main; main()"
+    program = (
+        f"import logging; logging.basicConfig(filename={str(log)!r}); "
+        "logging.getLogger('filelock').setLevel('DEBUG'); from ratchet.cli.main import main; main()"
+    )
     with locked(root, "promote"):
         process = subprocess.Popen(
             [sys.executable, "-c", program, "-C", str(root), "rollback"],

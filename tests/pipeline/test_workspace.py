@@ -370,7 +370,10 @@ def test_a_lock_is_one_processs_at_a_time_and_free_again_when_that_ends(root):
 
 
 def test_the_lock_of_a_killed_process_is_free(root):
-    program = "import pathlib, sys; from ratchet.pipeline.checkout import locked\nwith locked(pathlib.Path(sys.argv[1]), 'promote'): print('held', flush=True); input()"
+    program = (
+        "import pathlib, sys; from ratchet.pipeline.checkout import locked\nwith "
+        "locked(pathlib.Path(sys.argv[1]), 'promote'): print('held', flush=True); input()"
+    )
     command = [sys.executable, "-c", program, str(root)]
     code = Path(__file__).parents[2]
     with subprocess.Popen(

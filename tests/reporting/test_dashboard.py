@@ -327,4 +327,4 @@ def test_the_forgetting_ledger_is_shown_as_it_was_read_last_and_says_what_was_no
     (busy / SAVED).write_text("{", encoding="utf-8")
     assert "v3 is in charge" in Reader(render_page(busy, CONFIG)).words
     (busy / SAVED).unlink()
-    assert "Nothing was read yet: ratchet ledger" in Reader(render_page(busy, CONFIG)).words
+    assert "Nothing was read yet: ratchet retention" in Reader(render_page(busy, CONFIG)).words

@@ -208,7 +208,10 @@ def test_a_shell_set_up_for_another_server_does_not_reach_ours(
 
 
 def test_importing_the_services_is_light() -> None:
-    heavy = "import sys, ratchet.services; print([m for m in ('prefect', 'mlflow', 'torch', 'dvc') if m in sys.modules])"
+    heavy = (
+        "import sys, ratchet.services; print([m for m in ('prefect', 'mlflow', 'torch', 'dvc') if m in "
+        "sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout
         == "[]\n"
