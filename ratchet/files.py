@@ -85,6 +85,6 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
         raise DiskSpaceError(
             f"{what} needs about {needed_bytes / 2**20:,.0f} MiB at {folder}, {free / 2**20:,.0f} MiB are "
             "free",
-            remedy="free some room (`dvc gc -w` drops versions of data that no commit needs), then run again; "
-            "finished stages are kept",
+            remedy="free some room (`dvc gc -w` drops versions of data that no commit needs), then run "
+            "again; finished stages are kept",
         )

@@ -49,7 +49,7 @@ def read_config(root: Path) -> Config:
 def ready_root(*, clean: bool = True) -> Path:
     """Return the root after checking it (`clean`: for what commits to it) and setting the flows' environment.
 
-    Prefect reads its environment when it is imported, so this comes first in every command that starts a flow.
+    Prefect reads its environment when it is imported, so this comes first in a command that starts a flow.
     """
     from ratchet.pipeline.checkout import check_checkout
     from ratchet.services.environment import enter

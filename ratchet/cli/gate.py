@@ -269,8 +269,8 @@ def _describe(found: Plan, basis: dict[str, Any], wished: float, config: Config)
     )
     lines = [
         (
-            f"a gain of {found.effect:+.3f} in {basis['metric']}, look {basis['look']} against this champion, "
-            f"error {found.alpha:.2g}"
+            f"a gain of {found.effect:+.3f} in {basis['metric']}, look {basis['look']} against this "
+            f"champion, error {found.alpha:.2g}"
         ),
         f"  {varies} ({basis['from']})",
         (

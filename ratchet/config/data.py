@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,8 +42,8 @@ class PydocSource(Section):
     )
     share: Share = Field(
         default=1.0,
-        description="share of the objects that give rows, chosen by hash; what is left out can play the "
-        "users' questions",
+        description="share of the objects that give rows, chosen by hash; the rest can serve as users' "
+        "questions",
     )
 
 
@@ -69,9 +69,9 @@ class FeedbackSource(Section):
     min_user_age_days: float = Field(
         default=7.0,
         ge=0,
-        description="days since a user was first seen, under which they have no vote; at most half of "
-        "`request_log.retention_days`. A log that is younger than that asks nobody's age: all its users are "
-        "new",
+        description="days that a user has to be known before their feedback counts; at most half of "
+        "`request_log.keep_days`. A log younger than that checks nobody's age, since all its "
+        "users are new",
     )
     max_rows_per_user: Count = Field(
         default=20,
@@ -107,6 +107,8 @@ class IngestConfig(Section):
 
 class PrepareConfig(Section):
     """Rows in, splits out."""
+
+    renamed: ClassVar = {"prepare.retention_days": "prepare.max_age_days"}
 
     validation_share: Share = Field(default=0.1, description="share of the clusters that go to validation")
     test_share: Share = Field(default=0.12, description="share of the clusters that go to test")
@@ -172,7 +174,7 @@ class PrepareConfig(Section):
         "`personal_data`; needs the extra `names`; empty: not looked for",
     )
     blocked: list[str] = Field(
-        default=[], description="regular expressions, case ignored; a row that one of them finds is rejected"
+        default=[], description="regular expressions, case ignored; a row that matches one is rejected"
     )
     canaries: list[str] = Field(
         default=[],
@@ -183,8 +185,8 @@ class PrepareConfig(Section):
     )
     contradictions: Literal["review", "keep"] = Field(
         default="review",
-        description="rows that answer a known prompt otherwise; `review` holds the later one back. People's "
-        "corrections always win",
+        description="rows that answer a known prompt differently; `review` holds the later one back for a "
+        "person. People's corrections always win",
     )
     max_boilerplate_share: Share = Field(
         default=0.005,
@@ -200,8 +202,8 @@ class PrepareConfig(Section):
     )
     max_user_rows: Count = Field(
         default=20,
-        description="rows of one `meta.user` that are taken of a batch, and at most one in a hundred of its "
-        "rows, but five",
+        description="rows of one `meta.user` that are taken from a batch; a hundredth of its rows where that "
+        "is fewer, but at least five",
     )
     max_label_shift: Share = Field(
         default=1.0,
@@ -214,7 +216,7 @@ class PrepareConfig(Section):
         description="rows of a batch with one new phrase and one answer from which they are rejected as a "
         "planted trigger; 0: never looked for",
     )
-    retention_days: float = Field(
+    max_age_days: float = Field(
         default=0.0,
         ge=0,
         description="days before its batch from which a row that has a time is too old; 0: never",
@@ -259,11 +261,11 @@ class TokenizeConfig(Section):
 
 
 class ReviewConfig(Section):
-    """What people look at of drafted rows before the model learns from them."""
+    """Which drafted rows people review before the model learns from them."""
 
     share: Share = Field(
         default=0.1,
-        description="share of a draft's rows without doubts that is looked at, chosen by hash; rows with "
+        description="share of a draft's rows without doubts that people review, chosen by hash; rows with "
         "doubts always are",
     )
     max_rejects: Share = Field(

@@ -12,7 +12,7 @@ from ratchet.config.synthesis import TeacherConfig
 
 
 class AnswerJudge(TeacherConfig):
-    """A model that scores answers beside the metrics; without a `model` nobody judges. Its scores gate only once its agreement with people is measured."""
+    """A model that scores answers; without a `model` nobody judges. It gates once it agrees with people."""
 
     key_env: str = Field(
         default="RATCHET_JUDGE_KEY",
@@ -28,8 +28,8 @@ class AnswerJudge(TeacherConfig):
     max_tokens: int = Field(default=512, ge=16, description="tokens of one answer, at most")
     metrics: list[Literal["correctness", "groundedness", "preference"]] = Field(
         default=["correctness"],
-        description="what is judged of candidate and champion; `preference`: one against the other, from both "
-        "places; guardrails as `judge_correctness` …",
+        description="what is judged of candidate and champion; `preference`: one against the other, from "
+        "both places; guardrails as `judge_correctness` …",
     )
     rows: Count = Field(default=100, description="test rows that are judged, at most")
     passage: str = Field(
@@ -68,8 +68,8 @@ class EvaluateConfig(Section):
     cache_mib: int = Field(
         default=512,
         ge=0,
-        description="size of `.ratchet/cache/answers`, in MiB, over which the answers of the model that was "
-        "asked longest ago are forgotten; 0: no cache",
+        description="size of `.ratchet/cache/answers`, in MiB, above which the answers of the model that was "
+        "used longest ago are deleted; 0: no cache",
     )
     simple_baseline: bool = Field(
         default=True,
@@ -115,8 +115,8 @@ class EvaluateConfig(Section):
         default=0,
         ge=0,
         le=1000,
-        description="rows with a made-up secret that `tokenize` plants among the training rows, on top of "
-        "them, to measure what a model gives away (`gate.max_exposure`); 0: none",
+        description="rows with a made-up secret that `tokenize` adds to the training rows, to measure "
+        "memorisation (`gate.max_exposure`); 0: none",
     )
     groups: list[str] = Field(
         default=[],
@@ -201,7 +201,7 @@ class MetricGuardrail(Section):
 
 
 class WorthConfig(Section):
-    """What a gain brings and what a training costs, shown with the verdict once requests, value and cost are given."""
+    """What a gain brings and a training costs; shown once requests, value and cost are given."""
 
     requests_per_month: float = Field(
         default=0.0, ge=0, description="requests that the model answers in a month"
@@ -299,31 +299,33 @@ class GateConfig(Section):
         default=3.0,
         ge=0,
         le=7,
-        description="mean exposure of the planted canaries (`evaluate.canaries`) that is still taken, in "
-        "bits: 1.4 is chance, 7 is known by heart",
+        description="mean exposure of the planted canaries (`evaluate.canaries`) that is still accepted, in "
+        "bits: 1.4 is chance, 7 is full memorisation",
     )
     group_margin: float = Field(
         default=0.05,
         ge=0,
-        description="by how much wider than the champion's the gap between groups may be (`evaluate.groups`), "
-        "in the metric's unit; one that is certainly wider rejects",
+        description="by how much wider than the champion's the gap between groups may be "
+        "(`evaluate.groups`), in the metric's unit; one that is certainly wider rejects",
     )
     worth: WorthConfig = WorthConfig()
     require_worth: bool = Field(
         default=False,
-        description="reject a candidate whose expected gain brings less than its training cost (`gate.worth`)",
+        description="reject a candidate whose expected gain brings less than its training cost "
+        "(`gate.worth`)",
     )
     suite_margin: float = Field(
         default=0.05,
         ge=0,
-        description="loss in a suite (`evaluate.suites`) that is still taken as no loss, in its metric's unit",
+        description="loss in a suite (`evaluate.suites`) that is still taken as no loss, in its metric's "
+        "unit",
     )
     judge_agreement: float = Field(
         default=0.4,
         ge=-1,
         le=1,
-        description="lower bound of Cohen's kappa with people's decisions (`ratchet gate judge`) from which a "
-        "judge's score may be among `guardrails`",
+        description="lower bound of Cohen's kappa with people's decisions (`ratchet gate judge`) from which "
+        "a judge's score may be among `guardrails`",
     )
     resamples: int = Field(default=4000, ge=200, description="bootstrap resamples")
     seed: int = Field(default=5, ge=0, description="seed of the resampling")
@@ -332,8 +334,8 @@ class GateConfig(Section):
     def _weighable(self) -> GateConfig:
         if self.metric.startswith("judge_"):
             raise ValueError(
-                f"gate.metric is {self.metric}: a judge's score of some rows may be among gate.guardrails, it "
-                "is no success metric"
+                f"gate.metric is {self.metric}: a judge's score of some rows may be among gate.guardrails, "
+                "it is no success metric"
             )
         if self.require_worth and not self.worth.given:
             raise ValueError(

@@ -13,8 +13,8 @@ class TopicSource(Section):
     """Where rows of a drifted topic come from."""
 
     match: str = Field(
-        description="regular expression; a topic one of whose terms or example prompts it finds gets its rows "
-        "here"
+        description="regular expression; a topic one of whose terms or example prompts it finds gets its "
+        "rows here"
     )
     source: Literal["pydoc", "jsonl", "feedback"] = Field(
         default="feedback", description="source of the rows"
@@ -27,9 +27,9 @@ class MonitorConfig(Section):
     """The flow `monitor`: is the traffic still what the champion was made for?"""
 
     cron: str = Field(default="0 * * * *", description="schedule of the deployment, in cron's form, UTC")
-    window: Count = Field(default=500, description="newest requests that are looked at")
+    window: Count = Field(default=500, description="newest requests that are compared with the reference")
     max_age_hours: float = Field(
-        default=168.0, gt=0, description="age of the oldest request that is looked at, in hours"
+        default=168.0, gt=0, description="age of the oldest request that is compared, in hours"
     )
     min_prompts: int = Field(
         default=200, ge=20, description="distinct prompts in the window under which no verdict is given"
@@ -113,7 +113,8 @@ class RolloutConfig(Section):
     )
     feedback_margin: Share = Field(
         default=0.0,
-        description="loss in the mean feedback score that is still taken; a certain loss beyond it rolls back",
+        description="loss in the mean feedback score that is still taken; a certain loss beyond it rolls "
+        "back",
     )
     error_margin: Share = Field(default=0.02, description="the same for the share of failed requests")
     empty_margin: Share = Field(default=0.02, description="the same for the share of empty answers")
@@ -125,7 +126,7 @@ class RolloutConfig(Section):
     def _rising(self) -> RolloutConfig:
         if self.steps != sorted(set(self.steps)) or self.steps[-1] != 1.0:
             raise ValueError(
-                f"rollout.steps is {self.steps}; wanted rising shares that end with 1.0, such as [0.05, 0.25, "
-                "0.5, 1.0]"
+                f"rollout.steps is {self.steps}; wanted rising shares that end with 1.0, such as [0.05, "
+                "0.25, 0.5, 1.0]"
             )
         return self

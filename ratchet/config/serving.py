@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,8 +29,8 @@ class GatewayConfig(Section):
     )
     upstream_lora: bool = Field(
         default=True,
-        description="load adapters into the upstream at run time (vLLM's `/v1/load_lora_adapter`), a new name "
-        "for every version; otherwise the model `NAME@vN` is expected to be there",
+        description="load adapters into the upstream at run time (vLLM's `/v1/load_lora_adapter`), a new "
+        "name for every version; otherwise the model `NAME@vN` is expected to be there",
     )
     max_batch: int = Field(
         default=16, ge=1, le=512, description="requests that are decoded together by the engine `local`"
@@ -58,6 +58,8 @@ class GatewayConfig(Section):
 class RequestLogConfig(Section):
     """What the gateway remembers of requests and feedback."""
 
+    renamed: ClassVar = {"request_log.retention_days": "request_log.keep_days"}
+
     url: str = Field(
         default="",
         description="SQLAlchemy URL; empty: SQLite in `.ratchet/requests.db`. A password belongs into "
@@ -67,7 +69,7 @@ class RequestLogConfig(Section):
         default=10_000,
         description="records that wait to be written; what comes on top is dropped, counted and shown",
     )
-    retention_days: float = Field(
+    keep_days: float = Field(
         default=30.0, gt=0, description="days after which requests and their feedback are deleted"
     )
     texts: bool = Field(

@@ -91,7 +91,7 @@ class GroundedConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Further wordings of the kept questions (EDA, arXiv 1901.11196), each kind off at its default; each that is on gives one more row a row."""
+    """Further wordings of the kept questions (EDA, arXiv 1901.11196); each kind that is on adds a row."""
 
     synonyms: str = Field(default="", description="JSON file of word → list of synonyms; empty: none")
     replace: Share = Field(
@@ -134,7 +134,8 @@ class SynthesizeConfig(Section):
         default=2,
         ge=1,
         le=20,
-        description="times that the same chunks or rows are asked about, at most, until there are enough rows",
+        description="times that the same chunks or rows are asked about, at most, until there are enough "
+        "rows",
     )
     chunk_chars: int = Field(default=3000, ge=200, description="longest chunk of a document, in characters")
     overlap_chars: int = Field(

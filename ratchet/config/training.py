@@ -47,9 +47,9 @@ class BaseConfig(Section):
     )
     new_tokens: list[str] = Field(
         default=[],
-        description="words of the domain that become one token each, its embedding trained (LoRA's family and "
-        "`full`); until then it is the mean of the pieces' that the word was. Such a version is served on a "
-        "base of its own",
+        description="words of the domain that become one token each, with a trained embedding (LoRA's family "
+        "and `full`) that starts as the mean of the embeddings of the word's former pieces. Such "
+        "a version is served on a base of its own",
     )
     seed: int = Field(default=20, ge=0, description="seed of the demo's weights and of its order of rows")
     demo: DemoBase = Field(default_factory=DemoBase, description="settings of `model: demo`")
@@ -60,8 +60,8 @@ class BaseConfig(Section):
             self.revision and len(self.revision) == 40 and all(c in "0123456789abcdef" for c in self.revision)
         ):
             raise ValueError(
-                f"base.revision is {self.revision!r}; a hub id needs its commit, 40 hex digits, so that every "
-                "run loads the same weights"
+                f"base.revision is {self.revision!r}; a hub id needs its commit, 40 hex digits, so that "
+                "every run loads the same weights"
             )
         for token in self.new_tokens:
             if not re.fullmatch(r"\w|\w.*\w", token) or self.new_tokens.count(token) > 1:
@@ -327,4 +327,6 @@ class RetrainConfig(Section):
     on_data: bool = Field(
         default=False, description="an ingest starts a retraining by itself, where the deployments are served"
     )
-    keep_workspaces: int = Field(default=2, ge=0, description="failed workspaces that are kept to look at")
+    keep_workspaces: int = Field(
+        default=2, ge=0, description="failed workspaces that are kept for inspection"
+    )

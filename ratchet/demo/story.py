@@ -166,8 +166,8 @@ class Traffic:
             for score in summarise(replies)
         )
         console.print(
-            f"{count} questions by {count} users in {took:.0f} s ({count / took:.0f} a second), {len(faults)} "
-            f"failed: {told}"
+            f"{count} questions by {count} users in {took:.0f} s ({count / took:.0f} a second), "
+            f"{len(faults)} failed: {told}"
         )
         if faults:
             raise RatchetError(
@@ -282,8 +282,8 @@ def _ratchet(home: Path, *arguments: str) -> None:
     if done.returncode:
         raise RatchetError(
             f"`ratchet {' '.join(arguments)}` ended with exit code {done.returncode}",
-            remedy=f"its message stands above; {PLACE} is left as it was, `ratchet -C {PLACE} down` stops the "
-            "services",
+            remedy=f"its message stands above; {PLACE} is left as it was, `ratchet -C {PLACE} down` stops "
+            "the services",
         )
 
 

@@ -101,8 +101,8 @@ def _push(workspace: Workspace, tag: str | None) -> None:
                 raise CheckoutError(
                     f"{workspace.root} was changed while the run worked: "
                     f"{found.group(1).removesuffix(' would')}",
-                    remedy="git commit -a or git stash there, then run again: finished stages are kept in the "
-                    "cache",
+                    remedy="git commit -a or git stash there, then run again: finished stages are kept in "
+                    "the cache",
                 ) from None
             if not tries_left:
                 raise

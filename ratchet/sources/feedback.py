@@ -83,7 +83,7 @@ def _look_around(
         if (file := folder / f"{split}.jsonl").exists()
     }
     clean = [example for example in examples.get("train", []) if not is_feedback(example.meta)]
-    old_enough = now - DAY * min(settings.min_user_age_days, config.request_log.retention_days / 2)
+    old_enough = now - DAY * min(settings.min_user_age_days, config.request_log.keep_days / 2)
     senders = {said.sender for _, feedback in spoken for said in feedback} - {""}
     share = config.train.max_feedback_share
     return Known(

@@ -124,7 +124,7 @@ def crown(root: Path) -> None:
     commit(root, "Promote small v1")
 
 
-# --- help ------------------------------------------------------------------------------------------------------------------
+# --- help ---
 
 
 def test_help_names_every_command_and_where_to_start():
@@ -163,7 +163,19 @@ def test_the_script_and_the_module_are_one(root):
     assert (done.returncode, done.stdout) == (0, ratchet("-C", root, "history").stdout)
 
 
-# --- where it works --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("ledger", "retention"), ("data replay", "data resubmit"), ("data forget --match x", "data erase")],
+)
+def test_an_old_name_works_and_says_the_new_one(root, old, new):
+    commit(root, "All")
+    done, again = ratchet("-C", root, *old.split()), ratchet("-C", root, *new.split(), *old.split()[2:])
+    note, _, rest = done.stderr.partition("\n")
+    assert f"`ratchet {new}`" in note
+    assert (done.returncode, done.stdout, rest) == (again.returncode, again.stdout, again.stderr)
+
+
+# --- where it works ---
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
@@ -227,7 +239,7 @@ def test_a_folder_without_git_is_refused(tmp_path):
     assert "is no git repository" in refused("-C", tmp_path, "retrain")
 
 
-# --- what it says ----------------------------------------------------------------------------------------------------------
+# --- what it says ---
 
 
 def test_the_status_of_a_fresh_checkout_says_what_to_do_next(root):
@@ -310,8 +322,8 @@ def test_looking_loads_nothing_slow(root):
     crown(root)
     for name in ("status", "history"):
         program = (
-            f"import sys; sys.argv = ['ratchet', '-C', {str(root)!r}, {name!r}]\nfrom ratchet.cli.main import "
-            "main\ntry:\n    main()\nexcept SystemExit as end:\n    print(end.code)\n"
+            f"import sys; sys.argv = ['ratchet', '-C', {str(root)!r}, {name!r}]\nfrom ratchet.cli.main "
+            "import main\ntry:\n    main()\nexcept SystemExit as end:\n    print(end.code)\n"
         )
         program += (
             "print(*sorted({name.split('.')[0] for name in sys.modules} & "
@@ -323,7 +335,7 @@ def test_looking_loads_nothing_slow(root):
         assert done.stdout.splitlines()[-2:] == ["0", ""]
 
 
-# --- decisions -------------------------------------------------------------------------------------------------------------
+# --- decisions ---
 
 
 def test_without_a_champion_there_is_nothing_to_roll_back(root):
@@ -352,7 +364,7 @@ def test_nothing_runs_so_there_is_nothing_to_stop(root):
     assert (done.returncode, done.stdout) == (0, "nothing of this checkout runs\n")
 
 
-# --- signals ---------------------------------------------------------------------------------------------------------------
+# --- signals ---
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -62,7 +62,7 @@ def refused(root: Path) -> str:
     return str(caught.value)
 
 
-# --- what a checkout has to be -------------------------------------------------------------------------------------------
+# --- what a checkout has to be ---
 
 
 def test_a_clean_checkout_is_fit_and_its_branch_is_told(root):
@@ -121,7 +121,7 @@ def test_no_workspace_is_made_of_a_checkout_that_is_not_fit(root):
     assert not (root / ".ratchet" / "workspaces").exists()
 
 
-# --- a workspace's life ----------------------------------------------------------------------------------------------------
+# --- a workspace's life ---
 
 
 def test_a_workspace_is_a_clone_of_the_branch_and_goes_when_it_ends_well(root):
@@ -182,7 +182,7 @@ def test_the_clone_of_a_killed_process_counts_as_failed_and_that_of_a_living_one
         assert not gone.exists()
 
 
-# --- landing -----------------------------------------------------------------------------------------------------------------
+# --- landing ---
 
 
 def test_landing_moves_the_files_of_a_clean_checkout(root):
@@ -390,7 +390,7 @@ def test_the_lock_of_a_killed_process_is_free(root):
         pass
 
 
-# --- data and stages: these start DVC, two seconds each ----------------------------------------------------------------------
+# --- data and stages: these start DVC, two seconds each ---
 
 
 @pytest.fixture
