@@ -178,7 +178,9 @@ def _about_bytes(root: Path, found: list[Any]) -> Iterator[str]:
     )
     for batch, numbers in lines.items():
         yield f"  sed '{_delete(numbers)}' data/raw/{batch} > .ratchet/kept.jsonl"
-        yield f"  dvc unprotect data/raw && rm data/raw/{batch} && sed -i '/{batch}/d' data/raw/manifest.jsonl"
+        yield (
+            f"  dvc unprotect data/raw && rm data/raw/{batch} && sed -i '/{batch}/d' data/raw/manifest.jsonl"
+        )
         yield (
             "  dvc add data/raw && git commit -m 'Take out a batch' data/raw.dvc"
             " && ratchet ingest --path .ratchet/kept.jsonl; rm .ratchet/kept.jsonl"

@@ -1,4 +1,4 @@
-"""What `ratchet gate explain` prints: the same as the evaluation's page, for a terminal."""
+"""Print `ratchet gate explain`: the same as the evaluation's page, for a terminal."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _curve(points: list[dict[str, Any]]) -> Table:
 
 
 def _text(words: str, most: int = 80) -> Any:
-    """People's text: no markup, no control characters."""
+    """Clean text that people wrote: no markup, no control characters."""
     from rich.text import Text
 
     plain = " ".join("".join(char if char.isprintable() or char.isspace() else "�" for char in words).split())

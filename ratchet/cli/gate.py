@@ -1,4 +1,4 @@
-"""`ratchet gate`."""
+"""`ratchet gate`: plan an evaluation, explain a verdict, measure the judge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ratchet.gate.power import Plan, Spread
 
 app = typer.Typer(
-    help="The gate: before a cycle, why it decided so, and the judge beside it.",
+    help="The gate: how many rows it needs, why it decided so, how far its judge can be trusted.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -27,9 +27,7 @@ ASSUMED = 0.2  # share of rows in which two models differ, where nothing was mea
 def gate_plan(
     effect: Annotated[
         float,
-        typer.Option(
-            "--effect", metavar="GAIN", help="The gain that should be found, in the unit of `gate.metric`."
-        ),
+        typer.Option("--effect", metavar="GAIN", help="The gain to detect, in the unit of `gate.metric`."),
     ],
     rows: Annotated[
         int | None, typer.Option("--rows", min=2, help="Test rows; otherwise those of the last evaluation.")
@@ -45,13 +43,11 @@ def gate_plan(
     ] = None,
     wished: Annotated[
         float,
-        typer.Option(
-            "--power", min=0.5, max=0.999, help="Chance with which such a candidate should be promoted."
-        ),
+        typer.Option("--power", min=0.5, max=0.999, help="Wanted chance that such a candidate is promoted."),
     ] = 0.8,
     as_json: Json = False,
 ) -> None:
-    """How likely the gate promotes a candidate that is better by GAIN, and how many test rows that takes.
+    """Compute how likely the gate promotes a candidate better by GAIN, and how many test rows that takes.
 
     Example: ratchet gate plan --effect 0.03
     """
@@ -60,7 +56,7 @@ def gate_plan(
     if effect <= config.gate.min_gain:
         raise UserError(
             f"--effect is {effect:g}; wanted more than gate.min_gain, {config.gate.min_gain:g}",
-            remedy="no number of rows shows a gain that is not wanted",
+            remedy="raise --effect or lower gate.min_gain: a smaller gain is never promoted",
         )
     found, basis = _plan(root, config, effect, rows, differing, wished)
     show(
@@ -72,7 +68,9 @@ def gate_plan(
 
 @app.command("judge")
 def gate_judge(as_json: Json = False) -> None:
-    """Measure how far the judge of `evaluate.judge` agrees with people's decisions in the review queue, which is what lets it gate.
+    """Measure how far `evaluate.judge` agrees with people's decisions in the review queue.
+
+    A judge's score may gate only where the agreement reaches `gate.judge_agreement`.
 
     Example: ratchet gate judge
     """
@@ -85,7 +83,7 @@ def gate_judge(as_json: Json = False) -> None:
     config = read_config(root)
     if not config.evaluate.judge.model:
         raise UserError(
-            "evaluate.judge.model is empty: nobody judges",
+            "evaluate.judge.model is empty; wanted the name of a judge",
             remedy="name an endpoint and a model in `evaluate.judge`",
         )
     queue = ReviewQueue(root)
@@ -159,7 +157,7 @@ def gate_explain(
 
 
 def _find(root: Path, wanted: str, numbers: dict[str, int]) -> tuple[str, str]:
-    """(commit, name) of an evaluation. Raises UserError."""
+    """Find an evaluation's commit and name. Raises UserError."""
     from ratchet.reporting.forgetting import read_evaluations
 
     evaluations = read_evaluations(root)
@@ -179,7 +177,7 @@ def _find(root: Path, wanted: str, numbers: dict[str, int]) -> tuple[str, str]:
         ", ".join(f"v{known}" for known in sorted(set(numbers.values()))[-10:]) or "none with a number"
     )
     raise UserError(
-        f"no evaluation of {wanted} stands in this checkout; known: {known_ones}",
+        f"this checkout has no evaluation of {wanted}; known: {known_ones}",
         remedy="versions that were never in charge are known by number where MLflow runs (ratchet up)",
     )
 
@@ -199,7 +197,7 @@ def _plan(
     batches, golden, spread = _last_evaluation(root, config)
     if not batches and rows is None:
         raise UserError(
-            "no evaluation lies here yet: the number of test rows is not known",
+            "there is no evaluation yet, so the number of test rows is unknown",
             remedy="name one with --rows, or run `ratchet retrain` first",
         )
     source = (
@@ -214,7 +212,7 @@ def _plan(
     spread = spread or Spread(ASSUMED, 0.0)
     if spread.differing is not None and not abs(effect) <= 1:
         raise UserError(
-            f"--effect is {effect:g}; {config.gate.metric} moves by 1 at most",
+            f"--effect is {effect:g}; wanted 1 at most, since {config.gate.metric} is a share",
             remedy="name a share, such as 0.03",
         )
     seen = champion.batches if champion else []
@@ -240,7 +238,7 @@ def _plan(
 
 
 def _last_evaluation(root: Path, config: Config) -> tuple[dict[str, int], int, Spread | None]:
-    """(test rows a batch, golden rows, spread of the gains); empty without one."""
+    """Read the last evaluation: test rows by batch, golden rows, spread of the gains; empty without one."""
     path = root / "reports/evaluation/scores.parquet"
     if not path.exists():
         return {}, 0, None

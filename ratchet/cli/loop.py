@@ -1,4 +1,4 @@
-"""`ratchet demo`, `ingest`, `synthesize`, `retrain` and `monitor`: rows in, a gated version out, and around again."""
+"""`ratchet demo`, `ingest`, `synthesize`, `retrain` and `monitor`: rows in, a gated version out, again."""
 
 from __future__ import annotations
 
@@ -99,11 +99,13 @@ def synthesize(
     ] = "",
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="DRAFT", help="Go on with a draft; nothing is asked twice."),
+        typer.Option("--resume", metavar="DRAFT", help="Continue a draft; nothing is asked twice."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Let a teacher model write rows, for people to review; its address stands in params.yaml, its key in RATCHET_TEACHER_KEY.
+    """Let a teacher model write rows for people to review.
+
+    `synthesize.teacher` in params.yaml holds its address, the variable RATCHET_TEACHER_KEY its key.
 
     Example: ratchet synthesize --documents 'docs/*.md' --count 200
     """
@@ -111,8 +113,8 @@ def synthesize(
 
     if resume and (documents or seeds or mode != "documents"):
         raise UserError(
-            "a resumed draft keeps its mode, documents and seeds",
-            remedy="give --resume with --count alone, or begin a new draft",
+            "--resume was given with --mode, --documents or --seeds: a resumed draft keeps its own",
+            remedy="give --resume with --count alone, or start a new draft without --resume",
         )
     root = ready_root(clean=False)
     from flows.synthesize import synthesize as flow
@@ -123,7 +125,7 @@ def synthesize(
     def tell() -> None:
         say("\n".join(summary_lines(done)))
         if done["stopped"]:
-            say(f"to go on: ratchet synthesize --resume {done['draft']}")
+            say(f"to continue: ratchet synthesize --resume {done['draft']}")
         if done["kept"]:
             say(
                 f"next: ratchet review status, or http://127.0.0.1:{read_config(root).gateway.port}/review; "
@@ -139,7 +141,8 @@ def retrain(
         bool, typer.Option("--force", help="Compare with today's champion even when nothing else changed.")
     ] = False,
     drift: Annotated[
-        bool, typer.Option("--drift", help="Pull rows of the topics that the last verdict named, first.")
+        bool,
+        typer.Option("--drift", help="First pull rows of the topics that the monitor's last verdict named."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -165,7 +168,7 @@ def retrain(
 
 
 def _drifted_topics(root: Path) -> list[dict[str, Any]]:
-    """Raises UserError when the last verdict was not drift."""
+    """Read the topics of the last verdict. Raises UserError when it was not drift."""
     from ratchet.monitoring.verdicts import last_verdict
 
     found = last_verdict(root)
@@ -187,7 +190,7 @@ def monitor(
     only_look: Annotated[bool, typer.Option("--only-look", hidden=True)] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare the newest requests with what the champion was made for.
+    """Compare the newest requests with the data that the champion was made for.
 
     Example: ratchet monitor
     """

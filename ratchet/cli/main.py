@@ -57,7 +57,7 @@ app.add_typer(data.app, name="data")
 
 
 def main() -> None:
-    """Entry point: every RatchetError is one message and its exit code."""
+    """Run the command: a RatchetError ends in one message and its exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def _interrupt(*_: object) -> None:
-    """A plain SIGTERM would leave a running stage, and Prefect's server of one's own, behind."""
+    """End like Ctrl-C: a plain SIGTERM would leave a running stage and Prefect's temporary server behind."""
     raise KeyboardInterrupt
 
 

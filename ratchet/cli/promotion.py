@@ -26,7 +26,7 @@ rollout = typer.Typer(
 
 @rollout.command("look")
 def rollout_look(as_json: Json = False) -> None:
-    """Look at the open rollout now, and act: what happens each minute by itself where `ratchet up` runs.
+    """Take one look at the open rollout and act on it; where `ratchet up` runs, this happens each minute.
 
     Example: ratchet rollout look
     """
@@ -38,7 +38,7 @@ def rollout_look(as_json: Json = False) -> None:
 
 @rollout.command("status")
 def rollout_show(as_json: Json = False) -> None:
-    """The open rollout with its figures. Example: ratchet rollout status"""
+    """Show the open rollout with its figures. Example: ratchet rollout status"""
     root = find_root()
     from flows.rollout import rollout_status
 
@@ -47,7 +47,7 @@ def rollout_show(as_json: Json = False) -> None:
 
 @rollout.command("pause")
 def rollout_pause(as_json: Json = False) -> None:
-    """The champion answers everybody until it is resumed. Example: ratchet rollout pause"""
+    """Let the champion answer everybody until `resume`. Example: ratchet rollout pause"""
     root = ready_root(clean=False)
     from flows.rollout import pause_rollout
 
@@ -56,7 +56,7 @@ def rollout_pause(as_json: Json = False) -> None:
 
 @rollout.command("resume")
 def rollout_resume(as_json: Json = False) -> None:
-    """Go on with a paused rollout. Example: ratchet rollout resume"""
+    """Continue a paused rollout. Example: ratchet rollout resume"""
     root = ready_root(clean=False)
     from flows.rollout import resume_rollout
 
@@ -122,7 +122,7 @@ def _tell_champion(champion: Any, as_json: bool) -> None:
 
 
 def history(as_json: Json = False) -> None:
-    """The ledger: when, who, from, to, why, data, gate.
+    """Show the ledger of promotions: when, who, from, to, why, data, gate.
 
     Example: ratchet history
     """

@@ -13,17 +13,17 @@ import typer
 from ratchet.cli.context import Json, add_old_name, find_root, note, read_config, say, show
 from ratchet.errors import DataError, UserError
 
-SHOWN, FAILED = (
-    10,
-    3,
-)  # rows that are printed; the exit code for rows that would fail, apart from a file that cannot be read
+SHOWN = 10  # rows that are printed; --json has them all
+FAILED = 3  # exit code for rows that would fail, apart from a file that cannot be read
 
 
 def check(
     files: Annotated[list[str], typer.Argument(help="JSON Lines: files, globs, URLs.")],
     as_json: Json = False,
 ) -> None:
-    """The verdicts that the rows of a file would get as a batch, before anything is committed. Exit code 3 when it would fail, 2 when a file cannot be read.
+    """Check the rows of a file as a batch, before anything is committed.
+
+    Exit code 3: the batch would fail; 2: a file cannot be read.
 
     Example: ratchet data check exports/march.jsonl
     """
@@ -85,10 +85,10 @@ def check(
 
 def rejected(
     reason: Annotated[str, typer.Option(help="Only rows with this reason.")] = "",
-    batch: Annotated[str, typer.Option(help="Only rows of batches whose name begins so.")] = "",
+    batch: Annotated[str, typer.Option(help="Only rows of batches whose name starts with this.")] = "",
     as_json: Json = False,
 ) -> None:
-    """The rows that the last preparation did not take, by reason.
+    """List the rows that the last preparation did not take, by reason.
 
     Example: ratchet data rejected --reason control_token
     """
@@ -167,7 +167,7 @@ def show_row(
         "canary" if why and why.reason == "canary" else find_secret(words) or ", ".join(find_personal(words))
     )
     if hidden and not reveal:
-        raise UserError(f"the row holds what should stand nowhere ({hidden})", remedy="--reveal prints it")
+        raise UserError(f"the row holds sensitive data: {hidden}", remedy="--reveal prints it")
     try:
         text: Any = json.dumps(json.loads(line), indent=2, ensure_ascii=True)
     except (ValueError, RecursionError):

@@ -26,7 +26,7 @@ def keys_add(
 
 @keys.command("list")
 def keys_list() -> None:
-    """Names and scopes. Example: ratchet keys list"""
+    """List names and scopes. Example: ratchet keys list"""
     from ratchet.gateway.auth import list_keys
 
     for key in list_keys(find_root()):
@@ -77,7 +77,7 @@ def serve() -> None:
 
 
 def status(as_json: Json = False) -> None:
-    """Who is in charge, what the gate said last, what is new, what runs.
+    """Show who is in charge, what the gate said last, what is new, what runs.
 
     Example: ratchet status
     """

@@ -1,4 +1,4 @@
-"""`ratchet plan`, `ratchet sweep` and `ratchet compare`: before a training, and which settings it should have."""
+"""`ratchet plan`, `sweep` and `compare`: what a training costs, and which settings it should have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ratchet.training.estimate import Plan
 
 
-LONG = 600.0  # seconds; compiling takes about one of the minutes
+LONG = 600.0  # seconds; compiling takes about one minute, which a shorter training does not win back
 
 
 def plan(
@@ -29,14 +29,14 @@ def plan(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Memory and time of the training that params.yaml asks for, measured over a few steps, and whether it fits.
+    """Measure memory and time of the training in params.yaml over a few steps, and say whether it fits.
 
     Example: ratchet plan
     """
     root = ready_root() if prepare else find_root()
     config = read_config(root)
     found = _prepared_plan(root, config) if prepare else _plan_here(root, config)
-    show({**found._asdict(), "fits": found.fits}, as_json, lambda: say("\n".join(_describe(found, config))))
+    show({**found._asdict(), "fits": found.fits}, as_json, lambda: say("\n".join(describe(found, config))))
 
 
 def sweep(
@@ -48,7 +48,8 @@ def sweep(
 ) -> None:
     """Train with settings from `sweep.space`, and propose the best as a change of params.yaml.
 
-    After an interruption the same command goes on; with `sweep.storage` on PostgreSQL it joins in from other machines. Example: ratchet sweep --trials 30
+    After an interruption the same command goes on; with `sweep.storage` on PostgreSQL it joins in from other
+    machines. Example: ratchet sweep --trials 30
     """
     root = ready_root()
     from flows.sweep import sweep as flow
@@ -87,9 +88,12 @@ def compare(
     ],
     as_json: Json = False,
 ) -> None:
-    """Train each method on the same rows and show quality, time, memory, size and latency side by side; written to reports/compare.
+    """Train each method on the same rows; show quality, time, memory, size and latency side by side.
 
-    `compare.settings` in params.yaml gives a method its own learning rate. Example: ratchet compare full,lora,qlora
+    The table is written to reports/compare.
+
+    `compare.settings` in params.yaml gives a method its own learning rate. Example: ratchet compare
+    full,lora,qlora
     """
     root = ready_root()
     from flows.compare import OUT
@@ -134,7 +138,7 @@ def _plan_here(root: Path, config: Config) -> Plan:
     return plan_training(material, config, note)
 
 
-def _describe(found: Plan, config: Config) -> Iterator[str]:
+def describe(found: Plan, config: Config) -> Iterator[str]:
     yield (
         f"{config.adapter.method} of {found.trainable_weights:,} weights, {found.steps:,} steps, "
         f"{found.evaluations} evaluations (measured: {found.probed_steps} steps)"

@@ -1,4 +1,8 @@
-"""What `ratchet status` and `ratchet history` know: git and the local files; MLflow and Prefect only as far as they answer at once."""
+"""Read what `ratchet status` and `ratchet history` show, from git and the local files.
+
+MLflow and Prefect are only asked whether they answer, so that both commands work at once with the services
+down.
+"""
 
 from __future__ import annotations
 
@@ -76,10 +80,12 @@ def describe(found: dict[str, Any]) -> list[str]:
         )
         lines += [f"           {reason}" for reason in gate["reasons"]]
     new = data["new"]
-    lines.append(
-        f"data       {data['rows']} rows in {data['batches']} batches; "
-        f"{f'{len(new)} of them came since the champion: ratchet retrain' if new else 'nothing new since the champion'}"
+    since = (
+        f"{len(new)} of them came since the champion: ratchet retrain"
+        if new
+        else "nothing new since the champion"
     )
+    lines.append(f"data       {data['rows']} rows in {data['batches']} batches; {since}")
     if not data["batches"]:
         lines[-1] = "data       no batch in this checkout yet: ratchet ingest --path FILE"
     if found["rollout"]:
@@ -104,22 +110,21 @@ def describe(found: dict[str, Any]) -> list[str]:
 
 
 def rollout_lines(found: dict[str, Any]) -> list[str]:
-    """Of an open or ended rollout; of a look that found none."""
+    """Describe an open or ended rollout, or a look that found none."""
     if not found.get("version"):
         return [found.get("why") or "no rollout is open"]
     step = f"step {found['step'] + 1} of {len(found['shares'])}"
-    share = f": {found['shares'][found['step']]:.0%} of the users ({step}), the others v{found['champion']}"
-    lines = [
-        (
-            f"v{found['version']} "
-            f"{found['state'].replace('_', ' ')}{share if found['state'] in ('open', 'paused') else f', at {step}'}"
+    where = f", at {step}"
+    if found["state"] in ("open", "paused"):
+        where = (
+            f": {found['shares'][found['step']]:.0%} of the users ({step}), the others v{found['champion']}"
         )
-    ]
-    return [*lines, *([found["why"]] if found.get("why") else [])]
+    line = f"v{found['version']} {found['state'].replace('_', ' ')}{where}"
+    return [line, found["why"]] if found.get("why") else [line]
 
 
 def verdict_lines(found: dict[str, Any]) -> list[str]:
-    """What the monitor saw, which topics grew, and why it does or does not retrain."""
+    """Describe what the monitor saw, which topics grew, and why it does or does not retrain."""
     if found["verdict"] == "no champion":
         return ["nobody is in charge yet: there is nothing to compare the traffic with"]
     lines = [
@@ -127,12 +132,9 @@ def verdict_lines(found: dict[str, Any]) -> list[str]:
         + (f", p = {found['p']:.4f}" if found["p"] is not None else "")
         + f" ({found['at']})"
     ]
-    strongest = (
-        sorted((column for column in found["columns"]), key=lambda column: column["p"])[:3]
-        if found["verdict"] == "drift"
-        else []
-    )
-    lines += [f"  {column['name']}: p = {column['p']:.4f}" for column in strongest]
+    if found["verdict"] == "drift":
+        strongest = sorted(found["columns"], key=lambda column: column["p"])[:3]
+        lines += [f"  {column['name']}: p = {column['p']:.4f}" for column in strongest]
     lines += [
         (
             f"  topic {topic['name']}: {topic['share']:.1%} of the requests, {topic['reference_share']:.1%} "
@@ -150,7 +152,7 @@ def verdict_lines(found: dict[str, Any]) -> list[str]:
 
 
 def ledger_rows(root: Path) -> list[dict[str, Any]]:
-    """The newest first."""
+    """Read the ledger, the newest move first."""
     return [
         {
             "at": entry.at,

@@ -168,7 +168,6 @@ def test_the_script_and_the_module_are_one(root):
     [("ledger", "retention"), ("data replay", "data resubmit"), ("data forget --match x", "data erase")],
 )
 def test_an_old_name_works_and_says_the_new_one(root, old, new):
-    commit(root, "All")
     done, again = ratchet("-C", root, *old.split()), ratchet("-C", root, *new.split(), *old.split()[2:])
     note, _, rest = done.stderr.partition("\n")
     assert f"`ratchet {new}`" in note

@@ -1,4 +1,4 @@
-"""A flow works in a clone: the checkout moves only when it is clean, nothing that was finished is lost, nothing half-merged lands."""
+"""A flow works in a clone: the checkout moves only when clean; nothing finished is lost or half-merged."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def fail_in(root: Path, purpose: str = "test", **settings) -> Path:
         write_files(workspace.path, {"trace.txt": "look at me"})
         raise ZeroDivisionError
     assert not workspace.path.exists()
-    return Path(told[0].removeprefix("left to look at: ")) if told else Path()
+    return Path(told[0].partition(": ")[2]) if told else Path()
 
 
 def test_the_last_workspaces_that_failed_are_kept_to_look_at(root):
@@ -403,7 +403,10 @@ def staged(root) -> Path:
 
 
 def test_data_reach_the_remote_the_checkout_and_the_next_workspace(root):
-    """The remote's path is relative to the checkout, not to the clone. The next workspace takes from the shared cache, so the remote may be away."""
+    """The remote's path is relative to the checkout, not to the clone.
+
+    The next workspace reads the shared cache, so the remote may be away.
+    """
     write_files(
         root, {".dvc/config": "[core]\n    remote = store\n['remote \"store\"']\n    url = ../../a store\n"}
     )
@@ -459,7 +462,7 @@ def test_a_password_in_the_local_configuration_stays_readable_by_its_owner_alone
 
 
 def test_a_stage_runs_once_and_its_lines_are_passed_on(staged):
-    """It is told where the checkout is: a training keeps its checkpoints there, since the workspace may go."""
+    """It is told where the checkout is: a training keeps checkpoints there, since the workspace may go."""
     lines: list[str] = []
     with opened(staged) as workspace:
         assert run_stage(workspace, "fine", lines.append) is True

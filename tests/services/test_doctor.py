@@ -83,7 +83,7 @@ def test_the_clone_is_left_out_without_a_root() -> None:
 
 def test_the_doctor_is_light() -> None:
     code = (
-        "import sys, ratchet.doctor as d; d.examine(None, None); print([m for m in ('prefect', 'mlflow', "
+        "import sys, ratchet.services.doctor as d; d.examine(None, None); print([m for m in ('prefect', 'mlflow', "
         "'torch', 'dvc') if m in sys.modules])"
     )
     assert (

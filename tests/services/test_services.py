@@ -1,4 +1,4 @@
-"""Starting, finding and ending the services; the e2e tests do it with real servers and a stand-in for the flow `retrain`."""
+"""Starting, finding and ending services; e2e tests use real servers and a stand-in for the flow `retrain`."""
 
 from __future__ import annotations
 
@@ -223,7 +223,9 @@ import subprocess
 from prefect import flow
 
 @flow(name="retrain", flow_run_name="{reason}")
-def retrain(root: str | None = None, reason: str = "by hand", force: bool = False, topics: list | None = None) -> dict:
+def retrain(
+    root: str | None = None, reason: str = "by hand", force: bool = False, topics: list | None = None
+) -> dict:
     subprocess.run(["sleep", "300"], check=True)
     return {}
 """
@@ -231,7 +233,12 @@ INGEST = """
 from prefect import flow
 
 @flow(name="ingest")
-def ingest(root: str | None = None, source: str | None = None, path: str | None = None, packages: list[str] | None = None) -> dict:
+def ingest(
+    root: str | None = None,
+    source: str | None = None,
+    path: str | None = None,
+    packages: list[str] | None = None,
+) -> dict:
     return {}
 """
 LOOK = """
@@ -313,7 +320,8 @@ def test_the_schedule_makes_runs(started: tuple[Path, Config]) -> None:
 def test_the_event_of_drift_starts_a_retraining_with_its_topics(started: tuple[Path, Config]) -> None:
     root, config = started
     code = (
-        "from pathlib import Path\nfrom flows.events import DRIFTED, tell\nfrom ratchet.config.params import load_config\n"
+        "from pathlib import Path\nfrom flows.events import DRIFTED, tell\n"
+        "from ratchet.config.params import load_config\n"
         "tell(DRIFTED, load_config(Path('params.yaml')), {'reason': 'drift', 'topics': [{'name': 'arrays'}]})"
     )
     environment = {**os.environ, **service_environment(root, config)}

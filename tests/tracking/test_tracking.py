@@ -1,4 +1,4 @@
-"""The local file is the truth, MLflow gets a copy: once, late if need be, and never at the training's cost."""
+"""The local file is the truth; MLflow gets a copy once, late if need be, never at the training's cost."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from places import make_repository
 
-from ratchet.cli.training import _describe
+from ratchet.cli.training import describe
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, TrainConfig
 from ratchet.errors import StageError, UserError
@@ -147,11 +147,11 @@ def test_it_fits_when_all_its_peaks_do() -> None:
 
 def test_a_long_training_is_told_of_compiling() -> None:
     plan = Plan(100, 4, 1.0, 1.0, 601.0, 620.0, 1000, 1.0, 2.0, None, None, 8)
-    assert any("train.compile" in line for line in _describe(plan, Config()))
-    assert not any("train.compile" in line for line in _describe(plan._replace(seconds=599.0), Config()))
+    assert any("train.compile" in line for line in describe(plan, Config()))
+    assert not any("train.compile" in line for line in describe(plan._replace(seconds=599.0), Config()))
     assert not any(
         "train.compile" in line
-        for line in _describe(plan, Config.model_validate({"train": {"compile": True}}))
+        for line in describe(plan, Config.model_validate({"train": {"compile": True}}))
     )
 
 
