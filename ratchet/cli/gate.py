@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -21,6 +21,21 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 ASSUMED = 0.2  # share of rows in which two models differ, where nothing was measured
+
+
+class Basis(NamedTuple):
+    """What a plan rests on."""
+
+    metric: str
+    look: int  # number of the look at the gate, against this champion
+    spread: Spread
+    source: str  # where the spread comes from
+    golden: int  # golden rows
+    past_batches: int
+
+    def as_json(self) -> dict[str, Any]:
+        found = self._asdict() | {"spread": self.spread._asdict()}
+        return {"from" if key == "source" else key: value for key, value in found.items()}
 
 
 @app.command("plan")
@@ -60,7 +75,7 @@ def gate_plan(
         )
     found, basis = _plan(root, config, effect, rows, differing, wished)
     show(
-        {**found._asdict(), "wished": wished, "basis": basis},
+        {**found._asdict(), "wished": wished, "basis": basis.as_json()},
         as_json,
         lambda: say("\n".join(_describe(found, basis, wished, config))),
     )
@@ -184,7 +199,7 @@ def _find(root: Path, wanted: str, numbers: dict[str, int]) -> tuple[str, str]:
 
 def _plan(
     root: Path, config: Config, effect: float, rows: int | None, differing: float | None, wished: float
-) -> tuple[Plan, dict[str, Any]]:
+) -> tuple[Plan, Basis]:
     from ratchet.files import read_json
     from ratchet.gate.alpha_budget import FILE, alpha_of, look_number, read_looks, with_verdict
     from ratchet.gate.power import Spread, plan
@@ -200,13 +215,7 @@ def _plan(
             "there is no evaluation yet, so the number of test rows is unknown",
             remedy="name one with --rows, or run `ratchet retrain` first",
         )
-    source = (
-        "the last evaluation"
-        if spread and differing is None
-        else "--differing"
-        if differing is not None
-        else "an assumption"
-    )
+    source = "--differing" if differing is not None else "the last evaluation" if spread else "an assumption"
     if differing is not None and not (spread and spread.differing is None):
         spread = Spread(differing, 0.0)
     spread = spread or Spread(ASSUMED, 0.0)
@@ -227,14 +236,7 @@ def _plan(
         rows=rows,
         wished=wished,
     )
-    return found, {
-        "metric": config.gate.metric,
-        "look": look,
-        "spread": spread._asdict(),
-        "from": source,
-        "golden": golden,
-        "past_batches": len(set(batches) & set(seen)),
-    }
+    return found, Basis(config.gate.metric, look, spread, source, golden, len(set(batches) & set(seen)))
 
 
 def _last_evaluation(root: Path, config: Config) -> tuple[dict[str, int], int, Spread | None]:
@@ -258,19 +260,19 @@ def _last_evaluation(root: Path, config: Config) -> tuple[dict[str, int], int, S
     )
 
 
-def _describe(found: Plan, basis: dict[str, Any], wished: float, config: Config) -> list[str]:
-    spread = basis["spread"]
+def _describe(found: Plan, basis: Basis, wished: float, config: Config) -> list[str]:
+    spread = basis.spread
     varies = (
-        f"the models differ in {spread['differing']:.1%} of the rows"
-        if spread["differing"] is not None
-        else f"a row's gain deviates by {spread['deviation']:.3f}"
+        f"the models differ in {spread.differing:.1%} of the rows"
+        if spread.differing is not None
+        else f"a row's gain deviates by {spread.deviation:.3f}"
     )
     lines = [
         (
-            f"a gain of {found.effect:+.3f} in {basis['metric']}, look {basis['look']} against this "
+            f"a gain of {found.effect:+.3f} in {basis.metric}, look {basis.look} against this "
             f"champion, error {found.alpha:.2g}"
         ),
-        f"  {varies} ({basis['from']})",
+        f"  {varies} ({basis.source})",
         (
             f"  with {found.rows:,} test rows: promoted with {found.power:.0%} ({found.success:.0%} by the "
             "success metric alone)"
@@ -282,7 +284,7 @@ def _describe(found: Plan, basis: dict[str, Any], wished: float, config: Config)
         lines.append(f"  for {wished:.0%}: {found.needed:,} test rows")
     else:
         lines.append(
-            f"  more test rows alone never reach {wished:.0%}: {basis['golden']} golden rows are too few for "
+            f"  more test rows alone never reach {wished:.0%}: {basis.golden} golden rows are too few for "
             f"gate.golden_margin {config.gate.golden_margin:g}"
         )
     return lines

@@ -6,13 +6,13 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from ratchet.errors import ServiceError
 from ratchet.tracking.mlflow import find_or_create_run, mlflow_client, mlflow_errors
 
-RETRY_SECONDS = 15.0
-FLUSH_SECONDS = 2.0
+Point = dict[str, float]  # `step`, `time_ms` (since 1970), and the losses measured there
+RETRY_SECONDS = 15.0  # an outage of MLflow lasts longer than a call
+FLUSH_SECONDS = 2.0  # how far the live curve may lag behind the file
 
 
 class History:
@@ -27,7 +27,7 @@ class History:
         self._out.write(json.dumps({"step": step, "time_ms": int(time.time() * 1000), **values}) + "\n")
         self._out.flush()
 
-    def restore(self, points: list[dict[str, Any]]) -> None:
+    def restore(self, points: list[Point]) -> None:
         """Write the points of a resumed training again, with the times that they had."""
         self._out.write("".join(json.dumps(point) + "\n" for point in points))
         self._out.flush()
@@ -36,7 +36,7 @@ class History:
         self._out.close()
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
+def read_history(path: Path) -> list[Point]:
     """Read the whole lines: the last one may be half-written while the training runs."""
     return (
         [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
@@ -84,12 +84,12 @@ class LiveCopy:
         self._delivered += len(points)
 
 
-def log_points(run_id: str, points: list[dict[str, Any]]) -> None:
+def log_points(run_id: str, points: list[Point]) -> None:
     """Send the points again without harm: MLflow keys one by name, time, step and value."""
     from mlflow.entities import Metric
 
     metrics = [
-        Metric(name, float(value), point["time_ms"], point["step"])
+        Metric(name, float(value), int(point["time_ms"]), int(point["step"]))
         for point in points
         for name, value in point.items()
         if name not in ("step", "time_ms")

@@ -23,8 +23,9 @@ import pytest
 from ratchet.config.params import Config
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.pipeline.checkout import locked
-from ratchet.services import supervisor as services
-from ratchet.services.environment import service_environment
+from ratchet.services.environment import NO_TELEMETRY, service_environment
+from ratchet.services.processes import find_port_fault
+from ratchet.services.specs import plan_services
 from ratchet.services.supervisor import Record, running_services, start_services, stop_services
 
 
@@ -96,7 +97,7 @@ def test_a_port_in_use_is_reported_with_its_holder_and_its_key(tmp_path: Path) -
 def test_a_port_that_is_bound_without_listening_is_in_use(tmp_path: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
-        assert services.find_port_fault(holder.getsockname()[1])
+        assert find_port_fault(holder.getsockname()[1])
 
 
 def test_one_port_for_both_servers_is_refused(tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_the_environment_keeps_other_servers_and_turns_telemetry_off(
     assert environment["MLFLOW_TRACKING_URI"] == "https://mlflow.example"
     assert environment["PREFECT_API_URL"] == "https://prefect.example/api"
     assert environment["PREFECT_HOME"] == str(tmp_path / ".ratchet" / "prefect")
-    assert environment.items() >= services.NO_TELEMETRY.items()
+    assert environment.items() >= NO_TELEMETRY.items()
 
 
 def test_a_shell_set_up_for_another_server_does_not_reach_ours(
@@ -202,7 +203,7 @@ def test_a_shell_set_up_for_another_server_does_not_reach_ours(
 ) -> None:
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql://elsewhere")
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql://elsewhere")
-    plans = services.plan_services(tmp_path, config)
+    plans = plan_services(tmp_path, config)
     assert "MLFLOW_BACKEND_STORE_URI" not in plans["mlflow"].environment
     assert "PREFECT_SERVER_DATABASE_CONNECTION_URL" not in plans["prefect"].environment
 
@@ -353,7 +354,7 @@ def test_stopping_cancels_the_run_under_way_and_frees_the_ports(started: tuple[P
     assert query(root, "select state_type from flow_run where id = ?", run) == "CANCELLED"
     assert running_services(root, config) == []
     assert [
-        services.find_port_fault(port)
+        find_port_fault(port)
         for port in (config.services.mlflow_port, config.services.prefect_port, config.gateway.port)
     ] == [None] * 3
 
@@ -367,7 +368,7 @@ def test_one_that_cannot_start_takes_the_others_down_and_says_why(tmp_path: Path
     with pytest.raises(ServiceError, match=r"(?s)mlflow ended before it answered.*file is not a database"):
         start_services(tmp_path, config, report=print)
     assert running_services(tmp_path, config) == []
-    assert services.find_port_fault(config.services.prefect_port) is None
+    assert find_port_fault(config.services.prefect_port) is None
 
 
 def create_run(port: int) -> str:
