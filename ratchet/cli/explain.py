@@ -38,8 +38,8 @@ def print_evaluation(found: dict[str, Any]) -> None:
         console.print(Text(f"  {mark(check['result'])} {check['reason']}"))
     for line in audit_lines(found["metrics"], decision):
         console.print(Text(line))
-    if found["ledger"]:
-        print_table(found["ledger"])
+    if found["retention"]:
+        print_table(found["retention"])
     if found["rows_fault"]:
         console.print(f"the rows cannot be read: {escape(found['rows_fault'])}")
     console.print(_moved("rows that got better", found["better"], rival, found["name"]))

@@ -1,4 +1,4 @@
-"""The forgetting ledger on a real repository: three versions, two batches and golden rows, as retrainings land them."""
+"""The retention table on a real repository: three versions, two batches and golden rows, as retrainings land them."""
 
 from __future__ import annotations
 
