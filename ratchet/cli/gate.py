@@ -113,6 +113,8 @@ def gate_judge(as_json: Json = False) -> None:
 
 
 def _describe_agreement(found: dict[str, Any], config: Config) -> list[str]:
+    from ratchet.audits.judge import AGREEMENT
+
     lines = [f"{found['model']} against people's decisions in the review queue:"]
     for metric, part in found["agreement"].items():
         if "why" in part:
@@ -127,14 +129,8 @@ def _describe_agreement(found: dict[str, Any], config: Config) -> list[str]:
     lines += [f"  without an answer: {count} ({reason})" for reason, count in found["failures"].items()]
     return [
         *lines,
-        f"written to metrics/{_agreement_name()}; commit it, and the next evaluation takes it into account",
+        f"written to metrics/{AGREEMENT}; commit it, and the next evaluation takes it into account",
     ]
-
-
-def _agreement_name() -> str:
-    from ratchet.audits.judge import AGREEMENT
-
-    return AGREEMENT
 
 
 @app.command("explain")

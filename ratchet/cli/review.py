@@ -40,10 +40,8 @@ def review_status(as_json: Json = False) -> None:
         found = queue.drafts()
         for draft in found:
             try:
-                draft["rows"], draft["refused"] = (
-                    len(queue.outcome(draft["name"], max_rejects=bound).rows),
-                    "",
-                )
+                rows = queue.outcome(draft["name"], max_rejects=bound).rows
+                draft["rows"], draft["refused"] = len(rows), ""
             except UserError as error:
                 draft["rows"], draft["refused"] = 0, str(error).splitlines()[0]
     show(found, as_json, lambda: say("\n".join(map(_describe, found)) or "no draft waits"))

@@ -90,10 +90,9 @@ def compare(
 ) -> None:
     """Train each method on the same rows; show quality, time, memory, size and latency side by side.
 
-    The table is written to reports/compare.
+    The table is written to reports/compare. `compare.settings` in params.yaml gives a method its own settings.
 
-    `compare.settings` in params.yaml gives a method its own learning rate. Example: ratchet compare
-    full,lora,qlora
+    Example: ratchet compare full,lora,qlora
     """
     root = ready_root()
     from flows.compare import OUT

@@ -31,27 +31,10 @@ Metric = Literal[
 TAKEN = frozenset(
     {
         *get_args(Metric),
-        "id",
-        "batch",
-        "kind",
-        "model",
-        "question",
-        "reference",
-        "answer",
-        "answer_nll",
-        "answer_tokens",
-        "prompt_nll",
-        "region",
-        "swap",
-        "of",
-        "planted",
-        "handled",
-        "withstood",
-        "judge_correctness",
-        "judge_groundedness",
-        "judge_preference",
-        "rows",
-        "perplexity",
+        *("id", "batch", "kind", "model", "question", "reference", "answer", "rows", "region"),
+        *("answer_nll", "answer_tokens", "prompt_nll", "perplexity"),
+        *("swap", "of", "planted", "handled", "withstood"),
+        *("judge_correctness", "judge_groundedness", "judge_preference"),
     }
 )
 

@@ -57,11 +57,8 @@ def _plan_mlflow(root: Path, port: int) -> Plan:
     # Relative to its folder: spaces and percent signs in a root would break a database URL, and the folder
     # can move.
     storage = [
-        "--backend-store-uri",
-        "sqlite:///mlflow.db",
-        "--artifacts-destination",
-        "./artifacts",
-        "--serve-artifacts",
+        *("--backend-store-uri", "sqlite:///mlflow.db"),
+        *("--artifacts-destination", "./artifacts", "--serve-artifacts"),
     ]
     listen = ["--host", HOST, "--port", str(port), "--workers", "1", "--uvicorn-opts", "--no-access-log"]
     environment = _drop(os.environ, "MLFLOW_") | {
@@ -89,9 +86,8 @@ def _plan_prefect(root: Path, port: int) -> Plan:
         # In memory, a restart would leave the slot of a crashed run taken.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_UI_API_URL": prefect_api(port),
-        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(
-            service_folder(root, "prefect") / "ui"
-        ),  # by default it writes into the installed package
+        # By default it writes into the installed package.
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(service_folder(root, "prefect") / "ui"),
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
