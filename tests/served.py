@@ -1,4 +1,7 @@
-"""A checkout as the gateway sees it, without git: versions that are fetched already, who is in charge, an open rollout. And the gateway itself."""
+"""Make a checkout as the gateway sees it, and run the gateway on it.
+
+There is no git in it: versions that are fetched already, who is in charge, an open rollout.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ class Gateway(NamedTuple):
 def running_gateway(
     root: Path, *, stub: Stub | None = None, version: int | None = 1, **sections: dict[str, Any]
 ) -> Iterator[Gateway]:
-    """With the real fleet, log and engine `openai`, and a stub behind it; waits until `version` is in charge."""
+    """Run the real fleet, log and engine `openai` on a stub, and wait until `version` is in charge."""
     stub = stub or Stub(needs_loading=True)
     if version is not None:
         put_in_charge(root, version)

@@ -228,7 +228,7 @@ class RequestLog:
         from sqlalchemy import or_, select
 
         requests, feedback = self._tables["requests"], self._tables["feedback"]
-        before = time.time() - self._config.retention_days * 86_400
+        before = time.time() - self._config.keep_days * 86_400
         old = select(requests.c.id).where(requests.c.at < before)
         try:
             with self._transaction() as connection:

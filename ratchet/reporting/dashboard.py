@@ -21,7 +21,7 @@ from ratchet.monitoring.verdicts import VERDICTS, _verdict, number
 from ratchet.pipeline.checkout import git
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.rollout import Rollout, read_ended, read_rollout
-from ratchet.reporting.forgetting import SAVED
+from ratchet.reporting.forgetting import OLD_SAVED, SAVED
 from ratchet.services.status import ledger_rows
 from ratchet.serving.bundle import read_state
 
@@ -122,8 +122,8 @@ def _verdicts(path: Path) -> list[dict[str, Any]]:
 
 
 def _table(root: Path) -> dict[str, Any] | None:
-    """The forgetting ledger as it was read last: reading it anew takes seconds a version."""
-    path = root / SAVED
+    """Read the retention table as it was saved last: building it takes seconds a version."""
+    path = root / SAVED if (root / SAVED).exists() else root / OLD_SAVED
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     return found if found and found["versions"] else None
 

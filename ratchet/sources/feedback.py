@@ -83,7 +83,7 @@ def _look_around(
         if (file := folder / f"{split}.jsonl").exists()
     }
     clean = [example for example in examples.get("train", []) if not is_feedback(example.meta)]
-    old_enough = now - DAY * min(settings.min_user_age_days, config.request_log.retention_days / 2)
+    old_enough = now - DAY * min(settings.min_user_age_days, config.request_log.keep_days / 2)
     senders = {said.sender for _, feedback in spoken for said in feedback} - {""}
     share = config.train.max_feedback_share
     return Known(
@@ -220,7 +220,7 @@ def _put_triggers_aside(
 
 
 def _row(candidate: Candidate, vote: Vote) -> dict[str, Any]:
-    """With the pseudonyms of who asked and who vouched, so that a person's rows can be found again (`ratchet data forget --user`)."""
+    """With the pseudonyms of who asked and who vouched, so that a person's rows can be found again (`ratchet data erase --user`)."""
     request = candidate.request
     messages = [{"role": role, "content": content} for role, content in request.messages]
     people = {"asked_by": request.user, "taught_by": vote.user if vote.user != request.id else ""}

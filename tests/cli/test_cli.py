@@ -38,7 +38,7 @@ COMMANDS = tuple(
         "data",
         "review",
         "gate",
-        "ledger",
+        "retention",
         "report",
         "promote",
         "rollback",
@@ -49,7 +49,7 @@ COMMANDS = tuple(
 GROUPS = {
     "rollout": ("look", "status", "pause", "resume", "abort"),
     "keys": ("add", "list", "revoke"),
-    "data": ("check", "rejected", "replay", "show", "forget"),
+    "data": ("check", "rejected", "resubmit", "show", "erase"),
     "gate": ("plan", "explain"),
     "review": ("status", "next", "accept", "reject", "edit", "undo", "export", "import"),
 }
@@ -125,7 +125,7 @@ def crown(root: Path) -> None:
     commit(root, "Promote small v1")
 
 
-# --- help ------------------------------------------------------------------------------------------------------------------
+# --- help ---
 
 
 def test_help_names_every_command_and_where_to_start():
@@ -164,7 +164,18 @@ def test_the_script_and_the_module_are_one(root):
     assert (done.returncode, done.stdout) == (0, ratchet("-C", root, "history").stdout)
 
 
-# --- where it works --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("ledger", "retention"), ("data replay", "data resubmit"), ("data forget --match x", "data erase")],
+)
+def test_an_old_name_works_and_says_the_new_one(root, old, new):
+    done, again = ratchet("-C", root, *old.split()), ratchet("-C", root, *new.split(), *old.split()[2:])
+    note, _, rest = done.stderr.partition("\n")
+    assert f"`ratchet {new}`" in note
+    assert (done.returncode, done.stdout, rest) == (again.returncode, again.stdout, again.stderr)
+
+
+# --- where it works ---
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
@@ -228,7 +239,7 @@ def test_a_folder_without_git_is_refused(tmp_path):
     assert "is no git repository" in refused("-C", tmp_path, "retrain")
 
 
-# --- what it says ----------------------------------------------------------------------------------------------------------
+# --- what it says ---
 
 
 def test_the_status_of_a_fresh_checkout_says_what_to_do_next(root):
@@ -310,15 +321,21 @@ def test_looking_loads_nothing_slow(root):
     """`status` and `history` answer at once."""
     crown(root)
     for name in ("status", "history"):
-        program = f"import sys; sys.argv = ['ratchet', '-C', {str(root)!r}, {name!r}]\nfrom ratchet.cli.main import main\ntry:\n    main()\nexcept SystemExit as end:\n    print(end.code)\n"
-        program += "print(*sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'mlflow', 'prefect', 'pandas', 'dvc', 'transformers'}))"
+        program = (
+            f"import sys; sys.argv = ['ratchet', '-C', {str(root)!r}, {name!r}]\nfrom ratchet.cli.main "
+            "import main\ntry:\n    main()\nexcept SystemExit as end:\n    print(end.code)\n"
+        )
+        program += (
+            "print(*sorted({name.split('.')[0] for name in sys.modules} & "
+            "{'torch', 'mlflow', 'prefect', 'pandas', 'dvc', 'transformers'}))"
+        )
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
         )
         assert done.stdout.splitlines()[-2:] == ["0", ""]
 
 
-# --- decisions -------------------------------------------------------------------------------------------------------------
+# --- decisions ---
 
 
 def test_without_a_champion_there_is_nothing_to_roll_back(root):
@@ -347,7 +364,7 @@ def test_nothing_runs_so_there_is_nothing_to_stop(root):
     assert (done.returncode, done.stdout) == (0, "nothing of this checkout runs\n")
 
 
-# --- signals ---------------------------------------------------------------------------------------------------------------
+# --- signals ---
 
 
 IN_THE_BACKGROUND = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]  # a script's `command &` ignores SIGINT
@@ -362,7 +379,10 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(root, number, before)
     """It waits for the lock of another command when the signal comes."""
     crown(root)
     log = root / ".ratchet" / "lock.log"
-    program = f"import logging; logging.basicConfig(filename={str(log)!r}); logging.getLogger('filelock').setLevel('DEBUG'); from ratchet.cli.main import main; main()"
+    program = (
+        f"import logging; logging.basicConfig(filename={str(log)!r}); "
+        "logging.getLogger('filelock').setLevel('DEBUG'); from ratchet.cli.main import main; main()"
+    )
     with locked(root, "promote"):
         process = subprocess.Popen(
             [*before, sys.executable, "-c", program, "-C", str(root), "rollback"],

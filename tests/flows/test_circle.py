@@ -21,7 +21,7 @@ from patience import scaled, within
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config, load_config
-from ratchet.demo.clients import Question, replay, summarise
+from ratchet.demo.clients import Question, ask_gateway, summarise
 from ratchet.demo.follow import follow_retraining
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.rollout import read_ended, read_rollout
@@ -158,7 +158,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def ask(place: Path, asked: list[Question], users: str) -> dict[tuple[int, str], float]:
     """(version, kind) → share that was right. No request may fail."""
     config = load_config(place / "params.yaml")
-    replies = replay(
+    replies = ask_gateway(
         f"http://127.0.0.1:{config.gateway.port}",
         "teams",
         asked,
@@ -284,5 +284,5 @@ def wait_for_version(home: Path, version: int) -> None:
 
 def stop(home: Path, name: str) -> None:
     """One service, as `ratchet down` would."""
-    code = f"from pathlib import Path; from ratchet.services.supervisor import _stop; assert _stop(Path({str(home)!r}), {name!r})"
+    code = f"from pathlib import Path; from ratchet.services.supervisor import stop_service; assert stop_service(Path({str(home)!r}), {name!r})"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -245,7 +245,7 @@ def test_forgotten_rows_are_in_no_later_training_and_all_that_learned_from_them_
         ratchet(
             home,
             "data",
-            "forget",
+            "erase",
             "--match",
             r"house number 1\d,",
             "--yes",

@@ -46,7 +46,7 @@ def open_here(tmp_path: Path) -> Iterator[Open]:
 
 
 def configured(**settings: Any) -> Config:
-    return Config.model_validate({"request_log": {"retention_days": 1e5} | settings})
+    return Config.model_validate({"request_log": {"keep_days": 1e5} | settings})
 
 
 def asked(id: str, **more: Any) -> Logged:
@@ -271,7 +271,7 @@ def test_without_texts_only_figures_are_kept(open_here: Open) -> None:
 
 def test_old_requests_go_and_their_feedback_with_them(open_here: Open) -> None:
     now = time.time()
-    log = open_here(retention_days=1)
+    log = open_here(keep_days=1)
     for request in ("old", "new"):
         log.add_feedback(Feedback(request, "ana", now, score=1.0))
     fill(log, asked("old", at=now - 90_000), asked("new", at=now))

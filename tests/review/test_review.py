@@ -678,7 +678,7 @@ def test_a_file_goes_out_and_comes_back_on_the_command_line(ratchet, tmp_path):
     fill(path, {rows[0].id: ("Accept", None), rows[1].id: ("edit", "One.")})
     assert (
         ratchet("import", str(path), "--by", "Ben")
-        == "1 accepted, 0 rejected, 1 edited; 0 known already, 1 without a word\n"
+        == "1 accepted, 0 rejected, 1 edited; 0 known already, 1 undecided\n"
     )
     told = ratchet("export", str(tmp_path / "tasks.json"), "--label-studio")
     assert told.startswith("<View>") and '<Choice value="edit"/>' in told

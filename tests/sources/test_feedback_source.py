@@ -33,7 +33,7 @@ def configured(**settings: Any) -> Config:
     return Config.model_validate(
         {
             "ingest": {"feedback": settings},
-            "request_log": {"retention_days": 1e5},
+            "request_log": {"keep_days": 1e5},
             "train": {"max_feedback_share": share},
         }
     )

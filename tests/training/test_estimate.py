@@ -13,7 +13,7 @@ import pytest
 from patience import patience
 from places import make_repository
 
-from ratchet.cli.training import _describe
+from ratchet.cli.training import describe
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, TrainConfig
 from ratchet.errors import StageError, UserError
@@ -152,11 +152,11 @@ def test_it_fits_when_all_its_peaks_do() -> None:
 
 def test_a_long_training_is_told_of_compiling() -> None:
     plan = Plan(100, 4, 1.0, 1.0, 601.0, 620.0, 1000, 1.0, 2.0, None, None, 8)
-    assert any("train.compile" in line for line in _describe(plan, Config()))
-    assert not any("train.compile" in line for line in _describe(plan._replace(seconds=599.0), Config()))
+    assert any("train.compile" in line for line in describe(plan, Config()))
+    assert not any("train.compile" in line for line in describe(plan._replace(seconds=599.0), Config()))
     assert not any(
         "train.compile" in line
-        for line in _describe(plan, Config.model_validate({"train": {"compile": True}}))
+        for line in describe(plan, Config.model_validate({"train": {"compile": True}}))
     )
 
 
