@@ -24,14 +24,11 @@ from ratchet.data.dedup import Clusters, split_by_hash
 from ratchet.data.examples import Example, Message, make_example
 from ratchet.errors import BaseModelError, DataError
 from ratchet.files import read_json, require_space, sha256_file, whole_folder, write_json, write_text
-from ratchet.models.chat_template import ChatFormat, Encoded
-from ratchet.models.loading import MANIFEST, compute_dtype, load_tokenizer, quiet
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.loading import MANIFEST, load_tokenizer
 from ratchet.pipeline.stage import run_stage, say
 from ratchet.sources.pydoc import harvest
-from ratchet.training.packing import pack
 
-CONTROL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-CHAT_TEMPLATE = "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}<|end|>{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
 SEEN = "seen.txt"  # ids of the rows that the base was trained on, so that evaluation can prove that it tests on none
 
 
@@ -198,6 +195,8 @@ def _read_template(path: Path) -> str:
 
 
 def _make_demo(folder: Path, config: BaseConfig, splits: PrepareConfig) -> dict[str, Any]:
+    from ratchet.demo.base_model import make_tokenizer, pretrain
+
     rows = reading(config.demo, splits)
     tokenizer = make_tokenizer(rows, config.demo)
     tokenizer.save_pretrained(folder)
@@ -235,104 +234,6 @@ def reading(demo: DemoBase, splits: PrepareConfig) -> list[Example]:
 
 def _is_read(module: str, share: float) -> bool:
     return xxhash.xxh3_64_intdigest(module.encode()) % 10_000 < share * 10_000
-
-
-def make_tokenizer(rows: list[Example], demo: DemoBase) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=demo.vocab_size,
-        special_tokens=list(CONTROL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((message.content for row in rows for message in row.messages), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",  # noqa: S106  (no secret: the name of a token)
-        eos_token="<|end|>",  # noqa: S106
-        extra_special_tokens=[token for token in CONTROL_TOKENS if token not in ("<|pad|>", "<|end|>")],
-        model_max_length=demo.context,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def llama(demo: DemoBase, chat: ChatFormat) -> Any:
-    """The demo's shape, as transformers wants it."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=len(chat.tokenizer),
-        hidden_size=demo.hidden_size,
-        intermediate_size=demo.hidden_size * 11 // 4 // 8 * 8,
-        num_hidden_layers=demo.layers,
-        num_attention_heads=demo.heads,
-        num_key_value_heads=demo.heads,
-        max_position_embeddings=demo.context,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=chat.stop_id,
-        pad_token_id=chat.pad_id,
-    )
-
-
-def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
-    import torch
-    from transformers import LlamaForCausalLM, set_seed
-
-    from ratchet.training.schedule import Schedule
-    from ratchet.training.trainer import fit
-
-    demo = config.demo
-    set_seed(config.seed)
-    model = LlamaForCausalLM(llama(demo, chat)).to("cuda" if torch.cuda.is_available() else "cpu")
-    window = min(demo.context, WINDOW)
-    encoded: list[Encoded] = [row for example in rows if len((row := chat.encode(example)).ids) <= window]
-    schedule = Schedule(
-        steps=demo.steps,
-        batch_windows=max(1, demo.batch_tokens // window),
-        accumulate=1,
-        learning_rate=demo.learning_rate,
-        kind="cosine",
-        warmup_share=0.05,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        evaluations=1,
-        patience=1,
-        seed=config.seed,
-        compute=compute_dtype("auto")[0],
-    )
-    say(
-        f"base: pre-training {sum(weight.numel() for weight in model.parameters()) / 1e6:.2f}M parameters on {len(encoded)} rows, {demo.steps} steps"
-    )
-    with quiet():
-        outcome = fit(
-            model,
-            pack(encoded, window),
-            [],
-            schedule,
-            pad_id=chat.pad_id,
-            report=_report(demo.steps),
-            text_weight=demo.text_weight,
-        )
-    say(f"base: loss {outcome.train_loss:.3f} after {outcome.seconds:.0f} s")
-    return model
-
-
-WINDOW = 256  # tokens; short windows keep attention cheap on a CPU
-
-
-def _report(steps: int) -> Any:
-    def report(step: int, values: dict[str, float]) -> None:
-        if step % max(1, steps // 10) < max(1, steps // 100) and "train_loss" in values:
-            say(f"base: step {step}/{steps}, loss {values['train_loss']:.3f}")
-
-    return report
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:

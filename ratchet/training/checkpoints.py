@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,9 @@ from safetensors.torch import load_file, save_file
 from ratchet.errors import RatchetError
 from ratchet.files import read_json, sha256_file, whole_folder, write_json
 from ratchet.pipeline.stage import say
+
+if TYPE_CHECKING:
+    from ratchet.training.state import TrainingState
 
 FOLDER = Path(".ratchet/checkpoints")
 MANIFEST, TENSORS, STATE, TRAINER_STATE = (
@@ -43,7 +46,7 @@ class Saved(NamedTuple):
 
     folder: Path
     step: int
-    state: dict[str, Any]
+    state: TrainingState
 
 
 class Checkpoints:
@@ -68,7 +71,7 @@ class Checkpoints:
     def due(self) -> bool:
         return self.stop_asked or time.monotonic() - self._last >= self._seconds
 
-    def write(self, step: int, state: dict[str, Any], save_trainer_state: Callable[[str], None]) -> None:
+    def write(self, step: int, state: TrainingState, save_trainer_state: Callable[[str], None]) -> None:
         """What cannot be written costs a warning, and not the training."""
         self._last = time.monotonic()
         try:
@@ -82,7 +85,7 @@ class Checkpoints:
         for _, old in self._steps()[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _write(self, step: int, state: dict[str, Any], save_trainer_state: Callable[[str], None]) -> None:
+    def _write(self, step: int, state: TrainingState, save_trainer_state: Callable[[str], None]) -> None:
         tensors: dict[str, torch.Tensor] = {}
         rest = split(state, tensors)
         with whole_folder(self._folder / f"step-{step:08d}") as folder:

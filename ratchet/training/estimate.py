@@ -26,6 +26,7 @@ from ratchet.files import read_json
 from ratchet.models.adapters import PREFIXED
 from ratchet.training.launch import Material, Points, read_figures, read_points, require_success, run_training
 from ratchet.training.packing import Window, group_rows, read_windows, write_windows
+from ratchet.training.schedule import Figures
 
 STEPS, PASSES = 4, 2.0  # steps a pass
 SHORT_STEP = 0.2  # seconds
@@ -121,7 +122,7 @@ def shortened(config: Config, epochs: float) -> Config:
 
 def extrapolate(
     points: Points,
-    figures: dict[str, Any],
+    figures: Figures,
     process_seconds: float,
     config: Config,
     windows: list[Window],
@@ -196,7 +197,7 @@ def _evaluations(steps: int, wanted: int) -> int:
     return math.ceil(steps / max(1, steps // min(wanted, steps)))  # the Trainer measures at the end as well
 
 
-def _paces(points: Points, figures: dict[str, Any], first_pass: int) -> tuple[float, float, float]:
+def _paces(points: Points, figures: Figures, first_pass: int) -> tuple[float, float, float]:
     """(seconds a step of the first pass, of later ones, seconds an evaluation), from the times between the curve's points; the very first step does not count."""
     first: list[float] = []
     later: list[float] = []

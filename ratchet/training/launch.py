@@ -26,6 +26,7 @@ from ratchet.files import read_json, write_text
 from ratchet.pipeline.checkout import child_environment
 from ratchet.pipeline.dvc import without_torchrun
 from ratchet.tracking.curve import read_history
+from ratchet.training.schedule import Figures
 
 CODE = Path(__file__).resolve().parents[2]  # the modules that run now are the ones that train
 CANDIDATE, REPORTS, PARAMS, LOG, PROCESS = "candidate", "reports", "params.yaml", "train.log", "process"
@@ -161,8 +162,8 @@ def read_points(folder: Path) -> Points:
     return read_history(growing or folder / REPORTS / "history.jsonl")
 
 
-def read_figures(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(folder / REPORTS / "figures.json")
+def read_figures(folder: Path) -> Figures:
+    found: Figures = read_json(folder / REPORTS / "figures.json")
     return found
 
 

@@ -18,10 +18,11 @@ from ratchet.config.params import Config
 from ratchet.config.training import BaseConfig
 from ratchet.data.dedup import split_by_hash
 from ratchet.data.examples import read_examples
+from ratchet.demo.base_model import CHAT_TEMPLATE
 from ratchet.errors import BaseModelError, DataError
 from ratchet.files import read_json, sha256_file
 from ratchet.models.loading import load_base, load_tokenizer
-from tasks.base import CHAT_TEMPLATE, make_base, reading
+from tasks.base import make_base, reading
 
 ROOT = Path(__file__).parents[2]
 REVISION = "0123456789abcdef0123456789abcdef01234567"

@@ -16,6 +16,7 @@ from ratchet.cli.training import _describe
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, TrainConfig
 from ratchet.errors import StageError, UserError
+from ratchet.training.collation import count_batches
 from ratchet.training.estimate import (
     Plan,
     choose_windows,
@@ -27,7 +28,6 @@ from ratchet.training.estimate import (
 )
 from ratchet.training.launch import Material, read_figures, run_training
 from ratchet.training.packing import read_windows, rows_of
-from ratchet.training.trainer import count_batches
 
 ROOT = Path(__file__).parents[2]
 

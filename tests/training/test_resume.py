@@ -25,6 +25,7 @@ from ratchet.files import read_json, sha256_file
 from ratchet.models.adapters import load_trainable
 from ratchet.tracking.curve import read_history
 from ratchet.training.checkpoints import FOLDER, MANIFEST, STATE, TENSORS, Checkpoints, join, split
+from ratchet.training.loss import AnswerLoss
 from ratchet.training.packing import Window, read_windows
 from ratchet.training.schedule import Schedule
 from ratchet.training.state import trainable
@@ -205,6 +206,7 @@ class Made:
             self._windows,
             self._validation,
             schedule,
+            loss=AnswerLoss(),
             pad_id=0,
             report=curve.add,
             apart=True if config.method in ("prefix", "prompt") else None,

@@ -25,10 +25,11 @@ from ratchet.models.chat_template import Encoded
 from ratchet.models.generation import answer_likelihoods
 from ratchet.models.loading import adapter_sha256, compute_dtype, load_adapter, load_base
 from ratchet.tracking.curve import read_history
-from ratchet.training.collation import _Collator
+from ratchet.training.collation import WindowCollator, count_batches
+from ratchet.training.loss import AnswerLoss
 from ratchet.training.packing import IGNORED, Window, read_windows
 from ratchet.training.schedule import Schedule
-from ratchet.training.trainer import count_batches, fit
+from ratchet.training.trainer import fit
 from tasks.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +125,6 @@ def run(
     windows: list[Window],
     validation: list[Window],
     apart: bool | None = None,
-    text_weight: float | None = None,
     **settings,
 ) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
     curve: list[tuple[int, dict[str, float]]] = []
@@ -133,10 +133,10 @@ def run(
         windows,
         validation,
         SCHEDULE._replace(**settings),
+        loss=AnswerLoss(),
         pad_id=0,
         report=lambda step, values: curve.append((step, values)),
         apart=apart,
-        text_weight=text_weight,
     )
     return outcome, curve
 
@@ -414,7 +414,7 @@ def test_an_evaluation_in_the_middle_of_a_training_in_nf4_leaves_the_gradients_a
 
     def gradients() -> dict[str, torch.Tensor]:
         model.train().zero_grad()
-        model(**_Collator(0)(windows[:2]), use_cache=False).loss.backward()
+        model(**WindowCollator(0)(windows[:2]), use_cache=False).loss.backward()
         return {
             name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad
         }
