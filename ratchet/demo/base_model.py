@@ -107,7 +107,7 @@ def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Llama
 
 
 class TextLoss:
-    """Cross-entropy of every token that its own row predicts: an answer's with weight 1, the others with `text_weight`.
+    """Cross-entropy of every token that its own row predicts: 1 for an answer's, `text_weight` for others.
 
     The mean is over the weights of one forward pass, which is the whole optimizer step in pre-training.
     """

@@ -15,8 +15,8 @@ def logits_at(
 ) -> torch.Tensor:
     """Return float32 logits over the token after each chosen position, (chosen, vocab).
 
-    `chosen` is (batch, seq - 1) and true where the *next* token is a target. `head` is the output layer of `model`;
-    it is given apart because `model` may be wrapped (DDP). `labels` are not shown to the model.
+    `chosen` is (batch, seq - 1) and true where the *next* token is a target. `head` is the output layer of
+    `model`; it is given apart because `model` may be wrapped (DDP). The model does not see `labels`.
     """
 
     def choose(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

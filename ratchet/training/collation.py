@@ -12,7 +12,7 @@ from ratchet.training.packing import IGNORED, Window, group_rows
 
 
 class WindowCollator:
-    """Pad a batch to its longest window. Padding stands at position 0, each token a row by itself, without loss."""
+    """Pad a batch to its longest window, with tokens at position 0: each is a row by itself, without loss."""
 
     def __init__(self, pad_id: int) -> None:
         self._fill = Window([pad_id], [IGNORED], [0])

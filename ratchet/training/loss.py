@@ -1,4 +1,4 @@
-"""The loss of a training: cross-entropy of the answers' tokens, mixed with the divergence from a teacher if there is one.
+"""Compute a training's loss: cross-entropy of the answers, and with a teacher the divergence from it.
 
 Pre-training has a loss of its own (`ratchet.demo.base_model`), so that a change here makes no base stale.
 """
@@ -48,15 +48,16 @@ def _check_same_tokens(tokenizer: Any, base: Path, teacher: str) -> None:
         raise BaseModelError(
             f"{teacher} has other tokens than the base: {len(theirs)} against {len(ours)},"
             f" the first that differs is {odd[0][0]!r}",
-            remedy="a teacher's logits need its tokenizer; learn from its answers instead: `ratchet synthesize`",
+            remedy="a teacher's logits need its tokenizer; learn from its answers instead:"
+            " `ratchet synthesize`",
         )
 
 
 class AnswerLoss:
     """Cross-entropy of each learned token, in nats.
 
-    With a `teacher`, a share `teacher_weight` of it is the divergence from the teacher's distribution over the same
-    token (arXiv 1503.02531). The teacher has the same tokenizer and is not changed.
+    With a `teacher`, a share `teacher_weight` of it is the divergence from the teacher's distribution over
+    the same token (arXiv 1503.02531). The teacher has the same tokenizer and is not changed.
     """
 
     def __init__(self, teacher: Any = None, *, teacher_weight: float = 0.0, temperature: float = 1.0) -> None:

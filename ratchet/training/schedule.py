@@ -27,7 +27,10 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 class Schedule(NamedTuple):
-    """How to optimise: `steps` are optimizer steps, `evaluations` and `patience` count measurements of the loss."""
+    """How to optimise.
+
+    `steps` are optimizer steps; `evaluations`, `patience` count measurements of the loss.
+    """
 
     steps: int
     batch_windows: int

@@ -35,7 +35,8 @@ class LossSums(TypedDict):
 class TrainingState(TypedDict):
     """What a checkpoint holds: with it a training ends in the same bytes as without a kill.
 
-    Tensors are whole, also where the processes hold parts. `optimizer` and `scheduler` are torch's state dicts.
+    Tensors are whole, also where the processes hold parts. The optimizer's and the scheduler's are
+    torch's state dicts.
     """
 
     weights: dict[str, torch.Tensor]
@@ -132,7 +133,7 @@ def trainable(model: Any) -> dict[str, torch.Tensor]:
 
 
 def put_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Copy `weights` into the trainable ones, which must have the same names; of a sharded model, this process's parts."""
+    """Copy `weights` into the trainable ones, whose names must be the same; parts into parts."""
     ours = trainable(model)
     assert ours.keys() == weights.keys(), f"weights differ: {sorted(ours.keys() ^ weights.keys())[:3]}"
     for name, weight in ours.items():

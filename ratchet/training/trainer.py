@@ -1,9 +1,9 @@
-"""Run one optimisation through transformers' Trainer and leave the weights of the best validation loss in the model.
+"""Run one optimisation through transformers' Trainer, and leave the best weights in the model.
 
-Deterministic on CPU: same commit, same data, same bytes, whether or not it was killed and resumed. Several processes
-(torchrun) share the forward passes of a step.
-A GPU computes windows as they are packed. A CPU computes their rows in batches of like length with plain attention
-(docs/lab-notes.md).
+Deterministic on CPU: same commit, same data, same bytes, whether or not it was killed and resumed. Several
+processes (torchrun) share the forward passes of a step.
+A GPU computes windows as they are packed. A CPU computes their rows in batches of like length with plain
+attention (docs/lab-notes.md).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Loss(Protocol):
     def __call__(self, batch: Batch, predict: Predict, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted loss of each target that counts, (chosen,), and what their sum is divided by.
 
-        `predict` may be called once; `tokens` counts the learned tokens in all forward passes of the optimizer step.
+        `tokens` counts the learned tokens in all forward passes of the optimizer step.
         """
 
 
@@ -88,8 +88,8 @@ def fit(
 ) -> Outcome:
     """Train `model` in place, from `saved` on if there is one.
 
-    `apart`: rows by themselves in batches of like length, as virtual tokens before each row ask for; by default on a
-    CPU, where it is faster. `sharded`: each of several processes keeps a part of the model, which stays cut.
+    `apart`: rows by themselves in batches of like length, which virtual tokens before each row need; by
+    default on a CPU, where it is faster. `sharded`: each of several processes keeps a part of the model.
     Raises DivergenceError when a loss, a gradient or a weight stops being finite; ConfigError; StoppedError.
     """
     check_optimizer(schedule.optimizer)
@@ -98,7 +98,7 @@ def fit(
     if schedule.liger:
         apply_liger(model)
     set_seed(schedule.seed)
-    # Filling fresh memory is for finding reads of it; results do not depend on it, and it costs a tenth of a step.
+    # Filling fresh memory finds reads of it. Results do not depend on it, and it costs a tenth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     batches = make_batches(
         windows,
@@ -151,10 +151,10 @@ def fit(
 class _Trainer(Trainer):
     """Compute a loss that it is given, and write checkpoints of our own in place of transformers' pickles.
 
-    The loss travels as `compute_loss_func`, for which the Trainer counts the learned tokens of all forward passes of a
-    step. The three private methods below are overridden because no callback runs at their time: a checkpoint belongs
-    behind the step's evaluation, weights before the optimizer is made, and the random state either before the data
-    loader starts an epoch or behind the batches that it skips.
+    The loss travels as `compute_loss_func`: for it the Trainer counts the learned tokens of all forward
+    passes of a step. Three private methods are overridden because no callback runs at their time: a
+    checkpoint comes after the step's evaluation; weights before the Trainer would look for a file of its own;
+    the random state before the data loader starts an epoch, or after the batches that it skips.
     """
 
     def __init__(
@@ -195,9 +195,9 @@ class _Trainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def _validation_losses(self, inputs: Batch, predict: Predict) -> tuple[Tensor, float]:
-        """Return the cross-entropy of each answer's token, and how many tokens a pass of this size has on average.
+        """Return the cross-entropy of each answer's token, and how many such a pass has on average.
 
-        The Trainer takes the mean over items, which is then the loss a learned token, whatever the batches are.
+        The Trainer takes the mean over items, which is then the loss a learned token for any batches.
         """
         learned = inputs["labels"][:, 1:] != IGNORED
         with torch.compiler.set_stance("force_eager"):  # an evaluation is no reason to compile once more
@@ -248,7 +248,7 @@ class _Trainer(Trainer):
             set_random_state(self._saved.state["random"])
 
     def resume(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-        """Put back the optimizer's state and the sums of the curve, which the Trainer starts anew at every start."""
+        """Put back the optimizer's state, and the sums of the curve that the Trainer resets at every start."""
         if not self._saved:
             return
         state = self._saved.state

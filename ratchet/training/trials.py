@@ -1,4 +1,7 @@
-"""Trials as MLflow runs, nested in one of their study. Found by tags, so doing it twice changes nothing; a tracker that is away costs the sweep nothing."""
+"""Trials as MLflow runs, nested in one of their study.
+
+Found by tags, so doing it twice changes nothing; a tracker that is away costs the sweep nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ DELIVERED = ".delivered"
 
 
 def deliver(folder: Path, config: Config) -> int:
-    """Every record of a study's folder that MLflow does not have yet; how many. Raises ServiceError when it does not answer."""
+    """Every record of a study's folder that MLflow does not have yet; how many.
+
+    Raises ServiceError when it does not answer.
+    """
     waiting = [
         path for path in sorted(folder.glob("trial-*.json")) if not path.with_suffix(DELIVERED).exists()
     ]
