@@ -1,9 +1,11 @@
-"""The base model: a hub id at a pinned revision, or `demo`, a small Llama pre-trained here on documentation.
+"""Get the base model: a hub id at a pinned revision, or `demo`, a small Llama pre-trained here on
+documentation.
 
     python -m tasks.base --out models/base
 
-Writes the tokenizer, the chat template and manifest.json; the weights too for `demo` (a hub's stay in the hub's cache).
-The demo's base reads part of the modules only, and of these only rows that preparation would put into training.
+Writes the tokenizer, the chat template and manifest.json; for `demo` the weights too (a hub's stay in its
+cache). The demo's base reads part of the modules only, and of these only rows that preparation would put into
+training.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from ratchet.models.loading import MANIFEST, load_tokenizer
 from ratchet.pipeline.stage import run_stage, say
 from ratchet.sources.pydoc import harvest
 
-SEEN = "seen.txt"  # ids of the rows that the base was trained on, so that evaluation can prove that it tests on none
+# Ids of the rows that the base was trained on, so that evaluation can prove that it tests on none of them.
+SEEN = "seen.txt"
 
 
 def make_base(out: Path, config: Config) -> dict[str, Any]:
@@ -58,12 +61,15 @@ def make_base(out: Path, config: Config) -> dict[str, Any]:
 
 
 def _add_tokens(folder: Path, words: list[str]) -> dict[str, Any]:
-    """Into the tokenizer; the weights follow when they are loaded. Raises BaseModelError: a word that is one token already."""
+    """Add tokens to the tokenizer; the weights grow when they are loaded.
+
+    Raises BaseModelError: a word is one token already.
+    """
     from transformers import AddedToken
 
     tokenizer = load_tokenizer(folder)
     pieces = [list(map(int, tokenizer.encode(word, add_special_tokens=False))) for word in words]
-    # Within a sentence a blank stands before it, and many tokenizers have a token for both.
+    # Within a sentence a blank precedes it, and many tokenizers have a token for both together.
     if known := [
         word
         for word, ids in zip(words, pieces, strict=True)
@@ -85,7 +91,7 @@ def _add_tokens(folder: Path, words: list[str]) -> dict[str, Any]:
     }
 
 
-# --- a hub's model ---------------------------------------------------------------------------------------------------
+# --- a hub's model ---
 
 
 def _take_from_hub(folder: Path, config: BaseConfig) -> dict[str, Any]:
@@ -104,7 +110,8 @@ def _take_from_hub(folder: Path, config: BaseConfig) -> dict[str, Any]:
         )
     if missing:
         raise BaseModelError(
-            f"{name} is in the hub's cache in part: {len(missing)} of its weight files are missing, the first {missing[0]}",
+            f"{name} is in the hub's cache in part: {len(missing)} of its weight files are missing,"
+            f" the first {missing[0]}",
             remedy=_fetch_command(config),
         )
     settings = _read_settings(snapshot, name)
@@ -121,7 +128,11 @@ def _take_from_hub(folder: Path, config: BaseConfig) -> dict[str, Any]:
 
 
 def _read_settings(snapshot: Path, name: str) -> Any:
-    """The text model's config. Raises BaseModelError for code of its own, which is never run, and for what transformers does not know."""
+    """Read the text model's config.
+
+    Raises BaseModelError: the model brings code of its own, which is never run, or transformers does not know
+    it.
+    """
     from transformers import AutoConfig
 
     for path in (snapshot / "config.json", snapshot / "tokenizer_config.json"):
@@ -136,13 +147,14 @@ def _read_settings(snapshot: Path, name: str) -> Any:
         ).get_text_config()
     except (ValueError, OSError, KeyError) as error:
         raise BaseModelError(
-            f"{name} has a config.json that transformers {version('transformers')} cannot read: {str(error).splitlines()[0]}",
+            f"{name} has a config.json that transformers {version('transformers')} cannot read:"
+            f" {str(error).splitlines()[0]}",
             remedy="take another model",
         ) from None
 
 
 def _weights(snapshot: Path) -> tuple[list[Path], list[str]]:
-    """The safetensors that are there, and the names of those that the index lists beside."""
+    """Return the safetensors that are there, and the names of those that the index lists and are not."""
     there = sorted(snapshot.glob("*.safetensors"))
     index = snapshot / "model.safetensors.index.json"
     listed = set(read_json(index)["weight_map"].values()) if index.exists() else set()
@@ -150,7 +162,7 @@ def _weights(snapshot: Path) -> tuple[list[Path], list[str]]:
 
 
 def _snapshot(config: BaseConfig) -> Path:
-    """The hub's folder of that revision: from the cache when it is whole there, else downloaded."""
+    """Return the hub's folder of that revision, from the cache when it is whole there, else downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -173,8 +185,10 @@ def _snapshot(config: BaseConfig) -> Path:
             return cached
         cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
         raise BaseModelError(
-            f"{config.model}@{config.revision} is not in the hub's cache ({cache}) and cannot be fetched: {str(error).splitlines()[0]}",
-            remedy=f"{_fetch_command(config)}; a gated model needs HF_TOKEN in the environment; or set `base.model: demo`",
+            f"{config.model}@{config.revision} is not in the hub's cache ({cache})"
+            f" and cannot be fetched: {str(error).splitlines()[0]}",
+            remedy=f"{_fetch_command(config)}; a gated model needs HF_TOKEN in the environment;"
+            " or set `base.model: demo`",
         ) from None
 
 
@@ -191,7 +205,7 @@ def _read_template(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-# --- the demo's own --------------------------------------------------------------------------------------------------
+# --- the demo's own ---
 
 
 def _make_demo(folder: Path, config: BaseConfig, splits: PrepareConfig) -> dict[str, Any]:
@@ -212,9 +226,10 @@ def _make_demo(folder: Path, config: BaseConfig, splits: PrepareConfig) -> dict[
 
 
 def reading(demo: DemoBase, splits: PrepareConfig) -> list[Example]:
-    """Rows for the base: training rows of its share of the modules. Raises DataError when none are left.
+    """Select the base's rows: training rows of its share of the modules. Raises DataError: none are left.
 
-    A row that follows a neighbour into training against its own hash stays out: the golden set is chosen by that hash.
+    A row that follows a neighbour into training against its own hash stays out: the golden set is chosen by
+    that hash.
     """
     clusters = Clusters(splits)
     rows = []

@@ -1,11 +1,12 @@
-"""Train on the packed windows by the method of `adapter.method`, from the base or from the champion's weights.
+"""Train on the packed windows by the method of `adapter.method`, from the base or from the champion's
+weights.
 
     python -m tasks.train --tokens data/tokenized --base models/base --incumbent models/incumbent \\
         --out models/candidate --reports reports/train
 
-Writes the adapter, or for `full` the whole model (safetensors), tokenizer, chat template and manifest.json; the curve
-and the figures under --reports. Checkpoints go to .ratchet/checkpoints of RATCHET_ROOT (the checkout) or of the
-working directory: the same command again resumes from the newest one.
+Writes the adapter, or for `full` the whole model (safetensors), tokenizer, chat template and manifest.json;
+the curve and the figures under --reports. Checkpoints go to .ratchet/checkpoints of RATCHET_ROOT (the
+checkout) or of the working directory: the same command again resumes from the newest one.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, config: Config) -> Figures:
-    """Write the candidate and its reports, or neither. Raises DivergenceError, DiskSpaceError, BaseModelError."""
+    """Write the candidate and its reports.
+
+    Raises DivergenceError, DiskSpaceError, BaseModelError; then neither.
+    """
     check_size(config.train.processes, world_size())
     require_space(out.parent, ROOM, "the candidate")
     training = Training(tokens, base, incumbent, out, config)
@@ -108,7 +112,10 @@ def _tell(outcome: Outcome) -> None:
 
 
 class Trained(NamedTuple):
-    """A model with its best weights, and how it came to them. `weights`: the whole ones, where it holds parts."""
+    """A model with its best weights, and what it took.
+
+    `weights`: the whole ones, where the model holds parts.
+    """
 
     model: Any
     weights: dict[str, Tensor] | None
@@ -119,7 +126,10 @@ class Trained(NamedTuple):
 
 
 class Training:
-    """One training, as each of its processes computes it. `run_key` names it by everything that its weights depend on."""
+    """One training, as each of its processes computes it.
+
+    `run_key` stands for all that its weights depend on.
+    """
 
     def __init__(self, tokens: Path, base: Path, incumbent: Path, out: Path, config: Config) -> None:
         """Raises BaseModelError: the champion's base or shape is another than the one asked for."""
@@ -140,7 +150,7 @@ class Training:
     def optimise(
         self, report: Report, restore: Callable[[list[dict[str, Any]]], None], checkpoints: Checkpoints
     ) -> Trained:
-        """Train, from the newest checkpoint on. Raises DivergenceError, DiskSpaceError, BaseModelError, StoppedError."""
+        """Train, from the newest checkpoint on. Raises also StoppedError: SIGTERM asked for the end."""
         from ratchet.training.collation import count_batches
         from ratchet.training.distributed import whole
         from ratchet.training.state import trainable
@@ -238,7 +248,7 @@ class Training:
             write_json(folder / MANIFEST, manifest)
 
     def figures(self, trained: Trained) -> Figures:
-        """Return what the training came to. Call it after `save`, so that the peak of memory has the saving in it."""
+        """Return what the training came to; call it after `save`, so that the peak of memory has the saving."""
         return {
             **trained.outcome._asdict(),  # type: ignore[typeddict-item]  # mypy sees a dict without keys
             "trainable_weights": trained.num_weights,
@@ -252,19 +262,19 @@ class Training:
 
 
 def _peak_of_gpu() -> dict[str, float]:
-    """Measure with what torch keeps in reserve, which nobody else can have; the driver's own part is not in it."""
+    """Measure the GPU's peak, with what torch keeps in reserve and without the driver's own part."""
     import torch
 
     return {"peak_gpu_mib": torch.cuda.max_memory_reserved() / 2**20} if torch.cuda.is_available() else {}
 
 
 def _home() -> Path:
-    """Return the checkout: a workspace is removed when its run has failed, and checkpoints must outlive it."""
+    """Return the checkout: checkpoints must outlive a workspace, which is removed when its run fails."""
     return Path(os.environ.get("RATCHET_ROOT") or Path.cwd())
 
 
 def _settings(config: Config) -> dict[str, object]:
-    """Return the settings key by key, to tell which of them changed; `params` of the inputs is what decides."""
+    """Return the settings key by key, to tell which of them changed; `params` of the inputs decides."""
     train = config.train.model_dump(mode="json", exclude={"checkpoint_minutes"})
     return {f"train.{key}": value for key, value in train.items()} | {
         f"adapter.{key}": value for key, value in config.adapter.model_dump(mode="json").items()
@@ -272,7 +282,7 @@ def _settings(config: Config) -> dict[str, object]:
 
 
 def _machine() -> dict[str, str]:
-    """Return what the bytes depend on beside the inputs: a training does not resume from another machine's checkpoint."""
+    """Return what the bytes depend on beside the inputs; a training resumes only where it is equal."""
     return {"device": device(), "computed": compute_dtype("auto")[0], **_versions()}
 
 

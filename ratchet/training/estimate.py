@@ -209,7 +209,7 @@ def _positions_a_step(passes: list[tuple[int, int]], accumulate: int) -> float:
 
 
 def _evaluations(steps: int, wanted: int) -> int:
-    """Count how often a training of `steps` measures the validation loss, spaced as `ratchet.training` does."""
+    """Count how often a training of `steps` measures the validation loss, spaced as the trainer does."""
     return math.ceil(steps / max(1, steps // min(wanted, steps)))  # the Trainer measures at the end as well
 
 

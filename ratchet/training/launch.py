@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 
@@ -34,7 +34,7 @@ POLL_SECONDS = 0.05
 STOP_SECONDS = 20.0  # for a checkpoint, before a training that was asked to end is killed
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")
 
-Points = list[dict[str, Any]]  # of the training curve: step, time_ms and values
+Points = list[dict[str, float]]  # of the training curve: step, time_ms and values
 
 
 class Material(NamedTuple):
@@ -163,7 +163,7 @@ def _end_orphan(folder: Path) -> None:
 
 
 def read_points(folder: Path) -> Points:
-    """Read the curve so far; during a training it lies under a temporary name (`ratchet.files.whole_folder`)."""
+    """Read the curve so far; while it grows it has a temporary name (`ratchet.files.whole_folder`)."""
     growing = next(folder.glob(f".{REPORTS}.*.tmp/history.jsonl"), None)
     return read_history(growing or folder / REPORTS / "history.jsonl")
 

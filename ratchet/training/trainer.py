@@ -248,7 +248,7 @@ class _Trainer(Trainer):
             set_random_state(self._saved.state["random"])
 
     def resume(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-        """Put back the optimizer's state, and the sums of the curve that the Trainer resets at every start."""
+        """Put back the optimizer's state, and the curve's sums that the Trainer resets at every start."""
         if not self._saved:
             return
         state = self._saved.state

@@ -1,4 +1,4 @@
-"""Distillation: a student that learns its teacher's distribution, and nothing from a teacher of other tokens."""
+"""Distillation: a student learns its teacher's distribution, and nothing from a teacher of other tokens."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ def test_a_student_of_a_teacher_alone_comes_to_its_distribution(tiny_base, windo
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_first_loss_is_the_divergence_by_hand(tiny_base, windows, teacher, temperature):
-    """The fresh student is the base. At a temperature of 2 it is larger or smaller, and never the same by chance."""
+    """The fresh student is the base.
+
+    At a temperature of 2 it is larger or smaller, and never the same by chance.
+    """
     curve: list[float] = []
     count = sum(len(window.input_ids) for window in windows)
     fit(
@@ -131,7 +134,8 @@ def test_a_teacher_of_other_tokens_is_refused(tiny_base, tmp_path):
     size = len(load_tokenizer(tiny_base))
     with pytest.raises(
         BaseModelError,
-        match=f"the champion has other tokens than the base: {size + 1} against {size}, the first that differs is 'another'",
+        match=f"the champion has other tokens than the base: {size + 1} against {size},"
+        " the first that differs is 'another'",
     ):
         load_teacher("champion", tiny_base, incumbent)
 

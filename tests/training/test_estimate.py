@@ -62,11 +62,13 @@ def test_the_training_takes_what_the_plan_said_within_a_quarter(
     after = plan_training(material, config, quiet)
     figures = read_figures(tmp_path)
     print(
-        f"planned {before.seconds:.1f} s, {before.peak_mib:.0f} MiB; took {figures['seconds']:.1f} s, {figures['peak_mib']:.0f} MiB; planned after it {after.seconds:.1f} s"
+        f"planned {before.seconds:.1f} s, {before.peak_mib:.0f} MiB; took {figures['seconds']:.1f} s,"
+        f" {figures['peak_mib']:.0f} MiB; planned after it {after.seconds:.1f} s"
     )
     assert (ended.code, before.steps) == (0, figures["steps"])
     assert figures["seconds"] > 4, "or it would say little"
-    # On a machine that others share the pace may change while it trains: then the plan before and the one after it differ, and hold it between them.
+    # On a machine that others share the pace may change while it trains: then the plan before and the one
+    # after it differ, and hold it between them.
     low, high = sorted((before.seconds, after.seconds))
     assert 0.75 * low <= figures["seconds"] <= 1.25 * high
     assert before.peak_mib == pytest.approx(figures["peak_mib"], rel=0.25)

@@ -98,7 +98,7 @@ def test_equal_windows_are_equal_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-# --- in a real model -------------------------------------------------------------------------------------------------
+# --- in a real model ---
 
 GENERATOR = torch.Generator().manual_seed(3)
 TEXTS = [torch.randint(3, 97, (length,), generator=GENERATOR).tolist() for length in (5, 11, 8, 3, 9, 1, 7)]
