@@ -17,6 +17,7 @@ from ratchet.cli.training import describe
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, TrainConfig
 from ratchet.errors import StageError, UserError
+from ratchet.training.collation import count_batches
 from ratchet.training.estimate import (
     Plan,
     choose_windows,
@@ -28,7 +29,6 @@ from ratchet.training.estimate import (
 )
 from ratchet.training.launch import Material, read_figures, run_training
 from ratchet.training.packing import read_windows, rows_of
-from ratchet.training.trainer import count_batches
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +64,8 @@ def test_the_training_takes_what_the_plan_said_within_a_quarter(
         after = plan_training(material, config, quiet)
         figures = read_figures(tmp_path / str(number))
         print(
-            f"planned {before.seconds:.1f} s, {before.peak_mib:.0f} MiB; took {figures['seconds']:.1f} s, {figures['peak_mib']:.0f} MiB"
+            f"planned {before.seconds:.1f} s, {before.peak_mib:.0f} MiB; took {figures['seconds']:.1f} s,"
+            f" {figures['peak_mib']:.0f} MiB"
         )
         print(f"planned after it {after.seconds:.1f} s")
         assert (ended.code, before.steps) == (0, figures["steps"])

@@ -1,4 +1,4 @@
-"""A study on a real PostgreSQL: several machines share its trials, and its password stays where it was put."""
+"""A study on a real PostgreSQL: several machines share its trials, and its password is shown nowhere."""
 
 from __future__ import annotations
 
