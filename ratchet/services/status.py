@@ -10,7 +10,7 @@ import msgspec
 from ratchet.config.params import Config
 from ratchet.data.batches import read_manifest
 from ratchet.files import read_json
-from ratchet.monitoring.verdicts import last_verdict
+from ratchet.monitoring.verdicts import Recorded, last_verdict
 from ratchet.pipeline.workspace import failed_workspaces
 from ratchet.promotion.champion import read_champion, read_ledger
 from ratchet.promotion.rollout import read_rollout
@@ -47,7 +47,7 @@ def see_status(root: Path, config: Config) -> dict[str, Any]:
         "promotion": config.promotion,
         "rollout": _rollout(root),
         "serving": read_state(root),
-        "drift": last_verdict(root),
+        "drift": msgspec.to_builtins(last_verdict(root)),
         "services": {
             service.name: {"url": service.url, "answers": service.answers}
             for service in list_services(root, config)
@@ -92,7 +92,7 @@ def describe(found: dict[str, Any]) -> list[str]:
     if found["drift"]:
         lines += [
             f"{'drift' if not number else '':10} {line}"
-            for number, line in enumerate(verdict_lines(found["drift"]))
+            for number, line in enumerate(verdict_lines(msgspec.convert(found["drift"], Recorded)))
         ]
     lines += [
         f"{name:10} {service['url'] if service['answers'] else 'not running: ratchet up'}"
@@ -113,31 +113,21 @@ def rollout_lines(found: dict[str, Any]) -> list[str]:
     return [*lines, *([found["why"]] if found.get("why") else [])]
 
 
-def verdict_lines(found: dict[str, Any]) -> list[str]:
-    """What the monitor saw, which topics grew, and why it does or does not retrain."""
-    if found["verdict"] == "no champion":
-        return ["nobody is in charge yet: there is nothing to compare the traffic with"]
-    lines = [
-        f"{found['verdict']} on {found['rows']} requests to v{found['version']}"
-        + (f", p = {found['p']:.4f}" if found["p"] is not None else "")
-        + f" ({found['at']})"
-    ]
-    strongest = (
-        sorted((column for column in found["columns"]), key=lambda column: column["p"])[:3]
-        if found["verdict"] == "drift"
-        else []
-    )
-    lines += [f"  {column['name']}: p = {column['p']:.4f}" for column in strongest]
-    lines += [
-        f"  topic {topic['name']}: {topic['share']:.1%} of the requests, {topic['reference_share']:.1%} of the reference"
-        for topic in found["topics"]
-    ]
-    decision = found["decision"]
-    lines.append(f"  retraining: {'yes' if decision['retrain'] else 'no'}")
+def verdict_lines(found: Recorded) -> list[str]:
+    """Say what the monitor saw, which topics grew, and why it does or does not retrain."""
+    p = f", p = {found.p:.4f}" if found.p is not None else ""
+    told = [column for column in found.columns if column.p is not None] if found.verdict == "drift" else []
+    strongest = sorted(told, key=lambda column: column.p or 0.0)[:3]
     return [
-        *lines,
-        *(f"    for      {line}" for line in decision["for"]),
-        *(f"    against  {line}" for line in decision["against"]),
+        f"{found.verdict} on {found.rows} requests to v{found.version}{p} ({found.at})",
+        *(f"  {column.name}: p = {column.p:.4f}" for column in strongest),
+        *(
+            f"  topic {topic.name}: {topic.share:.1%} of the requests, {topic.reference_share:.1%} of the reference"
+            for topic in found.topics
+        ),
+        f"  retraining: {'yes' if found.decision.retrain else 'no'}",
+        *(f"    for      {line}" for line in found.decision.for_),
+        *(f"    against  {line}" for line in found.decision.against),
     ]
 
 
