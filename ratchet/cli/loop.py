@@ -169,18 +169,17 @@ def retrain(
 
 def _drifted_topics(root: Path) -> list[dict[str, Any]]:
     """Read the topics of the last verdict. Raises UserError when it was not drift."""
+    import msgspec
+
     from ratchet.monitoring.verdicts import last_verdict
 
     found = last_verdict(root)
-    if not found or found["verdict"] != "drift":
+    if not found or found.verdict != "drift":
         raise UserError(
             "the last verdict of the monitor is not drift",
             remedy="ratchet monitor looks at the newest requests; `ratchet retrain` needs no drift",
         )
-    return [
-        {key: topic[key] for key in ("name", "terms", "share", "reference_share", "examples") if key in topic}
-        for topic in found["topics"]
-    ]
+    return [msgspec.to_builtins(topic) for topic in found.topics]
 
 
 def monitor(
@@ -197,6 +196,9 @@ def monitor(
     if only_look:
         note_renamed("--only-look", "--no-retrain")
     root = ready_root()
+    import msgspec
+
+    from flows.monitor import NO_CHAMPION
     from flows.monitor import monitor as flow
 
     found = flow(root=str(root), retrain=not (no_retrain or only_look))
@@ -204,6 +206,6 @@ def monitor(
     def tell() -> None:
         from ratchet.services.status import verdict_lines
 
-        say("\n".join(verdict_lines(found)))
+        say("\n".join(verdict_lines(found) if found else [NO_CHAMPION]))
 
-    show(found, as_json, tell)
+    show(msgspec.to_builtins(found) if found else {"verdict": "no champion"}, as_json, tell)

@@ -14,7 +14,7 @@ import msgspec
 from ratchet.config.params import Config
 from ratchet.data.batches import read_manifest
 from ratchet.files import read_json
-from ratchet.monitoring.verdicts import last_verdict
+from ratchet.monitoring.verdicts import Recorded, last_verdict
 from ratchet.pipeline.workspace import failed_workspaces
 from ratchet.promotion.champion import read_champion, read_ledger
 from ratchet.promotion.rollout import read_rollout
@@ -57,7 +57,7 @@ class Status(msgspec.Struct, frozen=True):
     promotion: str
     rollout: dict[str, Any] | None
     serving: dict[str, Any] | None  # what the gateway wrote about itself
-    drift: dict[str, Any] | None  # the monitor's last verdict
+    drift: Recorded | None  # the monitor's last verdict
     services: dict[str, Answering]
     left: list[str]  # workspaces of runs that failed
 
@@ -135,31 +135,21 @@ def rollout_lines(found: dict[str, Any]) -> list[str]:
     return [line, found["why"]] if found.get("why") else [line]
 
 
-def verdict_lines(found: dict[str, Any]) -> list[str]:
-    """Describe what the monitor saw, which topics grew, and why it does or does not retrain."""
-    if found["verdict"] == "no champion":
-        return ["nobody is in charge yet: there is nothing to compare the traffic with"]
-    lines = [
-        f"{found['verdict']} on {found['rows']} requests to v{found['version']}"
-        + (f", p = {found['p']:.4f}" if found["p"] is not None else "")
-        + f" ({found['at']})"
-    ]
-    if found["verdict"] == "drift":
-        strongest = sorted(found["columns"], key=lambda column: column["p"])[:3]
-        lines += [f"  {column['name']}: p = {column['p']:.4f}" for column in strongest]
-    lines += [
-        (
-            f"  topic {topic['name']}: {topic['share']:.1%} of the requests, {topic['reference_share']:.1%} "
-            "of the reference"
-        )
-        for topic in found["topics"]
-    ]
-    decision = found["decision"]
-    lines.append(f"  retraining: {'yes' if decision['retrain'] else 'no'}")
+def verdict_lines(found: Recorded) -> list[str]:
+    """Say what the monitor saw, which topics grew, and why it does or does not retrain."""
+    p = f", p = {found.p:.4f}" if found.p is not None else ""
+    told = [column for column in found.columns if column.p is not None] if found.verdict == "drift" else []
+    strongest = sorted(told, key=lambda column: column.p or 0.0)[:3]
     return [
-        *lines,
-        *(f"    for      {line}" for line in decision["for"]),
-        *(f"    against  {line}" for line in decision["against"]),
+        f"{found.verdict} on {found.rows} requests to v{found.version}{p} ({found.at})",
+        *(f"  {column.name}: p = {column.p:.4f}" for column in strongest),
+        *(
+            f"  topic {topic.name}: {topic.share:.1%} of the requests, {topic.reference_share:.1%} of the reference"
+            for topic in found.topics
+        ),
+        f"  retraining: {'yes' if found.decision.retrain else 'no'}",
+        *(f"    for      {line}" for line in found.decision.for_),
+        *(f"    against  {line}" for line in found.decision.against),
     ]
 
 

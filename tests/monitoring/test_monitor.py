@@ -6,17 +6,19 @@ import json
 from functools import cache
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from ratchet.config.data import PydocSource
 from ratchet.config.monitoring import MonitorConfig
 from ratchet.config.params import Config
-from ratchet.monitoring.drift import WEIGHTS, Family, Verdict, draw, higher, judge, mix, other
+from ratchet.monitoring.drift import WEIGHTS, Family, draw, higher, judge, mix, other
 from ratchet.monitoring.families import Answered, Reference, input_families
 from ratchet.monitoring.novelty import Familiar, stems_of
 from ratchet.monitoring.request_records import Feedback, Logged
-from ratchet.monitoring.topics import Topic, belongs, find_topics
+from ratchet.monitoring.topics import belongs, find_topics
+from ratchet.monitoring.verdicts import Topic, Verdict, last_verdict, read_verdicts
 from ratchet.promotion.champion import Champion
 from ratchet.sources.pydoc import harvest
 from tasks.monitor import Facts, append_verdict, decide, load_reference, measure, write_report
@@ -366,14 +368,15 @@ def test_verdicts_are_lines_with_their_reasons(tmp_path: Path):
     found = append_verdict(
         tmp_path, champion, drifted(0.02), decision, tmp_path / ".ratchet/monitor/reports/x"
     )
+    assert read_verdicts(tmp_path)[-1] == last_verdict(tmp_path) == found, "as it was written"
     lines = [
         json.loads(line) for line in (tmp_path / ".ratchet/monitor/verdicts.jsonl").read_text().splitlines()
     ]
-    assert [line["p"] for line in lines] == [0.001, 0.02] and lines[1] == found
+    assert [line["p"] for line in lines] == [0.001, 0.02] and lines[1] == msgspec.to_builtins(found)
     assert (
-        found["topics"][0]["terms"] == ["array"]
-        and found["decision"]["against"]
-        and found["report"] == ".ratchet/monitor/reports/x"
+        found.topics[0].terms == ["array"]
+        and found.decision.against
+        and found.report == ".ratchet/monitor/reports/x"
     )
 
 

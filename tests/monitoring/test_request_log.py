@@ -405,7 +405,7 @@ def log(request: pytest.FixtureRequest, open_here: Open) -> RequestLog:
     if not os.environ.get(POSTGRES):
         pytest.skip(f"{POSTGRES} names no database")
     log = open_here(url=os.environ[POSTGRES])
-    with log._transaction() as connection:
+    with log.transaction() as connection:
         for table in log._tables.values():
             connection.execute(table.delete())
     return log

@@ -510,7 +510,7 @@ def fill(root: Path, requests: list[Logged], feedback: list[Feedback]) -> None:
         log.put(request)
     log.add_feedback(feedback[0])
     assert log.flush()
-    with log._transaction() as connection:
+    with log.transaction() as connection:
         connection.execute(log._tables["requests"].insert(), [log._row(request) for request in requests[5:]])
         connection.execute(
             log._tables["feedback"].insert(), [msgspec.structs.asdict(one) for one in feedback[1:]]

@@ -659,7 +659,7 @@ def test_prompts_of_a_drifted_topic_are_worded_anew_with_doubts(config, stub, tm
     ]
     (tmp_path / ".ratchet/monitor").mkdir(parents=True)
     (tmp_path / ".ratchet/monitor/verdicts.jsonl").write_text(
-        json.dumps({"verdict": "drift", "topics": topics}) + "\n"
+        json.dumps({"at": "2026-01-02T03:04:05Z", "verdict": "drift", "topics": topics}) + "\n"
     )
     stub.answer = lambda prompt: {
         "pairs": [{"question": "Does the plan pay for a stolen bike?", "answer": "Yes, it does."}]
