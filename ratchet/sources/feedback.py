@@ -19,7 +19,7 @@ from ratchet.config.params import Config
 from ratchet.data.erasure import FILE as FORGOTTEN
 from ratchet.data.erasure import read_forgotten
 from ratchet.data.examples import Message, example_id, has_mark_run, normalise, read_examples
-from ratchet.data.mixture import is_feedback, room_for
+from ratchet.data.mixture import feedback_room, is_feedback
 from ratchet.data.poisoning import find_planted
 from ratchet.gateway.auth import list_keys
 from ratchet.monitoring.request_log import REDACTED, open_log
@@ -82,10 +82,9 @@ def _look_around(
         for split in ("train", "validation", "test", "golden")
         if (file := folder / f"{split}.jsonl").exists()
     }
-    clean = [example for example in examples.get("train", []) if not is_feedback(example.meta)]
+    train = examples.get("train", [])
     old_enough = now - DAY * min(settings.min_user_age_days, config.request_log.retention_days / 2)
     senders = {said.sender for _, feedback in spoken for said in feedback} - {""}
-    share = config.train.max_feedback_share
     return Known(
         first_seen=first_seen,
         old_enough=old_enough if min(first_seen.values(), default=now) <= old_enough else now,
@@ -93,10 +92,8 @@ def _look_around(
         several_keys=max(len(senders), sum("feedback" in key.scopes for key in list_keys(root))) > 1,
         prepared=frozenset(example.id for rows in examples.values() for example in rows),
         forgotten=read_forgotten(root / FORGOTTEN).ids,
-        clean=tuple(_asked(example.messages) for example in clean),
-        room=max(0, room_for(len(clean), share) - (len(examples["train"]) - len(clean)))
-        if "train" in examples and share < 1
-        else None,
+        clean=tuple(_asked(example.messages) for example in train if not is_feedback(example.meta)),
+        room=feedback_room(train, config.train.max_feedback_share) if "train" in examples else None,
     )
 
 
