@@ -208,7 +208,7 @@ def garbage() -> Iterator[str]:
 def test_a_server_that_is_no_registry_keeps_no_harm_from_being_seen(
     root: Path,
     garbage: str,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ):
     challenge(root)
     step(root)
