@@ -81,7 +81,7 @@ def _retrain(home: Path) -> dict[str, Any]:
         [
             sys.executable,
             "-m",
-            "ratchet.cli.main",
+            "ratchet.cli",
             "-C",
             str(home),
             "retrain",

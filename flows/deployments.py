@@ -17,6 +17,7 @@ from flows.events import COMMITTED, DRIFTED, resource_of
 from flows.rollout_watcher import Watcher
 from ratchet.config.params import Config, load_config
 from ratchet.errors import ConfigError, RatchetError, UserError
+from ratchet.pipeline.stage import project_root
 from ratchet.services.environment import service_environment
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    root = Path(os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    root = project_root()
     try:
         config = load_config(root / "params.yaml")
         set_environment(root, config)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ratchet.config.params import Config
 
-COMMITTED, DRIFTED = "ratchet.data.committed", "ratchet.monitoring.drift.detected"
+COMMITTED, DRIFTED = "ratchet.data.committed", "ratchet.drift.detected"
 
 
 def resource_of(config: Config) -> str:

@@ -5,7 +5,6 @@ That commit is what starts a retraining: by the GitHub workflow, or by the event
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from flows.retries import can_pass, on_top
 from ratchet.config.params import Config, load_config
 from ratchet.pipeline.checkout import locked, who
 from ratchet.pipeline.dvc import Workspace, push_data
+from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import land, open_workspace
 from ratchet.sources import reviewed as review
 from tasks.ingest import Pulled, add_batch, freeze_golden, pull
@@ -50,7 +50,7 @@ def ingest(
     draft: str | None = None,
 ) -> dict[str, Any]:
     """Returns {batch, rows, new, commit}. With `golden` that many rows become the frozen golden set instead. Raises DataError, CheckoutError."""
-    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    home = project_root(root)
     config = load_config(home / "params.yaml")
     pulled = pull_rows(config, home, source, path, packages, draft)
 

@@ -1,12 +1,11 @@
 """The flow `monitor`: is the traffic still what the champion was made for, and is it worth a retraining?
 
-It reads the request log, lets tasks measure and decide, and tells Prefect; the event `ratchet.monitoring.drift.detected` starts `retrain`.
+It reads the request log, lets tasks measure and decide, and tells Prefect; the event `ratchet.drift.detected` starts `retrain`.
 MLflow gets a copy of the report; without it the verdict stands all the same.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from ratchet.monitoring.drift import Verdict
 from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.retrain_budget import is_under_way, last_start, note_asked, read_retrains
 from ratchet.monitoring.topics import sources_for
+from ratchet.pipeline.stage import project_root
 from ratchet.promotion.champion import Champion, read_champion
 from ratchet.promotion.rollout import read_rollout
 from ratchet.reporting.markdown import drift_card
@@ -42,7 +42,7 @@ WEEK = 7 * 86_400.0
 @flow(name="monitor", persist_result=False)
 def monitor(root: str | None = None, retrain: bool = True) -> dict[str, Any]:
     """Returns {verdict, p, rows, columns, topics, decision, report, …}; with `retrain` a decision to retrain is told as an event. Raises what the log and DVC raise."""
-    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    home = project_root(root)
     config = load_config(home / "params.yaml")
     champion = read_champion(home)
     if champion is None:

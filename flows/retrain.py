@@ -7,7 +7,6 @@ next run, which skips every stage, registers it.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from ratchet.monitoring.topics import Region, Topic, sources_for, write_region
 from ratchet.pipeline.checkout import locked, who
 from ratchet.pipeline.dag import KEYS, STAGES
 from ratchet.pipeline.dvc import Workspace, check_out, push_data, run_stage, stale_stages
+from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import catch_up, land, open_workspace
 from ratchet.promotion.champion import Champion, last_entry, read_champion
 from ratchet.reporting.forgetting import SAVED, build, numbers_of, registered_numbers
@@ -73,7 +73,7 @@ def retrain(
     `force` compares with today's champion even when nothing else changed. `topics` are those that drifted (`ratchet.monitoring.topics`; `[]`: drift without one): their rows
     and people's feedback are pulled first, and the evaluation reports the topics by themselves.
     """
-    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    home = project_root(root)
     config = load_config(home / "params.yaml")
     region = Region(msgspec.convert(topics, list[Topic])) if topics else None
     for source in (

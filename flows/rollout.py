@@ -6,7 +6,6 @@ follows at the next look.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from ratchet.errors import CheckoutError, RatchetError, ServiceError, UserError
 from ratchet.files import write_text
 from ratchet.monitoring.request_log import open_log
 from ratchet.pipeline.checkout import who
+from ratchet.pipeline.stage import project_root
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.rollout import (
     AGAIN,
@@ -50,7 +50,7 @@ ENDS = {"roll_back": "rolled_back", "stop": "stopped", "no_evidence": "no_eviden
 @flow(name="rollout", persist_result=False)
 def rollout(root: str | None = None) -> dict[str, Any]:
     """One look; what `look_once` returns. With an artifact when there was something to look at. Raises what the checkout raises."""
-    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    home = project_root(root)
     seen = _look_once(home, load_config(home / "params.yaml"), say)
     if seen:
         create_markdown_artifact(

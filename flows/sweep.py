@@ -5,7 +5,6 @@ It works in a workspace of which nothing lands. MLflow gets each trial when it h
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError, ServiceError, StageError
 from ratchet.pipeline.checkout import locked
 from ratchet.pipeline.dvc import Workspace
+from ratchet.pipeline.stage import project_root
 from ratchet.training.launch import Material
 from ratchet.training.search_space import check_space, rows_key
 from ratchet.training.trials import close_study, deliver
@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 @flow(name="sweep", flow_run_name="sweep", persist_result=False)
 def sweep(root: str | None = None, trials: int | None = None, apply: bool = False) -> dict[str, Any]:
     """Returns {study, trials, counts, best, baseline, unit, diff, applied}. Raises ConfigError, DataError, StageError, ServiceError; RatchetError: no trial was completed."""
-    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    home = project_root(root)
     config = load_config(home / "params.yaml")
     if trials:
         config = config.model_copy(update={"sweep": config.sweep.model_copy(update={"trials": trials})})

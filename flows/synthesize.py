@@ -5,7 +5,6 @@ The teacher's client tries again by itself (ratchet/llm/client.py); a run that e
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from prefect.runtime import flow_run
 
 from flows.console import say
 from ratchet.config.params import Config, load_config
+from ratchet.pipeline.stage import project_root
 from ratchet.synthesis.draft import find_draft, summary_card
 from tasks import synthesize as tasks
 
@@ -41,7 +41,7 @@ def synthesize(
     resume: str | None = None,
 ) -> dict[str, Any]:
     """Returns the draft's summary with `queued`, the rows that are new in the review queue. Raises what `tasks.synthesize` raises."""
-    home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+    home = project_root(root)
     config = load_config(home / "params.yaml")
     summary = write(config, home, tasks.Wanted(mode, tuple(documents or ()), seeds, count), resume)
     return summary | {"queued": queue(config, home, summary)}

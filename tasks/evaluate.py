@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ from ratchet.models.adapters import virtual_tokens
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import MANIFEST, load_tokenizer
 from ratchet.monitoring.topics import mark, parts, read_region
-from ratchet.pipeline.stage import run_stage, say
+from ratchet.pipeline.stage import project_root, run_stage, say
 
 MIN_SLICE = 20  # rows under which a value of a field is no slice of its own; fields such as an id would make thousands
 OWN = Path("metrics")
@@ -255,7 +254,7 @@ def _judge(
     judge = config.evaluate.judge
     if not judge.model:
         return {}, {}
-    home = Path(os.environ.get("RATCHET_ROOT") or Path.cwd())  # a workspace goes, what the judge said stays
+    home = project_root()  # a workspace goes, what the judge said stays
     judged, figures = judge_answers(table, rows, rival, judge, home, say=say)
     return {"judged": judged}, {"judge": figures | {"agreement": read_agreement(own, judge)}}
 
@@ -353,7 +352,7 @@ def _summary(rows: pd.DataFrame, columns: list[str], labelled: bool) -> dict[str
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    cache = Path(os.environ.get("RATCHET_ROOT") or Path.cwd()) / CACHE if config.evaluate.cache_mib else None
+    cache = project_root() / CACHE if config.evaluate.cache_mib else None
     metrics = evaluate(
         arguments.prepared,
         arguments.base,

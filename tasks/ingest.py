@@ -25,7 +25,7 @@ from ratchet.data.dedup import split_by_hash
 from ratchet.data.examples import RowError, encode_line, recognise_form, whole_rows
 from ratchet.errors import DataError
 from ratchet.files import write_bytes
-from ratchet.pipeline.stage import run_stage, say
+from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.sources import feedback, jsonl, pydoc
 from ratchet.sources import reviewed as review
 
@@ -72,13 +72,13 @@ def pull(
         pulled = _pull_jsonl(config.ingest.jsonl.model_copy(update={"path": path} if path else {}))
     elif chosen == "feedback":
         pulled = Pulled(
-            [msgspec.json.encode(row) for row in feedback.harvest(root or Path.cwd(), config)],
+            [msgspec.json.encode(row) for row in feedback.harvest(project_root(root), config)],
             "feedback",
             "feedback",
             "messages",
         )
     elif chosen == "review":
-        pulled = _pull_review(review.harvest(root or Path.cwd(), config.review, draft))
+        pulled = _pull_review(review.harvest(project_root(root), config.review, draft))
     else:
         raise DataError(f"source {chosen!r} is unknown", remedy="known: pydoc, jsonl, feedback, review")
     if not pulled.lines:

@@ -12,14 +12,14 @@ from typing import Any
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, read_examples
-from ratchet.errors import CheckoutError, CommandError, RatchetError
+from ratchet.errors import CheckoutError, RatchetError
 from ratchet.evaluation.answer_cache import FOLDER as ANSWERS
 from ratchet.evaluation.answer_cache import forget_oldest
 from ratchet.evaluation.custom_metrics import load_custom
 from ratchet.evaluation.scoring import Asked, Models, Player, add_scores, answer, frame_of
 from ratchet.files import read_json, write_json
 from ratchet.models.loading import adapter_sha256
-from ratchet.pipeline.checkout import dvc
+from ratchet.pipeline.workspace import require_output
 from ratchet.reporting.forgetting import Evaluation, cells_of, filled_file, missing, read_scores
 from ratchet.serving.bundle import base_hash
 
@@ -61,7 +61,7 @@ def fill(
 
 def _rows(root: Path, newest: Evaluation, folder: Path) -> list[Example]:
     """Those that the newest evaluation asked."""
-    _get(root, "data/prepared", newest.commit, folder / "prepared")
+    require_output(root, newest.commit, "data/prepared", folder / "prepared")
     scores = read_scores(root, newest.commit)
     ids = set(scores.id[scores.model == "candidate"])
     return [
@@ -82,14 +82,14 @@ def _ask(
     folder: Path,
 ) -> dict[str, Any]:
     """slice → cell. Raises RatchetError: the weights or the base cannot be had, or are others than the ledger says."""
-    _get(root, "models/candidate", version["commit"], folder / "candidate")
+    require_output(root, version["commit"], "models/candidate", folder / "candidate")
     if (seen := adapter_sha256(folder / "candidate")) != version["adapter"]:
         raise CheckoutError(
             f"the weights at {version['commit'][:8]} have sha256 {seen[:12]}…, its verdict was on {version['adapter'][:12]}…"
         )
     base = folder.parent / f"base-{base_hash(root, version['commit'])}"
     if not base.exists():
-        _get(root, "models/base", version["commit"], base)
+        require_output(root, version["commit"], "models/base", base)
     models, rows = Models(), Asked(asked, [str(row.meta["batch"]) for row in asked])
     cache = root / ANSWERS if config.evaluate.cache_mib else None
     found = answer(
@@ -118,14 +118,3 @@ def _keep(path: Path, cells: dict[str, Any]) -> None:
     except RatchetError:
         known = {}
     write_json(path, {**known, **cells})
-
-
-def _get(root: Path, path: str, commit: str, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        dvc(root, "get", "--quiet", ".", path, "--rev", commit, "--out", str(out))
-    except CommandError as error:
-        raise CheckoutError(
-            f"{path} of {commit[:8]} cannot be had: {' '.join(str(error).split())[:200]}",
-            remedy="dvc pull brings what another machine made",
-        ) from None

@@ -23,7 +23,7 @@ from ratchet.monitoring.families import LEAST_ROWS, Answered, Reference, all_fam
 from ratchet.monitoring.novelty import Familiar, words_of
 from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.monitoring.topics import Topic, find_topics
-from ratchet.pipeline.checkout import dvc
+from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.champion import Champion
 
 FOLDER = Path(".ratchet/monitor")
@@ -56,17 +56,7 @@ def read_reference(root: Path, config: Config, champion: Champion) -> Reference:
             shutil.rmtree(old, ignore_errors=True)
         with whole_folder(folder) as filling:
             for path in ("data/prepared", "reports/evaluation"):
-                dvc(
-                    root,
-                    "get",
-                    "--quiet",
-                    ".",
-                    path,
-                    "--rev",
-                    champion.commit,
-                    "--out",
-                    str(filling / Path(path).name),
-                )
+                get_output(root, champion.commit, path, filling / Path(path).name)
     return load_reference(folder / "prepared", folder / "evaluation")
 
 

@@ -18,6 +18,7 @@ from ratchet.gate.alpha_budget import FILE as LOOKS
 from ratchet.gate.alpha_budget import read_looks, with_verdict
 from ratchet.models.loading import MANIFEST, adapter_sha256
 from ratchet.pipeline.dvc import Workspace
+from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.champion import Champion, read_champion, read_ledger
 from ratchet.serving.bundle import base_hash
 
@@ -76,16 +77,7 @@ def _fetch_scores(workspace: Workspace, oldest: Champion, target: Path) -> None:
 
     with tempfile.TemporaryDirectory(prefix="ratchet-pin-") as scratch:
         try:
-            workspace.dvc(
-                "get",
-                "--quiet",
-                ".",
-                "reports/evaluation",
-                "--rev",
-                oldest.commit,
-                "--out",
-                str(Path(scratch) / "evaluation"),
-            )
+            get_output(workspace.path, oldest.commit, "reports/evaluation", Path(scratch) / "evaluation")
             scores = pd.read_parquet(Path(scratch) / "evaluation/scores.parquet")
         except (CommandError, OSError, ValueError) as error:
             raise CheckoutError(
@@ -116,9 +108,7 @@ def _fetch(workspace: Workspace, champion: Champion, folder: Path) -> None:
     """The champion's adapter from the commit that made it; its base as well when today's is another."""
     with tempfile.TemporaryDirectory(prefix="ratchet-pin-") as scratch:
         adapter = Path(scratch) / "adapter"
-        workspace.dvc(
-            "get", "--quiet", ".", "models/candidate", "--rev", champion.commit, "--out", str(adapter)
-        )
+        get_output(workspace.path, champion.commit, "models/candidate", adapter)
         if (seen := adapter_sha256(adapter)) != champion.adapter_sha256:
             raise CheckoutError(
                 f"the adapter of v{champion.version} at {champion.commit[:8]} has sha256 {seen[:12]}…, the ledger says {champion.adapter_sha256[:12]}…",
@@ -127,6 +117,4 @@ def _fetch(workspace: Workspace, champion: Champion, folder: Path) -> None:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
         theirs = base_hash(workspace.path, champion.commit)
         if theirs and theirs != base_hash(workspace.path, "HEAD"):
-            workspace.dvc(
-                "get", "--quiet", ".", "models/base", "--rev", champion.commit, "--out", str(folder / "base")
-            )
+            get_output(workspace.path, champion.commit, "models/base", folder / "base")

@@ -27,7 +27,7 @@ from ratchet.files import read_json, require_space, sha256_file, sha256_json, wh
 from ratchet.models.adapters import PREFIXED, check_context, check_start, load_trainable, save_trained
 from ratchet.models.loading import MANIFEST, adapter_sha256, compute_dtype, load_tokenizer, precision, quiet
 from ratchet.pipeline.dag import stage_key
-from ratchet.pipeline.stage import run_stage, say
+from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.tracking.curve import History, LiveCopy, read_history
 from ratchet.training.distributed import (
     become_torchrun,
@@ -64,7 +64,7 @@ def train(
     if rank():
         # The first process tells and writes; the others compute, and read the same checkpoint.
         checkpoints = Checkpoints(
-            _home(), run_key, known, minutes=config.train.checkpoint_minutes, curve=list
+            project_root(), run_key, known, minutes=config.train.checkpoint_minutes, curve=list
         )
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             _fit(
@@ -91,7 +91,7 @@ def train(
         if "MLFLOW_TRACKING_URI" in os.environ:
             copy.start()
         checkpoints = Checkpoints(
-            _home(),
+            project_root(),
             run_key,
             known,
             minutes=config.train.checkpoint_minutes,
@@ -228,11 +228,6 @@ def _peak_of_gpu() -> dict[str, float]:
     import torch
 
     return {"peak_gpu_mib": torch.cuda.max_memory_reserved() / 2**20} if torch.cuda.is_available() else {}
-
-
-def _home() -> Path:
-    """The checkout: a workspace goes when its run has failed."""
-    return Path(os.environ.get("RATCHET_ROOT") or Path.cwd())
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""A judge's scores of candidate and rival on the same test rows, and the guardrails that they may be once people agree with the judge."""
+"""Score candidate and rival by a judge on the same test rows.
+
+The scores may be guardrails of the gate once people agree with the judge.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,10 @@ def judge_answers(
     *,
     say: Callable[[str], None],
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """(a line a judged row and model, with a column a metric; figures). `table` holds the answers of candidate and rival to all `rows`."""
+    """Return the scores, with a line for each row and model and a column for each metric, and figures.
+
+    `table` holds the answers of candidate and rival to all `rows`.
+    """
     import pandas as pd
 
     chosen = sorted((row for row in rows if row.meta["batch"] != "golden"), key=lambda row: row.id)[
@@ -71,9 +77,8 @@ def judge_answers(
     replies = ask_all(asks, config, home)
     scored = sum(score is not None for score in replies.scores)
     failed = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in sorted(replies.failures.items()))
-    say(
-        f"evaluate: {config.model} scored {scored} of {len(asks)} answers{f'; without a score: {failed} (evaluate.judge.url is {config.url})' if failed else ''}"
-    )
+    missing = f"; without a score: {failed} (evaluate.judge.url is {config.url})" if failed else ""
+    say(f"evaluate: {config.model} scored {scored} of {len(asks)} answers{missing}")
     for (metric, id, model, turned), score in zip(places, replies.scores, strict=True):
         value = math.nan if score is None else 1 - score if turned else score
         given.setdefault((metric, id, model), []).append(value)
@@ -100,7 +105,7 @@ def _describe(
     rival: str,
     config: AnswerJudge,
 ) -> dict[str, Any]:
-    """`asked_of`: rows whose pair of answers the judge was really asked about; equal answers need no judge."""
+    """Return the figures; `asked_of` are the rows whose two answers differ, which the judge compared."""
     figures: dict[str, Any] = {
         "model": config.model,
         "protocol": config.protocol,
@@ -132,7 +137,10 @@ def _describe(
 
 
 def read_agreement(own: Path, config: AnswerJudge) -> dict[str, Any]:
-    """metric → {labels, kappa, …} or {why}: what `ratchet gate judge` recorded of this judge with these prompts."""
+    """Return {labels, kappa, …} or {why} for each metric.
+
+    `ratchet gate judge` recorded it of this judge with these prompts.
+    """
     path = own / AGREEMENT
     record = read_json(path) if path.exists() else {}
     found: dict[str, Any] = {}

@@ -1,6 +1,7 @@
-"""What a judge is asked of answers, and its replies, remembered by content in `.ratchet/judge.db`: the same question to the same judge costs nothing.
+"""Ask a judge about answers and remember its replies, so that the same question costs nothing again.
 
-All that a prompt quotes stands between marks with its own hash (ratchet/llm/prompts.py): an answer that asks for a good score is data.
+Replies lie in `.ratchet/judge.db` by a hash of judge and prompt. Quoted text stands between marks that hold
+its hash (ratchet/llm/prompts.py), so an answer that asks for a good score stays data.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ratchet.llm.replies import Malformed, Score, read_reply
 
 FILE = Path(".ratchet/judge.db")
 SECTION = "evaluate.judge"
-MOST_FAILURES = 5  # requests in a row without an answer after which the rest is not tried
+MOST_FAILURES = 5  # requests in a row without an answer; after them the rest is not tried
 SEED = 0
 
 
@@ -40,7 +41,10 @@ class Ask(NamedTuple):
 
 
 class Replies(NamedTuple):
-    """A score from 0 to 1 an ask, of a choice 1 for the first answer; None where there is none. `failures`: how many by reason; `asked`: requests that were not remembered."""
+    """Hold one score from 0 to 1 for each ask; a choice of the first answer is 1, no reply is None.
+
+    `failures` counts by reason; `asked` counts the requests that were not remembered.
+    """
 
     scores: list[float | None]
     failures: dict[str, int]
@@ -64,7 +68,7 @@ def ask_groundedness(question: str, answer: str, passage: str) -> Ask:
 
 
 def ask_preference(question: str, one: str, other: str, reference: str) -> list[Ask]:
-    """Twice, with the positions swapped: judges like what stands first (Zheng et al. 2023, arXiv 2306.05685)."""
+    """Ask in both orders: judges prefer what stands first (Zheng et al. 2023, arXiv 2306.05685)."""
     template = load_template("judge_preference", None)
     return [
         Ask(template.render(question=question, first=first, second=second, reference=reference), Choice)
@@ -77,7 +81,10 @@ def prompt_version(metric: str) -> str:
 
 
 def ask_all(asks: Sequence[Ask], config: AnswerJudge, home: Path, *, backoff: float = 1.0) -> Replies:
-    """In the order of `asks`. What cannot be had is None; raises ConfigError and ServiceError where no request can succeed (a refused key, a wrong address)."""
+    """Return the replies in the order of `asks`, None where one failed.
+
+    Raises ConfigError and ServiceError where no request can succeed: a refused key, a wrong address.
+    """
     return asyncio.run(_ask_all(asks, config, home, backoff))
 
 
@@ -131,7 +138,7 @@ async def _ask_all(asks: Sequence[Ask], config: AnswerJudge, home: Path, backoff
 
 
 async def _gather(asking: list[Coroutine[Any, Any, str | None]]) -> list[str | None]:
-    """The first error ends all of them."""
+    """Run all; the first error cancels the others."""
     tasks = [asyncio.create_task(one) for one in asking]
     try:
         return list(await asyncio.gather(*tasks))
@@ -142,6 +149,7 @@ async def _gather(asking: list[Coroutine[Any, Any, str | None]]) -> list[str | N
 
 
 def _value(raw: str, shape: type[Score] | type[Choice]) -> float | None:
+    """Return the score of a reply, or None where it is outside 0 to 1."""
     try:
         found = read_reply(raw, shape)
     except Malformed:
@@ -165,6 +173,8 @@ def _key(config: AnswerJudge, ask: Ask) -> str:
 
 
 class _Memory:
+    """Keep replies in SQLite by key."""
+
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # people's questions stand in what a judge says of them

@@ -1,4 +1,4 @@
-"""Watch a retraining that the served deployment runs: its lines from the service's log, until Prefect says how it ended."""
+"""Watch a retraining that the served deployment runs: its lines, as Prefect has them, until Prefect says how it ended."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from ratchet.errors import ServiceError, StageError
 from ratchet.services.environment import service_environment
 
 POLL_SECONDS, APPEAR_SECONDS, MAX_SECONDS = 0.5, 180.0, 3600.0
+LAST_LINES_SECONDS = 3.0  # a run sends its lines every 2 s (PREFECT_LOGGING_TO_API_BATCH_INTERVAL)
 
 
 def follow_retraining(root: Path, *, say: Callable[[str], object]) -> None:
     """The newest run of the deployment `retrain`. Raises ServiceError when none appears in three minutes, StageError when it fails."""
     os.environ.update(service_environment(root, load_config(root / "params.yaml")))
     log = root / ".ratchet" / "logs" / "deployments.log"
-    started, position, told = time.monotonic(), _size(log), False
+    position: int | None = None  # in the lines of the run; None before there is one
+    started = time.monotonic()
     while time.monotonic() - started < MAX_SECONDS:
         run = _newest_run()
         if run is None and time.monotonic() - started > APPEAR_SECONDS:
@@ -27,13 +29,15 @@ def follow_retraining(root: Path, *, say: Callable[[str], object]) -> None:
                 "no retraining was started",
                 remedy=f"{log} and Prefect's page of events may say why; `ratchet retrain --drift` does the same by hand",
             )
-        if run is not None and not told:
-            told = True
-            say(f"run {run.name!r}: {_waited(run)}")
-        position = _pass_on(log, position, say)
-        if run is not None and run.state is not None and run.state.is_final():
-            _check(run)
-            return
+        if run is not None:
+            if position is None:
+                say(f"run {run.name!r}: {_waited(run)}")
+            position = _pass_on(run, position or 0, say)
+            if run.state is not None and run.state.is_final():
+                time.sleep(LAST_LINES_SECONDS)
+                _pass_on(run, position, say)
+                _check(run)
+                return
         time.sleep(POLL_SECONDS)
     raise ServiceError(
         f"the retraining goes on for more than {MAX_SECONDS / 60:.0f} minutes", remedy=f"see {log}"
@@ -70,22 +74,18 @@ def _waited(run: Any) -> str:
     return f"runs {(run.start_time - run.created).total_seconds():.1f} s after the event's automation asked for it"
 
 
-def _pass_on(log: Path, position: int, say: Callable[[str], object]) -> int:
-    """Flow lines are `time | LEVEL | Flow run '…' - text`; the text is passed on."""
-    if not log.exists():
-        return position
-    with log.open("rb") as handle:
-        handle.seek(position)
-        lines = handle.read().split(b"\n")
-    for line in lines[:-1]:
-        text = line.decode("utf-8", "replace")
-        if "run '" in text and " - " in text:
-            say("  " + text.split(" - ", 1)[1])
-    return position + sum(len(line) + 1 for line in lines[:-1])
+def _pass_on(run: Any, position: int, say: Callable[[str], object]) -> int:
+    """Say the lines of `run` and of its tasks from `position` on. The position behind the last one."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
+    with get_client(sync_client=True) as client:
+        while lines := client.read_logs(chosen, offset=position):  # 200 at most a call
+            for line in lines:
+                say("  " + line.message.partition("\n")[0])
+            position += len(lines)
+    return position
 
 
 def _check(run: Any) -> None:

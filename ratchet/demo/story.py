@@ -270,7 +270,7 @@ def _ratchet(home: Path, *arguments: str) -> None:
         if not name.startswith(("PREFECT_", "MLFLOW_", "RATCHET_"))
     }
     done = subprocess.run(
-        [sys.executable, "-m", "ratchet.cli.main", "-C", str(home), *arguments],
+        [sys.executable, "-m", "ratchet.cli", "-C", str(home), *arguments],
         env=environment,
         cwd=home,
         check=False,

@@ -165,6 +165,8 @@ def _version(package: str) -> str:
 def _connect(path: Path, patience: float) -> sqlite3.Connection:
     known = sqlite3.connect(path, timeout=patience)
     try:
+        # No fsync: a write takes 1.2 ms in place of 17. A power cut may break the file, and a broken file is begun anew.
+        known.execute("pragma synchronous = off")
         known.execute(
             "create table if not exists answers (key text primary key, value text, sha256 text) without rowid"
         )

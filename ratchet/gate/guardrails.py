@@ -97,7 +97,10 @@ def _gaps(weights: Values, members: Values, values: Values) -> tuple[float, floa
 def guard_by_judge(
     judged: pd.DataFrame | None, figures: dict[str, Any], rival: str, config: GateConfig
 ) -> list[dict[str, Any]]:
-    """A check for each of `gate.guardrails` that is a judge's. One that may not gate is `unclear`, with the reason: what was asked for is not shown."""
+    """Return a check for each of `gate.guardrails` that is a judge's.
+
+    A judge that may not gate makes its check `unclear`, with the reason: the guardrail's claim is not shown.
+    """
     checks = []
     for rule in config.guardrails:
         if not rule.metric.startswith(JUDGE):
@@ -138,11 +141,15 @@ def guard_by_judge(
 
 
 def _refusal(metric: str, rows: int, figures: dict[str, Any], config: GateConfig) -> str:
+    """Return why the judge may not gate on this metric, or ""."""
     agreement, asked = figures.get("agreement", {}).get(metric, {}), figures.get("asked", {}).get(metric, 0)
     if why := agreement.get("why", "" if agreement else f"nothing is known of it ({AGAIN})"):
         return str(why)
     if agreement["low"] < config.judge_agreement:
-        return f"kappa with {agreement['labels']} decisions of people is {agreement['kappa']:.2f}, at least {agreement['low']:.2f}; `gate.judge_agreement` is {config.judge_agreement:g}"
+        return (
+            f"kappa with {agreement['labels']} decisions of people is {agreement['kappa']:.2f}, "
+            f"at least {agreement['low']:.2f}; `gate.judge_agreement` is {config.judge_agreement:g}"
+        )
     if not asked or asked - rows > MOST_MISSING * asked:
         return f"{asked - rows} of {asked} rows have no score of both models"
     return ""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import signal
 import socket
 import sys
@@ -20,6 +19,7 @@ from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError, UserError
 from ratchet.gateway.auth import list_keys
 from ratchet.gateway.state import is_loopback
+from ratchet.pipeline.stage import project_root
 from ratchet.serving.engine import Engine
 
 KEEP_ALIVE_SECONDS = 75  # over the 60 s after which load balancers let go of a quiet connection
@@ -28,7 +28,7 @@ SWITCH_SECONDS = 0.0005
 
 
 def main() -> None:
-    root = Path(os.environ.get("RATCHET_ROOT") or Path.cwd())
+    root = project_root()
     try:
         serve(root, load_config(root / "params.yaml"))
     except RatchetError as error:

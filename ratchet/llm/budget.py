@@ -1,4 +1,7 @@
-"""What a run may spend: every request sets aside the most that it can cost before it is sent, so that no limit is passed."""
+"""Limit what a run may spend.
+
+Every request sets the most that it can cost aside before it is sent, so that no limit is passed.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import NamedTuple
 
 
 class Usage(NamedTuple):
+    """Count tokens."""
+
     input: int = 0
     output: int = 0
 
@@ -19,7 +24,7 @@ class Usage(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """Of a million tokens."""
+    """Hold the prices of a million tokens."""
 
     input: float = 0.0
     output: float = 0.0
@@ -29,7 +34,7 @@ class Prices(NamedTuple):
 
 
 class SpentError(Exception):
-    """The next request could pass a limit; nothing was sent. `limit` is the key in the budget's section."""
+    """Say that the next request could pass a limit and was not sent; `limit` is the key in params.yaml."""
 
     def __init__(self, limit: str, message: str) -> None:
         super().__init__(message)
@@ -37,7 +42,7 @@ class SpentError(Exception):
 
 
 class Budget:
-    """Shared by all clients of a run."""
+    """Hold the limits that all clients of a run share."""
 
     def __init__(self, *, max_cost: float, max_tokens: int, section: str = "synthesize") -> None:
         self._section = section
@@ -48,7 +53,10 @@ class Budget:
         self._next = 0
 
     async def hold(self, most: Usage, prices: Prices) -> int:
-        """Set aside; a ticket for `settle`. Waits while requests under way may give back enough. Raises SpentError."""
+        """Set the most that a request can cost aside and return a ticket for `settle`.
+
+        Waits while requests under way may give back enough. Raises SpentError.
+        """
         cost, tokens = prices.cost(most), sum(most)
         async with self._changed:
             while limit := self._passed(cost, tokens):
@@ -60,6 +68,7 @@ class Budget:
             return self._next
 
     async def settle(self, ticket: int, used: Usage, prices: Prices) -> None:
+        """Replace what a ticket set aside by what was really used."""
         async with self._changed:
             del self._held[ticket]
             self.cost += prices.cost(used)
@@ -67,7 +76,7 @@ class Budget:
             self._changed.notify_all()
 
     def _passed(self, cost: float, tokens: int, *, held: bool = True) -> str:
-        """The limit that would be passed, counting what is under way at its most (`held`), or ""."""
+        """Return the limit that would be passed, or ""; `held` counts requests under way at their highest."""
         under_way = list(self._held.values()) if held else []
         if cost and self.cost + sum(part[0] for part in under_way) + cost > self._max_cost:
             return "max_cost"

@@ -1,8 +1,10 @@
-"""A client of one model: paced, limited, patient with a busy endpoint, and silent about its key.
+"""Ask one model over HTTP: pace the requests, keep to the budget, retry, and never show the key.
 
-FatalError      the run cannot go on: a refused key, an unknown model (a ConfigError or ServiceError for people)
-AskError        this request failed after all its tries; `paid` says whether an answer came
-SpentError      the run's limit (ratchet/llm/budget.py)
+ConfigError, ServiceError   no request can succeed: the key is refused, the model is unknown
+AskError                    this request failed after all its tries
+SpentError                  the run's limit is reached (ratchet/llm/budget.py)
+
+The package openai is not used: docs/lab-notes.md says why, with figures.
 """
 
 from __future__ import annotations
@@ -27,18 +29,18 @@ from ratchet.llm.prompts import Prompt
 from ratchet.llm.protocols import Answer, Dialect, Turn, Unreadable
 from ratchet.llm.replies import Malformed, Reply, read_reply, schema_of
 
-LONGEST_WAIT = 60.0  # seconds: a Retry-After beyond it is not waited for in full
-LONGEST_BACKOFF = 30.0
+LONGEST_WAIT = 60.0  # seconds; a longer Retry-After is cut to this
+LONGEST_BACKOFF = 30.0  # seconds
 SEEN = 200  # characters of an endpoint's error that a message quotes
-MOST_BYTES = 8 * 2**20  # of an answer
+MOST_BYTES = 8 * 2**20  # the largest answer that is parsed
 OVERHEAD = 512  # tokens that a chat template and a schema may add to a prompt
-MOST_ADAPTED = 5
+MOST_ADAPTED = 5  # changes of one body: three options left out, one renamed, one to spare
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 REPAIR = "That was not the JSON that was asked for: {fault}. Answer again with the one JSON object and nothing else."
 
 
 class AskError(Exception):
-    """`reason` is a short code that is counted."""
+    """Say that a request failed for good; `reason` is the short code under which it is counted."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -46,7 +48,7 @@ class AskError(Exception):
 
 
 class Said(msgspec.Struct, frozen=True):
-    """An answer that was read, or could not be: then `failure` says why. `raw` is the model's own text."""
+    """Hold the model's own text in `raw`; `failure` is the reason where it could not be read, or ""."""
 
     raw: str
     usage: Usage
@@ -55,7 +57,10 @@ class Said(msgspec.Struct, frozen=True):
 
 
 class Teacher:
-    """Use it in one event loop; `close` at the end. `section` is where its knobs stand, `backoff` the first wait in seconds."""
+    """Ask a model from one event loop; call `close` at the end.
+
+    `section` is the part of params.yaml that errors name, `backoff` the first wait in seconds.
+    """
 
     def __init__(
         self,
@@ -65,7 +70,7 @@ class Teacher:
         section: str = "synthesize.teacher",
         backoff: float = 1.0,
     ) -> None:
-        """Raises ConfigError: an address, a model or a key that cannot be. Nothing is asked yet."""
+        """Check address, model and key without sending anything. Raises ConfigError."""
         _check_address(config, section)
         self._config, self._budget, self._section, self._backoff = config, budget, section, backoff
         self._key = read_key(config, section)
@@ -80,10 +85,10 @@ class Teacher:
             limits=httpx.Limits(
                 max_connections=config.parallel,
                 max_keepalive_connections=config.parallel,
-                keepalive_expiry=3.0,
+                keepalive_expiry=3.0,  # seconds; uvicorn closes a quiet connection after 5
             ),
             headers={"content-type": "application/json", **self._dialect.headers(self._key)},
-            trust_env=not local,  # the shell's proxy cannot reach our own machine
+            trust_env=not local,  # a proxy from the environment cannot reach our loopback
         )
 
     @property
@@ -94,7 +99,10 @@ class Teacher:
         await self._http.aclose()
 
     async def ask(self, prompt: Prompt, shape: type[Reply], *, seed: int) -> Said:
-        """One answer of that shape; a malformed one gets a second try. Raises AskError (nothing was answered), SpentError, ConfigError, ServiceError."""
+        """Return an answer of that shape; ask a second time where the first is malformed.
+
+        Raises AskError (nothing was answered), SpentError, ConfigError, ServiceError.
+        """
         turns: list[Turn] = [("user", prompt.user)]
         schema = schema_of(shape)
         answer = await self._complete(prompt.system, turns, schema, seed)
@@ -108,19 +116,14 @@ class Teacher:
             answer = await self._complete(prompt.system, turns, schema, seed)
             used += answer.usage or Usage()
             fault = _fault(answer, shape)
-        failure = (
-            "teacher_refused"
-            if answer.refused
-            else "cut_off"
-            if fault and answer.cut
-            else "malformed"
-            if fault
-            else ""
-        )
-        return Said(answer.text, used, failure, fault if failure else "")
+        if answer.refused:
+            return Said(answer.text, used, "teacher_refused", fault)
+        if fault:
+            return Said(answer.text, used, "cut_off" if answer.cut else "malformed", fault)
+        return Said(answer.text, used)
 
     async def say(self, prompt: Prompt, *, seed: int) -> Said:
-        """Free text. Raises as `ask` does."""
+        """Return free text. Raises what `ask` raises."""
         answer = await self._complete(prompt.system, [("user", prompt.user)], None, seed)
         return Said(answer.text, answer.usage or Usage(), "teacher_refused" if answer.refused else "")
 
@@ -130,7 +133,7 @@ class Teacher:
     async def _complete(
         self, system: str, turns: Sequence[Turn], schema: dict[str, Any] | None, seed: int
     ) -> Answer:
-        """Its text without the key, its usage as the endpoint says or as the most that it can be."""
+        """Return the answer without the key; retry what may pass, and leave out options that are refused."""
         tries, adapted = 0, 0
         async with self._slots:
             while True:
@@ -148,7 +151,10 @@ class Teacher:
                         raise self._final(error) from None
 
     async def _paid(self, body: dict[str, Any]) -> Answer:
-        """One request, with what it costs set aside before and settled after."""
+        """Send one request; set its highest cost aside before, settle the real one after.
+
+        Where the endpoint names no usage, the highest that it can be counts.
+        """
         raw = msgspec.json.encode(body)
         most = Usage(len(raw) + OVERHEAD, self._config.max_tokens)  # a token is at least a byte
         ticket = await self._budget.hold(most, self._prices)
@@ -158,7 +164,7 @@ class Teacher:
             used = answer.usage or Usage(most.input, min(most.output, len(answer.text.encode())))
             return answer._replace(text=self.redact(answer.text), usage=used)
         except _Passing as error:
-            used = most if error.maybe_paid else used  # an answer that got lost may stand on the bill
+            used = most if error.maybe_paid else used  # a lost answer may still be billed
             raise
         except asyncio.CancelledError:
             used = most
@@ -204,7 +210,7 @@ class Teacher:
             ) from None
 
     async def _pace(self) -> None:
-        """Evenly spaced under `requests_per_minute`."""
+        """Wait for this request's turn: starts are evenly spaced under `requests_per_minute`."""
         now = time.monotonic()
         start = max(now, self._next_start)
         if self._config.requests_per_minute:
@@ -213,16 +219,16 @@ class Teacher:
             await asyncio.sleep(start - now)
 
     def _wait(self, tries: int, retry_after: float | None) -> float:
-        """Seconds; an endpoint's own Retry-After holds everybody back."""
-        jittered = random.uniform(0.5, 1.0) * min(LONGEST_BACKOFF, self._backoff * 2.0 ** (tries - 1))  # noqa: S311 (no secret)
+        """Return the seconds to wait; a Retry-After holds all requests back, not this one alone."""
         if retry_after is None:
-            return jittered
+            longest = min(LONGEST_BACKOFF, self._backoff * 2.0 ** (tries - 1))
+            return longest * random.uniform(0.5, 1.0)  # noqa: S311 (no secret)
         wait = min(LONGEST_WAIT, retry_after)
         self._next_start = max(self._next_start, time.monotonic() + wait)
         return wait
 
     def _quote(self, response: httpx.Response) -> str:
-        """Status and message, without the page around it and without the key."""
+        """Return status and message of an error, without the page around them and without the key."""
         text = response.text
         try:
             found = msgspec.json.decode(text)
@@ -232,6 +238,7 @@ class Teacher:
         return f"{response.status_code} {' '.join(self.redact(text).split())[:SEEN]}".strip()
 
     def _final(self, error: _Refused) -> Exception:
+        """Return the error for people: it names the key or the setting to change."""
         if error.status in (401, 403):
             return ConfigError(
                 f"the teacher refuses the key: {error}",
@@ -251,7 +258,7 @@ class Teacher:
 
 
 class _Passing(Exception):
-    """A second try may mend it."""
+    """Say that a request failed in a way that a later try may not."""
 
     def __init__(
         self, reason: str, message: str, *, retry_after: float | None = None, maybe_paid: bool = False
@@ -261,12 +268,15 @@ class _Passing(Exception):
 
 
 class _Refused(Exception):
+    """Say that the endpoint refused this body; `said` is its whole text, in which `adapt` looks for names."""
+
     def __init__(self, status: int, message: str, said: str) -> None:
         super().__init__(message)
         self.status, self.said = status, said
 
 
 def _fault(answer: Answer, shape: type[Reply]) -> str:
+    """Return why the answer does not have the shape, or ""."""
     try:
         read_reply(answer.text, shape)
     except Malformed as error:
@@ -305,7 +315,7 @@ def _check_address(config: TeacherConfig, section: str) -> None:
 
 
 def read_key(config: TeacherConfig, section: str) -> str:
-    """From the environment; "" where there is none. Raises ConfigError, without showing it."""
+    """Return the key from the environment, or "". Raises ConfigError, which does not show it."""
     key = os.environ.get(config.key_env, "").strip()
     if key and not (key.isascii() and key.isprintable() and " " not in key):
         raise ConfigError(
@@ -316,7 +326,7 @@ def read_key(config: TeacherConfig, section: str) -> str:
 
 
 def _seconds(header: str) -> float | None:
-    """Of a Retry-After: seconds, or a date (RFC 9110, 10.2.3)."""
+    """Return the seconds of a Retry-After, which holds seconds or a date (RFC 9110, 10.2.3), or None."""
     try:
         return max(0.0, float(header))
     except ValueError:

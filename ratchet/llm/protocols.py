@@ -1,4 +1,4 @@
-"""The two ways to ask a model over HTTP, as bodies and answers; ratchet/llm/client.py sends them."""
+"""Write request bodies and read answers of OpenAI's and Anthropic's protocols; the client sends them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ Turn = tuple[str, str]  # (role, content)
 
 
 class Answer(NamedTuple):
-    """`cut`: the answer ended at its limit of tokens; `refused`: the endpoint's own filter or the model would not answer. Without `usage` the endpoint named none."""
+    """Hold what either protocol answers.
+
+    `usage`: None where the endpoint named none; `cut`: the answer ended at its limit of tokens;
+    `refused`: the endpoint's filter or the model itself would not answer.
+    """
 
     text: str
     usage: Usage | None
@@ -24,11 +28,11 @@ class Answer(NamedTuple):
 
 
 class Unreadable(ValueError):
-    """A body that is no answer of the protocol."""
+    """Say that a body is no answer of the protocol."""
 
 
 class Dialect:
-    """What this endpoint takes; `adapt` learns it from what is refused."""
+    """Know which options this endpoint takes; `adapt` learns it from refusals."""
 
     def __init__(self, config: TeacherConfig) -> None:
         self._config = config
@@ -69,7 +73,7 @@ class Dialect:
         return {name: value for name, value in body.items() if name not in self._left_out}
 
     def adapt(self, status: int, said: str, body: dict[str, Any]) -> bool:
-        """Whether there is something to change after a refusal: an option of ours that the endpoint names as the fault."""
+        """Change what the endpoint names as the fault; return False where it names no option of ours."""
         if status not in (400, 422):
             return False
         if (
@@ -90,7 +94,7 @@ class Dialect:
         return False
 
     def read(self, raw: bytes) -> Answer:
-        """Raises Unreadable."""
+        """Check and read a body: endpoints differ in what they leave out. Raises Unreadable."""
         try:
             if self._config.protocol == "anthropic":
                 return _read_anthropic(msgspec.json.decode(raw, type=_Message))

@@ -1,15 +1,16 @@
-"""What a model is asked to answer with: the shapes, their JSON schemas, and how an answer is read that says more than its JSON."""
+"""Define the shapes that models answer in, make their JSON schemas, and find the JSON in an answer."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
 
 THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-MOST_CHARS, MOST_STARTS = 400_000, 60  # of an answer that is searched; places in it that are tried
+MOST_CHARS, MOST_STARTS = 400_000, 60  # bound the search: characters of an answer, places that are tried
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -38,25 +39,25 @@ Reply = TypeVar("Reply", bound=msgspec.Struct)
 
 
 class Malformed(ValueError):
-    """An answer without the JSON that was asked for. The message is for the model, which may try again."""
+    """Say that the JSON asked for is missing; the model reads the message and may try again."""
 
 
 def read_reply(text: str, shape: type[Reply]) -> Reply:
-    """The first JSON value in the text that has the shape; a fence, a thought or prose around it does not matter. Raises Malformed."""
+    """Return the first JSON value of that shape, past any fence, thought or prose. Raises Malformed."""
     fault = "there is no JSON object in it"
     for value in _values(THOUGHT.sub("", text[:MOST_CHARS])):
         try:
             json.dumps(value, ensure_ascii=False).encode()
             return msgspec.convert(_wrap(value, shape), shape)
         except UnicodeEncodeError:
-            fault = "it holds half of a surrogate pair"  # which JSON can spell, and no file can hold
+            fault = "it holds half of a surrogate pair"  # JSON can spell it, UTF-8 cannot hold it
         except (msgspec.ValidationError, RecursionError) as error:
             fault = str(error)
     raise Malformed(fault)
 
 
-def _values(text: str) -> Any:
-    """JSON objects and arrays, from the outside in."""
+def _values(text: str) -> Iterator[Any]:
+    """Yield JSON objects and arrays, the outer ones first."""
     decoder, position = json.JSONDecoder(), 0
     for _ in range(MOST_STARTS):
         found = re.compile(r"[{\[]").search(text, position)
@@ -70,13 +71,13 @@ def _values(text: str) -> Any:
 
 
 def _wrap(value: Any, shape: type[msgspec.Struct]) -> Any:
-    """A bare list stands for the object that has it as its only key."""
+    """Put a bare list into the object that has it as its only key: small models leave the object out."""
     fields = shape.__struct_fields__
     return {fields[0]: value} if isinstance(value, list) and len(fields) == 1 else value
 
 
 def schema_of(shape: type[msgspec.Struct]) -> dict[str, Any]:
-    """JSON schema as strict modes want it: an object at its root, every key required, no others."""
+    """Return a JSON schema for strict modes: an object at its root, every key required, no others."""
     _, parts = msgspec.json.schema_components([shape], ref_template="#/$defs/{name}")
     closed = {
         name: {**part, "required": list(part["properties"]), "additionalProperties": False}

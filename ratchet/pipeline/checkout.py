@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -76,16 +75,21 @@ def who(root: Path) -> str:
 
 @contextmanager
 def locked(root: Path, name: str, *, wait: bool = True) -> Iterator[None]:
-    """One process at a time; the system frees the lock of a process that died. Raises CheckoutError when it is taken and `wait` is False."""
+    """Hold the lock `name` of the checkout, one process and thread at a time. Raises CheckoutError: it is taken, and `wait` is False.
+
+    The system frees the lock of a process that was killed. A filesystem without such locks is an error: a file that merely
+    exists would outlive its process.
+    """
+    from filelock import FileLock, Timeout  # loads for 0.25 s, and the command's start does not need it
+
     path = root / ".ratchet" / "locks" / f"{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise CheckoutError(
-                f"another `{name}` runs in {root}", remedy="wait for it; `ratchet status` shows it"
-            ) from None
+    try:
+        held = FileLock(path, blocking=wait, thread_local=False, fallback_to_soft=False).acquire()
+    except Timeout:
+        raise CheckoutError(
+            f"another `{name}` runs in {root}", remedy="wait for it; `ratchet status` shows it"
+        ) from None
+    with held:
         yield
 
 

@@ -35,6 +35,11 @@ def run_stage(
         sys.exit(error.exit_code)
 
 
+def project_root(root: str | Path | None = None) -> Path:
+    """Return the checkout: `root`, else RATCHET_ROOT (set for a stage that runs in a workspace), else the working directory."""
+    return Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
+
+
 def say(line: str, *, error: bool = False) -> None:
     """One line of progress; the flow streams it into Prefect's log. When whoever read is gone, the work is not: a training still writes its checkpoint."""
     out = sys.stderr if error else sys.stdout

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ratchet.errors import CheckoutError, CommandError
-from ratchet.pipeline.checkout import Say, _identity, check_checkout, child_environment, git, locked
+from ratchet.pipeline.checkout import Say, _identity, check_checkout, child_environment, dvc, git, locked
 from ratchet.pipeline.dvc import Workspace, _share_cache
 
 WORKSPACES = Path(".ratchet/workspaces")
@@ -145,6 +145,23 @@ def _bring_data(workspace: Workspace, before: str) -> None:
     ):
         command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--allow-missing"]
         subprocess.run(command, cwd=workspace.root, env=child_environment(), capture_output=True, check=False)
+
+
+def get_output(root: Path, commit: str, path: str, out: Path) -> None:
+    """Write `path` of `commit` to `out`, from the cache or the remote. Raises CommandError."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    dvc(root, "get", "--quiet", ".", path, "--rev", commit, "--out", str(out))
+
+
+def require_output(root: Path, commit: str, path: str, out: Path) -> None:
+    """Call `get_output` where a second try mends nothing. Raises CheckoutError."""
+    try:
+        get_output(root, commit, path, out)
+    except CommandError as error:
+        raise CheckoutError(
+            f"{path} of {commit[:8]} cannot be had: {' '.join(str(error).split())[:400]}",
+            remedy="dvc pull brings what another machine made",
+        ) from None
 
 
 def _is_alive(process: str) -> bool:

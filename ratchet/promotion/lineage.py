@@ -14,7 +14,8 @@ from ruamel.yaml.error import YAMLError
 from ratchet.data.erasure import GOLDEN, Entry
 from ratchet.data.examples import read_examples
 from ratchet.errors import RatchetError
-from ratchet.pipeline.checkout import dvc, git
+from ratchet.pipeline.checkout import git
+from ratchet.pipeline.workspace import get_output
 from ratchet.tracking.registry import Version
 
 PREPARED, TRAIN = "data/prepared", "data/prepared/train.jsonl"
@@ -97,7 +98,7 @@ class TrainingRows:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "train.jsonl"
             try:
-                dvc(self._root, "get", "--quiet", ".", TRAIN, "--rev", commit, "--out", str(out))
+                get_output(self._root, commit, TRAIN, out)
                 return frozenset(example.id for example in read_examples(out))
             except RatchetError:
                 return None

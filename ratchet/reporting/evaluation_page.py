@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ratchet.errors import CheckoutError, CommandError, RatchetError
 from ratchet.evaluation.paired import paired_gains
 from ratchet.files import read_json, write_text
-from ratchet.pipeline.checkout import dvc, git
+from ratchet.pipeline.checkout import git
+from ratchet.pipeline.workspace import get_output
 from ratchet.reporting.charts import Line, Tick, intervals, nice_top
 from ratchet.reporting.dashboard_view import environment, word_of
 from ratchet.reporting.heatmap import heat
@@ -31,7 +32,7 @@ def write_evaluation_page(path: Path, found: dict[str, Any]) -> Path:
 
 
 def render_evaluation(found: dict[str, Any]) -> str:
-    """`found` is `ratchet.reporting.evaluation_figures.gather`'s. Texts of people are escaped; halves of surrogate pairs become question marks."""
+    """`found` is `ratchet.reporting.evaluation_page.gather`'s. Texts of people are escaped; halves of surrogate pairs become question marks."""
     return (
         environment()
         .get_template("evaluation.html")
@@ -190,7 +191,7 @@ def fetched(root: Path, commit: str) -> Iterator[Path]:
         try:
             write_text(folder / "reports/gate.json", git(root, "show", f"{commit}:reports/gate.json"))
             for part in ("reports/evaluation", "reports/train"):
-                dvc(root, "get", "--quiet", ".", part, "--rev", commit, "--out", str(folder / part))
+                get_output(root, commit, part, folder / part)
         except CommandError as error:
             raise CheckoutError(
                 f"the reports of {commit[:8]} cannot be had: {' '.join(str(error).split())[:200]}",

@@ -21,7 +21,8 @@ from ruamel.yaml.error import YAMLError
 from ratchet.errors import CheckoutError, CommandError, RatchetError
 from ratchet.evaluation.statistics import bootstrap_mean, wilson
 from ratchet.files import read_json, write_json
-from ratchet.pipeline.checkout import dvc, git
+from ratchet.pipeline.checkout import git
+from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.champion import read_ledger
 
 if TYPE_CHECKING:
@@ -170,17 +171,7 @@ def read_scores(root: Path, commit: str) -> pd.DataFrame:
 
     with tempfile.TemporaryDirectory(prefix="ratchet-ledger-") as scratch:
         try:
-            dvc(
-                root,
-                "get",
-                "--quiet",
-                ".",
-                EVALUATION,
-                "--rev",
-                commit,
-                "--out",
-                str(Path(scratch) / "evaluation"),
-            )
+            get_output(root, commit, EVALUATION, Path(scratch) / "evaluation")
             return pd.read_parquet(Path(scratch) / "evaluation/scores.parquet")
         except (CommandError, OSError, ValueError) as error:
             raise CheckoutError(

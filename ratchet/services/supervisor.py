@@ -7,13 +7,11 @@ Nobody watches over a service: one that dies stays dead until the next `ratchet 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +22,7 @@ import psutil
 
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.files import write_bytes
+from ratchet.pipeline.checkout import locked
 from ratchet.services.environment import HEALTH, HOST, _get
 from ratchet.services.processes import _end_family, require_free_port
 from ratchet.services.specs import GRACE_SECONDS, Plan, plan_services
@@ -68,7 +67,9 @@ def start_services(root: Path, config: Config, *, report: Report) -> list[Servic
     Raises ServiceError when one dies or does not answer in time; what this call started is then stopped again.
     """
     root = root.resolve()
-    with _hold_lock(root):
+    with locked(
+        root, "up", wait=False
+    ):  # two at once would each start the servers, and one of them would be forgotten
         plans = plan_services(root, config)
         kept = {name for name, plan in plans.items() if _is_kept(root, plan)}
         for plan in plans.values():
@@ -268,19 +269,6 @@ def _has_polled(record: Record) -> bool:
     return (
         deployment.get("status") == "READY" and datetime.fromisoformat(polled).timestamp() >= record.created
     )
-
-
-@contextmanager
-def _hold_lock(root: Path) -> Iterator[None]:
-    """Two `ratchet up` at once would each start the servers, and one of them would be forgotten. Raises UserError."""
-    path = root / ".ratchet" / "run" / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another `ratchet up` is at work in {root}", remedy="wait for it") from None
-        yield
 
 
 def _log(root: Path, name: str) -> Path:

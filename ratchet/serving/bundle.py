@@ -17,7 +17,8 @@ from ruamel.yaml import YAML
 from ratchet.errors import BaseModelError, CheckoutError, RatchetError
 from ratchet.files import read_json, whole_folder, write_json
 from ratchet.models.loading import adapter_sha256
-from ratchet.pipeline.checkout import dvc, git
+from ratchet.pipeline.checkout import git
+from ratchet.pipeline.workspace import require_output
 
 SERVING = Path(".ratchet/serving")
 STATE = SERVING / "state.json"
@@ -49,7 +50,7 @@ def make_bundle(root: Path, *, name: str, version: int, commit: str, adapter_sha
     if not _is_whole(root, folder):
         base = _fetch_base(root, commit)
         with whole_folder(folder) as filling:
-            _get(root, commit, "models/candidate", filling / "adapter")
+            require_output(root, commit, "models/candidate", filling / "adapter")
             check_adapter(filling / "adapter", adapter_sha256)
             write_json(filling / CARD, {"commit": commit, "base": base.name, **_settings(root, commit)})
     return _read_bundle(root, folder, name, version)
@@ -159,19 +160,9 @@ def _fetch_base(root: Path, commit: str) -> Path:
     if not base.exists():
         with whole_folder(base) as filling:
             filling.rmdir()
-            _get(root, commit, "models/base", filling)
+            require_output(root, commit, "models/base", filling)
             check_harmless(filling)
     return base
-
-
-def _get(root: Path, commit: str, path: str, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        dvc(root, "get", "--quiet", ".", path, "--rev", commit, "--out", str(out))
-    except RatchetError as error:
-        raise CheckoutError(
-            f"{path} of {commit[:8]} cannot be had: {error}", remedy="dvc pull brings what the cache lacks"
-        ) from None
 
 
 def _settings(root: Path, commit: str) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""The engine `openai`: a server that speaks the protocol, such as vLLM, with every version as a model `name@vN` of its own.
+"""Answer through a server that speaks OpenAI's protocol, such as vLLM: the engine `openai`.
 
-vLLM gets adapters at run time, each under a new name: the same name again could answer from the old one's prefix cache.
-By aiohttp: a request costs it 0.3 ms of CPU, httpx 2.1 ms, and 4.2 ms with 32 under way: too much at 200 a second.
+Every version is a model `name@vN` of its own. vLLM loads adapters at run time, each under a new name: under
+an old name it could answer from the prefix cache of the adapter before.
+The client is aiohttp: a request costs it 0.3 ms of CPU; httpx takes 2.1 ms, 4.2 ms with 32 under way, too
+much at 200 requests a second. The package openai adds still more (docs/lab-notes.md).
 """
 
 from __future__ import annotations
@@ -30,16 +32,12 @@ from ratchet.serving.protocol import WholeAsk
 
 KEY = "RATCHET_UPSTREAM_KEY"
 CONNECT_SECONDS = 5.0
-IDLE_SECONDS = 3.0  # under the 5 s after which uvicorn closes a quiet connection: ours must not be the one that is closed while in use
+IDLE_SECONDS = 3.0  # uvicorn closes a quiet connection after 5 s; ours must go first, never while in use
 SEEN = 200  # characters of what came that a message quotes
-THEIRS = {400, 413, 422}  # what is wrong with the request itself, such as a prompt that does not fit
+THEIRS = {400, 413, 422}  # the request itself is wrong, such as a prompt that does not fit
 MOST_LINE_BYTES = 2**20
-FAILED = (
-    aiohttp.ClientError,
-    OSError,
-    TimeoutError,
-    ValueError,
-)  # ValueError: a line of a stream that is longer than that
+# aiohttp raises ValueError for a line of a stream that is longer than MOST_LINE_BYTES.
+FAILED = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
 
 log = logging.getLogger("ratchet.gateway")
 
@@ -76,7 +74,7 @@ class Refusal(msgspec.Struct):
 
 
 class Completion(msgspec.Struct):
-    """A whole answer or a chunk of one."""
+    """Hold a whole answer or a chunk of one."""
 
     choices: list[Choice]
     usage: Usage | None = None
@@ -86,8 +84,10 @@ _decode = msgspec.json.Decoder(Completion)
 
 
 class UpstreamEngine:
+    """Load, ask and unload versions at the server of `gateway.upstream`."""
+
     def __init__(self, config: Config) -> None:
-        """Raises ConfigError without an address. Nothing is asked yet."""
+        """Check the address without sending anything. Raises ConfigError."""
         if not config.gateway.upstream.startswith(("http://", "https://")):
             raise ConfigError(
                 f"gateway.upstream is {config.gateway.upstream!r}",
@@ -100,7 +100,11 @@ class UpstreamEngine:
         self._opened: aiohttp.ClientSession | None = None
 
     async def load(self, bundle: Bundle) -> None:
-        """Raises BaseModelError (the upstream refuses or lacks it, or another version of that number is loaded), ServiceError (it does not answer)."""
+        """Load an adapter at the upstream, or check that the model is there.
+
+        Raises BaseModelError (the upstream refuses or lacks it, or another adapter has that version's number)
+        and ServiceError (the upstream does not answer).
+        """
         if known := self._bundles.get(bundle.version):
             require_same(known, bundle)
         self._control[bundle.version] = await asyncio.to_thread(_read_control_tokens, bundle.adapter)
@@ -112,7 +116,7 @@ class UpstreamEngine:
         self._bundles[bundle.version] = bundle
 
     async def unload(self, version: int) -> None:
-        """What an upstream cannot let go of costs its memory only: a line in the log, no error."""
+        """Unload an adapter; a failure is only logged: it costs the upstream's memory, nothing else."""
         bundle = self._bundles.pop(version, None)
         if bundle is None or not self._loads:
             return
@@ -125,9 +129,9 @@ class UpstreamEngine:
             log.warning("%s stays loaded at the upstream: %s", _model(bundle), _quote(status, text))
 
     async def answer(self, ask: Ask) -> AsyncIterator[Piece | Ended]:
-        """One piece for a whole answer, many for a streamed one."""
+        """Yield one piece for a whole answer, many for a streamed one."""
         bundle = self._bundles[ask.version]
-        # The upstream tokenises the whole prompt at once: what people wrote would become a control token there.
+        # The upstream tokenizes the whole prompt at once, so text of a user could become a control token.
         for message in ask.messages:
             if found := self._control[ask.version].search(message.content):
                 raise UserError(
@@ -146,7 +150,7 @@ class UpstreamEngine:
                 f"the upstream broke off: {_describe(error)}", remedy="see the upstream's log"
             ) from None
         finally:
-            response.release()  # which closes a connection that has more to say: the upstream then stops its work
+            response.release()  # closes a connection with more to come, so that the upstream stops its work
 
     async def close(self) -> None:
         if self._opened:
@@ -154,7 +158,7 @@ class UpstreamEngine:
 
     @property
     def _session(self) -> aiohttp.ClientSession:
-        """Made in the loop that uses it. No proxy of the shell's is asked: it would see every prompt."""
+        """Open the session in the loop that uses it; no proxy from the environment may see the prompts."""
         if self._opened is None:
             key = os.environ.get(KEY)
             self._opened = aiohttp.ClientSession(
@@ -172,7 +176,10 @@ class UpstreamEngine:
         return self._opened
 
     async def _open(self, body: bytes, bundle: Bundle) -> aiohttp.ClientResponse:
-        """A second try where the upstream started anew and knows the adapter no more. Raises what a status other than 200 means."""
+        """Send a body; load the adapter again where the upstream restarted and lost it.
+
+        Raises what a status other than 200 means (`_refuse`).
+        """
         response = await self._send("POST", "/chat/completions", body)
         if response.status == 404 and self._loads:
             response.release()
@@ -185,7 +192,7 @@ class UpstreamEngine:
     async def _send(
         self, method: str, path: str, body: bytes | None, *, tries: int = 2
     ) -> aiohttp.ClientResponse:
-        """Once more where the connection was one that the upstream closed in that moment. Raises ServiceError."""
+        """Send a request, twice where the upstream closed the connection just then. Raises ServiceError."""
         try:
             return await self._session.request(method, self._url + path, data=body, allow_redirects=False)
         except FAILED as error:
@@ -216,7 +223,9 @@ class UpstreamEngine:
             )
         raise BaseModelError(
             f"the upstream refuses {_model(bundle)}: {_quote(status, text)}",
-            remedy="vLLM needs --enable-lora, a --max-lora-rank that fits and VLLM_ALLOW_RUNTIME_LORA_UPDATING=true, and has to see the same files; or set gateway.upstream_lora to false",
+            remedy="vLLM needs --enable-lora, a --max-lora-rank that fits and "
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=true, and has to see the same files; "
+            "or set gateway.upstream_lora to false",
         )
 
     async def _find_model(self, bundle: Bundle) -> None:
@@ -235,13 +244,13 @@ class UpstreamEngine:
             )
 
     async def _call(self, method: str, path: str, body: dict[str, str] | None) -> tuple[int, str]:
-        """Status and text. Raises ServiceError."""
+        """Return status and text. Raises ServiceError."""
         response = await self._send(method, path, msgspec.json.encode(body) if body else None)
         return response.status, await _read_text(response)
 
 
 def _check_loads(bundle: Bundle) -> None:
-    """Raises BaseModelError: vLLM takes LoRA and rsLoRA at run time; what else stands in a folder it might take for one."""
+    """Refuse what vLLM could mistake for LoRA: it takes LoRA and rsLoRA alone. Raises BaseModelError."""
     if is_full(bundle.adapter) or (bundle.adapter / "adapter_config.json").exists():
         kind = read_kind(bundle.adapter)
         if not kind.mixes:
@@ -252,7 +261,10 @@ def _check_loads(bundle: Bundle) -> None:
 
 
 def _read_control_tokens(adapter: Path) -> re.Pattern[str]:
-    """Matches any control token of the tokenizer beside the adapter; nothing where none lies there (an upstream that brings its own)."""
+    """Return a pattern of the control tokens of the tokenizer beside the adapter.
+
+    It matches nothing where no tokenizer is there: the upstream brings its own.
+    """
     path = adapter / "tokenizer.json"
     added = read_json(path).get("added_tokens", []) if path.exists() else []
     control = [token["content"] for token in added if token["special"] or CONTROL.fullmatch(token["content"])]
@@ -341,7 +353,7 @@ async def _read_text(response: aiohttp.ClientResponse) -> str:
 
 
 def _refuse(status: int, text: str) -> NoReturn:
-    """Raises what a status other than 200 means."""
+    """Raise what a status other than 200 means."""
     if status == 429:
         raise BusyError("the upstream takes no more requests now", remedy="come again in a second")
     if status in THEIRS:
@@ -350,7 +362,7 @@ def _refuse(status: int, text: str) -> NoReturn:
 
 
 def _quote(status: int, text: str) -> str:
-    """Status and message, without the page around it."""
+    """Return status and message of an error, without the page around them."""
     with suppress(msgspec.DecodeError, RecursionError):
         text = msgspec.json.decode(text, type=Refusal).error.message
     return f"{status} {' '.join(text.split())[:SEEN]}"

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ratchet.data.examples import Example, read_examples
-from ratchet.errors import CheckoutError, RatchetError, UserError
+from ratchet.errors import RatchetError, UserError
 from ratchet.files import read_json
-from ratchet.pipeline.checkout import dvc, git
+from ratchet.pipeline.checkout import git
+from ratchet.pipeline.workspace import require_output
 from ratchet.promotion.champion import last_entry, read_champion
 from ratchet.serving.bundle import Bundle, make_bundle
 
@@ -32,7 +33,7 @@ def find_source(root: Path, name: str, which: str) -> Source:
     bundle = make_bundle(root, name=name, version=version, commit=commit, adapter_sha256=sha256)
     with tempfile.TemporaryDirectory() as scratch:
         for path in ("data/prepared/test.jsonl", "reports/evaluation/metrics.json"):
-            _get(root, commit, path, Path(scratch) / Path(path).name)
+            require_output(root, commit, path, Path(scratch) / Path(path).name)
         rows, metrics = (
             list(read_examples(Path(scratch) / "test.jsonl")),
             read_json(Path(scratch) / "metrics.json"),
@@ -82,12 +83,3 @@ def _numbered(root: Path, name: str, number: int) -> tuple[str, str, str]:
         raise UserError(f"{name} has no v{number}", remedy="`ratchet status` shows the versions")
     read_tags(version)  # raises when one of the two is missing
     return f"v{number}", version.tags["git_commit"], version.tags["adapter_sha256"]
-
-
-def _get(root: Path, commit: str, path: str, out: Path) -> None:
-    try:
-        dvc(root, "get", "--quiet", ".", path, "--rev", commit, "--out", str(out))
-    except RatchetError as error:
-        raise CheckoutError(
-            f"{path} of {commit[:8]} cannot be had: {error}", remedy="dvc pull brings what the cache lacks"
-        ) from None

@@ -81,7 +81,7 @@ def fit(
     With `text_weight` the prompt's tokens count in the loss as well, with that weight (the demo's base learns to read from them).
     `apart`: rows by themselves in batches of like length, as virtual tokens before each row ask for; by default on a CPU, where it is faster.
     `teacher`: a model of the same tokenizer, from whose distribution the model learns too (arXiv 1503.02531); it is not changed.
-    `sharded`: among several processes each keeps a part of the model, which stays so (`ratchet.sharding`); otherwise each keeps all of it.
+    `sharded`: among several processes each keeps a part of the model, which stays so (`ratchet.training.distributed`); otherwise each keeps all of it.
     """
     if schedule.optimizer in CUDA_OPTIMIZERS and not torch.cuda.is_available():
         raise ConfigError(

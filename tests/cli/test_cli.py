@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import psutil
 import pytest
 from places import commit, make_repository, use_git_without_a_user, write_files
 
-from ratchet.pipeline.checkout import git
+from ratchet.pipeline.checkout import git, locked
 from ratchet.promotion.champion import FILE, Champion, write_champion
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +73,7 @@ def root(tmp_path) -> Path:
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "ratchet.cli.main", *map(str, arguments)]
+    return [sys.executable, "-m", "ratchet.cli", *map(str, arguments)]
 
 
 def ratchet(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -354,19 +353,19 @@ def test_nothing_runs_so_there_is_nothing_to_stop(root):
 def test_an_interrupted_command_says_so_and_leaves_nothing(root, number):
     """It waits for the lock of another command when the signal comes."""
     crown(root)
-    lock = root / ".ratchet" / "locks" / "promote.lock"
-    lock.parent.mkdir(parents=True)
-    with lock.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    log = root / ".ratchet" / "lock.log"
+    program = f"import logging; logging.basicConfig(filename={str(log)!r}); logging.getLogger('filelock').setLevel('DEBUG'); from ratchet.cli.main import main; main()"
+    with locked(root, "promote"):
         process = subprocess.Popen(
-            command("-C", root, "rollback"),
+            [sys.executable, "-c", program, "-C", str(root), "rollback"],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        while not any(opened.path == str(lock) for opened in psutil.Process(process.pid).open_files()):
+        while not (log.exists() and "waiting" in log.read_text()):
             assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(number)
         output, message = process.communicate(timeout=20)
     assert process.returncode == 130

@@ -470,7 +470,7 @@ def test_what_is_nowhere_is_refused(root):
 
 def ratchet(root: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "ratchet.cli.main", "-C", str(root), *arguments],
+        [sys.executable, "-m", "ratchet.cli", "-C", str(root), *arguments],
         cwd=ROOT,
         input=given,
         capture_output=True,

@@ -87,7 +87,7 @@ def run(place: Path, *command: str, code: int = 0) -> str:
 
 
 def ratchet(place: Path, *arguments: str, code: int = 0) -> str:
-    return run(place, sys.executable, "-m", "ratchet.cli.main", *arguments, code=code)
+    return run(place, sys.executable, "-m", "ratchet.cli", *arguments, code=code)
 
 
 def write_rows(place: Path, name: str, things: str, count: int) -> None:

@@ -186,6 +186,23 @@ def test_what_is_no_answer_of_the_protocol_says_so(stub, address):
     assert caught.value.reason == "unreadable"
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"choices": null}',
+        b'{"choices": [{}]}',
+        b'{"choices": [{"message": {"content": 7}}]}',
+        b'{"choices": [{"message": {"content": ["a"]}}]}',
+        b'{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": "many"}}',
+    ],
+)
+def test_an_answer_with_a_value_of_another_type_is_unreadable(stub, address, raw):
+    stub.script = {PASSAGE: [Act(raw=raw)]}
+    with pytest.raises(AskError) as caught:
+        ask(address)
+    assert caught.value.reason == "unreadable"
+
+
 @given(st.text(max_size=300))
 def test_no_text_breaks_the_reader(text):
     try:

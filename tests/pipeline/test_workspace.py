@@ -369,6 +369,24 @@ def test_a_lock_is_one_processs_at_a_time_and_free_again_when_that_ends(root):
         pass
 
 
+def test_the_lock_of_a_killed_process_is_free(root):
+    program = "import pathlib, sys; from ratchet.pipeline.checkout import locked\nwith locked(pathlib.Path(sys.argv[1]), 'promote'): print('held', flush=True); input()"
+    command = [sys.executable, "-c", program, str(root)]
+    code = Path(__file__).parents[2]
+    with subprocess.Popen(
+        command, cwd=code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(CheckoutError, match="another `promote` runs"),
+            locked(root, "promote", wait=False),
+        ):
+            pytest.fail("the block must not be entered")
+        holder.kill()
+    with locked(root, "promote", wait=False):
+        pass
+
+
 # --- data and stages: these start DVC, two seconds each ----------------------------------------------------------------------
 
 

@@ -337,7 +337,7 @@ def test_pausing_and_aborting_need_no_server(root: Path, monkeypatch: pytest.Mon
 
 
 def test_a_look_goes_on_with_mlflow_away_and_a_promotion_waits_for_it(
-    root: Path,
+    root: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ):
     challenge(root)

@@ -206,7 +206,7 @@ def garbage() -> Iterator[str]:
 
 
 def test_a_server_that_is_no_registry_keeps_no_harm_from_being_seen(
-    root: Path,
+    root: Path,  # noqa: F811
     garbage: str,
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -127,7 +127,7 @@ def test_the_command_tells_apart_rows_that_would_fail_and_files_that_cannot_be_r
             [
                 sys.executable,
                 "-m",
-                "ratchet.cli.main",
+                "ratchet.cli",
                 "-C",
                 str(tmp_path),
                 "data",

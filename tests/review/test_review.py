@@ -629,7 +629,7 @@ def ratchet(tmp_path, monkeypatch):
 
     def call(*arguments: str, code: int = 0) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "review", *arguments],
+            [sys.executable, "-m", "ratchet.cli", "-C", str(root), "review", *arguments],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -22,6 +22,7 @@ import pytest
 
 from ratchet.config.params import Config
 from ratchet.errors import RatchetError, ServiceError, UserError
+from ratchet.pipeline.checkout import locked
 from ratchet.services import supervisor as services
 from ratchet.services.environment import service_environment
 from ratchet.services.supervisor import Record, running_services, start_services, stop_services
@@ -156,7 +157,7 @@ def test_an_unreadable_record_is_not_taken_for_nothing(tmp_path: Path, config: C
 
 
 def test_a_second_start_at_the_same_time_is_refused(tmp_path: Path, config: Config) -> None:
-    with services._hold_lock(tmp_path), pytest.raises(UserError, match="another `ratchet up`"):
+    with locked(tmp_path, "up"), pytest.raises(UserError, match="another `up` runs"):
         start_services(tmp_path, config, report=print)
 
 

@@ -758,7 +758,7 @@ def test_the_command_writes_a_draft_queues_it_and_says_what_is_next(stub, addres
         )
     stub.key = KEY
     environment = {**os.environ, "RATCHET_TEACHER_KEY": KEY}
-    command = [sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "synthesize"]
+    command = [sys.executable, "-m", "ratchet.cli", "-C", str(root), "synthesize"]
     here = Path(__file__).parents[2]
     done = subprocess.run(
         [*command, "--documents", "docs", "--count", "5"],

@@ -172,7 +172,7 @@ def test_without_tokens_the_command_that_makes_them_is_named(tmp_path: Path) -> 
         plan_training(Material(tmp_path, tmp_path, tmp_path), Config(), quiet)
     root = make_repository(tmp_path / "checkout")
     done = subprocess.run(
-        [sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "plan"],
+        [sys.executable, "-m", "ratchet.cli", "-C", str(root), "plan"],
         cwd=ROOT,
         capture_output=True,
         text=True,

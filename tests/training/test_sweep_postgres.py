@@ -293,7 +293,7 @@ def test_the_command_looks_at_the_storage_before_anything_runs(tmp_path: Path) -
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:1",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "ratchet.cli.main", "-C", str(root), "sweep"],
+        [sys.executable, "-m", "ratchet.cli", "-C", str(root), "sweep"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
