@@ -27,7 +27,7 @@ def harvest(root: Path, settings: ReviewConfig, draft: str | None = None) -> Rev
     """One draft, or all that are ready and no batch yet; why the others are not is told on stderr. Raises UserError: `draft` is not ready, or none is."""
     queue = ReviewQueue(root)
     try:
-        batches = {entry["name"]: entry["batch"] for entry in queue.drafts()}
+        batches = {found.name: found.batch for found in queue.drafts()}
         names = [draft] if draft is not None else [name for name, batch in batches.items() if not batch]
         outcomes, refusals = _settle(queue, names, settings.max_rejects)
     finally:

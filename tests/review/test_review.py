@@ -24,7 +24,7 @@ from ratchet.data.examples import Message, example_id
 from ratchet.errors import DataError, ServiceError, UserError
 from ratchet.review.files import export_rows, guard, import_rows, unguard
 from ratchet.review.queue import ReviewQueue
-from ratchet.review.records import Decision, Item, with_answer
+from ratchet.review.records import Decision, DraftFigures, Item, with_answer
 from ratchet.review.store import FILE
 from ratchet.sources.reviewed import harvest, mark_taken
 from tasks.ingest import add_batch, pull
@@ -341,10 +341,11 @@ def test_drafts_are_told_with_their_figures(queue):
         "rejected": 1,
         "edited": 1,
     }
-    assert queue.drafts()[0] == {"name": "d", "kind": "synthetic", **counts, "taken": False, "batch": ""}
+    expected = DraftFigures(name="d", kind="synthetic", **counts, taken=False, batch="")
+    assert queue.drafts()[0] == expected
     accept_all(queue)
     queue.mark_taken("e", "b.jsonl")
-    assert [(draft["name"], draft["taken"], draft["batch"]) for draft in queue.drafts()] == [
+    assert [(draft.name, draft.taken, draft.batch) for draft in queue.drafts()] == [
         ("d", False, ""),
         ("e", True, "b.jsonl"),
     ]
@@ -436,7 +437,7 @@ def test_the_batch_and_its_commit_name_who_reviewed(tmp_path, monkeypatch):
         "Reviewed-by: Cleo",
     ]
     assert read_manifest(root / "data/raw")[0].who == "Ben, Cleo"
-    assert queue.drafts()[0]["batch"] == done["batch"]
+    assert queue.drafts()[0].batch == done["batch"]
     queue.close()
 
 
