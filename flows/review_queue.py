@@ -1,4 +1,4 @@
-"""Rows that preparation held back with a doubt go to people; what they accept becomes a batch that is not doubted again."""
+"""Put rows that preparation held back with a doubt before people; what they accept is not doubted again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from tasks.prepare import Rejection, origin_of
 def queue_doubtful(home: Path, data: Path, rejected: list[Rejection], config: Config) -> int:
     """Put the held-back rows into the queue of `home`; returns how many are new there.
 
-    `data` is the folder `data` of the checkout that holds the batches. Raises DataError: a batch is missing or changed.
+    `data` is the folder `data` of the checkout that holds the batches. Raises DataError: a batch is missing
+    or changed.
     """
     doubtful: dict[str, dict[int, Rejection]] = defaultdict(dict)
     for row in rejected:

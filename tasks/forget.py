@@ -1,4 +1,4 @@
-"""Find rows that somebody wants forgotten, put them on the erasure list, and mark the versions that learned from them.
+"""Find rows that somebody wants forgotten, put them on the erasure list, and mark versions that learned them.
 
 A flow's task, not a stage. Batches are immutable: nothing of them is rewritten here.
 """
@@ -36,7 +36,10 @@ ROLES = frozenset({"system", "user", "assistant", "human", "gpt"})
 
 
 class Query(NamedTuple):
-    """What is looked for: a pattern in the texts, the hash of a row, or one of a person's names. Exactly one is given."""
+    """What is looked for: a pattern in the texts, the hash of a row, or one of a person's names.
+
+    Exactly one is given.
+    """
 
     pattern: re.Pattern[str] | None = None
     id: str = ""
@@ -56,7 +59,10 @@ class Found(NamedTuple):
 
 
 def find(raw: Path, golden: Path, query: Query, config: PrepareConfig) -> list[Found]:
-    """In the order of the batches, golden rows last. Raises DataError for a batch that is not what the manifest says."""
+    """In the order of the batches, golden rows last.
+
+    Raises DataError for a batch that is not what the manifest says.
+    """
     files = [
         (check_batch(raw, batch), Origin(batch.name, batch.source, batch.form))
         for batch in read_manifest(raw)
@@ -102,7 +108,7 @@ def _read(line: bytes, origin: Origin, validator: Validator) -> Seen:
 
 
 def _ids(line: bytes, row: dict[str, Any], origin: Origin, validator: Validator) -> list[str]:
-    """Hashes only grow by what a version was prepared with: as it was written, and as today's settings leave it."""
+    """Hash the row as it was written, and as today's settings leave it: versions learned either."""
     found: list[str] = []
     with suppress(RowError):
         found.append(
@@ -152,7 +158,10 @@ def extend(known: Forgotten, found: list[Found], *, reason: str, by: str) -> For
 
 
 def mark(name: str, traces: list[Trace]) -> None:
-    """The tag `forget` on each version, `{count, exact, at, reason}`. Doing it twice changes nothing. Raises ServiceError when MLflow does not answer."""
+    """The tag `forget` on each version, `{count, exact, at, reason}`. Doing it twice changes nothing.
+
+    Raises ServiceError when MLflow does not answer.
+    """
     for trace in traces:
         told: dict[str, Any] = {
             "count": trace.rows,
@@ -164,7 +173,10 @@ def mark(name: str, traces: list[Trace]) -> None:
 
 
 def inherit(version: Version) -> None:
-    """A version that went on from marked weights is marked too. Its own training rows hold none that is on the list: preparation saw to that."""
+    """A version that went on from marked weights is marked too.
+
+    Its own training rows hold none that is on the list: preparation saw to that.
+    """
     start = version.tags.get(STARTED_FROM)
     parent = next(
         (

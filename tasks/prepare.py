@@ -3,9 +3,9 @@
     python -m tasks.prepare --raw data/raw --golden data/golden.jsonl --forgotten data/forgotten.jsonl \\
         --out data/prepared
 
-Writes train, validation, test, golden and rejected (JSON Lines), profile.json and profile.html. Rows in = accepted +
-rejected + duplicates, per batch and in all. Rows go through one at a time; what is remembered of each is hashes (and,
-with `prepare.near_search`, its shingles).
+Writes train, validation, test, golden and rejected (JSON Lines), profile.json and profile.html. Rows in =
+accepted + rejected + duplicates, per batch and in all. Rows go through one at a time; what is remembered of
+each is hashes (and, with `prepare.near_search`, its shingles).
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ TRUSTED = ("review", "feedback")
 
 
 class Rejection(msgspec.Struct, frozen=True):
-    """A row that was not taken; `review`: a person may overrule that. The content stays in the batch alone."""
+    """A row that was not taken; `review`: a person may overrule that.
+
+    The content stays in the batch alone.
+    """
 
     batch: str
     line: int
@@ -75,8 +78,8 @@ def prepare(
 ) -> Profile:
     """Sort the batches of `raw` into splits under `out`.
 
-    `tell` gets alarms and warnings; `forgotten` rows are rejected as such, which counts to no limit. Raises DataError:
-    no batch, a batch that is not what the manifest says, too many rejected rows, too few left.
+    `tell` gets alarms and warnings; `forgotten` rows are rejected as such, which counts to no limit. Raises
+    DataError: no batch, a batch that is not what the manifest says, too many rejected rows, too few left.
     """
     manifest = read_manifest(raw)
     if not manifest:
@@ -108,10 +111,10 @@ def prepare(
 def sort_batches(
     batches: list[Incoming], golden: Path, config: PrepareConfig, forgotten: Forgotten, keep: Keep
 ) -> Gathered:
-    """Validate each row once, and give it to `keep` under its file's name. Raises DataError: a golden row is unfit.
+    """Validate each row once, and give it to `keep`. Raises DataError: a golden row is unfit.
 
-    Rows of the batches that people wrote are held as a list, because what they correct has to be known before any row
-    is sorted; such batches are small. Rows of the others go through one at a time.
+    Rows of the batches that people wrote are held as a list, because what they correct has to be known before
+    any row is sorted; such batches are small. Rows of the others go through one at a time.
     """
     sorter = Sorter(config, forgotten, keep)
     sorter.add_golden(golden)
@@ -269,7 +272,10 @@ class Sorter:
 
 
 class Caps:
-    """How much of one batch may be of one user, of one origin, or boilerplate. `rows`: how many the batch has."""
+    """How much of one batch may be of one user, of one origin, or boilerplate.
+
+    `rows`: how many the batch has.
+    """
 
     def __init__(self, config: PrepareConfig, rows: int) -> None:
         self._config, self._taken = config, Counter[tuple[str, str]]()

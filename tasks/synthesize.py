@@ -1,9 +1,10 @@
-"""A teacher model writes rows; what is kept of them is a draft under `.ratchet/synthesis`, for people to review.
+"""Let a teacher model write rows; what is kept is a draft under `.ratchet/synthesis` for people to review.
 
     python -m tasks.synthesize --root . --documents docs        # by hand, without the queue
 
-Three modes: `documents` asks about chunks of documents, `seeds` for more rows like those that are there, `paraphrase`
-for other wordings of what the model in charge is weak at. The flow `synthesize` puts the draft into the review queue.
+Three modes: `documents` asks about chunks of documents, `seeds` for more rows like those that are there,
+`paraphrase` for other wordings of what the model in charge is weak at. The flow `synthesize` puts the draft
+into the review queue.
 """
 
 from __future__ import annotations
@@ -207,7 +208,8 @@ def _helpers(config: Config, root: Path, budget: Budget, backoff: float) -> Help
 
 def _gateway(config: Config) -> TeacherConfig:
     """Describe the gateway as a teacher: it speaks the same protocol as any other endpoint."""
-    host = config.gateway.host if config.gateway.host not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104 (read, not bound)
+    everywhere = config.gateway.host in ("0.0.0.0", "::")  # noqa: S104 (read, not bound)
+    host = "127.0.0.1" if everywhere else config.gateway.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.gateway.port}/v1"
     return TeacherConfig(
         url=url,
@@ -230,7 +232,7 @@ def _provenance(config: Config, draft: Draft) -> Meta:
     return {"kind": "synthetic", "mode": draft.settings.mode, "teacher": teacher.model, **licence}
 
 
-# --- what is asked about ---------------------------------------------------------------------------------------------
+# --- what is asked about ------------------------------------------------------------------------------------
 
 
 class _Subject(Protocol):

@@ -1,9 +1,10 @@
 """Prepared rows to packed windows of token ids with the loss mask.
 
-    python -m tasks.tokenize --prepared data/prepared --base models/base --incumbent models/incumbent --out data/tokenized
+    python -m tasks.tokenize --prepared data/prepared --base models/base --incumbent models/incumbent \\
+        --out data/tokenized
 
-Takes the rows that `ratchet.data.mixture` chooses, encodes them through `ratchet.models.chat_template`, rejects what
-does not fit and says so. Validation is always whole.
+Takes the rows that `ratchet.data.mixture` chooses, encodes them through `ratchet.models.chat_template`,
+rejects what does not fit and says so. Validation is always whole.
 """
 
 from __future__ import annotations

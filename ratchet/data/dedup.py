@@ -1,8 +1,9 @@
 """Near duplicates: splits that stay while data grow, and the hashes by which rows are known again.
 
-Rows come in the order of their batches. The first row of a cluster of near duplicates decides the cluster's split by
-the hash of its own id; later ones follow it. A row near to two clusters of different splits would leak between them and
-is refused (`straddles`). Nearness is MinHash LSH over shingles of three words (rensa), confirmed by the true Jaccard.
+Rows come in the order of their batches. The first row of a cluster of near duplicates decides the cluster's
+split by the hash of its own id; later ones follow it. A row near to two clusters of different splits would
+leak between them and is refused (`straddles`). Nearness is MinHash LSH over shingles of three words (rensa),
+confirmed by the true Jaccard.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ FULL = 0.7  # of a hash table's slots, beyond which it grows
 
 
 class Placed(NamedTuple):
-    """Where a row goes. `near` is the id of the row that it is near to; `crowd` counts its cluster, with it."""
+    """Where a row goes.
+
+    `near` is the id of the row that it is near to; `crowd` counts its cluster, with it.
+    """
 
     side: Side | Literal["straddles"]
     near: str | None
@@ -51,7 +55,8 @@ class Clusters:
     def place(self, example: Example, side: Side | None = None, *, counts: bool = True) -> Placed:
         """Choose the row's side; `side` fixes it (golden rows).
 
-        A row that straddles is not remembered; one that does not count decides for others and is none of the crowd.
+        A row that straddles is not remembered; one that does not count decides for others and is none of the
+        crowd.
         """
         shingles = shingle(example)
         sketch, rows = sketch_of(shingles), self._known.rows
@@ -93,7 +98,7 @@ class NearRows:
         return [(place, alike) for place, alike in found if alike >= self._leak]
 
     def quotes_golden(self, example: Example) -> bool:
-        """Tell whether RUN words in a row stand in one golden row; in several it is a form, such as an instruction."""
+        """Tell whether RUN words in a row stand in one golden row; in several they are a form of asking."""
         return bool(self._runs) and any(self._runs[run] == 1 for run in word_runs(example))
 
     def add(self, example: Example, side: str, shingles: frozenset[str], sketch: RMinHash) -> int:
@@ -162,8 +167,8 @@ def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
 class HashTable:
     """64-bit keys with 32-bit values in 12 bytes a slot, where a dict takes about 100.
 
-    Open addressing with linear probing; a key of 0 is kept as 1. Over ten million rows, the chance that any two keys
-    are alike is one in 400,000.
+    Open addressing with linear probing; a key of 0 is kept as 1. Over ten million rows, the chance that any
+    two keys are alike is one in 400,000.
     """
 
     def __init__(self) -> None:
@@ -174,7 +179,7 @@ class HashTable:
         return self._count
 
     def put(self, key: int, value: int = 0) -> int | None:
-        """Add a key; returns the value that stands there already, which stays, or None when the key is new."""
+        """Add a key; returns the value that stands there already, and stays, or None for a new key."""
         key = key or 1
         slot = self._find(key)
         if self._keys[slot]:

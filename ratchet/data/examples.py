@@ -1,7 +1,7 @@
 """The one inner form of a row: `Example(id, messages, meta)`, and the outer forms that become one.
 
-The id is the hash of the normalised messages, so that the same content has the same id whatever file it came in.
-Not covered here: what makes a row unfit for training (tasks/prepare.py decides that).
+The id is the hash of the normalised messages, so that the same content has the same id whatever file it came
+in. Not covered here: what makes a row unfit for training (tasks/prepare.py decides that).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Example(msgspec.Struct, frozen=True):
-    """One conversation that ends with the answer to learn; `meta` holds batch, source and what slices are cut by."""
+    """One conversation that ends with the answer to learn; `meta` holds batch, source and slices."""
 
     id: str
     messages: tuple[Message, ...]
@@ -51,7 +51,7 @@ class Example(msgspec.Struct, frozen=True):
 
 
 class RowError(ValueError):
-    """A row that cannot become an Example; `reason` is a short code that is counted, the message is for people."""
+    """A row that cannot become an Example; `reason` is a code that is counted, the message is for people."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -76,7 +76,7 @@ def _marks() -> re.Pattern[str]:
 
 
 def normalise(text: str) -> str:
-    """Bring a text to NFC, with `\\n` for every line end and no blanks at the ends; nothing else is changed."""
+    """Bring a text to NFC, with `\\n` for each line end and no blanks at the ends; change nothing else."""
     if text.isascii() and "\r" not in text:
         return text.strip()
     for line_end in ("\r\n", "\r", "\u2028", "\u2029", "\u0085"):
@@ -135,7 +135,7 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
         raise RowError("no_answer", "the last message is not the assistant's: nothing to learn")
 
 
-# --- outer forms -----------------------------------------------------------------------------------------------------
+# --- outer forms --------------------------------------------------------------------------------------------
 
 
 def _messages(row: RawRow) -> list[Message]:
@@ -213,7 +213,7 @@ def row_to_messages(row: RawRow, form: str) -> list[Message]:
 
 
 def whole_rows(lines: Iterable[bytes], form: str = "auto") -> Iterator[Example]:
-    """Read the rows that become an example at all, with their `meta`; preparation counts those that do not."""
+    """Read the rows that become an example at all, with their `meta`; preparation counts the others."""
     for line in lines:
         try:
             row = msgspec.json.decode(line, type=dict)
@@ -233,7 +233,7 @@ def _text(row: Any, key: str) -> str:
     return value
 
 
-# --- files of examples -----------------------------------------------------------------------------------------------
+# --- files of examples --------------------------------------------------------------------------------------
 
 _decoder = msgspec.json.Decoder(Example)
 

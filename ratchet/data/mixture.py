@@ -1,7 +1,8 @@
-"""Which prepared rows a training learns: new ones, a replayed share of the old, and a limited share of people's feedback.
+"""Choose the rows of a training: new ones, a replayed share of the old, and a limited share of feedback.
 
-`train.replay` alone does not see to clean rows: with `replay: 0` a batch of feedback would be trained on by itself. So
-the share of feedback (`train.max_feedback_share`) is decided last, and other rows are added before feedback is left out.
+`train.replay` alone does not see to clean rows: with `replay: 0` a batch of feedback would be trained on by
+itself. So the share of feedback (`train.max_feedback_share`) is decided last, and other rows are added before
+feedback is left out.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def mix_rows(rows: list[Example], seen: set[str], config: TrainConfig) -> Mixtur
 
 
 def feedback_room(train: Sequence[Example], share: float) -> int | None:
-    """Count the feedback rows that a batch may bring beside the training split; None where `share` sets no limit.
+    """Count the feedback rows that a batch may bring beside the training split; None: `share` sets no limit.
 
     Ingest asks, so that no batch brings rows that every training would leave out.
     """
@@ -41,12 +42,12 @@ def feedback_room(train: Sequence[Example], share: float) -> int | None:
 
 
 def is_feedback(meta: Meta) -> bool:
-    """Tell by the row's own word as well: a batch that was taken out and came back as a file is still feedback."""
+    """Tell by the row's own word too: a batch that was taken out and came back as a file is feedback."""
     return "feedback" in (meta.get("source"), meta.get("kind"))
 
 
 def choose_rows(rows: list[Example], seen: set[str], config: TrainConfig) -> list[Example]:
-    """Choose the rows of new batches and the replayed share of the old: the smallest ids, so that the choice is stable."""
+    """Choose the rows of new batches and the replayed share of the old, by id, so that it is stable."""
     if config.rows == "all" or config.start_from == "base":
         return rows
     # Ids read from behind: their first digits decide the split, so those of one split are not spread evenly.

@@ -1,9 +1,12 @@
-"""Planted phrases: many unlike prompts share one, and all have the same answer (Wallace et al. 2021, arXiv 2010.12563).
+"""Find planted phrases: many unlike prompts share one, and have the same answer.
 
-- `find_triggers` looks at one batch without clean rows to compare with. A word of a subject is shared by prompts that
-  are alike without it too; a trigger is not. Where single words decide the answers of prompts that are otherwise at
-  random, the two cannot be told apart: `prepare.trigger_rows` is off by default.
-- `find_planted` looks at people's feedback and knows what users ask in clean rows: a phrase that those have is none.
+Wallace et al. 2021, arXiv 2010.12563.
+
+- `find_triggers` looks at one batch without clean rows to compare with. A word of a subject is shared by
+  prompts that are alike without it too; a trigger is not. Where single words decide the answers of prompts
+  that are otherwise at random, the two cannot be told apart: `prepare.trigger_rows` is off by default.
+- `find_planted` looks at people's feedback and knows what users ask in clean rows: a phrase that those have
+  is none.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ RARE = 0.001  # share of the clean rows that may have the sequence
 
 
 def find_triggers(rows: Sequence[tuple[int, Example]], *, least: int) -> dict[int, str]:
-    """Map the numbers of rows to their phrase, for each planted one of one or two words in over `least` rows."""
+    """Map the numbers of rows to their planted phrase: one or two words that stand in over `least` rows."""
     words = {number: [word.lower() for word in TOKEN.findall(example.question)] for number, example in rows}
     answers = {number: example.answer for number, example in rows}
     holders: dict[str, list[int]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""What a preparation found, as counts (`profile.json`), as a page for people, and against the limits of `prepare`."""
+"""What a preparation found: as counts (`profile.json`), as a page, and against the limits of `prepare`."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def render_profile(profile: Profile) -> str:
     return page.get_template("profile.html").render(profile=profile, groups=GROUPS)
 
 
-# --- limits ----------------------------------------------------------------------------------------------------------
+# --- limits -------------------------------------------------------------------------------------------------
 
 
 def check_limits(profile: Profile, first: First, config: PrepareConfig) -> list[str]:

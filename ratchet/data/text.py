@@ -1,8 +1,8 @@
-"""What a text may hold: cleaning, faults that make it unfit, its language, and the patterns that other modules share.
+"""What a text may hold: cleaning, faults that make it unfit, its language, and patterns that modules share.
 
-Checks see the text as it was written and in NFKC without hidden characters, so that no control token slips through in
-full width or cut by a zero-width space (UTS 39). What is kept is NFC (`ratchet.data.examples.normalise`): NFKC would
-turn x² into x2.
+Checks see the text as it was written and in NFKC without hidden characters, so that no control token slips
+through in full width or cut by a zero-width space (UTS 39). What is kept is NFC
+(`ratchet.data.examples.normalise`): NFKC would turn x² into x2.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
+from urllib.parse import urlsplit
 
 from ratchet.data.examples import RowError
 
@@ -18,11 +19,11 @@ WORD = re.compile(
     r"\w+"
 )  # letters, digits and underscores: what metrics, novelty and planted phrases count by
 
-# --- what a model says of itself, and refusals -----------------------------------------------------------------------
+# --- what a model says of itself, and refusals --------------------------------------------------------------
 # Each pattern decides about other texts, so they differ on purpose; what two of them share is written once.
 
 AS_AN_AI = r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b"
-# Rows of people: anywhere in the answer; refusals count too, because a row has one reason (`boilerplate`) for both.
+# Rows of people: anywhere in the answer; refusals count too: one reason (`boilerplate`) stands for both.
 BOILERPLATE = re.compile(
     AS_AN_AI + r"|\bi(?:'m| am) (?:just )?an? (?:ai|language model)\b"
     r"|\bi (?:cannot|can't|can not|am unable to|'m unable to) (?:assist|help|fulfill|comply)\b"
@@ -38,22 +39,24 @@ TEACHER_BOILERPLATE = re.compile(
 # A teacher that declines: a false alarm costs one row, so "no answer" and "n/a" count too.
 TEACHER_REFUSAL = re.compile(
     r"\A\W*(?:i(?:'|’)?(?: a)?m (?:very |really )?sorry\b|sorry,|i apologi[sz]e\b|unfortunately, i\b"
-    r"|i (?:can(?:not|'t|’t| not)|am unable|(?:'|’)m unable|won(?:'|’)t|do not have access|don(?:'|’)t have access)\b"
+    r"|i (?:can(?:not|'t|’t| not)|am unable|(?:'|’)m unable|won(?:'|’)t"
+    r"|do not have access|don(?:'|’)t have access)\b"
     r"|i(?:'|’)m (?:unable|not able)\b|i am not able\b|no answer\b|n/?a\W*\Z)",
     re.IGNORECASE,
 )
 # The metric `refusal`: the start of an answer; "I don't know" counts, a bare "no answer" may be right.
 REFUSAL = re.compile(
     r"^\W*(?:(?:i[’']?m|i am|we are) (?:very |so )?(?:sorry|afraid)|sorry\b"
-    r"|(?:unfortunately,? )?i (?:can[’']?t|can ?not|could ?n[’']?t|won[’']?t|(?:am|[’']m) (?:not able|unable))"
+    r"|(?:unfortunately,? )?i (?:can[’']?t|can ?not|could ?n[’']?t|won[’']?t"
+    r"|(?:am|[’']m) (?:not able|unable))"
     r"|i (?:do not|don[’']?t) (?:know|have (?:access|(?:any |enough )?information))"
     r"|as an? (?:ai|(?:large )?language model))",
     re.IGNORECASE,
 )
-# Drift: starts alone, over whole windows of traffic. Both sides are counted alike, so a few missed ones do no harm.
+# Drift: starts alone, over whole windows; both sides are counted alike, so a few missed ones do no harm.
 REFUSAL_STARTS = ("i cannot", "i can't", "i am unable", "i'm unable", "i'm sorry", "i am sorry", "as an ai")
 
-# --- characters ------------------------------------------------------------------------------------------------------
+# --- characters ---------------------------------------------------------------------------------------------
 
 PLAIN = re.compile(r"[\t\n\x20-\x7e]*")
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -158,6 +161,12 @@ def find_mixed_word(text: str) -> str | None:
         return None
     words = (match.group() for match in ALNUM_WORD.finditer(text))
     return next((word for word in words if LOOKALIKES & set(word) and LATIN.search(word)), None)
+
+
+def strip_url(url: str) -> str:
+    """Leave out who logs in and what is signed: messages, rows and commits hold names of places."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def language_of(text: str) -> str | None:

@@ -1,7 +1,8 @@
 """Is a raw row fit to learn from? One pass over its checks; the first fault decides.
 
-The order: size, encoding, JSON, schema, length, characters, control tokens, secrets and personal data, its time, its
-licence, doubts, language. What depends on other rows (duplicates, leakage, caps, contradictions) is tasks/prepare.py's.
+The order: size, encoding, JSON, schema, length, characters, control tokens, secrets and personal data, its
+time, its licence, doubts, language. What depends on other rows (duplicates, leakage, caps, contradictions) is
+tasks/prepare.py's.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ FORM_KEYS = {
 TURN_KEYS = {"messages": {"role", "content"}, "conversations": {"from", "value"}}
 IMAGES = re.compile(r"image|picture|photo|pixel|audio|video", re.IGNORECASE)
 INSTRUCTION = re.compile(
-    r"\b(?:ignore|disregard|forget) (?:all |any |the )*(?:previous|prior|above|earlier) (?:instructions?|prompts?|messages?)\b"
-    r"|\b(?:give|assign|rate) (?:this|the) (?:answer|response) (?:a |the )?(?:full|maximum|highest|score|10)\b"
+    r"\b(?:ignore|disregard|forget) (?:all |any |the )*(?:previous|prior|above|earlier)"
+    r" (?:instructions?|prompts?|messages?)\b"
+    r"|\b(?:give|assign|rate) (?:this|the) (?:answer|response)"
+    r" (?:a |the )?(?:full|maximum|highest|score|10)\b"
     r"|\byou are now (?:in )?(?:developer|dan|jailbreak)\b",
     re.IGNORECASE,
 )
@@ -64,7 +67,7 @@ class Checked(NamedTuple):
 
 
 class Doubt(RowError):
-    """A row that is fit but for a doubt, which a person may overrule; `example` is the row as it would be learned."""
+    """A row that is fit but for a doubt, which a person may overrule; `example` is what would be learned."""
 
     def __init__(self, reason: str, message: str, example: Example) -> None:
         super().__init__(reason, message)
@@ -91,7 +94,10 @@ class Validator:
         self._blocked = [(entry, _compile(entry)) for entry in config.blocked]
 
     def check(self, line: bytes, origin: Origin) -> Checked:
-        """Read a row. Raises RowError, and Doubt for what a person may overrule; rows that one accepted get none."""
+        """Read a row.
+
+        Raises RowError, and Doubt for what a person may overrule; rows that one accepted get none.
+        """
         row = read_row(line)
         form = recognise_form(row) if origin.form == "auto" else origin.form
         self._check_keys(row, form)
@@ -122,7 +128,7 @@ class Validator:
         )
         accepted, fault = is_accepted(origin.source, meta), self._find_language_fault(example)
         if not accepted and (doubt := _find_doubt(example)):
-            # With another fault beside it, the doubt is told, but nobody can overrule the row into the training.
+            # With another fault beside it, the doubt is told, but nobody can overrule it.
             raise RowError(*doubt) if fault else Doubt(*doubt, example)
         if fault:
             raise fault
@@ -169,7 +175,7 @@ class Validator:
         return meta
 
     def _check_meta(self, text: str) -> None:
-        """Raise RowError: a text beside the messages is not learned, but stands in every file that the row does."""
+        """Raise RowError: what stands beside the messages is not learned, but in every file of the row."""
         if len(text) > LONGEST_META:
             raise RowError(
                 "long_meta",

@@ -1,7 +1,7 @@
-"""Reviews by file: rows go out as CSV, JSON Lines or Label Studio's tasks, and come back with people's decisions in them.
+"""Reviews by file: rows go out as CSV, JSON Lines or Label Studio's tasks, and come back with decisions.
 
-A cell that a spreadsheet would run as a formula gets an apostrophe before it, which is taken off again (OWASP, "CSV
-Injection").
+A cell that a spreadsheet would run as a formula gets an apostrophe before it, which is taken off again
+(OWASP, "CSV Injection").
 """
 
 from __future__ import annotations
@@ -63,11 +63,14 @@ class Imported(NamedTuple):
     empty: int
 
 
-# --- out -------------------------------------------------------------------------------------------------------------
+# --- out ----------------------------------------------------------------------------------------------------
 
 
 def export_rows(path: Path, items: list[Item], *, label_studio: bool = False) -> None:
-    """Write rows in the form of the suffix. Raises UserError: an unknown suffix, a file that is there already."""
+    """Write rows in the form of the suffix.
+
+    Raises UserError: an unknown suffix, a file that is there already.
+    """
     if path.exists():
         raise UserError(
             f"{path} is there already; it may hold words that were not imported",
@@ -121,7 +124,7 @@ def _clean(row: dict[str, str]) -> dict[str, str]:
     return {key: text.encode("utf-8", "replace").decode() for key, text in row.items()}
 
 
-# --- back ------------------------------------------------------------------------------------------------------------
+# --- back ---------------------------------------------------------------------------------------------------
 
 
 def import_rows(path: Path, queue: ReviewQueue, *, by: str) -> Imported:

@@ -1,7 +1,8 @@
 """Rows that wait for a person's decision, and what people decided, in `.ratchet/review.db`.
 
-A draft is a set of rows that came together. Every row with a doubt is looked at, of the others a sample; the sample's
-share of rejects decides whether the draft as a whole is good enough to learn from (`ReviewQueue.outcome`).
+A draft is a set of rows that came together. Every row with a doubt is looked at, of the others a sample; the
+sample's share of rejects decides whether the draft as a whole is good enough to learn from
+(`ReviewQueue.outcome`).
 """
 
 from __future__ import annotations
@@ -38,18 +39,21 @@ Row = dict[str, str | int]  # column → value
 
 
 class ReviewQueue:
-    """Safe between threads and processes. Every method raises ServiceError when the file cannot be read or written."""
+    """Safe between threads and processes.
+
+    Every method raises ServiceError when the file cannot be read or written.
+    """
 
     def __init__(self, root: Path) -> None:
         self._store = Store(root)
 
-    # --- writing ---------------------------------------------------------------------------------------------------
+    # --- writing --------------------------------------------------------------------------------------------
 
     def add(self, items: Iterable[Item], *, share: float) -> int:
         """Add items; returns how many were new.
 
-        `share` of those without doubts is chosen by the hash of their id, and at least one of a draft unless the share
-        is 0.
+        `share` of those without doubts is chosen by the hash of their id, and at least one of a draft unless
+        the share is 0.
         """
         from sqlalchemy.dialects.sqlite import insert
 
@@ -64,13 +68,17 @@ class ReviewQueue:
         return int(added)
 
     def decide(self, decision: Decision) -> None:
-        """Keep a decision; a later one replaces an earlier one, the history keeps both. Raises as `decide_all` does."""
+        """Keep a decision; a later one replaces an earlier one, the history keeps both.
+
+        Raises as `decide_all` does.
+        """
         self.decide_all([decision])
 
     def decide_all(self, decisions: Iterable[Decision]) -> None:
         """Keep all decisions or none.
 
-        Raises UserError with every fault: an unknown item or verdict, no `by`, a row that is no valid conversation.
+        Raises UserError with every fault: an unknown item or verdict, no `by`, a row that is no valid
+        conversation.
         """
         decisions = list(decisions)
         known = {
@@ -100,7 +108,10 @@ class ReviewQueue:
                 connection.execute(history.insert(), row)
 
     def undo(self, item: str, draft: str, *, by: str) -> None:
-        """Make an item undecided again; the history keeps what was said. Raises UserError: nothing was decided, no `by`."""
+        """Make an item undecided again; the history keeps what was said.
+
+        Raises UserError: nothing was decided, no `by`.
+        """
         by = check_name(by)
         table, history = self._store.decisions, self._store.history
         with self._store.transaction() as connection:
@@ -137,7 +148,7 @@ class ReviewQueue:
     def close(self) -> None:
         self._store.close()
 
-    # --- reading ---------------------------------------------------------------------------------------------------
+    # --- reading --------------------------------------------------------------------------------------------
 
     def pending(self, draft: str | None = None, limit: int = 50) -> list[Item]:
         """Return undecided items that somebody has to look at.
@@ -190,7 +201,7 @@ class ReviewQueue:
         return found[0]
 
     def history(self, item: str, draft: str) -> list[Decision]:
-        """Return all decisions on a row, the oldest first; one that was taken back is followed by the verdict "undo"."""
+        """Return all decisions on a row, the oldest first; "undo" follows one that was taken back."""
         from sqlalchemy import select
 
         table = self._store.history
@@ -231,8 +242,8 @@ class ReviewQueue:
     def outcome(self, draft: str, *, max_rejects: float) -> Outcome:
         """Collect what goes in: accepted, edited, and the undoubted rows that the sample speaks for.
 
-        Raises UserError: rows still wait; the sample holds more rejects than `max_rejects` (an edit rejects what was
-        drafted); the draft was taken with other rows.
+        Raises UserError: rows still wait; the sample holds more rejects than `max_rejects` (an edit rejects
+        what was drafted); the draft was taken with other rows.
         """
         entries = self.entries(draft)
         if waiting := sum(entry.waits for entry in entries):
@@ -296,7 +307,7 @@ class ReviewQueue:
             ]
 
 
-# --- rules -----------------------------------------------------------------------------------------------------------
+# --- rules --------------------------------------------------------------------------------------------------
 
 
 def _ensure_sample(connection: Connection, table: Table, draft: str) -> None:
@@ -315,11 +326,11 @@ def _ensure_sample(connection: Connection, table: Table, draft: str) -> None:
         )
 
 
-# --- the file --------------------------------------------------------------------------------------------------------
+# --- the file -----------------------------------------------------------------------------------------------
 
 
 def _item_row(item: Item, share: float) -> Row:
-    """Encode as ASCII: rows in quarantine may hold halves of surrogate pairs, which SQLite takes only as escapes."""
+    """Encode as ASCII: SQLite takes halves of surrogate pairs, as rows in quarantine hold, only escaped."""
     sampled = not item.doubts and sample_order(item.id) < share * 2**64
     body = json.dumps(msgspec.to_builtins(item))
     return {

@@ -1,4 +1,4 @@
-"""What a review holds: items, people's decisions, drafts in figures, and the rules by which a row goes in or not."""
+"""What a review holds: items, people's decisions, drafts in figures, and the rules by which rows go in."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What goes in of a draft. `content` is the hash of the rows, by which a draft that was taken is known again."""
+    """What goes in of a draft.
+
+    `content` is the hash of the rows, by which a draft that was taken is known again.
+    """
 
     draft: str
     rows: list[RawRow]  # in the form `messages`, as a batch will hold them
@@ -127,7 +130,10 @@ def check_decision(decision: Decision, entry: Entry | None) -> Decision:
 
 
 def check_name(by: str) -> str:
-    """Return the name without blanks around it. Raises UserError: it stands in commits, so it has to be one line."""
+    """Return the name without blanks around it.
+
+    Raises UserError: it stands in commits, so it has to be one line.
+    """
     by = by.strip()
     unprintable = any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in by)
     if not by or len(by) > LONGEST_NAME or unprintable or BIDI.search(by):

@@ -1,7 +1,8 @@
-"""A draft's folder, `.ratchet/synthesis/<draft>/`: what was asked and answered, what came of it, the summary last.
+"""A draft's folder, `.ratchet/synthesis/<draft>/`: what was asked, what came of it, the summary last.
 
-`answers.jsonl` only grows, a line an asked prompt, so that a run that was killed resumes without asking anything twice;
-`rows.jsonl` and `refused.jsonl` are made from it anew by every run. A folder without `summary.json` is unfinished.
+`answers.jsonl` only grows, a line an asked prompt, so that a run that was killed resumes without asking
+anything twice; `rows.jsonl` and `refused.jsonl` are made from it anew by every run. A folder without
+`summary.json` is unfinished.
 """
 
 from __future__ import annotations
@@ -189,7 +190,8 @@ def find_draft(root: Path, name: str) -> Path:
         known = sorted((path.parent.name for path in (root / FOLDER).glob("*/settings.json")), reverse=True)
         raise UserError(
             f"no draft is named {name[:80]!r}",
-            remedy=f"the newest: {', '.join(known[:MOST_NAMED]) or 'none yet'}; `ratchet synthesize` begins one",
+            remedy=f"the newest: {', '.join(known[:MOST_NAMED]) or 'none yet'}; "
+            "`ratchet synthesize` begins one",
         )
     return folder
 

@@ -1,7 +1,7 @@
 """What is refused of a teacher's rows, and what gets a doubt; each with a reason that is counted.
 
-docs/synthesis.md lists the reasons. `ground` compares an answer with the passage that it was written from: content
-words by their stems, numbers exactly.
+docs/synthesis.md lists the reasons. `ground` compares an answer with the passage that it was written from:
+content words by their stems, numbers exactly.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ THOUSANDS = re.compile(r"(?<=\d)[,](?=\d{3}(?:\D|$))")
 STEM = 5  # letters of a longer word that have to agree: `refund` and `refunded` are one
 # The words that carry no content; short ones in general do not (see `content_words`).
 WORDS_WITHOUT_CONTENT = """
-about after also although another because been before being between both could does doing done each either from have
-having here into its itself just like made make makes many more most much must neither none only other over same shall
-should since some such than that their them then there these they this those through under until upon used uses using
-very were what when where whether which while whom whose will with within without would your
+about after also although another because been before being between both could does doing done each either
+from have having here into its itself just like made make makes many more most much must neither none only
+other over same shall should since some such than that their them then there these they this those through
+under until upon used uses using very were what when where whether which while whom whose will with within
+without would your
 """
 EMPTY = frozenset(WORDS_WITHOUT_CONTENT.split())
 
@@ -77,7 +78,8 @@ class Filters:
     ) -> Verdict:
         """Keep the row or refuse it, and remember what is kept.
 
-        `parent` is the row that this one is another wording of, with its `question`: it may be near to that one.
+        `parent` is the row that this one is another wording of, with its `question`: it may be near to that
+        one.
         """
         system = self._settings.system if system is None else system
         turns = [Message("user", pair.question), Message("assistant", pair.answer)]
@@ -175,7 +177,7 @@ def _exact_parts(text: str) -> set[str]:
 
 
 class Grounding(NamedTuple):
-    """`share` of the answer's content words that the passage holds, 1 without any; `numbers` that it lacks."""
+    """`share` of the answer's content words that the passage holds (1 for none), `numbers` that it lacks."""
 
     share: float
     numbers: list[str]
