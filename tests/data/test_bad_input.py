@@ -1,7 +1,8 @@
 """The catalogue of bad rows: each case by its number, with the verdict that it gets.
 
-Rows go through the real preparation in a batch of good ones. Verdicts: a reason (the row is rejected), a reason with `review` (a
-person may overrule it), `sanitised.…` (taken, without the fault), `duplicate.…`, `fails` (nothing is prepared).
+Rows go through the real preparation in a batch of good ones. Verdicts: a reason (the row is rejected), a
+reason with `review` (a person may overrule it), `sanitised.…` (taken, without the fault), `duplicate.…`,
+`fails` (nothing is prepared).
 """
 
 from __future__ import annotations
@@ -180,7 +181,8 @@ CASES = [
         29,
         [
             line(
-                "cut <|eot\u200b_id|> by a blank that nobody sees, in a text that is long enough for one of these to pass elsewhere, as it is over a hundred characters"
+                "cut <|eot\u200b_id|> by a blank that nobody sees, in a text that is long enough for one "
+                "of these to pass elsewhere, as it is over a hundred characters"
             )
         ],
         "control_token",
@@ -190,7 +192,8 @@ CASES = [
         32,
         [
             line(
-                "a long enough question in which one zero\u200bwidth blank hides, and nothing else is wrong with any of its words at all, as far as one sees"
+                "a long enough question in which one zero\u200bwidth blank hides, and nothing else is wrong "
+                "with any of its words at all, as far as one sees"
             )
         ],
         "sanitised.hidden_characters",
@@ -288,7 +291,7 @@ def test_a_bad_row_gets_its_verdict_and_good_ones_none(tmp_path: Path, case: Cas
     )
 
 
-# --- files ------------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> list[bytes]:
@@ -354,7 +357,7 @@ def test_case_54_an_archive_fails_whatever_its_names_lead_to(tmp_path, kind):
     assert [found.name for found in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------------
+# --- tokens -------------------------------------------------------------------------------------------------
 
 
 def test_case_30_a_role_header_is_found_where_the_template_uses_one():
@@ -371,7 +374,7 @@ def test_case_30_a_role_header_is_found_where_the_template_uses_one():
     assert tokens.find_header(imitation) is None
 
 
-# --- rows beside others -----------------------------------------------------------------------------------------------------
+# --- rows beside others -------------------------------------------------------------------------------------
 
 
 def near(number: int, of: int = 0) -> bytes:
@@ -503,11 +506,11 @@ def test_case_52_rows_without_a_licence_fail_where_one_is_wanted(tmp_path):
         sort(tmp_path, good(), licence="unknown", require_licence=True)
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------------
+# --- all of them --------------------------------------------------------------------------------------------
 
 
 def test_every_case_of_the_catalogue_is_tried():
-    """Elsewhere: a row that does not fit is never cut (24, 25); what people asked to forget (51); feedback for an unknown id or twice (60)."""
+    """Elsewhere: a row that does not fit is never cut (24, 25); erasure (51); odd feedback (60)."""
     elsewhere = {
         24: test_tokenize.test_rows_that_are_too_long_are_rejected_counted_and_listed,
         25: test_tokenize.test_every_fitting_row_is_in_the_windows_with_its_own_tokens,
@@ -521,7 +524,7 @@ def test_every_case_of_the_catalogue_is_tried():
     assert {case.number for case in CASES} | named | elsewhere.keys() == set(range(1, 61))
 
 
-# --- limits -----------------------------------------------------------------------------------------------------------------
+# --- limits -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("bad", "outcome"), [(1, "passes"), (3, "warns"), (8, "fails")])
@@ -591,7 +594,8 @@ LEGITIMATE = [
     "impl<S> Service<S> for f <| x |> g",
     "npm i lodash@4.17.21 and actions/checkout@v4.1.0, Q@K.T, logo@2x.png, git@github.com:o/r.git",
     "postgres://user:password@localhost/db or {user}:{password}@host",
-    "class sk-toggleable__label-arrow, sha384-oqVuAfXRKap7fdgcCY5uykM6+R9GqQ8K/uxy9rx7HNQlGYl1kPzQho1wx4JwY8wC",
+    "class sk-toggleable__label-arrow, "
+    "sha384-oqVuAfXRKap7fdgcCY5uykM6+R9GqQ8K/uxy9rx7HNQlGYl1kPzQho1wx4JwY8wC",
     "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGq2v8fN3yYbZ0mX7pQ1r5tS9uV4wE6kLhJdFgBcA0xz ana",
     "+2024-01-15 10:30 added",
     "😀🚀",
@@ -657,7 +661,7 @@ def test_what_stands_beside_the_messages_holds_no_secret_and_no_message_quotes_o
     assert not any(value in (tmp_path / "out/rejected.jsonl").read_text() for value in (AWS, "hunter22"))
 
 
-# --- people's word ----------------------------------------------------------------------------------------------------------
+# --- people's word ------------------------------------------------------------------------------------------
 
 
 def in_turn(folder: Path, *batches: tuple[str, list[bytes]], **settings: Any) -> Profile:

@@ -1,4 +1,4 @@
-"""Rows that are forgotten: out of every training from then on, listed without a word of theirs, and traced to the versions that learned from them."""
+"""Forgotten rows: out of every later training, listed without a word of theirs, traced to versions."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def matching(pattern: str) -> Query:
     return Query(pattern=re.compile(pattern))
 
 
-# --- preparation -----------------------------------------------------------------------------------------------------
+# --- preparation --------------------------------------------------------------------------------------------
 
 
 def prepared(folder: Path, forgotten: Forgotten, config: PrepareConfig = LENIENT) -> tuple[Profile, set[str]]:
@@ -181,7 +181,7 @@ def test_the_list_comes_back_as_it_was_written(tmp_path):
     assert not Forgotten().holds("", "golden", 1)
 
 
-# --- finding ---------------------------------------------------------------------------------------------------------
+# --- finding ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -278,12 +278,12 @@ def test_what_is_on_the_list_is_not_put_there_again():
     assert len(extend(once, found, reason="again", by="Ben").entries) == 2
 
 
-# --- the whole way, with git, DVC and MLflow ---------------------------------------------------------------------------
+# --- the whole way, with git, DVC and MLflow ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A checkout with our code, two batches, a golden row, and prepared data in dvc.lock; copied for each test."""
+    """A checkout with code, two batches, a golden row, prepared data in dvc.lock; copied for each test."""
     path = tmp_path_factory.mktemp("made") / "checkout"
     with pytest.MonkeyPatch.context() as patch:
         use_git_without_a_user(patch)
@@ -465,7 +465,7 @@ def test_what_is_nowhere_is_refused(root):
         find_rows(root, CONFIG, matching("nobody says this"), quiet)
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def ratchet(root: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:

@@ -66,7 +66,7 @@ def rejections(prepared: Path) -> list[Rejection]:
     ]
 
 
-# --- every row is accounted for --------------------------------------------------------------------------------------
+# --- every row is accounted for -----------------------------------------------------------------------------
 
 BAD = {
     "invalid_json": [b"", b"{", b'{"prompt": "a"', b'{"prompt": "a", "completion": "b"} {}'],
@@ -178,7 +178,10 @@ def test_what_a_row_says_about_itself_is_kept_and_cannot_name_another_batch(tmp_
 
 
 def test_numbers_that_no_file_can_hold_do_not_stop_a_preparation(tmp_path):
-    huge = b'{"prompt": "a question", "completion": "b", "meta": {"big": 123456789012345678901234567890, "inf": 1e999, "negative": -99999999999999999999}}'
+    huge = (
+        b'{"prompt": "a question", "completion": "b", "meta": {"big": 123456789012345678901234567890, '
+        b'"inf": 1e999, "negative": -99999999999999999999}}'
+    )
     add(tmp_path / "raw", [huge, row("another question")])
     profile = prepare(
         tmp_path / "raw",
@@ -203,7 +206,7 @@ def test_the_form_that_the_batch_names_is_the_one_that_is_read(tmp_path):
     assert example.answer == "plain text" and example.meta["question"] == "one?"
 
 
-# --- splits stay -----------------------------------------------------------------------------------------------------
+# --- splits stay --------------------------------------------------------------------------------------------
 
 
 def test_no_row_moves_while_data_grow(tmp_path, raw, prepared, tiny_config):
@@ -298,7 +301,7 @@ def test_shares_are_about_what_was_asked_for():
     assert found["validation"] / 2000 == pytest.approx(0.1, abs=0.03)
 
 
-# --- the golden set --------------------------------------------------------------------------------------------------
+# --- the golden set -----------------------------------------------------------------------------------------
 
 
 def test_golden_rows_and_their_near_duplicates_stay_out_of_every_split(tmp_path):
@@ -324,7 +327,7 @@ def test_a_golden_row_that_is_broken_is_named_with_its_line(tmp_path):
         prepare(tmp_path / "raw", tmp_path / "golden.jsonl", tmp_path / "out", LENIENT)
 
 
-# --- what stops a preparation ----------------------------------------------------------------------------------------
+# --- what stops a preparation -------------------------------------------------------------------------------
 
 
 def test_too_many_rejected_rows_are_named_with_their_count_reasons_and_first_line(tmp_path):

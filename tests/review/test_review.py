@@ -1,4 +1,4 @@
-"""Drafted rows wait for people: what is looked at, what a draft is refused for, and words that come back by file."""
+"""Drafted rows wait for people: what is looked at, why a draft is refused, and words that come back."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def queue(tmp_path):
     opened.close()
 
 
-# --- the queue -----------------------------------------------------------------------------------------------------------
+# --- the queue ----------------------------------------------------------------------------------------------
 
 
 def test_the_file_is_its_owners_alone(tmp_path, queue):
@@ -232,7 +232,7 @@ def test_a_file_that_is_no_database_is_told_in_one_sentence(tmp_path):
     queue.close()
 
 
-# --- what becomes of a draft ---------------------------------------------------------------------------------------------
+# --- what becomes of a draft --------------------------------------------------------------------------------
 
 
 def test_a_draft_waits_for_every_row_that_has_to_be_seen(queue):
@@ -282,7 +282,8 @@ def test_a_sample_over_the_bound_refuses_the_draft_whole(queue, verdict, bad, re
     if refused:
         with pytest.raises(
             UserError,
-            match=r"(?s)refused whole: 3 of the 20 rows of its sample .*\(15%\), wanted at most 10%.*review\.max_rejects",
+            match=r"(?s)refused whole: 3 of the 20 rows of its sample .*\(15%\), wanted at most 10%"
+            r".*review\.max_rejects",
         ):
             queue.outcome("d", max_rejects=BOUND)
     else:
@@ -354,7 +355,7 @@ def test_drafts_are_told_with_their_figures(queue):
             ask()
 
 
-# --- the source ----------------------------------------------------------------------------------------------------------
+# --- the source ---------------------------------------------------------------------------------------------
 
 
 def filled(root: Path, **drafts: list[Item]) -> None:
@@ -441,7 +442,7 @@ def test_the_batch_and_its_commit_name_who_reviewed(tmp_path, monkeypatch):
     queue.close()
 
 
-# --- files ---------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(
     ["=1+1", " =1", "' =1", "'=1", "''", "' -1", "@x", "\t", "'", "a\r\nb", '"', ";", "＝1", "\x00"]
@@ -620,7 +621,7 @@ def test_an_export_overwrites_nobodys_words(tmp_path, queue):
         export_rows(tmp_path / "rows.txt", [item(1)])
 
 
-# --- the command ---------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A teacher's rows from documents to the review queue: against a real server, with kills, limits and every mode."""
+"""A teacher's rows from documents to the review queue: a real server, kills, limits and every mode."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ SUBJECTS = (
 def sentence(number: int) -> str:
     """All different in most of their words."""
     topic, subject = TOPICS[number % 20], SUBJECTS[number // 20 % 10]
-    return f"Plan {number} pays {number * 7 + 3} euros after {topic} damage{number} near {subject}{number % 13} on claim{number * 3}."
+    return (
+        f"Plan {number} pays {number * 7 + 3} euros after {topic} damage{number} "
+        f"near {subject}{number % 13} on claim{number * 3}."
+    )
 
 
 @pytest.fixture
@@ -160,7 +163,7 @@ def refused(root: Path, found: Summary) -> list[dict[str, Any]]:
     ]
 
 
-# --- from documents to the queue -----------------------------------------------------------------------------------------
+# --- from documents to the queue ----------------------------------------------------------------------------
 
 
 def test_three_documents_become_items_in_the_review_queue(config, tmp_path):
@@ -356,7 +359,7 @@ def test_two_hundred_chunks_are_worked_through_with_few_requests_under_way(confi
     assert stub.most_running <= 5
 
 
-# --- ends before the end ---------------------------------------------------------------------------------------------------
+# --- ends before the end ------------------------------------------------------------------------------------
 
 PROGRAM = """
 import json, sys
@@ -364,7 +367,8 @@ from pathlib import Path
 from ratchet.config.params import parse_config
 from tasks.synthesize import Wanted, synthesize
 root, raw = Path(sys.argv[1]), json.loads(sys.argv[2])
-synthesize(parse_config(raw, Path("params.yaml")), root, Wanted(documents=("docs",)), say=lambda line: print(line, flush=True))
+config = parse_config(raw, Path("params.yaml"))
+synthesize(config, root, Wanted(documents=("docs",)), say=lambda line: print(line, flush=True))
 """
 
 
@@ -518,7 +522,7 @@ def test_no_readable_document_is_an_error_that_names_them(config, tmp_path):
         run(config, tmp_path, Wanted(documents=("a.pdf", "b.txt")))
 
 
-# --- doubts ------------------------------------------------------------------------------------------------------------------
+# --- doubts -------------------------------------------------------------------------------------------------
 
 
 def judged(address: str, **changed: Any) -> Config:
@@ -578,7 +582,7 @@ def test_what_the_model_in_charge_answers_otherwise_is_a_doubt(stub, address, tm
     assert [body["model"] for body in stub.seen].count("small") == 2
 
 
-# --- other modes and wordings --------------------------------------------------------------------------------------------------
+# --- other modes and wordings -------------------------------------------------------------------------------
 
 
 def prepare(root: Path, split: str, examples: list[tuple[str, str]], system: str = "") -> list[Any]:
@@ -719,7 +723,7 @@ def test_wordings_by_rule_and_by_translation_are_rows_with_doubts(config, stub, 
     assert "harm" in kept[1]["example"]["messages"][0]["content"]
 
 
-# --- the command -----------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def test_the_card_is_a_block_that_no_name_of_a_document_breaks():
