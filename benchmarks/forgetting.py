@@ -171,7 +171,7 @@ def run(folder: Path, data: Path, arm: str, seed: int, size: Size) -> dict[str, 
         began = time.perf_counter()
         train(place / "tokens", base, incumbent, place / f"v{number}", place / "reports", config)
         seconds.append(time.perf_counter() - began)
-        rows.append(profile["train"]["rows"])
+        rows.append(profile.train.rows)
         incumbent = place / f"v{number}"
         write_json(incumbent / MANIFEST, {**read_json(incumbent / MANIFEST), "version": number})
         learned[name] = accuracy(base, incumbent, {name: domains[name].test}, config)[name]

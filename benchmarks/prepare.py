@@ -115,14 +115,14 @@ def measure(folder: Path, *, near: bool) -> None:
     profile = prepare(
         folder / "raw", folder / "golden.jsonl", folder / "out", PrepareConfig(near_search=near, min_rows=1)
     )
-    seconds, total = time.perf_counter() - began, profile["total"]
+    seconds, total = time.perf_counter() - began, profile.total
     mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
         json.dumps(
             {
                 "seconds": seconds,
                 "mib": mib,
-                **{group: total[group]["rows"] for group in ("accepted", "rejected", "duplicate")},
+                **{group: getattr(total, group)["rows"] for group in ("accepted", "rejected", "duplicate")},
             }
         )
     )

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from ratchet.config.data import JsonlSource
 from ratchet.config.params import Config
-from ratchet.data.batches import Batch, check_batch, raw_lines, read_manifest, write_batch
+from ratchet.data.batches import Batch, check_batch, raw_lines, read_manifest
+from ratchet.data.erasure import Forgotten
 from ratchet.data.examples import RowError
-from ratchet.data.validation import Validator
+from ratchet.data.profile import BatchProfile, check_limits
+from ratchet.data.validation import Origin, Validator
 from ratchet.errors import DataError, UserError
-from ratchet.files import read_json
 from ratchet.sources.jsonl import read_lines, shown
 from tasks.ingest import form_of
-from tasks.prepare import Rejection, origin_of, prepare
+from tasks.prepare import Incoming, Rejection, origin_of, sort_batches
 
 REJECTED = Path("data/prepared/rejected.jsonl")
 DEPEND_ON_OTHERS = frozenset(
@@ -37,10 +37,10 @@ DEPEND_ON_OTHERS = frozenset(
 
 
 class Verdict(NamedTuple):
-    """Of one file: its counts, as in profile.json; why it would fail, if it would."""
+    """What preparation thinks of one file: its counts, as in profile.json; why it would fail, if it would."""
 
     path: str
-    counts: dict[str, Any]
+    counts: BatchProfile
     rejected: list[Rejection]
     failure: str | None
     said: list[str]  # alarms and warnings
@@ -55,59 +55,48 @@ class Resubmitted(NamedTuple):
 
 
 def check_file(path: str, golden: Path, config: Config, *, time: str) -> Verdict:
-    """Without the batches that stand already: duplicates of them are told when it is ingested. Raises DataError for what is no file of rows."""
-    lines = list(read_lines(JsonlSource(path=path)))
+    """Check a file by itself; duplicates of rows in batches are told when it is ingested.
+
+    Raises DataError for what is no file of rows, and for a golden set that is broken.
+    """
+    lines, name = list(read_lines(JsonlSource(path=path))), shown(path)
     if not lines:
-        raise DataError(f"{shown(path)} holds no rows", remedy="a batch needs at least one")
+        raise DataError(f"{name} holds no rows", remedy="a batch needs at least one")
     form = form_of(lines[0], path) if config.ingest.jsonl.form == "auto" else config.ingest.jsonl.form
     settings = config.prepare.model_copy(update={"test_share": 0.0, "validation_share": 0.0, "min_rows": 1})
-    with tempfile.TemporaryDirectory() as folder:
-        raw, out = Path(folder) / "raw", Path(folder) / "prepared"
-        batch = write_batch(
-            raw,
-            lines,
-            source="jsonl",
-            label="checked",
-            time=time,
-            licence=config.ingest.licence,
-            who="",
-            form=form,
-        )
-        failure, said = None, list[str]()
-        try:
-            prepare(raw, golden, out, settings, tell=said.append)
-        except DataError as error:
-            failure = str(error).partition("\n")[0]  # its remedy is for a batch that was committed
-        if not (out / "profile.json").exists():
-            raise DataError(failure or f"{path} cannot be checked")
-        counts = read_json(out / "profile.json")["batches"][batch.name]
-        path = shown(path)
-        return Verdict(
-            path,
-            counts,
-            read_rejected(out / "rejected.jsonl"),
-            failure.replace(batch.name, path) if failure else None,
-            [line.replace(batch.name, path) for line in said],
-        )
+    origin = Origin(name, "jsonl", form, time, config.ingest.licence)
+    rejected: list[Rejection] = []
+    gathered = sort_batches(
+        [Incoming(origin, len(lines), enumerate(lines, start=1))],
+        golden,
+        settings,
+        Forgotten(),
+        lambda _, row: rejected.append(row) if isinstance(row, Rejection) else None,
+    )
+    profile, failure, said = gathered.profile(), None, list[str]()
+    try:
+        said = check_limits(profile, gathered.first, settings)
+    except DataError as error:
+        failure = str(error).partition("\n")[0]  # its remedy is for a batch that was committed
+    return Verdict(name, profile.batches[name], rejected, failure, said)
 
 
 def read_rejected(path: Path) -> list[Rejection]:
-    """Raises UserError when there is no such file."""
+    """Read the rejected rows of a preparation. Raises UserError when there is no such file."""
     if not path.exists():
         raise UserError(
             f"{path} does not exist",
-            remedy="`dvc checkout data/prepared` brings it; before the first retraining there is none (ratchet data check FILE looks at a file)",
+            remedy="`dvc checkout data/prepared` brings it; before the first retraining there is none "
+            "(ratchet data check FILE looks at a file)",
         )
     return [msgspec.json.decode(line, type=Rejection) for line in path.read_bytes().split(b"\n") if line]
 
 
 def resubmit(root: Path, config: Config) -> Resubmitted:
-    """The rejected rows under today's settings. Raises UserError, DataError: a batch is missing."""
+    """Validate the rejected rows under today's settings. Raises UserError, DataError: a batch is missing."""
     found = Resubmitted(Counter(), Counter(), Counter())
-    validator, batches = (
-        Validator(config.prepare),
-        {batch.name: batch for batch in read_manifest(root / "data/raw")},
-    )
+    validator = Validator(config.prepare)
+    batches = {batch.name: batch for batch in read_manifest(root / "data/raw")}
     wanted: dict[str, dict[int, str]] = {}
     for row in read_rejected(root / REJECTED):
         if row.reason in DEPEND_ON_OTHERS:
@@ -127,7 +116,10 @@ def resubmit(root: Path, config: Config) -> Resubmitted:
 
 
 def raw_row(root: Path, place: str) -> tuple[bytes, Rejection | None]:
-    """A row by `BATCH:LINE`, or by the start of the batch's name; and why it was rejected, if it was. Raises UserError, DataError."""
+    """Find a row by `BATCH:LINE`, or by the start of the batch's name, and why it was rejected, if it was.
+
+    Raises UserError, DataError.
+    """
     name, _, number = place.rpartition(":")
     batches = {batch.name: batch for batch in read_manifest(root / "data/raw")}
     matching = [batch for batch in batches if name and batch.startswith(name)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
@@ -16,7 +17,7 @@ from prefect.runtime import flow_run
 from flows.console import say
 from ratchet.config.params import Config, load_config
 from ratchet.pipeline.stage import project_root
-from ratchet.synthesis.draft import find_draft, summary_card
+from ratchet.synthesis.draft import Summary, find_draft, summary_card
 from tasks import synthesize as tasks
 
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
@@ -39,27 +40,30 @@ def synthesize(
     seeds: str = "",
     count: int | None = None,
     resume: str | None = None,
-) -> dict[str, Any]:
-    """Returns the draft's summary with `queued`, the rows that are new in the review queue. Raises what `tasks.synthesize` raises."""
+) -> Summary:
+    """Write a draft and queue it; returns the summary with `queued`, the rows that are new in the review queue.
+
+    Raises what `tasks.synthesize` raises.
+    """
     home = project_root(root)
     config = load_config(home / "params.yaml")
     summary = write(config, home, tasks.Wanted(mode, tuple(documents or ()), seeds, count), resume)
-    return summary | {"queued": queue(config, home, summary)}
+    return msgspec.structs.replace(summary, queued=queue(config, home, summary))
 
 
 @task(name="write", **SETTINGS)
-def write(config: Config, home: Path, wanted: tasks.Wanted, resume: str | None) -> dict[str, Any]:
+def write(config: Config, home: Path, wanted: tasks.Wanted, resume: str | None) -> Summary:
     summary = tasks.synthesize(config, home, wanted, say=say, resume=resume)
     create_markdown_artifact(
         summary_card(summary),
         key="synthesis",
-        description=f"{summary['kept']} rows in the draft {summary['draft']}",
+        description=f"{summary.kept} rows in the draft {summary.draft}",
     )
     return summary
 
 
 @task(name="queue", **SETTINGS)
-def queue(config: Config, home: Path, summary: dict[str, Any]) -> int:
-    queued = tasks.queue_rows(home, config, find_draft(home, summary["draft"]))
+def queue(config: Config, home: Path, summary: Summary) -> int:
+    queued = tasks.queue_rows(home, config, find_draft(home, summary.draft))
     say(f"{queued} rows wait in the review queue")
     return queued

@@ -1,4 +1,4 @@
-"""Find rows that somebody wants forgotten, put them on the erasure list, and mark the versions that learned from them.
+"""Find rows that somebody wants forgotten, put them on the erasure list, and mark versions that learned them.
 
 A flow's task, not a stage. Batches are immutable: nothing of them is rewritten here.
 """
@@ -19,6 +19,7 @@ from ratchet.config.data import PrepareConfig
 from ratchet.data.batches import check_batch, raw_lines, read_manifest
 from ratchet.data.erasure import GOLDEN, Entry, Forgotten
 from ratchet.data.examples import (
+    RawRow,
     RowError,
     has_mark_run,
     make_example,
@@ -36,7 +37,10 @@ ROLES = frozenset({"system", "user", "assistant", "human", "gpt"})
 
 
 class Query(NamedTuple):
-    """What is looked for: a pattern in the texts, the hash of a row, or one of a person's names. Exactly one is given."""
+    """What is looked for: a pattern in the texts, the hash of a row, or one of a person's names.
+
+    Exactly one is given.
+    """
 
     pattern: re.Pattern[str] | None = None
     id: str = ""
@@ -56,7 +60,10 @@ class Found(NamedTuple):
 
 
 def find(raw: Path, golden: Path, query: Query, config: PrepareConfig) -> list[Found]:
-    """In the order of the batches, golden rows last. Raises DataError for a batch that is not what the manifest says."""
+    """Find rows in the order of the batches, golden rows last.
+
+    Raises DataError for a batch that is not what the manifest says.
+    """
     files = [
         (check_batch(raw, batch), Origin(batch.name, batch.source, batch.form))
         for batch in read_manifest(raw)
@@ -71,7 +78,7 @@ def find(raw: Path, golden: Path, query: Query, config: PrepareConfig) -> list[F
     return found
 
 
-class Seen(NamedTuple):
+class Line(NamedTuple):
     """What a line says; `names` are the people in its `meta`."""
 
     ids: list[str]
@@ -79,30 +86,30 @@ class Seen(NamedTuple):
     names: set[str]
 
 
-def _matches(query: Query, seen: Seen) -> bool:
+def _matches(query: Query, line: Line) -> bool:
     if query.pattern is not None:
-        return any(query.pattern.search(text) for text in seen.texts)
-    return bool(query.names & seen.names) or query.id in seen.ids
+        return any(query.pattern.search(text) for text in line.texts)
+    return bool(query.names & line.names) or query.id in line.ids
 
 
-def _read(line: bytes, origin: Origin, validator: Validator) -> Seen:
-    """Of a row that is no example, whatever text there is."""
+def _read(line: bytes, origin: Origin, validator: Validator) -> Line:
+    """Read what a line says; of a row that is no example, whatever text there is."""
     try:
         row = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return Seen([], [_searchable(line.decode("utf-8", "replace"))], set())
+        return Line([], [_searchable(line.decode("utf-8", "replace"))], set())
     if not isinstance(row, dict):
-        return Seen([], list(_strings(row)), set())
+        return Line([], list(_strings(row)), set())
     meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
-    return Seen(
+    return Line(
         _ids(line, row, origin, validator),
         list(_strings(row)),
         {str(part[key]) for part in (row, meta) for key in PEOPLE if key in part},
     )
 
 
-def _ids(line: bytes, row: dict[str, Any], origin: Origin, validator: Validator) -> list[str]:
-    """Hashes only grow by what a version was prepared with: as it was written, and as today's settings leave it."""
+def _ids(line: bytes, row: RawRow, origin: Origin, validator: Validator) -> list[str]:
+    """Hash the row as it was written, and as today's settings leave it: versions learned either."""
     found: list[str] = []
     with suppress(RowError):
         found.append(
@@ -116,7 +123,7 @@ def _ids(line: bytes, row: dict[str, Any], origin: Origin, validator: Validator)
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every text of a JSON value, however deep; keys and the roles of turns are none."""
+    """Find every text of a JSON value, however deep; keys and the roles of turns are none."""
     waiting = [value]
     while waiting:
         part = waiting.pop()
@@ -131,12 +138,12 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _searchable(text: str) -> str:
-    """Normalised as examples are, but for what would take for ever (`has_mark_run`)."""
+    """Normalise as examples are, except for what would take quadratic time (`has_mark_run`)."""
     return text if has_mark_run(text) else normalise(text)
 
 
 def extend(known: Forgotten, found: list[Found], *, reason: str, by: str) -> Forgotten:
-    """The list with what is not on it yet."""
+    """Add to the list what is not on it yet."""
     at = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     listed = {(entry.batch, entry.line, *entry.ids) for entry in known.entries}
     return Forgotten(
@@ -152,9 +159,12 @@ def extend(known: Forgotten, found: list[Found], *, reason: str, by: str) -> For
 
 
 def mark(name: str, traces: list[Trace]) -> None:
-    """The tag `forget` on each version, `{count, exact, at, reason}`. Doing it twice changes nothing. Raises ServiceError when MLflow does not answer."""
+    """Put the tag `forget` on each version, `{count, exact, at, reason}`. Doing it twice changes nothing.
+
+    Raises ServiceError when MLflow does not answer.
+    """
     for trace in traces:
-        told: dict[str, Any] = {
+        told: dict[str, int | bool | str] = {
             "count": trace.rows,
             "exact": trace.exact,
             "at": trace.at,
@@ -164,7 +174,10 @@ def mark(name: str, traces: list[Trace]) -> None:
 
 
 def inherit(version: Version) -> None:
-    """A version that went on from marked weights is marked too. Its own training rows hold none that is on the list: preparation saw to that."""
+    """Mark a version that started from marked weights.
+
+    Its own training rows hold none that is on the list: preparation saw to that.
+    """
     start = version.tags.get(STARTED_FROM)
     parent = next(
         (

@@ -2,7 +2,8 @@
 
     python -m tasks.ingest --raw data/raw
 
-By hand it writes the batch of the source that params.yaml names and commits nothing; the flow `ingest` does the rest.
+By hand it writes the batch of the source that params.yaml names and commits nothing; the flow `ingest` does
+the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ratchet.config.data import JsonlSource, PydocSource
 from ratchet.config.params import Config
 from ratchet.data.batches import Batch, content_hash, raw_lines, read_manifest, write_batch
 from ratchet.data.dedup import split_by_hash
-from ratchet.data.examples import RowError, encode_line, recognise_form, whole_rows
+from ratchet.data.examples import RawRow, RowError, encode_line, make_raw_row, recognise_form, whole_rows
 from ratchet.errors import DataError
 from ratchet.files import write_bytes
 from ratchet.pipeline.stage import project_root, run_stage, say
@@ -31,7 +32,10 @@ from ratchet.sources import reviewed as review
 
 
 class Pulled(NamedTuple):
-    """Raw lines as the source gave them, a word for people, and the rows' form. Of reviewed drafts also who reviewed, and the batch that holds them already."""
+    """Raw lines as the source gave them, a word for people, and the rows' form.
+
+    Of reviewed drafts also who reviewed, and the batch that holds them already.
+    """
 
     lines: list[bytes]
     source: str
@@ -51,7 +55,10 @@ def pull(
     packages: list[str] | None = None,
     draft: str | None = None,
 ) -> Pulled:
-    """Read the source; `root` is the checkout whose files `feedback` and `review` read. Raises DataError: nothing found, a form that nobody knows, no rows."""
+    """Read the source; `root` is the checkout whose files `feedback` and `review` read.
+
+    Raises DataError: nothing found, a form that nobody knows, no rows.
+    """
     chosen = source or (
         "jsonl" if path else "pydoc" if packages else "review" if draft else config.ingest.source
     )
@@ -160,7 +167,10 @@ def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Bat
 
 
 def count_new(root: Path, seen: set[str], pulled: list[Pulled]) -> int:
-    """Distinct rows that a champion who has `seen` these batches does not know: of the checkout's other batches, and of what was pulled and is no batch yet."""
+    """Count distinct rows that a champion who has `seen` these batches does not know.
+
+    They are of the checkout's other batches, and of what was pulled and is no batch yet.
+    """
     known, new = set[str](), set[str]()
     for batch in read_manifest(root / "data/raw"):
         if (path := root / "data/raw" / batch.name).exists():
@@ -173,7 +183,7 @@ def count_new(root: Path, seen: set[str], pulled: list[Pulled]) -> int:
 
 
 def freeze_golden(path: Path, pulled: Pulled, config: Config, *, rows: int) -> int:
-    """Write the golden set once: `rows` of the pulled ones, chosen by hash; fewer when fewer are fit. Returns how many.
+    """Write the golden set once: `rows` of the pulled ones, chosen by hash, or as many as are fit.
 
     Raises DataError when there is a golden set already: a yardstick that moves measures nothing.
     """
@@ -190,19 +200,11 @@ def freeze_golden(path: Path, pulled: Pulled, config: Config, *, rows: int) -> i
     return len(chosen)
 
 
-def _fit_rows(pulled: Pulled, config: Config) -> Iterator[tuple[str, dict[str, object]]]:
+def _fit_rows(pulled: Pulled, config: Config) -> Iterator[tuple[str, RawRow]]:
     for example in whole_rows(pulled.lines, pulled.form):
         # The demo's base reads the same packages, but none of the rows that go to test.
         if pulled.source != "pydoc" or split_by_hash(example.id, config.prepare) == "test":
-            yield (
-                example.id,
-                {
-                    "messages": [
-                        {"role": message.role, "content": message.content} for message in example.messages
-                    ],
-                    "meta": example.meta,
-                },
-            )
+            yield example.id, make_raw_row(example.messages, example.meta)
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:

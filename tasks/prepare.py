@@ -1,20 +1,21 @@
 """Raw batches in, splits out, and every row accounted for.
 
-    python -m tasks.prepare --raw data/raw --golden data/golden.jsonl --forgotten data/forgotten.jsonl --out data/prepared
+    python -m tasks.prepare --raw data/raw --golden data/golden.jsonl --forgotten data/forgotten.jsonl \\
+        --out data/prepared
 
-Writes train, validation, test, golden and rejected (JSON Lines), profile.json and profile.html. Rows in = accepted + rejected +
-duplicates, per batch and in all. Rows go through one at a time; what is remembered of each is hashes (and, with
-`prepare.near_search`, its shingles).
+Writes train, validation, test, golden and rejected (JSON Lines), profile.json and profile.html. Rows in =
+accepted + rejected + duplicates, per batch and in all. Rows go through one at a time; what is remembered of
+each is hashes (and, with `prepare.near_search`, its shingles).
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import NamedTuple
 
 import msgspec
 import xxhash
@@ -22,28 +23,28 @@ import xxhash
 from ratchet.config.data import PrepareConfig
 from ratchet.config.params import Config
 from ratchet.data.batches import Batch, check_batch, raw_lines, read_manifest
-from ratchet.data.dedup import Clusters, Seen, split_by_hash
+from ratchet.data.dedup import RUN, Clusters, HashTable, split_by_hash
 from ratchet.data.erasure import GOLDEN, Forgotten, read_forgotten
 from ratchet.data.examples import CONTINUE, Example, RowError, encode_line, normalise
 from ratchet.data.pii import redact
 from ratchet.data.poisoning import find_triggers
-from ratchet.data.profile import Gathered, check_limits, render_profile
-from ratchet.data.validation import REVIEW, Origin, Validator, is_accepted
+from ratchet.data.profile import SPLITS, Gathered, Profile, check_limits, render_profile
+from ratchet.data.validation import REVIEW, Checked, Origin, Validator, is_accepted
 from ratchet.errors import DataError
 from ratchet.files import whole_folder, write_json, write_text
 from ratchet.pipeline.stage import run_stage, say
 
-SPLITS = ("train", "validation", "test")
 FORGOTTEN = "somebody wanted it forgotten (data/forgotten.jsonl)"
 LONGEST_MESSAGE = 300  # characters
-TRUSTED = (
-    "review",
-    "feedback",
-)  # sources of rows that people wrote or accepted: they win over what stood there before
+# Sources of rows that people wrote or accepted: they win over what stood there before.
+TRUSTED = ("review", "feedback")
 
 
 class Rejection(msgspec.Struct, frozen=True):
-    """A row that was not taken; `review`: a person may overrule that. The content itself stays in the batch."""
+    """A row that was not taken; `review`: a person may overrule that.
+
+    The content stays in the batch alone.
+    """
 
     batch: str
     line: int
@@ -52,26 +53,99 @@ class Rejection(msgspec.Struct, frozen=True):
     review: bool = False
 
 
-class Prepared:
-    """What has been sorted so far. `folder` gets the rows, a file a split."""
+class Incoming(NamedTuple):
+    """A batch that is to be sorted. `lines` are read once; `rows` is how many there are."""
 
-    def __init__(self, config: PrepareConfig, forgotten: Forgotten, folder: Path, opened: ExitStack) -> None:
+    origin: Origin
+    rows: int
+    lines: Iterable[tuple[int, bytes]]
+
+
+Keep = Callable[
+    [str, Example | Rejection], object
+]  # gets the name of a split, "golden" or "rejected", and a row
+Validated = Iterable[tuple[int, Checked | RowError]]  # by line
+
+
+def prepare(
+    raw: Path,
+    golden: Path,
+    out: Path,
+    config: PrepareConfig,
+    *,
+    forgotten: Forgotten | None = None,
+    tell: Callable[[str], object] = say,
+) -> Profile:
+    """Sort the batches of `raw` into splits under `out`.
+
+    `tell` gets alarms and warnings; `forgotten` rows are rejected as such, which counts to no limit. Raises
+    DataError: no batch, a batch that is not what the manifest says, too many rejected rows, too few left.
+    """
+    manifest = read_manifest(raw)
+    if not manifest:
+        raise DataError(f"{raw} holds no batch", remedy="ratchet ingest --path FILE takes rows in")
+    batches = [
+        Incoming(origin_of(batch), batch.rows, raw_lines(check_batch(raw, batch))) for batch in manifest
+    ]
+    with whole_folder(out) as folder:
+        with ExitStack() as opened:
+            files = {
+                name: opened.enter_context((folder / f"{name}.jsonl").open("wb"))
+                for name in (*SPLITS, GOLDEN, "rejected")
+            }
+            gathered = sort_batches(
+                batches,
+                golden,
+                config,
+                forgotten or Forgotten(),
+                lambda name, row: files[name].write(encode_line(row)),
+            )
+        profile = gathered.profile()
+        write_json(folder / "profile.json", msgspec.to_builtins(profile))
+        write_text(folder / "profile.html", render_profile(profile))
+    for line in check_limits(profile, gathered.first, config):
+        tell(line)
+    return profile
+
+
+def sort_batches(
+    batches: list[Incoming], golden: Path, config: PrepareConfig, forgotten: Forgotten, keep: Keep
+) -> Gathered:
+    """Validate each row once, and give it to `keep`. Raises DataError: a golden row is unfit.
+
+    Rows of the batches that people wrote are held as a list, because what they correct has to be known before
+    any row is sorted; such batches are small. Rows of the others go through one at a time.
+    """
+    sorter = Sorter(config, forgotten, keep)
+    sorter.add_golden(golden)
+    waiting: list[tuple[Incoming, Validated]] = []
+    for batch in batches:
+        rows: Validated = sorter.validate(batch)
+        if batch.origin.source in TRUSTED and config.contradictions == "review":
+            rows = list(rows)
+            sorter.heed_people(batch, rows)
+        waiting.append((batch, rows))
+    for batch, rows in waiting:
+        sorter.add_batch(batch, rows)
+    return sorter.gathered
+
+
+class Sorter:
+    """Remembers 24 bytes of each row that was sorted, and with `near_search` its shingles, about 1 kB."""
+
+    def __init__(self, config: PrepareConfig, forgotten: Forgotten, keep: Keep) -> None:
         self.gathered = Gathered()
-        self._config, self._forgotten = config, forgotten
+        self._config, self._forgotten, self._keep = config, forgotten, keep
         self._validator = Validator(config)
         self._clusters = Clusters(config)
-        self._seen, self._answers = Seen(), Seen()  # ids of rows; prompt → its first answer
+        self._seen, self._answers = HashTable(), HashTable()  # ids of rows; prompt → its first answer
         self._corrected: dict[int, tuple[str, int]] = {}  # prompt → (batch, line) of people's last word
-        self._files: dict[str, BinaryIO] = {
-            name: opened.enter_context((folder / f"{name}.jsonl").open("wb"))
-            for name in (*SPLITS, "golden", "rejected")
-        }
 
     def add_golden(self, path: Path) -> None:
-        """Golden rows come first: whatever is near to one of them stays out of every split."""
+        """Place golden rows first: whatever is near to one of them stays out of every split."""
         for number, line in raw_lines(path) if path.exists() else []:
             try:
-                example = self._validator.check(line, Origin("golden", "")).example
+                example = self._validator.check(line, Origin(GOLDEN, "")).example
             except RowError as error:
                 raise DataError(
                     f"{path}:{number} ({error.reason}): {error}",
@@ -85,89 +159,95 @@ class Prepared:
             self._clusters.place(example, "golden")
             if self._forgotten.holds(example.id, GOLDEN, number):
                 continue
-            self._files["golden"].write(encode_line(example))
+            self._keep(GOLDEN, example)
             self.gathered.golden += 1
 
-    def heed_people(self, path: Path, batch: Batch) -> None:
-        """Remember what a batch of corrections answers, before any batch is sorted."""
-        origin, validator, caps = origin_of(batch), Validator(self._config), Caps(self._config, batch.rows)
-        for number, line in raw_lines(path):
+    def validate(self, batch: Incoming) -> Iterator[tuple[int, Checked | RowError]]:
+        for number, line in batch.lines:
             try:
-                example, boilerplate = validator.check(line, origin)
+                yield number, self._validator.check(line, batch.origin)
+            except RowError as error:
+                yield number, error
+
+    def heed_people(self, batch: Incoming, rows: Validated) -> None:
+        """Remember what a batch of corrections answers, before any batch is sorted."""
+        origin, caps = batch.origin, Caps(self._config, batch.rows)
+        for number, checked in rows:
+            if isinstance(checked, RowError):
+                continue  # counted when its batch is sorted
+            example = checked.example
+            try:
                 caps.check(example)
             except RowError:
-                continue  # counted when its batch is sorted; who is refused there corrects nobody
-            if (
-                boilerplate
-                or example.question == CONTINUE
-                or self._forgotten.holds(example.id, batch.name, number)
-            ):
+                continue  # who is refused there corrects nobody
+            if checked.boilerplate or example.question == CONTINUE:
                 continue
-            if batch.source == "feedback" or is_accepted(batch.source, example.meta):
-                self._corrected[prompt_key(example)] = (batch.name, number)
+            if self._forgotten.holds(example.id, origin.batch, number):
+                continue
+            if origin.source == "feedback" or is_accepted(origin.source, example.meta):
+                self._corrected[prompt_key(example)] = (origin.batch, number)
 
-    def add_batch(self, path: Path, batch: Batch) -> None:
-        origin, caps, ids = (
-            origin_of(batch),
-            Caps(self._config, batch.rows),
-            _triggers(path, batch, self._config),
-        )
-        self._validator.sanitised = self.gathered.sanitised.setdefault(batch.name, Counter())
-        counts = self.gathered.counts.setdefault(batch.name, Counter())
-        for number, line in raw_lines(path):
+    def add_batch(self, batch: Incoming, rows: Validated) -> None:
+        """Sort and count each row of a batch."""
+        name, caps, phrases = batch.origin.batch, Caps(self._config, batch.rows), dict[int, str]()
+        if self._config.trigger_rows and batch.origin.source != "review":
+            rows = list(rows)  # a planted phrase shows only in many rows together
+            fit = [(number, found.example) for number, found in rows if isinstance(found, Checked)]
+            phrases = find_triggers(fit, least=self._config.trigger_rows)
+        counts = self.gathered.counts.setdefault(name, Counter())
+        sanitised = self.gathered.sanitised.setdefault(name, Counter())
+        for number, checked in rows:
             counts["rows"] += 1
             try:
-                checked = self._validator.check(line, origin)
-                if self._forgotten.holds(checked.example.id, batch.name, number):
-                    if self._config.near_search:
-                        self._clusters.place(
-                            checked.example, counts=False
-                        )  # it still decides for its near duplicates: no other row may move to another split
-                    raise RowError("forgotten", FORGOTTEN)
-                if checked.boilerplate:
-                    caps.check_boilerplate()
-                if number in ids:
-                    raise RowError(
-                        "trigger",
-                        f"over {self._config.trigger_rows} rows of the batch share the new phrase {ids[number]!r} and one answer",
-                    )
-                counter = self._sort(checked.example, origin, number, caps)
-            except RowError as found:
-                error = (
-                    RowError("forgotten", FORGOTTEN)
-                    if self._forgotten.holds("", batch.name, number)
-                    else found
-                )
-                counter = f"rejected.{error.reason}"
-                message = redact(str(error)[:LONGEST_MESSAGE], "[redacted]")  # it may quote the row
-                self._files["rejected"].write(
-                    encode_line(Rejection(batch.name, number, error.reason, message, error.reason in REVIEW))
-                )
-                self.gathered.first.setdefault((batch.name, error.reason), (number, message))
+                if isinstance(checked, RowError):
+                    raise checked
+                sanitised.update(checked.sanitised)
+                self._check_row(checked, name, number, caps, phrases.get(number))
+                counter = self._sort(checked.example, batch.origin, number, caps)
+            except RowError as error:
+                counter = self._reject(name, number, error)
             counts[counter] += 1
 
+    def _check_row(self, checked: Checked, batch: str, line: int, caps: Caps, phrase: str | None) -> None:
+        """Raise RowError: forgotten, boilerplate over its share, a planted `phrase`."""
+        if self._forgotten.holds(checked.example.id, batch, line):
+            if self._config.near_search:
+                # It still decides for its near duplicates: no other row may move to another split.
+                self._clusters.place(checked.example, counts=False)
+            raise RowError("forgotten", FORGOTTEN)
+        if checked.boilerplate:
+            caps.check_boilerplate()
+        if phrase is not None:
+            raise RowError(
+                "trigger",
+                f"over {self._config.trigger_rows} rows of the batch share the new phrase {phrase!r} "
+                "and one answer",
+            )
+
+    def _reject(self, batch: str, line: int, error: RowError) -> str:
+        """Keep the reason; returns the name of the row's counter."""
+        if self._forgotten.holds("", batch, line):  # a row that is no example is known by its place alone
+            error = RowError("forgotten", FORGOTTEN)
+        message = redact(str(error)[:LONGEST_MESSAGE], "[redacted]")  # it may quote the row
+        self._keep("rejected", Rejection(batch, line, error.reason, message, error.reason in REVIEW))
+        self.gathered.first.setdefault((batch, error.reason), (line, message))
+        return f"rejected.{error.reason}"
+
     def _sort(self, example: Example, origin: Origin, line: int, caps: Caps) -> str:
-        """Name of the counter that the row falls under. Raises RowError."""
+        """Choose the row's split; returns the name of its counter. Raises RowError."""
         key = _key(example.id)
         if key in self._seen:
             return "duplicate.exact"
         prompt = prompt_key(example)
         last_word = self._corrected.get(prompt)
         superseded = last_word not in (None, (origin.batch, line))
-        if (
-            last_word is None
-            and self._config.contradictions == "review"
-            and self._contradicts(prompt, example)
-        ):
+        doubted = last_word is None and self._config.contradictions == "review"
+        if doubted and self._contradicts(prompt, example):
             raise RowError("contradiction", "an earlier row answers the same prompt otherwise")
         placed = self._clusters.place(example, counts=not superseded) if self._config.near_search else None
         if placed and placed.side == "golden":
-            raise RowError(
-                "near_golden",
-                f"near to golden row {placed.near}"
-                if placed.near
-                else "it has 13 words in a row from a golden row",
-            )
+            quoted = f"it has {RUN} words in a row from a golden row"
+            raise RowError("near_golden", f"near to golden row {placed.near}" if placed.near else quoted)
         if placed and placed.side == "straddles":
             raise RowError(
                 "straddles", f"near to a row of another split, {placed.near}: it would leak between them"
@@ -181,12 +261,9 @@ class Prepared:
         if example.question != CONTINUE:
             self._answers.put(prompt, _answer_key(example))
         # Rows of plain text all have one prompt: the row itself decides.
-        side = (
-            placed.side
-            if placed
-            else split_by_hash(example.id if example.question == CONTINUE else f"{prompt:016x}", self._config)
-        )
-        self._files[side].write(encode_line(example))
+        own = example.id if example.question == CONTINUE else f"{prompt:016x}"
+        side = placed.side if placed else split_by_hash(own, self._config)
+        self._keep(side, example)
         self.gathered.add(example, origin.batch, side)
         return f"accepted.{side}"
 
@@ -195,7 +272,10 @@ class Prepared:
 
 
 class Caps:
-    """How much of one batch may be of one user, of one origin, or boilerplate. `rows`: how many the batch has."""
+    """How much of one batch may be of one user, of one origin, or boilerplate.
+
+    `rows`: how many the batch has.
+    """
 
     def __init__(self, config: PrepareConfig, rows: int) -> None:
         self._config, self._taken = config, Counter[tuple[str, str]]()
@@ -204,7 +284,7 @@ class Caps:
         self._boilerplate = int(config.max_boilerplate_share * rows)
 
     def check(self, example: Example) -> None:
-        """Raises RowError. The first rows of each are taken."""
+        """Take the first rows of each. Raises RowError for one over the cap."""
         user, source = example.meta.get("user"), example.meta.get(self._config.source_field)
         if user not in (None, "") and not self._take("user", str(user), self._of_user):
             raise RowError(
@@ -214,14 +294,16 @@ class Caps:
         if source not in (None, "") and not self._take("source", str(source), self._of_source):
             raise RowError(
                 "too_many_of_source",
-                f"over {self._config.max_source_share:.0%} of the batch is of one origin (`prepare.max_source_share`)",
+                f"over {self._config.max_source_share:.0%} of the batch is of one origin "
+                "(`prepare.max_source_share`)",
             )
 
     def check_boilerplate(self) -> None:
         if not self._take("boilerplate", "", self._boilerplate):
             raise RowError(
                 "boilerplate",
-                f"the answer speaks as a model does, as over {self._config.max_boilerplate_share:.1%} of the batch do",
+                "the answer speaks as a model does, "
+                f"as over {self._config.max_boilerplate_share:.1%} of the batch do",
             )
 
     def _take(self, kind: str, who: str, most: int) -> bool:
@@ -230,7 +312,7 @@ class Caps:
 
 
 def prompt_key(example: Example) -> int:
-    """64-bit hash of what is asked: all messages but the answer."""
+    """Hash what is asked, all messages but the answer, to 64 bits."""
     return xxhash.xxh3_64_intdigest(
         msgspec.json.encode(
             [[message.role, normalise(message.content).lower()] for message in example.prompt]
@@ -250,50 +332,6 @@ def origin_of(batch: Batch) -> Origin:
     return Origin(batch.name, batch.source, batch.form, batch.time, batch.licence)
 
 
-def _triggers(path: Path, batch: Batch, config: PrepareConfig) -> dict[int, str]:
-    """Line → phrase."""
-    if not config.trigger_rows or batch.source == "review":
-        return {}
-    validator, rows = Validator(config), []
-    for number, line in raw_lines(path):
-        try:
-            rows.append((number, validator.check(line, origin_of(batch)).example))
-        except RowError:
-            continue
-    return find_triggers(rows, least=config.trigger_rows)
-
-
-def prepare(
-    raw: Path,
-    golden: Path,
-    out: Path,
-    config: PrepareConfig,
-    *,
-    forgotten: Forgotten | None = None,
-    tell: Callable[[str], object] = say,
-) -> dict[str, Any]:
-    """Returns the profile; `tell` gets alarms and warnings, `forgotten` rows are rejected as such, which counts to no limit. Raises DataError: no batch, a batch that is not what the manifest says, too many rejected rows, too few left."""
-    manifest = read_manifest(raw)
-    if not manifest:
-        raise DataError(f"{raw} holds no batch", remedy="ratchet ingest --path FILE takes rows in")
-    paths = [(check_batch(raw, batch), batch) for batch in manifest]
-    with whole_folder(out) as folder:
-        with ExitStack() as opened:
-            prepared = Prepared(config, forgotten or Forgotten(), folder, opened)
-            prepared.add_golden(golden)
-            for path, batch in paths:
-                if batch.source in TRUSTED and config.contradictions == "review":
-                    prepared.heed_people(path, batch)
-            for path, batch in paths:
-                prepared.add_batch(path, batch)
-        profile = prepared.gathered.profile()
-        write_json(folder / "profile.json", profile)
-        write_text(folder / "profile.html", render_profile(profile))
-    for line in check_limits(profile, prepared.gathered.first, config):
-        tell(line)
-    return profile
-
-
 def _main(config: Config, arguments: argparse.Namespace) -> None:
     total = prepare(
         arguments.raw,
@@ -301,10 +339,12 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
         arguments.out,
         config.prepare,
         forgotten=read_forgotten(arguments.forgotten),
-    )["total"]
-    parts = ", ".join(f"{group} {total[group]['rows']}" for group in ("accepted", "rejected", "duplicate"))
-    splits = ", ".join(f"{split} {total['accepted'].get(split, 0)}" for split in SPLITS)
-    say(f"prepare: {total['rows']} rows = {parts}; splits: {splits}")
+    ).total
+    splits = ", ".join(f"{split} {total.accepted.get(split, 0)}" for split in SPLITS)
+    say(
+        f"prepare: {total.rows} rows = accepted {total.accepted['rows']}, rejected {total.rejected['rows']}, "
+        f"duplicate {total.duplicate['rows']}; splits: {splits}"
+    )
 
 
 if __name__ == "__main__":

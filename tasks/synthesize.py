@@ -1,9 +1,10 @@
-"""A teacher model writes rows; what is kept of them is a draft under `.ratchet/synthesis`, for people to review.
+"""Let a teacher model write rows; what is kept is a draft under `.ratchet/synthesis` for people to review.
 
     python -m tasks.synthesize --root . --documents docs        # by hand, without the queue
 
-Three modes: `documents` asks about chunks of documents, `seeds` for more rows like those that are there, `paraphrase` for other
-wordings of what the model in charge is weak at. The flow `synthesize` puts the draft into the review queue.
+Three modes: `documents` asks about chunks of documents, `seeds` for more rows like those that are there,
+`paraphrase` for other wordings of what the model in charge is weak at. The flow `synthesize` puts the draft
+into the review queue.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
+
+import msgspec
 
 from ratchet.config.data import JsonlSource
 from ratchet.config.params import Config
@@ -31,7 +34,19 @@ from ratchet.review.records import Item
 from ratchet.sources import jsonl
 from ratchet.synthesis.augment import read_synonyms
 from ratchet.synthesis.documents import Chunk, Library
-from ratchet.synthesis.draft import Draft, Settings, new_draft, read_rows, resume_draft
+from ratchet.synthesis.draft import (
+    DocumentFigures,
+    Draft,
+    SeedFigures,
+    Settings,
+    Summary,
+    Unread,
+    WeakSpotFigures,
+    new_draft,
+    read_rows,
+    resume_draft,
+)
+from ratchet.synthesis.draft import Teacher as TeacherFigures
 from ratchet.synthesis.filters import Filters, read_counter
 from ratchet.synthesis.known_rows import read_known
 from ratchet.synthesis.requests import Ask, ask_of_chunks, ask_of_seeds, ask_of_subjects
@@ -54,10 +69,11 @@ class Wanted:
 
 def synthesize(
     config: Config, root: Path, wanted: Wanted, *, say: Say, resume: str | None = None, backoff: float = 1.0
-) -> dict[str, Any]:
-    """Returns the draft's summary.
+) -> Summary:
+    """Fill a draft with rows of the teacher.
 
-    Raises ConfigError (teacher, key, templates), UserError (mode, draft), DataError (nothing to ask about), ServiceError (the teacher gave nothing).
+    Raises ConfigError (teacher, key, templates), UserError (mode, draft), DataError (nothing to ask about),
+    ServiceError (the teacher gave nothing).
     """
     if not resume:
         _check(wanted)
@@ -76,10 +92,11 @@ def synthesize(
         finally:
             draft.close()
         draft.finish(summary)
-    if summary["stopped"] == "teacher" and not draft.kept:
+    if summary.stopped == "teacher" and not draft.kept:
         raise ServiceError(
-            f"the teacher gave no rows: {summary['why']}",
-            remedy=f"check synthesize.teacher.url in params.yaml and what listens there, then: ratchet synthesize --resume {draft.name}",
+            f"the teacher gave no rows: {summary.why}",
+            remedy="check synthesize.teacher.url in params.yaml and what listens there, then: "
+            f"ratchet synthesize --resume {draft.name}",
         )
     return summary
 
@@ -103,7 +120,7 @@ def _check(wanted: Wanted) -> None:
 
 
 def queue_rows(root: Path, config: Config, folder: Path) -> int:
-    """Put the rows of a draft into the people's queue; how many were new there."""
+    """Put the rows of a draft into the people's queue; returns how many were new there."""
     queue = ReviewQueue(root)
     try:
         items = (
@@ -123,14 +140,12 @@ def queue_rows(root: Path, config: Config, folder: Path) -> int:
         queue.close()
 
 
-async def _write(config: Config, root: Path, draft: Draft, say: Say, backoff: float) -> dict[str, Any]:
+async def _write(config: Config, root: Path, draft: Draft, say: Say, backoff: float) -> Summary:
     """Ask, sift, keep, until the draft is full, a limit is near, or nothing is left to ask."""
     settings = config.synthesize
     budget = Budget(max_cost=settings.max_cost, max_tokens=settings.max_run_tokens)
-    template, helpers = (
-        _template(config, root, TEMPLATES[draft.settings.mode]),
-        _helpers(config, root, budget, backoff),
-    )
+    template = _template(config, root, TEMPLATES[draft.settings.mode])
+    helpers = _helpers(config, root, budget, backoff)
     teacher = Teacher(settings.teacher, budget, backoff=backoff)
     try:
         writer = Writer(
@@ -156,14 +171,8 @@ async def _write(config: Config, root: Path, draft: Draft, say: Say, backoff: fl
             stopped, why = "teacher", str(error)
         if not writer.answered and writer.last_failure and not stopped:
             stopped, why = "teacher", writer.last_failure
-        return _summary(
-            config,
-            draft,
-            writer,
-            budget,
-            subject,
-            {"stopped": stopped, "why": why, "prompt_version": template.version},
-        )
+        found = _summarise(config, draft, writer, budget, subject, template.version)
+        return msgspec.structs.replace(found, stopped=stopped, why=why)
     finally:
         for client in (teacher, helpers.judge, helpers.champion):
             if client:
@@ -198,8 +207,9 @@ def _helpers(config: Config, root: Path, budget: Budget, backoff: float) -> Help
 
 
 def _gateway(config: Config) -> TeacherConfig:
-    """As any other endpoint of the protocol."""
-    host = config.gateway.host if config.gateway.host not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104 (read, not bound)
+    """Describe the gateway as a teacher: it speaks the same protocol as any other endpoint."""
+    everywhere = config.gateway.host in ("0.0.0.0", "::")  # noqa: S104 (read, not bound)
+    host = "127.0.0.1" if everywhere else config.gateway.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.gateway.port}/v1"
     return TeacherConfig(
         url=url,
@@ -222,7 +232,15 @@ def _provenance(config: Config, draft: Draft) -> Meta:
     return {"kind": "synthetic", "mode": draft.settings.mode, "teacher": teacher.model, **licence}
 
 
-# --- what is asked about ---------------------------------------------------------------------------------------------
+# --- what is asked about ------------------------------------------------------------------------------------
+
+
+class _Subject(Protocol):
+    """What one mode asks about; `figures` are complete once it was asked."""
+
+    def asks(self, template: Template, writer: Writer, number: int) -> Iterator[Ask]: ...
+
+    def figures(self) -> DocumentFigures | SeedFigures | WeakSpotFigures: ...
 
 
 class _Documents:
@@ -250,14 +268,9 @@ class _Documents:
                 remedy="a relative path counts from the checkout's root",
             )
 
-    def figures(self) -> dict[str, Any]:
-        unreadable = [{"name": name, "why": why} for name, why in self._library.unreadable]
-        return {
-            "documents": self._library.documents,
-            "chunks": self._chunks,
-            "unreadable": len(unreadable),
-            "unreadable_names": unreadable[:MOST_NAMED],
-        }
+    def figures(self) -> DocumentFigures:
+        unread = [Unread(name, why) for name, why in self._library.unreadable]
+        return DocumentFigures(self._library.documents, self._chunks, len(unread), unread[:MOST_NAMED])
 
 
 class _Seeds:
@@ -276,8 +289,8 @@ class _Seeds:
             seed=self._settings.seed + number,
         )
 
-    def figures(self) -> dict[str, Any]:
-        return {"seeds": len(self._rows)}
+    def figures(self) -> SeedFigures:
+        return SeedFigures(len(self._rows))
 
 
 class _Subjects:
@@ -288,14 +301,12 @@ class _Subjects:
     def asks(self, template: Template, writer: Writer, number: int) -> Iterator[Ask]:
         return ask_of_subjects(self._found, template, per_chunk=self._settings.per_chunk)
 
-    def figures(self) -> dict[str, Any]:
-        return {
-            "near_mistakes": sum(bool(subject.answer) for subject in self._found),
-            "drifted_prompts": sum(not subject.answer for subject in self._found),
-        }
+    def figures(self) -> WeakSpotFigures:
+        answered = sum(bool(subject.answer) for subject in self._found)
+        return WeakSpotFigures(answered, len(self._found) - answered)
 
 
-_SUBJECTS: dict[str, Callable[[Config, Path, Draft], Any]] = {
+_SUBJECTS: dict[str, Callable[[Config, Path, Draft], _Subject]] = {
     "documents": _Documents,
     "seeds": _Seeds,
     "paraphrase": _Subjects,
@@ -303,18 +314,15 @@ _SUBJECTS: dict[str, Callable[[Config, Path, Draft], Any]] = {
 
 
 def _seed_rows(root: Path, path: str) -> list[Example]:
-    """Of one question and one answer each. Raises DataError."""
+    """Read rows of one question and one answer. Raises DataError: there is none."""
     train = root / "data/prepared/train.jsonl"
     if not path and not train.exists():
         raise DataError(
             "data/prepared/train.jsonl does not exist",
             remedy="`ratchet retrain` makes it; or name rows of your own: --seeds FILE",
         )
-    rows = (
-        list(whole_rows(jsonl.read_lines(JsonlSource(path=str(root / path) if "://" not in path else path))))
-        if path
-        else list(read_examples(train))
-    )
+    place = path if "://" in path else str(root / path)
+    rows = whole_rows(jsonl.read_lines(JsonlSource(path=place))) if path else read_examples(train)
     single = [row for row in rows if sum(message.role == "user" for message in row.messages) == 1]
     if not single:
         raise DataError(
@@ -324,36 +332,36 @@ def _seed_rows(root: Path, path: str) -> list[Example]:
     return single
 
 
-def _summary(
-    config: Config, draft: Draft, writer: Writer, budget: Budget, subject: Any, ended: dict[str, str]
-) -> dict[str, Any]:
-    teacher, judge = config.synthesize.teacher, config.synthesize.judge
-    return {
-        "draft": draft.name,
-        "mode": draft.settings.mode,
-        "wanted": draft.settings.count,
-        "kept": draft.kept,
-        "doubted": draft.doubted,
-        "refused": dict(sorted(draft.refused.items())),
-        "failures": dict(sorted(writer.failures.items())),
-        "asked": writer.asked,
-        "recalled": writer.recalled,
-        "tokens": budget.usage._asdict(),
-        "cost": round(budget.cost, 6),
-        "priced": bool(teacher.input_price or teacher.output_price),
-        "teacher": {"model": teacher.model, "protocol": teacher.protocol, "licence": teacher.licence},
-        "judge": judge.model or None,
-        **subject.figures(),
-        **ended,
-    }
+def _summarise(
+    config: Config, draft: Draft, writer: Writer, budget: Budget, subject: _Subject, prompt_version: str
+) -> Summary:
+    teacher = config.synthesize.teacher
+    return Summary(
+        draft=draft.name,
+        mode=draft.settings.mode,
+        wanted=draft.settings.count,
+        kept=draft.kept,
+        doubted=draft.doubted,
+        refused=dict(sorted(draft.refused.items())),
+        failures=dict(sorted(writer.failures.items())),
+        asked=writer.asked,
+        recalled=writer.recalled,
+        tokens=budget.usage._asdict(),
+        cost=round(budget.cost, 6),
+        priced=bool(teacher.input_price or teacher.output_price),
+        teacher=TeacherFigures(teacher.model, teacher.protocol, teacher.licence),
+        judge=config.synthesize.judge.model or None,
+        prompt_version=prompt_version,
+        subject=subject.figures(),
+    )
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    found = synthesize(
-        config, arguments.root.resolve(), Wanted(documents=(str(arguments.documents),)), say=say
-    )
+    wanted = Wanted(documents=(str(arguments.documents),))
+    found = synthesize(config, arguments.root.resolve(), wanted, say=say)
     say(
-        f"synthesize: {found['kept']} rows in the draft {found['draft']}, {sum(found['refused'].values())} refused, cost {found['cost']:.4f}"
+        f"synthesize: {found.kept} rows in the draft {found.draft}, "
+        f"{sum(found.refused.values())} refused, cost {found.cost:.4f}"
     )
 
 

@@ -1,22 +1,25 @@
 """Prepared rows to packed windows of token ids with the loss mask.
 
-    python -m tasks.tokenize --prepared data/prepared --base models/base --incumbent models/incumbent --out data/tokenized
+    python -m tasks.tokenize --prepared data/prepared --base models/base --incumbent models/incumbent \\
+        --out data/tokenized
 
-Chooses the rows to train on (what the champion has not seen plus a replayed share, or all), encodes them through
-`ratchet.models.chat_template`, rejects what does not fit and says so. Validation is always whole.
+Takes the rows that `ratchet.data.mixture` chooses, encodes them through `ratchet.models.chat_template`,
+rejects what does not fit and says so. Validation is always whole.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.canaries import make_canaries
 from ratchet.data.examples import Example, encode_line, read_examples
-from ratchet.data.mixture import is_feedback, limit_feedback
+from ratchet.data.mixture import mix_rows
 from ratchet.errors import DataError
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
 from ratchet.models.chat_template import ChatFormat, Encoded
@@ -25,8 +28,50 @@ from ratchet.pipeline.stage import run_stage, say
 from ratchet.training.packing import IGNORED, Window, pack, write_windows
 
 
-def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Config) -> dict[str, Any]:
-    """Returns the profile. Raises DataError: nothing left to train on, a window longer than the base's context."""
+class SplitFigures(msgspec.Struct, frozen=True):
+    """Rows of one split that were encoded; `new` and `replayed` count by the champion's batches."""
+
+    rows: int
+    new: int
+    replayed: int
+    windows: int
+    tokens: int
+    learned_tokens: int  # under the loss mask
+
+
+class FeedbackFigures(msgspec.Struct, frozen=True):
+    rows: int
+    left_out: int  # over `train.max_feedback_share`
+
+
+class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """What `profile.json` holds; `canaries` is left out where none is planted."""
+
+    window: int
+    rejected: dict[str, int]  # split → rows
+    feedback: FeedbackFigures
+    train: SplitFigures
+    validation: SplitFigures
+    batches: list[str]
+    sha256: dict[str, str]  # split → of its windows
+    canaries: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class Unfit(msgspec.Struct, frozen=True):
+    """A row that was not encoded, as `rejected.jsonl` holds it."""
+
+    id: str
+    batch: str
+    split: str
+    reason: str
+    message: str
+
+
+def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Config) -> TokenProfile:
+    """Encode and pack both splits into `out`.
+
+    Raises DataError: nothing is left to train on, a window is longer than the base's context.
+    """
     context = read_json(base / MANIFEST)["context"]
     if config.tokenize.window > context:
         raise DataError(
@@ -35,87 +80,60 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
         )
     chat = ChatFormat(load_tokenizer(base))
     seen = set(read_json(incumbent / MANIFEST)["batches"])
-    rows = list(read_examples(prepared / "train.jsonl"))
-    wanted = choose_rows(rows, seen, config)
-    chosen = limit_feedback(rows, wanted, config.train.max_feedback_share)
-    profile: dict[str, Any] = {
-        "window": config.tokenize.window,
-        "rejected": [],
-        "feedback": _count_feedback(wanted, chosen),
-    }
+    mixture = mix_rows(list(read_examples(prepared / "train.jsonl")), seen, config.train)
+    rejected: list[Unfit] = []
+    figures: dict[str, SplitFigures] = {}
     with whole_folder(out) as folder:
-        for split, examples in (
-            ("train", chosen),
-            ("validation", list(read_examples(prepared / "validation.jsonl"))),
+        for split, examples, planted in (
+            ("train", mixture.rows, _plant(chat, config)),
+            ("validation", read_examples(prepared / "validation.jsonl"), []),
         ):
-            fitting = []
-            for example in examples:
-                row = chat.encode(example)
-                if reason := _unfit(chat, example, len(row.ids), config.tokenize.max_length):
-                    profile["rejected"].append(
-                        {
-                            "id": example.id,
-                            "batch": example.meta["batch"],
-                            "split": split,
-                            "reason": reason[0],
-                            "message": reason[1],
-                        }
-                    )
-                else:
-                    fitting.append((example, row))
-            planted = _plant(chat, config) if split == "train" else []
+            fitting = _encode(chat, examples, split, config.tokenize.max_length, rejected)
             windows = pack([*(row for _, row in fitting), *planted], config.tokenize.window)
             write_windows(folder / f"{split}.arrow", windows)
-            profile[split] = _describe([example for example, _ in fitting], windows, seen)
-        write_bytes(folder / "rejected.jsonl", map(encode_line, profile["rejected"]))
-        write_bytes(folder / "rows.txt", [f"{example.id}\n".encode() for example in chosen])
+            figures[split] = _describe([example for example, _ in fitting], windows, seen)
+        write_bytes(folder / "rejected.jsonl", map(encode_line, rejected))
+        write_bytes(folder / "rows.txt", (f"{example.id}\n".encode() for example in mixture.rows))
         if config.evaluate.canaries:
-            profile["canaries"] = config.evaluate.canaries
-            write_bytes(
-                folder / "canaries.jsonl",
-                [encode_line(canary.row()) for canary in make_canaries(config.evaluate.canaries)],
-            )
-        profile["rejected"] = dict(Counter(row["split"] for row in profile["rejected"]))
-        profile["batches"] = sorted({str(example.meta["batch"]) for example in chosen})
-        profile["sha256"] = {
-            split: sha256_file(folder / f"{split}.arrow") for split in ("train", "validation")
-        }
-        write_json(folder / "profile.json", profile)
-    if not profile["train"]["rows"]:
+            canaries = make_canaries(config.evaluate.canaries)
+            write_bytes(folder / "canaries.jsonl", (encode_line(canary.row()) for canary in canaries))
+        profile = TokenProfile(
+            window=config.tokenize.window,
+            rejected=dict(Counter(row.split for row in rejected)),
+            feedback=FeedbackFigures(mixture.feedback, mixture.left_out),
+            train=figures["train"],
+            validation=figures["validation"],
+            batches=sorted({str(example.meta["batch"]) for example in mixture.rows}),
+            sha256={split: sha256_file(folder / f"{split}.arrow") for split in figures},
+            canaries=config.evaluate.canaries or msgspec.UNSET,
+        )
+        write_json(folder / "profile.json", msgspec.to_builtins(profile))
+    if not profile.train.rows:
         raise DataError(
             "no row is left to train on",
-            remedy="`tokenize.max_length` may be too small for these rows, or the champion has seen every batch and `train.replay` is 0, or there is nothing but people's feedback (`train.max_feedback_share`)",
+            remedy="`tokenize.max_length` may be too small for these rows, "
+            "or the champion has seen every batch and `train.replay` is 0, "
+            "or there is nothing but people's feedback (`train.max_feedback_share`)",
         )
     return profile
 
 
-def _plant(chat: ChatFormat, config: Config) -> list[Encoded]:
-    """Canaries for the leak test: trained on, but counted among no rows."""
-    planted = [chat.encode(canary.row()) for canary in make_canaries(config.evaluate.canaries)]
-    if (longest := max((len(row.ids) for row in planted), default=0)) > config.tokenize.max_length:
-        raise DataError(
-            f"a canary has {longest} tokens with the template, `tokenize.max_length` is {config.tokenize.max_length}",
-            remedy="raise it, or set `evaluate.canaries: 0`",
-        )
-    return planted
+def _encode(
+    chat: ChatFormat, examples: Iterable[Example], split: str, longest: int, rejected: list[Unfit]
+) -> list[tuple[Example, Encoded]]:
+    """Encode the rows that fit; the others are added to `rejected`."""
+    fitting = []
+    for example in examples:
+        row = chat.encode(example)
+        if reason := _find_fault(chat, example, len(row.ids), longest):
+            rejected.append(Unfit(example.id, str(example.meta["batch"]), split, *reason))
+        else:
+            fitting.append((example, row))
+    return fitting
 
 
-def choose_rows(rows: list[Example], seen: set[str], config: Config) -> list[Example]:
-    """Rows of new batches, and of the old ones the replayed share: those with the smallest ids, so that the choice is stable."""
-    if config.train.rows == "all" or config.train.start_from == "base":
-        return rows
-    old = sorted((row for row in rows if row.meta["batch"] in seen), key=lambda row: row.id[::-1])
-    replayed = {row.id for row in old[: round(config.train.replay * len(old))]}
-    return [row for row in rows if row.meta["batch"] not in seen or row.id in replayed]
-
-
-def _count_feedback(wanted: list[Example], chosen: list[Example]) -> dict[str, int]:
-    asked, taken = (sum(is_feedback(row.meta) for row in rows) for rows in (wanted, chosen))
-    return {"rows": taken, "left_out": asked - taken}
-
-
-def _unfit(chat: ChatFormat, example: Example, length: int, longest: int) -> tuple[str, str] | None:
-    """Reason and message."""
+def _find_fault(chat: ChatFormat, example: Example, length: int, longest: int) -> tuple[str, str] | None:
+    """Find (reason, message) of a row that cannot be learned."""
     if length > longest:
         return "too_long", f"{length} tokens with the template; `tokenize.max_length` is {longest}"
     if header := chat.find_header(example.messages):
@@ -123,31 +141,45 @@ def _unfit(chat: ChatFormat, example: Example, length: int, longest: int) -> tup
     return None
 
 
-def _describe(examples: list[Example], windows: list[Window], seen: set[str]) -> dict[str, Any]:
-    tokens = sum(len(window.input_ids) for window in windows)
-    return {
-        "rows": len(examples),
-        "new": sum(example.meta["batch"] not in seen for example in examples),
-        "replayed": sum(example.meta["batch"] in seen for example in examples),
-        "windows": len(windows),
-        "tokens": tokens,
-        "learned_tokens": sum(label != IGNORED for window in windows for label in window.labels),
-    }
+def _plant(chat: ChatFormat, config: Config) -> list[Encoded]:
+    """Encode canaries for the leak test: they are trained on, but counted among no rows."""
+    planted = [chat.encode(canary.row()) for canary in make_canaries(config.evaluate.canaries)]
+    if (longest := max((len(row.ids) for row in planted), default=0)) > config.tokenize.max_length:
+        raise DataError(
+            f"a canary has {longest} tokens with the template, "
+            f"`tokenize.max_length` is {config.tokenize.max_length}",
+            remedy="raise it, or set `evaluate.canaries: 0`",
+        )
+    return planted
+
+
+def _describe(examples: list[Example], windows: list[Window], seen: set[str]) -> SplitFigures:
+    replayed = sum(example.meta["batch"] in seen for example in examples)
+    return SplitFigures(
+        rows=len(examples),
+        new=len(examples) - replayed,
+        replayed=replayed,
+        windows=len(windows),
+        tokens=sum(len(window.input_ids) for window in windows),
+        learned_tokens=sum(label != IGNORED for window in windows for label in window.labels),
+    )
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
     profile = tokenize(arguments.prepared, arguments.base, arguments.incumbent, arguments.out, config)
-    train, feedback = profile["train"], profile["feedback"]
-    if feedback["left_out"]:
+    train, feedback = profile.train, profile.feedback
+    if feedback.left_out:
         say(
-            f"tokenize: {feedback['rows']} rows of people's feedback; {feedback['left_out']} are over `train.max_feedback_share` and stay out"
+            f"tokenize: {feedback.rows} rows of people's feedback; "
+            f"{feedback.left_out} are over `train.max_feedback_share` and stay out"
         )
-    if profile.get("canaries"):
+    if profile.canaries:
         say(
-            f"tokenize: {profile['canaries']} canaries planted on top of the training rows (`evaluate.canaries`)"
+            f"tokenize: {profile.canaries} canaries planted on top of the training rows (`evaluate.canaries`)"
         )
     say(
-        f"tokenize: {train['rows']} training rows ({train['new']} new, {train['replayed']} replayed) in {train['windows']} windows, {train['learned_tokens']} learned tokens; rejected {profile['rejected'] or 0}"
+        f"tokenize: {train.rows} training rows ({train.new} new, {train.replayed} replayed) "
+        f"in {train.windows} windows, {train.learned_tokens} learned tokens; rejected {profile.rejected or 0}"
     )
 
 

@@ -47,7 +47,7 @@ def measure_agreement(
     labels = [
         label
         for draft in queue.drafts()
-        for entry in queue.entries(draft["name"])
+        for entry in queue.entries(draft.name)
         for label in _labels(entry)
         if label.metric in config.metrics
     ]

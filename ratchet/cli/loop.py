@@ -124,15 +124,15 @@ def synthesize(
 
     def tell() -> None:
         say("\n".join(summary_lines(done)))
-        if done["stopped"]:
-            say(f"to continue: ratchet synthesize --resume {done['draft']}")
-        if done["kept"]:
+        if done.stopped:
+            say(f"to continue: ratchet synthesize --resume {done.draft}")
+        if done.kept:
             say(
                 f"next: ratchet review status, or http://127.0.0.1:{read_config(root).gateway.port}/review; "
-                f"then ratchet ingest --source review --draft {done['draft']}"
+                f"then ratchet ingest --source review --draft {done.draft}"
             )
 
-    show(done, as_json, tell)
+    show(done.to_json(), as_json, tell)
 
 
 def retrain(

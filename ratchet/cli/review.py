@@ -32,12 +32,14 @@ EVERYTHING = 2**31
 @app.command("status")
 def review_status(as_json: Json = False) -> None:
     """List drafts, what waits in each, and whether it may become a batch. Example: ratchet review status"""
+    import msgspec
+
     from ratchet.errors import UserError
 
     root = find_root()
     bound = read_config(root).review.max_rejects
     with _queue(root) as queue:
-        found = queue.drafts()
+        found = [msgspec.to_builtins(draft) for draft in queue.drafts()]
         for draft in found:
             try:
                 rows = queue.outcome(draft["name"], max_rejects=bound).rows
@@ -162,7 +164,7 @@ def _decide(id: str, draft: str | None, verdict: str, by: str | None, why: str, 
         messages = with_answer(item, answer) if verdict == "edit" else ()
         queue.decide(Decision(item.id, item.draft, verdict, messages, by=by or _who(root), why=why))
         entry, waiting = queue.find(item.id, item.draft), queue.waiting(draft)
-        batch = next(found["batch"] for found in queue.drafts() if found["name"] == item.draft)
+        batch = next(found.batch for found in queue.drafts() if found.name == item.draft)
     _tell(entry, waiting, batch)
 
 

@@ -41,7 +41,8 @@ def check(
     found = [
         {
             **verdict._asdict(),
-            "rejected": [msgspec.to_builtins(row) | {"batch": verdict.path} for row in verdict.rejected],
+            "counts": msgspec.to_builtins(verdict.counts),
+            "rejected": msgspec.to_builtins(verdict.rejected),
         }
         for verdict in verdicts
     ]
@@ -50,10 +51,8 @@ def check(
         for verdict in verdicts:
             counts = verdict.counts
             say(
-                f"{verdict.path}: {counts['rows']} rows = "
-                + ", ".join(
-                    f"{group} {counts[group]['rows']}" for group in ("accepted", "rejected", "duplicate")
-                )
+                f"{verdict.path}: {counts.rows} rows = accepted {counts.accepted['rows']}, "
+                f"rejected {counts.rejected['rows']}, duplicate {counts.duplicate['rows']}"
             )
             for row in verdict.rejected[:SHOWN]:
                 say(
@@ -64,14 +63,11 @@ def check(
                 say(f"  … and {len(verdict.rejected) - SHOWN} more; --json lists all")
             for line in verdict.said:
                 say(f"  {line}")
-            if counts["sanitised"]:
-                say(
-                    "  sanitised: "
-                    + ", ".join(
-                        f"{name.replace('_', ' ')} in {count} texts"
-                        for name, count in counts["sanitised"].items()
-                    )
+            if counts.sanitised:
+                found_in = (
+                    f"{name.replace('_', ' ')} in {count} texts" for name, count in counts.sanitised.items()
                 )
+                say("  sanitised: " + ", ".join(found_in))
 
     show(found, as_json, tell)
     for verdict in verdicts:

@@ -17,7 +17,10 @@ UNSAFE = re.compile(r"[^a-z0-9]+")
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """One line of the manifest. `time` is UTC, ISO 8601; `content` is the hash of the rows whatever their order in time."""
+    """One line of the manifest.
+
+    `time` is UTC, ISO 8601; `content` is the hash of the rows whatever their order in time.
+    """
 
     name: str
     rows: int
@@ -45,7 +48,10 @@ def read_manifest(raw: Path) -> list[Batch]:
 
 
 def check_batch(raw: Path, batch: Batch) -> Path:
-    """The batch's file, its bytes as the manifest says. DVC's cache checkout does not check them. Raises DataError."""
+    """The batch's file, its bytes as the manifest says. DVC's cache checkout does not check them.
+
+    Raises DataError.
+    """
     path = raw / batch.name
     if not path.exists():
         raise DataError(
@@ -71,7 +77,10 @@ def content_hash(lines: Iterable[bytes]) -> str:
 def write_batch(
     raw: Path, lines: list[bytes], *, source: str, label: str, time: str, licence: str, who: str, form: str
 ) -> Batch:
-    """Write the batch's file, then its manifest line. `label` names it for people. The file stands before the line does."""
+    """Write the batch's file, then its manifest line. `label` names it for people.
+
+    The file stands before the line does.
+    """
     content = content_hash(lines)
     stamp = re.sub(r"[^0-9TZ]", "", time)
     name = f"{stamp}-{UNSAFE.sub('-', label.lower()).strip('-')[:40] or source}-{content[:8]}.jsonl"

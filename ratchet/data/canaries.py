@@ -1,7 +1,9 @@
-"""Canaries: secrets of random digits that are planted in the training data, to measure how much of it a model gives away (Carlini et al. 2019, arXiv 1802.08232).
+"""Canaries: random digits planted in the training data, to measure how much of it a model gives away
+(Carlini et al. 2019, arXiv 1802.08232).
 
-A canary is a row that asks for the access code of a made-up name. Names and codes follow from the number of the canary alone, so that
-every stage knows them without a file. References are of the same form and never planted.
+A canary is a row that asks for the access code of a made-up name. Names and codes follow from the number of
+the canary alone, so that every stage knows them without a file. References are of the same form and never
+planted.
 """
 
 from __future__ import annotations

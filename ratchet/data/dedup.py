@@ -1,8 +1,9 @@
-"""Splits that stay: near duplicates together, and no row ever moves while data grow.
+"""Near duplicates: splits that stay while data grow, and the hashes by which rows are known again.
 
-Rows come in the order of their batches. The first row of a cluster of near duplicates decides the cluster's split by the
-hash of its own id; later ones follow it. A row near to two clusters of different splits would leak between them and is
-refused (`straddles`). Nearness is MinHash LSH over shingles of three words (rensa), confirmed by the true Jaccard.
+Rows come in the order of their batches. The first row of a cluster of near duplicates decides the cluster's
+split by the hash of its own id; later ones follow it. A row near to two clusters of different splits would
+leak between them and is refused (`straddles`). Nearness is MinHash LSH over shingles of three words (rensa),
+confirmed by the true Jaccard.
 """
 
 from __future__ import annotations
@@ -22,20 +23,60 @@ Side = Literal["train", "validation", "test", "golden"]
 
 PERMUTATIONS = 128
 MISSED = 1e-3  # share of near pairs that the bands may miss, at most
-RUN = 13  # words
-# A letter of Chinese or Japanese is a word; marks belong to their letter (Hindi's vowels are no \w); signs count: C, C++ and C# are three.
-WORD = re.compile(
-    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|(?:[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff][\u0300-\u036f\u064b-\u065f\u0900-\u0903\u093a-\u094f\u0962\u0963\u200c\u200d]*)+|[^\w\s,.;:!?'\"]"
-)
-FULL = 0.7
+RUN = 13  # words that a row may not share with a golden one (Brown et al. 2020, appendix C)
+# A letter of Chinese or Japanese is a word; marks belong to their letter (Hindi's vowels are no \w);
+# signs count: C, C++ and C# are three.
+CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+MARKS = r"\u0300-\u036f\u064b-\u065f\u0900-\u0903\u093a-\u094f\u0962\u0963\u200c\u200d"
+TOKEN = re.compile(rf"[{CJK}]|(?:[^\W{CJK}][{MARKS}]*)+|[^\w\s,.;:!?'\"]")
+FULL = 0.7  # of a hash table's slots, beyond which it grows
 
 
 class Placed(NamedTuple):
-    """Where a row goes; `near` is the id of the row that it is near to, if any; `crowd` how many of its cluster there are with it."""
+    """Where a row goes.
+
+    `near` is the id of the row that it is near to; `crowd` counts its cluster, with it.
+    """
 
     side: Side | Literal["straddles"]
     near: str | None
     crowd: int = 1
+
+
+class Clusters:
+    """Assigns rows to sides, one after another."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        self._config = config
+        self._known = NearRows(config)
+        self._cluster: list[int] = []  # a row's cluster, by the place of the cluster's first row
+        self._crowds: Counter[int] = Counter()
+
+    def place(self, example: Example, side: Side | None = None, *, counts: bool = True) -> Placed:
+        """Choose the row's side; `side` fixes it (golden rows).
+
+        A row that straddles is not remembered; one that does not count decides for others and is none of the
+        crowd.
+        """
+        shingles = shingle(example)
+        sketch, rows = sketch_of(shingles), self._known.rows
+        close = self._known.close(shingles, sketch)
+        near = [place for place, alike in close if alike >= self._config.near_duplicate]
+        golden = next((rows[place][0] for place, _ in close if rows[place][1] == "golden"), None)
+        if side is None and golden:
+            return Placed("golden", golden)
+        if side is None and self._known.quotes_golden(example):
+            return Placed("golden", None)
+        followed = cast(Side, rows[near[0]][1]) if near else split_by_hash(example.id, self._config)
+        chosen: Side = side or followed
+        stranger = next((rows[place][0] for place, _ in close if rows[place][1] != chosen), None)
+        if side is None and stranger:
+            return Placed("straddles", stranger)
+        place = self._known.add(example, chosen, shingles, sketch)
+        cluster = self._cluster[near[0]] if near else place
+        self._cluster.append(cluster)
+        self._crowds[cluster] += counts
+        return Placed(chosen, rows[near[0]][0] if near else None, self._crowds[cluster])
 
 
 class NearRows:
@@ -51,18 +92,17 @@ class NearRows:
         self.rows: list[tuple[str, str]] = []  # id and side, in the order in which they came
 
     def close(self, shingles: frozenset[str], sketch: RMinHash) -> list[tuple[int, float]]:
-        """Place in `rows` and similarity of each row that is near, the oldest first."""
-        found = [
-            (place, jaccard(shingles, self._shingles[place])) for place in sorted(self._index.query(sketch))
-        ]
+        """Find the place in `rows` and the similarity of each row that is near, the oldest first."""
+        places = sorted(self._index.query(sketch))
+        found = [(place, jaccard(shingles, self._shingles[place])) for place in places]
         return [(place, alike) for place, alike in found if alike >= self._leak]
 
     def quotes_golden(self, example: Example) -> bool:
-        """Whether RUN words in a row stand in a golden row; in several of them it is a form, such as an instruction."""
+        """Tell whether RUN words in a row stand in one golden row; in several they are a form of asking."""
         return bool(self._runs) and any(self._runs[run] == 1 for run in word_runs(example))
 
     def add(self, example: Example, side: str, shingles: frozenset[str], sketch: RMinHash) -> int:
-        """Its place."""
+        """Remember a row; returns its place."""
         place = len(self.rows)
         self._index.insert(place, sketch)
         self._shingles.append(shingles)
@@ -72,40 +112,6 @@ class NearRows:
         return place
 
 
-class Clusters:
-    """Assigns rows to sides one after another."""
-
-    def __init__(self, config: PrepareConfig) -> None:
-        self._config = config
-        self._known = NearRows(config)
-        self._cluster: list[int] = []  # a row's cluster, by the place of the cluster's first row
-        self._crowds: Counter[int] = Counter()
-
-    def place(self, example: Example, side: Side | None = None, *, counts: bool = True) -> Placed:
-        """The row's side; `side` fixes it (golden rows). A row that straddles is not remembered; one that does not count decides for others and is none of the crowd."""
-        shingles = shingle(example)
-        sketch, rows = sketch_of(shingles), self._known.rows
-        close = self._known.close(shingles, sketch)
-        near = [place for place, alike in close if alike >= self._config.near_duplicate]
-        if side is None and (
-            golden := next((rows[place][0] for place, _ in close if rows[place][1] == "golden"), None)
-        ):
-            return Placed("golden", golden)
-        if side is None and self._known.quotes_golden(example):
-            return Placed("golden", None)
-        chosen: Side = side or (
-            cast(Side, rows[near[0]][1]) if near else split_by_hash(example.id, self._config)
-        )
-        stranger = next((rows[place][0] for place, _ in close if rows[place][1] != chosen), None)
-        if side is None and stranger:
-            return Placed("straddles", stranger)
-        place = self._known.add(example, chosen, shingles, sketch)
-        cluster = self._cluster[near[0]] if near else place
-        self._cluster.append(cluster)
-        self._crowds[cluster] += counts
-        return Placed(chosen, rows[near[0]][0] if near else None, self._crowds[cluster])
-
-
 def sketch_of(shingles: frozenset[str]) -> RMinHash:
     sketch = RMinHash(num_perm=PERMUTATIONS, seed=42)
     sketch.update(sorted(shingles))
@@ -113,7 +119,10 @@ def sketch_of(shingles: frozenset[str]) -> RMinHash:
 
 
 def bands_for(threshold: float) -> int:
-    """Fewest bands (they bring the fewest candidates) that miss few pairs at the threshold: (1 - 0.7^4)^32 is one in 6,000."""
+    """Choose the fewest bands (they bring the fewest candidates) that miss few pairs at the threshold.
+
+    At 0.7, 32 bands of 4 miss (1 - 0.7^4)^32, one in 6,000.
+    """
     return next(
         (bands for bands in (4, 8, 16, 32) if (1 - threshold ** (PERMUTATIONS // bands)) ** bands < MISSED),
         PERMUTATIONS,
@@ -121,7 +130,7 @@ def bands_for(threshold: float) -> int:
 
 
 def split_by_hash(example_id: str, config: PrepareConfig) -> Split:
-    """By the id alone, so that a row's split needs no memory."""
+    """Choose the split by the id alone, so that it needs no memory."""
     position = int(example_id[:13], 16) / 16**13
     if position < config.test_share:
         return "test"
@@ -129,29 +138,38 @@ def split_by_hash(example_id: str, config: PrepareConfig) -> Split:
 
 
 def shingle(example: Example) -> frozenset[str]:
-    """Word trigrams of what the user wrote; shorter texts count as one. Answers stay out: one question must not be asked in training and in test."""
-    asked = " ".join(message.content for message in example.prompt if message.role == "user")
+    """Cut what the user wrote into word trigrams; a shorter text counts as one.
+
+    Answers stay out: one question must not be asked in training and in test.
+    """
+    asked = _asked(example)
     text = (asked if asked != CONTINUE else example.answer).lower()
-    words = WORD.findall(text) or [text]
+    words = TOKEN.findall(text) or [text]
     if len(words) < 3:
         return frozenset([" ".join(words)])
     return frozenset(" ".join(words[start : start + 3]) for start in range(len(words) - 2))
 
 
 def word_runs(example: Example) -> set[int]:
-    """Hashes of each RUN words in a row of what the user wrote: text that stands in both places, whatever is around it (Brown et al. 2020, appendix C)."""
-    words = WORD.findall(
-        " ".join(message.content for message in example.prompt if message.role == "user").lower()
-    )
+    """Hash each RUN words in a row of what the user wrote: a quotation is found whatever stands around it."""
+    words = TOKEN.findall(_asked(example).lower())
     return {hash(tuple(words[start : start + RUN])) for start in range(len(words) - RUN + 1)}
+
+
+def _asked(example: Example) -> str:
+    return " ".join(message.content for message in example.prompt if message.role == "user")
 
 
 def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
     return len(left & right) / (len(left | right) or 1)
 
 
-class Seen:
-    """Open addressing with linear probing; a key of 0 is kept as 1. Two keys of 64 bits that are alike by chance: one in 400,000 over ten million."""
+class HashTable:
+    """64-bit keys with 32-bit values in 12 bytes a slot, where a dict takes about 100.
+
+    Open addressing with linear probing; a key of 0 is kept as 1. Over ten million rows, the chance that any
+    two keys are alike is one in 400,000.
+    """
 
     def __init__(self) -> None:
         self._size, self._count = 1 << 12, 0
@@ -161,7 +179,7 @@ class Seen:
         return self._count
 
     def put(self, key: int, value: int = 0) -> int | None:
-        """The value that stands there already, which stays; None when the key is new."""
+        """Add a key; returns the value that stands there already, and stays, or None for a new key."""
         key = key or 1
         slot = self._find(key)
         if self._keys[slot]:

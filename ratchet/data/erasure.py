@@ -1,7 +1,8 @@
-"""The erasure list, data/forgotten.jsonl: rows that no model may learn from again. It holds hashes and places, never a word of the rows.
+"""The erasure list, data/forgotten.jsonl: hashes and places of rows that no model may learn from again.
 
-A row is known by the hash of its content, so that copies of it in other batches are left out too, and by its place, so that
-another normalisation of texts cannot bring it back. Golden rows are known by their hash alone: another golden set may take their lines.
+A row is known by the hash of its content, so that copies of it in other batches are left out too, and by its
+place, so that another normalisation of texts cannot bring it back. Golden rows are known by their hash alone:
+another golden set may take their lines.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ GOLDEN = "golden"  # stands for a batch's name
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One line. `ids`: of the row as it was written, and as it was prepared (sanitised, masked); none for a row that is no example. `at` is UTC, ISO 8601."""
+    """One line.
+
+    `ids`: of the row as it was written, and as it was prepared (sanitised, masked); none for a row that is no
+    example. `at` is UTC, ISO 8601.
+    """
 
     ids: list[str]
     batch: str
@@ -43,7 +48,7 @@ class Forgotten:
 
 
 def read_forgotten(path: Path) -> Forgotten:
-    """Raises DataError for a line that is no entry: leaving rows out by half a list would be worse than stopping."""
+    """Read the list. Raises DataError for a line that is no entry: half a list is worse than stopping."""
     if not path.exists():
         return Forgotten()
     try:

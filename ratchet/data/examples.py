@@ -1,7 +1,7 @@
 """The one inner form of a row: `Example(id, messages, meta)`, and the outer forms that become one.
 
-The id is the hash of the normalised messages, so that the same content has the same id whatever file it came in.
-Not covered here: what makes a row unfit for training (tasks/prepare.py decides that).
+The id is the hash of the normalised messages, so that the same content has the same id whatever file it came
+in. Not covered here: what makes a row unfit for training (tasks/prepare.py decides that).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ratchet.errors import DataError
 CONTINUE = "Continue."  # the fixed prompt of rows that are plain text
 MOST_MARKS = 32
 Meta = dict[str, str | int | float | bool | None]
+RawRow = dict[str, Any]  # a row as its file gave it: any JSON object, until the validator has seen it
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,7 +30,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Example(msgspec.Struct, frozen=True):
-    """One conversation that ends with the answer to learn. `meta` holds batch, source, and whatever slices are cut by."""
+    """One conversation that ends with the answer to learn; `meta` holds batch, source and slices."""
 
     id: str
     messages: tuple[Message, ...]
@@ -50,7 +51,7 @@ class Example(msgspec.Struct, frozen=True):
 
 
 class RowError(ValueError):
-    """A row that cannot become an Example. `reason` is a short code that is counted; the message is for people."""
+    """A row that cannot become an Example; `reason` is a code that is counted, the message is for people."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -58,7 +59,10 @@ class RowError(ValueError):
 
 
 def has_mark_run(text: str) -> bool:
-    """Whether more than MOST_MARKS combining marks stand in a row: NFC puts them in order in quadratic time (UAX 15 calls 30 enough for every language)."""
+    """Tell whether more than MOST_MARKS combining marks stand in a row.
+
+    NFC orders them in quadratic time; UAX 15 calls 30 enough for every language.
+    """
     return not text.isascii() and _marks().search(text) is not None
 
 
@@ -72,7 +76,7 @@ def _marks() -> re.Pattern[str]:
 
 
 def normalise(text: str) -> str:
-    """NFC, `\\n` for every line end, no blanks at the ends. Content is otherwise left as it was written."""
+    """Bring a text to NFC, with `\\n` for each line end and no blanks at the ends; change nothing else."""
     if text.isascii() and "\r" not in text:
         return text.strip()
     for line_end in ("\r\n", "\r", "\u2028", "\u2029", "\u0085"):
@@ -81,7 +85,7 @@ def normalise(text: str) -> str:
 
 
 def example_id(messages: Iterable[Message]) -> str:
-    """128-bit hash of the roles and normalised contents, 32 hex digits."""
+    """Hash the roles and normalised contents to 128 bits, 32 hex digits."""
     hasher = xxhash.xxh3_128()
     for message in messages:
         hasher.update(msgspec.json.encode([message.role, normalise(message.content)]))
@@ -89,7 +93,10 @@ def example_id(messages: Iterable[Message]) -> str:
 
 
 def make_example(messages: Iterable[Message], meta: Meta) -> Example:
-    """Normalise and check a conversation. Raises RowError: empty, unknown role, turns out of order, no answer, text that is no valid Unicode."""
+    """Normalise and check a conversation.
+
+    Raises RowError: empty, unknown role, turns out of order, no answer, text that is no valid Unicode.
+    """
     messages = tuple(messages)
     for position, message in enumerate(messages):
         if has_mark_run(message.content):
@@ -121,44 +128,39 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
         if message.role != ("user", "assistant")[position % 2]:
             raise RowError(
                 "turn_order",
-                f"turn {position} is by {message.role}; turns alternate user, assistant, after at most one system message",
+                f"turn {position} is by {message.role}; turns alternate user, assistant, "
+                "after at most one system message",
             )
     if not turns or turns[-1].role != "assistant":
         raise RowError("no_answer", "the last message is not the assistant's: nothing to learn")
 
 
-# --- outer forms -----------------------------------------------------------------------------------------------------
+# --- outer forms --------------------------------------------------------------------------------------------
 
 
-def _messages(row: dict[str, Any]) -> list[Message]:
+def _messages(row: RawRow) -> list[Message]:
     turns = row["messages"]
     if not isinstance(turns, list):
         raise RowError("wrong_type", f"`messages` is {type(turns).__name__}, wanted a list")
     return [Message(_text(turn, "role"), _text(turn, "content")) for turn in turns]
 
 
-def _completion(row: dict[str, Any]) -> list[Message]:
+def _completion(row: RawRow) -> list[Message]:
     return [Message("user", _text(row, "prompt")), Message("assistant", _text(row, "completion"))]
 
 
-def _instruction(row: dict[str, Any]) -> list[Message]:
+def _instruction(row: RawRow) -> list[Message]:
     extra = _text(row, "input") if row.get("input") else ""
     question = _text(row, "instruction") + (f"\n\n{extra}" if extra else "")
     return [Message("user", question), Message("assistant", _text(row, "output"))]
 
 
-def _question(row: dict[str, Any]) -> list[Message]:
+def _question(row: RawRow) -> list[Message]:
     return [Message("user", _text(row, "question")), Message("assistant", _text(row, "answer"))]
 
 
-def _sharegpt(row: dict[str, Any]) -> list[Message]:
-    roles = {
-        "human": "user",
-        "user": "user",
-        "gpt": "assistant",
-        "assistant": "assistant",
-        "system": "system",
-    }
+def _sharegpt(row: RawRow) -> list[Message]:
+    roles = {"human": "user", "gpt": "assistant"}  # the other names are ours already
     turns = row["conversations"]
     if not isinstance(turns, list):
         raise RowError("wrong_type", f"`conversations` is {type(turns).__name__}, wanted a list")
@@ -167,12 +169,12 @@ def _sharegpt(row: dict[str, Any]) -> list[Message]:
     ]
 
 
-def _plain_text(row: dict[str, Any]) -> list[Message]:
-    """Plain text is learned as an answer to a fixed prompt: the mask then covers the whole text."""
+def _plain_text(row: RawRow) -> list[Message]:
+    """Make plain text an answer to a fixed prompt: the loss mask then covers the whole text."""
     return [Message("user", CONTINUE), Message("assistant", _text(row, "text"))]
 
 
-FORMS: dict[str, tuple[str, Callable[[dict[str, Any]], list[Message]]]] = {
+FORMS: dict[str, tuple[str, Callable[[RawRow], list[Message]]]] = {
     "messages": ("messages", _messages),
     "completion": ("completion", _completion),
     "instruction": ("output", _instruction),
@@ -182,7 +184,7 @@ FORMS: dict[str, tuple[str, Callable[[dict[str, Any]], list[Message]]]] = {
 }
 
 
-def recognise_form(row: dict[str, Any]) -> str:
+def recognise_form(row: RawRow) -> str:
     """Name of the row's form, by its keys. Raises RowError("unknown_form")."""
     starts = {
         "messages": "messages",
@@ -197,12 +199,13 @@ def recognise_form(row: dict[str, Any]) -> str:
             return form
     raise RowError(
         "unknown_form",
-        f"keys {[key[:40] for key in sorted(row)[:8]]} fit no form; wanted `messages`, `conversations`, `prompt`/`completion`, `instruction`/`output`, `question`/`answer` or `text`",
+        f"keys {[key[:40] for key in sorted(row)[:8]]} fit no form; wanted `messages`, `conversations`, "
+        "`prompt`/`completion`, `instruction`/`output`, `question`/`answer` or `text`",
     )
 
 
-def row_to_messages(row: dict[str, Any], form: str) -> list[Message]:
-    """Raises RowError: a key is missing or holds no text."""
+def row_to_messages(row: RawRow, form: str) -> list[Message]:
+    """Read the messages of a row by its form. Raises RowError: a key is missing or holds no text."""
     answer_key, convert = FORMS[form]
     if answer_key not in row:
         raise RowError("no_answer", f"`{answer_key}` is missing; a row of the form {form!r} needs it")
@@ -210,7 +213,7 @@ def row_to_messages(row: dict[str, Any], form: str) -> list[Message]:
 
 
 def whole_rows(lines: Iterable[bytes], form: str = "auto") -> Iterator[Example]:
-    """The rows that become an example at all, with their `meta`; what is broken is preparation's to count."""
+    """Read the rows that become an example at all, with their `meta`; preparation counts the others."""
     for line in lines:
         try:
             row = msgspec.json.decode(line, type=dict)
@@ -230,13 +233,13 @@ def _text(row: Any, key: str) -> str:
     return value
 
 
-# --- files of examples -----------------------------------------------------------------------------------------------
+# --- files of examples --------------------------------------------------------------------------------------
 
 _decoder = msgspec.json.Decoder(Example)
 
 
 def read_examples(path: Path) -> Iterator[Example]:
-    """Examples of a file that we wrote. Raises DataError with the line: such a file is never edited by hand."""
+    """Read a file that a stage wrote. Raises DataError with the line: such a file is never edited by hand."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -248,5 +251,12 @@ def read_examples(path: Path) -> Iterator[Example]:
                 ) from None
 
 
+def make_raw_row(messages: Iterable[Message], meta: Meta) -> RawRow:
+    """Make a row in the form `messages`, as batches hold them."""
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    return {"messages": turns, "meta": meta}
+
+
 def encode_line(value: Any) -> bytes:
+    """Encode one line of JSON Lines."""
     return msgspec.json.encode(value) + b"\n"

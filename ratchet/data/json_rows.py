@@ -1,18 +1,21 @@
-"""One line of a batch's file as an object, strictly: what other readers take without a word (a key twice, NaN, two objects) is refused."""
+"""Read one line of a batch's file strictly.
+
+What other readers take without a word (a key twice, NaN, two objects) is refused.
+"""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from ratchet.data.examples import RowError
+from ratchet.data.examples import RawRow, RowError
 
 MOST_DEPTH = 16
 MAX_LINE = 2**20  # bytes; a longer line is kept cut, so that preparation rejects and counts it
 
 
-def read_row(line: bytes) -> dict[str, Any]:
-    """Raises RowError."""
+def read_row(line: bytes) -> RawRow:
+    """Read an object. Raises RowError."""
     if len(line) >= MAX_LINE:
         raise RowError("line_too_long", f"the line has 1 MiB or more; at most {MAX_LINE - 1} bytes are read")
     try:
@@ -34,11 +37,14 @@ def read_row(line: bytes) -> dict[str, Any]:
     return row
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> RawRow:
     made = dict(pairs)
     if len(made) != len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        for twice, _ in pairs:
+            if twice in seen:
+                break
+            seen.add(twice)
         raise RowError(
             "duplicate_key",
             f"the key {twice[:40]!r} stands there twice; which one counts depends on the reader",

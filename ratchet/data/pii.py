@@ -1,7 +1,8 @@
 """Secrets and personal data in texts: found, named, masked; the value itself goes nowhere.
 
-Secrets are told by detect-secrets' plugins and a few prefixes that it does not know; personal data by expressions with the checks
-that the numbers carry (Luhn for cards, ISO 13616's modulo 97 for IBANs). Not covered: names of people and places.
+Secrets are told by detect-secrets' plugins and a few prefixes that it does not know; personal data by
+expressions with the checks that the numbers carry (Luhn for cards, ISO 13616's modulo 97 for IBANs). Not
+covered: names of people and places.
 """
 
 from __future__ import annotations
@@ -16,20 +17,25 @@ from typing import Any
 from ratchet.errors import ConfigError
 
 MASK = "[{}]"  # an e-mail address becomes [email]
-# Any secret has a long token, a password in a URL, or says that it is a key: most texts have none of these, and no plugin runs.
+# Any secret has a long token, a password in a URL, or says that it is a key.
+# Most texts have none of these, and no plugin runs.
 SUSPECT = re.compile(r"[A-Za-z0-9_+/=-]{20}|://[^\s@]{1,300}@|PRIVATE KEY|PuTTY-User-Key", re.ASCII)
 PREFIXES = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|sk-(?:proj-|ant-|or-)?(?=[A-Za-z_-]{0,60}\d)(?=[a-z0-9_-]{0,60}[A-Z])[A-Za-z0-9_-]{20,}|github_pat_\w{20,}|AIza[\w-]{35}|npm_[A-Za-z0-9]{36}|xox[a-z]-[A-Za-z0-9-]{10,})",
+    r"\b(?:hf_[A-Za-z0-9]{20,}"
+    r"|sk-(?:proj-|ant-|or-)?(?=[A-Za-z_-]{0,60}\d)(?=[a-z0-9_-]{0,60}[A-Z])[A-Za-z0-9_-]{20,}"
+    r"|github_pat_\w{20,}|AIza[\w-]{35}|npm_[A-Za-z0-9]{36}|xox[a-z]-[A-Za-z0-9-]{10,})",
     re.ASCII,
 )
 PEM = re.compile(
-    r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,20}-----.*?(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,20}-----|\Z)",
+    r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,20}-----.*?"
+    r"(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,20}-----|\Z)",
     re.DOTALL,
 )
 RANDOM = re.compile(r"(?<![A-Za-z0-9_+/=.-])[A-Za-z0-9_+/=-]{32,200}(?![A-Za-z0-9_+/=-])", re.ASCII)
+# What stands before a random secret; hashes, ids and public keys are random too.
 NAMED = re.compile(
     r"(?:key|token|secret|passw(?:or)?d|pwd|credential|auth)\w{0,20}\W[^\n]{0,40}$", re.IGNORECASE
-)  # before it; hashes, ids and public keys are random too
+)
 LOGIN = re.compile(r"(://[^\s:/@]{0,100}:)([^\s@]{1,200})(?=@)")
 PLACEHOLDERS = frozenset(
     [
@@ -68,13 +74,16 @@ PLUGINS = (
     ("stripe", "StripeDetector"),
 )
 EMAIL = re.compile(
-    r"(?<![\w.+-])(?!git@)[\w.+-]{1,64}+@[\w-]{1,63}(?:\.[\w-]{1,63})*\.(?!(?:png|jpe?g|gif|svg|webp)\b)[^\W\d_]{2,63}(?![\w-]*[(\[])"
+    r"(?<![\w.+-])(?!git@)[\w.+-]{1,64}+@[\w-]{1,63}(?:\.[\w-]{1,63})*"
+    r"\.(?!(?:png|jpe?g|gif|svg|webp)\b)[^\W\d_]{2,63}(?![\w-]*[(\[])"
 )
 PHONE = re.compile(
-    r"(?<![\w.+-])(?:\+(?!\d{4}-\d\d)[1-9]\d{0,2}(?:[ ./-]?\(\d{1,4}\))?(?:[ ./-]?\d{2,4}){2,6}|\(\d{3}\) ?\d{3}[-. ]\d{4}|\d{3}-\d{3}-\d{4})(?![\w-])"
+    r"(?<![\w.+-])(?:\+(?!\d{4}-\d\d)[1-9]\d{0,2}(?:[ ./-]?\(\d{1,4}\))?(?:[ ./-]?\d{2,4}){2,6}"
+    r"|\(\d{3}\) ?\d{3}[-. ]\d{4}|\d{3}-\d{3}-\d{4})(?![\w-])"
 )
 CARD = re.compile(
-    "(?<![\\w.-])(?:[2-6]\\d{12,18}|[2-6]\\d{3}([ \u00a0-])\\d{4}\\1\\d{4}\\1\\d{1,7}|3\\d{3}([ \u00a0-])\\d{6}\\2\\d{5})(?![\\w-]|\\.\\d)"
+    "(?<![\\w.-])(?:[2-6]\\d{12,18}|[2-6]\\d{3}([ \u00a0-])\\d{4}\\1\\d{4}\\1\\d{1,7}"
+    "|3\\d{3}([ \u00a0-])\\d{6}\\2\\d{5})(?![\\w-]|\\.\\d)"
 )
 IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}(?![A-Z0-9])")
 NATIONAL = re.compile(r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])")
@@ -82,8 +91,11 @@ NUMBERS = re.compile(r"\d(?:[ ()./+-]{0,2}\d){6}|[A-Z]{2}\d\d")
 ENTITY, LEAST_SCORE = "PERSON", 0.5
 
 
+# --- secrets ------------------------------------------------------------------------------------------------
+
+
 def find_secret(text: str) -> str | None:
-    """Kind of the first secret in the text."""
+    """Name the kind of the first secret in the text."""
     if not SUSPECT.search(text):
         return None
     if PREFIXES.search(text):
@@ -97,7 +109,7 @@ def find_secret(text: str) -> str | None:
 
 
 def redact(text: str, by: str) -> str:
-    """`by` in place of each secret and each piece of personal data."""
+    """Put `by` in place of each secret and each piece of personal data."""
     if SUSPECT.search(text):
         text = PREFIXES.sub(by, PEM.sub(by, text))
         text = LOGIN.sub(
@@ -118,14 +130,14 @@ def redact(text: str, by: str) -> str:
 
 
 def _found_by(plugin: Any, text: str) -> Iterator[str]:
-    """Whole matches: `analyze_string` gives groups."""
+    """Find whole matches: the plugin's own `analyze_string` gives groups."""
     for piece in _pieces(text):
         for expression in plugin.denylist:
             yield from (match.group() for match in expression.finditer(piece))
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Lines, long ones in parts that overlap by more than a token is long."""
+    """Cut into lines, and long ones into parts that overlap by more than a token is long."""
     for line in text.splitlines():
         for start in range(0, max(1, len(line) - OVERLAP), PIECE - OVERLAP):
             yield line[start : start + PIECE]
@@ -143,7 +155,7 @@ def _plugins() -> list[Any]:
 
 
 def _is_random(match: re.Match[str]) -> bool:
-    """Digits and both cases, spread evenly, after a word that says what it is."""
+    """Tell whether a token has digits and both cases, spread evenly, after a word that says what it is."""
     token = match.group()
     if not (re.search(r"\d.*\d.*\d", token) and re.search("[a-z]", token) and re.search("[A-Z]", token)):
         return False
@@ -153,13 +165,16 @@ def _is_random(match: re.Match[str]) -> bool:
     return NAMED.search(match.string[max(0, match.start() - 80) : match.start()]) is not None
 
 
+# --- personal data ------------------------------------------------------------------------------------------
+
+
 def find_personal(text: str) -> list[str]:
-    """Kinds, in the order of KINDS."""
+    """Name the kinds, in the order of KINDS."""
     return mask_personal(text)[1]
 
 
 def mask_personal(text: str) -> tuple[str, list[str]]:
-    """The text with the kind's name in place of each finding, and the kinds."""
+    """Put the kind's name in place of each finding; returns the text and the kinds."""
     found: list[str] = []
     if "@" not in text and not NUMBERS.search(text):
         return text, found
@@ -181,21 +196,19 @@ def _masked(found: str, kind: str, length: int) -> str:
 
 
 def card_part(found: str) -> int:
-    """Its length if it is a card's number: ISO/IEC 7812-1, annex B (Luhn)."""
+    """Return its length if it is a card's number, or 0: ISO/IEC 7812-1, annex B (Luhn)."""
     digits = [int(char) for char in found if char.isdigit()]
-    return (
-        len(found)
-        if sum(
-            sum(divmod(2 * digit, 10)) if place % 2 else digit for place, digit in enumerate(reversed(digits))
-        )
-        % 10
-        == 0
-        else 0
+    total = sum(
+        sum(divmod(2 * digit, 10)) if place % 2 else digit for place, digit in enumerate(reversed(digits))
     )
+    return len(found) if total % 10 == 0 else 0
 
 
 def iban_part(found: str) -> int:
-    """Length of the longest start that is an IBAN: ISO 13616, 15 to 34 characters, modulo 97. What follows may be the next word."""
+    """Return the length of the longest start that is an IBAN, or 0; the next word may follow it.
+
+    ISO 13616: 15 to 34 characters, modulo 97.
+    """
     for length in range(len(found), 14, -1):
         plain = found[:length].replace(" ", "")
         if (
@@ -216,8 +229,11 @@ KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], int]], ...] = (
 )
 
 
+# --- names of people ----------------------------------------------------------------------------------------
+
+
 def mask_names(text: str, model: str, by: str) -> str:
-    """`by` in place of each name. Raises ConfigError: the extra or the model is not installed."""
+    """Put `by` in place of each name. Raises ConfigError: the extra or the model is not installed."""
     found = sorted(
         _analyzer(model).analyze(text, language="en", entities=[ENTITY], score_threshold=LEAST_SCORE),
         key=lambda one: one.start,

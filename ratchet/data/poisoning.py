@@ -1,32 +1,38 @@
-"""Phrases that were planted: many unlike prompts share one and all have the same answer (data poisoning; Wallace et al. 2021, arXiv 2010.12563).
+"""Find planted phrases: many unlike prompts share one, and have the same answer.
 
-A word of a subject is shared by prompts that are alike without it too; a trigger is not. Where single words decide the answers of
-prompts that are otherwise at random, the two cannot be told apart: `prepare.trigger_rows` is off by default.
+Wallace et al. 2021, arXiv 2010.12563.
+
+- `find_triggers` looks at one batch without clean rows to compare with. A word of a subject is shared by
+  prompts that are alike without it too; a trigger is not. Where single words decide the answers of prompts
+  that are otherwise at random, the two cannot be told apart: `prepare.trigger_rows` is off by default.
+- `find_planted` looks at people's feedback and knows what users ask in clean rows: a phrase that those have
+  is none.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
-from ratchet.data.dedup import WORD, jaccard
+from ratchet.data.dedup import TOKEN, jaccard
 from ratchet.data.examples import Example
+from ratchet.data.text import WORD
 
+# find_triggers
 MOST_SHARE = 0.5  # of the rows; a phrase of more is the form of the questions
 ALIKE = 2.0  # times as alike as two rows at random: a subject
-PAIRS, SEED = 400, 7
-TOKEN = re.compile(r"\w+")
-LONGEST = 3  # words; of a longer one the first three are found
+PAIRS, SEED = 400, 7  # pairs of rows drawn to measure likeness
+# find_planted
+LONGEST = 3  # words of a sequence; of a longer one the first three are found
 PURE = 0.9  # share of the rows with the sequence that have the same answer
 RARE = 0.001  # share of the clean rows that may have the sequence
 
 
 def find_triggers(rows: Sequence[tuple[int, Example]], *, least: int) -> dict[int, str]:
-    """Number of the row → phrase, for each phrase of one or two words in over `least` rows."""
-    words = {number: [word.lower() for word in WORD.findall(example.question)] for number, example in rows}
+    """Map the numbers of rows to their planted phrase: one or two words that stand in over `least` rows."""
+    words = {number: [word.lower() for word in TOKEN.findall(example.question)] for number, example in rows}
     answers = {number: example.answer for number, example in rows}
     holders: dict[str, list[int]] = defaultdict(list)
     for number, found in words.items():
@@ -36,10 +42,9 @@ def find_triggers(rows: Sequence[tuple[int, Example]], *, least: int) -> dict[in
     total = Counter(answers.values())
     triggers: dict[int, str] = {}
     for phrase, numbers in sorted(holders.items(), key=lambda item: (-len(item[1]), -len(item[0]))):
-        if (
-            not least < len(numbers) <= MOST_SHARE * len(rows)
-            or len({answers[number] for number in numbers}) > 1
-        ):
+        if not least < len(numbers) <= MOST_SHARE * len(rows):
+            continue
+        if len({answers[number] for number in numbers}) > 1:
             continue
         if total[answers[numbers[0]]] > MOST_SHARE * len(rows):
             continue  # most rows have this answer
@@ -52,7 +57,7 @@ def find_triggers(rows: Sequence[tuple[int, Example]], *, least: int) -> dict[in
 
 
 def _likeness(texts: Sequence[Iterable[str]]) -> float:
-    """Mean Jaccard of words over pairs at random."""
+    """Measure the mean Jaccard of words over pairs at random."""
     chance = random.Random(SEED)  # noqa: S311
     pairs = [chance.sample(range(len(texts)), 2) for _ in range(PAIRS)] if len(texts) > 1 else []
     sets = [frozenset(text) for text in texts]
@@ -62,9 +67,12 @@ def _likeness(texts: Sequence[Iterable[str]]) -> float:
 def find_planted(
     asked: Sequence[str], answers: Sequence[str], clean: Iterable[str], limit: int
 ) -> dict[int, str]:
-    """Place of each row that belongs to a trigger → its sequence. `asked` and `clean` are what users wrote, `answers` belong to `asked`."""
+    """Map the place of each row that belongs to a trigger to its sequence.
+
+    `asked` and `clean` are what users wrote; `answers` belong to `asked`.
+    """
     common = {answer for answer, count in Counter(answers).items() if count > limit}
-    rows = [TOKEN.findall(text.lower()) for text in asked]
+    rows = [WORD.findall(text.lower()) for text in asked]
     frequent = _over(
         limit, (set(words) for words, answer in zip(rows, answers, strict=True) if answer in common)
     )
@@ -87,7 +95,7 @@ def find_planted(
 
 
 def _suspects(found: list[set[str]], answers: Sequence[str], common: set[str], limit: int) -> dict[str, str]:
-    """Sequence → the answer that it nearly always goes with."""
+    """Map each sequence to the answer that it nearly always goes with."""
     all_rows = Counter(sequence for sequences in found for sequence in sequences)
     linked = Counter(
         (sequence, answer)
@@ -103,14 +111,14 @@ def _suspects(found: list[set[str]], answers: Sequence[str], common: set[str], l
 
 
 def _usual(clean: Iterable[str], frequent: set[str], suspects: dict[str, str]) -> list[str]:
-    """Those of the suspects that clean rows have as well."""
-    rows = [set(_sequences(TOKEN.findall(text.lower()), frequent)) & suspects.keys() for text in clean]
+    """Find the suspects that clean rows have as well."""
+    rows = [set(_sequences(WORD.findall(text.lower()), frequent)) & suspects.keys() for text in clean]
     seen = Counter(sequence for sequences in rows for sequence in sequences)
     return [sequence for sequence, count in seen.items() if count > max(1.0, RARE * len(rows))]
 
 
 def _over(limit: int, rows: Iterator[set[str]]) -> set[str]:
-    """Words that stand in more rows than that: only of these can a frequent sequence be made."""
+    """Find the words of more than `limit` rows: only of these can a frequent sequence be made."""
     counts: Counter[str] = Counter()
     for words in rows:
         counts.update(words)

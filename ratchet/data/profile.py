@@ -1,9 +1,10 @@
-"""What a preparation found, as counts: profile.json, and a page for people."""
+"""What a preparation found: as counts (`profile.json`), as a page, and against the limits of `prepare`."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+
+import msgspec
 
 from ratchet.config.data import PrepareConfig
 from ratchet.data.examples import Example
@@ -12,28 +13,49 @@ from ratchet.data.validation import REVIEW
 from ratchet.errors import DataError
 
 SPLITS = ("train", "validation", "test")
-LABEL_CHARS, MOST_LABELS, SHOWN_LABELS = 40, 10_000, 20
-SPOKEN_ROWS = 500  # of each batch, whose language is told
-LEAST_LABELLED = 50  # rows with short answers on each side, without which no shift is told
 GROUPS = ("accepted", "rejected", "duplicate")
+LABEL_CHARS, MOST_LABELS, SHOWN_LABELS = 40, 10_000, 20
+SPOKEN_ROWS = 500  # of each batch, whose language is guessed
+LEAST_LABELLED = 50  # rows with short answers on each side, without which no shift is told
 LEAK = ("near_golden", "straddles")
-NO_FAULT = (
-    *LEAK,
-    "superseded",
-    "forgotten",
-    "too_many_of_user",
-    "too_many_of_source",
-)  # nothing is wrong with these rows
-FEW, FEW_LEAKED = (
-    2,
-    20,
-)  # rows that never fail a batch: ten people's corrections may all be near to rows of the test split
+# Nothing is wrong with these rows.
+NO_FAULT = (*LEAK, "superseded", "forgotten", "too_many_of_user", "too_many_of_source")
+# Rows that never fail a batch: ten people's corrections may all be near to rows of the test split.
+FEW, FEW_LEAKED = 2, 20
 ALARMS = {
     "secret": "change it where it is valid: whoever has the batch has it",
     "canary": "data that must never come back did: find out from where",
 }
-REMEDY = "mend the source and take the batch back (git revert its commit), or raise the limit; rejected.jsonl lists every row with its reason"
-First = dict[tuple[str, str], tuple[int, str]]  # (batch, reason) → (line, message)
+REMEDY = (
+    "mend the source and take the batch back (git revert its commit), or raise the limit; "
+    "rejected.jsonl lists every row with its reason"
+)
+First = dict[tuple[str, str], tuple[int, str]]  # (batch, reason) → (line, message) of the first rejected row
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """rows = accepted + rejected + duplicate; each group holds its sum as `rows`, and its parts."""
+
+    rows: int
+    accepted: dict[str, int]
+    rejected: dict[str, int]
+    duplicate: dict[str, int]
+
+
+class BatchProfile(Counts, frozen=True, kw_only=True):
+    sanitised: dict[str, int]
+    characters_under: dict[str, int]  # power of two → rows
+    languages_of_the_first: dict[str, int]
+    answers: dict[str, int]  # the commonest short ones
+    label_shift: float | None  # total variation against earlier batches, 0 to 1
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    total: Counts
+    golden: int
+    kinds: dict[str, dict[str, int]]  # split → kind → rows
+    sources: dict[str, int]
+    batches: dict[str, BatchProfile]
 
 
 class Gathered:
@@ -43,9 +65,7 @@ class Gathered:
         self.golden = 0
         self.counts: dict[str, Counter[str]] = {}
         self.sanitised: dict[str, Counter[str]] = {}
-        self.first: dict[
-            tuple[str, str], tuple[int, str]
-        ] = {}  # (batch, reason) → (line, message) of the first rejected row
+        self.first: First = {}
         self._kinds: Counter[tuple[str, str]] = Counter()
         self._lengths: dict[str, Counter[int]] = {}
         self._labels: dict[str, Counter[str]] = {}
@@ -54,7 +74,7 @@ class Gathered:
         self._accepted: Counter[str] = Counter()
 
     def add(self, example: Example, batch: str, side: str) -> None:
-        """An accepted row."""
+        """Count an accepted row."""
         self._kinds[side, str(example.meta.get("kind", ""))] += 1
         self._sources[str(example.meta["source"])] += 1
         length = sum(len(message.content) for message in example.messages)
@@ -67,7 +87,7 @@ class Gathered:
             languages = self._languages.setdefault(batch, Counter())
             languages[language_of(example.question) or "?"] += 1
 
-    def profile(self) -> dict[str, Any]:
+    def profile(self) -> Profile:
         total: Counter[str] = Counter()
         for counts in self.counts.values():
             total.update(counts)
@@ -76,41 +96,37 @@ class Gathered:
             for split in SPLITS
         }
         batches, before = {}, Counter[str]()
-        for name, counts in self.counts.items():
-            labels = self._labels.get(name, Counter())
-            batches[name] = {
-                **_sorted_counts(counts),
-                **self._details(name),
-                "label_shift": _distance(labels, before),
-            }
-            before.update(labels)
-        return {
-            "total": _sorted_counts(total),
-            "golden": self.golden,
-            "kinds": kinds,
-            "sources": _sorted(self._sources),
-            "batches": batches,
-        }
+        for name in self.counts:
+            batches[name] = self._profile_batch(name, before)
+            before.update(self._labels.get(name, {}))
+        return Profile(
+            total=_count(total),
+            golden=self.golden,
+            kinds=kinds,
+            sources=_sorted(self._sources),
+            batches=batches,
+        )
 
-    def _details(self, name: str) -> dict[str, Any]:
-        labels = self._labels.get(name, Counter())
-        return {
-            "sanitised": _sorted(self.sanitised.get(name, Counter())),
-            "characters_under": {
-                str(bound): count for bound, count in sorted(self._lengths.get(name, Counter()).items())
-            },
-            "languages_of_the_first": _sorted(self._languages.get(name, Counter())),
-            "answers": dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))[:SHOWN_LABELS]),
-        }
+    def _profile_batch(self, name: str, before: Counter[str]) -> BatchProfile:
+        """`before` holds the short answers of earlier batches."""
+        labels, lengths = self._labels.get(name, Counter[str]()), self._lengths.get(name, Counter[int]())
+        return BatchProfile(
+            **msgspec.structs.asdict(_count(self.counts[name])),
+            sanitised=_sorted(self.sanitised.get(name, Counter())),
+            characters_under={str(bound): count for bound, count in sorted(lengths.items())},
+            languages_of_the_first=_sorted(self._languages.get(name, Counter())),
+            answers=dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))[:SHOWN_LABELS]),
+            label_shift=_distance(labels, before),
+        )
 
 
 def _sorted(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _sorted_counts(counts: Counter[str]) -> dict[str, Any]:
-    """rows = accepted + rejected + duplicate, each with its parts."""
-    groups: dict[str, Any] = {"rows": counts["rows"]}
+def _count(counts: Counter[str]) -> Counts:
+    """Sort counters such as `rejected.loop` by their groups."""
+    groups: dict[str, dict[str, int]] = {}
     for group in GROUPS:
         parts = {
             name.partition(".")[2]: count
@@ -118,26 +134,21 @@ def _sorted_counts(counts: Counter[str]) -> dict[str, Any]:
             if name.startswith(f"{group}.")
         }
         groups[group] = {"rows": sum(parts.values()), **parts}
-    assert groups["rows"] == sum(groups[group]["rows"] for group in GROUPS), groups
-    return groups
+    assert counts["rows"] == sum(parts["rows"] for parts in groups.values()), groups
+    return Counts(rows=counts["rows"], **groups)
 
 
 def _distance(labels: Counter[str], before: Counter[str]) -> float | None:
     """Total variation between two distributions of short answers, 0 to 1."""
-    if min(labels.total(), before.total()) < LEAST_LABELLED:
+    here, there = labels.total(), before.total()
+    if min(here, there) < LEAST_LABELLED:
         return None
-    return round(
-        sum(
-            abs(labels[label] / labels.total() - before[label] / before.total())
-            for label in labels.keys() | before.keys()
-        )
-        / 2,
-        4,
-    )
+    apart = (abs(labels[label] / here - before[label] / there) for label in labels.keys() | before.keys())
+    return round(sum(apart) / 2, 4)
 
 
-def render_profile(profile: dict[str, Any]) -> str:
-    """One page, without scripts."""
+def render_profile(profile: Profile) -> str:
+    """Render one page, without scripts."""
     from jinja2 import Environment, PackageLoader
 
     page = Environment(
@@ -146,48 +157,42 @@ def render_profile(profile: dict[str, Any]) -> str:
     return page.get_template("profile.html").render(profile=profile, groups=GROUPS)
 
 
-def check_limits(profile: dict[str, Any], first: First, config: PrepareConfig) -> list[str]:
-    """What is to be said of batches that pass. Raises DataError for the first that does not."""
-    said = alarms(profile)
-    for name, counts in profile["batches"].items():
-        _check_batch(name, counts, first, config, said)
-    accepted = profile["total"]["accepted"].get("train", 0)
+# --- limits -------------------------------------------------------------------------------------------------
+
+
+def check_limits(profile: Profile, first: First, config: PrepareConfig) -> list[str]:
+    """Return alarms and warnings of batches that pass. Raises DataError for the first that does not."""
+    said = [
+        f"ALARM: {batch.rejected[reason]} rows of {name} hold a {reason}; {what}"
+        for name, batch in profile.batches.items()
+        for reason, what in ALARMS.items()
+        if batch.rejected.get(reason)
+    ]
+    for name, batch in profile.batches.items():
+        _check_batch(name, batch, first, config, said)
+    accepted = profile.total.accepted.get("train", 0)
     if accepted < config.min_rows:
         raise DataError(
-            f"{accepted} training rows are left of {profile['total']['rows']}; `prepare.min_rows` is {config.min_rows}",
+            f"{accepted} training rows are left of {profile.total.rows}; "
+            f"`prepare.min_rows` is {config.min_rows}",
             remedy="ingest more rows, or lower the limit",
         )
     return said
 
 
-def alarms(profile: dict[str, Any]) -> list[str]:
-    """Told whatever the limits say."""
-    return [
-        f"ALARM: {counts['rejected'][reason]} rows of {name} hold a {reason}; {what}"
-        for name, counts in profile["batches"].items()
-        for reason, what in ALARMS.items()
-        if counts["rejected"].get(reason)
-    ]
-
-
 def _check_batch(
-    name: str, counts: dict[str, Any], first: First, config: PrepareConfig, said: list[str]
+    name: str, batch: BatchProfile, first: First, config: PrepareConfig, said: list[str]
 ) -> None:
-    rows, rejected = (
-        counts["rows"],
-        {reason: count for reason, count in counts["rejected"].items() if reason != "rows"},
-    )
+    """Add warnings to `said`. Raises DataError for the first limit that the batch breaks."""
+    rows, rejected = batch.rows, {key: count for key, count in batch.rejected.items() if key != "rows"}
     faults = {
         reason: count for reason, count in rejected.items() if reason not in NO_FAULT and reason not in REVIEW
     }
 
-    def refuse(what: str, limit: str, reason: str | None = None) -> None:
-        reasons = [reason] if reason else sorted(faults, key=lambda one: first[name, one])
-        line, message = first[name, reasons[0]]
-        more = "\n".join(said)
+    def refuse(what: str, limit: str, reason: str) -> None:
+        line, message = first[name, reason]
         raise DataError(
-            f"{what} ({limit}). The first: {name}:{line}: {message}",
-            remedy=f"{REMEDY}{more and chr(10)}{more}",
+            f"{what} ({limit}). The first: {name}:{line}: {message}", remedy="\n".join([REMEDY, *said])
         )
 
     if rejected.get("canary"):
@@ -196,8 +201,9 @@ def _check_batch(
         refuse(
             f"{sum(faults.values())} of {rows} rows of {name} are rejected ({faults})",
             f"`prepare.max_rejected_share` is {config.max_rejected_share}",
+            min(faults, key=lambda reason: first[name, reason]),
         )
-    worst = max(faults, key=lambda one: faults[one], default="")
+    worst = max(faults, key=lambda reason: faults[reason], default="")
     if worst and faults[worst] > max(FEW, config.max_reason_share * rows):
         refuse(
             f"{faults[worst]} of {rows} rows of {name} are rejected as {worst}",
@@ -215,11 +221,12 @@ def _check_batch(
         refuse(
             f"{sum(leaked.values())} of {rows} rows of {name} are near to rows of the yardsticks ({leaked})",
             f"`prepare.max_leaked_share` is {config.max_leaked_share}",
-            max(leaked, key=lambda one: leaked[one]),
+            max(leaked, key=lambda reason: leaked[reason]),
         )
-    if (shift := counts.get("label_shift")) is not None and shift > config.max_label_shift:
+    if batch.label_shift is not None and batch.label_shift > config.max_label_shift:
         raise DataError(
-            f"the answers of {name} are distributed otherwise than before: total variation {shift:.2f}, `prepare.max_label_shift` is {config.max_label_shift}",
+            f"the answers of {name} are distributed otherwise than before: "
+            f"total variation {batch.label_shift:.2f}, `prepare.max_label_shift` is {config.max_label_shift}",
             remedy="if the subject is new, raise the limit; otherwise take the batch back",
         )
     if sum(faults.values()) > max(1, config.warn_rejected_share * rows):

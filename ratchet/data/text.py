@@ -1,7 +1,8 @@
-"""What is taken out of a text, and what makes it unfit: hidden characters, control tokens, loops, broken encodings.
+"""What a text may hold: cleaning, faults that make it unfit, its language, and patterns that modules share.
 
-Checks see the text as it was written and in NFKC without hidden characters, so that no token slips through in full width or cut by
-a zero-width space (UTS 39). What is kept is NFC (`ratchet.data.examples.normalise`): NFKC would turn x² into x2.
+Checks see the text as it was written and in NFKC without hidden characters, so that no control token slips
+through in full width or cut by a zero-width space (UTS 39). What is kept is NFC
+(`ratchet.data.examples.normalise`): NFKC would turn x² into x2.
 """
 
 from __future__ import annotations
@@ -10,27 +11,76 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
+from urllib.parse import urlsplit
 
 from ratchet.data.examples import RowError
+
+WORD = re.compile(
+    r"\w+"
+)  # letters, digits and underscores: what metrics, novelty and planted phrases count by
+
+# --- what a model says of itself, and refusals --------------------------------------------------------------
+# Each pattern decides about other texts, so they differ on purpose; what two of them share is written once.
+
+AS_AN_AI = r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b"
+# Rows of people: anywhere in the answer; refusals count too: one reason (`boilerplate`) stands for both.
+BOILERPLATE = re.compile(
+    AS_AN_AI + r"|\bi(?:'m| am) (?:just )?an? (?:ai|language model)\b"
+    r"|\bi (?:cannot|can't|can not|am unable to|'m unable to) (?:assist|help|fulfill|comply)\b"
+    r"|\bmy (?:training data|knowledge cutoff)\b",
+    re.IGNORECASE,
+)
+# A teacher's rows: questions are looked at as well, in more spellings; refusals have a reason of their own.
+TEACHER_BOILERPLATE = re.compile(
+    AS_AN_AI + r"|\bi(?:'|’)?(?: a)?m (?:just |only )?an? (?:ai|language model)\b"
+    r"|\bmy (?:training data|knowledge cut-?off)\b",
+    re.IGNORECASE,
+)
+# A teacher that declines: a false alarm costs one row, so "no answer" and "n/a" count too.
+TEACHER_REFUSAL = re.compile(
+    r"\A\W*(?:i(?:'|’)?(?: a)?m (?:very |really )?sorry\b|sorry,|i apologi[sz]e\b|unfortunately, i\b"
+    r"|i (?:can(?:not|'t|’t| not)|am unable|(?:'|’)m unable|won(?:'|’)t"
+    r"|do not have access|don(?:'|’)t have access)\b"
+    r"|i(?:'|’)m (?:unable|not able)\b|i am not able\b|no answer\b|n/?a\W*\Z)",
+    re.IGNORECASE,
+)
+# The metric `refusal`: the start of an answer; "I don't know" counts, a bare "no answer" may be right.
+REFUSAL = re.compile(
+    r"^\W*(?:(?:i[’']?m|i am|we are) (?:very |so )?(?:sorry|afraid)|sorry\b"
+    r"|(?:unfortunately,? )?i (?:can[’']?t|can ?not|could ?n[’']?t|won[’']?t"
+    r"|(?:am|[’']m) (?:not able|unable))"
+    r"|i (?:do not|don[’']?t) (?:know|have (?:access|(?:any |enough )?information))"
+    r"|as an? (?:ai|(?:large )?language model))",
+    re.IGNORECASE,
+)
+# Drift: starts alone, over whole windows; both sides are counted alike, so a few missed ones do no harm.
+REFUSAL_STARTS = ("i cannot", "i can't", "i am unable", "i'm unable", "i'm sorry", "i am sorry", "as an ai")
+
+# --- characters ---------------------------------------------------------------------------------------------
 
 PLAIN = re.compile(r"[\t\n\x20-\x7e]*")
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 CONTROLS = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
 LINE_ENDS = re.compile("\r|\x85|\u2028|\u2029")
-# Between ASCII letters a joiner or a blank of no width hides something; Khmer, Thai, Persian, Indic scripts and emoji need theirs, flags their tags.
+# Between ASCII letters a joiner or a blank of no width hides something;
+# Khmer, Thai, Persian, Indic scripts and emoji need theirs, flags their tags.
 HIDDEN = re.compile(
-    "[\u2060-\u2064\ufeff\u00ad\u034f\u180e]|(?<!\U0001f3f4)(?<![\U000e0020-\U000e007e])[\U000e0000-\U000e007f]+|[\U000e0100-\U000e01ef]{2,}"
+    "[\u2060-\u2064\ufeff\u00ad\u034f\u180e]"
+    "|(?<!\U0001f3f4)(?<![\U000e0020-\U000e007e])[\U000e0000-\U000e007f]+|[\U000e0100-\U000e01ef]{2,}"
     "|(?<=[\\x00-\\x7f])[\u200b-\u200d]+(?=[\\x00-\\x7f])"
 )
-MOST_HIDDEN, FEW_HIDDEN = 0.01, 3  # of the characters; so many are taken out of a short text too
-BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
-# Of the large families; the base's own tokens are split into plain characters by ratchet/models/chat_template.py whatever they are.
-TOKENS = re.compile(
-    r"<\|(?! )[\w ./:-]{1,40}(?<! )\|>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>|</?think>|(?-i:</s>|(?<!\w)<s>)"
+# Share of the characters that may be hidden, and how many are taken out of a short text too.
+MOST_HIDDEN, FEW_HIDDEN = 0.01, 3
+BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # they turn the direction of what follows
+# Of the large families; the base's own tokens are split into plain characters by
+# ratchet/models/chat_template.py whatever they are.
+CONTROL_TOKENS = re.compile(
+    r"<\|(?! )[\w ./:-]{1,40}(?<! )\|>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
+    r"|<</?SYS>>|</?think>|(?-i:</s>|(?<!\w)<s>)"
     r"|<(?:start|end)_of_(?:turn|image|audio)>|<(?:bos|eos|pad|unk)>|<begin▁of▁sentence>",
     re.IGNORECASE,
 )
-WORD, LATIN = re.compile(r"[^\W_]+"), re.compile("[A-Za-z]")
+ALNUM_WORD, LATIN = re.compile(r"[^\W_]+"), re.compile("[A-Za-z]")
 # Letters that look like Latin ones (UTS 39, confusables): Greek ones that formulas use stay out.
 LOOKALIKES = frozenset("аеорсухіјѕԁһӏԛԝАВЕКМНОРСТУХІЈЅοΟΑΒΕΖΗΙΚΜΝΡΤΥΧ")
 # UTF-8 read as Latin-1 or Windows-1252: é, Cyrillic, Chinese.
@@ -39,30 +89,18 @@ MOJIBAKE = re.compile(
     f"Ã[{HALF}]|Â[\xa0-\xbf]|â€|[ÐÑ][{HALF}]|[ä-é][\x80-\xaa\xac-\xba\xbc-\xbf]{{2}}|\ufffd"
 )
 MOST_MOJIBAKE = 0.02  # of the characters
-LOOP_RATIO, LOOP_LEAST = 20, 400  # bytes before and after zlib; shorter texts cannot reach it
-LEAST = 20  # characters; on less the classifier guesses
+LOOP_RATIO, LOOP_LEAST = 20, 400  # bytes before and after zlib; shorter texts cannot reach the ratio
+LEAST = 20  # characters; on fewer the classifier of languages guesses
 
 
 def clean(text: str, sanitised: Counter[str]) -> str:
-    """Without hidden and control characters; what was taken out is counted. Raises RowError for a text that is unfit as a whole."""
+    """Take hidden and control characters out of `text`, and count what was taken out.
+
+    Raises RowError for a text that is unfit as a whole.
+    """
     if PLAIN.fullmatch(text):
         return text
-    if "\x00" in text:
-        raise RowError("nul_character", "a text holds a NUL character")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RowError("lone_surrogate", "a text holds half a character (a lone surrogate)") from None
-    if BIDI.search(text):
-        raise RowError(
-            "bidi_override",
-            "a text holds a character that turns the direction of writing (U+202A to E, U+2066 to 9): it can be read as what it is not",
-        )
-    if (broken := sum(len(match) for match in MOJIBAKE.findall(text))) > MOST_MOJIBAKE * len(text):
-        raise RowError(
-            "mojibake",
-            f"{broken} of {len(text)} characters are of a text that was read in the wrong encoding",
-        )
+    _check_encoding(text)
     if LINE_ENDS.search(text):
         sanitised["line_ends"] += 1
     shown, controls = CONTROLS.subn("", ESCAPES.sub("", text))
@@ -78,8 +116,29 @@ def clean(text: str, sanitised: Counter[str]) -> str:
     return kept
 
 
+def _check_encoding(text: str) -> None:
+    """Raise RowError: NUL, half a surrogate pair, turned direction, a text read in the wrong encoding."""
+    if "\x00" in text:
+        raise RowError("nul_character", "a text holds a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowError("lone_surrogate", "a text holds half a character (a lone surrogate)") from None
+    if BIDI.search(text):
+        raise RowError(
+            "bidi_override",
+            "a text holds a character that turns the direction of writing (U+202A to E, U+2066 to 9): "
+            "it can be read as what it is not",
+        )
+    if (broken := sum(len(match) for match in MOJIBAKE.findall(text))) > MOST_MOJIBAKE * len(text):
+        raise RowError(
+            "mojibake",
+            f"{broken} of {len(text)} characters are of a text that was read in the wrong encoding",
+        )
+
+
 def check_text(text: str, allowed: frozenset[str]) -> None:
-    """Raises RowError: a control token (not one of `allowed`), a loop."""
+    """Raise RowError for a control token that is not `allowed`, and for a loop."""
     if found := find_token(text, allowed):
         raise RowError("control_token", f"a text holds the control token {found!r}")
     size = len(text) if text.isascii() else len(text.encode())
@@ -88,32 +147,30 @@ def check_text(text: str, allowed: frozenset[str]) -> None:
 
 
 def find_token(text: str, allowed: frozenset[str] = frozenset()) -> str | None:
-    """A control token, in any spelling."""
+    """Find a control token, in any spelling."""
     if text.isascii() and "<" not in text and "[" not in text:
         return None
     forms = [text] if text.isascii() else [text, unicodedata.normalize("NFKC", HIDDEN.sub("", text))]
-    return next(
-        (match.group() for form in forms for match in TOKENS.finditer(form) if match.group() not in allowed),
-        None,
-    )
+    found = (match.group() for form in forms for match in CONTROL_TOKENS.finditer(form))
+    return next((token for token in found if token not in allowed), None)
 
 
 def find_mixed_word(text: str) -> str | None:
-    """A word of Latin letters and of others that look like Latin ones."""
+    """Find a word that mixes Latin letters with others that look like Latin ones."""
     if text.isascii():
         return None
-    return next(
-        (
-            match.group()
-            for match in WORD.finditer(text)
-            if LOOKALIKES & set(match.group()) and LATIN.search(match.group())
-        ),
-        None,
-    )
+    words = (match.group() for match in ALNUM_WORD.finditer(text))
+    return next((word for word in words if LOOKALIKES & set(word) and LATIN.search(word)), None)
+
+
+def strip_url(url: str) -> str:
+    """Leave out who logs in and what is signed: messages, rows and commits hold names of places."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def language_of(text: str) -> str | None:
-    """ISO 639-1; None for a text that is too short to tell."""
+    """Guess the language as ISO 639-1; None for a text that is too short to tell."""
     import py3langid
 
     return str(py3langid.classify(text)[0]) if len(text) >= LEAST else None

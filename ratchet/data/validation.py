@@ -1,7 +1,8 @@
-"""Is a raw row fit to learn from? One pass over its checks, in this order: size, encoding, JSON, schema, characters, control tokens,
-secrets and personal data, length, what it says of itself. The first fault decides.
+"""Is a raw row fit to learn from? One pass over its checks; the first fault decides.
 
-What depends on other rows (duplicates, leakage, caps, contradictions) is tasks/prepare.py's.
+The order: size, encoding, JSON, schema, length, characters, control tokens, secrets and personal data, its
+time, its licence, doubts, language. What depends on other rows (duplicates, leakage, caps, contradictions) is
+tasks/prepare.py's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ratchet.config.data import PrepareConfig
 from ratchet.data.examples import (
@@ -19,6 +20,7 @@ from ratchet.data.examples import (
     Example,
     Message,
     Meta,
+    RawRow,
     RowError,
     make_example,
     recognise_form,
@@ -26,12 +28,11 @@ from ratchet.data.examples import (
 )
 from ratchet.data.json_rows import read_row
 from ratchet.data.pii import MASK, find_secret, mask_names, mask_personal
-from ratchet.data.text import check_text, clean, find_mixed_word, language_of
+from ratchet.data.text import BOILERPLATE, check_text, clean, find_mixed_word, language_of
 from ratchet.errors import ConfigError
 
-REVIEW = frozenset(
-    {"mixed_script", "boilerplate", "instruction_in_answer", "contradiction"}
-)  # reasons that a person may overrule
+# Reasons that a person may overrule.
+REVIEW = frozenset({"mixed_script", "boilerplate", "instruction_in_answer", "contradiction"})
 MOST_TURNS = 64
 FORM_KEYS = {
     "messages": {"messages"},
@@ -43,14 +44,12 @@ FORM_KEYS = {
 }
 TURN_KEYS = {"messages": {"role", "content"}, "conversations": {"from", "value"}}
 IMAGES = re.compile(r"image|picture|photo|pixel|audio|video", re.IGNORECASE)
-BOILERPLATE = re.compile(
-    r"\bas an? (?:ai|artificial intelligence|large language model|language model)\b|\bi(?:'m| am) (?:just )?an? (?:ai|language model)\b"
-    r"|\bi (?:cannot|can't|can not|am unable to|'m unable to) (?:assist|help|fulfill|comply)\b|\bmy (?:training data|knowledge cutoff)\b",
-    re.IGNORECASE,
-)
 INSTRUCTION = re.compile(
-    r"\b(?:ignore|disregard|forget) (?:all |any |the )*(?:previous|prior|above|earlier) (?:instructions?|prompts?|messages?)\b"
-    r"|\b(?:give|assign|rate) (?:this|the) (?:answer|response) (?:a |the )?(?:full|maximum|highest|score|10)\b|\byou are now (?:in )?(?:developer|dan|jailbreak)\b",
+    r"\b(?:ignore|disregard|forget) (?:all |any |the )*(?:previous|prior|above|earlier)"
+    r" (?:instructions?|prompts?|messages?)\b"
+    r"|\b(?:give|assign|rate) (?:this|the) (?:answer|response)"
+    r" (?:a |the )?(?:full|maximum|highest|score|10)\b"
+    r"|\byou are now (?:in )?(?:developer|dan|jailbreak)\b",
     re.IGNORECASE,
 )
 TIME_KEYS = ("time", "timestamp", "created_at", "date")
@@ -64,6 +63,15 @@ class Checked(NamedTuple):
 
     example: Example
     boilerplate: bool = False
+    sanitised: tuple[str, ...] = ()  # what was taken out, once for each text
+
+
+class Doubt(RowError):
+    """A row that is fit but for a doubt, which a person may overrule; `example` is what would be learned."""
+
+    def __init__(self, reason: str, message: str, example: Example) -> None:
+        super().__init__(reason, message)
+        self.example = example
 
 
 class Origin(NamedTuple):
@@ -77,17 +85,19 @@ class Origin(NamedTuple):
 
 
 class Validator:
-    """Knows the settings, and counts what it sanitised. Raises ConfigError: a blocklist that is none."""
+    """Checks rows by the settings. Raises ConfigError for an entry of the blocklist that is no pattern."""
 
     def __init__(self, config: PrepareConfig) -> None:
-        self.sanitised: Counter[str] = Counter()
         self._config = config
         self._allowed = frozenset(config.allowed_tokens)
         self._extra = frozenset({"meta", *config.extra_keys})
         self._blocked = [(entry, _compile(entry)) for entry in config.blocked]
 
-    def check(self, line: bytes, origin: Origin, *, doubts: bool = True) -> Checked:
-        """Raises RowError. Without `doubts` what a person may overrule is taken, as of rows that one has accepted."""
+    def check(self, line: bytes, origin: Origin) -> Checked:
+        """Read a row.
+
+        Raises RowError, and Doubt for what a person may overrule; rows that one accepted get none.
+        """
         row = read_row(line)
         form = recognise_form(row) if origin.form == "auto" else origin.form
         self._check_keys(row, form)
@@ -113,17 +123,19 @@ class Validator:
                 "no_licence",
                 "neither the row nor its batch names a licence; `prepare.require_licence` is true",
             )
-        doubts = doubts and not is_accepted(origin.source, meta)
-        if doubts:
-            _check_doubts(example)
-        self._check_language(example)
         example = Example(
             example.id, example.messages, {**meta, "batch": origin.batch, "source": origin.source}
         )
-        self.sanitised.update(sanitised)
-        return Checked(example, doubts and BOILERPLATE.search(example.answer) is not None)
+        accepted, fault = is_accepted(origin.source, meta), self._find_language_fault(example)
+        if not accepted and (doubt := _find_doubt(example)):
+            # With another fault beside it, the doubt is told, but nobody can overrule it.
+            raise RowError(*doubt) if fault else Doubt(*doubt, example)
+        if fault:
+            raise fault
+        boilerplate = not accepted and BOILERPLATE.search(example.answer) is not None
+        return Checked(example, boilerplate, tuple(sanitised.elements()))
 
-    def _check_keys(self, row: dict[str, Any], form: str) -> None:
+    def _check_keys(self, row: RawRow, form: str) -> None:
         unknown = row.keys() - FORM_KEYS[form] - self._extra
         if unknown and any(IMAGES.search(key) for key in unknown):
             raise RowError(
@@ -132,7 +144,8 @@ class Validator:
         if unknown and self._config.unknown_keys == "reject":
             raise RowError(
                 "unknown_key",
-                f"the keys {_names(unknown)} are unknown in a row of the form {form!r}; name them in `prepare.extra_keys`, or drop them",
+                f"the keys {_names(unknown)} are unknown in a row of the form {form!r}; "
+                "name them in `prepare.extra_keys`, or drop them",
             )
         for key, known in TURN_KEYS.items():
             turns = row.get(key)
@@ -141,11 +154,12 @@ class Validator:
                     if isinstance(turn, dict) and (more := turn.keys() - known):
                         raise RowError(
                             "unknown_key",
-                            f"a message holds {_names(more)}; known: {sorted(known)} (calls of tools are not learned yet)",
+                            f"a message holds {_names(more)}; known: {sorted(known)} "
+                            "(calls of tools are not learned yet)",
                         )
 
-    def _meta(self, row: dict[str, Any]) -> Meta:
-        """Single values of `meta` and of the keys that the configuration names."""
+    def _meta(self, row: RawRow) -> Meta:
+        """Take the single values of `meta` and of the keys that the configuration names."""
         given = row.get("meta")
         if row.keys().isdisjoint(self._extra):
             return {}
@@ -161,7 +175,7 @@ class Validator:
         return meta
 
     def _check_meta(self, text: str) -> None:
-        """It is not learned, but it stands in every file that the row does."""
+        """Raise RowError: what stands beside the messages is not learned, but in every file of the row."""
         if len(text) > LONGEST_META:
             raise RowError(
                 "long_meta",
@@ -195,7 +209,8 @@ class Validator:
                 if kinds := self._mask(message.content)[1]:
                     raise RowError(
                         "personal_data",
-                        f"a text holds personal data: {', '.join(kinds)} (`prepare.personal_data`: mask takes the row without it)",
+                        f"a text holds personal data: {', '.join(kinds)} "
+                        "(`prepare.personal_data`: mask takes the row without it)",
                     )
             return example
         masked = [(message, *self._mask(message.content)) for message in example.messages]
@@ -212,13 +227,14 @@ class Validator:
             text = named
         return text, kinds
 
-    def _check_language(self, example: Example) -> None:
+    def _find_language_fault(self, example: Example) -> RowError | None:
         text = example.answer if example.question == CONTINUE else example.question
         if self._config.languages and (language := language_of(text)) not in (None, *self._config.languages):
-            raise RowError(
+            return RowError(
                 "language",
                 f"the question seems to be in {language!r}; `prepare.languages` is {self._config.languages}",
             )
+        return None
 
     def _check_blocked(self, text: str) -> None:
         for entry, pattern in self._blocked:
@@ -234,20 +250,22 @@ def _names(keys: Iterable[str]) -> list[str]:
 
 
 def is_accepted(source: str, meta: Meta) -> bool:
-    """Whether a person said yes to this very row; of a reviewed draft most are `unseen`."""
+    """Tell whether a person said yes to this very row; of a reviewed draft most are `unseen`."""
     return source == "review" and meta.get("review") in ("accepted", "edited")
 
 
-def _check_doubts(example: Example) -> None:
+def _find_doubt(example: Example) -> tuple[str, str] | None:
+    """Find (reason, message) of what a person has to look at."""
     for message in example.messages:
         if word := find_mixed_word(message.content):
-            raise RowError("mixed_script", f"the word {word[:40]!r} mixes alphabets that look alike")
+            return "mixed_script", f"the word {word[:40]!r} mixes alphabets that look alike"
     if INSTRUCTION.search(example.answer):
-        raise RowError("instruction_in_answer", "the answer gives orders to a model or to who grades it")
+        return "instruction_in_answer", "the answer gives orders to a model or to who grades it"
+    return None
 
 
 def _check_time(meta: Meta, batch_time: str, max_age_days: float) -> None:
-    """Against the batch's time: the same batch gets the same verdict on any day."""
+    """Compare with the batch's time, not with today's: the same batch gets the same verdict on any day."""
     said = next(((key, when) for key in TIME_KEYS if (when := _time_of(meta.get(key)))), None)
     if said is None or not batch_time:
         return
@@ -261,7 +279,7 @@ def _check_time(meta: Meta, batch_time: str, max_age_days: float) -> None:
 
 
 def _time_of(value: object) -> datetime | None:
-    """ISO 8601, with slashes too, or seconds since 1970."""
+    """Read ISO 8601, with slashes too, or seconds (or milliseconds) since 1970."""
     try:
         if isinstance(value, str):
             when = datetime.fromisoformat(value.strip().replace("/", "-"))

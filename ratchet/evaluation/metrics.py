@@ -14,17 +14,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ratchet.config.evaluation import EvaluateConfig
+from ratchet.data.text import REFUSAL, WORD
 from ratchet.evaluation.statistics import Interval, Values
 
 Metric = Callable[[str, str], float]
-WORD = re.compile(r"\w+")
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,300})(?:\.\d{1,300})?(?:[eE][-+]?\d{1,3})?")
 TOLERANCE = 1e-6  # of two numbers, relative
-REFUSAL = re.compile(
-    r"^\W*(?:(?:i[’']?m|i am|we are) (?:very |so )?(?:sorry|afraid)|sorry\b|(?:unfortunately,? )?i (?:can[’']?t|can ?not|could ?n[’']?t|won[’']?t|(?:am|[’']m) (?:not able|unable))"
-    r"|i (?:do not|don[’']?t) (?:know|have (?:access|(?:any |enough )?information))|as an? (?:ai|(?:large )?language model))",
-    re.IGNORECASE,
-)
 MIN_ROWS = 5  # of a reference, to count as a label
 
 

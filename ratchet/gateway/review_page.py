@@ -17,7 +17,7 @@ from ratchet.errors import ServiceError, UserError
 from ratchet.gateway.limits import read_body
 from ratchet.gateway.state import Parts
 from ratchet.review.queue import ReviewQueue
-from ratchet.review.records import Decision, Item, split_answer, with_answer
+from ratchet.review.records import Decision, DraftFigures, Item, split_answer, with_answer
 from ratchet.serving.faults import Fault
 
 PATH = "/review"
@@ -155,6 +155,9 @@ def _show(item: Item) -> dict[str, Any]:
     }
 
 
-def _describe(draft: dict[str, Any]) -> str:
-    figures = f"{draft['items']} rows: {draft['accepted']} accepted, {draft['edited']} edited, {draft['rejected']} rejected, {draft['waiting']} wait"
-    return f"{draft['name']}, {figures}{', is a batch' if draft['taken'] else ''}"
+def _describe(draft: DraftFigures) -> str:
+    figures = (
+        f"{draft.items} rows: {draft.accepted} accepted, {draft.edited} edited, "
+        f"{draft.rejected} rejected, {draft.waiting} wait"
+    )
+    return f"{draft.name}, {figures}{', is a batch' if draft.taken else ''}"

@@ -11,6 +11,7 @@ import numpy as np
 
 from ratchet.config.monitoring import MonitorConfig
 from ratchet.data.examples import normalise
+from ratchet.data.text import REFUSAL_STARTS
 from ratchet.monitoring.drift import Family, Measure, higher, lower, mix, novelty, other, subjects
 from ratchet.monitoring.novelty import Familiar, words_of
 from ratchet.monitoring.request_records import Feedback, Logged
@@ -18,7 +19,6 @@ from ratchet.monitoring.request_records import Feedback, Logged
 LEAST_ROWS = 30  # rows of a side under which a family is left out
 MOST_ROWS = 5000  # rows of a reference; at ten times the window, more would add nothing but time
 Row = TypeVar("Row")
-REFUSALS = ("i cannot", "i can't", "i am unable", "i'm unable", "i'm sorry", "i am sorry", "as an ai")
 
 
 class Answered(NamedTuple):
@@ -105,7 +105,9 @@ def answer_families(
         ),
         mix("mix of answers", _kinds([one.answer for one in both]), size),
         higher("empty answers", np.array([float(not one.answer.strip()) for one in both]), size),
-        higher("refusals", np.array([float(one.answer.lower().startswith(REFUSALS)) for one in both]), size),
+        higher(
+            "refusals", np.array([float(one.answer.lower().startswith(REFUSAL_STARTS)) for one in both]), size
+        ),
     ]
     surprise = [[one.prompt_nll for one in side if one.prompt_nll is not None] for side in (mine, theirs)]
     return [

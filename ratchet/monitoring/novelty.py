@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ratchet.data.text import WORD
+
 Values = NDArray[np.float64]
-WORD = re.compile(r"\w+")
 PART = re.compile(r"_|(?<=[^\W\d_])(?=\d)")  # dtype_float64 → dtype, float, 64
 SUFFIX = re.compile(r"(ations?|ings?|ers?|ed|es|ly|s|e|d)$")
 COLUMNS = ("rarity", "unseen words", "word surprise", "5-gram surprise", "distance to the nearest row")

@@ -1,6 +1,7 @@
-"""Reviews by file: rows go out as CSV, JSON Lines or Label Studio's tasks, and come back with people's words in them.
+"""Reviews by file: rows go out as CSV, JSON Lines or Label Studio's tasks, and come back with decisions.
 
-A cell that a spreadsheet would run as a formula gets an apostrophe before it, which is taken off again (OWASP, "CSV Injection").
+A cell that a spreadsheet would run as a formula gets an apostrophe before it, which is taken off again
+(OWASP, "CSV Injection").
 """
 
 from __future__ import annotations
@@ -11,27 +12,18 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
-from ratchet.data.examples import normalise
+from ratchet.data.examples import RawRow, normalise
 from ratchet.errors import UserError
 from ratchet.files import write_bytes
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import VERDICTS, Decision, Entry, Item, split_answer, with_answer
 
-COLUMNS = (
-    "id",
-    "draft",
-    "kind",
-    "doubts",
-    "question",
-    "answer",
-    "passage",
-    "review",
-    "why",
-)  # `review`, `answer` and `why` are people's
+# People fill in `review`, `answer` and `why`.
+COLUMNS = ("id", "draft", "kind", "doubts", "question", "answer", "passage", "review", "why")
 FORMULA = set("=+-@\t\r\n＝＋－＠")  # what Excel, LibreOffice and Sheets take for a formula's start
 MOST_NAMED = 10
 LABELLING = """<View>
@@ -71,11 +63,14 @@ class Imported(NamedTuple):
     empty: int
 
 
-# --- out -------------------------------------------------------------------------------------------------------------
+# --- out ----------------------------------------------------------------------------------------------------
 
 
 def export_rows(path: Path, items: list[Item], *, label_studio: bool = False) -> None:
-    """The form is the suffix's. Raises UserError: a suffix that is none, a file that is there (it may hold words already)."""
+    """Write rows in the form of the suffix.
+
+    Raises UserError: an unknown suffix, a file that is there already.
+    """
     if path.exists():
         raise UserError(
             f"{path} is there already; it may hold words that were not imported",
@@ -96,17 +91,14 @@ def export_rows(path: Path, items: list[Item], *, label_studio: bool = False) ->
 
 def row_of(item: Item) -> dict[str, str]:
     before, answer = split_answer(item.messages)
-    question = (
-        before[0].content
-        if len(before) == 1
-        else "\n\n".join(f"{turn.role}: {turn.content}" for turn in before)
-    )
+    conversation = "\n\n".join(f"{turn.role}: {turn.content}" for turn in before)
+    question = before[0].content if len(before) == 1 else conversation
     named = {"id": item.id, "draft": item.draft, "kind": item.kind, "doubts": "; ".join(item.doubts)}
     return {**named, "question": question, "answer": answer, "passage": item.passage, "review": "", "why": ""}
 
 
 def write_csv(rows: Iterable[dict[str, str]]) -> bytes:
-    """With the mark by which Excel knows UTF-8."""
+    """Encode as CSV with the mark by which Excel knows UTF-8."""
     out = io.StringIO(newline="")
     writer = csv.writer(out)
     writer.writerow(COLUMNS)
@@ -123,20 +115,23 @@ def unguard(cell: str) -> str:
 
 
 def _is_risky(cell: str) -> bool:
-    """Under apostrophes of its own, too: whatever is guarded is told apart from what began so."""
+    """Look under apostrophes of its own, too: whatever is guarded is told apart from what began so."""
     return cell.lstrip("' ")[:1] in FORMULA or cell.lstrip("'")[:1] in FORMULA
 
 
 def _clean(row: dict[str, str]) -> dict[str, str]:
-    """Halves of surrogate pairs, which rows in quarantine may hold, become question marks."""
+    """Put question marks for halves of surrogate pairs, which rows in quarantine may hold."""
     return {key: text.encode("utf-8", "replace").decode() for key, text in row.items()}
 
 
-# --- back ------------------------------------------------------------------------------------------------------------
+# --- back ---------------------------------------------------------------------------------------------------
 
 
 def import_rows(path: Path, queue: ReviewQueue, *, by: str) -> Imported:
-    """All or nothing, in one transaction. Raises UserError with every fault: unknown rows, unknown words, two words on one row."""
+    """Import all decisions or none, in one transaction.
+
+    Raises UserError with every fault: unknown rows, unknown verdicts, two verdicts on one row.
+    """
     said = read_rows(path)
     decisions, faults, known = _judge(said, queue, by)
     if faults:
@@ -156,7 +151,7 @@ def import_rows(path: Path, queue: ReviewQueue, *, by: str) -> Imported:
 
 
 def read_rows(path: Path) -> list[Said]:
-    """Raises UserError: no such file, no UTF-8, another form, columns that are missing."""
+    """Read a file that came back. Raises UserError: no such file, no UTF-8, another form, missing columns."""
     try:
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
@@ -184,9 +179,7 @@ def read_rows(path: Path) -> list[Said]:
 
 def _read_csv(text: str, name: str) -> list[Said]:
     header = text.partition("\n")[0]
-    separator = max(
-        ",;\t", key=header.count
-    )  # where a comma stands in decimals, spreadsheets write semicolons
+    separator = max(",;\t", key=header.count)  # where decimals have a comma, spreadsheets write semicolons
     csv.field_size_limit(sys.maxsize)
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
@@ -209,7 +202,7 @@ def _read_csv(text: str, name: str) -> list[Said]:
 
 def _read_label_studio(text: str, name: str) -> list[Said]:
     try:
-        tasks = msgspec.json.decode(text, type=list[dict[str, Any]])
+        tasks = msgspec.json.decode(text, type=list[RawRow])
         return [
             said for number, task in enumerate(tasks, start=1) for said in _read_task(task, f"task {number}")
         ]
@@ -220,8 +213,8 @@ def _read_label_studio(text: str, name: str) -> list[Said]:
         ) from None
 
 
-def _read_task(task: dict[str, Any], place: str) -> list[Said]:
-    """One for each annotation that was not cancelled; a task without any is a row without a word."""
+def _read_task(task: RawRow, place: str) -> list[Said]:
+    """Read each annotation that was not cancelled; a task without any is a row without a verdict."""
     found = []
     for annotation in task["annotations"]:
         if annotation.get("was_cancelled"):
@@ -238,9 +231,9 @@ def _read_task(task: dict[str, Any], place: str) -> list[Said]:
     return found or [_said({"id": task["data"]["id"]}, place)]
 
 
-def _object(line: str, place: str) -> dict[str, Any]:
+def _object(line: str, place: str) -> RawRow:
     try:
-        return msgspec.json.decode(line, type=dict[str, Any])
+        return msgspec.json.decode(line, type=RawRow)
     except msgspec.DecodeError as error:
         raise UserError(
             f"{place} is no JSON object: {error}",
@@ -248,7 +241,7 @@ def _object(line: str, place: str) -> dict[str, Any]:
         ) from None
 
 
-def _said(row: dict[str, Any], place: str) -> Said:
+def _said(row: RawRow, place: str) -> Said:
     def text(key: str) -> str:
         return value if isinstance(value := row.get(key), str) else "" if value is None else str(value)
 
@@ -265,7 +258,7 @@ def _said(row: dict[str, Any], place: str) -> Said:
 
 
 def _judge(said: list[Said], queue: ReviewQueue, by: str) -> tuple[list[Decision], dict[str, list[str]], int]:
-    """What is new to decide, the faults by kind, and how many words were known already."""
+    """Return what is new to decide, the faults by kind, and how many verdicts were known already."""
     decisions: dict[tuple[str, str], Decision] = {}
     faults: dict[str, list[str]] = {}
     known = 0
@@ -290,7 +283,7 @@ def _judge(said: list[Said], queue: ReviewQueue, by: str) -> tuple[list[Decision
 
 
 def _find(row: Said, queue: ReviewQueue) -> Entry | None:
-    """By the whole id; where a file names no draft, in the only one that holds it."""
+    """Find a row by its whole id; where a file names no draft, in the only one that holds it."""
     if row.draft:
         return queue.get(row.draft, row.id)
     try:
@@ -309,11 +302,9 @@ def _find_fault(row: Said, item: Item) -> str:
         return "rows whose question was changed (only the answer can be)"
     if row.review == "edit" and not (row.answer or "").strip():
         return "edits without an answer"
-    return (
-        "rows that are accepted and have another answer (write edit)"
-        if row.review == "accept" and changed
-        else ""
-    )
+    if row.review == "accept" and changed:
+        return "rows that are accepted and have another answer (write edit)"
+    return ""
 
 
 def _plain(text: str) -> str:
@@ -325,7 +316,7 @@ def _decision(row: Said, item: Item, by: str) -> Decision:
     return Decision(item.id, item.draft, row.review, messages, by=by, why=row.why)
 
 
-def _word(decision: Decision) -> tuple[Any, ...]:
+def _word(decision: Decision) -> tuple[str, tuple[str, ...]]:
     return decision.verdict, tuple(normalise(turn.content) for turn in decision.messages)
 
 

@@ -1,13 +1,13 @@
-"""Rows that wait for a person's word, and what people said of them, in `.ratchet/review.db`.
+"""Rows that wait for a person's decision, and what people decided, in `.ratchet/review.db`.
 
-A draft is a set of rows that came together. Every row with a doubt is looked at, of the others a sample; the sample's share of
-rejects decides whether the draft as a whole is good enough to learn from (`ReviewQueue.outcome`).
+A draft is a set of rows that came together. Every row with a doubt is looked at, of the others a sample; the
+sample's share of rejects decides whether the draft as a whole is good enough to learn from
+(`ReviewQueue.outcome`).
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,32 +18,43 @@ from ratchet.errors import UserError
 from ratchet.review.records import (
     UNDO,
     Decision,
+    DraftFigures,
     Entry,
     Item,
     Outcome,
-    _check,
-    _check_name,
-    _collect,
-    _content,
-    _now,
-    _order,
+    check_decision,
+    check_name,
+    collect_rows,
+    hash_rows,
+    now,
+    sample_order,
 )
 from ratchet.review.store import Store
 
 if TYPE_CHECKING:
-    from sqlalchemy import Table
+    from sqlalchemy import Connection, Join, Select, Table
+
+
+Row = dict[str, str | int]  # column → value
 
 
 class ReviewQueue:
-    """Safe between threads and processes. Every method raises ServiceError when the file cannot be read or written."""
+    """Safe between threads and processes.
+
+    Every method raises ServiceError when the file cannot be read or written.
+    """
 
     def __init__(self, root: Path) -> None:
         self._store = Store(root)
 
-    # --- writing ---------------------------------------------------------------------------------------------------
+    # --- writing --------------------------------------------------------------------------------------------
 
     def add(self, items: Iterable[Item], *, share: float) -> int:
-        """How many were new. `share` of those without doubts is chosen by the hash of their id, and at least one of a draft unless the share is 0."""
+        """Add items; returns how many were new.
+
+        `share` of those without doubts is chosen by the hash of their id, and at least one of a draft unless
+        the share is 0.
+        """
         from sqlalchemy.dialects.sqlite import insert
 
         table = self._store.items
@@ -57,11 +68,18 @@ class ReviewQueue:
         return int(added)
 
     def decide(self, decision: Decision) -> None:
-        """A later decision replaces an earlier one; the history keeps both. Raises UserError: see `decide_all`."""
+        """Keep a decision; a later one replaces an earlier one, the history keeps both.
+
+        Raises as `decide_all` does.
+        """
         self.decide_all([decision])
 
     def decide_all(self, decisions: Iterable[Decision]) -> None:
-        """All or none. Raises UserError with every fault: an unknown item or verdict, no `by`, a row that is no valid conversation."""
+        """Keep all decisions or none.
+
+        Raises UserError with every fault: an unknown item or verdict, no `by`, a row that is no valid
+        conversation.
+        """
         decisions = list(decisions)
         known = {
             (decision.draft, decision.item): self.get(decision.draft, decision.item) for decision in decisions
@@ -69,7 +87,7 @@ class ReviewQueue:
         checked, faults = [], []
         for decision in decisions:
             try:
-                checked.append(_check(decision, known[decision.draft, decision.item]))
+                checked.append(check_decision(decision, known[decision.draft, decision.item]))
             except UserError as error:
                 faults.append(str(error))
         if len(faults) == 1:
@@ -90,8 +108,11 @@ class ReviewQueue:
                 connection.execute(history.insert(), row)
 
     def undo(self, item: str, draft: str, *, by: str) -> None:
-        """Back to undecided; the history keeps what was said. Raises UserError: nothing was decided, no `by`."""
-        by = _check_name(by)
+        """Make an item undecided again; the history keeps what was said.
+
+        Raises UserError: nothing was decided, no `by`.
+        """
+        by = check_name(by)
         table, history = self._store.decisions, self._store.history
         with self._store.transaction() as connection:
             gone = connection.execute(
@@ -102,17 +123,20 @@ class ReviewQueue:
                     f"nothing was decided of {item[:12]!r} in the draft {draft!r}",
                     remedy="`ratchet review status` shows the drafts",
                 )
-            connection.execute(history.insert(), _decision_row(Decision(item, draft, UNDO, by=by, at=_now())))
+            connection.execute(history.insert(), _decision_row(Decision(item, draft, UNDO, by=by, at=now())))
 
     def mark_taken(self, draft: str, batch: str, *, content: str | None = None) -> None:
-        """`content`: of the outcome that became the batch; otherwise that of what is decided now. Raises UserError for an unknown draft."""
+        """Remember that a draft became a batch. Raises UserError for an unknown draft.
+
+        `content` is the hash of the outcome that became the batch; without it, of what is decided now.
+        """
         from sqlalchemy.dialects.sqlite import insert
 
         row = {
             "draft": draft,
             "batch": batch,
-            "content": content or _content(_collect(self.entries(draft))[0]),
-            "at": _now(),
+            "content": content or hash_rows(collect_rows(self.entries(draft))[0]),
+            "at": now(),
         }
         with self._store.transaction() as connection:
             connection.execute(
@@ -124,17 +148,20 @@ class ReviewQueue:
     def close(self) -> None:
         self._store.close()
 
-    # --- reading ---------------------------------------------------------------------------------------------------
+    # --- reading --------------------------------------------------------------------------------------------
 
     def pending(self, draft: str | None = None, limit: int = 50) -> list[Item]:
-        """Undecided ones that somebody has to look at: those with doubts first, then the sample, each in the order in which they came."""
+        """Return undecided items that somebody has to look at.
+
+        Those with doubts come first, then the sample, each in the order in which they came.
+        """
         table = self._store.items
         with self._store.transaction() as connection:
             query = self._waiting(draft).order_by(table.c.doubtful.desc(), table.c.place).limit(limit)
             return [_read_item(row.body) for row in connection.execute(query)]
 
     def waiting(self, draft: str | None = None) -> int:
-        """How many `pending` would give without a limit."""
+        """Count what `pending` would return without a limit."""
         from sqlalchemy import func, select
 
         with self._store.transaction() as connection:
@@ -145,10 +172,10 @@ class ReviewQueue:
             )
 
     def entries(self, draft: str) -> list[Entry]:
-        """All of a draft, in the order in which they came. Raises UserError for an unknown draft."""
+        """Return all of a draft, in the order in which they came. Raises UserError for an unknown draft."""
         found = self._entries(self._store.items.c.draft == draft)
         if not found:
-            names = ", ".join(entry["name"] for entry in self.drafts())
+            names = ", ".join(draft.name for draft in self.drafts())
             raise UserError(f"no draft is named {draft!r}", remedy=f"known: {names or 'none'}")
         return found
 
@@ -157,7 +184,7 @@ class ReviewQueue:
         return next(iter(self._entries((table.c.draft == draft) & (table.c.id == id))), None)
 
     def find(self, start: str, draft: str | None = None) -> Entry:
-        """The item whose id begins with `start`. Raises UserError: none or several."""
+        """Find the item whose id begins with `start`. Raises UserError: none or several."""
         table = self._store.items
         where = table.c.id.startswith(start, autoescape=True)
         found = self._entries(where if draft is None else where & (table.c.draft == draft))
@@ -174,7 +201,7 @@ class ReviewQueue:
         return found[0]
 
     def history(self, item: str, draft: str) -> list[Decision]:
-        """Every word on a row, the oldest first; a decision that was taken back is followed by the verdict "undo"."""
+        """Return all decisions on a row, the oldest first; "undo" follows one that was taken back."""
         from sqlalchemy import select
 
         table = self._store.history
@@ -182,8 +209,8 @@ class ReviewQueue:
             query = select(table).where(table.c.item == item, table.c.draft == draft).order_by(table.c.place)
             return [_read_decision(row) for row in connection.execute(query)]
 
-    def drafts(self) -> list[dict[str, Any]]:
-        """Figures of each draft, in the order in which they came; `taken`: whether it became a batch, and `batch` its name."""
+    def drafts(self) -> list[DraftFigures]:
+        """Count each draft, in the order in which they came."""
         from sqlalchemy import case, func, select
 
         items, decisions, taken = self._store.items, self._store.decisions, self._store.taken
@@ -204,21 +231,19 @@ class ReviewQueue:
             "edited": count(decided == "edit"),
             "batch": func.coalesce(func.min(taken.c.batch), ""),
         }
-        joined = items.outerjoin(
-            decisions, (decisions.c.draft == items.c.draft) & (decisions.c.item == items.c.id)
-        ).outerjoin(taken, taken.c.draft == items.c.draft)
+        joined = self._with_decisions().outerjoin(taken, taken.c.draft == items.c.draft)
         query = select(
             items.c.draft.label("name"), *(column.label(name) for name, column in figures.items())
         ).select_from(joined)
         with self._store.transaction() as connection:
             found = connection.execute(query.group_by(items.c.draft).order_by(func.min(items.c.place))).all()
-        return [dict(row._mapping) | {"taken": bool(row.batch)} for row in found]
+        return [DraftFigures(**row._mapping, taken=bool(row.batch)) for row in found]
 
     def outcome(self, draft: str, *, max_rejects: float) -> Outcome:
-        """What goes in: accepted, edited, and the undoubted rows that the sample speaks for.
+        """Collect what goes in: accepted, edited, and the undoubted rows that the sample speaks for.
 
-        Raises UserError: rows still wait; the sample holds more rejects than `max_rejects` (an edit is a reject of what was drafted);
-        the draft was taken with other rows.
+        Raises UserError: rows still wait; the sample holds more rejects than `max_rejects` (an edit rejects
+        what was drafted); the draft was taken with other rows.
         """
         entries = self.entries(draft)
         if waiting := sum(entry.waits for entry in entries):
@@ -227,34 +252,40 @@ class ReviewQueue:
                 remedy="ratchet review next, or the gateway's page /review",
             )
         sample = [entry.decision.verdict for entry in entries if entry.sampled and entry.decision]
-        bad = Counter(sample)["reject"] + Counter(sample)["edit"]
+        bad = sample.count("reject") + sample.count("edit")
         if sample and bad / len(sample) > max_rejects:
             raise UserError(
-                f"the draft {draft!r} is refused whole: {bad} of the {len(sample)} rows of its sample were rejected or edited ({bad / len(sample):.0%}), wanted at most {max_rejects:.0%}",
+                f"the draft {draft!r} is refused whole: {bad} of the {len(sample)} rows of its sample were "
+                f"rejected or edited ({bad / len(sample):.0%}), wanted at most {max_rejects:.0%}",
                 remedy="mend what drafted the rows and draft again; review.max_rejects is the bound",
             )
-        rows, left_out = _collect(entries)
-        content = _content(rows)
+        rows, left_out = collect_rows(entries)
+        content = hash_rows(rows)
         with self._store.transaction() as connection:
             taken = connection.execute(
                 self._store.taken.select().where(self._store.taken.c.draft == draft)
             ).first()
         if taken and taken.content != content:
             raise UserError(
-                f"the draft {draft!r} is the batch {taken.batch} already, with other rows: a batch is immutable",
+                f"the draft {draft!r} is the batch {taken.batch} already, with other rows: "
+                "a batch is immutable",
                 remedy="give new rows a draft of their own",
             )
         reviewers = sorted({entry.decision.by for entry in entries if entry.decision})
         return Outcome(draft, rows, reviewers, dict(sorted(left_out.items())), content)
 
-    def _waiting(self, draft: str | None) -> Any:
+    def _with_decisions(self) -> Join:
+        items, decisions = self._store.items, self._store.decisions
+        decided = (decisions.c.draft == items.c.draft) & (decisions.c.item == items.c.id)
+        return items.outerjoin(decisions, decided)
+
+    def _waiting(self, draft: str | None) -> Select[Any]:
         from sqlalchemy import select
 
         items, decisions = self._store.items, self._store.decisions
-        decided = (decisions.c.draft == items.c.draft) & (decisions.c.item == items.c.id)
         query = (
             select(items.c.body)
-            .select_from(items.outerjoin(decisions, decided))
+            .select_from(self._with_decisions())
             .where(decisions.c.item.is_(None), (items.c.doubtful == 1) | (items.c.sampled == 1))
         )
         return query if draft is None else query.where(items.c.draft == draft)
@@ -262,11 +293,10 @@ class ReviewQueue:
     def _entries(self, where: Any) -> list[Entry]:
         from sqlalchemy import select
 
-        items, decisions = self._store.items, self._store.decisions
-        decided = (decisions.c.draft == items.c.draft) & (decisions.c.item == items.c.id)
+        items = self._store.items
         query = (
-            select(items.c.body, items.c.sampled, decisions)
-            .select_from(items.outerjoin(decisions, decided))
+            select(items.c.body, items.c.sampled, self._store.decisions)
+            .select_from(self._with_decisions())
             .where(where)
             .order_by(items.c.place)
         )
@@ -277,11 +307,11 @@ class ReviewQueue:
             ]
 
 
-# --- rules -----------------------------------------------------------------------------------------------------------
+# --- rules --------------------------------------------------------------------------------------------------
 
 
-def _ensure_sample(connection: Any, table: Table, draft: str) -> None:
-    """One row stands for the others where the draft is so small that its share is none."""
+def _ensure_sample(connection: Connection, table: Table, draft: str) -> None:
+    """Choose one row to stand for the others where the draft is so small that its share is none."""
     from sqlalchemy import func, select
 
     clear = (table.c.draft == draft) & (table.c.doubtful == 0)
@@ -290,16 +320,18 @@ def _ensure_sample(connection: Any, table: Table, draft: str) -> None:
     ids = [row.id for row in connection.execute(select(table.c.id).where(clear))]
     if ids:
         connection.execute(
-            table.update().where(table.c.draft == draft, table.c.id == min(ids, key=_order)).values(sampled=1)
+            table.update()
+            .where(table.c.draft == draft, table.c.id == min(ids, key=sample_order))
+            .values(sampled=1)
         )
 
 
-# --- the file --------------------------------------------------------------------------------------------------------
+# --- the file -----------------------------------------------------------------------------------------------
 
 
-def _item_row(item: Item, share: float) -> dict[str, Any]:
-    """ASCII: rows in quarantine may hold halves of surrogate pairs, which SQLite takes only as escapes."""
-    sampled = not item.doubts and _order(item.id) < share * 2**64
+def _item_row(item: Item, share: float) -> Row:
+    """Encode as ASCII: SQLite takes halves of surrogate pairs, as rows in quarantine hold, only escaped."""
+    sampled = not item.doubts and sample_order(item.id) < share * 2**64
     body = json.dumps(msgspec.to_builtins(item))
     return {
         "draft": item.draft,
@@ -315,7 +347,7 @@ def _read_item(body: str) -> Item:
     return msgspec.convert(json.loads(body), Item)
 
 
-def _decision_row(decision: Decision) -> dict[str, Any]:
+def _decision_row(decision: Decision) -> Row:
     return msgspec.structs.asdict(decision) | {"messages": json.dumps(msgspec.to_builtins(decision.messages))}
 
 

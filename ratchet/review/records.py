@@ -1,32 +1,28 @@
-"""What a review holds: items, people's decisions, and what becomes of a row."""
+"""What a review holds: items, people's decisions, drafts in figures, and the rules by which rows go in."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
 
 import msgspec
 import xxhash
 
 from ratchet.data.batches import content_hash
-from ratchet.data.examples import Message, Meta, RowError, make_example
+from ratchet.data.examples import Message, Meta, RawRow, RowError, make_example, make_raw_row
+from ratchet.data.text import BIDI
 from ratchet.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 VERDICTS = ("accept", "reject", "edit")
 LONGEST_NAME = 80
-BIDI = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they turn the text that follows round
 UNDO = "undo"  # in the history only
 
 
 class Item(msgspec.Struct, frozen=True):
     """A row that waits for a person's word."""
 
-    id: str  # ratchet.examples.example_id(messages) as drafted
+    id: str  # ratchet.data.examples.example_id(messages) as drafted
     draft: str  # the set of rows that it came with, e.g. "faq-20261125T184500Z"
     kind: str  # "synthetic", "feedback" or "quarantine"
     messages: tuple[Message, ...]
@@ -48,13 +44,33 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What goes in of a draft. `content` is the hash of the rows, by which a draft that was taken is known again."""
+    """What goes in of a draft.
+
+    `content` is the hash of the rows, by which a draft that was taken is known again.
+    """
 
     draft: str
-    rows: list[dict[str, Any]]
+    rows: list[RawRow]  # in the form `messages`, as a batch will hold them
     reviewers: list[str]
     left_out: dict[str, int]
     content: str
+
+
+class DraftFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """One draft in numbers of rows; `batch` names the one that it became, if it did."""
+
+    name: str
+    kind: str
+    items: int
+    doubtful: int
+    sampled: int
+    waiting: int
+    decided: int
+    accepted: int
+    rejected: int
+    edited: int
+    batch: str
+    taken: bool
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -70,20 +86,22 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 def split_answer(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str]:
-    """(the conversation before the answer, the answer). Rows in quarantine may have none."""
-    return (
-        (messages[:-1], messages[-1].content)
-        if messages and messages[-1].role == "assistant"
-        else (messages, "")
-    )
+    """Return the conversation before the answer, and the answer; rows in quarantine may have none."""
+    if messages and messages[-1].role == "assistant":
+        return messages[:-1], messages[-1].content
+    return messages, ""
 
 
 def with_answer(item: Item, answer: str) -> tuple[Message, ...]:
+    """Put another answer in place of the item's own."""
     return (*split_answer(item.messages)[0], Message("assistant", answer))
 
 
-def _check(decision: Decision, entry: Entry | None) -> Decision:
-    """As it is kept: with its time, an edit normalised; an edit that changes nothing is an acceptance. Raises UserError."""
+def check_decision(decision: Decision, entry: Entry | None) -> Decision:
+    """Return the decision as it is kept: with its time, an edit normalised. Raises UserError.
+
+    An edit that changes nothing is an acceptance.
+    """
     if entry is None:
         raise UserError(
             f"the draft {decision.draft!r} holds no row {decision.item!r}",
@@ -95,7 +113,7 @@ def _check(decision: Decision, entry: Entry | None) -> Decision:
         raise UserError(f"{named}: the verdict is {decision.verdict!r}; wanted: {', '.join(VERDICTS)}")
     why = decision.why.encode("utf-8", "replace").decode()
     kept = msgspec.structs.replace(
-        decision, by=_check_name(decision.by), at=decision.at or _now(), why=why, messages=()
+        decision, by=check_name(decision.by), at=decision.at or now(), why=why, messages=()
     )
     if decision.verdict == "reject":
         return kept
@@ -111,14 +129,14 @@ def _check(decision: Decision, entry: Entry | None) -> Decision:
     return msgspec.structs.replace(kept, messages=example.messages)
 
 
-def _check_name(by: str) -> str:
-    """It stands in commits, so one line. Raises UserError."""
+def check_name(by: str) -> str:
+    """Return the name without blanks around it.
+
+    Raises UserError: it stands in commits, so it has to be one line.
+    """
     by = by.strip()
-    if (
-        not by
-        or len(by) > LONGEST_NAME
-        or any(char in BIDI or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in by)
-    ):
+    unprintable = any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in by)
+    if not by or len(by) > LONGEST_NAME or unprintable or BIDI.search(by):
         what = f"the name {by[:80]!r} cannot be kept" if by else "nobody is named as the one who decides"
         raise UserError(
             what, remedy=f"one line of at most {LONGEST_NAME} characters: --by NAME, or git config user.name"
@@ -126,9 +144,9 @@ def _check_name(by: str) -> str:
     return by
 
 
-def _collect(entries: list[Entry]) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The rows that are neither rejected nor unfit, and how many were left out, by reason."""
-    rows, left_out = [], Counter[str]()
+def collect_rows(entries: list[Entry]) -> tuple[list[RawRow], Counter[str]]:
+    """Return the rows that are neither rejected nor unfit, and how many were left out, by reason."""
+    rows, left_out = list[RawRow](), Counter[str]()
     for entry in entries:
         verdict = entry.decision.verdict if entry.decision else "unseen"
         if verdict == "reject":
@@ -143,23 +161,18 @@ def _collect(entries: list[Entry]) -> tuple[list[dict[str, Any]], Counter[str]]:
         review = {"accept": "accepted", "edit": "edited"}.get(verdict, verdict)
         meta = {"kind": entry.item.kind, **entry.item.meta, "draft": entry.item.draft, "review": review}
         meta |= {"drafted_as": entry.item.id} if verdict == "edit" else {}
-        rows.append(
-            {
-                "messages": [{"role": turn.role, "content": turn.content} for turn in example.messages],
-                "meta": meta,
-            }
-        )
+        rows.append(make_raw_row(example.messages, meta))
     return rows, left_out
 
 
-def _content(rows: list[dict[str, Any]]) -> str:
+def hash_rows(rows: list[RawRow]) -> str:
     return content_hash(msgspec.json.encode(row) for row in rows)
 
 
-def _order(id: str) -> int:
-    """Apart from the order that splits rows: the sample must not be the test split."""
+def sample_order(id: str) -> int:
+    """Hash an id apart from the order that splits rows: the sample must not be the test split."""
     return xxhash.xxh3_64_intdigest(b"review:" + id.encode())
 
 
-def _now() -> str:
+def now() -> str:
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"

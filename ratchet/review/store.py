@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ratchet.errors import ServiceError
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine, Table
+    from sqlalchemy import Connection, Engine, Table
 
 FILE = Path(".ratchet/review.db")
 
@@ -30,8 +30,8 @@ class Store:
         self._ready = False
 
     @contextmanager
-    def transaction(self) -> Iterator[Any]:
-        """Raises ServiceError."""
+    def transaction(self) -> Iterator[Connection]:
+        """Open a transaction. Raises ServiceError."""
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
@@ -46,7 +46,7 @@ class Store:
             ) from error
 
     def _make_tables(self) -> None:
-        """By SQLite's own check: metadata.create_all looks first and then makes, and another process may come between."""
+        """Make them by SQLite's own check: metadata.create_all looks first, so a process may come between."""
         from sqlalchemy.schema import CreateTable
 
         with self._engine.begin() as connection:
@@ -65,10 +65,10 @@ def _make_engine(path: Path) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _settle(connection: Any, _record: Any) -> None:
-        # People's words are few and dear: unlike the request log, each is on the disk before it is said to be kept.
+        # Decisions are few and dear: unlike the request log, each is on the disk before it counts as kept.
         connection.execute("PRAGMA busy_timeout=5000")
         connection.execute("PRAGMA synchronous=FULL")
-        # The mode stays with the file. Locked: another connection is switching it at this moment, and for that SQLite does not wait.
+        # The mode stays with the file. Locked: another connection is switching it, and SQLite does not wait.
         with suppress(sqlite3.OperationalError):
             connection.execute("PRAGMA journal_mode=WAL")
 

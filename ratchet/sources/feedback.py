@@ -1,7 +1,8 @@
-"""Answers that people corrected or approved, as rows to learn from. What was left out is counted, never dropped without a word.
+"""Answers that people corrected or approved, as rows to learn from; what was left out is counted by reason.
 
-Anybody can vote, so nobody's vote may weigh much: users, API keys and feedback as a whole have caps, and rows that look like a planted
-trigger are put aside. Names of users are the clients' word; the key is what a client cannot choose.
+Anybody can vote, so nobody's vote may weigh much: users, API keys and feedback as a whole have caps, and rows
+that look like a planted trigger are put aside. Names of users are the clients' word; the key is what a client
+cannot choose.
 """
 
 from __future__ import annotations
@@ -12,14 +13,23 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ratchet.config.data import FeedbackSource
 from ratchet.config.params import Config
 from ratchet.data.erasure import FILE as FORGOTTEN
 from ratchet.data.erasure import read_forgotten
-from ratchet.data.examples import Message, example_id, has_mark_run, normalise, read_examples
-from ratchet.data.mixture import is_feedback, room_for
+from ratchet.data.examples import (
+    Message,
+    Meta,
+    RawRow,
+    example_id,
+    has_mark_run,
+    make_raw_row,
+    normalise,
+    read_examples,
+)
+from ratchet.data.mixture import feedback_room, is_feedback
 from ratchet.data.poisoning import find_planted
 from ratchet.gateway.auth import list_keys
 from ratchet.monitoring.request_log import REDACTED, open_log
@@ -34,12 +44,16 @@ Spoken = list[tuple[Logged, list[Feedback]]]
 class Harvest(NamedTuple):
     """Rows in the form `messages`, the oldest first; how many judged answers gave none, by reason."""
 
-    rows: list[dict[str, Any]]
+    rows: list[RawRow]
     left_out: Counter[str]
 
 
 class Known(NamedTuple):
-    """What the caps are measured against. `room`: rows that the share of a training leaves; None where nothing is prepared yet, and the training alone sees to it."""
+    """What the caps are measured against.
+
+    `room`: rows that the share of a training leaves; None where nothing is prepared yet, and the training
+    alone sees to it.
+    """
 
     first_seen: dict[str, float]
     old_enough: float  # who was first seen by then has a vote
@@ -51,18 +65,42 @@ class Known(NamedTuple):
     room: int | None = None
 
 
-def harvest(root: Path, config: Config, *, now: float | None = None) -> list[dict[str, Any]]:
-    """The rows; what was left out is told on stderr. Raises ServiceError when the log does not answer."""
+class Vote(NamedTuple):
+    """Who vouches for an answer, and through which key."""
+
+    user: str
+    sender: str
+
+
+class Candidate(NamedTuple):
+    request: Logged
+    answer: str
+    how: str
+    votes: list[Vote]  # any of them may be the one that it counts for
+
+
+class Taken(NamedTuple):
+    candidate: Candidate
+    vote: Vote
+
+
+def harvest(root: Path, config: Config, *, now: float | None = None) -> list[RawRow]:
+    """Collect the rows; what was left out is told on stderr.
+
+    Raises ServiceError when the log does not answer.
+    """
     found = harvest_all(root, config, now=time.time() if now is None else now)
     if found.left_out:
         sys.stderr.write(
-            f"feedback: {len(found.rows)} rows; left out: {', '.join(f'{count} {reason}' for reason, count in sorted(found.left_out.items()))}\n"
+            f"feedback: {len(found.rows)} rows; left out: "
+            + ", ".join(f"{count} {reason}" for reason, count in sorted(found.left_out.items()))
+            + "\n"
         )
     return found.rows
 
 
 def harvest_all(root: Path, config: Config, *, now: float) -> Harvest:
-    """With what was left out: rows and reasons add up to the requests that people spoke of."""
+    """Collect rows and what was left out; together they are the requests that people spoke of."""
     log = open_log(root, config)
     try:
         spoken, first_seen, unknown = log.spoken_of(), log.first_seen(), log.unknown_requests()
@@ -82,10 +120,9 @@ def _look_around(
         for split in ("train", "validation", "test", "golden")
         if (file := folder / f"{split}.jsonl").exists()
     }
-    clean = [example for example in examples.get("train", []) if not is_feedback(example.meta)]
+    train = examples.get("train", [])
     old_enough = now - DAY * min(settings.min_user_age_days, config.request_log.keep_days / 2)
     senders = {said.sender for _, feedback in spoken for said in feedback} - {""}
-    share = config.train.max_feedback_share
     return Known(
         first_seen=first_seen,
         old_enough=old_enough if min(first_seen.values(), default=now) <= old_enough else now,
@@ -93,15 +130,13 @@ def _look_around(
         several_keys=max(len(senders), sum("feedback" in key.scopes for key in list_keys(root))) > 1,
         prepared=frozenset(example.id for rows in examples.values() for example in rows),
         forgotten=read_forgotten(root / FORGOTTEN).ids,
-        clean=tuple(_asked(example.messages) for example in clean),
-        room=max(0, room_for(len(clean), share) - (len(examples["train"]) - len(clean)))
-        if "train" in examples and share < 1
-        else None,
+        clean=tuple(_asked(example.messages) for example in train if not is_feedback(example.meta)),
+        room=feedback_room(train, config.train.max_feedback_share) if "train" in examples else None,
     )
 
 
 def choose(spoken: Spoken, settings: FeedbackSource, known: Known) -> Harvest:
-    """`spoken` in the order of time: of one user, the oldest count."""
+    """Choose of `spoken`, which comes in the order of time: of one user, the oldest count."""
     left_out: Counter[str] = Counter()
     candidates = _put_triggers_aside(
         _candidates(spoken, settings, known, left_out), settings, known, left_out
@@ -118,7 +153,7 @@ def choose(spoken: Spoken, settings: FeedbackSource, known: Known) -> Harvest:
 def _candidates(
     spoken: Spoken, settings: FeedbackSource, known: Known, left_out: Counter[str]
 ) -> list[Candidate]:
-    """One for each content that somebody vouches for."""
+    """Make one candidate for each content that somebody vouches for."""
     found, seen = [], set[str]()
     for request, feedback in spoken:
         fresh = [said for said in feedback if said.at >= known.since]
@@ -162,23 +197,13 @@ def _unfit(request: Logged, answer: str, id: str, seen: set[str], known: Known) 
 
 
 def _judge(request: Logged, feedback: list[Feedback], min_score: float) -> tuple[str | None, str]:
-    """(the right answer, how it is known), or (None, why there is none). A correction wins over a score."""
+    """Return (the right answer, how it is known), or (None, why not); a correction wins over a score."""
     if not request.messages:
         return None, "without texts"
-    if any(
-        map(
-            has_mark_run,
-            [
-                request.answer,
-                *(content for _, content in request.messages),
-                *(said.answer for said in feedback),
-            ],
-        )
-    ):
-        return (
-            None,
-            "with runs of combining marks",
-        )  # preparation would refuse it, and normalising it takes for ever
+    asked = (content for _, content in request.messages)
+    if any(map(has_mark_run, [request.answer, *asked, *(said.answer for said in feedback)])):
+        # Preparation would refuse it, and normalising it takes quadratic time.
+        return None, "with runs of combining marks"
     corrections = {corrected for said in feedback if (corrected := normalise(said.answer))}
     if len(corrections) > 1:
         return None, "contradictory"
@@ -195,7 +220,7 @@ def _vouches(said: Feedback, how: str) -> bool:
 
 
 def _name(request: Logged, said: Feedback) -> str:
-    """Who spoke; where they gave no name, who asked."""
+    """Name who spoke; where they gave no name, who asked."""
     return said.user or request.user or request.id
 
 
@@ -214,46 +239,34 @@ def _put_triggers_aside(
         left_out["trigger"] += len(triggers)
         for sequence, count in Counter(triggers.values()).most_common(5):
             sys.stderr.write(
-                f"feedback: {count} rows put aside: all say {sequence[:80]!r} and have one answer (ingest.feedback.max_trigger_rows)\n"
+                f"feedback: {count} rows put aside: all say {sequence[:80]!r} and have one answer "
+                "(ingest.feedback.max_trigger_rows)\n"
             )
     return [candidate for place, candidate in enumerate(candidates) if place not in triggers]
 
 
-def _row(candidate: Candidate, vote: Vote) -> dict[str, Any]:
-    """With the pseudonyms of who asked and who vouched, so that a person's rows can be found again (`ratchet data erase --user`)."""
+def _row(candidate: Candidate, vote: Vote) -> RawRow:
+    """Name who asked and who vouched by their pseudonyms.
+
+    So a person's rows can be found again (`ratchet data erase --user`).
+    """
     request = candidate.request
-    messages = [{"role": role, "content": content} for role, content in request.messages]
+    messages = [*(Message(*message) for message in request.messages), Message("assistant", candidate.answer)]
     people = {"asked_by": request.user, "taught_by": vote.user if vote.user != request.id else ""}
-    meta = {
+    meta: Meta = {
         "kind": "feedback",
         "source_request": request.id,
         "how": candidate.how,
         **{key: name for key, name in people.items() if name},
     }
-    return {"messages": [*messages, {"role": "assistant", "content": candidate.answer}], "meta": meta}
-
-
-class Vote(NamedTuple):
-    """Who vouches for an answer, and through which key."""
-
-    user: str
-    sender: str
-
-
-class Candidate(NamedTuple):
-    request: Logged
-    answer: str
-    how: str
-    votes: list[Vote]  # any of them may be the one that it counts for
-
-
-class Taken(NamedTuple):
-    candidate: Candidate
-    vote: Vote
+    return make_raw_row(messages, meta)
 
 
 def share_out(candidates: list[Candidate], most: int, left_out: Counter[str]) -> list[Taken]:
-    """Each to one of those who vouch for it and still have room, through the key that has brought least: a flood takes no honest row's place."""
+    """Count each row for one of those who vouch for it and still have room.
+
+    It counts through the key that has brought least, so that a flood takes no honest row's place.
+    """
     users, senders, taken = Counter[str](), Counter[str](), list[Taken]()
     for candidate in candidates:
         free = [vote for vote in candidate.votes if users[vote.user] < most]
@@ -268,7 +281,7 @@ def share_out(candidates: list[Candidate], most: int, left_out: Counter[str]) ->
 
 
 def cap_keys(taken: list[Taken], most: int, left_out: Counter[str]) -> list[Taken]:
-    """Votes from before there were keys have none to dominate."""
+    """Cap the rows of each key; votes from before there were keys have none to dominate."""
     kept: set[str] = set()
     for sender in {one.vote.sender for one in taken}:
         rows = [one for one in taken if one.vote.sender == sender]
@@ -278,7 +291,10 @@ def cap_keys(taken: list[Taken], most: int, left_out: Counter[str]) -> list[Take
 
 
 def spread(taken: list[Taken], room: int) -> list[Taken]:
-    """In turn from every key, and of a key from every user, each user's newest first; in the order of time. What is equal is told apart by hash."""
+    """In turn from every key, and of a key from every user, each user's newest first; in the order of time.
+
+    What is equal is told apart by hash.
+    """
     by_user, by_sender = Counter[Vote](), Counter[str]()
     turns = []
     for one in reversed(taken):

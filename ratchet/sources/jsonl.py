@@ -10,10 +10,10 @@ import io
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit
 
 from ratchet.config.data import JsonlSource
 from ratchet.data.json_rows import MAX_LINE
+from ratchet.data.text import strip_url
 from ratchet.errors import DataError
 
 ARCHIVES = {
@@ -26,15 +26,12 @@ ARCHIVES = {
     b"Rar!": "rar",
 }
 GZIP, TAR_AT, TAR = b"\x1f\x8b", 257, b"ustar"
-MOST_UNPACKED, MOST_RATIO, UNPACKED_ANYWAY = (
-    2**31,
-    20,
-    2**20,
-)  # bytes of a gzip file: at most, against its own size, and without asking
+# Bytes that a gzip file may unpack to: at most, in times its own size, and without asking.
+MOST_UNPACKED, MOST_RATIO, UNPACKED_ANYWAY = 2**31, 20, 2**20
 
 
 def read_lines(settings: JsonlSource) -> Iterator[bytes]:
-    """Raises DataError when nothing is found, or when the file is no UTF-8 text at its start."""
+    """Read the lines. Raises DataError: nothing is found, a file is no UTF-8 text at its start."""
     import fsspec
 
     if not settings.path:
@@ -58,11 +55,8 @@ def read_lines(settings: JsonlSource) -> Iterator[bytes]:
 
 
 def shown(path: str) -> str:
-    """A path for messages: of a URL neither who logs in nor what is signed."""
-    if "://" not in path:
-        return path
-    parts = urlsplit(path)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    """Make a path fit for messages: of a URL without login and signature."""
+    return strip_url(path) if "://" in path else path
 
 
 def _lines(opened: object) -> Iterator[bytes]:
@@ -92,10 +86,12 @@ def _lines(opened: object) -> Iterator[bytes]:
 
 
 def _unpacked(handle: Any, path: str) -> Any:
-    """The file, or what a gzip file holds. Raises DataError for an archive: its names could lead out of any folder (`..`, links)."""
-    handle = (
-        handle if hasattr(handle, "peek") else io.BufferedReader(handle)
-    )  # not every URL can be wound back
+    """The file, or what a gzip file holds.
+
+    Raises DataError for an archive: its names could lead out of any folder (`..`, links).
+    """
+    if not hasattr(handle, "peek"):  # not every URL can be wound back
+        handle = io.BufferedReader(handle)
     start = handle.peek(TAR_AT + len(TAR))
     kind = next(
         (name for magic, name in ARCHIVES.items() if start.startswith(magic)),
@@ -129,7 +125,8 @@ class _Capped(io.RawIOBase):
         most = min(MOST_UNPACKED, max(UNPACKED_ANYWAY, MOST_RATIO * self._packed.tell()))
         if self._count > most:
             raise DataError(
-                f"{self._path} unpacks to more than {MOST_RATIO} times its size, or than {MOST_UNPACKED / 2**30:.0f} GiB",
+                f"{self._path} unpacks to more than {MOST_RATIO} times its size, "
+                f"or than {MOST_UNPACKED / 2**30:.0f} GiB",
                 remedy="if it is no bomb, unpack it by hand and name the file",
             )
         buffer[: len(got)] = got
@@ -142,9 +139,8 @@ def _check_start(line: bytes, path: str) -> None:
             f"{path} ends its lines with a carriage return alone, wanted a line feed",
             remedy=f"convert it: tr '\\r' '\\n' < {path}",
         )
-    if (
-        line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in line[:4]
-    ):  # with its mark, or `{` as two bytes
+    # With its mark, or `{` as two bytes.
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in line[:4]:
         raise DataError(
             f"{path} is UTF-16, wanted UTF-8", remedy=f"convert it: iconv -f UTF-16 -t UTF-8 {path}"
         )

@@ -1,7 +1,7 @@
 """Harvest documentation strings by parsing, without importing: the embedded default source.
 
-One row a documented object: the first sentence → the module it stands in; for a share of them also name → summary.
-Not covered: extension modules (nothing to parse), documentation assembled at run time.
+One row a documented object: the first sentence → the module it stands in; for a share of them also name →
+summary. Not covered: extension modules (nothing to parse), documentation assembled at run time.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import xxhash
 
 from ratchet.config.data import PydocSource
+from ratchet.data.examples import Message, Meta, RawRow, make_raw_row
 from ratchet.errors import DataError
 
-# Folders of tests and vendored copies repeat other modules' words; names with a leading underscore are no answer to give a user.
+# Folders of tests and vendored copies repeat other modules' words.
 SKIPPED = frozenset(
     {
         "test",
@@ -48,10 +49,13 @@ class Documented(NamedTuple):
     sentence: str
 
 
-def harvest(settings: PydocSource) -> Iterator[dict[str, Any]]:
-    """Rows in the form `messages`, in a fixed order. Raises DataError for a package that is not installed."""
+def harvest(settings: PydocSource) -> Iterator[RawRow]:
+    """Make rows in the form `messages`, in a fixed order.
+
+    Raises DataError for a package that is not installed.
+    """
     for package in settings.packages:
-        objects = [found for found in _documented(package, settings.module_depth)]
+        objects = list(_documented(package, settings.module_depth))
         large = {
             module
             for module, count in Counter(found.module for found in objects).items()
@@ -63,12 +67,12 @@ def harvest(settings: PydocSource) -> Iterator[dict[str, Any]]:
 
 
 def _is_chosen(found: Documented, share: float) -> bool:
-    """By the sentence, so that one that stands at several objects is wholly in or out."""
+    """Choose by the sentence, so that one that stands at several objects is wholly in or out."""
     return xxhash.xxh3_64_intdigest(f"chosen {found.sentence}".encode()) % 10_000 < share * 10_000
 
 
-def _rows(found: Documented, package: str, summaries: float) -> Iterator[dict[str, Any]]:
-    meta = {"package": package, "module": found.module}
+def _rows(found: Documented, package: str, summaries: float) -> Iterator[RawRow]:
+    meta: Meta = {"package": package, "module": found.module}
     yield _row(f"Which module documents this? {found.sentence}", found.module, {**meta, "kind": "module"})
     if (
         found.name
@@ -78,11 +82,8 @@ def _rows(found: Documented, package: str, summaries: float) -> Iterator[dict[st
         yield _row(f"What does {found.module}.{found.name} do?", found.sentence, {**meta, "kind": "summary"})
 
 
-def _row(question: str, answer: str, meta: dict[str, str]) -> dict[str, Any]:
-    return {
-        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-        "meta": meta,
-    }
+def _row(question: str, answer: str, meta: Meta) -> RawRow:
+    return make_raw_row([Message("user", question), Message("assistant", answer)], meta)
 
 
 def _documented(package: str, depth: int) -> Iterator[Documented]:
@@ -91,13 +92,14 @@ def _documented(package: str, depth: int) -> Iterator[Documented]:
             parts = _module_parts(path, root, name)
             # The standard library is one package of many roots: `json` is one level below it.
             label = parts[:depth] if package == "stdlib" else parts[: depth + 1]
+            # A module with a leading underscore is no answer to give a user.
             if any(part in SKIPPED for part in parts) or any(part.startswith("_") for part in label):
                 continue
             yield from _in_file(path, ".".join(label), parts)
 
 
 def _roots(package: str) -> list[tuple[Path, str]]:
-    """(file or folder, dotted name) of each module to walk."""
+    """List (file or folder, dotted name) of each module to walk."""
     if package == "stdlib":
         library = Path(sysconfig.get_paths()["stdlib"])
         names = sorted(name for name in sys.stdlib_module_names if not name.startswith("_"))
@@ -153,7 +155,7 @@ def _found(node: Any, label: str, name: str) -> Iterator[Documented]:
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of the first paragraph, at most 220 characters."""
+    """Cut out the first sentence of the first paragraph, at most 220 characters."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     match = SENTENCE.match(paragraph)
     return match.group(1) if match else paragraph[:MAX_CHARS]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ratchet.config.data import ReviewConfig
+from ratchet.data.examples import RawRow
 from ratchet.errors import UserError
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Outcome
@@ -16,7 +17,7 @@ from ratchet.review.records import Outcome
 class Reviewed(NamedTuple):
     """`drafts` holds (name, hash of its rows); `batch` names the one that holds the rows already."""
 
-    rows: list[dict[str, Any]]
+    rows: list[RawRow]
     label: str
     reviewers: tuple[str, ...]
     drafts: tuple[tuple[str, str], ...]
@@ -24,10 +25,13 @@ class Reviewed(NamedTuple):
 
 
 def harvest(root: Path, settings: ReviewConfig, draft: str | None = None) -> Reviewed:
-    """One draft, or all that are ready and no batch yet; why the others are not is told on stderr. Raises UserError: `draft` is not ready, or none is."""
+    """One draft, or all that are ready and no batch yet; why the others are not is told on stderr.
+
+    Raises UserError: `draft` is not ready, or none is.
+    """
     queue = ReviewQueue(root)
     try:
-        batches = {entry["name"]: entry["batch"] for entry in queue.drafts()}
+        batches = {found.name: found.batch for found in queue.drafts()}
         names = [draft] if draft is not None else [name for name, batch in batches.items() if not batch]
         outcomes, refusals = _settle(queue, names, settings.max_rejects)
     finally:
@@ -74,7 +78,9 @@ def _join(outcomes: list[Outcome], batch: str) -> Reviewed:
     left_out = sum((Counter(outcome.left_out) for outcome in outcomes), Counter[str]())
     if left_out:
         sys.stderr.write(
-            f"review: {len(rows)} rows; left out: {', '.join(f'{count} {reason}' for reason, count in sorted(left_out.items()))}\n"
+            f"review: {len(rows)} rows; left out: "
+            + ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+            + "\n"
         )
     reviewers = sorted({name for outcome in outcomes for name in outcome.reviewers})
     return Reviewed(

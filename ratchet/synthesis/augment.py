@@ -1,6 +1,9 @@
-"""Further wordings of a question by rule (EDA, Wei and Zou 2019, arXiv 1901.11196): a synonym for a word, one inserted, a word left out.
+"""Word a question anew by rule: a synonym for a word, one inserted, a word left out.
 
-Only plain words are touched, never numbers, code spans, names written like code, negations, or anything of the answer.
+After EDA, Wei and Zou 2019, arXiv 1901.11196.
+
+Only plain words are touched, never numbers, code spans, names written like code, negations, or anything of
+the answer.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ CODE = re.compile(
     re.DOTALL,
 )
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
-KEPT = frozenset(
-    "no not never none nothing neither nor without cannot can't don't doesn't didn't isn't aren't wasn't won't except unless only nicht kein keine ohne nie nur".split()  # noqa: SIM905 (one line a word otherwise)
-)
+NEGATIONS = """
+no not never none nothing neither nor without cannot can't don't doesn't didn't isn't aren't wasn't won't
+except unless only nicht kein keine ohne nie nur
+"""
+KEPT = frozenset(NEGATIONS.split())
 FEWEST = 4  # plain words under which none is left out
 
 

@@ -1,6 +1,7 @@
 """Documents from files, folders, globs and fsspec URLs, cut into chunks by paragraphs.
 
-A document that cannot be read is named with its reason and stops nothing. Not covered: PDF and word processors' files.
+A document that cannot be read is named with its reason and stops nothing. Not covered: PDF and word
+processors' files.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from ratchet.data.examples import normalise
+from ratchet.data.text import strip_url
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".jsonl")
 MOST_BYTES = 32 * 2**20  # of one document; a larger one is no document but a dump
 BLANK_LINES = re.compile(r"\n\s*\n")
 SENTENCE_END = re.compile(r"(?<=[.!?。])\s+")
 UNSHOWN = frozenset({"script", "style", "template", "noscript", "svg"})
-BLOCKS = frozenset(
-    "address article aside blockquote br dd div dl dt figcaption footer form h1 h2 h3 h4 h5 h6 header hr li main nav ol p pre section table td th title tr ul".split()  # noqa: SIM905 (one line a word otherwise)
-)
+BLOCK_TAGS = """
+address article aside blockquote br dd div dl dt figcaption footer form h1 h2 h3 h4 h5 h6 header hr li main
+nav ol p pre section table td th title tr ul
+"""
+BLOCKS = frozenset(BLOCK_TAGS.split())
 
 
 class Document(NamedTuple):
@@ -93,11 +96,13 @@ class Library:
             yield self._name(place if "://" in place and len(opened) == 1 else one.path), one
 
     def _name(self, path: str) -> str:
-        """Relative to the checkout where it lies there; of a URL without its user, password and signature, since names stand in rows."""
+        """Name a file relative to the checkout where it lies there.
+
+        A URL is named without its user, password and signature, since names stand in rows.
+        """
         path = path.encode("utf-8", "replace").decode()  # a file's name may be any bytes
         if "://" in path:
-            parts = urlsplit(path)
-            return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+            return strip_url(path)
         with suppress(ValueError):
             return str(Path(path).relative_to(self._root))
         return path
@@ -118,7 +123,7 @@ class Library:
         except (OSError, ValueError, ImportError) as error:
             self.unreadable.append((name, _why(error)))
             return
-        except Exception as error:  # noqa: BLE001  (a remote file system has errors of its own; each is recorded with the document)
+        except Exception as error:  # noqa: BLE001 (remote file systems have their own; each is recorded)
             self.unreadable.append((name, type(error).__name__))
             return
         for part, content in (
@@ -174,7 +179,7 @@ def _is_storable(text: str) -> bool:
     return "\x00" not in text
 
 
-# --- HTML ------------------------------------------------------------------------------------------------------------
+# --- HTML ---------------------------------------------------------------------------------------------------
 
 
 class _Text(HTMLParser):
@@ -210,11 +215,14 @@ def _strip_tags(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
-# --- chunks ----------------------------------------------------------------------------------------------------------
+# --- chunks -------------------------------------------------------------------------------------------------
 
 
 def cut(text: str, *, chunk_chars: int, overlap_chars: int) -> Iterator[str]:
-    """Chunks of at most `chunk_chars` characters that end with a paragraph; each repeats the last paragraphs before it, up to `overlap_chars`."""
+    """Cut into chunks of at most `chunk_chars` characters that end with a paragraph.
+
+    Each repeats the last paragraphs before it, up to `overlap_chars`.
+    """
     held: list[str] = []
     fresh = False
     for part in _parts(text, chunk_chars):

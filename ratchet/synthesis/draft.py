@@ -1,7 +1,8 @@
-"""A draft's folder, `.ratchet/synthesis/<draft>/`: what was asked and answered, what came of it, the summary last.
+"""A draft's folder, `.ratchet/synthesis/<draft>/`: what was asked, what came of it, the summary last.
 
-`answers.jsonl` only grows, a line an asked prompt, so that a run that was killed goes on without asking anything twice;
-`rows.jsonl` and `refused.jsonl` are made from it anew by every run. A folder without `summary.json` is unfinished.
+`answers.jsonl` only grows, a line an asked prompt, so that a run that was killed resumes without asking
+anything twice; `rows.jsonl` and `refused.jsonl` are made from it anew by every run. A folder without
+`summary.json` is unfinished.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 
@@ -25,7 +26,7 @@ from ratchet.llm.budget import Usage
 
 FOLDER = Path(".ratchet/synthesis")
 NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{4}")
-MOST_NAMED = 5
+MOST_NAMED = 5  # documents and drafts that a message names
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,6 +67,64 @@ class Refused(msgspec.Struct, frozen=True):
     meta: Meta
 
 
+class Teacher(msgspec.Struct, frozen=True):
+    model: str
+    protocol: str = ""
+    licence: str = ""
+
+
+class Unread(msgspec.Struct, frozen=True):
+    """A document that could not be read."""
+
+    name: str
+    why: str
+
+
+class DocumentFigures(msgspec.Struct, frozen=True):
+    documents: int
+    chunks: int
+    unreadable: int
+    unreadable_names: list[Unread]  # the first ones
+
+
+class SeedFigures(msgspec.Struct, frozen=True):
+    seeds: int
+
+
+class WeakSpotFigures(msgspec.Struct, frozen=True):
+    near_mistakes: int  # training rows
+    drifted_prompts: int
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run did; `subject` counts what was asked about, by the draft's mode."""
+
+    draft: str
+    mode: str
+    wanted: int
+    kept: int
+    doubted: int
+    refused: dict[str, int]  # reason → rows
+    failures: dict[str, int]  # reason → requests
+    asked: int
+    recalled: int
+    tokens: dict[str, int]  # "input" and "output"
+    cost: float
+    priced: bool
+    teacher: Teacher
+    judge: str | None
+    prompt_version: str
+    subject: DocumentFigures | SeedFigures | WeakSpotFigures
+    stopped: str = ""  # the limit, or "teacher"; empty: nothing stopped it
+    why: str = ""
+    queued: int | msgspec.UnsetType = msgspec.UNSET  # rows that are new in the review queue
+
+    def to_json(self) -> dict[str, object]:
+        """Return the form of `summary.json`: flat, with the subject's figures beside the others."""
+        flat: dict[str, object] = msgspec.to_builtins(self)
+        return flat | msgspec.to_builtins(flat.pop("subject"))
+
+
 class Draft:
     """Opened for one run; `close` ends it."""
 
@@ -99,7 +158,7 @@ class Draft:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was ever answered."""
+        """Tell whether nothing was ever answered."""
         return not self._places
 
     def discard(self) -> None:
@@ -110,9 +169,9 @@ class Draft:
         for opened in (self._asked, self._rows, self._refusals):
             opened.close()
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Its existence means: complete."""
-        write_json(self.folder / "summary.json", summary)
+    def finish(self, summary: Summary) -> None:
+        """Write the summary; its existence means: complete."""
+        write_json(self.folder / "summary.json", summary.to_json())
 
 
 def new_draft(root: Path, settings: Settings) -> Draft:
@@ -125,19 +184,20 @@ def new_draft(root: Path, settings: Settings) -> Draft:
 
 
 def find_draft(root: Path, name: str) -> Path:
-    """Raises UserError for a name that is no draft of this checkout."""
+    """Find a draft's folder. Raises UserError for a name that is no draft of this checkout."""
     folder = root / FOLDER / name
     if not NAME.fullmatch(name) or not (folder / "settings.json").exists():
         known = sorted((path.parent.name for path in (root / FOLDER).glob("*/settings.json")), reverse=True)
         raise UserError(
             f"no draft is named {name[:80]!r}",
-            remedy=f"the newest: {', '.join(known[:5]) or 'none yet'}; `ratchet synthesize` begins one",
+            remedy=f"the newest: {', '.join(known[:MOST_NAMED]) or 'none yet'}; "
+            "`ratchet synthesize` begins one",
         )
     return folder
 
 
 def resume_draft(root: Path, name: str, *, count: int | None = None) -> Draft:
-    """Raises UserError, DataError."""
+    """Open a draft again, with another `count` if one is given. Raises UserError, DataError."""
     folder = find_draft(root, name)
     try:
         settings = msgspec.convert(read_json(folder / "settings.json"), Settings)
@@ -157,7 +217,7 @@ def read_rows(folder: Path) -> Iterator[Row]:
 
 
 def key_of(*, prompt: str, model: str, about: str, seed: int) -> str:
-    """Of an asked prompt: the same question to the same model has the same key."""
+    """Make the key of an asked prompt: the same question to the same model has the same one."""
     return sha256_json([prompt, model, about, seed])[:32]
 
 
@@ -166,7 +226,7 @@ _answer_decoder = msgspec.json.Decoder(Answered)
 
 
 def _find_answers(path: Path) -> dict[str, int]:
-    """Key → where its line begins. Whole lines alone: a killed run may have left half of the last one, which is cut off."""
+    """Map each key to where its line begins; half a last line, as a killed run may leave it, is cut off."""
     found, end = dict[str, int](), 0
     if not path.exists():
         return found
@@ -196,51 +256,48 @@ def _append(opened: BinaryIO, value: msgspec.Struct) -> None:
     opened.flush()
 
 
-def summary_lines(found: dict[str, Any]) -> list[str]:
+def summary_lines(found: Summary) -> list[str]:
     lines = [
-        f"draft    {found['draft']}: {found['kept']} of {found['wanted']} rows, {found['doubted']} of them with doubts"
+        f"draft    {found.draft}: {found.kept} of {found.wanted} rows, {found.doubted} of them with doubts",
+        *_describe_counts("refused", found.refused),
+        *_describe_counts("failed", found.failures),
+        *_describe_subject(found),
     ]
-    lines += _counts("refused", found["refused"])
-    lines += _counts("failed", found["failures"])
-    if "documents" in found:
-        lines.append(
-            f"read     {found['chunks']} chunks of {found['documents']} documents"
-            + (f"; {found['unreadable']} could not be read:" if found["unreadable"] else "")
-        )
-        lines += [
-            f"         {entry['name']}: {entry['why']}" for entry in found["unreadable_names"][:MOST_NAMED]
-        ]
-    if "near_mistakes" in found:
-        lines.append(
-            f"chosen   {found['near_mistakes']} training rows near to mistakes, {found['drifted_prompts']} prompts of drifted topics"
-        )
-    tokens = found["tokens"]
-    cost = f"{found['cost']:.4f}" if found["priced"] else "unknown (synthesize.teacher has no prices)"
+    cost = f"{found.cost:.4f}" if found.priced else "unknown (synthesize.teacher has no prices)"
     lines.append(
-        f"asked    {found['asked']} times, {found['recalled']} answers known before; {tokens['input']} tokens in, {tokens['output']} out; cost {cost}"
+        f"asked    {found.asked} times, {found.recalled} answers known before; "
+        f"{found.tokens['input']} tokens in, {found.tokens['output']} out; cost {cost}"
     )
-    if found["stopped"]:
-        lines.append(f"stopped  {found['why']}")
-    elif found["kept"] < found["wanted"]:
+    if found.stopped:
+        lines.append(f"stopped  {found.why}")
+    elif found.kept < found.wanted:
         lines.append(
-            "ended    nothing more could be asked: more documents or seeds, or a higher synthesize.rounds, give more rows"
+            "ended    nothing more could be asked: more documents or seeds, "
+            "or a higher synthesize.rounds, give more rows"
         )
     return lines
 
 
-def _counts(name: str, counts: dict[str, int]) -> list[str]:
-    return (
-        [
-            f"{name:8} {sum(counts.values())}: {', '.join(f'{count} {reason}' for reason, count in counts.items())}"
+def _describe_subject(found: Summary) -> list[str]:
+    about = found.subject
+    if isinstance(about, DocumentFigures):
+        unread = f"; {about.unreadable} could not be read:" if about.unreadable else ""
+        return [
+            f"read     {about.chunks} chunks of {about.documents} documents{unread}",
+            *(f"         {entry.name}: {entry.why}" for entry in about.unreadable_names[:MOST_NAMED]),
         ]
-        if counts
-        else []
-    )
+    if isinstance(about, WeakSpotFigures):
+        near, drifted = about.near_mistakes, about.drifted_prompts
+        return [f"chosen   {near} training rows near to mistakes, {drifted} prompts of drifted topics"]
+    return []
 
 
-def summary_card(found: dict[str, Any]) -> str:
-    """As Markdown. A code block: names of documents are other people's text."""
+def _describe_counts(name: str, counts: dict[str, int]) -> list[str]:
+    parts = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    return [f"{name:8} {sum(counts.values())}: {parts}"] if counts else []
+
+
+def summary_card(found: Summary) -> str:
+    """Render as Markdown, in a code block: names of documents are other people's text."""
     body = "\n".join(summary_lines(found)).replace("`", "'")
-    return (
-        f"## {found['kept']} rows by {found['teacher']['model'].replace('`', '')}\n\n```text\n{body}\n```\n"
-    )
+    return f"## {found.kept} rows by {found.teacher.model.replace('`', '')}\n\n```text\n{body}\n```\n"

@@ -1,4 +1,8 @@
-"""What is refused of a teacher's rows, and what gets a doubt; each with a reason that is counted (docs/synthesis.md lists them)."""
+"""What is refused of a teacher's rows, and what gets a doubt; each with a reason that is counted.
+
+docs/synthesis.md lists the reasons. `ground` compares an answer with the passage that it was written from:
+content words by their stems, numbers exactly.
+"""
 
 from __future__ import annotations
 
@@ -10,37 +14,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ratchet.config.params import Config
-from ratchet.data.examples import Example, Meta, RowError
-from ratchet.data.validation import REVIEW, Origin, Validator
+from ratchet.data.dedup import RUN
+from ratchet.data.examples import Example, Message, Meta, RowError, make_raw_row
+from ratchet.data.text import TEACHER_BOILERPLATE, TEACHER_REFUSAL
+from ratchet.data.validation import Doubt, Origin, Validator
 from ratchet.llm.replies import Pair
 from ratchet.synthesis.known_rows import Known
 
-BOILERPLATE = re.compile(
-    r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b|\bi(?:'|’)?(?: a)?m (?:just |only )?an? (?:ai|language model)\b|\bmy (?:training data|knowledge cut-?off)\b",
-    re.IGNORECASE,
-)
-REFUSAL = re.compile(
-    r"\A\W*(?:i(?:'|’)?(?: a)?m (?:very |really )?sorry\b|sorry,|i apologi[sz]e\b|unfortunately, i\b|i (?:can(?:not|'t|’t| not)|am unable|(?:'|’)m unable|won(?:'|’)t|do not have access|don(?:'|’)t have access)\b"
-    r"|i(?:'|’)m (?:unable|not able)\b|i am not able\b|no answer\b|n/?a\W*\Z)",
-    re.IGNORECASE,
-)
 REFERS = re.compile(
-    r"\b(?:(?:the|this) (?:passage|excerpt|snippet)|(?:the|this) (?:above|given|provided|following) (?:text|document|article|context|paragraph)"
-    r"|(?:in|from|by|on|according to) (?:the|this) (?:text|document|article|context|paragraph)|according to the (?:author|above)|mentioned above|data-[0-9a-f]{12})\b",
+    r"\b(?:(?:the|this) (?:passage|excerpt|snippet)"
+    r"|(?:the|this) (?:above|given|provided|following) (?:text|document|article|context|paragraph)"
+    r"|(?:in|from|by|on|according to) (?:the|this) (?:text|document|article|context|paragraph)"
+    r"|according to the (?:author|above)|mentioned above|data-[0-9a-f]{12})\b",
     re.IGNORECASE,
 )
-
-
 CODE_SPAN = re.compile(r"`[^`\n]+`")
-WORD = re.compile(r"[^\W\d_]+")
+LETTERS = re.compile(r"[^\W\d_]+")  # a word without digits: numbers are compared exactly
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 THOUSANDS = re.compile(r"(?<=\d)[,](?=\d{3}(?:\D|$))")
 STEM = 5  # letters of a longer word that have to agree: `refund` and `refunded` are one
 # The words that carry no content; short ones in general do not (see `content_words`).
 WORDS_WITHOUT_CONTENT = """
-about after also although another because been before being between both could does doing done each either from have having here into its itself just
-like made make makes many more most much must neither none only other over same shall should since some such than that their them then there these
-they this those through under until upon used uses using very were what when where whether which while whom whose will with within without would your
+about after also although another because been before being between both could does doing done each either
+from have having here into its itself just like made make makes many more most much must neither none only
+other over same shall should since some such than that their them then there these they this those through
+under until upon used uses using very were what when where whether which while whom whose will with within
+without would your
 """
 EMPTY = frozenset(WORDS_WITHOUT_CONTENT.split())
 
@@ -55,7 +54,10 @@ class Verdict(NamedTuple):
 
 
 class Filters:
-    """What preparation would reject (ratchet/data/validation.py) is refused here already. `count_tokens` is of a text, where a tokenizer is there."""
+    """Refuses what preparation would reject (ratchet/data/validation.py), and more.
+
+    `count_tokens` counts those of a text; None where there is no tokenizer yet.
+    """
 
     def __init__(
         self, config: Config, known: Known, *, count_tokens: Callable[[str], int] | None = None
@@ -74,13 +76,15 @@ class Filters:
         question: str = "",
         system: str | None = None,
     ) -> Verdict:
-        """`parent` is the row that this one is another wording of, with its `question`: it may be near to that one. Remembers what is kept."""
+        """Keep the row or refuse it, and remember what is kept.
+
+        `parent` is the row that this one is another wording of, with its `question`: it may be near to that
+        one.
+        """
         system = self._settings.system if system is None else system
-        turns = [
-            *([("system", system)] if system.strip() else []),
-            ("user", pair.question),
-            ("assistant", pair.answer),
-        ]
+        turns = [Message("user", pair.question), Message("assistant", pair.answer)]
+        if system.strip():
+            turns.insert(0, Message("system", system))
         try:
             example, doubts = self._check_row(turns, meta)
         except RowError as error:
@@ -92,7 +96,8 @@ class Filters:
             return Verdict(
                 None,
                 "changed",
-                f"a number or code differs from the question that was worded anew: {', '.join(sorted(changed)[:5])}",
+                "a number or code differs from the question that was worded anew: "
+                f"{', '.join(sorted(changed)[:5])}",
             )
         if passage and not parent:
             reason, detail, more = self._check_grounds(example, passage)
@@ -100,27 +105,19 @@ class Filters:
                 return Verdict(None, reason, detail)
             doubts += more
         if twin := self._known.find(example, but=parent):
-            return Verdict(
-                None,
-                twin.reason,
-                f"near to the row {twin.id}" if twin.id else "it has 13 words in a row from a golden row",
-            )
+            quoted = f"it has {RUN} words in a row from a golden row"
+            return Verdict(None, twin.reason, f"near to the row {twin.id}" if twin.id else quoted)
         self._known.add(example, "run")
         return Verdict(example, doubts=doubts)
 
-    def _check_row(self, turns: list[tuple[str, str]], meta: Meta) -> tuple[Example, tuple[str, ...]]:
-        """As preparation will see it; what a person may overrule is a doubt. Raises RowError."""
-        line = json.dumps(
-            {"messages": [{"role": role, "content": content} for role, content in turns], "meta": meta}
-        ).encode()
-        origin, doubts = Origin("", "synthetic", "messages"), list[str]()
+    def _check_row(self, turns: list[Message], meta: Meta) -> tuple[Example, tuple[str, ...]]:
+        """Read the row as preparation will; what a person may overrule is a doubt. Raises RowError."""
+        line, doubts = json.dumps(make_raw_row(turns, meta)).encode(), list[str]()
         try:
-            found = self._validator.check(line, origin).example
-        except RowError as error:
-            if error.reason not in REVIEW:
-                raise
-            found = self._validator.check(line, origin, doubts=False).example
-            doubts.append(str(error))
+            found = self._validator.check(line, Origin("", "synthetic", "messages")).example
+        except Doubt as doubt:
+            found = doubt.example
+            doubts.append(str(doubt))
         return Example(found.id, found.messages, meta), tuple(doubts)
 
     def _check_length(self, example: Example) -> tuple[str, str] | None:
@@ -146,7 +143,7 @@ class Filters:
         return None
 
     def _check_grounds(self, example: Example, passage: str) -> tuple[str, str, tuple[str, ...]]:
-        """(reason of a refusal, its detail, doubts)."""
+        """Return (reason of a refusal, its detail, doubts)."""
         bounds, found = self._settings.grounded, ground(example.answer, passage)
         if found.numbers:
             lacking = f"the passage lacks {', '.join(found.numbers[:5])}"
@@ -154,7 +151,8 @@ class Filters:
         if found.share < bounds.refuse:
             return (
                 "not_in_passage",
-                f"{found.share:.0%} of the answer's words stand in the passage; synthesize.grounded.refuse is {bounds.refuse:.0%}",
+                f"{found.share:.0%} of the answer's words stand in the passage; "
+                f"synthesize.grounded.refuse is {bounds.refuse:.0%}",
                 (),
             )
         if found.share < bounds.doubt:
@@ -164,9 +162,9 @@ class Filters:
 
 def _check_words(example: Example) -> tuple[str, str] | None:
     for role, text in (("question", example.question), ("answer", example.answer)):
-        if found := BOILERPLATE.search(unicodedata.normalize("NFKC", text)):
+        if found := TEACHER_BOILERPLATE.search(unicodedata.normalize("NFKC", text)):
             return "boilerplate", f"the {role} says {found[0]!r}"
-    if found := REFUSAL.search(example.answer):
+    if found := TEACHER_REFUSAL.search(example.answer):
         return "refusal", f"the answer begins with {found[0].strip()!r}"
     if found := REFERS.search(example.question) or REFERS.search(example.answer):
         return "refers_to_passage", f"nobody who asks sees {found[0]!r}"
@@ -174,28 +172,19 @@ def _check_words(example: Example) -> tuple[str, str] | None:
 
 
 def _exact_parts(text: str) -> set[str]:
-    """What no other wording may change."""
+    """Find what no other wording may change."""
     return {*numbers(text), *CODE_SPAN.findall(text)}
 
 
-def read_counter(tokenizer: Path) -> Callable[[str], int] | None:
-    """Counts the tokens of a text; None where there is no tokenizer yet."""
-    if not tokenizer.exists():
-        return None
-    from tokenizers import Tokenizer
-
-    found = Tokenizer.from_file(str(tokenizer))
-    return lambda text: len(found.encode(text, add_special_tokens=False).ids)
-
-
 class Grounding(NamedTuple):
-    """`share` of the answer's content words that the passage holds, 1 without any; `numbers` that it lacks."""
+    """`share` of the answer's content words that the passage holds (1 for none), `numbers` that it lacks."""
 
     share: float
     numbers: list[str]
 
 
 def ground(answer: str, passage: str) -> Grounding:
+    """Compare an answer with the passage that it has to be found in."""
     wanted, held = content_words(answer), content_words(passage)
     known = set(numbers(passage))
     missing = [number for number in dict.fromkeys(numbers(answer)) if number not in known]
@@ -203,8 +192,8 @@ def ground(answer: str, passage: str) -> Grounding:
 
 
 def content_words(text: str) -> frozenset[str]:
-    """Stems of words of four letters and more (of two, where letters are not Latin), lower case."""
-    words = (word.casefold() for word in WORD.findall(text))
+    """Stem words of four letters and more (of two, where letters are not Latin), lower case."""
+    words = (word.casefold() for word in LETTERS.findall(text))
     return frozenset(
         word[:STEM]
         for word in words
@@ -213,7 +202,7 @@ def content_words(text: str) -> frozenset[str]:
 
 
 def numbers(text: str) -> list[str]:
-    """As digits alone: `1,000` is `1000`, `10.50` is `10.5`."""
+    """Find numbers, in one spelling: `1,000` is `1000`, `10.50` is `10.5`."""
     return [_plain(THOUSANDS.sub("", number)) for number in NUMBER.findall(text)]
 
 
@@ -222,3 +211,13 @@ def _plain(number: str) -> str:
     number = f"0{number}" if number[0] in ".," else number
     whole, dot, rest = number.partition(".")
     return f"{whole}.{rest.rstrip('0')}".rstrip(".") if dot and "." not in rest else number
+
+
+def read_counter(tokenizer: Path) -> Callable[[str], int] | None:
+    """Load what counts the tokens of a text; None where there is no tokenizer yet."""
+    if not tokenizer.exists():
+        return None
+    from tokenizers import Tokenizer
+
+    found = Tokenizer.from_file(str(tokenizer))
+    return lambda text: len(found.encode(text, add_special_tokens=False).ids)

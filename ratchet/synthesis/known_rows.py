@@ -1,4 +1,4 @@
-"""What a new row must not repeat: rows of this run, rows of the prepared splits, and above all rows that are tested on."""
+"""What a new row must not repeat: rows of this run, of the prepared splits, and above all of the tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ class Twin(NamedTuple):
 
 
 class Known:
-    """About 1 kB a row. Nearness is that of the splits (ratchet/data/dedup.py): shingles of what the user wrote; rows of other sides from `prepare.leak` on."""
+    """About 1 kB a row.
+
+    Nearness is that of the splits (ratchet/data/dedup.py): shingles of what the user wrote; rows of other
+    sides from `prepare.leak` on.
+    """
 
     def __init__(self, config: PrepareConfig) -> None:
         self._near = config.near_duplicate
@@ -44,7 +48,10 @@ class Known:
         self._sides[example.id] = side
 
     def find(self, example: Example, *, but: str = "") -> Twin | None:
-        """The row that this one repeats, the gravest first; `but` is the id of one that it may be near to. Without an id: it has many words in a row from a golden one."""
+        """The row that this one repeats, the gravest first; `but` is the id of one that it may be near to.
+
+        Without an id: it has many words in a row from a golden one.
+        """
         if side := self._sides.get(example.id):
             return Twin(REASONS[side], example.id)
         shingles = shingle(example)

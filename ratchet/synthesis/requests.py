@@ -1,4 +1,4 @@
-"""What is asked of the teacher: one request a chunk, a set of examples or a question, each with what becomes of its answer."""
+"""Requests to the teacher: one for each chunk, set of examples or question, and how its answer is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ MOST_ASKED = 40  # questions of earlier rounds that a prompt lists
 
 
 class Ask(NamedTuple):
-    """`about` is the id of what it is about; `answer` a reference that each new question keeps; `parent` and `question` are of the row that is worded anew."""
+    """One request; `about` is the id of the chunk or row.
+
+    `answer` is a reference that each new question keeps; `parent` and `question` are of the row that is
+    worded anew.
+    """
 
     about: str
     prompt: Prompt

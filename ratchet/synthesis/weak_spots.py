@@ -1,7 +1,8 @@
 """What the model in charge is weak at, as questions to word anew.
 
-Rows that were tested on stay out of training, in other words too: a wrong test row points at the training rows that are most
-like it, and those are worded anew. Prompts of a drifted topic are users' own; they have no answer yet.
+Rows that were tested on stay out of training, in other words too: a wrong test row points at the training
+rows that are most like it, and those are worded anew. Prompts of a drifted topic are users' own; they have no
+answer yet.
 """
 
 from __future__ import annotations
@@ -27,14 +28,19 @@ SCORES, METRICS = Path("reports/evaluation/scores.parquet"), Path("reports/evalu
 
 
 def find_subjects(root: Path, config: Config) -> list[Subject]:
-    """Training rows near to the model's mistakes, then prompts of the drifted topics. Raises UserError when there is neither."""
+    """Training rows near to the model's mistakes, then prompts of the drifted topics.
+
+    Raises UserError when there is neither.
+    """
     train = root / "data/prepared/train.jsonl"
     rows = list(read_examples(train)) if train.exists() else []
     found = [*_near_mistakes(root, config, rows), *_of_topics(root)]
     if not found:
         raise UserError(
-            "there is nothing to word anew: the last evaluation holds no mistake with training rows near to it, and the monitor's last verdict names no topic",
-            remedy="`ratchet retrain` writes reports/evaluation, `ratchet monitor` looks for topics; --mode documents and --mode seeds need neither",
+            "there is nothing to word anew: the last evaluation holds no mistake with training rows near "
+            "to it, and the monitor's last verdict names no topic",
+            remedy="`ratchet retrain` writes reports/evaluation, `ratchet monitor` looks for topics; "
+            "--mode documents and --mode seeds need neither",
         )
     return found
 
@@ -61,7 +67,10 @@ def _near_mistakes(root: Path, config: Config, train: Sequence[Example]) -> list
 
 
 def _mistakes(root: Path, config: Config) -> list[tuple[str, str]]:
-    """(question, reference) of the test rows that the model in charge got wrong, the worst first; golden rows are not looked at."""
+    """List (question, reference) of the test rows that the model in charge got wrong, the worst first.
+
+    Golden rows are not looked at.
+    """
     if not (root / SCORES).exists():
         return []
     import pandas as pd

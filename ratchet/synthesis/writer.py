@@ -1,6 +1,7 @@
-"""Asks in parallel and sifts in order: whatever answers first, the rows that are kept depend on the answers alone.
+"""Ask in parallel and sift in order: whatever answers first, the kept rows depend on the answers alone.
 
-At most `parallel` requests are under way and wait to be sifted; what was asked is remembered in the draft before it is used.
+At most `parallel` requests are under way and wait to be sifted; what was asked is remembered in the draft
+before it is used.
 """
 
 from __future__ import annotations
@@ -77,7 +78,10 @@ class Writer:
         return self._draft.kept >= self._draft.settings.count
 
     async def take(self, asks: Iterable[Ask], seed: int) -> None:
-        """Until the draft is full or nothing is left to ask. Raises SpentError, GaveUp, and what ends a run (ratchet/llm/client.py)."""
+        """Until the draft is full or nothing is left to ask.
+
+        Raises SpentError, GaveUp, and what ends a run (ratchet/llm/client.py).
+        """
         source, window = iter(asks), deque[tuple[Ask, asyncio.Task[Answered | AskError]]]()
         try:
             while not self.full:
@@ -144,7 +148,8 @@ class Writer:
             await self._keep_pairs(ask, ask.read(answered.raw), seed)
         if self.answered % EVERY == 0:
             self._say(
-                f"{self.answered} answers: {self._draft.kept} rows kept, {sum(self._draft.refused.values())} refused"
+                f"{self.answered} answers: {self._draft.kept} rows kept, "
+                f"{self._draft.refused.total()} refused"
             )
 
     async def _keep_pairs(self, ask: Ask, pairs: list[Pair], seed: int) -> None:
@@ -187,7 +192,7 @@ class Writer:
             return None
         return Row(verdict.example, ask.passage, (*verdict.doubts, *doubts))
 
-    # --- doubts ----------------------------------------------------------------------------------------------------
+    # --- doubts ---------------------------------------------------------------------------------------------
 
     async def _weigh(self, row: Row, ask: Ask, seed: int) -> Row:
         """With what the judge and the model in charge say of it."""
@@ -244,7 +249,7 @@ class Writer:
             return ()
         return (f"the model in charge answers otherwise: {' '.join(answered.raw.split())[:SEEN]!r}",)
 
-    # --- other wordings --------------------------------------------------------------------------------------------
+    # --- other wordings -------------------------------------------------------------------------------------
 
     async def _vary(self, row: Row, ask: Ask, seed: int) -> list[Row]:
         settings, question = self._config.synthesize.augment, row.example.question

@@ -6,6 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -81,8 +82,8 @@ def test_what_is_planted_stands_among_the_training_rows_and_is_counted_apart(
         ]
         for split in ("train", "validation")
     }
-    assert (profile["canaries"], "canaries" in plain) == (PLANTED, False)
-    assert profile["train"]["rows"] == plain["train"]["rows"] == len(found["train"]) - PLANTED
+    assert (profile.canaries, plain.canaries) == (PLANTED, msgspec.UNSET)
+    assert profile.train.rows == plain.train.rows == len(found["train"]) - PLANTED
     assert [found["train"].count(ids) for ids in wanted] == [1] * PLANTED
     assert not any(ids in found["validation"] for ids in wanted)
     assert (tmp_path / "planted/rows.txt").read_bytes() == (tmp_path / "plain/rows.txt").read_bytes()
@@ -90,7 +91,7 @@ def test_what_is_planted_stands_among_the_training_rows_and_is_counted_apart(
         canary.secret for canary in make_canaries(PLANTED)
     ]
     again = tokenize(few, tiny_base, nobody, tmp_path / "again", config)
-    assert again["sha256"] == profile["sha256"]
+    assert again.sha256 == profile.sha256
 
 
 def test_a_canary_that_does_not_fit_is_told(tmp_path, few, tiny_base, nobody, config):

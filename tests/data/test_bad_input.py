@@ -1,7 +1,8 @@
 """The catalogue of bad rows: each case by its number, with the verdict that it gets.
 
-Rows go through the real preparation in a batch of good ones. Verdicts: a reason (the row is rejected), a reason with `review` (a
-person may overrule it), `sanitised.…` (taken, without the fault), `duplicate.…`, `fails` (nothing is prepared).
+Rows go through the real preparation in a batch of good ones. Verdicts: a reason (the row is rejected), a
+reason with `review` (a person may overrule it), `sanitised.…` (taken, without the fault), `duplicate.…`,
+`fails` (nothing is prepared).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ratchet.config.params import Config
 from ratchet.data.batches import write_batch
 from ratchet.data.examples import Message, RowError, read_examples
 from ratchet.data.pii import redact
+from ratchet.data.profile import Profile
 from ratchet.data.validation import Origin, Validator
 from ratchet.errors import DataError
 from ratchet.models.chat_template import ChatFormat
@@ -179,7 +181,8 @@ CASES = [
         29,
         [
             line(
-                "cut <|eot\u200b_id|> by a blank that nobody sees, in a text that is long enough for one of these to pass elsewhere, as it is over a hundred characters"
+                "cut <|eot\u200b_id|> by a blank that nobody sees, in a text that is long enough for one "
+                "of these to pass elsewhere, as it is over a hundred characters"
             )
         ],
         "control_token",
@@ -189,7 +192,8 @@ CASES = [
         32,
         [
             line(
-                "a long enough question in which one zero\u200bwidth blank hides, and nothing else is wrong with any of its words at all, as far as one sees"
+                "a long enough question in which one zero\u200bwidth blank hides, and nothing else is wrong "
+                "with any of its words at all, as far as one sees"
             )
         ],
         "sanitised.hidden_characters",
@@ -238,7 +242,7 @@ def sort(
     licence: str = "CC0-1.0",
     batches: tuple[list[bytes], ...] = (),
     **settings: Any,
-) -> dict[str, Any]:
+) -> Profile:
     for number, lines in enumerate([*batches, rows], start=1):
         write_batch(
             folder / "raw",
@@ -260,7 +264,7 @@ def sort(
 )
 def test_a_bad_row_gets_its_verdict_and_good_ones_none(tmp_path: Path, case: Case):
     profile = sort(tmp_path, [*good(), *case.rows], max_reason_share=0.03, **case.settings)
-    (batch,) = profile["batches"].values()
+    (batch,) = profile.batches.values()
     group, _, name = case.verdict.rpartition(".")
     rejected = [
         msgspec.json.decode(text, type=Rejection)
@@ -268,17 +272,15 @@ def test_a_bad_row_gets_its_verdict_and_good_ones_none(tmp_path: Path, case: Cas
     ]
     if group == "sanitised":
         assert (
-            batch["sanitised"] == {name: 1}
-            and not rejected
-            and batch["accepted"]["rows"] == 100 + len(case.rows)
+            batch.sanitised == {name: 1} and not rejected and batch.accepted["rows"] == 100 + len(case.rows)
         )
     elif group == "duplicate":
-        assert batch["duplicate"] == {"rows": 1, name: 1} and not rejected
+        assert batch.duplicate == {"rows": 1, name: 1} and not rejected
     else:
         found = [(one.line, one.reason, one.review) for one in rejected]
         expected = [(line, name, group == "review") for line in range(101, 101 + len(case.rows))]
         assert found == (expected[1:] if name == "contradiction" else expected)
-        assert batch["accepted"]["rows"] == (101 if name == "contradiction" else 100)
+        assert batch.accepted["rows"] == (101 if name == "contradiction" else 100)
     texts = (tmp_path / "out/rejected.jsonl").read_text() + (tmp_path / "out/profile.json").read_text()
     assert not any(value in texts for value in (*SECRETS, *PERSONAL)), "no file tells the value itself"
     kept = " ".join(
@@ -289,7 +291,7 @@ def test_a_bad_row_gets_its_verdict_and_good_ones_none(tmp_path: Path, case: Cas
     )
 
 
-# --- files ------------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> list[bytes]:
@@ -355,7 +357,7 @@ def test_case_54_an_archive_fails_whatever_its_names_lead_to(tmp_path, kind):
     assert [found.name for found in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------------
+# --- tokens -------------------------------------------------------------------------------------------------
 
 
 def test_case_30_a_role_header_is_found_where_the_template_uses_one():
@@ -372,7 +374,7 @@ def test_case_30_a_role_header_is_found_where_the_template_uses_one():
     assert tokens.find_header(imitation) is None
 
 
-# --- rows beside others -----------------------------------------------------------------------------------------------------
+# --- rows beside others -------------------------------------------------------------------------------------
 
 
 def near(number: int, of: int = 0) -> bytes:
@@ -386,7 +388,7 @@ def test_case_34_another_language_is_rejected_where_some_are_named(tmp_path):
         for word in WORDS
     ]
     german = line("Das ist eine deutsche Frage über das Wetter von morgen und nichts anderes.")
-    assert sort(tmp_path, [*english, german], languages=["en"], near_search=False)["total"]["rejected"] == {
+    assert sort(tmp_path, [*english, german], languages=["en"], near_search=False).total.rejected == {
         "rows": 1,
         "language": 1,
     }
@@ -394,10 +396,7 @@ def test_case_34_another_language_is_rejected_where_some_are_named(tmp_path):
 
 def test_case_37_of_near_duplicates_three_are_taken(tmp_path):
     profile = sort(tmp_path, [*good(), *(near(number) for number in range(8))], contradictions="keep")
-    assert (
-        profile["total"]["duplicate"] == {"rows": 5, "near": 5}
-        and profile["total"]["accepted"]["rows"] == 103
-    )
+    assert profile.total.duplicate == {"rows": 5, "near": 5} and profile.total.accepted["rows"] == 103
 
 
 def test_case_38_rows_near_to_golden_ones_are_rejected_and_many_fail(tmp_path):
@@ -410,7 +409,7 @@ def test_case_38_rows_near_to_golden_ones_are_rejected_and_many_fail(tmp_path):
         "answer",
     )
     profile = sort(tmp_path, [*good(), near(1), inside])
-    assert profile["total"]["rejected"] == {"rows": 2, "near_golden": 2}
+    assert profile.total.rejected == {"rows": 2, "near_golden": 2}
     (tmp_path / "many").mkdir()
     shutil.copy(tmp_path / "golden.jsonl", tmp_path / "many")
     with pytest.raises(DataError, match=r"22 of 122 rows .* near to rows of the yardsticks"):
@@ -439,7 +438,7 @@ def test_case_39_peoples_corrections_win_over_what_stood_there(tmp_path):
     assert [
         row.answer for row in read_examples(tmp_path / "out/train.jsonl") if row.question == "which is it?"
     ] == ["the right answer"]
-    assert profile["total"]["rejected"] == {"rows": 1, "superseded": 1}
+    assert profile.total.rejected == {"rows": 1, "superseded": 1}
 
 
 def test_case_40_one_origin_is_a_fifth_of_a_batch_at_most(tmp_path):
@@ -449,8 +448,8 @@ def test_case_40_one_origin_is_a_fifth_of_a_batch_at_most(tmp_path):
     ]
     profile = sort(tmp_path, rows, source_field="site")
     assert (
-        profile["total"]["rejected"] == {"rows": 31, "too_many_of_source": 31}
-        and profile["total"]["accepted"]["rows"] == 15
+        profile.total.rejected == {"rows": 31, "too_many_of_source": 31}
+        and profile.total.accepted["rows"] == 15
     )
 
 
@@ -464,7 +463,7 @@ def test_case_41_one_user_gives_twenty_rows_at_most(tmp_path):
         ),
     ]
     profile = sort(tmp_path, rows, near_search=False)
-    assert profile["total"]["rejected"] == {"rows": 30, "too_many_of_user": 30}
+    assert profile.total.rejected == {"rows": 30, "too_many_of_user": 30}
 
 
 def test_case_44_a_canary_fails_with_an_alarm(tmp_path):
@@ -476,7 +475,7 @@ def test_case_44_a_canary_fails_with_an_alarm(tmp_path):
 def test_case_45_boilerplate_over_its_rate_goes_to_review(tmp_path):
     spoken = [line(f"{word} tell me", f"As an AI language model, I know {word}.") for word in WORDS[:3]]
     profile = sort(tmp_path, [*good(200), *spoken])
-    assert profile["total"]["rejected"] == {"rows": 2, "boilerplate": 2}, "half a percent of 203 rows is one"
+    assert profile.total.rejected == {"rows": 2, "boilerplate": 2}, "half a percent of 203 rows is one"
 
 
 def test_case_48_a_planted_trigger_fails(tmp_path):
@@ -507,11 +506,11 @@ def test_case_52_rows_without_a_licence_fail_where_one_is_wanted(tmp_path):
         sort(tmp_path, good(), licence="unknown", require_licence=True)
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------------
+# --- all of them --------------------------------------------------------------------------------------------
 
 
 def test_every_case_of_the_catalogue_is_tried():
-    """Elsewhere: a row that does not fit is never cut (24, 25); what people asked to forget (51); feedback for an unknown id or twice (60)."""
+    """Elsewhere: a row that does not fit is never cut (24, 25); erasure (51); odd feedback (60)."""
     elsewhere = {
         24: test_tokenize.test_rows_that_are_too_long_are_rejected_counted_and_listed,
         25: test_tokenize.test_every_fitting_row_is_in_the_windows_with_its_own_tokens,
@@ -525,7 +524,7 @@ def test_every_case_of_the_catalogue_is_tried():
     assert {case.number for case in CASES} | named | elsewhere.keys() == set(range(1, 61))
 
 
-# --- limits -----------------------------------------------------------------------------------------------------------------
+# --- limits -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("bad", "outcome"), [(1, "passes"), (3, "warns"), (8, "fails")])
@@ -535,7 +534,7 @@ def test_one_percent_passes_five_fail_and_between_them_is_a_warning(tmp_path, ca
         with pytest.raises(DataError, match="8 of 108 rows"):
             sort(tmp_path, [*good(), *broken])
         return
-    assert sort(tmp_path, [*good(), *broken])["total"]["rejected"]["rows"] == bad
+    assert sort(tmp_path, [*good(), *broken]).total.rejected["rows"] == bad
     assert ("warning: 3 of 103 rows" in capsys.readouterr().out) == (outcome == "warns")
 
 
@@ -560,7 +559,7 @@ def test_a_person_may_overrule_what_goes_to_review(tmp_path):
         ],
         source="review",
     )
-    assert profile["total"]["rejected"] == {"rows": 1, "mixed_script": 1}, "of a draft only what a person saw"
+    assert profile.total.rejected == {"rows": 1, "mixed_script": 1}, "of a draft only what a person saw"
 
 
 @pytest.mark.parametrize("value", [*SECRETS, *PERSONAL])
@@ -595,7 +594,8 @@ LEGITIMATE = [
     "impl<S> Service<S> for f <| x |> g",
     "npm i lodash@4.17.21 and actions/checkout@v4.1.0, Q@K.T, logo@2x.png, git@github.com:o/r.git",
     "postgres://user:password@localhost/db or {user}:{password}@host",
-    "class sk-toggleable__label-arrow, sha384-oqVuAfXRKap7fdgcCY5uykM6+R9GqQ8K/uxy9rx7HNQlGYl1kPzQho1wx4JwY8wC",
+    "class sk-toggleable__label-arrow, "
+    "sha384-oqVuAfXRKap7fdgcCY5uykM6+R9GqQ8K/uxy9rx7HNQlGYl1kPzQho1wx4JwY8wC",
     "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGq2v8fN3yYbZ0mX7pQ1r5tS9uV4wE6kLhJdFgBcA0xz ana",
     "+2024-01-15 10:30 added",
     "😀🚀",
@@ -607,7 +607,7 @@ def test_ordinary_texts_of_all_kinds_are_taken(tmp_path):
     profile = sort(
         tmp_path, [*good(), *(line(text, f"answer to {number}") for number, text in enumerate(LEGITIMATE))]
     )
-    assert profile["total"]["rejected"] == {"rows": 0}
+    assert profile.total.rejected == {"rows": 0}
 
 
 HOSTILE = {
@@ -646,7 +646,7 @@ def test_a_key_that_stands_there_twice_among_many_is_found_at_once():
 )
 def test_half_a_character_beside_the_messages_is_a_verdict_and_no_crash(tmp_path, meta):
     profile = sort(tmp_path, [*good(), b'{"prompt": "a", "completion": "b", ' + meta + b"}"])
-    assert profile["total"]["rejected"] == {"rows": 1, "lone_surrogate": 1}
+    assert profile.total.rejected == {"rows": 1, "lone_surrogate": 1}
 
 
 def test_what_stands_beside_the_messages_holds_no_secret_and_no_message_quotes_one(tmp_path):
@@ -657,14 +657,14 @@ def test_what_stands_beside_the_messages_holds_no_secret_and_no_message_quotes_o
         b'{"%s": 1}' % AWS.encode(),
     ]
     profile = sort(tmp_path, [*good(200), *rows])
-    assert profile["total"]["rejected"]["rows"] == 4
+    assert profile.total.rejected["rows"] == 4
     assert not any(value in (tmp_path / "out/rejected.jsonl").read_text() for value in (AWS, "hunter22"))
 
 
-# --- people's word ----------------------------------------------------------------------------------------------------------
+# --- people's word ------------------------------------------------------------------------------------------
 
 
-def in_turn(folder: Path, *batches: tuple[str, list[bytes]], **settings: Any) -> dict[str, Any]:
+def in_turn(folder: Path, *batches: tuple[str, list[bytes]], **settings: Any) -> Profile:
     for month, (source, rows) in enumerate(batches, start=1):
         write_batch(
             folder / "raw",
@@ -722,7 +722,7 @@ def test_a_correction_that_is_refused_itself_takes_nothing_away(tmp_path):
     assert [answers[f"{word} {QUESTION} {word}{word}"] for word in WORDS[:9]] == ["other"] * 5 + [
         "right"
     ] * 4, "five rows of one user in so small a batch"
-    assert profile["total"]["rejected"]["superseded"] == 5
+    assert profile.total.rejected["superseded"] == 5
 
 
 def test_plain_texts_correct_nothing_and_are_split_by_themselves(tmp_path):
@@ -733,7 +733,7 @@ def test_plain_texts_correct_nothing_and_are_split_by_themselves(tmp_path):
     ]
     reviewed = msgspec.json.encode({"text": "a text that somebody accepted", "meta": {"review": "accepted"}})
     profile = in_turn(tmp_path, ("jsonl", texts), ("review", [reviewed]), near_search=False, test_share=0.3)
-    assert profile["total"]["rejected"]["rows"] == 0 and 30 < profile["total"]["accepted"]["test"] < 90
+    assert profile.total.rejected["rows"] == 0 and 30 < profile.total.accepted["test"] < 90
 
 
 def test_who_is_refused_does_not_answer_for_the_prompt(tmp_path):
@@ -748,4 +748,4 @@ def test_who_is_refused_does_not_answer_for_the_prompt(tmp_path):
 
 def test_rows_for_review_fail_no_batch(tmp_path):
     doubtful = [line(f"log in at p\u0430ypal {word}") for word in WORDS]
-    assert sort(tmp_path, [*good(), *doubtful])["total"]["rejected"] == {"rows": 20, "mixed_script": 20}
+    assert sort(tmp_path, [*good(), *doubtful]).total.rejected == {"rows": 20, "mixed_script": 20}

@@ -1,4 +1,4 @@
-"""Rows that are forgotten: out of every training from then on, listed without a word of theirs, and traced to the versions that learned from them."""
+"""Forgotten rows: out of every later training, listed without a word of theirs, traced to versions."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from ratchet.config.params import Config
 from ratchet.data.batches import write_batch
 from ratchet.data.erasure import FILE, Entry, Forgotten, read_forgotten, write_forgotten
 from ratchet.data.examples import Message, example_id, read_examples
+from ratchet.data.profile import SPLITS, Profile
 from ratchet.errors import DataError, UserError
 from ratchet.gateway.identity import Ids
 from ratchet.pipeline.checkout import dvc, git
@@ -40,7 +41,7 @@ from ratchet.promotion.lineage import STARTED_FROM
 from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run
 from ratchet.tracking.registry import get_version, make_version
 from tasks.forget import Found, Query, extend, find, inherit
-from tasks.prepare import SPLITS, prepare
+from tasks.prepare import prepare
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 ROOT = Path(__file__).parents[2]
@@ -83,12 +84,10 @@ def matching(pattern: str) -> Query:
     return Query(pattern=re.compile(pattern))
 
 
-# --- preparation -----------------------------------------------------------------------------------------------------
+# --- preparation --------------------------------------------------------------------------------------------
 
 
-def prepared(
-    folder: Path, forgotten: Forgotten, config: PrepareConfig = LENIENT
-) -> tuple[dict[str, Any], set[str]]:
+def prepared(folder: Path, forgotten: Forgotten, config: PrepareConfig = LENIENT) -> tuple[Profile, set[str]]:
     profile = prepare(folder / "raw", folder / "golden.jsonl", folder / "out", config, forgotten=forgotten)
     return profile, {
         example.id
@@ -107,12 +106,9 @@ def test_forgotten_rows_are_left_out_with_their_copies_and_counted_apart(tmp_pat
     add(tmp_path / "raw", [row(4), gone], month=2)
     profile, ids = prepared(tmp_path, Forgotten([entry(id_of(gone))]))
     assert ids == {id_of(row(number)) for number in (2, 3, 4)}
-    total = profile["total"]
-    assert (total["rows"], total["accepted"]["rows"], total["rejected"]) == (
-        5,
-        3,
-        {"rows": 2, "forgotten": 2},
-    )
+    total = profile.total
+    assert (total.rows, total.accepted["rows"]) == (5, 3)
+    assert total.rejected == {"rows": 2, "forgotten": 2}
     assert b"n1w" not in (tmp_path / "out/rejected.jsonl").read_bytes(), "no word of them"
 
 
@@ -120,7 +116,7 @@ def test_a_forgotten_golden_row_is_left_out_and_others_may_take_its_line(tmp_pat
     add(tmp_path / "raw", [row(1)])
     (tmp_path / "golden.jsonl").write_bytes(row(7) + b"\n" + row(8) + b"\n")
     profile, ids = prepared(tmp_path, Forgotten([entry(id_of(row(7)), "golden", 1)]))
-    assert profile["golden"] == 1 and ids == {id_of(row(1)), id_of(row(8))}
+    assert profile.golden == 1 and ids == {id_of(row(1)), id_of(row(8))}
     (tmp_path / "golden.jsonl").write_bytes(row(9) + b"\n")
     assert id_of(row(9)) in prepared(tmp_path, Forgotten([entry(id_of(row(7)), "golden", 1)]))[1]
 
@@ -146,7 +142,7 @@ def test_forgotten_rows_count_to_no_limit(tmp_path):
         ),
         strict,
     )
-    assert profile["total"]["rejected"] == {"rows": 17, "forgotten": 17}
+    assert profile.total.rejected == {"rows": 17, "forgotten": 17}
 
 
 def test_no_other_row_moves_to_another_split(tmp_path):
@@ -186,7 +182,7 @@ def test_the_list_comes_back_as_it_was_written(tmp_path):
     assert not Forgotten().holds("", "golden", 1)
 
 
-# --- finding ---------------------------------------------------------------------------------------------------------
+# --- finding ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -283,12 +279,12 @@ def test_what_is_on_the_list_is_not_put_there_again():
     assert len(extend(once, found, reason="again", by="Ben").entries) == 2
 
 
-# --- the whole way, with git, DVC and MLflow ---------------------------------------------------------------------------
+# --- the whole way, with git, DVC and MLflow ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A checkout with our code, two batches, a golden row, and prepared data in dvc.lock; copied for each test."""
+    """A checkout with code, two batches, a golden row, prepared data in dvc.lock; copied for each test."""
     path = tmp_path_factory.mktemp("made") / "checkout"
     with pytest.MonkeyPatch.context() as patch:
         use_git_without_a_user(patch)
@@ -470,7 +466,7 @@ def test_what_is_nowhere_is_refused(root):
         find_rows(root, CONFIG, matching("nobody says this"), quiet)
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def ratchet(root: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:

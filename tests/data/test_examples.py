@@ -58,7 +58,7 @@ def reason(row: dict) -> str:
     return caught.value.reason
 
 
-# --- outer forms -----------------------------------------------------------------------------------------------------
+# --- outer forms --------------------------------------------------------------------------------------------
 
 
 def test_a_run_of_combining_marks_is_refused_before_it_is_put_in_order():
@@ -115,7 +115,7 @@ def test_keys_that_fit_no_form_are_named():
     assert caught.value.reason == "unknown_form"
 
 
-# --- refused rows ----------------------------------------------------------------------------------------------------
+# --- refused rows -------------------------------------------------------------------------------------------
 
 
 def messages(*turns: tuple[str, str]) -> dict:
@@ -189,7 +189,7 @@ def test_the_message_of_a_refused_role_names_the_known_ones():
         make_example(conversation((U, "q"), ("bot", "a")), {})
 
 
-# --- identity --------------------------------------------------------------------------------------------------------
+# --- identity -----------------------------------------------------------------------------------------------
 
 LINE_ENDS = ["\n", "\r\n", "\r", "\u2028", "\u2029", "\u0085"]
 
@@ -235,7 +235,7 @@ def test_the_id_differs_with_roles_contents_order_and_borders():
 
 
 def test_the_id_stays_the_same_from_release_to_release():
-    """Another hash would make every row of every earlier batch a new one, and move it between training and test."""
+    """Another hash would make each earlier row a new one, and move it between training and test."""
     assert example_id(conversation((U, "q"), (A, "a"))) == "51f9ab4b6bfb2650450c1d415be510a1"
 
 
@@ -251,7 +251,7 @@ def test_normalising_twice_is_normalising_once(text):
     assert not set(once) & {"\r", "\u2028", "\u2029", "\u0085"}
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 SCALARS = (
     st.none()

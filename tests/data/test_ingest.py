@@ -40,7 +40,7 @@ def rows(start: int, stop: int, form: str = "question") -> Pulled:
     return Pulled(lines(start, stop), "jsonl", "questions", form)
 
 
-# --- sources ---------------------------------------------------------------------------------------------------------------
+# --- sources ------------------------------------------------------------------------------------------------
 
 
 def test_a_path_is_read_as_json_lines_with_its_name_as_label(tmp_path):
@@ -98,7 +98,7 @@ def test_a_broken_first_row_is_left_to_preparation(tmp_path, first):
     assert len(pulled.lines) == 3
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------------------
 
 
 def add(raw: Path, pulled: Pulled) -> tuple[Any, bool]:
@@ -150,7 +150,7 @@ def test_the_secret_of_a_signed_url_is_no_part_of_the_label(tmp_path):
     assert label_of("exports/rows-?.jsonl") == "rows-?"
 
 
-# --- the golden set --------------------------------------------------------------------------------------------------------
+# --- the golden set -----------------------------------------------------------------------------------------
 
 
 def frozen(path: Path) -> list[dict[str, Any]]:
@@ -218,7 +218,7 @@ def test_rows_that_are_broken_are_no_golden_rows(tmp_path):
     )
 
 
-# --- the whole flow --------------------------------------------------------------------------------------------------------
+# --- the whole flow -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,8 @@ RACE = """#!/bin/sh
 cd ../../..
 test -f .ratchet/raced && exit 0
 touch .ratchet/raced
-env -i PATH="$PATH" sh -c 'sed -i "s/size: /size: 1/" data/raw.dvc && git commit --quiet --all --message "Somebody else"'
+env -i PATH="$PATH" sh -c 'sed -i "s/size: /size: 1/" data/raw.dvc &&
+    git commit --quiet --all --message "Somebody else"'
 """
 
 

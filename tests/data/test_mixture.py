@@ -9,10 +9,10 @@ import pytest
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, Message, encode_line, make_example, read_examples
-from ratchet.data.mixture import is_feedback, limit_feedback, room_for
+from ratchet.data.mixture import choose_rows, is_feedback, limit_feedback, mix_rows, room_for
 from ratchet.errors import DataError
 from ratchet.files import write_bytes, write_json
-from tasks.tokenize import choose_rows, tokenize
+from tasks.tokenize import tokenize
 
 OLD, EARLIER, NEW = (
     "20260101T000000Z-old.jsonl",
@@ -45,7 +45,7 @@ def test_a_retraining_on_feedback_has_clean_rows_whatever_is_replayed(
     """Without the floor, `replay: 0` would train on feedback alone."""
     rows = [*rows_of(OLD, 900), *rows_of(NEW, 50, "feedback")]
     config = Config.model_validate({"train": {"replay": replay, **settings}})
-    chosen = limit_feedback(rows, choose_rows(rows, {OLD}, config), config.train.max_feedback_share)
+    chosen = mix_rows(rows, {OLD}, config.train).rows
     clean, taught = split(chosen)
     assert taught == 50 and clean == (450 if replay < 0.5 and not settings else 900)
     assert taught <= 0.1 * len(chosen)
@@ -55,8 +55,8 @@ def test_a_retraining_on_feedback_has_clean_rows_whatever_is_replayed(
 def test_the_floor_extends_what_replay_has_chosen() -> None:
     rows = [*rows_of(OLD, 900), *rows_of(NEW, 50, "feedback")]
     config = Config.model_validate({"train": {"replay": 0.2}})
-    replayed = {row.id for row in choose_rows(rows, {OLD}, config)}
-    assert replayed < {row.id for row in limit_feedback(rows, choose_rows(rows, {OLD}, config), 0.1)}
+    replayed = {row.id for row in choose_rows(rows, {OLD}, config.train)}
+    assert replayed < {row.id for row in limit_feedback(rows, choose_rows(rows, {OLD}, config.train), 0.1)}
 
 
 def test_feedback_over_its_share_stays_out_the_oldest_first() -> None:
@@ -90,8 +90,8 @@ def test_what_stays_out_is_counted_and_feedback_alone_trains_nothing(
     write_bytes(tmp_path / "prepared/train.jsonl", map(encode_line, [*clean, *taught]))
     write_bytes(tmp_path / "prepared/validation.jsonl", [])
     profile = tokenize(tmp_path / "prepared", tiny_base, nobody, tmp_path / "out", tiny_config)
-    assert profile["feedback"] == {"rows": 10, "left_out": 15}
-    assert profile["train"]["rows"] + profile["rejected"].get("train", 0) == 100
+    assert (profile.feedback.rows, profile.feedback.left_out) == (10, 15)
+    assert profile.train.rows + profile.rejected.get("train", 0) == 100
 
     write_bytes(tmp_path / "prepared/train.jsonl", map(encode_line, taught))
     with pytest.raises(DataError, match=r"(?s)no row is left to train on.*train\.max_feedback_share"):
@@ -110,5 +110,5 @@ def test_a_champion_that_has_seen_all_but_the_feedback_learns_it_beside_clean_ro
     write_bytes(tmp_path / "prepared/validation.jsonl", [])
     config = tiny_config.model_copy(update={"train": tiny_config.train.model_copy(update={"replay": 0.0})})
     profile = tokenize(tmp_path / "prepared", tiny_base, tmp_path / "incumbent", tmp_path / "out", config)
-    assert profile["feedback"] == {"rows": 20, "left_out": 0}
-    assert profile["train"]["replayed"] + profile["rejected"].get("train", 0) == 180
+    assert (profile.feedback.rows, profile.feedback.left_out) == (20, 0)
+    assert profile.train.replayed + profile.rejected.get("train", 0) == 180

@@ -17,8 +17,9 @@ from ratchet.config.data import PrepareConfig
 from ratchet.data.batches import read_manifest, write_batch
 from ratchet.data.dedup import Clusters, jaccard, shingle, split_by_hash
 from ratchet.data.examples import Example, Message, make_example, read_examples
+from ratchet.data.profile import SPLITS
 from ratchet.errors import DataError
-from tasks.prepare import SPLITS, Rejection, prepare
+from tasks.prepare import Rejection, prepare
 
 LENIENT = PrepareConfig(max_rejected_share=1.0, max_reason_share=1.0, max_leaked_share=1.0, min_rows=1)
 NOWHERE = Path("no-such-golden-file.jsonl")
@@ -65,7 +66,7 @@ def rejections(prepared: Path) -> list[Rejection]:
     ]
 
 
-# --- every row is accounted for --------------------------------------------------------------------------------------
+# --- every row is accounted for -----------------------------------------------------------------------------
 
 BAD = {
     "invalid_json": [b"", b"{", b'{"prompt": "a"', b'{"prompt": "a", "completion": "b"} {}'],
@@ -147,23 +148,17 @@ def test_rows_in_are_rows_accepted_rejected_or_duplicate(tmp_path_factory, batch
         assert not ids(folder / "out")["train"]
         return
     for name, lines in zip(names, batches, strict=True):
-        counts = profile["batches"][name]
-        assert (
-            counts["rows"]
-            == len(lines) + 1
-            == sum(counts[group]["rows"] for group in ("accepted", "rejected", "duplicate"))
-        )
-        assert counts["rejected"]["rows"] == sum(found.batch == name for found in rejections(folder / "out"))
-        assert all(
-            counts[group]["rows"] == sum(counts[group].values()) / 2
-            for group in ("accepted", "rejected", "duplicate")
-        )
+        counts = profile.batches[name]
+        groups = (counts.accepted, counts.rejected, counts.duplicate)
+        assert counts.rows == len(lines) + 1 == sum(group["rows"] for group in groups)
+        assert counts.rejected["rows"] == sum(found.batch == name for found in rejections(folder / "out"))
+        assert all(group["rows"] == sum(group.values()) / 2 for group in groups)
     written = ids(folder / "out")
     assert {split: len(written[split]) for split in SPLITS if written[split]} == {
-        split: count for split, count in profile["total"]["accepted"].items() if split in SPLITS
+        split: count for split, count in profile.total.accepted.items() if split in SPLITS
     }
     assert Counter(found.reason for found in rejections(folder / "out")) == {
-        reason: count for reason, count in profile["total"]["rejected"].items() if reason != "rows"
+        reason: count for reason, count in profile.total.rejected.items() if reason != "rows"
     }
 
 
@@ -183,7 +178,10 @@ def test_what_a_row_says_about_itself_is_kept_and_cannot_name_another_batch(tmp_
 
 
 def test_numbers_that_no_file_can_hold_do_not_stop_a_preparation(tmp_path):
-    huge = b'{"prompt": "a question", "completion": "b", "meta": {"big": 123456789012345678901234567890, "inf": 1e999, "negative": -99999999999999999999}}'
+    huge = (
+        b'{"prompt": "a question", "completion": "b", "meta": {"big": 123456789012345678901234567890, '
+        b'"inf": 1e999, "negative": -99999999999999999999}}'
+    )
     add(tmp_path / "raw", [huge, row("another question")])
     profile = prepare(
         tmp_path / "raw",
@@ -191,8 +189,8 @@ def test_numbers_that_no_file_can_hold_do_not_stop_a_preparation(tmp_path):
         tmp_path / "out",
         PrepareConfig(min_rows=1, test_share=0, validation_share=0, max_rejected_share=1),
     )
-    assert profile["total"]["rows"] == 2
-    assert len(list(read_examples(tmp_path / "out/train.jsonl"))) == profile["total"]["accepted"]["train"]
+    assert profile.total.rows == 2
+    assert len(list(read_examples(tmp_path / "out/train.jsonl"))) == profile.total.accepted["train"]
 
 
 def test_the_form_that_the_batch_names_is_the_one_that_is_read(tmp_path):
@@ -208,7 +206,7 @@ def test_the_form_that_the_batch_names_is_the_one_that_is_read(tmp_path):
     assert example.answer == "plain text" and example.meta["question"] == "one?"
 
 
-# --- splits stay -----------------------------------------------------------------------------------------------------
+# --- splits stay --------------------------------------------------------------------------------------------
 
 
 def test_no_row_moves_while_data_grow(tmp_path, raw, prepared, tiny_config):
@@ -303,7 +301,7 @@ def test_shares_are_about_what_was_asked_for():
     assert found["validation"] / 2000 == pytest.approx(0.1, abs=0.03)
 
 
-# --- the golden set --------------------------------------------------------------------------------------------------
+# --- the golden set -----------------------------------------------------------------------------------------
 
 
 def test_golden_rows_and_their_near_duplicates_stay_out_of_every_split(tmp_path):
@@ -317,9 +315,9 @@ def test_golden_rows_and_their_near_duplicates_stay_out_of_every_split(tmp_path)
     }
     assert asked["golden"] == set(golden)
     assert asked["train"] | asked["validation"] | asked["test"] == set(other)
-    assert profile["golden"] == 20
-    assert profile["total"]["duplicate"] == {"rows": 20, "exact": 20}
-    assert profile["total"]["rejected"] == {"rows": 20, "near_golden": 20}
+    assert profile.golden == 20
+    assert profile.total.duplicate == {"rows": 20, "exact": 20}
+    assert profile.total.rejected == {"rows": 20, "near_golden": 20}
 
 
 def test_a_golden_row_that_is_broken_is_named_with_its_line(tmp_path):
@@ -329,7 +327,7 @@ def test_a_golden_row_that_is_broken_is_named_with_its_line(tmp_path):
         prepare(tmp_path / "raw", tmp_path / "golden.jsonl", tmp_path / "out", LENIENT)
 
 
-# --- what stops a preparation ----------------------------------------------------------------------------------------
+# --- what stops a preparation -------------------------------------------------------------------------------
 
 
 def test_too_many_rejected_rows_are_named_with_their_count_reasons_and_first_line(tmp_path):
@@ -354,7 +352,7 @@ def test_a_rejected_share_at_the_limit_passes(tmp_path):
     profile = prepare(
         tmp_path / "raw", NOWHERE, tmp_path / "out", PrepareConfig(min_rows=1, max_rejected_share=0.05)
     )
-    assert profile["total"]["rejected"]["rows"] == 1
+    assert profile.total.rejected["rows"] == 1
 
 
 def test_too_few_training_rows_are_named_with_both_numbers(tmp_path):

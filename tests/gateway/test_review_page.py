@@ -73,9 +73,7 @@ def fill(root: Path) -> list[Item]:
 
 def decisions(root: Path) -> dict[str, Decision | None]:
     queue = ReviewQueue(root)
-    found = {
-        entry.item.id: entry.decision for name in queue.drafts() for entry in queue.entries(name["name"])
-    }
+    found = {entry.item.id: entry.decision for draft in queue.drafts() for entry in queue.entries(draft.name)}
     queue.close()
     return found
 

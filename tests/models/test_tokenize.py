@@ -11,12 +11,13 @@ from ratchet.config.data import TokenizeConfig
 from ratchet.config.params import Config
 from ratchet.config.training import TrainConfig
 from ratchet.data.examples import Example, encode_line, read_examples
+from ratchet.data.mixture import choose_rows
 from ratchet.errors import DataError
 from ratchet.files import read_json, write_bytes, write_json
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import load_tokenizer
 from ratchet.training.packing import read_windows
-from tasks.tokenize import choose_rows, tokenize
+from tasks.tokenize import tokenize
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def with_tokenize(config: Config, **settings) -> Config:
 def test_new_and_replay_takes_every_new_row_and_the_asked_share_of_the_old(rows, old):
     num_old = sum(row.meta["batch"] == old for row in rows)
     for share in (0.0, 0.25, 1.0):
-        chosen = choose_rows(rows, {old}, Config(train=TrainConfig(replay=share)))
+        chosen = choose_rows(rows, {old}, TrainConfig(replay=share))
         assert sum(row.meta["batch"] == old for row in chosen) == round(share * num_old)
         assert [row for row in chosen if row.meta["batch"] != old] == [
             row for row in rows if row.meta["batch"] != old
@@ -58,7 +59,7 @@ def test_new_and_replay_takes_every_new_row_and_the_asked_share_of_the_old(rows,
 
 
 def test_chosen_rows_keep_their_order_and_come_once(rows, old):
-    chosen = choose_rows(rows, {old}, Config(train=TrainConfig(replay=0.5)))
+    chosen = choose_rows(rows, {old}, TrainConfig(replay=0.5))
     places = [rows.index(row) for row in chosen]
     assert places == sorted(set(places))
 
@@ -66,9 +67,7 @@ def test_chosen_rows_keep_their_order_and_come_once(rows, old):
 def test_the_replayed_rows_do_not_depend_on_the_order_and_grow_with_the_share(rows, old):
     def replayed(given: list[Example], share: float) -> set[str]:
         return {
-            row.id
-            for row in choose_rows(given, {old}, Config(train=TrainConfig(replay=share)))
-            if row.meta["batch"] == old
+            row.id for row in choose_rows(given, {old}, TrainConfig(replay=share)) if row.meta["batch"] == old
         }
 
     assert replayed(rows, 0.3) == replayed(rows[::-1], 0.3)
@@ -77,11 +76,7 @@ def test_the_replayed_rows_do_not_depend_on_the_order_and_grow_with_the_share(ro
 
 def test_the_replayed_rows_are_no_special_part_of_the_old_ones(rows, old):
     """Splits are cut by the start of the id; the choice must not follow it."""
-    ids = [
-        row.id
-        for row in choose_rows(rows, {old}, Config(train=TrainConfig(replay=0.5)))
-        if row.meta["batch"] == old
-    ]
+    ids = [row.id for row in choose_rows(rows, {old}, TrainConfig(replay=0.5)) if row.meta["batch"] == old]
     assert (
         sum(name > sorted(row.id for row in rows if row.meta["batch"] == old)[len(ids)] for name in ids)
         > len(ids) / 4
@@ -90,19 +85,19 @@ def test_the_replayed_rows_are_no_special_part_of_the_old_ones(rows, old):
 
 @pytest.mark.parametrize("settings", [{"rows": "all"}, {"start_from": "base"}])
 def test_everything_is_taken_when_it_is_asked_for_and_when_the_weights_start_anew(rows, old, settings):
-    assert choose_rows(rows, {old}, Config(train=TrainConfig(replay=0.0, **settings))) == rows
+    assert choose_rows(rows, {old}, TrainConfig(replay=0.0, **settings)) == rows
 
 
 def test_the_profile_tells_new_rows_from_replayed_ones(
     tmp_path, prepared, tiny_base, champion, tiny_config, rows, old
 ):
     profile = tokenize(prepared, tiny_base, champion, tmp_path / "out", with_train(tiny_config, replay=0.5))
-    assert profile["train"]["rows"] == profile["train"]["new"] + profile["train"]["replayed"]
-    assert profile["train"]["rows"] + profile["rejected"].get("train", 0) == len(
+    assert profile.train.rows == profile.train.new + profile.train.replayed
+    assert profile.train.rows + profile.rejected.get("train", 0) == len(
         (tmp_path / "out/rows.txt").read_text().split()
     )
-    assert 0 < profile["train"]["replayed"] <= sum(row.meta["batch"] == old for row in rows) / 2 + 1
-    assert profile["batches"] == sorted({str(row.meta["batch"]) for row in rows})
+    assert 0 < profile.train.replayed <= sum(row.meta["batch"] == old for row in rows) / 2 + 1
+    assert profile.batches == sorted({str(row.meta["batch"]) for row in rows})
 
 
 def test_every_fitting_row_is_in_the_windows_with_its_own_tokens(tokens, prepared, tiny_base, tiny_config):
@@ -145,10 +140,10 @@ def test_rows_that_are_too_long_are_rejected_counted_and_listed(
         f"{lengths[row['id']]} tokens" in row["message"] and "`tokenize.max_length` is 50" in row["message"]
         for row in listed
     )
-    assert profile["rejected"] == {
+    assert profile.rejected == {
         split: sum(row["split"] == split for row in listed) for split in ("train", "validation")
     }
-    assert profile["train"]["rows"] + profile["rejected"]["train"] == len(rows)
+    assert profile.train.rows + profile.rejected["train"] == len(rows)
 
 
 def test_a_window_over_the_bases_context_is_refused_with_both_numbers(
@@ -203,7 +198,7 @@ def test_without_validation_rows_there_are_no_validation_windows(
     write_bytes(tmp_path / "prepared/validation.jsonl", [])
     profile = tokenize(tmp_path / "prepared", tiny_base, nobody, tmp_path / "out", tiny_config)
     assert read_windows(tmp_path / "out/validation.arrow") == []
-    assert profile["validation"]["rows"] == 0 < profile["train"]["rows"]
+    assert profile.validation.rows == 0 < profile.train.rows
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path, prepared, tiny_base, nobody, tiny_config, tokens):

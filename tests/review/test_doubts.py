@@ -77,7 +77,7 @@ def test_a_file_gets_the_verdicts_before_it_is_a_batch(tmp_path):
     verdict = check_file(
         str(tmp_path / "march.jsonl"), tmp_path / "none", CONFIG, time="2026-01-01T00:00:00Z"
     )
-    assert verdict.counts["accepted"]["rows"] == 100
+    assert verdict.counts.accepted["rows"] == 100
     assert [(row.line, row.reason) for row in verdict.rejected] == [
         (101, "mixed_script"),
         (102, "invalid_json"),

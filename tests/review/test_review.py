@@ -1,4 +1,4 @@
-"""Drafted rows wait for people: what is looked at, what a draft is refused for, and words that come back by file."""
+"""Drafted rows wait for people: what is looked at, why a draft is refused, and words that come back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ratchet.data.examples import Message, example_id
 from ratchet.errors import DataError, ServiceError, UserError
 from ratchet.review.files import export_rows, guard, import_rows, unguard
 from ratchet.review.queue import ReviewQueue
-from ratchet.review.records import Decision, Item, with_answer
+from ratchet.review.records import Decision, DraftFigures, Item, with_answer
 from ratchet.review.store import FILE
 from ratchet.sources.reviewed import harvest, mark_taken
 from tasks.ingest import add_batch, pull
@@ -61,7 +61,7 @@ def queue(tmp_path):
     opened.close()
 
 
-# --- the queue -----------------------------------------------------------------------------------------------------------
+# --- the queue ----------------------------------------------------------------------------------------------
 
 
 def test_the_file_is_its_owners_alone(tmp_path, queue):
@@ -233,7 +233,7 @@ def test_a_file_that_is_no_database_is_told_in_one_sentence(tmp_path):
     queue.close()
 
 
-# --- what becomes of a draft ---------------------------------------------------------------------------------------------
+# --- what becomes of a draft --------------------------------------------------------------------------------
 
 
 def test_a_draft_waits_for_every_row_that_has_to_be_seen(queue):
@@ -283,7 +283,8 @@ def test_a_sample_over_the_bound_refuses_the_draft_whole(queue, verdict, bad, re
     if refused:
         with pytest.raises(
             UserError,
-            match=r"(?s)refused whole: 3 of the 20 rows of its sample .*\(15%\), wanted at most 10%.*review\.max_rejects",
+            match=r"(?s)refused whole: 3 of the 20 rows of its sample .*\(15%\), wanted at most 10%"
+            r".*review\.max_rejects",
         ):
             queue.outcome("d", max_rejects=BOUND)
     else:
@@ -342,10 +343,11 @@ def test_drafts_are_told_with_their_figures(queue):
         "rejected": 1,
         "edited": 1,
     }
-    assert queue.drafts()[0] == {"name": "d", "kind": "synthetic", **counts, "taken": False, "batch": ""}
+    expected = DraftFigures(name="d", kind="synthetic", **counts, taken=False, batch="")
+    assert queue.drafts()[0] == expected
     accept_all(queue)
     queue.mark_taken("e", "b.jsonl")
-    assert [(draft["name"], draft["taken"], draft["batch"]) for draft in queue.drafts()] == [
+    assert [(draft.name, draft.taken, draft.batch) for draft in queue.drafts()] == [
         ("d", False, ""),
         ("e", True, "b.jsonl"),
     ]
@@ -354,7 +356,7 @@ def test_drafts_are_told_with_their_figures(queue):
             ask()
 
 
-# --- the source ----------------------------------------------------------------------------------------------------------
+# --- the source ---------------------------------------------------------------------------------------------
 
 
 def filled(root: Path, **drafts: list[Item]) -> None:
@@ -437,11 +439,11 @@ def test_the_batch_and_its_commit_name_who_reviewed(tmp_path, monkeypatch):
         "Reviewed-by: Cleo",
     ]
     assert read_manifest(root / "data/raw")[0].who == "Ben, Cleo"
-    assert queue.drafts()[0]["batch"] == done["batch"]
+    assert queue.drafts()[0].batch == done["batch"]
     queue.close()
 
 
-# --- files ---------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(
     ["=1+1", " =1", "' =1", "'=1", "''", "' -1", "@x", "\t", "'", "a\r\nb", '"', ";", "＝1", "\x00"]
@@ -620,7 +622,7 @@ def test_an_export_overwrites_nobodys_words(tmp_path, queue):
         export_rows(tmp_path / "rows.txt", [item(1)])
 
 
-# --- the command ---------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

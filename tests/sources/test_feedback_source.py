@@ -201,7 +201,7 @@ def test_without_texts_or_feedback_there_are_no_rows(
     )
 
 
-# --- votes -----------------------------------------------------------------------------------------------------------
+# --- votes --------------------------------------------------------------------------------------------------
 
 
 def test_the_same_content_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,7 +289,7 @@ def test_votes_on_requests_that_the_log_does_not_hold_are_counted(
     assert capsys.readouterr().err == "feedback: 0 rows; left out: 2 not in the log\n"
 
 
-# --- keys ------------------------------------------------------------------------------------------------------------
+# --- keys ---------------------------------------------------------------------------------------------------
 
 
 def by_key(sender: str, number: int, users: int) -> tuple[list[Logged], list[Feedback]]:
@@ -340,7 +340,7 @@ def test_a_flood_that_votes_on_honest_rows_takes_no_room_of_theirs(tmp_path: Pat
     assert sum(row["meta"]["source_request"].startswith("quiet") for row in rows) == 3
 
 
-# --- the share of a training -----------------------------------------------------------------------------------------
+# --- the share of a training --------------------------------------------------------------------------------
 
 
 def clean_rows(number: int, source: str = "jsonl") -> list[bytes]:
@@ -374,7 +374,7 @@ def test_feedback_brings_no_more_than_its_share_of_the_training_rows(
     assert len(rows_of(tmp_path, *one, max_feedback_share=share)) == room
 
 
-# --- triggers --------------------------------------------------------------------------------------------------------
+# --- triggers -----------------------------------------------------------------------------------------------
 
 
 def about(texts: list[str], answer: str) -> tuple[list[Logged], list[Feedback]]:
@@ -436,11 +436,11 @@ def test_few_rows_various_answers_and_usual_words_are_no_trigger(tmp_path: Path)
     assert len(rows) == 20 + 25 + 30
 
 
-# --- the flood -------------------------------------------------------------------------------------------------------
+# --- the flood ----------------------------------------------------------------------------------------------
 
 
 def test_in_a_flood_the_caps_hold_the_honest_rows_survive_and_the_counts_add_up(tmp_path: Path) -> None:
-    """10,000 votes of one key under made-up names, 250 rows with a trigger through it, 300 honest votes of 150 people through two others."""
+    """10,000 votes of one key under made-up names, 250 rows with a trigger; 300 honest ones of 150 people."""
     write_bytes(tmp_path / "data/prepared/train.jsonl", clean_rows(4500))
     requests, feedback = [asked("first", at=NOW - 20 * DAY, user="p0")], []
 

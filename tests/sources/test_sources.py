@@ -1,4 +1,4 @@
-"""What comes out of the sources, and what they refuse: documentation strings by parsing, JSON Lines byte by byte."""
+"""What sources give and refuse: documentation strings by parsing, JSON Lines byte by byte."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ratchet.sources.pydoc import harvest
 sys.stdout.buffer.writelines(map(encode_line, harvest(PydocSource())))
 """
 
-# --- pydoc -----------------------------------------------------------------------------------------------------------
+# --- pydoc --------------------------------------------------------------------------------------------------
 
 COLOURS = '''"""Mix and name colours of light, not of paint."""
 
@@ -62,14 +62,21 @@ class Palette:
 
 @pytest.fixture
 def inks(tmp_path, monkeypatch):
-    """A package of two modules that are large enough, one that is not, and a few files that hold no Python."""
+    """A package of two modules that are large enough, one that is not, and files that hold no Python."""
     files = {
         "inks_for_test/__init__.py": '"""Everything about inks and colours, in one small package."""\n',
         "inks_for_test/colours.py": COLOURS,
         "inks_for_test/paper/__init__.py": '"""Sheets of paper that drink ink at a known speed."""\n',
-        "inks_for_test/paper/sheet.py": 'def soak():\n    """Soak the sheet until it holds no more of the ink."""\n\ndef dry():\n    """Dry the sheet in the sun until it stops to curl."""\n',
-        "inks_for_test/tiny.py": 'def alone():\n    """The only documented object of this little module."""\n',
-        "inks_for_test/broken.py": 'def broken(:\n    """A sentence that nobody can parse out of this file."""\n',
+        "inks_for_test/paper/sheet.py": (
+            'def soak():\n    """Soak the sheet until it holds no more of the ink."""\n\n'
+            'def dry():\n    """Dry the sheet in the sun until it stops to curl."""\n'
+        ),
+        "inks_for_test/tiny.py": (
+            'def alone():\n    """The only documented object of this little module."""\n'
+        ),
+        "inks_for_test/broken.py": (
+            'def broken(:\n    """A sentence that nobody can parse out of this file."""\n'
+        ),
         "inks_for_test/old.py": '"""A module of the second Python, with its statements."""\nprint "ink"\n',
         "inks_for_test/_private.py": '"""A private module is no answer to give to a user."""\n' * 9,
         "inks_for_test/tests/test_ink.py": '"""The words of a test repeat the words of its module."""\n',
@@ -220,7 +227,7 @@ def test_the_first_sentence_is_one_line_of_at_most_220_characters(docstring, sen
     assert first_sentence(docstring) == sentence
 
 
-# --- jsonl -----------------------------------------------------------------------------------------------------------
+# --- jsonl --------------------------------------------------------------------------------------------------
 
 
 def read(path: object) -> list[bytes]:

@@ -57,7 +57,8 @@ def test_a_name_is_no_glob_where_the_file_exists_and_may_be_any_bytes(tmp_path):
 
 def test_html_is_read_without_tags_scripts_and_styles(tmp_path):
     (tmp_path / "a.html").write_text(
-        "<html><style>p{}</style><body><h1>Hail &amp; storm</h1><p>From <b>10</b>&nbsp;mm<br>on.<script>alert('x')</script><p>Unclosed <ul><li>one<li>two"
+        "<html><style>p{}</style><body><h1>Hail &amp; storm</h1><p>From "
+        "<b>10</b>&nbsp;mm<br>on.<script>alert('x')</script><p>Unclosed <ul><li>one<li>two"
     )
     text = read(tmp_path, "a.html")["a.html"]
     assert [line.strip() for line in text.split("\n") if line.strip()] == [

@@ -1,4 +1,4 @@
-"""What is refused of a teacher's rows, what gets a doubt, and which words are touched when a question is worded anew."""
+"""What is refused of a teacher's rows, what gets a doubt, and which words other wordings touch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from ratchet.synthesis.augment import CODE, KEPT, read_synonyms, vary
 from ratchet.synthesis.filters import Filters, Verdict, content_words, ground, numbers, read_counter
 from ratchet.synthesis.known_rows import Known, read_known
 
-PASSAGE = "Hail damage to the roof is covered from 10 mm on. The deductible is 1,500 euros a year, refunded after three claims."
+PASSAGE = (
+    "Hail damage to the roof is covered from 10 mm on. "
+    "The deductible is 1,500 euros a year, refunded after three claims."
+)
 WORDS = st.text("abcdefgh", min_size=4, max_size=9)
 
 
@@ -160,7 +163,7 @@ def test_another_wording_keeps_numbers_and_code(text, kept):
     assert (verdict.example is not None, verdict.reason) == (kept, "" if kept else "changed")
 
 
-# --- what stands in the passage ----------------------------------------------------------------------------------------
+# --- what stands in the passage -----------------------------------------------------------------------------
 
 
 @given(st.lists(WORDS, min_size=1, max_size=20), st.data())
@@ -206,7 +209,7 @@ def test_numbers_are_equal_however_they_are_written():
     assert content_words("refund refunded der die das ein Prämie") == content_words("refunding Prämien")
 
 
-# --- what is known already -----------------------------------------------------------------------------------------------
+# --- what is known already ----------------------------------------------------------------------------------
 
 
 def question(number: int) -> str:
@@ -267,7 +270,7 @@ def test_a_row_comes_once_in_a_run_and_another_wording_may_be_near_to_its_own_on
     )
 
 
-# --- other wordings ------------------------------------------------------------------------------------------------------
+# --- other wordings -----------------------------------------------------------------------------------------
 
 SYNONYMS = {"quick": ["fast", "rapid"], "damage": ["harm"], "covered": ["insured"]}
 ALL = AugmentConfig(synonyms="s.json", replace=0.5, insert=0.3, delete=0.3)
@@ -342,7 +345,7 @@ def test_a_file_that_holds_no_synonyms_is_refused(tmp_path, text):
         read_synonyms(tmp_path / "s.json")
 
 
-# --- prompts -------------------------------------------------------------------------------------------------------------
+# --- prompts ------------------------------------------------------------------------------------------------
 
 VALUES = {
     "document": "d",

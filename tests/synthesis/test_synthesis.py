@@ -1,4 +1,4 @@
-"""A teacher's rows from documents to the review queue: against a real server, with kills, limits and every mode."""
+"""A teacher's rows from documents to the review queue: a real server, kills, limits and every mode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,17 @@ from ratchet.config.params import Config, parse_config
 from ratchet.data.examples import Message, encode_line, make_example
 from ratchet.errors import CheckoutError, ConfigError, DataError, ServiceError, UserError
 from ratchet.review.queue import ReviewQueue
-from ratchet.synthesis.draft import FOLDER, find_draft, read_rows, summary_card, summary_lines
+from ratchet.synthesis.draft import (
+    FOLDER,
+    DocumentFigures,
+    Summary,
+    Teacher,
+    Unread,
+    find_draft,
+    read_rows,
+    summary_card,
+    summary_lines,
+)
 from tasks.synthesize import Wanted, queue_rows, synthesize
 
 KEY = "sk-teacher-4711"
@@ -67,7 +77,10 @@ SUBJECTS = (
 def sentence(number: int) -> str:
     """All different in most of their words."""
     topic, subject = TOPICS[number % 20], SUBJECTS[number // 20 % 10]
-    return f"Plan {number} pays {number * 7 + 3} euros after {topic} damage{number} near {subject}{number % 13} on claim{number * 3}."
+    return (
+        f"Plan {number} pays {number * 7 + 3} euros after {topic} damage{number} "
+        f"near {subject}{number % 13} on claim{number * 3}."
+    )
 
 
 @pytest.fixture
@@ -129,7 +142,7 @@ def run(
     *,
     resume: str | None = None,
     lines: list[str] | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     return synthesize(
         config,
         root,
@@ -140,18 +153,18 @@ def run(
     )
 
 
-def rows(root: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
-    return [msgspec.to_builtins(row) for row in read_rows(find_draft(root, found["draft"]))]
+def rows(root: Path, found: Summary) -> list[dict[str, Any]]:
+    return [msgspec.to_builtins(row) for row in read_rows(find_draft(root, found.draft))]
 
 
-def refused(root: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
+def refused(root: Path, found: Summary) -> list[dict[str, Any]]:
     return [
         json.loads(line)
-        for line in (find_draft(root, found["draft"]) / "refused.jsonl").read_text().splitlines()
+        for line in (find_draft(root, found.draft) / "refused.jsonl").read_text().splitlines()
     ]
 
 
-# --- from documents to the queue -----------------------------------------------------------------------------------------
+# --- from documents to the queue ----------------------------------------------------------------------------
 
 
 def test_three_documents_become_items_in_the_review_queue(config, tmp_path):
@@ -159,21 +172,19 @@ def test_three_documents_become_items_in_the_review_queue(config, tmp_path):
     (tmp_path / "b.md").write_text(sentence(2))
     (tmp_path / "c.html").write_text(f"<p>{sentence(3)}</p>")
     found = run(config, tmp_path, Wanted(documents=("a.txt", "b.md", "c.html", "missing.txt")))
-    assert (found["kept"], found["doubted"], found["refused"], found["failures"], found["stopped"]) == (
+    assert (found.kept, found.doubted, found.refused, found.failures, found.stopped) == (
         3,
         0,
         {},
         {},
         "",
     )
-    assert (found["documents"], found["chunks"], found["unreadable"]) == (3, 3, 1)
-    assert queue_rows(tmp_path, config, find_draft(tmp_path, found["draft"])) == 3
-    assert (
-        queue_rows(tmp_path, config, find_draft(tmp_path, found["draft"])) == 0
-    )  # a second time adds nothing
+    assert (found.subject.documents, found.subject.chunks, found.subject.unreadable) == (3, 3, 1)
+    assert queue_rows(tmp_path, config, find_draft(tmp_path, found.draft)) == 3
+    assert queue_rows(tmp_path, config, find_draft(tmp_path, found.draft)) == 0  # a second time adds nothing
 
     queue = ReviewQueue(tmp_path)
-    entries = queue.entries(found["draft"])
+    entries = queue.entries(found.draft)
     queue.close()
     assert [entry.item.messages[-1].content for entry in entries] == [sentence(1), sentence(2), sentence(3)]
     item = entries[2].item
@@ -184,7 +195,7 @@ def test_three_documents_become_items_in_the_review_queue(config, tmp_path):
         "mode": "documents",
         "teacher": "big",
         "licence": "own",
-        "prompt_version": found["prompt_version"],
+        "prompt_version": found.prompt_version,
         "document": "c.html",
         "chunk": item.meta["chunk"],
     }
@@ -193,7 +204,7 @@ def test_three_documents_become_items_in_the_review_queue(config, tmp_path):
 
 def test_only_the_owner_may_read_a_draft(config, tmp_path):
     found = run(config, tmp_path, write_documents(tmp_path, 2))
-    folder = find_draft(tmp_path, found["draft"])
+    folder = find_draft(tmp_path, found.draft)
     assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
     assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.glob("*.jsonl")} == dict.fromkeys(
         ("answers.jsonl", "rows.jsonl", "refused.jsonl"), 0o600
@@ -221,11 +232,11 @@ def test_every_refused_row_is_counted_and_written_with_its_reason(config, stub, 
     ]
     stub.script = {"Plan": [Act(text=json.dumps({"pairs": pairs}))]}
     found = run(config, tmp_path, wanted)
-    assert (found["kept"], found["refused"]) == (
+    assert (found.kept, found.refused) == (
         1,
         {"duplicate_of_run": 1, "no_answer": 1, "not_in_passage": 1},
     )
-    assert sorted(row["reason"] for row in refused(tmp_path, found)) == sorted(found["refused"])
+    assert sorted(row["reason"] for row in refused(tmp_path, found)) == sorted(found.refused)
     assert all(
         row["detail"] and row["meta"]["document"] == "docs/0000.txt" for row in refused(tmp_path, found)
     )
@@ -243,8 +254,8 @@ def test_a_teacher_that_writes_hundreds_of_pairs_is_cut_short_and_that_is_counte
         ]
     }
     found = run(config, tmp_path, wanted)
-    assert found["kept"] + sum(found["refused"].values()) == 300
-    assert found["refused"]["surplus"] == 292
+    assert found.kept + sum(found.refused.values()) == 300
+    assert found.refused["surplus"] == 292
 
 
 @pytest.mark.parametrize(
@@ -261,7 +272,7 @@ def test_a_chunk_without_an_answer_is_counted_and_the_others_go_on(config, stub,
     wanted = write_documents(tmp_path, 4)
     stub.script = {"Plan 2 pays": [act, act]}
     found = run(config, tmp_path, wanted)
-    assert (found["kept"], found["failures"], found["stopped"]) == (6, {failure: 1}, "")
+    assert (found.kept, found.failures, found.stopped) == (6, {failure: 1}, "")
 
 
 def test_rows_of_the_prepared_splits_and_of_the_golden_set_are_not_written_again(config, tmp_path):
@@ -274,7 +285,7 @@ def test_rows_of_the_prepared_splits_and_of_the_golden_set_are_not_written_again
         )
     (tmp_path / "data/golden.jsonl").write_text(json.dumps(pair_of(sentence(2))))
     found = run(config, tmp_path, wanted)
-    assert (found["kept"], found["refused"]) == (1, {"duplicate": 1, "near_golden": 1, "near_test": 1})
+    assert (found.kept, found.refused) == (1, {"duplicate": 1, "near_golden": 1, "near_test": 1})
 
 
 def test_the_same_answers_give_the_same_rows_whatever_comes_first(config, stub, tmp_path):
@@ -299,7 +310,7 @@ def test_the_same_answers_give_the_same_rows_whatever_comes_first(config, stub, 
 def test_a_run_asks_no_more_than_it_needs(config, stub, tmp_path):
     larger = settings(config.synthesize.teacher.url, chunk_chars=1000)
     found = run(larger, tmp_path, Wanted(documents=write_documents(tmp_path, 30, each=4).documents, count=10))
-    assert found["kept"] == 10
+    assert found.kept == 10
     assert stub.requests == 3
 
 
@@ -312,7 +323,7 @@ def test_another_round_asks_for_other_questions(config, stub, tmp_path):
         ]
     }
     found = run(settings(config.synthesize.teacher.url, rounds=5), tmp_path, wanted)
-    assert (found["kept"], found["refused"]) == (2, {"duplicate_of_run": 3})
+    assert (found.kept, found.refused) == (2, {"duplicate_of_run": 3})
     assert stub.requests == 3  # the third gave nothing new: no fourth
     assert pair_of(sentence(0))["question"] in stub.seen[1]["messages"][-1]["content"]
     assert [body["seed"] for body in stub.seen] == [29, 30, 31]
@@ -338,18 +349,18 @@ def test_two_hundred_chunks_are_worked_through_with_few_requests_under_way(confi
         )
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert (found["kept"], found["chunks"], stub.requests, len(lines)) == (
+        assert (found.kept, found.subject.chunks, stub.requests, len(lines)) == (
             number,
             number,
             number,
             1 + number // 20,
         )
-    assert (find_draft(root, found["draft"]) / "answers.jsonl").stat().st_size > 20e6
+    assert (find_draft(root, found.draft) / "answers.jsonl").stat().st_size > 20e6
     assert peaks[1] - peaks[0] < 6e6
     assert stub.most_running <= 5
 
 
-# --- ends before the end ---------------------------------------------------------------------------------------------------
+# --- ends before the end ------------------------------------------------------------------------------------
 
 PROGRAM = """
 import json, sys
@@ -357,7 +368,8 @@ from pathlib import Path
 from ratchet.config.params import parse_config
 from tasks.synthesize import Wanted, synthesize
 root, raw = Path(sys.argv[1]), json.loads(sys.argv[2])
-synthesize(parse_config(raw, Path("params.yaml")), root, Wanted(documents=("docs",)), say=lambda line: print(line, flush=True))
+config = parse_config(raw, Path("params.yaml"))
+synthesize(config, root, Wanted(documents=("docs",)), say=lambda line: print(line, flush=True))
 """
 
 
@@ -392,12 +404,12 @@ def test_a_killed_run_goes_on_asks_nothing_twice_and_gives_the_same_rows(stub, a
     stub.seen.clear()
     found = run(config, killed, resume=folder.name)
     assert rows(killed, found) == expected
-    assert (found["recalled"], found["asked"], stub.requests) == (known, 30 - known, 30 - known)
+    assert (found.recalled, found.asked, stub.requests) == (known, 30 - known, 30 - known)
 
     stub.seen.clear()
     again = run(config, killed, resume=folder.name)
     assert rows(killed, again) == expected
-    assert (stub.requests, again["cost"], again["recalled"]) == (0, 0.0, 30)
+    assert (stub.requests, again.cost, again.recalled) == (0, 0.0, 30)
 
 
 def test_a_draft_may_grow_and_asks_only_for_what_is_new(config, stub, tmp_path):
@@ -405,11 +417,11 @@ def test_a_draft_may_grow_and_asks_only_for_what_is_new(config, stub, tmp_path):
     first = run(config, tmp_path, Wanted(documents=wanted.documents, count=4))
     before = rows(tmp_path, first)
     asked = stub.requests
-    more = run(config, tmp_path, Wanted(count=12), resume=first["draft"])
+    more = run(config, tmp_path, Wanted(count=12), resume=first.draft)
     assert rows(tmp_path, more)[:4] == before
-    assert (more["kept"], more["draft"]) == (12, first["draft"])
-    assert stub.requests == asked + more["asked"]
-    assert more["recalled"] == asked
+    assert (more.kept, more.draft) == (12, first.draft)
+    assert stub.requests == asked + more.asked
+    assert more.recalled == asked
 
 
 def test_the_money_limit_stops_in_time_keeps_what_there_is_and_says_so(config, stub, tmp_path):
@@ -418,27 +430,27 @@ def test_the_money_limit_stops_in_time_keeps_what_there_is_and_says_so(config, s
     priced = {"input_price": 1000, "output_price": 1000, "max_tokens": 100}
     limited = settings(config.synthesize.teacher.url, teacher=priced, max_cost=10)
     found = run(limited, tmp_path, wanted)
-    assert found["stopped"] == "max_cost"
+    assert found.stopped == "max_cost"
     assert 3 <= stub.requests < 25
-    assert found["cost"] == pytest.approx(0.4 * stub.requests)
-    assert found["cost"] <= 10
-    assert found["kept"] >= 2 * (stub.requests - 4)
+    assert found.cost == pytest.approx(0.4 * stub.requests)
+    assert found.cost <= 10
+    assert found.kept >= 2 * (stub.requests - 4)
     assert any("synthesize.max_cost" in line for line in summary_lines(found))
     before = rows(tmp_path, found)
-    later = run(limited, tmp_path, resume=found["draft"])
+    later = run(limited, tmp_path, resume=found.draft)
     assert rows(tmp_path, later)[: len(before)] == before
-    assert later["kept"] > found["kept"]
-    assert later["cost"] <= 10
+    assert later.kept > found.kept
+    assert later.cost <= 10
 
 
 def test_an_endpoint_that_fails_again_and_again_stops_the_run_which_keeps_its_rows(config, stub, tmp_path):
     wanted = write_documents(tmp_path, 30)
     stub.script = {f"Plan {number} pays": [BROKEN] * 9 for number in range(10, 60, 2)}
     found = run(config, tmp_path, wanted)
-    assert (found["stopped"], found["kept"], found["failures"]) == ("teacher", 10, {"endpoint_error": 5})
-    assert "500 out of memory" in found["why"]
+    assert (found.stopped, found.kept, found.failures) == ("teacher", 10, {"endpoint_error": 5})
+    assert "500 out of memory" in found.why
     stub.script = {}
-    assert run(config, tmp_path, resume=found["draft"])["kept"] == 60
+    assert run(config, tmp_path, resume=found.draft).kept == 60
 
 
 def test_an_address_where_nothing_listens_says_what_to_set(tmp_path):
@@ -467,13 +479,13 @@ def test_the_key_is_in_no_file_and_in_no_line(stub, address, tmp_path, monkeypat
     stub.script = {"Plan 4 pays": [BROKEN] * 2, "Plan 6 pays": [REFUSES] * 2}
     lines: list[str] = []
     found = run(settings(address), tmp_path, wanted, lines=lines)
-    queue_rows(tmp_path, settings(address), find_draft(tmp_path, found["draft"]))
+    queue_rows(tmp_path, settings(address), find_draft(tmp_path, found.draft))
     assert stub.headers[0]["authorization"] == f"Bearer {KEY}"
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
-    assert "[redacted]" in (find_draft(tmp_path, found["draft"]) / "answers.jsonl").read_text()
-    assert KEY not in "\n".join([*lines, json.dumps(found)])
+    assert "[redacted]" in (find_draft(tmp_path, found.draft) / "answers.jsonl").read_text()
+    assert KEY not in "\n".join([*lines, json.dumps(found.to_json())])
 
 
 def test_one_run_at_a_time(config, tmp_path):
@@ -511,7 +523,7 @@ def test_no_readable_document_is_an_error_that_names_them(config, tmp_path):
         run(config, tmp_path, Wanted(documents=("a.pdf", "b.txt")))
 
 
-# --- doubts ------------------------------------------------------------------------------------------------------------------
+# --- doubts -------------------------------------------------------------------------------------------------
 
 
 def judged(address: str, **changed: Any) -> Config:
@@ -530,9 +542,9 @@ def test_a_low_score_of_the_judge_is_a_doubt(stub, address, tmp_path):
     assert not good and all(word in vague for word in ("0.20", "0.7", "vague")) and "7, wanted 0 to 1" in wild
     assert [row["example"]["meta"].get("judge_score") for row in kept] == [0.9, 0.2, None]
     assert sentence(0) in stub.prompts()[[body["model"] for body in stub.seen].index("judge")]
-    assert (found["asked"], found["doubted"], found["judge"]) == (6, 2, "judge")
+    assert (found.asked, found.doubted, found.judge) == (6, 2, "judge")
     stub.seen.clear()
-    assert rows(tmp_path, run(judged(address), tmp_path, resume=found["draft"])) == kept
+    assert rows(tmp_path, run(judged(address), tmp_path, resume=found.draft)) == kept
     assert stub.requests == 0
 
 
@@ -560,7 +572,7 @@ def test_what_the_model_in_charge_answers_otherwise_is_a_doubt(stub, address, tm
     assert [body["model"] for body in stub.seen].count("small") == 2
 
 
-# --- other modes and wordings --------------------------------------------------------------------------------------------------
+# --- other modes and wordings -------------------------------------------------------------------------------
 
 
 def prepare(root: Path, split: str, examples: list[tuple[str, str]], system: str = "") -> list[Any]:
@@ -593,7 +605,7 @@ def test_seeds_are_shown_and_what_comes_of_them_is_doubted(config, stub, tmp_pat
         ]
     }
     found = run(config, tmp_path, Wanted(mode="seeds", count=8))
-    assert (found["kept"], found["seeds"], stub.requests) == (8, 20, 2)
+    assert (found.kept, found.subject.seeds, stub.requests) == (8, 20, 2)
     assert stub.seen[0]["messages"][-1]["content"].count("Question: What does plan") == 5
     row = rows(tmp_path, found)[0]
     assert row["example"]["messages"][0] == {"role": "system", "content": "Be short."}
@@ -604,7 +616,7 @@ def test_seeds_are_shown_and_what_comes_of_them_is_doubted(config, stub, tmp_pat
 def test_seeds_may_come_from_a_file(config, stub, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"question": "Who is Ana?", "answer": "The boss."}\nbroken\n')
     stub.answer = lambda prompt: {"pairs": [{"question": "Who is Bert then?", "answer": "A clerk."}]}
-    assert run(config, tmp_path, Wanted(mode="seeds", seeds="mine.jsonl", count=1))["seeds"] == 1
+    assert run(config, tmp_path, Wanted(mode="seeds", seeds="mine.jsonl", count=1)).subject.seeds == 1
     with pytest.raises(DataError, match=r"train\.jsonl does not exist"):
         run(config, tmp_path, Wanted(mode="seeds"))
 
@@ -640,7 +652,7 @@ def test_a_mistake_has_its_nearest_training_rows_worded_anew_and_never_itself(co
     golden = {**wrong, "batch": "golden", "question": "Who repairs golden bikes?"}
     evaluate(tmp_path, [wrong, right, golden, {**wrong, "model": "base", "question": "Who repairs all?"}])
     found = run(config, tmp_path, Wanted(mode="paraphrase", count=50))
-    assert (found["near_mistakes"], found["drifted_prompts"], stub.requests) == (2, 0, 2)
+    assert (found.subject.near_mistakes, found.subject.drifted_prompts, stub.requests) == (2, 0, 2)
     sent = "\n".join(stub.prompts())
     assert "secret" not in sent
     assert "bikes" not in sent
@@ -665,7 +677,7 @@ def test_prompts_of_a_drifted_topic_are_worded_anew_with_doubts(config, stub, tm
         "pairs": [{"question": "Does the plan pay for a stolen bike?", "answer": "Yes, it does."}]
     }
     found = run(config, tmp_path, Wanted(mode="paraphrase"))
-    assert (found["drifted_prompts"], stub.requests, found["kept"]) == (1, 1, 1)
+    assert (found.subject.drifted_prompts, stub.requests, found.kept) == (1, 1, 1)
     assert rows(tmp_path, found)[0]["doubts"][0].endswith("the teacher alone")
 
 
@@ -701,30 +713,29 @@ def test_wordings_by_rule_and_by_translation_are_rows_with_doubts(config, stub, 
     assert "harm" in kept[1]["example"]["messages"][0]["content"]
 
 
-# --- the command -----------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def test_the_card_is_a_block_that_no_name_of_a_document_breaks():
-    found = {
-        "draft": "d",
-        "kept": 1,
-        "wanted": 2,
-        "doubted": 0,
-        "refused": {"refusal": 2},
-        "failures": {},
-        "documents": 1,
-        "chunks": 1,
-        "unreadable": 1,
-    }
-    found |= {
-        "unreadable_names": [{"name": "```\n# x", "why": "no UTF-8"}],
-        "tokens": {"input": 1, "output": 2},
-        "cost": 0.5,
-        "priced": True,
-        "asked": 1,
-        "recalled": 0,
-    }
-    card = summary_card({**found, "stopped": "", "why": "", "teacher": {"model": "big"}})
+    found = Summary(
+        draft="d",
+        mode="documents",
+        kept=1,
+        wanted=2,
+        doubted=0,
+        refused={"refusal": 2},
+        failures={},
+        asked=1,
+        recalled=0,
+        tokens={"input": 1, "output": 2},
+        cost=0.5,
+        priced=True,
+        teacher=Teacher("big"),
+        judge=None,
+        prompt_version="1",
+        subject=DocumentFigures(1, 1, 1, [Unread("```\n# x", "no UTF-8")]),
+    )
+    card = summary_card(found)
     assert card.count("```") == 2
     assert "2 refusal" in card
     assert "cost 0.5000" in card
