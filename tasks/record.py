@@ -199,7 +199,7 @@ def _log_values(client: Any, run_id: str, found: Findings, config: Config) -> No
         if key not in known
     ]
     # A time that follows from the content: delivering the same scores again adds no second point.
-    stamp = read_history(found.folder / "reports/train/history.jsonl")[-1]["time_ms"]
+    stamp = int(read_history(found.folder / "reports/train/history.jsonl")[-1]["time_ms"])
     values = {f"train/{key}": value for key, value in found.figures.items() if isinstance(value, int | float)}
     for name, models in found.metrics["slices"].items():
         for model, summary in models.items():

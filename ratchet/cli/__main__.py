@@ -1,3 +1,5 @@
+"""Run `python -m ratchet.cli`, with output line by line as in a terminal."""
+
 import os
 
 from ratchet.cli.main import main

@@ -119,7 +119,7 @@ def review_export(
     with _queue(find_root()) as queue:
         items = queue.pending(draft, limit=EVERYTHING)
     if not items:
-        raise UserError("no row waits for a decision", remedy="`ratchet review status` shows the drafts")
+        raise UserError("nothing waits for a decision", remedy="`ratchet review status` shows the drafts")
     export_rows(file, items, label_studio=label_studio)
     note(f"{len(items)} rows in {file}")
     if label_studio:

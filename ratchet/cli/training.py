@@ -48,8 +48,9 @@ def sweep(
 ) -> None:
     """Train with settings from `sweep.space`, and propose the best as a change of params.yaml.
 
-    After an interruption the same command goes on; with `sweep.storage` on PostgreSQL it joins in from other
-    machines. Example: ratchet sweep --trials 30
+    After an interruption the same command resumes; with `sweep.storage` on PostgreSQL other machines join in.
+
+    Example: ratchet sweep --trials 30
     """
     root = ready_root()
     from flows.sweep import sweep as flow
@@ -90,7 +91,7 @@ def compare(
 ) -> None:
     """Train each method on the same rows; show quality, time, memory, size and latency side by side.
 
-    The table is written to reports/compare. `compare.settings` in params.yaml gives a method its own settings.
+    The table is written to reports/compare; `compare.settings` gives a method its own learning rate.
 
     Example: ratchet compare full,lora,qlora
     """

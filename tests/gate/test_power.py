@@ -97,7 +97,7 @@ def test_without_an_evaluation_rows_have_to_be_named(root):
 
 def test_an_effect_that_is_not_wanted_is_refused(root):
     assert "wanted more than gate.min_gain" in str(call(root, "--effect", "0", "--rows", "10").exception)
-    assert "moves by 1 at most" in str(call(root, "--effect", "3", "--rows", "1000").exception)
+    assert "wanted 1 at most" in str(call(root, "--effect", "3", "--rows", "1000").exception)
 
 
 def test_the_last_evaluation_gives_rows_and_spread_and_the_ledger_the_look(root):

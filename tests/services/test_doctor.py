@@ -83,8 +83,8 @@ def test_the_clone_is_left_out_without_a_root() -> None:
 
 def test_the_doctor_is_light() -> None:
     code = (
-        "import sys, ratchet.services.doctor as d; d.examine(None, None); print([m for m in ('prefect', 'mlflow', "
-        "'torch', 'dvc') if m in sys.modules])"
+        "import sys, ratchet.services.doctor as d; d.examine(None, None); print([m for m in ('prefect', "
+        "'mlflow', 'torch', 'dvc') if m in sys.modules])"
     )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
