@@ -8,6 +8,10 @@ TORCH  := torch==2.13.0
 # TORCH_INDEX names another index for torch alone, such as one with the CPU builds.
 TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
+# Some images turn bytecode off; each of a loop's dozens of processes would then compile torch, pandas and
+# Prefect again: to import `flows.retrain` takes 8.2 s of CPU, not 3.3; `tasks.evaluate` 12, not 5.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo install test test-e2e test-browser lint bench lock clean-demo
 demo: $(VENV)/.core
 	$(BIN)/ratchet demo
@@ -18,8 +22,9 @@ install: $(VENV)/.core
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+# Two at a time: each file has its own checkout, servers and ports.
 test-e2e: $(VENV)/.dev
-	$(BIN)/python -m pytest -m e2e
+	$(BIN)/python -m pytest -m e2e --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-browser: $(VENV)/.dev
 	$(BIN)/python -m pytest -m browser
@@ -27,7 +32,8 @@ test-browser: $(VENV)/.dev
 lint: $(VENV)/.dev
 	bash .ci/lint
 
-# The figures of docs/benchmarks.md; the loop's own needs a demo that ran (make demo && .venv/bin/python -m benchmarks.loop).
+# The figures of docs/benchmarks.md. The loop's own are measured on a demo that ran:
+# make demo && .venv/bin/python -m benchmarks.loop
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.gateway
@@ -44,11 +50,13 @@ clean-demo:
 	rm -rf .ratchet/demo
 
 $(VENV)/bin/uv:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found; Ratchet needs 3.11, 3.12 or 3.13. Name one: make PYTHON=python3.12 …")'
+	@case $(MINOR) in 311|312|313) ;; *) echo "$(PYTHON) is version $(MINOR); Ratchet needs Python 3.11, 3.12" \
+	  "or 3.13. Name one: make PYTHON=python3.12 …" >&2; exit 1 ;; esac
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
 
-# pip picks torch's CPU build where one lies at hand and the index's default build otherwise; the lock holds everything else.
+# pip picks torch's CPU build where it finds one and the index's default build otherwise; the lock holds
+# everything else.
 $(VENV)/.torch: | $(VENV)/bin/uv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH_FLAGS) $(TORCH)
 	@touch $@

@@ -110,9 +110,9 @@ def settings(steps: int, epochs: float, seed: int, **train: Any) -> Config:
 
 def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig) -> None:
     """It has read four domains, and knows the words of the others from repeating queries that are drawn for nothing else; not what they mean."""
+    from ratchet.demo.base_model import make_tokenizer, pretrain
     from ratchet.models.chat_template import ChatFormat
     from ratchet.models.loading import MANIFEST
-    from tasks.base import make_tokenizer, pretrain
 
     texts, intents = read_json(data / "data_full.json"), read_json(data / "domains.json")
     read = [row for name in READ for row in read_domain(data, name, counts, 0).train]

@@ -59,9 +59,9 @@ def main() -> None:
 
 def prepare(folder: Path, count: int, config: Config) -> int:
     """Returns the number of rows."""
+    from ratchet.demo.base_model import make_tokenizer
     from ratchet.models.chat_template import ChatFormat
     from ratchet.sources.pydoc import harvest
-    from tasks.base import make_tokenizer
 
     examples = [
         make_example([Message(**message) for message in row["messages"]], {**row["meta"], "batch": "one"})
@@ -81,9 +81,9 @@ def make_models(folder: Path, chat: Any, config: Config) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
+    from ratchet.demo.base_model import llama
     from ratchet.models.adapters import add_adapter, save_trained
     from ratchet.models.loading import MANIFEST, load_base
-    from tasks.base import llama
 
     demo = config.base.demo
     torch.manual_seed(1)

@@ -147,10 +147,10 @@ def prepare(folder: Path, count: int, shape: dict[str, Any], length: int, dtype:
 
     from ratchet.config.training import DemoBase
     from ratchet.data.examples import Message, make_example
+    from ratchet.demo.base_model import make_tokenizer
     from ratchet.files import write_json
     from ratchet.models.chat_template import ChatFormat
     from ratchet.models.loading import MANIFEST
-    from tasks.base import make_tokenizer
 
     examples = [
         make_example([Message("user", f"What does {name} do?"), Message("assistant", text)], {})
@@ -432,10 +432,12 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup
         AdapterConfig(method=method, rank=16, alpha=32),
         seed=train.seed,
     )
-    import ratchet.training.trainer as training
+    from ratchet.training import collation
+    from ratchet.training import schedule as schedules
+    from ratchet.training.loss import AnswerLoss
 
-    training.LOGS = steps  # a line a step, so that the clock hears of each
-    for collator in (training._Collator, training._RowCollator):
+    schedules.LOGS = steps  # a line a step, so that the clock hears of each
+    for collator in (collation.WindowCollator, collation.RowCollator):
         _count(collator, clock)
     with contextlib.suppress(Enough):
         fit(
@@ -443,6 +445,7 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup
             windows,
             [],
             schedule,
+            loss=AnswerLoss(),
             pad_id=read_json(folder / "base" / MANIFEST)["pad_id"],
             report=report,
         )

@@ -14,8 +14,13 @@ from rich.markup import escape
 console = Console(stderr=True, highlight=False, soft_wrap=True)  # results go to stdout, progress does not
 
 
-def say(line: str) -> None:
+def log_line(line: str) -> None:
+    """Write into Prefect's log alone: what a command prints as its result does not pass its console twice."""
     get_run_logger().info(line)
+
+
+def say(line: str) -> None:
+    log_line(line)
     if "RATCHET_CONSOLE" in os.environ:
         console.print(f"[dim]{datetime.now():%H:%M:%S}[/dim]  {escape(line)}")
 

@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
     said: list[str]  # alarms and warnings
 
 
-class Replayed(NamedTuple):
+class Resubmitted(NamedTuple):
     """Reason → rows; what depends on other rows is not tried again here."""
 
     fit: Counter[str]
@@ -92,9 +92,9 @@ def read_rejected(path: Path) -> list[Rejection]:
     return [msgspec.json.decode(line, type=Rejection) for line in path.read_bytes().split(b"\n") if line]
 
 
-def replay(root: Path, config: Config) -> Replayed:
+def resubmit(root: Path, config: Config) -> Resubmitted:
     """Validate the rejected rows under today's settings. Raises UserError, DataError: a batch is missing."""
-    found = Replayed(Counter(), Counter(), Counter())
+    found = Resubmitted(Counter(), Counter(), Counter())
     validator = Validator(config.prepare)
     batches = {batch.name: batch for batch in read_manifest(root / "data/raw")}
     wanted: dict[str, dict[int, str]] = {}

@@ -91,7 +91,7 @@ def follow_list(root: Path, config: Config, say: Say) -> list[Trace] | None:
         return found
     except ServiceError as error:
         write_text(pending, f"{len(forgotten.entries)} rows\n")
-        say(f"the versions are marked later, by the next `ratchet retrain` or `ratchet data forget`: {error}")
+        say(f"the versions are marked later, by the next `ratchet retrain` or `ratchet data erase`: {error}")
         return None
 
 

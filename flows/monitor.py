@@ -17,14 +17,14 @@ from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.console import say, working
+from flows.console import log_line, say, working
 from flows.events import DRIFTED, tell
 from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError, ServiceError
-from ratchet.monitoring.drift import Verdict
 from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.retrain_budget import is_under_way, last_start, note_asked, read_retrains
 from ratchet.monitoring.topics import sources_for
+from ratchet.monitoring.verdicts import Decision, Recorded, Verdict
 from ratchet.pipeline.stage import project_root
 from ratchet.promotion.champion import Champion, read_champion
 from ratchet.promotion.rollout import read_rollout
@@ -37,17 +37,21 @@ SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 REPORTS = Path(".ratchet/monitor/reports")
 KEPT_REPORTS = 50  # 4 MB each; MLflow has all
 WEEK = 7 * 86_400.0
+NO_CHAMPION = "nobody is in charge yet: there is nothing to compare the traffic with"
 
 
 @flow(name="monitor", persist_result=False)
-def monitor(root: str | None = None, retrain: bool = True) -> dict[str, Any]:
-    """Returns {verdict, p, rows, columns, topics, decision, report, …}; with `retrain` a decision to retrain is told as an event. Raises what the log and DVC raise."""
+def monitor(root: str | None = None, retrain: bool = True) -> Recorded | None:
+    """Judge the newest requests; None while nobody is in charge. With `retrain` a decision to retrain is an event.
+
+    Raises what the log and DVC raise. Whoever started it shows the verdict: the lines here go to Prefect's log alone.
+    """
     home = project_root(root)
     config = load_config(home / "params.yaml")
     champion = read_champion(home)
     if champion is None:
-        say("nobody is in charge yet: there is nothing to compare the traffic with")
-        return {"verdict": "no champion"}
+        log_line(NO_CHAMPION)
+        return None
     verdict, folder = look_at(home, config, champion)
     decision = weigh(home, config, champion, verdict)
     found = tasks.append_verdict(home, champion, verdict, decision, folder)
@@ -80,7 +84,7 @@ def look_at(home: Path, config: Config, champion: Champion) -> tuple[Verdict, Pa
         log.close()
     with working("measuring …"):
         verdict = tasks.measure(window, feedback, earlier, reference, config)
-        say(
+        log_line(
             f"{verdict.verdict} on {verdict.rows} requests"
             + (f", p = {verdict.p:.4f}" if verdict.p is not None else f"; wanted {verdict.needed}")
         )
@@ -97,7 +101,7 @@ def look_at(home: Path, config: Config, champion: Champion) -> tuple[Verdict, Pa
 
 
 @task(name="decide", **SETTINGS)
-def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> tasks.Decision:
+def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> Decision:
     """Drift, enough rows to learn from, budget and cool-down together."""
     now = time.time()
     week = read_retrains(home, since=now - WEEK)
@@ -112,9 +116,9 @@ def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> t
     )
     decision = tasks.decide(verdict, facts, config)
     for line in decision.for_:
-        say(f"for a retraining: {line}")
+        log_line(f"for a retraining: {line}")
     for line in decision.against:
-        say(f"against it: {line}")
+        log_line(f"against it: {line}")
     return decision
 
 
@@ -137,21 +141,21 @@ def count_labelled(home: Path, config: Config, champion: Champion, verdict: Verd
     return count_new(home, set(champion.batches), pulled)
 
 
-def reason_of(found: dict[str, Any]) -> str:
-    topics = ", ".join(topic["name"] for topic in found["topics"][:3])
-    return f"drift (p = {found['p']:.4f}): {topics or 'no topic stands out'}"
+def reason_of(found: Recorded) -> str:
+    topics = ", ".join(topic.name for topic in found.topics[:3])
+    return f"drift (p = {found.p:.4f}): {topics or 'no topic stands out'}"
 
 
 @task(name="show", **SETTINGS)
-def show(home: Path, config: Config, champion: Champion, found: dict[str, Any], folder: Path | None) -> None:
+def show(home: Path, config: Config, champion: Champion, found: Recorded, folder: Path | None) -> None:
     """The verdict as an artifact, and its report in the champion's MLflow run with a link to it."""
     create_markdown_artifact(
-        drift_card(found), key="drift", description=f"{found['verdict']} on {found['rows']} requests"
+        drift_card(found), key="drift", description=f"{found.verdict} on {found.rows} requests"
     )
     if folder is None:
         return
     try:
-        link = log_report(champion.run_id, folder, {"drift/p": found["p"], "drift/rows": found["rows"]})
+        link = log_report(champion.run_id, folder, {"drift/p": found.p, "drift/rows": found.rows})
     except ServiceError as error:
         say(f"the report stays in {folder.relative_to(home)}, MLflow has no copy: {error}")
         return

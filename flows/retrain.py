@@ -28,7 +28,8 @@ from ratchet.errors import CheckoutError, DataError, RatchetError
 from ratchet.files import write_json
 from ratchet.monitoring.retrain_budget import remember
 from ratchet.monitoring.topics import FILE as REGION
-from ratchet.monitoring.topics import Region, Topic, sources_for, write_region
+from ratchet.monitoring.topics import Region, sources_for, write_region
+from ratchet.monitoring.verdicts import Topic
 from ratchet.pipeline.checkout import locked, who
 from ratchet.pipeline.dag import KEYS, STAGES
 from ratchet.pipeline.dvc import Workspace, check_out, push_data, run_stage, stale_stages

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import optuna
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
@@ -82,8 +83,8 @@ def train(search: Search, trial: optuna.Trial, material: Material) -> None:
         f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in trial.user_attrs['changes'].items())}"
     )
     record = search.run(trial, material)
-    loss = f"{record['value']:.4f}" if record["value"] is not None else record["reason"]
-    say(f"trial {trial.number}: {record['state']}, {loss} ({record['ended'] - record['began']:.0f} s)")
+    loss = f"{record.value:.4f}" if record.value is not None else record.reason
+    say(f"trial {trial.number}: {record.state}, {loss} ({record.ended - record.began:.0f} s)")
 
 
 def tell_mlflow(search: Search, config: Config) -> None:
@@ -106,7 +107,7 @@ def conclude(search: Search, home: Path, config: Config, *, apply: bool) -> dict
         "study": search.name,
         "trials": sum(counts.values()),
         "counts": counts,
-        "best": best._asdict() if best else None,
+        "best": msgspec.to_builtins(best) if best else None,
         "baseline": search.baseline(),
         "unit": search.unit,
         "diff": propose(home, best, apply=apply) if best else "",
@@ -114,7 +115,7 @@ def conclude(search: Search, home: Path, config: Config, *, apply: bool) -> dict
     }
     try:
         deliver(search.folder, config)
-        close_study(search.name, config, summary)
+        close_study(search.name, config, best, trials=summary["trials"])
     except ServiceError:
         say("MLflow has no whole picture of this study: `ratchet up`, then the same command again")
     if best:

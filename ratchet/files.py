@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and folders that describe themselves."""
+"""Write files and folders whole or not at all, and hash them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Sorted keys, so that equal values are equal bytes; NaN is refused."""
+    """Write JSON with sorted keys, so that equal values are equal bytes; NaN is refused."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
 
 
@@ -64,7 +64,7 @@ def sha256_json(value: Any) -> str:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it takes the place of `path` when the block ends well, and vanishes when it does not."""
+    """Yield a folder to fill; it replaces `path` when the block ends well and is removed when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     filling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(filling, ignore_errors=True)
@@ -78,11 +78,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raises DiskSpaceError before anything is written."""
+    """Raise DiskSpaceError before anything is written, when `folder` has less than `needed_bytes` free."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise DiskSpaceError(
-            f"{what} needs about {needed_bytes / 2**20:,.0f} MiB at {folder}, {free / 2**20:,.0f} MiB are free",
-            remedy="free some room (`dvc gc -w` drops versions of data that no commit needs), then run again; finished stages are kept",
+            f"{what} needs about {needed_bytes / 2**20:,.0f} MiB at {folder}, {free / 2**20:,.0f} MiB are "
+            "free",
+            remedy="free some room (`dvc gc -w` drops versions of data that no commit needs), then run "
+            "again; finished stages are kept",
         )

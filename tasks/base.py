@@ -1,9 +1,11 @@
-"""The base model: a hub id at a pinned revision, or `demo`, a small Llama pre-trained here on documentation.
+"""Get the base model: a hub id at a pinned revision, or `demo`, a small Llama pre-trained here on
+documentation.
 
     python -m tasks.base --out models/base
 
-Writes the tokenizer, the chat template and manifest.json; the weights too for `demo` (a hub's stay in the hub's cache).
-The demo's base reads part of the modules only, and of these only rows that preparation would put into training.
+Writes the tokenizer, the chat template and manifest.json; for `demo` the weights too (a hub's stay in its
+cache). The demo's base reads part of the modules only, and of these only rows that preparation would put into
+training.
 """
 
 from __future__ import annotations
@@ -24,15 +26,13 @@ from ratchet.data.dedup import Clusters, split_by_hash
 from ratchet.data.examples import Example, Message, make_example
 from ratchet.errors import BaseModelError, DataError
 from ratchet.files import read_json, require_space, sha256_file, whole_folder, write_json, write_text
-from ratchet.models.chat_template import ChatFormat, Encoded
-from ratchet.models.loading import MANIFEST, compute_dtype, load_tokenizer, quiet
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.loading import MANIFEST, load_tokenizer
 from ratchet.pipeline.stage import run_stage, say
 from ratchet.sources.pydoc import harvest
-from ratchet.training.packing import pack
 
-CONTROL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-CHAT_TEMPLATE = "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}<|end|>{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
-SEEN = "seen.txt"  # ids of the rows that the base was trained on, so that evaluation can prove that it tests on none
+# Ids of the rows that the base was trained on, so that evaluation can prove that it tests on none of them.
+SEEN = "seen.txt"
 
 
 def make_base(out: Path, config: Config) -> dict[str, Any]:
@@ -61,12 +61,15 @@ def make_base(out: Path, config: Config) -> dict[str, Any]:
 
 
 def _add_tokens(folder: Path, words: list[str]) -> dict[str, Any]:
-    """Into the tokenizer; the weights follow when they are loaded. Raises BaseModelError: a word that is one token already."""
+    """Add tokens to the tokenizer; the weights grow when they are loaded.
+
+    Raises BaseModelError: a word is one token already.
+    """
     from transformers import AddedToken
 
     tokenizer = load_tokenizer(folder)
     pieces = [list(map(int, tokenizer.encode(word, add_special_tokens=False))) for word in words]
-    # Within a sentence a blank stands before it, and many tokenizers have a token for both.
+    # Within a sentence a blank precedes it, and many tokenizers have a token for both together.
     if known := [
         word
         for word, ids in zip(words, pieces, strict=True)
@@ -88,7 +91,7 @@ def _add_tokens(folder: Path, words: list[str]) -> dict[str, Any]:
     }
 
 
-# --- a hub's model ---------------------------------------------------------------------------------------------------
+# --- a hub's model ---
 
 
 def _take_from_hub(folder: Path, config: BaseConfig) -> dict[str, Any]:
@@ -107,7 +110,8 @@ def _take_from_hub(folder: Path, config: BaseConfig) -> dict[str, Any]:
         )
     if missing:
         raise BaseModelError(
-            f"{name} is in the hub's cache in part: {len(missing)} of its weight files are missing, the first {missing[0]}",
+            f"{name} is in the hub's cache in part: {len(missing)} of its weight files are missing,"
+            f" the first {missing[0]}",
             remedy=_fetch_command(config),
         )
     settings = _read_settings(snapshot, name)
@@ -124,7 +128,11 @@ def _take_from_hub(folder: Path, config: BaseConfig) -> dict[str, Any]:
 
 
 def _read_settings(snapshot: Path, name: str) -> Any:
-    """The text model's config. Raises BaseModelError for code of its own, which is never run, and for what transformers does not know."""
+    """Read the text model's config.
+
+    Raises BaseModelError: the model brings code of its own, which is never run, or transformers does not know
+    it.
+    """
     from transformers import AutoConfig
 
     for path in (snapshot / "config.json", snapshot / "tokenizer_config.json"):
@@ -139,13 +147,14 @@ def _read_settings(snapshot: Path, name: str) -> Any:
         ).get_text_config()
     except (ValueError, OSError, KeyError) as error:
         raise BaseModelError(
-            f"{name} has a config.json that transformers {version('transformers')} cannot read: {str(error).splitlines()[0]}",
+            f"{name} has a config.json that transformers {version('transformers')} cannot read:"
+            f" {str(error).splitlines()[0]}",
             remedy="take another model",
         ) from None
 
 
 def _weights(snapshot: Path) -> tuple[list[Path], list[str]]:
-    """The safetensors that are there, and the names of those that the index lists beside."""
+    """Return the safetensors that are there, and the names of those that the index lists and are not."""
     there = sorted(snapshot.glob("*.safetensors"))
     index = snapshot / "model.safetensors.index.json"
     listed = set(read_json(index)["weight_map"].values()) if index.exists() else set()
@@ -153,7 +162,7 @@ def _weights(snapshot: Path) -> tuple[list[Path], list[str]]:
 
 
 def _snapshot(config: BaseConfig) -> Path:
-    """The hub's folder of that revision: from the cache when it is whole there, else downloaded."""
+    """Return the hub's folder of that revision, from the cache when it is whole there, else downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -176,8 +185,10 @@ def _snapshot(config: BaseConfig) -> Path:
             return cached
         cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
         raise BaseModelError(
-            f"{config.model}@{config.revision} is not in the hub's cache ({cache}) and cannot be fetched: {str(error).splitlines()[0]}",
-            remedy=f"{_fetch_command(config)}; a gated model needs HF_TOKEN in the environment; or set `base.model: demo`",
+            f"{config.model}@{config.revision} is not in the hub's cache ({cache})"
+            f" and cannot be fetched: {str(error).splitlines()[0]}",
+            remedy=f"{_fetch_command(config)}; a gated model needs HF_TOKEN in the environment;"
+            " or set `base.model: demo`",
         ) from None
 
 
@@ -194,10 +205,12 @@ def _read_template(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-# --- the demo's own --------------------------------------------------------------------------------------------------
+# --- the demo's own ---
 
 
 def _make_demo(folder: Path, config: BaseConfig, splits: PrepareConfig) -> dict[str, Any]:
+    from ratchet.demo.base_model import make_tokenizer, pretrain
+
     rows = reading(config.demo, splits)
     tokenizer = make_tokenizer(rows, config.demo)
     tokenizer.save_pretrained(folder)
@@ -213,9 +226,10 @@ def _make_demo(folder: Path, config: BaseConfig, splits: PrepareConfig) -> dict[
 
 
 def reading(demo: DemoBase, splits: PrepareConfig) -> list[Example]:
-    """Rows for the base: training rows of its share of the modules. Raises DataError when none are left.
+    """Select the base's rows: training rows of its share of the modules. Raises DataError: none are left.
 
-    A row that follows a neighbour into training against its own hash stays out: the golden set is chosen by that hash.
+    A row that follows a neighbour into training against its own hash stays out: the golden set is chosen by
+    that hash.
     """
     clusters = Clusters(splits)
     rows = []
@@ -235,104 +249,6 @@ def reading(demo: DemoBase, splits: PrepareConfig) -> list[Example]:
 
 def _is_read(module: str, share: float) -> bool:
     return xxhash.xxh3_64_intdigest(module.encode()) % 10_000 < share * 10_000
-
-
-def make_tokenizer(rows: list[Example], demo: DemoBase) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=demo.vocab_size,
-        special_tokens=list(CONTROL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((message.content for row in rows for message in row.messages), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",  # noqa: S106  (no secret: the name of a token)
-        eos_token="<|end|>",  # noqa: S106
-        extra_special_tokens=[token for token in CONTROL_TOKENS if token not in ("<|pad|>", "<|end|>")],
-        model_max_length=demo.context,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def llama(demo: DemoBase, chat: ChatFormat) -> Any:
-    """The demo's shape, as transformers wants it."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=len(chat.tokenizer),
-        hidden_size=demo.hidden_size,
-        intermediate_size=demo.hidden_size * 11 // 4 // 8 * 8,
-        num_hidden_layers=demo.layers,
-        num_attention_heads=demo.heads,
-        num_key_value_heads=demo.heads,
-        max_position_embeddings=demo.context,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=chat.stop_id,
-        pad_token_id=chat.pad_id,
-    )
-
-
-def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
-    import torch
-    from transformers import LlamaForCausalLM, set_seed
-
-    from ratchet.training.schedule import Schedule
-    from ratchet.training.trainer import fit
-
-    demo = config.demo
-    set_seed(config.seed)
-    model = LlamaForCausalLM(llama(demo, chat)).to("cuda" if torch.cuda.is_available() else "cpu")
-    window = min(demo.context, WINDOW)
-    encoded: list[Encoded] = [row for example in rows if len((row := chat.encode(example)).ids) <= window]
-    schedule = Schedule(
-        steps=demo.steps,
-        batch_windows=max(1, demo.batch_tokens // window),
-        accumulate=1,
-        learning_rate=demo.learning_rate,
-        kind="cosine",
-        warmup_share=0.05,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        evaluations=1,
-        patience=1,
-        seed=config.seed,
-        compute=compute_dtype("auto")[0],
-    )
-    say(
-        f"base: pre-training {sum(weight.numel() for weight in model.parameters()) / 1e6:.2f}M parameters on {len(encoded)} rows, {demo.steps} steps"
-    )
-    with quiet():
-        outcome = fit(
-            model,
-            pack(encoded, window),
-            [],
-            schedule,
-            pad_id=chat.pad_id,
-            report=_report(demo.steps),
-            text_weight=demo.text_weight,
-        )
-    say(f"base: loss {outcome.train_loss:.3f} after {outcome.seconds:.0f} s")
-    return model
-
-
-WINDOW = 256  # tokens; short windows keep attention cheap on a CPU
-
-
-def _report(steps: int) -> Any:
-    def report(step: int, values: dict[str, float]) -> None:
-        if step % max(1, steps // 10) < max(1, steps // 100) and "train_loss" in values:
-            say(f"base: step {step}/{steps}, loss {values['train_loss']:.3f}")
-
-    return report
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:

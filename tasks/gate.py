@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from ratchet.audits.judge import JUDGE
 from ratchet.config.evaluation import GateConfig, ParityConfig
 from ratchet.config.params import Config
 from ratchet.data.examples import read_examples
 from ratchet.errors import RatchetError
+from ratchet.evaluation.audit_tables import JUDGE
 from ratchet.evaluation.paired import AGAIN, SEEN_SHARE, make_check, no_worse, paired_gains, said
 from ratchet.evaluation.statistics import bootstrap_mean, chance_of
 from ratchet.files import read_json, write_json

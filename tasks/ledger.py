@@ -1,4 +1,4 @@
-"""Ask versions the rows that they were never asked, and keep what they score: the empty cells of the forgetting ledger.
+"""Ask versions the rows that they were never asked, and keep what they score: the empty cells of the retention table.
 
 Not a stage: it changes no output of any. Answers are cached (`ratchet.evaluation.answer_cache`), so a second time costs nothing.
 """

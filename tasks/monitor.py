@@ -18,16 +18,16 @@ import msgspec
 from ratchet.config.params import Config
 from ratchet.data.examples import read_examples
 from ratchet.files import whole_folder, write_json
-from ratchet.monitoring.drift import PROMPTS, Verdict, judge
+from ratchet.monitoring.drift import PROMPTS, judge
 from ratchet.monitoring.families import LEAST_ROWS, Answered, Reference, all_families, by_prompt
 from ratchet.monitoring.novelty import Familiar, words_of
 from ratchet.monitoring.request_records import Feedback, Logged
-from ratchet.monitoring.topics import Topic, find_topics
+from ratchet.monitoring.topics import find_topics
+from ratchet.monitoring.verdicts import VERDICTS, Decision, Recorded, Topic, Verdict
 from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.champion import Champion
 
 FOLDER = Path(".ratchet/monitor")
-VERDICTS = FOLDER / "verdicts.jsonl"
 NOT_TAUGHT = {"errors", "latency"}  # families that no training mends
 
 
@@ -40,12 +40,6 @@ class Facts(NamedTuple):
     hours_since_retrain: float | None
     rollout_of: int | None = None  # the version that is tried on users already
     under_way: bool = False  # a retraining
-
-
-class Decision(NamedTuple):
-    retrain: bool
-    for_: list[str]
-    against: list[str]
 
 
 def read_reference(root: Path, config: Config, champion: Champion) -> Reference:
@@ -166,16 +160,16 @@ def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
 
 def append_verdict(
     root: Path, champion: Champion, verdict: Verdict, decision: Decision, folder: Path | None
-) -> dict[str, Any]:
-    """One line more in verdicts.jsonl; what it says."""
-    found = {
-        "at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-        "version": champion.version,
-        **msgspec.to_builtins(verdict),
-        "decision": {"retrain": decision.retrain, "for": decision.for_, "against": decision.against},
-        "report": str(folder.relative_to(root)) if folder else None,
-    }
-    (root / FOLDER).mkdir(parents=True, exist_ok=True)
+) -> Recorded:
+    """Write one line more into verdicts.jsonl, and return what it says."""
+    found = Recorded(
+        **msgspec.structs.asdict(verdict),
+        at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        version=champion.version,
+        decision=decision,
+        report=str(folder.relative_to(root)) if folder else None,
+    )
+    (root / VERDICTS).parent.mkdir(parents=True, exist_ok=True)
     with (root / VERDICTS).open("ab") as out:
         out.write(msgspec.json.encode(found) + b"\n")
     return found

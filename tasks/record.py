@@ -100,7 +100,7 @@ def record(found: Findings, config: Config, *, commit: str, reason: str) -> str:
 
 
 def record_page(found: Findings, ledger: dict[str, Any], *, run_id: str, name: str) -> None:
-    """The evaluation's page and the forgetting ledger's heat map. Raises ServiceError."""
+    """The evaluation's page and the retention table's heat map. Raises ServiceError."""
     from matplotlib import use
 
     use("Agg")
@@ -108,8 +108,8 @@ def record_page(found: Findings, ledger: dict[str, Any], *, run_id: str, name: s
     client = mlflow_client()
     with mlflow_errors():
         client.log_artifact(run_id, str(page), "reports")
-        client.log_figure(run_id, draw(ledger), "figures/ledger.png")
-        client.log_dict(run_id, ledger, "reports/ledger.json")
+        client.log_figure(run_id, draw(ledger), "figures/retention.png")
+        client.log_dict(run_id, ledger, "reports/retention.json")
 
 
 def register(found: Findings, config: Config, *, run_id: str, commit: str, data: dict[str, Any]) -> Version:

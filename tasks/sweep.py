@@ -1,8 +1,10 @@
-"""A study of settings: each trial is a training of its own (`python -m tasks.train`), judged and ended early by its validation loss.
+"""Search settings: each trial is a training of its own (`python -m tasks.train`), judged by its validation
+loss.
 
-A flow's task, not a stage. The study stands in a database (Optuna's), so that it outlives a killed sweep, and several machines can share it; what
-belongs to one machine, such as records for MLflow, lies in `.ratchet/sweeps/<study>/`. A study is of one base, one set of rows and one space:
-other ones make another study, since their losses are not comparable.
+A flow's task, not a stage. A bad trial is ended early. The study is in a database (Optuna's), so that it
+outlives a killed sweep and several machines can share it; what belongs to one machine, such as records for
+MLflow, is in `.ratchet/sweeps/<study>/`. A study is of one base, one set of rows and one space: others make
+another study, since their losses are not comparable.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
@@ -28,39 +30,39 @@ from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 from ratchet.config.edit import diff_params, edit_params
 from ratchet.config.params import Config
 from ratchet.errors import ConfigError, DataError, RatchetError, ServiceError
-from ratchet.files import read_json, sha256_json, write_json, write_text
+from ratchet.files import read_json, sha256_json, write_text
 from ratchet.models.adapters import SHAPE
 from ratchet.models.loading import MANIFEST, adapter_sha256
 from ratchet.tracking.curve import read_history
 from ratchet.tracking.mlflow import PASSWORD
-from ratchet.training.launch import Ended, Material, Points, read_figures, run_training
+from ratchet.training.launch import CANDIDATE, REPORTS, Ended, Material, Points, read_figures, run_training
 from ratchet.training.search_space import BASE, changes_of, current, draw, dvc_command, with_changes
+from ratchet.training.trials import Best, TrialRecord
 
 FOLDER, DATABASE = Path(".ratchet/sweeps"), Path(".ratchet/sweep.db")
 STORAGE_VARIABLE = "RATCHET_SWEEP_STORAGE"
 TODAY = "today"  # marks the trial of today's settings
 CONNECT_SECONDS = 10
 OPENING = (ImportError, RuntimeError)  # no driver; tables of another Optuna
-ALIVE_SECONDS, LOST_SECONDS = (
-    15.0,
-    3600.0,
-)  # a sign of life each; without one for that long another machine's trial is lost
+# How often a trial gives a sign of life, and after how long without one another machine's trial is lost.
+ALIVE_SECONDS, LOST_SECONDS = 15.0, 3600.0
 
 Say = Callable[[str], None]
 
 
-class Best(NamedTuple):
-    number: int
-    value: float
-    changes: dict[str, Any]
-    command: str
-
-
 class Search:
-    """One study as one machine works on it; under a lock, so that a running trial of this machine that is not ours has lost its process."""
+    """One study as one machine works on it.
+
+    It is used under a lock: so a running trial of this machine that another process began has lost that
+    process.
+    """
 
     def __init__(self, home: Path, config: Config, material: Material, *, commit: str, say: Say) -> None:
-        """Raises ConfigError, DataError: there is nothing to search by; ServiceError: the storage does not answer."""
+        """Open the study or create it.
+
+        Raises ConfigError, DataError: there is nothing to search by; ServiceError: the storage does not
+        answer.
+        """
         check_start_allows(config, material.incumbent)
         if not read_json(material.tokens / "profile.json")["validation"]["windows"]:
             raise DataError(
@@ -78,9 +80,8 @@ class Search:
         self._study = _open(home, config, self.name)
         self._give_up_lost()
         if not self._trials() and (now := current(config)):
-            self._study.enqueue_trial(
-                now, user_attrs={TODAY: True}, skip_if_exists=True
-            )  # what a better one has to beat
+            # What a better trial has to beat.
+            self._study.enqueue_trial(now, user_attrs={TODAY: True}, skip_if_exists=True)
         say(f"sweep: study {self.name}, {self.finished} of {config.sweep.trials} trials are done")
 
     @property
@@ -88,7 +89,10 @@ class Search:
         return sum(_counts(trial) and trial.state.is_finished() for trial in self._trials())
 
     def next(self) -> optuna.Trial | None:
-        """The next trial, its settings drawn; None when there are enough, those that run elsewhere included. Raises ServiceError."""
+        """Return the next trial with its settings drawn; None when there are enough, running ones included.
+
+        Raises ServiceError: the storage does not answer.
+        """
         with storage_errors():
             return self._next()
 
@@ -97,7 +101,8 @@ class Search:
         trials = self._trials()
         if sum(map(_counts, trials)) >= self._config.sweep.trials:
             return None
-        # A sampler that began anew with its seed after an interruption would draw the same settings again; two machines would draw the same ones.
+        # A sampler with one seed would draw the same settings again after an interruption, or on two
+        # machines.
         elsewhere = zlib.crc32(self._worker.encode()) if _url(self._home, self._config)[1] else 0
         self._study.sampler = optuna.samplers.TPESampler(
             n_startup_trials=self._config.sweep.startup_trials,
@@ -124,8 +129,11 @@ class Search:
             return None
         return trial
 
-    def run(self, trial: optuna.Trial, material: Material) -> dict[str, Any]:
-        """Train by the trial's settings. Its record; a training that fails is one as well. An interruption puts the settings back in the queue and passes on."""
+    def run(self, trial: optuna.Trial, material: Material) -> TrialRecord:
+        """Train by the trial's settings and return its record, also for a training that fails.
+
+        An interruption puts the settings back into the queue and is raised again.
+        """
         changes, began = trial.user_attrs["changes"], time.time()
         # By its settings, not its number: after an interruption it goes on from its checkpoint.
         folder = self.folder / sha256_json(changes)[:16]
@@ -154,28 +162,29 @@ class Search:
                     None,
                     "another machine took it for lost and tries its settings again",
                 )
-        record = {
-            "number": trial.number,
-            "study": self.name,
-            "state": state.name.lower(),
-            "value": value,
-            "reason": reason,
-            "changes": changes,
-            "command": trial.user_attrs["command"],
-            "commit": self._commit,
-            "began": began,
-            "ended": time.time(),
-            "points": follower.points,
-            "figures": read_figures(folder) if state == TrialState.COMPLETE else {},
-            "manifest": read_json(folder / "candidate" / MANIFEST) if state == TrialState.COMPLETE else {},
-            "said": ended.said if ended else [],
-        }
-        write_json(self.folder / f"trial-{trial.number:04d}.json", record)
+        complete = state == TrialState.COMPLETE
+        record = TrialRecord(
+            number=trial.number,
+            study=self.name,
+            state=state.name.lower(),
+            value=value,
+            reason=reason,
+            changes=changes,
+            command=trial.user_attrs["command"],
+            commit=self._commit,
+            began=began,
+            ended=time.time(),
+            points=follower.points,
+            figures=dict(read_figures(folder)) if complete else {},
+            manifest=read_json(folder / CANDIDATE / MANIFEST) if complete else {},
+            said=ended.said if ended else [],
+        )
+        record.write(self.folder)
         shutil.rmtree(folder, ignore_errors=True)
         return record
 
     def put_back(self, trial: optuna.Trial, reason: str) -> None:
-        """Its settings wait for the next worker."""
+        """Queue the trial's settings for the next worker."""
         self._study.enqueue_trial(trial.params)
         self._fail(trial, reason, counts=False)
 
@@ -196,7 +205,7 @@ class Search:
         )
 
     def baseline(self) -> float | None:
-        """The loss of today's settings, when they were tried."""
+        """Return the loss of today's settings, if they were tried."""
         now = current(self._config)
         wanted = changes_of(now) if now else None
         return next(
@@ -224,7 +233,7 @@ class Search:
         self._study.tell(trial, state=TrialState.FAIL)
 
     def _give_up_lost(self) -> None:
-        """Trials whose process was killed: their settings wait again."""
+        """Queue the settings of trials whose process was killed."""
         for trial in self._trials():
             attributes = trial.user_attrs
             silent = time.time() - attributes.get(
@@ -242,7 +251,7 @@ class Search:
 
 
 class _Follower:
-    """Reports each new validation loss to the study, and says when to end the training."""
+    """Report each new validation loss to the study, and say when to end the training."""
 
     def __init__(self, trial: optuna.Trial, unit: float) -> None:
         self._trial, self._unit = trial, unit
@@ -262,7 +271,11 @@ class _Follower:
             return True
 
     def _report(self) -> bool:
-        """Whether there was anything new. Numbered, not by optimizer step: trials of other batch sizes measure at other steps, but at the same shares of the way."""
+        """Report new losses and tell whether there were any.
+
+        They are numbered, not given by optimizer step: trials of other batch sizes measure at other steps,
+        but at the same shares of the training.
+        """
         measured = [
             point["validation_loss"] * self._unit for point in self.points if "validation_loss" in point
         ]
@@ -281,13 +294,16 @@ class _Follower:
             )
         if ended.code:
             return TrialState.FAIL, None, ended.reason
-        self.points = read_history(folder / "reports/history.jsonl")
+        self.points = read_history(folder / f"{REPORTS}/history.jsonl")
         self._report()
         return TrialState.COMPLETE, read_figures(folder)["best_validation_loss"] * self._unit, ""
 
 
 def unit(material: Material, config: Config) -> float:
-    """What a loss is multiplied by. Tokens of different bases are of different length: then it is nats a row instead of nats a learned token."""
+    """Return what a loss is multiplied by: 1, or learned tokens a row where bases are searched.
+
+    Tokens of different bases differ in length, so losses are compared in nats a row instead of nats a token.
+    """
     if BASE not in config.sweep.space:
         return 1.0
     validation = read_json(material.tokens / "profile.json")["validation"]
@@ -295,19 +311,20 @@ def unit(material: Material, config: Config) -> float:
 
 
 def check_start_allows(config: Config, incumbent: Path) -> None:
-    """Raises ConfigError: trainings would go on from a champion of another shape or base."""
+    """Raise ConfigError when trainings would start from a champion of another shape or base."""
     if config.train.start_from == "base" or read_json(incumbent / MANIFEST)["version"] is None:
         return
     shapes = {f"adapter.{key}" for keys in SHAPE.values() for key in keys} | {"adapter.method", BASE}
     if found := sorted(shapes & config.sweep.space.keys()):
         raise ConfigError(
-            f"`sweep.space` holds {', '.join(found)}, and `train.start_from` is champion: its adapter has one shape and one base",
+            f"`sweep.space` holds {', '.join(found)}, and `train.start_from` is champion:"
+            " its adapter has one shape and one base",
             remedy="set `train.start_from: base`, or take them out",
         )
 
 
 def _facts(config: Config, material: Material) -> dict[str, Any]:
-    """What losses depend on beside what is searched."""
+    """Return what losses depend on beside what is searched."""
     manifest = read_json(material.incumbent / MANIFEST)
     champion = (
         "champion" in (config.train.start_from, config.train.teacher) and manifest["version"] is not None
@@ -331,7 +348,7 @@ def _facts(config: Config, material: Material) -> dict[str, Any]:
 
 
 def _url(home: Path, config: Config) -> tuple[str, bool]:
-    """(URL, whether others may share it)."""
+    """Return the database's URL, and whether other machines may share it."""
     url = os.environ.get(STORAGE_VARIABLE) or config.sweep.storage
     return (url, True) if url else (f"sqlite:///{(home / DATABASE).absolute()}", False)
 
@@ -353,7 +370,10 @@ def _open(home: Path, config: Config, name: str) -> optuna.Study:
 
 
 def check_storage(home: Path, config: Config) -> None:
-    """Raises ConfigError, ServiceError: before minutes are spent on rows, a storage for several machines is looked at."""
+    """Try a storage for several machines before minutes are spent on rows.
+
+    Raises ConfigError, ServiceError.
+    """
     url, shared = _url(home, config)
     if shared:
         with storage_errors(*OPENING):
@@ -363,7 +383,8 @@ def check_storage(home: Path, config: Config) -> None:
 
 
 def _storage(url: str) -> RDBStorage:
-    """Machines that begin at once make its tables at once, and all but one fail at that: then they are there."""
+    """Open the storage; try again where creating its tables fails, as it does for all but one of the machines
+    that begin at once."""
     _check_url(url)
     settings: dict[str, Any] = (
         {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
@@ -379,7 +400,10 @@ def _storage(url: str) -> RDBStorage:
 
 
 def _check_url(url: str) -> None:
-    """Shows nothing of it: a driver would tell what follows an @ in a password as the name of a host."""
+    """Raise ConfigError for what is no URL, and show nothing of it.
+
+    A driver would show what follows an @ in a password as the name of a host.
+    """
     try:
         known = "@" not in (make_url(url).host or "")
     except (SQLAlchemyError, ValueError):
@@ -387,7 +411,8 @@ def _check_url(url: str) -> None:
     if not known:
         raise ConfigError(
             f"{STORAGE_VARIABLE}, or else `sweep.storage`, is no database URL",
-            remedy="write postgresql+psycopg://USER:PASSWORD@HOST:5432/DATABASE; within a password @ is %40, / is %2F, % is %25",
+            remedy="write postgresql+psycopg://USER:PASSWORD@HOST:5432/DATABASE;"
+            " within a password @ is %40, / is %2F, % is %25",
         )
 
 
@@ -398,19 +423,25 @@ def storage_errors(*also: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         first = PASSWORD.sub("//", (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0])
-        remedy = f"`sweep.storage` and {STORAGE_VARIABLE} name it; PostgreSQL is postgresql+psycopg://… with the extra `store`. The same command goes on with the study"
+        remedy = (
+            f"`sweep.storage` and {STORAGE_VARIABLE} name it; PostgreSQL is postgresql+psycopg://…"
+            " with the extra `store`. The same command goes on with the study"
+        )
         raise ServiceError(f"the study's storage does not answer: {first}", remedy=remedy) from None
 
 
 def _counts(trial: FrozenTrial) -> bool:
-    """Towards `sweep.trials`: not what waits, was lost, or was put back."""
+    """Tell whether a trial counts towards `sweep.trials`: not if it waits, was lost, or was put back."""
     if trial.state == TrialState.FAIL:
         return bool(trial.user_attrs.get("reason")) and bool(trial.user_attrs.get("counts", True))
     return trial.state != TrialState.WAITING
 
 
 def propose(home: Path, best: Best, *, apply: bool) -> str:
-    """The best settings as a change of params.yaml, in unified form; written when `apply`. Empty where they stand there already."""
+    """Return the best settings as a unified diff of params.yaml, and write them if `apply`.
+
+    The diff is empty where params.yaml has them already.
+    """
     path = home / "params.yaml"
     before = path.read_text(encoding="utf-8")
     after = edit_params(before, best.changes)

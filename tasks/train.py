@@ -1,10 +1,12 @@
-"""Train on the packed windows by the method of `adapter.method`, from the base or from the champion's weights.
+"""Train on the packed windows by the method of `adapter.method`, from the base or from the champion's
+weights.
 
-    python -m tasks.train --tokens data/tokenized --base models/base --incumbent models/incumbent --out models/candidate --reports reports/train
+    python -m tasks.train --tokens data/tokenized --base models/base --incumbent models/incumbent \\
+        --out models/candidate --reports reports/train
 
-Writes the adapter, or for `full` the whole model (safetensors), tokenizer, chat template and manifest.json; the curve and the figures
-under --reports. Checkpoints go to .ratchet/checkpoints of RATCHET_ROOT (the checkout) or of the working directory: the same command
-again goes on from the newest one.
+Writes the adapter, or for `full` the whole model (safetensors), tokenizer, chat template and manifest.json;
+the curve and the figures under --reports. Checkpoints go to .ratchet/checkpoints of RATCHET_ROOT (the
+checkout) or of the working directory: the same command again resumes from the newest one.
 """
 
 from __future__ import annotations
@@ -19,13 +21,21 @@ from collections.abc import Callable
 from contextlib import closing, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ratchet.config.params import Config
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, require_space, sha256_file, sha256_json, whole_folder, write_json
 from ratchet.models.adapters import PREFIXED, check_context, check_start, load_trainable, save_trained
-from ratchet.models.loading import MANIFEST, adapter_sha256, compute_dtype, load_tokenizer, precision, quiet
+from ratchet.models.loading import (
+    MANIFEST,
+    adapter_sha256,
+    compute_dtype,
+    device,
+    load_tokenizer,
+    precision,
+    quiet,
+)
 from ratchet.pipeline.dag import stage_key
 from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.tracking.curve import History, LiveCopy, read_history
@@ -38,73 +48,45 @@ from ratchet.training.distributed import (
     take_gpu,
     world_size,
 )
-from ratchet.training.loss import CHAMPION, load_teacher
+from ratchet.training.loss import CHAMPION, AnswerLoss, load_teacher
 from ratchet.training.packing import IGNORED, read_windows
+from ratchet.training.schedule import Figures, Outcome, Report, Schedule
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ratchet.training.checkpoints import Checkpoints
-    from ratchet.training.schedule import Outcome, Report
 
 ROOM = 200 * 2**20  # bytes that are free before anything is loaded
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
-def train(
-    tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, config: Config
-) -> dict[str, Any]:
-    """Returns the figures of the run. Raises DivergenceError, DiskSpaceError, BaseModelError; nothing is left half-written."""
-    from ratchet.training.checkpoints import Checkpoints
+def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, config: Config) -> Figures:
+    """Write the candidate and its reports.
 
+    Raises DivergenceError, DiskSpaceError, BaseModelError; then neither.
+    """
     check_size(config.train.processes, world_size())
     require_space(out.parent, ROOM, "the candidate")
-    start = _start_from(incumbent, config)
-    inputs = _inputs(tokens, base, incumbent, start, config)
-    run_key = sha256_json(inputs)[:32]
-    known = {**inputs, **_machine(), **_settings(config)}
+    training = Training(tokens, base, incumbent, out, config)
     if rank():
         # The first process tells and writes; the others compute, and read the same checkpoint.
-        checkpoints = Checkpoints(
-            project_root(), run_key, known, minutes=config.train.checkpoint_minutes, curve=list
-        )
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-            _fit(
-                tokens,
-                base,
-                incumbent,
-                start,
-                out,
-                config,
-                lambda step, values: None,
-                lambda points: None,
-                checkpoints,
+            trained = training.optimise(
+                lambda step, values: None, lambda points: None, training.checkpoints(curve=list)
             )
-        return {}
-    profile = read_json(tokens / "profile.json")
+        return training.figures(trained)
     with whole_folder(reports) as report_folder, closing(History(report_folder / "history.jsonl")) as history:
         # A run of another training with the same key would be the same training: its copy is the same.
-        copy = LiveCopy(
-            history.path,
-            config.project.name,
-            run_key,
-            {"mlflow.runName": f"train-{run_key[:8]}", "ratchet.state": "training"},
-        )
+        tags = {"mlflow.runName": f"train-{training.run_key[:8]}", "ratchet.state": "training"}
+        copy = LiveCopy(history.path, config.project.name, training.run_key, tags)
         if "MLFLOW_TRACKING_URI" in os.environ:
             copy.start()
-        checkpoints = Checkpoints(
-            project_root(),
-            run_key,
-            known,
-            minutes=config.train.checkpoint_minutes,
-            curve=lambda: read_history(history.path),
-        )
-        facts = {
-            "run_key": run_key,
-            "inputs": inputs,
-            "batches": _batches(tokens, incumbent),
-            "canaries": profile.get("canaries", 0),
-        }
-        figures = _optimise(tokens, base, incumbent, start, out, config, history, checkpoints, facts)
-        figures["run_key"], figures["rows"] = run_key, profile["train"]
+        checkpoints = training.checkpoints(curve=lambda: read_history(history.path))
+        trained = training.optimise(_report(history), history.restore, checkpoints)
+        training.save(trained)
+        _tell(trained.outcome)
+        figures = training.figures(trained)
         write_json(report_folder / "figures.json", figures)
         delivered = "MLFLOW_TRACKING_URI" in os.environ and copy.finish()
     checkpoints.forget()
@@ -112,126 +94,182 @@ def train(
     return figures
 
 
-def _optimise(
-    tokens: Path,
-    base: Path,
-    incumbent: Path,
-    start: bool,
-    out: Path,
-    config: Config,
-    history: History,
-    checkpoints: Checkpoints,
-    facts: dict[str, Any],
-) -> dict[str, Any]:
+def _report(history: History) -> Report:
     def report(step: int, values: dict[str, float]) -> None:
         history.add(step, values)
         if "validation_loss" in values:
             say(f"train: step {step}, validation loss {values['validation_loss']:.4f}")
 
-    model, weights, outcome, figures = _fit(
-        tokens, base, incumbent, start, out, config, report, history.restore, checkpoints
-    )
-    _save(model, weights, load_tokenizer(base), base, out, config, facts)
+    return report
+
+
+def _tell(outcome: Outcome) -> None:
     best = math.nan if outcome.best_validation_loss is None else outcome.best_validation_loss
     say(
-        f"train: {outcome.steps} steps in {outcome.seconds:.0f} s, best validation loss {best:.4f} at step {outcome.best_step}"
+        f"train: {outcome.steps} steps in {outcome.seconds:.0f} s,"
+        f" best validation loss {best:.4f} at step {outcome.best_step}"
     )
-    return {
-        **outcome._asdict(),
-        **figures,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        **_peak_of_gpu(),
-    }
 
 
-def _fit(
-    tokens: Path,
-    base: Path,
-    incumbent: Path,
-    start: bool,
-    out: Path,
-    config: Config,
-    report: Report,
-    restore: Callable[[Any], None],
-    checkpoints: Checkpoints,
-) -> tuple[Any, dict[str, Any] | None, Outcome, dict[str, Any]]:
-    """What every process of a training does: (model, its whole weights where it holds parts of them, outcome, figures)."""
-    from ratchet.training.distributed import whole
-    from ratchet.training.state import trainable
-    from ratchet.training.trainer import count_batches, fit
+class Trained(NamedTuple):
+    """A model with its best weights, and what it took.
 
-    method, sharded = config.adapter.method, in_parts(config.train, config.adapter)
-    take_gpu()
-    windows, validation = read_windows(tokens / "train.arrow"), read_windows(tokens / "validation.arrow")
-    check_context(
-        base, config.adapter, 1 + max(max(window.position_ids) for window in (*windows, *validation))
-    )
-    apart = True if method in PREFIXED else None
-    num_batches = count_batches(windows, config.train.batch_windows, apart=apart)
-    computed, why = compute_dtype(config.train.precision)
-    schedule = _schedule(num_batches, computed, config)
-    model = load_trainable(
-        base, incumbent if start else None, config.adapter, seed=config.train.seed, in_parts=sharded
-    )
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    require_space(
-        out.parent, ROOM + sum(weight.numel() * weight.element_size() for weight in weights), "the candidate"
-    )
-    count = sum(weight.numel() for weight in weights)
-    say(
-        f"train: {method} of {count:,} weights from {'the champion' if start else 'the base'}, {schedule.steps} steps; computed in {computed}: {why}"
-    )
-    if config.train.processes > 1:
+    `weights`: the whole ones, where the model holds parts.
+    """
+
+    model: Any
+    weights: dict[str, Tensor] | None
+    outcome: Outcome
+    num_weights: int
+    epochs: float
+    learned_tokens: int  # in one epoch
+
+
+class Training:
+    """One training, as each of its processes computes it.
+
+    `run_key` stands for all that its weights depend on.
+    """
+
+    def __init__(self, tokens: Path, base: Path, incumbent: Path, out: Path, config: Config) -> None:
+        """Raises BaseModelError: the champion's base or shape is another than the one asked for."""
+        self._tokens, self._base, self._incumbent, self._out = tokens, base, incumbent, out
+        self._config = config
+        self._profile = read_json(tokens / "profile.json")
+        self._start = _start_from(incumbent, config)
+        self._inputs = _inputs(tokens, base, incumbent, self._start, config)
+        self.run_key = sha256_json(self._inputs)[:32]
+
+    def checkpoints(self, *, curve: Callable[[], list[dict[str, Any]]]) -> Checkpoints:
+        from ratchet.training.checkpoints import Checkpoints
+
+        facts = {**self._inputs, **_machine(), **_settings(self._config)}
+        minutes = self._config.train.checkpoint_minutes
+        return Checkpoints(project_root(), self.run_key, facts, minutes=minutes, curve=curve)
+
+    def optimise(
+        self, report: Report, restore: Callable[[list[dict[str, Any]]], None], checkpoints: Checkpoints
+    ) -> Trained:
+        """Train, from the newest checkpoint on. Raises also StoppedError: SIGTERM asked for the end."""
+        from ratchet.training.collation import count_batches
+        from ratchet.training.distributed import whole
+        from ratchet.training.state import trainable
+        from ratchet.training.trainer import fit
+
+        adapter, settings = self._config.adapter, self._config.train
+        sharded = in_parts(settings, adapter)
+        take_gpu()
+        windows = read_windows(self._tokens / "train.arrow")
+        validation = read_windows(self._tokens / "validation.arrow")
+        longest = 1 + max(max(window.position_ids) for window in (*windows, *validation))
+        check_context(self._base, adapter, longest)
+        apart = True if adapter.method in PREFIXED else None
+        num_batches = count_batches(windows, settings.batch_windows, apart=apart)
+        computed, why = compute_dtype(settings.precision)
+        schedule = _schedule(num_batches, computed, self._config)
+        start = self._incumbent if self._start else None
+        model = load_trainable(self._base, start, adapter, seed=settings.seed, in_parts=sharded)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        size = sum(weight.numel() * weight.element_size() for weight in weights)
+        require_space(self._out.parent, ROOM + size, "the candidate")
+        count = sum(weight.numel() for weight in weights)
         say(
-            f"train: {config.train.processes} processes, each with {'a part' if sharded else 'all'} of the model"
+            f"train: {adapter.method} of {count:,} weights from {'the champion' if start else 'the base'},"
+            f" {schedule.steps} steps; computed in {computed}: {why}"
         )
-    teacher = load_teacher(config.train.teacher, base, incumbent)
-    if config.train.teacher:
-        say(
-            f"train: learns from {config.train.teacher}, too"
-            if teacher
-            else "train: there is no champion to learn from yet"
-        )
-    saved = checkpoints.newest(restore)
-    if saved:
-        say(f"train: goes on from the checkpoint of step {saved.step} of {schedule.steps}")
-    with quiet(), checkpoints.asked_by_sigterm():
-        outcome = fit(
+        if settings.processes > 1:
+            held = "a part" if sharded else "all"
+            say(f"train: {settings.processes} processes, each with {held} of the model")
+        loss = self._load_loss()
+        saved = checkpoints.newest(restore)
+        if saved:
+            say(f"train: goes on from the checkpoint of step {saved.step} of {schedule.steps}")
+        with quiet(), checkpoints.asked_by_sigterm():
+            outcome = fit(
+                model,
+                windows,
+                validation,
+                schedule,
+                loss=loss,
+                pad_id=_pad_id(load_tokenizer(self._base)),
+                report=report,
+                apart=apart,
+                sharded=sharded,
+                checkpoints=checkpoints,
+                saved=saved,
+            )
+        return Trained(
             model,
-            windows,
-            validation,
-            schedule,
-            pad_id=_pad_id(load_tokenizer(base)),
-            report=report,
-            apart=apart,
-            teacher=teacher,
-            sharded=sharded,
-            checkpoints=checkpoints,
-            saved=saved,
+            whole(trainable(model)) if sharded else None,
+            outcome,
+            count,
+            epochs=outcome.steps * settings.accumulate / num_batches,
+            learned_tokens=sum(label != IGNORED for window in windows for label in window.labels),
         )
-    learned = sum(label != IGNORED for window in windows for label in window.labels)
-    epochs = outcome.steps * config.train.accumulate / num_batches
-    return (
-        model,
-        whole(trainable(model)) if sharded else None,
-        outcome,
-        {
-            "trainable_weights": count,
-            "epochs": epochs,
-            "learned_tokens_per_second": learned * epochs / outcome.seconds,
-        },
-    )
+
+    def _load_loss(self) -> AnswerLoss:
+        settings = self._config.train
+        teacher = load_teacher(settings.teacher, self._base, self._incumbent)
+        if settings.teacher:
+            say(
+                f"train: learns from {settings.teacher}, too"
+                if teacher
+                else "train: there is no champion to learn from yet"
+            )
+        return AnswerLoss(
+            teacher, teacher_weight=settings.teacher_weight, temperature=settings.teacher_temperature
+        )
+
+    def save(self, trained: Trained) -> None:
+        """Write the candidate, its manifest last: the manifest's existence says that the folder is whole.
+
+        It holds no time and no path, so that equal trainings are equal bytes.
+        """
+        base = read_json(self._base / MANIFEST)
+        environment = {"python": platform.python_version(), **_versions()}
+        with whole_folder(self._out) as folder:
+            save_trained(trained.model, self._base, folder, trained.weights)
+            load_tokenizer(self._base).save_pretrained(folder)
+            manifest = {
+                "run_key": self.run_key,
+                "inputs": self._inputs,
+                # Every batch that the weights have seen, the champion's included.
+                "batches": sorted(
+                    {*self._profile["batches"], *read_json(self._incumbent / MANIFEST)["batches"]}
+                ),
+                "canaries": self._profile.get("canaries", 0),
+                "adapter_sha256": adapter_sha256(folder),
+                "adapter": self._config.adapter.model_dump(mode="json"),
+                "base": {key: base[key] for key in ("model", "revision", "context") if key in base},
+                "precision": precision(self._config.adapter.method)[0],
+                "environment": environment,
+                "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},
+            }
+            write_json(folder / MANIFEST, manifest)
+
+    def figures(self, trained: Trained) -> Figures:
+        """Return what the training came to; call it after `save`, so that the peak of memory has the saving."""
+        return {
+            **trained.outcome._asdict(),  # type: ignore[typeddict-item]  # mypy sees a dict without keys
+            "trainable_weights": trained.num_weights,
+            "epochs": trained.epochs,
+            "learned_tokens_per_second": (trained.learned_tokens * trained.epochs / trained.outcome.seconds),
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            **_peak_of_gpu(),
+            "run_key": self.run_key,
+            "rows": self._profile["train"],
+        }
 
 
 def _peak_of_gpu() -> dict[str, float]:
-    """With what torch keeps for itself: nobody else can have it. The driver's own part is not in it."""
+    """Measure the GPU's peak, with what torch keeps in reserve and without the driver's own part."""
     import torch
 
     return {"peak_gpu_mib": torch.cuda.max_memory_reserved() / 2**20} if torch.cuda.is_available() else {}
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """Key by key, to tell which of them changed; `params` of the inputs is what decides."""
+def _settings(config: Config) -> dict[str, object]:
+    """Return the settings key by key, to tell which of them changed; `params` of the inputs decides."""
     train = config.train.model_dump(mode="json", exclude={"checkpoint_minutes"})
     return {f"train.{key}": value for key, value in train.items()} | {
         f"adapter.{key}": value for key, value in config.adapter.model_dump(mode="json").items()
@@ -239,52 +277,19 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, str]:
-    """What else the bytes depend on; a checkpoint of another is not gone on from."""
-    from ratchet.models.loading import device
-
-    return {
-        "device": device(),
-        "computed": compute_dtype("auto")[0],
-        **{package: version(package) for package in PACKAGES},
-    }
+    """Return what the bytes depend on beside the inputs; a training resumes only where it is equal."""
+    return {"device": device(), "computed": compute_dtype("auto")[0], **_versions()}
 
 
-def _save(
-    model: Any,
-    weights: dict[str, Any] | None,
-    tokenizer: Any,
-    base: Path,
-    out: Path,
-    config: Config,
-    facts: dict[str, Any],
-) -> None:
-    """Manifest last: its existence says that the folder is whole. It holds no time and no path, so equal trainings are equal bytes."""
-    with whole_folder(out) as folder:
-        save_trained(model, base, folder, weights)
-        tokenizer.save_pretrained(folder)
-        write_json(
-            folder / MANIFEST,
-            {
-                **facts,
-                "adapter_sha256": adapter_sha256(folder),
-                "adapter": config.adapter.model_dump(mode="json"),
-                "base": {
-                    key: value
-                    for key, value in read_json(base / MANIFEST).items()
-                    if key in ("model", "revision", "context")
-                },
-                "precision": precision(config.adapter.method)[0],
-                "environment": {
-                    "python": platform.python_version(),
-                    **{package: version(package) for package in PACKAGES},
-                },
-                "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},
-            },
-        )
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}
 
 
 def _start_from(incumbent: Path, config: Config) -> bool:
-    """Whether to go on from the champion's adapter. Raises BaseModelError when its base or its shape is another than the one asked for."""
+    """Tell whether to start from the champion's weights.
+
+    Raises BaseModelError: its base or its shape is another than the one asked for.
+    """
     if config.train.start_from == "base" or read_json(incumbent / MANIFEST)["version"] is None:
         return False
     if (incumbent / "base").exists():
@@ -296,7 +301,7 @@ def _start_from(incumbent: Path, config: Config) -> bool:
 
 
 def _inputs(tokens: Path, base: Path, incumbent: Path, start: bool, config: Config) -> dict[str, str]:
-    """What the weights depend on."""
+    """Return the sha256 of each thing that the weights depend on."""
     manifest = read_json(base / MANIFEST)
     parts = {
         "tokens": read_json(tokens / "profile.json")["sha256"],
@@ -316,16 +321,7 @@ def _inputs(tokens: Path, base: Path, incumbent: Path, start: bool, config: Conf
     return {**hashes, "start": adapter_sha256(incumbent) if start else "base", **teacher}
 
 
-def _batches(tokens: Path, incumbent: Path) -> list[str]:
-    """Every batch that the weights have seen, the champion's included."""
-    return sorted(
-        {*read_json(tokens / "profile.json")["batches"], *read_json(incumbent / MANIFEST)["batches"]}
-    )
-
-
-def _schedule(num_batches: int, computed: str, config: Config) -> Any:
-    from ratchet.training.schedule import Schedule
-
+def _schedule(num_batches: int, computed: str, config: Config) -> Schedule:
     train = config.train
     steps = train.steps(num_batches)
     return Schedule(
@@ -346,8 +342,6 @@ def _schedule(num_batches: int, computed: str, config: Config) -> Any:
         compile=train.compile,
         liger=train.liger,
         compute=computed,
-        teacher_weight=train.teacher_weight if train.teacher else 0.0,
-        temperature=train.teacher_temperature,
     )
 
 

@@ -1,4 +1,7 @@
-"""A checkout in the middle of its life, for the page: promotions, a rollback, an open rollout, two weeks of traffic, drift, and hostile words."""
+"""Make a checkout in the middle of its life, for the page.
+
+It has promotions, a rollback, an open rollout, two weeks of traffic, drift, and hostile words.
+"""
 
 from __future__ import annotations
 

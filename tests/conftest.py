@@ -1,4 +1,4 @@
-"""Small real parts that several tests share: a demo base of width 32, prepared rows, tokens, one trained adapter.
+"""Share small real parts between tests: a demo base of width 32, prepared rows, tokens, a trained adapter.
 
 Everything is made by the stages themselves, once a session; a test that changes a folder copies it first.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 import msgspec
 import pytest
+import pytest_timeout
+from patience import scaled
 
 from ratchet.config.data import PrepareConfig, PydocSource, TokenizeConfig
 from ratchet.config.evaluation import EvaluateConfig
@@ -33,9 +36,10 @@ HUB_CACHE, HOME = tempfile.mkdtemp(prefix="ratchet-hub-"), tempfile.mkdtemp(pref
 
 
 def pytest_configure() -> None:
-    """Before any library is imported, since they read these once: no network, a hub's cache of our own, one thread (two gain nothing at width 32).
+    """Set the environment before any library is imported, since libraries read it once.
 
-    And a home of our own: a training that succeeds removes the checkpoints of its home, which must not be a developer's checkout.
+    No network, a hub cache of our own, one thread (two gain nothing at width 32), and a home of our own: a
+    training that succeeds removes the checkpoints of its home, which must not be a developer's checkout.
     """
     os.environ.update(
         HF_HUB_OFFLINE="1",
@@ -47,6 +51,21 @@ def pytest_configure() -> None:
     )
     os.environ["RATCHET_ROOT"] = HOME
     os.environ.pop("MLFLOW_TRACKING_URI", None)
+    # Begun in the background of a script: children would inherit that SIGINT is ignored.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that may take longest, so that no process is left with one of them at the end."""
+    allowed = {item: item.get_closest_marker("timeout") for item in items}
+    items.sort(key=lambda item: -marker.args[0] if (marker := allowed[item]) else 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Settings) -> bool | None:
+    """Give each test more time on a busy machine."""
+    return pytest_timeout.pytest_timeout_set_timer(item, settings._replace(timeout=scaled(settings.timeout)))
 
 
 def pytest_unconfigure() -> None:
@@ -115,7 +134,7 @@ def prepared(raw: Path, tiny_config: Config) -> Path:
 
 @pytest.fixture(scope="session")
 def _frozen_heap() -> Iterator[None]:
-    """accelerate collects garbage at every training: 0.6 s on a heap full of imported modules, 0.02 s with these set aside."""
+    """Set imported modules aside: accelerate collects garbage each time, 0.6 s with, 0.02 s without them."""
     import ratchet.training.trainer  # noqa: F401  (what a training imports)
 
     gc.freeze()

@@ -1,4 +1,4 @@
-"""The reports of one evaluation, as a retraining leaves them, with hostile words; and a ledger of three versions."""
+"""Make the reports of one evaluation, with hostile words, and the retention table of three versions."""
 
 from __future__ import annotations
 

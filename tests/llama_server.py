@@ -1,4 +1,4 @@
-"""llama.cpp itself on a free port of 127.0.0.1, by the package `xllamacpp`, which holds its server ready built."""
+"""Run llama.cpp itself on a free port of 127.0.0.1: the package `xllamacpp` holds its server ready built."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from patience import scaled
 
 
 class Said(NamedTuple):
@@ -24,7 +25,7 @@ class LlamaServer:
         self._address = address
 
     def ids(self, text: str, *, control: bool, start: bool = False) -> list[int]:
-        """`control`: what is written like a control token is one. `start`: with what the file wants before every text."""
+        """Tokenize `text`; `control` reads control tokens in it, `start` adds what the file puts first."""
         return list(self._ask("/tokenize", content=text, parse_special=control, add_special=start)["tokens"])
 
     def render(self, messages: list[dict[str, str]]) -> str:
@@ -60,7 +61,7 @@ class LlamaServer:
             json.dumps(body).encode() if body else None,
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=scaled(60)) as answer:
             return json.load(answer)
 
 

@@ -1,4 +1,7 @@
-"""Where tests work: a small repository with git and DVC, and an MLflow store in SQLite. Both real, made once a process, copied for each test."""
+"""Make the places where tests work: a small repository with git and DVC, and an MLflow store in SQLite.
+
+Both are real, made once a process and copied for each test.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A checkout as the gateway sees it, without git: versions that are fetched already, who is in charge, an open rollout. And the gateway itself."""
+"""Make a checkout as the gateway sees it, and run the gateway on it.
+
+There is no git in it: versions that are fetched already, who is in charge, an open rollout.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+from patience import scaled
 from servers import serving
 from stub_upstream import Stub
 
@@ -54,7 +58,7 @@ class Gateway(NamedTuple):
 def running_gateway(
     root: Path, *, stub: Stub | None = None, version: int | None = 1, **sections: dict[str, Any]
 ) -> Iterator[Gateway]:
-    """With the real fleet, log and engine `openai`, and a stub behind it; waits until `version` is in charge."""
+    """Run the real fleet, log and engine `openai` on a stub, and wait until `version` is in charge."""
     stub = stub or Stub(needs_loading=True)
     if version is not None:
         put_in_charge(root, version)
@@ -65,7 +69,11 @@ def running_gateway(
         engine, log = UpstreamEngine(config), open_log(root, config)
         url = stack.enter_context(serving(create_app(root, config, engine, Fleet(root, config, engine), log)))
         running = Gateway(
-            url, root, stub, log, stack.enter_context(httpx.Client(base_url=url, timeout=20, trust_env=False))
+            url,
+            root,
+            stub,
+            log,
+            stack.enter_context(httpx.Client(base_url=url, timeout=scaled(20), trust_env=False)),
         )
         if version is not None:
             wait_for(lambda: running.get("/readyz").status_code == 200)
@@ -136,8 +144,8 @@ def wait_until_served(root: Path, **wanted: Any) -> None:
     wait_for(lambda: wanted.items() <= (read_state(root) or {}).items())
 
 
-def wait_for(holds: Any, seconds: float = 10) -> None:
-    until = time.monotonic() + seconds
+def wait_for(holds: Any, seconds: float = 30) -> None:
+    until = time.monotonic() + scaled(seconds)
     while not holds():
         assert time.monotonic() < until, "it did not come in time"
         time.sleep(0.01)

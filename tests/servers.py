@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
+from patience import scaled
 
 
 @contextmanager
@@ -35,11 +36,11 @@ def serving(app: Any, *, drain_seconds: int = 5) -> Iterator[str]:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(timeout=20)
+            thread.join(timeout=scaled(20))
             assert not thread.is_alive(), "the server did not stop"
 
 
 def _wait_until(holds: Any, seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
+    until = time.monotonic() + scaled(seconds)
     while not holds() and time.monotonic() < until:
         time.sleep(0.005)

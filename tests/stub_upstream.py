@@ -1,7 +1,10 @@
-"""A small server that speaks OpenAI's protocol and vLLM's loading of adapters, for tests and the benchmark: `python tests/stub_upstream.py PORT`.
+"""Serve OpenAI's protocol and vLLM's loading of adapters, for tests and the benchmark.
 
-Every word of an answer is the model's name, so that an answer of two versions would show. A prompt that starts with `fault:` asks for one
-(see FAULTS); `wait:0.2` answers after 0.2 s, `words:30` with 30 words. It has no inner life but the list of loaded adapters.
+    python tests/stub_upstream.py PORT
+
+Every word of an answer is the model's name, so that an answer of two versions would show. A prompt that
+starts with `fault:` asks for one (see FAULTS); `wait:0.2` answers after 0.2 s, `words:30` with 30 words. Its
+only state is the list of loaded adapters.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ FAULTS: dict[str, tuple[int, bytes]] = {
 
 
 class Stub:
-    """`models` are there from the start, as where adapters are not loaded at run time; without them a model has to be loaded first."""
+    """Remember the loaded models; without `models`, one has to be loaded before it answers."""
 
     def __init__(
         self, *, models: tuple[str, ...] = (), needs_loading: bool = False, delay: float = 0.0

@@ -1,7 +1,8 @@
-"""A scripted model over HTTP that speaks OpenAI's and Anthropic's protocols, for tests of `ratchet synthesize`.
+"""Serve a scripted model that speaks OpenAI's and Anthropic's protocols, for tests of `ratchet synthesize`.
 
-By itself it answers well: a pair a sentence of the passage that it is shown, and a score for the judge. A script says otherwise:
-`stub.script["words in the prompt"] = [BUSY, MALFORMED, …]` answers the first requests that hold these words so, later ones well.
+Without a script it answers well: a pair for each sentence of the passage that it is shown, and a score for
+the judge. `stub.script["words in the prompt"] = [BUSY, MALFORMED, …]` answers the first requests that hold
+these words in that way, later ones well.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ DATA = re.compile(r"<data-[0-9a-f]{12}>\n(.*?)\n</data-[0-9a-f]{12}>", re.DOTALL
 
 
 class Act(NamedTuple):
-    """What the server does: a status, a text in place of the model's own (`None`: the good one, `around` it), headers, a wait in seconds."""
+    """What the server does: a status, a text (`None`: the model's own), headers, a wait in seconds."""
 
     status: int = 200
     text: str | None = None
@@ -42,7 +43,10 @@ HTML = Act(raw=b"<html>welcome to the proxy</html>")
 
 
 class TeacherStub:
-    """`serving(TeacherStub())` of tests/servers.py runs it. `echo` puts the request's key into error texts and answers, as careless servers do."""
+    """Answer by script; `serving(TeacherStub())` of tests/servers.py runs it.
+
+    `echo` puts the request's key into error texts and answers, as careless servers do.
+    """
 
     def __init__(
         self,

@@ -40,7 +40,10 @@ def test_every_layer_is_a_package_of_its_own(layer):
     ],
 )
 def test_what_starts_fast_imports_nothing_slow(module):
-    program = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}} & {set(SLOW)!r}))"
+    program = (
+        f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}} & "
+        f"{set(SLOW)!r}))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )

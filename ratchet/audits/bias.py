@@ -16,8 +16,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ratchet.data.examples import Example, Message, RowError, make_example
-from ratchet.errors import DataError, RatchetError
-from ratchet.evaluation.paired import AGAIN
+from ratchet.errors import DataError
+from ratchet.evaluation.audit_tables import differences
 from ratchet.evaluation.statistics import bootstrap_means
 
 if TYPE_CHECKING:
@@ -179,27 +179,3 @@ def describe_bias(pairs: pd.DataFrame, scores: pd.DataFrame, metric: str) -> dic
             "change": intervals[1]._asdict(),
         }
     return found
-
-
-def differences(pairs: pd.DataFrame, scores: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """A line a pair and model: of, swap, model, difference. Raises RatchetError when a pair lacks a side, is doubled, or is not finite."""
-    if metric not in pairs or metric not in scores:
-        raise RatchetError(f"the counterfactual rows have no scores named {metric}", remedy=AGAIN)
-    joined = pairs.merge(
-        scores[["id", "model", metric]],
-        left_on=["of", "model"],
-        right_on=["id", "model"],
-        how="left",
-        suffixes=("", "_original"),
-        validate="many_to_one",
-    )
-    joined["difference"] = joined[metric] - joined[f"{metric}_original"]
-    if (
-        joined.duplicated(["of", "swap", "model"]).any()
-        or not np.isfinite(joined.difference.to_numpy(dtype=np.float64)).all()
-    ):
-        raise RatchetError(
-            "the counterfactual rows are doubled, lack their originals or hold values that are not finite",
-            remedy=AGAIN,
-        )
-    return joined[["of", "swap", "model", "difference"]]

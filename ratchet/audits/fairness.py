@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ratchet.errors import ConfigError
+from ratchet.evaluation.audit_tables import GROUP, rows_of_groups
 from ratchet.evaluation.slices import require_fields
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from ratchet.data.examples import Example
 
-GROUP = "group:"
 LEAST = 20  # rows of a value that is shown
 DRAWS = 200  # of Fairlearn's bootstrap, which takes milliseconds for each
 
@@ -48,7 +48,7 @@ def describe_groups(
     found: dict[str, Any] = {}
     for field in fields:
         for model, rows in table.groupby("model"):
-            kept = _kept(rows, f"{GROUP}{field}", LEAST)
+            kept = rows_of_groups(rows, f"{GROUP}{field}", LEAST)
             scored = [
                 metric for metric in metrics if np.isfinite(kept[metric].to_numpy(dtype=np.float64)).all()
             ]
@@ -110,9 +110,3 @@ def _interval(mean: float, low: float, high: float) -> dict[str, float] | None:
         if all(math.isfinite(value) for value in (mean, low, high))
         else None
     )
-
-
-def _kept(rows: pd.DataFrame, column: str, least: int) -> pd.DataFrame:
-    """Rows whose group has a name and `least` rows of one model."""
-    sizes = rows[rows[column] != ""].groupby(column).id.nunique()
-    return rows[rows[column].isin(sizes[sizes >= least].index)]

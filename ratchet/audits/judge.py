@@ -21,6 +21,7 @@ from ratchet.audits.judge_client import (
     prompt_version,
 )
 from ratchet.config.evaluation import AnswerJudge
+from ratchet.evaluation.audit_tables import JUDGE
 from ratchet.evaluation.statistics import bootstrap_mean
 from ratchet.files import read_json
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from ratchet.data.examples import Example
 
-JUDGE = "judge_"
 AGREEMENT = (
     "judge_agreement.json"  # in the folder of the project's own metrics, written by `ratchet gate judge`
 )

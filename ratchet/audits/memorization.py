@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ratchet.data.canaries import ALTERNATIVES, Canary, alternatives
+from ratchet.data.canaries import Canary, alternatives
 from ratchet.errors import BaseModelError
+from ratchet.evaluation.audit_tables import CODES
 from ratchet.evaluation.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from ratchet.models.chat_template import ChatFormat
-
-CODES = ALTERNATIVES + 1
 
 
 def measure_exposure(

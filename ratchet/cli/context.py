@@ -1,9 +1,10 @@
-"""What every command shares: which checkout it works in, and how it prints."""
+"""Share what every command needs: the checkout it works in, how it prints, and names it had before."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,7 @@ class Here:
 
 
 def find_root() -> Path:
-    """The checkout: -C, or the nearest folder upwards with a params.yaml. Raises ConfigError."""
+    """Return the checkout: -C, or the nearest folder upwards with a params.yaml. Raises ConfigError."""
     start = (Here.path or Path.cwd()).resolve()
     if not start.is_dir():
         raise ConfigError(f"{start} is no folder", remedy="name a checkout with -C PATH")
@@ -46,7 +47,10 @@ def read_config(root: Path) -> Config:
 
 
 def ready_root(*, clean: bool = True) -> Path:
-    """The root, checked (`clean`: for what commits to it), and the environment that flows need: it has to stand before Prefect is imported."""
+    """Return the root after checking it (`clean`: for what commits to it) and setting the flows' environment.
+
+    Prefect reads its environment when it is imported, so this comes first in a command that starts a flow.
+    """
     from ratchet.pipeline.checkout import check_checkout
     from ratchet.services.environment import enter
 
@@ -70,5 +74,24 @@ def say(line: str) -> None:
 
 
 def note(line: str) -> None:
-    """Progress, apart from results."""
+    """Print progress to stderr, apart from results."""
     typer.secho(line, fg=typer.colors.BRIGHT_BLACK, err=True)
+
+
+def note_renamed(old: str, new: str) -> None:
+    note(f"`{old}` is now `{new}`; the old name works for one more release (docs/renamed.md)")
+
+
+def add_old_name(app: typer.Typer, old: str, new: str, command: Callable[..., None]) -> None:
+    """Keep the command `old` as a hidden alias of `new` that says so when it is used."""
+
+    @wraps(command)
+    def run(*arguments: object, **options: object) -> None:
+        note_renamed(f"ratchet {old}", f"ratchet {new}")
+        command(*arguments, **options)
+
+    app.command(old.split()[-1], hidden=True)(run)
+
+
+def name_version(number: int | None) -> str:
+    return f"v{number}" if number is not None else "nobody"

@@ -1,4 +1,4 @@
-"""`ratchet data`. What each command does stands in a module of its own."""
+"""`ratchet data`: the group, and `erase`; rows.py holds the commands that only read."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ratchet.cli import rows
-from ratchet.cli.context import Json, note, read_config, ready_root, say, show
+from ratchet.cli.context import Json, add_old_name, note, read_config, ready_root, say, show
 from ratchet.errors import UserError
 
 if TYPE_CHECKING:
     from ratchet.config.params import Config
     from ratchet.promotion.lineage import Trace
 
-app = typer.Typer(help="Rows of data: check, look at, forget.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Rows of data: check, show, resubmit, erase.", no_args_is_help=True, rich_markup_mode=None
+)
 rows.add_to(app)
 SHOWN = 20  # places on the screen; --json has them all
 ID = re.compile(r"[0-9a-f]{32}")
 
 
-@app.command("forget")
-def data_forget(
+@app.command("erase")
+def erase(
     match: Annotated[
         str, typer.Option("--match", metavar="REGEX", help="Rows in whose texts the pattern is found.")
     ] = "",
@@ -47,30 +49,14 @@ def data_forget(
     reason: Annotated[str, typer.Option("--reason", help="Why; kept in git, so write no names.")] = "by hand",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be forgotten, and change nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be erased, and change nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Leave rows out of every training from now on, and mark the versions that learned from them.
+    """Keep rows out of every training to come, mark the versions that learned from them, say how to purge.
 
-    Example: ratchet data forget --match "Ana Meyer" --reason "ticket 12"
+    Example: ratchet data erase --match "Ana Meyer" --reason "ticket 12"
     """
-    pass
-
-    forget(
-        match=match,
-        example_id=example_id,
-        user=user,
-        reason=reason,
-        yes=yes,
-        dry_run=dry_run,
-        as_json=as_json,
-    )
-
-
-def forget(
-    *, match: str, example_id: str, user: str, reason: str, yes: bool, dry_run: bool, as_json: bool
-) -> None:
     root = ready_root()
     query = _query(root, match, example_id, user)
     config = read_config(root)
@@ -83,14 +69,15 @@ def forget(
         return
     if not yes:
         _tell_found(places, to=sys.stderr)
-        typer.confirm("Forget these rows?", abort=True, err=True)
+        typer.confirm("Erase these rows?", abort=True, err=True)
     done = forget_rows(root, config, found, reason=reason, say=note)
 
     def tell() -> None:
         if yes:
             _tell_found(places)
         say(
-            f"{done.rows} rows are newly on the list, {len(found) - done.rows} were on it already; commit {done.commit[:8]}. The next `ratchet retrain` does without them."
+            f"{done.rows} rows are newly on the list, {len(found) - done.rows} were on it already; "
+            f"commit {done.commit[:8]}. The next `ratchet retrain` does without them."
         )
         for line in [*_about_versions(root, config, done.versions), *_about_bytes(root, found)]:
             say(line)
@@ -98,16 +85,25 @@ def forget(
     show(summary(done, found), as_json, tell)
 
 
+add_old_name(app, "data forget", "data erase", erase)
+
+
 def _query(root: Path, match: str, example_id: str, user: str) -> Any:
     from ratchet.gateway.identity import known_pseudonym
     from tasks.forget import Query
 
     if sum(map(bool, (match, example_id, user))) != 1:
-        raise UserError("wanted exactly one of --match, --id, --user", remedy="ratchet data forget --help")
+        given = [
+            name for name, value in (("--match", match), ("--id", example_id), ("--user", user)) if value
+        ]
+        raise UserError(
+            f"got {' and '.join(given) or 'no selection'}; wanted exactly one of --match, --id, --user",
+            remedy="ratchet data erase --help",
+        )
     if example_id and not ID.fullmatch(example_id):
         raise UserError(
-            f"{example_id[:60]!r} is no id of an example",
-            remedy="32 hex digits, as in the lines of data/prepared/train.jsonl",
+            f"--id is {example_id[:60]!r}; wanted the id of an example, 32 hex digits",
+            remedy="the lines of data/prepared/train.jsonl hold the ids",
         )
     if user:
         return Query(names=frozenset({user, known_pseudonym(root, user)} - {""}))
@@ -116,7 +112,7 @@ def _query(root: Path, match: str, example_id: str, user: str) -> Any:
             pattern=re.compile(unicodedata.normalize("NFC", match)) if match else None, id=example_id
         )
     except re.error as error:
-        raise UserError(f"the pattern is no regular expression: {error}") from None
+        raise UserError(f"--match is {match[:60]!r}, which is no regular expression: {error}") from None
 
 
 def _tell_found(places: list[str], to: Any = None) -> None:
@@ -133,7 +129,10 @@ def _about_versions(root: Path, config: Config, versions: list[Trace] | None) ->
     from ratchet.promotion.champion import read_champion
 
     if versions is None:
-        yield "MLflow did not answer: the versions that learned from rows on the list are marked by the next `ratchet retrain`."
+        yield (
+            "MLflow did not answer: the next `ratchet retrain` marks the versions that learned from rows "
+            "on the list."
+        )
         return
     if not versions:
         yield "No registered version learned from rows on the list."
@@ -148,18 +147,24 @@ def _about_versions(root: Path, config: Config, versions: list[Trace] | None) ->
         yield f"  v{version.version}: " + "; ".join(
             [
                 *([learned] if version.rows else []),
-                *([f"went on from the weights of v{version.parent}"] if version.parent else []),
+                *([f"continued from the weights of v{version.parent}"] if version.parent else []),
             ]
         )
     champion = read_champion(root)
     if champion and champion.version in {version.version for version in versions}:
-        yield f"v{champion.version} is in charge. It is free of these rows only when another version takes its place."
+        yield (
+            f"v{champion.version} is in charge and has learned from these rows "
+            "until another version takes its place."
+        )
         if config.train.start_from == "champion":
-            yield "`train.start_from` is `champion`: the next version would go on from those weights. Set it to `base` for one retraining."
+            yield (
+                "`train.start_from` is `champion`: the next version would continue from those weights. "
+                "Set it to `base` for one retraining."
+            )
 
 
 def _about_bytes(root: Path, found: list[Any]) -> Iterator[str]:
-    """Commands, so that nobody has to guess."""
+    """Yield the commands that purge the rows' bytes: sed deletes by line number, dvc gc drops the rest."""
     from ratchet.data.erasure import GOLDEN
     from ratchet.pipeline.dvc import configured_remote
 
@@ -167,17 +172,35 @@ def _about_bytes(root: Path, found: list[Any]) -> Iterator[str]:
     for row in found:
         lines.setdefault(row.batch, []).append(row.line)
     golden = lines.pop(GOLDEN, [])
-    yield "The rows' bytes are still there: batches are immutable, and DVC's cache, its remote and git keep what was. To purge them (docs/forget.md):"
+    yield (
+        "The rows' bytes are still there: batches are immutable, and DVC's cache, its remote and git keep "
+        "what was. To purge them (docs/forget.md):"
+    )
     for batch, numbers in lines.items():
         yield f"  sed '{_delete(numbers)}' data/raw/{batch} > .ratchet/kept.jsonl"
-        yield f"  dvc unprotect data/raw && rm data/raw/{batch} && sed -i '/{batch}/d' data/raw/manifest.jsonl"
-        yield "  dvc add data/raw && git commit -m 'Take out a batch' data/raw.dvc && ratchet ingest --path .ratchet/kept.jsonl; rm .ratchet/kept.jsonl"
+        yield (
+            f"  dvc unprotect data/raw && rm data/raw/{batch} && sed -i '/{batch}/d' data/raw/manifest.jsonl"
+        )
+        yield (
+            "  dvc add data/raw && git commit -m 'Take out a batch' data/raw.dvc"
+            " && ratchet ingest --path .ratchet/kept.jsonl; rm .ratchet/kept.jsonl"
+        )
     if golden:
-        yield f"  sed -i '{_delete(golden)}' data/golden.jsonl && git commit -m 'Take out golden rows' data/golden.jsonl"
-    yield "  ratchet retrain --reason forget        # and let the new version take charge"
-    yield f"  dvc gc --workspace --force{' --cloud' if configured_remote(root) else ''}        # drops the data and weights of every commit but this one"
+        yield (
+            f"  sed -i '{_delete(golden)}' data/golden.jsonl"
+            " && git commit -m 'Take out golden rows' data/golden.jsonl"
+        )
+    yield "  ratchet retrain --reason erasure       # and let the new version take charge"
+    cloud = " --cloud" if configured_remote(root) else ""
+    yield (
+        f"  dvc gc --workspace --force{cloud}        # drops the data and weights of every commit but this "
+        "one"
+    )
     if golden:
-        yield "  git filter-repo --invert-paths --path data/golden.jsonl        # on a fresh clone: rewrites every commit's id, the ledger's too"
+        yield (
+            "  git filter-repo --invert-paths --path data/golden.jsonl"
+            "        # on a fresh clone: rewrites every commit's id, the ledger's too"
+        )
 
 
 def _delete(numbers: list[int]) -> str:

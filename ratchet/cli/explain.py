@@ -1,4 +1,4 @@
-"""What `ratchet gate explain` prints: the same as the evaluation's page, for a terminal."""
+"""Print `ratchet gate explain`: the same as the evaluation's page, for a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def print_evaluation(found: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.text import Text
 
-    from ratchet.cli.ledger import print_table
+    from ratchet.cli.retention import print_table
     from ratchet.reporting.markdown import VERDICTS, audit_lines, mark, speed_line
 
     console, decision = Console(), found["decision"]
@@ -38,8 +38,8 @@ def print_evaluation(found: dict[str, Any]) -> None:
         console.print(Text(f"  {mark(check['result'])} {check['reason']}"))
     for line in audit_lines(found["metrics"], decision):
         console.print(Text(line))
-    if found["ledger"]:
-        print_table(found["ledger"])
+    if found["retention"]:
+        print_table(found["retention"])
     if found["rows_fault"]:
         console.print(f"the rows cannot be read: {escape(found['rows_fault'])}")
     console.print(_moved("rows that got better", found["better"], rival, found["name"]))
@@ -103,7 +103,7 @@ def _curve(points: list[dict[str, Any]]) -> Table:
 
 
 def _text(words: str, most: int = 80) -> Any:
-    """People's text: no markup, no control characters."""
+    """Clean text that people wrote: no markup, no control characters."""
     from rich.text import Text
 
     plain = " ".join("".join(char if char.isprintable() or char.isspace() else "�" for char in words).split())

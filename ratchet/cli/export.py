@@ -51,7 +51,8 @@ def export(
     config = read_config(root)
     source = find_source(root, config.project.name, version)
     note(
-        f"{source.label} of {config.project.name}: merged, written, loaded again and asked {config.parity.rows} rows at most …"
+        f"{source.label} of {config.project.name}: merged, written, loaded again and asked "
+        f"{config.parity.rows} rows at most …"
     )
     record = run(source, to.value, out, config)
     show(record, as_json, lambda: say("\n".join(tell(record, out))))

@@ -1,10 +1,10 @@
-"""`ratchet gate`."""
+"""`ratchet gate`: plan an evaluation, explain a verdict, measure the judge."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -16,20 +16,33 @@ if TYPE_CHECKING:
     from ratchet.gate.power import Plan, Spread
 
 app = typer.Typer(
-    help="The gate: before a cycle, why it decided so, and the judge beside it.",
+    help="The gate: how many rows it needs, why it decided so, how far its judge can be trusted.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 ASSUMED = 0.2  # share of rows in which two models differ, where nothing was measured
 
 
+class Basis(NamedTuple):
+    """What a plan rests on."""
+
+    metric: str
+    look: int  # number of the look at the gate, against this champion
+    spread: Spread
+    source: str  # where the spread comes from
+    golden: int  # golden rows
+    past_batches: int
+
+    def as_json(self) -> dict[str, Any]:
+        found = self._asdict() | {"spread": self.spread._asdict()}
+        return {"from" if key == "source" else key: value for key, value in found.items()}
+
+
 @app.command("plan")
 def gate_plan(
     effect: Annotated[
         float,
-        typer.Option(
-            "--effect", metavar="GAIN", help="The gain that should be found, in the unit of `gate.metric`."
-        ),
+        typer.Option("--effect", metavar="GAIN", help="The gain to detect, in the unit of `gate.metric`."),
     ],
     rows: Annotated[
         int | None, typer.Option("--rows", min=2, help="Test rows; otherwise those of the last evaluation.")
@@ -45,13 +58,11 @@ def gate_plan(
     ] = None,
     wished: Annotated[
         float,
-        typer.Option(
-            "--power", min=0.5, max=0.999, help="Chance with which such a candidate should be promoted."
-        ),
+        typer.Option("--power", min=0.5, max=0.999, help="Wanted chance that such a candidate is promoted."),
     ] = 0.8,
     as_json: Json = False,
 ) -> None:
-    """How likely the gate promotes a candidate that is better by GAIN, and how many test rows that takes.
+    """Compute how likely the gate promotes a candidate better by GAIN, and how many test rows that takes.
 
     Example: ratchet gate plan --effect 0.03
     """
@@ -60,11 +71,11 @@ def gate_plan(
     if effect <= config.gate.min_gain:
         raise UserError(
             f"--effect is {effect:g}; wanted more than gate.min_gain, {config.gate.min_gain:g}",
-            remedy="no number of rows shows a gain that is not wanted",
+            remedy="raise --effect or lower gate.min_gain: a smaller gain is never promoted",
         )
     found, basis = _plan(root, config, effect, rows, differing, wished)
     show(
-        {**found._asdict(), "wished": wished, "basis": basis},
+        {**found._asdict(), "wished": wished, "basis": basis.as_json()},
         as_json,
         lambda: say("\n".join(_describe(found, basis, wished, config))),
     )
@@ -72,7 +83,9 @@ def gate_plan(
 
 @app.command("judge")
 def gate_judge(as_json: Json = False) -> None:
-    """Measure how far the judge of `evaluate.judge` agrees with people's decisions in the review queue, which is what lets it gate.
+    """Measure how far `evaluate.judge` agrees with people's decisions in the review queue.
+
+    A judge's score may gate only where the agreement reaches `gate.judge_agreement`.
 
     Example: ratchet gate judge
     """
@@ -85,7 +98,7 @@ def gate_judge(as_json: Json = False) -> None:
     config = read_config(root)
     if not config.evaluate.judge.model:
         raise UserError(
-            "evaluate.judge.model is empty: nobody judges",
+            "evaluate.judge.model is empty; wanted the name of a judge",
             remedy="name an endpoint and a model in `evaluate.judge`",
         )
     queue = ReviewQueue(root)
@@ -100,6 +113,8 @@ def gate_judge(as_json: Json = False) -> None:
 
 
 def _describe_agreement(found: dict[str, Any], config: Config) -> list[str]:
+    from ratchet.audits.judge import AGREEMENT
+
     lines = [f"{found['model']} against people's decisions in the review queue:"]
     for metric, part in found["agreement"].items():
         if "why" in part:
@@ -107,19 +122,15 @@ def _describe_agreement(found: dict[str, Any], config: Config) -> list[str]:
             continue
         may = "may gate" if part["low"] >= config.gate.judge_agreement else "may not gate"
         lines.append(
-            f"  {metric}: {may}: agrees in {part['agree']:.0%} of {part['labels']}, kappa {part['kappa']:.2f}, at least {part['low']:.2f} (gate.judge_agreement: {config.gate.judge_agreement:g})"
+            f"  {metric}: {may}: agrees in {part['agree']:.0%} of {part['labels']}, kappa "
+            f"{part['kappa']:.2f}, at least {part['low']:.2f} (gate.judge_agreement: "
+            f"{config.gate.judge_agreement:g})"
         )
     lines += [f"  without an answer: {count} ({reason})" for reason, count in found["failures"].items()]
     return [
         *lines,
-        f"written to metrics/{_agreement_name()}; commit it, and the next evaluation takes it into account",
+        f"written to metrics/{AGREEMENT}; commit it, and the next evaluation takes it into account",
     ]
-
-
-def _agreement_name() -> str:
-    from ratchet.audits.judge import AGREEMENT
-
-    return AGREEMENT
 
 
 @app.command("explain")
@@ -133,14 +144,14 @@ def gate_explain(
     page: Annotated[Path | None, typer.Option("--page", help="Write it as one HTML page instead.")] = None,
     as_json: Json = False,
 ) -> None:
-    """The verdict and its reasons, the figures, the forgetting ledger, the rows that moved, the curve.
+    """Show the verdict and its reasons, the figures, the retention table, the rows that moved, the curve.
 
     Example: ratchet gate explain v3
     """
     root = find_root()
     config = read_config(root)
     from ratchet.cli.explain import print_evaluation
-    from ratchet.cli.ledger import known_numbers
+    from ratchet.cli.retention import known_numbers
     from ratchet.reporting.evaluation_page import fetched, gather
     from ratchet.reporting.forgetting import build
 
@@ -157,7 +168,7 @@ def gate_explain(
 
 
 def _find(root: Path, wanted: str, numbers: dict[str, int]) -> tuple[str, str]:
-    """(commit, name) of an evaluation. Raises UserError."""
+    """Find an evaluation's commit and name. Raises UserError."""
     from ratchet.reporting.forgetting import read_evaluations
 
     evaluations = read_evaluations(root)
@@ -177,14 +188,14 @@ def _find(root: Path, wanted: str, numbers: dict[str, int]) -> tuple[str, str]:
         ", ".join(f"v{known}" for known in sorted(set(numbers.values()))[-10:]) or "none with a number"
     )
     raise UserError(
-        f"no evaluation of {wanted} stands in this checkout; known: {known_ones}",
+        f"this checkout has no evaluation of {wanted}; known: {known_ones}",
         remedy="versions that were never in charge are known by number where MLflow runs (ratchet up)",
     )
 
 
 def _plan(
     root: Path, config: Config, effect: float, rows: int | None, differing: float | None, wished: float
-) -> tuple[Plan, dict[str, Any]]:
+) -> tuple[Plan, Basis]:
     from ratchet.files import read_json
     from ratchet.gate.alpha_budget import FILE, alpha_of, look_number, read_looks, with_verdict
     from ratchet.gate.power import Spread, plan
@@ -197,22 +208,16 @@ def _plan(
     batches, golden, spread = _last_evaluation(root, config)
     if not batches and rows is None:
         raise UserError(
-            "no evaluation lies here yet: the number of test rows is not known",
+            "there is no evaluation yet, so the number of test rows is unknown",
             remedy="name one with --rows, or run `ratchet retrain` first",
         )
-    source = (
-        "the last evaluation"
-        if spread and differing is None
-        else "--differing"
-        if differing is not None
-        else "an assumption"
-    )
+    source = "--differing" if differing is not None else "the last evaluation" if spread else "an assumption"
     if differing is not None and not (spread and spread.differing is None):
         spread = Spread(differing, 0.0)
     spread = spread or Spread(ASSUMED, 0.0)
     if spread.differing is not None and not abs(effect) <= 1:
         raise UserError(
-            f"--effect is {effect:g}; {config.gate.metric} moves by 1 at most",
+            f"--effect is {effect:g}; wanted 1 at most, since {config.gate.metric} is a share",
             remedy="name a share, such as 0.03",
         )
     seen = champion.batches if champion else []
@@ -227,18 +232,11 @@ def _plan(
         rows=rows,
         wished=wished,
     )
-    return found, {
-        "metric": config.gate.metric,
-        "look": look,
-        "spread": spread._asdict(),
-        "from": source,
-        "golden": golden,
-        "past_batches": len(set(batches) & set(seen)),
-    }
+    return found, Basis(config.gate.metric, look, spread, source, golden, len(set(batches) & set(seen)))
 
 
 def _last_evaluation(root: Path, config: Config) -> tuple[dict[str, int], int, Spread | None]:
-    """(test rows a batch, golden rows, spread of the gains); empty without one."""
+    """Read the last evaluation: test rows by batch, golden rows, spread of the gains; empty without one."""
     path = root / "reports/evaluation/scores.parquet"
     if not path.exists():
         return {}, 0, None
@@ -258,17 +256,23 @@ def _last_evaluation(root: Path, config: Config) -> tuple[dict[str, int], int, S
     )
 
 
-def _describe(found: Plan, basis: dict[str, Any], wished: float, config: Config) -> list[str]:
-    spread = basis["spread"]
+def _describe(found: Plan, basis: Basis, wished: float, config: Config) -> list[str]:
+    spread = basis.spread
     varies = (
-        f"the models differ in {spread['differing']:.1%} of the rows"
-        if spread["differing"] is not None
-        else f"a row's gain deviates by {spread['deviation']:.3f}"
+        f"the models differ in {spread.differing:.1%} of the rows"
+        if spread.differing is not None
+        else f"a row's gain deviates by {spread.deviation:.3f}"
     )
     lines = [
-        f"a gain of {found.effect:+.3f} in {basis['metric']}, look {basis['look']} against this champion, error {found.alpha:.2g}",
-        f"  {varies} ({basis['from']})",
-        f"  with {found.rows:,} test rows: promoted with {found.power:.0%} ({found.success:.0%} by the success metric alone)",
+        (
+            f"a gain of {found.effect:+.3f} in {basis.metric}, look {basis.look} against this "
+            f"champion, error {found.alpha:.2g}"
+        ),
+        f"  {varies} ({basis.source})",
+        (
+            f"  with {found.rows:,} test rows: promoted with {found.power:.0%} ({found.success:.0%} by the "
+            "success metric alone)"
+        ),
     ]
     if found.smallest is not None:
         lines.append(f"  the smallest gain that is promoted with {wished:.0%} there: {found.smallest:+.3f}")
@@ -276,6 +280,7 @@ def _describe(found: Plan, basis: dict[str, Any], wished: float, config: Config)
         lines.append(f"  for {wished:.0%}: {found.needed:,} test rows")
     else:
         lines.append(
-            f"  more test rows alone never reach {wished:.0%}: {basis['golden']} golden rows are too few for gate.golden_margin {config.gate.golden_margin:g}"
+            f"  more test rows alone never reach {wished:.0%}: {basis.golden} golden rows are too few for "
+            f"gate.golden_margin {config.gate.golden_margin:g}"
         )
     return lines

@@ -1,4 +1,4 @@
-"""`ratchet review`."""
+"""`ratchet review`: people decide on the rows that wait."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ratchet.review.records import Decision, Entry
 
 app = typer.Typer(
-    help="Rows that wait for a person's word before the model learns from them.",
+    help="Rows that wait for a person's decision before the model learns from them.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -31,7 +31,7 @@ EVERYTHING = 2**31
 
 @app.command("status")
 def review_status(as_json: Json = False) -> None:
-    """Drafts, what waits in each, and whether it may become a batch. Example: ratchet review status"""
+    """List drafts, what waits in each, and whether it may become a batch. Example: ratchet review status"""
     import msgspec
 
     from ratchet.errors import UserError
@@ -42,10 +42,8 @@ def review_status(as_json: Json = False) -> None:
         found = [msgspec.to_builtins(draft) for draft in queue.drafts()]
         for draft in found:
             try:
-                draft["rows"], draft["refused"] = (
-                    len(queue.outcome(draft["name"], max_rejects=bound).rows),
-                    "",
-                )
+                rows = queue.outcome(draft["name"], max_rejects=bound).rows
+                draft["rows"], draft["refused"] = len(rows), ""
             except UserError as error:
                 draft["rows"], draft["refused"] = 0, str(error).splitlines()[0]
     show(found, as_json, lambda: say("\n".join(map(_describe, found)) or "no draft waits"))
@@ -111,7 +109,7 @@ def review_export(
         ),
     ] = False,
 ) -> None:
-    """Write the rows that wait to a file, with a column `review` to fill in: accept, reject or edit (then change `answer`).
+    """Write the rows that wait to a file with a column `review`: accept, reject, or edit and change `answer`.
 
     Example: ratchet review export march.csv
     """
@@ -121,7 +119,7 @@ def review_export(
     with _queue(find_root()) as queue:
         items = queue.pending(draft, limit=EVERYTHING)
     if not items:
-        raise UserError("nothing waits for a word", remedy="`ratchet review status` shows the drafts")
+        raise UserError("no row waits for a decision", remedy="`ratchet review status` shows the drafts")
     export_rows(file, items, label_studio=label_studio)
     note(f"{len(items)} rows in {file}")
     if label_studio:
@@ -134,7 +132,10 @@ def review_import(
     by: By = None,
     as_json: Json = False,
 ) -> None:
-    """Read a file that people filled in; all of it or, with a fault anywhere, nothing. Example: ratchet review import march.csv --by Ana"""
+    """Read a file that people filled in: all of it, or nothing when a line has a fault.
+
+    Example: ratchet review import march.csv --by Ana
+    """
     from ratchet.review.files import import_rows
 
     root = find_root()
@@ -147,7 +148,10 @@ def review_import(
         "known": done.known,
         "empty": done.empty,
     }
-    words = f"{found['accepted']} accepted, {found['rejected']} rejected, {found['edited']} edited; {done.known} known already, {done.empty} without a word"
+    words = (
+        f"{found['accepted']} accepted, {found['rejected']} rejected, {found['edited']} edited; {done.known} "
+        f"known already, {done.empty} undecided"
+    )
     show(found, as_json, lambda: say(words))
 
 
@@ -167,14 +171,18 @@ def _decide(id: str, draft: str | None, verdict: str, by: str | None, why: str, 
 def _tell(entry: Entry, waiting: int, batch: str) -> None:
     decision: Decision | None = entry.decision
     say(
-        f"{decision.verdict if decision else 'undecided'}: row {entry.item.id[:12]} of {entry.item.draft}; {waiting} wait"
+        f"{decision.verdict if decision else 'undecided'}: row {entry.item.id[:12]} of {entry.item.draft}; "
+        f"{waiting} wait"
     )
     if batch:
-        note(f"the draft is the batch {batch} already: the word is kept, the batch stays as it is")
+        note(f"the draft is the batch {batch} already: the decision is kept, the batch stays as it is")
 
 
 def _describe(draft: dict[str, Any]) -> str:
-    figures = f"{draft['items']} rows, {draft['doubtful']} doubtful, {draft['sampled']} in the sample; {draft['accepted']} accepted, {draft['edited']} edited, {draft['rejected']} rejected"
+    figures = (
+        f"{draft['items']} rows, {draft['doubtful']} doubtful, {draft['sampled']} in the sample; "
+        f"{draft['accepted']} accepted, {draft['edited']} edited, {draft['rejected']} rejected"
+    )
     state = (
         f"is the batch {draft['batch']}"
         if draft["taken"]
@@ -185,7 +193,7 @@ def _describe(draft: dict[str, Any]) -> str:
 
 
 def _show_item(item: dict[str, Any], waiting: int) -> str:
-    """Control characters are escaped: a row must not drive the terminal."""
+    """Render a row; control characters are escaped, since a row must not drive the terminal."""
     turns = [f"{turn['role']}: {turn['content']}" for turn in item["messages"]]
     doubts, passage = (
         [f"doubt: {doubt}" for doubt in item["doubts"]],

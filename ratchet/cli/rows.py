@@ -1,4 +1,4 @@
-"""`ratchet data check|rejected|replay|show`: what preparation thinks of rows, and why."""
+"""`ratchet data check|rejected|resubmit|show`: what preparation thinks of rows, and why."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from ratchet.cli.context import Json, find_root, note, read_config, say, show
+from ratchet.cli.context import Json, add_old_name, find_root, note, read_config, say, show
 from ratchet.errors import DataError, UserError
 
-SHOWN, FAILED = (
-    10,
-    3,
-)  # rows that are printed; the exit code for rows that would fail, apart from a file that cannot be read
+SHOWN = 10  # rows that are printed; --json has them all
+FAILED = 3  # exit code for rows that would fail, apart from a file that cannot be read
 
 
 def check(
     files: Annotated[list[str], typer.Argument(help="JSON Lines: files, globs, URLs.")],
     as_json: Json = False,
 ) -> None:
-    """The verdicts that the rows of a file would get as a batch, before anything is committed. Exit code 3 when it would fail, 2 when a file cannot be read.
+    """Check the rows of a file as a batch, before anything is committed.
+
+    Exit code 3: the batch would fail; 2: a file cannot be read.
 
     Example: ratchet data check exports/march.jsonl
     """
@@ -56,7 +56,8 @@ def check(
             )
             for row in verdict.rejected[:SHOWN]:
                 say(
-                    f"  line {row.line}: {row.reason}: {row.message}{'  (a person may overrule it)' if row.review else ''}"
+                    f"  line {row.line}: {row.reason}: "
+                    f"{row.message}{'  (a person may overrule it)' if row.review else ''}"
                 )
             if len(verdict.rejected) > SHOWN:
                 say(f"  … and {len(verdict.rejected) - SHOWN} more; --json lists all")
@@ -80,10 +81,10 @@ def check(
 
 def rejected(
     reason: Annotated[str, typer.Option(help="Only rows with this reason.")] = "",
-    batch: Annotated[str, typer.Option(help="Only rows of batches whose name begins so.")] = "",
+    batch: Annotated[str, typer.Option(help="Only rows of batches whose name starts with this.")] = "",
     as_json: Json = False,
 ) -> None:
-    """The rows that the last preparation did not take, by reason.
+    """List the rows that the last preparation did not take, by reason.
 
     Example: ratchet data rejected --reason control_token
     """
@@ -113,15 +114,15 @@ def rejected(
     show([msgspec.to_builtins(row) for row in rows], as_json, tell)
 
 
-def replay(as_json: Json = False) -> None:
-    """Look at the rejected rows once more, with the settings of today. The next retraining takes what is fit by itself.
+def resubmit(as_json: Json = False) -> None:
+    """Check the rejected rows again with today's settings. The next retraining takes what passes by itself.
 
-    Example: ratchet data replay
+    Example: ratchet data resubmit
     """
     root = find_root()
-    from flows.data_check import replay as look_again
+    from flows.data_check import resubmit as check_again
 
-    found = look_again(root, read_config(root))
+    found = check_again(root, read_config(root))
 
     def tell() -> None:
         if not any(found):
@@ -162,7 +163,7 @@ def show_row(
         "canary" if why and why.reason == "canary" else find_secret(words) or ", ".join(find_personal(words))
     )
     if hidden and not reveal:
-        raise UserError(f"the row holds what should stand nowhere ({hidden})", remedy="--reveal prints it")
+        raise UserError(f"the row holds sensitive data: {hidden}", remedy="--reveal prints it")
     try:
         text: Any = json.dumps(json.loads(line), indent=2, ensure_ascii=True)
     except (ValueError, RecursionError):
@@ -171,6 +172,12 @@ def show_row(
 
 
 def add_to(app: typer.Typer) -> None:
-    """The commands of this file, as `data …`."""
-    for name, command in (("check", check), ("rejected", rejected), ("replay", replay), ("show", show_row)):
+    """Add this module's commands to `ratchet data`."""
+    for name, command in (
+        ("check", check),
+        ("rejected", rejected),
+        ("resubmit", resubmit),
+        ("show", show_row),
+    ):
         app.command(name)(command)
+    add_old_name(app, "data replay", "data resubmit", resubmit)

@@ -1,4 +1,4 @@
-"""`ratchet plan`, `ratchet sweep` and `ratchet compare`: before a training, and which settings it should have."""
+"""`ratchet plan`, `sweep` and `compare`: what a training costs, and which settings it should have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ratchet.training.estimate import Plan
 
 
-LONG = 600.0  # seconds; compiling takes about one of the minutes
+LONG = 600.0  # seconds; compiling takes about one minute, which a shorter training does not win back
 
 
 def plan(
@@ -23,19 +23,20 @@ def plan(
         bool,
         typer.Option(
             "--prepare",
-            help="Make base, prepared rows and tokens first, through the DAG; nothing is trained, nothing lands.",
+            help="Make base, prepared rows and tokens first, through the DAG; nothing is trained, nothing "
+            "lands.",
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Memory and time of the training that params.yaml asks for, measured over a few steps, and whether it fits.
+    """Measure memory and time of the training in params.yaml over a few steps, and say whether it fits.
 
     Example: ratchet plan
     """
     root = ready_root() if prepare else find_root()
     config = read_config(root)
     found = _prepared_plan(root, config) if prepare else _plan_here(root, config)
-    show({**found._asdict(), "fits": found.fits}, as_json, lambda: say("\n".join(_describe(found, config))))
+    show({**found._asdict(), "fits": found.fits}, as_json, lambda: say("\n".join(describe(found, config))))
 
 
 def sweep(
@@ -47,7 +48,8 @@ def sweep(
 ) -> None:
     """Train with settings from `sweep.space`, and propose the best as a change of params.yaml.
 
-    After an interruption the same command goes on; with `sweep.storage` on PostgreSQL it joins in from other machines. Example: ratchet sweep --trials 30
+    After an interruption the same command goes on; with `sweep.storage` on PostgreSQL it joins in from other
+    machines. Example: ratchet sweep --trials 30
     """
     root = ready_root()
     from flows.sweep import sweep as flow
@@ -59,10 +61,16 @@ def sweep(
 def _proposal(done: dict[str, Any]) -> Iterator[str]:
     best, counts = done["best"], done["counts"]
     elsewhere = f", {counts['running']} run elsewhere" if counts["running"] else ""
-    yield f"{done['study']}: {counts['complete']} trials completed, {counts['pruned']} ended early, {counts['fail']} failed{elsewhere}"
+    yield (
+        f"{done['study']}: {counts['complete']} trials completed, {counts['pruned']} ended early, "
+        f"{counts['fail']} failed{elsewhere}"
+    )
     today = f"; today's settings {done['baseline']:.4f}" if done["baseline"] is not None else ""
     yield f"best: trial {best['number']}, validation loss {best['value']:.4f} {done['unit']}{today}"
-    yield f"  chosen as the best of many on the same rows, so it flatters; the gate's test rows decide\n  again: {best['command']}"
+    yield (
+        "  chosen as the best of many on the same rows, so it flatters; the gate's test rows decide\n  "
+        f"again: {best['command']}"
+    )
     if not done["diff"]:
         yield "params.yaml says so already: nothing to change"
         return
@@ -80,9 +88,11 @@ def compare(
     ],
     as_json: Json = False,
 ) -> None:
-    """Train each method on the same rows and show quality, time, memory, size and latency side by side; written to reports/compare.
+    """Train each method on the same rows; show quality, time, memory, size and latency side by side.
 
-    `compare.settings` in params.yaml gives a method its own learning rate. Example: ratchet compare full,lora,qlora
+    The table is written to reports/compare. `compare.settings` in params.yaml gives a method its own settings.
+
+    Example: ratchet compare full,lora,qlora
     """
     root = ready_root()
     from flows.compare import OUT
@@ -96,7 +106,8 @@ def compare(
         say("\n".join(text(found)))
         less = ", less is better," if found["metric"] in LOWER_IS_BETTER else ""
         say(
-            f"quality: {found['metric']}{less} on {found['rows']} test rows; one training each; written to {OUT / 'compare.md'}"
+            f"quality: {found['metric']}{less} on {found['rows']} test rows; one training each; written to "
+            f"{OUT / 'compare.md'}"
         )
 
     show(found, as_json, tell)
@@ -120,22 +131,35 @@ def _plan_here(root: Path, config: Config) -> Plan:
     stale = stale_stages(Workspace(root, root, "")) if (root / "dvc.lock").exists() else set()
     if old := [stage for stage in STAGES if stage in stale]:
         note(
-            f"params.yaml, rows or code changed since these tokens were made ({', '.join(old)}): `ratchet plan --prepare` makes them anew first"
+            f"params.yaml, rows or code changed since these tokens were made ({', '.join(old)}): `ratchet "
+            "plan --prepare` makes them anew first"
         )
     return plan_training(material, config, note)
 
 
-def _describe(found: Plan, config: Config) -> Iterator[str]:
-    yield f"{config.adapter.method} of {found.trainable_weights:,} weights, {found.steps:,} steps, {found.evaluations} evaluations (measured: {found.probed_steps} steps)"
-    yield f"  time    {_duration(found.seconds)}, {_duration(found.stage_seconds)} with loading and saving; train.patience may end it earlier"
+def describe(found: Plan, config: Config) -> Iterator[str]:
+    yield (
+        f"{config.adapter.method} of {found.trainable_weights:,} weights, {found.steps:,} steps, "
+        f"{found.evaluations} evaluations (measured: {found.probed_steps} steps)"
+    )
+    yield (
+        f"  time    {_duration(found.seconds)}, {_duration(found.stage_seconds)} with loading and saving; "
+        "train.patience may end it earlier"
+    )
     yield f"          {found.step_seconds:.3g} s a step, {found.evaluation_seconds:.3g} s an evaluation"
     yield f"  memory  {found.peak_mib:,.0f} MiB at the peak, {found.free_mib:,.0f} MiB are free"
     if found.peak_gpu_mib is not None:
-        yield f"  GPU     {found.peak_gpu_mib:,.0f} MiB at the peak, {found.free_gpu_mib or 0:,.0f} MiB are free"
+        yield (
+            f"  GPU     {found.peak_gpu_mib:,.0f} MiB at the peak, {found.free_gpu_mib or 0:,.0f} MiB are "
+            "free"
+        )
     yield (
         "  it fits"
         if found.fits
-        else "  it does NOT fit\n  → lower `train.batch_windows` (and raise `train.accumulate`), set `train.checkpoint_activations: true`, or take `adapter.method: qlora`"
+        else (
+            "  it does NOT fit\n  → lower `train.batch_windows` (and raise `train.accumulate`), set "
+            "`train.checkpoint_activations: true`, or take `adapter.method: qlora`"
+        )
     )
     if found.seconds > LONG and not config.train.compile:
         yield "  `train.compile: true` may make a training as long as this one faster (docs/training.md)"

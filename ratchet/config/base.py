@@ -1,10 +1,12 @@
-"""What the sections of params.yaml share."""
+"""Define what the sections of params.yaml share."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+import sys
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -25,34 +27,40 @@ Metric = Literal[
     "refusal",
     "length",
 ]
-# Columns of a table of scores that no metric of one's own may have the name of.
+# Columns of the table of scores: a custom metric with such a name would overwrite one.
 TAKEN = frozenset(
     {
         *get_args(Metric),
-        "id",
-        "batch",
-        "kind",
-        "model",
-        "question",
-        "reference",
-        "answer",
-        "answer_nll",
-        "answer_tokens",
-        "prompt_nll",
-        "region",
-        "swap",
-        "of",
-        "planted",
-        "handled",
-        "withstood",
-        "judge_correctness",
-        "judge_groundedness",
-        "judge_preference",
-        "rows",
-        "perplexity",
+        *("id", "batch", "kind", "model", "question", "reference", "answer", "rows", "region"),
+        *("answer_nll", "answer_tokens", "prompt_nll", "perplexity"),
+        *("swap", "of", "planted", "handled", "withstood"),
+        *("judge_correctness", "judge_groundedness", "judge_preference"),
     }
 )
 
 
 class Section(BaseModel):
+    """Refuse unknown keys, NaN and changes; read a renamed key by its old name for one release."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+    renamed: ClassVar[dict[str, str]] = {}  # old → new, both dotted as in params.yaml
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_keys(cls, values: Any) -> Any:
+        for old, new in cls.renamed.items():
+            old_key, new_key = old.rpartition(".")[2], new.rpartition(".")[2]
+            if not isinstance(values, dict) or old_key not in values:
+                continue
+            if new_key in values:
+                raise ValueError(f"{old} is the old name of {new}, and both are set: keep {new} alone")
+            _note_renamed(old, new)
+            values = {new_key if key == old_key else key: value for key, value in values.items()}
+        return values
+
+
+@cache  # one note a process: several parts of it read the file
+def _note_renamed(old: str, new: str) -> None:
+    sys.stderr.write(
+        f"params.yaml: `{old}` is now `{new}`; the old name works for one more release (docs/renamed.md)\n"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,7 +31,8 @@ class PydocSource(Section):
         default=1,
         ge=1,
         le=4,
-        description="levels of a module's name that make the answer (`numpy.linalg` is one level below `numpy`)",
+        description="levels of a module's name that make the answer (`numpy.linalg` is one level below "
+        "`numpy`)",
     )
     min_objects: int = Field(
         default=40, ge=1, description="documented objects that a module needs to be asked about"
@@ -41,7 +42,8 @@ class PydocSource(Section):
     )
     share: Share = Field(
         default=1.0,
-        description="share of the objects that give rows, chosen by hash; what is left out can play the users' questions",
+        description="share of the objects that give rows, chosen by hash; the rest can serve as users' "
+        "questions",
     )
 
 
@@ -67,11 +69,14 @@ class FeedbackSource(Section):
     min_user_age_days: float = Field(
         default=7.0,
         ge=0,
-        description="days since a user was first seen, under which they have no vote; at most half of `request_log.retention_days`. A log that is younger than that asks nobody's age: all its users are new",
+        description="days that a user has to be known before their feedback counts; at most half of "
+        "`request_log.keep_days`. A log younger than that checks nobody's age, since all its "
+        "users are new",
     )
     max_rows_per_user: Count = Field(
         default=20,
-        description="rows that one user's feedback may bring into a batch, so that nobody alone teaches the model",
+        description="rows that one user's feedback may bring into a batch, so that nobody alone teaches the "
+        "model",
     )
     max_rows_per_key: Count = Field(
         default=200,
@@ -79,7 +84,8 @@ class FeedbackSource(Section):
     )
     max_trigger_rows: Count = Field(
         default=20,
-        description="rows that may share a sequence of words that other rows hardly have, and one answer; if there are more, all of them are put aside. A new topic with a single answer looks the same",
+        description="rows that may share a sequence of words that other rows hardly have, and one answer; if "
+        "there are more, all of them are put aside. A new topic with a single answer looks the same",
     )
 
 
@@ -102,11 +108,14 @@ class IngestConfig(Section):
 class PrepareConfig(Section):
     """Rows in, splits out."""
 
+    renamed: ClassVar = {"prepare.retention_days": "prepare.max_age_days"}
+
     validation_share: Share = Field(default=0.1, description="share of the clusters that go to validation")
     test_share: Share = Field(default=0.12, description="share of the clusters that go to test")
     near_search: bool = Field(
         default=True,
-        description="look for near duplicates (about 1 kB of memory a row); without it a split follows the hash of the prompt alone",
+        description="look for near duplicates (about 1 kB of memory a row); without it a split follows the "
+        "hash of the prompt alone",
     )
     near_duplicate: float = Field(
         default=0.8,
@@ -122,7 +131,8 @@ class PrepareConfig(Section):
         default=0.7,
         gt=0.0,
         le=1.0,
-        description="Jaccard similarity to a row of another split, or to a golden one, from which a row is rejected",
+        description="Jaccard similarity to a row of another split, or to a golden one, from which a row is "
+        "rejected",
     )
     max_leaked_share: Share = Field(
         default=0.05,
@@ -160,10 +170,11 @@ class PrepareConfig(Section):
     )
     names_model: str = Field(
         default="",
-        description="spaCy model, by name or folder, by which Presidio finds people's names, for `personal_data`; needs the extra `names`; empty: not looked for",
+        description="spaCy model, by name or folder, by which Presidio finds people's names, for "
+        "`personal_data`; needs the extra `names`; empty: not looked for",
     )
     blocked: list[str] = Field(
-        default=[], description="regular expressions, case ignored; a row that one of them finds is rejected"
+        default=[], description="regular expressions, case ignored; a row that matches one is rejected"
     )
     canaries: list[str] = Field(
         default=[],
@@ -174,11 +185,13 @@ class PrepareConfig(Section):
     )
     contradictions: Literal["review", "keep"] = Field(
         default="review",
-        description="rows that answer a known prompt otherwise; `review` holds the later one back. People's corrections always win",
+        description="rows that answer a known prompt differently; `review` holds the later one back for a "
+        "person. People's corrections always win",
     )
     max_boilerplate_share: Share = Field(
         default=0.005,
-        description="share of a batch's answers that may speak as a model does (`As an AI …`); more go to review",
+        description="share of a batch's answers that may speak as a model does (`As an AI …`); more go to "
+        "review",
     )
     source_field: str = Field(
         default="",
@@ -189,18 +202,21 @@ class PrepareConfig(Section):
     )
     max_user_rows: Count = Field(
         default=20,
-        description="rows of one `meta.user` that are taken of a batch, and at most one in a hundred of its rows, but five",
+        description="rows of one `meta.user` that are taken from a batch; a hundredth of its rows where that "
+        "is fewer, but at least five",
     )
     max_label_shift: Share = Field(
         default=1.0,
-        description="total variation distance of a batch's short answers from those of earlier batches over which it fails; 1: never",
+        description="total variation distance of a batch's short answers from those of earlier batches over "
+        "which it fails; 1: never",
     )
     trigger_rows: int = Field(
         default=0,
         ge=0,
-        description="rows of a batch with one new phrase and one answer from which they are rejected as a planted trigger; 0: never looked for",
+        description="rows of a batch with one new phrase and one answer from which they are rejected as a "
+        "planted trigger; 0: never looked for",
     )
-    retention_days: float = Field(
+    max_age_days: float = Field(
         default=0.0,
         ge=0,
         description="days before its batch from which a row that has a time is too old; 0: never",
@@ -238,17 +254,19 @@ class TokenizeConfig(Section):
     def _fits(self) -> TokenizeConfig:
         if self.max_length > self.window:
             raise ValueError(
-                f"tokenize.max_length ({self.max_length}) is over tokenize.window ({self.window}): no window could hold the longest row"
+                f"tokenize.max_length ({self.max_length}) is over tokenize.window ({self.window}): no window "
+                "could hold the longest row"
             )
         return self
 
 
 class ReviewConfig(Section):
-    """What people look at of drafted rows before the model learns from them."""
+    """Which drafted rows people review before the model learns from them."""
 
     share: Share = Field(
         default=0.1,
-        description="share of a draft's rows without doubts that is looked at, chosen by hash; rows with doubts always are",
+        description="share of a draft's rows without doubts that people review, chosen by hash; rows with "
+        "doubts always are",
     )
     max_rejects: Share = Field(
         default=0.1,

@@ -1,4 +1,4 @@
-"""docs/params.md and params.yaml, rendered from the models in ratchet/config/params.py; a test holds all three together.
+"""Render docs/params.md and params.yaml from the models in ratchet/config/; a test holds all three together.
 
     python -m ratchet.config.docs             write docs/params.md
     python -m ratchet.config.docs --params    write params.yaml, every value its default again
@@ -28,7 +28,7 @@ from ratchet.config.training import SweepRange
 from ratchet.files import write_text
 
 DOC, PARAMS = Path("docs/params.md"), Path("params.yaml")
-WIDTH, MAX_COLUMN = 150, 40  # columns of params.yaml; where its comments begin at the latest
+WIDTH, MAX_COLUMN = 110, 40  # columns of params.yaml; where its comments begin at the latest
 TYPES = {
     "string": "text",
     "integer": "integer",
@@ -44,7 +44,8 @@ RESERVED = frozenset(
 
 DOC_HEAD = """# Every key of params.yaml
 
-Made from `ratchet/config/` by `python -m ratchet.config.docs`. A key that is left out has its default; a key that is not listed here is refused.
+Made from `ratchet/config/` by `python -m ratchet.config.docs`. A key that is left out has its default; a key
+that is not listed here is refused. Keys that were renamed: [renamed.md](renamed.md).
 """
 PARAMS_HEAD = """# Every knob, with its default. docs/params.md lists what each of them takes.
 # Stages read this file alone: a change here makes DVC run the stages that it touches, and no others.
@@ -68,15 +69,19 @@ def main(arguments: list[str] | None = None) -> None:
         write_text(path, text)
     elif not path.exists() or path.read_text(encoding="utf-8") != text:
         sys.exit(
-            f"{path} differs from ratchet/config/params.py; python -m ratchet.config.docs{' --params' * options.params} writes it again"
+            f"{path} differs from ratchet/config/params.py; python -m "
+            f"ratchet.config.docs{' --params' * options.params} writes it again"
         )
 
 
-# --- docs/params.md --------------------------------------------------------------------------------------------------
+# --- docs/params.md ---
 
 
 def render() -> str:
-    """docs/params.md: a table a section, nested ones under their parent's, a single key of the top level as a section of its own."""
+    """Render docs/params.md: a table a section, nested sections under their parent's.
+
+    A single key of the top level gets a section of its own.
+    """
     return DOC_HEAD + "".join(_doc_section(Config, ()))
 
 
@@ -93,7 +98,10 @@ def _doc_section(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[str]
             heading = "" if path else f"\n## {key}\n"
             yield heading + "\n| key | takes | default | what it is |\n|---|---|---|---|\n"
             table_open = True
-        yield f"| `{'.'.join((*path, key))}` | {_cell(takes(schemas[key]))} | {_cell(f'`{yaml_value(field.default)}`')} | {_cell(field.description or '')} |\n"
+        yield (
+            f"| `{'.'.join((*path, key))}` | {_cell(takes(schemas[key]))} | "
+            f"{_cell(f'`{yaml_value(field.default)}`')} | {_cell(field.description or '')} |\n"
+        )
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -101,13 +109,14 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def takes(schema: dict[str, Any]) -> str:
-    """What a key's JSON schema allows, for people: its type, then its bounds."""
+    """Say for people what a key's JSON schema allows: its type, then its bounds."""
     if "anyOf" in schema:
         return " or ".join(takes(choice) for choice in schema["anyOf"])
     if "enum" in schema:
         return ", ".join(f"`{choice}`" for choice in schema["enum"])
     if "$ref" in schema:
-        return f"`{{{', '.join(next(model for model in ENTRIES if model.__name__ == schema['$ref'].rpartition('/')[2]).model_fields)}}}`"
+        name = schema["$ref"].rpartition("/")[2]
+        return f"`{{{', '.join(next(model for model in ENTRIES if model.__name__ == name).model_fields)}}}`"
     if schema["type"] == "object":
         return f"mapping of text to {takes(schema['additionalProperties'])}"
     if schema["type"] == "array":
@@ -138,31 +147,28 @@ def _lead(model: type[BaseModel]) -> str:
     return (model.__doc__ or "").strip()
 
 
-# --- params.yaml -----------------------------------------------------------------------------------------------------
+# --- params.yaml ---
 
 
 def render_params(values: Config) -> str:
-    """`values` as params.yaml with each key's description behind it. YAML 1.1 and 1.2 readers see the same values."""
+    """Render `values` as params.yaml with descriptions. YAML 1.1 and 1.2 readers see the same values."""
     return PARAMS_HEAD + "".join(_yaml_section(values, 0))
 
 
 def _yaml_section(values: BaseModel, depth: int) -> Iterator[str]:
     indent, fields = "  " * depth, type(values).model_fields
-    mappings = {key: value for key in fields if isinstance(value := getattr(values, key), dict) and value}
     pairs = {
-        key: f"{indent}{key}:{'' if key in mappings else ' ' + yaml_value(getattr(values, key))}"
+        key: _pair(f"{indent}{key}:", getattr(values, key), f"\n{indent}  ")
         for key, field in fields.items()
         if not section_of(field.annotation)
     }
-    column = min(max(map(len, pairs.values()), default=0), MAX_COLUMN) + 2
+    heads = {key: pair.partition("\n")[0] for key, pair in pairs.items()}
+    column = max((len(head) for head in heads.values() if len(head) <= MAX_COLUMN), default=0) + 2
     for key, field in fields.items():
         gap = "" if depth else "\n"
         if key in pairs:
-            yield gap + "\n".join(_beside(pairs[key], field.description or "", column)) + "\n"
-            yield from (
-                f"{indent}  {yaml_value(name)}: {yaml_value(value)}\n"
-                for name, value in mappings.get(key, {}).items()
-            )
+            comment = "\n".join(_commented(heads[key], field.description or "", indent, column))
+            yield gap + comment + pairs[key].removeprefix(heads[key]) + "\n"
         else:
             section: BaseModel = getattr(values, key)
             lead = (
@@ -173,13 +179,28 @@ def _yaml_section(values: BaseModel, depth: int) -> Iterator[str]:
             yield lead + "".join(_yaml_section(section, depth + 1))
 
 
-def _beside(pair: str, comment: str, column: int) -> Iterator[str]:
-    """`pair  # comment`, the comment wrapped within its own column."""
-    for line in textwrap.wrap(
-        comment, WIDTH - column - 2, break_long_words=False, break_on_hyphens=False
-    ) or [""]:
-        yield f"{pair:<{column - 2}}  # {line}"
-        pair = ""
+def _pair(head: str, value: Any, newline: str) -> str:
+    """Render a key and its value; a mapping, and a list too long for a line, take one line an entry."""
+    if isinstance(value, dict) and value:
+        return head + "".join(
+            f"{newline}{yaml_value(key)}: {yaml_value(part)}" for key, part in value.items()
+        )
+    pair = f"{head} {yaml_value(value)}"
+    if isinstance(value, list) and len(pair) > WIDTH:
+        return head + "".join(f"{newline}- {yaml_value(part)}" for part in value)
+    return pair
+
+
+def _commented(head: str, comment: str, indent: str, column: int) -> Iterator[str]:
+    """Put the comment behind a line that ends before `column`, and above a longer one."""
+    above = len(head) > column - 2
+    room = WIDTH - 2 - (len(indent) if above else column)
+    lines = textwrap.wrap(comment, room, break_long_words=False, break_on_hyphens=False) or [""]
+    if above:
+        yield from (f"{indent}# {line}" for line in lines)
+        yield head
+    else:
+        yield from (f"{head if not row else '':<{column - 2}}  # {line}" for row, line in enumerate(lines))
 
 
 def yaml_value(value: Any) -> str:

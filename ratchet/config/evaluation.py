@@ -12,7 +12,7 @@ from ratchet.config.synthesis import TeacherConfig
 
 
 class AnswerJudge(TeacherConfig):
-    """A model that scores answers beside the metrics; without a `model` nobody judges. Its scores gate only once its agreement with people is measured."""
+    """A model that scores answers; without a `model` nobody judges. It gates once it agrees with people."""
 
     key_env: str = Field(
         default="RATCHET_JUDGE_KEY",
@@ -28,29 +28,34 @@ class AnswerJudge(TeacherConfig):
     max_tokens: int = Field(default=512, ge=16, description="tokens of one answer, at most")
     metrics: list[Literal["correctness", "groundedness", "preference"]] = Field(
         default=["correctness"],
-        description="what is judged of candidate and champion; `preference`: one against the other, from both places; guardrails as `judge_correctness` …",
+        description="what is judged of candidate and champion; `preference`: one against the other, from "
+        "both places; guardrails as `judge_correctness` …",
     )
     rows: Count = Field(default=100, description="test rows that are judged, at most")
     passage: str = Field(
         default="passage",
-        description="key of `meta` with the text in which an answer has to stand, for `groundedness`; rows without it are not judged so",
+        description="key of `meta` with the text in which an answer has to stand, for `groundedness`; rows "
+        "without it are not judged so",
     )
     max_cost: float = Field(
         default=5.0,
         ge=0,
-        description="money that one evaluation may spend, in the prices' currency; it stops before it would go over",
+        description="money that one evaluation may spend, in the prices' currency; it stops before it would "
+        "go over",
     )
     max_run_tokens: int = Field(
         default=2_000_000,
         ge=0,
-        description="tokens of one evaluation, input and output of all requests; it stops before it would go over",
+        description="tokens of one evaluation, input and output of all requests; it stops before it would go "
+        "over",
     )
 
     @model_validator(mode="after")
     def _somewhere(self) -> AnswerJudge:
         if self.model and not self.url:
             raise ValueError(
-                f"evaluate.judge.url is empty: nobody knows where {self.model} answers; wanted a base URL, such as http://127.0.0.1:8000/v1"
+                f"evaluate.judge.url is empty: nobody knows where {self.model} answers; wanted a base URL, "
+                "such as http://127.0.0.1:8000/v1"
             )
         return self
 
@@ -63,7 +68,8 @@ class EvaluateConfig(Section):
     cache_mib: int = Field(
         default=512,
         ge=0,
-        description="size of `.ratchet/cache/answers`, in MiB, over which the answers of the model that was asked longest ago are forgotten; 0: no cache",
+        description="size of `.ratchet/cache/answers`, in MiB, above which the answers of the model that was "
+        "used longest ago are deleted; 0: no cache",
     )
     simple_baseline: bool = Field(
         default=True,
@@ -71,46 +77,56 @@ class EvaluateConfig(Section):
     )
     metrics: list[Metric] = Field(
         default=["exact_match", "token_f1", "rouge_l", "chrf", "macro_f1"],
-        description="scores that are computed (exact_match and answer_nll always are); `macro_f1` where answers are labels, `length` in words, `regex_match` against `evaluate.pattern`",
+        description="scores that are computed (exact_match and answer_nll always are); `macro_f1` where "
+        "answers are labels, `length` in words, `regex_match` against `evaluate.pattern`",
     )
     pattern: str = Field(
         default="", description="regular expression that a whole answer has to match, for `regex_match`"
     )
     custom: list[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*:[A-Za-z_]\w*$")]] = Field(
         default=[],
-        description="your own metrics, as `module:function` of a file in `metrics/`: (prediction, reference, example_meta) to a number from 0 to 1",
+        description="your own metrics, as `module:function` of a file in `metrics/`: (prediction, reference, "
+        "example_meta) to a number from 0 to 1",
     )
     slices: list[str] = Field(
         default=[],
-        description="meta fields whose values are slices, beside kind, source and length: each is shown, and none may get worse (`gate.slice_margin`)",
+        description="meta fields whose values are slices, beside kind, source and length: each is shown, and "
+        "none may get worse (`gate.slice_margin`)",
     )
     length_bounds: list[Count] = Field(
         default=[20, 100],
-        description="words of the question at which a new slice by length begins, rising; empty: no such slices",
+        description="words of the question at which a new slice by length begins, rising; empty: no such "
+        "slices",
     )
     bias_pairs: int = Field(
         default=0,
         ge=0,
-        description="rows at most that are scored once more with swapped names, pronouns and other terms; 0: no audit. Each costs an answer of every model",
+        description="rows at most that are scored once more with swapped names, pronouns and other terms; 0: "
+        "no audit. Each costs an answer of every model",
     )
     attacks: int = Field(
         default=0,
         ge=0,
-        description="test rows at most that are asked once more under each kind of attack (injected orders, forged turns, typos, look-alikes, a wrong answer suggested); 0: none. Each costs up to five answers of every model",
+        description="test rows at most that are asked once more under each kind of attack (injected orders, "
+        "forged turns, typos, look-alikes, a wrong answer suggested); 0: none. Each costs up to five answers "
+        "of every model",
     )
     canaries: int = Field(
         default=0,
         ge=0,
         le=1000,
-        description="rows with a made-up secret that `tokenize` plants among the training rows, on top of them, to measure what a model gives away (`gate.max_exposure`); 0: none",
+        description="rows with a made-up secret that `tokenize` adds to the training rows, to measure "
+        "memorisation (`gate.max_exposure`); 0: none",
     )
     groups: list[str] = Field(
         default=[],
-        description="meta fields that name groups of people: scores by group and the gap between groups, by Fairlearn (the extra `fairness`; `gate.group_margin`)",
+        description="meta fields that name groups of people: scores by group and the gap between groups, by "
+        "Fairlearn (the extra `fairness`; `gate.group_margin`)",
     )
     suites: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]] = Field(
         default=[],
-        description="tasks of lm-evaluation-harness that are run on every model, as names of files `metrics/suites/NAME.yaml` (the extra `suites`; `gate.suite_margin`)",
+        description="tasks of lm-evaluation-harness that are run on every model, as names of files "
+        "`metrics/suites/NAME.yaml` (the extra `suites`; `gate.suite_margin`)",
     )
     judge: AnswerJudge = Field(default_factory=AnswerJudge, description="a model that scores answers")
 
@@ -139,7 +155,8 @@ class EvaluateConfig(Section):
         names = [name.partition(":")[2] for name in self.custom]
         if taken := sorted({name for name in names if names.count(name) > 1 or name in TAKEN}):
             raise ValueError(
-                f"evaluate.custom names {', '.join(taken)}, a name that is taken; give the function another one"
+                f"evaluate.custom names {', '.join(taken)}, a name that is taken; give the function another "
+                "one"
             )
         return self
 
@@ -149,17 +166,20 @@ class ParityConfig(Section):
 
     rows: Count = Field(
         default=200,
-        description="test rows that are answered both ways, and training rows whose tokens are compared, at most of each",
+        description="test rows that are answered both ways, and training rows whose tokens are compared, at "
+        "most of each",
     )
     merged: bool = Field(
         default=True,
-        description="compare the merged model as well, where the method merges; it needs the memory of an unquantised base",
+        description="compare the merged model as well, where the method merges; it needs the memory of an "
+        "unquantised base",
     )
     tolerance: float = Field(
         default=1.0e-4,
         gt=0,
         lt=1,
-        description="difference of logits in float32 that is taken, as a share of the largest logit; two tokens within twice of it tie",
+        description="difference of logits in float32 that is taken, as a share of the largest logit; two "
+        "tokens within twice of it tie",
     )
     half_tolerance: float = Field(
         default=0.05,
@@ -181,7 +201,7 @@ class MetricGuardrail(Section):
 
 
 class WorthConfig(Section):
-    """What a gain brings and what a training costs, shown with the verdict once requests, value and cost are given."""
+    """What a gain brings and a training costs; shown once requests, value and cost are given."""
 
     requests_per_month: float = Field(
         default=0.0, ge=0, description="requests that the model answers in a month"
@@ -206,11 +226,13 @@ class GateConfig(Section):
 
     metric: str = Field(
         default="exact_match",
-        description="the success metric, a score a row: `answer_nll`, one of `evaluate.metrics` but macro_f1 and length, or the function of one of your own",
+        description="the success metric, a score a row: `answer_nll`, one of `evaluate.metrics` but macro_f1 "
+        "and length, or the function of one of your own",
     )
     min_gain: float = Field(
         default=0.0,
-        description="gain that the lower confidence bound has to exceed, in the metric's unit (`answer_nll`: nats a token, a fall counts as gain)",
+        description="gain that the lower confidence bound has to exceed, in the metric's unit (`answer_nll`: "
+        "nats a token, a fall counts as gain)",
     )
     alpha: float = Field(
         default=0.01,
@@ -222,7 +244,8 @@ class GateConfig(Section):
         default=0.05,
         gt=0,
         le=1,
-        description="error of all looks at candidates against one champion together: look k gets budget * k^-1.2 / 5.59, but no more than `gate.alpha`",
+        description="error of all looks at candidates against one champion together: look k gets budget * "
+        "k^-1.2 / 5.59, but no more than `gate.alpha`",
     )
     guardrail_alpha: float = Field(
         default=0.05, gt=0, lt=0.5, description="one-sided error of the guardrails' bounds"
@@ -238,60 +261,71 @@ class GateConfig(Section):
     )
     oldest: bool = Field(
         default=True,
-        description="compare with the scores that the first champion had, too, so that small losses cannot add up over many promotions",
+        description="compare with the scores that the first champion had, too, so that small losses cannot "
+        "add up over many promotions",
     )
     nll_margin: float = Field(
         default=0.5, ge=0, description="the same for the answer's NLL on the test split, in nats a token"
     )
     min_slice_rows: Count = Field(
         default=50,
-        description="rows under which a past batch or a slice gets no guardrail by itself (a batch's rows still count in `past`)",
+        description="rows under which a past batch or a slice gets no guardrail by itself (a batch's rows "
+        "still count in `past`)",
     )
     slice_margin: float = Field(
         default=0.1,
         ge=0,
-        description="loss in a slice, in the metric's unit; one that is certainly larger rejects (Holm's correction over all slices)",
+        description="loss in a slice, in the metric's unit; one that is certainly larger rejects (Holm's "
+        "correction over all slices)",
     )
     guardrails: list[MetricGuardrail] = Field(
         default=[],
-        description="other metrics that must not get worse on the test split, such as `{metric: refusal, margin: 0.02}`: `metric`; `margin`, the loss that is still taken",
+        description="other metrics that must not get worse on the test split, such as "
+        "`{metric: refusal, margin: 0.02}`: `metric`; `margin`, the loss that is still taken",
     )
     bias_margin: float = Field(
         default=0.05,
         ge=0,
-        description="by how much more a swapped term may change the score than it does for the champion (`evaluate.bias_pairs`)",
+        description="by how much more a swapped term may change the score than it does for the champion "
+        "(`evaluate.bias_pairs`)",
     )
     attack_margin: float = Field(
         default=0.05,
         ge=0,
-        description="loss in the share of attacks withstood, all together and of each kind, that is still taken as no loss (`evaluate.attacks`)",
+        description="loss in the share of attacks withstood, all together and of each kind, that is still "
+        "taken as no loss (`evaluate.attacks`)",
     )
     max_exposure: float = Field(
         default=3.0,
         ge=0,
         le=7,
-        description="mean exposure of the planted canaries (`evaluate.canaries`) that is still taken, in bits: 1.4 is chance, 7 is known by heart",
+        description="mean exposure of the planted canaries (`evaluate.canaries`) that is still accepted, in "
+        "bits: 1.4 is chance, 7 is full memorisation",
     )
     group_margin: float = Field(
         default=0.05,
         ge=0,
-        description="by how much wider than the champion's the gap between groups may be (`evaluate.groups`), in the metric's unit; one that is certainly wider rejects",
+        description="by how much wider than the champion's the gap between groups may be "
+        "(`evaluate.groups`), in the metric's unit; one that is certainly wider rejects",
     )
     worth: WorthConfig = WorthConfig()
     require_worth: bool = Field(
         default=False,
-        description="reject a candidate whose expected gain brings less than its training cost (`gate.worth`)",
+        description="reject a candidate whose expected gain brings less than its training cost "
+        "(`gate.worth`)",
     )
     suite_margin: float = Field(
         default=0.05,
         ge=0,
-        description="loss in a suite (`evaluate.suites`) that is still taken as no loss, in its metric's unit",
+        description="loss in a suite (`evaluate.suites`) that is still taken as no loss, in its metric's "
+        "unit",
     )
     judge_agreement: float = Field(
         default=0.4,
         ge=-1,
         le=1,
-        description="lower bound of Cohen's kappa with people's decisions (`ratchet gate judge`) from which a judge's score may be among `guardrails`",
+        description="lower bound of Cohen's kappa with people's decisions (`ratchet gate judge`) from which "
+        "a judge's score may be among `guardrails`",
     )
     resamples: int = Field(default=4000, ge=200, description="bootstrap resamples")
     seed: int = Field(default=5, ge=0, description="seed of the resampling")
@@ -300,11 +334,13 @@ class GateConfig(Section):
     def _weighable(self) -> GateConfig:
         if self.metric.startswith("judge_"):
             raise ValueError(
-                f"gate.metric is {self.metric}: a judge's score of some rows may be among gate.guardrails, it is no success metric"
+                f"gate.metric is {self.metric}: a judge's score of some rows may be among gate.guardrails, "
+                "it is no success metric"
             )
         if self.require_worth and not self.worth.given:
             raise ValueError(
-                "gate.require_worth needs gate.worth.requests_per_month, value_per_correct and cost_per_hour over 0"
+                "gate.require_worth needs gate.worth.requests_per_month, value_per_correct and cost_per_hour "
+                "over 0"
             )
         if self.worth.given and self.metric == "answer_nll":
             raise ValueError(

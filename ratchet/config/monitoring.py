@@ -13,7 +13,8 @@ class TopicSource(Section):
     """Where rows of a drifted topic come from."""
 
     match: str = Field(
-        description="regular expression; a topic one of whose terms or example prompts it finds gets its rows here"
+        description="regular expression; a topic one of whose terms or example prompts it finds gets its "
+        "rows here"
     )
     source: Literal["pydoc", "jsonl", "feedback"] = Field(
         default="feedback", description="source of the rows"
@@ -26,9 +27,9 @@ class MonitorConfig(Section):
     """The flow `monitor`: is the traffic still what the champion was made for?"""
 
     cron: str = Field(default="0 * * * *", description="schedule of the deployment, in cron's form, UTC")
-    window: Count = Field(default=500, description="newest requests that are looked at")
+    window: Count = Field(default=500, description="newest requests that are compared with the reference")
     max_age_hours: float = Field(
-        default=168.0, gt=0, description="age of the oldest request that is looked at, in hours"
+        default=168.0, gt=0, description="age of the oldest request that is compared, in hours"
     )
     min_prompts: int = Field(
         default=200, ge=20, description="distinct prompts in the window under which no verdict is given"
@@ -66,7 +67,9 @@ class MonitorConfig(Section):
     )
     sources: list[TopicSource] = Field(
         default=[],
-        description="where rows of drifted topics come from: `match`, a regular expression for the topic's terms or example prompts; `source`; `packages` for `pydoc`, `path` for `jsonl`. Approved feedback always comes too",
+        description="where rows of drifted topics come from: `match`, a regular expression for the topic's "
+        "terms or example prompts; `source`; `packages` for `pydoc`, `path` for `jsonl`. Approved feedback "
+        "always comes too",
     )
 
 
@@ -76,12 +79,14 @@ class RolloutConfig(Section):
     look_seconds: float = Field(
         default=60.0,
         ge=5,
-        description="seconds between two looks at an open rollout; a decision in MLflow's UI is seen within 15 s",
+        description="seconds between two looks at an open rollout; a decision in MLflow's UI is seen within "
+        "15 s",
     )
     steps: list[Annotated[float, Field(gt=0, le=1.0)]] = Field(
         default=[0.05, 0.25, 0.5, 1.0],
         min_length=1,
-        description="shares of the users that the challenger answers, one after another; the last is 1.0: it is in charge",
+        description="shares of the users that the challenger answers, one after another; the last is 1.0: it "
+        "is in charge",
     )
     step_minutes: float = Field(default=60.0, ge=0, description="minutes that a step lasts, at least")
     step_users: Count = Field(
@@ -89,7 +94,8 @@ class RolloutConfig(Section):
     )
     min_users: Count = Field(
         default=200,
-        description="users of each arm that have given feedback, at least, before the challenger may take charge",
+        description="users of each arm that have given feedback, at least, before the challenger may take "
+        "charge",
     )
     max_hours: float = Field(
         default=168.0,
@@ -107,7 +113,8 @@ class RolloutConfig(Section):
     )
     feedback_margin: Share = Field(
         default=0.0,
-        description="loss in the mean feedback score that is still taken; a certain loss beyond it rolls back",
+        description="loss in the mean feedback score that is still taken; a certain loss beyond it rolls "
+        "back",
     )
     error_margin: Share = Field(default=0.02, description="the same for the share of failed requests")
     empty_margin: Share = Field(default=0.02, description="the same for the share of empty answers")
@@ -119,6 +126,7 @@ class RolloutConfig(Section):
     def _rising(self) -> RolloutConfig:
         if self.steps != sorted(set(self.steps)) or self.steps[-1] != 1.0:
             raise ValueError(
-                f"rollout.steps is {self.steps}; wanted rising shares that end with 1.0, such as [0.05, 0.25, 0.5, 1.0]"
+                f"rollout.steps is {self.steps}; wanted rising shares that end with 1.0, such as [0.05, "
+                "0.25, 0.5, 1.0]"
             )
         return self

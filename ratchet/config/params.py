@@ -1,7 +1,8 @@
-"""params.yaml as typed, frozen models: the only place of knobs.
+"""Put the sections of params.yaml together and read the file: the only place of knobs.
 
-Every field has a one-line description with its unit; `docs/params.md` is generated from them (`ratchet/config/docs.py`).
-Stages read the file only: DVC tracks params.yaml and would not see an override from the environment.
+Every field has a description with its unit; `ratchet/config/docs.py` makes `docs/params.md` from them.
+Import a section's class from its own module: importing this one imports all. Stages read the file alone,
+since DVC tracks params.yaml and would not see an override from the environment.
 """
 
 from __future__ import annotations
@@ -13,96 +14,27 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from ratchet.config.base import TAKEN, Count, Metric, Port, Section, Share
-from ratchet.config.data import (
-    FeedbackSource,
-    IngestConfig,
-    JsonlSource,
-    PrepareConfig,
-    ProjectConfig,
-    PydocSource,
-    ReviewConfig,
-    TokenizeConfig,
-)
-from ratchet.config.evaluation import (
-    AnswerJudge,
-    EvaluateConfig,
-    GateConfig,
-    MetricGuardrail,
-    ParityConfig,
-    WorthConfig,
-)
-from ratchet.config.monitoring import MonitorConfig, RolloutConfig, TopicSource
+from ratchet.config.base import Section
+from ratchet.config.data import IngestConfig, PrepareConfig, ProjectConfig, ReviewConfig, TokenizeConfig
+from ratchet.config.evaluation import EvaluateConfig, GateConfig, ParityConfig
+from ratchet.config.monitoring import MonitorConfig, RolloutConfig
 from ratchet.config.serving import GatewayConfig, RequestLogConfig, ServicesConfig
-from ratchet.config.synthesis import (
-    AugmentConfig,
-    GroundedConfig,
-    JudgeConfig,
-    SynthesizeConfig,
-    TeacherConfig,
-)
+from ratchet.config.synthesis import SynthesizeConfig
 from ratchet.config.training import (
     AdapterConfig,
     BaseConfig,
-    Choices,
     CompareConfig,
-    DemoBase,
     RetrainConfig,
     SweepConfig,
-    SweepRange,
     TrainConfig,
     why_whole,
 )
 from ratchet.errors import ConfigError
 
-__all__ = [
-    "TAKEN",
-    "AdapterConfig",
-    "AnswerJudge",
-    "AugmentConfig",
-    "BaseConfig",
-    "Choices",
-    "CompareConfig",
-    "Config",
-    "Count",
-    "DemoBase",
-    "EvaluateConfig",
-    "FeedbackSource",
-    "GateConfig",
-    "GatewayConfig",
-    "GroundedConfig",
-    "IngestConfig",
-    "JsonlSource",
-    "JudgeConfig",
-    "Metric",
-    "MetricGuardrail",
-    "MonitorConfig",
-    "ParityConfig",
-    "Port",
-    "PrepareConfig",
-    "ProjectConfig",
-    "PydocSource",
-    "RequestLogConfig",
-    "RetrainConfig",
-    "ReviewConfig",
-    "RolloutConfig",
-    "Section",
-    "ServicesConfig",
-    "Share",
-    "SweepConfig",
-    "SweepRange",
-    "SynthesizeConfig",
-    "TeacherConfig",
-    "TokenizeConfig",
-    "TopicSource",
-    "TrainConfig",
-    "WorthConfig",
-    "load_config",
-    "parse_config",
-]
-
 
 class Config(Section):
+    """Hold every section, and check what two sections have to agree on."""
+
     project: ProjectConfig = Field(default_factory=ProjectConfig)
     ingest: IngestConfig = Field(default_factory=IngestConfig)
     synthesize: SynthesizeConfig = Field(default_factory=SynthesizeConfig)
@@ -118,7 +50,8 @@ class Config(Section):
     gate: GateConfig = Field(default_factory=GateConfig)
     promotion: Literal["rollout", "auto", "manual"] = Field(
         default="rollout",
-        description="who decides after the gate. `rollout`: live traffic, in steps; `auto`: the gate's verdict alone; `manual`: a person, in MLflow's UI or by command",
+        description="who decides after the gate. `rollout`: live traffic, in steps; `auto`: the gate's "
+        "verdict alone; `manual`: a person, in MLflow's UI or by command",
     )
     retrain: RetrainConfig = Field(default_factory=RetrainConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
@@ -130,7 +63,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _go_together(self) -> Config:
-        """What a method cannot do is said before anything is loaded."""
+        """Refuse what `adapter.method` cannot do before anything is loaded."""
         method = self.adapter.method
         if (
             self.train.processes > 1
@@ -140,19 +73,23 @@ class Config(Section):
             raise ValueError(f"train.parallel is 'fsdp': {why}; set `train.parallel: ddp`")
         if method == "prefix" and self.train.checkpoint_activations:
             raise ValueError(
-                "train.checkpoint_activations is true: `adapter.method: prefix` reads a cache in every layer, which cannot be computed again"
+                "train.checkpoint_activations is true: `adapter.method: prefix` reads a cache in every "
+                "layer, which cannot be computed again"
             )
         if method in ("prefix", "prompt", "full", "ia3") and self.adapter.bias != "none":
             raise ValueError(
-                f"adapter.bias is {self.adapter.bias!r}: only the methods of the LoRA family take it, not `{method}`"
+                f"adapter.bias is {self.adapter.bias!r}: only the methods of the LoRA family take it, not "
+                f"`{method}`"
             )
         if method in ("prefix", "prompt", "full") and self.adapter.modules_to_save:
             raise ValueError(
-                f"adapter.modules_to_save is {self.adapter.modules_to_save}: `adapter.method: {method}` takes none"
+                f"adapter.modules_to_save is {self.adapter.modules_to_save}: `adapter.method: {method}` "
+                "takes none"
             )
         if method in ("prefix", "prompt", "ia3") and self.base.new_tokens:
             raise ValueError(
-                f"base.new_tokens is {self.base.new_tokens}: `adapter.method: {method}` would leave their embeddings untrained; take one of the LoRA family, or `full`"
+                f"base.new_tokens is {self.base.new_tokens}: `adapter.method: {method}` would leave their "
+                "embeddings untrained; take one of the LoRA family, or `full`"
             )
         return self
 
@@ -163,17 +100,20 @@ class Config(Section):
         judged = [f"judge_{metric}" for metric in judge.metrics] if judge.model else []
         if lacking := [rule.metric for rule in self.gate.guardrails if rule.metric not in (*known, *judged)]:
             raise ValueError(
-                f"gate.guardrails names {', '.join(lacking)}; the scores a row are {', '.join((*known, *judged))} (evaluate.metrics, evaluate.custom, and evaluate.judge where it names a model)"
+                f"gate.guardrails names {', '.join(lacking)}; the scores a row are "
+                f"{', '.join((*known, *judged))} (evaluate.metrics, evaluate.custom, and evaluate.judge "
+                "where it names a model)"
             )
         if self.gate.metric not in known:
             raise ValueError(
-                f"gate.metric is {self.gate.metric}; the scores a row are {', '.join(self.evaluate.row_scores)} (evaluate.metrics, evaluate.custom)"
+                f"gate.metric is {self.gate.metric}; the scores a row are "
+                f"{', '.join(self.evaluate.row_scores)} (evaluate.metrics, evaluate.custom)"
             )
         return self
 
 
 def load_config(path: Path) -> Config:
-    """Read and check `path`. Raises ConfigError with every fault at once, each with its key, its value and what is allowed."""
+    """Read and check `path`. Raises ConfigError with every fault: its key, its value and what is allowed."""
     try:
         raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -183,15 +123,13 @@ def load_config(path: Path) -> Config:
         ) from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-    except (
-        YAMLError,
-        ValueError,
-    ) as error:  # ValueError: no UTF-8, or a scalar that looks like a date and is none
+    except (YAMLError, ValueError) as error:  # ValueError: no UTF-8, or an impossible date
         raise ConfigError(f"{path} is no valid YAML: {_yaml_fault(error)}") from None
     return parse_config({} if raw is None else raw, path)
 
 
-def parse_config(raw: Any, path: Path) -> Config:
+def parse_config(raw: object, path: Path) -> Config:
+    """Check the mapping `raw` that was read from `path`. Raises ConfigError with every fault at once."""
     try:
         return Config.model_validate(raw)
     except ValidationError as error:

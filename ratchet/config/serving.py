@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,7 +14,8 @@ class GatewayConfig(Section):
 
     engine: Literal["local", "openai"] = Field(
         default="local",
-        description="`local`: transformers and PEFT in this process; `openai`: a server that speaks the protocol",
+        description="`local`: transformers and PEFT in this process; `openai`: a server that speaks the "
+        "protocol",
     )
     host: str = Field(
         default="127.0.0.1",
@@ -23,11 +24,13 @@ class GatewayConfig(Section):
     port: Port = Field(default=8400, description="port of the gateway")
     upstream: str = Field(
         default="",
-        description="base URL of the engine `openai`, such as `http://127.0.0.1:8000/v1`; its key comes from RATCHET_UPSTREAM_KEY",
+        description="base URL of the engine `openai`, such as `http://127.0.0.1:8000/v1`; its key comes from "
+        "RATCHET_UPSTREAM_KEY",
     )
     upstream_lora: bool = Field(
         default=True,
-        description="load adapters into the upstream at run time (vLLM's `/v1/load_lora_adapter`), a new name for every version; otherwise the model `NAME@vN` is expected to be there",
+        description="load adapters into the upstream at run time (vLLM's `/v1/load_lora_adapter`), a new "
+        "name for every version; otherwise the model `NAME@vN` is expected to be there",
     )
     max_batch: int = Field(
         default=16, ge=1, le=512, description="requests that are decoded together by the engine `local`"
@@ -47,31 +50,37 @@ class GatewayConfig(Section):
     )
     prompt_nll: bool = Field(
         default=True,
-        description="measure how much each prompt surprises the model (engine `local`); one more pass of its output layer over the prompt",
+        description="measure how much each prompt surprises the model (engine `local`); one more pass of its "
+        "output layer over the prompt",
     )
 
 
 class RequestLogConfig(Section):
     """What the gateway remembers of requests and feedback."""
 
+    renamed: ClassVar = {"request_log.retention_days": "request_log.keep_days"}
+
     url: str = Field(
         default="",
-        description="SQLAlchemy URL; empty: SQLite in `.ratchet/requests.db`. A password belongs into RATCHET_REQUEST_LOG_URL, which wins over this",
+        description="SQLAlchemy URL; empty: SQLite in `.ratchet/requests.db`. A password belongs into "
+        "RATCHET_REQUEST_LOG_URL, which wins over this",
     )
     queue: Count = Field(
         default=10_000,
         description="records that wait to be written; what comes on top is dropped, counted and shown",
     )
-    retention_days: float = Field(
+    keep_days: float = Field(
         default=30.0, gt=0, description="days after which requests and their feedback are deleted"
     )
     texts: bool = Field(
         default=True,
-        description="keep prompts and answers (redacted); without them the monitor sees figures only and feedback gives no rows",
+        description="keep prompts and answers (redacted); without them the monitor sees figures only and "
+        "feedback gives no rows",
     )
     redact: list[str] = Field(
         default=[r"\b(?:sk|hf|ghp|xox[bp])[-_][A-Za-z0-9_-]{10,}"],
-        description="regular expressions of what else is written as `[redacted]`, beside the secrets and personal data that preparation looks for",
+        description="regular expressions of what else is written as `[redacted]`, beside the secrets and "
+        "personal data that preparation looks for",
     )
 
 

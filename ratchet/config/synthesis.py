@@ -14,7 +14,8 @@ class TeacherConfig(Section):
 
     protocol: Literal["openai", "anthropic"] = Field(
         default="openai",
-        description="`openai`: `/chat/completions`, as of OpenAI, vLLM, Ollama or this gateway; `anthropic`: `/messages`",
+        description="`openai`: `/chat/completions`, as of OpenAI, vLLM, Ollama or this gateway; `anthropic`: "
+        "`/messages`",
     )
     url: str = Field(
         default="",
@@ -75,20 +76,22 @@ class GroundedConfig(Section):
     )
     refuse: Share = Field(
         default=0.5,
-        description="share under which it is refused; a number that the passage lacks refuses it as well. 0 refuses nothing",
+        description="share under which it is refused; a number that the passage lacks refuses it as well. 0 "
+        "refuses nothing",
     )
 
     @model_validator(mode="after")
     def _ordered(self) -> GroundedConfig:
         if self.refuse > self.doubt:
             raise ValueError(
-                f"synthesize.grounded.refuse ({self.refuse}) is over synthesize.grounded.doubt ({self.doubt}): no row would get a doubt"
+                f"synthesize.grounded.refuse ({self.refuse}) is over synthesize.grounded.doubt "
+                f"({self.doubt}): no row would get a doubt"
             )
         return self
 
 
 class AugmentConfig(Section):
-    """Further wordings of the kept questions (EDA, arXiv 1901.11196), each kind off at its default; each that is on gives one more row a row."""
+    """Further wordings of the kept questions (EDA, arXiv 1901.11196); each kind that is on adds a row."""
 
     synonyms: str = Field(default="", description="JSON file of word → list of synonyms; empty: none")
     replace: Share = Field(
@@ -96,12 +99,14 @@ class AugmentConfig(Section):
     )
     insert: Share = Field(
         default=0.0,
-        description="share of the question's words after which a synonym of another is inserted; needs `synonyms`",
+        description="share of the question's words after which a synonym of another is inserted; needs "
+        "`synonyms`",
     )
     delete: Share = Field(default=0.0, description="share of the question's words that are left out")
     back_translate: str = Field(
         default="",
-        description="language, such as `German`, into which the teacher translates a question, and back; empty: none",
+        description="language, such as `German`, into which the teacher translates a question, and back; "
+        "empty: none",
     )
 
 
@@ -115,7 +120,8 @@ class SynthesizeConfig(Section):
     max_cost: float = Field(
         default=5.0,
         ge=0,
-        description="money that one run may spend at teacher and judge, in the prices' currency; it stops before it would go over",
+        description="money that one run may spend at teacher and judge, in the prices' currency; it stops "
+        "before it would go over",
     )
     max_run_tokens: int = Field(
         default=2_000_000,
@@ -128,7 +134,8 @@ class SynthesizeConfig(Section):
         default=2,
         ge=1,
         le=20,
-        description="times that the same chunks or rows are asked about, at most, until there are enough rows",
+        description="times that the same chunks or rows are asked about, at most, until there are enough "
+        "rows",
     )
     chunk_chars: int = Field(default=3000, ge=200, description="longest chunk of a document, in characters")
     overlap_chars: int = Field(
@@ -139,7 +146,8 @@ class SynthesizeConfig(Section):
     max_answer_chars: Count = Field(default=4000, description="longest answer, in characters")
     score_with_champion: bool = Field(
         default=False,
-        description="ask the running gateway each question; an answer that differs is a doubt. Its key comes from RATCHET_GATEWAY_KEY",
+        description="ask the running gateway each question; an answer that differs is a doubt. Its key comes "
+        "from RATCHET_GATEWAY_KEY",
     )
     prompts: str = Field(
         default="", description="folder of prompt templates that win over those of the package, by file name"
@@ -160,7 +168,8 @@ class SynthesizeConfig(Section):
     def _moves_on(self) -> SynthesizeConfig:
         if self.overlap_chars > self.chunk_chars // 2:
             raise ValueError(
-                f"synthesize.overlap_chars ({self.overlap_chars}) is over half of synthesize.chunk_chars ({self.chunk_chars}): chunks would repeat each other"
+                f"synthesize.overlap_chars ({self.overlap_chars}) is over half of synthesize.chunk_chars "
+                f"({self.chunk_chars}): chunks would repeat each other"
             )
         if self.augment.insert and not self.augment.synonyms:
             raise ValueError(

@@ -47,7 +47,9 @@ class BaseConfig(Section):
     )
     new_tokens: list[str] = Field(
         default=[],
-        description="words of the domain that become one token each, its embedding trained (LoRA's family and `full`); until then it is the mean of the pieces' that the word was. Such a version is served on a base of its own",
+        description="words of the domain that become one token each, with a trained embedding (LoRA's family "
+        "and `full`) that starts as the mean of the embeddings of the word's former pieces. Such "
+        "a version is served on a base of its own",
     )
     seed: int = Field(default=20, ge=0, description="seed of the demo's weights and of its order of rows")
     demo: DemoBase = Field(default_factory=DemoBase, description="settings of `model: demo`")
@@ -58,12 +60,14 @@ class BaseConfig(Section):
             self.revision and len(self.revision) == 40 and all(c in "0123456789abcdef" for c in self.revision)
         ):
             raise ValueError(
-                f"base.revision is {self.revision!r}; a hub id needs its commit, 40 hex digits, so that every run loads the same weights"
+                f"base.revision is {self.revision!r}; a hub id needs its commit, 40 hex digits, so that "
+                "every run loads the same weights"
             )
         for token in self.new_tokens:
             if not re.fullmatch(r"\w|\w.*\w", token) or self.new_tokens.count(token) > 1:
                 raise ValueError(
-                    f"base.new_tokens names {token!r}; wanted words, each once, that begin and end with a letter or digit: markup is for control tokens"
+                    f"base.new_tokens names {token!r}; wanted words, each once, that begin and end with a "
+                    "letter or digit: markup is for control tokens"
                 )
         return self
 
@@ -83,12 +87,15 @@ class TrainConfig(Section):
     )
     max_feedback_share: Share = Field(
         default=0.1,
-        description="share of the rows trained on that may come from people's feedback. More of the other rows than `replay` says are replayed for it; feedback that is still too much stays out, the oldest first",
+        description="share of the rows trained on that may come from people's feedback. More of the other "
+        "rows than `replay` says are replayed for it; feedback that is still too much stays out, the oldest "
+        "first",
     )
     epochs: float = Field(default=6.0, gt=0, description="passes over the chosen rows, at most")
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = Field(
         default="adamw",
-        description="`adamw_8bit` and `paged_adamw_8bit` keep their state in 8 bits and need CUDA; paged: it may move to the host's memory",
+        description="`adamw_8bit` and `paged_adamw_8bit` keep their state in 8 bits and need CUDA; paged: it "
+        "may move to the host's memory",
     )
     learning_rate: float = Field(default=2.0e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -104,26 +111,31 @@ class TrainConfig(Section):
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="what forward and backward passes compute in; `auto`: bfloat16 where the machine has instructions for it. Adapters and losses stay float32",
+        description="what forward and backward passes compute in; `auto`: bfloat16 where the machine has "
+        "instructions for it. Adapters and losses stay float32",
     )
     batch_windows: Count = Field(
         default=4,
-        description="packed windows in one forward pass; on a CPU as many rows of like length as fit into their room",
+        description="packed windows in one forward pass; on a CPU as many rows of like length as fit into "
+        "their room",
     )
     accumulate: Count = Field(default=1, description="forward passes in one optimizer step")
     processes: Count = Field(
         default=1,
-        description="processes that share the forward passes of a step, started by torchrun: one a GPU, or parts of a CPU. `accumulate` has to be a multiple",
+        description="processes that share the forward passes of a step, started by torchrun: one a GPU, or "
+        "parts of a CPU. `accumulate` has to be a multiple",
     )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         default="auto",
-        description="several processes: each with the whole model (`ddp`) or a part of it (`fsdp`); `auto`: parts for `full` and for `qlora` on NF4",
+        description="several processes: each with the whole model (`ddp`) or a part of it (`fsdp`); `auto`: "
+        "parts for `full` and for `qlora` on NF4",
     )
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradient norm that is clipped to")
     teacher: str = Field(
         default="",
         pattern=r"^(|champion|[\w.-]+/[\w.-]+@[0-9a-f]{40})$",
-        description="distillation: whose distribution the training learns from beside the rows: `champion`, or a hub id with its commit (`org/name@<40 hex digits>`) of the same tokenizer; empty: nobody's",
+        description="distillation: whose distribution the training learns from beside the rows: `champion`, "
+        "or a hub id with its commit (`org/name@<40 hex digits>`) of the same tokenizer; empty: nobody's",
     )
     teacher_weight: Share = Field(
         default=0.5, description="share of the loss that is the divergence from the teacher"
@@ -133,15 +145,18 @@ class TrainConfig(Section):
     )
     checkpoint_activations: bool = Field(
         default=False,
-        description="compute activations again in the backward pass: less memory, about a third more time. Not with `prefix`",
+        description="compute activations again in the backward pass: less memory, about a third more time. "
+        "Not with `prefix`",
     )
     compile: bool = Field(
         default=False,
-        description="compile the layers (torch.compile) at the start, a minute or so, for faster steps: for trainings of ten minutes and more. A CPU needs a C++ compiler",
+        description="compile the layers (torch.compile) at the start, a minute or so, for faster steps: for "
+        "trainings of ten minutes and more. A CPU needs a C++ compiler",
     )
     liger: bool = Field(
         default=False,
-        description="Liger's kernels for norms, rotary positions and gated layers: less memory on a GPU; needs CUDA and the extra `kernels`",
+        description="Liger's kernels for norms, rotary positions and gated layers: less memory on a GPU; "
+        "needs CUDA and the extra `kernels`",
     )
     neftune_alpha: float = Field(
         default=0.0,
@@ -160,14 +175,16 @@ class TrainConfig(Section):
     checkpoint_minutes: float = Field(
         default=10.0,
         ge=0,
-        description="minutes between two checkpoints, which is what a kill costs at most; 0: after every optimizer step",
+        description="minutes between two checkpoints, which is what a kill costs at most; 0: after every "
+        "optimizer step",
     )
 
     @model_validator(mode="after")
     def _passes_can_be_shared(self) -> TrainConfig:
         if self.accumulate % self.processes:
             raise ValueError(
-                f"`train.accumulate` {self.accumulate} forward passes cannot be shared by `train.processes` {self.processes}: make it a multiple"
+                f"`train.accumulate` {self.accumulate} forward passes cannot be shared by `train.processes` "
+                f"{self.processes}: make it a multiple"
             )
         return self
 
@@ -179,7 +196,10 @@ class TrainConfig(Section):
 def why_whole(train: TrainConfig, adapter: AdapterConfig) -> str:
     """Why several processes cannot keep parts of the model; empty when they can."""
     if adapter.method in ("prefix", "prompt"):
-        return f"`adapter.method: {adapter.method}` puts its virtual tokens before the layers that would be in parts"
+        return (
+            f"`adapter.method: {adapter.method}` puts its virtual tokens before the layers that would be in "
+            "parts"
+        )
     if adapter.method == "qlora" and adapter.quantisation == "int8":
         return (
             "`adapter.quantisation: int8` keeps its scales beside the weights, which cannot be cut with them"
@@ -196,7 +216,8 @@ class AdapterConfig(Section):
 
     method: Literal["lora", "qlora", "dora", "rslora", "ia3", "prefix", "prompt", "full"] = Field(
         default="lora",
-        description="what is trained (docs/training.md); `qlora`: LoRA on a quantised base; `full`: all weights, and no adapter",
+        description="what is trained (docs/training.md); `qlora`: LoRA on a quantised base; `full`: all "
+        "weights, and no adapter",
     )
     quantisation: Literal["nf4", "int8"] = Field(
         default="nf4",
@@ -219,17 +240,20 @@ class AdapterConfig(Section):
     )
     bias: Literal["none", "lora_only", "all"] = Field(
         default="none",
-        description="biases of the base that are trained as well (`lora`, `qlora`, `dora`, `rslora`); such a version is served on a base of its own",
+        description="biases of the base that are trained as well (`lora`, `qlora`, `dora`, `rslora`); such a "
+        "version is served on a base of its own",
     )
     modules_to_save: list[str] = Field(
         default=[],
-        description="modules that are trained whole beside the update, such as `lm_head`; not for `prefix`, `prompt` and `full`. Served on a base of its own",
+        description="modules that are trained whole beside the update, such as `lm_head`; not for `prefix`, "
+        "`prompt` and `full`. Served on a base of its own",
     )
     virtual_tokens: int = Field(
         default=16,
         ge=1,
         le=1024,
-        description="tokens that `prefix` and `prompt` put before every row; they count against the base's context",
+        description="tokens that `prefix` and `prompt` put before every row; they count against the base's "
+        "context",
     )
 
 
@@ -263,7 +287,8 @@ class SweepConfig(Section):
             "train.learning_rate": SweepRange(low=2.0e-4, high=2.0e-2, log=True),
             "train.batch_windows": [2, 4, 8],
         },
-        description="where to look: a key of `train` or `adapter`, or `base.model` (`demo`, or `org/name@revision`), each with a list of choices or `{low, high, log, step}`",
+        description="where to look: a key of `train` or `adapter`, or `base.model` (`demo`, or "
+        "`org/name@revision`), each with a list of choices or `{low, high, log, step}`",
     )
     trials: Count = Field(
         default=20, description="trainings in all, those of other machines and of earlier calls included"
@@ -273,7 +298,9 @@ class SweepConfig(Section):
     )
     storage: str = Field(
         default="",
-        description="SQLAlchemy URL of Optuna's database; empty: SQLite in `.ratchet/sweep.db`. With PostgreSQL (`postgresql+psycopg://…`) the same command on another machine joins in. A password belongs into RATCHET_SWEEP_STORAGE, which wins over this",
+        description="SQLAlchemy URL of Optuna's database; empty: SQLite in `.ratchet/sweep.db`. With "
+        "PostgreSQL (`postgresql+psycopg://…`) the same command on another machine joins in. A password "
+        "belongs into RATCHET_SWEEP_STORAGE, which wins over this",
     )
     seed: int = Field(default=41, ge=0, description="seed of what is drawn")
 
@@ -288,7 +315,8 @@ class CompareConfig(Section):
             "prefix": {"train.learning_rate": 2.0e-2},
             "prompt": {"train.learning_rate": 2.0e-2},
         },
-        description="method → keys of `train` and `adapter` with the values that it is compared with; all else is the same for all",
+        description="method → keys of `train` and `adapter` with the values that it is compared with; all "
+        "else is the same for all",
     )
 
 
@@ -299,4 +327,6 @@ class RetrainConfig(Section):
     on_data: bool = Field(
         default=False, description="an ingest starts a retraining by itself, where the deployments are served"
     )
-    keep_workspaces: int = Field(default=2, ge=0, description="failed workspaces that are kept to look at")
+    keep_workspaces: int = Field(
+        default=2, ge=0, description="failed workspaces that are kept for inspection"
+    )

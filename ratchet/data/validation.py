@@ -117,7 +117,7 @@ class Validator:
             check_text(message.content, self._allowed)
             self._check_blocked(message.content)
         example = self._without_personal(example, sanitised)
-        _check_time(meta, origin.time, self._config.retention_days)
+        _check_time(meta, origin.time, self._config.max_age_days)
         if self._config.require_licence and origin.licence in ("", "unknown") and not meta.get("licence"):
             raise RowError(
                 "no_licence",
@@ -264,7 +264,7 @@ def _find_doubt(example: Example) -> tuple[str, str] | None:
     return None
 
 
-def _check_time(meta: Meta, batch_time: str, retention_days: float) -> None:
+def _check_time(meta: Meta, batch_time: str, max_age_days: float) -> None:
     """Compare with the batch's time, not with today's: the same batch gets the same verdict on any day."""
     said = next(((key, when) for key in TIME_KEYS if (when := _time_of(meta.get(key)))), None)
     if said is None or not batch_time:
@@ -272,9 +272,9 @@ def _check_time(meta: Meta, batch_time: str, retention_days: float) -> None:
     (key, when), pulled = said, datetime.fromisoformat(batch_time)
     if when > pulled + CLOCK_SKEW:
         raise RowError("from_the_future", f"its `{key}` is {when:%Y-%m-%d}, its batch is of {batch_time}")
-    if retention_days and when < pulled - timedelta(days=retention_days):
+    if max_age_days and when < pulled - timedelta(days=max_age_days):
         raise RowError(
-            "too_old", f"its `{key}` is {when:%Y-%m-%d}; `prepare.retention_days` is {retention_days:g}"
+            "too_old", f"its `{key}` is {when:%Y-%m-%d}; `prepare.max_age_days` is {max_age_days:g}"
         )
 
 

@@ -1,6 +1,6 @@
-"""Clients that ask the gateway questions whose answers are known, and say whether they were right: a load that means something.
+"""Ask the gateway questions whose answers are known, and give feedback: 1 or 0 by exact match.
 
-`ratchet replay` and the demo use it. Each request is another user, as long as `users` allows; feedback is 1 or 0 by exact match.
+The demo uses it, so that its load and its rollout rest on real answers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Question(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """`version` is 0 and `right` False where the request failed."""
+    """What came back; `version` is 0 and `right` False where the request failed."""
 
     kind: str
     version: int
@@ -34,10 +34,13 @@ class Reply(NamedTuple):
     milliseconds: float
 
 
-def replay(
+def ask_gateway(
     url: str, model: str, questions: list[Question], *, users: list[str], parallel: int, key: str = ""
 ) -> list[Reply]:
-    """In the order of `questions`; `users` names who asks each. Raises ServiceError when nothing answers at `url`."""
+    """Ask each question as the user beside it in `users`; the replies keep that order.
+
+    Raises ServiceError when nothing answers at `url`.
+    """
     headers = {"authorization": f"Bearer {key}"} if key else {}
     with httpx.Client(
         base_url=url,
@@ -52,7 +55,7 @@ def replay(
 
 
 def _wait_until_ready(client: httpx.Client, url: str) -> None:
-    """A version that was put in charge a moment ago is still being loaded."""
+    """Wait for the gateway: a version that was put in charge a moment ago is still being loaded."""
     said, end = "", time.monotonic() + READY_SECONDS
     while time.monotonic() < end:
         try:
@@ -104,7 +107,7 @@ class Score(NamedTuple):
 
 
 def summarise(replies: list[Reply]) -> Iterator[Score]:
-    """A line for each version and kind."""
+    """Count the right answers for each version and kind."""
     for version in sorted({reply.version for reply in replies}):
         for kind in sorted({reply.kind for reply in replies if reply.version == version}):
             found = [reply for reply in replies if (reply.version, reply.kind) == (version, kind)]

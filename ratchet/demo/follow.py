@@ -1,4 +1,4 @@
-"""Watch a retraining that the served deployment runs: its lines, as Prefect has them, until Prefect says how it ended."""
+"""Follow a retraining that the served deployment runs: print its lines until Prefect says how it ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ LAST_LINES_SECONDS = 3.0  # a run sends its lines every 2 s (PREFECT_LOGGING_TO_
 
 
 def follow_retraining(root: Path, *, say: Callable[[str], object]) -> None:
-    """The newest run of the deployment `retrain`. Raises ServiceError when none appears in three minutes, StageError when it fails."""
+    """Follow the newest run of the deployment `retrain`.
+
+    Raises ServiceError when none appears in three minutes, StageError when it fails.
+    """
     os.environ.update(service_environment(root, load_config(root / "params.yaml")))
     log = root / ".ratchet" / "logs" / "deployments.log"
     position: int | None = None  # in the lines of the run; None before there is one
@@ -27,7 +30,8 @@ def follow_retraining(root: Path, *, say: Callable[[str], object]) -> None:
         if run is None and time.monotonic() - started > APPEAR_SECONDS:
             raise ServiceError(
                 "no retraining was started",
-                remedy=f"{log} and Prefect's page of events may say why; `ratchet retrain --drift` does the same by hand",
+                remedy=f"{log} and Prefect's page of events may say why; `ratchet retrain --drift` does the "
+                "same by hand",
             )
         if run is not None:
             if position is None:
@@ -71,11 +75,14 @@ def _newest_run() -> Any:
 def _waited(run: Any) -> str:
     if run.start_time is None or run.created is None:
         return "starts"
-    return f"runs {(run.start_time - run.created).total_seconds():.1f} s after the event's automation asked for it"
+    return (
+        f"runs {(run.start_time - run.created).total_seconds():.1f} s after the event's automation asked for "
+        "it"
+    )
 
 
 def _pass_on(run: Any, position: int, say: Callable[[str], object]) -> int:
-    """Say the lines of `run` and of its tasks from `position` on. The position behind the last one."""
+    """Say the lines of `run` and of its tasks from `position` on; return the position after the last one."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 

@@ -1,7 +1,7 @@
-"""`ratchet demo`: the whole loop on the embedded default, in a clone of its own under .ratchet/demo.
+"""Run `ratchet demo`: the whole loop on the embedded default, in a clone of its own under .ratchet/demo.
 
-Every figure that it prints is read from the records of the run. The user's checkout gets no commit and no change; the
-services go on running, so that their pages can be looked at.
+Every figure that it prints is read from the records of the run. The user's checkout gets no commit and no
+change; the services keep running, so that people can open their pages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rich.table import Table
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config, load_config
-from ratchet.demo.clients import Question, Reply, replay, summarise
+from ratchet.demo.clients import Question, Reply, ask_gateway, summarise
 from ratchet.demo.follow import follow_retraining
 from ratchet.errors import CheckoutError, RatchetError
 from ratchet.evaluation.statistics import wilson
@@ -42,13 +42,14 @@ from ratchet.sources.pydoc import harvest
 PLACE = Path(".ratchet/demo")
 SECOND = "numpy,jinja2,rich"
 GOLDEN_ROWS = 150
-WORDS = "array|matri|axis|template|macro|console|style|render"  # of the new packages' documentation: where a topic's rows come from
+# Words of the new packages' documentation: a drifted topic with one of them gets its rows from there.
+WORDS = "array|matri|axis|template|macro|console|style|render"
 REQUESTS, LOOK_REQUESTS, MAX_LOOKS, PARALLEL = 500, 250, 14, 16
 console = Console(highlight=False)
 
 
 def run_demo(root: Path, *, until: str = "v2") -> None:
-    """Raises RatchetError when a step fails; the demo's checkout and its services are left to look at."""
+    """Run the demo. Raises RatchetError when a step fails; its checkout and services then stay."""
     started = time.perf_counter()
     with _peak_memory() as peak:
         home = make_checkout(root)
@@ -56,7 +57,8 @@ def run_demo(root: Path, *, until: str = "v2") -> None:
         _story(home, until)
     _print_pages(home, config)
     console.print(
-        f"\n[bold]{time.perf_counter() - started:.0f} s[/bold] in all, peak memory {peak[0] / 2**30:.2f} GiB (all processes of the demo together)"
+        f"\n[bold]{time.perf_counter() - started:.0f} s[/bold] in all, peak memory {peak[0] / 2**30:.2f} GiB "
+        "(all processes of the demo together)"
     )
     console.print(
         f"go on:  ratchet -C {PLACE} status | rollback | history | retrain\nstop:   ratchet -C {PLACE} down"
@@ -87,7 +89,8 @@ def _story(home: Path, until: str) -> None:
     if not _print_verdict(home):
         return
     _step(
-        "7  v2 gets a growing share of the users; their feedback decides, and may be looked at as often as one likes"
+        "7  v2 gets a growing share of the users; their feedback decides, and the test allows any number of "
+        "looks"
     )
     _roll_out(home, traffic)
     _step("Before and after, as the users saw it")
@@ -95,7 +98,8 @@ def _story(home: Path, until: str) -> None:
     _step("The ledger")
     console.print("\n".join(escape(line) for line in ledger_lines(ledger_rows(home))))
     _step(
-        "8  A teacher writes rows out of a document, for people to review; here it is a script that asks for each sentence, no model"
+        "8  A teacher writes rows out of a document, for people to review; here it is a script that asks for "
+        "each sentence, no model"
     )
     with _scripted_teacher(home):
         _ratchet(home, "synthesize", "--documents", "docs/data.md", "--count", "12")
@@ -104,21 +108,10 @@ def _story(home: Path, until: str) -> None:
 
 @contextmanager
 def _scripted_teacher(home: Path) -> Iterator[None]:
-    """The tests' one, on the port that the demo's params.yaml names."""
+    """Serve the tests' scripted teacher on the port that the demo's params.yaml names."""
     port = urlsplit(load_config(home / "params.yaml").synthesize.teacher.url).port
-    command = [
-        "uvicorn",
-        "--app-dir",
-        "tests",
-        "--factory",
-        "teacher_stub:TeacherStub",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--log-level",
-        "error",
-    ]
+    listen = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
+    command = ["uvicorn", "--app-dir", "tests", "--factory", "teacher_stub:TeacherStub", *listen]
     with subprocess.Popen([sys.executable, "-m", *command], cwd=home) as teacher:
         try:
             yield
@@ -155,7 +148,7 @@ class Traffic:
         ]
         users = [f"user-{len(self._replies) + number}" for number in range(count)]
         started = time.perf_counter()
-        replies = replay(self._url, self._model, asked, users=users, parallel=PARALLEL)
+        replies = ask_gateway(self._url, self._model, asked, users=users, parallel=PARALLEL)
         self._replies += replies
         took, faults = time.perf_counter() - started, [reply.fault for reply in replies if reply.fault]
         told = ", ".join(
@@ -163,7 +156,8 @@ class Traffic:
             for score in summarise(replies)
         )
         console.print(
-            f"{count} questions by {count} users in {took:.0f} s ({count / took:.0f} a second), {len(faults)} failed: {told}"
+            f"{count} questions by {count} users in {took:.0f} s ({count / took:.0f} a second), "
+            f"{len(faults)} failed: {told}"
         )
         if faults:
             raise RatchetError(
@@ -184,7 +178,7 @@ class Traffic:
 
 
 def _kept_out(packages: list[str], config: Config) -> list[Question]:
-    """Rows of these packages that `ingest.pydoc.share` leaves out of every batch."""
+    """Return the rows of these packages that `ingest.pydoc.share` leaves out of every batch."""
     taken = {
         row["messages"][0]["content"]
         for row in harvest(config.ingest.pydoc.model_copy(update={"packages": packages}))
@@ -201,7 +195,7 @@ def _kept_out(packages: list[str], config: Config) -> list[Question]:
 
 
 def make_checkout(root: Path) -> Path:
-    """A fresh clone of the last commit, without a remote, on free ports. Raises CheckoutError when `root` is no clone."""
+    """Clone the last commit, without a remote, on free ports. Raises CheckoutError: `root` is no clone."""
     try:
         git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     except RatchetError:
@@ -226,7 +220,7 @@ def make_checkout(root: Path) -> Path:
 
 
 def _settle(home: Path) -> None:
-    """The demo's own params.yaml: free ports, some questions kept out, and a week of traffic in minutes."""
+    """Write the demo's params.yaml: free ports, some questions kept out, a week of traffic in minutes."""
     params = home / "params.yaml"
     values = Config().model_dump(mode="json")  # the embedded default, whatever the team has made of its own
     for section, key in (("services", "mlflow_port"), ("services", "prefect_port"), ("gateway", "port")):
@@ -238,21 +232,12 @@ def _settle(home: Path) -> None:
         "cooldown_hours": 0.0,
         "sources": [{"match": WORDS, "source": "pydoc", "packages": SECOND.split(",")}],
     }
-    # Names of the new packages take more tokens (numpy.ma against os): about a third more time for an answer, which these users take.
+    # Names of the new packages take more tokens (numpy.ma against os), and so an answer a third more time;
+    # these users accept that.
     values["rollout"] |= {"steps": [0.1, 0.5, 1.0], "step_minutes": 0.0, "latency_margin": 1.0}
     write_text(params, render_params(Config.model_validate(values)))
-    git(
-        home,
-        "-c",
-        "user.name=Ratchet",
-        "-c",
-        "user.email=ratchet@localhost",
-        "commit",
-        "--quiet",
-        "--all",
-        "--message",
-        "Settle the demo",
-    )
+    author = ("-c", "user.name=Ratchet", "-c", "user.email=ratchet@localhost")
+    git(home, *author, "commit", "--quiet", "--all", "--message", "Settle the demo")
 
 
 def _free_port() -> int:
@@ -262,7 +247,7 @@ def _free_port() -> int:
 
 
 def _ratchet(home: Path, *arguments: str) -> None:
-    """The command as a user types it, its lines passed through."""
+    """Run the command as a user types it, its lines passed through."""
     console.print(f"[dim]$ ratchet -C {PLACE} {' '.join(arguments)}[/dim]")
     environment = {
         name: value
@@ -278,12 +263,13 @@ def _ratchet(home: Path, *arguments: str) -> None:
     if done.returncode:
         raise RatchetError(
             f"`ratchet {' '.join(arguments)}` ended with exit code {done.returncode}",
-            remedy=f"its message stands above; {PLACE} is left as it was, `ratchet -C {PLACE} down` stops the services",
+            remedy=f"its message stands above; {PLACE} is left as it was, `ratchet -C {PLACE} down` stops "
+            "the services",
         )
 
 
 def _print_scores(home: Path, names: dict[str, str]) -> None:
-    """Old and new material apart, as the evaluation recorded them."""
+    """Print the scores by batch, old and new apart, as the evaluation recorded them."""
     slices = read_json(home / "reports/evaluation/metrics.json")["slices"]
     shown = Table(
         title="exact match on held-out rows [95 % interval]; TF-IDF is a plain classifier for comparison",
@@ -313,14 +299,15 @@ def _cell(found: dict[str, float]) -> str:
 
 
 def _print_verdict(home: Path) -> bool:
-    """Whether the gate let the candidate through."""
+    """Print the gate's reasons; say whether it let the candidate through."""
     decision = read_json(home / "reports/gate.json")
     console.print(f"gate: [bold]{decision['verdict']}[/bold]")
     for part in [*decision["checks"][:1], *decision["regions"]]:
         console.print(f"  {part['reason']}", markup=False)
     if decision["verdict"] != "promote":
         console.print(
-            "[yellow]the candidate was not let through: v1 stays in charge. That is the gate's work, and worth a look at the reasons above.[/yellow]"
+            "[yellow]the candidate was not let through: v1 stays in charge. That is the gate's work, and "
+            "worth a look at the reasons above.[/yellow]"
         )
     return bool(decision["verdict"] == "promote")
 
@@ -330,7 +317,9 @@ def _print_pages(home: Path, config: Config) -> None:
         f"http://127.0.0.1:{port}" for port in (config.services.mlflow_port, config.services.prefect_port)
     )
     console.print(
-        f"\nthe page http://127.0.0.1:{config.gateway.port}/\nMLflow   {mlflow}/#/models/{config.project.name}\nPrefect  {prefect}/runs\ngit log  git -C {PLACE} log --oneline"
+        f"\nthe page http://127.0.0.1:{config.gateway.port}/\nMLflow   "
+        f"{mlflow}/#/models/{config.project.name}\nPrefect  {prefect}/runs\ngit log  git -C {PLACE} log "
+        "--oneline"
     )
 
 
@@ -340,7 +329,10 @@ def _step(title: str) -> None:
 
 @contextmanager
 def _peak_memory() -> Iterator[list[int]]:
-    """Highest sum of proportional memory over this process and all that it started, in bytes, looked at once a second."""
+    """Measure the peak of proportional memory in bytes, over this process and all that it started.
+
+    The sum is taken once a second.
+    """
     peak, done = [0], threading.Event()
 
     def watch() -> None:
@@ -357,7 +349,7 @@ def _peak_memory() -> Iterator[list[int]]:
 
 
 def _family_memory() -> int:
-    """Services outlive their parents, so a process of the demo is told by the folder that it works in."""
+    """Sum the demo's processes, told by their folder, since services outlive their parents."""
     total = 0
     for process in psutil.process_iter():
         try:

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ratchet.audits.bias import differences
-from ratchet.audits.fairness import GROUP, _kept
-from ratchet.audits.judge import JUDGE
-from ratchet.audits.memorization import CODES
-from ratchet.audits.robustness import UNASKED, withstood
 from ratchet.config.evaluation import GateConfig, ParityConfig
 from ratchet.errors import RatchetError
+from ratchet.evaluation.audit_tables import (
+    CODES,
+    GROUP,
+    JUDGE,
+    UNASKED,
+    differences,
+    rows_of_groups,
+    withstood,
+)
 from ratchet.evaluation.paired import AGAIN, LOWER_IS_BETTER, make_check, no_worse, paired_gains, said
 from ratchet.evaluation.slices import groups
 from ratchet.evaluation.statistics import Interval, Values, bootstrap_mean
@@ -40,7 +44,7 @@ def _judge(scores: pd.DataFrame, field: str, rival: str, config: GateConfig, alp
     name, column = f"groups:{field}", f"{GROUP}{field}"
     if column not in scores:
         raise RatchetError(f"the evaluation has no groups by {field}", remedy=AGAIN)
-    kept = _kept(scores, column, config.min_slice_rows)
+    kept = rows_of_groups(scores, column, config.min_slice_rows)
     paired_gains(kept if len(kept) else scores, rival, config.metric)  # whole, or it raises
     if kept[column].nunique() < 2:
         reason = f"guardrail {name}: not judged, {kept[column].nunique()} of its values have {config.min_slice_rows} rows (`gate.min_slice_rows`); two are needed"

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaincc, log_ndtr
 
 from ratchet.monitoring.novelty import Stems
-from ratchet.monitoring.topics import Topic
+from ratchet.monitoring.verdicts import Column
 
 Values = NDArray[np.float64]
 Draws = NDArray[
@@ -37,32 +36,6 @@ WEIGHTS = {
 }
 PROMPTS = ("novelty", "surprise", "form and mix")  # families over the same rows
 COMMON, FREQUENT = 5, 8  # rows that hold a word, rows of a kind: under these a frequency says nothing
-
-
-class Column(msgspec.Struct, frozen=True):
-    """`value` and `reference` are of the window and of the reference, in the column's own unit; `p` is the column's own, not corrected; `weight` the family's share of the error."""
-
-    name: str
-    family: str
-    value: float
-    reference: float
-    p: float
-    direction: str = ""  # what speaks of drift: "higher", "lower", "other"
-    weight: float = 0.0
-
-
-class Verdict(msgspec.Struct, frozen=True):
-    """`p` is of all columns together: `drift` where it is at most the false-alarm rate. None where the window is too small: `needed` distinct prompts are."""
-
-    verdict: str  # "drift", "no drift", "too few"
-    p: float | None
-    rows: int
-    distinct: int
-    needed: int
-    columns: list[Column] = []
-    topics: list[Topic] = []
-    missing: list[str] = []  # families without a reference, with the reason
-    moved: list[str] = []  # families that differ, the clearest first; all corrected for each other
 
 
 class Measure(NamedTuple):

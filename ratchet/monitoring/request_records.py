@@ -24,7 +24,7 @@ STAY_AWAKE = {
 }  # milliseconds, seconds
 
 
-def make_tables(engine: Engine, metadata: MetaData) -> None:
+def update_tables(engine: Engine, metadata: MetaData) -> None:
     """Raises SQLAlchemyError when the database does not answer."""
     from sqlalchemy.exc import DatabaseError
 
@@ -130,7 +130,7 @@ class Counts(NamedTuple):
     fault: str
 
 
-def _make_engine(url: str) -> Engine:
+def make_engine(url: str) -> Engine:
     from sqlalchemy import create_engine, event, make_url
 
     if make_url(url).get_backend_name() != "sqlite":
@@ -151,7 +151,7 @@ def _make_engine(url: str) -> Engine:
     return engine
 
 
-def _make_tables() -> dict[str, Table]:
+def table_definitions() -> dict[str, Table]:
     """No key between them: people may speak of a request that still waits to be written."""
     from sqlalchemy import Column, Float, Integer, MetaData, String, Table, Text
 
@@ -197,7 +197,7 @@ def _make_tables() -> dict[str, Table]:
     }
 
 
-def _logged(row: Any) -> Logged:
+def record_of(row: Any) -> Logged:
     values = row._asdict()
     return Logged(
         **values | {"messages": tuple((role, content) for role, content in json.loads(values["messages"]))}

@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 
 from ratchet.config.monitoring import MonitorConfig, TopicSource
-from ratchet.data.text import WORD
 from ratchet.errors import DataError
 from ratchet.files import write_json
-from ratchet.monitoring.novelty import words_of
+from ratchet.monitoring.novelty import WORD, words_of
+from ratchet.monitoring.verdicts import Topic
 
 LEAST_ROWS, GROWTH, EVIDENCE = (
     3,
@@ -105,16 +105,6 @@ def _topic(
         before,
         [text if len(text) <= EXAMPLE_LENGTH else text[:EXAMPLE_LENGTH] + " …" for text in examples],
     )
-
-
-class Topic(msgspec.Struct, frozen=True):
-    """A topic of the traffic, told by its words: its share of the window and of the reference, and prompts that belong to it."""
-
-    name: str
-    terms: list[str]
-    share: float = 0.0
-    reference_share: float = 0.0
-    examples: list[str] = []
 
 
 def belongs(topic: Topic, text: str) -> bool:

@@ -16,7 +16,10 @@ Say = Callable[[str], None]
 
 
 def check_checkout(root: Path) -> str:
-    """The checkout's branch. Raises CheckoutError: no git, no repository, no commit, no branch, DVC not set up, uncommitted changes."""
+    """Check the checkout and return its branch.
+
+    Raises CheckoutError: no git, no repository, no commit, no branch, DVC not set up, uncommitted changes.
+    """
     if shutil.which("git") is None:
         raise CheckoutError("git is not installed", remedy="install it (apt-get install git), then run again")
     try:
@@ -29,7 +32,8 @@ def check_checkout(root: Path) -> str:
             ) from None
         raise CheckoutError(
             f"{root} is no git repository",
-            remedy="work in a clone: every run is traced to a commit (a downloaded archive: git init && git add -A && git commit -m start)",
+            remedy="work in a clone: every run is traced to a commit (a downloaded archive: git init && git "
+            "add -A && git commit -m start)",
         ) from None
     if top.resolve() != root.resolve():
         raise CheckoutError(
@@ -56,8 +60,11 @@ def check_checkout(root: Path) -> str:
     return branch
 
 
-def _identity(root: Path) -> list[str]:
-    """The user's own, also where only the checkout's configuration has it; a neutral one where git knows none (a CI runner, a container)."""
+def commit_identity(root: Path) -> list[str]:
+    """Return git's options for a commit's author: the one that the checkout's configuration names.
+
+    Where git knows nobody (a CI runner, a container) the author is Ratchet.
+    """
     known = {"user.name": "Ratchet", "user.email": "ratchet@localhost"}
     for key in known:
         with suppress(CommandError):
@@ -66,7 +73,7 @@ def _identity(root: Path) -> list[str]:
 
 
 def who(root: Path) -> str:
-    """Name of the person that git knows, for the ledger."""
+    """Return the name of the person that git knows, for the ledger."""
     try:
         return git(root, "config", "user.name").strip()
     except CommandError:
@@ -75,10 +82,10 @@ def who(root: Path) -> str:
 
 @contextmanager
 def locked(root: Path, name: str, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock `name` of the checkout, one process and thread at a time. Raises CheckoutError: it is taken, and `wait` is False.
+    """Hold the lock `name` of the checkout, one process and thread at a time.
 
-    The system frees the lock of a process that was killed. A filesystem without such locks is an error: a file that merely
-    exists would outlive its process.
+    Raises CheckoutError when it is taken and `wait` is False. The system frees the lock of a process that was
+    killed. A filesystem without such locks is an error: a file that merely exists would outlive its process.
     """
     from filelock import FileLock, Timeout  # loads for 0.25 s, and the command's start does not need it
 
@@ -119,13 +126,17 @@ def _run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-# Threads that wait for long take the cores from each other: on a busy machine a training step took 1.1 s, and 0.25 s when they sleep.
-# Threads that never wait lose a third on a quiet one. Memory is kept and not given back between two steps: a tenth of a step.
+# OpenMP's threads sleep after a short spin: on a busy machine a training step took 1.1 s while they spun for
+# long, and 0.25 s so; threads that never spin lose a third on a quiet machine. malloc keeps memory instead of
+# returning it to the system between two steps, which saves a tenth of a step.
 STAGE_ENVIRONMENT = {"GOMP_SPINCOUNT": "3000", "MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": str(64 * 2**20)}
 
 
 def child_environment() -> dict[str, str]:
-    """Ours, with this interpreter's folder first in PATH: stages say `python`. A surrounding git hook's variables stay out."""
+    """Return our environment with this interpreter's folder first in PATH, since stages call `python`.
+
+    The variables of a surrounding git hook stay out: they would point git at another repository.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()

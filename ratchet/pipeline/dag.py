@@ -1,6 +1,6 @@
 """Say what code a stage depends on, once for DVC, for the key of a training, and for the cache of answers.
 
-    python -m ratchet.pipeline.dag --out data/code        # the stage `code` of dvc.yaml: one small file for each stage
+    python -m ratchet.pipeline.dag --out data/code    # the stage `code` of dvc.yaml: one file a stage
 
 The code of a stage is its module, every module of ours that it imports, and the templates that these render.
 Imports in functions count, imports for type checkers and relative ones do not. A module counts by its syntax
@@ -35,7 +35,7 @@ class Module(NamedTuple):
 
 
 def code_key(modules: Iterable[str], root: Path) -> str:
-    """Hash of the code of `modules` (paths relative to `root`) and of all that they import and render."""
+    """Hash the code of `modules` (paths relative to `root`) and of all that they import and render."""
     return hashlib.sha256(_listing(modules, root).encode()).hexdigest()
 
 
@@ -55,7 +55,7 @@ def write_keys(root: Path, out: Path = KEYS) -> None:
 
 
 def modules_of(modules: Iterable[str], root: Path) -> list[str]:
-    """Paths relative to `root` of `modules` and of every module of ours that they import, sorted."""
+    """List `modules` and every module of ours that they import: sorted paths relative to `root`."""
     waiting, found = list(modules), set[str]()
     while waiting:
         path = waiting.pop()
@@ -110,7 +110,7 @@ def _parse(source: str) -> Module:
 
 
 def _imported(module: Module, root: Path) -> list[str]:
-    """The modules of ours, and the `__init__.py` of each package that stands above one."""
+    """Find the modules of ours, and the `__init__.py` of each package above one."""
     files = set[str]()
     for name in module.imports:
         parts = name.split(".")

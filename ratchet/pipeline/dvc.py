@@ -17,10 +17,9 @@ from ratchet.pipeline.checkout import Say, child_environment, dvc, git
 from ratchet.pipeline.dag import KEYS, write_keys
 
 EXITED = re.compile(r"exited with (-?\d+)")
-TORCHRUN = re.compile(
-    r"[EW]\d{4} \S+ \d+ torch/distributed/elastic/"
-)  # begins its own report, which stands behind what a process said, and is long
-CACHE_TYPES = "reflink,symlink,hardlink,copy"
+# The first line of torchrun's own report, which is long and follows what a process said.
+TORCHRUN = re.compile(r"[EW]\d{4} \S+ \d+ torch/distributed/elastic/")
+CACHE_TYPES = "reflink,symlink,hardlink,copy"  # the cheapest that the filesystem has
 # DVC's advice for people at a prompt; the flow does these things itself.
 CHATTER = (
     ">",
@@ -52,12 +51,15 @@ class Workspace(NamedTuple):
 
 
 def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
-    """Run one stage in its own process, its lines passed to `say`. Whether its outputs were made or fetched anew (False: unchanged). Raises StageError."""
+    """Run one stage in its own process, its lines passed to `say`; False when it was unchanged.
+
+    Raises StageError with its last lines.
+    """
     write_keys(workspace.path)
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
     lines, code = _stream(command, workspace, say)
     if code:
-        codes = EXITED.findall("\n".join(lines))  # DVC's own word comes last
+        codes = EXITED.findall("\n".join(lines))  # the last is DVC's own
         told = [
             line
             for line in without_torchrun(lines)
@@ -66,7 +68,7 @@ def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
         if codes and codes[-1].startswith("-"):
             told.append(
                 f"its process was killed by signal {codes[-1][1:]}"
-                + ("; the same command goes on from the newest checkpoint" if stage == "train" else "")
+                + ("; the same command resumes from the newest checkpoint" if stage == "train" else "")
             )
         raise StageError(
             f"stage {stage} failed:\n" + "\n".join(told[-12:] or lines[-3:]),
@@ -76,18 +78,19 @@ def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
 
 
 def without_torchrun(lines: list[str]) -> list[str]:
-    """What the processes themselves said, their own tracebacks included."""
+    """Return what the processes themselves said, their own tracebacks included."""
     first = next((place for place, line in enumerate(lines) if TORCHRUN.match(line)), len(lines))
     return lines[:first] or lines
 
 
 def _stream(command: list[str], workspace: Workspace, say: Say) -> tuple[list[str], int]:
-    """Lines and exit code of a command. A signal to us ends its whole process group: DVC does not pass one on to the stage."""
+    """Run a command and return its lines and exit code.
+
+    A signal to us ends its whole process group, since DVC does not pass one on to the stage.
+    """
     lines: list[str] = []
-    environment = {
-        **child_environment(),
-        "RATCHET_ROOT": str(workspace.root.resolve()),
-    }  # where a training's checkpoints outlive the workspace
+    # The checkout, where a training's checkpoints outlive the workspace.
+    environment = {**child_environment(), "RATCHET_ROOT": str(workspace.root.resolve())}
     with subprocess.Popen(
         command,
         cwd=workspace.path,
@@ -120,38 +123,36 @@ def stale_stages(workspace: Workspace) -> set[str]:
 
 
 def check_out(workspace: Workspace) -> None:
-    """Bring what the last run made into the clone, from the shared cache or the remote. A file that is nowhere is made anew by its stage."""
-    has_remote = bool(configured_remote(workspace.root))
-    workspace.dvc(
-        *(
-            ["pull", "--quiet", "--allow-missing"]
-            if has_remote
-            else ["checkout", "--quiet", "--allow-missing"]
-        )
-    )
+    """Bring what the last run made into the clone, from the remote or the shared cache.
+
+    A file that is in neither is no fault: its stage makes it anew.
+    """
+    command = "pull" if configured_remote(workspace.root) else "checkout"
+    workspace.dvc(command, "--quiet", "--allow-missing")
 
 
 def configured_remote(root: Path) -> str | None:
-    return next(
-        (
-            found
-            for name in ("config.local", "config")
-            if (found := _dvc_config(root, name).get("core", "remote", fallback=None))
-        ),
-        None,
+    """Return the name of DVC's default remote; the local configuration wins over the committed one."""
+    remotes = (
+        _dvc_config(root, name).get("core", "remote", fallback=None) for name in ("config.local", "config")
     )
+    return next(filter(None, remotes), None)
 
 
 def push_data(workspace: Workspace, say: Say) -> None:
-    """`dvc push` where there is a remote; a warning where there is none."""
+    """Push the data to DVC's remote; say so where none is configured."""
     if configured_remote(workspace.root) is None:
         say("no DVC remote is configured: the data stay on this machine (dvc remote add --default NAME URL)")
         return
     workspace.dvc("push", "--quiet")
 
 
-def _share_cache(root: Path, path: Path) -> None:
-    """What `dvc cache dir --local` and `dvc config --local` would write, without their second of start-up."""
+def share_cache(root: Path, path: Path) -> None:
+    """Let the clone at `path` use the cache of the checkout at `root`.
+
+    This writes what `dvc cache dir --local` and `dvc config --local` would write, without their second of
+    start-up.
+    """
     config, committed = _dvc_config(root, "config.local"), _dvc_config(root, "config")
     for section in ("core", "cache"):
         if not config.has_section(section):
@@ -172,7 +173,10 @@ def _share_cache(root: Path, path: Path) -> None:
 def _keep_remotes(
     root: Path, config: configparser.ConfigParser, committed: configparser.ConfigParser
 ) -> None:
-    """DVC reads a remote's relative path from the folder of the configuration, which is another one in the clone."""
+    """Make the paths of remotes absolute.
+
+    DVC resolves a relative one from the configuration's folder, which is another one in the clone.
+    """
     for section in {*config.sections(), *committed.sections()}:
         url = config.get(section, "url", fallback=committed.get(section, "url", fallback="")).strip("\"'")
         if section.startswith("'remote ") and url and "://" not in url and not url.startswith(("/", "~")):

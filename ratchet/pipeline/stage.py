@@ -1,6 +1,7 @@
-"""How a stage's module is run by hand and by DVC: `python -m tasks.NAME --flag PATH …`.
+"""Run a stage's module by hand and by DVC: `python -m tasks.NAME --flag PATH …`.
 
-Paths come from `cmd` in dvc.yaml, knobs from params.yaml; a fault ends with one message and the error's exit code.
+Paths come from `cmd` in dvc.yaml, knobs from params.yaml; a fault ends with one message and the error's exit
+code.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ def run_stage(
 
 
 def project_root(root: str | Path | None = None) -> Path:
-    """Return the checkout: `root`, else RATCHET_ROOT (set for a stage that runs in a workspace), else the working directory."""
+    """Return the checkout: `root`, else RATCHET_ROOT (set in a workspace), else the working directory."""
     return Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
 
 
 def say(line: str, *, error: bool = False) -> None:
-    """One line of progress; the flow streams it into Prefect's log. When whoever read is gone, the work is not: a training still writes its checkpoint."""
+    """Print one line of progress, which the flow streams into Prefect's log.
+
+    A reader that is gone is no fault: a training still has to write its checkpoint.
+    """
     out = sys.stderr if error else sys.stdout
     try:
         print(line, file=out, flush=True)

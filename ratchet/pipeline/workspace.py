@@ -1,8 +1,8 @@
-"""A flow works in a clone of the repository, never in the user's checkout.
+"""Give a flow a clone of the repository to work in, never the user's checkout.
 
 A workspace is cloned from the checkout's branch, shares its DVC cache, runs, commits, and pushes back with
-rebase-and-retry. The push moves the checkout's files only when it is clean (git's `updateInstead`). One DVC command at a
-time a clone; one push at a time a checkout.
+rebase-and-retry. The push moves the checkout's files only when it is clean (git's `updateInstead`). One DVC
+command at a time a clone; one push at a time a checkout.
 """
 
 from __future__ import annotations
@@ -19,8 +19,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ratchet.errors import CheckoutError, CommandError
-from ratchet.pipeline.checkout import Say, _identity, check_checkout, child_environment, dvc, git, locked
-from ratchet.pipeline.dvc import Workspace, _share_cache
+from ratchet.pipeline.checkout import (
+    Say,
+    check_checkout,
+    child_environment,
+    commit_identity,
+    dvc,
+    git,
+    locked,
+)
+from ratchet.pipeline.dvc import Workspace, share_cache
 
 WORKSPACES = Path(".ratchet/workspaces")
 LANDING_TRIES = 5
@@ -32,14 +40,17 @@ IN_THE_WAY = re.compile(
 
 @contextmanager
 def open_workspace(root: Path, purpose: str, say: Say, *, keep_failed: int = 2) -> Iterator[Workspace]:
-    """A fresh clone, removed when the block ends well; of a purpose, the last `keep_failed` that did not are kept to look at. Raises CheckoutError."""
+    """Open a fresh clone and remove it when the block ends well. Raises CheckoutError.
+
+    The last `keep_failed` clones that failed with the same purpose are kept for inspection.
+    """
     branch = check_checkout(root)
     path = root / WORKSPACES / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{purpose}-{os.getpid()}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _forget_failed(root, purpose, keep_failed)
+    _drop_failed(root, purpose, keep_failed)
     try:
         git(root, "clone", "--quiet", "--branch", branch, str(root), str(path))
-        _share_cache(root, path)
+        share_cache(root, path)
         yield Workspace(root, path, branch)
     except BaseException:
         if path.exists():
@@ -49,7 +60,7 @@ def open_workspace(root: Path, purpose: str, say: Say, *, keep_failed: int = 2) 
 
 
 def failed_workspaces(root: Path) -> list[Path]:
-    """Workspaces that failed, and clones whose process was killed; the newest first."""
+    """List workspaces that failed and clones whose process was killed, the newest first."""
     found = [
         path
         for path in (root / WORKSPACES).glob("*")
@@ -59,26 +70,27 @@ def failed_workspaces(root: Path) -> list[Path]:
 
 
 def _set_aside(root: Path, path: Path, purpose: str, keep: int, say: Say) -> None:
-    """Under a name without a process, so that nobody takes it for one in which somebody works."""
+    """Rename a failed workspace so that it no longer names a process that may be at work in it."""
     failed = path.rename(path.with_name(f"{path.name}-failed"))
-    _forget_failed(root, purpose, keep)
+    _drop_failed(root, purpose, keep)
     if keep:
-        say(f"left to look at: {failed}")
+        say(f"kept for inspection: {failed}")
 
 
-def _forget_failed(root: Path, purpose: str, keep: int) -> None:
+def _drop_failed(root: Path, purpose: str, keep: int) -> None:
     for path in [path for path in failed_workspaces(root) if f"-{purpose}-" in path.name][keep:]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def land(workspace: Workspace, message: str, paths: list[str], *, tag: str | None = None) -> str:
-    """Commit `paths` and push, rebasing when somebody was faster. The commit's id; that of HEAD when nothing changed. Raises CheckoutError, CommandError.
+    """Commit `paths`, push, and return the commit's id (HEAD's when nothing changed).
 
+    It rebases when somebody else pushed first. Raises CheckoutError, CommandError.
     A second try after a push that failed lands what the first one committed.
     """
     workspace.git("add", "--", *paths)
     if workspace.git("diff", "--cached", "--name-only").strip():
-        git(workspace.path, *_identity(workspace.root), "commit", "--quiet", "--message", message)
+        git(workspace.path, *commit_identity(workspace.root), "commit", "--quiet", "--message", message)
     before = workspace.git("rev-parse", f"origin/{workspace.branch}").strip()
     if tag or before != workspace.git("rev-parse", "HEAD").strip():
         with locked(workspace.root, "land"):
@@ -88,7 +100,7 @@ def land(workspace: Workspace, message: str, paths: list[str], *, tag: str | Non
 
 
 def _push(workspace: Workspace, tag: str | None) -> None:
-    """The branch and the tag together or not at all."""
+    """Push the branch and the tag together or not at all."""
     # Given to the receiving side of this push alone: the user's own configuration stays as it is.
     receive = "--receive-pack=git -c receive.denyCurrentBranch=updateInstead receive-pack"
     refs = [f"HEAD:refs/heads/{workspace.branch}", *([f"+HEAD:refs/tags/{tag}"] if tag else [])]
@@ -99,31 +111,29 @@ def _push(workspace: Workspace, tag: str | None) -> None:
         except CommandError as error:
             if found := IN_THE_WAY.search(str(error)):
                 raise CheckoutError(
-                    f"{workspace.root} was changed while the run worked: {found.group(1).removesuffix(' would')}",
-                    remedy="git commit -a or git stash there, then run again: finished stages are kept in the cache",
+                    f"{workspace.root} was changed while the run worked: "
+                    f"{found.group(1).removesuffix(' would')}",
+                    remedy="git commit -a or git stash there, then run again: finished stages are kept in "
+                    "the cache",
                 ) from None
             if not tries_left:
                 raise
             if not catch_up(workspace):
-                time.sleep(
-                    0.5
-                )  # nobody was faster: the checkout's index may be locked by a command of the user's
+                # Nobody pushed meanwhile: a command of the user's may hold the lock of the checkout's index.
+                time.sleep(0.5)
 
 
 def catch_up(workspace: Workspace) -> bool:
-    """Bring what landed meanwhile into the workspace, its own commits on top. Whether there was anything. Raises CommandError when both changed the same lines."""
+    """Rebase the workspace's commits onto what landed meanwhile; False when nothing did.
+
+    Raises CommandError when both changed the same lines.
+    """
     workspace.git("fetch", "--quiet", "origin", workspace.branch)
     if not workspace.git("rev-list", "--max-count=1", f"HEAD..origin/{workspace.branch}").strip():
         return False
     try:
-        git(
-            workspace.path,
-            *_identity(workspace.root),
-            "rebase",
-            "--quiet",
-            "--autostash",
-            f"origin/{workspace.branch}",
-        )
+        rebase = ("rebase", "--quiet", "--autostash", f"origin/{workspace.branch}")
+        git(workspace.path, *commit_identity(workspace.root), *rebase)
     except CommandError as error:
         files = workspace.git("diff", "--name-only", "--diff-filter=U").split()
         with suppress(CommandError):
@@ -138,7 +148,10 @@ def catch_up(workspace: Workspace) -> bool:
 
 
 def _bring_data(workspace: Workspace, before: str) -> None:
-    """The checkout's data to the new commit. Local changes are kept: without --force DVC refuses to overwrite them."""
+    """Bring the checkout's data to the new commit.
+
+    Local changes are kept: without --force DVC refuses to overwrite them.
+    """
     if any(
         name.endswith((".dvc", "dvc.lock"))
         for name in workspace.git("diff", "--name-only", before, "HEAD").splitlines()

@@ -17,11 +17,11 @@ from ratchet.config.params import Config
 from ratchet.errors import CommandError, RatchetError
 from ratchet.files import write_text
 from ratchet.monitoring.request_log import open_log
-from ratchet.monitoring.verdicts import VERDICTS, _verdict, number
+from ratchet.monitoring.verdicts import number, read_verdicts
 from ratchet.pipeline.checkout import git
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.rollout import Rollout, read_ended, read_rollout
-from ratchet.reporting.forgetting import SAVED
+from ratchet.reporting.forgetting import OLD_SAVED, SAVED
 from ratchet.services.status import ledger_rows
 from ratchet.serving.bundle import read_state
 
@@ -63,7 +63,7 @@ def gather(root: Path, config: Config) -> dict[str, Any]:
         "rollout": _part(lambda: _rollout(read_rollout(root))),
         "past": _part(lambda: [_rollout(entry) for entry in reversed(read_ended(root)[-MOST_ROLLOUTS:])]),
         "traffic": _part(lambda: _traffic(root, config, now - DAYS * 86_400)),
-        "verdicts": _part(lambda: _verdicts(root / VERDICTS)),
+        "verdicts": _part(lambda: read_verdicts(root, MOST_VERDICTS)),
         "ledger": {
             "found": (ledger["found"] or [])[:MOST_MOVES],
             "fault": ledger["fault"],
@@ -107,23 +107,9 @@ def _traffic(root: Path, config: Config, since: float) -> list[dict[str, Any]]:
         log.close()
 
 
-# --- drift ---------------------------------------------------------------------------------------------------------
-
-
-def _verdicts(path: Path) -> list[dict[str, Any]]:
-    """The newest last. Lines that cannot be read are left out: the newest may be half written."""
-    lines = (
-        path.read_text(encoding="utf-8", errors="replace").splitlines()[-MOST_VERDICTS:]
-        if path.exists()
-        else []
-    )
-    found = [verdict for line in lines if (verdict := _verdict(line))]
-    return sorted(found, key=lambda verdict: verdict["at"])
-
-
 def _table(root: Path) -> dict[str, Any] | None:
-    """The forgetting ledger as it was read last: reading it anew takes seconds a version."""
-    path = root / SAVED
+    """Read the retention table as it was saved last: building it takes seconds a version."""
+    path = root / SAVED if (root / SAVED).exists() else root / OLD_SAVED
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     return found if found and found["versions"] else None
 

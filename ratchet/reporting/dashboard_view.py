@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ratchet.monitoring.verdicts import seconds_of
+from ratchet.monitoring.verdicts import Recorded, seconds_of
 from ratchet.reporting.charts import (
     Mark,
     Tick,
@@ -154,30 +154,30 @@ def _mean(weighted: list[tuple[float, int]]) -> float | None:
 # --- drift ---------------------------------------------------------------------------------------------------------
 
 
-def drift_view(verdicts: list[dict[str, Any]], rate: float) -> dict[str, Any]:
-    told = [verdict for verdict in verdicts if verdict["p"] is not None]
-    first, last = verdicts[0]["at"], verdicts[-1]["at"]
+def drift_view(verdicts: list[Recorded], rate: float) -> dict[str, Any]:
+    told = [verdict for verdict in verdicts if verdict.p is not None]
+    first, last = verdicts[0].seconds, verdicts[-1].seconds
     span = max(last - first, 3600.0)
 
-    def mark(verdict: dict[str, Any]) -> Mark:
-        p, kind = verdict["p"], verdict["verdict"].replace(" ", "-")
-        words = f"{verdict['verdict']}, {moment(verdict['at'])}, {verdict['rows']} requests" + (
+    def mark(verdict: Recorded) -> Mark:
+        p, kind = verdict.p, verdict.verdict.replace(" ", "-")
+        words = f"{verdict.verdict}, {moment(verdict.seconds)}, {verdict.rows} requests" + (
             f", p = {p:.4f}" if p is not None else ""
         )
-        return Mark(97 - 94 * (last - verdict["at"]) / span, 98 if p is None else p_height(p), kind, words)
+        return Mark(97 - 94 * (last - verdict.seconds) / span, 98 if p is None else p_height(p), kind, words)
 
     newest = verdicts[-1]
     return {
         "newest": newest,
         "columns": sorted(
-            (column for column in newest["columns"] if column["p"] is not None),
-            key=lambda column: column["p"],
+            (column for column in newest.columns if column.p is not None),
+            key=lambda column: column.p or 0.0,
         ),
         "marks": [mark(verdict) for verdict in verdicts],
         "threshold": p_height(rate),
         "heights": [Tick(p_height(p), f"{p:g}") for p in (1.0, 0.1, 0.01, 0.001, 0.0001)],
         "ticks": time_ticks(last - span, last),
-        "alarms": sum(verdict["verdict"] == "drift" for verdict in told),
+        "alarms": sum(verdict.verdict == "drift" for verdict in told),
         "told": len(told),
         "earlier": verdicts[-2:-9:-1],
     }

@@ -57,7 +57,7 @@ def _views(found: dict[str, Any]) -> dict[str, Any]:
         },
         "speed": speed_line(decision["speed"]) if decision.get("speed") else "",
         "curve_view": _curve(found["curve"]),
-        "heat": heat(found["ledger"]) if found["ledger"] else None,
+        "heat": heat(found["retention"]) if found["retention"] else None,
     }
 
 
@@ -120,7 +120,7 @@ def _curve(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     }
 
 
-def gather(folder: Path, name: str, ledger: dict[str, Any] | None = None) -> dict[str, Any]:
+def gather(folder: Path, name: str, retention: dict[str, Any] | None = None) -> dict[str, Any]:
     """Of a workspace, or of what `fetched` brought. Raises RatchetError when the gate's verdict or the metrics are not there."""
     decision, metrics = (
         read_json(folder / "reports/gate.json"),
@@ -147,7 +147,7 @@ def gather(folder: Path, name: str, ledger: dict[str, Any] | None = None) -> dic
         "worse": moved[1],
         "rows_fault": fault,
         "curve": read_history(folder / "reports/train/history.jsonl"),
-        "ledger": ledger if ledger and ledger["versions"] else None,
+        "retention": retention if retention and retention["versions"] else None,
     }
 
 

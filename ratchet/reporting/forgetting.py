@@ -1,4 +1,4 @@
-"""The forgetting ledger: every version by the test rows of every batch and by the golden set, from what evaluations recorded.
+"""The retention table: every version by the test rows of every batch and by the golden set, from what evaluations recorded.
 
 An evaluation stands with its commit (`reports/gate.json` in git, `reports/evaluation` in DVC) and scores candidate, champion and base on all
 test rows of that day. Test rows never move, so a version keeps its cell for a batch from then on; as long as it is the champion, each
@@ -28,7 +28,8 @@ from ratchet.promotion.champion import read_ledger
 if TYPE_CHECKING:
     import pandas as pd
 
-CACHE, SAVED = Path(".ratchet/cache/ledger"), Path(".ratchet/ledger.json")
+CACHE, SAVED = Path(".ratchet/cache/ledger"), Path(".ratchet/retention.json")
+OLD_SAVED = Path(".ratchet/ledger.json")  # where SAVED stood before; read until the next table is written
 GATE, EVALUATION, GOLDEN, BASE = "reports/gate.json", "reports/evaluation", "golden", "base"
 MODELS = ("candidate", "champion", BASE)
 

@@ -1,4 +1,4 @@
-"""The forgetting ledger as both pages draw it: a table whose cells have a shade."""
+"""Draw the retention table for both pages: each cell has a shade."""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ratchet.monitoring.verdicts import Recorded
+
 MODELS = ("candidate", "champion", "base", "simple")
 LABELS = {
     "exact_match": "exact match",
@@ -81,35 +83,21 @@ def audit_lines(metrics: dict[str, Any], decision: dict[str, Any]) -> list[str]:
     ]
 
 
-def drift_card(found: dict[str, Any]) -> str:
+def drift_card(found: Recorded) -> str:
     """A verdict of the monitor as Markdown: what was seen, which topics grew, and why it does or does not retrain."""
-    lines = [f"## {found['verdict']} on {found['rows']} requests to v{found['version']}", ""]
-    if found["p"] is not None:
-        moved = f"; what moved: {', '.join(found['moved'])}" if found.get("moved") else ""
-        lines += [f"p = {found['p']:.4f} for all columns together{moved}", "", "| column | p |", "|---|---|"]
-        lines += [
-            f"| {column['name']} | {column['p']:.4f} |"
-            for column in sorted(found["columns"], key=lambda column: column["p"])
-        ]
-    for topic in found["topics"]:
-        lines += [
-            "",
-            f"**{topic['name']}**: {topic['share']:.1%} of the requests, {topic['reference_share']:.1%} of the reference",
-            "",
-        ]
-        lines += [f"> {example}" for example in topic["examples"]]
-    decision = found["decision"]
-    lines += ["", f"### Retraining: {'yes' if decision['retrain'] else 'no'}", ""]
-    return (
-        "\n".join(
-            [
-                *lines,
-                *(f"- for: {line}" for line in decision["for"]),
-                *(f"- against: {line}" for line in decision["against"]),
-            ]
-        )
-        + "\n"
-    )
+    lines = [f"## {found.verdict} on {found.rows} requests to v{found.version}", ""]
+    if found.p is not None:
+        moved = f"; what moved: {', '.join(found.moved)}" if found.moved else ""
+        lines += [f"p = {found.p:.4f} for all columns together{moved}", "", "| column | p |", "|---|---|"]
+        told = sorted((column.p, column.name) for column in found.columns if column.p is not None)
+        lines += [f"| {name} | {p:.4f} |" for p, name in told]
+    for topic in found.topics:
+        shares = f"{topic.share:.1%} of the requests, {topic.reference_share:.1%} of the reference"
+        lines += ["", f"**{topic.name}**: {shares}", "", *(f"> {example}" for example in topic.examples)]
+    lines += ["", f"### Retraining: {'yes' if found.decision.retrain else 'no'}", ""]
+    lines += [f"- for: {line}" for line in found.decision.for_]
+    lines += [f"- against: {line}" for line in found.decision.against]
+    return "\n".join(lines) + "\n"
 
 
 def rollout_card(found: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""What this machine and this clone have, what they lack, and what to do about it: `ratchet doctor`.
+"""Check what this machine and this clone have and lack, and say what to do about it: `ratchet doctor`.
 
-Under two seconds: versions are read from the packages' metadata, torch and MLflow are never imported. It changes nothing, and it does
-not look at the data, the model or the registry.
+It takes under two seconds: versions are read from the packages' metadata, torch and MLflow are never
+imported. It changes nothing, and it does not read the data, the model or the registry.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ BAD_PAIRS = (
         ">=0.151",
         "prefect",
         "==3.8.8",
-        "Prefect's server refuses requests of its own client that leave a filter empty (422), and from 0.155 does not start",
+        (
+            "Prefect's server refuses requests of its own client that leave a filter empty (422), and from "
+            "0.155 does not start"
+        ),
     ),
     ("pandas", ">=3", "evidently", "<0.8", "Evidently does not import"),
 )
@@ -53,7 +56,7 @@ BAD_PAIRS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """`ok` is None for a warning: it works, but less well or less safely. `remedy` is empty where there is nothing to do."""
+    """One check. `ok` is None for a warning: it works, but less well or less safely."""
 
     name: str
     ok: bool | None
@@ -62,7 +65,7 @@ class Finding:
 
 
 def examine(root: Path | None, config: Config | None) -> list[Finding]:
-    """Without a root the checks of the clone are left out, without a config those of the ports."""
+    """Run the checks: those of the clone need `root`, those of the ports need `config`."""
     versions = read_versions()
     findings = [
         check_python(),
@@ -83,7 +86,7 @@ def examine(root: Path | None, config: Config | None) -> list[Finding]:
 
 
 def read_versions() -> dict[str, str]:
-    """Normalised names (lower case, hyphens) of the installed packages."""
+    """Read the versions of the installed packages, by normalised name (lower case, hyphens)."""
     found = (
         (distribution.metadata["Name"], distribution.version) for distribution in metadata.distributions()
     )
@@ -102,7 +105,7 @@ def check_python() -> Finding:
 
 
 def check_packages(versions: Mapping[str, str], requirements: Iterable[str]) -> list[Finding]:
-    """One finding for all that fit, one for each that does not."""
+    """Compare versions with what we require: one finding for all that fit, one for each that does not."""
     wanted = [
         requirement
         for requirement in map(Requirement, requirements)
@@ -152,7 +155,7 @@ def check_pairs(versions: Mapping[str, str]) -> list[Finding]:
 
 
 def _turn(bad: str) -> str:
-    """The bound that keeps `bad` (">=X") out."""
+    """Invert `bad` (">=X") into the bound that keeps it out."""
     return "<" + bad.removeprefix(">=")
 
 
@@ -236,7 +239,7 @@ def check_disk(root: Path) -> Finding:
 
 
 def check_ports(root: Path, config: Config) -> list[Finding]:
-    """Free, or held by the services of this very clone."""
+    """Check that each port is free, or held by this clone's own services."""
     try:
         services = {service.name: service for service in list_services(root, config)}
     except RatchetError as error:
@@ -282,18 +285,19 @@ def check_gpu(torch: str | None, cuda_build: bool, gpus: list[str]) -> Finding:
         "gpu",
         None,
         f"{found} is a build for the processor and does not use it",
-        "rm -r .venv, then make TORCH_INDEX=https://download.pytorch.org/whl/cu130 demo (the index that fits the driver)",
+        "rm -r .venv, then make TORCH_INDEX=https://download.pytorch.org/whl/cu130 demo (the index that fits "
+        "the driver)",
     )
 
 
 def list_gpus() -> list[str]:
-    """As NVIDIA's tool names them, without their serial numbers."""
+    """List the GPUs as NVIDIA's tool names them, without their serial numbers."""
     lines = (_ask("nvidia-smi", "-L") or "").splitlines()
     return [line.partition(": ")[2].partition(" (UUID")[0] for line in lines if line.startswith("GPU ")]
 
 
 def has_cuda_build() -> bool:
-    """By the library that such a build brings: the version need not say so, and importing torch takes seconds."""
+    """Look for a CUDA build's library: the version need not name it, and importing torch takes seconds."""
     spec = find_spec("torch")
     return bool(spec and spec.origin and (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists())
 
@@ -306,7 +310,10 @@ def check_cores() -> Finding:
         str(cores),
         ""
         if cores > 1
-        else "services and training share one core: expect twice the time, and set services.start_timeout to 300",
+        else (
+            "services and training share one core: expect twice the time, and set services.start_timeout to "
+            "300"
+        ),
     )
 
 
@@ -324,7 +331,7 @@ def check_memory() -> Finding:
 
 
 def _ask(*command: str) -> str | None:
-    """The command's first words, or None when it fails or is not there."""
+    """Run a command and return its output, or None when it fails or is not there."""
     try:
         answer = subprocess.run(
             command, capture_output=True, text=True, timeout=3, check=False, stdin=subprocess.DEVNULL

@@ -1,4 +1,4 @@
-"""The variables under which flows run in this process; they have to stand before Prefect or MLflow is imported."""
+"""Set the variables under which flows run here: Prefect and MLflow read them when they are imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ratchet.config.params import Config
 
-# Flows print their own lines (flows/console.py); of Prefect's console log people get what is wrong, and MLflow's stays out of stdout.
+# Flows print their own lines (flows/console.py), so Prefect's console log shows faults alone.
+# MLflow's lines stay out of stdout, which holds a command's result.
 CONSOLE = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -17,7 +18,7 @@ CONSOLE = {
 }
 HOST = "127.0.0.1"
 HEALTH = {"mlflow": "/health", "prefect": "/api/health", "gateway": "/healthz"}
-PROBE_SECONDS = 0.8
+PROBE_SECONDS = 0.8  # `status` asks four services at once and answers within a second
 NO_TELEMETRY = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -28,7 +29,7 @@ NO_TELEMETRY = {
 
 
 def enter(root: Path, config: Config) -> None:
-    """Set them. A variable of the user's that names another server wins."""
+    """Set the variables in this process. Where the user's own names another server, it wins."""
     for name, value in CONSOLE.items():
         os.environ.setdefault(name, value)
     os.environ.update(service_environment(root, config), RATCHET_ROOT=str(root))
@@ -36,19 +37,21 @@ def enter(root: Path, config: Config) -> None:
 
 
 def service_environment(root: Path, config: Config) -> dict[str, str]:
-    """Variables for flows and stages; they have to stand before Prefect or MLflow is imported.
+    """Return the variables for flows and stages.
 
-    PREFECT_API_URL is among them only when it is set already or our server answers; MLFLOW_TRACKING_URI always is.
+    PREFECT_API_URL is among them only when it is set already or our server answers; MLFLOW_TRACKING_URI
+    always is.
     """
     services = config.services
     environment = {
         **NO_TELEMETRY,
         **_reach_loopback_directly(),
-        "PREFECT_HOME": str(_home(root.resolve(), "prefect")),
+        "PREFECT_HOME": str(service_folder(root.resolve(), "prefect")),
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # the default is pickle
         "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "INFO"),
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-        # Without `ratchet up` a flow brings a server of its own, for as long as it runs; 20 s are too few on a busy machine.
+        # Without `ratchet up` a flow starts a server for as long as it runs. Prefect's default wait of 20 s
+        # is too short on a busy machine.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(services.start_timeout),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds, the lowest that it takes; 180 is the default
         "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI")
@@ -60,22 +63,22 @@ def service_environment(root: Path, config: Config) -> dict[str, str]:
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     }
     api = os.environ.get("PREFECT_API_URL") or (
-        _prefect_api(services.prefect_port)
-        if _get(HOST, services.prefect_port, HEALTH["prefect"]) is not None
+        prefect_api(services.prefect_port)
+        if fetch_body(HOST, services.prefect_port, HEALTH["prefect"]) is not None
         else None
     )
     return environment | ({"PREFECT_API_URL": api} if api else {})
 
 
 def _reach_loopback_directly() -> dict[str, str]:
-    """A company's proxy cannot reach this machine's 127.0.0.1."""
+    """Exclude loopback from any proxy: a company's proxy cannot reach this machine's 127.0.0.1."""
     known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     value = ",".join(filter(None, [known, HOST, "localhost"]))
     return {"NO_PROXY": value, "no_proxy": value}
 
 
-def _get(host: str, port: int, path: str) -> bytes | None:
-    """The body of a 200, past any proxy; None for everything else."""
+def fetch_body(host: str, port: int, path: str) -> bytes | None:
+    """Return the body of a 200, past any proxy; None for everything else."""
     connection = http.client.HTTPConnection(host, port, timeout=PROBE_SECONDS)
     try:
         connection.request("GET", path)
@@ -88,9 +91,10 @@ def _get(host: str, port: int, path: str) -> bytes | None:
         connection.close()
 
 
-def _home(root: Path, name: str) -> Path:
+def service_folder(root: Path, name: str) -> Path:
+    """Return the folder in which a service keeps its database and files."""
     return root / ".ratchet" / name
 
 
-def _prefect_api(port: int) -> str:
+def prefect_api(port: int) -> str:
     return f"http://{HOST}:{port}/api"

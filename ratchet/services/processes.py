@@ -6,19 +6,15 @@ import os
 import signal
 import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import psutil
 
 from ratchet.errors import UserError
 from ratchet.services.environment import HOST, PROBE_SECONDS
 
-if TYPE_CHECKING:
-    pass
-
 
 def require_free_port(port: int, key: str) -> None:
-    """Raises UserError with what holds the port, as far as the system tells, and the key in params.yaml to change."""
+    """Raise UserError when `port` is taken, with its holder where the system tells, and the key to change."""
     fault = find_port_fault(port)
     if fault:
         raise UserError(
@@ -27,10 +23,11 @@ def require_free_port(port: int, key: str) -> None:
 
 
 def find_port_fault(port: int) -> str | None:
-    """Why nothing of ours could listen on 127.0.0.1:port, or None."""
+    """Say why nothing of ours could listen on 127.0.0.1:port, or None."""
     with socket.socket() as probe:
         probe.settimeout(PROBE_SECONDS)
-        # Where another process listens on all addresses, macOS lets us bind to one of them; its AirPlay receiver takes 5000 in that way.
+        # Connect before binding: where another process listens on all addresses, macOS lets us bind to one of
+        # them, and its AirPlay receiver holds 5000 in that way.
         taken = probe.connect_ex((HOST, port)) == 0
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -48,7 +45,7 @@ def find_port_fault(port: int) -> str | None:
 
 
 def find_port_holder(port: int) -> str | None:
-    """Such as `process 4242 (python in /some/folder)`; None where the system does not tell."""
+    """Name the listener, such as `process 4242 (python in /some/folder)`; None where the system hides it."""
     with suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
             if (
@@ -58,15 +55,16 @@ def find_port_holder(port: int) -> str | None:
                 and connection.pid
             ):
                 process = psutil.Process(connection.pid)
-                # Its name and folder; its arguments may hold secrets.
+                # Its name and folder alone: its arguments may hold secrets.
                 return f"process {process.pid} ({process.name()} in {process.cwd()})"
     return None
 
 
-def _end_family(leader: psutil.Process, grace: float) -> None:
-    """SIGTERM to the leader, which ends its own children best; after `grace` seconds at most to all that is left of them; 2 s later SIGKILL.
+def end_family(leader: psutil.Process, grace: float) -> None:
+    """End `leader` with its children: SIGTERM, after `grace` seconds to all that is left, 2 s later SIGKILL.
 
-    A flow run that gets SIGTERM before its runner has told it why would report a crash instead of a cancellation.
+    The leader is asked first since it ends its own children best: a flow run that gets SIGTERM before its
+    runner has told it why reports a crash instead of a cancellation.
     """
     family = _find_family(leader)
     _signal([leader], signal.SIGTERM, seconds=grace)
@@ -77,16 +75,16 @@ def _end_family(leader: psutil.Process, grace: float) -> None:
 def _signal(
     processes: list[psutil.Process], number: signal.Signals, *, seconds: float
 ) -> list[psutil.Process]:
-    """Returns those that still run when all have ended or the time is up."""
+    """Send `number` and wait; return the processes that still run when the time is up."""
     for process in processes:
-        with suppress(psutil.Error):  # psutil compares the time of creation first
+        with suppress(psutil.Error):  # psutil compares the creation time first: no other process is hit
             process.send_signal(number)
     _, left = psutil.wait_procs(processes, timeout=seconds)
     return list(left)
 
 
 def _find_family(leader: psutil.Process) -> list[psutil.Process]:
-    """The leader, its process group, and its descendants, who may have made groups of their own."""
+    """Find the leader, its process group, and its descendants, which may have made groups of their own."""
     found = {leader.pid: leader}
     for process in psutil.process_iter():
         with suppress(OSError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ratchet.errors import UserError
-from ratchet.services.environment import HOST, NO_TELEMETRY, _home, _prefect_api, service_environment
+from ratchet.services.environment import HOST, NO_TELEMETRY, prefect_api, service_environment, service_folder
 
 if TYPE_CHECKING:
     from ratchet.config.params import Config
@@ -21,11 +21,11 @@ LAST_WORDS_SECONDS = 20.0  # after its answers have ended the gateway lets go of
 
 @dataclass(frozen=True)
 class Plan:
-    """How one service is started. `port` is the one it is asked about on; `key` names it in params.yaml where the service listens on it."""
+    """How one service is started: `port` answers for its health, `key` names that port in params.yaml."""
 
     name: str
     port: int
-    key: str | None
+    key: str | None  # None where the service listens on no port of its own
     settings: str
     command: list[str]
     folder: Path
@@ -35,7 +35,7 @@ class Plan:
 
 
 def plan_services(root: Path, config: Config) -> dict[str, Plan]:
-    """Raises UserError when two servers are to listen on one port."""
+    """Plan every service. Raises UserError when two servers are to listen on one port."""
     services = config.services
     plans = (
         _plan_mlflow(root, services.mlflow_port),
@@ -54,13 +54,11 @@ def plan_services(root: Path, config: Config) -> dict[str, Plan]:
 
 
 def _plan_mlflow(root: Path, port: int) -> Plan:
-    # Relative to the folder that it runs in: a root with spaces or percent signs is no trouble in a database URL, and the folder can move.
+    # Relative to its folder: spaces and percent signs in a root would break a database URL, and the folder
+    # can move.
     storage = [
-        "--backend-store-uri",
-        "sqlite:///mlflow.db",
-        "--artifacts-destination",
-        "./artifacts",
-        "--serve-artifacts",
+        *("--backend-store-uri", "sqlite:///mlflow.db"),
+        *("--artifacts-destination", "./artifacts", "--serve-artifacts"),
     ]
     listen = ["--host", HOST, "--port", str(port), "--workers", "1", "--uvicorn-opts", "--no-access-log"]
     environment = _drop(os.environ, "MLFLOW_") | {
@@ -74,7 +72,7 @@ def _plan_mlflow(root: Path, port: int) -> Plan:
         "services.mlflow_port",
         f"services.mlflow_port: {port}",
         [sys.executable, "-m", "mlflow", "server", *storage, *listen],
-        _home(root, "mlflow"),
+        service_folder(root, "mlflow"),
         environment,
     )
 
@@ -82,15 +80,14 @@ def _plan_mlflow(root: Path, port: int) -> Plan:
 def _plan_prefect(root: Path, port: int) -> Plan:
     environment = _drop(os.environ, "PREFECT_") | {
         **NO_TELEMETRY,
-        "PREFECT_HOME": str(_home(root, "prefect")),
+        "PREFECT_HOME": str(service_folder(root, "prefect")),
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",
         "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
         # In memory, a restart would leave the slot of a crashed run taken.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-        "PREFECT_SERVER_UI_API_URL": _prefect_api(port),
-        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(
-            _home(root, "prefect") / "ui"
-        ),  # by default it writes into the installed package
+        "PREFECT_SERVER_UI_API_URL": prefect_api(port),
+        # By default it writes into the installed package.
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(service_folder(root, "prefect") / "ui"),
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
@@ -100,7 +97,7 @@ def _plan_prefect(root: Path, port: int) -> Plan:
         "services.prefect_port",
         f"services.prefect_port: {port}",
         command,
-        _home(root, "prefect"),
+        service_folder(root, "prefect"),
         environment,
     )
 
@@ -110,11 +107,14 @@ def _plan_deployments(root: Path, config: Config) -> Plan:
     environment = {
         **os.environ,
         **service_environment(root, config),
-        "PREFECT_API_URL": _prefect_api(port),
+        "PREFECT_API_URL": prefect_api(port),
         "PREFECT_RUNNER_POLL_FREQUENCY": "1",
         "RATCHET_ROOT": str(root),
     }
-    settings = f"services.prefect_port: {port}, retrain.cron: {config.retrain.cron}, monitor.cron: {config.monitor.cron}"
+    settings = (
+        f"services.prefect_port: {port}, retrain.cron: {config.retrain.cron}, monitor.cron: "
+        f"{config.monitor.cron}"
+    )
     return Plan(
         "deployments",
         port,
@@ -128,7 +128,8 @@ def _plan_deployments(root: Path, config: Config) -> Plan:
 
 def _plan_gateway(root: Path, config: Config) -> Plan:
     gateway = config.gateway
-    # It answers people while a training takes every core: the training's threads are told to sleep when they wait (workspace.child_environment).
+    # The gateway answers people while a training takes every core, so threads sleep when they wait; for the
+    # training's own see pipeline.checkout.child_environment.
     environment = {
         **_drop(os.environ, "MLFLOW_"),
         **NO_TELEMETRY,
@@ -137,8 +138,12 @@ def _plan_gateway(root: Path, config: Config) -> Plan:
         "OMP_WAIT_POLICY": "PASSIVE",
         "RATCHET_ROOT": str(root),
     }
-    settings = f"gateway: {gateway.model_dump(mode='json')}, request_log: {config.request_log.model_dump(mode='json')}"
-    host = {"0.0.0.0": HOST, "::": "::1", "localhost": HOST}.get(gateway.host, gateway.host)  # noqa: S104 (asked, not listened on)
+    settings = (
+        f"gateway: {gateway.model_dump(mode='json')}, request_log: "
+        f"{config.request_log.model_dump(mode='json')}"
+    )
+    asked = {"0.0.0.0": HOST, "::": "::1", "localhost": HOST}  # noqa: S104 (asked, not listened on)
+    host = asked.get(gateway.host, gateway.host)
     grace = gateway.drain_seconds + LAST_WORDS_SECONDS
     return Plan(
         "gateway",
@@ -154,5 +159,5 @@ def _plan_gateway(root: Path, config: Config) -> Plan:
 
 
 def _drop(environment: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """A shell set up for another server (its database, its address) must not reach into ours."""
+    """Drop the variables of a shell that is set up for another server: its database, its address."""
     return {name: value for name, value in environment.items() if not name.startswith(prefix)}

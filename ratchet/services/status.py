@@ -1,4 +1,8 @@
-"""What `ratchet status` and `ratchet history` know: git and the local files; MLflow and Prefect only as far as they answer at once."""
+"""Read what `ratchet status` and `ratchet history` show, from git and the local files.
+
+MLflow and Prefect are only asked whether they answer, so that both commands work at once with the services
+down.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import msgspec
 from ratchet.config.params import Config
 from ratchet.data.batches import read_manifest
 from ratchet.files import read_json
-from ratchet.monitoring.verdicts import last_verdict
+from ratchet.monitoring.verdicts import Recorded, last_verdict
 from ratchet.pipeline.workspace import failed_workspaces
 from ratchet.promotion.champion import read_champion, read_ledger
 from ratchet.promotion.rollout import read_rollout
@@ -18,131 +22,139 @@ from ratchet.services.supervisor import list_services
 from ratchet.serving.bundle import read_state
 
 
-def see_status(root: Path, config: Config) -> dict[str, Any]:
-    champion = read_champion(root)
+class InCharge(msgspec.Struct, frozen=True):
+    version: int
+    since: str
+    by: str
+    why: str
+    gate: dict[str, Any]  # the ledger's line about its verdict
+
+
+class LastGate(msgspec.Struct, frozen=True):
+    verdict: str
+    reasons: list[str]
+    rival: dict[str, Any]
+
+
+class Batches(msgspec.Struct, frozen=True):
+    batches: int
+    rows: int
+    new: list[dict[str, Any]]  # name and rows of those that the champion has not seen
+
+
+class Answering(msgspec.Struct, frozen=True):
+    url: str | None
+    answers: bool
+
+
+class Status(msgspec.Struct, frozen=True):
+    """What `ratchet status --json` prints, key by key."""
+
+    project: str
+    champion: InCharge | None
+    gate: LastGate | None
+    data: Batches
+    promotion: str
+    rollout: dict[str, Any] | None
+    serving: dict[str, Any] | None  # what the gateway wrote about itself
+    drift: Recorded | None  # the monitor's last verdict
+    services: dict[str, Answering]
+    left: list[str]  # workspaces of runs that failed
+
+
+def see_status(root: Path, config: Config) -> Status:
+    """Read the status. Raises CheckoutError for a broken champion.json."""
+    champion, rollout = read_champion(root), read_rollout(root)
     seen = set(champion.batches) if champion else set()
     batches = read_manifest(root / "data/raw")
+    new = [{"name": batch.name, "rows": batch.rows} for batch in batches if batch.name not in seen]
     gate = root / "reports/gate.json"
-    return {
-        "project": config.project.name,
-        "champion": {
-            "version": champion.version,
-            "since": champion.at,
-            "by": champion.by,
-            "why": champion.why,
-            "gate": champion.gate,
-        }
+    return Status(
+        project=config.project.name,
+        champion=InCharge(champion.version, champion.at, champion.by, champion.why, champion.gate)
         if champion
         else None,
-        "gate": {
-            key: value for key, value in read_json(gate).items() if key in ("verdict", "reasons", "rival")
-        }
-        if gate.exists()
-        else None,
-        "data": {
-            "batches": len(batches),
-            "rows": sum(batch.rows for batch in batches),
-            "new": [{"name": batch.name, "rows": batch.rows} for batch in batches if batch.name not in seen],
-        },
-        "promotion": config.promotion,
-        "rollout": _rollout(root),
-        "serving": read_state(root),
-        "drift": last_verdict(root),
-        "services": {
-            service.name: {"url": service.url, "answers": service.answers}
-            for service in list_services(root, config)
-        },
-        "left": sorted(path.name for path in failed_workspaces(root)),
-    }
+        gate=msgspec.convert(read_json(gate), LastGate) if gate.exists() else None,
+        data=Batches(len(batches), sum(batch.rows for batch in batches), new),
+        promotion=config.promotion,
+        rollout=msgspec.to_builtins(rollout) | {"share": rollout.share} if rollout else None,
+        serving=read_state(root),
+        drift=last_verdict(root),
+        services={one.name: Answering(one.url, one.answers) for one in list_services(root, config)},
+        left=sorted(path.name for path in failed_workspaces(root)),
+    )
 
 
-def _rollout(root: Path) -> dict[str, Any] | None:
-    rollout = read_rollout(root)
-    return msgspec.to_builtins(rollout) | {"share": rollout.share} if rollout else None
-
-
-def describe(found: dict[str, Any]) -> list[str]:
-    champion, gate, data = found["champion"], found["gate"], found["data"]
-    lines = [f"project    {found['project']} (promotion: {found['promotion']})"]
+def describe(found: Status) -> list[str]:
+    """Describe the status, a line or a few for each part of the loop."""
+    champion, gate, data = found.champion, found.gate, found.data
+    lines = [f"project    {found.project} (promotion: {found.promotion})"]
     lines.append(
-        f"champion   v{champion['version']} since {champion['since']}, by {champion['by']}: {champion['why']}"
+        f"champion   v{champion.version} since {champion.since}, by {champion.by}: {champion.why}"
         if champion
         else "champion   none yet"
     )
     if gate:
-        lines.append(
-            f"last gate  {gate['verdict']}, against {'the base' if gate['rival']['version'] is None else 'v' + str(gate['rival']['version'])}"
-        )
-        lines += [f"           {reason}" for reason in gate["reasons"]]
-    new = data["new"]
-    lines.append(
-        f"data       {data['rows']} rows in {data['batches']} batches; {f'{len(new)} of them came since the champion: ratchet retrain' if new else 'nothing new since the champion'}"
-    )
-    if not data["batches"]:
-        lines[-1] = "data       no batch in this checkout yet: ratchet ingest --path FILE"
-    if found["rollout"]:
-        lines += [
-            f"{'rollout' if not number else '':10} {line}"
-            for number, line in enumerate(rollout_lines(found["rollout"]))
-        ]
+        rival = gate.rival["version"]
+        lines.append(f"last gate  {gate.verdict}, against {'the base' if rival is None else f'v{rival}'}")
+        lines += [f"           {reason}" for reason in gate.reasons]
+    if data.batches:
+        since = f"{len(data.new)} of them came since the champion: ratchet retrain"
+        since = since if data.new else "nothing new since the champion"
+        lines.append(f"data       {data.rows} rows in {data.batches} batches; {since}")
+    else:
+        lines.append("data       no batch in this checkout yet: ratchet ingest --path FILE")
+    if found.rollout:
+        lines += _headed("rollout", rollout_lines(found.rollout))
+    refused = (found.serving or {}).get("refused") or {}
+    lines += [f"refused    {version} by the gateway: {why}" for version, why in refused.items()]
+    if found.drift:
+        lines += _headed("drift", verdict_lines(found.drift))
     lines += [
-        f"refused    {version} by the gateway: {why}"
-        for version, why in ((found["serving"] or {}).get("refused") or {}).items()
+        f"{name:10} {service.url if service.answers else 'not running: ratchet up'}"
+        for name, service in found.services.items()
     ]
-    if found["drift"]:
-        lines += [
-            f"{'drift' if not number else '':10} {line}"
-            for number, line in enumerate(verdict_lines(found["drift"]))
-        ]
-    lines += [
-        f"{name:10} {service['url'] if service['answers'] else 'not running: ratchet up'}"
-        for name, service in found["services"].items()
-    ]
-    return lines + [f"left over  .ratchet/workspaces/{name} (a run that failed)" for name in found["left"]]
+    return lines + [f"left over  .ratchet/workspaces/{name} (a run that failed)" for name in found.left]
+
+
+def _headed(head: str, lines: list[str]) -> list[str]:
+    return [f"{head if not number else '':10} {line}" for number, line in enumerate(lines)]
 
 
 def rollout_lines(found: dict[str, Any]) -> list[str]:
-    """Of an open or ended rollout; of a look that found none."""
+    """Describe an open or ended rollout, or a look that found none."""
     if not found.get("version"):
         return [found.get("why") or "no rollout is open"]
     step = f"step {found['step'] + 1} of {len(found['shares'])}"
-    share = f": {found['shares'][found['step']]:.0%} of the users ({step}), the others v{found['champion']}"
-    lines = [
-        f"v{found['version']} {found['state'].replace('_', ' ')}{share if found['state'] in ('open', 'paused') else f', at {step}'}"
-    ]
-    return [*lines, *([found["why"]] if found.get("why") else [])]
+    where = f", at {step}"
+    if found["state"] in ("open", "paused"):
+        where = (
+            f": {found['shares'][found['step']]:.0%} of the users ({step}), the others v{found['champion']}"
+        )
+    line = f"v{found['version']} {found['state'].replace('_', ' ')}{where}"
+    return [line, found["why"]] if found.get("why") else [line]
 
 
-def verdict_lines(found: dict[str, Any]) -> list[str]:
-    """What the monitor saw, which topics grew, and why it does or does not retrain."""
-    if found["verdict"] == "no champion":
-        return ["nobody is in charge yet: there is nothing to compare the traffic with"]
-    lines = [
-        f"{found['verdict']} on {found['rows']} requests to v{found['version']}"
-        + (f", p = {found['p']:.4f}" if found["p"] is not None else "")
-        + f" ({found['at']})"
-    ]
-    strongest = (
-        sorted((column for column in found["columns"]), key=lambda column: column["p"])[:3]
-        if found["verdict"] == "drift"
-        else []
-    )
-    lines += [f"  {column['name']}: p = {column['p']:.4f}" for column in strongest]
-    lines += [
-        f"  topic {topic['name']}: {topic['share']:.1%} of the requests, {topic['reference_share']:.1%} of the reference"
-        for topic in found["topics"]
-    ]
-    decision = found["decision"]
-    lines.append(f"  retraining: {'yes' if decision['retrain'] else 'no'}")
+def verdict_lines(found: Recorded) -> list[str]:
+    """Say what the monitor saw, which topics grew, and why it does or does not retrain."""
+    p = f", p = {found.p:.4f}" if found.p is not None else ""
+    told = [column for column in found.columns if column.p is not None] if found.verdict == "drift" else []
+    strongest = sorted(told, key=lambda column: column.p or 0.0)[:3]
     return [
-        *lines,
-        *(f"    for      {line}" for line in decision["for"]),
-        *(f"    against  {line}" for line in decision["against"]),
+        f"{found.verdict} on {found.rows} requests to v{found.version}{p} ({found.at})",
+        *(f"  {column.name}: p = {column.p:.4f}" for column in strongest),
+        *(
+            f"  topic {topic.name}: {topic.share:.1%} of the requests, {topic.reference_share:.1%} of the reference"
+            for topic in found.topics
+        ),
+        f"  retraining: {'yes' if found.decision.retrain else 'no'}",
+        *(f"    for      {line}" for line in found.decision.for_),
+        *(f"    against  {line}" for line in found.decision.against),
     ]
 
 
 def ledger_rows(root: Path) -> list[dict[str, Any]]:
-    """The newest first."""
+    """Read the ledger, the newest move first."""
     return [
         {
             "at": entry.at,
@@ -172,13 +184,17 @@ def ledger_lines(rows: list[dict[str, Any]]) -> list[str]:
             else "no figures"
         )
         lines.append(
-            f"{row['at']}  {row['move']:8} {'—' if row['from'] is None else 'v' + str(row['from'])} → v{row['to']}  by {row['by']}"
+            f"{row['at']}  {row['move']:8} {'—' if row['from'] is None else 'v' + str(row['from'])} → "
+            f"v{row['to']}  by {row['by']}"
         )
         lines.append(f"    why   {row['why']}")
         lines.append(
-            f"    data  {row['data']['rows']} rows in {row['data']['batches']} batches, DVC {row['data']['dvc']}"
+            f"    data  {row['data']['rows']} rows in {row['data']['batches']} batches, DVC "
+            f"{row['data']['dvc']}"
         )
         lines.append(
-            f"    gate  {gate['verdict']} against {'the base' if gate['rival'] is None else 'v' + str(gate['rival'])}: {gain}; commit {row['commit'][:8]}"
+            f"    gate  {gate['verdict']} against "
+            f"{'the base' if gate['rival'] is None else 'v' + str(gate['rival'])}: {gain}; commit "
+            f"{row['commit'][:8]}"
         )
     return lines

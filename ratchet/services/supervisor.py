@@ -1,8 +1,9 @@
-"""MLflow, Prefect, the served deployments and the gateway on this machine: what `ratchet up`, `down` and `status` do.
+"""Start, stop and list MLflow, Prefect, the served deployments and the gateway on this machine.
 
-Each service is a process group of its own, bound to 127.0.0.1, with a log in .ratchet/logs and a record in .ratchet/run. A record
-holds the process id and the time at which that process was made, so that an id which the system gave away again is never killed.
-Nobody watches over a service: one that dies stays dead until the next `ratchet up`. Neither Prefect nor MLflow is imported here.
+Each service is a process group of its own, bound to 127.0.0.1, with a log in .ratchet/logs and a record in
+.ratchet/run. A record holds the process id and that process's creation time, so that another process which
+got the same id later is never killed. Nothing restarts a service that dies before the next `ratchet up`.
+Neither Prefect nor MLflow is imported here.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ import psutil
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.files import write_bytes
 from ratchet.pipeline.checkout import locked
-from ratchet.services.environment import HEALTH, HOST, _get
-from ratchet.services.processes import _end_family, require_free_port
+from ratchet.services.environment import HEALTH, HOST, fetch_body
+from ratchet.services.processes import end_family, require_free_port
 from ratchet.services.specs import GRACE_SECONDS, Plan, plan_services
 
 if TYPE_CHECKING:
     from ratchet.config.params import Config
 NAMES = ("mlflow", "prefect", "deployments", "gateway")
-# Two processes made this near to each other cannot have had the same id; a clock set right by more than this hides our own.
+# Two processes created within 2 s cannot have had the same id. A clock that is corrected by more than this
+# while a service runs makes us miss it.
 SAME_START_SECONDS = 2.0
 LAST_LINES = 15
 
@@ -39,10 +41,10 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Service:
-    """A service as seen now. `alive`: its process runs; `answers`: and it said so within a second. `url` is for a browser."""
+    """A service as seen now: `alive` when its process runs, `answers` when it replied within a second."""
 
     name: str
-    url: str | None
+    url: str | None  # for a browser
     pid: int | None
     log: Path
     alive: bool
@@ -50,21 +52,22 @@ class Service:
 
 
 class Record(msgspec.Struct, frozen=True):
-    """What is remembered of a started process. `created` is in seconds since 1970, `settings` the params it was started with."""
+    """What is remembered of a started process."""
 
     name: str
     pid: int
-    created: float
+    created: float  # seconds since 1970
     port: int
-    settings: str
+    settings: str  # the params it was started with
     host: str = HOST
     grace: float = GRACE_SECONDS
 
 
 def start_services(root: Path, config: Config, *, report: Report) -> list[Service]:
-    """Start what does not run yet and wait until all of it answers. Raises UserError (a port is taken, settings changed) before anything starts.
+    """Start what does not run yet and wait until all of it answers.
 
-    Raises ServiceError when one dies or does not answer in time; what this call started is then stopped again.
+    Raises UserError before anything starts: a port is taken, or settings changed. Raises ServiceError when
+    one dies or does not answer in time; what this call started is then stopped again.
     """
     root = root.resolve()
     with locked(
@@ -82,36 +85,42 @@ def start_services(root: Path, config: Config, *, report: Report) -> list[Servic
         except BaseException:
             for name in reversed(NAMES):
                 if name not in kept:
-                    _stop(root, name)
+                    stop_service(root, name)
             raise
         return list_services(root, config)
 
 
 def stop_services(root: Path, *, report: Report) -> list[str]:
-    """End what `start_services` recorded, the deployments first, so that Prefect still hears how their runs ended. The names of what ran."""
+    """End what `start_services` recorded and return the names of what ran.
+
+    The deployments end before Prefect, so that it still hears how their runs ended.
+    """
     root = root.resolve()
     stopped = []
     for name in reversed(NAMES):
-        if _stop(root, name):
+        if stop_service(root, name):
             report(f"{name}: stopped")
             stopped.append(name)
     return stopped
 
 
 def list_services(root: Path, config: Config) -> list[Service]:
-    """All services, running or not, in under a second."""
+    """List all services, running or not, in under a second."""
     root = root.resolve()
     with ThreadPoolExecutor(len(NAMES)) as pool:
         return list(pool.map(lambda name: _see_service(root, name, config), NAMES))
 
 
 def running_services(root: Path, config: Config) -> list[Service]:
-    """The services of `root` whose process runs."""
+    """List the services of `root` whose process runs."""
     return [service for service in list_services(root, config) if service.alive]
 
 
 def _is_kept(root: Path, plan: Plan) -> bool:
-    """Raises UserError when it runs, but with other settings: a restart by itself could cut a training short."""
+    """Say whether the service runs already. Raises UserError when it does, but with other settings.
+
+    Restarting it here could cut a training short.
+    """
     record = _read_record(root, plan.name)
     if record is None or _find_process(record) is None:
         return False
@@ -126,7 +135,10 @@ def _is_kept(root: Path, plan: Plan) -> bool:
 def _start_and_wait(
     root: Path, plans: dict[str, Plan], kept: set[str], timeout: float, report: Report
 ) -> None:
-    """The servers at once, since each takes 10 to 30 s on two cores; the deployments as soon as Prefect answers."""
+    """Start the servers together, since each takes 10 to 30 s on two cores, then wait.
+
+    The deployments start as soon as Prefect answers.
+    """
     since = dict.fromkeys(plans, time.monotonic())
     waiting = {"mlflow", "prefect", "gateway"} | kept
     for name in sorted(waiting - kept):
@@ -136,7 +148,8 @@ def _start_and_wait(
             if _is_ready(root, plans[name], time.monotonic() - since[name], timeout):
                 waiting.remove(name)
                 report(
-                    f"{name}: answers after {time.monotonic() - since[name]:.0f} s on {_page(name, plans[name].port)}"
+                    f"{name}: answers after {time.monotonic() - since[name]:.0f} s on "
+                    f"{_page(name, plans[name].port)}"
                 )
                 if name == "prefect" and "deployments" not in kept:
                     _start(root, plans["deployments"], report)
@@ -177,7 +190,7 @@ def _start(root: Path, plan: Plan, report: Report) -> None:
 
 
 def _is_ready(root: Path, plan: Plan, waited: float, timeout: float) -> bool:
-    """Raises ServiceError with the log's last lines when the process died or took too long."""
+    """Ask the service. Raises ServiceError with the log's last lines when it died or took too long."""
     record = _read_record(root, plan.name)
     if record is None or _find_process(record) is None:
         raise ServiceError(
@@ -202,12 +215,12 @@ def _quote_log(root: Path, name: str) -> str:
     return "\n".join([f"the last lines of {log}:", *(f"  | {line}" for line in lines)])
 
 
-def _stop(root: Path, name: str) -> bool:
-    """Whether there was something to stop."""
+def stop_service(root: Path, name: str) -> bool:
+    """End the service and drop its record; say whether it ran."""
     record = _read_record(root, name)
     process = _find_process(record) if record else None
     if process is not None:
-        _end_family(process, record.grace if record else GRACE_SECONDS)
+        end_family(process, record.grace if record else GRACE_SECONDS)
     _record_path(root, name).unlink(missing_ok=True)
     return process is not None
 
@@ -228,7 +241,7 @@ def _see_service(root: Path, name: str, config: Config) -> Service:
 
 
 def _read_record(root: Path, name: str) -> Record | None:
-    """Raises RatchetError for a file that is no record: what it spoke of may still run."""
+    """Read a service's record. Raises RatchetError for a broken file: the process it named may still run."""
     path = _record_path(root, name)
     try:
         return msgspec.json.decode(path.read_bytes(), type=Record)
@@ -242,7 +255,7 @@ def _read_record(root: Path, name: str) -> Record | None:
 
 
 def _find_process(record: Record) -> psutil.Process | None:
-    """The process that was recorded, or None when it ended, whoever has its id now."""
+    """Find the recorded process; None when it ended, whatever has its id now."""
     try:
         process = psutil.Process(record.pid)
         same = abs(process.create_time() - record.created) < SAME_START_SECONDS
@@ -256,12 +269,15 @@ def _answers(record: Record) -> bool:
 
 
 def _answers_health(record: Record) -> bool:
-    return _get(record.host, record.port, HEALTH[record.name]) is not None
+    return fetch_body(record.host, record.port, HEALTH[record.name]) is not None
 
 
 def _has_polled(record: Record) -> bool:
-    """Whether this very process asked Prefect for work: the deployment itself stays registered when its process is gone."""
-    body = _get(
+    """Say whether this very process asked Prefect for work.
+
+    The deployment alone proves nothing: it stays registered when its process is gone.
+    """
+    body = fetch_body(
         record.host, record.port, "/api/deployments/name/retrain/retrain"
     )  # one for all: they are asked about together
     deployment = json.loads(body) if body else {}

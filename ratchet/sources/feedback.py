@@ -121,7 +121,7 @@ def _look_around(
         if (file := folder / f"{split}.jsonl").exists()
     }
     train = examples.get("train", [])
-    old_enough = now - DAY * min(settings.min_user_age_days, config.request_log.retention_days / 2)
+    old_enough = now - DAY * min(settings.min_user_age_days, config.request_log.keep_days / 2)
     senders = {said.sender for _, feedback in spoken for said in feedback} - {""}
     return Known(
         first_seen=first_seen,
@@ -248,7 +248,7 @@ def _put_triggers_aside(
 def _row(candidate: Candidate, vote: Vote) -> RawRow:
     """Name who asked and who vouched by their pseudonyms.
 
-    So a person's rows can be found again (`ratchet data forget --user`).
+    So a person's rows can be found again (`ratchet data erase --user`).
     """
     request = candidate.request
     messages = [*(Message(*message) for message in request.messages), Message("assistant", candidate.answer)]

@@ -98,8 +98,8 @@ def _subject(row: Example, why: str) -> Subject:
 
 def _of_topics(root: Path) -> list[Subject]:
     verdict = last_verdict(root)
-    topics = verdict["topics"] if verdict and verdict["verdict"] == "drift" else []
-    found = [(str(prompt), str(topic["name"])) for topic in topics for prompt in topic.get("examples", [])]
+    topics = verdict.topics if verdict and verdict.verdict == "drift" else []
+    found = [(prompt, topic.name) for topic in topics for prompt in topic.examples]
     return [
         Subject(xxhash.xxh3_128_hexdigest(prompt.encode()), prompt, "", f"drifted topic {name}")
         for prompt, name in found

@@ -6,17 +6,17 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from ratchet.errors import ServiceError
 from ratchet.tracking.mlflow import find_or_create_run, mlflow_client, mlflow_errors
 
-RETRY_SECONDS = 15.0
-FLUSH_SECONDS = 2.0
+Point = dict[str, float]  # `step`, `time_ms` (since 1970), and the losses measured there
+RETRY_SECONDS = 15.0  # an outage of MLflow lasts longer than a call
+FLUSH_SECONDS = 2.0  # how far the live curve may lag behind the file
 
 
 class History:
-    """The curve as it grows: one line a point, flushed at once."""
+    """Append a curve to its file: one line a point, flushed at once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -27,8 +27,8 @@ class History:
         self._out.write(json.dumps({"step": step, "time_ms": int(time.time() * 1000), **values}) + "\n")
         self._out.flush()
 
-    def restore(self, points: list[dict[str, Any]]) -> None:
-        """The points of a training that goes on, with the times that they had."""
+    def restore(self, points: list[Point]) -> None:
+        """Write the points of a resumed training again, with the times that they had."""
         self._out.write("".join(json.dumps(point) + "\n" for point in points))
         self._out.flush()
 
@@ -36,8 +36,8 @@ class History:
         self._out.close()
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """Its whole lines: the last one may be half-written while the training runs."""
+def read_history(path: Path) -> list[Point]:
+    """Read the whole lines: the last one may be half-written while the training runs."""
     return (
         [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
         if path.exists()
@@ -46,7 +46,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 class LiveCopy:
-    """Delivers a growing history to MLflow from a thread; an outage costs the training nothing."""
+    """Deliver a growing history to MLflow from a thread; an outage costs the training nothing."""
 
     def __init__(self, history: Path, experiment: str, run_key: str, tags: dict[str, str]) -> None:
         self._history, self._experiment, self._run_key, self._tags = history, experiment, run_key, tags
@@ -59,7 +59,7 @@ class LiveCopy:
         self._thread.start()
 
     def finish(self, seconds: float = 10.0) -> bool:
-        """Whether everything was delivered; the rest is the flow's to deliver."""
+        """Stop, and say whether everything was delivered; the flow delivers the rest."""
         self._done.set()
         self._thread.join(timeout=seconds)
         return self.complete
@@ -84,12 +84,12 @@ class LiveCopy:
         self._delivered += len(points)
 
 
-def log_points(run_id: str, points: list[dict[str, Any]]) -> None:
-    """Idempotent: MLflow keys a point by name, time, step and value."""
+def log_points(run_id: str, points: list[Point]) -> None:
+    """Send the points again without harm: MLflow keys one by name, time, step and value."""
     from mlflow.entities import Metric
 
     metrics = [
-        Metric(name, float(value), point["time_ms"], point["step"])
+        Metric(name, float(value), int(point["time_ms"]), int(point["step"]))
         for point in points
         for name, value in point.items()
         if name not in ("step", "time_ms")

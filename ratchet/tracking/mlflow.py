@@ -1,8 +1,9 @@
-"""MLflow gets a copy; the truth is the local file.
+"""Copy runs to MLflow; the local file stays the truth.
 
-A training writes its curve to `history.jsonl`, each point with its time. A thread delivers the lines to MLflow while the
-training runs; what it could not deliver is delivered again later, and a point that is already there changes nothing. A
-run is found by its key (hash of data, params and code), never by an id, so a stage that DVC skipped has a run as well.
+A training writes its curve to `history.jsonl`, each point with its time. A thread delivers the lines to
+MLflow while the training runs; what it could not deliver is delivered again later, and a point that is
+already there changes nothing. A run is found by its key (hash of data, params and code), never by an id, so a
+stage that DVC skipped has a run as well.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ from ratchet.errors import ServiceError
 
 KEY_TAG = "ratchet.run_key"
 STATE_TAG = "ratchet.state"
-PASSWORD = re.compile(r"//[^/@\s]*@")  # with its user, in an address
+PASSWORD = re.compile(r"//[^/@\s]*@")  # user and password in an address
 
 
 def log_report(run_id: str, folder: Path, metrics: dict[str, float]) -> str:
-    """Copy a drift report to the run, one folder a report; the page to look at. Raises ServiceError."""
+    """Copy a drift report to the run, one folder a report, and return its page. Raises ServiceError."""
     client = mlflow_client()
     with mlflow_errors():
         client.log_artifacts(run_id, str(folder), f"monitor/{folder.name}")
         for name, value in metrics.items():
             client.log_metric(run_id, name, value)
         experiment = client.get_run(run_id).info.experiment_id
-    return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{experiment}/runs/{run_id}/artifacts/monitor/{folder.name}"
+    server = os.environ["MLFLOW_TRACKING_URI"].rstrip("/")
+    return f"{server}/#/experiments/{experiment}/runs/{run_id}/artifacts/monitor/{folder.name}"
 
 
 def find_or_create_run(experiment: str, run_key: str, tags: dict[str, str]) -> str:
-    """Id of the run with that key. Raises ServiceError when MLflow does not answer."""
+    """Return the id of the run with `run_key`, made if need be. Raises ServiceError."""
     client = mlflow_client()
     with mlflow_errors():
         found = client.get_experiment_by_name(experiment)
@@ -51,7 +53,7 @@ def create_experiment(client: Any, name: str) -> str:
 
     try:
         return str(client.create_experiment(name))
-    except MlflowException:  # somebody else was first
+    except MlflowException:  # another process made it first
         return str(client.get_experiment_by_name(name).experiment_id)
 
 
@@ -70,7 +72,10 @@ def find_run(experiment: str, run_key: str) -> str | None:
 
 
 def mlflow_client() -> Any:
-    """A client for MLFLOW_TRACKING_URI. Raises ServiceError when the variable is not set: MLflow would then write to ./mlruns."""
+    """Return a client for MLFLOW_TRACKING_URI.
+
+    Raises ServiceError when the variable is not set: MLflow would then write to ./mlruns.
+    """
     from mlflow import MlflowClient
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
@@ -83,7 +88,7 @@ def mlflow_client() -> Any:
 
 
 class mlflow_errors:
-    """MLflow's and the network's faults as one ServiceError."""
+    """Map MLflow's and the network's faults to ServiceError, without passwords."""
 
     def __enter__(self) -> None:
         return None
@@ -97,12 +102,13 @@ class mlflow_errors:
             message = PASSWORD.sub("//", f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI')}: {first}")
             raise ServiceError(
                 message,
-                remedy="`ratchet up` starts it; what was not delivered is delivered by the next `ratchet retrain`",
+                remedy="`ratchet up` starts it; what was not delivered is delivered by the next `ratchet "
+                "retrain`",
             ) from error
 
 
 def parameters(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, value) of every knob."""
+    """Yield the dotted key and the value of every knob."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from parameters(value, f"{prefix}{key}.")

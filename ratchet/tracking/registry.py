@@ -1,4 +1,4 @@
-"""The registered model in MLflow: versions that carry the adapter and everything to decide by, found by key, made once."""
+"""Keep versions in MLflow's registry: each has the adapter and all that a decision needs; found by key."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ def get_version(name: str, number: int) -> Version | None:
 
 
 def list_versions(name: str) -> list[Version]:
-    """The newest first."""
+    """List the versions, the newest first."""
     with mlflow_errors():
         found = mlflow_client().search_model_versions(f"name = '{name}'", max_results=1000)
     return sorted((_version(entry) for entry in found), key=lambda version: -version.number)
 
 
 def make_version(name: str, run_id: str, adapter: Path, tags: dict[str, str], description: str) -> Version:
-    """Register the adapter's folder under the run's artifacts. A version that stands already is returned with its texts brought up to date."""
+    """Register the adapter's folder under the run's artifacts.
+
+    A version with the same key is not made again: its tags and description are brought up to date.
+    """
     client = mlflow_client()
     known = find_version(name, tags[KEY_TAG])
     with mlflow_errors():
@@ -57,7 +60,10 @@ def make_version(name: str, run_id: str, adapter: Path, tags: dict[str, str], de
 
 
 def set_alias(name: str, alias: str, number: int) -> None:
-    """MLflow has no compare-and-set: callers hold the promotion lock; what was written is read again."""
+    """Set an alias and read it again. Raises ServiceError when it shows another version.
+
+    MLflow has no compare-and-set, so callers hold the promotion lock.
+    """
     client = mlflow_client()
     with mlflow_errors():
         client.set_registered_model_alias(name, alias, str(number))
@@ -67,7 +73,7 @@ def set_alias(name: str, alias: str, number: int) -> None:
 
         raise ServiceError(
             f"alias {alias} of {name} is v{seen} right after it was set to v{number}",
-            remedy="somebody else moves it: look into MLflow's UI, then run the command again",
+            remedy="somebody else moves it: check MLflow's UI, then run the command again",
         )
 
 
@@ -85,7 +91,7 @@ def drop_alias(name: str, alias: str) -> None:
 
 
 def set_tag(name: str, number: int, key: str, value: str) -> None:
-    """Nothing is sent when the version says so already: each change wakes whoever watches the registry."""
+    """Set a tag of a version unless it has that value: each change wakes what watches the registry."""
     known = get_version(name, number)
     if known and known.tags.get(key) != value:
         with mlflow_errors():

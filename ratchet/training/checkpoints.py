@@ -1,8 +1,9 @@
-"""Checkpoints of a training under way: whole or not there, checked before they are used, gone when the training has succeeded.
+"""Write checkpoints of a training atomically, check them before use, remove them after it has succeeded.
 
-`.ratchet/checkpoints/<run key>/step-00000012/` holds tensors.safetensors (weights, the best ones, the optimizer's state, random
-generators), state.json and trainer_state.json (everything that is no tensor), and manifest.json with their sha256, written last.
-The Trainer's own checkpoints are pickles in part, are not atomic, and are resumed from with parts missing.
+`.ratchet/checkpoints/<run key>/step-00000012/` holds tensors.safetensors (weights, the best ones, the
+optimizer's state, random generators), state.json and trainer_state.json (everything that is no tensor), and
+manifest.json with their sha256, written last. The Trainer's own checkpoints are pickles in part, are not
+atomic, and are accepted with parts missing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +27,9 @@ from ratchet.errors import RatchetError
 from ratchet.files import read_json, sha256_file, whole_folder, write_json
 from ratchet.pipeline.stage import say
 
+if TYPE_CHECKING:
+    from ratchet.training.state import TrainingState
+
 FOLDER = Path(".ratchet/checkpoints")
 MANIFEST, TENSORS, STATE, TRAINER_STATE = (
     "manifest.json",
@@ -33,21 +37,24 @@ MANIFEST, TENSORS, STATE, TRAINER_STATE = (
     "state.json",
     "trainer_state.json",
 )
-MOST_TOLD = 6
+MOST_TOLD = 6  # differing facts named in a message
 KEPT = 2  # the newest, and the one before it in case that one is broken
 STEP = re.compile(r"step-(\d{8})")
 
 
 class Saved(NamedTuple):
-    """A checkpoint that was read and checked. `state` is what was given to `write`."""
+    """A checkpoint that was read and checked; `state` is what `write` was given."""
 
     folder: Path
     step: int
-    state: dict[str, Any]
+    state: TrainingState
 
 
 class Checkpoints:
-    """Of one training. `facts` is what they have to agree in to be gone on from; `curve` gives the points that were reported so far."""
+    """The checkpoints of one training.
+
+    A training resumes only from a checkpoint with equal `facts`; `curve` returns the points reported so far.
+    """
 
     def __init__(
         self,
@@ -68,8 +75,11 @@ class Checkpoints:
     def due(self) -> bool:
         return self.stop_asked or time.monotonic() - self._last >= self._seconds
 
-    def write(self, step: int, state: dict[str, Any], save_trainer_state: Callable[[str], None]) -> None:
-        """What cannot be written costs a warning, and not the training."""
+    def write(self, step: int, state: TrainingState, save_trainer_state: Callable[[str], None]) -> None:
+        """Write a checkpoint and keep the `KEPT` newest.
+
+        A failure to write costs a warning, not the training.
+        """
         self._last = time.monotonic()
         try:
             self._write(step, state, save_trainer_state)
@@ -82,7 +92,7 @@ class Checkpoints:
         for _, old in self._steps()[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _write(self, step: int, state: dict[str, Any], save_trainer_state: Callable[[str], None]) -> None:
+    def _write(self, step: int, state: TrainingState, save_trainer_state: Callable[[str], None]) -> None:
         tensors: dict[str, torch.Tensor] = {}
         rest = split(state, tensors)
         with whole_folder(self._folder / f"step-{step:08d}") as folder:
@@ -103,7 +113,7 @@ class Checkpoints:
         _sync(self._folder)
 
     def newest(self, restore_curve: Callable[[list[dict[str, Any]]], None]) -> Saved | None:
-        """The one of the highest step that is whole and of the same training; others are passed over, and that is said."""
+        """Read the newest checkpoint that is whole and of the same training; say which ones are skipped."""
         for half in self._folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
             shutil.rmtree(half, ignore_errors=True)
         for step, folder in self._steps():
@@ -123,7 +133,8 @@ class Checkpoints:
             return Saved(folder, step, state)
         if others := [path.name for path in self._all.glob("*") if path.name != self._folder.name]:
             say(
-                f"train: from the start: {len(others)} checkpointed trainings were of other data, params or code ({', '.join(self._differing())})"
+                f"train: from the start: {len(others)} checkpointed trainings were of other data, params or"
+                f" code ({', '.join(self._differing())})"
             )
         return None
 
@@ -144,7 +155,7 @@ class Checkpoints:
         return ""
 
     def _differing(self) -> list[str]:
-        """Which facts are others than those of any training that left checkpoints here, with both values where these are short."""
+        """Name the facts that differ from the checkpoints' here, with both values where they are short."""
         found: dict[str, str] = {}
         for path in self._all.glob(f"*/step-*/{MANIFEST}"):
             try:
@@ -159,7 +170,7 @@ class Checkpoints:
         return sorted(found.values())[:MOST_TOLD] or ["none of them is whole"]
 
     def _steps(self) -> list[tuple[int, Path]]:
-        """By step, the highest first; times of files tell nothing after a clock was set back."""
+        """Sort by step, the highest first; file times say nothing after a clock was set back."""
         return sorted(
             (
                 (int(named[1]), path)
@@ -170,12 +181,15 @@ class Checkpoints:
         )
 
     def forget(self) -> None:
-        """All of this checkout's, once a training has succeeded: what is older belongs to data or params that are no more."""
+        """Remove all checkpoints of this checkout after a success: others are of older data or params."""
         shutil.rmtree(self._all, ignore_errors=True)
 
     @contextmanager
     def asked_by_sigterm(self) -> Iterator[None]:
-        """SIGTERM asks for a checkpoint and the end, instead of ending the process at once. Python hears signals in its main thread alone."""
+        """Let SIGTERM ask for a checkpoint and then the end.
+
+        Python receives signals only in its main thread.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -196,7 +210,11 @@ def _change(key: str, before: Any, now: Any) -> str:
 
 
 def split(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
-    """`value` without its tensors, fit for JSON; they are put into `tensors` under their path. Dicts keep the types of their keys."""
+    """Return `value` as JSON can hold it, and put its tensors into `tensors` under their path.
+
+    A dict becomes a list of pairs, because torch's state dicts have integer keys, which JSON would make
+    strings.
+    """
     if isinstance(value, torch.Tensor):
         tensors[path] = value.detach().cpu().contiguous()
         return {"tensor": path}
@@ -208,7 +226,7 @@ def split(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
 
 
 def join(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """What `split` took apart; tuples come back as lists."""
+    """Put together again what `split` took apart; tuples come back as lists."""
     if isinstance(value, dict) and "tensor" in value:
         return tensors[value["tensor"]]
     if isinstance(value, dict):

@@ -1,33 +1,18 @@
-"""Pad windows, or rows of like length, to batches."""
+"""Put packed windows into batches: as they are, or their rows by themselves in groups of like length."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from ratchet.training.packing import IGNORED, Window
-
-if TYPE_CHECKING:
-    pass
+from ratchet.training.packing import IGNORED, Window, group_rows
 
 
-class _Items(torch.utils.data.Dataset[Any]):
-    """Windows, or groups of rows."""
-
-    def __init__(self, items: Sequence[Any]) -> None:
-        self._items = items
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._items[index]
-
-
-class _Collator:
-    """Pads to the longest window. Padding stands at position 0, each token a row by itself, and bears no loss."""
+class WindowCollator:
+    """Pad a batch to its longest window, with tokens at position 0: each is a row by itself, without loss."""
 
     def __init__(self, pad_id: int) -> None:
         self._fill = Window([pad_id], [IGNORED], [0])
@@ -42,8 +27,8 @@ class _Collator:
         return columns
 
 
-class _RowCollator:
-    """One group of rows, padded behind."""
+class RowCollator:
+    """Pad one group of rows on the right, with an attention mask."""
 
     def __init__(self, pad_id: int) -> None:
         self._pad_id = pad_id
@@ -60,3 +45,52 @@ class _RowCollator:
             "attention_mask": [[1] * (length - short) + [0] * short for short in missing],
         }
         return {name: torch.tensor(column) for name, column in columns.items()}  # (batch, seq)
+
+
+class Batches(NamedTuple):
+    """What the Trainer iterates over. An item is a window, or a group of rows of like length."""
+
+    train: list[Any]
+    validation: list[Any]
+    items: int  # in one forward pass
+    longest: int  # tokens that attention sees at once, at most
+    density: float  # learned tokens an item of the validation set
+    collate: Callable[[Any], dict[str, torch.Tensor]]
+
+
+def make_batches(
+    windows: Sequence[Window],
+    validation: Sequence[Window],
+    batch_windows: int,
+    *,
+    accumulate: int,
+    pad_id: int,
+    apart: bool | None,
+) -> Batches:
+    """Make every optimizer step the same number of forward passes, so that processes can share them."""
+    learned = sum(label != IGNORED for window in validation for label in window.labels)
+    fill: Any = Window([pad_id], [IGNORED], [0])
+    train: list[Any] = list(windows)
+    held_out: list[Any] = list(validation)
+    items, longest = batch_windows, max(len(window.input_ids) for window in windows)
+    collate: Callable[[Any], dict[str, torch.Tensor]] = WindowCollator(pad_id)
+    if apart := is_faster_apart() if apart is None else apart:
+        train = group_rows(windows, batch_windows)
+        held_out = group_rows(validation, batch_windows) if validation else []
+        items, longest = 1, max(window.position_ids[-1] + 1 for window in windows)
+        fill, collate = [fill], RowCollator(pad_id)
+    if accumulate > 1:  # the last forward passes may be of nothing
+        train += [fill] * (-len(train) % (items * accumulate))
+    return Batches(train, held_out, items, longest, learned / (len(held_out) or 1), collate)
+
+
+def count_batches(windows: Sequence[Window], batch_windows: int, *, apart: bool | None = None) -> int:
+    """Count the forward passes of an epoch."""
+    if is_faster_apart() if apart is None else apart:
+        return len(group_rows(windows, batch_windows))
+    return math.ceil(len(windows) / batch_windows)
+
+
+def is_faster_apart() -> bool:
+    """Tell whether rows by themselves are faster than windows: they are on a CPU (docs/lab-notes.md)."""
+    return not torch.cuda.is_available()

@@ -1,6 +1,7 @@
-"""Several processes of one training: torchrun starts them, transformers' Trainer makes one optimisation of them.
+"""Train in several processes: torchrun starts them, transformers' Trainer makes one optimisation of them.
 
-`accelerate launch --cpu` says yes and runs a single one; so the size is compared with what was asked for.
+`accelerate launch --cpu` runs a single process without an error, so the number found is compared with the
+number asked.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ def world_size() -> int:
 
 
 def become_torchrun(processes: int, module: str, arguments: Sequence[str]) -> None:
-    """Replaces this process, unless it is one of torchrun's already. Other nodes are started by hand: `torchrun --nnodes … -m tasks.train …`."""
+    """Replace this process by torchrun, unless torchrun started it.
+
+    Several nodes are started by hand: `torchrun --nnodes … -m tasks.train …`.
+    """
     if "WORLD_SIZE" in os.environ:
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -47,11 +51,12 @@ def become_torchrun(processes: int, module: str, arguments: Sequence[str]) -> No
         "--local-addr",
         "127.0.0.1",
     ]
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *run, "-m", module, *arguments])  # noqa: S606  (no shell is wanted)
+    command = [sys.executable, "-m", "torch.distributed.run", *run, "-m", module, *arguments]
+    os.execv(sys.executable, command)  # noqa: S606  (no shell is wanted)
 
 
 def end_with_parent() -> None:
-    """torchrun's processes outlive it when it is killed; they would train on beside the next start."""
+    """End this process when torchrun is killed: it would train on beside the next start."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -63,7 +68,7 @@ def end_with_parent() -> None:
 
 
 def check_size(processes: int, found: int) -> None:
-    """Raises ConfigError: the training would run in fewer or more processes than were asked for."""
+    """Raise ConfigError when the training runs in fewer or more processes than were asked for."""
     if processes != found:
         raise ConfigError(
             f"`train.processes` is {processes}, and {found} work on this training",
@@ -72,15 +77,16 @@ def check_size(processes: int, found: int) -> None:
 
 
 def take_gpu() -> None:
-    """Of a machine's GPUs the one that is this process's, so that nothing is loaded onto another's."""
-    import torch
-
+    """Select this process's GPU, so that nothing is loaded onto another's."""
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def in_parts(train: TrainConfig, adapter: AdapterConfig) -> bool:
-    """Whether each of several processes keeps a part of the model (FSDP2) and not all of it. Raises ConfigError: `train.parallel: fsdp` cannot be."""
+    """Tell whether each of several processes keeps a part of the model (FSDP2) instead of all of it.
+
+    Raises ConfigError: `train.parallel: fsdp` is not possible with these settings.
+    """
     if train.processes == 1 or train.parallel == "ddp":
         return False
     why = why_whole(train, adapter)
@@ -92,9 +98,7 @@ def in_parts(train: TrainConfig, adapter: AdapterConfig) -> bool:
 
 
 def any_of(flags: Sequence[bool]) -> list[bool]:
-    """Each true when it is so in any process; all have to ask at the same place."""
-    import torch
-
+    """Return each flag as true when it is so in any process; all processes have to ask at the same place."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return list(flags)
     told = torch.tensor(
@@ -105,29 +109,27 @@ def any_of(flags: Sequence[bool]) -> list[bool]:
 
 
 def shard(model: Any) -> None:
-    """In place, a layer at a time. The processes have to know each other already."""
+    """Cut `model` in place, a layer at a time (FSDP2). The process group has to exist already."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
-    fully_shard(
-        model, mesh=mesh, reshard_after_forward=True
-    )  # otherwise it is whole after an evaluation, and what is read then is no part
-    without_adapter(
-        model
-    )._is_distributed_loading_by_transformers = True  # so the Trainer neither moves it nor wraps it in DDP
-    model._is_fsdp_managed_module = True  # and adds gradients up before it exchanges them
+    # Without resharding the root's weights stay whole after an evaluation, and what is read then is no part.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    # The Trainer then neither moves the model nor wraps it in DDP, and adds up gradients before an exchange.
+    without_adapter(model)._is_distributed_loading_by_transformers = True
+    model._is_fsdp_managed_module = True
 
 
 def local(weight: Tensor) -> Tensor:
-    """What this process holds of it."""
+    """Return this process's part of `weight`."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def whole(value: Any) -> Any:
-    """`value` with whole tensors in place of parts; in other processes than the first with empty ones."""
+    """Return `value` with whole tensors in place of parts in the first process, with empty ones elsewhere."""
     if isinstance(value, DTensor):
         found = value.full_tensor()
         return found.cpu() if rank() == 0 else torch.empty(0)
@@ -137,7 +139,7 @@ def whole(value: Any) -> Any:
 
 
 def as_parts(held: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What this process holds of `weights`' likes, as parts that `whole` can put together."""
+    """Return this process's parts, cut as `weights` are, as DTensors that `whole` can join."""
     return {name: _part(tensor, weights[name]) for name, tensor in held.items()}
 
 
@@ -154,12 +156,12 @@ def _part(held: Tensor, weight: Tensor) -> Tensor:
 
 
 def cut(tensors: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of whole tensors what this process holds of `weights`."""
+    """Return this process's part of each whole tensor, cut as the tensor of that name in `weights` is."""
     return {name: local(_cut(tensor, weights[name])) for name, tensor in tensors.items()}
 
 
 def cut_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state of whole tensors as this one wants it: those of a weight's shape in parts."""
+    """Return a state of whole tensors as `optimizer` holds it: tensors of a weight's shape are cut."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
 
     def fit(value: Any, weight: Tensor) -> Any:

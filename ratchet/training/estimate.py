@@ -1,10 +1,12 @@
-"""Before a training: how much memory and time it takes, from its shapes and a few optimizer steps that are really made.
+"""Estimate a training's memory and time from its shapes and a few optimizer steps that are really made.
 
-The probe is the stage itself (`python -m tasks.train`) on real windows: as many as a few steps take, from the one with the longest rows on evenly
-through all, gone through twice, with the whole validation set measured twice. So what is loaded, kept and saved is in its peak, and the batch that
-takes most room as well. The first pass tells what a batch of a new shape costs once, since libraries prepare kernels for it (on a CPU steps took
-1.7 times as long until all shapes had been there); the second what a step costs from then on. Where steps are so short that noise would rule, it is run once more with more of them.
-Not seen by it: patience may end the training earlier.
+The probe is the stage itself (`python -m tasks.train`) on real windows, so what is loaded, kept and saved is
+in its peak. It takes as many windows as a few steps need: the one with the longest rows, which is the batch
+that takes most memory, and others evenly through all. They are gone through twice, and the whole validation
+set is measured twice. The first pass tells what a batch of a new shape costs once, since libraries prepare
+kernels for it (on a CPU steps took 1.7 times as long until all shapes had been seen); the second what a step
+costs from then on. Where steps are so short that noise would dominate, the probe runs once more with more of
+them. Not covered: patience may end the training earlier.
 """
 
 from __future__ import annotations
@@ -26,17 +28,22 @@ from ratchet.files import read_json
 from ratchet.models.adapters import PREFIXED
 from ratchet.training.launch import Material, Points, read_figures, read_points, require_success, run_training
 from ratchet.training.packing import Window, group_rows, read_windows, write_windows
+from ratchet.training.schedule import Figures
 
 STEPS, PASSES = 4, 2.0  # steps a pass
-SHORT_STEP = 0.2  # seconds
+SHORT_STEP = 0.2  # seconds; shorter ones are probed again, for ENOUGH_SECONDS or MOST_STEPS
 ENOUGH_SECONDS, MOST_STEPS = 4.0, 64
 MIB = 2**20
-BYTES_A_TOKEN = 130  # of a loaded window in Python: three lists, and their numbers
+BYTES_A_TOKEN = 130  # of a loaded window in Python: three lists and their integers
 CGROUP = Path("/sys/fs/cgroup")
 
 
 class Plan(NamedTuple):
-    """`seconds` of the optimisation (what reports/train/figures.json calls so), `stage_seconds` with loading and saving."""
+    """What a training will take.
+
+    `seconds` are those of the optimisation, as in reports/train/figures.json; `stage_seconds` have loading
+    and saving too.
+    """
 
     steps: int
     evaluations: int
@@ -59,7 +66,10 @@ class Plan(NamedTuple):
 
 
 def plan_training(material: Material, config: Config, say: Callable[[str], None]) -> Plan:
-    """Raises UserError: nothing is tokenised yet; StageError: the probe failed, out of memory or otherwise, with its reason."""
+    """Probe and extrapolate.
+
+    Raises UserError: nothing is tokenized yet; StageError: the probe failed, out of memory or otherwise.
+    """
     read_profile(material.tokens)
     windows, free = read_windows(material.tokens / "train.arrow"), free_mib()
     with tempfile.TemporaryDirectory(prefix="ratchet-plan-") as scratch:
@@ -76,7 +86,7 @@ def read_profile(tokens: Path) -> dict[str, Any]:
     path = tokens / "profile.json"
     if not path.exists():
         raise UserError(
-            "there are no tokenised rows yet to plan with",
+            "there are no tokenized rows yet to plan with",
             remedy="ratchet plan --prepare makes them (base, prepare, tokenize) and trains nothing",
         )
     found: dict[str, Any] = read_json(path)
@@ -102,14 +112,20 @@ def _probe(
 
 
 def choose_windows(windows: list[Window], count: int) -> list[Window]:
-    """Evenly through all, from the first on. Windows were opened for the longest rows first (`ratchet.training.packing.pack`), so all lengths are there."""
+    """Choose windows evenly through all, from the first on.
+
+    `ratchet.training.packing.pack` opened them for the longest rows first, so all lengths are among them.
+    """
     if count >= len(windows):
         return windows
     return [windows[place * len(windows) // count] for place in range(count)]
 
 
 def shortened(config: Config, epochs: float) -> Config:
-    """The same training with fewer passes and two evaluations; the first leaves the best weights in memory, as in the real one."""
+    """Return the same training with `epochs` passes and two evaluations.
+
+    The first evaluation leaves the best weights in memory, as in the real training.
+    """
     return config.model_copy(
         update={
             "train": config.train.model_copy(
@@ -121,7 +137,7 @@ def shortened(config: Config, epochs: float) -> Config:
 
 def extrapolate(
     points: Points,
-    figures: dict[str, Any],
+    figures: Figures,
     process_seconds: float,
     config: Config,
     windows: list[Window],
@@ -152,9 +168,9 @@ def extrapolate(
         + min(len(set(whole)), steps * train.accumulate) * new_shape
         + evaluations * evaluation
     )
-    checkpoint = (
-        4 * figures["trainable_weights"] * 4 / MIB if seconds > 60 * train.checkpoint_minutes else 0.0
-    )  # weights, best ones, AdamW's two, in float32
+    # A checkpoint holds the weights, the best ones and AdamW's two moments, in float32.
+    writes = seconds > 60 * train.checkpoint_minutes
+    checkpoint = 4 * figures["trainable_weights"] * 4 / MIB if writes else 0.0
     rest = (
         BYTES_A_TOKEN
         * (sum(len(window.input_ids) for window in windows) - sum(len(window.input_ids) for window in chosen))
@@ -177,7 +193,8 @@ def extrapolate(
 
 
 def shapes(windows: list[Window], batch_windows: int, *, apart: bool) -> list[tuple[int, int]]:
-    """(rows, padded length) of each forward pass of an epoch, batched as `ratchet.training.trainer` does it: rows of like length, or windows."""
+    """Return (rows, padded length) of each forward pass of an epoch, batched as `ratchet.training.collation`
+    does."""
     if apart:
         return [(len(rows), len(rows[0].input_ids)) for rows in group_rows(windows, batch_windows)]
     longest = max(len(window.input_ids) for window in windows)
@@ -192,12 +209,15 @@ def _positions_a_step(passes: list[tuple[int, int]], accumulate: int) -> float:
 
 
 def _evaluations(steps: int, wanted: int) -> int:
-    """How often a training of `steps` measures the validation loss, as tasks.train and ratchet.training space them."""
+    """Count how often a training of `steps` measures the validation loss, spaced as the trainer does."""
     return math.ceil(steps / max(1, steps // min(wanted, steps)))  # the Trainer measures at the end as well
 
 
-def _paces(points: Points, figures: dict[str, Any], first_pass: int) -> tuple[float, float, float]:
-    """(seconds a step of the first pass, of later ones, seconds an evaluation), from the times between the curve's points; the very first step does not count."""
+def _paces(points: Points, figures: Figures, first_pass: int) -> tuple[float, float, float]:
+    """Return seconds a step of the first pass, a step of later passes, and an evaluation.
+
+    They come from the times between the curve's points; the very first step does not count.
+    """
     first: list[float] = []
     later: list[float] = []
     evaluations: list[float] = []
@@ -214,7 +234,7 @@ def _paces(points: Points, figures: dict[str, Any], first_pass: int) -> tuple[fl
 
 
 def free_mib() -> float:
-    """Memory that a new process can have: the machine's, or what the container's limit leaves."""
+    """Measure the memory that a new process can have: the machine's, or what the container's limit leaves."""
     free = float(psutil.virtual_memory().available / MIB)
     try:
         limit, used = int((CGROUP / "memory.max").read_text()), int((CGROUP / "memory.current").read_text())

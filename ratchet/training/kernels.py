@@ -1,4 +1,4 @@
-"""How a training is computed, apart from what: attention, compiled layers, Liger's kernels."""
+"""Choose how a training is computed: attention, compiled layers, Liger's kernels."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ import torch
 from ratchet.errors import ConfigError
 from ratchet.models.loading import layers_of, without_adapter
 
-EAGER_LENGTH = (
-    1024  # tokens of a row up to which plain attention is faster on a CPU; its memory grows with the square
-)
+# Tokens of a row up to which plain attention is faster on a CPU; its memory grows with the square.
+EAGER_LENGTH = 1024
 # Liger's losses stay off: ours weighs positions, and its output layer sees only those that bear loss.
 LIGER = {
     "rope": True,
@@ -30,7 +29,7 @@ LIGER = {
 
 @contextlib.contextmanager
 def fast_attention(model: Any, longest: int) -> Iterator[None]:
-    """On a CPU torch's fused attention is slower than plain matrix products, while rows are short (`longest`, in tokens)."""
+    """Use plain attention on a CPU while rows are short (`longest`, in tokens): the fused one is slower."""
     base = without_adapter(model)
     kept = base.config._attn_implementation
     if not torch.cuda.is_available() and longest <= EAGER_LENGTH:
@@ -43,7 +42,7 @@ def fast_attention(model: Any, longest: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiled(model: Any) -> Iterator[None]:
-    """Layer by layer: one compilation serves all of them, whatever the batch's shape."""
+    """Compile layer by layer, so that one compilation serves all layers and every shape of a batch."""
     layers = layers_of(model)
     for layer in layers:
         layer.compile(dynamic=True)
@@ -55,7 +54,7 @@ def compiled(model: Any) -> Iterator[None]:
 
 
 def check_compiler() -> None:
-    """Raises ConfigError: torch writes C++ for a CPU, and nothing here compiles it."""
+    """Raise ConfigError when no C++ compiler is here: torch.compile writes C++ for a CPU."""
     if not torch.cuda.is_available() and not any(
         map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))
     ):
@@ -66,7 +65,10 @@ def check_compiler() -> None:
 
 
 def apply_liger(model: Any) -> None:
-    """Into `model`, and by hand: with its own switch the Trainer hands evaluations a key that only Liger's fused loss knows. Raises ConfigError: it cannot be had."""
+    """Put Liger's kernels into `model`. Raises ConfigError: there is no GPU, or no liger-kernel.
+
+    The Trainer's own switch is not used: with it evaluations get a key that only Liger's fused loss knows.
+    """
     if not torch.cuda.is_available():
         raise ConfigError(
             "`train.liger` needs a GPU with CUDA, and this machine has none",

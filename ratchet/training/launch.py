@@ -1,7 +1,7 @@
-"""A real training in a process and a folder of its own, followed while it runs: `python -m tasks.train` with params of its own.
+"""Run `python -m tasks.train` in a process and a folder of its own, and follow it while it runs.
 
-For what trains beside the DAG: the probe of `ratchet plan`, the trials of `ratchet sweep`, the methods of `ratchet compare`. Its checkpoints
-stay in its folder, and it tells MLflow nothing: whoever started it records it.
+For what trains beside the DAG: the probe of `ratchet plan`, the trials of `ratchet sweep`, the methods of
+`ratchet compare`. Checkpoints stay in the folder. MLflow hears nothing of it: whoever started it records it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 
@@ -26,14 +26,15 @@ from ratchet.files import read_json, write_text
 from ratchet.pipeline.checkout import child_environment
 from ratchet.pipeline.dvc import without_torchrun
 from ratchet.tracking.curve import read_history
+from ratchet.training.schedule import Figures
 
-CODE = Path(__file__).resolve().parents[2]  # the modules that run now are the ones that train
+CODE = Path(__file__).resolve().parents[2]  # the training runs the modules that run now
 CANDIDATE, REPORTS, PARAMS, LOG, PROCESS = "candidate", "reports", "params.yaml", "train.log", "process"
 POLL_SECONDS = 0.05
-STOP_SECONDS = 20.0
+STOP_SECONDS = 20.0  # for a checkpoint, before a training that was asked to end is killed
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")
 
-Points = list[dict[str, Any]]  # of the training curve: step, time_ms and values
+Points = list[dict[str, float]]  # of the training curve: step, time_ms and values
 
 
 class Material(NamedTuple):
@@ -45,7 +46,7 @@ class Material(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How it ended. `seconds` are those of the process; `stopped`: we ended it."""
+    """How a training ended. `seconds` are those of the process; `stopped`: `follow` ended it."""
 
     code: int
     seconds: float
@@ -54,7 +55,7 @@ class Ended(NamedTuple):
 
     @property
     def reason(self) -> str:
-        """Why it failed, in one line."""
+        """Say why it failed, in one line."""
         told = [
             f"{line.strip()} {after.strip()}" if after.lstrip().startswith("→") else line
             for line, after in pairwise([*self.said, ""])
@@ -74,7 +75,10 @@ class Ended(NamedTuple):
 def run_training(
     folder: Path, material: Material, config: Config, follow: Callable[[Points], bool] = lambda points: False
 ) -> Ended:
-    """Train into `folder`/candidate and `folder`/reports. `follow` sees the curve as it grows; when it returns True the process is ended at once."""
+    """Train into `folder`/candidate and `folder`/reports.
+
+    `follow` sees the curve as it grows; when it returns True, the process is killed at once.
+    """
     _end_orphan(folder)
     for half in folder.glob(".*.tmp"):  # of a process that was killed: its curve is not ours
         shutil.rmtree(half, ignore_errors=True)
@@ -92,7 +96,10 @@ def run_training(
 def run_module(
     module: str, arguments: list[str], folder: Path, follow: Callable[[], bool] = lambda: False
 ) -> Ended:
-    """A stage's module with its output in `folder`/train.log. An exception here, such as Ctrl-C, asks the process to end and waits for it."""
+    """Run a stage's module with its output in `folder`/train.log.
+
+    An exception here, such as Ctrl-C, asks the process to end and waits for it.
+    """
     environment = {**child_environment(), "RATCHET_ROOT": str(folder.absolute())}
     environment.pop("MLFLOW_TRACKING_URI", None)
     began = time.monotonic()
@@ -119,14 +126,14 @@ def run_module(
 def _watch(process: subprocess.Popen[bytes], follow: Callable[[], bool]) -> bool:
     while process.poll() is None:
         if follow():
-            _kill(process)  # nothing of it is wanted, a checkpoint neither
+            _kill(process)  # nothing of it is wanted, not even a checkpoint
             return True
         time.sleep(POLL_SECONDS)
     return False
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Asked first: a training then writes its checkpoint."""
+    """Ask the process to end, so that a training writes its checkpoint; kill it after STOP_SECONDS."""
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(timeout=STOP_SECONDS)
@@ -141,14 +148,14 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _kill_tree(process: psutil.Process) -> None:
-    """With its children: torchrun's stand in sessions of their own."""
+    """Kill a process with its children: torchrun's have sessions of their own."""
     for each in [process, *process.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):
             each.kill()
 
 
 def _end_orphan(folder: Path) -> None:
-    """A training in this folder whose starter was killed would go on writing into it."""
+    """End a training in this folder whose starter was killed: it would go on writing into the folder."""
     with suppress(OSError, ValueError, psutil.Error):
         process = psutil.Process(int((folder / PROCESS).read_text()))
         if str(folder.absolute()) in " ".join(process.cmdline()):
@@ -156,21 +163,22 @@ def _end_orphan(folder: Path) -> None:
 
 
 def read_points(folder: Path) -> Points:
-    """The curve so far; while it trains, its report stands under a temporary name (`ratchet.files.whole_folder`)."""
+    """Read the curve so far; while it grows it has a temporary name (`ratchet.files.whole_folder`)."""
     growing = next(folder.glob(f".{REPORTS}.*.tmp/history.jsonl"), None)
     return read_history(growing or folder / REPORTS / "history.jsonl")
 
 
-def read_figures(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(folder / REPORTS / "figures.json")
+def read_figures(folder: Path) -> Figures:
+    found: Figures = read_json(folder / REPORTS / "figures.json")
     return found
 
 
 def require_success(ended: Ended, what: str) -> None:
-    """Raises StageError with the training's own words."""
+    """Raise StageError with the training's own words if it failed."""
     if ended.code:
         remedy = (
-            "lower `train.batch_windows`, set `train.checkpoint_activations: true`, or take `adapter.method: qlora`"
+            "lower `train.batch_windows`, set `train.checkpoint_activations: true`,"
+            " or take `adapter.method: qlora`"
             if ended.out_of_memory
             else ""
         )

@@ -1,4 +1,7 @@
-"""Logits only where a token is learned, and the teacher's distribution there."""
+"""Compute a training's loss: cross-entropy of the answers, and with a teacher the divergence from it.
+
+Pre-training has a loss of its own (`ratchet.demo.base_model`), so that a change here makes no base stale.
+"""
 
 from __future__ import annotations
 
@@ -6,96 +9,84 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import kl_div, log_softmax
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json
 from ratchet.models.adapters import load_trained
 from ratchet.models.loading import MANIFEST, load_hub, load_tokenizer
+from ratchet.models.logits import logits_at
+from ratchet.training.packing import IGNORED
 
 if TYPE_CHECKING:
-    pass
+    from ratchet.training.trainer import Batch, Predict
 
 CHAMPION = "champion"
 
 
 def load_teacher(teacher: str, base: Path, incumbent: Path) -> Any:
-    """A model to learn from; None without a teacher, or without a champion. Raises BaseModelError: it is not on this machine, or has other tokens."""
+    """Load the model to learn from; None without a teacher, or without a champion.
+
+    Raises BaseModelError: it is not on this machine, or has other tokens than the base.
+    """
     if not teacher or (teacher == CHAMPION and read_json(incumbent / MANIFEST)["version"] is None):
         return None
     if teacher == CHAMPION:
         theirs = incumbent / "base" if (incumbent / "base").exists() else base
-        _same_tokens(load_tokenizer(theirs), base, "the champion")
+        _check_same_tokens(load_tokenizer(theirs), base, "the champion")
         return load_trained(theirs, incumbent)
     name, revision = teacher.split("@")
     model, tokenizer = load_hub(name, revision)
-    _same_tokens(tokenizer, base, teacher)
+    _check_same_tokens(tokenizer, base, teacher)
     return model
 
 
-def _same_tokens(tokenizer: Any, base: Path, teacher: str) -> None:
+def _check_same_tokens(tokenizer: Any, base: Path, teacher: str) -> None:
     theirs, ours = tokenizer.get_vocab(), load_tokenizer(base).get_vocab()
     if odd := sorted(theirs.items() ^ ours.items())[:1]:
         raise BaseModelError(
-            f"{teacher} has other tokens than the base: {len(theirs)} against {len(ours)}, the first that differs is {odd[0][0]!r}",
-            remedy="a teacher's logits need its tokenizer; learn from its answers instead: `ratchet synthesize`",
+            f"{teacher} has other tokens than the base: {len(theirs)} against {len(ours)},"
+            f" the first that differs is {odd[0][0]!r}",
+            remedy="a teacher's logits need its tokenizer; learn from its answers instead:"
+            " `ratchet synthesize`",
         )
 
 
-class _Head:
-    """Lets the output layer see only the positions that bear loss: its logits are what takes most room, and on a small model much of the time."""
+class AnswerLoss:
+    """Cross-entropy of each learned token, in nats.
 
-    def __init__(self, model: Any) -> None:
-        self._handle = model.get_output_embeddings().register_forward_pre_hook(self._choose)
-        self.chosen: torch.Tensor | None = None  # (batch, seq - 1), for the next pass
+    With a `teacher`, a share `teacher_weight` of it is the divergence from the teacher's distribution over
+    the same token (arXiv 1503.02531). The teacher has the same tokenizer and is not changed.
+    """
 
-    def __enter__(self) -> _Head:
-        return self
+    def __init__(self, teacher: Any = None, *, teacher_weight: float = 0.0, temperature: float = 1.0) -> None:
+        self._teacher = None if teacher is None else teacher.eval()
+        self._teacher_weight, self._temperature = teacher_weight, temperature
 
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-    def _choose(self, _: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        if self.chosen is None:
-            return inputs
-        hidden = inputs[0]  # (batch, virtual tokens + seq, width)
-        hidden = hidden[:, hidden.shape[1] - self.chosen.shape[1] - 1 : -1]
-        places = self.chosen.flatten().nonzero().squeeze(1)
-        return (
-            hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)[None],
-            *inputs[1:],
-        )  # (1, chosen, width)
-
-
-class _Teacher:
-    """Its distribution over the next token, where the student bears loss."""
-
-    def __init__(self, model: Any, temperature: float) -> None:
-        self._model = model.eval() if model is not None else None
-        self._temperature = temperature
-        self._head = _Head(model) if model is not None else None
-
-    def __bool__(self) -> bool:
-        return self._model is not None
-
-    def __enter__(self) -> _Teacher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._head:
-            self._head.__exit__()
+    def __call__(self, batch: Batch, predict: Predict, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        learned = batch["labels"][:, 1:] != IGNORED  # (batch, seq - 1)
+        logits = predict(learned)
+        taught = self._ask_teacher(batch, learned)
+        losses = cross_entropy(logits, batch["input_ids"][:, 1:][learned], reduction="none")
+        if taught is not None:
+            share = self._teacher_weight
+            losses = (1 - share) * losses + share * self._divergence(logits, taught)
+        return losses, tokens
 
     @torch.no_grad()
-    def __call__(self, inputs: dict[str, torch.Tensor], chosen: torch.Tensor) -> torch.Tensor:
-        assert self._model is not None and self._head
-        self._head.chosen = chosen
-        return self._model(**inputs, use_cache=False).logits[0].float()  # type: ignore[no-any-return]  # (chosen, vocab)
+    def _ask_teacher(self, batch: Batch, learned: Tensor) -> Tensor | None:
+        if self._teacher is None:
+            return None
+        return logits_at(self._teacher, self._teacher.get_output_embeddings(), batch, learned)
 
-    def divergence(self, logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
-        """KL(teacher ‖ student) a position, in nats, times the square of the temperature, so that its gradient does not shrink with it."""
-        width = min(
-            logits.shape[-1], taught.shape[-1]
-        )  # beyond the tokenizer's size some models have rows to fill
+    def _divergence(self, logits: Tensor, taught: Tensor) -> Tensor:
+        """Compute KL(teacher ‖ student) of each token, in nats.
+
+        It is multiplied by the square of the temperature, so that its gradient does not shrink with it.
+        """
+        # Some models have rows in their output layer beyond the tokenizer's size.
+        width = min(logits.shape[-1], taught.shape[-1])
         student, teacher = (
             log_softmax(each[:, :width] / self._temperature, dim=-1) for each in (logits, taught)
         )

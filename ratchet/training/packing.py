@@ -1,7 +1,7 @@
-"""Best-fit packing of whole rows into fixed windows; positions restart, so that rows do not see each other.
+"""Pack whole rows into fixed windows by best fit; positions restart, so that rows do not see each other.
 
-No row is cut. Rows are placed longest first into the fullest window that still takes them (best-fit decreasing,
-arXiv 2404.10830), then windows keep the order in which they were opened.
+No row is cut. Rows are placed longest first into the fullest window that still takes them (best-fit
+decreasing, arXiv 2404.10830), and windows keep the order in which they were opened.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ IGNORED = -100  # the label that the loss leaves out, as in torch and transforme
 
 
 class Window(NamedTuple):
-    """`window` long at most; padding is the collator's."""
+    """Rows side by side, at most a window's length; the collator pads."""
 
     input_ids: list[int]
     labels: list[int]
@@ -25,7 +25,7 @@ class Window(NamedTuple):
 
 
 def pack(rows: Sequence[Encoded], window: int) -> list[Window]:
-    """Every row in exactly one window. Raises ValueError for a row that is longer than a window."""
+    """Put every row into exactly one window. Raises ValueError: a row is longer than a window."""
     longest = max((len(row.ids) for row in rows), default=0)
     if longest > window:
         raise ValueError(f"a row has {longest} tokens, the window holds {window}")
@@ -54,7 +54,7 @@ def _join(rows: Sequence[Encoded]) -> Window:
 
 
 def rows_of(window: Window) -> list[Window]:
-    """Its rows, each a window by itself: what `_join` put together."""
+    """Split a window into its rows, each a window by itself: the inverse of `_join`."""
     starts = [index for index, position in enumerate(window.position_ids) if position == 0]
     return [
         Window(*(column[start:end] for column in window))
@@ -63,7 +63,10 @@ def rows_of(window: Window) -> list[Window]:
 
 
 def by_length(rows: Sequence[Window], budget: int) -> list[list[Window]]:
-    """Every row in exactly one group of rows of like length; a group padded to its longest holds `budget` positions at most, or a single row."""
+    """Put every row into exactly one group of rows of like length.
+
+    A group padded to its longest row holds `budget` positions at most, or a single row.
+    """
     groups: list[list[Window]] = []
     for row in sorted(rows, key=lambda row: -len(row.input_ids)):
         if groups and (len(groups[-1]) + 1) * len(groups[-1][0].input_ids) <= budget:
@@ -74,13 +77,13 @@ def by_length(rows: Sequence[Window], budget: int) -> list[list[Window]]:
 
 
 def group_rows(windows: Sequence[Window], batch_windows: int) -> list[list[Window]]:
-    """The rows of the windows by length; padded, a group takes no more room than a batch of windows."""
+    """Group the windows' rows by length; a padded group takes no more room than a batch of windows."""
     rows = [row for window in windows for row in rows_of(window)]
     return by_length(rows, batch_windows * max(len(window.input_ids) for window in windows))
 
 
 def write_windows(path: Path, windows: Sequence[Window]) -> None:
-    """Arrow's file format, three columns of integers."""
+    """Write Arrow's file format, three columns of integer lists."""
     import pyarrow as pa
 
     schema = pa.schema([(name, pa.list_(pa.int32())) for name in Window._fields])

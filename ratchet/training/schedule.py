@@ -1,12 +1,15 @@
-"""How to optimise, what an optimisation came to, and the names of optimizers and schedules."""
+"""Say how to optimise, also in the words of transformers, and what an optimisation came to."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
+
+from ratchet.errors import ConfigError
 
 if TYPE_CHECKING:
-    pass
+    from transformers import TrainingArguments
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -16,16 +19,18 @@ OPTIMIZERS = {
     "sgd": "sgd",
 }
 CUDA_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
-SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant_with_warmup",
-}  # transformers' `constant` has no warm-up
+# transformers' `constant` has no warm-up.
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+LOGS = 100  # points on the training curve, at most; each costs a synchronisation on a GPU
+
 Report = Callable[[int, dict[str, float]], None]
 
 
 class Schedule(NamedTuple):
-    """How to optimise. `steps` are optimizer steps, `evaluations` and `patience` count measurements of the validation loss."""
+    """How to optimise.
+
+    `steps` are optimizer steps; `evaluations`, `patience` count measurements of the loss.
+    """
 
     steps: int
     batch_windows: int
@@ -43,9 +48,9 @@ class Schedule(NamedTuple):
     neftune_alpha: float = 0.0
     compile: bool = False
     liger: bool = False
-    teacher_weight: float = 0.0  # share of the loss that is the divergence from the teacher's distribution
-    temperature: float = 1.0
-    compute: str = "float32"  # what matrix products are computed in (autocast): "float32", "bfloat16" or "float16"; the weights stay what they are
+    compute: str = (
+        "float32"  # type of matrix products (autocast): or "bfloat16", "float16"; weights keep theirs
+    )
 
 
 class Outcome(NamedTuple):
@@ -56,3 +61,79 @@ class Outcome(NamedTuple):
     best_validation_loss: float | None
     train_loss: float
     seconds: float
+
+
+class Figures(TypedDict):
+    """reports/train/figures.json: an Outcome with what it cost."""
+
+    steps: int
+    best_step: int
+    best_validation_loss: float | None
+    train_loss: float
+    seconds: float
+    trainable_weights: int
+    epochs: float
+    learned_tokens_per_second: float
+    peak_mib: float
+    peak_gpu_mib: NotRequired[float]
+    run_key: str
+    rows: dict[str, Any]  # the training's part of the tokens' profile.json
+
+
+def check_optimizer(optimizer: str) -> None:
+    """Raise ConfigError for an optimizer that needs CUDA on a machine without."""
+    import torch
+
+    if optimizer in CUDA_OPTIMIZERS and not torch.cuda.is_available():
+        raise ConfigError(
+            f"`train.optimizer: {optimizer}` needs a GPU with CUDA, and this machine has none",
+            remedy="set `train.optimizer: adamw` or `adafactor`",
+        )
+
+
+def training_arguments(
+    scratch: str, schedule: Schedule, *, batch_items: int, evaluates: bool
+) -> TrainingArguments:
+    """Say `schedule` in the words of transformers. `batch_items` is the size of a forward pass in items."""
+    import torch
+    from transformers import TrainingArguments
+
+    from ratchet.training.distributed import world_size
+
+    cuda = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=scratch,
+        max_steps=schedule.steps,
+        per_device_train_batch_size=batch_items,
+        per_device_eval_batch_size=batch_items,
+        gradient_accumulation_steps=schedule.accumulate // world_size(),
+        ddp_backend=None if cuda or world_size() == 1 else "gloo",
+        learning_rate=schedule.learning_rate,
+        lr_scheduler_type=SCHEDULES[schedule.kind],
+        warmup_steps=math.ceil(schedule.warmup_share * schedule.steps),
+        weight_decay=schedule.weight_decay,
+        max_grad_norm=schedule.max_grad_norm,
+        optim=OPTIMIZERS[schedule.optimizer],
+        activation_checkpointing=schedule.checkpoint_activations,
+        activation_checkpointing_kwargs={"use_reentrant": False} if schedule.checkpoint_activations else None,
+        neftune_noise_alpha=schedule.neftune_alpha or None,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=max(1, schedule.steps // schedule.evaluations),
+        logging_steps=max(1, schedule.steps // LOGS),
+        # The default filter writes a loss of NaN down as 0.
+        logging_nan_inf_filter=False,
+        # Checkpoints come by the clock (`ratchet.training.checkpoints`), not by steps.
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        prediction_loss_only=True,
+        disable_tqdm=True,
+        use_cpu=not cuda,
+        bf16=cuda and schedule.compute == "bfloat16",
+        fp16=cuda and schedule.compute == "float16",
+        dataloader_pin_memory=cuda,
+        seed=schedule.seed,
+        data_seed=schedule.seed,
+        full_determinism=not cuda,
+    )

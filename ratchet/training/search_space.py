@@ -1,7 +1,8 @@
-"""A search space of `sweep.space`: checked before anything runs, drawn from by Optuna, and put into a config.
+"""Check the search space `sweep.space` before anything runs, let Optuna draw from it, and apply what it drew.
 
-A key is one of `train` or `adapter`, or `base.model`, whose choices are `demo` or `org/name@revision`. Not covered: settings that depend on
-each other; a combination that params.yaml would refuse makes that trial fail, with the reason.
+A key is one of `train` or `adapter`, or `base.model`, whose choices are `demo` or `org/name@revision`. Not
+covered: settings that depend on each other; a combination that params.yaml would refuse makes that trial
+fail, with the reason.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ if TYPE_CHECKING:
 
 BASE = "base.model"
 SECTIONS: dict[str, type[BaseModel]] = {"train": TrainConfig, "adapter": AdapterConfig}
-# What the tokenised rows depend on beside the base (dvc.yaml, stage `tokenize`).
+# What the tokenized rows depend on beside the base (dvc.yaml, stage `tokenize`).
 ROWS = ("train.rows", "train.replay", "train.max_feedback_share", "train.start_from")
 DIGITS = 4  # of a drawn number: nobody wants 0.0013862943611198906 in params.yaml
 
-Space = dict[str, Any]  # key → list of choices, or SweepRange
+Value = Any  # of a key of params.yaml: a number, a text, a list of names, or None
+Changes = dict[str, Value]  # key of params.yaml → value; plain JSON
 
 
 def check_space(config: Config) -> None:
-    """Raises ConfigError: an empty space, an unknown key, or a value that the config would refuse, each with its key."""
+    """Raise ConfigError for an empty space, and for all unknown keys and refused values at once."""
     if not config.sweep.space:
         raise ConfigError(
             "`sweep.space` is empty",
@@ -50,7 +52,7 @@ def check_space(config: Config) -> None:
         )
 
 
-def _faults(config: Config, key: str, values: Any) -> Iterator[str]:
+def _faults(config: Config, key: str, values: SweepRange | list[Value]) -> Iterator[str]:
     section, _, name = key.partition(".")
     if key != BASE and not (section in SECTIONS and name in SECTIONS[section].model_fields):
         known = ", ".join(
@@ -75,8 +77,8 @@ def _faults(config: Config, key: str, values: Any) -> Iterator[str]:
             yield " ".join(str(error).partition("\n  →")[0].split("\n", 1)[-1].split())
 
 
-def with_changes(config: Config, changes: dict[str, Any]) -> Config:
-    """Raises ConfigError, as for a params.yaml that held them."""
+def with_changes(config: Config, changes: Changes) -> Config:
+    """Return `config` with the changes. Raises ConfigError, as for a params.yaml that held them."""
     raw = config.model_dump()
     for key, value in changes.items():
         *sections, last = key.split(".")
@@ -87,8 +89,8 @@ def with_changes(config: Config, changes: dict[str, Any]) -> Config:
     return parse_config(raw, Path("params.yaml"))
 
 
-def changes_of(drawn: dict[str, Any]) -> dict[str, Any]:
-    """Drawn values → keys of params.yaml; a base brings its revision along."""
+def changes_of(drawn: Changes) -> Changes:
+    """Turn drawn values into keys of params.yaml; a base brings its revision along."""
     changes = {key: value for key, value in drawn.items() if key != BASE}
     if BASE in drawn:
         model, _, revision = str(drawn[BASE]).partition("@")
@@ -96,14 +98,14 @@ def changes_of(drawn: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
-def draw(trial: Trial, config: Config) -> dict[str, Any]:
-    """A value for each key; the same ones for a trial that was drawn before."""
+def draw(trial: Trial, config: Config) -> Changes:
+    """Draw a value for each key; the same ones for a trial that was drawn before."""
     return {key: _draw(trial, key, values, config) for key, values in config.sweep.space.items()}
 
 
-def _draw(trial: Trial, key: str, values: Any, config: Config) -> Any:
+def _draw(trial: Trial, key: str, values: SweepRange | list[Value], config: Config) -> Value:
     if not isinstance(values, SweepRange):
-        # Optuna keeps plain values only; a list of names stands under its JSON.
+        # Optuna keeps plain values only, so a list of names is stored as its JSON.
         named = {value if not isinstance(value, list) else json.dumps(value): value for value in values}
         return named[trial.suggest_categorical(key, list(named))]
     section, _, name = key.partition(".")
@@ -121,8 +123,8 @@ def _draw(trial: Trial, key: str, values: Any, config: Config) -> Any:
     return min(max(float(f"{value:.{DIGITS}g}"), float(values.low)), float(values.high))
 
 
-def current(config: Config) -> dict[str, Any] | None:
-    """The settings of params.yaml as a draw, so that the sweep tries them too; None when one of them lies outside the space."""
+def current(config: Config) -> Changes | None:
+    """Return the settings of params.yaml as a draw, to be tried too; None when one lies outside the space."""
     drawn = {}
     for key, values in config.sweep.space.items():
         value = getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2])
@@ -139,18 +141,18 @@ def current(config: Config) -> dict[str, Any] | None:
     return drawn
 
 
-def rows_key(changes: dict[str, Any]) -> dict[str, Any]:
-    """The part of the changes for which base or rows have to be made anew."""
+def rows_key(changes: Changes) -> Changes:
+    """Return the changes for which the base or the rows have to be made anew."""
     return {key: value for key, value in changes.items() if key.startswith("base.") or key in ROWS}
 
 
-def dvc_command(changes: dict[str, Any]) -> str:
-    """What a person types in the checkout to get that trial as a DVC experiment; the value is in Hydra's form, quoted for the shell."""
+def dvc_command(changes: Changes) -> str:
+    """Return the command that runs a trial as a DVC experiment: values in Hydra's form, shell-quoted."""
     settings = [f"--set-param {shlex.quote(f'{key}={_hydra(value)}')}" for key, value in changes.items()]
     return " ".join(["dvc exp run", *settings, "train"])
 
 
-def _hydra(value: Any) -> str:
+def _hydra(value: Value) -> str:
     if isinstance(value, list):
         return f"[{','.join(_hydra(part) for part in value)}]"
     if isinstance(value, str):  # a revision of digits alone would be read as a number

@@ -1,10 +1,10 @@
-"""The trainable weights, the random state, and the watch over both while a training runs."""
+"""Watch a training while it runs, and take and put back what its future depends on."""
 
 from __future__ import annotations
 
 import math
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -14,12 +14,42 @@ from ratchet.errors import DivergenceError
 from ratchet.training.distributed import any_of, local
 from ratchet.training.schedule import Report, Schedule
 
-if TYPE_CHECKING:
-    pass
+
+class WatchState(TypedDict):
+    """The best weights so far, and how many evaluations in a row were worse."""
+
+    best: dict[str, torch.Tensor]
+    best_loss: float | None
+    best_step: int
+    worse: int
 
 
-class _Watch(TrainerCallback):
-    """Reports the curve, stops on what is not finite, keeps the best trainable weights in memory."""
+class LossSums(TypedDict):
+    """What the Trainer has summed up for the curve."""
+
+    since_log: torch.Tensor
+    total: float
+    last_log: int  # step
+
+
+class TrainingState(TypedDict):
+    """What a checkpoint holds: with it a training ends in the same bytes as without a kill.
+
+    Tensors are whole, also where the processes hold parts. The optimizer's and the scheduler's are
+    torch's state dicts.
+    """
+
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    watch: WatchState
+    random: dict[str, Any]  # by library, in its own form
+    losses: LossSums
+    seconds: float
+
+
+class Watch(TrainerCallback):
+    """Report the curve, stop on what is not finite, and keep the best trainable weights in memory."""
 
     def __init__(self, model: torch.nn.Module, schedule: Schedule, report: Report) -> None:
         self._model = model
@@ -78,9 +108,9 @@ class _Watch(TrainerCallback):
 
     def restore_best(self) -> None:
         if self.best:
-            _put(self._model, self.best)
+            put_weights(self._model, self.best)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> WatchState:
         return {
             "best": self.best,
             "best_loss": self.best_loss,
@@ -88,7 +118,7 @@ class _Watch(TrainerCallback):
             "worse": self._worse,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: WatchState) -> None:
         self.best, self.best_loss, self.best_step, self._worse = (
             state["best"],
             state["best_loss"],
@@ -98,18 +128,19 @@ class _Watch(TrainerCallback):
 
 
 def trainable(model: Any) -> dict[str, torch.Tensor]:
+    """Return the weights that are trained, by name; of a sharded model, as DTensors."""
     return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def _put(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    """All of them, and no others; of a model in parts, this process's."""
+def put_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Copy `weights` into the trainable ones, whose names must be the same; parts into parts."""
     ours = trainable(model)
     assert ours.keys() == weights.keys(), f"weights differ: {sorted(ours.keys() ^ weights.keys())[:3]}"
     for name, weight in ours.items():
         local(weight).copy_(weights[name])
 
 
-def _random_state() -> dict[str, Any]:
+def get_random_state() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -119,7 +150,7 @@ def _random_state() -> dict[str, Any]:
     return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = state["numpy"]
@@ -129,7 +160,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _check_weights(model: torch.nn.Module) -> None:
+def check_weights(model: torch.nn.Module) -> None:
     odd = next(
         (name for name, weight in trainable(model).items() if not bool(torch.isfinite(local(weight)).all())),
         "",

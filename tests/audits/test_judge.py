@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from patience import scaled
 from pydantic import ValidationError
 from servers import serving
 from teacher_stub import BROKEN, DATA, Act, TeacherStub
@@ -53,7 +54,7 @@ def stub() -> TeacherStub:
 def config(stub, monkeypatch) -> Iterator[AnswerJudge]:
     monkeypatch.setenv("RATCHET_JUDGE_KEY", KEY)
     with serving(stub) as url:
-        yield AnswerJudge(url=f"{url}/v1", model="big", tries=1, timeout=5, metrics=ALL)
+        yield AnswerJudge(url=f"{url}/v1", model="big", tries=1, timeout=scaled(5), metrics=ALL)
 
 
 def rows(number: int = 6, **meta: Any) -> list[Example]:
@@ -218,10 +219,8 @@ def test_a_judge_that_likes_everything_agrees_with_nobody_beyond_chance(tmp_path
 
 def test_few_decisions_show_no_agreement(tmp_path, config):
     queue = review(tmp_path, [("right", "accept"), ("no", "reject")])
-    assert measure_agreement(queue, config, tmp_path)["agreement"]["correctness"] == {
-        "labels": 2,
-        "why": "2 decisions of people speak of it, 30 are needed",
-    }
+    found = measure_agreement(queue, config, tmp_path)["agreement"]["correctness"]
+    assert found.keys() == {"labels", "why"} and found["labels"] == 2 and "30" in found["why"]
     queue.close()
 
 
@@ -330,7 +329,7 @@ def test_a_record_of_another_judge_or_another_prompt_counts_for_nothing(tmp_path
         found = read_agreement(tmp_path, config)["correctness"]
         assert found == AGREED if why is None else why in found["why"]
     write_json(tmp_path / "judge_agreement.json", record)
-    assert read_agreement(tmp_path, config)["preference"] == {"why": "no decision of a reviewer speaks of it"}
+    assert read_agreement(tmp_path, config)["preference"].keys() == {"why"}
 
 
 def test_an_evaluation_asks_the_judge_and_the_card_tells_what_it_said(
@@ -348,9 +347,8 @@ def test_an_evaluation_asks_the_judge_and_the_card_tells_what_it_said(
     )
     judged = pd.read_parquet(tmp_path / "out/judged.parquet")
     assert judged.groupby("model").size().to_dict() == {"candidate": 4, "base": 4}
-    assert metrics["judge"]["agreement"]["correctness"] == {
-        "why": "its agreement with people was never measured (ratchet gate judge)"
-    }
+    agreement = metrics["judge"]["agreement"]["correctness"]
+    assert agreement.keys() == {"why"} and "ratchet gate judge" in agreement["why"]
     assert read_json(tmp_path / "out/metrics.json")["judge"]["model"] == "big"
     card = model_card(metrics, {"verdict": "promote", "rival": {"version": None}, "checks": []}, {})
     assert "### Judged by big" in card

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,10 @@ from ratchet.config.training import TrainConfig
 from ratchet.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
+RENAMED = [
+    ("prepare", "retention_days", "max_age_days"),
+    ("request_log", "retention_days", "keep_days"),
+]
 
 
 def faults(tmp_path: Path, text: str | bytes) -> str:
@@ -29,7 +36,7 @@ def faults(tmp_path: Path, text: str | bytes) -> str:
     return str(caught.value)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ---
 
 
 def test_unknown_section_is_named_with_the_known_ones(tmp_path):
@@ -164,7 +171,49 @@ def test_a_config_cannot_be_changed_after_it_was_read():
         Config().train.epochs = 9.0
 
 
-# --- docs/params.md and params.yaml ----------------------------------------------------------------------------------
+# --- renamed keys ---
+
+
+@pytest.mark.parametrize(("section", "old", "new"), RENAMED)
+def test_an_old_key_is_read_with_a_note(tmp_path, section, old, new):
+    (tmp_path / "params.yaml").write_text(f"{section}: {{{old}: 3}}\n")
+    program = (
+        "from pathlib import Path\nfrom ratchet.config.params import load_config\n"
+        f"for _ in range(2): print(load_config(Path('params.yaml')).{section}.{new})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [float(line) for line in done.stdout.split()] == [3, 3]
+    [note] = done.stderr.splitlines()
+    assert f"{section}.{old}" in note and f"{section}.{new}" in note
+
+
+@pytest.mark.parametrize(("section", "old", "new"), RENAMED)
+def test_an_old_key_beside_its_new_name_is_refused(tmp_path, section, old, new):
+    message = faults(tmp_path, f"{section}: {{{old}: 3, {new}: 4}}\n")
+    assert f"{section}.{old}" in message and f"{section}.{new}" in message
+
+
+def test_importing_one_section_does_not_import_all():
+    program = (
+        "import sys, ratchet.config.training; print(*(name for name in sys.modules if 'config.' in name))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert {name for name in done.stdout.split() if name.startswith("ratchet.")} == {
+        "ratchet.config.base",
+        "ratchet.config.training",
+    }
+
+
+# --- docs/params.md and params.yaml ---
 
 
 def sections(model: type[BaseModel]) -> list[type[BaseModel]]:

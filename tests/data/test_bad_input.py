@@ -220,7 +220,7 @@ CASES = [
         "review.instruction_in_answer",
     ),
     Case(50, [line("a", meta={"time": "2031-01-01T00:00:00Z"})], "from_the_future"),
-    Case(50, [line("a", meta={"time": "2020-01-01"})], "too_old", {"retention_days": 365}),
+    Case(50, [line("a", meta={"time": "2020-01-01"})], "too_old", {"max_age_days": 365}),
     Case(55, [line("a", image_path="/etc/passwd"), line("b", image_path="http://10.0.0.1/x.png")], "media"),
     *(
         Case(number, [line("a", image_path=name)], "media")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import scaled
 from places import (
     KEPT_CONNECTIONS,
     commit,
@@ -476,30 +477,30 @@ def ratchet(root: Path, *arguments: str, given: str = "") -> subprocess.Complete
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=scaled(100),
     )
 
 
 @pytest.mark.e2e
 def test_the_command_shows_asks_and_says_how_to_purge(root):
-    dry = ratchet(root, "data", "forget", "--match", SECRET, "--dry-run")
+    dry = ratchet(root, "data", "erase", "--match", SECRET, "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert dry.stdout == f"2 rows (batch:line):\n  {batch_of(root)}:4\n  golden:1\n"
-    refused = ratchet(root, "data", "forget", "--match", SECRET, given="n\n")
+    refused = ratchet(root, "data", "erase", "--match", SECRET, given="n\n")
     assert (
         refused.returncode == 1 and f"{batch_of(root)}:4" in refused.stderr and subjects(root)[0] == "Retrain"
     )
     write_files(root, {".ratchet/gateway.key": "k" * 32})
-    nobody = ratchet(root, "data", "forget", "--user", "ana")
+    nobody = ratchet(root, "data", "erase", "--user", "ana")
     assert nobody.returncode == 2 and "no row of any batch" in nobody.stderr
     for wrong in ([], ["--match", "a", "--user", "b"], ["--id", "abc"], ["--match", "("]):
-        assert ratchet(root, "data", "forget", *wrong).returncode == 2
+        assert ratchet(root, "data", "erase", *wrong).returncode == 2
 
 
 @pytest.mark.e2e
 def test_following_the_commands_purges_the_bytes(root):
     """As they are printed, but for the retraining, the ingest of what is kept, and git's history."""
-    done = ratchet(root, "data", "forget", "--match", SECRET, "--yes", "--reason", "ticket 12")
+    done = ratchet(root, "data", "erase", "--match", SECRET, "--yes", "--reason", "ticket 12")
     assert done.returncode == 0, done.stderr
     assert "2 rows are newly on the list" in done.stdout
     make(root)
@@ -546,7 +547,7 @@ def shell(root: Path, line: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=scaled(100),
     )
     assert done.returncode == 0, f"{line}\n{done.stderr}"
 

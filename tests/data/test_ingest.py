@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from patience import scaled
 from places import make_repository, subjects, use_git_without_a_user, write_files
 
 from ratchet.config.data import IngestConfig, JsonlSource
@@ -225,7 +226,7 @@ def prefect() -> Iterator[None]:
     """A server of Prefect's with its own database; half a minute until it answers."""
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=int(scaled(120))):
         yield
 
 

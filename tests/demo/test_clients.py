@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ratchet.demo.clients import Question, replay, summarise
+from ratchet.demo.clients import Question, ask_gateway, summarise
 from ratchet.errors import ServiceError
 
 TOLD: list[dict[str, Any]] = []
@@ -60,7 +60,7 @@ def url() -> Iterator[str]:
 def test_answers_are_scored_told_and_counted_by_version_and_kind(url: str) -> None:
     asked = [Question("a", "right", "old"), Question("b", "wrong", "old"), Question("c", "right", "new")]
 
-    replies = replay(url, "small", asked, users=["u1", "u1", "u2"], parallel=2)
+    replies = ask_gateway(url, "small", asked, users=["u1", "u1", "u2"], parallel=2)
 
     assert [(reply.version, reply.right, reply.fault) for reply in replies] == [
         (1, True, ""),
@@ -76,11 +76,11 @@ def test_answers_are_scored_told_and_counted_by_version_and_kind(url: str) -> No
 
 
 def test_a_refused_request_is_a_reply_with_its_fault_and_no_feedback(url: str) -> None:
-    [reply] = replay(url, "small", [Question("a", "right", "old")], users=["u9"], parallel=1)
+    [reply] = ask_gateway(url, "small", [Question("a", "right", "old")], users=["u9"], parallel=1)
     assert reply.version == 0 and "429" in reply.fault and "the queue is full" in reply.fault
     assert TOLD == []
 
 
 def test_nobody_at_the_address_is_said() -> None:
     with pytest.raises(ServiceError, match="nothing answers at"):
-        replay("http://127.0.0.1:1", "small", [Question("a", "b", "c")], users=["u"], parallel=1)
+        ask_gateway("http://127.0.0.1:1", "small", [Question("a", "b", "c")], users=["u"], parallel=1)

@@ -17,10 +17,11 @@ from typing import Any
 
 import httpx
 import pytest
+from patience import scaled, within
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config, load_config
-from ratchet.demo.clients import Question, replay, summarise
+from ratchet.demo.clients import Question, ask_gateway, summarise
 from ratchet.demo.follow import follow_retraining
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.rollout import read_ended, read_rollout
@@ -157,7 +158,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def ask(place: Path, asked: list[Question], users: str) -> dict[tuple[int, str], float]:
     """(version, kind) → share that was right. No request may fail."""
     config = load_config(place / "params.yaml")
-    replies = replay(
+    replies = ask_gateway(
         f"http://127.0.0.1:{config.gateway.port}",
         "teams",
         asked,
@@ -231,12 +232,11 @@ def test_rollback_reaches_the_users_in_seconds_with_mlflow_and_prefect_down(home
     asked = questions(HOUSE, 40, seed=9)
     began = time.monotonic()
 
-    ratchet(home, "rollback", "--reason", "wrong answers")
-    wait_for_version(home, 1)
+    with within(30):  # 10 s on a quiet machine
+        ratchet(home, "rollback", "--reason", "wrong answers")
+        wait_for_version(home, 1)
 
-    took = time.monotonic() - began
-    print(f"rollback, until the gateway answered with v1: {took:.1f} s")
-    assert took < 30, "10 s on a quiet machine"
+    print(f"rollback, until the gateway answered with v1: {time.monotonic() - began:.1f} s")
     answered = ask(home, asked, "back")
     assert set(answered) == {(1, "houses")}
     assert httpx.get(f"http://127.0.0.1:{config.gateway.port}/readyz").status_code == 200
@@ -268,9 +268,9 @@ def wait_for_version(home: Path, version: int) -> None:
         "user": "probe",
     }
     seen = None
-    for _ in range(1800):
+    for _ in range(int(scaled(1800))):
         answered = httpx.post(
-            f"http://127.0.0.1:{config.gateway.port}/v1/chat/completions", json=body, timeout=60
+            f"http://127.0.0.1:{config.gateway.port}/v1/chat/completions", json=body, timeout=scaled(60)
         )
         seen = answered.headers.get("x-ratchet-version")
         if seen == str(version):
@@ -284,5 +284,5 @@ def wait_for_version(home: Path, version: int) -> None:
 
 def stop(home: Path, name: str) -> None:
     """One service, as `ratchet down` would."""
-    code = f"from pathlib import Path; from ratchet.services.supervisor import _stop; assert _stop(Path({str(home)!r}), {name!r})"
+    code = f"from pathlib import Path; from ratchet.services.supervisor import stop_service; assert stop_service(Path({str(home)!r}), {name!r})"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,13 +8,13 @@ import re
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import within
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
@@ -22,6 +22,9 @@ from ratchet.config.params import Config
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 COLOURS = ["red", "blue", "green", "white"]
+# Colours that v1 has never seen, so that v2's gain is certain on every processor: with the same ones, v1
+# answered about sheds as well as v2 where trainings compute in float32 (-0.001 [-0.005, +0.003] nats).
+SHED_COLOURS = ["grey", "brown", "black", "pink"]
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +93,11 @@ def ratchet(place: Path, *arguments: str, code: int = 0) -> str:
     return run(place, sys.executable, "-m", "ratchet.cli", *arguments, code=code)
 
 
-def write_rows(place: Path, name: str, things: str, count: int) -> None:
+def write_rows(place: Path, name: str, things: str, count: int, colours: list[str] = COLOURS) -> None:
     rows = [
         {
             "question": f"What colour has the {things} number {index}, they ask?",
-            "answer": COLOURS[index % len(COLOURS)],
+            "answer": colours[index % len(colours)],
         }
         for index in range(count)
     ]
@@ -128,7 +131,7 @@ def test_a_tracker_that_is_away_costs_no_training_and_the_next_run_registers(hom
 
 
 def test_a_second_batch_makes_v2_and_its_lineage_is_whole(home: Path) -> None:
-    write_rows(home, "second.jsonl", "garden shed", 400)
+    write_rows(home, "second.jsonl", "garden shed", 400, SHED_COLOURS)
     ratchet(home, "ingest", "--path", str(home.parent / "second.jsonl"))
 
     done = json.loads(ratchet(home, "retrain", "--json", "--reason", "sheds"))
@@ -225,11 +228,9 @@ def test_a_bad_batch_fails_with_its_reason_and_leaves_the_champion(home: Path) -
 
 def test_rollback_works_with_mlflow_down_and_the_alias_follows(home: Path) -> None:
     ratchet(home, "down")
-    started = time.monotonic()
+    with within(60):
+        done = json.loads(ratchet(home, "rollback", "--reason", "test", "--json"))
 
-    done = json.loads(ratchet(home, "rollback", "--reason", "test", "--json"))
-
-    assert time.monotonic() - started < 60
     assert (done["version"], done["replaced"], done["move"]) == (1, 2, "rollback")
     assert json.loads(ratchet(home, "status", "--json"))["champion"]["version"] == 1
     assert [row["to"] for row in json.loads(ratchet(home, "history", "--json"))] == [1, 2, 1]
@@ -244,7 +245,7 @@ def test_forgotten_rows_are_in_no_later_training_and_all_that_learned_from_them_
         ratchet(
             home,
             "data",
-            "forget",
+            "erase",
             "--match",
             r"house number 1\d,",
             "--yes",

@@ -135,7 +135,8 @@ def result_of(decision: dict, name: str) -> str:
 def test_a_candidate_that_is_clearly_better_is_promoted(bench):
     decision = bench.judge(scores(BETTER))
     assert decision["verdict"] == "promote"
-    assert [check["name"] for check in decision["checks"]] == [
+    names = [check["name"] for check in decision["checks"]]
+    assert {
         "success",
         "answer_nll",
         "base",
@@ -144,9 +145,9 @@ def test_a_candidate_that_is_clearly_better_is_promoted(bench):
         f"past:{OLDER}",
         f"past:{OLD}",
         "parity",
-    ]
+    } <= set(names)
     assert {check["result"] for check in decision["checks"]} == {"pass"}
-    assert len(decision["reasons"]) == 8
+    assert len(decision["reasons"]) == len(names) == len(set(names)), "a reason for each check"
     assert decision["rival"] == {"model": "champion", "version": 7}
     assert decision["candidate"] == {"run_key": "key", "adapter_sha256": "sha"}
 
@@ -180,7 +181,8 @@ def test_a_gain_that_the_rows_cannot_tell_from_nothing_is_uncertain(bench):
 def test_too_few_rows_are_uncertain_however_good_they_look(bench):
     decision = bench.judge(scores({"candidate": 0.95, "champion": 0.1, "base": 0.1}, rows={OLD: 60, NEW: 60}))
     assert decision["verdict"] == "uncertain"
-    assert decision["reasons"] == ["120 test rows are too few to decide on; `gate.min_rows` is 200"]
+    [reason] = decision["reasons"]
+    assert all(word in reason for word in ("120", "gate.min_rows", "200"))
 
 
 def test_golden_rows_do_not_count_as_test_rows(bench):
@@ -198,13 +200,9 @@ def test_without_a_champion_the_base_is_the_rival(bench):
     decision = bench.judge(scores({"candidate": 0.6, "base": 0.2}))
     assert decision["verdict"] == "promote"
     assert decision["rival"] == {"model": "base", "version": None}
-    assert [check["name"] for check in decision["checks"]] == [
-        "success",
-        "answer_nll",
-        "base",
-        "golden",
-        "parity",
-    ]
+    names = {check["name"] for check in decision["checks"]}
+    assert {"success", "answer_nll", "base", "golden", "parity"} <= names
+    assert not any(name.startswith("past") for name in names)
 
 
 def test_a_lower_likelihood_loss_is_a_gain_when_it_is_the_success_metric(bench):

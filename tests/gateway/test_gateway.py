@@ -9,19 +9,21 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
+from patience import scaled
 from served import Gateway, open_rollout, running_gateway, wait_for, wait_until_served
 
 from ratchet.gateway.auth import add_key
 from ratchet.gateway.identity import Ids
 
 ANSWER = " ".join(["pydoc@v1"] * 4)
+TIMEOUT = round(scaled(0.8), 1)  # the gateway's, in seconds
 
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     with running_gateway(
         tmp_path_factory.mktemp("gateway"),
-        gateway={"max_messages": 8, "max_tokens": 64, "max_body_bytes": 4096, "timeout": 0.8},
+        gateway={"max_messages": 8, "max_tokens": 64, "max_body_bytes": 4096, "timeout": TIMEOUT},
     ) as running:
         yield running
 
@@ -101,7 +103,12 @@ def test_models_are_the_name_and_what_is_served(client):
         ({"messages": question("fault:long")}, openai.BadRequestError, "maximum context length"),
         ({"messages": question("fault:busy")}, openai.RateLimitError, "takes no more requests"),
         ({"messages": question("fault:broken")}, openai.InternalServerError, "out of memory"),
-        ({"messages": question("wait:9")}, openai.InternalServerError, "over 0.8 s"),
+        pytest.param(
+            {"messages": question(f"wait:{10 * TIMEOUT}")},
+            openai.InternalServerError,
+            f"over {TIMEOUT:g} s",
+            id="late",
+        ),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -138,7 +145,7 @@ def test_busy_is_429_with_retry_after(gateway):
 
 
 def test_an_answer_that_takes_too_long_is_504(gateway):
-    assert gateway.ask("wait:9").status_code == 504
+    assert gateway.ask(f"wait:{10 * TIMEOUT}").status_code == 504
     wait_for(lambda: gateway.stub.running == 0)
 
 
@@ -255,13 +262,13 @@ def test_a_failed_answer_is_logged_with_its_status(gateway):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_ends_the_work_and_is_logged(gateway, stream):
     before = gateway.stub.hung_up
-    body = {"model": "pydoc", "messages": question("wait:0.7 words:70"), "stream": stream}
+    body = {"model": "pydoc", "messages": question(f"wait:{0.9 * TIMEOUT} words:70"), "stream": stream}
     with pytest.raises(httpx.ReadTimeout):
-        gateway.http.post("/v1/chat/completions", json=body, timeout=0.2) if not stream else read_first(
-            gateway, body
-        )
+        gateway.http.post(
+            "/v1/chat/completions", json=body, timeout=TIMEOUT / 4
+        ) if not stream else read_first(gateway, body)
 
-    wait_for(lambda: gateway.stub.running == 0, seconds=1)
+    wait_for(lambda: gateway.stub.running == 0)
     assert gateway.stub.hung_up == before + 1
     wait_for(lambda: gateway.logged()[-1].finish == "cancelled")
     assert gateway.logged()[-1].status == 499
@@ -432,7 +439,7 @@ def test_more_than_the_queue_takes_is_429_and_the_rest_is_answered(tmp_path):
         running_gateway(tmp_path, gateway={"max_batch": 2, "max_queue": 2}) as gateway,
         ThreadPoolExecutor(8) as pool,
     ):
-        answers = list(pool.map(lambda _: gateway.ask("wait:0.6"), range(8)))
+        answers = list(pool.map(lambda _: gateway.ask(f"wait:{scaled(0.6)}"), range(8)))
 
     assert sorted(answer.status_code for answer in answers) == [200] * 4 + [429] * 4
     assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 429)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import scaled
 from served import Gateway, running_gateway
 
 from ratchet.data.examples import Message, example_id
@@ -254,7 +255,7 @@ class Visit:
         self.page.wait_for_function(
             "words => document.getElementById('waiting').textContent.includes(words || 'wait') && !busy",
             arg=words,
-            timeout=5000,
+            timeout=scaled(5000),
         )
 
     def press(self, key: str, words: str) -> None:

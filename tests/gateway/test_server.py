@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from patience import scaled
 from served import put_in_charge, wait_for
 from servers import serving
 from stub_upstream import Stub
@@ -68,7 +69,7 @@ def ready(root: Path, **gateway: Any) -> Iterator[tuple[subprocess.Popen[str], h
     with (
         serving(stub) as upstream,
         process(root, config_of(upstream=f"{upstream}/v1", port=port, **gateway)) as started,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as http,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=scaled(20), trust_env=False) as http,
     ):
         wait_for(lambda: answers(http, "/readyz") or started.poll() is not None, seconds=30)
         assert started.poll() is None, started.communicate()[0]
@@ -94,13 +95,13 @@ def logged(root: Path) -> list[tuple[int, str]]:
 
 def test_sigterm_lets_running_streams_end_and_exits_with_0(tmp_path):
     with ready(tmp_path) as (started, http, stub), ThreadPoolExecutor(3) as pool:
-        running = [pool.submit(stream, http, "wait:1.5 words:30") for _ in range(3)]
+        running = [pool.submit(stream, http, f"wait:{scaled(1.5)} words:30") for _ in range(3)]
         wait_for(lambda: stub.running == 3)
         started.send_signal(signal.SIGTERM)
-        wait_for(lambda: not answers(http, "/healthz"), seconds=3)
+        wait_for(lambda: not answers(http, "/healthz"))
         assert started.poll() is None, "it went before its answers ended"
         texts = [one.result() for one in running]
-        output, _ = started.communicate(timeout=10)
+        output, _ = started.communicate(timeout=scaled(10))
 
     assert all(text.endswith("data: [DONE]\n\n") and text.count("pydoc@v1") > 30 for text in texts)
     assert started.returncode == 0
@@ -115,7 +116,7 @@ def test_what_outlasts_the_drain_is_told_so_and_logged(tmp_path):
         time.sleep(0.3)
         started.send_signal(signal.SIGTERM)
         text = running.result()
-        output, _ = started.communicate(timeout=10)
+        output, _ = started.communicate(timeout=scaled(10))
 
     assert '"code":"stopping"' in text and "[DONE]" not in text
     assert started.returncode == 0 and logged(tmp_path) == [(503, "error")]
@@ -127,7 +128,7 @@ def test_a_taken_port_is_named_with_who_has_it(tmp_path):
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         with process(tmp_path, config_of(port=holder.getsockname()[1])) as started:
-            output, _ = started.communicate(timeout=30)
+            output, _ = started.communicate(timeout=scaled(30))
 
     assert (
         started.returncode == 2

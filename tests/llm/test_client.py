@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import scaled
 from served import running_gateway
 from servers import serving
 from teacher_stub import (
@@ -59,7 +60,9 @@ def unlimited() -> Budget:
 def ask(
     address: str, *, times: int = 1, budget: Budget | None = None, prompt: Prompt = PROMPT, **settings: Any
 ) -> list[Said]:
-    config = TeacherConfig(**{"url": f"{address}/v1", "model": "big", "tries": 3, "timeout": 5.0, **settings})
+    config = TeacherConfig(
+        **{"url": f"{address}/v1", "model": "big", "tries": 3, "timeout": scaled(5.0), **settings}
+    )
 
     async def run() -> list[Said]:
         teacher = Teacher(config, budget or unlimited(), backoff=0.01)
@@ -216,10 +219,10 @@ def test_no_text_breaks_the_reader(text):
     ["[" * 100_000, '{"a":' * 50_000, "{" * 1000, '{"pairs": [' + '{"question": "a", "answer": "b"},' * 3],
 )
 def test_nested_and_broken_answers_are_malformed_within_a_second(text):
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(Malformed):
         read_reply(text, Questions)
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
 
 
 def test_a_bare_list_stands_for_its_object_and_surplus_keys_are_ignored():
@@ -252,7 +255,7 @@ def test_retry_after_is_obeyed_by_all_requests(stub, address):
     stub.script = {PASSAGE: [BUSY]}
     started = time.perf_counter()
     ask(address, parallel=1, times=2)
-    assert 1.0 <= time.perf_counter() - started < 4
+    assert 1.0 <= time.perf_counter() - started < scaled(4)
     assert stub.requests == 3
 
 
@@ -265,8 +268,8 @@ def test_retry_after_is_read_as_seconds_or_date_and_never_waited_for_longer_than
 
 
 def test_an_answer_that_takes_too_long_is_asked_for_again(stub, address):
-    stub.script = {PASSAGE: [Act(wait=1.5)]}
-    (said,) = ask(address, timeout=0.4)
+    stub.script = {PASSAGE: [Act(wait=scaled(1.5))]}
+    (said,) = ask(address, timeout=scaled(0.4))
     assert (said.failure, stub.requests) == ("", 2)
 
 
@@ -322,7 +325,7 @@ def test_other_refusals_are_of_one_request(stub, address):
 
 
 def test_no_more_requests_are_under_way_than_allowed(stub, address):
-    stub.delay = 0.02
+    stub.delay = scaled(0.02)
     ask(address, times=20, parallel=3)
     assert stub.most_running == 3
 
@@ -376,9 +379,9 @@ def test_tokens_have_a_limit_of_their_own(stub, address):
 
 
 def test_an_answer_that_got_lost_counts_as_paid(stub, address):
-    stub.script = {PASSAGE: [Act(wait=1.0)]}
+    stub.script = {PASSAGE: [Act(wait=scaled(1.0))]}
     budget = unlimited()
-    ask(address, timeout=0.3, max_tokens=100, budget=budget)
+    ask(address, timeout=scaled(0.3), max_tokens=100, budget=budget)
     assert budget.usage.output == 200
 
 

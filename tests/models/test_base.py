@@ -18,10 +18,11 @@ from ratchet.config.params import Config
 from ratchet.config.training import BaseConfig
 from ratchet.data.dedup import split_by_hash
 from ratchet.data.examples import read_examples
+from ratchet.demo.base_model import CHAT_TEMPLATE
 from ratchet.errors import BaseModelError, DataError
 from ratchet.files import read_json, sha256_file
 from ratchet.models.loading import load_base, load_tokenizer
-from tasks.base import CHAT_TEMPLATE, make_base, reading
+from tasks.base import make_base, reading
 
 ROOT = Path(__file__).parents[2]
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -29,7 +30,8 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def snapshot(hub_cache, tiny_base) -> Path:
-    """The files of `tiny/llama` at REVISION, laid out as huggingface_hub lays them out; a test may spoil them."""
+    """The files of `tiny/llama` at REVISION, laid out as huggingface_hub lays them out; a test may spoil
+    them."""
     repository = hub_cache / "models--tiny--llama"
     files = repository / "snapshots" / REVISION
     shutil.copytree(tiny_base, files, ignore=shutil.ignore_patterns("manifest.json", "seen.txt"))
@@ -52,7 +54,7 @@ def logits(model) -> torch.Tensor:
         return model(torch.arange(5, 30)[None]).logits
 
 
-# --- a hub's model ---------------------------------------------------------------------------------------------------
+# --- a hub's model ---
 
 
 def test_a_hub_model_in_the_cache_loads_without_network(tmp_path, snapshot, tiny_base):
@@ -123,7 +125,8 @@ def test_a_model_that_is_cached_in_part_is_refused_with_what_is_missing(tmp_path
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
         BaseModelError,
-        match=r"(?s)1 of its weight files are missing, the first model-00002-of-00002.safetensors.*hf download",
+        match=r"(?s)1 of its weight files are missing, the first model-00002-of-00002.safetensors.*"
+        "hf download",
     ):
         make_base(tmp_path / "base", hub_config())
 
@@ -153,7 +156,7 @@ def test_a_base_without_a_chat_template_needs_one_named(tmp_path, snapshot):
     assert load_tokenizer(tmp_path / "base").chat_template == CHAT_TEMPLATE
 
 
-# --- the demo's own --------------------------------------------------------------------------------------------------
+# --- the demo's own ---
 
 
 def test_the_demos_base_read_no_row_that_preparation_holds_out(tiny_base, prepared):

@@ -9,9 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from ratchet.data.examples import Example, Message, make_example
+from ratchet.demo.base_model import CHAT_TEMPLATE, CONTROL_TOKENS
 from ratchet.errors import BaseModelError
 from ratchet.models.chat_template import ChatFormat
-from tasks.base import CHAT_TEMPLATE, CONTROL_TOKENS
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

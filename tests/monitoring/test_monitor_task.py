@@ -13,7 +13,6 @@ import pytest
 
 from ratchet.config.monitoring import MonitorConfig
 from ratchet.config.params import Config
-from ratchet.monitoring.drift import Verdict
 from ratchet.monitoring.families import (
     MOST_ROWS,
     Answered,
@@ -24,6 +23,7 @@ from ratchet.monitoring.families import (
 )
 from ratchet.monitoring.novelty import Familiar
 from ratchet.monitoring.request_records import Feedback, Logged
+from ratchet.monitoring.verdicts import Verdict
 from tasks.monitor import measure, write_report
 
 CONFIG = Config(monitor=MonitorConfig(resamples=400, min_prompts=100))

@@ -6,7 +6,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from ratchet.monitoring.topics import Topic, belongs, find_topics, grown_terms
+from ratchet.monitoring.topics import belongs, find_topics, grown_terms
+from ratchet.monitoring.verdicts import Topic
 
 PLACES = ["file", "socket", "date", "thread", "parser", "queue", "signal", "buffer", "codec", "locale"]
 VERBS = ["open", "close", "read", "write", "lock", "flush", "copy", "check"]

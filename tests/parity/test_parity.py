@@ -192,18 +192,13 @@ def test_a_stop_token_that_does_not_stop_fails(place: Place) -> None:
     place.template("<|end|>", "{{ '<|system|>' if message.role == 'assistant' else '<|end|>' }}")
     part = place.parts()["training"]
     assert part["mismatches"] == len(place.train)
-    assert (
-        part["first"]["what"] == "the answer ended by 'length', wanted 'stop': the stop token did not end it"
-    )
+    assert all(word in part["first"]["what"] for word in ("'length'", "'stop'", "stop token"))
     assert part["first"]["wanted"]["text"] == "<|end|>"
 
 
 def test_training_rows_that_do_not_learn_the_stop_token_fail(place: Place) -> None:
     open_ended = [row._replace(labels=[*row.labels[:-1], -100]) for row in place.windows]
-    assert (
-        place.parts(windows=open_ended)["training"]["first"]["what"]
-        == "the training did not learn the stop token at its end"
-    )
+    assert "did not learn the stop token" in place.parts(windows=open_ended)["training"]["first"]["what"]
 
 
 def test_rows_that_were_tokenised_in_another_way_fail_where_it_begins(place: Place) -> None:
@@ -212,7 +207,7 @@ def test_rows_that_were_tokenised_in_another_way_fail_where_it_begins(place: Pla
         for row in place.windows
     ]
     first = place.parts(windows=other)["training"]["first"]
-    assert (first["position"], first["what"]) == (2, "it was tokenised for the training in another way")
+    assert first["position"] == 2 and "tokeni" in first["what"]
 
 
 def test_a_message_that_the_gateway_refuses_fails_with_its_words(place: Place) -> None:
@@ -343,7 +338,9 @@ def test_a_mismatch_blocks_and_its_token_is_told_before_the_names_of_files(tmp_p
     parts[2] |= {"mismatches": 2, "result": "fail", "reason": "a token differs", "first": {"row": "r"}}
     write_json(tmp_path / "parity.json", report(parts=parts))
     check = judge_parity(tmp_path / "parity.json", "sha")
-    assert (check["result"], check["reason"]) == ("fail", "guardrail parity: a token differs; a file differs")
+    assert check["result"] == "fail" and 0 < check["reason"].index("a token differs") < check["reason"].index(
+        "a file differs"
+    )
 
 
 def test_the_manifest_of_a_training_names_the_files_that_are_served(candidate: Path) -> None:

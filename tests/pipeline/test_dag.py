@@ -267,7 +267,7 @@ def test_commands_gateway_pages_flows_and_docs_are_no_code_of_a_stage(tree, path
     assert changed(tree, change) == set()
 
 
-@pytest.mark.parametrize("path", ["ratchet/distillation.py", "ratchet/training/checkpoints.py"])
+@pytest.mark.parametrize("path", ["ratchet/training/loss.py", "ratchet/training/checkpoints.py"])
 def test_what_only_the_training_runs_is_code_of_the_training_alone(tree, path):
     def change() -> None:
         text = (tree / path).read_text(encoding="utf-8")

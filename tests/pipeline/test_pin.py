@@ -1,4 +1,4 @@
-"""The pin: today's champion as an input, with the scores of the first one; what did not change is not pinned again."""
+"""The pin: today's champion as an input, with the first one's scores; an equal one is not pinned again."""
 
 from __future__ import annotations
 

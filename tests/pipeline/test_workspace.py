@@ -1,4 +1,4 @@
-"""A flow works in a clone: the checkout moves only when it is clean, nothing that was finished is lost, nothing half-merged lands."""
+"""A flow works in a clone: the checkout moves only when clean; nothing finished is lost or half-merged."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import scaled
 from places import commit, make_repository, subjects, use_git_without_a_user, write_files
 
 from ratchet.errors import CheckoutError, CommandError, StageError
@@ -62,7 +63,7 @@ def refused(root: Path) -> str:
     return str(caught.value)
 
 
-# --- what a checkout has to be -------------------------------------------------------------------------------------------
+# --- what a checkout has to be ---
 
 
 def test_a_clean_checkout_is_fit_and_its_branch_is_told(root):
@@ -121,7 +122,7 @@ def test_no_workspace_is_made_of_a_checkout_that_is_not_fit(root):
     assert not (root / ".ratchet" / "workspaces").exists()
 
 
-# --- a workspace's life ----------------------------------------------------------------------------------------------------
+# --- a workspace's life ---
 
 
 def test_a_workspace_is_a_clone_of_the_branch_and_goes_when_it_ends_well(root):
@@ -145,7 +146,7 @@ def fail_in(root: Path, purpose: str = "test", **settings) -> Path:
         write_files(workspace.path, {"trace.txt": "look at me"})
         raise ZeroDivisionError
     assert not workspace.path.exists()
-    return Path(told[0].removeprefix("left to look at: ")) if told else Path()
+    return Path(told[0].partition(": ")[2]) if told else Path()
 
 
 def test_the_last_workspaces_that_failed_are_kept_to_look_at(root):
@@ -182,7 +183,7 @@ def test_the_clone_of_a_killed_process_counts_as_failed_and_that_of_a_living_one
         assert not gone.exists()
 
 
-# --- landing -----------------------------------------------------------------------------------------------------------------
+# --- landing ---
 
 
 def test_landing_moves_the_files_of_a_clean_checkout(root):
@@ -370,7 +371,10 @@ def test_a_lock_is_one_processs_at_a_time_and_free_again_when_that_ends(root):
 
 
 def test_the_lock_of_a_killed_process_is_free(root):
-    program = "import pathlib, sys; from ratchet.pipeline.checkout import locked\nwith locked(pathlib.Path(sys.argv[1]), 'promote'): print('held', flush=True); input()"
+    program = (
+        "import pathlib, sys; from ratchet.pipeline.checkout import locked\nwith "
+        "locked(pathlib.Path(sys.argv[1]), 'promote'): print('held', flush=True); input()"
+    )
     command = [sys.executable, "-c", program, str(root)]
     code = Path(__file__).parents[2]
     with subprocess.Popen(
@@ -387,7 +391,7 @@ def test_the_lock_of_a_killed_process_is_free(root):
         pass
 
 
-# --- data and stages: these start DVC, two seconds each ----------------------------------------------------------------------
+# --- data and stages: these start DVC, two seconds each ---
 
 
 @pytest.fixture
@@ -400,7 +404,10 @@ def staged(root) -> Path:
 
 
 def test_data_reach_the_remote_the_checkout_and_the_next_workspace(root):
-    """The remote's path is relative to the checkout, not to the clone. The next workspace takes from the shared cache, so the remote may be away."""
+    """The remote's path is relative to the checkout, not to the clone.
+
+    The next workspace reads the shared cache, so the remote may be away.
+    """
     write_files(
         root, {".dvc/config": "[core]\n    remote = store\n['remote \"store\"']\n    url = ../../a store\n"}
     )
@@ -437,9 +444,8 @@ def test_without_a_remote_the_user_is_told_that_the_data_stay_here(root):
     told: list[str] = []
     with opened(root) as workspace:
         push_data(workspace, told.append)
-    assert told == [
-        "no DVC remote is configured: the data stay on this machine (dvc remote add --default NAME URL)"
-    ]
+    [line] = told
+    assert "no DVC remote" in line and "dvc remote add" in line
 
 
 def test_a_password_in_the_local_configuration_stays_readable_by_its_owner_alone(root):
@@ -456,7 +462,7 @@ def test_a_password_in_the_local_configuration_stays_readable_by_its_owner_alone
 
 
 def test_a_stage_runs_once_and_its_lines_are_passed_on(staged):
-    """It is told where the checkout is: a training keeps its checkpoints there, since the workspace may go."""
+    """It is told where the checkout is: a training keeps checkpoints there, since the workspace may go."""
     lines: list[str] = []
     with opened(staged) as workspace:
         assert run_stage(workspace, "fine", lines.append) is True
@@ -478,7 +484,7 @@ def test_a_failed_stage_tells_its_last_lines_and_whose_fault_it_is(staged, stage
 
 
 def wait_until_gone(process: int) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + scaled(10)
     while time.monotonic() < deadline:
         if not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
             return True

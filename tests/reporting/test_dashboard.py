@@ -18,7 +18,7 @@ from ratchet.promotion.rollout import FILE as ROLLOUT
 from ratchet.promotion.rollout import read_rollout, write_rollout
 from ratchet.reporting.charts import intervals, lines, make_slots, nice_top, p_height, stack
 from ratchet.reporting.dashboard import gather, render_page, write_page
-from ratchet.reporting.forgetting import SAVED
+from ratchet.reporting.forgetting import OLD_SAVED, SAVED
 
 
 @pytest.fixture(autouse=True)
@@ -320,11 +320,14 @@ def test_times_without_a_zone_are_utc() -> None:
     assert re.search(r'<time datetime="[\d-]+T[\d:]+Z">', render_page(Path("nowhere"), Config().model_copy()))
 
 
-def test_the_forgetting_ledger_is_shown_as_it_was_read_last_and_says_what_was_not_asked(busy: Path) -> None:
+def test_the_retention_table_is_shown_as_it_was_read_last_and_says_what_was_not_asked(busy: Path) -> None:
     words = Reader(render_page(busy, CONFIG)).words
     assert "0.350 0.300 to 0.400" in words
     assert words.count("not asked") == 1
+    (busy / SAVED).rename(busy / OLD_SAVED)
+    assert "0.350 0.300 to 0.400" in Reader(render_page(busy, CONFIG)).words
+    (busy / OLD_SAVED).unlink()
     (busy / SAVED).write_text("{", encoding="utf-8")
     assert "v3 is in charge" in Reader(render_page(busy, CONFIG)).words
     (busy / SAVED).unlink()
-    assert "Nothing was read yet: ratchet ledger" in Reader(render_page(busy, CONFIG)).words
+    assert "Nothing was read yet: ratchet retention" in Reader(render_page(busy, CONFIG)).words

@@ -146,7 +146,7 @@ def test_an_evaluation_begins_with_its_verdict_and_reasons(look: Any) -> None:
         "Every check",
         "Figures",
         "Slices",
-        "The forgetting ledger",
+        "Retention",
         "Rows that got better",
         "Rows that got worse",
         "Training",

@@ -42,7 +42,7 @@ def test_a_table_that_cannot_be_read_is_said_and_the_rest_is_shown(tmp_path, rep
     assert found["rows_fault"]
     page = render_evaluation(found)
     assert "Cannot be read." in page
-    assert "The forgetting ledger" in page
+    assert ">Retention<" in page
 
 
 def test_without_a_verdict_there_is_no_page(tmp_path):
@@ -58,7 +58,7 @@ def test_the_page_says_everything_in_order_and_escapes_it(reports):
         "Every check",
         "Figures",
         "Slices",
-        "The forgetting ledger",
+        "Retention",
         "Rows that got better",
         "Rows that got worse",
         "Training",
@@ -114,5 +114,5 @@ def test_the_terminal_says_the_same(reports, capsys, monkeypatch):
 
 def test_what_is_gathered_is_json(reports):
     found = json.loads(json.dumps(gather(reports, "v3", LEDGER)))
-    assert found["ledger"]["slices"][:2] == list(BATCHES)
+    assert found["retention"]["slices"][:2] == list(BATCHES)
     assert HOSTILE in found["better"][0]["question"]

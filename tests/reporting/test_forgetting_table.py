@@ -1,4 +1,4 @@
-"""The forgetting ledger on a real repository: three versions, two batches and golden rows, as retrainings land them."""
+"""The retention table on a real repository: three versions, two batches and golden rows, as retrainings land them."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_filling_by_the_command_gives_what_an_evaluation_of_that_day_gives(
 ):
     """The refused v2 on the second batch, which came after it. Without MLflow it has no number."""
     use_no_mlflow(monkeypatch)
-    done = CliRunner().invoke(app, ["-C", str(made.root), "ledger", "--fill", "--json"])
+    done = CliRunner().invoke(app, ["-C", str(made.root), "retention", "--fill", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert missing(found) == []
@@ -284,7 +284,7 @@ def test_the_heat_map_shows_every_cell(made):
 def test_the_command_prints_the_table_without_mlflow(made, monkeypatch):
     use_no_mlflow(monkeypatch)
     monkeypatch.setenv("COLUMNS", "200")
-    done = CliRunner().invoke(app, ["-C", str(made.root), "ledger"])
+    done = CliRunner().invoke(app, ["-C", str(made.root), "retention"])
     assert (done.exit_code, done.stdout.count("not asked")) == (0, 2), (
         done.output
     )  # the cell, and what it means
@@ -301,12 +301,12 @@ def test_explain_finds_a_version_by_its_number_and_writes_its_page(made, monkeyp
     assert "<title>v1: promote</title>" in page
     assert page.count("not asked") == 1
     unknown = CliRunner().invoke(app, ["-C", str(made.root), "gate", "explain", "v9"])
-    assert "no evaluation of v9 stands in this checkout; known: v1, v3" in str(unknown.exception)
+    assert all(word in str(unknown.exception) for word in ("v9", "v1, v3"))
 
 
 def test_a_metric_that_nobody_recorded_is_told(made, monkeypatch):
     use_no_mlflow(monkeypatch)
-    done = CliRunner().invoke(app, ["-C", str(made.root), "ledger", "--metric", "foo"])
+    done = CliRunner().invoke(app, ["-C", str(made.root), "retention", "--metric", "foo"])
     assert "has no foo" in str(done.exception) and "exact_match, answer_nll" in str(done.exception)
 
 

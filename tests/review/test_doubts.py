@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from flows.data_check import check_file, raw_row, read_rejected, replay
+from flows.data_check import check_file, raw_row, read_rejected, resubmit
 from flows.review_queue import queue_doubtful
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
@@ -99,8 +99,8 @@ def test_after_a_rule_changed_the_rejected_rows_are_looked_at_again(tmp_path):
         [*GOOD, msgspec.json.encode({"prompt": "what is <s> for?", "completion": "it begins"}), BROKEN],
     )
     before, after = (
-        replay(tmp_path, CONFIG),
-        replay(
+        resubmit(tmp_path, CONFIG),
+        resubmit(
             tmp_path,
             Config.model_validate({"prepare": {**CONFIG.prepare.model_dump(), "allowed_tokens": ["<s>"]}}),
         ),

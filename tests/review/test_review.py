@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import scaled
 from places import make_repository, use_git_without_a_user, write_files
 
 from ratchet.config.data import ReviewConfig
@@ -426,7 +427,7 @@ def test_the_batch_and_its_commit_name_who_reviewed(tmp_path, monkeypatch):
     queue = ReviewQueue(root)
     for row, name in zip(queue.pending(), ["Ben", "Cleo", "Ben", "Cleo", "Ben"], strict=True):
         say(queue, row, "accept", by=name)
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=int(scaled(120))):
         from flows.ingest import ingest
 
         done = ingest(root=str(root), draft="a")
@@ -636,7 +637,7 @@ def ratchet(tmp_path, monkeypatch):
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=scaled(60),
         )
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
@@ -679,7 +680,7 @@ def test_a_file_goes_out_and_comes_back_on_the_command_line(ratchet, tmp_path):
     fill(path, {rows[0].id: ("Accept", None), rows[1].id: ("edit", "One.")})
     assert (
         ratchet("import", str(path), "--by", "Ben")
-        == "1 accepted, 0 rejected, 1 edited; 0 known already, 1 without a word\n"
+        == "1 accepted, 0 rejected, 1 edited; 0 known already, 1 undecided\n"
     )
     told = ratchet("export", str(tmp_path / "tasks.json"), "--label-studio")
     assert told.startswith("<View>") and '<Choice value="edit"/>' in told

@@ -82,7 +82,10 @@ def test_the_clone_is_left_out_without_a_root() -> None:
 
 
 def test_the_doctor_is_light() -> None:
-    code = "import sys, ratchet.doctor as d; d.examine(None, None); print([m for m in ('prefect', 'mlflow', 'torch', 'dvc') if m in sys.modules])"
+    code = (
+        "import sys, ratchet.services.doctor as d; d.examine(None, None); print([m for m in ('prefect', 'mlflow', "
+        "'torch', 'dvc') if m in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "[]\n"
@@ -123,7 +126,8 @@ def test_a_clone_without_a_remote_is_a_warning(clone: Path) -> None:
 
 def test_a_remote_is_named_without_its_address(clone: Path) -> None:
     (clone / ".dvc" / "config").write_text(
-        "[core]\n    analytics = false\n    remote = storage\n['remote \"storage\"']\n    url = https://user:secret@dvc.example/x\n    verify = true\n"
+        "[core]\n    analytics = false\n    remote = storage\n['remote \"storage\"']\n    url = "
+        "https://user:secret@dvc.example/x\n    verify = true\n"
     )
     finding = check_dvc(clone)
     assert (finding.ok, finding.found) == (True, "remote `storage` (https)")

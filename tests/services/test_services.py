@@ -1,4 +1,4 @@
-"""Starting, finding and ending the services; the e2e tests do it with real servers and a stand-in for the flow `retrain`."""
+"""Starting, finding and ending services; e2e tests use real servers and a stand-in for the flow `retrain`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,25 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+from patience import scaled
 
 from ratchet.config.params import Config
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.pipeline.checkout import locked
-from ratchet.services import supervisor as services
-from ratchet.services.environment import service_environment
+from ratchet.services.environment import NO_TELEMETRY, service_environment
+from ratchet.services.processes import find_port_fault
+from ratchet.services.specs import plan_services
 from ratchet.services.supervisor import Record, running_services, start_services, stop_services
 
 
 def make_config(mlflow_port: int, prefect_port: int, gateway_port: int) -> Config:
     return Config.model_validate(
         {
-            "services": {"mlflow_port": mlflow_port, "prefect_port": prefect_port},
+            "services": {
+                "mlflow_port": mlflow_port,
+                "prefect_port": prefect_port,
+                "start_timeout": int(scaled(120)),
+            },
             "gateway": {"port": gateway_port},
         }
     )
@@ -96,7 +102,7 @@ def test_a_port_in_use_is_reported_with_its_holder_and_its_key(tmp_path: Path) -
 def test_a_port_that_is_bound_without_listening_is_in_use(tmp_path: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
-        assert services.find_port_fault(holder.getsockname()[1])
+        assert find_port_fault(holder.getsockname()[1])
 
 
 def test_one_port_for_both_servers_is_refused(tmp_path: Path) -> None:
@@ -194,7 +200,7 @@ def test_the_environment_keeps_other_servers_and_turns_telemetry_off(
     assert environment["MLFLOW_TRACKING_URI"] == "https://mlflow.example"
     assert environment["PREFECT_API_URL"] == "https://prefect.example/api"
     assert environment["PREFECT_HOME"] == str(tmp_path / ".ratchet" / "prefect")
-    assert environment.items() >= services.NO_TELEMETRY.items()
+    assert environment.items() >= NO_TELEMETRY.items()
 
 
 def test_a_shell_set_up_for_another_server_does_not_reach_ours(
@@ -202,13 +208,16 @@ def test_a_shell_set_up_for_another_server_does_not_reach_ours(
 ) -> None:
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql://elsewhere")
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql://elsewhere")
-    plans = services.plan_services(tmp_path, config)
+    plans = plan_services(tmp_path, config)
     assert "MLFLOW_BACKEND_STORE_URI" not in plans["mlflow"].environment
     assert "PREFECT_SERVER_DATABASE_CONNECTION_URL" not in plans["prefect"].environment
 
 
 def test_importing_the_services_is_light() -> None:
-    heavy = "import sys, ratchet.services; print([m for m in ('prefect', 'mlflow', 'torch', 'dvc') if m in sys.modules])"
+    heavy = (
+        "import sys, ratchet.services; print([m for m in ('prefect', 'mlflow', 'torch', 'dvc') if m in "
+        "sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout
         == "[]\n"
@@ -220,7 +229,9 @@ import subprocess
 from prefect import flow
 
 @flow(name="retrain", flow_run_name="{reason}")
-def retrain(root: str | None = None, reason: str = "by hand", force: bool = False, topics: list | None = None) -> dict:
+def retrain(
+    root: str | None = None, reason: str = "by hand", force: bool = False, topics: list | None = None
+) -> dict:
     subprocess.run(["sleep", "300"], check=True)
     return {}
 """
@@ -228,7 +239,12 @@ INGEST = """
 from prefect import flow
 
 @flow(name="ingest")
-def ingest(root: str | None = None, source: str | None = None, path: str | None = None, packages: list[str] | None = None) -> dict:
+def ingest(
+    root: str | None = None,
+    source: str | None = None,
+    path: str | None = None,
+    packages: list[str] | None = None,
+) -> dict:
     return {}
 """
 LOOK = """
@@ -293,7 +309,7 @@ def test_the_servers_keep_their_files_in_the_root_and_refuse_strangers(started: 
 def test_the_schedule_makes_runs(started: tuple[Path, Config]) -> None:
     """SQLAlchemy 2.1 breaks Prefect 3.8.8's scheduler: the deployment looks well, and never runs."""
     root, _ = started
-    for _ in range(60):
+    for _ in range(int(scaled(60))):
         planned = query(
             root, "select count(*) from flow_run where auto_scheduled = 1 and state_type = 'SCHEDULED'"
         )
@@ -310,7 +326,8 @@ def test_the_schedule_makes_runs(started: tuple[Path, Config]) -> None:
 def test_the_event_of_drift_starts_a_retraining_with_its_topics(started: tuple[Path, Config]) -> None:
     root, config = started
     code = (
-        "from pathlib import Path\nfrom flows.events import DRIFTED, tell\nfrom ratchet.config.params import load_config\n"
+        "from pathlib import Path\nfrom flows.events import DRIFTED, tell\n"
+        "from ratchet.config.params import load_config\n"
         "tell(DRIFTED, load_config(Path('params.yaml')), {'reason': 'drift', 'topics': [{'name': 'arrays'}]})"
     )
     environment = {**os.environ, **service_environment(root, config)}
@@ -321,7 +338,7 @@ def test_the_event_of_drift_starts_a_retraining_with_its_topics(started: tuple[P
         found := query(
             root, "select max(state_type) from flow_run where auto_scheduled = 0 and name = 'drift'"
         )
-    ) != "RUNNING" and time.monotonic() - started_at < 60:
+    ) != "RUNNING" and time.monotonic() - started_at < scaled(60):
         time.sleep(0.1)
     print(f"event told after {told - started_at:.1f} s, run {found} {time.monotonic() - told:.1f} s later")
     assert found == "RUNNING"
@@ -342,7 +359,7 @@ def test_stopping_cancels_the_run_under_way_and_frees_the_ports(started: tuple[P
     assert query(root, "select state_type from flow_run where id = ?", run) == "CANCELLED"
     assert running_services(root, config) == []
     assert [
-        services.find_port_fault(port)
+        find_port_fault(port)
         for port in (config.services.mlflow_port, config.services.prefect_port, config.gateway.port)
     ] == [None] * 3
 
@@ -356,7 +373,7 @@ def test_one_that_cannot_start_takes_the_others_down_and_says_why(tmp_path: Path
     with pytest.raises(ServiceError, match=r"(?s)mlflow ended before it answered.*file is not a database"):
         start_services(tmp_path, config, report=print)
     assert running_services(tmp_path, config) == []
-    assert services.find_port_fault(config.services.prefect_port) is None
+    assert find_port_fault(config.services.prefect_port) is None
 
 
 def create_run(port: int) -> str:
@@ -371,7 +388,7 @@ def create_run(port: int) -> str:
 
 
 def wait_for_state(root: Path, run: str, state: str) -> None:
-    for _ in range(60):
+    for _ in range(int(scaled(60))):
         seen = query(root, "select state_type from flow_run where id = ?", run)
         if seen == state:
             return
@@ -383,7 +400,7 @@ def wait_for_state(root: Path, run: str, state: str) -> None:
 
 
 def query(root: Path, statement: str, *values: str) -> object:
-    connection = sqlite3.connect(root / ".ratchet" / "prefect" / "prefect.db", timeout=20)
+    connection = sqlite3.connect(root / ".ratchet" / "prefect" / "prefect.db", timeout=scaled(20))
     try:
         return connection.execute(statement, values).fetchone()[0]
     finally:
@@ -393,7 +410,7 @@ def query(root: Path, statement: str, *values: str) -> object:
 def ask(
     port: int, method: str, path: str, *, body: object = None, headers: dict[str, str] | None = None
 ) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=scaled(20))
     try:
         content = None if body is None else json.dumps(body)
         connection.request(method, path, content, {"Content-Type": "application/json", **(headers or {})})

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import scaled
 from safetensors.torch import load_file, save_file
 
 from ratchet.config.params import Config
@@ -363,7 +364,7 @@ def test_who_is_under_way_when_the_engine_closes_is_told(
         ]
         await asyncio.sleep(0.05)
         await engine.close()
-        found = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 10)
+        found = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), scaled(10))
         assert {type(one) for one in found} <= {tuple, ServiceError} and any(
             isinstance(one, ServiceError) for one in found
         )

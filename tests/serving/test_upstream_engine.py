@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import scaled
 from servers import serving
 from stub_upstream import Stub
 
@@ -176,7 +177,7 @@ def test_a_stream_that_nobody_reads_any_more_ends_at_the_upstream():
         parts = engine.answer(ask("words:100 wait:50", whole=False))
         await anext(parts)
         await parts.aclose()
-        until = time.monotonic() + 5
+        until = time.monotonic() + scaled(5)
         while stub.running and time.monotonic() < until:
             await asyncio.sleep(0.02)
 

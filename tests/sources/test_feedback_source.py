@@ -33,7 +33,7 @@ def configured(**settings: Any) -> Config:
     return Config.model_validate(
         {
             "ingest": {"feedback": settings},
-            "request_log": {"retention_days": 1e5},
+            "request_log": {"keep_days": 1e5},
             "train": {"max_feedback_share": share},
         }
     )
@@ -222,10 +222,10 @@ def test_texts_that_take_for_ever_to_normalise_are_left_out_at_once(
 ) -> None:
     run = "a" + "\u0301\u0323" * 200_000
     requests = [asked("a", messages=(("user", run),)), asked("b", answer=run), asked("c")]
-    started = time.monotonic()
+    started = time.thread_time()
 
     assert rows_of(tmp_path, requests, [said("a", 1.0), said("b", 1.0), said("c", answer=run)]) == []
-    assert "3 with runs of combining marks" in capsys.readouterr().err and time.monotonic() - started < 5
+    assert "3 with runs of combining marks" in capsys.readouterr().err and time.thread_time() - started < 5
 
 
 def test_old_votes_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -510,7 +510,7 @@ def fill(root: Path, requests: list[Logged], feedback: list[Feedback]) -> None:
         log.put(request)
     log.add_feedback(feedback[0])
     assert log.flush()
-    with log._transaction() as connection:
+    with log.transaction() as connection:
         connection.execute(log._tables["requests"].insert(), [log._row(request) for request in requests[5:]])
         connection.execute(
             log._tables["feedback"].insert(), [msgspec.structs.asdict(one) for one in feedback[1:]]

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from patience import scaled
 from servers import serving
 from teacher_stub import BROKEN, CUT, FILTERED, MALFORMED, REFUSES, Act, TeacherStub, good_answer, pair_of
 
@@ -387,7 +388,7 @@ def test_a_killed_run_goes_on_asks_nothing_twice_and_gives_the_same_rows(stub, a
     with subprocess.Popen(
         program, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True
     ) as process:
-        until = time.monotonic() + 60
+        until = time.monotonic() + scaled(60)
         while stub.requests < 9 and time.monotonic() < until:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
@@ -537,15 +538,8 @@ def test_a_low_score_of_the_judge_is_a_doubt(stub, address, tmp_path):
     }
     found = run(judged(address), tmp_path, wanted)
     kept = rows(tmp_path, found)
-    assert [row["doubts"] for row in kept] == [
-        [],
-        ["the judge scores it 0.20, under 0.7: vague"],
-        ["the judge's score is 7, wanted 0 to 1"],
-    ] or [tuple(row["doubts"]) for row in kept] == [
-        (),
-        ("the judge scores it 0.20, under 0.7: vague",),
-        ("the judge's score is 7, wanted 0 to 1",),
-    ]
+    good, (vague,), (wild,) = [row["doubts"] for row in kept]
+    assert not good and all(word in vague for word in ("0.20", "0.7", "vague")) and "7, wanted 0 to 1" in wild
     assert [row["example"]["meta"].get("judge_score") for row in kept] == [0.9, 0.2, None]
     assert sentence(0) in stub.prompts()[[body["model"] for body in stub.seen].index("judge")]
     assert (found.asked, found.doubted, found.judge) == (6, 2, "judge")
@@ -558,10 +552,8 @@ def test_a_judge_without_an_answer_is_a_doubt_and_no_end(stub, address, tmp_path
     wanted = write_documents(tmp_path, 2, each=1)
     stub.script = {'"score"': [BROKEN] * 2}
     found = run(judged(address, tries=2, parallel=1), tmp_path, wanted)
-    assert [list(row["doubts"]) for row in rows(tmp_path, found)] == [
-        ["the judge gave no answer: endpoint_error"],
-        [],
-    ]
+    (doubt,), sure = [row["doubts"] for row in rows(tmp_path, found)]
+    assert "endpoint_error" in doubt and not sure
 
 
 def test_what_the_model_in_charge_answers_otherwise_is_a_doubt(stub, address, tmp_path):
@@ -575,10 +567,8 @@ def test_what_the_model_in_charge_answers_otherwise_is_a_doubt(stub, address, tm
         for number, text in ((0, sentence(0)), (1, "No idea."))
     }
     found = run(config, tmp_path, wanted)
-    assert [list(row["doubts"]) for row in rows(tmp_path, found)] == [
-        [],
-        ["the model in charge answers otherwise: 'No idea.'"],
-    ]
+    sure, (doubt,) = [row["doubts"] for row in rows(tmp_path, found)]
+    assert "'No idea.'" in doubt and not sure
     assert [body["model"] for body in stub.seen].count("small") == 2
 
 
@@ -681,7 +671,7 @@ def test_prompts_of_a_drifted_topic_are_worded_anew_with_doubts(config, stub, tm
     ]
     (tmp_path / ".ratchet/monitor").mkdir(parents=True)
     (tmp_path / ".ratchet/monitor/verdicts.jsonl").write_text(
-        json.dumps({"verdict": "drift", "topics": topics}) + "\n"
+        json.dumps({"at": "2026-01-02T03:04:05Z", "verdict": "drift", "topics": topics}) + "\n"
     )
     stub.answer = lambda prompt: {
         "pairs": [{"question": "Does the plan pay for a stolen bike?", "answer": "Yes, it does."}]

@@ -206,13 +206,13 @@ def test_the_evaluations_page_and_the_ledger_stand_beside_the_run(folder):
     run_id = record(found, CONFIG, commit=COMMIT, reason="by hand")
     for _ in range(2):
         record_page(found, LEDGER, run_id=run_id, name="v3")
-    assert {"reports/evaluation.html", "reports/ledger.json", "figures/ledger.png"} <= set(
+    assert {"reports/evaluation.html", "reports/retention.json", "figures/retention.png"} <= set(
         everything(run_id)["artifacts"]
     )
     page = Path(
         mlflow_client().download_artifacts(run_id, "reports/evaluation.html", str(folder.parent))
     ).read_text(encoding="utf-8")
-    assert page.index("Reject") < page.index("The forgetting ledger") < page.index("Rows that got better")
+    assert page.index("Reject") < page.index(">Retention<") < page.index("Rows that got better")
 
 
 def test_the_run_that_the_training_opened_is_the_one_that_is_completed(folder):

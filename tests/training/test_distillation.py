@@ -1,4 +1,4 @@
-"""Distillation: a student that learns its teacher's distribution, and nothing from a teacher of other tokens."""
+"""Distillation: a student learns its teacher's distribution, and nothing from a teacher of other tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ratchet.errors import BaseModelError
 from ratchet.files import write_json
 from ratchet.models.adapters import add_adapter
 from ratchet.models.loading import MANIFEST, load_base, load_tokenizer
-from ratchet.training.loss import load_teacher
+from ratchet.training.loss import AnswerLoss, load_teacher
 from ratchet.training.packing import IGNORED, Window, read_windows, rows_of
 from ratchet.training.schedule import Schedule
 from ratchet.training.trainer import fit
@@ -48,7 +48,7 @@ def student(base: Path) -> Any:
 def teacher(tiny_base: Path, windows: list[Window]) -> Any:
     """It has learned the windows."""
     model = student(tiny_base)
-    fit(model, windows, [], SCHEDULE, pad_id=0, report=lambda step, values: None)
+    fit(model, windows, [], SCHEDULE, loss=AnswerLoss(), pad_id=0, report=lambda step, values: None)
     return model
 
 
@@ -75,10 +75,10 @@ def test_a_student_of_a_teacher_alone_comes_to_its_distribution(tiny_base, windo
         model,
         windows,
         [],
-        SCHEDULE._replace(teacher_weight=1.0),
+        SCHEDULE,
+        loss=AnswerLoss(teacher, teacher_weight=1.0),
         pad_id=0,
         report=lambda step, values: None,
-        teacher=teacher,
     )
     assert divergence(teacher, model, windows) < before / 4
     assert all(torch.equal(weight, kept[name]) for name, weight in teacher.named_parameters())
@@ -86,18 +86,20 @@ def test_a_student_of_a_teacher_alone_comes_to_its_distribution(tiny_base, windo
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_first_loss_is_the_divergence_by_hand(tiny_base, windows, teacher, temperature):
-    """The fresh student is the base. At a temperature of 2 it is larger or smaller, and never the same by chance."""
+    """The fresh student is the base.
+
+    At a temperature of 2 it is larger or smaller, and never the same by chance.
+    """
     curve: list[float] = []
     count = sum(len(window.input_ids) for window in windows)
-    settings = {"steps": 1, "batch_windows": count, "teacher_weight": 1.0, "temperature": temperature}
     fit(
         student(tiny_base),
         windows,
         [],
-        SCHEDULE._replace(**settings),
+        SCHEDULE._replace(steps=1, batch_windows=count),
+        loss=AnswerLoss(teacher, teacher_weight=1.0, temperature=temperature),
         pad_id=0,
         report=lambda _, values: curve.append(values.get("train_loss", 0.0)),
-        teacher=teacher,
     )
     by_hand = divergence(teacher, student(tiny_base), windows)
     assert (curve[0] == pytest.approx(by_hand, rel=1e-4)) == (temperature == 1.0)
@@ -109,10 +111,10 @@ def test_a_model_that_is_its_own_teacher_learns_nothing_from_it(tiny_base, windo
         student(tiny_base),
         windows,
         [],
-        SCHEDULE._replace(steps=1, teacher_weight=1.0),
+        SCHEDULE._replace(steps=1),
+        loss=AnswerLoss(load_base(tiny_base), teacher_weight=1.0),
         pad_id=0,
         report=lambda _, values: curve.append(values),
-        teacher=load_base(tiny_base),
     )
     assert curve[0]["train_loss"] == pytest.approx(0.0, abs=1e-6)
 
@@ -132,7 +134,8 @@ def test_a_teacher_of_other_tokens_is_refused(tiny_base, tmp_path):
     size = len(load_tokenizer(tiny_base))
     with pytest.raises(
         BaseModelError,
-        match=f"the champion has other tokens than the base: {size + 1} against {size}, the first that differs is 'another'",
+        match=f"the champion has other tokens than the base: {size + 1} against {size},"
+        " the first that differs is 'another'",
     ):
         load_teacher("champion", tiny_base, incumbent)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import scaled
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -113,8 +114,7 @@ PARTS = """
 import torch
 from ratchet.config.training import AdapterConfig
 from ratchet.models.adapters import load_trainable
-from ratchet.training.distributed import rank
-from ratchet.training.distributed import as_parts, cut, cut_optimizer, local, shard, whole
+from ratchet.training.distributed import as_parts, cut, cut_optimizer, local, rank, shard, whole
 from ratchet.training.state import trainable
 from pathlib import Path
 import sys
@@ -126,18 +126,23 @@ every = sum(weight.numel() for weight in model.parameters())
 shard(model)
 held = sum(local(weight).numel() for weight in model.parameters())
 ids = torch.arange(24).reshape(2, 12)
-optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.0, weight_decay=0.0)
+trained = [weight for weight in model.parameters() if weight.requires_grad]
+optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
 model(input_ids=ids, labels=ids).loss.backward()
 optimizer.step()
 weights = trainable(model)
 mine = {name: local(weight).clone() for name, weight in weights.items()}
 gathered, again, state = whole(weights), whole(as_parts(mine, weights)), whole(optimizer.state_dict())
-same = rank() > 0 or all(torch.equal(gathered[name], before[name]) and torch.equal(again[name], before[name]) for name in before)
+same = rank() > 0 or all(
+    torch.equal(gathered[name], before[name]) and torch.equal(again[name], before[name]) for name in before
+)
 cutting = all(torch.equal(part, mine[name]) for name, part in cut(before, weights).items())
 both = [gathered if rank() == 0 else None, state if rank() == 0 else None]
 torch.distributed.broadcast_object_list(both)
-moments, loaded = optimizer.state_dict()["state"][1]["exp_avg"], cut_optimizer(both[1], optimizer)["state"][1]["exp_avg"]  # of a B: an A has no gradient yet
-print(f"rank {rank()}: {held / every:.2f} {same} {cutting} {torch.equal(local(loaded), local(moments))} {bool(local(moments).abs().sum() > 0)}", flush=True)
+moments = local(optimizer.state_dict()["state"][1]["exp_avg"])  # of a B: an A has no gradient yet
+loaded = local(cut_optimizer(both[1], optimizer)["state"][1]["exp_avg"])
+moved = bool(moments.abs().sum() > 0)
+print(f"rank {rank()}: {held / every:.2f} {same} {cutting} {torch.equal(loaded, moments)} {moved}", flush=True)
 torch.distributed.destroy_process_group()
 """
 
@@ -166,7 +171,7 @@ def test_each_process_holds_a_part_and_the_whole_comes_back(tmp_path, tiny_base)
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=scaled(100),
     )
     assert done.returncode == 0, done.stderr
     assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank")) == [
@@ -247,7 +252,10 @@ def test_what_cannot_be_cut_is_refused_with_params_yaml():
 
 
 def test_of_torchruns_report_only_what_the_process_said_is_told():
-    report = "E1126 05:05:26.555000 28172 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 2) local_rank: 0 (pid: 28179)"
+    report = (
+        "E1126 05:05:26.555000 28172 torch/distributed/elastic/multiprocessing/api.py:1002] failed"
+        " (exitcode: 2) local_rank: 0 (pid: 28179)"
+    )
     said = [
         "train: …",
         "ConfigError: no",

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import patience
 from places import make_repository
 
-from ratchet.cli.training import _describe
+from ratchet.cli.training import describe
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, TrainConfig
 from ratchet.errors import StageError, UserError
+from ratchet.training.collation import count_batches
 from ratchet.training.estimate import (
     Plan,
     choose_windows,
@@ -27,7 +29,6 @@ from ratchet.training.estimate import (
 )
 from ratchet.training.launch import Material, read_figures, run_training
 from ratchet.training.packing import read_windows, rows_of
-from ratchet.training.trainer import count_batches
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,20 +58,25 @@ def test_the_training_takes_what_the_plan_said_within_a_quarter(
     method: str, material: Material, tiny_config: Config, tmp_path: Path
 ) -> None:
     config = long_config(tiny_config, method)
-    before = plan_training(material, config, quiet)
-    ended = run_training(tmp_path, material, config)
-    after = plan_training(material, config, quiet)
-    figures = read_figures(tmp_path)
-    print(
-        f"planned {before.seconds:.1f} s, {before.peak_mib:.0f} MiB; took {figures['seconds']:.1f} s, {figures['peak_mib']:.0f} MiB; planned after it {after.seconds:.1f} s"
-    )
-    assert (ended.code, before.steps) == (0, figures["steps"])
-    assert figures["seconds"] > 4, "or it would say little"
-    # On a machine that others share the pace may change while it trains: then the plan before and the one after it differ, and hold it between them.
-    low, high = sorted((before.seconds, after.seconds))
-    assert 0.75 * low <= figures["seconds"] <= 1.25 * high
-    assert before.peak_mib == pytest.approx(figures["peak_mib"], rel=0.25)
-    assert before.fits
+    for number in range(1 if patience() == 1 else 3):  # the pace of a busy machine may change while it trains
+        before = plan_training(material, config, quiet)
+        ended = run_training(tmp_path / str(number), material, config)
+        after = plan_training(material, config, quiet)
+        figures = read_figures(tmp_path / str(number))
+        print(
+            f"planned {before.seconds:.1f} s, {before.peak_mib:.0f} MiB; took {figures['seconds']:.1f} s,"
+            f" {figures['peak_mib']:.0f} MiB"
+        )
+        print(f"planned after it {after.seconds:.1f} s")
+        assert (ended.code, before.steps) == (0, figures["steps"])
+        assert figures["seconds"] > 4, "or it would say little"
+        assert before.peak_mib == pytest.approx(figures["peak_mib"], rel=0.25)
+        assert before.fits
+        # When the pace changed meanwhile, the plan before and the one after it differ, and hold it between them.
+        low, high = sorted((before.seconds, after.seconds))
+        if within_a_quarter := 0.75 * low <= figures["seconds"] <= 1.25 * high:
+            break
+    assert within_a_quarter
 
 
 @pytest.mark.parametrize(
@@ -147,11 +153,11 @@ def test_it_fits_when_all_its_peaks_do() -> None:
 
 def test_a_long_training_is_told_of_compiling() -> None:
     plan = Plan(100, 4, 1.0, 1.0, 601.0, 620.0, 1000, 1.0, 2.0, None, None, 8)
-    assert any("train.compile" in line for line in _describe(plan, Config()))
-    assert not any("train.compile" in line for line in _describe(plan._replace(seconds=599.0), Config()))
+    assert any("train.compile" in line for line in describe(plan, Config()))
+    assert not any("train.compile" in line for line in describe(plan._replace(seconds=599.0), Config()))
     assert not any(
         "train.compile" in line
-        for line in _describe(plan, Config.model_validate({"train": {"compile": True}}))
+        for line in describe(plan, Config.model_validate({"train": {"compile": True}}))
     )
 
 

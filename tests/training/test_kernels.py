@@ -20,7 +20,8 @@ from tests.training.test_distributed import start
 def test_a_compiled_training_learns_the_same_and_is_gone_on_from_in_the_same_bytes(
     tmp_path, tokens, tiny_base, nobody, tiny_config, monkeypatch
 ):
-    """Killed and gone on with in another process, which meets other shapes first; the one that was let go compiles for itself."""
+    """Killed and gone on with in another process, which meets other shapes first; the one that was let go
+    compiles for itself."""
     train = tiny_config.train.model_copy(
         update={"checkpoint_minutes": 0.0, "epochs": 2.0, "learning_rate": 1e-3, "batch_windows": 2}
     )

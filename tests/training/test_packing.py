@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ratchet.models.chat_template import Encoded
-from ratchet.training.collation import _Collator
+from ratchet.training.collation import WindowCollator
 from ratchet.training.packing import IGNORED, Window, by_length, pack, read_windows, write_windows
 
 LIMIT = 12
@@ -98,7 +98,7 @@ def test_equal_windows_are_equal_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-# --- in a real model -------------------------------------------------------------------------------------------------
+# --- in a real model ---
 
 GENERATOR = torch.Generator().manual_seed(3)
 TEXTS = [torch.randint(3, 97, (length,), generator=GENERATOR).tolist() for length in (5, 11, 8, 3, 9, 1, 7)]
@@ -123,7 +123,7 @@ def llama(request) -> LlamaForCausalLM:
 
 def summed_loss(model: LlamaForCausalLM, windows: list[Window]) -> torch.Tensor:
     """In nats; what the Trainer sends through the model, as it sends it."""
-    batch = _Collator(pad_id=0)(windows)
+    batch = WindowCollator(pad_id=0)(windows)
     return model(**batch, use_cache=False, num_items_in_batch=1).loss
 
 
@@ -151,7 +151,7 @@ def test_a_row_has_the_same_loss_and_gradient_packed_with_others_or_alone(llama)
 
 def test_each_token_is_predicted_from_its_own_row_alone(llama):
     for window in pack(REAL_ROWS, 2 * LIMIT):
-        batch = _Collator(pad_id=0)([window])
+        batch = WindowCollator(pad_id=0)([window])
         logits = llama(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
         ).logits[0]  # (seq, vocab)
@@ -163,7 +163,7 @@ def test_each_token_is_predicted_from_its_own_row_alone(llama):
 
 def test_padding_does_not_change_the_loss(llama):
     short, long = pack(REAL_ROWS[:1], LIMIT), pack(REAL_ROWS[1:2], LIMIT)
-    assert len(_Collator(pad_id=0)([*short, *long])["input_ids"][0]) == len(long[0].input_ids)
+    assert len(WindowCollator(pad_id=0)([*short, *long])["input_ids"][0]) == len(long[0].input_ids)
     assert summed_loss(llama, [*short, *long]).item() == pytest.approx(
         summed_loss(llama, short).item() + summed_loss(llama, long).item(), rel=1e-5
     )
@@ -173,7 +173,7 @@ def test_padding_does_not_change_the_loss(llama):
 def test_the_padding_token_does_not_matter(llama, pad_id):
     windows = pack(REAL_ROWS, LIMIT)
     losses = [
-        llama(**_Collator(pad)(windows), use_cache=False, num_items_in_batch=1).loss.item()
+        llama(**WindowCollator(pad)(windows), use_cache=False, num_items_in_batch=1).loss.item()
         for pad in (2, pad_id)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import scaled
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
@@ -25,6 +26,7 @@ from ratchet.files import read_json, sha256_file
 from ratchet.models.adapters import load_trainable
 from ratchet.tracking.curve import read_history
 from ratchet.training.checkpoints import FOLDER, MANIFEST, STATE, TENSORS, Checkpoints, join, split
+from ratchet.training.loss import AnswerLoss
 from ratchet.training.packing import Window, read_windows
 from ratchet.training.schedule import Schedule
 from ratchet.training.state import trainable
@@ -34,11 +36,12 @@ from tasks.train import train
 ROOT = Path(__file__).parents[2]
 
 
-# --- by the command, in processes of their own -----------------------------------------------------------------------
+# --- by the command, in processes of their own ---
 
 
 class Acts:
-    """`python -m tasks.train` in a workspace of a checkout: killed, stopped, and let go; beside the other tests."""
+    """`python -m tasks.train` in a workspace of a checkout: killed, stopped, and let go; beside the other
+    tests."""
 
     def __init__(self, checkout: Path) -> None:
         self.checkout = checkout
@@ -57,7 +60,7 @@ class Acts:
         ):
             self._running = process = self._start()
             act(process)
-            said, error = process.communicate(timeout=100)
+            said, error = process.communicate(timeout=scaled(100))
             self.ends.append((process.returncode, said, error))
             self.candidates.append((self.checkout / "workspace/models/candidate").exists())
             if self.faults:
@@ -88,7 +91,7 @@ class Acts:
         )
 
     def _wait_for(self, step: int, process: subprocess.Popen[str]) -> None:
-        until = time.monotonic() + 100
+        until = time.monotonic() + scaled(100)
         while (
             max(
                 (int(path.parent.name[5:]) for path in (self.checkout / FOLDER).glob(f"*/step-*/{MANIFEST}")),
@@ -132,7 +135,7 @@ def patient(config: Config) -> Config:
     )
 
 
-# --- in this process -------------------------------------------------------------------------------------------------
+# --- in this process ---
 
 # Two windows a forward pass, two passes a step, five steps an epoch: 12 steps end in the third epoch.
 SCHEDULE = Schedule(
@@ -205,6 +208,7 @@ class Made:
             self._windows,
             self._validation,
             schedule,
+            loss=AnswerLoss(),
             pad_id=0,
             report=curve.add,
             apart=True if config.method in ("prefix", "prompt") else None,
@@ -254,7 +258,8 @@ CONFIGS = {
 }
 
 
-# The first step, the middle, the first of the second epoch and the one before it, the last. A kill in step 6 is one in the middle of its accumulation.
+# The first step, the middle, the first of the second epoch and the one before it, the last. A kill in step 6
+# is one in the middle of its accumulation.
 @pytest.mark.parametrize("die_at", [2, 5, 6, 7, STEPS])
 def test_a_training_that_was_killed_ends_in_the_same_weights_and_the_same_curve(
     tmp_path: Path, made: Made, die_at: int
@@ -287,7 +292,8 @@ def test_so_it_is_with_other_optimizers_and_with_noise(
 def test_so_it_is_where_the_last_step_of_an_epoch_is_a_short_one(
     tmp_path: Path, made: Made, die_at: int
 ) -> None:
-    """Ten batches, three to a step: an epoch has four steps, and a kill comes in the first or the second one of the next."""
+    """Ten batches, three to a step: an epoch has four steps, and a kill comes in the first or the second one
+    of the next."""
     same(
         kill_and_go_on(tmp_path, made, CONFIGS["lora"], die_at, accumulate=3),
         made.whole(CONFIGS["lora"], accumulate=3),
@@ -312,7 +318,7 @@ def test_two_kills_are_no_worse_than_one(tmp_path: Path, made: Made) -> None:
     same(made.go(CONFIGS["lora"], checkpoints(tmp_path, curve), curve), made.whole(CONFIGS["lora"]))
 
 
-# --- checkpoints that are no good ------------------------------------------------------------------------------------
+# --- checkpoints that are no good ---
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +428,7 @@ def test_what_is_split_joins_again() -> None:
     assert repr(again) == repr(value)
 
 
-# --- where none can be written ---------------------------------------------------------------------------------------
+# --- where none can be written ---
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning_and_not_the_training(
@@ -457,7 +463,7 @@ def test_checkpoints_come_no_oftener_than_asked(tmp_path: Path, made: Made) -> N
     assert not (tmp_path / FOLDER).exists()
 
 
-# --- asked to stop ---------------------------------------------------------------------------------------------------
+# --- asked to stop ---
 
 
 def test_a_training_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on_later(
@@ -498,7 +504,7 @@ def test_a_line_that_nobody_reads_ends_no_training() -> None:
     assert (done.returncode, done.stderr) == (143, "")
 
 
-# --- the command itself, which began when the first test of this file did -----------------------------------------------
+# --- the command itself, which began when the first test of this file did ---
 
 
 def test_a_command_that_was_killed_goes_on_and_gives_the_same_bytes(
@@ -511,7 +517,7 @@ def test_a_command_that_was_killed_goes_on_and_gives_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """kill -9, then SIGTERM, then to the end; and the same in one go, here."""
-    acts.thread.join(timeout=150)
+    acts.thread.join(timeout=scaled(150))
     assert not acts.faults and len(acts.ends) == 3
     (killed, _, _), (stopped, said, error), (done, said_last, error_last) = acts.ends
     assert killed == -signal.SIGKILL and acts.candidates == [False, False, True]

@@ -1,4 +1,5 @@
-"""A sweep's trials are real trainings that can be had again; what is bad ends early, what fails says why, what was interrupted goes on."""
+"""A sweep's trials are real trainings that can be had again; what is bad ends early, what fails says why,
+what was interrupted goes on."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+from patience import scaled
 from places import KEPT_CONNECTIONS, commit, make_repository, use_mlflow, use_no_mlflow, write_files
 
 from ratchet.config.docs import render_params
@@ -36,8 +39,8 @@ from ratchet.training.search_space import (
     rows_key,
     with_changes,
 )
-from ratchet.training.trials import STUDY_TAG, TRIAL_TAG, close_study, deliver
-from tasks.sweep import DATABASE, TODAY, Best, Search, propose
+from ratchet.training.trials import STUDY_TAG, TRIAL_TAG, Best, TrialRecord, close_study, deliver
+from tasks.sweep import DATABASE, TODAY, Search, propose
 from tasks.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +65,7 @@ def search_in(home: Path, config: Config, material: Material, said: list[str] | 
     return Search(home, config, material, commit=HASH, say=(said if said is not None else []).append)
 
 
-def run_all(search: Search, material: Material) -> list[dict[str, Any]]:
+def run_all(search: Search, material: Material) -> list[TrialRecord]:
     records = []
     while (trial := search.next()) is not None:
         records.append(search.run(trial, material))
@@ -73,7 +76,7 @@ def study_of(home: Path, search: Search) -> optuna.Study:
     return optuna.load_study(study_name=search.name, storage=f"sqlite:///{home / DATABASE}")
 
 
-# --- the space ---------------------------------------------------------------------------------------------------------------
+# --- the space ---
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,7 @@ def test_what_is_drawn_has_the_types_and_bounds_of_the_space(tmp_path: Path) -> 
     assert rows_key(changes_of(drawn[0])).keys() == {"train.replay", "base.model", "base.revision"}
 
 
-# --- trials ------------------------------------------------------------------------------------------------------------------
+# --- trials ---
 
 
 def test_a_trial_is_the_training_that_its_params_say(
@@ -158,20 +161,16 @@ def test_a_trial_is_the_training_that_its_params_say(
     )
     search = search_in(tmp_path / "home", config, material)
     records = run_all(search, material)
-    assert [record["state"] for record in records] == ["complete", "complete"]
-    assert records[0]["changes"] == {"train.learning_rate": 1e-2, "adapter.rank": 4}, (
+    assert [record.state for record in records] == ["complete", "complete"]
+    assert records[0].changes == {"train.learning_rate": 1e-2, "adapter.rank": 4}, (
         "today's settings come first"
     )
-    again = with_changes(config, records[1]["changes"])
+    again = with_changes(config, records[1].changes)
     figures = train(*material, tmp_path / "again/candidate", tmp_path / "again/reports", again)
-    assert (
-        figures["best_validation_loss"]
-        == records[1]["value"]
-        == records[1]["figures"]["best_validation_loss"]
-    )
-    assert figures["run_key"] == records[1]["manifest"]["run_key"], "the key of data, params and code"
-    assert search.best().value == min(record["value"] for record in records)
-    assert search.baseline() == records[0]["value"]
+    assert figures["best_validation_loss"] == records[1].value == records[1].figures["best_validation_loss"]
+    assert figures["run_key"] == records[1].manifest["run_key"], "the key of data, params and code"
+    assert search.best().value == min(record.value for record in records)
+    assert search.baseline() == records[0].value
     assert [path.name for path in search.folder.iterdir() if path.is_dir()] == [], (
         "weights of trials are not kept"
     )
@@ -195,11 +194,11 @@ def test_a_bad_trial_ends_early_a_diverging_one_says_why_and_the_sweep_goes_on(
     for rate in (1e-9, 1e30):
         study.enqueue_trial({"train.learning_rate": rate})
     good, bad, wild = run_all(search, material)
-    assert (good["state"], bad["state"], wild["state"]) == ("complete", "pruned", "fail")
-    made, wanted = bad["points"][-1]["step"], good["figures"]["steps"]
+    assert (good.state, bad.state, wild.state) == ("complete", "pruned", "fail")
+    made, wanted = bad.points[-1]["step"], good.figures["steps"]
     assert made < wanted, "its process ended before its training did"
-    assert "worse than the median" in bad["reason"]
-    assert wild["reason"].startswith("DivergenceError: ")
+    assert "worse than the median" in bad.reason
+    assert wild.reason.startswith("DivergenceError: ")
     assert search.next() is None and search.counts() == {"complete": 1, "pruned": 1, "fail": 1, "running": 0}
     assert search.best().changes == {"train.learning_rate": 1e-2}
 
@@ -210,14 +209,15 @@ def test_a_combination_that_the_config_refuses_is_a_failed_trial(
     config = with_space(tiny_config, {"adapter.method": ["prefix"], "adapter.bias": ["all"]}, trials=1)
     search = search_in(tmp_path / "home", config, material)
     [record] = run_all(search, material)
-    assert record["state"] == "fail" and "adapter.bias is 'all'" in record["reason"] and search.best() is None
+    assert record.state == "fail" and "adapter.bias is 'all'" in record.reason and search.best() is None
 
 
 @pytest.mark.e2e
 def test_an_interrupted_sweep_goes_on_with_the_same_study(
     material: Material, tiny_config: Config, tmp_path: Path
 ) -> None:
-    """Killed by -9 in the middle of a trial, as a process of its own; the settings of the lost trial are tried again, and the number of trials stays."""
+    """Killed by -9 in the middle of a trial, as a process of its own; the settings of the lost trial are
+    tried again, and the number of trials stays."""
     slow = tiny_config.model_copy(
         update={"train": TrainConfig(epochs=200, evaluations=4, learning_rate=1e-2)}
     )
@@ -225,7 +225,8 @@ def test_an_interrupted_sweep_goes_on_with_the_same_study(
     home.mkdir()
     (home / "params.yaml").write_text(render_params(config))
     program = (
-        "import sys; from pathlib import Path; from ratchet.config.params import load_config; from ratchet.training.launch import Material; from tasks.sweep import Search\n"
+        "import sys\nfrom pathlib import Path\nfrom ratchet.config.params import load_config\n"
+        "from ratchet.training.launch import Material\nfrom tasks.sweep import Search\n"
         "home = Path(sys.argv[1]); material = Material(*map(Path, sys.argv[2:]))\n"
         "search = Search(home, load_config(home / 'params.yaml'), material, commit='c', say=print)\n"
         "search.run(search.next(), material)\n"
@@ -236,7 +237,7 @@ def test_an_interrupted_sweep_goes_on_with_the_same_study(
         start_new_session=True,
         stdout=subprocess.DEVNULL,
     )
-    until = time.monotonic() + 60
+    until = time.monotonic() + scaled(60)
     while (
         not (trainings := list((home / ".ratchet/sweeps").glob("*/*/.reports.*.tmp/history.jsonl")))
         and time.monotonic() < until
@@ -268,12 +269,22 @@ def test_an_interrupted_sweep_goes_on_with_the_same_study(
 
 def interrupt(search: Search, trial: optuna.Trial, material: Material) -> None:
     """Ctrl-C while it trains: the signal comes when the training has begun."""
-    main = os.getpid()
-    watcher = subprocess.Popen(["sh", "-c", f"sleep 1; kill -INT {main}"])
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            for child in psutil.Process().children():
+                if list(search.folder.glob(f"*/.reports.{child.pid}.tmp/history.jsonl")):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     try:
         search.run(trial, material)
     finally:
-        watcher.wait()
+        over.set()
+        watcher.join()
 
 
 def test_other_rows_or_another_space_are_another_study(
@@ -314,20 +325,27 @@ def test_two_workers_on_one_storage_share_its_trials(
     # One's first trial counts as lost when one asks again: a worker has one at a time. Other's runs on.
     assert first and second and third
     assert second.user_attrs["changes"] != first.user_attrs["changes"] == third.user_attrs["changes"]
-    assert other._study.get_trials()[second.number].state == optuna.trial.TrialState.RUNNING
+    assert (
+        optuna.load_study(study_name=other.name, storage=url).get_trials()[second.number].state
+        == optuna.trial.TrialState.RUNNING
+    )
 
 
 def test_todays_settings_are_tried_once_when_two_machines_have_queued_them(
     material: Material, tiny_config: Config, tmp_path: Path
 ) -> None:
     config = with_space(
-        tiny_config, {"adapter.rank": {"low": 1, "high": 512}}, storage=f"sqlite:///{tmp_path / 'shared.db'}"
+        tiny_config,
+        {"adapter.rank": {"low": 1, "high": 512}},
+        storage=(url := f"sqlite:///{tmp_path / 'shared.db'}"),
     )
     one, other = (
         search_in(tmp_path / "one", config, material),
         search_in(tmp_path / "other", config, material),
     )
-    one._study.enqueue_trial({"adapter.rank": 4}, user_attrs={TODAY: True})
+    optuna.load_study(study_name=one.name, storage=url).enqueue_trial(
+        {"adapter.rank": 4}, user_attrs={TODAY: True}
+    )
     first, second = one.next(), other.next()
     assert first and second
     assert first.user_attrs["changes"] == {"adapter.rank": 4} != second.user_attrs["changes"]
@@ -362,7 +380,7 @@ def test_going_on_from_a_champion_forbids_other_shapes(
     )
 
 
-# --- what comes of it --------------------------------------------------------------------------------------------------------
+# --- what comes of it ---
 
 
 def written(folder: Path, number: int, state: str, **more: Any) -> dict[str, Any]:
@@ -405,9 +423,7 @@ def test_each_trial_is_a_nested_run_also_when_mlflow_comes_later(
         deliver(folder, config)
     use_mlflow(monkeypatch, tmp_path)
     assert (deliver(folder, config), deliver(folder, config)) == (3, 0)
-    parent = close_study(
-        records[0]["study"], config, {"best": {"value": 2.5, "command": records[0]["command"]}, "trials": 3}
-    )
+    parent = close_study(records[0]["study"], config, Best(0, 2.5, {}, records[0]["command"]), trials=3)
     client = mlflow_client()
     runs = client.search_runs([client.get_experiment_by_name(config.project.name).experiment_id])
     by_trial = {run.data.tags[TRIAL_TAG]: run for run in runs}
@@ -488,7 +504,10 @@ CHANGES = {
 
 def test_the_dvc_command_yields_the_trials_params(tmp_path: Path) -> None:
     """As an experiment of a real repository, whose one stage copies its params."""
-    stage = "stages:\n  train:\n    cmd: cp params.yaml out.yaml\n    params:\n      - train\n      - adapter\n      - base\n    outs:\n      - out.yaml:\n          cache: false\n"
+    stage = (
+        "stages:\n  train:\n    cmd: cp params.yaml out.yaml\n    params: [train, adapter, base]\n"
+        "    outs:\n      - out.yaml:\n          cache: false\n"
+    )
     root = make_repository(
         tmp_path / "checkout",
         {"params.yaml": render_params(Config()), "dvc.yaml": stage, ".gitignore": ".ratchet/\n"},

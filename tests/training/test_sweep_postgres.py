@@ -1,4 +1,4 @@
-"""A study on a real PostgreSQL: several machines share its trials, and its password stays where it was put."""
+"""A study on a real PostgreSQL: several machines share its trials, and its password is shown nowhere."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typing import Any
 
 import optuna
 import pytest
+from patience import scaled
 from places import KEPT_CONNECTIONS, make_repository
 
 from ratchet.config.docs import render_params
@@ -80,7 +81,7 @@ def server() -> Iterator[int]:
             yield port
         finally:
             process.send_signal(signal.SIGINT)  # its fast shutdown: sessions are ended, not waited for
-            process.wait(timeout=30)
+            process.wait(timeout=scaled(30))
     shutil.rmtree(folder)
 
 
@@ -113,7 +114,7 @@ def free_port() -> int:
 def wait_until_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     import psycopg
 
-    until = time.monotonic() + 30
+    until = time.monotonic() + scaled(30)
     while time.monotonic() < until and process.poll() is None:
         try:
             psycopg.connect(
@@ -179,7 +180,7 @@ def test_two_machines_that_begin_at_once_share_a_study(
         assert worker.stdin
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    outputs = [worker.communicate(timeout=120) for worker in workers]
+    outputs = [worker.communicate(timeout=scaled(120)) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     records = [
         [read_json(path) for path in sorted((home / ".ratchet/sweeps").glob("*/trial-*.json"))]

@@ -25,10 +25,11 @@ from ratchet.models.chat_template import Encoded
 from ratchet.models.generation import answer_likelihoods
 from ratchet.models.loading import adapter_sha256, compute_dtype, load_adapter, load_base
 from ratchet.tracking.curve import read_history
-from ratchet.training.collation import _Collator
+from ratchet.training.collation import WindowCollator, count_batches
+from ratchet.training.loss import AnswerLoss
 from ratchet.training.packing import IGNORED, Window, read_windows
 from ratchet.training.schedule import Schedule
-from ratchet.training.trainer import count_batches, fit
+from ratchet.training.trainer import fit
 from tasks.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -48,12 +49,13 @@ SCHEDULE = Schedule(
 )
 
 
-# --- by the command, in processes of their own -----------------------------------------------------------------------
+# --- by the command, in processes of their own ---
 
 
 @pytest.fixture(scope="module", autouse=True)
 def started(tmp_path_factory, tokens, tiny_base, nobody, tiny_config) -> dict[str, subprocess.Popen[str]]:
-    """`python -m tasks.train` as dvc.yaml runs it: twice the same, each with its own hash seed, and once with a NaN in the base. They run beside the other tests."""
+    """`python -m tasks.train` as dvc.yaml runs it: twice the same, each with its own hash seed, and once with
+    a NaN in the base. They run beside the other tests."""
     processes = {}
     for seed, name in enumerate(("one", "two", "broken")):
         folder = tmp_path_factory.mktemp(name)
@@ -102,7 +104,7 @@ def finished(process: subprocess.Popen[str]) -> tuple[Path, str, str]:
     return process.folder, out, error
 
 
-# --- what is learned -------------------------------------------------------------------------------------------------
+# --- what is learned ---
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,6 @@ def run(
     windows: list[Window],
     validation: list[Window],
     apart: bool | None = None,
-    text_weight: float | None = None,
     **settings,
 ) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
     curve: list[tuple[int, dict[str, float]]] = []
@@ -133,10 +134,10 @@ def run(
         windows,
         validation,
         SCHEDULE._replace(**settings),
+        loss=AnswerLoss(),
         pad_id=0,
         report=lambda step, values: curve.append((step, values)),
         apart=apart,
-        text_weight=text_weight,
     )
     return outcome, curve
 
@@ -166,7 +167,8 @@ def test_the_loss_falls(tiny_base, windows):
 def test_one_batch_of_four_is_as_many_windows_accumulated(
     tiny_base, windows, validation, batch_windows, accumulate
 ):
-    """The curve, the validation loss and the weights; losses are a learned token, however the windows are split."""
+    """The curve, the validation loss and the weights; losses are a learned token, however the windows are
+    split."""
     whole, split = adapted(tiny_base), adapted(tiny_base)
     _, at_once = run(whole, windows, validation, apart=False, batch_windows=4, accumulate=1)
     _, in_parts = run(
@@ -278,7 +280,7 @@ def test_a_fresh_adapter_computes_what_the_base_does(tiny_base, validation):
     assert loss_by_hand(adapted(tiny_base), validation) == loss_by_hand(load_base(tiny_base), validation)
 
 
-# --- what stops it ---------------------------------------------------------------------------------------------------
+# --- what stops it ---
 
 
 def test_a_learning_rate_beyond_all_bounds_is_a_divergence(tiny_base, windows, validation):
@@ -318,7 +320,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-# --- what is saved ---------------------------------------------------------------------------------------------------
+# --- what is saved ---
 
 
 def test_a_saved_adapter_computes_what_the_trained_one_did(tmp_path, tiny_base, windows):
@@ -414,7 +416,7 @@ def test_an_evaluation_in_the_middle_of_a_training_in_nf4_leaves_the_gradients_a
 
     def gradients() -> dict[str, torch.Tensor]:
         model.train().zero_grad()
-        model(**_Collator(0)(windows[:2]), use_cache=False).loss.backward()
+        model(**WindowCollator(0)(windows[:2]), use_cache=False).loss.backward()
         return {
             name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad
         }
@@ -425,7 +427,7 @@ def test_an_evaluation_in_the_middle_of_a_training_in_nf4_leaves_the_gradients_a
         torch.testing.assert_close(gradient, before[name], rtol=0, atol=0, msg=name)
 
 
-# --- adapters that do not fit ----------------------------------------------------------------------------------------
+# --- adapters that do not fit ---
 
 
 def other_base(**settings) -> LlamaForCausalLM:
@@ -499,7 +501,7 @@ def test_a_folder_without_safetensors_is_no_adapter(tmp_path, candidate, tiny_ba
         load_adapter(load_base(tiny_base), tmp_path / "pickled")
 
 
-# --- from the champion -----------------------------------------------------------------------------------------------
+# --- from the champion ---
 
 
 @pytest.fixture(scope="module")
@@ -578,7 +580,7 @@ def test_a_champion_of_another_base_is_refused(tmp_path, tokens, tiny_base, cham
         )
 
 
-# --- the processes, which have ended by now --------------------------------------------------------------------------
+# --- the processes, which have ended by now ---
 
 
 def test_the_same_inputs_give_the_same_bytes_in_every_process(started, candidate):

@@ -1,4 +1,4 @@
-"""`ratchet ledger`."""
+"""`ratchet retention`: what each version still knows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ratchet.config.params import Config
 
 
-def ledger(
+def retention(
     metric: Annotated[str, typer.Option("--metric", help="A score a row; otherwise `gate.metric`.")] = "",
     fill: Annotated[
         bool,
@@ -27,9 +27,9 @@ def ledger(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """What was forgotten: every version on the test rows of every batch and on the golden set.
+    """Show what each version still knows: its score on the test rows of every batch and on the golden set.
 
-    Example: ratchet ledger --fill
+    Example: ratchet retention --fill
     """
     root = find_root()
     config = read_config(root)
@@ -38,7 +38,7 @@ def ledger(
 
 
 def read(root: Path, config: Config, metric: str, *, fill: bool = False) -> dict[str, Any]:
-    """From git, DVC and, for the numbers of versions that were never in charge, MLflow where it answers."""
+    """Build the table from git and DVC; MLflow, where it answers, numbers the versions never in charge."""
     from ratchet.errors import UserError
     from ratchet.files import write_json
     from ratchet.reporting.forgetting import SAVED, build, read_evaluations
@@ -111,6 +111,6 @@ def print_table(found: dict[str, Any]) -> None:
         )
     console.print(table)
     if any(cell is None for row in found["versions"] for cell in row["cells"].values()):
-        console.print(Text("not asked: rows that came after that version; ratchet ledger --fill asks it"))
+        console.print(Text("not asked: rows that came after that version; ratchet retention --fill asks it"))
     for fault in found["faults"]:
         console.print(Text(f"left out: {fault}"))

@@ -1,0 +1,211 @@
+"""`ratchet demo`, `ingest`, `synthesize`, `retrain` and `monitor`: rows in, a gated version out, again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ratchet.cli.context import (
+    Json,
+    Reason,
+    find_root,
+    name_version,
+    note_renamed,
+    read_config,
+    ready_root,
+    say,
+    show,
+)
+from ratchet.errors import UserError
+
+
+def demo(
+    only: Annotated[str, typer.Option("--until", help="Stop after `v1` or `v2`.")] = "v2",
+) -> None:
+    """Run the whole loop on the embedded default, in .ratchet/demo; your checkout stays as it is.
+
+    Example: ratchet demo
+    """
+    from ratchet.demo.story import run_demo
+
+    run_demo(find_root(), until=only)
+
+
+def ingest(
+    source: Annotated[
+        str | None, typer.Option(help="pydoc, jsonl, feedback or review; otherwise what params.yaml says.")
+    ] = None,
+    path: Annotated[str | None, typer.Option(help="File, glob or URL of JSON Lines.")] = None,
+    packages: Annotated[str | None, typer.Option(help="Import names for pydoc, with commas.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The reviewed draft; without it, all that are ready.")
+    ] = None,
+    golden: Annotated[
+        int, typer.Option(min=0, metavar="ROWS", help="Freeze that many rows as the golden set instead.")
+    ] = 0,
+    as_json: Json = False,
+) -> None:
+    """Pull rows into one immutable batch and commit it.
+
+    Example: ratchet ingest --path 'exports/*.jsonl'
+    """
+    root = ready_root()
+    from flows.ingest import ingest as flow
+
+    done = flow(
+        root=str(root),
+        source=source,
+        path=path,
+        packages=packages.split(",") if packages else None,
+        golden=golden,
+        draft=draft,
+    )
+    news = (
+        f"{done['rows']} rows in {done['batch']}, commit {done['commit'][:8]}"
+        if done["new"]
+        else f"nothing new: these rows are batch {done['batch']}"
+    )
+    show(done, as_json, lambda: say(news))
+
+
+def synthesize(
+    documents: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--documents", metavar="PLACE", help="File, folder, glob or URL to ask about; may be given again."
+        ),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option("--count", min=1, metavar="ROWS", help="Rows to keep; otherwise synthesize.count."),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            "--mode",
+            help="documents; seeds: more rows like known ones; paraphrase: other wordings where the model is "
+            "weak.",
+        ),
+    ] = "documents",
+    seeds: Annotated[
+        str,
+        typer.Option(
+            "--seeds",
+            metavar="FILE",
+            help="JSON Lines to show the teacher; otherwise the prepared training rows.",
+        ),
+    ] = "",
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="DRAFT", help="Continue a draft; nothing is asked twice."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Let a teacher model write rows for people to review.
+
+    `synthesize.teacher` in params.yaml holds its address, the variable RATCHET_TEACHER_KEY its key.
+
+    Example: ratchet synthesize --documents 'docs/*.md' --count 200
+    """
+    from ratchet.errors import UserError
+
+    if resume and (documents or seeds or mode != "documents"):
+        raise UserError(
+            "--resume was given with --mode, --documents or --seeds: a resumed draft keeps its own",
+            remedy="give --resume with --count alone, or start a new draft without --resume",
+        )
+    root = ready_root(clean=False)
+    from flows.synthesize import synthesize as flow
+    from ratchet.synthesis.draft import summary_lines
+
+    done = flow(root=str(root), mode=mode, documents=documents, seeds=seeds, count=count, resume=resume)
+
+    def tell() -> None:
+        say("\n".join(summary_lines(done)))
+        if done.stopped:
+            say(f"to continue: ratchet synthesize --resume {done.draft}")
+        if done.kept:
+            say(
+                f"next: ratchet review status, or http://127.0.0.1:{read_config(root).gateway.port}/review; "
+                f"then ratchet ingest --source review --draft {done.draft}"
+            )
+
+    show(done.to_json(), as_json, tell)
+
+
+def retrain(
+    reason: Reason = "by hand",
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare with today's champion even when nothing else changed.")
+    ] = False,
+    drift: Annotated[
+        bool,
+        typer.Option("--drift", help="First pull rows of the topics that the monitor's last verdict named."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Prepare, tokenize, train, evaluate, gate; what the gate lets through is promoted or rolled out.
+
+    What did not change is skipped. Example: ratchet retrain --reason "March's tickets"
+    """
+    root = ready_root()
+    from flows.retrain import retrain as flow
+
+    done = flow(root=str(root), reason=reason, force=force, topics=_drifted_topics(root) if drift else None)
+
+    def tell() -> None:
+        ran = [stage for stage, did in done["stages"].items() if did]
+        say(
+            f"verdict: {done['verdict']} (v{done['version']}); in charge: {name_version(done['champion'])}; "
+            f"ran: {', '.join(ran) or 'nothing, all unchanged'}"
+        )
+        for line in [*done["reasons"], *done["regions"]]:
+            say(f"  {line}")
+
+    show(done, as_json, tell)
+
+
+def _drifted_topics(root: Path) -> list[dict[str, Any]]:
+    """Read the topics of the last verdict. Raises UserError when it was not drift."""
+    import msgspec
+
+    from ratchet.monitoring.verdicts import last_verdict
+
+    found = last_verdict(root)
+    if not found or found.verdict != "drift":
+        raise UserError(
+            "the last verdict of the monitor is not drift",
+            remedy="ratchet monitor looks at the newest requests; `ratchet retrain` needs no drift",
+        )
+    return [msgspec.to_builtins(topic) for topic in found.topics]
+
+
+def monitor(
+    no_retrain: Annotated[
+        bool, typer.Option("--no-retrain", help="Start no retraining, whatever is found.")
+    ] = False,
+    only_look: Annotated[bool, typer.Option("--only-look", hidden=True)] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the newest requests with the data that the champion was made for.
+
+    Example: ratchet monitor
+    """
+    if only_look:
+        note_renamed("--only-look", "--no-retrain")
+    root = ready_root()
+    import msgspec
+
+    from flows.monitor import NO_CHAMPION
+    from flows.monitor import monitor as flow
+
+    found = flow(root=str(root), retrain=not (no_retrain or only_look))
+
+    def tell() -> None:
+        from ratchet.services.status import verdict_lines
+
+        say("\n".join(verdict_lines(found) if found else [NO_CHAMPION]))
+
+    show(msgspec.to_builtins(found) if found else {"verdict": "no champion"}, as_json, tell)

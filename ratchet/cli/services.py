@@ -1,0 +1,137 @@
+"""`ratchet up`, `down`, `serve`, `status`, `report`, `doctor` and `keys`: what runs here, and how it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ratchet.cli.context import Json, find_root, read_config, say, show
+from ratchet.errors import ConfigError
+
+keys = typer.Typer(help="The gateway's API keys.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@keys.command("add")
+def keys_add(
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    scopes: Annotated[str, typer.Option(help="infer, feedback, admin, with commas.")] = "infer,feedback",
+) -> None:
+    """Make a key and show it, once. Example: ratchet keys add website"""
+    from ratchet.gateway.auth import add_key
+
+    say(add_key(find_root(), name, scopes.split(",")))
+
+
+@keys.command("list")
+def keys_list() -> None:
+    """List names and scopes. Example: ratchet keys list"""
+    from ratchet.gateway.auth import list_keys
+
+    for key in list_keys(find_root()):
+        say(f"{key.name:20} {','.join(key.scopes)}")
+
+
+@keys.command("revoke")
+def keys_revoke(name: Annotated[str, typer.Argument(help="Whose key it is.")]) -> None:
+    """Refuse a key from now on. Example: ratchet keys revoke website"""
+    from ratchet.gateway.auth import revoke_key
+
+    revoke_key(find_root(), name)
+    say(f"the key of {name} is refused from now on")
+
+
+def up() -> None:
+    """Start MLflow, Prefect, the served deployments and the gateway, on 127.0.0.1.
+
+    Example: ratchet up
+    """
+    from ratchet.services.supervisor import start_services
+
+    root = find_root()
+    for service in start_services(root, read_config(root), report=say):
+        say(f"{service.name:12} {service.url or ''}")
+
+
+def down() -> None:
+    """Stop what `ratchet up` started here.
+
+    Example: ratchet down
+    """
+    from ratchet.services.supervisor import stop_services
+
+    if not stop_services(find_root(), report=say):
+        say("nothing of this checkout runs")
+
+
+def serve() -> None:
+    """Answer on OpenAI's protocol with the champion, until Ctrl-C. `ratchet up` does it in the background.
+
+    Example: ratchet serve
+    """
+    from ratchet.gateway.server import serve as run
+
+    root = find_root()
+    run(root, read_config(root))
+
+
+def status(as_json: Json = False) -> None:
+    """Show who is in charge, what the gate said last, what is new, what runs.
+
+    Example: ratchet status
+    """
+    root = find_root()
+    import msgspec
+
+    from ratchet.services.status import describe, see_status
+
+    found = see_status(root, read_config(root))
+    show(msgspec.to_builtins(found), as_json, lambda: say("\n".join(describe(found))))
+
+
+def report(
+    path: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the page; otherwise .ratchet/report.html.")
+    ] = None,
+) -> None:
+    """Write one page with the champion, traffic, feedback, drift, rollout and ledger.
+
+    Example: ratchet report --out report.html
+    """
+    from ratchet.reporting.dashboard import write_page
+
+    root = find_root()
+    say(str(write_page(root, read_config(root), path or root / ".ratchet/report.html")))
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check versions, ports, disk, git, DVC and GPU, and say what to do.
+
+    Example: ratchet doctor
+    """
+    from ratchet.services.doctor import examine
+
+    try:
+        root: Path | None = find_root()
+    except ConfigError:
+        root = None
+    findings = examine(root, read_config(root) if root else None)
+    marks = {True: "ok  ", False: "BAD ", None: "note"}
+
+    def tell() -> None:
+        for finding in findings:
+            say(f"{marks[finding.ok]} {finding.name:12} {finding.found}")
+            if finding.ok is not True and finding.remedy:
+                say(f"     {'':12} → {finding.remedy}")
+
+    show(
+        [
+            {"name": finding.name, "ok": finding.ok, "found": finding.found, "remedy": finding.remedy}
+            for finding in findings
+        ],
+        as_json,
+        tell,
+    )
+    if any(finding.ok is False for finding in findings):
+        raise typer.Exit(2)

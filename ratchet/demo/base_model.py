@@ -1,0 +1,133 @@
+"""Pre-train the demo's base model: a small Llama with a tokenizer of its own, on documentation.
+
+It learns to read from the prompts too, so its loss counts every token, unlike the loss of a training.
+"""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from ratchet.config.training import BaseConfig, DemoBase
+from ratchet.data.examples import Example
+from ratchet.models.chat_template import ChatFormat, Encoded
+from ratchet.models.loading import compute_dtype, quiet
+from ratchet.pipeline.stage import say
+from ratchet.training.packing import IGNORED, pack
+from ratchet.training.schedule import Report, Schedule
+from ratchet.training.trainer import Batch, Predict, fit
+
+CONTROL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}<|end|>{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+)
+WINDOW = 256  # tokens; short windows keep attention cheap on a CPU
+
+
+def make_tokenizer(rows: list[Example], demo: DemoBase) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on the texts of `rows`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=demo.vocab_size,
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((message.content for row in rows for message in row.messages), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",  # noqa: S106  (no secret: the name of a token)
+        eos_token="<|end|>",  # noqa: S106
+        extra_special_tokens=[token for token in CONTROL_TOKENS if token not in ("<|pad|>", "<|end|>")],
+        model_max_length=demo.context,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def llama(demo: DemoBase, chat: ChatFormat) -> LlamaConfig:
+    """Describe the model's shape to transformers."""
+    return LlamaConfig(
+        vocab_size=len(chat.tokenizer),
+        hidden_size=demo.hidden_size,
+        # 2.75 times the width: about 8/3, as SwiGLU has three matrices and not two (arXiv 2002.05202).
+        intermediate_size=demo.hidden_size * 11 // 4 // 8 * 8,
+        num_hidden_layers=demo.layers,
+        num_attention_heads=demo.heads,
+        num_key_value_heads=demo.heads,
+        max_position_embeddings=demo.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=chat.stop_id,
+        pad_token_id=chat.pad_id,
+    )
+
+
+def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> LlamaForCausalLM:
+    """Train a fresh model on the rows that fit into a window. Raises DivergenceError."""
+    demo = config.demo
+    set_seed(config.seed)
+    model = LlamaForCausalLM(llama(demo, chat)).to("cuda" if torch.cuda.is_available() else "cpu")
+    window = min(demo.context, WINDOW)
+    encoded: list[Encoded] = [row for example in rows if len((row := chat.encode(example)).ids) <= window]
+    schedule = Schedule(
+        steps=demo.steps,
+        batch_windows=max(1, demo.batch_tokens // window),
+        accumulate=1,
+        learning_rate=demo.learning_rate,
+        kind="cosine",
+        warmup_share=0.05,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        evaluations=1,
+        patience=1,
+        seed=config.seed,
+        compute=compute_dtype("auto")[0],
+    )
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    say(f"base: pre-training {millions:.2f}M parameters on {len(encoded)} rows, {demo.steps} steps")
+    with quiet():
+        outcome = fit(
+            model,
+            pack(encoded, window),
+            [],
+            schedule,
+            pad_id=chat.pad_id,
+            loss=TextLoss(demo.text_weight),
+            report=_report(demo.steps),
+        )
+    say(f"base: loss {outcome.train_loss:.3f} after {outcome.seconds:.0f} s")
+    return model
+
+
+class TextLoss:
+    """Cross-entropy of every token that its own row predicts: 1 for an answer's, `text_weight` for others.
+
+    The mean is over the weights of one forward pass, which is the whole optimizer step in pre-training.
+    """
+
+    def __init__(self, text_weight: float) -> None:
+        self._text_weight = text_weight
+
+    def __call__(self, batch: Batch, predict: Predict, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        learned = batch["labels"][:, 1:] != IGNORED  # (batch, seq - 1)
+        # A row's first token and padding are no targets: nothing of their own row predicts them.
+        own = batch["position_ids" if "position_ids" in batch else "attention_mask"][:, 1:] > 0
+        weights = torch.where(learned, 1.0, self._text_weight) * own
+        chosen = weights > 0
+        losses = cross_entropy(predict(chosen), batch["input_ids"][:, 1:][chosen], reduction="none")
+        return losses * weights[chosen], weights.sum()
+
+
+def _report(steps: int) -> Report:
+    def report(step: int, values: dict[str, float]) -> None:
+        if step % max(1, steps // 10) < max(1, steps // 100) and "train_loss" in values:
+            say(f"base: step {step}/{steps}, loss {values['train_loss']:.3f}")
+
+    return report
