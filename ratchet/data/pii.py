@@ -179,20 +179,22 @@ def mask_personal(text: str) -> tuple[str, list[str]]:
     if "@" not in text and not NUMBERS.search(text):
         return text, found
     for kind, pattern, real_part in KINDS:
-        masked = pattern.sub(
-            lambda match, kind=kind, real_part=real_part: _masked(
-                match.group(), kind, real_part(match.group())
-            ),
-            text,
-        )  # type: ignore[misc]
+        masked = _mask_kind(text, kind, pattern, real_part)
         if masked != text:
             text = masked
             found.append(kind)
     return text, found
 
 
-def _masked(found: str, kind: str, length: int) -> str:
-    return MASK.format(kind) + found[length:] if length else found
+def _mask_kind(text: str, kind: str, pattern: re.Pattern[str], real_part: Callable[[str], int]) -> str:
+    """Mask as much of each match as `real_part` says is real."""
+
+    def put(match: re.Match[str]) -> str:
+        found = match.group()
+        length = real_part(found)
+        return MASK.format(kind) + found[length:] if length else found
+
+    return pattern.sub(put, text)
 
 
 def card_part(found: str) -> int:

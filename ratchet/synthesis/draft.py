@@ -122,7 +122,9 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     def to_json(self) -> dict[str, object]:
         """Return the form of `summary.json`: flat, with the subject's figures beside the others."""
         flat: dict[str, object] = msgspec.to_builtins(self)
-        return flat | msgspec.to_builtins(flat.pop("subject"))
+        subject: dict[str, object] = msgspec.to_builtins(self.subject)
+        del flat["subject"]
+        return flat | subject
 
 
 class Draft:
