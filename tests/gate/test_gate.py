@@ -703,8 +703,8 @@ def test_a_gap_between_groups_that_is_wider_than_the_champions_alone_blocks(benc
     assert decision["verdict"] == "reject"
     assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["groups:region"]
     assert (
-        "the gap in exact_match between groups (2 groups, 400 rows) is wider than the champion's for certain: "
-        "narrower by -0.2" in decision["reasons"][0]
+        "the gap in exact_match between groups (2 groups, 400 rows) is wider than the champion's "
+        "for certain: narrower by -0.2" in decision["reasons"][0]
     )
     assert bench.judge(table, evaluated={"grouped": ["region"]}, group_margin=0.5)["verdict"] == "promote"
 
