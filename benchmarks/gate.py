@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from ratchet.evaluation.statistics import bootstrap_mean, chance_of
 from ratchet.files import write_json
 from ratchet.gate.alpha_budget import alpha_of
 from ratchet.gate.power import Spread, plan
+from ratchet.promotion.verdict import Verdict
 from tasks.gate import judge
 
 BATCHES = {"old": 400, "older": 400, "new": 400}
@@ -52,7 +53,7 @@ class Bench:
 
     def __init__(self, folder: Path, seen: list[str] = SEEN) -> None:
         self.folder, self.written = folder, dict[str, object]()
-        self.decision: dict[str, Any] = {}
+        self.decision: Verdict | None = None
         write_json(folder / "incumbent/manifest.json", {"version": 7, "batches": seen})
         write_json(folder / "candidate/manifest.json", {"run_key": "candidate", "adapter_sha256": "sha"})
         write_json(folder / "parity.json", passing_parity("sha"))
@@ -87,7 +88,7 @@ class Bench:
             )
         except RatchetError:
             return "error"
-        return str(self.decision["verdict"])
+        return self.decision.verdict
 
     def _write(self, name: str, value: object) -> None:
         if self.written.get(name) != value:
@@ -139,7 +140,7 @@ def equal(bench: Bench, cycles: Cycles) -> Iterator[str]:
     found, passed = Counter[str](), 0
     for cycle in range(cycles.equal):
         found[bench.verdict(draw(np.random.default_rng([1, cycle])), config)] += 1
-        passed += bench.decision["checks"][0]["result"] == "pass"
+        passed += bench.decision.checks[0].result == "pass"
     yield row(
         "equal to the champion, error 5 %",
         found,

@@ -260,7 +260,7 @@ def cycles_of(
         pair = kind(models, generator)
         verdicts = found.setdefault(pair.name, Counter())
         verdicts[bench.verdict(drawn(pair, base, generator, size.drawn), AT_MOST)] += 1
-        verdicts[PASSED] += bench.decision["checks"][0]["result"] == "pass"
+        verdicts[PASSED] += bench.decision.checks[0].result == "pass"
     return found
 
 
@@ -376,7 +376,7 @@ def judged(folder: Path, size: Size, kind: str, number: int) -> Judged:
             folder / LOOKS,
             place / "gate.json",
             config.gate,
-        )["verdict"]
+        ).verdict
     except RatchetError as error:
         print(f"{name}, {number}: {error}", file=sys.stderr)
         return Judged(name, "error")

@@ -1,6 +1,7 @@
-"""Parts of the test rows that must not get worse while the whole gets better: by length, source, kind and any meta field.
+"""Cut test rows into slices that must not get worse: by length, source, kind and any meta field.
 
-A table of scores carries a column `slice:FIELD` a field; `kind` has one of its own. Batches and drifted topics are cut elsewhere.
+A table of scores carries a column `slice:FIELD` a field; `kind` has one of its own. Batches and drifted
+topics are cut elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ PREFIX = "slice:"
 
 
 def slice_columns(rows: Sequence[Example], config: EvaluateConfig) -> dict[str, list[str]]:
-    """A value a row for each field; empty where the row has none. Raises DataError for a field of `evaluate.slices` that no row has."""
+    """Return a value a row for each field, empty where the row has none.
+
+    Raises DataError for a field of `evaluate.slices` that no row has.
+    """
     require_fields("evaluate.slices", config.slices, rows)
     fields = {
         field: [_value(row.meta.get(field)) for row in rows]
@@ -32,7 +36,7 @@ def slice_columns(rows: Sequence[Example], config: EvaluateConfig) -> dict[str, 
 
 
 def require_fields(key: str, fields: Sequence[str], rows: Sequence[Example]) -> None:
-    """Raises DataError for a field of the params' `key` that no row has: what it should guard would go unguarded."""
+    """Raises DataError for a field of the params' `key` that no row has: nothing would be guarded."""
     if unknown := [
         field for field in fields if not any(row.meta.get(field) not in (None, "") for row in rows)
     ]:
@@ -54,7 +58,10 @@ def length_bucket(text: str, bounds: Sequence[int]) -> str:
 
 
 def groups(scores: pd.DataFrame, *, least: int) -> dict[str, pd.DataFrame]:
-    """`field:value` → its rows of the table. Those with fewer than `least` rows are left out, and a field in which all rows have one value."""
+    """Return `field:value` → its rows of the table.
+
+    Left out: values with fewer than `least` rows, and a field in which all rows have one value.
+    """
     found: dict[str, Any] = {}
     for column in [name for name in scores if name == "kind" or str(name).startswith(PREFIX)]:
         if scores[column].nunique() > 1:

@@ -1,4 +1,6 @@
-"""Intervals: of paired differences and of means by the bootstrap (Efron & Tibshirani 1993, chapter 13), of shares by Wilson's score."""
+"""Intervals: of paired differences and of means by the bootstrap (Efron & Tibshirani 1993,
+chapter 13), of shares by Wilson's score.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,16 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def text(self, spec: str = "+.3f") -> str:
+        """Format as `mean [low, high]`."""
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
 
 def wilson(values: Values, *, alpha: float) -> Interval:
-    """Score interval of a share (Wilson 1927); for values that are 0 or 1. Unlike the bootstrap it is honest about 0 of n."""
+    """Return the score interval of a share (Wilson 1927), for values that are 0 or 1.
+
+    Unlike the bootstrap it has a width for 0 of n.
+    """
     rows, mean = len(values), float(values.mean())
     z = NormalDist().inv_cdf(1 - alpha)
     centre = (mean + z * z / (2 * rows)) / (1 + z * z / rows)
@@ -31,14 +40,18 @@ def wilson(values: Values, *, alpha: float) -> Interval:
 
 
 def bootstrap_mean(values: Values, *, alpha: float, resamples: int, seed: int) -> Interval:
-    """Percentile interval of the mean; of paired differences when `values` are those. Raises ValueError: no values, or not all finite."""
+    """Return the percentile interval of the mean; of paired differences when `values` are those.
+
+    Raises ValueError: no values, or not all finite.
+    """
     return bootstrap_means(values[:, None], alpha=alpha, resamples=resamples, seed=seed)[0]
 
 
 def bootstrap_means(table: Values, *, alpha: float, resamples: int, seed: int) -> list[Interval]:
     """The same for every column of (rows, columns), from the same draws: drawing is what takes the time.
 
-    Where `alpha` is too small for that many resamples, the last bound that they can show is drawn out along the normal.
+    Where `alpha` is too small for that many resamples, the last bound that they can show is extended by the
+    normal's quantiles.
     """
     rows = len(table)
     if rows == 0:
@@ -69,7 +82,11 @@ def bootstrap_means(table: Values, *, alpha: float, resamples: int, seed: int) -
 
 
 def _grouped(table: Values) -> tuple[Values, Values]:
-    """(distinct values, how often): gains of a score of 0 and 1 are three, and drawing three counts is a hundred times faster than a thousand."""
+    """Return (distinct values, how often each comes).
+
+    Gains of a score of 0 and 1 have three values; drawing three counts is a hundred times faster than a
+    thousand.
+    """
     if table.shape[1] == 1:
         values, counts = np.unique(table[:, 0], return_counts=True)
         if len(values) <= FEW:
@@ -78,10 +95,11 @@ def _grouped(table: Values) -> tuple[Values, Values]:
 
 
 def chance_of(gains: Values) -> float:
-    """How likely equal models win as many of the rows in which they differ, or more: the exact sign test, for scores of 0 and 1 (McNemar's).
+    """Return the p-value of the exact sign test (McNemar's), for scores of 0 and 1.
 
-    The bootstrap is too sure of a gain that comes from a handful of rows: five won, none lost, is no luck in 1 % by its word, in 3 % in truth.
-    Of other scores it is the least p that so many differing rows can have.
+    It is the chance that equal models win as many of the rows in which they differ, or more. The bootstrap
+    is too sure of a gain that comes from a handful of rows: of five won and none lost it says 1 %, the truth
+    is 3 %. For other scores this is the least p that so many differing rows can have.
     """
     from scipy.stats import binom
 

@@ -1,7 +1,8 @@
-"""How often candidates were judged against a champion, and the error that is left for the next look: an alpha budget over time.
+"""Count the candidates that were judged against a champion, and spend an alpha budget over these looks.
 
-`reports/looks.json` is in git and an input of the gate: champion's version → run keys of the candidates that were judged against it. A
-retraining writes it from the last verdict before it trains, so that the gate itself reads files alone.
+`reports/looks.json` is in git and an input of the gate: champion's version → run keys of the candidates that
+were judged against it. A retraining writes it from the last verdict before it trains, so that the gate itself
+only reads files.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def read_looks(path: Path) -> Looks:
 
 
 def with_verdict(looks: Looks, decision: dict[str, Any]) -> Looks:
-    """The looks with the one that `reports/gate.json` tells of. A candidate that is judged twice against the same champion is one look."""
+    """Add the look that `reports/gate.json` tells of.
+
+    A candidate that is judged twice against the same champion is one look.
+    """
     rival, key = name_of(decision["rival"]["version"]), decision["candidate"]["run_key"]
     known = looks.get(rival, [])
     return looks if key in known else {**looks, rival: [*known, key]}
@@ -44,7 +48,10 @@ def look_number(looks: Looks, version: int | None, run_key: str = "") -> int:
 
 
 def alpha_of(look: int, config: GateConfig) -> float:
-    """What look k may err: budget * k ** -1.2 / 5.59, so that all looks together, however many, spend the budget at most; never more than `gate.alpha`."""
+    """Return the error of look k: budget * k ** -1.2 / 5.59, and never more than `gate.alpha`.
+
+    So all looks together spend at most the budget, however many there are.
+    """
     return min(config.alpha, config.alpha_budget / (math.pow(look, POWER) * ALL_LOOKS))
 
 

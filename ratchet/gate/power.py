@@ -1,7 +1,8 @@
-"""How likely the gate promotes a candidate that is better by a wished effect, and how many test rows that takes.
+"""Estimate how likely the gate promotes a candidate that is better by an effect, and the rows it takes.
 
-Draws tables of paired gains and judges them as the gate does: the success metric at the look's alpha, the guardrails on past
-batches and the golden set. Not covered: the guardrails on the NLL, the base and slices, and those that are off by default, are taken to pass.
+Draws tables of paired gains and judges them as the gate does: the success metric at the look's alpha, the
+guardrails on past batches and the golden set. Not covered: the guardrails on the NLL, the base and slices,
+and those that are off by default, are taken to pass.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ MOST_ROWS = 2_000_000
 
 
 class Spread(NamedTuple):
-    """Of the paired gains: `differing` is the share of rows in which the models differ, for scores of 0 and 1; else `deviation` counts."""
+    """Describe how paired gains vary.
+
+    `differing` is the share of rows in which the models differ, for scores of 0 and 1; for others it is None,
+    and `deviation` counts.
+    """
 
     differing: float | None
     deviation: float
@@ -116,7 +121,7 @@ def _power(
 
 
 class _Draws(NamedTuple):
-    """Sums over `rows` rows, a value a draw: of the gains, of their squares; and rows that were won and lost, for scores of 0 and 1."""
+    """Sums over `rows` rows, a value a draw: gains, their squares, rows won and lost (scores of 0 and 1)."""
 
     rows: int
     total: Values

@@ -173,7 +173,7 @@ def test_a_file_that_holds_other_words_is_refused(tmp_path, text):
         read_words(tmp_path)
 
 
-# --- what counts as withstood ------------------------------------------------------------------------------------------
+# --- what counts as withstood ---
 
 
 def verdict(

@@ -80,7 +80,7 @@ def judge(
     return judge_answers(answers(asked, of), asked, "champion", config, tmp_path, say=lambda line: None)
 
 
-# --- asking ------------------------------------------------------------------------------------------------------------
+# --- asking ---
 
 
 def test_every_row_of_both_models_is_scored_and_a_pair_is_compared_from_both_places(tmp_path, config, stub):
@@ -173,7 +173,7 @@ def test_a_score_beyond_its_range_is_none(tmp_path, config, stub):
     assert judged.judge_correctness.isna().sum() == 1
 
 
-# --- agreement with people ---------------------------------------------------------------------------------------------
+# --- agreement with people ---
 
 
 def review(root: Path, decided: list[tuple[str, str]]) -> ReviewQueue:
@@ -244,7 +244,7 @@ def test_the_command_measures_records_and_says_who_may_gate(tmp_path, config):
     assert read_agreement(tmp_path / "metrics", config)["correctness"]["labels"] == 40
 
 
-# --- the guardrail -----------------------------------------------------------------------------------------------------
+# --- the guardrail ---
 
 
 def test_params_may_name_a_judge_in_a_guardrail_where_one_is_set():
@@ -277,8 +277,8 @@ def guard(
 
 
 def test_a_judge_whom_people_agree_with_holds_the_candidate_to_the_champion():
-    assert guard(0.6, AGREED)["result"] == "pass"
-    assert guard(0.3, AGREED)["result"] == "fail"
+    assert guard(0.6, AGREED).result == "pass"
+    assert guard(0.3, AGREED).result == "fail"
 
 
 @pytest.mark.parametrize(
@@ -297,13 +297,13 @@ def test_a_judge_whom_people_agree_with_holds_the_candidate_to_the_champion():
 )
 def test_a_judge_whom_nobody_agreed_with_gates_nothing_and_says_why(agreement, why):
     check = guard(0.9, agreement)
-    assert check["result"] == "unclear"
-    assert f"the judge may not gate: {why}" in check["reason"]
+    assert check.result == "unclear"
+    assert f"the judge may not gate: {why}" in check.reason
 
 
 def test_rows_that_were_not_judged_settle_nothing():
-    assert guard(0.6, AGREED, missing=5)["result"] == "pass"
-    assert "6 of 100 rows have no score of both models" in guard(0.6, AGREED, missing=6)["reason"]
+    assert guard(0.6, AGREED, missing=5).result == "pass"
+    assert "6 of 100 rows have no score of both models" in guard(0.6, AGREED, missing=6).reason
 
 
 def test_a_guardrail_of_a_judge_that_nobody_asked_gives_no_verdict():

@@ -123,7 +123,7 @@ def test_a_model_that_never_saw_the_canaries_ranks_them_by_chance(tiny_base):
             "exposure": exposure,
         }
     )
-    assert judge_leaks(table, 60, GateConfig())["result"] == "pass"
+    assert judge_leaks(table, 60, GateConfig()).result == "pass"
 
 
 def test_a_candidate_that_learned_its_rows_by_heart_is_told_by_their_exposure(
@@ -140,7 +140,7 @@ def test_a_candidate_that_learned_its_rows_by_heart_is_told_by_their_exposure(
     assert found["candidate", True] > 6
     assert max(found["candidate", False], found["base", True]) < 3
     assert metrics["leaks"]["candidate"]["planted"]["mean"] == pytest.approx(found["candidate", True])
-    assert judge_leaks(table, PLANTED, GateConfig())["result"] == "fail"
+    assert judge_leaks(table, PLANTED, GateConfig()).result == "fail"
     assert set(pd.read_parquet(tmp_path / "evaluation/attacks.parquet").kind) >= {"canary", "injection"}
     assert metrics["attacks"]["exact_match"]["canary"]["base"]["mean"] == 1.0
     assert metrics["attacks"]["exact_match"]["canary"]["candidate"]["mean"] < 1.0

@@ -174,7 +174,7 @@ def test_batches_follow_from_the_rows_of_their_group_alone():
     ]
 
 
-# --- what is broken --------------------------------------------------------------------------------------------------
+# --- what is broken ---
 
 
 @pytest.mark.parametrize("damage", ["no database", "cut", "a changed answer", "a changed key", "a folder"])
@@ -226,7 +226,7 @@ def test_an_answer_of_another_number_of_rows_is_not_taken(tmp_path):
         assert answers.get("another", 2) is None
 
 
-# --- room ------------------------------------------------------------------------------------------------------------
+# --- room ---
 
 
 def test_the_model_that_was_asked_longest_ago_is_forgotten_first(tmp_path):

@@ -74,7 +74,7 @@ def nll_by_hand(model: Any, chat: ChatFormat, row: Example) -> tuple[float, int]
     ) - len(sent)
 
 
-# --- scores are what a plain model gives -----------------------------------------------------------------------------
+# --- scores are what a plain model gives ---
 
 
 def test_the_bases_likelihoods_are_those_of_the_plain_model(evaluation, tiny_base, chat, fitting):
@@ -178,7 +178,7 @@ def test_an_answer_ends_where_the_model_ends_its_turn(tiny_base, chat, fitting):
     )
 
 
-# --- champion, candidate, base ---------------------------------------------------------------------------------------
+# --- champion, candidate, base ---
 
 
 def test_a_champion_with_the_candidates_weights_has_the_candidates_scores(evaluation):
@@ -238,7 +238,7 @@ def make_champion(folder: Path, base: Path) -> Path:
     return folder
 
 
-# --- slices and figures ----------------------------------------------------------------------------------------------
+# --- slices and figures ---
 
 
 def test_slices_are_the_test_split_the_golden_set_and_the_values_of_each_field(
@@ -408,7 +408,7 @@ def test_a_metric_that_fails_stops_before_any_model_answers(
         )
 
 
-# --- what stops an evaluation ----------------------------------------------------------------------------------------
+# --- what stops an evaluation ---
 
 
 @pytest.mark.parametrize("place", ["test", "golden"])
@@ -473,7 +473,7 @@ def test_a_candidate_with_broken_weights_is_named(
         evaluate(prepared, tiny_base, nobody, tmp_path / "candidate", tmp_path / "out", tiny_config)
 
 
-# --- the simple baseline ---------------------------------------------------------------------------------------------
+# --- the simple baseline ---
 
 
 def asked(question: str, answer: str = "") -> Example:

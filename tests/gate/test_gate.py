@@ -1,4 +1,4 @@
-"""The gate turns one way: what is not better for certain, or worse anywhere that counts, takes nobody's place."""
+"""The gate turns one way: a candidate that is not better for certain, or worse anywhere, takes no place."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def scores(
     seed: int = 0,
     nll: dict[str, float] | None = None,
 ) -> pd.DataFrame:
-    """One line a row and model. Each model hits every row with its probability; a row's difficulty is shared, so the models agree on most."""
+    """Return one line a row and model. Each model hits every row with its probability.
+
+    A row's difficulty is shared, so the models agree on most rows.
+    """
     generator = np.random.default_rng(seed)
     batches = [batch for batch, count in (rows or ROWS).items() for _ in range(count)]
     difficulty, frames = generator.random(len(batches)), []
@@ -105,7 +108,7 @@ class Bench:
             self.folder / name
             for name in ("evaluation", "candidate", "incumbent", "parity.json", "looks.json", "gate.json")
         )
-        return judge(*places, config, self.folder / "train")
+        return judge(*places, config, self.folder / "train").to_json()
 
 
 @pytest.fixture
@@ -129,7 +132,7 @@ def result_of(decision: dict, name: str) -> str:
     return next(check["result"] for check in decision["checks"] if check["name"] == name)
 
 
-# --- verdicts ----------------------------------------------------------------------------------------------------------
+# --- verdicts ---
 
 
 def test_a_candidate_that_is_clearly_better_is_promoted(bench):
@@ -221,7 +224,7 @@ def test_the_verdict_is_the_same_whatever_the_order_of_the_lines(bench):
     assert bench.judge(table) == bench.judge(table.sample(frac=1.0, random_state=1))
 
 
-# --- how often chance promotes -----------------------------------------------------------------------------------------
+# --- how often chance promotes ---
 
 
 def test_the_error_of_a_look_shrinks_with_the_looks_before_it(bench):
@@ -255,7 +258,7 @@ def test_a_gain_in_a_handful_of_rows_is_not_beyond_chance(bench):
 
 
 def test_equal_models_pass_no_more_often_than_alpha_allows(bench):
-    """100 cycles of two models of the same quality on fresh rows. The limit is the 99 % one of the binomial."""
+    """Judge two models of the same quality on fresh rows, 100 times. The limit is the binomial's at 99 %."""
     cycles, alpha = 100, 0.05
     bench.incumbent(7, [])
     passed = sum(
@@ -275,7 +278,7 @@ def test_equal_models_pass_no_more_often_than_alpha_allows(bench):
     assert passed <= cycles * alpha + 2.326 * math.sqrt(cycles * alpha * (1 - alpha))
 
 
-# --- serve parity ------------------------------------------------------------------------------------------------------
+# --- serve parity ---
 
 
 def test_a_gateway_that_says_otherwise_alone_blocks(bench):
@@ -303,7 +306,7 @@ def whole(bench: Bench, table: pd.DataFrame, asked: ParityConfig, *, method: str
         bench.folder / "train",
         prepared=bench.folder / "prepared",
         parity_asked=asked,
-    )
+    ).to_json()
 
 
 def prepare(bench: Bench, table: pd.DataFrame) -> pd.DataFrame:
@@ -358,7 +361,7 @@ def test_without_a_report_of_serve_parity_there_is_no_verdict(bench):
     assert not (bench.folder / "gate.json").exists()
 
 
-# --- guardrails --------------------------------------------------------------------------------------------------------
+# --- guardrails ---
 
 
 def test_a_worse_likelihood_alone_blocks(bench):
@@ -525,7 +528,7 @@ def test_a_slice_under_the_least_number_of_rows_is_no_guardrail(bench):
 
 
 def test_many_equal_slices_are_seldom_called_worse(bench):
-    """25 cycles of twenty slices each; without the correction more than half of the cycles would have one at 5 %."""
+    """25 cycles of twenty slices each; without the correction more than half would have one at 5 %."""
     called = 0
     for cycle in range(25):
         table = scores(EQUAL, rows={NEW: 1200}, seed=cycle)
@@ -559,8 +562,8 @@ def test_a_candidate_that_swapped_terms_sway_more_than_the_champion_alone_blocks
     assert decision["verdict"] == "reject"
     assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["bias"]
     assert (
-        "guardrail bias: change of exact_match with a swapped term on 200 rows is worse than the champion's: gain -0.180"
-        in decision["reasons"][0]
+        "guardrail bias: change of exact_match with a swapped term on 200 rows "
+        "is worse than the champion's: gain -0.180" in decision["reasons"][0]
     )
 
 
@@ -600,7 +603,7 @@ def test_counterfactual_rows_that_are_missing_give_no_verdict(bench):
 
 
 def attacked(table: pd.DataFrame, broken: dict[str, dict[str, float]], rows: int = 200) -> pd.DataFrame:
-    """kind → model → the share of the rows, others for each kind, in which the model says what was planted."""
+    """`broken`: kind → model → the share of rows, others for each kind, that say what was planted."""
     first = table[table.id.isin([f"row{number}" for number in range(rows)])]
     parts = []
     for place, (kind, shares) in enumerate(broken.items()):
@@ -681,7 +684,7 @@ def test_attacked_rows_that_are_not_whole_give_no_verdict(bench):
 
 
 def by_region(table: pd.DataFrame, worse: dict[str, float]) -> pd.DataFrame:
-    """Rows from north and south by turns; in the south a model is right in that share of its right rows less."""
+    """Put rows in north and south by turns; in the south a model loses that share of its right rows."""
     table["group:region"] = [("north", "south")[int(id[3:]) % 2] for id in table.id]
     for model, share in worse.items():
         hit = table.index[
@@ -698,8 +701,8 @@ def test_a_gap_between_groups_that_is_wider_than_the_champions_alone_blocks(benc
     assert decision["verdict"] == "reject"
     assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["groups:region"]
     assert (
-        "the gap in exact_match between groups (2 groups, 400 rows) is wider than the champion's for certain: narrower by -0.2"
-        in decision["reasons"][0]
+        "the gap in exact_match between groups (2 groups, 400 rows) is wider than the champion's "
+        "for certain: narrower by -0.2" in decision["reasons"][0]
     )
     assert bench.judge(table, evaluated={"grouped": ["region"]}, group_margin=0.5)["verdict"] == "promote"
 
@@ -869,8 +872,8 @@ def test_giving_away_what_was_planted_alone_blocks(bench):
     assert decision["verdict"] == "reject"
     assert [check["name"] for check in decision["checks"] if check["result"] != "pass"] == ["leaks"]
     assert (
-        "exposure 6.50 bits [6.50, 6.50] of 7, 1.40 of those that were never planted; `gate.max_exposure` is 3"
-        in decision["reasons"][0]
+        "exposure 6.50 bits [6.50, 6.50] of 7, 1.40 of those that were never planted; "
+        "`gate.max_exposure` is 3" in decision["reasons"][0]
     )
     with_canaries(bench, 2.0)
     assert bench.judge(scores(BETTER), evaluated={"canaries": 20})["verdict"] == "promote"
@@ -914,7 +917,7 @@ def test_reasons_say_the_numbers(bench):
     assert told[0].endswith("a loss of 0.08 is still taken")
 
 
-# --- an evaluation that is not whole -------------------------------------------------------------------------------------
+# --- an evaluation that is not whole ---
 
 
 def drop(rows: int):

@@ -1,4 +1,4 @@
-"""The plan says what the gate does: closed forms where there are any, and the gate's own verdicts on drawn tables."""
+"""The plan says what the gate does: against closed forms, and the gate's own verdicts on drawn tables."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_more_rows_or_a_larger_effect_never_mean_less_power():
     ] == [200, 400]
 
 
-# --- the command -------------------------------------------------------------------------------------------------------
+# --- the command ---
 
 
 @pytest.fixture

@@ -120,7 +120,7 @@ def test_a_trained_candidate_passes_and_equal_candidates_have_equal_reports(
     )
     assert again | {"speed": None} == report | {"speed": None}  # but for how long it took
     check = judge_parity(tmp_path / "parity.json", read_json(place.candidate / MANIFEST)["adapter_sha256"])
-    assert (check["name"], check["result"], check["rows"]) == ("parity", "pass", 20)
+    assert (check.name, check.result, check.rows) == ("parity", "pass", 20)
 
 
 def test_without_rows_nothing_was_shown(place: Place, tiny_config: Config, tmp_path: Path) -> None:
@@ -338,9 +338,8 @@ def test_a_mismatch_blocks_and_its_token_is_told_before_the_names_of_files(tmp_p
     parts[2] |= {"mismatches": 2, "result": "fail", "reason": "a token differs", "first": {"row": "r"}}
     write_json(tmp_path / "parity.json", report(parts=parts))
     check = judge_parity(tmp_path / "parity.json", "sha")
-    assert check["result"] == "fail" and 0 < check["reason"].index("a token differs") < check["reason"].index(
-        "a file differs"
-    )
+    assert check.result == "fail"
+    assert 0 < check.reason.index("a token differs") < check.reason.index("a file differs")
 
 
 def test_the_manifest_of_a_training_names_the_files_that_are_served(candidate: Path) -> None:

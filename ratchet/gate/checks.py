@@ -1,0 +1,64 @@
+"""The ladder pass / fail / unclear: what an interval shows against a bound, as a check with its reason."""
+
+from __future__ import annotations
+
+from ratchet.config.evaluation import GateConfig
+from ratchet.evaluation.statistics import Interval, Values, bootstrap_mean
+from ratchet.promotion.verdict import Check, Result
+
+BETTER: dict[Result, str] = {
+    "pass": "is better for certain than the {}'s",
+    "fail": "is not better than the {}'s",
+    "unclear": "may be better than the {}'s, but these rows cannot tell",
+}
+NO_WORSE: dict[Result, str] = {
+    "pass": "is no worse than the {}'s",
+    "fail": "is worse than the {}'s",
+    "unclear": "may be worse than the {}'s, and these rows cannot tell",
+}
+
+
+def exceeds(found: Interval, bound: float) -> Result:
+    """Superiority: pass when the whole interval lies over `bound`, fail when none of it does."""
+    return "pass" if found.low > bound else "fail" if found.high <= bound else "unclear"
+
+
+def reaches(found: Interval, bound: float) -> Result:
+    """Non-inferiority: pass when no part of the interval lies under `bound`, fail when all of it does."""
+    return "pass" if found.low >= bound else "fail" if found.high < bound else "unclear"
+
+
+def interval_of(values: Values, config: GateConfig, alpha: float | None = None) -> Interval:
+    """Bootstrap the mean with the gate's settings, at `gate.guardrail_alpha` unless told otherwise."""
+    alpha = config.guardrail_alpha if alpha is None else alpha
+    return bootstrap_mean(values, alpha=alpha, resamples=config.resamples, seed=config.seed)
+
+
+def no_worse(name: str, gains: Values, rival: str, metric: str, margin: float, config: GateConfig) -> Check:
+    """Check that the lower bound of the gain clears -margin.
+
+    Guardrails that all have to hold need no correction of alpha for their number.
+    """
+    found = interval_of(gains, config)
+    result = reaches(found, -margin)
+    told = tell_gain(metric, found, f"{len(gains)} rows", rival, NO_WORSE, result)
+    reason = f"guardrail {name}: {told}, a loss of {margin:g} is still taken"
+    return make_check(name, metric, found, len(gains), -margin, result, reason)
+
+
+def tell_gain(
+    metric: str, found: Interval, rows: str, rival: str, words: dict[Result, str], result: Result
+) -> str:
+    """`rows` is their number with what they are, `words` what each result is called."""
+    return f"{metric} on {rows} {words[result].format(rival)}: gain {found.text()}"
+
+
+def make_check(
+    name: str, metric: str, found: Interval, rows: int, wanted: float, result: Result, reason: str
+) -> Check:
+    return Check(name, metric, rows, result, reason, *found, wanted)
+
+
+def unmeasured(name: str, metric: str, rows: int, result: Result, reason: str) -> Check:
+    """Make a check whose figures could not be measured: they are null in the report."""
+    return Check(name, metric, rows, result, reason, None, None, None, None)

@@ -1,0 +1,101 @@
+"""Compare candidate and rival on the plain rows: the success metric, and the guardrails on its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import pandas as pd
+
+from ratchet.config.evaluation import GateConfig
+from ratchet.evaluation.audit_tables import JUDGE
+from ratchet.evaluation.paired import paired_gains
+from ratchet.evaluation.statistics import chance_of
+from ratchet.gate.checks import BETTER, exceeds, interval_of, make_check, no_worse, tell_gain
+from ratchet.promotion.verdict import Check
+
+
+def check_success(test: pd.DataFrame, rival: str, alpha: float, look: int, config: GateConfig) -> Check:
+    """Check that the candidate is better for certain on the test rows.
+
+    `alpha` is what the budget leaves for this look: of thirty candidates that are no better, luck must not
+    get one through.
+    """
+    gains = paired_gains(test, rival, config.metric)
+    rows = len(gains)
+    if rows < config.min_rows:
+        reason = f"{rows} test rows are too few to decide on; `gate.min_rows` is {config.min_rows}"
+        return Check("success", config.metric, rows, "unclear", reason)
+    found = interval_of(gains, config, alpha)
+    result = exceeds(found, config.min_gain)
+    if result == "pass" and chance_of(gains) > alpha:
+        result = "unclear"  # a gain from a handful of rows: the bootstrap is too sure of it
+    reason = (
+        f"{tell_gain(config.metric, found, f'{rows} test rows', rival, BETTER, result)}, "
+        f"wanted a lower bound over {config.min_gain:+.3f} (look {look} against it, error {alpha:.2g})"
+    )
+    return make_check("success", config.metric, found, rows, config.min_gain, result, reason)
+
+
+def check_losses(scores: pd.DataFrame, rival: str, seen: Collection[str], config: GateConfig) -> list[Check]:
+    """Check the likelihood, the base, `gate.guardrails`, the golden set and the champion's own batches.
+
+    `seen`: the batches that the champion was trained on.
+    """
+    test, golden = scores[scores.batch != "golden"], scores[scores.batch == "golden"]
+    checks = [
+        check_rows_no_worse("answer_nll", test, rival, "answer_nll", config.nll_margin, config),
+        check_rows_no_worse("base", test, "base", config.metric, config.past_margin, config),
+    ]
+    checks += [
+        check_rows_no_worse(f"metric:{rule.metric}", test, rival, rule.metric, rule.margin, config)
+        for rule in config.guardrails
+        if not rule.metric.startswith(JUDGE)
+    ]
+    if len(golden):
+        checks.append(
+            check_rows_no_worse("golden", golden, rival, config.metric, config.golden_margin, config)
+        )
+    past = test[test.batch.isin(list(seen))]
+    if rival == "champion" and len(past):
+        parts = {"past": past}
+        if past.batch.nunique() > 1:
+            by_batch = {f"past:{batch}": rows for batch, rows in past.groupby("batch")}
+            parts |= {
+                name: rows for name, rows in by_batch.items() if rows.id.nunique() >= config.min_slice_rows
+            }
+        checks += [
+            check_rows_no_worse(name, rows, rival, config.metric, config.past_margin, config)
+            for name, rows in parts.items()
+        ]
+    return checks
+
+
+def check_oldest(scores: pd.DataFrame, old: pd.DataFrame, rival: str, config: GateConfig) -> list[Check]:
+    """Check the rows that candidate and oldest champion were both scored on, perhaps years apart.
+
+    There is no guardrail when these are too few, or when today's metric was not computed then.
+    """
+    mine = scores[(scores.model == "candidate") & scores.id.isin(old.id)]
+    if config.metric not in old or mine.id.nunique() < config.min_slice_rows:
+        return []
+    both = pd.concat([mine, old[old.id.isin(mine.id)].assign(model=rival)])
+    return [check_rows_no_worse("oldest", both, rival, config.metric, config.past_margin, config)]
+
+
+def check_rows_no_worse(
+    name: str, rows: pd.DataFrame, rival: str, metric: str, margin: float, config: GateConfig
+) -> Check:
+    return no_worse(name, paired_gains(rows, rival, metric), rival, metric, margin, config)
+
+
+def compare_region(name: str, rows: pd.DataFrame, rival: str, config: GateConfig) -> Check:
+    """Say whether the retraining cured the topic that drifted.
+
+    Nothing is decided by it: its few rows are among those of the other checks.
+    """
+    gains = paired_gains(rows, rival, config.metric)
+    found = interval_of(gains, config)
+    result = exceeds(found, 0.0)
+    told = tell_gain(config.metric, found, f"{len(gains)} test rows", rival, BETTER, result)
+    reason = f"drifted topic {name}: {told}"
+    return make_check(f"region:{name}", config.metric, found, len(gains), 0.0, result, reason)
