@@ -1,8 +1,8 @@
-"""A version in the form that other programs read: merged, or as GGUF in float16, 8 or 4 bits; checked against the adapter before it is there.
+"""Export a version for other programs, merged or as GGUF in float16, 8 or 4 bits, and check the result.
 
-A flow's task, not a stage. What is written is loaded again, from its files and by transformers' own reader, and asked the rows that
-the adapter is asked. `merged` and `gguf` must answer as it does, within the tolerance of the section `parity`; `int8` and `int4` lose
-something by design: their weights must be the adapter's up to rounding, and the scores tell what that costs.
+This is no stage. The written files are loaded again by transformers' own reader and asked the same rows as
+the adapter. `merged` and `gguf` must answer as it does, within the tolerance of the section `parity`. `int8`
+and `int4` are lossy: their weights must be the adapter's up to rounding, and the scores tell what that costs.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
+from msgspec import UNSET, UnsetType
 
 from ratchet.config.evaluation import ParityConfig
 from ratchet.config.params import Config
@@ -34,31 +36,96 @@ from ratchet.models.adapters import load_trained
 from ratchet.models.chat_template import ChatFormat, Encoded
 from ratchet.models.generation import answer_likelihoods
 from ratchet.models.gguf import FILE, KINDS, load_gguf, require_gguf, write_gguf
-from ratchet.models.loading import MANIFEST, load_full, load_tokenizer, quiet
+from ratchet.models.loading import load_full, load_tokenizer, quiet
+from ratchet.models.manifests import MANIFEST, BaseName, read_base_manifest, read_trained_manifest
 from ratchet.models.merging import load_merged
 from ratchet.parity.check import Asked, Reference, make_reference
-from ratchet.parity.compare import Part, compare_answers
+from ratchet.parity.compare import compare_answers
 from ratchet.parity.paths import Answer, differences, model_answers, model_forward
+from ratchet.parity.report import Part
 from ratchet.reporting.model_card import hub_card, score_table
 from ratchet.serving.version_source import Source
 
 CARD, RECORD = "README.md", "export.json"
-LOSS = {
-    "int8": 0.02,
-    "int4": 0.2,
-}  # of a layer's weights, root mean square, relative: rounding of normal weights is 0.006 and 0.09
+# The most that a layer's weights may move, relative, root mean square: rounding normally distributed weights
+# moves them by 0.006 in 8 bits and 0.09 in 4.
+LOSS = {"int8": 0.02, "int4": 0.2}
 PACKAGES = ("torch", "transformers", "peft", "gguf")
 
 
 class Scores(NamedTuple):
-    """A value a row."""
+    """Hold a value a row; `answer_nll` is in nats a token of the wanted answer."""
 
     exact_match: Values
     answer_nll: Values
 
 
-def export(source: Source, to: str, out: Path, config: Config) -> dict[str, Any]:
-    """Returns what `export.json` says. Raises UserError: this cannot be made of it; BaseModelError: what came out is not the adapter. Then nothing is left."""
+class Bounds(msgspec.Struct, frozen=True):
+    """Hold a mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Score(msgspec.Struct, frozen=True):
+    """Hold the scores of one side."""
+
+    exact_match: Bounds
+    answer_nll: Bounds
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """Hold the scores of both sides, and their paired difference, export minus adapter."""
+
+    rows: int
+    adapter: Score
+    export: Score
+    difference: Score
+
+
+class Prompts(msgspec.Struct, frozen=True):
+    """Count the prompts that are `alike` when a program tokenizes them in one piece."""
+
+    rows: int
+    alike: int
+
+
+class Check(Part, frozen=True):
+    """Hold the comparison with the adapter, and a layer's largest relative loss by rounding."""
+
+    largest_loss: float | UnsetType = UNSET
+
+
+class Base(BaseName, frozen=True):
+    """Name the base, with the sha256 of its manifest."""
+
+    sha256: str = ""
+
+
+class Record(msgspec.Struct, frozen=True):
+    """Hold the content of export.json; `files` maps names to sha256."""
+
+    name: str
+    version: str
+    to: str
+    commit: str
+    method: str
+    adapter_sha256: str
+    base: Base
+    check: Check
+    scores: Comparison
+    environment: dict[str, str]  # versions of packages
+    prompts: Prompts
+    files: dict[str, str] = {}
+
+
+def export(source: Source, to: str, out: Path, config: Config) -> Record:
+    """Write the folder `out` and return the content of its export.json.
+
+    Raises UserError: the version has no such form; BaseModelError: the result is not the adapter. Then
+    nothing is left.
+    """
     if to in KINDS:
         require_gguf()
     if out.exists():
@@ -73,9 +140,9 @@ def export(source: Source, to: str, out: Path, config: Config) -> dict[str, Any]
         )
         reference, ours = _adapter_side(source, asked)
         with whole_folder(out) as folder:
-            lost = _write(to, merged, folder, source, asked.theirs)
+            losses = _write(to, merged, folder, source, asked.theirs)
             dtype = merged.dtype
-            merged = None
+            merged = None  # the memory is needed for what was written
             gc.collect()
             part, theirs = _exported_side(
                 to, folder, asked, reference, config.parity, half=dtype != torch.float32
@@ -83,10 +150,11 @@ def export(source: Source, to: str, out: Path, config: Config) -> dict[str, Any]
             if part.mismatches and to not in LOSS:
                 raise BaseModelError(
                     f"what came out is not the adapter: {part.reason}",
-                    remedy="nothing was written; serve the adapter, or raise the tolerance of `parity` if you know why",
+                    remedy="nothing was written; serve the adapter, "
+                    "or raise the tolerance of `parity` if you know why",
                 )
-            record = _record(source, to, part, _compare(ours, theirs), lost) | {"prompts": _prompts(asked)}
-            _describe(folder, source, to, record)
+            record = _record(source, to, part, _compare(ours, theirs), losses, _count_prompts(asked))
+            record = _describe(folder, source, record)
             for path in folder.iterdir():
                 path.chmod(0o644)  # some libraries write for their own user alone
     return record
@@ -111,9 +179,9 @@ def _adapter_side(source: Source, asked: Asked) -> tuple[Reference, Scores]:
 
 
 def _write(to: str, merged: Any, folder: Path, source: Source, chat: ChatFormat) -> dict[str, float]:
-    """Returns the relative loss by layer of `int8` and `int4`."""
+    """Write the weights and what belongs to them; return the relative loss by layer of `int8` and `int4`."""
     if to == "merged":
-        merged.config.name_or_path = read_json(source.bundle.base / MANIFEST)["model"]
+        merged.config.name_or_path = read_base_manifest(source.bundle.base).model
         merged.save_pretrained(folder, safe_serialization=True)
         chat.tokenizer.save_pretrained(folder)
         return {}
@@ -125,20 +193,20 @@ def _write(to: str, merged: Any, folder: Path, source: Source, chat: ChatFormat)
         stop_id=chat.stop_id,
         kind=to,
     )
-    return _loss(merged, load_gguf(folder), LOSS[to]) if to in LOSS else {}
+    return _measure_losses(merged, load_gguf(folder), LOSS[to]) if to in LOSS else {}
 
 
-def _loss(merged: Any, loaded: Any, most: float) -> dict[str, float]:
-    """Raises BaseModelError: a layer came back as something else."""
+def _measure_losses(merged: Any, loaded: Any, most: float) -> dict[str, float]:
+    """Return each layer's relative loss. Raises BaseModelError: one is larger than `most`, or no number."""
     theirs, found = loaded.state_dict(), {}
     for name, weights in merged.state_dict().items():
-        apart = (
-            theirs[name].float() - weights.float().to(theirs[name].device)
-        ).norm() / weights.float().norm().clamp(min=1e-12)
-        found[name] = float(apart)
+        ours = weights.float()
+        apart = (theirs[name].float() - ours.to(theirs[name].device)).norm()
+        found[name] = float(apart / ours.norm().clamp(min=1e-12))
     if odd := [name for name, share in found.items() if not share <= most]:
         raise BaseModelError(
-            f"what came out is not the adapter: {len(odd)} layers differ by more than rounding, the first {odd[0]} by {found[odd[0]]:.2g}",
+            f"what came out is not the adapter: {len(odd)} layers differ by more than rounding, "
+            f"the first {odd[0]} by {found[odd[0]]:.2g}",
             remedy="nothing was written",
         )
     return found
@@ -147,15 +215,13 @@ def _loss(merged: Any, loaded: Any, most: float) -> dict[str, float]:
 def _exported_side(
     to: str, folder: Path, asked: Asked, reference: Reference, config: ParityConfig, *, half: bool
 ) -> tuple[Part, Scores]:
-    loaded: Any = load_gguf(folder) if to in KINDS else load_full(folder)
-    loaded = loaded.eval()
+    loaded: Any = (load_gguf(folder) if to in KINDS else load_full(folder)).eval()
     answers = model_answers(loaded, asked.ours, asked.prompts, **asked.greedy)
     apart = differences(
         model_forward(loaded), loaded.device, reference.answers, reference.tops, **asked.batches
     )
-    tolerance = (
-        config.half_tolerance if half or reference.half or to in KINDS else config.tolerance
-    )  # a GGUF's weights are float16 at most
+    rounded = half or reference.half or to in KINDS  # a GGUF's weights are float16 at most
+    tolerance = config.half_tolerance if rounded else config.tolerance
     part = compare_answers(
         f"the file ({to})", asked.ids, *reference[:2], answers, apart, tolerance, asked.ours, asked.ours
     )
@@ -163,108 +229,91 @@ def _exported_side(
 
 
 def _score(model: Any, asked: Asked, answers: list[Answer]) -> Scores:
-    """Exact match, and the NLL in nats a token of the wanted answer."""
     found = answer_likelihoods(model, [_with_answer(asked.ours, row) for row in asked.rows], **asked.batches)
-    return Scores(
-        np.array(
-            [exact_match(answer.text, row.answer) for answer, row in zip(answers, asked.rows, strict=True)]
-        ),
-        np.array([one.nll / one.tokens for one in found]),
-    )
+    matches = [exact_match(answer.text, row.answer) for answer, row in zip(answers, asked.rows, strict=True)]
+    return Scores(np.array(matches), np.array([one.nll / one.tokens for one in found]))
 
 
 def _with_answer(chat: ChatFormat, row: Example) -> Encoded:
+    """Encode a row with the loss on its last answer only."""
     ids, prompt = chat.encode(row).ids, len(chat.encode_prompt(row.prompt))
     return Encoded(ids, [position >= prompt for position in range(len(ids))])
 
 
-def _compare(ours: Scores, theirs: Scores) -> dict[str, Any]:
-    """Each with its 95 % interval, and the paired difference, export minus adapter."""
-    sides = {"adapter": ours, "export": theirs}
-    scores: dict[str, Any] = {
-        name: {
-            "exact_match": wilson(side.exact_match, alpha=0.025)._asdict(),
-            "answer_nll": _mean(side.answer_nll),
-        }
-        for name, side in sides.items()
-    }
-    difference = {name: _mean(getattr(theirs, name) - getattr(ours, name)) for name in Scores._fields}
-    return {"rows": len(ours.answer_nll), **scores, "difference": difference}
+def _compare(ours: Scores, theirs: Scores) -> Comparison:
+    sides = [
+        Score(
+            Bounds(*wilson(side.exact_match, alpha=0.025)),
+            _mean(side.answer_nll),
+        )
+        for side in (ours, theirs)
+    ]
+    matches, nll = theirs.exact_match - ours.exact_match, theirs.answer_nll - ours.answer_nll
+    return Comparison(len(ours.answer_nll), *sides, Score(_mean(matches), _mean(nll)))
 
 
-def _mean(values: Values) -> dict[str, float]:
-    return bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)._asdict()
+def _mean(values: Values) -> Bounds:
+    return Bounds(*bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0))
 
 
-def _prompts(asked: Asked) -> dict[str, int]:
-    """In how many a program that tokenises a rendered prompt in one piece sees what was trained."""
-    alike = sum(
-        asked.ours.encode_whole(row.prompt) == asked.ours.encode_prompt(row.prompt) for row in asked.rows
-    )
-    return {"rows": len(asked.rows), "alike": alike}
+def _count_prompts(asked: Asked) -> Prompts:
+    """Count the prompts that a program which tokenizes a rendered prompt in one piece sees as trained."""
+    chat = asked.ours
+    alike = [chat.encode_whole(row.prompt) == chat.encode_prompt(row.prompt) for row in asked.rows]
+    return Prompts(len(asked.rows), sum(alike))
 
 
 def _record(
-    source: Source, to: str, part: Part, scores: dict[str, Any], lost: dict[str, float]
-) -> dict[str, Any]:
-    manifest = read_json(source.bundle.adapter / MANIFEST)
-    return {
-        "name": source.bundle.name,
-        "version": source.label,
-        "to": to,
-        "commit": source.commit,
-        "method": manifest["adapter"]["method"],
-        "adapter_sha256": manifest["adapter_sha256"],
-        "base": {**manifest["base"], "sha256": sha256_json(read_json(source.bundle.base / MANIFEST))},
-        "check": {**part.as_dict(), **({"largest_loss": max(lost.values())} if lost else {})},
-        "scores": scores,
-        "environment": {
-            package: version(package) for package in PACKAGES if package != "gguf" or to in KINDS
-        },
-    }
+    source: Source, to: str, part: Part, scores: Comparison, losses: dict[str, float], prompts: Prompts
+) -> Record:
+    manifest, base = read_trained_manifest(source.bundle.adapter), source.bundle.base
+    return Record(
+        name=source.bundle.name,
+        version=source.label,
+        to=to,
+        commit=source.commit,
+        method=manifest.adapter.method,
+        adapter_sha256=manifest.adapter_sha256,
+        base=Base(**msgspec.structs.asdict(manifest.base), sha256=sha256_json(read_json(base / MANIFEST))),
+        check=Check(**msgspec.structs.asdict(part), largest_loss=max(losses.values(), default=UNSET)),
+        scores=scores,
+        environment={package: version(package) for package in PACKAGES if package != "gguf" or to in KINDS},
+        prompts=prompts,
+    )
 
 
-def _describe(folder: Path, source: Source, to: str, record: dict[str, Any]) -> None:
-    """The card, and last the record: its existence says that the folder is whole."""
+def _describe(folder: Path, source: Source, record: Record) -> Record:
+    """Write the card, and last the record: its existence says that the folder is whole."""
+    name, label = source.bundle.name, source.label
     manifest = read_json(source.bundle.adapter / MANIFEST)
     facts = {
-        "version": f"{source.bundle.name} {source.label}",
+        "version": f"{name} {label}",
         "git commit": source.commit,
-        "adapter": f"sha256 {record['adapter_sha256']}",
+        "adapter": f"sha256 {record.adapter_sha256}",
     }
-    write_text(
-        folder / CARD,
-        hub_card(
-            source.bundle.name,
-            source.label,
-            to,
-            manifest,
-            source.metrics,
-            source.decision,
-            facts,
-            scores=record["scores"],
-        ),
-    )
-    record["files"] = {
-        path.relative_to(folder).as_posix(): sha256_file(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    write_json(folder / RECORD, record)
+    scores = msgspec.to_builtins(record.scores)
+    card = hub_card(name, label, record.to, manifest, source.metrics, source.decision, facts, scores=scores)
+    write_text(folder / CARD, card)
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
+    record = msgspec.structs.replace(record, files=files)
+    write_json(folder / RECORD, msgspec.to_builtins(record))
+    return record
 
 
-def tell(record: dict[str, Any], out: Path) -> list[str]:
-    """For people."""
-    check = record["check"]
+def tell(record: Record, out: Path) -> list[str]:
+    """Return the result in lines for people."""
+    check, prompts = record.check, record.prompts
     lines = [
-        f"{record['name']} {record['version']} as {record['to']} in {out}: {sum(1 for _ in record['files'])} files",
-        f"  {check['reason']}",
+        f"{record.name} {record.version} as {record.to} in {out}: {len(record.files)} files",
+        f"  {check.reason}",
     ]
-    if "largest_loss" in check:
-        lines.append(f"  a layer's weights moved by {check['largest_loss']:.2%} at most, by rounding")
-    if (prompts := record["prompts"])["alike"] < prompts["rows"]:
-        other = prompts["rows"] - prompts["alike"]
+    if check.largest_loss is not UNSET:
+        lines.append(f"  a layer's weights moved by {check.largest_loss:.2%} at most, by rounding")
+    if prompts.alike < prompts.rows:
         lines.append(
-            f"  {other} of {prompts['rows']} prompts are other tokens where template and words are tokenised in one piece, as other programs do: see docs/export.md"
+            f"  {prompts.rows - prompts.alike} of {prompts.rows} prompts are other tokens where template and "
+            "words are tokenised in one piece, as other programs do: see docs/export.md"
         )
-    return [*lines, *(f"  {line}" for line in score_table(record["to"], record["scores"]) if line)]
+    table = score_table(record.to, msgspec.to_builtins(record.scores))
+    return [*lines, *(f"  {line}" for line in table if line)]

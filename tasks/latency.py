@@ -1,8 +1,7 @@
-"""How long an answer takes: a version in the gateway's engine, asked one test question after the other.
+"""Measure how long a version's answers to test questions take, for `ratchet compare`; this is no stage.
 
-    python -m tasks.latency --prepared data/prepared --base models/base --candidate models/candidate --out latency.json
-
-No stage: for `ratchet compare`.
+    python -m tasks.latency --prepared data/prepared --base models/base --candidate models/candidate \\
+        --out latency.json
 """
 
 from __future__ import annotations
@@ -10,36 +9,33 @@ from __future__ import annotations
 import argparse
 from itertools import islice
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.examples import read_examples
 from ratchet.errors import DataError
-from ratchet.files import read_json, write_json
-from ratchet.models.loading import MANIFEST
+from ratchet.files import write_json
 from ratchet.parity.latency import ASKED, WARM_UP, measure_speed
+from ratchet.parity.report import Speed
 from ratchet.pipeline.stage import run_stage
-from ratchet.serving.bundle import Bundle, Generation
+from ratchet.serving.bundle import bundle_candidate
 
 
-def measure(prepared: Path, base: Path, candidate: Path, config: Config) -> dict[str, Any]:
-    """What `measure_speed` gives. Raises DataError."""
+def measure(prepared: Path, base: Path, candidate: Path, config: Config) -> Speed:
+    """Ask the first test rows. Raises DataError: there are too few."""
     rows = list(islice(read_examples(prepared / "test.jsonl"), WARM_UP + ASKED))
     if len(rows) <= WARM_UP:
         raise DataError(
             f"there are {len(rows)} test rows; wanted more than {WARM_UP} to measure answers by",
             remedy="raise `prepare.test_share`, or ingest more rows",
         )
-    context = int(read_json(base / MANIFEST)["context"])
-    return measure_speed(
-        Bundle("compared", 1, candidate, base, context, Generation(config.evaluate.max_new_tokens)),
-        rows,
-        config,
-    )
+    return measure_speed(bundle_candidate(candidate, base, config), rows, config)
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    write_json(arguments.out, measure(arguments.prepared, arguments.base, arguments.candidate, config))
+    speed = measure(arguments.prepared, arguments.base, arguments.candidate, config)
+    write_json(arguments.out, msgspec.to_builtins(speed))
 
 
 if __name__ == "__main__":

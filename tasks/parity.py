@@ -1,8 +1,10 @@
-"""The candidate by the trainer's way and by the gateway's: the same token ids, the same greedy answers, the same end of an answer.
+"""Check that the gateway answers as the trainer does: same token ids, same greedy answers, same ends.
 
-    python -m tasks.parity --prepared data/prepared --tokens data/tokenized --base models/base --candidate models/candidate --out reports/parity.json
+    python -m tasks.parity --prepared data/prepared --tokens data/tokenized --base models/base \\
+        --candidate models/candidate --out reports/parity.json
 
-A mismatch is a finding, not a failure of the stage: the gate reads it and rejects. The report holds no time, so that equal candidates have equal ones.
+A mismatch does not fail the stage: the gate reads the report and rejects. Equal candidates have equal
+reports, except for the measured speed.
 """
 
 from __future__ import annotations
@@ -12,23 +14,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, read_examples
 from ratchet.errors import DataError
-from ratchet.files import read_json, write_json
+from ratchet.files import write_json
 from ratchet.models.chat_template import ChatFormat
-from ratchet.models.loading import MANIFEST, load_tokenizer
+from ratchet.models.loading import load_tokenizer
 from ratchet.parity.check import Trained, check_parity, find_trained
 from ratchet.parity.latency import WARM_UP, measure_speed
+from ratchet.parity.report import Report
 from ratchet.pipeline.stage import run_stage, say
-from ratchet.serving.bundle import Bundle, Generation
+from ratchet.serving.bundle import bundle_candidate
 from ratchet.training.packing import read_windows, rows_of
 
 
-def parity(
-    prepared: Path, tokens: Path, base: Path, candidate: Path, out: Path, config: Config
-) -> dict[str, Any]:
-    """Returns the report and writes it. Raises DataError: no test or training row to compare on."""
+def parity(prepared: Path, tokens: Path, base: Path, candidate: Path, out: Path, config: Config) -> Report:
+    """Return the report and write it. Raises DataError: no test or training row to compare on."""
     chat = ChatFormat(load_tokenizer(base))
     rows = [
         row
@@ -43,15 +46,7 @@ def parity(
             f"{len(rows)} test rows and {len(trained)} training rows to compare on",
             remedy="raise `prepare.test_share` or `tokenize.max_length`, or ingest more rows",
         )
-    context = read_json(base / MANIFEST).get("context")
-    bundle = Bundle(
-        config.project.name,
-        1,
-        candidate,
-        base,
-        int(context or config.tokenize.max_length),
-        Generation(config.evaluate.max_new_tokens),
-    )
+    bundle = bundle_candidate(candidate, base, config)
     report = check_parity(
         rows,
         trained,
@@ -62,15 +57,15 @@ def parity(
         max_new_tokens=config.evaluate.max_new_tokens,
         batch_size=config.evaluate.batch_size,
     )
-    report["fitting"] = fitting  # test rows that are short enough to have been trained on
-    if all(part["result"] == "pass" for part in report["parts"]) and len(rows) > WARM_UP:
-        report["speed"] = measure_speed(bundle, rows, config)
-    write_json(out, report)
+    report = msgspec.structs.replace(report, fitting=fitting)
+    if report.passed and len(rows) > WARM_UP:
+        report = msgspec.structs.replace(report, speed=measure_speed(bundle, rows, config))
+    write_json(out, msgspec.to_builtins(report))
     return report
 
 
 def _trained(prepared: Path, tokens: Path, chat: ChatFormat, most: int) -> list[Trained]:
-    """Rows that were tokenised to be trained on, the smallest ids: hashes, so a sample."""
+    """Return the `most` training rows with the smallest ids; ids are hashes, so this is a random sample."""
     rejected = {row["id"] for row in map(_read_line, (tokens / "rejected.jsonl").read_bytes().splitlines())}
     chosen = set((tokens / "rows.txt").read_text(encoding="utf-8").split()) - rejected
     rows: list[Example] = sorted(
@@ -82,8 +77,6 @@ def _trained(prepared: Path, tokens: Path, chat: ChatFormat, most: int) -> list[
 
 
 def _read_line(line: bytes) -> Any:
-    import msgspec
-
     return msgspec.json.decode(line)
 
 
@@ -92,11 +85,10 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
     report = parity(
         arguments.prepared, arguments.tokens, arguments.base, arguments.candidate, arguments.out, config
     )
-    for part in report["parts"]:
-        say(f"parity: {part['result']:4} {part['reason']}")
-    say(
-        f"parity: {report['rows']} test rows and {report['training_rows']} training rows in {time.perf_counter() - started:.0f} s"
-    )
+    for part in report.parts:
+        say(f"parity: {part.result:4} {part.reason}")
+    seconds = time.perf_counter() - started
+    say(f"parity: {report.rows} test rows and {report.training_rows} training rows in {seconds:.0f} s")
 
 
 if __name__ == "__main__":

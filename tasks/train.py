@@ -296,7 +296,7 @@ def _start_from(incumbent: Path, config: Config) -> bool:
         raise BaseModelError(
             "the champion's adapter was trained on another base", remedy="set `train.start_from: base`"
         )
-    check_start(read_json(incumbent / MANIFEST).get("adapter", {}), config.adapter)
+    check_start(incumbent, config.adapter)
     return True
 
 

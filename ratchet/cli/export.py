@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from ratchet.cli.context import Json, note, read_config, ready_root, say, show
@@ -55,4 +56,4 @@ def export(
         f"{config.parity.rows} rows at most …"
     )
     record = run(source, to.value, out, config)
-    show(record, as_json, lambda: say("\n".join(tell(record, out))))
+    show(msgspec.to_builtins(record), as_json, lambda: say("\n".join(tell(record, out))))

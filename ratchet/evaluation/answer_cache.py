@@ -127,7 +127,7 @@ def identity(base: Path, trained: Path | None, like: Path) -> str:
             if path.is_file() and path.name != "seen.txt"
         },
         "trained": _trained(trained) if trained else None,
-        "settings": [*settings.values(), precision(settings["method"])[0]],
+        "settings": [*settings, precision(settings.method)[0]],
         "machine": _machine(),
         "code": code_key(CODE, Path(__file__).parents[2]),
     }

@@ -25,10 +25,16 @@ from ratchet.evaluation.answer_cache import Answers, identity, open_answers
 from ratchet.evaluation.custom_metrics import Custom, custom_score
 from ratchet.evaluation.metrics import row_metrics
 from ratchet.evaluation.slices import slice_columns
-from ratchet.models.adapters import base_settings, can_be_switched_off, load_trained, share_a_base
+from ratchet.models.adapters import (
+    base_settings,
+    can_be_switched_off,
+    load_base_of,
+    load_trained,
+    share_a_base,
+)
 from ratchet.models.chat_template import ChatFormat, Encoded
 from ratchet.models.generation import Likelihood, answer_likelihoods, greedy_answers
-from ratchet.models.loading import load_adapter, load_base, load_tokenizer, quiet
+from ratchet.models.loading import load_adapter, load_tokenizer, quiet
 from ratchet.pipeline.stage import say
 
 
@@ -91,7 +97,7 @@ class Models:
                 yield self._model
             return
         self._model, self._held = None, {}
-        yield load_base(player.base, **base_settings(player.like))
+        yield load_base_of(player.base, player.like)
 
 
 def players_of(base: Path, incumbent: Path | None, candidate: Path) -> list[Player]:

@@ -86,5 +86,11 @@ class Budget:
 
     def _say(self, limit: str, cost: float, tokens: int) -> str:
         if limit == "max_cost":
-            return f"{self.cost:.4f} of {self._section}.max_cost ({self._max_cost:g}) is spent, and the next request can cost up to {cost:.4f}"
-        return f"{sum(self.usage)} of {self._section}.max_run_tokens ({self._max_tokens}) are spent, and the next request can take up to {tokens}"
+            return (
+                f"{self.cost:.4f} of {self._section}.max_cost ({self._max_cost:g}) is spent, "
+                f"and the next request can cost up to {cost:.4f}"
+            )
+        return (
+            f"{sum(self.usage)} of {self._section}.max_run_tokens ({self._max_tokens}) are spent, "
+            f"and the next request can take up to {tokens}"
+        )

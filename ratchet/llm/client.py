@@ -36,7 +36,10 @@ MOST_BYTES = 8 * 2**20  # the largest answer that is parsed
 OVERHEAD = 512  # tokens that a chat template and a schema may add to a prompt
 MOST_ADAPTED = 5  # changes of one body: three options left out, one renamed, one to spare
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-REPAIR = "That was not the JSON that was asked for: {fault}. Answer again with the one JSON object and nothing else."
+REPAIR = (
+    "That was not the JSON that was asked for: {fault}. "
+    "Answer again with the one JSON object and nothing else."
+)
 
 
 class AskError(Exception):
@@ -144,7 +147,7 @@ class Teacher:
                     tries += 1
                     if tries >= self._config.tries:
                         raise AskError(error.reason, str(error)) from None
-                    await asyncio.sleep(self._wait(tries, error.retry_after))
+                    await asyncio.sleep(self.choose_wait(tries, error.retry_after))
                 except _Refused as error:
                     adapted += 1
                     if adapted > MOST_ADAPTED or not self._dialect.adapt(error.status, error.said, body):
@@ -194,7 +197,9 @@ class Teacher:
         if response.status_code == 429 or response.status_code >= 500 or response.status_code == 408:
             reason = "rate_limited" if response.status_code == 429 else "endpoint_error"
             raise _Passing(
-                reason, self._quote(response), retry_after=_seconds(response.headers.get("retry-after", ""))
+                reason,
+                self._quote(response),
+                retry_after=read_retry_after(response.headers.get("retry-after", "")),
             )
         if response.status_code != 200:
             raise _Refused(response.status_code, self._quote(response), self.redact(response.text))
@@ -218,7 +223,7 @@ class Teacher:
         if start > now:
             await asyncio.sleep(start - now)
 
-    def _wait(self, tries: int, retry_after: float | None) -> float:
+    def choose_wait(self, tries: int, retry_after: float | None) -> float:
         """Return the seconds to wait; a Retry-After holds all requests back, not this one alone."""
         if retry_after is None:
             longest = min(LONGEST_BACKOFF, self._backoff * 2.0 ** (tries - 1))
@@ -242,7 +247,8 @@ class Teacher:
         if error.status in (401, 403):
             return ConfigError(
                 f"the teacher refuses the key: {error}",
-                remedy=f"{'correct' if self._key else 'set'} the environment variable {self._config.key_env} ({self._section}.key_env)",
+                remedy=f"{'correct' if self._key else 'set'} the environment variable "
+                f"{self._config.key_env} ({self._section}.key_env)",
             )
         if error.status == 402:
             return ServiceError(
@@ -252,7 +258,8 @@ class Teacher:
         if error.status in (404, 405) or 300 <= error.status < 400:
             return ConfigError(
                 f"the teacher at {self._config.url} answers {error}",
-                remedy=f"{self._section}.url is the base before {self._dialect.path}, mostly ending with /v1; {self._section}.model is {self._config.model!r}",
+                remedy=f"{self._section}.url is the base before {self._dialect.path}, "
+                f"mostly ending with /v1; {self._section}.model is {self._config.model!r}",
             )
         return AskError("endpoint_refused", str(error))
 
@@ -285,7 +292,10 @@ def _fault(answer: Answer, shape: type[Reply]) -> str:
 
 
 def _check_address(config: TeacherConfig, section: str) -> None:
-    example = "such as http://127.0.0.1:8000/v1 (vLLM), http://127.0.0.1:11434/v1 (Ollama) or, with protocol: anthropic, https://api.anthropic.com/v1"
+    example = (
+        "such as http://127.0.0.1:8000/v1 (vLLM), http://127.0.0.1:11434/v1 (Ollama) or, "
+        "with protocol: anthropic, https://api.anthropic.com/v1"
+    )
     if not config.url:
         raise ConfigError(
             f"{section}.url is empty: no model is named that writes rows",
@@ -319,13 +329,14 @@ def read_key(config: TeacherConfig, section: str) -> str:
     key = os.environ.get(config.key_env, "").strip()
     if key and not (key.isascii() and key.isprintable() and " " not in key):
         raise ConfigError(
-            f"the environment variable {config.key_env} holds no key: blanks or characters beyond ASCII stand in it",
+            f"the environment variable {config.key_env} holds no key: "
+            "blanks or characters beyond ASCII stand in it",
             remedy=f"see {section}.key_env",
         )
     return key
 
 
-def _seconds(header: str) -> float | None:
+def read_retry_after(header: str) -> float | None:
     """Return the seconds of a Retry-After, which holds seconds or a date (RFC 9110, 10.2.3), or None."""
     try:
         return max(0.0, float(header))

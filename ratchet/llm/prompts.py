@@ -1,7 +1,8 @@
-"""Prompt templates: Jinja files with a system part, a line `---`, and the user's part; a project's own folder wins over the package's.
+"""Load and render prompt templates: Jinja files with a system part, a line `---`, and the user's part.
 
-What a prompt quotes (passages, rows) stands between marks that hold its hash, and is called data: a document that says "ignore
-your instructions" is something to ask about. The version of a prompt is its name with the hash of the template's text.
+A template in the project's own folder wins over the packaged one. Quoted passages and rows stand between
+marks that hold their hash and are called data, so that a document that says "ignore your instructions" is
+only text to ask about. The version of a prompt is its name with the hash of the template's text.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LINE = "\n---\n"
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is sent: the text and the version of the template that made it."""
+    """Hold the text to send and the version of the template that made it."""
 
     version: str
     system: str
@@ -57,7 +58,7 @@ class Template:
         return [environment.from_string(part) for part in (system, user)]
 
     def render(self, **values: Any) -> Prompt:
-        """Raises ConfigError: the template asks for what is not there, or does what the sandbox forbids."""
+        """Fill the template. Raises ConfigError for an unknown name or what the sandbox forbids."""
         try:
             return Prompt(self.version, *(part.render(**values).strip() for part in self._parts))
         except TemplateError as error:
@@ -68,7 +69,7 @@ class Template:
 
 
 def load_template(name: str, folder: Path | None) -> Template:
-    """Raises ConfigError: no such folder, a file that is no template."""
+    """Read a template from `folder`, else the packaged one. Raises ConfigError for a bad folder or file."""
     if folder is not None and not folder.is_dir():
         raise ConfigError(
             f"synthesize.prompts is {str(folder)!r}, which is no folder",
@@ -104,19 +105,21 @@ def _check(template: Template) -> None:
         _environment().parse(template.source)
     except TemplateSyntaxError as error:
         raise ConfigError(
-            f"the prompt template {template.origin} is no Jinja template: line {error.lineno}: {error.message}"
+            f"the prompt template {template.origin} is no Jinja template: "
+            f"line {error.lineno}: {error.message}"
         ) from None
 
 
 def fence(text: str) -> str:
-    """The text between marks that it cannot hold itself: they carry its own hash."""
+    """Put the text between marks that carry its own hash, so that it cannot contain them."""
     mark = hashlib.sha256(text.encode()).hexdigest()[:12]
     return f"<data-{mark}>\n{text}\n</data-{mark}>"
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
+    # No escaping: the result is plain text for a model, not HTML.
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
-    )  # plain text for a model, no page
+    )
     environment.filters["fenced"] = fence
     return environment

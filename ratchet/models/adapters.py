@@ -1,28 +1,28 @@
-"""What is trained on top of the base: one small builder a method (`adapter.method`); the optimisation is the same for all.
+"""Build, load and save what is trained on top of the base: one small builder for each `adapter.method`.
 
-What each can and cannot is told in docs/training.md.
+docs/training.md tells what each method can and cannot do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ratchet.config.training import AdapterConfig
 from ratchet.errors import BaseModelError, ConfigError, RatchetError
 from ratchet.files import read_json
-from ratchet.models.loading import MANIFEST, WEIGHTS, is_full, load_adapter, load_base, load_full, quiet
+from ratchet.models.loading import WEIGHTS, is_full, load_adapter, load_base, load_full, precision, quiet
+from ratchet.models.manifests import MANIFEST, AdapterRecord, read_base_manifest, read_trained_manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LORA_FAMILY = ("lora", "qlora", "dora", "rslora")
 PREFIXED = ("prefix", "prompt")  # these put virtual tokens before every row, so rows cannot share a window
-FAMILIES = {
-    "LORA": "lora",
-    "IA3": "ia3",
-    "PREFIX_TUNING": "prefix",
-    "PROMPT_TUNING": "prompt",
-}  # PEFT's peft_type → ours
-# What makes two adapters of a method the same shape: what the champion's has to share with the one that goes on from it.
+# PEFT's peft_type → ours
+FAMILIES = {"LORA": "lora", "IA3": "ia3", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
+# Keys that have to be equal for a training to start from the champion's adapter.
 SHAPE = {
     **dict.fromkeys(LORA_FAMILY, ("rank", "alpha", "dropout", "target_modules", "bias", "modules_to_save")),
     "ia3": ("target_modules", "modules_to_save"),
@@ -32,17 +32,18 @@ SHAPE = {
 
 
 class Kind(NamedTuple):
-    """What a trained version is, told by its files."""
+    """Describe a trained version, from its files."""
 
     family: str  # "lora", "ia3", "prefix", "prompt" or "full"
-    shares: bool  # a base in memory with others of its family
-    mixes: bool  # a batch with others of its family
+    shares: bool  # whether it shares a base in memory with others of its family
+    mixes: bool  # whether it shares a batch with others of its family
 
 
 def read_kind(folder: Path) -> Kind:
-    """Raises BaseModelError: an adapter_config.json that cannot be read, or a kind that nobody here trains.
+    """Return the kind of the version in `folder`.
 
-    PEFT 0.21 refuses mixed batches with DoRA; with (IA)³ it lets them pass and gives every row the active adapter.
+    PEFT 0.21 refuses mixed batches with DoRA; with (IA)³ it accepts them, each row with the active adapter.
+    Raises BaseModelError: adapter_config.json cannot be read, or names a kind that is not trained here.
     """
     if is_full(folder):
         return Kind("full", shares=False, mixes=False)
@@ -66,30 +67,27 @@ def read_kind(folder: Path) -> Kind:
 def load_trainable(
     base: Path, start: Path | None, config: AdapterConfig, *, seed: int, in_parts: bool = False
 ) -> Any:
-    """The model to train: `base` with a fresh adapter, or with the one of `start`; `in_parts` as in load_base. Raises BaseModelError, ConfigError."""
+    """Return the model to train: `base` with a fresh adapter, or with the one in `start`.
+
+    `in_parts` as in load_base. Raises BaseModelError, ConfigError.
+    """
+    if config.method == "full" and start:
+        return load_full(start, training=True, in_parts=in_parts)
     if config.method == "full":
-        return (
-            load_full(start, training=True, in_parts=in_parts)
-            if start
-            else load_base(base, method="full", in_parts=in_parts)
-        )
+        return load_base(base, method="full", in_parts=in_parts)
     model = load_base(base, method=config.method, quantisation=config.quantisation, in_parts=in_parts)
     if config.method == "qlora":
         model = prepare_quantised(model)
     if start and config.method in PREFIXED:
-        return _put_virtual(add_adapter(model, config, seed=seed), start)
+        return _copy_virtual_tokens(add_adapter(model, config, seed=seed), start)
     if start:
         return load_adapter(model, start, trainable=True)
-    return add_adapter(
-        model,
-        config,
-        seed=seed,
-        new_ids=[token["id"] for token in read_json(base / MANIFEST).get("new_tokens", [])],
-    )
+    new_ids = [token.id for token in read_base_manifest(base).new_tokens]
+    return add_adapter(model, config, seed=seed, new_ids=new_ids)
 
 
-def _put_virtual(model: Any, start: Path) -> Any:
-    """PEFT loads virtual tokens for inference alone."""
+def _copy_virtual_tokens(model: Any, start: Path) -> Any:
+    """Copy the virtual tokens of `start` into the model: PEFT itself loads them for inference only."""
     import torch
     from safetensors.torch import load_file
 
@@ -106,48 +104,64 @@ def _put_virtual(model: Any, start: Path) -> Any:
 
 
 def load_trained(base: Path, folder: Path, *, name: str = "default") -> Any:
-    """A version to measure: the base in its method's precision with the adapter of `folder`, or the whole model that stands there."""
+    """Load the version in `folder`: a whole model, or its adapter on the base in its method's precision."""
     if is_full(folder):
         return load_full(folder)
-    return load_adapter(load_base(base, **base_settings(folder)), folder, name=name)
+    return load_adapter(load_base_of(base, folder), folder, name=name)
 
 
 def share_a_base(one: Path, other: Path) -> bool:
-    """Whether two versions can be adapters on one base in memory, each computing what it does alone."""
+    """Return whether two versions can be adapters on one base in memory and compute the same as alone."""
     kinds = {read_kind(one), read_kind(other)}
     return len(kinds) == 1 and next(iter(kinds)).shares and base_settings(one) == base_settings(other)
 
 
 def can_be_switched_off(folder: Path) -> bool:
-    """Whether the untouched base can be had from the loaded version: trained biases and whole modules stay in it, or PEFT only warns."""
+    """Return whether disabling the adapter gives the untouched base.
+
+    Trained biases and whole modules stay in effect, and with some methods PEFT only warns.
+    """
     return read_kind(folder).shares
 
 
 def virtual_tokens(folder: Path) -> int:
-    """How many stand before every row; they count against the base's context."""
-    kept = read_json(folder / MANIFEST).get("adapter", {})
-    return int(kept["virtual_tokens"]) if kept.get("method") in PREFIXED else 0
+    """Return how many virtual tokens stand before every row; they count against the base's context."""
+    kept = read_trained_manifest(folder).adapter
+    return kept.virtual_tokens if kept.method in PREFIXED else 0
 
 
-def base_settings(folder: Path) -> dict[str, Any]:
-    """How the base was loaded in the training of `folder`, for load_base."""
-    kept = read_json(folder / MANIFEST).get("adapter", {}) if (folder / MANIFEST).exists() else {}
-    if kept.get("method") != "qlora":
-        return {"method": "lora", "quantisation": "nf4"}
-    return {"method": "qlora", "quantisation": kept.get("quantisation", "nf4")}
+class BaseSettings(NamedTuple):
+    """Hold the settings of load_base that a version needs."""
+
+    method: str = "lora"
+    quantisation: str = "nf4"
+
+
+def base_settings(folder: Path) -> BaseSettings:
+    """Return how the base was loaded when the version in `folder` was trained."""
+    kept = read_trained_manifest(folder).adapter if (folder / MANIFEST).exists() else AdapterRecord()
+    return BaseSettings("qlora", kept.quantisation) if kept.method == "qlora" else BaseSettings()
+
+
+def load_base_of(base: Path, folder: Path) -> Any:
+    """Load the base as the training of the version in `folder` did. Raises BaseModelError."""
+    settings = base_settings(folder)
+    return load_base(base, method=settings.method, quantisation=settings.quantisation)
 
 
 def prepare_quantised(base: Any) -> Any:
-    """A quantised base made ready for training: norms and embeddings in float32, its weights frozen."""
+    """Make a quantised base ready for training: norms and embeddings in float32, its weights frozen."""
     from peft import prepare_model_for_kbit_training
 
-    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
+    return prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
+        base, use_gradient_checkpointing=False
+    )
 
 
 def add_adapter(base: Any, config: AdapterConfig, *, seed: int, new_ids: Sequence[int] = ()) -> Any:
-    """A fresh adapter on `base`, its weights drawn from `seed`; but for `prefix` and `prompt`, the model then computes what the base does.
+    """Put a fresh adapter on `base`, its weights drawn from `seed`; train the embeddings of `new_ids` too.
 
-    `new_ids`: tokens whose embeddings are trained as well.
+    Except for `prefix` and `prompt`, the model computes at first what the base does. Raises ConfigError.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -167,7 +181,7 @@ def add_adapter(base: Any, config: AdapterConfig, *, seed: int, new_ids: Sequenc
 
 
 def _embeddings(base: Any) -> list[str]:
-    """The names of the table that reads tokens and, where it is another, of the one that writes them."""
+    """Return the names of the input embeddings and, where they are not tied, of the output embeddings."""
     reads, writes = base.get_input_embeddings(), base.get_output_embeddings()
     wanted = [reads] if reads.weight is writes.weight else [reads, writes]
     return [
@@ -180,15 +194,15 @@ def _embeddings(base: Any) -> list[str]:
 def _lora(config: AdapterConfig, **more: Any) -> Any:
     from peft import LoraConfig
 
-    settings: dict[str, Any] = {
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "bias": config.bias,
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes floats as well
+        lora_dropout=config.dropout,
+        bias=config.bias,
         **_modules(config),
         **more,
-    }
-    return LoraConfig(task_type="CAUSAL_LM", **settings)
+    )
 
 
 def _dora(config: AdapterConfig) -> Any:
@@ -200,7 +214,7 @@ def _rslora(config: AdapterConfig) -> Any:
 
 
 def _ia3(config: AdapterConfig) -> Any:
-    """Each layer's output is scaled; none is taken for a feed-forward one, whose input is scaled instead (arXiv 2205.05638)."""
+    """Scale each layer's output; PEFT would scale a feed-forward layer's input (arXiv 2205.05638)."""
     from peft import IA3Config
 
     return IA3Config(task_type="CAUSAL_LM", feedforward_modules=[], **_modules(config))
@@ -234,16 +248,14 @@ BUILDERS: dict[str, Callable[[AdapterConfig], Any]] = {
 }
 
 
-def save_trained(model: Any, base: Path, folder: Path, weights: dict[str, Any] | None = None) -> None:
-    """Safetensors and their config, without a path of this machine: it would be useless elsewhere, and would differ between equal runs.
+def save_trained(model: Any, base: Path, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write safetensors and their config, without a local path: equal runs have to give equal bytes.
 
-    `weights`: the whole trained ones, where the model holds parts of them.
+    `weights` holds all trained weights where the model itself holds only a shard of them.
     """
-    name = read_json(base / MANIFEST)["model"]
+    name = read_base_manifest(base).model
     if not hasattr(model, "peft_config"):
         import torch
-
-        from ratchet.models.loading import precision
 
         model.config.name_or_path = name
         dtype = getattr(torch, precision("lora")[0])
@@ -251,29 +263,29 @@ def save_trained(model: Any, base: Path, folder: Path, weights: dict[str, Any] |
             model = model.to(dtype)
         else:
             weights = {key: weight.to(dtype) for key, weight in weights.items()}
-        # One file, so that one sum tells which weights they are.
+        # One file, so that one hash identifies the weights.
         model.save_pretrained(folder, state_dict=weights, safe_serialization=True, max_shard_size="10TB")
         return
     adapter = model.peft_config["default"]
     adapter.base_model_name_or_path = name
     if isinstance(getattr(adapter, "target_modules", None), set):
-        adapter.target_modules = sorted(
-            adapter.target_modules
-        )  # PEFT would write a set, in an order of its own in every process
-    model.save_pretrained(
-        folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False
-    )  # "auto" would ask the hub
+        # PEFT would write a set, whose order differs between processes.
+        adapter.target_modules = sorted(adapter.target_modules)
+    # save_embedding_layers: "auto" would ask the hub.
+    model.save_pretrained(folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written with the gate's table
 
 
-def check_start(theirs: dict[str, Any], config: AdapterConfig) -> None:
-    """Raises BaseModelError: the champion's adapter, as its manifest describes it, is of another method or shape than the one asked for."""
-    theirs = {**AdapterConfig().model_dump(mode="json"), **theirs}
-    wanted = config.model_dump(mode="json")
-    same_method = _loaded_as(theirs["method"]) == _loaded_as(config.method)
-    keys = SHAPE[config.method] if same_method else ("method",)
+def check_start(incumbent: Path, config: AdapterConfig) -> None:
+    """Raise BaseModelError where the champion's adapter differs from `config` in method or shape."""
+    theirs = read_trained_manifest(incumbent).adapter
+    same_method = _loaded_as(theirs.method) == _loaded_as(config.method)
+    pairs = {
+        key: (getattr(theirs, key), getattr(config, key))
+        for key in (SHAPE[config.method] if same_method else ("method",))
+    }
     differing = [
-        f"`{key}` {theirs.get(key)}, wanted {wanted[key]}" for key in keys if theirs.get(key) != wanted[key]
+        f"`{key}` {seen}, wanted {wanted}" for key, (seen, wanted) in pairs.items() if seen != wanted
     ]
     if differing:
         raise BaseModelError(
@@ -283,15 +295,16 @@ def check_start(theirs: dict[str, Any], config: AdapterConfig) -> None:
 
 
 def _loaded_as(method: str) -> str:
-    """An adapter of `lora` fits a quantised base as well, and the other way round."""
+    """Return the method whose adapters fit: those of `lora` and `qlora` fit each other's bases."""
     return "lora" if method == "qlora" else method
 
 
 def check_context(base: Path, config: AdapterConfig, max_length: int) -> None:
-    """Raises ConfigError: the longest row and the virtual tokens before it are more than the base takes."""
-    context = read_json(base / MANIFEST).get("context")
-    if config.method in PREFIXED and context and max_length + config.virtual_tokens > context:
+    """Raise ConfigError where the longest row and the virtual tokens exceed the base's context."""
+    context, positions = read_base_manifest(base).context, max_length + config.virtual_tokens
+    if config.method in PREFIXED and context and positions > context:
         raise ConfigError(
-            f"`tokenize.max_length` {max_length} and `adapter.virtual_tokens` {config.virtual_tokens} are {max_length + config.virtual_tokens} positions, the base has {context}",
+            f"`tokenize.max_length` {max_length} and `adapter.virtual_tokens` {config.virtual_tokens} "
+            f"are {positions} positions, the base has {context}",
             remedy="lower one of them",
         )

@@ -1,8 +1,9 @@
-"""Chat template and loss mask: the one way from messages to token ids, for training, evaluation and serving.
+"""Turn messages into token ids and a loss mask: the one way for training, evaluation and serving.
 
-The template's own text is tokenised with its control tokens; what people wrote is tokenised apart from it, with every
-control token split into plain characters, so that user text never becomes a control token. Training appends the answer
-and one end-of-turn token to exactly the ids that serving sends as the prompt: parity holds by construction.
+The template's own text is tokenized with its control tokens. Contents are tokenized apart from it, every
+control token in them split into plain characters, so that user text never becomes a control token. Training
+appends the answer and one end-of-turn token to exactly the ids that serving sends as the prompt: parity holds
+by construction.
 """
 
 from __future__ import annotations
@@ -18,31 +19,35 @@ from ratchet.errors import BaseModelError, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Private-use characters stand for the contents while the template is rendered; a template copies them as they are.
+# Private-use characters stand for the contents while the template is rendered: templates copy them unchanged.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 MARKED = re.compile(f"{OPEN}(\\d+){CLOSE}")
 CONTROL = re.compile(r"[<\[].+[>\]]")
 PROBE = (Message("user", "a"), Message("assistant", "b"))
 SHRINK = (
-    3  # a tokenizer's own normaliser (NFC) makes text at most this much shorter (Unicode UAX #15, section 9)
+    3  # NFC, a tokenizer's normaliser, divides a text's length by at most this (Unicode UAX #15, section 9)
 )
 
 
 class Encoded(NamedTuple):
-    """Token ids and, position by position, whether the loss counts: the assistant's words and the end of its turn."""
+    """Hold token ids and the loss mask: `learned` marks the assistant's words and the end of its turn."""
 
     ids: list[int]
     learned: list[bool]
 
 
 class ChatFormat:
-    """A tokenizer with a chat template. Raises BaseModelError when it has none, or one that cannot be used faithfully."""
+    """Hold a tokenizer with its chat template.
+
+    Raises BaseModelError: there is no template, or one that cannot be used faithfully.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
             raise BaseModelError(
                 "the base's tokenizer brings no chat template",
-                remedy="name a Jinja template of your own in `base.chat_template`, or take the instruction-tuned variant of the model",
+                remedy="name a Jinja template of your own in `base.chat_template`, "
+                "or take the instruction-tuned variant of the model",
             )
         self.tokenizer = tokenizer
         self._plain_markers = self._find_plain_markers()
@@ -58,29 +63,33 @@ class ChatFormat:
         self._check_round_trip()
 
     def encode(self, example: Example) -> Encoded:
-        """Prompt, answer, end of turn. Earlier answers of a longer conversation are learned as well."""
+        """Encode prompt, answer and end of turn; earlier answers of a conversation are learned as well."""
         ids, learned = self._encode_prompt(example.prompt)
         answer = self._content_ids(example.answer)
         return Encoded([*ids, *answer, self.stop_id], [*learned, *[True] * (len(answer) + 1)])
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """What a server sends to the model: the messages and the opening of the assistant's turn."""
+        """Return what serving sends to the model: the messages and the opening of the assistant's turn."""
         return self._encode_prompt(messages).ids
 
     def encode_whole(self, messages: Sequence[Message]) -> list[int]:
-        """As other programs do it: the rendered text in one piece. Another sequence where a word and the template's own text grow together, or where control tokens were typed."""
-        return self._template_ids(
-            self._render(
-                [{"role": message.role, "content": message.content} for message in messages], opening=True
-            )
-        )
+        """Encode the rendered prompt in one piece, as other programs do.
+
+        The ids differ from `encode_prompt` where a token spans template and content, or where a content
+        holds control tokens.
+        """
+        plain = [{"role": message.role, "content": message.content} for message in messages]
+        return self._template_ids(self._render(plain, opening=True))
 
     def at_least(self, messages: Sequence[Message]) -> int:
-        """A lower bound of the prompt's tokens from its bytes alone: long texts can be refused without tokenising them, which takes a second a megabyte."""
+        """Return a lower bound of the prompt's tokens, from its bytes.
+
+        It refuses long texts without tokenizing them, which takes a second for each megabyte.
+        """
         return sum(len(message.content.encode()) for message in messages) // (self._token_bytes * SHRINK)
 
     def fit_prompt(self, messages: Sequence[Message], length: int) -> list[int]:
-        """`encode_prompt` where at least one token of `length` is left for the answer. Raises UserError, for a very long text before it is tokenised."""
+        """Encode a prompt that leaves at least one of `length` tokens for the answer. Raises UserError."""
         if (least := self.at_least(messages)) >= length:
             raise UserError(
                 f"the prompt has over {least} tokens; the model takes {length} with the answer",
@@ -95,11 +104,11 @@ class ChatFormat:
         return ids
 
     def count_control(self, ids: Iterable[int]) -> int:
-        """How many of them are control tokens, which only the template may write."""
+        """Count the control tokens, which only the template may write."""
         return sum(token in self._control_ids for token in ids)
 
     def forge_turn(self, question: str, answer: str) -> str:
-        """The question with an assistant's turn typed behind it, as the template itself writes one."""
+        """Return the question followed by an assistant's turn, typed as the template writes one."""
         pieces = self._pieces(PROBE, opening=False)
         places = [index for index, (_, message) in enumerate(pieces) if message]
         between, after = (
@@ -109,7 +118,10 @@ class ChatFormat:
         return f"{question}{between}{answer}{after}"
 
     def find_header(self, messages: Sequence[Message]) -> str | None:
-        """A line in a message that begins as this template begins a turn in plain words (`Assistant: …`): the model cannot tell it from a turn."""
+        """Return a line in a message that looks like the start of a turn (`Assistant: …`), or None.
+
+        The model cannot tell such a line from a real turn where the template marks turns in plain words.
+        """
         return next(
             (
                 match.group().strip()
@@ -120,7 +132,7 @@ class ChatFormat:
         )
 
     def decode_answer(self, ids: Iterable[int]) -> str:
-        """Text of generated ids up to the end of the turn."""
+        """Return the text of generated ids up to the end of the turn."""
         kept: list[int] = []
         for token in ids:
             if token == self.stop_id:
@@ -144,7 +156,7 @@ class ChatFormat:
         return Encoded(ids, learned)
 
     def _pieces(self, messages: Sequence[Message], *, opening: bool) -> list[tuple[str, Message | None]]:
-        """The rendered conversation cut at its contents: (text of the template, None) and (content, its message) in turn."""
+        """Split the rendered conversation into (text of the template, None) and (content, its message)."""
         marked = [
             {"role": message.role, "content": f"{OPEN}{index}{CLOSE}"}
             for index, message in enumerate(messages)
@@ -154,8 +166,10 @@ class ChatFormat:
         for index, message in enumerate(messages):
             if shown.count(index) != 1:
                 raise BaseModelError(
-                    f"the chat template writes message {index} ({message.role}) {shown.count(index)} times, wanted once: what it leaves out the model never sees",
-                    remedy="name a template in `base.chat_template` that writes every message once, or take such messages out of the rows",
+                    f"the chat template writes message {index} ({message.role}) {shown.count(index)} times, "
+                    "wanted once: what it leaves out the model never sees",
+                    remedy="name a template in `base.chat_template` that writes every message once, "
+                    "or take such messages out of the rows",
                 )
         pieces: list[tuple[str, Message | None]] = [(texts[0], None)]
         for index, after in zip(shown, texts[2::2], strict=True):
@@ -171,8 +185,10 @@ class ChatFormat:
             )
         except TemplateError as error:
             raise BaseModelError(
-                f"the chat template refuses a conversation of {', '.join(message['role'] for message in messages)}: {error}",
-                remedy="name a template in `base.chat_template` that takes these turns, or take such messages out of the rows",
+                "the chat template refuses a conversation of "
+                f"{', '.join(message['role'] for message in messages)}: {error}",
+                remedy="name a template in `base.chat_template` that takes these turns, "
+                "or take such messages out of the rows",
             ) from None
 
     def _template_ids(self, text: str) -> list[int]:
@@ -186,7 +202,10 @@ class ChatFormat:
         ]
 
     def _find_plain_markers(self) -> re.Pattern[str]:
-        """Matches inside each added token that looks like a control token but is not flagged special (`<think>` …): `split_special_tokens` leaves those whole."""
+        """Return a pattern that splits control tokens which are not flagged special, such as `<think>`.
+
+        `split_special_tokens` leaves those whole; the pattern matches after their first character.
+        """
         plain = [
             token.content
             for token in self.tokenizer.added_tokens_decoder.values()
@@ -197,9 +216,9 @@ class ChatFormat:
         )
 
     def _find_stop_id(self) -> int:
-        """The control token that the template writes right after an answer; the tokenizer's end-of-text where it writes none.
+        """Return the control token that the template writes after an answer, else the end-of-text token.
 
-        Plain text, such as a line break, ends no turn: answers hold it as well.
+        Plain text, such as a line break, cannot end a turn: answers contain it as well.
         """
         tail, last = self._pieces(PROBE, opening=False)[-1]
         first = self._template_ids(tail)[0] if last is None else None
@@ -212,7 +231,10 @@ class ChatFormat:
         return int(stop)
 
     def _find_headers(self) -> re.Pattern[str] | None:
-        """Of the text before each message, the last line; None where a control token is part of it, which no user can write."""
+        """Return a pattern of the lines that open a turn in plain words, or None.
+
+        A line with a control token is left out: no user can write one.
+        """
         pieces = self._pieces(PROBE, opening=False)
         before = [
             text.rpartition("\n")[2].strip()
@@ -225,16 +247,13 @@ class ChatFormat:
             for header in before
             if any(char.isalpha() for char in header) and not any(token in header for token in control)
         }
-        return (
-            re.compile(
-                rf"^[ \t]*(?:{'|'.join(map(re.escape, sorted(headers)))})", re.IGNORECASE | re.MULTILINE
-            )
-            if headers
-            else None
-        )
+        if not headers:
+            return None
+        names = "|".join(map(re.escape, sorted(headers)))
+        return re.compile(rf"^[ \t]*(?:{names})", re.IGNORECASE | re.MULTILINE)
 
     def _check_round_trip(self) -> None:
-        """A tokenizer that adds a blank at the start of every piece would train on text that nobody wrote."""
+        """Refuse a tokenizer that adds a blank to every piece: it would train on text that nobody wrote."""
         text = "a b"
         seen = self.tokenizer.decode(self._content_ids(text))
         if seen != text:

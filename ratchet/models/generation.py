@@ -1,4 +1,4 @@
-"""Scores and greedy answers of a loaded model, in batches: what evaluation measures and the gateway will serve."""
+"""Compute likelihoods and greedy answers of a loaded model, in batches, as evaluation measures them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from ratchet.models.chat_template import ChatFormat, Encoded
 
 
 class Likelihood(NamedTuple):
-    """Sums of the negative log-likelihood in nats, and the numbers of tokens: of the answer with its end of turn, and of all that stands before it (but its first token)."""
+    """Hold sums of the negative log-likelihood in nats, and the numbers of tokens summed.
+
+    The answer includes its end of turn; the prompt leaves out its first token, which nothing predicts.
+    """
 
     nll: float
     tokens: int
@@ -25,7 +28,10 @@ class Likelihood(NamedTuple):
 def answer_likelihoods(
     model: Any, rows: Sequence[Encoded], *, pad_id: int, batch_size: int
 ) -> list[Likelihood]:
-    """In the order of `rows`. Right padding: what stands behind a row cannot change it."""
+    """Return one likelihood a row, in the order of `rows`.
+
+    Padding is on the right: a causal model's logits do not depend on what follows.
+    """
     found: list[Likelihood] = [Likelihood(0.0, 0, 0.0, 0)] * len(rows)
     for batch in by_length([len(row.ids) for row in rows], batch_size):
         length = max(len(rows[index].ids) for index in batch)
@@ -41,11 +47,10 @@ def answer_likelihoods(
             [[1] * len(rows[index].ids) + [0] * (length - len(rows[index].ids)) for index in batch],
             device=model.device,
         )
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         # Virtual tokens of prompt tuning stand before the row and have logits as well.
-        logits = (
-            model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -length:-1].float()
-        )  # (batch, seq - 1, vocab)
-        losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        logits = logits[:, -length:-1].float()  # (batch, seq - 1, vocab)
+        losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # (batch, seq - 1)
         answered, asked = learned[:, 1:], mask[:, 1:].bool() & ~learned[:, 1:]
         for position, index in enumerate(batch):
             found[index] = Likelihood(
@@ -61,7 +66,7 @@ def _sum(losses: torch.Tensor, counted: torch.Tensor) -> tuple[float, int]:
 def greedy_answers(
     model: Any, prompts: Sequence[list[int]], chat: ChatFormat, *, max_new_tokens: int, batch_size: int
 ) -> list[str]:
-    """In the order of `prompts`."""
+    """Return the answers' texts, in the order of `prompts`."""
     return [
         chat.decode_answer(ids)
         for ids in greedy_ids(model, prompts, chat, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -72,7 +77,10 @@ def greedy_answers(
 def greedy_ids(
     model: Any, prompts: Sequence[list[int]], chat: ChatFormat, *, max_new_tokens: int, batch_size: int
 ) -> list[list[int]]:
-    """The tokens of each answer, with the one that ended it. Left padding, so that every answer starts at the same position."""
+    """Return the tokens of each answer, with the one that ended it.
+
+    Padding is on the left, so that every answer starts at the same position.
+    """
     answers: list[list[int]] = [[]] * len(prompts)
     for batch in by_length([len(prompt) for prompt in prompts], batch_size, alike=_has_virtual_tokens(model)):
         length = max(len(prompts[index]) for index in batch)
@@ -84,7 +92,7 @@ def greedy_ids(
             [[0] * (length - len(prompts[index])) + [1] * len(prompts[index]) for index in batch],
             device=model.device,
         )
-        made = model.generate(
+        made = model.generate(  # (batch, seq + answer)
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
@@ -100,13 +108,16 @@ def greedy_ids(
 
 
 def _has_virtual_tokens(model: Any) -> bool:
-    """PEFT 0.21 puts them before the padding and counts positions through it: such a row would be further from them than alone."""
+    """Return whether the model has virtual tokens, whose rows must not be padded on the left.
+
+    PEFT 0.21 puts them before the padding and counts its positions, so padding would move the row away.
+    """
     configs = getattr(model, "peft_config", {})
     return any(config.is_prompt_learning for config in configs.values())
 
 
 def by_length(lengths: Sequence[int], batch_size: int, *, alike: bool = False) -> Iterator[list[int]]:
-    """Indices in batches of like lengths, so that little is computed on padding; `alike`: of the same length."""
+    """Yield batches of indices of similar lengths, so that little is padded; `alike`: of equal lengths."""
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     groups = (
         [list(group) for _, group in groupby(order, key=lambda index: lengths[index])] if alike else [order]

@@ -1,33 +1,43 @@
-"""A whole Llama model as one GGUF file, for llama.cpp and what is built on it (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+"""Write a whole Llama model as one GGUF file, for llama.cpp and the programs built on it.
 
-Written with the package `gguf` (extra `export`). Not covered: other architectures, scaled rotary positions, tokenizers that llama.cpp
-would cut in another way; `why_no_gguf` names the reason, and llama.cpp's own converter is the way.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, written with the package `gguf` (extra
+`export`). Not covered: other architectures, scaled rotary positions, and tokenizers whose splits llama.cpp
+does not know; `why_no_gguf` names the reason, and llama.cpp's own converter can be used instead.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ratchet.errors import UserError
 
+Array = NDArray[np.float32]
 FILE = "model.gguf"
 KINDS = ("gguf", "int8", "int4")  # float16, Q8_0, Q4_0
-CONVERTER = "`ratchet export … --to merged`, then llama.cpp's convert_hf_to_gguf.py on that folder, which knows many more"
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # of meta-llama/Meta-Llama-3-8B
-WHOLE_WORDS = (
-    "llama-bpe",
-)  # by these names llama.cpp takes a word that is a token as it is; by the others it merges
+CONVERTER = (
+    "`ratchet export … --to merged`, then llama.cpp's convert_hf_to_gguf.py on that folder, "
+    "which knows many more"
+)
+# The pattern by which meta-llama/Meta-Llama-3-8B splits text.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Pre-tokenizers under which llama.cpp takes a word that is a token without merging; the others always merge.
+WHOLE_WORDS = ("llama-bpe",)
 BLOCK = 32  # weights that share a scale in Q8_0 and Q4_0
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 
 def require_gguf() -> None:
-    """Raises UserError: the package is not installed."""
+    """Raise UserError where the package is not installed."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(
             "the package gguf is not installed", remedy="pip install 'gguf>=0.17' (the extra `export`)"
@@ -35,7 +45,7 @@ def require_gguf() -> None:
 
 
 def why_no_gguf(config: Any, tokenizer: Any) -> str:
-    """Empty when it can be written faithfully. `config` is the model's."""
+    """Return why a model with this config cannot be written faithfully, or ""."""
     if config.model_type != "llama":
         return f"the architecture is {config.model_type}, only llama is written here"
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
@@ -45,18 +55,22 @@ def why_no_gguf(config: Any, tokenizer: Any) -> str:
         return f"its rotary positions are scaled ({rope})"
     for token in tokenizer.added_tokens_decoder.values():
         if token.single_word:
-            return f"its tokenizer takes {token.content!r} for a token where it is a whole word, llama.cpp would within other words as well"
+            return (
+                f"its tokenizer takes {token.content!r} for a token where it is a whole word, "
+                "llama.cpp would within other words as well"
+            )
         if token.lstrip or token.rstrip:
             return f"its tokenizer drops blanks beside {token.content!r}, llama.cpp would keep them"
-    return (
-        ""
-        if _pre_tokenizer(_describe(tokenizer))
-        else "llama.cpp has no name for the way in which its tokenizer cuts text, or it is no byte-level BPE"
-    )
+    if _pre_tokenizer(_describe(tokenizer)):
+        return ""
+    return "llama.cpp has no name for the way in which its tokenizer cuts text, or it is no byte-level BPE"
 
 
 def write_gguf(model: Any, tokenizer: Any, path: Path, *, name: str, stop_id: int, kind: str) -> None:
-    """Raises UserError: `why_no_gguf`. `stop_id` becomes the token that ends generation."""
+    """Write the file at `path`; `stop_id` becomes the token that ends generation.
+
+    Raises UserError with the reason of `why_no_gguf`.
+    """
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
     if reason := why_no_gguf(model.config, tokenizer):
@@ -74,7 +88,8 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, *, name: str, stop_id: in
     _add_shape(writer, model.config, name)
     _add_tokenizer(writer, tokenizer, model.config, stop_id)
     for key, weights in _tensors(model):
-        # A vector is small, and norms bear no rounding; the embeddings, which are the output as well where both are tied, get 8 bits at least.
+        # Vectors stay float32: they are small, and norms must not be rounded. Embeddings get at least 8 bits,
+        # since they are the output layer as well where both are tied.
         fit = types.F32 if weights.ndim == 1 else wanted if weights.shape[-1] % BLOCK == 0 else types.F16
         fit = types.Q8_0 if fit == types.Q4_0 and key in ("token_embd.weight", "output.weight") else fit
         writer.add_tensor(key, quants.quantize(weights, fit), raw_dtype=fit)
@@ -85,7 +100,7 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, *, name: str, stop_id: in
 
 
 def load_gguf(folder: Path) -> Any:
-    """By transformers' own reader: another program than the one that wrote it. In float32."""
+    """Load the file in float32 by transformers' own reader, which shares no code with `write_gguf`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -116,8 +131,8 @@ def _add_shape(writer: Any, config: Any, name: str) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def _tensors(model: Any) -> Any:
-    """(llama.cpp's name, float32 array), one at a time."""
+def _tensors(model: Any) -> Iterator[tuple[str, Array]]:
+    """Yield (llama.cpp's name, float32 array), one tensor at a time."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     config, names = model.config, get_tensor_name_map(MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
@@ -135,30 +150,33 @@ def _tensors(model: Any) -> Any:
         yield target, np.ascontiguousarray(weights)
 
 
-def _permute(weights: Any, heads: int) -> Any:
-    """transformers turns the first half of a head with the second, llama.cpp neighbours with each other (its convert_hf_to_gguf.py, LlamaModel.permute)."""
-    return (
-        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weights.shape)
-    )
+def _permute(weights: Array, heads: int) -> Array:
+    """Reorder the rows of a query or key projection (heads · width, hidden) for llama.cpp's rotary positions.
+
+    transformers rotates the first half of a head against the second, llama.cpp neighbouring rows (see
+    LlamaModel.permute in its convert_hf_to_gguf.py).
+    """
+    halves = weights.reshape(heads, 2, -1, weights.shape[1])  # (heads, 2, width / 2, hidden)
+    return halves.swapaxes(1, 2).reshape(weights.shape)  # (heads · width, hidden)
 
 
-# --- the tokenizer -----------------------------------------------------------------------------------------------------------
+# --- the tokenizer ---
 
 
-def _describe(tokenizer: Any) -> dict[str, Any]:
-    return json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[no-any-return]
+def _describe(tokenizer: Any) -> Any:
+    """Return the content of tokenizer.json, whose keys depend on the kind of each part."""
+    return json.loads(tokenizer.backend_tokenizer.to_str())
 
 
-def _pre_tokenizer(found: dict[str, Any]) -> str:
-    """llama.cpp's name for how text is cut before BPE, which also says how words of the vocabulary are found; empty when it has none."""
-    name, model = _cut(found), found["model"]
+def _pre_tokenizer(found: Any) -> str:
+    """Return llama.cpp's name for this way of splitting text and finding words, or "" where it has none."""
+    name, model = _find_split(found), found["model"]
     other = model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     return "" if other or bool(model.get("ignore_merges")) != (name in WHOLE_WORDS) else name
 
 
-def _cut(found: dict[str, Any]) -> str:
+def _find_split(found: Any) -> str:
+    """Return llama.cpp's name for this way of splitting text before BPE, or ""."""
     cut = found.get("pre_tokenizer") or {}
     steps = cut.get("pretokenizers", [cut])
     kinds = [step.get("type") for step in steps]
@@ -190,16 +208,9 @@ def _add_tokenizer(writer: Any, tokenizer: Any, config: Any, stop_id: int) -> No
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre_tokenizer(found))
     writer.add_token_list([named.get(id, f"[PAD{id}]") for id in ids])
-    writer.add_token_types(
-        [
-            (CONTROL if added[id].special else USER_DEFINED)
-            if id in added
-            else NORMAL
-            if id in named
-            else UNUSED
-            for id in ids
-        ]
-    )
+    types = {id: NORMAL for id in named}
+    types |= {id: CONTROL if token.special else USER_DEFINED for id, token in added.items()}
+    writer.add_token_types([types.get(id, UNUSED) for id in ids])
     writer.add_token_merges(
         [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
     )
@@ -214,17 +225,16 @@ def _add_tokenizer(writer: Any, tokenizer: Any, config: Any, stop_id: int) -> No
 
 
 def _template(tokenizer: Any, stop: str) -> str:
-    """llama.cpp gives a template its own words: the stop token as `eos_token`, and for a `bos_token` that there is none of, token 11."""
-    template, ours = (
-        str(tokenizer.chat_template),
-        {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""},
-    )
+    """Return the chat template, with our special tokens set where llama.cpp would pass others.
+
+    llama.cpp passes the stop token as `eos_token`, and token 11 for a missing `bos_token`.
+    """
+    template = str(tokenizer.chat_template)
+    ours = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
     theirs = {"bos_token": tokenizer.bos_token, "eos_token": stop}
-    return (
-        "".join(
-            f"{{% set {name} = {json.dumps(ours[name])} %}}"
-            for name in ours
-            if name in template and ours[name] != theirs[name]
-        )
-        + template
-    )
+    settings = [
+        f"{{% set {name} = {json.dumps(ours[name])} %}}"
+        for name in ours
+        if name in template and ours[name] != theirs[name]
+    ]
+    return "".join(settings) + template

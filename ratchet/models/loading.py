@@ -1,7 +1,8 @@
-"""Base models and adapters on disk: what they are, whether they are whole, and how they are loaded.
+"""Load base models and adapters from disk, and check that they are whole.
 
-`models/base/` always holds manifest.json, the tokenizer and the chat template; the weights are there too for `demo`, and
-in the hub's cache for a hub id. Adapters are PEFT folders (safetensors). Nothing is unpickled, no remote code is run.
+`models/base/` always holds manifest.json, the tokenizer and the chat template; the weights are there too for
+`demo`, and in the hub's cache for a hub id. Adapters are PEFT folders (safetensors). Nothing is unpickled, no
+remote code is run.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ratchet.errors import BaseModelError, ConfigError
-from ratchet.files import read_json, sha256_file
+from ratchet.files import sha256_file
+from ratchet.models.manifests import MANIFEST as MANIFEST
+from ratchet.models.manifests import NewToken, read_base_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MANIFEST = "manifest.json"
 WEIGHTS = "adapter_model.safetensors"
-WHOLE = "model.safetensors"  # in place of an adapter, where all weights were trained
+WHOLE = "model.safetensors"  # instead of an adapter, where all weights were trained
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -33,16 +35,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load_base(
     folder: Path, *, method: str = "lora", quantisation: str = "nf4", in_parts: bool = False
 ) -> PreTrainedModel:
-    """The base in the precision that the machine and the method ask for (see `precision`); `quantisation` is for `qlora` alone. Raises BaseModelError.
+    """Load the base in the precision that suits machine and method (see `precision`). Raises BaseModelError.
 
-    `in_parts`: fit to be cut among processes, and left on the CPU as far as it can be, so that a GPU never holds all of it.
+    `quantisation` counts for `qlora` only. `in_parts` prepares the model for sharding among processes: it
+    stays on the CPU where it can, so that no GPU holds all of it.
     """
     import torch
 
-    manifest = read_json(folder / MANIFEST)
-    source, revision = (
-        (folder, None) if manifest["model"] == "demo" else (manifest["model"], manifest["revision"])
-    )
+    manifest = read_base_manifest(folder)
+    source, revision = (folder, None) if manifest.model == "demo" else (manifest.model, manifest.revision)
     settings: dict[str, Any] = {
         "dtype": getattr(torch, precision(method)[0]),
         "attn_implementation": "sdpa",
@@ -57,17 +58,18 @@ def load_base(
         model = _load(source, **settings)
     except OSError as error:
         raise BaseModelError(
-            f"the weights of {manifest['model']}@{revision} are not on this machine: {str(error).splitlines()[0]}",
+            f"the weights of {manifest.model}@{revision} are not on this machine: "
+            f"{str(error).splitlines()[0]}",
             remedy="dvc repro --force base (with network), or pull the cache",
         ) from None
     if method == "qlora":
         _keep_differentiable(model)
-    _grow(model, manifest.get("new_tokens", []))
+    _add_embeddings(model, manifest.new_tokens)
     return cast("PreTrainedModel", model if method == "qlora" or in_parts else model.to(device()))
 
 
 def load_hub(name: str, revision: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model of the hub's cache and its tokenizer. Raises BaseModelError."""
+    """Load a model and its tokenizer from the hub's cache. Raises BaseModelError."""
     import torch
     from transformers import AutoTokenizer
 
@@ -87,7 +89,10 @@ def load_hub(name: str, revision: str) -> tuple[PreTrainedModel, PreTrainedToken
 
 
 def load_full(folder: Path, *, training: bool = False, in_parts: bool = False) -> PreTrainedModel:
-    """What `adapter.method: full` wrote: a whole model; `in_parts` as in load_base. transformers fills missing weights at random and only warns; this raises BaseModelError."""
+    """Load the whole model that `adapter.method: full` wrote; `in_parts` as in load_base.
+
+    Raises BaseModelError for missing weights, which transformers would fill at random with a warning.
+    """
     import torch
 
     try:
@@ -118,25 +123,23 @@ def _load(source: Any, **settings: Any) -> Any:
         )
 
 
-def _grow(model: Any, new_tokens: list[dict[str, Any]]) -> None:
-    """Embeddings for `base.new_tokens`: each the mean of the pieces' that the word was, on the way in and on the way out."""
+def _add_embeddings(model: Any, new_tokens: list[NewToken]) -> None:
+    """Add input and output embeddings for `base.new_tokens`: each the mean of those of the word's pieces."""
     if not new_tokens:
         return
     import torch
 
-    if (rows := 1 + max(token["id"] for token in new_tokens)) > model.get_input_embeddings().weight.shape[0]:
+    if (rows := 1 + max(token.id for token in new_tokens)) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
-        for table in (
-            model.get_input_embeddings().weight,
-            model.get_output_embeddings().weight,
-        ):  # one and the same where they are tied
+        # Where both tables are tied, the second round writes the same values again.
+        for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
             for token in new_tokens:
-                table[token["id"]] = table[token["pieces"]].mean(0)
+                table[token.id] = table[token.pieces].mean(0)  # (width)
 
 
 def _quantised(kind: str, *, in_parts: bool) -> Any:
-    """FSDP cuts weights of a floating type alone, so NF4 is kept in one."""
+    """Return bitsandbytes' settings; FSDP shards floating types only, so NF4 is stored in one there."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -152,9 +155,10 @@ def _quantised(kind: str, *, in_parts: bool) -> Any:
 
 
 def _keep_differentiable(model: Any) -> None:
-    """On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks NF4 weights at the first evaluation, for a kernel that has no backward pass and wants widths of 64.
+    """Keep NF4 weights from being repacked for a kernel that has no backward pass and needs widths of 64.
 
-    Training goes on all the same, with gradients that miss the base's part (cosine to the true ones: 0.88 in three layers).
+    bitsandbytes 0.50 does so at the first evaluation on CPUs with AVX512-BF16. Training would go on, with
+    gradients that miss the base's part (cosine to the true ones: 0.88 in three layers).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -162,7 +166,10 @@ def _keep_differentiable(model: Any) -> None:
 
 
 def precision(method: str) -> tuple[str, str]:
-    """(dtype of the base's weights, why). bfloat16 saves half the memory where the GPU computes in it; CPUs are exact and often faster in float32."""
+    """Return (dtype of the base's weights, why).
+
+    bfloat16 halves the memory where the GPU computes in it; CPUs are exact and often faster in float32.
+    """
     import torch
 
     if torch.cuda.is_available() and method == "full":
@@ -171,42 +178,41 @@ def precision(method: str) -> tuple[str, str]:
             "the weights that an optimizer moves stay float32; the GPU computes in half precision",
         )
     if torch.cuda.is_available():
-        return (
-            ("bfloat16", "the GPU computes in bfloat16")
-            if torch.cuda.is_bf16_supported()
-            else ("float16", "the GPU has no bfloat16")
-        )
-    return (
-        ("bfloat16", "a quantised base computes in bfloat16")
-        if method == "qlora"
-        else ("float32", "no GPU: float32 is exact and repeatable on a CPU")
-    )
+        return _half_of_gpu()
+    if method == "qlora":
+        return "bfloat16", "a quantised base computes in bfloat16"
+    return "float32", "no GPU: float32 is exact and repeatable on a CPU"
+
+
+def _half_of_gpu() -> tuple[str, str]:
+    import torch
+
+    if torch.cuda.is_bf16_supported():
+        return "bfloat16", "the GPU computes in bfloat16"
+    return "float16", "the GPU has no bfloat16"
 
 
 def compute_dtype(setting: str) -> tuple[str, str]:
-    """(what `train.precision` comes to in the forward and backward pass, why). Raises ConfigError: the machine cannot."""
+    """Return (dtype of the forward and backward pass for `train.precision`, why).
+
+    Raises ConfigError: the machine does not compute in it.
+    """
     import torch
 
     if torch.cuda.is_available():
-        best, why = (
-            ("bfloat16", "the GPU computes in it")
-            if torch.cuda.is_bf16_supported()
-            else ("float16", "the GPU has no bfloat16")
-        )
+        best, why = _half_of_gpu()
         able = {"float32", "float16", best}
     elif torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        best, why, able = (
-            "bfloat16",
-            "this CPU computes in it, twice as fast as in float32",
-            {"float32", "bfloat16"},
-        )
+        best, why = "bfloat16", "this CPU computes in it, twice as fast as in float32"
+        able = {"float32", "bfloat16"}
     else:
         best, why, able = "float32", "this CPU has no instructions for bfloat16", {"float32", "bfloat16"}
     if setting == "auto":
         return best, why
     if setting not in able:
         raise ConfigError(
-            f"`train.precision: {setting}` is more than this machine computes in; it can {', '.join(sorted(able))}",
+            f"`train.precision: {setting}` is more than this machine computes in; "
+            f"it can {', '.join(sorted(able))}",
             remedy="set `train.precision: auto`",
         )
     return setting, "`train.precision` asks for it"
@@ -219,18 +225,21 @@ def device() -> str:
 
 
 def without_adapter(model: Any) -> Any:
-    """transformers' model, inside PEFT's or itself."""
+    """Return transformers' model, whether PEFT wraps it or not."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def layers_of(model: Any) -> list[Any]:
-    """The decoder's layers."""
+    """Return the decoder's layers."""
     base = without_adapter(model)
     return [module for module in base.modules() if type(module).__name__ in base._no_split_modules]
 
 
 def load_adapter(base: Any, folder: Path, *, name: str = "default", trainable: bool = False) -> Any:
-    """`base` with the adapter of `folder`; PEFT's own loading accepts missing and foreign keys without a word, this one raises BaseModelError."""
+    """Return `base` with the adapter in `folder`.
+
+    Raises BaseModelError for missing and foreign keys, which PEFT's own loading accepts without a word.
+    """
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import load_file
@@ -262,17 +271,20 @@ def load_adapter(base: Any, folder: Path, *, name: str = "default", trainable: b
 def _misfit(folder: Path, what: str) -> BaseModelError:
     return BaseModelError(
         f"{folder} does not fit the base: {what}",
-        remedy="the adapter was trained on another base or with other target modules; set `train.start_from: base`",
+        remedy="the adapter was trained on another base or with other target modules; "
+        "set `train.start_from: base`",
     )
 
 
 def weights_file(folder: Path) -> Path:
-    """What a training wrote: an adapter, or the whole model of `adapter.method: full`. Raises BaseModelError: neither, or both."""
+    """Return the file that a training wrote: an adapter, or the whole model of `adapter.method: full`.
+
+    Raises BaseModelError: neither is there, or both.
+    """
     found = [folder / name for name in (WEIGHTS, WHOLE) if (folder / name).exists()]
     if len(found) != 1:
-        names = (
-            ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else "nothing"
-        )
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        names = ", ".join(path.name for path in paths[:6]) if folder.is_dir() else "nothing"
         raise BaseModelError(
             f"{folder.name} holds {names}; wanted one of {WEIGHTS} and {WHOLE}",
             remedy="dvc pull, or ratchet retrain makes it anew",
@@ -285,13 +297,13 @@ def is_full(folder: Path) -> bool:
 
 
 def adapter_sha256(folder: Path) -> str:
-    """Of the weights that were trained, whatever the method."""
+    """Return the sha256 of the trained weights, whatever the method."""
     return sha256_file(weights_file(folder))
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides notes of the libraries that nobody can act upon (missing optional kernels, deprecations of their own)."""
+    """Hide libraries' notes that no user can act on: missing optional kernels, their own deprecations."""
     loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes", "peft", "torchao")]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,7 +1,7 @@
-"""A version as one whole model: the adapter's update added to the base's weights, a quantised base dequantised first.
+"""Merge a version into one whole model: add the adapter's update to the base's weights.
 
-What was trained on a quantised base fits that base's rounded weights, not the ones it was rounded from: so the rounded ones are
-what the update is added to. Not covered: virtual tokens, which are no weights.
+A quantised base is dequantised first: what was trained on it fits the rounded weights, not the original
+ones. Not covered: virtual tokens, which are no weights.
 """
 
 from __future__ import annotations
@@ -10,22 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from ratchet.errors import UserError
-from ratchet.models.adapters import PREFIXED, base_settings, read_kind
-from ratchet.models.loading import load_adapter, load_base, load_full, quiet
+from ratchet.models.adapters import PREFIXED, load_base_of, read_kind
+from ratchet.models.loading import load_adapter, load_full, quiet
 
 
 def why_unmergeable(adapter: Path) -> str:
-    """Empty when it merges."""
+    """Return the reason why a version cannot be merged, or ""."""
     family = read_kind(adapter).family
+    if family not in PREFIXED:
+        return ""
     return (
-        f"`adapter.method: {family}` puts virtual tokens before every row and changes no weight: there is nothing to merge"
-        if family in PREFIXED
-        else ""
+        f"`adapter.method: {family}` puts virtual tokens before every row and changes no weight: "
+        "there is nothing to merge"
     )
 
 
 def load_merged(base: Path, adapter: Path) -> Any:
-    """A whole model without PEFT; of `full` the one that was trained. Raises UserError: this method does not merge; BaseModelError."""
+    """Return a whole model without PEFT; for `full`, the trained one.
+
+    Raises UserError: this method does not merge; BaseModelError.
+    """
     import torch
 
     if reason := why_unmergeable(adapter):
@@ -35,7 +39,7 @@ def load_merged(base: Path, adapter: Path) -> Any:
     if read_kind(adapter).family == "full":
         whole: Any = load_full(adapter)
         return whole.eval()
-    model: Any = load_base(base, **base_settings(adapter))
+    model: Any = load_base_of(base, adapter)
     with quiet():
         if getattr(model, "is_quantized", False):
             model = model.dequantize(dtype=None if torch.cuda.is_available() else torch.float32)

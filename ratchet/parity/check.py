@@ -1,7 +1,7 @@
-"""Does the gateway say what was trained? Token ids, greedy answers and the end of an answer, by the trainer's way and by the gateway's.
+"""Check that the gateway says what was trained: the same token ids, greedy answers and ends of answers.
 
-Logits are compared along the trainer's answers, and what floats explain is a tie (`ratchet/parity/compare.py`). Not covered: HTTP,
-sampling, and an upstream server of one's own (`gateway.engine: openai`).
+Logits are compared along the trainer's answers; what floats explain is a tie (`ratchet/parity/compare.py`).
+Not covered: HTTP, sampling, and a separate upstream server (`gateway.engine: openai`).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor
 from ratchet.config.evaluation import ParityConfig
 from ratchet.data.examples import Example
 from ratchet.errors import RatchetError
-from ratchet.files import read_json, sha256_file
+from ratchet.files import sha256_file
 from ratchet.models.adapters import load_trained
 from ratchet.models.chat_template import ChatFormat
-from ratchet.models.loading import MANIFEST, load_tokenizer, quiet
+from ratchet.models.loading import load_tokenizer, quiet
+from ratchet.models.manifests import MANIFEST, TrainedManifest, read_trained_manifest
 from ratchet.models.merging import load_merged, why_unmergeable
 from ratchet.parity.compare import (
-    Part,
     compare_answers,
     compare_prompts,
     compare_row,
     first_difference,
+    make_mismatch,
     make_part,
-    mismatch,
 )
 from ratchet.parity.paths import (
     Answer,
@@ -43,6 +43,7 @@ from ratchet.parity.paths import (
     replayed_answer,
     strongest,
 )
+from ratchet.parity.report import Mismatch, Part, Report
 from ratchet.serving.admission import check_adapter_fits
 from ratchet.serving.bundle import Bundle, check_harmless
 from ratchet.serving.loaded_model import LoadedModel
@@ -50,7 +51,7 @@ from ratchet.training.packing import Window
 
 
 class Trained(NamedTuple):
-    """A training row, and the tokens that the loss was computed on."""
+    """Hold a training row and its token ids."""
 
     row: Example
     ids: list[int]
@@ -58,7 +59,7 @@ class Trained(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """The test rows by both tokenizers, and how they are answered."""
+    """Hold the test rows, both tokenizers, and how the rows are answered."""
 
     rows: Sequence[Example]
     ours: ChatFormat  # the base's, of the training
@@ -84,7 +85,7 @@ class Asked(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """The trainer's way."""
+    """Hold the answers and logits of the trainer's way."""
 
     answers: list[Answer]
     tops: list[Top]
@@ -101,9 +102,12 @@ def check_parity(
     *,
     max_new_tokens: int,
     batch_size: int,
-) -> dict[str, Any]:
-    """`bundle` is the candidate as it would be served. Returns the report; raises RatchetError only where the candidate itself cannot be loaded."""
-    manifest = read_json(candidate / MANIFEST)
+) -> Report:
+    """Compare the candidate with `bundle`, which is the candidate as it would be served.
+
+    Raises RatchetError only where the candidate itself cannot be loaded.
+    """
+    manifest = read_trained_manifest(candidate)
     parts = [check_files(bundle, manifest)]
     ours = ChatFormat(load_tokenizer(base))
     try:
@@ -113,22 +117,17 @@ def check_parity(
     except RatchetError as error:
         parts.append(Part("intake", 1, 1, f"the gateway would refuse this version: {error}"))
     else:
-        parts += [
-            check_training(trained, bundle, ours, theirs),
-            *check_answers(
-                Asked(rows, ours, theirs, max_new_tokens, batch_size), base, candidate, bundle, config
-            ),
-        ]
-    return {
-        "candidate": manifest["adapter_sha256"],
-        "rows": len(rows),
-        "training_rows": len(trained),
-        "parts": [part.as_dict() for part in parts],
-    }
+        asked = Asked(rows, ours, theirs, max_new_tokens, batch_size)
+        parts.append(check_training(trained, bundle, ours, theirs))
+        parts += check_answers(asked, base, candidate, bundle, config)
+    return Report(manifest.adapter_sha256, len(rows), len(trained), parts)
 
 
 def find_trained(examples: Sequence[Example], windows: Sequence[Window], chat: ChatFormat) -> list[Trained]:
-    """Each example with its tokenised row; with the likest one where none is what the chat format makes of it today."""
+    """Return each example with its tokenized row.
+
+    Where no row equals what the chat format makes of the example today, the most similar row is taken.
+    """
     encoded = [chat.encode(example).ids for example in examples]
     wanted = set(map(tuple, encoded))
     known = {key: row for row in windows if (key := tuple(row.input_ids)) in wanted}
@@ -140,14 +139,14 @@ def find_trained(examples: Sequence[Example], windows: Sequence[Window], chat: C
 
 
 def _alike(ids: Sequence[int], row: Window) -> int:
-    """Tokens that both begin with."""
+    """Count the tokens that both begin with."""
     place = first_difference(ids, row.input_ids)
     return len(ids) if place is None else place
 
 
-def check_files(bundle: Bundle, manifest: dict[str, Any]) -> Part:
-    """The bytes that were trained are the ones that would be served, tokenizer and template with them."""
-    wanted = manifest["files"]
+def check_files(bundle: Bundle, manifest: TrainedManifest) -> Part:
+    """Check that the served files, tokenizer and template included, are byte for byte the trained ones."""
+    wanted = manifest.files
     seen = {
         path.name: sha256_file(path)
         for path in sorted(bundle.adapter.iterdir())
@@ -163,67 +162,48 @@ def check_files(bundle: Bundle, manifest: dict[str, Any]) -> Part:
 
 
 def check_training(trained: Sequence[Trained], bundle: Bundle, ours: ChatFormat, theirs: ChatFormat) -> Part:
-    """Training rows through the gateway's own code, the model replaced by the very tokens that it was taught: the same prompt before them, the same text, ended by the stop token."""
-    found: list[dict[str, Any]] = []
-    for row, ids, ends in trained:
-        encoded, prompt = ours.encode(row).ids, len(ours.encode_prompt(row.prompt))
-        place = first_difference(encoded, ids)
-        if place is not None:
-            found.append(
-                mismatch(
-                    row.id,
-                    place,
-                    encoded[place : place + 1],
-                    ids[place : place + 1],
-                    ours,
-                    ours,
-                    "it was tokenised for the training in another way",
-                )
-            )
-        elif not ends or ids[-1] != ours.stop_id:
-            found.append(
-                mismatch(
-                    row.id,
-                    len(ids) - 1,
-                    [ours.stop_id],
-                    ids[-1:],
-                    ours,
-                    ours,
-                    "the training did not learn the stop token at its end",
-                )
-            )
-        else:
-            wanted = Answer(ids[:prompt], ids[prompt:], ours.decode_answer(ids[prompt:]), "stop")
-            found += compare_row(
-                row.id, wanted, replayed_answer(bundle, theirs, row.prompt, prompt, wanted.ids), ours, theirs
-            )
-    reason = f"{len(trained)} training rows have the gateway's prompts, and what they teach to say ends there by the stop token, its text unchanged"
-    return make_part("training", len(trained), found, reason)
+    """Send training rows through the gateway's own code, with the trained tokens in place of a model.
+
+    The prompt before them and the text have to be the same, and the stop token has to end the answer.
+    """
+    faults = [_check_row(row, bundle, ours, theirs) for row in trained]
+    reason = (
+        f"{len(trained)} training rows have the gateway's prompts, "
+        "and what they teach to say ends there by the stop token, its text unchanged"
+    )
+    return make_part("training", len(trained), [fault for fault in faults if fault], reason)
+
+
+def _check_row(trained: Trained, bundle: Bundle, ours: ChatFormat, theirs: ChatFormat) -> Mismatch | None:
+    row, ids, ends = trained
+    encoded, prompt = ours.encode(row).ids, len(ours.encode_prompt(row.prompt))
+    place = first_difference(encoded, ids)
+    if place is not None:
+        wanted, seen = encoded[place : place + 1], ids[place : place + 1]
+        what = "it was tokenised for the training in another way"
+        return make_mismatch(row.id, place, wanted, seen, ours, ours, what)
+    if not ends or ids[-1] != ours.stop_id:
+        what = "the training did not learn the stop token at its end"
+        return make_mismatch(row.id, len(ids) - 1, [ours.stop_id], ids[-1:], ours, ours, what)
+    answer = Answer(ids[:prompt], ids[prompt:], ours.decode_answer(ids[prompt:]), "stop")
+    told = replayed_answer(bundle, theirs, row.prompt, prompt, answer.ids)
+    return compare_row(row.id, answer, told, ours, theirs)
 
 
 def check_answers(
     asked: Asked, base: Path, candidate: Path, bundle: Bundle, config: ParityConfig
 ) -> list[Part]:
-    """One model in memory at a time."""
+    """Compare the trainer's answers with the engine's and the merged model's, one model at a time."""
+    formats = asked.ours, asked.theirs
     with quiet():
-        reference = _trainer_path(asked, base, candidate)
+        reference = make_reference(load_trained(base, candidate).eval(), asked)
         tolerance = config.half_tolerance if reference.half else config.tolerance
         _make_room()
         told, apart, context = _engine_path(asked, reference, bundle)
-        parts = [
-            compare_prompts(asked.ids, reference.answers, told, asked.ours, asked.theirs),
-            compare_answers(
-                "gateway",
-                asked.ids,
-                *reference[:2],
-                told,
-                apart,
-                tolerance,
-                asked.ours,
-                asked.theirs,
-                context=context,
-            ),
-        ]
+        gateway = compare_answers(
+            "gateway", asked.ids, *reference[:2], told, apart, tolerance, *formats, context=context
+        )
+        parts = [compare_prompts(asked.ids, reference.answers, told, *formats), gateway]
         _make_room()
         if config.merged and not why_unmergeable(candidate):
             merged = load_merged(base, candidate)
@@ -232,7 +212,7 @@ def check_answers(
 
 
 def compare_model(name: str, model: Any, asked: Asked, reference: Reference, tolerance: float) -> Part:
-    """Another model, asked as the trainer's was."""
+    """Ask another model as the trainer's was, and compare."""
     told = model_answers(model, asked.ours, asked.prompts, **asked.greedy)
     apart = differences(
         model_forward(model), model.device, reference.answers, reference.tops, **asked.batches
@@ -240,11 +220,8 @@ def compare_model(name: str, model: Any, asked: Asked, reference: Reference, tol
     return compare_answers(name, asked.ids, *reference[:2], told, apart, tolerance, asked.ours, asked.ours)
 
 
-def _trainer_path(asked: Asked, base: Path, candidate: Path) -> Reference:
-    return make_reference(load_trained(base, candidate).eval(), asked)
-
-
 def make_reference(model: Any, asked: Asked) -> Reference:
+    """Ask a model as the evaluation does; keep its answers and strongest logits."""
     answers = model_answers(model, asked.ours, asked.prompts, **asked.greedy)
     return Reference(
         answers,
@@ -269,7 +246,7 @@ def _engine_path(
 
 
 def _make_room() -> None:
-    """The model before is gone when the next one comes."""
+    """Free the memory of the model before, since the next one is loaded now."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
-"""The same rows by the trainer's way, by the gateway's and by a merged model: prompts, answers token by token, logits.
+"""Answer the same rows by the trainer's way, the gateway's and a merged model; return tokens and logits.
 
-The gateway's way is its own code from the request's bytes on: parse, template, continuous batching, text; only HTTP is left out.
+The gateway's way is its own code from the request's bytes on: parsing, template, continuous batching, text.
+Only HTTP is left out.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Forward = Callable[[Tensor, Tensor], Tensor]  # ids, mask (batch, seq) → logit
 
 
 class Answer(NamedTuple):
-    """`ids` holds the token that ended it. `fault` tells why there is none."""
+    """Hold an answer; `ids` includes the token that ended it, `fault` tells why there is none."""
 
     prompt: list[int]
     ids: list[int]
@@ -42,7 +43,7 @@ class Answer(NamedTuple):
 
 
 class Top(NamedTuple):
-    """The strongest logits at each position of an answer."""
+    """Hold the strongest logits at each position of an answer."""
 
     ids: Tensor  # (answer, TOP)
     logits: Tensor  # (answer, TOP)
@@ -51,7 +52,7 @@ class Top(NamedTuple):
 def model_answers(
     model: Any, chat: ChatFormat, prompts: list[list[int]], *, max_new_tokens: int, batch_size: int
 ) -> list[Answer]:
-    """As the evaluation asks a model."""
+    """Ask a model as the evaluation does."""
     made = greedy_ids(model, prompts, chat, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return [
         Answer(prompt, ids, chat.decode_answer(ids), "stop" if ids[-1:] == [chat.stop_id] else "length")
@@ -68,7 +69,7 @@ def engine_answers(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Answer]:
-    """As the gateway's engine `local` does: rows join when others leave."""
+    """Ask as the gateway's engine `local` does: rows join when others leave."""
     decoder = Decoder(loaded, measure_prompts=False)
     decoder.add(bundle, chat)
     heard = [_Heard(bundle, messages, max_new_tokens) for messages in asked]
@@ -81,7 +82,7 @@ def engine_answers(
 def replayed_answer(
     bundle: Bundle, chat: ChatFormat, messages: Sequence[Message], prompt_tokens: int, ids: list[int]
 ) -> Answer:
-    """What the engine makes of a model that says exactly `ids`: where it ends, and the text."""
+    """Return what the engine makes of a model that says exactly `ids`."""
     return engine_answers(
         cast(LoadedModel, _Script(prompt_tokens, ids)),
         bundle,
@@ -93,7 +94,7 @@ def replayed_answer(
 
 
 class _Heard:
-    """A request, and what comes back."""
+    """Hold a request and what comes back."""
 
     def __init__(self, bundle: Bundle, messages: Sequence[Message], max_new_tokens: int) -> None:
         self._text, self._fault, self._finish = "", "", ""
@@ -128,7 +129,7 @@ class _Heard:
 
 
 class _Script:
-    """In a model's place: its next token is the one that stands written."""
+    """Stand in for a model: say the given tokens one after the other."""
 
     device = torch.device("cpu")
 
@@ -136,7 +137,7 @@ class _Script:
         self._prompt_tokens, self._ids = prompt_tokens, ids
 
     def add(self, bundle: Bundle) -> None:
-        """Every version says the same."""
+        """Accept any version: all say the same."""
 
     def num_virtual(self, version: int) -> int:
         return 0
@@ -155,11 +156,11 @@ class _Script:
         return logits
 
 
-# --- logits --------------------------------------------------------------------------------------------------------------
+# --- logits ---
 
 
 def model_forward(model: Any) -> Forward:
-    """Virtual tokens of prompt tuning have logits as well, which stand before the row's."""
+    """Return a model's forward pass; logits of virtual tokens, which stand before the row's, are cut off."""
     return lambda ids, mask: model(input_ids=ids, attention_mask=mask, use_cache=False).logits[
         :, -ids.shape[1] :
     ]
@@ -184,7 +185,7 @@ def engine_forward(loaded: LoadedModel, version: int) -> Forward:
 def strongest(
     forward: Forward, device: Any, answers: Sequence[Answer], *, pad_id: int, batch_size: int
 ) -> list[Top]:
-    """Of each answer's positions, given the prompt and the tokens before."""
+    """Return the strongest logits at each position of each answer."""
     found: list[Any] = [None] * len(answers)
     for index, logits in _answer_logits(forward, device, answers, pad_id, batch_size):
         top = logits.topk(min(TOP, logits.shape[-1]))
@@ -201,7 +202,10 @@ def differences(
     pad_id: int,
     batch_size: int,
 ) -> list[Tensor]:
-    """By position (answer): the largest difference among the strongest logits, as a share of the largest of them (of 1, where all are smaller)."""
+    """Return for each answer a tensor (answer,): how far the strongest logits differ at each position.
+
+    A difference is a share of the position's largest logit, or of 1 where all are smaller.
+    """
     found: list[Tensor] = [torch.empty(0)] * len(answers)
     for index, logits in _answer_logits(forward, device, answers, pad_id, batch_size):
         top = tops[index]
@@ -210,6 +214,7 @@ def differences(
 
 
 def scale(top: Top) -> Tensor:
+    """Return each position's largest logit, at least 1: (answer,)."""
     return top.logits.abs().max(-1).values.clamp(min=1.0)
 
 
@@ -217,15 +222,14 @@ def scale(top: Top) -> Tensor:
 def _answer_logits(
     forward: Forward, device: Any, answers: Sequence[Answer], pad_id: int, batch_size: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """(index, logits (answer, vocab)), row by row. Right padding: what stands behind a row cannot change it."""
+    """Yield (index, logits (answer, vocab)) of each row; padding on the right cannot change a row."""
     for batch in by_length([len(answer.prompt) + len(answer.ids) for answer in answers], batch_size):
         rows = [[*answers[index].prompt, *answers[index].ids] for index in batch]
         length = max(map(len, rows))
-        ids = torch.tensor(
-            [row + [pad_id] * (length - len(row)) for row in rows], device=device
-        )  # (batch, seq)
+        padded = [row + [pad_id] * (length - len(row)) for row in rows]
+        ids = torch.tensor(padded, device=device)  # (batch, seq)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
-        logits = forward(ids, mask)
+        logits = forward(ids, mask)  # (batch, seq, vocab)
         for position, index in enumerate(batch):
             first = len(answers[index].prompt) - 1
             yield index, logits[position, first : first + len(answers[index].ids)].float().cpu()

@@ -1,4 +1,4 @@
-"""What a version must be before it may be served beside the champion. Reads files only: done while others are answered."""
+"""Check that a version can be served beside the champion; only files are read, so answers go on meanwhile."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ratchet.errors import BaseModelError
-from ratchet.files import read_json
 from ratchet.models.adapters import FAMILIES
-from ratchet.models.loading import MANIFEST, is_full, weights_file
+from ratchet.models.loading import is_full, weights_file
+from ratchet.models.manifests import read_base_manifest, read_trained_manifest
 from ratchet.serving.bundle import Bundle
 
 MAX_RANK = 512
-# What PEFT offers beyond the methods that are trained here changes the base under the other versions (PiSSA and its like), or was never tried.
+# Options of PEFT beyond the methods trained here: they change the base under other versions (PiSSA and the
+# like), or were never tested.
 MUST_BE_OFF = (
     *("lora_bias", "use_qalora", "use_bdlora", "layer_replication", "target_parameters"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
@@ -24,7 +25,7 @@ HARMLESS_STARTS = (True, False, "gaussian")  # of init_lora_weights; the weights
 
 
 def check_adapter_fits(bundle: Bundle) -> None:
-    """Raises BaseModelError: another base, a method that is not served, a rank over 512, weights that are not finite."""
+    """Raise BaseModelError for another base, a method that is not served, a rank over 512, or NaN weights."""
     _check_base(bundle)
     if not is_full(bundle.adapter):
         _check_config(bundle.adapter, bundle.base)
@@ -32,11 +33,13 @@ def check_adapter_fits(bundle: Bundle) -> None:
 
 
 def _check_base(bundle: Bundle) -> None:
-    theirs, ours = read_json(bundle.adapter / MANIFEST).get("base", {}), read_json(bundle.base / MANIFEST)
-    if any(theirs.get(key) != ours.get(key) for key in ("model", "revision")):
+    theirs, ours = read_trained_manifest(bundle.adapter).base, read_base_manifest(bundle.base)
+    if (theirs.model, theirs.revision) != (ours.model, ours.revision):
         raise BaseModelError(
-            f"v{bundle.version} was trained on {theirs.get('model')}@{theirs.get('revision')}, the base here is {ours.get('model')}@{ours.get('revision')}",
-            remedy="the adapter and its base come from one commit; the folder .ratchet/serving may be removed",
+            f"v{bundle.version} was trained on {theirs.model}@{theirs.revision}, "
+            f"the base here is {ours.model}@{ours.revision}",
+            remedy="the adapter and its base come from one commit; "
+            "the folder .ratchet/serving may be removed",
         )
 
 
@@ -70,8 +73,8 @@ def _check_config(folder: Path, base: Path) -> None:
 
 
 def _only_new(trained: Any, base: Path) -> bool:
-    """Embeddings of no other tokens than the base's `new_tokens`."""
-    ids = [token["id"] for token in read_json(base / MANIFEST).get("new_tokens", [])]
+    """Return whether embeddings were trained for the base's `new_tokens` only."""
+    ids = [token.id for token in read_base_manifest(base).new_tokens]
     return not trained or (isinstance(trained, dict) and all(of == ids for of in trained.values()))
 
 

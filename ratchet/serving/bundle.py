@@ -1,7 +1,7 @@
-"""A version made ready to serve: adapter, template, tokenizer, base and generation settings of one commit, in one folder.
+"""Make a version ready to serve: put adapter, template, tokenizer and settings of one commit into one folder.
 
-Fetched from the commit that made it (git and DVC), so that serving and rollback work with MLflow down. Kept in
-`.ratchet/serving`, whole or not at all; what is there is served without asking anybody.
+The files come from the commit that made them (git and DVC), so serving and rollback work while MLflow is
+down. They are kept in `.ratchet/serving`, whole or not at all, and served from there without any service.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 from ruamel.yaml import YAML
 
 from ratchet.errors import BaseModelError, CheckoutError, RatchetError
 from ratchet.files import read_json, whole_folder, write_json
 from ratchet.models.loading import adapter_sha256
+from ratchet.models.manifests import MANIFEST, read_base_manifest
 from ratchet.pipeline.checkout import git
 from ratchet.pipeline.workspace import require_output
+
+if TYPE_CHECKING:
+    from ratchet.config.params import Config
 
 SERVING = Path(".ratchet/serving")
 STATE = SERVING / "state.json"
@@ -29,13 +34,15 @@ FOLDER = re.compile(r"v(\d+)-[0-9a-f]+")
 
 
 class Generation(NamedTuple):
-    """How a version answers when the client does not say: the settings under which it was evaluated."""
+    """Hold the settings for answers that the client left open: those of the evaluation."""
 
     max_new_tokens: int
     temperature: float = 0.0
 
 
 class Bundle(NamedTuple):
+    """Hold everything that an engine needs to serve a version."""
+
     name: str
     version: int
     adapter: Path  # a PEFT folder, or a whole model's, with the tokenizer, its template and manifest.json
@@ -44,20 +51,40 @@ class Bundle(NamedTuple):
     generation: Generation
 
 
+class Card(msgspec.Struct, frozen=True):
+    """Hold what serving.json says of a version; `base` is a folder's name, lengths are in tokens."""
+
+    commit: str
+    base: str
+    max_new_tokens: int
+    max_length: int
+
+
+def bundle_candidate(candidate: Path, base: Path, config: Config) -> Bundle:
+    """Return a bundle of a candidate that was just trained, under the number 1."""
+    length = read_base_manifest(base).context or config.tokenize.max_length
+    settings = Generation(config.evaluate.max_new_tokens)
+    return Bundle(config.project.name, 1, candidate, base, length, settings)
+
+
 def make_bundle(root: Path, *, name: str, version: int, commit: str, adapter_sha256: str) -> Bundle:
-    """What is there already is returned at once. Raises CheckoutError: the commit or its files cannot be had; BaseModelError: they are not what the ledger says."""
+    """Return the version's bundle; fetch its files where they are not there yet.
+
+    Raises CheckoutError: the commit or its files cannot be read; BaseModelError: they are not what the
+    ledger says.
+    """
     folder = root / SERVING / f"v{version}-{adapter_sha256[:12]}"
     if not _is_whole(root, folder):
         base = _fetch_base(root, commit)
         with whole_folder(folder) as filling:
             require_output(root, commit, "models/candidate", filling / "adapter")
             check_adapter(filling / "adapter", adapter_sha256)
-            write_json(filling / CARD, {"commit": commit, "base": base.name, **_settings(root, commit)})
+            write_json(filling / CARD, msgspec.to_builtins(_read_settings(root, commit, base.name)))
     return _read_bundle(root, folder, name, version)
 
 
 def check_adapter(folder: Path, sha256: str) -> None:
-    """Raises BaseModelError: pickled files, code of its own, other bytes than the ledger's."""
+    """Raise BaseModelError for pickled files, code of its own, or other bytes than the ledger's."""
     check_harmless(folder)
     if (seen := adapter_sha256(folder)) != sha256:
         raise BaseModelError(
@@ -67,7 +94,7 @@ def check_adapter(folder: Path, sha256: str) -> None:
 
 
 def check_harmless(folder: Path) -> None:
-    """Raises BaseModelError: pickled files, or code of its own."""
+    """Raise BaseModelError for pickled files or code of its own."""
     paths = sorted(folder.rglob("*"))
     if pickled := [path.name for path in paths if path.name.lower().endswith(PICKLED)]:
         raise BaseModelError(
@@ -83,12 +110,15 @@ def check_harmless(folder: Path) -> None:
 
 
 def forget_bundles(root: Path, keep: set[int], *, older_than: float = YOUNG_SECONDS) -> None:
-    """Remove all other versions, what a killed process left half, and bases that no kept version needs; younger ones may be wanted by somebody who has not said so yet."""
+    """Remove the versions that are not in `keep`, half-made folders, and bases that no kept version needs.
+
+    Folders younger than `older_than` seconds stay: a process may be about to use them.
+    """
     folders = {
         path: int(named[1]) for path in (root / SERVING).glob("v*") if (named := FOLDER.fullmatch(path.name))
     }
     needed = {
-        read_json(path / CARD)["base"]
+        _read_card(path).base
         for path, version in folders.items()
         if version in keep and (path / CARD).exists()
     }
@@ -100,7 +130,11 @@ def forget_bundles(root: Path, keep: set[int], *, older_than: float = YOUNG_SECO
 
 
 def read_state(root: Path) -> dict[str, Any] | None:
-    """What the gateway last said of itself: {champion, challenger, share, rollout, loaded, refused: {"v3": reason}, at (seconds since 1970)}. None before its first start."""
+    """Return what the gateway last wrote about itself, or None before its first start.
+
+    The keys: champion, challenger, share, rollout, loaded, refused {"v3": reason}, refused_since, and at, in
+    seconds since 1970.
+    """
     path = root / STATE
     return read_json(path) if path.exists() else None
 
@@ -110,37 +144,34 @@ def write_state(root: Path, state: dict[str, Any]) -> None:
 
 
 def base_hash(root: Path, commit: str) -> str | None:
-    """DVC's hash of models/base at a commit."""
+    """Return DVC's hash of models/base at a commit, or None."""
     lock = YAML(typ="safe").load(git(root, "show", f"{commit}:dvc.lock"))
-    return next(
-        (
-            out["md5"]
-            for out in lock["stages"].get("base", {}).get("outs", [])
-            if out["path"] == "models/base"
-        ),
-        None,
-    )
+    outs = lock["stages"].get("base", {}).get("outs", [])
+    return next((out["md5"] for out in outs if out["path"] == "models/base"), None)
 
 
 def _is_whole(root: Path, folder: Path) -> bool:
-    """Or somebody removed parts of it."""
-    return (folder / CARD).exists() and (
-        root / SERVING / "bases" / str(read_json(folder / CARD).get("base")) / "manifest.json"
-    ).exists()
+    """Return whether the version and its base are there: a user may have removed parts."""
+    if not (folder / CARD).exists():
+        return False
+    return (root / SERVING / "bases" / _read_card(folder).base / MANIFEST).exists()
+
+
+def _read_card(folder: Path) -> Card:
+    try:
+        return msgspec.convert(read_json(folder / CARD), Card)
+    except msgspec.ValidationError as error:
+        raise BaseModelError(
+            f"{folder / CARD} cannot be read: {error}",
+            remedy="remove .ratchet/serving; it is fetched again",
+        ) from None
 
 
 def _read_bundle(root: Path, folder: Path, name: str, version: int) -> Bundle:
-    card = read_json(folder / CARD)
-    base = root / SERVING / "bases" / card["base"]
-    context = read_json(base / "manifest.json").get("context")
-    return Bundle(
-        name,
-        version,
-        folder / "adapter",
-        base,
-        int(context or card["max_length"]),
-        Generation(card["max_new_tokens"]),
-    )
+    card = _read_card(folder)
+    base = root / SERVING / "bases" / card.base
+    length = read_base_manifest(base).context or card.max_length
+    return Bundle(name, version, folder / "adapter", base, length, Generation(card.max_new_tokens))
 
 
 def _fetch_base(root: Path, commit: str) -> Path:
@@ -165,15 +196,19 @@ def _fetch_base(root: Path, commit: str) -> Path:
     return base
 
 
-def _settings(root: Path, commit: str) -> dict[str, Any]:
-    """Of that commit's params.yaml, read loosely: an older version must stay servable when today's keys are others."""
+def _read_settings(root: Path, commit: str, base: str) -> Card:
+    """Read the settings from that commit's params.yaml.
+
+    Unknown keys are ignored: older versions have to stay servable after keys were renamed.
+    """
     from ratchet.config.params import Config
 
     defaults = Config()
     params = YAML(typ="safe").load(git(root, "show", f"{commit}:params.yaml")) or {}
-    return {
-        "max_new_tokens": int(
-            (params.get("evaluate") or {}).get("max_new_tokens", defaults.evaluate.max_new_tokens)
-        ),
-        "max_length": int((params.get("tokenize") or {}).get("max_length", defaults.tokenize.max_length)),
-    }
+    evaluate, tokenize = params.get("evaluate") or {}, params.get("tokenize") or {}
+    return Card(
+        commit,
+        base,
+        max_new_tokens=int(evaluate.get("max_new_tokens", defaults.evaluate.max_new_tokens)),
+        max_length=int(tokenize.get("max_length", defaults.tokenize.max_length)),
+    )

@@ -1,9 +1,9 @@
-"""The rows that are decoded together on a model (`ratchet/serving/loaded_model.py`).
+"""Decode rows together on a model (`ratchet/serving/loaded_model.py`).
 
-Rows share one key-value cache, padded on the left; each has its own positions, so that what stands beside it in the batch cannot
-change it (beyond the last bits of a float). Rows of different versions go through one forward pass, each with its own adapter,
-where PEFT can do that; other versions have a decoder each, on the same model. A row that ends leaves at once, with the columns
-that only it needed.
+Rows share one key-value cache, padded on the left. Each has its own positions, so that its neighbours in the
+batch cannot change it (beyond the last bits of a float). Rows of different versions go through one forward
+pass, each with its own adapter, where PEFT can do that; other versions have a decoder each, on the same
+model. A row that ends leaves at once, with the cache columns that only it needed.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from ratchet.serving.engine import Ask, Ended, Piece
 from ratchet.serving.loaded_model import LoadedModel
 from ratchet.serving.transcript import Transcript
 
-PREFILL_TOKENS = 4096  # of all prompts that join, in one forward pass; those under way get a token in between
-PREFILL_LOGITS = (
-    2**26
-)  # numbers of logits that one pass makes at most where prompts are measured: 256 MiB in float32
+# Tokens of all joining prompts in one forward pass; the rows under way get a token between two passes.
+PREFILL_TOKENS = 4096
+# The most logits of one pass where prompts are measured: 256 MiB in float32.
+PREFILL_LOGITS = 2**26
 log = logging.getLogger("ratchet.gateway")
 
 
 class Row:
-    """One request under way. `tell` passes a piece, the end or an error to whoever asked; `since` is on time.perf_counter."""
+    """Hold one request under way.
+
+    `tell` passes a piece, the end or an error to the request's owner; `since` is on time.perf_counter.
+    """
 
     def __init__(self, ask: Ask, since: float, tell: Callable[[Piece | Ended | RatchetError], None]) -> None:
         self.ask, self.since, self.tell = ask, since, tell
@@ -50,16 +53,16 @@ class Row:
 
 
 class Joining(NamedTuple):
-    """Prompts that went through the model and are not yet among the others."""
+    """Hold prompts that went through the model and have not joined the other rows."""
 
     rows: list[Row]
     cache: Any
-    mask: Tensor
+    mask: Tensor  # (batch, virtual + seq)
     logits: Tensor  # (batch, vocab), of the first answer token
 
 
 class Decoder:
-    """Owned by one thread."""
+    """Decode the rows of versions that share a batch; one thread owns it."""
 
     def __init__(self, loaded: LoadedModel, *, measure_prompts: bool) -> None:
         self._measure_prompts = measure_prompts
@@ -79,12 +82,12 @@ class Decoder:
         return set(self._bundles)
 
     def add(self, bundle: Bundle, chat: ChatFormat) -> None:
-        """Raises BaseModelError: it does not fit the model."""
+        """Load a version. Raises BaseModelError: it does not fit the model."""
         self._loaded.add(bundle)
         self._bundles[bundle.version], self._chats[bundle.version] = bundle, chat
 
     def remove(self, version: int) -> None:
-        """Rows of it that are under way, though none should be, are told so."""
+        """Unload a version; its rows under way, of which there should be none, end with an error."""
         self._fail(
             [row for row in self._rows if row.ask.version == version],
             ServiceError(f"v{version} was unloaded", remedy="come again: another version is in charge now"),
@@ -92,11 +95,11 @@ class Decoder:
         del self._bundles[version], self._chats[version]
         self._loaded.remove(version)
 
-    # --- one round -----------------------------------------------------------------------------------------------------
+    # --- one round ---
 
     @torch.inference_mode()
     def round(self, waiting: list[Row]) -> None:
-        """Let these in, then one token for every row. What fails is told to the rows that it concerns."""
+        """Let `waiting` join, then add one token to every row; errors go to the rows concerned."""
         self._leave([row for row in self._rows if row.cancelled])
         ready = [row for row in waiting if not row.cancelled and self._prepare(row)]
         joining = self._try(ready, partial(self._prefill, ready)) if ready else None
@@ -109,7 +112,7 @@ class Decoder:
             self._try(self._rows, self._step)
 
     def _try(self, rows: list[Row], work: Callable[[], Any]) -> Any:
-        """A failure (out of memory, above all) ends these rows and nothing else."""
+        """Run `work`; a failure (mostly out of memory) ends these rows and no others."""
         try:
             return work()
         except Exception as error:
@@ -131,20 +134,15 @@ class Decoder:
         self._leave(rows)
 
     def _prepare(self, row: Row) -> bool:
-        """Token ids by this version's own template, and its settings. What cannot be is refused."""
+        """Fill in token ids by the version's own template, and its settings; return False if refused."""
         bundle, chat, ask = self._bundles[row.ask.version], self._chats[row.ask.version], row.ask
         row.queue_ms = (time.perf_counter() - row.since) * 1000
         length = bundle.max_length - self._loaded.num_virtual(ask.version)
         try:
             row.prompt = chat.fit_prompt(ask.messages, length)
         except Exception as error:  # noqa: BLE001  (it is told to the one whose messages it comes from)
-            row.tell(
-                UserError(
-                    str(error)
-                    if isinstance(error, RatchetError)
-                    else f"the messages cannot be encoded: {error}"
-                )
-            )
+            known = isinstance(error, RatchetError)
+            row.tell(UserError(str(error) if known else f"the messages cannot be encoded: {error}"))
             return False
         row.room = min(ask.max_tokens or bundle.generation.max_new_tokens, length - len(row.prompt))
         row.transcript = Transcript(partial(_decode, chat), ask.stop)
@@ -155,26 +153,24 @@ class Decoder:
         return True
 
     def _prefill(self, rows: list[Row]) -> Joining:
-        """Their prompts, padded on the left, in forward passes of bounded size. Virtual tokens stand before the padding."""
+        """Run the prompts, padded on the left, through the model, in forward passes of bounded size.
+
+        Virtual tokens stand before the padding.
+        """
         length = max(len(row.prompt) for row in rows)
-        device, version = (
-            self._loaded.device,
-            rows[0].ask.version,
-        )  # of virtual tokens a batch has one version's
-        ids = torch.tensor(
+        # A batch with virtual tokens holds one version only.
+        device, version = self._loaded.device, rows[0].ask.version
+        ids = torch.tensor(  # (batch, seq)
             [[0] * (length - len(row.prompt)) + row.prompt for row in rows], device=device
-        )  # (batch, seq)
+        )
         mask = torch.tensor(
             [[0] * (length - len(row.prompt)) + [1] * len(row.prompt) for row in rows], device=device
         )
         virtual = self._loaded.num_virtual(version)
-        mask = pad(mask, (virtual, 0), value=1)
-        positions = mask.cumsum(-1).sub(1).clamp(min=0)[:, virtual:]
-        cache, nll, logits = (
-            self._loaded.new_cache(version, len(rows)),
-            torch.zeros(len(rows), device=device),
-            torch.empty(0),
-        )
+        mask = pad(mask, (virtual, 0), value=1)  # (batch, virtual + seq)
+        positions = mask.cumsum(-1).sub(1).clamp(min=0)[:, virtual:]  # (batch, seq)
+        cache = self._loaded.new_cache(version, len(rows))
+        nll, logits = torch.zeros(len(rows), device=device), torch.empty(0)
         size = self._prefill_size(len(rows))
         for start in range(0, length, size):
             if start:
@@ -196,14 +192,14 @@ class Decoder:
         return Joining(rows, cache, mask, logits[:, -1].float())
 
     def _prefill_size(self, num_rows: int) -> int:
-        """Positions in one pass."""
+        """Return the number of positions in one pass."""
         size = PREFILL_TOKENS // num_rows
         if self._measure_prompts:
             size = min(size, PREFILL_LOGITS // (num_rows * self._loaded.vocab_size))
         return max(16, size)
 
     def _join(self, joining: Joining) -> None:
-        """Both caches at one length: the shorter one gets padding on its left."""
+        """Join two caches (batch, heads, seq, width); the shorter one gets padding on its left."""
         rows, cache, mask = joining.rows, joining.cache, joining.mask
         if self._mask is None:
             self._rows, self._cache, self._mask = list(rows), cache, mask
@@ -219,7 +215,7 @@ class Decoder:
     def _step(self) -> None:
         assert self._mask is not None
         newest = torch.tensor([row.answer[-1:] for row in self._rows], device=self._loaded.device)
-        positions = self._mask.sum(-1, keepdim=True)
+        positions = self._mask.sum(-1, keepdim=True)  # (batch, 1)
         self._mask = torch.cat([self._mask, torch.ones_like(positions)], dim=1)
         logits = self._forward(self._rows, newest, self._mask, positions, self._cache, whole=False)
         self._extend(self._rows, logits[:, -1].float())
@@ -232,7 +228,7 @@ class Decoder:
         )
 
     def _leave(self, rows: list[Row]) -> None:
-        """Take rows out, and the columns that only they needed."""
+        """Remove rows, and the cache columns that only they needed."""
         kept = [index for index, row in enumerate(self._rows) if row not in rows]
         if len(kept) == len(self._rows):
             return
@@ -248,7 +244,7 @@ class Decoder:
             layer.keys, layer.values = layer.keys[kept, :, start:], layer.values[kept, :, start:]
 
     def _extend(self, rows: list[Row], logits: Tensor) -> None:
-        """One token for each, told as far as it is text; those that ended leave."""
+        """Add one token to each row by its logits (batch, vocab), pass on its text, remove ended rows."""
         logprobs = logits.log_softmax(-1)  # (batch, vocab)
         if broken := logprobs.isnan().any(-1).nonzero()[:, 0].tolist():
             self._fail(
@@ -271,7 +267,7 @@ class Decoder:
         )
 
     def _take(self, row: Row, token: int, logprob: float) -> bool:
-        """Whether the answer ended with it."""
+        """Add a token to a row; return whether the answer ended with it."""
         row.answer.append(token)
         row.room -= 1
         row.nll -= logprob
@@ -303,21 +299,23 @@ def _decode(chat: ChatFormat, ids: list[int]) -> str:
 
 
 def _pad(states: Tensor, length: int) -> Tensor:
-    """Keys or values (batch, heads, seq, width), zeros on the left."""
+    """Pad keys or values (batch, heads, seq, width) with zeros on the left, to `length`."""
     return pad(states, (0, 0, length - states.shape[2], 0))
 
 
 def _nll(logits: Tensor, following: Tensor, mask: Tensor) -> Tensor:
-    """Summed over each row (batch): how much the tokens that followed surprised it, as in ratchet/models/generation.py. Padding follows nothing."""
+    """Sum the NLL of the following tokens over each row, padding left out: (batch), in nats.
+
+    The same sum as in ratchet/models/generation.py, one chunk of a prompt at a time.
+    """
     count = following.shape[1]  # one less than positions at the prompt's end
-    losses = cross_entropy(
-        logits[:, :count].float().transpose(1, 2), following, reduction="none"
-    )  # (batch, seq)
+    logits = logits[:, :count].float()  # (batch, seq, vocab)
+    losses = cross_entropy(logits.transpose(1, 2), following, reduction="none")  # (batch, seq)
     return losses.where(mask[:, :count].bool(), 0.0).sum(-1)
 
 
 def _sample(logits: Tensor, row: Row) -> int:
-    """Temperature, then the smallest set of tokens whose probability reaches top_p (Holtzman et al., arXiv 1904.09751)."""
+    """Draw a token by temperature from the smallest set that reaches top_p (arXiv 1904.09751)."""
     probabilities = (logits / max(row.temperature, 1e-4)).softmax(-1).cpu()
     if row.ask.top_p is not None and row.ask.top_p < 1:
         ordered, order = probabilities.sort(descending=True)

@@ -1,6 +1,6 @@
-"""What an engine is to the gateway: it holds versions and answers with the one that is named.
+"""Define what the gateway asks of an engine: to hold versions and to answer with the one that is named.
 
-Two stand behind it: `local` (ratchet/serving/local_engine.py) and `openai` (ratchet/serving/upstream_engine.py).
+There are two: `local` (ratchet/serving/local_engine.py) and `openai` (ratchet/serving/upstream_engine.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ratchet.serving.bundle import Bundle
 
 @dataclass(frozen=True)
 class Ask:
-    """One request, checked. `version` is the one that has to answer; what a client left out is None and comes from that version's own settings."""
+    """Hold one checked request for `version`; None stands for that version's own setting."""
 
     id: str
     version: int
@@ -30,14 +30,14 @@ class Ask:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text as it comes; an answer is the pieces joined."""
+    """Hold a piece of an answer's text; the answer is the pieces joined."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The last of an answer. NLL in nats a token, None where the engine cannot tell."""
+    """End an answer. NLL is in nats a token, None where the engine cannot tell."""
 
     finish: str  # "stop" or "length"
     prompt_tokens: int
@@ -49,19 +49,26 @@ class Ended:
 
 class Engine(Protocol):
     async def load(self, bundle: Bundle) -> None:
-        """Make a version ready beside the others; twice is no harm. Raises BaseModelError: it does not fit the base, or is broken."""
+        """Make a version ready beside the others; a second call does nothing.
+
+        Raises BaseModelError: it does not fit the base, or is broken.
+        """
 
     async def unload(self, version: int) -> None:
-        """Let go of a version that nobody asks any more."""
+        """Remove a version that no request names any more."""
 
     def answer(self, ask: Ask) -> AsyncIterator[Piece | Ended]:
-        """Pieces, then one Ended. Raises BusyError (the queue is full), UserError (the prompt does not fit), ServiceError (the upstream failed)."""
+        """Yield pieces, then one Ended.
+
+        Raises BusyError (the queue is full), UserError (the prompt does not fit), ServiceError (the
+        upstream failed).
+        """
 
     async def close(self) -> None: ...
 
 
 def require_same(known: Bundle, bundle: Bundle) -> None:
-    """Raises BaseModelError: under the number that is loaded already another adapter is wanted."""
+    """Raise BaseModelError where another adapter is loaded under the same number."""
     if known != bundle:
         raise BaseModelError(
             f"another v{bundle.version} is loaded: {known.adapter.name}",

@@ -1,4 +1,4 @@
-"""Errors in the form that OpenAI's clients know: `{"error": {"message", "type", "param", "code"}}` and an HTTP status."""
+"""Turn errors into what OpenAI's clients read: an HTTP status and {"error": {message, type, param, code}}."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 
 
 class Fault(RatchetError):
-    """An answer that is an error. `param` names the field of the body, `retry_after` is in whole seconds, `hangs_up`: the rest of the body is not read."""
+    """Answer a request with an error.
+
+    `param` names the field of the body, `retry_after` is in whole seconds, and `hangs_up` closes the
+    connection without reading the rest of the body.
+    """
 
     def __init__(
         self,
@@ -25,17 +29,12 @@ class Fault(RatchetError):
         hangs_up: bool = False,
     ) -> None:
         super().__init__(message, remedy=remedy)
-        self.status, self.param, self.code, self.retry_after, self.hangs_up = (
-            status,
-            param,
-            code,
-            retry_after,
-            hangs_up,
-        )
+        self.status, self.param, self.code = status, param, code
+        self.retry_after, self.hangs_up = retry_after, hangs_up
 
     @property
     def message(self) -> str:
-        """In one line."""
+        """Return the error's text in one line."""
         return " ".join(str(self).split())
 
     def body(self) -> bytes:
@@ -50,7 +49,7 @@ class Fault(RatchetError):
 
 
 def to_fault(error: Exception) -> Fault:
-    """What a client is told. Of an error that we did not foresee it learns nothing; the log has the rest."""
+    """Return what a client is told; details of an unforeseen error stay in the log."""
     match error:
         case Fault():
             return error

@@ -1,10 +1,10 @@
-"""A model in memory with the versions on it: adapters on one base, virtual tokens before a plain one, or a whole model of its own.
+"""Keep a model in memory with the versions that share it.
 
 plain LoRA, rsLoRA, QLoRA   on one base, decoded together (PEFT's mixed batches)
 DoRA, (IA)³                 on one base, each version's rows by themselves: PEFT cannot mix them
-prefix, prompt              on one base, each version's rows by themselves, behind its virtual tokens
-biases, whole modules       on a base of their own: they would change it under the others
-full                        no base
+prefix, prompt              on one base, each version's rows by themselves, after its virtual tokens
+biases, whole modules       on a base of their own: they would change a shared one under the others
+full                        a whole model, no base
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ratchet.errors import BaseModelError, RatchetError
-from ratchet.models.adapters import PREFIXED, base_settings, read_kind
-from ratchet.models.loading import WEIGHTS, load_adapter, load_base, load_full, quiet
+from ratchet.models.adapters import PREFIXED, base_settings, load_base_of, read_kind
+from ratchet.models.loading import WEIGHTS, load_adapter, load_full, quiet
 from ratchet.serving.bundle import Bundle
 
 State = tuple[Tensor, Tensor]  # keys and values of a layer: (heads, virtual tokens, width)
 
 
 def model_place(bundle: Bundle) -> str:
-    """Versions of one place share a model in memory."""
+    """Return a key; versions with the same key share a model in memory."""
     kind, base = read_kind(bundle.adapter), base_settings(bundle.adapter)
     family = "virtual tokens" if kind.family in PREFIXED else kind.family
     own = (
@@ -31,11 +31,11 @@ def model_place(bundle: Bundle) -> str:
         if kind.family == "full" or (not kind.shares and kind.family not in PREFIXED)
         else ""
     )
-    return f"{base['method']} {base['quantisation']} {family}{own} on {bundle.base}"
+    return f"{base.method} {base.quantisation} {family}{own} on {bundle.base}"
 
 
 def batch_place(bundle: Bundle) -> str:
-    """Versions of one place are decoded in one batch."""
+    """Return a key; versions with the same key are decoded in one batch."""
     return (
         model_place(bundle)
         if read_kind(bundle.adapter).mixes
@@ -44,13 +44,11 @@ def batch_place(bundle: Bundle) -> str:
 
 
 class LoadedModel:
-    """Used by one thread once it is made."""
+    """Hold a base or a whole model, and its versions; one thread uses it at a time."""
 
     def __init__(self, bundle: Bundle) -> None:
         full = read_kind(bundle.adapter).family == "full"
-        base: Any = (
-            load_full(bundle.adapter) if full else load_base(bundle.base, **base_settings(bundle.adapter))
-        )
+        base: Any = load_full(bundle.adapter) if full else load_base_of(bundle.base, bundle.adapter)
         self._base: Any = base.eval()
         self._model: Any = self._base  # with its adapters, from the first one on
         self._virtual: dict[int, list[State]] = {}
@@ -65,7 +63,7 @@ class LoadedModel:
         return int(self._base.config.get_text_config().vocab_size)
 
     def add(self, bundle: Bundle) -> None:
-        """Raises BaseModelError: it has other modules or another shape than this base."""
+        """Load a version onto the model. Raises BaseModelError: its modules or shapes do not fit the base."""
         family = read_kind(bundle.adapter).family
         if family in PREFIXED:
             self._virtual[bundle.version] = self._read_virtual(bundle, family)
@@ -97,11 +95,14 @@ class LoadedModel:
             with quiet():
                 self._model.delete_adapter(name)
 
-    # --- virtual tokens --------------------------------------------------------------------------------------------------
+    # --- virtual tokens ---
 
     @torch.inference_mode()
     def _read_virtual(self, bundle: Bundle, family: str) -> list[State]:
-        """What each layer sees of the virtual tokens. It depends on nothing that comes after them, so it is made once."""
+        """Compute each layer's keys and values of the virtual tokens.
+
+        They stand before every row and depend on nothing after them, so they are computed once.
+        """
         from safetensors.torch import load_file
         from transformers import DynamicCache
 
@@ -122,9 +123,8 @@ class LoadedModel:
             )
         learned = learned.to(self.device, self._base.dtype)
         if family == "prefix":
-            states = learned.view(len(learned), 2 * config.num_hidden_layers, heads, size).permute(
-                1, 2, 0, 3
-            )  # (2 · layers, heads, virtual tokens, width)
+            states = learned.view(len(learned), 2 * config.num_hidden_layers, heads, size)
+            states = states.permute(1, 2, 0, 3)  # (2 · layers, heads, virtual tokens, width)
             return [(states[2 * layer], states[2 * layer + 1]) for layer in range(config.num_hidden_layers)]
         cache: Any = DynamicCache()
         self._base(inputs_embeds=learned[None], past_key_values=cache, use_cache=True)
@@ -134,7 +134,7 @@ class LoadedModel:
         return int(self._virtual[version][0][0].shape[1]) if version in self._virtual else 0
 
     def new_cache(self, version: int, num_rows: int) -> Any:
-        """With the virtual tokens of the version in it, where it has some."""
+        """Return a cache for `num_rows` rows that begins with the version's virtual tokens, if any."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
@@ -143,12 +143,16 @@ class LoadedModel:
             cache.update(keys, values, layer)
         return cache
 
-    # --- computing -------------------------------------------------------------------------------------------------------
+    # --- computing ---
 
     def forward(
         self, versions: list[int], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool
     ) -> Tensor:
-        """Logits (batch, seq or 1, vocab); `versions` has one for each row. Rows of one version take the plain way, which is faster than a mixed batch."""
+        """Return logits: (batch, seq, vocab) where `whole`, else (batch, 1, vocab).
+
+        `ids` and `positions` are (batch, seq), `mask` covers the cache as well; `versions` has one entry a
+        row. Rows of a single version skip PEFT's mixed batches, which are slower.
+        """
         settings: dict[str, Any] = {
             "attention_mask": mask,
             "position_ids": positions,
@@ -160,7 +164,8 @@ class LoadedModel:
             return self._base(input_ids=ids, **settings).logits  # type: ignore[no-any-return]
         names = [_name(version) for version in versions]
         if len(set(names)) > 1:
-            return self._model(input_ids=ids, adapter_names=names, **settings).logits  # type: ignore[no-any-return]
+            settings["adapter_names"] = names
+            return self._model(input_ids=ids, **settings).logits  # type: ignore[no-any-return]
         if self._model.active_adapters != [names[0]]:
             self._model.base_model.set_adapter(names[0], inference_mode=True)
         return self._model(input_ids=ids, **settings).logits  # type: ignore[no-any-return]

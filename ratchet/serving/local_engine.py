@@ -1,9 +1,10 @@
-"""The engine `local`: one base in memory, an adapter a version, requests of all versions decoded together where their methods allow it.
+"""Answer with models in this process: the engine `local`, with one base in memory and an adapter a version.
 
-One thread owns the models. It works in rounds: take in what waits (forward passes over their prompts), then one token for
-everybody under way. Rows join and leave between rounds (continuous batching, Yu et al. 2022, OSDI); a row keeps the adapter that
-it began with. Between two rounds the thread puts versions in and takes them out, so nothing is swapped under a request; what
-takes longer (reading and checking files, loading another base) is done beside it.
+Requests of all versions are decoded together where their methods allow it. One thread owns the models. It
+works in rounds: run the prompts that wait, then add one token to every row under way. Rows join and leave
+between rounds (continuous batching, Yu et al. 2022, OSDI); a row keeps the adapter that it began with.
+Versions are loaded and unloaded between two rounds, so none is swapped under a request. Slow work (checking
+files, loading another base) is done in other threads.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ log = logging.getLogger("ratchet.gateway")
 
 
 class LocalEngine:
-    """Used from one event loop; the thread starts with the first version."""
+    """Serve one event loop; the thread starts with the first version."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -51,7 +52,10 @@ class LocalEngine:
         self._closed = False
 
     async def load(self, bundle: Bundle) -> None:
-        """Raises BaseModelError: it does not fit its base, is broken, or another one of that number is loaded."""
+        """Load a version beside the others.
+
+        Raises BaseModelError: it does not fit its base, is broken, or another one of that number is loaded.
+        """
         async with self._loading:
             if bundle.version in self._served:
                 require_same(self._served[bundle.version], bundle)
@@ -64,7 +68,11 @@ class LocalEngine:
             await self._do(partial(self._remove, version))
 
     async def answer(self, ask: Ask) -> AsyncIterator[Piece | Ended]:
-        """Raises BusyError: `gateway.max_queue` wait already; UserError: the prompt does not fit; ServiceError: the version is not loaded, or decoding failed."""
+        """Yield pieces, then one Ended.
+
+        Raises BusyError: `gateway.max_queue` wait already; UserError: the prompt does not fit; ServiceError:
+        the version is not loaded, or decoding failed.
+        """
         self._require_open()
         if ask.version not in self._served:
             raise ServiceError(
@@ -73,13 +81,14 @@ class LocalEngine:
             )
         if self._pending >= self._config.gateway.max_batch + self._config.gateway.max_queue:
             raise BusyError(
-                f"{self._pending} requests are under way or wait; gateway.max_queue is {self._config.gateway.max_queue}",
+                f"{self._pending} requests are under way or wait; "
+                f"gateway.max_queue is {self._config.gateway.max_queue}",
                 remedy="come again in a second",
             )
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | Ended | RatchetError]()
         row = Row(ask, time.perf_counter(), partial(_pass_on, loop, pieces))
         self._pending += 1
-        self._inbox.put(partial(self._wait, row))
+        self._inbox.put(lambda: self._waiting.append(row))  # `_waiting` is replaced in every round
         try:
             while not isinstance(piece := await pieces.get(), Ended):
                 if isinstance(piece, RatchetError):
@@ -91,7 +100,7 @@ class LocalEngine:
             self._pending -= 1
 
     async def close(self) -> None:
-        """Whoever is under way is told that the gateway stops."""
+        """Stop the thread; requests under way end with an error."""
         self._closed = True
         if self._thread:
             self._inbox.put(None)
@@ -102,13 +111,16 @@ class LocalEngine:
             raise ServiceError("the gateway stops", remedy="come again when it has started anew")
 
     def _read(self, bundle: Bundle) -> tuple[ChatFormat, LoadedModel | None]:
-        """All that needs no model, and the model where none has it; in a thread of its own, beside the requests."""
+        """Check a version and load its tokenizer, and a model where none in memory fits.
+
+        It runs in a thread of its own, beside the requests.
+        """
         check_adapter_fits(bundle)
         chat = ChatFormat(load_tokenizer(bundle.adapter))
         return chat, None if model_place(bundle) in self._models else LoadedModel(bundle)
 
     async def _do(self, work: Callable[[], None]) -> None:
-        """In the models' thread, between two rounds."""
+        """Run `work` in the models' thread, between two rounds."""
         self._require_open()
         done: Future[None] = Future()
         if self._thread is None:
@@ -117,7 +129,7 @@ class LocalEngine:
         self._inbox.put(partial(_settle, done, work))
         await asyncio.wrap_future(done)
 
-    # --- in the thread -----------------------------------------------------------------------------------------------
+    # --- in the thread ---
 
     def _work(self) -> None:
         _leave_a_core()
@@ -129,7 +141,10 @@ class LocalEngine:
             decoder.fail_all(stopping, [])
 
     def _take_in(self) -> bool:
-        """All that was asked for since the last round; waits while there is nothing to decode. False at the end."""
+        """Do the work that came since the last round; wait where nothing is to be decoded.
+
+        Returns False at the end.
+        """
         while True:
             busy = bool(self._waiting) or any(decoder.size for decoder in self._decoders.values())
             try:
@@ -161,9 +176,6 @@ class LocalEngine:
                     joining,
                 )
 
-    def _wait(self, row: Row) -> None:
-        self._waiting.append(row)
-
     def _refuse(self, rows: list[Row], error: RatchetError) -> None:
         self._waiting = [row for row in self._waiting if row not in rows]
         for row in rows:
@@ -179,20 +191,20 @@ class LocalEngine:
         self._served[bundle.version] = bundle
 
     def _remove(self, version: int) -> None:
-        """A model without versions goes as well."""
+        """Unload a version, and its model where no other version uses it."""
         bundle = self._served.pop(version, None)
         if bundle is None:
             return
-        place, decoder = batch_place(bundle), self._decoders[batch_place(bundle)]
+        place, decoder = model_place(bundle), self._decoders[batch_place(bundle)]
         decoder.remove(version)
         if not decoder.versions:
-            del self._decoders[place]
-        if not self._models[model_place(bundle)].versions:
-            del self._models[model_place(bundle)]
+            del self._decoders[batch_place(bundle)]
+        if not self._models[place].versions:
+            del self._models[place]
 
 
 def _leave_a_core() -> None:
-    """To the event loop and to what runs beside the gateway."""
+    """Leave a CPU core to the event loop and to other processes."""
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
 

@@ -1,6 +1,7 @@
-"""OpenAI's chat completions as bytes: a body becomes a checked `Chat`, an answer becomes JSON or server-sent events.
+"""Read and write OpenAI's chat completions: a checked `Chat` from a body, JSON or events from an answer.
 
-Not covered, and refused by name: tools, several choices, log probabilities, response formats, anything but text.
+Not covered, and refused by name: tools, several choices, log probabilities, response formats, and anything
+but text.
 """
 
 from __future__ import annotations
@@ -17,29 +18,11 @@ from ratchet.serving.faults import Fault
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 NOT_SUPPORTED = (
-    *(
-        "tools",
-        "tool_choice",
-        "parallel_tool_calls",
-        "functions",
-        "function_call",
-        "logprobs",
-        "top_logprobs",
-        "response_format",
-        "logit_bias",
-        "presence_penalty",
-    ),
-    *(
-        "frequency_penalty",
-        "modalities",
-        "audio",
-        "prediction",
-        "reasoning_effort",
-        "verbosity",
-        "web_search_options",
-    ),
+    *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "logprobs"),
+    *("top_logprobs", "response_format", "logit_bias", "presence_penalty", "frequency_penalty"),
+    *("modalities", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"),
 )
-# Sent by clients that always say everything: what is asked for is what happens.
+# Values of unsupported fields that ask for what happens anyway: some clients always send every field.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
@@ -59,7 +42,7 @@ class Part(msgspec.Struct):
 
 
 class Turn(msgspec.Struct):
-    """What else a message holds (`name`, `refusal`, …) changes nothing here."""
+    """Hold the fields of a message that count; others (`name`, `refusal`, …) are ignored."""
 
     role: str
     content: str | list[Part] | None = None
@@ -71,7 +54,7 @@ class StreamOptions(msgspec.Struct):
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
-    """A field that we do not know is refused: it might be a misspelt limit."""
+    """Hold a request's body; an unknown field is refused, since it may be a misspelt limit."""
 
     model: str
     messages: list[Turn]
@@ -85,7 +68,7 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
     stream_options: StreamOptions | None = None
     n: int | None = None
     user: str | None = None
-    # Taken and without effect: nothing is stored or billed by them.
+    # Accepted and ignored: they concern storing and billing at OpenAI.
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
@@ -124,12 +107,12 @@ class FeedbackBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class WholeAsk(Ask):
-    """The client waits for the whole answer: an upstream that is asked over HTTP need not send it in pieces."""
+    """Mark a request that is not streamed, so that an upstream may send the answer in one piece."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A request that is well formed. None is what the client left to the version's own settings."""
+    """Hold a well-formed request; None stands for what the version's own settings decide."""
 
     model: str
     messages: tuple[Message, ...]
@@ -149,14 +132,14 @@ class Chat:
         )
 
 
-# --- in --------------------------------------------------------------------------------------------------------------
+# --- requests ---
 
 _decode_body = msgspec.json.Decoder(Body)
 _decode_feedback = msgspec.json.Decoder(FeedbackBody)
 
 
 def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
-    """Raises Fault(400) with the field, the value seen and the value wanted."""
+    """Return a checked request. Raises Fault(400) with the field, the value seen and the value wanted."""
     body = _decode(_decode_body, raw)
     _check_support(body)
     if not 1 <= len(body.messages) <= limits.max_messages:
@@ -180,7 +163,7 @@ def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
 
 
 def parse_feedback(raw: bytes) -> FeedbackBody:
-    """`score` comes back as a number. Raises Fault(400)."""
+    """Return checked feedback, its `score` as a number. Raises Fault(400)."""
     body = _decode(_decode_feedback, raw)
     for field in ("label", "answer", "comment", "user"):
         _check_text(field, getattr(body, field) or "")
@@ -227,7 +210,7 @@ def _to_message(position: int, turn: Turn) -> Message:
         _refuse(f"{where}.tool_calls", f"{where}.tool_calls is not supported", "leave it out")
     if turn.content is None:
         _refuse(f"{where}.content", f"{where}.content is missing; wanted text")
-    # As the rows were that it was trained on: otherwise a line end of another system is another prompt.
+    # Normalised like the training rows: otherwise Windows line ends would make another prompt.
     return Message(role, normalise(_check_text(f"{where}.content", _join(where, turn.content))))
 
 
@@ -238,7 +221,8 @@ def _join(where: str, content: str | list[Part]) -> str:
         if part.type != "text" or part.text is None:
             _refuse(
                 f"{where}.content[{position}]",
-                f"{where}.content[{position}] is of type {part.type!r}; wanted parts {{'type': 'text', 'text': …}}: the model reads text only",
+                f"{where}.content[{position}] is of type {part.type!r}; "
+                "wanted parts {'type': 'text', 'text': …}: the model reads text only",
             )
     return "\n".join(part.text or "" for part in content)
 
@@ -270,7 +254,8 @@ def _check_stop(stop: str | list[str] | None) -> tuple[str, ...]:
     if len(stops) > MAX_STOPS or "" in stops:
         _refuse(
             "stop",
-            f"stop holds {len(stops)} text(s){', one of them empty' if '' in stops else ''}; wanted at most {MAX_STOPS}, none of them empty",
+            f"stop holds {len(stops)} text(s){', one of them empty' if '' in stops else ''}; "
+            f"wanted at most {MAX_STOPS}, none of them empty",
         )
     return stops
 
@@ -279,11 +264,11 @@ def _refuse(param: str, message: str, remedy: str = "") -> NoReturn:
     raise Fault(400, message, remedy=remedy, param=param)
 
 
-# --- out -------------------------------------------------------------------------------------------------------------
+# --- answers ---
 
 
 class Answered(msgspec.Struct, frozen=True):
-    """What stands in every body and every chunk of one answer. `fingerprint` names the version: `name@vN`."""
+    """Hold the fields that every body and chunk of one answer share; `fingerprint` is `name@vN`."""
 
     id: str
     created: int
@@ -297,9 +282,9 @@ class Answered(msgspec.Struct, frozen=True):
             "logprobs": None,
             "finish_reason": ended.finish,
         }
-        return self._encode("chat.completion", [choice], {"usage": _usage(ended)})
+        return self._encode("chat.completion", [choice], ended)
 
-    def chunk(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
+    def chunk(self, delta: dict[str, str], finish: str | None = None) -> bytes:
         return _event(
             self._encode(
                 "chat.completion.chunk",
@@ -308,24 +293,25 @@ class Answered(msgspec.Struct, frozen=True):
         )
 
     def usage_chunk(self, ended: Ended) -> bytes:
-        return _event(self._encode("chat.completion.chunk", [], {"usage": _usage(ended)}))
+        return _event(self._encode("chat.completion.chunk", [], ended))
 
-    def _encode(self, kind: str, choices: list[Any], more: dict[str, Any] | None = None) -> bytes:
-        head = {
+    def _encode(self, kind: str, choices: list[Any], ended: Ended | None = None) -> bytes:
+        body = {
             "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
+            "choices": choices,
         }
-        return msgspec.json.encode({**head, "choices": choices, **(more or {})})
+        return msgspec.json.encode(body if ended is None else {**body, "usage": _usage(ended)})
 
 
 DONE = b"data: [DONE]\n\n"
 
 
 def error_event(fault: Fault) -> bytes:
-    """An error after the answer began: the status is sent already, so it comes as an event."""
+    """Encode an error as an event: once an answer has begun, its status is sent already."""
     return _event(fault.body())
 
 

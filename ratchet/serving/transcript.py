@@ -1,7 +1,8 @@
-"""The text of an answer that comes token by token: what of it is certain, and whether a stop string ended it.
+"""Decode an answer token by token: return the text that is certain, and stop at a stop string.
 
-The pieces joined are what `ChatFormat.decode_answer` makes of all tokens at once. Only the newest tokens are decoded again, with
-those before them, since a token's text may depend on its neighbour (text-generation-inference decodes streams the same way).
+The joined pieces equal what `ChatFormat.decode_answer` makes of all tokens at once. Each token is decoded
+together with the tokens before it, since its text may depend on its neighbours (text-generation-inference
+decodes streams the same way).
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ HALF = "\ufffd"  # what a decoder writes for the first bytes of a character
 
 
 class Transcript:
+    """Collect the tokens of one answer; `stopped` says whether a stop string ended it."""
+
     def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()) -> None:
         self._decode, self._stops = decode, [stop for stop in stops if stop]
-        self._newest: list[int] = []  # tokens, of which the first `_read` are text already
+        self._newest: list[int] = []  # tokens; the text of the first `_read` is in `_held` or returned
         self._read = 0
-        self._held = ""  # text that what comes may still change or cut
+        self._held = ""  # text that later tokens may still change or cut
         self._begun = False
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that this token makes certain, often none."""
+        """Return the text that this token makes certain, often none."""
         self._newest.append(token)
         whole = self._decode(self._newest)
         if whole.endswith(HALF):
@@ -32,7 +35,7 @@ class Transcript:
         return self._release(len(self._held[:end].rstrip()))
 
     def end(self) -> str:
-        """The rest, without blanks at its end."""
+        """Return the rest, without blanks at its end."""
         self._take_in(self._decode(self._newest))
         self._newest, self._read = [], 0
         return self._release(len(self._held.rstrip()))
@@ -51,7 +54,7 @@ class Transcript:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` that may be the beginning of `stop`."""
+    """Count the characters at the end of `text` that may be the beginning of `stop`."""
     return next(
         (size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0
     )

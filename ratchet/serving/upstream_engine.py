@@ -256,7 +256,8 @@ def _check_loads(bundle: Bundle) -> None:
         if not kind.mixes:
             raise BaseModelError(
                 f"{_model(bundle)} is no plain LoRA ({kind.family}): an upstream cannot load it at run time",
-                remedy="serve it there under that name and set gateway.upstream_lora to false, or set gateway.engine to local",
+                remedy="serve it there under that name and set gateway.upstream_lora to false, "
+                "or set gateway.engine to local",
             )
 
 

@@ -1,4 +1,4 @@
-"""Which version an export is made of: its files as they are served, and what it was tested on, all from its own commit."""
+"""Find the version to export: its files as they are served, and its test rows, all from its own commit."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ from ratchet.serving.bundle import Bundle, make_bundle
 
 
 class Source(NamedTuple):
+    """Hold a version with its test rows and the JSON of its reports."""
+
     label: str  # "v3" or "candidate"
     commit: str
     bundle: Bundle
     rows: list[Example]  # its test split
-    metrics: dict[str, Any]  # its evaluation
-    decision: dict[str, Any]  # its gate
+    metrics: Any  # reports/evaluation/metrics.json
+    decision: Any  # reports/gate.json
 
 
 def find_source(root: Path, name: str, which: str) -> Source:
-    """`which`: `candidate` (of the newest commit), `champion`, or `vN`. Raises UserError: there is none; CheckoutError: its files cannot be had."""
+    """Return the version that `which` names: `candidate` (of the newest commit), `champion`, or `vN`.
+
+    Raises UserError: there is none; CheckoutError: its files cannot be read.
+    """
     label, commit, sha256 = _find(root, name, which)
     version = int(label[1:]) if label != "candidate" else 0
     bundle = make_bundle(root, name=name, version=version, commit=commit, adapter_sha256=sha256)
     with tempfile.TemporaryDirectory() as scratch:
         for path in ("data/prepared/test.jsonl", "reports/evaluation/metrics.json"):
             require_output(root, commit, path, Path(scratch) / Path(path).name)
-        rows, metrics = (
-            list(read_examples(Path(scratch) / "test.jsonl")),
-            read_json(Path(scratch) / "metrics.json"),
-        )
-    return Source(
-        label, commit, bundle, rows, metrics, json.loads(git(root, "show", f"{commit}:reports/gate.json"))
-    )
+        rows = list(read_examples(Path(scratch) / "test.jsonl"))
+        metrics = read_json(Path(scratch) / "metrics.json")
+    decision = json.loads(git(root, "show", f"{commit}:reports/gate.json"))
+    return Source(label, commit, bundle, rows, metrics, decision)
 
 
 def _find(root: Path, name: str, which: str) -> tuple[str, str, str]:
-    """(label, commit, the weights' sha256)."""
+    """Return (label, commit, sha256 of the weights)."""
     if which == "candidate":
         try:
             decision = json.loads(git(root, "show", "HEAD:reports/gate.json"))
@@ -72,7 +74,7 @@ def _find(root: Path, name: str, which: str) -> tuple[str, str, str]:
 
 
 def _numbered(root: Path, name: str, number: int) -> tuple[str, str, str]:
-    """The ledger needs no service; a version that was never in charge stands in MLflow alone."""
+    """Look a version up in the ledger, which needs no service, then in MLflow: most were never promoted."""
     if entry := last_entry(root, number):
         return f"v{number}", entry.commit, entry.adapter_sha256
     from ratchet.promotion.gate_tags import read_tags

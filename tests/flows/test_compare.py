@@ -87,9 +87,9 @@ def test_an_answers_latency_has_an_interval(
     prepared: Path, tiny_base: Path, candidate: Path, tiny_config: Config
 ) -> None:
     found = measure_latency(prepared, tiny_base, candidate, tiny_config)
-    times = found["milliseconds"]
+    times = found.milliseconds
     assert 0 < times["low"] <= times["mean"] <= times["high"]
-    assert 10 < found["answers"] <= 40 and 0 < found["tokens"] <= tiny_config.evaluate.max_new_tokens
+    assert 10 < found.answers <= 40 and 0 < found.tokens <= tiny_config.evaluate.max_new_tokens
 
 
 @pytest.mark.e2e

@@ -1,4 +1,4 @@
-"""The teacher's client against a real server: both protocols, bad answers, busy endpoints, limits, and a key that never shows."""
+"""The teacher's client against a real server: protocols, bad answers, busy endpoints, limits, hidden keys."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ratchet.config.synthesis import TeacherConfig
 from ratchet.errors import ConfigError
 from ratchet.gateway.auth import add_key
 from ratchet.llm.budget import Budget, Prices, SpentError, Usage
-from ratchet.llm.client import AskError, Said, Teacher, _seconds
+from ratchet.llm.client import AskError, Said, Teacher, read_retry_after
 from ratchet.llm.prompts import Prompt, fence
 from ratchet.llm.replies import Malformed, Pairs, Questions, Score, read_reply, schema_of
 
@@ -82,7 +82,7 @@ def pairs(said: Said) -> list[tuple[str, str]]:
     return [(pair.question, pair.answer) for pair in read_reply(said.raw, Pairs).pairs]
 
 
-# --- protocols -------------------------------------------------------------------------------------------------------
+# --- protocols ---
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,8 @@ def test_options_that_a_model_refuses_are_left_out_or_renamed(stub, address):
         PASSAGE: [
             Act(
                 status=400,
-                raw=b'{"error": {"message": "Unsupported parameter: max_tokens. Use max_completion_tokens instead."}}',
+                raw=b'{"error": {"message": "Unsupported parameter: max_tokens. '
+                b'Use max_completion_tokens instead."}}',
             ),
             Act(
                 status=400, raw=b'{"error": {"message": "temperature does not support 0.7 with this model"}}'
@@ -137,7 +138,7 @@ def test_options_that_a_model_refuses_are_left_out_or_renamed(stub, address):
     assert stub.seen[-1]["max_completion_tokens"] == 2048
 
 
-# --- answers that are not what was asked for ---------------------------------------------------------------------------
+# --- answers that are not what was asked for ---
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,7 @@ def test_a_bare_list_stands_for_its_object_and_surplus_keys_are_ignored():
     )
 
 
-# --- a busy, broken or missing endpoint --------------------------------------------------------------------------------
+# --- a busy, broken or missing endpoint ---
 
 
 def test_a_broken_endpoint_is_asked_again(stub, address):
@@ -260,11 +261,16 @@ def test_retry_after_is_obeyed_by_all_requests(stub, address):
 
 
 def test_retry_after_is_read_as_seconds_or_date_and_never_waited_for_longer_than_a_minute(stub, address):
-    assert (_seconds("2.5"), _seconds("-3"), _seconds(""), _seconds("soon")) == (2.5, 0.0, None, None)
-    assert _seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert (
+        read_retry_after("2.5"),
+        read_retry_after("-3"),
+        read_retry_after(""),
+        read_retry_after("soon"),
+    ) == (2.5, 0.0, None, None)
+    assert read_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
     teacher = Teacher(TeacherConfig(url=f"{address}/v1", model="big"), unlimited())
-    assert teacher._wait(1, 86_400.0) == 60.0
-    assert all(teacher._wait(tries, None) <= 30.0 for tries in range(1, 12))
+    assert teacher.choose_wait(1, 86_400.0) == 60.0
+    assert all(teacher.choose_wait(tries, None) <= 30.0 for tries in range(1, 12))
 
 
 def test_an_answer_that_takes_too_long_is_asked_for_again(stub, address):
@@ -321,7 +327,7 @@ def test_other_refusals_are_of_one_request(stub, address):
     assert caught.value.reason == "endpoint_refused"
 
 
-# --- limits ------------------------------------------------------------------------------------------------------------
+# --- limits ---
 
 
 def test_no_more_requests_are_under_way_than_allowed(stub, address):
@@ -338,7 +344,7 @@ def test_requests_are_spaced_under_the_limit_of_a_minute(stub, address):
 
 @pytest.mark.parametrize("parallel", [1, 30])
 def test_the_money_never_passes_its_limit_and_the_requests_before_it_are_used(stub, address, parallel):
-    """A request costs 0.4 at the stub's usage of 300 + 100 tokens; one sets aside about 1.1 before it is sent."""
+    """A request costs 0.4 at the stub's 300 + 100 tokens; it sets about 1.1 aside before it is sent."""
     budget = Budget(max_cost=4.0, max_tokens=10**12)
 
     async def run() -> list[Any]:
@@ -414,7 +420,7 @@ def test_no_order_of_requests_passes_a_limit(uses, parallel):
     assert sum(budget.usage) <= 3000
 
 
-# --- the key -----------------------------------------------------------------------------------------------------------
+# --- the key ---
 
 
 def test_a_key_that_an_endpoint_repeats_is_in_no_answer_no_error_and_no_log(
@@ -448,7 +454,7 @@ def test_errors_of_an_endpoint_are_cut(stub, address):
     assert len(str(caught.value)) < 300
 
 
-# --- the gateway as the endpoint -----------------------------------------------------------------------------------------
+# --- the gateway as the endpoint ---
 
 
 def test_the_gateway_of_this_project_answers_the_client_with_its_key(tmp_path, monkeypatch):

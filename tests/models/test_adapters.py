@@ -1,4 +1,4 @@
-"""Every method of `adapter.method`: trained on the tiny base, saved, and found by the gateway's engine and the evaluation where training left it."""
+"""Every `adapter.method`: trained on the tiny base, saved, and the same in engine and evaluation."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ METHODS: dict[str, AdapterConfig] = {
         rank=4, alpha=8.0, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
     ),
 }
-# float32 on both sides: what is left is the order of the sums (rows alone against packed ones). A quantised base computes in bfloat16,
-# with 8 bits of mantissa: training keeps its norms in float32, the engine does not.
+# float32 on both sides: what is left is the order of the sums (single or packed rows). A quantised base
+# computes in bfloat16, with 8 bits of mantissa: training keeps its norms in float32, the engine does not.
 TOLERANCE = {"qlora": 5e-3, "int8": 5e-3}
 
 
@@ -86,7 +86,10 @@ class Trained:
         return read_json(self(name).parent / "reports/figures.json")
 
     def other(self, name: str) -> Path:
-        """Another version of that method: its weights moved, so that it says something else. Virtual tokens all in one direction: by chance they would cancel out."""
+        """Make another version of that method, with moved weights, so that it answers differently.
+
+        Virtual tokens all move in one direction: random moves could cancel out.
+        """
         out = self._folder / name / "other"
         if not out.exists():
             shutil.copytree(self(name), out)
@@ -106,7 +109,10 @@ class Trained:
 def trained(
     tmp_path_factory: pytest.TempPathFactory, tokens: Path, tiny_base: Path, nobody: Path, tiny_config: Config
 ) -> Trained:
-    """On a base whose attention weighs more: twenty steps of pre-training leave it so weak that virtual tokens would change the loss by 1e-5."""
+    """Train on a base with stronger attention.
+
+    After twenty steps of pre-training it is so weak that virtual tokens would change the loss by 1e-5.
+    """
     folder = tmp_path_factory.mktemp("methods")
     shutil.copytree(tiny_base, folder / "base")
     weights = {
@@ -172,7 +178,8 @@ def test_the_engine_finds_the_loss_where_training_left_it(
     ), "or the test would tell nothing"
 
 
-# Without int8: bitsandbytes takes a column for an outlier when one row of the batch has one there, so others' last bits depend on it.
+# Without int8: bitsandbytes takes a column for an outlier when one row of the batch has one there, so the
+# last bits of other rows depend on it.
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - {"int8"}))
 def test_two_versions_answer_together_as_each_does_in_the_evaluation(
     name: str, trained: Trained, prompts: list[tuple[Message, ...]]
@@ -209,7 +216,7 @@ def test_two_versions_answer_together_as_each_does_in_the_evaluation(
 
 @pytest.mark.parametrize("name", ["lora", "prefix", "prompt"])
 def test_answers_of_a_batch_are_those_of_each_row_alone(name: str, trained: Trained, prepared: Path) -> None:
-    """PEFT counts the positions of virtual tokens through the padding, so that rows of unlike lengths must not share a batch there."""
+    """PEFT counts virtual tokens' positions through padding, so such rows share a batch by length only."""
     model, chat = (
         load_trained(trained.base, trained.other(name)).eval(),
         ChatFormat(load_tokenizer(trained.base)),
@@ -296,7 +303,7 @@ def test_what_shares_memory_and_what_shares_a_batch(
     )
 
 
-# --- evaluation ------------------------------------------------------------------------------------------------------
+# --- evaluation ---
 
 
 @pytest.mark.parametrize(
@@ -334,7 +341,7 @@ def test_each_model_has_the_scores_that_it_has_alone(
     assert both["base"] == plain["base"]
 
 
-# --- what is saved ---------------------------------------------------------------------------------------------------
+# --- what is saved ---
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -403,7 +410,7 @@ def test_what_can_be_merged_computes_the_same_merged(name: str, trained: Trained
     torch.testing.assert_close(merged, apart, rtol=1e-4, atol=1e-4)
 
 
-# --- from the champion -----------------------------------------------------------------------------------------------
+# --- from the champion ---
 
 
 def in_charge(folder: Path, target: Path) -> Path:
@@ -456,7 +463,7 @@ def test_a_champion_of_another_method_or_shape_is_refused(
         )
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+# --- settings ---
 
 
 @pytest.mark.parametrize(

@@ -14,24 +14,37 @@ from ratchet.errors import BaseModelError
 from ratchet.models.chat_template import ChatFormat
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] }}"
+    "{{ '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-WITHOUT_END = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-WITHOUT_TAIL = "{% for message in messages %}\n{{ message['role'] }}: {{ message['content'] }}{% endfor %}{% if add_generation_prompt %}\nassistant: {% endif %}"
-WITHOUT_SYSTEM = "{% for message in messages if message['role'] != 'system' %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+WITHOUT_END = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+WITHOUT_TAIL = (
+    "{% for message in messages %}\n{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}\nassistant: {% endif %}"
+)
+WITHOUT_SYSTEM = (
+    "{% for message in messages if message['role'] != 'system' %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+)
 SYSTEM_REFUSED = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     + CHAT_TEMPLATE
 )
 # The system prompt goes into the last user turn, as some templates have it.
 SYSTEM_LAST = (
-    "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}{% for message in messages if message['role'] != 'system' %}"
-    "{% if loop.last and message['role'] == 'user' and system %}{{ '<|system|>' + system }}{% endif %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{% if loop.last and message['role'] == 'user' and system %}{{ '<|system|>' + system }}{% endif %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -195,9 +208,9 @@ def test_a_template_without_an_end_of_turn_falls_back_to_the_end_of_text(templat
 def test_a_template_may_move_the_system_message():
     chat = ChatFormat(make_tokenizer(SYSTEM_LAST))
     ids = chat.encode(conversation("one?", "first", "two?", "second", system="Be brief.")).ids
-    assert (
-        chat.tokenizer.decode(ids)
-        == "<|user|>one?<|end|><|assistant|>first<|end|><|system|>Be brief.<|user|>two?<|end|><|assistant|>second<|end|>"
+    assert chat.tokenizer.decode(ids) == (
+        "<|user|>one?<|end|><|assistant|>first<|end|>"
+        "<|system|>Be brief.<|user|>two?<|end|><|assistant|>second<|end|>"
     )
 
 

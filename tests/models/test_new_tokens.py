@@ -1,4 +1,4 @@
-"""`base.new_tokens`: words that become one token, whose embedding is trained, saved, served and merged with the rest."""
+"""`base.new_tokens`: words become one token, whose embedding is trained, saved, served and merged."""
 
 from __future__ import annotations
 

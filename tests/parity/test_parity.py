@@ -1,4 +1,4 @@
-"""The gateway says what was trained, or the gate says where it does not: each way of going wrong, on a real tiny model."""
+"""Serve parity: the gateway says what was trained, and each fault is found, on a real tiny model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from ratchet.models.merging import load_merged
 from ratchet.parity.check import Asked, check_parity, compare_model, find_trained, make_reference
 from ratchet.parity.compare import compare_answers
 from ratchet.parity.paths import Answer, Top
+from ratchet.parity.report import Mismatch, Part, Report
 from ratchet.serving.bundle import Bundle, Generation
 from ratchet.training.packing import read_windows, rows_of
 from tasks.parity import parity
@@ -34,13 +36,8 @@ class Place:
     """The candidate, what was trained on, and a copy to be served that a test may spoil."""
 
     def __init__(self, folder: Path, prepared: Path, tokens: Path, base: Path, candidate: Path) -> None:
-        self.prepared, self.tokens, self.base, self.candidate, self.served = (
-            prepared,
-            tokens,
-            base,
-            candidate,
-            folder / "served",
-        )
+        self.prepared, self.tokens, self.base, self.candidate = prepared, tokens, base, candidate
+        self.served = folder / "served"
         shutil.copytree(candidate, self.served)
         self.chat = ChatFormat(load_tokenizer(base))
         self.rows = [
@@ -54,7 +51,7 @@ class Place:
             if row.id in chosen and len(self.chat.encode(row).ids) <= 96
         ][:12]
 
-    def report(self, **changed: Any) -> dict[str, Any]:
+    def report(self, **changed: Any) -> Report:
         bundle = Bundle("tiny", 1, self.served, self.base, 256, Generation(8))
         trained = find_trained(self.train, changed.pop("windows", self.windows), self.chat)
         return check_parity(
@@ -68,8 +65,13 @@ class Place:
             batch_size=5,
         )
 
-    def parts(self, **changed: Any) -> dict[str, dict[str, Any]]:
-        return {part["name"]: part for part in self.report(**changed)["parts"]}
+    def parts(self, **changed: Any) -> dict[str, Part]:
+        return {part.name: part for part in self.report(**changed).parts}
+
+    def first(self, name: str, **changed: Any) -> Mismatch:
+        found = self.parts(**changed)[name].first
+        assert found is not None
+        return found
 
     def template(self, old: str, new: str) -> None:
         path = self.served / "chat_template.jinja"
@@ -90,11 +92,11 @@ def place(tmp_path: Path, prepared: Path, tokens: Path, tiny_base: Path, candida
     return Place(tmp_path, prepared, tokens, tiny_base, candidate)
 
 
-def failed(parts: dict[str, dict[str, Any]]) -> set[str]:
-    return {name for name, part in parts.items() if part["result"] == "fail"}
+def failed(parts: dict[str, Part]) -> set[str]:
+    return {name for name, part in parts.items() if part.result == "fail"}
 
 
-# --- whole -----------------------------------------------------------------------------------------------------------------
+# --- whole ---
 
 
 def test_a_trained_candidate_passes_and_equal_candidates_have_equal_reports(
@@ -104,21 +106,22 @@ def test_a_trained_candidate_passes_and_equal_candidates_have_equal_reports(
     report = parity(
         place.prepared, place.tokens, place.base, place.candidate, tmp_path / "parity.json", config
     )
-    parts = {part["name"]: part for part in report["parts"]}
+    parts = {part.name: part for part in report.parts}
     assert list(parts) == ["files", "training", "prompts", "gateway", "merged"]
     assert failed(parts) == set()
-    assert parts["gateway"]["rows"] == parts["merged"]["rows"] == parts["training"]["rows"] == 20
-    assert parts["merged"]["largest"] < 1e-5
-    assert report == read_json(tmp_path / "parity.json")
+    assert parts["gateway"].rows == parts["merged"].rows == parts["training"].rows == 20
+    assert parts["merged"].largest is not None and parts["merged"].largest < 1e-5
+    written = read_json(tmp_path / "parity.json")
+    assert msgspec.to_builtins(report) == written
     parity(place.prepared, place.tokens, place.base, place.candidate, tmp_path / "again.json", config)
     again = read_json(tmp_path / "again.json")
-    speed = report["speed"]
+    speed = written["speed"]
     assert (
         speed["answers"] >= 10
         and 0 < speed["milliseconds"]["low"] <= speed["milliseconds"]["mean"]
         and speed["tokens_per_second"] > 0
     )
-    assert again | {"speed": None} == report | {"speed": None}  # but for how long it took
+    assert again | {"speed": None} == written | {"speed": None}  # but for how long it took
     check = judge_parity(tmp_path / "parity.json", read_json(place.candidate / MANIFEST)["adapter_sha256"])
     assert (check.name, check.result, check.rows) == ("parity", "pass", 20)
 
@@ -138,20 +141,22 @@ def test_without_rows_nothing_was_shown(place: Place, tiny_config: Config, tmp_p
     assert not (tmp_path / "parity.json").exists()
 
 
-# --- what differs ------------------------------------------------------------------------------------------------------------
+# --- what differs ---
 
 
 def test_another_template_fails_with_the_first_token_that_differs(place: Place) -> None:
     place.template("<|assistant|>", "<|assistant|>!")
     parts = place.parts()
     assert failed(parts) == {"files", "training", "prompts"}
-    first = parts["prompts"]["first"]
+    first = parts["prompts"].first
     prompt = place.chat.encode_prompt(place.rows[0].prompt)
-    assert (first["row"], first["position"], first["wanted"]) == (place.rows[0].id, len(prompt), None), (
+    assert first is not None and first.seen is not None
+    assert (first.row, first.position, first.wanted) == (place.rows[0].id, len(prompt), None), (
         "the trainer's prompt is over where the gateway's goes on"
     )
-    assert first["seen"]["text"] == "!"
-    assert f"token {len(prompt)}: nothing by the trainer, '!' (" in parts["prompts"]["reason"]
+    assert first.seen.text == "!"
+    told = parts["prompts"].reason
+    assert first.row in told and f"token {len(prompt)}:" in told and "'!'" in told
 
 
 def test_a_changed_byte_of_the_adapter_fails_though_the_answers_are_the_same(place: Place) -> None:
@@ -160,45 +165,46 @@ def test_a_changed_byte_of_the_adapter_fails_though_the_answers_are_the_same(pla
     (place.served / WEIGHTS).write_bytes(bytes(whole))
     parts = place.parts()
     assert failed(parts) == {"files"}
-    assert parts["files"]["reason"].startswith("adapter_model.safetensors of the served version")
+    assert parts["files"].mismatches == 1 and WEIGHTS in parts["files"].reason
 
 
 def test_another_adapter_fails_with_the_first_answer_that_differs(place: Place) -> None:
     place.weights(lambda name, weight: weight * (-10 if "lora_B" in name else 1))
     parts = place.parts()
     assert failed(parts) == {"files", "gateway"}
-    first = parts["gateway"]["first"]
-    assert first["what"] == "the answers differ" and first["wanted"] != first["seen"]
-    assert first["row"] in {row.id for row in place.rows}
+    first = parts["gateway"].first
+    assert first is not None and first.what == "the answers differ" and first.wanted != first.seen
+    assert first.row in {row.id for row in place.rows}
 
 
 def test_another_adapter_fails_by_its_logits_where_the_answers_happen_to_agree(place: Place) -> None:
     place.weights(lambda name, weight: weight * (1.02 if "lora_B" in name else 1))
     part = place.parts()["gateway"]
-    assert part["result"] == "fail"
-    assert "the logits differ by up to" in part["reason"]
-    assert part["largest"] > CONFIG.tolerance
+    assert part.result == "fail" and part.first is not None
+    assert "the logits differ" in part.first.what and part.first.wanted == part.first.seen
+    assert part.largest is not None and part.largest > CONFIG.tolerance
 
 
 def test_weights_that_the_gateway_refuses_are_told(place: Place) -> None:
     place.weights(lambda name, weight: weight * torch.nan)
     parts = place.parts()
     assert failed(parts) == {"files", "intake"}
-    assert "weights are not finite" in parts["intake"]["reason"]
+    assert "weights are not finite" in parts["intake"].reason
 
 
 def test_a_stop_token_that_does_not_stop_fails(place: Place) -> None:
     """The served template closes an answer with another token: what was trained to end there would go on."""
     place.template("<|end|>", "{{ '<|system|>' if message.role == 'assistant' else '<|end|>' }}")
     part = place.parts()["training"]
-    assert part["mismatches"] == len(place.train)
-    assert all(word in part["first"]["what"] for word in ("'length'", "'stop'", "stop token"))
-    assert part["first"]["wanted"]["text"] == "<|end|>"
+    assert part.mismatches == len(place.train)
+    assert part.first is not None and part.first.wanted is not None
+    assert "ended by 'length', wanted 'stop'" in part.first.what
+    assert part.first.wanted.text == "<|end|>"
 
 
 def test_training_rows_that_do_not_learn_the_stop_token_fail(place: Place) -> None:
     open_ended = [row._replace(labels=[*row.labels[:-1], -100]) for row in place.windows]
-    assert "did not learn the stop token" in place.parts(windows=open_ended)["training"]["first"]["what"]
+    assert "did not learn the stop token" in place.first("training", windows=open_ended).what
 
 
 def test_rows_that_were_tokenised_in_another_way_fail_where_it_begins(place: Place) -> None:
@@ -206,19 +212,17 @@ def test_rows_that_were_tokenised_in_another_way_fail_where_it_begins(place: Pla
         row._replace(input_ids=[*row.input_ids[:2], row.input_ids[2] + 1, *row.input_ids[3:]])
         for row in place.windows
     ]
-    first = place.parts(windows=other)["training"]["first"]
-    assert first["position"] == 2 and "tokeni" in first["what"]
+    first = place.first("training", windows=other)
+    assert first.position == 2 and "tokenised for the training in another way" in first.what
 
 
 def test_a_message_that_the_gateway_refuses_fails_with_its_words(place: Place) -> None:
     row = place.rows[0]
     place.rows[0] = Example(row.id, (row.messages[0].__class__("user", "a\0b"), *row.messages[1:]), row.meta)
-    part = place.parts()["prompts"]
-    assert part["result"] == "fail"
-    assert "holds a NUL character" in part["first"]["what"]
+    assert "holds a NUL character" in place.first("prompts").what
 
 
-# --- merged ----------------------------------------------------------------------------------------------------------------------
+# --- merged ---
 
 
 def test_a_merged_model_that_is_not_the_adapter_fails(place: Place) -> None:
@@ -234,12 +238,11 @@ def test_a_merged_model_that_is_not_the_adapter_fails(place: Place) -> None:
         "merged", load_merged(place.base, place.served), place.asked(), reference, CONFIG.tolerance
     )
     assert found.mismatches > 0
-    assert found.first is not None and found.reason.startswith(
-        f"merged: {found.mismatches} of {len(place.rows)} rows differ. First: "
-    )
+    assert found.first is not None and found.first.what in found.reason
+    assert f"{found.mismatches} of {len(place.rows)} rows differ" in found.reason
 
 
-# --- ties --------------------------------------------------------------------------------------------------------------------------
+# --- ties ---
 
 
 @pytest.mark.parametrize(
@@ -298,7 +301,7 @@ def test_an_answer_that_the_context_cut_off_is_compared_as_far_as_it_goes(place:
         assert found.mismatches == mismatches
 
 
-# --- the guardrail -------------------------------------------------------------------------------------------------------------------
+# --- the guardrail ---
 
 
 def report(**changed: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Versions made ready from git and the DVC cache of a real repository; their weights are small, no model is loaded here."""
+"""Versions made ready from git and the DVC cache of a real repository; no model is loaded here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports: what other programs load says what the adapter says, is scored beside it, or is not there at all."""
+"""Exports: what other programs load answers as the adapter does, is scored beside it, or is not written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -28,7 +29,7 @@ from ratchet.promotion.champion import Champion, write_champion
 from ratchet.reporting.model_card import hub_card
 from ratchet.serving.bundle import Bundle, Generation
 from ratchet.serving.version_source import Source, find_source
-from tasks.export import export, tell
+from tasks.export import Prompts, export, tell
 from tasks.train import train
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6}
@@ -86,7 +87,7 @@ def trained(
     return make
 
 
-# --- merged ------------------------------------------------------------------------------------------------------------------
+# --- merged ---
 
 
 @pytest.mark.parametrize(
@@ -110,18 +111,18 @@ def test_a_merged_model_is_one_that_transformers_loads_and_says_what_the_adapter
                 1.0, float(wanted.abs().max())
             )
     assert not hasattr(model.config, "quantization_config")
-    assert (record["method"], record["check"]["result"], record["scores"]["rows"]) == (method, "pass", 12)
+    assert (record.method, record.check.result, record.scores.rows) == (method, "pass", 12)
 
 
 def test_the_record_names_version_sums_and_scores_and_every_file(
     trained: Any, tiny_base: Path, prepared: Path, tmp_path: Path
 ) -> None:
     record = export(source(trained("lora"), tiny_base, prepared), "merged", tmp_path / "out", CONFIG)
-    assert read_json(tmp_path / "out/export.json") == record
-    assert record["adapter_sha256"] == adapter_sha256(trained("lora"))
-    assert (record["version"], record["commit"], record["base"]["model"]) == ("v3", "c" * 40, "demo")
+    assert read_json(tmp_path / "out/export.json") == msgspec.to_builtins(record)
+    assert record.adapter_sha256 == adapter_sha256(trained("lora"))
+    assert (record.version, record.commit, record.base.model) == ("v3", "c" * 40, "demo")
     written = {path.name for path in (tmp_path / "out").iterdir()} - {"export.json"}
-    assert record["files"] == {name: sha256_file(tmp_path / "out" / name) for name in written}
+    assert record.files == {name: sha256_file(tmp_path / "out" / name) for name in written}
     assert {
         "model.safetensors",
         "tokenizer.json",
@@ -129,7 +130,7 @@ def test_the_record_names_version_sums_and_scores_and_every_file(
         "README.md",
         "config.json",
     } <= written
-    assert abs(record["scores"]["difference"]["answer_nll"]["mean"]) < 1e-5
+    assert abs(record.scores.difference.answer_nll.mean) < 1e-5
     assert any("answer NLL" in line for line in tell(record, tmp_path))
 
 
@@ -164,7 +165,7 @@ def test_a_folder_that_is_there_is_left_alone(
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-# --- GGUF ----------------------------------------------------------------------------------------------------------------------
+# --- GGUF ---
 
 
 @pytest.mark.parametrize(
@@ -174,14 +175,14 @@ def test_a_gguf_file_is_scored_beside_the_adapter(
     to: str, loss: float | None, bits: float, trained: Any, tiny_base: Path, prepared: Path, tmp_path: Path
 ) -> None:
     record = export(source(trained("lora"), tiny_base, prepared), to, tmp_path / "out", CONFIG)
-    assert set(record["files"]) == {FILE, "README.md"}
+    assert set(record.files) == {FILE, "README.md"}
     weights = sum(weights.numel() for weights in load_gguf(tmp_path / "out").parameters() if weights.ndim > 1)
     assert (tmp_path / "out" / FILE).stat().st_size < weights * bits / 8 + 60_000, "weights, and a vocabulary"
-    assert record["scores"]["adapter"]["answer_nll"] != record["scores"]["export"]["answer_nll"]
+    assert record.scores.adapter.answer_nll != record.scores.export.answer_nll
     if loss is None:
-        assert record["check"]["result"] == "pass" and record["check"]["largest"] < 1e-3
+        assert record.check.result == "pass" and record.check.largest < 1e-3
     else:
-        assert 0.001 < record["check"]["largest_loss"] < loss
+        assert 0.001 < record.check.largest_loss < loss
 
 
 def small_llama(**settings: Any) -> LlamaForCausalLM:
@@ -291,14 +292,17 @@ def test_tokenizers_that_llama_cpp_would_read_otherwise_are_refused(tiny_base: P
 def test_prompts_that_other_programs_would_tokenise_otherwise_are_counted(
     trained: Any, tiny_base: Path, prepared: Path, tmp_path: Path
 ) -> None:
-    """A word after `user:` and a blank takes the blank into its own token when all is tokenised in one piece."""
+    """A word after `user:` and a blank takes the blank into its token when tokenized in one piece."""
     record = export(source(trained("lora"), tiny_base, prepared), "merged", tmp_path / "out", CONFIG)
-    assert record["prompts"] == {"rows": 12, "alike": 12} and not any(
+    assert record.prompts == Prompts(rows=12, alike=12) and not any(
         "in one piece" in line for line in tell(record, tmp_path)
     )
     plain = tmp_path / "plain"
     shutil.copytree(trained("lora"), plain)
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
     (plain / "chat_template.jinja").write_text(template)
     made = source(plain, tiny_base, prepared)
     asked = [
@@ -306,11 +310,11 @@ def test_prompts_that_other_programs_would_tokenise_otherwise_are_counted(
         for row, text in zip(made.rows, ["the file", "a module", "Which?"], strict=False)
     ]
     record = export(made._replace(rows=asked), "merged", tmp_path / "other", CONFIG)
-    assert record["prompts"] == {"rows": 3, "alike": 1}
+    assert record.prompts == Prompts(rows=3, alike=1)
     assert any("2 of 3 prompts are other tokens" in line for line in tell(record, tmp_path))
 
 
-# --- which version -----------------------------------------------------------------------------------------------------------------
+# --- which version ---
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +412,7 @@ def test_versions_that_are_not_there_are_told(
             find_source(empty, "small", which)
 
 
-# --- the card ----------------------------------------------------------------------------------------------------------------------
+# --- the card ---
 
 
 MANIFEST: dict[str, Any] = {
@@ -468,5 +472,5 @@ def test_the_card_of_an_export_tells_the_files_own_scores(
     record = export(source(trained("lora"), tiny_base, prepared), "int4", tmp_path / "out", CONFIG)
     card = ModelCard.load(tmp_path / "out/README.md")
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert found["answer_nll"] == pytest.approx(record["scores"]["export"]["answer_nll"]["mean"], abs=1e-6)
+    assert found["answer_nll"] == pytest.approx(record.scores.export.answer_nll.mean, abs=1e-6)
     assert "| | adapter | int4 | difference |" in card.text

@@ -1,4 +1,4 @@
-"""What llama.cpp makes of our GGUF files: the same tokens, the same distribution, the same answers. Skipped where it is not installed."""
+"""llama.cpp reads our GGUF files: same tokens, same distribution, same answers. Skipped without llama.cpp."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def logprobs(model: Any, ids: list[int], begin: int) -> Any:
 
 
 def compare(said: Said, model: Any, prompt: list[int]) -> tuple[float, float]:
-    """(largest difference of a probability's logarithm, how much less likely than the model's own best a said token was): 0 where the answers are the same."""
+    """Return (largest difference of a log-probability, how far a said token was below the model's best).
+
+    The second is 0 where the answers are the same.
+    """
     ours = logprobs(model, [*prompt, *said.ids[:-1]], len(prompt) - 1)
     behind = ours.max(axis=-1) - ours[range(len(said.ids)), said.ids]
     return float(np.abs(said.logprobs - ours).max()), float(behind.max())
@@ -56,7 +59,7 @@ def compare(said: Said, model: Any, prompt: list[int]) -> tuple[float, float]:
 def test_an_exported_adapter_says_in_llama_cpp_what_it_says_here(
     to: str, apart: float, candidate: Path, tiny_base: Path, prepared: Path, tmp_path: Path
 ) -> None:
-    """int8 and int4 beside transformers' reading of the same file: what rounding the weights costs is told by the export itself."""
+    """int8 and int4 are compared with transformers' reading of the file: the export measures rounding."""
     made = source(candidate, tiny_base, prepared)
     export(made, to, tmp_path / "out", CONFIG)
     chat = ChatFormat(load_tokenizer(candidate))

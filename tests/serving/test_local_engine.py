@@ -1,4 +1,4 @@
-"""The engine `local` on the tiny base: answers that depend on nobody else, versions that never mix, faults that are said."""
+"""The engine `local` on the tiny base: independent answers, versions that never mix, reported faults."""
 
 from __future__ import annotations
 

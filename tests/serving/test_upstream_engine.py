@@ -1,4 +1,4 @@
-"""The engine `openai` against a real server on loopback: versions as models, adapters at run time, and what an upstream can do wrong."""
+"""The engine `openai` against a real server on loopback: versions as models, adapters, upstream faults."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def answer(url: str, asked: Ask, **settings: Any) -> tuple[list[str], Ended]:
 def test_a_control_token_in_a_message_goes_to_no_upstream(tmp_path: Path):
     """It tokenises the whole prompt at once."""
     (tmp_path / "tokenizer.json").write_text(
-        '{"added_tokens": [{"content": "<|im_start|>", "special": true}, {"content": "<think>", "special": false}, {"content": "word", "special": false}]}'
+        '{"added_tokens": [{"content": "<|im_start|>", "special": true}, '
+        '{"content": "<think>", "special": false}, {"content": "word", "special": false}]}'
     )
     stub = Stub(needs_loading=True)
 

@@ -1,0 +1,64 @@
+"""Define the report of serve parity, reports/parity.json; this module loads no model."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+
+class Token(msgspec.Struct, frozen=True):
+    """Hold a token's id and its text."""
+
+    id: int
+    text: str
+
+
+class Mismatch(msgspec.Struct, frozen=True):
+    """Tell where a row differs; a side is None where its tokens are over."""
+
+    row: str
+    position: int  # in tokens from the beginning of the prompt
+    wanted: Token | None
+    seen: Token | None
+    what: str
+
+
+class Part(msgspec.Struct, frozen=True):
+    """Hold one comparison; `first` is the first mismatch, `result` is "pass" or "fail"."""
+
+    name: str
+    rows: int
+    mismatches: int
+    reason: str
+    first: Mismatch | None = None
+    ties: int = 0
+    tolerance: float | None = None
+    largest: float | None = None  # difference of logits, as a share of the largest one
+    result: str = ""
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "result", "fail" if self.mismatches else "pass")
+
+
+class Speed(msgspec.Struct, frozen=True):
+    """Hold how long an answer takes; `tokens` is the mean of an answer."""
+
+    answers: int
+    milliseconds: dict[str, float]  # of an answer: mean, low and high of the 95 % interval of the mean
+    tokens: float
+    tokens_per_second: float
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Hold the whole report; `fitting` counts the test rows that are short enough to have been trained on."""
+
+    candidate: str  # sha256 of its weights
+    rows: int
+    training_rows: int
+    parts: list[Part]
+    fitting: int | UnsetType = UNSET
+    speed: Speed | UnsetType = UNSET
+
+    @property
+    def passed(self) -> bool:
+        return all(part.result == "pass" for part in self.parts)
