@@ -15,7 +15,7 @@ import contextlib
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import xxhash
 
@@ -35,8 +35,33 @@ from ratchet.sources.pydoc import harvest
 SEEN = "seen.txt"
 
 
-def make_base(out: Path, config: Config) -> dict[str, Any]:
-    """Returns the manifest. Raises BaseModelError, DataError, DivergenceError."""
+class NewToken(TypedDict):
+    """A word that became one token, and the pieces that it was."""
+
+    token: str
+    id: int
+    pieces: list[int]
+
+
+class Details(TypedDict, total=False):
+    """What a base's manifest says by its kind: `weights` are a hub's, `rows` and `modules` the demo's."""
+
+    context: int  # positions, in tokens
+    vocab_size: int
+    weights: dict[str, str]  # sha256 of each file
+    rows: int
+    modules: list[str]
+    new_tokens: list[NewToken]
+
+
+class BaseManifest(Details):
+    model: str
+    revision: str | None
+    files: dict[str, str]  # sha256 of each
+
+
+def make_base(out: Path, config: Config) -> BaseManifest:
+    """Write the base and return its manifest. Raises BaseModelError, DataError, DivergenceError."""
     require_space(out.parent, 200 * 2**20, "the base model")
     with whole_folder(out) as folder:
         details = (
@@ -45,8 +70,8 @@ def make_base(out: Path, config: Config) -> dict[str, Any]:
             else _take_from_hub(folder, config.base)
         )
         if config.base.new_tokens:
-            details |= _add_tokens(folder, config.base.new_tokens)
-        manifest = {
+            details |= add_tokens(folder, config.base.new_tokens)
+        manifest: BaseManifest = {
             "model": config.base.model,
             "revision": config.base.revision,
             **details,
@@ -60,7 +85,7 @@ def make_base(out: Path, config: Config) -> dict[str, Any]:
     return manifest
 
 
-def _add_tokens(folder: Path, words: list[str]) -> dict[str, Any]:
+def add_tokens(folder: Path, words: list[str]) -> Details:
     """Add tokens to the tokenizer; the weights grow when they are loaded.
 
     Raises BaseModelError: a word is one token already.
@@ -94,7 +119,7 @@ def _add_tokens(folder: Path, words: list[str]) -> dict[str, Any]:
 # --- a hub's model ---
 
 
-def _take_from_hub(folder: Path, config: BaseConfig) -> dict[str, Any]:
+def _take_from_hub(folder: Path, config: BaseConfig) -> Details:
     snapshot = _snapshot(config)
     name = f"{config.model}@{config.revision}"
     weights, missing = _weights(snapshot)
@@ -208,7 +233,7 @@ def _read_template(path: Path) -> str:
 # --- the demo's own ---
 
 
-def _make_demo(folder: Path, config: BaseConfig, splits: PrepareConfig) -> dict[str, Any]:
+def _make_demo(folder: Path, config: BaseConfig, splits: PrepareConfig) -> Details:
     from ratchet.demo.base_model import make_tokenizer, pretrain
 
     rows = reading(config.demo, splits)

@@ -35,7 +35,8 @@ from ratchet.models.adapters import SHAPE
 from ratchet.models.loading import MANIFEST, adapter_sha256
 from ratchet.tracking.curve import read_history
 from ratchet.tracking.mlflow import PASSWORD
-from ratchet.training.launch import CANDIDATE, REPORTS, Ended, Material, Points, read_figures, run_training
+from ratchet.training.launch import CANDIDATE, REPORTS, Ended, Material, read_figures, run_training
+from ratchet.training.schedule import Points
 from ratchet.training.search_space import BASE, changes_of, current, draw, dvc_command, with_changes
 from ratchet.training.trials import Best, TrialRecord
 
@@ -323,7 +324,7 @@ def check_start_allows(config: Config, incumbent: Path) -> None:
         )
 
 
-def _facts(config: Config, material: Material) -> dict[str, Any]:
+def _facts(config: Config, material: Material) -> dict[str, object]:
     """Return what losses depend on beside what is searched."""
     manifest = read_json(material.incumbent / MANIFEST)
     champion = (

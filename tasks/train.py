@@ -50,7 +50,7 @@ from ratchet.training.distributed import (
 )
 from ratchet.training.loss import CHAMPION, AnswerLoss, load_teacher
 from ratchet.training.packing import IGNORED, read_windows
-from ratchet.training.schedule import Figures, Outcome, Report, Schedule
+from ratchet.training.schedule import Figures, Outcome, Points, Report, Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,7 +140,7 @@ class Training:
         self._inputs = _inputs(tokens, base, incumbent, self._start, config)
         self.run_key = sha256_json(self._inputs)[:32]
 
-    def checkpoints(self, *, curve: Callable[[], list[dict[str, Any]]]) -> Checkpoints:
+    def checkpoints(self, *, curve: Callable[[], Points]) -> Checkpoints:
         from ratchet.training.checkpoints import Checkpoints
 
         facts = {**self._inputs, **_machine(), **_settings(self._config)}
@@ -148,7 +148,7 @@ class Training:
         return Checkpoints(project_root(), self.run_key, facts, minutes=minutes, curve=curve)
 
     def optimise(
-        self, report: Report, restore: Callable[[list[dict[str, Any]]], None], checkpoints: Checkpoints
+        self, report: Report, restore: Callable[[Points], None], checkpoints: Checkpoints
     ) -> Trained:
         """Train, from the newest checkpoint on. Raises also StoppedError: SIGTERM asked for the end."""
         from ratchet.training.collation import count_batches
@@ -248,7 +248,7 @@ class Training:
             write_json(folder / MANIFEST, manifest)
 
     def figures(self, trained: Trained) -> Figures:
-        """Return what the training came to; call it after `save`, so that the peak of memory has the saving."""
+        """Return what the training came to; call it after `save`, so that the peak of memory includes it."""
         return {
             **trained.outcome._asdict(),  # type: ignore[typeddict-item]  # mypy sees a dict without keys
             "trainable_weights": trained.num_weights,

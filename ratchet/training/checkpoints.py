@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from ratchet.errors import RatchetError
 from ratchet.files import read_json, sha256_file, whole_folder, write_json
 from ratchet.pipeline.stage import say
+from ratchet.training.schedule import Points
 
 if TYPE_CHECKING:
     from ratchet.training.state import TrainingState
@@ -60,10 +61,10 @@ class Checkpoints:
         self,
         home: Path,
         run_key: str,
-        facts: dict[str, Any],
+        facts: dict[str, object],
         *,
         minutes: float,
-        curve: Callable[[], list[dict[str, Any]]],
+        curve: Callable[[], Points],
     ) -> None:
         self._all = home / FOLDER
         self._folder = self._all / run_key
@@ -112,7 +113,7 @@ class Checkpoints:
             _sync(folder)
         _sync(self._folder)
 
-    def newest(self, restore_curve: Callable[[list[dict[str, Any]]], None]) -> Saved | None:
+    def newest(self, restore_curve: Callable[[Points], None]) -> Saved | None:
         """Read the newest checkpoint that is whole and of the same training; say which ones are skipped."""
         for half in self._folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
             shutil.rmtree(half, ignore_errors=True)

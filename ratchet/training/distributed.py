@@ -21,6 +21,8 @@ from ratchet.config.training import AdapterConfig, TrainConfig, why_whole
 from ratchet.errors import ConfigError
 from ratchet.models.loading import layers_of, without_adapter
 
+TorchState = dict[str, Any]  # what `state_dict()` returns
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
@@ -160,7 +162,7 @@ def cut(tensors: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Ten
     return {name: local(_cut(tensor, weights[name])) for name, tensor in tensors.items()}
 
 
-def cut_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def cut_optimizer(state: TorchState, optimizer: torch.optim.Optimizer) -> TorchState:
     """Return a state of whole tensors as `optimizer` holds it: tensors of a weight's shape are cut."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
 

@@ -26,9 +26,9 @@ from ratchet.config.params import Config
 from ratchet.errors import UserError
 from ratchet.files import read_json
 from ratchet.models.adapters import PREFIXED
-from ratchet.training.launch import Material, Points, read_figures, read_points, require_success, run_training
+from ratchet.training.launch import Material, read_figures, read_points, require_success, run_training
 from ratchet.training.packing import Window, group_rows, read_windows, write_windows
-from ratchet.training.schedule import Figures
+from ratchet.training.schedule import Figures, Points
 
 STEPS, PASSES = 4, 2.0  # steps a pass
 SHORT_STEP = 0.2  # seconds; shorter ones are probed again, for ENOUGH_SECONDS or MOST_STEPS

@@ -26,15 +26,13 @@ from ratchet.files import read_json, write_text
 from ratchet.pipeline.checkout import child_environment
 from ratchet.pipeline.dvc import without_torchrun
 from ratchet.tracking.curve import read_history
-from ratchet.training.schedule import Figures
+from ratchet.training.schedule import Figures, Points
 
 CODE = Path(__file__).resolve().parents[2]  # the training runs the modules that run now
 CANDIDATE, REPORTS, PARAMS, LOG, PROCESS = "candidate", "reports", "params.yaml", "train.log", "process"
 POLL_SECONDS = 0.05
 STOP_SECONDS = 20.0  # for a checkpoint, before a training that was asked to end is killed
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")
-
-Points = list[dict[str, float]]  # of the training curve: step, time_ms and values
 
 
 class Material(NamedTuple):

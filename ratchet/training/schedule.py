@@ -24,6 +24,7 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 LOGS = 100  # points on the training curve, at most; each costs a synchronisation on a GPU
 
 Report = Callable[[int, dict[str, float]], None]
+Points = list[dict[str, float]]  # of the training curve: step, time_ms and values
 
 
 class Schedule(NamedTuple):

@@ -11,8 +11,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ratchet.errors import DivergenceError
-from ratchet.training.distributed import any_of, local
+from ratchet.training.distributed import TorchState, any_of, local
 from ratchet.training.schedule import Report, Schedule
+
+RandomState = dict[str, Any]  # by library, each in its own form
 
 
 class WatchState(TypedDict):
@@ -40,10 +42,10 @@ class TrainingState(TypedDict):
     """
 
     weights: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]
-    scheduler: dict[str, Any]
+    optimizer: TorchState
+    scheduler: TorchState
     watch: WatchState
-    random: dict[str, Any]  # by library, in its own form
+    random: RandomState
     losses: LossSums
     seconds: float
 
@@ -140,7 +142,7 @@ def put_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
         local(weight).copy_(weights[name])
 
 
-def get_random_state() -> dict[str, Any]:
+def get_random_state() -> RandomState:
     kind, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -150,7 +152,7 @@ def get_random_state() -> dict[str, Any]:
     return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: RandomState) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = state["numpy"]

@@ -15,7 +15,7 @@ from ratchet.errors import ConfigError, RatchetError
 from ratchet.files import write_json, write_text
 from ratchet.tracking.curve import log_points
 from ratchet.tracking.mlflow import STATE_TAG, create_experiment, mlflow_client, mlflow_errors, parameters
-from ratchet.training.launch import Points
+from ratchet.training.schedule import Points
 from ratchet.training.search_space import Changes, with_changes
 
 STUDY_TAG, TRIAL_TAG = "ratchet.sweep", "ratchet.trial"

@@ -24,7 +24,7 @@ from ratchet.models.loading import load_base, load_tokenizer, quiet
 from ratchet.models.merging import load_merged
 from ratchet.serving.admission import check_adapter_fits
 from ratchet.training.packing import read_windows
-from tasks.base import _add_tokens
+from tasks.base import add_tokens
 from tasks.tokenize import tokenize
 from tasks.train import train
 from tests.models.test_adapters import bundle, loss_in_the_engine
@@ -49,7 +49,7 @@ def grown(
 ) -> Grown:
     folder = tmp_path_factory.mktemp("grown")
     shutil.copytree(tiny_base, folder / "base")
-    details = _add_tokens(folder / "base", WORDS)
+    details = add_tokens(folder / "base", WORDS)
     write_json(folder / "base/manifest.json", read_json(folder / "base/manifest.json") | details)
     tokenize(prepared, folder / "base", nobody, folder / "tokenized", tiny_config)
     return Grown(
@@ -165,7 +165,7 @@ def test_the_next_training_goes_on_from_it(tmp_path, grown, nobody, tiny_config)
 def test_a_word_that_is_a_token_already_is_refused(tmp_path, tiny_base):
     shutil.copytree(tiny_base, tmp_path / "base")
     with pytest.raises(BaseModelError, match="'a', which is one token"):
-        _add_tokens(tmp_path / "base", ["a"])
+        add_tokens(tmp_path / "base", ["a"])
     tokenizer = load_tokenizer(tiny_base)
     word = next(
         word
@@ -177,7 +177,7 @@ def test_a_word_that_is_a_token_already_is_refused(tmp_path, tiny_base):
     with pytest.raises(
         BaseModelError, match=f"'{word}', which is one token"
     ):  # behind a blank, as in a sentence
-        _add_tokens(tmp_path / "base", [word])
+        add_tokens(tmp_path / "base", [word])
 
 
 @pytest.mark.parametrize("word", ["<think>", " iterator", "", "<|user|>", "[INST]"])

@@ -142,7 +142,8 @@ torch.distributed.broadcast_object_list(both)
 moments = local(optimizer.state_dict()["state"][1]["exp_avg"])  # of a B: an A has no gradient yet
 loaded = local(cut_optimizer(both[1], optimizer)["state"][1]["exp_avg"])
 moved = bool(moments.abs().sum() > 0)
-print(f"rank {rank()}: {held / every:.2f} {same} {cutting} {torch.equal(loaded, moments)} {moved}", flush=True)
+found = (same, cutting, torch.equal(loaded, moments), moved)
+print(f"rank {rank()}: {held / every:.2f}", *found, flush=True)
 torch.distributed.destroy_process_group()
 """
 
