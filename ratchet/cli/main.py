@@ -150,14 +150,13 @@ def retrain(
     done = flow(root=str(root), reason=reason, force=force, topics=_drifted_topics(root) if drift else None)
 
     def tell() -> None:
-        ran = [stage for stage, did in done["stages"].items() if did]
-        say(
-            f"verdict: {done['verdict']} (v{done['version']}); in charge: {_version(done['champion'])}; ran: {', '.join(ran) or 'nothing, all unchanged'}"
-        )
-        for line in [*done["reasons"], *done["regions"]]:
+        ran = ", ".join(stage for stage, did in done.stages.items() if did) or "nothing, all unchanged"
+        version = f"v{done.version}" if done.version else "no version"
+        say(f"verdict: {done.verdict} ({version}); in charge: {_version(done.champion)}; ran: {ran}")
+        for line in [*done.reasons, *done.regions]:
             say(f"  {line}")
 
-    show(done, as_json, tell)
+    show(done._asdict(), as_json, tell)
 
 
 @app.command()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from ratchet.cli.context import Json, Reason, find_root, note, read_config, ready_root, say, show
+
+if TYPE_CHECKING:
+    from ratchet.promotion.rollout import Rollout
 
 app = typer.Typer(
     help="The open rollout: look, pause, resume, abort.", no_args_is_help=True, rich_markup_mode=None
@@ -61,7 +64,10 @@ def rollout_abort(reason: Reason = "by hand", as_json: Json = False) -> None:
     _tell_rollout(abort_rollout(root, read_config(root), reason, note), as_json)
 
 
-def _tell_rollout(found: dict[str, Any], as_json: bool) -> None:
+def _tell_rollout(found: Rollout | None, as_json: bool) -> None:
+    import msgspec
+
     from ratchet.services.status import rollout_lines
 
-    show(found, as_json, lambda: say("\n".join(rollout_lines(found))))
+    plain = {**msgspec.to_builtins(found), "share": found.share} if found else {"why": "no rollout is open"}
+    show(plain, as_json, lambda: say("\n".join(rollout_lines(plain))))

@@ -254,7 +254,7 @@ def challenge(root: Path, number: int = 2, **gate: object) -> None:  # noqa: F81
 def test_a_challenger_is_rolled_out_and_promoted_by_its_users(root: Path):  # noqa: F811
     challenge(root)
     first, _ = step(root)
-    assert (first["version"], first["champion"], first["share"]) == (2, 1, 0.5)
+    assert (first.version, first.champion, first.share) == (2, 1, 0.5)
     assert get_version("small", 2).tags["rollout_share"] == "0.5"
     rollout = read_rollout(root)
     assert rollout is not None
@@ -269,9 +269,9 @@ def test_a_challenger_is_rolled_out_and_promoted_by_its_users(root: Path):  # no
         and "mean feedback +0." in champion.why
     ), said
     assert (
-        done["state"] == "promoted"
+        done.state == "promoted"
         and read_rollout(root) is None
-        and rollout_status(root, CONFIG)["state"] == "promoted"
+        and rollout_status(root, CONFIG).state == "promoted"
     )
     assert (
         get_alias("small", CHAMPION),
@@ -286,7 +286,7 @@ def test_a_worse_challenger_is_rolled_back_and_not_opened_again(root: Path):  # 
     rollout = read_rollout(root)
     assert rollout is not None
     ask(root, rollout, 900, champion=0.7, challenger=0.3)
-    assert step(root)[0]["state"] == "rolled_back"
+    assert step(root)[0].state == "rolled_back"
     assert get_alias("small", CHALLENGER) is None
     set_alias("small", CHALLENGER, 2)
     found, said = step(root)
@@ -324,9 +324,9 @@ def test_pausing_and_aborting_need_no_server(root: Path, monkeypatch: pytest.Mon
     step(root)
     use_no_mlflow(monkeypatch)
     said: list[str] = []
-    assert pause_rollout(root, CONFIG, said.append)["share"] == 0.0
-    assert resume_rollout(root, CONFIG, said.append)["share"] == 0.5
-    assert abort_rollout(root, CONFIG, "complaints", said.append)["state"] == "aborted"
+    assert pause_rollout(root, CONFIG, said.append).share == 0.0
+    assert resume_rollout(root, CONFIG, said.append).share == 0.5
+    assert abort_rollout(root, CONFIG, "complaints", said.append).state == "aborted"
     assert (
         read_rollout(root) is None
         and read_ended(root)[-1].why == "complaints"
@@ -348,8 +348,8 @@ def test_a_look_goes_on_with_mlflow_away_and_a_promotion_waits_for_it(
     with monkeypatch.context() as patch:
         use_no_mlflow(patch)
         found, said = step(root)
-        assert found["state"] == "open" and any("until MLflow answers" in line for line in said)
-    assert step(root)[0]["state"] == "promoted"
+        assert found.state == "open" and any("until MLflow answers" in line for line in said)
+    assert step(root)[0].state == "promoted"
 
 
 def test_a_promotion_waits_for_a_clean_checkout_and_one_that_was_cut_off_is_taken_note_of(root: Path):  # noqa: F811
@@ -361,11 +361,11 @@ def test_a_promotion_waits_for_a_clean_checkout_and_one_that_was_cut_off_is_take
     before = (root / "params.yaml").read_text()
     (root / "params.yaml").write_text(before + "# changed\n")
     found, _ = step(root)
-    assert found["state"] == "open" and "waits for the checkout" in found["why"]
+    assert found.state == "open" and "waits for the checkout" in found.why
     (root / "params.yaml").write_text(before)
-    assert step(root)[0]["state"] == "promoted"
+    assert step(root)[0].state == "promoted"
     write_rollout(root, rollout)
-    assert step(root)[0]["state"] == "promoted", "champion.json had moved, the file had not"
+    assert step(root)[0].state == "promoted", "champion.json had moved, the file had not"
 
 
 def test_a_rollback_ends_the_rollout_and_a_refused_version_is_stopped(root: Path):  # noqa: F811
@@ -374,16 +374,16 @@ def test_a_rollback_ends_the_rollout_and_a_refused_version_is_stopped(root: Path
     write_state(
         root, {"refused": {"v2": "3 of 9 weights are not finite"}, "refused_since": {"v2": time.time()}}
     )
-    assert step(root)[0]["state"] == "open", "it may pass: the gateway tries again"
+    assert step(root)[0].state == "open", "it may pass: the gateway tries again"
     write_rollout(root, msgspec.structs.replace(read_rollout(root), opened=time.time() - 1000))
     write_state(
         root, {"refused": {"v2": "3 of 9 weights are not finite"}, "refused_since": {"v2": time.time() - 200}}
     )
     found, _ = step(root)
-    assert found["state"] == "stopped" and "not finite" in found["why"]
+    assert found.state == "stopped" and "not finite" in found.why
     reign_more(root)
     found, _ = step(root)
-    assert found["state"] == "open" and found["version"] == 4
+    assert found.state == "open" and found.version == 4
     back(root)
     step(root)
     ended = read_ended(root)[-1]
