@@ -55,7 +55,10 @@ class Replayed(NamedTuple):
 
 
 def check_file(path: str, golden: Path, config: Config, *, time: str) -> Verdict:
-    """Without the batches that stand already: duplicates of them are told when it is ingested. Raises DataError for what is no file of rows."""
+    """Without the batches that stand already: duplicates of them are told when it is ingested.
+
+    Raises DataError for what is no file of rows.
+    """
     lines = list(read_lines(JsonlSource(path=path)))
     if not lines:
         raise DataError(f"{shown(path)} holds no rows", remedy="a batch needs at least one")
@@ -96,7 +99,9 @@ def read_rejected(path: Path) -> list[Rejection]:
     if not path.exists():
         raise UserError(
             f"{path} does not exist",
-            remedy="`dvc checkout data/prepared` brings it; before the first retraining there is none (ratchet data check FILE looks at a file)",
+            remedy="`dvc checkout data/prepared` brings it; before the first retraining there is none "
+            "(ratchet data check "
+            "FILE looks at a file)",
         )
     return [msgspec.json.decode(line, type=Rejection) for line in path.read_bytes().split(b"\n") if line]
 
@@ -127,7 +132,10 @@ def replay(root: Path, config: Config) -> Replayed:
 
 
 def raw_row(root: Path, place: str) -> tuple[bytes, Rejection | None]:
-    """A row by `BATCH:LINE`, or by the start of the batch's name; and why it was rejected, if it was. Raises UserError, DataError."""
+    """A row by `BATCH:LINE`, or by the start of the batch's name; and why it was rejected, if it was.
+
+    Raises UserError, DataError.
+    """
     name, _, number = place.rpartition(":")
     batches = {batch.name: batch for batch in read_manifest(root / "data/raw")}
     matching = [batch for batch in batches if name and batch.startswith(name)]

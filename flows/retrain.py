@@ -1,8 +1,8 @@
 """The flow `retrain`: from the newest commit to a verdict, and to a promotion when the gate agrees.
 
-It orders, retries and decides; what computes stands in tasks. One Prefect task a stage of dvc.yaml; which of them are
-unchanged is told by one `dvc status` for all. When MLflow is away at the end, the verdict has landed all the same, and the
-next run, which skips every stage, registers it.
+It orders, retries and decides; what computes stands in tasks. One Prefect task a stage of dvc.yaml; which of
+them are unchanged is told by one `dvc status` for all. When MLflow is away at the end, the verdict has landed
+all the same, and the next run, which skips every stage, registers it.
 """
 
 from __future__ import annotations
@@ -76,11 +76,13 @@ def retrain(
     force: bool = False,
     topics: list[dict[str, Any]] | None = None,
 ) -> Retrained:
-    """Run what is stale, and promote, roll out or keep. Raises what the checkout, the stages and MLflow raise.
+    """Run what is stale, and promote, roll out or keep.
+
+    Raises what the checkout, the stages and MLflow raise.
 
     `force` compares with today's champion even when nothing else changed. `topics` are those that drifted
-    (`ratchet.monitoring.topics`; `[]`: drift without one): their rows and people's feedback are pulled first, and the
-    evaluation reports the topics by themselves.
+    (`ratchet.monitoring.topics`; `[]`: drift without one): their rows and people's feedback are pulled first,
+    and the evaluation reports the topics by themselves.
     """
     home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
     config = load_config(home / "params.yaml")
@@ -140,7 +142,9 @@ def retrain(
 
 
 def is_in_charge(root: Path, champion: Champion | None, found: Findings) -> bool:
-    """Told by files alone: asking MLflow would take longer than all the rest of a retraining with nothing to do."""
+    """Told by files alone: asking MLflow would take longer than all the rest of a retraining with nothing to
+    do.
+    """
     return (
         champion is not None
         and champion.run_key == found.manifest["run_key"]
@@ -181,9 +185,8 @@ def bring_up_to_date(workspace: Workspace, force: bool) -> set[str]:
         stale |= READERS
     if stale & TRAINING and pin_looks(workspace):
         stale |= {"gate"}
-    say(
-        f"to run: {', '.join(stage for stage in STAGES if stage in stale) or 'nothing, every stage is unchanged'}"
-    )
+    waiting = ", ".join(stage for stage in STAGES if stage in stale)
+    say(f"to run: {waiting or 'nothing, every stage is unchanged'}")
     return stale
 
 
@@ -205,7 +208,7 @@ def ask_people(workspace: Workspace, config: Config) -> int:
         added = queue_doubtful(
             workspace.root, workspace.path / "data", read_rejected(workspace.path / REJECTED), config
         )
-    except Exception as error:  # noqa: BLE001  (the queue is a file of this machine; the rows stay in rejected.jsonl)
+    except Exception as error:  # noqa: BLE001  (a file of this machine; the rows stay in rejected.jsonl)
         say(f"the rows with doubts did not reach the review queue: {error}")
         return 0
     if added:
@@ -224,7 +227,9 @@ def land_outputs(workspace: Workspace, reason: str) -> str:
 
 @task(name="register", **RETRIED)
 def publish(workspace: Workspace, found: Findings, config: Config, commit: str, reason: str) -> Version:
-    """The candidate as a registered version, its run complete, and the verdict as an artifact of the flow run."""
+    """The candidate as a registered version, its run complete, and the verdict as an artifact of the flow
+    run.
+    """
     if current := read_champion(workspace.path):
         check_registry(current)
     lost = close_lost_runs(config, but=found.manifest["run_key"])
@@ -250,7 +255,10 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
 
 
 def show_ledger(workspace: Workspace, found: Findings, config: Config, run_id: str, version: Version) -> None:
-    """What each version still knows, with the evaluation's page. What cannot be read is left out: no version waits for a picture."""
+    """What each version still knows, with the evaluation's page.
+
+    What cannot be read is left out: no version waits for a picture.
+    """
     try:
         ledger = build(
             workspace.root,

@@ -1,4 +1,6 @@
-"""Rows that preparation held back with a doubt go to the people's queue; what they accept becomes a batch that is not doubted again."""
+"""Rows that preparation held back with a doubt go to the people's queue; what they accept becomes a batch
+that is not doubted again.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ from tasks.prepare import Rejection, origin_of
 
 
 def queue_doubtful(home: Path, data: Path, rejected: list[Rejection], config: Config) -> int:
-    """How many are new in the queue of `home`. `data` is the folder `data` of the checkout that holds the batches. Raises DataError: a batch is missing or changed."""
+    """How many are new in the queue of `home`.
+
+    `data` is the folder `data` of the checkout that holds the batches. Raises DataError: a batch is missing
+    or changed.
+    """
     doubtful: dict[str, dict[int, Rejection]] = defaultdict(dict)
     for row in rejected:
         if row.review:

@@ -1,7 +1,9 @@
-"""The flow `rollout`: one look. People's decisions in MLflow first, then the challenger that waits, then what live users say.
+"""The flow `rollout`: one look.
 
-Everything here can be done twice. MLflow and the request log may be away: the file `.ratchet/rollout.json` is what counts, MLflow
-follows at the next look.
+People's decisions in MLflow first, then the challenger that waits, then what live users say.
+
+Everything here can be done twice. MLflow and the request log may be away: the file `.ratchet/rollout.json` is
+what counts, MLflow follows at the next look.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ ENDS = {"roll_back": "rolled_back", "stop": "stopped", "no_evidence": "no_eviden
 
 @flow(name="rollout", persist_result=False)
 def rollout(root: str | None = None) -> Rollout | None:
-    """Take one look, and leave an artifact when there was something to look at. Raises what the checkout raises."""
+    """Take one look, and leave an artifact when there was something to look at.
+
+    Raises what the checkout raises.
+    """
     home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
     seen = look_once(home, load_config(home / "params.yaml"), say)
     if seen:
@@ -59,9 +64,12 @@ def rollout(root: str | None = None) -> Rollout | None:
 
 
 def look_once(root: Path, config: Config, say: Say) -> Rollout | None:
-    """Return the rollout as it is afterwards; None when there was none. Raises CheckoutError for files that are none.
+    """Return the rollout as it is afterwards; None when there was none.
 
-    The files are read twice: before the decision, and after what was done about it, for MLflow and the caller.
+    Raises CheckoutError for files that are none.
+
+    The files are read twice: before the decision, and after what was done about it, for MLflow and the
+    caller.
     """
     write_text(root / AGAIN, "")
     registry = _ask_registry(config, say)
@@ -127,7 +135,9 @@ class Ending(NamedTuple):
 
 
 def ending_of(current: Rollout, champion: Champion | None, refused: str | None) -> Ending | None:
-    """Whether the ground of a rollout is gone: another champion, or a gateway that cannot load the challenger."""
+    """Whether the ground of a rollout is gone: another champion, or a gateway that cannot load the
+    challenger.
+    """
     if champion and champion.version == current.version:
         # The look that put it in charge was cut off before it ended the rollout, or a person promoted it.
         return Ending("promoted", champion.why, champion.by)
@@ -149,7 +159,9 @@ def _settle(root: Path, current: Rollout, say: Say) -> Rollout | None:
 
 
 def _refusal(root: Path, current: Rollout) -> str | None:
-    """What the gateway has said since the rollout was opened, and kept to when it tried again: what passes must not end a rollout."""
+    """What the gateway has said since the rollout was opened, and kept to when it tried again: what passes
+    must not end a rollout.
+    """
     state = bundle.read_state(root) or {}
     since = (state.get("refused_since") or {}).get(f"v{current.version}", 0.0)
     if since < current.opened or time.time() - since < REFUSED_SECONDS:
@@ -159,7 +171,10 @@ def _refusal(root: Path, current: Rollout) -> str | None:
 
 
 def _open_challenger(root: Path, config: Config, registry: Registry, say: Say) -> Rollout | None:
-    """The version that the alias `challenger` names. One that may not is refused with the reason, and loses the alias."""
+    """The version that the alias `challenger` names.
+
+    One that may not is refused with the reason, and loses the alias.
+    """
     champion, number = read_champion(root), registry.challenger
     if config.promotion != "rollout" or number is None or champion is None or number == champion.version:
         return None
@@ -211,7 +226,10 @@ def _look(root: Path, config: Config, current: Rollout) -> Look:
 
 
 def _promote(root: Path, current: Rollout, seen: Look, registry: Registry | None, say: Say) -> None:
-    """Promote by live evidence. What is in the way (MLflow, a dirty checkout) is said, and tried again next time."""
+    """Promote by live evidence.
+
+    What is in the way (MLflow, a dirty checkout) is said, and tried again next time.
+    """
     try:
         if registry is None:
             raise ServiceError("it waits until MLflow answers")

@@ -1,6 +1,7 @@
 """The flow `synthesize`: a teacher model writes rows, and those that are kept wait in the review queue.
 
-The teacher's client tries again by itself (ratchet/llm/client.py); a run that ended early goes on with `resume`.
+The teacher's client tries again by itself (ratchet/llm/client.py); a run that ended early goes on with
+`resume`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def synthesize(
     count: int | None = None,
     resume: str | None = None,
 ) -> dict[str, Any]:
-    """Returns the draft's summary with `queued`, the rows that are new in the review queue. Raises what `tasks.synthesize` raises."""
+    """Returns the draft's summary with `queued`, the rows that are new in the review queue.
+
+    Raises what `tasks.synthesize` raises.
+    """
     home = Path(root or os.environ.get("RATCHET_ROOT") or Path.cwd()).resolve()
     config = load_config(home / "params.yaml")
     summary = write(config, home, tasks.Wanted(mode, tuple(documents or ()), seeds, count), resume)

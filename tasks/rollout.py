@@ -1,8 +1,11 @@
-"""One look at a rollout: hold, advance, promote, roll back, stop, or give up for want of evidence. All bounds hold at every look.
+"""One look at a rollout: hold, advance, promote, roll back, stop, or give up for want of evidence.
 
-The chance that a rollout of an equal model ends wrongly is `rollout.alpha`, split over what may end it: a gain that is none (40 %),
-harm that is none (50 %, over four measures), and a split of users that only looks wrong (the rest; ratchet/promotion/sequential_test.py).
-What follows from it stands in ratchet/promotion/rollout.py; MLflow is told here. A flow's task, not a stage.
+All bounds hold at every look.
+
+The chance that a rollout of an equal model ends wrongly is `rollout.alpha`, split over what may end it: a
+gain that is none (40 %), harm that is none (50 %, over four measures), and a split of users that only looks
+wrong (the rest; ratchet/promotion/sequential_test.py). What follows from it stands in
+ratchet/promotion/rollout.py; MLflow is told here. A flow's task, not a stage.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ MAX_TAG = 1000  # characters; more would hide the rest of MLflow's page
 
 
 class Look(NamedTuple):
-    """`figures` are for people and the page: users, feedback, and challenger minus champion with bounds for each measure."""
+    """`figures` are for people and the page: users, feedback, and challenger minus champion with bounds for
+    each measure.
+    """
 
     action: Action
     reason: str
@@ -110,14 +115,17 @@ def judge(found: Outcomes, rollout: Rollout, config: RolloutConfig, now: float) 
     if not waiting:
         return Look(
             "advance",
-            f"{rollout.shares[rollout.step]:.0%} of the users did well enough: on to {rollout.shares[rollout.step + 1]:.0%}",
+            f"{rollout.shares[rollout.step]:.0%} of the users did well enough: on to "
+            f"{rollout.shares[rollout.step + 1]:.0%}",
             figures,
         )
     return Look("hold", "; ".join(waiting if rollout.step < rollout.last_step else missing), figures)
 
 
 def _figures(found: Outcomes, rollout: Rollout, config: RolloutConfig) -> Figures:
-    """Of each measure the bounds at the alpha with which it may end the rollout, and for guardrails those with which it may be let through."""
+    """Of each measure the bounds at the alpha with which it may end the rollout, and for guardrails those
+    with which it may be let through.
+    """
     alphas = (config.alpha * GAIN_SHARE, config.alpha * HARM_SHARE / len(SCALES), config.alpha)
     measures = {}
     for name, scale in SCALES.items():
@@ -161,7 +169,8 @@ def _certain_harm(figures: Figures, config: RolloutConfig) -> str:
         if not found:
             continue
         if name == SUCCESS and found.high < -margins[name]:
-            return f"the users' feedback is worse for certain: {_said(found)}, a loss of {margins[name]:g} is still taken"
+            loss = f"a loss of {margins[name]:g} is still taken"
+            return f"the users' feedback is worse for certain: {_said(found)}, {loss}"
         if name != SUCCESS and found.low > margins[name]:
             return f"{name} worse for certain: {_said(found)}, {margins[name]:.3g} more is still taken"
     return ""
@@ -190,7 +199,8 @@ def _missing_for_promotion(figures: Figures, rollout: Rollout, config: RolloutCo
     ]
     if gain.low <= config.min_gain:
         missing.append(
-            f"a gain of {_said(gain)}, wanted a lower bound over {config.min_gain:+.3f}{_how_many_more(gain, config)}"
+            f"a gain of {_said(gain)}, wanted a lower bound over "
+            f"{config.min_gain:+.3f}{_how_many_more(gain, config)}"
         )
     for name, margin in _margins(config).items():
         found = figures.measures[name].pass_
@@ -207,7 +217,8 @@ def _how_many_more(gain: Bounds, config: RolloutConfig) -> str:
     if surplus <= 0:
         return ""
     users = gain.champion + gain.challenger
-    return f"; if it stays so, about {max(1, math.ceil(users * ((half / surplus) ** 2 - 1)))} more users' feedback"
+    more = max(1, math.ceil(users * ((half / surplus) ** 2 - 1)))
+    return f"; if it stays so, about {more} more users' feedback"
 
 
 def _missing_for_step(figures: Figures, rollout: Rollout, config: RolloutConfig, now: float) -> list[str]:
@@ -234,7 +245,7 @@ def _said(found: Bounds) -> str:
     return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
-# --- MLflow ----------------------------------------------------------------------------------------------------------------
+# --- MLflow -------------------------------------------------------------------------------------------------
 
 
 def read_registry(name: str) -> Registry:
@@ -258,9 +269,11 @@ def read_registry(name: str) -> Registry:
 
 
 def follow(registry: Registry, rollout: Rollout) -> None:
-    """Bring MLflow up to the file: tags of the state, and no alias `challenger` on one whose rollout has ended. Raises ServiceError.
+    """Bring MLflow up to the file: tags of the state, and no alias `challenger` on one whose rollout has
+    ended. Raises ServiceError.
 
-    A reason is written with its state only: it changes at each look, and each change in the registry asks for a look.
+    A reason is written with its state only: it changes at each look, and each change in the registry asks for
+    a look.
     """
     version = registry.versions.get(rollout.version)
     if version is None:

@@ -1,8 +1,9 @@
 """The open rollout as a file, `.ratchet/rollout.json`: who gets which version, and how far it is.
 
-Ended ones are lines of `.ratchet/rollouts.jsonl`. The gateway reads the file, the flow `rollout` writes it, and MLflow's
-tags follow, so a rollout can be paused or aborted with MLflow down. A look reads the state once and decides on it; each
-write compares with the file again under the lock `promote`, so doing it twice changes nothing.
+Ended ones are lines of `.ratchet/rollouts.jsonl`. The gateway reads the file, the flow `rollout` writes it,
+and MLflow's tags follow, so a rollout can be paused or aborted with MLflow down. A look reads the state once
+and decides on it; each write compares with the file again under the lock `promote`, so doing it twice changes
+nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Users(msgspec.Struct, frozen=True):
 
 
 class Measure(msgspec.Struct, frozen=True):
-    """Bounds of one measure at the alphas of a promotion, of a rollback, and of a guardrail that has to hold."""
+    """Bounds of one measure, at the alphas of a promotion, a rollback, and a guardrail that has to hold."""
 
     gain: Bounds | None = None
     harm: Bounds | None = None
@@ -140,11 +141,14 @@ def read_ended(root: Path) -> list[Rollout]:
 
 
 def position(salt: str, unit: str) -> float:
-    """Place a user between 0 and 1: under the share, the challenger answers. A growing share takes nobody back."""
+    """Place a user between 0 and 1: under the share, the challenger answers.
+
+    A growing share takes nobody back.
+    """
     return xxhash.xxh3_64_intdigest(f"{salt}\0{unit}".encode()) / 2**64
 
 
-# --- acts ------------------------------------------------------------------------------------------------------------------
+# --- acts ---------------------------------------------------------------------------------------------------
 
 
 def open_rollout(
@@ -152,8 +156,8 @@ def open_rollout(
 ) -> Rollout:
     """Open one for `version`. `again`: a person wants another after one that ended.
 
-    Raises UserError when the gate did not pass it against this champion or it had its rollout, BusyError when another
-    one is open.
+    Raises UserError when the gate did not pass it against this champion or it had its rollout, BusyError when
+    another one is open.
     """
     with locked(root, "promote"):
         state = read_state(root)
@@ -189,7 +193,7 @@ def open_rollout(
 
 
 def _check_past(ended: list[Rollout], version: Version, champion: Champion, again: bool) -> None:
-    """A version gets one rollout against a champion; one that did harm, or was in charge once, gets no other."""
+    """A version gets one rollout against a champion; one that did harm or was in charge once gets no other."""
     if not again and version.tags.get("decision", "").strip().lower() == "reject":
         raise UserError(
             "a person rejected it", remedy="the tag `decision` = `approve` on it opens its rollout"
@@ -198,7 +202,8 @@ def _check_past(ended: list[Rollout], version: Version, champion: Champion, agai
     if entry := next((entry for entry in past if entry.state in ("rolled_back", "promoted")), None):
         raise UserError(
             f"its rollout ended {entry.state.replace('_', ' ')}: {entry.why}",
-            remedy="the tags `decision` = `force` and `reason`, or `ratchet promote`, put it in charge anyway",
+            remedy="the tags `decision` = `force` and `reason`, or `ratchet promote`, "
+            "put it in charge anyway",
         )
     if not again and (
         entry := next(
@@ -207,13 +212,17 @@ def _check_past(ended: list[Rollout], version: Version, champion: Champion, agai
     ):
         raise UserError(
             f"its rollout ended {entry.state.replace('_', ' ')}: {entry.why}",
-            remedy="the tag `decision` = `approve` on it opens another; where it stands already, remove the tag "
+            remedy="the tag `decision` = `approve` on it opens another; where it stands "
+            "already, remove the tag "
             "`decision_outcome`",
         )
 
 
 def advance(root: Path, seen: Rollout, why: str, figures: Figures) -> Rollout | None:
-    """Go on to the next step from the one that was looked at. Where somebody else was faster: as it is; None: ended."""
+    """Go on to the next step from the one that was looked at.
+
+    Where somebody else was faster: as it is; None: ended.
+    """
     return _change(root, seen, step=seen.step + 1, step_since=time.time(), why=why, last=figures)
 
 
