@@ -1,4 +1,7 @@
-"""Rollouts: bounds that hold at every look, and what a look does. Real git, DVC, MLflow store and request log."""
+"""Rollouts: bounds that hold at every look, and what a look does.
+
+Real git, DVC, MLflow store and request log.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ CONFIG = Config.model_validate({"project": {"name": "small"}, "rollout": QUICK})
 MANUAL = CONFIG.model_copy(update={"promotion": "manual"})
 
 
-# --- the statistics ------------------------------------------------------------------------------------------------------
+# --- the statistics -----------------------------------------------------------------------------------------
 
 
 def test_an_equal_model_ends_wrongly_no_more_often_than_alpha_over_all_looks():
@@ -56,7 +59,9 @@ def test_a_much_better_model_is_promoted_and_a_much_worse_one_is_rolled_back():
 
 
 def test_steps_are_compared_inside_themselves():
-    """Both arms are equal in each step; the challenger has most of its users in the better one, so pooled it would look better."""
+    """Both arms are equal in each step; the challenger has most of its users in the better one, so pooled it
+    would look better.
+    """
     low, high = np.full(400, 0.2), np.full(400, 0.8)
     found = difference([Stratum(low, low[:20]), Stratum(high[:200], high[:200])], 0.05)
     assert found is not None and found.mean == pytest.approx(0.0) and found.low < 0 < found.high
@@ -117,7 +122,10 @@ def test_a_split_of_users_that_cannot_be_is_told_and_a_right_one_is_not():
 def units(
     count: int, *, champion: float, challenger: float, step: int = 0, errors: int = 0, latency: float = 100.0
 ) -> list[Unit]:
-    """As many of either arm; feedback is 1 for that share of them. Errors and latency are the challenger's."""
+    """As many of either arm; feedback is 1 for that share of them.
+
+    Errors and latency are the challenger's.
+    """
     made = []
     for number in range(count):
         good = [number < share * count for share in (champion, challenger)]
@@ -189,7 +197,7 @@ def test_nobody_at_all_is_a_hold():
     assert judge(outcomes_of([]), opened(), RolloutConfig(), 60.0).action == "hold"
 
 
-# --- the file --------------------------------------------------------------------------------------------------------------
+# --- the file -----------------------------------------------------------------------------------------------
 
 
 def test_a_rollout_is_read_back_ended_once_and_garbage_is_refused(tmp_path: Path):
@@ -210,10 +218,17 @@ def test_a_paused_rollout_has_no_share_and_places_are_even():
     assert abs(np.mean(places) - 0.5) < 0.02 and abs(np.mean(np.array(places) < 0.05) - 0.05) < 0.015
 
 
-# --- a look at the real things ------------------------------------------------------------------------------------------------
+# --- a look at the real things ------------------------------------------------------------------------------
 
 
-def ask(root: Path, rollout: Rollout, count: int, *, champion: float, challenger: float) -> None:  # noqa: F811
+def ask(
+    root: Path,  # noqa: F811
+    rollout: Rollout,
+    count: int,
+    *,
+    champion: float,
+    challenger: float,
+) -> None:
     """Traffic as the gateway logs it, with feedback."""
     log = open_log(root, CONFIG)
     for number in range(count):
@@ -352,7 +367,7 @@ def test_a_look_goes_on_with_mlflow_away_and_a_promotion_waits_for_it(
     assert step(root)[0].state == "promoted"
 
 
-def test_a_promotion_waits_for_a_clean_checkout_and_one_that_was_cut_off_is_taken_note_of(root: Path):  # noqa: F811
+def test_a_promotion_waits_for_a_clean_checkout_and_one_cut_off_is_noted(root: Path):  # noqa: F811
     challenge(root)
     step(root)
     rollout = read_rollout(root)
@@ -398,7 +413,7 @@ def reign_more(root: Path) -> None:  # noqa: F811
     set_alias("small", CHALLENGER, register(4, rival=3))
 
 
-# --- decisions in MLflow's UI ---------------------------------------------------------------------------------------------------
+# --- decisions in MLflow's UI -------------------------------------------------------------------------------
 
 
 def decide(number: int, **tags: str) -> None:

@@ -1,4 +1,6 @@
-"""What must not end a rollout or lose a decision: a dirty checkout, services that are away, tags that are garbage, pauses, two at once."""
+"""What must not end a rollout or lose a decision: a dirty checkout, services that are away, tags that are
+garbage, pauses, two at once.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +126,10 @@ def test_the_lock_is_free_while_the_registry_is_asked(root: Path):  # noqa: F811
     assert any("of the users" in line for line in seen)
 
 
-def test_what_mlflow_did_not_hear_it_hears_at_the_next_look(root: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def test_what_mlflow_did_not_hear_it_hears_at_the_next_look(
+    root: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+):
     challenge(root)
     step(root)
     ask(root, read_rollout(root), 900, champion=0.7, challenger=0.3)
@@ -246,7 +251,7 @@ def test_steps_that_begin_with_everybody_are_no_canary(root: Path):  # noqa: F81
     assert step(root, at_once)[0].state == "promoted" and read_champion(root).version == 2
 
 
-# --- the acts, without a registry --------------------------------------------------------------------------------------------
+# --- the acts, without a registry ---------------------------------------------------------------------------
 
 
 def test_an_act_twice_is_an_act_once(tmp_path: Path):
