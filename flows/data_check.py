@@ -100,8 +100,7 @@ def read_rejected(path: Path) -> list[Rejection]:
         raise UserError(
             f"{path} does not exist",
             remedy="`dvc checkout data/prepared` brings it; before the first retraining there is none "
-            "(ratchet data check "
-            "FILE looks at a file)",
+            "(ratchet data check FILE looks at a file)",
         )
     return [msgspec.json.decode(line, type=Rejection) for line in path.read_bytes().split(b"\n") if line]
 
