@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from ratchet.config.monitoring import RolloutConfig
 from ratchet.errors import ServiceError
 from ratchet.monitoring.request_records import Unit
-from ratchet.promotion.rollout import Figures, Measure, Rollout, Users
-from ratchet.promotion.sequential_test import Bounds, Stratum, difference, split_e_value
+from ratchet.promotion.rollout import Bounds, Figures, Measure, Rollout, Users
+from ratchet.promotion.sequential_test import Stratum, difference, split_e_value
 from ratchet.tracking.registry import (
     CHALLENGER,
     CHAMPION,

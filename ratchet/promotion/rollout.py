@@ -23,11 +23,20 @@ from ratchet.files import write_bytes, write_json
 from ratchet.pipeline.checkout import locked
 from ratchet.promotion.champion import Champion
 from ratchet.promotion.gate_tags import check_gate
-from ratchet.promotion.sequential_test import Bounds
 from ratchet.tracking.registry import Version
 
 FILE, ENDED = Path(".ratchet/rollout.json"), Path(".ratchet/rollouts.jsonl")
 AGAIN = Path(".ratchet/look-again")  # exists during a look, and after one that left something waiting
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """Challenger minus champion; each bound holds at all looks together with probability 1 - alpha."""
+
+    mean: float
+    low: float
+    high: float
+    champion: int  # units
+    challenger: int
 
 
 class Users(msgspec.Struct, frozen=True):

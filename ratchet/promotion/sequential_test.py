@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, xlogy
+
+from ratchet.promotion.rollout import Bounds
 
 Values = NDArray[np.float64]
 Units = NDArray[np.int64]
@@ -35,16 +36,6 @@ class Stratum(NamedTuple):
     challenger: Values
     champion_units: Units | None = None
     challenger_units: Units | None = None
-
-
-class Bounds(msgspec.Struct, frozen=True):
-    """Challenger minus champion; each bound holds at all looks together with probability 1 - alpha."""
-
-    mean: float
-    low: float
-    high: float
-    champion: int  # units
-    challenger: int
 
 
 def difference(strata: list[Stratum], alpha: float, *, scale: float = 1.0) -> Bounds | None:

@@ -225,7 +225,7 @@ def test_a_version_that_was_deleted_is_no_challenger(root: Path):  # noqa: F811
     challenge(root)
     mlflow_client().delete_model_version("small", "2")
     found, _ = step(root)
-    assert "version" not in found and read_champion(root).version == 1
+    assert found is None and read_champion(root).version == 1
 
 
 def test_a_paused_rollout_ends_with_its_champion(root: Path):  # noqa: F811
