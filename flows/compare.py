@@ -1,6 +1,9 @@
-"""Each method trained on the same rows, scored on the same test rows, and asked in the gateway's engine. In a workspace of which nothing lands.
+"""Each method trained on the same rows, scored on the same test rows, and asked in the gateway's engine.
 
-All start from the base: a champion's adapter has one shape. No Prefect here: nothing is retried, and nobody schedules it.
+In a workspace of which nothing lands.
+
+All start from the base: a champion's adapter has one shape. No Prefect here: nothing is retried, and nobody
+schedules it.
 """
 
 from __future__ import annotations
@@ -37,7 +40,10 @@ FROM_BASE = {"train.start_from": "base"}
 
 
 def compare(home: Path, config: Config, methods: list[str], say: Say) -> dict[str, Any]:
-    """What stands in reports/compare/compare.json. A method that fails is a row with its reason. Raises UserError, ConfigError, StageError."""
+    """What stands in reports/compare/compare.json. A method that fails is a row with its reason.
+
+    Raises UserError, ConfigError, StageError.
+    """
     plans = {method: settings_of(config, method) for method in dict.fromkeys(methods)}
     for changes in plans.values():
         with_changes(config, changes)

@@ -2,7 +2,8 @@
 
     python -m flows.deployments [--end-lost-runs]        # `ratchet up` runs it
 
-Runs that a schedule, an event or a person asks for start here, each in a process of its own. Work pools are not covered.
+Runs that a schedule, an event or a person asks for start here, each in a process of its own. Work pools are
+not covered.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def main(arguments: list[str]) -> int:
 
 
 def set_environment(root: Path, config: Config) -> None:
-    """What the runs inherit. It has to stand before Prefect is imported, which reads its settings once. Raises UserError."""
+    """What the runs inherit. It has to stand before Prefect is imported, which reads its settings once.
+
+    Raises UserError.
+    """
     os.environ.update(service_environment(root, config), RATCHET_ROOT=str(root))
     if "PREFECT_API_URL" not in os.environ:
         port = config.services.prefect_port
@@ -70,7 +74,8 @@ def describe_retrain(root: Path, config: Config) -> RunnerDeployment:
     return RunnerDeployment.from_flow(
         retrain,
         name="retrain",
-        description="From the newest data to a verdict: prepare, tokenize, train, evaluate, gate, and promotion when the gate agrees. "
+        description="From the newest data to a verdict: prepare, tokenize, train, evaluate, gate, and "
+        "promotion when the gate agrees. "
         "What did not change costs about a second. One run at a time, the others wait.",
         tags=["ratchet", config.project.name],
         parameters={"root": str(root)},
@@ -84,7 +89,9 @@ def describe_retrain(root: Path, config: Config) -> RunnerDeployment:
 
 
 def describe_schedule(section: str, cron: str, parameters: dict[str, Any]) -> DeploymentScheduleCreate:
-    """`active` is left out and the slug is fixed, so that a schedule which a person paused in the UI stays paused over a restart."""
+    """`active` is left out and the slug is fixed, so that a schedule which a person paused in the UI stays
+    paused over a restart.
+    """
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.schedules import CronSchedule
 
@@ -100,7 +107,10 @@ def describe_schedule(section: str, cron: str, parameters: dict[str, Any]) -> De
 
 
 def describe_triggers(config: Config) -> list[Any]:
-    """Drift starts a retraining of the topics that drifted; new data does when `retrain.on_data` says so. The event's payload becomes the run's parameters."""
+    """Drift starts a retraining of the topics that drifted; new data does when `retrain.on_data` says so.
+
+    The event's payload becomes the run's parameters.
+    """
     from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
 
     chosen = {
@@ -119,7 +129,9 @@ def describe_triggers(config: Config) -> list[Any]:
 
 
 def _from_payload(key: str) -> dict[str, Any]:
-    """A part of the payload as a value, where a plain template would give text (prefect/utilities/schema_tools/hydration.py)."""
+    """A part of the payload as a value, where a plain template would give text
+    (prefect/utilities/schema_tools/hydration.py).
+    """
     return {
         "__prefect_kind": "json",
         "value": {"__prefect_kind": "jinja", "template": f"{{{{ event.payload.{key} | tojson }}}}"},
@@ -134,7 +146,8 @@ def describe_monitor(root: Path, config: Config) -> RunnerDeployment:
         monitor,
         root,
         config,
-        description="Compare the newest requests with what the champion was made for; drift that is worth it starts `retrain`.",
+        description="Compare the newest requests with what the champion was made for; drift that is worth "
+        "it starts `retrain`.",
         schedules=[describe_schedule("monitor", config.monitor.cron, {})],
     )
 
@@ -146,7 +159,9 @@ def describe_rollout(root: Path, config: Config) -> RunnerDeployment:
         rollout,
         root,
         config,
-        description="One look at the open rollout and at people's decisions in MLflow. Runs by itself each minute while a rollout is open, and when the registry changed.",
+        description="One look at the open rollout and at people's decisions in MLflow. Runs by itself each "
+        "minute while a rollout is open, and when "
+        "the registry changed.",
     )
 
 
@@ -181,7 +196,8 @@ def describe_ingest(root: Path, config: Config) -> RunnerDeployment:
     return RunnerDeployment.from_flow(
         ingest,
         name="ingest",
-        description="Pull new rows from a source into an immutable batch and commit it. Without parameters the source is the one in params.yaml.",
+        description="Pull new rows from a source into an immutable batch and commit it. Without parameters "
+        "the source is the one in params.yaml.",
         tags=["ratchet", config.project.name],
         parameters={"root": str(root)},
         entrypoint_type=EntrypointType.MODULE_PATH,
@@ -195,13 +211,17 @@ def describe_synthesize(root: Path, config: Config) -> RunnerDeployment:
         synthesize,
         root,
         config,
-        description="A teacher model writes rows about documents, like known rows, or in other words; they wait in the review queue. "
+        description="A teacher model writes rows about documents, like known rows, or in other words; they "
+        "wait in the review queue. "
         "The teacher's key comes from the environment of `ratchet up`, never from a parameter.",
     )
 
 
 def end_lost_runs(names: list[str]) -> None:
-    """Mark what a killed predecessor left as running, which would hold its concurrency slot for minutes. Only where no other process serves `names`."""
+    """Mark what a killed predecessor left as running, which would hold its concurrency slot for minutes.
+
+    Only where no other process serves `names`.
+    """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
         DeploymentFilter,
@@ -244,8 +264,9 @@ def serve_deployments(deployments: list[RunnerDeployment]) -> None:
 def make_runner() -> Runner:
     """A runner that cancels its runs at SIGTERM and then ends.
 
-    `prefect.serve` in 3.8.8 drops the coroutine that cancels them and kills their processes: they stay RUNNING for ever, and keep the
-    deployment's only slot until its lease runs out, five minutes. Schedules are not paused at the end, or a restart would not run them.
+    `prefect.serve` in 3.8.8 drops the coroutine that cancels them and kills their processes: they stay
+    RUNNING for ever, and keep the deployment's only slot until its lease runs out, five minutes. Schedules
+    are not paused at the end, or a restart would not run them.
     """
     from prefect.runner import Runner
 

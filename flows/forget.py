@@ -1,4 +1,5 @@
-"""Forget rows: on the erasure list by a data commit, out of the next training, and marked on every version that learned from them.
+"""Forget rows: on the erasure list by a data commit, out of the next training, and marked on every version
+that learned from them.
 
 No Prefect run stands behind it: somebody's wish to be forgotten must not need a server.
 """
@@ -28,7 +29,11 @@ PENDING = ".ratchet/forget-pending"
 
 
 class Done(NamedTuple):
-    """`rows` are new on the list. `versions` learned from rows that are on it; None when MLflow did not answer, and the next retraining marks them."""
+    """`rows` are new on the list.
+
+    `versions` learned from rows that are on it; None when MLflow did not answer, and the next retraining
+    marks them.
+    """
 
     rows: int
     commit: str
@@ -51,7 +56,10 @@ def find_rows(root: Path, config: Config, query: tasks.Query, say: Say) -> list[
 
 
 def forget_rows(root: Path, config: Config, found: list[tasks.Found], *, reason: str, say: Say) -> Done:
-    """Rows that are on the list already change nothing, so that it can be run again. Raises what the checkout raises; MLflow may be away."""
+    """Rows that are on the list already change nothing, so that it can be run again.
+
+    Raises what the checkout raises; MLflow may be away.
+    """
 
     def put_on_list() -> tuple[int, str]:
         with open_workspace(root, "forget", say, keep_failed=0) as workspace:
@@ -80,7 +88,9 @@ def list_is_pending(root: Path) -> bool:
 
 
 def follow_list(root: Path, config: Config, say: Say) -> list[Trace] | None:
-    """Mark every version that learned from rows on the list; None, and a mark for the next retraining, when MLflow does not answer."""
+    """Mark every version that learned from rows on the list; None, and a mark for the next retraining, when
+    MLflow does not answer.
+    """
     pending, forgotten = root / PENDING, read_forgotten(root / FILE)
     if not forgotten.entries:
         return []

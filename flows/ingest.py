@@ -1,6 +1,7 @@
 """The flow `ingest`: a source's rows become one immutable batch, a DVC version and a data commit.
 
-That commit is what starts a retraining: by the GitHub workflow, or by the event that is told here (`retrain.on_data`).
+That commit is what starts a retraining: by the GitHub workflow, or by the event that is told here
+(`retrain.on_data`).
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def ingest(
     golden: int = 0,
     draft: str | None = None,
 ) -> dict[str, Any]:
-    """Returns {batch, rows, new, commit}. With `golden` that many rows become the frozen golden set instead. Raises DataError, CheckoutError."""
+    """Returns {batch, rows, new, commit}. With `golden` that many rows become the frozen golden set instead.
+
+    Raises DataError, CheckoutError.
+    """
     home = project_root(root)
     config = load_config(home / "params.yaml")
     pulled = pull_rows(config, home, source, path, packages, draft)

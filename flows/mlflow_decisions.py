@@ -1,6 +1,9 @@
-"""People decide in MLflow's UI: the tag `decision` on a version, or the alias `champion` moved by hand. Each is acted upon once.
+"""People decide in MLflow's UI: the tag `decision` on a version, or the alias `champion` moved by hand.
 
-MLflow without accounts does not know who it was: the tag `decision_by` may say it. What came of it stands in the tag `decision_outcome`.
+Each is acted upon once.
+
+MLflow without accounts does not know who it was: the tag `decision_by` may say it. What came of it stands in
+the tag `decision_outcome`.
 """
 
 from __future__ import annotations
@@ -56,7 +59,10 @@ def take_charge(
     say: Say,
     only_while: Rollout | None = None,
 ) -> Champion | None:
-    """Promote. None when `only_while` is no longer open. Raises what the gate, the checkout and MLflow raise."""
+    """Promote. None when `only_while` is no longer open.
+
+    Raises what the gate, the checkout and MLflow raise.
+    """
     read_tags(version)
     with locked(root, "promote"):
         current = read_rollout(root)
@@ -69,7 +75,11 @@ def take_charge(
 def _conclude(
     root: Path, config: Config, registry: Registry, version: Version, decision: str, say: Say
 ) -> bool:
-    """Whether it is done. What a person may have done wrong is an outcome too; what passes by itself (the checkout, a service) is tried at the next look."""
+    """Whether it is done.
+
+    What a person may have done wrong is an outcome too; what passes by itself (the checkout, a service) is
+    tried at the next look.
+    """
     try:
         outcome = f"done: {_decide(root, config, registry, version, decision, say)}"
     except RatchetError as error:
@@ -142,7 +152,9 @@ def _reject(root: Path, registry: Registry, version: Version, in_charge: bool, b
 
 
 def _heed_alias(root: Path, config: Config, registry: Registry, say: Say) -> bool:
-    """The alias on another version than champion.json says: a person put that one in charge, unless MLflow has yet to be told of ours."""
+    """The alias on another version than champion.json says: a person put that one in charge, unless MLflow
+    has yet to be told of ours.
+    """
     champion, number = read_champion(root), registry.champion
     if number == (champion.version if champion else None):
         return False
@@ -154,7 +166,8 @@ def _heed_alias(root: Path, config: Config, registry: Registry, say: Say) -> boo
     elif last_entry(root, version.number):
         # An alias that has not followed a rollback looks the same as one that was moved: the ledger wins.
         say(
-            f"the alias `champion` names v{number}, which was in charge before: `ratchet rollback` or `ratchet promote {number}` returns to it"
+            f"the alias `champion` names v{number}, which was in charge before: `ratchet rollback` or "
+            f"`ratchet promote {number}` returns to it"
         )
     elif not _conclude(root, config, registry, version, ALIAS, say):
         return False  # left where it was moved, for the next look

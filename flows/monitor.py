@@ -1,7 +1,8 @@
 """The flow `monitor`: is the traffic still what the champion was made for, and is it worth a retraining?
 
-It reads the request log, lets tasks measure and decide, and tells Prefect; the event `ratchet.drift.detected` starts `retrain`.
-MLflow gets a copy of the report; without it the verdict stands all the same.
+It reads the request log, lets tasks measure and decide, and tells Prefect; the event
+`ratchet.drift.detected` starts `retrain`. MLflow gets a copy of the report; without it the verdict
+stands all the same.
 """
 
 from __future__ import annotations
@@ -42,9 +43,12 @@ NO_CHAMPION = "nobody is in charge yet: there is nothing to compare the traffic 
 
 @flow(name="monitor", persist_result=False)
 def monitor(root: str | None = None, retrain: bool = True) -> Recorded | None:
-    """Judge the newest requests; None while nobody is in charge. With `retrain` a decision to retrain is an event.
+    """Judge the newest requests; None while nobody is in charge.
 
-    Raises what the log and DVC raise. Whoever started it shows the verdict: the lines here go to Prefect's log alone.
+    With `retrain` a decision to retrain is an event.
+
+    Raises what the log and DVC raise. Whoever started it shows the verdict: the lines here go to Prefect's
+    log alone.
     """
     home = project_root(root)
     config = load_config(home / "params.yaml")
@@ -68,7 +72,10 @@ def monitor(root: str | None = None, retrain: bool = True) -> Recorded | None:
 
 @task(name="measure", **SETTINGS)
 def look_at(home: Path, config: Config, champion: Champion) -> tuple[Verdict, Path | None]:
-    """The verdict on the newest window, and the folder of its report. A window that is too small gets none."""
+    """The verdict on the newest window, and the folder of its report.
+
+    A window that is too small gets none.
+    """
     reference = tasks.read_reference(home, config, champion)
     log = open_log(home, config)
     try:
@@ -123,7 +130,9 @@ def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> D
 
 
 def count_labelled(home: Path, config: Config, champion: Champion, verdict: Verdict) -> int:
-    """Rows that the champion has not seen: in batches that came since, and in the sources of the drifted topics, which are asked but not taken in yet."""
+    """Rows that the champion has not seen: in batches that came since, and in the sources of the drifted
+    topics, which are asked but not taken in yet.
+    """
     pulled = []
     for source in sources_for(verdict.topics, config.monitor):
         try:
@@ -152,7 +161,7 @@ def show(home: Path, config: Config, champion: Champion, found: Recorded, folder
     create_markdown_artifact(
         drift_card(found), key="drift", description=f"{found.verdict} on {found.rows} requests"
     )
-    if folder is None:
+    if folder is None or found.p is None:
         return
     try:
         link = log_report(champion.run_id, folder, {"drift/p": found.p, "drift/rows": found.rows})

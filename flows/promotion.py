@@ -1,4 +1,7 @@
-"""A person's decisions: promote a version, roll back. No Prefect run stands behind them: a rollback must not need a server."""
+"""A person's decisions: promote a version, roll back.
+
+No Prefect run stands behind them: a rollback must not need a server.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ Say = Callable[[str], None]
 def promote_version(
     root: Path, config: Config, number: int, *, reason: str, force: bool, say: Say
 ) -> Champion:
-    """Raises UserError: no such version, or the gate did not pass it; ServiceError when MLflow does not answer."""
+    """Raises UserError: no such version, or the gate did not pass it; ServiceError when MLflow does not
+    answer.
+    """
     version = get_version(config.project.name, number)
     if version is None:
         known = ", ".join(f"v{entry.number}" for entry in list_versions(config.project.name)) or "none"
@@ -43,7 +48,10 @@ def roll_back(root: Path, config: Config, *, reason: str, say: Say) -> Champion:
 
 
 def _end_rollout(root: Path, champion: Champion, reason: str, say: Say) -> None:
-    """A person moved the champion: the open rollout was against another one, or its version has won. MLflow hears of it at the next look."""
+    """A person moved the champion: the open rollout was against another one, or its version has won.
+
+    MLflow hears of it at the next look.
+    """
     if (current := read_rollout(root)) is None:
         return
     ended = finish(

@@ -1,22 +1,22 @@
 """The flow `retrain`: from the newest commit to a verdict, and to a promotion when the gate agrees.
 
-It orders, retries and decides; what computes stands in tasks. One Prefect task a stage of dvc.yaml; which of them are
-unchanged is told by one `dvc status` for all. When MLflow is away at the end, the verdict has landed all the same, and the
-next run, which skips every stage, registers it.
+It orders, retries and decides; what computes stands in tasks. One Prefect task a stage of dvc.yaml; which of
+them are unchanged is told by one `dvc status` for all. When MLflow is away at the end, the verdict has landed
+all the same, and the next run, which skips every stage, registers it.
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.console import say, working
+from flows.console import log_line, say, working
 from flows.data_check import REJECTED, read_rejected
 from flows.forget import follow_list, list_is_pending
 from flows.ingest import ingest
@@ -52,14 +52,21 @@ from tasks.record import (
     register,
 )
 
-OUTPUTS = [
-    "dvc.lock",
-    "reports",
-    "models",
-    "data",
-]  # what is tracked by git among them: locks, .gitignore files, the verdict
+# What git tracks among them: locks, .gitignore files, the verdict.
+OUTPUTS = ["dvc.lock", "reports", "models", "data"]
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 RETRIED: dict[str, Any] = {**SETTINGS, "retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": can_pass}
+
+
+class Retrained(NamedTuple):
+    """What came of a retraining; versions as numbers."""
+
+    verdict: str
+    reasons: list[str]
+    regions: list[str]  # a line for each drifted topic
+    stages: dict[str, bool]  # whether it ran
+    version: int | None
+    champion: int | None
 
 
 @flow(name="retrain", flow_run_name="retrain: {reason}", persist_result=False)
@@ -68,11 +75,14 @@ def retrain(
     reason: str = "by hand",
     force: bool = False,
     topics: list[dict[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """Returns {verdict, reasons, regions, stages: {name: ran or not}, version, champion}. Raises what the checkout, the stages and MLflow raise.
+) -> Retrained:
+    """Run what is stale, and promote, roll out or keep.
 
-    `force` compares with today's champion even when nothing else changed. `topics` are those that drifted (`ratchet.monitoring.topics`; `[]`: drift without one): their rows
-    and people's feedback are pulled first, and the evaluation reports the topics by themselves.
+    Raises what the checkout, the stages and MLflow raise.
+
+    `force` compares with today's champion even when nothing else changed. `topics` are those that drifted
+    (`ratchet.monitoring.topics`; `[]`: drift without one): their rows and people's feedback are pulled first,
+    and the evaluation reports the topics by themselves.
     """
     home = project_root(root)
     config = load_config(home / "params.yaml")
@@ -121,18 +131,20 @@ def retrain(
         else:
             registered = publish(workspace, found, config, commit, reason)
             version, champion = registered.number, decide(workspace, registered, found, config, reason)
-    return {
-        "verdict": found.decision["verdict"],
-        "reasons": found.decision["reasons"],
-        "regions": [part["reason"] for part in found.decision["regions"]],
-        "stages": ran,
-        "version": version,
-        "champion": champion.version if champion else None,
-    }
+    return Retrained(
+        verdict=found.decision["verdict"],
+        reasons=found.decision["reasons"],
+        regions=[part["reason"] for part in found.decision["regions"]],
+        stages=ran,
+        version=version,
+        champion=champion.version if champion else None,
+    )
 
 
 def is_in_charge(root: Path, champion: Champion | None, found: Findings) -> bool:
-    """Told by files alone: asking MLflow would take longer than all the rest of a retraining with nothing to do."""
+    """Told by files alone: asking MLflow would take longer than all the rest of a retraining with nothing to
+    do.
+    """
     return (
         champion is not None
         and champion.run_key == found.manifest["run_key"]
@@ -173,9 +185,8 @@ def bring_up_to_date(workspace: Workspace, force: bool) -> set[str]:
         stale |= READERS
     if stale & TRAINING and pin_looks(workspace):
         stale |= {"gate"}
-    say(
-        f"to run: {', '.join(stage for stage in STAGES if stage in stale) or 'nothing, every stage is unchanged'}"
-    )
+    waiting = ", ".join(stage for stage in STAGES if stage in stale)
+    say(f"to run: {waiting or 'nothing, every stage is unchanged'}")
     return stale
 
 
@@ -186,7 +197,8 @@ def stage_task(workspace: Workspace, stage: str, *, needed: bool) -> bool:
         say(f"{stage}: unchanged")
         return False
     with working(f"{stage} …"):
-        return run_stage(workspace, stage, say)
+        # The command ends with the gate's verdict and reasons: on its console they would stand twice.
+        return run_stage(workspace, stage, log_line if stage == "gate" else say)
 
 
 @task(name="doubts", **SETTINGS)
@@ -196,7 +208,7 @@ def ask_people(workspace: Workspace, config: Config) -> int:
         added = queue_doubtful(
             workspace.root, workspace.path / "data", read_rejected(workspace.path / REJECTED), config
         )
-    except Exception as error:  # noqa: BLE001  (the queue is a file of this machine; the rows stay in rejected.jsonl)
+    except Exception as error:  # noqa: BLE001  (a file of this machine; the rows stay in rejected.jsonl)
         say(f"the rows with doubts did not reach the review queue: {error}")
         return 0
     if added:
@@ -215,7 +227,9 @@ def land_outputs(workspace: Workspace, reason: str) -> str:
 
 @task(name="register", **RETRIED)
 def publish(workspace: Workspace, found: Findings, config: Config, commit: str, reason: str) -> Version:
-    """The candidate as a registered version, its run complete, and the verdict as an artifact of the flow run."""
+    """The candidate as a registered version, its run complete, and the verdict as an artifact of the flow
+    run.
+    """
     if current := read_champion(workspace.path):
         check_registry(current)
     lost = close_lost_runs(config, but=found.manifest["run_key"])
@@ -227,9 +241,8 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
         follow_list(workspace.root, config, say)
     else:
         inherit(version)
-    say(
-        f"{config.project.name} v{version.number} registered, verdict {found.decision['verdict']}{f'; closed {lost} lost runs' if lost else ''}"
-    )
+    closed = f"; closed {lost} lost runs" if lost else ""
+    say(f"{config.project.name} v{version.number} registered{closed}")
     card = model_card(
         found.metrics,
         found.decision,
@@ -242,7 +255,10 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
 
 
 def show_ledger(workspace: Workspace, found: Findings, config: Config, run_id: str, version: Version) -> None:
-    """What each version still knows, with the evaluation's page. What cannot be read is left out: no version waits for a picture."""
+    """What each version still knows, with the evaluation's page.
+
+    What cannot be read is left out: no version waits for a picture.
+    """
     try:
         ledger = build(
             workspace.root,
@@ -252,8 +268,10 @@ def show_ledger(workspace: Workspace, found: Findings, config: Config, run_id: s
         write_json(workspace.root / SAVED, ledger)
         record_page(found, ledger, run_id=run_id, name=f"v{version.number}")
     except Exception as error:  # noqa: BLE001  (a picture of what stands in files)
+        why = (str(error) or type(error).__name__).splitlines()[0]
         say(
-            f"the evaluation's page is not in MLflow: {(str(error) or type(error).__name__).splitlines()[0]}; `ratchet gate explain v{version.number} --page FILE` writes it"
+            f"the evaluation's page is not in MLflow: {why}; "
+            f"`ratchet gate explain v{version.number} --page FILE` writes it"
         )
 
 
@@ -271,31 +289,34 @@ def _decide(
     workspace: Workspace, version: Version, found: Findings, config: Config, reason: str
 ) -> Champion | None:
     current = read_champion(workspace.path)
-    if current and alias_is_pending(
-        workspace.root
-    ):  # an alias that a person moved is a decision, which the flow `rollout` hears
+    # An alias that a person moved is a decision, which the flow `rollout` hears.
+    if current and alias_is_pending(workspace.root):
         follow_alias(workspace.root, current, say)
     if found.decision["verdict"] != "promote" or (current and current.version == version.number):
         return current
     if last_entry(workspace.path, version.number):
         say(
-            f"v{version.number} was in charge before and was rolled back; `ratchet promote {version.number}` would put it back"
+            f"v{version.number} was in charge before and was rolled back; "
+            f"`ratchet promote {version.number}` would put it back"
         )
         return current
     if found.decision["rival"]["version"] != (current.version if current else None):
         say(
-            f"v{version.number} was compared with another champion than today's; `ratchet retrain --force` compares again"
+            f"v{version.number} was compared with another champion than today's; "
+            "`ratchet retrain --force` compares again"
         )
         return current
     set_alias(config.project.name, CHALLENGER, version.number)
     if config.promotion == "manual":
         say(
-            f"v{version.number} waits for a person: `ratchet promote {version.number}`, or the tag `decision` = `approve` on the version in MLflow"
+            f"v{version.number} waits for a person: `ratchet promote {version.number}`, "
+            "or the tag `decision` = `approve` on the version in MLflow"
         )
         return current
     if config.promotion == "rollout" and current and config.rollout.steps[0] < 1:
         say(
-            f"v{version.number} is the challenger: its rollout starts at the next look (`ratchet rollout look`, or by itself where `ratchet up` runs)"
+            f"v{version.number} is the challenger: its rollout starts at the next look "
+            "(`ratchet rollout look`, or by itself where `ratchet up` runs)"
         )
         return current
     return promote(workspace, version, by=f"gate ({who(workspace.root)})", why=reason, force=False, say=say)

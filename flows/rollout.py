@@ -1,7 +1,9 @@
-"""The flow `rollout`: one look. People's decisions in MLflow first, then the challenger that waits, then what live users say.
+"""The flow `rollout`: one look.
 
-Everything here can be done twice. MLflow and the request log may be away: the file `.ratchet/rollout.json` is what counts, MLflow
-follows at the next look.
+People's decisions in MLflow first, then the challenger that waits, then what live users say.
+
+Everything here can be done twice. MLflow and the request log may be away: the file `.ratchet/rollout.json` is
+what counts, MLflow follows at the next look.
 """
 
 from __future__ import annotations
@@ -9,9 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import msgspec
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
@@ -23,82 +24,87 @@ from ratchet.files import write_text
 from ratchet.monitoring.request_log import open_log
 from ratchet.pipeline.checkout import who
 from ratchet.pipeline.stage import project_root
-from ratchet.promotion.champion import read_champion
+from ratchet.promotion.champion import Champion, read_champion
 from ratchet.promotion.rollout import (
     AGAIN,
     Rollout,
+    RolloutState,
     advance,
     finish,
     note_look,
     open_rollout,
     pause,
-    read_ended,
     read_rollout,
+    read_state,
     resume,
 )
 from ratchet.reporting.markdown import rollout_card
-from ratchet.serving.bundle import read_state
+from ratchet.serving import bundle
 from ratchet.tracking.registry import CHALLENGER, drop_alias
 from tasks.rollout import Look, Registry, follow, look, read_registry
 
 Say = Callable[[str], None]
-NOTHING: dict[str, Any] = {"why": "no rollout is open"}
 REFUSED_SECONDS = 150.0  # the gateway tries each minute: it failed three times
 ENDS = {"roll_back": "rolled_back", "stop": "stopped", "no_evidence": "no_evidence"}
 
 
 @flow(name="rollout", persist_result=False)
-def rollout(root: str | None = None) -> dict[str, Any]:
-    """One look; what `look_once` returns. With an artifact when there was something to look at. Raises what the checkout raises."""
+def rollout(root: str | None = None) -> Rollout | None:
+    """Take one look, and leave an artifact when there was something to look at.
+
+    Raises what the checkout raises.
+    """
     home = project_root(root)
-    seen = _look_once(home, load_config(home / "params.yaml"), say)
+    seen = look_once(home, load_config(home / "params.yaml"), say)
     if seen:
         create_markdown_artifact(
-            rollout_card(_tell(seen)),
-            key="rollout",
-            description=f"v{seen.version}: {seen.state.replace('_', ' ')}",
+            rollout_card(seen), key="rollout", description=f"v{seen.version}: {seen.state.replace('_', ' ')}"
         )
-    return _tell(seen)
+    return seen
 
 
-def look_once(root: Path, config: Config, say: Say) -> dict[str, Any]:
-    """The rollout as it is afterwards; {why} when there was none. Raises CheckoutError for files that are none."""
-    return _tell(_look_once(root, config, say))
+def look_once(root: Path, config: Config, say: Say) -> Rollout | None:
+    """Return the rollout as it is afterwards; None when there was none.
 
+    Raises CheckoutError for files that are none.
 
-def _look_once(root: Path, config: Config, say: Say) -> Rollout | None:
+    The files are read twice: before the decision, and after what was done about it, for MLflow and the
+    caller.
+    """
     write_text(root / AGAIN, "")
     registry = _ask_registry(config, say)
     if registry and heed_people(root, config, registry, say):
         registry = _ask_registry(config, say)
     seen = read_rollout(root)
-    current = _settle(root, config, say) if seen else None
+    current = _settle(root, seen, say) if seen else None
     if seen is None and registry:
         current = seen = _open_challenger(root, config, registry, say)
     if current and current.state == "open":
-        current = _act(root, config, current, registry, say)
-    followed = registry is not None and _follow(root, config, registry, say)
+        _act(root, config, current, registry, say)
+    after = read_state(root)
+    followed = registry is not None and _follow(after, config, registry, say)
     if registry and followed and not any(is_waiting(version) for version in registry.versions.values()):
         (root / AGAIN).unlink(missing_ok=True)
-    return _as_it_is(root, seen)
+    return (after.find(seen) if seen else None) or after.current
 
 
-def rollout_status(root: Path, config: Config) -> dict[str, Any]:
+def rollout_status(root: Path, config: Config) -> Rollout | None:
     """The open one, or the last that ended; from the files alone."""
-    return _tell(read_rollout(root) or next(reversed(read_ended(root)), None))
+    state = read_state(root)
+    return state.current or next(reversed(state.ended), None)
 
 
-def pause_rollout(root: Path, config: Config, say: Say) -> dict[str, Any]:
+def pause_rollout(root: Path, config: Config, say: Say) -> Rollout:
     """Raises UserError when none is open."""
     return _done(root, config, pause(root, who(root)), say)
 
 
-def resume_rollout(root: Path, config: Config, say: Say) -> dict[str, Any]:
+def resume_rollout(root: Path, config: Config, say: Say) -> Rollout:
     """Raises UserError when there is none."""
     return _done(root, config, resume(root, who(root)), say)
 
 
-def abort_rollout(root: Path, config: Config, reason: str, say: Say) -> dict[str, Any]:
+def abort_rollout(root: Path, config: Config, reason: str, say: Say) -> Rollout:
     """The champion stays. Raises UserError when none is open."""
     current = read_rollout(root)
     if current is None:
@@ -106,11 +112,12 @@ def abort_rollout(root: Path, config: Config, reason: str, say: Say) -> dict[str
     return _done(root, config, finish(root, current, "aborted", why=reason, by=who(root)), say)
 
 
-def _done(root: Path, config: Config, changed: Rollout, say: Say) -> dict[str, Any]:
+def _done(root: Path, config: Config, changed: Rollout, say: Say) -> Rollout:
     say(f"v{changed.version}: {changed.state}; the gateway follows at once")
+    after = read_state(root)
     if registry := _ask_registry(config, say):
-        _follow(root, config, registry, say)
-    return _tell(_as_it_is(root, changed))
+        _follow(after, config, registry, say)
+    return after.find(changed) or changed
 
 
 def _ask_registry(config: Config, say: Say) -> Registry | None:
@@ -121,35 +128,41 @@ def _ask_registry(config: Config, say: Say) -> Registry | None:
         return None
 
 
-def _settle(root: Path, config: Config, say: Say) -> Rollout | None:
-    """End a rollout whose ground is gone: another champion, or a gateway that cannot load the challenger. None: it has ended."""
-    current, champion = read_rollout(root), read_champion(root)
-    if current is None:
-        return None
-    if (
-        champion and champion.version == current.version
-    ):  # the look that put it there was cut off, or a person did
-        ended = finish(root, current, "promoted", why=champion.why, by=champion.by)
-    elif champion is None or champion.version != current.champion:
+class Ending(NamedTuple):
+    state: str
+    why: str
+    by: str
+
+
+def ending_of(current: Rollout, champion: Champion | None, refused: str | None) -> Ending | None:
+    """Whether the ground of a rollout is gone: another champion, or a gateway that cannot load the
+    challenger.
+    """
+    if champion and champion.version == current.version:
+        # The look that put it in charge was cut off before it ended the rollout, or a person promoted it.
+        return Ending("promoted", champion.why, champion.by)
+    if champion is None or champion.version != current.champion:
         now = f"v{champion.version} now (by {champion.by}: {champion.why})" if champion else "nobody now"
-        ended = finish(
-            root,
-            current,
-            "aborted",
-            why=f"the champion is {now}, the rollout was against v{current.champion}",
-            by="rollout",
-        )
-    elif refused := _refusal(root, current):
-        ended = finish(root, current, "stopped", why=f"the gateway cannot load it: {refused}", by="gateway")
-    else:
+        why = f"the champion is {now}, the rollout was against v{current.champion}"
+        return Ending("aborted", why, "rollout")
+    return Ending("stopped", f"the gateway cannot load it: {refused}", "gateway") if refused else None
+
+
+def _settle(root: Path, current: Rollout, say: Say) -> Rollout | None:
+    """End a rollout whose ground is gone. None: it has ended."""
+    found = ending_of(current, read_champion(root), _refusal(root, current))
+    if found is None:
         return current
+    ended = finish(root, current, found.state, why=found.why, by=found.by)
     say(f"the rollout of v{ended.version} ended {ended.state.replace('_', ' ')}: {ended.why}")
     return None
 
 
 def _refusal(root: Path, current: Rollout) -> str | None:
-    """What the gateway has said since the rollout was opened, and kept to when it tried again: what passes must not end a rollout."""
-    state = read_state(root) or {}
+    """What the gateway has said since the rollout was opened, and kept to when it tried again: what passes
+    must not end a rollout.
+    """
+    state = bundle.read_state(root) or {}
     since = (state.get("refused_since") or {}).get(f"v{current.version}", 0.0)
     if since < current.opened or time.time() - since < REFUSED_SECONDS:
         return None
@@ -158,7 +171,10 @@ def _refusal(root: Path, current: Rollout) -> str | None:
 
 
 def _open_challenger(root: Path, config: Config, registry: Registry, say: Say) -> Rollout | None:
-    """The version that the alias `challenger` names. One that may not is refused with the reason, and loses the alias."""
+    """The version that the alias `challenger` names.
+
+    One that may not is refused with the reason, and loses the alias.
+    """
     champion, number = read_champion(root), registry.challenger
     if config.promotion != "rollout" or number is None or champion is None or number == champion.version:
         return None
@@ -183,22 +199,22 @@ def _forget_challenger(config: Config, say: Say) -> None:
         say(f"MLflow hears of it later: {error}")
 
 
-def _act(root: Path, config: Config, current: Rollout, registry: Registry | None, say: Say) -> Rollout | None:
+def _act(root: Path, config: Config, current: Rollout, registry: Registry | None, say: Say) -> None:
     """Look, and do what was found."""
     try:
         seen = _look(root, config, current)
     except ServiceError as error:
         say(f"no look this time: {error}")
-        return current
-    say(
-        f"v{current.version} at {current.share:.0%} of the users: {seen.action.replace('_', ' ')}: {seen.reason}"
-    )
+        return
+    share = f"{current.share:.0%} of the users"
+    say(f"v{current.version} at {share}: {seen.action.replace('_', ' ')}: {seen.reason}")
     if seen.action == "promote":
-        return _promote(root, config, current, seen, registry, say)
-    if seen.action in ENDS:
-        return finish(root, current, ENDS[seen.action], why=seen.reason, by="rollout", figures=seen.figures)
-    change = advance if seen.action == "advance" else note_look
-    return change(root, current, seen.reason, seen.figures)
+        _promote(root, current, seen, registry, say)
+    elif seen.action in ENDS:
+        finish(root, current, ENDS[seen.action], why=seen.reason, by="rollout", figures=seen.figures)
+    else:
+        change = advance if seen.action == "advance" else note_look
+        change(root, current, seen.reason, seen.figures)
 
 
 def _look(root: Path, config: Config, current: Rollout) -> Look:
@@ -209,10 +225,11 @@ def _look(root: Path, config: Config, current: Rollout) -> Look:
         log.close()
 
 
-def _promote(
-    root: Path, config: Config, current: Rollout, seen: Look, registry: Registry | None, say: Say
-) -> Rollout | None:
-    """By live evidence. What is in the way (MLflow, a dirty checkout) is said, and tried again at the next look."""
+def _promote(root: Path, current: Rollout, seen: Look, registry: Registry | None, say: Say) -> None:
+    """Promote by live evidence.
+
+    What is in the way (MLflow, a dirty checkout) is said, and tried again next time.
+    """
     try:
         if registry is None:
             raise ServiceError("it waits until MLflow answers")
@@ -221,40 +238,27 @@ def _promote(
                 f"the registry does not know v{current.version} any more",
                 remedy="ratchet rollout abort ends its rollout",
             )
-        taken = take_charge(
-            root,
-            version,
-            by=f"rollout ({who(root)})",
-            why=seen.reason,
-            force=False,
-            say=say,
-            only_while=current,
-        )
+        by = f"rollout ({who(root)})"
+        taken = take_charge(root, version, by=by, why=seen.reason, force=False, say=say, only_while=current)
     except RatchetError as error:
-        if isinstance(error, UserError) and not isinstance(
-            error, CheckoutError
-        ):  # the gate says otherwise now, or it is gone: no later look changes that
-            return finish(
-                root,
-                current,
-                "aborted",
-                why=f"it had earned its place ({seen.reason}), but {error}",
-                by="rollout",
-                figures=seen.figures,
-            )
+        if isinstance(error, UserError) and not isinstance(error, CheckoutError):
+            # The gate says otherwise now, or the version is gone: no later look changes that.
+            why = f"it had earned its place ({seen.reason}), but {error}"
+            finish(root, current, "aborted", why=why, by="rollout", figures=seen.figures)
+            return
         waits = f"waits for the checkout: {error}" if isinstance(error, CheckoutError) else str(error)
         say(f"v{current.version} has earned its place and could not take it yet: {waits}")
-        return note_look(root, current, f"{seen.reason}; {waits}", seen.figures)
-    if taken is None:
-        return read_rollout(root)
-    return finish(root, current, "promoted", why=seen.reason, by=taken.by, figures=seen.figures)
+        note_look(root, current, f"{seen.reason}; {waits}", seen.figures)
+        return
+    if taken:
+        finish(root, current, "promoted", why=seen.reason, by=taken.by, figures=seen.figures)
 
 
-def _follow(root: Path, config: Config, registry: Registry, say: Say) -> bool:
-    """Whether MLflow knows all: MLflow's tags and the alias, for the open rollout and the newest of each version that had one."""
+def _follow(state: RolloutState, config: Config, registry: Registry, say: Say) -> bool:
+    """Tell MLflow of the open rollout and the newest of each version that had one. Whether it knows all."""
     known = {
         entry.version: entry
-        for entry in [*read_ended(root), *filter(None, [read_rollout(root)])]
+        for entry in [*state.ended, *filter(None, [state.current])]
         if entry.name == config.project.name
     }
     try:
@@ -264,15 +268,3 @@ def _follow(root: Path, config: Config, registry: Registry, say: Say) -> bool:
         say(f"MLflow hears of it later: {error}")
         return False
     return True
-
-
-def _as_it_is(root: Path, seen: Rollout | None) -> Rollout | None:
-    """`seen`, open or ended; the open one where nothing was seen."""
-    current = read_rollout(root)
-    if seen is None or (current and current.id == seen.id):
-        return current
-    return next((entry for entry in read_ended(root) if entry.id == seen.id), current)
-
-
-def _tell(found: Rollout | None) -> dict[str, Any]:
-    return {**msgspec.to_builtins(found), "share": found.share} if found else dict(NOTHING)

@@ -1,7 +1,9 @@
-"""A thread of the served deployments that starts the flow `rollout` when there is something to look at, and costs next to nothing otherwise.
+"""A thread of the served deployments that starts the flow `rollout` when there is something to look at, and
+costs next to nothing otherwise.
 
-A run of its own each minute would load this machine with imports all day; so it looks by itself at the open rollout's file and at what
-the registry says of our model, as one hash, and asks Prefect for a run when a look is due or the registry changed.
+A run of its own each minute would load this machine with imports all day; so it looks by itself at the open
+rollout's file and at what the registry says of our model, as one hash, and asks Prefect for a run when a look
+is due or the registry changed.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from ratchet.config.params import Config
 from ratchet.promotion.rollout import AGAIN, FILE
 
 SECONDS = 10.0  # between two glances
-BLIND_FACTOR = 5  # without an answer of the registry (down, or one that wants credentials) the looks come so many times rarer
+BLIND_FACTOR = 5  # looks are so many times rarer while the registry gives no answer (down, wants credentials)
 TIMEOUT = 5.0  # seconds for the registry's answer
 
 
@@ -40,7 +42,8 @@ class Watcher:
             try:
                 self.glance()
             except Exception as error:  # noqa: BLE001  (it is said; a thread that ends would end all looks)
-                print(f"rollout: no look this time: {error}", file=sys.stderr, flush=True)  # noqa: T201 the service's log
+                sys.stderr.write(f"rollout: no look this time: {error}\n")  # the service's log
+                sys.stderr.flush()
 
     def glance(self) -> bool:
         """Whether a look was asked for."""
@@ -60,7 +63,10 @@ class Watcher:
 
 
 def registry_fingerprint(name: str) -> str | None:
-    """A hash of all that MLflow says of the registered model and its versions; None when it does not answer. MLflow itself is not imported."""
+    """A hash of all that MLflow says of the registered model and its versions; None when it does not answer.
+
+    MLflow itself is not imported.
+    """
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not server.startswith("http"):
         return None
@@ -79,7 +85,9 @@ def registry_fingerprint(name: str) -> str | None:
 
 
 def request_look(root: Path) -> None:
-    """One run of the deployment `rollout`; it waits for one that is under way, which may have read the registry before the change."""
+    """One run of the deployment `rollout`; it waits for one that is under way, which may have read the
+    registry before the change.
+    """
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:

@@ -1,6 +1,8 @@
-"""The flow `sweep`: trainings with other settings, one Prefect task a trial; the best settings are proposed as a change of params.yaml.
+"""The flow `sweep`: trainings with other settings, one Prefect task a trial; the best settings are proposed
+as a change of params.yaml.
 
-It works in a workspace of which nothing lands. MLflow gets each trial when it has ended; when it is away, they are delivered at the end or by the next sweep.
+It works in a workspace of which nothing lands. MLflow gets each trial when it has ended; when it is away,
+they are delivered at the end or by the next sweep.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 @flow(name="sweep", flow_run_name="sweep", persist_result=False)
 def sweep(root: str | None = None, trials: int | None = None, apply: bool = False) -> dict[str, Any]:
-    """Returns {study, trials, counts, best, baseline, unit, diff, applied}. Raises ConfigError, DataError, StageError, ServiceError; RatchetError: no trial was completed."""
+    """Returns {study, trials, counts, best, baseline, unit, diff, applied}.
+
+    Raises ConfigError, DataError, StageError, ServiceError; RatchetError: no trial was completed.
+    """
     home = project_root(root)
     config = load_config(home / "params.yaml")
     if trials:
@@ -80,7 +85,8 @@ def tokenise(workspace: Workspace, changes: dict[str, Any]) -> Material:
 @task(name="trial", **SETTINGS)
 def train(search: Search, trial: optuna.Trial, material: Material) -> None:
     say(
-        f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in trial.user_attrs['changes'].items())}"
+        f"trial {trial.number}: "
+        f"{', '.join(f'{key} {value}' for key, value in trial.user_attrs['changes'].items())}"
     )
     record = search.run(trial, material)
     loss = f"{record.value:.4f}" if record.value is not None else record.reason
@@ -96,7 +102,8 @@ def tell_mlflow(search: Search, config: Config) -> None:
     except ServiceError:
         search.tracker_away = True
         say(
-            "MLflow does not answer: the trials are kept for it, and delivered at the end or by the next `ratchet sweep`"
+            "MLflow does not answer: the trials are kept for it, and delivered at the end or by the "
+            "next `ratchet sweep`"
         )
 
 

@@ -1,6 +1,7 @@
 """The flow `synthesize`: a teacher model writes rows, and those that are kept wait in the review queue.
 
-The teacher's client tries again by itself (ratchet/llm/client.py); a run that ended early goes on with `resume`.
+The teacher's client tries again by itself (ratchet/llm/client.py); a run that ended early goes on with
+`resume`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What a training beside the DAG reads, made by the DAG's own stages in a workspace of which nothing lands; DVC's cache keeps it for the next retraining."""
+"""What a training beside the DAG reads, made by the DAG's own stages in a workspace of which nothing lands;
+DVC's cache keeps it for the next retraining.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ def open_bench(root: Path, purpose: str, say: Say) -> Iterator[Workspace]:
 
 
 def make_material(workspace: Workspace, changes: dict[str, Any], say: Say) -> Material:
-    """Base, prepared rows and tokens for params.yaml with `changes` (dotted key → value). Raises StageError."""
+    """Base, prepared rows and tokens for params.yaml with `changes` (dotted key → value).
+
+    Raises StageError.
+    """
     text = (workspace.root / "params.yaml").read_text(encoding="utf-8")
     write_text(workspace.path / "params.yaml", edit_params(text, changes))
     for stage in STAGES:

@@ -1,7 +1,8 @@
-"""Measure a window of the request log against what the champion was trained and tested on, and decide whether it is worth a retraining.
+"""Measure a window of the request log against what the champion was trained and tested on, and decide whether
+it is worth a retraining.
 
-A flow's task, not a stage: the traffic is no file. The reference comes from the champion's own commit, so that it is right for whoever
-is in charge. Not covered: images, and conversations beyond their last question.
+A flow's task, not a stage: the traffic is no file. The reference comes from the champion's own commit, so
+that it is right for whoever is in charge. Not covered: images, and conversations beyond their last question.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def measure(
     reference: Reference,
     config: Config,
 ) -> Verdict:
-    """A question that was asked many times counts once among prompts and answers: a hundred people with one question are no new subject."""
+    """A question that was asked many times counts once among prompts and answers: a hundred people with one
+    question are no new subject.
+    """
     monitor, prompts = config.monitor, list(by_prompt(window))
     too_few = Verdict("too few", None, len(window), len(prompts), monitor.min_prompts)
     if window and not any(request.messages for request in window):
@@ -87,7 +90,8 @@ def measure(
         return msgspec.structs.replace(
             too_few,
             missing=[
-                f"the champion has {len(reference.prompts)} validation and test rows to compare with; wanted {LEAST_ROWS}"
+                f"the champion has {len(reference.prompts)} validation and test rows to compare "
+                f"with; wanted {LEAST_ROWS}"
             ],
         )
     if len(prompts) < monitor.min_prompts:
@@ -113,7 +117,9 @@ def measure(
 
 
 def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
-    """Drift in something that training can change, enough labelled rows, budget and cool-down; each reason with its figure."""
+    """Drift in something that training can change, enough labelled rows, budget and cool-down; each reason
+    with its figure.
+    """
     monitor = config.monitor
     reasons = [*verdict.missing, f"{verdict.distinct} distinct prompts, wanted {verdict.needed}"]
     said = (
@@ -128,21 +134,25 @@ def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
         (monitor.retrain, f"monitor.retrain is {str(monitor.retrain).lower()}"),
         (
             facts.new_rows >= monitor.min_new_rows,
-            f"{facts.new_rows} labelled rows that the champion has not seen, monitor.min_new_rows {monitor.min_new_rows}",
+            f"{facts.new_rows} labelled rows that the champion has not seen, monitor.min_new_rows "
+            f"{monitor.min_new_rows}",
         ),
         (
             facts.retrains_week < monitor.max_retrains_per_week,
-            f"{facts.retrains_week} retrainings in seven days, monitor.max_retrains_per_week {monitor.max_retrains_per_week}",
+            f"{facts.retrains_week} retrainings in seven days, monitor.max_retrains_per_week "
+            f"{monitor.max_retrains_per_week}",
         ),
         (
             facts.gpu_hours_week < monitor.max_gpu_hours_per_week,
-            f"{facts.gpu_hours_week:.2f} h of training in seven days, monitor.max_gpu_hours_per_week {monitor.max_gpu_hours_per_week:g}",
+            f"{facts.gpu_hours_week:.2f} h of training in seven days, monitor.max_gpu_hours_per_week "
+            f"{monitor.max_gpu_hours_per_week:g}",
         ),
         (
             since is None or since >= monitor.cooldown_hours,
             "no retraining before"
             if since is None
-            else f"{since:.1f} h since the last retraining, monitor.cooldown_hours {monitor.cooldown_hours:g}",
+            else f"{since:.1f} h since the last retraining, "
+            f"monitor.cooldown_hours {monitor.cooldown_hours:g}",
         ),
     ]
     if facts.under_way:
@@ -176,7 +186,10 @@ def append_verdict(
 
 
 def write_report(verdict: Verdict, reference: Reference, window: list[Logged], folder: Path) -> Path:
-    """report.html and report.json by Evidently (its own methods, on the same columns), and verdict.json. Returns the folder."""
+    """report.html and report.json by Evidently (its own methods, on the same columns), and verdict.json.
+
+    Returns the folder.
+    """
     asked = by_prompt(window)
     answers = [
         Answered(request.answer, request.prompt_nll) for request in asked.values() if request.status == 200

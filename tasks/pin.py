@@ -1,7 +1,8 @@
 """Pin the champion as an ordinary input of the DAG: models/incumbent, versioned by DVC.
 
-champion.json moves at every promotion; the DAG must not go stale by it, or every retraining would be followed by another.
-So a retraining that has something to train pins today's champion first, and one that has nothing leaves the pin alone.
+champion.json moves at every promotion; the DAG must not go stale by it, or every retraining would be followed
+by another. So a retraining that has something to train pins today's champion first, and one that has nothing
+leaves the pin alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def needs_pin(workspace: Workspace, stale: set[str], *, force: bool) -> bool:
 
 
 def pin(workspace: Workspace) -> bool:
-    """Put today's champion into models/incumbent. Whether that changed anything. Raises CheckoutError when its adapter cannot be had."""
+    """Put today's champion into models/incumbent. Whether that changed anything.
+
+    Raises CheckoutError when its adapter cannot be had.
+    """
     champion, oldest = read_champion(workspace.path), _oldest(workspace)
     wanted = (
         NOBODY
@@ -72,7 +76,9 @@ def _oldest(workspace: Workspace) -> Champion | None:
 
 
 def _fetch_scores(workspace: Workspace, oldest: Champion, target: Path) -> None:
-    """A row's score by the oldest champion, as its own evaluation gave it: test and golden rows stay, so no model has to answer again. Raises CheckoutError."""
+    """A row's score by the oldest champion, as its own evaluation gave it: test and golden rows stay, so no
+    model has to answer again. Raises CheckoutError.
+    """
     import pandas as pd
 
     with tempfile.TemporaryDirectory(prefix="ratchet-pin-") as scratch:
@@ -81,7 +87,9 @@ def _fetch_scores(workspace: Workspace, oldest: Champion, target: Path) -> None:
             scores = pd.read_parquet(Path(scratch) / "evaluation/scores.parquet")
         except (CommandError, OSError, ValueError) as error:
             raise CheckoutError(
-                f"the scores of v{oldest.version}, the first champion, cannot be had from {oldest.commit[:8]}: {' '.join(str(error).split())[:300]}",
+                f"the scores of v{oldest.version}, the first champion, cannot be had from "
+                f"{oldest.commit[:8]}: "
+                f"{' '.join(str(error).split())[:300]}",
                 remedy="dvc pull; if they are gone for good: `gate.oldest: false`",
             ) from None
     texts = ["question", "reference", "answer"]
@@ -91,7 +99,9 @@ def _fetch_scores(workspace: Workspace, oldest: Champion, target: Path) -> None:
 
 
 def pin_looks(workspace: Workspace) -> bool:
-    """Count the last verdict before the next candidate is judged (`ratchet.gate.alpha_budget`). Whether that changed the file.
+    """Count the last verdict before the next candidate is judged (`ratchet.gate.alpha_budget`).
+
+    Whether that changed the file.
 
     Only where there is something to train: a gate that is run once more on the same candidate is no new look.
     """
@@ -111,8 +121,10 @@ def _fetch(workspace: Workspace, champion: Champion, folder: Path) -> None:
         get_output(workspace.path, champion.commit, "models/candidate", adapter)
         if (seen := adapter_sha256(adapter)) != champion.adapter_sha256:
             raise CheckoutError(
-                f"the adapter of v{champion.version} at {champion.commit[:8]} has sha256 {seen[:12]}…, the ledger says {champion.adapter_sha256[:12]}…",
-                remedy="dvc pull; if it stays so, the cache is damaged: take the version's artifact from MLflow",
+                f"the adapter of v{champion.version} at {champion.commit[:8]} has sha256 {seen[:12]}…, the "
+                f"ledger says {champion.adapter_sha256[:12]}…",
+                remedy="dvc pull; if it stays so, the cache is damaged: take the version's "
+                "artifact from MLflow",
             )
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
         theirs = base_hash(workspace.path, champion.commit)

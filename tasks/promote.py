@@ -1,4 +1,6 @@
-"""Move the champion: promotion and rollback. The commit to champion.json decides; MLflow's alias follows. Doing it twice changes nothing.
+"""Move the champion: promotion and rollback. The commit to champion.json decides; MLflow's alias follows.
+
+Doing it twice changes nothing.
 
 A flow's task, not a stage. Callers hold the lock `promote`.
 """
@@ -33,7 +35,10 @@ PENDING = ".ratchet/alias-pending"
 
 
 def promote(workspace: Workspace, version: Version, *, by: str, why: str, force: bool, say: Say) -> Champion:
-    """Put `version` in charge. Raises UserError when the gate did not pass it, or compared it with another champion than today's."""
+    """Put `version` in charge.
+
+    Raises UserError when the gate did not pass it, or compared it with another champion than today's.
+    """
     current = read_champion(workspace.path)
     if current:
         check_registry(current)
@@ -66,7 +71,9 @@ def promote(workspace: Workspace, version: Version, *, by: str, why: str, force:
 
 
 def check_known(workspace: Workspace, version: Version) -> None:
-    """Raises CheckoutError: another checkout of the team made it, and its commit is not here yet; nobody here could serve it."""
+    """Raises CheckoutError: another checkout of the team made it, and its commit is not here yet; nobody here
+    could serve it.
+    """
     commit = version.tags["git_commit"]
     try:
         workspace.git("cat-file", "-e", f"{commit}^{{commit}}")
@@ -78,7 +85,10 @@ def check_known(workspace: Workspace, version: Version) -> None:
 
 
 def rollback(workspace: Workspace, *, by: str, why: str, say: Say) -> Champion:
-    """Return to the version before. It needs the ledger alone, so it works with MLflow down. Raises UserError when there is none."""
+    """Return to the version before. It needs the ledger alone, so it works with MLflow down.
+
+    Raises UserError when there is none.
+    """
     current = read_champion(workspace.path)
     if current is None:
         raise UserError(
@@ -107,7 +117,9 @@ def alias_is_pending(root: Path) -> bool:
 
 
 def follow_alias(root: Path, champion: Champion, say: Say) -> bool:
-    """Make MLflow's aliases say what champion.json says; False, and a mark for the next retraining, when MLflow does not answer."""
+    """Make MLflow's aliases say what champion.json says; False, and a mark for the next retraining, when
+    MLflow does not answer.
+    """
     pending = root / PENDING
     try:
         if get_alias(champion.name, CHAMPION) != champion.version:
@@ -123,12 +135,16 @@ def follow_alias(root: Path, champion: Champion, say: Say) -> bool:
 
 
 def check_registry(champion: Champion) -> None:
-    """Numbers are given by the registry: one that does not know the champion would give its number to another model. Raises UserError."""
+    """Numbers are given by the registry: one that does not know the champion would give its number to another
+    model. Raises UserError.
+    """
     known = get_version(champion.name, champion.version)
     if known is None or known.tags.get(KEY_TAG) != champion.run_key:
         raise UserError(
-            f"{FILE} says v{champion.version} of {champion.name} is in charge; the registry {'does not know it' if known is None else 'has another model under that number'}",
-            remedy="MLFLOW_TRACKING_URI names another registry than the one of the ledger: set it to that one, or bring its database back",
+            f"{FILE} says v{champion.version} of {champion.name} is in charge; the registry "
+            f"{'does not know it' if known is None else 'has another model under that number'}",
+            remedy="MLFLOW_TRACKING_URI names another registry than the one of the ledger: set it to that "
+            "one, or bring its database back",
         )
 
 

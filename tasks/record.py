@@ -1,6 +1,9 @@
-"""Copy what the stages found into the candidate's MLflow run: curve, scores, figures, data, verdict. Doing it twice changes nothing.
+"""Copy what the stages found into the candidate's MLflow run: curve, scores, figures, data, verdict.
 
-A flow's task, not a stage. Raises ServiceError when MLflow does not answer: the local files stand, the next run delivers.
+Doing it twice changes nothing.
+
+A flow's task, not a stage. Raises ServiceError when MLflow does not answer: the local files stand, the next
+run delivers.
 """
 
 from __future__ import annotations
@@ -120,7 +123,7 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str, data:
         "data": f"{data['rows']} rows in {data['batches']} batches, DVC {data['dvc']}",
         "git commit": commit,
         "adapter": f"{config.adapter.method}, sha256 {manifest['adapter_sha256']}",
-        "base": f"{manifest['base']['model']}{'@' + manifest['base']['revision'] if manifest['base']['revision'] else ''}",
+        "base": "@".join(filter(None, (manifest["base"]["model"], manifest["base"]["revision"]))),
         "started from": "the champion's adapter" if manifest["inputs"]["start"] != "base" else "the base",
     }
     tags = {
@@ -169,7 +172,9 @@ def gate_summary(decision: dict[str, Any]) -> dict[str, Any]:
 
 
 def close_lost_runs(config: Config, *, but: str) -> int:
-    """Runs whose process was killed stay RUNNING in MLflow for ever; called under the flow's lock, when none can be training. How many."""
+    """Runs whose process was killed stay RUNNING in MLflow for ever; called under the flow's lock, when none
+    can be training. How many.
+    """
     client = mlflow_client()
     with mlflow_errors():
         found = client.get_experiment_by_name(config.project.name)
@@ -216,7 +221,9 @@ def _log_values(client: Any, run_id: str, found: Findings, config: Config) -> No
 
 
 def _plain(word: str) -> str:
-    """A kind is any text of the user's; MLflow refuses a metric's name with other characters, or with `..` for a step of a path."""
+    """A kind is any text of the user's; MLflow refuses a metric's name with other characters, or with `..`
+    for a step of a path.
+    """
     return re.sub(r"[^\w .-]+", "_", word).strip(". ")[:100] or "_"
 
 

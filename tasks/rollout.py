@@ -1,15 +1,18 @@
-"""One look at a rollout: hold, advance, promote, roll back, stop, or give up for want of evidence. All bounds hold at every look.
+"""One look at a rollout: hold, advance, promote, roll back, stop, or give up for want of evidence.
 
-The chance that a rollout of an equal model ends wrongly is `rollout.alpha`, split over what may end it: a gain that is none (40 %),
-harm that is none (50 %, over four measures), and a split of users that only looks wrong (the rest; ratchet/promotion/sequential_test.py).
-What follows from it stands in ratchet/promotion/rollout.py; MLflow is told here. A flow's task, not a stage.
+All bounds hold at every look.
+
+The chance that a rollout of an equal model ends wrongly is `rollout.alpha`, split over what may end it: a
+gain that is none (40 %), harm that is none (50 %, over four measures), and a split of users that only looks
+wrong (the rest; ratchet/promotion/sequential_test.py). What follows from it stands in
+ratchet/promotion/rollout.py; MLflow is told here. A flow's task, not a stage.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +20,8 @@ from numpy.typing import NDArray
 from ratchet.config.monitoring import RolloutConfig
 from ratchet.errors import ServiceError
 from ratchet.monitoring.request_records import Unit
-from ratchet.promotion.rollout import Rollout
-from ratchet.promotion.sequential_test import Bounds, Stratum, difference, split_e_value
+from ratchet.promotion.rollout import Bounds, Figures, Measure, Rollout, Users
+from ratchet.promotion.sequential_test import Stratum, difference, split_e_value
 from ratchet.tracking.registry import (
     CHALLENGER,
     CHAMPION,
@@ -39,11 +42,13 @@ MAX_TAG = 1000  # characters; more would hide the rest of MLflow's page
 
 
 class Look(NamedTuple):
-    """`figures` are for people and the page: users, feedback, and challenger minus champion with bounds for each measure."""
+    """`figures` are for people and the page: users, feedback, and challenger minus champion with bounds for
+    each measure.
+    """
 
     action: Action
     reason: str
-    figures: dict[str, Any]
+    figures: Figures
 
 
 class Registry(NamedTuple):
@@ -93,7 +98,7 @@ def judge(found: Outcomes, rollout: Rollout, config: RolloutConfig, now: float) 
     figures = _figures(found, rollout, config)
     if rollout.shares[0] >= 1:
         return Look("promote", "rollout.steps begins with 1.0: no comparison was wanted", figures)
-    if wrong := _wrong_split(figures["steps"], rollout):
+    if wrong := _wrong_split(figures.steps, rollout):
         return Look("stop", wrong, figures)
     if harm := _certain_harm(figures, config):
         return Look("roll_back", harm, figures)
@@ -110,39 +115,26 @@ def judge(found: Outcomes, rollout: Rollout, config: RolloutConfig, now: float) 
     if not waiting:
         return Look(
             "advance",
-            f"{rollout.shares[rollout.step]:.0%} of the users did well enough: on to {rollout.shares[rollout.step + 1]:.0%}",
+            f"{rollout.shares[rollout.step]:.0%} of the users did well enough: on to "
+            f"{rollout.shares[rollout.step + 1]:.0%}",
             figures,
         )
-    return Look("hold", "; ".join(waiting if rollout.step < _last_step(rollout) else missing), figures)
+    return Look("hold", "; ".join(waiting if rollout.step < rollout.last_step else missing), figures)
 
 
-def _last_step(rollout: Rollout) -> int:
-    """The one before 100 %: the last with both arms."""
-    return max(0, len(rollout.shares) - 2)
-
-
-def _figures(found: Outcomes, rollout: Rollout, config: RolloutConfig) -> dict[str, Any]:
-    """Of each measure the bounds at the alpha with which it may end the rollout, and for guardrails those with which it may be let through."""
-    alphas = {
-        "gain": config.alpha * GAIN_SHARE,
-        "harm": config.alpha * HARM_SHARE / len(SCALES),
-        "pass": config.alpha,
-    }
-    measures: dict[str, Any] = {}
+def _figures(found: Outcomes, rollout: Rollout, config: RolloutConfig) -> Figures:
+    """Of each measure the bounds at the alpha with which it may end the rollout, and for guardrails those
+    with which it may be let through.
+    """
+    alphas = (config.alpha * GAIN_SHARE, config.alpha * HARM_SHARE / len(SCALES), config.alpha)
+    measures = {}
     for name, scale in SCALES.items():
         strata = _strata(found, getattr(found, name))
-        measures[name] = {
-            kind: _plain(difference(strata, alpha, scale=scale)) for kind, alpha in alphas.items()
-        }
-    steps = [
-        {
-            "step": step,
-            "champion": int((~found.challenger & (found.step == step)).sum()),
-            "challenger": int((found.challenger & (found.step == step)).sum()),
-        }
-        for step in range(rollout.step + 1)
-    ]
-    return {"measures": measures, "steps": steps}
+        gain, harm, held = (difference(strata, alpha, scale=scale) for alpha in alphas)
+        measures[name] = Measure(gain, harm, held)
+    arms = [found.step[found.challenger == arm] for arm in (False, True)]
+    steps = [Users(step, *(int((arm == step).sum()) for arm in arms)) for step in range(rollout.step + 1)]
+    return Figures(measures, steps)
 
 
 def _strata(found: Outcomes, values: NDArray[np.float64]) -> list[Stratum]:
@@ -158,28 +150,28 @@ def _strata(found: Outcomes, values: NDArray[np.float64]) -> list[Stratum]:
     return strata
 
 
-def _plain(bounds: Bounds | None) -> dict[str, Any] | None:
-    return bounds._asdict() if bounds else None
-
-
-def _wrong_split(steps: list[dict[str, int]], rollout: Rollout) -> str:
+def _wrong_split(steps: list[Users], rollout: Rollout) -> str:
     for counts in steps:
-        share = rollout.shares[counts["step"]]
-        if share < 1 and (e := split_e_value(counts["champion"], counts["challenger"], share)) > WRONG_SPLIT:
-            users = counts["champion"] + counts["challenger"]
-            return f"{counts['challenger']} of {users} users got the challenger in a step of {share:.0%} (e-value {e:.0f}): the routing or the log is broken, so no figure counts"
+        share = rollout.shares[counts.step]
+        if share < 1 and (e := split_e_value(counts.champion, counts.challenger, share)) > WRONG_SPLIT:
+            users = counts.champion + counts.challenger
+            return (
+                f"{counts.challenger} of {users} users got the challenger in a step of {share:.0%} "
+                f"(e-value {e:.0f}): the routing or the log is broken, so no figure counts"
+            )
     return ""
 
 
-def _certain_harm(figures: dict[str, Any], config: RolloutConfig) -> str:
+def _certain_harm(figures: Figures, config: RolloutConfig) -> str:
     margins = _margins(config)
-    for name, measure in figures["measures"].items():
-        found = measure["harm"]
+    for name, measure in figures.measures.items():
+        found = measure.harm
         if not found:
             continue
-        if name == SUCCESS and found["high"] < -margins[name]:
-            return f"the users' feedback is worse for certain: {_said(found)}, a loss of {margins[name]:g} is still taken"
-        if name != SUCCESS and found["low"] > margins[name]:
+        if name == SUCCESS and found.high < -margins[name]:
+            loss = f"a loss of {margins[name]:g} is still taken"
+            return f"the users' feedback is worse for certain: {_said(found)}, {loss}"
+        if name != SUCCESS and found.low > margins[name]:
             return f"{name} worse for certain: {_said(found)}, {margins[name]:.3g} more is still taken"
     return ""
 
@@ -193,66 +185,67 @@ def _margins(config: RolloutConfig) -> dict[str, float]:
     }
 
 
-def _missing_for_promotion(figures: dict[str, Any], rollout: Rollout, config: RolloutConfig) -> list[str]:
+def _missing_for_promotion(figures: Figures, rollout: Rollout, config: RolloutConfig) -> list[str]:
     """What stands between the challenger and the charge; empty when nothing does."""
-    if rollout.step < _last_step(rollout):
+    if rollout.step < rollout.last_step:
         return [f"step {rollout.step + 1} of {len(rollout.shares)}"]
-    gain = figures["measures"][SUCCESS]["gain"]
+    gain = figures.measures[SUCCESS].gain
     if gain is None:
         return ["no feedback yet"]
     missing = [
-        f"feedback of {gain[arm]} users of the {arm}, wanted {config.min_users}"
-        for arm in ("champion", "challenger")
-        if gain[arm] < config.min_users
+        f"feedback of {users} users of the {arm}, wanted {config.min_users}"
+        for arm, users in (("champion", gain.champion), ("challenger", gain.challenger))
+        if users < config.min_users
     ]
-    if gain["low"] <= config.min_gain:
+    if gain.low <= config.min_gain:
         missing.append(
-            f"a gain of {_said(gain)}, wanted a lower bound over {config.min_gain:+.3f}{_how_many_more(gain, config)}"
+            f"a gain of {_said(gain)}, wanted a lower bound over "
+            f"{config.min_gain:+.3f}{_how_many_more(gain, config)}"
         )
     for name, margin in _margins(config).items():
-        found = figures["measures"][name]["pass"]
-        if name != SUCCESS and (found is None or found["high"] > margin):
+        found = figures.measures[name].pass_
+        if name != SUCCESS and (found is None or found.high > margin):
             missing.append(
                 f"{name} {_said(found) if found else 'unknown'}, wanted no more than {margin:.3g} for certain"
             )
     return missing
 
 
-def _how_many_more(gain: dict[str, Any], config: RolloutConfig) -> str:
+def _how_many_more(gain: Bounds, config: RolloutConfig) -> str:
     """The bound narrows with about the root of the number of users."""
-    surplus, half = gain["mean"] - config.min_gain, gain["mean"] - gain["low"]
+    surplus, half = gain.mean - config.min_gain, gain.mean - gain.low
     if surplus <= 0:
         return ""
-    users = gain["champion"] + gain["challenger"]
-    return f"; if it stays so, about {max(1, math.ceil(users * ((half / surplus) ** 2 - 1)))} more users' feedback"
+    users = gain.champion + gain.challenger
+    more = max(1, math.ceil(users * ((half / surplus) ** 2 - 1)))
+    return f"; if it stays so, about {more} more users' feedback"
 
 
-def _missing_for_step(
-    figures: dict[str, Any], rollout: Rollout, config: RolloutConfig, now: float
-) -> list[str]:
-    if rollout.step >= _last_step(rollout):
+def _missing_for_step(figures: Figures, rollout: Rollout, config: RolloutConfig, now: float) -> list[str]:
+    if rollout.step >= rollout.last_step:
         return ["the last step before all users"]
-    counts, minutes = figures["steps"][rollout.step], (now - rollout.step_since) / 60
+    counts, minutes = figures.steps[rollout.step], (now - rollout.step_since) / 60
     missing = [
-        f"{counts[arm]} users of the {arm} in this step, wanted {config.step_users}"
-        for arm in ("champion", "challenger")
-        if counts[arm] < config.step_users
+        f"{users} users of the {arm} in this step, wanted {config.step_users}"
+        for arm, users in (("champion", counts.champion), ("challenger", counts.challenger))
+        if users < config.step_users
     ]
     return missing + (
         [f"{minutes:.0f} min of {config.step_minutes:g}"] if minutes < config.step_minutes else []
     )
 
 
-def _gain_in_words(figures: dict[str, Any]) -> str:
-    gain = figures["measures"][SUCCESS]["gain"]
-    return f"mean feedback {_said(gain)} on {gain['champion']} + {gain['challenger']} users"
+def _gain_in_words(figures: Figures) -> str:
+    gain = figures.measures[SUCCESS].gain
+    assert gain is not None  # nothing is missing for a promotion
+    return f"mean feedback {_said(gain)} on {gain.champion} + {gain.challenger} users"
 
 
-def _said(found: dict[str, Any]) -> str:
-    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+def _said(found: Bounds) -> str:
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
-# --- MLflow ----------------------------------------------------------------------------------------------------------------
+# --- MLflow -------------------------------------------------------------------------------------------------
 
 
 def read_registry(name: str) -> Registry:
@@ -276,9 +269,11 @@ def read_registry(name: str) -> Registry:
 
 
 def follow(registry: Registry, rollout: Rollout) -> None:
-    """Bring MLflow up to the file: tags of the state, and no alias `challenger` on one whose rollout has ended. Raises ServiceError.
+    """Bring MLflow up to the file: tags of the state, and no alias `challenger` on one whose rollout has
+    ended. Raises ServiceError.
 
-    A reason is written with its state only: it changes at each look, and each change in the registry asks for a look.
+    A reason is written with its state only: it changes at each look, and each change in the registry asks for
+    a look.
     """
     version = registry.versions.get(rollout.version)
     if version is None:

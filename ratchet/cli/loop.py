@@ -156,15 +156,13 @@ def retrain(
     done = flow(root=str(root), reason=reason, force=force, topics=_drifted_topics(root) if drift else None)
 
     def tell() -> None:
-        ran = [stage for stage, did in done["stages"].items() if did]
-        say(
-            f"verdict: {done['verdict']} (v{done['version']}); in charge: {name_version(done['champion'])}; "
-            f"ran: {', '.join(ran) or 'nothing, all unchanged'}"
-        )
-        for line in [*done["reasons"], *done["regions"]]:
+        ran = ", ".join(stage for stage, did in done.stages.items() if did) or "nothing, all unchanged"
+        version = f"v{done.version}" if done.version else "no version"
+        say(f"verdict: {done.verdict} ({version}); in charge: {name_version(done.champion)}; ran: {ran}")
+        for line in [*done.reasons, *done.regions]:
             say(f"  {line}")
 
-    show(done, as_json, tell)
+    show(done._asdict(), as_json, tell)
 
 
 def _drifted_topics(root: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ from ratchet.cli.context import (
     show,
 )
 from ratchet.errors import UserError
+
+if TYPE_CHECKING:
+    from ratchet.promotion.rollout import Rollout
 
 rollout = typer.Typer(
     help="The open rollout: look, pause, resume, abort.", no_args_is_help=True, rich_markup_mode=None
@@ -72,10 +75,13 @@ def rollout_abort(reason: Reason = "by hand", as_json: Json = False) -> None:
     _tell_rollout(abort_rollout(root, read_config(root), reason, note), as_json)
 
 
-def _tell_rollout(found: dict[str, Any], as_json: bool) -> None:
+def _tell_rollout(found: Rollout | None, as_json: bool) -> None:
+    import msgspec
+
     from ratchet.services.status import rollout_lines
 
-    show(found, as_json, lambda: say("\n".join(rollout_lines(found))))
+    plain = {**msgspec.to_builtins(found), "share": found.share} if found else {"why": "no rollout is open"}
+    show(plain, as_json, lambda: say("\n".join(rollout_lines(plain))))
 
 
 def promote(

@@ -1,10 +1,12 @@
-"""Is a window of traffic still what the reference is? One verdict over many columns, with a false-alarm rate that is kept.
+"""Is a window of traffic still what the reference is? One verdict over many columns, with a false-alarm rate
+that is kept.
 
-Window and reference rows are mixed and drawn again, `resamples` times, into a window and a reference of the same sizes: a permutation
-test, exact whatever the columns look like and however few reference rows there are. Columns over the same rows share the draws; in a
-family the smallest p counts, among families the smallest weighted one, each corrected by those draws (Westfall & Young 1993, min-p).
-Between families over different rows the error is divided by weight. A family that has no reference yet is left out and said; its
-weight goes to the others.
+Window and reference rows are mixed and drawn again, `resamples` times, into a window and a reference of the
+same sizes: a permutation test, exact whatever the columns look like and however few reference rows there are.
+Columns over the same rows share the draws; in a family the smallest p counts, among families the smallest
+weighted one, each corrected by those draws (Westfall & Young 1993, min-p). Between families over different
+rows the error is divided by weight. A family that has no reference yet is left out and said; its weight goes
+to the others.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ Values = NDArray[np.float64]
 Draws = NDArray[
     np.float32
 ]  # (1 + resamples, rows): 1 where a row is in the window; the first is the window itself
-# Most of the error goes to what tells new subjects best (docs/benchmarks.md); what it cannot see, the others must.
+# Most of the error goes to what tells new subjects best (docs/benchmarks.md); what it cannot see, the others
+# must.
 WEIGHTS = {
     "novelty": 0.45,
     "surprise": 0.15,
@@ -95,9 +98,9 @@ def judge(families: list[Family], *, rate: float, resamples: int, seed: int) -> 
         share = sum(WEIGHTS[family.name] for family in same_rows) / total
         p = float(_p_values(-smallest)[0]) / share
         together = min(together, p)
-        if (
-            p <= rate
-        ):  # the clearest family may be over the rate by itself: p counts that the families of these rows go together
+        # The clearest family may be over the rate by itself: p counts that the families of these rows go
+        # together.
+        if p <= rate:
             moved |= {name: found for name, found in alone.items() if found <= max(rate, min(alone.values()))}
     return Judged(together <= rate, min(1.0, together), columns, sorted(moved, key=lambda name: moved[name]))
 
@@ -125,16 +128,21 @@ def draw(window: int, reference: int, resamples: int, seed: int) -> Draws:
 
 
 def _p_values(statistic: Values) -> Values:
-    """Of each draw among all of them, itself included (so never 0). What differs by rounding alone is equal."""
+    """Of each draw among all of them, itself included (so never 0).
+
+    What differs by rounding alone is equal.
+    """
     below = np.searchsorted(np.sort(statistic), statistic - 1e-4 * statistic.std() - 1e-9, side="left")
     return np.asarray(1.0 - below / len(statistic), dtype=np.float64)
 
 
 def _log_tail(statistic: Values) -> Values:
-    """Log of the upper tail's probability, by a Pearson III curve with the draws' mean, variance and skew: what a family's columns are compared by.
+    """Log of the upper tail's probability, by a Pearson III curve with the draws' mean, variance and skew:
+    what a family's columns are compared by.
 
-    Ranks would not do: the more columns, the more draws would hold a first rank, and a family of small weight could never win.
-    That the curve is no more than near does no harm: it is the same for the window and all draws.
+    Ranks would not do: the more columns, the more draws would hold a first rank, and a family of small weight
+    could never win. That the curve is no more than near does no harm: it is the same for the window and all
+    draws.
     """
     z = _standard(statistic)
     skew = float((z**3).mean())
@@ -145,11 +153,14 @@ def _log_tail(statistic: Values) -> Values:
     return np.asarray(np.log(np.maximum(tail, 1e-300)), dtype=np.float64)
 
 
-# --- measures ----------------------------------------------------------------------------------------------------------
+# --- measures -----------------------------------------------------------------------------------------------
 
 
 def higher(name: str, values: Values, window: int, *, margin: float = 0.0) -> Measure:
-    """One-sided: the window's mean is higher, by more than `margin`. Each row needs a value; what only some rows have is a family of those rows."""
+    """One-sided: the window's mean is higher, by more than `margin`.
+
+    Each row needs a value; what only some rows have is a family of those rows.
+    """
     judged = np.where(np.arange(len(values)) < window, values, values + margin)
     return Measure(name, "higher", lambda draws: _difference(judged, draws), *_means(values, window))
 
@@ -172,7 +183,10 @@ def other(name: str, values: Values, window: int) -> Measure:
 
 
 def mix(name: str, kinds: NDArray[np.int64], window: int) -> Measure:
-    """Frequencies of kinds (such as answers): the chi-square statistic. Shown: the share of the kind that grew most."""
+    """Frequencies of kinds (such as answers): the chi-square statistic.
+
+    Shown: the share of the kind that grew most.
+    """
     held = np.zeros((len(kinds), int(kinds.max()) + 1), dtype=np.float32)
     held[np.arange(len(kinds)), kinds] = 1
     held = held[:, held.sum(axis=0) >= FREQUENT]
@@ -188,7 +202,8 @@ def mix(name: str, kinds: NDArray[np.int64], window: int) -> Measure:
 
 
 def subjects(name: str, present: Any, places: NDArray[np.float32], window: int) -> Measure:
-    """Known subjects in other shares: the frequencies of known words (`present`, sparse (rows, words)) and the mean place among the subjects.
+    """Known subjects in other shares: the frequencies of known words (`present`, sparse (rows, words)) and
+    the mean place among the subjects.
 
     Shown: how far the means of window and reference lie apart, and how far by chance.
     """
@@ -204,7 +219,10 @@ def subjects(name: str, present: Any, places: NDArray[np.float32], window: int) 
 
 
 def novelty(rarity: Values, stems: Stems, window: int) -> Measure:
-    """Rare stems, and the same ones in several rows: the sum of both, each in its null's standard deviations. Shown: the rarity."""
+    """Rare stems, and the same ones in several rows: the sum of both, each in its null's standard deviations.
+
+    Shown: the rarity.
+    """
 
     def statistic(draws: Draws) -> Values:
         return _standard(_difference(rarity, draws)) + _standard(_recurrence(stems, draws))
@@ -225,7 +243,9 @@ def _difference(values: Values, draws: Draws) -> Values:
 
 
 def _recurrence(stems: Stems, draws: Draws) -> Values:
-    """Squared surplus of the share of window rows over that of reference rows, of stems that two window rows hold at least."""
+    """Squared surplus of the share of window rows over that of reference rows, of stems that two window rows
+    hold at least.
+    """
     window, reference = float(draws[0].sum()), float((1 - draws[0]).sum())
     if not stems.weights.size:
         return np.zeros(len(draws))
@@ -246,7 +266,9 @@ def _chi_square(held: Any, draws: Draws) -> Values:
 
 
 def _apart(places: NDArray[np.float32], draws: Draws) -> Values:
-    """Squared length of the sum inside; the sum over all rows is 0, so it is the distance of the two means but for a factor."""
+    """Squared length of the sum inside; the sum over all rows is 0, so it is the distance of the two means
+    but for a factor.
+    """
     return np.asarray(((places.T @ draws.T) ** 2).sum(axis=0), dtype=np.float64)
 
 

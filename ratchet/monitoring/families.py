@@ -22,14 +22,19 @@ Row = TypeVar("Row")
 
 
 class Answered(NamedTuple):
-    """One answer of the champion: in the window, or on its own test rows. (The NLL of answers has no reference: tests score the right ones.)"""
+    """One answer of the champion: in the window, or on its own test rows.
+
+    (The NLL of answers has no reference: tests score the right ones.)
+    """
 
     answer: str
     prompt_nll: float | None
 
 
 class Reference(NamedTuple):
-    """What the champion knows: prompts it was trained on, prompts like its traffic was when it was tested, and how it answered them."""
+    """What the champion knows: prompts it was trained on, prompts like its traffic was when it was tested,
+    and how it answered them.
+    """
 
     familiar: Familiar
     training: list[str]
@@ -89,7 +94,9 @@ def input_families(
 def answer_families(
     asked: dict[str, Logged], reference: Reference, monitor: MonitorConfig
 ) -> list[Family | str]:
-    """How it is answered, and how the prompts surprise the model itself, against the champion's own test rows."""
+    """How it is answered, and how the prompts surprise the model itself, against the champion's own test
+    rows.
+    """
     mine = [
         Answered(request.answer, request.prompt_nll) for request in asked.values() if request.status == 200
     ]
@@ -97,7 +104,8 @@ def answer_families(
     both, size = [*mine, *theirs], len(mine)
     if min(size, len(theirs)) < LEAST_ROWS:
         return [
-            f"answers: {size} in this window and {len(theirs)} of the champion's test rows; wanted {LEAST_ROWS}"
+            f"answers: {size} in this window and {len(theirs)} of the champion's test "
+            f"rows; wanted {LEAST_ROWS}"
         ]
     measures = [
         other(
@@ -127,7 +135,8 @@ def _kinds(answers: list[str]) -> Any:
 def service_families(
     window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged], latency_margin: float
 ) -> list[Family | str]:
-    """Feedback (a value a user), errors and latency (one a request that has it), against the same champion's earlier traffic.
+    """Feedback (a value a user), errors and latency (one a request that has it), against the same champion's
+    earlier traffic.
 
     One busy hour is slower than the next: latency has to be higher by a margin, a share of what it was.
     """

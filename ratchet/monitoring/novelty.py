@@ -1,8 +1,10 @@
-"""How unlike its training rows a prompt is: columns of one number a prompt, larger where the champion has less to go by.
+"""How unlike its training rows a prompt is: columns of one number a prompt, larger where the champion has
+less to go by.
 
-What tells new subjects best is not one number a row but the same rare word stems coming back in several rows of a window:
-`Familiar.stems` gives those to `ratchet/monitoring/drift.py`. Figures: docs/benchmarks.md. Not covered: scripts that put no blanks between
-words; a word is then a whole run of letters, and only 5-grams tell much.
+What tells new subjects best is not one number a row but the same rare word stems coming back in several rows
+of a window: `Familiar.stems` gives those to `ratchet/monitoring/drift.py`. Figures: docs/benchmarks.md. Not
+covered: scripts that put no blanks between words; a word is then a whole run of letters, and only 5-grams
+tell much.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ SUBJECTS = 50
 
 
 class Stems(NamedTuple):
-    """Which rare stems each row holds: a sparse matrix (rows, stems) of 0 and 1, and each stem's weight (1 for one never seen in training)."""
+    """Which rare stems each row holds: a sparse matrix (rows, stems) of 0 and 1, and each stem's weight (1
+    for one never seen in training).
+    """
 
     present: Any
     weights: Values
@@ -44,7 +48,10 @@ class _Read(NamedTuple):
 
 
 class Familiar:
-    """Counts of the training rows. A few seconds for 20,000 of them. A prompt is measured once: the reference's come again with every window."""
+    """Counts of the training rows. A few seconds for 20,000 of them.
+
+    A prompt is measured once: the reference's come again with every window.
+    """
 
     def __init__(self, texts: Sequence[str]) -> None:
         """`texts` are the training prompts. Raises ValueError for none."""
@@ -60,7 +67,9 @@ class Familiar:
         self._word_numbers: dict[str, int] = {}
 
     def columns(self, texts: Sequence[str]) -> dict[str, Values]:
-        """rarity: mean over the row's stems of 1 / (1 + training rows that hold it); the others: share, nats a word, nats a 5-gram, 1 - cosine to the nearest training row."""
+        """rarity: mean over the row's stems of 1 / (1 + training rows that hold it); the others: share, nats
+        a word, nats a 5-gram, 1 - cosine to the nearest training row.
+        """
         values = np.array([row.columns for row in self._rows(texts)], dtype=np.float64).reshape(
             -1, len(COLUMNS)
         )
@@ -78,7 +87,9 @@ class Familiar:
         return _sparse([row.words for row in self._rows(texts)], len(self._word_numbers))
 
     def subjects(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(rows, at most 50): where each row lies among the subjects of the training rows (latent semantic analysis, Deerwester et al. 1990)."""
+        """(rows, at most 50): where each row lies among the subjects of the training rows (latent semantic
+        analysis, Deerwester et al. 1990).
+        """
         return np.stack([row.subjects for row in self._rows(texts)])
 
     def _rows(self, texts: Sequence[str]) -> list[_Read]:
@@ -169,7 +180,10 @@ def words_of(text: str) -> list[str]:
 
 
 def stems_of(text: str) -> list[str]:
-    """Words without their commonest English endings; numbers left out. Crude on purpose: other languages lose little by it."""
+    """Words without their commonest English endings; numbers left out.
+
+    Crude on purpose: other languages lose little by it.
+    """
     parts = (part for word in words_of(text) for part in PART.split(word) if part and not part.isdigit())
     return [shorter if len(shorter := SUFFIX.sub("", part)) >= 3 else part for part in parts]
 

@@ -1,6 +1,7 @@
 """What the gateway remembers: requests and people's feedback on them, in SQLite or PostgreSQL.
 
-Writing is off the hot path: a bounded queue, one thread, batches. A database that is away costs records, which are counted, never an answer.
+Writing is off the hot path: a bounded queue, one thread, batches. A database that is away costs records,
+which are counted, never an answer.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ URL_VARIABLE = "RATCHET_REQUEST_LOG_URL"
 
 
 def open_log(root: Path, config: Config) -> RequestLog:
-    """The log of a checkout. Raises ConfigError for a URL or a pattern that is none; a database that is away is no fault yet."""
+    """The log of a checkout.
+
+    Raises ConfigError for a URL or a pattern that is none; a database that is away is no fault yet.
+    """
     from sqlalchemy.exc import ArgumentError
 
     url = os.environ.get(URL_VARIABLE) or config.request_log.url
@@ -56,7 +60,10 @@ def open_log(root: Path, config: Config) -> RequestLog:
 
 
 class RequestLog(RequestQueries):
-    """Thread-safe. `put` is for the hot path; all else may wait for the database and raises ServiceError when it is away."""
+    """Thread-safe.
+
+    `put` is for the hot path; all else may wait for the database and raises ServiceError when it is away.
+    """
 
     def __init__(self, url: str, config: Config) -> None:
         super().__init__(url)
@@ -82,9 +89,11 @@ class RequestLog(RequestQueries):
         return Counts(self._written, len(self._waiting), self._dropped, self._fault)
 
     def add_feedback(self, feedback: Feedback) -> None:
-        """A person's later word on a request takes the whole place of the earlier one, when it comes with the same key: one vote an answer.
+        """A person's later word on a request takes the whole place of the earlier one, when it comes with the
+        same key: one vote an answer.
 
-        Raises UserError when another key spoke for that person, or the score is none; ServiceError when the database is away.
+        Raises UserError when another key spoke for that person, or the score is none; ServiceError when the
+        database is away.
         """
         from sqlalchemy.exc import IntegrityError
 
@@ -161,7 +170,11 @@ class RequestLog(RequestQueries):
         return True
 
     def _store(self, batch: list[Logged]) -> int:
-        """How many were taken. A record that the database refuses costs itself alone, never the batch or the thread. Raises ServiceError."""
+        """How many were taken.
+
+        A record that the database refuses costs itself alone, never the batch or the thread. Raises
+        ServiceError.
+        """
         try:
             with self.transaction() as connection:
                 connection.execute(self._tables["requests"].insert(), [self._row(record) for record in batch])

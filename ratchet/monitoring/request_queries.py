@@ -78,7 +78,9 @@ class RequestQueries:
         return found
 
     def first_seen(self) -> dict[str, float]:
-        """User → when they first asked or spoke, as far back as the log goes; "" stands for those without a name."""
+        """User → when they first asked or spoke, as far back as the log goes; "" stands for those without a
+        name.
+        """
         from sqlalchemy import func, select, union_all
 
         tables = self._tables.values()
@@ -92,7 +94,9 @@ class RequestQueries:
             }
 
     def unknown_requests(self) -> int:
-        """Requests that people spoke of and the log does not hold: not written yet, dropped, or deleted for their age."""
+        """Requests that people spoke of and the log does not hold: not written yet, dropped, or deleted for
+        their age.
+        """
         from sqlalchemy import distinct, func, select
 
         requests, said = self._tables["requests"], self._tables["feedback"]
@@ -147,7 +151,9 @@ class RequestQueries:
         return query.where(table.c.version == version) if version is not None else query
 
     def _summed(self, groups: list[Any], *first: Any, empty: Any = None) -> Any:
-        """A row a group: the groups, `first`, requests, errors, `empty`, mean latency of what was answered, mean score, requests with a score."""
+        """A row a group: the groups, `first`, requests, errors, `empty`, mean latency of what was answered,
+        mean score, requests with a score.
+        """
         from sqlalchemy import case, func, select
 
         table, said = self._tables["requests"], self._tables["feedback"]
@@ -176,7 +182,10 @@ class RequestQueries:
 
     @contextmanager
     def transaction(self) -> Iterator[Any]:
-        """Tables are made at the first. Raises ServiceError when the database is away; IntegrityError and DataError pass."""
+        """Tables are made at the first.
+
+        Raises ServiceError when the database is away; IntegrityError and DataError pass.
+        """
         from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
         try:

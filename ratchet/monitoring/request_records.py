@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 TRIES = 10
 SOMEBODY_WAS_FASTER = re.compile(r"already exists|duplicate column|duplicate key", re.IGNORECASE)
 CONNECT_SECONDS = 5
-# A database whose machine vanishes says nothing: without these a connection waits for the kernel, a quarter of an hour.
+# A database whose machine vanishes says nothing: without these a connection waits for the kernel, a quarter
+# of an hour.
 STAY_AWAKE = {
     "tcp_user_timeout": 5000,
     "keepalives_idle": 5,
@@ -48,13 +49,17 @@ def _add_columns(engine: Engine, table: Table) -> None:
         with engine.begin() as connection:
             connection.execute(
                 text(
-                    f"ALTER TABLE {table.name} ADD COLUMN {CreateColumn(column).compile(dialect=engine.dialect)}"
+                    f"ALTER TABLE {table.name} ADD COLUMN "
+                    f"{CreateColumn(column).compile(dialect=engine.dialect)}"
                 )
             )
 
 
 class Logged(msgspec.Struct, frozen=True):
-    """One request. Times in seconds since 1970 or milliseconds; NLL in nats a token. `user` is a pseudonym, empty where the client named none."""
+    """One request. Times in seconds since 1970 or milliseconds; NLL in nats a token.
+
+    `user` is a pseudonym, empty where the client named none.
+    """
 
     id: str
     at: float
@@ -83,7 +88,10 @@ class Logged(msgspec.Struct, frozen=True):
 
 
 class Feedback(msgspec.Struct, frozen=True):
-    """What one person said of one answer. `score` from 0 (wrong) to 1 (right). `sender` is a pseudonym of the API key that it came with, empty where none was needed."""
+    """What one person said of one answer. `score` from 0 (wrong) to 1 (right).
+
+    `sender` is a pseudonym of the API key that it came with, empty where none was needed.
+    """
 
     request: str
     user: str

@@ -1,4 +1,6 @@
-"""The trainings that ran on this machine, a line each in `.ratchet/retrains.jsonl`: what drift's budget and cool-down are counted from."""
+"""The trainings that ran on this machine, a line each in `.ratchet/retrains.jsonl`: what drift's budget and
+cool-down are counted from.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ BEGIN_SECONDS = 900  # in which a retraining that was asked for has begun, pulli
 
 
 class Retraining(msgspec.Struct, frozen=True):
-    """`at` in seconds since 1970, `seconds` of the optimisation alone; of one that failed (verdict `failed`, no run key) of all its stages."""
+    """`at` in seconds since 1970, `seconds` of the optimisation alone; of one that failed (verdict `failed`,
+    no run key) of all its stages.
+    """
 
     at: float
     reason: str
@@ -43,12 +47,16 @@ def read_retrains(root: Path, *, since: float = 0.0) -> list[Retraining]:
 
 
 def note_asked(root: Path) -> None:
-    """Drift asks for a retraining now: the cool-down begins here, however long that takes and whether or not it trains."""
+    """Drift asks for a retraining now: the cool-down begins here, however long that takes and whether or not
+    it trains.
+    """
     write_text(root / ASKED, "")
 
 
 def is_under_way(root: Path) -> bool:
-    """Whether a retraining runs, or drift has just asked for one that has not begun: a second one for the same drift would learn from the same rows."""
+    """Whether a retraining runs, or drift has just asked for one that has not begun: a second one for the
+    same drift would learn from the same rows.
+    """
     try:
         with locked(root, "retrain", wait=False):
             pass

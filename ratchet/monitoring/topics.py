@@ -32,7 +32,10 @@ FEEDBACK = TopicSource(match="", source="feedback")
 def find_topics(
     window: Sequence[str], reference: Sequence[str], training: Sequence[str], *, most: int, seed: int
 ) -> list[Topic]:
-    """At most `most`, those that grew most first. Empty when no word came into use: the drift is then of another kind than new subjects."""
+    """At most `most`, those that grew most first.
+
+    Empty when no word came into use: the drift is then of another kind than new subjects.
+    """
     terms = grown_terms(window, [*reference, *training])
     rows = [text for text in window if terms.keys() & set(words_of(text))]
     if not rows:
@@ -45,7 +48,9 @@ def find_topics(
 
 
 def grown_terms(window: Sequence[str], known: Sequence[str]) -> dict[str, float]:
-    """Words that grew beyond chance → log-likelihood ratio of that, in nats, as of a Poisson count (Dunning 1993)."""
+    """Words that grew beyond chance → log-likelihood ratio of that, in nats, as of a Poisson count (Dunning
+    1993).
+    """
     inside = Counter(word for text in window for word in set(words_of(text)))
     before = Counter(word for text in known for word in set(words_of(text)))
     found = {}
@@ -84,7 +89,10 @@ def _topic(
     window: Sequence[str],
     reference: Sequence[str],
 ) -> Topic:
-    """Named by the words that are at home in this group: most rows that hold them are its own. Examples hold the most telling ones."""
+    """Named by the words that are at home in this group: most rows that hold them are its own.
+
+    Examples hold the most telling ones.
+    """
     inside = Counter(word for text in group for word in set(words_of(text)) if word in terms)
     whole = Counter(word for text in rows for word in set(words_of(text)) if word in terms)
     own = [word for word, count in inside.items() if count >= 2 and 2 * count > whole[word]]
@@ -130,13 +138,17 @@ def read_region(path: Path) -> Region:
 
 
 def write_region(path: Path, region: Region) -> None:
-    """Names and terms alone: prompts of users do not belong into git, and shares that change by the hour would make an evaluation stale."""
+    """Names and terms alone: prompts of users do not belong into git, and shares that change by the hour
+    would make an evaluation stale.
+    """
     topics = [{"name": topic.name, "terms": topic.terms} for topic in region.topics]
     write_json(path, {"topics": topics})
 
 
 def sources_for(topics: list[Topic], config: MonitorConfig) -> list[TopicSource]:
-    """Where rows of these topics come from: for each the first of `monitor.sources` that matches its terms or examples; and people's feedback."""
+    """Where rows of these topics come from: for each the first of `monitor.sources` that matches its terms or
+    examples; and people's feedback.
+    """
     found: list[TopicSource] = []
     for topic in topics:
         said = "\n".join([topic.name, *topic.terms, *topic.examples])

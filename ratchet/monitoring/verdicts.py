@@ -1,4 +1,6 @@
-"""Verdicts of the monitor: what one holds, and the file that keeps them, a line each. Everyone reads them here.
+"""Verdicts of the monitor: what one holds, and the file that keeps them, a line each.
+
+Everyone reads them here.
 
 No numpy is imported: `ratchet status` reads the last verdict.
 """
@@ -17,7 +19,8 @@ VERDICTS = Path(".ratchet/monitor/verdicts.jsonl")
 
 
 class Column(msgspec.Struct, frozen=True):
-    """One measured column: the window's `value` and the `reference` in its own unit, and its own `p`, not corrected.
+    """One measured column: the window's `value` and the `reference` in its own unit, and its own `p`, not
+    corrected.
 
     None stands for a number that is not finite: JSON has none.
     """
@@ -32,7 +35,9 @@ class Column(msgspec.Struct, frozen=True):
 
 
 class Topic(msgspec.Struct, frozen=True):
-    """A topic of the traffic, told by its words, with its shares of the window and of the reference, and examples."""
+    """A topic of the traffic, told by its words, with its shares of the window and of the reference, and
+    examples.
+    """
 
     name: str
     terms: list[str] = []
@@ -42,7 +47,9 @@ class Topic(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """Judge a window: `p` is of all columns together, None where the window has under `needed` distinct prompts."""
+    """Judge a window: `p` is of all columns together, None where the window has under `needed` distinct
+    prompts.
+    """
 
     verdict: str = ""  # "drift" where p is at most the false-alarm rate, "no drift", "too few"
     p: float | None = None
@@ -64,7 +71,10 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class Recorded(Verdict, frozen=True, kw_only=True):
-    """A verdict as its line keeps it. `at` is ISO 8601 in UTC, or seconds since 1970; `report` is a folder."""
+    """A verdict as its line keeps it.
+
+    `at` is ISO 8601 in UTC, or seconds since 1970; `report` is a folder.
+    """
 
     at: str | float
     version: int | None = None
@@ -77,7 +87,10 @@ class Recorded(Verdict, frozen=True, kw_only=True):
 
 
 def read_verdicts(root: Path, most: int | None = None) -> list[Recorded]:
-    """Read the newest `most` lines, the newest last. Unreadable ones are left out: the last may be half written."""
+    """Read the newest `most` lines, the newest last.
+
+    Unreadable ones are left out: the last may be half written.
+    """
     path = root / VERDICTS
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines = text.splitlines()[-most if most else None :]
@@ -114,7 +127,10 @@ def number(value: Any) -> float | None:
 
 
 def seconds_of(at: Any) -> float:
-    """Seconds since 1970, of seconds or an ISO 8601 text, which is UTC where it names no zone. Raises ValueError."""
+    """Seconds since 1970, of seconds or an ISO 8601 text, which is UTC where it names no zone.
+
+    Raises ValueError.
+    """
     try:
         found = (
             datetime.fromtimestamp(at, UTC)

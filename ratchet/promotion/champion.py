@@ -19,7 +19,11 @@ FILE = "champion.json"
 
 
 class Champion(msgspec.Struct, frozen=True):
-    """One entry. `commit` is the one whose dvc.lock holds the adapter; `previous` the version that it took over from, for rollback."""
+    """One entry.
+
+    `commit` is the one whose dvc.lock holds the adapter; `previous` the version that it took over from, for
+    rollback.
+    """
 
     name: str
     version: int
@@ -56,7 +60,10 @@ def read_ledger(root: Path) -> list[tuple[str, Champion]]:
 
 
 def last_entry(root: Path, version: int) -> Champion | None:
-    """The newest entry in which that version was in charge. What is older is not looked at, so a rollback needs no whole history."""
+    """The newest entry in which that version was in charge.
+
+    What is older is not looked at, so a rollback needs no whole history.
+    """
     return next((entry for _, entry in _entries(root) if entry.version == version), None)
 
 
@@ -75,5 +82,6 @@ def _decode(raw: bytes, where: str) -> Champion:
     except msgspec.DecodeError as error:
         raise CheckoutError(
             f"{where} is no champion entry: {error}",
-            remedy=f"git checkout HEAD -- {FILE}; the file is written by `ratchet promote` and `ratchet rollback`",
+            remedy=f"git checkout HEAD -- {FILE}; the file is written by `ratchet promote` "
+            "and `ratchet rollback`",
         ) from None

@@ -10,15 +10,20 @@ from ratchet.promotion.champion import Champion
 from ratchet.tracking.mlflow import KEY_TAG
 from ratchet.tracking.registry import Version
 
-TEXTS, VALUES = (
-    (KEY_TAG, "git_commit", "adapter_sha256"),
-    {"batches": list, "data": dict, "gate": dict},
-)  # its entry in the ledger is made of them
+# A version's entry in the ledger is made of these tags: texts, and values as JSON.
+TEXTS = (KEY_TAG, "git_commit", "adapter_sha256")
+VALUES = {"batches": list, "data": dict, "gate": dict}
 
 
 def read_tags(version: Version) -> dict[str, Any]:
-    """`batches`, `data` and `gate` as values. Raises UserError when a tag that a rollout or a promotion needs is missing or says nothing."""
-    remedy = "ratchet retrain registers candidates with all that a promotion needs; this one was registered by other means, or its tags were changed"
+    """`batches`, `data` and `gate` as values.
+
+    Raises UserError when a tag that a rollout or a promotion needs is missing or says nothing.
+    """
+    remedy = (
+        "ratchet retrain registers candidates with all that a promotion needs; "
+        "this one was registered by other means, or its tags were changed"
+    )
     if missing := [tag for tag in (*TEXTS, *VALUES) if not version.tags.get(tag)]:
         raise UserError(f"v{version.number} has no tag {', '.join(missing)}", remedy=remedy)
     found: dict[str, Any] = {}
@@ -42,7 +47,10 @@ def read_tags(version: Version) -> dict[str, Any]:
 def check_gate(version: Version, champion: Champion | None) -> None:
     """Raises UserError: not passed, passed against another champion, or tags that say nothing."""
     gate = read_tags(version)["gate"]
-    overrules = f"`ratchet promote {version.number} --force --reason …`, or the tags `decision` = `force` and `reason` in MLflow, overrule it; the ledger keeps the reason"
+    overrules = (
+        f"`ratchet promote {version.number} --force --reason …`, or the tags `decision` = `force` and "
+        "`reason` in MLflow, overrule it; the ledger keeps the reason"
+    )
     if gate["verdict"] != "promote":
         raise UserError(f"the gate's verdict on v{version.number} is {gate['verdict']}", remedy=overrules)
     now = champion.version if champion else None

@@ -1,4 +1,6 @@
-"""Which versions learned from rows: by the training rows of a version's own commit where they can be read, by its batches otherwise."""
+"""Which versions learned from rows: by the training rows of a version's own commit where they can be read, by
+its batches otherwise.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ STARTED_FROM = "started_from"  # tag: sha256 of the adapter that the weights wen
 
 
 class Trace(NamedTuple):
-    """What one version has of the rows. `exact`: told by its training rows, otherwise only its batches are known. `parent`: the version whose marked weights it went on from."""
+    """What one version has of the rows.
+
+    `exact`: told by its training rows, otherwise only its batches are known. `parent`: the version whose
+    marked weights it went on from.
+    """
 
     version: int
     rows: int
@@ -35,7 +41,10 @@ class Trace(NamedTuple):
 
 
 def trace(root: Path, versions: list[Version], entries: tuple[Entry, ...]) -> list[Trace]:
-    """The versions that learned from any of `entries`, the oldest first. The checkout at `root` has the commits, its DVC cache or remote the rows."""
+    """The versions that learned from any of `entries`, the oldest first.
+
+    The checkout at `root` has the commits, its DVC cache or remote the rows.
+    """
     trained, found, weights = TrainingRows(root), dict[int, Trace](), dict[str, int]()
     for version in sorted(versions, key=lambda version: version.number):
         ids = trained.at(version.tags.get("git_commit", ""))

@@ -1,7 +1,9 @@
-"""The open rollout as a file, `.ratchet/rollout.json`: who gets which version, and how far it is. Ended ones are lines of `.ratchet/rollouts.jsonl`.
+"""The open rollout as a file, `.ratchet/rollout.json`: who gets which version, and how far it is.
 
-The gateway reads it, the flow `rollout` writes it (one at a time, under the lock `promote`), MLflow's tags follow: a rollout can be
-paused or aborted with MLflow down. Each act reads the file again under that lock; doing it twice changes nothing.
+Ended ones are lines of `.ratchet/rollouts.jsonl`. The gateway reads the file, the flow `rollout` writes it,
+and MLflow's tags follow, so a rollout can be paused or aborted with MLflow down. A look reads the state once
+and decides on it; each write compares with the file again under the lock `promote`, so doing it twice changes
+nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import secrets
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import xxhash
@@ -24,13 +26,47 @@ from ratchet.promotion.gate_tags import check_gate
 from ratchet.tracking.registry import Version
 
 FILE, ENDED = Path(".ratchet/rollout.json"), Path(".ratchet/rollouts.jsonl")
-AGAIN = Path(
-    ".ratchet/look-again"
-)  # there while a look is under way, and after one that left something waiting
+AGAIN = Path(".ratchet/look-again")  # exists during a look, and after one that left something waiting
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """Challenger minus champion; each bound holds at all looks together with probability 1 - alpha."""
+
+    mean: float
+    low: float
+    high: float
+    champion: int  # units
+    challenger: int
+
+
+class Users(msgspec.Struct, frozen=True):
+    """How many users each arm had in one step."""
+
+    step: int
+    champion: int
+    challenger: int
+
+
+class Measure(msgspec.Struct, frozen=True):
+    """Bounds of one measure, at the alphas of a promotion, a rollback, and a guardrail that has to hold."""
+
+    gain: Bounds | None = None
+    harm: Bounds | None = None
+    pass_: Bounds | None = msgspec.field(name="pass", default=None)
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """What a look measured, for people and the page."""
+
+    measures: dict[str, Measure] = {}
+    steps: list[Users] = []
 
 
 class Rollout(msgspec.Struct, frozen=True):
-    """`share` of the users get `version`, the others `champion`. Times are in seconds since 1970; `salt` makes the split of users its own."""
+    """`share` of the users get `version`, the others `champion`. Times are in seconds since 1970.
+
+    `salt` makes the split of users its own.
+    """
 
     id: str
     name: str
@@ -46,7 +82,7 @@ class Rollout(msgspec.Struct, frozen=True):
     step_since: float
     why: str = ""  # the state's reason
     by: str = ""
-    last: dict[str, Any] = {}  # the newest look's figures
+    last: Figures = Figures()  # of the newest look
     ended: float | None = None
     paused_at: float | None = None
     paused_seconds: float = 0.0  # earlier pauses together; they count for no limit
@@ -55,6 +91,28 @@ class Rollout(msgspec.Struct, frozen=True):
     def share(self) -> float:
         """0 while it is paused: everybody gets the champion."""
         return self.shares[self.step] if self.state == "open" else 0.0
+
+    @property
+    def last_step(self) -> int:
+        """The one before 100 %: the last with both arms."""
+        return max(0, len(self.shares) - 2)
+
+
+class RolloutState(NamedTuple):
+    """Both files, read once."""
+
+    current: Rollout | None  # open or paused
+    ended: list[Rollout]  # the oldest first
+
+    def find(self, rollout: Rollout) -> Rollout | None:
+        """The same rollout as it stands now; None when the files do not know it."""
+        known = [*self.ended, *([self.current] if self.current else [])]
+        return next((entry for entry in reversed(known) if entry.id == rollout.id), None)
+
+
+def read_state(root: Path) -> RolloutState:
+    """Raise CheckoutError for a file that is none."""
+    return RolloutState(read_rollout(root), read_ended(root))
 
 
 def read_rollout(root: Path) -> Rollout | None:
@@ -66,7 +124,7 @@ def read_rollout(root: Path) -> Rollout | None:
     except msgspec.DecodeError as error:
         raise CheckoutError(
             f"{FILE} is no rollout: {error}",
-            remedy=f"remove it: the champion answers everybody, and the challenger starts anew ({root / FILE})",
+            remedy=f"remove {root / FILE}: the champion answers everybody, and the challenger starts anew",
         ) from None
 
 
@@ -92,19 +150,27 @@ def read_ended(root: Path) -> list[Rollout]:
 
 
 def position(salt: str, unit: str) -> float:
-    """Where a user stands between 0 and 1: under the share, the challenger answers. A growing share takes nobody back."""
+    """Place a user between 0 and 1: under the share, the challenger answers.
+
+    A growing share takes nobody back.
+    """
     return xxhash.xxh3_64_intdigest(f"{salt}\0{unit}".encode()) / 2**64
 
 
-# --- acts ------------------------------------------------------------------------------------------------------------------
+# --- acts ---------------------------------------------------------------------------------------------------
 
 
 def open_rollout(
     root: Path, config: Config, version: Version, champion: Champion, *, by: str, again: bool = False
 ) -> Rollout:
-    """Raises UserError: the gate did not pass it against this champion, it had its rollout (`again`: a person wants another), or BusyError: another one is open."""
+    """Open one for `version`. `again`: a person wants another after one that ended.
+
+    Raises UserError when the gate did not pass it against this champion or it had its rollout, BusyError when
+    another one is open.
+    """
     with locked(root, "promote"):
-        current = read_rollout(root)
+        state = read_state(root)
+        current = state.current
         if current and current.version == version.number:
             return current
         if current:
@@ -113,7 +179,7 @@ def open_rollout(
                 remedy="ratchet rollout abort ends it; one version at a time is tried on users",
             )
         check_gate(version, champion)
-        _check_past(root, version, champion, again)
+        _check_past(state.ended, version, champion, again)
         now = time.time()
         opened = Rollout(
             id=f"v{version.number}-{datetime.fromtimestamp(now, UTC):%Y%m%dT%H%M%S.%f}",
@@ -135,17 +201,18 @@ def open_rollout(
         return opened
 
 
-def _check_past(root: Path, version: Version, champion: Champion, again: bool) -> None:
-    """A version gets one rollout against a champion; one that did harm, or was in charge once, gets no other."""
+def _check_past(ended: list[Rollout], version: Version, champion: Champion, again: bool) -> None:
+    """A version gets one rollout against a champion; one that did harm or was in charge once gets no other."""
     if not again and version.tags.get("decision", "").strip().lower() == "reject":
         raise UserError(
             "a person rejected it", remedy="the tag `decision` = `approve` on it opens its rollout"
         )
-    past = [entry for entry in read_ended(root) if entry.version == version.number]
+    past = [entry for entry in ended if entry.version == version.number]
     if entry := next((entry for entry in past if entry.state in ("rolled_back", "promoted")), None):
         raise UserError(
             f"its rollout ended {entry.state.replace('_', ' ')}: {entry.why}",
-            remedy="the tags `decision` = `force` and `reason`, or `ratchet promote`, put it in charge all the same",
+            remedy="the tags `decision` = `force` and `reason`, or `ratchet promote`, "
+            "put it in charge anyway",
         )
     if not again and (
         entry := next(
@@ -154,16 +221,21 @@ def _check_past(root: Path, version: Version, champion: Champion, again: bool) -
     ):
         raise UserError(
             f"its rollout ended {entry.state.replace('_', ' ')}: {entry.why}",
-            remedy="the tag `decision` = `approve` on it opens another; where it stands already, take the tag `decision_outcome` away",
+            remedy="the tag `decision` = `approve` on it opens another; where it stands "
+            "already, remove the tag "
+            "`decision_outcome`",
         )
 
 
-def advance(root: Path, seen: Rollout, why: str, figures: dict[str, Any]) -> Rollout | None:
-    """The next step, from the one that was looked at; as it is, where somebody else was faster. None: it has ended."""
+def advance(root: Path, seen: Rollout, why: str, figures: Figures) -> Rollout | None:
+    """Go on to the next step from the one that was looked at.
+
+    Where somebody else was faster: as it is; None: ended.
+    """
     return _change(root, seen, step=seen.step + 1, step_since=time.time(), why=why, last=figures)
 
 
-def note_look(root: Path, seen: Rollout, why: str, figures: dict[str, Any]) -> Rollout | None:
+def note_look(root: Path, seen: Rollout, why: str, figures: Figures) -> Rollout | None:
     return _change(root, seen, why=why, last=figures)
 
 
@@ -192,13 +264,14 @@ def resume(root: Path, by: str) -> Rollout:
 
 
 def finish(
-    root: Path, seen: Rollout, state: str, *, why: str, by: str, figures: dict[str, Any] | None = None
+    root: Path, seen: Rollout, state: str, *, why: str, by: str, figures: Figures | None = None
 ) -> Rollout:
     """As it ended, also when somebody else was faster."""
     with locked(root, "promote"):
-        current = read_rollout(root)
+        before = read_state(root)
+        current = before.current
         if current is None or current.id != seen.id:
-            return next((entry for entry in read_ended(root) if entry.id == seen.id), seen)
+            return before.find(seen) or seen
         ended = msgspec.structs.replace(
             current, state=state, why=why, by=by, last=figures or current.last, ended=time.time()
         )
@@ -211,7 +284,8 @@ def _expect(root: Path) -> Rollout:
     if current is None:
         raise UserError(
             "no rollout is open",
-            remedy="a version that passed the gate becomes `challenger`, and its rollout opens at the next look (`ratchet rollout look`)",
+            remedy="a version that passed the gate becomes `challenger`; its rollout opens at the next look "
+            "(`ratchet rollout look`)",
         )
     return current
 

@@ -1,9 +1,11 @@
-"""Inference that holds at every look, however many there are: for the difference of two arms, and for the split of users between them.
+"""Compare two arms, and the split of users between them, with bounds that hold at every look, however many
+there are.
 
-The difference is taken inside each step of a rollout and the steps are then joined by inverse variance: pooled over steps, an arm whose
-share grows would be compared with other hours of other days (Simpson's paradox). Who comes back in several steps counts as one. The bound is the asymptotic confidence sequence of
-Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas (arXiv 2103.06476, theorem 2.2, one-sided): a normal mixture as in Robbins (1970) and
-Johari, Koomen, Pekelis & Walsh (arXiv 1512.04922).
+The difference is taken inside each step of a rollout and the steps are then joined by inverse variance:
+pooled over steps, an arm whose share grows would be compared with other hours of other days (Simpson's
+paradox). A user who comes back in several steps counts as one. The bound is the asymptotic confidence
+sequence of Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas (arXiv 2103.06476, theorem 2.2, one-sided): a normal
+mixture as in Robbins (1970) and Johari, Koomen, Pekelis & Walsh (arXiv 1512.04922).
 """
 
 from __future__ import annotations
@@ -15,15 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, xlogy
 
+from ratchet.promotion.rollout import Bounds
+
 Values = NDArray[np.float64]
 Units = NDArray[np.int64]
-# Information (1 / variance of the difference) at which the bound is tightest, in units of a score's variance: about 250 users an arm.
+# Information (1 / variance of the difference) at which the bound is tightest, in units of a score's variance:
+# about 250 users an arm.
 TUNED_TO = 125.0
 LEAST = 5  # values of an arm in a step under which the step says nothing yet
 
 
 class Stratum(NamedTuple):
-    """One step: a value a unit, of either arm, and which units they are (numbers that tell them apart in all steps; None: each is another)."""
+    """One step: a value a unit, of either arm, and the units' numbers, the same in all steps; None: each is
+    another.
+    """
 
     champion: Values
     challenger: Values
@@ -31,18 +38,11 @@ class Stratum(NamedTuple):
     challenger_units: Units | None = None
 
 
-class Bounds(NamedTuple):
-    """Challenger minus champion; each bound holds at all looks together with probability 1 - alpha."""
-
-    mean: float
-    low: float
-    high: float
-    champion: int  # units
-    challenger: int
-
-
 def difference(strata: list[Stratum], alpha: float, *, scale: float = 1.0) -> Bounds | None:
-    """`scale` is the standard deviation that is expected of a value: it only sets where the bound is tightest. None while no step has enough units."""
+    """Join the steps' differences. None while no step has enough units.
+
+    `scale` is the standard deviation expected of a value: it only sets where the bound is tightest.
+    """
     told = [stratum for stratum in strata if min(len(stratum.champion), len(stratum.challenger)) >= LEAST]
     if not told:
         return None
@@ -62,7 +62,9 @@ def difference(strata: list[Stratum], alpha: float, *, scale: float = 1.0) -> Bo
 
 
 def _clustered_variance(strata: list[Stratum], weights: Values) -> float:
-    """Of the joined difference, when who comes back in several steps is one unit and not several (a sandwich estimate, Liang & Zeger 1986)."""
+    """Variance of the joined difference when a unit comes back in several steps (sandwich estimate, Liang &
+    Zeger 1986).
+    """
     pulls: list[Values] = []
     units: list[Units] = []
     for stratum, weight in zip(strata, weights, strict=True):
@@ -89,7 +91,11 @@ def _count(arms: list[tuple[Values, Units | None]]) -> int:
 
 
 def _variance(stratum: Stratum, scale: float) -> float:
-    """Of the difference of the means. Each arm gets a prior of two values at the expected variance: of five zeros nobody knows that all are."""
+    """Variance of the difference of the means.
+
+    Each arm gets a prior of two values at the expected variance: five equal values do not prove that it is
+    zero.
+    """
     return sum(
         (float(arm.var()) * len(arm) + 2 * scale**2) / (len(arm) + 2) / len(arm)
         for arm in (stratum.champion, stratum.challenger)
@@ -107,9 +113,10 @@ def radius(information: float, alpha: float, scale: float = 1.0) -> float:
 
 
 def split_e_value(champion: int, challenger: int, share: float) -> float:
-    """How many times likelier these numbers are under another split than under `share`; over 1/alpha at any look refutes it at level alpha.
+    """How many times likelier these numbers are under another split than under `share`.
 
-    A Dirichlet-multinomial Bayes factor (Lindon & Malek, arXiv 2011.03567), its prior centred on the share with the weight of 20 users.
+    Over 1/alpha at any look, it refutes the share at level alpha. A Dirichlet-multinomial Bayes factor
+    (Lindon & Malek, arXiv 2011.03567), its prior centred on the share with the weight of 20 users.
     """
     a, b = 20 * (1 - share), 20 * share
     mixed = (

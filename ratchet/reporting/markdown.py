@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from ratchet.monitoring.verdicts import Recorded
+from ratchet.promotion.rollout import Rollout
 
 MODELS = ("candidate", "champion", "base", "simple")
 LABELS = {
@@ -100,31 +101,28 @@ def drift_card(found: Recorded) -> str:
     return "\n".join(lines) + "\n"
 
 
-def rollout_card(found: dict[str, Any]) -> str:
+def rollout_card(found: Rollout) -> str:
     """A rollout as Markdown: how far it is, the users of each arm by step, and every measure with its bounds."""
     lines = [
-        f"## v{found['version']} against v{found['champion']}: {found['state'].replace('_', ' ')}",
+        f"## v{found.version} against v{found.champion}: {found.state.replace('_', ' ')}",
         "",
-        found["why"],
+        found.why,
         "",
-    ]
-    last = found.get("last") or {}
-    lines += [
-        f"- {found['shares'][step['step']]:.0%}: {step['challenger']} users of the challenger, {step['champion']} of the champion"
-        for step in last.get("steps", [])
-    ]
-    lines += [
+        *(
+            f"- {found.shares[users.step]:.0%}: {users.challenger} users of the challenger, "
+            f"{users.champion} of the champion"
+            for users in found.last.steps
+        ),
         "",
         "Challenger minus champion; each bound holds at all looks together.",
         "",
         "| measure | difference | bounds | users |",
         "|---|---|---|---|",
     ]
-    for name, measure in last.get("measures", {}).items():
-        if bounds := measure["gain"]:
-            lines.append(
-                f"| {name} | {bounds['mean']:+.3f} | {bounds['low']:+.3f} to {bounds['high']:+.3f} | {bounds['champion']} + {bounds['challenger']} |"
-            )
+    for name, measure in found.last.measures.items():
+        if gain := measure.gain:
+            bounds, users = f"{gain.low:+.3f} to {gain.high:+.3f}", f"{gain.champion} + {gain.challenger}"
+            lines.append(f"| {name} | {gain.mean:+.3f} | {bounds} | {users} |")
     return "\n".join(lines) + "\n"
 
 

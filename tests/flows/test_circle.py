@@ -1,4 +1,5 @@
-"""The whole circle with real servers and no shortcut: traffic, no drift; other traffic, drift; the event retrains; live feedback promotes; one command returns.
+"""The whole circle with real servers and no shortcut: traffic, no drift; other traffic, drift; the event
+retrains; live feedback promotes; one command returns.
 
 A model of width 64 learns which team handles which thing. Some minutes.
 """
@@ -83,7 +84,8 @@ def questions(things: list[str], count: int, seed: int) -> list[Question]:
     chance, found = random.Random(seed), {}
     while len(found) < count:
         number = chance.randrange(len(things))
-        text = f"In the {chance.choice(PLACES)} a {things[number]} {chance.choice(VERBS)} since {chance.randrange(1, 60)} days: who?"
+        place, verb, days = chance.choice(PLACES), chance.choice(VERBS), chance.randrange(1, 60)
+        text = f"In the {place} a {things[number]} {verb} since {days} days: who?"
         found[text] = Question(text, TEAMS[number % len(TEAMS)], "boats" if things is BOAT else "houses")
     return list(found.values())
 
@@ -284,5 +286,8 @@ def wait_for_version(home: Path, version: int) -> None:
 
 def stop(home: Path, name: str) -> None:
     """One service, as `ratchet down` would."""
-    code = f"from pathlib import Path; from ratchet.services.supervisor import stop_service; assert stop_service(Path({str(home)!r}), {name!r})"
+    code = (
+        "from pathlib import Path; from ratchet.services.supervisor import stop_service; "
+        f"assert stop_service(Path({str(home)!r}), {name!r})"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

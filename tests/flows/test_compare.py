@@ -1,4 +1,6 @@
-"""Methods are compared on the same rows by the project's own evaluation and engine; one that fails is a row with its reason."""
+"""Methods are compared on the same rows by the project's own evaluation and engine; one that fails is a row
+with its reason.
+"""
 
 from __future__ import annotations
 

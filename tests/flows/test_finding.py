@@ -1,4 +1,6 @@
-"""`ratchet plan`, `sweep` and `compare` on a real clone with MLflow away: what they make through the DAG, what they propose, and that DVC makes a trial again. Minutes; marker e2e."""
+"""`ratchet plan`, `sweep` and `compare` on a real clone with MLflow away: what they make through the DAG,
+what they propose, and that DVC makes a trial again. Minutes; marker e2e.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,7 @@ def test_the_same_command_goes_on_and_writes_what_it_proposes(home: Path) -> Non
     run(home, "git", "checkout", "--", ".")
 
 
-def test_bases_are_compared_by_nats_a_row_each_with_its_own_tokens(home: Path, snapshot: Path) -> None:  # noqa: F811
+def test_bases_are_compared_by_nats_a_row_in_own_tokens(home: Path, snapshot: Path) -> None:  # noqa: F811
     config = small_config(space={"base.model": ["demo", f"tiny/llama@{REVISION}"]}, trials=2)
     (home / "params.yaml").write_text(render_params(config), encoding="utf-8")
     run(home, "git", "commit", "-qam", "Look at bases")

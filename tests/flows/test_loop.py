@@ -1,4 +1,7 @@
-"""The real loop with real servers, on a clone with tiny settings: git, DVC, Prefect, MLflow, torch. Minutes; marker e2e."""
+"""The real loop with real servers, on a clone with tiny settings: git, DVC, Prefect, MLflow, torch.
+
+Minutes; marker e2e.
+"""
 
 from __future__ import annotations
 
@@ -169,7 +172,8 @@ def test_the_served_deployment_runs_the_flow(home: Path) -> None:
     api = f"http://127.0.0.1:{load_config(home / 'params.yaml').services.prefect_port}/api"
     code = (
         "from prefect.deployments import run_deployment\n"
-        "run = run_deployment('retrain/retrain', parameters={'reason': 'from the deployment'}, timeout=240, poll_interval=2)\n"
+        "run = run_deployment('retrain/retrain', parameters={'reason': 'from the deployment'}, "
+        "timeout=240, poll_interval=2)\n"
         "print(run.state.type.value, run.name)"
     )
     done = subprocess.run(

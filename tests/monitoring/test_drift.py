@@ -192,7 +192,9 @@ def test_what_moved_is_named_the_clearest_first_and_nothing_else():
 
 
 def test_families_that_are_clear_only_together_name_the_clearest():
-    """Three columns of the same rows that say the same: corrected for each other they cost nothing, each by its weight alone would."""
+    """Three columns of the same rows that say the same: corrected for each other they cost nothing, each by
+    its weight alone would.
+    """
     values = np.concatenate(
         [np.random.default_rng(2).normal(0.22, 1, 60), np.random.default_rng(3).normal(0, 1, 200)]
     )

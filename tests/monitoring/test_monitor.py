@@ -1,4 +1,7 @@
-"""The monitor: a rate of false alarms that is kept, each kind of drift by itself, topics, decisions. On real documentation texts."""
+"""The monitor: a rate of false alarms that is kept, each kind of drift by itself, topics, decisions.
+
+On real documentation texts.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,7 @@ def look(window: list[Logged], **settings: object) -> Verdict:
     )  # type: ignore[arg-type]
 
 
-# --- the rate -------------------------------------------------------------------------------------------------------------
+# --- the rate -----------------------------------------------------------------------------------------------
 
 
 def test_windows_without_drift_give_alarms_no_more_often_than_the_rate():
@@ -138,7 +141,7 @@ def test_the_weights_share_the_whole_error():
     assert sum(WEIGHTS.values()) == pytest.approx(1.0)
 
 
-# --- each kind by itself ---------------------------------------------------------------------------------------------------
+# --- each kind by itself ------------------------------------------------------------------------------------
 
 
 def test_quiet_traffic_is_no_drift():
@@ -237,7 +240,7 @@ def test_a_busy_hour_is_no_drift():
     assert verdict.verdict == "no drift" and verdict.moved == [], verdict.columns
 
 
-# --- what is refused or left out ----------------------------------------------------------------------------------------------
+# --- what is refused or left out ----------------------------------------------------------------------------
 
 
 def test_a_small_window_gets_no_verdict_and_the_number_that_is_needed():
@@ -306,7 +309,7 @@ def test_no_topic_is_made_of_words_that_did_not_grow():
     ), grown
 
 
-# --- the decision, and what stays of it ---------------------------------------------------------------------------------------
+# --- the decision, and what stays of it ---------------------------------------------------------------------
 
 
 def drifted(p: float = 0.001) -> Verdict:

@@ -75,7 +75,10 @@ def request(number: int, prompt: str, **given: object) -> Logged:
         "latency_ms": 20.0 + number % 5,
         "prompt_nll": 3.0 + len(prompt) % 7 / 10,
     } | given
-    return Logged(f"r{number}", float(number), "", "champion", 1, messages=(("user", prompt),), **figures)  # type: ignore[arg-type]
+    return Logged(
+        f"r{number}", float(number), "", "champion", 1, messages=(("user", prompt),),
+        **figures,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def window(count: int = 200, seed: int = 3, **given: object) -> list[Logged]:

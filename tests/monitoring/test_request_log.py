@@ -69,7 +69,7 @@ def fill(log: RequestLog, *records: Logged) -> None:
     assert log.flush()
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 
 
 def test_what_was_put_comes_back_whole(open_here: Open) -> None:
@@ -221,7 +221,7 @@ sys.exit(log.counts().written != 500)
     assert open_here().count() == 1000
 
 
-# --- what is kept ----------------------------------------------------------------------------------------------------
+# --- what is kept -------------------------------------------------------------------------------------------
 
 
 def test_what_the_patterns_find_is_never_written(open_here: Open, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_old_requests_go_and_their_feedback_with_them(open_here: Open) -> None:
     assert list(log.feedback_of(["old", "new"])) == ["new"]
 
 
-# --- feedback --------------------------------------------------------------------------------------------------------
+# --- feedback -----------------------------------------------------------------------------------------------
 
 
 def test_one_user_has_one_say_on_an_answer_the_later_one(open_here: Open) -> None:
@@ -313,7 +313,8 @@ def test_a_database_of_an_earlier_release_is_read_and_written(open_here: Open, t
     with sqlite3.connect(tmp_path / ".ratchet/requests.db") as earlier:
         texts = "label TEXT, answer TEXT, comment TEXT"
         earlier.execute(
-            f"CREATE TABLE feedback (request VARCHAR NOT NULL, user VARCHAR NOT NULL, at FLOAT, score FLOAT, {texts}, PRIMARY KEY (request, user))"
+            "CREATE TABLE feedback (request VARCHAR NOT NULL, user VARCHAR NOT NULL, at FLOAT, score FLOAT, "
+            f"{texts}, PRIMARY KEY (request, user))"
         )
         earlier.execute("INSERT INTO feedback VALUES ('a', 'ana', 1.0, 0.5, '', 'so', '')")
     earlier.close()
@@ -326,7 +327,8 @@ def test_a_database_of_an_earlier_release_is_read_and_written(open_here: Open, t
     ]
     with sqlite3.connect(tmp_path / ".ratchet/requests.db") as earlier:  # which may still run
         earlier.execute(
-            "INSERT INTO feedback (request, user, at, score, label, answer, comment) VALUES ('b', 'ana', 3.0, 1.0, '', '', '')"
+            "INSERT INTO feedback (request, user, at, score, label, answer, comment) VALUES ('b', 'ana', "
+            "3.0, 1.0, '', '', '')"
         )
     earlier.close()
     assert log.feedback_of(["b"])["b"] == [Feedback("b", "ana", 3.0, score=1.0)]
@@ -336,7 +338,8 @@ def test_processes_that_add_a_column_at_once_do_not_stop_each_other(tmp_path: Pa
     (tmp_path / ".ratchet").mkdir()
     with sqlite3.connect(tmp_path / ".ratchet/requests.db") as earlier:
         earlier.execute(
-            "CREATE TABLE feedback (request VARCHAR NOT NULL, user VARCHAR NOT NULL, at FLOAT, score FLOAT, label TEXT, answer TEXT, comment TEXT)"
+            "CREATE TABLE feedback (request VARCHAR NOT NULL, user VARCHAR NOT NULL, at FLOAT, score FLOAT, "
+            "label TEXT, answer TEXT, comment TEXT)"
         )
     earlier.close()
     logs = [open_log(tmp_path, configured()) for _ in range(6)]
@@ -391,10 +394,11 @@ def test_feedback_and_readers_say_that_the_database_is_away(open_here: Open) -> 
         log.window(limit=1)
 
 
-# --- reading: the same in both databases ---------------------------------------------------------------------------
+# --- reading: the same in both databases --------------------------------------------------------------------
 
 
-POSTGRES = "RATCHET_TEST_POSTGRES"  # URL of a database that the tests may empty, such as postgresql+psycopg://user@127.0.0.1/tests
+# URL of a database that the tests may empty, such as postgresql+psycopg://user@127.0.0.1/tests
+POSTGRES = "RATCHET_TEST_POSTGRES"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

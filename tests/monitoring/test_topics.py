@@ -24,7 +24,8 @@ def known(count: int, seed: int = 0) -> list[str]:
 def about(words: list[str], count: int, seed: int = 0) -> list[str]:
     chance = np.random.default_rng(seed)
     return [
-        f"how to {chance.choice(VERBS)} the {' '.join(chance.permutation(words)[:2])} number {chance.integers(10_000)}"
+        f"how to {chance.choice(VERBS)} the {' '.join(chance.permutation(words)[:2])} number "
+        f"{chance.integers(10_000)}"
         for _ in range(count)
     ]
 

@@ -1,4 +1,6 @@
-"""Moving the champion: the commit decides, MLflow's alias follows, twice is once, and a rollback needs the ledger alone."""
+"""Moving the champion: the commit decides, MLflow's alias follows, twice is once, and a rollback needs the
+ledger alone.
+"""
 
 from __future__ import annotations
 
@@ -88,11 +90,13 @@ def reign(root: Path, versions: int) -> None:
         take(root, register(number, rival=number - 1 or None))
 
 
-# --- promotion -------------------------------------------------------------------------------------------------------------
+# --- promotion ----------------------------------------------------------------------------------------------
 
 
 def test_a_version_of_a_commit_that_is_not_here_is_not_put_in_charge(root):
-    """Two checkouts share one registry: the other one's commit has to come here first, or nobody could fetch what was promoted."""
+    """Two checkouts share one registry: the other one's commit has to come here first, or nobody could fetch
+    what was promoted.
+    """
     before = git(root, "rev-parse", "HEAD")
     with pytest.raises(
         CheckoutError, match=r"(?s)v1 was made by commit abababab, which is not in this repository.*git pull"
@@ -203,7 +207,8 @@ def test_a_registry_that_does_not_know_the_champion_gets_no_say(root, tmp_path, 
     make_version("small", find_or_create_run("small", "key9", {}), Path("adapter"), {KEY_TAG: "key9"}, "")
     with pytest.raises(
         UserError,
-        match=r"champion\.json says v1 of small is in charge; the registry has another model under that number",
+        match=r"champion\.json says v1 of small is in charge; "
+        r"the registry has another model under that number",
     ):
         take(root, register(2, rival=1))
     assert read_champion(root).version == 1
@@ -258,7 +263,7 @@ def test_a_tag_stays_where_a_version_first_took_charge(root):
     assert [champion.version for _, champion in read_ledger(root)] == [1, 2, 1]
 
 
-# --- rollback --------------------------------------------------------------------------------------------------------------
+# --- rollback -----------------------------------------------------------------------------------------------
 
 
 def test_a_rollback_restores_the_whole_entry(root):
@@ -336,7 +341,7 @@ def test_a_champion_file_that_is_garbage_is_refused(root):
         back(root)
 
 
-# --- what people read ------------------------------------------------------------------------------------------------------
+# --- what people read ---------------------------------------------------------------------------------------
 
 
 def test_the_history_tells_every_move_with_its_reason_data_and_gate(root):

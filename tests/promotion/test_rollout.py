@@ -1,4 +1,7 @@
-"""Rollouts: bounds that hold at every look, and what a look does. Real git, DVC, MLflow store and request log."""
+"""Rollouts: bounds that hold at every look, and what a look does.
+
+Real git, DVC, MLflow store and request log.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ CONFIG = Config.model_validate({"project": {"name": "small"}, "rollout": QUICK})
 MANUAL = CONFIG.model_copy(update={"promotion": "manual"})
 
 
-# --- the statistics ------------------------------------------------------------------------------------------------------
+# --- the statistics -----------------------------------------------------------------------------------------
 
 
 def test_an_equal_model_ends_wrongly_no_more_often_than_alpha_over_all_looks():
@@ -56,7 +59,9 @@ def test_a_much_better_model_is_promoted_and_a_much_worse_one_is_rolled_back():
 
 
 def test_steps_are_compared_inside_themselves():
-    """Both arms are equal in each step; the challenger has most of its users in the better one, so pooled it would look better."""
+    """Both arms are equal in each step; the challenger has most of its users in the better one, so pooled it
+    would look better.
+    """
     low, high = np.full(400, 0.2), np.full(400, 0.8)
     found = difference([Stratum(low, low[:20]), Stratum(high[:200], high[:200])], 0.05)
     assert found is not None and found.mean == pytest.approx(0.0) and found.low < 0 < found.high
@@ -117,7 +122,10 @@ def test_a_split_of_users_that_cannot_be_is_told_and_a_right_one_is_not():
 def units(
     count: int, *, champion: float, challenger: float, step: int = 0, errors: int = 0, latency: float = 100.0
 ) -> list[Unit]:
-    """As many of either arm; feedback is 1 for that share of them. Errors and latency are the challenger's."""
+    """As many of either arm; feedback is 1 for that share of them.
+
+    Errors and latency are the challenger's.
+    """
     made = []
     for number in range(count):
         good = [number < share * count for share in (champion, challenger)]
@@ -189,7 +197,7 @@ def test_nobody_at_all_is_a_hold():
     assert judge(outcomes_of([]), opened(), RolloutConfig(), 60.0).action == "hold"
 
 
-# --- the file --------------------------------------------------------------------------------------------------------------
+# --- the file -----------------------------------------------------------------------------------------------
 
 
 def test_a_rollout_is_read_back_ended_once_and_garbage_is_refused(tmp_path: Path):
@@ -210,10 +218,17 @@ def test_a_paused_rollout_has_no_share_and_places_are_even():
     assert abs(np.mean(places) - 0.5) < 0.02 and abs(np.mean(np.array(places) < 0.05) - 0.05) < 0.015
 
 
-# --- a look at the real things ------------------------------------------------------------------------------------------------
+# --- a look at the real things ------------------------------------------------------------------------------
 
 
-def ask(root: Path, rollout: Rollout, count: int, *, champion: float, challenger: float) -> None:  # noqa: F811
+def ask(
+    root: Path,  # noqa: F811
+    rollout: Rollout,
+    count: int,
+    *,
+    champion: float,
+    challenger: float,
+) -> None:
     """Traffic as the gateway logs it, with feedback."""
     log = open_log(root, CONFIG)
     for number in range(count):
@@ -254,7 +269,7 @@ def challenge(root: Path, number: int = 2, **gate: object) -> None:  # noqa: F81
 def test_a_challenger_is_rolled_out_and_promoted_by_its_users(root: Path):  # noqa: F811
     challenge(root)
     first, _ = step(root)
-    assert (first["version"], first["champion"], first["share"]) == (2, 1, 0.5)
+    assert (first.version, first.champion, first.share) == (2, 1, 0.5)
     assert get_version("small", 2).tags["rollout_share"] == "0.5"
     rollout = read_rollout(root)
     assert rollout is not None
@@ -269,9 +284,9 @@ def test_a_challenger_is_rolled_out_and_promoted_by_its_users(root: Path):  # no
         and "mean feedback +0." in champion.why
     ), said
     assert (
-        done["state"] == "promoted"
+        done.state == "promoted"
         and read_rollout(root) is None
-        and rollout_status(root, CONFIG)["state"] == "promoted"
+        and rollout_status(root, CONFIG).state == "promoted"
     )
     assert (
         get_alias("small", CHAMPION),
@@ -286,11 +301,11 @@ def test_a_worse_challenger_is_rolled_back_and_not_opened_again(root: Path):  # 
     rollout = read_rollout(root)
     assert rollout is not None
     ask(root, rollout, 900, champion=0.7, challenger=0.3)
-    assert step(root)[0]["state"] == "rolled_back"
+    assert step(root)[0].state == "rolled_back"
     assert get_alias("small", CHALLENGER) is None
     set_alias("small", CHALLENGER, 2)
     found, said = step(root)
-    assert "version" not in found and "its rollout ended rolled back" in " ".join(said)
+    assert found is None and "its rollout ended rolled back" in " ".join(said)
     champion = read_champion(root)
     assert champion is not None and champion.version == 1
 
@@ -299,7 +314,7 @@ def test_one_that_did_not_pass_the_gate_never_answers_a_user(root: Path):  # noq
     challenge(root, verdict="uncertain")
     found, said = step(root)
     assert (
-        "version" not in found
+        found is None
         and "the gate's verdict on v2 is uncertain" in " ".join(said)
         and get_alias("small", CHALLENGER) is None
     )
@@ -315,7 +330,7 @@ def test_a_registry_that_answers_garbage_opens_nothing(tag: str, root: Path):  #
     else:
         mlflow_client().delete_model_version_tag("small", "2", tag)
     found, said = step(root)
-    assert "version" not in found and read_rollout(root) is None
+    assert found is None and read_rollout(root) is None
     assert any("is no challenger any more" in line for line in said)
 
 
@@ -324,9 +339,9 @@ def test_pausing_and_aborting_need_no_server(root: Path, monkeypatch: pytest.Mon
     step(root)
     use_no_mlflow(monkeypatch)
     said: list[str] = []
-    assert pause_rollout(root, CONFIG, said.append)["share"] == 0.0
-    assert resume_rollout(root, CONFIG, said.append)["share"] == 0.5
-    assert abort_rollout(root, CONFIG, "complaints", said.append)["state"] == "aborted"
+    assert pause_rollout(root, CONFIG, said.append).share == 0.0
+    assert resume_rollout(root, CONFIG, said.append).share == 0.5
+    assert abort_rollout(root, CONFIG, "complaints", said.append).state == "aborted"
     assert (
         read_rollout(root) is None
         and read_ended(root)[-1].why == "complaints"
@@ -348,11 +363,11 @@ def test_a_look_goes_on_with_mlflow_away_and_a_promotion_waits_for_it(
     with monkeypatch.context() as patch:
         use_no_mlflow(patch)
         found, said = step(root)
-        assert found["state"] == "open" and any("until MLflow answers" in line for line in said)
-    assert step(root)[0]["state"] == "promoted"
+        assert found.state == "open" and any("until MLflow answers" in line for line in said)
+    assert step(root)[0].state == "promoted"
 
 
-def test_a_promotion_waits_for_a_clean_checkout_and_one_that_was_cut_off_is_taken_note_of(root: Path):  # noqa: F811
+def test_a_promotion_waits_for_a_clean_checkout_and_one_cut_off_is_noted(root: Path):  # noqa: F811
     challenge(root)
     step(root)
     rollout = read_rollout(root)
@@ -361,11 +376,11 @@ def test_a_promotion_waits_for_a_clean_checkout_and_one_that_was_cut_off_is_take
     before = (root / "params.yaml").read_text()
     (root / "params.yaml").write_text(before + "# changed\n")
     found, _ = step(root)
-    assert found["state"] == "open" and "waits for the checkout" in found["why"]
+    assert found.state == "open" and "waits for the checkout" in found.why
     (root / "params.yaml").write_text(before)
-    assert step(root)[0]["state"] == "promoted"
+    assert step(root)[0].state == "promoted"
     write_rollout(root, rollout)
-    assert step(root)[0]["state"] == "promoted", "champion.json had moved, the file had not"
+    assert step(root)[0].state == "promoted", "champion.json had moved, the file had not"
 
 
 def test_a_rollback_ends_the_rollout_and_a_refused_version_is_stopped(root: Path):  # noqa: F811
@@ -374,16 +389,16 @@ def test_a_rollback_ends_the_rollout_and_a_refused_version_is_stopped(root: Path
     write_state(
         root, {"refused": {"v2": "3 of 9 weights are not finite"}, "refused_since": {"v2": time.time()}}
     )
-    assert step(root)[0]["state"] == "open", "it may pass: the gateway tries again"
+    assert step(root)[0].state == "open", "it may pass: the gateway tries again"
     write_rollout(root, msgspec.structs.replace(read_rollout(root), opened=time.time() - 1000))
     write_state(
         root, {"refused": {"v2": "3 of 9 weights are not finite"}, "refused_since": {"v2": time.time() - 200}}
     )
     found, _ = step(root)
-    assert found["state"] == "stopped" and "not finite" in found["why"]
+    assert found.state == "stopped" and "not finite" in found.why
     reign_more(root)
     found, _ = step(root)
-    assert found["state"] == "open" and found["version"] == 4
+    assert found.state == "open" and found.version == 4
     back(root)
     step(root)
     ended = read_ended(root)[-1]
@@ -398,7 +413,7 @@ def reign_more(root: Path) -> None:  # noqa: F811
     set_alias("small", CHALLENGER, register(4, rival=3))
 
 
-# --- decisions in MLflow's UI ---------------------------------------------------------------------------------------------------
+# --- decisions in MLflow's UI -------------------------------------------------------------------------------
 
 
 def decide(number: int, **tags: str) -> None:

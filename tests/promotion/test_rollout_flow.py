@@ -1,4 +1,6 @@
-"""What must not end a rollout or lose a decision: a dirty checkout, services that are away, tags that are garbage, pauses, two at once."""
+"""What must not end a rollout or lose a decision: a dirty checkout, services that are away, tags that are
+garbage, pauses, two at once.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,7 @@ from ratchet.pipeline.checkout import git, locked
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.rollout import (
     AGAIN,
+    Figures,
     advance,
     finish,
     pause,
@@ -82,7 +85,7 @@ def test_approval_opens_another_rollout_but_not_of_one_that_did_harm(root: Path)
     set_alias("small", CHALLENGER, 2)
     assert "its rollout ended no evidence: too quiet" in " ".join(step(root)[1])
     decide(2, decision="approve")
-    assert step(root)[0]["state"] == "open" and outcome(2) == "approve: done: its rollout is open"
+    assert step(root)[0].state == "open" and outcome(2) == "approve: done: its rollout is open"
     finish(root, read_rollout(root), "rolled_back", why="worse", by="rollout")
     decide(2, decision_outcome="")
     step(root)
@@ -107,11 +110,7 @@ def test_a_look_without_news_changes_nothing_in_the_registry(root: Path):  # noq
     before = list_versions("small")
     ask(root, read_rollout(root), 60, champion=0.5, challenger=0.5)
     found, _ = step(root)
-    assert (
-        found["state"] == "open"
-        and found["last"]["steps"][0]["challenger"] > 10
-        and list_versions("small") == before
-    )
+    assert found.state == "open" and found.last.steps[0].challenger > 10 and list_versions("small") == before
 
 
 def test_the_lock_is_free_while_the_registry_is_asked(root: Path):  # noqa: F811
@@ -127,13 +126,16 @@ def test_the_lock_is_free_while_the_registry_is_asked(root: Path):  # noqa: F811
     assert any("of the users" in line for line in seen)
 
 
-def test_what_mlflow_did_not_hear_it_hears_at_the_next_look(root: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def test_what_mlflow_did_not_hear_it_hears_at_the_next_look(
+    root: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+):
     challenge(root)
     step(root)
     ask(root, read_rollout(root), 900, champion=0.7, challenger=0.3)
     with monkeypatch.context() as patch:
         use_no_mlflow(patch)
-        assert step(root)[0]["state"] == "rolled_back"
+        assert step(root)[0].state == "rolled_back"
     assert (get_alias("small", CHALLENGER), get_version("small", 2).tags["rollout_state"]) == (
         2,
         "open",
@@ -153,7 +155,7 @@ def test_approval_while_another_rollout_is_open_waits_for_its_end(root: Path):  
     decide(3, decision="approve")
     assert "waits" in " ".join(step(root)[1]) and outcome(3) == "" and (root / AGAIN).exists()
     finish(root, read_rollout(root), "no_evidence", why="too quiet", by="rollout")
-    assert step(root)[0]["version"] == 3 and outcome(3) == "approve: done: its rollout is open"
+    assert step(root)[0].version == 3 and outcome(3) == "approve: done: its rollout is open"
 
 
 def test_who_was_rejected_by_a_person_is_not_tried_again(root: Path):  # noqa: F811
@@ -171,7 +173,7 @@ def test_a_rollout_that_is_refused_at_its_end_ends(root: Path):  # noqa: F811
     ask(root, read_rollout(root), 900, champion=0.3, challenger=0.7)
     decide(2, gate='{"verdict": "reject", "rival": 1}')
     found, _ = step(root)
-    assert found["state"] == "aborted" and "reject" in found["why"] and read_champion(root).version == 1
+    assert found.state == "aborted" and "reject" in found.why and read_champion(root).version == 1
 
 
 def test_a_person_who_moves_the_champion_ends_the_open_rollout_at_once(root: Path):  # noqa: F811
@@ -215,7 +217,7 @@ def test_a_server_that_is_no_registry_keeps_no_harm_from_being_seen(
     ask(root, read_rollout(root), 900, champion=0.7, challenger=0.3)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", garbage)
     found, said = step(root)
-    assert found["state"] == "rolled_back" and any("MLflow hears of it later" in line for line in said)
+    assert found.state == "rolled_back" and any("MLflow hears of it later" in line for line in said)
     assert read_champion(root).version == 1
 
 
@@ -223,7 +225,7 @@ def test_a_version_that_was_deleted_is_no_challenger(root: Path):  # noqa: F811
     challenge(root)
     mlflow_client().delete_model_version("small", "2")
     found, _ = step(root)
-    assert "version" not in found and read_champion(root).version == 1
+    assert found is None and read_champion(root).version == 1
 
 
 def test_a_paused_rollout_ends_with_its_champion(root: Path):  # noqa: F811
@@ -240,26 +242,26 @@ def test_a_paused_rollout_ends_with_its_champion(root: Path):  # noqa: F811
 def test_what_the_gateway_refused_before_the_rollout_opened_does_not_end_it(root: Path):  # noqa: F811
     challenge(root)
     write_state(root, {"refused": {"v2": "no room"}, "refused_since": {"v2": time.time() - 1000}})
-    assert step(root)[0]["state"] == "open"
+    assert step(root)[0].state == "open"
 
 
 def test_steps_that_begin_with_everybody_are_no_canary(root: Path):  # noqa: F811
     challenge(root)
     at_once = Config.model_validate({"project": {"name": "small"}, "rollout": {"steps": [1.0]}})
-    assert step(root, at_once)[0]["state"] == "promoted" and read_champion(root).version == 2
+    assert step(root, at_once)[0].state == "promoted" and read_champion(root).version == 2
 
 
-# --- the acts, without a registry --------------------------------------------------------------------------------------------
+# --- the acts, without a registry ---------------------------------------------------------------------------
 
 
 def test_an_act_twice_is_an_act_once(tmp_path: Path):
     first = opened(shares=(0.25, 0.5, 1.0))
     write_rollout(tmp_path, first)
-    assert advance(tmp_path, first, "well", {}).step == 1
-    assert advance(tmp_path, first, "well", {}).step == 1, "it was looked at in the first step"
+    assert advance(tmp_path, first, "well", Figures()).step == 1
+    assert advance(tmp_path, first, "well", Figures()).step == 1, "it was looked at in the first step"
     ended = finish(tmp_path, first, "aborted", why="first", by="Ana")
     assert finish(tmp_path, first, "promoted", why="second", by="Bo") == ended == read_ended(tmp_path)[0]
-    assert advance(tmp_path, first, "well", {}) is None
+    assert advance(tmp_path, first, "well", Figures()) is None
 
 
 def test_a_pause_counts_for_no_limit_and_its_requests_for_no_arm(tmp_path: Path):
@@ -276,7 +278,7 @@ def test_a_pause_counts_for_no_limit_and_its_requests_for_no_arm(tmp_path: Path)
     found = look(
         [*units(30, champion=0.5, challenger=0.5), *meanwhile], gone_on, RolloutConfig(), now=169 * 3600.0
     )
-    assert found.action == "hold" and found.figures["steps"][0]["champion"] == 30
+    assert found.action == "hold" and found.figures.steps[0].champion == 30
 
 
 def test_two_at_once_do_not_overwrite_each_other(tmp_path: Path):

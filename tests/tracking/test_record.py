@@ -76,7 +76,8 @@ def make_findings(
     }
     slices = ["test", "golden", *(f"batch:{name}" for name in batches), *(f"kind:{name}" for name in kinds)]
     write_json(folder / "models/candidate/manifest.json", {
-        "run_key": "key1", "adapter_sha256": "a" * 64, "batches": list(batches), "base": {"model": "org/base", "revision": "f" * 40}, "inputs": {"start": "base"},
+        "run_key": "key1", "adapter_sha256": "a" * 64, "batches": list(batches),
+        "base": {"model": "org/base", "revision": "f" * 40}, "inputs": {"start": "base"},
     })  # fmt: skip
     (folder / "models/candidate/adapter_model.safetensors").write_text("weights")
     write_json(
@@ -116,7 +117,8 @@ def make_findings(
     }
     write_json(folder / "data/prepared/profile.json", {"total": total})
     (folder / "data/raw.dvc").write_text(
-        "outs:\n- md5: 9f060411ff9b1d4a4fbcfe4c1a7e8abe.dir\n  size: 5\n  nfiles: 2\n  hash: md5\n  path: raw\n"
+        "outs:\n- md5: 9f060411ff9b1d4a4fbcfe4c1a7e8abe.dir\n  size: 5\n  nfiles: 2\n  "
+        "hash: md5\n  path: raw\n"
     )
     return folder
 
