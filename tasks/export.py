@@ -241,15 +241,12 @@ def _with_answer(chat: ChatFormat, row: Example) -> Encoded:
 
 
 def _compare(ours: Scores, theirs: Scores) -> Comparison:
-    sides = [
-        Score(
-            Bounds(*wilson(side.exact_match, alpha=0.025)),
-            _mean(side.answer_nll),
-        )
+    adapter, export = (
+        Score(Bounds(*wilson(side.exact_match, alpha=0.025)), _mean(side.answer_nll))
         for side in (ours, theirs)
-    ]
+    )
     matches, nll = theirs.exact_match - ours.exact_match, theirs.answer_nll - ours.answer_nll
-    return Comparison(len(ours.answer_nll), *sides, Score(_mean(matches), _mean(nll)))
+    return Comparison(len(ours.answer_nll), adapter, export, Score(_mean(matches), _mean(nll)))
 
 
 def _mean(values: Values) -> Bounds:

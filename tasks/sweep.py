@@ -297,7 +297,9 @@ class _Follower:
             return TrialState.FAIL, None, ended.reason
         self.points = read_history(folder / f"{REPORTS}/history.jsonl")
         self._report()
-        return TrialState.COMPLETE, read_figures(folder)["best_validation_loss"] * self._unit, ""
+        loss = read_figures(folder)["best_validation_loss"]
+        assert loss is not None  # a study needs validation rows, and is refused without them
+        return TrialState.COMPLETE, loss * self._unit, ""
 
 
 def unit(material: Material, config: Config) -> float:

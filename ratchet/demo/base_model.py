@@ -5,6 +5,8 @@ It learns to read from the prompts too, so its loss counts every token, unlike t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -40,7 +42,7 @@ def make_tokenizer(rows: list[Example], demo: DemoBase) -> PreTrainedTokenizerFa
         show_progress=False,
     )
     tokenizer.train_from_iterator((message.content for row in rows for message in row.messages), trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # its class has no annotations
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",  # noqa: S106  (no secret: the name of a token)
         eos_token="<|end|>",  # noqa: S106
@@ -69,11 +71,12 @@ def llama(demo: DemoBase, chat: ChatFormat) -> LlamaConfig:
     )
 
 
-def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> LlamaForCausalLM:
+def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
     """Train a fresh model on the rows that fit into a window. Raises DivergenceError."""
     demo = config.demo
     set_seed(config.seed)
-    model = LlamaForCausalLM(llama(demo, chat)).to("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = LlamaForCausalLM(llama(demo, chat))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     window = min(demo.context, WINDOW)
     encoded: list[Encoded] = [row for example in rows if len((row := chat.encode(example)).ids) <= window]
     schedule = Schedule(

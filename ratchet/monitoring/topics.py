@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 
 from ratchet.config.monitoring import MonitorConfig, TopicSource
+from ratchet.data.text import WORD
 from ratchet.errors import DataError
 from ratchet.files import write_json
-from ratchet.monitoring.novelty import WORD, words_of
+from ratchet.monitoring.novelty import words_of
 from ratchet.monitoring.verdicts import Topic
 
 LEAST_ROWS, GROWTH, EVIDENCE = (

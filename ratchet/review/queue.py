@@ -63,7 +63,7 @@ class ReviewQueue:
             return 0
         with self._store.transaction() as connection:
             added = connection.execute(insert(table).on_conflict_do_nothing(), rows).rowcount
-            for draft in {row["draft"] for row in rows} if share > 0 else ():
+            for draft in {str(row["draft"]) for row in rows} if share > 0 else ():
                 _ensure_sample(connection, table, draft)
         return int(added)
 

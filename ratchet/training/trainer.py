@@ -182,10 +182,12 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        predict = partial(logits_at, model, self.model.get_output_embeddings(), inputs)
+        whole_model: Any = self.model  # transformers types both as optional
+        compute_losses: Any = self.compute_loss_func
+        predict = partial(logits_at, model, whole_model.get_output_embeddings(), inputs)
         if model.training:
             with self._autocast:
-                losses, count = self.compute_loss_func(inputs, predict, num_items_in_batch)
+                losses, count = compute_losses(inputs, predict, num_items_in_batch)
             if self.args.world_size > 1:
                 # The gradients of all processes are averaged, while the tokens are counted together.
                 losses = losses * self.args.world_size
