@@ -89,4 +89,5 @@ class ServicesConfig(Section):
 
     mlflow_port: Port = Field(default=5000, description="port of MLflow on 127.0.0.1")
     prefect_port: Port = Field(default=4200, description="port of Prefect on 127.0.0.1")
-    start_timeout: Count = Field(default=120, description="seconds to wait for a service's first answer")
+    # A wait ends with the answer; on two cores with a load of ten MLflow took more than 120 s.
+    start_timeout: Count = Field(default=300, description="seconds to wait for a service's first answer")
