@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import re
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -16,7 +17,7 @@ def edit_params(text: str, changes: dict[str, Any]) -> str:
     """`text` with each dotted key of `changes` set; a section that is not there is added at the end."""
     if not changes:
         return text
-    yaml = _round_trip()
+    yaml = _round_trip(text)
     document = yaml.load(text) or CommentedMap()
     for key, value in changes.items():
         *sections, last = key.split(".")
@@ -50,8 +51,14 @@ def diff_params(before: str, after: str) -> str:
     )
 
 
-def _round_trip() -> YAML:
+# A list whose items stand no further in than their key; the generated file moves them in by two.
+FLUSH_LIST = re.compile(r"^( *)[\w.-]+:[^\n]*\n(?: *#[^\n]*\n)*\1- ", re.MULTILINE)
+
+
+def _round_trip(text: str) -> YAML:
     yaml = YAML(typ="rt")
+    if not FLUSH_LIST.search(text):
+        yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.preserve_quotes = True
     yaml.width = 10_000  # long lines stay in one piece
 

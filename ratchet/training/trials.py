@@ -38,8 +38,8 @@ class TrialRecord(msgspec.Struct, frozen=True, kw_only=True):
     ended: float
     points: Points
     figures: dict[str, Any]  # reports/train/figures.json of a complete trial
-    manifest: dict[str, Any]  # of its candidate
-    said: list[str]
+    manifest: dict[str, Any] = {}  # of its candidate
+    said: list[str] = []
 
     def write(self, folder: Path) -> None:
         write_json(folder / f"trial-{self.number:04d}.json", msgspec.to_builtins(self))

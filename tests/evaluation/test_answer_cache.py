@@ -63,7 +63,7 @@ def cache(filled: tuple[Path, Path], tmp_path: Path) -> Path:
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the folders that models are loaded from, as they are."""
     found: list[str] = []
-    for name in ("load_base", "load_trained", "load_adapter"):
+    for name in ("load_base_of", "load_trained", "load_adapter"):
         real = getattr(scoring, name)
 
         def watched(*arguments: Any, real: Any = real, **settings: Any) -> Any:

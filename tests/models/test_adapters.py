@@ -403,7 +403,8 @@ def test_an_upstream_is_not_asked_to_load_what_it_cannot(name: str, trained: Tra
 
 @pytest.mark.parametrize("name", ["lora", "dora", "rslora", "ia3", "modules"])
 def test_what_can_be_merged_computes_the_same_merged(name: str, trained: Trained) -> None:
-    ids, model = torch.arange(5, 60)[None], load_trained(trained.base, trained.other(name)).eval()
+    # In float64, or the bound would be one on the processor's rounding: 1.8e-4 on one, under 1e-4 on another.
+    ids, model = torch.arange(5, 60)[None], load_trained(trained.base, trained.other(name)).eval().double()
     with torch.no_grad():
         apart = model(ids).logits
         merged = model.merge_and_unload().eval()(ids).logits

@@ -11,7 +11,7 @@ from patience import scaled, within
 from places import KEPT_CONNECTIONS, use_mlflow, use_no_mlflow
 
 from ratchet.errors import ServiceError
-from ratchet.tracking import mlflow as tracking
+from ratchet.tracking import curve
 from ratchet.tracking.curve import History, LiveCopy, log_points, read_history
 from ratchet.tracking.mlflow import (
     KEY_TAG,
@@ -146,7 +146,7 @@ def wait_for(condition) -> bool:
 
 
 def test_a_copy_grows_with_the_curve(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.1)
+    monkeypatch.setattr(curve, "FLUSH_SECONDS", 0.1)
     history = History(tmp_path / "history.jsonl")
     copy = LiveCopy(history.path, "small", "key1", {"mlflow.runName": "train"})
     copy.start()
@@ -175,7 +175,7 @@ def test_without_a_server_the_training_goes_on_and_ends_in_time(tmp_path, monkey
 
 def test_what_an_outage_kept_back_is_delivered_when_the_server_is_there_again(tmp_path, monkeypatch):
     store = mlflow_client().tracking_uri
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(curve, "RETRY_SECONDS", 0.1)
     use_no_mlflow(monkeypatch)
     history = History(tmp_path / "history.jsonl")
     copy = LiveCopy(history.path, "small", "key1", {})
