@@ -132,7 +132,7 @@ class Fleet:
                 self._warn(f"the fleet goes on after {error!r}", trace=True)
             await asyncio.sleep(LOOK_SECONDS)
 
-    # --- watching: nothing here takes long ---------------------------------------------------------------------------
+    # --- watching: nothing here takes long ------------------------------------------------------------------
 
     async def _watch(self) -> None:
         seen = (_content(self._root / CHAMPION), _content(self._root / ROLLOUT))
@@ -208,7 +208,7 @@ class Fleet:
             await asyncio.to_thread(write_state, self._root, {**state, "at": time.time()})
             self._told = state
 
-    # --- tending: takes as long as it takes --------------------------------------------------------------------------
+    # --- tending: takes as long as it takes -----------------------------------------------------------------
 
     async def _tend(self) -> None:
         seen, before, champion = self._seen, set(self._loaded), self._champion

@@ -114,7 +114,7 @@ def _table(root: Path) -> dict[str, Any] | None:
     return found if found and found["versions"] else None
 
 
-# --- what each promotion kept --------------------------------------------------------------------------------------
+# --- what each promotion kept -------------------------------------------------------------------------------
 
 
 def _forgetting(root: Path, ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ def views(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# --- traffic and feedback ------------------------------------------------------------------------------------------
+# --- traffic and feedback -----------------------------------------------------------------------------------
 
 
 def usage_view(traffic: list[dict[str, Any]], now: float) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _mean(weighted: list[tuple[float, int]]) -> float | None:
     return sum(value * count for value, count in weighted) / weight if weight else None
 
 
-# --- drift ---------------------------------------------------------------------------------------------------------
+# --- drift --------------------------------------------------------------------------------------------------
 
 
 def drift_view(verdicts: list[Recorded], rate: float) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def drift_view(verdicts: list[Recorded], rate: float) -> dict[str, Any]:
     }
 
 
-# --- intervals -----------------------------------------------------------------------------------------------------
+# --- intervals ----------------------------------------------------------------------------------------------
 
 
 def measure_views(measures: dict[str, Any], margins: dict[str, float]) -> list[dict[str, Any]]:
@@ -248,7 +248,7 @@ def label_of(check: str) -> str:
     }.get(kind, check)
 
 
-# --- words ---------------------------------------------------------------------------------------------------------
+# --- words --------------------------------------------------------------------------------------------------
 
 
 def when(at: Any) -> str:

@@ -199,7 +199,7 @@ def cell_of(values: Any) -> dict[str, Any]:
     return {"rows": len(values), **found._asdict()}
 
 
-# --- cells that were filled ------------------------------------------------------------------------------------------
+# --- cells that were filled ---------------------------------------------------------------------------------
 
 
 def filled_file(root: Path, adapter: str, metric: str) -> Path:

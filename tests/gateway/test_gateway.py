@@ -42,7 +42,7 @@ def question(text: str = "hello") -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-# --- the official client ---------------------------------------------------------------------------------------------
+# --- the official client ------------------------------------------------------------------------------------
 
 
 def test_a_chat_is_answered_by_the_champion(client):
@@ -126,7 +126,7 @@ def test_an_error_after_the_stream_began_is_told_in_it(client):
         list(client.chat.completions.create(model="pydoc", messages=question("fault:cut"), stream=True))
 
 
-# --- statuses and headers --------------------------------------------------------------------------------------------
+# --- statuses and headers -----------------------------------------------------------------------------------
 
 
 def test_a_failed_answer_still_names_its_version_and_id(gateway):
@@ -225,7 +225,7 @@ def test_metrics_count_what_happened(gateway):
         assert name in text
 
 
-# --- the log and feedback --------------------------------------------------------------------------------------------
+# --- the log and feedback -----------------------------------------------------------------------------------
 
 
 def test_the_log_has_the_answer_and_a_pseudonym(gateway):
@@ -327,7 +327,7 @@ def test_a_broken_log_costs_no_answer_and_refuses_feedback(tmp_path):
     database.close()
 
 
-# --- versions --------------------------------------------------------------------------------------------------------
+# --- versions -----------------------------------------------------------------------------------------------
 
 
 def test_before_the_first_champion_it_lives_and_is_not_ready(tmp_path):
@@ -375,7 +375,7 @@ def test_only_an_admin_names_a_version(tmp_path):
     assert named.system_fingerprint == "pydoc@v2" and logged[-1].arm == "named" and logged[-1].rollout == ""
 
 
-# --- keys and limits -------------------------------------------------------------------------------------------------
+# --- keys and limits ----------------------------------------------------------------------------------------
 
 
 def test_keys_open_what_their_scopes_say(tmp_path):

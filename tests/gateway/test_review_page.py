@@ -88,7 +88,7 @@ def post(gateway: Gateway, **word: Any) -> Any:
     return gateway.http.post("/review", json=word)
 
 
-# --- over HTTP -----------------------------------------------------------------------------------------------------------
+# --- over HTTP ----------------------------------------------------------------------------------------------
 
 
 def test_the_page_runs_its_own_script_only(gateway):
@@ -221,7 +221,7 @@ def test_two_people_at_once_lose_no_word(gateway):
     assert {word.verdict for word in decisions(gateway.root).values()} == {"accept"}
 
 
-# --- in a browser --------------------------------------------------------------------------------------------------------
+# --- in a browser -------------------------------------------------------------------------------------------
 
 
 class Visit:

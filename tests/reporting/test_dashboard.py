@@ -60,7 +60,7 @@ class Reader(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-# --- what it says ----------------------------------------------------------------------------------------------------
+# --- what it says -------------------------------------------------------------------------------------------
 
 
 def test_it_says_who_is_in_charge_and_what_is_rolled_out(busy: Path) -> None:
@@ -140,7 +140,7 @@ def test_it_is_written_whole_where_it_is_wanted(busy: Path, tmp_path: Path) -> N
     )
 
 
-# --- hostile words ---------------------------------------------------------------------------------------------------
+# --- hostile words ------------------------------------------------------------------------------------------
 
 
 def test_nothing_of_a_user_becomes_a_tag(busy: Path) -> None:
@@ -174,7 +174,7 @@ def test_halves_of_characters_do_not_stop_the_page(busy: Path) -> None:
     assert "? half" in render_page(busy, CONFIG)
 
 
-# --- where something is missing ------------------------------------------------------------------------------------
+# --- where something is missing -----------------------------------------------------------------------------
 
 
 def test_an_empty_checkout_says_which_command_fills_each_part(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_what_the_gateway_refuses_is_shown(busy: Path) -> None:
     assert "The gateway refuses v4. rank 64" in Reader(render_page(busy, CONFIG)).words
 
 
-# --- charts ----------------------------------------------------------------------------------------------------------
+# --- charts -------------------------------------------------------------------------------------------------
 
 
 def test_slots_hold_all_of_the_time_in_few_enough_bars() -> None:
