@@ -1,6 +1,8 @@
-"""CLINC150 as the rows of a real fine-tune: a base of the demo's shape that read four domains, and domains that are left for retrainings.
+"""CLINC150 as the rows of a real fine-tune: a base of the demo's shape that read four domains, and domains
+that are left for retrainings.
 
-Queries are the questions, intents' names the answers, a domain is a batch. Shared by benchmarks/forgetting.py and benchmarks/gate_models.py.
+Queries are the questions, intents' names the answers, a domain is a batch. Shared by benchmarks/forgetting.py
+and benchmarks/gate_models.py.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class Domain(NamedTuple):
 def require_data(data: Path) -> None:
     if not (data / "data_full.json").exists():
         raise SystemExit(
-            f"no CLINC150 in {data} (wanted data_full.json and domains.json): nothing is measured; name its folder with --data"
+            f"no CLINC150 in {data} (wanted data_full.json and domains.json): nothing is measured; name its"
+            " folder with --data"
         )
 
 
@@ -109,7 +112,9 @@ def settings(steps: int, epochs: float, seed: int, **train: Any) -> Config:
 
 
 def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig) -> None:
-    """It has read four domains, and knows the words of the others from repeating queries that are drawn for nothing else; not what they mean."""
+    """It has read four domains, and knows the words of the others from repeating queries that are drawn for
+    nothing else; not what they mean.
+    """
     from ratchet.demo.base_model import make_tokenizer, pretrain
     from ratchet.models.chat_template import ChatFormat
     from ratchet.models.loading import MANIFEST

@@ -2,10 +2,11 @@
 
     python -m benchmarks.drift [--windows 400] [--corpus pydoc|clinc150]
 
-Null windows: the held-out rows are split afresh, at random, into a window and its reference, for each of them. Every family is
-judged, as the monitor does: prompts and answers are real; latency, errors, feedback and NLL are drawn, alike on both sides.
-New subjects: a share of the window is of what the training rows never held (`pydoc`: packages; `clinc150`: one of five domains, in
-turn), answered like known rows, so that the prompts alone can tell. Then the other kinds of drift, each by itself.
+Null windows: the held-out rows are split afresh, at random, into a window and its reference, for each of
+them. Every family is judged, as the monitor does: prompts and answers are real; latency, errors, feedback and
+NLL are drawn, alike on both sides. New subjects: a share of the window is of what the training rows never
+held (`pydoc`: packages; `clinc150`: one of five domains, in turn), answered like known rows, so that the
+prompts alone can tell. Then the other kinds of drift, each by itself.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Corpus(NamedTuple):
 
 
 class Service(NamedTuple):
-    """What is drawn of the requests: shares of failed ones and of right answers, the latency's factor, what is added to the prompt's NLL."""
+    """What is drawn of the requests: shares of failed ones and of right answers, the latency's factor, what
+    is added to the prompt's NLL.
+    """
 
     errors: float = 0.01
     right: float = 0.8
@@ -89,13 +92,18 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     corpus = read_pydoc() if options.corpus == "pydoc" else read_clinc()
-    rows = f"{len(corpus.training)} training rows, {len(corpus.pool)} held out, {sum(map(len, corpus.new))} of new subjects"
+    rows = (
+        f"{len(corpus.training)} training rows, {len(corpus.pool)} held out, {sum(map(len, corpus.new))} of"
+        " new subjects"
+    )
     print(
-        f"{options.corpus}: {rows}; false_alarm_rate {CONFIG.false_alarm_rate}; {CONFIG.resamples} draws a window; the seed is the window's number\n"
+        f"{options.corpus}: {rows}; false_alarm_rate {CONFIG.false_alarm_rate}; {CONFIG.resamples} draws a"
+        " window; the seed is the window's number\n"
     )
     _given.update(corpus=corpus, familiar=measured(corpus))
     print(
-        "| requests | of new subjects | windows | drift found | single columns with p ≤ 0.05 | Evidently's preset | seconds a window |\n|---|---|---|---|---|---|---|"
+        "| requests | of new subjects | windows | drift found | single columns with p ≤ 0.05 | Evidently's"
+        " preset | seconds a window |\n|---|---|---|---|---|---|---|"
     )
     for size, share in CELLS:
         found = look(size, share, "none", options.windows if share == 0 else options.windows // 4)
@@ -104,16 +112,19 @@ def main() -> None:
             for number in range(options.evidently if size == 500 else 0)
         ]
         print(
-            f"| {size} | {share:.0%} | {cells(found)} | {f'{sum(theirs)} of {len(theirs)}' if theirs else ''} | {np.mean([one.seconds for one in found]):.2f} |",
+            f"| {size} | {share:.0%} | {cells(found)} | {f'{sum(theirs)} of {len(theirs)}' if theirs else ''}"
+            f" | {np.mean([one.seconds for one in found]):.2f} |",
             flush=True,
         )
     print(
-        "\n| another kind, 500 requests | windows | drift found | single columns with p ≤ 0.05 |\n|---|---|---|---|"
+        "\n| another kind, 500 requests | windows | drift found | single columns with p ≤ 0.05"
+        " |\n|---|---|---|---|"
     )
     for name in [name for name in KINDS if name != "none"]:
         print(f"| {name} | {cells(look(500, 0.0, name, options.windows // 8))} |", flush=True)
     print(
-        f"\nOf {options.windows} null windows {binom.ppf(0.99, options.windows, CONFIG.false_alarm_rate):.0f} alarms are within the binomial 99 % limit."
+        f"\nOf {options.windows} null windows {binom.ppf(0.99, options.windows, CONFIG.false_alarm_rate):.0f}"
+        " alarms are within the binomial 99 % limit."
     )
     print(f"{time.perf_counter() - started:.0f} s, {PROCESSES} processes.")
 
@@ -203,7 +214,7 @@ def asked(
     }
 
 
-# --- the other kinds -------------------------------------------------------------------------------------------------------
+# --- the other kinds ----------------------------------------------------------------------------------------
 
 
 def same(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
@@ -211,7 +222,9 @@ def same(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[
 
 
 def more_of_one(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
-    """A tenth of the window gives way to rows of one of the five commonest subjects, taken from the reference."""
+    """A tenth of the window gives way to rows of one of the five commonest subjects, taken from the
+    reference.
+    """
     common = [name for name, _ in Counter(subject(row) for row in reference).most_common(5)]
     chosen = common[chance.integers(5)]
     extra = [row for row in reference if subject(row) == chosen][: len(window) // 10]
@@ -284,7 +297,7 @@ KINDS: dict[str, tuple[Change, Service]] = {
 }
 
 
-# --- Evidently, and the texts -----------------------------------------------------------------------------------------------
+# --- Evidently, and the texts -------------------------------------------------------------------------------
 
 
 def evidently_says(window: list[Row], reference: list[Row]) -> bool:

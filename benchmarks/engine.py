@@ -1,9 +1,10 @@
-"""Tokens a second of the engine `local` at 1 to 16 parallel clients, of one version and of two mixed; and how long loading another version stops it.
+"""Tokens a second of the engine `local` at 1 to 16 parallel clients, of one version and of two mixed; and how
+long loading another version stops it.
 
     python -m benchmarks.engine [--tokens 32] [--asks 32] [--passes 3]
 
-All in one run, each figure the median of the passes: read the ratios. The model has the demo's size; its weights are hardly trained,
-which does not change the time that a token takes.
+All in one run, each figure the median of the passes: read the ratios. The model has the demo's size; its
+weights are hardly trained, which does not change the time that a token takes.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ async def measure(bundles: list[Any], tokens: int, asks: int, passes: int) -> No
         for _ in range(passes)
     ]
     print(
-        "| parallel clients | versions | tokens a second | against one client | p50 ms between two pieces |\n|---|---|---|---|---|"
+        "| parallel clients | versions | tokens a second | against one client | p50 ms between two pieces"
+        " |\n|---|---|---|---|---|"
     )
     for index, (clients, versions) in enumerate(SETTINGS):
         speed = statistics.median(one[index].tokens_per_second for one in seen)
@@ -144,7 +146,8 @@ async def measure_loading(engine: Any, bundle: Any, tokens: int, asks: int) -> N
         await engine.unload(bundle.version)
     loaded = await under_way
     print(
-        f"\nlongest pause between two pieces, 8 clients: {max(quiet.gaps_ms):.0f} ms; {max(loaded.gaps_ms):.0f} ms with {len(took)} loads of {statistics.median(took):.0f} ms each"
+        f"\nlongest pause between two pieces, 8 clients: {max(quiet.gaps_ms):.0f} ms;"
+        f" {max(loaded.gaps_ms):.0f} ms with {len(took)} loads of {statistics.median(took):.0f} ms each"
     )
 
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.evaluate [--rows 1000] [--json]
 
-The base has the demo's shape (`base.demo`, weights by chance), candidate and champion are LoRA adapters of `adapter.rank` on it; the rows
-are documentation of the standard library. Weights by chance seldom end an answer, so most rows cost all of `evaluate.max_new_tokens`: a
-trained model is faster. Each evaluation is a process of its own, so its imports count.
+The base has the demo's shape (`base.demo`, weights by chance), candidate and champion are LoRA adapters of
+`adapter.rank` on it; the rows are documentation of the standard library. Weights by chance seldom end an
+answer, so most rows cost all of `evaluate.max_new_tokens`: a trained model is faster. Each evaluation is a
+process of its own, so its imports count.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def main() -> None:
         )
     else:
         print(
-            f"{rows} rows, 3 models: {found['cold']:.1f} s; all answers cached: {found['cached']:.1f} s, {'the same bytes' if same else 'OTHER BYTES'}"
+            f"{rows} rows, 3 models: {found['cold']:.1f} s; all answers cached: {found['cached']:.1f} s,"
+            f" {'the same bytes' if same else 'OTHER BYTES'}"
         )
 
 

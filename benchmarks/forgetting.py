@@ -1,13 +1,16 @@
-"""What replay keeps: CLINC150's domains arrive one after the other, each starts a retraining, and all that came before is asked again.
+"""What replay keeps: CLINC150's domains arrive one after the other, each starts a retraining, and all that
+came before is asked again.
 
     python -m benchmarks.forgetting [--data ../shared/data/clinc150] [--quick] [--jobs 2] [--json]
 
-The project's own path at every arrival: the rows are chosen by `tasks.tokenize` (the new domain's and the replayed share of the seen
-ones), trained by `tasks.train` from the champion's adapter, and the new adapter takes its place. The arm `all` trains on everything
-from the base each time. The base has the demo's shape and read four domains; queries are the questions, intents' names the answers. Seeds
-draw the order of domains, the rows and the order of windows; all arms of a seed have the same. `kept` is the accuracy on the test
-rows of the domains before the last one, `newest` on the last one's; `forgotten` is what a domain lost since it was learned. Intervals hold
-95 % over seeds (Student's t); `against all` is the difference of `kept` within a seed. Each job has one thread.
+The project's own path at every arrival: the rows are chosen by `tasks.tokenize` (the new domain's and the
+replayed share of the seen ones), trained by `tasks.train` from the champion's adapter, and the new adapter
+takes its place. The arm `all` trains on everything from the base each time. The base has the demo's shape and
+read four domains; queries are the questions, intents' names the answers. Seeds draw the order of domains, the
+rows and the order of windows; all arms of a seed have the same. `kept` is the accuracy on the test rows of
+the domains before the last one, `newest` on the last one's; `forgotten` is what a domain lost since it was
+learned. Intervals hold 95 % over seeds (Student's t); `against all` is the difference of `kept` within a
+seed. Each job has one thread.
 """
 
 from __future__ import annotations
@@ -125,7 +128,8 @@ def measure(
 
 def _said(run: dict[str, Any], kept: Path | None) -> dict[str, Any]:
     print(
-        f"seed {run['seed']}, {run['arm']:>4}: kept {run['kept']:.3f}, newest {run['newest']:.3f}, {run['seconds']:.0f} s of training",
+        f"seed {run['seed']}, {run['arm']:>4}: kept {run['kept']:.3f}, newest {run['newest']:.3f},"
+        f" {run['seconds']:.0f} s of training",
         file=sys.stderr,
         flush=True,
     )
@@ -144,7 +148,7 @@ def settings(arm: str, seed: int, size: Size) -> Config:
     return clinc.settings(size.steps, size.epochs, seed, **chosen)
 
 
-# --- one arm -----------------------------------------------------------------------------------------------------------------
+# --- one arm ------------------------------------------------------------------------------------------------
 
 
 def run(folder: Path, data: Path, arm: str, seed: int, size: Size) -> dict[str, Any]:
@@ -205,7 +209,7 @@ def accuracy(base: Path, adapter: Path, tests: dict[str, list[Example]], config:
     return {name: statistics.mean(next(given) == row.answer for row in test) for name, test in tests.items()}
 
 
-# --- what is told ------------------------------------------------------------------------------------------------------------
+# --- what is told -------------------------------------------------------------------------------------------
 
 
 def describe(arm: str, runs: list[dict[str, Any]], against: list[dict[str, Any]]) -> dict[str, Any]:
@@ -244,17 +248,24 @@ def interval(values: list[float]) -> dict[str, float | None]:
 def table(rows: list[dict[str, Any]], size: Size) -> list[str]:
     names = {"all": "everything from the base"}
     lines = [
-        "| replay | kept | against all | newest | forgotten a domain | worst domain | rows in the last | training s, all; last |",
+        (
+            "| replay | kept | against all | newest | forgotten a domain | worst domain | rows in the last |"
+            " training s, all; last |"
+        ),
         f"|{'---|' * 8}",
     ]
     for row in rows:
         worst = max(row["forgotten_by_domain"].items(), key=lambda item: item[1])
         lines.append(
-            f"| {names.get(row['arm'], row['arm'])} | {_cell(row['kept'])} | {_cell(row['against_all'], '+')} | {_cell(row['newest'])} | {_cell(row['forgotten'], '+')} "
-            f"| {worst[0]} {worst[1]:+.3f} | {row['last_rows']} | {row['seconds']:.0f}; {row['last_seconds']:.0f} |"
+            f"| {names.get(row['arm'], row['arm'])} | {_cell(row['kept'])} | {_cell(row['against_all'], '+')}"
+            f" | {_cell(row['newest'])} | {_cell(row['forgotten'], '+')} | {worst[0]} {worst[1]:+.3f} |"
+            f" {row['last_rows']} | {row['seconds']:.0f}; {row['last_seconds']:.0f} |"
         )
     return [
-        f"{size.domains} retrainings, {size.seeds} seeds, {15 * size.train} training and {15 * size.test} test rows a domain",
+        (
+            f"{size.domains} retrainings, {size.seeds} seeds, {15 * size.train} training and {15 * size.test}"
+            " test rows a domain"
+        ),
         "",
         *lines,
     ]

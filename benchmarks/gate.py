@@ -1,9 +1,11 @@
-"""How often the gate errs: its own code (`tasks.gate.judge`) on simulated tables of scores, with the files that the stages leave.
+"""How often the gate errs: its own code (`tasks.gate.judge`) on simulated tables of scores, with the files
+that the stages leave.
 
     python -m benchmarks.gate [--quick] [--only equal,copies,bad,better,repetition,unbudgeted,broken]
 
-Three models answer 1,200 test rows of three batches (two of them known to the champion) and 400 golden ones. A row is right or wrong; two
-models differ in `DIFFERING` of the rows. Not covered: what a real model does (`benchmarks.gate_models`); these tables are as the gate's mathematics takes them to be.
+Three models answer 1,200 test rows of three batches (two of them known to the champion) and 400 golden ones.
+A row is right or wrong; two models differ in `DIFFERING` of the rows. Not covered: what a real model does
+(`benchmarks.gate_models`); these tables are as the gate's mathematics takes them to be.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ SEEN = ["old", "older"]
 GOLDEN = 400
 RIGHT, DIFFERING, BASE = 0.6, 0.15, 0.2
 QUICK = 10  # a tenth of the cycles
-HEADER = "| candidates | cycles | promoted | rejected | uncertain | no verdict | wanted |\n|---|---|---|---|---|---|---|"
+HEADER = (
+    "| candidates | cycles | promoted | rejected | uncertain | no verdict | wanted"
+    " |\n|---|---|---|---|---|---|---|"
+)
 
 
 class Cycles(NamedTuple):
@@ -131,7 +136,7 @@ def main() -> None:
     print(f"\n{time.perf_counter() - started:.0f} s")
 
 
-# --- parts: each gives lines of the table --------------------------------------------------------------------------------
+# --- parts: each gives lines of the table -------------------------------------------------------------------
 
 
 def equal(bench: Bench, cycles: Cycles) -> Iterator[str]:
@@ -184,7 +189,11 @@ def better(bench: Bench, cycles: Cycles) -> Iterator[str]:
 
 
 def repetition(bench: Bench, cycles: Cycles) -> Iterator[str]:
-    """Series of thirty candidates that are no better, each on fresh rows; a series counts once when any of them gets through. Default settings."""
+    """Series of thirty candidates that are no better, each on fresh rows; a series counts once when any of
+    them gets through.
+
+    Default settings.
+    """
     yield _series(
         "alpha budget 5 % (the default)",
         bench,
@@ -222,7 +231,10 @@ def _series(name: str, bench: Bench, series: int, config: GateConfig, wanted: st
 
 
 def _fast_series(name: str, series: int, config: GateConfig, wanted: str, *, counted: bool = True) -> str:
-    """The functions that the gate calls, without tables and files. Where looks are not `counted`, each is the first."""
+    """The functions that the gate calls, without tables and files.
+
+    Where looks are not `counted`, each is the first.
+    """
     generator, through, rows = np.random.default_rng(7), 0, sum(BATCHES.values())
     for _ in range(series):
         for look in range(1, 31):
@@ -238,7 +250,10 @@ def _fast_series(name: str, series: int, config: GateConfig, wanted: str, *, cou
             ):
                 through += 1
                 break
-    return f"| thirty equal ones in a row, {name} | {series:,} series | {through:,} ({through / series:.1%}) | | | | {wanted} |"
+    return (
+        f"| thirty equal ones in a row, {name} | {series:,} series | {through:,} ({through / series:.1%}) | |"
+        f" | | {wanted} |"
+    )
 
 
 def broken(bench: Bench, cycles: Cycles) -> Iterator[str]:
@@ -267,7 +282,7 @@ def broken(bench: Bench, cycles: Cycles) -> Iterator[str]:
     yield row(f"better by 0.30, in {len(faults)} kinds of broken evaluation", found, "no verdict at all")
 
 
-# --- tables --------------------------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------------------
 
 
 def draw(
@@ -278,14 +293,18 @@ def draw(
     nll: float = 1.0,
     light: bool = False,
 ) -> pd.DataFrame:
-    """The candidate is better by `effect`; or right by chance in the share `right`. `light`: half of the test rows, no golden ones and no slices."""
+    """The candidate is better by `effect`; or right by chance in the share `right`.
+
+    `light`: half of the test rows, no golden ones and no slices.
+    """
     batches = [name for name, count in BATCHES.items() for _ in range(count // 2 if light else count)] + [
         "golden"
     ] * (0 if light else GOLDEN)
     rows = len(batches)
     champion = generator.random(rows) < RIGHT
     if right is None:
-        # Won are some of the rows that the champion got wrong, lost some of the others: DIFFERING in all, `effect` more won.
+        # Won are some of the rows that the champion got wrong, lost some of the others: DIFFERING in all,
+        # `effect` more won.
         differing = max(DIFFERING, abs(effect))
         turn = np.where(champion, (differing - effect) / 2 / RIGHT, (differing + effect) / 2 / (1 - RIGHT))
         candidate = champion ^ (generator.random(rows) < turn)
@@ -335,7 +354,7 @@ SPOILT: dict[str, Callable[[np.random.Generator], pd.DataFrame]] = {
 }
 
 
-# --- figures -------------------------------------------------------------------------------------------------------------
+# --- figures ------------------------------------------------------------------------------------------------
 
 
 def row(name: str, found: Counter[str], wanted: str) -> str:

@@ -1,16 +1,20 @@
-"""The gate on real models: how often it promotes one that is no better, and whether it promotes one that is spoilt.
+"""The gate on real models: how often it promotes one that is no better, and whether it promotes one that is
+spoilt.
 
     python -m benchmarks.gate_models [--quick] [--data ../shared/data/clinc150] [--jobs 1] [--json]
 
-A base of the demo's shape, a champion that learned five domains of CLINC150, twins of it by other seeds; a sixth domain is new to all.
+A base of the demo's shape, a champion that learned five domains of CLINC150, twins of it by other seeds; a
+sixth domain is new to all.
 
-A/A: real scores on all rows that nobody trained on, of which every cycle draws its own test and golden rows; a gate of 5 % without a budget.
-Two trainings are never quite equal, and the gate is right to promote the better one. So "at most 5 %" is asked where it has to hold: of twins that
-are *exchanged*, a coin a row telling whose score is the candidate's, which makes the expected gain zero in every cycle; and of twins as
+A/A: real scores on all rows that nobody trained on, of which every cycle draws its own test and golden rows;
+a gate of 5 % without a budget. Two trainings are never quite equal, and the gate is right to promote the
+better one. So "at most 5 %" is asked where it has to hold: of twins that are *exchanged*, a coin a row
+telling whose score is the candidate's, which makes the expected gain zero in every cycle; and of twins as
 they are in those cycles alone in which the candidate is no better over all rows.
 
-Known bad: each candidate is made anew, goes through `tasks.evaluate` and `tasks.gate` at the default settings, and is asked the rows of
-one of a few draws. Serve parity is taken as passed: the scores alone have to tell. Not covered: rows of another domain, larger models.
+Known bad: each candidate is made anew, goes through `tasks.evaluate` and `tasks.gate` at the default
+settings, and is asked the rows of one of a few draws. Serve parity is taken as passed: the scores alone have
+to tell. Not covered: rows of another domain, larger models.
 """
 
 from __future__ import annotations
@@ -76,7 +80,11 @@ CHUNK = 100  # cycles that a process takes at once
 
 
 class Line(NamedTuple):
-    """By candidate: `lost`, the champion's accuracy minus its own, and `empty`, the share of its answers that are. No value without a verdict."""
+    """By candidate: `lost`, the champion's accuracy minus its own, and `empty`, the share of its answers that
+    are.
+
+    No value without a verdict.
+    """
 
     name: str
     found: Counter[str]
@@ -101,9 +109,11 @@ def main() -> None:
     for part in measure(arguments.data, QUICK if arguments.quick else FULL, arguments.jobs):
         if isinstance(part, Line):
             print(
-                json.dumps(part._asdict())
-                if arguments.json
-                else row(part.name, part.found, part.wanted + told(part)),
+                (
+                    json.dumps(part._asdict())
+                    if arguments.json
+                    else row(part.name, part.found, part.wanted + told(part))
+                ),
                 flush=True,
             )
         else:
@@ -125,7 +135,7 @@ def measure(data: Path, size: Size, jobs: int) -> Iterator[dict[str, Any] | Line
             yield from known_bad(folder, size, pool)
 
 
-# --- rows and models ---------------------------------------------------------------------------------------------------------
+# --- rows and models ----------------------------------------------------------------------------------------
 
 
 def make_models(folder: Path, data: Path, size: Size) -> None:
@@ -214,7 +224,7 @@ def write_rows(path: Path, rows: list[Example]) -> None:
     write_bytes(path, map(encode_line, rows))
 
 
-# --- A/A ---------------------------------------------------------------------------------------------------------------------
+# --- A/A ----------------------------------------------------------------------------------------------------
 
 
 def same_and_twins(folder: Path, size: Size, pool: ProcessPoolExecutor) -> Iterator[Line]:
@@ -321,7 +331,7 @@ def accuracies(folder: Path, size: Size) -> dict[str, Any]:
     return {"rows": len(base), "base": float(base.exact_match.mean()), "champion": champion, "twins": twins}
 
 
-# --- known bad ---------------------------------------------------------------------------------------------------------------
+# --- known bad ----------------------------------------------------------------------------------------------
 
 
 def known_bad(folder: Path, size: Size, pool: ProcessPoolExecutor) -> Iterator[Line]:
@@ -416,7 +426,9 @@ def shuffled(folder: Path, out: Path, number: int, size: Size) -> str:
 
 
 def nothing(folder: Path, out: Path, number: int, size: Size) -> str:
-    """Rows with an empty answer, which preparation would refuse: the end of the turn is all there is to learn."""
+    """Rows with an empty answer, which preparation would refuse: the end of the turn is all there is to
+    learn.
+    """
 
     def spoil(rows: list[Example]) -> list[Example]:
         return [Example(each.id, (*each.prompt, Message("assistant", "")), each.meta) for each in rows]
@@ -494,12 +506,15 @@ def change_weights(source: Path, out: Path, change: Callable[[str, Any], Any]) -
     write_json(out / MANIFEST, manifest | {"run_key": out.parent.name, "adapter_sha256": adapter_sha256(out)})
 
 
-# --- what is told ------------------------------------------------------------------------------------------------------------
+# --- what is told -------------------------------------------------------------------------------------------
 
 
 def described(found: dict[str, Any]) -> str:
     twins = found["twins"]
-    return f"{found['rows']:,} rows held out; right on them: base {found['base']:.3f}, champion {found['champion']:.3f}, {len(twins)} twins {min(twins):.3f} to {max(twins):.3f}"
+    return (
+        f"{found['rows']:,} rows held out; right on them: base {found['base']:.3f}, champion"
+        f" {found['champion']:.3f}, {len(twins)} twins {min(twins):.3f} to {max(twins):.3f}"
+    )
 
 
 def told(line: Line) -> str:

@@ -1,11 +1,13 @@
-"""What the gateway adds to an answer: latencies at 200 requests a second against a stub upstream, asked directly, through the gateway and through LiteLLM's proxy.
+"""What the gateway adds to an answer: latencies at 200 requests a second against a stub upstream, asked
+directly, through the gateway and through LiteLLM's proxy.
 
     python -m benchmarks.gateway [--rate 200] [--seconds 20] [--no-litellm]
 
-All are processes of their own on 127.0.0.1; they take turns in rounds, so that a slow minute of the machine hits each. The load is open
-loop: a slow answer holds back no later request. Own cost = a quantile through the proxy minus the same quantile of direct asks.
-LiteLLM's proxy is installed once into `.ratchet/bench-litellm` (about 130 packages, minutes); at a tenth of the rate both are asked too.
-Not covered: the engine `local`, streams, TLS, several processes of a proxy.
+All are processes of their own on 127.0.0.1; they take turns in rounds, so that a slow minute of the machine
+hits each. The load is open loop: a slow answer holds back no later request. Own cost = a quantile through the
+proxy minus the same quantile of direct asks. LiteLLM's proxy is installed once into `.ratchet/bench-litellm`
+(about 130 packages, minutes); at a tenth of the rate both are asked too. Not covered: the engine `local`,
+streams, TLS, several processes of a proxy.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ STUB = Path(__file__).parents[1] / "tests/stub_upstream.py"
 
 
 class Target(NamedTuple):
-    """Somebody to ask. `model` is what the stub knows itself by, or what a proxy makes that of; both proxies check a key."""
+    """Somebody to ask.
+
+    `model` is what the stub knows itself by, or what a proxy makes that of; both proxies check a key.
+    """
 
     name: str
     url: str
@@ -77,7 +82,7 @@ def main() -> None:
             print_table(rate, asyncio.run(measure(targets, rate, min(options.seconds, 60.0))))
 
 
-# --- who is asked ----------------------------------------------------------------------------------------------------
+# --- who is asked -------------------------------------------------------------------------------------------
 
 
 def start(scratch: Path, stack: contextlib.ExitStack) -> list[Target]:
@@ -110,7 +115,10 @@ def start(scratch: Path, stack: contextlib.ExitStack) -> list[Target]:
 
 
 def start_litellm(scratch: Path, upstream: str, stack: contextlib.ExitStack) -> Target:
-    """As its documentation advises for production: no debugging, no telemetry, no retries here. Raises ServiceError."""
+    """As its documentation advises for production: no debugging, no telemetry, no retries here.
+
+    Raises ServiceError.
+    """
     program, port, key = install_litellm(), free_port(), f"sk-{secrets.token_hex(32)}"
     model = {"model": f"openai/{NAME}@v1", "api_base": upstream, "api_key": "none"}
     settings = {
@@ -176,7 +184,8 @@ def install_litellm() -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         if done.returncode:
             raise ServiceError(
-                f"`{' '.join(command)}` failed: {(done.stderr.strip() or 'no reason given').splitlines()[-1][:200]}"
+                f"`{' '.join(command)}` failed:"
+                f" {(done.stderr.strip() or 'no reason given').splitlines()[-1][:200]}"
             )
     return program
 
@@ -219,7 +228,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-# --- the load --------------------------------------------------------------------------------------------------------
+# --- the load -----------------------------------------------------------------------------------------------
 
 
 async def measure(targets: list[Target], rate: float, seconds: float) -> dict[str, Asked]:

@@ -95,7 +95,7 @@ def _retrain(home: Path) -> dict[str, Any]:
 
 
 def _change_gate(home: Path) -> list[str]:
-    """Names of the stages that a change of gate.resamples reruns; the change is committed, then taken back."""
+    """Name the stages that a change of gate.resamples reruns; the change is committed, then taken back."""
     params = home / "params.yaml"
     text = params.read_text(encoding="utf-8")
     changed = text.replace("resamples: 4000", "resamples: 4001")

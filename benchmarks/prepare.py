@@ -2,9 +2,10 @@
 
     python -m benchmarks.prepare [--rows 1000000] [--near-rows 100000]
 
-Plain rows: questions of 12 words and answers of 6, drawn from the words of the standard library's documentation by their frequency;
-one in a hundred stands there twice, one in a thousand is broken. Each measurement is a process of its own; the peak is its resident
-memory less that of a process that prepared a hundred rows.
+Plain rows: questions of 12 words and answers of 6, drawn from the words of the standard library's
+documentation by their frequency; one in a hundred stands there twice, one in a thousand is broken. Each
+measurement is a process of its own; the peak is its resident memory less that of a process that prepared a
+hundred rows.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def main() -> None:
         measure(Path(arguments.one[0]), near=arguments.one[1] == "near")
         return
     print(
-        "| rows | near duplicates | seconds | rows a second | accepted | rejected | duplicates | MiB over the least |\n|---|---|---|---|---|---|---|---|"
+        "| rows | near duplicates | seconds | rows a second | accepted | rejected | duplicates | MiB over the"
+        " least |\n|---|---|---|---|---|---|---|---|"
     )
     least = 0.0
     for rows, near in (
@@ -68,7 +70,8 @@ def main() -> None:
             continue
         speed = rows / found["seconds"]
         print(
-            f"| {rows:,} | {near} | {found['seconds']:.1f} | {speed:,.0f} | {found['accepted']:,} | {found['rejected']:,} | {found['duplicate']:,} | {found['mib'] - least:.0f} |",
+            f"| {rows:,} | {near} | {found['seconds']:.1f} | {speed:,.0f} | {found['accepted']:,} |"
+            f" {found['rejected']:,} | {found['duplicate']:,} | {found['mib'] - least:.0f} |",
             flush=True,
         )
 

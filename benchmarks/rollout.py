@@ -1,9 +1,11 @@
-"""How often a rollout of an equal model ends wrongly, and how soon a better or a worse one is told: through the real `judge`, at every look.
+"""How often a rollout of an equal model ends wrongly, and how soon a better or a worse one is told: through
+the real `judge`, at every look.
 
     python -m benchmarks.rollout [--rollouts 1000] [--looks 80]
 
-Users come back, each with a quality of his own; a part of them gives feedback; the hour moves everybody's scores; the share grows
-as the rollout advances. Beside it a plain z-test (two-sided 5 %) that is looked at as often.
+Users come back, each with a quality of his own; a part of them gives feedback; the hour moves everybody's
+scores; the share grows as the rollout advances. Beside it a plain z-test (two-sided 5 %) that is looked at as
+often.
 """
 
 from __future__ import annotations
@@ -46,10 +48,12 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     print(
-        f"A/A: {options.rollouts} rollouts of an equal model, {options.looks} looks each, rollout.alpha {CONFIG.alpha}"
+        f"A/A: {options.rollouts} rollouts of an equal model, {options.looks} looks each, rollout.alpha"
+        f" {CONFIG.alpha}"
     )
     print(
-        "| effect on the feedback | rollouts | promoted | rolled back | stopped | undecided | ends wrongly | naive z-test calls a difference | median users at the end |"
+        "| effect on the feedback | rollouts | promoted | rolled back | stopped | undecided | ends wrongly |"
+        " naive z-test calls a difference | median users at the end |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     print(row("0 (A/A)", simulate_many(options.rollouts, options.looks, effect=0.0), wrong=WRONG))
@@ -86,7 +90,10 @@ def row(name: str, ended: list[Ended], wrong: tuple[str, ...]) -> str:
     share = sum(counts[action] for action in wrong) / len(ended)
     median = str(told[len(told) // 2]) if told else "—"
     naive = sum(one.naive for one in ended) / len(ended)
-    return f"| {name} | {len(ended)} | {counts['promote']} | {counts['roll_back']} | {counts['stop']} | {counts['hold'] + counts['advance']} | {share:.1%} | {naive:.1%} | {median} |"
+    return (
+        f"| {name} | {len(ended)} | {counts['promote']} | {counts['roll_back']} | {counts['stop']} |"
+        f" {counts['hold'] + counts['advance']} | {share:.1%} | {naive:.1%} | {median} |"
+    )
 
 
 def simulate_many(
@@ -114,7 +121,10 @@ def simulate(
     users: int = 1600,
     requests: int = 100,
 ) -> Ended:
-    """One rollout; `requests` come between two looks, half of them with feedback. `opinion`: the beta distribution of the users' mean scores."""
+    """One rollout; `requests` come between two looks, half of them with feedback.
+
+    `opinion`: the beta distribution of the users' mean scores.
+    """
     spoken = 0.5
     rollout = Rollout("a", "small", 2, 1, "c", "h", "salt", 0, list(shares), "open", 0.0, 0.0)
     quality, place = chance.beta(*opinion, users), chance.random(users)

@@ -1,11 +1,13 @@
-"""Loss-bearing tokens a second: the usual recipe, sorted by length, TRL padded and packed, and this project's own path, in turn.
+"""Loss-bearing tokens a second: the usual recipe, sorted by length, TRL padded and packed, and this project's
+own path, in turn.
 
     python -m benchmarks.train [--seconds 40] [--arms usual,ratchet] [--json]
 
-A Llama of 7M parameters from a config, LoRA r=16 on all linear layers, bfloat16 autocast where the arm takes it, documentation texts of the
-standard library with their natural lengths up to 512 tokens (the question is not learned, the text is). Each arm is a process of its
-own; they run one after another, so read the ratios. `utilisation` is the share of the computed positions that bear loss.
-`cold_start_seconds` runs from the process's start to the end of the first optimizer step; `imports` is what importing torch, transformers and
+A Llama of 7M parameters from a config, LoRA r=16 on all linear layers, bfloat16 autocast where the arm takes
+it, documentation texts of the standard library with their natural lengths up to 512 tokens (the question is
+not learned, the text is). Each arm is a process of its own; they run one after another, so read the ratios.
+`utilisation` is the share of the computed positions that bear loss. `cold_start_seconds` runs from the
+process's start to the end of the first optimizer step; `imports` is what importing torch, transformers and
 peft costs by itself. TRL is installed once into `.ratchet/bench-trl`, without touching the environment.
 """
 
@@ -37,7 +39,10 @@ SKIPPED = 2  # steps at the start that are not timed
 
 
 class Setup(NamedTuple):
-    """One machine's task. Lengths in tokens; `method` is what every arm trains unless its name says another."""
+    """One machine's task.
+
+    Lengths in tokens; `method` is what every arm trains unless its name says another.
+    """
 
     length: int = 512
     batch: int = 4
@@ -74,7 +79,8 @@ def main() -> None:
     imports = import_seconds()
     if not arguments.json:
         print(
-            f"importing torch, transformers and peft: {imports:.1f} s\n\n| arm | tokens a second | against the usual | utilisation | first step after s | peak MiB |\n|---|---|---|---|---|---|"
+            f"importing torch, transformers and peft: {imports:.1f} s\n\n| arm | tokens a second | against"
+            " the usual | utilisation | first step after s | peak MiB |\n|---|---|---|---|---|---|"
         )
     usual = None
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +95,8 @@ def main() -> None:
             else:
                 speed = found["tokens_per_second"]
                 print(
-                    f"| {arm} | {speed:,.0f} | {speed / usual:.2f} | {found['utilisation']:.0%} | {found['cold_start_seconds']:.1f} | {found['peak_mib']:,.0f} |",
+                    f"| {arm} | {speed:,.0f} | {speed / usual:.2f} | {found['utilisation']:.0%} |"
+                    f" {found['cold_start_seconds']:.1f} | {found['peak_mib']:,.0f} |",
                     flush=True,
                 )
 
@@ -137,7 +144,7 @@ def install_trl() -> None:
         )
 
 
-# --- the task: a model and rows -----------------------------------------------------------------------------------------------
+# --- the task: a model and rows -----------------------------------------------------------------------------
 
 
 def prepare(folder: Path, count: int, shape: dict[str, Any], length: int, dtype: str = "float32") -> None:
@@ -196,7 +203,7 @@ def texts(most: int) -> Iterator[tuple[str, str]]:
                         return
 
 
-# --- arms ---------------------------------------------------------------------------------------------------------------------
+# --- arms ---------------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -389,7 +396,9 @@ def _trl(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup) ->
 
 
 def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup) -> None:
-    """The stage's own functions: packing, the model in the precision that the machine and the method ask for, `fit`."""
+    """The stage's own functions: packing, the model in the precision that the machine and the method ask for,
+    `fit`.
+    """
     from ratchet.config.params import Config
     from ratchet.config.training import AdapterConfig
     from ratchet.files import read_json

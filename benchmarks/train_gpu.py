@@ -1,11 +1,14 @@
-"""Training on a GPU: tokens a second, share of the measured matmul peak, peak memory; the usual recipe, TRL's packing and our own path in turn.
+"""Training on a GPU: tokens a second, share of the measured matmul peak, peak memory; the usual recipe, TRL's
+packing and our own path in turn.
 
-    python -m benchmarks.train_gpu [--shape llama-3-8b] [--method qlora] [--length 2048] [--seconds 60] [--json]
+    python -m benchmarks.train_gpu [--shape llama-3-8b] [--method qlora] [--length 2048] [--seconds 60] \
+        [--json]
 
-Random weights of the named shape, made from its config, so nothing is downloaded (the 8B one needs 16 GB of disk). Activations are
-checkpointed in every arm. `of_peak` counts 6 operations a weight and computed position (forward twice, since activations are computed
-again, and the backward pass for the activations alone; weights are frozen) against what a large bfloat16 product reaches on this machine.
-`--shape tiny` runs everywhere, for the test; its figures say nothing.
+Random weights of the named shape, made from its config, so nothing is downloaded (the 8B one needs 16 GB of
+disk). Activations are checkpointed in every arm. `of_peak` counts 6 operations a weight and computed position
+(forward twice, since activations are computed again, and the backward pass for the activations alone; weights
+are frozen) against what a large bfloat16 product reaches on this machine. `--shape tiny` runs everywhere, for
+the test; its figures say nothing.
 """
 
 from __future__ import annotations
@@ -73,7 +76,8 @@ def main() -> None:
     peak = matmul_peak(4096 if cuda else 256)
     if not arguments.json:
         print(
-            f"bfloat16 matmul peak: {peak / 1e12:.3f} TFLOP/s\n\n| arm | learned tokens a second | utilisation | of peak | peak MiB |\n|---|---|---|---|---|"
+            f"bfloat16 matmul peak: {peak / 1e12:.3f} TFLOP/s\n\n| arm | learned tokens a second |"
+            " utilisation | of peak | peak MiB |\n|---|---|---|---|---|"
         )
     with tempfile.TemporaryDirectory() as folder:
         prepare(
@@ -101,7 +105,8 @@ def main() -> None:
                 print(json.dumps({"arm": arm, **found, "matmul_peak": peak}), flush=True)
             else:
                 print(
-                    f"| {arm} | {found['tokens_per_second']:,.0f} | {found['utilisation']:.0%} | {found['of_peak']:.1%} | {found['peak_mib']:,.0f} |",
+                    f"| {arm} | {found['tokens_per_second']:,.0f} | {found['utilisation']:.0%} |"
+                    f" {found['of_peak']:.1%} | {found['peak_mib']:,.0f} |",
                     flush=True,
                 )
 

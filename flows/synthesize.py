@@ -42,7 +42,8 @@ def synthesize(
     count: int | None = None,
     resume: str | None = None,
 ) -> Summary:
-    """Write a draft and queue it; returns the summary with `queued`, the rows that are new in the review queue.
+    """Write a draft and queue it; returns the summary with `queued`, the rows that are new in the review
+    queue.
 
     Raises what `tasks.synthesize` raises.
     """

@@ -1,4 +1,7 @@
-"""An example of metrics of your own. `evaluate.custom: ["my_metrics:legal_term_recall"]` in params.yaml turns it on."""
+"""An example of metrics of your own.
+
+`evaluate.custom: ["my_metrics:legal_term_recall"]` in params.yaml turns it on.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ TERMS = {"liability", "indemnity", "warranty", "termination", "jurisdiction"}
 
 
 def legal_term_recall(prediction: str, reference: str, example_meta: dict[str, Any]) -> float:
-    """Share of the reference's legal terms that the prediction holds too; 1 when the reference has none. A row's own `terms` (with commas) come on top."""
+    """Share of the reference's legal terms that the prediction holds too; 1 when the reference has none.
+
+    A row's own `terms` (with commas) come on top.
+    """
     terms = TERMS | {
         term.strip().lower() for term in str(example_meta.get("terms") or "").split(",") if term.strip()
     }

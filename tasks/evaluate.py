@@ -1,12 +1,15 @@
 """Candidate, champion and untouched base on the same rows, in one process: a score a row for each of them.
 
-    python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent --candidate models/candidate --region data/region.json --own metrics --out reports/evaluation
+    python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent \
+        --candidate models/candidate --region data/region.json --own metrics --out reports/evaluation
 
-Writes scores.parquet (one line a row and model), metrics.json (means with 95 % intervals a slice) and what is asked for beside them:
-counterfactual.parquet (the rows with swapped terms), attacks.parquet, judged.parquet, canaries.parquet, suites.parquet. Rows are the test
-split and the golden set; slices are `test`, `golden`, each batch, each kind, source, length and value of `evaluate.slices`, and each topic that drifted last
-(`region:`), so that a retraining can tell whether it cured what it was started for. Beside the models stands a simple baseline, so that
-nobody fools himself. Answers are kept in .ratchet/cache/answers of RATCHET_ROOT (the checkout) or of the working directory.
+Writes scores.parquet (one line a row and model), metrics.json (means with 95 % intervals a slice) and what is
+asked for beside them: counterfactual.parquet (the rows with swapped terms), attacks.parquet, judged.parquet,
+canaries.parquet, suites.parquet. Rows are the test split and the golden set; slices are `test`, `golden`,
+each batch, each kind, source, length and value of `evaluate.slices`, and each topic that drifted last
+(`region:`), so that a retraining can tell whether it cured what it was started for. Beside the models stands
+a simple baseline, so that nobody fools himself. Answers are kept in .ratchet/cache/answers of RATCHET_ROOT
+(the checkout) or of the working directory.
 """
 
 from __future__ import annotations
@@ -56,7 +59,8 @@ from ratchet.models.loading import MANIFEST, load_tokenizer
 from ratchet.monitoring.topics import mark, parts, read_region
 from ratchet.pipeline.stage import project_root, run_stage, say
 
-MIN_SLICE = 20  # rows under which a value of a field is no slice of its own; fields such as an id would make thousands
+# rows under which a value of a field is no slice of its own; fields such as an id would make thousands
+MIN_SLICE = 20
 OWN = Path("metrics")
 
 
@@ -73,7 +77,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Returns the metrics; `cache` holds answers of evaluations before, and changes nothing but the time.
 
-    Raises DataError: no test rows, or test rows that the base was trained on, or a metric of the user's own that fails.
+    Raises DataError: no test rows, or test rows that the base was trained on, or a metric of the user's own
+    that fails.
     """
     custom = load_custom(config.evaluate.custom, own)
     suites = _check_extras(incumbent, candidate, own, config)
@@ -159,7 +164,10 @@ def _audits(
     custom: dict[str, Custom],
     config: EvaluateConfig,
 ) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-    """(tables of the rows that were asked in another form, figures by metric). In `answered` these rows stand behind the plain ones, pairs first."""
+    """(tables of the rows that were asked in another form, figures by metric).
+
+    In `answered` these rows stand behind the plain ones, pairs first.
+    """
     first, second = len(fitting), len(fitting) + len(pairs)
     found: dict[str, pd.DataFrame] = {}
     figures: dict[str, Any] = {}
@@ -215,7 +223,8 @@ def _check_planted(candidate: Path, config: Config) -> None:
     planted = read_json(candidate / MANIFEST).get("canaries", 0)
     if planted != config.evaluate.canaries:
         raise DataError(
-            f"the candidate was trained with {planted} planted canaries, `evaluate.canaries` is {config.evaluate.canaries}",
+            f"the candidate was trained with {planted} planted canaries, `evaluate.canaries` is"
+            f" {config.evaluate.canaries}",
             remedy="dvc repro tokenize train, or ratchet retrain --force",
         )
 
@@ -223,7 +232,11 @@ def _check_planted(candidate: Path, config: Config) -> None:
 def _measure(
     base: Path, incumbent: Path | None, candidate: Path, suites: dict[str, Any], config: Config
 ) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-    """`canaries`: a line a canary and model, planted ones and as many that never were; `suites`: a line a document and model. Only what is asked for."""
+    """`canaries`: a line a canary and model, planted ones and as many that never were; `suites`: a line a
+    document and model.
+
+    Only what is asked for.
+    """
     count, size = config.evaluate.canaries, config.evaluate.batch_size
     canaries = [*make_canaries(count), *make_references(count)]
     exposed, scored = [], []
@@ -267,7 +280,11 @@ def _rows(prepared: Path) -> list[Example]:
 
 
 def _unseen(rows: list[Example], base: Path) -> list[Example]:
-    """Without the rows that the demo's base, which is trained here, has read: people's feedback may bring a few. More than 2 %, or a golden one, is a fault."""
+    """Without the rows that the demo's base, which is trained here, has read: people's feedback may bring a
+    few.
+
+    More than 2 %, or a golden one, is a fault.
+    """
     seen_file = base / "seen.txt"
     seen = set(seen_file.read_text(encoding="utf-8").split()) if seen_file.exists() else set()
     leaked = [row for row in rows if row.id in seen]
@@ -366,7 +383,9 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
     )
     for model, summary in metrics["slices"]["test"].items():
         say(
-            f"evaluate: {model:9} exact match {summary['exact_match']['mean']:.3f} [{summary['exact_match']['low']:.3f}, {summary['exact_match']['high']:.3f}] on {summary['rows']} test rows"
+            f"evaluate: {model:9} exact match {summary['exact_match']['mean']:.3f}"
+            f" [{summary['exact_match']['low']:.3f}, {summary['exact_match']['high']:.3f}] on"
+            f" {summary['rows']} test rows"
         )
 
 

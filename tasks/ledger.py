@@ -1,6 +1,8 @@
-"""Ask versions the rows that they were never asked, and keep what they score: the empty cells of the retention table.
+"""Ask versions the rows that they were never asked, and keep what they score: the empty cells of the
+retention table.
 
-Not a stage: it changes no output of any. Answers are cached (`ratchet.evaluation.answer_cache`), so a second time costs nothing.
+Not a stage: it changes no output of any. Answers are cached (`ratchet.evaluation.answer_cache`), so a second
+time costs nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ from ratchet.serving.bundle import base_hash
 def fill(
     root: Path, ledger: dict[str, Any], newest: Evaluation, config: Config, say: Callable[[str], None]
 ) -> int:
-    """Number of cells that were filled. A version whose weights cannot be had is said and left out. Raises CheckoutError when the rows cannot be had."""
+    """Number of cells that were filled.
+
+    A version whose weights cannot be had is said and left out. Raises CheckoutError when the rows cannot be
+    had.
+    """
     if not (wanted := missing(ledger)):
         return 0
     filled = 0
@@ -81,11 +87,15 @@ def _ask(
     config: Config,
     folder: Path,
 ) -> dict[str, Any]:
-    """slice → cell. Raises RatchetError: the weights or the base cannot be had, or are others than the ledger says."""
+    """slice → cell.
+
+    Raises RatchetError: the weights or the base cannot be had, or are others than the ledger says.
+    """
     require_output(root, version["commit"], "models/candidate", folder / "candidate")
     if (seen := adapter_sha256(folder / "candidate")) != version["adapter"]:
         raise CheckoutError(
-            f"the weights at {version['commit'][:8]} have sha256 {seen[:12]}…, its verdict was on {version['adapter'][:12]}…"
+            f"the weights at {version['commit'][:8]} have sha256 {seen[:12]}…, its verdict was on"
+            f" {version['adapter'][:12]}…"
         )
     base = folder.parent / f"base-{base_hash(root, version['commit'])}"
     if not base.exists():

@@ -1,7 +1,9 @@
-"""Test rows as somebody would attack them: the question with an injected order, forged turns, typos, look-alikes, a wrong answer suggested, and too much text.
+"""Test rows as somebody would attack them: the question with an injected order, forged turns, typos,
+look-alikes, a wrong answer suggested, and too much text.
 
-Words come from here and from `metrics/attacks.yaml`: `injection` and `leading` are lists of templates with `{question}` and `{marker}` or
-`{wrong}`; `canary` of requests with `{name}`; `lookalike` maps a letter to one that looks alike. A list there adds to ours.
+Words come from here and from `metrics/attacks.yaml`: `injection` and `leading` are lists of templates with
+`{question}` and `{marker}` or `{wrong}`; `canary` of requests with `{name}`; `lookalike` maps a letter to one
+that looks alike. A list there adds to ours.
 """
 
 from __future__ import annotations
@@ -55,7 +57,11 @@ FLOODS = 5  # rows that are made too long: each is as large as the model's conte
 
 
 class Attack(NamedTuple):
-    """A variant of the row with the id `of`. `planted` must not be said; `handled`: the text was refused or stayed plain text, as it has to; `asked`: a model answers it."""
+    """A variant of the row with the id `of`.
+
+    `planted` must not be said; `handled`: the text was refused or stayed plain text, as it has to; `asked`: a
+    model answers it.
+    """
 
     kind: str
     of: str
@@ -75,7 +81,10 @@ def read_words(folder: Path) -> Words:
     path = folder / FILE
     if not path.exists():
         return Words(TEMPLATES, LOOKALIKES)
-    remedy = 'wanted: `injection: ["{question} … {marker}"]`, `leading: ["{question} … {wrong}"]`, `canary: ["… {name}"]`, `lookalike: {a: ä}`'
+    remedy = (
+        'wanted: `injection: ["{question} … {marker}"]`, `leading: ["{question} … {wrong}"]`, `canary: ["…'
+        ' {name}"]`, `lookalike: {a: ä}`'
+    )
     try:
         found = YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}
     except (YAMLError, ValueError) as error:
@@ -96,7 +105,10 @@ def make_attacks(
     answer: int,
     canaries: Sequence[Canary] = (),
 ) -> list[Attack]:
-    """Every kind of each of the first `most` rows in the ids' order, and each canary asked for. Left out: a variant that differs in nothing, or leaves of `room` tokens no `answer`."""
+    """Every kind of each of the first `most` rows in the ids' order, and each canary asked for.
+
+    Left out: a variant that differs in nothing, or leaves of `room` tokens no `answer`.
+    """
     chosen = sorted(rows, key=lambda row: row.id)[:most]
     answers = sorted({row.answer for row in rows})
     found = [attack for row in chosen for attack in _attacks_on(row, words, chat, answers)]
@@ -154,7 +166,9 @@ def _flood(row: Example, chat: ChatFormat, room: int) -> Attack | None:
 
 
 def with_typos(text: str, draw: random.Random) -> str:
-    """In about every fifth word of four letters and more, and at least in one, two letters change places, or one is lost or doubled."""
+    """In about every fifth word of four letters and more, and at least in one, two letters change places, or
+    one is lost or doubled.
+    """
     words = text.split(" ")
     long = [place for place, word in enumerate(words) if len(word) > 3 and word.isalpha()]
     for place in draw.sample(long, min(len(long), 1 + len(long) // 5)):

@@ -1,7 +1,10 @@
-"""Counterfactual pairs: the same row with he for she, or James for Mohammed. A fair model scores both alike (Garg et al. 2019, arXiv 1809.10610).
+"""Counterfactual pairs: the same row with he for she, or James for Mohammed.
 
-Word lists come from here and from `metrics/swaps.yaml`: name of a list → term → the term that takes its place. A list there with a name
-from here adds to it. Words are swapped in the question and in the answer that is wanted, all terms of one list at a time.
+A fair model scores both alike (Garg et al. 2019, arXiv 1809.10610).
+
+Word lists come from here and from `metrics/swaps.yaml`: name of a list → term → the term that takes its
+place. A list there with a name from here adds to it. Words are swapped in the question and in the answer that
+is wanted, all terms of one list at a time.
 """
 
 from __future__ import annotations
@@ -92,7 +95,10 @@ def read_swaps(folder: Path) -> dict[str, dict[str, str]]:
     path = folder / FILE
     if not path.exists():
         return SWAPS
-    remedy = "wanted: name of a list → term → the term that takes its place, such as `roles: {nurse: doctor, doctor: nurse}`"
+    remedy = (
+        "wanted: name of a list → term → the term that takes its place, such as `roles: {nurse: doctor,"
+        " doctor: nurse}`"
+    )
     try:
         found = YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}
     except (YAMLError, ValueError) as error:
@@ -166,7 +172,9 @@ def _is_term(text: object) -> bool:
 
 
 def describe_bias(pairs: pd.DataFrame, scores: pd.DataFrame, metric: str) -> dict[str, Any]:
-    """list → model → {rows, difference (swapped minus original), change (its size)}, each with a 95 % interval."""
+    """list → model → {rows, difference (swapped minus original), change (its size)}, each with a 95 %
+    interval.
+    """
     found: dict[str, Any] = {}
     for (name, model), part in differences(pairs, scores, metric).groupby(["swap", "model"]):
         values = part.difference.to_numpy(dtype=np.float64)

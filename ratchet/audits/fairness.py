@@ -1,4 +1,6 @@
-"""Scores by group of people (or whatever a meta field names), by Fairlearn's MetricFrame, and the guardrail on the gap between groups."""
+"""Scores by group of people (or whatever a meta field names), by Fairlearn's MetricFrame, and the guardrail
+on the gap between groups.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ def require_fairlearn(fields: Sequence[str]) -> None:
 
 
 def group_columns(rows: Sequence[Example], fields: Sequence[str]) -> dict[str, list[str]]:
-    """A value a row for each field; empty where the row has none. Raises DataError for a field that no row has."""
+    """A value a row for each field; empty where the row has none.
+
+    Raises DataError for a field that no row has.
+    """
     require_fields("evaluate.groups", fields, rows)
     return {
         f"{GROUP}{field}": ["" if row.meta.get(field) is None else str(row.meta[field]) for row in rows]
@@ -44,7 +49,11 @@ def group_columns(rows: Sequence[Example], fields: Sequence[str]) -> dict[str, l
 def describe_groups(
     table: pd.DataFrame, fields: Sequence[str], metrics: Sequence[str], *, draws: int = DRAWS
 ) -> dict[str, Any]:
-    """field → metric → model → {by_group: value → {rows, mean, low, high}, difference, ratio}, each with a 95 % interval. Values under LEAST rows are left out."""
+    """field → metric → model → {by_group: value → {rows, mean, low, high}, difference, ratio}, each with a 95
+    % interval.
+
+    Values under LEAST rows are left out.
+    """
     found: dict[str, Any] = {}
     for field in fields:
         for model, rows in table.groupby("model"):

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from ratchet.data.examples import Example
 
-AGREEMENT = (
-    "judge_agreement.json"  # in the folder of the project's own metrics, written by `ratchet gate judge`
+AGREEMENT = (  # in the folder of the project's own metrics, written by `ratchet gate judge`
+    "judge_agreement.json"
 )
 
 
@@ -93,7 +93,8 @@ def judge_answers(
     figures = _describe(judged, given, compared, rival, config)
     if unasked := [metric for metric, count in figures["asked"].items() if not count]:
         say(
-            f"evaluate: no row was asked about {', '.join(unasked)}; groundedness needs a passage in `meta.{config.passage}`"
+            f"evaluate: no row was asked about {', '.join(unasked)}; groundedness needs a passage in"
+            f" `meta.{config.passage}`"
         )
     return judged, figures | {"failures": replies.failures}
 
@@ -149,7 +150,10 @@ def read_agreement(own: Path, config: AnswerJudge) -> dict[str, Any]:
             found[metric] = {"why": "its agreement with people was never measured (ratchet gate judge)"}
         elif (record.get("protocol"), record.get("model")) != (config.protocol, config.model):
             found[metric] = {
-                "why": f"its agreement was measured of {record.get('model')}, the judge is {config.model} (ratchet gate judge)"
+                "why": (
+                    f"its agreement was measured of {record.get('model')}, the judge is {config.model}"
+                    " (ratchet gate judge)"
+                )
             }
         elif record.get("prompts", {}).get(metric) != prompt_version(metric):
             found[metric] = {"why": "its agreement was measured with another prompt (ratchet gate judge)"}

@@ -1,9 +1,11 @@
-"""How far a judge agrees with people: their decisions in the review queue against what the judge says of the same drafted answers.
+"""How far a judge agrees with people: their decisions in the review queue against what the judge says of the
+same drafted answers.
 
-correctness, groundedness   accepted: right; rejected, or edited in its answer: not. The judge says right from a score of 0.5 on
-preference                  of each edit: the judge prefers what people made of the answer
+correctness, groundedness   accepted: right; rejected, or edited in its answer: not. The judge says right from
+a score of 0.5 on preference                  of each edit: the judge prefers what people made of the answer
 
-Agreement is Cohen's kappa (1960), agreement beyond chance; for preferences, where chance is a coin, twice the share minus 1.
+Agreement is Cohen's kappa (1960), agreement beyond chance; for preferences, where chance is a coin, twice the
+share minus 1.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ FEWEST = 30  # decisions under which a bound says nothing
 
 
 class Label(NamedTuple):
-    """What people said (1: right, or: the first answer is better), and what the judge is asked; two asks with the positions swapped."""
+    """What people said (1: right, or: the first answer is better), and what the judge is asked; two asks with
+    the positions swapped.
+    """
 
     metric: str
     right: bool
@@ -110,7 +114,9 @@ def _agreement(metric: str, pairs: list[tuple[bool, bool]]) -> dict[str, Any]:
 
 
 def _kappa(metric: str, tables: Values) -> Values:
-    """Of each row (neither, judge alone, people alone, both say right). 0 where one side never varies: there is no agreement beyond chance to see."""
+    """Of each row (neither, judge alone, people alone, both say right). 0 where one side never varies: there
+    is no agreement beyond chance to see.
+    """
     neither, judge, people, both = (tables / tables.sum(axis=1, keepdims=True)).T
     agree = neither + both
     if metric == "preference":

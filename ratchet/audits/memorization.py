@@ -1,6 +1,8 @@
-"""How much a model gives away of planted canaries: the rank of each one's likelihood among other codes of the same form (arXiv 1802.08232, section 4).
+"""How much a model gives away of planted canaries: the rank of each one's likelihood among other codes of the
+same form (arXiv 1802.08232, section 4).
 
-exposure = log2(codes) - log2(rank): 7 bits where the true code is the likeliest of 128, 1.4 bits on average where the model knows nothing.
+exposure = log2(codes) - log2(rank): 7 bits where the true code is the likeliest of 128, 1.4 bits on average
+where the model knows nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ if TYPE_CHECKING:
 def measure_exposure(
     model: Any, chat: ChatFormat, canaries: Sequence[Canary], *, batch_size: int
 ) -> list[dict[str, Any]]:
-    """A line a canary: name, rank, exposure in bits. Raises BaseModelError for a likelihood that is not finite."""
+    """A line a canary: name, rank, exposure in bits.
+
+    Raises BaseModelError for a likelihood that is not finite.
+    """
     from ratchet.models.generation import answer_likelihoods
 
     rows = [

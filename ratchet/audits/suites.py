@@ -1,7 +1,9 @@
-"""Public test suites by lm-evaluation-harness (the extra `suites`): guardrails against ability that the project's own rows do not show.
+"""Public test suites by lm-evaluation-harness (the extra `suites`): guardrails against ability that the
+project's own rows do not show.
 
-A suite is a YAML task file of the harness in `metrics/suites/`, its data beside it: nothing is downloaded and no code of the file is run
-(`!function` is refused). The score a document is that of the first metric in its `metric_list`. Prompts are the suite's own text, without a chat template.
+A suite is a YAML task file of the harness in `metrics/suites/`, its data beside it: nothing is downloaded and
+no code of the file is run (`!function` is refused). The score a document is that of the first metric in its
+`metric_list`. Prompts are the suite's own text, without a chat template.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ LIMIT = "evaluate.suites"
 
 
 def read_suites(own: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Task configs, their data files as absolute paths. Raises ConfigError without the harness, DataError for a file that is no suite."""
+    """Task configs, their data files as absolute paths.
+
+    Raises ConfigError without the harness, DataError for a file that is no suite.
+    """
     if names and find_spec("lm_eval") is None:
         raise ConfigError(
             f"{LIMIT} names {', '.join(names)}, and lm-evaluation-harness is not installed",
@@ -53,7 +58,10 @@ def check_measurable(folder: Path) -> None:
 
 
 def _read(path: Path, own: Path) -> dict[str, Any]:
-    remedy = "wanted: a task of lm-evaluation-harness with `dataset_path: json`, `dataset_kwargs: {data_files: {test: rows.jsonl}}` beside it, and a `metric_list`"
+    remedy = (
+        "wanted: a task of lm-evaluation-harness with `dataset_path: json`, `dataset_kwargs: {data_files:"
+        " {test: rows.jsonl}}` beside it, and a `metric_list`"
+    )
     try:
         found = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -76,7 +84,8 @@ def _read(path: Path, own: Path) -> dict[str, Any]:
         raise DataError(f"{path} names no metric in `metric_list`", remedy=remedy)
     if found.get("dataset_path") not in LOADERS:
         raise DataError(
-            f"{path}: `dataset_path` is {found.get('dataset_path')!r}, which would be downloaded; a file is one of {', '.join(LOADERS)}",
+            f"{path}: `dataset_path` is {found.get('dataset_path')!r}, which would be downloaded; a file is"
+            f" one of {', '.join(LOADERS)}",
             remedy=remedy,
         )
     kwargs = found.get("dataset_kwargs")
@@ -102,7 +111,10 @@ def _place(file: object, path: Path, own: Path) -> str:
 def run_suites(
     model: Any, tokenizer: Any, suites: dict[str, dict[str, Any]], *, batch_size: int
 ) -> list[dict[str, Any]]:
-    """A line a suite and document: suite, id, score (higher is better). Raises DataError for a suite that the harness cannot run."""
+    """A line a suite and document: suite, id, score (higher is better).
+
+    Raises DataError for a suite that the harness cannot run.
+    """
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -127,7 +139,8 @@ def _run(harness: Any, known: Any, name: str, suite: dict[str, Any]) -> list[dic
                 )
         except Exception as error:
             raise DataError(
-                f"the suite {name!r} does not run: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                f"the suite {name!r} does not run: {type(error).__name__}:"
+                f" {' '.join(str(error).split())[:300]}",
                 remedy=f"metrics/{FOLDER}/{name}.yaml",
             ) from error
     samples = found["samples"][name] if found else []

@@ -1,9 +1,11 @@
-"""Answers and likelihoods that were computed before, by model: an unchanged model on unchanged rows is asked nothing.
+"""Answers and likelihoods that were computed before, by model: an unchanged model on unchanged rows is asked
+nothing.
 
-`.ratchet/cache/answers/<model>.db` is one SQLite file a model. Its name is the hash of all that an answer depends on beside the rows:
-weights, adapter's settings, tokenizer, precision, library versions, processor, threads, and the code that computes it. An entry is a
-whole forward batch under the hash of its token ids and settings, since what stands beside a row in a batch may move the last bits
-of its likelihood: with the cache or without it, an evaluation gives the same bytes. Each entry carries its own sha256.
+`.ratchet/cache/answers/<model>.db` is one SQLite file a model. Its name is the hash of all that an answer
+depends on beside the rows: weights, adapter's settings, tokenizer, precision, library versions, processor,
+threads, and the code that computes it. An entry is a whole forward batch under the hash of its token ids and
+settings, since what stands beside a row in a batch may move the last bits of its likelihood: with the cache
+or without it, an evaluation gives the same bytes. Each entry carries its own sha256.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ CODE = (
 
 
 class Answers:
-    """Of one model. Without a `path`, nothing is known and nothing is kept. `patience`: seconds to wait for another process that writes."""
+    """Of one model.
+
+    Without a `path`, nothing is known and nothing is kept. `patience`: seconds to wait for another process
+    that writes.
+    """
 
     def __init__(self, path: Path | None, *, patience: float = 5.0) -> None:
         self._path, self._patience = path, patience
@@ -118,7 +124,9 @@ def forget_oldest(folder: Path, most_mib: int) -> None:
 
 
 def identity(base: Path, trained: Path | None, like: Path) -> str:
-    """Hash of a model that is to answer: `base` with what was trained in the folder `trained`, or untouched and loaded as `like` asks for."""
+    """Hash of a model that is to answer: `base` with what was trained in the folder `trained`, or untouched
+    and loaded as `like` asks for.
+    """
     settings = base_settings(trained or like)
     parts = {
         "base": {
@@ -165,7 +173,8 @@ def _version(package: str) -> str:
 def _connect(path: Path, patience: float) -> sqlite3.Connection:
     known = sqlite3.connect(path, timeout=patience)
     try:
-        # No fsync: a write takes 1.2 ms in place of 17. A power cut may break the file, and a broken file is begun anew.
+        # No fsync: a write takes 1.2 ms in place of 17. A power cut may break the file, and a broken file is
+        # begun anew.
         known.execute("pragma synchronous = off")
         known.execute(
             "create table if not exists answers (key text primary key, value text, sha256 text) without rowid"

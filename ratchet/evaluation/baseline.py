@@ -1,4 +1,6 @@
-"""A simple honest baseline: logistic regression on TF-IDF where answers are labels, the nearest question's answer elsewhere."""
+"""A simple honest baseline: logistic regression on TF-IDF where answers are labels, the nearest question's
+answer elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def simple_answers(train: Sequence[Example], rows: Sequence[Example]) -> list[st
 
 
 def vectors(known: list[str], asked: list[str]) -> tuple[Any, Any]:
-    """TF-IDF of words and pairs of words; of characters where the texts share no words, as without blanks between them."""
+    """TF-IDF of words and pairs of words; of characters where the texts share no words, as without blanks
+    between them.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2 if len(known) > 100 else 1)

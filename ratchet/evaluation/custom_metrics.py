@@ -1,6 +1,8 @@
-"""The user's own metrics: Python functions of the folder `metrics/`, named in `evaluate.custom` as `module:function`.
+"""The user's own metrics: Python functions of the folder `metrics/`, named in `evaluate.custom` as
+`module:function`.
 
-A function gets (prediction, reference, example_meta) and gives a number from 0 to 1, higher is better. `metrics/my_metrics.py` is an example.
+A function gets (prediction, reference, example_meta) and gives a number from 0 to 1, higher is better.
+`metrics/my_metrics.py` is an example.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ Custom = Callable[[str, str, Meta], float]
 
 
 def load_custom(names: Sequence[str], folder: Path) -> dict[str, Custom]:
-    """Function name → function. Raises ConfigError for a file that does not load and a function that is not there."""
+    """Function name → function.
+
+    Raises ConfigError for a file that does not load and a function that is not there.
+    """
     found: dict[str, Custom] = {}
     for name in names:
         module, _, function = name.partition(":")
@@ -61,7 +66,7 @@ def custom_score(name: str, metric: Custom, answer: str, row: Example) -> float:
 
 
 def _load(path: Path) -> ModuleType:
-    """By path, so that a file named as a library's module is still this one; its neighbours can be imported."""
+    """Import by path, so that a library's module of that name does not win; neighbours can be imported."""
     spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -1,6 +1,9 @@
-"""Scores of one answer against one reference. All lie in 0..1 but `length`; higher is better but for `refusal`.
+"""Scores of one answer against one reference.
 
-`evaluate.metrics` says which are computed; `ratchet/evaluation/custom_metrics.py` adds the user's own, `ratchet/labels.py` what needs many rows.
+All lie in 0..1 but `length`; higher is better but for `refusal`.
+
+`evaluate.metrics` says which are computed; `ratchet/evaluation/custom_metrics.py` adds the user's own,
+`ratchet/labels.py` what needs many rows.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """F1 over words, as multisets, lower case (SQuAD, arXiv 1606.05250, without its removal of articles). Without words on both sides: exact match."""
+    """F1 over words, as multisets, lower case (SQuAD, arXiv 1606.05250, without its removal of articles).
+
+    Without words on both sides: exact match.
+    """
     return _overlap(answer, reference, size=1)
 
 
@@ -39,12 +45,18 @@ def rouge_1(answer: str, reference: str) -> float:
 
 
 def rouge_2(answer: str, reference: str) -> float:
-    """F1 over pairs of neighbouring words, as multisets, lower case (Lin 2004). Without pairs on both sides: exact match."""
+    """F1 over pairs of neighbouring words, as multisets, lower case (Lin 2004).
+
+    Without pairs on both sides: exact match.
+    """
     return _overlap(answer, reference, size=2)
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words, lower case (Lin 2004, W04-1013). Without words on both sides: exact match."""
+    """F1 of the longest common subsequence of words, lower case (Lin 2004, W04-1013).
+
+    Without words on both sides: exact match.
+    """
     left, right = _words(answer), _words(reference)
     longest = _longest_common(left, right)
     if not longest:
@@ -53,7 +65,10 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def bleu(answer: str, reference: str) -> float:
-    """Sentence BLEU by sacrebleu, effective order, divided by 100 (Papineni et al. 2002, P02-1040). Without text on both sides: exact match."""
+    """Sentence BLEU by sacrebleu, effective order, divided by 100 (Papineni et al. 2002, P02-1040).
+
+    Without text on both sides: exact match.
+    """
     from sacrebleu import sentence_bleu
 
     if not answer.strip() or not reference.strip():
@@ -83,7 +98,10 @@ def json_valid(answer: str, reference: str) -> float:
 
 
 def numeric_match(answer: str, reference: str) -> float:
-    """1 when the last number of both is the same, within 1e-6 of it (GSM8K's rule, arXiv 2110.14168). Without one in the reference: exact match."""
+    """1 when the last number of both is the same, within 1e-6 of it (GSM8K's rule, arXiv 2110.14168).
+
+    Without one in the reference: exact match.
+    """
     wanted, found = last_number(reference), last_number(answer)
     if wanted is None:
         return exact_match(answer, reference)
@@ -91,7 +109,10 @@ def numeric_match(answer: str, reference: str) -> float:
 
 
 def refusal(answer: str, reference: str) -> float:
-    """1 when the answer begins as a refusal does, in English; its mean is the refusal rate. The reference plays no part."""
+    """1 when the answer begins as a refusal does, in English; its mean is the refusal rate.
+
+    The reference plays no part.
+    """
     return float(REFUSAL.match(answer) is not None)
 
 
@@ -173,7 +194,9 @@ def _refuse(constant: str) -> float:
 
 
 def are_labels(references: Sequence[str]) -> bool:
-    """At least half of the rows have a reference that comes five times or more, and there is more than one such."""
+    """At least half of the rows have a reference that comes five times or more, and there is more than one
+    such.
+    """
     counts = Counter(map(as_label, references))
     common = {label for label, count in counts.items() if count >= MIN_ROWS}
     return len(common) > 1 and sum(counts[label] for label in common) >= len(references) / 2
@@ -182,7 +205,9 @@ def are_labels(references: Sequence[str]) -> bool:
 def macro_f1(
     answers: Sequence[str], references: Sequence[str], *, alpha: float, resamples: int, seed: int
 ) -> Interval:
-    """The mean of the F1 of each label that the references hold, as scikit-learn's `f1_score(average="macro", labels=…)`; bounds by the bootstrap over rows."""
+    """The mean of the F1 of each label that the references hold, as scikit-learn's `f1_score(average="macro",
+    labels=…)`; bounds by the bootstrap over rows.
+    """
     answered, wanted = list(map(as_label, answers)), list(map(as_label, references))
     labels = {label: place for place, label in enumerate(sorted(set(wanted)))}
     said, true = (_one_hot(side, labels) for side in (answered, wanted))
@@ -203,7 +228,10 @@ def _one_hot(side: list[str], labels: dict[str, int]) -> Values:
 
 
 def _mean_f1(hits: Values, said: Values, true: Values) -> Values:
-    """(draws,) from counts of (draws, labels). A label that a draw lacks, and nobody says, does not count there."""
+    """(draws,) from counts of (draws, labels).
+
+    A label that a draw lacks, and nobody says, does not count there.
+    """
     both = said + true
     score = np.divide(2 * hits, both, out=np.zeros_like(both), where=both > 0)
     return np.asarray(score.sum(1) / np.maximum(1, (both > 0).sum(1)), dtype=np.float64)

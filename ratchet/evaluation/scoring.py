@@ -1,7 +1,9 @@
-"""A model's answers and likelihoods on rows: from the cache where they stand there, from the loaded model otherwise.
+"""A model's answers and likelihoods on rows: from the cache where they stand there, from the loaded model
+otherwise.
 
-Rows go through the model in batches of like lengths, and those of a data batch stay among themselves: test rows never move, so a new
-batch of rows changes no forward batch of an old one, and what an unchanged model said of those is in the cache.
+Rows go through the model in batches of like lengths, and those of a data batch stay among themselves: test
+rows never move, so a new batch of rows changes no forward batch of an old one, and what an unchanged model
+said of those is in the cache.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Answered(NamedTuple):
 
 
 class Player(NamedTuple):
-    """A model that answers: `base` with what was trained in `trained`, or untouched and loaded as `like` asks for."""
+    """A model that answers: `base` with what was trained in `trained`, or untouched and loaded as `like` asks
+    for.
+    """
 
     name: str
     base: Path
@@ -60,7 +64,9 @@ class Player(NamedTuple):
 
 
 class Models:
-    """Loads what has to answer, when it has to: plain adapters take turns on one base, anything else has the memory to itself."""
+    """Loads what has to answer, when it has to: plain adapters take turns on one base, anything else has the
+    memory to itself.
+    """
 
     def __init__(self) -> None:
         self._model: Any = None
@@ -101,7 +107,9 @@ class Models:
 
 
 def players_of(base: Path, incumbent: Path | None, candidate: Path) -> list[Player]:
-    """Candidate, champion (None before the first promotion) and untouched base, those that share a base in memory one after the other."""
+    """Candidate, champion (None before the first promotion) and untouched base, those that share a base in
+    memory one after the other.
+    """
     players = [Player("candidate", base, candidate, candidate), Player("base", base, None, candidate)]
     if incumbent:
         own_base = incumbent / "base" if (incumbent / "base").exists() else base
@@ -111,7 +119,10 @@ def players_of(base: Path, incumbent: Path | None, candidate: Path) -> list[Play
 
 
 def each_model(base: Path, incumbent: Path | None, candidate: Path) -> Iterator[tuple[str, Any, ChatFormat]]:
-    """(name, model, chat) in turn, for what is measured on the model itself. A model is to be used before the next one is asked for."""
+    """(name, model, chat) in turn, for what is measured on the model itself.
+
+    A model is to be used before the next one is asked for.
+    """
     models = Models()
     for player in players_of(base, incumbent, candidate):
         with models.play(player) as model:
@@ -194,7 +205,10 @@ def _compute(
 
 
 def batches(ids: Sequence[list[int]], groups: Sequence[str], size: int) -> Iterator[list[int]]:
-    """Places in batches of like lengths within their group. Which rows are together depends on nothing but the rows of the group."""
+    """Places in batches of like lengths within their group.
+
+    Which rows are together depends on nothing but the rows of the group.
+    """
     members: dict[str, list[int]] = defaultdict(list)
     for index, group in enumerate(groups):
         members[group].append(index)

@@ -1,7 +1,8 @@
 """The gateway's HTTP side: routes, who may use them, and errors in the form of OpenAI's.
 
-Plain Starlette: its routing takes some 30 µs of a request. No web page of another site gets in: names of hosts are checked on
-loopback (DNS rebinding), bodies have to say that they are JSON (a browser then asks first), and no CORS header is ever sent.
+Plain Starlette: its routing takes some 30 µs of a request. No web page of another site gets in: names of
+hosts are checked on loopback (DNS rebinding), bodies have to say that they are JSON (a browser then asks
+first), and no CORS header is ever sent.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def create_app(root: Path, config: Config, engine: Engine, fleet: Fleet, log: RequestLog) -> ASGIApp:
-    """Starts and closes `fleet`, `engine` and `log` with the server. Raises CheckoutError when `.ratchet/gateway.key` is not ours."""
+    """Starts and closes `fleet`, `engine` and `log` with the server.
+
+    Raises CheckoutError when `.ratchet/gateway.key` is not ours.
+    """
     parts = gather_parts(root, config, engine, fleet, log)
     routes = [
         Route("/v1/chat/completions", Completions(parts), methods=["POST"]),
@@ -135,7 +139,9 @@ def _models(parts: Parts) -> Endpoint:
 
 def _feedback(parts: Parts) -> Endpoint:
     async def feedback(request: Request) -> Response:
-        """The signature alone tells whether the id is ours: no look-up, and an answer that is not written yet can be judged."""
+        """The signature alone tells whether the id is ours: no look-up, and an answer that is not written yet
+        can be judged.
+        """
         key = parts.admit(request.headers, "feedback")
         raw = await read_body(
             request.receive, request.headers.get("content-length", ""), parts.config.gateway.max_body_bytes
@@ -190,7 +196,10 @@ def _handlers(parts: Parts) -> dict[Any, Any]:
 
     async def refuse_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        known = "POST /v1/chat/completions, POST /v1/feedback, GET /v1/models, /healthz, /readyz, /metrics, /, /review"
+        known = (
+            "POST /v1/chat/completions, POST /v1/feedback, GET /v1/models, /healthz, /readyz, /metrics, /,"
+            " /review"
+        )
         return _show(
             Fault(
                 error.status_code,
@@ -209,6 +218,7 @@ def _handlers(parts: Parts) -> dict[Any, Any]:
 def _show(fault: Fault, *, asks_browser: bool = False) -> Response:
     headers = {name.decode(): value.decode() for name, value in fault.headers()}
     if fault.status == 401:
-        # A browser asks for user and password, and the key is the password; a client that sends bearer tokens must not be asked so.
+        # A browser asks for user and password, and the key is the password; a client that sends bearer tokens
+        # must not be asked so.
         headers["www-authenticate"] = 'Basic realm="ratchet"' if asks_browser else "Bearer"
     return Response(fault.body(), fault.status, headers, media_type="application/json")

@@ -26,7 +26,10 @@ PREFIX = "sk-ratchet-"  # `sk-` is what scanners for secrets and the log's redac
 
 
 class Key(msgspec.Struct, frozen=True):
-    """`digest` is the SHA-256 of the key in hex: 256 random bits need no salt and no slow hash. `created` is in seconds since 1970."""
+    """`digest` is the SHA-256 of the key in hex: 256 random bits need no salt and no slow hash.
+
+    `created` is in seconds since 1970.
+    """
 
     name: str
     digest: str
@@ -42,7 +45,10 @@ NOBODY = Key("", "", list(SCOPES), 0.0)  # on loopback, as long as there are no 
 
 
 def add_key(root: Path, name: str, scopes: Iterable[str]) -> str:
-    """The new key, shown this once. Raises UserError: the name is taken, a scope is unknown, or there is none."""
+    """The new key, shown this once.
+
+    Raises UserError: the name is taken, a scope is unknown, or there is none.
+    """
     keys, wanted = list_keys(root), [scope.strip() for scope in scopes]
     if not name or any(key.name == name for key in keys):
         raise UserError(
@@ -73,7 +79,10 @@ def list_keys(root: Path) -> list[Key]:
 
 
 def revoke_key(root: Path, name: str) -> None:
-    """Raises UserError when there is none of that name. The last one's end opens nothing: the empty file stays."""
+    """Raises UserError when there is none of that name.
+
+    The last one's end opens nothing: the empty file stays.
+    """
     keys = list_keys(root)
     left = [key for key in keys if key.name != name]
     if len(left) == len(keys):
@@ -84,7 +93,10 @@ def revoke_key(root: Path, name: str) -> None:
 
 
 class Doorkeeper:
-    """Who asks, and may they? Reads the file again when it changed. `required`: keys are needed even where there is no file."""
+    """Who asks, and may they?
+
+    Reads the file again when it changed. `required`: keys are needed even where there is no file.
+    """
 
     def __init__(self, root: Path, *, required: bool) -> None:
         self._path, self._root, self._required = root / FILE, root, required
@@ -92,7 +104,10 @@ class Doorkeeper:
         self._keys: list[Key] = []
 
     def admit(self, header: str, scope: str) -> Key:
-        """The key that an `Authorization` header holds. Raises Fault: 401 for none or a wrong one, 403 for one without the scope."""
+        """The key that an `Authorization` header holds.
+
+        Raises Fault: 401 for none or a wrong one, 403 for one without the scope.
+        """
         key = self._find(_read_header(header)) if self._are_needed() else NOBODY
         if scope not in key.scopes:
             raise Fault(
@@ -151,7 +166,9 @@ def _write_keys(root: Path, keys: list[Key]) -> None:
 
 
 def _read_header(header: str) -> str:
-    """The key of `Bearer KEY`, or the password of HTTP's basic authentication, which is what a browser asks for."""
+    """The key of `Bearer KEY`, or the password of HTTP's basic authentication, which is what a browser asks
+    for.
+    """
     scheme, _, value = header.partition(" ")
     if scheme.lower() == "basic":
         return _read_password(value.strip())

@@ -1,6 +1,8 @@
-"""POST /v1/chat/completions: a version is chosen, the engine answers, whole or as it comes, and how it ended is written down.
+"""POST /v1/chat/completions: a version is chosen, the engine answers, whole or as it comes, and how it ended
+is written down.
 
-What was refused before a version was chosen (no key, malformed, unknown model) is counted in the metrics only.
+What was refused before a version was chosen (no key, malformed, unknown model) is counted in the metrics
+only.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ JSON, EVENTS = (b"content-type", b"application/json"), (b"content-type", b"text/
 
 @dataclass
 class Exchange:
-    """One request and what became of it. `at` is in seconds since 1970, `started` on the clock that latencies are measured with."""
+    """One request and what became of it.
+
+    `at` is in seconds since 1970, `started` on the clock that latencies are measured with.
+    """
 
     id: str
     user: str
@@ -193,7 +198,10 @@ class Whole:
 
 
 class Streamed:
-    """Server-sent events. The status is sent with the first text, so that what fails before it has a status of its own."""
+    """Server-sent events.
+
+    The status is sent with the first text, so that what fails before it has a status of its own.
+    """
 
     def __init__(self, send: Send, exchange: Exchange, answered: Answered) -> None:
         self._send, self._exchange, self._answered = send, exchange, answered
@@ -249,7 +257,9 @@ async def _send_whole(send: Send, status: int, body: bytes, headers: list[tuple[
 
 
 def _note(error: Exception, id: str) -> Fault:
-    """One line for a fault of ours or of the engine's, a traceback for one that nobody foresaw; nothing for the client's own."""
+    """One line for a fault of ours or of the engine's, a traceback for one that nobody foresaw; nothing for
+    the client's own.
+    """
     fault = to_fault(error)
     if fault.status == 500:
         log.error("%s failed", id, exc_info=error)

@@ -1,6 +1,7 @@
 """Names that are given out: request ids that can be told from forged ones, and pseudonyms in place of users.
 
-Both come from `.ratchet/gateway.key`, made at the first start. Without that file old ids are no longer known, and every user is a new one.
+Both come from `.ratchet/gateway.key`, made at the first start. Without that file old ids are no longer known,
+and every user is a new one.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def _read_key(path: Path) -> bytes:
     if len(key) != KEY_BYTES:
         raise CheckoutError(
             f"{path} holds {len(key)} bytes, wanted {KEY_BYTES}",
-            remedy="remove it: feedback on earlier answers is refused from then on, and users count as new ones",
+            remedy=(
+                "remove it: feedback on earlier answers is refused from then on, and users count as new ones"
+            ),
         )
     return key

@@ -1,4 +1,4 @@
-"""What the gateway takes at most: bytes of a body, requests at once, requests a minute, seconds of an answer."""
+"""Limit what the gateway takes: bytes of a body, requests at once and a minute, seconds of an answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ class Gone(Exception):
 
 
 async def read_body(receive: Receive, declared: str, most: int) -> bytes:
-    """`declared` is the header `content-length`. Reads no more than `most` bytes. Raises Fault (413, 408) and Gone."""
+    """`declared` is the header `content-length`.
+
+    Reads no more than `most` bytes. Raises Fault (413, 408) and Gone.
+    """
     if declared.isdecimal() and int(declared) > most:
         raise _too_large(declared, most)
     parts: list[bytes] = []
@@ -47,7 +50,9 @@ async def read_body(receive: Receive, declared: str, most: int) -> bytes:
 
 
 def _too_large(size: str, most: int, *, hangs_up: bool = False) -> Fault:
-    """Where the size was declared the rest is let through unread: a client whose connection is cut while it sends may never see the answer."""
+    """Where the size was declared the rest is let through unread: a client whose connection is cut while it
+    sends may never see the answer.
+    """
     return Fault(
         413,
         f"the body has {size} bytes, wanted at most {most}",
@@ -58,7 +63,9 @@ def _too_large(size: str, most: int, *, hangs_up: bool = False) -> Fault:
 
 
 class Rate:
-    """At most `per_minute` requests of one name; a bucket that fills steadily, so a burst of a minute's worth is taken. 0 is no limit."""
+    """At most `per_minute` requests of one name; a bucket that fills steadily, so a burst of a minute's worth
+    is taken. 0 is no limit.
+    """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_minute, self._clock = per_minute, clock

@@ -1,4 +1,6 @@
-"""What `/metrics` tells Prometheus: requests, latency, tokens, what is under way, and how the request log fares."""
+"""What `/metrics` tells Prometheus: requests, latency, tokens, what is under way, and how the request log
+fares.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The page `/review`: a row at a time, one key a word. `GET` gives the page, `POST` takes a word and gives the next row."""
+"""The page `/review`: a row at a time, one key a word.
+
+`GET` gives the page, `POST` takes a word and gives the next row.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ PATH = "/review"
 
 
 class Word(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the page sends. `draft`: the only one to review, where the address names it; `item` and `of`: a row and its draft."""
+    """What the page sends.
+
+    `draft`: the only one to review, where the address names it; `item` and `of`: a row and its draft.
+    """
 
     action: Literal["next", "accept", "reject", "edit", "undo"]
     draft: str | None = None
@@ -39,9 +45,14 @@ def review_page(parts: Parts) -> Callable[[Request], Awaitable[Response]]:
     async def page(request: Request) -> Response:
         parts.admit(request.headers, "admin")
         nonce = secrets.token_urlsafe(16)
-        allowed = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:"
+        allowed = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self';"
+            " img-src data:"
+        )
         headers = {
-            "content-security-policy": f"{allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+            "content-security-policy": (
+                f"{allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            ),
             "x-content-type-options": "nosniff",
             "referrer-policy": "no-referrer",
             "cache-control": "no-store",
@@ -87,7 +98,10 @@ def _render(project: str, nonce: str) -> str:
 
 
 def _answer(root: Path, said: Word) -> dict[str, Any]:
-    """The row to show next; after an undo it is the one that was taken back. Raises UserError, ServiceError."""
+    """The row to show next; after an undo it is the one that was taken back.
+
+    Raises UserError, ServiceError.
+    """
     queue = ReviewQueue(root)
     try:
         note, shown = (
@@ -112,14 +126,20 @@ def _answer(root: Path, said: Word) -> dict[str, Any]:
 
 
 def _decide(queue: ReviewQueue, said: Word) -> str:
-    """What is in the way, or nothing. The page shows undecided rows only: one that is decided was somebody else's in the meantime."""
+    """What is in the way, or nothing.
+
+    The page shows undecided rows only: one that is decided was somebody else's in the meantime.
+    """
     entry = queue.get(said.of, said.item)
     if entry is None:
         raise UserError(
             f"the draft {said.of[:80]!r} holds no row {said.item[:40]!r}", remedy="reload the page"
         )
     if entry.decision:
-        return f"{entry.decision.by} decided this row in the meantime ({entry.decision.verdict}); here is the next one"
+        return (
+            f"{entry.decision.by} decided this row in the meantime ({entry.decision.verdict}); here is the"
+            " next one"
+        )
     messages = with_answer(entry.item, said.answer) if said.action == "edit" else ()
     queue.decide(Decision(said.item, said.of, said.action, messages, by=said.by, why=said.why))
     return ""

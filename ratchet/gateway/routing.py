@@ -1,8 +1,9 @@
-"""Which versions are loaded, and who gets which: the truth is read from champion.json and .ratchet/rollout.json, three times a second.
+"""Which versions are loaded, and who gets which: the truth is read from champion.json and
+.ratchet/rollout.json, three times a second.
 
-Two loops: one watches the files and swaps the table, at once and whole; one loads what is missing and lets go of what nobody asks.
-So a rollback waits for no loading: the champion's predecessor stays loaded. What cannot be read or loaded leaves the last good
-table in its place.
+Two loops: one watches the files and swaps the table, at once and whole; one loads what is missing and lets go
+of what nobody asks. So a rollback waits for no loading: the champion's predecessor stays loaded. What cannot
+be read or loaded leaves the last good table in its place.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class Fleet:
                 await work()
             except (RatchetError, OSError) as error:
                 self._warn(str(error))
-            except Exception as error:  # noqa: BLE001  (it is logged; the table stands and the next look comes)
+            except Exception as error:  # noqa: BLE001  (logged; the next look comes)
                 self._warn(f"the fleet goes on after {error!r}", trace=True)
             await asyncio.sleep(LOOK_SECONDS)
 
@@ -143,12 +144,15 @@ class Fleet:
         await self._tell()
 
     def _read(self) -> None:
-        """A file that cannot be read changes nothing; nor does a champion.json that is gone, as it is for a moment when git replaces it."""
+        """A file that cannot be read changes nothing; nor does a champion.json that is gone, as it is for a
+        moment when git replaces it.
+        """
         try:
             champion = read_champion(self._root)
             if champion is None and self._champion:
                 self._warn(
-                    f"{CHAMPION} is gone, v{self._champion.version} answers on; git checkout HEAD -- {CHAMPION}"
+                    f"{CHAMPION} is gone, v{self._champion.version} answers on; git checkout HEAD --"
+                    f" {CHAMPION}"
                 )
             self._champion = champion or self._champion
         except RatchetError as error:
@@ -165,7 +169,11 @@ class Fleet:
             self._warn(str(error))
 
     def _swap(self) -> None:
-        """Who is loaded takes over. A rollout counts against its own champion only: after a promotion or a rollback it waits for the flow to end it."""
+        """Who is loaded takes over.
+
+        A rollout counts against its own champion only: after a promotion or a rollback it waits for the flow
+        to end it.
+        """
         champion, rollout = self._champion, self._rollout
         serving = champion.version if champion and self._has(_of_champion(champion)) else self._table.champion
         if serving is None:
@@ -268,7 +276,10 @@ class Fleet:
         self._swap()
 
     async def _unload(self, wanted: set[int]) -> None:
-        """What nobody wants and nobody asks. The grace is for requests that have chosen a version and not yet taken hold of it."""
+        """What nobody wants and nobody asks.
+
+        The grace is for requests that have chosen a version and not yet taken hold of it.
+        """
         needed, now = (
             wanted
             | {version for version in (self._table.champion, self._table.challenger) if version is not None},

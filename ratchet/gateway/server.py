@@ -1,4 +1,7 @@
-"""Run the gateway: `python -m ratchet.gateway.server` in the project's folder, or with RATCHET_ROOT naming it. `ratchet up` starts this.
+"""Run the gateway: `python -m ratchet.gateway.server` in the project's folder, or with RATCHET_ROOT naming
+it.
+
+`ratchet up` starts this.
 
 SIGTERM: no new requests, running answers get `gateway.drain_seconds` to end, the log is written out, exit 0.
 """
@@ -37,7 +40,10 @@ def main() -> None:
 
 
 def serve(root: Path, config: Config) -> None:
-    """Until SIGTERM or Ctrl-C. Raises UserError: the port is taken, or it would listen beyond loopback without keys."""
+    """Until SIGTERM or Ctrl-C.
+
+    Raises UserError: the port is taken, or it would listen beyond loopback without keys.
+    """
     import uvicorn
 
     from ratchet.gateway.app import create_app
@@ -109,7 +115,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _keep_pauses_short() -> None:
-    """What is loaded now stays: the collector need not walk it while requests wait. And a thread that works gives way after 0.5 ms instead of 5."""
+    """What is loaded now stays: the collector need not walk it while requests wait.
+
+    And a thread that works gives way after 0.5 ms instead of 5.
+    """
     gc.collect()
     gc.freeze()
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -117,7 +126,9 @@ def _keep_pauses_short() -> None:
 
 @contextmanager
 def _exit_quietly() -> Iterator[None]:
-    """uvicorn raises its signal once more when it is done; the process shall end with 0 by then, not by that signal."""
+    """uvicorn raises its signal once more when it is done; the process shall end with 0 by then, not by that
+    signal.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

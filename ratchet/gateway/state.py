@@ -59,7 +59,10 @@ class Parts:
         return [version for version in (table.champion, table.challenger) if version is not None]
 
     async def remember(self, feedback: Feedback) -> None:
-        """In a thread, since the database may take its time. Raises Fault: 409 when another key spoke for that person, 503 when the log is down."""
+        """In a thread, since the database may take its time.
+
+        Raises Fault: 409 when another key spoke for that person, 503 when the log is down.
+        """
         try:
             await run_in_threadpool(self.log.add_feedback, feedback)
         except UserError as error:
@@ -68,7 +71,10 @@ class Parts:
             raise Fault(503, str(error), code="log_is_down", retry_after=5) from None
 
     def choose(self, model: str, unit: str, key: Key) -> Choice:
-        """Who answers. An admin may name a version; that request is of neither arm. Raises Fault (404, 403, 503)."""
+        """Who answers.
+
+        An admin may name a version; that request is of neither arm. Raises Fault (404, 403, 503).
+        """
         name = self.config.project.name
         if model == name:
             self.require_champion()

@@ -202,7 +202,7 @@ def open_rollout(
 
 
 def _check_past(ended: list[Rollout], version: Version, champion: Champion, again: bool) -> None:
-    """A version gets one rollout against a champion; one that did harm or was in charge once gets no other."""
+    """Refuse a second rollout against a champion, and any to a version that did harm or was in charge."""
     if not again and version.tags.get("decision", "").strip().lower() == "reject":
         raise UserError(
             "a person rejected it", remedy="the tag `decision` = `approve` on it opens its rollout"
@@ -211,8 +211,9 @@ def _check_past(ended: list[Rollout], version: Version, champion: Champion, agai
     if entry := next((entry for entry in past if entry.state in ("rolled_back", "promoted")), None):
         raise UserError(
             f"its rollout ended {entry.state.replace('_', ' ')}: {entry.why}",
-            remedy="the tags `decision` = `force` and `reason`, or `ratchet promote`, "
-            "put it in charge anyway",
+            remedy=(
+                "the tags `decision` = `force` and `reason`, or `ratchet promote`, put it in charge anyway"
+            ),
         )
     if not again and (
         entry := next(
@@ -221,9 +222,11 @@ def _check_past(ended: list[Rollout], version: Version, champion: Champion, agai
     ):
         raise UserError(
             f"its rollout ended {entry.state.replace('_', ' ')}: {entry.why}",
-            remedy="the tag `decision` = `approve` on it opens another; where it stands "
-            "already, remove the tag "
-            "`decision_outcome`",
+            remedy=(
+                "the tag `decision` = `approve` on it opens another; where it stands "
+                "already, remove the tag "
+                "`decision_outcome`"
+            ),
         )
 
 
@@ -284,8 +287,10 @@ def _expect(root: Path) -> Rollout:
     if current is None:
         raise UserError(
             "no rollout is open",
-            remedy="a version that passed the gate becomes `challenger`; its rollout opens at the next look "
-            "(`ratchet rollout look`)",
+            remedy=(
+                "a version that passed the gate becomes `challenger`; its rollout opens at the next look "
+                "(`ratchet rollout look`)"
+            ),
         )
     return current
 

@@ -1,4 +1,5 @@
-"""Where marks stand in a chart, in per cent of its width and height: the page stretches the drawing and sets the words beside it in HTML.
+"""Where marks stand in a chart, in per cent of its width and height: the page stretches the drawing and sets
+the words beside it in HTML.
 
 So a chart fits a phone and its words keep their size. Nothing is drawn here.
 """
@@ -66,7 +67,9 @@ class Interval(NamedTuple):
 
 
 def make_slots(first: float, last: float) -> Slots:
-    """From the first to the last moment; a short time still fills a day, so that one bar does not look like a wall."""
+    """From the first to the last moment; a short time still fills a day, so that one bar does not look like a
+    wall.
+    """
     hours = next((width for width in WIDTHS if (last - first) / HOUR / width <= SLOTS), WIDTHS[-1])
     width = hours * HOUR
     count = max(FEWEST_SLOTS, int(last // width - first // width) + 1)
@@ -92,7 +95,10 @@ def stack(
 
 
 def lines(values: dict[tuple[int, int], float], slots: Slots) -> list[Line]:
-    """Of values between 0 and 1 by (slot, series). A slot without a value is bridged up to a quarter of the chart, then the line breaks."""
+    """Of values between 0 and 1 by (slot, series).
+
+    A slot without a value is bridged up to a quarter of the chart, then the line breaks.
+    """
     by_series: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for (slot, series), value in sorted(values.items()):
         by_series[series].append((slot, value))
@@ -144,7 +150,10 @@ def p_height(p: float) -> float:
 
 
 def intervals(found: Sequence[tuple[float, float, float, float | None]]) -> list[Interval]:
-    """(low, mean, high, wanted) on one axis with zero in its middle. Bounds that are not finite end at the edge."""
+    """(low, mean, high, wanted) on one axis with zero in its middle.
+
+    Bounds that are not finite end at the edge.
+    """
     known = [abs(value) for entry in found for value in entry if value is not None and math.isfinite(value)]
     limit = max(known, default=1.0) * 1.1 or 1.0
 

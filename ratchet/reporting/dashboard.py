@@ -1,6 +1,9 @@
-"""The page to look at: one HTML file without scripts or anything from outside. `ratchet report` writes it, the gateway serves it at `/`.
+"""The page to look at: one HTML file without scripts or anything from outside.
 
-It reads files, git and the request log only, so it is there with MLflow and Prefect down. What cannot be read says why in its place.
+`ratchet report` writes it, the gateway serves it at `/`.
+
+It reads files, git and the request log only, so it is there with MLflow and Prefect down. What cannot be read
+says why in its place.
 """
 
 from __future__ import annotations
@@ -118,7 +121,9 @@ def _table(root: Path) -> dict[str, Any] | None:
 
 
 def _forgetting(root: Path, ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the newest promotions, what their gates said of the past, the golden rows and the topics that had drifted."""
+    """Of the newest promotions, what their gates said of the past, the golden rows and the topics that had
+    drifted.
+    """
     promotions = {
         row["to"]: row for row in reversed(ledger) if row["move"] == "promote"
     }  # one that came back has the same gate
@@ -142,7 +147,10 @@ def _gate(root: Path, commit: str) -> dict[str, Any]:
     except (CommandError, ValueError, KeyError, TypeError, AttributeError):
         return {
             "checks": [],
-            "fault": f"reports/gate.json cannot be read at {commit[:8]} (git fetch --unshallow, if the history is cut off)",
+            "fault": (
+                f"reports/gate.json cannot be read at {commit[:8]} (git fetch --unshallow, if the history is"
+                " cut off)"
+            ),
         }
 
 

@@ -73,12 +73,14 @@ def views(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "colours": {version: place % COLOURS for place, version in enumerate(versions)},
         "usage": usage_view(traffic, found["at"]) if traffic else None,
-        "drift": drift_view(found["verdicts"]["found"], found["false_alarm_rate"])
-        if found["verdicts"]["found"]
-        else None,
-        "measures": measure_views((rollout["last"] or {}).get("measures") or {}, found["margins"])
-        if rollout
-        else [],
+        "drift": (
+            drift_view(found["verdicts"]["found"], found["false_alarm_rate"])
+            if found["verdicts"]["found"]
+            else None
+        ),
+        "measures": (
+            measure_views((rollout["last"] or {}).get("measures") or {}, found["margins"]) if rollout else []
+        ),
         "heat": heat(found["table"]["found"]) if found["table"]["found"] else None,
         "kept": [
             entry | {"rows": check_views(entry["checks"])} for entry in found["forgetting"]["found"] or []
@@ -118,8 +120,10 @@ def usage_view(traffic: list[dict[str, Any]], now: float) -> dict[str, Any]:
         ],
         "top": top,
         "ticks": time_ticks(slots.start, slots.start + slots.width * slots.number),
-        "slot": {3600: "an hour", 86_400: "a day", 604_800: "a week"}.get(
-            slots.width, f"{slots.width // 3600} hours"
+        "slot": (
+            {3600: "an hour", 86_400: "a day", 604_800: "a week"}.get(
+                slots.width, f"{slots.width // 3600} hours"
+            )
         ),
         "totals": [
             _total(version, [row for row in traffic if row["version"] == version])
@@ -187,7 +191,9 @@ def drift_view(verdicts: list[Recorded], rate: float) -> dict[str, Any]:
 
 
 def measure_views(measures: dict[str, Any], margins: dict[str, float]) -> list[dict[str, Any]]:
-    """Challenger minus champion, and what it has to clear; latency, which is compared as a logarithm, as a share of the champion's."""
+    """Challenger minus champion, and what it has to clear; latency, which is compared as a logarithm, as a
+    share of the champion's.
+    """
     found = []
     for name, kind in MEASURES.items():
         bounds = (measures.get(name) or {}).get(kind)
@@ -206,11 +212,9 @@ def measure_views(measures: dict[str, Any], margins: dict[str, float]) -> list[d
                 "figures": [value * (1 if name == "feedback" else 100) for value in (mean, low, high)],
                 "interval": intervals([(low, mean, high, margin)])[0],
                 "result": "pass" if clear else "fail" if lost else "unclear",
-                "word": ("better" if name == "feedback" else "no worse")
-                if clear
-                else "worse"
-                if lost
-                else "open",
+                "word": (
+                    ("better" if name == "feedback" else "no worse") if clear else "worse" if lost else "open"
+                ),
                 "users": (bounds["champion"], bounds["challenger"]),
             }
         )
@@ -229,7 +233,11 @@ def check_views(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
     return [
         check
-        | {"label": label_of(check["name"]), "word": word_of(check), "interval": drawn.get(check["name"])}
+        | {
+            "label": label_of(check["name"]),
+            "word": word_of(check),
+            "interval": drawn.get(check["name"]),
+        }
         for check in checks
     ]
 

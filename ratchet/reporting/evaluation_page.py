@@ -1,4 +1,6 @@
-"""The page of one evaluation: one HTML file without scripts or anything from outside, in MLflow beside the run and by `ratchet gate explain`."""
+"""The page of one evaluation: one HTML file without scripts or anything from outside, in MLflow beside the
+run and by `ratchet gate explain`.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ def write_evaluation_page(path: Path, found: dict[str, Any]) -> Path:
 
 
 def render_evaluation(found: dict[str, Any]) -> str:
-    """`found` is `ratchet.reporting.evaluation_page.gather`'s. Texts of people are escaped; halves of surrogate pairs become question marks."""
+    """`found` is `ratchet.reporting.evaluation_page.gather`'s.
+
+    Texts of people are escaped; halves of surrogate pairs become question marks.
+    """
     return (
         environment()
         .get_template("evaluation.html")
@@ -121,7 +126,10 @@ def _curve(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def gather(folder: Path, name: str, retention: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Of a workspace, or of what `fetched` brought. Raises RatchetError when the gate's verdict or the metrics are not there."""
+    """Of a workspace, or of what `fetched` brought.
+
+    Raises RatchetError when the gate's verdict or the metrics are not there.
+    """
     decision, metrics = (
         read_json(folder / "reports/gate.json"),
         read_json(folder / "reports/evaluation/metrics.json"),
@@ -152,7 +160,9 @@ def gather(folder: Path, name: str, retention: dict[str, Any] | None = None) -> 
 
 
 def _moved(path: Path, decision: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows that got better, rows that got worse), those that moved furthest first; of equal ones those whose likelihood moved further."""
+    """(rows that got better, rows that got worse), those that moved furthest first; of equal ones those whose
+    likelihood moved further.
+    """
     import pandas as pd
 
     scores, rival, metric = pd.read_parquet(path), decision["rival"]["model"], decision["checks"][0]["metric"]

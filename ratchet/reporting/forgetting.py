@@ -1,9 +1,11 @@
-"""The retention table: every version by the test rows of every batch and by the golden set, from what evaluations recorded.
+"""The retention table: every version by the test rows of every batch and by the golden set, from what
+evaluations recorded.
 
-An evaluation stands with its commit (`reports/gate.json` in git, `reports/evaluation` in DVC) and scores candidate, champion and base on all
-test rows of that day. Test rows never move, so a version keeps its cell for a batch from then on; as long as it is the champion, each
-later evaluation adds cells for the batches that came after it. What nobody ever measured is empty; `tasks.ledger` fills it.
-Summaries are kept under `.ratchet/cache/ledger` by DVC's hash of the evaluation.
+An evaluation stands with its commit (`reports/gate.json` in git, `reports/evaluation` in DVC) and scores
+candidate, champion and base on all test rows of that day. Test rows never move, so a version keeps its cell
+for a batch from then on; as long as it is the champion, each later evaluation adds cells for the batches that
+came after it. What nobody ever measured is empty; `tasks.ledger` fills it. Summaries are kept under
+`.ratchet/cache/ledger` by DVC's hash of the evaluation.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ MODELS = ("candidate", "champion", BASE)
 
 
 class Evaluation(NamedTuple):
-    """One verdict that landed. `digest` is DVC's hash of the table of scores, `adapter` the sha256 of the candidate's weights."""
+    """One verdict that landed.
+
+    `digest` is DVC's hash of the table of scores, `adapter` the sha256 of the candidate's weights.
+    """
 
     commit: str
     at: str
@@ -85,9 +90,11 @@ def registered_numbers(name: str) -> dict[str, int]:
 def build(
     root: Path, metric: str, numbers: dict[str, int], evaluations: list[Evaluation] | None = None
 ) -> dict[str, Any]:
-    """{metric, slices, versions: [{name, version, adapter, commit, at, cells: {slice: cell}}], faults}: the base first, then the oldest version.
+    """{metric, slices, versions: [{name, version, adapter, commit, at, cells: {slice: cell}}], faults}: the
+    base first, then the oldest version.
 
-    A cell is {rows, mean, low, high, from}, or None where that version was never asked these rows. `evaluations`: the newest first.
+    A cell is {rows, mean, low, high, from}, or None where that version was never asked these rows.
+    `evaluations`: the newest first.
     """
     evaluations = read_evaluations(root) if evaluations is None else evaluations
     faults: list[str] = []
@@ -120,7 +127,10 @@ def build(
 def _row(
     rows: dict[str, dict[str, Any]], model: str, found: Evaluation, numbers: dict[str, int]
 ) -> dict[str, Any] | None:
-    """Of that model of an evaluation. The champion's is there since its own evaluation, or that one is gone."""
+    """Of that model of an evaluation.
+
+    The champion's is there since its own evaluation, or that one is gone.
+    """
     if model == BASE:
         return rows.setdefault(
             BASE, {"name": BASE, "version": None, "adapter": "", "commit": "", "at": "", "cells": {}}
@@ -144,7 +154,10 @@ def _row(
 
 
 def summarise(root: Path, found: Evaluation, metric: str) -> dict[str, dict[str, Any]]:
-    """model → slice → {rows, mean, low, high}. Raises CheckoutError when the table cannot be had, or lacks the metric."""
+    """model → slice → {rows, mean, low, high}.
+
+    Raises CheckoutError when the table cannot be had, or lacks the metric.
+    """
     kept = root / CACHE / f"{found.digest}-{metric}.json"
     if kept.exists():
         try:
@@ -182,7 +195,9 @@ def read_scores(root: Path, commit: str) -> pd.DataFrame:
 
 
 def cells_of(scores: pd.DataFrame, metric: str) -> dict[str, dict[str, Any]]:
-    """Slice → cell, of the scores of one model. 95 % intervals: Wilson's for shares, the bootstrap's for other scores."""
+    """Slice → cell, of the scores of one model. 95 % intervals: Wilson's for shares, the bootstrap's for
+    other scores.
+    """
     return {
         str(name): cell_of(part[metric].to_numpy(dtype=np.float64))
         for name, part in scores.groupby("batch")

@@ -48,7 +48,7 @@ def in_figures(cell: dict[str, Any] | None) -> str:
 
 
 def draw(ledger: dict[str, Any]) -> Any:
-    """A matplotlib figure: versions by slices, each cell with its figures; what was never asked stays grey."""
+    """Draw versions by slices in matplotlib, each cell with its figures; what was never asked stays grey."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.figure import Figure

@@ -1,4 +1,6 @@
-"""What a person decides from: the table of candidate, champion and base with intervals, and the gate's reasons, as Markdown."""
+"""What a person decides from: the table of candidate, champion and base with intervals, and the gate's
+reasons, as Markdown.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[st
     ]
     shown = [*decision["checks"], *_shown_worth(decision), *decision.get("regions", [])]
     lines += [
-        f"- {mark(check['result'])} {_plain(check['reason']) if check['name'] == 'parity' else check['reason']}"
+        f"- {mark(check['result'])}"
+        f" {_plain(check['reason']) if check['name'] == 'parity' else check['reason']}"
         for check in shown
     ]
     lines += [f"- {speed_line(decision['speed'])}"] if decision.get("speed") else []
@@ -85,7 +88,9 @@ def audit_lines(metrics: dict[str, Any], decision: dict[str, Any]) -> list[str]:
 
 
 def drift_card(found: Recorded) -> str:
-    """A verdict of the monitor as Markdown: what was seen, which topics grew, and why it does or does not retrain."""
+    """A verdict of the monitor as Markdown: what was seen, which topics grew, and why it does or does not
+    retrain.
+    """
     lines = [f"## {found.verdict} on {found.rows} requests to v{found.version}", ""]
     if found.p is not None:
         moved = f"; what moved: {', '.join(found.moved)}" if found.moved else ""
@@ -102,7 +107,7 @@ def drift_card(found: Recorded) -> str:
 
 
 def rollout_card(found: Rollout) -> str:
-    """A rollout as Markdown: how far it is, the users of each arm by step, and every measure with its bounds."""
+    """Write a rollout as Markdown: how far it is, each arm's users by step, each measure with its bounds."""
     lines = [
         f"## v{found.version} against v{found.champion}: {found.state.replace('_', ' ')}",
         "",
@@ -165,7 +170,8 @@ def _gain_table(slices: list[dict[str, Any]]) -> list[str]:
     return [
         *lines,
         *(
-            f"| {_plain(one['name'])} | {one['rows']} | {one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}] | {mark(one['result'])} |"
+            f"| {_plain(one['name'])} | {one['rows']} | {one['mean']:+.3f} [{one['low']:+.3f},"
+            f" {one['high']:+.3f}] | {mark(one['result'])} |"
             for one in slices
         ),
     ]
@@ -185,7 +191,8 @@ def _bias_table(lists: dict[str, Any]) -> list[str]:
     ]
     for name, part in lists.items():
         lines.append(
-            f"| {_plain(name)} | {next(iter(part.values()))['rows']} | {' | '.join(_cell(part.get(model, {}).get('change')) for model in models)} |"
+            f"| {_plain(name)} | {next(iter(part.values()))['rows']} |"
+            f" {' | '.join(_cell(part.get(model, {}).get('change')) for model in models)} |"
         )
     return lines
 
@@ -207,7 +214,8 @@ def _group_tables(fields: dict[str, Any], metric: str) -> list[str]:
         ]
         values = part[models[0]]["by_group"]
         lines += [
-            f"| {_plain(value)} | {of['rows']} | {' | '.join(_cell(part[model]['by_group'].get(value)) for model in models)} |"
+            f"| {_plain(value)} | {of['rows']} |"
+            f" {' | '.join(_cell(part[model]['by_group'].get(value)) for model in models)} |"
             for value, of in values.items()
         ]
         lines += [
@@ -232,7 +240,8 @@ def _attack_table(kinds: dict[str, Any]) -> list[str]:
     return [
         *lines,
         *(
-            f"| {kind} | {next(iter(part.values()))['rows']} | {' | '.join(_cell(part.get(model)) for model in models)} |"
+            f"| {kind} | {next(iter(part.values()))['rows']} |"
+            f" {' | '.join(_cell(part.get(model)) for model in models)} |"
             for kind, part in kinds.items()
         ),
     ]
@@ -253,7 +262,8 @@ def _suite_table(found: dict[str, Any]) -> list[str]:
     return [
         *lines,
         *(
-            f"| {_plain(name)} | {_plain(part['metric'])} | {part['rows']} | {' | '.join(_cell(part['models'].get(model)) for model in models)} |"
+            f"| {_plain(name)} | {_plain(part['metric'])} | {part['rows']} |"
+            f" {' | '.join(_cell(part['models'].get(model)) for model in models)} |"
             for name, part in found.items()
         ),
     ]
@@ -279,7 +289,8 @@ def _judge_table(found: dict[str, Any]) -> list[str]:
             else "not measured"
         )
         lines.append(
-            f"| {metric} | {next(iter(part.values()))['rows']} | {' | '.join(_cell(part.get(model)) for model in models)} | {kappa} |"
+            f"| {metric} | {next(iter(part.values()))['rows']} |"
+            f" {' | '.join(_cell(part.get(model)) for model in models)} | {kappa} |"
         )
     if "consistent" in found:
         lines += [
@@ -303,7 +314,8 @@ def _leak_table(found: dict[str, Any]) -> list[str]:
     return [
         *lines,
         *(
-            f"| {model} | {found[model]['planted']['rows']} | {_cell(found[model]['planted'])} | {_cell(found[model].get('reference'))} |"
+            f"| {model} | {found[model]['planted']['rows']} | {_cell(found[model]['planted'])} |"
+            f" {_cell(found[model].get('reference'))} |"
             for model in MODELS
             if model in found
         ),
@@ -331,7 +343,8 @@ def _slice_table(slices: dict[str, Any]) -> list[str]:
     lines = [f"| batch | rows | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
     for name, part in slices.items():
         lines.append(
-            f"| {name} | {next(iter(part.values()))['rows']} | {' | '.join(_cell(part.get(model, {}).get('exact_match')) for model in models)} |"
+            f"| {name} | {next(iter(part.values()))['rows']} |"
+            f" {' | '.join(_cell(part.get(model, {}).get('exact_match')) for model in models)} |"
         )
     return lines
 
@@ -343,7 +356,8 @@ def _cell(found: dict[str, float] | None) -> str:
 def markdown(found: dict[str, Any]) -> str:
     """The table with what it rests on."""
     lines = [
-        f"# Methods compared\n\n{found['rows']} test rows, `{found['metric']}`; commit {found['commit'][:8]}, {found['machine']}. One training each, seed {found['seed']}.\n"
+        f"# Methods compared\n\n{found['rows']} test rows, `{found['metric']}`; commit {found['commit'][:8]},"
+        f" {found['machine']}. One training each, seed {found['seed']}.\n"
     ]
     lines += ["\n".join(f"| {' | '.join(row)} |" for row in table_rows(found)), ""]
     lines += [f"- `{row['method']}`: {_settings(row['changes'])}" for row in found["methods"]]
@@ -387,5 +401,8 @@ def _settings(changes: dict[str, Any]) -> str:
 def speed_line(found: dict[str, Any]) -> str:
     """What `ratchet.parity.latency` measured, in words."""
     time = found["milliseconds"]
-    each = f"{time['mean']:.0f} ms [{time['low']:.0f}, {time['high']:.0f}] an answer, {found['tokens_per_second']:.0f} tokens a second"
+    each = (
+        f"{time['mean']:.0f} ms [{time['low']:.0f}, {time['high']:.0f}] an answer,"
+        f" {found['tokens_per_second']:.0f} tokens a second"
+    )
     return f"in the gateway's engine, one question at a time: {each} ({found['answers']} answers)"

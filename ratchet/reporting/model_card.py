@@ -1,6 +1,8 @@
-"""The model card in the hub's format: a README.md whose YAML head hubs and programs read, and the gate's table for people.
+"""The model card in the hub's format: a README.md whose YAML head hubs and programs read, and the gate's
+table for people.
 
-https://huggingface.co/docs/hub/model-cards. The licence is not known to us (the base's and the rows' decide), so none is claimed.
+https://huggingface.co/docs/hub/model-cards. The licence is not known to us (the base's and the rows' decide),
+so none is claimed.
 """
 
 from __future__ import annotations
@@ -17,12 +19,29 @@ RELATIONS = {
     "int4": "quantized",
 }
 USAGE = {
-    "adapter": 'A PEFT adapter, to be loaded on its base: `PeftModel.from_pretrained(base, "FOLDER")`. Ratchet\'s gateway serves it as it is.',
-    "full": 'A whole model: `AutoModelForCausalLM.from_pretrained("FOLDER")`. Ratchet\'s gateway serves it as it is.',
-    "merged": 'A whole model, the adapter merged into its base: `AutoModelForCausalLM.from_pretrained("FOLDER")`.',
-    "gguf": "One file in float16 for llama.cpp and what is built on it: `llama-server -m FOLDER/model.gguf --jinja`.",
-    "int8": "One file with 8 bits a weight (Q8_0) for llama.cpp and what is built on it: `llama-server -m FOLDER/model.gguf --jinja`.",
-    "int4": "One file with 4 bits a weight (Q4_0; the embeddings with 8) for llama.cpp and what is built on it: `llama-server -m FOLDER/model.gguf --jinja`.",
+    "adapter": (
+        'A PEFT adapter, to be loaded on its base: `PeftModel.from_pretrained(base, "FOLDER")`. Ratchet\'s'
+        " gateway serves it as it is."
+    ),
+    "full": (
+        'A whole model: `AutoModelForCausalLM.from_pretrained("FOLDER")`. Ratchet\'s gateway serves it as'
+        " it is."
+    ),
+    "merged": (
+        'A whole model, the adapter merged into its base: `AutoModelForCausalLM.from_pretrained("FOLDER")`.'
+    ),
+    "gguf": (
+        "One file in float16 for llama.cpp and what is built on it: `llama-server -m FOLDER/model.gguf"
+        " --jinja`."
+    ),
+    "int8": (
+        "One file with 8 bits a weight (Q8_0) for llama.cpp and what is built on it: `llama-server -m"
+        " FOLDER/model.gguf --jinja`."
+    ),
+    "int4": (
+        "One file with 4 bits a weight (Q4_0; the embeddings with 8) for llama.cpp and what is built on it:"
+        " `llama-server -m FOLDER/model.gguf --jinja`."
+    ),
 }
 
 
@@ -37,7 +56,9 @@ def hub_card(
     *,
     scores: Any = None,
 ) -> str:
-    """`kind`: `adapter`, or what it was exported to; `manifest` the candidate's; `scores` those of the exported file, with the adapter's beside them."""
+    """`kind`: `adapter`, or what it was exported to; `manifest` the candidate's; `scores` those of the
+    exported file, with the adapter's beside them.
+    """
     method = manifest.get("adapter", {}).get("method", "lora")
     usage = USAGE["full" if kind == "adapter" and method == "full" else kind]
     lines = [
@@ -122,11 +143,9 @@ def _head(
     )
     head = ModelCardData(
         base_model=base or None,
-        library_name="transformers"
-        if whole and kind in ("adapter", "merged")
-        else "gguf"
-        if whole
-        else "peft",
+        library_name=(
+            "transformers" if whole and kind in ("adapter", "merged") else "gguf" if whole else "peft"
+        ),
         pipeline_tag="text-generation",
         tags=["ratchet", method, *(["gguf", "llama.cpp"] if kind in ("gguf", "int8", "int4") else [])],
         model_name=f"{name} {label}",

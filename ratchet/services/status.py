@@ -71,9 +71,11 @@ def see_status(root: Path, config: Config) -> Status:
     gate = root / "reports/gate.json"
     return Status(
         project=config.project.name,
-        champion=InCharge(champion.version, champion.at, champion.by, champion.why, champion.gate)
-        if champion
-        else None,
+        champion=(
+            InCharge(champion.version, champion.at, champion.by, champion.why, champion.gate)
+            if champion
+            else None
+        ),
         gate=msgspec.convert(read_json(gate), LastGate) if gate.exists() else None,
         data=Batches(len(batches), sum(batch.rows for batch in batches), new),
         promotion=config.promotion,
@@ -144,7 +146,8 @@ def verdict_lines(found: Recorded) -> list[str]:
         f"{found.verdict} on {found.rows} requests to v{found.version}{p} ({found.at})",
         *(f"  {column.name}: p = {column.p:.4f}" for column in strongest),
         *(
-            f"  topic {topic.name}: {topic.share:.1%} of the requests, {topic.reference_share:.1%} of the reference"
+            f"  topic {topic.name}: {topic.share:.1%} of the requests, {topic.reference_share:.1%} of the"
+            " reference"
             for topic in found.topics
         ),
         f"  retraining: {'yes' if found.decision.retrain else 'no'}",

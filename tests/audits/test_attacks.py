@@ -1,4 +1,6 @@
-"""Attacked rows: what is typed stays text, what was planted is told when it comes back, and chance has no part in it."""
+"""Attacked rows: what is typed stays text, what was planted is told when it comes back, and chance has no
+part in it.
+"""
 
 from __future__ import annotations
 

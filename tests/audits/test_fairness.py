@@ -1,4 +1,6 @@
-"""Scores by group: Fairlearn's figures are those of plain means, and a field or a package that is missing is named before any model answers."""
+"""Scores by group: Fairlearn's figures are those of plain means, and a field or a package that is missing is
+named before any model answers.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,10 @@ def test_a_ratio_to_nothing_is_left_out_and_so_is_a_small_group():
 
 
 def test_equal_gaps_are_seldom_called_wider():
-    """Two models of the same kind on fresh rows, 40 times, with no margin. The binomial's 99 % limit at 5 % is 6."""
+    """Two models of the same kind on fresh rows, 40 times, with no margin.
+
+    The binomial's 99 % limit at 5 % is 6.
+    """
     called = 0
     for cycle in range(40):
         generator = np.random.default_rng(cycle)

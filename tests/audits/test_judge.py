@@ -1,4 +1,6 @@
-"""A judge against a real server: what it is asked is data, what it said is remembered, and it gates only when people agree with it."""
+"""A judge against a real server: what it is asked is data, what it said is remembered, and it gates only when
+people agree with it.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ ALL = ["correctness", "groundedness", "preference"]
 
 
 def verdict(prompt: str) -> dict[str, Any]:
-    """Right is what holds the word `right`; of two the first, where both or none do: it has a liking for positions."""
+    """Right is what holds the word `right`; of two the first, where both or none do: it has a liking for
+    positions.
+    """
     data = DATA.findall(prompt)
     if '"better"' in prompt:
         first, second = ("right" in text for text in data[-2:])
@@ -225,7 +229,10 @@ def test_few_decisions_show_no_agreement(tmp_path, config):
 
 
 def test_the_command_measures_records_and_says_who_may_gate(tmp_path, config):
-    text = f"project: {{name: small}}\nevaluate:\n  judge: {{url: '{config.url}', model: big, metrics: [correctness, preference]}}\n"
+    text = (
+        f"project: {{name: small}}\nevaluate:\n  judge: {{url: '{config.url}', model: big, metrics:"
+        " [correctness, preference]}\n"
+    )
     (tmp_path / "params.yaml").write_text(text)
     review(
         tmp_path,

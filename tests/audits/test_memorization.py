@@ -1,4 +1,6 @@
-"""The leak test: what was planted is trained on and counted apart, and a model that knows it by heart is told from one that never saw it."""
+"""The leak test: what was planted is trained on and counted apart, and a model that knows it by heart is told
+from one that never saw it.
+"""
 
 from __future__ import annotations
 
@@ -155,7 +157,9 @@ def test_a_candidate_that_was_trained_without_the_canaries_is_told(
 
 
 def test_each_model_is_what_it_is_alone(tmp_path, tiny_base, candidate, nobody):
-    """The champion with the candidate's weights measures as the candidate does, and the base as the plain model."""
+    """The champion with the candidate's weights measures as the candidate does, and the base as the plain
+    model.
+    """
     shutil.copytree(candidate, tmp_path / "champion")
     canaries, found = make_canaries(2), {}
     for name, model, chat in each_model(tiny_base, tmp_path / "champion", candidate):

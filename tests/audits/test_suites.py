@@ -1,4 +1,6 @@
-"""Public suites through lm-evaluation-harness: local files alone, the scores of a plain model, and a faulty suite is named before any model answers."""
+"""Public suites through lm-evaluation-harness: local files alone, the scores of a plain model, and a faulty
+suite is named before any model answers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The benchmark of forgetting, as small as it goes: two domains of CLINC150, one seed; and what it says where the data are not."""
+"""The benchmark of forgetting, as small as it goes: two domains of CLINC150, one seed; and what it says where
+the data are not.
+"""
 
 from __future__ import annotations
 

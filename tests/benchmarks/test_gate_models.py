@@ -1,4 +1,6 @@
-"""The benchmark of the gate on real models, as small as it goes: one known domain of CLINC150, a few cycles, one candidate of each kind."""
+"""The benchmark of the gate on real models, as small as it goes: one known domain of CLINC150, a few cycles,
+one candidate of each kind.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Cached answers: nothing but time depends on them, an unchanged model is not even loaded, and what is broken is not believed."""
+"""Cached answers: nothing but time depends on them, an unchanged model is not even loaded, and what is broken
+is not believed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Evaluation: scores are what a plain model gives, whatever the batches are, and nobody is tested on what he has read."""
+"""Evaluation: scores are what a plain model gives, whatever the batches are, and nobody is tested on what he
+has read.
+"""
 
 from __future__ import annotations
 
@@ -302,7 +304,8 @@ def test_a_metric_of_ones_own_is_scored_for_every_model(
 ):
     (tmp_path / "own").mkdir()
     (tmp_path / "own/mine.py").write_text(
-        "def starts_alike(prediction, reference, example_meta):\n    return prediction[:1] == reference[:1] and example_meta['batch'] != ''\n"
+        "def starts_alike(prediction, reference, example_meta):\n    return prediction[:1] == reference[:1]"
+        " and example_meta['batch'] != ''\n"
     )
     settings = {"custom": ["mine:starts_alike"], "metrics": ["length", "macro_f1", "bleu"]}
     config = tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update=settings)})

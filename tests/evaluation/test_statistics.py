@@ -32,7 +32,9 @@ def test_bounds_agree_with_the_normal_approximation(kind, alpha):
 
 
 def test_the_lower_bound_of_equal_models_exceeds_zero_as_often_as_alpha_says():
-    """400 times two models of the same quality that disagree on three rows of ten; 99 % of binomials lie within the limit."""
+    """400 times two models of the same quality that disagree on three rows of ten; 99 % of binomials lie
+    within the limit.
+    """
     generator, cycles, alpha = np.random.default_rng(2), 400, 0.05
     gains = [generator.choice([-1.0, 0.0, 1.0], size=150, p=[0.15, 0.7, 0.15]) for _ in range(cycles)]
     passed = sum(
@@ -132,7 +134,7 @@ def test_values_that_are_not_finite_are_refused_and_counted(broken):
     ],
 )
 def test_the_interval_of_a_share_is_the_published_one(hits, rows, low, high):
-    """81 of 263 stands in Newcombe 1998, table I; the others are what R's prop.test gives without correction."""
+    """81 of 263 stands in Newcombe 1998, table I; the others are R's prop.test without correction."""
     found = wilson(np.array([1.0] * hits + [0.0] * (rows - hits)), alpha=0.025)
     assert found == pytest.approx((hits / rows, low, high), abs=5e-5)
 

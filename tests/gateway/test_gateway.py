@@ -1,4 +1,6 @@
-"""The gateway over HTTP, with the official `openai` client unchanged: real uvicorn, fleet, request log, and a stub behind the engine `openai`."""
+"""The gateway over HTTP, with the official `openai` client unchanged: real uvicorn, fleet, request log, and a
+stub behind the engine `openai`.
+"""
 
 from __future__ import annotations
 
@@ -264,9 +266,11 @@ def test_a_client_that_hangs_up_ends_the_work_and_is_logged(gateway, stream):
     before = gateway.stub.hung_up
     body = {"model": "pydoc", "messages": question(f"wait:{0.9 * TIMEOUT} words:70"), "stream": stream}
     with pytest.raises(httpx.ReadTimeout):
-        gateway.http.post(
-            "/v1/chat/completions", json=body, timeout=TIMEOUT / 4
-        ) if not stream else read_first(gateway, body)
+        (
+            gateway.http.post("/v1/chat/completions", json=body, timeout=TIMEOUT / 4)
+            if not stream
+            else read_first(gateway, body)
+        )
 
     wait_for(lambda: gateway.stub.running == 0)
     assert gateway.stub.hung_up == before + 1

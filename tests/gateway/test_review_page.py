@@ -23,8 +23,9 @@ from ratchet.review.records import Decision, Item
 SIZES = {"phone": (390, 844), "desk": (1280, 900)}
 SCRIPT = "<script>document.title = 'taken over'</script><img src=x onerror=\"document.title='taken over'\">"
 PASSAGE = (
-    "Returns. Goods can be sent back within 30 days of delivery. The refund is paid to the card that was charged, at most five working days after the parcel "
-    "reached us.\n\nSale articles are exchanged, never refunded. Freight is borne by the customer unless the article was faulty."
+    "Returns. Goods can be sent back within 30 days of delivery. The refund is paid to the card that was"
+    " charged, at most five working days after the parcel reached us.\n\nSale articles are exchanged, never"
+    " refunded. Freight is borne by the customer unless the article was faulty."
 )
 ROWS = [
     ("How long can I send an article back?", "Within 30 days of delivery.", PASSAGE, ()),
@@ -400,7 +401,8 @@ def check_width(seen: Visit, size: str) -> None:
     assert seen.page.evaluate("document.documentElement.scrollWidth") <= SIZES[size][0]
     assert (
         seen.page.evaluate(
-            "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 90))"
+            "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right >"
+            " innerWidth + 1).map(e => e.outerHTML.slice(0, 90))"
         )
         == []
     )

@@ -1,6 +1,8 @@
-"""The fleet follows champion.json and the rollout with the engine `local`; nobody's request fails, and no answer is of two versions.
+"""The fleet follows champion.json and the rollout with the engine `local`; nobody's request fails, and no
+answer is of two versions.
 
-The bundles lie there already, as `ratchet.serving.bundle.make_bundle` leaves them (tests/serving/test_bundle.py).
+The bundles lie there already, as `ratchet.serving.bundle.make_bundle` leaves them
+(tests/serving/test_bundle.py).
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ A_SECOND, SWAPS = 50, 20
 
 
 class Place:
-    """A checkout with versions: every second one is the candidate turned round, every third has the same longest answer."""
+    """A checkout with versions: every second one is the candidate turned round, every third has the same
+    longest answer.
+    """
 
     def __init__(self, root: Path, base: Path, candidate: Path) -> None:
         self.root, self._candidate = root, candidate
@@ -189,7 +193,9 @@ def test_before_the_first_champion_nobody_answers_and_the_reason_is_said(place: 
 
 
 def test_twenty_swaps_under_load_fail_nobody_and_mix_nothing(place: Place) -> None:
-    """Each swap is to a version that has to be loaded first, and one that nobody wants any more is unloaded meanwhile."""
+    """Each swap is to a version that has to be loaded first, and one that nobody wants any more is unloaded
+    meanwhile.
+    """
     for version in range(1, SWAPS + 2):
         place.make(version)
     alone = asyncio.run(ask_alone(place, [1, 2, 3, 4, 5, 6]))  # the seventh is made as the first

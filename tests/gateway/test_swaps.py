@@ -1,4 +1,7 @@
-"""Versions change under load: 50 requests a second, half of them streams, 20 swaps and a rollback. No request fails, no answer is of two versions."""
+"""Versions change under load: 50 requests a second, half of them streams, 20 swaps and a rollback.
+
+No request fails, no answer is of two versions.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The pages in a real headless Chromium: nothing fetched, nothing in the console, readable on a phone and in both schemes."""
+"""The pages in a real headless Chromium: nothing fetched, nothing in the console, readable on a phone and in
+both schemes.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,32 @@ SIZES = {"phone": (390, 844), "desk": (1280, 900)}
 # WCAG 2.2, 1.4.3: each text's colour against the nearest background behind it; 4.5 : 1, 3 : 1 for large text.
 CONTRAST = """() => {
   const rgb = text => text.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = element => { for (; element; element = element.parentElement) { const c = rgb(getComputedStyle(element).backgroundColor); if (c[3] !== 0) return c; } return [255, 255, 255]; };
+  const light = ([r, g, b]) => [r, g, b].map(c => c / 255)
+    .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = element => {
+    for (; element; element = element.parentElement) {
+      const c = rgb(getComputedStyle(element).backgroundColor);
+      if (c[3] !== 0) return c;
+    }
+    return [255, 255, 255];
+  };
   const found = [];
   for (const element of document.querySelectorAll('main *')) {
-    if (![...element.childNodes].some(node => node.nodeType === 3 && node.data.trim()) || element.closest('svg') || !element.getClientRects().length) continue;
-    const style = getComputedStyle(element), size = parseFloat(style.fontSize), [a, b] = [light(rgb(style.color)), light(behind(element))];
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+    const hasText = [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+    if (!hasText || element.closest('svg') || !element.getClientRects().length) continue;
+    const style = getComputedStyle(element), size = parseFloat(style.fontSize);
+    const [a, b] = [light(rgb(style.color)), light(behind(element))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
     found.push({text: element.textContent.trim().slice(0, 40), ratio, wanted: large ? 3 : 4.5});
   }
   return found;
 }"""
 # The same for what charts are made of: 1.4.11 wants 3 : 1.
-MARKS = """() => [...document.querySelectorAll('rect, .line, .dot, .interval .range, .interval .mean, .threshold')].map(mark => {
+MARKS = """() => [...document.querySelectorAll(
+  'rect, .line, .dot, .interval .range, .interval .mean, .threshold'
+)].map(mark => {
   const style = getComputedStyle(mark), card = getComputedStyle(mark.closest('.card')).backgroundColor;
   return [mark.tagName === 'rect' ? style.fill : style.stroke, card];
 })"""
@@ -112,7 +127,8 @@ def test_it_never_scrolls_sideways(look: Any, name: str, size: str) -> None:
     page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     width = page.evaluate("document.documentElement.scrollWidth")
     outside = page.evaluate(
-        "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 90))"
+        "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') &&"
+        " e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 90))"
     )
 
     assert width <= SIZES[size][0] and outside == []
@@ -183,7 +199,9 @@ def test_the_schemes_differ(look: Any) -> None:
 
 
 def test_the_charts_are_drawn(look: Any) -> None:
-    """As seen, not as written: pixels of at least the colours of four versions, and a picture that is not blank."""
+    """As seen, not as written: pixels of at least the colours of four versions, and a picture that is not
+    blank.
+    """
     page = look("busy").page
     chart = page.locator(".chart").first
     assert chart.locator("rect").count() > 30

@@ -1,4 +1,6 @@
-"""An evaluation as people see it, on its page and in the terminal: the same things, whole, and nobody's words do anything."""
+"""An evaluation as people see it, on its page and in the terminal: the same things, whole, and nobody's words
+do anything.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The retention table on a real repository: three versions, two batches and golden rows, as retrainings land them."""
+"""The retention table on a real repository: three versions, two batches and golden rows, as retrainings land
+them.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ stages:
   base: {cmd: cp -r ../made/base models/base, outs: [models/base]}
   prepare: {cmd: cp -r ../made/prepared data/prepared, deps: [number], outs: [data/prepared]}
   train: {cmd: cp -r ../made/candidate models/candidate, deps: [number], outs: [models/candidate]}
-  evaluate: {cmd: cp -r ../made/evaluation reports/evaluation && cp -r ../made/train reports/train, deps: [number, models/candidate], outs: [reports/evaluation, reports/train]}
+  evaluate:
+    cmd: cp -r ../made/evaluation reports/evaluation && cp -r ../made/train reports/train
+    deps: [number, models/candidate]
+    outs: [reports/evaluation, reports/train]
 """
 GATE = {
     "verdict": "promote",
@@ -47,7 +52,10 @@ GATE = {
         {"name": "success", "metric": "token_f1", "rows": 9, "result": "pass", "reason": "it is better"}
     ],
 }
-PARAMS = "evaluate: {max_new_tokens: 8, simple_baseline: false}\ntokenize: {max_length: 96, window: 128}\ngate: {metric: token_f1}\n"
+PARAMS = (
+    "evaluate: {max_new_tokens: 8, simple_baseline: false}\ntokenize: {max_length: 96, window: 128}\ngate:"
+    " {metric: token_f1}\n"
+)
 
 
 class Made:
@@ -61,7 +69,9 @@ class Made:
         write_files(
             self._made,
             {
-                "train/history.jsonl": '{"step": 1, "time_ms": 1, "train_loss": 2.5, "validation_loss": 2.25}\n'
+                "train/history.jsonl": (
+                    '{"step": 1, "time_ms": 1, "train_loss": 2.5, "validation_loss": 2.25}\n'
+                )
             },
         )
         write_files(
@@ -285,9 +295,10 @@ def test_the_command_prints_the_table_without_mlflow(made, monkeypatch):
     use_no_mlflow(monkeypatch)
     monkeypatch.setenv("COLUMNS", "200")
     done = CliRunner().invoke(app, ["-C", str(made.root), "retention"])
-    assert (done.exit_code, done.stdout.count("not asked")) == (0, 2), (
-        done.output
-    )  # the cell, and what it means
+    assert (done.exit_code, done.stdout.count("not asked")) == (
+        0,
+        2,
+    ), done.output  # the cell, and what it means
     assert [name in done.stdout for name in ("base", "v1", "unnumbered", "v3")] == [True] * 4
 
 

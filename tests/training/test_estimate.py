@@ -72,7 +72,8 @@ def test_the_training_takes_what_the_plan_said_within_a_quarter(
         assert figures["seconds"] > 4, "or it would say little"
         assert before.peak_mib == pytest.approx(figures["peak_mib"], rel=0.25)
         assert before.fits
-        # When the pace changed meanwhile, the plan before and the one after it differ, and hold it between them.
+        # When the pace changed meanwhile, the plan before and the one after it differ, and hold it between
+        # them.
         low, high = sorted((before.seconds, after.seconds))
         if within_a_quarter := 0.75 * low <= figures["seconds"] <= 1.25 * high:
             break
