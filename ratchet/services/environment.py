@@ -19,6 +19,9 @@ CONSOLE = {
 HOST = "127.0.0.1"
 HEALTH = {"mlflow": "/health", "prefect": "/api/health", "gateway": "/healthz"}
 PROBE_SECONDS = 0.8  # `status` asks four services at once and answers within a second
+# Before a flow, a closed port refuses at once, so a long wait costs only where a busy server answers late.
+# With 0.8 s a flow on a busy machine overlooked its server and started another.
+ANSWER_SECONDS = 20.0
 NO_TELEMETRY = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -64,7 +67,7 @@ def service_environment(root: Path, config: Config) -> dict[str, str]:
     }
     api = os.environ.get("PREFECT_API_URL") or (
         prefect_api(services.prefect_port)
-        if fetch_body(HOST, services.prefect_port, HEALTH["prefect"]) is not None
+        if fetch_body(HOST, services.prefect_port, HEALTH["prefect"], seconds=ANSWER_SECONDS) is not None
         else None
     )
     return environment | ({"PREFECT_API_URL": api} if api else {})
@@ -77,9 +80,9 @@ def _reach_loopback_directly() -> dict[str, str]:
     return {"NO_PROXY": value, "no_proxy": value}
 
 
-def fetch_body(host: str, port: int, path: str) -> bytes | None:
+def fetch_body(host: str, port: int, path: str, *, seconds: float = PROBE_SECONDS) -> bytes | None:
     """Return the body of a 200, past any proxy; None for everything else."""
-    connection = http.client.HTTPConnection(host, port, timeout=PROBE_SECONDS)
+    connection = http.client.HTTPConnection(host, port, timeout=seconds)
     try:
         connection.request("GET", path)
         response = connection.getresponse()
