@@ -31,7 +31,7 @@ import msgspec
 import psutil
 
 from ratchet.pipeline.checkout import STAGE_ENVIRONMENT
-from ratchet.sources.pydoc import _roots
+from ratchet.sources.pydoc import import_roots
 
 ARMS = ("usual", "sorted", "trl_padded", "trl_packed", "ratchet", "ratchet_qlora", "ratchet_compiled")
 TRL, TRL_WANTED = Path(".ratchet/bench-trl"), "trl==1.16.0"
@@ -186,7 +186,7 @@ def prepare(folder: Path, count: int, shape: dict[str, Any], length: int, dtype:
 
 
 def texts(most: int) -> Iterator[tuple[str, str]]:
-    for root, name in _roots("stdlib"):
+    for root, name in import_roots("stdlib"):
         for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
             try:
                 tree = ast.parse(path.read_bytes())

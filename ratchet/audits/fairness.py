@@ -1,6 +1,4 @@
-"""Scores by group of people (or whatever a meta field names), by Fairlearn's MetricFrame, and the guardrail
-on the gap between groups.
-"""
+"""Score groups of people, or of whatever a meta field names, by Fairlearn's MetricFrame."""
 
 from __future__ import annotations
 

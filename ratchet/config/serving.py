@@ -1,4 +1,4 @@
-"""Sections of params.yaml: the gateway, its log, the monitor, rollouts and the services."""
+"""Sections of params.yaml: the gateway, its log and the services."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 All lie in 0..1 but `length`; higher is better but for `refusal`.
 
 `evaluate.metrics` says which are computed; `ratchet/evaluation/custom_metrics.py` adds the user's own,
-`ratchet/labels.py` what needs many rows.
+the end of this file holds those that need many rows.
 """
 
 from __future__ import annotations

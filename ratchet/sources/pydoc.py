@@ -87,7 +87,7 @@ def _row(question: str, answer: str, meta: Meta) -> RawRow:
 
 
 def _documented(package: str, depth: int) -> Iterator[Documented]:
-    for root, name in _roots(package):
+    for root, name in import_roots(package):
         for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
             parts = _module_parts(path, root, name)
             # The standard library is one package of many roots: `json` is one level below it.
@@ -98,7 +98,7 @@ def _documented(package: str, depth: int) -> Iterator[Documented]:
             yield from _in_file(path, ".".join(label), parts)
 
 
-def _roots(package: str) -> list[tuple[Path, str]]:
+def import_roots(package: str) -> list[tuple[Path, str]]:
     """List (file or folder, dotted name) of each module to walk."""
     if package == "stdlib":
         library = Path(sysconfig.get_paths()["stdlib"])
