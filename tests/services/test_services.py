@@ -271,7 +271,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Co
     }
     for name, text in stand_ins.items():
         (root / "flows" / f"{name}.py").write_text(text)
-    for name in ("deployments", "events", "watch"):
+    for name in ("deployments", "events", "rollout_watcher"):
         shutil.copy(Path(__file__).parents[2] / "flows" / f"{name}.py", root / "flows")
     config = make_config(*find_free_ports(3))
     write_params(root, config)
