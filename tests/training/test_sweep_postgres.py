@@ -164,7 +164,8 @@ sys.stdin.readline()
 search = Search(home, load_config(home / "params.yaml"), material, commit="c", say=print)
 while (trial := search.next()) is not None:
     search.run(trial, material)
-print(json.dumps({"best": search.best(), "counts": search.counts()}))
+best = search.best()
+print(json.dumps({"best": [best.number, best.value], "counts": search.counts()}))
 """
 
 
