@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
-
-from ratchet.errors import RatchetError
-from ratchet.files import read_json
 
 Result = Literal["pass", "fail", "unclear"]
 # A check that has no such figure leaves the field out (UNSET); one that could not be measured writes null.
@@ -73,11 +69,3 @@ class Verdict(Struct, frozen=True):
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = msgspec.to_builtins(self)
         return found
-
-
-def read_verdict(path: Path) -> Verdict:
-    """Raises RatchetError: no file, or one that holds no verdict."""
-    try:
-        return msgspec.convert(read_json(path), Verdict)
-    except msgspec.ValidationError as error:
-        raise RatchetError(f"{path} holds no verdict: {error}", remedy="dvc repro --force gate") from None
