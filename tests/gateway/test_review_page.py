@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contrast import CONTRAST
 from patience import scaled
 from served import Gateway, running_gateway
 
@@ -411,8 +412,6 @@ def check_width(seen: Visit, size: str) -> None:
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_can_be_read(gateway, visit, scheme):
-    from test_page_browser import CONTRAST
-
     fill(gateway.root)
     seen = visit(scheme=scheme)
     found = seen.page.evaluate(CONTRAST.replace("'main *'", "'body *:not(script):not(style)'"))

@@ -34,7 +34,7 @@ from ratchet.promotion.sequential_test import Stratum, difference, split_e_value
 from ratchet.serving.bundle import write_state
 from ratchet.tracking.registry import CHALLENGER, CHAMPION, get_alias, get_version, set_alias, set_tag
 from tasks.rollout import judge, look, outcomes_of
-from tests.promotion.test_promote import back, register, reign, root  # noqa: F401  (a fixture)
+from tests.promotion.test_promote import back, register, reign, root, take  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 QUICK = {"steps": [0.5, 1.0], "step_minutes": 0, "step_users": 5, "min_users": 20}
@@ -407,8 +407,6 @@ def test_a_rollback_ends_the_rollout_and_a_refused_version_is_stopped(root: Path
 
 def reign_more(root: Path) -> None:  # noqa: F811
     """v3 takes over, v4 is the challenger."""
-    from test_promote import take
-
     take(root, register(3, rival=1))
     set_alias("small", CHALLENGER, register(4, rival=3))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from busy import CONFIG, make_busy
+from contrast import CONTRAST
 from judged import LEDGER, make_reports
 from places import make_repository, use_git_without_a_user
 
@@ -20,32 +21,7 @@ from ratchet.reporting.evaluation_page import gather, write_evaluation_page
 pytestmark = pytest.mark.browser
 SCHEMES = ["light", "dark"]
 SIZES = {"phone": (390, 844), "desk": (1280, 900)}
-# WCAG 2.2, 1.4.3: each text's colour against the nearest background behind it; 4.5 : 1, 3 : 1 for large text.
-CONTRAST = """() => {
-  const rgb = text => text.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(c => c / 255)
-    .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = element => {
-    for (; element; element = element.parentElement) {
-      const c = rgb(getComputedStyle(element).backgroundColor);
-      if (c[3] !== 0) return c;
-    }
-    return [255, 255, 255];
-  };
-  const found = [];
-  for (const element of document.querySelectorAll('main *')) {
-    const hasText = [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
-    if (!hasText || element.closest('svg') || !element.getClientRects().length) continue;
-    const style = getComputedStyle(element), size = parseFloat(style.fontSize);
-    const [a, b] = [light(rgb(style.color)), light(behind(element))];
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    const large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
-    found.push({text: element.textContent.trim().slice(0, 40), ratio, wanted: large ? 3 : 4.5});
-  }
-  return found;
-}"""
-# The same for what charts are made of: 1.4.11 wants 3 : 1.
+# Like `CONTRAST`, for what charts are made of: 1.4.11 wants 3 : 1.
 MARKS = """() => [...document.querySelectorAll(
   'rect, .line, .dot, .interval .range, .interval .mean, .threshold'
 )].map(mark => {
