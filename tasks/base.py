@@ -11,11 +11,8 @@ training.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import xxhash
 
@@ -25,7 +22,9 @@ from ratchet.config.training import BaseConfig, DemoBase
 from ratchet.data.dedup import Clusters, split_by_hash
 from ratchet.data.examples import Example, Message, make_example
 from ratchet.errors import BaseModelError, DataError
-from ratchet.files import read_json, require_space, sha256_file, whole_folder, write_json, write_text
+from ratchet.files import require_space, sha256_file, whole_folder, write_json, write_text
+from ratchet.models.base_files import find_weights, read_settings
+from ratchet.models.base_source import fetch_command, find_snapshot
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import MANIFEST, load_tokenizer
 from ratchet.pipeline.stage import run_stage, say
@@ -120,9 +119,9 @@ def add_tokens(folder: Path, words: list[str]) -> Details:
 
 
 def _take_from_hub(folder: Path, config: BaseConfig) -> Details:
-    snapshot = _snapshot(config)
+    snapshot = find_snapshot(config)
     name = f"{config.model}@{config.revision}"
-    weights, missing = _weights(snapshot)
+    weights, missing = find_weights(snapshot)
     if not weights:
         pickled = sorted(
             path.name
@@ -137,9 +136,9 @@ def _take_from_hub(folder: Path, config: BaseConfig) -> Details:
         raise BaseModelError(
             f"{name} is in the hub's cache in part: {len(missing)} of its weight files are missing,"
             f" the first {missing[0]}",
-            remedy=_fetch_command(config),
+            remedy=fetch_command(config),
         )
-    settings = _read_settings(snapshot, name)
+    settings = read_settings(snapshot, name)
     tokenizer = load_tokenizer(snapshot)
     if config.chat_template:
         tokenizer.chat_template = _read_template(Path(config.chat_template))
@@ -150,75 +149,6 @@ def _take_from_hub(folder: Path, config: BaseConfig) -> Details:
         "vocab_size": int(settings.vocab_size),
         "weights": {path.name: sha256_file(path) for path in weights},
     }
-
-
-def _read_settings(snapshot: Path, name: str) -> Any:
-    """Read the text model's config.
-
-    Raises BaseModelError: the model brings code of its own, which is never run, or transformers does not know
-    it.
-    """
-    from transformers import AutoConfig
-
-    for path in (snapshot / "config.json", snapshot / "tokenizer_config.json"):
-        if path.exists() and "auto_map" in read_json(path):
-            raise BaseModelError(
-                f"{name} wants to run its own code (auto_map in {path.name})",
-                remedy="take a model whose architecture transformers knows; remote code is never run",
-            )
-    try:
-        return AutoConfig.from_pretrained(
-            snapshot, trust_remote_code=False, local_files_only=True
-        ).get_text_config()
-    except (ValueError, OSError, KeyError) as error:
-        raise BaseModelError(
-            f"{name} has a config.json that transformers {version('transformers')} cannot read:"
-            f" {str(error).splitlines()[0]}",
-            remedy="take another model",
-        ) from None
-
-
-def _weights(snapshot: Path) -> tuple[list[Path], list[str]]:
-    """Return the safetensors that are there, and the names of those that the index lists and are not."""
-    there = sorted(snapshot.glob("*.safetensors"))
-    index = snapshot / "model.safetensors.index.json"
-    listed = set(read_json(index)["weight_map"].values()) if index.exists() else set()
-    return there, sorted(listed - {path.name for path in there})
-
-
-def _snapshot(config: BaseConfig) -> Path:
-    """Return the hub's folder of that revision, from the cache when it is whole there, else downloaded."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-    settings: dict[str, Any] = {
-        "repo_id": config.model,
-        "revision": config.revision,
-        "allow_patterns": wanted,
-    }
-    cached = None
-    with contextlib.suppress(LocalEntryNotFoundError):
-        cached = Path(snapshot_download(**settings, local_files_only=True))
-        weights, missing = _weights(cached)
-        if weights and not missing:
-            return cached
-    try:
-        return Path(snapshot_download(**settings))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        if cached:
-            return cached
-        cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
-        raise BaseModelError(
-            f"{config.model}@{config.revision} is not in the hub's cache ({cache})"
-            f" and cannot be fetched: {str(error).splitlines()[0]}",
-            remedy=f"{_fetch_command(config)}; a gated model needs HF_TOKEN in the environment;"
-            " or set `base.model: demo`",
-        ) from None
-
-
-def _fetch_command(config: BaseConfig) -> str:
-    return f"with network: hf download {config.model} --revision {config.revision}"
 
 
 def _read_template(path: Path) -> str:
