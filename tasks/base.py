@@ -1,10 +1,10 @@
-"""Get the base model: a hub id at a pinned revision, or `demo`, a small Llama pre-trained here on
+"""Get the base model from where `base.model` says that it is, or pre-train `demo`, a small Llama, on
 documentation.
 
     python -m tasks.base --out models/base
 
-Writes the tokenizer, the chat template and manifest.json; for `demo` the weights too (a hub's stay in its
-cache). The demo's base reads part of the modules only, and of these only rows that preparation would put into
+Writes the tokenizer, the chat template, manifest.json and the weights; a hub's weights stay in the hub's
+cache. The demo's base reads part of the modules only, and of these only rows that preparation would put into
 training.
 """
 
@@ -12,22 +12,30 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypedDict
 
+import msgspec
 import xxhash
 
 from ratchet.config.data import PrepareConfig, PydocSource
 from ratchet.config.params import Config
-from ratchet.config.training import BaseConfig, DemoBase
+from ratchet.config.training import VERSION, BaseConfig, DemoBase, kind_of_base
 from ratchet.data.dedup import Clusters, split_by_hash
 from ratchet.data.examples import Example, Message, make_example
 from ratchet.errors import BaseModelError, DataError
 from ratchet.files import require_space, sha256_file, whole_folder, write_json, write_text
-from ratchet.models.base_files import find_weights, read_settings
-from ratchet.models.base_source import fetch_command, find_snapshot
+from ratchet.models.base_files import BaseFiles, Source, copy_files, read_base_files, read_tokenizer
+from ratchet.models.base_source import find_base
 from ratchet.models.chat_template import ChatFormat
-from ratchet.models.loading import MANIFEST, load_tokenizer
-from ratchet.pipeline.stage import run_stage, say
+from ratchet.models.dequantise import dequantise
+from ratchet.models.gguf import FILE as GGUF_FILE
+from ratchet.models.loading import MANIFEST, adapter_sha256, load_tokenizer, quiet
+from ratchet.models.manifests import BaseName, describe_base, read_base_manifest, sha256_of_weights
+from ratchet.models.merging import load_merged
+from ratchet.pipeline.stage import project_root, run_stage, say
+from ratchet.pipeline.workspace import require_output
+from ratchet.promotion.champion import last_entry
 from ratchet.sources.pydoc import harvest
 
 # Ids of the rows that the base was trained on, so that evaluation can prove that it tests on none of them.
@@ -43,8 +51,13 @@ class NewToken(TypedDict):
 
 
 class Details(TypedDict, total=False):
-    """What a base's manifest says by its kind: `weights` are a hub's, `rows` and `modules` the demo's."""
+    """What a base's manifest says by its kind: `rows` and `modules` are the demo's."""
 
+    model: str  # a hub id, `demo`, or `sha256:` with that of the weights, wherever they lay
+    revision: str | None  # the hub's commit
+    name: str  # what a GGUF file or a version calls itself
+    licence: str
+    dequantised: str  # the GGUF file's type of quantisation
     context: int  # positions, in tokens
     vocab_size: int
     weights: dict[str, str]  # sha256 of each file
@@ -54,8 +67,6 @@ class Details(TypedDict, total=False):
 
 
 class BaseManifest(Details):
-    model: str
-    revision: str | None
     files: dict[str, str]  # sha256 of each
 
 
@@ -63,16 +74,16 @@ def make_base(out: Path, config: Config) -> BaseManifest:
     """Write the base and return its manifest. Raises BaseModelError, DataError, DivergenceError."""
     require_space(out.parent, 200 * 2**20, "the base model")
     with whole_folder(out) as folder:
-        details = (
-            _make_demo(folder, config.base, config.prepare)
-            if config.base.model == "demo"
-            else _take_from_hub(folder, config.base)
-        )
+        kind = kind_of_base(config.base.model)
+        if kind == "demo":
+            details = _make_demo(folder, config.base, config.prepare)
+        elif kind == "version":
+            details = _merge_version(folder, config)
+        else:
+            details = _take(folder, config.base)
         if config.base.new_tokens:
             details |= add_tokens(folder, config.base.new_tokens)
         manifest: BaseManifest = {
-            "model": config.base.model,
-            "revision": config.base.revision,
             **details,
             "files": {
                 str(path.relative_to(folder)): sha256_file(path)
@@ -115,40 +126,97 @@ def add_tokens(folder: Path, words: list[str]) -> Details:
     }
 
 
-# --- a hub's model ---
+# --- a model that others made ---
 
 
-def _take_from_hub(folder: Path, config: BaseConfig) -> Details:
-    snapshot = find_snapshot(config)
-    name = f"{config.model}@{config.revision}"
-    weights, missing = find_weights(snapshot)
-    if not weights:
-        pickled = sorted(
-            path.name
-            for path in snapshot.iterdir()
-            if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-        )
-        raise BaseModelError(
-            f"{name} holds no safetensors (found {pickled or 'no weights'})",
-            remedy="take a model, or a revision, with safetensors: pickles are never loaded",
-        )
-    if missing:
-        raise BaseModelError(
-            f"{name} is in the hub's cache in part: {len(missing)} of its weight files are missing,"
-            f" the first {missing[0]}",
-            remedy=fetch_command(config),
-        )
-    settings = read_settings(snapshot, name)
-    tokenizer = load_tokenizer(snapshot)
-    if config.chat_template:
-        tokenizer.chat_template = _read_template(Path(config.chat_template))
+def _take(folder: Path, config: BaseConfig) -> Details:
+    source = find_base(config, Path.cwd(), project_root())
+    say(f"base: taken from {source.told}")
+    if source.path.is_file():
+        return _take_gguf(folder, source, config)
+    files, details = _describe(source, folder, config)
+    if kind_of_base(config.model) == "hub":
+        weights = {path.name: sha256_file(path) for path in files.weights}
+        return {**details, "model": config.model, "revision": config.revision, "weights": weights}
+    require_space(folder, sum(path.stat().st_size for path in files.weights), "the base's weights")
+    return {**details, **_identify(copy_files(files, folder), config)}
+
+
+def _take_gguf(folder: Path, source: Source, config: BaseConfig) -> Details:
+    """Dequantise; the identity is the file's own: another version of transformers may round otherwise."""
+    identity = _identify({GGUF_FILE: sha256_file(source.path)}, config)
+    found = dequantise(source, folder)
+    _, details = _describe(source._replace(path=folder), folder, config)
+    details = {**details, **identity, "name": found.name, "licence": found.licence}
+    return {**details, "dequantised": found.kind} if found.lossy else details
+
+
+def _describe(source: Source, folder: Path, config: BaseConfig) -> tuple[BaseFiles, Details]:
+    """Check the source's files, write its tokenizer to `folder`, and return what the config says."""
+    files = read_base_files(source)
+    template = _read_template(Path(config.chat_template)) if config.chat_template else None
+    tokenizer = read_tokenizer(source, template)
     ChatFormat(tokenizer)
     tokenizer.save_pretrained(folder)
-    return {
-        "context": int(getattr(settings, "max_position_embeddings", 2048)),
-        "vocab_size": int(settings.vocab_size),
-        "weights": {path.name: sha256_file(path) for path in weights},
+    return files, {
+        "licence": files.licence,
+        "context": int(getattr(files.settings, "max_position_embeddings", 2048)),
+        "vocab_size": int(files.settings.vocab_size),
     }
+
+
+def _identify(weights: dict[str, str], config: BaseConfig) -> Details:
+    """Return the name of these weights, which holds nothing of where they lay.
+
+    Raises BaseModelError: they are other ones than `base.revision` wants.
+    """
+    sha256 = sha256_of_weights(weights)
+    pinned = None if kind_of_base(config.model) == "hub" else config.revision
+    if pinned not in (None, sha256):
+        raise BaseModelError(
+            f"the weights of {config.model} have sha256 {sha256}, `base.revision` wants {pinned}",
+            remedy="put the right files there, or set `base.revision` to what is there, or to null",
+        )
+    return {"model": f"sha256:{sha256}", "revision": None, "weights": weights}
+
+
+# --- a version of this project ---
+
+
+def _merge_version(folder: Path, config: Config) -> Details:
+    """Merge a version that was in charge once: these stand in git, with the commit of their files.
+
+    Raises BaseModelError: there is none of that number.
+    """
+    named = VERSION.fullmatch(config.base.model)
+    assert named
+    project, number = named[1] or config.project.name, int(named[2])
+    entry = last_entry(Path.cwd(), number) if project == config.project.name else None
+    if entry is None:
+        raise BaseModelError(
+            f"`base.model: {config.base.model}`: no v{number} of {project} was ever in charge of "
+            f"{config.project.name}",
+            remedy="`ratchet history` lists those that were; any other: `ratchet export vN --to merged`, "
+            "then name that folder in `base.model`",
+        )
+    told = f"{project} v{number}"
+    with TemporaryDirectory(prefix=".merge-", dir=folder.parent) as scratch:
+        base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
+        require_output(Path.cwd(), entry.commit, "models/base", base)
+        require_output(Path.cwd(), entry.commit, "models/candidate", adapter)
+        if (seen := adapter_sha256(adapter)) != entry.adapter_sha256:
+            raise BaseModelError(
+                f"{told} has sha256 {seen}, the ledger says {entry.adapter_sha256}",
+                remedy="dvc pull; if it stays so, the cache is damaged",
+            )
+        licence = read_base_manifest(base).licence
+        with quiet():
+            load_merged(base, adapter).save_pretrained(folder, safe_serialization=True)
+        load_tokenizer(adapter).save_pretrained(folder)
+    say(f"base: merged from {told}, commit {entry.commit[:8]}")
+    files, details = _describe(Source(folder, told, "dvc pull"), folder, config.base)
+    weights = {path.name: sha256_file(path) for path in files.weights}
+    return {**details, **_identify(weights, config.base), "name": told, "licence": licence}
 
 
 def _read_template(path: Path) -> str:
@@ -173,6 +241,8 @@ def _make_demo(folder: Path, config: BaseConfig, splits: PrepareConfig) -> Detai
     model = pretrain(rows, ChatFormat(tokenizer), config)
     model.save_pretrained(folder, safe_serialization=True)
     return {
+        "model": config.model,
+        "revision": None,
         "context": config.demo.context,
         "vocab_size": len(tokenizer),
         "rows": len(rows),
@@ -208,7 +278,8 @@ def _is_read(module: str, share: float) -> bool:
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
     manifest = make_base(arguments.out, config)
-    say(f"base: {manifest['model']}, {manifest['vocab_size']} tokens, context {manifest['context']}")
+    of = describe_base(msgspec.convert(manifest, BaseName))
+    say(f"base: {of}, {manifest['vocab_size']} tokens, context {manifest['context']}")
 
 
 if __name__ == "__main__":

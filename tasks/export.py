@@ -181,7 +181,8 @@ def _adapter_side(source: Source, asked: Asked) -> tuple[Reference, Scores]:
 def _write(to: str, merged: Any, folder: Path, source: Source, chat: ChatFormat) -> dict[str, float]:
     """Write the weights and what belongs to them; return the relative loss by layer of `int8` and `int4`."""
     if to == "merged":
-        merged.config.name_or_path = read_base_manifest(source.bundle.base).model
+        base = read_base_manifest(source.bundle.base)
+        merged.config.name_or_path = base.model if base.revision else base.name or base.model
         merged.save_pretrained(folder, safe_serialization=True)
         chat.tokenizer.save_pretrained(folder)
         return {}

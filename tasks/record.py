@@ -13,9 +13,12 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from ratchet.config.params import Config
 from ratchet.files import read_json, sha256_json
 from ratchet.models.loading import MANIFEST
+from ratchet.models.manifests import BaseName, describe_base
 from ratchet.promotion.lineage import STARTED_FROM
 from ratchet.reporting.evaluation_page import gather, write_evaluation_page
 from ratchet.reporting.heatmap import draw
@@ -123,7 +126,7 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str, data:
         "data": f"{data['rows']} rows in {data['batches']} batches, DVC {data['dvc']}",
         "git commit": commit,
         "adapter": f"{config.adapter.method}, sha256 {manifest['adapter_sha256']}",
-        "base": "@".join(filter(None, (manifest["base"]["model"], manifest["base"]["revision"]))),
+        "base": describe_base(msgspec.convert(manifest["base"], BaseName)),
         "started from": "the champion's adapter" if manifest["inputs"]["start"] != "base" else "the base",
     }
     tags = {

@@ -36,6 +36,7 @@ from ratchet.models.loading import (
     precision,
     quiet,
 )
+from ratchet.models.manifests import BaseName
 from ratchet.pipeline.dag import stage_key
 from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.tracking.curve import History, LiveCopy, read_history
@@ -240,7 +241,7 @@ class Training:
                 "canaries": self._profile.get("canaries", 0),
                 "adapter_sha256": adapter_sha256(folder),
                 "adapter": self._config.adapter.model_dump(mode="json"),
-                "base": {key: base[key] for key in ("model", "revision", "context") if key in base},
+                "base": {key: base[key] for key in BaseName.__struct_fields__ if key in base},
                 "precision": precision(self._config.adapter.method)[0],
                 "environment": environment,
                 "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},

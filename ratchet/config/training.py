@@ -35,12 +35,38 @@ class DemoBase(Section):
     )
 
 
+BaseKind = Literal["demo", "hub", "path", "url", "version"]
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+(:[^:]+\.gguf)?)?")
+VERSION = re.compile(r"(?:registered:([\w.-]+)/)?v([1-9]\d*)")
+
+
+def kind_of_base(model: str) -> BaseKind:
+    """Tell by its form what `base.model` names; nothing is looked up."""
+    if model == "demo":
+        return "demo"
+    if "://" in model:
+        return "url"
+    if VERSION.fullmatch(model):
+        return "version"
+    is_file = model.endswith(".gguf") and ":" not in model
+    return "hub" if HUB_ID.fullmatch(model) and not is_file else "path"
+
+
 class BaseConfig(Section):
     """The base model, never changed by training."""
 
-    model: str = Field(default="demo", min_length=1, description="`demo`, or a hub id (`org/name`)")
+    model: str = Field(
+        default="demo",
+        min_length=1,
+        description="where the base is: `demo`; a hub id (`org/name`, or `org/name:file.gguf`); a folder or "
+        "GGUF file (`./models-in/smollm`, counted from the repository's root, tracked by DVC or not); a URL "
+        "of either that fsspec reads (`s3://bucket/smollm`); or a version of this project that was in charge "
+        "(`v3`), merged. A GGUF file is dequantised",
+    )
     revision: str | None = Field(
-        default=None, description="commit of the hub id, 40 hex digits; needed for a hub id"
+        default=None,
+        description="of a hub id: its commit, 40 hex digits, needed; of the others: the sha256, 64 hex "
+        "digits, that the weights must have (the stage `base` prints it)",
     )
     chat_template: str | None = Field(
         default=None, description="path of a Jinja chat template, for a base that brings none"
@@ -56,12 +82,25 @@ class BaseConfig(Section):
 
     @model_validator(mode="after")
     def _pinned(self) -> BaseConfig:
-        if self.model != "demo" and not (
-            self.revision and len(self.revision) == 40 and all(c in "0123456789abcdef" for c in self.revision)
-        ):
+        kind = kind_of_base(self.model)
+        if kind == "hub" and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError(
-                f"base.revision is {self.revision!r}; a hub id needs its commit, 40 hex digits, so that "
-                "every run loads the same weights"
+                f"base.revision is {self.revision!r}; the hub id {self.model} needs its commit, 40 hex "
+                "digits, so that every run loads the same weights (a folder's path begins with `./` or `/`)"
+            )
+        if kind not in ("hub", "demo") and not re.fullmatch(r"[0-9a-f]{64}", self.revision or "0" * 64):
+            raise ValueError(
+                f"base.revision is {self.revision!r}; for {self.model} it is the sha256 of the weights, "
+                "64 hex digits, or null"
+            )
+        if kind == "url" and "@" in self.model.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                "base.model holds a user or a password; params.yaml is in git, so give them to fsspec by the "
+                "environment or its own configuration"
+            )
+        if self.model.startswith("registered:") and kind != "version":
+            raise ValueError(
+                f"base.model is {self.model!r}; wanted registered:NAME/vN, such as registered:claims/v3"
             )
         for token in self.new_tokens:
             if not re.fullmatch(r"\w|\w.*\w", token) or self.new_tokens.count(token) > 1:
@@ -287,8 +326,8 @@ class SweepConfig(Section):
             "train.learning_rate": SweepRange(low=2.0e-4, high=2.0e-2, log=True),
             "train.batch_windows": [2, 4, 8],
         },
-        description="where to look: a key of `train` or `adapter`, or `base.model` (`demo`, or "
-        "`org/name@revision`), each with a list of choices or `{low, high, log, step}`",
+        description="where to look: a key of `train` or `adapter`, or `base.model` (as there, a hub id "
+        "with its commit: `org/name@revision`), each with a list of choices or `{low, high, log, step}`",
     )
     trials: Count = Field(
         default=20, description="trainings in all, those of other machines and of earlier calls included"

@@ -1,44 +1,305 @@
-"""Read the files that a base model comes as, and refuse what cannot be used."""
+"""Read the files of a base model, and refuse what cannot be trained, merged and exported.
+
+No weight is loaded: names and shapes stand in the heads of the files. Not covered: whether the model works;
+only using it tells.
+"""
 
 from __future__ import annotations
 
+import re
+import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ratchet.errors import BaseModelError
-from ratchet.files import read_json
+from ratchet.errors import BaseModelError, RatchetError
+from ratchet.files import read_json, sha256_file
+from ratchet.models.loading import WHOLE, check_complete, load_tokenizer, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# Endings of the tensors that bitsandbytes, GPTQ and AWQ write beside or in place of a layer's weights.
+ROUNDED = re.compile(r"\.(qweight|qzeros|SCB|absmax|quant_map|quant_state\..*|weight_scale(_inv)?)$")
+UNKNOWN = "unknown"  # licence
 
 
-def read_settings(snapshot: Path, name: str) -> Any:
+class Source(NamedTuple):
+    """Hold a base that lies on this machine.
+
+    `told` says where, for people; it is printed and never kept: the same files are the same base anywhere.
+    """
+
+    path: Path  # a folder, or a GGUF file
+    told: str
+    remedy: str  # what brings files that are missing
+    name: str = ""  # a hub id
+    tracked: bool = False  # by DVC, whose files may be links into its cache
+
+
+class BaseFiles(NamedTuple):
+    """Hold what a base's folder says: its weight files, and the config of its text model."""
+
+    weights: list[Path]
+    settings: Any
+    licence: str
+
+
+def read_base_files(source: Source) -> BaseFiles:
+    """Check the folder of a base. Raises BaseModelError: it cannot be used, with what was seen in it."""
+    folder, told = source.path, source.told
+    _check_links(source)
+    if (folder / ADAPTER).exists():
+        raise BaseModelError(
+            f"{told} holds an adapter ({ADAPTER}), wanted a whole model",
+            remedy="name the model that the adapter belongs to, or merge the two first",
+        )
+    if not (folder / CONFIG).exists():
+        raise BaseModelError(
+            f"{told} holds no {CONFIG} (found {_listed(folder)})",
+            remedy="name a folder as transformers' save_pretrained writes it, or a .gguf file",
+        )
+    settings = _read_settings(source)
+    weights = _find_whole(source)
+    _check_heads(source, weights)
+    _check_names(source)
+    return BaseFiles(weights, settings, find_licence(folder))
+
+
+def find_weights(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the files that transformers would load, and the names of those that are listed but not there.
+
+    Raises BaseModelError: the index cannot be read, or names a file outside the folder.
+    """
+    if (folder / WHOLE).exists():
+        return [folder / WHOLE], []
+    index = folder / INDEX
+    if not index.exists():
+        return [], []
+    try:
+        listed = sorted(set(read_json(index)["weight_map"].values()))
+        odd = [name for name in listed if Path(name).name != name]
+    except (RatchetError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelError(
+            f"{INDEX} cannot be read: {error}", remedy="copy or download the model again"
+        ) from None
+    if odd:
+        raise BaseModelError(
+            f"{INDEX} names {odd[0]!r}, which is no file of its own folder",
+            remedy="put all weight files beside the index",
+        )
+    return (
+        [folder / name for name in listed if (folder / name).exists()],
+        [name for name in listed if not (folder / name).exists()],
+    )
+
+
+def read_tokenizer(source: Source, template: str | None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer with one chat template: `template`, else its own or that named `default`.
+
+    Raises BaseModelError: there is no tokenizer, or there are several templates and none is the default.
+    """
+    try:
+        tokenizer = load_tokenizer(source.path)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise BaseModelError(
+            f"{source.told} has no tokenizer that transformers {version('transformers')} can read: "
+            f"{_first_line(error)}",
+            remedy="put the model's tokenizer.json and tokenizer_config.json beside its weights",
+        ) from None
+    named: Any = tokenizer.chat_template
+    if template is not None:
+        tokenizer.chat_template = template
+    elif isinstance(named, dict):
+        if "default" not in named:
+            raise BaseModelError(
+                f"{source.told} has several chat templates ({', '.join(sorted(named))}), "
+                "none of them `default`",
+                remedy="copy the right one into a file and name it in `base.chat_template`",
+            )
+        tokenizer.chat_template = named["default"]
+    return tokenizer
+
+
+def copy_files(files: BaseFiles, folder: Path) -> dict[str, str]:
+    """Copy weights and configs to `folder`, and return the sha256 of each weight file as it was written."""
+    of = files.weights[0].parent
+    for name in (CONFIG, "generation_config.json", *([] if len(files.weights) == 1 else [INDEX])):
+        if (of / name).exists():
+            shutil.copyfile(of / name, folder / name)
+    for path in files.weights:
+        shutil.copyfile(path, folder / path.name)
+    return {path.name: sha256_file(folder / path.name) for path in files.weights}
+
+
+def find_licence(folder: Path) -> str:
+    """Return the licence that the README's head names, else the first line of the licence's text."""
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.exists() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    named = dict(re.findall(r"^(license|license_name):[ \t]*(\S.*?)[ \t]*$", head[1] if head else "", re.M))
+    found = named.get("license", "")
+    if found.strip("'\"") == "other":
+        found = named.get("license_name", found)
+    if found:
+        return str(found.strip("'\""))
+    for path in sorted(folder.iterdir()):
+        if re.match(r"(licen[cs]e|copying)\b", path.name, re.IGNORECASE) and path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            return next((line.strip()[:120] for line in lines if line.strip()), UNKNOWN)
+    return UNKNOWN
+
+
+def _check_links(source: Source) -> None:
+    """Refuse links that lead out of the folder: what they name would be copied and published with the base.
+
+    The links of the hub's cache (snapshots to blobs) and of DVC's cache are how those store any file.
+    """
+    folder = source.path.resolve()
+    for path in sorted(folder.iterdir()):
+        target = path.resolve()
+        if not path.is_symlink() or target.is_relative_to(folder):
+            continue
+        blobs = folder.parents[1] / "blobs"
+        if target.parent == blobs and folder.parent.name == "snapshots":
+            continue
+        if source.tracked and re.search(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$", target.as_posix()):
+            continue
+        raise BaseModelError(
+            f"{source.told} holds {path.name}, a link to a place outside the folder",
+            remedy=f"copy the files themselves: cp -rL {folder.name} {folder.name}-copy",
+        )
+
+
+def _find_whole(source: Source) -> list[Path]:
+    weights, missing = find_weights(source.path)
+    if missing:
+        raise BaseModelError(
+            f"{source.told} is here in part: {len(missing)} of its weight files are missing, "
+            f"the first {missing[0]}",
+            remedy=source.remedy,
+        )
+    if weights:
+        return weights
+    names = sorted(path.name for path in source.path.iterdir())
+    if pickled := [name for name in names if name.endswith(PICKLED)]:
+        raise BaseModelError(
+            f"{source.told} holds no safetensors (found {pickled})",
+            remedy="take a model, or a revision, with safetensors: pickles are never loaded",
+        )
+    raise BaseModelError(
+        f"{source.told} holds no weights: neither {WHOLE} nor {INDEX} (found {_listed(source.path)})",
+        remedy=source.remedy,
+    )
+
+
+def _read_settings(source: Source) -> Any:
     """Read the text model's config.
 
-    Raises BaseModelError: the model brings code of its own, which is never run, or transformers does not know
-    it.
+    Raises BaseModelError: the model brings code of its own, is quantised, or transformers does not know it.
     """
     from transformers import AutoConfig
 
-    for path in (snapshot / "config.json", snapshot / "tokenizer_config.json"):
-        if path.exists() and "auto_map" in read_json(path):
+    folder, told = source.path, source.told
+    for path in (folder / CONFIG, folder / "tokenizer_config.json"):
+        if path.exists() and "auto_map" in _read(path, told):
             raise BaseModelError(
-                f"{name} wants to run its own code (auto_map in {path.name})",
+                f"{told} wants to run its own code (auto_map in {path.name})",
                 remedy="take a model whose architecture transformers knows; remote code is never run",
             )
+    raw = _read(folder / CONFIG, told)
+    if method := _quantised_by(raw) or _quantised_by(raw.get("text_config")):
+        raise _rounded(told, f"by {method}, its {CONFIG} says")
     try:
-        return AutoConfig.from_pretrained(
-            snapshot, trust_remote_code=False, local_files_only=True
-        ).get_text_config()
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            return config.get_text_config()
     except (ValueError, OSError, KeyError) as error:
         raise BaseModelError(
-            f"{name} has a config.json that transformers {version('transformers')} cannot read:"
-            f" {str(error).splitlines()[0]}",
+            f"{told} has a {CONFIG} that transformers {version('transformers')} cannot read: "
+            f"{_first_line(error)}",
             remedy="take another model",
         ) from None
 
 
-def find_weights(snapshot: Path) -> tuple[list[Path], list[str]]:
-    """Return the safetensors that are there, and the names of those that the index lists and are not."""
-    there = sorted(snapshot.glob("*.safetensors"))
-    index = snapshot / "model.safetensors.index.json"
-    listed = set(read_json(index)["weight_map"].values()) if index.exists() else set()
-    return there, sorted(listed - {path.name for path in there})
+def _quantised_by(raw: Any) -> str:
+    found = raw.get("quantization_config") if isinstance(raw, dict) else None
+    if not found:
+        return ""
+    bits = [name for name in ("load_in_4bit", "load_in_8bit") if found.get(name)]
+    return " ".join([str(found.get("quant_method", "an unnamed method")), *bits])
+
+
+def _rounded(told: str, how: str) -> BaseModelError:
+    return BaseModelError(
+        f"{told} is quantised already ({how}), wanted weights in float16, bfloat16 or float32: "
+        "an adapter trained on it could not be merged or exported",
+        remedy="take the model that it was made from; `adapter.method: qlora` quantises it while training",
+    )
+
+
+def _check_heads(source: Source, weights: list[Path]) -> None:
+    """Refuse files that were cut off, that are something else, or that hold rounded weights."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in weights:
+        try:
+            with safe_open(path, framework="numpy") as opened:
+                names = list(opened.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            with path.open("rb") as handle:
+                pointer = handle.read(64).startswith(b"version https://git-lfs")
+            raise BaseModelError(
+                f"{source.told}: {path.name} ({path.stat().st_size:,} bytes) is "
+                + ("a pointer of git LFS, no weights" if pointer else f"no whole safetensors file: {error}"),
+                remedy="git lfs pull" if pointer else source.remedy,
+            ) from None
+        if odd := next(filter(ROUNDED.search, names), None):
+            raise _rounded(source.told, f"{path.name} holds {odd}")
+
+
+def _check_names(source: Source) -> None:
+    """Refuse a checkpoint without all of the model's weights, which transformers would fill at random."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            _, found = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                device_map="meta",  # shapes alone, no memory
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"transformers {version('transformers')} cannot load {source.told} as a causal language model: "
+            f"{_first_line(error)}",
+            remedy="take another model",
+        ) from None
+    check_complete(found, source.told)
+
+
+def _read(path: Path, told: str) -> dict[str, Any]:
+    try:
+        found = read_json(path)
+    except (RatchetError, OSError) as error:
+        found = str(error)
+    if not isinstance(found, dict):
+        raise BaseModelError(
+            f"{told}: {path.name} is no JSON object: {str(found)[:200]}",
+            remedy="copy or download the model again",
+        )
+    return found
+
+
+def _listed(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return (", ".join(names[:8]) + (" …" if len(names) > 8 else "")) or "nothing"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,33 +1,88 @@
-"""Bring the files of a base model to this machine."""
+"""Bring the files of a base to this machine: from the hub, a folder, DVC or a URL, and once each.
+
+What was downloaded from a URL stays in `.ratchet/bases` of the checkout, so a later run works offline.
+Nothing is loaded here. Not covered: folders in folders; a base's files lie beside each other.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ratchet.config.training import BaseConfig
-from ratchet.errors import BaseModelError
-from ratchet.models.base_files import find_weights
+from ratchet.config.training import BaseConfig, BaseKind, kind_of_base
+from ratchet.errors import BaseModelError, CommandError
+from ratchet.files import read_json, require_space, write_json
+from ratchet.models.base_files import Source, find_weights
+from ratchet.pipeline.checkout import dvc
+from ratchet.pipeline.dvc import configured_remote
+
+DOWNLOADS = Path(".ratchet/bases")
+WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICEN[CS]E*", "COPYING*")
+GGUF = ".gguf"
 
 
-def find_snapshot(config: BaseConfig) -> Path:
+def find_base(config: BaseConfig, here: Path, checkout: Path) -> Source:
+    """Return where the base lies on this machine, after fetching what is elsewhere.
+
+    `here` is the repository that the stage works in, `checkout` the user's, where folders lie that neither
+    git nor DVC tracks; the two are one outside a workspace. Raises BaseModelError.
+    """
+    ways: dict[BaseKind, Callable[[], Source]] = {
+        "hub": lambda: _find_on_hub(config),
+        "path": lambda: _find_path(config.model, here, checkout),
+        "url": lambda: _find_url(config.model, checkout),
+    }
+    return _only_file(ways[kind_of_base(config.model)]())
+
+
+def _only_file(source: Source) -> Source:
+    """Return the one GGUF file of a folder that holds no other weights, else the source as it is."""
+    if not source.path.is_dir():
+        return source
+    files = sorted(source.path.glob(f"*{GGUF}"))
+    if not files or any(source.path.glob("*.safetensors")):
+        return source
+    if len(files) > 1:
+        raise BaseModelError(
+            f"{source.told} holds {len(files)} GGUF files: {', '.join(path.name for path in files[:4])}",
+            remedy=f"name one: `base.model: {source.told}/{files[0].name}`",
+        )
+    return source._replace(path=files[0])
+
+
+# --- the hub ---
+
+
+def _find_on_hub(config: BaseConfig) -> Source:
+    name, _, file = config.model.partition(":")
+    assert config.revision  # the config demands it of a hub id
+    folder = _find_snapshot(name, config.revision, file)
+    command = f"with network: hf download {name} {file} --revision {config.revision}".replace("  ", " ")
+    told = f"{config.model}@{config.revision}"
+    if file and not (folder / file).exists():
+        raise BaseModelError(f"{told}: there is no {file}", remedy=command)
+    return Source(folder / file if file else folder, told, command, name)
+
+
+def _find_snapshot(name: str, revision: str, file: str) -> Path:
     """Return the hub's folder of that revision, from the cache when it is whole there, else downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     settings: dict[str, Any] = {
-        "repo_id": config.model,
-        "revision": config.revision,
-        "allow_patterns": wanted,
+        "repo_id": name,
+        "revision": revision,
+        "allow_patterns": [file] if file else list(WANTED),
     }
     cached = None
     with contextlib.suppress(LocalEntryNotFoundError):
         cached = Path(snapshot_download(**settings, local_files_only=True))
-        weights, missing = find_weights(cached)
-        if weights and not missing:
+        weights, missing = ([cached / file], []) if file else find_weights(cached)
+        if weights and not missing and weights[0].exists():
             return cached
     try:
         return Path(snapshot_download(**settings))
@@ -36,12 +91,178 @@ def find_snapshot(config: BaseConfig) -> Path:
             return cached
         cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
         raise BaseModelError(
-            f"{config.model}@{config.revision} is not in the hub's cache ({cache})"
+            f"{name}@{revision} is not in the hub's cache ({cache})"
             f" and cannot be fetched: {str(error).splitlines()[0]}",
-            remedy=f"{fetch_command(config)}; a gated model needs HF_TOKEN in the environment;"
-            " or set `base.model: demo`",
+            remedy=f"with network: hf download {name} --revision {revision}; a gated model needs HF_TOKEN "
+            "in the environment; or set `base.model: demo`",
         ) from None
 
 
-def fetch_command(config: BaseConfig) -> str:
-    return f"with network: hf download {config.model} --revision {config.revision}"
+# --- a folder or a file ---
+
+
+def _find_path(text: str, here: Path, checkout: Path) -> Source:
+    """Look in the commit that the stage works on, then ask DVC, then look into the user's checkout.
+
+    A workspace is a clone: it has what git and DVC track, and none of the folders beside.
+    """
+    path = Path(text).expanduser()
+    tracked = not path.is_absolute() and ".." not in path.parts and _is_tracked(here, path)
+    if tracked and not _is_there(here / path):
+        _pull(here, path)
+    places = [here / path, checkout / path] if ".." not in path.parts else [checkout / path]
+    for place in sorted(places, key=lambda place: not _is_there(place)):
+        if place.exists():
+            remedy = f"dvc pull {path}" if tracked else "copy the model again"
+            return Source(place.resolve(), text, remedy, tracked=tracked)
+    raise BaseModelError(
+        f"`base.model` names {text}, which does not exist"
+        + ("" if path.is_absolute() else f" in {checkout}"),
+        remedy="a path counts from the repository's root; a hub id is `org/name` with `base.revision`",
+    )
+
+
+def _is_there(path: Path) -> bool:
+    """Tell whether weights are there: git may track a folder's small files alone."""
+    return path.is_file() or any(
+        file.exists() for pattern in ("*.safetensors", f"*{GGUF}") for file in path.glob(pattern)
+    )
+
+
+def _is_tracked(here: Path, path: Path) -> bool:
+    """Tell whether DVC tracks the path itself, a folder above it, or files in it."""
+    above = [path, *path.parents[:-1]]
+    return any((here / place).with_name(f"{place.name}.dvc").is_file() for place in above) or any(
+        (here / path).glob("*.dvc")
+    )
+
+
+def _pull(here: Path, path: Path) -> None:
+    command = "pull" if configured_remote(here) else "checkout"
+    inside = [str(file.relative_to(here)) for file in sorted((here / path).glob("*.dvc"))]
+    try:
+        dvc(here, command, "--quiet", *(inside or [str(path)]))
+    except CommandError as error:
+        raise BaseModelError(
+            f"`base.model` names {path}, which DVC tracks and cannot bring here: {str(error)[-300:]}",
+            remedy="dvc push where the model is, with a remote that both know; then run again",
+        ) from None
+
+
+# --- a URL ---
+
+
+def _find_url(url: str, checkout: Path) -> Source:
+    """Download a folder or a GGUF file once; what is here is used as long as the place says the same."""
+    files, name = _file_system(url)
+    home = checkout / DOWNLOADS / hashlib.sha256(url.encode()).hexdigest()[:16]
+    whole = home.with_name(f"{home.name}.json")  # written last: its existence says that all files are here
+    try:
+        listing = _list_remote(files, name)
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        if not whole.exists():
+            raise BaseModelError(
+                f"`base.model` {url} cannot be read: {type(error).__name__}: {str(error)[:300]}",
+                remedy="check the address and the credentials in the environment, "
+                "or copy the model into a folder",
+            ) from None
+        listing = read_json(whole)  # offline
+    if not whole.exists() or read_json(whole) != listing:
+        whole.unlink(missing_ok=True)
+        _download(files, listing, home, url)
+        write_json(whole, listing)
+    file = home / Path(name).name
+    return Source(file if name.endswith(GGUF) else home, url, f"rm -r {home}* (it is downloaded again)")
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+    from fsspec.registry import known_implementations
+
+    try:
+        files, name = url_to_fs(url)
+    except ImportError as error:
+        known = known_implementations.get(url.partition("://")[0], {})
+        package = known.get("class", "").partition(".")[0]
+        install = f"pip install {package}" if package not in ("", "fsspec") else str(error)
+        raise BaseModelError(f"`base.model` {url} needs a package: {error}", remedy=install) from None
+    except ValueError as error:
+        raise BaseModelError(
+            f"`base.model` {url} is no URL that fsspec reads: {error}",
+            remedy="wanted a protocol such as s3://, gs://, https:// or file://",
+        ) from None
+    return files, str(name).rstrip("/")
+
+
+def _list_remote(files: Any, name: str) -> dict[str, list[Any]]:
+    """Return path → [bytes, what the place knows of its content] of the files that a base consists of.
+
+    Raises FileNotFoundError, BaseModelError, and what the file system raises.
+    """
+    files.invalidate_cache()
+    single = name.endswith(GGUF)
+    found = (
+        [files.info(name)]
+        if single
+        else [info for info in files.ls(name, detail=True) if info["type"] == "file"]
+    )
+    wanted = {
+        str(info["name"]): [info.get("size"), _mark(files, info)]
+        for info in found
+        if single or any(Path(info["name"]).match(pattern) for pattern in (*WANTED, f"*{GGUF}"))
+    }
+    if not single and not any(path.endswith((".safetensors", GGUF)) for path in wanted):
+        names = sorted(Path(info["name"]).name for info in found)
+        raise BaseModelError(
+            f"`base.model` {name} holds no safetensors and no GGUF file "
+            f"(found {', '.join(names[:8]) or 'nothing'})",
+            remedy="name the folder that holds the weights; pickles are never loaded",
+        )
+    return wanted
+
+
+def _mark(files: Any, info: dict[str, Any]) -> str:
+    """Return what changes with a file's content: a checksum where the place has one, else its time."""
+    found = next(
+        (
+            info[key]
+            for key in ("ETag", "md5Hash", "etag", "content_md5", "mtime", "created")
+            if info.get(key)
+        ),
+        "",
+    )
+    return str(found)
+
+
+def _download(files: Any, listing: dict[str, list[Any]], home: Path, url: str) -> None:
+    """Write each file whole; what an earlier try brought is kept, so a cut line costs one file."""
+    marks = home.with_name(f"{home.name}.part.json")
+    kept = read_json(marks) if marks.exists() else {}
+    home.mkdir(parents=True, exist_ok=True)
+    for path in home.iterdir():
+        if path.name not in {Path(of).name for of in kept}:
+            path.unlink()
+    require_space(home, sum(size or 0 for size, _ in listing.values()) + 2**20, f"the base {url}")
+    for path, said in sorted(listing.items()):
+        target, size = home / Path(path).name, said[0]
+        if target.exists() and kept.get(path) == said:
+            continue
+        part = target.with_name(f".{target.name}.part")
+        try:
+            files.get_file(path, str(part))
+        except (OSError, RuntimeError, ValueError) as error:
+            part.unlink(missing_ok=True)
+            raise BaseModelError(
+                f"{target.name} of {url} did not arrive: {type(error).__name__}: {str(error)[:300]}",
+                remedy="run it again: the files that are here are kept",
+            ) from None
+        if size is not None and (got := part.stat().st_size) != size:
+            part.unlink()
+            raise BaseModelError(
+                f"{target.name} of {url} came with {got:,} bytes, wanted {size:,}",
+                remedy="run it again: the files that are here are kept",
+            )
+        part.replace(target)
+        kept[path] = said
+        write_json(marks, kept)
+    marks.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """Load base models and adapters from disk, and check that they are whole.
 
-`models/base/` always holds manifest.json, the tokenizer and the chat template; the weights are there too for
-`demo`, and in the hub's cache for a hub id. Adapters are PEFT folders (safetensors). Nothing is unpickled, no
-remote code is run.
+`models/base/` always holds manifest.json, the tokenizer and the chat template; the weights are there too, but
+for a hub id, whose weights lie in the hub's cache. Adapters are PEFT folders (safetensors). Nothing is
+unpickled, no remote code is run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def load_base(
     import torch
 
     manifest = read_base_manifest(folder)
-    source, revision = (folder, None) if manifest.model == "demo" else (manifest.model, manifest.revision)
+    revision = manifest.revision
+    source, told = (
+        (manifest.model, f"{manifest.model}@{revision}") if revision else (folder, str(manifest.model))
+    )
     settings: dict[str, Any] = {
         "dtype": getattr(torch, precision(method)[0]),
         "attn_implementation": "sdpa",
@@ -55,13 +58,13 @@ def load_base(
             "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         }
     try:
-        model = _load(source, **settings)
+        model, found = _load(source, output_loading_info=True, **settings)
     except OSError as error:
         raise BaseModelError(
-            f"the weights of {manifest.model}@{revision} are not on this machine: "
-            f"{str(error).splitlines()[0]}",
+            f"the weights of {told} are not on this machine: {str(error).splitlines()[0]}",
             remedy="dvc repro --force base (with network), or pull the cache",
         ) from None
+    check_complete(found, told)
     if method == "qlora":
         _keep_differentiable(model)
     _add_embeddings(model, manifest.new_tokens)
@@ -120,6 +123,16 @@ def _load(source: Any, **settings: Any) -> Any:
     with quiet():
         return AutoModelForCausalLM.from_pretrained(
             source, trust_remote_code=False, local_files_only=True, use_safetensors=True, **settings
+        )
+
+
+def check_complete(found: Any, told: str) -> None:
+    """Raise BaseModelError where the info of a loading says that weights were missing."""
+    if missing := sorted(map(str, found["missing_keys"])):
+        some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        raise BaseModelError(
+            f"{told} lacks {len(missing)} of its weights: {some}; they would be random",
+            remedy="take a checkpoint that is whole, and of a causal language model",
         )
 
 

@@ -6,6 +6,7 @@ keys that an older manifest lacks have defaults.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,21 +25,24 @@ class NewToken(msgspec.Struct, frozen=True):
     pieces: list[int]
 
 
-class BaseManifest(msgspec.Struct, frozen=True):
-    """Describe a base; `context` is in tokens, None where the base names no limit."""
-
-    model: str | None = None  # a hub id, or "demo"
-    revision: str | None = None
-    context: int | None = None
-    new_tokens: list[NewToken] = []
-
-
 class BaseName(msgspec.Struct, frozen=True):
-    """Name the base that a version was trained on."""
+    """Name the base that a version was trained on; `context` is in tokens, None where it names no limit.
 
-    model: str | None = None
-    revision: str | None = None
+    `model` and `revision` are its identity, and say nothing of where its files lay.
+    """
+
+    model: str | None = None  # a hub id, "demo", or "sha256:" and that of the weights
+    revision: str | None = None  # of a hub id alone
     context: int | None = None
+    name: str = ""  # what a GGUF file or a version calls itself
+    licence: str = "unknown"
+    dequantised: str = ""  # the GGUF file's type of quantisation, such as Q4_K_M
+
+
+class BaseManifest(BaseName, frozen=True):
+    """Describe a base."""
+
+    new_tokens: list[NewToken] = []
 
 
 class AdapterRecord(msgspec.Struct, frozen=True):
@@ -62,6 +66,29 @@ class TrainedManifest(msgspec.Struct, frozen=True):
     base: BaseName = BaseName()
     adapter_sha256: str = ""
     files: dict[str, str] = {}
+
+
+def describe_base(base: BaseName) -> str:
+    """Name a base for people: its hub id, or its own name and the sha256 of its weights; and its licence."""
+    if base.model == "demo" or base.model is None:
+        return str(base.model)
+    if base.revision:
+        parts = [f"{base.model}@{base.revision}"]
+    else:
+        parts = [base.name, base.model] if base.name else [base.model]
+    parts += [f"dequantised from {base.dequantised}"] if base.dequantised else []
+    return ", ".join([*parts, f"licence {base.licence}"])
+
+
+def sha256_of_weights(weights: dict[str, str]) -> str:
+    """Return one sha256 for weight files (name → sha256), as `sha256sum *.safetensors | sha256sum` would.
+
+    One file is its own.
+    """
+    if len(weights) == 1:
+        return next(iter(weights.values()))
+    lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(weights.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 Manifest = TypeVar("Manifest", BaseManifest, TrainedManifest)

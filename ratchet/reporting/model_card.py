@@ -1,14 +1,17 @@
 """The model card in the hub's format: a README.md whose YAML head hubs and programs read, and the gate's
 table for people.
 
-https://huggingface.co/docs/hub/model-cards. The licence is not known to us (the base's and the rows' decide),
-so none is claimed.
+https://huggingface.co/docs/hub/model-cards. The version's own licence is not known to us (the base's and the
+rows' decide), so none is claimed; the base's is told as it was found.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
+from ratchet.models.manifests import BaseName, describe_base
 from ratchet.reporting.markdown import LABELS, model_card
 
 RELATIONS = {
@@ -66,7 +69,7 @@ def hub_card(
         "",
         usage,
         "",
-        f"Trained by `{method}` on {_base(manifest) or 'a small base that was made for it'}.",
+        f"Trained by `{method}` on {_told(manifest)}.",
     ]
     if scores:
         lines += ["", *score_table(kind, scores)]
@@ -96,9 +99,14 @@ def score_table(kind: str, scores: dict[str, Any]) -> list[str]:
 
 
 def _base(manifest: dict[str, Any]) -> str:
-    """The hub's id; empty for a base that is on no hub."""
-    model = manifest["base"]["model"]
-    return "" if model == "demo" else str(model)
+    """The hub's id; empty for a base that did not come from a hub."""
+    base = manifest["base"]
+    return str(base["model"]) if base.get("revision") else ""
+
+
+def _told(manifest: dict[str, Any]) -> str:
+    base = msgspec.convert(manifest["base"], BaseName)
+    return "a small base that was made for it" if base.model == "demo" else describe_base(base)
 
 
 def _head(

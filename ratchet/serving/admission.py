@@ -9,7 +9,7 @@ from typing import Any
 from ratchet.errors import BaseModelError
 from ratchet.models.adapters import FAMILIES
 from ratchet.models.loading import is_full, weights_file
-from ratchet.models.manifests import read_base_manifest, read_trained_manifest
+from ratchet.models.manifests import describe_base, read_base_manifest, read_trained_manifest
 from ratchet.serving.bundle import Bundle
 
 MAX_RANK = 512
@@ -36,8 +36,8 @@ def _check_base(bundle: Bundle) -> None:
     theirs, ours = read_trained_manifest(bundle.adapter).base, read_base_manifest(bundle.base)
     if (theirs.model, theirs.revision) != (ours.model, ours.revision):
         raise BaseModelError(
-            f"v{bundle.version} was trained on {theirs.model}@{theirs.revision}, "
-            f"the base here is {ours.model}@{ours.revision}",
+            f"v{bundle.version} was trained on {describe_base(theirs)}; "
+            f"the base here is {describe_base(ours)}",
             remedy="the adapter and its base come from one commit; "
             "the folder .ratchet/serving may be removed",
         )

@@ -1,13 +1,14 @@
 """Check the search space `sweep.space` before anything runs, let Optuna draw from it, and apply what it drew.
 
-A key is one of `train` or `adapter`, or `base.model`, whose choices are `demo` or `org/name@revision`. Not
-covered: settings that depend on each other; a combination that params.yaml would refuse makes that trial
-fail, with the reason.
+A key is one of `train` or `adapter`, or `base.model`, whose choices are what it takes, with `@revision`
+behind. Not covered: settings that depend on each other; a combination that params.yaml would refuse makes
+that trial fail, with the reason.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 BASE = "base.model"
+PINNED = re.compile(r"(.*?)(?:@([0-9a-f]{40}|[0-9a-f]{64}))?")  # a URL may hold an @ as well
 SECTIONS: dict[str, type[BaseModel]] = {"train": TrainConfig, "adapter": AdapterConfig}
 # What the tokenized rows depend on beside the base (dvc.yaml, stage `tokenize`).
 ROWS = ("train.rows", "train.replay", "train.max_feedback_share", "train.start_from")
@@ -93,8 +95,8 @@ def changes_of(drawn: Changes) -> Changes:
     """Turn drawn values into keys of params.yaml; a base brings its revision along."""
     changes = {key: value for key, value in drawn.items() if key != BASE}
     if BASE in drawn:
-        model, _, revision = str(drawn[BASE]).partition("@")
-        changes |= {"base.model": model, "base.revision": revision or None}
+        model, revision = PINNED.fullmatch(str(drawn[BASE])).groups()  # type: ignore[union-attr]
+        changes |= {"base.model": model, "base.revision": revision}
     return changes
 
 

@@ -29,7 +29,7 @@ def test_what_a_manifest_lacks_is_what_the_config_had_by_default() -> None:
 def test_unknown_fields_are_ignored_and_missing_ones_have_defaults(tmp_path: Path) -> None:
     token = {"token": "word", "id": 5, "pieces": [1, 2]}
     write_json(tmp_path / MANIFEST, {"model": "demo", "vocab_size": 9, "new_tokens": [token]})
-    assert read_base_manifest(tmp_path) == BaseManifest("demo", None, None, [NewToken(5, [1, 2])])
+    assert read_base_manifest(tmp_path) == BaseManifest("demo", new_tokens=[NewToken(5, [1, 2])])
     write_json(tmp_path / MANIFEST, {"version": None, "batches": []})
     assert read_trained_manifest(tmp_path).adapter == AdapterRecord()
 
