@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from ratchet.config import docs as config_doc
 from ratchet.config.data import ProjectConfig
 from ratchet.config.params import Config, load_config, parse_config
-from ratchet.config.training import TrainConfig
+from ratchet.config.training import TrainConfig, kind_of_base
 from ratchet.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -153,6 +153,55 @@ def test_hub_id_needs_its_commit(tmp_path, revision):
 def test_hub_id_with_its_commit_is_taken():
     config = parse_config({"base": {"model": "org/name", "revision": "0123456789" * 4}}, Path("params.yaml"))
     assert config.base.revision == "0123456789" * 4
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        ("demo", "demo"),
+        ("gpt2", "hub"),
+        ("org/name-1.5", "hub"),
+        ("org/name:sub/model-Q4_K_M.gguf", "hub"),
+        ("./models-in/small", "path"),
+        ("../small", "path"),
+        ("/srv/small", "path"),
+        ("~/small", "path"),
+        ("models-in/small.gguf", "path"),
+        ("small.gguf", "path"),
+        ("a/b/c", "path"),
+        ("s3://bucket/small", "url"),
+        ("memory://small.gguf", "url"),
+        ("v3", "version"),
+        ("registered:claims/v12", "version"),
+        ("./v3", "path"),
+    ],
+)
+def test_what_a_base_is_shows_in_its_form(model, kind):
+    assert kind_of_base(model) == kind
+
+
+@pytest.mark.parametrize("model", ["./small", "s3://bucket/small", "v3"])
+@pytest.mark.parametrize(("revision", "taken"), [("null", True), (f'"{"a" * 64}"', True), ("main", False)])
+def test_a_base_that_is_no_hub_id_may_be_pinned_by_its_sum(tmp_path, model, revision, taken):
+    text = f"base:\n  model: {model}\n  revision: {revision}\n"
+    if taken:
+        (tmp_path / "params.yaml").write_text(text)
+        assert load_config(tmp_path / "params.yaml").base.model == model
+    else:
+        assert "64 hex digits" in faults(tmp_path, text)
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_told_how_paths_begin(tmp_path):
+    assert "begins with `./`" in faults(tmp_path, "base:\n  model: models-in/small\n")
+
+
+def test_credentials_in_a_url_are_refused_and_not_repeated(tmp_path):
+    message = faults(tmp_path, "base:\n  model: s3://ana:hidden@bucket/small\n")
+    assert "environment" in message and "hidden" not in message
+
+
+def test_a_registered_version_needs_its_number(tmp_path):
+    assert "registered:NAME/vN" in faults(tmp_path, "base:\n  model: registered:claims\n")
 
 
 def test_a_longest_row_beyond_the_window_is_refused_with_both_numbers(tmp_path):

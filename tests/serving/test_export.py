@@ -23,12 +23,14 @@ from ratchet.files import read_json, sha256_file, write_bytes, write_json
 from ratchet.models.adapters import load_trained
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.gguf import FILE, load_gguf, why_no_gguf, write_gguf
-from ratchet.models.loading import adapter_sha256, load_tokenizer
+from ratchet.models.loading import adapter_sha256, load_base, load_tokenizer
+from ratchet.models.merging import load_merged
 from ratchet.pipeline.checkout import dvc, git
 from ratchet.promotion.champion import Champion, write_champion
 from ratchet.reporting.model_card import hub_card
 from ratchet.serving.bundle import Bundle, Generation
 from ratchet.serving.version_source import Source, find_source
+from tasks.base import make_base
 from tasks.export import Prompts, export, tell
 from tasks.train import train
 
@@ -412,6 +414,33 @@ def test_versions_that_are_not_there_are_told(
             find_source(empty, "small", which)
 
 
+def test_a_version_that_was_in_charge_becomes_a_base_merged(
+    checkout: Path, tiny_base: Path, candidate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkout)
+    config = Config.model_validate({"project": {"name": "small"}, "base": {"model": "registered:small/v1"}})
+    manifest = make_base(tmp_path / "base", config)
+    assert manifest["model"] == f"sha256:{sha256_file(tmp_path / 'base/model.safetensors')}"
+    assert (manifest["name"], manifest["revision"]) == ("small v1", None)
+    ids = torch.arange(5, 30)[None]
+    with torch.inference_mode():
+        ours, theirs = load_base(tmp_path / "base"), load_merged(tiny_base, candidate)
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+        assert not torch.equal(ours(ids).logits, load_base(tiny_base)(ids).logits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"], "nothing half-made is left"
+    assert git(checkout, "status", "--porcelain").strip() == ""
+
+
+@pytest.mark.parametrize("model", ["v7", "registered:other/v1"])
+def test_a_version_that_was_never_in_charge_is_no_base(
+    model: str, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkout)
+    config = Config.model_validate({"project": {"name": "small"}, "base": {"model": model}})
+    with pytest.raises(BaseModelError, match=r"(?s)was ever in charge.*ratchet export vN --to merged"):
+        make_base(tmp_path / "base", config)
+
+
 # --- the card ---
 
 
@@ -464,6 +493,20 @@ def test_a_base_that_is_on_no_hub_is_not_named_as_if_it_were() -> None:
     )
     assert card.data.base_model is None
     assert "a small base that was made for it" in card.text
+
+
+def test_the_card_tells_the_base_of_a_version_that_is_on_no_hub() -> None:
+    base = {
+        "model": f"sha256:{'a' * 64}",
+        "revision": None,
+        "name": "Small One",
+        "licence": "mit",
+        "dequantised": "Q4_K_M",
+    }
+    card = ModelCard(hub_card("claims", "v3", "adapter", {**MANIFEST, "base": base}, METRICS, DECISION, {}))
+    assert card.data.base_model is None, "a sum is no hub id"
+    for word in ("Small One", "a" * 64, "licence mit", "dequantised from Q4_K_M"):
+        assert word in card.text
 
 
 def test_the_card_of_an_export_tells_the_files_own_scores(

@@ -118,6 +118,20 @@ def test_the_space_that_params_yaml_comes_with_can_be_searched() -> None:
     assert current(Config()) == {"train.learning_rate": 2.0e-3, "train.batch_windows": 4}
 
 
+@pytest.mark.parametrize(
+    ("choice", "model", "revision"),
+    [
+        ("./models-in/small", "./models-in/small", None),
+        (f"./small@{'a' * 64}", "./small", "a" * 64),
+        ("https://host/@ana/small", "https://host/@ana/small", None),
+        ("v3", "v3", None),
+    ],
+)
+def test_a_base_of_any_kind_can_be_a_choice(choice: str, model: str, revision: str | None) -> None:
+    config = with_changes(Config(), changes_of({"base.model": choice}))
+    assert (config.base.model, config.base.revision) == (model, revision)
+
+
 def test_what_is_drawn_has_the_types_and_bounds_of_the_space(tmp_path: Path) -> None:
     space = {
         "train.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
