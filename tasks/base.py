@@ -28,6 +28,7 @@ from ratchet.errors import BaseModelError, DataError
 from ratchet.files import read_json, require_space, sha256_file, whole_folder, write_json, write_text
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import MANIFEST, load_tokenizer
+from ratchet.models.probe import prove_base
 from ratchet.pipeline.stage import run_stage, say
 from ratchet.sources.pydoc import harvest
 
@@ -82,6 +83,8 @@ def make_base(out: Path, config: Config) -> BaseManifest:
             },
         }
         write_json(folder / MANIFEST, manifest)
+        prove_base(folder, config)
+        manifest = read_json(folder / MANIFEST)
     return manifest
 
 
