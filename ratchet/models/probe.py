@@ -118,8 +118,10 @@ def _find(folder: Path, config: Config) -> Iterator[tuple[Finding, dict[str, Any
     yield _attention(attention), {"attention": attention}
     if "refused" in {finding.result for finding in (*found, weights)}:
         return  # the rest would tell nothing about the model that is meant
-    ends, chat = _ends(tokenizer, checkpoint, folder)
+    ends, chat = _ends(tokenizer, checkpoint, model, folder)
     yield ends, {}
+    if not chat:
+        return
     loaded = _Loaded(model.eval(), chat, TOLERANCE.get(model.dtype, HALF_TOLERANCE))
     with quiet():
         yield _try("cache", loaded, lambda: _cache(loaded)), {}
@@ -191,24 +193,33 @@ def _attention(name: str) -> Finding:
     return Finding("attention", "adapted", f"{name}: this model has no faster one (sdpa)")
 
 
-def _ends(tokenizer: Any, checkpoint: Checkpoint, folder: Path) -> tuple[Finding, ChatFormat]:
+def _ends(
+    tokenizer: Any, checkpoint: Checkpoint, model: Any, folder: Path
+) -> tuple[Finding, ChatFormat | None]:
     """Gather all tokens that end an answer, and write the one setting of generation."""
     named = checkpoint.generation.get("eos_token_id")
     ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
     # A config that names no end has the default of its class, which is any letter in another's vocabulary.
     control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    chat = ChatFormat(tokenizer, ids & control)
-    write_generation(folder, chat.stop_ids, chat.pad_id)
-    said = [", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(chat.stop_ids))))]
+    chat, rows = ChatFormat(tokenizer, ids & control), model.get_input_embeddings().weight.shape[0]
+    ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(chat.stop_ids))))
+    if (highest := max(*chat.stop_ids, *chat.encode_prompt(ASKED))) >= rows:
+        what = f"the template writes the token {highest}, the model has embeddings for {rows}"
+        return Finding("ends", "refused", what, "take the tokenizer that belongs to these weights"), None
+    said, adapted = [ends], False
     if ids - control:
         plain = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(ids - control))))
-        said.append(f"plain tokens end nothing: {plain}")
-    if tokenizer.pad_token_id is None:
-        said.append("no pad token: the end pads")
+        said, adapted = [*said, f"plain text ends nothing: {plain}"], True
+    if chat.pad_id >= rows:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.stop_id)
+        _save_tokenizer(tokenizer, folder)
+        chat = ChatFormat(tokenizer, ids & control)
+        said, adapted = [*said, "the pad token has no embedding: the end pads"], True
     asks = checkpoint.generation.items()
     if odd := sorted(key for key, value in asks if key not in TOKEN_KEYS and value not in NEUTRAL):
-        said.append(f"not taken over from its generation_config: {', '.join(odd)}")
-    return Finding("ends", "adapted" if odd or ids - control else "ok", "; ".join(said)), chat
+        said, adapted = [*said, f"answers are greedy, without the checkpoint's {', '.join(odd)}"], True
+    write_generation(folder, chat.stop_ids, chat.pad_id)
+    return Finding("ends", "adapted" if adapted else "ok", "; ".join(said)), chat
 
 
 # --- cache ---
@@ -223,6 +234,8 @@ def _cache(loaded: _Loaded) -> Finding:
     model, chat = loaded.model, loaded.chat
     prompts = [chat.encode_prompt(ASKED), chat.encode_prompt(ASKED_LONGER)]
     plain = [_plain(model, prompt) for prompt in prompts]
+    if not all(logits.isfinite().all() for _, logits in plain):
+        return Finding("cache", "refused", "its logits are not finite", "take a base with other weights")
     for ours, theirs in zip(plain, _joined(model, prompts, [ids for ids, _ in plain]), strict=True):
         if (apart := _apart(ours[1], theirs)) > loaded.tolerance:
             what = f"its cache changes the logits of an answer by {apart:.1g} of the largest one"

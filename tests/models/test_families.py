@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ratchet.config.evaluation import EvaluateConfig, ParityConfig
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, BaseConfig, TrainConfig
-from ratchet.data.examples import Example, read_examples
+from ratchet.data.examples import encode_line, read_examples
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, write_bytes
 from ratchet.models.loading import load_base, load_tokenizer, quiet
@@ -25,6 +27,10 @@ from tasks.parity import parity
 from tasks.tokenize import tokenize
 from tasks.train import train
 
+INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6}
+SCORES = {"rows": 6, "exact_match": INTERVAL, "answer_nll": INTERVAL, "perplexity": 2.0}
+METRICS: dict[str, Any] = {"slices": {"test": {"candidate": SCORES}}}
+DECISION: dict[str, Any] = {"verdict": "promote", "rival": {"model": "base", "version": None}, "checks": []}
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 SIZES = {
     "hidden_size": 32,
@@ -41,7 +47,7 @@ class Family(NamedTuple):
     """A family's config beside SIZES, and the proofs that do not just pass."""
 
     model_type: str
-    config: dict[str, Any] = {}
+    config: Mapping[str, Any] = MappingProxyType({})
     adapted: frozenset[str] = frozenset()
     refused: str = ""
 
@@ -78,11 +84,14 @@ FAMILIES = {
 def make_checkpoint(family: Family, tokenizer: Any, folder: Path) -> None:
     """Write an untrained model whose layers matter more than transformers' small random weights would."""
     torch.manual_seed(7)
-    # Some configs have no field for a size; transformers takes it as an attribute and does not read it.
-    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = AutoConfig.for_model(
-        family.model_type, **SIZES | family.config, vocab_size=len(tokenizer), bos_token_id=None, **tokens
-    )
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    # Some configs have no field for a size: transformers keeps it as an attribute that it does not read.
+    config = AutoConfig.for_model(family.model_type, **{**SIZES, **family.config, **tokens})
     with quiet():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -112,11 +121,7 @@ def few(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
     folder = tmp_path_factory.mktemp("few")
     for split, count in (("train", 16), ("validation", 4), ("test", 6)):
         rows = sorted(read_examples(prepared / f"{split}.jsonl"), key=lambda row: len(row.answer))
-        kept = {row.id for row in rows[:count]}
-        lines = (prepared / f"{split}.jsonl").read_bytes().splitlines(keepends=True)
-        write_bytes(
-            folder / f"{split}.jsonl", [line for line in lines if any(id.encode() in line for id in kept)]
-        )
+        write_bytes(folder / f"{split}.jsonl", map(encode_line, rows[:count]))
     return folder
 
 
@@ -169,7 +174,7 @@ def test_a_family_goes_from_base_to_export_or_is_refused_by_its_proof(place: tup
     )
     assert report.passed, [part.reason for part in report.parts if part.result == "fail"]
     bundle = bundle_candidate(candidate, at.base, at.config)
-    rows: list[Example] = list(read_examples(at.prepared / "test.jsonl"))
-    source = Source("v1", "c" * 40, bundle, rows, {}, {})
+    rows = list(read_examples(at.prepared / "test.jsonl"))
+    source = Source("v1", "c" * 40, bundle, rows, METRICS, DECISION)
     record = export(source, "merged", at.folder / "exported", at.config)
     assert record.check.result == "pass"
