@@ -54,8 +54,7 @@ from ratchet.evaluation.slices import groups
 from ratchet.evaluation.statistics import bootstrap_means, wilson
 from ratchet.files import read_json, whole_folder, write_json
 from ratchet.models.adapters import virtual_tokens
-from ratchet.models.chat_template import ChatFormat
-from ratchet.models.loading import MANIFEST, load_tokenizer
+from ratchet.models.loading import MANIFEST, load_chat
 from ratchet.monitoring.topics import mark, parts, read_region
 from ratchet.pipeline.stage import project_root, run_stage, say
 
@@ -211,7 +210,7 @@ def _attacks(rows: list[Example], base: Path, candidate: Path, own: Path, config
     return make_attacks(
         test,
         words,
-        ChatFormat(load_tokenizer(base)),
+        load_chat(base),
         most=config.evaluate.attacks,
         room=room,
         answer=config.evaluate.max_new_tokens,
@@ -299,7 +298,7 @@ def _unseen(rows: list[Example], base: Path) -> list[Example]:
 
 
 def _split_by_fit(rows: list[Example], base: Path, config: Config) -> tuple[list[Example], int]:
-    chat = ChatFormat(load_tokenizer(base))
+    chat = load_chat(base)
     fitting = [row for row in rows if len(chat.encode(row).ids) <= config.tokenize.max_length]
     return fitting, len(rows) - len(fitting)
 

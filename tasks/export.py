@@ -36,8 +36,14 @@ from ratchet.models.adapters import load_trained
 from ratchet.models.chat_template import ChatFormat, Encoded
 from ratchet.models.generation import answer_likelihoods
 from ratchet.models.gguf import FILE, KINDS, load_gguf, require_gguf, write_gguf
-from ratchet.models.loading import load_full, load_tokenizer, quiet
-from ratchet.models.manifests import MANIFEST, BaseName, read_base_manifest, read_trained_manifest
+from ratchet.models.loading import load_chat, load_full, quiet
+from ratchet.models.manifests import (
+    MANIFEST,
+    BaseName,
+    read_base_manifest,
+    read_trained_manifest,
+    write_generation,
+)
 from ratchet.models.merging import load_merged
 from ratchet.parity.check import Asked, Reference, make_reference
 from ratchet.parity.compare import compare_answers
@@ -161,7 +167,7 @@ def export(source: Source, to: str, out: Path, config: Config) -> Record:
 
 
 def _ask(source: Source, config: Config) -> Asked:
-    chat = ChatFormat(load_tokenizer(source.bundle.adapter))
+    chat = load_chat(source.bundle.adapter)
     rows = [row for row in source.rows if len(chat.encode(row).ids) <= source.bundle.max_length]
     if not rows:
         raise DataError(
@@ -185,6 +191,7 @@ def _write(to: str, merged: Any, folder: Path, source: Source, chat: ChatFormat)
         merged.config.name_or_path = base.model if base.revision else base.name or base.model
         merged.save_pretrained(folder, safe_serialization=True)
         chat.tokenizer.save_pretrained(folder)
+        write_generation(folder, chat.stop_ids, chat.pad_id)
         return {}
     write_gguf(
         merged,

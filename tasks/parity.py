@@ -21,7 +21,7 @@ from ratchet.data.examples import Example, read_examples
 from ratchet.errors import DataError
 from ratchet.files import write_json
 from ratchet.models.chat_template import ChatFormat
-from ratchet.models.loading import load_tokenizer
+from ratchet.models.loading import load_chat
 from ratchet.parity.check import Trained, check_parity, find_trained
 from ratchet.parity.latency import WARM_UP, measure_speed
 from ratchet.parity.report import Report
@@ -32,7 +32,7 @@ from ratchet.training.packing import read_windows, rows_of
 
 def parity(prepared: Path, tokens: Path, base: Path, candidate: Path, out: Path, config: Config) -> Report:
     """Return the report and write it. Raises DataError: no test or training row to compare on."""
-    chat = ChatFormat(load_tokenizer(base))
+    chat = load_chat(base)
     rows = [
         row
         for row in read_examples(prepared / "test.jsonl")

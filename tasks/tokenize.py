@@ -23,7 +23,7 @@ from ratchet.data.mixture import mix_rows
 from ratchet.errors import DataError
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
 from ratchet.models.chat_template import ChatFormat, Encoded
-from ratchet.models.loading import MANIFEST, load_tokenizer
+from ratchet.models.loading import MANIFEST, load_chat
 from ratchet.pipeline.stage import run_stage, say
 from ratchet.training.packing import IGNORED, Window, pack, write_windows
 
@@ -78,7 +78,7 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
             f"`tokenize.window` is {config.tokenize.window}, the base has {context} positions",
             remedy=f"set it to {context} or less",
         )
-    chat = ChatFormat(load_tokenizer(base))
+    chat = load_chat(base)
     seen = set(read_json(incumbent / MANIFEST)["batches"])
     mixture = mix_rows(list(read_examples(prepared / "train.jsonl")), seen, config.train)
     rejected: list[Unfit] = []

@@ -32,11 +32,11 @@ from ratchet.models.loading import (
     adapter_sha256,
     compute_dtype,
     device,
-    load_tokenizer,
+    load_chat,
     precision,
     quiet,
 )
-from ratchet.models.manifests import BaseName
+from ratchet.models.manifests import BaseName, read_base_manifest, write_generation
 from ratchet.pipeline.dag import stage_key
 from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.tracking.curve import History, LiveCopy, read_history
@@ -164,7 +164,7 @@ class Training:
         validation = read_windows(self._tokens / "validation.arrow")
         longest = 1 + max(max(window.position_ids) for window in (*windows, *validation))
         check_context(self._base, adapter, longest)
-        apart = True if adapter.method in PREFIXED else None
+        apart = True if adapter.method in PREFIXED or not read_base_manifest(self._base).packs else None
         num_batches = count_batches(windows, settings.batch_windows, apart=apart)
         computed, why = compute_dtype(settings.precision)
         schedule = _schedule(num_batches, computed, self._config)
@@ -192,7 +192,7 @@ class Training:
                 validation,
                 schedule,
                 loss=loss,
-                pad_id=_pad_id(load_tokenizer(self._base)),
+                pad_id=load_chat(self._base).pad_id,
                 report=report,
                 apart=apart,
                 sharded=sharded,
@@ -230,7 +230,9 @@ class Training:
         environment = {"python": platform.python_version(), **_versions()}
         with whole_folder(self._out) as folder:
             save_trained(trained.model, self._base, folder, trained.weights)
-            load_tokenizer(self._base).save_pretrained(folder)
+            chat = load_chat(self._base)
+            chat.tokenizer.save_pretrained(folder)
+            write_generation(folder, chat.stop_ids, chat.pad_id)
             manifest = {
                 "run_key": self.run_key,
                 "inputs": self._inputs,
@@ -344,12 +346,6 @@ def _schedule(num_batches: int, computed: str, config: Config) -> Schedule:
         liger=train.liger,
         compute=computed,
     )
-
-
-def _pad_id(tokenizer: Any) -> int:
-    from ratchet.models.chat_template import ChatFormat
-
-    return ChatFormat(tokenizer).pad_id
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:

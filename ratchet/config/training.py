@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ratchet.config.base import Count, Section, Share
+
+
+def _iso_date(value: Any) -> str:
+    """Read a date, which YAML makes an object of unless it is quoted. Raises ValueError."""
+    return dt.date.fromisoformat(str(value)).isoformat()
 
 
 class DemoBase(Section):
@@ -70,6 +76,11 @@ class BaseConfig(Section):
     )
     chat_template: str | None = Field(
         default=None, description="path of a Jinja chat template, for a base that brings none"
+    )
+    date: Annotated[str, BeforeValidator(_iso_date)] = Field(
+        default="2026-01-01",
+        description="what a chat template that asks for today's date is told, so that a prompt is the same "
+        "on every day",
     )
     new_tokens: list[str] = Field(
         default=[],

@@ -36,7 +36,7 @@ from ratchet.models.adapters import (
 )
 from ratchet.models.chat_template import ChatFormat, Encoded
 from ratchet.models.generation import Likelihood, answer_likelihoods, greedy_answers
-from ratchet.models.loading import load_adapter, load_tokenizer, quiet
+from ratchet.models.loading import load_adapter, load_chat, quiet
 from ratchet.pipeline.stage import say
 
 
@@ -126,7 +126,7 @@ def each_model(base: Path, incumbent: Path | None, candidate: Path) -> Iterator[
     models = Models()
     for player in players_of(base, incumbent, candidate):
         with models.play(player) as model:
-            yield player.name, model.eval(), ChatFormat(load_tokenizer(player.base))
+            yield player.name, model.eval(), load_chat(player.base)
 
 
 def answer(
@@ -134,7 +134,7 @@ def answer(
 ) -> Answered:
     """In the order of the rows. Raises BaseModelError when a likelihood is not finite."""
     started = time.perf_counter()
-    chat = ChatFormat(load_tokenizer(player.base))
+    chat = load_chat(player.base)
     prompts = [chat.encode_prompt(row.prompt) for row in asked.rows]
     wholes = [_with_answer(chat, row, prompt) for row, prompt in zip(asked.rows, prompts, strict=True)]
 
@@ -160,7 +160,7 @@ def answer(
 
     kinds: list[tuple[Callable[[Any, list[int]], list[Any]], list[list[int]], Any]] = [
         (likelihoods, [[*row.ids, -sum(row.learned)] for row in wholes], ["likelihood", chat.pad_id]),
-        (answers, prompts, ["answer", chat.pad_id, chat.stop_id, config.max_new_tokens]),
+        (answers, prompts, ["answer", chat.pad_id, sorted(chat.stop_ids), config.max_new_tokens]),
     ]
     with open_answers(cache, identity(player.base, player.trained, player.like) if cache else "") as known:
         parts = [

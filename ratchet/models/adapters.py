@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 LORA_FAMILY = ("lora", "qlora", "dora", "rslora")
 PREFIXED = ("prefix", "prompt")  # these put virtual tokens before every row, so rows cannot share a window
+ALL_LINEAR = "all-linear"
+# Names by which PEFT takes a layer for an expert's or a router's, in whichever layer it stands.
+EXPERT_NAMES = ("gate", "router", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
 # PEFT's peft_type → ours
 FAMILIES = {"LORA": "lora", "IA3": "ia3", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
 # Keys that have to be equal for a training to start from the champion's adapter.
@@ -167,17 +170,57 @@ def add_adapter(base: Any, config: AdapterConfig, *, seed: int, new_ids: Sequenc
     from transformers import set_seed
 
     settings = BUILDERS[config.method](config)
+    if getattr(settings, "target_modules", None) == ALL_LINEAR:
+        settings.target_modules = linear_modules(base)
     if new_ids:
         settings.trainable_token_indices = {name: list(new_ids) for name in _embeddings(base)}
     set_seed(seed)  # PEFT draws from torch's global generator
     with quiet():
         try:
-            return get_peft_model(base, settings)
+            model = get_peft_model(base, settings)
         except ValueError as error:
             raise ConfigError(
                 f"`adapter` does not fit the base: {str(error).splitlines()[0]}",
                 remedy="name modules that the base has in `adapter.target_modules`",
             ) from None
+    if experts := getattr(model.peft_config["default"], "target_parameters", None):
+        raise ConfigError(
+            f"`adapter.target_modules` reaches routers or experts ({', '.join(sorted(experts))}), which "
+            "are no layers by themselves and cannot be served as an adapter",
+            remedy="name attention layers, or `all-linear`, which leaves them out",
+        )
+    return model
+
+
+def linear_modules(base: Any) -> str | list[str]:
+    """Return what `all-linear` stands for on this base: PEFT's own meaning, but for a mixture of experts.
+
+    There it is the linear layers outside of the blocks that hold experts: PEFT 0.21 would train the routers
+    too, and the experts' joint 3-D weights, which no engine serves as an adapter (peft issue 3009).
+    """
+    blocks = [
+        name.rpartition(".")[0] for name, module in base.named_modules() if _holds_experts(name, module)
+    ]
+    if not blocks:
+        return ALL_LINEAR
+    found: dict[bool, set[str]] = {True: set(EXPERT_NAMES), False: set()}
+    for name, module in base.named_modules():
+        if _is_linear(module) and module is not base.get_output_embeddings():
+            inside = any(name.startswith(f"{block}.") for block in blocks)
+            found[inside].add(name.rpartition(".")[2])
+    return sorted(found[False] - found[True])
+
+
+def _holds_experts(name: str, module: Any) -> bool:
+    stacked = any(weight.ndim == 3 for weight in module._parameters.values() if weight is not None)
+    return name.endswith(".experts") or (stacked and not type(module).__name__.startswith("Conv"))
+
+
+def _is_linear(module: Any) -> bool:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (torch.nn.Linear, Conv1D))
 
 
 def _embeddings(base: Any) -> list[str]:

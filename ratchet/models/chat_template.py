@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ratchet.data.examples import Example, Message
 from ratchet.errors import BaseModelError, UserError
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 MARKED = re.compile(f"{OPEN}(\\d+){CLOSE}")
 CONTROL = re.compile(r"[<\[].+[>\]]")
-PROBE = (Message("user", "a"), Message("assistant", "b"))
+TURNS = (Message("user", "a"), Message("assistant", "b"), Message("user", "a"), Message("assistant", "b"))
+PROBE = TURNS[:2]
 SHRINK = (
     3  # NFC, a tokenizer's normaliser, divides a text's length by at most this (Unicode UAX #15, section 9)
 )
@@ -42,7 +43,8 @@ class ChatFormat:
     Raises BaseModelError: there is no template, or one that cannot be used faithfully.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int] = ()) -> None:
+        """Take further tokens that end an answer from `ends`; the template's own is always among them."""
         if not tokenizer.chat_template:
             raise BaseModelError(
                 "the base's tokenizer brings no chat template",
@@ -57,7 +59,8 @@ class ChatFormat:
             if token.special or CONTROL.fullmatch(token.content)
         }
         self._token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
-        self.stop_id = self._find_stop_id()
+        self.stop_id = self._find_stop_id()  # what training teaches to say at the end
+        self.stop_ids = frozenset({self.stop_id, *ends})  # what is heard as the end
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_id
         self._headers = self._find_headers()
         self._check_round_trip()
@@ -135,7 +138,7 @@ class ChatFormat:
         """Return the text of generated ids up to the end of the turn."""
         kept: list[int] = []
         for token in ids:
-            if token == self.stop_id:
+            if token in self.stop_ids:
                 break
             kept.append(token)
         return str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
@@ -157,11 +160,9 @@ class ChatFormat:
 
     def _pieces(self, messages: Sequence[Message], *, opening: bool) -> list[tuple[str, Message | None]]:
         """Split the rendered conversation into (text of the template, None) and (content, its message)."""
-        marked = [
-            {"role": message.role, "content": f"{OPEN}{index}{CLOSE}"}
-            for index, message in enumerate(messages)
-        ]
-        texts = MARKED.split(self._render(marked, opening=opening))  # text, number, text, number, … text
+        texts = MARKED.split(
+            self._render(_marked(messages), opening=opening)
+        )  # text, number, text, number, … text
         shown = [int(number) for number in texts[1::2]]
         for index, message in enumerate(messages):
             if shown.count(index) != 1:
@@ -177,19 +178,7 @@ class ChatFormat:
         return [piece for piece in pieces if piece[0]]
 
     def _render(self, messages: list[dict[str, str]], *, opening: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
-            )
-        except TemplateError as error:
-            raise BaseModelError(
-                "the chat template refuses a conversation of "
-                f"{', '.join(message['role'] for message in messages)}: {error}",
-                remedy="name a template in `base.chat_template` that takes these turns, "
-                "or take such messages out of the rows",
-            ) from None
+        return render(self.tokenizer, messages, opening=opening)
 
     def _template_ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -252,12 +241,85 @@ class ChatFormat:
         names = "|".join(map(re.escape, sorted(headers)))
         return re.compile(rf"^[ \t]*(?:{names})", re.IGNORECASE | re.MULTILINE)
 
+    def prove(self) -> None:
+        """Raise BaseModelError where training would see another text than the template's own conversation.
+
+        A version that was trained before these checks is served as it is: only a new base has to pass them.
+        """
+        self._check_opening()
+        whole, pieces = (
+            str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+            for ids in (self.encode_whole(TURNS[:3]), self.encode_prompt(TURNS[:3]))
+        )
+        if whole != pieces:
+            raise _adds_blanks(whole, pieces)
+
+    def _check_opening(self) -> None:
+        gap = opening_gap(self.tokenizer)
+        if gap == "":
+            return
+        if gap is None:
+            what = "the prompt ends otherwise than the rendered conversation goes on (an open `<think>`?)"
+        else:
+            what = f"the conversation has {gap!r} between the prompt and its answer"
+        raise BaseModelError(
+            f"the chat template's prompt and the answer do not begin the rendered conversation: {what}",
+            remedy="name a template in `base.chat_template` whose generation prompt is what stands before "
+            "every answer",
+        )
+
     def _check_round_trip(self) -> None:
         """Refuse a tokenizer that adds a blank to every piece: it would train on text that nobody wrote."""
         text = "a b"
         seen = self.tokenizer.decode(self._content_ids(text))
         if seen != text:
-            raise BaseModelError(
-                f"this tokenizer turns {text!r} into {seen!r} when a piece is encoded by itself",
-                remedy="take a base with a byte-level tokenizer (Llama 3, Qwen, SmolLM, Mistral Tekken …)",
-            )
+            raise _adds_blanks(text, seen)
+
+
+def _adds_blanks(text: str, seen: str) -> BaseModelError:
+    return BaseModelError(
+        f"this tokenizer turns {text!r} into {seen!r} when a piece is encoded by itself",
+        remedy="take a base with a byte-level tokenizer (Llama 3, Qwen, SmolLM, Mistral Tekken …)",
+    )
+
+
+def opening_gap(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return what the template writes between a prompt and its answer; None where both do not meet at all.
+
+    "" is as it should be: then a prompt with its answer begins the rendered conversation.
+    """
+    for turns in (2, 4):
+        prompt = render(tokenizer, _marked(TURNS[: turns - 1]), opening=True)
+        whole = render(tokenizer, _marked(TURNS[:turns]), opening=False)
+        before, _, _ = whole.partition(f"{OPEN}{turns - 1}{CLOSE}")
+        if before == whole or not before.startswith(prompt):
+            return None
+        if gap := before.removeprefix(prompt):
+            return gap
+    return ""
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, opening: bool, **more: Any
+) -> str:
+    """Render a conversation; `opening`: with the opening of the assistant's turn. Raises BaseModelError."""
+    from jinja2 import TemplateError
+
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, **more)
+        )
+    except TemplateError as error:
+        raise BaseModelError(
+            "the chat template refuses a conversation of "
+            f"{', '.join(message['role'] for message in messages)}: {error}",
+            remedy="name a template in `base.chat_template` that takes these turns, "
+            "or take such messages out of the rows",
+        ) from None
+
+
+def _marked(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Put placeholders in place of the contents."""
+    return [
+        {"role": message.role, "content": f"{OPEN}{index}{CLOSE}"} for index, message in enumerate(messages)
+    ]

@@ -128,7 +128,7 @@ def _load(source: Source, dtype: Any, alone: Path) -> Any:
             f"{(str(error).strip() or repr(error)).splitlines()[0]}",
             remedy=ELSEWHERE,
         ) from None
-    check_complete(found, source.told)
+    check_complete(sorted(found["missing_keys"]), source.told)
     if odd := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
         raise BaseModelError(
             f"{source.told} holds {len(odd)} weights that are not finite in {dtype}, the first {odd[0]}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -97,14 +97,18 @@ def greedy_ids(
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=chat.stop_id,
+            eos_token_id=sorted(chat.stop_ids),
             pad_token_id=chat.pad_id,
             num_beams=1,
         )
         for position, index in enumerate(batch):
-            answer = made[position, length:].tolist()
-            answers[index] = answer[: answer.index(chat.stop_id) + 1] if chat.stop_id in answer else answer
+            answers[index] = up_to_end(made[position, length:].tolist(), chat.stop_ids)
     return answers
+
+
+def up_to_end(ids: list[int], ends: Container[int]) -> list[int]:
+    """Cut an answer after its first end token."""
+    return next((ids[: place + 1] for place, token in enumerate(ids) if token in ends), ids)
 
 
 def _has_virtual_tokens(model: Any) -> bool:

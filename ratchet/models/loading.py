@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ratchet.errors import BaseModelError, ConfigError
 from ratchet.files import sha256_file
+from ratchet.models.chat_template import ChatFormat
 from ratchet.models.manifests import MANIFEST as MANIFEST
-from ratchet.models.manifests import NewToken, read_base_manifest
+from ratchet.models.manifests import NewToken, read_base_manifest, read_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +33,38 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
+def load_chat(folder: Path) -> ChatFormat:
+    """Load tokenizer and chat template of a base or a version, with all tokens that end its answers.
+
+    Raises BaseModelError.
+    """
+    return ChatFormat(load_tokenizer(folder), read_ends(folder))
+
+
+def read_config(folder: Path) -> Any:
+    """Read the config of the base's text model; for a hub's from its cache. Raises BaseModelError."""
+    from transformers import AutoConfig
+
+    source, revision = _source(folder)
+    return AutoConfig.from_pretrained(
+        source, revision=revision, trust_remote_code=False, local_files_only=True
+    )
+
+
+def _source(folder: Path) -> tuple[Any, str | None]:
+    """Return where the base's weights are, and their revision."""
+    manifest = read_base_manifest(folder)
+    return (manifest.model, manifest.revision) if manifest.revision else (folder, None)
+
+
+class Checkpoint(NamedTuple):
+    """Hold what a checkpoint says of itself beside its weights."""
+
+    missing: list[str]  # weights that the model needs and the checkpoint lacks, or has in another shape
+    unexpected: list[str]  # weights that the model has no place for
+    generation: dict[str, Any]  # what its generation_config.json and its config say of generation
+
+
 def load_base(
     folder: Path, *, method: str = "lora", quantisation: str = "nf4", in_parts: bool = False
 ) -> PreTrainedModel:
@@ -40,16 +73,37 @@ def load_base(
     `quantisation` counts for `qlora` only. `in_parts` prepares the model for sharding among processes: it
     stays on the CPU where it can, so that no GPU holds all of it.
     """
+    manifest = read_base_manifest(folder)
+    model, checkpoint = load_checkpoint(
+        folder,
+        attention=manifest.attention,
+        method=method,
+        quantisation=quantisation,
+        in_parts=in_parts,
+    )
+    check_complete(checkpoint.missing, manifest.told)
+    return model
+
+
+def load_checkpoint(
+    folder: Path,
+    *,
+    attention: str | None = None,
+    method: str = "lora",
+    quantisation: str = "nf4",
+    in_parts: bool = False,
+) -> tuple[PreTrainedModel, Checkpoint]:
+    """Load the base as `load_base` does, with what else its checkpoint says.
+
+    Without `attention` the model has the fastest one that its class supports. Raises BaseModelError.
+    """
     import torch
 
     manifest = read_base_manifest(folder)
-    revision = manifest.revision
-    source, told = (
-        (manifest.model, f"{manifest.model}@{revision}") if revision else (folder, str(manifest.model))
-    )
+    source, revision = _source(folder)
     settings: dict[str, Any] = {
         "dtype": getattr(torch, precision(method)[0]),
-        "attn_implementation": "sdpa",
+        "attn_implementation": attention,
         "revision": revision,
     }
     if method == "qlora":
@@ -58,17 +112,16 @@ def load_base(
             "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         }
     try:
-        model, found = _load(source, output_loading_info=True, **settings)
+        model, checkpoint = _load(source, **settings)
     except OSError as error:
         raise BaseModelError(
-            f"the weights of {told} are not on this machine: {str(error).splitlines()[0]}",
+            f"the weights of {manifest.told} are not on this machine: {str(error).splitlines()[0]}",
             remedy="dvc repro --force base (with network), or pull the cache",
         ) from None
-    check_complete(found, told)
     if method == "qlora":
         _keep_differentiable(model)
     _add_embeddings(model, manifest.new_tokens)
-    return cast("PreTrainedModel", model if method == "qlora" or in_parts else model.to(device()))
+    return model if method == "qlora" or in_parts else model.to(device()), checkpoint
 
 
 def load_hub(name: str, revision: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -77,9 +130,7 @@ def load_hub(name: str, revision: str) -> tuple[PreTrainedModel, PreTrainedToken
     from transformers import AutoTokenizer
 
     try:
-        model = _load(
-            name, dtype=getattr(torch, precision("lora")[0]), attn_implementation="sdpa", revision=revision
-        )
+        model, _ = _load(name, dtype=getattr(torch, precision("lora")[0]), revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=False, local_files_only=True
         )
@@ -99,36 +150,48 @@ def load_full(folder: Path, *, training: bool = False, in_parts: bool = False) -
     import torch
 
     try:
-        model, found = _load(
-            folder,
-            dtype=getattr(torch, precision("full" if training else "lora")[0]),
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
+        model, found = _load(folder, dtype=getattr(torch, precision("full" if training else "lora")[0]))
     except (OSError, RuntimeError, ValueError) as error:
         raise BaseModelError(
             f"{folder} holds no whole model: {str(error).splitlines()[0]}",
             remedy="dvc pull brings what a training saved",
         ) from None
-    if odd := sorted(
-        str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in found[kind]
-    ):
+    if odd := sorted([*found.missing, *found.unexpected]):
         raise _misfit(folder, f"{len(odd)} weights differ, the first {odd[0]}")
     return cast("PreTrainedModel", model if in_parts else model.to(device()))
 
 
-def _load(source: Any, **settings: Any) -> Any:
-    from transformers import AutoModelForCausalLM
+def _load(source: Any, **settings: Any) -> tuple[Any, Checkpoint]:
+    """Load a model, and put its own settings of generation aside.
+
+    They would change what `generate` says (repetition_penalty, min_new_tokens, …) in the evaluation, and in
+    no other program that serves the model.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(
-            source, trust_remote_code=False, local_files_only=True, use_safetensors=True, **settings
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **settings,
         )
+    generation = {"eos_token_id": model.config.get_text_config().eos_token_id}
+    generation |= {
+        key: value
+        for key, value in (model.generation_config.to_diff_dict() if model.generation_config else {}).items()
+        if value is not None
+    }
+    model.generation_config = GenerationConfig()
+    missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    return model, Checkpoint(sorted(missing), sorted(found["unexpected_keys"]), generation)
 
 
-def check_complete(found: Any, told: str) -> None:
-    """Raise BaseModelError where the info of a loading says that weights were missing."""
-    if missing := sorted(map(str, found["missing_keys"])):
+def check_complete(missing: Sequence[str], told: str) -> None:
+    """Raise BaseModelError where weights are missing, which transformers fills at random."""
+    if missing:
         some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         raise BaseModelError(
             f"{told} lacks {len(missing)} of its weights: {some}; they would be random",

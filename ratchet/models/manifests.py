@@ -1,4 +1,4 @@
-"""Read manifest.json: what a base or a trained version says about itself.
+"""Read manifest.json and generation_config.json: what a base or a trained version says about itself.
 
 The manifest is written last, so a folder that has one is whole. Keys that are not read here are ignored, and
 keys that an older manifest lacks have defaults.
@@ -7,15 +7,18 @@ keys that an older manifest lacks have defaults.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
 from ratchet.errors import BaseModelError
-from ratchet.files import read_json
+from ratchet.files import read_json, write_json
 
 MANIFEST = "manifest.json"
+PROOF = "proof.json"
+GENERATION = "generation_config.json"  # the name that transformers, vLLM and others read as well
 
 
 class NewToken(msgspec.Struct, frozen=True):
@@ -40,9 +43,20 @@ class BaseName(msgspec.Struct, frozen=True):
 
 
 class BaseManifest(BaseName, frozen=True):
-    """Describe a base."""
+    """Describe a base.
+
+    `attention` and `packs` were found out when the base was proven (ratchet/models/probe.py): the attention
+    that every loading uses, and whether rows that share a window leave each other alone.
+    """
 
     new_tokens: list[NewToken] = []
+    attention: str = "sdpa"
+    packs: bool = True
+
+    @property
+    def told(self) -> str:
+        """Return the base as messages name it."""
+        return f"{self.model}@{self.revision}" if self.revision else str(self.model)
 
 
 class AdapterRecord(msgspec.Struct, frozen=True):
@@ -92,6 +106,60 @@ def sha256_of_weights(weights: dict[str, str]) -> str:
 
 
 Manifest = TypeVar("Manifest", BaseManifest, TrainedManifest)
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """Tell how one proof of a base ended: `what` was found, and for a refusal what to do."""
+
+    name: str
+    result: Literal["ok", "adapted", "refused"]
+    what: str
+    remedy: str = ""
+
+
+class Proof(msgspec.Struct, frozen=True):
+    """Hold what was proven of a base before anything is trained on it; proof.json."""
+
+    model: str
+    findings: list[Finding]
+
+    @property
+    def refused(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.result == "refused"]
+
+    def page(self) -> list[str]:
+        """Return one page for people."""
+        width = max(len(finding.name) for finding in self.findings)
+        lines = [f"{self.model}:"]
+        for finding in self.findings:
+            lines.append(f"  {finding.name:{width}}  {finding.result:7}  {finding.what}")
+            lines += [f"  {'':{width}}           → {finding.remedy}"] if finding.remedy else []
+        return lines
+
+
+class GenerationRecord(msgspec.Struct, frozen=True):
+    """Hold how answers are generated wherever a version answers: greedily, until one of the end tokens.
+
+    Written in transformers' own form, so that other programs decode as the evaluation did.
+    """
+
+    eos_token_id: list[int] = []
+    pad_token_id: int | None = None
+    do_sample: bool = False
+
+
+def write_generation(folder: Path, ends: Iterable[int], pad: int) -> None:
+    """Write the generation settings of the base or version in `folder`, in place of any others."""
+    record = GenerationRecord(sorted(ends), pad)
+    write_json(folder / GENERATION, msgspec.to_builtins(record))
+
+
+def read_ends(folder: Path) -> list[int]:
+    """Return the tokens that end an answer of what is in `folder`; none where an older version is silent."""
+    if not (folder / GENERATION).exists():
+        return []
+    ends = read_json(folder / GENERATION).get("eos_token_id")
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def read_base_manifest(folder: Path) -> BaseManifest:

@@ -21,7 +21,7 @@ from ratchet.errors import RatchetError
 from ratchet.files import sha256_file
 from ratchet.models.adapters import load_trained
 from ratchet.models.chat_template import ChatFormat
-from ratchet.models.loading import load_tokenizer, quiet
+from ratchet.models.loading import load_chat, quiet
 from ratchet.models.manifests import MANIFEST, TrainedManifest, read_trained_manifest
 from ratchet.models.merging import load_merged, why_unmergeable
 from ratchet.parity.compare import (
@@ -109,11 +109,11 @@ def check_parity(
     """
     manifest = read_trained_manifest(candidate)
     parts = [check_files(bundle, manifest)]
-    ours = ChatFormat(load_tokenizer(base))
+    ours = load_chat(base)
     try:
         check_harmless(bundle.adapter)
         check_adapter_fits(bundle)
-        theirs = ChatFormat(load_tokenizer(bundle.adapter))
+        theirs = load_chat(bundle.adapter)
     except RatchetError as error:
         parts.append(Part("intake", 1, 1, f"the gateway would refuse this version: {error}"))
     else:

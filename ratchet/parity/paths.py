@@ -55,7 +55,7 @@ def model_answers(
     """Ask a model as the evaluation does."""
     made = greedy_ids(model, prompts, chat, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return [
-        Answer(prompt, ids, chat.decode_answer(ids), "stop" if ids[-1:] == [chat.stop_id] else "length")
+        Answer(prompt, ids, chat.decode_answer(ids), "stop" if chat.stop_ids & {*ids[-1:]} else "length")
         for prompt, ids in zip(prompts, made, strict=True)
     ]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from ratchet.errors import RatchetError, ServiceError, UserError
+from ratchet.models.cache import join, select
 from ratchet.models.chat_template import ChatFormat
 from ratchet.serving.bundle import Bundle
 from ratchet.serving.engine import Ask, Ended, Piece
@@ -199,15 +200,13 @@ class Decoder:
         return max(16, size)
 
     def _join(self, joining: Joining) -> None:
-        """Join two caches (batch, heads, seq, width); the shorter one gets padding on its left."""
+        """Join two caches; the shorter one gets padding on its left."""
         rows, cache, mask = joining.rows, joining.cache, joining.mask
         if self._mask is None:
             self._rows, self._cache, self._mask = list(rows), cache, mask
         else:
             length = max(self._mask.shape[1], mask.shape[1])
-            for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
-                ours.keys = torch.cat([_pad(ours.keys, length), _pad(theirs.keys, length)])
-                ours.values = torch.cat([_pad(ours.values, length), _pad(theirs.values, length)])
+            join(self._cache, cache, length)
             self._mask = torch.cat([pad(part, (length - part.shape[1], 0)) for part in (self._mask, mask)])
             self._rows = [*self._rows, *rows]
         self._extend(rows, joining.logits)
@@ -240,8 +239,7 @@ class Decoder:
         mask = self._mask[kept]
         start = int(mask.argmax(-1).min())
         self._mask = mask[:, start:]
-        for layer in self._cache.layers:
-            layer.keys, layer.values = layer.keys[kept, :, start:], layer.values[kept, :, start:]
+        select(self._cache, kept, start)
 
     def _extend(self, rows: list[Row], logits: Tensor) -> None:
         """Add one token to each row by its logits (batch, vocab), pass on its text, remove ended rows."""
@@ -271,7 +269,7 @@ class Decoder:
         row.answer.append(token)
         row.room -= 1
         row.nll -= logprob
-        stopped = token == self._chats[row.ask.version].stop_id
+        stopped = token in self._chats[row.ask.version].stop_ids
         text = "" if stopped else row.transcript.add(token)
         stopped = stopped or row.transcript.stopped
         ended = stopped or row.room == 0
@@ -296,11 +294,6 @@ class Decoder:
 
 def _decode(chat: ChatFormat, ids: list[int]) -> str:
     return str(chat.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def _pad(states: Tensor, length: int) -> Tensor:
-    """Pad keys or values (batch, heads, seq, width) with zeros on the left, to `length`."""
-    return pad(states, (0, 0, length - states.shape[2], 0))
 
 
 def _nll(logits: Tensor, following: Tensor, mask: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ratchet.errors import BaseModelError, RatchetError
 from ratchet.models.adapters import PREFIXED, base_settings, load_base_of, read_kind
+from ratchet.models.cache import forward, new_cache
 from ratchet.models.loading import WEIGHTS, load_adapter, load_full, quiet
 from ratchet.serving.bundle import Bundle
 
@@ -135,9 +136,7 @@ class LoadedModel:
 
     def new_cache(self, version: int, num_rows: int) -> Any:
         """Return a cache for `num_rows` rows that begins with the version's virtual tokens, if any."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
+        cache = new_cache(self._base)
         for layer, states in enumerate(self._virtual.get(version, [])):
             keys, values = (state.expand(num_rows, -1, -1, -1) for state in states)
             cache.update(keys, values, layer)
@@ -153,22 +152,14 @@ class LoadedModel:
         `ids` and `positions` are (batch, seq), `mask` covers the cache as well; `versions` has one entry a
         row. Rows of a single version skip PEFT's mixed batches, which are slower.
         """
-        settings: dict[str, Any] = {
-            "attention_mask": mask,
-            "position_ids": positions,
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-        settings |= {} if whole else {"logits_to_keep": 1}
         if self._model is self._base:
-            return self._base(input_ids=ids, **settings).logits  # type: ignore[no-any-return]
+            return forward(self._base, ids, mask, positions, cache, whole=whole)
         names = [_name(version) for version in versions]
         if len(set(names)) > 1:
-            settings["adapter_names"] = names
-            return self._model(input_ids=ids, **settings).logits  # type: ignore[no-any-return]
+            return forward(self._model, ids, mask, positions, cache, whole=whole, adapter_names=names)
         if self._model.active_adapters != [names[0]]:
             self._model.base_model.set_adapter(names[0], inference_mode=True)
-        return self._model(input_ids=ids, **settings).logits  # type: ignore[no-any-return]
+        return forward(self._model, ids, mask, positions, cache, whole=whole)
 
 
 def _name(version: int) -> str:

@@ -25,7 +25,7 @@ import torch
 from ratchet.config.params import Config
 from ratchet.errors import BusyError, RatchetError, ServiceError
 from ratchet.models.chat_template import ChatFormat
-from ratchet.models.loading import load_tokenizer
+from ratchet.models.loading import load_chat
 from ratchet.serving.admission import check_adapter_fits
 from ratchet.serving.bundle import Bundle
 from ratchet.serving.decoding import Decoder, Row
@@ -116,7 +116,7 @@ class LocalEngine:
         It runs in a thread of its own, beside the requests.
         """
         check_adapter_fits(bundle)
-        chat = ChatFormat(load_tokenizer(bundle.adapter))
+        chat = load_chat(bundle.adapter)
         return chat, None if model_place(bundle) in self._models else LoadedModel(bundle)
 
     async def _do(self, work: Callable[[], None]) -> None:

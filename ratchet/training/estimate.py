@@ -26,6 +26,7 @@ from ratchet.config.params import Config
 from ratchet.errors import UserError
 from ratchet.files import read_json
 from ratchet.models.adapters import PREFIXED
+from ratchet.models.manifests import read_base_manifest
 from ratchet.training.launch import Material, read_figures, read_points, require_success, run_training
 from ratchet.training.packing import Window, group_rows, read_windows, write_windows
 from ratchet.training.schedule import Figures, Points
@@ -108,7 +109,9 @@ def _probe(
     say(f"plan: a training of about {steps} steps, on {len(chosen)} of {len(windows)} windows …")
     ended = run_training(folder, material._replace(tokens=folder / "tokens"), shortened(config, passes))
     require_success(ended, "a training of a few steps")
-    return extrapolate(read_points(folder), read_figures(folder), ended.seconds, config, windows, chosen)
+    packs = read_base_manifest(material.base).packs
+    points, figures = read_points(folder), read_figures(folder)
+    return extrapolate(points, figures, ended.seconds, config, windows, chosen, packs=packs)
 
 
 def choose_windows(windows: list[Window], count: int) -> list[Window]:
@@ -142,8 +145,11 @@ def extrapolate(
     config: Config,
     windows: list[Window],
     chosen: list[Window],
+    *,
+    packs: bool = True,
 ) -> Plan:
-    train, apart = config.train, config.adapter.method in PREFIXED or "peak_gpu_mib" not in figures
+    train = config.train
+    apart = config.adapter.method in PREFIXED or not packs or "peak_gpu_mib" not in figures
     whole, part = (
         shapes(windows, train.batch_windows, apart=apart),
         shapes(chosen, train.batch_windows, apart=apart),

@@ -75,7 +75,9 @@ def test_a_hub_models_weights_stay_in_the_cache_and_no_path_is_kept(tmp_path, sn
     make_base(tmp_path / "base", hub_config())
     assert sorted(path.name for path in (tmp_path / "base").iterdir()) == [
         "chat_template.jinja",
+        "generation_config.json",
         "manifest.json",
+        "proof.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]

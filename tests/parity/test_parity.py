@@ -20,6 +20,7 @@ from ratchet.gate.guardrails import judge_parity
 from ratchet.models.adapters import load_trained
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import MANIFEST, WEIGHTS, load_tokenizer
+from ratchet.models.manifests import GENERATION
 from ratchet.models.merging import load_merged
 from ratchet.parity.check import Asked, check_parity, compare_model, find_trained, make_reference
 from ratchet.parity.compare import compare_answers
@@ -193,7 +194,8 @@ def test_weights_that_the_gateway_refuses_are_told(place: Place) -> None:
 
 
 def test_a_stop_token_that_does_not_stop_fails(place: Place) -> None:
-    """The served template closes an answer with another token: what was trained to end there would go on."""
+    """The served version knows another token as the end: what was trained to end there would go on."""
+    write_json(place.served / GENERATION, {"eos_token_id": []})
     place.template("<|end|>", "{{ '<|system|>' if message.role == 'assistant' else '<|end|>' }}")
     part = place.parts()["training"]
     assert part.mismatches == len(place.train)

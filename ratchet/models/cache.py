@@ -1,0 +1,87 @@
+"""Keep what a model remembers of the tokens before, for rows that join and leave a batch at any time.
+
+Attention layers keep keys and values of every token, padded on the left to a common length; also those with a
+sliding window, whose mask leaves out what is too old. Layers without attention (convolutions, linear
+attention) keep states of one size a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def new_cache(model: Any) -> Any:
+    """Return an empty cache of the kind that the model (transformers' own) asks for."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    if not is_hybrid(model):
+        return DynamicCache()
+    cache = DynamicCache(config=model.config)
+    # A sliding layer forgets old tokens, and then its rows cannot be padded to the length of others.
+    cache.layers = [
+        DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers
+    ]
+    return cache
+
+
+def is_hybrid(model: Any) -> bool:
+    """Return whether some layers keep a state in place of keys and values."""
+    from transformers import DynamicCache
+
+    return any(hasattr(layer, "conv_states") for layer in DynamicCache(config=model.config).layers)
+
+
+def join(ours: Any, theirs: Any, length: int) -> None:
+    """Add the rows of `theirs` to `ours`; both become `length` tokens long."""
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        if hasattr(mine, "keys"):
+            mine.keys = torch.cat([_widen(mine.keys, length), _widen(other.keys, length)])
+            mine.values = torch.cat([_widen(mine.values, length), _widen(other.values, length)])
+        for name in ("conv_states", "recurrent_states"):
+            states = getattr(mine, name, {})
+            states |= {
+                key: torch.cat([state, getattr(other, name)[key]])
+                for key, state in states.items()
+                if state is not None
+            }
+
+
+def select(cache: Any, kept: Sequence[int], start: int) -> None:
+    """Keep the rows `kept` only, and of keys and values the tokens from `start` on."""
+    rows = list(kept)
+    for layer in cache.layers:
+        if hasattr(layer, "keys"):
+            layer.keys, layer.values = layer.keys[rows, :, start:], layer.values[rows, :, start:]
+        for name in ("conv_states", "recurrent_states"):
+            states = getattr(layer, name, {})
+            states |= {key: state[rows] for key, state in states.items() if state is not None}
+
+
+def forward(
+    model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool, **more: Any
+) -> Tensor:
+    """Return logits after tokens that follow the cache's: (batch, seq, vocab) where `whole`, else the last.
+
+    `ids` and `positions` are (batch, seq); `mask`, (batch, cached + seq), covers the cache as well.
+    """
+    logits: Tensor = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        **({} if whole else {"logits_to_keep": 1}),
+        **more,
+    ).logits
+    return logits
+
+
+def _widen(states: Tensor, length: int) -> Tensor:
+    """Pad keys or values (batch, heads, seq, width) with zeros on the left, to `length`."""
+    return pad(states, (0, 0, length - states.shape[2], 0))

@@ -1,0 +1,147 @@
+"""Prove a base's chat template, and adapt it where what is wrong can be set right for good.
+
+What is adapted is written into the template itself, so that training, gateway, exports and other programs
+all render the same.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import re
+from typing import TYPE_CHECKING
+
+from ratchet.data.examples import Message
+from ratchet.errors import BaseModelError
+from ratchet.models.chat_template import ChatFormat, opening_gap, render
+from ratchet.models.manifests import Finding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ASKED_DATE = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)")
+# Variables by which templates close a reasoning block that their generation prompt would leave open.
+SWITCHES = ("enable_thinking", "thinking")
+TOOL = {
+    "type": "function",
+    "function": {"name": "look_up", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+def adapt_template(tokenizer: PreTrainedTokenizerBase, day: dt.date) -> list[Finding]:
+    """Change the tokenizer's template where that is needed, and tell what it takes.
+
+    `day` is the date of a template that asks for today's.
+    """
+    return [*_choose(tokenizer), *_fix_date(tokenizer, day), *_fix_opening(tokenizer), *_prove(tokenizer)]
+
+
+def _choose(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+    """Take the default one of several named templates."""
+    named = tokenizer.chat_template
+    if not isinstance(named, dict):
+        return []
+    names = ", ".join(sorted(named))
+    if "default" not in named:
+        return [
+            Finding(
+                "templates",
+                "refused",
+                f"it brings the named templates {names}, and none is called default",
+                "name one of your own in `base.chat_template`",
+            )
+        ]
+    tokenizer.chat_template = named["default"]
+    return [Finding("templates", "adapted", f"of its named templates ({names}) the default one is used")]
+
+
+def _fix_date(tokenizer: PreTrainedTokenizerBase, day: dt.date) -> list[Finding]:
+    """Define the template's function for today's date in the template, with one day for good.
+
+    Otherwise what is trained on one day is asked with another prompt on the next.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or "strftime_now" not in template:
+        return []
+    asked = {match[2] for match in ASKED_DATE.finditer(template)}
+    if len(ASKED_DATE.findall(template)) < template.count("strftime_now("):
+        return [
+            Finding(
+                "date",
+                "refused",
+                "the template writes today's date in a format that it makes up while rendering",
+                "name a template in `base.chat_template` that writes no date, or a fixed one",
+            )
+        ]
+    moment = dt.datetime.combine(day, dt.time())
+    said = json.dumps({format: moment.strftime(format) for format in sorted(asked)}, ensure_ascii=False)
+    tokenizer.chat_template = (
+        f"{{%- macro strftime_now(format) %}}{{{{ {said}[format] }}}}{{% endmacro %}}{template}"
+    )
+    return [
+        Finding("date", "adapted", f"the template asks for today's date; it is {day} for good (`base.date`)")
+    ]
+
+
+def _fix_opening(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+    """Make a prompt with its answer the beginning of the rendered conversation."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or (gap := _gap(tokenizer)) == "":
+        return []
+    for name in SWITCHES:
+        if name not in template:
+            continue
+        tokenizer.chat_template = f"{{%- set {name} = false %}}{template}"
+        if _gap(tokenizer) == "":
+            what = (
+                f"answers are learned and given without reasoning: the template has {name} = false for good"
+            )
+            return [Finding("opening", "adapted", what)]
+    if gap:
+        opening = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(gap)} }}}}{{% endif %}}"
+        tokenizer.chat_template = template + opening
+        if _gap(tokenizer) == "":
+            what = f"the template opens no answer; the prompt now ends with {gap!r}, as conversations go on"
+            return [Finding("opening", "adapted", what)]
+    tokenizer.chat_template = template
+    return []  # `_prove` refuses it
+
+
+def _gap(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    try:
+        return opening_gap(tokenizer)
+    except BaseModelError:
+        return None
+
+
+def _prove(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+    if isinstance(tokenizer.chat_template, dict):
+        return []  # `_choose` refused it
+    try:
+        chat = ChatFormat(tokenizer)
+        chat.prove()
+    except BaseModelError as error:
+        return [Finding("template", "refused", str(error).partition("\n")[0], error.remedy)]
+    template = str(tokenizer.chat_template)
+    takes = {
+        "system messages": _takes_system(chat),
+        "tools": _takes_tools(tokenizer),
+        "reasoning": any(word in template for word in ("reasoning_content", "<think>", *SWITCHES)),
+    }
+    said = [f"{name} {'yes' if taken else 'no'}" for name, taken in takes.items()]
+    return [Finding("template", "ok", f"a prompt and its answer begin the conversation; {', '.join(said)}")]
+
+
+def _takes_system(chat: ChatFormat) -> bool:
+    try:
+        return bool(chat.encode_prompt([Message("system", "a"), Message("user", "b")]))
+    except BaseModelError:
+        return False
+
+
+def _takes_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    asked = [{"role": "user", "content": "a"}]
+    try:
+        return "look_up" in render(tokenizer, asked, opening=True, tools=[TOOL])
+    except (BaseModelError, TypeError, ValueError):
+        return False
