@@ -64,7 +64,7 @@ def one_thread(folder: str) -> None:
 
 
 def unread(data: Path) -> list[str]:
-    """The domains that the base has not read."""
+    """List the domains that the base has not read."""
     return [name for name in read_json(data / "domains.json") if name not in READ]
 
 
@@ -92,7 +92,7 @@ def read_domain(data: Path, name: str, counts: Counts, seed: int) -> Domain:
 
 
 def settings(steps: int, epochs: float, seed: int, **train: Any) -> Config:
-    """`steps` of the base's pre-training, `epochs` of a retraining at most."""
+    """Return a config with `steps` of the base's pre-training and at most `epochs` of a retraining."""
     return Config(
         base=BaseConfig(demo=DemoBase(steps=steps)),
         tokenize=TokenizeConfig(max_length=96, window=256),
@@ -112,8 +112,10 @@ def settings(steps: int, epochs: float, seed: int, **train: Any) -> Config:
 
 
 def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig) -> None:
-    """It has read four domains, and knows the words of the others from repeating queries that are drawn for
-    nothing else; not what they mean.
+    """Pre-train a base on four domains.
+
+    It knows the words of the others from repeating queries that are drawn for nothing else, but not what they
+    mean.
     """
     from ratchet.demo.base_model import make_tokenizer, pretrain
     from ratchet.models.chat_template import ChatFormat

@@ -185,7 +185,7 @@ def draw_rows(corpus: Corpus, size: int, share: float, number: int) -> tuple[lis
 def asked(
     rows: list[Row], chance: Chance, service: Service
 ) -> tuple[list[Logged], dict[str, list[Feedback]]]:
-    """A request a row, every second one with feedback."""
+    """Make one request per row, every second one with feedback."""
     failed, right = chance.random(len(rows)) < service.errors, chance.random(len(rows)) < service.right
     latency, nll, salt = (
         service.slower * chance.lognormal(4.0, 0.5, len(rows)),
@@ -222,7 +222,7 @@ def same(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[
 
 
 def more_of_one(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
-    """A tenth of the window gives way to rows of one of the five commonest subjects, taken from the
+    """Replace a tenth of the window by rows of one of the five commonest subjects, taken from the
     reference.
     """
     common = [name for name, _ in Counter(subject(row) for row in reference).most_common(5)]
@@ -240,7 +240,7 @@ def subject(row: Row) -> str:
 
 
 def shorter(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
-    """A quarter of the prompts loses half of its words."""
+    """Cut half of the words from a quarter of the prompts."""
     cut = len(window) // 4
     return [
         *(
@@ -252,7 +252,7 @@ def shorter(window: list[Row], reference: list[Row], chance: Chance) -> tuple[li
 
 
 def longer(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
-    """A quarter of the prompts says another one as well."""
+    """Append another prompt to a quarter of the prompts."""
     cut = len(window) // 4
     return [
         *(
@@ -264,7 +264,9 @@ def longer(window: list[Row], reference: list[Row], chance: Chance) -> tuple[lis
 
 
 def answering(text: str, share: float) -> Change:
-    """A share of the answers is `text`; "" for empty ones, "commonest" for the reference's commonest."""
+    """Replace a share of the answers by `text`: "" for empty ones, "commonest" for the reference's
+    commonest.
+    """
 
     def change(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
         said = Counter(row.answer for row in reference).most_common(1)[0][0] if text == "commonest" else text

@@ -134,7 +134,9 @@ async def run(engine: Any, clients: int, asks: int, tokens: int, *, versions: Se
 
 
 async def measure_loading(engine: Any, bundle: Any, tokens: int, asks: int) -> None:
-    """The longest pause that a client of eight sees, with and without a version that comes and goes."""
+    """Measure the longest pause that a client of eight sees, with and without a version that comes and
+    goes.
+    """
     quiet = await run(engine, 8, asks * 2, tokens, versions=(1,))
     under_way, took = asyncio.create_task(run(engine, 8, asks * 2, tokens, versions=(1,))), list[float]()
     for _ in range(LOADS):

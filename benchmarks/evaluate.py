@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, count: int, config: Config) -> int:
-    """Returns the number of rows."""
+    """Prepare the inputs and return the number of rows."""
     from ratchet.demo.base_model import make_tokenizer
     from ratchet.models.chat_template import ChatFormat
     from ratchet.sources.pydoc import harvest

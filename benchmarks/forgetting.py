@@ -97,7 +97,7 @@ def main() -> None:
 def measure(
     data: Path, arms: list[str], size: Size, jobs: int, kept: Path | None = None
 ) -> list[dict[str, Any]]:
-    """A dict an arm and seed."""
+    """Return a dict per arm and seed."""
     lines = kept.read_text(encoding="utf-8").splitlines() if kept and kept.exists() else []
     known = {
         (run["arm"], run["seed"]): run

@@ -102,7 +102,7 @@ class Bench:
 
 
 def passing_parity(adapter: str) -> dict[str, object]:
-    """A report of serve parity that finds nothing, so that the scores alone decide."""
+    """Return a report of serve parity that finds nothing, so that the scores alone decide."""
     parts = [
         {"name": name, "rows": 200, "mismatches": 0, "result": "pass", "reason": "the same"}
         for name in ("files", "training", "prompts", "gateway")
@@ -210,7 +210,7 @@ def repetition(bench: Bench, cycles: Cycles) -> Iterator[str]:
 
 
 def unbudgeted(_: Bench, cycles: Cycles) -> Iterator[str]:
-    """The same where each look has 1 %."""
+    """Yield the line of the same two tests when each look has 1 %."""
     yield _fast_series(
         "by the two tests alone, 1 % a look without a budget",
         cycles.fast,
@@ -231,7 +231,7 @@ def _series(name: str, bench: Bench, series: int, config: GateConfig, wanted: st
 
 
 def _fast_series(name: str, series: int, config: GateConfig, wanted: str, *, counted: bool = True) -> str:
-    """The functions that the gate calls, without tables and files.
+    """Run the functions that the gate calls, without tables and files.
 
     Where looks are not `counted`, each is the first.
     """
@@ -257,7 +257,7 @@ def _fast_series(name: str, series: int, config: GateConfig, wanted: str, *, cou
 
 
 def broken(bench: Bench, cycles: Cycles) -> Iterator[str]:
-    """A candidate that would be promoted, in an evaluation that is not whole."""
+    """Judge a candidate that would be promoted, in an evaluation that is not whole."""
     table = draw(np.random.default_rng(6), 0.3)
     assert bench.verdict(table, GateConfig()) == "promote"
     mine = table.model == "candidate"
@@ -293,7 +293,7 @@ def draw(
     nll: float = 1.0,
     light: bool = False,
 ) -> pd.DataFrame:
-    """The candidate is better by `effect`; or right by chance in the share `right`.
+    """Draw scores of a candidate that is better by `effect`, or right by chance in the share `right`.
 
     `light`: half of the test rows, no golden ones and no slices.
     """
@@ -363,7 +363,7 @@ def row(name: str, found: Counter[str], wanted: str) -> str:
 
 
 def limit(cycles: int, share: float) -> int:
-    """What 99 % of binomials stay within."""
+    """Return the number that 99 % of binomials do not exceed."""
     return int(binom.ppf(0.99, cycles, share))
 
 

@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def measure(data: Path, size: Size, jobs: int) -> Iterator[dict[str, Any] | Line]:
-    """The models' accuracy first, then the lines of the table."""
+    """Yield the models' accuracy first, then the lines of the table."""
     with tempfile.TemporaryDirectory(prefix="ratchet-gate-") as name:
         folder = Path(name)
         with ProcessPoolExecutor(
@@ -183,7 +183,7 @@ def make_models(folder: Path, data: Path, size: Size) -> None:
 
 
 def make_twin(folder: Path, size: Size, seed: int) -> None:
-    """The champion's training by another seed, with its scores and the champion's on all rows."""
+    """Repeat the champion's training by another seed, with its scores and the champion's on all rows."""
     from tasks.evaluate import evaluate
 
     out = folder / f"models/twin-{seed}"
@@ -209,7 +209,7 @@ def learn(folder: Path, rows: Path, incumbent: Path, out: Path, config: Config) 
 
 
 def settings(size: Size, seed: int, epochs: float | None = None) -> Config:
-    """The project's own but for what judges no candidate."""
+    """Return the project's own settings without what judges no candidate."""
     config = clinc.settings(size.steps, epochs or size.epochs, seed)
     return config.model_copy(
         update={
@@ -302,7 +302,7 @@ def as_they_are(models: list[pd.DataFrame], generator: np.random.Generator) -> P
 def drawn(
     pair: Pair, base: pd.DataFrame, generator: np.random.Generator, counts: tuple[int, int]
 ) -> pd.DataFrame:
-    """A table of scores as the evaluation leaves it, on rows drawn without putting back."""
+    """Draw a table of scores as the evaluation leaves it, on rows drawn without replacement."""
     places = generator.choice(len(base), sum(counts), replace=False)
     golden = np.arange(sum(counts)) >= counts[0]
     sides = {"candidate": pair.candidate, "champion": pair.champion, "base": base}
@@ -438,7 +438,7 @@ def nothing(folder: Path, out: Path, number: int, size: Size) -> str:
 
 
 def bare(folder: Path, out: Path, number: int, _: Size) -> str:
-    """An adapter as it is before its first step."""
+    """Make an adapter as it is before its first step."""
     generator = np.random.default_rng([10, number])
 
     def begin(name: str, weight: Any) -> Any:
@@ -493,7 +493,7 @@ def read_weights(folder: Path) -> dict[str, Any]:
 
 
 def change_weights(source: Path, out: Path, change: Callable[[str, Any], Any]) -> None:
-    """A copy of an adapter, as whole as a training leaves one."""
+    """Copy an adapter with changed weights, as whole as a training leaves one."""
     from safetensors.numpy import save_file
 
     shutil.copytree(source, out)

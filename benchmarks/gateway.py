@@ -145,7 +145,7 @@ def start_litellm(scratch: Path, upstream: str, stack: contextlib.ExitStack) -> 
 
 
 def put_champion(root: Path, config: Config) -> None:
-    """A version in charge, as after `ratchet retrain`, but for its weights: the stub asks for none."""
+    """Put a version in charge, as after `ratchet retrain`, but without weights: the stub asks for none."""
     digest = hashlib.sha256(b"").hexdigest()
     (root / "params.yaml").write_text(render_params(config), encoding="utf-8")
     folder = root / SERVING / f"v1-{digest[:12]}"
@@ -172,7 +172,7 @@ def put_champion(root: Path, config: Config) -> None:
 
 
 def install_litellm() -> Path:
-    """The program that starts it. Raises ServiceError."""
+    """Install LiteLLM once and return the program that starts it. Raises ServiceError."""
     program = LITELLM.resolve() / "bin/litellm"
     if program.exists():
         return program
@@ -210,7 +210,7 @@ def running(command: list[str], url: str, log: Path, **environment: str) -> Iter
 
 
 async def wait_for_answer(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Raises ServiceError with its last words."""
+    """Wait until the program answers. Raises ServiceError with its last words."""
     until = time.monotonic() + START_SECONDS
     async with aiohttp.ClientSession() as session:
         while time.monotonic() < until and process.poll() is None:
@@ -243,7 +243,7 @@ async def measure(targets: list[Target], rate: float, seconds: float) -> dict[st
 
 
 async def load(target: Target, rate: float, seconds: float) -> Asked:
-    """The first second warms connections up and is not counted."""
+    """Ask at `rate` for `seconds`; the first second warms connections up and is not counted."""
     timeout = aiohttp.ClientTimeout(LATE_SECONDS)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         began, tasks = time.perf_counter(), []

@@ -60,7 +60,7 @@ def measure(home: Path, runs: int) -> dict[str, Any]:
 
 
 def _repro(home: Path) -> float:
-    """What a careful person would type: clone, share the cache, check out, reproduce."""
+    """Time what a careful person would type: clone, share the cache, check out, reproduce."""
     with tempfile.TemporaryDirectory() as scratch:
         clone = Path(scratch) / "clone"
 

@@ -148,7 +148,7 @@ def install_trl() -> None:
 
 
 def prepare(folder: Path, count: int, shape: dict[str, Any], length: int, dtype: str = "float32") -> None:
-    """A base with random weights, and rows of up to `length` tokens."""
+    """Make a base with random weights, and rows of up to `length` tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -396,8 +396,8 @@ def _trl(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup) ->
 
 
 def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup) -> None:
-    """The stage's own functions: packing, the model in the precision that the machine and the method ask for,
-    `fit`.
+    """Train with the stage's own functions: packing, the model in the precision that the machine and the
+    method ask for, `fit`.
     """
     from ratchet.config.params import Config
     from ratchet.config.training import AdapterConfig

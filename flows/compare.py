@@ -40,7 +40,7 @@ FROM_BASE = {"train.start_from": "base"}
 
 
 def compare(home: Path, config: Config, methods: list[str], say: Say) -> dict[str, Any]:
-    """What stands in reports/compare/compare.json. A method that fails is a row with its reason.
+    """Return what reports/compare/compare.json holds. A method that fails is a row with its reason.
 
     Raises UserError, ConfigError, StageError.
     """
@@ -110,7 +110,7 @@ def measure(
 def _evaluate(
     folder: Path, place: Path, material: Material, config: Config, changes: dict[str, Any]
 ) -> dict[str, Any]:
-    """The project's own, without what judges no candidate."""
+    """Evaluate as the project does, without the parts that judge no candidate."""
     params, out = folder / "evaluate.yaml", folder / "evaluation"
     write_text(
         params,

@@ -27,7 +27,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """A spinner under the lines while something long runs, on a terminal only."""
+    """Show a spinner under the lines while something long runs, on a terminal only."""
     if "RATCHET_CONSOLE" in os.environ and console.is_terminal:
         with console.status(what):
             yield

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 def set_environment(root: Path, config: Config) -> None:
-    """What the runs inherit. It has to stand before Prefect is imported, which reads its settings once.
+    """Set the environment that the runs inherit, before Prefect is imported: it reads its settings once.
 
     Raises UserError.
     """
@@ -64,7 +64,7 @@ def set_environment(root: Path, config: Config) -> None:
 
 
 def describe_retrain(root: Path, config: Config) -> RunnerDeployment:
-    """Raises ConfigError for a schedule that is none."""
+    """Describe the retraining's deployment. Raises ConfigError for an invalid schedule."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.deployments.runner import RunnerDeployment
     from prefect.types.entrypoint import EntrypointType
@@ -129,7 +129,7 @@ def describe_triggers(config: Config) -> list[Any]:
 
 
 def _from_payload(key: str) -> dict[str, Any]:
-    """A part of the payload as a value, where a plain template would give text
+    """Take a part of the payload as a value, where a plain template would give text
     (prefect/utilities/schema_tools/hydration.py).
     """
     return {
@@ -139,7 +139,7 @@ def _from_payload(key: str) -> dict[str, Any]:
 
 
 def describe_monitor(root: Path, config: Config) -> RunnerDeployment:
-    """Raises ConfigError for a schedule that is none."""
+    """Describe the monitor's deployment. Raises ConfigError for an invalid schedule."""
     from flows.monitor import monitor
 
     return _describe(
@@ -262,7 +262,7 @@ def serve_deployments(deployments: list[RunnerDeployment]) -> None:
 
 
 def make_runner() -> Runner:
-    """A runner that cancels its runs at SIGTERM and then ends.
+    """Make a runner that cancels its runs at SIGTERM and then ends.
 
     `prefect.serve` in 3.8.8 drops the coroutine that cancels them and kills their processes: they stay
     RUNNING for ever, and keep the deployment's only slot until its lease runs out, five minutes. Schedules

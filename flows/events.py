@@ -10,7 +10,9 @@ COMMITTED, DRIFTED = "ratchet.data.committed", "ratchet.drift.detected"
 
 
 def resource_of(config: Config) -> str:
-    """What the event is about: the project, so that two of them on one server do not start each other."""
+    """Name the project as the event's resource, so that two projects on one server do not start each
+    other.
+    """
     return f"ratchet.project.{config.project.name}"
 
 

@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
 def name_run() -> str:
-    """What is pulled, for the list of runs."""
+    """Name what is pulled, for the list of runs."""
     given = flow_run.parameters
     what = (
         given.get("draft")
@@ -50,7 +50,7 @@ def ingest(
     golden: int = 0,
     draft: str | None = None,
 ) -> dict[str, Any]:
-    """Returns {batch, rows, new, commit}. With `golden` that many rows become the frozen golden set instead.
+    """Return {batch, rows, new, commit}. With `golden`, that many rows become the frozen golden set instead.
 
     Raises DataError, CheckoutError.
     """

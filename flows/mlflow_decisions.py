@@ -103,7 +103,7 @@ def _conclude(
 
 
 def _decide(root: Path, config: Config, registry: Registry, version: Version, decision: str, say: Say) -> str:
-    """What came of it. Raises UserError: refused."""
+    """Carry out the decision and return its outcome. Raises UserError when it is refused."""
     by, reason = version.tags.get(BY) or NOBODY, version.tags.get(REASON, "")
     champion = read_champion(root)
     in_charge = champion is not None and champion.version == version.number
@@ -124,7 +124,7 @@ def _decide(root: Path, config: Config, registry: Registry, version: Version, de
 
 
 def _roll_out(root: Path, config: Config, version: Version, champion: Champion, by: str) -> str:
-    """A person's word opens it, or lets it go on; its users decide."""
+    """Open or resume the rollout because a person asked for it; its users decide."""
     opened = open_rollout(root, config, version, champion, by=by, again=True)
     if opened.state == "paused":
         resume(root, by)
@@ -152,8 +152,8 @@ def _reject(root: Path, registry: Registry, version: Version, in_charge: bool, b
 
 
 def _heed_alias(root: Path, config: Config, registry: Registry, say: Say) -> bool:
-    """The alias on another version than champion.json says: a person put that one in charge, unless MLflow
-    has yet to be told of ours.
+    """Heed an alias on another version than champion.json names: a person put that version in charge,
+    unless MLflow has yet to be told of our champion.
     """
     champion, number = read_champion(root), registry.champion
     if number == (champion.version if champion else None):

@@ -72,7 +72,7 @@ def monitor(root: str | None = None, retrain: bool = True) -> Recorded | None:
 
 @task(name="measure", **SETTINGS)
 def look_at(home: Path, config: Config, champion: Champion) -> tuple[Verdict, Path | None]:
-    """The verdict on the newest window, and the folder of its report.
+    """Return the verdict on the newest window and the folder of its report.
 
     A window that is too small gets none.
     """
@@ -157,7 +157,9 @@ def reason_of(found: Recorded) -> str:
 
 @task(name="show", **SETTINGS)
 def show(home: Path, config: Config, champion: Champion, found: Recorded, folder: Path | None) -> None:
-    """The verdict as an artifact, and its report in the champion's MLflow run with a link to it."""
+    """Show the verdict as an artifact, and put its report into the champion's MLflow run with a link to
+    it.
+    """
     create_markdown_artifact(
         drift_card(found), key="drift", description=f"{found.verdict} on {found.rows} requests"
     )

@@ -23,8 +23,10 @@ Say = Callable[[str], None]
 def promote_version(
     root: Path, config: Config, number: int, *, reason: str, force: bool, say: Say
 ) -> Champion:
-    """Raises UserError: no such version, or the gate did not pass it; ServiceError when MLflow does not
-    answer.
+    """Promote a version.
+
+    Raises UserError when there is no such version or the gate did not pass it; ServiceError when MLflow does
+    not answer.
     """
     version = get_version(config.project.name, number)
     if version is None:
@@ -40,7 +42,7 @@ def promote_version(
 
 
 def roll_back(root: Path, config: Config, *, reason: str, say: Say) -> Champion:
-    """Raises UserError when there is no version before."""
+    """Put the version before in charge. Raises UserError when there is none."""
     with locked(root, "promote"), open_workspace(root, "rollback", say, keep_failed=0) as workspace:
         chosen = tasks.rollback(workspace, by=who(root), why=reason, say=say)
     _end_rollout(root, chosen, reason, say)
@@ -48,7 +50,7 @@ def roll_back(root: Path, config: Config, *, reason: str, say: Say) -> Champion:
 
 
 def _end_rollout(root: Path, champion: Champion, reason: str, say: Say) -> None:
-    """A person moved the champion: the open rollout was against another one, or its version has won.
+    """End the open rollout after a person moved the champion: it was against another one, or its version won.
 
     MLflow hears of it at the next look.
     """

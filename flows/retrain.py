@@ -227,8 +227,8 @@ def land_outputs(workspace: Workspace, reason: str) -> str:
 
 @task(name="register", **RETRIED)
 def publish(workspace: Workspace, found: Findings, config: Config, commit: str, reason: str) -> Version:
-    """The candidate as a registered version, its run complete, and the verdict as an artifact of the flow
-    run.
+    """Register the candidate as a version, complete its run, and publish the verdict as an artifact of the
+    flow run.
     """
     if current := read_champion(workspace.path):
         check_registry(current)
@@ -255,7 +255,7 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
 
 
 def show_ledger(workspace: Workspace, found: Findings, config: Config, run_id: str, version: Version) -> None:
-    """What each version still knows, with the evaluation's page.
+    """Show what each version still knows, with the evaluation's page.
 
     What cannot be read is left out: no version waits for a picture.
     """

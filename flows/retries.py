@@ -23,7 +23,7 @@ def can_pass(task: Any, run: Any, state: Any) -> bool:
 
 
 def on_top(work: Callable[[], T], say: Callable[[str], object]) -> T:
-    """What `work` returns, tried TRIES times: it lands a commit, and somebody else's may come first.
+    """Return what `work` returns, trying TRIES times: it lands a commit, and somebody else's may come first.
 
     Raises the last CommandError.
     """

@@ -89,23 +89,23 @@ def look_once(root: Path, config: Config, say: Say) -> Rollout | None:
 
 
 def rollout_status(root: Path, config: Config) -> Rollout | None:
-    """The open one, or the last that ended; from the files alone."""
+    """Return the open rollout, or the last that ended; from the files alone."""
     state = read_state(root)
     return state.current or next(reversed(state.ended), None)
 
 
 def pause_rollout(root: Path, config: Config, say: Say) -> Rollout:
-    """Raises UserError when none is open."""
+    """Pause the rollout. Raises UserError when none is open."""
     return _done(root, config, pause(root, who(root)), say)
 
 
 def resume_rollout(root: Path, config: Config, say: Say) -> Rollout:
-    """Raises UserError when there is none."""
+    """Resume the rollout. Raises UserError when there is none."""
     return _done(root, config, resume(root, who(root)), say)
 
 
 def abort_rollout(root: Path, config: Config, reason: str, say: Say) -> Rollout:
-    """The champion stays. Raises UserError when none is open."""
+    """End the rollout and keep the champion. Raises UserError when none is open."""
     current = read_rollout(root)
     if current is None:
         raise UserError("no rollout is open", remedy="ratchet rollout status shows the last one")
@@ -159,8 +159,8 @@ def _settle(root: Path, current: Rollout, say: Say) -> Rollout | None:
 
 
 def _refusal(root: Path, current: Rollout) -> str | None:
-    """What the gateway has said since the rollout was opened, and kept to when it tried again: what passes
-    must not end a rollout.
+    """Return why the gateway cannot load the challenger, if it has refused it for REFUSED_SECONDS since
+    the rollout was opened: a fault that passes must not end a rollout.
     """
     state = bundle.read_state(root) or {}
     since = (state.get("refused_since") or {}).get(f"v{current.version}", 0.0)
@@ -171,7 +171,7 @@ def _refusal(root: Path, current: Rollout) -> str | None:
 
 
 def _open_challenger(root: Path, config: Config, registry: Registry, say: Say) -> Rollout | None:
-    """The version that the alias `challenger` names.
+    """Open a rollout of the version that the alias `challenger` names.
 
     One that may not is refused with the reason, and loses the alias.
     """

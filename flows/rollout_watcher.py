@@ -63,7 +63,7 @@ class Watcher:
 
 
 def registry_fingerprint(name: str) -> str | None:
-    """A hash of all that MLflow says of the registered model and its versions; None when it does not answer.
+    """Hash all that MLflow says of the registered model and its versions; None when it does not answer.
 
     MLflow itself is not imported.
     """

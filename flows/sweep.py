@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 @flow(name="sweep", flow_run_name="sweep", persist_result=False)
 def sweep(root: str | None = None, trials: int | None = None, apply: bool = False) -> dict[str, Any]:
-    """Returns {study, trials, counts, best, baseline, unit, diff, applied}.
+    """Run the sweep and return {study, trials, counts, best, baseline, unit, diff, applied}.
 
     Raises ConfigError, DataError, StageError, ServiceError; RatchetError: no trial was completed.
     """

@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 
 @contextmanager
 def open_bench(root: Path, purpose: str, say: Say) -> Iterator[Workspace]:
-    """A workspace with the newest data and today's champion pinned."""
+    """Open a workspace with the newest data and today's champion pinned."""
     with open_workspace(root, purpose, say, keep_failed=0) as workspace:
         if not (workspace.path / "data/raw.dvc").exists():
             raise DataError(
@@ -37,7 +37,7 @@ def open_bench(root: Path, purpose: str, say: Say) -> Iterator[Workspace]:
 
 
 def make_material(workspace: Workspace, changes: dict[str, Any], say: Say) -> Material:
-    """Base, prepared rows and tokens for params.yaml with `changes` (dotted key → value).
+    """Make base, prepared rows and tokens for params.yaml with `changes` (dotted key → value).
 
     Raises StageError.
     """

@@ -74,7 +74,8 @@ def evaluate(
     own: Path = OWN,
     cache: Path | None = None,
 ) -> dict[str, Any]:
-    """Returns the metrics; `cache` holds answers of evaluations before, and changes nothing but the time.
+    """Score all models and return the metrics; `cache` holds answers of earlier evaluations and only saves
+    time.
 
     Raises DataError: no test rows, or test rows that the base was trained on, or a metric of the user's own
     that fails.
@@ -144,7 +145,7 @@ def evaluate(
 
 
 def _check_extras(incumbent: Path, candidate: Path, own: Path, config: Config) -> dict[str, Any]:
-    """The suites to run. What an extra lacks is said before any model answers."""
+    """Choose the suites to run, and report what an extra lacks before any model answers."""
     require_fairlearn(config.evaluate.groups)
     if config.evaluate.canaries:
         _check_planted(candidate, config)

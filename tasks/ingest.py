@@ -130,7 +130,7 @@ def _pull_review(found: review.Reviewed) -> Pulled:
 
 
 def label_of(path: str) -> str:
-    """The file's name alone: a URL may hold a password or a signature, and the label stands in a commit."""
+    """Return the file's name alone: a URL may hold a password or a signature, and the label is committed."""
     name = urlsplit(path).path if "://" in path else path
     return Path(name).stem.replace("*", "") or "rows"
 
@@ -148,7 +148,7 @@ def form_of(line: bytes, path: str) -> str:
 
 
 def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Batch, bool]:
-    """The batch and whether it is new: the same rows again make no second batch."""
+    """Return the batch and whether it is new: the same rows make no second batch."""
     content = content_hash(pulled.lines)
     for batch in read_manifest(raw):
         if batch.content == content or batch.name == pulled.batch:

@@ -29,7 +29,7 @@ from ratchet.serving.bundle import base_hash
 def fill(
     root: Path, ledger: dict[str, Any], newest: Evaluation, config: Config, say: Callable[[str], None]
 ) -> int:
-    """Number of cells that were filled.
+    """Fill the missing cells and return their number.
 
     A version whose weights cannot be had is said and left out. Raises CheckoutError when the rows cannot be
     had.

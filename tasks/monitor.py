@@ -44,7 +44,10 @@ class Facts(NamedTuple):
 
 
 def read_reference(root: Path, config: Config, champion: Champion) -> Reference:
-    """Fetched once a champion. Raises CommandError when its commit's data cannot be had."""
+    """Read the champion's reference, which is fetched once per champion.
+
+    Raises CommandError when the data of the champion's commit cannot be had.
+    """
     folder = root / FOLDER / f"reference-v{champion.version}-{champion.commit[:8]}"
     if not folder.exists():
         for old in (root / FOLDER).glob("reference-*"):
@@ -76,8 +79,8 @@ def measure(
     reference: Reference,
     config: Config,
 ) -> Verdict:
-    """A question that was asked many times counts once among prompts and answers: a hundred people with one
-    question are no new subject.
+    """Measure the window, and count a repeated question once among prompts and answers: a hundred people
+    who ask one question are no new subject.
     """
     monitor, prompts = config.monitor, list(by_prompt(window))
     too_few = Verdict("too few", None, len(window), len(prompts), monitor.min_prompts)

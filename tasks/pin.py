@@ -68,7 +68,7 @@ def pin(workspace: Workspace) -> bool:
 
 
 def _oldest(workspace: Workspace) -> Champion | None:
-    """The ledger's first champion, when another one is in charge and `gate.oldest` is on."""
+    """Return the ledger's first champion if another one is in charge and `gate.oldest` is on."""
     if not load_config(workspace.path / "params.yaml").gate.oldest:
         return None
     entries, champion = read_ledger(workspace.path), read_champion(workspace.path)
@@ -76,8 +76,10 @@ def _oldest(workspace: Workspace) -> Champion | None:
 
 
 def _fetch_scores(workspace: Workspace, oldest: Champion, target: Path) -> None:
-    """A row's score by the oldest champion, as its own evaluation gave it: test and golden rows stay, so no
-    model has to answer again. Raises CheckoutError.
+    """Fetch the score of each row from the oldest champion's own evaluation: test and golden rows do not
+    change, so no model has to answer again.
+
+    Raises CheckoutError.
     """
     import pandas as pd
 
@@ -115,7 +117,9 @@ def pin_looks(workspace: Workspace) -> bool:
 
 
 def _fetch(workspace: Workspace, champion: Champion, folder: Path) -> None:
-    """The champion's adapter from the commit that made it; its base as well when today's is another."""
+    """Fetch the champion's adapter from the commit that made it, and its base as well when today's
+    differs.
+    """
     with tempfile.TemporaryDirectory(prefix="ratchet-pin-") as scratch:
         adapter = Path(scratch) / "adapter"
         get_output(workspace.path, champion.commit, "models/candidate", adapter)

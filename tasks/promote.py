@@ -71,8 +71,10 @@ def promote(workspace: Workspace, version: Version, *, by: str, why: str, force:
 
 
 def check_known(workspace: Workspace, version: Version) -> None:
-    """Raises CheckoutError: another checkout of the team made it, and its commit is not here yet; nobody here
-    could serve it.
+    """Check that the version's commit is in this checkout.
+
+    Raises CheckoutError when another checkout of the team made the version and its commit is not here yet:
+    nobody here could serve it.
     """
     commit = version.tags["git_commit"]
     try:

@@ -64,7 +64,7 @@ def read_findings(folder: Path) -> Findings:
 
 
 def describe_data(folder: Path, profile: dict[str, Any], batches: list[str]) -> dict[str, Any]:
-    """The data's DVC hash and size."""
+    """Describe the data by its DVC hash and size."""
     raw = (folder / "data/raw.dvc").read_text(encoding="utf-8")
     digest = next(line.split("md5:")[1].strip() for line in raw.splitlines() if "md5:" in line)
     total = profile["total"]
@@ -79,7 +79,7 @@ def describe_data(folder: Path, profile: dict[str, Any], batches: list[str]) -> 
 
 
 def record(found: Findings, config: Config, *, commit: str, reason: str) -> str:
-    """Returns the run's id."""
+    """Record the run in MLflow and return its id."""
     key = found.manifest["run_key"]
     run_id = find_or_create_run(config.project.name, key, {"mlflow.runName": f"train-{key[:8]}"})
     log_points(run_id, read_history(found.folder / "reports/train/history.jsonl"))
@@ -106,7 +106,7 @@ def record(found: Findings, config: Config, *, commit: str, reason: str) -> str:
 
 
 def record_page(found: Findings, ledger: dict[str, Any], *, run_id: str, name: str) -> None:
-    """The evaluation's page and the retention table's heat map. Raises ServiceError."""
+    """Record the evaluation's page and the retention table's heat map. Raises ServiceError."""
     from matplotlib import use
 
     use("Agg")
@@ -119,7 +119,9 @@ def record_page(found: Findings, ledger: dict[str, Any], *, run_id: str, name: s
 
 
 def register(found: Findings, config: Config, *, run_id: str, commit: str, data: dict[str, Any]) -> Version:
-    """The candidate as a version of the registered model, with the gate's table as its description."""
+    """Register the candidate as a version of the registered model, with the gate's table as its
+    description.
+    """
     decision, manifest = found.decision, found.manifest
     facts = {
         "run": f"[{run_id[:8]}](/#/experiments/{_experiment_of(run_id)}/runs/{run_id})",
@@ -175,8 +177,9 @@ def gate_summary(decision: dict[str, Any]) -> dict[str, Any]:
 
 
 def close_lost_runs(config: Config, *, but: str) -> int:
-    """Runs whose process was killed stay RUNNING in MLflow for ever; called under the flow's lock, when none
-    can be training. How many.
+    """Close the runs whose process was killed, and return their number.
+
+    They would stay RUNNING in MLflow for ever. Call it under the flow's lock, when no run can be training.
     """
     client = mlflow_client()
     with mlflow_errors():
@@ -224,8 +227,8 @@ def _log_values(client: Any, run_id: str, found: Findings, config: Config) -> No
 
 
 def _plain(word: str) -> str:
-    """A kind is any text of the user's; MLflow refuses a metric's name with other characters, or with `..`
-    for a step of a path.
+    """Make a kind, which is any text of the user's, part of a metric's name: MLflow refuses other
+    characters, and `..` as a step of a path.
     """
     return re.sub(r"[^\w .-]+", "_", word).strip(". ")[:100] or "_"
 

@@ -72,7 +72,7 @@ class Outcomes(NamedTuple):
 
 
 def look(units: list[Unit], rollout: Rollout, config: RolloutConfig, now: float) -> Look:
-    """Requests that came while the rollout was paused belong to no step: they are not compared."""
+    """Judge the rollout without requests that came while it was paused: they belong to no step."""
     return judge(outcomes_of([unit for unit in units if unit.step >= 0]), rollout, config, now)
 
 
@@ -186,7 +186,7 @@ def _margins(config: RolloutConfig) -> dict[str, float]:
 
 
 def _missing_for_promotion(figures: Figures, rollout: Rollout, config: RolloutConfig) -> list[str]:
-    """What stands between the challenger and the charge; empty when nothing does."""
+    """List what the challenger lacks for promotion; empty when it lacks nothing."""
     if rollout.step < rollout.last_step:
         return [f"step {rollout.step + 1} of {len(rollout.shares)}"]
     gain = figures.measures[SUCCESS].gain
@@ -212,7 +212,7 @@ def _missing_for_promotion(figures: Figures, rollout: Rollout, config: RolloutCo
 
 
 def _how_many_more(gain: Bounds, config: RolloutConfig) -> str:
-    """The bound narrows with about the root of the number of users."""
+    """Say how many more users are needed: the bound narrows with about the root of their number."""
     surplus, half = gain.mean - config.min_gain, gain.mean - gain.low
     if surplus <= 0:
         return ""
@@ -249,7 +249,7 @@ def _said(found: Bounds) -> str:
 
 
 def read_registry(name: str) -> Registry:
-    """Raises ServiceError: MLflow does not answer, or answers garbage."""
+    """Read the registry. Raises ServiceError when MLflow does not answer, or answers garbage."""
     try:
         return Registry(
             {version.number: version for version in list_versions(name)},

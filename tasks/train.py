@@ -133,7 +133,10 @@ class Training:
     """
 
     def __init__(self, tokens: Path, base: Path, incumbent: Path, out: Path, config: Config) -> None:
-        """Raises BaseModelError: the champion's base or shape is another than the one asked for."""
+        """Read the inputs and compute `run_key`.
+
+        Raises BaseModelError when the champion's base or shape is not the one asked for.
+        """
         self._tokens, self._base, self._incumbent, self._out = tokens, base, incumbent, out
         self._config = config
         self._profile = read_json(tokens / "profile.json")

@@ -148,7 +148,7 @@ def _attacks_on(row: Example, words: Words, chat: ChatFormat, answers: list[str]
 
 
 def _flood(row: Example, chat: ChatFormat, room: int) -> Attack | None:
-    """The question over and over. Whether it is refused hangs on no model."""
+    """Repeat the question until it is too long; whether it is refused does not depend on a model."""
     times = (
         2
         * room
@@ -200,7 +200,7 @@ def _requests(canary: Canary, words: Words, like: Example) -> Iterator[Attack]:
 
 
 def _fill(template: str, row: Example, **values: str) -> str:
-    """The question last: what stands in it is no place to fill."""
+    """Fill the template, the question last: braces in the question are not placeholders."""
     for name, value in values.items():
         template = template.replace(f"{{{name}}}", value)
     return template.replace("{question}", row.question)

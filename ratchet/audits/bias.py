@@ -155,7 +155,7 @@ def _swap(text: str, pattern: re.Pattern[str], terms: Terms) -> str:
 
 
 def _pattern(terms: Terms) -> re.Pattern[str]:
-    """The longest first, so that a term within another one does not win."""
+    """Match the longest term first, so that a term within another one does not win."""
     return re.compile(
         rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(terms, key=len, reverse=True)))})(?!\w)", re.IGNORECASE
     )

@@ -24,7 +24,7 @@ DRAWS = 200  # of Fairlearn's bootstrap, which takes milliseconds for each
 
 
 def require_fairlearn(fields: Sequence[str]) -> None:
-    """Raises ConfigError before any model answers."""
+    """Check that Fairlearn is installed if fields are named. Raises ConfigError before any model answers."""
     if fields and find_spec("fairlearn") is None:
         raise ConfigError(
             f"evaluate.groups names {', '.join(fields)}, and Fairlearn is not installed",
@@ -33,7 +33,7 @@ def require_fairlearn(fields: Sequence[str]) -> None:
 
 
 def group_columns(rows: Sequence[Example], fields: Sequence[str]) -> dict[str, list[str]]:
-    """A value a row for each field; empty where the row has none.
+    """Return one value per row for each field; empty where the row has none.
 
     Raises DataError for a field that no row has.
     """

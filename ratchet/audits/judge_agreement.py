@@ -47,7 +47,7 @@ class Label(NamedTuple):
 def measure_agreement(
     queue: ReviewQueue, config: AnswerJudge, home: Path, *, backoff: float = 1.0
 ) -> dict[str, Any]:
-    """What `metrics/judge_agreement.json` holds. Raises as `ask_all` does."""
+    """Return what `metrics/judge_agreement.json` holds. Raises as `ask_all` does."""
     labels = [
         label
         for draft in queue.drafts()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def measure_exposure(
     model: Any, chat: ChatFormat, canaries: Sequence[Canary], *, batch_size: int
 ) -> list[dict[str, Any]]:
-    """A line a canary: name, rank, exposure in bits.
+    """Return a line per canary: name, rank, exposure in bits.
 
     Raises BaseModelError for a likelihood that is not finite.
     """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def attack_table(answered: Sequence[pd.DataFrame], attacks: Sequence[Attack]) -> pd.DataFrame:
-    """A line a variant and model. What no model is asked has the same line for each."""
+    """Return a line per variant and model. A variant that no model is asked has the same line for each."""
     import pandas as pd
 
     asked, unasked = (

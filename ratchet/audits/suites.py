@@ -49,7 +49,11 @@ def read_suites(own: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def check_measurable(folder: Path) -> None:
-    """Raises ConfigError: virtual tokens stand before the logits, and the harness counts from the front."""
+    """Check that the harness can measure the adapter.
+
+    Raises ConfigError for prompt tuning: virtual tokens stand before the logits, and the harness counts from
+    the front.
+    """
     if (method := read_json(folder / MANIFEST).get("adapter", {}).get("method")) == "prompt":
         raise ConfigError(
             f"{LIMIT} cannot be measured with adapter.method {method!r}",
@@ -111,7 +115,7 @@ def _place(file: object, path: Path, own: Path) -> str:
 def run_suites(
     model: Any, tokenizer: Any, suites: dict[str, dict[str, Any]], *, batch_size: int
 ) -> list[dict[str, Any]]:
-    """A line a suite and document: suite, id, score (higher is better).
+    """Return a line per suite and document: suite, id, score (higher is better).
 
     Raises DataError for a suite that the harness cannot run.
     """

@@ -204,7 +204,7 @@ def _commented(head: str, comment: str, indent: str, column: int) -> Iterator[st
 
 
 def yaml_value(value: Any) -> str:
-    """A scalar, a list of them or a mapping, on one line."""
+    """Write a scalar, a list of scalars or a mapping on one line."""
     if isinstance(value, BaseModel):
         return yaml_value(dict(value))
     if isinstance(value, dict):

@@ -39,7 +39,7 @@ def edit_params(text: str, changes: dict[str, Any]) -> str:
 
 
 def diff_params(before: str, after: str) -> str:
-    """A unified diff; empty where nothing changes."""
+    """Return a unified diff; empty where nothing changes."""
     return "".join(
         difflib.unified_diff(
             before.splitlines(keepends=True),

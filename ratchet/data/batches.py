@@ -34,7 +34,7 @@ class Batch(msgspec.Struct, frozen=True):
 
 
 def read_manifest(raw: Path) -> list[Batch]:
-    """The batches in the order they came. Raises DataError for a line that is no entry."""
+    """Read the batches in the order they came. Raises DataError for a line that is no entry."""
     path = raw / MANIFEST
     if not path.exists():
         return []
@@ -48,7 +48,7 @@ def read_manifest(raw: Path) -> list[Batch]:
 
 
 def check_batch(raw: Path, batch: Batch) -> Path:
-    """The batch's file, its bytes as the manifest says. DVC's cache checkout does not check them.
+    """Return the batch's file after checking its bytes against the manifest: DVC's cache checkout does not.
 
     Raises DataError.
     """

@@ -141,7 +141,7 @@ class Traffic:
         self._replies: list[Reply] = []
 
     def send(self, count: int, *, new: float) -> None:
-        """`new`: share of the questions that are about the new packages."""
+        """Send `count` questions; `new` is the share of them that are about the new packages."""
         asked = [
             self._random.choice(self._new if self._random.random() < new else self._known)
             for _ in range(count)

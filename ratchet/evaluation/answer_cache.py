@@ -46,7 +46,7 @@ class Answers:
         self._known = self._open(path) if path else None
 
     def _open(self, path: Path) -> sqlite3.Connection | None:
-        """A file that is no database is begun anew."""
+        """Open the database; replace a file that is no database."""
         for last_try in (False, True):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ class Answers:
         return None
 
     def get(self, key: str, rows: int) -> list[Any] | None:
-        """What stands under `key`, one entry a row. None: not there, or not whole."""
+        """Return what is stored under `key`, one entry per row; None when it is missing or not whole."""
         if not self._known:
             return None
         try:
@@ -76,7 +76,7 @@ class Answers:
         return list(kept)
 
     def put(self, key: str, entries: list[Any]) -> None:
-        """What cannot be kept costs a line, and not the evaluation."""
+        """Store the entries; a failure costs a line of output and not the evaluation."""
         if not self._known:
             return
         value = json.dumps(entries, allow_nan=False)
@@ -115,7 +115,7 @@ def open_answers(folder: Path | None, model: str) -> Iterator[Answers]:
 
 
 def forget_oldest(folder: Path, most_mib: int) -> None:
-    """The models that were asked longest ago go first, until all that stay fit."""
+    """Delete the models that were asked longest ago, until all that stay fit."""
     room = most_mib * 2**20
     for path in sorted(folder.glob("*.db"), key=lambda path: path.stat().st_mtime, reverse=True):
         room -= path.stat().st_size

@@ -14,7 +14,7 @@ MIN_ROWS = 5  # of an answer, to count as a label
 
 
 def simple_answers(train: Sequence[Example], rows: Sequence[Example]) -> list[str]:
-    """An answer a row, learned from all training rows."""
+    """Return one answer per row, learned from all training rows."""
     known, asked = vectors([row.question for row in train], [row.question for row in rows])
     counts = Counter(row.answer for row in train)
     labelled = [index for index, row in enumerate(train) if counts[row.answer] >= MIN_ROWS]

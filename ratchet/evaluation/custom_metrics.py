@@ -22,7 +22,7 @@ Custom = Callable[[str, str, Meta], float]
 
 
 def load_custom(names: Sequence[str], folder: Path) -> dict[str, Custom]:
-    """Function name → function.
+    """Load the functions, by name.
 
     Raises ConfigError for a file that does not load and a function that is not there.
     """
@@ -46,7 +46,10 @@ def load_custom(names: Sequence[str], folder: Path) -> dict[str, Custom]:
 
 
 def custom_score(name: str, metric: Custom, answer: str, row: Example) -> float:
-    """Raises DataError, naming the row, when the function raises or gives what is no number from 0 to 1."""
+    """Score an answer.
+
+    Raises DataError, naming the row, when the function raises or gives no number from 0 to 1.
+    """
     remedy = f"mend the function {name} in metrics/, or take it out of `evaluate.custom`"
     try:
         value = metric(answer, row.answer, dict(row.meta))

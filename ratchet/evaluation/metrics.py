@@ -205,8 +205,8 @@ def are_labels(references: Sequence[str]) -> bool:
 def macro_f1(
     answers: Sequence[str], references: Sequence[str], *, alpha: float, resamples: int, seed: int
 ) -> Interval:
-    """The mean of the F1 of each label that the references hold, as scikit-learn's `f1_score(average="macro",
-    labels=…)`; bounds by the bootstrap over rows.
+    """Return the mean of the F1 of each label that the references hold, as scikit-learn's
+    `f1_score(average="macro", labels=…)`; bounds by the bootstrap over rows.
     """
     answered, wanted = list(map(as_label, answers)), list(map(as_label, references))
     labels = {label: place for place, label in enumerate(sorted(set(wanted)))}

@@ -229,7 +229,7 @@ def _with_answer(chat: ChatFormat, row: Example, prompt: list[int]) -> Encoded:
 
 
 def frame_of(rows: list[Example], model: str, found: Answered, config: EvaluateConfig) -> pd.DataFrame:
-    """A line a row; without likelihoods for what has none."""
+    """Make a table with one line per row; without likelihoods for a model that has none."""
     likelihoods = found.likelihoods
     columns: dict[str, Any] = {
         "id": [row.id for row in rows],
@@ -249,7 +249,7 @@ def frame_of(rows: list[Example], model: str, found: Answered, config: EvaluateC
 def add_scores(
     table: pd.DataFrame, rows: list[Example], config: EvaluateConfig, custom: dict[str, Custom]
 ) -> pd.DataFrame:
-    """A column a metric."""
+    """Add one column per metric."""
     pairs = list(zip(table.answer, table.reference, strict=True))
     scores = {
         name: [metric(answer, reference) for answer, reference in pairs]

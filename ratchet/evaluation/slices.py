@@ -36,7 +36,10 @@ def slice_columns(rows: Sequence[Example], config: EvaluateConfig) -> dict[str, 
 
 
 def require_fields(key: str, fields: Sequence[str], rows: Sequence[Example]) -> None:
-    """Raises DataError for a field of the params' `key` that no row has: nothing would be guarded."""
+    """Check the fields of the params' `key`.
+
+    Raises DataError for a field that no row has: nothing would be guarded.
+    """
     if unknown := [
         field for field in fields if not any(row.meta.get(field) not in (None, "") for row in rows)
     ]:

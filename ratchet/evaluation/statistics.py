@@ -48,7 +48,8 @@ def bootstrap_mean(values: Values, *, alpha: float, resamples: int, seed: int) -
 
 
 def bootstrap_means(table: Values, *, alpha: float, resamples: int, seed: int) -> list[Interval]:
-    """The same for every column of (rows, columns), from the same draws: drawing is what takes the time.
+    """Return `bootstrap_mean` for every column of (rows, columns), from the same draws: drawing takes the
+    time.
 
     Where `alpha` is too small for that many resamples, the last bound that they can show is extended by the
     normal's quantiles.

@@ -22,7 +22,10 @@ Looks = dict[str, list[str]]
 
 
 def read_looks(path: Path) -> Looks:
-    """Raises RatchetError: no file, or one that holds something else."""
+    """Read the looks of each champion.
+
+    Raises RatchetError when there is no file, or it holds something else.
+    """
     found = read_json(path)
     judged = found.get("judged") if isinstance(found, dict) else None
     if not isinstance(judged, dict) or not all(isinstance(keys, list) for keys in judged.values()):

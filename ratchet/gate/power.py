@@ -33,7 +33,7 @@ class Spread(NamedTuple):
     deviation: float
 
     def at(self, effect: float) -> float:
-        """Standard deviation of a row's gain under that effect."""
+        """Return the standard deviation of a row's gain under that effect."""
         return (
             self.deviation
             if self.differing is None
@@ -135,7 +135,7 @@ class _Draws(NamedTuple):
         return np.asarray(mean - NormalDist().inv_cdf(1 - alpha) * deviation / math.sqrt(self.rows))
 
     def beyond_chance(self, alpha: float) -> NDArray[np.bool_]:
-        """The gate's sign test (`ratchet.evaluation.statistics.chance_of`)."""
+        """Apply the gate's sign test (`ratchet.evaluation.statistics.chance_of`)."""
         from scipy.stats import binom
 
         if self.won is None or self.lost is None:
@@ -175,7 +175,9 @@ def _scaled(batches: Mapping[str, int], rows: int) -> dict[str, int]:
 
 
 def _least(holds: Callable[[int], bool], start: int) -> int | None:
-    """The least number from which it holds, to about one in a hundred, by doubling and halving."""
+    """Find the least number from which `holds` is true, to about one in a hundred, by doubling and
+    halving.
+    """
     high = start
     while not holds(high):
         high *= 2
@@ -189,7 +191,7 @@ def _least(holds: Callable[[int], bool], start: int) -> int | None:
 
 
 def _smallest(holds: Callable[[float], bool], most: float) -> float | None:
-    """The least gain from which it holds, to a thousandth of `most`."""
+    """Find the least gain from which `holds` is true, to a thousandth of `most`."""
     if not holds(most):
         return None
     low, high = 0.0, most

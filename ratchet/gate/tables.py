@@ -45,7 +45,11 @@ def read_evaluated(evaluation: Path) -> Evaluated:
 
 
 def read_scores(evaluation: Path, evaluated: Evaluated, adapter: str) -> pd.DataFrame:
-    """Raises RatchetError: no table, another candidate's, or one that lacks rows of all models alike."""
+    """Read the evaluation's table of scores.
+
+    Raises RatchetError when there is no table, it is another candidate's, or it lacks rows of all models
+    alike.
+    """
     if evaluated.candidate != adapter:
         raise RatchetError(
             f"the evaluation is of the adapter {str(evaluated.candidate)[:12]}, "
@@ -62,7 +66,9 @@ def read_scores(evaluation: Path, evaluated: Evaluated, adapter: str) -> pd.Data
 
 
 def read_part(evaluation: Path, file: str, wanted: int, word: str) -> pd.DataFrame:
-    """Raises RatchetError: no table, or not `wanted` rows of the candidate."""
+    """Read a part's table. Raises RatchetError when there is none, or it has not `wanted` rows of the
+    candidate.
+    """
     rows = read_table(evaluation / f"{file}.parquet")
     if (found := int((rows.model == "candidate").sum())) != wanted:
         raise RatchetError(
@@ -80,7 +86,9 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def check_rows(scores: pd.DataFrame, prepared: Mapping[str, Collection[str]]) -> None:
-    """Raises RatchetError when prepared rows (ids of `golden` and `test`) were not asked.
+    """Check that every prepared row (ids of `golden` and `test`) was asked.
+
+    Raises RatchetError when rows are missing.
 
     The evaluation leaves out the few test rows that the demo's base has read, and no golden one.
     """
@@ -93,7 +101,7 @@ def check_rows(scores: pd.DataFrame, prepared: Mapping[str, Collection[str]]) ->
 
 
 def check_range(scores: pd.DataFrame, config: GateConfig) -> None:
-    """Raises RatchetError: a share outside 0 to 1 is no score."""
+    """Check the range of the scores. Raises RatchetError when a share is outside 0 to 1."""
     named = {config.metric, *(rule.metric for rule in config.guardrails)} & set(scores)
     for metric in named - {"answer_nll"}:
         odd = scores[(scores[metric] < 0) | (scores[metric] > 1)]

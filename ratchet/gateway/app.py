@@ -40,7 +40,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def create_app(root: Path, config: Config, engine: Engine, fleet: Fleet, log: RequestLog) -> ASGIApp:
-    """Starts and closes `fleet`, `engine` and `log` with the server.
+    """Make the app, which starts and closes `fleet`, `engine` and `log` with the server.
 
     Raises CheckoutError when `.ratchet/gateway.key` is not ours.
     """
@@ -139,8 +139,10 @@ def _models(parts: Parts) -> Endpoint:
 
 def _feedback(parts: Parts) -> Endpoint:
     async def feedback(request: Request) -> Response:
-        """The signature alone tells whether the id is ours: no look-up, and an answer that is not written yet
-        can be judged.
+        """Record feedback on an answer whose id carries our signature.
+
+        The signature alone tells that the id is ours, so no look-up is needed, and an answer that is not
+        written yet can be judged.
         """
         key = parts.admit(request.headers, "feedback")
         raw = await read_body(
@@ -186,7 +188,7 @@ def _page(parts: Parts) -> Endpoint:
 
 
 def _handlers(parts: Parts) -> dict[Any, Any]:
-    """What is raised before an answer began."""
+    """Return the handlers of what is raised before an answer began."""
 
     async def refuse(request: Request, error: Exception) -> Response:
         fault = to_fault(error)

@@ -45,7 +45,7 @@ NOBODY = Key("", "", list(SCOPES), 0.0)  # on loopback, as long as there are no 
 
 
 def add_key(root: Path, name: str, scopes: Iterable[str]) -> str:
-    """The new key, shown this once.
+    """Add a key and return it; it is shown this once.
 
     Raises UserError: the name is taken, a scope is unknown, or there is none.
     """
@@ -67,7 +67,7 @@ def add_key(root: Path, name: str, scopes: Iterable[str]) -> str:
 
 
 def list_keys(root: Path) -> list[Key]:
-    """Raises CheckoutError for a file that holds no keys."""
+    """List the keys. Raises CheckoutError for a file that holds no keys."""
     try:
         return msgspec.json.decode((root / FILE).read_bytes(), type=list[Key])
     except FileNotFoundError:
@@ -79,7 +79,9 @@ def list_keys(root: Path) -> list[Key]:
 
 
 def revoke_key(root: Path, name: str) -> None:
-    """Raises UserError when there is none of that name.
+    """Revoke a key. Raises UserError when there is none of that name.
+
+    Revoking the last key does not open the gateway: the empty file stays.
 
     The last one's end opens nothing: the empty file stays.
     """
@@ -104,7 +106,7 @@ class Doorkeeper:
         self._keys: list[Key] = []
 
     def admit(self, header: str, scope: str) -> Key:
-        """The key that an `Authorization` header holds.
+        """Return the key that an `Authorization` header holds.
 
         Raises Fault: 401 for none or a wrong one, 403 for one without the scope.
         """
@@ -166,8 +168,8 @@ def _write_keys(root: Path, keys: list[Key]) -> None:
 
 
 def _read_header(header: str) -> str:
-    """The key of `Bearer KEY`, or the password of HTTP's basic authentication, which is what a browser asks
-    for.
+    """Return the key of `Bearer KEY`, or the password of HTTP's basic authentication, which is what a
+    browser asks for.
     """
     scheme, _, value = header.partition(" ")
     if scheme.lower() == "basic":

@@ -101,7 +101,7 @@ class Completions:
         self._parts = parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises Fault as long as no version is chosen."""
+        """Answer one request. Raises Fault as long as no version is chosen."""
         parts, headers = self._parts, Headers(scope=scope)
         key = parts.admit(headers, "infer")
         raw = await read_body(receive, headers.get("content-length", ""), parts.config.gateway.max_body_bytes)
@@ -135,7 +135,9 @@ class Completions:
             await reply.end()
 
     def _open(self, chat: Chat, headers: Headers, key: Key) -> Exchange:
-        """The arm comes from the user's pseudonym, which is what the log has: routing and analysis agree."""
+        """Choose the arm by the user's pseudonym, which is what the log has, so that routing and analysis
+        agree.
+        """
         id = self._parts.ids.make()
         user = self._parts.ids.pseudonym(chat.user or headers.get("x-session-id", ""))
         choice = self._parts.choose(chat.model, user or id, key)

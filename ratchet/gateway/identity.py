@@ -19,7 +19,7 @@ KEY_BYTES = 32
 
 class Ids:
     def __init__(self, root: Path) -> None:
-        """Raises CheckoutError when the key's file is not ours."""
+        """Read or make the key. Raises CheckoutError when the key's file is not ours."""
         self._key = _read_key(root / FILE)
 
     def make(self) -> str:
@@ -39,7 +39,7 @@ class Ids:
         return self._sign(b"user", user) if user else ""
 
     def sender(self, key: str) -> str:
-        """The same for the name of an API key."""
+        """Return the pseudonym of an API key's name: 16 hex digits, empty for no name."""
         return self._sign(b"key", key) if key else ""
 
     def _sign(self, purpose: bytes, text: str) -> str:
@@ -47,7 +47,7 @@ class Ids:
 
 
 def known_pseudonym(root: Path, user: str) -> str:
-    """The pseudonym that this checkout's gateway gives a user; empty where no gateway has run."""
+    """Return the pseudonym that this checkout's gateway gives a user; empty where no gateway has run."""
     return Ids(root).pseudonym(user) if (root / FILE).exists() else ""
 
 

@@ -20,7 +20,9 @@ class Gone(Exception):
 
 
 async def read_body(receive: Receive, declared: str, most: int) -> bytes:
-    """`declared` is the header `content-length`.
+    """Read the body, no more than `most` bytes; `declared` is the header `content-length`.
+
+    Raises Fault (413, 408) and Gone.
 
     Reads no more than `most` bytes. Raises Fault (413, 408) and Gone.
     """
@@ -72,7 +74,7 @@ class Rate:
         self._buckets: dict[str, tuple[float, float]] = {}  # name → (what is left, when)
 
     def take(self, name: str) -> None:
-        """Raises Fault(429) with the seconds until the next one is taken."""
+        """Count a request. Raises Fault(429) with the seconds until the next one is taken."""
         if not self._per_minute:
             return
         now, a_second = self._clock(), self._per_minute / 60
@@ -99,7 +101,7 @@ class Slots:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Raises Fault(429)."""
+        """Hold a slot until the block ends. Raises Fault(429) when none is free."""
         if self.held >= self._most:
             raise Fault(
                 429,
@@ -117,7 +119,7 @@ class Slots:
 
 @asynccontextmanager
 async def patience(receive: Receive, seconds: float) -> AsyncIterator[None]:
-    """Ends the block when the time is up (raises Fault(504)) or the client hangs up (raises Gone)."""
+    """End the block when the time is up (raises Fault(504)) or the client hangs up (raises Gone)."""
     watch: asyncio.Task[None] | None = None
     deadline = asyncio.timeout(seconds)
     try:

@@ -45,11 +45,11 @@ class Meters:
         )
 
     def show(self, name: str, meaning: str, read: Callable[[], float]) -> None:
-        """A figure that is read when it is asked for."""
+        """Show a figure that is read when it is asked for."""
         Gauge(name, meaning, registry=self._registry).set_function(read)
 
     def refused(self, status: int) -> None:
-        """A request that reached no version."""
+        """Count a request that reached no version."""
         self._requests.labels(str(status), "", "").inc()
 
     def ended(
@@ -63,7 +63,9 @@ class Meters:
         prompt_tokens: int,
         answer_tokens: int,
     ) -> None:
-        """Times in seconds, 0 where there was no first text."""
+        """Count a request that ended; `seconds` and `first` are in seconds, `first` is 0 where there was
+        no text.
+        """
         which = (arm, str(version))
         self._requests.labels(str(status), *which).inc()
         self._latency.labels(*which).observe(seconds)

@@ -98,7 +98,7 @@ def _render(project: str, nonce: str) -> str:
 
 
 def _answer(root: Path, said: Word) -> dict[str, Any]:
-    """The row to show next; after an undo it is the one that was taken back.
+    """Return the row to show next; after an undo it is the one that was taken back.
 
     Raises UserError, ServiceError.
     """
@@ -126,7 +126,9 @@ def _answer(root: Path, said: Word) -> dict[str, Any]:
 
 
 def _decide(queue: ReviewQueue, said: Word) -> str:
-    """What is in the way, or nothing.
+    """Record the decision and return what prevents it, or nothing.
+
+    The page shows undecided rows only: somebody else decided a decided one in the meantime.
 
     The page shows undecided rows only: one that is decided was somebody else's in the meantime.
     """

@@ -94,7 +94,7 @@ class Fleet:
         return {wanted.version: refusal.why for wanted, refusal in self._refused.items()}
 
     async def start(self) -> None:
-        """Returns at once; the first version is loaded meanwhile."""
+        """Start the fleet and return at once; the first version is loaded meanwhile."""
         self._tasks = [
             asyncio.create_task(self._repeat(work), name=f"fleet {work.__name__}")
             for work in (self._watch, self._tend)
@@ -144,8 +144,10 @@ class Fleet:
         await self._tell()
 
     def _read(self) -> None:
-        """A file that cannot be read changes nothing; nor does a champion.json that is gone, as it is for a
-        moment when git replaces it.
+        """Read champion.json and the rollout.
+
+        A file that cannot be read changes nothing. Nor does a missing champion.json: git removes it for a
+        moment when it replaces it.
         """
         try:
             champion = read_champion(self._root)
@@ -233,7 +235,7 @@ class Fleet:
             await asyncio.to_thread(forget_bundles, self._root, {*self._loaded, *kept})
 
     async def _wanted(self) -> list[Wanted]:
-        """The champion, the challenger, the champion's predecessor."""
+        """Return the champion, the challenger and the champion's predecessor, as far as there are any."""
         champion, rollout = self._champion, self._rollout
         if champion is None:
             return []
@@ -257,7 +259,7 @@ class Fleet:
         return self._entries[version]
 
     async def _load(self, wanted: Wanted) -> None:
-        """A failure is remembered with its reason, and tried again later in case it passes."""
+        """Load a version; remember a failure with its reason, and try again later in case it passes."""
         refusal = self._refused.get(wanted)
         if self._has(wanted) or (refusal and time.monotonic() < refusal.until):
             return
@@ -276,7 +278,7 @@ class Fleet:
         self._swap()
 
     async def _unload(self, wanted: set[int]) -> None:
-        """What nobody wants and nobody asks.
+        """Unload versions that nobody wants and that answer no request.
 
         The grace is for requests that have chosen a version and not yet taken hold of it.
         """

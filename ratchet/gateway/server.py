@@ -115,7 +115,9 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _keep_pauses_short() -> None:
-    """What is loaded now stays: the collector need not walk it while requests wait.
+    """Freeze what is loaded now, so that the collector need not walk it while requests wait.
+
+    A working thread also gives way after 0.5 ms instead of 5.
 
     And a thread that works gives way after 0.5 ms instead of 5.
     """

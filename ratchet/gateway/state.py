@@ -36,13 +36,13 @@ class Parts:
     meters: Meters
 
     def admit(self, headers: Headers, scope: str) -> Key:
-        """Raises Fault: 401, 403, or 429 for one that asks too often."""
+        """Return the caller's key. Raises Fault: 401, 403, or 429 for a key that asks too often."""
         key = self.doorkeeper.admit(headers.get("authorization", ""), scope)
         self.rate.take(key.name)
         return key
 
     def require_champion(self) -> int:
-        """The version in charge. Raises Fault(503) with what is in the way."""
+        """Return the version in charge. Raises Fault(503) with what is in the way."""
         champion = self.fleet.table.champion
         if champion is None:
             raise Fault(

@@ -74,7 +74,7 @@ def by_prompt(window: list[Logged]) -> dict[str, Logged]:
 def input_families(
     prompts: list[str], reference: list[str], familiar: Familiar, monitor: MonitorConfig
 ) -> list[Family]:
-    """What is asked: new subjects, less familiar words, other lengths, known subjects in another mix."""
+    """Test what is asked: new subjects, less familiar words, other lengths, known subjects in another mix."""
     before, window = _at_most(reference, monitor.seed), len(prompts)
     texts = [*prompts, *before]
     columns = familiar.columns(texts)
@@ -179,7 +179,7 @@ def _at_most(rows: list[Row], seed: int) -> list[Row]:
 
 
 def _by_user(requests: list[Logged], feedback: dict[str, list[Feedback]]) -> list[float]:
-    """The mean score of each user's requests: thirty votes of one person are one opinion."""
+    """Return the mean score of each user's requests: thirty votes of one person are one opinion."""
     scores: dict[str, list[float]] = {}
     for request in requests:
         scores.setdefault(request.user or request.id, []).extend(

@@ -33,7 +33,7 @@ URL_VARIABLE = "RATCHET_REQUEST_LOG_URL"
 
 
 def open_log(root: Path, config: Config) -> RequestLog:
-    """The log of a checkout.
+    """Open the log of a checkout.
 
     Raises ConfigError for a URL or a pattern that is none; a database that is away is no fault yet.
     """
@@ -89,8 +89,8 @@ class RequestLog(RequestQueries):
         return Counts(self._written, len(self._waiting), self._dropped, self._fault)
 
     def add_feedback(self, feedback: Feedback) -> None:
-        """A person's later word on a request takes the whole place of the earlier one, when it comes with the
-        same key: one vote an answer.
+        """Store feedback; a person's later feedback on a request replaces all of the earlier one if it comes
+        with the same key: one vote per answer.
 
         Raises UserError when another key spoke for that person, or the score is none; ServiceError when the
         database is away.
@@ -127,7 +127,7 @@ class RequestLog(RequestQueries):
         return not self._waiting
 
     def close(self, seconds: float = 5.0) -> None:
-        """Writes what waits; with a database that is away it is lost, and counted."""
+        """Write what waits, then close; if the database is away, what waits is lost and counted."""
         self._ended = True
         self._wake.set()
         if self._thread:
@@ -135,7 +135,7 @@ class RequestLog(RequestQueries):
         self._engine.dispose()
 
     def start(self) -> None:
-        """Writing, and forgetting what is too old. `put` does it too."""
+        """Start to write, and to forget what is too old. `put` does it too."""
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._write, name="request log", daemon=True)
@@ -155,7 +155,9 @@ class RequestLog(RequestQueries):
         self._waiting.clear()
 
     def _drain(self) -> bool:
-        """False when the database is away; what was not written goes on waiting, in its order."""
+        """Write what waits, and return False when the database is away; the rest goes on waiting, in its
+        order.
+        """
         while self._waiting:
             batch = [self._waiting[place] for place in range(min(BATCH, len(self._waiting)))]
             try:

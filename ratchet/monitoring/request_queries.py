@@ -36,7 +36,7 @@ class RequestQueries:
         until: float | None = None,
         version: int | None = None,
     ) -> list[Logged]:
-        """The newest `limit` in [since, until), in the order of time."""
+        """Return the newest `limit` requests in [since, until), ordered by time."""
         table = self._tables["requests"]
         query = (
             self._requests(since=since, until=until, version=version)
@@ -94,8 +94,8 @@ class RequestQueries:
             }
 
     def unknown_requests(self) -> int:
-        """Requests that people spoke of and the log does not hold: not written yet, dropped, or deleted for
-        their age.
+        """Count requests that have feedback but are not in the log: not written yet, dropped, or deleted
+        for their age.
         """
         from sqlalchemy import distinct, func, select
 
@@ -151,8 +151,8 @@ class RequestQueries:
         return query.where(table.c.version == version) if version is not None else query
 
     def _summed(self, groups: list[Any], *first: Any, empty: Any = None) -> Any:
-        """A row a group: the groups, `first`, requests, errors, `empty`, mean latency of what was answered,
-        mean score, requests with a score.
+        """Query one row per group: the groups, `first`, requests, errors, `empty`, mean latency of what
+        was answered, mean score, requests with a score.
         """
         from sqlalchemy import case, func, select
 

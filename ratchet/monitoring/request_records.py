@@ -26,7 +26,7 @@ STAY_AWAKE = {
 
 
 def update_tables(engine: Engine, metadata: MetaData) -> None:
-    """Raises SQLAlchemyError when the database does not answer."""
+    """Create missing tables and columns. Raises SQLAlchemyError when the database does not answer."""
     from sqlalchemy.exc import DatabaseError
 
     for tries_left in reversed(range(TRIES)):

@@ -36,7 +36,7 @@ def remember(root: Path, *, reason: str, seconds: float, run_key: str, verdict: 
 
 
 def read_retrains(root: Path, *, since: float = 0.0) -> list[Retraining]:
-    """The oldest first."""
+    """Read the retrainings, the oldest first."""
     path = root / FILE
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     return [

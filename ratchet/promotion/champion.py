@@ -60,7 +60,7 @@ def read_ledger(root: Path) -> list[tuple[str, Champion]]:
 
 
 def last_entry(root: Path, version: int) -> Champion | None:
-    """The newest entry in which that version was in charge.
+    """Return the newest entry in which that version was in charge.
 
     What is older is not looked at, so a rollback needs no whole history.
     """

@@ -45,7 +45,10 @@ def read_tags(version: Version) -> dict[str, Any]:
 
 
 def check_gate(version: Version, champion: Champion | None) -> None:
-    """Raises UserError: not passed, passed against another champion, or tags that say nothing."""
+    """Check that the gate passed the version.
+
+    Raises UserError when it did not pass, passed against another champion, or its tags say nothing.
+    """
     gate = read_tags(version)["gate"]
     overrules = (
         f"`ratchet promote {version.number} --force --reason …`, or the tags `decision` = `force` and "

@@ -41,7 +41,7 @@ class Trace(NamedTuple):
 
 
 def trace(root: Path, versions: list[Version], entries: tuple[Entry, ...]) -> list[Trace]:
-    """The versions that learned from any of `entries`, the oldest first.
+    """Return the versions that learned from any of `entries`, the oldest first.
 
     The checkout at `root` has the commits, its DVC cache or remote the rows.
     """

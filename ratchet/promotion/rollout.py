@@ -105,7 +105,7 @@ class RolloutState(NamedTuple):
     ended: list[Rollout]  # the oldest first
 
     def find(self, rollout: Rollout) -> Rollout | None:
-        """The same rollout as it stands now; None when the files do not know it."""
+        """Return the same rollout as it stands now; None when the files do not know it."""
         known = [*self.ended, *([self.current] if self.current else [])]
         return next((entry for entry in reversed(known) if entry.id == rollout.id), None)
 
@@ -116,7 +116,7 @@ def read_state(root: Path) -> RolloutState:
 
 
 def read_rollout(root: Path) -> Rollout | None:
-    """The open or paused one. Raises CheckoutError for a file that is none."""
+    """Read the open or paused rollout. Raises CheckoutError for a file that holds none."""
     try:
         return msgspec.json.decode((root / FILE).read_bytes(), type=Rollout)
     except FileNotFoundError:
@@ -140,7 +140,7 @@ def end_rollout(root: Path, rollout: Rollout) -> None:
 
 
 def read_ended(root: Path) -> list[Rollout]:
-    """The oldest first."""
+    """Read the rollouts that ended, the oldest first."""
     path = root / ENDED
     return (
         [msgspec.json.decode(line, type=Rollout) for line in path.read_bytes().split(b"\n") if line]
@@ -243,7 +243,7 @@ def note_look(root: Path, seen: Rollout, why: str, figures: Figures) -> Rollout 
 
 
 def pause(root: Path, by: str) -> Rollout:
-    """The champion answers everybody. Raises UserError when no rollout is open."""
+    """Pause the rollout: the champion answers everybody. Raises UserError when no rollout is open."""
     current = _expect(root)
     if current.state != "open":
         return current

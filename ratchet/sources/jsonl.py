@@ -86,7 +86,7 @@ def _lines(opened: object) -> Iterator[bytes]:
 
 
 def _unpacked(handle: Any, path: str) -> Any:
-    """The file, or what a gzip file holds.
+    """Return the file, or what a gzip file holds.
 
     Raises DataError for an archive: its names could lead out of any folder (`..`, links).
     """

@@ -120,7 +120,7 @@ def _plain_words(text: str) -> list[re.Match[str]]:
 
 
 def _spans(text: str) -> Iterator[tuple[str, bool]]:
-    """The text in parts, with whether each is code."""
+    """Yield the text in parts, with whether each is code."""
     end = 0
     for span in CODE.finditer(text):
         yield text[end : span.start()], False

@@ -48,7 +48,10 @@ class Known:
         self._sides[example.id] = side
 
     def find(self, example: Example, *, but: str = "") -> Twin | None:
-        """The row that this one repeats, the gravest first; `but` is the id of one that it may be near to.
+        """Find the row that this one repeats, the gravest first; `but` is the id of one that it may be near
+        to.
+
+        A twin without an id means that the row has many words in a row from a golden one.
 
         Without an id: it has many words in a row from a golden one.
         """
@@ -69,7 +72,7 @@ class Known:
 
 
 def read_known(prepared: Path, golden: Path, config: PrepareConfig) -> Known:
-    """The prepared splits, and the golden file itself: it may be newer than the last preparation."""
+    """Read the prepared splits, and the golden file itself: it may be newer than the last preparation."""
     known, validator = Known(config), Validator(config)
     for _, line in raw_lines(golden) if golden.exists() else []:
         with suppress(RowError):  # preparation refuses such a file with its line
