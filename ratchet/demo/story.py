@@ -311,7 +311,7 @@ def _print_verdict(home: Path) -> bool:
             "[yellow]the candidate was not let through: v1 stays in charge. That is the gate's work, and "
             "worth a look at the reasons above.[/yellow]"
         )
-    return bool(decision["verdict"] == "promote")
+    return decision.verdict == "promote"
 
 
 def _print_pages(home: Path, config: Config) -> None:
