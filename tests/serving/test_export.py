@@ -359,7 +359,7 @@ def checkout(
         "run_id": "r",
         "batches": [],
         "data": {},
-        "gate": {"verdict": "promote"},
+        "gate": {"verdict": "promote", "rival": None},
         "at": "2026-01-01T00:00:00Z",
         "by": "Ana",
         "why": "",
