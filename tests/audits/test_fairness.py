@@ -4,6 +4,8 @@ named before any model answers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pandas as pd
