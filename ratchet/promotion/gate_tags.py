@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, get_type_hints
+
 import msgspec
 
 from ratchet.errors import UserError
@@ -13,12 +15,15 @@ from ratchet.tracking.registry import Version
 TEXTS = (KEY_TAG, "git_commit", "adapter_sha256")
 
 
-class Tags(msgspec.Struct, frozen=True):
+class Tags(NamedTuple):
     """The tags that hold JSON."""
 
     batches: list[str]
     data: Data
     gate: GateLine
+
+
+KINDS = get_type_hints(Tags)
 
 
 def read_tags(version: Version) -> Tags:
@@ -30,20 +35,18 @@ def read_tags(version: Version) -> Tags:
         "ratchet retrain registers candidates with all that a promotion needs; "
         "this one was registered by other means, or its tags were changed"
     )
-    if missing := [tag for tag in (*TEXTS, *Tags.__struct_fields__) if not version.tags.get(tag)]:
+    if missing := [tag for tag in (*TEXTS, *KINDS) if not version.tags.get(tag)]:
         raise UserError(f"v{version.number} has no tag {', '.join(missing)}", remedy=remedy)
-    raw: dict[str, object] = {}
-    for tag in Tags.__struct_fields__:
+    found = {}
+    for tag, kind in KINDS.items():
+        text = version.tags[tag]
         try:
-            raw[tag] = msgspec.json.decode(version.tags[tag])
-        except msgspec.DecodeError:
+            found[tag] = msgspec.json.decode(text, type=kind)
+        except msgspec.DecodeError as error:
             raise UserError(
-                f"v{version.number}'s tag `{tag}` is {version.tags[tag][:60]!r}, wanted JSON", remedy=remedy
+                f"v{version.number}'s tag `{tag}` is {text[:60]!r}: {error}", remedy=remedy
             ) from None
-    try:
-        return msgspec.convert(raw, Tags)
-    except msgspec.ValidationError as error:
-        raise UserError(f"v{version.number}'s tags tell of no gate: {error}", remedy=remedy) from None
+    return Tags(**found)
 
 
 def check_gate(version: Version, champion: Champion | None) -> None:

@@ -4,6 +4,8 @@ named before any model answers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pandas as pd
@@ -14,7 +16,9 @@ from ratchet.audits.fairness import describe_groups, group_columns, require_fair
 from ratchet.config.evaluation import GateConfig
 from ratchet.data.examples import Message, make_example
 from ratchet.errors import ConfigError, DataError
+from ratchet.evaluation.report import decode_metrics
 from ratchet.gate.guardrails import judge_groups
+from ratchet.promotion.verdict import Candidate, Rival, Verdict
 from ratchet.reporting.markdown import model_card
 
 
@@ -129,8 +133,8 @@ def test_an_evaluation_tells_its_groups_and_the_card_shows_them(
         for group, part in metrics["groups"]["batch"]["chrf"]["candidate"]["by_group"].items()
     } == {name: size for name, size in sizes.items() if size >= 20}
     card = model_card(
-        metrics,
-        {"verdict": "promote", "rival": {"version": None}, "checks": [], "params": {"metric": "chrf"}},
+        decode_metrics(metrics),
+        Verdict("promote", [], Rival("base", None), [], Candidate("", ""), params={"metric": "chrf"}),
         {},
     )
     assert "### chrf by batch" in card

@@ -28,9 +28,10 @@ from ratchet.config.evaluation import AnswerJudge, GateConfig
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, Message, example_id, make_example
 from ratchet.errors import ConfigError, RatchetError
-from ratchet.evaluation.report import Agreement, Judged
+from ratchet.evaluation.report import Agreement, Judged, decode_metrics
 from ratchet.files import read_json, write_json
 from ratchet.gate.guardrails import guard_by_judge
+from ratchet.promotion.verdict import Candidate, Rival, Verdict
 from ratchet.reporting.markdown import model_card
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Decision, Item
@@ -362,7 +363,9 @@ def test_an_evaluation_asks_the_judge_and_the_card_tells_what_it_said(
     agreement = metrics["judge"]["agreement"]["correctness"]
     assert agreement.keys() == {"why"} and "ratchet gate judge" in agreement["why"]
     assert read_json(tmp_path / "out/metrics.json")["judge"]["model"] == "big"
-    card = model_card(metrics, {"verdict": "promote", "rival": {"version": None}, "checks": []}, {})
+    card = model_card(
+        decode_metrics(metrics), Verdict("promote", [], Rival("base", None), [], Candidate("", "")), {}
+    )
     assert "### Judged by big" in card
     assert "| correctness | 4 | " in card
     assert "| not measured |" in card

@@ -15,9 +15,11 @@ from evaluated import evaluate
 
 from ratchet.audits.suites import read_suites, run_suites
 from ratchet.errors import ConfigError, DataError
+from ratchet.evaluation.report import decode_metrics
 from ratchet.files import read_json, write_json
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import load_base, load_tokenizer
+from ratchet.promotion.verdict import Candidate, Rival, Verdict
 from ratchet.reporting.markdown import model_card
 
 SUITE = """
@@ -86,7 +88,7 @@ def test_an_evaluation_runs_its_suites_on_every_model_and_the_card_shows_them(
     assert sides["base"].tolist() == [line.score for line in plain]
     assert (metrics["suites"]["tiny"]["metric"], metrics["suites"]["tiny"]["rows"]) == ("acc", len(DOCS))
     assert "| tiny | acc | 12 | " in model_card(
-        metrics, {"verdict": "promote", "rival": {"version": 1}, "checks": []}, {}
+        decode_metrics(metrics), Verdict("promote", [], Rival("champion", 1), [], Candidate("", "")), {}
     )
 
 
