@@ -266,7 +266,7 @@ def _check_names(source: Source) -> None:
 
     try:
         with quiet():
-            _, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.path,
                 device_map="meta",  # shapes alone, no memory
                 trust_remote_code=False,
@@ -280,7 +280,7 @@ def _check_names(source: Source) -> None:
             f"{_first_line(error)}",
             remedy="take another model",
         ) from None
-    check_complete(found, source.told)
+    check_complete(loaded[1], source.told)
 
 
 def _read(path: Path, told: str) -> dict[str, Any]:

@@ -239,9 +239,9 @@ def _download(files: Any, listing: dict[str, list[Any]], home: Path, url: str) -
     marks = home.with_name(f"{home.name}.part.json")
     kept = read_json(marks) if marks.exists() else {}
     home.mkdir(parents=True, exist_ok=True)
-    for path in home.iterdir():
-        if path.name not in {Path(of).name for of in kept}:
-            path.unlink()
+    for left in home.iterdir():
+        if left.name not in {Path(path).name for path in kept}:
+            left.unlink()
     require_space(home, sum(size or 0 for size, _ in listing.values()) + 2**20, f"the base {url}")
     for path, said in sorted(listing.items()):
         target, size = home / Path(path).name, said[0]
