@@ -7,7 +7,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -477,6 +480,27 @@ def test_a_gguf_file_behind_a_url_is_taken(project: Path, gguf: Path, bucket: An
     bucket.pipe_file("/there/small.gguf", gguf.read_bytes())
     manifest = make_base(project / "base", config("memory://there/small.gguf"))
     assert manifest["model"] == f"sha256:{sha256_file(gguf)}"
+
+
+def test_the_query_of_a_url_is_neither_a_files_name_nor_told(
+    project: Path, gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may hold a signature. One request each, in order, so that nothing is left open."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(gguf.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/model.gguf?signature=hidden"
+        manifest = make_base(project / "base", config(url))
+        away = refused(url.replace("model.gguf", "other.gguf"), project)
+        server.shutdown()
+    assert manifest["model"] == f"sha256:{sha256_file(gguf)}"
+    assert "hidden" not in capsys.readouterr().out + away
+    assert make_base(project / "again", config(url)) == manifest, "and without the server"
+
+
+def test_a_folder_behind_a_file_url_is_taken(project: Path, model: Path, tiny_base: Path) -> None:
+    make_base(project / "base", config(model.as_uri()))
+    assert same_model(project / "base", tiny_base)
 
 
 @pytest.mark.parametrize(
