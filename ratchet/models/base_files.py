@@ -35,7 +35,6 @@ class Source(NamedTuple):
     path: Path  # a folder, or a GGUF file
     told: str
     remedy: str  # what brings files that are missing
-    name: str = ""  # a hub id
     tracked: bool = False  # by DVC, whose files may be links into its cache
 
 

@@ -19,6 +19,7 @@ from ratchet.files import read_json, require_space, write_json
 from ratchet.models.base_files import Source, find_weights
 from ratchet.pipeline.checkout import dvc
 from ratchet.pipeline.dvc import configured_remote
+from ratchet.pipeline.stage import say
 
 DOWNLOADS = Path(".ratchet/bases")
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICEN[CS]E*", "COPYING*")
@@ -65,7 +66,7 @@ def _find_on_hub(config: BaseConfig) -> Source:
     told = f"{config.model}@{config.revision}"
     if file and not (folder / file).exists():
         raise BaseModelError(f"{told}: there is no {file}", remedy=command)
-    return Source(folder / file if file else folder, told, command, name)
+    return Source(folder / file if file else folder, told, command)
 
 
 def _find_snapshot(name: str, revision: str, file: str) -> Path:
@@ -107,6 +108,8 @@ def _find_path(text: str, here: Path, checkout: Path) -> Source:
     A workspace is a clone: it has what git and DVC track, and none of the folders beside.
     """
     path = Path(text).expanduser()
+    if path.is_relative_to(checkout):
+        path = path.relative_to(checkout)
     tracked = not path.is_absolute() and ".." not in path.parts and _is_tracked(here, path)
     if tracked and not _is_there(here / path):
         _pull(here, path)
@@ -167,7 +170,8 @@ def _find_url(url: str, checkout: Path) -> Source:
                 remedy="check the address and the credentials in the environment, "
                 "or copy the model into a folder",
             ) from None
-        listing = read_json(whole)  # offline
+        listing = read_json(whole)
+        say(f"base: {told} cannot be read ({type(error).__name__}); what was downloaded before is taken")
     if not whole.exists() or read_json(whole) != listing:
         whole.unlink(missing_ok=True)
         _download(files, listing, home, told)
