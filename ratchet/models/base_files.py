@@ -35,7 +35,6 @@ class Source(NamedTuple):
     path: Path  # a folder, or a GGUF file
     told: str
     remedy: str  # what brings files that are missing
-    name: str = ""  # a hub id
     tracked: bool = False  # by DVC, whose files may be links into its cache
 
 
@@ -266,7 +265,7 @@ def _check_names(source: Source) -> None:
 
     try:
         with quiet():
-            _, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.path,
                 device_map="meta",  # shapes alone, no memory
                 trust_remote_code=False,
@@ -280,7 +279,7 @@ def _check_names(source: Source) -> None:
             f"{_first_line(error)}",
             remedy="take another model",
         ) from None
-    check_complete(found, source.told)
+    check_complete(loaded[1], source.told)
 
 
 def _read(path: Path, told: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ratchet.files import read_json, require_space, write_json
 from ratchet.models.base_files import Source, find_weights
 from ratchet.pipeline.checkout import dvc
 from ratchet.pipeline.dvc import configured_remote
+from ratchet.pipeline.stage import say
 
 DOWNLOADS = Path(".ratchet/bases")
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICEN[CS]E*", "COPYING*")
@@ -65,7 +66,7 @@ def _find_on_hub(config: BaseConfig) -> Source:
     told = f"{config.model}@{config.revision}"
     if file and not (folder / file).exists():
         raise BaseModelError(f"{told}: there is no {file}", remedy=command)
-    return Source(folder / file if file else folder, told, command, name)
+    return Source(folder / file if file else folder, told, command)
 
 
 def _find_snapshot(name: str, revision: str, file: str) -> Path:
@@ -107,6 +108,8 @@ def _find_path(text: str, here: Path, checkout: Path) -> Source:
     A workspace is a clone: it has what git and DVC track, and none of the folders beside.
     """
     path = Path(text).expanduser()
+    if path.is_relative_to(checkout):
+        path = path.relative_to(checkout)
     tracked = not path.is_absolute() and ".." not in path.parts and _is_tracked(here, path)
     if tracked and not _is_there(here / path):
         _pull(here, path)
@@ -155,6 +158,7 @@ def _pull(here: Path, path: Path) -> None:
 def _find_url(url: str, checkout: Path) -> Source:
     """Download a folder or a GGUF file once; what is here is used as long as the place says the same."""
     files, name = _file_system(url)
+    told = _plain(url)
     home = checkout / DOWNLOADS / hashlib.sha256(url.encode()).hexdigest()[:16]
     whole = home.with_name(f"{home.name}.json")  # written last: its existence says that all files are here
     try:
@@ -162,17 +166,23 @@ def _find_url(url: str, checkout: Path) -> Source:
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         if not whole.exists():
             raise BaseModelError(
-                f"`base.model` {url} cannot be read: {type(error).__name__}: {str(error)[:300]}",
+                f"`base.model` {told} cannot be read: {type(error).__name__}: {_plain(str(error))[:300]}",
                 remedy="check the address and the credentials in the environment, "
                 "or copy the model into a folder",
             ) from None
-        listing = read_json(whole)  # offline
+        listing = read_json(whole)
+        say(f"base: {told} cannot be read ({type(error).__name__}); what was downloaded before is taken")
     if not whole.exists() or read_json(whole) != listing:
         whole.unlink(missing_ok=True)
-        _download(files, listing, home, url)
+        _download(files, listing, home, told)
         write_json(whole, listing)
-    file = home / Path(name).name
-    return Source(file if name.endswith(GGUF) else home, url, f"rm -r {home}* (it is downloaded again)")
+    file = home / Path(_plain(name)).name
+    return Source(file if file.suffix == GGUF else home, told, f"rm -r {home}* (it is downloaded again)")
+
+
+def _plain(url: str) -> str:
+    """Return the URL without its query, which may hold a signature and belongs into no log."""
+    return url.partition("?")[0]
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -185,10 +195,10 @@ def _file_system(url: str) -> tuple[Any, str]:
         known = known_implementations.get(url.partition("://")[0], {})
         package = known.get("class", "").partition(".")[0]
         install = f"pip install {package}" if package not in ("", "fsspec") else str(error)
-        raise BaseModelError(f"`base.model` {url} needs a package: {error}", remedy=install) from None
+        raise BaseModelError(f"`base.model` {_plain(url)} needs a package: {error}", remedy=install) from None
     except ValueError as error:
         raise BaseModelError(
-            f"`base.model` {url} is no URL that fsspec reads: {error}",
+            f"`base.model` {_plain(url)} is no URL that fsspec reads: {error}",
             remedy="wanted a protocol such as s3://, gs://, https:// or file://",
         ) from None
     return files, str(name).rstrip("/")
@@ -200,7 +210,7 @@ def _list_remote(files: Any, name: str) -> dict[str, list[Any]]:
     Raises FileNotFoundError, BaseModelError, and what the file system raises.
     """
     files.invalidate_cache()
-    single = name.endswith(GGUF)
+    single = _plain(name).endswith(GGUF)
     found = (
         [files.info(name)]
         if single
@@ -239,12 +249,12 @@ def _download(files: Any, listing: dict[str, list[Any]], home: Path, url: str) -
     marks = home.with_name(f"{home.name}.part.json")
     kept = read_json(marks) if marks.exists() else {}
     home.mkdir(parents=True, exist_ok=True)
-    for path in home.iterdir():
-        if path.name not in {Path(of).name for of in kept}:
-            path.unlink()
+    for left in home.iterdir():
+        if left.name not in {Path(_plain(path)).name for path in kept}:
+            left.unlink()
     require_space(home, sum(size or 0 for size, _ in listing.values()) + 2**20, f"the base {url}")
     for path, said in sorted(listing.items()):
-        target, size = home / Path(path).name, said[0]
+        target, size = home / Path(_plain(path)).name, said[0]
         if target.exists() and kept.get(path) == said:
             continue
         part = target.with_name(f".{target.name}.part")
@@ -253,7 +263,7 @@ def _download(files: Any, listing: dict[str, list[Any]], home: Path, url: str) -
         except (OSError, RuntimeError, ValueError) as error:
             part.unlink(missing_ok=True)
             raise BaseModelError(
-                f"{target.name} of {url} did not arrive: {type(error).__name__}: {str(error)[:300]}",
+                f"{target.name} of {url} did not arrive: {type(error).__name__}: {_plain(str(error))[:300]}",
                 remedy="run it again: the files that are here are kept",
             ) from None
         if size is not None and (got := part.stat().st_size) != size:

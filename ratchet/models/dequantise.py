@@ -7,6 +7,7 @@ positions, biases), and splits text like GPT-2 where it does not know the file's
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -113,10 +114,10 @@ def _load(source: Source, dtype: Any, alone: Path) -> Any:
 
     try:
         with quiet():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 alone,
                 gguf_file=FILE,
-                quantization_config=GgufConfig(dequantize=True),  # type: ignore[no-untyped-call]
+                quantization_config=GgufConfig(dequantize=True),
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -128,7 +129,10 @@ def _load(source: Source, dtype: Any, alone: Path) -> Any:
             f"{(str(error).strip() or repr(error)).splitlines()[0]}",
             remedy=ELSEWHERE,
         ) from None
+    model, found = loaded
     check_complete(sorted(found["missing_keys"]), source.told)
+    if left := found["unexpected_keys"]:
+        raise _left_out(source, left)
     if odd := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
         raise BaseModelError(
             f"{source.told} holds {len(odd)} weights that are not finite in {dtype}, the first {odd[0]}",
@@ -138,7 +142,11 @@ def _load(source: Source, dtype: Any, alone: Path) -> Any:
 
 
 def _check_used(source: Source, model: Any, header: Any) -> None:
-    """Refuse a file with tensors that the model has no place for: it would compute something else."""
+    """Refuse a file with tensors that the model has no place for: it would compute something else.
+
+    The newer reader tells them; the older one, of most architectures, does not. Numbers are compared first:
+    to look the names up takes as long as to load the weights.
+    """
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
@@ -146,16 +154,22 @@ def _check_used(source: Source, model: Any, header: Any) -> None:
         get_gguf_hf_weights_map,
     )
 
-    if is_gguf_arch_supported(header.architecture):
-        return  # the newer reader counts what is left over among the unexpected
-    kind = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
-    taken = get_gguf_hf_weights_map(model, kind(config=model.config.to_dict()))
-    if left := sorted({info.name for info in header.tensors} - set(taken)):
-        raise BaseModelError(
-            f"{source.told} holds {len(left)} tensors that transformers {version('transformers')} leaves "
-            f"out, the first {left[0]}: the model would compute something else",
-            remedy=ELSEWHERE,
-        )
+    held = {weight.data_ptr(): weight.numel() for weight in model.state_dict().values()}
+    in_file = sum(prod(info.shape) for info in header.tensors)
+    if is_gguf_arch_supported(header.architecture) or sum(held.values()) == in_file:
+        return
+    kind: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
+    find: Any = get_gguf_hf_weights_map
+    if left := {info.name for info in header.tensors} - set(find(model, kind(config=model.config.to_dict()))):
+        raise _left_out(source, left)
+
+
+def _left_out(source: Source, names: Collection[str]) -> BaseModelError:
+    return BaseModelError(
+        f"{source.told} holds {len(names)} tensors that transformers {version('transformers')} leaves out, "
+        f"the first {min(names)}: the model would compute something else",
+        remedy=ELSEWHERE,
+    )
 
 
 def _read_tokenizer(source: Source, metadata: dict[str, Any], alone: Path) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ratchet.config.docs import render_params
@@ -21,7 +22,10 @@ from ratchet.data.examples import read_examples
 from ratchet.demo.base_model import CHAT_TEMPLATE
 from ratchet.errors import BaseModelError, DataError
 from ratchet.files import read_json, sha256_file
+from ratchet.models.chat_template import ChatFormat
+from ratchet.models.gguf import write_gguf
 from ratchet.models.loading import load_base, load_tokenizer
+from ratchet.models.manifests import describe_base, read_base_manifest
 from tasks.base import make_base, reading
 
 ROOT = Path(__file__).parents[2]
@@ -156,6 +160,41 @@ def test_a_base_without_a_chat_template_needs_one_named(tmp_path, snapshot):
     (tmp_path / "mine.jinja").write_text(CHAT_TEMPLATE)
     make_base(tmp_path / "base", hub_config(chat_template=str(tmp_path / "mine.jinja")))
     assert load_tokenizer(tmp_path / "base").chat_template == CHAT_TEMPLATE
+
+
+def test_a_hub_models_licence_is_told_beside_its_commit(tmp_path, snapshot):
+    (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
+    make_base(tmp_path / "base", hub_config())
+    told = describe_base(read_base_manifest(tmp_path / "base"))
+    assert told == f"tiny/llama@{REVISION}, licence apache-2.0"
+
+
+def test_a_hub_model_that_is_quantised_already_is_refused(tmp_path, snapshot):
+    change_json(snapshot / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(BaseModelError, match=r"(?s)quantised already \(by gptq.*qlora"):
+        make_base(tmp_path / "base", hub_config())
+
+
+def test_weights_that_a_hub_model_lacks_are_named_and_never_random(tmp_path, snapshot):
+    weights = load_file(snapshot / "model.safetensors")
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    make_base(tmp_path / "base", hub_config())
+    save_file(weights, snapshot / "model.safetensors", metadata={"format": "pt"})
+    for act in (lambda: make_base(tmp_path / "again", hub_config()), lambda: load_base(tmp_path / "base")):
+        with pytest.raises(BaseModelError, match=r"lacks 1 of its weights: model.layers.0.self_attn.q_proj"):
+            act()
+
+
+def test_a_gguf_file_of_the_hub_is_taken_by_its_name(tmp_path, snapshot, tiny_base):
+    tokenizer = load_tokenizer(tiny_base)
+    path, stop = snapshot / "tiny-q8.gguf", ChatFormat(tokenizer).stop_id
+    write_gguf(load_base(tiny_base), tokenizer, path, name="Tiny", stop_id=stop, kind="int8")
+    manifest = make_base(tmp_path / "base", hub_config(model="tiny/llama:tiny-q8.gguf"))
+    assert (manifest["model"], manifest["dequantised"]) == (f"sha256:{sha256_file(path)}", "Q8_0")
+    apart = logits(load_base(tmp_path / "base")) - logits(load_base(tiny_base))
+    assert 0 < apart.abs().max() < 0.1
+    with pytest.raises(BaseModelError, match=r"other\.gguf"):
+        make_base(tmp_path / "other", hub_config(model="tiny/llama:other.gguf"))
 
 
 # --- the demo's own ---

@@ -7,7 +7,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +25,26 @@ from ratchet.config.params import Config
 from ratchet.config.training import BaseConfig
 from ratchet.errors import BaseModelError
 from ratchet.files import sha256_file
+from ratchet.models.adapters import load_trained
 from ratchet.models.base_files import find_licence
 from ratchet.models.base_source import DOWNLOADS
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.gguf import load_gguf, write_gguf
 from ratchet.models.loading import load_base, load_tokenizer
-from ratchet.models.manifests import BaseName, describe_base, read_base_manifest
+from ratchet.models.manifests import (
+    BaseName,
+    describe_base,
+    read_base_manifest,
+    read_trained_manifest,
+)
+from ratchet.models.merging import load_merged
 from ratchet.pipeline.checkout import dvc
 from ratchet.pipeline.workspace import open_workspace
+from ratchet.serving.admission import check_adapter_fits
+from ratchet.serving.bundle import Bundle, Generation
 from tasks.base import make_base
+from tasks.tokenize import tokenize
+from tasks.train import Training, train
 
 OURS = ("manifest.json", "seen.txt")
 
@@ -411,6 +425,28 @@ def test_digits_are_cut_as_the_file_says(project: Path, gguf: Path) -> None:
     assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("a  12")] == ["a", "ĠĠ", "1", "2"]
 
 
+def test_a_training_knows_its_base_by_sum_wherever_the_file_lay(
+    project: Path, gguf: Path, prepared: Path, nobody: Path, tiny_config: Config
+) -> None:
+    keys, elsewhere = [], project / "elsewhere.gguf"
+    shutil.copy(gguf, elsewhere)
+    for path in (gguf, elsewhere):
+        settings = tiny_config.model_copy(update={"base": BaseConfig(model=str(path))})
+        base, tokens = project / f"base-{path.stem}", project / f"tokens-{path.stem}"
+        make_base(base, settings)
+        tokenize(prepared, base, nobody, tokens, settings)
+        keys.append(Training(tokens, base, nobody, project / "out", settings).run_key)
+    assert keys[0] == keys[1]
+    train(tokens, base, nobody, project / "out", project / "reports", settings)
+    trained = read_trained_manifest(project / "out")
+    assert (trained.base.model, trained.base.dequantised) == (f"sha256:{sha256_file(gguf)}", "Q4_0")
+    bundle = Bundle("small", 1, project / "out", base, 256, Generation(8))
+    check_adapter_fits(bundle)
+    merged = load_merged(base, project / "out")
+    adapter = load_trained(base, project / "out")
+    assert (logits(merged) - logits(adapter)).abs().max() < 1e-4
+
+
 # --- URLs ---
 
 
@@ -429,7 +465,7 @@ def upload(files: Any, folder: Path, to: str) -> None:
 
 
 def test_a_url_is_downloaded_once_and_works_without_the_place(
-    project: Path, model: Path, tiny_base: Path, bucket: Any
+    project: Path, model: Path, tiny_base: Path, bucket: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     upload(bucket, model, "/small")
     bucket.pipe_file("/small/pytorch_model.bin", b"never fetched")
@@ -437,7 +473,9 @@ def test_a_url_is_downloaded_once_and_works_without_the_place(
     assert same_model(project / "base", tiny_base)
     assert not list(project.glob(f"{DOWNLOADS}/**/*.bin"))
     bucket.rm("/small", recursive=True)
+    capsys.readouterr()
     assert make_base(project / "again", config("memory://small")) == manifest
+    assert "downloaded before" in capsys.readouterr().out
     assert make_base(project / "local", config("./models-in/small"))["model"] == manifest["model"]
 
 
@@ -477,6 +515,27 @@ def test_a_gguf_file_behind_a_url_is_taken(project: Path, gguf: Path, bucket: An
     bucket.pipe_file("/there/small.gguf", gguf.read_bytes())
     manifest = make_base(project / "base", config("memory://there/small.gguf"))
     assert manifest["model"] == f"sha256:{sha256_file(gguf)}"
+
+
+def test_the_query_of_a_url_is_neither_a_files_name_nor_told(
+    project: Path, gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may hold a signature. One request each, in order, so that nothing is left open."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(gguf.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/model.gguf?signature=hidden"
+        manifest = make_base(project / "base", config(url))
+        away = refused(url.replace("model.gguf", "other.gguf"), project)
+        server.shutdown()
+    assert manifest["model"] == f"sha256:{sha256_file(gguf)}"
+    assert "hidden" not in capsys.readouterr().out + away
+    assert make_base(project / "again", config(url)) == manifest, "and without the server"
+
+
+def test_a_folder_behind_a_file_url_is_taken(project: Path, model: Path, tiny_base: Path) -> None:
+    make_base(project / "base", config(model.as_uri()))
+    assert same_model(project / "base", tiny_base)
 
 
 @pytest.mark.parametrize(
@@ -526,6 +585,8 @@ def test_a_folder_that_dvc_tracks_comes_into_the_workspace(
         monkeypatch.chdir(workspace.path)
         make_base(workspace.path / "models/base", config("./models-in/small"))
         assert same_model(workspace.path / "models/base", tiny_base)
+        absolute = make_base(workspace.path / "models/again", config(root / "models-in/small"))
+        assert absolute["model"] == read_base_manifest(workspace.path / "models/base").model
         monkeypatch.chdir(tmp_path)
     shutil.rmtree(root / ".dvc/cache")
     monkeypatch.chdir(root)
