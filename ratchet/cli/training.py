@@ -1,4 +1,4 @@
-"""`ratchet plan`, `sweep` and `compare`: what a training costs, and which settings it should have."""
+"""`ratchet base`, `plan`, `sweep` and `compare`: what can be trained, what it costs, with which settings."""
 
 from __future__ import annotations
 
@@ -37,6 +37,26 @@ def plan(
     config = read_config(root)
     found = _prepared_plan(root, config) if prepare else _plan_here(root, config)
     show({**found._asdict(), "fits": found.fits}, as_json, lambda: say("\n".join(describe(found, config))))
+
+
+def base(as_json: Json = False) -> None:
+    """Print what was proven of the base before anything was trained on it.
+
+    Example: ratchet base
+    """
+    import msgspec
+
+    from ratchet.errors import UserError
+    from ratchet.files import read_json
+    from ratchet.models.manifests import PROOF, Proof
+
+    path = find_root() / "models/base" / PROOF
+    if not path.exists():
+        raise UserError(
+            "no proof of the base is here", remedy="ratchet plan --prepare makes the base; or dvc pull"
+        )
+    proof = msgspec.convert(read_json(path), Proof)
+    show(msgspec.to_builtins(proof), as_json, lambda: say("\n".join(proof.page())))
 
 
 def sweep(

@@ -227,40 +227,42 @@ def _ends(
 
 @torch.inference_mode()
 def _cache(loaded: _Loaded) -> Finding:
-    """Compare answers without a cache with those of evaluation and gateway, in batches with padding.
-
-    The tokens of the answers are given, so that a tie between two tokens is no difference.
-    """
+    """Compare answers of evaluation and gateway, in batches with padding, with the model without a cache."""
     model, chat = loaded.model, loaded.chat
+    other = "take a base of another architecture"
     prompts = [chat.encode_prompt(ASKED), chat.encode_prompt(ASKED_LONGER)]
-    plain = [_plain(model, prompt) for prompt in prompts]
-    if not all(logits.isfinite().all() for _, logits in plain):
+    endless = ChatFormat(chat.tokenizer)
+    endless.stop_ids = frozenset()
+    answers = greedy_ids(model, prompts, endless, max_new_tokens=ANSWER, batch_size=len(prompts))
+    plain = [_plain(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    if not all(logits.isfinite().all() for logits in plain):
         return Finding("cache", "refused", "its logits are not finite", "take a base with other weights")
-    for ours, theirs in zip(plain, _joined(model, prompts, [ids for ids, _ in plain]), strict=True):
-        if (apart := _apart(ours[1], theirs)) > loaded.tolerance:
+    for answer, logits in zip(answers, plain, strict=True):
+        if _behind(answer, logits) > loaded.tolerance:
+            return Finding(
+                "cache", "refused", "greedy answers in a padded batch are others than alone", other
+            )
+    for ours, theirs in zip(plain, _joined(model, prompts, answers), strict=True):
+        if (apart := _apart(ours, theirs)) > loaded.tolerance:
             what = f"its cache changes the logits of an answer by {apart:.1g} of the largest one"
-            return Finding("cache", "refused", what, "take a base of another architecture")
-    free = ChatFormat(chat.tokenizer)
-    free.stop_ids = frozenset()
-    told = greedy_ids(model, prompts, free, max_new_tokens=ANSWER, batch_size=len(prompts))
-    for (ids, logits), other in zip(plain, told, strict=True):
-        if _differ(ids, other, logits, loaded.tolerance):
-            what = "greedy answers in a padded batch are others than alone"
-            return Finding("cache", "refused", what, "take a base of another architecture")
-    kind = (
-        "keys and values, and states of layers without attention" if is_hybrid(model) else "keys and values"
-    )
-    return Finding("cache", "ok", f"{kind}: the same answers with and without it, alone and in a batch")
+            return Finding("cache", "refused", what, other)
+    kept = "keys and values, and states of other layers" if is_hybrid(model) else "keys and values"
+    return Finding("cache", "ok", f"{kept}: the same answers with and without it, alone and in a batch")
 
 
-def _plain(model: Any, prompt: list[int]) -> tuple[list[int], Tensor]:
-    """Return a greedy answer that was made without a cache, and its logits (answer, vocab)."""
-    ids, rows = list(prompt), []
-    for _ in range(ANSWER):
-        logits = model(input_ids=_row(ids, model), use_cache=False).logits[0, -1].float()
-        rows.append(logits)
-        ids.append(int(logits.argmax()))
-    return ids[len(prompt) :], torch.stack(rows)
+def _plain(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
+    """Return the logits of each token of an answer, (answer, vocab), without a cache."""
+    logits: Tensor = model(input_ids=_row(prompt + answer, model), use_cache=False).logits[0]
+    return logits[len(prompt) - 1 : -1].float()
+
+
+def _behind(answer: list[int], logits: Tensor) -> float:
+    """Return how far an answer's tokens are behind the strongest ones, as a share of the largest logit.
+
+    It is 0 for a greedy answer, and next to 0 where two tokens tie.
+    """
+    chosen = logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
+    return float(((logits.amax(-1) - chosen) / logits.abs().amax(-1).clamp(min=1e-12)).max())
 
 
 def _joined(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> list[Tensor]:
@@ -306,15 +308,6 @@ def _step(model: Any, cache: Any, mask: Tensor, newest: list[list[int]], found: 
 
 def _left(mask: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(mask, (length - mask.shape[1], 0))
-
-
-def _differ(ours: list[int], theirs: list[int], logits: Tensor, tolerance: float) -> bool:
-    """Return whether two answers part at a token that is no tie."""
-    for place, (one, other) in enumerate(zip(ours, theirs, strict=False)):
-        if one != other:
-            lead = logits[place, one] - logits[place, other]
-            return bool(lead > tolerance * logits[place].abs().max())
-    return len(ours) != len(theirs)
 
 
 # --- packing ---

@@ -26,6 +26,7 @@ COMMANDS = tuple(
         "ingest",
         "synthesize",
         "export",
+        "base",
         "plan",
         "sweep",
         "compare",
@@ -400,3 +401,14 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(root, number, before)
     assert output == ""
     assert message.startswith("interrupted") and message.count("\n") == 1
     assert not (root / ".ratchet" / "workspaces").exists()
+
+
+def test_the_proof_of_a_base_is_shown_again(tmp_path: Path) -> None:
+    findings = [{"name": "packing", "result": "adapted", "what": "rows are computed apart", "remedy": ""}]
+    proof = json.dumps({"model": "tiny/model", "findings": findings})
+    write_files(tmp_path, {"params.yaml": PARAMS})
+    assert "no proof of the base" in refused("-C", tmp_path, "base")
+    write_files(tmp_path, {"models/base/proof.json": proof})
+    page = ratchet("-C", tmp_path, "base").stdout
+    assert "tiny/model" in page and "packing" in page and "rows are computed apart" in page
+    assert json.loads(ratchet("-C", tmp_path, "base", "--json").stdout)["findings"] == findings
