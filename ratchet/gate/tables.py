@@ -28,6 +28,7 @@ class Evaluated(msgspec.Struct, frozen=True):
     champion: int | None
     candidate: str | None = None
     rows: int | None = None
+    too_long: int = 0  # test rows over the longest that the candidate was trained for
     grouped: list[str] = []
     pairs: int = 0
     attacked: int = 0
@@ -79,13 +80,15 @@ def read_table(path: Path) -> pd.DataFrame:
         raise RatchetError(f"{path} cannot be read: {' '.join(str(error).split())}", remedy=AGAIN) from None
 
 
-def check_rows(scores: pd.DataFrame, prepared: Mapping[str, Collection[str]]) -> None:
+def check_rows(scores: pd.DataFrame, prepared: Mapping[str, Collection[str]], *, too_long: int = 0) -> None:
     """Raises RatchetError when prepared rows (ids of `golden` and `test`) were not asked.
 
-    The evaluation leaves out the few test rows that the demo's base has read, and no golden one.
+    The evaluation leaves out the few test rows that the demo's base has read and those that are `too_long`,
+    whose share `tokenize` has limited, and no golden one.
     """
     asked = set(scores[scores.model == "candidate"].id)
-    for name, most in (("golden", 0.0), ("test", SEEN_SHARE * sum(map(len, prepared.values())))):
+    read = SEEN_SHARE * sum(map(len, prepared.values()))
+    for name, most in (("golden", 0.0), ("test", read + too_long)):
         if (missing := sum(id not in asked for id in prepared[name])) > most:
             raise RatchetError(
                 f"the evaluation lacks {missing} of {len(prepared[name])} {name} rows", remedy=AGAIN

@@ -62,6 +62,7 @@ class TrainedManifest(msgspec.Struct, frozen=True):
     base: BaseName = BaseName()
     adapter_sha256: str = ""
     files: dict[str, str] = {}
+    max_length: int | None = None  # tokens of the longest row that it was trained for
 
 
 Manifest = TypeVar("Manifest", BaseManifest, TrainedManifest)
