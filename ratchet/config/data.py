@@ -235,7 +235,7 @@ class PrepareConfig(Section):
         "`tokenize.max_length` over which `tokenize` fails, before anything is trained",
     )
     max_reason_share: Share = Field(default=0.02, description="the same for one reason")
-    min_rows: Count = Field(default=200, description="accepted training rows under which nothing is trained")
+    min_rows: Count = Field(default=20, description="accepted training rows under which nothing is trained")
 
     def may_drop(self, rows: int) -> int:
         """Return how many of `rows` may be dropped before that is a fault; one or two always may."""

@@ -46,7 +46,12 @@ GOLDEN_ROWS = 150
 WORDS = "array|matri|axis|template|macro|console|style|render"
 # What suits a model of 128 dimensions and rows of one line; the defaults are made for real models.
 TOY = {
+    "prepare": {"min_rows": 200},
     "tokenize": {"max_length": 128, "window": 256},
+    "train": {"epochs": 6.0, "learning_rate": 2.0e-3},
+    "evaluate": {"max_new_tokens": 32},
+    "gate": {"min_rows": 200},
+    "monitor": {"min_prompts": 200},
 }
 REQUESTS, LOOK_REQUESTS, MAX_LOOKS, PARALLEL = 500, 250, 14, 16
 console = Console(highlight=False)
