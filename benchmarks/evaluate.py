@@ -70,7 +70,8 @@ def prepare(folder: Path, count: int, config: Config) -> int:
         for row in harvest(PydocSource())
     ]
     chat = ChatFormat(make_tokenizer(examples[::4], config.base.demo))
-    rows: list[Example] = [row for row in examples if len(chat.encode(row).ids) <= config.tokenize.max_length]
+    fitting = (row for row in examples if len(chat.encode(row).ids) <= config.base.demo.context)
+    rows: list[Example] = list(fitting)
     make_models(folder, chat, config)
     write_bytes(folder / "prepared/test.jsonl", map(encode_line, rows[:count]))
     write_bytes(folder / "prepared/golden.jsonl", [])

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ratchet.config.edit import edit_params
 from ratchet.pipeline.checkout import child_environment
 
 HOME = Path(".ratchet/demo")
@@ -98,9 +99,7 @@ def _change_gate(home: Path) -> list[str]:
     """Name the stages that a change of gate.resamples reruns; the change is committed, then taken back."""
     params = home / "params.yaml"
     text = params.read_text(encoding="utf-8")
-    changed = text.replace("resamples: 4000", "resamples: 4001")
-    assert changed != text, "params.yaml does not hold the default of gate.resamples"
-    params.write_text(changed, encoding="utf-8")
+    params.write_text(edit_params(text, {"gate.resamples": 4001}), encoding="utf-8")
     _commit(home, "Benchmark: touch the gate")
     ran = [stage for stage, did in _retrain(home)["stages"].items() if did]
     params.write_text(text, encoding="utf-8")

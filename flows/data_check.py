@@ -11,15 +11,18 @@ import msgspec
 from ratchet.config.data import JsonlSource
 from ratchet.config.params import Config
 from ratchet.data.batches import Batch, check_batch, raw_lines, read_manifest
-from ratchet.data.erasure import Forgotten
-from ratchet.data.examples import RowError
+from ratchet.data.erasure import GOLDEN, Forgotten
+from ratchet.data.examples import Example, RowError
 from ratchet.data.profile import BatchProfile, check_limits
 from ratchet.data.validation import Origin, Validator
 from ratchet.errors import DataError, UserError
+from ratchet.models.manifests import read_base_manifest
 from ratchet.sources.jsonl import read_lines, shown
+from ratchet.training.lengths import Lengths, check_dropped, describe_lengths, known_tokens
 from tasks.ingest import form_of
 from tasks.prepare import Incoming, Rejection, origin_of, sort_batches
 
+BASE = Path("models/base")
 REJECTED = Path("data/prepared/rejected.jsonl")
 DEPEND_ON_OTHERS = frozenset(
     {
@@ -44,6 +47,8 @@ class Verdict(NamedTuple):
     rejected: list[Rejection]
     failure: str | None
     said: list[str]  # alarms and warnings
+    tokens: Lengths | None  # of the accepted rows, by the chosen base
+    unmeasured: str  # why there are none
 
 
 class Resubmitted(NamedTuple):
@@ -54,7 +59,7 @@ class Resubmitted(NamedTuple):
     not_tried: Counter[str]
 
 
-def check_file(path: str, golden: Path, config: Config, *, time: str) -> Verdict:
+def check_file(path: str, golden: Path, config: Config, *, time: str, base: Path = BASE) -> Verdict:
     """Check a file by itself; duplicates of rows in batches are told when it is ingested.
 
     Raises DataError for what is no file of rows, and for a golden set that is broken.
@@ -66,19 +71,36 @@ def check_file(path: str, golden: Path, config: Config, *, time: str) -> Verdict
     settings = config.prepare.model_copy(update={"test_share": 0.0, "validation_share": 0.0, "min_rows": 1})
     origin = Origin(name, "jsonl", form, time, config.ingest.licence)
     rejected: list[Rejection] = []
+    chat, unmeasured = known_tokens(base, config.base)
+    lengths: list[int] = []
+
+    def keep(side: str, row: Example | Rejection) -> None:
+        if isinstance(row, Rejection):
+            rejected.append(row)
+        elif chat and side != GOLDEN:
+            lengths.append(len(chat.encode(row).ids))
+
     gathered = sort_batches(
         [Incoming(origin, len(lines), enumerate(lines, start=1))],
         golden,
         settings,
         Forgotten(),
-        lambda _, row: rejected.append(row) if isinstance(row, Rejection) else None,
+        keep,
     )
-    profile, failure, said = gathered.profile(), None, list[str]()
+    profile, failure, said, tokens = gathered.profile(), None, list[str](), None
     try:
         said = check_limits(profile, gathered.first, settings)
     except DataError as error:
         failure = str(error).partition("\n")[0]  # its remedy is for a batch that was committed
-    return Verdict(name, profile.batches[name], rejected, failure, said)
+    if lengths:
+        context = read_base_manifest(base).context
+        tokens = describe_lengths(lengths, context, config.tokenize)
+        try:
+            dropped = {"too_long": tokens.too_long}
+            check_dropped("rows", tokens.rows, dropped, lengths, tokens.max_length, context, settings)
+        except DataError as error:
+            failure = failure or str(error)
+    return Verdict(name, profile.batches[name], rejected, failure, said, tokens, unmeasured)
 
 
 def read_rejected(path: Path) -> list[Rejection]:

@@ -22,7 +22,7 @@ from ratchet.pipeline.dvc import Workspace, push_data
 from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import land, open_workspace
 from ratchet.sources import reviewed as review
-from tasks.ingest import Pulled, add_batch, freeze_golden, pull
+from tasks.ingest import BASE, Pulled, add_batch, freeze_golden, pull
 
 RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
@@ -125,7 +125,9 @@ def commit_batch(workspace: Workspace, pulled: Pulled, config: Config) -> dict[s
 
 @task(name="freeze", **SETTINGS)
 def commit_golden(workspace: Workspace, pulled: Pulled, config: Config, rows: int) -> dict[str, Any]:
-    frozen = freeze_golden(workspace.path / GOLDEN, pulled, config, rows=rows)
+    frozen = freeze_golden(
+        workspace.path / GOLDEN, pulled, config, rows=rows, base=workspace.root / BASE, tell=say
+    )
     commit = land(
         workspace,
         f"Freeze a golden set of {frozen} rows from {pulled.source} ({pulled.label})"[:72],

@@ -21,6 +21,7 @@ from prefect.cache_policies import NO_CACHE
 from flows.console import log_line, say, working
 from flows.events import DRIFTED, tell
 from ratchet.config.params import Config, load_config
+from ratchet.data.batches import read_manifest
 from ratchet.errors import RatchetError, ServiceError
 from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.retrain_budget import is_under_way, last_start, note_asked, read_retrains
@@ -120,6 +121,9 @@ def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> D
         hours_since_retrain=None if last is None else (now - last) / 3600,
         rollout_of=current.version if current else None,
         under_way=is_under_way(home),
+        known_rows=sum(
+            batch.rows for batch in read_manifest(home / "data/raw") if batch.name in set(champion.batches)
+        ),
     )
     decision = tasks.decide(verdict, facts, config)
     for line in decision.for_:

@@ -58,6 +58,7 @@ from ratchet.models.adapters import virtual_tokens
 from ratchet.models.loading import MANIFEST, load_chat
 from ratchet.monitoring.topics import mark, parts, read_region
 from ratchet.pipeline.stage import project_root, run_stage, say
+from ratchet.training.lengths import trained_length
 
 # rows under which a value of a field is no slice of its own; fields such as an id would make thousands
 MIN_SLICE = 20
@@ -86,11 +87,11 @@ def evaluate(
     rows = _rows(prepared)
     rows = _unseen(rows, base)
     swaps = read_swaps(own)
-    fitting, too_long = _split_by_fit(rows, base, config)
+    fitting, too_long = _split_by_fit(rows, base, trained_length(candidate, base))
     if not fitting:
         raise DataError(
             "no test row fits into the model's context",
-            remedy="raise `tokenize.max_length`, or shorten the rows",
+            remedy="shorten the rows, or raise `tokenize.max_length` and train again",
         )
     grouped = group_columns(fitting, config.evaluate.groups)
     champion = read_json(incumbent / MANIFEST)["version"]
@@ -304,9 +305,9 @@ def _unseen(rows: list[Example], base: Path) -> list[Example]:
     return [row for row in rows if row.id not in seen]
 
 
-def _split_by_fit(rows: list[Example], base: Path, config: Config) -> tuple[list[Example], int]:
+def _split_by_fit(rows: list[Example], base: Path, longest: int) -> tuple[list[Example], int]:
     chat = load_chat(base)
-    fitting = [row for row in rows if len(chat.encode(row).ids) <= config.tokenize.max_length]
+    fitting = [row for row in rows if len(chat.encode(row).ids) <= longest]
     return fitting, len(rows) - len(fitting)
 
 

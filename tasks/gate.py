@@ -62,7 +62,9 @@ def judge(
     if prepared:
         names = ("golden", "test")
         check_rows(
-            scores, {name: [row.id for row in read_examples(prepared / f"{name}.jsonl")] for name in names}
+            scores,
+            {name: [row.id for row in read_examples(prepared / f"{name}.jsonl")] for name in names},
+            too_long=evaluated.too_long or 0,
         )
     rival = Rival("base" if version is None else "champion", version)
     oldest = champion.get("oldest") if config.oldest else None

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +24,17 @@ from ratchet.config.data import JsonlSource, PydocSource
 from ratchet.config.params import Config
 from ratchet.data.batches import Batch, content_hash, raw_lines, read_manifest, write_batch
 from ratchet.data.dedup import split_by_hash
-from ratchet.data.examples import RawRow, RowError, encode_line, make_raw_row, recognise_form, whole_rows
+from ratchet.data.examples import Example, RowError, encode_line, make_raw_row, recognise_form, whole_rows
 from ratchet.errors import DataError
 from ratchet.files import write_bytes
+from ratchet.models.manifests import read_base_manifest
 from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.sources import feedback, jsonl, pydoc
 from ratchet.sources import reviewed as review
+from ratchet.training.lengths import check_whole, known_tokens
+
+BASE = Path("models/base")
+Tell = Callable[[str], object]
 
 
 class Pulled(NamedTuple):
@@ -182,10 +188,14 @@ def count_new(root: Path, seen: set[str], pulled: list[Pulled]) -> int:
     return len(new - known)
 
 
-def freeze_golden(path: Path, pulled: Pulled, config: Config, *, rows: int) -> int:
+def freeze_golden(
+    path: Path, pulled: Pulled, config: Config, *, rows: int, base: Path = BASE, tell: Tell = say
+) -> int:
     """Write the golden set once: `rows` of the pulled ones, chosen by hash, or as many as are fit.
 
-    Raises DataError when there is a golden set already: a yardstick that moves measures nothing.
+    Raises DataError when there is a golden set already, since a yardstick that moves measures nothing, and
+    for a chosen row that is too long for the chosen `base`: the gate wants every golden row. `tell` gets why
+    they could not be measured.
     """
     if path.exists() and path.stat().st_size:
         raise DataError(
@@ -196,15 +206,26 @@ def freeze_golden(path: Path, pulled: Pulled, config: Config, *, rows: int) -> i
     chosen = sorted(found, key=lambda key: xxhash.xxh3_64_intdigest(key.encode()))[:rows]
     if not chosen:
         raise DataError("no row is fit for the golden set", remedy="check the source's rows")
-    write_bytes(path, (encode_line(found[key]) for key in chosen))
+    _check_lengths([found[key] for key in chosen], base, config, tell)
+    write_bytes(path, (encode_line(make_raw_row(found[key].messages, found[key].meta)) for key in chosen))
     return len(chosen)
 
 
-def _fit_rows(pulled: Pulled, config: Config) -> Iterator[tuple[str, RawRow]]:
+def _check_lengths(rows: list[Example], base: Path, config: Config, tell: Tell) -> None:
+    chat, why = known_tokens(base, config.base)
+    if chat is None:
+        tell(f"golden rows: {why}; `tokenize` checks them before anything is trained")
+        return
+    context, asked = read_base_manifest(base).context, config.tokenize.max_length
+    longest = (context or sys.maxsize) if asked == "auto" else asked
+    check_whole("golden rows", [len(chat.encode(row).ids) for row in rows], longest, context)
+
+
+def _fit_rows(pulled: Pulled, config: Config) -> Iterator[tuple[str, Example]]:
     for example in whole_rows(pulled.lines, pulled.form):
         # The demo's base reads the same packages, but none of the rows that go to test.
         if pulled.source != "pydoc" or split_by_hash(example.id, config.prepare) == "test":
-            yield example.id, make_raw_row(example.messages, example.meta)
+            yield example.id, example
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from ratchet.config.params import Config
 from ratchet.data.examples import read_examples
 from ratchet.files import whole_folder, write_json
 from ratchet.monitoring.drift import PROMPTS, judge
-from ratchet.monitoring.families import LEAST_ROWS, Answered, Reference, all_families, by_prompt
+from ratchet.monitoring.families import LEAST_PROMPTS, Answered, Reference, all_families, by_prompt
 from ratchet.monitoring.novelty import Familiar, words_of
 from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.monitoring.topics import find_topics
@@ -30,6 +30,8 @@ from ratchet.promotion.champion import Champion
 
 FOLDER = Path(".ratchet/monitor")
 NOT_TAUGHT = {"errors", "latency"}  # families that no training mends
+
+LEAST_NEW = 20  # labelled rows, for a champion that has seen few
 
 
 class Facts(NamedTuple):
@@ -41,6 +43,7 @@ class Facts(NamedTuple):
     hours_since_retrain: float | None
     rollout_of: int | None = None  # the version that is tried on users already
     under_way: bool = False  # a retraining
+    known_rows: int | None = None  # in the batches that the champion has seen
 
 
 def read_reference(root: Path, config: Config, champion: Champion) -> Reference:
@@ -89,12 +92,12 @@ def measure(
             too_few,
             missing=["the request log keeps no texts (request_log.texts): prompts cannot be compared"],
         )
-    if len(reference.prompts) < LEAST_ROWS:
+    if len(reference.prompts) < LEAST_PROMPTS:
         return msgspec.structs.replace(
             too_few,
             missing=[
                 f"the champion has {len(reference.prompts)} validation and test rows to compare "
-                f"with; wanted {LEAST_ROWS}"
+                f"with; wanted {LEAST_PROMPTS}"
             ],
         )
     if len(prompts) < monitor.min_prompts:
@@ -132,13 +135,20 @@ def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
     )
     since = facts.hours_since_retrain
     moved = ", ".join(verdict.moved)
+    wanted = monitor.min_new_rows
+    if facts.known_rows is not None:
+        wanted = min(wanted, max(LEAST_NEW, facts.known_rows // 10))
     checks = [
         (verdict.verdict == "drift", f"{verdict.verdict} ({said})" + (f": {moved}" if moved else "")),
         (monitor.retrain, f"monitor.retrain is {str(monitor.retrain).lower()}"),
         (
-            facts.new_rows >= monitor.min_new_rows,
-            f"{facts.new_rows} labelled rows that the champion has not seen, monitor.min_new_rows "
-            f"{monitor.min_new_rows}",
+            facts.new_rows >= wanted,
+            f"{facts.new_rows} labelled rows that the champion has not seen, "
+            + (
+                f"monitor.min_new_rows {wanted}"
+                if wanted == monitor.min_new_rows
+                else f"wanted {wanted}, as it has seen {facts.known_rows} (monitor.min_new_rows)"
+            ),
         ),
         (
             facts.retrains_week < monitor.max_retrains_per_week,

@@ -27,17 +27,15 @@ from ratchet.parity.latency import WARM_UP, measure_speed
 from ratchet.parity.report import Report
 from ratchet.pipeline.stage import run_stage, say
 from ratchet.serving.bundle import bundle_candidate
+from ratchet.training.lengths import trained_length
 from ratchet.training.packing import read_windows, rows_of
 
 
 def parity(prepared: Path, tokens: Path, base: Path, candidate: Path, out: Path, config: Config) -> Report:
     """Return the report and write it. Raises DataError: no test or training row to compare on."""
     chat = load_chat(base)
-    rows = [
-        row
-        for row in read_examples(prepared / "test.jsonl")
-        if len(chat.encode(row).ids) <= config.tokenize.max_length
-    ]
+    longest = trained_length(candidate, base)
+    rows = [row for row in read_examples(prepared / "test.jsonl") if len(chat.encode(row).ids) <= longest]
     fitting = len(rows)
     rows = sorted(rows, key=lambda row: row.id)[: config.parity.rows]
     trained = _trained(prepared, tokens, chat, config.parity.rows)

@@ -27,6 +27,7 @@ from ratchet.errors import DataError, RatchetError, ServiceError, UserError
 from ratchet.llm.budget import Budget, SpentError
 from ratchet.llm.client import Teacher
 from ratchet.llm.prompts import Template, load_template
+from ratchet.models.manifests import MANIFEST, read_base_manifest
 from ratchet.pipeline.checkout import locked
 from ratchet.pipeline.stage import run_stage, say
 from ratchet.review.queue import ReviewQueue
@@ -223,7 +224,9 @@ def _gateway(config: Config) -> TeacherConfig:
 
 def _filters(config: Config, root: Path) -> Filters:
     known = read_known(root / "data/prepared", root / "data/golden.jsonl", config.prepare)
-    return Filters(config, known, count_tokens=read_counter(root / "models/base/tokenizer.json"))
+    base = root / "models/base"
+    context = read_base_manifest(base).context if (base / MANIFEST).exists() else None
+    return Filters(config, known, count_tokens=read_counter(base / "tokenizer.json"), longest=context)
 
 
 def _provenance(config: Config, draft: Draft) -> Meta:

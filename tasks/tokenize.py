@@ -4,15 +4,17 @@
         --out data/tokenized
 
 Takes the rows that `ratchet.data.mixture` chooses, encodes them through `ratchet.models.chat_template`,
-rejects what does not fit and says so. Validation is always whole.
+rejects what does not fit and says so. Validation is always whole. Test and golden rows are measured, so that
+rows that could not be asked are told before anything is trained.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -24,7 +26,9 @@ from ratchet.errors import DataError
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
 from ratchet.models.chat_template import ChatFormat, Encoded
 from ratchet.models.loading import MANIFEST, load_chat
+from ratchet.models.manifests import read_base_manifest
 from ratchet.pipeline.stage import run_stage, say
+from ratchet.training.lengths import check_dropped, check_whole, choose_limits
 from ratchet.training.packing import IGNORED, Window, pack, write_windows
 
 
@@ -47,6 +51,7 @@ class FeedbackFigures(msgspec.Struct, frozen=True):
 class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
     """What `profile.json` holds; `canaries` is left out where none is planted."""
 
+    max_length: int  # tokens; the candidate's manifest keeps it for all that comes after
     window: int
     rejected: dict[str, int]  # split → rows
     feedback: FeedbackFigures
@@ -67,38 +72,74 @@ class Unfit(msgspec.Struct, frozen=True):
     message: str
 
 
-def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Config) -> TokenProfile:
-    """Encode and pack both splits into `out`.
+class Measured(NamedTuple):
+    """Hold a row with its tokens."""
 
-    Raises DataError: nothing is left to train on, a window is longer than the base's context.
+    example: Example
+    tokens: Encoded
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens.ids)
+
+
+def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Config) -> TokenProfile:
+    """Encode and pack training and validation rows into `out`.
+
+    Raises DataError, and then writes nothing: nothing is left to train on; too many rows of a split are too
+    long, or one golden row, which the gate would miss; a limit is over the base's context.
     """
-    context = read_json(base / MANIFEST)["context"]
-    if config.tokenize.window > context:
-        raise DataError(
-            f"`tokenize.window` is {config.tokenize.window}, the base has {context} positions",
-            remedy=f"set it to {context} or less",
-        )
+    context = read_base_manifest(base).context
     chat = load_chat(base)
     seen = set(read_json(incumbent / MANIFEST)["batches"])
     mixture = mix_rows(list(read_examples(prepared / "train.jsonl")), seen, config.train)
+    splits = {"train": _measure(chat, mixture.rows)} | {
+        split: _measure(chat, read_examples(prepared / f"{split}.jsonl"))
+        for split in ("validation", "test", "golden")
+    }
+    lengths = {split: [row.length for row in rows] for split, rows in splits.items()}
+    planted = [chat.encode(canary.row()) for canary in make_canaries(config.evaluate.canaries)]
+    whole = [*lengths["golden"], *(len(row.ids) for row in planted)]
+    limits = choose_limits(lengths["train"], whole, context, config.tokenize)
+    check_whole("golden rows", lengths["golden"], limits.max_length, context)
+    check_whole("planted canaries", [len(row.ids) for row in planted], limits.max_length, context)
     rejected: list[Unfit] = []
+    fitting = {
+        split: list(_fitting(chat, splits[split], split, limits.max_length, rejected))
+        for split in ("train", "validation", "test")
+    }
+    for split in fitting:
+        dropped = Counter(row.reason for row in rejected if row.split == split)
+        check_dropped(
+            f"{split} rows",
+            len(splits[split]),
+            dict(dropped),
+            lengths[split],
+            limits.max_length,
+            context,
+            config.prepare,
+        )
+    if not fitting["train"]:
+        raise DataError(
+            "no row is left to train on",
+            remedy=f"`tokenize.max_length` ({limits.max_length}) may be too small for these rows, "
+            "or the champion has seen every batch and `train.replay` is 0, "
+            "or there is nothing but people's feedback (`train.max_feedback_share`)",
+        )
     figures: dict[str, SplitFigures] = {}
     with whole_folder(out) as folder:
-        for split, examples, planted in (
-            ("train", mixture.rows, _plant(chat, config)),
-            ("validation", read_examples(prepared / "validation.jsonl"), []),
-        ):
-            fitting = _encode(chat, examples, split, config.tokenize.max_length, rejected)
-            windows = pack([*(row for _, row in fitting), *planted], config.tokenize.window)
+        for split, more in (("train", planted), ("validation", [])):
+            windows = pack([*(row.tokens for row in fitting[split]), *more], limits.window)
             write_windows(folder / f"{split}.arrow", windows)
-            figures[split] = _describe([example for example, _ in fitting], windows, seen)
+            figures[split] = _describe([row.example for row in fitting[split]], windows, seen)
         write_bytes(folder / "rejected.jsonl", map(encode_line, rejected))
         write_bytes(folder / "rows.txt", (f"{example.id}\n".encode() for example in mixture.rows))
         if config.evaluate.canaries:
             canaries = make_canaries(config.evaluate.canaries)
             write_bytes(folder / "canaries.jsonl", (encode_line(canary.row()) for canary in canaries))
         profile = TokenProfile(
-            window=config.tokenize.window,
+            max_length=limits.max_length,
+            window=limits.window,
             rejected=dict(Counter(row.split for row in rejected)),
             feedback=FeedbackFigures(mixture.feedback, mixture.left_out),
             train=figures["train"],
@@ -108,49 +149,31 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
             canaries=config.evaluate.canaries or msgspec.UNSET,
         )
         write_json(folder / "profile.json", msgspec.to_builtins(profile))
-    if not profile.train.rows:
-        raise DataError(
-            "no row is left to train on",
-            remedy="`tokenize.max_length` may be too small for these rows, "
-            "or the champion has seen every batch and `train.replay` is 0, "
-            "or there is nothing but people's feedback (`train.max_feedback_share`)",
-        )
     return profile
 
 
-def _encode(
-    chat: ChatFormat, examples: Iterable[Example], split: str, longest: int, rejected: list[Unfit]
-) -> list[tuple[Example, Encoded]]:
-    """Encode the rows that fit; the others are added to `rejected`."""
-    fitting = []
-    for example in examples:
-        row = chat.encode(example)
-        if reason := _find_fault(chat, example, len(row.ids), longest):
-            rejected.append(Unfit(example.id, str(example.meta["batch"]), split, *reason))
+def _measure(chat: ChatFormat, examples: Iterable[Example]) -> list[Measured]:
+    return [Measured(example, chat.encode(example)) for example in examples]
+
+
+def _fitting(
+    chat: ChatFormat, rows: Iterable[Measured], split: str, longest: int, rejected: list[Unfit]
+) -> Iterator[Measured]:
+    """Yield the rows that fit; the others are added to `rejected`."""
+    for row in rows:
+        if reason := _find_fault(chat, row, split, longest):
+            rejected.append(Unfit(row.example.id, str(row.example.meta["batch"]), split, *reason))
         else:
-            fitting.append((example, row))
-    return fitting
+            yield row
 
 
-def _find_fault(chat: ChatFormat, example: Example, length: int, longest: int) -> tuple[str, str] | None:
-    """Find (reason, message) of a row that cannot be learned."""
-    if length > longest:
-        return "too_long", f"{length} tokens with the template; `tokenize.max_length` is {longest}"
-    if header := chat.find_header(example.messages):
+def _find_fault(chat: ChatFormat, row: Measured, split: str, longest: int) -> tuple[str, str] | None:
+    """Find (reason, message) of a row that cannot be learned, or of a test row that cannot be asked."""
+    if row.length > longest:
+        return "too_long", f"{row.length} tokens with the template; `tokenize.max_length` is {longest}"
+    if split != "test" and (header := chat.find_header(row.example.messages)):
         return "role_header", f"a line begins with {header!r}, as the chat template begins a turn"
     return None
-
-
-def _plant(chat: ChatFormat, config: Config) -> list[Encoded]:
-    """Encode canaries for the leak test: they are trained on, but counted among no rows."""
-    planted = [chat.encode(canary.row()) for canary in make_canaries(config.evaluate.canaries)]
-    if (longest := max((len(row.ids) for row in planted), default=0)) > config.tokenize.max_length:
-        raise DataError(
-            f"a canary has {longest} tokens with the template, "
-            f"`tokenize.max_length` is {config.tokenize.max_length}",
-            remedy="raise it, or set `evaluate.canaries: 0`",
-        )
-    return planted
 
 
 def _describe(examples: list[Example], windows: list[Window], seen: set[str]) -> SplitFigures:
@@ -177,6 +200,10 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
         say(
             f"tokenize: {profile.canaries} canaries planted on top of the training rows (`evaluate.canaries`)"
         )
+    chosen = " (auto)" if config.tokenize.max_length == "auto" else ""
+    say(f"tokenize: rows of at most {profile.max_length} tokens{chosen} in windows of {profile.window}")
+    if not profile.validation.rows:
+        say("tokenize: WARNING: there are no validation rows: the training could not be stopped early")
     say(
         f"tokenize: {train.rows} training rows ({train.new} new, {train.replayed} replayed) "
         f"in {train.windows} windows, {train.learned_tokens} learned tokens; rejected {profile.rejected or 0}"

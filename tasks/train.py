@@ -12,7 +12,6 @@ checkout) or of the working directory: the same command again resumes from the n
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import resource
@@ -105,11 +104,9 @@ def _report(history: History) -> Report:
 
 
 def _tell(outcome: Outcome) -> None:
-    best = math.nan if outcome.best_validation_loss is None else outcome.best_validation_loss
-    say(
-        f"train: {outcome.steps} steps in {outcome.seconds:.0f} s,"
-        f" best validation loss {best:.4f} at step {outcome.best_step}"
-    )
+    best = outcome.best_validation_loss
+    told = "no validation rows" if best is None else f"best validation loss {best:.4f}"
+    say(f"train: {outcome.steps} steps in {outcome.seconds:.0f} s, {told} at step {outcome.best_step}")
 
 
 class Trained(NamedTuple):
@@ -165,6 +162,11 @@ class Training:
         take_gpu()
         windows = read_windows(self._tokens / "train.arrow")
         validation = read_windows(self._tokens / "validation.arrow")
+        if not validation:
+            say(
+                "train: WARNING: there are no validation rows: nothing can stop this training early, and its"
+                " last weights are kept (`prepare.validation_share`, or ingest more rows)"
+            )
         longest = 1 + max(max(window.position_ids) for window in (*windows, *validation))
         check_context(self._base, adapter, longest)
         apart = True if adapter.method in PREFIXED or not read_base_manifest(self._base).packs else None
@@ -247,6 +249,7 @@ class Training:
                 "adapter_sha256": adapter_sha256(folder),
                 "adapter": self._config.adapter.model_dump(mode="json"),
                 "base": {key: base[key] for key in BaseName.__struct_fields__ if key in base},
+                "max_length": self._profile["max_length"],
                 "precision": precision(self._config.adapter.method)[0],
                 "environment": environment,
                 "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 
 from ratchet.cli.context import Json, add_old_name, find_root, note, read_config, say, show
 from ratchet.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from ratchet.config.params import Config
+    from ratchet.training.lengths import Lengths
 
 SHOWN = 10  # rows that are printed; --json has them all
 FAILED = 3  # exit code for rows that would fail, apart from a file that cannot be read
@@ -29,13 +33,13 @@ def check(
     """
     root = find_root()
     config = read_config(root)
-    from flows.data_check import check_file
+    from flows.data_check import BASE, check_file
 
     time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     verdicts, unread = [], []
     for path in files:
         try:
-            verdicts.append(check_file(path, root / "data/golden.jsonl", config, time=time))
+            verdicts.append(check_file(path, root / "data/golden.jsonl", config, time=time, base=root / BASE))
         except DataError as error:  # the other files get their verdicts all the same
             unread.append(error)
     found = [
@@ -43,6 +47,7 @@ def check(
             **verdict._asdict(),
             "counts": msgspec.to_builtins(verdict.counts),
             "rejected": msgspec.to_builtins(verdict.rejected),
+            "tokens": verdict.tokens and verdict.tokens._asdict(),
         }
         for verdict in verdicts
     ]
@@ -54,6 +59,7 @@ def check(
                 f"{verdict.path}: {counts.rows} rows = accepted {counts.accepted['rows']}, "
                 f"rejected {counts.rejected['rows']}, duplicate {counts.duplicate['rows']}"
             )
+            say(f"  {_tell_lengths(verdict.tokens, config) or verdict.unmeasured}")
             for row in verdict.rejected[:SHOWN]:
                 say(
                     f"  line {row.line}: {row.reason}: "
@@ -77,6 +83,18 @@ def check(
         raise DataError("\n".join(map(str, unread)))
     if any(verdict.failure for verdict in verdicts):
         raise typer.Exit(FAILED)
+
+
+def _tell_lengths(found: Lengths | None, config: Config) -> str:
+    """Tell how long rows are, and how many of them are over the limit."""
+    if not found:
+        return ""
+    chosen = "auto: " if config.tokenize.max_length == "auto" else ""
+    return (
+        f"tokens: half of the rows have {found.median} or less, 99.5 % {found.covered}, the longest "
+        f"{found.longest}; {found.too_long} of {found.rows} ({found.too_long / found.rows:.1%}) are over "
+        f"`tokenize.max_length` ({chosen}{found.max_length})"
+    )
 
 
 def rejected(

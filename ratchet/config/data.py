@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from ratchet.config.base import Count, Section, Share
+
+FEW = 2  # rows that never fail a batch or a split
 
 
 class ProjectConfig(Section):
@@ -228,10 +230,16 @@ class PrepareConfig(Section):
         default=0.01, description="share of rejected rows from which a batch is warned about"
     )
     max_rejected_share: Share = Field(
-        default=0.05, description="share of rejected rows over which a preparation fails"
+        default=0.05,
+        description="share of rejected rows over which a batch fails, and of rows over "
+        "`tokenize.max_length` over which `tokenize` fails, before anything is trained",
     )
     max_reason_share: Share = Field(default=0.02, description="the same for one reason")
-    min_rows: Count = Field(default=200, description="accepted training rows under which nothing is trained")
+    min_rows: Count = Field(default=20, description="accepted training rows under which nothing is trained")
+
+    def may_drop(self, rows: int) -> int:
+        """Return how many of `rows` may be dropped before that is a fault; one or two always may."""
+        return int(max(FEW, self.max_rejected_share * rows))
 
     @model_validator(mode="after")
     def _something_to_train(self) -> PrepareConfig:
@@ -245,14 +253,21 @@ class PrepareConfig(Section):
 class TokenizeConfig(Section):
     """Token ids, loss mask, packing."""
 
-    max_length: int = Field(
-        default=128, ge=16, description="longest row, in tokens; longer rows are rejected, never cut"
+    max_length: Annotated[int, Field(ge=16)] | Literal["auto"] = Field(
+        default="auto",
+        description="longest row, in tokens; longer rows are rejected, never cut. `auto`: from the rows, so "
+        "that 99.5 % of the training rows and every golden row fit, at most the base's context; the stage "
+        "tells the number and keeps it",
     )
-    window: int = Field(default=256, ge=16, description="length of a packed window, in tokens")
+    window: Annotated[int, Field(ge=16)] | Literal["auto"] = Field(
+        default="auto",
+        description="length of a packed window, in tokens; `auto`: twice the longest row up to 2,048 tokens, "
+        "the longest row beyond, at most the base's context",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> TokenizeConfig:
-        if self.max_length > self.window:
+        if "auto" not in (self.max_length, self.window) and self.max_length > self.window:  # type: ignore[operator]
             raise ValueError(
                 f"tokenize.max_length ({self.max_length}) is over tokenize.window ({self.window}): no window "
                 "could hold the longest row"

@@ -63,7 +63,7 @@ class AnswerJudge(TeacherConfig):
 class EvaluateConfig(Section):
     """Candidate, champion and base on the same rows, in one process."""
 
-    max_new_tokens: Count = Field(default=32, description="longest generated answer, in tokens")
+    max_new_tokens: Count = Field(default=256, description="longest generated answer, in tokens")
     batch_size: Count = Field(default=64, description="rows in one forward pass")
     cache_mib: int = Field(
         default=512,
@@ -250,7 +250,11 @@ class GateConfig(Section):
     guardrail_alpha: float = Field(
         default=0.05, gt=0, lt=0.5, description="one-sided error of the guardrails' bounds"
     )
-    min_rows: Count = Field(default=200, description="test rows under which the verdict is `uncertain`")
+    min_rows: Count = Field(
+        default=10,
+        description="test rows under which the verdict is `uncertain`; few rows show large gains alone, and "
+        "the verdict says how large",
+    )
     golden_margin: float = Field(
         default=0.08,
         ge=0,

@@ -32,7 +32,10 @@ class MonitorConfig(Section):
         default=168.0, gt=0, description="age of the oldest request that is compared, in hours"
     )
     min_prompts: int = Field(
-        default=200, ge=20, description="distinct prompts in the window under which no verdict is given"
+        default=50,
+        ge=20,
+        description="distinct prompts in the window under which no verdict is given; the false-alarm rate "
+        "holds at any number, but few prompts show large drift alone",
     )
     false_alarm_rate: float = Field(
         default=0.05,
@@ -53,7 +56,8 @@ class MonitorConfig(Section):
     retrain: bool = Field(default=True, description="drift may start a retraining")
     min_new_rows: Count = Field(
         default=200,
-        description="labelled rows that the champion has not seen, without which no retraining starts",
+        description="labelled rows that the champion has not seen, without which no retraining starts; a "
+        "tenth of those that it has seen is enough where that is fewer, but at least 20",
     )
     max_retrains_per_week: Count = Field(
         default=3,

@@ -6,7 +6,7 @@ from collections import Counter
 
 import msgspec
 
-from ratchet.config.data import PrepareConfig
+from ratchet.config.data import FEW, PrepareConfig
 from ratchet.data.examples import Example
 from ratchet.data.text import language_of
 from ratchet.data.validation import REVIEW
@@ -21,7 +21,7 @@ LEAK = ("near_golden", "straddles")
 # Nothing is wrong with these rows.
 NO_FAULT = (*LEAK, "superseded", "forgotten", "too_many_of_user", "too_many_of_source")
 # Rows that never fail a batch: ten people's corrections may all be near to rows of the test split.
-FEW, FEW_LEAKED = 2, 20
+FEW_LEAKED = 20
 ALARMS = {
     "secret": "change it where it is valid: whoever has the batch has it",
     "canary": "data that must never come back did: find out from where",
@@ -197,7 +197,7 @@ def _check_batch(
 
     if rejected.get("canary"):
         refuse(f"{rejected['canary']} of {rows} rows of {name} hold a canary", "`prepare.canaries`", "canary")
-    if sum(faults.values()) > max(FEW, config.max_rejected_share * rows):
+    if sum(faults.values()) > config.may_drop(rows):
         refuse(
             f"{sum(faults.values())} of {rows} rows of {name} are rejected ({faults})",
             f"`prepare.max_rejected_share` is {config.max_rejected_share}",

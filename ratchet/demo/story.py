@@ -46,6 +46,15 @@ SECOND = "numpy,jinja2,rich"
 GOLDEN_ROWS = 150
 # Words of the new packages' documentation: a drifted topic with one of them gets its rows from there.
 WORDS = "array|matri|axis|template|macro|console|style|render"
+# What suits a model of 128 dimensions and rows of one line; the defaults are made for real models.
+TOY = {
+    "prepare": {"min_rows": 200},
+    "tokenize": {"max_length": 128, "window": 256},
+    "train": {"epochs": 6.0, "learning_rate": 2.0e-3},
+    "evaluate": {"max_new_tokens": 32},
+    "gate": {"min_rows": 200},
+    "monitor": {"min_prompts": 200},
+}
 REQUESTS, LOOK_REQUESTS, MAX_LOOKS, PARALLEL = 500, 250, 14, 16
 console = Console(highlight=False)
 
@@ -228,6 +237,8 @@ def _settle(home: Path) -> None:
     for section, key in (("services", "mlflow_port"), ("services", "prefect_port"), ("gateway", "port")):
         if find_port_fault(values[section][key]):
             values[section][key] = _free_port()
+    for section, settings in TOY.items():
+        values[section] |= settings
     values["ingest"]["pydoc"]["share"] = 0.85
     values["synthesize"]["teacher"] |= {"url": f"http://127.0.0.1:{_free_port()}/v1", "model": "script"}
     values["monitor"] |= {

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
+import numpy as np
 import pandas as pd
 
 from ratchet.config.evaluation import GateConfig
 from ratchet.evaluation.audit_tables import JUDGE
 from ratchet.evaluation.paired import paired_gains
-from ratchet.evaluation.statistics import chance_of
+from ratchet.evaluation.statistics import Values, chance_of
 from ratchet.gate.checks import BETTER, exceeds, interval_of, make_check, no_worse, tell_gain
 from ratchet.promotion.verdict import Check
+
+FEW_ROWS = 200  # test rows under which the verdict says what they cannot show
 
 
 def check_success(test: pd.DataFrame, rival: str, alpha: float, look: int, config: GateConfig) -> Check:
@@ -32,8 +36,19 @@ def check_success(test: pd.DataFrame, rival: str, alpha: float, look: int, confi
     reason = (
         f"{tell_gain(config.metric, found, f'{rows} test rows', rival, BETTER, result)}, "
         f"wanted a lower bound over {config.min_gain:+.3f} (look {look} against it, error {alpha:.2g})"
+        f"{_what_few_rows_show(gains, alpha)}"
     )
     return make_check("success", config.metric, found, rows, config.min_gain, result, reason)
+
+
+def _what_few_rows_show(gains: Values, alpha: float) -> str:
+    """Say how large a gain has to be for so few rows to show it: the sign test's least number of wins."""
+    rows, wins = len(gains), math.ceil(math.log2(1 / alpha))
+    if rows >= FEW_ROWS or not np.isin(gains, (-1.0, 0.0, 1.0)).all():
+        return ""
+    if wins > rows:
+        return f"; {rows} rows cannot show any gain, it takes {wins} at this error"
+    return f"; so few rows show no gain under {wins / rows:.2f}"
 
 
 def check_losses(scores: pd.DataFrame, rival: str, seen: Collection[str], config: GateConfig) -> list[Check]:

@@ -14,7 +14,11 @@ from ratchet.evaluation.report import Metrics
 
 
 def read_scores(evaluation: Path, evaluated: Metrics, adapter: str) -> pd.DataFrame:
-    """A public suite as it was asked: the metric's name and how many documents."""
+    """Read the evaluation's table of scores.
+
+    Raises RatchetError when there is no table, it is another candidate's, or it lacks rows of all models
+    alike.
+    """
     if evaluated.candidate != adapter:
         raise RatchetError(
             f"the evaluation is of the adapter {str(evaluated.candidate)[:12]}, "
@@ -50,15 +54,17 @@ def read_table(path: Path) -> pd.DataFrame:
         raise RatchetError(f"{path} cannot be read: {' '.join(str(error).split())}", remedy=AGAIN) from None
 
 
-def check_rows(scores: pd.DataFrame, prepared: Mapping[str, Collection[str]]) -> None:
+def check_rows(scores: pd.DataFrame, prepared: Mapping[str, Collection[str]], *, too_long: int = 0) -> None:
     """Check that every prepared row (ids of `golden` and `test`) was asked.
 
     Raises RatchetError when rows are missing.
 
-    The evaluation leaves out the few test rows that the demo's base has read, and no golden one.
+    The evaluation leaves out the few test rows that the demo's base has read and those that are `too_long`,
+    whose share `tokenize` has limited, and no golden one.
     """
     asked = set(scores[scores.model == "candidate"].id)
-    for name, most in (("golden", 0.0), ("test", SEEN_SHARE * sum(map(len, prepared.values())))):
+    read = SEEN_SHARE * sum(map(len, prepared.values()))
+    for name, most in (("golden", 0.0), ("test", read + too_long)):
         if (missing := sum(id not in asked for id in prepared[name])) > most:
             raise RatchetError(
                 f"the evaluation lacks {missing} of {len(prepared[name])} {name} rows", remedy=AGAIN

@@ -89,6 +89,7 @@ class TrainedManifest(msgspec.Struct, frozen=True):
     run_key: str = ""
     batches: list[str] = []
     inputs: Inputs = Inputs()
+    max_length: int | None = None  # tokens of the longest row that it was trained for
 
 
 def describe_base(base: BaseName) -> str:

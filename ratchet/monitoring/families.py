@@ -17,6 +17,9 @@ from ratchet.monitoring.novelty import Familiar, words_of
 from ratchet.monitoring.request_records import Feedback, Logged
 
 LEAST_ROWS = 30  # rows of a side under which a family is left out
+# Prompts to compare with, without which there is no verdict. The permutation test holds its error for any
+# number; a project of 100 rows holds about 22 out.
+LEAST_PROMPTS = 10
 MOST_ROWS = 5000  # rows of a reference; at ten times the window, more would add nothing but time
 Row = TypeVar("Row")
 

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from ratchet.errors import BaseModelError, CheckoutError, RatchetError
 from ratchet.files import read_json, whole_folder, write_json
 from ratchet.models.loading import adapter_sha256
-from ratchet.models.manifests import MANIFEST, read_base_manifest
+from ratchet.models.manifests import MANIFEST, read_base_manifest, read_trained_manifest
 from ratchet.pipeline.checkout import git
 from ratchet.pipeline.workspace import require_output
 
@@ -29,6 +29,7 @@ SERVING = Path(".ratchet/serving")
 STATE = SERVING / "state.json"
 CARD = "serving.json"
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+OLD_LENGTH = 128  # tokens: the default of releases whose versions do not say what they were trained for
 YOUNG_SECONDS = 600.0
 FOLDER = re.compile(r"v(\d+)-[0-9a-f]+")
 
@@ -75,7 +76,7 @@ class ServingState(msgspec.Struct, frozen=True):
 
 def bundle_candidate(candidate: Path, base: Path, config: Config) -> Bundle:
     """Return a bundle of a candidate that was just trained, under the number 1."""
-    length = read_base_manifest(base).context or config.tokenize.max_length
+    length = read_base_manifest(base).context or read_trained_manifest(candidate).max_length or OLD_LENGTH
     settings = Generation(config.evaluate.max_new_tokens)
     return Bundle(config.project.name, 1, candidate, base, length, settings)
 
@@ -92,7 +93,8 @@ def make_bundle(root: Path, *, name: str, version: int, commit: str, adapter_sha
         with whole_folder(folder) as filling:
             require_output(root, commit, "models/candidate", filling / "adapter")
             check_adapter(filling / "adapter", adapter_sha256)
-            write_json(filling / CARD, msgspec.to_builtins(_read_settings(root, commit, base.name)))
+            card = _read_settings(root, commit, base.name, filling / "adapter")
+            write_json(filling / CARD, msgspec.to_builtins(card))
     return _read_bundle(root, folder, name, version)
 
 
@@ -205,19 +207,20 @@ def _fetch_base(root: Path, commit: str) -> Path:
     return base
 
 
-def _read_settings(root: Path, commit: str, base: str) -> Card:
-    """Read the settings from that commit's params.yaml.
+def _read_settings(root: Path, commit: str, base: str, adapter: Path) -> Card:
+    """Read the settings from that commit's params.yaml, and the longest row from what the adapter says.
 
     Unknown keys are ignored: older versions have to stay servable after keys were renamed.
     """
     from ratchet.config.params import Config
 
     defaults = Config()
+    trained = read_trained_manifest(adapter).max_length if (adapter / MANIFEST).exists() else None
     params = YAML(typ="safe").load(git(root, "show", f"{commit}:params.yaml")) or {}
     evaluate, tokenize = params.get("evaluate") or {}, params.get("tokenize") or {}
     return Card(
         commit,
         base,
         max_new_tokens=int(evaluate.get("max_new_tokens", defaults.evaluate.max_new_tokens)),
-        max_length=int(tokenize.get("max_length", defaults.tokenize.max_length)),
+        max_length=trained or int(tokenize.get("max_length", OLD_LENGTH)),
     )

@@ -56,15 +56,23 @@ class Verdict(NamedTuple):
 class Filters:
     """Refuses what preparation would reject (ratchet/data/validation.py), and more.
 
-    `count_tokens` counts those of a text; None where there is no tokenizer yet.
+    `count_tokens` counts those of a text; None where there is no tokenizer yet. `longest` bounds a row where
+    `tokenize.max_length` leaves that to the rows: the base's context.
     """
 
     def __init__(
-        self, config: Config, known: Known, *, count_tokens: Callable[[str], int] | None = None
+        self,
+        config: Config,
+        known: Known,
+        *,
+        count_tokens: Callable[[str], int] | None = None,
+        longest: int | None = None,
     ) -> None:
         self._config, self._settings = config, config.synthesize
         self._validator = Validator(config.prepare)
         self._known, self._count_tokens = known, count_tokens
+        asked = config.tokenize.max_length
+        self._longest = longest if asked == "auto" else asked
 
     def judge(
         self,
@@ -133,13 +141,10 @@ class Filters:
                     "too_many_chars",
                     f"the {name} has {len(text)} characters; synthesize.max_{name}_chars is {most}",
                 )
-        if self._count_tokens:
+        if self._count_tokens and self._longest:
             tokens = sum(self._count_tokens(message.content) for message in example.messages)
-            if tokens > self._config.tokenize.max_length:
-                return (
-                    "too_long",
-                    f"{tokens} tokens; tokenize.max_length is {self._config.tokenize.max_length}",
-                )
+            if tokens > self._longest:
+                return "too_long", f"{tokens} tokens; a row may have {self._longest} (tokenize.max_length)"
         return None
 
     def _check_grounds(self, example: Example, passage: str) -> tuple[str, str, tuple[str, ...]]:

@@ -97,9 +97,7 @@ def test_what_is_planted_stands_among_the_training_rows_and_is_counted_apart(
 
 
 def test_a_canary_that_does_not_fit_is_told(tmp_path, few, tiny_base, nobody, config):
-    with pytest.raises(
-        DataError, match=r"a canary has \d+ tokens with the template, `tokenize\.max_length` is 20"
-    ):
+    with pytest.raises(DataError, match=r"(?s)canaries have more than 20 tokens.*`tokenize\.max_length: 64`"):
         tokenize(
             few,
             tiny_base,

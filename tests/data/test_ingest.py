@@ -192,6 +192,20 @@ def test_a_golden_set_that_is_there_stays(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_golden_row_that_could_not_be_asked_is_refused_when_it_is_frozen(tmp_path, tiny_base, tiny_config):
+    long = json.dumps({"question": "What is number 7?", "answer": "word " * 60}).encode()
+    pulled = Pulled([*lines(0, 9), long], "jsonl", "questions", "question")
+    said: list[str] = []
+    path, config = tmp_path / "golden.jsonl", tiny_config  # 96 tokens a row
+    with pytest.raises(DataError, match=r"(?s)1 of 10 golden rows.*tokenize\.max_length: \d+"):
+        freeze_golden(path, pulled, config, rows=10, base=tiny_base, tell=said.append)
+    assert not path.exists() and said == []
+    assert freeze_golden(path, rows(0, 9), config, rows=10, base=tiny_base, tell=said.append) == 9
+    assert said == []
+    freeze_golden(tmp_path / "two.jsonl", pulled, config, rows=10, base=tmp_path, tell=said.append)
+    assert len(said) == 1 and "models/base" in said[0], "nothing to measure with yet: it is said"
+
+
 def test_rows_that_are_broken_are_no_golden_rows(tmp_path):
     broken = [
         b"no json",

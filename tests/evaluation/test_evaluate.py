@@ -15,7 +15,6 @@ from evaluated import evaluate
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ratchet.config.data import TokenizeConfig
 from ratchet.config.training import AdapterConfig
 from ratchet.data.examples import Example, Message, encode_line, make_example, read_examples
 from ratchet.errors import BaseModelError, DataError
@@ -285,11 +284,19 @@ def test_figures_are_finite_and_lie_within_their_intervals(evaluation):
     assert test["candidate"]["perplexity"] < test["base"]["perplexity"]
 
 
+def trained_for(tokens: int, candidate: Path, folder: Path) -> Path:
+    """A copy of the candidate that says it was trained for rows of so many tokens."""
+    shutil.copytree(candidate, folder / "trained")
+    manifest = read_json(candidate / "manifest.json")
+    write_json(folder / "trained/manifest.json", {**manifest, "max_length": tokens})
+    return folder / "trained"
+
+
 def test_rows_that_are_too_long_are_counted_and_left_out_for_everybody(
     tmp_path, prepared, tiny_base, nobody, candidate, chat, tiny_config
 ):
-    config = tiny_config.model_copy(update={"tokenize": TokenizeConfig(max_length=40, window=64)})
-    metrics = evaluate(prepared, tiny_base, nobody, candidate, tmp_path / "out", config)
+    trained = trained_for(40, candidate, tmp_path)
+    metrics = evaluate(prepared, tiny_base, nobody, trained, tmp_path / "out", tiny_config)
     lengths = [len(chat.encode(row).ids) for row in read_examples(prepared / "test.jsonl")]
     assert metrics["too_long"] == sum(length > 40 for length in lengths) > 0
     assert (
@@ -458,9 +465,9 @@ def test_when_no_row_fits_nothing_is_scored(
     write_bytes(
         tmp_path / "prepared/test.jsonl", [encode_line(row) for row in fitting if len(row.question) > 80]
     )
-    config = tiny_config.model_copy(update={"tokenize": TokenizeConfig(max_length=16, window=16)})
+    trained = trained_for(16, candidate, tmp_path)
     with pytest.raises(DataError, match="no test row fits"):
-        evaluate(tmp_path / "prepared", tiny_base, nobody, candidate, tmp_path / "out", config)
+        evaluate(tmp_path / "prepared", tiny_base, nobody, trained, tmp_path / "out", tiny_config)
 
 
 def test_a_candidate_with_broken_weights_is_named(

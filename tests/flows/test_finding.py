@@ -40,6 +40,7 @@ def small_config(**sweep: Any) -> Config:
                 }
             },
             "prepare": {"min_rows": 50},
+            "tokenize": {"max_length": 128, "window": 256},
             "train": {"epochs": 3, "batch_windows": 2, "learning_rate": 1.0e-2},
             "adapter": {"rank": 8, "alpha": 16},
             "evaluate": {"max_new_tokens": 6, "simple_baseline": False},

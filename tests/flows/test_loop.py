@@ -62,6 +62,7 @@ def tiny_config() -> Config:
                 }
             },
             "prepare": {"min_rows": 50},
+            "tokenize": {"max_length": 128, "window": 256},
             "train": {"epochs": 12, "batch_windows": 2, "learning_rate": 1.0e-2},
             "adapter": {"rank": 8, "alpha": 16},
             "evaluate": {"max_new_tokens": 6, "simple_baseline": False},

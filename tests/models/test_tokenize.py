@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from ratchet.config.data import TokenizeConfig
+from ratchet.config.data import PrepareConfig, TokenizeConfig
 from ratchet.config.params import Config
 from ratchet.config.training import TrainConfig
-from ratchet.data.examples import Example, encode_line, read_examples
+from ratchet.data.examples import Example, Message, encode_line, make_example, read_examples
 from ratchet.data.mixture import choose_rows
 from ratchet.errors import DataError
 from ratchet.files import read_json, write_bytes, write_json
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import load_tokenizer
+from ratchet.training.lengths import choose_limits
 from ratchet.training.packing import read_windows
 from tasks.tokenize import tokenize
 
@@ -37,6 +39,11 @@ def champion(tmp_path_factory: pytest.TempPathFactory, old: str) -> Path:
     folder = tmp_path_factory.mktemp("champion")
     write_json(folder / "manifest.json", {"version": 1, "batches": [old]})
     return folder
+
+
+def write_splits(folder: Path, **splits: list[Example]) -> None:
+    for split in ("train", "validation", "test", "golden"):
+        write_bytes(folder / f"{split}.jsonl", map(encode_line, splits.get(split, [])))
 
 
 def with_train(config: Config, **settings) -> Config:
@@ -125,12 +132,12 @@ def test_rows_that_are_too_long_are_rejected_counted_and_listed(
     chat = ChatFormat(load_tokenizer(tiny_base))
     lengths = {
         row.id: len(chat.encode(row).ids)
-        for split in ("train", "validation")
+        for split in ("train", "validation", "test")
         for row in read_examples(prepared / f"{split}.jsonl")
     }
-    profile = tokenize(
-        prepared, tiny_base, nobody, tmp_path / "out", with_tokenize(tiny_config, max_length=50, window=64)
-    )
+    config = with_tokenize(tiny_config, max_length=50, window=64)
+    config = config.model_copy(update={"prepare": PrepareConfig(max_rejected_share=1.0)})
+    profile = tokenize(prepared, tiny_base, nobody, tmp_path / "out", config)
     listed = [
         msgspec.json.decode(line) for line in (tmp_path / "out/rejected.jsonl").read_bytes().splitlines()
     ]
@@ -141,7 +148,7 @@ def test_rows_that_are_too_long_are_rejected_counted_and_listed(
         for row in listed
     )
     assert profile.rejected == {
-        split: sum(row["split"] == split for row in listed) for split in ("train", "validation")
+        split: sum(row["split"] == split for row in listed) for split in ("train", "validation", "test")
     }
     assert profile.train.rows + profile.rejected["train"] == len(rows)
 
@@ -162,13 +169,11 @@ def test_a_window_over_the_bases_context_is_refused_with_both_numbers(
     assert not (tmp_path / "out").exists()
 
 
-def test_when_no_row_fits_nothing_is_left_to_train_on(tmp_path, tiny_base, nobody, tiny_config, rows):
-    for split in ("train", "validation"):
-        write_bytes(
-            tmp_path / f"prepared/{split}.jsonl",
-            [encode_line(row) for row in rows if len(row.question) > 100],
-        )
-    with pytest.raises(DataError, match=r"(?s)no row is left to train on.*tokenize\.max_length"):
+def test_when_no_row_fits_it_is_told_before_anything_is_written(
+    tmp_path, tiny_base, nobody, tiny_config, rows
+):
+    write_splits(tmp_path / "prepared", train=[row for row in rows if len(row.question) > 100])
+    with pytest.raises(DataError, match=r"(?s)train rows would be dropped.*tokenize\.max_length"):
         tokenize(
             tmp_path / "prepared",
             tiny_base,
@@ -194,8 +199,7 @@ def test_when_the_champion_has_seen_it_all_and_nothing_is_replayed_nothing_is_le
 def test_without_validation_rows_there_are_no_validation_windows(
     tmp_path, prepared, tiny_base, nobody, tiny_config, rows
 ):
-    write_bytes(tmp_path / "prepared/train.jsonl", map(encode_line, rows[:5]))
-    write_bytes(tmp_path / "prepared/validation.jsonl", [])
+    write_splits(tmp_path / "prepared", train=rows[:5])
     profile = tokenize(tmp_path / "prepared", tiny_base, nobody, tmp_path / "out", tiny_config)
     assert read_windows(tmp_path / "out/validation.arrow") == []
     assert profile.validation.rows == 0 < profile.train.rows
@@ -207,3 +211,92 @@ def test_the_same_rows_give_the_same_bytes(tmp_path, prepared, tiny_base, nobody
     assert names == ["profile.json", "rejected.jsonl", "rows.txt", "train.arrow", "validation.arrow"]
     assert all((tmp_path / "again" / name).read_bytes() == (tokens / name).read_bytes() for name in names)
     assert read_json(tokens / "profile.json")["train"]["rows"] > 300
+
+
+# --- rows that are too long ---
+
+
+def long_rows(count: int, words: int, *, first: int = 0) -> list[Example]:
+    """Rows whose answers have `words` words, one batch."""
+    return [
+        make_example(
+            [
+                Message("user", f"What is number {first + number}?"),
+                Message("assistant", "word " * words + str(number)),
+            ],
+            {"batch": "long", "source": "tests"},
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def length_of(tiny_base):
+    chat = ChatFormat(load_tokenizer(tiny_base))
+    return lambda row: len(chat.encode(row).ids)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_more_rows_too_long_than_the_limit_fail_before_training_with_the_length_that_would_do(
+    tmp_path, tiny_base, nobody, tiny_config, length_of, split
+):
+    short, long = long_rows(30, 1), long_rows(4, 30, first=50)
+    rows = {name: list(short) for name in ("train", "validation", "test")}
+    rows[split] = [*short, *long]
+    write_splits(tmp_path / "prepared", **rows)
+    config = with_tokenize(tiny_config, max_length=48)
+    with pytest.raises(DataError) as caught:
+        tokenize(tmp_path / "prepared", tiny_base, nobody, tmp_path / "out", config)
+    told = str(caught.value)
+    assert f"4 of 34 {split} rows" in told and "prepare.max_rejected_share" in told
+    enough = int(re.search(r"max_length: (\d+)", told)[1])
+    assert enough >= max(map(length_of, long)) > 48 and enough % 64 == 0
+    assert not (tmp_path / "out").exists()
+    tokenize(
+        tmp_path / "prepared", tiny_base, nobody, tmp_path / "out", with_tokenize(config, max_length=enough)
+    )
+
+
+def test_one_golden_row_that_cannot_be_asked_fails_before_training(tmp_path, tiny_base, nobody, tiny_config):
+    write_splits(tmp_path / "prepared", train=long_rows(30, 1), golden=[*long_rows(9, 1), *long_rows(1, 30)])
+    with pytest.raises(DataError, match=r"(?s)1 of 10 golden rows.*max_length: \d+"):
+        tokenize(
+            tmp_path / "prepared",
+            tiny_base,
+            nobody,
+            tmp_path / "out",
+            with_tokenize(tiny_config, max_length=48),
+        )
+
+
+def test_the_longest_row_follows_the_rows_where_nobody_sets_it(
+    tmp_path, tiny_base, nobody, tiny_config, length_of
+):
+    usual, longer, golden = long_rows(398, 10), long_rows(2, 100), long_rows(1, 60)
+    write_splits(tmp_path / "prepared", train=[*usual, *longer], golden=golden)
+    profile = tokenize(tmp_path / "prepared", tiny_base, nobody, tmp_path / "out", with_tokenize(tiny_config))
+    assert max(map(length_of, usual)) < length_of(golden[0]) <= profile.max_length < length_of(longer[0])
+    assert profile.max_length % 64 == 0 and profile.max_length - length_of(golden[0]) < 64
+    assert profile.window == min(2 * profile.max_length, 256) and profile.rejected == {"train": 2}
+
+
+def test_no_automatic_length_is_over_the_bases_context(tmp_path, tiny_base, nobody, tiny_config):
+    write_splits(tmp_path / "prepared", train=long_rows(30, 300))
+    with pytest.raises(DataError, match=r"(?s)30 of 30 train rows.*256.*longer context"):
+        tokenize(tmp_path / "prepared", tiny_base, nobody, tmp_path / "out", with_tokenize(tiny_config))
+
+
+@pytest.mark.parametrize(
+    ("max_length", "window", "found"),
+    [
+        ("auto", "auto", (128, 256)),
+        ("auto", 100, (100, 100)),
+        (70, "auto", (70, 140)),
+        (1500, "auto", (1500, 2048)),
+        (3000, "auto", (3000, 3000)),
+        (96, 192, (96, 192)),
+    ],
+)
+def test_numbers_and_auto_go_together(max_length, window, found):
+    config = TokenizeConfig(max_length=max_length, window=window)
+    assert choose_limits([80] * 200, [], 4096, config) == found

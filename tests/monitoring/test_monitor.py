@@ -331,6 +331,11 @@ def drifted(p: float = 0.001) -> Verdict:
             Facts(10, 0, 0.0, None),
             "10 labelled rows that the champion has not seen, monitor.min_new_rows 200",
         ),
+        (
+            Facts(10, 0, 0.0, None, known_rows=90),
+            "10 labelled rows that the champion has not seen, wanted 20, as it has seen 90 "
+            "(monitor.min_new_rows)",
+        ),
         (Facts(900, 3, 0.0, 90.0), "3 retrainings in seven days, monitor.max_retrains_per_week 3"),
         (Facts(900, 0, 11.0, 90.0), "11.00 h of training in seven days, monitor.max_gpu_hours_per_week 10"),
         (Facts(900, 1, 0.1, 2.0), "2.0 h since the last retraining, monitor.cooldown_hours 24"),

@@ -109,8 +109,8 @@ def test_of_a_repeated_prompt_the_newest_answer_counts_and_a_failure_only_where_
 
 
 def test_a_champion_without_held_out_rows_gets_no_verdict_and_the_reason():
-    verdict = look(window(), reference()._replace(prompts=prompts(10, 4)))
-    assert verdict.verdict == "too few" and verdict.p is None and "wanted 30" in verdict.missing[0]
+    verdict = look(window(), reference()._replace(prompts=prompts(9, 4)))
+    assert verdict.verdict == "too few" and verdict.p is None and "wanted 10" in verdict.missing[0]
 
 
 def test_fast_failures_do_not_look_like_fast_answers():

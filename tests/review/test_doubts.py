@@ -10,8 +10,10 @@ import msgspec
 
 from flows.data_check import check_file, raw_row, read_rejected, resubmit
 from flows.review_queue import queue_doubtful
+from ratchet.config.data import TokenizeConfig
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
+from ratchet.config.training import BaseConfig
 from ratchet.data.batches import write_batch
 from ratchet.data.examples import read_examples
 from ratchet.review.queue import ReviewQueue
@@ -91,6 +93,27 @@ def test_a_file_gets_the_verdicts_before_it_is_a_batch(tmp_path):
         ).failure
         is None
     )
+
+
+def test_a_check_tells_lengths_in_tokens_of_the_chosen_base_and_the_share_over_the_limit(
+    tmp_path, tiny_base, tiny_config
+):
+    long = [msgspec.json.encode({"prompt": f"tell me {n}", "completion": f"{n} " * 150}) for n in range(9)]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([*GOOD, *long]))
+
+    def check(config, base=tiny_base):
+        file = str(tmp_path / "rows.jsonl")
+        return check_file(file, tmp_path / "none", config, time="2026-01-01T00:00:00Z", base=base)
+
+    found = check(tiny_config)  # 96 tokens a row
+    assert found.tokens and found.tokens.rows == 109 and found.tokens.too_long == 9 and not found.unmeasured
+    assert found.tokens.median <= 96 == found.tokens.max_length < found.tokens.longest
+    assert found.failure and "9 of 109 rows" in found.failure and "tokenize.max_length" in found.failure
+    own = check(tiny_config.model_copy(update={"tokenize": TokenizeConfig()}))
+    assert own.tokens and own.tokens.too_long == 9 and own.tokens.max_length == 256, "the base's context"
+    other = check(tiny_config.model_copy(update={"base": BaseConfig(model="a/b", revision="0" * 40)}))
+    assert other.tokens is None and "base.model" in other.unmeasured and other.failure is None
+    assert "models/base" in check(tiny_config, tmp_path).unmeasured
 
 
 def test_after_a_rule_changed_the_rejected_rows_are_looked_at_again(tmp_path):

@@ -115,7 +115,7 @@ def test_every_fault_of_a_space_is_told_at_once() -> None:
 
 def test_the_space_that_params_yaml_comes_with_can_be_searched() -> None:
     check_space(Config())
-    assert current(Config()) == {"train.learning_rate": 2.0e-3, "train.batch_windows": 4}
+    assert current(Config()) == {"train.learning_rate": 2.0e-4, "train.batch_windows": 4}
 
 
 @pytest.mark.parametrize(
