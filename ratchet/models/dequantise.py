@@ -130,7 +130,7 @@ def _load(source: Source, dtype: Any, alone: Path) -> Any:
             remedy=ELSEWHERE,
         ) from None
     model, found = loaded
-    check_complete(sorted(found["missing_keys"]), source.told)
+    check_complete(found["missing_keys"], source.told)
     if left := found["unexpected_keys"]:
         raise _left_out(source, left)
     if odd := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:

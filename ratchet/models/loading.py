@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -189,10 +189,10 @@ def _load(source: Any, **settings: Any) -> tuple[Any, Checkpoint]:
     return model, Checkpoint(sorted(missing), sorted(found["unexpected_keys"]), generation)
 
 
-def check_complete(missing: Sequence[str], told: str) -> None:
+def check_complete(missing: Collection[str], told: str) -> None:
     """Raise BaseModelError where weights are missing, which transformers fills at random."""
     if missing:
-        some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        some = ", ".join(sorted(missing)[:3]) + (" …" if len(missing) > 3 else "")
         raise BaseModelError(
             f"{told} lacks {len(missing)} of its weights: {some}; they would be random",
             remedy="take a checkpoint that is whole, and of a causal language model",
