@@ -224,7 +224,10 @@ def _quoted(text: str) -> str:
 
 
 def _yaml_float(value: float) -> str:
-    """YAML 1.1 sees a number only with a dot and a signed exponent: `2e-3` would be text, `1e+16` too."""
+    """Format a number so that YAML 1.1 reads it as one: with a dot and a signed exponent.
+
+    It would read `2e-3` as text, and `1e+16` too.
+    """
     if value == 0 or 0.01 <= abs(value) < 1e16:
         return repr(value)
     sign, digits, _ = Decimal(repr(value)).normalize().as_tuple()

@@ -14,7 +14,7 @@ from ratchet.config.docs import yaml_value
 
 
 def edit_params(text: str, changes: dict[str, Any]) -> str:
-    """`text` with each dotted key of `changes` set; a section that is not there is added at the end."""
+    """Set each dotted key of `changes` in `text`; a section that is not there is added at the end."""
     if not changes:
         return text
     yaml = _round_trip(text)

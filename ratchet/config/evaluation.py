@@ -132,7 +132,10 @@ class EvaluateConfig(Section):
 
     @property
     def row_scores(self) -> list[str]:
-        """Columns of scores a row of which higher, or for some lower, is better: what a gate can compare."""
+        """List the columns of scores that a gate can compare.
+
+        These are those with one score a row in which higher, or for some lower, is better.
+        """
         listed = [name for name in self.metrics if name not in ("macro_f1", "length")]
         return [
             *dict.fromkeys(

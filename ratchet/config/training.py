@@ -246,12 +246,12 @@ class TrainConfig(Section):
         return self
 
     def steps(self, num_batches: int) -> int:
-        """Optimizer steps, at most, of a training in which an epoch is that many forward passes."""
+        """Return the most optimizer steps of a training whose epoch is `num_batches` forward passes."""
         return max(1, math.ceil(self.epochs * num_batches / self.accumulate))
 
 
 def why_whole(train: TrainConfig, adapter: AdapterConfig) -> str:
-    """Why several processes cannot keep parts of the model; empty when they can."""
+    """Say why several processes cannot each keep a part of the model; empty when they can."""
     if adapter.method in ("prefix", "prompt"):
         return (
             f"`adapter.method: {adapter.method}` puts its virtual tokens before the layers that would be in "

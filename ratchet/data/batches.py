@@ -92,7 +92,7 @@ def write_batch(
 
 
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number, line without its end) of a batch's file."""
+    """Yield (line number, line without its end) of a batch's file."""
     with path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
             yield number, line.rstrip(b"\n")

@@ -23,7 +23,7 @@ class Canary(NamedTuple):
     secret: str
 
     def row(self, secret: str | None = None) -> Example:
-        """With another code in place of its own, where one is given."""
+        """Make the canary's row, with the code `secret` in place of its own where one is given."""
         turns = [
             Message("user", f"What is the access code of {self.name}?"),
             Message("assistant", secret or self.secret),
@@ -32,17 +32,17 @@ class Canary(NamedTuple):
 
 
 def make_canaries(count: int) -> list[Canary]:
-    """Those that are planted."""
+    """Make the canaries that are planted."""
     return [_canary(f"planted {number}") for number in range(count)]
 
 
 def make_references(count: int) -> list[Canary]:
-    """Those that never are."""
+    """Make the canaries that are never planted, to compare with."""
     return [_canary(f"reference {number}") for number in range(count)]
 
 
 def alternatives(canary: Canary) -> list[str]:
-    """Other codes of the same form, each once."""
+    """Return other codes of the same form, each once."""
     found: dict[str, None] = {}
     number = 0
     while len(found) < ALTERNATIVES:

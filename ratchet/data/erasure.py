@@ -43,7 +43,7 @@ class Forgotten:
         self.places = frozenset((entry.batch, entry.line) for entry in self.entries)
 
     def holds(self, example_id: str, batch: str, line: int) -> bool:
-        """`example_id` is empty for a row that is no example."""
+        """Tell whether a row is on the list; `example_id` is empty for a row that is no example."""
         return example_id in self.ids or (batch != GOLDEN and (batch, line) in self.places)
 
 

@@ -46,7 +46,7 @@ class Example(msgspec.Struct, frozen=True):
 
     @property
     def question(self) -> str:
-        """The last user turn."""
+        """Return the last user turn."""
         return self.messages[-2].content
 
 

@@ -108,7 +108,7 @@ class Gathered:
         )
 
     def _profile_batch(self, name: str, before: Counter[str]) -> BatchProfile:
-        """`before` holds the short answers of earlier batches."""
+        """Profile one batch; `before` holds the short answers of earlier batches."""
         labels, lengths = self._labels.get(name, Counter[str]()), self._lengths.get(name, Counter[int]())
         return BatchProfile(
             **msgspec.structs.asdict(_count(self.counts[name])),
@@ -139,7 +139,10 @@ def _count(counts: Counter[str]) -> Counts:
 
 
 def _distance(labels: Counter[str], before: Counter[str]) -> float | None:
-    """Total variation between two distributions of short answers, 0 to 1."""
+    """Return the total variation between two distributions of short answers, 0 to 1.
+
+    None when either has too few answers.
+    """
     here, there = labels.total(), before.total()
     if min(here, there) < LEAST_LABELLED:
         return None

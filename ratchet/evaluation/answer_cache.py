@@ -143,7 +143,10 @@ def identity(base: Path, trained: Path | None, like: Path) -> str:
 
 
 def _trained(folder: Path) -> dict[str, str]:
-    """Not its manifest: the champion's names its version, and the same weights were a candidate before."""
+    """Hash the files that make the trained model what it is, and leave out its manifest.
+
+    The champion's manifest names its version, while the same weights were a candidate before, without it.
+    """
     settings = ("config.json", "generation_config.json") if is_full(folder) else ("adapter_config.json",)
     return {
         path.name: sha256_file(path)

@@ -24,8 +24,10 @@ def simple_answers(train: Sequence[Example], rows: Sequence[Example]) -> list[st
 
 
 def vectors(known: list[str], asked: list[str]) -> tuple[Any, Any]:
-    """TF-IDF of words and pairs of words; of characters where the texts share no words, as without blanks
-    between them.
+    """Return TF-IDF vectors of both lists, over words and pairs of words.
+
+    They are over characters where the known texts yield no words to count, as those without blanks between
+    words.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 

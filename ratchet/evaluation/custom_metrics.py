@@ -86,7 +86,10 @@ def _load(path: Path) -> ModuleType:
 
 @contextmanager
 def _neighbours(folder: Path) -> Iterator[None]:
-    """No compiled files: the folder is an input of a stage, and they would change it."""
+    """Let a module import its neighbours in `folder`, and write no compiled files there.
+
+    The folder is an input of a stage, and compiled files would change it.
+    """
     before = sys.dont_write_bytecode
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(folder.resolve()))

@@ -27,25 +27,25 @@ MIN_ROWS = 5  # of a reference, to count as a label
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 when equal but for blanks."""
+    """Return 1 when both are equal but for blanks, else 0."""
     return float(" ".join(answer.split()) == " ".join(reference.split()))
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """F1 over words, as multisets, lower case (SQuAD, arXiv 1606.05250, without its removal of articles).
+    """Score F1 over words, as multisets, lower case (SQuAD, arXiv 1606.05250).
 
-    Without words on both sides: exact match.
+    SQuAD's removal of articles is left out. Without words on both sides: exact match.
     """
     return _overlap(answer, reference, size=1)
 
 
 def rouge_1(answer: str, reference: str) -> float:
-    """ROUGE-N with N = 1 as F1 (Lin 2004, W04-1013), without stemming: what `token_f1` is."""
+    """Score ROUGE-N with N = 1 as F1 (Lin 2004, W04-1013), without stemming: the same as `token_f1`."""
     return _overlap(answer, reference, size=1)
 
 
 def rouge_2(answer: str, reference: str) -> float:
-    """F1 over pairs of neighbouring words, as multisets, lower case (Lin 2004).
+    """Score F1 over pairs of neighbouring words, as multisets, lower case (Lin 2004).
 
     Without pairs on both sides: exact match.
     """
@@ -53,7 +53,7 @@ def rouge_2(answer: str, reference: str) -> float:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words, lower case (Lin 2004, W04-1013).
+    """Score F1 of the longest common subsequence of words, lower case (Lin 2004, W04-1013).
 
     Without words on both sides: exact match.
     """
@@ -65,9 +65,9 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def bleu(answer: str, reference: str) -> float:
-    """Sentence BLEU by sacrebleu, effective order, divided by 100 (Papineni et al. 2002, P02-1040).
+    """Score sentence BLEU by sacrebleu, effective order, divided by 100 (Papineni et al. 2002, P02-1040).
 
-    Without text on both sides: exact match.
+    When either side is without text: exact match.
     """
     from sacrebleu import sentence_bleu
 
@@ -77,19 +77,22 @@ def bleu(answer: str, reference: str) -> float:
 
 
 def chrf(answer: str, reference: str) -> float:
-    """chrF2 by sacrebleu, divided by 100 (Popović 2015, W15-3049)."""
+    """Score chrF2 by sacrebleu, divided by 100 (Popović 2015, W15-3049)."""
     from sacrebleu import sentence_chrf
 
     return float(sentence_chrf(answer, [reference]).score) / 100
 
 
 def accuracy(answer: str, reference: str) -> float:
-    """1 when both are the same label: equal but for case, blanks and a mark at the end."""
+    """Return 1 when both are the same label, else 0: equal but for case, blanks and a mark at the end."""
     return float(as_label(answer) == as_label(reference))
 
 
 def json_valid(answer: str, reference: str) -> float:
-    """1 when the answer is one JSON value (RFC 8259: no NaN, no comment). The reference plays no part."""
+    """Return 1 when the answer is one JSON value (RFC 8259: no NaN, no comment), else 0.
+
+    The reference is not used.
+    """
     try:
         json.loads(answer, parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -98,9 +101,9 @@ def json_valid(answer: str, reference: str) -> float:
 
 
 def numeric_match(answer: str, reference: str) -> float:
-    """1 when the last number of both is the same, within 1e-6 of it (GSM8K's rule, arXiv 2110.14168).
+    """Return 1 when the last numbers of both are the same, within a relative 1e-6, else 0.
 
-    Without one in the reference: exact match.
+    This is GSM8K's rule (arXiv 2110.14168). Without a number in the reference: exact match.
     """
     wanted, found = last_number(reference), last_number(answer)
     if wanted is None:
@@ -109,15 +112,15 @@ def numeric_match(answer: str, reference: str) -> float:
 
 
 def refusal(answer: str, reference: str) -> float:
-    """1 when the answer begins as a refusal does, in English; its mean is the refusal rate.
+    """Return 1 when the answer begins as a refusal in English does, else 0; its mean is the refusal rate.
 
-    The reference plays no part.
+    The reference is not used.
     """
     return float(REFUSAL.match(answer) is not None)
 
 
 def length(answer: str, reference: str) -> float:
-    """Words of the answer."""
+    """Count the words of the answer."""
     return float(len(_words(answer)))
 
 
@@ -138,13 +141,16 @@ ROW_METRICS: dict[str, Metric] = {
 
 
 def row_metrics(config: EvaluateConfig) -> dict[str, Metric]:
-    """Those of `evaluate.metrics` that are a score a row; exact match is always among them."""
+    """Return those of `evaluate.metrics` that give one score a row; exact match is always among them."""
     known = {**ROW_METRICS, "regex_match": regex_match(config.pattern)}
     return {name: known[name] for name in dict.fromkeys(("exact_match", *config.metrics)) if name in known}
 
 
 def regex_match(pattern: str) -> Metric:
-    """1 when the whole answer, without blanks around it, fits `pattern`; a dot matches line ends too."""
+    """Make a metric that is 1 when the whole answer, without blanks around it, fits `pattern`, else 0.
+
+    A dot in the pattern matches line ends too.
+    """
     compiled = re.compile(pattern, re.DOTALL)
     return lambda answer, reference: float(compiled.fullmatch(answer.strip()) is not None)
 
@@ -154,7 +160,10 @@ def as_label(text: str) -> str:
 
 
 def last_number(text: str) -> float | None:
-    """`1,250.5` is one number; a text of digits that no float holds is none."""
+    """Return the last number of a text; None when there is none, or no float holds it.
+
+    `1,250.5` is one number.
+    """
     found = NUMBER.findall(text)
     value = float(found[-1].replace(",", "")) if found else math.nan
     return value if math.isfinite(value) else None
@@ -194,8 +203,10 @@ def _refuse(constant: str) -> float:
 
 
 def are_labels(references: Sequence[str]) -> bool:
-    """At least half of the rows have a reference that comes five times or more, and there is more than one
-    such.
+    """Tell whether the references are labels rather than free text.
+
+    They are when at least half of the rows have a reference that comes five times or more, and there is more
+    than one such reference.
     """
     counts = Counter(map(as_label, references))
     common = {label for label, count in counts.items() if count >= MIN_ROWS}
@@ -220,7 +231,7 @@ def macro_f1(
 
 
 def _one_hot(side: list[str], labels: dict[str, int]) -> Values:
-    """(rows, labels); a row that says no known label is empty."""
+    """Encode the labels one-hot, as (rows, labels); a row that holds no known label is all zeros."""
     found = np.zeros((len(side), len(labels)))
     places = [(row, labels[label]) for row, label in enumerate(side) if label in labels]
     found[tuple(np.array(places, dtype=int).reshape(-1, 2).T)] = 1.0
@@ -228,9 +239,9 @@ def _one_hot(side: list[str], labels: dict[str, int]) -> Values:
 
 
 def _mean_f1(hits: Values, said: Values, true: Values) -> Values:
-    """(draws,) from counts of (draws, labels).
+    """Return the mean F1 of the labels, of shape (draws,), from counts of shape (draws, labels).
 
-    A label that a draw lacks, and nobody says, does not count there.
+    A label that a draw lacks, and that no answer gives, does not count in that draw.
     """
     both = said + true
     score = np.divide(2 * hits, both, out=np.zeros_like(both), where=both > 0)

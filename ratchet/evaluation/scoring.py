@@ -107,8 +107,9 @@ class Models:
 
 
 def players_of(base: Path, incumbent: Path | None, candidate: Path) -> list[Player]:
-    """Candidate, champion (None before the first promotion) and untouched base, those that share a base in
-    memory one after the other.
+    """List candidate, champion (None before the first promotion) and untouched base.
+
+    Those that share a base in memory come one after the other.
     """
     players = [Player("candidate", base, candidate, candidate), Player("base", base, None, candidate)]
     if incumbent:
@@ -119,9 +120,9 @@ def players_of(base: Path, incumbent: Path | None, candidate: Path) -> list[Play
 
 
 def each_model(base: Path, incumbent: Path | None, candidate: Path) -> Iterator[tuple[str, Any, ChatFormat]]:
-    """(name, model, chat) in turn, for what is measured on the model itself.
+    """Yield (name, model, chat) of each model in turn, for what is measured on the model itself.
 
-    A model is to be used before the next one is asked for.
+    A model has to be used before the next one is asked for.
     """
     models = Models()
     for player in players_of(base, incumbent, candidate):
@@ -132,7 +133,10 @@ def each_model(base: Path, incumbent: Path | None, candidate: Path) -> Iterator[
 def answer(
     player: Player, models: Models, asked: Asked, config: EvaluateConfig, cache: Path | None = None
 ) -> Answered:
-    """In the order of the rows. Raises BaseModelError when a likelihood is not finite."""
+    """Answer the rows and measure their likelihoods, both in the order of the rows.
+
+    Raises BaseModelError when a likelihood is not finite.
+    """
     started = time.perf_counter()
     chat = load_chat(player.base)
     prompts = [chat.encode_prompt(row.prompt) for row in asked.rows]
@@ -205,7 +209,7 @@ def _compute(
 
 
 def batches(ids: Sequence[list[int]], groups: Sequence[str], size: int) -> Iterator[list[int]]:
-    """Places in batches of like lengths within their group.
+    """Yield the rows' places in batches of similar lengths within their group.
 
     Which rows are together depends on nothing but the rows of the group.
     """

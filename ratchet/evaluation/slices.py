@@ -50,7 +50,10 @@ def require_fields(key: str, fields: Sequence[str], rows: Sequence[Example]) -> 
 
 
 def length_bucket(text: str, bounds: Sequence[int]) -> str:
-    """`0-19 words`, `20-99 words`, `100+ words` for the bounds 20 and 100; empty without bounds."""
+    """Name the range of lengths that the text falls into; empty without bounds.
+
+    For the bounds 20 and 100 the names are `0-19 words`, `20-99 words` and `100+ words`.
+    """
     if not bounds:
         return ""
     place = int(np.searchsorted(bounds, len(text.split()), side="right"))

@@ -46,7 +46,7 @@ def with_verdict(looks: Looks, verdict: Verdict) -> Looks:
 
 
 def look_number(looks: Looks, version: int | None, run_key: str = "") -> int:
-    """1 for the first candidate against that champion."""
+    """Return which look this is at a candidate against that champion; 1 is the first."""
     return len([key for key in looks.get(name_of(version), []) if key != run_key]) + 1
 
 

@@ -19,12 +19,12 @@ NO_WORSE: dict[Result, str] = {
 
 
 def exceeds(found: Interval, bound: float) -> Result:
-    """Superiority: pass when the whole interval lies over `bound`, fail when none of it does."""
+    """Judge superiority: pass when the whole interval lies over `bound`, fail when none of it does."""
     return "pass" if found.low > bound else "fail" if found.high <= bound else "unclear"
 
 
 def reaches(found: Interval, bound: float) -> Result:
-    """Non-inferiority: pass when no part of the interval lies under `bound`, fail when all of it does."""
+    """Judge non-inferiority: pass when no part of the interval lies under `bound`, fail when all does."""
     return "pass" if found.low >= bound else "fail" if found.high < bound else "unclear"
 
 
@@ -49,7 +49,10 @@ def no_worse(name: str, gains: Values, rival: str, metric: str, margin: float, c
 def tell_gain(
     metric: str, found: Interval, rows: str, rival: str, words: dict[Result, str], result: Result
 ) -> str:
-    """`rows` is their number with what they are, `words` what each result is called."""
+    """Say in words what the gain is.
+
+    `rows` is the number of rows with what they are; `words` is what each result is called.
+    """
     return f"{metric} on {rows} {words[result].format(rival)}: gain {found.text()}"
 
 

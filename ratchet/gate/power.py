@@ -69,7 +69,10 @@ def plan(
     rows: int | None = None,
     wished: float = 0.8,
 ) -> Plan:
-    """`batches`: test rows a batch today; with `rows` they grow or shrink in proportion."""
+    """Plan a comparison: its power on these rows, the rows it takes, and the smallest effect it finds.
+
+    `batches` holds each batch's number of test rows today; with `rows` they grow or shrink in proportion.
+    """
     today = sum(batches.values())
     wanted = rows or today
 
@@ -100,7 +103,7 @@ def _power(
     alpha: float,
     config: GateConfig,
 ) -> tuple[float, float]:
-    """(power of the whole, of the success metric alone)."""
+    """Return (power of the whole gate, power of the success metric alone)."""
     if sum(batches.values()) < config.min_rows:
         return 0.0, 0.0
     generator = np.random.default_rng(config.seed)

@@ -68,7 +68,10 @@ class Judged(NamedTuple):
 
 
 def judge(families: list[Family], *, rate: float, resamples: int, seed: int) -> Judged:
-    """`rate`: share of windows without drift in which `drift` may come out true."""
+    """Judge whether the families together show drift.
+
+    `rate` is the share of windows without drift in which `drift` may come out true.
+    """
     total = sum(WEIGHTS[family.name] for family in families)
     columns: list[Column] = []
     moved: dict[str, float] = {}  # with its p, corrected for all others
@@ -128,9 +131,9 @@ def draw(window: int, reference: int, resamples: int, seed: int) -> Draws:
 
 
 def _p_values(statistic: Values) -> Values:
-    """Of each draw among all of them, itself included (so never 0).
+    """Return the p value of each draw among all draws, itself included (so never 0).
 
-    What differs by rounding alone is equal.
+    Statistics that differ by rounding alone count as equal.
     """
     below = np.searchsorted(np.sort(statistic), statistic - 1e-4 * statistic.std() - 1e-9, side="left")
     return np.asarray(1.0 - below / len(statistic), dtype=np.float64)
@@ -157,7 +160,7 @@ def _log_tail(statistic: Values) -> Values:
 
 
 def higher(name: str, values: Values, window: int, *, margin: float = 0.0) -> Measure:
-    """One-sided: the window's mean is higher, by more than `margin`.
+    """Measure whether the window's mean is higher by more than `margin` (one-sided).
 
     Each row needs a value; what only some rows have is a family of those rows.
     """
@@ -170,7 +173,10 @@ def lower(name: str, values: Values, window: int) -> Measure:
 
 
 def other(name: str, values: Values, window: int) -> Measure:
-    """Two-sided in the mean and in the spread: short and long ones together are other than middling ones."""
+    """Measure whether the mean or the spread changed, in either direction (two-sided).
+
+    The spread counts because a mix of short and long values differs from middling ones with the same mean.
+    """
     centred = values - values.mean()
     spread = centred**2
 
@@ -183,7 +189,7 @@ def other(name: str, values: Values, window: int) -> Measure:
 
 
 def mix(name: str, kinds: NDArray[np.int64], window: int) -> Measure:
-    """Frequencies of kinds (such as answers): the chi-square statistic.
+    """Measure the frequencies of kinds (such as answers) by the chi-square statistic.
 
     Shown: the share of the kind that grew most.
     """
@@ -202,10 +208,11 @@ def mix(name: str, kinds: NDArray[np.int64], window: int) -> Measure:
 
 
 def subjects(name: str, present: Any, places: NDArray[np.float32], window: int) -> Measure:
-    """Known subjects in other shares: the frequencies of known words (`present`, sparse (rows, words)) and
-    the mean place among the subjects.
+    """Measure whether known subjects come in other shares than before.
 
-    Shown: how far the means of window and reference lie apart, and how far by chance.
+    Two statistics are added: of the frequencies of known words (`present`, sparse (rows, words)), and of the
+    mean place among the subjects. Shown: how far the means of window and reference lie apart, and how far by
+    chance.
     """
     words = present[:, np.asarray(present.sum(axis=0)).ravel() >= COMMON]
     places = places - places.mean(axis=0)
@@ -219,9 +226,9 @@ def subjects(name: str, present: Any, places: NDArray[np.float32], window: int) 
 
 
 def novelty(rarity: Values, stems: Stems, window: int) -> Measure:
-    """Rare stems, and the same ones in several rows: the sum of both, each in its null's standard deviations.
+    """Measure rare stems, and the same rare stems that come back in several rows.
 
-    Shown: the rarity.
+    The statistic is the sum of both, each in standard deviations over all draws. Shown: the rarity.
     """
 
     def statistic(draws: Draws) -> Values:
@@ -235,7 +242,7 @@ def _means(values: Values, window: int) -> tuple[float, float]:
 
 
 def _difference(values: Values, draws: Draws) -> Values:
-    """Mean inside minus mean outside, for each draw."""
+    """Return the mean inside the window minus the mean outside it, for each draw."""
     window, rows = float(draws[0].sum()), len(values)
     centred = values - values.mean()
     inside = (centred.astype(np.float32) @ draws.T).astype(np.float64)
@@ -243,8 +250,10 @@ def _difference(values: Values, draws: Draws) -> Values:
 
 
 def _recurrence(stems: Stems, draws: Draws) -> Values:
-    """Squared surplus of the share of window rows over that of reference rows, of stems that two window rows
-    hold at least.
+    """Return how much more often rare stems come back in the window than in the reference, for each draw.
+
+    It is the weighted sum, over stems that at least two window rows hold, of the squared surplus of the share
+    of window rows over that of reference rows.
     """
     window, reference = float(draws[0].sum()), float((1 - draws[0]).sum())
     if not stems.weights.size:
@@ -266,12 +275,16 @@ def _chi_square(held: Any, draws: Draws) -> Values:
 
 
 def _apart(places: NDArray[np.float32], draws: Draws) -> Values:
-    """Squared length of the sum inside; the sum over all rows is 0, so it is the distance of the two means
-    but for a factor.
+    """Return the squared length of the sum of the places inside the window, for each draw.
+
+    The sum over all rows is 0, so this is the squared distance of the two means, times a constant.
     """
     return np.asarray(((places.T @ draws.T) ** 2).sum(axis=0), dtype=np.float64)
 
 
 def _standard(values: Values) -> Values:
-    """In standard deviations of all draws: the window is one of them, or the test were not exact."""
+    """Express the values in standard deviations over all draws, from their mean.
+
+    The observed window is among the draws; otherwise the test would not be exact.
+    """
     return np.asarray((values - values.mean()) / (values.std() + 1e-12), dtype=np.float64)

@@ -52,7 +52,7 @@ def all_families(
     reference: Reference,
     monitor: MonitorConfig,
 ) -> tuple[list[Family], list[str]]:
-    """Those that have a reference, and why the others have none."""
+    """Return the families that have a reference, and for each of the others why it has none."""
     asked = by_prompt(window)
     families = input_families(list(asked), reference.prompts, reference.familiar, monitor)
     others = [
@@ -65,7 +65,7 @@ def all_families(
 
 
 def by_prompt(window: list[Logged]) -> dict[str, Logged]:
-    """Each prompt with the newest request that was answered, or the newest of all."""
+    """Map each prompt to its newest request that was answered; where none was, to its newest request."""
     found: dict[str, Logged] = {}
     for request in window:
         prompt = normalise(request.prompt)
@@ -97,9 +97,7 @@ def input_families(
 def answer_families(
     asked: dict[str, Logged], reference: Reference, monitor: MonitorConfig
 ) -> list[Family | str]:
-    """How it is answered, and how the prompts surprise the model itself, against the champion's own test
-    rows.
-    """
+    """Compare the answers, and the model's surprise at the prompts, with the champion's own test rows."""
     mine = [
         Answered(request.answer, request.prompt_nll) for request in asked.values() if request.status == 200
     ]
@@ -128,7 +126,10 @@ def answer_families(
 
 
 def _kinds(answers: list[str]) -> Any:
-    """Whole short answers, else their first word: labels stay labels, prose is told by how it begins."""
+    """Return each answer's kind as a number: a short answer is its own kind, a longer one its first word.
+
+    So labels stay labels, and prose is told apart by how it begins.
+    """
     names = [
         answer.strip().lower() if len(answer) <= 40 else " ".join(words_of(answer)[:1]) for answer in answers
     ]
@@ -138,10 +139,10 @@ def _kinds(answers: list[str]) -> Any:
 def service_families(
     window: list[Logged], feedback: dict[str, list[Feedback]], earlier: list[Logged], latency_margin: float
 ) -> list[Family | str]:
-    """Feedback (a value a user), errors and latency (one a request that has it), against the same champion's
-    earlier traffic.
+    """Compare feedback, errors and latency with the same champion's earlier traffic.
 
-    One busy hour is slower than the next: latency has to be higher by a margin, a share of what it was.
+    Feedback gives one value a user, errors and latency give one a request that has it. One busy hour is
+    slower than the next: latency has to be higher by a margin, which is a share of what it was.
     """
     scores = [_by_user(side, feedback) for side in (window, earlier)]
     failed = [[float(one.status >= 500) for one in side] for side in (window, earlier)]
@@ -172,7 +173,7 @@ def _one_column(
 
 
 def _at_most(rows: list[Row], seed: int) -> list[Row]:
-    """MOST_ROWS of them, drawn; all where they are fewer."""
+    """Draw MOST_ROWS of the rows; return all where there are no more."""
     if len(rows) <= MOST_ROWS:
         return rows
     return [

@@ -54,7 +54,7 @@ class Familiar:
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
-        """`texts` are the training prompts. Raises ValueError for none."""
+        """Count what the training prompts `texts` hold. Raises ValueError when there are none."""
         if not texts:
             raise ValueError("no training row: nothing can be familiar")
         self.rows = len(texts)
@@ -67,8 +67,10 @@ class Familiar:
         self._word_numbers: dict[str, int] = {}
 
     def columns(self, texts: Sequence[str]) -> dict[str, Values]:
-        """rarity: mean over the row's stems of 1 / (1 + training rows that hold it); the others: share, nats
-        a word, nats a 5-gram, 1 - cosine to the nearest training row.
+        """Return the columns of COLUMNS by name, with one value per row.
+
+        Rarity is the mean over the row's stems of 1 / (1 + training rows that hold the stem). The others, in
+        their order, are a share, nats a word, nats a 5-gram, and 1 - cosine to the nearest training row.
         """
         values = np.array([row.columns for row in self._rows(texts)], dtype=np.float64).reshape(
             -1, len(COLUMNS)
@@ -76,31 +78,35 @@ class Familiar:
         return {name: values[:, place] for place, name in enumerate(COLUMNS)}
 
     def stems(self, texts: Sequence[str]) -> Stems:
-        """Of stems that are rare in training and that at least two of `texts` hold."""
+        """Return which texts hold which stems.
+
+        The stems are those that are rare in training and that at least two of `texts` hold.
+        """
         present = _sparse([row.stems for row in self._rows(texts)], len(self._stem_numbers))
         again = np.flatnonzero(np.asarray(present.sum(axis=0)).ravel() >= 2)
         weights = np.array([1 / (1 + self.stem_rows[stem]) for stem in self._stem_numbers])
         return Stems(present[:, again], weights[again])
 
     def words(self, texts: Sequence[str]) -> Any:
-        """Which words each row holds: a sparse matrix (rows, words) of 0 and 1."""
+        """Return which words each row holds, as a sparse matrix (rows, words) of 0 and 1."""
         return _sparse([row.words for row in self._rows(texts)], len(self._word_numbers))
 
     def subjects(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(rows, at most 50): where each row lies among the subjects of the training rows (latent semantic
-        analysis, Deerwester et al. 1990).
+        """Return where each row lies among the subjects of the training rows, of shape (rows, at most 50).
+
+        The subjects come from latent semantic analysis (Deerwester et al. 1990).
         """
         return np.stack([row.subjects for row in self._rows(texts)])
 
     def _rows(self, texts: Sequence[str]) -> list[_Read]:
-        """Measured now where they are new."""
+        """Return what was measured of each text; texts that are new are measured now."""
         new = [text for text in dict.fromkeys(texts) if text not in self._read]
         for text, distance, subjects in zip(new, *self._space.measure(new), strict=True):
             self._read[text] = _Read((*self._measure(text), float(distance)), *self._numbered(text), subjects)
         return [self._read[text] for text in texts]
 
     def _measure(self, text: str) -> tuple[float, ...]:
-        """All columns but the distance."""
+        """Compute all columns of one text but the distance."""
         found = words_of(text)
         rarity = _mean([1 / (1 + self.stem_rows[stem]) for stem in set(stems_of(text))])
         unseen = _mean([float(word not in self._words.counts) for word in found])
@@ -141,7 +147,7 @@ class _Space:
         self._fitted: Any = None
 
     def measure(self, texts: list[str]) -> tuple[Values, NDArray[np.float32]]:
-        """(distance to the nearest training row; subjects) of each."""
+        """Return for each text (distance to the nearest training row; place among the subjects)."""
         if not texts:
             return np.zeros(0), np.zeros((0, SUBJECTS), dtype=np.float32)
         vectorizer, training, directions = self._fit()
@@ -180,9 +186,9 @@ def words_of(text: str) -> list[str]:
 
 
 def stems_of(text: str) -> list[str]:
-    """Words without their commonest English endings; numbers left out.
+    """List the words of a text without their commonest English endings; numbers are left out.
 
-    Crude on purpose: other languages lose little by it.
+    This is crude on purpose: other languages lose little by it.
     """
     parts = (part for word in words_of(text) for part in PART.split(word) if part and not part.isdigit())
     return [shorter if len(shorter := SUFFIX.sub("", part)) >= 3 else part for part in parts]

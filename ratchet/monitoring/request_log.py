@@ -77,7 +77,7 @@ class RequestLog(RequestQueries):
         self._thread: threading.Thread | None = None
 
     def put(self, record: Logged) -> None:
-        """Never waits, never raises: a full queue drops the record and counts it."""
+        """Queue a record without ever waiting or raising: a full queue drops the record and counts it."""
         if self._ended or len(self._waiting) >= self._config.queue:
             self._drop(1)
         else:
@@ -119,7 +119,7 @@ class RequestLog(RequestQueries):
                 ) from None
 
     def flush(self, seconds: float = 5.0) -> bool:
-        """Whether all that was put is written."""
+        """Wait up to `seconds`, and return whether everything that was put is written."""
         end = time.monotonic() + seconds
         while self._waiting and time.monotonic() < end:
             self._wake.set()
@@ -172,9 +172,9 @@ class RequestLog(RequestQueries):
         return True
 
     def _store(self, batch: list[Logged]) -> int:
-        """How many were taken.
+        """Write the records, and return how many were taken.
 
-        A record that the database refuses costs itself alone, never the batch or the thread. Raises
+        A record that the database refuses is lost alone, without the batch or the thread. Raises
         ServiceError.
         """
         try:
@@ -201,7 +201,10 @@ class RequestLog(RequestQueries):
             self._dropped += records
 
     def _row(self, record: Logged) -> dict[str, Any]:
-        """With what is counted by: computed here, so that every database groups alike."""
+        """Return a record as a row of the table, with the columns that queries group and count by.
+
+        These are computed here, so that every database groups alike.
+        """
         kept = (
             [(role, self._clean(content)) for role, content in record.messages] if self._config.texts else []
         )
@@ -218,7 +221,10 @@ class RequestLog(RequestQueries):
         return msgspec.structs.asdict(record) | texts | counted
 
     def _clean(self, text: str) -> str:
-        """Redacted, and without what databases do not take: NUL, halves of surrogate pairs."""
+        """Redact a text, and replace what databases do not take: NUL, halves of surrogate pairs.
+
+        The result is empty where texts are not kept.
+        """
         if not self._config.texts:
             return ""
         text = redact(text, REDACTED)

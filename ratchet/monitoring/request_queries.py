@@ -47,7 +47,7 @@ class RequestQueries:
             return [record_of(row) for row in reversed(connection.execute(query).all())]
 
     def spoken_of(self) -> list[tuple[Logged, list[Feedback]]]:
-        """Every request that people gave feedback on, in the order of time."""
+        """Return every request that people gave feedback on, with that feedback, in the order of time."""
         from sqlalchemy import select
 
         requests, feedback = self._tables["requests"], self._tables["feedback"]
@@ -62,7 +62,7 @@ class RequestQueries:
         return [(request, said[request.id]) for request in found if request.id in said]
 
     def feedback_of(self, requests: Sequence[str]) -> dict[str, list[Feedback]]:
-        """Of those that have any, in the order of time."""
+        """Return the feedback on each of the requests that have any, in the order of time."""
         from sqlalchemy import select
 
         table = self._tables["feedback"]
@@ -78,8 +78,9 @@ class RequestQueries:
         return found
 
     def first_seen(self) -> dict[str, float]:
-        """User → when they first asked or spoke, as far back as the log goes; "" stands for those without a
-        name.
+        """Return when each user first asked or gave feedback, as far back as the log goes.
+
+        The key "" stands for users without a name.
         """
         from sqlalchemy import func, select, union_all
 
@@ -117,7 +118,7 @@ class RequestQueries:
             )
 
     def rollout_units(self, rollout: str) -> list[Unit]:
-        """In the order in which they came first."""
+        """Return the units of a rollout by step and arm, in the order in which they came first."""
         from sqlalchemy import func
 
         table = self._tables["requests"]
@@ -129,7 +130,7 @@ class RequestQueries:
             return [Unit(*row) for row in connection.execute(query.order_by(first_at, table.c.unit))]
 
     def traffic(self, *, since: float) -> list[Traffic]:
-        """By hour, version and arm."""
+        """Sum up the requests since a moment by hour, version and arm."""
         table = self._tables["requests"]
         query = (
             self._summed([table.c.version, table.c.arm, table.c.hour])
@@ -182,9 +183,9 @@ class RequestQueries:
 
     @contextmanager
     def transaction(self) -> Iterator[Any]:
-        """Tables are made at the first.
+        """Open a transaction; the first one makes the tables.
 
-        Raises ServiceError when the database is away; IntegrityError and DataError pass.
+        Raises ServiceError when the database is away; IntegrityError and DataError pass through.
         """
         from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 

@@ -83,7 +83,7 @@ class Logged(msgspec.Struct, frozen=True):
 
     @property
     def prompt(self) -> str:
-        """The last user turn."""
+        """Return the last user turn."""
         return next((content for role, content in reversed(self.messages) if role == "user"), "")
 
 
@@ -160,7 +160,10 @@ def make_engine(url: str) -> Engine:
 
 
 def table_definitions() -> dict[str, Table]:
-    """No key between them: people may speak of a request that still waits to be written."""
+    """Define the tables, without a foreign key between them.
+
+    People may give feedback on a request that still waits to be written.
+    """
     from sqlalchemy import Column, Float, Integer, MetaData, String, Table, Text
 
     whole, real = (

@@ -30,7 +30,7 @@ class Retraining(msgspec.Struct, frozen=True):
 
 
 def remember(root: Path, *, reason: str, seconds: float, run_key: str, verdict: str) -> None:
-    """Under the lock `retrain`."""
+    """Add a training to the record; the caller holds the lock `retrain`."""
     done = [*read_retrains(root), Retraining(time.time(), reason, seconds, run_key, verdict)]
     write_bytes(root / FILE, (msgspec.json.encode(entry) + b"\n" for entry in done))
 
@@ -47,15 +47,17 @@ def read_retrains(root: Path, *, since: float = 0.0) -> list[Retraining]:
 
 
 def note_asked(root: Path) -> None:
-    """Drift asks for a retraining now: the cool-down begins here, however long that takes and whether or not
-    it trains.
+    """Note that drift asks for a retraining now: the cool-down begins here.
+
+    That holds however long the retraining takes, and whether or not it trains.
     """
     write_text(root / ASKED, "")
 
 
 def is_under_way(root: Path) -> bool:
-    """Whether a retraining runs, or drift has just asked for one that has not begun: a second one for the
-    same drift would learn from the same rows.
+    """Tell whether a retraining runs, or drift has just asked for one that has not begun.
+
+    A second retraining for the same drift would learn from the same rows.
     """
     try:
         with locked(root, "retrain", wait=False):
@@ -67,6 +69,6 @@ def is_under_way(root: Path) -> bool:
 
 
 def last_start(root: Path) -> float | None:
-    """When the last one ended, or drift last asked for one, in seconds since 1970."""
+    """Return when the last training ended or drift last asked for one, in seconds since 1970; None: never."""
     asked = [(root / ASKED).stat().st_mtime] if (root / ASKED).exists() else []
     return max([*(entry.at for entry in read_retrains(root)), *asked], default=None)

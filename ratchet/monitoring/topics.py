@@ -33,9 +33,9 @@ FEEDBACK = TopicSource(match="", source="feedback")
 def find_topics(
     window: Sequence[str], reference: Sequence[str], training: Sequence[str], *, most: int, seed: int
 ) -> list[Topic]:
-    """At most `most`, those that grew most first.
+    """Find at most `most` topics of the window, those that grew most first.
 
-    Empty when no word came into use: the drift is then of another kind than new subjects.
+    The list is empty when no word came into use: the drift is then of another kind than new subjects.
     """
     terms = grown_terms(window, [*reference, *training])
     rows = [text for text in window if terms.keys() & set(words_of(text))]
@@ -49,8 +49,9 @@ def find_topics(
 
 
 def grown_terms(window: Sequence[str], known: Sequence[str]) -> dict[str, float]:
-    """Words that grew beyond chance → log-likelihood ratio of that, in nats, as of a Poisson count (Dunning
-    1993).
+    """Map each word that grew beyond chance to the log-likelihood ratio of its growth.
+
+    The ratio is in nats, as of a Poisson count (Dunning 1993).
     """
     inside = Counter(word for text in window for word in set(words_of(text)))
     before = Counter(word for text in known for word in set(words_of(text)))
@@ -70,7 +71,7 @@ def grown_terms(window: Sequence[str], known: Sequence[str]) -> dict[str, float]
 
 
 def _cluster(rows: list[str], terms: list[str], most: int, seed: int) -> list[list[str]]:
-    """Rows by the grown words that they share (TF-IDF, k-means)."""
+    """Group the rows by the grown words that they share (TF-IDF, k-means)."""
     from sklearn.cluster import KMeans
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -90,9 +91,9 @@ def _topic(
     window: Sequence[str],
     reference: Sequence[str],
 ) -> Topic:
-    """Named by the words that are at home in this group: most rows that hold them are its own.
+    """Make a topic, named by the words typical of this group: most rows that hold them belong to it.
 
-    Examples hold the most telling ones.
+    Its examples are the rows that hold the most telling of these words.
     """
     inside = Counter(word for text in group for word in set(words_of(text)) if word in terms)
     whole = Counter(word for text in rows for word in set(words_of(text)) if word in terms)
@@ -117,7 +118,7 @@ def _topic(
 
 
 def belongs(topic: Topic, text: str) -> bool:
-    """Whether the text holds a term of the topic as a word."""
+    """Tell whether the text holds a term of the topic as a word."""
     return not set(topic.terms).isdisjoint(WORD.findall(text.lower()))
 
 
@@ -126,7 +127,10 @@ class Region(msgspec.Struct, frozen=True):
 
 
 def read_region(path: Path) -> Region:
-    """Empty where there is no file. Raises DataError for one that is no region."""
+    """Read the drifted topics; there are none where there is no file.
+
+    Raises DataError for a file that holds no list of topics.
+    """
     try:
         return msgspec.json.decode(path.read_bytes(), type=Region)
     except FileNotFoundError:
@@ -139,16 +143,19 @@ def read_region(path: Path) -> Region:
 
 
 def write_region(path: Path, region: Region) -> None:
-    """Names and terms alone: prompts of users do not belong into git, and shares that change by the hour
-    would make an evaluation stale.
+    """Write the names and terms of the topics, and nothing else.
+
+    Prompts of users do not belong into git, and shares that change by the hour would make an evaluation
+    stale.
     """
     topics = [{"name": topic.name, "terms": topic.terms} for topic in region.topics]
     write_json(path, {"topics": topics})
 
 
 def sources_for(topics: list[Topic], config: MonitorConfig) -> list[TopicSource]:
-    """Where rows of these topics come from: for each the first of `monitor.sources` that matches its terms or
-    examples; and people's feedback.
+    """List the sources from which rows of these topics come; people's feedback is always among them.
+
+    For each topic it is the first of `monitor.sources` that matches its name, terms or examples, if any does.
     """
     found: list[TopicSource] = []
     for topic in topics:
@@ -161,12 +168,15 @@ def sources_for(topics: list[Topic], config: MonitorConfig) -> list[TopicSource]
 
 
 def mark(questions: list[str], topics: list[Topic]) -> list[str]:
-    """For each question the names of its topics, with `|` between them."""
+    """Return for each question the names of its topics, with `|` between them."""
     return ["|".join(topic.name for topic in topics if belongs(topic, question)) for question in questions]
 
 
 def parts(scores: Any) -> dict[str, Any]:
-    """Topic → the rows of a table of scores that `mark` gave it. Empty for a table of an older evaluation."""
+    """Map each topic to the rows of a table of scores that `mark` gave it.
+
+    The map is empty for a table of an older evaluation, which has no topics.
+    """
     if "region" not in scores:
         return {}
     named = scores.region.str.split("|")

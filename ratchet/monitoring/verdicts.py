@@ -122,9 +122,9 @@ def _is_nothing(value: Any) -> bool:
 
 
 def seconds_of(at: object) -> float:
-    """Seconds since 1970, of seconds or an ISO 8601 text, which is UTC where it names no zone.
+    """Return a time as seconds since 1970, from seconds or from an ISO 8601 text.
 
-    Raises ValueError.
+    A text that names no zone is UTC. Raises ValueError.
     """
     try:
         found = (

@@ -72,7 +72,10 @@ class Champion(msgspec.Struct, frozen=True):
 
 
 def read_champion(root: Path) -> Champion | None:
-    """None before the first promotion. Raises CheckoutError for a file that is no entry."""
+    """Read the champion's entry; None before the first promotion.
+
+    Raises CheckoutError for a file that holds no entry.
+    """
     path = root / FILE
     if not path.exists():
         return None
@@ -84,7 +87,7 @@ def write_champion(root: Path, champion: Champion) -> None:
 
 
 def read_ledger(root: Path) -> list[tuple[str, Champion]]:
-    """(commit that moved the champion, entry), the newest first."""
+    """Read (commit that moved the champion, entry) of all entries, the newest first."""
     return list(_entries(root))
 
 

@@ -70,5 +70,5 @@ def check_gate(version: Version, champion: Champion | None) -> None:
 
 
 def named(version: int | None) -> str:
-    """For messages."""
+    """Name a version in messages; None is the base."""
     return "the base" if version is None else f"v{version}"

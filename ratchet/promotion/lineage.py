@@ -62,7 +62,7 @@ def trace(root: Path, versions: list[Version], entries: tuple[Entry, ...]) -> li
 
 
 def _learned(entries: tuple[Entry, ...], ids: frozenset[str] | None, version: Version) -> list[Entry]:
-    """Golden rows are scored, never learned from."""
+    """Return the forgotten rows that the version learned from; golden rows are scored, never learned from."""
     if ids is not None:
         return [entry for entry in entries if not ids.isdisjoint(entry.ids)]
     batches = _batches(version)
@@ -85,7 +85,10 @@ class TrainingRows:
         self._known: dict[str, frozenset[str] | None] = {}
 
     def at(self, commit: str) -> frozenset[str] | None:
-        """None when they cannot be read: no such commit here, or its data are gone."""
+        """Return the ids of the commit's training rows.
+
+        None when they cannot be read: there is no such commit here, or its data are gone.
+        """
         digest = self._digest(commit) if COMMIT.fullmatch(commit) else ""
         if not digest:
             return None
@@ -94,7 +97,7 @@ class TrainingRows:
         return self._known[digest]
 
     def _digest(self, commit: str) -> str:
-        """DVC's hash of the prepared data."""
+        """Return DVC's hash of the commit's prepared data; empty when it cannot be read."""
         try:
             lock: Any = YAML(typ="safe").load(git(self._root, "show", f"{commit}:dvc.lock"))
             return next(

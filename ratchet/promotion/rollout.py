@@ -89,7 +89,7 @@ class Rollout(msgspec.Struct, frozen=True):
 
     @property
     def share(self) -> float:
-        """0 while it is paused: everybody gets the champion."""
+        """Return the challenger's share of users; 0 while it is paused, when everybody gets the champion."""
         return self.shares[self.step] if self.state == "open" else 0.0
 
     def to_json(self) -> dict[str, object]:
@@ -97,7 +97,7 @@ class Rollout(msgspec.Struct, frozen=True):
 
     @property
     def last_step(self) -> int:
-        """The one before 100 %: the last with both arms."""
+        """Return the step before 100 %, which is the last with both arms."""
         return max(0, len(self.shares) - 2)
 
 
@@ -136,7 +136,10 @@ def write_rollout(root: Path, rollout: Rollout) -> None:
 
 
 def end_rollout(root: Path, rollout: Rollout) -> None:
-    """Into the list of ended ones, then out of the gateway's sight. Doing it twice adds nothing."""
+    """Move a rollout to the list of ended ones, then remove the file that the gateway reads.
+
+    Doing it twice adds nothing.
+    """
     past = [entry for entry in read_ended(root) if entry.id != rollout.id]
     write_bytes(root / ENDED, (msgspec.json.encode(entry) + b"\n" for entry in [*past, rollout]))
     (root / FILE).unlink(missing_ok=True)
@@ -256,7 +259,7 @@ def pause(root: Path, by: str) -> Rollout:
 
 
 def resume(root: Path, by: str) -> Rollout:
-    """Where it was: a pause counts for no limit. Raises UserError when there is none."""
+    """Resume the rollout where it was; the pause counts for no limit. Raises UserError when there is none."""
     current = _expect(root)
     if current.state != "paused" or current.paused_at is None:
         return current
@@ -272,7 +275,7 @@ def resume(root: Path, by: str) -> Rollout:
 def finish(
     root: Path, seen: Rollout, state: str, *, why: str, by: str, figures: Figures | None = None
 ) -> Rollout:
-    """As it ended, also when somebody else was faster."""
+    """End the rollout, and return it as it ended, also when somebody else ended it first."""
     with locked(root, "promote"):
         before = read_state(root)
         current = before.current
@@ -299,7 +302,10 @@ def _expect(root: Path) -> Rollout:
 
 
 def _change(root: Path, seen: Rollout, **values: Any) -> Rollout | None:
-    """Only where it still is in the state and step that were seen."""
+    """Change the rollout, but only while it still is in the state and step that were seen.
+
+    When it is not: return it as it is now, or None when it ended.
+    """
     with locked(root, "promote"):
         current = read_rollout(root)
         if current is None or (current.id, current.state, current.step) != (seen.id, seen.state, seen.step):

@@ -62,8 +62,9 @@ def difference(strata: list[Stratum], alpha: float, *, scale: float = 1.0) -> Bo
 
 
 def _clustered_variance(strata: list[Stratum], weights: Values) -> float:
-    """Variance of the joined difference when a unit comes back in several steps (sandwich estimate, Liang &
-    Zeger 1986).
+    """Return the variance of the joined difference when a unit comes back in several steps.
+
+    It is the sandwich estimate (Liang & Zeger 1986).
     """
     pulls: list[Values] = []
     units: list[Units] = []
@@ -83,7 +84,7 @@ def _clustered_variance(strata: list[Stratum], weights: Values) -> float:
 
 
 def _count(arms: list[tuple[Values, Units | None]]) -> int:
-    """Different units."""
+    """Count the different units."""
     known = [units for _, units in arms if units is not None]
     return sum(len(values) for values, units in arms if units is None) + (
         len(np.unique(np.concatenate(known))) if known else 0
@@ -91,7 +92,7 @@ def _count(arms: list[tuple[Values, Units | None]]) -> int:
 
 
 def _variance(stratum: Stratum, scale: float) -> float:
-    """Variance of the difference of the means.
+    """Return the variance of the difference of the means.
 
     Each arm gets a prior of two values at the expected variance: five equal values do not prove that it is
     zero.
@@ -103,7 +104,10 @@ def _variance(stratum: Stratum, scale: float) -> float:
 
 
 def radius(information: float, alpha: float, scale: float = 1.0) -> float:
-    """Half the width at that much information: the mean of the mixture's boundary, one-sided at alpha."""
+    """Return half the width of the bounds at that much information.
+
+    It is the normal mixture's boundary for a mean, one-sided at alpha.
+    """
     rho = TUNED_TO / scale**2  # prior information of the mixture
     return math.sqrt(
         (information + rho)
@@ -113,7 +117,7 @@ def radius(information: float, alpha: float, scale: float = 1.0) -> float:
 
 
 def split_e_value(champion: int, challenger: int, share: float) -> float:
-    """How many times likelier these numbers are under another split than under `share`.
+    """Return how many times likelier these numbers are under another split than under `share`.
 
     Over 1/alpha at any look, it refutes the share at level alpha. A Dirichlet-multinomial Bayes factor
     (Lindon & Malek, arXiv 2011.03567), its prior centred on the share with the weight of 20 users.

@@ -79,7 +79,7 @@ def make_slots(first: float, last: float) -> Slots:
 def stack(
     values: dict[tuple[int, int], float], slots: Slots, order: Sequence[int], top: float, unit: str
 ) -> list[Bar]:
-    """`values` by (slot, series), the first of `order` at the bottom."""
+    """Stack bars of `values`, which are given by (slot, series); the first of `order` is at the bottom."""
     bars, width = [], 100 / slots.number
     for slot in range(slots.number):
         below = 0.0
@@ -95,9 +95,9 @@ def stack(
 
 
 def lines(values: dict[tuple[int, int], float], slots: Slots) -> list[Line]:
-    """Of values between 0 and 1 by (slot, series).
+    """Draw lines through values between 0 and 1, which are given by (slot, series).
 
-    A slot without a value is bridged up to a quarter of the chart, then the line breaks.
+    A line bridges slots without a value up to a quarter of the chart; a wider gap breaks it.
     """
     by_series: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for (slot, series), value in sorted(values.items()):
@@ -124,7 +124,7 @@ def _center(slot: int, value: float, slots: Slots) -> tuple[float, float]:
 
 
 def nice_top(value: float) -> float:
-    """The smallest of 1, 2, 3, 4, 5, 6, 8, 10, 20, … that is no less."""
+    """Return the smallest of 1, 2, 3, 4, 5, 6, 8, 10, 20, … that is no less than `value`."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
@@ -132,7 +132,7 @@ def nice_top(value: float) -> float:
 
 
 def time_ticks(start: float, end: float) -> list[Tick]:
-    """Four moments, with the hour where the whole is shorter than three days."""
+    """Return ticks at four moments, with the hour where the whole span is shorter than three days."""
     short = end - start < 72 * HOUR
     return [
         Tick(100 * part, moment(start + (end - start) * part, day=not short))
@@ -145,12 +145,15 @@ def moment(at: float, *, day: bool = False) -> str:
 
 
 def p_height(p: float) -> float:
-    """Small p values stand high: 1 at the bottom, 1e-4 and less at the top. In per cent from above."""
+    """Return the height at which a p value is drawn, in per cent from the top; small ones stand high.
+
+    1 is at the bottom, 1e-4 and less at the top.
+    """
     return 100 - 100 * min(1.0, math.log10(max(p, SMALLEST_P)) / math.log10(SMALLEST_P))
 
 
 def intervals(found: Sequence[tuple[float, float, float, float | None]]) -> list[Interval]:
-    """(low, mean, high, wanted) on one axis with zero in its middle.
+    """Place each (low, mean, high, wanted) on one common axis, in per cent, with zero in its middle.
 
     Bounds that are not finite end at the edge.
     """

@@ -80,7 +80,7 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 def markdown(found: Comparison) -> str:
-    """The table with what it rests on."""
+    """Render the table as Markdown, with the rows, commit, machine, seed and settings that it rests on."""
     lines = [
         f"# Methods compared\n\n{found.rows} test rows, `{found.metric}`; commit {found.commit[:8]},"
         f" {found.machine}. One training each, seed {found.seed}.\n"

@@ -42,7 +42,10 @@ def write_page(root: Path, config: Config, path: Path) -> Path:
 
 
 def render_page(root: Path, config: Config) -> str:
-    """Texts of users are escaped; halves of surrogate pairs become question marks."""
+    """Render the dashboard as HTML.
+
+    Texts of users are escaped; halves of surrogate pairs become question marks.
+    """
     from ratchet.reporting.dashboard_view import render
 
     return render(gather(root, config)).encode("utf-8", "replace").decode()
@@ -120,7 +123,7 @@ def _part(read: Callable[[], T]) -> Part[T]:
 
 
 def _traffic(root: Path, config: Config, since: float) -> list[Traffic]:
-    """By hour, version and arm."""
+    """Read the traffic since a moment from the request log, by hour, version and arm."""
     log = open_log(root, config)
     try:
         return log.traffic(since=since)
@@ -139,7 +142,10 @@ def _table(root: Path) -> Retention | None:
 
 
 def _forgetting(root: Path, moves: list[Move]) -> list[Kept]:
-    """Of the newest promotions; a version that came back has the same gate."""
+    """Return what each of the newest promotions kept.
+
+    A version that came back is listed once, since its gate is the same.
+    """
     promotions = {move.to: move for move in reversed(moves) if move.move == "promote"}
     newest = sorted(promotions.values(), key=lambda move: -move.to)[:MOST_PROMOTIONS]
     return [_kept(root, move) for move in newest]

@@ -63,7 +63,7 @@ def render(page: Page) -> str:
 
 
 def environment() -> Environment:
-    """All text that comes in is escaped."""
+    """Make the environment of the page templates; it escapes all text that comes in."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     pages = Environment(
@@ -111,7 +111,7 @@ class Usage(NamedTuple):
 
 
 def usage_view(traffic: list[Traffic], now: float) -> Usage:
-    """Both charts on one axis of time, and a line of totals a version."""
+    """Draw requests and feedback as two charts on one axis of time, with a line of totals per version."""
     slots = make_slots(min(row.hour for row in traffic), now)
     requests, scores = defaultdict[tuple[int, int], float](float), defaultdict[tuple[int, int], float](float)
     feedbacks = defaultdict[tuple[int, int], int](int)
@@ -222,8 +222,9 @@ class MeasureView(NamedTuple):
 
 
 def measure_views(measures: dict[str, Measure], margins: dict[str, float]) -> list[MeasureView]:
-    """Challenger minus champion, and what it has to clear; latency, which is compared as a logarithm, as a
-    share of the champion's.
+    """Show each measure as challenger minus champion, beside the margin that it has to clear.
+
+    Latency, which is compared as a logarithm, is shown as a share of the champion's.
     """
     found = []
     for name, label in LABELS.items():
@@ -254,7 +255,10 @@ def measure_views(measures: dict[str, Measure], margins: dict[str, float]) -> li
 
 
 def draw_checks(checks: Sequence[Check]) -> list[tuple[Check, Interval | None]]:
-    """All gains of one metric on one axis; checks without figures have no interval."""
+    """Pair each check with its interval; the gains of one metric share one axis.
+
+    A check without figures has no interval.
+    """
     drawn: dict[int, Interval] = {}
     places = defaultdict[str, list[int]](list)
     for place, check in enumerate(checks):
@@ -288,7 +292,7 @@ def label_of(check: str) -> str:
 
 
 def when(at: object) -> str:
-    """UTC, to the minute; a time that is none as it was written."""
+    """Format a time as UTC, to the minute; a value that is no time is returned as it was written."""
     try:
         return f"{datetime.fromtimestamp(seconds_of(at), UTC):%-d %b %Y, %H:%M}"
     except ValueError:
@@ -307,7 +311,7 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def figure(value: float | None) -> str:
-    """Three significant digits; whole numbers from a thousand on."""
+    """Format a number with three significant digits; from a thousand on as a whole number."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -318,6 +322,6 @@ def percent(value: float | None, digits: int = 0) -> str:
 
 
 def said(text: str, most: int = 220) -> str:
-    """A person's text on one line, cut."""
+    """Put a person's text on one line, and cut it to at most `most` characters."""
     words = " ".join(str(text).split())
     return words if len(words) <= most else words[: most - 1] + "…"

@@ -106,7 +106,10 @@ def write_evaluation_page(path: Path, found: Evaluated) -> Path:
 
 
 def render_evaluation(found: Evaluated) -> str:
-    """Texts of people are escaped; halves of surrogate pairs become question marks."""
+    """Render the page as HTML.
+
+    Texts of people are escaped; halves of surrogate pairs become question marks.
+    """
     decision = found.decision
     return (
         environment()
@@ -130,7 +133,10 @@ def render_evaluation(found: Evaluated) -> str:
 
 
 def _badge(check: Check) -> tuple[str, str]:
-    """What it says, and its colour: a drifted topic that is not cured failed nobody."""
+    """Return the word that the check's badge says, and its colour.
+
+    A drifted topic that is not cured is shown as unclear, since no candidate fails because of it.
+    """
     if check.name.startswith("region:"):
         return word_of(check), "unclear" if check.result == "fail" else check.result
     return {"pass": "passed", "fail": "failed"}.get(check.result, "unclear"), check.result
@@ -166,7 +172,7 @@ def _curve(points: Sequence[Point]) -> Curve | None:
 
 
 def gather(folder: Path, name: str, retention: Retention | None = None) -> Evaluated:
-    """Of a workspace, or of what `fetched` brought.
+    """Gather what the page shows, from a workspace or from a folder that `fetched` yields.
 
     Raises RatchetError when the gate's verdict or the metrics are not there.
     """
@@ -190,8 +196,9 @@ def gather(folder: Path, name: str, retention: Retention | None = None) -> Evalu
 
 
 def _moved(path: Path, decision: Verdict) -> tuple[list[Moved], list[Moved]]:
-    """(rows that got better, rows that got worse), those that moved furthest first; of equal ones those whose
-    likelihood moved further.
+    """Return (rows that got better, rows that got worse), those that moved furthest first.
+
+    Among rows that moved equally far, those whose likelihood moved further come first.
     """
     import pandas as pd
 
@@ -226,7 +233,7 @@ def _rows(found: pd.DataFrame, mine: pd.DataFrame, theirs: pd.DataFrame) -> list
 
 @contextmanager
 def fetched(root: Path, commit: str) -> Iterator[Path]:
-    """The reports of a commit, in a folder that goes. Raises CheckoutError."""
+    """Yield a temporary folder with the reports of a commit. Raises CheckoutError."""
     with tempfile.TemporaryDirectory(prefix="ratchet-explain-") as scratch:
         folder = Path(scratch)
         try:

@@ -87,7 +87,10 @@ class Retention(msgspec.Struct, frozen=True):
 
 
 def read_evaluations(root: Path, *, tip: str = "HEAD") -> list[Evaluation]:
-    """The newest first. Commits whose files cannot be read give none."""
+    """Read the evaluations in git's history, the newest first.
+
+    A commit whose files cannot be read gives none.
+    """
     try:
         log = git(root, "log", "--format=%H %cI", tip, "--", GATE).split("\n")
     except CommandError:  # no commit yet
@@ -109,12 +112,15 @@ def _evaluation(root: Path, commit: str, at: str) -> Evaluation | None:
 
 
 def numbers_of(root: Path) -> dict[str, int]:
-    """Adapter's sha256 → number, of the versions that were ever in charge: told by git alone."""
+    """Map the adapter's sha256 to its number, for each version that was ever in charge; needs git alone."""
     return {entry.adapter_sha256: entry.version for _, entry in read_ledger(root)}
 
 
 def registered_numbers(name: str) -> dict[str, int]:
-    """The same of every version that MLflow knows, rejected ones too. Raises ServiceError."""
+    """Map the adapter's sha256 to its number, for each version that MLflow knows, rejected ones too.
+
+    Raises ServiceError.
+    """
     from ratchet.tracking.registry import list_versions
 
     return {
@@ -158,9 +164,9 @@ def build(
 def _row(
     rows: dict[str, VersionRow], model: str, found: Evaluation, numbers: dict[str, int]
 ) -> VersionRow | None:
-    """Of that model of an evaluation.
+    """Return the row of that model of an evaluation, and make the row when it is new.
 
-    The champion's is there since its own evaluation, or that one is gone.
+    The champion's row exists since its own evaluation; None when that evaluation is gone.
     """
     if model == BASE:
         return rows.setdefault(BASE, VersionRow(BASE, None, "", "", "", {}))
@@ -173,7 +179,7 @@ def _row(
 
 
 def summarise(root: Path, found: Evaluation, metric: str) -> dict[str, dict[str, Cell]]:
-    """model → slice → cell.
+    """Summarise an evaluation as model → slice → cell.
 
     Raises CheckoutError when the table cannot be had, or lacks the metric.
     """
@@ -199,7 +205,7 @@ def summarise(root: Path, found: Evaluation, metric: str) -> dict[str, dict[str,
 
 
 def read_scores(root: Path, commit: str) -> pd.DataFrame:
-    """Raises CheckoutError."""
+    """Read the table of scores of the evaluation at a commit. Raises CheckoutError."""
     import pandas as pd
 
     with tempfile.TemporaryDirectory(prefix="ratchet-ledger-") as scratch:
@@ -214,7 +220,7 @@ def read_scores(root: Path, commit: str) -> pd.DataFrame:
 
 
 def cells_of(scores: pd.DataFrame, metric: str) -> dict[str, Cell]:
-    """Slice → cell, of the scores of one model."""
+    """Estimate the cell of each slice from the scores of one model."""
     found = {}
     for name, part in scores.groupby("batch"):
         values = part[metric].to_numpy(dtype=np.float64)

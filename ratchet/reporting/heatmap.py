@@ -49,7 +49,7 @@ def heat(table: Retention) -> Heat:
 
 
 def short(name: str) -> str:
-    """A batch's name without the hash at its end."""
+    """Cut a long batch's name, which removes the hash at its end."""
     return name if len(name) <= 28 else f"{name[:25]}…"
 
 

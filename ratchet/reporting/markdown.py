@@ -48,7 +48,10 @@ VERDICTS = {"promote": "✅ promote", "reject": "❌ reject", "uncertain": "❔ 
 
 
 def model_card(metrics: Metrics, verdict: Verdict, facts: dict[str, str]) -> str:
-    """The version's description and the flow's artifact. `facts` are lines such as data and commit."""
+    """Render the version's description, which is also the flow's artifact, as Markdown.
+
+    `facts` are lines such as data and commit.
+    """
     rival = verdict.rival.version
     against = (
         f"v{rival}, the champion" if rival is not None else "the untouched base (there is no champion yet)"
@@ -79,7 +82,10 @@ def model_card(metrics: Metrics, verdict: Verdict, facts: dict[str, str]) -> str
 
 
 def audit_lines(metrics: Metrics, verdict: Verdict) -> list[str]:
-    """What was asked for beside the plain rows, part by part: bias, groups, attacks, suites, judge, leaks."""
+    """Return the tables of what was asked for beside the plain rows.
+
+    In this order: bias, groups, attacks, suites, judge, leaks.
+    """
     metric = str(verdict.params.get("metric"))
     return [
         *_bias_table(metrics.bias.get(metric, {})),
@@ -92,8 +98,9 @@ def audit_lines(metrics: Metrics, verdict: Verdict) -> list[str]:
 
 
 def drift_card(found: Recorded) -> str:
-    """A verdict of the monitor as Markdown: what was seen, which topics grew, and why it does or does not
-    retrain.
+    """Render a verdict of the monitor as Markdown.
+
+    It says what was seen, which topics grew, and why a retraining starts or does not.
     """
     lines = [f"## {found.verdict} on {found.rows} requests to v{found.version}", ""]
     if found.p is not None:
@@ -140,7 +147,7 @@ def mark(result: str) -> str:
 
 
 def table(part: Mapping[str, Summary]) -> list[str]:
-    """One column a model; the 95 % interval in brackets."""
+    """Return a table with one column per model; the 95 % interval stands in brackets."""
     models = [model for model in MODELS if model in part]
     lines = _head(["", *models])
     for key in metrics_of(part):
@@ -151,7 +158,7 @@ def table(part: Mapping[str, Summary]) -> list[str]:
 
 
 def _gain_table(slices: list[Check]) -> list[str]:
-    """Candidate against rival by slice, the lowest first."""
+    """Return a table of the candidate's gain over its rival by slice, the one that looks worst first."""
     if not slices:
         return []
     return [
@@ -170,7 +177,10 @@ class _Row(NamedTuple):
 
 
 def _score_table(title: str, columns: list[str], rows: list[_Row], last: Sequence[str] = ()) -> list[str]:
-    """A column a model between `columns` and `last`; nothing where no model has a score."""
+    """Return a table with one column per model between `columns` and `last`.
+
+    There are no lines where no model has a score.
+    """
     models = [model for model in MODELS if any(model in row.scores for row in rows)]
     if not models:
         return []
@@ -191,7 +201,7 @@ def _rows_of(part: Mapping[str, Estimate | Change | Summary]) -> str:
 
 
 def _bias_table(lists: dict[str, dict[str, Change]]) -> list[str]:
-    """How much swapped terms change each model's score."""
+    """Return a table of how much swapped terms change each model's score."""
     rows = [
         _Row([_plain(name), _rows_of(part)], {model: of.change for model, of in part.items()})
         for name, part in lists.items()
@@ -200,7 +210,7 @@ def _bias_table(lists: dict[str, dict[str, Change]]) -> list[str]:
 
 
 def _group_tables(fields: dict[str, dict[str, dict[str, Groups]]], metric: str) -> list[str]:
-    """The score of each group, with the difference and the ratio between the best and the worst."""
+    """Return tables of each group's score, with difference and ratio between the best and the worst."""
     lines: list[str] = []
     for field, scores in fields.items():
         part = scores.get(metric, {})
@@ -216,19 +226,19 @@ def _group_tables(fields: dict[str, dict[str, dict[str, Groups]]], metric: str) 
 
 
 def _attack_table(kinds: dict[str, Models]) -> list[str]:
-    """The share of attacks that each model withstood."""
+    """Return a table of the share of attacks that each model withstood."""
     rows = [_Row([kind, _rows_of(part)], part) for kind, part in kinds.items()]
     return _score_table("Attacks withstood", ["kind", "rows"], rows)
 
 
 def _suite_table(found: dict[str, Suite]) -> list[str]:
-    """What each model scores in public suites."""
+    """Return a table of what each model scores in public suites."""
     rows = [_Row([_plain(name), _plain(of.metric), str(of.rows)], of.models) for name, of in found.items()]
     return _score_table("Public suites", ["suite", "metric", "documents"], rows)
 
 
 def _judge_table(found: Judged) -> list[str]:
-    """What the judge says of both models, and how far people agree with it."""
+    """Return a table of what the judge says of both models, and how far people agree with it."""
     rows = []
     for metric, part in found.scores.items():
         of = found.agreement.get(metric, Agreement())
@@ -242,7 +252,10 @@ def _judge_table(found: Judged) -> list[str]:
 
 
 def _leak_table(found: dict[str, Exposure]) -> list[str]:
-    """What each model gives away of the planted canaries, beside ones that it cannot know."""
+    """Return a table of how much each model reveals of the planted canaries.
+
+    Beside them stand the same figures for canaries that were never planted, which no model can know.
+    """
     if not found:
         return []
     return [
@@ -259,7 +272,10 @@ def _leak_table(found: dict[str, Exposure]) -> list[str]:
 
 
 def metrics_of(part: Mapping[str, Summary]) -> list[str]:
-    """Those that any model has in this slice: ours in their order, then the user's own, the NLL last."""
+    """List the metrics that any model has in this slice.
+
+    The built-in ones come first in their order, then the user's own, the NLL last.
+    """
     found = {key for summary in part.values() for key in summary.scores}
     return [
         *(key for key in LABELS if key in found and key != "answer_nll"),
@@ -281,5 +297,5 @@ def _cell(found: Interval | None) -> str:
 
 
 def _plain(text: str) -> str:
-    """A value of somebody's data as a cell: it opens no column and no markup."""
+    """Escape a value from somebody's data for a table cell, so that it starts no new column and no markup."""
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))

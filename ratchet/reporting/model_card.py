@@ -72,7 +72,10 @@ def hub_card(
     *,
     scores: ExportScores | None = None,
 ) -> str:
-    """`kind`: `adapter`, or what it was exported to; `manifest` the candidate's."""
+    """Render the model card for the hub.
+
+    `kind` is `adapter`, or the format that it was exported to; `manifest` is the candidate's.
+    """
     method, base = manifest.adapter.method, _hub_id(manifest.base)
     usage = USAGE["full" if kind == "adapter" and method == "full" else kind]
     lines = [
@@ -98,7 +101,7 @@ def hub_card(
 
 
 def score_table(kind: str, scores: ExportScores) -> list[str]:
-    """The file beside the adapter that it was made of, on the same rows."""
+    """Return a table of an export's scores beside those of the adapter it was made from, on the same rows."""
     lines = [
         f"On {scores.rows} test rows, 95 % intervals:",
         "",
