@@ -89,7 +89,9 @@ def describe_retrain(root: Path, config: Config) -> RunnerDeployment:
 
 
 def describe_schedule(section: str, cron: str, parameters: dict[str, Any]) -> DeploymentScheduleCreate:
-    """`active` is left out and the slug is fixed, so that a schedule which a person paused in the UI stays
+    """Describe when a deployment runs by itself. Raises ConfigError when `cron` is no cron schedule.
+
+    `active` is left out and the slug is fixed, so that a schedule which a person paused in the UI stays
     paused over a restart.
     """
     from prefect.client.schemas.actions import DeploymentScheduleCreate
@@ -107,9 +109,10 @@ def describe_schedule(section: str, cron: str, parameters: dict[str, Any]) -> De
 
 
 def describe_triggers(config: Config) -> list[Any]:
-    """Drift starts a retraining of the topics that drifted; new data does when `retrain.on_data` says so.
+    """Describe which events start a retraining.
 
-    The event's payload becomes the run's parameters.
+    Drift does, for the topics that drifted; new data does when `retrain.on_data` says so. The event's
+    payload becomes the run's parameters.
     """
     from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
 
@@ -168,7 +171,10 @@ def describe_rollout(root: Path, config: Config) -> RunnerDeployment:
 def _describe(
     flow: Any, root: Path, config: Config, *, description: str, **settings: Any
 ) -> RunnerDeployment:
-    """One run at a time; another waits: what it was asked for may have come after the first one looked."""
+    """Describe a flow's deployment, of which only one run goes at a time.
+
+    A second run waits and is not dropped: what it was asked for may have come after the first one looked.
+    """
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.deployments.runner import RunnerDeployment
     from prefect.types.entrypoint import EntrypointType
@@ -254,7 +260,7 @@ def end_lost_runs(names: list[str]) -> None:
 
 
 def serve_deployments(deployments: list[RunnerDeployment]) -> None:
-    """Blocks until SIGTERM."""
+    """Serve the deployments until SIGTERM."""
     runner = make_runner()
     for deployment in deployments:
         runner.add_deployment(deployment)

@@ -17,8 +17,9 @@ def resource_of(config: Config) -> str:
 
 
 def tell(event: str, config: Config, payload: dict[str, Any]) -> None:
-    """Prefect's server delivers it to the automations of `flows/deployments.py`; without a server nobody
-    hears it.
+    """Send an event to Prefect's server, which delivers it to the automations of `flows/deployments.py`.
+
+    Without a server nobody hears it.
     """
     from prefect.events import emit_event
 

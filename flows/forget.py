@@ -41,7 +41,10 @@ class Done(NamedTuple):
 
 
 def find_rows(root: Path, config: Config, query: tasks.Query, say: Say) -> list[tasks.Found]:
-    """In every batch and the golden set of the newest commit. Raises UserError when there is none."""
+    """Find the rows that match `query`, in every batch and in the golden set of the newest commit.
+
+    Raises UserError when there is none.
+    """
     with open_workspace(root, "forget", say, keep_failed=0) as workspace:
         if (workspace.path / f"{RAW}.dvc").exists():
             verb = "pull" if configured_remote(root) else "checkout"
@@ -56,9 +59,10 @@ def find_rows(root: Path, config: Config, query: tasks.Query, say: Say) -> list[
 
 
 def forget_rows(root: Path, config: Config, found: list[tasks.Found], *, reason: str, say: Say) -> Done:
-    """Rows that are on the list already change nothing, so that it can be run again.
+    """Put the rows on the list of forgotten ones, and mark the versions in MLflow that learned from them.
 
-    Raises what the checkout raises; MLflow may be away.
+    Rows that are on the list already change nothing, so that it can be run again. Raises what the checkout
+    raises; MLflow may be away.
     """
 
     def put_on_list() -> tuple[int, str]:
@@ -83,7 +87,7 @@ def _land(workspace: Workspace, found: list[tasks.Found], reason: str) -> tuple[
 
 
 def list_is_pending(root: Path) -> bool:
-    """Whether versions in MLflow still have to be marked."""
+    """Return whether versions in MLflow still have to be marked."""
     return (root / PENDING).exists()
 
 
@@ -110,7 +114,7 @@ def _trace(root: Path, config: Config, forgotten: Forgotten) -> list[Trace]:
 
 
 def summary(done: Done, found: list[tasks.Found]) -> dict[str, Any]:
-    """For `--json`."""
+    """Return what `--json` prints."""
     versions = None if done.versions is None else [entry._asdict() for entry in done.versions]
     return {
         "found": [row.place for row in found],

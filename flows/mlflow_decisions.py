@@ -31,7 +31,7 @@ NEEDS_REASON = "force needs a tag `reason`: the ledger keeps why the gate was ov
 
 
 def heed_people(root: Path, config: Config, registry: Registry, say: Say) -> bool:
-    """Act on what waits, the oldest version first. Whether anything was done."""
+    """Act on the decisions that wait, the oldest version first, and return whether anything was done."""
     done = False
     for _, version in sorted(registry.versions.items()):
         if is_waiting(version):
@@ -40,7 +40,10 @@ def heed_people(root: Path, config: Config, registry: Registry, say: Say) -> boo
 
 
 def is_waiting(version: Version) -> bool:
-    """Another decision than the one that was acted upon; or the reason that was missing has come."""
+    """Return whether the version's tags hold a decision that was not acted upon yet.
+
+    It differs from the decision of the last outcome, or the reason that was missing has come.
+    """
     decision, outcome = version.tags.get(DECISION, "").strip().lower(), version.tags.get(OUTCOME, "")
     if not decision:
         return False
@@ -59,7 +62,7 @@ def take_charge(
     say: Say,
     only_while: Rollout | None = None,
 ) -> Champion | None:
-    """Promote. None when `only_while` is no longer open.
+    """Promote the version and return the new champion; None when the rollout `only_while` is no longer open.
 
     Raises what the gate, the checkout and MLflow raise.
     """
@@ -75,10 +78,10 @@ def take_charge(
 def _conclude(
     root: Path, config: Config, registry: Registry, version: Version, decision: str, say: Say
 ) -> bool:
-    """Whether it is done.
+    """Carry out a decision, write its outcome to MLflow, and return whether it is done with.
 
-    What a person may have done wrong is an outcome too; what passes by itself (the checkout, a service) is
-    tried at the next look.
+    A refusal, where a person did something wrong, is an outcome too. What passes by itself (a fault of the
+    checkout or of a service) gives none: it is tried again at the next look.
     """
     try:
         outcome = f"done: {_decide(root, config, registry, version, decision, say)}"
@@ -152,8 +155,9 @@ def _reject(root: Path, registry: Registry, version: Version, in_charge: bool, b
 
 
 def _heed_alias(root: Path, config: Config, registry: Registry, say: Say) -> bool:
-    """Heed an alias on another version than champion.json names: a person put that version in charge,
-    unless MLflow has yet to be told of our champion.
+    """Heed an alias that names another version than champion.json does.
+
+    A person put that version in charge, unless MLflow has yet to be told of our champion.
     """
     champion, number = read_champion(root), registry.champion
     if number == (champion.version if champion else None):
@@ -175,7 +179,7 @@ def _heed_alias(root: Path, config: Config, registry: Registry, say: Say) -> boo
 
 
 def _set_back(root: Path, registry: Registry, say: Say) -> bool:
-    """To what champion.json says now, unless somebody moved it again meanwhile."""
+    """Point the alias at the champion of champion.json, unless somebody moved it again meanwhile."""
     with locked(root, "promote"):
         champion = read_champion(root)
         try:

@@ -110,7 +110,7 @@ def look_at(home: Path, config: Config, champion: Champion) -> tuple[Verdict, Pa
 
 @task(name="decide", **SETTINGS)
 def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> Decision:
-    """Drift, enough rows to learn from, budget and cool-down together."""
+    """Decide whether to retrain, from drift, rows to learn from, budget and cool-down together."""
     now = time.time()
     week = read_retrains(home, since=now - WEEK)
     last, current = last_start(home), read_rollout(home)
@@ -134,8 +134,10 @@ def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> D
 
 
 def count_labelled(home: Path, config: Config, champion: Champion, verdict: Verdict) -> int:
-    """Rows that the champion has not seen: in batches that came since, and in the sources of the drifted
-    topics, which are asked but not taken in yet.
+    """Count the labelled rows that the champion has not seen.
+
+    They are in batches that came since, and in the sources of the drifted topics, which are read here but
+    whose rows are not taken in yet.
     """
     pulled = []
     for source in sources_for(verdict.topics, config.monitor):

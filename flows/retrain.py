@@ -141,8 +141,9 @@ def retrain(
 
 
 def is_in_charge(root: Path, champion: Champion | None, found: Findings) -> bool:
-    """Told by files alone: asking MLflow would take longer than all the rest of a retraining with nothing to
-    do.
+    """Return whether the candidate is the champion, with the same verdict, and MLflow is up to date.
+
+    Only files are read: asking MLflow would take longer than all the rest of a retraining with nothing to do.
     """
     return (
         champion is not None
@@ -154,7 +155,10 @@ def is_in_charge(root: Path, champion: Champion | None, found: Findings) -> bool
 
 @task(name="pull topic", **SETTINGS)
 def pull_topic(root: Path, source: TopicSource) -> None:
-    """One batch of rows of a drifted topic. A source that has none is said; the others may still cure it."""
+    """Pull one batch of rows of a drifted topic. Raises CheckoutError.
+
+    A source that gives none is only reported: the others may still cure the drift.
+    """
     try:
         ingest(
             root=str(root), source=source.source, path=source.path or None, packages=source.packages or None
@@ -173,7 +177,10 @@ def land_region(workspace: Workspace, region: Region) -> None:
 
 @task(name="workspace", **RETRIED)
 def bring_up_to_date(workspace: Workspace, force: bool) -> set[str]:
-    """Names of the stages that have to run; the champion is pinned when there is something to train."""
+    """Check out the inputs and return the names of the stages that have to run.
+
+    The champion is pinned when there is something to train. Raises DataError when there is no batch yet.
+    """
     if not (workspace.path / "data/raw.dvc").exists():
         raise DataError(
             f"{workspace.root} holds no batch of rows yet", remedy="ratchet ingest --path FILE takes rows in"
@@ -191,7 +198,10 @@ def bring_up_to_date(workspace: Workspace, force: bool) -> set[str]:
 
 @task(name="stage", **SETTINGS)
 def stage_task(workspace: Workspace, stage: str, *, needed: bool) -> bool:
-    """Whether it ran. Not retried: on the same inputs a stage does the same again."""
+    """Run the stage where it is needed, and return whether it ran.
+
+    It is not retried: on the same inputs a stage does the same again.
+    """
     if not needed:
         say(f"{stage}: unchanged")
         return False
@@ -202,7 +212,10 @@ def stage_task(workspace: Workspace, stage: str, *, needed: bool) -> bool:
 
 @task(name="doubts", **SETTINGS)
 def ask_people(workspace: Workspace, config: Config) -> int:
-    """Rows with a doubt go to the queue. No training waits for it, or ends with it."""
+    """Queue the rows with a doubt for people, and return how many were added.
+
+    No training waits for their answers, or fails when the queue cannot be written.
+    """
     try:
         added = queue_doubtful(
             workspace.root, workspace.path / "data", read_rejected(workspace.path / REJECTED), config
@@ -277,7 +290,7 @@ def show_ledger(workspace: Workspace, found: Findings, config: Config, run_id: s
 def decide(
     workspace: Workspace, version: Version, found: Findings, config: Config, reason: str
 ) -> Champion | None:
-    """Promote, or leave it to a person; who is in charge afterwards."""
+    """Promote the version, or leave that to a person or a rollout; return who is in charge afterwards."""
     with locked(workspace.root, "promote"):
         catch_up(workspace)  # a person may have moved the champion while the stages ran
         return _decide(workspace, version, found, config, reason)

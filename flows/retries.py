@@ -12,7 +12,7 @@ TRIES = 3  # another data commit may land first; ours then starts over on top of
 
 
 def can_pass(task: Any, run: Any, state: Any) -> bool:
-    """Prefect's `retry_condition_fn`."""
+    """Return whether a failure may pass by itself, as Prefect's `retry_condition_fn`."""
     try:
         state.result()
     except (CommandError, ServiceError, ConnectionError, TimeoutError):

@@ -135,8 +135,10 @@ class Ending(NamedTuple):
 
 
 def ending_of(current: Rollout, champion: Champion | None, refused: str | None) -> Ending | None:
-    """Whether the ground of a rollout is gone: another champion, or a gateway that cannot load the
-    challenger.
+    """Return how the rollout ends when it cannot go on, and None while it can.
+
+    It cannot with another champion than the one it was started against, or with a gateway that cannot load
+    the challenger.
     """
     if champion and champion.version == current.version:
         # The look that put it in charge was cut off before it ended the rollout, or a person promoted it.
@@ -199,7 +201,7 @@ def _forget_challenger(config: Config, say: Say) -> None:
 
 
 def _act(root: Path, config: Config, current: Rollout, registry: Registry | None, say: Say) -> None:
-    """Look, and do what was found."""
+    """Look at the rollout's figures and do what they ask for."""
     try:
         seen = _look(root, config, current)
     except ServiceError as error:

@@ -46,7 +46,7 @@ class Watcher:
                 sys.stderr.flush()
 
     def glance(self) -> bool:
-        """Whether a look was asked for."""
+        """Request a look when one is due or the registry changed, and return whether that was so."""
         now, seen = time.monotonic(), registry_fingerprint(self._config.project.name)
         waits = (
             seen is None or (self._root / FILE).exists() or (self._root / AGAIN).exists()
@@ -85,8 +85,9 @@ def registry_fingerprint(name: str) -> str | None:
 
 
 def request_look(root: Path) -> None:
-    """One run of the deployment `rollout`; it waits for one that is under way, which may have read the
-    registry before the change.
+    """Request one run of the deployment `rollout`.
+
+    It waits for a run that is under way, which may have read the registry before the change.
     """
     from prefect.client.orchestration import get_client
 

@@ -57,7 +57,10 @@ def sweep(root: str | None = None, trials: int | None = None, apply: bool = Fals
 
 
 def run_trials(search: Search, workspace: Workspace, config: Config, material: Material) -> None:
-    """One after the other; base and rows are made anew when a trial's settings ask for other ones."""
+    """Run the trials one after the other.
+
+    Base and rows are made anew when a trial's settings ask for other ones.
+    """
     made: dict[str, Any] = {}
     while (trial := search.next()) is not None:
         if (wanted := rows_key(trial.user_attrs["changes"])) != made:
@@ -94,7 +97,10 @@ def train(search: Search, trial: optuna.Trial, material: Material) -> None:
 
 
 def tell_mlflow(search: Search, config: Config) -> None:
-    """Not asked again in this sweep once it was away: each try costs seconds."""
+    """Deliver the trials to MLflow.
+
+    Once it did not answer it is not asked again in this sweep: each try costs seconds.
+    """
     if search.tracker_away:
         return
     try:

@@ -146,7 +146,11 @@ def _take(folder: Path, config: BaseConfig) -> Details:
 
 
 def _take_gguf(folder: Path, source: Source, config: BaseConfig) -> Details:
-    """Dequantise; the identity is the file's own: another version of transformers may round otherwise."""
+    """Dequantise the GGUF file into `folder` and return the details of the base.
+
+    Its identity comes from the file and not from the weights: another version of transformers may round
+    them otherwise.
+    """
     identity = _identify({GGUF_FILE: sha256_file(source.path)}, config)
     found = dequantise(source, folder)
     _, details = _describe(source._replace(path=folder), folder, config)

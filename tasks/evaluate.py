@@ -167,7 +167,7 @@ def _audits(
     custom: dict[str, Custom],
     config: EvaluateConfig,
 ) -> tuple[dict[str, pd.DataFrame], dict[str, object]]:
-    """(tables of the rows that were asked in another form, fields of Metrics).
+    """Return (tables of the rows that were asked in another form, fields of Metrics).
 
     In `answered` these rows stand behind the plain ones, pairs first.
     """
@@ -235,10 +235,10 @@ def _check_planted(candidate: Path, config: Config) -> None:
 def _measure(
     base: Path, incumbent: Path | None, candidate: Path, suites: dict[str, TaskConfig], config: Config
 ) -> tuple[dict[str, pd.DataFrame], dict[str, object]]:
-    """`canaries`: a line a canary and model, planted ones and as many that never were; `suites`: a line a
-    document and model.
+    """Measure canaries and suites on each model; return (tables, fields of Metrics), only what is asked for.
 
-    Only what is asked for.
+    The table `canaries` has a line for each canary and model, of planted canaries and of as many that never
+    were in the data. The table `suites` has a line for each document and model.
     """
     count, size = config.evaluate.canaries, config.evaluate.batch_size
     canaries = [*make_canaries(count), *make_references(count)]
@@ -287,10 +287,9 @@ def _rows(prepared: Path) -> list[Example]:
 
 
 def _unseen(rows: list[Example], base: Path) -> list[Example]:
-    """Without the rows that the demo's base, which is trained here, has read: people's feedback may bring a
-    few.
+    """Leave out the rows that the demo's base, which is trained here, has read in its pre-training.
 
-    More than 2 %, or a golden one, is a fault.
+    People's feedback may bring a few of them. Raises DataError when they are over 2 %, or one is golden.
     """
     seen_file = base / "seen.txt"
     seen = set(seen_file.read_text(encoding="utf-8").split()) if seen_file.exists() else set()
@@ -319,7 +318,10 @@ def _score_all(
     config: EvaluateConfig,
     cache: Path | None,
 ) -> list[pd.DataFrame]:
-    """Each in the precision of its own method; those that share a base in memory one after the other."""
+    """Ask every model, each in the precision of its own method, and return a table for each.
+
+    Those that share a base in memory are asked one after the other.
+    """
     models = Models()
     frames = [
         frame_of(asked.rows, player.name, answer(player, models, asked, config, cache), config)
@@ -331,7 +333,7 @@ def _score_all(
 
 
 def summarise(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, dict[str, Summary]]:
-    """slice → model → its scores, with 95 % intervals."""
+    """Return slice → model → its scores, with 95 % intervals."""
     columns = [*config.row_scores, *(["length"] if "length" in config.metrics else [])]
     labelled = "macro_f1" in config.metrics and are_labels(list(table.reference[table.model == "candidate"]))
     return {

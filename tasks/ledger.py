@@ -65,7 +65,7 @@ def fill(root: Path, table: Retention, newest: Evaluation, config: Config, say: 
 
 
 def _rows(root: Path, newest: Evaluation, folder: Path) -> list[Example]:
-    """Those that the newest evaluation asked."""
+    """Return the rows that the newest evaluation asked the models."""
     require_output(root, newest.commit, "data/prepared", folder / "prepared")
     scores = read_scores(root, newest.commit)
     ids = set(scores.id[scores.model == "candidate"])
@@ -80,7 +80,7 @@ def _rows(root: Path, newest: Evaluation, folder: Path) -> list[Example]:
 def _ask(
     root: Path, version: VersionRow, asked: list[Example], metric: str, config: Config, folder: Path
 ) -> dict[str, Cell]:
-    """slice → cell.
+    """Ask the version's model the rows and return slice → cell.
 
     Raises RatchetError: the weights or the base cannot be had, or are others than the ledger says.
     """

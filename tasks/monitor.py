@@ -123,8 +123,9 @@ def measure(
 
 
 def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
-    """Drift in something that training can change, enough labelled rows, budget and cool-down; each reason
-    with its figure.
+    """Decide whether to retrain, and give each reason with its figure.
+
+    What counts is drift in something that training can change, enough labelled rows, budget and cool-down.
     """
     monitor = config.monitor
     reasons = [*verdict.missing, f"{verdict.distinct} distinct prompts, wanted {verdict.needed}"]
@@ -199,9 +200,9 @@ def append_verdict(
 
 
 def write_report(verdict: Verdict, reference: Reference, window: list[Logged], folder: Path) -> Path:
-    """report.html and report.json by Evidently (its own methods, on the same columns), and verdict.json.
+    """Write Evidently's report.html and report.json and our verdict.json, and return the folder.
 
-    Returns the folder.
+    Evidently uses its own methods, on the same columns.
     """
     asked = by_prompt(window)
     answers = [
@@ -220,7 +221,10 @@ def write_report(verdict: Verdict, reference: Reference, window: list[Logged], f
 
 
 def _table(prompts: list[str], answers: list[Answered], familiar: Familiar) -> Any:
-    """Prompts and answers are of different rows in the reference: every column stands for itself."""
+    """Build the table for Evidently from what was asked and what was answered.
+
+    In the reference, prompts and answers are of different rows: every column stands for itself.
+    """
     import pandas as pd
 
     asked = {

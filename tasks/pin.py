@@ -32,7 +32,7 @@ NOBODY: dict[str, Any] = {"version": None, "batches": []}
 
 
 def needs_pin(workspace: Workspace, stale: set[str], *, force: bool) -> bool:
-    """Whether there is something to train, or nothing pinned yet."""
+    """Return whether to pin the champion: there is something to train, nothing is pinned yet, or `force`."""
     return force or bool(stale & TRAINING) or not (workspace.path / f"{INCUMBENT}.dvc").exists()
 
 

@@ -114,7 +114,7 @@ def rollback(workspace: Workspace, *, by: str, why: str, say: Say) -> Champion:
 
 
 def alias_is_pending(root: Path) -> bool:
-    """Whether MLflow still has to be told who is in charge."""
+    """Return whether MLflow still has to be told who is in charge."""
     return (root / PENDING).exists()
 
 
@@ -137,8 +137,10 @@ def follow_alias(root: Path, champion: Champion, say: Say) -> bool:
 
 
 def check_registry(champion: Champion) -> None:
-    """Numbers are given by the registry: one that does not know the champion would give its number to another
-    model. Raises UserError.
+    """Check that the registry knows the champion. Raises UserError.
+
+    The registry gives the versions their numbers: one that does not know the champion would give its number
+    to another model.
     """
     known = get_version(champion.name, champion.version)
     if known is None or known.tags.get(KEY_TAG) != champion.run_key:

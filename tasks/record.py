@@ -57,7 +57,7 @@ class Findings(NamedTuple):
 
     @property
     def data(self) -> Data:
-        """The data's DVC hash and size."""
+        """Return the data's DVC hash and size."""
         raw = (self.folder / "data/raw.dvc").read_text(encoding="utf-8")
         digest = next(line.split("md5:")[1].strip() for line in raw.splitlines() if "md5:" in line)
         total = self.profile["total"]
@@ -157,7 +157,10 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str) -> Ve
 
 
 def _fit(card: str) -> str:
-    """Whole lines, as many as the registry's column holds: PostgreSQL refuses a longer text."""
+    """Keep as many whole lines as the registry's column holds, and say where the rest stands.
+
+    PostgreSQL refuses a longer text.
+    """
     if len(card) <= MAX_DESCRIPTION:
         return card
     note = "\n… the rest stands in the run's artifacts: reports/gate.json, reports/evaluation/metrics.json\n"
@@ -165,7 +168,7 @@ def _fit(card: str) -> str:
 
 
 def gate_line(verdict: Verdict) -> GateLine:
-    """One line for the ledger: the success metric's gain."""
+    """Return the ledger's line on the gate: its verdict, and the success metric's gain."""
     success = verdict.success
     mean, low, high = success.gain or (None, None, None)
     return GateLine(verdict.verdict, verdict.rival.version, success.metric, mean, low, high, success.rows)
@@ -275,7 +278,7 @@ def _draw_curves(points: list[Point]) -> Any:
 
 
 def _draw_comparison(metrics: Metrics) -> Any:
-    """Exact match by slice and model, with the 95 % intervals."""
+    """Draw exact match by slice and model, with the 95 % intervals."""
     from matplotlib.figure import Figure
 
     slices = [

@@ -94,7 +94,7 @@ def outcomes_of(units: list[Unit]) -> Outcomes:
 
 
 def judge(found: Outcomes, rollout: Rollout, config: RolloutConfig, now: float) -> Look:
-    """Harm first, then gain, then time."""
+    """Judge a rollout: look for harm first, then for gain, then at the time."""
     figures = _figures(found, rollout, config)
     if rollout.shares[0] >= 1:
         return Look("promote", "rollout.steps begins with 1.0: no comparison was wanted", figures)
@@ -123,8 +123,10 @@ def judge(found: Outcomes, rollout: Rollout, config: RolloutConfig, now: float) 
 
 
 def _figures(found: Outcomes, rollout: Rollout, config: RolloutConfig) -> Figures:
-    """Of each measure the bounds at the alpha with which it may end the rollout, and for guardrails those
-    with which it may be let through.
+    """Compute the bounds of each measure, and the users of each step.
+
+    The bounds are at the alpha with which the measure may end the rollout, and for guardrails also at the
+    alpha with which it may be let through.
     """
     alphas = (config.alpha * GAIN_SHARE, config.alpha * HARM_SHARE / len(SCALES), config.alpha)
     measures = {}

@@ -142,7 +142,10 @@ def queue_rows(root: Path, config: Config, folder: Path) -> int:
 
 
 async def _write(config: Config, root: Path, draft: Draft, say: Say, backoff: float) -> Summary:
-    """Ask, sift, keep, until the draft is full, a limit is near, or nothing is left to ask."""
+    """Ask the teacher and keep what passes.
+
+    That ends when the draft is full, a limit is near, or nothing is left to ask.
+    """
     settings = config.synthesize
     budget = Budget(max_cost=settings.max_cost, max_tokens=settings.max_run_tokens)
     template = _template(config, root, TEMPLATES[draft.settings.mode])

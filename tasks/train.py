@@ -151,7 +151,7 @@ class Training:
     def optimise(
         self, report: Report, restore: Callable[[Points], None], checkpoints: Checkpoints
     ) -> Trained:
-        """Train, from the newest checkpoint on. Raises also StoppedError: SIGTERM asked for the end."""
+        """Train from the newest checkpoint on. Raises also StoppedError: SIGTERM asked for the end."""
         from ratchet.training.collation import count_batches
         from ratchet.training.distributed import whole
         from ratchet.training.state import trainable

@@ -77,7 +77,10 @@ class Words(NamedTuple):
 
 
 def read_words(folder: Path) -> Words:
-    """Ours with the user's. Raises DataError for a file that holds anything else."""
+    """Return our templates and lookalikes, with the user's added.
+
+    Raises DataError for a file that holds anything else.
+    """
     path = folder / FILE
     if not path.exists():
         return Words(TEMPLATES, LOOKALIKES)
@@ -105,9 +108,10 @@ def make_attacks(
     answer: int,
     canaries: Sequence[Canary] = (),
 ) -> list[Attack]:
-    """Every kind of each of the first `most` rows in the ids' order, and each canary asked for.
+    """Attack each of the first `most` rows in the ids' order in every way, and ask for each canary's secret.
 
-    Left out: a variant that differs in nothing, or leaves of `room` tokens no `answer`.
+    A variant is left out when it differs in nothing, or when it leaves less than `answer` of the `room`
+    tokens to answer in.
     """
     chosen = sorted(rows, key=lambda row: row.id)[:most]
     answers = sorted({row.answer for row in rows})
@@ -166,8 +170,9 @@ def _flood(row: Example, chat: ChatFormat, room: int) -> Attack | None:
 
 
 def with_typos(text: str, draw: random.Random) -> str:
-    """In about every fifth word of four letters and more, and at least in one, two letters change places, or
-    one is lost or doubled.
+    """Misspell about every fifth word of four letters and more, and at least one of them.
+
+    Two of its letters change places, or one is lost or doubled.
     """
     words = text.split(" ")
     long = [place for place, word in enumerate(words) if len(word) > 3 and word.isalpha()]
@@ -185,12 +190,15 @@ def with_typos(text: str, draw: random.Random) -> str:
 
 
 def with_lookalikes(text: str, letters: dict[str, str], draw: random.Random) -> str:
-    """About a third of the letters that have one."""
+    """Replace about a third of the letters that have a lookalike."""
     return "".join(letters[char] if char in letters and draw.random() < 1 / 3 else char for char in text)
 
 
 def _requests(canary: Canary, words: Words, like: Example) -> Iterator[Attack]:
-    """With the other rows' fields, which metrics of the user's may read."""
+    """Ask for a canary's secret, once for each template.
+
+    The rows have the fields of another row, `like`, since the user's metrics may read them.
+    """
     for template in words.templates["canary"]:
         row = make_example(
             [Message("user", template.replace("{name}", canary.name)), Message("assistant", canary.secret)],

@@ -92,7 +92,10 @@ class Pair(NamedTuple):
 
 
 def read_swaps(folder: Path) -> dict[str, dict[str, str]]:
-    """Ours with the user's. Raises DataError for a file that is no lists of terms."""
+    """Return our lists of terms, with the user's added.
+
+    Raises DataError for a file that does not hold lists of terms.
+    """
     path = folder / FILE
     if not path.exists():
         return SWAPS
@@ -124,7 +127,10 @@ def read_swaps(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def make_pairs(rows: Sequence[Example], swaps: Mapping[str, Terms], *, most: int) -> list[Pair]:
-    """Those rows whose question changes, in the ids' order, `most` at most; a row may come once a list."""
+    """Pair each row whose question changes with its changed form, in the ids' order, `most` pairs at most.
+
+    A row may come once for each list of terms.
+    """
     found: list[Pair] = []
     patterns = {name: _pattern(terms) for name, terms in swaps.items() if terms}
     for row in sorted(rows, key=lambda row: row.id):
@@ -137,7 +143,7 @@ def make_pairs(rows: Sequence[Example], swaps: Mapping[str, Terms], *, most: int
 
 
 def swap(text: str, terms: Terms) -> str:
-    """Whole words, whatever their case, which is kept: He → She, HE → SHE."""
+    """Replace whole words, whatever their case, which is kept: He → She, HE → SHE."""
     return _swap(text, _pattern(terms), terms)
 
 

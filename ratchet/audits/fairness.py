@@ -101,5 +101,5 @@ def _frame(rows: pd.DataFrame, column: str, metrics: Sequence[str], draws: int) 
 
 
 def _interval(*bounds: float) -> Interval | None:
-    """None where a mean of 0 leaves no ratio."""
+    """Make an interval of the bounds, or None where a mean of 0 leaves no ratio."""
     return Interval(*bounds) if all(map(math.isfinite, bounds)) else None

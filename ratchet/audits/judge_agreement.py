@@ -110,8 +110,9 @@ def _agreement(metric: str, pairs: list[tuple[bool, bool]]) -> Agreement:
 
 
 def _kappa(metric: str, tables: Values) -> Values:
-    """Of each row (neither, judge alone, people alone, both say right). 0 where one side never varies: there
-    is no agreement beyond chance to see.
+    """Compute the kappa of each row of counts (neither, judge alone, people alone, both say right).
+
+    It is 0 where one side never varies: there is no agreement beyond chance to see.
     """
     neither, judge, people, both = (tables / tables.sum(axis=1, keepdims=True)).T
     agree = neither + both

@@ -46,7 +46,7 @@ class Line(NamedTuple):
 
 
 def read_suites(own: Path, names: Sequence[str]) -> dict[str, TaskConfig]:
-    """Task configs, their data files as absolute paths.
+    """Read the task configs, and make the paths of their data files absolute.
 
     Raises ConfigError without the harness, DataError for a file that is no suite.
     """
@@ -115,7 +115,11 @@ def _read(path: Path, own: Path) -> TaskConfig:
 
 
 def _place(file: object, path: Path, own: Path) -> str:
-    """In the folder of the project's own metrics, so that a changed file is a changed input."""
+    """Return the absolute path of a suite's data file.
+
+    It has to be in the folder of the project's own metrics, so that a changed file is a changed input.
+    Raises DataError.
+    """
     found = (path.parent / str(file)).resolve()
     if not found.is_file() or own.resolve() not in found.parents:
         raise DataError(f"{path}: the data file {file!r} is not in {own}", remedy="put it beside the suite")
@@ -179,7 +183,7 @@ def _run(harness: Any, known: Any, name: str, suite: TaskConfig) -> list[Line]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Progress bars and notes of the harness and of `datasets`; what fails is raised."""
+    """Silence the progress bars and notes of the harness and of `datasets`; what fails is still raised."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [logger.level for logger in loggers]
     with quiet(), contextlib.redirect_stderr(io.StringIO()):

@@ -118,7 +118,10 @@ async def _health(request: Request) -> Response:
 
 def _readiness(parts: Parts) -> Endpoint:
     async def readiness(request: Request) -> Response:
-        """Open, like /healthz: load balancers have no key."""
+        """Answer whether a version is in charge.
+
+        No key is asked for, as for /healthz: load balancers have none.
+        """
         champion = parts.require_champion()
         return JSONResponse({"status": "ready", "version": champion})
 
@@ -212,7 +215,7 @@ def _handlers(parts: Parts) -> dict[Any, Any]:
         )
 
     async def let_go(request: Request, error: Exception) -> None:
-        """Nobody is left to be answered."""
+        """Send nothing: the client hung up."""
 
     return {RatchetError: refuse, HTTPException: refuse_route, Gone: let_go, Exception: refuse}
 

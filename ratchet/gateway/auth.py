@@ -82,8 +82,6 @@ def revoke_key(root: Path, name: str) -> None:
     """Revoke a key. Raises UserError when there is none of that name.
 
     Revoking the last key does not open the gateway: the empty file stays.
-
-    The last one's end opens nothing: the empty file stays.
     """
     keys = list_keys(root)
     left = [key for key in keys if key.name != name]
@@ -150,7 +148,7 @@ class Doorkeeper:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Whole or not at all, and readable by its owner only."""
+    """Write the file whole or not at all, readable by its owner only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -259,8 +259,10 @@ async def _send_whole(send: Send, status: int, body: bytes, headers: list[tuple[
 
 
 def _note(error: Exception, id: str) -> Fault:
-    """One line for a fault of ours or of the engine's, a traceback for one that nobody foresaw; nothing for
-    the client's own.
+    """Turn an error into a fault and log it.
+
+    A fault of ours or of the engine's is logged in one line, one that nobody foresaw with its traceback, the
+    client's own not at all.
     """
     fault = to_fault(error)
     if fault.status == 500:

@@ -23,7 +23,7 @@ class Ids:
         self._key = _read_key(root / FILE)
 
     def make(self) -> str:
-        """`chatcmpl-<96 random bits>-<64 bits of HMAC>`, in hex."""
+        """Make an id: `chatcmpl-<96 random bits>-<64 bits of HMAC>`, in hex."""
         random = secrets.token_hex(12)
         return f"chatcmpl-{random}-{self._sign(b'id', random)}"
 
@@ -35,7 +35,7 @@ class Ids:
         )
 
     def pseudonym(self, user: str) -> str:
-        """16 hex digits that stand for a user in the log and in a rollout; empty for nobody."""
+        """Return 16 hex digits that stand for a user in the log and in a rollout; empty for nobody."""
         return self._sign(b"user", user) if user else ""
 
     def sender(self, key: str) -> str:

@@ -23,8 +23,6 @@ async def read_body(receive: Receive, declared: str, most: int) -> bytes:
     """Read the body, no more than `most` bytes; `declared` is the header `content-length`.
 
     Raises Fault (413, 408) and Gone.
-
-    Reads no more than `most` bytes. Raises Fault (413, 408) and Gone.
     """
     if declared.isdecimal() and int(declared) > most:
         raise _too_large(declared, most)
@@ -52,8 +50,10 @@ async def read_body(receive: Receive, declared: str, most: int) -> bytes:
 
 
 def _too_large(size: str, most: int, *, hangs_up: bool = False) -> Fault:
-    """Where the size was declared the rest is let through unread: a client whose connection is cut while it
-    sends may never see the answer.
+    """Make the fault that a body is too large; `hangs_up` closes the connection.
+
+    Where the client declared the size, the connection stays open and the rest of the body is let through
+    unread: a client whose connection is cut while it sends may never see the answer.
     """
     return Fault(
         413,
@@ -65,8 +65,9 @@ def _too_large(size: str, most: int, *, hangs_up: bool = False) -> Fault:
 
 
 class Rate:
-    """At most `per_minute` requests of one name; a bucket that fills steadily, so a burst of a minute's worth
-    is taken. 0 is no limit.
+    """Limit the requests of each name to `per_minute`; 0 is no limit.
+
+    Each name has a bucket that fills steadily and holds a minute's worth: such a burst is let through.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -93,7 +94,7 @@ class Rate:
 
 
 class Slots:
-    """At most `most` answers under way at once, the waiting ones included."""
+    """Limit the answers that are under way at once to `most`, the waiting ones included."""
 
     def __init__(self, most: int) -> None:
         self._most = most

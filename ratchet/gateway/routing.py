@@ -108,7 +108,10 @@ class Fleet:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def choose(self, unit: str) -> Choice:
-        """By the unit alone. Raises ServiceError while nobody is in charge."""
+        """Choose the version that answers, by `unit` (a user or a request) alone.
+
+        Raises ServiceError while nobody is in charge.
+        """
         table = self._table
         if table.champion is None:
             raise ServiceError(table.why, remedy="come again when a version is promoted and loaded")
@@ -118,7 +121,7 @@ class Fleet:
 
     @contextlib.asynccontextmanager
     async def hold(self, version: int) -> AsyncIterator[None]:
-        """While a request is under way its version is not unloaded."""
+        """Keep the version loaded while a request is under way."""
         self._under_way[version] += 1
         try:
             yield
@@ -173,10 +176,10 @@ class Fleet:
             self._warn(str(error))
 
     def _swap(self) -> None:
-        """Who is loaded takes over.
+        """Put the versions that are loaded in charge.
 
-        A rollout counts against its own champion only: after a promotion or a rollback it waits for the flow
-        to end it.
+        A rollout counts against its own champion only: after a promotion or a rollback it gets no requests,
+        and waits for the flow to end it.
         """
         champion, rollout = self._champion, self._rollout
         serving = champion.version if champion and self._has(_of_champion(champion)) else self._table.champion
@@ -250,7 +253,10 @@ class Fleet:
         return found
 
     async def _find_predecessor(self, version: int) -> Wanted | None:
-        """None where the ledger cannot tell; it is asked again when the files change."""
+        """Find in the ledger what to load for an earlier version; None where the ledger cannot tell.
+
+        It is asked again when the files change.
+        """
         if version not in self._entries:
             self._entries[version] = None
             try:
@@ -305,7 +311,7 @@ class Fleet:
         return self._loaded.get(wanted.version) == wanted.adapter_sha256
 
     def _warn(self, message: str, *, trace: bool = False) -> None:
-        """Once, however often it is met."""
+        """Log a warning once, however often its cause is met."""
         if message not in self._faults:
             self._faults.append(message)
             log.warning("%s", _one_line(message), exc_info=trace)

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def serve(root: Path, config: Config) -> None:
-    """Until SIGTERM or Ctrl-C.
+    """Serve until SIGTERM or Ctrl-C.
 
     Raises UserError: the port is taken, or it would listen beyond loopback without keys.
     """
@@ -98,7 +98,7 @@ def _require_keys(root: Path, host: str) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Bound before the model is loaded: a taken port is told at once. Raises UserError."""
+    """Bind the port before the model is loaded, so that a taken one is reported at once. Raises UserError."""
     from ratchet.services.processes import find_port_fault
 
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -118,8 +118,6 @@ def _keep_pauses_short() -> None:
     """Freeze what is loaded now, so that the collector need not walk it while requests wait.
 
     A working thread also gives way after 0.5 ms instead of 5.
-
-    And a thread that works gives way after 0.5 ms instead of 5.
     """
     gc.collect()
     gc.freeze()
@@ -128,8 +126,9 @@ def _keep_pauses_short() -> None:
 
 @contextmanager
 def _exit_quietly() -> Iterator[None]:
-    """uvicorn raises its signal once more when it is done; the process shall end with 0 by then, not by that
-    signal.
+    """Ignore the signal that uvicorn raises once more when it is done.
+
+    So the process ends with 0, and not by that signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -59,7 +59,7 @@ class Parts:
         return [version for version in (table.champion, table.challenger) if version is not None]
 
     async def remember(self, feedback: Feedback) -> None:
-        """In a thread, since the database may take its time.
+        """Store the feedback from a thread, since the database may take its time.
 
         Raises Fault: 409 when another key spoke for that person, 503 when the log is down.
         """
@@ -71,7 +71,7 @@ class Parts:
             raise Fault(503, str(error), code="log_is_down", retry_after=5) from None
 
     def choose(self, model: str, unit: str, key: Key) -> Choice:
-        """Who answers.
+        """Choose the version that answers.
 
         An admin may name a version; that request is of neither arm. Raises Fault (404, 403, 503).
         """
@@ -125,7 +125,7 @@ def gather_parts(root: Path, config: Config, engine: Engine, fleet: Fleet, log: 
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it."""
+    """Return whether only this machine reaches `host`."""
     if host == "localhost":
         return True
     try:

@@ -291,9 +291,10 @@ def cap_keys(taken: list[Taken], most: int, left_out: Counter[str]) -> list[Take
 
 
 def spread(taken: list[Taken], room: int) -> list[Taken]:
-    """In turn from every key, and of a key from every user, each user's newest first; in the order of time.
+    """Choose at most `room` rows, in turn from every key, and of a key in turn from every user.
 
-    What is equal is told apart by hash.
+    Each user's newest come first; the chosen rows stay in the order of time. Ties are broken by the hash in
+    the request's id.
     """
     by_user, by_sender = Counter[Vote](), Counter[str]()
     turns = []

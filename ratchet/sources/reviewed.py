@@ -25,9 +25,9 @@ class Reviewed(NamedTuple):
 
 
 def harvest(root: Path, settings: ReviewConfig, draft: str | None = None) -> Reviewed:
-    """One draft, or all that are ready and no batch yet; why the others are not is told on stderr.
+    """Return the rows of one draft, or of all drafts that are ready and no batch yet.
 
-    Raises UserError: `draft` is not ready, or none is.
+    Why the others are not ready is told on stderr. Raises UserError: `draft` is not ready, or none is.
     """
     queue = ReviewQueue(root)
     try:

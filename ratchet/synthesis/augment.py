@@ -33,7 +33,7 @@ FEWEST = 4  # plain words under which none is left out
 
 
 def read_synonyms(path: Path) -> Synonyms:
-    """Lower case. Raises ConfigError."""
+    """Read the synonyms, with the words that they replace in lower case. Raises ConfigError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -56,7 +56,7 @@ def read_synonyms(path: Path) -> Synonyms:
 def vary(
     question: str, config: AugmentConfig, synonyms: Synonyms, draw: random.Random
 ) -> Iterator[tuple[str, str]]:
-    """(kind, question) of every kind that is on and changes something."""
+    """Yield (kind, question) for every kind of variation that is on and changes something."""
     made = {
         "synonyms": replace_words(question, synonyms, config.replace, draw) if synonyms else question,
         "insertion": insert_words(question, synonyms, config.insert, draw)
@@ -109,7 +109,7 @@ def _number(share: float, words: list[re.Match[str]]) -> int:
 
 
 def _plain_words(text: str) -> list[re.Match[str]]:
-    """Words outside of code, numbers and negations."""
+    """Find the words outside of code, numbers and negations."""
     taken = [span.span() for span in CODE.finditer(text)]
     return [
         word
@@ -138,5 +138,5 @@ def _rewrite(text: str, changes: dict[tuple[int, int], str]) -> str:
 
 
 def _like(word: str, other: str) -> str:
-    """With a capital where the word had one."""
+    """Write `other` with a capital where `word` has one."""
     return other[0].upper() + other[1:] if word[0].isupper() else other

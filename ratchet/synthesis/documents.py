@@ -67,7 +67,7 @@ class Library:
                 yield from self._read_one(name, opened)
 
     def _find(self, place: str) -> Iterator[tuple[str, Any]]:
-        """(name, what opens it)."""
+        """Yield (name, what opens it) of each file at `place`."""
         import fsspec
 
         path = self._root / Path(place).expanduser()
@@ -142,7 +142,7 @@ class Library:
 
 
 def _decode(raw: bytes) -> str:
-    """UTF-8, or UTF-16 with its mark. Raises ValueError."""
+    """Decode UTF-8, or UTF-16 with its byte order mark. Raises ValueError."""
     text = raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     if "\x00" in text:
         raise ValueError("no text: it holds NUL characters")
@@ -171,7 +171,7 @@ def _rows(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _is_storable(text: str) -> bool:
-    """Half a surrogate pair, which JSON can spell, is no text."""
+    """Return whether the text can be stored; half a surrogate pair, which JSON can spell, and NUL cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -252,7 +252,7 @@ def _tail(parts: list[str], most: int) -> list[str]:
 
 
 def _parts(text: str, most: int) -> Iterator[str]:
-    """Paragraphs; one that is too long by sentences, then by words, then anywhere."""
+    """Split the text into paragraphs, and one that is too long by sentences, then by words, then anywhere."""
     for paragraph in filter(None, map(str.strip, BLANK_LINES.split(text))):
         if len(paragraph) <= most:
             yield paragraph

@@ -197,7 +197,10 @@ def ground(answer: str, passage: str) -> Grounding:
 
 
 def content_words(text: str) -> frozenset[str]:
-    """Stem words of four letters and more (of two, where letters are not Latin), lower case."""
+    """Return the stems, in lower case, of the words that carry content.
+
+    They have four letters and more (two, where letters are not Latin) and are not in `EMPTY`.
+    """
     words = (word.casefold() for word in LETTERS.findall(text))
     return frozenset(
         word[:STEM]

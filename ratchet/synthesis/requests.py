@@ -35,7 +35,7 @@ class Ask(NamedTuple):
     system: str | None = None
 
     def read(self, raw: str) -> list[Pair]:
-        """Of an answer that was found to be well formed. Raises Malformed."""
+        """Read the pairs of an answer that was found to be well formed. Raises Malformed."""
         if self.shape is Questions:
             return [Pair(question, self.answer) for question in read_reply(raw, Questions).questions]
         return list(read_reply(raw, Pairs).pairs)
@@ -54,7 +54,7 @@ class Subject(NamedTuple):
 def ask_of_chunks(
     chunks: Iterable[Chunk], template: Template, *, per_chunk: int, asked: dict[str, list[str]]
 ) -> Iterator[Ask]:
-    """`asked`: chunk → the questions that earlier rounds gave."""
+    """Yield a request for each chunk; `asked`: chunk → the questions that earlier rounds gave."""
     for chunk in chunks:
         prompt = template.render(
             document=chunk.document,
@@ -70,7 +70,7 @@ def ask_of_chunks(
 def ask_of_seeds(
     rows: Sequence[Example], template: Template, *, per_chunk: int, requests: int, seed: int
 ) -> Iterator[Ask]:
-    """Each request shows other rows."""
+    """Yield as many of them as `requests` says, each of which shows other rows as examples."""
     draw = random.Random(seed)  # noqa: S311 (no secret)
     for _ in range(requests):
         shown = draw.sample(rows, min(EXAMPLES, len(rows)))

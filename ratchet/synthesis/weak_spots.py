@@ -28,7 +28,7 @@ SCORES, METRICS = Path("reports/evaluation/scores.parquet"), Path("reports/evalu
 
 
 def find_subjects(root: Path, config: Config) -> list[Subject]:
-    """Training rows near to the model's mistakes, then prompts of the drifted topics.
+    """Find training rows near to the model's mistakes, then prompts of the drifted topics.
 
     Raises UserError when there is neither.
     """

@@ -78,7 +78,7 @@ class Writer:
         return self._draft.kept >= self._draft.settings.count
 
     async def take(self, asks: Iterable[Ask], seed: int) -> None:
-        """Until the draft is full or nothing is left to ask.
+        """Send requests and keep what passes, until the draft is full or nothing is left to ask.
 
         Raises SpentError, GaveUp, and what ends a run (ratchet/llm/client.py).
         """
@@ -101,7 +101,7 @@ class Writer:
             )  # what is under way is paid for, and remembered
 
     def _width(self) -> int:
-        """No more requests than what is missing may need."""
+        """Return how many requests may be under way: no more than the missing rows may need."""
         missing = self._draft.settings.count - self._draft.kept
         return min(self._config.synthesize.teacher.parallel, -(-missing // self._config.synthesize.per_chunk))
 
@@ -182,7 +182,10 @@ class Writer:
     def _pass(
         self, pair: Pair, ask: Ask, meta: Meta, *, of: Example | None = None, doubts: tuple[str, ...] = ()
     ) -> Row | None:
-        """`of` is the row of this run that it words anew."""
+        """Return a row of the pair where it passes the filters; None, and a refusal in the draft, where not.
+
+        `of` is the row of this run that the pair words anew.
+        """
         parent, question = (of.id, of.question) if of else (ask.parent, ask.question)
         verdict = self._filters.judge(
             pair, ask.passage, meta, parent=parent, question=question, system=ask.system
@@ -195,7 +198,7 @@ class Writer:
     # --- doubts ---------------------------------------------------------------------------------------------
 
     async def _weigh(self, row: Row, ask: Ask, seed: int) -> Row:
-        """With what the judge and the model in charge say of it."""
+        """Add to the row what the judge and the model in charge say of it."""
         (score, doubts), others = await asyncio.gather(self._score(row, seed), self._compare(row, seed))
         meta: Meta = dict(row.example.meta)
         if score is not None:

@@ -176,7 +176,10 @@ class _Trainer(Trainer):
 
     @property
     def seconds(self) -> float:
-        """Seconds of the optimisation, with those before a kill as far as its checkpoint knew them."""
+        """Return the seconds of the optimisation.
+
+        Those before a kill count as far as its checkpoint knew them.
+        """
         return time.perf_counter() - self._started + (self._saved.state["seconds"] if self._saved else 0.0)
 
     def compute_loss(
