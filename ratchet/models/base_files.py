@@ -279,7 +279,7 @@ def _check_names(source: Source) -> None:
             f"{_first_line(error)}",
             remedy="take another model",
         ) from None
-    check_complete(loaded[1], source.told)
+    check_complete(loaded[1]["missing_keys"], source.told)
 
 
 def _read(path: Path, told: str) -> dict[str, Any]:

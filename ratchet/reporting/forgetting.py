@@ -156,8 +156,8 @@ def build(
         known = read_filled(root, row.adapter, metric)
         # Some rows may have been forgotten since: a filled cell counts where it has today's number of rows.
         filled = {name: cell for name, cell in known.items() if cell.rows == newest.get(name)}
-        cells: dict[str, Cell | None] = {name: row.cells.get(name) or filled.get(name) for name in slices}
-        versions.append(msgspec.structs.replace(row, cells=cells))
+        whole: dict[str, Cell | None] = {name: row.cells.get(name) or filled.get(name) for name in slices}
+        versions.append(msgspec.structs.replace(row, cells=whole))
     return Retention(metric, slices, newest, versions, faults)
 
 
