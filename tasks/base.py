@@ -79,7 +79,7 @@ def make_base(out: Path, config: Config) -> BaseManifest:
         if kind == "demo":
             details = _make_demo(folder, config.base, config.prepare)
         elif kind == "version":
-            details = _merge_version(folder, config)
+            details = _merge_version(folder, config.base)
         else:
             details = _take(folder, config.base)
         if config.base.new_tokens:
@@ -190,23 +190,22 @@ def _identify(weights: dict[str, str], config: BaseConfig) -> Details:
 # --- a version of this project ---
 
 
-def _merge_version(folder: Path, config: Config) -> Details:
+def _merge_version(folder: Path, config: BaseConfig) -> Details:
     """Merge a version that was in charge once: these stand in git, with the commit of their files.
 
     Raises BaseModelError: there is none of that number.
     """
-    named = VERSION.fullmatch(config.base.model)
+    named = VERSION.fullmatch(config.model)
     assert named
-    project, number = named[1] or config.project.name, int(named[2])
-    entry = last_entry(Path.cwd(), number) if project == config.project.name else None
-    if entry is None:
+    number = int(named[2])
+    entry = last_entry(Path.cwd(), number)
+    if entry is None or named[1] not in (None, entry.name):
         raise BaseModelError(
-            f"`base.model: {config.base.model}`: no v{number} of {project} was ever in charge of "
-            f"{config.project.name}",
-            remedy="`ratchet history` lists those that were; any other: `ratchet export vN --to merged`, "
-            "then name that folder in `base.model`",
+            f"`base.model: {config.model}`: the ledger of this project (champion.json) has no such version",
+            remedy="`ratchet history` lists those that were in charge; any other: `ratchet export vN --to "
+            "merged`, then name that folder in `base.model`",
         )
-    told = f"{project} v{number}"
+    told = f"{entry.name} v{number}"
     with TemporaryDirectory(prefix=".merge-", dir=folder.parent) as scratch:
         base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
         require_output(Path.cwd(), entry.commit, "models/base", base)
@@ -221,9 +220,9 @@ def _merge_version(folder: Path, config: Config) -> Details:
             load_merged(base, adapter).save_pretrained(folder, safe_serialization=True)
         load_tokenizer(adapter).save_pretrained(folder)
     say(f"base: merged from {told}, commit {entry.commit[:8]}")
-    files, details = _describe(Source(folder, told, "dvc pull"), folder, config.base)
+    files, details = _describe(Source(folder, told, "dvc pull"), folder, config)
     weights = {path.name: sha256_file(path) for path in files.weights}
-    return {**details, **_identify(weights, config.base), "name": told, "licence": licence}
+    return {**details, **_identify(weights, config), "name": told, "licence": licence}
 
 
 def _read_template(path: Path) -> str:

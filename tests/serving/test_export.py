@@ -423,7 +423,7 @@ def test_a_version_that_was_in_charge_becomes_a_base_merged(
     checkout: Path, tiny_base: Path, candidate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(checkout)
-    config = Config.model_validate({"project": {"name": "small"}, "base": {"model": "registered:small/v1"}})
+    config = Config.model_validate({"base": {"model": "registered:small/v1"}})
     manifest = make_base(tmp_path / "base", config)
     assert manifest["model"] == f"sha256:{sha256_file(tmp_path / 'base/model.safetensors')}"
     assert (manifest["name"], manifest["revision"]) == ("small v1", None)
@@ -441,8 +441,8 @@ def test_a_version_that_was_never_in_charge_is_no_base(
     model: str, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(checkout)
-    config = Config.model_validate({"project": {"name": "small"}, "base": {"model": model}})
-    with pytest.raises(BaseModelError, match=r"(?s)was ever in charge.*ratchet export vN --to merged"):
+    config = Config.model_validate({"base": {"model": model}})
+    with pytest.raises(BaseModelError, match=r"(?s)no such version.*ratchet export vN --to merged"):
         make_base(tmp_path / "base", config)
 
 
