@@ -170,7 +170,7 @@ def _load(source: Any, **settings: Any) -> tuple[Any, Checkpoint]:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     with quiet():
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             trust_remote_code=False,
             local_files_only=True,
@@ -178,13 +178,14 @@ def _load(source: Any, **settings: Any) -> tuple[Any, Checkpoint]:
             output_loading_info=True,
             **settings,
         )
+    model, found = loaded
     generation = {"eos_token_id": model.config.get_text_config().eos_token_id}
     generation |= {
         key: value
         for key, value in (model.generation_config.to_diff_dict() if model.generation_config else {}).items()
         if value is not None
     }
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
     return model, Checkpoint(sorted(missing), sorted(found["unexpected_keys"]), generation)
 
