@@ -18,6 +18,10 @@ from typing import TypedDict
 import msgspec
 import xxhash
 
+from ratchet.bases.dequantise import dequantise
+from ratchet.bases.files import BaseFiles, Source, copy_files, read_base_files, read_tokenizer
+from ratchet.bases.probe import prove_base
+from ratchet.bases.source import find_base
 from ratchet.config.data import PrepareConfig, PydocSource
 from ratchet.config.params import Config
 from ratchet.config.training import VERSION, BaseConfig, DemoBase, kind_of_base
@@ -25,15 +29,11 @@ from ratchet.data.dedup import Clusters, split_by_hash
 from ratchet.data.examples import Example, Message, make_example
 from ratchet.errors import BaseModelError, DataError
 from ratchet.files import read_json, require_space, sha256_file, whole_folder, write_json, write_text
-from ratchet.models.base_files import BaseFiles, Source, copy_files, read_base_files, read_tokenizer
-from ratchet.models.base_source import find_base
 from ratchet.models.chat_template import ChatFormat
-from ratchet.models.dequantise import dequantise
 from ratchet.models.gguf import FILE as GGUF_FILE
 from ratchet.models.loading import MANIFEST, adapter_sha256, load_tokenizer, quiet
 from ratchet.models.manifests import BaseName, describe_base, read_base_manifest, sha256_of_weights
 from ratchet.models.merging import load_merged
-from ratchet.models.probe import prove_base
 from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.pipeline.workspace import require_output
 from ratchet.promotion.champion import last_entry

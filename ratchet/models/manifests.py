@@ -45,7 +45,7 @@ class BaseName(msgspec.Struct, frozen=True):
 class BaseManifest(BaseName, frozen=True):
     """Describe a base.
 
-    `attention` and `packs` were found out when the base was proven (ratchet/models/probe.py): the attention
+    `attention` and `packs` were found out when the base was proven (ratchet/bases/probe.py): the attention
     that every loading uses, and whether rows that share a window leave each other alone.
     """
 

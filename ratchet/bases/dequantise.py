@@ -14,9 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from ratchet.bases.files import UNKNOWN, Source
 from ratchet.errors import BaseModelError
 from ratchet.files import require_space
-from ratchet.models.base_files import UNKNOWN, Source
 from ratchet.models.gguf import FILE, WHOLE_WORDS, require_gguf
 from ratchet.models.loading import check_complete, quiet
 

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ratchet.bases.files import Source, find_weights
 from ratchet.config.training import BaseConfig, BaseKind, kind_of_base
 from ratchet.errors import BaseModelError, CommandError
 from ratchet.files import read_json, require_space, write_json
-from ratchet.models.base_files import Source, find_weights
 from ratchet.pipeline.checkout import dvc
 from ratchet.pipeline.dvc import configured_remote
 from ratchet.pipeline.stage import say

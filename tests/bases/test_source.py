@@ -21,13 +21,13 @@ from places import commit, make_repository, write_files
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from ratchet.bases.files import find_licence
+from ratchet.bases.source import DOWNLOADS
 from ratchet.config.params import Config
 from ratchet.config.training import BaseConfig
 from ratchet.errors import BaseModelError
 from ratchet.files import sha256_file
 from ratchet.models.adapters import load_trained
-from ratchet.models.base_files import find_licence
-from ratchet.models.base_source import DOWNLOADS
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.gguf import load_gguf, write_gguf
 from ratchet.models.loading import load_base, load_tokenizer

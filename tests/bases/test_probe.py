@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
+from ratchet.bases.template_probe import adapt_template
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, BaseConfig
 from ratchet.data.examples import Message, read_examples
@@ -26,7 +27,6 @@ from ratchet.models.chat_template import ChatFormat
 from ratchet.models.generation import greedy_answers, greedy_ids
 from ratchet.models.loading import WHOLE, load_base, load_chat, load_tokenizer
 from ratchet.models.manifests import GENERATION, Finding, write_generation
-from ratchet.models.template_probe import adapt_template
 from ratchet.parity.paths import engine_answers
 from ratchet.serving.bundle import Bundle, Generation
 from ratchet.serving.loaded_model import LoadedModel

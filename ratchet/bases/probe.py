@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ratchet.bases.template_probe import adapt_template
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig
 from ratchet.data.examples import Message, make_example
@@ -42,7 +43,6 @@ from ratchet.models.manifests import (
     read_base_manifest,
     write_generation,
 )
-from ratchet.models.template_probe import adapt_template
 from ratchet.pipeline.stage import say
 
 # Differences of logits as a share of the largest one. In float32 two orders of the same sums differ by 1e-5
