@@ -11,18 +11,22 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
+
+import msgspec
 
 from flows.training_inputs import PREPARED, Say, make_material, open_bench
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig
 from ratchet.errors import RatchetError, UserError
+from ratchet.evaluation.report import Metrics, read_metrics
 from ratchet.files import read_json, write_json, write_text
 from ratchet.models.loading import weights_file
 from ratchet.monitoring.topics import FILE as REGION
 from ratchet.pipeline.checkout import locked
-from ratchet.reporting.markdown import markdown
+from ratchet.promotion.verdict import Speed
+from ratchet.reporting.comparison import Comparison, Failed, Measured, markdown
 from ratchet.training.launch import (
     CANDIDATE,
     PARAMS,
@@ -32,14 +36,14 @@ from ratchet.training.launch import (
     run_module,
     run_training,
 )
-from ratchet.training.search_space import with_changes
+from ratchet.training.search_space import Changes, with_changes
 
 OUT = Path("reports/compare")
 METHODS = get_args(AdapterConfig.model_fields["method"].annotation)
 FROM_BASE = {"train.start_from": "base"}
 
 
-def compare(home: Path, config: Config, methods: list[str], say: Say) -> dict[str, Any]:
+def compare(home: Path, config: Config, methods: list[str], say: Say) -> Comparison:
     """What stands in reports/compare/compare.json. A method that fails is a row with its reason.
 
     Raises UserError, ConfigError, StageError.
@@ -56,60 +60,50 @@ def compare(home: Path, config: Config, methods: list[str], say: Say) -> dict[st
             for method, changes in plans.items()
         ]
         commit = workspace.git("rev-parse", "HEAD").strip()
-    scored = next((row["test_rows"] for row in rows if not row["failed"]), 0)
-    found = {
-        "metric": config.gate.metric,
-        "rows": scored,
-        "seed": config.train.seed,
-        "commit": commit,
-        "machine": _machine(),
-        "methods": rows,
-    }
-    write_json(home / OUT / "compare.json", found)
+    scored = next((row.test_rows for row in rows if isinstance(row, Measured)), 0)
+    found = Comparison(config.gate.metric, scored, config.train.seed, commit, _machine(), rows)
+    write_json(home / OUT / "compare.json", msgspec.to_builtins(found))
     write_text(home / OUT / "compare.md", markdown(found))
     return found
 
 
-def settings_of(config: Config, method: str) -> dict[str, Any]:
+def settings_of(config: Config, method: str) -> Changes:
     if method not in METHODS:
         raise UserError(f"{method!r} is no method", remedy=f"known: {', '.join(METHODS)}")
     return {"adapter.method": method, **FROM_BASE, **config.compare.settings.get(method, {})}
 
 
 def measure(
-    place: Path, material: Material, config: Config, method: str, changes: dict[str, Any], say: Say
-) -> dict[str, Any]:
+    place: Path, material: Material, config: Config, method: str, changes: Changes, say: Say
+) -> Measured | Failed:
     folder = place / ".ratchet/compare" / method
     folder.mkdir(parents=True, exist_ok=True)
-    row: dict[str, Any] = {"method": method, "changes": changes, "failed": ""}
     try:
         say(f"compare: {method} trains …")
         require_success(run_training(folder, material, with_changes(config, changes)), "training")
         figures = read_figures(folder)
         say(f"compare: {method} trained in {figures['seconds']:.0f} s; it is scored and asked …")
-        metrics, latency = (
-            _evaluate(folder, place, material, config, changes),
-            _latency(folder, place, material),
-        )
+        metrics = _evaluate(folder, place, material, config, changes)
+        latency = _latency(folder, place, material)
     except RatchetError as error:
         say(f"compare: {method}: {error}")
-        return row | {"failed": " ".join(str(error).partition("\n")[0].split())}
-    test = metrics["slices"]["test"]["candidate"]
-    return row | {
-        "quality": test[config.gate.metric],
-        "test_rows": test["rows"],
-        "validation_loss": figures["best_validation_loss"],
-        "seconds": figures["seconds"],
-        "peak_mib": figures.get("peak_gpu_mib", figures["peak_mib"]),
-        "saved_mib": weights_file(folder / CANDIDATE).stat().st_size / 2**20,
-        "latency": latency,
-        "figures": figures,
-    }
+        return Failed(method, changes, " ".join(str(error).partition("\n")[0].split()))
+    test = metrics.slices["test"]["candidate"]
+    return Measured(
+        method,
+        changes,
+        quality=test.scores[config.gate.metric],
+        test_rows=test.rows,
+        validation_loss=figures["best_validation_loss"],
+        seconds=figures["seconds"],
+        peak_mib=figures.get("peak_gpu_mib", figures["peak_mib"]),
+        saved_mib=weights_file(folder / CANDIDATE).stat().st_size / 2**20,
+        latency=latency,
+        figures=figures,
+    )
 
 
-def _evaluate(
-    folder: Path, place: Path, material: Material, config: Config, changes: dict[str, Any]
-) -> dict[str, Any]:
+def _evaluate(folder: Path, place: Path, material: Material, config: Config, changes: Changes) -> Metrics:
     """The project's own, without what judges no candidate."""
     params, out = folder / "evaluate.yaml", folder / "evaluation"
     write_text(
@@ -129,11 +123,10 @@ def _evaluate(
         "out": out,
     }
     require_success(run_module("tasks.evaluate", _words(paths), folder), "evaluation")
-    found: dict[str, Any] = read_json(out / "metrics.json")
-    return found
+    return read_metrics(out)
 
 
-def _latency(folder: Path, place: Path, material: Material) -> dict[str, Any]:
+def _latency(folder: Path, place: Path, material: Material) -> Speed:
     out = folder / "latency.json"
     paths = {
         "params": folder / PARAMS,
@@ -143,8 +136,7 @@ def _latency(folder: Path, place: Path, material: Material) -> dict[str, Any]:
         "out": out,
     }
     require_success(run_module("tasks.latency", _words(paths), folder), "asking in the gateway's engine")
-    found: dict[str, Any] = read_json(out)
-    return found
+    return msgspec.convert(read_json(out), Speed)
 
 
 def _words(paths: dict[str, Path]) -> list[str]:

@@ -45,7 +45,6 @@ from tasks.promote import alias_is_pending, check_registry, follow_alias, promot
 from tasks.record import (
     Findings,
     close_lost_runs,
-    describe_data,
     read_findings,
     record,
     record_page,
@@ -121,8 +120,8 @@ def retrain(
                 home,
                 reason=reason,
                 seconds=found.figures["seconds"],
-                run_key=found.manifest["run_key"],
-                verdict=found.decision["verdict"],
+                run_key=found.manifest.run_key,
+                verdict=found.decision.verdict,
             )
         champion = read_champion(workspace.path)
         if not any(ran.values()) and is_in_charge(home, champion, found):
@@ -132,9 +131,9 @@ def retrain(
             registered = publish(workspace, found, config, commit, reason)
             version, champion = registered.number, decide(workspace, registered, found, config, reason)
     return Retrained(
-        verdict=found.decision["verdict"],
-        reasons=found.decision["reasons"],
-        regions=[part["reason"] for part in found.decision["regions"]],
+        verdict=found.decision.verdict,
+        reasons=found.decision.reasons,
+        regions=[part.reason for part in found.decision.regions],
         stages=ran,
         version=version,
         champion=champion.version if champion else None,
@@ -147,8 +146,8 @@ def is_in_charge(root: Path, champion: Champion | None, found: Findings) -> bool
     """
     return (
         champion is not None
-        and champion.run_key == found.manifest["run_key"]
-        and champion.gate["verdict"] == found.decision["verdict"]
+        and champion.run_key == found.manifest.run_key
+        and champion.gate.verdict == found.decision.verdict
         and not (alias_is_pending(root) or list_is_pending(root))
     )
 
@@ -232,10 +231,9 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
     """
     if current := read_champion(workspace.path):
         check_registry(current)
-    lost = close_lost_runs(config, but=found.manifest["run_key"])
+    lost = close_lost_runs(config, but=found.manifest.run_key)
     run_id = record(found, config, commit=commit, reason=reason)
-    data = describe_data(workspace.path, found.profile, found.manifest["batches"])
-    version = register(found, config, run_id=run_id, commit=commit, data=data)
+    version = register(found, config, run_id=run_id, commit=commit)
     show_ledger(workspace, found, config, run_id, version)
     if list_is_pending(workspace.root):
         follow_list(workspace.root, config, say)
@@ -249,7 +247,7 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
         {"version": f"{config.project.name} v{version.number}", "git commit": commit, "reason": reason},
     )
     create_markdown_artifact(
-        card, key="gate", description=f"{config.project.name} v{version.number}: {found.decision['verdict']}"
+        card, key="gate", description=f"{config.project.name} v{version.number}: {found.decision.verdict}"
     )
     return version
 
@@ -260,13 +258,13 @@ def show_ledger(workspace: Workspace, found: Findings, config: Config, run_id: s
     What cannot be read is left out: no version waits for a picture.
     """
     try:
-        ledger = build(
+        retention = build(
             workspace.root,
             config.gate.metric,
             {**registered_numbers(config.project.name), **numbers_of(workspace.root)},
         )
-        write_json(workspace.root / SAVED, ledger)
-        record_page(found, ledger, run_id=run_id, name=f"v{version.number}")
+        write_json(workspace.root / SAVED, msgspec.to_builtins(retention))
+        record_page(found, retention, run_id=run_id, name=f"v{version.number}")
     except Exception as error:  # noqa: BLE001  (a picture of what stands in files)
         why = (str(error) or type(error).__name__).splitlines()[0]
         say(
@@ -292,7 +290,7 @@ def _decide(
     # An alias that a person moved is a decision, which the flow `rollout` hears.
     if current and alias_is_pending(workspace.root):
         follow_alias(workspace.root, current, say)
-    if found.decision["verdict"] != "promote" or (current and current.version == version.number):
+    if found.decision.verdict != "promote" or (current and current.version == version.number):
         return current
     if last_entry(workspace.path, version.number):
         say(
@@ -300,7 +298,7 @@ def _decide(
             f"`ratchet promote {version.number}` would put it back"
         )
         return current
-    if found.decision["rival"]["version"] != (current.version if current else None):
+    if found.decision.rival.version != (current.version if current else None):
         say(
             f"v{version.number} was compared with another champion than today's; "
             "`ratchet retrain --force` compares again"

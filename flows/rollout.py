@@ -162,12 +162,11 @@ def _refusal(root: Path, current: Rollout) -> str | None:
     """What the gateway has said since the rollout was opened, and kept to when it tried again: what passes
     must not end a rollout.
     """
-    state = bundle.read_state(root) or {}
-    since = (state.get("refused_since") or {}).get(f"v{current.version}", 0.0)
+    state = bundle.read_state(root) or bundle.ServingState()
+    since = state.refused_since.get(f"v{current.version}", 0.0)
     if since < current.opened or time.time() - since < REFUSED_SECONDS:
         return None
-    refused: dict[str, str] = state.get("refused") or {}
-    return refused.get(f"v{current.version}")
+    return state.refused.get(f"v{current.version}")
 
 
 def _open_challenger(root: Path, config: Config, registry: Registry, say: Say) -> Rollout | None:

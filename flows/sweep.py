@@ -24,7 +24,7 @@ from ratchet.pipeline.checkout import locked
 from ratchet.pipeline.dvc import Workspace
 from ratchet.pipeline.stage import project_root
 from ratchet.training.launch import Material
-from ratchet.training.search_space import check_space, rows_key
+from ratchet.training.search_space import Changes, check_space, rows_key
 from ratchet.training.trials import close_study, deliver
 from tasks.sweep import Search, check_storage, propose
 
@@ -58,7 +58,7 @@ def sweep(root: str | None = None, trials: int | None = None, apply: bool = Fals
 
 def run_trials(search: Search, workspace: Workspace, config: Config, material: Material) -> None:
     """One after the other; base and rows are made anew when a trial's settings ask for other ones."""
-    made: dict[str, Any] = {}
+    made: Changes = {}
     while (trial := search.next()) is not None:
         if (wanted := rows_key(trial.user_attrs["changes"])) != made:
             try:
@@ -78,7 +78,7 @@ def run_trials(search: Search, workspace: Workspace, config: Config, material: M
 
 
 @task(name="rows", **SETTINGS)
-def tokenise(workspace: Workspace, changes: dict[str, Any]) -> Material:
+def tokenise(workspace: Workspace, changes: Changes) -> Material:
     return make_material(workspace, changes, say)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ratchet.config.edit import edit_params
 from ratchet.errors import DataError
@@ -15,6 +14,7 @@ from ratchet.files import write_text
 from ratchet.pipeline.dvc import Workspace, check_out, run_stage
 from ratchet.pipeline.workspace import open_workspace
 from ratchet.training.launch import Material
+from ratchet.training.search_space import Changes
 from tasks.pin import INCUMBENT, pin
 
 STAGES = ("base", "prepare", "tokenize")
@@ -36,7 +36,7 @@ def open_bench(root: Path, purpose: str, say: Say) -> Iterator[Workspace]:
         yield workspace
 
 
-def make_material(workspace: Workspace, changes: dict[str, Any], say: Say) -> Material:
+def make_material(workspace: Workspace, changes: Changes, say: Say) -> Material:
     """Base, prepared rows and tokens for params.yaml with `changes` (dotted key → value).
 
     Raises StageError.

@@ -17,8 +17,8 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 
@@ -28,7 +28,7 @@ from ratchet.audits.fairness import describe_groups, group_columns, require_fair
 from ratchet.audits.judge import judge_answers, read_agreement
 from ratchet.audits.memorization import describe_exposure, measure_exposure
 from ratchet.audits.robustness import attack_table, describe_attacks
-from ratchet.audits.suites import check_measurable, describe_suites, read_suites, run_suites
+from ratchet.audits.suites import TaskConfig, check_measurable, describe_suites, read_suites, run_suites
 from ratchet.config.evaluation import EvaluateConfig
 from ratchet.config.params import Config
 from ratchet.data.canaries import make_canaries, make_references
@@ -40,6 +40,7 @@ from ratchet.evaluation.baseline import simple_answers
 from ratchet.evaluation.custom_metrics import Custom, custom_score, load_custom
 from ratchet.evaluation.metrics import are_labels, macro_f1
 from ratchet.evaluation.paired import SEEN_SHARE
+from ratchet.evaluation.report import Judged, Metrics, Summary
 from ratchet.evaluation.scoring import (
     Answered,
     Asked,
@@ -74,7 +75,7 @@ def evaluate(
     region: Path | None = None,
     own: Path = OWN,
     cache: Path | None = None,
-) -> dict[str, Any]:
+) -> Metrics:
     """Returns the metrics; `cache` holds answers of evaluations before, and changes nothing but the time.
 
     Raises DataError: no test rows, or test rows that the base was trained on, or a metric of the user's own
@@ -121,30 +122,31 @@ def evaluate(
     for column, values in grouped.items():
         table[column] = table.id.map(dict(zip((row.id for row in fitting), values, strict=True)))
     table["region"] = mark(list(table.question), read_region(region).topics if region else [])
-    metrics: dict[str, Any] = {
-        "rows": len(fitting),
-        "too_long": too_long,
-        "champion": champion,
-        "candidate": read_json(candidate / MANIFEST).get("adapter_sha256"),
-        "slices": summarise(table, config.evaluate),
-        "pairs": len(pairs),
-        "attacked": len(attacks),
-    }
+    metrics = Metrics(
+        champion,
+        read_json(candidate / MANIFEST).get("adapter_sha256"),
+        len(fitting),
+        too_long,
+        len(pairs),
+        len(attacks),
+        summarise(table, config.evaluate),
+    )
     rival, tables = "base" if champion is None else "champion", {"scores": table}
     for asked_for, figures in (
         _audits(answered, table, fitting, pairs, attacks, custom, config.evaluate),
         _judge(table, fitting, rival, own, config),
         _measure(base, incumbent if champion is not None else None, candidate, suites, config),
     ):
-        tables, metrics = tables | asked_for, metrics | figures
+        tables |= asked_for
+        metrics = msgspec.structs.replace(metrics, **figures)
     with whole_folder(out) as folder:
         for name, part in tables.items():
             part.to_parquet(folder / f"{name}.parquet", index=False)
-        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "metrics.json", metrics.to_json())
     return metrics
 
 
-def _check_extras(incumbent: Path, candidate: Path, own: Path, config: Config) -> dict[str, Any]:
+def _check_extras(incumbent: Path, candidate: Path, own: Path, config: Config) -> dict[str, TaskConfig]:
     """The suites to run. What an extra lacks is said before any model answers."""
     require_fairlearn(config.evaluate.groups)
     if config.evaluate.canaries:
@@ -163,14 +165,14 @@ def _audits(
     attacks: list[Attack],
     custom: dict[str, Custom],
     config: EvaluateConfig,
-) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-    """(tables of the rows that were asked in another form, figures by metric).
+) -> tuple[dict[str, pd.DataFrame], dict[str, object]]:
+    """(tables of the rows that were asked in another form, fields of Metrics).
 
     In `answered` these rows stand behind the plain ones, pairs first.
     """
     first, second = len(fitting), len(fitting) + len(pairs)
     found: dict[str, pd.DataFrame] = {}
-    figures: dict[str, Any] = {}
+    figures: dict[str, object] = {}
     if pairs:
         swapped = pd.concat(
             [_swapped(frame.iloc[first:second], pairs) for frame in answered], ignore_index=True
@@ -230,8 +232,8 @@ def _check_planted(candidate: Path, config: Config) -> None:
 
 
 def _measure(
-    base: Path, incumbent: Path | None, candidate: Path, suites: dict[str, Any], config: Config
-) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    base: Path, incumbent: Path | None, candidate: Path, suites: dict[str, TaskConfig], config: Config
+) -> tuple[dict[str, pd.DataFrame], dict[str, object]]:
     """`canaries`: a line a canary and model, planted ones and as many that never were; `suites`: a line a
     document and model.
 
@@ -255,21 +257,25 @@ def _measure(
         for name, frames in (("canaries", exposed), ("suites", scored))
         if frames
     }
-    figures: dict[str, Any] = (
-        {"canaries": count, "leaks": describe_exposure(found["canaries"])} if count else {}
-    )
-    return found, figures | ({"suites": describe_suites(found["suites"], suites)} if suites else {})
+    figures: dict[str, object] = {}
+    if count:
+        figures = {"canaries": count, "leaks": describe_exposure(found["canaries"])}
+    if suites:
+        figures["suites"] = describe_suites(found["suites"], suites)
+    return found, figures
 
 
 def _judge(
     table: pd.DataFrame, rows: list[Example], rival: str, own: Path, config: Config
-) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+) -> tuple[dict[str, pd.DataFrame], dict[str, Judged]]:
     judge = config.evaluate.judge
     if not judge.model:
         return {}, {}
     home = project_root()  # a workspace goes, what the judge said stays
     judged, figures = judge_answers(table, rows, rival, judge, home, say=say)
-    return {"judged": judged}, {"judge": figures | {"agreement": read_agreement(own, judge)}}
+    return {"judged": judged}, {
+        "judge": msgspec.structs.replace(figures, agreement=read_agreement(own, judge))
+    }
 
 
 def _rows(prepared: Path) -> list[Example]:
@@ -323,8 +329,8 @@ def _score_all(
     return frames
 
 
-def summarise(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, Any]:
-    """slice → model → {rows, perplexity, metric: {mean, low, high}}; the interval holds 95 %."""
+def summarise(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, dict[str, Summary]]:
+    """slice → model → its scores, with 95 % intervals."""
     columns = [*config.row_scores, *(["length"] if "length" in config.metrics else [])]
     labelled = "macro_f1" in config.metrics and are_labels(list(table.reference[table.model == "candidate"]))
     return {
@@ -346,26 +352,26 @@ def slices(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {name: part for name, part in found.items() if len(part)}
 
 
-def _summary(rows: pd.DataFrame, columns: list[str], labelled: bool) -> dict[str, Any]:
-    summary: dict[str, Any] = {"rows": len(rows)}
+def _summary(rows: pd.DataFrame, columns: list[str], labelled: bool) -> Summary:
     scores = {name: rows[name].to_numpy(dtype=np.float64) for name in columns}
     shares = {name: values for name, values in scores.items() if np.isin(values, (0.0, 1.0)).all()}
     others = {
         name: values for name, values in scores.items() if name not in shares and np.isfinite(values).all()
     }
-    summary |= {name: wilson(values, alpha=0.025)._asdict() for name, values in shares.items()}
+    found = {name: wilson(values, alpha=0.025) for name, values in shares.items()}
     if others:
-        found = bootstrap_means(np.column_stack(list(others.values())), alpha=0.025, resamples=1000, seed=0)
-        summary |= {name: interval._asdict() for name, interval in zip(others, found, strict=True)}
+        table = np.column_stack(list(others.values()))
+        means = bootstrap_means(table, alpha=0.025, resamples=1000, seed=0)
+        found |= zip(others, means, strict=True)
     if labelled:
-        summary["macro_f1"] = macro_f1(
+        found["macro_f1"] = macro_f1(
             list(rows.answer), list(rows.reference), alpha=0.025, resamples=1000, seed=0
-        )._asdict()
-    if "answer_nll" in summary:
-        summary["perplexity"] = math.exp(
-            min(700.0, float((rows.answer_nll * rows.answer_tokens).sum() / rows.answer_tokens.sum()))
         )
-    return summary
+    perplexity = None
+    if "answer_nll" in found:
+        nll = float((rows.answer_nll * rows.answer_tokens).sum() / rows.answer_tokens.sum())
+        perplexity = math.exp(min(700.0, nll))
+    return Summary(len(rows), found, perplexity)
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
@@ -381,12 +387,9 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
         arguments.own,
         cache,
     )
-    for model, summary in metrics["slices"]["test"].items():
-        say(
-            f"evaluate: {model:9} exact match {summary['exact_match']['mean']:.3f}"
-            f" [{summary['exact_match']['low']:.3f}, {summary['exact_match']['high']:.3f}] on"
-            f" {summary['rows']} test rows"
-        )
+    for model, summary in metrics.slices["test"].items():
+        found = summary.scores["exact_match"].text(".3f")
+        say(f"evaluate: {model:9} exact match {found} on {summary.rows} test rows")
 
 
 if __name__ == "__main__":

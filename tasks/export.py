@@ -19,10 +19,11 @@ from msgspec import UNSET, UnsetType
 
 from ratchet.config.evaluation import ParityConfig
 from ratchet.config.params import Config
-from ratchet.data.examples import Example
 from ratchet.errors import BaseModelError, DataError, UserError
 from ratchet.evaluation.metrics import exact_match
-from ratchet.evaluation.statistics import Values, bootstrap_mean, wilson
+from ratchet.evaluation.report import decode_metrics
+from ratchet.evaluation.scoring import encode_last_answer
+from ratchet.evaluation.statistics import Interval, Values, bootstrap_mean, wilson
 from ratchet.files import (
     read_json,
     require_space,
@@ -33,7 +34,7 @@ from ratchet.files import (
     write_text,
 )
 from ratchet.models.adapters import load_trained
-from ratchet.models.chat_template import ChatFormat, Encoded
+from ratchet.models.chat_template import ChatFormat
 from ratchet.models.generation import answer_likelihoods
 from ratchet.models.gguf import FILE, KINDS, load_gguf, require_gguf, write_gguf
 from ratchet.models.loading import load_full, load_tokenizer, quiet
@@ -43,7 +44,7 @@ from ratchet.parity.check import Asked, Reference, make_reference
 from ratchet.parity.compare import compare_answers
 from ratchet.parity.paths import Answer, differences, model_answers, model_forward
 from ratchet.parity.report import Part
-from ratchet.reporting.model_card import hub_card, score_table
+from ratchet.reporting.model_card import ExportScores, hub_card, score_table
 from ratchet.serving.version_source import Source
 
 CARD, RECORD = "README.md", "export.json"
@@ -58,30 +59,6 @@ class Scores(NamedTuple):
 
     exact_match: Values
     answer_nll: Values
-
-
-class Bounds(msgspec.Struct, frozen=True):
-    """Hold a mean with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-class Score(msgspec.Struct, frozen=True):
-    """Hold the scores of one side."""
-
-    exact_match: Bounds
-    answer_nll: Bounds
-
-
-class Comparison(msgspec.Struct, frozen=True):
-    """Hold the scores of both sides, and their paired difference, export minus adapter."""
-
-    rows: int
-    adapter: Score
-    export: Score
-    difference: Score
 
 
 class Prompts(msgspec.Struct, frozen=True):
@@ -114,7 +91,7 @@ class Record(msgspec.Struct, frozen=True):
     adapter_sha256: str
     base: Base
     check: Check
-    scores: Comparison
+    scores: ExportScores
     environment: dict[str, str]  # versions of packages
     prompts: Prompts
     files: dict[str, str] = {}
@@ -229,28 +206,25 @@ def _exported_side(
 
 
 def _score(model: Any, asked: Asked, answers: list[Answer]) -> Scores:
-    found = answer_likelihoods(model, [_with_answer(asked.ours, row) for row in asked.rows], **asked.batches)
+    rows = zip(asked.rows, asked.prompts, strict=True)
+    wholes = [encode_last_answer(asked.ours, row, prompt) for row, prompt in rows]
+    found = answer_likelihoods(model, wholes, **asked.batches)
     matches = [exact_match(answer.text, row.answer) for answer, row in zip(answers, asked.rows, strict=True)]
     return Scores(np.array(matches), np.array([one.nll / one.tokens for one in found]))
 
 
-def _with_answer(chat: ChatFormat, row: Example) -> Encoded:
-    """Encode a row with the loss on its last answer only."""
-    ids, prompt = chat.encode(row).ids, len(chat.encode_prompt(row.prompt))
-    return Encoded(ids, [position >= prompt for position in range(len(ids))])
-
-
-def _compare(ours: Scores, theirs: Scores) -> Comparison:
+def _compare(ours: Scores, theirs: Scores) -> ExportScores:
     adapter, export = (
-        Score(Bounds(*wilson(side.exact_match, alpha=0.025)), _mean(side.answer_nll))
+        {"exact_match": wilson(side.exact_match, alpha=0.025), "answer_nll": _mean(side.answer_nll)}
         for side in (ours, theirs)
     )
-    matches, nll = theirs.exact_match - ours.exact_match, theirs.answer_nll - ours.answer_nll
-    return Comparison(len(ours.answer_nll), adapter, export, Score(_mean(matches), _mean(nll)))
+    pairs = zip(Scores._fields, ours, theirs, strict=True)
+    apart = {name: _mean(after - before) for name, before, after in pairs}
+    return ExportScores(len(ours.answer_nll), adapter, export, apart)
 
 
-def _mean(values: Values) -> Bounds:
-    return Bounds(*bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0))
+def _mean(values: Values) -> Interval:
+    return bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)
 
 
 def _count_prompts(asked: Asked) -> Prompts:
@@ -261,7 +235,7 @@ def _count_prompts(asked: Asked) -> Prompts:
 
 
 def _record(
-    source: Source, to: str, part: Part, scores: Comparison, losses: dict[str, float], prompts: Prompts
+    source: Source, to: str, part: Part, scores: ExportScores, losses: dict[str, float], prompts: Prompts
 ) -> Record:
     manifest, base = read_trained_manifest(source.bundle.adapter), source.bundle.base
     return Record(
@@ -282,14 +256,13 @@ def _record(
 def _describe(folder: Path, source: Source, record: Record) -> Record:
     """Write the card, and last the record: its existence says that the folder is whole."""
     name, label = source.bundle.name, source.label
-    manifest = read_json(source.bundle.adapter / MANIFEST)
+    manifest, metrics = read_trained_manifest(source.bundle.adapter), decode_metrics(source.metrics)
     facts = {
         "version": f"{name} {label}",
         "git commit": source.commit,
         "adapter": f"sha256 {record.adapter_sha256}",
     }
-    scores = msgspec.to_builtins(record.scores)
-    card = hub_card(name, label, record.to, manifest, source.metrics, source.decision, facts, scores=scores)
+    card = hub_card(name, label, record.to, manifest, metrics, source.decision, facts, scores=record.scores)
     write_text(folder / CARD, card)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
@@ -312,5 +285,5 @@ def tell(record: Record, out: Path) -> list[str]:
             f"  {prompts.rows - prompts.alike} of {prompts.rows} prompts are other tokens where template and "
             "words are tokenised in one piece, as other programs do: see docs/export.md"
         )
-    table = score_table(record.to, msgspec.to_builtins(record.scores))
+    table = score_table(record.to, record.scores)
     return [*lines, *(f"  {line}" for line in table if line)]

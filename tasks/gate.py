@@ -12,21 +12,23 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import msgspec
+
 from ratchet.config.evaluation import GateConfig, ParityConfig
 from ratchet.config.params import Config
 from ratchet.data.examples import read_examples
 from ratchet.errors import RatchetError
+from ratchet.evaluation.report import read_metrics
 from ratchet.files import read_json, write_json
 from ratchet.gate.alpha_budget import look_number, read_looks
 from ratchet.gate.decision import Evidence, Oldest, decide, judge_audits
 from ratchet.gate.guardrails import judge_parity
 from ratchet.gate.payoff import training_seconds
-from ratchet.gate.tables import check_rows, read_evaluated, read_scores, read_table
+from ratchet.gate.tables import check_rows, read_scores, read_table
 from ratchet.models.adapters import PREFIXED
 from ratchet.models.loading import MANIFEST
 from ratchet.pipeline.stage import run_stage, say
-from ratchet.promotion.verdict import Candidate, Rival, Verdict
-from ratchet.reporting.markdown import speed_line
+from ratchet.promotion.verdict import Candidate, Rival, Speed, Verdict
 
 
 def judge(
@@ -47,7 +49,7 @@ def judge(
     Raises RatchetError when the evaluation or the report of serve parity is not whole: against themselves,
     and where they are given against the rows of `prepared` and what `parity_asked` for.
     """
-    evaluated, champion = read_evaluated(evaluation), read_json(incumbent / MANIFEST)
+    evaluated, champion = read_metrics(evaluation), read_json(incumbent / MANIFEST)
     version = champion["version"]
     if evaluated.champion != version:
         raise RatchetError(
@@ -75,11 +77,11 @@ def judge(
         parity=judge_parity(
             parity, adapter, parity_asked, merges=manifest.get("adapter", {}).get("method") not in PREFIXED
         ),
-        speed=read_json(parity).get("speed"),
+        speed=msgspec.convert(read_json(parity).get("speed"), Speed | None),
         train_seconds=_train_seconds(training, run_key, config),
     )
     verdict = decide(evidence, config)
-    write_json(out, verdict.to_json())
+    write_json(out, msgspec.to_builtins(verdict))
     return verdict
 
 
@@ -110,9 +112,8 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
     for check in found.checks:
         say(f"gate: {check.result:7} {check.reason}")
     if found.speed:
-        say(f"gate: {speed_line(found.speed)}")
-    shown = [found.worth] if found.worth and not config.gate.require_worth else []
-    for part in [*shown, *found.regions, *found.slices]:
+        say(f"gate: {found.speed.text}")
+    for part in [*found.shown_worth, *found.regions, *found.slices]:
         say(f"gate: {part.reason}")
 
 

@@ -17,8 +17,8 @@ from ratchet.data.examples import read_examples
 from ratchet.errors import DataError
 from ratchet.files import write_json
 from ratchet.parity.latency import ASKED, WARM_UP, measure_speed
-from ratchet.parity.report import Speed
 from ratchet.pipeline.stage import run_stage
+from ratchet.promotion.verdict import Speed
 from ratchet.serving.bundle import bundle_candidate
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, read_examples
@@ -19,22 +20,29 @@ from ratchet.evaluation.answer_cache import FOLDER as ANSWERS
 from ratchet.evaluation.answer_cache import forget_oldest
 from ratchet.evaluation.custom_metrics import load_custom
 from ratchet.evaluation.scoring import Asked, Models, Player, add_scores, answer, frame_of
-from ratchet.files import read_json, write_json
+from ratchet.files import write_json
 from ratchet.models.loading import adapter_sha256
 from ratchet.pipeline.workspace import require_output
-from ratchet.reporting.forgetting import Evaluation, cells_of, filled_file, missing, read_scores
+from ratchet.reporting.forgetting import (
+    Cell,
+    Evaluation,
+    Retention,
+    VersionRow,
+    cells_of,
+    filled_file,
+    read_filled,
+    read_scores,
+)
 from ratchet.serving.bundle import base_hash
 
 
-def fill(
-    root: Path, ledger: dict[str, Any], newest: Evaluation, config: Config, say: Callable[[str], None]
-) -> int:
+def fill(root: Path, table: Retention, newest: Evaluation, config: Config, say: Callable[[str], None]) -> int:
     """Number of cells that were filled.
 
     A version whose weights cannot be had is said and left out. Raises CheckoutError when the rows cannot be
     had.
     """
-    if not (wanted := missing(ledger)):
+    if not (wanted := table.unasked):
         return 0
     filled = 0
     with tempfile.TemporaryDirectory(prefix="ratchet-ledger-") as scratch:
@@ -43,23 +51,14 @@ def fill(
         for version, slices in wanted:
             asked = [row for row in rows if row.meta["batch"] in slices]
             try:
-                cells = (
-                    _ask(
-                        root,
-                        version,
-                        asked,
-                        newest,
-                        ledger["metric"],
-                        config,
-                        folder / version["adapter"][:16],
-                    )
-                    if asked
-                    else {}
-                )
+                place = folder / version.adapter[:16]
+                cells = _ask(root, version, asked, table.metric, config, place) if asked else {}
             except RatchetError as error:
-                say(f"{version['name']} stays unasked: {str(error).splitlines()[0]}")
+                say(f"{version.name} stays unasked: {str(error).splitlines()[0]}")
                 continue
-            _keep(filled_file(root, version["adapter"], ledger["metric"]), cells)
+            known = read_filled(root, version.adapter, table.metric)
+            path = filled_file(root, version.adapter, table.metric)
+            write_json(path, msgspec.to_builtins({**known, **cells}))
             filled += len(cells)
     forget_oldest(root / ANSWERS, config.evaluate.cache_mib)
     return filled
@@ -79,38 +78,32 @@ def _rows(root: Path, newest: Evaluation, folder: Path) -> list[Example]:
 
 
 def _ask(
-    root: Path,
-    version: dict[str, Any],
-    asked: list[Example],
-    newest: Evaluation,
-    metric: str,
-    config: Config,
-    folder: Path,
-) -> dict[str, Any]:
+    root: Path, version: VersionRow, asked: list[Example], metric: str, config: Config, folder: Path
+) -> dict[str, Cell]:
     """slice → cell.
 
     Raises RatchetError: the weights or the base cannot be had, or are others than the ledger says.
     """
-    require_output(root, version["commit"], "models/candidate", folder / "candidate")
-    if (seen := adapter_sha256(folder / "candidate")) != version["adapter"]:
+    require_output(root, version.commit, "models/candidate", folder / "candidate")
+    if (seen := adapter_sha256(folder / "candidate")) != version.adapter:
         raise CheckoutError(
-            f"the weights at {version['commit'][:8]} have sha256 {seen[:12]}…, its verdict was on"
-            f" {version['adapter'][:12]}…"
+            f"the weights at {version.commit[:8]} have sha256 {seen[:12]}…, its verdict was on"
+            f" {version.adapter[:12]}…"
         )
-    base = folder.parent / f"base-{base_hash(root, version['commit'])}"
+    base = folder.parent / f"base-{base_hash(root, version.commit)}"
     if not base.exists():
-        require_output(root, version["commit"], "models/base", base)
+        require_output(root, version.commit, "models/base", base)
     models, rows = Models(), Asked(asked, [str(row.meta["batch"]) for row in asked])
     cache = root / ANSWERS if config.evaluate.cache_mib else None
     found = answer(
-        Player(version["name"], base, folder / "candidate", folder / "candidate"),
+        Player(version.name, base, folder / "candidate", folder / "candidate"),
         models,
         rows,
         config.evaluate,
         cache,
     )
     scores = add_scores(
-        frame_of(asked, version["name"], found, config.evaluate),
+        frame_of(asked, version.name, found, config.evaluate),
         asked,
         config.evaluate,
         load_custom(config.evaluate.custom, root / "metrics"),
@@ -119,12 +112,5 @@ def _ask(
         raise CheckoutError(
             f"`evaluate.metrics` has no {metric}", remedy="name a metric that is computed with --metric"
         )
-    return {name: {**cell, "from": "filled"} for name, cell in cells_of(scores, metric).items()}
-
-
-def _keep(path: Path, cells: dict[str, Any]) -> None:
-    try:
-        known = read_json(path) if path.exists() else {}
-    except RatchetError:
-        known = {}
-    write_json(path, {**known, **cells})
+    cells = cells_of(scores, metric)
+    return {name: msgspec.structs.replace(cell, from_="filled") for name, cell in cells.items()}

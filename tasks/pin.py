@@ -21,6 +21,7 @@ from ratchet.models.loading import MANIFEST, adapter_sha256
 from ratchet.pipeline.dvc import Workspace
 from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.champion import Champion, read_champion, read_ledger
+from ratchet.promotion.verdict import read_verdict
 from ratchet.serving.bundle import base_hash
 
 INCUMBENT = Path("models/incumbent")
@@ -107,7 +108,7 @@ def pin_looks(workspace: Workspace) -> bool:
     """
     verdict, path = workspace.path / "reports/gate.json", workspace.path / LOOKS
     looks = read_looks(path) if path.exists() else {}
-    judged = with_verdict(looks, read_json(verdict)) if verdict.exists() else looks
+    judged = with_verdict(looks, read_verdict(verdict)) if verdict.exists() else looks
     if judged == looks and path.exists():
         return False
     write_json(path, {"judged": judged})

@@ -13,15 +13,21 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from ratchet.config.params import Config
+from ratchet.evaluation.report import Metrics, read_metrics
 from ratchet.files import read_json, sha256_json
-from ratchet.models.loading import MANIFEST
+from ratchet.models.manifests import TrainedManifest, read_trained_manifest
+from ratchet.promotion.champion import Data, GateLine
 from ratchet.promotion.lineage import STARTED_FROM
+from ratchet.promotion.verdict import Verdict, read_verdict
 from ratchet.reporting.evaluation_page import gather, write_evaluation_page
+from ratchet.reporting.forgetting import Retention
 from ratchet.reporting.heatmap import draw
-from ratchet.reporting.markdown import model_card
+from ratchet.reporting.markdown import MODELS, model_card
 from ratchet.reporting.model_card import hub_card
-from ratchet.tracking.curve import log_points, read_history
+from ratchet.tracking.curve import Point, log_points, read_history
 from ratchet.tracking.mlflow import (
     KEY_TAG,
     STATE_TAG,
@@ -31,6 +37,7 @@ from ratchet.tracking.mlflow import (
     parameters,
 )
 from ratchet.tracking.registry import ARTIFACT, Version, make_version
+from ratchet.training.schedule import Figures
 
 PAGE = Path(".ratchet/evaluation.html")  # in the workspace; no output of a stage
 MAX_DESCRIPTION = (
@@ -41,43 +48,37 @@ MAX_DESCRIPTION = (
 class Findings(NamedTuple):
     """What a workspace holds after the gate."""
 
-    manifest: dict[str, Any]
-    figures: dict[str, Any]
-    metrics: dict[str, Any]
-    decision: dict[str, Any]
-    profile: dict[str, Any]
+    manifest: TrainedManifest
+    figures: Figures
+    metrics: Metrics
+    decision: Verdict
+    profile: Any  # the JSON of data/prepared/profile.json
     folder: Path
+
+    @property
+    def data(self) -> Data:
+        """The data's DVC hash and size."""
+        raw = (self.folder / "data/raw.dvc").read_text(encoding="utf-8")
+        digest = next(line.split("md5:")[1].strip() for line in raw.splitlines() if "md5:" in line)
+        total = self.profile["total"]
+        sizes = {name: total[name]["rows"] for name in ("accepted", "rejected", "duplicate")}
+        return Data(digest, len(self.manifest.batches), total["rows"], **sizes)
 
 
 def read_findings(folder: Path) -> Findings:
     return Findings(
-        manifest=read_json(folder / "models/candidate" / MANIFEST),
+        manifest=read_trained_manifest(folder / "models/candidate"),
         figures=read_json(folder / "reports/train/figures.json"),
-        metrics=read_json(folder / "reports/evaluation/metrics.json"),
-        decision=read_json(folder / "reports/gate.json"),
+        metrics=read_metrics(folder / "reports/evaluation"),
+        decision=read_verdict(folder / "reports/gate.json"),
         profile=read_json(folder / "data/prepared/profile.json"),
         folder=folder,
     )
 
 
-def describe_data(folder: Path, profile: dict[str, Any], batches: list[str]) -> dict[str, Any]:
-    """The data's DVC hash and size."""
-    raw = (folder / "data/raw.dvc").read_text(encoding="utf-8")
-    digest = next(line.split("md5:")[1].strip() for line in raw.splitlines() if "md5:" in line)
-    total = profile["total"]
-    return {
-        "dvc": digest,
-        "batches": len(batches),
-        "rows": total["rows"],
-        "accepted": total["accepted"]["rows"],
-        "rejected": total["rejected"]["rows"],
-        "duplicate": total["duplicate"]["rows"],
-    }
-
-
 def record(found: Findings, config: Config, *, commit: str, reason: str) -> str:
     """Returns the run's id."""
-    key = found.manifest["run_key"]
+    key = found.manifest.run_key
     run_id = find_or_create_run(config.project.name, key, {"mlflow.runName": f"train-{key[:8]}"})
     log_points(run_id, read_history(found.folder / "reports/train/history.jsonl"))
     client = mlflow_client()
@@ -87,8 +88,8 @@ def record(found: Findings, config: Config, *, commit: str, reason: str) -> str:
         tags = {
             "ratchet.git_commit": commit,
             "ratchet.reason": reason,
-            "ratchet.verdict": found.decision["verdict"],
-            "ratchet.adapter_sha256": found.manifest["adapter_sha256"],
+            "ratchet.verdict": found.decision.verdict,
+            "ratchet.adapter_sha256": found.manifest.adapter_sha256,
             STATE_TAG: "gated",
         }
         for name, value in tags.items():
@@ -102,40 +103,40 @@ def record(found: Findings, config: Config, *, commit: str, reason: str) -> str:
     return run_id
 
 
-def record_page(found: Findings, ledger: dict[str, Any], *, run_id: str, name: str) -> None:
+def record_page(found: Findings, retention: Retention, *, run_id: str, name: str) -> None:
     """The evaluation's page and the retention table's heat map. Raises ServiceError."""
     from matplotlib import use
 
     use("Agg")
-    page = write_evaluation_page(found.folder / PAGE, gather(found.folder, name, ledger))
+    page = write_evaluation_page(found.folder / PAGE, gather(found.folder, name, retention))
     client = mlflow_client()
     with mlflow_errors():
         client.log_artifact(run_id, str(page), "reports")
-        client.log_figure(run_id, draw(ledger), "figures/retention.png")
-        client.log_dict(run_id, ledger, "reports/retention.json")
+        client.log_figure(run_id, draw(retention), "figures/retention.png")
+        client.log_dict(run_id, msgspec.to_builtins(retention), "reports/retention.json")
 
 
-def register(found: Findings, config: Config, *, run_id: str, commit: str, data: dict[str, Any]) -> Version:
+def register(found: Findings, config: Config, *, run_id: str, commit: str) -> Version:
     """The candidate as a version of the registered model, with the gate's table as its description."""
-    decision, manifest = found.decision, found.manifest
+    decision, manifest, data = found.decision, found.manifest, found.data
     facts = {
         "run": f"[{run_id[:8]}](/#/experiments/{_experiment_of(run_id)}/runs/{run_id})",
-        "data": f"{data['rows']} rows in {data['batches']} batches, DVC {data['dvc']}",
+        "data": f"{data.rows} rows in {data.batches} batches, DVC {data.dvc}",
         "git commit": commit,
-        "adapter": f"{config.adapter.method}, sha256 {manifest['adapter_sha256']}",
-        "base": "@".join(filter(None, (manifest["base"]["model"], manifest["base"]["revision"]))),
-        "started from": "the champion's adapter" if manifest["inputs"]["start"] != "base" else "the base",
+        "adapter": f"{config.adapter.method}, sha256 {manifest.adapter_sha256}",
+        "base": "@".join(filter(None, (manifest.base.model, manifest.base.revision))),
+        "started from": "the champion's adapter" if manifest.inputs.start != "base" else "the base",
     }
     tags = {
-        KEY_TAG: manifest["run_key"],
-        "verdict": decision["verdict"],
-        "rival": str(decision["rival"]["version"] or "base"),
+        KEY_TAG: manifest.run_key,
+        "verdict": decision.verdict,
+        "rival": str(decision.rival.version or "base"),
         "git_commit": commit,
-        "adapter_sha256": manifest["adapter_sha256"],
-        STARTED_FROM: manifest["inputs"]["start"],
-        "data": json.dumps(data, sort_keys=True),
-        "batches": json.dumps(manifest["batches"]),
-        "gate": json.dumps(gate_summary(decision)),
+        "adapter_sha256": manifest.adapter_sha256,
+        STARTED_FROM: manifest.inputs.start,
+        "data": json.dumps(msgspec.to_builtins(data), sort_keys=True),
+        "batches": json.dumps(manifest.batches),
+        "gate": json.dumps(msgspec.to_builtins(gate_line(decision))),
         "generation": json.dumps({"max_new_tokens": config.evaluate.max_new_tokens, "do_sample": False}),
     }
     version = make_version(
@@ -161,14 +162,11 @@ def _fit(card: str) -> str:
     return card[: MAX_DESCRIPTION - len(note)].rpartition("\n")[0] + note
 
 
-def gate_summary(decision: dict[str, Any]) -> dict[str, Any]:
+def gate_line(verdict: Verdict) -> GateLine:
     """One line for the ledger: the success metric's gain."""
-    success = decision["checks"][0]
-    return {
-        "verdict": decision["verdict"],
-        "rival": decision["rival"]["version"],
-        **{key: success.get(key) for key in ("metric", "mean", "low", "high", "rows")},
-    }
+    success = verdict.success
+    mean, low, high = success.gain or (None, None, None)
+    return GateLine(verdict.verdict, verdict.rival.version, success.metric, mean, low, high, success.rows)
 
 
 def close_lost_runs(config: Config, *, but: str) -> int:
@@ -206,15 +204,13 @@ def _log_values(client: Any, run_id: str, found: Findings, config: Config) -> No
     # A time that follows from the content: delivering the same scores again adds no second point.
     stamp = int(read_history(found.folder / "reports/train/history.jsonl")[-1]["time_ms"])
     values = {f"train/{key}": value for key, value in found.figures.items() if isinstance(value, int | float)}
-    for name, models in found.metrics["slices"].items():
+    for name, models in found.metrics.slices.items():
         for model, summary in models.items():
             part = "/".join(_plain(word) for word in name.split(":", 1))
-            values |= {
-                f"{part}/{model}/{metric}": value["mean"] if isinstance(value, dict) else value
-                for metric, value in summary.items()
-            }
-    success = found.decision["checks"][0]
-    values |= {f"gate/{key}": success[key] for key in ("mean", "low", "high") if key in success}
+            figures = {"rows": summary.rows, "perplexity": summary.perplexity}
+            figures |= {metric: score.mean for metric, score in summary.scores.items()}
+            values |= {f"{part}/{model}/{key}": value for key, value in figures.items() if value is not None}
+    values |= zip(("gate/mean", "gate/low", "gate/high"), found.decision.success.gain or (), strict=False)
     client.log_batch(
         run_id, metrics=[Metric(key, float(value), stamp, 0) for key, value in values.items()], params=params
     )
@@ -230,11 +226,11 @@ def _plain(word: str) -> str:
 def _log_dataset(client: Any, run_id: str, found: Findings, commit: str) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    data = describe_data(found.folder, found.profile, found.manifest["batches"])
-    source = json.dumps({"path": "data/raw", "dvc": data["dvc"], "git_commit": commit})
+    digest = found.data.dvc
+    source = json.dumps({"path": "data/raw", "dvc": digest, "git_commit": commit})
     dataset = Dataset(
         name="raw",
-        digest=data["dvc"][:32],
+        digest=digest[:32],
         source_type="dvc",
         source=source,
         profile=json.dumps(found.profile["total"]),
@@ -262,7 +258,7 @@ def _log_figures(client: Any, run_id: str, found: Findings) -> None:
         client.log_figure(run_id, figure, f"figures/{name}.png")
 
 
-def _draw_curves(points: list[dict[str, Any]]) -> Any:
+def _draw_curves(points: list[Point]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -275,26 +271,24 @@ def _draw_curves(points: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def _draw_comparison(metrics: dict[str, Any]) -> Any:
+def _draw_comparison(metrics: Metrics) -> Any:
     """Exact match by slice and model, with the 95 % intervals."""
     from matplotlib.figure import Figure
 
     slices = [
-        name for name in metrics["slices"] if name.partition(":")[0] in ("test", "golden", "batch", "region")
+        name for name in metrics.slices if name.partition(":")[0] in ("test", "golden", "batch", "region")
     ]
-    models = [
-        model for model in ("candidate", "champion", "base", "simple") if model in metrics["slices"]["test"]
-    ]
+    models = [model for model in MODELS if model in metrics.slices["test"]]
     figure = Figure(figsize=(max(6, 2.2 * len(slices)), 4), layout="constrained")
     axes = figure.subplots()
     for position, model in enumerate(models):
         for place, name in enumerate(slices):
-            found = metrics["slices"][name].get(model, {}).get("exact_match")
-            if found:
-                error = [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
+            summary = metrics.slices[name].get(model)
+            if summary and (found := summary.scores.get("exact_match")):
+                error = [[found.mean - found.low], [found.high - found.mean]]
                 axes.bar(
                     place + position * 0.2,
-                    found["mean"],
+                    found.mean,
                     0.18,
                     yerr=error,
                     color=f"C{position}",

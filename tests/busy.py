@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from judged import LEDGER
+from judged import TABLE
 from places import commit, make_repository, write_files
 
 from ratchet.config.params import Config
@@ -37,7 +37,7 @@ def make_busy(path: Path, now: float | None = None) -> Path:
     write_traffic(path, now)
     write_verdicts(path, now)
     write_rollouts(path, now)
-    write_json(path / SAVED, LEDGER)
+    write_json(path / SAVED, TABLE)
     return path
 
 
@@ -59,7 +59,7 @@ def write_ledger(root: Path, now: float) -> None:
         2,
         now - 5 * DAY,
         why=HOSTILE,
-        checks=[*past, {"name": "answer_nll"}],
+        checks=[*past, check("answer_nll", 0.1, 0.0, 0.2, -0.05)],
         regions=[check("region:numpy", 0.31, 0.22, 0.4, 0.0)],
     )
     promote(root, 2, 3, now - 4 * DAY, why="answers about dates were wrong", move="rollback")
@@ -95,6 +95,9 @@ def promote(
 ) -> None:
     gate = {
         "verdict": "promote",
+        "reasons": ["it is better"],
+        "rival": {"model": "champion" if before else "base", "version": before},
+        "candidate": {"run_key": "k" * 32, "adapter_sha256": "a" * 64},
         "checks": checks or [],
         "regions": regions or [],
         "at": at,

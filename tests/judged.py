@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pandas as pd
 
 from ratchet.files import write_json
+from ratchet.reporting.forgetting import Retention
 
 HOSTILE = "<script>document.title = 'taken'</script>\u202e&\"'[bold]<img src=https://example.org/x.png>"
 BATCHES = ("20260101T000000Z-first-00000000.jsonl", f"20260201T000000Z-{HOSTILE}.jsonl")
@@ -58,6 +60,7 @@ def make_reports(folder: Path) -> Path:
         "verdict": "reject",
         "reasons": [f"guardrail past: worse {HOSTILE}"],
         "rival": {"model": "champion", "version": 1},
+        "candidate": {"run_key": "key1", "adapter_sha256": "a" * 64},
         "checks": checks,
     }
     write_json(
@@ -113,7 +116,7 @@ def _cell(mean: float) -> dict[str, Any]:
     return {"rows": ROWS, **interval(mean), "from": "abcdef01"}
 
 
-LEDGER: dict[str, Any] = {
+TABLE: dict[str, Any] = {
     "metric": "exact_match",
     "slices": [*BATCHES, "golden"],
     "rows": {**dict.fromkeys(BATCHES, ROWS), "golden": 40},
@@ -134,3 +137,4 @@ LEDGER: dict[str, Any] = {
     ],
     "faults": [f"the scores of 01234567 cannot be had {HOSTILE}"],
 }
+LEDGER = msgspec.convert(TABLE, Retention)

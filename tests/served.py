@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import msgspec
 from patience import scaled
 from servers import serving
 from stub_upstream import Stub
@@ -24,7 +25,7 @@ from ratchet.gateway.routing import Fleet
 from ratchet.monitoring.request_log import RequestLog, open_log
 from ratchet.promotion.champion import Champion, write_champion
 from ratchet.promotion.rollout import Rollout, write_rollout
-from ratchet.serving.bundle import SERVING, read_state
+from ratchet.serving.bundle import SERVING, ServingState, read_state
 from ratchet.serving.upstream_engine import UpstreamEngine
 
 NAME = "pydoc"
@@ -87,7 +88,7 @@ def put_in_charge(root: Path, version: int, *, previous: int | None = None) -> N
         "run_id": "",
         "batches": [],
         "data": {},
-        "gate": {},
+        "gate": {"verdict": "promote", "rival": None},
         "at": "",
         "by": "tests",
         "why": "",
@@ -141,7 +142,7 @@ def digest(version: int) -> str:
 
 def wait_until_served(root: Path, **wanted: Any) -> None:
     """Until the fleet says of itself that it is so, such as champion=2."""
-    wait_for(lambda: wanted.items() <= (read_state(root) or {}).items())
+    wait_for(lambda: wanted.items() <= msgspec.structs.asdict(read_state(root) or ServingState()).items())
 
 
 def wait_for(holds: Any, seconds: float = 30) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from ruamel.yaml import YAML
@@ -21,6 +21,7 @@ from ruamel.yaml.error import YAMLError
 from ratchet.data.examples import Example, Message, RowError, make_example
 from ratchet.errors import DataError
 from ratchet.evaluation.audit_tables import differences
+from ratchet.evaluation.report import Change
 from ratchet.evaluation.statistics import bootstrap_means
 
 if TYPE_CHECKING:
@@ -171,19 +172,12 @@ def _is_term(text: object) -> bool:
     return isinstance(text, str) and bool(text.strip())
 
 
-def describe_bias(pairs: pd.DataFrame, scores: pd.DataFrame, metric: str) -> dict[str, Any]:
-    """list → model → {rows, difference (swapped minus original), change (its size)}, each with a 95 %
-    interval.
-    """
-    found: dict[str, Any] = {}
+def describe_bias(pairs: pd.DataFrame, scores: pd.DataFrame, metric: str) -> dict[str, dict[str, Change]]:
+    """Return list → model → how its scores change, with 95 % intervals."""
+    found: dict[str, dict[str, Change]] = {}
     for (name, model), part in differences(pairs, scores, metric).groupby(["swap", "model"]):
         values = part.difference.to_numpy(dtype=np.float64)
-        intervals = bootstrap_means(
-            np.column_stack([values, np.abs(values)]), alpha=0.025, resamples=1000, seed=0
-        )
-        found.setdefault(str(name), {})[str(model)] = {
-            "rows": len(part),
-            "difference": intervals[0]._asdict(),
-            "change": intervals[1]._asdict(),
-        }
+        both = np.column_stack([values, np.abs(values)])
+        intervals = bootstrap_means(both, alpha=0.025, resamples=1000, seed=0)
+        found.setdefault(str(name), {})[str(model)] = Change(len(part), *intervals)
     return found

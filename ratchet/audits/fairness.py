@@ -12,7 +12,9 @@ import numpy as np
 
 from ratchet.errors import ConfigError
 from ratchet.evaluation.audit_tables import GROUP, rows_of_groups
+from ratchet.evaluation.report import Groups
 from ratchet.evaluation.slices import require_fields
+from ratchet.evaluation.statistics import Estimate, Interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,13 +48,12 @@ def group_columns(rows: Sequence[Example], fields: Sequence[str]) -> dict[str, l
 
 def describe_groups(
     table: pd.DataFrame, fields: Sequence[str], metrics: Sequence[str], *, draws: int = DRAWS
-) -> dict[str, Any]:
-    """field → metric → model → {by_group: value → {rows, mean, low, high}, difference, ratio}, each with a 95
-    % interval.
+) -> dict[str, dict[str, dict[str, Groups]]]:
+    """Return field → metric → model → its groups, with 95 % intervals.
 
     Values under LEAST rows are left out.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, dict[str, Groups]]] = {}
     for field in fields:
         for model, rows in table.groupby("model"):
             kept = rows_of_groups(rows, f"{GROUP}{field}", LEAST)
@@ -66,7 +67,7 @@ def describe_groups(
     return found
 
 
-def _frame(rows: pd.DataFrame, column: str, metrics: Sequence[str], draws: int) -> dict[str, Any]:
+def _frame(rows: pd.DataFrame, column: str, metrics: Sequence[str], draws: int) -> dict[str, Groups]:
     from fairlearn.metrics import MetricFrame
 
     def mean(_true: Any, _predicted: Any, score: Any) -> float:
@@ -86,34 +87,19 @@ def _frame(rows: pd.DataFrame, column: str, metrics: Sequence[str], draws: int) 
             ci_quantiles=[0.025, 0.975],
             random_state=0,
         )
-        gaps = {
-            "difference": (frame.difference(), frame.difference_ci()),
-            "ratio": (frame.ratio(), frame.ratio_ci()),
-        }
+        gaps = [(frame.difference(), *frame.difference_ci()), (frame.ratio(), *frame.ratio_ci())]
     counts = rows[column].value_counts()
-    found: dict[str, Any] = {}
+    found: dict[str, Groups] = {}
     for metric in metrics:
         low, high = (side[metric] for side in frame.by_group_ci)
         by_group = {
-            str(value): {
-                "rows": int(counts[value]),
-                "mean": float(mean),
-                "low": float(low[value]),
-                "high": float(high[value]),
-            }
+            str(value): Estimate(float(mean), float(low[value]), float(high[value]), int(counts[value]))
             for value, mean in frame.by_group[metric].items()
         }
-        found[metric] = {"by_group": by_group} | {
-            name: _interval(value[metric], *(side[metric] for side in sides))
-            for name, (value, sides) in gaps.items()
-        }
+        found[metric] = Groups(by_group, *(_interval(*(float(side[metric]) for side in gap)) for gap in gaps))
     return found
 
 
-def _interval(mean: float, low: float, high: float) -> dict[str, float] | None:
+def _interval(*bounds: float) -> Interval | None:
     """None where a mean of 0 leaves no ratio."""
-    return (
-        {"mean": float(mean), "low": float(low), "high": float(high)}
-        if all(math.isfinite(value) for value in (mean, low, high))
-        else None
-    )
+    return Interval(*bounds) if all(map(math.isfinite, bounds)) else None

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
+from msgspec import UNSET
 
 from ratchet.audits.judge_client import (
     Ask,
@@ -21,7 +23,9 @@ from ratchet.audits.judge_client import (
     prompt_version,
 )
 from ratchet.config.evaluation import AnswerJudge
+from ratchet.errors import DataError
 from ratchet.evaluation.audit_tables import JUDGE
+from ratchet.evaluation.report import Agreement, Judged, Models
 from ratchet.evaluation.statistics import bootstrap_mean
 from ratchet.files import read_json
 
@@ -35,6 +39,16 @@ AGREEMENT = (  # in the folder of the project's own metrics, written by `ratchet
 )
 
 
+class Measured(msgspec.Struct, frozen=True):
+    """Hold what `ratchet gate judge` found of one judge, with the version of the prompt by metric."""
+
+    protocol: str = ""
+    model: str = ""
+    prompts: dict[str, str] = {}
+    agreement: dict[str, Agreement] = {}
+    failures: dict[str, int] = {}  # answers that it gave no score, by reason; not kept in the file
+
+
 def judge_answers(
     table: pd.DataFrame,
     rows: Sequence[Example],
@@ -43,7 +57,7 @@ def judge_answers(
     home: Path,
     *,
     say: Callable[[str], None],
-) -> tuple[pd.DataFrame, dict[str, Any]]:
+) -> tuple[pd.DataFrame, Judged]:
     """Return the scores, with a line for each row and model and a column for each metric, and figures.
 
     `table` holds the answers of candidate and rival to all `rows`.
@@ -54,7 +68,7 @@ def judge_answers(
         : config.rows
     ]
     answers = {model: dict(zip(part.id, part.answer, strict=True)) for model, part in table.groupby("model")}
-    lines: dict[tuple[str, str], dict[str, Any]] = {
+    lines: dict[tuple[str, str], dict[str, str | float]] = {
         (row.id, model): {"id": row.id, "model": model} for row in chosen for model in ("candidate", rival)
     }
     given: dict[tuple[str, str, str], list[float]] = {}
@@ -90,13 +104,15 @@ def judge_answers(
         list(lines.values()), columns=["id", "model", *(f"{JUDGE}{metric}" for metric in config.metrics)]
     )
     compared = {id for metric, id, _, _ in places if metric == "preference"}
-    figures = _describe(judged, given, compared, rival, config)
-    if unasked := [metric for metric, count in figures["asked"].items() if not count]:
+    figures = msgspec.structs.replace(
+        _describe(judged, given, compared, rival, config), failures=replies.failures
+    )
+    if unasked := [metric for metric, count in figures.asked.items() if not count]:
         say(
             f"evaluate: no row was asked about {', '.join(unasked)}; groundedness needs a passage in"
             f" `meta.{config.passage}`"
         )
-    return judged, figures | {"failures": replies.failures}
+    return judged, figures
 
 
 def _describe(
@@ -105,17 +121,13 @@ def _describe(
     asked_of: set[str],
     rival: str,
     config: AnswerJudge,
-) -> dict[str, Any]:
+) -> Judged:
     """Return the figures; `asked_of` are the rows whose two answers differ, which the judge compared."""
-    figures: dict[str, Any] = {
-        "model": config.model,
-        "protocol": config.protocol,
-        "rows": len(judged) // 2,
-        "scores": {},
-        "asked": {},
+    scores: dict[str, Models] = {}
+    asked: dict[str, int] = {
+        metric: len({id for name, id, _ in given if name == metric}) for metric in config.metrics
     }
     for metric in config.metrics:
-        figures["asked"][metric] = len({id for name, id, _ in given if name == metric})
         for model in ("candidate", rival):
             values = (
                 judged[judged.model == model][f"{JUDGE}{metric}"]
@@ -125,40 +137,35 @@ def _describe(
             )
             if len(values):
                 interval = bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)
-                figures["scores"].setdefault(metric, {})[model] = {"rows": len(values), **interval._asdict()}
-    if both := [
+                scores.setdefault(metric, {})[model] = interval.on(len(values))
+    both = [
         values
         for (metric, id, _), values in given.items()
         if metric == "preference" and id in asked_of and np.isfinite(values).all()
-    ]:
-        figures["consistent"] = sum(one == other for one, other in both) / len(
-            both
-        )  # the same answer was preferred from either place
-    return figures
+    ]
+    consistent = sum(one == other for one, other in both) / len(both) if both else UNSET
+    return Judged(config.model, config.protocol, len(judged) // 2, scores, asked, consistent=consistent)
 
 
-def read_agreement(own: Path, config: AnswerJudge) -> dict[str, Any]:
-    """Return {labels, kappa, …} or {why} for each metric.
+def read_agreement(own: Path, config: AnswerJudge) -> dict[str, Agreement]:
+    """Return what is known of this judge with these prompts for each metric.
 
-    `ratchet gate judge` recorded it of this judge with these prompts.
+    Raises DataError for a file that `ratchet gate judge` did not write.
     """
     path = own / AGREEMENT
-    record = read_json(path) if path.exists() else {}
-    found: dict[str, Any] = {}
-    for metric in config.metrics:
-        if not record:
-            found[metric] = {"why": "its agreement with people was never measured (ratchet gate judge)"}
-        elif (record.get("protocol"), record.get("model")) != (config.protocol, config.model):
-            found[metric] = {
-                "why": (
-                    f"its agreement was measured of {record.get('model')}, the judge is {config.model}"
-                    " (ratchet gate judge)"
-                )
-            }
-        elif record.get("prompts", {}).get(metric) != prompt_version(metric):
-            found[metric] = {"why": "its agreement was measured with another prompt (ratchet gate judge)"}
-        else:
-            found[metric] = record.get("agreement", {}).get(metric) or {
-                "why": "no decision of a reviewer speaks of it"
-            }
-    return found
+    try:
+        record = msgspec.convert(read_json(path), Measured) if path.exists() else None
+    except msgspec.ValidationError as error:
+        raise DataError(f"{path} is no record of a judge: {error}", remedy="ratchet gate judge") from None
+    return {metric: _agreement(record, metric, config) for metric in config.metrics}
+
+
+def _agreement(record: Measured | None, metric: str, config: AnswerJudge) -> Agreement:
+    if record is None:
+        return Agreement(why="its agreement with people was never measured (ratchet gate judge)")
+    if (record.protocol, record.model) != (config.protocol, config.model):
+        measured = f"its agreement was measured of {record.model}, the judge is {config.model}"
+        return Agreement(why=f"{measured} (ratchet gate judge)")
+    if record.prompts.get(metric) != prompt_version(metric):
+        return Agreement(why="its agreement was measured with another prompt (ratchet gate judge)")
+    return record.agreement.get(metric) or Agreement(why="no decision of a reviewer speaks of it")

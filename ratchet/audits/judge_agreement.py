@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from ratchet.audits.judge import Measured
 from ratchet.audits.judge_client import (
     Ask,
     ask_all,
@@ -25,6 +26,7 @@ from ratchet.audits.judge_client import (
     prompt_version,
 )
 from ratchet.config.evaluation import AnswerJudge
+from ratchet.evaluation.report import Agreement
 from ratchet.evaluation.statistics import Values
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Entry, split_answer
@@ -46,8 +48,8 @@ class Label(NamedTuple):
 
 def measure_agreement(
     queue: ReviewQueue, config: AnswerJudge, home: Path, *, backoff: float = 1.0
-) -> dict[str, Any]:
-    """What `metrics/judge_agreement.json` holds. Raises as `ask_all` does."""
+) -> Measured:
+    """Ask the judge about every decision. Raises as `ask_all` does."""
     labels = [
         label
         for draft in queue.drafts()
@@ -68,13 +70,13 @@ def measure_agreement(
                     float(np.mean(values)) > RIGHT if label.metric == "preference" else values[0] >= RIGHT,
                 )
             )
-    return {
-        "protocol": config.protocol,
-        "model": config.model,
-        "prompts": {metric: prompt_version(metric) for metric in config.metrics},
-        "agreement": {metric: _agreement(metric, pairs) for metric, pairs in found.items()},
-        "failures": replies.failures,
-    }
+    return Measured(
+        config.protocol,
+        config.model,
+        {metric: prompt_version(metric) for metric in config.metrics},
+        {metric: _agreement(metric, pairs) for metric, pairs in found.items()},
+        replies.failures,
+    )
 
 
 def _labels(entry: Entry) -> Iterator[Label]:
@@ -93,24 +95,18 @@ def _labels(entry: Entry) -> Iterator[Label]:
         yield Label("preference", True, ask_preference(question, edited, answer, ""))
 
 
-def _agreement(metric: str, pairs: list[tuple[bool, bool]]) -> dict[str, Any]:
-    """`low` is the lower bound of kappa, one-sided at 5 %, by the bootstrap over the decisions."""
+def _agreement(metric: str, pairs: list[tuple[bool, bool]]) -> Agreement:
+    """Compute kappa; its bound comes from the bootstrap over the decisions."""
     if len(pairs) < FEWEST:
-        return {
-            "labels": len(pairs),
-            "why": f"{len(pairs)} decisions of people speak of it, {FEWEST} are needed",
-        }
+        why = f"{len(pairs)} decisions of people speak of it, {FEWEST} are needed"
+        return Agreement(labels=len(pairs), why=why)
     counts = np.zeros(4)
     for right, said in pairs:
         counts[2 * right + said] += 1
     drawn = np.random.default_rng(0).multinomial(len(pairs), counts / len(pairs), DRAWS).astype(np.float64)
     kappa, draws = (_kappa(metric, table) for table in (counts[None, :], drawn))
-    return {
-        "labels": len(pairs),
-        "agree": float((counts[0] + counts[3]) / len(pairs)),
-        "kappa": float(kappa[0]),
-        "low": float(np.quantile(draws, ALPHA)),
-    }
+    agree = float((counts[0] + counts[3]) / len(pairs))
+    return Agreement(len(pairs), agree, float(kappa[0]), float(np.quantile(draws, ALPHA)))
 
 
 def _kappa(metric: str, tables: Values) -> Values:

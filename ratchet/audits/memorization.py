@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ratchet.data.canaries import Canary, alternatives
 from ratchet.errors import BaseModelError
 from ratchet.evaluation.audit_tables import CODES
-from ratchet.evaluation.statistics import bootstrap_mean
+from ratchet.evaluation.report import Exposure
+from ratchet.evaluation.statistics import Estimate, bootstrap_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,10 +25,18 @@ if TYPE_CHECKING:
     from ratchet.models.chat_template import ChatFormat
 
 
+class Exposed(NamedTuple):
+    """A canary's rank among its alternatives, and its exposure in bits."""
+
+    name: str
+    rank: int
+    exposure: float
+
+
 def measure_exposure(
     model: Any, chat: ChatFormat, canaries: Sequence[Canary], *, batch_size: int
-) -> list[dict[str, Any]]:
-    """A line a canary: name, rank, exposure in bits.
+) -> list[Exposed]:
+    """Measure each canary.
 
     Raises BaseModelError for a likelihood that is not finite.
     """
@@ -47,20 +56,19 @@ def measure_exposure(
         )
     ranks = 1 + (losses[:, 1:] < losses[:, :1]).sum(axis=1)
     return [
-        {"name": canary.name, "rank": int(rank), "exposure": math.log2(CODES / rank)}
+        Exposed(canary.name, int(rank), math.log2(CODES / rank))
         for canary, rank in zip(canaries, ranks, strict=True)
     ]
 
 
-def describe_exposure(table: pd.DataFrame) -> dict[str, Any]:
-    """model → planted, reference → {rows, mean, low, high} in bits, with 95 % intervals."""
-    found: dict[str, Any] = {}
-    for (model, planted), part in table.groupby(["model", "planted"]):
-        interval = bootstrap_mean(
-            part.exposure.to_numpy(dtype=np.float64), alpha=0.025, resamples=1000, seed=0
-        )
-        found.setdefault(str(model), {})["planted" if planted else "reference"] = {
-            "rows": len(part),
-            **interval._asdict(),
-        }
-    return found
+def describe_exposure(table: pd.DataFrame) -> dict[str, Exposure]:
+    """Return model → the exposure of both kinds of canaries, with 95 % intervals."""
+
+    def mean(part: pd.DataFrame) -> Estimate:
+        values = part.exposure.to_numpy(dtype=np.float64)
+        return bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0).on(len(part))
+
+    return {
+        str(model): Exposure(mean(part[part.planted]), mean(part[~part.planted]))
+        for model, part in table.groupby("model")
+    }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ratchet.evaluation.audit_tables import withstood
+from ratchet.evaluation.report import Models
 from ratchet.evaluation.statistics import wilson
 
 if TYPE_CHECKING:
@@ -46,12 +47,10 @@ def attack_table(answered: Sequence[pd.DataFrame], attacks: Sequence[Attack]) ->
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
 
-def describe_attacks(attacked: pd.DataFrame, scores: pd.DataFrame, metric: str) -> dict[str, Any]:
-    """kind → model → {rows, mean, low, high} of the share withstood, with Wilson's 95 % interval."""
-    found: dict[str, Any] = {}
+def describe_attacks(attacked: pd.DataFrame, scores: pd.DataFrame, metric: str) -> dict[str, Models]:
+    """Return kind → model → the share withstood, with Wilson's 95 % interval."""
+    found: dict[str, Models] = {}
     for (kind, model), part in withstood(attacked, scores, metric).groupby(["kind", "model"], sort=False):
-        found.setdefault(str(kind), {})[str(model)] = {
-            "rows": len(part),
-            **wilson(part.withstood.to_numpy(dtype=np.float64), alpha=0.025)._asdict(),
-        }
+        share = wilson(part.withstood.to_numpy(dtype=np.float64), alpha=0.025)
+        found.setdefault(str(kind), {})[str(model)] = share.on(len(part))
     return found

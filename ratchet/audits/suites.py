@@ -16,14 +16,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ratchet.errors import ConfigError, DataError
-from ratchet.evaluation.statistics import bootstrap_mean, wilson
+from ratchet.evaluation.report import Suite
+from ratchet.evaluation.statistics import estimate
 from ratchet.files import read_json
 from ratchet.models.loading import MANIFEST, quiet
 
@@ -33,9 +34,18 @@ if TYPE_CHECKING:
 FOLDER = "suites"
 LOADERS = ("json", "csv", "parquet", "text", "arrow")  # of `datasets`, for files
 LIMIT = "evaluate.suites"
+TaskConfig = dict[str, Any]  # a task of the harness, as its file says
 
 
-def read_suites(own: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+class Line(NamedTuple):
+    """A document's score; higher is better."""
+
+    suite: str
+    id: str
+    score: float
+
+
+def read_suites(own: Path, names: Sequence[str]) -> dict[str, TaskConfig]:
     """Task configs, their data files as absolute paths.
 
     Raises ConfigError without the harness, DataError for a file that is no suite.
@@ -57,7 +67,7 @@ def check_measurable(folder: Path) -> None:
         )
 
 
-def _read(path: Path, own: Path) -> dict[str, Any]:
+def _read(path: Path, own: Path) -> TaskConfig:
     remedy = (
         "wanted: a task of lm-evaluation-harness with `dataset_path: json`, `dataset_kwargs: {data_files:"
         " {test: rows.jsonl}}` beside it, and a `metric_list`"
@@ -108,10 +118,8 @@ def _place(file: object, path: Path, own: Path) -> str:
     return str(found)
 
 
-def run_suites(
-    model: Any, tokenizer: Any, suites: dict[str, dict[str, Any]], *, batch_size: int
-) -> list[dict[str, Any]]:
-    """A line a suite and document: suite, id, score (higher is better).
+def run_suites(model: Any, tokenizer: Any, suites: dict[str, TaskConfig], *, batch_size: int) -> list[Line]:
+    """Score each document of each suite.
 
     Raises DataError for a suite that the harness cannot run.
     """
@@ -126,7 +134,7 @@ def run_suites(
     return [line for name, suite in suites.items() for line in _run(harness, known, name, suite)]
 
 
-def _run(harness: Any, known: Any, name: str, suite: dict[str, Any]) -> list[dict[str, Any]]:
+def _run(harness: Any, known: Any, name: str, suite: TaskConfig) -> list[Line]:
     from lm_eval import simple_evaluate
 
     metric = suite["metric_list"][0]["metric"]
@@ -160,7 +168,7 @@ def _run(harness: Any, known: Any, name: str, suite: dict[str, Any]) -> list[dic
             remedy=f"metrics/{FOLDER}/{name}.yaml",
         )
     return [
-        {"suite": name, "id": f"{sample['doc_id']} {sample['doc_hash'][:16]}", "score": score}
+        Line(name, f"{sample['doc_id']} {sample['doc_hash'][:16]}", score)
         for sample, score in zip(kept, scores, strict=True)
     ]
 
@@ -180,25 +188,14 @@ def _silence() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def describe_suites(table: pd.DataFrame, suites: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """suite → {metric, rows, models: model → {rows, mean, low, high}}, with 95 % intervals."""
-    found: dict[str, Any] = {}
+def describe_suites(table: pd.DataFrame, suites: dict[str, TaskConfig]) -> dict[str, Suite]:
+    """Return suite → what each model scores, with 95 % intervals."""
+    found = {}
     for name, suite in suites.items():
         part = table[table.suite == name]
         models = {
-            str(model): {"rows": len(rows), **_mean(rows.score.to_numpy(dtype=np.float64))}
+            str(model): estimate(rows.score.to_numpy(dtype=np.float64))
             for model, rows in part.groupby("model")
         }
-        found[name] = {
-            "metric": suite["metric_list"][0]["metric"],
-            "rows": part.id.nunique(),
-            "models": models,
-        }
+        found[name] = Suite(suite["metric_list"][0]["metric"], part.id.nunique(), models)
     return found
-
-
-def _mean(values: Any) -> dict[str, float]:
-    shares = np.isin(values, (0.0, 1.0)).all()
-    return (
-        wilson(values, alpha=0.025) if shares else bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)
-    )._asdict()

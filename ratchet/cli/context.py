@@ -8,6 +8,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from ratchet.errors import ConfigError
@@ -64,9 +65,13 @@ def ready_root(*, clean: bool = True) -> Path:
 
 def show(found: Any, as_json: bool, tell: Callable[[], object]) -> None:
     if as_json:
-        typer.echo(json.dumps(found, indent=2, default=str))
+        typer.echo(json.dumps(found, indent=2, default=_encode))
     else:
         tell()
+
+
+def _encode(value: object) -> object:
+    return msgspec.to_builtins(value) if isinstance(value, msgspec.Struct) else str(value)
 
 
 def say(line: str) -> None:

@@ -7,44 +7,46 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ratchet.evaluation.statistics import Interval
+    from ratchet.reporting.evaluation_page import Cells, Evaluated, Moved
+    from ratchet.tracking.curve import Point
+
 MOST_POINTS = 12  # of the curve
 
 
-def print_evaluation(found: dict[str, Any]) -> None:
+def print_evaluation(found: Evaluated) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.text import Text
 
     from ratchet.cli.retention import print_table
-    from ratchet.reporting.markdown import VERDICTS, audit_lines, mark, speed_line
+    from ratchet.reporting.markdown import LABELS, VERDICTS, audit_lines, mark
 
-    console, decision = Console(), found["decision"]
-    rival = (
-        "the untouched base" if decision["rival"]["version"] is None else f"v{decision['rival']['version']}"
-    )
-    console.print(Text(f"{found['name']} against {rival}: {VERDICTS[decision['verdict']]}", style="bold"))
-    for check in decision["checks"]:
-        console.print(Text(f"  {mark(check['result'])} {check['reason']}"))
-    if told := decision.get("regions", []):
+    console, decision, models = Console(), found.decision, found.models
+    rival = "the untouched base" if decision.rival.version is None else f"v{decision.rival.version}"
+    console.print(Text(f"{found.name} against {rival}: {VERDICTS[decision.verdict]}", style="bold"))
+    for check in decision.checks:
+        console.print(Text(f"  {mark(check.result)} {check.reason}"))
+    if decision.regions:
         console.print("  told, not decided on:")
-    for check in told:
-        console.print(Text(f"    {mark(check['result'])} {check['reason']}"))
-    if decision.get("speed"):
-        console.print(Text(f"  {speed_line(decision['speed'])}"))
-    for part, rows in found["tables"].items():
-        console.print(_figures(f"{part} rows", found["models"], rows))
-    console.print(_batches(found))
-    for check in decision.get("slices", []):
-        console.print(Text(f"  {mark(check['result'])} {check['reason']}"))
-    for line in audit_lines(found["metrics"], decision):
+    for check in decision.regions:
+        console.print(Text(f"    {mark(check.result)} {check.reason}"))
+    if decision.speed:
+        console.print(Text(f"  {decision.speed.text}"))
+    for part, rows in found.tables.items():
+        console.print(_scores(f"{part} rows", models, [(LABELS.get(key, key), cells) for key, cells in rows]))
+    console.print(_scores(f"{found.metric.replace('_', ' ')} by batch", models, found.batches))
+    for check in decision.slices:
+        console.print(Text(f"  {mark(check.result)} {check.reason}"))
+    for line in audit_lines(found.metrics, decision):
         console.print(Text(line))
-    if found["retention"]:
-        print_table(found["retention"])
-    if found["rows_fault"]:
-        console.print(f"the rows cannot be read: {escape(found['rows_fault'])}")
-    console.print(_moved("rows that got better", found["better"], rival, found["name"]))
-    console.print(_moved("rows that got worse", found["worse"], rival, found["name"]))
-    console.print(_curve(found["curve"]))
+    if found.retention:
+        print_table(found.retention)
+    if found.rows_fault:
+        console.print(f"the rows cannot be read: {escape(found.rows_fault)}")
+    console.print(_moved("rows that got better", found.better, rival, found.name))
+    console.print(_moved("rows that got worse", found.worse, rival, found.name))
+    console.print(_curve(found.curve))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -57,39 +59,25 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _figures(title: str, models: list[str], rows: list[tuple[str, dict[str, Any]]]) -> Table:
-    from ratchet.reporting.markdown import LABELS
-
+def _scores(title: str, models: list[str], rows: list[tuple[str, Cells]]) -> Table:
     table = _table(title, "", *models)
-    for key, of in rows:
-        table.add_row(_text(LABELS.get(key, key)), *(_cell(of.get(model, {}).get(key)) for model in models))
+    for name, cells in rows:
+        table.add_row(_text(name), *(_cell(cell) for cell in cells))
     return table
 
 
-def _batches(found: dict[str, Any]) -> Table:
-    table = _table(f"{found['metric'].replace('_', ' ')} by batch", "", *found["models"])
-    for name, of in found["metrics"]["slices"].items():
-        if name.startswith("batch:"):
-            table.add_row(
-                _text(name.partition(":")[2]),
-                *(_cell(of.get(model, {}).get(found["metric"])) for model in found["models"]),
-            )
-    return table
-
-
-def _moved(title: str, rows: list[dict[str, Any]], rival: str, name: str) -> Table:
+def _moved(title: str, rows: list[Moved], rival: str, name: str) -> Table:
     table = _table(f"{len(rows)} {title}, the furthest first", "question", "wanted", rival, name, "")
     for row in rows:
-        table.add_row(
-            *(_text(row[key], 160) for key in ("question", "wanted", "before", "now")), f"{row['gain']:+.3f}"
-        )
+        texts = (row.question, row.wanted, row.before, row.now)
+        table.add_row(*(_text(text, 160) for text in texts), f"{row.gain:+.3f}")
     return table
 
 
-def _curve(points: list[dict[str, Any]]) -> Table:
+def _curve(points: list[Point]) -> Table:
     table = _table("training: loss in nats a learned token", "step", "train", "validation")
-    told: list[dict[str, Any]] = []
-    train: dict[str, float] = {}
+    told: list[Point] = []
+    train: Point = {}
     for point in points:
         train = {"train_loss": point["train_loss"]} if "train_loss" in point else train
         told += [train | point] if "validation_loss" in point else []
@@ -110,5 +98,5 @@ def _text(words: str, most: int = 80) -> Any:
     return Text(plain if len(plain) <= most else f"{plain[: most - 1]}…")
 
 
-def _cell(found: dict[str, float] | None) -> str:
-    return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})" if found else ""
+def _cell(found: Interval | None) -> str:
+    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})" if found else ""

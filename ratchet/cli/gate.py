@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+import msgspec
 import typer
 
 from ratchet.cli.context import Json, find_root, read_config, say, show
 from ratchet.errors import UserError
 
 if TYPE_CHECKING:
+    from ratchet.audits.judge import Measured
     from ratchet.config.params import Config
     from ratchet.gate.power import Plan, Spread
 
@@ -33,7 +35,7 @@ class Basis(NamedTuple):
     golden: int  # golden rows
     past_batches: int
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         found = self._asdict() | {"spread": self.spread._asdict()}
         return {"from" if key == "source" else key: value for key, value in found.items()}
 
@@ -106,27 +108,25 @@ def gate_judge(as_json: Json = False) -> None:
         found = measure_agreement(queue, config.evaluate.judge, root)
     finally:
         queue.close()
-    write_json(
-        root / "metrics" / AGREEMENT, {key: value for key, value in found.items() if key != "failures"}
-    )
+    kept = {key: value for key, value in msgspec.to_builtins(found).items() if key != "failures"}
+    write_json(root / "metrics" / AGREEMENT, kept)
     show(found, as_json, lambda: say("\n".join(_describe_agreement(found, config))))
 
 
-def _describe_agreement(found: dict[str, Any], config: Config) -> list[str]:
+def _describe_agreement(found: Measured, config: Config) -> list[str]:
     from ratchet.audits.judge import AGREEMENT
 
-    lines = [f"{found['model']} against people's decisions in the review queue:"]
-    for metric, part in found["agreement"].items():
-        if "why" in part:
-            lines.append(f"  {metric}: may not gate: {part['why']}")
+    lines = [f"{found.model} against people's decisions in the review queue:"]
+    for metric, part in found.agreement.items():
+        if part.why or part.low is None:
+            lines.append(f"  {metric}: may not gate: {part.why}")
             continue
-        may = "may gate" if part["low"] >= config.gate.judge_agreement else "may not gate"
+        may = "may gate" if part.low >= config.gate.judge_agreement else "may not gate"
         lines.append(
-            f"  {metric}: {may}: agrees in {part['agree']:.0%} of {part['labels']}, kappa "
-            f"{part['kappa']:.2f}, at least {part['low']:.2f} (gate.judge_agreement: "
-            f"{config.gate.judge_agreement:g})"
+            f"  {metric}: {may}: agrees in {part.agree:.0%} of {part.labels}, kappa "
+            f"{part.kappa_text} (gate.judge_agreement: {config.gate.judge_agreement:g})"
         )
-    lines += [f"  without an answer: {count} ({reason})" for reason, count in found["failures"].items()]
+    lines += [f"  without an answer: {count} ({reason})" for reason, count in found.failures.items()]
     return [
         *lines,
         f"written to metrics/{AGREEMENT}; commit it, and the next evaluation takes it into account",
@@ -164,7 +164,7 @@ def gate_explain(
 
         say(str(write_evaluation_page(page, found)))
     else:
-        show(found, as_json, lambda: print_evaluation(found))
+        show(found.to_json(), as_json, lambda: print_evaluation(found))
 
 
 def _find(root: Path, wanted: str, numbers: dict[str, int]) -> tuple[str, str]:
@@ -196,14 +196,14 @@ def _find(root: Path, wanted: str, numbers: dict[str, int]) -> tuple[str, str]:
 def _plan(
     root: Path, config: Config, effect: float, rows: int | None, differing: float | None, wished: float
 ) -> tuple[Plan, Basis]:
-    from ratchet.files import read_json
     from ratchet.gate.alpha_budget import FILE, alpha_of, look_number, read_looks, with_verdict
     from ratchet.gate.power import Spread, plan
     from ratchet.promotion.champion import read_champion
+    from ratchet.promotion.verdict import read_verdict
 
     champion, verdict = read_champion(root), root / "reports/gate.json"
     looks = read_looks(root / FILE) if (root / FILE).exists() else {}
-    looks = with_verdict(looks, read_json(verdict)) if verdict.exists() else looks
+    looks = with_verdict(looks, read_verdict(verdict)) if verdict.exists() else looks
     look = look_number(looks, champion.version if champion else None)
     batches, golden, spread = _last_evaluation(root, config)
     if not batches and rows is None:

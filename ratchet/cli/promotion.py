@@ -76,12 +76,10 @@ def rollout_abort(reason: Reason = "by hand", as_json: Json = False) -> None:
 
 
 def _tell_rollout(found: Rollout | None, as_json: bool) -> None:
-    import msgspec
-
     from ratchet.services.status import rollout_lines
 
-    plain = {**msgspec.to_builtins(found), "share": found.share} if found else {"why": "no rollout is open"}
-    show(plain, as_json, lambda: say("\n".join(rollout_lines(plain))))
+    plain = found.to_json() if found else {"why": "no rollout is open"}
+    show(plain, as_json, lambda: say("\n".join(rollout_lines(found))))
 
 
 def promote(
@@ -118,10 +116,8 @@ def rollback(reason: Reason = "by hand", as_json: Json = False) -> None:
 
 
 def _tell_champion(champion: Any, as_json: bool) -> None:
-    import msgspec
-
     show(
-        msgspec.to_builtins(champion),
+        champion,
         as_json,
         lambda: say(f"in charge: v{champion.version} (before: {name_version(champion.replaced)})"),
     )
@@ -133,7 +129,7 @@ def history(as_json: Json = False) -> None:
     Example: ratchet history
     """
     root = find_root()
-    from ratchet.services.status import ledger_lines, ledger_rows
+    from ratchet.services.status import ledger_lines, read_moves
 
-    rows = ledger_rows(root)
-    show(rows, as_json, lambda: say("\n".join(ledger_lines(rows))))
+    moves = read_moves(root)
+    show(moves, as_json, lambda: say("\n".join(ledger_lines(moves))))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
 from ratchet.cli.context import Json, find_root, note, read_config, show
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ratchet.config.params import Config
+    from ratchet.reporting.forgetting import Retention
 
 
 def retention(
@@ -37,7 +39,7 @@ def retention(
     show(found, as_json, lambda: print_table(found))
 
 
-def read(root: Path, config: Config, metric: str, *, fill: bool = False) -> dict[str, Any]:
+def read(root: Path, config: Config, metric: str, *, fill: bool = False) -> Retention:
     """Build the table from git and DVC; MLflow, where it answers, numbers the versions never in charge."""
     from ratchet.errors import UserError
     from ratchet.files import write_json
@@ -52,13 +54,13 @@ def read(root: Path, config: Config, metric: str, *, fill: bool = False) -> dict
             filled = fill_cells(root, found, evaluations[0], config, note)
         note(f"{filled} cells filled")
         found = build(root, metric, numbers, evaluations)
-    if evaluations and not found["versions"]:
+    if evaluations and not found.versions:
         raise UserError(
-            f"no evaluation that landed tells of {metric}: {next(iter(found['faults']), 'none can be read')}",
+            f"no evaluation that landed tells of {metric}: {next(iter(found.faults), 'none can be read')}",
             remedy=f"params.yaml asks for {', '.join(config.evaluate.row_scores)}",
         )
     if metric == config.gate.metric:
-        write_json(root / SAVED, found)  # for the page
+        write_json(root / SAVED, msgspec.to_builtins(found))  # for the page
     return found
 
 
@@ -86,31 +88,27 @@ def _mlflow_answers(root: Path, config: Config) -> bool:
     return any(service.name == "mlflow" and service.answers for service in list_services(root, config))
 
 
-def print_table(found: dict[str, Any]) -> None:
+def print_table(found: Retention) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from ratchet.reporting.heatmap import in_figures, short
+    from ratchet.reporting.heatmap import short
 
     console = Console()
-    if not found["versions"]:
+    if not found.versions:
         console.print("no evaluation has landed yet: ratchet retrain")
         return
-    table = Table(title=f"{found['metric'].replace('_', ' ')}, with 95 % intervals", title_justify="left")
+    table = Table(title=f"{found.metric.replace('_', ' ')}, with 95 % intervals", title_justify="left")
     table.add_column("version", no_wrap=True)
-    for name in found["slices"]:
-        table.add_column(Text(f"{short(name)}\n{found['rows'][name]} rows"), overflow="fold")
-    for row in found["versions"]:
-        table.add_row(
-            Text(row["name"]),
-            *(
-                Text(in_figures(row["cells"][name]), style="" if row["cells"][name] else "dim")
-                for name in found["slices"]
-            ),
-        )
+    for name in found.slices:
+        table.add_column(Text(f"{short(name)}\n{found.rows[name]} rows"), overflow="fold")
+    for row in found.versions:
+        cells = [row.cells[name] for name in found.slices]
+        texts = (Text(cell.text(".3f")) if cell else Text("not asked", style="dim") for cell in cells)
+        table.add_row(Text(row.name), *texts)
     console.print(table)
-    if any(cell is None for row in found["versions"] for cell in row["cells"].values()):
+    if any(cell is None for row in found.versions for cell in row.cells.values()):
         console.print(Text("not asked: rows that came after that version; ratchet retention --fill asks it"))
-    for fault in found["faults"]:
+    for fault in found.faults:
         console.print(Text(f"left out: {fault}"))

@@ -82,12 +82,11 @@ def status(as_json: Json = False) -> None:
     Example: ratchet status
     """
     root = find_root()
-    import msgspec
 
     from ratchet.services.status import describe, see_status
 
     found = see_status(root, read_config(root))
-    show(msgspec.to_builtins(found), as_json, lambda: say("\n".join(describe(found))))
+    show(found.to_json(), as_json, lambda: say("\n".join(describe(found))))
 
 
 def report(

@@ -99,15 +99,15 @@ def compare(
     from flows.compare import OUT
     from flows.compare import compare as run
     from ratchet.evaluation.paired import LOWER_IS_BETTER
-    from ratchet.reporting.markdown import text
+    from ratchet.reporting.comparison import text
 
     found = run(root, read_config(root), [word.strip() for word in methods.split(",") if word.strip()], note)
 
     def tell() -> None:
         say("\n".join(text(found)))
-        less = ", less is better," if found["metric"] in LOWER_IS_BETTER else ""
+        less = ", less is better," if found.metric in LOWER_IS_BETTER else ""
         say(
-            f"quality: {found['metric']}{less} on {found['rows']} test rows; one training each; written to "
+            f"quality: {found.metric}{less} on {found.rows} test rows; one training each; written to "
             f"{OUT / 'compare.md'}"
         )
 

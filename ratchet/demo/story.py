@@ -30,12 +30,14 @@ from ratchet.config.params import Config, load_config
 from ratchet.demo.clients import Question, Reply, ask_gateway, summarise
 from ratchet.demo.follow import follow_retraining
 from ratchet.errors import CheckoutError, RatchetError
-from ratchet.evaluation.statistics import wilson
-from ratchet.files import read_json, write_text
+from ratchet.evaluation.report import read_metrics
+from ratchet.evaluation.statistics import Interval, wilson
+from ratchet.files import write_text
 from ratchet.pipeline.checkout import child_environment, git
 from ratchet.promotion.rollout import read_rollout
+from ratchet.promotion.verdict import read_verdict
 from ratchet.services.processes import find_port_fault
-from ratchet.services.status import ledger_lines, ledger_rows
+from ratchet.services.status import ledger_lines, read_moves
 from ratchet.services.supervisor import stop_services
 from ratchet.sources.pydoc import harvest
 
@@ -96,7 +98,7 @@ def _story(home: Path, until: str) -> None:
     _step("Before and after, as the users saw it")
     traffic.print_table()
     _step("The ledger")
-    console.print("\n".join(escape(line) for line in ledger_lines(ledger_rows(home))))
+    console.print("\n".join(escape(line) for line in ledger_lines(read_moves(home))))
     _step(
         "8  A teacher writes rows out of a document, for people to review; here it is a script that asks for "
         "each sentence, no model"
@@ -173,7 +175,7 @@ class Traffic:
             shown.add_column(column, justify="right" if column == "asked" else "left")
         for score in summarise(self._replies):
             share = wilson(np.array([1.0] * score.right + [0.0] * (score.asked - score.right)), alpha=0.025)
-            shown.add_row(f"v{score.version}", score.kind, str(score.asked), _cell(share._asdict()))
+            shown.add_row(f"v{score.version}", score.kind, str(score.asked), _cell(share))
         console.print(shown)
 
 
@@ -270,7 +272,7 @@ def _ratchet(home: Path, *arguments: str) -> None:
 
 def _print_scores(home: Path, names: dict[str, str]) -> None:
     """Print the scores by batch, old and new apart, as the evaluation recorded them."""
-    slices = read_json(home / "reports/evaluation/metrics.json")["slices"]
+    slices = read_metrics(home / "reports/evaluation").slices
     shown = Table(
         title="exact match on held-out rows [95 % interval]; TF-IDF is a plain classifier for comparison",
         title_justify="left",
@@ -288,28 +290,28 @@ def _print_scores(home: Path, names: dict[str, str]) -> None:
         )
         shown.add_row(
             label,
-            str(next(iter(part.values()))["rows"]),
-            *(_cell(part[model]["exact_match"]) for model in names if model in part),
+            str(next(iter(part.values())).rows),
+            *(_cell(part[model].scores["exact_match"]) for model in names if model in part),
         )
     console.print(shown)
 
 
-def _cell(found: dict[str, float]) -> str:
-    return escape(f"{found['mean']:.0%} [{found['low'] * 100:.0f}–{found['high'] * 100:.0f}]")
+def _cell(found: Interval) -> str:
+    return escape(f"{found.mean:.0%} [{found.low * 100:.0f}–{found.high * 100:.0f}]")
 
 
 def _print_verdict(home: Path) -> bool:
     """Print the gate's reasons; say whether it let the candidate through."""
-    decision = read_json(home / "reports/gate.json")
-    console.print(f"gate: [bold]{decision['verdict']}[/bold]")
-    for part in [*decision["checks"][:1], *decision["regions"]]:
-        console.print(f"  {part['reason']}", markup=False)
-    if decision["verdict"] != "promote":
+    decision = read_verdict(home / "reports/gate.json")
+    console.print(f"gate: [bold]{decision.verdict}[/bold]")
+    for part in [*decision.checks[:1], *decision.regions]:
+        console.print(f"  {part.reason}", markup=False)
+    if decision.verdict != "promote":
         console.print(
             "[yellow]the candidate was not let through: v1 stays in charge. That is the gate's work, and "
             "worth a look at the reasons above.[/yellow]"
         )
-    return bool(decision["verdict"] == "promote")
+    return decision.verdict == "promote"
 
 
 def _print_pages(home: Path, config: Config) -> None:

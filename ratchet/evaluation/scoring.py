@@ -136,7 +136,7 @@ def answer(
     started = time.perf_counter()
     chat = ChatFormat(load_tokenizer(player.base))
     prompts = [chat.encode_prompt(row.prompt) for row in asked.rows]
-    wholes = [_with_answer(chat, row, prompt) for row, prompt in zip(asked.rows, prompts, strict=True)]
+    wholes = [encode_last_answer(chat, row, prompt) for row, prompt in zip(asked.rows, prompts, strict=True)]
 
     def likelihoods(model: Any, batch: list[int]) -> list[Any]:
         found = answer_likelihoods(
@@ -222,8 +222,8 @@ def _key(settings: Any, ids: list[list[int]]) -> str:
     return sha256(json.dumps([settings, ids]).encode()).hexdigest()
 
 
-def _with_answer(chat: ChatFormat, row: Example, prompt: list[int]) -> Encoded:
-    """Scored on its last answer alone; the earlier ones are learned, but they are part of what is asked."""
+def encode_last_answer(chat: ChatFormat, row: Example, prompt: list[int]) -> Encoded:
+    """Encode a row so that its last answer alone is scored: earlier ones are part of what is asked."""
     ids = chat.encode(row).ids
     return Encoded(ids, [position >= len(prompt) for position in range(len(ids))])
 

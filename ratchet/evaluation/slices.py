@@ -7,7 +7,7 @@ topics are cut elsewhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -62,7 +62,7 @@ def groups(scores: pd.DataFrame, *, least: int) -> dict[str, pd.DataFrame]:
 
     Left out: values with fewer than `least` rows, and a field in which all rows have one value.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, pd.DataFrame] = {}
     for column in [name for name in scores if name == "kind" or str(name).startswith(PREFIX)]:
         if scores[column].nunique() > 1:
             parts = {

@@ -4,9 +4,10 @@ chapter 13), of shares by Wilson's score.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import NormalDist
-from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,16 +16,39 @@ FEW = 50  # distinct values
 MIN_DRAWS = 10  # resamples beyond a bound, to call it shown
 
 
-class Interval(NamedTuple):
+class Interval(msgspec.Struct, frozen=True):
     """A mean between a lower and an upper bound, each one-sided at `alpha`."""
 
     mean: float
     low: float
     high: float
 
+    def __iter__(self) -> Iterator[float]:
+        return iter((self.mean, self.low, self.high))
+
+    def on(self, rows: int) -> Estimate:
+        return Estimate(self.mean, self.low, self.high, rows)
+
     def text(self, spec: str = "+.3f") -> str:
         """Format as `mean [low, high]`."""
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+class Estimate(Interval, frozen=True):
+    """An interval with the number of rows that it rests on."""
+
+    rows: int
+
+
+def estimate_mean(values: Values) -> Interval:
+    """Return the mean with its 95 % interval: Wilson's for values of 0 and 1, the bootstrap's for others."""
+    if np.isin(values, (0.0, 1.0)).all():
+        return wilson(values, alpha=0.025)
+    return bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)
+
+
+def estimate(values: Values) -> Estimate:
+    return estimate_mean(values).on(len(values))
 
 
 def wilson(values: Values, *, alpha: float) -> Interval:

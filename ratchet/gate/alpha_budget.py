@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from ratchet.config.evaluation import GateConfig
 from ratchet.errors import RatchetError
 from ratchet.files import read_json
+from ratchet.promotion.verdict import Verdict
 
 FILE = Path("reports/looks.json")
 POWER = 1.2  # of the spending: slow enough that the thirtieth look still has a chance
@@ -32,12 +32,12 @@ def read_looks(path: Path) -> Looks:
     return judged
 
 
-def with_verdict(looks: Looks, decision: dict[str, Any]) -> Looks:
+def with_verdict(looks: Looks, verdict: Verdict) -> Looks:
     """Add the look that `reports/gate.json` tells of.
 
     A candidate that is judged twice against the same champion is one look.
     """
-    rival, key = name_of(decision["rival"]["version"]), decision["candidate"]["run_key"]
+    rival, key = name_of(verdict.rival.version), verdict.candidate.run_key
     known = looks.get(rival, [])
     return looks if key in known else {**looks, rival: [*known, key]}
 

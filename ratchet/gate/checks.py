@@ -56,7 +56,7 @@ def tell_gain(
 def make_check(
     name: str, metric: str, found: Interval, rows: int, wanted: float, result: Result, reason: str
 ) -> Check:
-    return Check(name, metric, rows, result, reason, *found, wanted)
+    return Check(name, metric, rows, result, reason, found.mean, found.low, found.high, wanted)
 
 
 def unmeasured(name: str, metric: str, rows: int, result: Result, reason: str) -> Check:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import pandas as pd
 
 from ratchet.config.evaluation import GateConfig
+from ratchet.evaluation.report import Metrics
 from ratchet.gate.alpha_budget import alpha_of
 from ratchet.gate.comparisons import check_losses, check_oldest, check_success, compare_region
 from ratchet.gate.guardrails import (
@@ -26,9 +27,9 @@ from ratchet.gate.guardrails import (
     judge_suites,
 )
 from ratchet.gate.payoff import weigh
-from ratchet.gate.tables import Evaluated, check_range, read_part, read_table
+from ratchet.gate.tables import check_range, read_part, read_table
 from ratchet.monitoring.topics import parts
-from ratchet.promotion.verdict import Candidate, Check, Look, Rival, Verdict
+from ratchet.promotion.verdict import Candidate, Check, Look, Rival, Speed, Verdict
 
 
 class Oldest(NamedTuple):
@@ -49,7 +50,7 @@ class Evidence(NamedTuple):
     oldest: Oldest | None
     audits: list[Check]
     parity: Check
-    speed: dict[str, Any] | None
+    speed: Speed | None
     train_seconds: float | None  # None: nobody asked what the training is worth
 
 
@@ -92,7 +93,7 @@ def verdict_of(checks: Collection[Check]) -> Literal["promote", "reject", "uncer
 
 
 def judge_audits(
-    evaluation: Path, evaluated: Evaluated, scores: pd.DataFrame, rival: str, config: GateConfig
+    evaluation: Path, evaluated: Metrics, scores: pd.DataFrame, rival: str, config: GateConfig
 ) -> list[Check]:
     """Check what the evaluation was asked for beside the plain rows; a table that is missing then fails."""
     checks = judge_groups(scores[scores.batch != "golden"], evaluated.grouped, rival, config)

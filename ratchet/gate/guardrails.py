@@ -22,11 +22,11 @@ from ratchet.evaluation.audit_tables import (
     withstood,
 )
 from ratchet.evaluation.paired import AGAIN, LOWER_IS_BETTER, paired_gains
+from ratchet.evaluation.report import Agreement, Judged, Suite
 from ratchet.evaluation.slices import groups
 from ratchet.evaluation.statistics import Interval, Values
 from ratchet.files import read_json
 from ratchet.gate.checks import interval_of, make_check, no_worse, reaches, tell_gain, unmeasured
-from ratchet.gate.tables import Suite
 from ratchet.promotion.verdict import Check, Result
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _gaps(weights: Values, members: Values, values: Values) -> tuple[float, floa
 
 
 def guard_by_judge(
-    judged: pd.DataFrame | None, figures: dict[str, Any], rival: str, config: GateConfig
+    judged: pd.DataFrame | None, figures: Judged | None, rival: str, config: GateConfig
 ) -> list[Check]:
     """Check each of `gate.guardrails` that a judge scores.
 
@@ -121,7 +121,7 @@ def guard_by_judge(
         name = f"metric:{rule.metric}"
         whole = judged[judged.groupby("id")[rule.metric].transform(lambda values: values.notna().all())]
         rows = int(whole.id.nunique())
-        if why := _refusal(rule.metric.removeprefix(JUDGE), rows, figures, config):
+        if why := _refusal(rule.metric.removeprefix(JUDGE), rows, figures or Judged(), config):
             reason = f"guardrail {name}: the judge may not gate: {why}"
             checks.append(unmeasured(name, rule.metric, rows, "unclear", reason))
         else:
@@ -130,15 +130,14 @@ def guard_by_judge(
     return checks
 
 
-def _refusal(metric: str, rows: int, figures: dict[str, Any], config: GateConfig) -> str:
+def _refusal(metric: str, rows: int, figures: Judged, config: GateConfig) -> str:
     """Say why the judge may not gate; empty when it may."""
-    agreement, asked = figures.get("agreement", {}).get(metric, {}), figures.get("asked", {}).get(metric, 0)
-    if why := agreement.get("why", "" if agreement else f"nothing is known of it ({AGAIN})"):
-        return str(why)
-    if agreement["low"] < config.judge_agreement:
-        kappa = f"{agreement['kappa']:.2f}, at least {agreement['low']:.2f}"
+    agreement, asked = figures.agreement.get(metric, Agreement()), figures.asked.get(metric, 0)
+    if agreement.why or agreement.low is None:
+        return agreement.why or f"nothing is known of it ({AGAIN})"
+    if agreement.low < config.judge_agreement:
         wanted = f"`gate.judge_agreement` is {config.judge_agreement:g}"
-        return f"kappa with {agreement['labels']} decisions of people is {kappa}; {wanted}"
+        return f"kappa with {agreement.labels} decisions of people is {agreement.kappa_text}; {wanted}"
     if not asked or asked - rows > MOST_MISSING * asked:
         return f"{asked - rows} of {asked} rows have no score of both models"
     return ""

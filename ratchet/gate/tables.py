@@ -4,47 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pandas as pd
 
 from ratchet.config.evaluation import GateConfig
 from ratchet.errors import RatchetError
 from ratchet.evaluation.paired import AGAIN, SEEN_SHARE
-from ratchet.files import read_json
+from ratchet.evaluation.report import Metrics
 
 
-class Suite(msgspec.Struct, frozen=True):
-    """A public suite as it was asked: the metric's name and how many documents."""
-
-    metric: str
-    rows: int
-
-
-class Evaluated(msgspec.Struct, frozen=True):
-    """What `metrics.json` says was evaluated, so that a table that is missing or cut off fails."""
-
-    champion: int | None
-    candidate: str | None = None
-    rows: int | None = None
-    grouped: list[str] = []
-    pairs: int = 0
-    attacked: int = 0
-    canaries: int = 0
-    suites: dict[str, Suite] = {}
-    judge: dict[str, Any] = {}
-
-
-def read_evaluated(evaluation: Path) -> Evaluated:
-    path = evaluation / "metrics.json"
-    try:
-        return msgspec.convert(read_json(path), Evaluated)
-    except msgspec.ValidationError as error:
-        raise RatchetError(f"{path} tells of no evaluation: {error}", remedy=AGAIN) from None
-
-
-def read_scores(evaluation: Path, evaluated: Evaluated, adapter: str) -> pd.DataFrame:
+def read_scores(evaluation: Path, evaluated: Metrics, adapter: str) -> pd.DataFrame:
     """Raises RatchetError: no table, another candidate's, or one that lacks rows of all models alike."""
     if evaluated.candidate != adapter:
         raise RatchetError(

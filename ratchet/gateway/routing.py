@@ -15,7 +15,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import msgspec
 
 from ratchet.config.params import Config
 from ratchet.errors import CheckoutError, RatchetError, ServiceError
@@ -23,7 +25,7 @@ from ratchet.promotion.champion import FILE as CHAMPION
 from ratchet.promotion.champion import Champion, last_entry, read_champion
 from ratchet.promotion.rollout import FILE as ROLLOUT
 from ratchet.promotion.rollout import Rollout, position, read_rollout
-from ratchet.serving.bundle import forget_bundles, make_bundle, write_state
+from ratchet.serving.bundle import ServingState, forget_bundles, make_bundle, write_state
 from ratchet.serving.engine import Engine
 
 LOOK_SECONDS, AGAIN_SECONDS, GRACE_SECONDS = 0.3, 60.0, 5.0
@@ -81,7 +83,7 @@ class Fleet:
         self._refused: dict[Wanted, Refusal] = {}
         self._under_way: Counter[int] = Counter()
         self._left: dict[int, float] = {}  # version → since when nobody wants it
-        self._told: dict[str, Any] = {}
+        self._told: ServingState | None = None
         self._faults: list[str] = []  # met since the files last changed
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -203,17 +205,18 @@ class Fleet:
 
     async def _tell(self) -> None:
         table = self._table
-        state = {
-            "champion": table.champion,
-            "challenger": table.challenger,
-            "share": table.share,
-            "rollout": table.rollout_id,
-            "loaded": sorted(self._loaded),
-            "refused": {f"v{version}": why for version, why in sorted(self.refused.items())},
-            "refused_since": {f"v{one.version}": refusal.since for one, refusal in self._refused.items()},
-        }
+        state = ServingState(
+            table.champion,
+            table.challenger,
+            table.share,
+            table.rollout_id,
+            sorted(self._loaded),
+            {f"v{version}": why for version, why in sorted(self.refused.items())},
+            {f"v{one.version}": refusal.since for one, refusal in self._refused.items()},
+        )
         if state != self._told:
-            await asyncio.to_thread(write_state, self._root, {**state, "at": time.time()})
+            written = msgspec.structs.replace(state, at=time.time())
+            await asyncio.to_thread(write_state, self._root, written)
             self._told = state
 
     # --- tending: takes as long as it takes -----------------------------------------------------------------

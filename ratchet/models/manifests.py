@@ -55,6 +55,12 @@ class AdapterRecord(msgspec.Struct, frozen=True):
     virtual_tokens: int = 16
 
 
+class Inputs(msgspec.Struct, frozen=True):
+    """Name what a training started from: "base", or the sha256 of the champion's adapter."""
+
+    start: str = "base"
+
+
 class TrainedManifest(msgspec.Struct, frozen=True):
     """Describe a trained version; `files` maps names to sha256."""
 
@@ -62,6 +68,9 @@ class TrainedManifest(msgspec.Struct, frozen=True):
     base: BaseName = BaseName()
     adapter_sha256: str = ""
     files: dict[str, str] = {}
+    run_key: str = ""
+    batches: list[str] = []
+    inputs: Inputs = Inputs()
 
 
 Manifest = TypeVar("Manifest", BaseManifest, TrainedManifest)

@@ -121,12 +121,7 @@ def _is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
-def number(value: Any) -> float | None:
-    """Return None for what is no finite number."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def seconds_of(at: Any) -> float:
+def seconds_of(at: object) -> float:
     """Seconds since 1970, of seconds or an ISO 8601 text, which is UTC where it names no zone.
 
     Raises ValueError.

@@ -9,13 +9,14 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example
 from ratchet.evaluation.statistics import bootstrap_mean
 from ratchet.models.loading import quiet
-from ratchet.parity.report import Speed
+from ratchet.promotion.verdict import Speed
 from ratchet.serving.bundle import Bundle
 from ratchet.serving.engine import Ask, Ended
 from ratchet.serving.local_engine import LocalEngine
@@ -30,7 +31,7 @@ def measure_speed(bundle: Bundle, rows: Sequence[Example], config: Config) -> Sp
     times, tokens = (np.array(column, dtype=np.float64) for column in zip(*found, strict=True))
     interval = bootstrap_mean(times, alpha=0.025, resamples=2000, seed=0)
     per_second = float(tokens.sum() / times.sum() * 1000)
-    return Speed(len(found), interval._asdict(), float(tokens.mean()), per_second)
+    return Speed(len(found), msgspec.structs.asdict(interval), float(tokens.mean()), per_second)
 
 
 async def _ask_all(bundle: Bundle, rows: Sequence[Example], config: Config) -> list[tuple[float, int]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from ratchet.promotion.verdict import Speed
+
 
 class Token(msgspec.Struct, frozen=True):
     """Hold a token's id and its text."""
@@ -38,15 +40,6 @@ class Part(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "result", "fail" if self.mismatches else "pass")
-
-
-class Speed(msgspec.Struct, frozen=True):
-    """Hold how long an answer takes; `tokens` is the mean of an answer."""
-
-    answers: int
-    milliseconds: dict[str, float]  # of an answer: mean, low and high of the 95 % interval of the mean
-    tokens: float
-    tokens_per_second: float
 
 
 class Report(msgspec.Struct, frozen=True):

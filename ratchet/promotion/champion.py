@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -16,6 +15,36 @@ from ratchet.files import write_json
 from ratchet.pipeline.checkout import git
 
 FILE = "champion.json"
+
+
+class Data(msgspec.Struct, frozen=True):
+    """The rows that a version was made of: DVC's hash of data/raw, and how many rows there are."""
+
+    dvc: str = ""
+    batches: int = 0
+    rows: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    duplicate: int = 0
+
+
+class GateLine(msgspec.Struct, frozen=True):
+    """The gate's verdict in one line: the success metric's gain over the rival (None: the base)."""
+
+    verdict: str
+    rival: int | None
+    metric: str = ""
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    rows: int | None = None
+
+    @property
+    def gain(self) -> str:
+        """Format it as `metric mean [low, high]`; empty where there are no figures."""
+        if self.mean is None:
+            return ""
+        return f"{self.metric} {self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
 class Champion(msgspec.Struct, frozen=True):
@@ -33,8 +62,8 @@ class Champion(msgspec.Struct, frozen=True):
     run_id: str
     adapter_sha256: str
     batches: list[str]
-    data: dict[str, Any]
-    gate: dict[str, Any]
+    data: Data
+    gate: GateLine
     at: str
     by: str
     why: str

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from typing import NamedTuple, get_type_hints
+
+import msgspec
 
 from ratchet.errors import UserError
-from ratchet.promotion.champion import Champion
+from ratchet.promotion.champion import Champion, Data, GateLine
 from ratchet.tracking.mlflow import KEY_TAG
 from ratchet.tracking.registry import Version
 
-# A version's entry in the ledger is made of these tags: texts, and values as JSON.
+# A version's entry in the ledger is made of these tags, and of those of `Tags`.
 TEXTS = (KEY_TAG, "git_commit", "adapter_sha256")
-VALUES = {"batches": list, "data": dict, "gate": dict}
 
 
-def read_tags(version: Version) -> dict[str, Any]:
-    """`batches`, `data` and `gate` as values.
+class Tags(NamedTuple):
+    """The tags that hold JSON."""
+
+    batches: list[str]
+    data: Data
+    gate: GateLine
+
+
+KINDS = get_type_hints(Tags)
+
+
+def read_tags(version: Version) -> Tags:
+    """Read the tags that hold JSON.
 
     Raises UserError when a tag that a rollout or a promotion needs is missing or says nothing.
     """
@@ -24,39 +35,33 @@ def read_tags(version: Version) -> dict[str, Any]:
         "ratchet retrain registers candidates with all that a promotion needs; "
         "this one was registered by other means, or its tags were changed"
     )
-    if missing := [tag for tag in (*TEXTS, *VALUES) if not version.tags.get(tag)]:
+    if missing := [tag for tag in (*TEXTS, *KINDS) if not version.tags.get(tag)]:
         raise UserError(f"v{version.number} has no tag {', '.join(missing)}", remedy=remedy)
-    found: dict[str, Any] = {}
-    for tag, kind in VALUES.items():
+    found = {}
+    for tag, kind in KINDS.items():
+        text = version.tags[tag]
         try:
-            found[tag] = json.loads(version.tags[tag])
-        except ValueError:
+            found[tag] = msgspec.json.decode(text, type=kind)
+        except msgspec.DecodeError as error:
             raise UserError(
-                f"v{version.number}'s tag `{tag}` is {version.tags[tag][:60]!r}, wanted JSON", remedy=remedy
+                f"v{version.number}'s tag `{tag}` is {text[:60]!r}: {error}", remedy=remedy
             ) from None
-        if not isinstance(found[tag], kind):
-            raise UserError(
-                f"v{version.number}'s tag `{tag}` is a {type(found[tag]).__name__}, wanted a {kind.__name__}",
-                remedy=remedy,
-            )
-    if missing := sorted({"verdict", "rival"} - found["gate"].keys()):
-        raise UserError(f"v{version.number}'s tag `gate` has no {', '.join(missing)}", remedy=remedy)
-    return found
+    return Tags(**found)
 
 
 def check_gate(version: Version, champion: Champion | None) -> None:
     """Raises UserError: not passed, passed against another champion, or tags that say nothing."""
-    gate = read_tags(version)["gate"]
+    gate = read_tags(version).gate
     overrules = (
         f"`ratchet promote {version.number} --force --reason …`, or the tags `decision` = `force` and "
         "`reason` in MLflow, overrule it; the ledger keeps the reason"
     )
-    if gate["verdict"] != "promote":
-        raise UserError(f"the gate's verdict on v{version.number} is {gate['verdict']}", remedy=overrules)
+    if gate.verdict != "promote":
+        raise UserError(f"the gate's verdict on v{version.number} is {gate.verdict}", remedy=overrules)
     now = champion.version if champion else None
-    if gate["rival"] != now:
+    if gate.rival != now:
         raise UserError(
-            f"v{version.number} was compared with {named(gate['rival'])}, in charge is {named(now)}",
+            f"v{version.number} was compared with {named(gate.rival)}, in charge is {named(now)}",
             remedy=f"ratchet retrain --force compares a candidate with today's champion; {overrules}",
         )
 

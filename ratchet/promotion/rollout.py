@@ -92,6 +92,9 @@ class Rollout(msgspec.Struct, frozen=True):
         """0 while it is paused: everybody gets the champion."""
         return self.shares[self.step] if self.state == "open" else 0.0
 
+    def to_json(self) -> dict[str, object]:
+        return {**msgspec.to_builtins(self), "share": self.share}
+
     @property
     def last_step(self) -> int:
         """The one before 100 %: the last with both arms."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
+
+from ratchet.errors import RatchetError
+from ratchet.files import read_json
 
 Result = Literal["pass", "fail", "unclear"]
 # A check that has no such figure leaves the field out (UNSET); one that could not be measured writes null.
@@ -28,6 +32,18 @@ class Check(Struct, frozen=True):
     high: Figure = UNSET
     wanted: Figure = UNSET
 
+    @property
+    def gain(self) -> tuple[float, float, float] | None:
+        """Return mean, low and high; None where nothing was measured."""
+        if isinstance(self.mean, float) and isinstance(self.low, float) and isinstance(self.high, float):
+            return self.mean, self.low, self.high
+        return None
+
+    @property
+    def gain_text(self) -> str:
+        """Format the gain as `mean [low, high]`; empty where nothing was measured."""
+        return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*self.gain) if self.gain else ""
+
 
 class Rival(Struct, frozen=True):
     """What the candidate was compared with: the `champion` of that version, or the `base` (None)."""
@@ -48,6 +64,27 @@ class Candidate(Struct, frozen=True):
     adapter_sha256: str
 
 
+class Speed(Struct, frozen=True):
+    """How long an answer takes in the gateway's engine, one question at a time.
+
+    `milliseconds` holds mean, low and high: the 95 % interval of the mean. `tokens` is the mean of an answer.
+    """
+
+    answers: int
+    milliseconds: dict[str, float]
+    tokens: float
+    tokens_per_second: float
+
+    @property
+    def text(self) -> str:
+        time = self.milliseconds
+        each = (
+            f"{time['mean']:.0f} ms [{time['low']:.0f}, {time['high']:.0f}] an answer,"
+            f" {self.tokens_per_second:.0f} tokens a second"
+        )
+        return f"in the gateway's engine, one question at a time: {each} ({self.answers} answers)"
+
+
 class Verdict(Struct, frozen=True):
     """The gate's decision.
 
@@ -62,10 +99,28 @@ class Verdict(Struct, frozen=True):
     regions: list[Check] = []
     slices: list[Check] = []
     worth: Check | None = None
-    speed: dict[str, Any] | None = None
+    speed: Speed | None = None
     look: Look | None = None
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = {}  # the section `gate` of params.yaml
 
-    def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = msgspec.to_builtins(self)
-        return found
+    @property
+    def success(self) -> Check:
+        """Return the check of the success metric."""
+        return self.checks[0]
+
+    @property
+    def shown_worth(self) -> list[Check]:
+        """Return what the gain brings where it is no rule, and so among no checks."""
+        return [self.worth] if self.worth and all(check.name != "worth" for check in self.checks) else []
+
+
+def read_verdict(path: Path) -> Verdict:
+    """Return the verdict that the gate wrote. Raises RatchetError."""
+    return decode_verdict(read_json(path), str(path))
+
+
+def decode_verdict(raw: Any, where: str = "reports/gate.json") -> Verdict:
+    try:
+        return msgspec.convert(raw, Verdict)
+    except msgspec.ValidationError as error:
+        raise RatchetError(f"{where} holds no verdict: {error}", remedy="dvc repro --force gate") from None

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from ratchet.monitoring.verdicts import Recorded, seconds_of
+from ratchet.monitoring.request_records import Traffic
+from ratchet.monitoring.verdicts import Column, Recorded, seconds_of
+from ratchet.promotion.rollout import Measure
+from ratchet.promotion.verdict import Check, Result
 from ratchet.reporting.charts import (
+    Bar,
+    Interval,
+    Line,
     Mark,
     Tick,
     intervals,
@@ -26,13 +33,9 @@ from ratchet.reporting.heatmap import heat
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+    from ratchet.reporting.dashboard import Page
+
 COLOURS = 6
-MEASURES = {
-    "feedback": "gain",
-    "errors": "pass",
-    "empty": "pass",
-    "latency": "pass",
-}  # measure → the bounds that let a challenger through
 LABELS = {
     "feedback": "feedback score",
     "errors": "failed requests",
@@ -41,8 +44,22 @@ LABELS = {
 }
 
 
-def render(found: dict[str, Any]) -> str:
-    return environment().get_template("page.html").render(found, **views(found))
+def render(page: Page) -> str:
+    traffic, rollout = page.traffic.found or [], page.rollout.found
+    versions = sorted({row.version for row in traffic})
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            page._asdict(),
+            colours={version: place % COLOURS for place, version in enumerate(versions)},
+            usage=usage_view(traffic, page.at) if traffic else None,
+            drift=drift_view(page.verdicts.found, page.false_alarm_rate) if page.verdicts.found else None,
+            measures=measure_views(rollout.last.measures, page.margins) if rollout else [],
+            heat=heat(page.table.found) if page.table.found else None,
+            kept=[(entry, draw_checks(entry.checks)) for entry in page.forgetting.found or []],
+        )
+    )
 
 
 def environment() -> Environment:
@@ -63,53 +80,56 @@ def environment() -> Environment:
         "figure": figure,
         "percent": percent,
         "said": said,
+        "word_of": word_of,
+        "label_of": label_of,
     }
     return pages
-
-
-def views(found: dict[str, Any]) -> dict[str, Any]:
-    traffic, rollout = found["traffic"]["found"] or [], found["rollout"]["found"]
-    versions = sorted({row["version"] for row in traffic})
-    return {
-        "colours": {version: place % COLOURS for place, version in enumerate(versions)},
-        "usage": usage_view(traffic, found["at"]) if traffic else None,
-        "drift": (
-            drift_view(found["verdicts"]["found"], found["false_alarm_rate"])
-            if found["verdicts"]["found"]
-            else None
-        ),
-        "measures": (
-            measure_views((rollout["last"] or {}).get("measures") or {}, found["margins"]) if rollout else []
-        ),
-        "heat": heat(found["table"]["found"]) if found["table"]["found"] else None,
-        "kept": [
-            entry | {"rows": check_views(entry["checks"])} for entry in found["forgetting"]["found"] or []
-        ],
-    }
 
 
 # --- traffic and feedback -----------------------------------------------------------------------------------
 
 
-def usage_view(traffic: list[dict[str, Any]], now: float) -> dict[str, Any]:
+class Total(NamedTuple):
+    """A version's traffic; `errors` is a share of its requests."""
+
+    version: int
+    requests: int
+    errors: float
+    latency_ms: float | None
+    feedback: float | None
+    feedbacks: int
+
+
+class Usage(NamedTuple):
+    bars: list[Bar]
+    lines: list[Line]
+    marks: list[Mark]
+    top: float
+    ticks: list[Tick]
+    slot: str
+    totals: list[Total]
+
+
+def usage_view(traffic: list[Traffic], now: float) -> Usage:
     """Both charts on one axis of time, and a line of totals a version."""
-    slots = make_slots(min(row["hour"] for row in traffic), now)
+    slots = make_slots(min(row.hour for row in traffic), now)
     requests, scores = defaultdict[tuple[int, int], float](float), defaultdict[tuple[int, int], float](float)
     feedbacks = defaultdict[tuple[int, int], int](int)
     for row in traffic:
-        key = (slots.place(row["hour"]), row["version"])
-        requests[key] += row["requests"]
-        if row["feedbacks"]:
-            scores[key] += row["feedback"] * row["feedbacks"]
-            feedbacks[key] += row["feedbacks"]
-    order = sorted({row["version"] for row in traffic})
+        key = (slots.place(row.hour), row.version)
+        requests[key] += row.requests
+        if row.feedback is not None:
+            scores[key] += row.feedback * row.feedbacks
+            feedbacks[key] += row.feedbacks
+    order = sorted({row.version for row in traffic})
     heights = [sum(requests[slot, version] for version in order) for slot in range(slots.number)]
     top = nice_top(max(heights))
     means = {key: scores[key] / count for key, count in feedbacks.items()}
-    return {
-        "bars": stack(requests, slots, order, top, "requests"),
-        "lines": lines(means, slots),
-        "marks": [
+    each = {3600: "an hour", 86_400: "a day", 604_800: "a week"}
+    return Usage(
+        bars=stack(requests, slots, order, top, "requests"),
+        lines=lines(means, slots),
+        marks=[
             Mark(
                 100 * (slot + 0.5) / slots.number,
                 100 - 100 * mean,
@@ -118,36 +138,25 @@ def usage_view(traffic: list[dict[str, Any]], now: float) -> dict[str, Any]:
             )
             for (slot, version), mean in means.items()
         ],
-        "top": top,
-        "ticks": time_ticks(slots.start, slots.start + slots.width * slots.number),
-        "slot": (
-            {3600: "an hour", 86_400: "a day", 604_800: "a week"}.get(
-                slots.width, f"{slots.width // 3600} hours"
-            )
-        ),
-        "totals": [
-            _total(version, [row for row in traffic if row["version"] == version])
-            for version in reversed(order)
+        top=top,
+        ticks=time_ticks(slots.start, slots.start + slots.width * slots.number),
+        slot=each.get(slots.width, f"{slots.width // 3600} hours"),
+        totals=[
+            _total(version, [row for row in traffic if row.version == version]) for version in reversed(order)
         ],
-    }
+    )
 
 
-def _total(version: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    requests, feedbacks = sum(row["requests"] for row in rows), sum(row["feedbacks"] for row in rows)
-    return {
-        "version": version,
-        "requests": requests,
-        "errors": sum(row["errors"] for row in rows) / requests,
-        "latency_ms": _mean(
-            [
-                (row["latency_ms"], row["requests"] - row["errors"])
-                for row in rows
-                if row["latency_ms"] is not None
-            ]
-        ),
-        "feedback": _mean([(row["feedback"], row["feedbacks"]) for row in rows if row["feedbacks"]]),
-        "feedbacks": feedbacks,
-    }
+def _total(version: int, rows: list[Traffic]) -> Total:
+    requests = sum(row.requests for row in rows)
+    return Total(
+        version,
+        requests,
+        sum(row.errors for row in rows) / requests,
+        _mean([(row.latency_ms, row.requests - row.errors) for row in rows if row.latency_ms is not None]),
+        _mean([(row.feedback, row.feedbacks) for row in rows if row.feedback is not None]),
+        sum(row.feedbacks for row in rows),
+    )
 
 
 def _mean(weighted: list[tuple[float, int]]) -> float | None:
@@ -158,7 +167,19 @@ def _mean(weighted: list[tuple[float, int]]) -> float | None:
 # --- drift --------------------------------------------------------------------------------------------------
 
 
-def drift_view(verdicts: list[Recorded], rate: float) -> dict[str, Any]:
+class Drift(NamedTuple):
+    newest: Recorded
+    columns: list[Column]  # of the newest, the strongest first
+    marks: list[Mark]
+    threshold: float
+    heights: list[Tick]
+    ticks: list[Tick]
+    alarms: int
+    told: int
+    earlier: list[Recorded]
+
+
+def drift_view(verdicts: list[Recorded], rate: float) -> Drift:
     told = [verdict for verdict in verdicts if verdict.p is not None]
     first, last = verdicts[0].seconds, verdicts[-1].seconds
     span = max(last - first, 3600.0)
@@ -171,80 +192,87 @@ def drift_view(verdicts: list[Recorded], rate: float) -> dict[str, Any]:
         return Mark(97 - 94 * (last - verdict.seconds) / span, 98 if p is None else p_height(p), kind, words)
 
     newest = verdicts[-1]
-    return {
-        "newest": newest,
-        "columns": sorted(
-            (column for column in newest.columns if column.p is not None),
-            key=lambda column: column.p or 0.0,
-        ),
-        "marks": [mark(verdict) for verdict in verdicts],
-        "threshold": p_height(rate),
-        "heights": [Tick(p_height(p), f"{p:g}") for p in (1.0, 0.1, 0.01, 0.001, 0.0001)],
-        "ticks": time_ticks(last - span, last),
-        "alarms": sum(verdict.verdict == "drift" for verdict in told),
-        "told": len(told),
-        "earlier": verdicts[-2:-9:-1],
-    }
+    columns = [column for column in newest.columns if column.p is not None]
+    return Drift(
+        newest,
+        columns=sorted(columns, key=lambda column: column.p or 0.0),
+        marks=[mark(verdict) for verdict in verdicts],
+        threshold=p_height(rate),
+        heights=[Tick(p_height(p), f"{p:g}") for p in (1.0, 0.1, 0.01, 0.001, 0.0001)],
+        ticks=time_ticks(last - span, last),
+        alarms=sum(verdict.verdict == "drift" for verdict in told),
+        told=len(told),
+        earlier=verdicts[-2:-9:-1],
+    )
 
 
 # --- intervals ----------------------------------------------------------------------------------------------
 
 
-def measure_views(measures: dict[str, Any], margins: dict[str, float]) -> list[dict[str, Any]]:
+class MeasureView(NamedTuple):
+    """A measure of a rollout: `figures` are mean, low and high in its `unit`, `users` those of both arms."""
+
+    label: str
+    unit: str
+    figures: list[float]
+    interval: Interval
+    result: Result
+    word: str
+    users: tuple[int, int]
+
+
+def measure_views(measures: dict[str, Measure], margins: dict[str, float]) -> list[MeasureView]:
     """Challenger minus champion, and what it has to clear; latency, which is compared as a logarithm, as a
     share of the champion's.
     """
     found = []
-    for name, kind in MEASURES.items():
-        bounds = (measures.get(name) or {}).get(kind)
-        if not bounds:
+    for name, label in LABELS.items():
+        measure, gains = measures.get(name, Measure()), name == "feedback"
+        bounds = measure.gain if gains else measure.pass_  # those that let a challenger through
+        if bounds is None:
             continue
         low, mean, high = (
-            math.expm1(min(bounds[key], 50.0)) if name == "latency" else bounds[key]
-            for key in ("low", "mean", "high")
+            math.expm1(min(value, 50.0)) if name == "latency" else value
+            for value in (bounds.low, bounds.mean, bounds.high)
         )
         margin = margins[name]
-        clear, lost = (low > margin, high < 0) if name == "feedback" else (high <= margin, low > margin)
+        clear, lost = (low > margin, high < 0) if gains else (high <= margin, low > margin)
+        result: Result = "pass" if clear else "fail" if lost else "unclear"
+        better = "better" if gains else "no worse"
         found.append(
-            {
-                "label": LABELS[name],
-                "unit": "" if name == "feedback" else " %",
-                "figures": [value * (1 if name == "feedback" else 100) for value in (mean, low, high)],
-                "interval": intervals([(low, mean, high, margin)])[0],
-                "result": "pass" if clear else "fail" if lost else "unclear",
-                "word": (
-                    ("better" if name == "feedback" else "no worse") if clear else "worse" if lost else "open"
-                ),
-                "users": (bounds["champion"], bounds["challenger"]),
-            }
+            MeasureView(
+                label,
+                "" if gains else " %",
+                [value * (1 if gains else 100) for value in (mean, low, high)],
+                intervals([(low, mean, high, margin)])[0],
+                result,
+                {"pass": better, "fail": "worse", "unclear": "open"}[result],
+                (bounds.champion, bounds.challenger),
+            )
         )
     return found
 
 
-def check_views(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Candidate minus the model before it, all on one axis; checks without figures have no interval."""
-    whole = [check for check in checks if None not in (check["low"], check["mean"], check["high"])]
-    drawn = dict(
-        zip(
-            (check["name"] for check in whole),
-            intervals([(check["low"], check["mean"], check["high"], check["wanted"]) for check in whole]),
-            strict=True,
-        )
-    )
-    return [
-        check
-        | {
-            "label": label_of(check["name"]),
-            "word": word_of(check),
-            "interval": drawn.get(check["name"]),
-        }
-        for check in checks
-    ]
+def draw_checks(checks: Sequence[Check]) -> list[tuple[Check, Interval | None]]:
+    """All gains of one metric on one axis; checks without figures have no interval."""
+    drawn: dict[int, Interval] = {}
+    places = defaultdict[str, list[int]](list)
+    for place, check in enumerate(checks):
+        if check.gain:
+            places["money" if check.name == "worth" else check.metric].append(place)
+    for metric in places.values():
+        found = []
+        for place in metric:
+            mean, low, high = checks[place].gain or (0.0, 0.0, 0.0)
+            wanted = checks[place].wanted
+            found.append((low, mean, high, wanted if isinstance(wanted, float) else None))
+        drawn |= zip(metric, intervals(found), strict=True)
+    return [(check, drawn.get(place)) for place, check in enumerate(checks)]
 
 
-def word_of(check: dict[str, Any]) -> str:
-    kept, lost = ("cured", "not cured") if check["name"].startswith("region") else ("kept", "lost")
-    return {"pass": kept, "fail": lost}.get(check["result"], "unclear")
+def word_of(check: Check) -> str:
+    kept, lost = ("cured", "not cured") if check.name.startswith("region") else ("kept", "lost")
+    return {"pass": kept, "fail": lost}.get(check.result, "unclear")
 
 
 def label_of(check: str) -> str:
@@ -259,7 +287,7 @@ def label_of(check: str) -> str:
 # --- words --------------------------------------------------------------------------------------------------
 
 
-def when(at: Any) -> str:
+def when(at: object) -> str:
     """UTC, to the minute; a time that is none as it was written."""
     try:
         return f"{datetime.fromtimestamp(seconds_of(at), UTC):%-d %b %Y, %H:%M}"
@@ -267,7 +295,7 @@ def when(at: Any) -> str:
         return str(at)
 
 
-def iso(at: Any) -> str:
+def iso(at: object) -> str:
     try:
         return f"{datetime.fromtimestamp(seconds_of(at), UTC):%Y-%m-%dT%H:%M:%SZ}"
     except ValueError:

@@ -8,105 +8,145 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
 
 from ratchet.errors import CheckoutError, CommandError, RatchetError
 from ratchet.evaluation.paired import paired_gains
-from ratchet.files import read_json, write_text
+from ratchet.evaluation.report import Metrics, Summary, read_metrics
+from ratchet.evaluation.statistics import Interval
+from ratchet.files import write_text
 from ratchet.pipeline.checkout import git
 from ratchet.pipeline.workspace import get_output
-from ratchet.reporting.charts import Line, Tick, intervals, nice_top
-from ratchet.reporting.dashboard_view import environment, word_of
+from ratchet.promotion.verdict import Check, Verdict, read_verdict
+from ratchet.reporting.charts import Line, Tick, nice_top
+from ratchet.reporting.dashboard_view import draw_checks, environment, word_of
+from ratchet.reporting.forgetting import Retention
 from ratchet.reporting.heatmap import heat
-from ratchet.reporting.markdown import LABELS, MODELS, VERDICTS, metrics_of, speed_line
-from ratchet.tracking.curve import read_history
+from ratchet.reporting.markdown import LABELS, MODELS, VERDICTS, metrics_of
+from ratchet.tracking.curve import Point, read_history
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LOSSES = ("train_loss", "validation_loss")
+PARTS = ("test", "golden")
 MOST_ROWS = 20
 
 
-def write_evaluation_page(path: Path, found: dict[str, Any]) -> Path:
+Cells = list[Interval | None]  # a model each
+
+
+class Moved(msgspec.Struct, frozen=True):
+    """A row whose score moved: its question, what is wanted, the rival's answer and the candidate's."""
+
+    id: str
+    batch: str
+    gain: float
+    question: str
+    wanted: str
+    before: str
+    now: str
+
+
+class Evaluated(msgspec.Struct, frozen=True):
+    """An evaluation as people see it; `rows_fault` says why the rows that moved cannot be read."""
+
+    name: str
+    decision: Verdict
+    metrics: Metrics
+    better: list[Moved]
+    worse: list[Moved]
+    rows_fault: str
+    curve: list[Point]
+    retention: Retention | None
+
+    @property
+    def metric(self) -> str:
+        return self.decision.success.metric
+
+    @property
+    def models(self) -> list[str]:
+        return [model for model in MODELS if model in self.metrics.slices["test"]]
+
+    @property
+    def tables(self) -> dict[str, list[tuple[str, Cells]]]:
+        """Return (metric, cells) for the test and the golden rows."""
+        parts = {part: self.metrics.slices[part] for part in PARTS if part in self.metrics.slices}
+        return {
+            name: [(key, self._cells(part, key)) for key in metrics_of(part)] for name, part in parts.items()
+        }
+
+    @property
+    def batches(self) -> list[tuple[str, Cells]]:
+        """Return (batch, cells) of the success metric."""
+        return [(name, self._cells(part, self.metric)) for name, part in self.metrics.batches.items()]
+
+    def _cells(self, part: dict[str, Summary], key: str) -> Cells:
+        return [part[model].scores.get(key) if model in part else None for model in self.models]
+
+    def to_json(self) -> dict[str, object]:
+        metrics = self.metrics.to_json()
+        return {
+            **msgspec.to_builtins(self),
+            "metrics": metrics,
+            "metric": self.metric,
+            "models": self.models,
+            "tables": {
+                part: [(key, metrics["slices"][part]) for key, _ in rows]
+                for part, rows in self.tables.items()
+            },
+        }
+
+
+def write_evaluation_page(path: Path, found: Evaluated) -> Path:
     write_text(path, render_evaluation(found))
     return path
 
 
-def render_evaluation(found: dict[str, Any]) -> str:
-    """`found` is `ratchet.reporting.evaluation_page.gather`'s.
-
-    Texts of people are escaped; halves of surrogate pairs become question marks.
-    """
+def render_evaluation(found: Evaluated) -> str:
+    """Texts of people are escaped; halves of surrogate pairs become question marks."""
+    decision = found.decision
     return (
         environment()
         .get_template("evaluation.html")
-        .render(found, **_views(found))
+        .render(
+            found=found,
+            decision=decision,
+            verdict=VERDICTS[decision.verdict].partition(" ")[2],
+            labels=LABELS,
+            checks=[
+                (check, drawn, *_badge(check))
+                for check, drawn in draw_checks([*decision.checks, *decision.regions])
+            ],
+            slices=draw_checks(decision.slices),
+            curve=_curve(found.curve),
+            heat=heat(found.retention) if found.retention else None,
+        )
         .encode("utf-8", "replace")
         .decode()
     )
 
 
-def _views(found: dict[str, Any]) -> dict[str, Any]:
-    decision = found["decision"]
-    checks = [*decision["checks"], *decision.get("regions", [])]
-    return {
-        "verdict": VERDICTS[decision["verdict"]].partition(" ")[2],
-        "labels": LABELS,
-        "checks": _with_intervals(checks),
-        "slices": _with_intervals(decision.get("slices", [])),
-        "batches": {
-            name.partition(":")[2]: part
-            for name, part in found["metrics"]["slices"].items()
-            if name.startswith("batch:")
-        },
-        "speed": speed_line(decision["speed"]) if decision.get("speed") else "",
-        "curve_view": _curve(found["curve"]),
-        "heat": heat(found["retention"]) if found["retention"] else None,
-    }
-
-
-def _with_intervals(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All gains of one metric on one axis; checks without figures have no interval."""
-    whole = [
-        place
-        for place, check in enumerate(checks)
-        if all(isinstance(check.get(key), int | float) for key in ("low", "mean", "high"))
-    ]
-    drawn: dict[int, Any] = {}
-    axis = ["money" if check["name"] == "worth" else check["metric"] for check in checks]
-    for metric in {axis[place] for place in whole}:
-        places = [place for place in whole if axis[place] == metric]
-        drawn |= zip(
-            places,
-            intervals(
-                [
-                    (
-                        checks[place]["low"],
-                        checks[place]["mean"],
-                        checks[place]["high"],
-                        checks[place].get("wanted"),
-                    )
-                    for place in places
-                ]
-            ),
-            strict=True,
-        )
-    return [{**check, "drawn": drawn.get(place), **_badge(check)} for place, check in enumerate(checks)]
-
-
-def _badge(check: dict[str, Any]) -> dict[str, str]:
+def _badge(check: Check) -> tuple[str, str]:
     """What it says, and its colour: a drifted topic that is not cured failed nobody."""
-    if check["name"].startswith("region:"):
-        return {"word": word_of(check), "look": "unclear" if check["result"] == "fail" else check["result"]}
-    return {
-        "word": {"pass": "passed", "fail": "failed"}.get(check["result"], "unclear"),
-        "look": check["result"],
-    }
+    if check.name.startswith("region:"):
+        return word_of(check), "unclear" if check.result == "fail" else check.result
+    return {"pass": "passed", "fail": "failed"}.get(check.result, "unclear"), check.result
 
 
-def _curve(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Losses over optimizer steps, in per cent of the chart."""
+class Curve(NamedTuple):
+    """Losses over optimizer steps, in per cent of the chart; `names` gives each line's number."""
+
+    lines: list[Line]
+    names: list[tuple[int, str]]
+    heights: list[Tick]
+    ticks: list[Tick]
+    last: float
+
+
+def _curve(points: Sequence[Point]) -> Curve | None:
     series = {key: [(point["step"], point[key]) for point in points if key in point] for key in LOSSES}
     every = [value for part in series.values() for _, value in part]
     if not every:
@@ -116,58 +156,49 @@ def _curve(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         Line([(100 * step / last, 100 - 100 * min(1.0, value / top)) for step, value in part], number)
         for number, part in enumerate(series.values())
     ]
-    return {
-        "lines": [line for line in lines if line.points],
-        "names": [(number, key.replace("_", " ")) for number, key in enumerate(LOSSES) if series[key]],
-        "heights": [Tick(100 - 25 * part, f"{top * part / 4:.3g}") for part in range(5)],
-        "ticks": [Tick(100 * part / 4, f"{last * part / 4:.0f}") for part in (1, 2, 3)],
-        "last": last,
-    }
+    return Curve(
+        [line for line in lines if line.points],
+        [(number, key.replace("_", " ")) for number, key in enumerate(LOSSES) if series[key]],
+        [Tick(100 - 25 * part, f"{top * part / 4:.3g}") for part in range(5)],
+        [Tick(100 * part / 4, f"{last * part / 4:.0f}") for part in (1, 2, 3)],
+        last,
+    )
 
 
-def gather(folder: Path, name: str, retention: dict[str, Any] | None = None) -> dict[str, Any]:
+def gather(folder: Path, name: str, retention: Retention | None = None) -> Evaluated:
     """Of a workspace, or of what `fetched` brought.
 
     Raises RatchetError when the gate's verdict or the metrics are not there.
     """
-    decision, metrics = (
-        read_json(folder / "reports/gate.json"),
-        read_json(folder / "reports/evaluation/metrics.json"),
-    )
-    moved: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    fault = ""
+    decision = read_verdict(folder / "reports/gate.json")
+    metrics = read_metrics(folder / "reports/evaluation")
+    better, worse, fault = list[Moved](), list[Moved](), ""
     try:
-        moved = _moved(folder / "reports/evaluation/scores.parquet", decision)
+        better, worse = _moved(folder / "reports/evaluation/scores.parquet", decision)
     except (RatchetError, OSError, ValueError, KeyError) as error:  # pyarrow's errors are ValueErrors
         fault = " ".join(str(error).split())
-    return {
-        "name": name,
-        "decision": decision,
-        "metrics": metrics,
-        "metric": decision["checks"][0]["metric"],
-        "models": [model for model in MODELS if model in metrics["slices"]["test"]],
-        "tables": {
-            part: [(key, metrics["slices"][part]) for key in metrics_of(metrics["slices"][part])]
-            for part in ("test", "golden")
-            if part in metrics["slices"]
-        },
-        "better": moved[0],
-        "worse": moved[1],
-        "rows_fault": fault,
-        "curve": read_history(folder / "reports/train/history.jsonl"),
-        "retention": retention if retention and retention["versions"] else None,
-    }
+    return Evaluated(
+        name,
+        decision,
+        metrics,
+        better,
+        worse,
+        fault,
+        read_history(folder / "reports/train/history.jsonl"),
+        retention if retention and retention.versions else None,
+    )
 
 
-def _moved(path: Path, decision: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _moved(path: Path, decision: Verdict) -> tuple[list[Moved], list[Moved]]:
     """(rows that got better, rows that got worse), those that moved furthest first; of equal ones those whose
     likelihood moved further.
     """
     import pandas as pd
 
-    scores, rival, metric = pd.read_parquet(path), decision["rival"]["model"], decision["checks"][0]["metric"]
+    scores, rival = pd.read_parquet(path), decision.rival.model
     gains = pd.Series(
-        paired_gains(scores, rival, metric), index=sorted(scores.id[scores.model == "candidate"])
+        paired_gains(scores, rival, decision.success.metric),
+        index=sorted(scores.id[scores.model == "candidate"]),
     )
     mine, theirs = (scores[scores.model == model].set_index("id") for model in ("candidate", rival))
     order = pd.DataFrame(
@@ -178,17 +209,17 @@ def _moved(path: Path, decision: dict[str, Any]) -> tuple[list[dict[str, Any]], 
     return _rows(best, mine, theirs), _rows(worst, mine, theirs)
 
 
-def _rows(found: pd.DataFrame, mine: pd.DataFrame, theirs: pd.DataFrame) -> list[dict[str, Any]]:
+def _rows(found: pd.DataFrame, mine: pd.DataFrame, theirs: pd.DataFrame) -> list[Moved]:
     return [
-        {
-            "id": str(id_),
-            "batch": str(mine.batch[id_]),
-            "gain": float(row.gain),
-            "question": str(mine.question[id_]),
-            "wanted": str(mine.reference[id_]),
-            "before": str(theirs.answer[id_]),
-            "now": str(mine.answer[id_]),
-        }
+        Moved(
+            str(id_),
+            str(mine.batch[id_]),
+            float(row.gain),
+            question=str(mine.question[id_]),
+            wanted=str(mine.reference[id_]),
+            before=str(theirs.answer[id_]),
+            now=str(mine.answer[id_]),
+        )
         for id_, row in found.iterrows()
     ]
 

@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ratchet.errors import CheckoutError, CommandError, RatchetError
-from ratchet.evaluation.statistics import bootstrap_mean, wilson
-from ratchet.files import read_json, write_json
+from ratchet.evaluation.statistics import Estimate, estimate
+from ratchet.files import write_json
 from ratchet.pipeline.checkout import git
 from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.champion import read_ledger
+from ratchet.promotion.verdict import decode_verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,6 +50,42 @@ class Evaluation(NamedTuple):
     rival: int | None
 
 
+class Cell(Estimate, frozen=True, omit_defaults=True):
+    """A version's score on a slice; `from_` is the commit that measured it, or `filled`."""
+
+    from_: str = msgspec.field(name="from", default="")
+
+
+class VersionRow(msgspec.Struct, frozen=True):
+    """A version by slices; a cell is None where it was never asked these rows."""
+
+    name: str
+    version: int | None
+    adapter: str
+    commit: str
+    at: str
+    cells: dict[str, Cell | None]
+
+
+class Retention(msgspec.Struct, frozen=True):
+    """The table: the base first, then the oldest version; `rows` counts those of each slice."""
+
+    metric: str
+    slices: list[str]
+    rows: dict[str, int]
+    versions: list[VersionRow]
+    faults: list[str]
+
+    @property
+    def unasked(self) -> list[tuple[VersionRow, list[str]]]:
+        """Return (version, the slices on which it was never asked)."""
+        return [
+            (row, empty)
+            for row in self.versions
+            if row.name != BASE and (empty := [name for name, cell in row.cells.items() if cell is None])
+        ]
+
+
 def read_evaluations(root: Path, *, tip: str = "HEAD") -> list[Evaluation]:
     """The newest first. Commits whose files cannot be read give none."""
     try:
@@ -61,15 +98,13 @@ def read_evaluations(root: Path, *, tip: str = "HEAD") -> list[Evaluation]:
 
 def _evaluation(root: Path, commit: str, at: str) -> Evaluation | None:
     try:
-        gate = json.loads(git(root, "show", f"{commit}:{GATE}"))
+        verdict = decode_verdict(json.loads(git(root, "show", f"{commit}:{GATE}")))
         lock: Any = YAML(typ="safe").load(git(root, "show", f"{commit}:dvc.lock"))
         digest = next(
             str(out["md5"]) for out in lock["stages"]["evaluate"]["outs"] if out["path"] == EVALUATION
         )
-        return Evaluation(
-            commit, at, digest, str(gate["candidate"]["adapter_sha256"]), gate["rival"]["version"]
-        )
-    except (CommandError, YAMLError, ValueError, KeyError, TypeError, StopIteration):
+        return Evaluation(commit, at, digest, verdict.candidate.adapter_sha256, verdict.rival.version)
+    except (RatchetError, YAMLError, ValueError, KeyError, TypeError, StopIteration):
         return None
 
 
@@ -89,16 +124,11 @@ def registered_numbers(name: str) -> dict[str, int]:
 
 def build(
     root: Path, metric: str, numbers: dict[str, int], evaluations: list[Evaluation] | None = None
-) -> dict[str, Any]:
-    """{metric, slices, versions: [{name, version, adapter, commit, at, cells: {slice: cell}}], faults}: the
-    base first, then the oldest version.
-
-    A cell is {rows, mean, low, high, from}, or None where that version was never asked these rows.
-    `evaluations`: the newest first.
-    """
+) -> Retention:
+    """Build the table; `evaluations`: the newest first."""
     evaluations = read_evaluations(root) if evaluations is None else evaluations
     faults: list[str] = []
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, VersionRow] = {}
     order: dict[str, int] = {}
     newest: dict[str, int] = {}
     for found in reversed(evaluations):
@@ -109,60 +139,49 @@ def build(
             continue
         for model, cells in summary.items():
             if row := _row(rows, model, found, numbers):
-                row["cells"] |= {name: {**cell, "from": found.commit[:8]} for name, cell in cells.items()}
+                for name, cell in cells.items():
+                    row.cells[name] = msgspec.structs.replace(cell, from_=found.commit[:8])
             for name, cell in cells.items():
                 order.setdefault(name, len(order))
-                newest[name] = cell["rows"]
+                newest[name] = cell.rows
     slices = sorted(order, key=lambda name: (name == GOLDEN, order[name]))
-    versions = sorted(rows.values(), key=lambda row: (row["name"] != BASE, row["at"]))
-    for row in versions:
-        row["cells"] = {
-            **{name: None for name in slices},
-            **_filled(root, row["adapter"], metric, slices, newest),
-            **{name: row["cells"][name] for name in slices if name in row["cells"]},
-        }
-    return {"metric": metric, "slices": slices, "rows": newest, "versions": versions, "faults": faults}
+    versions = []
+    for row in sorted(rows.values(), key=lambda row: (row.name != BASE, row.at)):
+        known = read_filled(root, row.adapter, metric)
+        # Some rows may have been forgotten since: a filled cell counts where it has today's number of rows.
+        filled = {name: cell for name, cell in known.items() if cell.rows == newest.get(name)}
+        whole: dict[str, Cell | None] = {name: row.cells.get(name) or filled.get(name) for name in slices}
+        versions.append(msgspec.structs.replace(row, cells=whole))
+    return Retention(metric, slices, newest, versions, faults)
 
 
 def _row(
-    rows: dict[str, dict[str, Any]], model: str, found: Evaluation, numbers: dict[str, int]
-) -> dict[str, Any] | None:
+    rows: dict[str, VersionRow], model: str, found: Evaluation, numbers: dict[str, int]
+) -> VersionRow | None:
     """Of that model of an evaluation.
 
     The champion's is there since its own evaluation, or that one is gone.
     """
     if model == BASE:
-        return rows.setdefault(
-            BASE, {"name": BASE, "version": None, "adapter": "", "commit": "", "at": "", "cells": {}}
-        )
+        return rows.setdefault(BASE, VersionRow(BASE, None, "", "", "", {}))
     if model == "champion":
         adapters = [sha for sha, number in numbers.items() if number == found.rival]
         return next((rows[sha] for sha in adapters if sha in rows), None)
     number = numbers.get(found.adapter)
     name = f"v{number}" if number is not None else f"unnumbered {found.commit[:8]}"
-    return rows.setdefault(
-        found.adapter,
-        {
-            "name": name,
-            "version": number,
-            "adapter": found.adapter,
-            "commit": found.commit,
-            "at": found.at,
-            "cells": {},
-        },
-    )
+    return rows.setdefault(found.adapter, VersionRow(name, number, found.adapter, found.commit, found.at, {}))
 
 
-def summarise(root: Path, found: Evaluation, metric: str) -> dict[str, dict[str, Any]]:
-    """model → slice → {rows, mean, low, high}.
+def summarise(root: Path, found: Evaluation, metric: str) -> dict[str, dict[str, Cell]]:
+    """model → slice → cell.
 
     Raises CheckoutError when the table cannot be had, or lacks the metric.
     """
     kept = root / CACHE / f"{found.digest}-{metric}.json"
     if kept.exists():
         try:
-            return dict(read_json(kept))
-        except RatchetError:
+            return msgspec.json.decode(kept.read_bytes(), type=dict[str, dict[str, Cell]])
+        except msgspec.MsgspecError:
             kept.unlink()
     table = read_scores(root, found.commit)
     if metric not in table:
@@ -175,7 +194,7 @@ def summarise(root: Path, found: Evaluation, metric: str) -> dict[str, dict[str,
         for model in MODELS
         if (table.model == model).any()
     }
-    write_json(kept, summary)
+    write_json(kept, msgspec.to_builtins(summary))
     return summary
 
 
@@ -194,24 +213,14 @@ def read_scores(root: Path, commit: str) -> pd.DataFrame:
             ) from None
 
 
-def cells_of(scores: pd.DataFrame, metric: str) -> dict[str, dict[str, Any]]:
-    """Slice → cell, of the scores of one model. 95 % intervals: Wilson's for shares, the bootstrap's for
-    other scores.
-    """
-    return {
-        str(name): cell_of(part[metric].to_numpy(dtype=np.float64))
-        for name, part in scores.groupby("batch")
-        if np.isfinite(part[metric].to_numpy(dtype=np.float64)).all()
-    }
-
-
-def cell_of(values: Any) -> dict[str, Any]:
-    found = (
-        wilson(values, alpha=0.025)
-        if np.isin(values, (0.0, 1.0)).all()
-        else bootstrap_mean(values, alpha=0.025, resamples=1000, seed=0)
-    )
-    return {"rows": len(values), **found._asdict()}
+def cells_of(scores: pd.DataFrame, metric: str) -> dict[str, Cell]:
+    """Slice → cell, of the scores of one model."""
+    found = {}
+    for name, part in scores.groupby("batch"):
+        values = part[metric].to_numpy(dtype=np.float64)
+        if np.isfinite(values).all():
+            found[str(name)] = Cell(**msgspec.structs.asdict(estimate(values)))
+    return found
 
 
 # --- cells that were filled ---------------------------------------------------------------------------------
@@ -221,21 +230,9 @@ def filled_file(root: Path, adapter: str, metric: str) -> Path:
     return root / CACHE / f"filled-{adapter[:32]}-{metric}.json"
 
 
-def _filled(
-    root: Path, adapter: str, metric: str, slices: Iterable[str], rows: dict[str, int]
-) -> dict[str, Any]:
-    """Those of as many rows as the newest evaluation has: some may have been forgotten since."""
+def read_filled(root: Path, adapter: str, metric: str) -> dict[str, Cell]:
+    """Return the cells that `ratchet retention --fill` measured; none where the file is missing or broken."""
     try:
-        kept = read_json(filled_file(root, adapter, metric)) if adapter else {}
-        return {name: kept[name] for name in slices if name in kept and kept[name]["rows"] == rows[name]}
-    except (RatchetError, KeyError, TypeError):  # none yet
+        return msgspec.json.decode(filled_file(root, adapter, metric).read_bytes(), type=dict[str, Cell])
+    except (FileNotFoundError, msgspec.MsgspecError):
         return {}
-
-
-def missing(ledger: dict[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
-    """(version, the slices on which it was never asked)."""
-    return [
-        (row, empty)
-        for row in ledger["versions"]
-        if row["name"] != BASE and (empty := [name for name, cell in row["cells"].items() if cell is None])
-    ]

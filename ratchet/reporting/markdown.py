@@ -5,10 +5,26 @@ reasons, as Markdown.
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
+from msgspec import UNSET
+
+from ratchet.evaluation.report import (
+    Agreement,
+    Change,
+    Exposure,
+    Groups,
+    Judged,
+    Metrics,
+    Models,
+    Suite,
+    Summary,
+)
+from ratchet.evaluation.statistics import Estimate, Interval
 from ratchet.monitoring.verdicts import Recorded
 from ratchet.promotion.rollout import Rollout
+from ratchet.promotion.verdict import Check, Verdict
 
 MODELS = ("candidate", "champion", "base", "simple")
 LABELS = {
@@ -29,61 +45,49 @@ LABELS = {
     "answer_nll": "answer NLL (nats a token)",
 }
 VERDICTS = {"promote": "✅ promote", "reject": "❌ reject", "uncertain": "❔ uncertain: the champion stays"}
-HEAD = (
-    "method",
-    "quality [95 %]",
-    "validation loss",
-    "training s",
-    "peak MiB",
-    "saved MiB",
-    "ms an answer [95 %]",
-    "tokens an answer",
-)
 
 
-def model_card(metrics: dict[str, Any], decision: dict[str, Any], facts: dict[str, str]) -> str:
+def model_card(metrics: Metrics, verdict: Verdict, facts: dict[str, str]) -> str:
     """The version's description and the flow's artifact. `facts` are lines such as data and commit."""
-    rival = decision["rival"]
+    rival = verdict.rival.version
     against = (
-        f"v{rival['version']}, the champion"
-        if rival["version"] is not None
-        else "the untouched base (there is no champion yet)"
+        f"v{rival}, the champion" if rival is not None else "the untouched base (there is no champion yet)"
     )
     lines = [
-        f"## {VERDICTS[decision['verdict']]}",
+        f"## {VERDICTS[verdict.verdict]}",
         "",
         f"Compared with {against}, on the same rows in the same run.",
         "",
     ]
-    shown = [*decision["checks"], *_shown_worth(decision), *decision.get("regions", [])]
     lines += [
-        f"- {mark(check['result'])}"
-        f" {_plain(check['reason']) if check['name'] == 'parity' else check['reason']}"
-        for check in shown
+        f"- {mark(check.result)} {_plain(check.reason) if check.name == 'parity' else check.reason}"
+        for check in [*verdict.checks, *verdict.shown_worth, *verdict.regions]
     ]
-    lines += [f"- {speed_line(decision['speed'])}"] if decision.get("speed") else []
+    lines += [f"- {verdict.speed.text}"] if verdict.speed else []
     for name in ("test", "golden"):
-        if name in metrics["slices"]:
-            lines += ["", f"### {name.capitalize()} rows", "", *table(metrics["slices"][name])]
-    lines += _gain_table(decision.get("slices", []))
-    lines += audit_lines(metrics, decision)
-    slices = {
-        name.partition(":")[2]: part for name, part in metrics["slices"].items() if name.startswith("batch:")
-    }
-    lines += ["", "### Exact match by batch", "", *_slice_table(slices), "", "### Where it comes from", ""]
+        if name in metrics.slices:
+            lines += ["", f"### {name.capitalize()} rows", "", *table(metrics.slices[name])]
+    lines += _gain_table(verdict.slices)
+    lines += audit_lines(metrics, verdict)
+    batches = [
+        _Row([name, _rows_of(part)], {model: of.scores.get("exact_match") for model, of in part.items()})
+        for name, part in metrics.batches.items()
+    ]
+    lines += _score_table("Exact match by batch", ["batch", "rows"], batches)
+    lines += ["", "### Where it comes from", ""]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
 
 
-def audit_lines(metrics: dict[str, Any], decision: dict[str, Any]) -> list[str]:
+def audit_lines(metrics: Metrics, verdict: Verdict) -> list[str]:
     """What was asked for beside the plain rows, part by part: bias, groups, attacks, suites, judge, leaks."""
-    metric = str(decision.get("params", {}).get("metric"))
+    metric = str(verdict.params.get("metric"))
     return [
-        *_bias_table(metrics.get("bias", {}).get(metric, {})),
-        *_group_tables(metrics.get("groups", {}), metric),
-        *_attack_table(metrics.get("attacks", {}).get(metric, {})),
-        *_suite_table(metrics.get("suites", {})),
-        *_judge_table(metrics.get("judge", {})),
-        *_leak_table(metrics.get("leaks", {})),
+        *_bias_table(metrics.bias.get(metric, {})),
+        *_group_tables(metrics.groups, metric),
+        *_attack_table(metrics.attacks.get(metric, {})),
+        *_suite_table(metrics.suites),
+        *_judge_table(metrics.judge or Judged()),
+        *_leak_table(metrics.leaks),
     ]
 
 
@@ -135,274 +139,147 @@ def mark(result: str) -> str:
     return {"pass": "✓", "fail": "✗", "unclear": "?"}[result]
 
 
-def table(part: dict[str, Any]) -> list[str]:
+def table(part: Mapping[str, Summary]) -> list[str]:
     """One column a model; the 95 % interval in brackets."""
     models = [model for model in MODELS if model in part]
-    lines = [f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}"]
+    lines = _head(["", *models])
     for key in metrics_of(part):
-        lines.append(
-            f"| {LABELS.get(key, key)} | {' | '.join(_cell(part[model].get(key)) for model in models)} |"
-        )
-    perplexities = [
-        f"{part[model]['perplexity']:.2f}" if "perplexity" in part[model] else "" for model in models
-    ]
-    lines.append(f"| perplexity | {' | '.join(perplexities)} |")
-    return [*lines, f"| rows | {' | '.join(str(part[model]['rows']) for model in models)} |"]
+        lines.append(_line([LABELS.get(key, key), *(_cell(part[model].scores.get(key)) for model in models)]))
+    perplexities = [part[model].perplexity for model in models]
+    lines.append(_line(["perplexity", *("" if each is None else f"{each:.2f}" for each in perplexities)]))
+    return [*lines, _line(["rows", *(str(part[model].rows) for model in models)])]
 
 
-def _shown_worth(decision: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where it is no rule, and so among no checks."""
-    worth = decision.get("worth")
-    return [worth] if worth and all(check["name"] != "worth" for check in decision["checks"]) else []
-
-
-def _gain_table(slices: list[dict[str, Any]]) -> list[str]:
+def _gain_table(slices: list[Check]) -> list[str]:
     """Candidate against rival by slice, the lowest first."""
     if not slices:
         return []
-    lines = [
+    return [
         "",
         "### Gain by slice",
         "",
-        f"| slice | rows | gain in {slices[0]['metric']} | |",
-        "|---|---|---|---|",
+        *_head(["slice", "rows", f"gain in {slices[0].metric}", ""]),
+        *(_line([_plain(one.name), str(one.rows), one.gain_text, mark(one.result)]) for one in slices),
     ]
+
+
+class _Row(NamedTuple):
+    first: list[str]
+    scores: Mapping[str, Interval | None]  # by model
+    last: Sequence[str] = ()
+
+
+def _score_table(title: str, columns: list[str], rows: list[_Row], last: Sequence[str] = ()) -> list[str]:
+    """A column a model between `columns` and `last`; nothing where no model has a score."""
+    models = [model for model in MODELS if any(model in row.scores for row in rows)]
+    if not models:
+        return []
     return [
-        *lines,
+        "",
+        f"### {title}",
+        "",
+        *_head([*columns, *models, *last]),
         *(
-            f"| {_plain(one['name'])} | {one['rows']} | {one['mean']:+.3f} [{one['low']:+.3f},"
-            f" {one['high']:+.3f}] | {mark(one['result'])} |"
-            for one in slices
+            _line([*row.first, *(_cell(row.scores.get(model)) for model in models), *row.last])
+            for row in rows
         ),
     ]
 
 
-def _bias_table(lists: dict[str, Any]) -> list[str]:
+def _rows_of(part: Mapping[str, Estimate | Change | Summary]) -> str:
+    return str(next(iter(part.values())).rows)
+
+
+def _bias_table(lists: dict[str, dict[str, Change]]) -> list[str]:
     """How much swapped terms change each model's score."""
-    if not lists:
-        return []
-    models = [model for model in MODELS if any(model in part for part in lists.values())]
-    lines = [
-        "",
-        "### Change of the score with a swapped term",
-        "",
-        f"| list | pairs | {' | '.join(models)} |",
-        f"|---|---|{'---|' * len(models)}",
+    rows = [
+        _Row([_plain(name), _rows_of(part)], {model: of.change for model, of in part.items()})
+        for name, part in lists.items()
     ]
-    for name, part in lists.items():
-        lines.append(
-            f"| {_plain(name)} | {next(iter(part.values()))['rows']} |"
-            f" {' | '.join(_cell(part.get(model, {}).get('change')) for model in models)} |"
-        )
-    return lines
+    return _score_table("Change of the score with a swapped term", ["list", "pairs"], rows)
 
 
-def _group_tables(fields: dict[str, Any], metric: str) -> list[str]:
+def _group_tables(fields: dict[str, dict[str, dict[str, Groups]]], metric: str) -> list[str]:
     """The score of each group, with the difference and the ratio between the best and the worst."""
     lines: list[str] = []
     for field, scores in fields.items():
         part = scores.get(metric, {})
-        models = [model for model in MODELS if model in part]
-        if not models:
-            continue
-        lines += [
-            "",
-            f"### {metric} by {_plain(field)}",
-            "",
-            f"| group | rows | {' | '.join(models)} |",
-            f"|---|---|{'---|' * len(models)}",
+        first = next((part[model].by_group for model in MODELS if model in part), {})
+        rows = [
+            _Row([_plain(value), str(of.rows)], {model: part[model].by_group.get(value) for model in part})
+            for value, of in first.items()
         ]
-        values = part[models[0]]["by_group"]
-        lines += [
-            f"| {_plain(value)} | {of['rows']} |"
-            f" {' | '.join(_cell(part[model]['by_group'].get(value)) for model in models)} |"
-            for value, of in values.items()
-        ]
-        lines += [
-            f"| **{gap}** | | {' | '.join(_cell(part[model][gap]) for model in models)} |"
-            for gap in ("difference", "ratio")
-        ]
+        rows.append(_Row(["**difference**", ""], {model: part[model].difference for model in part}))
+        rows.append(_Row(["**ratio**", ""], {model: part[model].ratio for model in part}))
+        lines += _score_table(f"{metric} by {_plain(field)}", ["group", "rows"], rows)
     return lines
 
 
-def _attack_table(kinds: dict[str, Any]) -> list[str]:
+def _attack_table(kinds: dict[str, Models]) -> list[str]:
     """The share of attacks that each model withstood."""
-    if not kinds:
-        return []
-    models = [model for model in MODELS if any(model in part for part in kinds.values())]
-    lines = [
-        "",
-        "### Attacks withstood",
-        "",
-        f"| kind | rows | {' | '.join(models)} |",
-        f"|---|---|{'---|' * len(models)}",
-    ]
-    return [
-        *lines,
-        *(
-            f"| {kind} | {next(iter(part.values()))['rows']} |"
-            f" {' | '.join(_cell(part.get(model)) for model in models)} |"
-            for kind, part in kinds.items()
-        ),
-    ]
+    rows = [_Row([kind, _rows_of(part)], part) for kind, part in kinds.items()]
+    return _score_table("Attacks withstood", ["kind", "rows"], rows)
 
 
-def _suite_table(found: dict[str, Any]) -> list[str]:
+def _suite_table(found: dict[str, Suite]) -> list[str]:
     """What each model scores in public suites."""
-    if not found:
-        return []
-    models = [model for model in MODELS if any(model in part["models"] for part in found.values())]
-    lines = [
-        "",
-        "### Public suites",
-        "",
-        f"| suite | metric | documents | {' | '.join(models)} |",
-        f"|---|---|---|{'---|' * len(models)}",
-    ]
-    return [
-        *lines,
-        *(
-            f"| {_plain(name)} | {_plain(part['metric'])} | {part['rows']} |"
-            f" {' | '.join(_cell(part['models'].get(model)) for model in models)} |"
-            for name, part in found.items()
-        ),
-    ]
+    rows = [_Row([_plain(name), _plain(of.metric), str(of.rows)], of.models) for name, of in found.items()]
+    return _score_table("Public suites", ["suite", "metric", "documents"], rows)
 
 
-def _judge_table(found: dict[str, Any]) -> list[str]:
+def _judge_table(found: Judged) -> list[str]:
     """What the judge says of both models, and how far people agree with it."""
-    if not found.get("scores"):
-        return []
-    models = [model for model in MODELS if any(model in part for part in found["scores"].values())]
-    lines = [
-        "",
-        f"### Judged by {_plain(found['model'])}",
-        "",
-        f"| | rows | {' | '.join(models)} | kappa with people |",
-        f"|---|---|{'---|' * len(models)}---|",
-    ]
-    for metric, part in found["scores"].items():
-        agreement = found.get("agreement", {}).get(metric, {})
-        kappa = (
-            f"{agreement['kappa']:.2f}, at least {agreement['low']:.2f} ({agreement['labels']} decisions)"
-            if "kappa" in agreement
-            else "not measured"
-        )
-        lines.append(
-            f"| {metric} | {next(iter(part.values()))['rows']} |"
-            f" {' | '.join(_cell(part.get(model)) for model in models)} | {kappa} |"
-        )
-    if "consistent" in found:
-        lines += [
-            "",
-            f"The same answer was preferred from either place in {found['consistent']:.0%} of the pairs.",
-        ]
+    rows = []
+    for metric, part in found.scores.items():
+        of = found.agreement.get(metric, Agreement())
+        kappa = f"{of.kappa_text} ({of.labels} decisions)" if of.kappa is not None else "not measured"
+        rows.append(_Row([metric, _rows_of(part)], part, [kappa]))
+    lines = _score_table(f"Judged by {_plain(found.model)}", ["", "rows"], rows, ["kappa with people"])
+    if lines and found.consistent is not UNSET:
+        share = f"{found.consistent:.0%}"
+        lines += ["", f"The same answer was preferred from either place in {share} of the pairs."]
     return lines
 
 
-def _leak_table(found: dict[str, Any]) -> list[str]:
+def _leak_table(found: dict[str, Exposure]) -> list[str]:
     """What each model gives away of the planted canaries, beside ones that it cannot know."""
     if not found:
         return []
-    lines = [
+    return [
         "",
         "### Exposure of canaries (bits; 1.4 is chance, 7 known by heart)",
         "",
-        "| model | canaries | planted | never planted |",
-        "|---|---|---|---|",
-    ]
-    return [
-        *lines,
+        *_head(["model", "canaries", "planted", "never planted"]),
         *(
-            f"| {model} | {found[model]['planted']['rows']} | {_cell(found[model]['planted'])} |"
-            f" {_cell(found[model].get('reference'))} |"
+            _line([model, str(of.planted.rows), _cell(of.planted), _cell(of.reference)])
             for model in MODELS
-            if model in found
+            if (of := found.get(model))
         ),
     ]
+
+
+def metrics_of(part: Mapping[str, Summary]) -> list[str]:
+    """Those that any model has in this slice: ours in their order, then the user's own, the NLL last."""
+    found = {key for summary in part.values() for key in summary.scores}
+    return [
+        *(key for key in LABELS if key in found and key != "answer_nll"),
+        *sorted(found - set(LABELS)),
+        *(["answer_nll"] if "answer_nll" in found else []),
+    ]
+
+
+def _head(cells: list[str]) -> list[str]:
+    return [_line(cells), f"|{'---|' * len(cells)}"]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
+
+
+def _cell(found: Interval | None) -> str:
+    return found.text(".3f") if found else ""
 
 
 def _plain(text: str) -> str:
     """A value of somebody's data as a cell: it opens no column and no markup."""
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
-
-
-def metrics_of(part: dict[str, Any]) -> list[str]:
-    """Those that any model has in this slice: ours in their order, then the user's own, the NLL last."""
-    found = {key for summary in part.values() for key, value in summary.items() if isinstance(value, dict)}
-    own = sorted(found - set(LABELS))
-    return [
-        *(key for key in LABELS if key in found and key != "answer_nll"),
-        *own,
-        *(["answer_nll"] if "answer_nll" in found else []),
-    ]
-
-
-def _slice_table(slices: dict[str, Any]) -> list[str]:
-    models = [model for model in MODELS if any(model in part for part in slices.values())]
-    lines = [f"| batch | rows | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
-    for name, part in slices.items():
-        lines.append(
-            f"| {name} | {next(iter(part.values()))['rows']} |"
-            f" {' | '.join(_cell(part.get(model, {}).get('exact_match')) for model in models)} |"
-        )
-    return lines
-
-
-def _cell(found: dict[str, float] | None) -> str:
-    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" if found else ""
-
-
-def markdown(found: dict[str, Any]) -> str:
-    """The table with what it rests on."""
-    lines = [
-        f"# Methods compared\n\n{found['rows']} test rows, `{found['metric']}`; commit {found['commit'][:8]},"
-        f" {found['machine']}. One training each, seed {found['seed']}.\n"
-    ]
-    lines += ["\n".join(f"| {' | '.join(row)} |" for row in table_rows(found)), ""]
-    lines += [f"- `{row['method']}`: {_settings(row['changes'])}" for row in found["methods"]]
-    return "\n".join(lines) + "\n"
-
-
-def table_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    """With its head, and Markdown's line under it."""
-    return [HEAD, tuple("---" for _ in HEAD), *(_row(row) for row in found["methods"])]
-
-
-def text(found: dict[str, Any]) -> list[str]:
-    rows = [row for row in table_rows(found) if row[0] != "---"]
-    widths = [max(len(row[column]) for row in rows if len(row) > column) for column in range(len(HEAD))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-
-
-def _row(row: dict[str, Any]) -> tuple[str, ...]:
-    if row["failed"]:
-        reason = f"failed: {row['failed']}".replace("|", "/")
-        return (row["method"], reason, *("" for _ in HEAD[2:]))
-    quality, latency = row["quality"], row["latency"]["milliseconds"]
-    return (
-        row["method"],
-        f"{quality['mean']:.3f} [{quality['low']:.3f}, {quality['high']:.3f}]",
-        f"{row['validation_loss']:.4f}",
-        f"{row['seconds']:.1f}",
-        f"{row['peak_mib']:,.0f}",
-        f"{row['saved_mib']:.2f}",
-        f"{latency['mean']:.1f} [{latency['low']:.1f}, {latency['high']:.1f}]",
-        f"{row['latency']['tokens']:.1f}",
-    )
-
-
-def _settings(changes: dict[str, Any]) -> str:
-    return ", ".join(f"`{key}: {value}`" for key, value in changes.items())
-
-
-def speed_line(found: dict[str, Any]) -> str:
-    """What `ratchet.parity.latency` measured, in words."""
-    time = found["milliseconds"]
-    each = (
-        f"{time['mean']:.0f} ms [{time['low']:.0f}, {time['high']:.0f}] an answer,"
-        f" {found['tokens_per_second']:.0f} tokens a second"
-    )
-    return f"in the gateway's engine, one question at a time: {each} ({found['answers']} answers)"

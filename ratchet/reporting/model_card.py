@@ -7,8 +7,15 @@ so none is claimed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
+from ratchet.evaluation.report import Metrics
+from ratchet.evaluation.statistics import Interval
+from ratchet.models.manifests import BaseName, TrainedManifest
+from ratchet.promotion.verdict import Verdict
 from ratchet.reporting.markdown import LABELS, model_card
 
 RELATIONS = {
@@ -45,60 +52,69 @@ USAGE = {
 }
 
 
+class ExportScores(msgspec.Struct, frozen=True):
+    """Score an exported file beside the adapter on the same rows, by metric; the difference is paired."""
+
+    rows: int
+    adapter: dict[str, Interval]
+    export: dict[str, Interval]
+    difference: dict[str, Interval]
+
+
 def hub_card(
     name: str,
     label: str,
     kind: str,
-    manifest: dict[str, Any],
-    metrics: dict[str, Any],
-    decision: dict[str, Any],
+    manifest: TrainedManifest,
+    metrics: Metrics,
+    decision: Verdict,
     facts: dict[str, str],
     *,
-    scores: Any = None,
+    scores: ExportScores | None = None,
 ) -> str:
-    """`kind`: `adapter`, or what it was exported to; `manifest` the candidate's; `scores` those of the
-    exported file, with the adapter's beside them.
-    """
-    method = manifest.get("adapter", {}).get("method", "lora")
+    """`kind`: `adapter`, or what it was exported to; `manifest` the candidate's."""
+    method, base = manifest.adapter.method, _hub_id(manifest.base)
     usage = USAGE["full" if kind == "adapter" and method == "full" else kind]
     lines = [
         f"# {name} {label}",
         "",
         usage,
         "",
-        f"Trained by `{method}` on {_base(manifest) or 'a small base that was made for it'}.",
+        f"Trained by `{method}` on {base or 'a small base that was made for it'}.",
     ]
     if scores:
         lines += ["", *score_table(kind, scores)]
+    if scores:
+        rows, values = scores.rows, scores.export
+    else:
+        candidate = metrics.slices["test"]["candidate"]
+        rows, values = candidate.rows, candidate.scores
     return (
-        f"---\n{_head(name, label, kind, method, manifest, metrics, scores)}\n---\n\n"
+        f"---\n{_head(name, label, kind, method, base, rows, values)}\n---\n\n"
         + "\n".join(lines)
         + "\n\n"
         + model_card(metrics, decision, facts)
     )
 
 
-def score_table(kind: str, scores: dict[str, Any]) -> list[str]:
+def score_table(kind: str, scores: ExportScores) -> list[str]:
     """The file beside the adapter that it was made of, on the same rows."""
     lines = [
-        f"On {scores['rows']} test rows, 95 % intervals:",
+        f"On {scores.rows} test rows, 95 % intervals:",
         "",
         f"| | adapter | {kind} | difference |",
         "|---|---|---|---|",
     ]
-    for metric in scores["adapter"]:
-        cells = [
-            f"{part[metric]['mean']:.4f} [{part[metric]['low']:.4f}, {part[metric]['high']:.4f}]"
-            for part in (scores["adapter"], scores["export"], scores["difference"])
-        ]
+    for metric in scores.adapter:
+        parts = (scores.adapter, scores.export, scores.difference)
+        cells = [part[metric].text(".4f") for part in parts]
         lines.append(f"| {LABELS.get(metric, metric)} | {' | '.join(cells)} |")
     return lines
 
 
-def _base(manifest: dict[str, Any]) -> str:
-    """The hub's id; empty for a base that is on no hub."""
-    model = manifest["base"]["model"]
-    return "" if model == "demo" else str(model)
+def _hub_id(base: BaseName) -> str:
+    """Empty for a base that is on no hub."""
+    return "" if base.model in (None, "demo") else str(base.model)
 
 
 def _head(
@@ -106,22 +122,12 @@ def _head(
     label: str,
     kind: str,
     method: str,
-    manifest: dict[str, Any],
-    metrics: dict[str, Any],
-    scores: Any,
+    base: str,
+    rows: int,
+    scores: Mapping[str, Interval],
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    rows = scores["rows"] if scores else metrics["slices"]["test"]["candidate"]["rows"]
-    found = (
-        scores["export"]
-        if scores
-        else {
-            key: value
-            for key, value in metrics["slices"]["test"]["candidate"].items()
-            if isinstance(value, dict)
-        }
-    )
     results = [
         EvalResult(
             task_type="text-generation",
@@ -132,13 +138,13 @@ def _head(
             dataset_args={"rows": rows},
             metric_type=metric,
             metric_name=LABELS.get(metric, metric),
-            metric_value=round(value["mean"], 6),
-            metric_args={"low": round(value["low"], 6), "high": round(value["high"], 6), "confidence": 0.95},
+            metric_value=round(value.mean, 6),
+            metric_args={"low": round(value.low, 6), "high": round(value.high, 6), "confidence": 0.95},
         )
-        for metric, value in found.items()
+        for metric, value in scores.items()
     ]
-    base, whole = _base(manifest), kind != "adapter" or method == "full"
-    more: dict[str, Any] = (
+    whole = kind != "adapter" or method == "full"
+    relation: Any = (
         {"base_model_relation": RELATIONS["merged" if kind == "adapter" and whole else kind]} if base else {}
     )
     head = ModelCardData(
@@ -150,6 +156,6 @@ def _head(
         tags=["ratchet", method, *(["gguf", "llama.cpp"] if kind in ("gguf", "int8", "int4") else [])],
         model_name=f"{name} {label}",
         eval_results=results,
-        **more,
+        **relation,
     )
     return head.to_yaml()

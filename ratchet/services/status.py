@@ -7,7 +7,6 @@ down.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -16,10 +15,12 @@ from ratchet.data.batches import read_manifest
 from ratchet.files import read_json
 from ratchet.monitoring.verdicts import Recorded, last_verdict
 from ratchet.pipeline.workspace import failed_workspaces
-from ratchet.promotion.champion import read_champion, read_ledger
-from ratchet.promotion.rollout import read_rollout
+from ratchet.promotion.champion import Data, GateLine, read_champion, read_ledger
+from ratchet.promotion.gate_tags import named
+from ratchet.promotion.rollout import Rollout, read_rollout
+from ratchet.promotion.verdict import Rival
 from ratchet.services.supervisor import list_services
-from ratchet.serving.bundle import read_state
+from ratchet.serving.bundle import ServingState, read_state
 
 
 class InCharge(msgspec.Struct, frozen=True):
@@ -27,19 +28,24 @@ class InCharge(msgspec.Struct, frozen=True):
     since: str
     by: str
     why: str
-    gate: dict[str, Any]  # the ledger's line about its verdict
+    gate: GateLine
 
 
 class LastGate(msgspec.Struct, frozen=True):
     verdict: str
     reasons: list[str]
-    rival: dict[str, Any]
+    rival: Rival
+
+
+class Batch(msgspec.Struct, frozen=True):
+    name: str
+    rows: int
 
 
 class Batches(msgspec.Struct, frozen=True):
     batches: int
     rows: int
-    new: list[dict[str, Any]]  # name and rows of those that the champion has not seen
+    new: list[Batch]  # those that the champion has not seen
 
 
 class Answering(msgspec.Struct, frozen=True):
@@ -48,18 +54,22 @@ class Answering(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """What `ratchet status --json` prints, key by key."""
+    """What `ratchet status --json` prints, key by key; the rollout's `share` is added there."""
 
     project: str
     champion: InCharge | None
     gate: LastGate | None
     data: Batches
     promotion: str
-    rollout: dict[str, Any] | None
-    serving: dict[str, Any] | None  # what the gateway wrote about itself
+    rollout: Rollout | None
+    serving: ServingState | None
     drift: Recorded | None  # the monitor's last verdict
     services: dict[str, Answering]
     left: list[str]  # workspaces of runs that failed
+
+    def to_json(self) -> dict[str, object]:
+        rollout = self.rollout.to_json() if self.rollout else None
+        return {**msgspec.to_builtins(self), "rollout": rollout}
 
 
 def see_status(root: Path, config: Config) -> Status:
@@ -67,7 +77,7 @@ def see_status(root: Path, config: Config) -> Status:
     champion, rollout = read_champion(root), read_rollout(root)
     seen = set(champion.batches) if champion else set()
     batches = read_manifest(root / "data/raw")
-    new = [{"name": batch.name, "rows": batch.rows} for batch in batches if batch.name not in seen]
+    new = [Batch(batch.name, batch.rows) for batch in batches if batch.name not in seen]
     gate = root / "reports/gate.json"
     return Status(
         project=config.project.name,
@@ -79,7 +89,7 @@ def see_status(root: Path, config: Config) -> Status:
         gate=msgspec.convert(read_json(gate), LastGate) if gate.exists() else None,
         data=Batches(len(batches), sum(batch.rows for batch in batches), new),
         promotion=config.promotion,
-        rollout=msgspec.to_builtins(rollout) | {"share": rollout.share} if rollout else None,
+        rollout=rollout,
         serving=read_state(root),
         drift=last_verdict(root),
         services={one.name: Answering(one.url, one.answers) for one in list_services(root, config)},
@@ -97,8 +107,7 @@ def describe(found: Status) -> list[str]:
         else "champion   none yet"
     )
     if gate:
-        rival = gate.rival["version"]
-        lines.append(f"last gate  {gate.verdict}, against {'the base' if rival is None else f'v{rival}'}")
+        lines.append(f"last gate  {gate.verdict}, against {named(gate.rival.version)}")
         lines += [f"           {reason}" for reason in gate.reasons]
     if data.batches:
         since = f"{len(data.new)} of them came since the champion: ratchet retrain"
@@ -108,7 +117,7 @@ def describe(found: Status) -> list[str]:
         lines.append("data       no batch in this checkout yet: ratchet ingest --path FILE")
     if found.rollout:
         lines += _headed("rollout", rollout_lines(found.rollout))
-    refused = (found.serving or {}).get("refused") or {}
+    refused = found.serving.refused if found.serving else {}
     lines += [f"refused    {version} by the gateway: {why}" for version, why in refused.items()]
     if found.drift:
         lines += _headed("drift", verdict_lines(found.drift))
@@ -123,18 +132,16 @@ def _headed(head: str, lines: list[str]) -> list[str]:
     return [f"{head if not number else '':10} {line}" for number, line in enumerate(lines)]
 
 
-def rollout_lines(found: dict[str, Any]) -> list[str]:
+def rollout_lines(found: Rollout | None) -> list[str]:
     """Describe an open or ended rollout, or a look that found none."""
-    if not found.get("version"):
-        return [found.get("why") or "no rollout is open"]
-    step = f"step {found['step'] + 1} of {len(found['shares'])}"
+    if found is None:
+        return ["no rollout is open"]
+    step = f"step {found.step + 1} of {len(found.shares)}"
     where = f", at {step}"
-    if found["state"] in ("open", "paused"):
-        where = (
-            f": {found['shares'][found['step']]:.0%} of the users ({step}), the others v{found['champion']}"
-        )
-    line = f"v{found['version']} {found['state'].replace('_', ' ')}{where}"
-    return [line, found["why"]] if found.get("why") else [line]
+    if found.state in ("open", "paused"):
+        where = f": {found.shares[found.step]:.0%} of the users ({step}), the others v{found.champion}"
+    line = f"v{found.version} {found.state.replace('_', ' ')}{where}"
+    return [line, found.why] if found.why else [line]
 
 
 def verdict_lines(found: Recorded) -> list[str]:
@@ -156,48 +163,52 @@ def verdict_lines(found: Recorded) -> list[str]:
     ]
 
 
-def ledger_rows(root: Path) -> list[dict[str, Any]]:
+class Move(msgspec.Struct, frozen=True):
+    """One move of the champion, as `ratchet history --json` prints it."""
+
+    at: str
+    by: str
+    move: str
+    from_: int | None = msgspec.field(name="from")
+    to: int
+    why: str
+    data: Data
+    gate: GateLine
+    commit: str  # that moved it
+    model_commit: str  # whose dvc.lock holds the adapter
+
+
+def read_moves(root: Path) -> list[Move]:
     """Read the ledger, the newest move first."""
     return [
-        {
-            "at": entry.at,
-            "by": entry.by,
-            "move": entry.move,
-            "from": entry.replaced,
-            "to": entry.version,
-            "why": entry.why,
-            "data": entry.data,
-            "gate": entry.gate,
-            "commit": commit,
-            "model_commit": entry.commit,
-        }
+        Move(
+            entry.at,
+            entry.by,
+            entry.move,
+            entry.replaced,
+            entry.version,
+            entry.why,
+            entry.data,
+            entry.gate,
+            commit,
+            entry.commit,
+        )
         for commit, entry in read_ledger(root)
     ]
 
 
-def ledger_lines(rows: list[dict[str, Any]]) -> list[str]:
-    if not rows:
+def ledger_lines(moves: list[Move]) -> list[str]:
+    if not moves:
         return ["the ledger is empty: no model was promoted yet"]
     lines = []
-    for row in rows:
-        gate = row["gate"]
-        gain = (
-            f"{gate['metric']} {gate['mean']:+.3f} [{gate['low']:+.3f}, {gate['high']:+.3f}]"
-            if gate.get("mean") is not None
-            else "no figures"
-        )
-        lines.append(
-            f"{row['at']}  {row['move']:8} {'—' if row['from'] is None else 'v' + str(row['from'])} → "
-            f"v{row['to']}  by {row['by']}"
-        )
-        lines.append(f"    why   {row['why']}")
-        lines.append(
-            f"    data  {row['data']['rows']} rows in {row['data']['batches']} batches, DVC "
-            f"{row['data']['dvc']}"
-        )
-        lines.append(
-            f"    gate  {gate['verdict']} against "
-            f"{'the base' if gate['rival'] is None else 'v' + str(gate['rival'])}: {gain}; commit "
-            f"{row['commit'][:8]}"
-        )
+    for move in moves:
+        gate, data = move.gate, move.data
+        before = "—" if move.from_ is None else f"v{move.from_}"
+        lines += [
+            f"{move.at}  {move.move:8} {before} → v{move.to}  by {move.by}",
+            f"    why   {move.why}",
+            f"    data  {data.rows} rows in {data.batches} batches, DVC {data.dvc}",
+            f"    gate  {gate.verdict} against {named(gate.rival)}: {gate.gain or 'no figures'}; "
+            f"commit {move.commit[:8]}",
+        ]
     return lines

@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from ruamel.yaml import YAML
@@ -58,6 +58,19 @@ class Card(msgspec.Struct, frozen=True):
     base: str
     max_new_tokens: int
     max_length: int
+
+
+class ServingState(msgspec.Struct, frozen=True):
+    """Hold what the gateway wrote about itself; `refused` maps "v3" to the reason, times are since 1970."""
+
+    champion: int | None = None
+    challenger: int | None = None
+    share: float = 0.0
+    rollout: str = ""
+    loaded: list[int] = []
+    refused: dict[str, str] = {}
+    refused_since: dict[str, float] = {}
+    at: float = 0.0
 
 
 def bundle_candidate(candidate: Path, base: Path, config: Config) -> Bundle:
@@ -129,18 +142,14 @@ def forget_bundles(root: Path, keep: set[int], *, older_than: float = YOUNG_SECO
             shutil.rmtree(path, ignore_errors=True)
 
 
-def read_state(root: Path) -> dict[str, Any] | None:
-    """Return what the gateway last wrote about itself, or None before its first start.
-
-    The keys: champion, challenger, share, rollout, loaded, refused {"v3": reason}, refused_since, and at, in
-    seconds since 1970.
-    """
+def read_state(root: Path) -> ServingState | None:
+    """Return what the gateway last wrote about itself, or None before its first start."""
     path = root / STATE
-    return read_json(path) if path.exists() else None
+    return msgspec.json.decode(path.read_bytes(), type=ServingState) if path.exists() else None
 
 
-def write_state(root: Path, state: dict[str, Any]) -> None:
-    write_json(root / STATE, state)
+def write_state(root: Path, state: ServingState) -> None:
+    write_json(root / STATE, msgspec.to_builtins(state))
 
 
 def base_hash(root: Path, commit: str) -> str | None:

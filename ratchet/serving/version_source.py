@@ -14,18 +14,19 @@ from ratchet.files import read_json
 from ratchet.pipeline.checkout import git
 from ratchet.pipeline.workspace import require_output
 from ratchet.promotion.champion import last_entry, read_champion
+from ratchet.promotion.verdict import Verdict, decode_verdict
 from ratchet.serving.bundle import Bundle, make_bundle
 
 
 class Source(NamedTuple):
-    """Hold a version with its test rows and the JSON of its reports."""
+    """Hold a version with its test rows and its reports."""
 
     label: str  # "v3" or "candidate"
     commit: str
     bundle: Bundle
     rows: list[Example]  # its test split
-    metrics: Any  # reports/evaluation/metrics.json
-    decision: Any  # reports/gate.json
+    metrics: Any  # the JSON of reports/evaluation/metrics.json
+    decision: Verdict
 
 
 def find_source(root: Path, name: str, which: str) -> Source:
@@ -41,7 +42,7 @@ def find_source(root: Path, name: str, which: str) -> Source:
             require_output(root, commit, path, Path(scratch) / Path(path).name)
         rows = list(read_examples(Path(scratch) / "test.jsonl"))
         metrics = read_json(Path(scratch) / "metrics.json")
-    decision = json.loads(git(root, "show", f"{commit}:reports/gate.json"))
+    decision = decode_verdict(json.loads(git(root, "show", f"{commit}:reports/gate.json")))
     return Source(label, commit, bundle, rows, metrics, decision)
 
 
@@ -49,14 +50,11 @@ def _find(root: Path, name: str, which: str) -> tuple[str, str, str]:
     """Return (label, commit, sha256 of the weights)."""
     if which == "candidate":
         try:
-            decision = json.loads(git(root, "show", "HEAD:reports/gate.json"))
+            raw = git(root, "show", "HEAD:reports/gate.json")
         except RatchetError:
             raise UserError("there is no candidate yet", remedy="`ratchet retrain` makes one") from None
-        return (
-            "candidate",
-            git(root, "rev-parse", "HEAD").strip(),
-            str(decision["candidate"]["adapter_sha256"]),
-        )
+        commit = git(root, "rev-parse", "HEAD").strip()
+        return "candidate", commit, decode_verdict(json.loads(raw)).candidate.adapter_sha256
     if which == "champion":
         champion = read_champion(root)
         if champion is None:

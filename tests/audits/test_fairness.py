@@ -4,17 +4,22 @@ named before any model answers.
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
+from evaluated import evaluate
 
 from ratchet.audits.fairness import describe_groups, group_columns, require_fairlearn
 from ratchet.config.evaluation import GateConfig
 from ratchet.data.examples import Message, make_example
 from ratchet.errors import ConfigError, DataError
+from ratchet.evaluation.report import decode_metrics
 from ratchet.gate.guardrails import judge_groups
+from ratchet.promotion.verdict import Candidate, Rival, Verdict
 from ratchet.reporting.markdown import model_card
-from tasks.evaluate import evaluate
 
 
 def table(shares: dict[str, dict[str, float]], rows: int = 100) -> pd.DataFrame:
@@ -35,8 +40,12 @@ def table(shares: dict[str, dict[str, float]], rows: int = 100) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def groups(*given: Any, **named: Any) -> Any:
+    return msgspec.to_builtins(describe_groups(*given, **named))
+
+
 def test_the_figures_are_means_by_group_their_difference_and_their_ratio():
-    found = describe_groups(
+    found = groups(
         table({"candidate": {"north": 0.9, "south": 0.6, "": 0.1}}),
         ["region"],
         ["exact_match", "answer_nll"],
@@ -54,17 +63,15 @@ def test_the_figures_are_means_by_group_their_difference_and_their_ratio():
 
 
 def test_a_ratio_to_nothing_is_left_out_and_so_is_a_small_group():
-    found = describe_groups(
-        table({"base": {"north": 0.0, "south": 0.0}}), ["region"], ["exact_match"], draws=40
-    )["region"]["exact_match"]["base"]
+    found = groups(table({"base": {"north": 0.0, "south": 0.0}}), ["region"], ["exact_match"], draws=40)[
+        "region"
+    ]["exact_match"]["base"]
     assert found["ratio"] is None
     small = pd.concat(
         [table({"base": {"north": 0.5, "south": 0.5}}), table({"base": {"isle": 1.0}}, rows=19)]
     )
     assert set(
-        describe_groups(small, ["region"], ["exact_match"], draws=40)["region"]["exact_match"]["base"][
-            "by_group"
-        ]
+        groups(small, ["region"], ["exact_match"], draws=40)["region"]["exact_match"]["base"]["by_group"]
     ) == {"north", "south"}
 
 
@@ -126,8 +133,8 @@ def test_an_evaluation_tells_its_groups_and_the_card_shows_them(
         for group, part in metrics["groups"]["batch"]["chrf"]["candidate"]["by_group"].items()
     } == {name: size for name, size in sizes.items() if size >= 20}
     card = model_card(
-        metrics,
-        {"verdict": "promote", "rival": {"version": None}, "checks": [], "params": {"metric": "chrf"}},
+        decode_metrics(metrics),
+        Verdict("promote", [], Rival("base", None), [], Candidate("", ""), params={"metric": "chrf"}),
         {},
     )
     assert "### chrf by batch" in card

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pandas as pd
 import pytest
+from evaluated import evaluate
 from patience import scaled
 from pydantic import ValidationError
 from servers import serving
@@ -26,12 +28,13 @@ from ratchet.config.evaluation import AnswerJudge, GateConfig
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, Message, example_id, make_example
 from ratchet.errors import ConfigError, RatchetError
+from ratchet.evaluation.report import Agreement, Judged, decode_metrics
 from ratchet.files import read_json, write_json
 from ratchet.gate.guardrails import guard_by_judge
+from ratchet.promotion.verdict import Candidate, Rival, Verdict
 from ratchet.reporting.markdown import model_card
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Decision, Item
-from tasks.evaluate import evaluate
 
 KEY = "sk-judge-4711"
 FENCED = re.compile(r"<data-([0-9a-f]{12})>\n(.*?)\n</data-\1>", re.DOTALL)
@@ -81,7 +84,10 @@ def judge(
     tmp_path: Path, config: AnswerJudge, of: dict[str, str], asked: list[Example] | None = None
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     asked = asked or rows()
-    return judge_answers(answers(asked, of), asked, "champion", config, tmp_path, say=lambda line: None)
+    table, figures = judge_answers(
+        answers(asked, of), asked, "champion", config, tmp_path, say=lambda line: None
+    )
+    return table, msgspec.to_builtins(figures)
 
 
 # --- asking ---
@@ -200,7 +206,7 @@ def test_a_judge_that_says_what_people_say_agrees_fully(tmp_path, config):
             *[(f"no {place}", f"right {place}") for place in range(30)],
         ],
     )
-    found = measure_agreement(queue, config, tmp_path)
+    found = msgspec.to_builtins(measure_agreement(queue, config, tmp_path))
     queue.close()
     assert {
         metric: (part["labels"], part["kappa"], part["low"]) for metric, part in found["agreement"].items()
@@ -216,14 +222,14 @@ def test_a_judge_that_likes_everything_agrees_with_nobody_beyond_chance(tmp_path
     queue = review(
         tmp_path, [(f"right {place}", "accept" if place % 10 else "reject") for place in range(50)]
     )
-    part = measure_agreement(queue, config, tmp_path)["agreement"]["correctness"]
+    part = msgspec.to_builtins(measure_agreement(queue, config, tmp_path))["agreement"]["correctness"]
     queue.close()
     assert (part["agree"], part["kappa"]) == (0.9, 0.0)
 
 
 def test_few_decisions_show_no_agreement(tmp_path, config):
     queue = review(tmp_path, [("right", "accept"), ("no", "reject")])
-    found = measure_agreement(queue, config, tmp_path)["agreement"]["correctness"]
+    found = msgspec.to_builtins(measure_agreement(queue, config, tmp_path))["agreement"]["correctness"]
     assert found.keys() == {"labels", "why"} and found["labels"] == 2 and "30" in found["why"]
     queue.close()
 
@@ -248,7 +254,7 @@ def test_the_command_measures_records_and_says_who_may_gate(tmp_path, config):
         in found.output
     )
     assert "preference: may not gate: 0 decisions of people speak of it, 30 are needed" in found.output
-    assert read_agreement(tmp_path / "metrics", config)["correctness"]["labels"] == 40
+    assert read_agreement(tmp_path / "metrics", config)["correctness"].labels == 40
 
 
 # --- the guardrail ---
@@ -279,7 +285,7 @@ def guard(
     ]
     table = pd.DataFrame(lines)
     table.loc[table.index[:missing], "judge_correctness"] = None
-    figures = {"agreement": {"correctness": agreement}, "asked": {"correctness": 100}}
+    figures = Judged(agreement={"correctness": Agreement(**agreement)}, asked={"correctness": 100})
     return guard_by_judge(table, figures, "champion", GateConfig(**RULE, resamples=500, **settings))[0]
 
 
@@ -315,7 +321,7 @@ def test_rows_that_were_not_judged_settle_nothing():
 
 def test_a_guardrail_of_a_judge_that_nobody_asked_gives_no_verdict():
     with pytest.raises(RatchetError, match="no scores named judge_correctness"):
-        guard_by_judge(None, {}, "champion", GateConfig(**RULE))
+        guard_by_judge(None, None, "champion", GateConfig(**RULE))
     with pytest.raises(ValueError, match="it is no success metric"):
         GateConfig(metric="judge_correctness")
 
@@ -334,9 +340,9 @@ def test_a_record_of_another_judge_or_another_prompt_counts_for_nothing(tmp_path
     ):
         write_json(tmp_path / "judge_agreement.json", record | changed)
         found = read_agreement(tmp_path, config)["correctness"]
-        assert found == AGREED if why is None else why in found["why"]
+        assert found == Agreement(**AGREED) if why is None else why in found.why
     write_json(tmp_path / "judge_agreement.json", record)
-    assert read_agreement(tmp_path, config)["preference"].keys() == {"why"}
+    assert msgspec.to_builtins(read_agreement(tmp_path, config)["preference"]).keys() == {"why"}
 
 
 def test_an_evaluation_asks_the_judge_and_the_card_tells_what_it_said(
@@ -357,7 +363,9 @@ def test_an_evaluation_asks_the_judge_and_the_card_tells_what_it_said(
     agreement = metrics["judge"]["agreement"]["correctness"]
     assert agreement.keys() == {"why"} and "ratchet gate judge" in agreement["why"]
     assert read_json(tmp_path / "out/metrics.json")["judge"]["model"] == "big"
-    card = model_card(metrics, {"verdict": "promote", "rival": {"version": None}, "checks": []}, {})
+    card = model_card(
+        decode_metrics(metrics), Verdict("promote", [], Rival("base", None), [], Candidate("", "")), {}
+    )
     assert "### Judged by big" in card
     assert "| correctness | 4 | " in card
     assert "| not measured |" in card

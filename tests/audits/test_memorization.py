@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 import pytest
+from evaluated import evaluate
 
 from ratchet.audits.memorization import measure_exposure
 from ratchet.config.data import TokenizeConfig
@@ -27,7 +28,6 @@ from ratchet.gate.guardrails import judge_leaks
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import load_base, load_tokenizer
 from ratchet.training.packing import read_windows, rows_of
-from tasks.evaluate import evaluate
 from tasks.tokenize import tokenize
 from tasks.train import train
 
@@ -113,7 +113,7 @@ def test_a_canary_that_does_not_fit_is_told(tmp_path, few, tiny_base, nobody, co
 def test_a_model_that_never_saw_the_canaries_ranks_them_by_chance(tiny_base):
     chat, model = ChatFormat(load_tokenizer(tiny_base)), load_base(tiny_base).eval()
     exposure = np.array(
-        [line["exposure"] for line in measure_exposure(model, chat, make_canaries(60), batch_size=256)]
+        [line.exposure for line in measure_exposure(model, chat, make_canaries(60), batch_size=256)]
     )
     chance = np.mean([math.log2((ALTERNATIVES + 1) / rank) for rank in range(1, ALTERNATIVES + 2)])
     assert abs(exposure.mean() - chance) < 3 * 1.4 / math.sqrt(60)

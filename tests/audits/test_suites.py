@@ -11,14 +11,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from evaluated import evaluate
 
 from ratchet.audits.suites import read_suites, run_suites
 from ratchet.errors import ConfigError, DataError
+from ratchet.evaluation.report import decode_metrics
 from ratchet.files import read_json, write_json
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import load_base, load_tokenizer
+from ratchet.promotion.verdict import Candidate, Rival, Verdict
 from ratchet.reporting.markdown import model_card
-from tasks.evaluate import evaluate
 
 SUITE = """
 dataset_path: json
@@ -48,8 +50,8 @@ def own(tmp_path) -> Path:
 def test_the_harness_gives_what_the_plain_model_gives(own, tiny_base):
     model, tokenizer = load_base(tiny_base).eval(), load_tokenizer(tiny_base)
     lines = run_suites(model, tokenizer, read_suites(own, ["tiny"]), batch_size=4)
-    assert [line["suite"] for line in lines] == ["tiny"] * len(DOCS)
-    assert len({line["id"] for line in lines}) == len(DOCS)
+    assert [line.suite for line in lines] == ["tiny"] * len(DOCS)
+    assert len({line.id for line in lines}) == len(DOCS)
     for doc, line in zip(DOCS, lines, strict=True):
         sums = []
         for choice in doc["choices"]:
@@ -57,7 +59,7 @@ def test_the_harness_gives_what_the_plain_model_gives(own, tiny_base):
             with torch.inference_mode():
                 logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)  # (seq, vocab)
             sums.append(sum(logs[place - 1, whole[place]].item() for place in range(len(asked), len(whole))))
-        assert line["score"] == float(sums.index(max(sums)) == doc["answer"])
+        assert line.score == float(sums.index(max(sums)) == doc["answer"])
 
 
 def test_an_evaluation_runs_its_suites_on_every_model_and_the_card_shows_them(
@@ -83,10 +85,10 @@ def test_an_evaluation_runs_its_suites_on_every_model_and_the_card_shows_them(
         read_suites(own, ["tiny"]),
         batch_size=4,
     )
-    assert sides["base"].tolist() == [line["score"] for line in plain]
+    assert sides["base"].tolist() == [line.score for line in plain]
     assert (metrics["suites"]["tiny"]["metric"], metrics["suites"]["tiny"]["rows"]) == ("acc", len(DOCS))
     assert "| tiny | acc | 12 | " in model_card(
-        metrics, {"verdict": "promote", "rival": {"version": 1}, "checks": []}, {}
+        decode_metrics(metrics), Verdict("promote", [], Rival("champion", 1), [], Candidate("", "")), {}
     )
 
 

@@ -438,7 +438,10 @@ def test_with_mlflow_away_the_rows_are_forgotten_and_the_marks_follow(root, monk
 
 def test_a_pending_mark_keeps_a_retraining_from_having_nothing_to_do(root):
     from flows.retrain import is_in_charge
-    from ratchet.promotion.champion import Champion
+    from ratchet.evaluation.report import Metrics
+    from ratchet.models.manifests import TrainedManifest
+    from ratchet.promotion.champion import Champion, GateLine
+    from ratchet.promotion.verdict import Candidate, Rival, Verdict
     from tasks.record import Findings
 
     kept = {
@@ -454,8 +457,9 @@ def test_a_pending_mark_keeps_a_retraining_from_having_nothing_to_do(root):
         "move": "promote",
         "replaced": None,
     }
-    champion = Champion(name="small", version=1, run_key="key1", gate={"verdict": "promote"}, **kept)
-    found = Findings({"run_key": "key1"}, {}, {}, {"verdict": "promote"}, {}, root)
+    champion = Champion(name="small", version=1, run_key="key1", gate=GateLine("promote", None), **kept)
+    verdict = Verdict("promote", [], Rival("base", None), [], Candidate("key1", ""))
+    found = Findings(TrainedManifest(run_key="key1"), {}, Metrics(None), verdict, {}, root)
     assert is_in_charge(root, champion, found)
     write_files(root, {".ratchet/forget-pending": "1 rows\n"})
     assert not is_in_charge(root, champion, found)

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from evaluated import evaluate
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +26,6 @@ from ratchet.models.chat_template import ChatFormat
 from ratchet.models.generation import answer_likelihoods, greedy_answers
 from ratchet.models.loading import load_adapter, load_base, load_tokenizer
 from tasks.base import make_base
-from tasks.evaluate import evaluate
 
 WEIGHTS = "adapter_model.safetensors"
 SCORES = ["answer", "answer_nll", "answer_tokens", "exact_match", "token_f1", "rouge_l", "chrf"]

@@ -7,6 +7,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from ratchet.evaluation.metrics import are_labels, macro_f1
+from ratchet.evaluation.statistics import Interval
 
 
 @pytest.mark.parametrize(
@@ -44,8 +45,8 @@ def test_macro_f1_is_scikit_learns(seed):
 
 def test_a_perfect_and_an_empty_side_have_no_doubt():
     wanted = ["a", "b"] * 20
-    assert macro_f1(wanted, wanted, alpha=0.025, resamples=200, seed=0) == (1.0, 1.0, 1.0)
-    assert macro_f1([""] * 40, wanted, alpha=0.025, resamples=200, seed=0) == (0.0, 0.0, 0.0)
+    assert macro_f1(wanted, wanted, alpha=0.025, resamples=200, seed=0) == Interval(1.0, 1.0, 1.0)
+    assert macro_f1([""] * 40, wanted, alpha=0.025, resamples=200, seed=0) == Interval(0.0, 0.0, 0.0)
 
 
 def test_a_rare_label_weighs_as_much_as_a_common_one():

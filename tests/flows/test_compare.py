@@ -6,51 +6,42 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import pytest
 
 from flows.compare import measure, settings_of
 from ratchet.config.params import Config
 from ratchet.errors import UserError
+from ratchet.evaluation.statistics import Interval
 from ratchet.files import read_json, write_json
 from ratchet.models.loading import WEIGHTS
-from ratchet.reporting.markdown import HEAD, markdown, table_rows, text
+from ratchet.promotion.verdict import Speed
+from ratchet.reporting.comparison import HEAD, Comparison, Failed, Measured, markdown, text
 from ratchet.training.launch import Material
 from tasks.latency import measure as measure_latency
 
 ROOT = Path(__file__).parents[2]
 
 
-def compared(method: str, **more: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "method": method,
-        "changes": {"adapter.method": method},
-        "failed": "",
-        "quality": {"mean": 0.5, "low": 0.4, "high": 0.6},
-        "validation_loss": 1.23456,
-        "seconds": 12.34,
-        "peak_mib": 1234.5,
-        "saved_mib": 0.5,
-        "latency": {"answers": 40, "tokens": 3.0, "milliseconds": {"mean": 20.0, "low": 19.0, "high": 21.0}},
-    }
-    return {**row, **more}
-
-
-FOUND = {
-    "metric": "exact_match",
-    "rows": 75,
-    "seed": 17,
-    "commit": "c" * 40,
-    "machine": "2 cores",
-    "methods": [compared("full"), compared("lora", failed="training failed: a|b")],
-}
+FULL = Measured(
+    "full",
+    {"adapter.method": "full"},
+    quality=Interval(0.5, 0.4, 0.6),
+    test_rows=75,
+    validation_loss=1.23456,
+    seconds=12.34,
+    peak_mib=1234.5,
+    saved_mib=0.5,
+    latency=Speed(40, {"mean": 20.0, "low": 19.0, "high": 21.0}, 3.0, 150.0),
+    figures={},  # type: ignore[typeddict-item]  # no table shows them
+)
+LORA = Failed("lora", {"adapter.method": "lora"}, "training failed: a|b")
+FOUND = Comparison("exact_match", 75, 17, "c" * 40, "2 cores", [FULL, LORA])
 
 
 def test_the_table_has_every_figure_and_the_reason_of_a_method_that_failed() -> None:
-    head, _, full, lora = table_rows(FOUND)
-    assert head == HEAD
-    assert full == (
+    assert FULL.cells == (
         "full",
         "0.500 [0.400, 0.600]",
         "1.2346",
@@ -60,7 +51,7 @@ def test_the_table_has_every_figure_and_the_reason_of_a_method_that_failed() -> 
         "20.0 [19.0, 21.0]",
         "3.0",
     )
-    assert lora[:2] == ("lora", "failed: training failed: a/b") and len(lora) == len(HEAD)
+    assert LORA.cells[:2] == ("lora", "failed: training failed: a/b") and len(LORA.cells) == len(HEAD)
     assert [line.count("|") for line in markdown(FOUND).splitlines() if line.startswith("|")] == [
         len(HEAD) + 1
     ] * 4
@@ -113,13 +104,13 @@ def test_a_method_is_trained_scored_and_asked_and_one_that_fails_says_why(
         {**settings_of(tiny_config, "full"), "train.learning_rate": 1e30},
         said.append,
     )
-    assert good["failed"] == "", said
+    assert isinstance(good, Measured), said
     folder = place / ".ratchet/compare/lora"
-    assert good["validation_loss"] == read_json(folder / "reports/figures.json")["best_validation_loss"]
+    assert good.validation_loss == read_json(folder / "reports/figures.json")["best_validation_loss"]
     assert (
-        good["quality"]
+        msgspec.structs.asdict(good.quality)
         == read_json(folder / "evaluation/metrics.json")["slices"]["test"]["candidate"]["exact_match"]
     )
-    assert good["saved_mib"] == (folder / "candidate" / WEIGHTS).stat().st_size / 2**20
-    assert good["seconds"] > 0 and good["peak_mib"] > 100 and good["latency"]["milliseconds"]["low"] > 0
-    assert bad["failed"].startswith("training failed: DivergenceError: ")
+    assert good.saved_mib == (folder / "candidate" / WEIGHTS).stat().st_size / 2**20
+    assert good.seconds > 0 and good.peak_mib > 100 and good.latency.milliseconds["low"] > 0
+    assert bad.failed.startswith("training failed: DivergenceError: ")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
+import msgspec
 import pytest
 from places import make_repository, use_git_without_a_user
 
@@ -12,14 +11,12 @@ from ratchet.errors import RatchetError
 from ratchet.files import read_json, write_json
 from ratchet.gate.alpha_budget import FILE, alpha_of, look_number, read_looks, with_verdict
 from ratchet.pipeline.dvc import Workspace
+from ratchet.promotion.verdict import Candidate, Rival, Verdict, read_verdict
 from tasks.pin import pin_looks
 
 
-def verdict(key: str, version: int | None = 7) -> dict:
-    return {
-        "rival": {"model": "champion", "version": version},
-        "candidate": {"run_key": key, "adapter_sha256": "sha"},
-    }
+def verdict(key: str, version: int | None = 7) -> Verdict:
+    return Verdict("reject", ["worse"], Rival("champion", version), [], Candidate(key, "sha"))
 
 
 @pytest.mark.parametrize("budget", [0.05, 0.01])
@@ -66,9 +63,9 @@ def test_a_retraining_counts_the_verdict_before_it_once(tmp_path, monkeypatch):
     assert pin_looks(workspace)  # a checkout from before: the file is made
     assert not pin_looks(workspace)
     for number, key in enumerate(("a", "b"), start=1):
-        write_json(root / "reports/gate.json", verdict(key))
+        write_json(root / "reports/gate.json", msgspec.to_builtins(verdict(key)))
         assert pin_looks(workspace)
         assert not pin_looks(workspace)
         assert look_number(read_looks(root / FILE), 7) == number + 1
     assert read_json(root / FILE) == {"judged": {"7": ["a", "b"]}}
-    assert json.loads((root / "reports/gate.json").read_text()) == verdict("b")
+    assert read_verdict(root / "reports/gate.json") == verdict("b")

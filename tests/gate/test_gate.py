@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -108,7 +109,7 @@ class Bench:
             self.folder / name
             for name in ("evaluation", "candidate", "incumbent", "parity.json", "looks.json", "gate.json")
         )
-        return judge(*places, config, self.folder / "train").to_json()
+        return msgspec.to_builtins(judge(*places, config, self.folder / "train"))
 
 
 @pytest.fixture
@@ -300,13 +301,14 @@ def whole(bench: Bench, table: pd.DataFrame, asked: ParityConfig, *, method: str
         bench.folder / name
         for name in ("evaluation", "candidate", "incumbent", "parity.json", "looks.json", "gate.json")
     )
-    return judge(
+    found = judge(
         *places,
         GateConfig(resamples=500, min_rows=200),
         bench.folder / "train",
         prepared=bench.folder / "prepared",
         parity_asked=asked,
-    ).to_json()
+    )
+    return msgspec.to_builtins(found)
 
 
 def prepare(bench: Bench, table: pd.DataFrame) -> pd.DataFrame:

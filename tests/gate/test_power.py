@@ -6,6 +6,7 @@ import json
 import math
 from statistics import NormalDist
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from ratchet.cli.main import app
 from ratchet.config.evaluation import GateConfig
 from ratchet.gate.power import Spread, plan, spread_of
+from ratchet.promotion.verdict import Candidate, Rival, Verdict
 
 CONFIG = GateConfig(min_rows=50)
 NORMAL = NormalDist()
@@ -113,9 +115,8 @@ def test_the_last_evaluation_gives_rows_and_spread_and_the_ledger_the_look(root)
     pd.concat([rows.assign(model="candidate"), other.assign(model="base")]).to_parquet(
         root / "reports/evaluation/scores.parquet"
     )
-    (root / "reports/gate.json").write_text(
-        json.dumps({"rival": {"version": None}, "candidate": {"run_key": "b"}})
-    )
+    verdict = Verdict("reject", ["worse"], Rival("base", None), [], Candidate("b", "sha"))
+    (root / "reports/gate.json").write_bytes(msgspec.json.encode(verdict))
     (root / "reports/looks.json").write_text(json.dumps({"judged": {"base": ["a"]}}))
     found = json.loads(call(root, "--effect", "0.1", "--json").stdout)
     assert (found["rows"], found["basis"]["golden"], found["basis"]["look"]) == (300, 100, 3)

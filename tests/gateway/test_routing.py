@@ -77,7 +77,7 @@ class Place:
             "run_id": "",
             "batches": [],
             "data": {},
-            "gate": {},
+            "gate": {"verdict": "promote", "rival": None},
             "at": "",
             "by": "Ana",
             "why": "",
@@ -116,7 +116,8 @@ class Place:
         )
 
     def state(self) -> dict[str, Any]:
-        return read_state(self.root) or {}
+        state = read_state(self.root)
+        return msgspec.to_builtins(state) if state else {}
 
 
 def digest(version: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from evaluated import evaluate
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
@@ -29,7 +30,6 @@ from ratchet.serving.loaded_model import LoadedModel, batch_place, model_place
 from ratchet.serving.local_engine import LocalEngine
 from ratchet.serving.upstream_engine import UpstreamEngine
 from ratchet.training.packing import IGNORED, Window, read_windows, rows_of
-from tasks.evaluate import evaluate
 from tasks.train import train
 
 LENGTH = 96

@@ -8,7 +8,16 @@ from places import commit, make_repository, use_git_without_a_user, write_files
 
 from ratchet.errors import CheckoutError
 from ratchet.pipeline.checkout import git
-from ratchet.promotion.champion import FILE, Champion, last_entry, read_champion, read_ledger, write_champion
+from ratchet.promotion.champion import (
+    FILE,
+    Champion,
+    Data,
+    GateLine,
+    last_entry,
+    read_champion,
+    read_ledger,
+    write_champion,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +40,8 @@ def entry(version: int, previous: int | None = None, **changes: object) -> Champ
         run_id="r" * 32,
         adapter_sha256="a" * 64,
         batches=["one.jsonl", "zwei-ü.jsonl"],
-        data={"rows": 10, "batches": 2, "dvc": "d.dir"},
-        gate={
-            "verdict": "promote",
-            "rival": previous,
-            "metric": "exact_match",
-            "mean": 0.2,
-            "low": 0.1,
-            "high": 0.3,
-        },
+        data=Data("d.dir", 2, 10),
+        gate=GateLine("promote", previous, "exact_match", 0.2, 0.1, 0.3),
         at="2026-01-02T03:04:05Z",
         by="Ana",
         why="better",

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 from patience import within
 from places import (
@@ -25,10 +26,13 @@ from flows.promotion import promote_version, roll_back
 from ratchet.config.data import ProjectConfig
 from ratchet.config.params import Config
 from ratchet.errors import CheckoutError, ServiceError, UserError
+from ratchet.evaluation.report import Metrics
+from ratchet.models.manifests import TrainedManifest
 from ratchet.pipeline.checkout import git
 from ratchet.pipeline.workspace import open_workspace
 from ratchet.promotion.champion import FILE, Champion, read_champion, read_ledger
-from ratchet.services.status import ledger_lines, ledger_rows
+from ratchet.promotion.verdict import Candidate, Rival, Verdict
+from ratchet.services.status import ledger_lines, read_moves
 from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run, mlflow_client
 from ratchet.tracking.registry import CHALLENGER, CHAMPION, get_alias, get_version, make_version, set_alias
 from tasks.promote import alias_is_pending, follow_alias, promote
@@ -116,7 +120,7 @@ def test_a_promotion_is_a_commit_a_tag_and_an_alias(root):
         "Ana",
         "better",
     )
-    assert (chosen.commit, chosen.run_key, chosen.batches, chosen.data["rows"], chosen.gate["mean"]) == (
+    assert (chosen.commit, chosen.run_key, chosen.batches, chosen.data.rows, chosen.gate.mean) == (
         get_version("small", 1).tags["git_commit"],
         "key1",
         ["batch0.jsonl"],
@@ -179,7 +183,7 @@ def test_a_person_may_overrule_the_gate_and_the_ledger_keeps_why(root):
     chosen = take(root, register(2, rival=None, verdict="reject"), reason="the base is to go", force=True)
     assert read_champion(root) == chosen
     assert chosen.why == "the base is to go"
-    assert chosen.gate["verdict"] == "reject"
+    assert chosen.gate.verdict == "reject"
 
 
 def test_an_unknown_version_is_refused_with_those_that_there_are(root):
@@ -245,9 +249,8 @@ def test_a_retraining_decides_on_todays_champion_and_not_on_the_one_of_its_clone
 
     reign(root, 2)
     register(3, rival=2)
-    found = Findings(
-        {}, {}, {}, {"verdict": "promote", "rival": {"model": "champion", "version": 2}}, {}, root
-    )
+    verdict = Verdict("promote", [], Rival("champion", 2), [], Candidate("", ""))
+    found = Findings(TrainedManifest(), {}, Metrics(2), verdict, {}, root)
     with open_workspace(root, "retrain", quiet) as workspace, disable_run_logger():
         back(root)
         assert decide.fn(workspace, get_version("small", 3), found, CONFIG, "new rows").version == 1
@@ -347,14 +350,15 @@ def test_a_champion_file_that_is_garbage_is_refused(root):
 def test_the_history_tells_every_move_with_its_reason_data_and_gate(root):
     reign(root, 2)
     back(root, "wrong answers about refunds")
-    rows = ledger_rows(root)
+    moves = read_moves(root)
+    rows = msgspec.to_builtins(moves)
     assert [(row["move"], row["from"], row["to"]) for row in rows] == [
         ("rollback", 2, 1),
         ("promote", 1, 2),
         ("promote", None, 1),
     ]
     assert json.loads(json.dumps(rows)) == rows
-    text = "\n".join(ledger_lines(rows))
+    text = "\n".join(ledger_lines(moves))
     for words in (
         "rollback v2 → v1  by Ana",
         "why   wrong answers about refunds",

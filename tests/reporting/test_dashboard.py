@@ -17,7 +17,7 @@ from ratchet.monitoring.verdicts import VERDICTS, seconds_of
 from ratchet.promotion.rollout import FILE as ROLLOUT
 from ratchet.promotion.rollout import read_rollout, write_rollout
 from ratchet.reporting.charts import intervals, lines, make_slots, nice_top, p_height, stack
-from ratchet.reporting.dashboard import gather, render_page, write_page
+from ratchet.reporting.dashboard import Part, gather, render_page, write_page
 from ratchet.reporting.forgetting import OLD_SAVED, SAVED
 
 
@@ -90,7 +90,7 @@ def test_it_shows_traffic_and_feedback_by_version(busy: Path) -> None:
     found = gather(busy, CONFIG)
     words = Reader(render_page(busy, CONFIG)).words
 
-    assert sum(row["requests"] for row in found["traffic"]["found"]) == 13 * 72
+    assert sum(row.requests for row in found.traffic.found) == 13 * 72
     assert "v4 18 0.0 %" in words and "v1 287" in words
 
 
@@ -114,21 +114,21 @@ def test_it_shows_the_ledger_and_what_each_promotion_kept(busy: Path) -> None:
     found = gather(busy, CONFIG)
     words = Reader(render_page(busy, CONFIG)).words
 
-    assert [(row["from"], row["to"], row["move"]) for row in found["ledger"]["found"]][:2] == [
+    assert [(row.from_, row.to, row.move) for row in found.ledger.found][:2] == [
         (2, 3, "promote"),
         (3, 2, "rollback"),
     ]
-    assert [entry["version"] for entry in found["forgetting"]["found"]] == [3, 2, 1]
+    assert [entry.version for entry in found.forgetting.found] == [3, 2, 1]
     assert "batch one.jsonl −0.030 [−0.090, +0.030] unclear" in words and "nothing to forget yet" in words
 
 
 def test_a_rollback_does_not_change_what_a_promotion_kept(busy: Path) -> None:
-    entry = gather(busy, CONFIG)["forgetting"]["found"][1]
+    entry = gather(busy, CONFIG).forgetting.found[1]
 
     assert (
-        entry["version"] == 2
-        and entry["rival"] == 1
-        and [row["name"] for row in entry["checks"]] == ["golden", "past"]
+        entry.version == 2
+        and entry.rival == 1
+        and [check.name for check in entry.checks] == ["golden", "past"]
     )
 
 
@@ -213,7 +213,9 @@ def test_a_part_that_cannot_be_read_says_so_and_the_others_stay(
     write_files(busy, {file: garbage * 50})
     found = gather(busy, CONFIG)
 
-    assert [name for name, value in found.items() if isinstance(value, dict) and value.get("fault")] == [part]
+    assert [name for name, value in found._asdict().items() if isinstance(value, Part) and value.fault] == [
+        part
+    ]
     assert "Cannot be read." in render_page(busy, CONFIG)
 
 

@@ -158,9 +158,9 @@ def test_rows_that_moved_stand_side_by_side_and_their_words_do_nothing(look: Any
 def test_the_ledger_has_a_cell_for_every_version_and_slice_in_shades_that_differ(look: Any) -> None:
     table = look("evaluation").page.locator(".heat")
 
-    assert table.locator("tbody tr").count() == len(LEDGER["versions"]) and table.locator(
-        "td"
-    ).count() == len(LEDGER["versions"]) * len(LEDGER["slices"])
+    assert table.locator("tbody tr").count() == len(LEDGER.versions) and table.locator("td").count() == len(
+        LEDGER.versions
+    ) * len(LEDGER.slices)
     assert table.get_by_text("not asked").count() == 1
     assert len(colours(table.screenshot())) >= 5
 

@@ -26,13 +26,13 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_twenty_rows_that_got_better_and_twenty_that_got_worse_are_shown(reports):
     found = gather(reports, "v3", LEDGER)
-    assert ([row["gain"] for row in found["better"]], [row["gain"] for row in found["worse"]]) == (
+    assert ([row.gain for row in found.better], [row.gain for row in found.worse]) == (
         [1.0] * 20,
         [-1.0] * 20,
     )
-    assert {(row["before"] == "wanted", row["now"] == "wanted") for row in found["better"]} == {(False, True)}
-    assert {(row["before"] == "wanted", row["now"] == "wanted") for row in found["worse"]} == {(True, False)}
-    assert {int(row["id"][-3:]) // 30 for row in found["better"]} == {0}
+    assert {(row.before == "wanted", row.now == "wanted") for row in found.better} == {(False, True)}
+    assert {(row.before == "wanted", row.now == "wanted") for row in found.worse} == {(True, False)}
+    assert {int(row.id[-3:]) // 30 for row in found.better} == {0}
 
 
 @pytest.mark.parametrize("rows", [None, b"no table"], ids=["gone", "broken"])
@@ -41,7 +41,7 @@ def test_a_table_that_cannot_be_read_is_said_and_the_rest_is_shown(tmp_path, rep
     table = folder / "reports/evaluation/scores.parquet"
     table.unlink() if rows is None else table.write_bytes(rows)
     found = gather(folder, "v3", LEDGER)
-    assert found["rows_fault"]
+    assert found.rows_fault
     page = render_evaluation(found)
     assert "Cannot be read." in page
     assert ">Retention<" in page
@@ -115,6 +115,6 @@ def test_the_terminal_says_the_same(reports, capsys, monkeypatch):
 
 
 def test_what_is_gathered_is_json(reports):
-    found = json.loads(json.dumps(gather(reports, "v3", LEDGER)))
+    found = json.loads(json.dumps(gather(reports, "v3", LEDGER).to_json()))
     assert found["retention"]["slices"][:2] == list(BATCHES)
     assert HOSTILE in found["better"][0]["question"]

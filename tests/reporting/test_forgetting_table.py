@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pandas as pd
 import pytest
 from places import (
@@ -25,11 +26,12 @@ from typer.testing import CliRunner
 from ratchet.cli.main import app
 from ratchet.config.params import load_config
 from ratchet.data.examples import encode_line, make_example, read_examples
+from ratchet.evaluation.statistics import estimate
 from ratchet.files import read_json, write_bytes, write_json
 from ratchet.models.loading import adapter_sha256
 from ratchet.pipeline.checkout import dvc
 from ratchet.promotion.champion import Champion, write_champion
-from ratchet.reporting.forgetting import CACHE, SAVED, build, cell_of, missing, numbers_of, read_evaluations
+from ratchet.reporting.forgetting import CACHE, SAVED, Cell, Retention, build, numbers_of, read_evaluations
 from ratchet.reporting.heatmap import draw
 from tasks.evaluate import evaluate
 from tasks.ledger import fill
@@ -157,7 +159,7 @@ class Made:
                 "run_key": "",
                 "run_id": "",
                 "data": {},
-                "gate": {},
+                "gate": {"verdict": "promote", "rival": None},
                 "at": "",
                 "by": "tests",
                 "why": "",
@@ -199,23 +201,22 @@ def scores(made: Made, model: str, batch: str) -> Any:
     return table[(table.model == model) & (table.batch == batch)].token_f1.to_numpy()
 
 
-def names(ledger: dict[str, Any]) -> list[str]:
-    return [row["name"] for row in ledger["versions"]]
+def names(ledger: Retention) -> list[str]:
+    return [row.name for row in ledger.versions]
 
 
-def cells(ledger: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(row["cells"] for row in ledger["versions"] if row["name"] == name)
+def cells(ledger: Retention, name: str) -> dict[str, Cell | None]:
+    return next(row.cells for row in ledger.versions if row.name == name)
 
 
 def test_every_version_has_its_row_and_every_batch_its_column(made):
     found = build(made.root, "token_f1", numbers_of(made.root))
     refused = next(name for name in names(found) if name.startswith("unnumbered"))
     assert names(found) == ["base", "v1", refused, "v3"]
-    assert found["slices"] == [made.first, made.second, "golden"]
-    assert found["faults"] == []
+    assert found.slices == [made.first, made.second, "golden"]
+    assert found.faults == []
     assert (
-        build(made.root, "token_f1", {**numbers_of(made.root), made.adapters[1]: 2})["versions"][2]["name"]
-        == "v2"
+        build(made.root, "token_f1", {**numbers_of(made.root), made.adapters[1]: 2}).versions[2].name == "v2"
     )  # as MLflow knows it
 
 
@@ -224,16 +225,14 @@ def test_a_cell_is_what_the_evaluation_recorded(made):
     for name, model in (("v3", "candidate"), ("base", "base"), ("v1", "champion")):
         for batch in (made.first, made.second, "golden"):
             cell = cells(found, name)[batch]
-            assert {key: cell[key] for key in ("rows", "mean", "low", "high")} == cell_of(
-                scores(made, model, batch)
-            )
-            assert cell["low"] <= cell["mean"] <= cell["high"]
+            assert (cell.rows, *cell) == (len(values := scores(made, model, batch)), *estimate(values))
+            assert cell.low <= cell.mean <= cell.high and cell.from_
 
 
 def test_a_version_that_was_not_asked_is_empty_and_says_so(made):
     found = build(made.root, "token_f1", {**numbers_of(made.root), made.adapters[1]: 2})
     assert [name for name, cell in cells(found, "v2").items() if cell is None] == [made.second]
-    assert [(row["name"], slices) for row, slices in missing(found)] == [("v2", [made.second])]
+    assert [(row.name, slices) for row, slices in found.unasked] == [("v2", [made.second])]
 
 
 def test_filling_by_the_command_gives_what_an_evaluation_of_that_day_gives(
@@ -243,9 +242,10 @@ def test_filling_by_the_command_gives_what_an_evaluation_of_that_day_gives(
     use_no_mlflow(monkeypatch)
     done = CliRunner().invoke(app, ["-C", str(made.root), "retention", "--fill", "--json"])
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert missing(found) == []
-    cell = found["versions"][2]["cells"][made.second]
+    shown = json.loads(done.stdout)
+    found = msgspec.convert(shown, Retention)
+    assert found.unasked == []
+    cell = shown["versions"][2]["cells"][made.second]
     evaluate(
         made._made / "prepared",
         made._made / "base",
@@ -255,9 +255,9 @@ def test_filling_by_the_command_gives_what_an_evaluation_of_that_day_gives(
         load_config(made.root / "params.yaml"),
     )
     table = pd.read_parquet(tmp_path / "out/scores.parquet")
-    wanted = cell_of(table[(table.model == "candidate") & (table.batch == made.second)].token_f1.to_numpy())
-    assert cell == {**wanted, "from": "filled"}
-    assert read_json(made.root / SAVED) == found  # what the page shows
+    values = table[(table.model == "candidate") & (table.batch == made.second)].token_f1.to_numpy()
+    assert cell == {**msgspec.structs.asdict(estimate(values)), "from": "filled"}
+    assert read_json(made.root / SAVED) == shown  # what the page shows
     assert (
         fill(made.root, found, read_evaluations(made.root)[0], load_config(made.root / "params.yaml"), print)
         == 0
@@ -265,7 +265,7 @@ def test_filling_by_the_command_gives_what_an_evaluation_of_that_day_gives(
     for path in (made.root / CACHE).glob("filled-*"):
         path.write_text("{")
     assert (
-        len(missing(build(made.root, "token_f1", numbers_of(made.root)))) == 1
+        len(build(made.root, "token_f1", numbers_of(made.root)).unasked) == 1
     )  # what is broken counts for nothing
 
 
@@ -274,20 +274,20 @@ def test_an_evaluation_that_is_gone_is_named_and_the_others_are_shown(made):
     for path in (".dvc/cache", "reports/evaluation", CACHE):
         shutil.rmtree(made.root / path)
     found = build(made.root, "token_f1", numbers_of(made.root), [newest])
-    assert found["versions"] == []
-    assert [fault[:11] for fault in found["faults"]] == ["the scores "]
+    assert found.versions == []
+    assert [fault[:11] for fault in found.faults] == ["the scores "]
 
 
 def test_what_was_read_once_is_not_asked_of_dvc_again(made):
     shutil.rmtree(made.root / ".dvc/cache")
     found = build(made.root, "token_f1", numbers_of(made.root))
-    assert (len(found["versions"]), found["faults"]) == (4, [])
+    assert (len(found.versions), found.faults) == (4, [])
 
 
 def test_the_heat_map_shows_every_cell(made):
     found = build(made.root, "token_f1", numbers_of(made.root))
     texts = [text.get_text() for text in draw(found).axes[0].texts]
-    assert len(texts) == len(found["versions"]) * len(found["slices"])
+    assert len(texts) == len(found.versions) * len(found.slices)
     assert texts.count("not asked") == 1
 
 
@@ -324,5 +324,5 @@ def test_a_metric_that_nobody_recorded_is_told(made, monkeypatch):
 def test_without_an_evaluation_the_ledger_is_empty(tmp_path, monkeypatch):
     use_git_without_a_user(monkeypatch)
     found = build(make_repository(tmp_path / "new"), "exact_match", {})
-    assert (found["versions"], found["slices"]) == ([], [])
+    assert (found.versions, found.slices) == ([], [])
     assert draw(found).axes

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
-from ratchet.reporting.markdown import LABELS, model_card, table
+from ratchet.evaluation.report import Metrics, decode_metrics
+from ratchet.promotion.verdict import Candidate, Check, Rival, Verdict
+from ratchet.reporting.markdown import LABELS, model_card
+from ratchet.reporting.markdown import table as show_table
 
 BATCH = "20260101T000000Z-old-00000000.jsonl"
 
@@ -30,10 +33,25 @@ MODELS = {
     "simple": summary(0.5, likelihood=False),
 }
 CHECKS = [
-    {"name": "success", "result": "pass", "reason": "exact_match on 300 test rows is better for certain"},
-    {"name": "golden", "result": "fail", "reason": "guardrail golden: worse"},
-    {"name": "past", "result": "unclear", "reason": "guardrail past: cannot tell"},
+    Check("success", "exact_match", 300, "pass", "exact_match on 300 test rows is better for certain"),
+    Check("golden", "exact_match", 40, "fail", "guardrail golden: worse"),
+    Check("past", "exact_match", 80, "unclear", "guardrail past: cannot tell"),
 ]
+
+
+def metrics_of(slices: dict[str, Any], **audits: Any) -> Metrics:
+    return decode_metrics({"champion": 7, "slices": slices, **audits})
+
+
+def verdict_of(
+    verdict: Any = "reject", *, rival: int | None = 7, checks: list[Check] = CHECKS, **more: Any
+) -> Verdict:
+    against = Rival("base" if rival is None else "champion", rival)
+    return Verdict(verdict, ["it is so"], against, checks, Candidate("key1", "sha"), **more)
+
+
+def table(part: dict[str, Any]) -> list[str]:
+    return show_table(metrics_of({"test": part}).slices["test"])
 
 
 def card(
@@ -41,13 +59,11 @@ def card(
     *,
     verdict: str = "promote",
     rival: int | None = 7,
-    checks: list[dict[str, Any]] | None = None,
 ) -> str:
-    metrics = {
-        "slices": slices
-        or {"test": MODELS, "golden": MODELS, f"batch:{BATCH}": MODELS, "kind:module": MODELS}
-    }
-    decision = {"verdict": verdict, "rival": {"version": rival}, "checks": checks or CHECKS}
+    metrics = metrics_of(
+        slices or {"test": MODELS, "golden": MODELS, f"batch:{BATCH}": MODELS, "kind:module": MODELS}
+    )
+    decision = verdict_of(verdict, rival=rival)
     return model_card(metrics, decision, {"data": "100 rows in 2 batches, DVC 9f06", "git commit": "c" * 40})
 
 
@@ -78,7 +94,7 @@ def test_the_card_begins_with_the_verdict_and_its_rival(verdict):
 def test_the_card_tells_every_reason_with_its_mark():
     lines = card().splitlines()
     for mark, check in zip("✓✗?", CHECKS, strict=True):
-        assert f"- {mark} {check['reason']}" in lines
+        assert f"- {mark} {check.reason}" in lines
 
 
 def test_the_card_tells_where_the_model_comes_from():
@@ -110,34 +126,16 @@ def test_the_table_has_the_intervals_of_candidate_champion_and_base():
 
 
 def test_every_slice_has_its_gain_and_its_name_opens_no_column():
-    told = [
-        {
-            "name": "topic:a|b <b>",
-            "metric": "chrf",
-            "rows": 60,
-            "mean": -0.1,
-            "low": -0.2,
-            "high": 0.05,
-            "result": "unclear",
-        }
-    ]
-    lines = model_card(
-        {"slices": {"test": MODELS}},
-        {"verdict": "reject", "rival": {"version": 7}, "checks": CHECKS, "slices": told},
-        {},
-    ).splitlines()
+    told = [Check("topic:a|b <b>", "chrf", 60, "unclear", "…", -0.1, -0.2, 0.05)]
+    lines = model_card(metrics_of({"test": MODELS}), verdict_of(slices=told), {}).splitlines()
     assert "| slice | rows | gain in chrf | |" in lines
     assert r"| topic:a\|b \<b\> | 60 | -0.100 [-0.200, +0.050] | ? |" in lines
 
 
 def test_what_a_gain_brings_stands_in_the_card_once():
-    worth = {"name": "worth", "result": "fail", "reason": "worth: it does not"}
+    worth = Check("worth", "exact_match", 300, "fail", "worth: it does not")
     for checks in (CHECKS, [*CHECKS, worth]):
-        text = model_card(
-            {"slices": {"test": MODELS}},
-            {"verdict": "reject", "rival": {"version": 7}, "checks": checks, "worth": worth},
-            {},
-        )
+        text = model_card(metrics_of({"test": MODELS}), verdict_of(checks=checks, worth=worth), {})
         assert text.count("- ✗ worth: it does not") == 1
 
 
@@ -147,13 +145,8 @@ def test_every_kind_of_attack_has_the_share_that_each_model_withstood():
             "injection": {"candidate": {"rows": 40, **interval(0.9)}, "base": {"rows": 40, **interval(0.5)}}
         }
     }
-    decision = {
-        "verdict": "reject",
-        "rival": {"version": 7},
-        "checks": CHECKS,
-        "params": {"metric": "exact_match"},
-    }
-    lines = model_card({"slices": {"test": MODELS}, "attacks": withstood}, decision, {}).splitlines()
+    metrics = metrics_of({"test": MODELS}, attacks=withstood)
+    lines = model_card(metrics, verdict_of(params={"metric": "exact_match"}), {}).splitlines()
     assert "| kind | rows | candidate | base |" in lines
     assert "| injection | 40 | 0.900 [0.850, 0.950] | 0.500 [0.450, 0.550] |" in lines
 

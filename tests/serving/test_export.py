@@ -19,13 +19,16 @@ from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig
 from ratchet.data.examples import Example, Message, encode_line, read_examples
 from ratchet.errors import BaseModelError, UserError
+from ratchet.evaluation.report import decode_metrics
 from ratchet.files import read_json, sha256_file, write_bytes, write_json
 from ratchet.models.adapters import load_trained
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.gguf import FILE, load_gguf, why_no_gguf, write_gguf
 from ratchet.models.loading import adapter_sha256, load_tokenizer
+from ratchet.models.manifests import AdapterRecord, BaseName, TrainedManifest
 from ratchet.pipeline.checkout import dvc, git
 from ratchet.promotion.champion import Champion, write_champion
+from ratchet.promotion.verdict import Candidate, Rival, Verdict
 from ratchet.reporting.model_card import hub_card
 from ratchet.serving.bundle import Bundle, Generation
 from ratchet.serving.version_source import Source, find_source
@@ -34,13 +37,14 @@ from tasks.train import train
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6}
 METRICS: dict[str, Any] = {
+    "champion": None,
     "slices": {
         "test": {
             "candidate": {"rows": 57, "exact_match": INTERVAL, "answer_nll": INTERVAL, "perplexity": 2.0}
         }
-    }
+    },
 }
-DECISION: dict[str, Any] = {"verdict": "promote", "rival": {"model": "base", "version": None}, "checks": []}
+DECISION = Verdict("promote", ["better"], Rival("base", None), [], Candidate("key", "sha"))
 CONFIG = Config(parity=ParityConfig(rows=12))
 
 
@@ -130,7 +134,7 @@ def test_the_record_names_version_sums_and_scores_and_every_file(
         "README.md",
         "config.json",
     } <= written
-    assert abs(record.scores.difference.answer_nll.mean) < 1e-5
+    assert abs(record.scores.difference["answer_nll"].mean) < 1e-5
     assert any("answer NLL" in line for line in tell(record, tmp_path))
 
 
@@ -178,7 +182,7 @@ def test_a_gguf_file_is_scored_beside_the_adapter(
     assert set(record.files) == {FILE, "README.md"}
     weights = sum(weights.numel() for weights in load_gguf(tmp_path / "out").parameters() if weights.ndim > 1)
     assert (tmp_path / "out" / FILE).stat().st_size < weights * bits / 8 + 60_000, "weights, and a vocabulary"
-    assert record.scores.adapter.answer_nll != record.scores.export.answer_nll
+    assert record.scores.adapter["answer_nll"] != record.scores.export["answer_nll"]
     if loss is None:
         assert record.check.result == "pass" and record.check.largest < 1e-3
     else:
@@ -339,7 +343,8 @@ def checkout(
     stages = "".join(
         f"  {name}: {{cmd: cp -r ../made/{name} {out}, outs: [{out}]}}\n" for name, out in outs.items()
     )
-    gate = {**DECISION, "candidate": {"adapter_sha256": adapter_sha256(candidate)}}
+    judged = Candidate("key", adapter_sha256(candidate))
+    gate = msgspec.to_builtins(msgspec.structs.replace(DECISION, candidate=judged))
     folders = {f"{folder}/.gitignore": "" for folder in ("models", "data", "reports")}
     write_files(
         root,
@@ -357,7 +362,7 @@ def checkout(
         "run_id": "r",
         "batches": [],
         "data": {},
-        "gate": {"verdict": "promote"},
+        "gate": {"verdict": "promote", "rival": None},
         "at": "2026-01-01T00:00:00Z",
         "by": "Ana",
         "why": "",
@@ -387,7 +392,7 @@ def test_a_version_comes_whole_from_its_own_commit(
     which: str, label: str, checkout: Path, candidate: Path
 ) -> None:
     found = find_source(checkout, "small", which)
-    assert (found.label, len(found.rows), found.metrics, found.decision["verdict"]) == (
+    assert (found.label, len(found.rows), found.metrics, found.decision.verdict) == (
         label,
         5,
         METRICS,
@@ -415,10 +420,7 @@ def test_versions_that_are_not_there_are_told(
 # --- the card ---
 
 
-MANIFEST: dict[str, Any] = {
-    "adapter": {"method": "qlora"},
-    "base": {"model": "org/base", "revision": "f" * 40},
-}
+MANIFEST = TrainedManifest(AdapterRecord("qlora"), BaseName("org/base", "f" * 40))
 
 
 @pytest.mark.parametrize(
@@ -433,7 +435,9 @@ MANIFEST: dict[str, Any] = {
 def test_the_hub_reads_base_library_and_results_with_their_intervals(
     kind: str, library: str, relation: str
 ) -> None:
-    card = ModelCard(hub_card("claims", "v3", kind, MANIFEST, METRICS, DECISION, {"git commit": "abc"}))
+    card = ModelCard(
+        hub_card("claims", "v3", kind, MANIFEST, decode_metrics(METRICS), DECISION, {"git commit": "abc"})
+    )
     assert (card.data.base_model, card.data.library_name, card.data.base_model_relation) == (
         "org/base",
         library,
@@ -456,8 +460,8 @@ def test_a_base_that_is_on_no_hub_is_not_named_as_if_it_were() -> None:
             "claims",
             "v3",
             "adapter",
-            {**MANIFEST, "base": {"model": "demo", "revision": None}},
-            METRICS,
+            msgspec.structs.replace(MANIFEST, base=BaseName("demo")),
+            decode_metrics(METRICS),
             DECISION,
             {},
         )
@@ -472,5 +476,5 @@ def test_the_card_of_an_export_tells_the_files_own_scores(
     record = export(source(trained("lora"), tiny_base, prepared), "int4", tmp_path / "out", CONFIG)
     card = ModelCard.load(tmp_path / "out/README.md")
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert found["answer_nll"] == pytest.approx(record.scores.export.answer_nll.mean, abs=1e-6)
+    assert found["answer_nll"] == pytest.approx(record.scores.export["answer_nll"].mean, abs=1e-6)
     assert "| | adapter | int4 | difference |" in card.text

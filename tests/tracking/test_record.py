@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from huggingface_hub import ModelCard
 from judged import LEDGER, make_reports
@@ -16,13 +17,13 @@ from ratchet.config.data import ProjectConfig
 from ratchet.config.params import Config
 from ratchet.errors import RatchetError, ServiceError
 from ratchet.files import write_json
+from ratchet.promotion.verdict import Candidate, Check, Rival, Verdict
 from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run, mlflow_client
 from ratchet.tracking.registry import get_version, list_versions
 from tasks.record import (
     MAX_DESCRIPTION,
     close_lost_runs,
-    describe_data,
-    gate_summary,
+    gate_line,
     read_findings,
     record,
     record_page,
@@ -106,6 +107,7 @@ def make_findings(
             "verdict": verdict,
             "reasons": ["it is better"],
             "rival": {"model": "champion", "version": 1},
+            "candidate": {"run_key": "key1", "adapter_sha256": "a" * 64},
             "checks": [check],
         },
     )
@@ -253,7 +255,6 @@ def test_many_batches_are_delivered_and_the_card_fits_into_the_registry(tmp_path
         CONFIG,
         run_id=run_id,
         commit=COMMIT,
-        data=describe_data(folder, found.profile, found.manifest["batches"]),
     )
     assert len(version.description) <= MAX_DESCRIPTION
     assert version.description.endswith(
@@ -276,7 +277,6 @@ def registered(folder: Path) -> Any:
         CONFIG,
         run_id=run_id,
         commit=COMMIT,
-        data=describe_data(folder, found.profile, found.manifest["batches"]),
     )
 
 
@@ -324,9 +324,9 @@ def test_registering_twice_makes_one_version_and_a_new_verdict_is_told(folder):
 
 
 def test_too_few_rows_leave_the_ledgers_figures_open(folder):
-    check = {"name": "success", "metric": "exact_match", "rows": 12, "result": "unclear", "reason": "too few"}
-    summary = gate_summary({"verdict": "uncertain", "rival": {"version": None}, "checks": [check]})
-    assert summary == {
+    check = Check("success", "exact_match", 12, "unclear", "too few")
+    verdict = Verdict("uncertain", ["too few"], Rival("base", None), [check], Candidate("key1", "sha"))
+    assert msgspec.to_builtins(gate_line(verdict)) == {
         "verdict": "uncertain",
         "rival": None,
         "metric": "exact_match",
@@ -362,7 +362,7 @@ def test_a_server_that_is_away_is_an_error_of_the_service_and_the_files_stand(fo
     use_no_mlflow(monkeypatch)
     with pytest.raises(ServiceError):
         record(read_findings(folder), CONFIG, commit=COMMIT, reason="by hand")
-    assert read_findings(folder).decision["verdict"] == "promote"
+    assert read_findings(folder).decision.verdict == "promote"
 
 
 def test_runs_that_a_killed_process_left_open_are_closed_and_others_stay(tmp_path, monkeypatch):
