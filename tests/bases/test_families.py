@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ratchet.config.evaluation import EvaluateConfig, ParityConfig
@@ -18,7 +19,7 @@ from ratchet.config.training import AdapterConfig, BaseConfig, TrainConfig
 from ratchet.data.examples import encode_line, read_examples
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, write_bytes
-from ratchet.models.loading import load_base, load_tokenizer, quiet
+from ratchet.models.loading import WEIGHTS, load_base, load_tokenizer, quiet
 from ratchet.serving.bundle import bundle_candidate
 from ratchet.serving.version_source import Source
 from tasks.base import make_base
@@ -169,6 +170,11 @@ def test_a_family_goes_from_base_to_export_or_is_refused_by_its_proof(place: tup
     tokenize(at.prepared, at.base, at.nobody, at.folder / "tokens", at.config)
     candidate = at.folder / "candidate"
     train(at.folder / "tokens", at.base, at.nobody, candidate, at.folder / "reports", at.config)
+    if "targets" in adapted:
+        trained = " ".join(load_file(candidate / WEIGHTS))
+        assert "q_proj" in trained and not any(
+            word in trained for word in ("expert", "mlp", "gate", "router")
+        )
     report = parity(
         at.prepared, at.folder / "tokens", at.base, candidate, at.folder / "parity.json", at.config
     )
@@ -178,3 +184,12 @@ def test_a_family_goes_from_base_to_export_or_is_refused_by_its_proof(place: tup
     source = Source("v1", "c" * 40, bundle, rows, METRICS, DECISION)
     record = export(source, "merged", at.folder / "exported", at.config)
     assert record.check.result == "pass"
+
+
+@pytest.mark.parametrize("place", ["qwen3_moe"], indirect=True)
+def test_experts_that_are_named_are_refused_before_training(place: tuple[Family, Place]) -> None:
+    _, at = place
+    adapter = AdapterConfig(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    with pytest.raises(BaseModelError, match=r"training: .*reaches routers or experts"):
+        make_base(at.base, at.config.model_copy(update={"adapter": adapter}))
+    assert not at.base.exists()
