@@ -42,6 +42,7 @@ def _global(
 
 
 for command in (
+    *(services.init, services.params),
     *(loop.demo, services.up, services.down, loop.ingest, loop.synthesize, loop.retrain, loop.monitor),
     *(training.base, training.plan, training.sweep, training.compare, retention, export),
     *(promotion.promote, promotion.rollback, promotion.history),

@@ -1,4 +1,4 @@
-"""`ratchet up`, `down`, `serve`, `status`, `report`, `doctor` and `keys`: what runs here, and how it is."""
+"""`ratchet init`, `params`, `up`, `down`, `serve`, `status`, `report`, `doctor`, `keys`: set up and run."""
 
 from __future__ import annotations
 
@@ -40,6 +40,64 @@ def keys_revoke(name: Annotated[str, typer.Argument(help="Whose key it is.")]) -
 
     revoke_key(find_root(), name)
     say(f"the key of {name} is refused from now on")
+
+
+def init(
+    base: Annotated[
+        str | None, typer.Option(help="The base: `demo`, or `org/name@COMMIT` with 40 hex digits.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="File, glob or URL of JSON Lines; `pydoc`: the embedded example.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="The score that the gate judges by.")] = None,
+    gpu: Annotated[
+        bool | None, typer.Option("--gpu/--no-gpu", help="Train on a GPU, on a base in 4 bits.")
+    ] = None,
+    promotion: Annotated[str | None, typer.Option(help="Who promotes: rollout, auto or manual.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a params.yaml that was changed.")] = False,
+) -> None:
+    """Ask five questions and write params.yaml; with one of the answers given it asks nothing.
+
+    Example: ratchet init --data 'exports/*.jsonl' --promotion manual
+    """
+    from ratchet.config.setup import Answers, changes_for, write_params
+
+    given = {"base": base, "data": data, "metric": metric, "gpu": gpu, "promotion": promotion}
+    answers = Answers(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    if answers == Answers() and all(value is None for value in given.values()):
+        answers = Answers(
+            typer.prompt("Base model (`demo`, or org/name@COMMIT)", answers.base),
+            typer.prompt("Rows (a file or glob of JSON Lines, or `pydoc`)", answers.data),
+            typer.prompt("Metric of the gate", answers.metric),
+            typer.confirm("Train on a GPU?", answers.gpu),
+            typer.prompt("Who promotes (rollout, auto, manual)", answers.promotion),
+        )
+    path = find_root() / "params.yaml"
+    write_params(path, answers, force=force)
+    for key, value in changes_for(answers).items():
+        say(f"{key}: {value}")
+    say(f"{path.name} is written; git commit it, then: ratchet doctor")
+
+
+def params(
+    everything: Annotated[bool, typer.Option("--all", help="Those that few people change, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show each setting: its value, its default where that differs, and where it was set.
+
+    Example: ratchet params --all
+    """
+    from ratchet.config.docs import yaml_value
+    from ratchet.config.survey import read_settings
+
+    found = read_settings(find_root() / "params.yaml", everything=everything)
+
+    def tell() -> None:
+        for one in found:
+            other = "" if one.value == one.default else f"  (default {yaml_value(one.default)})"
+            say(f"{one.key:36} {yaml_value(one.value)}{other}  {one.set_in or 'default'}")
+
+    show([one._asdict() for one in found], as_json, tell)
 
 
 def up() -> None:

@@ -1,7 +1,7 @@
 """Render docs/params.md and params.yaml from the models in ratchet/config/; a test holds all three together.
 
     python -m ratchet.config.docs             write docs/params.md
-    python -m ratchet.config.docs --params    write params.yaml, every value its default again
+    python -m ratchet.config.docs --params    write params.yaml: the keys that people change, with defaults
     … --check                                write nothing; exit 1 when the file differs
 
 Not covered: rules that tie two keys to each other; the validators' messages state them.
@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,79 @@ RESERVED = frozenset(
     {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
 )  # YAML 1.1 takes them for other types
 
+# Keys that people change, and those that dvc.yaml names, which DVC wants in the file.
+SURVEYED = frozenset(
+    {
+        "project.name",
+        "ingest.source",
+        "ingest.licence",
+        "ingest.jsonl.path",
+        "base.model",
+        "base.revision",
+        "base.chat_template",
+        "prepare.validation_share",
+        "prepare.test_share",
+        "prepare.near_duplicate",
+        "prepare.extra_keys",
+        "prepare.personal_data",
+        "prepare.languages",
+        "prepare.max_rejected_share",
+        "prepare.min_rows",
+        "tokenize.max_length",
+        "tokenize.window",
+        "train.start_from",
+        "train.rows",
+        "train.replay",
+        "train.max_feedback_share",
+        "train.epochs",
+        "train.learning_rate",
+        "train.batch_windows",
+        "train.accumulate",
+        "train.patience",
+        "train.seed",
+        "train.checkpoint_activations",
+        "train.compile",
+        "adapter.method",
+        "adapter.rank",
+        "adapter.alpha",
+        "adapter.target_modules",
+        "evaluate.max_new_tokens",
+        "evaluate.batch_size",
+        "evaluate.metrics",
+        "evaluate.slices",
+        "evaluate.canaries",
+        "parity.rows",
+        "gate.metric",
+        "gate.min_gain",
+        "gate.alpha",
+        "gate.min_rows",
+        "gate.golden_margin",
+        "gate.guardrails",
+        "promotion",
+        "retrain.cron",
+        "retrain.on_data",
+        "gateway.engine",
+        "gateway.port",
+        "gateway.host",
+        "request_log.keep_days",
+        "monitor.retrain",
+        "monitor.false_alarm_rate",
+        "monitor.min_new_rows",
+        "rollout.steps",
+        "rollout.min_users",
+        "services.mlflow_port",
+        "services.prefect_port",
+    }
+)
+
 DOC_HEAD = """# Every key of params.yaml
 
 Made from `ratchet/config/` by `python -m ratchet.config.docs`. A key that is left out has its default; a key
 that is not listed here is refused. Keys that were renamed: [renamed.md](renamed.md).
 """
-PARAMS_HEAD = """# Every knob, with its default. docs/params.md lists what each of them takes.
-# Stages read this file alone: a change here makes DVC run the stages that it touches, and no others.
+PARAMS_HEAD = """# What people change. docs/params.md lists every key with its default; each may stand here
+# (`ratchet params --all` shows them). Stages read this file alone: a change makes DVC run the stages that
+# it touches, and no others.
 """
 
 
@@ -60,11 +126,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--params",
         action="store_true",
-        help="params.yaml in place of docs/params.md; every value is its default again",
+        help="params.yaml in place of docs/params.md; every value is its default again, and keys that few "
+        "people change are left out",
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the file differs")
     options = parser.parse_args(arguments)
-    path, text = (PARAMS, render_params(Config())) if options.params else (DOC, render())
+    path, text = (PARAMS, render_params(Config(), SURVEYED)) if options.params else (DOC, render())
     if not options.check:
         write_text(path, text)
     elif not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -150,13 +217,22 @@ def _lead(model: type[BaseModel]) -> str:
 # --- params.yaml ---
 
 
-def render_params(values: Config) -> str:
-    """Render `values` as params.yaml with descriptions. YAML 1.1 and 1.2 readers see the same values."""
-    return PARAMS_HEAD + "".join(_yaml_section(values, 0))
+def render_params(values: Config, keys: Collection[str] | None = None) -> str:
+    """Render `values` as params.yaml with descriptions; `keys`: only those, dotted.
+
+    YAML 1.1 and 1.2 readers see the same values.
+    """
+    return PARAMS_HEAD + "".join(_yaml_section(values, "", keys))
 
 
-def _yaml_section(values: BaseModel, depth: int) -> Iterator[str]:
-    indent, fields = "  " * depth, type(values).model_fields
+def _yaml_section(values: BaseModel, path: str, keys: Collection[str] | None) -> Iterator[str]:
+    depth = path.count(".")
+    indent = "  " * depth
+    fields = {
+        key: field
+        for key, field in type(values).model_fields.items()
+        if keys is None or any(f"{one}.".startswith(f"{path}{key}.") for one in keys)
+    }
     pairs = {
         key: _pair(f"{indent}{key}:", getattr(values, key), f"\n{indent}  ")
         for key, field in fields.items()
@@ -176,7 +252,7 @@ def _yaml_section(values: BaseModel, depth: int) -> Iterator[str]:
                 if not depth
                 else f"{indent}{key}:  # {_lead(type(section))}\n"
             )
-            yield lead + "".join(_yaml_section(section, depth + 1))
+            yield lead + "".join(_yaml_section(section, f"{path}{key}.", keys))
 
 
 def _pair(head: str, value: Any, newline: str) -> str:

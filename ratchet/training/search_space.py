@@ -149,8 +149,11 @@ def rows_key(changes: Changes) -> Changes:
 
 
 def dvc_command(changes: Changes) -> str:
-    """Return the command that runs a trial as a DVC experiment: values in Hydra's form, shell-quoted."""
-    settings = [f"--set-param {shlex.quote(f'{key}={_hydra(value)}')}" for key, value in changes.items()]
+    """Return the command that runs a trial as a DVC experiment: values in Hydra's form, shell-quoted.
+
+    `++` sets a key that stands in params.yaml, and adds one that has its default.
+    """
+    settings = [f"--set-param {shlex.quote(f'++{key}={_hydra(value)}')}" for key, value in changes.items()]
     return " ".join(["dvc exp run", *settings, "train"])
 
 

@@ -14,6 +14,8 @@ import pytest
 from patience import scaled
 from places import commit, make_repository, use_git_without_a_user, write_files
 
+from ratchet.config.docs import SURVEYED, render_params
+from ratchet.config.params import Config, load_config
 from ratchet.pipeline.checkout import git, locked
 from ratchet.promotion.champion import FILE, Champion, write_champion
 
@@ -45,6 +47,8 @@ COMMANDS = tuple(
         "rollback",
         "history",
         "doctor",
+        "init",
+        "params",
     ]
 )
 GROUPS = {
@@ -174,6 +178,38 @@ def test_an_old_name_works_and_says_the_new_one(root, old, new):
     note, _, rest = done.stderr.partition("\n")
     assert f"`ratchet {new}`" in note
     assert (done.returncode, done.stdout, rest) == (again.returncode, again.stdout, again.stderr)
+
+
+def test_init_with_flags_asks_nothing_and_params_tells_where_a_value_was_set(tmp_path):
+    (tmp_path / "params.yaml").write_text("train:\n  epochs: 9.0\n")
+    flags = ("--data", "rows.jsonl", "--metric", "numeric_match", "--promotion", "manual")
+    assert "--force" in refused("-C", tmp_path, "init", *flags)
+    assert ratchet("-C", tmp_path, "init", *flags, "--force").returncode == 0
+    with (tmp_path / "params.yaml").open("a") as file:
+        file.write("sweep:\n  seed: 3\n")
+    shown = {one["key"]: one for one in json.loads(ratchet("-C", tmp_path, "params", "--json").stdout)}
+    assert shown["promotion"] == {
+        "key": "promotion",
+        "value": "manual",
+        "default": "rollout",
+        "set_in": "params.yaml",
+    }
+    assert shown["sweep.seed"]["value"] == 3 and shown["train.epochs"]["value"] == 3.0
+    every = {
+        one["key"]: one for one in json.loads(ratchet("-C", tmp_path, "params", "--all", "--json").stdout)
+    }
+    assert len(every) > 200 and every["monitor.topics"]["set_in"] == ""
+    assert "numeric_match" in ratchet("-C", tmp_path, "params").stdout
+
+
+def test_init_without_flags_asks_five_questions(tmp_path):
+    (tmp_path / "params.yaml").write_text(render_params(Config(), SURVEYED))
+    answers = "demo\nexports/*.jsonl\nexact_match\nn\nauto\n"
+    asked = subprocess.run(
+        command("-C", tmp_path, "init"), input=answers, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    found = load_config(tmp_path / "params.yaml")
+    assert (found.ingest.jsonl.path, found.promotion) == ("exports/*.jsonl", "auto"), asked.stdout
 
 
 # --- where it works ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from pydantic import BaseModel
 from ratchet.config import docs as config_doc
 from ratchet.config.data import ProjectConfig
 from ratchet.config.params import Config, load_config, parse_config
+from ratchet.config.setup import Answers, write_params
+from ratchet.config.survey import keys_of, read_settings
 from ratchet.config.training import TrainConfig, kind_of_base
-from ratchet.errors import ConfigError
+from ratchet.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
 RENAMED = [
@@ -284,11 +287,44 @@ def dotted(values: dict, prefix: str = "") -> set[str]:
     }
 
 
-def test_params_yaml_leaves_no_key_to_its_default():
-    """The values are the team's own; that each key stands there to be seen and tracked is ours."""
+def test_params_yaml_holds_what_people_change_and_what_dvc_names():
     values = pyyaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    assert dotted(values) == dotted(Config().model_dump())
-    assert load_config(ROOT / "params.yaml").model_dump() == values
+    found = dotted(values)
+    assert found == config_doc.SURVEYED <= set(keys_of(Config)) and 30 <= len(found) <= 60
+    tracked = {
+        key
+        for stage in pyyaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
+        for key in stage.get("params", [])
+    }
+    lacking = {key for key in tracked if not any(f"{one}.".startswith(f"{key}.") for one in found)}
+    assert lacking == set() and len(tracked) > 10, "DVC refuses to run a stage without them"
+    assert load_config(ROOT / "params.yaml") == Config()
+
+
+def test_each_setting_is_told_with_its_default_and_where_it_was_set(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("train: {epochs: 3.0, seed: 4}\nmonitor: {topics: 2}\n")
+    everything = {one.key: one for one in read_settings(path, everything=True)}
+    assert set(everything) == set(keys_of(Config))
+    assert everything["train.seed"] == ("train.seed", 4, 17, "params.yaml")
+    assert everything["train.epochs"] == ("train.epochs", 3.0, 3.0, "params.yaml")
+    assert everything["train.replay"].set_in == ""
+    few = {one.key for one in read_settings(path, everything=False)}
+    assert few == {*config_doc.SURVEYED, "monitor.topics"}
+
+
+def test_every_key_is_read_somewhere():
+    """A key that nothing reads would be a promise that nobody keeps."""
+    places = [path for layer in ("ratchet", "tasks", "flows") for path in (ROOT / layer).rglob("*.py")]
+    read = {
+        node.attr
+        for path in places
+        if ROOT / "ratchet/config" not in path.parents
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
+    unread = {key for key in keys_of(Config) if key.rpartition(".")[2] not in read}
+    assert unread == set() and len(read) > 500
 
 
 def test_a_written_params_yaml_loads_to_exactly_the_defaults(tmp_path):
@@ -388,3 +424,42 @@ def test_the_name_of_the_model_fits_a_git_tag_and_a_folder():
     for name in ("", ".hidden", "-flag", "a b", "a/b", "Ä"):
         with pytest.raises(ValueError, match="pattern"):
             ProjectConfig(name=name)
+
+
+# --- ratchet init ---
+
+
+def test_the_answers_to_five_questions_are_a_params_yaml(tmp_path):
+    path, revision = tmp_path / "params.yaml", "0123456789" * 4
+    answers = Answers(
+        f"org/name@{revision}", "exports/*.jsonl", "numeric_match", gpu=True, promotion="manual"
+    )
+    write_params(path, answers)
+    found = load_config(path)
+    assert (found.base.model, found.base.revision) == ("org/name", revision)
+    assert (found.ingest.source, found.ingest.jsonl.path) == ("jsonl", "exports/*.jsonl")
+    assert (found.gate.metric, found.adapter.method, found.promotion) == ("numeric_match", "qlora", "manual")
+    assert dotted(pyyaml.safe_load(path.read_text())) == config_doc.SURVEYED
+    write_params(path, Answers(), force=True)
+    assert load_config(path) == Config()
+
+
+def test_a_changed_params_yaml_is_replaced_only_by_force(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(config_doc.render_params(Config(), config_doc.SURVEYED))
+    write_params(path, Answers(promotion="auto"))
+    before = path.read_text()
+    with pytest.raises(UserError, match="--force"):
+        write_params(path, Answers(promotion="manual"))
+    assert path.read_text() == before
+    write_params(path, Answers(promotion="manual"), force=True)
+    assert load_config(path).promotion == "manual"
+
+
+@pytest.mark.parametrize(
+    "answers", [Answers(base="org/name"), Answers(metric="fluency"), Answers(promotion="nobody")]
+)
+def test_an_answer_that_no_params_yaml_may_hold_writes_nothing(tmp_path, answers):
+    with pytest.raises(ConfigError):
+        write_params(tmp_path / "params.yaml", answers, force=True)
+    assert list(tmp_path.iterdir()) == []

@@ -411,7 +411,7 @@ def written(folder: Path, number: int, state: str, **more: Any) -> dict[str, Any
         "value": None,
         "reason": "",
         "changes": {"train.learning_rate": rate},
-        "command": f"dvc exp run --set-param train.learning_rate={rate} train",
+        "command": f"dvc exp run --set-param ++train.learning_rate={rate} train",
         "commit": HASH,
         "began": 1_700_000_000.0,
         "ended": 1_700_000_002.0,
