@@ -4,8 +4,8 @@ documentation.
     python -m tasks.base --out models/base
 
 Writes the tokenizer, the chat template, manifest.json and the weights; a hub's weights stay in the hub's
-cache. The demo's base reads part of the modules only, and of these only rows that preparation would put into
-training.
+cache. What was proven of the base stands in base_proof.json beside it. The demo's base reads part of the
+modules only, and of these only rows that preparation would put into training.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ratchet.files import read_json, require_space, sha256_file, whole_folder, w
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.gguf import FILE as GGUF_FILE
 from ratchet.models.loading import MANIFEST, adapter_sha256, load_tokenizer, quiet
-from ratchet.models.manifests import BaseName, describe_base, read_base_manifest, sha256_of_weights
+from ratchet.models.manifests import PROOF, BaseName, describe_base, read_base_manifest, sha256_of_weights
 from ratchet.models.merging import load_merged
 from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.pipeline.workspace import require_output
@@ -93,8 +93,9 @@ def make_base(out: Path, config: Config) -> BaseManifest:
             },
         }
         write_json(folder / MANIFEST, manifest)
-        prove_base(folder, config)
+        proof = prove_base(folder, config)
         manifest = read_json(folder / MANIFEST)
+    write_json(out.with_name(PROOF), msgspec.to_builtins(proof))
     return manifest
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -37,7 +36,6 @@ from ratchet.models.loading import (
 from ratchet.models.logits import logits_at
 from ratchet.models.manifests import (
     MANIFEST,
-    PROOF,
     Finding,
     Proof,
     read_base_manifest,
@@ -82,7 +80,6 @@ def prove_base(folder: Path, config: Config) -> Proof:
             + "; ".join(f"{finding.name}: {finding.what}" for finding in refused),
             remedy=refused[0].remedy,
         )
-    write_json(folder / PROOF, msgspec.to_builtins(proof))
     for _, facts in findings:
         changed |= facts
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]

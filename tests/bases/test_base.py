@@ -81,7 +81,6 @@ def test_a_hub_models_weights_stay_in_the_cache_and_no_path_is_kept(tmp_path, sn
         "chat_template.jinja",
         "generation_config.json",
         "manifest.json",
-        "proof.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]

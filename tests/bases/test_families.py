@@ -160,7 +160,7 @@ def test_a_family_goes_from_base_to_export_or_is_refused_by_its_proof(place: tup
         assert not at.base.exists()
         return
     make_base(at.base, at.config)
-    findings = read_json(at.base / "proof.json")["findings"]
+    findings = read_json(at.base.with_name("base_proof.json"))["findings"]
     adapted = {finding["name"] for finding in findings if finding["result"] != "ok"}
     assert adapted == family.adapted, findings
     attention = "eager" if "attention" in adapted else "sdpa"

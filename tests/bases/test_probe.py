@@ -61,7 +61,10 @@ class Probed(NamedTuple):
 
     def prove(self, **adapter: Any) -> dict[str, Finding]:
         make_base(self.base, self.config(**adapter))
-        return {found["name"]: Finding(**found) for found in read_json(self.base / "proof.json")["findings"]}
+        return {
+            found["name"]: Finding(**found)
+            for found in read_json(self.base.with_name("base_proof.json"))["findings"]
+        }
 
     def refusal(self, **adapter: Any) -> str:
         with pytest.raises(BaseModelError, match="cannot be trained and served here") as caught:
@@ -83,7 +86,7 @@ class Probed(NamedTuple):
 def probed(hub_cache: Path, tiny_base: Path, tmp_path: Path) -> Iterator[Probed]:
     repository = hub_cache / "models--tiny--probed"
     files = repository / "snapshots" / REVISION
-    ours = shutil.ignore_patterns("manifest.json", "seen.txt", "proof.json")
+    ours = shutil.ignore_patterns("manifest.json", "seen.txt")
     shutil.copytree(tiny_base, files, ignore=ours)
     yield Probed(files, tmp_path / "base")
     shutil.rmtree(repository)
