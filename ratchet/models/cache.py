@@ -24,9 +24,8 @@ def new_cache(model: Any) -> Any:
         return DynamicCache()
     cache = DynamicCache(config=model.config)
     # A sliding layer forgets old tokens, and then its rows cannot be padded to the length of others.
-    cache.layers = [
-        DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers
-    ]
+    plain: Any = DynamicLayer
+    cache.layers = [plain() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
     return cache
 
 

@@ -273,7 +273,7 @@ class ChatFormat:
         text = "a b"
         seen = self.tokenizer.decode(self._content_ids(text))
         if seen != text:
-            raise _adds_blanks(text, seen)
+            raise _adds_blanks(text, str(seen))
 
 
 def _adds_blanks(text: str, seen: str) -> BaseModelError:
@@ -300,7 +300,7 @@ def opening_gap(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, opening: bool, **more: Any
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, opening: bool, **more: Any
 ) -> str:
     """Render a conversation; `opening`: with the opening of the assistant's turn. Raises BaseModelError."""
     from jinja2 import TemplateError

@@ -163,8 +163,9 @@ def _load(source: Any, **settings: Any) -> tuple[Any, Checkpoint]:
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    load: Any = AutoModelForCausalLM.from_pretrained  # typed without its loading info
     with quiet():
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = load(
             source,
             trust_remote_code=False,
             local_files_only=True,
@@ -178,7 +179,7 @@ def _load(source: Any, **settings: Any) -> tuple[Any, Checkpoint]:
         for key, value in (model.generation_config.to_diff_dict() if model.generation_config else {}).items()
         if value is not None
     }
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
     return model, Checkpoint(sorted(missing), sorted(found["unexpected_keys"]), generation)
 

@@ -122,7 +122,8 @@ def _find(folder: Path, config: Config) -> Iterator[tuple[Finding, dict[str, Any
     yield ends, {}
     if not chat:
         return
-    loaded = _Loaded(model.eval(), chat, TOLERANCE.get(model.dtype, HALF_TOLERANCE))
+    model.eval()  # type: ignore[no-untyped-call]
+    loaded = _Loaded(model, chat, TOLERANCE.get(model.dtype, HALF_TOLERANCE))
     with quiet():
         yield _try("cache", loaded, lambda: _cache(loaded)), {}
         packs = _packs(loaded)
