@@ -273,7 +273,7 @@ class ChatFormat:
         text = "a b"
         seen = str(self.tokenizer.decode(self._content_ids(text)))
         if seen != text:
-            raise _adds_blanks(text, seen)
+            raise _adds_blanks(text, str(seen))
 
 
 def _adds_blanks(text: str, seen: str) -> BaseModelError:
