@@ -20,6 +20,7 @@ from ratchet.data.examples import encode_line, read_examples
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, write_bytes
 from ratchet.models.loading import WEIGHTS, load_base, load_tokenizer, quiet
+from ratchet.models.manifests import GENERATION
 from ratchet.serving.bundle import bundle_candidate
 from ratchet.serving.version_source import Source
 from tasks.base import make_base
@@ -184,6 +185,8 @@ def test_a_family_goes_from_base_to_export_or_is_refused_by_its_proof(place: tup
     source = Source("v1", "c" * 40, bundle, rows, METRICS, DECISION)
     record = export(source, "merged", at.folder / "exported", at.config)
     assert record.check.result == "pass"
+    kept = [read_json(at.folder / name / GENERATION) for name in ("base", "candidate", "exported")]
+    assert kept[0] == kept[1] == kept[2] and kept[0]["do_sample"] is False and kept[0]["eos_token_id"]
 
 
 @pytest.mark.parametrize("place", ["qwen3_moe"], indirect=True)

@@ -347,6 +347,7 @@ def test_a_candidate_holds_no_pickle_no_path_and_describes_itself(candidate, tmp
         "adapter_config.json",
         WEIGHTS,
         "chat_template.jinja",
+        "generation_config.json",
         "manifest.json",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -1,0 +1,226 @@
+"""Prove a loaded base by forward passes over a few tokens: its cache, packed rows, two steps of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+
+from ratchet.config.training import AdapterConfig
+from ratchet.data.examples import Message, make_example
+from ratchet.models.adapters import ALL_LINEAR, PREFIXED, add_adapter, linear_modules, prepare_quantised
+from ratchet.models.cache import forward, is_hybrid, join, new_cache, select
+from ratchet.models.chat_template import ChatFormat, Encoded
+from ratchet.models.generation import greedy_ids
+from ratchet.models.loading import without_adapter
+from ratchet.models.logits import logits_at
+from ratchet.models.manifests import Finding
+
+# Differences of logits as a share of the largest one. In float32 two orders of the same sums differ by 1e-5
+# at most, and a convolution of three tokens that reads its neighbour by 3e-4 (untrained, width 32).
+TOLERANCE = {torch.float32: 1e-4}
+HALF_TOLERANCE = 5e-2
+ANSWER = 6  # tokens that a probe lets the model say
+ASKED = (Message("user", "What is it?"),)
+ASKED_LONGER = (Message("user", "What is it, and what is it good for?"),)
+ANSWERED = ("It is a test.", "Nothing at all.")
+
+
+class Loaded(NamedTuple):
+    """Hold what the proofs look at."""
+
+    model: Any
+    chat: ChatFormat
+    tolerance: float
+
+
+# --- cache ---
+
+
+@torch.inference_mode()
+def prove_cache(loaded: Loaded) -> Finding:
+    """Compare answers of evaluation and gateway, in batches with padding, with the model without a cache."""
+    model, chat = loaded.model, loaded.chat
+    other = "take a base of another architecture"
+    prompts = [chat.encode_prompt(ASKED), chat.encode_prompt(ASKED_LONGER)]
+    endless = ChatFormat(chat.tokenizer)
+    endless.stop_ids = frozenset()
+    answers = greedy_ids(model, prompts, endless, max_new_tokens=ANSWER, batch_size=len(prompts))
+    plain = [_plain(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    if not all(logits.isfinite().all() for logits in plain):
+        return Finding("cache", "refused", "its logits are not finite", "take a base with other weights")
+    for answer, logits in zip(answers, plain, strict=True):
+        if _behind(answer, logits) > loaded.tolerance:
+            return Finding(
+                "cache", "refused", "greedy answers in a padded batch are others than alone", other
+            )
+    for ours, theirs in zip(plain, _joined(model, prompts, answers), strict=True):
+        if (apart := _apart(ours, theirs)) > loaded.tolerance:
+            what = f"its cache changes the logits of an answer by {apart:.1g} of the largest one"
+            return Finding("cache", "refused", what, other)
+    kept = "keys and values, and states of other layers" if is_hybrid(model) else "keys and values"
+    return Finding("cache", "ok", f"{kept}: the same answers with and without it, alone and in a batch")
+
+
+def _plain(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
+    """Return the logits of each token of an answer, (answer, vocab), without a cache."""
+    logits: Tensor = model(input_ids=_row(prompt + answer, model), use_cache=False).logits[0]
+    return logits[len(prompt) - 1 : -1].float()
+
+
+def _behind(answer: list[int], logits: Tensor) -> float:
+    """Return how far an answer's tokens are behind the strongest ones, as a share of the largest logit.
+
+    It is 0 for a greedy answer, and next to 0 where two tokens tie.
+    """
+    chosen = logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
+    return float(((logits.amax(-1) - chosen) / logits.abs().amax(-1).clamp(min=1e-12)).max())
+
+
+def _joined(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> list[Tensor]:
+    """Return each row's logits (answer, vocab) as the gateway computes them.
+
+    The second row joins when the first one has two tokens; after it the first one leaves.
+    """
+    found: list[list[Tensor]] = [[], []]
+    cache, mask = new_cache(model), torch.ones_like(_row(prompts[0], model))
+    found[0].append(_prefill(model, prompts[0], cache))
+    mask = _step(model, cache, mask, [answers[0][:1]], [found[0]])
+    other = new_cache(model)
+    found[1].append(_prefill(model, prompts[1], other))
+    length = max(mask.shape[1], len(prompts[1]))
+    join(cache, other, length)
+    mask = torch.cat([_left(mask, length), _left(torch.ones_like(_row(prompts[1], model)), length)])
+    for place in range(1, ANSWER - 1):
+        newest = [answers[0][place : place + 1], answers[1][place - 1 : place]]
+        mask = _step(model, cache, mask, newest, found)
+    start = int(mask[1].argmax())
+    select(cache, [1], start)
+    mask = mask[1:, start:]
+    _step(model, cache, mask, [answers[1][ANSWER - 2 : ANSWER - 1]], found[1:])
+    return [torch.stack(rows) for rows in found]
+
+
+def _prefill(model: Any, prompt: list[int], cache: Any) -> Tensor:
+    ids = _row(prompt, model)
+    positions = torch.arange(len(prompt), device=ids.device)[None]
+    return forward(model, ids, torch.ones_like(ids), positions, cache, whole=False)[0, -1].float()
+
+
+def _step(model: Any, cache: Any, mask: Tensor, newest: list[list[int]], found: list[list[Tensor]]) -> Tensor:
+    """Give each row its next token, keep its logits, and return the longer mask."""
+    positions = mask.sum(-1, keepdim=True)
+    mask = torch.cat([mask, torch.ones_like(positions)], dim=1)
+    ids = torch.tensor(newest, device=mask.device)
+    logits = forward(model, ids, mask, positions, cache, whole=False)[:, -1].float()
+    for rows, row in zip(found, logits, strict=True):
+        rows.append(row)
+    return mask
+
+
+def _left(mask: Tensor, length: int) -> Tensor:
+    return pad(mask, (length - mask.shape[1], 0))
+
+
+# --- packing ---
+
+
+@torch.inference_mode()
+def packs(loaded: Loaded) -> bool:
+    """Return whether a row gives the same logits behind a neighbour in its window as alone.
+
+    As a GPU computes windows: positions that begin anew, and no mask.
+    """
+    model, chat = loaded.model, loaded.chat
+    before, row = chat.encode_prompt(ASKED), chat.encode_prompt(ASKED_LONGER)
+    positions = torch.tensor([[*range(len(before)), *range(len(row))]], device=model.device)
+    try:
+        together = model(input_ids=_row(before + row, model), position_ids=positions, use_cache=False).logits
+        alone = model(input_ids=_row(row, model), use_cache=False).logits
+    except (TypeError, ValueError, RuntimeError):  # it takes no positions
+        return False
+    return _apart(alone[0].float(), together[0, len(before) :].float()) <= loaded.tolerance
+
+
+def tell_packing(packed: bool) -> Finding:
+    if packed:
+        return Finding("packing", "ok", "rows in one window leave each other alone")
+    what = "rows in one window would read each other, so each is computed by itself on a GPU as well"
+    return Finding("packing", "adapted", what)
+
+
+# --- training ---
+
+
+def tell_targets(model: Any) -> Finding:
+    targets = linear_modules(model)
+    if targets == ALL_LINEAR:
+        return Finding("targets", "ok", "`all-linear` is every linear layer but the output")
+    return Finding(
+        "targets", "adapted", f"`all-linear` is {', '.join(targets)}: no router and no expert is trained"
+    )
+
+
+def prove_training(loaded: Loaded, config: AdapterConfig) -> Finding:
+    """Train two steps on two rows: the loss has to be finite, every weight of an adapter to be reached."""
+    base, chat = loaded.model, loaded.chat
+    if config.method in PREFIXED and is_hybrid(base):
+        what = f"`adapter.method: {config.method}` needs keys and values in all layers, and some have none"
+        return Finding("training", "refused", what, "set `adapter.method: lora`")
+    whole = config.method == "full"
+    if not whole:
+        base = prepare_quantised(base) if config.method == "qlora" else base
+        base = add_adapter(base, config, seed=0)
+    rows = [
+        chat.encode(make_example([*asked, Message("assistant", said)], {}))
+        for asked, said in zip((ASKED, ASKED_LONGER), ANSWERED, strict=True)
+    ]
+    reached, losses = _two_steps(base, rows, chat.pad_id)
+    if not all(map(torch.isfinite, losses)):
+        return Finding("training", "refused", "the loss is not finite", "take a base with other weights")
+    missed = [] if whole else sorted({name for name, yes in reached.items() if not yes})
+    if missed:
+        what = f"no gradient reaches {len(missed)} of {len(reached)} weights, the first {missed[0]}"
+        return Finding("training", "refused", what, "take these layers out of `adapter.target_modules`")
+    return Finding("training", "ok", "two steps: the loss is finite, gradients reach all weights")
+
+
+def _two_steps(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[dict[str, bool], list[Tensor]]:
+    """Return which weights had a gradient in one of the steps, and the losses.
+
+    In the first step the half of LoRA's weights that faces the input has none.
+    """
+    length = max(len(row.ids) for row in rows)
+    device = without_adapter(model).device
+    ids = torch.tensor([row.ids + [pad_id] * (length - len(row.ids)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row.ids) + [0] * (length - len(row.ids)) for row in rows], device=device)
+    learned = torch.tensor([row.learned + [False] * (length - len(row.ids)) for row in rows], device=device)
+    chosen = learned[:, 1:]
+    head = without_adapter(model).get_output_embeddings()
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.SGD(weights.values(), lr=1.0)
+    reached, losses = dict.fromkeys(weights, False), []
+    model.train()
+    with torch.enable_grad():
+        for _ in range(2):
+            logits = logits_at(model, head, {"input_ids": ids, "attention_mask": mask}, chosen)
+            loss = cross_entropy(logits, ids[:, 1:][chosen])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            for name, weight in weights.items():
+                reached[name] |= weight.grad is not None and bool(weight.grad.any())
+            optimizer.step()
+            losses.append(loss.detach())
+    return reached, losses
+
+
+def _row(ids: list[int], model: Any) -> Tensor:
+    return torch.tensor([ids], device=model.device)  # (1, seq)
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference of logits (seq, vocab), as a share of the largest one."""
+    return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-12))
