@@ -1,11 +1,12 @@
 """Get the base model from where `base.model` says that it is, or pre-train `demo`, a small Llama, on
 documentation.
 
-    python -m tasks.base --out models/base
+    python -m tasks.base --out models/base --proof reports/base.json
 
 Writes the tokenizer, the chat template, manifest.json and the weights; a hub's weights stay in the hub's
-cache. What was proven of the base stands in base_proof.json beside it. The demo's base reads part of the
-modules only, and of these only rows that preparation would put into training.
+cache. The proof tells what was proven of the base; settings of the training change it, and no file of the
+base. The demo's base reads part of the modules only, and of these only rows that preparation would put into
+training.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ratchet.files import read_json, require_space, sha256_file, whole_folder, w
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.gguf import FILE as GGUF_FILE
 from ratchet.models.loading import MANIFEST, adapter_sha256, load_tokenizer, quiet
-from ratchet.models.manifests import PROOF, BaseName, describe_base, read_base_manifest, sha256_of_weights
+from ratchet.models.manifests import BaseName, describe_base, read_base_manifest, sha256_of_weights
 from ratchet.models.merging import load_merged
 from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.pipeline.workspace import require_output
@@ -71,7 +72,7 @@ class BaseManifest(Details):
     files: dict[str, str]  # sha256 of each
 
 
-def make_base(out: Path, config: Config) -> BaseManifest:
+def make_base(out: Path, config: Config, proof: Path | None = None) -> BaseManifest:
     """Write the base and return its manifest. Raises BaseModelError, DataError, DivergenceError."""
     require_space(out.parent, 200 * 2**20, "the base model")
     with whole_folder(out) as folder:
@@ -93,9 +94,10 @@ def make_base(out: Path, config: Config) -> BaseManifest:
             },
         }
         write_json(folder / MANIFEST, manifest)
-        proof = prove_base(folder, config)
+        proven = prove_base(folder, config)
         manifest = read_json(folder / MANIFEST)
-    write_json(out.with_name(PROOF), msgspec.to_builtins(proof))
+    if proof:
+        write_json(proof, msgspec.to_builtins(proven))
     return manifest
 
 
@@ -284,10 +286,10 @@ def _is_read(module: str, share: float) -> bool:
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    manifest = make_base(arguments.out, config)
+    manifest = make_base(arguments.out, config, arguments.proof)
     of = describe_base(msgspec.convert(manifest, BaseName))
     say(f"base: {of}, {manifest['vocab_size']} tokens, context {manifest['context']}")
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, ["out"], _main)
+    run_stage(__doc__, ["out", "proof"], _main)

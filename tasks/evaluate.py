@@ -84,8 +84,9 @@ def evaluate(
     """
     custom = load_custom(config.evaluate.custom, own)
     suites = _check_extras(incumbent, candidate, own, config)
-    rows = _rows(prepared)
-    rows = _unseen(rows, base)
+    rows = _unseen(_rows(prepared), base)
+    for name, metric in custom.items():  # a fault of it shows before minutes of answers
+        custom_score(name, metric, rows[0].answer, rows[0])
     swaps = read_swaps(own)
     fitting, too_long = _split_by_fit(rows, base, trained_length(candidate, base))
     if not fitting:
@@ -95,8 +96,6 @@ def evaluate(
         )
     grouped = group_columns(fitting, config.evaluate.groups)
     champion = read_json(incumbent / MANIFEST)["version"]
-    for name, metric in custom.items():  # a fault of it shows before minutes of answers
-        custom_score(name, metric, fitting[0].answer, fitting[0])
     pairs = make_pairs(
         [row for row in fitting if row.meta["batch"] != "golden"], swaps, most=config.evaluate.bias_pairs
     )

@@ -260,7 +260,10 @@ def _check_heads(source: Source, weights: list[Path]) -> None:
 
 
 def _check_names(source: Source) -> None:
-    """Refuse a checkpoint without all of the model's weights, which transformers would fill at random."""
+    """Refuse a checkpoint that lacks weights or has them in another shape.
+
+    transformers would fill them at random.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -272,6 +275,7 @@ def _check_names(source: Source) -> None:
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below, and the library's error names none
             )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise BaseModelError(
@@ -279,7 +283,8 @@ def _check_names(source: Source) -> None:
             f"{_first_line(error)}",
             remedy="take another model",
         ) from None
-    check_complete(loaded[1]["missing_keys"], source.told)
+    found = loaded[1]
+    check_complete({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}, source.told)
 
 
 def _read(path: Path, told: str) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def base(as_json: Json = False) -> None:
     from ratchet.files import read_json
     from ratchet.models.manifests import PROOF, Proof
 
-    path = find_root() / "models" / PROOF
+    path = find_root() / PROOF
     if not path.exists():
         raise UserError(
             "no proof of the base is here", remedy="ratchet plan --prepare makes the base; or dvc pull"

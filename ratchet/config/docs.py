@@ -73,7 +73,6 @@ SURVEYED = frozenset(
         "train.patience",
         "train.seed",
         "train.checkpoint_activations",
-        "train.compile",
         "adapter.method",
         "adapter.quantisation",
         "adapter.rank",

@@ -195,7 +195,8 @@ def check_complete(missing: Collection[str], told: str) -> None:
     if missing:
         some = ", ".join(sorted(missing)[:3]) + (" …" if len(missing) > 3 else "")
         raise BaseModelError(
-            f"{told} lacks {len(missing)} of its weights: {some}; they would be random",
+            f"{told} lacks {len(missing)} of its weights, or has them in another shape: {some}; "
+            "they would be random",
             remedy="take a checkpoint that is whole, and of a causal language model",
         )
 

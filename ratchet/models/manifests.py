@@ -17,7 +17,7 @@ from ratchet.errors import BaseModelError
 from ratchet.files import read_json, write_json
 
 MANIFEST = "manifest.json"
-PROOF = "base_proof.json"  # beside the base: settings of training change it, and no file of the base
+PROOF = Path("reports/base.json")
 GENERATION = "generation_config.json"  # the name that transformers, vLLM and others read as well
 
 
@@ -128,7 +128,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Proof(msgspec.Struct, frozen=True):
-    """Hold what was proven of a base before anything is trained on it; base_proof.json."""
+    """Hold what was proven of a base before anything is trained on it."""
 
     model: str
     findings: list[Finding]

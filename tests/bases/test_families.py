@@ -21,6 +21,7 @@ from ratchet.errors import BaseModelError
 from ratchet.files import read_json, write_bytes
 from ratchet.models.loading import WEIGHTS, load_base, load_tokenizer, quiet
 from ratchet.models.manifests import GENERATION
+from ratchet.promotion.verdict import Candidate, Rival, Verdict
 from ratchet.serving.bundle import bundle_candidate
 from ratchet.serving.version_source import Source
 from tasks.base import make_base
@@ -31,8 +32,8 @@ from tasks.train import train
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6}
 SCORES = {"rows": 6, "exact_match": INTERVAL, "answer_nll": INTERVAL, "perplexity": 2.0}
-METRICS: dict[str, Any] = {"slices": {"test": {"candidate": SCORES}}}
-DECISION: dict[str, Any] = {"verdict": "promote", "rival": {"model": "base", "version": None}, "checks": []}
+METRICS: dict[str, Any] = {"champion": None, "slices": {"test": {"candidate": SCORES}}}
+DECISION = Verdict("promote", ["better"], Rival("base", None), [], Candidate("key", "sha"))
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 SIZES = {
     "hidden_size": 32,
@@ -121,7 +122,7 @@ class Place(NamedTuple):
 def few(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
     """A few short rows of each split."""
     folder = tmp_path_factory.mktemp("few")
-    for split, count in (("train", 16), ("validation", 4), ("test", 6)):
+    for split, count in (("train", 16), ("validation", 4), ("test", 6), ("golden", 0)):
         rows = sorted(read_examples(prepared / f"{split}.jsonl"), key=lambda row: len(row.answer))
         write_bytes(folder / f"{split}.jsonl", map(encode_line, rows[:count]))
     return folder
@@ -160,8 +161,8 @@ def test_a_family_goes_from_base_to_export_or_is_refused_by_its_proof(place: tup
             make_base(at.base, at.config)
         assert not at.base.exists()
         return
-    make_base(at.base, at.config)
-    findings = read_json(at.base.with_name("base_proof.json"))["findings"]
+    make_base(at.base, at.config, at.base.with_name("base.json"))
+    findings = read_json(at.base.with_name("base.json"))["findings"]
     adapted = {finding["name"] for finding in findings if finding["result"] != "ok"}
     assert adapted == family.adapted, findings
     attention = "eager" if "attention" in adapted else "sdpa"

@@ -306,7 +306,7 @@ def break_into_several(folder: Path) -> None:
         (break_to_a_pointer, ["git LFS", "git lfs pull"]),
         (break_in_half, ["model.safetensors", "no whole safetensors file"]),
         (break_weights, ["lacks 1 of its weights", "model.layers.1.mlp.up_proj.weight", "random"]),
-        (break_shapes, ["cannot load"]),
+        (break_shapes, ["in another shape", "mlp.down_proj.weight"]),
         (break_by_rounding, ["quantised already", "bitsandbytes load_in_4bit", "merged", "qlora"]),
         (break_by_gptq, ["quantised already", "up_proj.qweight"]),
         (break_tokenizer, ["no tokenizer"]),

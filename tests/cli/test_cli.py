@@ -444,7 +444,7 @@ def test_the_proof_of_a_base_is_shown_again(tmp_path: Path) -> None:
     proof = json.dumps({"model": "tiny/model", "findings": findings})
     write_files(tmp_path, {"params.yaml": PARAMS})
     assert "no proof of the base" in refused("-C", tmp_path, "base")
-    write_files(tmp_path, {"models/base_proof.json": proof})
+    write_files(tmp_path, {"reports/base.json": proof})
     page = ratchet("-C", tmp_path, "base").stdout
     assert "tiny/model" in page and "packing" in page and "rows are computed apart" in page
     assert json.loads(ratchet("-C", tmp_path, "base", "--json").stdout)["findings"] == findings

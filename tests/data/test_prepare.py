@@ -358,7 +358,7 @@ def test_a_rejected_share_at_the_limit_passes(tmp_path):
 def test_too_few_training_rows_are_named_with_both_numbers(tmp_path):
     add(tmp_path / "raw", [row(question) for question in questions(30)])
     with pytest.raises(DataError, match=r"\d+ training rows are left of 30; `prepare.min_rows` is 200"):
-        prepare(tmp_path / "raw", NOWHERE, tmp_path / "out", PrepareConfig())
+        prepare(tmp_path / "raw", NOWHERE, tmp_path / "out", PrepareConfig(min_rows=200))
 
 
 def test_a_tampered_batch_stops_the_preparation_and_leaves_the_old_splits(tmp_path):

@@ -18,8 +18,8 @@ from ratchet.config.docs import render_params
 from ratchet.config.params import Config, load_config
 from ratchet.files import read_json
 from ratchet.pipeline.checkout import child_environment
+from tests.bases.test_base import REVISION, snapshot  # noqa: F401  (a fixture)
 from tests.flows.test_loop import ROOT, free_port, ratchet, run, write_rows
-from tests.models.test_base import REVISION, snapshot  # noqa: F401  (a fixture)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 

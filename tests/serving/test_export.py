@@ -500,14 +500,9 @@ def test_a_base_that_is_on_no_hub_is_not_named_as_if_it_were() -> None:
 
 
 def test_the_card_tells_the_base_of_a_version_that_is_on_no_hub() -> None:
-    base = {
-        "model": f"sha256:{'a' * 64}",
-        "revision": None,
-        "name": "Small One",
-        "licence": "mit",
-        "dequantised": "Q4_K_M",
-    }
-    card = ModelCard(hub_card("claims", "v3", "adapter", {**MANIFEST, "base": base}, METRICS, DECISION, {}))
+    base = BaseName(f"sha256:{'a' * 64}", name="Small One", licence="mit", dequantised="Q4_K_M")
+    manifest = msgspec.structs.replace(MANIFEST, base=base)
+    card = ModelCard(hub_card("claims", "v3", "adapter", manifest, decode_metrics(METRICS), DECISION, {}))
     assert card.data.base_model is None, "a sum is no hub id"
     for word in ("Small One", "a" * 64, "licence mit", "dequantised from Q4_K_M"):
         assert word in card.text
