@@ -16,9 +16,9 @@ from ratchet.data.examples import Example, RowError
 from ratchet.data.profile import BatchProfile, check_limits
 from ratchet.data.validation import Origin, Validator
 from ratchet.errors import DataError, UserError
+from ratchet.models.lengths import Lengths, check_dropped, describe_lengths, known_tokens
 from ratchet.models.manifests import read_base_manifest
 from ratchet.sources.jsonl import read_lines, shown
-from ratchet.training.lengths import Lengths, check_dropped, describe_lengths, known_tokens
 from tasks.ingest import form_of
 from tasks.prepare import Incoming, Rejection, origin_of, sort_batches
 

@@ -55,10 +55,10 @@ from ratchet.evaluation.slices import groups
 from ratchet.evaluation.statistics import bootstrap_means, wilson
 from ratchet.files import read_json, whole_folder, write_json
 from ratchet.models.adapters import virtual_tokens
+from ratchet.models.lengths import trained_length
 from ratchet.models.loading import MANIFEST, load_chat
 from ratchet.monitoring.topics import mark, parts, read_region
 from ratchet.pipeline.stage import project_root, run_stage, say
-from ratchet.training.lengths import trained_length
 
 # rows under which a value of a field is no slice of its own; fields such as an id would make thousands
 MIN_SLICE = 20

@@ -27,11 +27,11 @@ from ratchet.data.dedup import split_by_hash
 from ratchet.data.examples import Example, RowError, encode_line, make_raw_row, recognise_form, whole_rows
 from ratchet.errors import DataError
 from ratchet.files import write_bytes
+from ratchet.models.lengths import check_whole, known_tokens
 from ratchet.models.manifests import read_base_manifest
 from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.sources import feedback, jsonl, pydoc
 from ratchet.sources import reviewed as review
-from ratchet.training.lengths import check_whole, known_tokens
 
 BASE = Path("models/base")
 Tell = Callable[[str], object]

@@ -21,13 +21,13 @@ from ratchet.data.examples import Example, read_examples
 from ratchet.errors import DataError
 from ratchet.files import write_json
 from ratchet.models.chat_template import ChatFormat
+from ratchet.models.lengths import trained_length
 from ratchet.models.loading import load_chat
 from ratchet.parity.check import Trained, check_parity, find_trained
 from ratchet.parity.latency import WARM_UP, measure_speed
 from ratchet.parity.report import Report
 from ratchet.pipeline.stage import run_stage, say
 from ratchet.serving.bundle import bundle_candidate
-from ratchet.training.lengths import trained_length
 from ratchet.training.packing import read_windows, rows_of
 
 

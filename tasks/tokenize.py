@@ -25,10 +25,10 @@ from ratchet.data.mixture import mix_rows
 from ratchet.errors import DataError
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
 from ratchet.models.chat_template import ChatFormat, Encoded
+from ratchet.models.lengths import check_dropped, check_whole, choose_limits
 from ratchet.models.loading import MANIFEST, load_chat
 from ratchet.models.manifests import read_base_manifest
 from ratchet.pipeline.stage import run_stage, say
-from ratchet.training.lengths import check_dropped, check_whole, choose_limits
 from ratchet.training.packing import IGNORED, Window, pack, write_windows
 
 

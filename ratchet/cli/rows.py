@@ -15,7 +15,7 @@ from ratchet.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from ratchet.config.params import Config
-    from ratchet.training.lengths import Lengths
+    from ratchet.models.lengths import Lengths
 
 SHOWN = 10  # rows that are printed; --json has them all
 FAILED = 3  # exit code for rows that would fail, apart from a file that cannot be read

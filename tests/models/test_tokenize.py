@@ -16,8 +16,8 @@ from ratchet.data.mixture import choose_rows
 from ratchet.errors import DataError
 from ratchet.files import read_json, write_bytes, write_json
 from ratchet.models.chat_template import ChatFormat
+from ratchet.models.lengths import choose_limits
 from ratchet.models.loading import load_tokenizer
-from ratchet.training.lengths import choose_limits
 from ratchet.training.packing import read_windows
 from tasks.tokenize import tokenize
 
