@@ -7,7 +7,7 @@ That commit is what starts a retraining: by the GitHub workflow, or by the event
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -26,6 +26,15 @@ from tasks.ingest import BASE, Pulled, add_batch, freeze_golden, pull
 
 RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+
+
+class Ingested(TypedDict):
+    """What an ingest gives: the batch or the golden file, its rows, whether they are new, and the commit."""
+
+    batch: str
+    rows: int
+    new: bool
+    commit: str
 
 
 def name_run() -> str:
@@ -49,8 +58,8 @@ def ingest(
     packages: list[str] | None = None,
     golden: int = 0,
     draft: str | None = None,
-) -> dict[str, Any]:
-    """Return {batch, rows, new, commit}. With `golden`, that many rows become the frozen golden set instead.
+) -> Ingested:
+    """Take rows in as a batch. With `golden`, that many rows become the frozen golden set instead.
 
     Raises DataError, CheckoutError.
     """
@@ -58,7 +67,7 @@ def ingest(
     config = load_config(home / "params.yaml")
     pulled = pull_rows(config, home, source, path, packages, draft)
 
-    def take_in() -> dict[str, Any]:
+    def take_in() -> Ingested:
         with open_workspace(home, "ingest", say, keep_failed=config.retrain.keep_workspaces) as workspace:
             done = (
                 commit_golden(workspace, pulled, config, golden)
@@ -94,7 +103,7 @@ def pull_rows(
 
 
 @task(name="commit", **SETTINGS)
-def commit_batch(workspace: Workspace, pulled: Pulled, config: Config) -> dict[str, Any]:
+def commit_batch(workspace: Workspace, pulled: Pulled, config: Config) -> Ingested:
     if (workspace.path / f"{RAW}.dvc").exists():
         workspace.dvc("checkout", "--quiet", f"{RAW}.dvc")
     batch, new = add_batch(
@@ -124,7 +133,7 @@ def commit_batch(workspace: Workspace, pulled: Pulled, config: Config) -> dict[s
 
 
 @task(name="freeze", **SETTINGS)
-def commit_golden(workspace: Workspace, pulled: Pulled, config: Config, rows: int) -> dict[str, Any]:
+def commit_golden(workspace: Workspace, pulled: Pulled, config: Config, rows: int) -> Ingested:
     frozen = freeze_golden(
         workspace.path / GOLDEN, pulled, config, rows=rows, base=workspace.root / BASE, tell=say
     )

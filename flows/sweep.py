@@ -8,7 +8,7 @@ they are delivered at the end or by the next sweep.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 import optuna
@@ -31,9 +31,22 @@ from tasks.sweep import Search, check_storage, propose
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
+class Summary(TypedDict):
+    """What a study came to; `diff` is the change of params.yaml that the best trial proposes."""
+
+    study: str
+    trials: int
+    counts: dict[str, int]  # by state
+    best: Any  # the best trial as JSON
+    baseline: float | None  # the loss of today's settings, if they were tried
+    unit: str
+    diff: str
+    applied: bool
+
+
 @flow(name="sweep", flow_run_name="sweep", persist_result=False)
-def sweep(root: str | None = None, trials: int | None = None, apply: bool = False) -> dict[str, Any]:
-    """Run the sweep and return {study, trials, counts, best, baseline, unit, diff, applied}.
+def sweep(root: str | None = None, trials: int | None = None, apply: bool = False) -> Summary:
+    """Run the sweep.
 
     Raises ConfigError, DataError, StageError, ServiceError; RatchetError: no trial was completed.
     """
@@ -114,9 +127,9 @@ def tell_mlflow(search: Search, config: Config) -> None:
 
 
 @task(name="propose", **SETTINGS)
-def conclude(search: Search, home: Path, config: Config, *, apply: bool) -> dict[str, Any]:
+def conclude(search: Search, home: Path, config: Config, *, apply: bool) -> Summary:
     best, counts = search.best(), search.counts()
-    summary: dict[str, Any] = {
+    summary: Summary = {
         "study": search.name,
         "trials": sum(counts.values()),
         "counts": counts,

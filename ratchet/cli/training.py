@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ratchet.cli.context import Json, find_root, note, read_config, ready_root, say, show
 
 if TYPE_CHECKING:
+    from flows.sweep import Summary
     from ratchet.config.params import Config
     from ratchet.training.estimate import Plan
 
@@ -79,7 +80,7 @@ def sweep(
     show(done, as_json, lambda: say("\n".join(_proposal(done))))
 
 
-def _proposal(done: dict[str, Any]) -> Iterator[str]:
+def _proposal(done: Summary) -> Iterator[str]:
     best, counts = done["best"], done["counts"]
     elsewhere = f", {counts['running']} run elsewhere" if counts["running"] else ""
     yield (
