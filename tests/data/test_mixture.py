@@ -88,7 +88,8 @@ def test_what_stays_out_is_counted_and_feedback_alone_trains_nothing(
 ) -> None:
     clean, taught = list(read_examples(prepared / "train.jsonl"))[:90], rows_of(NEW, 25, "feedback")
     write_bytes(tmp_path / "prepared/train.jsonl", map(encode_line, [*clean, *taught]))
-    write_bytes(tmp_path / "prepared/validation.jsonl", [])
+    for split in ("validation", "test", "golden"):
+        write_bytes(tmp_path / f"prepared/{split}.jsonl", [])
     profile = tokenize(tmp_path / "prepared", tiny_base, nobody, tmp_path / "out", tiny_config)
     assert (profile.feedback.rows, profile.feedback.left_out) == (10, 15)
     assert profile.train.rows + profile.rejected.get("train", 0) == 100
@@ -107,7 +108,8 @@ def test_a_champion_that_has_seen_all_but_the_feedback_learns_it_beside_clean_ro
         {"version": 1, "batches": sorted({str(row.meta["batch"]) for row in clean})},
     )
     write_bytes(tmp_path / "prepared/train.jsonl", map(encode_line, [*clean, *rows_of(NEW, 20, "feedback")]))
-    write_bytes(tmp_path / "prepared/validation.jsonl", [])
+    for split in ("validation", "test", "golden"):
+        write_bytes(tmp_path / f"prepared/{split}.jsonl", [])
     config = tiny_config.model_copy(update={"train": tiny_config.train.model_copy(update={"replay": 0.0})})
     profile = tokenize(tmp_path / "prepared", tiny_base, tmp_path / "incumbent", tmp_path / "out", config)
     assert (profile.feedback.rows, profile.feedback.left_out) == (20, 0)
