@@ -171,6 +171,8 @@ def run(folder: Path, data: Path, arm: str, seed: int, size: Size) -> dict[str, 
             place / "prepared/validation.jsonl",
             (encode_line(row) for domain in seen for row in domain.validation),
         )
+        for split in ("test", "golden"):  # they are asked below, from each domain
+            write_bytes(place / f"prepared/{split}.jsonl", [])
         profile = tokenize(place / "prepared", base, incumbent, place / "tokens", config)
         began = time.perf_counter()
         train(place / "tokens", base, incumbent, place / f"v{number}", place / "reports", config)

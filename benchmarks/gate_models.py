@@ -204,6 +204,8 @@ def learn(folder: Path, rows: Path, incumbent: Path, out: Path, config: Config) 
     from tasks.train import train
 
     tokens = out.with_name(f"{out.name}-tokens")
+    for split in ("test", "golden"):  # they are asked from elsewhere
+        write_rows(rows / f"{split}.jsonl", [])
     tokenize(rows, folder / BASE, incumbent, tokens, config)
     train(tokens, folder / BASE, incumbent, out, out.with_name(f"{out.name}-reports"), config)
 
