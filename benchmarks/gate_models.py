@@ -393,8 +393,8 @@ def judged(folder: Path, size: Size, kind: str, number: int) -> Judged:
         print(f"{name}, {number}: {error}", file=sys.stderr)
         return Judged(name, "error")
     else:
-        test, scores = metrics["slices"]["test"], pd.read_parquet(evaluation / "scores.parquet")
-        lost = test["champion"]["exact_match"]["mean"] - test["candidate"]["exact_match"]["mean"]
+        test, scores = metrics.slices["test"], pd.read_parquet(evaluation / "scores.parquet")
+        lost = test["champion"].scores["exact_match"].mean - test["candidate"].scores["exact_match"].mean
         return Judged(name, verdict, lost, float((scores[scores.model == "candidate"].answer == "").mean()))
     finally:
         shutil.rmtree(place)

@@ -35,7 +35,7 @@ from ratchet.config.params import Config
 from ratchet.errors import ServiceError
 from ratchet.files import write_json
 from ratchet.gateway.auth import add_key
-from ratchet.promotion.champion import Champion, write_champion
+from ratchet.promotion.champion import Champion, Data, GateLine, write_champion
 from ratchet.serving.bundle import SERVING
 
 NAME, DELAY = "pydoc", 0.02  # seconds that the stub takes for an answer
@@ -160,8 +160,8 @@ def put_champion(root: Path, config: Config) -> None:
         "run_key": "",
         "run_id": "",
         "batches": [],
-        "data": {},
-        "gate": {},
+        "data": Data(),
+        "gate": GateLine("promote", None),
         "at": "",
         "by": "",
         "why": "",
