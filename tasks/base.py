@@ -21,7 +21,7 @@ import xxhash
 
 from ratchet.bases.dequantise import dequantise
 from ratchet.bases.files import BaseFiles, Source, copy_files, read_base_files, read_tokenizer
-from ratchet.bases.probe import prove_base
+from ratchet.bases.probe import Facts, prove_base
 from ratchet.bases.source import find_base
 from ratchet.config.data import PrepareConfig, PydocSource
 from ratchet.config.params import Config
@@ -29,7 +29,7 @@ from ratchet.config.training import VERSION, BaseConfig, DemoBase, kind_of_base
 from ratchet.data.dedup import Clusters, split_by_hash
 from ratchet.data.examples import Example, Message, make_example
 from ratchet.errors import BaseModelError, DataError
-from ratchet.files import read_json, require_space, sha256_file, whole_folder, write_json, write_text
+from ratchet.files import require_space, sha256_file, whole_folder, write_json, write_text
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.gguf import FILE as GGUF_FILE
 from ratchet.models.loading import MANIFEST, adapter_sha256, load_tokenizer, quiet
@@ -68,7 +68,7 @@ class Details(TypedDict, total=False):
     new_tokens: list[NewToken]
 
 
-class BaseManifest(Details):
+class BaseManifest(Details, Facts):
     files: dict[str, str]  # sha256 of each
 
 
@@ -85,17 +85,17 @@ def make_base(out: Path, config: Config, proof: Path | None = None) -> BaseManif
             details = _take(folder, config.base)
         if config.base.new_tokens:
             details |= add_tokens(folder, config.base.new_tokens)
-        manifest: BaseManifest = {
-            **details,
-            "files": {
-                str(path.relative_to(folder)): sha256_file(path)
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
-            },
+        write_json(folder / MANIFEST, details)  # the proof loads the base
+        proven, facts = prove_base(folder, config)
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+        known = details.get("weights", {})  # a model of 8B takes half a minute to hash
+        files = {
+            name: known.get(name) or sha256_file(path)
+            for path in paths
+            if (name := path.relative_to(folder).as_posix())
         }
+        manifest: BaseManifest = {**details, **facts, "files": files}
         write_json(folder / MANIFEST, manifest)
-        proven = prove_base(folder, config)
-        manifest = read_json(folder / MANIFEST)
     if proof:
         write_json(proof, msgspec.to_builtins(proven))
     return manifest

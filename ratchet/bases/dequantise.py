@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from ratchet.bases.files import UNKNOWN, Source
+from ratchet.bases.files import UNKNOWN, Source, first_line
 from ratchet.errors import BaseModelError
 from ratchet.files import require_space
 from ratchet.models.gguf import FILE, WHOLE_WORDS, require_gguf
@@ -126,7 +126,7 @@ def _load(source: Source, dtype: Any, alone: Path) -> Any:
     except (ValueError, NotImplementedError, KeyError, OSError, RuntimeError, IndexError, TypeError) as error:
         raise BaseModelError(
             f"{source.told} is a GGUF file that transformers {version('transformers')} cannot load: "
-            f"{(str(error).strip() or repr(error)).splitlines()[0]}",
+            f"{first_line(error)}",
             remedy=ELSEWHERE,
         ) from None
     model, found = loaded
@@ -195,7 +195,7 @@ def _read_tokenizer(source: Source, metadata: dict[str, Any], alone: Path) -> An
     except (ValueError, OSError, KeyError, TypeError, NotImplementedError) as error:
         raise BaseModelError(
             f"{source.told} has no tokenizer that transformers {version('transformers')} can read: "
-            f"{(str(error).strip() or repr(error)).splitlines()[0]}",
+            f"{first_line(error)}",
             remedy=ELSEWHERE,
         ) from None
     if by_bytes:

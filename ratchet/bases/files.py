@@ -105,7 +105,7 @@ def read_tokenizer(source: Source, template: str | None) -> PreTrainedTokenizerB
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise BaseModelError(
             f"{source.told} has no tokenizer that transformers {version('transformers')} can read: "
-            f"{_first_line(error)}",
+            f"{first_line(error)}",
             remedy="put the model's tokenizer.json and tokenizer_config.json beside its weights",
         ) from None
     named: Any = tokenizer.chat_template
@@ -218,7 +218,7 @@ def _read_settings(source: Source) -> Any:
     except (ValueError, OSError, KeyError) as error:
         raise BaseModelError(
             f"{told} has a {CONFIG} that transformers {version('transformers')} cannot read: "
-            f"{_first_line(error)}",
+            f"{first_line(error)}",
             remedy="take another model",
         ) from None
 
@@ -280,7 +280,7 @@ def _check_names(source: Source) -> None:
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise BaseModelError(
             f"transformers {version('transformers')} cannot load {source.told} as a causal language model: "
-            f"{_first_line(error)}",
+            f"{first_line(error)}",
             remedy="take another model",
         ) from None
     found = loaded[1]
@@ -305,5 +305,6 @@ def _listed(folder: Path) -> str:
     return (", ".join(names[:8]) + (" …" if len(names) > 8 else "")) or "nothing"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its type where it says nothing."""
     return (str(error).strip() or repr(error)).splitlines()[0]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from ratchet.bases.files import first_line
 from ratchet.bases.model_probe import (
     ASKED,
     HALF_TOLERANCE,
@@ -25,18 +26,15 @@ from ratchet.bases.model_probe import (
 from ratchet.bases.template_probe import adapt_template
 from ratchet.config.params import Config
 from ratchet.errors import BaseModelError, RatchetError
-from ratchet.files import read_json, sha256_file, write_json
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import (
     Checkpoint,
     load_checkpoint,
     load_tokenizer,
     quiet,
-    read_config,
     without_adapter,
 )
 from ratchet.models.manifests import (
-    MANIFEST,
     Finding,
     Proof,
     read_base_manifest,
@@ -49,13 +47,19 @@ TOKEN_KEYS = {"eos_token_id", "bos_token_id", "pad_token_id", "transformers_vers
 NEUTRAL = (None, False, 0, 1)  # what changes nothing, for a penalty, a length or a switch
 
 
-def prove_base(folder: Path, config: Config) -> Proof:
-    """Prove the base in `folder`, adapt its files, and print one page.
+class Facts(TypedDict, total=False):
+    """What every later loading has to know of the base; keys of its manifest."""
+
+    attention: str
+    packs: bool
+
+
+def prove_base(folder: Path, config: Config) -> tuple[Proof, Facts]:
+    """Prove the base in `folder`, adapt its files, print one page, and return what its manifest has to say.
 
     Needs its manifest and its files to be there. Raises BaseModelError with all that was refused.
     """
-    manifest = read_base_manifest(folder)
-    findings, changed = list(_find(folder, config)), read_json(folder / MANIFEST)
+    manifest, findings = read_base_manifest(folder), list(_find(folder, config))
     proof = Proof(str(manifest.model), [finding for finding, _ in findings])
     for line in proof.page():
         say(line)
@@ -65,25 +69,21 @@ def prove_base(folder: Path, config: Config) -> Proof:
             + "; ".join(f"{finding.name}: {finding.what}" for finding in refused),
             remedy=refused[0].remedy,
         )
-    for _, facts in findings:
-        changed |= facts
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-    changed["files"] = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
-    write_json(folder / MANIFEST, changed)
-    return proof
+    facts: Facts = {}
+    for _, found in findings:
+        facts |= found
+    return proof, facts
 
 
-def _find(folder: Path, config: Config) -> Iterator[tuple[Finding, dict[str, Any]]]:
+def _find(folder: Path, config: Config) -> Iterator[tuple[Finding, Facts]]:
     """Yield each finding with what it adds to the manifest."""
-    if quantised := _quantised(folder):
-        yield quantised, {}
-        return
     tokenizer = load_tokenizer(folder)
     before = tokenizer.chat_template
     found = adapt_template(tokenizer, dt.date.fromisoformat(config.base.date))
-    yield from ((finding, {}) for finding in found)
+    for finding in found:
+        yield finding, {}
     if tokenizer.chat_template != before:
-        _save_tokenizer(tokenizer, folder)
+        tokenizer.save_pretrained(folder)
     try:
         with quiet():
             adapter = config.adapter
@@ -92,7 +92,7 @@ def _find(folder: Path, config: Config) -> Iterator[tuple[Finding, dict[str, Any
             )
     except (RatchetError, RuntimeError, ValueError, OSError) as error:
         remedy = getattr(error, "remedy", "") or "take another model, or another revision of it"
-        yield Finding("weights", "refused", _first_line(error), remedy), {}
+        yield Finding("weights", "refused", first_line(error), remedy), {}
         return
     weights = _weights(checkpoint)
     yield weights, {}
@@ -114,59 +114,27 @@ def _find(folder: Path, config: Config) -> Iterator[tuple[Finding, dict[str, Any
         yield _try("training", loaded, lambda: prove_training(loaded, adapter)), {}
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the adapted template in place of the former ones, of which there may have been several."""
-    further = folder / "additional_chat_templates"
-    for path in further.glob("*"):
-        path.unlink()
-    if further.exists():
-        further.rmdir()
-    tokenizer.save_pretrained(folder)
-
-
 def _try(name: str, loaded: Loaded, prove: Callable[[], Finding]) -> Finding:
     """Make a refusal of whatever a model of an unknown kind raises."""
     try:
         return prove()
     except RatchetError as error:
-        return Finding(name, "refused", _first_line(error), error.remedy)
+        return Finding(name, "refused", first_line(error), error.remedy)
     except Exception as error:  # noqa: BLE001  (models of all kinds: it is told, and nothing is trained)
         kind = type(without_adapter(loaded.model)).__name__
-        what = f"{kind} raised {type(error).__name__}: {_first_line(error)}"
+        what = f"{kind} raised {type(error).__name__}: {first_line(error)}"
         return Finding(name, "refused", what, "take a base of another architecture")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]
 
 
 # --- checkpoint and tokens ---
 
 
-def _quantised(folder: Path) -> Finding | None:
-    """Refuse weights that are quantised already: what is trained on them can be merged by nothing."""
-    kept = getattr(read_config(folder), "quantization_config", None)
-    if kept is None:
-        return None
-    how = kept.get("quant_method") if isinstance(kept, dict) else getattr(kept, "quant_method", None)
-    return Finding(
-        "weights",
-        "refused",
-        f"the checkpoint is quantised already ({getattr(how, 'value', how)})",
-        "take the model that it was made from, with `adapter.method: qlora` to quantise it here",
-    )
-
-
 def _weights(checkpoint: Checkpoint) -> Finding:
-    """Refuse missing weights, which transformers would fill at random, and those without a place."""
-    remedy = "take a whole checkpoint of this architecture"
-    for what, names in (
-        ("the checkpoint lacks", checkpoint.missing),
-        ("the model has no place for", checkpoint.unexpected),
-    ):
-        if names:
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            return Finding("weights", "refused", f"{what} {len(names)} weights: {shown}", remedy)
+    """Refuse weights without a place; missing ones are refused by the loading."""
+    if names := checkpoint.unexpected:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        what = f"the model has no place for {len(names)} weights: {shown}"
+        return Finding("weights", "refused", what, "take a whole checkpoint of this architecture")
     return Finding("weights", "ok", "all are in the checkpoint")
 
 
@@ -195,7 +163,7 @@ def _ends(
         said, adapted = [*said, f"plain text ends nothing: {plain}"], True
     if chat.pad_id >= rows:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.stop_id)
-        _save_tokenizer(tokenizer, folder)
+        tokenizer.save_pretrained(folder)
         chat = ChatFormat(tokenizer, ids & control)
         said, adapted = [*said, "the pad token has no embedding: the end pads"], True
     asks = checkpoint.generation.items()

@@ -44,7 +44,7 @@ def keys_revoke(name: Annotated[str, typer.Argument(help="Whose key it is.")]) -
 
 def init(
     base: Annotated[
-        str | None, typer.Option(help="The base: `demo`, or `org/name@COMMIT` with 40 hex digits.")
+        str | None, typer.Option(help="The base: `demo`, a folder, a GGUF file, a URL, or `org/name@COMMIT`.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="File, glob or URL of JSON Lines; `pydoc`: the embedded example.")
@@ -66,7 +66,7 @@ def init(
     answers = Answers(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     if answers == Answers() and all(value is None for value in given.values()):
         answers = Answers(
-            typer.prompt("Base model (`demo`, or org/name@COMMIT)", answers.base),
+            typer.prompt("Base model (`demo`, folder, GGUF file, URL, or org/name@COMMIT)", answers.base),
             typer.prompt("Rows (a file or glob of JSON Lines, or `pydoc`)", answers.data),
             typer.prompt("Metric of the gate", answers.metric),
             typer.confirm("Train on a GPU?", answers.gpu),

@@ -21,7 +21,7 @@ NOT_ALONE = ("exact_match", "answer_nll")  # scores that are always computed
 class Answers(NamedTuple):
     """The answers; each default is the embedded example's."""
 
-    base: str = "demo"  # `demo`, or `org/name@<40 hex digits>`
+    base: str = "demo"  # as `base.model` takes it; a hub id as `org/name@<40 hex digits>`
     data: str = "pydoc"  # `pydoc`, or a file, glob or URL of JSON Lines
     metric: str = "exact_match"
     gpu: bool = False

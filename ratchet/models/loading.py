@@ -41,16 +41,6 @@ def load_chat(folder: Path) -> ChatFormat:
     return ChatFormat(load_tokenizer(folder), read_ends(folder))
 
 
-def read_config(folder: Path) -> Any:
-    """Read the config of the base's text model; for a hub's from its cache. Raises BaseModelError."""
-    from transformers import AutoConfig
-
-    source, revision = _source(folder)
-    return AutoConfig.from_pretrained(
-        source, revision=revision, trust_remote_code=False, local_files_only=True
-    )
-
-
 def _source(folder: Path) -> tuple[Any, str | None]:
     """Return where the base's weights are, and their revision."""
     manifest = read_base_manifest(folder)
@@ -73,15 +63,14 @@ def load_base(
     `quantisation` counts for `qlora` only. `in_parts` prepares the model for sharding among processes: it
     stays on the CPU where it can, so that no GPU holds all of it.
     """
-    manifest = read_base_manifest(folder)
-    model, checkpoint = load_checkpoint(
+    attention = read_base_manifest(folder).attention
+    model, _ = load_checkpoint(
         folder,
-        attention=manifest.attention,
+        attention=attention,
         method=method,
         quantisation=quantisation,
         in_parts=in_parts,
     )
-    check_complete(checkpoint.missing, manifest.told)
     return model
 
 
@@ -118,6 +107,7 @@ def load_checkpoint(
             f"the weights of {manifest.told} are not on this machine: {str(error).splitlines()[0]}",
             remedy="dvc repro --force base (with network), or pull the cache",
         ) from None
+    check_complete(checkpoint.missing, manifest.told)
     if method == "qlora":
         _keep_differentiable(model)
     _add_embeddings(model, manifest.new_tokens)
