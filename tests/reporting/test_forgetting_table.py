@@ -142,7 +142,7 @@ class Made:
                 "reports/gate.json": json.dumps(
                     GATE
                     | {
-                        "candidate": {"adapter_sha256": sha},
+                        "candidate": {"run_key": sha, "adapter_sha256": sha},
                         "rival": {"model": "champion" if rival else "base", "version": rival},
                         "number": number,
                     }
