@@ -238,7 +238,10 @@ def _mean(values: Values) -> Interval:
 def _count_prompts(asked: Asked) -> Prompts:
     """Count the prompts that a program which tokenizes a rendered prompt in one piece sees as trained."""
     chat = asked.ours
-    alike = [chat.encode_whole(row.prompt) == chat.encode_prompt(row.prompt) for row in asked.rows]
+    alike = [
+        chat.encode_whole(row.prompt, row.tools) == chat.encode_prompt(row.prompt, row.tools)
+        for row in asked.rows
+    ]
     return Prompts(len(asked.rows), sum(alike))
 
 

@@ -22,11 +22,9 @@ from ratchet.data.examples import (
     RawRow,
     RowError,
     has_mark_run,
-    make_example,
     normalise,
-    recognise_form,
-    row_to_messages,
 )
+from ratchet.data.forms import read_conversation
 from ratchet.data.validation import Origin, Validator
 from ratchet.promotion.lineage import STARTED_FROM, Trace
 from ratchet.tracking.registry import Version, list_versions, set_tag
@@ -112,11 +110,7 @@ def _ids(line: bytes, row: RawRow, origin: Origin, validator: Validator) -> list
     """Hash the row as it was written, and as today's settings leave it: versions learned either."""
     found: list[str] = []
     with suppress(RowError):
-        found.append(
-            make_example(
-                row_to_messages(row, recognise_form(row) if origin.form == "auto" else origin.form), {}
-            ).id
-        )
+        found.append(read_conversation(row, origin.form).example({}).id)
     with suppress(RowError):
         found.append(validator.check(line, origin).example.id)
     return list(dict.fromkeys(found))

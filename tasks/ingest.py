@@ -24,7 +24,8 @@ from ratchet.config.data import JsonlSource, PydocSource
 from ratchet.config.params import Config
 from ratchet.data.batches import Batch, content_hash, raw_lines, read_manifest, write_batch
 from ratchet.data.dedup import split_by_hash
-from ratchet.data.examples import Example, RowError, encode_line, make_raw_row, recognise_form, whole_rows
+from ratchet.data.examples import Example, RowError, encode_line, make_raw_row
+from ratchet.data.forms import recognise_form, whole_rows
 from ratchet.errors import DataError
 from ratchet.files import write_bytes
 from ratchet.models.lengths import check_whole, known_tokens
@@ -207,7 +208,10 @@ def freeze_golden(
     if not chosen:
         raise DataError("no row is fit for the golden set", remedy="check the source's rows")
     _check_lengths([found[key] for key in chosen], base, config, tell)
-    write_bytes(path, (encode_line(make_raw_row(found[key].messages, found[key].meta)) for key in chosen))
+    write_bytes(
+        path,
+        (encode_line(make_raw_row(found[key].messages, found[key].meta, found[key].tools)) for key in chosen),
+    )
     return len(chosen)
 
 

@@ -313,11 +313,8 @@ class Caps:
 
 def prompt_key(example: Example) -> int:
     """Hash what is asked, all messages but the answer, to 64 bits."""
-    return xxhash.xxh3_64_intdigest(
-        msgspec.json.encode(
-            [[message.role, normalise(message.content).lower()] for message in example.prompt]
-        )
-    )
+    asked: list[object] = [[message.role, normalise(message.text).lower()] for message in example.prompt]
+    return xxhash.xxh3_64_intdigest(msgspec.json.encode(asked + list(example.tools)))
 
 
 def _answer_key(example: Example) -> int:

@@ -22,7 +22,8 @@ import msgspec
 from ratchet.config.data import JsonlSource
 from ratchet.config.params import Config
 from ratchet.config.synthesis import TeacherConfig
-from ratchet.data.examples import Example, Meta, read_examples, whole_rows
+from ratchet.data.examples import Example, Meta, read_examples
+from ratchet.data.forms import whole_rows
 from ratchet.errors import DataError, RatchetError, ServiceError, UserError
 from ratchet.llm.budget import Budget, SpentError
 from ratchet.llm.client import Teacher

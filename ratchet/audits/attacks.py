@@ -139,7 +139,7 @@ def _attacks_on(row: Example, words: Words, chat: ChatFormat, answers: list[str]
     if others:
         wrong = draw.choice(others)
         texts.append(("leading", _fill(draw.choice(words.templates["leading"]), row, wrong=wrong), wrong))
-    plain = chat.count_control(chat.encode_prompt(row.prompt))
+    plain = chat.count_control(chat.encode_prompt(row.prompt, row.tools))
     for kind, text, planted in texts:
         if text != row.question and (attacked := _asking(row, text)):
             yield Attack(
@@ -147,7 +147,7 @@ def _attacks_on(row: Example, words: Words, chat: ChatFormat, answers: list[str]
                 row.id,
                 attacked,
                 planted,
-                chat.count_control(chat.encode_prompt(attacked.prompt)) == plain,
+                chat.count_control(chat.encode_prompt(attacked.prompt, attacked.tools)) == plain,
             )
 
 
@@ -216,7 +216,8 @@ def _fill(template: str, row: Example, **values: str) -> str:
 
 def _asking(row: Example, text: str) -> Example | None:
     try:
-        return make_example([*row.messages[:-2], Message("user", text), row.messages[-1]], row.meta)
+        asked = [*row.messages[:-2], Message("user", text), row.messages[-1]]
+        return make_example(asked, row.meta, tools=row.tools)
     except RowError:  # a look-alike of the user's that makes no text
         return None
 
@@ -224,7 +225,7 @@ def _asking(row: Example, text: str) -> Example | None:
 def _is_refused(chat: ChatFormat, row: Example, length: int) -> bool:
     try:
         with quiet():  # that it is too long is the point
-            chat.fit_prompt(row.prompt, length)
+            chat.fit_prompt(row.prompt, length, row.tools)
     except UserError:
         return True
     return False

@@ -18,7 +18,7 @@ import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from ratchet.data.examples import Example, Message, RowError, make_example
+from ratchet.data.examples import Example, RowError, make_example, map_texts
 from ratchet.errors import DataError
 from ratchet.evaluation.audit_tables import differences
 from ratchet.evaluation.report import Change
@@ -148,11 +148,11 @@ def swap(text: str, terms: Terms) -> str:
 
 
 def _swapped(row: Example, pattern: re.Pattern[str], terms: Terms) -> Example | None:
-    messages = [Message(message.role, _swap(message.content, pattern, terms)) for message in row.messages]
-    if all(new.content == old.content for new, old in zip(messages[:-1], row.prompt, strict=True)):
+    messages = map_texts(row.messages, lambda text: _swap(text, pattern, terms))
+    if messages[:-1] == list(row.prompt):
         return None
     try:
-        return make_example(messages, row.meta)
+        return make_example(messages, row.meta, tools=row.tools)
     except RowError:  # a term of the user's that makes no text
         return None
 

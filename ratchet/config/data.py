@@ -53,9 +53,9 @@ class JsonlSource(Section):
     """JSON Lines from anywhere fsspec can read."""
 
     path: str = Field(default="", description="file, glob or fsspec URL (`s3://…`), one JSON object a line")
-    form: Literal["auto", "messages", "completion", "instruction", "question", "sharegpt", "text"] = Field(
-        default="auto", description="form of the rows; `auto` recognises it from the first row's keys"
-    )
+    form: Literal[
+        "auto", "messages", "completion", "preference", "instruction", "question", "sharegpt", "text"
+    ] = Field(default="auto", description="form of the rows; `auto` recognises it from the first row's keys")
 
 
 class FeedbackSource(Section):

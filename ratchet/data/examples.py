@@ -1,14 +1,16 @@
-"""The one inner form of a row: `Example(id, messages, meta)`, and the outer forms that become one.
+"""The one inner form of a row: `Example`, a conversation that ends with the answer to learn.
 
 The id is the hash of the normalised messages, so that the same content has the same id whatever file it came
-in. Not covered here: what makes a row unfit for training (tasks/prepare.py decides that).
+in. Not covered here: the outer forms (`ratchet.data.forms`) and what makes a row unfit for training
+(tasks/prepare.py decides that).
 """
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,22 +21,54 @@ import xxhash
 from ratchet.errors import DataError
 
 CONTINUE = "Continue."  # the fixed prompt of rows that are plain text
+CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+INDENT = re.compile(r"\t[\t ]*| [\t ]+")  # what code begins a line with; one blank is an accident
+ROLES = ("system", "user", "assistant", "tool")
 MOST_MARKS = 32
 Meta = dict[str, str | int | float | bool | None]
 RawRow = dict[str, Any]  # a row as its file gave it: any JSON object, until the validator has seen it
 
 
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+Tool = dict[str, Any]  # as OpenAI writes one: {"type": "function", "function": {"name", "description", …}}
+
+
+class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A call of a tool. `id` ties results to calls in a file or a request; examples hold none."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str = ""
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One turn; `learned` is False for an answer that stays out of the loss (OpenAI's `weight: 0`)."""
+
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    reasoning: str = ""
+    learned: bool = True
+    call_id: str = ""  # of a tool's result, until results stand in the order of their calls
+
+    @property
+    def text(self) -> str:
+        """Return the content and, a line each, the calls as text: what metrics and people compare."""
+        return "\n".join(filter(None, (self.content, *map(call_text, self.tool_calls))))
+
+    @property
+    def is_plain(self) -> bool:
+        return not (self.tool_calls or self.reasoning)
 
 
-class Example(msgspec.Struct, frozen=True):
+class Example(msgspec.Struct, frozen=True, omit_defaults=True):
     """One conversation that ends with the answer to learn; `meta` holds batch, source and slices."""
 
     id: str
     messages: tuple[Message, ...]
     meta: Meta
+    tools: tuple[Tool, ...] = ()  # what the prompt offers
+    rejected: Message | None = None  # a worse answer to the same prompt
+    desirable: bool = True  # False: the last message is an answer not to give
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -42,12 +76,12 @@ class Example(msgspec.Struct, frozen=True):
 
     @property
     def answer(self) -> str:
-        return self.messages[-1].content
+        return self.messages[-1].text
 
     @property
     def question(self) -> str:
-        """Return the last user turn."""
-        return self.messages[-2].content
+        """Return the last turn before the answer: a user's, or a tool's result."""
+        return self.messages[-2].text
 
 
 class RowError(ValueError):
@@ -75,162 +109,174 @@ def _marks() -> re.Pattern[str]:
     return re.compile(f"[{re.escape(marks)}]{{{MOST_MARKS + 1}}}")
 
 
+def call_text(call: ToolCall) -> str:
+    """Write a call as one line of JSON with sorted keys, so that equal calls are equal texts."""
+    said = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False, sort_keys=True)
+    return f"{CALL_OPEN}{said}{CALL_CLOSE}"
+
+
 def normalise(text: str) -> str:
-    """Bring a text to NFC, with `\\n` for each line end and no blanks at the ends; change nothing else."""
+    """Bring a text to NFC, with `\\n` for each line end; trim its ends (`trim`); change nothing else."""
     if text.isascii() and "\r" not in text:
-        return text.strip()
+        return trim(text)
     for line_end in ("\r\n", "\r", "\u2028", "\u2029", "\u0085"):
         text = text.replace(line_end, "\n")
-    return unicodedata.normalize("NFC", text).strip()
+    return trim(unicodedata.normalize("NFC", text))
 
 
-def example_id(messages: Iterable[Message]) -> str:
-    """Hash the roles and normalised contents to 128 bits, 32 hex digits."""
+def trim(text: str) -> str:
+    """Take blanks off the end and empty lines off the start; an indented first line, as of code, stays so."""
+    text = text.rstrip()
+    return trim_start(text) if text[:1].isspace() else text
+
+
+def trim_start(text: str) -> str:
+    """Take empty lines and a single blank off the start."""
+    first = text.lstrip()
+    indent = text[: len(text) - len(first)].rpartition("\n")[2]
+    return indent + first if INDENT.fullmatch(indent) else first
+
+
+def example_id(messages: Iterable[Message], tools: Sequence[Tool] = ()) -> str:
+    """Hash what is learned from to 128 bits, 32 hex digits; of plain turns roles and contents alone."""
     hasher = xxhash.xxh3_128()
     for message in messages:
-        hasher.update(msgspec.json.encode([message.role, normalise(message.content)]))
+        parts: list[Any] = [message.role, normalise(message.content)]
+        if not (message.is_plain and message.learned):
+            calls = [[call.name, call.arguments] for call in message.tool_calls]
+            parts += [calls, normalise(message.reasoning), message.learned]
+        hasher.update(msgspec.json.encode(parts))
+    if tools:
+        hasher.update(msgspec.json.encode(tools))
     return hasher.hexdigest()
 
 
-def make_example(messages: Iterable[Message], meta: Meta) -> Example:
+def make_example(
+    messages: Iterable[Message],
+    meta: Meta,
+    *,
+    tools: Sequence[Tool] = (),
+    rejected: Message | None = None,
+    desirable: bool = True,
+) -> Example:
     """Normalise and check a conversation.
 
-    Raises RowError: empty, unknown role, turns out of order, no answer, text that is no valid Unicode.
+    Raises RowError: empty, unknown role, turns out of order, no answer, a call of a tool that is not offered,
+    text that is no valid Unicode.
     """
-    messages = tuple(messages)
-    for position, message in enumerate(messages):
-        if has_mark_run(message.content):
+    clean = tuple(_clean(position, message) for position, message in enumerate(messages))
+    _check_turns(clean)
+    _check_calls(clean, tools)
+    if rejected is not None:
+        rejected = _clean(len(clean) - 1, rejected)
+        _check_turns((*clean[:-1], rejected))
+    id = example_id(clean, tools)
+    if rejected is not None or not desirable:  # another row than the one that says the same without judgement
+        judged = msgspec.json.encode([rejected and [rejected.content, rejected.tool_calls], desirable])
+        id = xxhash.xxh3_128_hexdigest(id.encode() + judged)
+    return Example(id, clean, meta, tuple(tools), rejected, desirable)
+
+
+def _clean(position: int, message: Message) -> Message:
+    for text in (message.content, message.reasoning):
+        if has_mark_run(text):
             raise RowError(
                 "mark_run", f"message {position} holds more than {MOST_MARKS} combining marks in a row"
             )
-    clean = tuple(Message(message.role, normalise(message.content)) for message in messages)
-    _check_turns(clean)
-    return Example(example_id(clean), clean, meta)
+    return msgspec.structs.replace(
+        message, content=normalise(message.content), reasoning=normalise(message.reasoning)
+    )
+
+
+def map_texts(messages: Iterable[Message], change: Callable[[str], str]) -> list[Message]:
+    """Change each text of the messages: contents, reasoning, and what stands in arguments of calls."""
+    return [
+        msgspec.structs.replace(
+            message,
+            content=change(message.content),
+            reasoning=change(message.reasoning) if message.reasoning else "",
+            tool_calls=tuple(
+                msgspec.structs.replace(call, arguments=map_strings(call.arguments, change))
+                for call in message.tool_calls
+            ),
+        )
+        for message in messages
+    ]
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Change each text in a JSON value; keys stay."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_strings(inner, change) for key, inner in value.items()}
+    return [map_strings(inner, change) for inner in value] if isinstance(value, list) else value
+
+
+def texts_of(messages: Iterable[Message], tools: Sequence[Tool] = ()) -> list[str]:
+    """List each text that a conversation holds, the tools' own and names of arguments with them."""
+    found: list[str] = []
+    for message in messages:
+        found += filter(None, (message.content, message.reasoning))
+        for call in message.tool_calls:
+            found += [call.name, *_strings(call.arguments)]
+    return [*found, *_strings(list(tools))]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
 
 
 def _check_turns(messages: tuple[Message, ...]) -> None:
     if not messages:
         raise RowError("empty_messages", "the row has no messages")
     for position, message in enumerate(messages):
-        if message.role not in ("system", "user", "assistant"):
-            raise RowError("unknown_role", f"role {message.role[:40]!r}; known: system, user, assistant")
-        if not message.content:
+        if message.role not in ROLES:
+            raise RowError("unknown_role", f"role {message.role[:40]!r}; known: {', '.join(ROLES)}")
+        if not message.content and not message.tool_calls and message.role != "tool":
             reason = "no_answer" if message.role == "assistant" else "empty_content"
             raise RowError(reason, f"message {position} ({message.role}) is empty")
-        try:
-            message.content.encode("utf-8")
-        except UnicodeEncodeError:
-            raise RowError("invalid_unicode", f"message {position} holds a lone surrogate") from None
-        if "\x00" in message.content:
-            raise RowError("nul_character", f"message {position} holds a NUL character")
+        for text in texts_of([message]):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise RowError("invalid_unicode", f"message {position} holds a lone surrogate") from None
+            if "\x00" in text:
+                raise RowError("nul_character", f"message {position} holds a NUL character")
     turns = messages[1:] if messages[0].role == "system" else messages
+    before = Message("assistant", "")
+    waiting = 0  # calls without a result
     for position, message in enumerate(turns):
-        if message.role != ("user", "assistant")[position % 2]:
+        wanted = "tool" if waiting else "user" if before.role == "assistant" else "assistant"
+        if message.role != wanted:
             raise RowError(
                 "turn_order",
-                f"turn {position} is by {message.role}; turns alternate user, assistant, "
-                "after at most one system message",
+                f"turn {position} is by {message.role}, wanted {wanted}; turns alternate user, assistant, "
+                "after at most one system message, and each call of a tool is followed by its result",
             )
+        waiting = waiting - 1 if waiting else len(message.tool_calls)
+        before = message
     if not turns or turns[-1].role != "assistant":
         raise RowError("no_answer", "the last message is not the assistant's: nothing to learn")
 
 
-# --- outer forms --------------------------------------------------------------------------------------------
-
-
-def _messages(row: RawRow) -> list[Message]:
-    turns = row["messages"]
-    if not isinstance(turns, list):
-        raise RowError("wrong_type", f"`messages` is {type(turns).__name__}, wanted a list")
-    return [Message(_text(turn, "role"), _text(turn, "content")) for turn in turns]
-
-
-def _completion(row: RawRow) -> list[Message]:
-    return [Message("user", _text(row, "prompt")), Message("assistant", _text(row, "completion"))]
-
-
-def _instruction(row: RawRow) -> list[Message]:
-    extra = _text(row, "input") if row.get("input") else ""
-    question = _text(row, "instruction") + (f"\n\n{extra}" if extra else "")
-    return [Message("user", question), Message("assistant", _text(row, "output"))]
-
-
-def _question(row: RawRow) -> list[Message]:
-    return [Message("user", _text(row, "question")), Message("assistant", _text(row, "answer"))]
-
-
-def _sharegpt(row: RawRow) -> list[Message]:
-    roles = {"human": "user", "gpt": "assistant"}  # the other names are ours already
-    turns = row["conversations"]
-    if not isinstance(turns, list):
-        raise RowError("wrong_type", f"`conversations` is {type(turns).__name__}, wanted a list")
-    return [
-        Message(roles.get(_text(turn, "from"), _text(turn, "from")), _text(turn, "value")) for turn in turns
-    ]
-
-
-def _plain_text(row: RawRow) -> list[Message]:
-    """Make plain text an answer to a fixed prompt: the loss mask then covers the whole text."""
-    return [Message("user", CONTINUE), Message("assistant", _text(row, "text"))]
-
-
-FORMS: dict[str, tuple[str, Callable[[RawRow], list[Message]]]] = {
-    "messages": ("messages", _messages),
-    "completion": ("completion", _completion),
-    "instruction": ("output", _instruction),
-    "question": ("answer", _question),
-    "sharegpt": ("conversations", _sharegpt),
-    "text": ("text", _plain_text),
-}
-
-
-def recognise_form(row: RawRow) -> str:
-    """Name of the row's form, by its keys. Raises RowError("unknown_form")."""
-    starts = {
-        "messages": "messages",
-        "conversations": "sharegpt",
-        "prompt": "completion",
-        "instruction": "instruction",
-        "question": "question",
-        "text": "text",
-    }
-    for key, form in starts.items():
-        if key in row:
-            return form
-    raise RowError(
-        "unknown_form",
-        f"keys {[key[:40] for key in sorted(row)[:8]]} fit no form; wanted `messages`, `conversations`, "
-        "`prompt`/`completion`, `instruction`/`output`, `question`/`answer` or `text`",
-    )
-
-
-def row_to_messages(row: RawRow, form: str) -> list[Message]:
-    """Read the messages of a row by its form. Raises RowError: a key is missing or holds no text."""
-    answer_key, convert = FORMS[form]
-    if answer_key not in row:
-        raise RowError("no_answer", f"`{answer_key}` is missing; a row of the form {form!r} needs it")
-    return convert(row)
-
-
-def whole_rows(lines: Iterable[bytes], form: str = "auto") -> Iterator[Example]:
-    """Read the rows that become an example at all, with their `meta`; preparation counts the others."""
-    for line in lines:
-        try:
-            row = msgspec.json.decode(line, type=dict)
-            yield make_example(
-                row_to_messages(row, recognise_form(row) if form == "auto" else form), row.get("meta") or {}
-            )
-        except (RowError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, AttributeError, TypeError):
-            continue
-
-
-def _text(row: Any, key: str) -> str:
-    if not isinstance(row, dict) or key not in row:
-        raise RowError("missing_key", f"`{key}` is missing")
-    value = row[key]
-    if not isinstance(value, str):
-        raise RowError("wrong_type", f"`{key}` is {type(value).__name__}, wanted text")
-    return value
+def _check_calls(messages: tuple[Message, ...], tools: Sequence[Tool]) -> None:
+    offered = {tool["function"]["name"] for tool in tools}
+    for message in messages:
+        for call in message.tool_calls:
+            if call.name not in offered:
+                raise RowError(
+                    "unknown_tool",
+                    f"the tool {call.name[:40]!r} is called, and `tools` does not offer it",
+                )
 
 
 # --- files of examples --------------------------------------------------------------------------------------
@@ -251,10 +297,38 @@ def read_examples(path: Path) -> Iterator[Example]:
                 ) from None
 
 
-def make_raw_row(messages: Iterable[Message], meta: Meta) -> RawRow:
+def to_openai(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """Write messages as OpenAI's format has them; calls and results get ids by their place."""
+    written: list[dict[str, Any]] = []
+    ids: list[str] = []
+    for position, message in enumerate(messages):
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.reasoning:
+            turn["reasoning_content"] = message.reasoning
+        if not message.learned:
+            turn["weight"] = 0
+        if message.tool_calls:
+            ids = [f"call_{position}_{number}" for number in range(len(message.tool_calls))]
+            turn["tool_calls"] = [
+                {
+                    "id": id,
+                    "type": "function",
+                    "function": {
+                        "name": call.name,
+                        "arguments": json.dumps(call.arguments, ensure_ascii=False),
+                    },
+                }
+                for id, call in zip(ids, message.tool_calls, strict=True)
+            ]
+        if message.role == "tool" and ids:
+            turn["tool_call_id"] = ids.pop(0)
+        written.append(turn)
+    return written
+
+
+def make_raw_row(messages: Iterable[Message], meta: Meta, tools: Sequence[Tool] = ()) -> RawRow:
     """Make a row in the form `messages`, as batches hold them."""
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    return {"messages": turns, "meta": meta}
+    return {"messages": to_openai(messages), "meta": meta} | ({"tools": list(tools)} if tools else {})
 
 
 def encode_line(value: Any) -> bytes:

@@ -77,7 +77,7 @@ class Gathered:
         """Count an accepted row."""
         self._kinds[side, str(example.meta.get("kind", ""))] += 1
         self._sources[str(example.meta["source"])] += 1
-        length = sum(len(message.content) for message in example.messages)
+        length = sum(len(message.text) for message in example.messages)
         self._lengths.setdefault(batch, Counter())[1 << length.bit_length()] += 1
         labels = self._labels.setdefault(batch, Counter())
         if len(example.answer) <= LABEL_CHARS and (len(labels) < MOST_LABELS or example.answer in labels):

@@ -11,21 +11,22 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import msgspec
 
 from ratchet.config.data import PrepareConfig
 from ratchet.data.examples import (
     CONTINUE,
-    FORMS,
     Example,
-    Message,
     Meta,
     RawRow,
     RowError,
     make_example,
-    recognise_form,
-    row_to_messages,
+    map_texts,
+    texts_of,
 )
+from ratchet.data.forms import FORMS, MEANT, read_conversation, recognise_form
 from ratchet.data.json_rows import read_row
 from ratchet.data.pii import MASK, find_secret, mask_names, mask_personal
 from ratchet.data.text import BOILERPLATE, check_text, clean, find_mixed_word, language_of
@@ -34,15 +35,7 @@ from ratchet.errors import ConfigError
 # Reasons that a person may overrule.
 REVIEW = frozenset({"mixed_script", "boilerplate", "instruction_in_answer", "contradiction"})
 MOST_TURNS = 64
-FORM_KEYS = {
-    "messages": {"messages"},
-    "completion": {"prompt", "completion"},
-    "instruction": {"instruction", "input", "output"},
-    "question": {"question", "answer"},
-    "sharegpt": {"conversations"},
-    "text": {"text"},
-}
-TURN_KEYS = {"messages": {"role", "content"}, "conversations": {"from", "value"}}
+META_KEYS = ("meta", "metadata")  # objects of single values beside the messages
 IMAGES = re.compile(r"image|picture|photo|pixel|audio|video", re.IGNORECASE)
 INSTRUCTION = re.compile(
     r"\b(?:ignore|disregard|forget) (?:all |any |the )*(?:previous|prior|above|earlier)"
@@ -90,7 +83,7 @@ class Validator:
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
         self._allowed = frozenset(config.allowed_tokens)
-        self._extra = frozenset({"meta", *config.extra_keys})
+        self._extra = frozenset({*META_KEYS, *config.extra_keys})
         self._blocked = [(entry, _compile(entry)) for entry in config.blocked]
 
     def check(self, line: bytes, origin: Origin) -> Checked:
@@ -99,23 +92,31 @@ class Validator:
         Raises RowError, and Doubt for what a person may overrule; rows that one accepted get none.
         """
         row = read_row(line)
-        form = recognise_form(row) if origin.form == "auto" else origin.form
+        named = FORMS.get(origin.form)  # that of the batch's first row; a file may mix forms
+        form = recognise_form(row) if named is None or named.starts.isdisjoint(row) else origin.form
         self._check_keys(row, form)
-        messages = row_to_messages(row, form)
-        if len(messages) > MOST_TURNS:
-            raise RowError("too_many_turns", f"{len(messages)} messages; at most {MOST_TURNS} are taken")
-        length = sum(len(message.content) for message in messages)
+        said = read_conversation(row, form)
+        if len(said.messages) > MOST_TURNS:
+            raise RowError("too_many_turns", f"{len(said.messages)} messages; at most {MOST_TURNS} are taken")
+        answers = [said.rejected] if said.rejected else []
+        length = sum(map(len, texts_of([*said.messages, *answers], said.tools)))
         if length > self._config.max_chars:  # before the checks: some of them take long on long texts
             raise RowError(
                 "too_many_chars", f"{length} characters; `prepare.max_chars` is {self._config.max_chars}"
             )
-        sanitised: Counter[str] = Counter()
-        messages = [Message(message.role, clean(message.content, sanitised)) for message in messages]
+        sanitised = Counter(said.notes)
+        messages = map_texts([*said.messages, *answers], lambda text: clean(text, sanitised))
         meta = self._meta(row)
-        example = make_example(messages, meta)
-        for message in example.messages:
-            check_text(message.content, self._allowed)
-            self._check_blocked(message.content)
+        example = said._replace(
+            messages=messages[: len(said.messages)], rejected=messages[-1] if answers else None
+        ).example(meta)
+        for text in _texts(example):
+            check_text(text, self._allowed)
+            self._check_blocked(text)
+        if not example.desirable:
+            raise RowError(
+                "undesirable", "`label` is false, an answer not to give: nothing learns from those yet"
+            )
         example = self._without_personal(example, sanitised)
         _check_time(meta, origin.time, self._config.max_age_days)
         if self._config.require_licence and origin.licence in ("", "unknown") and not meta.get("licence"):
@@ -123,8 +124,8 @@ class Validator:
                 "no_licence",
                 "neither the row nor its batch names a licence; `prepare.require_licence` is true",
             )
-        example = Example(
-            example.id, example.messages, {**meta, "batch": origin.batch, "source": origin.source}
+        example = msgspec.structs.replace(
+            example, meta={**meta, "batch": origin.batch, "source": origin.source}
         )
         accepted, fault = is_accepted(origin.source, meta), self._find_language_fault(example)
         if not accepted and (doubt := _find_doubt(example)):
@@ -136,7 +137,14 @@ class Validator:
         return Checked(example, boilerplate, tuple(sanitised.elements()))
 
     def _check_keys(self, row: RawRow, form: str) -> None:
-        unknown = row.keys() - FORM_KEYS[form] - self._extra
+        unread = row.keys() - FORMS[form].keys
+        if lost := unread & MEANT:
+            raise RowError(
+                "unknown_key",
+                f"the keys {_names(lost)} belong to a conversation, and a row of the form {form!r} has no "
+                f"place for them; it reads {sorted(FORMS[form].keys)} (`ingest.columns` renames columns)",
+            )
+        unknown = unread - self._extra
         if unknown and any(IMAGES.search(key) for key in unknown):
             raise RowError(
                 "media", f"the keys {_names(unknown)} name pictures or sounds; rows of text are taken"
@@ -144,29 +152,18 @@ class Validator:
         if unknown and self._config.unknown_keys == "reject":
             raise RowError(
                 "unknown_key",
-                f"the keys {_names(unknown)} are unknown in a row of the form {form!r}; "
-                "name them in `prepare.extra_keys`, or drop them",
+                f"the keys {_names(unknown)} are unknown in a row of the form {form!r}; name them in "
+                "`prepare.extra_keys` if they say nothing that is to be learned, or drop them",
             )
-        for key, known in TURN_KEYS.items():
-            turns = row.get(key)
-            if key in FORM_KEYS[form] and isinstance(turns, list):
-                for turn in turns:
-                    if isinstance(turn, dict) and (more := turn.keys() - known):
-                        raise RowError(
-                            "unknown_key",
-                            f"a message holds {_names(more)}; known: {sorted(known)} "
-                            "(calls of tools are not learned yet)",
-                        )
 
     def _meta(self, row: RawRow) -> Meta:
         """Take the single values of `meta` and of the keys that the configuration names."""
-        given = row.get("meta")
         if row.keys().isdisjoint(self._extra):
             return {}
-        said = {
-            **{key: row[key] for key in self._config.extra_keys if key in row},
-            **(given if isinstance(given, dict) else {}),
-        }
+        said = {key: row[key] for key in self._config.extra_keys if key in row}
+        for key in META_KEYS:
+            if isinstance(given := row.get(key), dict):
+                said |= _flat(given)
         meta: Meta = {
             key: value for key, value in said.items() if isinstance(value, str | int | float | bool)
         }
@@ -196,28 +193,34 @@ class Validator:
         self._check_blocked(text)
 
     def _without_personal(self, example: Example, sanitised: Counter[str]) -> Example:
-        for message in example.messages:
-            if kind := find_secret(message.content):
+        texts = _texts(example)
+        for text in texts:
+            if kind := find_secret(text):
                 raise RowError(
                     "secret", f"a text holds a secret ({kind}); it has to be changed where it is valid"
                 )
         policy = self._config.personal_data
         if policy == "keep":
             return example
+        found = [kinds for text in texts if (kinds := self._mask(text)[1])]
+        if not found:
+            return example
         if policy == "reject":
-            for message in example.messages:
-                if kinds := self._mask(message.content)[1]:
-                    raise RowError(
-                        "personal_data",
-                        f"a text holds personal data: {', '.join(kinds)} "
-                        "(`prepare.personal_data`: mask takes the row without it)",
-                    )
-            return example
-        masked = [(message, *self._mask(message.content)) for message in example.messages]
-        if not any(kinds for _, _, kinds in masked):
-            return example
+            raise RowError(
+                "personal_data",
+                f"a text holds personal data: {', '.join(found[0])} "
+                "(`prepare.personal_data`: mask takes the row without it)",
+            )
         sanitised["personal_data"] += 1
-        return make_example([Message(message.role, text) for message, text, _ in masked], example.meta)
+        answers = [example.rejected] if example.rejected else []
+        masked = map_texts([*example.messages, *answers], lambda text: self._mask(text)[0])
+        return make_example(
+            masked[: len(example.messages)],
+            example.meta,
+            tools=example.tools,
+            rejected=masked[-1] if answers else None,
+            desirable=example.desirable,
+        )
 
     def _mask(self, text: str) -> tuple[str, list[str]]:
         text, kinds = mask_personal(text)
@@ -245,6 +248,18 @@ class Validator:
                 raise RowError("canary", f"a text holds canary {number} of `prepare.canaries`")
 
 
+def _texts(example: Example) -> list[str]:
+    return texts_of([*example.messages, *([example.rejected] if example.rejected else [])], example.tools)
+
+
+def _flat(given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name nested values by their path: {"a": {"b": 1}} gives {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def _names(keys: Iterable[str]) -> list[str]:
     return [key[:40] for key in sorted(keys)[:4]]
 
@@ -256,8 +271,8 @@ def is_accepted(source: str, meta: Meta) -> bool:
 
 def _find_doubt(example: Example) -> tuple[str, str] | None:
     """Find (reason, message) of what a person has to look at."""
-    for message in example.messages:
-        if word := find_mixed_word(message.content):
+    for text in texts_of(example.messages):
+        if word := find_mixed_word(text):
             return "mixed_script", f"the word {word[:40]!r} mixes alphabets that look alike"
     if INSTRUCTION.search(example.answer):
         return "instruction_in_answer", "the answer gives orders to a model or to who grades it"
@@ -299,6 +314,3 @@ def _compile(entry: str) -> re.Pattern[str]:
             f"prepare.blocked holds {entry!r}, which is no regular expression: {error}",
             remedy="mend it in params.yaml",
         ) from None
-
-
-assert FORM_KEYS.keys() == FORMS.keys()

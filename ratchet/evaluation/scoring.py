@@ -139,7 +139,7 @@ def answer(
     """
     started = time.perf_counter()
     chat = load_chat(player.base)
-    prompts = [chat.encode_prompt(row.prompt) for row in asked.rows]
+    prompts = [chat.encode_prompt(row.prompt, row.tools) for row in asked.rows]
     wholes = [encode_last_answer(chat, row, prompt) for row, prompt in zip(asked.rows, prompts, strict=True)]
 
     def likelihoods(model: Any, batch: list[int]) -> list[Any]:

@@ -8,13 +8,16 @@ by construction.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ratchet.data.examples import Example, Message
+from ratchet.data.examples import Example, Message, Tool, ToolCall, texts_of, trim
 from ratchet.errors import BaseModelError, UserError
+from ratchet.models.tool_calls import PROBE_TOOL, PROBES, CallFormat, find_call_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,39 +69,48 @@ class ChatFormat:
         self._check_round_trip()
 
     def encode(self, example: Example) -> Encoded:
-        """Encode prompt, answer and end of turn; earlier answers of a conversation are learned as well."""
-        ids, learned = self._encode_prompt(example.prompt)
-        answer = self._content_ids(example.answer)
+        """Encode prompt, answer and end of turn; earlier answers of a conversation are learned as well.
+
+        Raises BaseModelError: the template does not write the row's tools, or writes calls so that a model's
+        answer cannot be read back; UserError: a tool or a call holds a control token.
+        """
+        self._check_tools(example.messages, example.tools)
+        ids, learned = self._encode_prompt(example.prompt, example.tools)
+        last = example.messages[-1]
+        if last.tool_calls:
+            answer = self._ids_of(self._answer_text(example.messages, example.tools), example.messages)
+        else:
+            answer = self._content_ids(last.content)
         return Encoded([*ids, *answer, self.stop_id], [*learned, *[True] * (len(answer) + 1)])
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Return what serving sends to the model: the messages and the opening of the assistant's turn."""
-        return self._encode_prompt(messages).ids
+        return self._encode_prompt(messages, tools).ids
 
-    def encode_whole(self, messages: Sequence[Message]) -> list[int]:
+    def encode_whole(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Encode the rendered prompt in one piece, as other programs do.
 
         The ids differ from `encode_prompt` where a token spans template and content, or where a content
         holds control tokens.
         """
-        plain = [{"role": message.role, "content": message.content} for message in messages]
-        return self._template_ids(self._render(plain, opening=True))
+        plain = _turns(messages, [message.content for message in messages])
+        return self._template_ids(self._render(plain, opening=True, tools=tools))
 
     def at_least(self, messages: Sequence[Message]) -> int:
         """Return a lower bound of the prompt's tokens, from its bytes.
 
         It refuses long texts without tokenizing them, which takes a second for each megabyte.
         """
-        return sum(len(message.content.encode()) for message in messages) // (self._token_bytes * SHRINK)
+        return sum(len(message.text.encode()) for message in messages) // (self._token_bytes * SHRINK)
 
-    def fit_prompt(self, messages: Sequence[Message], length: int) -> list[int]:
+    def fit_prompt(self, messages: Sequence[Message], length: int, tools: Sequence[Tool] = ()) -> list[int]:
         """Encode a prompt that leaves at least one of `length` tokens for the answer. Raises UserError."""
         if (least := self.at_least(messages)) >= length:
             raise UserError(
                 f"the prompt has over {least} tokens; the model takes {length} with the answer",
                 remedy="shorten the messages",
             )
-        ids = self.encode_prompt(messages)
+        ids = self.encode_prompt(messages, tools)
         if len(ids) >= length:
             raise UserError(
                 f"the prompt has {len(ids)} tokens; the model takes {length} with the answer",
@@ -141,44 +153,200 @@ class ChatFormat:
             if token in self.stop_ids:
                 break
             kept.append(token)
-        return str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+        return trim(self.decode(kept))
 
-    def _encode_prompt(self, messages: Sequence[Message]) -> Encoded:
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids without special tokens, but for those that mark calls of tools."""
+        kept = self._call_ids
+        if not kept or kept.isdisjoint(ids):
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        shown = [id for id in ids if id in kept or id not in self._special_ids]
+        return str(self.tokenizer.decode(shown, skip_special_tokens=False))
+
+    def read_answer(self, text: str, tools: Sequence[Tool]) -> Message:
+        """Read calls from an answer to a prompt that offers `tools`; broken calls stay text."""
+        read = self.calls.read(text) if tools and self.calls else None
+        return read or Message("assistant", text)
+
+    # --- tools ---
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Tell whether the template writes the tools that a prompt offers."""
+        try:
+            return PROBE_TOOL["function"]["name"] in self._render(
+                _marked(PROBE[:1]), opening=True, tools=[PROBE_TOOL]
+            )
+        except (BaseModelError, TypeError, ValueError):
+            return False
+
+    @cached_property
+    def calls(self) -> CallFormat | None:
+        """How the template writes calls; None where it writes none that can be read back."""
+        if not self.takes_tools:
+            return None
+
+        def answer_of(calls: tuple[ToolCall, ...]) -> str:
+            try:
+                return self._answer_text([PROBE[0], Message("assistant", "", calls)], [PROBE_TOOL])
+            except (BaseModelError, TypeError, ValueError):
+                return ""  # some templates take one call a turn
+
+        return find_call_format(answer_of)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self.tokenizer.added_tokens_decoder
+        return frozenset(id for id, token in added.items() if token.special)
+
+    @cached_property
+    def _call_ids(self) -> frozenset[int]:
+        """Special tokens that a call is written with, such as `[TOOL_CALLS]`."""
+        if self.calls is None:
+            return frozenset()
+        around = self.calls.before + (self.calls.between or "") + self.calls.after
+        return frozenset(self._template_ids(around)) & self._special_ids
+
+    @cached_property
+    def _escapes_results(self) -> bool:
+        """Tell whether the template writes results of tools as JSON text (Mistral's do)."""
+        asked = [PROBE[0], Message("assistant", "", PROBES[:1]), Message("tool", 'a"b')]
+        written = self._render(
+            _turns(asked, [message.content for message in asked]), opening=True, tools=[PROBE_TOOL]
+        )
+        return 'a\\"b' in written
+
+    def _answer_text(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
+        """Return what the template writes of the last message, an answer, up to the end of its turn."""
+        marked = _marked(messages)
+        before = self._render(marked[:-1], opening=True, tools=tools)
+        whole = self._render(marked, opening=False, tools=tools)
+        if not whole.startswith(before):
+            raise BaseModelError(
+                "the chat template writes a call of a tool otherwise than its prompt begins the answer",
+                remedy="name a template in `base.chat_template` whose generation prompt stands before calls",
+            )
+        return self._up_to_end(whole, len(before))
+
+    def _up_to_end(self, rendered: str, start: int) -> str:
+        ends = [
+            place
+            for id in self.stop_ids
+            if (place := rendered.find(str(self.tokenizer.convert_ids_to_tokens(id)), start)) >= 0
+        ]
+        return rendered[start : min(ends, default=len(rendered))]
+
+    def _check_tools(self, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
+        """Raise BaseModelError for what the template cannot write, UserError for a control token."""
+        if tools and not self.takes_tools:
+            raise BaseModelError(
+                "the base's chat template does not write the tools that a prompt offers",
+                remedy="take a base whose template does (`ratchet base` tells), or name a template in "
+                "`base.chat_template`",
+            )
+        called = [message for message in messages if message.tool_calls]
+        if called and self.calls is None:
+            raise BaseModelError(
+                "the base's chat template writes no calls of tools, or none that can be read back",
+                remedy="name a template in `base.chat_template` that writes each call as a JSON object",
+            )
+        bare = [Message("assistant", "", message.tool_calls) for message in called]
+        for text in texts_of(bare, tools):
+            if self._control.search(text):
+                raise UserError(
+                    f"a tool or a call holds the control token {self._control.findall(text)[0]!r}",
+                    remedy="leave it out: the template writes tools and calls as they are",
+                )
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        contents = [self.tokenizer.added_tokens_decoder[id].content for id in self._control_ids]
+        return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")
+
+    # --- the template's text and the contents ---
+
+    def _encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Encoded:
+        self._check_tools(messages, tools)
+        rendered = self._render(_marked(messages), opening=True, tools=tools)
+        self._check_shown(rendered, messages)
         ids: list[int] = []
         learned: list[bool] = []
-        after_answer = False
-        for text, message in self._pieces(messages, opening=True):
-            piece = self._content_ids(text) if message else self._template_ids(text)
-            by_assistant = message is not None and message.role == "assistant"
+        place = 0
+        for index, turn in self._calling_turns(rendered, messages, tools):
+            self._add(rendered[place : turn.start], messages, ids, learned)
+            piece = [*self._ids_of(rendered[turn], messages), self.stop_id]
             ids += piece
-            learned += [
-                by_assistant or (after_answer and position == 0 and token == self.stop_id)
-                for position, token in enumerate(piece)
-            ]
-            after_answer = by_assistant
+            learned += [messages[index].learned] * len(piece)
+            place = turn.stop + len(self._stop_text)
+        self._add(rendered[place:], messages, ids, learned)
         return Encoded(ids, learned)
 
-    def _pieces(self, messages: Sequence[Message], *, opening: bool) -> list[tuple[str, Message | None]]:
-        """Split the rendered conversation into (text of the template, None) and (content, its message)."""
-        texts = MARKED.split(
-            self._render(_marked(messages), opening=opening)
-        )  # text, number, text, number, … text
-        shown = [int(number) for number in texts[1::2]]
+    def _add(self, rendered: str, messages: Sequence[Message], ids: list[int], learned: list[bool]) -> None:
+        """Encode a part of the rendered prompt whose answers are plain text."""
+        after_answer = False
+        for text, message in _split(rendered, messages):
+            piece = self._content_ids(self._written(message)) if message else self._template_ids(text)
+            is_answer = message is not None and message.role == "assistant" and message.learned
+            ids += piece
+            learned += [
+                is_answer or (after_answer and position == 0 and token == self.stop_id)
+                for position, token in enumerate(piece)
+            ]
+            after_answer = is_answer
+
+    def _calling_turns(
+        self, rendered: str, messages: Sequence[Message], tools: Sequence[Tool]
+    ) -> Iterator[tuple[int, slice]]:
+        """Find earlier answers that call tools: (index, place in the rendered prompt without its end)."""
         for index, message in enumerate(messages):
-            if shown.count(index) != 1:
+            if not message.tool_calls:
+                continue
+            before = self._render(_marked(messages[:index]), opening=True, tools=tools)
+            end = rendered.find(self._stop_text, len(before))
+            if not rendered.startswith(before) or end < 0:
+                raise BaseModelError(
+                    "the chat template writes an earlier call of a tool otherwise than its prompt begins it",
+                    remedy="name a template in `base.chat_template` whose generation prompt stands before "
+                    "calls",
+                )
+            yield index, slice(len(before), end)
+
+    @cached_property
+    def _stop_text(self) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(self.stop_id))
+
+    def _ids_of(self, rendered: str, messages: Sequence[Message]) -> list[int]:
+        return [
+            id
+            for text, message in _split(rendered, messages)
+            for id in (self._content_ids(self._written(message)) if message else self._template_ids(text))
+        ]
+
+    def _written(self, message: Message) -> str:
+        if message.role == "tool" and self._escapes_results:
+            return json.dumps(message.content, ensure_ascii=False)[1:-1]
+        return message.content
+
+    def _check_shown(self, rendered: str, messages: Sequence[Message]) -> None:
+        shown = [int(number) for number in MARKED.findall(rendered)]
+        for index, message in enumerate(messages):
+            if (message.content or not message.tool_calls) and shown.count(index) != 1:
                 raise BaseModelError(
                     f"the chat template writes message {index} ({message.role}) {shown.count(index)} times, "
                     "wanted once: what it leaves out the model never sees",
                     remedy="name a template in `base.chat_template` that writes every message once, "
                     "or take such messages out of the rows",
                 )
-        pieces: list[tuple[str, Message | None]] = [(texts[0], None)]
-        for index, after in zip(shown, texts[2::2], strict=True):
-            pieces += [(messages[index].content, messages[index]), (after, None)]
-        return [piece for piece in pieces if piece[0]]
 
-    def _render(self, messages: list[dict[str, str]], *, opening: bool) -> str:
-        return render(self.tokenizer, messages, opening=opening)
+    def _pieces(self, messages: Sequence[Message], *, opening: bool) -> list[tuple[str, Message | None]]:
+        """Split the rendered conversation into (text of the template, None) and (content, its message)."""
+        rendered = self._render(_marked(messages), opening=opening)
+        self._check_shown(rendered, messages)
+        return _split(rendered, messages)
+
+    def _render(self, messages: list[dict[str, Any]], *, opening: bool, tools: Sequence[Tool] = ()) -> str:
+        more = {"tools": list(tools)} if tools else {}
+        return render(self.tokenizer, messages, opening=opening, **more)
 
     def _template_ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -300,7 +468,7 @@ def opening_gap(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, opening: bool, **more: Any
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, opening: bool, **more: Any
 ) -> str:
     """Render a conversation; `opening`: with the opening of the assistant's turn. Raises BaseModelError."""
     from jinja2 import TemplateError
@@ -318,8 +486,45 @@ def render(
         ) from None
 
 
-def _marked(messages: Sequence[Message]) -> list[dict[str, str]]:
+def _split(rendered: str, messages: Sequence[Message]) -> list[tuple[str, Message | None]]:
+    """Split a rendered text at its placeholders: (text of the template, None), (content, its message)."""
+    texts = MARKED.split(rendered)  # text, number, text, number, … text
+    pieces: list[tuple[str, Message | None]] = [(texts[0], None)]
+    for number, after in zip(texts[1::2], texts[2::2], strict=True):
+        message = messages[int(number)]
+        pieces += [(message.content, message), (after, None)]
+    return [piece for piece in pieces if piece[0]]
+
+
+def _marked(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Put placeholders in place of the contents."""
-    return [
-        {"role": message.role, "content": f"{OPEN}{index}{CLOSE}"} for index, message in enumerate(messages)
+    contents = [
+        f"{OPEN}{index}{CLOSE}" if message.content or not message.tool_calls else ""
+        for index, message in enumerate(messages)
     ]
+    return _turns(messages, contents)
+
+
+def _turns(messages: Sequence[Message], contents: Sequence[str]) -> list[dict[str, Any]]:
+    """Write messages as templates take them; calls and results get ids by their place.
+
+    The ids have nine letters and digits, which Mistral's templates insist on.
+    """
+    turns: list[dict[str, Any]] = []
+    waiting: list[tuple[str, str]] = []
+    count = 0
+    for message, content in zip(messages, contents, strict=True):
+        turn: dict[str, Any] = {"role": message.role, "content": content}
+        if message.tool_calls:
+            waiting = [
+                (f"call{count + place:05d}", call.name) for place, call in enumerate(message.tool_calls)
+            ]
+            count += len(waiting)
+            turn["tool_calls"] = [
+                {"type": "function", "id": id, "function": {"name": call.name, "arguments": call.arguments}}
+                for (id, _), call in zip(waiting, message.tool_calls, strict=True)
+            ]
+        elif message.role == "tool" and waiting:
+            turn["tool_call_id"], turn["name"] = waiting.pop(0)
+        turns.append(turn)
+    return turns

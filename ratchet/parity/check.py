@@ -73,7 +73,7 @@ class Asked(NamedTuple):
 
     @property
     def prompts(self) -> list[list[int]]:
-        return [self.ours.encode_prompt(row.prompt) for row in self.rows]
+        return [self.ours.encode_prompt(row.prompt, row.tools) for row in self.rows]
 
     @property
     def greedy(self) -> dict[str, int]:
@@ -176,7 +176,7 @@ def check_training(trained: Sequence[Trained], bundle: Bundle, ours: ChatFormat,
 
 def _check_row(trained: Trained, bundle: Bundle, ours: ChatFormat, theirs: ChatFormat) -> Mismatch | None:
     row, ids, ends = trained
-    encoded, prompt = ours.encode(row).ids, len(ours.encode_prompt(row.prompt))
+    encoded, prompt = ours.encode(row).ids, len(ours.encode_prompt(row.prompt, row.tools))
     place = first_difference(encoded, ids)
     if place is not None:
         wanted, seen = encoded[place : place + 1], ids[place : place + 1]

@@ -93,6 +93,14 @@ def talk(*turns: tuple[str, Any], **more: Any) -> bytes:
     ).encode()
 
 
+def call(arguments: str, *, name: str = "look_up", tools: list | None = None) -> bytes:
+    """Encode a row that ends with a call of the tool `name`, where `look_up` is offered."""
+    offered = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
+    called = {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [called]}]
+    return msgspec.json.encode({"messages": turns, "tools": offered if tools is None else tools})
+
+
 class Case(NamedTuple):
     number: int
     rows: list[bytes]
@@ -149,7 +157,7 @@ CASES = [
         Case(19, [bad], reason)
         for bad, reason in (
             (b'{"completion": "b"}', "unknown_form"),
-            (b'{"prompt": 4, "completion": "b"}', "wrong_type"),
+            (b'{"prompt": {"a": 4}, "completion": "b"}', "wrong_type"),
             (b'{"messages": "hi"}', "wrong_type"),
         )
     ),
@@ -161,7 +169,8 @@ CASES = [
             (line(" \n "), "empty_content"),
         )
     ),
-    Case(21, [talk(("tool", "a"), ("assistant", "b"))], "unknown_role"),
+    Case(21, [talk(("critic", "a"), ("assistant", "b"))], "unknown_role"),
+    Case(21, [talk(("tool", "a"), ("assistant", "b"))], "turn_order"),
     Case(21, [talk(("user", "a"), ("user", "b"), ("assistant", "c"))], "turn_order"),
     Case(21, [talk(("assistant", "a"), ("user", "b"), ("assistant", "c"))], "turn_order"),
     Case(21, [talk(("user", "a"), ("system", "b"), ("assistant", "c"))], "turn_order"),
@@ -231,6 +240,10 @@ CASES = [
         [talk(("user", "a"), ("assistant", "b"), tool_calls=[{"name": "rm", "arguments": "{"}])],
         "unknown_key",
     ),
+    Case(59, [call("{")], "bad_tool_call"),
+    Case(59, [call("[1]")], "bad_tool_call"),
+    Case(59, [call("{}", tools=[])], "unknown_tool"),
+    Case(59, [call("{}", name="rm")], "unknown_tool"),
 ]
 
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ratchet.data.examples import (
-    FORMS,
     Example,
     Message,
     RowError,
@@ -19,9 +18,8 @@ from ratchet.data.examples import (
     make_example,
     normalise,
     read_examples,
-    recognise_form,
-    row_to_messages,
 )
+from ratchet.data.forms import FORMS, read_conversation, recognise_form
 from ratchet.errors import DataError
 
 U, A, S = "user", "assistant", "system"
@@ -43,6 +41,7 @@ ROWS = {
         },
         [(S, "s"), (U, "q"), (A, "a")],
     ),
+    "preference": ({"prompt": "q", "chosen": "a", "rejected": "b"}, [(U, "q"), (A, "a")]),
     "text": ({"text": "a"}, [(U, "Continue."), (A, "a")]),
 }
 
@@ -53,7 +52,7 @@ def conversation(*turns: tuple[str, str]) -> list[Message]:
 
 def reason(row: dict) -> str:
     with pytest.raises(RowError) as caught:
-        make_example(row_to_messages(row, recognise_form(row)), {})
+        read_conversation(row).example({})
     assert str(caught.value)
     return caught.value.reason
 
@@ -85,7 +84,7 @@ def test_every_form_is_recognised_by_its_keys(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_becomes_messages(form):
     row, turns = ROWS[form]
-    example = make_example(row_to_messages(row, form), {"batch": "b"})
+    example = read_conversation(row, form).example({"batch": "b"})
     assert [(message.role, message.content) for message in example.messages] == turns
     assert example.answer == "a"
     assert example.question == turns[-2][1]
@@ -95,17 +94,12 @@ def test_every_form_becomes_messages(form):
 
 @pytest.mark.parametrize("nothing", ["", None])
 def test_an_instruction_without_input_is_the_question_alone(nothing):
-    assert (
-        row_to_messages({"instruction": "q", "input": nothing, "output": "a"}, "instruction")[0].content
-        == "q"
-    )
+    assert read_conversation({"instruction": "q", "input": nothing, "output": "a"}).messages[0].content == "q"
 
 
 def test_the_same_conversation_has_the_same_id_in_every_form():
-    ids = {make_example(row_to_messages(ROWS[form][0], form), {}).id for form in ("completion", "question")}
-    ids.add(
-        make_example(row_to_messages({"instruction": "q", "output": "a"}, "instruction"), {"other": 1}).id
-    )
+    ids = {read_conversation(ROWS[form][0], form).example({}).id for form in ("completion", "question")}
+    ids.add(read_conversation({"instruction": "q", "output": "a"}).example({"other": 1}).id)
     assert len(ids) == 1
 
 
@@ -135,11 +129,9 @@ REFUSED = {
     },
     "empty_content": {
         "empty question": messages((U, ""), (A, "a")),
-        "blank system": messages((S, " "), (U, "q"), (A, "a")),
     },
     "empty_messages": {"no message": {"messages": []}, "no turn": {"conversations": []}},
     "unknown_role": {
-        "tool": messages((U, "q"), ("tool", "t"), (A, "a")),
         "capital": messages(("User", "q"), (A, "a")),
         "sharegpt": {"conversations": [{"from": "bing", "value": "q"}]},
     },
@@ -148,22 +140,23 @@ REFUSED = {
         "two answers in a row": messages((U, "q"), (A, "a"), (A, "a2")),
         "assistant first": messages((A, "a"), (U, "q"), (A, "a")),
         "assistant after system": messages((S, "s"), (A, "a")),
+        "a tool's result without a call": messages((U, "q"), ("tool", "t"), (A, "a")),
         "system not first": messages((U, "q"), (S, "s"), (A, "a")),
         "two system messages": messages((S, "s"), (S, "s"), (U, "q"), (A, "a")),
     },
     "wrong_type": {
         "messages a string": {"messages": "q and a"},
         "messages null": {"messages": None},
-        "content null": {"messages": [{"role": U, "content": None}]},
-        "content parts": {"messages": [{"role": U, "content": [{"type": "text", "text": "q"}]}]},
+        "a turn that is text": {"messages": ["q"]},
+        "a turn that is null": {"messages": [None]},
+        "a part without text": {"messages": [{"role": U, "content": [{"type": "text"}]}]},
         "conversations a mapping": {"conversations": {}},
-        "a number for an answer": {"question": "q", "answer": 4},
+        "an object for an answer": {"question": "q", "answer": {"a": 4}},
         "input a list": {"instruction": "q", "input": ["x"], "output": "a"},
     },
     "missing_key": {
         "no content": {"messages": [{"role": U}]},
-        "a turn that is text": {"messages": ["q"]},
-        "a turn that is null": {"messages": [None]},
+        "content null": {"messages": [{"role": U, "content": None}]},
         "no value": {"conversations": [{"from": "human"}]},
     },
     "invalid_unicode": {

@@ -212,7 +212,7 @@ def test_rows_that_are_broken_are_no_golden_rows(tmp_path):
         b"[]",
         b"null",
         b'{"question": "?"}',
-        b'{"question": 1, "answer": 2}',
+        b'{"question": [], "answer": {}}',
         b'{"question": "", "answer": ""}',
         b'{"question": "a", "answer": "b", "meta": 5}',
     ]

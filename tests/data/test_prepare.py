@@ -77,7 +77,8 @@ BAD = {
     "unknown_form": [b"{}", b'{"body": "a"}'],
     "unknown_key": [
         b'{"prompt": "a", "completion": "b", "sytem": "c"}',
-        b'{"messages": [{"role": "user", "content": "a", "weight": 1}]}',
+        b'{"messages": [{"role": "user", "content": "a", "mood": 1}]}',
+        b'{"prompt": "a", "completion": "b", "system": "c"}',
     ],
     "duplicate_key": [b'{"prompt": "a", "prompt": "b", "completion": "c"}'],
     "no_answer": [
@@ -86,14 +87,13 @@ BAD = {
         b'{"messages": [{"role": "user", "content": "a"}]}',
     ],
     "wrong_type": [
-        b'{"prompt": "a", "completion": 4}',
+        b'{"prompt": "a", "completion": {"b": 4}}',
         b'{"messages": "a"}',
-        b'{"prompt": null, "completion": "b"}',
     ],
-    "missing_key": [b'{"messages": [{"role": "user"}]}'],
+    "missing_key": [b'{"messages": [{"role": "user"}]}', b'{"prompt": null, "completion": "b"}'],
     "empty_content": [b'{"prompt": "", "completion": "b"}'],
     "empty_messages": [b'{"messages": []}'],
-    "unknown_role": [b'{"messages": [{"role": "tool", "content": "a"}]}'],
+    "unknown_role": [b'{"messages": [{"role": "critic", "content": "a"}]}'],
     "turn_order": [
         b'{"messages": [{"role": "assistant", "content": "a"}]}',
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
@@ -174,7 +174,7 @@ def test_what_a_row_says_about_itself_is_kept_and_cannot_name_another_batch(tmp_
         PrepareConfig(min_rows=1, test_share=0, validation_share=0),
     )
     (example,) = read_examples(tmp_path / "out/train.jsonl")
-    assert example.meta == {"kind": "module", "size": 3, "batch": name, "source": "jsonl"}
+    assert example.meta == {"kind": "module", "size": 3, "nested.a": 1, "batch": name, "source": "jsonl"}
 
 
 def test_numbers_that_no_file_can_hold_do_not_stop_a_preparation(tmp_path):

@@ -13,7 +13,8 @@ import pytest
 
 from ratchet.config.params import Config
 from ratchet.data.erasure import FILE, Entry, Forgotten, write_forgotten
-from ratchet.data.examples import Message, encode_line, make_example, row_to_messages
+from ratchet.data.examples import Message, encode_line, make_example
+from ratchet.data.forms import read_conversation
 from ratchet.files import write_bytes
 from ratchet.gateway.auth import add_key
 from ratchet.monitoring.request_log import URL_VARIABLE, open_log
@@ -95,7 +96,7 @@ def test_a_row_is_the_conversation_with_the_right_answer(tmp_path: Path) -> None
             },
         }
     ]
-    assert len(row_to_messages(rows[0], "messages")) == 5
+    assert len(read_conversation(rows[0]).messages) == 5
 
 
 def test_a_corrected_answer_wins_over_the_given_one(tmp_path: Path) -> None:

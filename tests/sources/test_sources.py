@@ -13,7 +13,8 @@ import fsspec
 import pytest
 
 from ratchet.config.data import JsonlSource, PydocSource
-from ratchet.data.examples import encode_line, make_example, recognise_form, row_to_messages
+from ratchet.data.examples import encode_line
+from ratchet.data.forms import read_conversation
 from ratchet.data.json_rows import MAX_LINE
 from ratchet.errors import DataError
 from ratchet.sources.jsonl import read_lines
@@ -197,9 +198,7 @@ def test_the_standard_library_gives_thousands_of_rows_the_same_in_another_proces
     rows = list(harvest(PydocSource()))
     assert len(rows) > 3000
     assert len({row["messages"][1]["content"] for row in rows if row["meta"]["kind"] == "module"}) > 30
-    assert all(
-        encode_line(make_example(row_to_messages(row, recognise_form(row)), row["meta"])) for row in rows
-    )
+    assert all(encode_line(read_conversation(row).example(row["meta"])) for row in rows)
     done = subprocess.run(
         [sys.executable, "-c", HARVEST],
         env={**os.environ, "PYTHONHASHSEED": "1"},

@@ -1,0 +1,430 @@
+"""Outer forms of rows: what people's files hold, read into messages, tools and a rejected answer.
+
+The forms are those of OpenAI's fine-tuning, of TRL, ShareGPT, Alpaca, Dolly, and plain text. What a form does
+not read is refused by name where it carries meaning, so that no part of a conversation is lost in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ratchet.data.examples import (
+    CONTINUE,
+    Example,
+    Message,
+    Meta,
+    RawRow,
+    RowError,
+    Tool,
+    ToolCall,
+    make_example,
+)
+
+THINK, THOUGHT = "<think>", "</think>"  # how most models mark reasoning, and rows that were made by them
+ROLES = {
+    "developer": "system",
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+# Keys of a message that say nothing that is learned; `name` is counted where it is left out.
+QUIET_KEYS = frozenset({"name", "refusal", "audio", "annotations", "id"})
+TURN_KEYS = QUIET_KEYS | {
+    *("role", "from", "content", "value", "weight", "tool_calls", "tool_call_id", "function_call"),
+    *("reasoning_content", "reasoning", "thinking"),
+}
+# Keys that change what is asked or learned: a form that does not read one refuses the row, whatever is set.
+MEANT = frozenset(
+    {
+        *("system", "history", "tools", "functions", "label", "weight", "input"),
+        *("chosen", "rejected", "preferred_output", "non_preferred_output"),
+    }
+)
+
+
+class Conversation(NamedTuple):
+    """What a row says; `notes` counts what was read otherwise than it stands there."""
+
+    messages: list[Message]
+    tools: tuple[Tool, ...] = ()
+    rejected: Message | None = None  # an answer to the same prompt that is worse than the last message
+    desirable: bool = True  # False: the last message is an answer not to give
+    notes: tuple[str, ...] = ()
+
+    def example(self, meta: Meta) -> Example:
+        """Normalise and check the conversation. Raises RowError."""
+        return make_example(
+            self.messages, meta, tools=self.tools, rejected=self.rejected, desirable=self.desirable
+        )
+
+
+class Form(NamedTuple):
+    """How one form is told and read: any of `starts` tells it, `keys` are all that it reads."""
+
+    starts: frozenset[str]
+    keys: frozenset[str]
+    read: Callable[[RawRow, Counter[str]], Conversation]
+
+
+def _messages(row: RawRow, notes: Counter[str]) -> Conversation:
+    key = next(key for key in ("messages", "conversations", "conversation") if key in row)
+    messages = read_turns(row[key], notes, where=key)
+    if text := row.get("system"):
+        messages.insert(0, Message("system", _text(text, "system", notes)))
+    first = next((message.content for message in messages if message.role == "user"), None)
+    if "prompt" in row and row["prompt"] != first:
+        raise RowError(
+            "ambiguous",
+            f"`prompt` and `{key}` stand side by side and begin differently; which of them is asked?",
+        )
+    return Conversation(messages, read_tools(row.get("tools") or row.get("functions")))
+
+
+def _completion(row: RawRow, notes: Counter[str]) -> Conversation:
+    asked = _asked(row["prompt"], "prompt", notes)
+    answer = _answer(row, ("completion", "response"), notes)
+    label = row.get("label", True)
+    if not isinstance(label, bool):
+        raise RowError(
+            "wrong_type",
+            f"`label` is {type(label).__name__}, wanted true (a good answer) or false (a bad one)",
+        )
+    return Conversation([*asked, answer], read_tools(row.get("tools")), desirable=label)
+
+
+def _preference(row: RawRow, notes: Counter[str]) -> Conversation:
+    if "preferred_output" in row:
+        given = row.get("input")
+        if not isinstance(given, dict) or "messages" not in given:
+            raise RowError("missing_key", "`input` of a preference holds no `messages`")
+        asked = read_turns(given["messages"], notes, where="input.messages")
+        tools = read_tools(given.get("tools"))
+        good, bad = (
+            read_turns(row.get(key), notes, where=key) for key in ("preferred_output", "non_preferred_output")
+        )
+    else:
+        asked = _asked(row["prompt"], "prompt", notes) if "prompt" in row else []
+        tools = read_tools(row.get("tools"))
+        good, bad = (_asked(row.get(key), key, notes, role="assistant") for key in ("chosen", "rejected"))
+    if asked and good[: len(asked)] == asked == bad[: len(asked)]:
+        good, bad = good[len(asked) :], bad[len(asked) :]  # whole conversations beside their prompt
+    while len(good) > 1 and len(bad) > 1 and good[0] == bad[0]:
+        asked, good, bad = [*asked, good[0]], good[1:], bad[1:]
+    if len(good) != 1 or len(bad) != 1:
+        raise RowError(
+            "preference",
+            f"the preferred conversation goes on for {len(good)} messages, the other one for {len(bad)}; "
+            "wanted one answer each, to the same prompt",
+        )
+    if good == bad:
+        raise RowError("preference", "the preferred answer and the other one are the same")
+    return Conversation([*asked, good[0]], tools, rejected=bad[0])
+
+
+def _instruction(row: RawRow, notes: Counter[str]) -> Conversation:
+    extra = next((_text(row[key], key, notes) for key in ("input", "context") if row.get(key)), "")
+    question = _text(row["instruction"], "instruction", notes) + (f"\n\n{extra}" if extra else "")
+    messages = [Message("system", _text(row["system"], "system", notes))] if row.get("system") else []
+    for pair in row.get("history") or ():
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowError("wrong_type", "`history` holds something else than pairs of question and answer")
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            messages.append(Message(role, _text(said, "history", notes)))
+    return Conversation([*messages, Message("user", question), _answer(row, ("output", "response"), notes)])
+
+
+def _question(row: RawRow, notes: Counter[str]) -> Conversation:
+    asked = _text(row["question"] if "question" in row else row["query"], "question", notes)
+    return Conversation([Message("user", asked), _answer(row, ("answer", "response"), notes)])
+
+
+def _plain_text(row: RawRow, notes: Counter[str]) -> Conversation:
+    """Make plain text an answer to a fixed prompt: the loss mask then covers the whole text."""
+    return Conversation([Message("user", CONTINUE), Message("assistant", _text(row["text"], "text", notes))])
+
+
+def _form(starts: str, keys: str, read: Callable[[RawRow, Counter[str]], Conversation]) -> Form:
+    return Form(frozenset(starts.split()), frozenset(f"{starts} {keys}".split()), read)
+
+
+TOOL_KEYS = "tools functions parallel_tool_calls"
+FORMS: dict[str, Form] = {  # in the order in which a row is tried
+    "messages": _form("messages", f"prompt system {TOOL_KEYS}", _messages),
+    "sharegpt": _form("conversations conversation", f"prompt system {TOOL_KEYS}", _messages),
+    "preference": _form(
+        "chosen preferred_output", "prompt input rejected non_preferred_output tools", _preference
+    ),
+    "completion": _form("prompt", "completion response label tools", _completion),
+    "instruction": _form("instruction", "input context output response system history", _instruction),
+    "question": _form("question query", "answer response", _question),
+    "text": _form("text", "", _plain_text),
+}
+
+
+def recognise_form(row: RawRow) -> str:
+    """Name of the row's form, by its keys. Raises RowError("unknown_form")."""
+    for name, form in FORMS.items():
+        if not form.starts.isdisjoint(row):
+            return name
+    raise RowError(
+        "unknown_form",
+        f"keys {[key[:40] for key in sorted(row)[:8]]} fit no form; wanted `messages`, `conversations`, "
+        "`prompt`/`completion`, `prompt`/`chosen`/`rejected`, `instruction`/`output`, `question`/`answer` "
+        "or `text`; `ingest.columns` gives columns these names",
+    )
+
+
+def read_conversation(row: RawRow, form: str = "auto") -> Conversation:
+    """Read a row by its form. Raises RowError: a key is missing or holds something else."""
+    name = recognise_form(row) if form == "auto" else form
+    wanted = FORMS[name]
+    if wanted.starts.isdisjoint(row):
+        raise RowError("missing_key", f"`{'` or `'.join(sorted(wanted.starts))}` is missing")
+    notes = Counter[str]()
+    found = wanted.read(row, notes)
+    return found._replace(messages=_cut_unlearned(found.messages, notes), notes=tuple(notes.elements()))
+
+
+def whole_rows(lines: Iterable[bytes], form: str = "auto") -> Iterator[Example]:
+    """Read the rows that become an example at all, with their `meta`; preparation counts the others."""
+    for line in lines:
+        try:
+            row = msgspec.json.decode(line, type=dict)
+            yield read_conversation(row, form).example(row.get("meta") or {})
+        except (
+            RowError,
+            msgspec.DecodeError,
+            UnicodeDecodeError,
+            RecursionError,
+            AttributeError,
+            TypeError,
+        ):
+            continue
+
+
+# --- turns and tools ----------------------------------------------------------------------------------------
+
+
+def read_turns(turns: Any, notes: Counter[str], *, where: str = "messages") -> list[Message]:
+    """Read OpenAI's messages or ShareGPT's turns; tools' results come in the order of their calls.
+
+    Raises RowError: something is missing, is of another kind, or is nothing that can be learned.
+    """
+    if not isinstance(turns, list):
+        raise RowError("wrong_type", f"`{where}` is {type(turns).__name__}, wanted a list")
+    read = [_read_turn(turn, notes) for turn in turns]
+    return _order_results([message for message in read if message.role != "system" or message.content], read)
+
+
+def _read_turn(turn: Any, notes: Counter[str]) -> Message:
+    if not isinstance(turn, dict):
+        raise RowError("wrong_type", f"a message is {type(turn).__name__}, wanted an object")
+    said = next((key for key in ("role", "from") if key in turn), None)
+    if said is None:
+        raise RowError("missing_key", "`role` is missing")
+    if unknown := turn.keys() - TURN_KEYS:
+        raise RowError(
+            "unknown_key",
+            f"a message holds {[key[:40] for key in sorted(unknown)[:4]]}; known: {sorted(TURN_KEYS)}",
+        )
+    role = turn[said]
+    if not isinstance(role, str):
+        raise RowError("wrong_type", f"`{said}` is {type(role).__name__}, wanted text")
+    role = ROLES.get(role, role)
+    if turn.get("name") and role in ("user", "assistant", "system"):
+        notes["speaker_name"] += 1
+    calls = _read_calls(turn)
+    content = turn["content"] if "content" in turn else turn.get("value")
+    if content is None and turn.get("refusal"):
+        content = turn["refusal"]
+    if role == "function_call":  # ShareGPT's turn that is nothing but calls
+        return Message("assistant", "", _parse_calls(content), learned=_is_learned(turn))
+    if content is None and not calls:
+        if role == "assistant":
+            raise RowError("no_answer", "an assistant's message says nothing and calls nothing")
+        raise RowError("missing_key", f"`content` of a message by {role[:40]} is missing")
+    text = "" if content is None else _content(content, notes)
+    reasoning = next(
+        (turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)), ""
+    )
+    if role == "assistant" and not reasoning and text.lstrip().startswith(THINK) and THOUGHT in text:
+        reasoning, _, text = text.lstrip().removeprefix(THINK).partition(THOUGHT)
+    if role == "system" and not text.strip():
+        notes["empty_system"] += 1
+        text = ""
+    return Message(
+        role,
+        text,
+        calls,
+        _text(reasoning, "reasoning", notes) if reasoning else "",
+        role != "assistant" or _is_learned(turn),
+        str(turn.get("tool_call_id") or "") if role == "tool" else "",
+    )
+
+
+def _is_learned(turn: RawRow) -> bool:
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1):
+        raise RowError("bad_weight", f"`weight` is {str(weight)[:40]}, wanted 0 or 1")
+    return weight != 0
+
+
+def _content(content: Any, notes: Counter[str]) -> str:
+    if not isinstance(content, list):
+        return _text(content, "content", notes)
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
+            raise RowError(
+                "media" if kind not in ("text", "refusal") else "wrong_type",
+                f"a message holds a part of type {str(kind)[:40]!r}; rows of text are taken",
+            )
+        texts.append(part[kind])
+    return "\n".join(texts)
+
+
+def _read_calls(turn: RawRow) -> tuple[ToolCall, ...]:
+    if turn.get("function_call"):
+        return (_read_call(turn["function_call"]),)
+    given = turn.get("tool_calls") or ()
+    if not isinstance(given, list | tuple):
+        raise RowError("wrong_type", f"`tool_calls` is {type(given).__name__}, wanted a list")
+    return tuple(_read_call(call) for call in given)
+
+
+def _parse_calls(text: Any) -> tuple[ToolCall, ...]:
+    try:
+        given = json.loads(text) if isinstance(text, str) else text
+    except ValueError as error:
+        raise RowError("bad_tool_call", f"a call is no JSON: {error}") from None
+    return tuple(_read_call(call) for call in (given if isinstance(given, list) else [given]))
+
+
+def _read_call(call: Any) -> ToolCall:
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
+        raise RowError("bad_tool_call", "a call of a tool names no function")
+    arguments = inner.get("arguments", inner.get("parameters")) or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise RowError("bad_tool_call", f"the arguments of a call are no JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise RowError(
+            "bad_tool_call", f"the arguments of a call are {type(arguments).__name__}, wanted an object"
+        )
+    return ToolCall(inner["name"], arguments, str(call.get("id") or ""))
+
+
+def read_tools(given: Any) -> tuple[Tool, ...]:
+    """Read the tools that a prompt offers: OpenAI's list, bare functions, or either as JSON text.
+
+    Raises RowError.
+    """
+    if isinstance(given, str) and given.strip():
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise RowError("bad_tool", f"`tools` is no JSON: {error}") from None
+    if not given:
+        return ()
+    if not isinstance(given, list):
+        raise RowError("bad_tool", f"`tools` is {type(given).__name__}, wanted a list")
+    tools = []
+    for tool in given:
+        inner = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
+            raise RowError("bad_tool", "a tool has no name")
+        tools.append({"type": "function", "function": inner})
+    if len({tool["function"]["name"] for tool in tools}) < len(tools):
+        raise RowError("bad_tool", "two tools have one name")
+    return tuple(tools)
+
+
+def _order_results(kept: list[Message], read: list[Message]) -> list[Message]:
+    """Put tools' results in the order of the calls that they answer; the ids have done their work then."""
+    ordered: list[Message] = []
+    position = 0
+    while position < len(kept):
+        message = kept[position]
+        ordered.append(message)
+        position += 1
+        if not message.tool_calls:
+            continue
+        after = position
+        while after < len(kept) and kept[after].role == "tool":
+            after += 1
+        places = {call.id: place for place, call in enumerate(message.tool_calls) if call.id}
+        results = kept[position:after]
+        if results and all(result.call_id for result in results):
+            if unknown := [result.call_id for result in results if result.call_id not in places]:
+                raise RowError(
+                    "tool_results", f"a result answers the call {unknown[0][:40]!r}, which is none"
+                )
+            results.sort(key=lambda result: places[result.call_id])
+        ordered += results
+        position = after
+    return [
+        msgspec.structs.replace(
+            message,
+            call_id="",
+            tool_calls=tuple(ToolCall(call.name, call.arguments) for call in message.tool_calls),
+        )
+        if message.tool_calls or message.call_id
+        else message
+        for message in ordered
+    ]
+
+
+def _cut_unlearned(messages: list[Message], notes: Counter[str]) -> list[Message]:
+    """Leave out what follows the last answer that is learned: nothing of it would be."""
+    if not messages or messages[-1].role != "assistant" or messages[-1].learned:
+        return messages
+    last = max(
+        (place for place, one in enumerate(messages) if one.role == "assistant" and one.learned), default=None
+    )
+    if last is None:
+        raise RowError("no_answer", "every answer of the row has `weight` 0: nothing is learned")
+    notes["unlearned_end"] += 1
+    return messages[: last + 1]
+
+
+# --- values -------------------------------------------------------------------------------------------------
+
+
+def _asked(value: Any, key: str, notes: Counter[str], *, role: str = "user") -> list[Message]:
+    """Read a prompt or an answer that is text or a list of messages."""
+    if value is None:
+        raise RowError("missing_key" if role == "user" else "no_answer", f"`{key}` is missing")
+    if isinstance(value, list):
+        return read_turns(value, notes, where=key)
+    return [Message(role, _text(value, key, notes))]
+
+
+def _answer(row: RawRow, keys: tuple[str, ...], notes: Counter[str]) -> Message:
+    key = next((key for key in keys if row.get(key) is not None), None)
+    if key is None:
+        raise RowError("no_answer", f"`{'` or `'.join(keys)}` is missing; a row of this form needs it")
+    found = _asked(row[key], key, notes, role="assistant")
+    if len(found) != 1:
+        raise RowError("no_answer", f"`{key}` holds {len(found)} messages, wanted one answer")
+    return found[0]
+
+
+def _text(value: Any, key: str, notes: Counter[str]) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float):  # labels that are numbers, and true and false
+        notes["value_as_text"] += 1
+        return json.dumps(value)
+    raise RowError("wrong_type", f"`{key}` is {type(value).__name__}, wanted text")

@@ -1,0 +1,130 @@
+"""How a chat template writes calls of tools, learned from the template itself; calls read back from answers.
+
+Templates differ (`<tool_call>{…}</tool_call>`, `[TOOL_CALLS] [{…}]`, a bare object). One call and two calls
+are rendered; what stands around their JSON is the format. Calls that are no JSON are not read back: such a
+base takes no rows with calls.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ratchet.data.examples import Message, ToolCall
+
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look it up.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
+    },
+}
+PROBES = (ToolCall("look_up", {"word": "one"}), ToolCall("look_up", {"word": "two"}))
+_decoder = json.JSONDecoder()
+
+
+class CallFormat(NamedTuple):
+    """What a template writes before, between and after the JSON of calls, and the keys that it uses.
+
+    `between` is None where the template takes one call a turn.
+    """
+
+    before: str
+    between: str | None
+    after: str
+    name_key: str
+    arguments_key: str
+
+    def read(self, text: str) -> Message | None:
+        """Read an answer that calls tools; None where it calls none, or where the calls are broken."""
+        lead = self.before.strip()
+        start = text.find(lead) if lead else 0
+        if start < 0 or (not lead and not text.lstrip().startswith("{")):
+            return None
+        calls: list[ToolCall] = []
+        place = start + len(lead)
+        while True:
+            try:
+                said, place = _decoder.raw_decode(text, place + _blanks(text[place:]))
+            except (ValueError, RecursionError):
+                return None
+            call = self._call(said)
+            if call is None:
+                return None
+            calls.append(call)
+            rest = text[place:].lstrip()
+            between = (self.between or "").strip()
+            if between and rest.startswith(between) and "{" in rest[len(between) :]:
+                place = len(text) - len(rest) + len(between)
+            elif self.between is not None and not between and rest.startswith("{"):
+                place = len(text) - len(rest)
+            else:
+                break
+        if rest and rest.strip() != self.after.strip():
+            return None
+        return Message("assistant", text[:start].strip(), tuple(calls))
+
+    def _call(self, said: Any) -> ToolCall | None:
+        if not isinstance(said, dict) or not isinstance(name := said.get(self.name_key), str):
+            return None
+        arguments = said.get(self.arguments_key)
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                return None
+        return ToolCall(name, arguments) if isinstance(arguments, dict) else None
+
+
+def find_call_format(answer_of: Callable[[tuple[ToolCall, ...]], str]) -> CallFormat | None:
+    """Learn the format from `answer_of`, which renders an answer that makes these calls.
+
+    None: the template writes no calls, or none that can be read back.
+    """
+    text = answer_of(PROBES[:1])
+    one = _objects(text)
+    if one is None or len(one) != 1:
+        return None
+    start, end, said = one[0]
+    keys = {
+        "name": next((key for key, value in said.items() if value == PROBES[0].name), None),
+        "arguments": next(
+            (
+                key
+                for key, value in said.items()
+                if value in (PROBES[0].arguments, json.dumps(PROBES[0].arguments))
+            ),
+            None,
+        ),
+    }
+    if keys["name"] is None or keys["arguments"] is None:
+        return None
+    both = answer_of(PROBES)
+    two = _objects(both)
+    between = both[two[0][1] : two[1][0]] if two and len(two) == 2 else None
+    found = CallFormat(text[:start], between, text[end:], str(keys["name"]), str(keys["arguments"]))
+    return found if _reads_back(found, text, PROBES[:1]) else None
+
+
+def _reads_back(found: CallFormat, text: str, calls: tuple[ToolCall, ...]) -> bool:
+    read = found.read(text)
+    return read is not None and read.tool_calls == calls
+
+
+def _objects(text: str) -> list[tuple[int, int, dict[str, Any]]] | None:
+    """Find the JSON objects of a text: (start, end, value)."""
+    found: list[tuple[int, int, dict[str, Any]]] = []
+    place = 0
+    while (start := text.find("{", place)) >= 0:
+        try:
+            said, place = _decoder.raw_decode(text, start)
+        except ValueError:
+            return None
+        found.append((start, place, said))
+    return found
+
+
+def _blanks(text: str) -> int:
+    return len(text) - len(text.lstrip())
