@@ -23,7 +23,7 @@ from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import land, open_workspace
 from ratchet.sources import reviewed as review
 from ratchet.sources.streams import shown
-from tasks.ingest import BASE, Pulled, add_batch, freeze_golden, pull
+from tasks.ingest import BASE, Pulled, add_batch, find_path, freeze_golden, pull
 
 RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
@@ -112,19 +112,6 @@ def pull_rows(
         say(line)
     say(f"{len(pulled.lines)} rows from {pulled.source} ({pulled.label}), form {pulled.form}")
     return pulled
-
-
-def find_path(
-    config: Config, root: Path, source: str | None, path: str | None, *, other: bool = False
-) -> str | None:
-    """Return the file that is named here, or in params.yaml where no `other` thing is asked for.
-
-    A relative one counts from `root`.
-    """
-    named = path or (
-        config.ingest.jsonl.path if (source or config.ingest.source) == "jsonl" and not other else None
-    )
-    return (str(root / named) if named and "://" not in named else named) or None
 
 
 @task(name="commit", **SETTINGS)

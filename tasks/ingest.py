@@ -76,6 +76,19 @@ class Pulled(NamedTuple):
     said: tuple[str, ...] = ()
 
 
+def find_path(
+    config: Config, root: Path, source: str | None, path: str | None, *, other: bool = False
+) -> str | None:
+    """Return the file that is named here, or in params.yaml where no `other` thing is asked for.
+
+    A relative one counts from `root`.
+    """
+    named = path or (
+        config.ingest.jsonl.path if (source or config.ingest.source) == "jsonl" and not other else None
+    )
+    return (str(root / named) if named and "://" not in named else named) or None
+
+
 def pull(
     config: Config,
     *,

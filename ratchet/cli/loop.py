@@ -62,10 +62,9 @@ def ingest(
     Example: ratchet ingest --path 'exports/*.jsonl'
     """
     mapping = read_mapping(columns)
-    root = ready_root(clean=not preview)
     if preview:
         _preview(
-            root,
+            find_root(),
             as_json,
             source=source,
             path=path,
@@ -75,6 +74,7 @@ def ingest(
             query=query,
         )
         return
+    root = ready_root()
     from flows.ingest import ingest as flow
 
     done = flow(
@@ -99,8 +99,7 @@ def _preview(root: Path, as_json: bool, **given: Any) -> None:
     """Print the first rows that would be taken; commit nothing."""
     config = read_config(root)
     from flows.data_check import BASE, preview_pulled
-    from flows.ingest import find_path
-    from tasks.ingest import pull
+    from tasks.ingest import find_path, pull
 
     other = bool(given["draft"] or given["query"])
     given["path"] = find_path(config, root, given["source"], given["path"], other=other)
