@@ -160,10 +160,11 @@ def _told(name: str) -> Iterator[None]:
 
 
 def _unreadable(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """Return what filesystems raise: those of the web and of the hub have errors that are no OSError."""
     import aiohttp
-    import httpx
+    import httpx2  # what huggingface_hub speaks
 
-    return OSError, aiohttp.ClientError, httpx.HTTPError, *more
+    return OSError, aiohttp.ClientError, httpx2.HTTPError, *more
 
 
 def find_files(path: str) -> list[Any]:
