@@ -168,13 +168,13 @@ def sniff(text: str, is_whole: bool, columns: tuple[str, ...] = ()) -> Dialect |
     found = []
     for delimiter in DELIMITERS:
         for quoted in (True, False) if delimiter == "\t" else (True,):
-            header, share = _measure(text, is_whole, delimiter, quoted)
+            header, share = _measure(text, is_whole, delimiter, quoted, columns)
             least = LEAST_EVEN_KNOWN if _is_known(header, columns) else LEAST_EVEN
             if share >= least and len(header) > 1:
                 found.append((share, len(header), quoted, Dialect(delimiter, quoted, header, skip)))
     if found:
         return max(found, key=lambda one: one[:3])[3]
-    header, share = _measure(text, is_whole, ",", True)
+    header, share = _measure(text, is_whole, ",", True, columns)
     alone = len(header) == 1 and header[0] in (*ONE_COLUMN, *columns) and share == 1.0
     return Dialect(",", True, header, skip) if alone else None
 
@@ -186,26 +186,38 @@ def _is_known(header: tuple[str, ...], columns: tuple[str, ...]) -> bool:
         return bool(columns) and set(columns) <= set(header)
 
 
-def _measure(text: str, is_whole: bool, delimiter: str, quoted: bool) -> tuple[tuple[str, ...], float]:
-    """Return the header, and the share of rows with as many cells; no header where it names no columns."""
+def _measure(
+    text: str, is_whole: bool, delimiter: str, quoted: bool, columns: tuple[str, ...]
+) -> tuple[tuple[str, ...], float]:
+    """Return the header, and the share of rows with as many cells; no header where it names no columns.
+
+    Under a known header a text is a table even where a quote is wrong, which its reader then tells by line.
+    """
     rows: list[list[str]] = []
+    broken = False
     try:
         for row in read_cells(io.StringIO(text, newline=""), delimiter, quoted=quoted):
             if any(cell.strip() for cell in row):
                 rows.append(row)
-    except csv.Error:
-        if is_whole or len(rows) < 2:
-            return (), 0.0
-    rows = rows if is_whole else rows[:-1]  # the last one is cut
-    if len(rows) < 2:
+    except csv.Error as error:
+        broken = is_whole or "end of data" not in str(error)
+    if not is_whole and not broken:
+        rows = rows[:-1]  # it is cut
+    header = _header(rows[0]) if rows else ()
+    if not header or (broken and delimiter == "\t"):  # without quoting it may be one
         return (), 0.0
-    header = tuple(cell.strip() for cell in rows[0])
-    while header and not header[-1]:  # a delimiter at each line's end
-        header = header[:-1]
-    if not all(header) or len(set(header)) < len(header) or max(map(len, header), default=0) > LONGEST_NAME:
-        return (), 0.0
-    even = sum(len(row) == len(rows[0]) for row in rows[1:])
-    return header, even / (len(rows) - 1)
+    if broken or len(rows) < 2:
+        return (header, 1.0) if _is_known(header, columns) else ((), 0.0)
+    return header, sum(len(row) == len(rows[0]) for row in rows[1:]) / (len(rows) - 1)
+
+
+def _header(cells: list[str]) -> tuple[str, ...]:
+    names = [cell.strip() for cell in cells]
+    while names and not names[-1]:  # a delimiter at each line's end
+        names.pop()
+    if not all(names) or len(set(names)) < len(names) or max(map(len, names), default=0) > LONGEST_NAME:
+        return ()
+    return tuple(names)
 
 
 def read_cells(text: Iterable[str], delimiter: str, *, quoted: bool) -> Any:

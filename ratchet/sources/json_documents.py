@@ -187,8 +187,8 @@ def _broken(text: str, at: int, name: str) -> DataError:
         fault, place = "unexpected text", at
     except json.JSONDecodeError as error:
         fault, place = error.msg, error.pos
-    except RecursionError:
-        fault, place = "too deep", at
+    except (ValueError, RecursionError) as error:  # a number of 4,300 digits; too many levels
+        fault, place = str(error), at
     line, column = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
     return DataError(
         f"{name} is broken JSON: line {line}, column {column}: {fault}",

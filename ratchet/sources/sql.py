@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from ratchet.data.examples import RawRow
 from ratchet.errors import ConfigError, DataError
@@ -116,7 +117,7 @@ def _place(url: str, root: Path) -> URL:
                 f"{found.database or 'the database'} does not exist",
                 remedy="check `ingest.sql.url`; a relative path counts from the checkout's root",
             )
-        return found.set(database=f"file:{file}", query={"mode": "ro", "uri": "true"})
+        return found.set(database=f"file:{quote(str(file))}", query={"mode": "ro", "uri": "true"})
     return found.set(password=os.environ.get(PASSWORD))
 
 

@@ -150,13 +150,24 @@ def _told(name: str) -> Iterator[None]:
     """Turn errors of files and of the network into DataError, without a URL's login and signature."""
     try:
         yield
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if (status := _http_status(error)) not in (None, 404):
+            raise DataError(f"cannot read {name}: HTTP status {status}") from None
         raise DataError(
             f"{name} does not exist",
             remedy="check `ingest.jsonl.path`; a relative path counts from the checkout's root",
         ) from None
     except _unreadable() as error:
         raise DataError(f"cannot read {name}: {type(error).__name__}") from None
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """Return the status behind an error: fsspec calls every refusal over HTTP a missing file."""
+    while error is not None:
+        if isinstance(status := getattr(error, "status", None), int):
+            return status
+        error = error.__cause__
+    return None
 
 
 def _unreadable(*more: type[Exception]) -> tuple[type[Exception], ...]:

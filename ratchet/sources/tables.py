@@ -96,7 +96,7 @@ def _whole(name: str, kind: str) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
         said = str(error).partition("\n")[0][:200]
         raise DataError(f"{name} is a broken {kind} file: {said}", remedy="fetch it again") from None
 

@@ -300,6 +300,21 @@ def test_a_quote_that_never_ends_is_refused_with_its_line(tmp_path):
     assert "rows.csv is a broken CSV: line" in said
 
 
+def test_a_wrong_quote_under_a_known_header_is_told_by_its_line(tmp_path):
+    said = refused(written(tmp_path / "rows.csv", 'prompt,completion\na,b\n"hail" or what,c\n'))
+    assert "rows.csv is a broken CSV: line 3" in said
+
+
+def test_a_table_without_rows_is_told_as_such(tmp_path):
+    assert "gave no rows" in refused(written(tmp_path / "rows.csv", "prompt,completion\n"))
+
+
+def test_a_number_or_a_depth_that_nobody_reads_is_told(tmp_path):
+    row = b'[{"text": "a"}, {"text": %s}]'
+    for value in (b"1" * 5000, b"[" * 100_000 + b"]" * 100_000):
+        assert "is broken JSON: line 1, column 17" in refused(written(tmp_path / "rows", row % value))
+
+
 def test_a_csv_of_another_encoding_is_refused_with_the_command_that_converts_it(tmp_path):
     path = written(tmp_path / "rows.csv", "prompt;completion\nprüfen;ja\n".encode("cp1252"))
     assert "iconv -f WINDOWS-1252" in refused(path)

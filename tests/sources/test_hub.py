@@ -1,4 +1,4 @@
-"""Rows of the hub come through its filesystem for fsspec, here from a small hub on loopback."""
+"""Rows come over HTTP, and from the hub through its filesystem for fsspec, here on loopback."""
 
 from __future__ import annotations
 
@@ -55,8 +55,10 @@ class Hub(BaseHTTPRequestHandler):
             self._send([entry for entry in entries if str(entry["path"]).rpartition("/")[0] == under])
         elif path == "/api/datasets/org/rows":
             self._send({"id": "org/rows", "sha": "a" * 40, "private": False, "tags": [], "siblings": []})
+        elif path == "/rows.csv":
+            self._send(FILES["data/train-0.csv"])
         else:
-            self._send(b"", 404)
+            self._send(b"", 403)
 
     def _send(self, content: object, status: int = 200) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -98,6 +100,12 @@ def test_files_of_the_hub_are_read_by_name_and_by_glob(hub):
     assert all_of_them == "3 ['train-0.csv', 'train-1.csv']"
     assert "is a folder" in folder and f"{place}/data/*.csv" in folder
     assert "none.csv does not exist" in missing
+
+
+def test_a_signature_is_told_neither_when_it_is_right_nor_when_it_is_refused(hub):
+    right, refused = read(hub, f"{hub}/rows.csv?signature=hidden", f"{hub}/away.csv?signature=hidden")
+    assert right == "2 ['rows.csv']"
+    assert "HTTP status 403" in refused and "away.csv" in refused and "hidden" not in refused
 
 
 def test_a_hub_that_does_not_answer_is_an_error_of_the_place():
