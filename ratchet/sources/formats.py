@@ -197,7 +197,7 @@ def _measure(
     broken = False
     try:
         for row in read_cells(io.StringIO(text, newline=""), delimiter, quoted=quoted):
-            if any(cell.strip() for cell in row):
+            if any(map(str.strip, row)):
                 rows.append(row)
     except csv.Error as error:
         broken = is_whole or "end of data" not in str(error)

@@ -48,11 +48,11 @@ def _csv_rows(stream: Stream, dialect: Dialect, reads: Reads) -> Iterator[RawRow
     seen_header = False
     try:
         for cells in reader:
-            if not any(cell.strip() for cell in cells):
+            if not any(map(str.strip, cells)):
                 continue
             if not seen_header:
                 seen_header = True
-            elif any(cell.strip() for cell in cells[len(dialect.header) :]):
+            elif len(cells) > len(dialect.header) and any(map(str.strip, cells[len(dialect.header) :])):
                 yield cells
             else:
                 yield {name: cells[place] for place, name in wanted if place < len(cells) and cells[place]}
@@ -201,15 +201,18 @@ def unfold(row: RawRow) -> RawRow:
     return row
 
 
+def _encode(value: Any) -> str:
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise DataError("a cell holds bytes, wanted text", remedy="leave that column out: ingest.columns")
+    return str(value.isoformat() if hasattr(value, "isoformat") else value)
+
+
+ENCODER = json.JSONEncoder(ensure_ascii=False, default=_encode)
+
+
 def encode_row(row: Any) -> bytes:
     """Encode a row as `json.dumps` writes it, so that the same rows are the same bytes in every format.
 
     Raises DataError for bytes.
     """
-    return json.dumps(row, ensure_ascii=False, default=_encode).encode("utf-8", "surrogatepass")
-
-
-def _encode(value: Any) -> str:
-    if isinstance(value, bytes | bytearray | memoryview):
-        raise DataError("a cell holds bytes, wanted text", remedy="leave that column out: ingest.columns")
-    return str(value.isoformat() if hasattr(value, "isoformat") else value)
+    return ENCODER.encode(row).encode("utf-8", "surrogatepass")
