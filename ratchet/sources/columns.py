@@ -7,15 +7,14 @@ from collections.abc import Collection
 from ratchet.data.examples import RawRow
 from ratchet.errors import DataError, UserError
 
-# Keys that mean something in one form or another: they stay beside the mapped ones, since a row without them
-# would teach something else.
-MEANT = frozenset(
-    (
-        *("answer", "chosen", "completion", "context", "conversations", "history"),
-        *("input", "instruction", "label", "messages", "meta", "output"),
-        *("prompt", "question", "rejected", "system", "text", "tools"),
-        *("weight"),
-    )
+# Keys that mean something beside those of any form: a row without them would teach something else.
+BESIDE = frozenset({"context", "functions", "history", "label", "meta", "system", "tools", "weight"})
+# Keys that make a row together: where one is mapped, the others may have their own names already.
+TOGETHER = (
+    {"prompt", "completion", "chosen", "rejected"},
+    {"instruction", "input", "output"},
+    {"question", "answer"},
+    {"query", "response"},
 )
 NAMED = 12  # columns that a message lists
 
@@ -24,7 +23,8 @@ class Columns:
     """A mapping from keys of a form to columns of one file; it remembers which columns the file has."""
 
     def __init__(self, mapping: dict[str, str], extra: Collection[str] = ()) -> None:
-        self._mapping, self._kept = mapping, MEANT | set(extra)
+        partners = (keys for keys in TOGETHER if keys & mapping.keys())
+        self._mapping, self._kept = mapping, BESIDE.union(extra, *partners)
         self.mapped = tuple(mapping.values())
         self.seen: dict[str, None] = {}  # in the file's order
 

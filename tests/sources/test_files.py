@@ -428,9 +428,14 @@ def test_columns_of_params_yaml_are_mapped_and_the_command_line_wins(tmp_path):
 
 
 def test_a_key_that_means_something_stays_beside_the_mapped_ones(tmp_path):
-    path = written(tmp_path / "rows", dumps([{"q": "a", "a": "b", "system": "be kind", "x": 1}]))
+    row = {"q": "a", "a": "b", "system": "be kind", "weight": 0, "text": "t", "w": 1}
+    path = written(tmp_path / "rows", dumps([row]))
     pulled = pull(CONFIG, path=str(path), columns={"prompt": "q", "completion": "a"})
-    assert pulled.lines == [b'{"prompt": "a", "completion": "b", "system": "be kind"}']
+    kept = {"prompt": "a", "completion": "b", "system": "be kind", "weight": 0}
+    assert [json.loads(line) for line in pulled.lines] == [kept]
+    assert pulled.said[0].endswith("left out: text, w")
+    path = written(tmp_path / "half", dumps([{"prompt": "a", "reply": "b", "text": "t"}]))
+    assert pull(CONFIG, path=str(path), columns={"completion": "reply"}).form == "completion"
 
 
 def test_lines_of_json_are_mapped_and_broken_ones_stay(tmp_path):
