@@ -8,17 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from ratchet.cli.context import (
+    Columns,
     Json,
+    Preview,
+    Query,
     Reason,
     find_root,
     name_version,
     note_renamed,
     read_config,
+    read_mapping,
     ready_root,
     say,
     show,
 )
-from ratchet.cli.preview import Columns, Preview, Query, as_plain, print_preview, read_mapping
 from ratchet.errors import UserError
 
 
@@ -99,6 +102,7 @@ def _preview(root: Path, as_json: bool, **given: Any) -> None:
     """Print the first rows that would be taken; commit nothing."""
     config = read_config(root)
     from flows.data_check import BASE, preview_pulled
+    from ratchet.sources.preview import as_plain, print_preview
     from tasks.ingest import find_path, pull
 
     other = bool(given["draft"] or given["query"])

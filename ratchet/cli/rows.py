@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from ratchet.cli.context import Json, add_old_name, find_root, note, read_config, say, show
-from ratchet.cli.preview import Columns, Preview, Query, as_plain, print_preview, with_columns
+from ratchet.cli.context import (
+    Columns,
+    Json,
+    Preview,
+    Query,
+    add_old_name,
+    find_root,
+    note,
+    read_config,
+    say,
+    show,
+    with_columns,
+)
 from ratchet.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -40,6 +51,7 @@ def check(
     root = find_root()
     config = with_columns(read_config(root), columns)
     from flows.data_check import BASE, check_file
+    from ratchet.sources.preview import as_plain, print_preview
 
     time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     verdicts, unread = [], []

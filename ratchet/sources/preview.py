@@ -5,15 +5,21 @@ Rows come after preparation's checks, so that what these change or refuse is see
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ratchet.config.data import PrepareConfig
 from ratchet.data.examples import Example, RowError
 from ratchet.data.validation import Origin, Validator
 from ratchet.models.chat_template import ChatFormat
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
 ROWS = 5
+# Neighbouring tokens take turns, so that one sees where each ends.
+LEARNED, GIVEN = ("black on green", "black on bright_green"), ("default on grey19", "default on grey30")
 UNFINISHED = "\ufffd"  # what a decoder gives for a part of a character
 
 
@@ -69,3 +75,58 @@ def _pieces(ids: list[int], learned: list[bool], chat: ChatFormat) -> list[Piece
             pieces.append(Piece(text, is_learned))
             waiting = []
     return pieces
+
+
+# --- on the screen ------------------------------------------------------------------------------------------
+
+
+def as_plain(rows: list[Preview]) -> list[dict[str, Any]]:
+    """Make JSON of a preview."""
+    return [
+        {
+            "messages": [
+                {"role": message.role, "content": message.content} for message in row.example.messages
+            ],
+            "tokens": [[piece.text, piece.learned] for piece in row.pieces],
+        }
+        for row in rows
+    ]
+
+
+def print_preview(rows: list[Preview]) -> None:
+    """Print rows; learned text is green, or in [[ ]] where there are no colours."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    for number, row in enumerate(rows, start=1):
+        if not row.pieces:
+            console.print(f"--- row {number}", markup=False)
+            for message in row.example.messages:
+                console.print(f"{message.role}: {_printable(message.content)}", markup=False)
+            continue
+        console.print(f"--- row {number}: {row.tokens} tokens, {row.learned} of them learned", markup=False)
+        console.print(_coloured(row.pieces) if console.color_system else _bracketed(row.pieces), markup=False)
+
+
+def _coloured(pieces: list[Piece]) -> Text:
+    from rich.text import Text
+
+    text = Text()
+    for place, piece in enumerate(pieces):
+        text.append(_printable(piece.text), (LEARNED if piece.learned else GIVEN)[place % 2])
+    return text
+
+
+def _bracketed(pieces: list[Piece]) -> str:
+    parts, inside = [], False
+    for piece in pieces:
+        if piece.learned != inside:
+            parts.append("[[" if piece.learned else "]]")
+            inside = piece.learned
+        parts.append(_printable(piece.text))
+    return "".join(parts) + ("]]" if inside else "")
+
+
+def _printable(text: str) -> str:
+    """Escape what could steer the terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

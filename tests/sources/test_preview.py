@@ -14,11 +14,10 @@ import pytest
 from patience import scaled
 from places import make_repository, use_git_without_a_user
 
-from ratchet.cli.preview import as_plain, print_preview
 from ratchet.config.data import PrepareConfig
 from ratchet.data.validation import Origin, Validator
 from ratchet.models.loading import load_chat
-from ratchet.sources.preview import Piece, preview_rows
+from ratchet.sources.preview import Piece, as_plain, preview_rows, print_preview
 
 ROOT = Path(__file__).parents[2]
 ORIGIN = Origin("march", "jsonl")
