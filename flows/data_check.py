@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from ratchet.config.data import JsonlSource
 from ratchet.config.params import Config
 from ratchet.data.batches import Batch, check_batch, raw_lines, read_manifest
 from ratchet.data.erasure import GOLDEN, Forgotten
@@ -18,8 +17,9 @@ from ratchet.data.validation import Origin, Validator
 from ratchet.errors import DataError, UserError
 from ratchet.models.lengths import Lengths, check_dropped, describe_lengths, known_tokens
 from ratchet.models.manifests import read_base_manifest
-from ratchet.sources.jsonl import read_lines, shown
-from tasks.ingest import form_of
+from ratchet.sources.jsonl import shown
+from ratchet.sources.preview import Preview, preview_rows
+from tasks.ingest import Pulled, pull
 from tasks.prepare import Incoming, Rejection, origin_of, sort_batches
 
 BASE = Path("models/base")
@@ -49,6 +49,7 @@ class Verdict(NamedTuple):
     said: list[str]  # alarms and warnings
     tokens: Lengths | None  # of the accepted rows, by the chosen base
     unmeasured: str  # why there are none
+    preview: list[Preview]
 
 
 class Resubmitted(NamedTuple):
@@ -59,17 +60,25 @@ class Resubmitted(NamedTuple):
     not_tried: Counter[str]
 
 
-def check_file(path: str, golden: Path, config: Config, *, time: str, base: Path = BASE) -> Verdict:
-    """Check a file by itself; duplicates of rows in batches are told when it is ingested.
+def check_file(
+    path: str,
+    golden: Path,
+    config: Config,
+    *,
+    time: str,
+    base: Path = BASE,
+    query: str | None = None,
+    preview: bool = False,
+) -> Verdict:
+    """Check a file, or what a database answers, by itself.
 
-    Raises DataError for what is no file of rows, and for a golden set that is broken.
+    Duplicates of rows in batches are told when it is ingested. Raises DataError for what holds no rows, and
+    for a golden set that is broken.
     """
-    lines, name = list(read_lines(JsonlSource(path=path))), shown(path)
-    if not lines:
-        raise DataError(f"{name} holds no rows", remedy="a batch needs at least one")
-    form = form_of(lines[0], path) if config.ingest.jsonl.form == "auto" else config.ingest.jsonl.form
+    pulled, name = pull(config, path=path, query=query), shown(path)
+    lines = pulled.lines
     settings = config.prepare.model_copy(update={"test_share": 0.0, "validation_share": 0.0, "min_rows": 1})
-    origin = Origin(name, "jsonl", form, time, config.ingest.licence)
+    origin = Origin(name, pulled.source, pulled.form, time, config.ingest.licence)
     rejected: list[Rejection] = []
     chat, unmeasured = known_tokens(base, config.base)
     lengths: list[int] = []
@@ -87,9 +96,9 @@ def check_file(path: str, golden: Path, config: Config, *, time: str, base: Path
         Forgotten(),
         keep,
     )
-    profile, failure, said, tokens = gathered.profile(), None, list[str](), None
+    profile, failure, said, tokens = gathered.profile(), None, [*pulled.said], None
     try:
-        said = check_limits(profile, gathered.first, settings)
+        said += check_limits(profile, gathered.first, settings)
     except DataError as error:
         failure = str(error).partition("\n")[0]  # its remedy is for a batch that was committed
     if lengths:
@@ -100,7 +109,15 @@ def check_file(path: str, golden: Path, config: Config, *, time: str, base: Path
             check_dropped("rows", tokens.rows, dropped, lengths, tokens.max_length, context, settings)
         except DataError as error:
             failure = failure or str(error)
-    return Verdict(name, profile.batches[name], rejected, failure, said, tokens, unmeasured)
+    shown_rows = preview_rows(lines, origin, settings, chat) if preview else []
+    return Verdict(name, profile.batches[name], rejected, failure, said, tokens, unmeasured, shown_rows)
+
+
+def preview_pulled(pulled: Pulled, config: Config, base: Path) -> tuple[list[Preview], str]:
+    """Return the first rows that are fit, as the model will see them, and why there are no tokens."""
+    chat, why = known_tokens(base, config.base)
+    origin = Origin(pulled.label, pulled.source, pulled.form, "", config.ingest.licence)
+    return preview_rows(pulled.lines, origin, config.prepare, chat), why
 
 
 def read_rejected(path: Path) -> list[Rejection]:

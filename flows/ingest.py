@@ -22,7 +22,8 @@ from ratchet.pipeline.dvc import Workspace, push_data
 from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import land, open_workspace
 from ratchet.sources import reviewed as review
-from tasks.ingest import BASE, Pulled, add_batch, freeze_golden, pull
+from ratchet.sources.streams import shown
+from tasks.ingest import BASE, Pulled, add_batch, find_path, freeze_golden, pull
 
 RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
@@ -42,7 +43,7 @@ def name_run() -> str:
     given = flow_run.parameters
     what = (
         given.get("draft")
-        or given.get("path")
+        or shown(given.get("path") or "")
         or ", ".join(given.get("packages") or [])
         or given.get("source")
         or "the source of params.yaml"
@@ -58,6 +59,8 @@ def ingest(
     packages: list[str] | None = None,
     golden: int = 0,
     draft: str | None = None,
+    columns: dict[str, str] | None = None,
+    query: str | None = None,
 ) -> Ingested:
     """Take rows in as a batch. With `golden`, that many rows become the frozen golden set instead.
 
@@ -65,7 +68,7 @@ def ingest(
     """
     home = project_root(root)
     config = load_config(home / "params.yaml")
-    pulled = pull_rows(config, home, source, path, packages, draft)
+    pulled = pull_rows(config, home, source, path, packages, draft, columns, query)
 
     def take_in() -> Ingested:
         with open_workspace(home, "ingest", say, keep_failed=config.retrain.keep_workspaces) as workspace:
@@ -92,12 +95,21 @@ def pull_rows(
     path: str | None,
     packages: list[str] | None,
     draft: str | None = None,
+    columns: dict[str, str] | None = None,
+    query: str | None = None,
 ) -> Pulled:
-    named = path or (
-        config.ingest.jsonl.path if (source or config.ingest.source) == "jsonl" and not draft else None
+    pulled = pull(
+        config,
+        root=root,
+        source=source,
+        path=find_path(config, root, source, path, other=bool(draft or query)),
+        packages=packages,
+        draft=draft,
+        columns=columns,
+        query=query,
     )
-    found = str(root / named) if named and "://" not in named else named
-    pulled = pull(config, root=root, source=source, path=found or None, packages=packages, draft=draft)
+    for line in pulled.said:
+        say(line)
     say(f"{len(pulled.lines)} rows from {pulled.source} ({pulled.label}), form {pulled.form}")
     return pulled
 

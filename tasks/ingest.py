@@ -9,10 +9,10 @@ the rest.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -20,12 +20,12 @@ from urllib.parse import urlsplit
 import msgspec
 import xxhash
 
-from ratchet.config.data import JsonlSource, PydocSource
+from ratchet.config.data import JsonlSource, PydocSource, SqlSource
 from ratchet.config.params import Config
-from ratchet.data.batches import Batch, content_hash, raw_lines, read_manifest, write_batch
+from ratchet.data.batches import Batch, Original, content_hash, raw_lines, read_manifest, write_batch
 from ratchet.data.dedup import split_by_hash
-from ratchet.data.examples import Example, RowError, encode_line, make_raw_row
-from ratchet.data.forms import recognise_form, whole_rows
+from ratchet.data.examples import Example, RawRow, RowError, encode_line, make_raw_row
+from ratchet.data.forms import read_conversation, recognise_form, whole_rows
 from ratchet.errors import DataError
 from ratchet.files import write_bytes
 from ratchet.models.lengths import check_whole, known_tokens
@@ -33,15 +33,26 @@ from ratchet.models.manifests import read_base_manifest
 from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.sources import feedback, jsonl, pydoc
 from ratchet.sources import reviewed as review
+from ratchet.sources.columns import listed
+from ratchet.sources.sql import is_database
 
 BASE = Path("models/base")
 Tell = Callable[[str], object]
+MEASURED = 100  # rows by whose keys a table is known
+# Columns that are no answer to a text.
+BESIDE_TEXT = frozenset(
+    {
+        *("text", "id", "source", "licence", "license", "language", "user", "meta", "tags", "title", "url"),
+        *("time", "timestamp", "created_at", "date", "review"),
+    }
+)
 
 
 class Pulled(NamedTuple):
     """Raw lines as the source gave them, a word for people, and the rows' form.
 
-    Of reviewed drafts also who reviewed, and the batch that holds them already.
+    Of reviewed drafts also who reviewed, and the batch that holds them already; of files and databases what
+    they were, how their columns were named, and what was left out.
     """
 
     lines: list[bytes]
@@ -51,6 +62,23 @@ class Pulled(NamedTuple):
     reviewers: tuple[str, ...] = ()
     drafts: tuple[tuple[str, str], ...] = ()  # (name, hash of its rows)
     batch: str = ""
+    files: tuple[Original, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
+    query: str = ""
+    said: tuple[str, ...] = ()
+
+
+def find_path(
+    config: Config, root: Path, source: str | None, path: str | None, *, other: bool = False
+) -> str | None:
+    """Return the file that is named here, or in params.yaml where no `other` thing is asked for.
+
+    A relative one counts from `root`.
+    """
+    named = path or (
+        config.ingest.jsonl.path if (source or config.ingest.source) == "jsonl" and not other else None
+    )
+    return (str(root / named) if named and "://" not in named else named) or None
 
 
 def pull(
@@ -61,29 +89,42 @@ def pull(
     path: str | None = None,
     packages: list[str] | None = None,
     draft: str | None = None,
+    columns: dict[str, str] | None = None,
+    query: str | None = None,
 ) -> Pulled:
     """Read the source; `root` is the checkout whose files `feedback` and `review` read.
 
-    Raises DataError: nothing found, a form that nobody knows, no rows.
+    `path` is a file's, or a database's address; `columns` stands for `ingest.columns`. Raises DataError:
+    nothing found, a form that nobody knows, no rows.
     """
-    chosen = source or (
-        "jsonl" if path else "pydoc" if packages else "review" if draft else config.ingest.source
-    )
+    named = "sql" if query or (path and is_database(path)) else "jsonl" if path else None
+    chosen = source or named or ("pydoc" if packages else "review" if draft else config.ingest.source)
     if draft and chosen != "review":
         raise DataError(
             f"a draft is named ({draft}), and the source {chosen}",
             remedy="drafts come from the source review: leave --source away",
         )
-    if path and chosen != "jsonl":
+    if named and chosen != named:
+        what = f"a path is named ({jsonl.shown(path)})" if path and not query else "a query is given"
         raise DataError(
-            f"a path is named ({jsonl.shown(path)}), and the source {chosen}",
-            remedy="rows of a file come from the source jsonl: leave --source away",
+            f"{what}, and the source {chosen}",
+            remedy=f"that is the source {named}: leave --source away",
         )
+    mapping = config.ingest.columns if columns is None else columns
     if chosen == "pydoc":
         settings = config.ingest.pydoc.model_copy(update={"packages": packages} if packages else {})
         pulled = _pull_pydoc(settings)
     elif chosen == "jsonl":
-        pulled = _pull_jsonl(config.ingest.jsonl.model_copy(update={"path": path} if path else {}))
+        pulled = _pull_jsonl(
+            config.ingest.jsonl.model_copy(update={"path": path} if path else {}),
+            mapping,
+            config.prepare.extra_keys,
+        )
+    elif chosen == "sql":
+        given = {key: value for key, value in (("url", path), ("query", query)) if value}
+        pulled = _pull_sql(
+            config.ingest.sql.model_copy(update=given), root, mapping, config.prepare.extra_keys
+        )
     elif chosen == "feedback":
         pulled = Pulled(
             [msgspec.json.encode(row) for row in feedback.harvest(project_root(root), config)],
@@ -94,7 +135,7 @@ def pull(
     elif chosen == "review":
         pulled = _pull_review(review.harvest(project_root(root), config.review, draft))
     else:
-        raise DataError(f"source {chosen!r} is unknown", remedy="known: pydoc, jsonl, feedback, review")
+        raise DataError(f"source {chosen!r} is unknown", remedy="known: pydoc, jsonl, sql, feedback, review")
     if not pulled.lines:
         why = (
             "nobody has approved or corrected an answer yet, or all of it is in a batch"
@@ -117,10 +158,32 @@ def _pull_pydoc(settings: PydocSource) -> Pulled:
     )
 
 
-def _pull_jsonl(settings: JsonlSource) -> Pulled:
-    lines = list(jsonl.read_lines(settings))
-    form = form_of(lines[0], settings.path) if lines and settings.form == "auto" else settings.form
-    return Pulled(lines, "jsonl", label_of(settings.path), form)
+def _pull_jsonl(settings: JsonlSource, mapping: dict[str, str], extra: list[str]) -> Pulled:
+    found, path = jsonl.read_files(settings.path, mapping, extra), jsonl.shown(settings.path)
+    form = _form_of_all(found, path, mapping) if settings.form == "auto" else settings.form
+    return Pulled(
+        found.lines,
+        "jsonl",
+        label_of(settings.path),
+        form,
+        files=found.files,
+        columns=tuple(mapping.items()),
+        said=found.said,
+    )
+
+
+def _pull_sql(settings: SqlSource, root: Path | None, mapping: dict[str, str], extra: list[str]) -> Pulled:
+    found = jsonl.read_database(settings, project_root(root), mapping, extra)
+    return Pulled(
+        found.lines,
+        "sql",
+        label_of(settings.url),
+        _form_of_all(found, found.files[0].name, mapping),
+        files=found.files,
+        columns=tuple(mapping.items()),
+        query=settings.query,
+        said=found.said,
+    )
 
 
 def _pull_review(found: review.Reviewed) -> Pulled:
@@ -142,16 +205,82 @@ def label_of(path: str) -> str:
     return Path(name).stem.replace("*", "") or "rows"
 
 
-def form_of(line: bytes, path: str) -> str:
-    try:
-        row = json.loads(line)
-        return recognise_form(row) if isinstance(row, dict) else "auto"
-    except RowError as error:
+def _form_of_all(found: jsonl.Harvest, path: str, mapping: dict[str, str]) -> str:
+    """Return the form of the rows of every file. Raises DataError where one file has none."""
+    forms, lines = set[str](), iter(found.lines)
+    for file in found.files:
+        name = path if len(found.files) == 1 else file.name
+        if rows := list(islice(lines, file.rows)):
+            forms.add(form := form_of(rows, name, mapping))
+            if form == "text" and not mapping and file.format.partition(",")[0] != "JSON Lines":
+                _check_plain_text(rows, name)
+    return forms.pop() if len(forms) == 1 else "auto"
+
+
+def _check_plain_text(rows: list[bytes], path: str) -> None:
+    """Raise DataError for a table with a column beside `text` that could be what is to be learned."""
+    columns = dict.fromkeys(key for line in rows[:MEASURED] for key in _decoded(line) or ())
+    if columns.keys() - BESIDE_TEXT:
         raise DataError(
-            f"{path}: {error}", remedy="name the form in `ingest.jsonl.form`, or convert the rows"
-        ) from None
-    except (ValueError, RecursionError):
-        return "auto"  # a broken first row is preparation's to reject; each row is then recognised by itself
+            f"{path} has the columns {listed(columns)}: a text with its answer, or plain text to go on with?",
+            remedy="say which: --columns prompt=text,completion=COLUMN, or --columns text=text "
+            "(`ingest.columns` in params.yaml)",
+        )
+
+
+def form_of(lines: Iterable[bytes], path: str, mapping: dict[str, str] | None = None) -> str:
+    """Return the form of all rows, or `auto` where they have several: each is then recognised by itself.
+
+    Rows of no form among others are preparation's to count. Raises DataError where no row has one, and for a
+    `mapping` that makes no row whole.
+    """
+    forms, whole = dict[str, RawRow](), False
+    odd: tuple[RawRow, RowError] | None = None
+    for line in lines:
+        row = _decoded(line)
+        if row is None:
+            continue
+        try:
+            form = recognise_form(row)
+            if form not in forms or (mapping and not whole):
+                forms.setdefault(form, row)
+                whole = whole or _is_whole(row, form)
+        except RowError as error:
+            odd = odd or (row, error)
+    if odd and not forms:
+        raise _unknown_form(*odd, path)
+    if mapping and forms and not whole:
+        row, keys = next(iter(forms.values())), ", ".join(mapping)
+        raise DataError(
+            f"{path}: with the keys {keys} no row is whole; one has {listed(row)}",
+            remedy="name every key of a form: --columns prompt=COLUMN,completion=COLUMN",
+        )
+    return "auto" if odd or len(forms) != 1 else next(iter(forms))
+
+
+def _decoded(line: bytes) -> RawRow | None:
+    try:
+        return msgspec.json.decode(line, type=dict)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _is_whole(row: RawRow, form: str) -> bool:
+    try:
+        read_conversation(row, form)
+    except RowError as error:
+        return error.reason not in ("no_answer", "missing_key")
+    return True
+
+
+def _unknown_form(row: RawRow, error: RowError, path: str) -> DataError:
+    names = list(row)
+    pairs = "prompt=COLUMN,completion=COLUMN"
+    return DataError(
+        f"{path}: {error}",
+        remedy=f"say which column is what, of {listed(names)}: --columns {pairs} "
+        "(or `ingest.columns` in params.yaml); where the rows have a form, name it in `ingest.jsonl.form`",
+    )
 
 
 def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Batch, bool]:
@@ -170,6 +299,9 @@ def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Bat
         licence=licence,
         who=who,
         form=pulled.form,
+        files=pulled.files,
+        columns=dict(pulled.columns),
+        query=pulled.query,
     ), True
 
 

@@ -17,6 +17,21 @@ if TYPE_CHECKING:
     from ratchet.config.params import Config
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        metavar="KEY=COLUMN,…",
+        help="Which column is which key of a form, such as prompt=text,completion=category; '' for none.",
+    ),
+]
+Query = Annotated[
+    str | None, typer.Option("--query", metavar="SQL", help="The SELECT, where the rows are a database's.")
+]
+Preview = Annotated[
+    bool,
+    typer.Option("--preview", help="Show five rows as the model will see them: tokens, and what is learned."),
+]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the ledger.")]
 
 
@@ -61,6 +76,21 @@ def ready_root(*, clean: bool = True) -> Path:
         check_checkout(root)
     enter(root, config)
     return root
+
+
+def read_mapping(columns: str | None) -> dict[str, str] | None:
+    """Read `--columns`; None where it was not given. Raises UserError."""
+    from ratchet.sources.columns import parse_columns
+
+    return None if columns is None else parse_columns(columns)
+
+
+def with_columns(config: Config, columns: str | None) -> Config:
+    """Put `--columns` in the place of `ingest.columns`. Raises UserError."""
+    if (mapping := read_mapping(columns)) is None:
+        return config
+    ingest = config.ingest.model_copy(update={"columns": mapping})
+    return config.model_copy(update={"ingest": ingest})
 
 
 def show(found: Any, as_json: bool, tell: Callable[[], object]) -> None:

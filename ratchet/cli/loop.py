@@ -8,12 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from ratchet.cli.context import (
+    Columns,
     Json,
+    Preview,
+    Query,
     Reason,
     find_root,
     name_version,
     note_renamed,
     read_config,
+    read_mapping,
     ready_root,
     say,
     show,
@@ -35,9 +39,17 @@ def demo(
 
 def ingest(
     source: Annotated[
-        str | None, typer.Option(help="pydoc, jsonl, feedback or review; otherwise what params.yaml says.")
+        str | None,
+        typer.Option(help="pydoc, jsonl, sql, feedback or review; otherwise what params.yaml says."),
     ] = None,
-    path: Annotated[str | None, typer.Option(help="File, glob or URL of JSON Lines.")] = None,
+    path: Annotated[
+        str | None,
+        typer.Option(
+            help="File, glob, folder or URL of rows (JSON, CSV, TSV, Parquet, Arrow); a database's address."
+        ),
+    ] = None,
+    columns: Columns = None,
+    query: Query = None,
     packages: Annotated[str | None, typer.Option(help="Import names for pydoc, with commas.")] = None,
     draft: Annotated[
         str | None, typer.Option(metavar="NAME", help="The reviewed draft; without it, all that are ready.")
@@ -45,12 +57,26 @@ def ingest(
     golden: Annotated[
         int, typer.Option(min=0, metavar="ROWS", help="Freeze that many rows as the golden set instead.")
     ] = 0,
+    preview: Preview = False,
     as_json: Json = False,
 ) -> None:
     """Pull rows into one immutable batch and commit it.
 
     Example: ratchet ingest --path 'exports/*.jsonl'
     """
+    mapping = read_mapping(columns)
+    if preview:
+        _preview(
+            find_root(),
+            as_json,
+            source=source,
+            path=path,
+            packages=packages.split(",") if packages else None,
+            draft=draft,
+            columns=mapping,
+            query=query,
+        )
+        return
     root = ready_root()
     from flows.ingest import ingest as flow
 
@@ -61,6 +87,8 @@ def ingest(
         packages=packages.split(",") if packages else None,
         golden=golden,
         draft=draft,
+        columns=mapping,
+        query=query,
     )
     news = (
         f"{done['rows']} rows in {done['batch']}, commit {done['commit'][:8]}"
@@ -68,6 +96,29 @@ def ingest(
         else f"nothing new: these rows are batch {done['batch']}"
     )
     show(done, as_json, lambda: say(news))
+
+
+def _preview(root: Path, as_json: bool, **given: Any) -> None:
+    """Print the first rows that would be taken; commit nothing."""
+    config = read_config(root)
+    from flows.data_check import BASE, preview_pulled
+    from ratchet.sources.preview import as_plain, print_preview
+    from tasks.ingest import find_path, pull
+
+    other = bool(given["draft"] or given["query"])
+    given["path"] = find_path(config, root, given["source"], given["path"], other=other)
+    pulled = pull(config, root=root, **given)
+    rows, why = preview_pulled(pulled, config, root / BASE)
+
+    def tell() -> None:
+        say(f"{len(pulled.lines)} rows from {pulled.source} ({pulled.label}), form {pulled.form}")
+        for line in (*pulled.said, *filter(None, [why])):
+            say(line)
+        print_preview(rows)
+        say("nothing was committed")
+
+    found = {"rows": len(pulled.lines), "form": pulled.form, "said": pulled.said, "preview": as_plain(rows)}
+    show(found, as_json, tell)
 
 
 def synthesize(

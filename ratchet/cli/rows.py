@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from ratchet.cli.context import Json, add_old_name, find_root, note, read_config, say, show
+from ratchet.cli.context import (
+    Columns,
+    Json,
+    Preview,
+    Query,
+    add_old_name,
+    find_root,
+    note,
+    read_config,
+    say,
+    show,
+    with_columns,
+)
 from ratchet.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -22,24 +34,40 @@ FAILED = 3  # exit code for rows that would fail, apart from a file that cannot 
 
 
 def check(
-    files: Annotated[list[str], typer.Argument(help="JSON Lines: files, globs, URLs.")],
+    files: Annotated[
+        list[str], typer.Argument(help="Files, globs or URLs of rows; a database's address, with --query.")
+    ],
+    columns: Columns = None,
+    query: Query = None,
+    preview: Preview = False,
     as_json: Json = False,
 ) -> None:
     """Check the rows of a file as a batch, before anything is committed.
 
     Exit code 3: the batch would fail; 2: a file cannot be read.
 
-    Example: ratchet data check exports/march.jsonl
+    Example: ratchet data check exports/march.csv --columns prompt=text,completion=category --preview
     """
     root = find_root()
-    config = read_config(root)
+    config = with_columns(read_config(root), columns)
     from flows.data_check import BASE, check_file
+    from ratchet.sources.preview import as_plain, print_preview
 
     time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     verdicts, unread = [], []
     for path in files:
         try:
-            verdicts.append(check_file(path, root / "data/golden.jsonl", config, time=time, base=root / BASE))
+            verdicts.append(
+                check_file(
+                    path,
+                    root / "data/golden.jsonl",
+                    config,
+                    time=time,
+                    base=root / BASE,
+                    query=query,
+                    preview=preview,
+                )
+            )
         except DataError as error:  # the other files get their verdicts all the same
             unread.append(error)
     found = [
@@ -48,6 +76,7 @@ def check(
             "counts": msgspec.to_builtins(verdict.counts),
             "rejected": msgspec.to_builtins(verdict.rejected),
             "tokens": verdict.tokens and verdict.tokens._asdict(),
+            "preview": as_plain(verdict.preview),
         }
         for verdict in verdicts
     ]
@@ -74,6 +103,7 @@ def check(
                     f"{name.replace('_', ' ')} in {count} texts" for name, count in counts.sanitised.items()
                 )
                 say("  sanitised: " + ", ".join(found_in))
+            print_preview(verdict.preview)
 
     show(found, as_json, tell)
     for verdict in verdicts:

@@ -50,12 +50,26 @@ class PydocSource(Section):
 
 
 class JsonlSource(Section):
-    """JSON Lines from anywhere fsspec can read."""
+    """Files of rows from anywhere fsspec can read: JSON, CSV, TSV, Parquet, Arrow, told by their content."""
 
-    path: str = Field(default="", description="file, glob or fsspec URL (`s3://…`), one JSON object a line")
+    path: str = Field(
+        default="",
+        description="file, glob, folder of `datasets.save_to_disk`, or fsspec URL (`s3://…`, "
+        "`hf://datasets/…`)",
+    )
     form: Literal[
         "auto", "messages", "completion", "preference", "instruction", "question", "sharegpt", "text"
     ] = Field(default="auto", description="form of the rows; `auto` recognises it from the first row's keys")
+
+
+class SqlSource(Section):
+    """Rows of a database, by SQLAlchemy; the password comes from the variable RATCHET_SQL_PASSWORD."""
+
+    url: str = Field(
+        default="",
+        description="address without a password: `postgresql+psycopg://USER@HOST/DATABASE`, `sqlite:///FILE`",
+    )
+    query: str = Field(default="", description="the SELECT whose result is the rows")
 
 
 class FeedbackSource(Section):
@@ -94,14 +108,21 @@ class FeedbackSource(Section):
 class IngestConfig(Section):
     """Where new rows come from."""
 
-    source: Literal["pydoc", "jsonl", "feedback", "review"] = Field(
+    source: Literal["pydoc", "jsonl", "sql", "feedback", "review"] = Field(
         default="pydoc", description="the source that `ratchet ingest` reads when none is named"
     )
     licence: str = Field(
         default="unknown", description="licence of the rows, kept in the batch's manifest entry"
     )
+    columns: dict[str, str] = Field(
+        default={},
+        description="key of a known form → column of the file or query, for `jsonl` and `sql`, such as "
+        "`{prompt: text, completion: category}`; other columns are taken only where `prepare.extra_keys` "
+        "or a form knows them",
+    )
     pydoc: PydocSource = Field(default_factory=PydocSource, description="settings of the source `pydoc`")
     jsonl: JsonlSource = Field(default_factory=JsonlSource, description="settings of the source `jsonl`")
+    sql: SqlSource = Field(default_factory=SqlSource, description="settings of the source `sql`")
     feedback: FeedbackSource = Field(
         default_factory=FeedbackSource, description="settings of the source `feedback`"
     )

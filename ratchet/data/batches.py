@@ -16,10 +16,20 @@ MANIFEST = "manifest.jsonl"
 UNSAFE = re.compile(r"[^a-z0-9]+")
 
 
-class Batch(msgspec.Struct, frozen=True):
+class Original(msgspec.Struct, frozen=True):
+    """A file that rows came from, as it was found; `rows` are as many of the batch's, in their order."""
+
+    name: str  # without folders
+    format: str
+    sha256: str
+    rows: int
+
+
+class Batch(msgspec.Struct, frozen=True, omit_defaults=True):
     """One line of the manifest.
 
-    `time` is UTC, ISO 8601; `content` is the hash of the rows whatever their order in time.
+    `time` is UTC, ISO 8601; `content` is the hash of the rows whatever their order in time. `columns`: key of
+    the rows → column of the files; `query`: what a database was asked.
     """
 
     name: str
@@ -31,6 +41,9 @@ class Batch(msgspec.Struct, frozen=True):
     licence: str
     who: str
     form: str = "auto"
+    files: tuple[Original, ...] = ()
+    columns: dict[str, str] = {}
+    query: str = ""
 
 
 def read_manifest(raw: Path) -> list[Batch]:
@@ -75,7 +88,18 @@ def content_hash(lines: Iterable[bytes]) -> str:
 
 
 def write_batch(
-    raw: Path, lines: list[bytes], *, source: str, label: str, time: str, licence: str, who: str, form: str
+    raw: Path,
+    lines: list[bytes],
+    *,
+    source: str,
+    label: str,
+    time: str,
+    licence: str,
+    who: str,
+    form: str,
+    files: tuple[Original, ...] = (),
+    columns: dict[str, str] | None = None,
+    query: str = "",
 ) -> Batch:
     """Write the batch's file, then its manifest line. `label` names it for people.
 
@@ -85,7 +109,10 @@ def write_batch(
     stamp = re.sub(r"[^0-9TZ]", "", time)
     name = f"{stamp}-{UNSAFE.sub('-', label.lower()).strip('-')[:40] or source}-{content[:8]}.jsonl"
     write_bytes(raw / name, (line + b"\n" for line in lines))
-    batch = Batch(name, len(lines), sha256_file(raw / name), content, source, time, licence, who, form)
+    hashed = sha256_file(raw / name)
+    batch = Batch(
+        *(name, len(lines), hashed, content, source, time, licence, who, form, files, columns or {}, query)
+    )
     earlier = [msgspec.json.encode(entry) + b"\n" for entry in read_manifest(raw)]
     write_bytes(raw / MANIFEST, [*earlier, msgspec.json.encode(batch) + b"\n"])
     return batch

@@ -1,1 +1,1 @@
-"""Where rows come from: files, documentation, feedback, reviewed drafts."""
+"""Where rows come from: files of any format, databases, documentation, feedback, reviewed drafts."""

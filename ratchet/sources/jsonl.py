@@ -1,150 +1,148 @@
-"""JSON Lines from a path, a glob or any URL that fsspec can read; the raw lines, unread.
+"""Rows of files and databases, as JSON lines: whatever the format, a batch holds one object a line.
 
-Lines end at `\\n` alone: `splitlines()` would cut rows at U+2028 and U+0085.
+JSON Lines come as the bytes that they are, unread. They end at `\\n` alone: `splitlines()` would cut rows at
+U+2028 and U+0085.
 """
 
 from __future__ import annotations
 
-import gzip
 import io
-import zlib
-from collections.abc import Iterator
-from typing import Any, BinaryIO, cast
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
-from ratchet.config.data import JsonlSource
-from ratchet.data.json_rows import MAX_LINE
-from ratchet.data.text import strip_url
-from ratchet.errors import DataError
+from ratchet.config.data import JsonlSource, SqlSource
+from ratchet.data.batches import Original
+from ratchet.data.examples import RowError
+from ratchet.data.json_rows import MAX_LINE, read_row
+from ratchet.errors import ConfigError
+from ratchet.files import sha256_json
+from ratchet.sources import sql, streams
+from ratchet.sources.columns import Columns
+from ratchet.sources.formats import BOM, tell_format
+from ratchet.sources.json_documents import read_document
+from ratchet.sources.streams import Stream, find_files, open_stream, shown
+from ratchet.sources.tables import encode_row, read_columnar, read_csv, unfold
 
-ARCHIVES = {
-    b"PK\x03\x04": "zip",
-    b"PK\x05\x06": "zip",
-    b"7z\xbc\xaf": "7z",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"Rar!": "rar",
-}
-GZIP, TAR_AT, TAR = b"\x1f\x8b", 257, b"ustar"
-# Bytes that a gzip file may unpack to: at most, in times its own size, and without asking.
-MOST_UNPACKED, MOST_RATIO, UNPACKED_ANYWAY = 2**31, 20, 2**20
+__all__ = ["Harvest", "read_database", "read_files", "read_lines", "shown"]
+
+
+class Harvest(NamedTuple):
+    """The lines of all files, what the files were, and what was left out of them."""
+
+    lines: list[bytes]
+    files: tuple[Original, ...]
+    said: tuple[str, ...] = ()
+
+
+class _Content(NamedTuple):
+    format: str
+    lines: Iterable[bytes]
+    said: tuple[str, ...] = ()
 
 
 def read_lines(settings: JsonlSource) -> Iterator[bytes]:
-    """Read the lines. Raises DataError: nothing is found, a file is no UTF-8 text at its start."""
-    import fsspec
-
-    if not settings.path:
-        raise DataError(
-            "`ingest.jsonl.path` is empty",
-            remedy="name a file, a glob or a URL there, or give `ratchet ingest --path FILE`",
-        )
-    try:
-        found = fsspec.open_files(settings.path, "rb")
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(
-            f"cannot open {shown(settings.path)!r}: {str(error).replace(settings.path, shown(settings.path))}"
-        ) from None
-    if not found:
-        raise DataError(
-            f"{shown(settings.path)!r} matches no file",
-            remedy="check `ingest.jsonl.path`; a relative path counts from the checkout's root",
-        )
-    for opened in found:
-        yield from _lines(opened)
+    """Read the rows of all files, one line each. Raises DataError: nothing is found, or what is no rows."""
+    for opened in find_files(settings.path):
+        with open_stream(opened) as stream:
+            yield from _read(stream, Columns({})).lines
 
 
-def shown(path: str) -> str:
-    """Make a path fit for messages: of a URL without login and signature."""
-    return strip_url(path) if "://" in path else path
+def read_files(path: str, mapping: dict[str, str], extra: Collection[str] = ()) -> Harvest:
+    """Read the rows of all files, with columns renamed by `mapping`; `extra`: keys that rows may have beside.
 
-
-def _lines(opened: object) -> Iterator[bytes]:
-    path = shown(getattr(opened, "path", ""))
-    try:
-        with opened as handle:  # type: ignore[attr-defined]
-            handle = _unpacked(handle, path)
-            first = True
-            while line := handle.readline(MAX_LINE):
-                cut = len(line) == MAX_LINE and not line.endswith(b"\n")
-                while cut and (rest := handle.readline(MAX_LINE)):
-                    if rest.endswith(b"\n"):
-                        break
-                if first:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                    _check_start(line, path)
-                    first = not line.strip()
-                if line.strip():
-                    yield line.rstrip(b"\n") if cut else line.rstrip(b"\r\n")
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} does not exist",
-            remedy="check `ingest.jsonl.path`; a relative path counts from the checkout's root",
-        ) from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {type(error).__name__}") from None
-
-
-def _unpacked(handle: Any, path: str) -> Any:
-    """Return the file, or what a gzip file holds.
-
-    Raises DataError for an archive: its names could lead out of any folder (`..`, links).
+    Raises DataError as `read_lines`, and for a mapped column that a file does not have.
     """
-    if not hasattr(handle, "peek"):  # not every URL can be wound back
-        handle = io.BufferedReader(handle)
-    start = handle.peek(TAR_AT + len(TAR))
-    kind = next(
-        (name for magic, name in ARCHIVES.items() if start.startswith(magic)),
-        "tar" if start[TAR_AT : TAR_AT + len(TAR)] == TAR else None,
-    )
-    if kind:
-        raise DataError(
-            f"{path} is an archive ({kind}), wanted JSON Lines",
-            remedy="unpack it and name the files; gzip of a single file is read as it is",
+    lines: list[bytes] = []
+    files: list[Original] = []
+    said: list[str] = []
+    for opened in find_files(path):
+        columns = Columns(mapping, extra)
+        with open_stream(opened) as stream:
+            content = _read(stream, columns)
+            before = len(lines)
+            lines += content.lines
+            said += [*content.said, *columns.check(stream.name)]
+            kind = ", ".join(filter(None, (content.format, stream.codec)))
+            name = streams.base_name(opened.path)
+            files.append(Original(name, kind, stream.sha256(), len(lines) - before))
+    return Harvest(lines, tuple(files), tuple(said))
+
+
+def read_database(
+    settings: SqlSource, root: Path, mapping: dict[str, str], extra: Collection[str] = ()
+) -> Harvest:
+    """Read the result of the query. Raises ConfigError, DataError."""
+    if not settings.url:
+        raise ConfigError(
+            "`ingest.sql.url` is empty", remedy="wanted: postgresql+psycopg://USER@HOST/DATABASE"
         )
-    if not start.startswith(GZIP):
-        return handle
-    return cast(BinaryIO, io.BufferedReader(_Capped(handle, path)))
+    place, columns = sql.address(settings.url), Columns(mapping, extra)
+    table = sql.read_query(settings.url, settings.query, root)
+    columns.seen.update(dict.fromkeys(table.columns))
+    lines = list(_encoded(table.rows, columns, place))
+    asked = Original(place, "SQL", sha256_json(settings.query), len(lines))
+    return Harvest(lines, (asked,), columns.check(place))
 
 
-class _Capped(io.RawIOBase):
-    """What a gzip file holds, as far as it is no bomb."""
+def _read(stream: Stream, columns: Columns) -> _Content:
+    kind, dialect = tell_format(stream, columns.mapped)
+    if kind == "JSON Lines":
+        return _Content(kind, _renamed(_lines(stream.handle), columns))
+    if kind == "JSON":
+        content = stream.read()
+        document = read_document(content, stream.name, mapped=bool(columns))
+        if document is None:
+            return _Content("JSON Lines", _renamed(_lines(io.BytesIO(content)), columns))
+        if document.rows is None:
+            lines = _renamed((line[:MAX_LINE] for line in document.lines), columns)
+        else:
+            lines = _encoded(document.rows, columns, stream.name)
+        return _Content(document.format, lines, document.said)
+    if dialect:
+        table = read_csv(stream, dialect, columns.reads)
+    else:
+        table = read_columnar(stream, kind, columns.reads)
+    columns.seen.update(dict.fromkeys(table.columns))
+    return _Content(dialect.name if dialect else kind, _encoded(table.rows, columns, stream.name))
 
-    def __init__(self, handle: BinaryIO, path: str) -> None:
-        self._packed, self._handle, self._path, self._count = handle, gzip.GzipFile(fileobj=handle), path, 0
 
-    def readable(self) -> bool:
-        return True
+def _lines(handle: BinaryIO) -> Iterator[bytes]:
+    first = True
+    while line := handle.readline(MAX_LINE):
+        cut = len(line) == MAX_LINE and not line.endswith(b"\n")
+        while cut and (rest := handle.readline(MAX_LINE)):
+            if rest.endswith(b"\n"):
+                break
+        if first:
+            line = line.removeprefix(BOM)
+            first = not line.strip()
+        if line.strip():
+            yield line.rstrip(b"\n") if cut else line.rstrip(b"\r\n")
 
-    def readinto(self, buffer: Any) -> int:
+
+def _renamed(lines: Iterable[bytes], columns: Columns) -> Iterator[bytes]:
+    if not columns:
+        yield from lines
+        return
+    for line in lines:
         try:
-            got = self._handle.read(len(buffer))
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{self._path} is a broken gzip file: {error}", remedy="fetch it again") from None
-        self._count += len(got)
-        most = min(MOST_UNPACKED, max(UNPACKED_ANYWAY, MOST_RATIO * self._packed.tell()))
-        if self._count > most:
-            raise DataError(
-                f"{self._path} unpacks to more than {MOST_RATIO} times its size, "
-                f"or than {MOST_UNPACKED / 2**30:.0f} GiB",
-                remedy="if it is no bomb, unpack it by hand and name the file",
-            )
-        buffer[: len(got)] = got
-        return len(got)
+            row = read_row(line)
+        except RowError:
+            yield line  # preparation counts it
+        else:
+            yield encode_row(unfold(columns.take(row)))[:MAX_LINE]
 
 
-def _check_start(line: bytes, path: str) -> None:
-    if line.count(b"}\r{"):
-        raise DataError(
-            f"{path} ends its lines with a carriage return alone, wanted a line feed",
-            remedy=f"convert it: tr '\\r' '\\n' < {path}",
-        )
-    # With its mark, or `{` as two bytes.
-    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in line[:4]:
-        raise DataError(
-            f"{path} is UTF-16, wanted UTF-8", remedy=f"convert it: iconv -f UTF-16 -t UTF-8 {path}"
-        )
-    if line.lstrip()[:1] == b"[":
-        raise DataError(
-            f"{path} is a JSON array, wanted one object a line", remedy=f"convert it: jq -c '.[]' {path}"
-        )
+def _encoded(rows: Iterable[Any], columns: Columns, name: str) -> Iterator[bytes]:
+    """Encode the rows of a table; what is no object goes on as it is, for preparation to count.
+
+    Raises DataError over the limit on unpacking: a Parquet file of 1 MB can hold a text a million times.
+    """
+    count = 0
+    for row in rows:
+        line = encode_row(unfold(columns.take(row)) if isinstance(row, dict) else row)[:MAX_LINE]
+        count += len(line)
+        if count > streams.MOST_UNPACKED:
+            raise streams.too_large(name)
+        yield line

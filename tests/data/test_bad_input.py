@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
+import pyarrow
 import pytest
 
 from ratchet.config.data import JsonlSource, PrepareConfig
@@ -339,16 +340,22 @@ def test_case_10_a_file_that_is_not_what_the_manifest_says_fails(tmp_path):
         prepare(tmp_path / "raw", tmp_path / "golden.jsonl", tmp_path / "out", PrepareConfig(**PLAIN))
 
 
-def test_case_12_an_array_at_the_root_fails(tmp_path):
+def test_case_12_an_array_at_the_root_gives_its_rows_and_one_of_no_objects_fails(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'[{"prompt": "a", "completion": "b"}]')
-    with pytest.raises(DataError, match="is a JSON array"):
-        read(tmp_path / "a.jsonl")
+    assert read(tmp_path / "a.jsonl") == [b'{"prompt": "a", "completion": "b"}']
+    (tmp_path / "b.jsonl").write_bytes(b'["a", "b"]')
+    with pytest.raises(DataError, match="JSON array of str, wanted objects"):
+        read(tmp_path / "b.jsonl")
 
 
 def test_case_53_a_bomb_fails_and_a_plain_gzip_file_is_read(tmp_path):
-    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "' + b"0" * 50_000_000))
-    with pytest.raises(DataError, match="unpacks to more than 20 times its size"):
-        read(tmp_path / "bomb.jsonl.gz")
+    start, frame = (
+        pyarrow.compress(content, codec="zstd", asbytes=True)
+        for content in (b"\n".join(good()), b"0" * 2**26)  # 2 kB for 64 MiB
+    )
+    (tmp_path / "bomb.jsonl").write_bytes(start + frame * 33)
+    with pytest.raises(DataError, match="holds more than 2 GiB"):
+        read(tmp_path / "bomb.jsonl")
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b"\n".join(good())))
     assert read(tmp_path / "rows.jsonl.gz") == good()
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"\n".join(good()))[:-20])

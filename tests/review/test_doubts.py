@@ -174,5 +174,5 @@ def test_the_command_tells_apart_rows_that_would_fail_and_files_that_cannot_be_r
     assert (
         unread.returncode == 2
         and "fine.jsonl: 100 rows" in unread.stdout
-        and "empty.jsonl holds no rows" in unread.stderr
+        and "(empty) gave no rows" in unread.stderr
     )

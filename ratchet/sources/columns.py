@@ -1,0 +1,86 @@
+"""Map the names that a file gives its columns to the keys of a known form (`ingest.columns`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ratchet.data.examples import RawRow
+from ratchet.data.forms import MEANT
+from ratchet.errors import DataError, UserError
+
+# Keys that mean something beside those of any form: a row without them would teach something else.
+BESIDE = MEANT - {"input", "chosen", "rejected"} | {"context", "meta"}
+# Keys that make a row together: where one is mapped, the others may have their own names already.
+TOGETHER = (
+    {"prompt", "completion", "chosen", "rejected", "response"},
+    {"instruction", "input", "output", "response"},
+    {"question", "answer"},
+    {"query", "response"},
+)
+NAMED = 12  # columns that a message lists
+
+
+class Columns:
+    """A mapping from keys of a form to columns of one file; it remembers which columns the file has."""
+
+    def __init__(self, mapping: dict[str, str], extra: Collection[str] = ()) -> None:
+        partners = (keys for keys in TOGETHER if keys & mapping.keys())
+        self._mapping, self._kept = mapping, BESIDE.union(extra, *partners)
+        self.mapped = tuple(mapping.values())
+        self.seen: dict[str, None] = {}  # in the file's order
+
+    def __bool__(self) -> bool:
+        return bool(self._mapping)
+
+    def reads(self, column: str) -> bool:
+        """Tell whether a column is taken: without a mapping, all are."""
+        return not self._mapping or column in self.mapped or column in self._kept
+
+    def take(self, row: RawRow) -> RawRow:
+        """Rename what is mapped, keep what means something by its own name, leave the rest."""
+        if not self._mapping:
+            return row
+        self.seen.update(dict.fromkeys(row))
+        found = {key: row[column] for key, column in self._mapping.items() if column in row}
+        rest = {
+            key: value
+            for key, value in row.items()
+            if key in self._kept and key not in self.mapped and key not in self._mapping
+        }
+        return {**found, **rest}
+
+    def check(self, name: str) -> tuple[str, ...]:
+        """Tell which columns were left out. Raises DataError for a mapped one that no row has."""
+        missing = [column for column in self._mapping.values() if column not in self.seen]
+        if missing and self.seen:
+            raise DataError(
+                f"{name} has no column {', '.join(map(repr, missing))}; its columns: {listed(self.seen)}",
+                remedy="mend `ingest.columns`, or --columns; --columns '' maps nothing",
+            )
+        left = [
+            column
+            for column in self.seen
+            if not self.reads(column) or (column in self._mapping and column not in self.mapped)
+        ]
+        return (f"{name}: columns left out: {listed(left)}",) if self._mapping and left else ()
+
+
+def listed(columns: Collection[str]) -> str:
+    """List names for a message."""
+    more = f", and {len(columns) - NAMED} more" if len(columns) > NAMED else ""
+    return ", ".join(column[:40] for column in list(columns)[:NAMED]) + more
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Read `prompt=text,completion=category`. Raises UserError."""
+    found: dict[str, str] = {}
+    for part in filter(None, text.split(",")):
+        key, _, column = (piece.strip() for piece in part.partition("="))
+        if not key or not column or key in found:
+            raise UserError(
+                f"--columns is {text[:80]!r}; wanted KEY=COLUMN, each key once",
+                remedy="for example --columns prompt=text,completion=category; names with a comma go into "
+                "`ingest.columns` of params.yaml",
+            )
+        found[key] = column
+    return found

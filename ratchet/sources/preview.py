@@ -1,0 +1,132 @@
+"""Show rows as the model will see them: tokens, and which of them are learned.
+
+Rows come after preparation's checks, so that what these change or refuse is seen as well.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ratchet.config.data import PrepareConfig
+from ratchet.data.examples import Example, RowError
+from ratchet.data.validation import Origin, Validator
+from ratchet.models.chat_template import ChatFormat
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+ROWS = 5
+# Neighbouring tokens take turns, so that one sees where each ends.
+LEARNED, GIVEN = ("black on green", "black on bright_green"), ("default on grey19", "default on grey30")
+UNFINISHED = "\ufffd"  # what a decoder gives for a part of a character
+
+
+class Piece(NamedTuple):
+    """A token, or as many as one character needs: its text, and whether it is learned."""
+
+    text: str
+    learned: bool
+
+
+class Preview(NamedTuple):
+    """A row; `pieces` are empty where no base is there to make tokens."""
+
+    example: Example
+    pieces: list[Piece]
+    tokens: int = 0
+    learned: int = 0
+
+
+def preview_rows(
+    lines: Iterable[bytes], origin: Origin, config: PrepareConfig, chat: ChatFormat | None
+) -> list[Preview]:
+    """Return the first rows that are fit."""
+    validator, found = Validator(config), list[Preview]()
+    for line in lines:
+        try:
+            found.append(_preview(validator.check(line, origin).example, chat))
+        except RowError:
+            continue
+        if len(found) == ROWS:
+            break
+    return found
+
+
+def _preview(example: Example, chat: ChatFormat | None) -> Preview:
+    if chat is None:
+        return Preview(example, [])
+    encoded = chat.encode(example)
+    return Preview(
+        example, _pieces(encoded.ids, encoded.learned, chat), len(encoded.ids), sum(encoded.learned)
+    )
+
+
+def _pieces(ids: list[int], learned: list[bool], chat: ChatFormat) -> list[Piece]:
+    """Decode token by token; those of one character together, since each alone is no text."""
+    pieces: list[Piece] = []
+    waiting: list[int] = []
+    for place, (token, is_learned) in enumerate(zip(ids, learned, strict=True)):
+        waiting.append(token)
+        text = str(chat.tokenizer.decode(waiting, clean_up_tokenization_spaces=False))
+        last = place + 1 == len(ids) or learned[place + 1] != is_learned
+        if last or not text.endswith(UNFINISHED):
+            pieces.append(Piece(text, is_learned))
+            waiting = []
+    return pieces
+
+
+# --- on the screen ------------------------------------------------------------------------------------------
+
+
+def as_plain(rows: list[Preview]) -> list[dict[str, Any]]:
+    """Make JSON of a preview."""
+    return [
+        {
+            "messages": [
+                {"role": message.role, "content": message.content} for message in row.example.messages
+            ],
+            "tokens": [[piece.text, piece.learned] for piece in row.pieces],
+        }
+        for row in rows
+    ]
+
+
+def print_preview(rows: list[Preview]) -> None:
+    """Print rows; learned text is green, or in [[ ]] where there are no colours."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    for number, row in enumerate(rows, start=1):
+        if not row.pieces:
+            console.print(f"--- row {number}", markup=False)
+            for message in row.example.messages:
+                console.print(f"{message.role}: {_printable(message.content)}", markup=False)
+            continue
+        console.print(f"--- row {number}: {row.tokens} tokens, {row.learned} of them learned", markup=False)
+        console.print(_coloured(row.pieces) if console.color_system else _bracketed(row.pieces), markup=False)
+
+
+def _coloured(pieces: list[Piece]) -> Text:
+    from rich.text import Text
+
+    text = Text()
+    for place, piece in enumerate(pieces):
+        text.append(_printable(piece.text), (LEARNED if piece.learned else GIVEN)[place % 2])
+    return text
+
+
+def _bracketed(pieces: list[Piece]) -> str:
+    parts, inside = [], False
+    for piece in pieces:
+        if piece.learned != inside:
+            parts.append("[[" if piece.learned else "]]")
+            inside = piece.learned
+        parts.append(_printable(piece.text))
+    return "".join(parts) + ("]]" if inside else "")
+
+
+def _printable(text: str) -> str:
+    """Escape what could steer the terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

@@ -1,0 +1,154 @@
+"""A preview shows rows as training would see them: every token, and which of them are learned."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from patience import scaled
+from places import make_repository, use_git_without_a_user
+
+from ratchet.config.data import PrepareConfig
+from ratchet.data.validation import Origin, Validator
+from ratchet.models.loading import load_chat
+from ratchet.sources.preview import Piece, as_plain, preview_rows, print_preview
+
+ROOT = Path(__file__).parents[2]
+ORIGIN = Origin("march", "jsonl")
+
+
+def line(prompt: str, completion: str, **more: Any) -> bytes:
+    return json.dumps({"prompt": prompt, "completion": completion, **more}).encode()
+
+
+def test_tokens_of_a_preview_are_those_that_training_sees(tiny_base):
+    chat = load_chat(tiny_base)
+    rows = [line("Is hail covered?", "yes, from 10 mm on"), line("洪水 🌊?", "नहीं, ❄ only")]
+    found = preview_rows(rows, ORIGIN, PrepareConfig(), chat)
+    for raw, row in zip(rows, found, strict=True):
+        encoded = chat.encode(Validator(PrepareConfig()).check(raw, ORIGIN).example)
+        assert "".join(piece.text for piece in row.pieces) == chat.tokenizer.decode(encoded.ids)
+        learned = "".join(piece.text for piece in row.pieces if piece.learned)
+        assert learned == row.example.answer + chat.tokenizer.decode([chat.stop_id])
+        assert (row.tokens, row.learned) == (len(encoded.ids), sum(encoded.learned))
+        assert not any("\ufffd" in piece.text for piece in row.pieces), "no half of a character"
+    assert "🌊" in "".join(piece.text for piece in found[1].pieces if not piece.learned)
+
+
+def test_earlier_answers_of_a_conversation_are_shown_as_learned(tiny_base):
+    turns = [("user", "a?"), ("assistant", "first"), ("user", "b?"), ("assistant", "second")]
+    row = json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}).encode()
+    (found,) = preview_rows([row], ORIGIN, PrepareConfig(), load_chat(tiny_base))
+    learned = "".join(piece.text for piece in found.pieces if piece.learned)
+    assert "first" in learned and "second" in learned and "a?" not in learned and "b?" not in learned
+
+
+def test_five_rows_that_are_fit_are_shown_as_the_checks_leave_them():
+    rows = [b"broken", line("a", "b", unheard="of"), *(line(f"q{n}\x07", f" a{n} ") for n in range(9))]
+    found = preview_rows(rows, ORIGIN, PrepareConfig(), None)
+    assert [row.example.question for row in found] == ["q0", "q1", "q2", "q3", "q4"]
+    assert [row.example.answer for row in found] == ["a0", "a1", "a2", "a3", "a4"]
+    assert all(row.pieces == [] for row in found)
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    use_git_without_a_user(monkeypatch)
+    monkeypatch.setenv("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    return make_repository(tmp_path / "checkout")
+
+
+def ratchet(root: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ratchet.cli", "-C", str(root), *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=scaled(90),
+    )
+
+
+def table(root: Path) -> Path:
+    path = root.parent / "tickets.csv"
+    rows = "".join(f"is case {n} covered?;yes \x1b[31m{n}\n" for n in range(7))
+    path.write_text(f"text;category\n{rows}")
+    return path
+
+
+MAPPED = ("--columns", "prompt=text,completion=category", "--preview")
+
+
+def test_a_check_shows_learned_text_in_brackets_where_there_are_no_colours(root, tiny_base):
+    shutil.copytree(tiny_base, root / "models/base")
+    plain = ratchet(root, "data", "check", table(root), *MAPPED)
+    assert plain.returncode == 0, plain.stderr
+    chat = load_chat(tiny_base)
+    end = chat.tokenizer.decode([chat.stop_id])
+    assert plain.stdout.count(f"[[yes 0{end}]]") == 1 and plain.stdout.count("[[") == 5
+    assert "7 rows = accepted 7" in plain.stdout and "\x1b" not in plain.stdout
+
+
+def test_learned_text_has_another_colour_and_no_text_steers_the_terminal(monkeypatch, capsys):
+    pieces = [Piece("ask\x1b]0;x", False), Piece("[red]yes", True), Piece("\n", True)]
+    (row,) = preview_rows([line("a", "b")], ORIGIN, PrepareConfig(), None)
+    rows = [row._replace(pieces=pieces, tokens=3, learned=2)]
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    print_preview(rows)
+    coloured = capsys.readouterr().out
+    assert "\x1b]" not in coloured and "ask\\x1b]0;x" in coloured
+    (green,) = [part for part in coloured.split("\x1b[0m") if "[red]yes" in part]
+    assert ";42" in green or ";102" in green, "ANSI's green, or bright green, behind the text"
+    monkeypatch.delenv("FORCE_COLOR")
+    monkeypatch.setenv("NO_COLOR", "1")
+    print_preview(rows)
+    assert "ask\\x1b]0;x[[[red]yes\n]]" in capsys.readouterr().out
+    assert as_plain(rows)[0]["tokens"] == [["ask\x1b]0;x", False], ["[red]yes", True], ["\n", True]]
+
+
+def test_an_ingest_with_a_preview_commits_nothing(root):
+    before = {path for path in root.rglob("*") if ".git" not in path.parts}
+    shown = ratchet(root, "ingest", "--path", table(root), *MAPPED)
+    assert shown.returncode == 0, shown.stderr
+    assert "7 rows from jsonl (tickets), form completion" in shown.stdout
+    assert "user: is case 0 covered?\nassistant: yes 0\n" in shown.stdout
+    assert "models/base is not made yet" in shown.stdout and "nothing was committed" in shown.stdout
+    assert {path for path in root.rglob("*") if ".git" not in path.parts} == before
+    log = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, check=True)
+    assert log.stdout == b""
+
+
+def test_a_check_of_columns_that_nobody_named_says_the_command(root):
+    done = ratchet(root, "data", "check", table(root))
+    assert done.returncode == 2
+    assert "text, category" in done.stderr and "--columns prompt=text,completion=COLUMN" in done.stderr
+    wrong = ratchet(root, "data", "check", table(root), "--columns", "prompt")
+    assert wrong.returncode == 2 and "KEY=COLUMN" in wrong.stderr
+
+
+def test_a_check_asks_a_database(root):
+    import sqlite3
+
+    with sqlite3.connect(root.parent / "t.db") as opened:
+        opened.execute("create table t (q text, a text)")
+        opened.executemany(
+            "insert into t values (?, ?)", [(f"is case {n} covered?", f"{n}") for n in range(7)]
+        )
+    opened.close()
+    query = ("--query", "select q as prompt, a as completion from t")
+    done = ratchet(root, "data", "check", f"sqlite:///{root.parent}/t.db", *query, "--preview")
+    assert done.returncode == 0, done.stderr
+    assert "7 rows = accepted 7" in done.stdout and "user: is case 0 covered?" in done.stdout
