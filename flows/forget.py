@@ -18,7 +18,7 @@ from ratchet.data.erasure import FILE, read_forgotten, write_forgotten
 from ratchet.errors import ServiceError, UserError
 from ratchet.files import write_text
 from ratchet.pipeline.checkout import locked, who
-from ratchet.pipeline.dvc import Workspace, configured_remote, push_data
+from ratchet.pipeline.dvc import Workspace, bring, push_data
 from ratchet.pipeline.workspace import land, open_workspace
 from ratchet.promotion.lineage import Trace, trace, trace_batches
 from ratchet.tracking.registry import Version, list_versions
@@ -56,7 +56,7 @@ def find_rows(root: Path, config: Config, query: tasks.Query, say: Say) -> list[
     Raises UserError when there is none.
     """
     with open_workspace(root, "forget", say, keep_failed=0) as workspace:
-        _bring_raw(workspace)
+        bring(workspace, str(RAW))
         found = tasks.find(workspace.path / RAW, workspace.path / GOLDEN, query, config.prepare)
     if not found:
         raise UserError(
@@ -112,7 +112,7 @@ def revert_batch(root: Path, config: Config, name: str, *, reason: str, say: Say
 
 
 def _land_without(workspace: Workspace, name: str, reason: str, say: Say) -> tuple[Batch, int, str]:
-    _bring_raw(workspace)
+    bring(workspace, str(RAW))
     raw = workspace.path / RAW
     batch = tasks.find_batch(raw, name)
     golden = tasks.count_golden(raw, batch, workspace.path / GOLDEN)
@@ -124,12 +124,6 @@ def _land_without(workspace: Workspace, name: str, reason: str, say: Say) -> tup
     subject = f"Take back {batch.rows} rows of {batch.name}"[:72]
     message = f"{subject}\n\n{reason}\n\nReverts-batch: {batch.name}"
     return batch, golden, land(workspace, message, [f"{RAW}.dvc", str(REVERTED)])
-
-
-def _bring_raw(workspace: Workspace) -> None:
-    if (workspace.path / f"{RAW}.dvc").exists():
-        verb = "pull" if configured_remote(workspace.root) else "checkout"
-        workspace.dvc(verb, "--quiet", f"{RAW}.dvc")
 
 
 def list_is_pending(root: Path) -> bool:
