@@ -7,9 +7,10 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import openai
+import pydantic
 import pytest
 from served import digest, put_in_charge, wait_for
 from servers import serving
@@ -86,6 +87,21 @@ def test_a_schema_holds_whatever_the_model_would_say(local: Local):
     form = {"format": {"type": "json_schema", "name": "claim", "schema": CLAIM}}
     response = local.client.responses.create(model="pydoc", input="Covered?", max_output_tokens=64, text=form)
     assert set(json.loads(response.output_text)) == {"covered", "kind"}
+
+
+class Claim(pydantic.BaseModel):
+    covered: bool
+    kind: Literal["hail", "fire"]
+
+
+def test_the_clients_own_classes_are_schemas(local: Local):
+    chat = local.client.chat.completions.parse(**ASKED | {"max_tokens": 64}, response_format=Claim)
+    response = local.client.responses.parse(
+        model="pydoc", input="Covered?", max_output_tokens=64, text_format=Claim
+    )
+
+    assert isinstance(chat.choices[0].message.parsed, Claim)
+    assert isinstance(response.output_parsed, Claim)
 
 
 def test_any_object_is_an_answer_in_json(local: Local):
