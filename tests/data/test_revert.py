@@ -33,7 +33,9 @@ from ratchet.errors import UserError
 from ratchet.pipeline.checkout import dvc, git
 from ratchet.pipeline.dvc import run_stage
 from ratchet.pipeline.workspace import land, open_workspace
+from ratchet.promotion.champion import Champion, write_champion
 from ratchet.promotion.lineage import STARTED_FROM, reverted_since
+from ratchet.services.status import ledger_lines, read_moves
 from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run
 from ratchet.tracking.registry import get_version, make_version
 from tasks.forget import find_batch, inherit
@@ -134,6 +136,20 @@ def register(number: int, commit: str, batches: list[str], start: str = "base") 
     assert make_version("small", run, adapter, tags, "card").number == number
 
 
+def put_in_charge(root: Path, version: int, at: str) -> None:
+    kept = {
+        "run_key": "",
+        "run_id": "",
+        "batches": [],
+        "data": {},
+        "gate": {"verdict": "promote", "rival": None},
+    }
+    moved = {"at": "", "by": "Ana", "why": "", "move": "promote", "replaced": None, "previous": None}
+    entry = Champion(name="small", version=version, commit=at, adapter_sha256="0" * 64, **kept, **moved)
+    write_champion(root, entry)
+    commit(root, f"Promote v{version}")
+
+
 def mark_of(number: int) -> dict[str, Any] | None:
     version = get_version("small", number)
     assert version is not None
@@ -195,6 +211,10 @@ def test_git_alone_tells_what_a_commit_had_and_lost_later(root):
     assert [entry.batch for entry in reverted_since(root, with_all)] == [second]
     assert [entry.batch for entry in reverted_since(root, with_two)] == [second]
     assert reverted_since(root, with_one) == [] == reverted_since(root, done.commit)
+    for version, at in ((1, with_one), (2, with_all)):
+        put_in_charge(root, version, at)
+    told = "\n".join(ledger_lines(read_moves(root)))
+    assert told.count("taken back later") == 1 and told.index(second) < told.index("→ v1")
 
 
 def test_with_mlflow_away_the_batch_is_taken_back_and_the_marks_follow(root, monkeypatch):
