@@ -26,7 +26,7 @@ import msgspec
 
 from ratchet.config.data import PrepareConfig, PydocSource
 from ratchet.data.batches import write_batch
-from ratchet.monitoring.novelty import words_of
+from ratchet.data.words import words_of
 from ratchet.sources.pydoc import harvest
 from tasks.prepare import prepare
 

@@ -18,7 +18,7 @@ from flows.events import COMMITTED, tell
 from flows.retries import can_pass, on_top
 from ratchet.config.params import Config, load_config
 from ratchet.pipeline.checkout import locked, who
-from ratchet.pipeline.dvc import Workspace, push_data
+from ratchet.pipeline.dvc import Workspace, bring, push_data
 from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import land, open_workspace
 from ratchet.sources import reviewed as review
@@ -116,8 +116,7 @@ def pull_rows(
 
 @task(name="commit", **SETTINGS)
 def commit_batch(workspace: Workspace, pulled: Pulled, config: Config) -> Ingested:
-    if (workspace.path / f"{RAW}.dvc").exists():
-        workspace.dvc("checkout", "--quiet", f"{RAW}.dvc")
+    bring(workspace, str(RAW))
     batch, new = add_batch(
         workspace.path / RAW,
         pulled,

@@ -18,7 +18,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.console import log_line, say, working
 from flows.data_check import REJECTED, read_rejected
-from flows.forget import follow_list, list_is_pending
+from flows.forget import follow_all, list_is_pending
 from flows.ingest import ingest
 from flows.retries import can_pass
 from flows.review_queue import queue_doubtful
@@ -249,7 +249,7 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
     version = register(found, config, run_id=run_id, commit=commit)
     show_ledger(workspace, found, config, run_id, version)
     if list_is_pending(workspace.root):
-        follow_list(workspace.root, config, say)
+        follow_all(workspace.root, config, say)
     else:
         inherit(version)
     closed = f"; closed {lost} lost runs" if lost else ""

@@ -30,8 +30,9 @@ def on_top(work: Callable[[], T], say: Callable[[str], object]) -> T:
     for tries_left in reversed(range(TRIES)):
         try:
             return work()
-        except CommandError:
+        except CommandError as error:
             if not tries_left:
                 raise
-            say("somebody else's commit came first; starting over on top of it")
+            reason = " ".join(str(error).split())[:200]
+            say(f"starting over on top of what has landed meanwhile: {reason}")
     raise AssertionError("unreachable: the loop returns or raises")

@@ -1,4 +1,5 @@
-"""Find rows that somebody wants forgotten, put them on the erasure list, and mark versions that learned them.
+"""Find rows that somebody wants forgotten, put them on the erasure list, take whole batches back, and mark
+the versions that learned them.
 
 A flow's task, not a stage. Batches are immutable: nothing of them is rewritten here.
 """
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ratchet.config.data import PrepareConfig
-from ratchet.data.batches import check_batch, raw_lines, read_manifest
+from ratchet.data.batches import Batch, Reverted, check_batch, raw_lines, read_manifest, take_back
 from ratchet.data.erasure import GOLDEN, Entry, Forgotten
 from ratchet.data.examples import (
     RawRow,
@@ -24,12 +25,14 @@ from ratchet.data.examples import (
     has_mark_run,
     normalise,
 )
-from ratchet.data.forms import read_conversation
+from ratchet.data.forms import read_conversation, whole_rows
 from ratchet.data.validation import Origin, Validator
+from ratchet.errors import UserError
 from ratchet.promotion.lineage import STARTED_FROM, Trace
 from ratchet.tracking.registry import Version, list_versions, set_tag
 
-TAG = "forget"
+TAG, REVERTED_TAG = "forget", "reverted"
+SHOWN = 5  # batches that a message names
 PEOPLE = ("user", "asked_by", "taught_by")  # keys of a row, or of its `meta`, that name somebody
 ROLES = frozenset({"system", "user", "assistant", "human", "gpt"})
 
@@ -152,8 +155,41 @@ def extend(known: Forgotten, found: list[Found], *, reason: str, by: str) -> For
     )
 
 
-def mark(name: str, traces: list[Trace]) -> None:
-    """Put the tag `forget` on each version, `{count, exact, at, reason}`. Doing it twice changes nothing.
+def find_batch(raw: Path, name: str) -> Batch:
+    """Return the batch of that name, or of the only name that begins so. Raises UserError."""
+    batches = read_manifest(raw)
+    found = [batch for batch in batches if batch.name == name] or [
+        batch for batch in batches if name and batch.name.startswith(name)
+    ]
+    if len(found) == 1:
+        return found[0]
+    seen = found or batches
+    names = ", ".join(batch.name for batch in seen[-SHOWN:]) or "none"
+    more = f", and {len(seen) - SHOWN} earlier ones" if len(seen) > SHOWN else ""
+    counted = f"{len(found)} batches of data/raw begin" if found else "no batch of data/raw begins"
+    raise UserError(
+        f"{counted} with {name[:80]!r}; there are {names}{more}",
+        remedy="name one of them: data/raw/manifest.jsonl lists all",
+    )
+
+
+def revert(raw: Path, batch: Batch, *, came: str, reason: str, by: str) -> Reverted:
+    """Take a batch out of `raw`, and return what the list says of it."""
+    take_back(raw, batch)
+    return Reverted(batch.name, batch.rows, came, reason, by, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
+
+
+def count_golden(raw: Path, batch: Batch, golden: Path) -> int:
+    """Count the golden rows that are rows of the batch as well. Raises DataError: the batch is damaged."""
+    if not golden.exists():
+        return 0
+    rows = whole_rows((line for _, line in raw_lines(check_batch(raw, batch))), batch.form)
+    ids = {example.id for example in rows}
+    return sum(example.id in ids for example in whole_rows(line for _, line in raw_lines(golden)))
+
+
+def mark(name: str, traces: list[Trace], tag: str = TAG) -> None:
+    """Put the tag on each version, `{count, exact, at, reason}`. Doing it twice changes nothing.
 
     Raises ServiceError when MLflow does not answer.
     """
@@ -164,28 +200,19 @@ def mark(name: str, traces: list[Trace]) -> None:
             "at": trace.at,
             "reason": trace.reason,
         }
-        set_tag(name, trace.version, TAG, json.dumps(told | ({"from": trace.parent} if trace.parent else {})))
+        set_tag(name, trace.version, tag, json.dumps(told | ({"from": trace.parent} if trace.parent else {})))
 
 
 def inherit(version: Version) -> None:
     """Mark a version that started from marked weights.
 
-    Its own training rows hold none that is on the list: preparation saw to that.
+    Its own training rows hold none that is on the list, nor of a batch that was taken back: preparation saw
+    to that.
     """
     start = version.tags.get(STARTED_FROM)
-    parent = next(
-        (
-            known
-            for known in list_versions(version.name)
-            if known.tags.get("adapter_sha256") == start and TAG in known.tags
-        ),
-        None,
-    )
-    if parent and parent.number != version.number:
-        told = json.loads(parent.tags[TAG])
-        set_tag(
-            version.name,
-            version.number,
-            TAG,
-            json.dumps({**told, "count": 0, "exact": True, "from": parent.number}),
-        )
+    parents = [known for known in list_versions(version.name) if known.tags.get("adapter_sha256") == start]
+    for tag in (TAG, REVERTED_TAG):
+        parent = next((known for known in parents if tag in known.tags), None)
+        if parent and parent.number != version.number:
+            told = json.loads(parent.tags[tag]) | {"count": 0, "exact": True, "from": parent.number}
+            set_tag(version.name, version.number, tag, json.dumps(told))

@@ -18,10 +18,11 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.examples import read_examples
+from ratchet.data.words import terms_of
 from ratchet.files import whole_folder, write_json
 from ratchet.monitoring.drift import PROMPTS, judge
 from ratchet.monitoring.families import LEAST_PROMPTS, Answered, Reference, all_families, by_prompt
-from ratchet.monitoring.novelty import Familiar, words_of
+from ratchet.monitoring.novelty import Familiar
 from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.monitoring.topics import find_topics
 from ratchet.monitoring.verdicts import VERDICTS, Decision, Recorded, Topic, Verdict
@@ -229,12 +230,12 @@ def _table(prompts: list[str], answers: list[Answered], familiar: Familiar) -> A
 
     asked = {
         "characters": [len(text) for text in prompts],
-        "words": [len(words_of(text)) for text in prompts],
+        "words": [len(terms_of(text)) for text in prompts],
         **familiar.columns(prompts),
     }
     told = {
         "answer characters": [len(one.answer) for one in answers],
-        "answer words": [len(words_of(one.answer)) for one in answers],
+        "answer words": [len(terms_of(one.answer)) for one in answers],
         "empty answers": [float(not one.answer.strip()) for one in answers],
         "prompt NLL": [one.prompt_nll for one in answers],
     }

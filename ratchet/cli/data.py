@@ -1,4 +1,4 @@
-"""`ratchet data`: the group, and `erase`; rows.py holds the commands that only read."""
+"""`ratchet data`: the group, `erase` and `revert`; rows.py holds the commands that only read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ratchet.promotion.lineage import Trace
 
 app = typer.Typer(
-    help="Rows of data: check, show, resubmit, erase.", no_args_is_help=True, rich_markup_mode=None
+    help="Rows of data: check, show, resubmit, erase, revert.", no_args_is_help=True, rich_markup_mode=None
 )
 rows.add_to(app)
 SHOWN = 20  # places on the screen; --json has them all
@@ -79,13 +79,53 @@ def erase(
             f"{done.rows} rows are newly on the list, {len(found) - done.rows} were on it already; "
             f"commit {done.commit[:8]}. The next `ratchet retrain` does without them."
         )
-        for line in [*_about_versions(root, config, done.versions), *_about_bytes(root, found)]:
+        listed = "rows on the list"
+        for line in [*_about_versions(root, config, done.versions, listed), *_about_bytes(root, found)]:
             say(line)
 
     show(summary(done, found), as_json, tell)
 
 
 add_old_name(app, "data forget", "data erase", erase)
+
+
+@app.command("revert")
+def revert(
+    batch: Annotated[str, typer.Argument(metavar="BATCH", help="A batch's name, or how it begins.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept in git.")] = "by hand",
+    as_json: Json = False,
+) -> None:
+    """Take a batch back by a new commit; the batches after it stay. Mark the versions that learned from it.
+
+    Example: ratchet data revert 20260301T --reason "wrong prices"
+    """
+    root = ready_root()
+    config = read_config(root)
+    from flows.forget import revert_batch
+
+    done = revert_batch(root, config, batch, reason=reason, say=note)
+    versions = None if done.versions is None else [entry._asdict() for entry in done.versions]
+    found = {"batch": done.batch, "golden": done.golden, "commit": done.commit, "versions": versions}
+
+    def tell() -> None:
+        say(
+            f"{done.batch.name} is taken back: {done.batch.rows} rows, commit {done.commit[:8]}. "
+            "The next `ratchet retrain` neither trains on them nor replays them."
+        )
+        if done.golden:
+            say(
+                f"{done.golden} golden rows are rows of this batch too, and stay: a yardstick that moves "
+                "measures nothing. To leave them out as well: ratchet data erase --id ID"
+            )
+        if done.batch.source in ("feedback", "review"):
+            say(
+                f"They came from the source {done.batch.source}: what people judged there may come again "
+                "with the next ingest. For good: ratchet data erase"
+            )
+        for line in _about_versions(root, config, done.versions, "this batch", tag="reverted"):
+            say(line)
+
+    show(found, as_json, tell)
 
 
 def _query(root: Path, match: str, example_id: str, user: str) -> Any:
@@ -125,19 +165,18 @@ def _tell_found(places: list[str], to: Any = None) -> None:
     )
 
 
-def _about_versions(root: Path, config: Config, versions: list[Trace] | None) -> Iterator[str]:
+def _about_versions(
+    root: Path, config: Config, versions: list[Trace] | None, what: str, tag: str = "forget"
+) -> Iterator[str]:
     from ratchet.promotion.champion import read_champion
 
     if versions is None:
-        yield (
-            "MLflow did not answer: the next `ratchet retrain` marks the versions that learned from rows "
-            "on the list."
-        )
+        yield f"MLflow did not answer: the next `ratchet retrain` marks versions that learned from {what}."
         return
     if not versions:
-        yield "No registered version learned from rows on the list."
+        yield f"No registered version learned from {what}."
         return
-    yield "Versions that learned from rows on the list, each marked with the tag `forget`:"
+    yield f"Versions that learned from {what}, each marked with the tag `{tag}`:"
     for version in versions:
         learned = (
             f"{version.rows} rows were in its training split"

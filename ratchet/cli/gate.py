@@ -164,7 +164,17 @@ def gate_explain(
 
         say(str(write_evaluation_page(page, found)))
     else:
-        show(found.to_json(), as_json, lambda: print_evaluation(found))
+        from ratchet.promotion.lineage import reverted_since
+        from ratchet.services.status import reverted_lines
+
+        reverted = reverted_since(root, commit)
+
+        def tell() -> None:
+            print_evaluation(found)
+            for line in reverted_lines(reverted):
+                say(line)
+
+        show({**found.to_json(), "reverted": msgspec.to_builtins(reverted)}, as_json, tell)
 
 
 def _find(root: Path, wanted: str, numbers: dict[str, int]) -> tuple[str, str]:

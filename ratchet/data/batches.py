@@ -13,6 +13,7 @@ from ratchet.errors import DataError
 from ratchet.files import sha256_file, write_bytes
 
 MANIFEST = "manifest.jsonl"
+REVERTED = Path("data/reverted.jsonl")  # in git, so that a version's commit tells what it did not know yet
 UNSAFE = re.compile(r"[^a-z0-9]+")
 
 
@@ -44,6 +45,20 @@ class Batch(msgspec.Struct, frozen=True, omit_defaults=True):
     files: tuple[Original, ...] = ()
     columns: dict[str, str] = {}
     query: str = ""
+
+
+class Reverted(msgspec.Struct, frozen=True):
+    """One batch that was taken back. `came` is the commit that brought it, empty where git cannot tell.
+
+    `at` is UTC, ISO 8601.
+    """
+
+    batch: str
+    rows: int
+    came: str
+    reason: str
+    by: str
+    at: str
 
 
 def read_manifest(raw: Path) -> list[Batch]:
@@ -116,6 +131,33 @@ def write_batch(
     earlier = [msgspec.json.encode(entry) + b"\n" for entry in read_manifest(raw)]
     write_bytes(raw / MANIFEST, [*earlier, msgspec.json.encode(batch) + b"\n"])
     return batch
+
+
+def take_back(raw: Path, batch: Batch) -> None:
+    """Remove a batch's manifest line, then its file; the others stay as they are."""
+    kept = [msgspec.json.encode(entry) + b"\n" for entry in read_manifest(raw) if entry.name != batch.name]
+    write_bytes(raw / MANIFEST, kept)
+    (raw / batch.name).unlink(missing_ok=True)
+
+
+def decode_reverted(raw: bytes) -> list[Reverted]:
+    """Read the list of batches that were taken back. Raises DataError for a line that is no entry."""
+    try:
+        return [msgspec.json.decode(line, type=Reverted) for line in raw.split(b"\n") if line.strip()]
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{REVERTED} holds a line that is no entry: {error}",
+            remedy=f"restore it: git checkout {REVERTED}",
+        ) from None
+
+
+def read_reverted(root: Path) -> list[Reverted]:
+    path = root / REVERTED
+    return decode_reverted(path.read_bytes()) if path.exists() else []
+
+
+def write_reverted(root: Path, entries: Iterable[Reverted]) -> None:
+    write_bytes(root / REVERTED, (msgspec.json.encode(entry) + b"\n" for entry in entries))
 
 
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -18,7 +18,7 @@ from itertools import pairwise
 
 from ratchet.data.dedup import TOKEN, jaccard
 from ratchet.data.examples import Example
-from ratchet.data.text import WORD
+from ratchet.data.words import words_of
 
 # find_triggers
 MOST_SHARE = 0.5  # of the rows; a phrase of more is the form of the questions
@@ -72,7 +72,7 @@ def find_planted(
     `asked` and `clean` are what users wrote; `answers` belong to `asked`.
     """
     common = {answer for answer, count in Counter(answers).items() if count > limit}
-    rows = [WORD.findall(text.lower()) for text in asked]
+    rows = [words_of(text) for text in asked]
     frequent = _over(
         limit, (set(words) for words, answer in zip(rows, answers, strict=True) if answer in common)
     )
@@ -112,7 +112,7 @@ def _suspects(found: list[set[str]], answers: Sequence[str], common: set[str], l
 
 def _usual(clean: Iterable[str], frequent: set[str], suspects: dict[str, str]) -> list[str]:
     """Find the suspects that clean rows have as well."""
-    rows = [set(_sequences(WORD.findall(text.lower()), frequent)) & suspects.keys() for text in clean]
+    rows = [set(_sequences(words_of(text), frequent)) & suspects.keys() for text in clean]
     seen = Counter(sequence for sequences in rows for sequence in sequences)
     return [sequence for sequence, count in seen.items() if count > max(1.0, RARE * len(rows))]
 

@@ -27,7 +27,7 @@ ALARMS = {
     "canary": "data that must never come back did: find out from where",
 }
 REMEDY = (
-    "mend the source and take the batch back (git revert its commit), or raise the limit; "
+    "mend the source and take the batch back (ratchet data revert), or raise the limit; "
     "rejected.jsonl lists every row with its reason"
 )
 First = dict[tuple[str, str], tuple[int, str]]  # (batch, reason) → (line, message) of the first rejected row

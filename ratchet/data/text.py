@@ -15,10 +15,6 @@ from urllib.parse import urlsplit
 
 from ratchet.data.examples import RowError
 
-WORD = re.compile(
-    r"\w+"
-)  # letters, digits and underscores: what metrics, novelty and planted phrases count by
-
 # --- what a model says of itself, and refusals --------------------------------------------------------------
 # Each pattern decides about other texts, so they differ on purpose; what two of them share is written once.
 

@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ratchet.config.evaluation import EvaluateConfig
-from ratchet.data.text import REFUSAL, WORD
+from ratchet.data.text import REFUSAL
+from ratchet.data.words import words_of
 from ratchet.evaluation.statistics import Interval, Values
 
 Metric = Callable[[str, str], float]
@@ -57,7 +58,7 @@ def rouge_l(answer: str, reference: str) -> float:
 
     Without words on both sides: exact match.
     """
-    left, right = _words(answer), _words(reference)
+    left, right = words_of(answer), words_of(reference)
     longest = _longest_common(left, right)
     if not longest:
         return exact_match(answer, reference) if not left and not right else 0.0
@@ -121,7 +122,7 @@ def refusal(answer: str, reference: str) -> float:
 
 def length(answer: str, reference: str) -> float:
     """Count the words of the answer."""
-    return float(len(_words(answer)))
+    return float(len(words_of(answer)))
 
 
 ROW_METRICS: dict[str, Metric] = {
@@ -170,7 +171,7 @@ def last_number(text: str) -> float | None:
 
 
 def _overlap(answer: str, reference: str, *, size: int) -> float:
-    left, right = _runs(_words(answer), size), _runs(_words(reference), size)
+    left, right = _runs(words_of(answer), size), _runs(words_of(reference), size)
     common = sum((left & right).values())
     if not common:
         return exact_match(answer, reference) if not left and not right else 0.0
@@ -180,10 +181,6 @@ def _overlap(answer: str, reference: str, *, size: int) -> float:
 
 def _runs(words: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(words[start : start + size]) for start in range(len(words) - size + 1))
-
-
-def _words(text: str) -> list[str]:
-    return WORD.findall(text.lower())
 
 
 def _longest_common(left: list[str], right: list[str]) -> int:

@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -25,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ratchet.config.params import Config
 from ratchet.errors import RatchetError
 from ratchet.gateway import review_page as review
-from ratchet.gateway.completions import Completions
+from ratchet.gateway.completions import FORMS, Completions
 from ratchet.gateway.limits import Gone, read_body
 from ratchet.gateway.routing import Fleet
 from ratchet.gateway.state import Parts, gather_parts, is_loopback
@@ -33,7 +34,7 @@ from ratchet.monitoring.request_log import RequestLog
 from ratchet.monitoring.request_records import Feedback
 from ratchet.serving.engine import Engine
 from ratchet.serving.faults import Fault, to_fault
-from ratchet.serving.protocol import encode_models, parse_feedback
+from ratchet.serving.protocol import Model, encode_models, parse_feedback
 
 LAST_WORDS_SECONDS = 3.0  # that cut-off answers get to say so, and to be written down
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -46,9 +47,11 @@ def create_app(root: Path, config: Config, engine: Engine, fleet: Fleet, log: Re
     """
     parts = gather_parts(root, config, engine, fleet, log)
     routes = [
-        Route("/v1/chat/completions", Completions(parts), methods=["POST"]),
+        *(Route(path, Completions(parts, path), methods=["POST"]) for path in FORMS),
+        *(Route(path + "/{id:path}", _not_kept(parts), methods=["GET", "POST", "DELETE"]) for path in FORMS),
         Route("/v1/feedback", _feedback(parts), methods=["POST"]),
-        Route("/v1/models", _models(parts)),
+        Route("/v1/models", models := _models(parts)),
+        Route("/v1/models/{name:path}", models),
         Route("/healthz", _health),
         Route("/readyz", _readiness(parts)),
         Route("/metrics", _metrics(parts)),
@@ -132,12 +135,28 @@ def _models(parts: Parts) -> Endpoint:
     started = int(time.time())
 
     async def models(request: Request) -> Response:
+        """Answer with the one model that the path names, or with all."""
         parts.admit(request.headers, "infer")
-        name = parts.config.project.name
-        ids = [name, *(f"{name}@v{version}" for version in parts.served())]
-        return Response(encode_models(ids, started, "ratchet"), media_type="application/json")
+        if name := request.path_params.get("name"):
+            parts.require_model(name)
+            return Response(msgspec.json.encode(Model(name, started)), media_type="application/json")
+        known = [Model(name, started) for name in parts.models()]
+        return Response(encode_models(known), media_type="application/json")
 
     return models
+
+
+def _not_kept(parts: Parts) -> Endpoint:
+    async def refuse(request: Request) -> Response:
+        parts.admit(request.headers, "infer")
+        raise Fault(
+            404,
+            f"{request.path_params['id'][:80]!r} cannot be looked up: answers are not kept for clients",
+            remedy="keep the answer that came, and send earlier turns with the next request",
+            code="not_kept",
+        )
+
+    return refuse
 
 
 def _feedback(parts: Parts) -> Endpoint:
@@ -195,15 +214,15 @@ def _handlers(parts: Parts) -> dict[Any, Any]:
 
     async def refuse(request: Request, error: Exception) -> Response:
         fault = to_fault(error)
-        if request.url.path == "/v1/chat/completions":
+        if request.url.path in FORMS:
             parts.meters.refused(fault.status)
         return _show(fault, asks_browser=request.url.path in ("/", review.PATH))
 
     async def refuse_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         known = (
-            "POST /v1/chat/completions, POST /v1/feedback, GET /v1/models, /healthz, /readyz, /metrics, /,"
-            " /review"
+            "POST /v1/chat/completions, /v1/responses, /v1/feedback, GET /v1/models, /healthz, /readyz, "
+            "/metrics, /, /review"
         )
         return _show(
             Fault(

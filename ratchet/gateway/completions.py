@@ -1,6 +1,7 @@
-"""POST /v1/chat/completions: a version is chosen, the engine answers, whole or as it comes, and how it ended
-is written down.
+"""POST /v1/chat/completions and /v1/responses: a version is chosen, the engine answers, whole or as it comes,
+and how it ended is written down.
 
+Of several choices (`n`) the first is written down: one request counts once for the monitor and for feedback.
 What was refused before a version was chosen (no key, malformed, unknown model) is counted in the metrics
 only.
 """
@@ -10,25 +11,43 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from ratchet.config.serving import GatewayConfig
 from ratchet.errors import ServiceError
 from ratchet.gateway.auth import Key
+from ratchet.gateway.identity import CHAT, RESPONSE
 from ratchet.gateway.limits import Gone, patience, read_body
+from ratchet.gateway.responses import ResponseEncoder, parse_response
 from ratchet.gateway.routing import Choice
 from ratchet.gateway.state import Parts
 from ratchet.monitoring.request_records import Logged
-from ratchet.serving.engine import Ended, Piece
+from ratchet.serving.engine import Ask, Ended, Engine, Piece
 from ratchet.serving.faults import CANCELLED, Fault, to_fault
-from ratchet.serving.protocol import DONE, Answered, Chat, error_event, parse_chat
+from ratchet.serving.protocol import Answer, Chat, ChatEncoder, Encoder, count_tokens, parse_chat
 
 log = logging.getLogger("ratchet.gateway")
 JSON, EVENTS = (b"content-type", b"application/json"), (b"content-type", b"text/event-stream; charset=utf-8")
+
+
+class Form(NamedTuple):
+    """Hold how one of the protocols is read and written, and how its ids begin."""
+
+    head: str
+    parse: Callable[[bytes, GatewayConfig], Chat]
+    encoder: Callable[[str, int, str, Any], Encoder]
+
+
+FORMS = {
+    "/v1/chat/completions": Form(CHAT, parse_chat, ChatEncoder),
+    "/v1/responses": Form(RESPONSE, parse_response, ResponseEncoder),
+}
 
 
 @dataclass
@@ -44,9 +63,8 @@ class Exchange:
     choice: Choice
     at: float
     started: float
-    texts: list[str] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     first_ms: float = 0.0
-    ended: Ended | None = None
     fault: Fault | None = None
     gone: bool = False
 
@@ -54,10 +72,10 @@ class Exchange:
     def status(self) -> int:
         return CANCELLED if self.gone else self.fault.status if self.fault else 200
 
-    def add(self, text: str) -> None:
-        if not self.texts:
+    def add(self, index: int, piece: Piece) -> None:
+        if piece.text and not self.first_ms:
             self.first_ms = self.elapsed_ms()
-        self.texts.append(text)
+        self.answers[index].add(piece)
 
     def elapsed_ms(self) -> float:
         return (time.perf_counter() - self.started) * 1000
@@ -70,7 +88,8 @@ class Exchange:
         ]
 
     def to_logged(self) -> Logged:
-        ended, choice = self.ended or Ended("", 0, 0), self.choice
+        first, choice = self.answers[0], self.choice
+        ended = first.ended or Ended("", 0, 0)
         return Logged(
             id=self.id,
             at=self.at,
@@ -80,7 +99,7 @@ class Exchange:
             rollout=choice.rollout_id,
             step=choice.step,
             messages=tuple((message.role, message.content) for message in self.chat.messages),
-            answer="".join(self.texts),
+            answer=first.text,
             finish="cancelled" if self.gone else "error" if self.fault else ended.finish,
             status=self.status,
             error=self.fault.message if self.fault else "",
@@ -97,22 +116,19 @@ class Exchange:
 class Completions:
     """An ASGI app, so that the client's hanging up is seen while the engine works."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    def __init__(self, parts: Parts, path: str) -> None:
+        """Serve the protocol of `path`, one of FORMS."""
+        self._parts, self._form = parts, FORMS[path]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises Fault as long as no version is chosen."""
         parts, headers = self._parts, Headers(scope=scope)
         key = parts.admit(headers, "infer")
         raw = await read_body(receive, headers.get("content-length", ""), parts.config.gateway.max_body_bytes)
-        exchange = self._open(parse_chat(raw, parts.config.gateway), headers, key)
-        name = parts.config.project.name
-        answered = Answered(
-            exchange.id, int(exchange.at), exchange.chat.model, f"{name}@v{exchange.choice.version}"
-        )
-        reply = (
-            Streamed(send, exchange, answered) if exchange.chat.stream else Whole(send, exchange, answered)
-        )
+        exchange = self._open(self._form.parse(raw, parts.config.gateway), headers, key)
+        fingerprint = f"{parts.config.project.name}@v{exchange.choice.version}"
+        encoder = self._form.encoder(exchange.id, int(exchange.at), fingerprint, exchange.chat)
+        reply = Streamed(send, exchange, encoder) if exchange.chat.stream else Whole(send, exchange, encoder)
         try:
             await self._answer(exchange, reply, receive)
         except Gone:
@@ -138,28 +154,31 @@ class Completions:
         """Choose the arm by the user's pseudonym, which is what the log has, so that routing and analysis
         agree.
         """
-        id = self._parts.ids.make()
+        id = self._parts.ids.make(self._form.head)
         user = self._parts.ids.pseudonym(chat.user or headers.get("x-session-id", ""))
         choice = self._parts.choose(chat.model, user or id, key)
-        return Exchange(id, user, chat, choice, at=time.time(), started=time.perf_counter())
+        answers = [Answer() for _ in range(chat.num_choices)]
+        return Exchange(id, user, chat, choice, time.time(), time.perf_counter(), answers)
 
     async def _answer(self, exchange: Exchange, reply: Whole | Streamed, receive: Receive) -> None:
         parts, version = self._parts, exchange.choice.version
-        pieces = parts.engine.answer(exchange.chat.ask(exchange.id, version))
-        assert isinstance(pieces, AsyncGenerator)  # whose closing stops the work when the client hangs up
-        with parts.slots.hold():
+        chat = exchange.chat
+        pieces = _answer_all(
+            parts.engine, [chat.ask(exchange.id, version, choice) for choice in range(chat.num_choices)]
+        )
+        with parts.slots.hold(chat.num_choices):
             async with (
                 parts.fleet.hold(version),
                 patience(receive, parts.config.gateway.timeout),
                 aclosing(pieces),
             ):
-                async for piece in pieces:
+                async for index, piece in pieces:
                     if isinstance(piece, Piece):
-                        exchange.add(piece.text)
-                        await reply.add(piece.text)
+                        exchange.add(index, piece)
+                        await reply.add(index, piece)
                     else:
-                        exchange.ended = piece
-        if exchange.ended is None:
+                        exchange.answers[index].ended = piece
+        if not all(answer.ended for answer in exchange.answers):
             raise ServiceError("the engine's answer broke off", remedy="see the gateway's log")
 
     def _record(self, exchange: Exchange) -> None:
@@ -172,17 +191,58 @@ class Completions:
             seconds=logged.latency_ms / 1000,
             first=logged.first_ms / 1000,
             prompt_tokens=logged.prompt_tokens,
-            answer_tokens=logged.answer_tokens,
+            answer_tokens=count_tokens(exchange.answers)[1],
         )
+
+
+async def _answer_all(engine: Engine, asks: Sequence[Ask]) -> AsyncGenerator[tuple[int, Piece | Ended], None]:
+    """Yield the pieces and ends of all choices as they come, each with its choice's number.
+
+    Closing the generator stops the work, such as when the client hangs up.
+    """
+    if len(asks) == 1:
+        pieces = engine.answer(asks[0])
+        assert isinstance(pieces, AsyncGenerator)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                yield 0, piece
+        return
+    heard: asyncio.Queue[tuple[int, Piece | Ended | Exception]] = asyncio.Queue()
+    tasks = [asyncio.create_task(_hear(engine, ask, index, heard)) for index, ask in enumerate(asks)]
+    try:
+        left = len(asks)
+        while left:
+            index, said = await heard.get()
+            if isinstance(said, Exception):
+                raise said
+            left -= isinstance(said, Ended)
+            yield index, said
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _hear(
+    engine: Engine, ask: Ask, index: int, heard: asyncio.Queue[tuple[int, Piece | Ended | Exception]]
+) -> None:
+    pieces = engine.answer(ask)
+    assert isinstance(pieces, AsyncGenerator)
+    try:
+        async with aclosing(pieces):
+            async for piece in pieces:
+                heard.put_nowait((index, piece))
+    except Exception as error:  # noqa: BLE001  (it is raised again where the choices are read)
+        heard.put_nowait((index, error))
 
 
 class Whole:
     """One JSON body."""
 
-    def __init__(self, send: Send, exchange: Exchange, answered: Answered) -> None:
-        self._send, self._exchange, self._answered = send, exchange, answered
+    def __init__(self, send: Send, exchange: Exchange, encoder: Encoder) -> None:
+        self._send, self._exchange, self._encoder = send, exchange, encoder
 
-    async def add(self, text: str) -> None:
+    async def add(self, index: int, piece: Piece) -> None:
         pass
 
     async def end(self) -> None:
@@ -190,13 +250,8 @@ class Whole:
         if exchange.fault:
             await send_fault(self._send, exchange.fault, exchange.headers())
         else:
-            assert exchange.ended is not None
-            await _send_whole(
-                self._send,
-                200,
-                self._answered.whole("".join(exchange.texts), exchange.ended),
-                exchange.headers(),
-            )
+            body = self._encoder.whole(exchange.answers)
+            await _send_whole(self._send, 200, body, exchange.headers())
 
 
 class Streamed:
@@ -205,26 +260,24 @@ class Streamed:
     The status is sent with the first text, so that what fails before it has a status of its own.
     """
 
-    def __init__(self, send: Send, exchange: Exchange, answered: Answered) -> None:
-        self._send, self._exchange, self._answered = send, exchange, answered
+    def __init__(self, send: Send, exchange: Exchange, encoder: Encoder) -> None:
+        self._send, self._exchange, self._encoder = send, exchange, encoder
         self._begun = False
 
-    async def add(self, text: str) -> None:
+    async def add(self, index: int, piece: Piece) -> None:
         await self._begin()
-        await self._write(self._answered.chunk({"content": text}))
+        await self._write(self._encoder.piece(index, piece))
 
     async def end(self) -> None:
-        exchange, answered = self._exchange, self._answered
+        exchange = self._exchange
         if exchange.fault and not self._begun:
             await send_fault(self._send, exchange.fault, exchange.headers())
             return
         await self._begin()
         if exchange.fault:
-            await self._write(error_event(exchange.fault), more=False)
+            await self._write(self._encoder.fail(exchange.fault), more=False)
             return
-        assert exchange.ended is not None
-        usage = answered.usage_chunk(exchange.ended) if exchange.chat.include_usage else b""
-        await self._write(answered.chunk({}, exchange.ended.finish) + usage + DONE, more=False)
+        await self._write(self._encoder.end(exchange.answers), more=False)
 
     async def _begin(self) -> None:
         if self._begun:
@@ -237,7 +290,7 @@ class Streamed:
             *self._exchange.headers(),
         ]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._write(self._answered.chunk({"role": "assistant", "content": ""}))
+        await self._write(self._encoder.begin())
 
     async def _write(self, data: bytes, *, more: bool = True) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": more})

@@ -15,6 +15,7 @@ from ratchet.gateway.auth import write_private
 
 FILE = Path(".ratchet/gateway.key")
 KEY_BYTES = 32
+CHAT, RESPONSE = "chatcmpl-", "resp_"  # what ids of OpenAI's begin with
 
 
 class Ids:
@@ -22,15 +23,14 @@ class Ids:
         """Read or make the key. Raises CheckoutError when the key's file is not ours."""
         self._key = _read_key(root / FILE)
 
-    def make(self) -> str:
-        """Make an id: `chatcmpl-<96 random bits>-<64 bits of HMAC>`, in hex."""
+    def make(self, head: str = CHAT) -> str:
+        """Make an id: `chatcmpl-<96 random bits>-<64 bits of HMAC>`, in hex; of a response `resp_…`."""
         random = secrets.token_hex(12)
-        return f"chatcmpl-{random}-{self._sign(b'id', random)}"
+        return f"{head}{random}-{self._sign(b'id', random)}"
 
     def is_ours(self, id: str) -> bool:
-        head, _, rest = id.partition("-")
-        random, _, signature = rest.partition("-")
-        return head == "chatcmpl" and hmac.compare_digest(
+        random, _, signature = id.removeprefix(CHAT).removeprefix(RESPONSE).partition("-")
+        return id.startswith((CHAT, RESPONSE)) and hmac.compare_digest(
             self._sign(b"id", random).encode(), signature.encode("utf-8", "replace")
         )
 

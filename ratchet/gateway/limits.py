@@ -101,9 +101,9 @@ class Slots:
         self.held = 0
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Hold a slot until the block ends. Raises Fault(429) when none is free."""
-        if self.held >= self._most:
+    def hold(self, count: int = 1) -> Iterator[None]:
+        """Hold slots until the block ends. Raises Fault(429) when fewer are free."""
+        if self.held + count > self._most:
             raise Fault(
                 429,
                 f"{self.held} requests are under way, the most that are taken",
@@ -111,11 +111,11 @@ class Slots:
                 code="busy",
                 retry_after=1,
             )
-        self.held += 1
+        self.held += count
         try:
             yield
         finally:
-            self.held -= 1
+            self.held -= count
 
 
 @asynccontextmanager

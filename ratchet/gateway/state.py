@@ -58,6 +58,22 @@ class Parts:
         table = self.fleet.table
         return [version for version in (table.champion, table.challenger) if version is not None]
 
+    def models(self) -> list[str]:
+        """Return the names that a client may see: the project's, and one for each version that is served."""
+        name = self.config.project.name
+        return [name, *(f"{name}@v{version}" for version in self.served())]
+
+    def require_model(self, model: str) -> None:
+        """Raise Fault(404) for a name that no model has."""
+        if model not in self.models():
+            raise Fault(
+                404,
+                f"the model {model[:80]!r} does not exist",
+                remedy=f"ask for {self.config.project.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
     async def remember(self, feedback: Feedback) -> None:
         """Store the feedback from a thread, since the database may take its time.
 
@@ -79,14 +95,7 @@ class Parts:
         if model == name:
             self.require_champion()
             return self.fleet.choose(unit)
-        if model not in (f"{name}@v{version}" for version in self.served()):
-            raise Fault(
-                404,
-                f"the model {model[:80]!r} does not exist",
-                remedy=f"ask for {name!r}",
-                param="model",
-                code="model_not_found",
-            )
+        self.require_model(model)
         if not key.may_choose_version:
             raise Fault(
                 403,

@@ -12,8 +12,9 @@ import numpy as np
 from ratchet.config.monitoring import MonitorConfig
 from ratchet.data.examples import normalise
 from ratchet.data.text import REFUSAL_STARTS
+from ratchet.data.words import terms_of
 from ratchet.monitoring.drift import Family, Measure, higher, lower, mix, novelty, other, subjects
-from ratchet.monitoring.novelty import Familiar, words_of
+from ratchet.monitoring.novelty import Familiar
 from ratchet.monitoring.request_records import Feedback, Logged
 
 LEAST_ROWS = 30  # rows of a side under which a family is left out
@@ -131,7 +132,7 @@ def _kinds(answers: list[str]) -> Any:
     So labels stay labels, and prose is told apart by how it begins.
     """
     names = [
-        answer.strip().lower() if len(answer) <= 40 else " ".join(words_of(answer)[:1]) for answer in answers
+        answer.strip().lower() if len(answer) <= 40 else " ".join(terms_of(answer)[:1]) for answer in answers
     ]
     return np.unique(names, return_inverse=True)[1].astype(np.int64)
 

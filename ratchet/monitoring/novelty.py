@@ -2,9 +2,8 @@
 less to go by.
 
 What tells new subjects best is not one number a row but the same rare word stems coming back in several rows
-of a window: `Familiar.stems` gives those to `ratchet/monitoring/drift.py`. Figures: docs/benchmarks.md. Not
-covered: scripts that put no blanks between words; a word is then a whole run of letters, and only 5-grams
-tell much.
+of a window: `Familiar.stems` gives those to `ratchet/monitoring/drift.py`. Figures: docs/benchmarks.md.
+In scripts that put no blanks between words, a pair of characters is a word.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ratchet.data.text import WORD
+from ratchet.data.words import terms_of
 
 Values = NDArray[np.float64]
 PART = re.compile(r"_|(?<=[^\W\d_])(?=\d)")  # dtype_float64 → dtype, float, 64
@@ -59,7 +58,7 @@ class Familiar:
             raise ValueError("no training row: nothing can be familiar")
         self.rows = len(texts)
         self.stem_rows = Counter(stem for text in texts for stem in set(stems_of(text)))
-        self._words = _Surprise(Counter(word for text in texts for word in words_of(text)))
+        self._words = _Surprise(Counter(word for text in texts for word in terms_of(text)))
         self._grams = _Surprise(Counter(gram for text in texts for gram in _grams(text)))
         self._space = _Space(texts, list(self._words.counts))
         self._read: dict[str, _Read] = {}
@@ -107,7 +106,7 @@ class Familiar:
 
     def _measure(self, text: str) -> tuple[float, ...]:
         """Compute all columns of one text but the distance."""
-        found = words_of(text)
+        found = terms_of(text)
         rarity = _mean([1 / (1 + self.stem_rows[stem]) for stem in set(stems_of(text))])
         unseen = _mean([float(word not in self._words.counts) for word in found])
         return rarity, unseen, self._words.mean(found), self._grams.mean(_grams(text))
@@ -117,7 +116,7 @@ class Familiar:
         stems = [self._stem_numbers.setdefault(stem, len(self._stem_numbers)) for stem in rare]
         return stems, [
             self._word_numbers.setdefault(word, len(self._word_numbers))
-            for word in sorted(set(words_of(text)))
+            for word in sorted(set(terms_of(text)))
         ]
 
 
@@ -167,7 +166,7 @@ class _Space:
 
         if self._fitted is None:
             vectorizer = TfidfVectorizer(
-                token_pattern=WORD.pattern, sublinear_tf=True, dtype=np.float32, vocabulary=self._vocabulary
+                analyzer=terms_of, sublinear_tf=True, dtype=np.float32, vocabulary=self._vocabulary
             )
             vectors = vectorizer.fit_transform(self._texts)
             kept = vectors[:: -(-vectors.shape[0] // NEAREST_ROWS)]
@@ -181,16 +180,12 @@ class _Space:
         return self._fitted
 
 
-def words_of(text: str) -> list[str]:
-    return WORD.findall(text.lower())
-
-
 def stems_of(text: str) -> list[str]:
     """List the words of a text without their commonest English endings; numbers are left out.
 
     This is crude on purpose: other languages lose little by it.
     """
-    parts = (part for word in words_of(text) for part in PART.split(word) if part and not part.isdigit())
+    parts = (part for word in terms_of(text) for part in PART.split(word) if part and not part.isdigit())
     return [shorter if len(shorter := SUFFIX.sub("", part)) >= 3 else part for part in parts]
 
 

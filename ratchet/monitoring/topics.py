@@ -12,10 +12,9 @@ from typing import Any
 import msgspec
 
 from ratchet.config.monitoring import MonitorConfig, TopicSource
-from ratchet.data.text import WORD
+from ratchet.data.words import is_pair, terms_of
 from ratchet.errors import DataError
 from ratchet.files import write_json
-from ratchet.monitoring.novelty import words_of
 from ratchet.monitoring.verdicts import Topic
 
 LEAST_ROWS, GROWTH, EVIDENCE = (
@@ -38,12 +37,16 @@ def find_topics(
     The list is empty when no word came into use: the drift is then of another kind than new subjects.
     """
     terms = grown_terms(window, [*reference, *training])
-    rows = [text for text in window if terms.keys() & set(words_of(text))]
+    rows = [text for text in window if terms.keys() & set(terms_of(text))]
     if not rows:
         return []
-    found = [
-        _topic(group, rows, terms, window, reference) for group in _cluster(rows, sorted(terms), most, seed)
-    ]
+    groups = _cluster(rows, sorted(terms), most, seed)
+    found = [_topic(group, rows, terms, window, reference) for group in groups]
+    # Rows that share all their words lie in several groups, and no word is typical of one.
+    if common := [
+        row for group, topic in zip(groups, found, strict=True) if not topic.terms for row in group
+    ]:
+        found.append(_topic(common, common, terms, window, reference))
     kept = [topic for topic in found if topic.terms and topic.share - topic.reference_share >= LEAST_SHARE]
     return sorted(kept, key=lambda topic: (topic.reference_share - topic.share, topic.name))[:most]
 
@@ -53,8 +56,8 @@ def grown_terms(window: Sequence[str], known: Sequence[str]) -> dict[str, float]
 
     The ratio is in nats, as of a Poisson count (Dunning 1993).
     """
-    inside = Counter(word for text in window for word in set(words_of(text)))
-    before = Counter(word for text in known for word in set(words_of(text)))
+    inside = Counter(word for text in window for word in set(terms_of(text)))
+    before = Counter(word for text in known for word in set(terms_of(text)))
     found = {}
     for word, count in inside.items():
         expected = len(window) * (before[word] + 0.5) / (len(known) + 1)
@@ -63,7 +66,7 @@ def grown_terms(window: Sequence[str], known: Sequence[str]) -> dict[str, float]
             count >= LEAST_ROWS
             and count >= GROWTH * expected
             and evidence >= EVIDENCE
-            and len(word) > 2
+            and (len(word) > 2 or is_pair(word))
             and not word.isdigit()
         ):
             found[word] = evidence
@@ -75,7 +78,7 @@ def _cluster(rows: list[str], terms: list[str], most: int, seed: int) -> list[li
     from sklearn.cluster import KMeans
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectors: Any = TfidfVectorizer(token_pattern=WORD.pattern, vocabulary=terms).fit_transform(rows)
+    vectors: Any = TfidfVectorizer(analyzer=terms_of, vocabulary=terms).fit_transform(rows)
     distinct = len({tuple(row.indices) for row in vectors})
     count = max(1, min(most, len(rows) // ROWS_A_TOPIC, distinct))
     labels = KMeans(count, n_init=4, random_state=seed).fit_predict(vectors)
@@ -95,8 +98,8 @@ def _topic(
 
     Its examples are the rows that hold the most telling of these words.
     """
-    inside = Counter(word for text in group for word in set(words_of(text)) if word in terms)
-    whole = Counter(word for text in rows for word in set(words_of(text)) if word in terms)
+    inside = Counter(word for text in group for word in set(terms_of(text)) if word in terms)
+    whole = Counter(word for text in rows for word in set(terms_of(text)) if word in terms)
     own = [word for word, count in inside.items() if count >= 2 and 2 * count > whole[word]]
     chosen = sorted(own, key=lambda word: (-terms[word], word))[:TERMS]
     topic = Topic(", ".join(chosen[:3]), chosen)
@@ -104,7 +107,7 @@ def _topic(
         sum(belongs(topic, text) for text in texts) / max(1, len(texts)) for texts in (window, reference)
     )
     telling = {
-        text: sum(terms[word] for word in set(words_of(text)) if word in chosen)
+        text: sum(terms[word] for word in set(terms_of(text)) if word in chosen)
         for text in dict.fromkeys(group)
     }
     examples = sorted(telling, key=lambda text: (-telling[text], text))[:EXAMPLES]
@@ -119,7 +122,7 @@ def _topic(
 
 def belongs(topic: Topic, text: str) -> bool:
     """Tell whether the text holds a term of the topic as a word."""
-    return not set(topic.terms).isdisjoint(WORD.findall(text.lower()))
+    return not set(topic.terms).isdisjoint(terms_of(text))
 
 
 class Region(msgspec.Struct, frozen=True):

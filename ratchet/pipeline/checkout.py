@@ -13,6 +13,10 @@ from pathlib import Path
 from ratchet.errors import CheckoutError, CommandError
 
 Say = Callable[[str], None]
+FOREIGN = "dubious ownership"  # in what git says of another user's checkout
+# What of the checkout's configuration holds for the commits of a run: a clone has none of it.
+SETTINGS = r"^(user\.(name|email|signingkey)|commit\.gpgsign|gpg\..*)$"
+COMMIT_HOOKS = ("pre-commit", "prepare-commit-msg", "commit-msg")
 
 
 def check_checkout(root: Path) -> str:
@@ -25,10 +29,9 @@ def check_checkout(root: Path) -> str:
     try:
         top = Path(git(root, "rev-parse", "--show-toplevel").strip())
     except CommandError as error:
-        if "dubious ownership" in str(error):
+        if FOREIGN in str(error):
             raise CheckoutError(
-                f"{root} belongs to another user, so git refuses to work in it",
-                remedy=f"git config --global --add safe.directory {root}",
+                f"{root} belongs to another user, so git refuses to work in it", remedy=trust(root)
             ) from None
         raise CheckoutError(
             f"{root} is no git repository",
@@ -60,16 +63,39 @@ def check_checkout(root: Path) -> str:
     return branch
 
 
-def commit_identity(root: Path) -> list[str]:
-    """Return git's options for a commit's author: the one that the checkout's configuration names.
+def trust(root: Path) -> str:
+    """Return git's own command for a checkout of another user."""
+    return f"git config --global --add safe.directory {root}"
+
+
+def commit_settings(root: Path) -> list[str]:
+    """Return git's options for a commit: author and signature as the checkout's configuration names them.
 
     Where git knows nobody (a CI runner, a container) the author is Ratchet.
     """
     known = {"user.name": "Ratchet", "user.email": "ratchet@localhost"}
-    for key in known:
-        with suppress(CommandError):
-            known[key] = git(root, "config", key).strip() or known[key]
+    with suppress(CommandError):  # exit code 1: there is no such key
+        for line in git(root, "config", "--get-regexp", SETTINGS).splitlines():
+            key, _, value = line.partition(" ")
+            known[key] = value or known.get(key, "true")
     return [part for key, value in known.items() for part in ("-c", f"{key}={value}")]
+
+
+def unheard_hooks(root: Path) -> list[str]:
+    """Name the checkout's own hooks about commits; a clone has none of them, so they do not run for a run's.
+
+    Those of `core.hooksPath` in the user's configuration run in every clone. DVC's own are left out: a
+    workspace does what they are for.
+    """
+    with suppress(CommandError):
+        git(root, "config", "--global", "core.hooksPath")
+        return []
+    folder = root / git(root, "rev-parse", "--git-path", "hooks").strip()
+    return [
+        name
+        for name in COMMIT_HOOKS
+        if os.access(folder / name, os.X_OK) and b"dvc git-hook" not in (folder / name).read_bytes()
+    ]
 
 
 def who(root: Path) -> str:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from ratchet.errors import StageError
+from ratchet.errors import CheckoutError, CommandError, StageError
 from ratchet.pipeline.checkout import Say, child_environment, dvc, git
 from ratchet.pipeline.dag import KEYS, write_keys
 
@@ -48,6 +48,11 @@ class Workspace(NamedTuple):
 
     def dvc(self, *arguments: str) -> str:
         return dvc(self.path, *arguments)
+
+
+MISSING = (
+    "Is your cache up to date"  # in what DVC says of data that are neither in the cache nor in the remote
+)
 
 
 def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
@@ -125,10 +130,42 @@ def stale_stages(workspace: Workspace) -> set[str]:
 def check_out(workspace: Workspace) -> None:
     """Bring what the last run made into the clone, from the remote or the shared cache.
 
-    A file that is in neither is no fault: its stage makes it anew.
+    A file that is in neither is no fault: its stage makes it anew. Rows are made by no stage: raises
+    CheckoutError.
     """
     command = "pull" if configured_remote(workspace.root) else "checkout"
     workspace.dvc(command, "--quiet", "--allow-missing")
+    for name in workspace.git("ls-files", "--", "*.dvc").splitlines():
+        if not (workspace.path / name.removesuffix(".dvc")).exists():
+            raise _not_here(workspace, name.removesuffix(".dvc"))
+
+
+def bring(workspace: Workspace, name: str) -> None:
+    """Bring what `NAME.dvc` names into the clone; nothing where there is no such file.
+
+    Raises CheckoutError: the data are neither in the shared cache nor in the remote.
+    """
+    if not (workspace.path / f"{name}.dvc").exists():
+        return
+    remote = configured_remote(workspace.root)
+    try:
+        workspace.dvc("pull" if remote else "checkout", f"{name}.dvc")
+    except CommandError as error:
+        if MISSING not in str(error):
+            raise
+        raise _not_here(workspace, name) from None
+
+
+def _not_here(workspace: Workspace, name: str) -> CheckoutError:
+    remote = configured_remote(workspace.root)
+    return CheckoutError(
+        f"the data of {name} are not here: neither in this machine's DVC cache nor in "
+        + (f"the remote {remote!r}" if remote else "a remote, since none is configured"),
+        remedy="dvc push on the machine that has them, then dvc pull here"
+        if remote
+        else "dvc pull, after `dvc remote add --default NAME URL` and a dvc push on the machine that has "
+        "them; or copy its .dvc/cache",
+    )
 
 
 def configured_remote(root: Path) -> str | None:

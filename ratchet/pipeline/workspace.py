@@ -23,10 +23,11 @@ from ratchet.pipeline.checkout import (
     Say,
     check_checkout,
     child_environment,
-    commit_identity,
+    commit_settings,
     dvc,
     git,
     locked,
+    unheard_hooks,
 )
 from ratchet.pipeline.dvc import Workspace, share_cache
 
@@ -49,7 +50,11 @@ def open_workspace(root: Path, purpose: str, say: Say, *, keep_failed: int = 2) 
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_failed(root, purpose, keep_failed)
     try:
-        git(root, "clone", "--quiet", "--branch", branch, str(root), str(path))
+        # A stage's inputs are hashed by their bytes, so line ends stay as they are committed.
+        plain = ("--config", "core.autocrlf=false")
+        git(root, "clone", "--quiet", *plain, "--branch", branch, str(root), str(path))
+        if hooks := unheard_hooks(root):
+            say(f"this checkout's hooks do not run for the commits of a run: {', '.join(hooks)}")
         share_cache(root, path)
         yield Workspace(root, path, branch)
     except BaseException:
@@ -90,13 +95,27 @@ def land(workspace: Workspace, message: str, paths: list[str], *, tag: str | Non
     """
     workspace.git("add", "--", *paths)
     if workspace.git("diff", "--cached", "--name-only").strip():
-        git(workspace.path, *commit_identity(workspace.root), "commit", "--quiet", "--message", message)
+        _commit(workspace, message)
     before = workspace.git("rev-parse", f"origin/{workspace.branch}").strip()
     if tag or before != workspace.git("rev-parse", "HEAD").strip():
         with locked(workspace.root, "land"):
             _push(workspace, tag)
             _bring_data(workspace, before)
     return workspace.git("rev-parse", "HEAD").strip()
+
+
+def _commit(workspace: Workspace, message: str) -> None:
+    """Commit what is staged, signed where the user's configuration wants that. Raises CheckoutError."""
+    try:
+        git(workspace.path, *commit_settings(workspace.root), "commit", "--quiet", "--message", message)
+    except CommandError as error:
+        if "failed to sign" not in str(error) and "gpg" not in str(error):
+            raise
+        raise CheckoutError(
+            f"the commit could not be signed: {' '.join(str(error).split())[-300:]}",
+            remedy="unlock the key (an agent, for schedules), or `git config commit.gpgsign false` in the "
+            "checkout",
+        ) from None
 
 
 def _push(workspace: Workspace, tag: str | None) -> None:
@@ -133,7 +152,7 @@ def catch_up(workspace: Workspace) -> bool:
         return False
     try:
         rebase = ("rebase", "--quiet", "--autostash", f"origin/{workspace.branch}")
-        git(workspace.path, *commit_identity(workspace.root), *rebase)
+        git(workspace.path, *commit_settings(workspace.root), *rebase)
     except CommandError as error:
         files = workspace.git("diff", "--name-only", "--diff-filter=U").split()
         with suppress(CommandError):

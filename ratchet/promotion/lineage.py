@@ -1,5 +1,5 @@
-"""Which versions learned from rows: by the training rows of a version's own commit where they can be read, by
-its batches otherwise.
+"""Which versions learned from rows or batches: by the training rows of a version's own commit where they can
+be read, by its list of batches otherwise.
 """
 
 from __future__ import annotations
@@ -7,12 +7,15 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from ratchet.data.batches import REVERTED, Reverted, decode_reverted, read_reverted
 from ratchet.data.erasure import GOLDEN, Entry
 from ratchet.data.examples import read_examples
 from ratchet.errors import RatchetError
@@ -40,33 +43,89 @@ class Trace(NamedTuple):
     reason: str
 
 
+class Learned(NamedTuple):
+    """What a version's own training had of what is asked about: how many rows, and the newest entry."""
+
+    rows: int
+    at: str
+    reason: str
+
+
 def trace(root: Path, versions: list[Version], entries: tuple[Entry, ...]) -> list[Trace]:
-    """Return the versions that learned from any of `entries`, the oldest first.
+    """Return the versions that learned from any forgotten row of `entries`, the oldest first.
 
     The checkout at `root` has the commits, its DVC cache or remote the rows.
     """
+
+    def learned(version: Version, rows: Rows | None) -> Learned:
+        found = _learned(entries, rows, version)
+        count = len({entry.ids[0] if entry.ids else (entry.batch, entry.line) for entry in found})
+        newest = max(found or entries, key=lambda entry: entry.at)
+        return Learned(count, newest.at, newest.reason)
+
+    return _follow(root, versions, learned)
+
+
+def trace_batches(root: Path, versions: list[Version], reverted: Sequence[Reverted]) -> list[Trace]:
+    """Return the versions that learned from any batch that was taken back, the oldest first."""
+
+    def learned(version: Version, rows: Rows | None) -> Learned:
+        batches = _batches(version)
+        counts = {
+            entry: (rows.batches[entry.batch] if rows else entry.rows * (entry.batch in batches))
+            for entry in reverted
+        }
+        newest = max([entry for entry in reverted if counts[entry]] or reverted, key=lambda entry: entry.at)
+        return Learned(sum(counts.values()), newest.at, newest.reason)
+
+    return _follow(root, versions, learned)
+
+
+def _follow(
+    root: Path, versions: list[Version], learned: Callable[[Version, Rows | None], Learned]
+) -> list[Trace]:
     trained, found, weights = TrainingRows(root), dict[int, Trace](), dict[str, int]()
     for version in sorted(versions, key=lambda version: version.number):
-        ids = trained.at(version.tags.get("git_commit", ""))
-        learned = _learned(entries, ids, version)
+        rows = trained.at(version.tags.get("git_commit", ""))
+        own = learned(version, rows)
         parent = weights.get(version.tags.get(STARTED_FROM, ""))
-        if learned or parent is not None:
-            newest = max(learned or entries, key=lambda entry: entry.at)
-            count = len({entry.ids[0] if entry.ids else (entry.batch, entry.line) for entry in learned})
+        if own.rows or parent is not None:
             found[version.number] = Trace(
-                version.number, count, ids is not None, parent, newest.at, newest.reason
+                version.number, own.rows, rows is not None, parent, own.at, own.reason
             )
             if adapter := version.tags.get("adapter_sha256"):
                 weights.setdefault(adapter, version.number)
     return list(found.values())
 
 
-def _learned(entries: tuple[Entry, ...], ids: frozenset[str] | None, version: Version) -> list[Entry]:
+def _learned(entries: tuple[Entry, ...], rows: Rows | None, version: Version) -> list[Entry]:
     """Return the forgotten rows that the version learned from; golden rows are scored, never learned from."""
-    if ids is not None:
-        return [entry for entry in entries if not ids.isdisjoint(entry.ids)]
+    if rows is not None:
+        return [entry for entry in entries if not rows.ids.isdisjoint(entry.ids)]
     batches = _batches(version)
     return [entry for entry in entries if entry.batch != GOLDEN and entry.batch in batches]
+
+
+def reverted_since(root: Path, commit: str) -> list[Reverted]:
+    """Return the batches that were in the data of `commit` and were taken back after it; git alone tells."""
+    entries = read_reverted(root)
+    if not entries or not COMMIT.fullmatch(commit):
+        return []
+    try:
+        known = {entry.batch for entry in decode_reverted(git(root, "show", f"{commit}:{REVERTED}").encode())}
+    except RatchetError:  # there was no such file yet
+        known = set()
+    return [entry for entry in entries if entry.batch not in known and _had(root, commit, entry)]
+
+
+def _had(root: Path, commit: str, entry: Reverted) -> bool:
+    """Return whether `commit` has the one that brought the batch; yes where git cannot tell."""
+    if not COMMIT.fullmatch(entry.came):
+        return True
+    try:
+        return git(root, "merge-base", entry.came, commit).strip() == entry.came
+    except RatchetError:
+        return False
 
 
 def _batches(version: Version) -> set[str]:
@@ -77,15 +136,22 @@ def _batches(version: Version) -> set[str]:
     return {str(name) for name in found} if isinstance(found, list) else set()
 
 
+class Rows(NamedTuple):
+    """Training rows: their ids, and how many came with each batch."""
+
+    ids: frozenset[str]
+    batches: Counter[str]
+
+
 class TrainingRows:
-    """The ids of a commit's training rows; commits with the same data are read once."""
+    """A commit's training rows; commits with the same data are read once."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._known: dict[str, frozenset[str] | None] = {}
+        self._known: dict[str, Rows | None] = {}
 
-    def at(self, commit: str) -> frozenset[str] | None:
-        """Return the ids of the commit's training rows.
+    def at(self, commit: str) -> Rows | None:
+        """Return the commit's training rows.
 
         None when they cannot be read: there is no such commit here, or its data are gone.
         """
@@ -106,11 +172,12 @@ class TrainingRows:
         except (RatchetError, YAMLError, KeyError, TypeError):
             return ""
 
-    def _read(self, commit: str) -> frozenset[str] | None:
+    def _read(self, commit: str) -> Rows | None:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "train.jsonl"
             try:
                 get_output(self._root, commit, TRAIN, out)
-                return frozenset(example.id for example in read_examples(out))
+                found = [(example.id, str(example.meta.get("batch"))) for example in read_examples(out)]
             except RatchetError:
                 return None
+        return Rows(frozenset(id for id, _ in found), Counter(batch for _, batch in found))

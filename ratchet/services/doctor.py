@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from ratchet.errors import RatchetError
+from ratchet.pipeline.checkout import FOREIGN, git, trust
 from ratchet.services.processes import find_port_fault
 from ratchet.services.supervisor import list_services
 
@@ -173,15 +174,7 @@ def check_git(root: Path | None) -> list[Finding]:
     place = ["-C", str(root)] if root else []
     findings = [Finding("git", True, version.removeprefix("git version "))]
     if root is not None:
-        inside = _ask("git", *place, "rev-parse", "--is-inside-work-tree") == "true"
-        findings.append(
-            Finding(
-                "git repository",
-                inside,
-                str(root) if inside else f"{root} is none",
-                "" if inside else "git clone the project, or git init here",
-            )
-        )
+        findings.append(_check_repository(root))
     # The same question that `git commit` asks: config, environment, and what the system says of the user.
     identity = _ask("git", *place, "var", "GIT_COMMITTER_IDENT")
     remedy = (
@@ -196,6 +189,18 @@ def check_git(root: Path | None) -> list[Finding]:
             remedy,
         ),
     ]
+
+
+def _check_repository(root: Path) -> Finding:
+    try:
+        git(root, "rev-parse", "--show-toplevel")
+    except RatchetError as error:
+        if FOREIGN in str(error):
+            found = f"{root} belongs to another user, so git refuses to work in it"
+            return Finding("git repository", False, found, trust(root))
+        remedy = "git clone the project, or git init here"
+        return Finding("git repository", False, f"{root} is none", remedy)
+    return Finding("git repository", True, str(root))
 
 
 def check_dvc(root: Path) -> Finding:

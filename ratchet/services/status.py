@@ -11,12 +11,13 @@ from pathlib import Path
 import msgspec
 
 from ratchet.config.params import Config
-from ratchet.data.batches import read_manifest
+from ratchet.data.batches import Reverted, read_manifest
 from ratchet.files import read_json
 from ratchet.monitoring.verdicts import Recorded, last_verdict
 from ratchet.pipeline.workspace import failed_workspaces
 from ratchet.promotion.champion import Data, GateLine, read_champion, read_ledger
 from ratchet.promotion.gate_tags import named
+from ratchet.promotion.lineage import reverted_since
 from ratchet.promotion.rollout import Rollout, read_rollout
 from ratchet.promotion.verdict import Rival
 from ratchet.services.supervisor import list_services
@@ -176,6 +177,7 @@ class Move(msgspec.Struct, frozen=True):
     gate: GateLine
     commit: str  # that moved it
     model_commit: str  # whose dvc.lock holds the adapter
+    reverted: list[Reverted] = []  # batches in its data that were taken back later
 
 
 def read_moves(root: Path) -> list[Move]:
@@ -192,6 +194,7 @@ def read_moves(root: Path) -> list[Move]:
             entry.gate,
             commit,
             entry.commit,
+            reverted_since(root, entry.commit),
         )
         for commit, entry in read_ledger(root)
     ]
@@ -210,5 +213,14 @@ def ledger_lines(moves: list[Move]) -> list[str]:
             f"    data  {data.rows} rows in {data.batches} batches, DVC {data.dvc}",
             f"    gate  {gate.verdict} against {named(gate.rival)}: {gate.gain or 'no figures'}; "
             f"commit {move.commit[:8]}",
+            *(f"    {line}" for line in reverted_lines(move.reverted)),
         ]
     return lines
+
+
+def reverted_lines(reverted: list[Reverted]) -> list[str]:
+    """Say which batches a version learned that were taken back later."""
+    return [
+        f"taken back later: {entry.batch}, {entry.rows} rows, on {entry.at} by {entry.by}: {entry.reason}"
+        for entry in reverted
+    ]

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,12 @@ from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.models.cache import join, select
 from ratchet.models.chat_template import ChatFormat
 from ratchet.serving.bundle import Bundle
-from ratchet.serving.engine import Ask, Ended, Piece
+from ratchet.serving.engine import Ask, Ended, Piece, Scored
 from ratchet.serving.loaded_model import LoadedModel
 from ratchet.serving.transcript import Transcript
+
+if TYPE_CHECKING:
+    from ratchet.serving.vocabulary import Constraint, Vocabulary
 
 # Tokens of all joining prompts in one forward pass; the rows under way get a token between two passes.
 PREFILL_TOKENS = 4096
@@ -51,6 +54,9 @@ class Row:
         self.temperature = 0.0
         self.generator: torch.Generator | None = None
         self.transcript: Transcript
+        self.constraint: Constraint | None = None  # of ask.form
+        self.vocabulary: Vocabulary | None = None  # where tokens are scored
+        self.scored: list[Scored] = []  # tokens that were not told yet
 
 
 class Joining(NamedTuple):
@@ -253,31 +259,42 @@ class Decoder:
             rows, logits, logprobs = [rows[index] for index in sound], logits[sound], logprobs[sound]
         tokens = logprobs.argmax(-1).tolist()
         for index, row in enumerate(rows):
-            if row.generator is not None:
-                tokens[index] = _sample(logits[index], row)
+            if row.constraint is not None or row.generator is not None:
+                tokens[index] = _choose(logits[index], row)
         chosen = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0].tolist()
-        self._leave(
-            [
-                row
-                for row, token, logprob in zip(rows, tokens, chosen, strict=True)
-                if self._take(row, token, logprob)
-            ]
-        )
+        ended = []
+        for row, token, logprob, likely in zip(rows, tokens, chosen, logprobs, strict=True):
+            try:
+                done = self._take(row, token, logprob, likely)
+            except UserError as error:
+                row.tell(error)
+                done = True
+            if done:
+                ended.append(row)
+        self._leave(ended)
 
-    def _take(self, row: Row, token: int, logprob: float) -> bool:
-        """Add a token to a row; return whether the answer ended with it."""
+    def _take(self, row: Row, token: int, logprob: float, likely: Tensor) -> bool:
+        """Add a token to a row, its log probability with the others' (vocab); return whether it ended.
+
+        Raises UserError: the answer's grammar cannot go on.
+        """
         row.answer.append(token)
         row.room -= 1
         row.nll -= logprob
+        if row.constraint:
+            row.constraint.take(token)
         stopped = token in self._chats[row.ask.version].stop_ids
+        if row.vocabulary and not stopped:
+            row.scored.append(_score(row.vocabulary, token, likely, row.ask.top_logprobs or 0))
         text = "" if stopped else row.transcript.add(token)
         stopped = stopped or row.transcript.stopped
         ended = stopped or row.room == 0
         if ended:
             text += row.transcript.end()
             stopped = stopped or row.transcript.stopped
-        if text:
-            row.tell(Piece(text))
+        if text or (ended and row.scored):
+            row.tell(Piece(text, tuple(row.scored)))
+            row.scored = []
         if ended:
             row.tell(
                 Ended(
@@ -305,6 +322,22 @@ def _nll(logits: Tensor, following: Tensor, mask: Tensor) -> Tensor:
     logits = logits[:, :count].float()  # (batch, seq, vocab)
     losses = cross_entropy(logits.transpose(1, 2), following, reduction="none")  # (batch, seq)
     return losses.where(mask[:, :count].bool(), 0.0).sum(-1)
+
+
+def _choose(logits: Tensor, row: Row) -> int:
+    """Choose a token of those that the answer's form allows: the likeliest, or one that is drawn."""
+    allowed = row.constraint.mask(logits) if row.constraint else logits
+    return int(allowed.argmax()) if row.generator is None else _sample(allowed, row)
+
+
+def _score(vocabulary: Vocabulary, token: int, logprobs: Tensor, num_top: int) -> Scored:
+    """Return a token with the `num_top` likeliest in its place, by the model's own logprobs (vocab)."""
+    best = logprobs.topk(min(num_top, len(logprobs)))
+    top = [
+        Scored(vocabulary.bytes_of(other), logprob)
+        for other, logprob in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    return Scored(vocabulary.bytes_of(token), float(logprobs[token]), tuple(top))
 
 
 def _sample(logits: Tensor, row: Row) -> int:

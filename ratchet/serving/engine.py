@@ -7,16 +7,26 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ratchet.data.examples import Message
 from ratchet.errors import BaseModelError
 from ratchet.serving.bundle import Bundle
 
 
+class JsonForm(NamedTuple):
+    """Require an answer in JSON: what `schema`, a JSON schema as text, describes; any object where empty."""
+
+    schema: str = ""
+    name: str = ""
+
+
 @dataclass(frozen=True)
 class Ask:
-    """Hold one checked request for `version`; None stands for that version's own setting."""
+    """Hold one checked request for `version`; None stands for that version's own setting.
+
+    `top_logprobs` asks for the log probability of each token, and of that many likely ones in its place.
+    """
 
     id: str
     version: int
@@ -26,13 +36,27 @@ class Ask:
     top_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    form: JsonForm | None = None
+    top_logprobs: int | None = None
+
+
+class Scored(NamedTuple):
+    """Hold a token's bytes and log probability (in nats), and the likeliest tokens in its place."""
+
+    token: bytes
+    logprob: float
+    top: tuple[Scored, ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Hold a piece of an answer's text; the answer is the pieces joined."""
+    """Hold a piece of an answer's text, often empty beside tokens; the answer is the pieces joined.
+
+    `tokens` are scored where that was asked for; the token that ends the turn is not among them.
+    """
 
     text: str
+    tokens: tuple[Scored, ...] = ()
 
 
 @dataclass(frozen=True)

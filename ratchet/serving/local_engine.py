@@ -31,6 +31,7 @@ from ratchet.serving.bundle import Bundle
 from ratchet.serving.decoding import Decoder, Row
 from ratchet.serving.engine import Ask, Ended, Piece, require_same
 from ratchet.serving.loaded_model import LoadedModel, batch_place, model_place
+from ratchet.serving.vocabulary import Vocabulary
 
 CLOSE_SECONDS = 10
 log = logging.getLogger("ratchet.gateway")
@@ -46,6 +47,7 @@ class LocalEngine:
         self._models: dict[str, LoadedModel] = {}  # by model_place
         self._decoders: dict[str, Decoder] = {}  # by batch_place
         self._served: dict[int, Bundle] = {}
+        self._vocabularies: dict[int, Vocabulary] = {}  # by version
         self._pending = 0
         self._loading = asyncio.Lock()
         self._thread: threading.Thread | None = None
@@ -70,8 +72,8 @@ class LocalEngine:
     async def answer(self, ask: Ask) -> AsyncIterator[Piece | Ended]:
         """Yield pieces, then one Ended.
 
-        Raises BusyError: `gateway.max_queue` wait already; UserError: the prompt does not fit; ServiceError:
-        the version is not loaded, or decoding failed.
+        Raises BusyError: `gateway.max_queue` wait already; UserError: the prompt does not fit, or the form
+        cannot be held; ServiceError: the version is not loaded, or decoding failed.
         """
         self._require_open()
         if ask.version not in self._served:
@@ -87,6 +89,7 @@ class LocalEngine:
             )
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | Ended | RatchetError]()
         row = Row(ask, time.perf_counter(), partial(_pass_on, loop, pieces))
+        await self._equip(row)
         self._pending += 1
         self._inbox.put(lambda: self._waiting.append(row))  # `_waiting` is replaced in every round
         try:
@@ -105,6 +108,15 @@ class LocalEngine:
         if self._thread:
             self._inbox.put(None)
             await asyncio.to_thread(self._thread.join, CLOSE_SECONDS)
+
+    async def _equip(self, row: Row) -> None:
+        """Give a row what its form or its scores need, made beside the models' thread: up to a second."""
+        vocabulary = self._vocabularies[row.ask.version]
+        if row.ask.form is not None:
+            row.constraint = await asyncio.to_thread(vocabulary.constrain, row.ask.form)
+        if row.ask.top_logprobs is not None:
+            await asyncio.to_thread(vocabulary.prepare)
+            row.vocabulary = vocabulary
 
     def _require_open(self) -> None:
         if self._closed:
@@ -188,6 +200,7 @@ class LocalEngine:
         )
         decoder.add(bundle, chat)
         self._models[model_place(bundle)], self._decoders[batch_place(bundle)] = model, decoder
+        self._vocabularies[bundle.version] = Vocabulary(chat, model.vocab_size)
         self._served[bundle.version] = bundle
 
     def _remove(self, version: int) -> None:
@@ -195,6 +208,7 @@ class LocalEngine:
         bundle = self._served.pop(version, None)
         if bundle is None:
             return
+        self._vocabularies.pop(version, None)
         place, decoder = model_place(bundle), self._decoders[batch_place(bundle)]
         decoder.remove(version)
         if not decoder.versions:

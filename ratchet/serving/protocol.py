@@ -1,30 +1,29 @@
 """Read and write OpenAI's chat completions: a checked `Chat` from a body, JSON or events from an answer.
 
-Not covered, and refused by name: tools, several choices, log probabilities, response formats, and anything
-but text.
+Not covered, and refused by name: tools, penalties, and anything but text.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 import msgspec
 
 from ratchet.config.serving import GatewayConfig
 from ratchet.data.examples import MOST_MARKS, Message, has_mark_run, normalise
-from ratchet.serving.engine import Ask, Ended
+from ratchet.serving.engine import Ask, Ended, JsonForm, Piece, Scored
 from ratchet.serving.faults import Fault
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 NOT_SUPPORTED = (
-    *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "logprobs"),
-    *("top_logprobs", "response_format", "logit_bias", "presence_penalty", "frequency_penalty"),
-    *("modalities", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"),
+    *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "moderation"),
+    *("logit_bias", "presence_penalty", "frequency_penalty", "modalities", "audio", "prediction"),
+    *("reasoning_effort", "verbosity", "web_search_options"),
 )
 # Values of unsupported fields that ask for what happens anyway: some clients always send every field.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True,),
@@ -33,6 +32,9 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
 }
 MAX_STOPS = 4
+MAX_CHOICES = 8
+MAX_TOP_LOGPROBS = 20
+LEAST_LOGPROB = -9999.0  # what OpenAI writes for a token that cannot follow; JSON has no infinity
 Decoded = TypeVar("Decoded")
 
 
@@ -49,8 +51,23 @@ class Turn(msgspec.Struct):
     tool_calls: Any = None
 
 
-class StreamOptions(msgspec.Struct):
-    include_usage: bool = False
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+    include_obfuscation: Any = None  # padding against those who measure encrypted streams; none is sent
+
+
+class SchemaBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Hold `json_schema`; the answer always keeps to the schema, whatever `strict` says."""
+
+    name: str
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
+class FormatBody(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaBody | None = None
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
@@ -67,25 +84,25 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: FormatBody | None = None
     user: str | None = None
+    safety_identifier: str | None = None  # OpenAI's newer name for `user`
     # Accepted and ignored: they concern storing and billing at OpenAI.
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
-    safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
-    moderation: Any = None
     # NOT_SUPPORTED
+    moderation: Any = None
     tools: Any = None
     tool_choice: Any = None
     parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
-    response_format: Any = None
     logit_bias: Any = None
     presence_penalty: Any = None
     frequency_penalty: Any = None
@@ -124,11 +141,24 @@ class Chat:
     top_p: float | None
     seed: int | None
     stop: tuple[str, ...]
+    form: JsonForm | None = None
+    top_logprobs: int | None = None
+    num_choices: int = 1
 
-    def ask(self, id: str, version: int) -> Ask:
+    def ask(self, id: str, version: int, choice: int = 0) -> Ask:
+        """Return what the engine is asked; each choice has a seed of its own, the first the client's."""
         kind = Ask if self.stream else WholeAsk
         return kind(
-            id, version, self.messages, self.max_tokens, self.temperature, self.top_p, self.seed, self.stop
+            id,
+            version,
+            self.messages,
+            self.max_tokens,
+            self.temperature,
+            self.top_p,
+            None if self.seed is None else self.seed + choice,
+            self.stop,
+            self.form,
+            self.top_logprobs,
         )
 
 
@@ -140,41 +170,45 @@ _decode_feedback = msgspec.json.Decoder(FeedbackBody)
 
 def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
     """Return a checked request. Raises Fault(400) with the field, the value seen and the value wanted."""
-    body = _decode(_decode_body, raw)
+    body = decode(_decode_body, raw)
     _check_support(body)
     if not 1 <= len(body.messages) <= limits.max_messages:
-        _refuse(
+        refuse(
             "messages",
             f"messages holds {len(body.messages)}; wanted 1 to {limits.max_messages}",
             "leave out the oldest turns" if body.messages else "",
         )
     return Chat(
         model=body.model,
-        messages=tuple(_to_message(position, turn) for position, turn in enumerate(body.messages)),
-        user=_check_text("user", body.user or ""),
+        messages=tuple(to_message(f"messages[{at}]", turn) for at, turn in enumerate(body.messages)),
+        user=check_text("user", body.user or body.safety_identifier or ""),
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         max_tokens=_check_max_tokens(body, limits.max_tokens),
-        temperature=_check_range("temperature", body.temperature, 0.0, 2.0),
-        top_p=_check_range("top_p", body.top_p, 0.0, 1.0),
-        seed=_check_range("seed", body.seed, -(2**63), 2**63 - 1),
+        temperature=check_range("temperature", body.temperature, 0.0, 2.0),
+        top_p=check_range("top_p", body.top_p, 0.0, 1.0),
+        seed=check_range("seed", body.seed, -(2**63), 2**63 - 1),
         stop=_check_stop(body.stop),
+        form=_check_format(body.response_format),
+        top_logprobs=_check_logprobs(body),
+        num_choices=_check_choices(body),
     )
 
 
 def parse_feedback(raw: bytes) -> FeedbackBody:
     """Return checked feedback, its `score` as a number. Raises Fault(400)."""
-    body = _decode(_decode_feedback, raw)
-    for field in ("label", "answer", "comment", "user"):
-        _check_text(field, getattr(body, field) or "")
+    body = decode(_decode_feedback, raw)
+    for name in ("label", "answer", "comment", "user"):
+        check_text(name, getattr(body, name) or "")
     if body.score is None and not (body.label or body.answer or body.comment):
-        _refuse("score", "the feedback says nothing", "send one of score, label, answer, comment")
+        refuse("score", "the feedback says nothing", "send one of score, label, answer, comment")
     return msgspec.structs.replace(
-        body, score=_check_range("score", None if body.score is None else float(body.score), 0.0, 1.0)
+        body, score=check_range("score", None if body.score is None else float(body.score), 0.0, 1.0)
     )
 
 
-def _decode(decoder: msgspec.json.Decoder[Decoded], raw: bytes) -> Decoded:
+def decode(decoder: msgspec.json.Decoder[Decoded], raw: bytes) -> Decoded:
+    """Decode a body. Raises Fault(400): it is no JSON, or a field is of another type."""
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
@@ -194,24 +228,24 @@ def _decode(decoder: msgspec.json.Decoder[Decoded], raw: bytes) -> Decoded:
 
 
 def _check_support(body: Body) -> None:
-    for field in NOT_SUPPORTED:
-        if getattr(body, field) and getattr(body, field) not in DEFAULTS.get(field, ()):
-            _refuse(field, f"{field} is not supported", "leave it out")
-    if body.n not in (None, 1):
-        _refuse("n", f"n is {body.n}; only one choice is given", "send the request again for another one")
+    for name in NOT_SUPPORTED:
+        if getattr(body, name) and getattr(body, name) not in DEFAULTS.get(name, ()):
+            refuse(name, f"{name} is not supported", "leave it out")
+    if body.stream_options and not body.stream:
+        refuse("stream_options", "stream_options came without stream", "send stream: true, or leave it out")
 
 
-def _to_message(position: int, turn: Turn) -> Message:
-    where = f"messages[{position}]"
+def to_message(where: str, turn: Turn) -> Message:
+    """Return a checked message; `where` names its place in the body. Raises Fault(400)."""
     role = ROLES.get(turn.role)
     if role is None:
-        _refuse(f"{where}.role", f"{where}.role is {turn.role!r}; known: {', '.join(ROLES)}")
+        refuse(f"{where}.role", f"{where}.role is {turn.role!r}; known: {', '.join(ROLES)}")
     if turn.tool_calls:
-        _refuse(f"{where}.tool_calls", f"{where}.tool_calls is not supported", "leave it out")
+        refuse(f"{where}.tool_calls", f"{where}.tool_calls is not supported", "leave it out")
     if turn.content is None:
-        _refuse(f"{where}.content", f"{where}.content is missing; wanted text")
+        refuse(f"{where}.content", f"{where}.content is missing; wanted text")
     # Normalised like the training rows: otherwise Windows line ends would make another prompt.
-    return Message(role, normalise(_check_text(f"{where}.content", _join(where, turn.content))))
+    return Message(role, normalise(check_text(f"{where}.content", _join(where, turn.content))))
 
 
 def _join(where: str, content: str | list[Part]) -> str:
@@ -219,7 +253,7 @@ def _join(where: str, content: str | list[Part]) -> str:
         return content
     for position, part in enumerate(content):
         if part.type != "text" or part.text is None:
-            _refuse(
+            refuse(
                 f"{where}.content[{position}]",
                 f"{where}.content[{position}] is of type {part.type!r}; "
                 "wanted parts {'type': 'text', 'text': …}: the model reads text only",
@@ -227,32 +261,42 @@ def _join(where: str, content: str | list[Part]) -> str:
     return "\n".join(part.text or "" for part in content)
 
 
-def _check_text(where: str, text: str) -> str:
+def check_text(where: str, text: str) -> str:
+    """Return a text as it is. Raises Fault(400): it cannot be stored, or is made to break what shows it."""
     if "\0" in text:
-        _refuse(where, f"{where} holds a NUL character at {text.index(chr(0))}", "remove it")
+        refuse(where, f"{where} holds a NUL character at {text.index(chr(0))}", "remove it")
     if has_mark_run(text):
-        _refuse(where, f"{where} holds more than {MOST_MARKS} combining marks in a row", "leave them out")
+        refuse(where, f"{where} holds more than {MOST_MARKS} combining marks in a row", "leave them out")
     return text
 
 
 def _check_max_tokens(body: Body, most: int) -> int | None:
+    if None not in (body.max_tokens, body.max_completion_tokens) and (
+        body.max_tokens != body.max_completion_tokens
+    ):
+        refuse(
+            "max_tokens",
+            f"max_tokens is {body.max_tokens} and max_completion_tokens {body.max_completion_tokens}",
+            "send one of them: they mean the same",
+        )
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    return _check_range(field, getattr(body, field), 1, most)
+    return check_range(field, getattr(body, field), 1, most)
 
 
 Number = TypeVar("Number", int, float)
 
 
-def _check_range(field: str, value: Number | None, low: float, high: float) -> Number | None:
-    if value is not None and not low <= value <= high:  # so NaN is refused too
-        _refuse(field, f"{field} is {str(value)[:40]}; wanted {low:g} to {high:g}")
+def check_range(field: str, value: Number | None, low: float, high: float) -> Number | None:
+    """Return a number as it is. Raises Fault(400): it is out of range, or NaN."""
+    if value is not None and not low <= value <= high:
+        refuse(field, f"{field} is {str(value)[:40]}; wanted {low:g} to {high:g}")
     return value
 
 
 def _check_stop(stop: str | list[str] | None) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if len(stops) > MAX_STOPS or "" in stops:
-        _refuse(
+        refuse(
             "stop",
             f"stop holds {len(stops)} text(s){', one of them empty' if '' in stops else ''}; "
             f"wanted at most {MAX_STOPS}, none of them empty",
@@ -260,77 +304,194 @@ def _check_stop(stop: str | list[str] | None) -> tuple[str, ...]:
     return stops
 
 
-def _refuse(param: str, message: str, remedy: str = "") -> NoReturn:
+def _check_format(asked: FormatBody | None) -> JsonForm | None:
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return JsonForm()
+    if asked.json_schema is None or asked.json_schema.schema is None:
+        refuse(
+            "response_format.json_schema",
+            "response_format is of type 'json_schema' and brings no schema",
+            'send {"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}',
+        )
+    return to_form(asked.json_schema.name, asked.json_schema.schema)
+
+
+def to_form(name: str, schema: dict[str, Any]) -> JsonForm:
+    return JsonForm(msgspec.json.encode(schema).decode(), name)
+
+
+def _check_logprobs(body: Body) -> int | None:
+    """Return how many likely tokens are wanted beside each one, None where no log probability is."""
+    if body.top_logprobs and not body.logprobs:
+        refuse("top_logprobs", "top_logprobs came without logprobs", "send logprobs: true with it")
+    top = check_range("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS) or 0
+    return top if body.logprobs else None
+
+
+def _check_choices(body: Body) -> int:
+    n = check_range("n", body.n, 1, MAX_CHOICES) or 1
+    if n > 1 and not body.temperature:
+        refuse(
+            "n",
+            f"n is {n} at temperature {body.temperature or 0:g}: all choices would be the same",
+            "send a temperature above 0 with it",
+        )
+    return n
+
+
+def refuse(param: str, message: str, remedy: str = "") -> NoReturn:
+    """Raise Fault(400) on a field."""
     raise Fault(400, message, remedy=remedy, param=param)
 
 
 # --- answers ---
 
 
-class Answered(msgspec.Struct, frozen=True):
-    """Hold the fields that every body and chunk of one answer share; `fingerprint` is `name@vN`."""
+@dataclass
+class Answer:
+    """Collect one choice as the engine gives it."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[Scored] = field(default_factory=list)
+    ended: Ended | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    def add(self, piece: Piece) -> None:
+        if piece.text:
+            self.texts.append(piece.text)
+        self.tokens += piece.tokens
+
+
+class Encoder(Protocol):
+    """Write an answer in a client's protocol: in one body, or as events."""
+
+    def whole(self, answers: Sequence[Answer]) -> bytes:
+        """Return the body that holds all choices."""
+
+    def begin(self) -> bytes:
+        """Return the events before any text."""
+
+    def piece(self, index: int, piece: Piece) -> bytes:
+        """Return the events of a piece of choice `index`."""
+
+    def end(self, answers: Sequence[Answer]) -> bytes:
+        """Return the events after all pieces."""
+
+    def fail(self, fault: Fault) -> bytes:
+        """Return an error as an event: once an answer has begun, its status is sent already."""
+
+
+@dataclass(frozen=True)
+class ChatEncoder:
+    """Write chat completions; `fingerprint` is `name@vN`."""
 
     id: str
     created: int
-    model: str
     fingerprint: str
+    chat: Chat
 
-    def whole(self, text: str, ended: Ended) -> bytes:
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": ended.finish,
-        }
-        return self._encode("chat.completion", [choice], ended)
+    def whole(self, answers: Sequence[Answer]) -> bytes:
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": self._logprobs(answer.tokens),
+                "finish_reason": answer.ended.finish if answer.ended else None,
+            }
+            for index, answer in enumerate(answers)
+        ]
+        return self._encode("chat.completion", choices, {"usage": _usage(answers)})
 
-    def chunk(self, delta: dict[str, str], finish: str | None = None) -> bytes:
-        return _event(
-            self._encode(
-                "chat.completion.chunk",
-                [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}],
-            )
+    def begin(self) -> bytes:
+        return b"".join(
+            self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.chat.num_choices)
         )
 
-    def usage_chunk(self, ended: Ended) -> bytes:
-        return _event(self._encode("chat.completion.chunk", [], ended))
+    def piece(self, index: int, piece: Piece) -> bytes:
+        return self._chunk(index, {"content": piece.text}, piece.tokens)
 
-    def _encode(self, kind: str, choices: list[Any], ended: Ended | None = None) -> bytes:
+    def end(self, answers: Sequence[Answer]) -> bytes:
+        ends = [
+            self._chunk(index, {}, finish=answer.ended.finish)
+            for index, answer in enumerate(answers)
+            if answer.ended
+        ]
+        if self.chat.include_usage:
+            ends.append(_event(self._encode("chat.completion.chunk", [], {"usage": _usage(answers)})))
+        return b"".join(ends) + DONE
+
+    def fail(self, fault: Fault) -> bytes:
+        return _event(fault.body())
+
+    def _chunk(
+        self, index: int, delta: dict[str, str], tokens: Sequence[Scored] = (), *, finish: str | None = None
+    ) -> bytes:
+        logprobs = self._logprobs(tokens) if tokens else None
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        more = {"usage": None} if self.chat.include_usage else {}
+        return _event(self._encode("chat.completion.chunk", [choice], more))
+
+    def _logprobs(self, tokens: Sequence[Scored]) -> dict[str, Any] | None:
+        if self.chat.top_logprobs is None:
+            return None
+        return {"content": [encode_scored(token) for token in tokens], "refusal": None}
+
+    def _encode(self, kind: str, choices: list[Any], more: dict[str, Any]) -> bytes:
         body = {
             "id": self.id,
             "object": kind,
             "created": self.created,
-            "model": self.model,
+            "model": self.chat.model,
             "system_fingerprint": self.fingerprint,
             "choices": choices,
         }
-        return msgspec.json.encode(body if ended is None else {**body, "usage": _usage(ended)})
+        return msgspec.json.encode(body | more)
 
 
 DONE = b"data: [DONE]\n\n"
 
 
-def error_event(fault: Fault) -> bytes:
-    """Encode an error as an event: once an answer has begun, its status is sent already."""
-    return _event(fault.body())
+def encode_scored(scored: Scored) -> dict[str, Any]:
+    """Return a token in OpenAI's form, with the likely ones in its place."""
+    return {**_encode_token(scored), "top_logprobs": [_encode_token(other) for other in scored.top]}
+
+
+def _encode_token(scored: Scored) -> dict[str, Any]:
+    return {
+        "token": scored.token.decode("utf-8", "replace"),
+        "logprob": max(scored.logprob, LEAST_LOGPROB),
+        "bytes": list(scored.token),
+    }
+
+
+def count_tokens(answers: Sequence[Answer]) -> tuple[int, int]:
+    """Return the tokens of the prompt, which all choices share, and those of all answers."""
+    ended = [answer.ended for answer in answers if answer.ended]
+    return max((one.prompt_tokens for one in ended), default=0), sum(one.answer_tokens for one in ended)
 
 
 def _event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
-def _usage(ended: Ended) -> dict[str, int]:
-    return {
-        "prompt_tokens": ended.prompt_tokens,
-        "completion_tokens": ended.answer_tokens,
-        "total_tokens": ended.prompt_tokens + ended.answer_tokens,
-    }
+def _usage(answers: Sequence[Answer]) -> dict[str, int]:
+    prompt, answer = count_tokens(answers)
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-def encode_models(ids: list[str], created: int, owner: str) -> bytes:
-    return msgspec.json.encode(
-        {
-            "object": "list",
-            "data": [{"id": id, "object": "model", "created": created, "owned_by": owner} for id in ids],
-        }
-    )
+class Model(msgspec.Struct):
+    """Hold a model as OpenAI describes one."""
+
+    id: str
+    created: int
+    owned_by: str = "ratchet"
+    object: str = "model"
+
+
+def encode_models(models: Sequence[Model]) -> bytes:
+    return msgspec.json.encode({"object": "list", "data": models})

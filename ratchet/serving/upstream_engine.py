@@ -15,7 +15,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import aiohttp
 import msgspec
@@ -27,7 +27,7 @@ from ratchet.models.adapters import read_kind
 from ratchet.models.chat_template import CONTROL
 from ratchet.models.loading import is_full
 from ratchet.serving.bundle import Bundle
-from ratchet.serving.engine import Ask, Ended, Piece, require_same
+from ratchet.serving.engine import Ask, Ended, JsonForm, Piece, Scored, require_same
 from ratchet.serving.protocol import WholeAsk
 
 KEY = "RATCHET_UPSTREAM_KEY"
@@ -47,6 +47,21 @@ class Usage(msgspec.Struct):
     completion_tokens: int = 0
 
 
+class Token(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+    top_logprobs: list[Token] = []
+
+    def scored(self) -> Scored:
+        raw = bytes(self.bytes) if self.bytes is not None else self.token.encode()
+        return Scored(raw, self.logprob, tuple(other.scored() for other in self.top_logprobs))
+
+
+class Logprobs(msgspec.Struct):
+    content: list[Token] | None = None
+
+
 class Text(msgspec.Struct):
     content: str | None = None
 
@@ -55,6 +70,11 @@ class Choice(msgspec.Struct):
     message: Text | None = None
     delta: Text | None = None
     finish_reason: str | None = None
+    logprobs: Logprobs | None = None
+
+    def piece(self, text: str | None) -> Piece | None:
+        tokens = (self.logprobs.content if self.logprobs else None) or []
+        return Piece(text or "", tuple(one.scored() for one in tokens)) if text or tokens else None
 
 
 class Model(msgspec.Struct):
@@ -144,6 +164,10 @@ class UpstreamEngine:
                 if response.content_type == "text/event-stream"
                 else _read_whole(response)
             ):
+                if ask.top_logprobs is not None and isinstance(part, Piece) and not part.tokens:
+                    raise UserError(
+                        "the upstream gives no log probabilities", remedy="send the request without logprobs"
+                    )
                 yield part
         except FAILED as error:
             raise ServiceError(
@@ -282,7 +306,14 @@ def _body(ask: Ask, bundle: Bundle, *, stream: bool) -> bytes:
         ask.max_tokens or own.max_new_tokens,
         own.temperature if ask.temperature is None else ask.temperature,
     )
-    asked = {"top_p": ask.top_p, "seed": ask.seed, "stop": ask.stop or None}
+    asked: dict[str, Any] = {
+        "top_p": ask.top_p,
+        "seed": ask.seed,
+        "stop": ask.stop or None,
+        "logprobs": None if ask.top_logprobs is None else True,
+        "top_logprobs": ask.top_logprobs,
+        "response_format": _format(ask.form),
+    }
     body = {
         "model": _model(bundle),
         "messages": ask.messages,
@@ -295,14 +326,23 @@ def _body(ask: Ask, bundle: Bundle, *, stream: bool) -> bytes:
     )
 
 
+def _format(form: JsonForm | None) -> dict[str, Any] | None:
+    if form is None:
+        return None
+    if not form.schema:
+        return {"type": "json_object"}
+    schema = {"name": form.name, "schema": msgspec.Raw(form.schema.encode()), "strict": True}
+    return {"type": "json_schema", "json_schema": schema}
+
+
 async def _read_whole(response: aiohttp.ClientResponse) -> AsyncIterator[Piece | Ended]:
     raw = await response.read()
     completion = _parse(raw)
     choice = completion.choices[0] if completion.choices else None
     if choice is None or choice.message is None:
         raise ServiceError(f"the upstream sent no choice: {raw[:SEEN]!r}", remedy="see the upstream's log")
-    if choice.message.content:
-        yield Piece(choice.message.content)
+    if piece := choice.piece(choice.message.content):
+        yield piece
     yield _end(choice.finish_reason, completion.usage)
 
 
@@ -318,8 +358,8 @@ async def _read_stream(response: aiohttp.ClientResponse) -> AsyncIterator[Piece 
         usage = chunk.usage or usage
         for choice in chunk.choices[:1]:
             finish = choice.finish_reason or finish
-            if choice.delta and choice.delta.content:
-                yield Piece(choice.delta.content)
+            if choice.delta and (piece := choice.piece(choice.delta.content)):
+                yield piece
     if finish is None:
         raise ServiceError(
             "the upstream's stream ended before its answer did", remedy="see the upstream's log"

@@ -84,6 +84,169 @@ def test_a_stream_ends_with_done_and_without_usage_that_nobody_asked_for(gateway
 
 def test_models_are_the_name_and_what_is_served(client):
     assert [model.id for model in client.models.list()] == ["pydoc", "pydoc@v1"]
+    assert client.models.retrieve("pydoc@v1").id == "pydoc@v1"
+    assert client.models.retrieve("pydoc").owned_by == "ratchet"
+    with pytest.raises(openai.NotFoundError, match="'gpt-4' does not exist → ask for 'pydoc'"):
+        client.models.retrieve("gpt-4")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_choices_come_each_with_its_number_and_count_as_one_request(gateway, client, stream):
+    answered = client.chat.completions.create(
+        model="pydoc", messages=question("wait:0.1"), n=3, temperature=1, seed=5, stream=stream
+    )
+    if stream:
+        chunks = list(answered)
+        id, texts = chunks[0].id, [""] * 3
+        for choice in (choice for chunk in chunks for choice in chunk.choices):
+            texts[choice.index] += choice.delta.content or ""
+    else:
+        id, texts = answered.id, [choice.message.content for choice in answered.choices]
+        assert answered.usage.completion_tokens == 3 * 4
+
+    assert texts == [ANSWER] * 3
+    assert sorted(body["seed"] for body in gateway.stub.seen[-3:]) == [5, 6, 7]
+    assert [entry.answer for entry in gateway.logged() if entry.id == id] == [ANSWER]
+    assert gateway.say(request_id=id, score=1).status_code == 200
+
+
+def test_a_choice_that_fails_fails_the_request(gateway):
+    assert gateway.ask("fault:broken", n=2, temperature=1).status_code == 502
+
+
+def test_an_upstream_is_asked_for_the_form_and_the_scores(gateway, client):
+    schema = {"type": "object", "properties": {"covered": {"type": "boolean"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "claim", "schema": schema}}
+
+    client.chat.completions.create(model="pydoc", messages=question(), response_format=form)
+    assert gateway.stub.seen[-1]["response_format"]["json_schema"]["schema"] == schema
+    client.chat.completions.create(
+        model="pydoc", messages=question(), response_format={"type": "json_object"}
+    )
+    assert gateway.stub.seen[-1]["response_format"] == {"type": "json_object"}
+    with pytest.raises(openai.BadRequestError, match="upstream gives no log probabilities"):
+        client.chat.completions.create(model="pydoc", messages=question(), logprobs=True, top_logprobs=2)
+    assert gateway.stub.seen[-1]["top_logprobs"] == 2
+
+
+# --- responses ----------------------------------------------------------------------------------------------
+
+
+def test_a_response_is_answered_logged_and_judged_like_a_chat(gateway, client):
+    answered = client.responses.with_raw_response.create(
+        model="pydoc",
+        instructions="Be brief.",
+        input="hello",
+        max_output_tokens=9,
+        user="ana",
+        metadata={"page": "help"},
+    )
+    response = answered.parse()
+    logged = next(entry for entry in gateway.logged() if entry.id == response.id)
+
+    assert (response.output_text, response.status, response.store) == (ANSWER, "completed", False)
+    assert response.usage is not None and (response.usage.input_tokens, response.usage.output_tokens) == (
+        7,
+        4,
+    )
+    assert (response.instructions, response.metadata) == ("Be brief.", {"page": "help"})
+    assert answered.headers["x-ratchet-version"] == "1" and answered.headers["x-request-id"] == response.id
+    assert logged.messages == (("system", "Be brief."), ("user", "hello")) and logged.answer == ANSWER
+    assert gateway.stub.seen[-1]["max_tokens"] == 9
+    assert gateway.say(request_id=response.id, score=1, user="ana").status_code == 200
+
+
+def test_a_response_streams_its_events_in_order(client):
+    events = list(client.responses.create(model="pydoc", input="hello", stream=True))
+    kinds = [event.type for event in events]
+
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert set(kinds[4:-4]) == {"response.output_text.delta"} and len(kinds) == 4 + 4 + 4
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert "".join(event.delta for event in events[4:-4]) == ANSWER == events[-1].response.output_text
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+def test_the_clients_own_collector_makes_a_response_of_the_events(client):
+    with client.responses.stream(model="pydoc", input="hello") as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_response().output_text == ANSWER
+
+
+def test_a_conversation_is_sent_whole_in_the_input(gateway, client):
+    first = client.responses.create(model="pydoc", input="hello")
+    turns = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "input_text", "text": "hello"}]},
+        *[item.to_dict() for item in first.output],
+        {"role": "user", "content": "again"},
+    ]
+    client.responses.create(model="pydoc", input=turns)
+
+    assert [message["role"] for message in gateway.stub.seen[-1]["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+    ]
+    assert gateway.stub.seen[-1]["messages"][2]["content"] == ANSWER
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "send the earlier turns in `input`"),
+        ({"conversation": "c"}, "conversation", "no response is kept"),
+        ({"background": True}, "background", "not supported"),
+        ({"tools": [{"type": "web_search"}]}, "tools", "not supported"),
+        ({"reasoning": {"effort": "high"}}, "reasoning", "not supported"),
+        ({"truncation": "auto"}, "truncation", "not supported"),
+        ({"include": ["file_search_call.results"]}, "include", "file_search_call.results"),
+        ({"max_output_tokens": 65}, "max_output_tokens", "65; wanted 1 to 64"),
+        ({"input": []}, "input", "holds 0 messages"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "input[0].content[0]",
+            "'input_image'",
+        ),
+        ({"input": [{"type": "function_call_output", "call_id": "1", "output": "2"}]}, "input[0]", "of type"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format", "brings no schema"),
+    ],
+)
+def test_what_a_response_cannot_hold_is_refused_in_words(client, fields, param, message):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(**{"model": "pydoc", "input": "hello"} | fields)
+    assert refused.value.param == param and message in str(refused.value)
+
+
+def test_a_response_that_breaks_off_ends_with_the_reason(client):
+    failed = list(client.responses.create(model="pydoc", input="fault:cut", stream=True))[-1]
+
+    assert failed.type == "response.failed"
+    assert "ended before its answer did" in failed.response.error.message
+
+
+def test_answers_are_not_kept_for_a_look_up(client):
+    response = client.responses.create(model="pydoc", input="hello", store=True)
+    for look_up in (
+        lambda: client.responses.retrieve(response.id),
+        lambda: client.responses.cancel(response.id),
+        lambda: client.responses.input_items.list(response.id),
+        lambda: client.chat.completions.retrieve("chatcmpl-1"),
+    ):
+        with pytest.raises(openai.NotFoundError, match="are not kept"):
+            look_up()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +257,7 @@ def test_models_are_the_name_and_what_is_served(client):
         ({"model": "pydoc@v9"}, openai.NotFoundError, "does not exist"),
         ({"temperature": 3}, openai.BadRequestError, "temperature is 3"),
         ({"max_tokens": 65}, openai.BadRequestError, "wanted 1 to 64"),
-        ({"n": 2}, openai.BadRequestError, "only one choice"),
+        ({"n": 2}, openai.BadRequestError, "temperature 0: all choices would be the same"),
         (
             {"tools": [{"type": "function", "function": {"name": "f"}}]},
             openai.BadRequestError,

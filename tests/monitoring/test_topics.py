@@ -75,3 +75,41 @@ def test_the_same_window_gives_the_same_topics_and_they_travel_as_json():
     first, again = (find_topics(window, known(400, 2), known(1000, 3), most=3, seed=5) for _ in range(2))
     assert first == again
     assert msgspec.json.decode(msgspec.json.encode(first), type=list[Topic]) == first
+
+
+KNOWN = {
+    "zh": ["如何打开文件", "怎样关闭窗口", "如何复制文本", "怎样检查日期", "如何锁定屏幕"],
+    "ja": ["ファイルを開く方法", "窓を閉じる方法", "文章を写す方法", "日付を確認する方法", "画面を消す方法"],
+    "th": ["วิธีเปิดไฟล์", "วิธีปิดหน้าต่าง", "วิธีคัดลอกข้อความ", "วิธีตรวจวันที่", "วิธีล็อกหน้าจอ"],
+    "hi": ["फ़ाइल कैसे खोलें", "खिड़की कैसे बंद करें", "पाठ कैसे लिखें", "तारीख कैसे जाँचें", "पर्दा कैसे रोकें"],
+    "ar": ["كيف أفتح الملف", "كيف أغلق النافذة", "كيف أنسخ النص", "كيف أفحص التاريخ", "كيف أقفل الشاشة"],
+}
+NEW = {
+    "zh": ("洪水", ["洪水损失怎么赔", "洪水之后怎样赔", "洪水淹了车库"]),
+    "ja": ("洪水", ["洪水の損害は補償されますか", "洪水で車が壊れた", "洪水の後の掃除"]),
+    "th": ("ท่วม", ["น้ำท่วมบ้านทำอย่างไร", "ประกันจ่ายน้ำท่วมไหม", "รถถูกน้ำท่วม"]),
+    "hi": ("बाढ़", ["बाढ़ का मुआवज़ा", "बाढ़ में गाड़ी डूबी", "बाढ़ के बाद सफ़ाई"]),
+    "ar": ("الفيضان", ["تعويض الفيضان", "الفيضان أغرق السيارة", "تنظيف بعد الفيضان"]),
+}
+
+
+@pytest.mark.parametrize("language", KNOWN)
+def test_a_topic_has_a_name_in_every_script(language):
+    old, (word, new) = KNOWN[language], NEW[language]
+    window = [f"{text} {number}" for number in range(20) for text in [*old, *new]]
+    reference = [f"{text} {number}" for number in range(60) for text in old]
+    topics = find_topics(window, reference, reference * 2, most=1, seed=0)
+
+    assert len(topics) == 1 and any(term in word or word in term for term in topics[0].terms)
+    assert topics[0].share == pytest.approx(60 / 160) and topics[0].reference_share == 0
+    assert all(belongs(topics[0], text) for text in new) and not any(belongs(topics[0], text) for text in old)
+
+
+@pytest.mark.parametrize("most", [1, 8])
+def test_rows_that_share_all_their_new_words_are_one_topic(most):
+    words = "the rudder keel anchor mast sail hull deck bow stern helm"
+    window = [*known(200, 1), *(f"{words} {number}" for number in range(60))]
+    topics = find_topics(window, known(400, 2), known(1000, 3), most=most, seed=0)
+
+    assert len(topics) == 1 and topics[0].share == pytest.approx(60 / 260)
+    assert set(topics[0].terms) <= set(words.split())

@@ -15,9 +15,10 @@ import pytest
 from patience import scaled
 from places import commit, make_repository, subjects, use_git_without_a_user, write_files
 
+from flows.retries import on_top
 from ratchet.errors import CheckoutError, CommandError, StageError
-from ratchet.pipeline.checkout import check_checkout, git, locked, who
-from ratchet.pipeline.dvc import check_out, push_data, run_stage, stale_stages
+from ratchet.pipeline.checkout import check_checkout, dvc, git, locked, who
+from ratchet.pipeline.dvc import bring, check_out, push_data, run_stage, stale_stages
 from ratchet.pipeline.workspace import catch_up, failed_workspaces, land, open_workspace
 
 STAGES = """
@@ -391,6 +392,78 @@ def test_the_lock_of_a_killed_process_is_free(root):
         pass
 
 
+# --- how the user's git is set up ---
+
+
+def write_hook(root: Path, name: str, text: str) -> None:
+    write_files(root, {f".git/hooks/{name}": f"#!/bin/sh\n{text}\n"})
+    (root / ".git/hooks" / name).chmod(0o755)
+
+
+def test_hooks_of_the_checkout_that_do_not_run_are_named(root):
+    write_hook(root, "pre-commit", "exit 1")
+    write_hook(root, "commit-msg", "exec dvc git-hook commit-msg $@")  # DVC's own
+    told: list[str] = []
+    with open_workspace(root, "test", told.append) as workspace:
+        write_files(workspace.path, {"a.txt": "a"})
+        land(workspace, "A", ["a.txt"])
+    [line] = told
+    assert line.endswith(": pre-commit") and subjects(root)[0] == "A"
+
+
+def test_hooks_of_the_users_own_configuration_run_and_stop_a_commit(root, tmp_path, monkeypatch):
+    write_hook(root, "pre-commit", "echo the rows are wrong >&2; exit 1")
+    write_files(tmp_path, {"gitconfig": f'[core]\n    hooksPath = "{root}/.git/hooks"\n'})
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    told: list[str] = []
+    with (
+        pytest.raises(CommandError, match="the rows are wrong"),
+        open_workspace(root, "test", told.append) as workspace,
+    ):
+        write_files(workspace.path, {"a.txt": "a"})
+        land(workspace, "A", ["a.txt"])
+    assert not any("hooks do not run" in line for line in told) and subjects(root)[0] == "Start"
+
+
+def test_commits_are_signed_where_the_checkout_wants_that(root, tmp_path):
+    if not shutil.which("ssh-keygen"):
+        pytest.skip("there is no ssh-keygen in PATH")
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    wanted = {"commit.gpgsign": "true", "gpg.format": "ssh", "user.signingkey": f"{key}.pub"}
+    for name, value in wanted.items():
+        git(root, "config", name, value)
+    with opened(root) as workspace:
+        write_files(workspace.path, {"a.txt": "a"})
+        land(workspace, "A", ["a.txt"])
+    assert "gpgsig -----BEGIN SSH SIGNATURE-----" in git(root, "cat-file", "commit", "HEAD")
+
+
+def test_a_commit_that_cannot_be_signed_says_how_to_go_on(root):
+    git(root, "config", "commit.gpgsign", "true")
+    git(root, "config", "gpg.program", "false")
+    with pytest.raises(CheckoutError, match=r"git config commit\.gpgsign false"), opened(root) as workspace:
+        write_files(workspace.path, {"a.txt": "a"})
+        land(workspace, "A", ["a.txt"])
+    assert subjects(root)[0] == "Start"
+
+
+def test_a_stages_inputs_are_the_same_bytes_whatever_autocrlf_says(root, tmp_path, monkeypatch):
+    rows, settings = "data/golden.jsonl", tmp_path / "gitconfig"
+    attributes = (Path(__file__).parents[2] / ".gitattributes").read_text()
+    write_files(root, {rows: "{}\n{}\n", ".gitattributes": attributes})
+    commit(root, "Add golden rows")
+    settings.write_text("[core]\n    autocrlf = true\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings))
+
+    git(tmp_path, "clone", "--quiet", str(root), "another")
+    assert (tmp_path / "another" / rows).read_bytes() == (root / rows).read_bytes() == b"{}\n{}\n"
+    git(root, "rm", "--quiet", ".gitattributes")
+    git(root, "commit", "--quiet", "--message", "Without the file")
+    with opened(root) as workspace:
+        assert (workspace.path / rows).read_bytes() == b"{}\n{}\n"
+
+
 # --- data and stages: these start DVC, two seconds each ---
 
 
@@ -428,6 +501,30 @@ def test_data_reach_the_remote_the_checkout_and_the_next_workspace(root):
         assert (workspace.path / "data/raw/rows.jsonl").read_text() == "{}\n"
         site = workspace.path / ".dvc" / "tmp" / "site"
         assert any(site.iterdir())  # DVC's notes about the clone go with the clone
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_data_that_are_not_here_are_told_as_what_they_are(root, remote):
+    """A clone by git alone has the name of the data, and neither cache nor remote that holds them."""
+    write_files(root, {"data/raw/rows.jsonl": "{}\n"})
+    git(root, "config", "core.autocrlf", "false")
+    dvc(root, "add", "--quiet", "data/raw")
+    if remote:
+        (root.parent / "store").mkdir()
+        dvc(root, "remote", "add", "--quiet", "--default", "store", str(root.parent / "store"))
+    commit(root, "Ingest")
+    git(root.parent, "clone", "--quiet", str(root), "fresh")
+    tries: list[int] = []
+
+    def work() -> None:
+        tries.append(1)
+        with opened(root.parent / "fresh", keep_failed=0) as workspace:
+            (bring(workspace, "data/raw") if len(tries) < 2 else check_out(workspace))
+
+    for attempt in (1, 2):
+        with pytest.raises(CheckoutError, match="data/raw are not here") as caught:
+            on_top(work, quiet)
+        assert "dvc pull" in str(caught.value) and len(tries) == attempt, "no second try mends that"
 
 
 def test_what_the_user_put_among_the_data_stays(root):

@@ -75,6 +75,14 @@ def test_a_plain_folder_is_no_clone(tmp_path: Path) -> None:
     assert "dvc init" in pick(findings, "dvc").remedy
 
 
+def test_another_users_clone_gets_the_command_of_gits_own(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    found = pick(doctor.check_git(clone), "git repository")
+    assert found.ok is False and found.remedy == f"git config --global --add safe.directory {clone}"
+
+
 def test_the_clone_is_left_out_without_a_root() -> None:
     names = {finding.name for finding in examine(None, None)}
     assert not names & {"dvc", "disk", "git repository", "port of mlflow"}

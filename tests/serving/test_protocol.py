@@ -9,14 +9,15 @@ import pytest
 
 from ratchet.config.serving import GatewayConfig
 from ratchet.errors import BusyError, DataError, ServiceError, UserError
-from ratchet.serving.engine import Ask, Ended
+from ratchet.serving.engine import Ask, Ended, JsonForm, Piece, Scored
 from ratchet.serving.faults import Fault, to_fault
 from ratchet.serving.protocol import (
-    Answered,
+    Answer,
     Chat,
+    ChatEncoder,
+    Model,
     WholeAsk,
     encode_models,
-    error_event,
     parse_chat,
     parse_feedback,
 )
@@ -66,6 +67,56 @@ def test_what_is_asked_for_arrives():
     assert chat.user == "ana" and chat.stream and chat.include_usage
 
 
+def test_the_form_of_an_answer_and_its_scores_arrive():
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    form = {"type": "json_schema", "json_schema": {"name": "claim", "strict": True, "schema": schema}}
+
+    asked = parse(response_format=form, logprobs=True, top_logprobs=3).ask("x", 1)
+
+    assert asked.form is not None and asked.form.name == "claim" and asked.top_logprobs == 3
+    assert list(json.loads(asked.form.schema)["properties"]) == ["b", "a"]
+    assert parse(response_format={"type": "json_object"}).ask("x", 1).form == JsonForm()
+    assert parse(logprobs=True).ask("x", 1).top_logprobs == 0
+
+
+def test_each_choice_has_a_seed_of_its_own():
+    chat = parse(n=3, temperature=1, seed=7)
+
+    assert [chat.ask("x", 1, choice).seed for choice in range(chat.num_choices)] == [7, 8, 9]
+    assert [parse(n=2, temperature=1).ask("x", 1, choice).seed for choice in (0, 1)] == [None, None]
+
+
+def test_a_safety_identifier_is_the_user():
+    assert parse(safety_identifier="ana").user == "ana"
+    assert parse(safety_identifier="x", user="ana").user == "ana"
+
+
+def test_every_choice_stands_in_the_answer_and_the_prompt_counts_once():
+    chat = parse(n=2, temperature=1, stream=True, stream_options={"include_usage": True})
+    answers = [Answer(["yes"], [], Ended("stop", 4, 2)), Answer(["no"], [], Ended("length", 4, 3))]
+    writer = ChatEncoder("chatcmpl-1", 5, "pydoc@v3", chat)
+
+    whole = json.loads(writer.whole(answers))
+    events = [json.loads(event[6:]) for event in writer.end(answers).split(b"\n\n")[:-2]]
+
+    assert [(one["index"], one["message"]["content"]) for one in whole["choices"]] == [(0, "yes"), (1, "no")]
+    assert whole["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
+    assert [event["choices"][0]["finish_reason"] for event in events[:2]] == ["stop", "length"]
+    assert [event["usage"] for event in events] == [None, None, whole["usage"]]
+
+
+def test_a_token_is_told_with_its_bytes_and_the_likely_ones():
+    half = "é".encode()[:1]
+    answer = Answer(["é"], [Scored(half, -0.5, (Scored(b"e", float("-inf")),))], Ended("stop", 4, 2))
+
+    (told,) = json.loads(encoder(logprobs=True, top_logprobs=1).whole([answer]))["choices"][0]["logprobs"][
+        "content"
+    ]
+
+    assert (told["token"], told["logprob"], told["bytes"]) == ("\ufffd", -0.5, list(half))
+    assert told["top_logprobs"] == [{"token": "e", "logprob": -9999.0, "bytes": [101]}]
+
+
 def test_only_a_client_that_streams_needs_pieces():
     assert isinstance(parse().ask("x", 1), WholeAsk)
     assert not isinstance(parse(stream=True).ask("x", 1), WholeAsk)
@@ -112,8 +163,8 @@ def test_the_defaults_of_what_is_not_supported_are_taken():
     [
         ("tools", [{"type": "function"}]),
         ("functions", [{}]),
-        ("logprobs", True),
-        ("response_format", {"type": "json_object"}),
+        ("moderation", {"model": "x"}),
+        ("reasoning_effort", "high"),
         ("logit_bias", {"1": 2}),
         ("frequency_penalty", 0.5),
         ("tool_choice", "required"),
@@ -160,7 +211,16 @@ def test_what_is_not_supported_is_named(field, value):
         ({"temperature": -1}, "temperature", "wanted 0 to 2"),
         ({"top_p": -0.1}, "top_p", "-0.1"),
         ({"seed": 2**64}, "seed", "wanted"),
-        ({"n": 2}, "n", "only one choice"),
+        ({"n": 2}, "n", "temperature 0: all choices would be the same"),
+        ({"n": 9, "temperature": 1}, "n", "9; wanted 1 to 8"),
+        ({"n": 0}, "n", "0; wanted 1 to 8"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "send one of them"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "without stream"),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options", "unknown field `usage`"),
+        ({"top_logprobs": 2}, "top_logprobs", "without logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "21; wanted 0 to 20"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type", "'grammar'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "brings no schema"),
         ({"stop": ["a"] * 5}, "stop", "5 text(s)"),
         ({"stop": [""]}, "stop", "one of them empty"),
         ({"max_token": 3}, None, "unknown field `max_token`"),
@@ -222,8 +282,12 @@ def test_feedback_that_means_nothing_is_refused(raw, message):
     assert refused.value.status == 400
 
 
+def encoder(**fields: Any) -> ChatEncoder:
+    return ChatEncoder("chatcmpl-1", 5, "pydoc@v3", parse(**fields))
+
+
 def test_an_answer_names_its_version():
-    whole = json.loads(Answered("chatcmpl-1", 5, "pydoc", "pydoc@v3").whole("yes", Ended("stop", 4, 2)))
+    whole = json.loads(encoder().whole([Answer(["yes"], [], Ended("stop", 4, 2))]))
 
     assert (
         whole["system_fingerprint"] == "pydoc@v3"
@@ -240,7 +304,7 @@ def test_an_answer_names_its_version():
 
 
 def test_an_event_is_one_line_whatever_the_text_holds():
-    event = Answered("x", 5, "pydoc", "pydoc@v3").chunk({"content": "a\n\ndata: [DONE]\r\n\u2028"})
+    event = encoder().piece(0, Piece("a\n\ndata: [DONE]\r\n\u2028"))
 
     assert (
         event.startswith(b"data: {")
@@ -270,12 +334,12 @@ def test_every_error_has_a_status_and_the_form_of_openai(error, status, kind):
         fault.status == status and told["type"] == kind and set(told) == {"message", "type", "param", "code"}
     )
     assert "secret" not in told["message"]
-    assert json.loads(error_event(fault)[6:])["error"] == told
+    assert json.loads(encoder().fail(fault)[6:])["error"] == told
     assert (fault.headers() == [(b"retry-after", b"1")]) == (status == 429)
 
 
 def test_models_are_listed_as_openai_does():
-    assert json.loads(encode_models(["a", "a@v1"], 5, "ratchet"))["data"][1] == {
+    assert json.loads(encode_models([Model("a", 5), Model("a@v1", 5)]))["data"][1] == {
         "id": "a@v1",
         "object": "model",
         "created": 5,

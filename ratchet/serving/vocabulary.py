@@ -1,0 +1,103 @@
+"""Know a version's tokens as bytes: to hold an answer to a JSON schema, and to name tokens by their bytes.
+
+llguidance does both: it compiles a schema (draft 2020-12, most of it) to a grammar, and says at each step
+which tokens may follow. It needs no other package. With 49,152 tokens the tokenizer is made in 0.8 s, a
+schema of four texts in 6 ms, and a token costs 0.5 ms more.
+"""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ratchet.errors import UserError
+from ratchet.models.chat_template import ChatFormat
+from ratchet.serving.engine import JsonForm
+
+# Between the parts of JSON: a blank, or a line break with its indentation. With blanks as it likes, a model
+# that was not taught JSON goes on with them to the end of its tokens.
+BLANKS = r"( |\n {0,16})?"
+LONGEST_COMPLAINT = 300  # characters of the compiler's message
+
+
+class Vocabulary:
+    """Hold a tokenizer for grammars; it is made at the first use, which takes up to a second."""
+
+    def __init__(self, chat: ChatFormat, size: int) -> None:
+        """Take the width of the logits as `size`; a model's may be wider than its tokenizer."""
+        self._chat, self._size = chat, size
+        self._made: Any = None
+        self._lock = Lock()
+
+    def prepare(self) -> None:
+        """Make the tokenizer. Raises UserError: it cannot be made."""
+        self._tokenizer()
+
+    def constrain(self, form: JsonForm) -> Constraint:
+        """Compile a form. Raises UserError: the schema is none, or asks for what cannot be held."""
+        from llguidance import LLMatcher
+
+        grammar = LLMatcher.grammar_from_json_schema(
+            form.schema or '{"type": "object"}', defaults={"whitespace_pattern": BLANKS}
+        )
+        matcher = LLMatcher(self._tokenizer(), grammar, log_level=0)
+        if matcher.is_error():
+            raise UserError(
+                f"response_format's schema cannot be held: {_first_line(matcher.get_error())}",
+                remedy="leave that keyword out of the schema, or send {'type': 'json_object'}",
+            )
+        return Constraint(matcher)
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; a control token's are its name."""
+        tokenizer = self._tokenizer()
+        if tokenizer.is_special_token(token):
+            return str(self._chat.tokenizer.convert_ids_to_tokens(token)).encode()
+        return bytes(tokenizer.decode_bytes([token]))
+
+    def _tokenizer(self) -> Any:
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+    def _make(self) -> Any:
+        from llguidance.hf import from_tokenizer
+
+        tokenizer: Any = self._chat.tokenizer
+        try:
+            return from_tokenizer(
+                tokenizer, n_vocab=max(self._size, len(tokenizer)), eos_token=sorted(self._chat.stop_ids)
+            )
+        except ValueError as error:
+            raise UserError(
+                f"this base's tokenizer takes no response_format and no logprobs: {error}",
+                remedy="leave them out; a base with a fast tokenizer (tokenizer.json) takes them",
+            ) from None
+
+
+class Constraint:
+    """Say which tokens may follow those of one answer."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Return a row of logits, (vocab), with -inf for each token that may not follow."""
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) > 0
+        return logits.masked_fill(~allowed[: len(logits)].to(logits.device), float("-inf"))
+
+    def take(self, token: int) -> None:
+        """Add the token that follows. Raises UserError: the grammar has become too large to go on."""
+        if not self._matcher.consume_token(token):
+            raise UserError(
+                f"response_format's schema cannot be held: {_first_line(self._matcher.get_error())}",
+                remedy="take a simpler schema",
+            )
+
+
+def _first_line(complaint: str) -> str:
+    return (complaint.strip().splitlines() or ["no reason was given"])[0][:LONGEST_COMPLAINT]

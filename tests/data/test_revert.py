@@ -1,0 +1,253 @@
+"""A batch that is taken back is trained on no more; later ones stay, versions that learned it are named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from patience import scaled
+from places import (
+    KEPT_CONNECTIONS,
+    commit,
+    make_repository,
+    subjects,
+    use_git_without_a_user,
+    use_mlflow,
+    use_no_mlflow,
+    write_files,
+)
+
+from flows.forget import follow_all, follow_reverted, list_is_pending, revert_batch
+from ratchet.config.data import ProjectConfig
+from ratchet.config.params import Config
+from ratchet.data.batches import read_manifest, read_reverted, write_batch
+from ratchet.data.examples import Message, example_id, read_examples
+from ratchet.errors import UserError
+from ratchet.pipeline.checkout import dvc, git
+from ratchet.pipeline.dvc import run_stage
+from ratchet.pipeline.workspace import land, open_workspace
+from ratchet.promotion.champion import Champion, write_champion
+from ratchet.promotion.lineage import STARTED_FROM, reverted_since
+from ratchet.services.status import ledger_lines, read_moves
+from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run
+from ratchet.tracking.registry import get_version, make_version
+from tasks.forget import find_batch, inherit
+
+pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
+ROOT = Path(__file__).parents[2]
+CONFIG = Config(project=ProjectConfig(name="small"))
+PARAMS = "project:\n  name: small\nprepare:\n  min_rows: 1\n  test_share: 0.0\n  validation_share: 0.0\n"
+FIRST, SECOND, THIRD = range(10), range(8, 20), range(20, 25)  # 8 and 9 are in two batches
+
+
+def quiet(line: str) -> None:
+    """Nobody listens."""
+
+
+def row(number: int) -> bytes:
+    words = " ".join(f"n{number}w{place}" for place in range(8))
+    return json.dumps({"question": words, "answer": f"answer {number}"}).encode()
+
+
+def ids(*numbers: range) -> set[str]:
+    rows = [json.loads(row(number)) for part in numbers for number in part]
+    turns = [[Message("user", one["question"]), Message("assistant", one["answer"])] for one in rows]
+    return {example_id(messages) for messages in turns}
+
+
+def bring(path: Path, numbers: range, month: int) -> str:
+    batch = write_batch(
+        path / "data/raw",
+        [row(number) for number in numbers],
+        source="jsonl",
+        label=f"month-{month}",
+        time=f"2026-{month:02}-01T00:00:00Z",
+        licence="CC0-1.0",
+        who="tests",
+        form="auto",
+    )
+    dvc(path, "add", "--quiet", "data/raw")
+    commit(path, f"Ingest\n\nBatch: {batch.name}")
+    return batch.name
+
+
+def make(root: Path) -> str:
+    """The stage `prepare`, as a retraining runs and lands it. The commit."""
+    with open_workspace(root, "retrain", quiet) as workspace:
+        workspace.dvc("checkout", "--quiet", "data/raw.dvc")
+        run_stage(workspace, "prepare", quiet)
+        return land(workspace, "Retrain", ["dvc.lock", "data"])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkout with three batches and golden rows, prepared once."""
+    path = tmp_path_factory.mktemp("revert") / "checkout"
+    with pytest.MonkeyPatch.context() as patch:
+        use_git_without_a_user(patch)
+        golden = b"\n".join([row(12), row(13), row(900)]).decode() + "\n"
+        more = {"data/golden.jsonl": golden, "data/forgotten.jsonl": ""}
+        ignored = {"data/.gitignore": "/raw\n/prepared\n/code\n", "params.yaml": PARAMS}
+        make_repository(path, {**more, **ignored})
+        for name in ("ratchet", "tasks"):
+            shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "dvc.yaml", path)
+        for month, numbers in enumerate((FIRST, SECOND, THIRD), start=1):
+            bring(path, numbers, month)
+        make(path)
+        yield path
+
+
+@pytest.fixture
+def root(made, tmp_path, monkeypatch) -> Path:
+    use_git_without_a_user(monkeypatch)
+    use_mlflow(monkeypatch, tmp_path)
+    shutil.copytree(made, tmp_path / "checkout", symlinks=True)
+    return tmp_path / "checkout"
+
+
+def names(root: Path) -> list[str]:
+    return [batch.name for batch in read_manifest(root / "data/raw")]
+
+
+def training_ids(root: Path) -> set[str]:
+    return {example.id for example in read_examples(root / "data/prepared/train.jsonl")}
+
+
+def register(number: int, commit: str, batches: list[str], start: str = "base") -> None:
+    adapter = Path("adapter")
+    adapter.mkdir(exist_ok=True)
+    (adapter / "adapter_model.safetensors").write_text(f"weights {number}")
+    tags = {
+        KEY_TAG: f"key{number}",
+        "git_commit": commit,
+        "adapter_sha256": f"{number}" * 64,
+        "batches": json.dumps(batches),
+        STARTED_FROM: start,
+    }
+    run = find_or_create_run("small", f"key{number}", {})
+    assert make_version("small", run, adapter, tags, "card").number == number
+
+
+def put_in_charge(root: Path, version: int, at: str) -> None:
+    kept = {
+        "run_key": "",
+        "run_id": "",
+        "batches": [],
+        "data": {},
+        "gate": {"verdict": "promote", "rival": None},
+    }
+    moved = {"at": "", "by": "Ana", "why": "", "move": "promote", "replaced": None, "previous": None}
+    entry = Champion(name="small", version=version, commit=at, adapter_sha256="0" * 64, **kept, **moved)
+    write_champion(root, entry)
+    commit(root, f"Promote v{version}")
+
+
+def mark_of(number: int) -> dict[str, Any] | None:
+    version = get_version("small", number)
+    assert version is not None
+    return json.loads(version.tags["reverted"]) if "reverted" in version.tags else None
+
+
+def test_a_batch_leaves_and_the_later_ones_stay(root):
+    first, second, third = names(root)
+
+    done = revert_batch(root, CONFIG, second, reason="wrong prices", say=quiet)
+
+    assert names(root) == [first, third] and not (root / "data/raw" / second).exists()
+    assert (done.batch.name, done.batch.rows, done.golden, done.versions) == (second, 12, 2, [])
+    assert subjects(root)[0].startswith("Take back 12 rows") and git(root, "status", "--porcelain") == ""
+    (entry,) = read_reverted(root)
+    assert (entry.batch, entry.rows, entry.reason, entry.by) == (second, 12, "wrong prices", "Ana")
+    make(root)
+    assert training_ids(root) == ids(FIRST, THIRD), "rows that another batch has too are still trained on"
+
+
+def test_a_batch_that_was_taken_back_can_come_again_mended(root):
+    second = names(root)[1]
+    revert_batch(root, CONFIG, second, reason="wrong prices", say=quiet)
+    again = bring(root, SECOND, 4)
+
+    assert names(root)[-1] == again != second
+    make(root)
+    assert training_ids(root) == ids(FIRST, SECOND, THIRD) - ids(range(12, 14)), "golden ones apart"
+
+
+def test_versions_are_told_that_learned_it_and_those_that_went_on_from_them(root):
+    before, (first, second, third) = git(root, "rev-parse", "HEAD").strip(), names(root)
+    revert_batch(root, CONFIG, second, reason="wrong prices", say=quiet)
+    after = make(root)
+    register(1, before, [first, second, third])
+    register(2, "0" * 40, [first, second])  # a commit that is not here
+    register(3, "0" * 40, [first])
+    register(4, after, [first, second, third])  # the list of batches still has it, its rows do not
+    register(5, after, [first, third], start="1" * 64)
+
+    follow_reverted(root, CONFIG, quiet)
+
+    told = {"at": read_reverted(root)[0].at, "reason": "wrong prices"}
+    assert mark_of(1) == {"count": 8, "exact": True, **told}, "of 12 rows 2 are golden, 2 came earlier"
+    assert mark_of(2) == {"count": 12, "exact": False, **told}
+    assert mark_of(3) is None and mark_of(4) is None
+    assert mark_of(5) == {"count": 0, "exact": True, **told, "from": 1}
+    register(6, after, [first], start="5" * 64)
+    inherit(get_version("small", 6))
+    assert mark_of(6) == {"count": 0, "exact": True, **told, "from": 5}
+
+
+def test_git_alone_tells_what_a_commit_had_and_lost_later(root):
+    with_two = git(root, "log", "-1", "--format=%H", "--grep", names(root)[1]).strip()
+    with_one = git(root, "rev-parse", f"{with_two}~1").strip()
+    with_all, second = git(root, "rev-parse", "HEAD").strip(), names(root)[1]
+    done = revert_batch(root, CONFIG, second, reason="wrong prices", say=quiet)
+
+    assert [entry.batch for entry in reverted_since(root, with_all)] == [second]
+    assert [entry.batch for entry in reverted_since(root, with_two)] == [second]
+    assert reverted_since(root, with_one) == [] == reverted_since(root, done.commit)
+    for version, at in ((1, with_one), (2, with_all)):
+        put_in_charge(root, version, at)
+    told = "\n".join(ledger_lines(read_moves(root)))
+    assert told.count("taken back later") == 1 and told.index(second) < told.index("→ v1")
+
+
+def test_with_mlflow_away_the_batch_is_taken_back_and_the_marks_follow(root, monkeypatch):
+    register(1, "0" * 40, names(root))
+    known = os.environ["MLFLOW_TRACKING_URI"]
+    use_no_mlflow(monkeypatch)
+
+    done = revert_batch(root, CONFIG, names(root)[0], reason="old", say=quiet)
+
+    assert done.versions is None and list_is_pending(root) and len(names(root)) == 2
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", known)
+    follow_all(root, CONFIG, quiet)
+    assert mark_of(1)["count"] == 10 and not list_is_pending(root)
+
+
+def test_a_name_that_means_no_batch_or_several_is_refused_with_those_there_are(root):
+    before = git(root, "rev-parse", "HEAD")
+    for name in ("", "2026", "20270101T", "month-2"):
+        with pytest.raises(UserError, match="month-3"):
+            find_batch(root / "data/raw", name)
+    with pytest.raises(UserError, match="no batch of data/raw begins with 'month-2'"):
+        revert_batch(root, CONFIG, "month-2", reason="", say=quiet)
+
+    assert find_batch(root / "data/raw", "20260201T").name == names(root)[1]
+    assert git(root, "rev-parse", "HEAD") == before and len(names(root)) == 3
+
+
+@pytest.mark.e2e
+def test_the_command_says_what_it_took_back_and_what_stays(root):
+    write_files(root, {"champion.json": ""})
+    (root / "champion.json").unlink()
+    command = [sys.executable, "-m", "ratchet.cli", "data", "revert", "20260201T", "--reason", "wrong prices"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=scaled(120), check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "12 rows" in done.stdout and "2 golden rows" in done.stdout and len(names(root)) == 2
