@@ -71,6 +71,7 @@ def test_a_real_model_is_trained_gated_served_and_exported(model: Path, tmp_path
     prepared, tokens = tmp_path / "prepared", tmp_path / "tokens"
     nobody.mkdir()
     write_json(nobody / "manifest.json", {"version": None, "batches": []})
+    write_json(tmp_path / "looks.json", {"judged": {}})
     write_batch(
         tmp_path / "raw",
         [msgspec.json.encode(row) for row in rows()],
