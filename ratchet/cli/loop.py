@@ -26,15 +26,22 @@ from ratchet.errors import UserError
 
 
 def demo(
+    base: Annotated[
+        str, typer.Option(help="`demo`, pre-trained here in a minute, or `smollm2`, a real model of 135M.")
+    ] = "demo",
     only: Annotated[str, typer.Option("--until", help="Stop after `v1` or `v2`.")] = "v2",
 ) -> None:
     """Run the whole loop on the embedded default, in .ratchet/demo; your checkout stays as it is.
 
-    Example: ratchet demo
+    Example: ratchet demo --base smollm2
     """
+    if base not in ("demo", "smollm2"):
+        raise UserError(
+            f"--base is {base!r}", remedy="name `demo` or `smollm2`; `ratchet init` takes any other"
+        )
     from ratchet.demo.story import run_demo
 
-    run_demo(find_root(), until=only)
+    run_demo(find_root(), base=base, until=only)
 
 
 def ingest(

@@ -26,8 +26,7 @@ from ratchet.data.examples import (
     map_texts,
     texts_of,
 )
-from ratchet.data.forms import FORMS, MEANT, read_conversation, recognise_form
-from ratchet.data.json_rows import read_row
+from ratchet.data.forms import FORMS, MEANT, read_conversation, read_row, recognise_form
 from ratchet.data.pii import MASK, find_secret, mask_names, mask_personal
 from ratchet.data.text import BOILERPLATE, check_text, clean, find_mixed_word, language_of
 from ratchet.errors import ConfigError

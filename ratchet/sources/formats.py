@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 from ratchet.data.examples import RowError
-from ratchet.data.forms import recognise_form
-from ratchet.data.json_rows import MAX_LINE
+from ratchet.data.forms import MAX_LINE, recognise_form
 from ratchet.errors import DataError
 from ratchet.sources.streams import Stream
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 from ratchet.config.data import JsonlSource, SqlSource
 from ratchet.data.batches import Original
 from ratchet.data.examples import RowError
-from ratchet.data.json_rows import MAX_LINE, read_row
+from ratchet.data.forms import MAX_LINE, read_row
 from ratchet.errors import ConfigError
 from ratchet.files import sha256_json
 from ratchet.sources import sql, streams

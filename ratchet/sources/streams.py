@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from ratchet.data.json_rows import MAX_LINE
+from ratchet.data.forms import MAX_LINE
 from ratchet.data.text import strip_url
 from ratchet.errors import DataError
 

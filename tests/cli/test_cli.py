@@ -212,6 +212,10 @@ def test_init_without_flags_asks_five_questions(tmp_path):
     assert (found.ingest.jsonl.path, found.promotion) == ("exports/*.jsonl", "auto"), asked.stdout
 
 
+def test_a_demo_on_an_unknown_base_is_refused_with_those_that_there_are():
+    assert "`smollm2`" in refused("demo", "--base", "gpt-9")
+
+
 # --- where it works ---
 
 

@@ -22,7 +22,7 @@ from pyarrow import feather, ipc, parquet
 from ratchet.config.data import IngestConfig, JsonlSource
 from ratchet.config.params import Config
 from ratchet.data.batches import read_manifest
-from ratchet.data.json_rows import MAX_LINE
+from ratchet.data.forms import MAX_LINE
 from ratchet.errors import ConfigError, DataError, UserError
 from ratchet.files import sha256_file
 from ratchet.sources.columns import parse_columns

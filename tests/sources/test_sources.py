@@ -14,8 +14,7 @@ import pytest
 
 from ratchet.config.data import JsonlSource, PydocSource
 from ratchet.data.examples import encode_line
-from ratchet.data.forms import read_conversation
-from ratchet.data.json_rows import MAX_LINE
+from ratchet.data.forms import MAX_LINE, read_conversation
 from ratchet.errors import DataError
 from ratchet.sources.jsonl import read_lines
 from ratchet.sources.pydoc import first_sentence, harvest

@@ -1,0 +1,152 @@
+"""The real model of `make demo-real` through every stage on few rows: trained, gated, served, exported.
+
+Ten minutes on two cores, so it runs where RATCHET_REAL_MODEL is set; skipped where the package index cannot
+be reached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ratchet.config.data import PydocSource
+from ratchet.config.params import Config
+from ratchet.data.batches import write_batch
+from ratchet.data.examples import Example, RawRow, read_examples
+from ratchet.demo.smollm2 import SHA256, fetch_smollm2
+from ratchet.demo.story import REAL, make_values
+from ratchet.errors import ServiceError
+from ratchet.evaluation.metrics import exact_match
+from ratchet.evaluation.report import read_metrics
+from ratchet.files import read_json, write_json
+from ratchet.serving.bundle import bundle_candidate
+from ratchet.serving.engine import Ask, Piece
+from ratchet.serving.local_engine import LocalEngine
+from ratchet.serving.version_source import Source
+from ratchet.sources.pydoc import harvest
+from tasks.base import make_base
+from tasks.evaluate import evaluate
+from tasks.export import export
+from tasks.gate import judge
+from tasks.parity import parity
+from tasks.prepare import prepare
+from tasks.tokenize import tokenize
+from tasks.train import train
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(
+        "RATCHET_REAL_MODEL" not in os.environ, reason="RATCHET_REAL_MODEL=1 runs it: 10 minutes"
+    ),
+]
+ROOT = Path(__file__).parents[2]
+MODULES, EACH = ("imaplib", "statistics", "tarfile", "tkinter"), 34
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    try:
+        return fetch_smollm2(ROOT)
+    except ServiceError as error:
+        pytest.skip(f"the model cannot be fetched: {error}")
+
+
+def rows() -> list[RawRow]:
+    """As many rows of each module."""
+    taken, found = Counter[str](), []
+    for row in harvest(PydocSource(summaries=0.0)):
+        module = row["messages"][1]["content"]
+        if module in MODULES and taken[module] < EACH:
+            taken[module] += 1
+            found.append(row)
+    return found
+
+
+def test_a_real_model_is_trained_gated_served_and_exported(model: Path, tmp_path: Path) -> None:
+    values = make_values(str(model), REAL)
+    values["prepare"] |= {"min_rows": 40, "test_share": 0.25, "validation_share": 0.05}
+    values["train"] |= {"epochs": 2.0, "evaluations": 1}
+    values["gate"] |= {"min_rows": 20}
+    values["parity"] |= {"rows": 8}
+    config = Config.model_validate(values)
+    base, candidate, nobody = tmp_path / "base", tmp_path / "candidate", tmp_path / "nobody"
+    prepared, tokens = tmp_path / "prepared", tmp_path / "tokens"
+    nobody.mkdir()
+    write_json(nobody / "manifest.json", {"version": None, "batches": []})
+    write_json(tmp_path / "looks.json", {"judged": {}})
+    write_batch(
+        tmp_path / "raw",
+        [msgspec.json.encode(row) for row in rows()],
+        source="pydoc",
+        label="first",
+        time="2026-01-01T00:00:00Z",
+        licence="PSF-2.0",
+        who="tests",
+        form="messages",
+    )
+
+    manifest = make_base(base, config, tmp_path / "base.json")
+    prepare(tmp_path / "raw", tmp_path / "golden.jsonl", prepared, config.prepare)
+    tokenize(prepared, base, nobody, tokens, config)
+    train(tokens, base, nobody, candidate, tmp_path / "reports", config)
+    evaluate(prepared, base, nobody, candidate, tmp_path / "evaluation", config)
+    compared = parity(prepared, tokens, base, candidate, tmp_path / "parity.json", config)
+    verdict = judge(
+        tmp_path / "evaluation",
+        candidate,
+        nobody,
+        tmp_path / "parity.json",
+        tmp_path / "looks.json",
+        tmp_path / "gate.json",
+        config.gate,
+        prepared=prepared,
+        parity_asked=config.parity,
+    )
+
+    assert (manifest["model"], manifest["dequantised"], manifest["licence"]) == (
+        f"sha256:{SHA256}",
+        "Q4_1",
+        "apache-2.0",
+    )
+    scores = {
+        name: part.scores for name, part in read_metrics(tmp_path / "evaluation").slices["test"].items()
+    }
+    assert scores["candidate"]["exact_match"].mean > 0.5 > 0.2 > scores["base"]["exact_match"].mean
+    assert scores["candidate"]["answer_nll"].mean < scores["base"]["answer_nll"].mean
+    assert compared.passed
+    assert verdict.verdict == "promote", [check.reason for check in verdict.checks]
+    bundle, test = bundle_candidate(candidate, base, config), list(read_examples(prepared / "test.jsonl"))
+    assert (
+        share_right(asyncio.run(asked(bundle, test, config)), test) == scores["candidate"]["exact_match"].mean
+    )
+    source = Source(
+        "candidate", "c" * 40, bundle, test, read_json(tmp_path / "evaluation/metrics.json"), verdict
+    )
+    record = export(source, "int8", tmp_path / "out", config)
+    assert record.check.result == "pass"
+    assert (tmp_path / "out/model.gguf").stat().st_size > 100e6
+
+
+async def asked(bundle: object, test: list[Example], config: Config) -> list[str]:
+    """Ask the engine `local` all rows at once."""
+    engine = LocalEngine(config)
+    try:
+        await engine.load(bundle)  # type: ignore[arg-type]
+
+        async def one(row: Example) -> str:
+            ask = Ask(row.id, 1, row.prompt, temperature=0.0)
+            return "".join([piece.text async for piece in engine.answer(ask) if isinstance(piece, Piece)])
+
+        return await asyncio.gather(*map(one, test))
+    finally:
+        await engine.close()
+
+
+def share_right(answers: list[str], test: list[Example]) -> float:
+    return sum(exact_match(one, row.answer) for one, row in zip(answers, test, strict=True)) / len(test)
