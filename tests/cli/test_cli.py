@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from patience import scaled
 from places import commit, make_repository, use_git_without_a_user, write_files
+from typer.testing import CliRunner
 
+from ratchet.cli.main import app
 from ratchet.config.docs import SURVEYED, render_params
 from ratchet.config.params import Config, load_config
 from ratchet.pipeline.checkout import git, locked
@@ -153,8 +155,8 @@ def test_help_names_every_command_and_where_to_start():
     ],
 )
 def test_every_command_has_help_with_an_example(name):
-    done = ratchet(*name.split(), "-h")
-    assert done.returncode == 0
+    done = CliRunner().invoke(app, [*name.split(), "-h"])
+    assert done.exit_code == 0
     assert f"Example: ratchet {name}" in " ".join(done.stdout.split())
     assert done.stderr == ""
 

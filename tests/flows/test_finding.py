@@ -8,16 +8,21 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import scaled
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config, load_config
 from ratchet.files import read_json
 from ratchet.pipeline.checkout import child_environment
+from ratchet.services.environment import HEALTH, fetch_body
+from ratchet.services.specs import plan_services
 from tests.bases.test_base import REVISION, snapshot  # noqa: F401  (a fixture)
 from tests.flows.test_loop import ROOT, free_port, ratchet, run, write_rows
 
@@ -74,8 +79,36 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (place / "params.yaml").write_text(render_params(small_config()), encoding="utf-8")
     run(place, "git", "commit", "-qam", "Our settings")
     write_rows(place, "first.jsonl", "house", 400)
-    ratchet(place, "ingest", "--path", str(place.parent / "first.jsonl"))
-    yield place
+    with prefect_alone(place):
+        ratchet(place, "ingest", "--path", str(place.parent / "first.jsonl"))
+        yield place
+
+
+@contextmanager
+def prefect_alone(place: Path) -> Iterator[None]:
+    """Run the server that `ratchet up` would start, without MLflow: each command would start its own."""
+    plan = plan_services(place, load_config(place / "params.yaml"))["prefect"]
+    plan.folder.mkdir(parents=True)
+    with (
+        (plan.folder / "log").open("wb") as log,
+        subprocess.Popen(
+            plan.command,
+            cwd=plan.folder,
+            env=plan.environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            until = time.monotonic() + scaled(120)
+            while fetch_body(plan.host, plan.port, HEALTH[plan.name]) is None:
+                assert process.poll() is None and time.monotonic() < until, (plan.folder / "log").read_text()
+                time.sleep(0.2)
+            yield
+        finally:
+            process.terminate()
+            process.wait(timeout=scaled(60))
 
 
 def test_a_plan_is_made_before_anything_was_trained(home: Path) -> None:
@@ -124,6 +157,7 @@ def test_the_same_command_goes_on_and_writes_what_it_proposes(home: Path) -> Non
 
 def test_bases_are_compared_by_nats_a_row_in_own_tokens(home: Path, snapshot: Path) -> None:  # noqa: F811
     config = small_config(space={"base.model": ["demo", f"tiny/llama@{REVISION}"]}, trials=2)
+    config = config.model_copy(update={"services": load_config(home / "params.yaml").services})
     (home / "params.yaml").write_text(render_params(config), encoding="utf-8")
     run(home, "git", "commit", "-qam", "Look at bases")
     done = json.loads(ratchet(home, "sweep", "--json"))
