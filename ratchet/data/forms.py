@@ -344,7 +344,7 @@ def read_tools(given: Any) -> tuple[Tool, ...]:
         return ()
     if not isinstance(given, list):
         raise RowError("bad_tool", f"`tools` is {type(given).__name__}, wanted a list")
-    tools = []
+    tools: list[Tool] = []
     for tool in given:
         inner = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:

@@ -159,7 +159,7 @@ class ChatFormat:
         """Return the text of ids without special tokens, but for those that mark calls of tools."""
         kept = self._call_ids
         if not kept or kept.isdisjoint(ids):
-            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
         shown = [id for id in ids if id in kept or id not in self._special_ids]
         return str(self.tokenizer.decode(shown, skip_special_tokens=False))
 
@@ -174,9 +174,7 @@ class ChatFormat:
     def takes_tools(self) -> bool:
         """Tell whether the template writes the tools that a prompt offers."""
         try:
-            return PROBE_TOOL["function"]["name"] in self._render(
-                _marked(PROBE[:1]), opening=True, tools=[PROBE_TOOL]
-            )
+            return "look_up" in self._render(_marked(PROBE[:1]), opening=True, tools=[PROBE_TOOL])
         except (BaseModelError, TypeError, ValueError):
             return False
 

@@ -11,9 +11,9 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ratchet.data.examples import Message, ToolCall
+from ratchet.data.examples import Message, Tool, ToolCall
 
-PROBE_TOOL = {
+PROBE_TOOL: Tool = {
     "type": "function",
     "function": {
         "name": "look_up",
