@@ -201,7 +201,7 @@ def _exported_side(
     to: str, folder: Path, asked: Asked, reference: Reference, config: ParityConfig, *, half: bool
 ) -> tuple[Part, Scores]:
     loaded: Any = (load_gguf(folder) if to in KINDS else load_full(folder)).eval()
-    answers = model_answers(loaded, asked.ours, asked.prompts, **asked.greedy)
+    answers = model_answers(loaded, asked.ours, asked.prompts, tools=asked.tools, **asked.greedy)
     apart = differences(
         model_forward(loaded), loaded.device, reference.answers, reference.tops, **asked.batches
     )

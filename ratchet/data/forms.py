@@ -225,7 +225,7 @@ def read_turns(turns: Any, notes: Counter[str], *, where: str = "messages") -> l
     if not isinstance(turns, list):
         raise RowError("wrong_type", f"`{where}` is {type(turns).__name__}, wanted a list")
     read = [_read_turn(turn, notes) for turn in turns]
-    return _order_results([message for message in read if message.role != "system" or message.content], read)
+    return order_results([message for message in read if message.role != "system" or message.content])
 
 
 def _read_turn(turn: Any, notes: Counter[str]) -> Message:
@@ -245,7 +245,7 @@ def _read_turn(turn: Any, notes: Counter[str]) -> Message:
     role = ROLES.get(role, role)
     if turn.get("name") and role in ("user", "assistant", "system"):
         notes["speaker_name"] += 1
-    calls = _read_calls(turn)
+    calls = read_calls(turn)
     content = turn["content"] if "content" in turn else turn.get("value")
     if content is None and turn.get("refusal"):
         content = turn["refusal"]
@@ -296,7 +296,8 @@ def _content(content: Any, notes: Counter[str]) -> str:
     return "\n".join(texts)
 
 
-def _read_calls(turn: RawRow) -> tuple[ToolCall, ...]:
+def read_calls(turn: RawRow) -> tuple[ToolCall, ...]:
+    """Read the calls of one message, today's spelling or the older `function_call`. Raises RowError."""
     if turn.get("function_call"):
         return (_read_call(turn["function_call"]),)
     given = turn.get("tool_calls") or ()
@@ -355,8 +356,11 @@ def read_tools(given: Any) -> tuple[Tool, ...]:
     return tuple(tools)
 
 
-def _order_results(kept: list[Message], read: list[Message]) -> list[Message]:
-    """Put tools' results in the order of the calls that they answer; the ids have done their work then."""
+def order_results(kept: list[Message]) -> list[Message]:
+    """Put tools' results in the order of the calls that they answer; the ids have done their work then.
+
+    Raises RowError: a result answers no call.
+    """
     ordered: list[Message] = []
     position = 0
     while position < len(kept):

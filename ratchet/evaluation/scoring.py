@@ -184,7 +184,7 @@ def answer(
     say(f"evaluate: {player.name} on {len(asked.rows)} rows in {time.perf_counter() - started:.0f} s{where}")
     everything = range(len(asked.rows))
     return Answered(
-        [columns[answers][index] for index in everything],
+        [chat.read_answer(columns[answers][index], row.tools).text for index, row in enumerate(asked.rows)],
         [Likelihood(*columns[likelihoods][index]) for index in everything],
     )
 

@@ -73,7 +73,7 @@ class Exchange:
         return CANCELLED if self.gone else self.fault.status if self.fault else 200
 
     def add(self, index: int, piece: Piece) -> None:
-        if piece.text and not self.first_ms:
+        if (piece.text or piece.calls) and not self.first_ms:
             self.first_ms = self.elapsed_ms()
         self.answers[index].add(piece)
 
@@ -98,8 +98,8 @@ class Exchange:
             version=choice.version,
             rollout=choice.rollout_id,
             step=choice.step,
-            messages=tuple((message.role, message.content) for message in self.chat.messages),
-            answer=first.text,
+            messages=self.chat.logged(),
+            answer=first.said,
             finish="cancelled" if self.gone else "error" if self.fault else ended.finish,
             status=self.status,
             error=self.fault.message if self.fault else "",

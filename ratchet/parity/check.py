@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ratchet.config.evaluation import ParityConfig
-from ratchet.data.examples import Example
+from ratchet.data.examples import Example, Tool
 from ratchet.errors import RatchetError
 from ratchet.files import sha256_file
 from ratchet.models.adapters import load_trained
@@ -74,6 +74,10 @@ class Asked(NamedTuple):
     @property
     def prompts(self) -> list[list[int]]:
         return [self.ours.encode_prompt(row.prompt, row.tools) for row in self.rows]
+
+    @property
+    def tools(self) -> list[tuple[Tool, ...]]:
+        return [row.tools for row in self.rows]
 
     @property
     def greedy(self) -> dict[str, int]:
@@ -185,8 +189,9 @@ def _check_row(trained: Trained, bundle: Bundle, ours: ChatFormat, theirs: ChatF
     if not ends or ids[-1] != ours.stop_id:
         what = "the training did not learn the stop token at its end"
         return make_mismatch(row.id, len(ids) - 1, [ours.stop_id], ids[-1:], ours, ours, what)
-    answer = Answer(ids[:prompt], ids[prompt:], ours.decode_answer(ids[prompt:]), "stop")
-    told = replayed_answer(bundle, theirs, row.prompt, prompt, answer.ids)
+    text = ours.read_answer(ours.decode_answer(ids[prompt:]), row.tools).text
+    answer = Answer(ids[:prompt], ids[prompt:], text, "stop")
+    told = replayed_answer(bundle, theirs, row, prompt, answer.ids)
     return compare_row(row.id, answer, told, ours, theirs)
 
 
@@ -213,7 +218,7 @@ def check_answers(
 
 def compare_model(name: str, model: Any, asked: Asked, reference: Reference, tolerance: float) -> Part:
     """Ask another model as the trainer's was, and compare."""
-    told = model_answers(model, asked.ours, asked.prompts, **asked.greedy)
+    told = model_answers(model, asked.ours, asked.prompts, tools=asked.tools, **asked.greedy)
     apart = differences(
         model_forward(model), model.device, reference.answers, reference.tops, **asked.batches
     )
@@ -222,7 +227,7 @@ def compare_model(name: str, model: Any, asked: Asked, reference: Reference, tol
 
 def make_reference(model: Any, asked: Asked) -> Reference:
     """Ask a model as the evaluation does; keep its answers and strongest logits."""
-    answers = model_answers(model, asked.ours, asked.prompts, **asked.greedy)
+    answers = model_answers(model, asked.ours, asked.prompts, tools=asked.tools, **asked.greedy)
     return Reference(
         answers,
         strongest(model_forward(model), model.device, answers, **asked.batches),
@@ -234,7 +239,7 @@ def _engine_path(
     asked: Asked, reference: Reference, bundle: Bundle
 ) -> tuple[list[Answer], list[Tensor], int]:
     loaded = LoadedModel(bundle)
-    told = engine_answers(loaded, bundle, asked.theirs, [row.prompt for row in asked.rows], **asked.greedy)
+    told = engine_answers(loaded, bundle, asked.theirs, asked.rows, **asked.greedy)
     apart = differences(
         engine_forward(loaded, bundle.version),
         loaded.device,

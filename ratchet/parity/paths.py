@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ratchet.config.serving import GatewayConfig
-from ratchet.data.examples import Message
+from ratchet.data.examples import Example, Message, Tool, ToolCall, to_openai
 from ratchet.errors import RatchetError
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.generation import by_length, greedy_ids
@@ -50,13 +50,24 @@ class Top(NamedTuple):
 
 
 def model_answers(
-    model: Any, chat: ChatFormat, prompts: list[list[int]], *, max_new_tokens: int, batch_size: int
+    model: Any,
+    chat: ChatFormat,
+    prompts: list[list[int]],
+    *,
+    tools: Sequence[Sequence[Tool]],
+    max_new_tokens: int,
+    batch_size: int,
 ) -> list[Answer]:
-    """Ask a model as the evaluation does."""
+    """Ask a model as the evaluation does; `tools` are what each prompt offers."""
     made = greedy_ids(model, prompts, chat, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return [
-        Answer(prompt, ids, chat.decode_answer(ids), "stop" if chat.stop_ids & {*ids[-1:]} else "length")
-        for prompt, ids in zip(prompts, made, strict=True)
+        Answer(
+            prompt,
+            ids,
+            chat.read_answer(chat.decode_answer(ids), offered).text,
+            "stop" if chat.stop_ids & {*ids[-1:]} else "length",
+        )
+        for prompt, ids, offered in zip(prompts, made, tools, strict=True)
     ]
 
 
@@ -64,15 +75,15 @@ def engine_answers(
     loaded: LoadedModel,
     bundle: Bundle,
     chat: ChatFormat,
-    asked: Sequence[Sequence[Message]],
+    asked: Sequence[Example],
     *,
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Answer]:
-    """Ask as the gateway's engine `local` does: rows join when others leave."""
+    """Ask the rows' prompts as the gateway's engine `local` does: rows join when others leave."""
     decoder = Decoder(loaded, measure_prompts=False)
     decoder.add(bundle, chat)
-    heard = [_Heard(bundle, messages, max_new_tokens) for messages in asked]
+    heard = [_Heard(bundle, row, max_new_tokens) for row in asked]
     waiting = deque(one.row for one in heard if one.row)
     while waiting or decoder.size:
         decoder.round([waiting.popleft() for _ in range(min(len(waiting), batch_size - decoder.size))])
@@ -80,14 +91,14 @@ def engine_answers(
 
 
 def replayed_answer(
-    bundle: Bundle, chat: ChatFormat, messages: Sequence[Message], prompt_tokens: int, ids: list[int]
+    bundle: Bundle, chat: ChatFormat, row: Example, prompt_tokens: int, ids: list[int]
 ) -> Answer:
     """Return what the engine makes of a model that says exactly `ids`."""
     return engine_answers(
         cast(LoadedModel, _Script(prompt_tokens, ids)),
         bundle,
         chat,
-        [messages],
+        [row],
         max_new_tokens=len(ids),
         batch_size=1,
     )[0]
@@ -96,14 +107,16 @@ def replayed_answer(
 class _Heard:
     """Hold a request and what comes back."""
 
-    def __init__(self, bundle: Bundle, messages: Sequence[Message], max_new_tokens: int) -> None:
+    def __init__(self, bundle: Bundle, row: Example, max_new_tokens: int) -> None:
         self._text, self._fault, self._finish = "", "", ""
+        self._calls: tuple[ToolCall, ...] = ()
         self.row: Row | None = None
         body = {
             "model": bundle.name,
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "messages": to_openai(row.prompt),
             "max_tokens": max_new_tokens,
             "temperature": 0,
+            "tools": row.tools,
         }
         try:
             chat = parse_chat(json.dumps(body).encode(), GatewayConfig(max_tokens=max_new_tokens))
@@ -115,14 +128,21 @@ class _Heard:
     def _take(self, said: Piece | Ended | RatchetError) -> None:
         if isinstance(said, Piece):
             self._text += said.text
+            self._calls += said.calls
         elif isinstance(said, Ended):
-            self._finish = said.finish
+            self._finish = "stop" if said.finish == "tool_calls" else said.finish
         else:
             self._fault = str(said)
 
     def answer(self) -> Answer:
         return (
-            Answer(self.row.prompt, self.row.answer, self._text, self._finish, self._fault)
+            Answer(
+                self.row.prompt,
+                self.row.answer,
+                Message("assistant", self._text, self._calls).text,
+                self._finish,
+                self._fault,
+            )
             if self.row
             else Answer([], [], "", "", self._fault)
         )

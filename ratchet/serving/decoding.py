@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
+from ratchet.data.examples import ToolCall
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.models.cache import join, select
 from ratchet.models.chat_template import ChatFormat
@@ -46,6 +47,7 @@ class Row:
         self.ask, self.since, self.tell = ask, since, tell
         self.cancelled = False
         self.prompt: list[int] = []
+        self.held = ""  # text that is not told yet, where tools are offered
         self.answer: list[int] = []  # tokens so far; the next forward pass reads the newest
         self.room = 0  # answer tokens that may still come
         self.nll = 0.0  # sum over the answer's tokens, in nats
@@ -146,13 +148,13 @@ class Decoder:
         row.queue_ms = (time.perf_counter() - row.since) * 1000
         length = bundle.max_length - self._loaded.num_virtual(ask.version)
         try:
-            row.prompt = chat.fit_prompt(ask.messages, length)
+            row.prompt = chat.fit_prompt(ask.messages, length, ask.tools)
         except Exception as error:  # noqa: BLE001  (it is told to the one whose messages it comes from)
             known = isinstance(error, RatchetError)
             row.tell(UserError(str(error) if known else f"the messages cannot be encoded: {error}"))
             return False
         row.room = min(ask.max_tokens or bundle.generation.max_new_tokens, length - len(row.prompt))
-        row.transcript = Transcript(partial(_decode, chat), ask.stop)
+        row.transcript = Transcript(chat.decode, ask.stop)
         row.temperature = bundle.generation.temperature if ask.temperature is None else ask.temperature
         if row.temperature > 0:
             row.generator = torch.Generator()
@@ -292,13 +294,19 @@ class Decoder:
         if ended:
             text += row.transcript.end()
             stopped = stopped or row.transcript.stopped
-        if text or (ended and row.scored):
-            row.tell(Piece(text, tuple(row.scored)))
+        calls: tuple[ToolCall, ...] = ()
+        if row.ask.tools:  # what may be a call is text only once it is known to be none
+            row.held += text
+            said = self._chats[row.ask.version].read_answer(row.held, row.ask.tools) if ended else None
+            text, calls = (said.content, said.tool_calls) if said else ("", ())
+            calls = calls if row.ask.parallel_calls else calls[:1]
+        if text or calls or (ended and row.scored):
+            row.tell(Piece(text, tuple(row.scored), calls))
             row.scored = []
         if ended:
             row.tell(
                 Ended(
-                    "stop" if stopped else "length",
+                    "tool_calls" if calls else "stop" if stopped else "length",
                     len(row.prompt),
                     len(row.answer),
                     row.prompt_nll,
@@ -307,10 +315,6 @@ class Decoder:
                 )
             )
         return ended
-
-
-def _decode(chat: ChatFormat, ids: list[int]) -> str:
-    return str(chat.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _nll(logits: Tensor, following: Tensor, mask: Tensor) -> Tensor:

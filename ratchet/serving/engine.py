@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ratchet.data.examples import Message
+from ratchet.data.examples import Message, Tool, ToolCall
 from ratchet.errors import BaseModelError
 from ratchet.serving.bundle import Bundle
 
@@ -38,6 +38,8 @@ class Ask:
     stop: tuple[str, ...] = ()
     form: JsonForm | None = None
     top_logprobs: int | None = None
+    tools: tuple[Tool, ...] = ()
+    parallel_calls: bool = True  # False: of several calls the first alone is told
 
 
 class Scored(NamedTuple):
@@ -52,18 +54,20 @@ class Scored(NamedTuple):
 class Piece:
     """Hold a piece of an answer's text, often empty beside tokens; the answer is the pieces joined.
 
-    `tokens` are scored where that was asked for; the token that ends the turn is not among them.
+    `tokens` are scored where that was asked for; the token that ends the turn is not among them. `calls` are
+    whole calls of tools that the request offered.
     """
 
     text: str
     tokens: tuple[Scored, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
 class Ended:
     """End an answer. NLL is in nats a token, None where the engine cannot tell."""
 
-    finish: str  # "stop" or "length"
+    finish: str  # "stop", "tool_calls" or "length"
     prompt_tokens: int
     answer_tokens: int
     prompt_nll: float | None = None

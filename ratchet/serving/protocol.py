@@ -1,6 +1,6 @@
 """Read and write OpenAI's chat completions: a checked `Chat` from a body, JSON or events from an answer.
 
-Not covered, and refused by name: tools, penalties, and anything but text.
+Not covered, and refused by name: a tool that has to be called, penalties, and anything but text.
 """
 
 from __future__ import annotations
@@ -12,13 +12,29 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar
 import msgspec
 
 from ratchet.config.serving import GatewayConfig
-from ratchet.data.examples import MOST_MARKS, Message, has_mark_run, normalise
+from ratchet.data.examples import (
+    MOST_MARKS,
+    Message,
+    RowError,
+    Tool,
+    ToolCall,
+    has_mark_run,
+    normalise,
+    texts_of,
+)
+from ratchet.data.forms import order_results, read_calls, read_tools
 from ratchet.serving.engine import Ask, Ended, JsonForm, Piece, Scored
 from ratchet.serving.faults import Fault
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 NOT_SUPPORTED = (
-    *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "moderation"),
+    *("tool_choice", "functions", "function_call", "moderation"),
     *("logit_bias", "presence_penalty", "frequency_penalty", "modalities", "audio", "prediction"),
     *("reasoning_effort", "verbosity", "web_search_options"),
 )
@@ -26,7 +42,6 @@ NOT_SUPPORTED = (
 DEFAULTS: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True,),
     "function_call": ("none", "auto"),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
@@ -49,6 +64,7 @@ class Turn(msgspec.Struct):
     role: str
     content: str | list[Part] | None = None
     tool_calls: Any = None
+    tool_call_id: str | None = None
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -96,11 +112,11 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
+    tools: Any = None
+    parallel_tool_calls: bool | None = None
     # NOT_SUPPORTED
     moderation: Any = None
-    tools: Any = None
     tool_choice: Any = None
-    parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
     logit_bias: Any = None
@@ -144,6 +160,8 @@ class Chat:
     form: JsonForm | None = None
     top_logprobs: int | None = None
     num_choices: int = 1
+    tools: tuple[Tool, ...] = ()
+    parallel_calls: bool = True
 
     def ask(self, id: str, version: int, choice: int = 0) -> Ask:
         """Return what the engine is asked; each choice has a seed of its own, the first the client's."""
@@ -159,7 +177,14 @@ class Chat:
             self.stop,
             self.form,
             self.top_logprobs,
+            self.tools,
+            self.parallel_calls,
         )
+
+    def logged(self) -> tuple[tuple[str, str], ...]:
+        """Return roles and texts for the request log; the tools that were offered stand before them."""
+        offered = (("tools", msgspec.json.encode(self.tools).decode()),) if self.tools else ()
+        return (*offered, *((message.role, message.text) for message in self.messages))
 
 
 # --- requests ---
@@ -178,9 +203,15 @@ def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
             f"messages holds {len(body.messages)}; wanted 1 to {limits.max_messages}",
             "leave out the oldest turns" if body.messages else "",
         )
+    try:
+        messages = order_results(
+            [to_message(f"messages[{at}]", turn) for at, turn in enumerate(body.messages)]
+        )
+    except RowError as error:
+        refuse("messages", str(error))
     return Chat(
         model=body.model,
-        messages=tuple(to_message(f"messages[{at}]", turn) for at, turn in enumerate(body.messages)),
+        messages=tuple(messages),
         user=check_text("user", body.user or body.safety_identifier or ""),
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
@@ -192,6 +223,8 @@ def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
         form=_check_format(body.response_format),
         top_logprobs=_check_logprobs(body),
         num_choices=_check_choices(body),
+        parallel_calls=body.parallel_tool_calls is not False,
+        tools=() if body.tool_choice == "none" else _check_tools(body.tools),
     )
 
 
@@ -240,12 +273,29 @@ def to_message(where: str, turn: Turn) -> Message:
     role = ROLES.get(turn.role)
     if role is None:
         refuse(f"{where}.role", f"{where}.role is {turn.role!r}; known: {', '.join(ROLES)}")
-    if turn.tool_calls:
-        refuse(f"{where}.tool_calls", f"{where}.tool_calls is not supported", "leave it out")
-    if turn.content is None:
+    try:
+        calls = read_calls({"tool_calls": turn.tool_calls})
+    except RowError as error:
+        refuse(f"{where}.tool_calls", f"{where}: {error}")
+    if calls and role != "assistant":
+        refuse(f"{where}.tool_calls", f"{where} is by {role} and calls tools; the assistant's do")
+    if turn.content is None and not calls:
         refuse(f"{where}.content", f"{where}.content is missing; wanted text")
     # Normalised like the training rows: otherwise Windows line ends would make another prompt.
-    return Message(role, normalise(check_text(f"{where}.content", _join(where, turn.content))))
+    content = normalise(check_text(f"{where}.content", _join(where, turn.content or "")))
+    for text in texts_of([Message(role, "", calls)]):
+        check_text(f"{where}.tool_calls", text)
+    return Message(role, content, calls, call_id=turn.tool_call_id or "" if role == "tool" else "")
+
+
+def _check_tools(given: Any) -> tuple[Tool, ...]:
+    try:
+        tools = read_tools(given)
+    except RowError as error:
+        refuse("tools", str(error))
+    for text in texts_of([], tools):
+        check_text("tools", text)
+    return tools
 
 
 def _join(where: str, content: str | list[Part]) -> str:
@@ -356,15 +406,22 @@ class Answer:
     texts: list[str] = field(default_factory=list)
     tokens: list[Scored] = field(default_factory=list)
     ended: Ended | None = None
+    calls: list[ToolCall] = field(default_factory=list)
 
     @property
     def text(self) -> str:
         return "".join(self.texts)
 
+    @property
+    def said(self) -> str:
+        """Return the text with the calls in it, as rows and metrics have them."""
+        return Message("assistant", self.text, tuple(self.calls)).text
+
     def add(self, piece: Piece) -> None:
         if piece.text:
             self.texts.append(piece.text)
         self.tokens += piece.tokens
+        self.calls += piece.calls
 
 
 class Encoder(Protocol):
@@ -399,7 +456,7 @@ class ChatEncoder:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "message": self._message(index, answer),
                 "logprobs": self._logprobs(answer.tokens),
                 "finish_reason": answer.ended.finish if answer.ended else None,
             }
@@ -407,13 +464,35 @@ class ChatEncoder:
         ]
         return self._encode("chat.completion", choices, {"usage": _usage(answers)})
 
+    def _message(self, index: int, answer: Answer) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.calls:
+            message |= {"content": answer.text or None, "tool_calls": self._calls(index, answer.calls)}
+        return message
+
+    def _calls(self, index: int, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+        """Return calls in OpenAI's form; their ids follow from the request's, so each is one of its own."""
+        head = f"call_{self.id.rpartition('-')[2]}_{index}"
+        return [
+            {
+                "id": f"{head}_{number}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": msgspec.json.encode(call.arguments).decode()},
+            }
+            for number, call in enumerate(calls)
+        ]
+
     def begin(self) -> bytes:
         return b"".join(
             self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.chat.num_choices)
         )
 
     def piece(self, index: int, piece: Piece) -> bytes:
-        return self._chunk(index, {"content": piece.text}, piece.tokens)
+        delta: dict[str, Any] = {} if piece.calls and not piece.text else {"content": piece.text}
+        if piece.calls:
+            calls = enumerate(self._calls(index, piece.calls))
+            delta["tool_calls"] = [{"index": number, **call} for number, call in calls]
+        return self._chunk(index, delta, piece.tokens)
 
     def end(self, answers: Sequence[Answer]) -> bytes:
         ends = [
@@ -429,7 +508,7 @@ class ChatEncoder:
         return _event(fault.body())
 
     def _chunk(
-        self, index: int, delta: dict[str, str], tokens: Sequence[Scored] = (), *, finish: str | None = None
+        self, index: int, delta: dict[str, Any], tokens: Sequence[Scored] = (), *, finish: str | None = None
     ) -> bytes:
         logprobs = self._logprobs(tokens) if tokens else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}

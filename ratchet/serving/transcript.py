@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ratchet.data.examples import trim_start
+
 HALF = "\ufffd"  # what a decoder writes for the first bytes of a character
 
 
@@ -48,7 +50,7 @@ class Transcript:
 
     def _release(self, end: int) -> str:
         text, self._held = self._held[:end], self._held[end:]
-        text = text if self._begun else text.lstrip()
+        text = text if self._begun else trim_start(text)
         self._begun = self._begun or bool(text)
         return text
 

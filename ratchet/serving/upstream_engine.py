@@ -21,6 +21,8 @@ import aiohttp
 import msgspec
 
 from ratchet.config.params import Config
+from ratchet.data.examples import RowError, ToolCall, texts_of, to_openai
+from ratchet.data.forms import read_calls
 from ratchet.errors import BaseModelError, BusyError, ConfigError, ServiceError, UserError
 from ratchet.files import read_json
 from ratchet.models.adapters import read_kind
@@ -62,8 +64,21 @@ class Logprobs(msgspec.Struct):
     content: list[Token] | None = None
 
 
+class CalledFunction(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class Called(msgspec.Struct):
+    """Hold a call, or a part of one in a stream."""
+
+    function: CalledFunction
+    index: int = 0
+
+
 class Text(msgspec.Struct):
     content: str | None = None
+    tool_calls: list[Called] | None = None
 
 
 class Choice(msgspec.Struct):
@@ -152,8 +167,8 @@ class UpstreamEngine:
         """Yield one piece for a whole answer, many for a streamed one."""
         bundle = self._bundles[ask.version]
         # The upstream tokenizes the whole prompt at once, so text of a user could become a control token.
-        for message in ask.messages:
-            if found := self._control[ask.version].search(message.content):
+        for text in texts_of(ask.messages, ask.tools):
+            if found := self._control[ask.version].search(text):
                 raise UserError(
                     f"a message holds {found[0]!r}, a control token of the model", remedy="leave it out"
                 )
@@ -313,10 +328,12 @@ def _body(ask: Ask, bundle: Bundle, *, stream: bool) -> bytes:
         "logprobs": None if ask.top_logprobs is None else True,
         "top_logprobs": ask.top_logprobs,
         "response_format": _format(ask.form),
+        "tools": ask.tools or None,
+        "parallel_tool_calls": None if ask.parallel_calls else False,
     }
     body = {
         "model": _model(bundle),
-        "messages": ask.messages,
+        "messages": to_openai(ask.messages),
         "max_tokens": max_tokens,
         "temperature": temperature,
     }
@@ -343,11 +360,14 @@ async def _read_whole(response: aiohttp.ClientResponse) -> AsyncIterator[Piece |
         raise ServiceError(f"the upstream sent no choice: {raw[:SEEN]!r}", remedy="see the upstream's log")
     if piece := choice.piece(choice.message.content):
         yield piece
+    if calls := _join_calls(list(enumerate(choice.message.tool_calls or ()))):
+        yield Piece("", (), calls)
     yield _end(choice.finish_reason, completion.usage)
 
 
 async def _read_stream(response: aiohttp.ClientResponse) -> AsyncIterator[Piece | Ended]:
     finish, usage = None, None
+    called: list[tuple[int, Called]] = []
     async for line in response.content:
         if not line.startswith(b"data:"):
             continue  # the empty line between events, or a comment that keeps the connection open
@@ -360,11 +380,31 @@ async def _read_stream(response: aiohttp.ClientResponse) -> AsyncIterator[Piece 
             finish = choice.finish_reason or finish
             if choice.delta and (piece := choice.piece(choice.delta.content)):
                 yield piece
+            if choice.delta:
+                called += [(part.index, part) for part in choice.delta.tool_calls or ()]
     if finish is None:
         raise ServiceError(
             "the upstream's stream ended before its answer did", remedy="see the upstream's log"
         )
+    if calls := _join_calls(called):
+        yield Piece("", (), calls)
     yield _end(finish, usage)
+
+
+def _join_calls(parts: list[tuple[int, Called]]) -> tuple[ToolCall, ...]:
+    """Join the parts of calls by their numbers. Raises ServiceError: the arguments are no JSON object."""
+    joined: dict[int, tuple[str, str]] = {}
+    for index, part in parts:
+        name, arguments = joined.get(index, ("", ""))
+        joined[index] = (
+            name + (part.function.name or ""),
+            arguments + (part.function.arguments or ""),
+        )
+    try:
+        calls = [{"function": {"name": name, "arguments": said}} for name, said in joined.values()]
+        return read_calls({"tool_calls": calls})
+    except RowError as error:
+        raise ServiceError(f"the upstream sent a broken call: {error}", remedy="ask again") from None
 
 
 def _parse(raw: bytes) -> Completion:
@@ -379,7 +419,8 @@ def _parse(raw: bytes) -> Completion:
 
 def _end(finish: str | None, usage: Usage | None) -> Ended:
     usage = usage or Usage()
-    return Ended("length" if finish == "length" else "stop", usage.prompt_tokens, usage.completion_tokens)
+    kept = finish if finish in ("length", "tool_calls") else "stop"
+    return Ended(kept, usage.prompt_tokens, usage.completion_tokens)
 
 
 async def _read_text(response: aiohttp.ClientResponse) -> str:

@@ -200,6 +200,8 @@ def _judge(request: Logged, feedback: list[Feedback], min_score: float) -> tuple
     """Return (the right answer, how it is known), or (None, why not); a correction wins over a score."""
     if not request.messages:
         return None, "without texts"
+    if any(role in ("tools", "tool") for role, _ in request.messages):
+        return None, "with tools"
     asked = (content for _, content in request.messages)
     if any(map(has_mark_run, [request.answer, *asked, *(said.answer for said in feedback)])):
         # Preparation would refuse it, and normalising it takes quadratic time.

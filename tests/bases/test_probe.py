@@ -19,7 +19,7 @@ from transformers.utils import chat_template_utils
 from ratchet.bases.template_probe import adapt_template
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, BaseConfig
-from ratchet.data.examples import Message, read_examples
+from ratchet.data.examples import Message, make_example, read_examples
 from ratchet.demo.base_model import CHAT_TEMPLATE, CONTROL_TOKENS
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, write_json
@@ -229,13 +229,13 @@ def test_every_end_token_ends_an_answer_in_evaluation_and_engine(
     chat, served = load_chat(tiny_base), tmp_path / "served"
     bundle = Bundle("tiny", 1, served, tiny_base, 96, Generation(6))
     shutil.copytree(candidate, served)
-    model = LoadedModel(bundle)
-    (open_ended,) = engine_answers(model, bundle, chat, [ASKED], max_new_tokens=6, batch_size=1)
+    model, row = LoadedModel(bundle), make_example([*ASKED, Message("assistant", "a")], {})
+    (open_ended,) = engine_answers(model, bundle, chat, [row], max_new_tokens=6, batch_size=1)
     further = open_ended.ids[1]
     assert further != chat.stop_id
     write_generation(served, [chat.stop_id, further], chat.pad_id)
     heard = load_chat(served)
-    (told,) = engine_answers(model, bundle, heard, [ASKED], max_new_tokens=6, batch_size=1)
+    (told,) = engine_answers(model, bundle, heard, [row], max_new_tokens=6, batch_size=1)
     assert told.ids == open_ended.ids[: open_ended.ids.index(further) + 1]
     assert told.finish == "stop" and further not in chat.tokenizer.encode(told.text)[1:]
     base = load_base(tiny_base).eval()

@@ -259,9 +259,9 @@ def test_answers_are_not_kept_for_a_look_up(client):
         ({"max_tokens": 65}, openai.BadRequestError, "wanted 1 to 64"),
         ({"n": 2}, openai.BadRequestError, "temperature 0: all choices would be the same"),
         (
-            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            {"tools": [{"type": "function", "function": {}}]},
             openai.BadRequestError,
-            "tools is not supported",
+            "a tool has no name",
         ),
         ({"messages": question() * 9}, openai.BadRequestError, "holds 9; wanted 1 to 8"),
         ({"messages": question("x" * 5000)}, openai.APIStatusError, "bytes, wanted at most 4096"),
