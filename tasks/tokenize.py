@@ -200,8 +200,12 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
         say(
             f"tokenize: {profile.canaries} canaries planted on top of the training rows (`evaluate.canaries`)"
         )
+    rows = read_examples(arguments.prepared / "train.jsonl")
+    reasoned = sum(any(message.reasoning for message in row.messages) for row in rows)
     chosen = " (auto)" if config.tokenize.max_length == "auto" else ""
     say(f"tokenize: rows of at most {profile.max_length} tokens{chosen} in windows of {profile.window}")
+    if reasoned:
+        say(f"tokenize: {reasoned} rows have reasoning, which is left out of what is learned")
     if not profile.validation.rows:
         say("tokenize: WARNING: there are no validation rows: the training could not be stopped early")
     say(
