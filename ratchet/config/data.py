@@ -182,8 +182,20 @@ class PrepareConfig(Section):
             "title",
             "url",
             "review",
+            "prompt_id",
+            "conversation_id",
         ],
         description="keys beside the form's own that rows may have; single values go into `meta`",
+    )
+    control_tokens: Literal["reject", "keep"] = Field(
+        default="reject",
+        description="rows that hold what is a control token of some model family (`<s>`, `[INST]`); `keep` "
+        "takes it as plain characters, which never become a control token here",
+    )
+    isolates: Literal["reject", "keep"] = Field(
+        default="reject",
+        description="rows with U+2066 to U+2069, which W3C advises around text of another direction; "
+        "overrides (U+202A to U+202E) are always rejected",
     )
     allowed_tokens: list[str] = Field(
         default=[], description="control tokens that rows may hold as plain text, such as `<s>`"

@@ -67,7 +67,8 @@ HIDDEN = re.compile(
 )
 # Share of the characters that may be hidden, and how many are taken out of a short text too.
 MOST_HIDDEN, FEW_HIDDEN = 0.01, 3
-BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # they turn the direction of what follows
+OVERRIDES = re.compile("[\u202a-\u202e]")  # they turn the direction of what follows
+ISOLATES = re.compile("[\u2066-\u2069]")  # so do these, but for a part that they keep apart
 # Of the large families; the base's own tokens are split into plain characters by
 # ratchet/models/chat_template.py whatever they are.
 CONTROL_TOKENS = re.compile(
@@ -89,14 +90,15 @@ LOOP_RATIO, LOOP_LEAST = 20, 400  # bytes before and after zlib; shorter texts c
 LEAST = 20  # characters; on fewer the classifier of languages guesses
 
 
-def clean(text: str, sanitised: Counter[str]) -> str:
+def clean(text: str, sanitised: Counter[str], *, isolates: bool = False) -> str:
     """Take hidden and control characters out of `text`, and count what was taken out.
 
-    Raises RowError for a text that is unfit as a whole.
+    Isolates of the direction of writing stay where `isolates` allows them. Raises RowError for a text that is
+    unfit as a whole.
     """
     if PLAIN.fullmatch(text):
         return text
-    _check_encoding(text)
+    _check_encoding(text, isolates=isolates)
     if LINE_ENDS.search(text):
         sanitised["line_ends"] += 1
     shown, controls = CONTROLS.subn("", ESCAPES.sub("", text))
@@ -112,7 +114,7 @@ def clean(text: str, sanitised: Counter[str]) -> str:
     return kept
 
 
-def _check_encoding(text: str) -> None:
+def _check_encoding(text: str, *, isolates: bool) -> None:
     """Raise RowError: NUL, half a surrogate pair, turned direction, a text read in the wrong encoding."""
     if "\x00" in text:
         raise RowError("nul_character", "a text holds a NUL character")
@@ -120,11 +122,11 @@ def _check_encoding(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise RowError("lone_surrogate", "a text holds half a character (a lone surrogate)") from None
-    if BIDI.search(text):
+    if OVERRIDES.search(text) or (not isolates and ISOLATES.search(text)):
         raise RowError(
             "bidi_override",
             "a text holds a character that turns the direction of writing (U+202A to E, U+2066 to 9): "
-            "it can be read as what it is not",
+            "it can be read as what it is not (`prepare.isolates: keep` takes U+2066 to 9)",
         )
     if (broken := sum(len(match) for match in MOJIBAKE.findall(text))) > MOST_MOJIBAKE * len(text):
         raise RowError(
@@ -133,10 +135,13 @@ def _check_encoding(text: str) -> None:
         )
 
 
-def check_text(text: str, allowed: frozenset[str]) -> None:
-    """Raise RowError for a control token that is not `allowed`, and for a loop."""
-    if found := find_token(text, allowed):
-        raise RowError("control_token", f"a text holds the control token {found!r}")
+def check_text(text: str, allowed: frozenset[str] | None) -> None:
+    """Raise RowError for a control token that is not `allowed` (None: any is), and for a loop."""
+    if allowed is not None and (found := find_token(text, allowed)):
+        raise RowError(
+            "control_token",
+            f"a text holds the control token {found!r} (`prepare.control_tokens: keep` takes it as text)",
+        )
     size = len(text) if text.isascii() else len(text.encode())
     if size >= LOOP_LEAST and size > LOOP_RATIO * len(zlib.compress(text.encode(), 1)):
         raise RowError("loop", f"a text of {size} bytes says nearly nothing: it repeats itself")

@@ -81,7 +81,8 @@ class Validator:
 
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
-        self._allowed = frozenset(config.allowed_tokens)
+        self._allowed = None if config.control_tokens == "keep" else frozenset(config.allowed_tokens)
+        self._isolates = config.isolates == "keep"
         self._extra = frozenset({*META_KEYS, *config.extra_keys})
         self._blocked = [(entry, _compile(entry)) for entry in config.blocked]
 
@@ -104,7 +105,9 @@ class Validator:
                 "too_many_chars", f"{length} characters; `prepare.max_chars` is {self._config.max_chars}"
             )
         sanitised = Counter(said.notes)
-        messages = map_texts([*said.messages, *answers], lambda text: clean(text, sanitised))
+        messages = map_texts(
+            [*said.messages, *answers], lambda text: clean(text, sanitised, isolates=self._isolates)
+        )
         meta = self._meta(row)
         example = said._replace(
             messages=messages[: len(said.messages)], rejected=messages[-1] if answers else None

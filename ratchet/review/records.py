@@ -11,7 +11,7 @@ import xxhash
 
 from ratchet.data.batches import content_hash
 from ratchet.data.examples import Message, Meta, RawRow, RowError, make_example, make_raw_row
-from ratchet.data.text import BIDI
+from ratchet.data.text import ISOLATES, OVERRIDES
 from ratchet.errors import UserError
 
 VERDICTS = ("accept", "reject", "edit")
@@ -136,7 +136,7 @@ def check_name(by: str) -> str:
     """
     by = by.strip()
     unprintable = any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in by)
-    if not by or len(by) > LONGEST_NAME or unprintable or BIDI.search(by):
+    if not by or len(by) > LONGEST_NAME or unprintable or OVERRIDES.search(by) or ISOLATES.search(by):
         what = f"the name {by[:80]!r} cannot be kept" if by else "nobody is named as the one who decides"
         raise UserError(
             what, remedy=f"one line of at most {LONGEST_NAME} characters: --by NAME, or git config user.name"

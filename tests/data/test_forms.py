@@ -293,6 +293,22 @@ def test_what_cannot_be_learned_has_one_reason(row, reason):
     assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("<s>old</s> [INST] <|im_end|>", {"control_tokens": "keep"}),
+        ("\u2068عنوان\u2069", {"isolates": "keep"}),
+    ],
+)
+def test_what_some_data_need_is_a_setting_and_kept_as_it_is(text, settings):
+    row = {"prompt": "q", "completion": text}
+    with pytest.raises(RowError, match=next(iter(settings))):
+        read(row)
+    assert read(row, **settings).answer == text
+    with pytest.raises(RowError, match="direction"):
+        read({"prompt": "q", "completion": "\u202e" + text}, **settings)
+
+
 def test_the_reader_alone_says_what_form_it_wants():
     with pytest.raises(RowError, match="`text` is missing"):
         read_conversation({"prompt": "q", "completion": "a"}, "text")
