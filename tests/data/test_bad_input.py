@@ -239,7 +239,7 @@ CASES = [
     Case(
         59,
         [talk(("user", "a"), ("assistant", "b"), tool_calls=[{"name": "rm", "arguments": "{"}])],
-        "unknown_key",
+        "bad_tool_call",
     ),
     Case(59, [call("{")], "bad_tool_call"),
     Case(59, [call("[1]")], "bad_tool_call"),
