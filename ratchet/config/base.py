@@ -24,6 +24,9 @@ Metric = Literal[
     "json_valid",
     "regex_match",
     "numeric_match",
+    "tool_decision",
+    "tool_name",
+    "tool_arguments",
     "refusal",
     "length",
 ]

@@ -11,6 +11,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ratchet.errors import DataError
 
 CONTINUE = "Continue."  # the fixed prompt of rows that are plain text
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+CALL_LINE = re.compile(f"^{CALL_OPEN}(.*){CALL_CLOSE}$", re.MULTILINE)
 INDENT = re.compile(r"\t[\t ]*| [\t ]+")  # what code begins a line with; one blank is an accident
 ROLES = ("system", "user", "assistant", "tool")
 MOST_MARKS = 32
@@ -113,6 +115,15 @@ def call_text(call: ToolCall) -> str:
     """Write a call as one line of JSON with sorted keys, so that equal calls are equal texts."""
     said = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False, sort_keys=True)
     return f"{CALL_OPEN}{said}{CALL_CLOSE}"
+
+
+def calls_in(text: str) -> list[ToolCall]:
+    """Read the calls of a text that `Message.text` wrote; lines that are no calls are text."""
+    found: list[ToolCall] = []
+    for line in CALL_LINE.findall(text):
+        with suppress(msgspec.DecodeError):
+            found.append(msgspec.json.decode(line, type=ToolCall))
+    return found
 
 
 def normalise(text: str) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ratchet.config.evaluation import EvaluateConfig
+from ratchet.data.examples import call_text, calls_in
 from ratchet.data.text import REFUSAL
 from ratchet.data.words import words_of
 from ratchet.evaluation.statistics import Interval, Values
@@ -112,6 +113,23 @@ def numeric_match(answer: str, reference: str) -> float:
     return float(found is not None and math.isclose(found, wanted, rel_tol=TOLERANCE, abs_tol=1e-12))
 
 
+def tool_decision(answer: str, reference: str) -> float:
+    """Return 1 when the answer calls a tool just where the reference does, else 0."""
+    return float(bool(calls_in(answer)) == bool(calls_in(reference)))
+
+
+def tool_name(answer: str, reference: str) -> float:
+    """Return 1 when both call the same tools, in any order, else 0; none on both sides is the same."""
+    said, wanted = (sorted(call.name for call in calls_in(text)) for text in (answer, reference))
+    return float(said == wanted)
+
+
+def tool_arguments(answer: str, reference: str) -> float:
+    """Return 1 when both make the same calls with the same arguments, in any order, else 0."""
+    said, wanted = (sorted(map(call_text, calls_in(text))) for text in (answer, reference))
+    return float(said == wanted)
+
+
 def refusal(answer: str, reference: str) -> float:
     """Return 1 when the answer begins as a refusal in English does, else 0; its mean is the refusal rate.
 
@@ -136,6 +154,9 @@ ROW_METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
     "json_valid": json_valid,
     "numeric_match": numeric_match,
+    "tool_decision": tool_decision,
+    "tool_name": tool_name,
+    "tool_arguments": tool_arguments,
     "refusal": refusal,
     "length": length,
 }

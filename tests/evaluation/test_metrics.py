@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 
 from ratchet.config.evaluation import EvaluateConfig
+from ratchet.data.examples import Message, ToolCall
 from ratchet.evaluation.metrics import (
     ROW_METRICS,
     bleu,
@@ -27,6 +28,9 @@ from ratchet.evaluation.metrics import (
     rouge_l,
     row_metrics,
     token_f1,
+    tool_arguments,
+    tool_decision,
+    tool_name,
 )
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.lists(
@@ -274,3 +278,33 @@ def test_swapping_answer_and_reference_changes_nothing(name, answer, reference):
 @given(answer=TEXT, reference=TEXT)
 def test_the_order_of_words_can_only_lower_the_score(answer, reference):
     assert rouge_l(answer, reference) <= token_f1(answer, reference) + 1e-12
+
+
+def calling(*calls: ToolCall, content: str = "") -> str:
+    return Message("assistant", content, calls).text
+
+
+FIND, OTHER = ToolCall("find", {"word": "a", "n": 1}), ToolCall("send", {})
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "scores"),
+    [
+        (calling(FIND), calling(ToolCall("find", {"n": 1, "word": "a"})), (1, 1, 1)),
+        (calling(FIND, OTHER), calling(OTHER, FIND), (1, 1, 1)),
+        (calling(FIND, content="let me see"), calling(FIND), (1, 1, 1)),
+        (calling(ToolCall("find", {"word": "b"})), calling(FIND), (1, 1, 0)),
+        (calling(OTHER), calling(FIND), (1, 0, 0)),
+        (calling(FIND), calling(FIND, FIND), (1, 0, 0)),
+        ("it is a", calling(FIND), (0, 0, 0)),
+        ('<tool_call>{"name": "find", "arguments": {</tool_call>', calling(FIND), (0, 0, 0)),
+        (calling(FIND), "it is a", (0, 0, 0)),
+        ("it is a", "it is b", (1, 1, 1)),
+    ],
+)
+def test_calls_of_tools_are_compared_as_calls(answer, reference, scores):
+    assert (
+        tool_decision(answer, reference),
+        tool_name(answer, reference),
+        tool_arguments(answer, reference),
+    ) == scores
