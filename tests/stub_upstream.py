@@ -3,8 +3,8 @@
     python tests/stub_upstream.py PORT
 
 Every word of an answer is the model's name, so that an answer of two versions would show. A prompt that
-starts with `fault:` asks for one (see FAULTS); `wait:0.2` answers after 0.2 s, `words:30` with 30 words. Its
-only state is the list of loaded adapters.
+starts with `fault:` asks for one (see FAULTS); `wait:0.2` answers after 0.2 s, `words:30` with 30 words,
+`call:NAME` calls that tool with the word `a`. Its only state is the list of loaded adapters.
 """
 
 from __future__ import annotations
@@ -77,6 +77,9 @@ class Stub:
             status, raw = FAULTS[orders["fault"]]
             await _send(send, status, raw)
             return
+        if "call" in orders:
+            await _call_tool(body, orders["call"], send)
+            return
         words = [model] * int(orders.get("words", WORDS))
         self.running += 1
         try:
@@ -125,6 +128,24 @@ class Stub:
         await _event(send, {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
         await _event(send, {**head, "choices": [], "usage": _usage(words)})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+async def _call_tool(body: dict[str, Any], name: str, send: Any) -> None:
+    """Call a tool whole, or in three parts of a stream, as vLLM does."""
+    function = {"name": name, "arguments": '{"word": "a"}'}
+    if not body.get("stream"):
+        message = {"role": "assistant", "content": None}
+        message["tool_calls"] = [{"id": "c", "type": "function", "function": function}]
+        choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
+        await _send(send, 200, {"choices": [choice], "usage": _usage([name])})
+        return
+    headers = [(b"content-type", b"text/event-stream")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for part in ({"name": name, "arguments": ""}, {"arguments": '{"word"'}, {"arguments": ': "a"}'}):
+        delta = {"tool_calls": [{"index": 0, "function": part}]}
+        await _event(send, {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+    await _event(send, {"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
+    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 
 def _orders(prompt: str) -> dict[str, str]:

@@ -132,6 +132,30 @@ def test_an_upstream_is_asked_for_the_form_and_the_scores(gateway, client):
 # --- responses ----------------------------------------------------------------------------------------------
 
 
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_is_offered_called_and_its_result_sent_back(gateway, client, stream):
+    asked = {"model": "pydoc", "tools": TOOLS, "messages": question("call:find")}
+    if stream:
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+        deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+        (call,) = [call for delta in deltas for call in delta.tool_calls or ()]
+        finish = chunks[-1].choices[0].finish_reason
+    else:
+        (choice,) = client.chat.completions.create(**asked).choices
+        (call,), finish = choice.message.tool_calls, choice.finish_reason
+    assert (call.function.name, json.loads(call.function.arguments)) == ("find", {"word": "a"})
+    assert finish == "tool_calls" and gateway.stub.seen[-1]["tools"] == TOOLS
+    turn = {"role": "assistant", "content": None, "tool_calls": [call.model_dump(exclude={"index"})]}
+    result = {"role": "tool", "tool_call_id": call.id, "content": "the result"}
+    client.chat.completions.create(**asked | {"messages": [*question(), turn, result]})
+    sent = gateway.stub.seen[-1]["messages"]
+    assert [message["role"] for message in sent] == ["user", "assistant", "tool"]
+    assert sent[2]["tool_call_id"] == sent[1]["tool_calls"][0]["id"] and sent[2]["content"] == "the result"
+
+
 def test_a_response_is_answered_logged_and_judged_like_a_chat(gateway, client):
     answered = client.responses.with_raw_response.create(
         model="pydoc",
