@@ -15,6 +15,7 @@ from ratchet.data.examples import Example, RowError
 from ratchet.data.profile import BatchProfile, check_limits
 from ratchet.data.validation import Origin, Validator
 from ratchet.errors import DataError, UserError
+from ratchet.evaluation.metrics import Proposal, propose_metrics
 from ratchet.models.lengths import Lengths, check_dropped, describe_lengths, known_tokens
 from ratchet.models.manifests import read_base_manifest
 from ratchet.sources.jsonl import shown
@@ -50,6 +51,7 @@ class Verdict(NamedTuple):
     tokens: Lengths | None  # of the accepted rows, by the chosen base
     unmeasured: str  # why there are none
     preview: list[Preview]
+    metrics: Proposal | None  # what fits the accepted answers
 
 
 class Resubmitted(NamedTuple):
@@ -82,12 +84,15 @@ def check_file(
     rejected: list[Rejection] = []
     chat, unmeasured = known_tokens(base, config.base)
     lengths: list[int] = []
+    references: list[str] = []
 
     def keep(side: str, row: Example | Rejection) -> None:
         if isinstance(row, Rejection):
             rejected.append(row)
-        elif chat and side != GOLDEN:
-            lengths.append(len(chat.encode(row).ids))
+        elif side != GOLDEN:
+            references.append(row.answer)
+            if chat:
+                lengths.append(len(chat.encode(row).ids))
 
     gathered = sort_batches(
         [Incoming(origin, len(lines), enumerate(lines, start=1))],
@@ -110,7 +115,17 @@ def check_file(
         except DataError as error:
             failure = failure or str(error)
     shown_rows = preview_rows(lines, origin, settings, chat) if preview else []
-    return Verdict(name, profile.batches[name], rejected, failure, said, tokens, unmeasured, shown_rows)
+    return Verdict(
+        name,
+        profile.batches[name],
+        rejected,
+        failure,
+        said,
+        tokens,
+        unmeasured,
+        shown_rows,
+        propose_metrics(references),
+    )
 
 
 def preview_pulled(pulled: Pulled, config: Config, base: Path) -> tuple[list[Preview], str]:

@@ -27,6 +27,7 @@ from ratchet.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from ratchet.config.params import Config
+    from ratchet.evaluation.metrics import Proposal
     from ratchet.models.lengths import Lengths
 
 SHOWN = 10  # rows that are printed; --json has them all
@@ -77,6 +78,7 @@ def check(
             "rejected": msgspec.to_builtins(verdict.rejected),
             "tokens": verdict.tokens and verdict.tokens._asdict(),
             "preview": as_plain(verdict.preview),
+            "metrics": verdict.metrics and verdict.metrics._asdict(),
         }
         for verdict in verdicts
     ]
@@ -89,6 +91,8 @@ def check(
                 f"rejected {counts.rejected['rows']}, duplicate {counts.duplicate['rows']}"
             )
             say(f"  {_tell_lengths(verdict.tokens, config) or verdict.unmeasured}")
+            if verdict.metrics:
+                say(f"  {_tell_metrics(verdict.metrics, config)}")
             for row in verdict.rejected[:SHOWN]:
                 say(
                     f"  line {row.line}: {row.reason}: "
@@ -113,6 +117,17 @@ def check(
         raise DataError("\n".join(map(str, unread)))
     if any(verdict.failure for verdict in verdicts):
         raise typer.Exit(FAILED)
+
+
+def _tell_metrics(found: Proposal, config: Config) -> str:
+    """Tell which metrics fit the answers, and what to change where the settings do not have them."""
+    told = f"metrics: {', '.join(found.metrics)} fit: {found.why}"
+    missing = [name for name in found.metrics if name not in ("exact_match", *config.evaluate.metrics)]
+    if missing:
+        told += f"; add {', '.join(missing)} to `evaluate.metrics`"
+    if config.gate.metric not in found.metrics:
+        told += f"; `gate.metric` is {config.gate.metric}, which may see no difference"
+    return told
 
 
 def _tell_lengths(found: Lengths | None, config: Config) -> str:

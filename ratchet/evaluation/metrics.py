@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,8 @@ Metric = Callable[[str, str], float]
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,300})(?:\.\d{1,300})?(?:[eE][-+]?\d{1,3})?")
 TOLERANCE = 1e-6  # of two numbers, relative
 MIN_ROWS = 5  # of a reference, to count as a label
+MARKED_NUMBER = re.compile(r"####\s*[-+$]?[\d.,]+\s*$")  # as GSM8K's answers end
+NEARLY_ALL, SOME_CALLS, LONG_TEXT = 0.9, 0.2, 12  # shares of the answers; words
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -218,6 +221,50 @@ def _longest_common(left: list[str], right: list[str]) -> int:
 
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is no JSON")
+
+
+class Proposal(NamedTuple):
+    """Metrics that can see whether answers like these are right; the first would do for `gate.metric`."""
+
+    metrics: tuple[str, ...]
+    why: str
+
+
+def propose_metrics(references: Sequence[str]) -> Proposal | None:
+    """Propose metrics from what the answers look like; None without rows.
+
+    Calls of tools, JSON and numbers are told where nearly all answers are such; a long text is never said
+    again word by word, so exact match would be 0 for every model.
+    """
+    if not references:
+        return None
+
+    def share(fits: Callable[[str], bool]) -> float:
+        return sum(map(fits, references)) / len(references)
+
+    if (calling := share(lambda text: bool(calls_in(text)))) >= SOME_CALLS:
+        return Proposal(
+            ("tool_arguments", "tool_name", "tool_decision"), f"{calling:.0%} of the answers call tools"
+        )
+    if (marked := share(lambda text: MARKED_NUMBER.search(text) is not None)) >= NEARLY_ALL:
+        return Proposal(("numeric_match",), f"{marked:.0%} of the answers end with #### and a number")
+    if (objects := share(_is_json)) >= NEARLY_ALL:
+        return Proposal(("exact_match", "json_valid"), f"{objects:.0%} of the answers are JSON")
+    if are_labels(references):
+        return Proposal(
+            ("exact_match", "macro_f1"), f"{len(set(map(as_label, references)))} answers come again and again"
+        )
+    if (numbers := share(lambda text: NUMBER.fullmatch(text.strip()) is not None)) >= NEARLY_ALL:
+        return Proposal(("numeric_match",), f"{numbers:.0%} of the answers are numbers")
+    words = sorted(len(words_of(text)) for text in references)[len(references) // 2]
+    if words >= LONG_TEXT:
+        why = f"half of the answers have {words} words or more, and nobody says those again word by word"
+        return Proposal(("rouge_l", "chrf"), why)
+    return Proposal(("exact_match", "token_f1"), f"half of the answers have {words} words or fewer")
+
+
+def _is_json(text: str) -> bool:
+    return text.lstrip()[:1] in ("{", "[") and json_valid(text, "") == 1.0
 
 
 def are_labels(references: Sequence[str]) -> bool:

@@ -22,6 +22,7 @@ from ratchet.evaluation.metrics import (
     last_number,
     length,
     numeric_match,
+    propose_metrics,
     refusal,
     regex_match,
     rouge_2,
@@ -308,3 +309,31 @@ def test_calls_of_tools_are_compared_as_calls(answer, reference, scores):
         tool_name(answer, reference),
         tool_arguments(answer, reference),
     ) == scores
+
+
+@pytest.mark.parametrize(
+    ("references", "first"),
+    [
+        ([calling(FIND), "it is a", calling(OTHER)], "tool_arguments"),
+        ([f"{number} + 1\n#### {number + 1:,}" for number in range(995, 1005)], "numeric_match"),
+        ([f'{{"covered": {flag}}}' for flag in ("true", "false")] * 5, "exact_match"),
+        (["refund", "card lost"] * 10, "exact_match"),
+        ([f"{number}" for number in range(20)], "numeric_match"),
+        (
+            [f"It is covered up to {n} euros a year where the policy says so" for n in range(9)],
+            "rouge_l",
+        ),
+        ([f"city {number}" for number in range(9)], "exact_match"),
+    ],
+)
+def test_a_metric_is_proposed_that_can_see_these_answers(references, first):
+    found = propose_metrics(references)
+    assert found.metrics[0] == first and found.why
+    known = {*ROW_METRICS, "macro_f1"}
+    assert known.issuperset(found.metrics)
+
+
+def test_json_and_labels_bring_their_own_metrics_and_nothing_proposes_nothing():
+    assert "json_valid" in propose_metrics(['{"a": 1}'] * 9 + ["none"]).metrics
+    assert "macro_f1" in propose_metrics(["yes", "no"] * 9).metrics
+    assert propose_metrics([]) is None
