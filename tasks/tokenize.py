@@ -49,7 +49,7 @@ class FeedbackFigures(msgspec.Struct, frozen=True):
 
 
 class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """What `profile.json` holds; `canaries` is left out where none is planted."""
+    """What `profile.json` holds; `canaries` and `reasoned` are left out where there are none."""
 
     max_length: int  # tokens; the candidate's manifest keeps it for all that comes after
     window: int
@@ -60,6 +60,7 @@ class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
     batches: list[str]
     sha256: dict[str, str]  # split → of its windows
     canaries: int | msgspec.UnsetType = msgspec.UNSET
+    reasoned: int | msgspec.UnsetType = msgspec.UNSET  # training rows with reasoning, which is not learned
 
 
 class Unfit(msgspec.Struct, frozen=True):
@@ -147,6 +148,7 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
             batches=sorted({str(example.meta["batch"]) for example in mixture.rows}),
             sha256={split: sha256_file(folder / f"{split}.arrow") for split in figures},
             canaries=config.evaluate.canaries or msgspec.UNSET,
+            reasoned=sum(any(one.reasoning for one in row.messages) for row in mixture.rows) or msgspec.UNSET,
         )
         write_json(folder / "profile.json", msgspec.to_builtins(profile))
     return profile
@@ -200,12 +202,10 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
         say(
             f"tokenize: {profile.canaries} canaries planted on top of the training rows (`evaluate.canaries`)"
         )
-    rows = read_examples(arguments.prepared / "train.jsonl")
-    reasoned = sum(any(message.reasoning for message in row.messages) for row in rows)
     chosen = " (auto)" if config.tokenize.max_length == "auto" else ""
     say(f"tokenize: rows of at most {profile.max_length} tokens{chosen} in windows of {profile.window}")
-    if reasoned:
-        say(f"tokenize: {reasoned} rows have reasoning, which is left out of what is learned")
+    if profile.reasoned:
+        say(f"tokenize: {profile.reasoned} rows have reasoning, which is left out of what is learned")
     if not profile.validation.rows:
         say("tokenize: WARNING: there are no validation rows: the training could not be stopped early")
     say(

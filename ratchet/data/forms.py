@@ -307,10 +307,7 @@ def read_calls(turn: RawRow) -> tuple[ToolCall, ...]:
 
 
 def _parse_calls(text: Any) -> tuple[ToolCall, ...]:
-    try:
-        given = json.loads(text) if isinstance(text, str) else text
-    except ValueError as error:
-        raise RowError("bad_tool_call", f"a call is no JSON: {error}") from None
+    given = _unfold(text, "bad_tool_call", "a call is")
     return tuple(_read_call(call) for call in (given if isinstance(given, list) else [given]))
 
 
@@ -318,17 +315,23 @@ def _read_call(call: Any) -> ToolCall:
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise RowError("bad_tool_call", "a call of a tool names no function")
-    arguments = inner.get("arguments", inner.get("parameters")) or {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise RowError("bad_tool_call", f"the arguments of a call are no JSON: {error}") from None
+    given = inner.get("arguments", inner.get("parameters")) or {}
+    arguments = _unfold(given, "bad_tool_call", "the arguments of a call are")
     if not isinstance(arguments, dict):
         raise RowError(
             "bad_tool_call", f"the arguments of a call are {type(arguments).__name__}, wanted an object"
         )
     return ToolCall(inner["name"], arguments, str(call.get("id") or ""))
+
+
+def _unfold(given: Any, reason: str, what: str) -> Any:
+    """Read a value that some files hold as JSON text. Raises RowError(reason)."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(given)
+    except (ValueError, RecursionError) as error:
+        raise RowError(reason, f"{what} no JSON: {error}") from None
 
 
 def read_tools(given: Any) -> tuple[Tool, ...]:
@@ -337,10 +340,7 @@ def read_tools(given: Any) -> tuple[Tool, ...]:
     Raises RowError.
     """
     if isinstance(given, str) and given.strip():
-        try:
-            given = json.loads(given)
-        except ValueError as error:
-            raise RowError("bad_tool", f"`tools` is no JSON: {error}") from None
+        given = _unfold(given, "bad_tool", "`tools` is")
     if not given:
         return ()
     if not isinstance(given, list):

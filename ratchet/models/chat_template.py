@@ -85,6 +85,7 @@ class ChatFormat:
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Return what serving sends to the model: the messages and the opening of the assistant's turn."""
+        self._check_tools(messages, tools)
         return self._encode_prompt(messages, tools).ids
 
     def encode_whole(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
@@ -263,8 +264,7 @@ class ChatFormat:
 
     # --- the template's text and the contents ---
 
-    def _encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Encoded:
-        self._check_tools(messages, tools)
+    def _encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> Encoded:
         rendered = self._render(_marked(messages), opening=True, tools=tools)
         self._check_shown(rendered, messages)
         ids: list[int] = []
@@ -283,7 +283,7 @@ class ChatFormat:
         """Encode a part of the rendered prompt whose answers are plain text."""
         after_answer = False
         for text, message in _split(rendered, messages):
-            piece = self._content_ids(self._written(message)) if message else self._template_ids(text)
+            piece = self._piece_ids(text, message)
             is_answer = message is not None and message.role == "assistant" and message.learned
             ids += piece
             learned += [
@@ -314,16 +314,15 @@ class ChatFormat:
         return str(self.tokenizer.convert_ids_to_tokens(self.stop_id))
 
     def _ids_of(self, rendered: str, messages: Sequence[Message]) -> list[int]:
-        return [
-            id
-            for text, message in _split(rendered, messages)
-            for id in (self._content_ids(self._written(message)) if message else self._template_ids(text))
-        ]
+        return [id for text, message in _split(rendered, messages) for id in self._piece_ids(text, message)]
 
-    def _written(self, message: Message) -> str:
+    def _piece_ids(self, text: str, message: Message | None) -> list[int]:
+        """Encode the template's own text, or the content of `message`, which `text` is then."""
+        if message is None:
+            return self._template_ids(text)
         if message.role == "tool" and self._escapes_results:
-            return json.dumps(message.content, ensure_ascii=False)[1:-1]
-        return message.content
+            text = json.dumps(text, ensure_ascii=False)[1:-1]
+        return self._content_ids(text)
 
     def _check_shown(self, rendered: str, messages: Sequence[Message]) -> None:
         shown = [int(number) for number in MARKED.findall(rendered)]

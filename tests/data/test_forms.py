@@ -252,6 +252,16 @@ def test_a_file_may_mix_forms_and_metadata_may_be_nested():
             "no_answer",
         ),
         ({"messages": [Q, A], "tools": "[{"}, "bad_tool"),
+        ({"messages": [Q, A], "tools": "[" * 50_000}, "bad_tool"),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "function_call", "value": "[" * 50_000},
+                ]
+            },
+            "bad_tool_call",
+        ),
         ({"messages": [Q, A], "tools": [LOOK_UP, LOOK_UP]}, "bad_tool"),
         (
             {
