@@ -10,74 +10,48 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from patience import scaled
 from places import (
     KEPT_CONNECTIONS,
-    commit,
-    make_repository,
     subjects,
     use_git_without_a_user,
     use_mlflow,
     use_no_mlflow,
     write_files,
 )
+from small_checkout import (
+    CONFIG,
+    ROOT,
+    add,
+    commit_batches,
+    id_of,
+    make,
+    make_checkout,
+    quiet,
+    register,
+    row,
+    tag_of,
+    training_ids,
+)
 
 from flows.forget import find_rows, follow_list, forget_rows, list_is_pending
-from ratchet.config.data import PrepareConfig, ProjectConfig
-from ratchet.config.params import Config
+from ratchet.config.data import PrepareConfig
 from ratchet.data.batches import write_batch
 from ratchet.data.erasure import FILE, Entry, Forgotten, read_forgotten, write_forgotten
-from ratchet.data.examples import Message, example_id, read_examples
+from ratchet.data.examples import read_examples
 from ratchet.data.profile import SPLITS, Profile
 from ratchet.errors import DataError, UserError
 from ratchet.gateway.identity import Ids
 from ratchet.pipeline.checkout import dvc, git
-from ratchet.pipeline.dvc import run_stage
-from ratchet.pipeline.workspace import land, open_workspace
-from ratchet.promotion.lineage import STARTED_FROM
-from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run
-from ratchet.tracking.registry import get_version, make_version
+from ratchet.tracking.registry import get_version
 from tasks.forget import Found, Query, extend, find, inherit
 from tasks.prepare import prepare
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
-ROOT = Path(__file__).parents[2]
-CONFIG = Config(project=ProjectConfig(name="small"))
-PARAMS = "project:\n  name: small\nprepare:\n  min_rows: 1\n  test_share: 0.0\n  validation_share: 0.0\n"
 LENIENT = PrepareConfig(min_rows=1, test_share=0.0, validation_share=0.0)
 SECRET = "Zebulon Quisling"
-
-
-def quiet(line: str) -> None:
-    """Nobody listens."""
-
-
-def row(number: int, said: str = "", **meta: Any) -> bytes:
-    words = " ".join(f"n{number}w{place}" for place in range(8))
-    return json.dumps(
-        {"question": f"{words} {said}".strip(), "answer": f"answer {number}", "meta": meta}
-    ).encode()
-
-
-def id_of(line: bytes) -> str:
-    given = json.loads(line)
-    return example_id([Message("user", given["question"]), Message("assistant", given["answer"])])
-
-
-def add(raw: Path, lines: list[bytes], month: int = 1) -> str:
-    return write_batch(
-        raw,
-        lines,
-        source="jsonl",
-        label=f"month-{month}",
-        time=f"2026-{month:02}-01T00:00:00Z",
-        licence="CC0-1.0",
-        who="tests",
-        form="auto",
-    ).name
 
 
 def matching(pattern: str) -> Query:
@@ -288,32 +262,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("made") / "checkout"
     with pytest.MonkeyPatch.context() as patch:
         use_git_without_a_user(patch)
-        make_repository(
-            path,
-            {
-                "params.yaml": PARAMS,
-                str(FILE): "",
-                "data/golden.jsonl": row(90, SECRET).decode() + "\n",
-                "data/.gitignore": "/raw\n/prepared\n/code\n",
-                ".gitignore": ".ratchet/\n__pycache__/\n",
-            },
-        )
-        for name in ("ratchet", "tasks"):
-            shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "dvc.yaml", path)
+        make_checkout(path, {str(FILE): "", "data/golden.jsonl": row(90, SECRET).decode() + "\n"})
         add(path / "data/raw", [row(number, SECRET if number == 3 else "") for number in range(10)])
-        dvc(path, "add", "--quiet", "data/raw")
-        commit(path, "First batch")
+        commit_batches(path, "First batch")
         make(path)
         yield path
-
-
-def make(root: Path) -> str:
-    """The stage `prepare`, as a retraining runs and lands it. The commit."""
-    with open_workspace(root, "retrain", quiet) as workspace:
-        workspace.dvc("checkout", "--quiet", "data/raw.dvc")
-        run_stage(workspace, "prepare", quiet)
-        return land(workspace, "Retrain", ["dvc.lock", "data"])
 
 
 @pytest.fixture
@@ -324,35 +277,8 @@ def root(made, tmp_path, monkeypatch) -> Path:
     return tmp_path / "checkout"
 
 
-def register(number: int, commit: str, batches: list[str], start: str = "base") -> None:
-    adapter = Path("adapter")
-    adapter.mkdir(exist_ok=True)
-    (adapter / "adapter_model.safetensors").write_text(f"weights {number}")
-    tags = {
-        KEY_TAG: f"key{number}",
-        "git_commit": commit,
-        "adapter_sha256": f"{number}" * 64,
-        "batches": json.dumps(batches),
-        STARTED_FROM: start,
-    }
-    assert (
-        make_version("small", find_or_create_run("small", f"key{number}", {}), adapter, tags, "card").number
-        == number
-    )
-
-
-def mark_of(number: int) -> dict[str, Any] | None:
-    version = get_version("small", number)
-    assert version is not None
-    return json.loads(version.tags["forget"]) if "forget" in version.tags else None
-
-
 def batch_of(root: Path) -> str:
     return str(json.loads((root / "data/raw/manifest.jsonl").read_text().splitlines()[0])["name"])
-
-
-def training_ids(root: Path) -> set[str]:
-    return {example.id for example in read_examples(root / "data/prepared/train.jsonl")}
 
 
 def test_a_retraining_after_it_does_without_the_rows_and_git_holds_no_word_of_them(root):
@@ -394,13 +320,13 @@ def test_versions_are_traced_by_their_training_rows_or_else_by_their_batches(roo
 
     at = read_forgotten(root / FILE).entries[0].at
     told = {"at": at, "reason": "ticket 12"}
-    assert mark_of(1) == {"count": 1, "exact": True, **told}
-    assert mark_of(2) == {"count": 1, "exact": False, **told}
-    assert mark_of(3) is None and mark_of(4) is None
-    assert mark_of(5) == {"count": 0, "exact": True, **told, "from": 1}, (
+    assert tag_of(1, "forget") == {"count": 1, "exact": True, **told}
+    assert tag_of(2, "forget") == {"count": 1, "exact": False, **told}
+    assert tag_of(3, "forget") is None and tag_of(4, "forget") is None
+    assert tag_of(5, "forget") == {"count": 0, "exact": True, **told, "from": 1}, (
         "its weights went on from those of v1"
     )
-    assert mark_of(6) == {"count": 0, "exact": True, **told, "from": 5}
+    assert tag_of(6, "forget") == {"count": 0, "exact": True, **told, "from": 5}
     assert not (root / "oops").exists()
 
 
@@ -413,8 +339,8 @@ def test_a_new_version_inherits_the_mark_of_the_weights_that_it_went_on_from(roo
     register(3, "0" * 40, [])
     for number in (2, 3):
         inherit(get_version("small", number))
-    assert mark_of(2) == mark_of(1) | {"count": 0, "exact": True, "from": 1}
-    assert mark_of(3) is None
+    assert tag_of(2, "forget") == tag_of(1, "forget") | {"count": 0, "exact": True, "from": 1}
+    assert tag_of(3, "forget") is None
 
 
 def test_with_mlflow_away_the_rows_are_forgotten_and_the_marks_follow(root, monkeypatch):
@@ -431,9 +357,9 @@ def test_with_mlflow_away_the_rows_are_forgotten_and_the_marks_follow(root, monk
     assert any("marked later" in line for line in told)
     assert subjects(root)[0] == "Forget 1 row"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", known)
-    assert mark_of(1) is None
+    assert tag_of(1, "forget") is None
     assert [entry.version for entry in follow_list(root, CONFIG, quiet)] == [1]
-    assert mark_of(1)["count"] == 1 and not list_is_pending(root)
+    assert tag_of(1, "forget")["count"] == 1 and not list_is_pending(root)
 
 
 def test_a_pending_mark_keeps_a_retraining_from_having_nothing_to_do(root):

@@ -2,88 +2,60 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from patience import scaled
 from places import (
     KEPT_CONNECTIONS,
     commit,
-    make_repository,
     subjects,
     use_git_without_a_user,
     use_mlflow,
     use_no_mlflow,
     write_files,
 )
+from small_checkout import (
+    CONFIG,
+    add,
+    commit_batches,
+    id_of,
+    make,
+    make_checkout,
+    quiet,
+    register,
+    row,
+    tag_of,
+    training_ids,
+)
 
 from flows.forget import follow_all, follow_reverted, list_is_pending, revert_batch
-from ratchet.config.data import ProjectConfig
-from ratchet.config.params import Config
-from ratchet.data.batches import read_manifest, read_reverted, write_batch
-from ratchet.data.examples import Message, example_id, read_examples
+from ratchet.data.batches import read_manifest, read_reverted
 from ratchet.errors import UserError
-from ratchet.pipeline.checkout import dvc, git
-from ratchet.pipeline.dvc import run_stage
-from ratchet.pipeline.workspace import land, open_workspace
+from ratchet.pipeline.checkout import git
 from ratchet.promotion.champion import Champion, write_champion
-from ratchet.promotion.lineage import STARTED_FROM, reverted_since
+from ratchet.promotion.lineage import reverted_since
 from ratchet.services.status import ledger_lines, read_moves
-from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run
-from ratchet.tracking.registry import get_version, make_version
+from ratchet.tracking.registry import get_version
 from tasks.forget import find_batch, inherit
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
-ROOT = Path(__file__).parents[2]
-CONFIG = Config(project=ProjectConfig(name="small"))
-PARAMS = "project:\n  name: small\nprepare:\n  min_rows: 1\n  test_share: 0.0\n  validation_share: 0.0\n"
 FIRST, SECOND, THIRD = range(10), range(8, 20), range(20, 25)  # 8 and 9 are in two batches
 
 
-def quiet(line: str) -> None:
-    """Nobody listens."""
-
-
-def row(number: int) -> bytes:
-    words = " ".join(f"n{number}w{place}" for place in range(8))
-    return json.dumps({"question": words, "answer": f"answer {number}"}).encode()
-
-
 def ids(*numbers: range) -> set[str]:
-    rows = [json.loads(row(number)) for part in numbers for number in part]
-    turns = [[Message("user", one["question"]), Message("assistant", one["answer"])] for one in rows]
-    return {example_id(messages) for messages in turns}
+    return {id_of(row(number)) for part in numbers for number in part}
 
 
 def bring(path: Path, numbers: range, month: int) -> str:
-    batch = write_batch(
-        path / "data/raw",
-        [row(number) for number in numbers],
-        source="jsonl",
-        label=f"month-{month}",
-        time=f"2026-{month:02}-01T00:00:00Z",
-        licence="CC0-1.0",
-        who="tests",
-        form="auto",
-    )
-    dvc(path, "add", "--quiet", "data/raw")
-    commit(path, f"Ingest\n\nBatch: {batch.name}")
-    return batch.name
-
-
-def make(root: Path) -> str:
-    """The stage `prepare`, as a retraining runs and lands it. The commit."""
-    with open_workspace(root, "retrain", quiet) as workspace:
-        workspace.dvc("checkout", "--quiet", "data/raw.dvc")
-        run_stage(workspace, "prepare", quiet)
-        return land(workspace, "Retrain", ["dvc.lock", "data"])
+    name = add(path / "data/raw", [row(number) for number in numbers], month)
+    commit_batches(path, f"Ingest\n\nBatch: {name}")
+    return name
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         use_git_without_a_user(patch)
         golden = b"\n".join([row(12), row(13), row(900)]).decode() + "\n"
-        more = {"data/golden.jsonl": golden, "data/forgotten.jsonl": ""}
-        ignored = {"data/.gitignore": "/raw\n/prepared\n/code\n", "params.yaml": PARAMS}
-        make_repository(path, {**more, **ignored})
-        for name in ("ratchet", "tasks"):
-            shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "dvc.yaml", path)
+        make_checkout(path, {"data/golden.jsonl": golden, "data/forgotten.jsonl": ""})
         for month, numbers in enumerate((FIRST, SECOND, THIRD), start=1):
             bring(path, numbers, month)
         make(path)
@@ -117,25 +84,6 @@ def names(root: Path) -> list[str]:
     return [batch.name for batch in read_manifest(root / "data/raw")]
 
 
-def training_ids(root: Path) -> set[str]:
-    return {example.id for example in read_examples(root / "data/prepared/train.jsonl")}
-
-
-def register(number: int, commit: str, batches: list[str], start: str = "base") -> None:
-    adapter = Path("adapter")
-    adapter.mkdir(exist_ok=True)
-    (adapter / "adapter_model.safetensors").write_text(f"weights {number}")
-    tags = {
-        KEY_TAG: f"key{number}",
-        "git_commit": commit,
-        "adapter_sha256": f"{number}" * 64,
-        "batches": json.dumps(batches),
-        STARTED_FROM: start,
-    }
-    run = find_or_create_run("small", f"key{number}", {})
-    assert make_version("small", run, adapter, tags, "card").number == number
-
-
 def put_in_charge(root: Path, version: int, at: str) -> None:
     kept = {
         "run_key": "",
@@ -148,12 +96,6 @@ def put_in_charge(root: Path, version: int, at: str) -> None:
     entry = Champion(name="small", version=version, commit=at, adapter_sha256="0" * 64, **kept, **moved)
     write_champion(root, entry)
     commit(root, f"Promote v{version}")
-
-
-def mark_of(number: int) -> dict[str, Any] | None:
-    version = get_version("small", number)
-    assert version is not None
-    return json.loads(version.tags["reverted"]) if "reverted" in version.tags else None
 
 
 def test_a_batch_leaves_and_the_later_ones_stay(root):
@@ -193,13 +135,15 @@ def test_versions_are_told_that_learned_it_and_those_that_went_on_from_them(root
     follow_reverted(root, CONFIG, quiet)
 
     told = {"at": read_reverted(root)[0].at, "reason": "wrong prices"}
-    assert mark_of(1) == {"count": 8, "exact": True, **told}, "of 12 rows 2 are golden, 2 came earlier"
-    assert mark_of(2) == {"count": 12, "exact": False, **told}
-    assert mark_of(3) is None and mark_of(4) is None
-    assert mark_of(5) == {"count": 0, "exact": True, **told, "from": 1}
+    assert tag_of(1, "reverted") == {"count": 8, "exact": True, **told}, (
+        "of 12 rows 2 are golden, 2 came earlier"
+    )
+    assert tag_of(2, "reverted") == {"count": 12, "exact": False, **told}
+    assert tag_of(3, "reverted") is None and tag_of(4, "reverted") is None
+    assert tag_of(5, "reverted") == {"count": 0, "exact": True, **told, "from": 1}
     register(6, after, [first], start="5" * 64)
     inherit(get_version("small", 6))
-    assert mark_of(6) == {"count": 0, "exact": True, **told, "from": 5}
+    assert tag_of(6, "reverted") == {"count": 0, "exact": True, **told, "from": 5}
 
 
 def test_git_alone_tells_what_a_commit_had_and_lost_later(root):
@@ -227,7 +171,7 @@ def test_with_mlflow_away_the_batch_is_taken_back_and_the_marks_follow(root, mon
     assert done.versions is None and list_is_pending(root) and len(names(root)) == 2
     monkeypatch.setenv("MLFLOW_TRACKING_URI", known)
     follow_all(root, CONFIG, quiet)
-    assert mark_of(1)["count"] == 10 and not list_is_pending(root)
+    assert tag_of(1, "reverted")["count"] == 10 and not list_is_pending(root)
 
 
 def test_a_name_that_means_no_batch_or_several_is_refused_with_those_there_are(root):
