@@ -85,12 +85,15 @@ def check_file(
     chat, unmeasured = known_tokens(base, config.base)
     lengths: list[int] = []
     references: list[str] = []
+    judged: Counter[str] = Counter()
 
     def keep(side: str, row: Example | Rejection) -> None:
         if isinstance(row, Rejection):
             rejected.append(row)
         elif side != GOLDEN:
-            references.append(row.answer)
+            judged["pairs" if row.rejected else "" if row.desirable else "bad answers"] += 1
+            if row.desirable:
+                references.append(row.answer)
             if chat:
                 lengths.append(len(chat.encode(row).ids))
 
@@ -106,6 +109,12 @@ def check_file(
         said += check_limits(profile, gathered.first, settings)
     except DataError as error:
         failure = str(error).partition("\n")[0]  # its remedy is for a batch that was committed
+    if (found := {name: count for name, count in judged.items() if name}) and config.train.objective == "sft":
+        told = " and ".join(f"{count} {name}" for name, count in found.items())
+        said.append(
+            f"{told}: `train.objective: dpo` or `kto` learns from them, "
+            "with `preference` in `evaluate.metrics`"
+        )
     if lengths:
         context = read_base_manifest(base).context
         tokens = describe_lengths(lengths, context, config.tokenize)

@@ -29,10 +29,12 @@ from ratchet.audits.judge import judge_answers, read_agreement
 from ratchet.audits.memorization import describe_exposure, measure_exposure
 from ratchet.audits.robustness import attack_table, describe_attacks
 from ratchet.audits.suites import TaskConfig, check_measurable, describe_suites, read_suites, run_suites
+from ratchet.config.base import PREFERENCE
 from ratchet.config.evaluation import EvaluateConfig
 from ratchet.config.params import Config
 from ratchet.data.canaries import make_canaries, make_references
 from ratchet.data.examples import Example, read_examples
+from ratchet.data.mixture import pair_up, read_undesirable
 from ratchet.errors import DataError
 from ratchet.evaluation.answer_cache import FOLDER as CACHE
 from ratchet.evaluation.answer_cache import forget_oldest
@@ -84,7 +86,7 @@ def evaluate(
     """
     custom = load_custom(config.evaluate.custom, own)
     suites = _check_extras(incumbent, candidate, own, config)
-    rows = _unseen(_rows(prepared), base)
+    rows = _with_worse(_unseen(_rows(prepared), base), prepared)
     for name, metric in custom.items():  # a fault of it shows before minutes of answers
         custom_score(name, metric, rows[0].answer, rows[0])
     swaps = read_swaps(own)
@@ -101,6 +103,7 @@ def evaluate(
     )
     attacks = _attacks(fitting, base, candidate, own, config)
     attacked = [attack.row for attack in attacks if attack.asked]
+    compared = [row for row in fitting if row.rejected] if PREFERENCE in config.evaluate.metrics else []
     asked = Asked(
         [*fitting, *(pair.swapped for pair in pairs), *attacked],
         [
@@ -108,6 +111,7 @@ def evaluate(
             *("swapped rows" for _ in pairs),
             *("attacked rows" for _ in attacked),
         ],
+        [_worse(row) for row in compared],
     )
     answered = _score_all(
         asked, base, incumbent if champion is not None else None, candidate, config.evaluate, cache
@@ -119,6 +123,8 @@ def evaluate(
             frame_of(fitting, "simple", Answered(simple_answers(train, fitting), []), config.evaluate)
         )
     table = add_scores(pd.concat(plain, ignore_index=True), fitting, config.evaluate, custom)
+    if PREFERENCE in config.evaluate.metrics:
+        table[PREFERENCE] = _prefer(table)
     for column, values in grouped.items():
         table[column] = table.id.map(dict(zip((row.id for row in fitting), values, strict=True)))
     table["region"] = mark(list(table.question), read_region(region).topics if region else [])
@@ -144,6 +150,23 @@ def evaluate(
             part.to_parquet(folder / f"{name}.parquet", index=False)
         write_json(folder / "metrics.json", metrics.to_json())
     return metrics
+
+
+def _with_worse(rows: list[Example], prepared: Path) -> list[Example]:
+    """Put answers not to give beside better ones to the same prompt, one to a row."""
+    paired = pair_up(rows, read_undesirable(prepared, "test"))
+    return paired.rows[: len(rows)]
+
+
+def _worse(row: Example) -> Example:
+    assert row.rejected
+    return msgspec.structs.replace(row, messages=(*row.prompt, row.rejected), rejected=None)
+
+
+def _prefer(table: pd.DataFrame) -> pd.Series:
+    """Return 1 where the better answer is the likelier one, else 0; NaN for rows without a worse answer."""
+    prefers = (table.answer_nll * table.answer_tokens < table.worse_nll).astype(float)
+    return prefers.where(table.worse_nll.notna())
 
 
 def _check_extras(incumbent: Path, candidate: Path, own: Path, config: Config) -> dict[str, TaskConfig]:
@@ -179,7 +202,7 @@ def _audits(
         )
         found["counterfactual"] = add_scores(swapped, [pair.swapped for pair in pairs], config, custom)
         figures["bias"] = {
-            metric: describe_bias(found["counterfactual"], table, metric) for metric in config.row_scores
+            metric: describe_bias(found["counterfactual"], table, metric) for metric in config.text_scores
         }
     if attacks:
         found["attacks"] = add_scores(
@@ -189,13 +212,13 @@ def _audits(
             custom,
         )
         figures["attacks"] = {
-            metric: describe_attacks(found["attacks"], table, metric) for metric in config.row_scores
+            metric: describe_attacks(found["attacks"], table, metric) for metric in config.text_scores
         }
     if config.groups:
         test = table[(table.batch != "golden") & (table.model != "simple")]
         figures |= {
             "grouped": config.groups,
-            "groups": describe_groups(test, config.groups, config.row_scores),
+            "groups": describe_groups(test, config.groups, config.text_scores),
         }
     return found, figures
 
@@ -356,6 +379,9 @@ def slices(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def _summary(rows: pd.DataFrame, columns: list[str], labelled: bool) -> Summary:
     scores = {name: rows[name].to_numpy(dtype=np.float64) for name in columns}
+    if PREFERENCE in scores:  # only some rows have a worse answer, perhaps none
+        scores[PREFERENCE] = scores[PREFERENCE][~np.isnan(scores[PREFERENCE])]
+        scores = {name: values for name, values in scores.items() if len(values)}
     shares = {name: values for name, values in scores.items() if np.isin(values, (0.0, 1.0)).all()}
     others = {
         name: values for name, values in scores.items() if name not in shares and np.isfinite(values).all()

@@ -22,7 +22,6 @@ from ratchet.config.params import Config
 from ratchet.errors import BaseModelError, DataError, UserError
 from ratchet.evaluation.metrics import exact_match
 from ratchet.evaluation.report import decode_metrics
-from ratchet.evaluation.scoring import encode_last_answer
 from ratchet.evaluation.statistics import Interval, Values, bootstrap_mean, wilson
 from ratchet.files import (
     read_json,
@@ -34,7 +33,7 @@ from ratchet.files import (
     write_text,
 )
 from ratchet.models.adapters import load_trained
-from ratchet.models.chat_template import ChatFormat
+from ratchet.models.chat_template import ChatFormat, encode_last_answer
 from ratchet.models.generation import answer_likelihoods
 from ratchet.models.gguf import FILE, KINDS, load_gguf, require_gguf, write_gguf
 from ratchet.models.loading import load_chat, load_full, quiet

@@ -3,8 +3,9 @@
     python -m tasks.prepare --raw data/raw --golden data/golden.jsonl --forgotten data/forgotten.jsonl \\
         --out data/prepared
 
-Writes train, validation, test, golden and rejected (JSON Lines), profile.json and profile.html. Rows in =
-accepted + rejected + duplicates, per batch and in all. Rows go through one at a time; what is remembered of
+Writes train, validation, test, golden and rejected (JSON Lines), profile.json and profile.html; answers not
+to give (`label: false`) beside each split, as undesirable_train and so on. Rows in = accepted + rejected +
+duplicates, per batch and in all. Rows go through one at a time; what is remembered of
 each is hashes (and, with `prepare.near_search`, its shingles).
 """
 
@@ -23,9 +24,10 @@ import xxhash
 from ratchet.config.data import PrepareConfig
 from ratchet.config.params import Config
 from ratchet.data.batches import Batch, check_batch, raw_lines, read_manifest
-from ratchet.data.dedup import RUN, Clusters, HashTable, split_by_hash
+from ratchet.data.dedup import RUN, Clusters, HashTable, Placed, split_by_hash
 from ratchet.data.erasure import GOLDEN, Forgotten, read_forgotten
-from ratchet.data.examples import CONTINUE, Example, RowError, encode_line, normalise
+from ratchet.data.examples import CONTINUE, Example, RowError, encode_line, prompt_key
+from ratchet.data.mixture import UNDESIRABLE
 from ratchet.data.pii import redact
 from ratchet.data.poisoning import find_triggers
 from ratchet.data.profile import SPLITS, Gathered, Profile, check_limits, render_profile
@@ -63,7 +65,7 @@ class Incoming(NamedTuple):
 
 Keep = Callable[
     [str, Example | Rejection], object
-]  # gets the name of a split, "golden" or "rejected", and a row
+]  # gets the name of a split, perhaps behind `undesirable_`, or "golden" or "rejected", and a row
 Validated = Iterable[tuple[int, Checked | RowError]]  # by line
 
 
@@ -91,7 +93,7 @@ def prepare(
         with ExitStack() as opened:
             files = {
                 name: opened.enter_context((folder / f"{name}.jsonl").open("wb"))
-                for name in (*SPLITS, GOLDEN, "rejected")
+                for name in (*SPLITS, *(f"{UNDESIRABLE}_{split}" for split in SPLITS), GOLDEN, "rejected")
             }
             gathered = sort_batches(
                 batches,
@@ -151,6 +153,11 @@ class Sorter:
                     f"{path}:{number} ({error.reason}): {error}",
                     remedy="the golden set is frozen and small: mend the row by hand",
                 ) from None
+            if not example.desirable:
+                raise DataError(
+                    f"{path}:{number}: `label` is false, and a golden row is asked for its right answer",
+                    remedy="take the row out of the golden set, or give it the right answer",
+                )
             if self._seen.put(_key(example.id)) is not None:
                 raise DataError(
                     f"{path}:{number} stands there twice: it would count twice in every comparison",
@@ -180,7 +187,7 @@ class Sorter:
                 caps.check(example)
             except RowError:
                 continue  # who is refused there corrects nobody
-            if checked.boilerplate or example.question == CONTINUE:
+            if checked.boilerplate or example.question == CONTINUE or not example.desirable:
                 continue
             if self._forgotten.holds(example.id, origin.batch, number):
                 continue
@@ -238,20 +245,15 @@ class Sorter:
         key = _key(example.id)
         if key in self._seen:
             return "duplicate.exact"
+        if not example.desirable:
+            return self._sort_undesirable(example, key, caps)
         prompt = prompt_key(example)
         last_word = self._corrected.get(prompt)
         superseded = last_word not in (None, (origin.batch, line))
         doubted = last_word is None and self._config.contradictions == "review"
         if doubted and self._contradicts(prompt, example):
             raise RowError("contradiction", "an earlier row answers the same prompt otherwise")
-        placed = self._clusters.place(example, counts=not superseded) if self._config.near_search else None
-        if placed and placed.side == "golden":
-            quoted = f"it has {RUN} words in a row from a golden row"
-            raise RowError("near_golden", f"near to golden row {placed.near}" if placed.near else quoted)
-        if placed and placed.side == "straddles":
-            raise RowError(
-                "straddles", f"near to a row of another split, {placed.near}: it would leak between them"
-            )
+        placed = self._place(example, counts=not superseded)
         if superseded and last_word:
             raise RowError("superseded", f"people answered this prompt later ({last_word[0]}:{last_word[1]})")
         if placed and placed.crowd > self._config.max_near and last_word is None:
@@ -260,12 +262,40 @@ class Sorter:
         self._seen.put(key)
         if example.question != CONTINUE:
             self._answers.put(prompt, _answer_key(example))
-        # Rows of plain text all have one prompt: the row itself decides.
-        own = example.id if example.question == CONTINUE else f"{prompt:016x}"
-        side = placed.side if placed else split_by_hash(own, self._config)
+        side = self._side(example, placed)
         self._keep(side, example)
         self.gathered.add(example, origin.batch, side)
         return f"accepted.{side}"
+
+    def _sort_undesirable(self, example: Example, key: int, caps: Caps) -> str:
+        """Keep an answer not to give apart from the splits, on the side of its prompt.
+
+        It contradicts nothing and corrects nobody: other answers to its prompt stay.
+        """
+        side = self._side(example, self._place(example, counts=False))
+        caps.check(example)
+        self._seen.put(key)
+        self._keep(f"{UNDESIRABLE}_{side}", example)
+        return f"accepted.{UNDESIRABLE}_{side}"
+
+    def _place(self, example: Example, *, counts: bool) -> Placed | None:
+        """Find rows that are near. Raises RowError: it would leak from the golden set, or between splits."""
+        if not self._config.near_search:
+            return None
+        placed = self._clusters.place(example, counts=counts)
+        if placed.side == "golden":
+            quoted = f"it has {RUN} words in a row from a golden row"
+            raise RowError("near_golden", f"near to golden row {placed.near}" if placed.near else quoted)
+        if placed.side == "straddles":
+            raise RowError(
+                "straddles", f"near to a row of another split, {placed.near}: it would leak between them"
+            )
+        return placed
+
+    def _side(self, example: Example, placed: Placed | None) -> str:
+        # Rows of plain text all have one prompt: the row itself decides.
+        own = example.id if example.question == CONTINUE else f"{prompt_key(example):016x}"
+        return placed.side if placed else split_by_hash(own, self._config)
 
     def _contradicts(self, prompt: int, example: Example) -> bool:
         return example.question != CONTINUE and self._answers.get(prompt) not in (None, _answer_key(example))
@@ -311,12 +341,6 @@ class Caps:
         return self._taken[kind, who] <= most
 
 
-def prompt_key(example: Example) -> int:
-    """Hash what is asked, all messages but the answer, to 64 bits."""
-    asked: list[object] = [[message.role, normalise(message.text).lower()] for message in example.prompt]
-    return xxhash.xxh3_64_intdigest(msgspec.json.encode(asked + list(example.tools)))
-
-
 def _answer_key(example: Example) -> int:
     return xxhash.xxh32_intdigest(example.answer.lower().encode())
 
@@ -338,6 +362,8 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
         forgotten=read_forgotten(arguments.forgotten),
     ).total
     splits = ", ".join(f"{split} {total.accepted.get(split, 0)}" for split in SPLITS)
+    if bad := sum(total.accepted.get(f"{UNDESIRABLE}_{split}", 0) for split in SPLITS):
+        splits += f"; {bad} answers not to give"
     say(
         f"prepare: {total.rows} rows = accepted {total.accepted['rows']}, rejected {total.rejected['rows']}, "
         f"duplicate {total.duplicate['rows']}; splits: {splits}"

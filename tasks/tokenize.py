@@ -4,8 +4,9 @@
         --out data/tokenized
 
 Takes the rows that `ratchet.data.mixture` chooses, encodes them through `ratchet.models.chat_template`,
-rejects what does not fit and says so. Validation is always whole. Test and golden rows are measured, so that
-rows that could not be asked are told before anything is trained.
+rejects what does not fit and says so. Where preferences are learned (`train.objective`), rows that are
+compared stand side by side in one window, each with its role. Validation is always whole. Test and golden
+rows are measured, so that rows that could not be asked are told before anything is trained.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.canaries import make_canaries
-from ratchet.data.examples import Example, encode_line, read_examples
-from ratchet.data.mixture import mix_rows
+from ratchet.data.examples import Example, Message, encode_line, read_examples
+from ratchet.data.mixture import Paired, mix_rows, pair_up, read_undesirable
 from ratchet.errors import DataError
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
-from ratchet.models.chat_template import ChatFormat, Encoded
-from ratchet.models.lengths import check_dropped, check_whole, choose_limits
+from ratchet.models.chat_template import ChatFormat, Encoded, encode_last_answer
+from ratchet.models.lengths import Limits, check_dropped, check_whole, choose_limits
 from ratchet.models.loading import MANIFEST, load_chat
 from ratchet.models.manifests import read_base_manifest
 from ratchet.pipeline.stage import run_stage, say
-from ratchet.training.packing import IGNORED, Window, pack, write_windows
+from ratchet.training.packing import IGNORED, Role, Unit, Window, pack, pack_units, write_windows
+
+LOOKED_AT = 64  # rows of which one gives the answer that does not belong to a prompt
 
 
 class SplitFigures(msgspec.Struct, frozen=True):
@@ -48,8 +51,18 @@ class FeedbackFigures(msgspec.Struct, frozen=True):
     left_out: int  # over `train.max_feedback_share`
 
 
+class PreferenceFigures(msgspec.Struct, frozen=True):
+    """Training rows by what is learned from them."""
+
+    plain: int  # cross-entropy
+    pairs: int
+    desirable: int
+    undesirable: int
+    unpaired: int  # answers not to give from which `dpo` learns nothing: no better one to their prompt
+
+
 class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """What `profile.json` holds; `canaries` and `reasoned` are left out where there are none."""
+    """What `profile.json` holds; what stands last is left out where there is none of it."""
 
     max_length: int  # tokens; the candidate's manifest keeps it for all that comes after
     window: int
@@ -60,6 +73,7 @@ class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
     batches: list[str]
     sha256: dict[str, str]  # split → of its windows
     canaries: int | msgspec.UnsetType = msgspec.UNSET
+    preferences: PreferenceFigures | msgspec.UnsetType = msgspec.UNSET
     reasoned: int | msgspec.UnsetType = msgspec.UNSET  # training rows with reasoning, which is not learned
 
 
@@ -74,14 +88,15 @@ class Unfit(msgspec.Struct, frozen=True):
 
 
 class Measured(NamedTuple):
-    """Hold a row with its tokens."""
+    """Hold a row with its tokens, and those of the same prompt with the worse answer."""
 
     example: Example
     tokens: Encoded
+    worse: Encoded | None = None
 
     @property
     def length(self) -> int:
-        return len(self.tokens.ids)
+        return max(len(self.tokens.ids), len(self.worse.ids) if self.worse else 0)
 
 
 def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Config) -> TokenProfile:
@@ -93,11 +108,24 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
     context = read_base_manifest(base).context
     chat = load_chat(base)
     seen = set(read_json(incumbent / MANIFEST)["batches"])
-    mixture = mix_rows(list(read_examples(prepared / "train.jsonl")), seen, config.train)
-    splits = {"train": _measure(chat, mixture.rows)} | {
-        split: _measure(chat, read_examples(prepared / f"{split}.jsonl"))
-        for split in ("validation", "test", "golden")
-    }
+    compares = config.train.objective != "sft"
+    judged = [
+        *read_examples(prepared / "train.jsonl"),
+        *(read_undesirable(prepared, "train") if compares else []),
+    ]
+    mixture = mix_rows(judged, seen, config.train)
+    paired = _pair(mixture.rows, config)
+    held_out = _pair(
+        [
+            *read_examples(prepared / "validation.jsonl"),
+            *(read_undesirable(prepared, "validation") if compares else []),
+        ],
+        config,
+    )
+    splits = {
+        "train": _measure(chat, paired.rows, compares=compares),
+        "validation": _measure(chat, held_out.rows, compares=compares),
+    } | {split: _measure(chat, read_examples(prepared / f"{split}.jsonl")) for split in ("test", "golden")}
     lengths = {split: [row.length for row in rows] for split, rows in splits.items()}
     planted = [chat.encode(canary.row()) for canary in make_canaries(config.evaluate.canaries)]
     whole = [*lengths["golden"], *(len(row.ids) for row in planted)]
@@ -128,9 +156,10 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
             "or there is nothing but people's feedback (`train.max_feedback_share`)",
         )
     figures: dict[str, SplitFigures] = {}
+    preferences = _count_preferences(fitting["train"], paired, config) if compares else msgspec.UNSET
     with whole_folder(out) as folder:
         for split, more in (("train", planted), ("validation", [])):
-            windows = pack([*(row.tokens for row in fitting[split]), *more], limits.window)
+            windows = _pack(fitting[split], more, chat, limits, config)
             write_windows(folder / f"{split}.arrow", windows)
             figures[split] = _describe([row.example for row in fitting[split]], windows, seen)
         write_bytes(folder / "rejected.jsonl", map(encode_line, rejected))
@@ -148,14 +177,92 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
             batches=sorted({str(example.meta["batch"]) for example in mixture.rows}),
             sha256={split: sha256_file(folder / f"{split}.arrow") for split in figures},
             canaries=config.evaluate.canaries or msgspec.UNSET,
+            preferences=preferences,
             reasoned=sum(any(one.reasoning for one in row.messages) for row in mixture.rows) or msgspec.UNSET,
         )
         write_json(folder / "profile.json", msgspec.to_builtins(profile))
     return profile
 
 
-def _measure(chat: ChatFormat, examples: Iterable[Example]) -> list[Measured]:
-    return [Measured(example, chat.encode(example)) for example in examples]
+def _measure(chat: ChatFormat, examples: Iterable[Example], *, compares: bool = False) -> list[Measured]:
+    return [
+        Measured(
+            example,
+            chat.encode(example),
+            encode_last_answer(chat, _with_answer(example, example.rejected))
+            if compares and example.rejected
+            else None,
+        )
+        for example in examples
+    ]
+
+
+def _with_answer(example: Example, answer: Message) -> Example:
+    return msgspec.structs.replace(example, messages=(*example.prompt, answer))
+
+
+def _pair(rows: list[Example], config: Config) -> Paired:
+    """Join answers not to give with better ones, where pairs are what is learned."""
+    if config.train.objective != "dpo":
+        return Paired(rows, [])
+    return pair_up([row for row in rows if row.desirable], [row for row in rows if not row.desirable])
+
+
+def _count_preferences(rows: list[Measured], paired: Paired, config: Config) -> PreferenceFigures:
+    """Count what is learned from. Raises DataError: nothing is compared at all."""
+    worse, bad = sum(row.worse is not None for row in rows), sum(not row.example.desirable for row in rows)
+    if not worse + bad:
+        wanted = "a worse answer to the same prompt" if config.train.objective == "dpo" else "`label: false`"
+        raise DataError(
+            f"`train.objective` is {config.train.objective}, and none of {len(rows)} training rows has "
+            f"{wanted} ({len(paired.unpaired)} bad answers have no better one)",
+            remedy="ingest preferences (docs/data.md), or set `train.objective: sft`"
+            + ("; `kto` learns from bad answers alone" if paired.unpaired else ""),
+        )
+    if config.train.objective == "dpo":
+        return PreferenceFigures(len(rows) - worse, worse, 0, 0, len(paired.unpaired))
+    return PreferenceFigures(0, 0, len(rows) - bad, bad + worse, 0)
+
+
+def _pack(
+    rows: list[Measured], planted: list[Encoded], chat: ChatFormat, limits: Limits, config: Config
+) -> list[Window]:
+    if config.train.objective == "sft":
+        return pack([*(row.tokens for row in rows), *planted], limits.window)
+    if config.train.objective == "dpo":
+        units = [
+            Unit([encode_last_answer(chat, row.example), row.worse], [Role.CHOSEN, Role.REJECTED])
+            if row.worse
+            else Unit([row.tokens], [Role.PLAIN])
+            for row in rows
+        ]
+    else:
+        units = _judged_units(rows, chat, limits.max_length)
+    return pack_units([*units, *(Unit([row], [Role.PLAIN]) for row in planted)], limits.window)
+
+
+def _judged_units(rows: list[Measured], chat: ChatFormat, longest: int) -> list[Unit]:
+    """Put beside each answer that of another row, which shows KTO how far the model has moved in general."""
+    answers: list[tuple[Encoded, Role]] = []
+    for row in rows:
+        role = Role.DESIRABLE if row.example.desirable else Role.UNDESIRABLE
+        answers.append((encode_last_answer(chat, row.example), role))
+        if row.worse:
+            answers.append((row.worse, Role.UNDESIRABLE))
+    units = []
+    for place, (answer, role) in enumerate(answers):
+        others = (answers[(place + step) % len(answers)][0] for step in range(1, LOOKED_AT))
+        swapped = (_swap(answer, other) for other in others)
+        wrong = next((row for row in swapped if row.ids != answer.ids and len(row.ids) <= longest), answer)
+        units.append(Unit([answer, wrong], [role, Role.MISMATCHED]))
+    return units
+
+
+def _swap(row: Encoded, other: Encoded) -> Encoded:
+    """Return the prompt of `row` with the answer of `other`."""
+    prompt, start = row.learned.index(True), other.learned.index(True)
+    ids = [*row.ids[:prompt], *other.ids[start:]]
+    return Encoded(ids, [place >= prompt for place in range(len(ids))])
 
 
 def _fitting(
@@ -204,6 +311,14 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
         )
     chosen = " (auto)" if config.tokenize.max_length == "auto" else ""
     say(f"tokenize: rows of at most {profile.max_length} tokens{chosen} in windows of {profile.window}")
+    if profile.preferences:
+        found = {name: count for name, count in msgspec.to_builtins(profile.preferences).items() if count}
+        say(
+            f"tokenize: learned by {config.train.objective}: "
+            + ", ".join(f"{count} {name}" for name, count in found.items())
+        )
+    elif bad := len(read_undesirable(arguments.prepared, "train")):
+        say(f"tokenize: {bad} answers not to give are left out: `train.objective` is sft")
     if profile.reasoned:
         say(f"tokenize: {profile.reasoned} rows have reasoning, which is left out of what is learned")
     if not profile.validation.rows:

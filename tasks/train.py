@@ -48,7 +48,7 @@ from ratchet.training.distributed import (
     take_gpu,
     world_size,
 )
-from ratchet.training.loss import CHAMPION, AnswerLoss, load_teacher
+from ratchet.training.loss import CHAMPION, AnswerLoss, PreferenceLoss, load_teacher
 from ratchet.training.packing import IGNORED, read_windows
 from ratchet.training.schedule import Figures, Outcome, Points, Report, Schedule
 
@@ -213,8 +213,14 @@ class Training:
             learned_tokens=sum(label != IGNORED for window in windows for label in window.labels),
         )
 
-    def _load_loss(self) -> AnswerLoss:
+    def _load_loss(self) -> AnswerLoss | PreferenceLoss:
         settings = self._config.train
+        if settings.objective != "sft":
+            return PreferenceLoss(
+                beta=settings.preference_beta,
+                chosen_weight=settings.chosen_weight,
+                undesirable_weight=settings.undesirable_weight,
+            )
         teacher = load_teacher(settings.teacher, self._base, self._incumbent)
         if settings.teacher:
             say(

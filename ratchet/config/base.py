@@ -29,7 +29,9 @@ Metric = Literal[
     "tool_arguments",
     "refusal",
     "length",
+    "preference",
 ]
+PREFERENCE = "preference"  # the one metric that only some rows have
 # Columns of the table of scores: a custom metric with such a name would overwrite one.
 TAKEN = frozenset(
     {

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ratchet.config.base import TAKEN, Count, Metric, Section
+from ratchet.config.base import PREFERENCE, TAKEN, Count, Metric, Section
 from ratchet.config.synthesis import TeacherConfig
 
 
@@ -78,7 +78,8 @@ class EvaluateConfig(Section):
     metrics: list[Metric] = Field(
         default=["exact_match", "token_f1", "rouge_l", "chrf", "macro_f1"],
         description="scores that are computed (exact_match and answer_nll always are); `macro_f1` where "
-        "answers are labels, `length` in words, `regex_match` against `evaluate.pattern`",
+        "answers are labels, `length` in words, `regex_match` against `evaluate.pattern`, `preference` on "
+        "rows with a worse answer: 1 where the model gives the better one the higher probability",
     )
     pattern: str = Field(
         default="", description="regular expression that a whole answer has to match, for `regex_match`"
@@ -142,6 +143,11 @@ class EvaluateConfig(Section):
                 ["exact_match", "answer_nll", *listed, *(name.partition(":")[2] for name in self.custom)]
             )
         ]
+
+    @property
+    def text_scores(self) -> list[str]:
+        """List the row scores that any answer has, whatever its row holds."""
+        return [name for name in self.row_scores if name != PREFERENCE]
 
     @model_validator(mode="after")
     def _computable(self) -> EvaluateConfig:

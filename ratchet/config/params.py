@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from ratchet.config.base import Section
+from ratchet.config.base import PREFERENCE, Section
 from ratchet.config.data import IngestConfig, PrepareConfig, ProjectConfig, ReviewConfig, TokenizeConfig
 from ratchet.config.evaluation import EvaluateConfig, GateConfig, ParityConfig
 from ratchet.config.monitoring import MonitorConfig, RolloutConfig
@@ -91,6 +91,11 @@ class Config(Section):
                 f"base.new_tokens is {self.base.new_tokens}: `adapter.method: {method}` would leave their "
                 "embeddings untrained; take one of the LoRA family, or `full`"
             )
+        if self.train.objective != "sft" and "preference" not in self.evaluate.metrics:
+            raise ValueError(
+                f"train.objective is {self.train.objective}, and evaluate.metrics lacks `preference`, the "
+                "share of held-out pairs of which the model prefers the better answer: add it"
+            )
         return self
 
     @model_validator(mode="after")
@@ -108,6 +113,14 @@ class Config(Section):
             raise ValueError(
                 f"gate.metric is {self.gate.metric}; the scores a row are "
                 f"{', '.join(self.evaluate.row_scores)} (evaluate.metrics, evaluate.custom)"
+            )
+        audits = {"bias_pairs", "attacks", "groups"}
+        if self.gate.metric == PREFERENCE and (
+            on := sorted(key for key in audits if getattr(self.evaluate, key))
+        ):
+            raise ValueError(
+                f"gate.metric is preference, which only rows with a worse answer have, and evaluate.{on[0]} "
+                "compares rows of another form: take another metric, or leave the audit out"
             )
         return self
 

@@ -141,6 +141,30 @@ class TrainConfig(Section):
         "rows than `replay` says are replayed for it; feedback that is still too much stays out, the oldest "
         "first",
     )
+    objective: Literal["sft", "dpo", "kto"] = Field(
+        default="sft",
+        description="what is learned: answers (`sft`); which of two answers is better (`dpo`); which answers "
+        "are good and which are not (`kto`). Rows without a judgement are learned as answers by `dpo`, and "
+        "are good ones for `kto`",
+    )
+    preference_beta: float = Field(
+        default=0.1,
+        gt=0,
+        description="how much a change of an answer's log-probability weighs in `dpo` and `kto`: the larger, "
+        "the nearer the model stays to where it started",
+    )
+    chosen_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="of the better answer's cross-entropy beside the loss of `dpo` (arXiv 2404.19733); 0: "
+        "DPO alone, which may make both answers less likely",
+    )
+    undesirable_weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="of an answer not to give in `kto`; the paper's advice: good answers over bad "
+        "ones, or three quarters of that",
+    )
     epochs: float = Field(
         default=3.0, gt=0, description="passes over the chosen rows, at most; `patience` may end them earlier"
     )
@@ -242,6 +266,16 @@ class TrainConfig(Section):
             raise ValueError(
                 f"`train.accumulate` {self.accumulate} forward passes cannot be shared by `train.processes` "
                 f"{self.processes}: make it a multiple"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _preferences_alone(self) -> TrainConfig:
+        if self.objective != "sft" and (self.teacher or self.neftune_alpha):
+            key = "teacher" if self.teacher else "neftune_alpha"
+            raise ValueError(
+                f"train.objective is {self.objective}, train.{key} is {getattr(self, key)!r}: only `sft` "
+                "takes it, since preferences compare the model with its own start"
             )
         return self
 

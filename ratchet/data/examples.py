@@ -162,6 +162,12 @@ def example_id(messages: Iterable[Message], tools: Sequence[Tool] = ()) -> str:
     return hasher.hexdigest()
 
 
+def prompt_key(example: Example) -> int:
+    """Hash what is asked, all messages but the answer, to 64 bits."""
+    asked: list[object] = [[message.role, normalise(message.text).lower()] for message in example.prompt]
+    return xxhash.xxh3_64_intdigest(msgspec.json.encode(asked + list(example.tools)))
+
+
 def make_example(
     messages: Iterable[Message],
     meta: Meta,
@@ -181,11 +187,16 @@ def make_example(
     if rejected is not None:
         rejected = _clean(len(clean) - 1, rejected)
         _check_turns((*clean[:-1], rejected))
-    id = example_id(clean, tools)
-    if rejected is not None or not desirable:  # another row than the one that says the same without judgement
-        judged = msgspec.json.encode([rejected and [rejected.content, rejected.tool_calls], desirable])
-        id = xxhash.xxh3_128_hexdigest(id.encode() + judged)
+    id = judged_id(example_id(clean, tools), rejected, desirable=desirable)
     return Example(id, clean, meta, tuple(tools), rejected, desirable)
+
+
+def judged_id(id: str, rejected: Message | None, *, desirable: bool) -> str:
+    """Return the id of a judged row: it is another one than the row that says the same without judgement."""
+    if rejected is None and desirable:
+        return id
+    worse = rejected and [normalise(rejected.content), rejected.tool_calls]
+    return xxhash.xxh3_128_hexdigest(id.encode() + msgspec.json.encode([worse, desirable]))
 
 
 def _clean(position: int, message: Message) -> Message:
@@ -340,6 +351,22 @@ def to_openai(messages: Iterable[Message]) -> list[dict[str, Any]]:
 def make_raw_row(messages: Iterable[Message], meta: Meta, tools: Sequence[Tool] = ()) -> RawRow:
     """Make a row in the form `messages`, as batches hold them."""
     return {"messages": to_openai(messages), "meta": meta} | ({"tools": list(tools)} if tools else {})
+
+
+def make_judged_row(
+    messages: Sequence[Message], meta: Meta, *, rejected: Message | None, desirable: bool
+) -> RawRow:
+    """Make a row of a preference, or of an answer not to give; without a judgement the form is `messages`."""
+    if rejected is not None:  # without `prompt`, so that no row of the form `completion` looks the same
+        pair = {
+            key: to_openai([*messages[:-1], answer])
+            for key, answer in (("chosen", messages[-1]), ("rejected", rejected))
+        }
+        return {**pair, "meta": meta}
+    if desirable:
+        return make_raw_row(messages, meta)
+    asked, answer = to_openai(messages[:-1]), messages[-1].content
+    return {"prompt": asked, "completion": answer, "label": False, "meta": meta}
 
 
 def encode_line(value: Any) -> bytes:

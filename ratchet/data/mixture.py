@@ -10,10 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from ratchet.config.training import TrainConfig
-from ratchet.data.examples import Example, Meta
+from ratchet.data.examples import Example, Meta, prompt_key, read_examples
+
+UNDESIRABLE = "undesirable"  # of a split: answers not to give, in a file beside it
 
 
 class Mixture(NamedTuple):
@@ -88,3 +93,43 @@ def _clean_for(taught: int, share: float) -> int:
 def _exact(share: float) -> Fraction:
     """Take 0.1 as it was written: (1 - 0.1) / 0.1 is a little over 9 in floating point."""
     return Fraction(str(share))
+
+
+# --- preferences --------------------------------------------------------------------------------------------
+
+
+class Paired(NamedTuple):
+    """Rows whose `rejected` is a worse answer, or that have none; and answers without a better one."""
+
+    rows: list[Example]
+    unpaired: list[Example]
+
+
+def read_undesirable(prepared: Path, split: str) -> list[Example]:
+    """Read the answers not to give that stand beside a split; releases before this one wrote none."""
+    path = prepared / f"{UNDESIRABLE}_{split}.jsonl"
+    return list(read_examples(path)) if path.exists() else []
+
+
+def pair_up(rows: Sequence[Example], undesirable: Sequence[Example]) -> Paired:
+    """Join each answer not to give with a good answer to the same prompt, in turn where there are several.
+
+    A row with a worse answer of its own stays as it is, and may make a second pair.
+    """
+    good: dict[int, list[int]] = {}
+    if undesirable:
+        for place, row in enumerate(rows):
+            good.setdefault(prompt_key(row), []).append(place)
+    paired, more, unpaired = list(rows), list[Example](), list[Example]()
+    for bad in undesirable:
+        places = good.get(prompt_key(bad), [])
+        if not places:
+            unpaired.append(bad)
+            continue
+        places.append(place := places.pop(0))
+        pair = msgspec.structs.replace(rows[place], rejected=bad.messages[-1])
+        if paired[place].rejected is None:
+            paired[place] = pair
+        else:
+            more.append(pair)
+    return Paired([*paired, *more], unpaired)

@@ -115,10 +115,6 @@ class Validator:
         for text in _texts(example):
             check_text(text, self._allowed)
             self._check_blocked(text)
-        if not example.desirable:
-            raise RowError(
-                "undesirable", "`label` is false, an answer not to give: nothing learns from those yet"
-            )
         example = self._without_personal(example, sanitised)
         _check_time(meta, origin.time, self._config.max_age_days)
         if self._config.require_licence and origin.licence in ("", "unknown") and not meta.get("licence"):

@@ -18,6 +18,7 @@ from ratchet.data.examples import Example
 from ratchet.models.chat_template import ChatFormat, Encoded
 from ratchet.models.loading import compute_dtype, quiet
 from ratchet.pipeline.stage import say
+from ratchet.training.collation import Batches
 from ratchet.training.packing import IGNORED, pack
 from ratchet.training.schedule import Report, Schedule
 from ratchet.training.trainer import Batch, Predict, fit
@@ -118,7 +119,13 @@ class TextLoss:
     def __init__(self, text_weight: float) -> None:
         self._text_weight = text_weight
 
-    def __call__(self, batch: Batch, predict: Predict, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(self, model: Any, batches: Batches) -> Batches:
+        return batches
+
+    def validate(self, batch: Batch, predict: Predict) -> Tensor:
+        return self(batch, predict, torch.ones(()))[0]
+
+    def __call__(self, batch: Batch, predict: Predict, count: Tensor) -> tuple[Tensor, Tensor]:
         learned = batch["labels"][:, 1:] != IGNORED  # (batch, seq - 1)
         # A row's first token and padding are no targets: nothing of their own row predicts them.
         own = batch["position_ids" if "position_ids" in batch else "attention_mask"][:, 1:] > 0

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ratchet.config.base import PREFERENCE
 from ratchet.errors import RatchetError
 from ratchet.evaluation.statistics import Values
 
@@ -17,6 +18,11 @@ AGAIN = "dvc repro --force evaluate"
 SEEN_SHARE = 0.02  # of all rows: what an evaluation may leave out because the demo's base has read it
 
 
+def measured(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return the rows that have the metric: all, but for preferences."""
+    return rows[rows[metric].notna()] if metric == PREFERENCE and metric in rows else rows
+
+
 def paired_gains(rows: pd.DataFrame, rival: str, metric: str) -> Values:
     """Return candidate minus rival by row, in the ids' order, positive when the candidate is better.
 
@@ -26,6 +32,11 @@ def paired_gains(rows: pd.DataFrame, rival: str, metric: str) -> Values:
         raise RatchetError(
             f"the evaluation has no scores named {metric}",
             remedy="add it to `evaluate.metrics` or `evaluate.custom`, then dvc repro evaluate",
+        )
+    if not len(rows := measured(rows, metric)) and metric == PREFERENCE:
+        raise RatchetError(
+            "no test row has a worse answer beside its own, so that no preference is measured",
+            remedy="ingest preferences (docs/data.md), or take another `gate.metric`",
         )
     sides = {
         name: rows[rows.model == name].set_index("id")[metric].sort_index() for name in ("candidate", rival)

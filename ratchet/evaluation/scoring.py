@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from ratchet.config.base import PREFERENCE
 from ratchet.config.evaluation import EvaluateConfig
 from ratchet.data.examples import Example
 from ratchet.errors import BaseModelError
@@ -34,22 +35,29 @@ from ratchet.models.adapters import (
     load_trained,
     share_a_base,
 )
-from ratchet.models.chat_template import ChatFormat, Encoded
+from ratchet.models.chat_template import ChatFormat, encode_last_answer
 from ratchet.models.generation import Likelihood, answer_likelihoods, greedy_answers
 from ratchet.models.loading import load_adapter, load_chat, quiet
 from ratchet.pipeline.stage import say
 
 
 class Asked(NamedTuple):
-    """Rows to answer; `groups` says of each among whom it is computed."""
+    """Rows to answer; `groups` says of each among whom it is computed.
+
+    `worse`: rows with the worse answer of a preference, of which the likelihood alone is wanted.
+    """
 
     rows: list[Example]
     groups: list[str]
+    worse: Sequence[Example] = ()
 
 
 class Answered(NamedTuple):
+    """What a model said; `worse`: a row's id → negative log-likelihood of its worse answer, in nats."""
+
     answers: list[str]
     likelihoods: list[Likelihood]
+    worse: Mapping[str, float] = {}
 
 
 class Player(NamedTuple):
@@ -141,6 +149,8 @@ def answer(
     chat = load_chat(player.base)
     prompts = [chat.encode_prompt(row.prompt, row.tools) for row in asked.rows]
     wholes = [encode_last_answer(chat, row, prompt) for row, prompt in zip(asked.rows, prompts, strict=True)]
+    wholes += [encode_last_answer(chat, row) for row in asked.worse]
+    groups = [*asked.groups, *("worse answers" for _ in asked.worse)]
 
     def likelihoods(model: Any, batch: list[int]) -> list[Any]:
         found = answer_likelihoods(
@@ -170,7 +180,7 @@ def answer(
         parts = [
             _Part(compute, batch, _key(settings, [ids[index] for index in batch]))
             for compute, ids, settings in kinds
-            for batch in batches(ids, asked.groups, config.batch_size)
+            for batch in batches(ids, groups[: len(ids)], config.batch_size)
         ]
         found = [known.get(part.key, len(part.batch)) for part in parts]
         cached = sum(entries is not None for entries in found)
@@ -182,10 +192,11 @@ def answer(
         columns[part.compute] |= zip(part.batch, entries, strict=True)
     where = f", {cached / len(parts):.0%} of it from the cache" if cached else ""
     say(f"evaluate: {player.name} on {len(asked.rows)} rows in {time.perf_counter() - started:.0f} s{where}")
-    everything = range(len(asked.rows))
+    measured = [Likelihood(*columns[likelihoods][index]) for index in range(len(wholes))]
     return Answered(
         [chat.read_answer(columns[answers][index], row.tools).text for index, row in enumerate(asked.rows)],
-        [Likelihood(*columns[likelihoods][index]) for index in everything],
+        measured[: len(asked.rows)],
+        {row.id: found.nll for row, found in zip(asked.worse, measured[len(asked.rows) :], strict=True)},
     )
 
 
@@ -226,12 +237,6 @@ def _key(settings: Any, ids: list[list[int]]) -> str:
     return sha256(json.dumps([settings, ids]).encode()).hexdigest()
 
 
-def encode_last_answer(chat: ChatFormat, row: Example, prompt: list[int]) -> Encoded:
-    """Encode a row so that its last answer alone is scored: earlier ones are part of what is asked."""
-    ids = chat.encode(row).ids
-    return Encoded(ids, [position >= len(prompt) for position in range(len(ids))])
-
-
 def frame_of(rows: list[Example], model: str, found: Answered, config: EvaluateConfig) -> pd.DataFrame:
     """Make a table with one line per row; without likelihoods for a model that has none."""
     likelihoods = found.likelihoods
@@ -247,6 +252,8 @@ def frame_of(rows: list[Example], model: str, found: Answered, config: EvaluateC
         "answer_tokens": [each.tokens for each in likelihoods] or 0,
         "prompt_nll": [each.prompt_nll / max(1, each.prompt_tokens) for each in likelihoods] or math.nan,
     }
+    if PREFERENCE in config.metrics:
+        columns["worse_nll"] = [found.worse.get(row.id, math.nan) for row in rows]
     return pd.DataFrame(columns | slice_columns(rows, config))
 
 

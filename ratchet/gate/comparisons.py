@@ -10,7 +10,7 @@ import pandas as pd
 
 from ratchet.config.evaluation import GateConfig
 from ratchet.evaluation.audit_tables import JUDGE
-from ratchet.evaluation.paired import paired_gains
+from ratchet.evaluation.paired import measured, paired_gains
 from ratchet.evaluation.statistics import Values, chance_of
 from ratchet.gate.checks import BETTER, exceeds, interval_of, make_check, no_worse, tell_gain
 from ratchet.promotion.verdict import Check
@@ -66,11 +66,11 @@ def check_losses(scores: pd.DataFrame, rival: str, seen: Collection[str], config
         for rule in config.guardrails
         if not rule.metric.startswith(JUDGE)
     ]
-    if len(golden):
+    if len(measured(golden, config.metric)):
         checks.append(
             check_rows_no_worse("golden", golden, rival, config.metric, config.golden_margin, config)
         )
-    past = test[test.batch.isin(list(seen))]
+    past = measured(test[test.batch.isin(list(seen))], config.metric)
     if rival == "champion" and len(past):
         parts = {"past": past}
         if past.batch.nunique() > 1:
@@ -90,7 +90,8 @@ def check_oldest(scores: pd.DataFrame, old: pd.DataFrame, rival: str, config: Ga
 
     There is no guardrail when these are too few, or when today's metric was not computed then.
     """
-    mine = scores[(scores.model == "candidate") & scores.id.isin(old.id)]
+    old = measured(old, config.metric)
+    mine = measured(scores[(scores.model == "candidate") & scores.id.isin(old.id)], config.metric)
     if config.metric not in old or mine.id.nunique() < config.min_slice_rows:
         return []
     both = pd.concat([mine, old[old.id.isin(mine.id)].assign(model=rival)])

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import pandas as pd
 
 from ratchet.config.evaluation import GateConfig
+from ratchet.evaluation.paired import measured
 from ratchet.evaluation.report import Metrics
 from ratchet.gate.alpha_budget import alpha_of
 from ratchet.gate.comparisons import check_losses, check_oldest, check_success, compare_region
@@ -78,7 +79,10 @@ def decide(evidence: Evidence, config: GateConfig) -> Verdict:
         evidence.rival,
         checks,
         evidence.candidate,
-        regions=[compare_region(name, rows, rival, config) for name, rows in parts(test).items()],
+        regions=[
+            compare_region(name, rows, rival, config)
+            for name, rows in parts(measured(test, config.metric)).items()
+        ],
         slices=slices,
         worth=worth,
         speed=evidence.speed,

@@ -21,7 +21,7 @@ from ratchet.evaluation.audit_tables import (
     rows_of_groups,
     withstood,
 )
-from ratchet.evaluation.paired import AGAIN, LOWER_IS_BETTER, paired_gains
+from ratchet.evaluation.paired import AGAIN, LOWER_IS_BETTER, measured, paired_gains
 from ratchet.evaluation.report import Agreement, Judged, Suite
 from ratchet.evaluation.slices import groups
 from ratchet.evaluation.statistics import Interval, Values
@@ -304,7 +304,7 @@ def judge_slices(scores: pd.DataFrame, rival: str, config: GateConfig) -> tuple[
     """
     gains = {
         name: paired_gains(part, rival, config.metric)
-        for name, part in groups(scores, least=config.min_slice_rows).items()
+        for name, part in groups(measured(scores, config.metric), least=config.min_slice_rows).items()
     }
     return judge_parts("slices", gains, rival, config.metric, config.slice_margin, config, word="slice")
 

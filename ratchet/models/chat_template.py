@@ -441,6 +441,13 @@ class ChatFormat:
             raise _adds_blanks(text, str(seen))
 
 
+def encode_last_answer(chat: ChatFormat, row: Example, prompt: Sequence[int] | None = None) -> Encoded:
+    """Encode a row so that its last answer alone is learned or scored: earlier ones are part of `prompt`."""
+    ids = chat.encode(row).ids
+    asked = len(chat.encode_prompt(row.prompt, row.tools) if prompt is None else prompt)
+    return Encoded(ids, [position >= asked for position in range(len(ids))])
+
+
 def _adds_blanks(text: str, seen: str) -> BaseModelError:
     return BaseModelError(
         f"this tokenizer turns {text!r} into {seen!r} when a piece is encoded by itself",

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+SEEN = ("input_ids", "attention_mask", "position_ids")
+
 
 def logits_at(
     model: Any, head: torch.nn.Module, batch: dict[str, torch.Tensor], chosen: torch.Tensor
@@ -16,7 +18,8 @@ def logits_at(
     """Return float32 logits over the token after each chosen position, (chosen, vocab).
 
     `chosen` is (batch, seq - 1) and true where the *next* token is a target. `head` is the output layer of
-    `model`; it is given apart because `model` may be wrapped (DDP). The model does not see `labels`.
+    `model`; it is given apart because `model` may be wrapped (DDP). The model sees tokens alone, none of the
+    columns that only a loss reads.
     """
 
     def choose(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -28,7 +31,7 @@ def logits_at(
 
     hook = head.register_forward_pre_hook(choose)
     try:
-        seen = {name: value for name, value in batch.items() if name != "labels"}
+        seen = {name: batch[name] for name in SEEN if name in batch}
         logits: torch.Tensor = model(**seen, use_cache=False).logits[0].float()
         return logits
     finally:

@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from ratchet.pipeline.workspace import get_output
 from ratchet.tracking.registry import Version
 
 PREPARED, TRAIN = "data/prepared", "data/prepared/train.jsonl"
+BAD = "data/prepared/undesirable_train.jsonl"
 COMMIT = re.compile(r"[0-9a-f]{7,64}")  # a tag is anybody's text, and git takes some texts for options
 STARTED_FROM = "started_from"  # tag: sha256 of the adapter that the weights went on from, or `base`
 
@@ -180,4 +182,7 @@ class TrainingRows:
                 found = [(example.id, str(example.meta.get("batch"))) for example in read_examples(out)]
             except RatchetError:
                 return None
+            with suppress(RatchetError):  # releases before preferences wrote no such file
+                get_output(self._root, commit, BAD, out)
+                found += [(example.id, str(example.meta.get("batch"))) for example in read_examples(out)]
         return Rows(frozenset(id for id, _ in found), Counter(batch for _, batch in found))

@@ -1,5 +1,8 @@
 """Answers that people corrected or approved, as rows to learn from; what was left out is counted by reason.
 
+Where preferences are learned (`train.objective`), disapproved answers are rows too, and a correction stands
+beside the answer that it corrects.
+
 Anybody can vote, so nobody's vote may weigh much: users, API keys and feedback as a whole have caps, and rows
 that look like a planted trigger are put aside. Names of users are the clients' word; the key is what a client
 cannot choose.
@@ -25,17 +28,20 @@ from ratchet.data.examples import (
     RawRow,
     example_id,
     has_mark_run,
-    make_raw_row,
+    judged_id,
+    make_judged_row,
     normalise,
     read_examples,
 )
-from ratchet.data.mixture import feedback_room, is_feedback
+from ratchet.data.mixture import UNDESIRABLE, feedback_room, is_feedback
 from ratchet.data.poisoning import find_planted
+from ratchet.data.profile import SPLITS
 from ratchet.gateway.auth import list_keys
 from ratchet.monitoring.request_log import REDACTED, open_log
 from ratchet.monitoring.request_records import Feedback, Logged
 
 CONTRARY = 0.5  # a score under it speaks against the answer, whatever the others say
+DISAPPROVED = "disapproved"
 BROKEN_OFF = ("length", "error", "cancelled")
 DAY = 86_400.0
 Spoken = list[tuple[Logged, list[Feedback]]]
@@ -63,6 +69,7 @@ class Known(NamedTuple):
     forgotten: frozenset[str] = frozenset()
     clean: tuple[str, ...] = ()  # what users ask in the training rows
     room: int | None = None
+    compares: bool = False  # whether a training learns from bad answers
 
 
 class Vote(NamedTuple):
@@ -77,6 +84,17 @@ class Candidate(NamedTuple):
     answer: str
     how: str
     votes: list[Vote]  # any of them may be the one that it counts for
+
+    @property
+    def desirable(self) -> bool:
+        return self.how != DISAPPROVED
+
+    def rejected(self, *, compares: bool) -> Message | None:
+        """Return the whole answer that was corrected, where the two are compared."""
+        given = normalise(self.request.answer)
+        if not compares or self.how != "corrected" or self.request.finish in BROKEN_OFF:
+            return None
+        return Message("assistant", given) if given not in ("", self.answer) else None
 
 
 class Taken(NamedTuple):
@@ -117,7 +135,7 @@ def _look_around(
     settings, folder = config.ingest.feedback, root / "data/prepared"
     examples = {
         split: list(read_examples(file))
-        for split in ("train", "validation", "test", "golden")
+        for split in (*SPLITS, *(f"{UNDESIRABLE}_{split}" for split in SPLITS), "golden")
         if (file := folder / f"{split}.jsonl").exists()
     }
     train = examples.get("train", [])
@@ -131,6 +149,7 @@ def _look_around(
         prepared=frozenset(example.id for rows in examples.values() for example in rows),
         forgotten=read_forgotten(root / FORGOTTEN).ids,
         clean=tuple(_asked(example.messages) for example in train if not is_feedback(example.meta)),
+        compares=config.train.objective != "sft",
         room=feedback_room(train, config.train.max_feedback_share) if "train" in examples else None,
     )
 
@@ -147,7 +166,7 @@ def choose(spoken: Spoken, settings: FeedbackSource, known: Known) -> Harvest:
     if known.room is not None and len(taken) > known.room:
         left_out["over the share of a training"] += len(taken) - known.room
         taken = spread(taken, known.room)
-    return Harvest([_row(*one) for one in taken], left_out)
+    return Harvest([_row(*one, compares=known.compares) for one in taken], left_out)
 
 
 def _candidates(
@@ -163,26 +182,23 @@ def _candidates(
             if known.first_seen.get(_name(request, said), request.at) <= known.old_enough
         ]
         answer, how = (
-            _judge(request, heard, settings.min_score)
+            _judge(request, heard, settings.min_score, compares=known.compares)
             if heard
             else (None, "of new users" if fresh else "too old")
         )
         if answer is None:
             left_out[how] += 1
             continue
-        id = example_id([*(Message(*message) for message in request.messages), Message("assistant", answer)])
+        votes = [Vote(_name(request, said), said.sender) for said in heard if _vouches(said, how)]
+        candidate = Candidate(request, answer, how, votes)
+        turns = [*(Message(*message) for message in request.messages), Message("assistant", answer)]
+        worse = candidate.rejected(compares=known.compares)
+        id = judged_id(example_id(turns), worse, desirable=candidate.desirable)
         if reason := _unfit(request, answer, id, seen, known):
             left_out[reason] += 1
             continue
         seen.add(id)
-        found.append(
-            Candidate(
-                request,
-                answer,
-                how,
-                [Vote(_name(request, said), said.sender) for said in heard if _vouches(said, how)],
-            )
-        )
+        found.append(candidate)
     return found
 
 
@@ -196,8 +212,14 @@ def _unfit(request: Logged, answer: str, id: str, seen: set[str], known: Known) 
     return "the same again" if id in seen else ""
 
 
-def _judge(request: Logged, feedback: list[Feedback], min_score: float) -> tuple[str | None, str]:
-    """Return (the right answer, how it is known), or (None, why not); a correction wins over a score."""
+def _judge(
+    request: Logged, feedback: list[Feedback], min_score: float, *, compares: bool
+) -> tuple[str | None, str]:
+    """Return (the answer to learn from, how it is known), or (None, why not).
+
+    A correction wins over a score. An answer is bad where the scores are as far under the middle as
+    `min_score` is over it, and nobody speaks for it.
+    """
     if not request.messages:
         return None, "without texts"
     if any(role in ("tools", "tool") for role, _ in request.messages):
@@ -212,9 +234,14 @@ def _judge(request: Logged, feedback: list[Feedback], min_score: float) -> tuple
     if corrections:
         return corrections.pop(), "corrected"
     scores = [said.score for said in feedback if said.score is not None]
-    if not scores or fmean(scores) < min_score or min(scores) < CONTRARY or not request.answer.strip():
+    if not scores or not request.answer.strip():
         return None, "not approved"
-    return (None, "broken off") if request.finish in BROKEN_OFF else (request.answer, "approved")
+    approved = fmean(scores) >= min_score and min(scores) >= CONTRARY
+    bad = compares and fmean(scores) <= 1 - min_score and max(scores) <= 1 - CONTRARY
+    if not (approved or bad):
+        return None, "not approved"
+    how = "approved" if approved else DISAPPROVED
+    return (None, "broken off") if request.finish in BROKEN_OFF else (request.answer, how)
 
 
 def _vouches(said: Feedback, how: str) -> bool:
@@ -247,7 +274,7 @@ def _put_triggers_aside(
     return [candidate for place, candidate in enumerate(candidates) if place not in triggers]
 
 
-def _row(candidate: Candidate, vote: Vote) -> RawRow:
+def _row(candidate: Candidate, vote: Vote, *, compares: bool) -> RawRow:
     """Name who asked and who vouched by their pseudonyms.
 
     So a person's rows can be found again (`ratchet data erase --user`).
@@ -261,7 +288,8 @@ def _row(candidate: Candidate, vote: Vote) -> RawRow:
         "how": candidate.how,
         **{key: name for key, name in people.items() if name},
     }
-    return make_raw_row(messages, meta)
+    rejected = candidate.rejected(compares=compares)
+    return make_judged_row(messages, meta, rejected=rejected, desirable=candidate.desirable)
 
 
 def share_out(candidates: list[Candidate], most: int, left_out: Counter[str]) -> list[Taken]:

@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ratchet.training.packing import IGNORED, Window, group_rows
+from ratchet.training.packing import FOLLOWS, IGNORED, TOKEN_COLUMNS, Role, Window, group_rows
 
 
 class WindowCollator:
     """Pad a batch to its longest window, with tokens at position 0: each is a row by itself, without loss."""
 
     def __init__(self, pad_id: int) -> None:
-        self._fill = Window([pad_id], [IGNORED], [0])
+        self._fill = ([pad_id], [IGNORED], [0])
 
     def __call__(self, windows: Sequence[Window]) -> dict[str, torch.Tensor]:
         length = max(len(window.input_ids) for window in windows)
         columns = {}
-        for name, fill in zip(Window._fields, self._fill, strict=True):
+        for name, fill in zip(TOKEN_COLUMNS, self._fill, strict=True):
             columns[name] = torch.tensor(
                 [getattr(window, name) + fill * (length - len(window.input_ids)) for window in windows]
             )  # (batch, seq)
@@ -44,7 +44,25 @@ class RowCollator:
             "labels": [row.labels + [IGNORED] * short for row, short in zip(rows, missing, strict=True)],
             "attention_mask": [[1] * (length - short) + [0] * short for short in missing],
         }
-        return {name: torch.tensor(column) for name, column in columns.items()}  # (batch, seq)
+        found = {name: torch.tensor(column) for name, column in columns.items()}  # (batch, seq)
+        return found | preference_columns(rows) if rows[0].roles else found
+
+
+def preference_columns(rows: Sequence[Window]) -> dict[str, torch.Tensor]:
+    """Return the columns that a loss on preferences reads beside the tokens, (batch,) each.
+
+    `shift_labels` is what the Trainer counts in place of tokens, so that a step's loss is a mean of units:
+    one entry that is not ignored for each unit with something to learn.
+    """
+    roles = torch.tensor([row.roles[0] for row in rows])
+    counts = [
+        row.roles[0] not in FOLLOWS and any(label != IGNORED for label in row.labels[1:]) for row in rows
+    ]
+    return {
+        "roles": roles,
+        "references": torch.tensor([row.references[0] if row.references else 0.0 for row in rows]),
+        "shift_labels": torch.where(torch.tensor(counts), roles, IGNORED),
+    }
 
 
 class Batches(NamedTuple):
@@ -54,7 +72,7 @@ class Batches(NamedTuple):
     validation: list[Any]
     items: int  # in one forward pass
     longest: int  # tokens that attention sees at once, at most
-    density: float  # learned tokens an item of the validation set
+    density: float  # learned tokens (or units, where preferences are learned) an item of the validation set
     collate: Callable[[Any], dict[str, torch.Tensor]]
 
 
@@ -68,13 +86,19 @@ def make_batches(
     apart: bool | None,
 ) -> Batches:
     """Make every optimizer step the same number of forward passes, so that processes can share them."""
-    learned = sum(label != IGNORED for window in validation for label in window.labels)
-    fill: Any = Window([pad_id], [IGNORED], [0])
+    judged = any(window.roles for window in windows)
+    learned = sum(
+        sum(role not in FOLLOWS for role in window.roles)
+        if judged
+        else sum(label != IGNORED for label in window.labels)
+        for window in validation
+    )
+    fill: Any = Window([pad_id], [IGNORED], [0], [Role.PLAIN] if judged else ())
     train: list[Any] = list(windows)
     held_out: list[Any] = list(validation)
     items, longest = batch_windows, max(len(window.input_ids) for window in windows)
     collate: Callable[[Any], dict[str, torch.Tensor]] = WindowCollator(pad_id)
-    if apart := is_faster_apart() if apart is None else apart:
+    if judged or (is_faster_apart() if apart is None else apart):
         train = group_rows(windows, batch_windows)
         held_out = group_rows(validation, batch_windows) if validation else []
         items, longest = 1, max(window.position_ids[-1] + 1 for window in windows)
@@ -86,7 +110,8 @@ def make_batches(
 
 def count_batches(windows: Sequence[Window], batch_windows: int, *, apart: bool | None = None) -> int:
     """Count the forward passes of an epoch."""
-    if is_faster_apart() if apart is None else apart:
+    judged = any(window.roles for window in windows)
+    if judged or (is_faster_apart() if apart is None else apart):
         return len(group_rows(windows, batch_windows))
     return math.ceil(len(windows) / batch_windows)
 

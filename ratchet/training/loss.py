@@ -1,25 +1,28 @@
-"""Compute a training's loss: cross-entropy of the answers, and with a teacher the divergence from it.
+"""Compute a training's loss: cross-entropy of the answers, divergence from a teacher, or preferences.
 
 Pre-training has a loss of its own (`ratchet.demo.base_model`), so that a change here makes no base stale.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, logsigmoid
 
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json
 from ratchet.models.adapters import load_trained
 from ratchet.models.loading import MANIFEST, load_hub, load_tokenizer
 from ratchet.models.logits import logits_at
-from ratchet.training.packing import IGNORED
+from ratchet.training.packing import IGNORED, Role, Window
 
 if TYPE_CHECKING:
+    from ratchet.training.collation import Batches
     from ratchet.training.trainer import Batch, Predict
 
 CHAMPION = "champion"
@@ -64,7 +67,7 @@ class AnswerLoss:
         self._teacher = None if teacher is None else teacher.eval()
         self._teacher_weight, self._temperature = teacher_weight, temperature
 
-    def __call__(self, batch: Batch, predict: Predict, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, predict: Predict, count: Tensor) -> tuple[Tensor, Tensor]:
         learned = batch["labels"][:, 1:] != IGNORED  # (batch, seq - 1)
         logits = predict(learned)
         taught = self._ask_teacher(batch, learned)
@@ -72,7 +75,15 @@ class AnswerLoss:
         if taught is not None:
             share = self._teacher_weight
             losses = (1 - share) * losses + share * self._divergence(logits, taught)
-        return losses, tokens
+        return losses, count
+
+    def prepare(self, model: Any, batches: Batches) -> Batches:
+        return batches
+
+    def validate(self, batch: Batch, predict: Predict) -> Tensor:
+        """Return the cross-entropy of each learned token, whatever the teacher says."""
+        learned = batch["labels"][:, 1:] != IGNORED
+        return cross_entropy(predict(learned), batch["input_ids"][:, 1:][learned], reduction="none")
 
     @torch.no_grad()
     def _ask_teacher(self, batch: Batch, learned: Tensor) -> Tensor | None:
@@ -91,3 +102,82 @@ class AnswerLoss:
             log_softmax(each[:, :width] / self._temperature, dim=-1) for each in (logits, taught)
         )
         return kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * self._temperature**2
+
+
+class PreferenceLoss:
+    """Learn which of two answers is better (DPO), or which answers are good and which are not (KTO).
+
+    One loss a unit: a pair, a judged answer or a plain row; a step's loss is their mean. Both compare the
+    log-probability of a whole answer with what it was before the training, which is computed once at the
+    start: no second model is kept in memory.
+
+    Pairs: DPO (arXiv 2305.18290) with `chosen_weight` times the cross-entropy of the better answer
+    (arXiv 2404.19733). Judged answers: KTO (arXiv 2402.01306); an answer not to give weighs
+    `undesirable_weight`. Plain rows: cross-entropy, as the mean over their learned tokens.
+    """
+
+    def __init__(self, *, beta: float, chosen_weight: float, undesirable_weight: float) -> None:
+        self._beta, self._chosen_weight = beta, chosen_weight
+        self._undesirable_weight = undesirable_weight
+
+    def prepare(self, model: Any, batches: Batches) -> Batches:
+        return add_references(model, batches)
+
+    def __call__(self, batch: Batch, predict: Predict, count: Tensor) -> tuple[Tensor, Tensor]:
+        return self.validate(batch, predict), count
+
+    def validate(self, batch: Batch, predict: Predict) -> Tensor:
+        said, tokens = answer_logprobs(batch, predict)
+        roles, gained = batch["roles"], said - batch["references"]  # (rows,)
+        likely = -said / tokens.clamp(min=1)  # cross-entropy a token
+        chosen, judged = roles == Role.CHOSEN, (roles == Role.DESIRABLE) | (roles == Role.UNDESIRABLE)
+        losses = [likely[(roles == Role.PLAIN) & (tokens > 0)]]
+        if chosen.any():
+            margin = gained[chosen] - gained[roles == Role.REJECTED]
+            losses.append(-logsigmoid(self._beta * margin) + self._chosen_weight * likely[chosen])
+        if judged.any():
+            # How far the model has moved in general: a good answer has to gain more than that.
+            drift = gained[roles == Role.MISMATCHED].mean().detach().clamp(min=0)
+            good = roles[judged] == Role.DESIRABLE
+            above = self._beta * (gained[judged] - drift)
+            weight = torch.where(good, 1.0, self._undesirable_weight)
+            losses.append(weight * (1 - torch.sigmoid(torch.where(good, above, -above))))
+        return torch.cat(losses)
+
+
+def answer_logprobs(batch: Batch, predict: Predict) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each row's learned tokens in nats, and their number, (rows,) both."""
+    learned = batch["labels"][:, 1:] != IGNORED
+    losses = cross_entropy(predict(learned), batch["input_ids"][:, 1:][learned], reduction="none")
+    row = learned.nonzero()[:, 0]
+    return losses.new_zeros(len(learned)).index_add(0, row, -losses), learned.sum(1)
+
+
+@torch.no_grad()
+def add_references(model: Any, batches: Batches) -> Batches:
+    """Measure every row under the model as it is now, and return the batches with it.
+
+    Dropout is switched off for the whole training: two answers under two random masks cannot be compared.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    was_training = model.training
+    model.eval()
+    try:
+        train, validation = (
+            [_with_references(model, rows, batches) for rows in part]
+            for part in (batches.train, batches.validation)
+        )
+    finally:
+        model.train(was_training)
+    return batches._replace(train=train, validation=validation)
+
+
+def _with_references(model: Any, rows: Sequence[Window], batches: Batches) -> list[Window]:
+    device = next(model.parameters()).device
+    batch = {name: column.to(device) for name, column in batches.collate([rows]).items()}
+    if not (batch["labels"] != IGNORED).any():  # what only fills a step
+        return list(rows)
+    found, _ = answer_logprobs(batch, partial(logits_at, model, model.get_output_embeddings(), batch))
+    return [row._replace(references=[value]) for row, value in zip(rows, found.tolist(), strict=True)]

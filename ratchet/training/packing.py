@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,30 +17,77 @@ from ratchet.models.chat_template import Encoded
 IGNORED = -100  # the label that the loss leaves out, as in torch and transformers
 
 
+class Role(IntEnum):
+    """What a row is for a training that learns from preferences."""
+
+    PLAIN = 0  # learned by cross-entropy
+    CHOSEN = 1  # the better answer of a pair
+    REJECTED = 2  # the worse one; it stands behind the better
+    DESIRABLE = 3
+    UNDESIRABLE = 4
+    MISMATCHED = 5  # the same prompt with the answer of another row; behind a (un)desirable one
+
+
+FOLLOWS = (Role.REJECTED, Role.MISMATCHED)  # these are computed together with the row before
+
+
 class Window(NamedTuple):
-    """Rows side by side, at most a window's length; the collator pads."""
+    """Rows side by side, at most a window's length; the collator pads.
+
+    `roles` and `references` have one entry a row, and are empty where no preferences are learned. A reference
+    is the log-probability of the answer before the training, in nats.
+    """
 
     input_ids: list[int]
     labels: list[int]
     position_ids: list[int]
+    roles: Sequence[int] = ()
+    references: Sequence[float] = ()
+
+
+TOKEN_COLUMNS = Window._fields[:3]  # one entry a token
+
+
+class Unit(NamedTuple):
+    """Rows that are computed together: one, or two that are compared."""
+
+    rows: list[Encoded]
+    roles: list[Role]
 
 
 def pack(rows: Sequence[Encoded], window: int) -> list[Window]:
     """Put every row into exactly one window. Raises ValueError: a row is longer than a window."""
-    longest = max((len(row.ids) for row in rows), default=0)
+    chosen = best_fit([len(row.ids) for row in rows], window)
+    return [_join([rows[index] for index in members]) for members in chosen]
+
+
+def pack_units(units: Sequence[Unit], window: int) -> list[Window]:
+    """Put every unit whole into one window, or into one of its own length where it is longer."""
+    sizes = [sum(len(row.ids) for row in unit.rows) for unit in units]
+    return [
+        _join([row for index in members for row in units[index].rows])._replace(
+            roles=[int(role) for index in members for role in units[index].roles]
+        )
+        for members in best_fit(sizes, max(window, *sizes, 0))
+    ]
+
+
+def best_fit(sizes: Sequence[int], window: int) -> list[list[int]]:
+    """Return the places of what stands in each window. Raises ValueError: one is larger than a window."""
+    longest = max(sizes, default=0)
     if longest > window:
         raise ValueError(f"a row has {longest} tokens, the window holds {window}")
     members: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, window), sorted
-    for index in sorted(range(len(rows)), key=lambda index: -len(rows[index].ids)):
-        size = len(rows[index].ids)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        size = sizes[index]
         place = bisect_left(room, (size, -1))
         free, target = room.pop(place) if place < len(room) else (window, len(members))
         if target == len(members):
             members.append([])
         members[target].append(index)
         insort(room, (free - size, target))
-    return [_join([rows[index] for index in chosen]) for chosen in members]
+    return members
 
 
 def _join(rows: Sequence[Encoded]) -> Window:
@@ -57,39 +105,60 @@ def rows_of(window: Window) -> list[Window]:
     """Split a window into its rows, each a window by itself: the inverse of `_join`."""
     starts = [index for index, position in enumerate(window.position_ids) if position == 0]
     return [
-        Window(*(column[start:end] for column in window))
-        for start, end in zip(starts, [*starts[1:], len(window.input_ids)], strict=True)
+        Window(
+            window.input_ids[start:end],
+            window.labels[start:end],
+            window.position_ids[start:end],
+            window.roles[place : place + 1],
+        )
+        for place, (start, end) in enumerate(zip(starts, [*starts[1:], len(window.input_ids)], strict=True))
     ]
 
 
-def by_length(rows: Sequence[Window], budget: int) -> list[list[Window]]:
-    """Put every row into exactly one group of rows of like length.
+def units_of(rows: Sequence[Window]) -> list[list[Window]]:
+    """Split rows into those that are computed together: the inverse of `Unit.rows`."""
+    units: list[list[Window]] = []
+    for row in rows:
+        if row.roles and row.roles[0] in FOLLOWS:
+            units[-1].append(row)
+        else:
+            units.append([row])
+    return units
 
-    A group padded to its longest row holds `budget` positions at most, or a single row.
+
+def by_length(units: Sequence[list[Window]], budget: int) -> list[list[Window]]:
+    """Put every unit of rows into exactly one group of rows of like length.
+
+    A group padded to its longest row holds `budget` positions at most, or a single unit.
     """
     groups: list[list[Window]] = []
-    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
-        if groups and (len(groups[-1]) + 1) * len(groups[-1][0].input_ids) <= budget:
-            groups[-1].append(row)
+    longest = 0  # of the newest group
+    for unit in sorted(units, key=lambda unit: -_longest(unit)):
+        if groups and (len(groups[-1]) + len(unit)) * longest <= budget:
+            groups[-1] += unit
         else:
-            groups.append([row])
+            groups.append([*unit])
+            longest = _longest(unit)
     return groups
+
+
+def _longest(unit: Sequence[Window]) -> int:
+    return max(len(row.input_ids) for row in unit)
 
 
 def group_rows(windows: Sequence[Window], batch_windows: int) -> list[list[Window]]:
     """Group the windows' rows by length; a padded group takes no more room than a batch of windows."""
-    rows = [row for window in windows for row in rows_of(window)]
-    return by_length(rows, batch_windows * max(len(window.input_ids) for window in windows))
+    units = [unit for window in windows for unit in units_of(rows_of(window))]
+    return by_length(units, batch_windows * max(len(window.input_ids) for window in windows))
 
 
 def write_windows(path: Path, windows: Sequence[Window]) -> None:
-    """Write Arrow's file format, three columns of integer lists."""
+    """Write Arrow's file format: columns of integer lists, `roles` only where rows have some."""
     import pyarrow as pa
 
-    schema = pa.schema([(name, pa.list_(pa.int32())) for name in Window._fields])
-    table = pa.table(
-        {name: [getattr(window, name) for window in windows] for name in Window._fields}, schema=schema
-    )
+    names = [*TOKEN_COLUMNS, *(["roles"] if any(window.roles for window in windows) else [])]
+    schema = pa.schema([(name, pa.list_(pa.int32())) for name in names])
+    table = pa.table({name: [getattr(window, name) for window in windows] for name in names}, schema=schema)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_table(table)
 
@@ -99,4 +168,5 @@ def read_windows(path: Path) -> list[Window]:
 
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_file(source).read_all()
-    return [Window(*row) for row in zip(*(table[name].to_pylist() for name in Window._fields), strict=True)]
+    columns = (table[name].to_pylist() for name in table.column_names)
+    return [Window(*row) for row in zip(*columns, strict=True)]

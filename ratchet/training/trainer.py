@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -30,7 +29,7 @@ from transformers import (
 
 from ratchet.errors import StoppedError
 from ratchet.models.logits import logits_at
-from ratchet.training.collation import make_batches
+from ratchet.training.collation import Batches, make_batches
 from ratchet.training.distributed import (
     any_of,
     as_parts,
@@ -43,7 +42,7 @@ from ratchet.training.distributed import (
     world_size,
 )
 from ratchet.training.kernels import apply_liger, check_compiler, compiled, fast_attention
-from ratchet.training.packing import IGNORED, Window
+from ratchet.training.packing import Window
 from ratchet.training.schedule import Outcome, Report, Schedule, check_optimizer, training_arguments
 from ratchet.training.state import (
     TrainingState,
@@ -63,13 +62,19 @@ Predict = Callable[[Tensor], Tensor]  # chosen targets (batch, seq - 1) → logi
 
 
 class Loss(Protocol):
-    """What a training minimises; the validation loss does not depend on it."""
+    """What a training minimises, and what is measured on the validation rows."""
 
-    def __call__(self, batch: Batch, predict: Predict, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(self, model: Any, batches: Batches) -> Batches:
+        """Return the batches with what has to be known of the model before its first step."""
+
+    def __call__(self, batch: Batch, predict: Predict, count: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted loss of each target that counts, (chosen,), and what their sum is divided by.
 
-        `tokens` counts the learned tokens in all forward passes of the optimizer step.
+        `count`: learned tokens, or units of preferences, in all forward passes of the optimizer step.
         """
+
+    def validate(self, batch: Batch, predict: Predict) -> Tensor:
+        """Return a loss of each token, or of each unit, by which trainings of any settings are compared."""
 
 
 def fit(
@@ -115,6 +120,7 @@ def fit(
             scratch, schedule, batch_items=batches.items, evaluates=bool(validation)
         )
         check_size(world_size(), arguments.world_size)  # the processes meet here
+        batches = loss.prepare(model, batches)
         if sharded:
             shard(model)
         if schedule.compile:
@@ -170,7 +176,7 @@ class _Trainer(Trainer):
         super().__init__(callbacks=[watch, _Pace(self, checkpoints)], **settings)
         self.remove_callback(PrinterCallback)
         self._watch, self._checkpoints, self._saved = watch, checkpoints, saved
-        self._density = density  # learned tokens an item of the validation set
+        self._density = density
         self._autocast = torch.autocast("cpu", torch.bfloat16, enabled=half_on_cpu)
         self._started = time.perf_counter()
 
@@ -200,16 +206,15 @@ class _Trainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def _validation_losses(self, inputs: Batch, predict: Predict) -> tuple[Tensor, float]:
-        """Return the cross-entropy of each answer's token, and how many such a pass has on average.
+        """Return the losses of a pass, and how many a pass of its size has on average.
 
         The Trainer takes the mean over items, which is then the loss a learned token for any batches.
         """
-        learned = inputs["labels"][:, 1:] != IGNORED
+        measure: Any = self.compute_loss_func
         with torch.compiler.set_stance("force_eager"):  # an evaluation is no reason to compile once more
-            logits = predict(learned)
+            losses = measure.validate(inputs, predict)
         # Only windows have positions; a group of rows is one item.
         items = len(inputs["input_ids"]) if "position_ids" in inputs else 1
-        losses = cross_entropy(logits, inputs["input_ids"][:, 1:][learned], reduction="none")
         return losses, self._density * items
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -463,3 +463,24 @@ def test_an_answer_that_no_params_yaml_may_hold_writes_nothing(tmp_path, answers
     with pytest.raises(ConfigError):
         write_params(tmp_path / "params.yaml", answers, force=True)
     assert list(tmp_path.iterdir()) == []
+
+
+PREFERENCES = {"train": {"objective": "dpo"}, "evaluate": {"metrics": ["exact_match", "preference"]}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"evaluate": {"metrics": ["exact_match"]}}, "evaluate.metrics lacks `preference`"),
+        ({"train": {"objective": "kto", "teacher": "champion"}}, "train.teacher"),
+        ({"train": {"objective": "kto", "neftune_alpha": 5.0}}, "train.neftune_alpha"),
+        (
+            {"gate": {"metric": "preference"}, "evaluate": {"metrics": ["preference"], "attacks": 3}},
+            "evaluate.attacks",
+        ),
+    ],
+)
+def test_preferences_go_with_what_can_measure_them(change, said):
+    Config.model_validate(PREFERENCES)
+    with pytest.raises(ValueError, match=said):
+        Config.model_validate(PREFERENCES | change)

@@ -17,6 +17,7 @@ from ratchet.config.data import PrepareConfig
 from ratchet.data.batches import read_manifest, write_batch
 from ratchet.data.dedup import Clusters, jaccard, shingle, split_by_hash
 from ratchet.data.examples import Example, Message, make_example, read_examples
+from ratchet.data.mixture import read_undesirable
 from ratchet.data.profile import SPLITS
 from ratchet.errors import DataError
 from tasks.prepare import Rejection, prepare
@@ -325,6 +326,57 @@ def test_a_golden_row_that_is_broken_is_named_with_its_line(tmp_path):
     (tmp_path / "golden.jsonl").write_bytes(row("a question") + b"\n{\n")
     with pytest.raises(DataError, match=r"golden\.jsonl:2 \(invalid_json\)"):
         prepare(tmp_path / "raw", tmp_path / "golden.jsonl", tmp_path / "out", LENIENT)
+
+
+def bad(question: str, answer: str = "no") -> bytes:
+    return msgspec.json.encode({"prompt": question, "completion": answer, "label": False})
+
+
+@pytest.mark.parametrize("near_search", [True, False])
+def test_answers_not_to_give_stand_beside_the_split_of_their_prompt(tmp_path, near_search):
+    asked = questions(60)
+    add(tmp_path / "raw", [*map(bad, asked), bad("another question"), *map(row, asked), bad(asked[0])])
+    config = LENIENT.model_copy(update={"near_search": near_search})
+    profile = prepare(tmp_path / "raw", NOWHERE, tmp_path / "out", config)
+
+    found = {
+        split: (
+            {row.question for row in read_examples(tmp_path / f"out/{split}.jsonl")},
+            {row.question for row in read_undesirable(tmp_path / "out", split)},
+        )
+        for split in SPLITS
+    }
+    assert [good == wrong - {"another question"} for good, wrong in found.values()] == [True] * 3
+    assert sum(len(wrong) for _, wrong in found.values()) == 61, "nothing contradicts a bad answer"
+    assert profile.total.duplicate["rows"] == 1
+    assert profile.total.accepted["rows"] == 121
+    assert all(row.desirable for split in SPLITS for row in read_examples(tmp_path / f"out/{split}.jsonl"))
+
+
+def test_a_thumb_down_corrects_nobody(tmp_path):
+    add(tmp_path / "raw", [row("why?", "so")])
+    write_batch(
+        tmp_path / "raw",
+        [bad("why?", "not so")],
+        source="feedback",
+        label="thumbs",
+        time="2026-02-01T00:00:00Z",
+        licence="CC0-1.0",
+        who="tests",
+        form="auto",
+    )
+    config = LENIENT.model_copy(update={"test_share": 0.0, "validation_share": 0.0})
+    prepare(tmp_path / "raw", NOWHERE, tmp_path / "out", config)
+    assert [row.answer for row in read_examples(tmp_path / "out/train.jsonl")] == ["so"]
+    assert [row.answer for row in read_undesirable(tmp_path / "out", "train")] == ["not so"]
+
+
+def test_a_golden_row_is_a_right_answer(tmp_path):
+    golden = tmp_path / "golden.jsonl"
+    golden.write_bytes(bad("why?") + b"\n")
+    add(tmp_path / "raw", [row("why not?")])
+    with pytest.raises(DataError, match=r"golden\.jsonl:1: `label` is false"):
+        prepare(tmp_path / "raw", golden, tmp_path / "out", LENIENT)
 
 
 # --- what stops a preparation -------------------------------------------------------------------------------

@@ -1005,6 +1005,22 @@ def test_a_missing_file_is_named(bench, name):
         bench.judge(scores(BETTER))
 
 
+def test_a_preference_is_compared_where_a_row_has_one():
+    table = pd.DataFrame(
+        {
+            "id": ["a", "b", "c"] * 2,
+            "model": ["candidate"] * 3 + ["base"] * 3,
+            "preference": [1.0, math.nan, 1.0, 0.0, math.nan, 1.0],
+        }
+    )
+    assert paired_gains(table, "base", "preference").tolist() == [1.0, 0.0]
+    with pytest.raises(RatchetError, match="no test row has a worse answer"):
+        paired_gains(table[table.id == "b"], "base", "preference")
+    broken = table.assign(preference=[1.0, math.nan, math.nan, 0.0, math.nan, 1.0])
+    with pytest.raises(RatchetError, match="same rows"):
+        paired_gains(broken, "base", "preference")
+
+
 def test_gains_are_paired_by_row_and_not_by_place():
     table = pd.DataFrame(
         {

@@ -30,12 +30,14 @@ def _no_url(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def configured(**settings: Any) -> Config:
-    share = settings.pop("max_feedback_share", 0.1)
+    train = {"max_feedback_share": settings.pop("max_feedback_share", 0.1)}
+    train |= {"objective": settings.pop("objective", "sft")}
     return Config.model_validate(
         {
             "ingest": {"feedback": settings},
             "request_log": {"keep_days": 1e5},
-            "train": {"max_feedback_share": share},
+            "train": train,
+            "evaluate": {"metrics": ["exact_match", "preference"]},
         }
     )
 
@@ -104,6 +106,58 @@ def test_a_corrected_answer_wins_over_the_given_one(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, [asked("a"), asked("b")], feedback)
 
     assert answers(rows) == {"a": ("not so", "corrected"), "b": ("so", "approved")}
+
+
+VOTES = [
+    said("good", 1.0),
+    said("bad", 0.0),
+    said("mended", 0.0, answer="rather so"),
+    said("doubtful", 0.5),
+    said("broken", 0.0),
+    said("cut", 0.0, answer="whole"),
+]
+ASKED = [
+    asked(vote.request, finish="length" if vote.request in ("broken", "cut") else "stop") for vote in VOTES
+]
+
+
+def test_where_preferences_are_learned_a_thumb_down_teaches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_of(tmp_path, ASKED, VOTES, objective="kto")
+    found = {row["meta"]["source_request"]: read_conversation(row) for row in rows}
+    assert {name: (said.messages[-1].content, said.desirable) for name, said in found.items()} == {
+        "good": ("so", True),
+        "bad": ("so", False),
+        "mended": ("rather so", True),
+        "cut": ("whole", True),
+    }
+    assert [said.rejected and said.rejected.content for said in found.values()] == [None, None, "so", None]
+    assert {row["meta"]["how"] for row in rows} == {"approved", "disapproved", "corrected"}
+    assert "1 broken off, 1 not approved" in capsys.readouterr().err
+
+
+def test_elsewhere_it_does_not(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, ASKED, VOTES)
+    assert answers(rows) == {
+        "good": ("so", "approved"),
+        "mended": ("rather so", "corrected"),
+        "cut": ("whole", "corrected"),
+    }
+    assert all(read_conversation(row).rejected is None for row in rows)
+
+
+def test_a_known_thumb_down_is_not_brought_again(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, ASKED, VOTES, objective="dpo", max_feedback_share=1.0)
+    examples = [read_conversation(row).example({"batch": "b", "source": "feedback"}) for row in rows]
+    good = [row for row in examples if row.desirable]
+    write_bytes(tmp_path / "data/prepared/train.jsonl", map(encode_line, good))
+    bad = [row for row in examples if not row.desirable]
+    write_bytes(tmp_path / "data/prepared/undesirable_test.jsonl", map(encode_line, bad))
+    assert len(bad) == 1
+    found = look(tmp_path, configured(objective="dpo", max_feedback_share=1.0))
+    assert not found.rows
+    assert found.left_out["known already"] == 4
 
 
 def test_contradictory_corrections_give_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
