@@ -440,6 +440,9 @@ def test_the_same_batches_give_the_same_bytes(tmp_path, raw, prepared, tiny_conf
         "rejected.jsonl",
         "test.jsonl",
         "train.jsonl",
+        "undesirable_test.jsonl",
+        "undesirable_train.jsonl",
+        "undesirable_validation.jsonl",
         "validation.jsonl",
     ]
     assert all((tmp_path / "again" / name).read_bytes() == (prepared / name).read_bytes() for name in names)

@@ -354,7 +354,7 @@ def test_thumbs_make_a_version_that_prefers_what_people_liked(
     manifest = {**read_json(first / "manifest.json"), "version": 1}
     write_json(first / "manifest.json", manifest)
 
-    # People like the short one.
+    # People like the long one, which is less likely: it has more tokens.
     config = config_for(
         objective, config, learning_rate=3e-3, epochs=3.0, preference_beta=0.3, undesirable_weight=1.0
     )
@@ -363,7 +363,7 @@ def test_thumbs_make_a_version_that_prefers_what_people_liked(
     )
     log = open_log(tmp_path, config)
     for place, (question, *said) in enumerate(questions(240, 200)):
-        for answer, score in zip(said, (1.0, 0.0), strict=True):
+        for answer, score in zip(said, (0.0, 1.0), strict=True):
             id = f"{place}-{score}"
             log.put(
                 Logged(
