@@ -18,7 +18,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.console import log_line, say, working
 from flows.data_check import REJECTED, read_rejected
-from flows.forget import follow_all, list_is_pending
+from flows.erase import follow_all, list_is_pending
 from flows.ingest import ingest
 from flows.retries import can_pass
 from flows.review_queue import queue_doubtful
@@ -36,10 +36,10 @@ from ratchet.pipeline.dvc import Workspace, check_out, push_data, run_stage, sta
 from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import catch_up, land, open_workspace
 from ratchet.promotion.champion import Champion, last_entry, read_champion
-from ratchet.reporting.forgetting import SAVED, build, numbers_of, registered_numbers
 from ratchet.reporting.markdown import model_card
+from ratchet.reporting.retention import SAVED, build, numbers_of, registered_numbers
 from ratchet.tracking.registry import CHALLENGER, Version, set_alias
-from tasks.forget import inherit
+from tasks.erase import inherit
 from tasks.pin import READERS, TRAINING, needs_pin, pin, pin_looks
 from tasks.promote import alias_is_pending, check_registry, follow_alias, promote
 from tasks.record import (

@@ -36,7 +36,7 @@ from small_checkout import (
     training_ids,
 )
 
-from flows.forget import find_rows, follow_list, forget_rows, list_is_pending
+from flows.erase import find_rows, follow_list, forget_rows, list_is_pending
 from ratchet.config.data import PrepareConfig
 from ratchet.data.batches import write_batch
 from ratchet.data.erasure import FILE, Entry, Forgotten, read_forgotten, write_forgotten
@@ -46,7 +46,7 @@ from ratchet.errors import DataError, UserError
 from ratchet.gateway.identity import Ids
 from ratchet.pipeline.checkout import dvc, git
 from ratchet.tracking.registry import get_version
-from tasks.forget import Found, Query, extend, find, inherit
+from tasks.erase import Found, Query, extend, find, inherit
 from tasks.prepare import prepare
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from busy import CONFIG, make_busy
 from contrast import CONTRAST
-from judged import LEDGER, make_reports
+from evaluation_reports import LEDGER, make_reports
 from places import make_repository, use_git_without_a_user
 
 from ratchet.reporting.dashboard import write_page

@@ -11,7 +11,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from judged import BATCHES, HOSTILE, LEDGER, make_reports
+from evaluation_reports import BATCHES, HOSTILE, LEDGER, make_reports
 
 from ratchet.cli.explain import print_evaluation
 from ratchet.errors import RatchetError

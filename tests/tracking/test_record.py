@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from evaluation_reports import LEDGER, make_reports
 from huggingface_hub import ModelCard
-from judged import LEDGER, make_reports
 from places import KEPT_CONNECTIONS, use_mlflow, use_no_mlflow
 
 from ratchet.config.data import ProjectConfig

@@ -4,7 +4,7 @@ evaluations recorded.
 An evaluation stands with its commit (`reports/gate.json` in git, `reports/evaluation` in DVC) and scores
 candidate, champion and base on all test rows of that day. Test rows never move, so a version keeps its cell
 for a batch from then on; as long as it is the champion, each later evaluation adds cells for the batches that
-came after it. What nobody ever measured is empty; `tasks.ledger` fills it. Summaries are kept under
+came after it. What nobody ever measured is empty; `tasks.retention` fills it. Summaries are kept under
 `.ratchet/cache/ledger` by DVC's hash of the evaluation.
 """
 

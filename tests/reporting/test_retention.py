@@ -31,10 +31,10 @@ from ratchet.files import read_json, write_bytes, write_json
 from ratchet.models.loading import adapter_sha256
 from ratchet.pipeline.checkout import dvc
 from ratchet.promotion.champion import Champion, write_champion
-from ratchet.reporting.forgetting import CACHE, SAVED, Cell, Retention, build, numbers_of, read_evaluations
 from ratchet.reporting.heatmap import draw
+from ratchet.reporting.retention import CACHE, SAVED, Cell, Retention, build, numbers_of, read_evaluations
 from tasks.evaluate import evaluate
-from tasks.ledger import fill
+from tasks.retention import fill
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 PIPELINE = """

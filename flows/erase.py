@@ -22,7 +22,7 @@ from ratchet.pipeline.dvc import Workspace, bring, push_data
 from ratchet.pipeline.workspace import land, open_workspace
 from ratchet.promotion.lineage import Trace, trace, trace_batches
 from ratchet.tracking.registry import Version, list_versions
-from tasks import forget as tasks
+from tasks import erase as tasks
 
 Say = Callable[[str], None]
 RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")

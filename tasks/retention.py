@@ -23,7 +23,7 @@ from ratchet.evaluation.scoring import Asked, Models, Player, add_scores, answer
 from ratchet.files import write_json
 from ratchet.models.loading import adapter_sha256
 from ratchet.pipeline.workspace import require_output
-from ratchet.reporting.forgetting import (
+from ratchet.reporting.retention import (
     Cell,
     Evaluation,
     Retention,
