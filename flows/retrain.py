@@ -247,7 +247,7 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
     lost = close_lost_runs(config, but=found.manifest.run_key)
     run_id = record(found, config, commit=commit, reason=reason)
     version = register(found, config, run_id=run_id, commit=commit)
-    show_ledger(workspace, found, config, run_id, version)
+    show_retention(workspace, found, config, run_id, version)
     if list_is_pending(workspace.root):
         follow_all(workspace.root, config, say)
     else:
@@ -265,7 +265,9 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
     return version
 
 
-def show_ledger(workspace: Workspace, found: Findings, config: Config, run_id: str, version: Version) -> None:
+def show_retention(
+    workspace: Workspace, found: Findings, config: Config, run_id: str, version: Version
+) -> None:
     """Show what each version still knows, with the evaluation's page.
 
     What cannot be read is left out: no version waits for a picture.

@@ -45,7 +45,7 @@ def fill(root: Path, table: Retention, newest: Evaluation, config: Config, say: 
     if not (wanted := table.unasked):
         return 0
     filled = 0
-    with tempfile.TemporaryDirectory(prefix="ratchet-ledger-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="ratchet-retention-") as scratch:
         folder = Path(scratch)
         rows = _rows(root, newest, folder)
         for version, slices in wanted:

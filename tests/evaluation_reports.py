@@ -137,4 +137,4 @@ TABLE: dict[str, Any] = {
     ],
     "faults": [f"the scores of 01234567 cannot be had {HOSTILE}"],
 }
-LEDGER = msgspec.convert(TABLE, Retention)
+RETENTION = msgspec.convert(TABLE, Retention)

@@ -60,7 +60,7 @@ def erase(
     root = ready_root()
     query = _query(root, match, example_id, user)
     config = read_config(root)
-    from flows.erase import find_rows, forget_rows, summary
+    from flows.erase import erase_rows, find_rows, summary
 
     found = find_rows(root, config, query, note)
     places = [row.place for row in found]
@@ -70,7 +70,7 @@ def erase(
     if not yes:
         _tell_found(places, to=sys.stderr)
         typer.confirm("Erase these rows?", abort=True, err=True)
-    done = forget_rows(root, config, found, reason=reason, say=note)
+    done = erase_rows(root, config, found, reason=reason, say=note)
 
     def tell() -> None:
         if yes:
