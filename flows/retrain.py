@@ -18,7 +18,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.console import log_line, say, working
 from flows.data_check import REJECTED, read_rejected
-from flows.forget import follow_all, list_is_pending
+from flows.erase import follow_all, list_is_pending
 from flows.ingest import ingest
 from flows.retries import can_pass
 from flows.review_queue import queue_doubtful
@@ -36,10 +36,10 @@ from ratchet.pipeline.dvc import Workspace, check_out, push_data, run_stage, sta
 from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import catch_up, land, open_workspace
 from ratchet.promotion.champion import Champion, last_entry, read_champion
-from ratchet.reporting.forgetting import SAVED, build, numbers_of, registered_numbers
 from ratchet.reporting.markdown import model_card
+from ratchet.reporting.retention import SAVED, build, numbers_of, registered_numbers
 from ratchet.tracking.registry import CHALLENGER, Version, set_alias
-from tasks.forget import inherit
+from tasks.erase import inherit
 from tasks.pin import READERS, TRAINING, needs_pin, pin, pin_looks
 from tasks.promote import alias_is_pending, check_registry, follow_alias, promote
 from tasks.record import (
@@ -247,7 +247,7 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
     lost = close_lost_runs(config, but=found.manifest.run_key)
     run_id = record(found, config, commit=commit, reason=reason)
     version = register(found, config, run_id=run_id, commit=commit)
-    show_ledger(workspace, found, config, run_id, version)
+    show_retention(workspace, found, config, run_id, version)
     if list_is_pending(workspace.root):
         follow_all(workspace.root, config, say)
     else:
@@ -265,7 +265,9 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
     return version
 
 
-def show_ledger(workspace: Workspace, found: Findings, config: Config, run_id: str, version: Version) -> None:
+def show_retention(
+    workspace: Workspace, found: Findings, config: Config, run_id: str, version: Version
+) -> None:
     """Show what each version still knows, with the evaluation's page.
 
     What cannot be read is left out: no version waits for a picture.

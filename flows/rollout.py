@@ -189,11 +189,11 @@ def _open_challenger(root: Path, config: Config, registry: Registry, say: Say) -
         return opened
     except UserError as error:
         say(f"v{number} is no challenger any more: {error}")
-        _forget_challenger(config, say)
+        _drop_challenger(config, say)
         return None
 
 
-def _forget_challenger(config: Config, say: Say) -> None:
+def _drop_challenger(config: Config, say: Say) -> None:
     try:
         drop_alias(config.project.name, CHALLENGER)
     except ServiceError as error:

@@ -23,10 +23,10 @@ from ratchet.promotion.champion import Data, GateLine
 from ratchet.promotion.lineage import STARTED_FROM
 from ratchet.promotion.verdict import Verdict, read_verdict
 from ratchet.reporting.evaluation_page import gather, write_evaluation_page
-from ratchet.reporting.forgetting import Retention
 from ratchet.reporting.heatmap import draw
 from ratchet.reporting.markdown import MODELS, model_card
 from ratchet.reporting.model_card import hub_card
+from ratchet.reporting.retention import Retention
 from ratchet.tracking.curve import Point, log_points, read_history
 from ratchet.tracking.mlflow import (
     KEY_TAG,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from judged import TABLE
+from evaluation_reports import TABLE
 from places import commit, make_repository, write_files
 
 from ratchet.config.params import Config
@@ -22,7 +22,7 @@ from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.monitoring.verdicts import VERDICTS
 from ratchet.promotion.champion import Champion, write_champion
 from ratchet.promotion.rollout import Rollout, end_rollout, write_rollout
-from ratchet.reporting.forgetting import SAVED
+from ratchet.reporting.retention import SAVED
 
 HOSTILE = "<script>document.title = 'taken'</script>\u202e&\"'<img src=https://example.org/x.png>"
 DAY, HOUR = 86_400.0, 3_600.0

@@ -60,7 +60,7 @@ def erase(
     root = ready_root()
     query = _query(root, match, example_id, user)
     config = read_config(root)
-    from flows.forget import find_rows, forget_rows, summary
+    from flows.erase import erase_rows, find_rows, summary
 
     found = find_rows(root, config, query, note)
     places = [row.place for row in found]
@@ -70,7 +70,7 @@ def erase(
     if not yes:
         _tell_found(places, to=sys.stderr)
         typer.confirm("Erase these rows?", abort=True, err=True)
-    done = forget_rows(root, config, found, reason=reason, say=note)
+    done = erase_rows(root, config, found, reason=reason, say=note)
 
     def tell() -> None:
         if yes:
@@ -101,7 +101,7 @@ def revert(
     """
     root = ready_root()
     config = read_config(root)
-    from flows.forget import revert_batch
+    from flows.erase import revert_batch
 
     done = revert_batch(root, config, batch, reason=reason, say=note)
     versions = None if done.versions is None else [entry._asdict() for entry in done.versions]
@@ -130,7 +130,7 @@ def revert(
 
 def _query(root: Path, match: str, example_id: str, user: str) -> Any:
     from ratchet.gateway.identity import known_pseudonym
-    from tasks.forget import Query
+    from tasks.erase import Query
 
     if sum(map(bool, (match, example_id, user))) != 1:
         given = [
@@ -213,7 +213,7 @@ def _about_bytes(root: Path, found: list[Any]) -> Iterator[str]:
     golden = lines.pop(GOLDEN, [])
     yield (
         "The rows' bytes are still there: batches are immutable, and DVC's cache, its remote and git keep "
-        "what was. To purge them (docs/forget.md):"
+        "what was. To purge them (docs/erasure.md):"
     )
     for batch, numbers in lines.items():
         yield f"  sed '{_delete(numbers)}' data/raw/{batch} > .ratchet/kept.jsonl"

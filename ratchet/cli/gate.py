@@ -153,7 +153,7 @@ def gate_explain(
     from ratchet.cli.explain import print_evaluation
     from ratchet.cli.retention import known_numbers
     from ratchet.reporting.evaluation_page import fetched, gather
-    from ratchet.reporting.forgetting import build
+    from ratchet.reporting.retention import build
 
     numbers = known_numbers(root, config)
     commit, name = _find(root, version, numbers)
@@ -179,7 +179,7 @@ def gate_explain(
 
 def _find(root: Path, wanted: str, numbers: dict[str, int]) -> tuple[str, str]:
     """Find an evaluation's commit and name. Raises UserError."""
-    from ratchet.reporting.forgetting import read_evaluations
+    from ratchet.reporting.retention import read_evaluations
 
     evaluations = read_evaluations(root)
     if not evaluations:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ratchet.config.params import Config
-    from ratchet.reporting.forgetting import Retention
+    from ratchet.reporting.retention import Retention
 
 
 def retention(
@@ -43,12 +43,12 @@ def read(root: Path, config: Config, metric: str, *, fill: bool = False) -> Rete
     """Build the table from git and DVC; MLflow, where it answers, numbers the versions never in charge."""
     from ratchet.errors import UserError
     from ratchet.files import write_json
-    from ratchet.reporting.forgetting import SAVED, build, read_evaluations
+    from ratchet.reporting.retention import SAVED, build, read_evaluations
 
     numbers, evaluations = known_numbers(root, config), read_evaluations(root)
     found = build(root, metric, numbers, evaluations)
     if fill and evaluations:
-        from tasks.ledger import fill as fill_cells
+        from tasks.retention import fill as fill_cells
 
         with redirect_stdout(sys.stderr):  # progress; the table alone is the result
             filled = fill_cells(root, found, evaluations[0], config, note)
@@ -65,7 +65,7 @@ def read(root: Path, config: Config, metric: str, *, fill: bool = False) -> Rete
 
 
 def known_numbers(root: Path, config: Config) -> dict[str, int]:
-    from ratchet.reporting.forgetting import numbers_of, registered_numbers
+    from ratchet.reporting.retention import numbers_of, registered_numbers
 
     numbers = numbers_of(root)
     if _mlflow_answers(root, config):

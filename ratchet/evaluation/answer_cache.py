@@ -1,11 +1,10 @@
-"""Answers and likelihoods that were computed before, by model: an unchanged model on unchanged rows is asked
-nothing.
+"""Cache answers and likelihoods by model, so that an unchanged model on unchanged rows is not asked again.
 
-`.ratchet/cache/answers/<model>.db` is one SQLite file a model. Its name is the hash of all that an answer
-depends on beside the rows: weights, adapter's settings, tokenizer, precision, library versions, processor,
-threads, and the code that computes it. An entry is a whole forward batch under the hash of its token ids and
-settings, since what stands beside a row in a batch may move the last bits of its likelihood: with the cache
-or without it, an evaluation gives the same bytes. Each entry carries its own sha256.
+`.ratchet/cache/answers/<model>.db` is one SQLite file per model. Its name is the hash of everything except
+the rows that an answer depends on: weights, adapter settings, tokenizer, precision, library versions,
+processor, threads, and the code that computes it. An entry is a whole forward batch under the hash of its
+token ids and settings, because the other rows of a batch may change the last bits of a likelihood. So an
+evaluation gives the same bytes with and without the cache. Each entry carries its own sha256.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ CODE = (
 
 
 class Answers:
-    """Of one model.
+    """Hold the known answers of one model.
 
     Without a `path`, nothing is known and nothing is kept. `patience`: seconds to wait for another process
     that writes.
@@ -59,7 +58,7 @@ class Answers:
         return None
 
     def get(self, key: str, rows: int) -> list[Any] | None:
-        """Return what is stored under `key`, one entry per row; None when it is missing or not whole."""
+        """Return what is stored under `key`, one entry per row; None when it is missing or damaged."""
         if not self._known:
             return None
         try:
@@ -76,7 +75,7 @@ class Answers:
         return list(kept)
 
     def put(self, key: str, entries: list[Any]) -> None:
-        """Store the entries; a failure costs a line of output and not the evaluation."""
+        """Store the entries. A failure prints a message and does not stop the evaluation."""
         if not self._known:
             return
         value = json.dumps(entries, allow_nan=False)
@@ -111,11 +110,11 @@ def open_answers(folder: Path | None, model: str) -> Iterator[Answers]:
     finally:
         answers.close()
         if folder and (path := folder / f"{model}.db").exists():
-            os.utime(path)  # by which the longest unused one is found
+            os.utime(path)  # `forget_oldest` deletes the file that was used longest ago
 
 
 def forget_oldest(folder: Path, most_mib: int) -> None:
-    """Delete the models that were asked longest ago, until all that stay fit."""
+    """Delete the files of the models that were asked longest ago, until the others fit into `most_mib`."""
     room = most_mib * 2**20
     for path in sorted(folder.glob("*.db"), key=lambda path: path.stat().st_mtime, reverse=True):
         room -= path.stat().st_size
@@ -124,8 +123,10 @@ def forget_oldest(folder: Path, most_mib: int) -> None:
 
 
 def identity(base: Path, trained: Path | None, like: Path) -> str:
-    """Hash of a model that is to answer: `base` with what was trained in the folder `trained`, or untouched
-    and loaded as `like` asks for.
+    """Hash a model that is to answer.
+
+    It is `base` with what was trained in the folder `trained`; without that, the untouched base, loaded as
+    `like` requires.
     """
     settings = base_settings(trained or like)
     parts = {
@@ -143,9 +144,10 @@ def identity(base: Path, trained: Path | None, like: Path) -> str:
 
 
 def _trained(folder: Path) -> dict[str, str]:
-    """Hash the files that make the trained model what it is, and leave out its manifest.
+    """Hash the files that define the trained model, without its manifest.
 
-    The champion's manifest names its version, while the same weights were a candidate before, without it.
+    The champion's manifest names its version, and the same weights had a manifest without one when they were
+    the candidate.
     """
     settings = ("config.json", "generation_config.json") if is_full(folder) else ("adapter_config.json",)
     return {
@@ -176,8 +178,8 @@ def _version(package: str) -> str:
 def _connect(path: Path, patience: float) -> sqlite3.Connection:
     known = sqlite3.connect(path, timeout=patience)
     try:
-        # No fsync: a write takes 1.2 ms in place of 17. A power cut may break the file, and a broken file is
-        # begun anew.
+        # Without fsync a write takes 1.2 ms instead of 17. A power cut may damage the file; a damaged file
+        # is replaced by a new one.
         known.execute("pragma synchronous = off")
         known.execute(
             "create table if not exists answers (key text primary key, value text, sha256 text) without rowid"

@@ -1,5 +1,5 @@
-"""A simple honest baseline: logistic regression on TF-IDF where answers are labels, the nearest question's
-answer elsewhere.
+"""Answer with a simple baseline: logistic regression on TF-IDF where answers are labels, otherwise the answer
+of the nearest training question.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from ratchet.data.examples import Example
 
-MIN_ROWS = 5  # of an answer, to count as a label
+MIN_ROWS = 5  # rows that an answer needs to count as a label
 
 
 def simple_answers(train: Sequence[Example], rows: Sequence[Example]) -> list[str]:
@@ -26,15 +26,15 @@ def simple_answers(train: Sequence[Example], rows: Sequence[Example]) -> list[st
 def vectors(known: list[str], asked: list[str]) -> tuple[Any, Any]:
     """Return TF-IDF vectors of both lists, over words and pairs of words.
 
-    They are over characters where the known texts yield no words to count, as those without blanks between
-    words.
+    Where the known texts yield no words, as in scripts without blanks, the vectors are over characters and
+    pairs of them.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2 if len(known) > 100 else 1)
     try:
         return words.fit_transform(known), words.transform(asked)
-    except ValueError:  # scikit-learn's word for an empty vocabulary
+    except ValueError:  # scikit-learn raises it for an empty vocabulary
         characters = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), analyzer="char")
         return characters.fit_transform(known), characters.transform(asked)
 

@@ -1,7 +1,7 @@
-"""The user's own metrics: Python functions of the folder `metrics/`, named in `evaluate.custom` as
+"""Load the user's own metrics: Python functions in the folder `metrics/`, named in `evaluate.custom` as
 `module:function`.
 
-A function gets (prediction, reference, example_meta) and gives a number from 0 to 1, higher is better.
+A function gets (prediction, reference, example_meta) and returns a number from 0 to 1; higher is better.
 `metrics/my_metrics.py` is an example.
 """
 
@@ -24,7 +24,7 @@ Custom = Callable[[str, str, Meta], float]
 def load_custom(names: Sequence[str], folder: Path) -> dict[str, Custom]:
     """Load the functions, by name.
 
-    Raises ConfigError for a file that does not load and a function that is not there.
+    Raises ConfigError for a file that cannot be loaded and for a missing function.
     """
     found: dict[str, Custom] = {}
     for name in names:
@@ -48,7 +48,7 @@ def load_custom(names: Sequence[str], folder: Path) -> dict[str, Custom]:
 def custom_score(name: str, metric: Custom, answer: str, row: Example) -> float:
     """Score an answer.
 
-    Raises DataError, naming the row, when the function raises or gives no number from 0 to 1.
+    Raises DataError, naming the row, when the function raises or does not return a number from 0 to 1.
     """
     remedy = f"mend the function {name} in metrics/, or take it out of `evaluate.custom`"
     try:
@@ -69,7 +69,10 @@ def custom_score(name: str, metric: Custom, answer: str, row: Example) -> float:
 
 
 def _load(path: Path) -> ModuleType:
-    """Import by path, so that a library's module of that name does not win; neighbours can be imported."""
+    """Import the file by its path, so that an installed module of the same name is not taken instead.
+
+    The file may import its neighbours in the folder.
+    """
     spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -1,9 +1,8 @@
-"""Scores of one answer against one reference.
+"""Score an answer against its reference.
 
-All lie in 0..1 but `length`; higher is better but for `refusal`.
-
-`evaluate.metrics` says which are computed; `ratchet/evaluation/custom_metrics.py` adds the user's own,
-the end of this file holds those that need many rows.
+All scores are within 0 to 1 except `length`; higher is better except for `refusal`. `evaluate.metrics` says
+which are computed; `ratchet/evaluation/custom_metrics.py` adds the user's own. Metrics that need many rows
+are at the end of this file.
 """
 
 from __future__ import annotations
@@ -25,14 +24,18 @@ from ratchet.evaluation.statistics import Interval, Values
 
 Metric = Callable[[str, str], float]
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,300})(?:\.\d{1,300})?(?:[eE][-+]?\d{1,3})?")
-TOLERANCE = 1e-6  # of two numbers, relative
-MIN_ROWS = 5  # of a reference, to count as a label
+TOLERANCE = 1e-6  # relative difference of numbers that count as equal
+MIN_ROWS = 5  # rows that a reference needs to count as a label
 MARKED_NUMBER = re.compile(r"####\s*[-+$]?[\d.,]+\s*$")  # as GSM8K's answers end
-NEARLY_ALL, SOME_CALLS, LONG_TEXT = 0.9, 0.2, 12  # shares of the answers; words
+NEARLY_ALL, SOME_CALLS, LONG_TEXT = (
+    0.9,
+    0.2,
+    12,
+)  # the first two are shares of the answers, the last counts words
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """Return 1 when both are equal but for blanks, else 0."""
+    """Return 1 when both are equal except for blanks, else 0."""
     return float(" ".join(answer.split()) == " ".join(reference.split()))
 
 
@@ -89,7 +92,9 @@ def chrf(answer: str, reference: str) -> float:
 
 
 def accuracy(answer: str, reference: str) -> float:
-    """Return 1 when both are the same label, else 0: equal but for case, blanks and a mark at the end."""
+    """Return 1 when both are the same label, else 0: equal except for case, blanks and punctuation at the
+    end.
+    """
     return float(as_label(answer) == as_label(reference))
 
 
@@ -117,7 +122,7 @@ def numeric_match(answer: str, reference: str) -> float:
 
 
 def tool_decision(answer: str, reference: str) -> float:
-    """Return 1 when the answer calls a tool just where the reference does, else 0."""
+    """Return 1 when the answer calls a tool exactly where the reference does, else 0."""
     return float(bool(calls_in(answer)) == bool(calls_in(reference)))
 
 
@@ -134,7 +139,7 @@ def tool_arguments(answer: str, reference: str) -> float:
 
 
 def refusal(answer: str, reference: str) -> float:
-    """Return 1 when the answer begins as a refusal in English does, else 0; its mean is the refusal rate.
+    """Return 1 when the answer begins like a refusal in English, else 0; the mean is the refusal rate.
 
     The reference is not used.
     """
@@ -166,15 +171,15 @@ ROW_METRICS: dict[str, Metric] = {
 
 
 def row_metrics(config: EvaluateConfig) -> dict[str, Metric]:
-    """Return those of `evaluate.metrics` that give one score a row; exact match is always among them."""
+    """Return those of `evaluate.metrics` that score single rows; exact match is always among them."""
     known = {**ROW_METRICS, "regex_match": regex_match(config.pattern)}
     return {name: known[name] for name in dict.fromkeys(("exact_match", *config.metrics)) if name in known}
 
 
 def regex_match(pattern: str) -> Metric:
-    """Make a metric that is 1 when the whole answer, without blanks around it, fits `pattern`, else 0.
+    """Make a metric that is 1 when the whole answer, without surrounding blanks, matches `pattern`, else 0.
 
-    A dot in the pattern matches line ends too.
+    A dot in the pattern also matches line ends.
     """
     compiled = re.compile(pattern, re.DOTALL)
     return lambda answer, reference: float(compiled.fullmatch(answer.strip()) is not None)
@@ -185,7 +190,7 @@ def as_label(text: str) -> str:
 
 
 def last_number(text: str) -> float | None:
-    """Return the last number of a text; None when there is none, or no float holds it.
+    """Return the last number of a text; None when there is none, or when it is too large for a float.
 
     `1,250.5` is one number.
     """
@@ -224,17 +229,18 @@ def _refuse(constant: str) -> float:
 
 
 class Proposal(NamedTuple):
-    """Metrics that can see whether answers like these are right; the first would do for `gate.metric`."""
+    """Metrics that suit answers like these; the first one can be `gate.metric`."""
 
     metrics: tuple[str, ...]
     why: str
 
 
 def propose_metrics(references: Sequence[str]) -> Proposal | None:
-    """Propose metrics from what the answers look like; None without rows.
+    """Propose metrics that suit the answers; None without rows.
 
-    Calls of tools, JSON and numbers are told where nearly all answers are such; a long text is never said
-    again word by word, so exact match would be 0 for every model.
+    Metrics for JSON and numbers are proposed when nearly all answers are such, those for tool calls when a
+    fifth of the answers are calls. For long texts exact match is not proposed: no model repeats them word by
+    word, so it would be 0 for every model.
     """
     if not references:
         return None
@@ -270,8 +276,8 @@ def _is_json(text: str) -> bool:
 def are_labels(references: Sequence[str]) -> bool:
     """Tell whether the references are labels rather than free text.
 
-    They are when at least half of the rows have a reference that comes five times or more, and there is more
-    than one such reference.
+    They are labels when at least half of the rows have a reference that occurs five times or more, and there
+    is more than one such reference.
     """
     counts = Counter(map(as_label, references))
     common = {label for label, count in counts.items() if count >= MIN_ROWS}
@@ -281,8 +287,10 @@ def are_labels(references: Sequence[str]) -> bool:
 def macro_f1(
     answers: Sequence[str], references: Sequence[str], *, alpha: float, resamples: int, seed: int
 ) -> Interval:
-    """Return the mean of the F1 of each label that the references hold, as scikit-learn's
-    `f1_score(average="macro", labels=…)`; bounds by the bootstrap over rows.
+    """Return the mean of the F1 scores of all labels that the references contain.
+
+    It equals scikit-learn's `f1_score(average="macro", labels=…)`; the bounds come from the bootstrap over
+    rows.
     """
     answered, wanted = list(map(as_label, answers)), list(map(as_label, references))
     labels = {label: place for place, label in enumerate(sorted(set(wanted)))}
@@ -296,7 +304,7 @@ def macro_f1(
 
 
 def _one_hot(side: list[str], labels: dict[str, int]) -> Values:
-    """Encode the labels one-hot, as (rows, labels); a row that holds no known label is all zeros."""
+    """Encode the labels one-hot, as (rows, labels); a row with an unknown label is all zeros."""
     found = np.zeros((len(side), len(labels)))
     places = [(row, labels[label]) for row, label in enumerate(side) if label in labels]
     found[tuple(np.array(places, dtype=int).reshape(-1, 2).T)] = 1.0
@@ -306,7 +314,7 @@ def _one_hot(side: list[str], labels: dict[str, int]) -> Values:
 def _mean_f1(hits: Values, said: Values, true: Values) -> Values:
     """Return the mean F1 of the labels, of shape (draws,), from counts of shape (draws, labels).
 
-    A label that a draw lacks, and that no answer gives, does not count in that draw.
+    A label that is missing from a draw and from its answers does not count in that draw.
     """
     both = said + true
     score = np.divide(2 * hits, both, out=np.zeros_like(both), where=both > 0)

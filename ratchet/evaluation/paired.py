@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 LOWER_IS_BETTER = ("answer_nll", "refusal")
 AGAIN = "dvc repro --force evaluate"
-SEEN_SHARE = 0.02  # of all rows: what an evaluation may leave out because the demo's base has read it
+SEEN_SHARE = 0.02  # share of rows that may be left out because the demo's base was pre-trained on them
 
 
 def measured(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -24,9 +24,10 @@ def measured(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def paired_gains(rows: pd.DataFrame, rival: str, metric: str) -> Values:
-    """Return candidate minus rival by row, in the ids' order, positive when the candidate is better.
+    """Return candidate minus rival for each row, in the order of the ids; positive when the candidate is
+    better.
 
-    Raises RatchetError when the pairs are not whole.
+    Raises RatchetError unless both models have exactly one finite score for each row.
     """
     if metric not in rows:
         raise RatchetError(

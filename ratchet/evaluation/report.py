@@ -44,7 +44,7 @@ class Groups(msgspec.Struct, frozen=True):
 
 
 class Exposure(msgspec.Struct, frozen=True):
-    """Measure the exposure, in bits, of planted canaries and of ones that the model cannot know."""
+    """Measure the exposure, in bits, of planted canaries and of others that the model cannot know."""
 
     planted: Estimate
     reference: Estimate
@@ -59,7 +59,7 @@ class Suite(msgspec.Struct, frozen=True):
 
 
 class Agreement(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Tell how far a judge agrees with people; `why` says what keeps it from being known.
+    """Tell how far a judge agrees with people; `why` says why this is not known.
 
     `low` is the lower bound of kappa, one-sided at 5 %.
     """
@@ -89,7 +89,7 @@ class Judged(msgspec.Struct, frozen=True):
 
 
 class Metrics(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Hold the whole file. What was not asked for has its default, and is not written."""
+    """Hold the whole file. A part that was not asked for has its default and is not written."""
 
     champion: int | None
     candidate: str | None = None  # sha256 of its weights

@@ -1,9 +1,9 @@
-"""A model's answers and likelihoods on rows: from the cache where they stand there, from the loaded model
-otherwise.
+"""Compute a model's answers and likelihoods on rows: from the cache where it has them, otherwise from the
+loaded model.
 
-Rows go through the model in batches of like lengths, and those of a data batch stay among themselves: test
-rows never move, so a new batch of rows changes no forward batch of an old one, and what an unchanged model
-said of those is in the cache.
+Rows go through the model in batches of similar lengths, and rows of different data batches never share a
+forward batch. Test rows never move to another split, so new rows change no forward batch of old rows, and the
+cache keeps what an unchanged model said of those.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from ratchet.pipeline.stage import say
 
 
 class Asked(NamedTuple):
-    """Rows to answer; `groups` says of each among whom it is computed.
+    """Rows to answer. `groups` names the group of each row; only rows of one group share a forward batch.
 
-    `worse`: rows with the worse answer of a preference, of which the likelihood alone is wanted.
+    `worse`: rows with the worse answer of a preference, of which only the likelihood is measured.
     """
 
     rows: list[Example]
@@ -61,8 +61,8 @@ class Answered(NamedTuple):
 
 
 class Player(NamedTuple):
-    """A model that answers: `base` with what was trained in `trained`, or untouched and loaded as `like` asks
-    for.
+    """A model that answers: `base` with what was trained in `trained`, or the untouched base, loaded as
+    `like` requires.
     """
 
     name: str
@@ -72,8 +72,9 @@ class Player(NamedTuple):
 
 
 class Models:
-    """Loads what has to answer, when it has to: plain adapters take turns on one base, anything else has the
-    memory to itself.
+    """Load each model when it has to answer.
+
+    Plain adapters share one base in memory; any other model is loaded alone.
     """
 
     def __init__(self) -> None:
@@ -93,7 +94,7 @@ class Models:
                 load_adapter(self._model, player.trained, name=player.name)
             self._model.set_adapter(player.name)
         else:
-            self._model, self._held = None, {}  # before the next one is loaded
+            self._model, self._held = None, {}  # free the memory before the next model is loaded
             self._model, self._base = load_trained(player.base, player.trained, name=player.name), player.base
         self._held[player.name] = player.trained
         yield self._model
@@ -117,7 +118,7 @@ class Models:
 def players_of(base: Path, incumbent: Path | None, candidate: Path) -> list[Player]:
     """List candidate, champion (None before the first promotion) and untouched base.
 
-    Those that share a base in memory come one after the other.
+    Models that share a base in memory follow each other, so the base is loaded once.
     """
     players = [Player("candidate", base, candidate, candidate), Player("base", base, None, candidate)]
     if incumbent:
@@ -128,9 +129,9 @@ def players_of(base: Path, incumbent: Path | None, candidate: Path) -> list[Play
 
 
 def each_model(base: Path, incumbent: Path | None, candidate: Path) -> Iterator[tuple[str, Any, ChatFormat]]:
-    """Yield (name, model, chat) of each model in turn, for what is measured on the model itself.
+    """Yield (name, model, chat) of each model in turn, for measurements on the model itself.
 
-    A model has to be used before the next one is asked for.
+    Use a model before you request the next one, which may replace it in memory.
     """
     models = Models()
     for player in players_of(base, incumbent, candidate):
@@ -220,9 +221,9 @@ def _compute(
 
 
 def batches(ids: Sequence[list[int]], groups: Sequence[str], size: int) -> Iterator[list[int]]:
-    """Yield the rows' places in batches of similar lengths within their group.
+    """Yield the positions of the rows in batches of similar lengths within their group.
 
-    Which rows are together depends on nothing but the rows of the group.
+    The division depends only on the rows of the group.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for index, group in enumerate(groups):
@@ -238,7 +239,7 @@ def _key(settings: Any, ids: list[list[int]]) -> str:
 
 
 def frame_of(rows: list[Example], model: str, found: Answered, config: EvaluateConfig) -> pd.DataFrame:
-    """Make a table with one line per row; without likelihoods for a model that has none."""
+    """Make a table with one line per row; a model without likelihoods gets NaN there."""
     likelihoods = found.likelihoods
     columns: dict[str, Any] = {
         "id": [row.id for row in rows],

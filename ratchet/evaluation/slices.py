@@ -1,7 +1,7 @@
-"""Cut test rows into slices that must not get worse: by length, source, kind and any meta field.
+"""Divide test rows into slices that must not get worse: by length, source, kind and any meta field.
 
-A table of scores carries a column `slice:FIELD` a field; `kind` has one of its own. Batches and drifted
-topics are cut elsewhere.
+A table of scores has a column `slice:FIELD` for each field, and a column `kind`. Batches and drifted topics
+are selected elsewhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PREFIX = "slice:"
 
 
 def slice_columns(rows: Sequence[Example], config: EvaluateConfig) -> dict[str, list[str]]:
-    """Return a value a row for each field, empty where the row has none.
+    """Return one value per row for each field, empty where the row has none.
 
     Raises DataError for a field of `evaluate.slices` that no row has.
     """
@@ -36,9 +36,9 @@ def slice_columns(rows: Sequence[Example], config: EvaluateConfig) -> dict[str, 
 
 
 def require_fields(key: str, fields: Sequence[str], rows: Sequence[Example]) -> None:
-    """Check the fields of the params' `key`.
+    """Check that some row has each of the fields that the params' `key` names.
 
-    Raises DataError for a field that no row has: nothing would be guarded.
+    Raises DataError otherwise, because such a field would guard nothing.
     """
     if unknown := [
         field for field in fields if not any(row.meta.get(field) not in (None, "") for row in rows)
@@ -66,7 +66,7 @@ def length_bucket(text: str, bounds: Sequence[int]) -> str:
 def groups(scores: pd.DataFrame, *, least: int) -> dict[str, pd.DataFrame]:
     """Return `field:value` → its rows of the table.
 
-    Left out: values with fewer than `least` rows, and a field in which all rows have one value.
+    Values with fewer than `least` rows are left out, and so is a field with one value for all rows.
     """
     found: dict[str, pd.DataFrame] = {}
     for column in [name for name in scores if name == "kind" or str(name).startswith(PREFIX)]:

@@ -1,5 +1,5 @@
-"""Intervals: of paired differences and of means by the bootstrap (Efron & Tibshirani 1993,
-chapter 13), of shares by Wilson's score.
+"""Compute intervals: by the bootstrap for means and for paired differences (Efron & Tibshirani 1993, chapter
+13), by Wilson's score for shares.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
-FEW = 50  # distinct values
-MIN_DRAWS = 10  # resamples beyond a bound, to call it shown
+FEW = 50  # up to so many distinct values, drawing counts of values is faster than drawing rows
+MIN_DRAWS = 10  # a bound needs so many resamples beyond it; farther out, the normal distribution is used
 
 
 class Interval(msgspec.Struct, frozen=True):
@@ -54,7 +54,7 @@ def estimate(values: Values) -> Estimate:
 def wilson(values: Values, *, alpha: float) -> Interval:
     """Return the score interval of a share (Wilson 1927), for values that are 0 or 1.
 
-    Unlike the bootstrap it has a width for 0 of n.
+    Unlike the bootstrap's, it has a width even for 0 of n.
     """
     rows, mean = len(values), float(values.mean())
     z = NormalDist().inv_cdf(1 - alpha)
@@ -64,19 +64,19 @@ def wilson(values: Values, *, alpha: float) -> Interval:
 
 
 def bootstrap_mean(values: Values, *, alpha: float, resamples: int, seed: int) -> Interval:
-    """Return the percentile interval of the mean; of paired differences when `values` are those.
+    """Return the percentile interval of the mean, for values or paired differences.
 
-    Raises ValueError: no values, or not all finite.
+    Raises ValueError when there are no values, or not all are finite.
     """
     return bootstrap_means(values[:, None], alpha=alpha, resamples=resamples, seed=seed)[0]
 
 
 def bootstrap_means(table: Values, *, alpha: float, resamples: int, seed: int) -> list[Interval]:
-    """Return `bootstrap_mean` for every column of (rows, columns), from the same draws: drawing takes the
-    time.
+    """Return `bootstrap_mean` of every column of (rows, columns).
 
-    Where `alpha` is too small for that many resamples, the last bound that they can show is extended by the
-    normal's quantiles.
+    All columns use the same draws, because drawing takes most of the time. Where `alpha` is too small for so
+    many resamples, the outermost bound that they support is extended by the quantiles of the normal
+    distribution.
     """
     rows = len(table)
     if rows == 0:
@@ -85,7 +85,7 @@ def bootstrap_means(table: Values, *, alpha: float, resamples: int, seed: int) -
         raise ValueError(f"{int((~np.isfinite(table)).any(axis=1).sum())} of {rows} values are not finite")
     values, counts = _grouped(table)
     generator = np.random.default_rng(seed)
-    # Resampling rows = multinomial counts; in blocks, since resamples times rows can be large.
+    # Resampling rows is the same as drawing multinomial counts. Blocks of 4 million (32 MB) limit memory.
     block = max(1, 4_000_000 // len(values))
     sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
     means = (
@@ -107,10 +107,10 @@ def bootstrap_means(table: Values, *, alpha: float, resamples: int, seed: int) -
 
 
 def _grouped(table: Values) -> tuple[Values, Values]:
-    """Return (distinct values, how often each comes).
+    """Return (distinct values, how often each occurs).
 
-    Gains of a score of 0 and 1 have three values; drawing three counts is a hundred times faster than a
-    thousand.
+    Gains of a score of 0 and 1 have three values, and drawing three counts is a hundred times faster than
+    drawing a thousand.
     """
     if table.shape[1] == 1:
         values, counts = np.unique(table[:, 0], return_counts=True)
@@ -122,9 +122,10 @@ def _grouped(table: Values) -> tuple[Values, Values]:
 def chance_of(gains: Values) -> float:
     """Return the p-value of the exact sign test (McNemar's), for scores of 0 and 1.
 
-    It is the chance that equal models win as many of the rows in which they differ, or more. The bootstrap
-    is too sure of a gain that comes from a handful of rows: of five won and none lost it says 1 %, the truth
-    is 3 %. For other scores this is the least p that so many differing rows can have.
+    It is the probability that equal models win at least as many of the rows in which they differ. The
+    bootstrap is too certain of a gain that comes from a handful of rows: for five won and none lost it says 1
+    %, the exact value is 3 %. For other scores the function returns the smallest p that so many differing
+    rows can have.
     """
     from scipy.stats import binom
 

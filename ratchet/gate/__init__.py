@@ -1,1 +1,1 @@
-"""Every rule that can stop a candidate: statistics over tables, no model, no HTTP."""
+"""Apply every rule that can stop a candidate: statistics over tables, without a model or HTTP."""

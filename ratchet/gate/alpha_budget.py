@@ -1,8 +1,9 @@
-"""Count the candidates that were judged against a champion, and spend an alpha budget over these looks.
+"""Count the candidates that were judged against each champion, and divide an alpha budget between these
+looks.
 
-`reports/looks.json` is in git and an input of the gate: champion's version → run keys of the candidates that
-were judged against it. A retraining writes it from the last verdict before it trains, so that the gate itself
-only reads files.
+`reports/looks.json` is in git and an input of the gate. It maps a champion's version to the run keys of the
+candidates that were judged against it. A retraining adds the last verdict to the file before it trains, so
+the gate itself only reads files.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from ratchet.files import read_json
 from ratchet.promotion.verdict import Verdict
 
 FILE = Path("reports/looks.json")
-POWER = 1.2  # of the spending: slow enough that the thirtieth look still has a chance
-ALL_LOOKS = 5.591582441177751  # the sum of k ** -1.2 over all k
+POWER = (
+    1.2  # look k gets a share of k ** -1.2: small enough a power that the thirtieth look still has a chance
+)
+ALL_LOOKS = (
+    5.591582441177751  # sum of k ** -1.2 over all k (the zeta function of 1.2): the shares add up to 1
+)
 Looks = dict[str, list[str]]
 
 
@@ -36,9 +41,9 @@ def read_looks(path: Path) -> Looks:
 
 
 def with_verdict(looks: Looks, verdict: Verdict) -> Looks:
-    """Add the look that `reports/gate.json` tells of.
+    """Add the look that `reports/gate.json` records.
 
-    A candidate that is judged twice against the same champion is one look.
+    A candidate that is judged twice against the same champion counts as one look.
     """
     rival, key = name_of(verdict.rival.version), verdict.candidate.run_key
     known = looks.get(rival, [])
@@ -46,14 +51,17 @@ def with_verdict(looks: Looks, verdict: Verdict) -> Looks:
 
 
 def look_number(looks: Looks, version: int | None, run_key: str = "") -> int:
-    """Return which look this is at a candidate against that champion; 1 is the first."""
+    """Return the number of this look at a candidate against that champion; the first is 1.
+
+    The candidate's own run key is left out, so judging it again gives the same number.
+    """
     return len([key for key in looks.get(name_of(version), []) if key != run_key]) + 1
 
 
 def alpha_of(look: int, config: GateConfig) -> float:
-    """Return the error of look k: budget * k ** -1.2 / 5.59, and never more than `gate.alpha`.
+    """Return the error of look k: budget * k ** -1.2 / 5.59, and at most `gate.alpha`.
 
-    So all looks together spend at most the budget, however many there are.
+    The errors of all looks together stay within the budget, however many looks there are.
     """
     return min(config.alpha, config.alpha_budget / (math.pow(look, POWER) * ALL_LOOKS))
 

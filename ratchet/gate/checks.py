@@ -1,4 +1,4 @@
-"""The ladder pass / fail / unclear: what an interval shows against a bound, as a check with its reason."""
+"""Compare an interval with a bound: pass, fail or unclear, as a check with its reason."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ NO_WORSE: dict[Result, str] = {
 
 
 def exceeds(found: Interval, bound: float) -> Result:
-    """Judge superiority: pass when the whole interval lies over `bound`, fail when none of it does."""
+    """Judge superiority: pass when the whole interval is over `bound`, fail when none of it is."""
     return "pass" if found.low > bound else "fail" if found.high <= bound else "unclear"
 
 
 def reaches(found: Interval, bound: float) -> Result:
-    """Judge non-inferiority: pass when no part of the interval lies under `bound`, fail when all does."""
+    """Judge non-inferiority: pass when no part of the interval is under `bound`, fail when all of it is."""
     return "pass" if found.low >= bound else "fail" if found.high < bound else "unclear"
 
 
@@ -35,9 +35,10 @@ def interval_of(values: Values, config: GateConfig, alpha: float | None = None) 
 
 
 def no_worse(name: str, gains: Values, rival: str, metric: str, margin: float, config: GateConfig) -> Check:
-    """Check that the lower bound of the gain clears -margin.
+    """Check that the lower bound of the gain is at least -margin.
 
-    Guardrails that all have to hold need no correction of alpha for their number.
+    Guardrails all have to pass. So alpha needs no correction for their number: a chance failure only keeps
+    the champion.
     """
     found = interval_of(gains, config)
     result = reaches(found, -margin)
@@ -49,9 +50,9 @@ def no_worse(name: str, gains: Values, rival: str, metric: str, margin: float, c
 def tell_gain(
     metric: str, found: Interval, rows: str, rival: str, words: dict[Result, str], result: Result
 ) -> str:
-    """Say in words what the gain is.
+    """Describe the gain in words.
 
-    `rows` is the number of rows with what they are; `words` is what each result is called.
+    `rows` is the number of rows with what they are; `words` gives the phrase for each result.
     """
     return f"{metric} on {rows} {words[result].format(rival)}: gain {found.text()}"
 

@@ -1,4 +1,4 @@
-"""Compare candidate and rival on the plain rows: the success metric, and the guardrails on its neighbours."""
+"""Compare candidate and rival on the plain rows: the success metric and the guardrails on these rows."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FEW_ROWS = 200  # test rows under which the verdict says what they cannot show
 def check_success(test: pd.DataFrame, rival: str, alpha: float, look: int, config: GateConfig) -> Check:
     """Check that the candidate is better for certain on the test rows.
 
-    `alpha` is what the budget leaves for this look: of thirty candidates that are no better, luck must not
-    get one through.
+    `alpha` is the error that the budget leaves for this look, so that none of thirty candidates that are no
+    better is promoted by chance.
     """
     gains = paired_gains(test, rival, config.metric)
     rows = len(gains)
@@ -32,7 +32,7 @@ def check_success(test: pd.DataFrame, rival: str, alpha: float, look: int, confi
     found = interval_of(gains, config, alpha)
     result = exceeds(found, config.min_gain)
     if result == "pass" and chance_of(gains) > alpha:
-        result = "unclear"  # a gain from a handful of rows: the bootstrap is too sure of it
+        result = "unclear"  # few rows differ, and there the bootstrap's bound is too narrow
     reason = (
         f"{tell_gain(config.metric, found, f'{rows} test rows', rival, BETTER, result)}, "
         f"wanted a lower bound over {config.min_gain:+.3f} (look {look} against it, error {alpha:.2g})"
@@ -42,7 +42,10 @@ def check_success(test: pd.DataFrame, rival: str, alpha: float, look: int, confi
 
 
 def _what_few_rows_show(gains: Values, alpha: float) -> str:
-    """Say how large a gain has to be for so few rows to show it: the sign test's least number of wins."""
+    """Say how large a gain must be for so few rows to show it.
+
+    With no loss at all, the sign test's p is 0.5 ** wins. So a gain needs at least log2(1 / alpha) wins.
+    """
     rows, wins = len(gains), math.ceil(math.log2(1 / alpha))
     if rows >= FEW_ROWS or not np.isin(gains, (-1.0, 0.0, 1.0)).all():
         return ""
@@ -52,7 +55,8 @@ def _what_few_rows_show(gains: Values, alpha: float) -> str:
 
 
 def check_losses(scores: pd.DataFrame, rival: str, seen: Collection[str], config: GateConfig) -> list[Check]:
-    """Check the likelihood, the base, `gate.guardrails`, the golden set and the champion's own batches.
+    """Check what must not get worse: likelihood, base, `gate.guardrails`, golden set, the champion's own
+    batches.
 
     `seen`: the batches that the champion was trained on.
     """
@@ -86,9 +90,9 @@ def check_losses(scores: pd.DataFrame, rival: str, seen: Collection[str], config
 
 
 def check_oldest(scores: pd.DataFrame, old: pd.DataFrame, rival: str, config: GateConfig) -> list[Check]:
-    """Check the rows that candidate and oldest champion were both scored on, perhaps years apart.
+    """Check the rows for which both the candidate and the first champion have scores, perhaps from years ago.
 
-    There is no guardrail when these are too few, or when today's metric was not computed then.
+    Return no check when there are too few such rows, or when today's metric was not computed then.
     """
     old = measured(old, config.metric)
     mine = measured(scores[(scores.model == "candidate") & scores.id.isin(old.id)], config.metric)
@@ -105,9 +109,9 @@ def check_rows_no_worse(
 
 
 def compare_region(name: str, rows: pd.DataFrame, rival: str, config: GateConfig) -> Check:
-    """Say whether the retraining cured the topic that drifted.
+    """Tell whether the retraining improved the topic that drifted.
 
-    Nothing is decided by it: its few rows are among those of the other checks.
+    This decides nothing: its few rows are among those of the other checks.
     """
     gains = paired_gains(rows, rival, config.metric)
     found = interval_of(gains, config)

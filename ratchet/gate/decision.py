@@ -1,8 +1,8 @@
-"""Decide on a candidate: promote / reject / uncertain, with every reason.
+"""Decide on a candidate: promote, reject or uncertain, with every reason.
 
 The success metric has to be better for certain, and every guardrail no worse for certain (Miller, arXiv
-2411.00640: paired differences on the same rows). What the rows cannot tell is `uncertain`, and the champion
-stays.
+2411.00640: paired differences on the same rows). Where the rows cannot tell, the verdict is `uncertain` and
+the champion stays.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from ratchet.promotion.verdict import Candidate, Check, Look, Rival, Speed, Verd
 
 
 class Oldest(NamedTuple):
-    """The oldest champion's version and scores."""
+    """The version and the scores of the first champion."""
 
     version: int
     scores: pd.DataFrame
 
 
 class Evidence(NamedTuple):
-    """What the verdict rests on, read and whole."""
+    """The inputs of a verdict, read and checked for completeness."""
 
     scores: pd.DataFrame  # a line a row and model: candidate, champion, base
     rival: Rival
     seen: Collection[str]  # batches that the champion was trained on
     candidate: Candidate
-    look: int  # the how many-th candidate against this rival
+    look: int  # number of this candidate among those judged against this rival, from 1
     oldest: Oldest | None
     audits: list[Check]
     parity: Check
     speed: Speed | None
-    train_seconds: float | None  # None: nobody asked what the training is worth
+    train_seconds: float | None  # None where `gate.worth` is not set
 
 
 def decide(evidence: Evidence, config: GateConfig) -> Verdict:
-    """Judge every rule; one that fails rejects, one that stays unclear leaves the champion in place."""
+    """Apply every rule: one failure rejects, and one unclear result keeps the champion."""
     scores, rival, look = evidence.scores, evidence.rival.model, evidence.look
     check_range(scores, config)
     test, alpha = scores[scores.batch != "golden"], alpha_of(look, config)
@@ -99,7 +99,9 @@ def verdict_of(checks: Collection[Check]) -> Literal["promote", "reject", "uncer
 def judge_audits(
     evaluation: Path, evaluated: Metrics, scores: pd.DataFrame, rival: str, config: GateConfig
 ) -> list[Check]:
-    """Check what the evaluation was asked for beside the plain rows; a table that is missing then fails."""
+    """Check the optional audits that the evaluation was configured for. Raises RatchetError for a missing
+    table.
+    """
     checks = judge_groups(scores[scores.batch != "golden"], evaluated.grouped, rival, config)
     if evaluated.pairs:
         pairs = read_part(evaluation, "counterfactual", evaluated.pairs, "counterfactual")

@@ -1,4 +1,4 @@
-"""Weigh what the gain would bring over some months of traffic against what the training cost."""
+"""Compare the value of a gain over some months of traffic with the cost of the training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECONDS = 3600.0
 def training_seconds(training: Path, run_key: str) -> float:
     """Read how long the run took that made the candidate.
 
-    Raises RatchetError: there are no figures, or they are of another run.
+    Raises RatchetError when there are no figures, or when they are of another run.
     """
     figures = read_json(training / "figures.json")
     if figures.get("run_key") != run_key:
@@ -35,7 +35,7 @@ def training_seconds(training: Path, run_key: str) -> float:
 
 
 def weigh(test: pd.DataFrame, rival: str, seconds: float, config: GateConfig) -> Check:
-    """Check that the expected gain brings no less than the training cost, in the currency of `gate.worth`."""
+    """Check that the expected gain is worth more than the training cost, in the currency of `gate.worth`."""
     worth = config.worth
     requests = worth.requests_per_month * worth.months
     cost = seconds / SECONDS * worth.cost_per_hour

@@ -1,8 +1,9 @@
-"""Estimate how likely the gate promotes a candidate that is better by an effect, and the rows it takes.
+"""Estimate how likely the gate promotes a candidate that is better by a given effect, and how many rows that
+takes.
 
-Draws tables of paired gains and judges them as the gate does: the success metric at the look's alpha, the
-guardrails on past batches and the golden set. Not covered: the guardrails on the NLL, the base and slices,
-and those that are off by default, are taken to pass.
+It draws tables of paired gains and judges them as the gate does: the success metric at the look's alpha, the
+guardrails on past batches and on the golden set. All other guardrails are assumed to pass: those on the NLL,
+the base and slices, and those that are off by default.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from numpy.typing import NDArray
 from ratchet.config.evaluation import GateConfig
 from ratchet.evaluation.statistics import Values
 
-DRAWS = 20_000
-MOST_ROWS = 2_000_000
+DRAWS = 20_000  # the standard error of a power of 80 % is then 0.3 points
+MOST_ROWS = 2_000_000  # the search for the needed rows ends here
 
 
 class Spread(NamedTuple):
     """Describe how paired gains vary.
 
-    `differing` is the share of rows in which the models differ, for scores of 0 and 1; for others it is None,
-    and `deviation` counts.
+    For scores of 0 and 1, `differing` is the share of rows in which the models differ. For other scores it is
+    None, and `deviation` is used.
     """
 
     differing: float | None
@@ -46,13 +47,13 @@ class Plan(NamedTuple):
     alpha: float
     rows: int
     power: float
-    success: float  # the success metric alone
-    needed: int | None  # test rows for the wished power; None when more test rows alone never reach it
-    smallest: float | None  # effect that is found with the wished power on `rows`
+    success: float  # power of the success metric alone
+    needed: int | None  # test rows for the wanted power; None when more test rows alone never reach it
+    smallest: float | None  # smallest effect that is promoted with the wanted power on `rows`
 
 
 def spread_of(gains: Values) -> Spread:
-    """From the gains of an evaluation."""
+    """Measure the spread of the gains of an evaluation."""
     binary = bool(np.isin(gains, (-1.0, 0.0, 1.0)).all())
     return Spread(float((gains != 0).mean()) if binary else None, float(gains.std()))
 
@@ -69,9 +70,10 @@ def plan(
     rows: int | None = None,
     wished: float = 0.8,
 ) -> Plan:
-    """Plan a comparison: its power on these rows, the rows it takes, and the smallest effect it finds.
+    """Plan a comparison: its power on these rows, the rows that it needs, and the smallest effect that it
+    finds.
 
-    `batches` holds each batch's number of test rows today; with `rows` they grow or shrink in proportion.
+    `batches` holds each batch's present number of test rows; with `rows` they are scaled in proportion.
     """
     today = sum(batches.values())
     wanted = rows or today
@@ -124,7 +126,9 @@ def _power(
 
 
 class _Draws(NamedTuple):
-    """Sums over `rows` rows, a value a draw: gains, their squares, rows won and lost (scores of 0 and 1)."""
+    """Sums over `rows` rows, one value per draw: gains, their squares, and rows won and lost (for scores of 0
+    and 1).
+    """
 
     rows: int
     total: Values
@@ -178,8 +182,8 @@ def _scaled(batches: Mapping[str, int], rows: int) -> dict[str, int]:
 
 
 def _least(holds: Callable[[int], bool], start: int) -> int | None:
-    """Find the least number from which `holds` is true, to about one in a hundred, by doubling and
-    halving.
+    """Find the smallest number from which `holds` is true, to within 1 %, by doubling and then halving; None
+    over MOST_ROWS.
     """
     high = start
     while not holds(high):
@@ -194,7 +198,7 @@ def _least(holds: Callable[[int], bool], start: int) -> int | None:
 
 
 def _smallest(holds: Callable[[float], bool], most: float) -> float | None:
-    """Find the least gain from which `holds` is true, to a thousandth of `most`."""
+    """Find the smallest gain from which `holds` is true, to within a thousandth of `most`."""
     if not holds(most):
         return None
     low, high = 0.0, most

@@ -1,4 +1,4 @@
-"""Read the evaluation's tables for the gate; refuse partial ones and those of another candidate."""
+"""Read the evaluation's tables for the gate; refuse partial tables and those of another candidate."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ratchet.evaluation.report import Metrics
 def read_scores(evaluation: Path, evaluated: Metrics, adapter: str) -> pd.DataFrame:
     """Read the evaluation's table of scores.
 
-    Raises RatchetError when there is no table, it is another candidate's, or it lacks rows of all models
-    alike.
+    Raises RatchetError when there is no table, when it is another candidate's, or when it lacks rows of all
+    models alike.
     """
     if evaluated.candidate != adapter:
         raise RatchetError(
@@ -35,7 +35,7 @@ def read_scores(evaluation: Path, evaluated: Metrics, adapter: str) -> pd.DataFr
 
 
 def read_part(evaluation: Path, file: str, wanted: int, word: str) -> pd.DataFrame:
-    """Read a part's table. Raises RatchetError when there is none, or it has not `wanted` rows of the
+    """Read the table of an audit. Raises RatchetError unless it exists and has `wanted` rows of the
     candidate.
     """
     rows = read_table(evaluation / f"{file}.parquet")
@@ -57,10 +57,10 @@ def read_table(path: Path) -> pd.DataFrame:
 def check_rows(scores: pd.DataFrame, prepared: Mapping[str, Collection[str]], *, too_long: int = 0) -> None:
     """Check that every prepared row (ids of `golden` and `test`) was asked.
 
-    Raises RatchetError when rows are missing.
+    Two kinds of test rows may be missing, but no golden row: the few that the demo's base has read, and those
+    that are `too_long`, whose share `tokenize` has limited.
 
-    The evaluation leaves out the few test rows that the demo's base has read and those that are `too_long`,
-    whose share `tokenize` has limited, and no golden one.
+    Raises RatchetError when other rows are missing.
     """
     asked = set(scores[scores.model == "candidate"].id)
     read = SEEN_SHARE * sum(map(len, prepared.values()))
@@ -72,7 +72,7 @@ def check_rows(scores: pd.DataFrame, prepared: Mapping[str, Collection[str]], *,
 
 
 def check_range(scores: pd.DataFrame, config: GateConfig) -> None:
-    """Check the range of the scores. Raises RatchetError when a share is outside 0 to 1."""
+    """Check that scores are within 0 to 1. Raises RatchetError for a score outside."""
     named = {config.metric, *(rule.metric for rule in config.guardrails)} & set(scores)
     for metric in named - {"answer_nll"}:
         odd = scores[(scores[metric] < 0) | (scores[metric] > 1)]

@@ -1,1 +1,1 @@
-"""The request log, drift, novelty, topics, verdicts, the retraining budget."""
+"""Log requests and find drift, novelty and topics; keep verdicts and the retraining budget."""

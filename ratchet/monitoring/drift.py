@@ -1,12 +1,12 @@
-"""Is a window of traffic still what the reference is? One verdict over many columns, with a false-alarm rate
-that is kept.
+"""Test whether a window of traffic still resembles the reference: one verdict over many columns, at a fixed
+rate of false alarms.
 
-Window and reference rows are mixed and drawn again, `resamples` times, into a window and a reference of the
-same sizes: a permutation test, exact whatever the columns look like and however few reference rows there are.
-Columns over the same rows share the draws; in a family the smallest p counts, among families the smallest
-weighted one, each corrected by those draws (Westfall & Young 1993, min-p). Between families over different
-rows the error is divided by weight. A family that has no reference yet is left out and said; its weight goes
-to the others.
+The rows of window and reference are mixed and divided `resamples` times into a window and a reference of the
+same sizes. This permutation test is exact for any columns and for however few reference rows. Columns over
+the same rows share the draws. Within a family the smallest p counts, and among families the smallest weighted
+p; each is corrected by those draws (Westfall & Young 1993, min-p). Between families over different rows the
+error is divided by weight. A family without a reference is left out and reported; the others share its
+weight.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Values = NDArray[np.float64]
 Draws = NDArray[
     np.float32
 ]  # (1 + resamples, rows): 1 where a row is in the window; the first is the window itself
-# Most of the error goes to what tells new subjects best (docs/benchmarks.md); what it cannot see, the others
-# must.
+# Most of the error goes to the family that detects new subjects best (docs/benchmarks.md); the others detect
+# what it cannot.
 WEIGHTS = {
     "novelty": 0.45,
     "surprise": 0.15,
@@ -38,11 +38,11 @@ WEIGHTS = {
     "latency": 0.05,
 }
 PROMPTS = ("novelty", "surprise", "form and mix")  # families over the same rows
-COMMON, FREQUENT = 5, 8  # rows that hold a word, rows of a kind: under these a frequency says nothing
+COMMON, FREQUENT = 5, 8  # least rows with a word, and of a kind: rarer frequencies say nothing
 
 
 class Measure(NamedTuple):
-    """A statistic for each draw, larger where it speaks of drift more; and what people are shown."""
+    """A statistic for each draw, larger for stronger drift, and the two values that people are shown."""
 
     name: str
     direction: str
@@ -52,7 +52,7 @@ class Measure(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Measures over the same rows: the window's first, then the reference's."""
+    """Measures over the same rows: first the window's, then the reference's."""
 
     name: str
     window: int
@@ -62,7 +62,7 @@ class Family(NamedTuple):
 
 class Judged(NamedTuple):
     drift: bool
-    p: float  # of all families together
+    p: float  # for all families together
     columns: list[Column]
     moved: list[str]  # as in Verdict
 
@@ -70,11 +70,11 @@ class Judged(NamedTuple):
 def judge(families: list[Family], *, rate: float, resamples: int, seed: int) -> Judged:
     """Judge whether the families together show drift.
 
-    `rate` is the share of windows without drift in which `drift` may come out true.
+    `rate` is the share of windows without drift that may be called drift.
     """
     total = sum(WEIGHTS[family.name] for family in families)
     columns: list[Column] = []
-    moved: dict[str, float] = {}  # with its p, corrected for all others
+    moved: dict[str, float] = {}  # family → p, corrected for all others
     together = 1.0
     for number, same_rows in enumerate(_by_rows(families)):
         draws = draw(same_rows[0].window, same_rows[0].reference, resamples, seed + number)
@@ -101,8 +101,8 @@ def judge(families: list[Family], *, rate: float, resamples: int, seed: int) -> 
         share = sum(WEIGHTS[family.name] for family in same_rows) / total
         p = float(_p_values(-smallest)[0]) / share
         together = min(together, p)
-        # The clearest family may be over the rate by itself: p counts that the families of these rows go
-        # together.
+        # The clearest family counts as moved even if its own p is over the rate, because p is that of all
+        # families over these rows together.
         if p <= rate:
             moved |= {name: found for name, found in alone.items() if found <= max(rate, min(alone.values()))}
     return Judged(together <= rate, min(1.0, together), columns, sorted(moved, key=lambda name: moved[name]))
@@ -131,25 +131,25 @@ def draw(window: int, reference: int, resamples: int, seed: int) -> Draws:
 
 
 def _p_values(statistic: Values) -> Values:
-    """Return the p value of each draw among all draws, itself included (so never 0).
+    """Return the p-value of each draw among all draws, itself included, so that it is never 0.
 
-    Statistics that differ by rounding alone count as equal.
+    Statistics that differ only by rounding count as equal.
     """
     below = np.searchsorted(np.sort(statistic), statistic - 1e-4 * statistic.std() - 1e-9, side="left")
     return np.asarray(1.0 - below / len(statistic), dtype=np.float64)
 
 
 def _log_tail(statistic: Values) -> Values:
-    """Log of the upper tail's probability, by a Pearson III curve with the draws' mean, variance and skew:
-    what a family's columns are compared by.
+    """Return the log of the upper tail's probability, from a Pearson III curve with the draws' mean, variance
+    and skew.
 
-    Ranks would not do: the more columns, the more draws would hold a first rank, and a family of small weight
-    could never win. That the curve is no more than near does no harm: it is the same for the window and all
-    draws.
+    The columns of a family are compared by it. Ranks do not work: the more columns there are, the more draws
+    hold some first rank, and a family of small weight could never win. The curve is only approximate, but the
+    error is the same for the window and all draws, so the test stays exact.
     """
     z = _standard(statistic)
     skew = float((z**3).mean())
-    if skew < 0.02:
+    if skew < 0.02:  # nearly symmetric: the curve is the normal one
         return np.asarray(log_ndtr(-z), dtype=np.float64)
     shape = 4 / skew**2
     tail = gammaincc(shape, np.maximum(0.0, shape + z * np.sqrt(shape)))
@@ -162,7 +162,7 @@ def _log_tail(statistic: Values) -> Values:
 def higher(name: str, values: Values, window: int, *, margin: float = 0.0) -> Measure:
     """Measure whether the window's mean is higher by more than `margin` (one-sided).
 
-    Each row needs a value; what only some rows have is a family of those rows.
+    Every row needs a value; a value that only some rows have makes a family of those rows.
     """
     judged = np.where(np.arange(len(values)) < window, values, values + margin)
     return Measure(name, "higher", lambda draws: _difference(judged, draws), *_means(values, window))
@@ -175,7 +175,8 @@ def lower(name: str, values: Values, window: int) -> Measure:
 def other(name: str, values: Values, window: int) -> Measure:
     """Measure whether the mean or the spread changed, in either direction (two-sided).
 
-    The spread counts because a mix of short and long values differs from middling ones with the same mean.
+    The spread matters because a mix of short and long values can have the same mean as values of middle
+    length.
     """
     centred = values - values.mean()
     spread = centred**2
@@ -191,7 +192,7 @@ def other(name: str, values: Values, window: int) -> Measure:
 def mix(name: str, kinds: NDArray[np.int64], window: int) -> Measure:
     """Measure the frequencies of kinds (such as answers) by the chi-square statistic.
 
-    Shown: the share of the kind that grew most.
+    People are shown the share of the kind that grew most.
     """
     held = np.zeros((len(kinds), int(kinds.max()) + 1), dtype=np.float32)
     held[np.arange(len(kinds)), kinds] = 1
@@ -208,11 +209,11 @@ def mix(name: str, kinds: NDArray[np.int64], window: int) -> Measure:
 
 
 def subjects(name: str, present: Any, places: NDArray[np.float32], window: int) -> Measure:
-    """Measure whether known subjects come in other shares than before.
+    """Measure whether the shares of known subjects changed.
 
-    Two statistics are added: of the frequencies of known words (`present`, sparse (rows, words)), and of the
-    mean place among the subjects. Shown: how far the means of window and reference lie apart, and how far by
-    chance.
+    The statistic is a sum of two: one of the frequencies of known words (`present`, sparse (rows, words)),
+    one of the mean place among the subjects. People are shown the distance between the means of window and
+    reference, and the distance expected by chance.
     """
     words = present[:, np.asarray(present.sum(axis=0)).ravel() >= COMMON]
     places = places - places.mean(axis=0)
@@ -226,9 +227,9 @@ def subjects(name: str, present: Any, places: NDArray[np.float32], window: int) 
 
 
 def novelty(rarity: Values, stems: Stems, window: int) -> Measure:
-    """Measure rare stems, and the same rare stems that come back in several rows.
+    """Measure rare stems, and rare stems that occur in several rows.
 
-    The statistic is the sum of both, each in standard deviations over all draws. Shown: the rarity.
+    The statistic is the sum of both, each in standard deviations over all draws. People are shown the rarity.
     """
 
     def statistic(draws: Draws) -> Values:
@@ -250,10 +251,10 @@ def _difference(values: Values, draws: Draws) -> Values:
 
 
 def _recurrence(stems: Stems, draws: Draws) -> Values:
-    """Return how much more often rare stems come back in the window than in the reference, for each draw.
+    """Return how much more often rare stems recur in the window than in the reference, for each draw.
 
-    It is the weighted sum, over stems that at least two window rows hold, of the squared surplus of the share
-    of window rows over that of reference rows.
+    For each stem that at least two window rows contain, take the surplus of its share of window rows over its
+    share of reference rows. The result is the weighted sum of the squares.
     """
     window, reference = float(draws[0].sum()), float((1 - draws[0]).sum())
     if not stems.weights.size:
@@ -275,16 +276,16 @@ def _chi_square(held: Any, draws: Draws) -> Values:
 
 
 def _apart(places: NDArray[np.float32], draws: Draws) -> Values:
-    """Return the squared length of the sum of the places inside the window, for each draw.
+    """Return the squared length of the sum of the places in the window, for each draw.
 
-    The sum over all rows is 0, so this is the squared distance of the two means, times a constant.
+    The sum over all rows is 0, so this is the squared distance between the two means, times a constant.
     """
     return np.asarray(((places.T @ draws.T) ** 2).sum(axis=0), dtype=np.float64)
 
 
 def _standard(values: Values) -> Values:
-    """Express the values in standard deviations over all draws, from their mean.
+    """Express the values as distances from their mean over all draws, in standard deviations.
 
-    The observed window is among the draws; otherwise the test would not be exact.
+    The observed window is one of the draws; without it the test would not be exact.
     """
     return np.asarray((values - values.mean()) / (values.std() + 1e-12), dtype=np.float64)

@@ -17,18 +17,18 @@ from ratchet.monitoring.drift import Family, Measure, higher, lower, mix, novelt
 from ratchet.monitoring.novelty import Familiar
 from ratchet.monitoring.request_records import Feedback, Logged
 
-LEAST_ROWS = 30  # rows of a side under which a family is left out
-# Prompts to compare with, without which there is no verdict. The permutation test holds its error for any
-# number; a project of 100 rows holds about 22 out.
+LEAST_ROWS = 30  # a family needs so many rows on each side
+# Least number of reference prompts for a verdict. The permutation test keeps its error rate for any number;
+# a project of 100 rows holds out about 22.
 LEAST_PROMPTS = 10
-MOST_ROWS = 5000  # rows of a reference; at ten times the window, more would add nothing but time
+MOST_ROWS = 5000  # most rows of a reference; beyond ten times the window more rows only cost time
 Row = TypeVar("Row")
 
 
 class Answered(NamedTuple):
-    """One answer of the champion: in the window, or on its own test rows.
+    """One answer of the champion, in the window or on its own test rows.
 
-    (The NLL of answers has no reference: tests score the right ones.)
+    The NLL of answers is left out, because it has no reference: tests measure the NLL of the right answers.
     """
 
     answer: str
@@ -36,8 +36,8 @@ class Answered(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What the champion knows: prompts it was trained on, prompts like its traffic was when it was tested,
-    and how it answered them.
+    """What the champion knows: the prompts that it was trained on, held-out prompts like its traffic, and its
+    answers to those.
     """
 
     familiar: Familiar
@@ -53,7 +53,7 @@ def all_families(
     reference: Reference,
     monitor: MonitorConfig,
 ) -> tuple[list[Family], list[str]]:
-    """Return the families that have a reference, and for each of the others why it has none."""
+    """Return the families that have a reference, and for each other family the reason why it has none."""
     asked = by_prompt(window)
     families = input_families(list(asked), reference.prompts, reference.familiar, monitor)
     others = [
@@ -66,7 +66,7 @@ def all_families(
 
 
 def by_prompt(window: list[Logged]) -> dict[str, Logged]:
-    """Map each prompt to its newest request that was answered; where none was, to its newest request."""
+    """Map each prompt to its newest answered request, or to its newest request where none was answered."""
     found: dict[str, Logged] = {}
     for request in window:
         prompt = normalise(request.prompt)
@@ -78,7 +78,7 @@ def by_prompt(window: list[Logged]) -> dict[str, Logged]:
 def input_families(
     prompts: list[str], reference: list[str], familiar: Familiar, monitor: MonitorConfig
 ) -> list[Family]:
-    """Test what is asked: new subjects, less familiar words, other lengths, known subjects in another mix."""
+    """Measure the prompts: new subjects, unfamiliar words, lengths, and the mix of known subjects."""
     before, window = _at_most(reference, monitor.seed), len(prompts)
     texts = [*prompts, *before]
     columns = familiar.columns(texts)
@@ -98,7 +98,7 @@ def input_families(
 def answer_families(
     asked: dict[str, Logged], reference: Reference, monitor: MonitorConfig
 ) -> list[Family | str]:
-    """Compare the answers, and the model's surprise at the prompts, with the champion's own test rows."""
+    """Compare the answers, and the NLL of the prompts, with those on the champion's own test rows."""
     mine = [
         Answered(request.answer, request.prompt_nll) for request in asked.values() if request.status == 200
     ]
@@ -127,9 +127,10 @@ def answer_families(
 
 
 def _kinds(answers: list[str]) -> Any:
-    """Return each answer's kind as a number: a short answer is its own kind, a longer one its first word.
+    """Return the kind of each answer as a number: a short answer is a kind of its own, a longer one has its
+    first word's.
 
-    So labels stay labels, and prose is told apart by how it begins.
+    So each label is a kind, and prose is distinguished by its beginning.
     """
     names = [
         answer.strip().lower() if len(answer) <= 40 else " ".join(terms_of(answer)[:1]) for answer in answers
@@ -142,8 +143,8 @@ def service_families(
 ) -> list[Family | str]:
     """Compare feedback, errors and latency with the same champion's earlier traffic.
 
-    Feedback gives one value a user, errors and latency give one a request that has it. One busy hour is
-    slower than the next: latency has to be higher by a margin, which is a share of what it was.
+    Feedback gives one value per user; errors and latency give one per request that has it. Some hours are
+    busier than others, so latency has to be higher by a margin, which is a share of the earlier latency.
     """
     scores = [_by_user(side, feedback) for side in (window, earlier)]
     failed = [[float(one.status >= 500) for one in side] for side in (window, earlier)]
@@ -174,7 +175,7 @@ def _one_column(
 
 
 def _at_most(rows: list[Row], seed: int) -> list[Row]:
-    """Draw MOST_ROWS of the rows; return all where there are no more."""
+    """Draw MOST_ROWS of the rows at random; return all rows if there are no more."""
     if len(rows) <= MOST_ROWS:
         return rows
     return [
@@ -184,7 +185,7 @@ def _at_most(rows: list[Row], seed: int) -> list[Row]:
 
 
 def _by_user(requests: list[Logged], feedback: dict[str, list[Feedback]]) -> list[float]:
-    """Return the mean score of each user's requests: thirty votes of one person are one opinion."""
+    """Return the mean score of each user's requests: thirty votes of one person count as one opinion."""
     scores: dict[str, list[float]] = {}
     for request in requests:
         scores.setdefault(request.user or request.id, []).extend(

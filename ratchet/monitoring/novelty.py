@@ -1,9 +1,9 @@
-"""How unlike its training rows a prompt is: columns of one number a prompt, larger where the champion has
-less to go by.
+"""Measure how much a prompt differs from the training rows, in columns of one number per prompt; larger is
+less familiar.
 
-What tells new subjects best is not one number a row but the same rare word stems coming back in several rows
-of a window: `Familiar.stems` gives those to `ratchet/monitoring/drift.py`. Figures: docs/benchmarks.md.
-In scripts that put no blanks between words, a pair of characters is a word.
+New subjects are detected best not by one number per row, but by rare word stems that recur in several rows of
+a window. `Familiar.stems` gives those to `ratchet/monitoring/drift.py`; docs/benchmarks.md has the figures.
+In scripts without blanks between words, a pair of characters counts as a word.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ PART = re.compile(r"_|(?<=[^\W\d_])(?=\d)")  # dtype_float64 → dtype, float, 6
 SUFFIX = re.compile(r"(ations?|ings?|ers?|ed|es|ly|s|e|d)$")
 COLUMNS = ("rarity", "unseen words", "word surprise", "5-gram surprise", "distance to the nearest row")
 GRAM, RARE_ROWS = 5, 2  # a stem is rare when at most so many training rows hold it
-NEAREST_ROWS, BLOCK = 20_000, 500  # training rows among which the nearest is sought; rows compared at once
-SUBJECTS = 50
+NEAREST_ROWS, BLOCK = 20_000, 500  # training rows that are searched for the nearest; rows compared at once
+SUBJECTS = 50  # dimensions of the latent semantic analysis
 
 
 class Stems(NamedTuple):
-    """Which rare stems each row holds: a sparse matrix (rows, stems) of 0 and 1, and each stem's weight (1
-    for one never seen in training).
+    """The rare stems of each row: a sparse matrix (rows, stems) of 0 and 1, and the weight of each stem.
+
+    A stem that was never seen in training has the weight 1.
     """
 
     present: Any
@@ -38,7 +39,7 @@ class Stems(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What was measured of one prompt; stems and words by their numbers."""
+    """The measurements of one prompt; stems and words are given by their numbers."""
 
     columns: tuple[float, ...]
     stems: list[int]  # the rare ones
@@ -47,13 +48,13 @@ class _Read(NamedTuple):
 
 
 class Familiar:
-    """Counts of the training rows. A few seconds for 20,000 of them.
+    """Counts of the training rows. Building it takes a few seconds for 20,000 of them.
 
-    A prompt is measured once: the reference's come again with every window.
+    Each prompt is measured once and kept, because the reference's prompts come again with every window.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
-        """Count what the training prompts `texts` hold. Raises ValueError when there are none."""
+        """Count the stems, words and 5-grams of the training prompts. Raises ValueError without any."""
         if not texts:
             raise ValueError("no training row: nothing can be familiar")
         self.rows = len(texts)
@@ -68,8 +69,8 @@ class Familiar:
     def columns(self, texts: Sequence[str]) -> dict[str, Values]:
         """Return the columns of COLUMNS by name, with one value per row.
 
-        Rarity is the mean over the row's stems of 1 / (1 + training rows that hold the stem). The others, in
-        their order, are a share, nats a word, nats a 5-gram, and 1 - cosine to the nearest training row.
+        Rarity is the mean over the row's stems of 1 / (1 + training rows with the stem). The others, in their
+        order, are a share, nats per word, nats per 5-gram, and 1 - cosine to the nearest training row.
         """
         values = np.array([row.columns for row in self._rows(texts)], dtype=np.float64).reshape(
             -1, len(COLUMNS)
@@ -77,9 +78,9 @@ class Familiar:
         return {name: values[:, place] for place, name in enumerate(COLUMNS)}
 
     def stems(self, texts: Sequence[str]) -> Stems:
-        """Return which texts hold which stems.
+        """Return which texts contain which stems.
 
-        The stems are those that are rare in training and that at least two of `texts` hold.
+        Only stems that are rare in training and occur in at least two of `texts` are included.
         """
         present = _sparse([row.stems for row in self._rows(texts)], len(self._stem_numbers))
         again = np.flatnonzero(np.asarray(present.sum(axis=0)).ravel() >= 2)
@@ -87,25 +88,25 @@ class Familiar:
         return Stems(present[:, again], weights[again])
 
     def words(self, texts: Sequence[str]) -> Any:
-        """Return which words each row holds, as a sparse matrix (rows, words) of 0 and 1."""
+        """Return which words each row contains, as a sparse matrix (rows, words) of 0 and 1."""
         return _sparse([row.words for row in self._rows(texts)], len(self._word_numbers))
 
     def subjects(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return where each row lies among the subjects of the training rows, of shape (rows, at most 50).
+        """Return the place of each row among the subjects of the training rows, of shape (rows, at most 50).
 
         The subjects come from latent semantic analysis (Deerwester et al. 1990).
         """
         return np.stack([row.subjects for row in self._rows(texts)])
 
     def _rows(self, texts: Sequence[str]) -> list[_Read]:
-        """Return what was measured of each text; texts that are new are measured now."""
+        """Return the measurements of each text; a new text is measured now."""
         new = [text for text in dict.fromkeys(texts) if text not in self._read]
         for text, distance, subjects in zip(new, *self._space.measure(new), strict=True):
             self._read[text] = _Read((*self._measure(text), float(distance)), *self._numbered(text), subjects)
         return [self._read[text] for text in texts]
 
     def _measure(self, text: str) -> tuple[float, ...]:
-        """Compute all columns of one text but the distance."""
+        """Compute all columns of one text except the distance."""
         found = terms_of(text)
         rarity = _mean([1 / (1 + self.stem_rows[stem]) for stem in set(stems_of(text))])
         unseen = _mean([float(word not in self._words.counts) for word in found])
@@ -121,7 +122,7 @@ class Familiar:
 
 
 class _Surprise:
-    """Negative log likelihood under counts, each one more than it is, so that the unseen has one too."""
+    """Negative log likelihood under counts, each raised by one, so that unseen tokens have one too."""
 
     def __init__(self, counts: Counter[str]) -> None:
         self.counts = counts
@@ -134,7 +135,7 @@ class _Surprise:
 
 
 class _Space:
-    """TF-IDF of the training rows: the nearest of them, and the directions in which they differ most."""
+    """TF-IDF of the training rows, to find the nearest row and the directions in which rows differ most."""
 
     def __init__(self, texts: Sequence[str], words: list[str]) -> None:
         self._texts: Sequence[str] = texts
@@ -146,7 +147,7 @@ class _Space:
         self._fitted: Any = None
 
     def measure(self, texts: list[str]) -> tuple[Values, NDArray[np.float32]]:
-        """Return for each text (distance to the nearest training row; place among the subjects)."""
+        """Return, for all texts, (distances to the nearest training row, places among the subjects)."""
         if not texts:
             return np.zeros(0), np.zeros((0, SUBJECTS), dtype=np.float32)
         vectorizer, training, directions = self._fit()
@@ -170,7 +171,7 @@ class _Space:
             )
             vectors = vectorizer.fit_transform(self._texts)
             kept = vectors[:: -(-vectors.shape[0] // NEAREST_ROWS)]
-            with np.errstate(divide="ignore", invalid="ignore"):  # rows that are all alike
+            with np.errstate(divide="ignore", invalid="ignore"):  # where all rows are equal
                 directions = (
                     TruncatedSVD(min(SUBJECTS, vectors.shape[1]), n_iter=2, random_state=0)
                     .fit(kept)
@@ -181,9 +182,9 @@ class _Space:
 
 
 def stems_of(text: str) -> list[str]:
-    """List the words of a text without their commonest English endings; numbers are left out.
+    """List the words of a text without the most common English endings; numbers are left out.
 
-    This is crude on purpose: other languages lose little by it.
+    The rule is deliberately crude, and other languages lose little by it.
     """
     parts = (part for word in terms_of(text) for part in PART.split(word) if part and not part.isdigit())
     return [shorter if len(shorter := SUFFIX.sub("", part)) >= 3 else part for part in parts]

@@ -1,7 +1,7 @@
-"""What the gateway remembers: requests and people's feedback on them, in SQLite or PostgreSQL.
+"""Store requests and people's feedback on them, in SQLite or PostgreSQL.
 
-Writing is off the hot path: a bounded queue, one thread, batches. A database that is away costs records,
-which are counted, never an answer.
+Requests are never written on the path of an answer: there is a bounded queue, and one thread writes in
+batches. While the database is down, records are lost and counted, but every request is answered.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ URL_VARIABLE = "RATCHET_REQUEST_LOG_URL"
 def open_log(root: Path, config: Config) -> RequestLog:
     """Open the log of a checkout.
 
-    Raises ConfigError for a URL or a pattern that is none; a database that is away is no fault yet.
+    Raises ConfigError for a malformed URL or pattern. A database that is down raises nothing here.
     """
     from sqlalchemy.exc import ArgumentError
 
@@ -60,9 +60,9 @@ def open_log(root: Path, config: Config) -> RequestLog:
 
 
 class RequestLog(RequestQueries):
-    """Thread-safe.
+    """Write and read the log; safe for several threads.
 
-    `put` is for the hot path; all else may wait for the database and raises ServiceError when it is away.
+    `put` never waits. All other methods may wait for the database and raise ServiceError when it is down.
     """
 
     def __init__(self, url: str, config: Config) -> None:
@@ -77,7 +77,7 @@ class RequestLog(RequestQueries):
         self._thread: threading.Thread | None = None
 
     def put(self, record: Logged) -> None:
-        """Queue a record without ever waiting or raising: a full queue drops the record and counts it."""
+        """Queue a record without waiting and without raising: a full queue drops the record and counts it."""
         if self._ended or len(self._waiting) >= self._config.queue:
             self._drop(1)
         else:
@@ -89,15 +89,17 @@ class RequestLog(RequestQueries):
         return Counts(self._written, len(self._waiting), self._dropped, self._fault)
 
     def add_feedback(self, feedback: Feedback) -> None:
-        """Store feedback; a person's later feedback on a request replaces all of the earlier one if it comes
-        with the same key: one vote per answer.
+        """Store feedback: one vote per person and answer.
 
-        Raises UserError when another key spoke for that person, or the score is none; ServiceError when the
-        database is away.
+        A person's later feedback on a request replaces the earlier feedback completely, if it comes with the
+        same key.
+
+        Raises UserError when another key has spoken for that person or the score is malformed, ServiceError
+        when the database is down.
         """
         from sqlalchemy.exc import IntegrityError
 
-        if feedback.score is not None and not 0 <= feedback.score <= 1:  # NaN neither
+        if feedback.score is not None and not 0 <= feedback.score <= 1:  # this refuses NaN too
             raise UserError(f"the score is {feedback.score}, wanted 0 (wrong) to 1 (right)")
         texts = {name: self._clean(getattr(feedback, name)) for name in ("label", "answer", "comment")}
         values, table = msgspec.structs.asdict(feedback) | texts, self._tables["feedback"]
@@ -119,7 +121,7 @@ class RequestLog(RequestQueries):
                 ) from None
 
     def flush(self, seconds: float = 5.0) -> bool:
-        """Wait up to `seconds`, and return whether everything that was put is written."""
+        """Wait up to `seconds`, and return whether all queued records are written."""
         end = time.monotonic() + seconds
         while self._waiting and time.monotonic() < end:
             self._wake.set()
@@ -127,7 +129,7 @@ class RequestLog(RequestQueries):
         return not self._waiting
 
     def close(self, seconds: float = 5.0) -> None:
-        """Write what waits, then close; if the database is away, what waits is lost and counted."""
+        """Write what is queued, then close; if the database is down, queued records are lost and counted."""
         self._ended = True
         self._wake.set()
         if self._thread:
@@ -135,7 +137,7 @@ class RequestLog(RequestQueries):
         self._engine.dispose()
 
     def start(self) -> None:
-        """Start to write, and to forget what is too old. `put` does it too."""
+        """Start writing, and deleting what is too old. `put` starts it too."""
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._write, name="request log", daemon=True)
@@ -155,8 +157,9 @@ class RequestLog(RequestQueries):
         self._waiting.clear()
 
     def _drain(self) -> bool:
-        """Write what waits, and return False when the database is away; the rest goes on waiting, in its
-        order.
+        """Write what is queued, in its order.
+
+        Return False when the database is down; the rest stays queued.
         """
         while self._waiting:
             batch = [self._waiting[place] for place in range(min(BATCH, len(self._waiting)))]
@@ -172,10 +175,11 @@ class RequestLog(RequestQueries):
         return True
 
     def _store(self, batch: list[Logged]) -> int:
-        """Write the records, and return how many were taken.
+        """Write the records, and return how many were stored.
 
-        A record that the database refuses is lost alone, without the batch or the thread. Raises
-        ServiceError.
+        A record that the database refuses is lost alone; the rest of the batch and the thread go on.
+
+        Raises ServiceError.
         """
         try:
             with self.transaction() as connection:
@@ -201,9 +205,9 @@ class RequestLog(RequestQueries):
             self._dropped += records
 
     def _row(self, record: Logged) -> dict[str, Any]:
-        """Return a record as a row of the table, with the columns that queries group and count by.
+        """Return a record as a row of the table, with the columns by which queries group and count.
 
-        These are computed here, so that every database groups alike.
+        They are computed here, so that every database groups in the same way.
         """
         kept = (
             [(role, self._clean(content)) for role, content in record.messages] if self._config.texts else []
@@ -221,7 +225,7 @@ class RequestLog(RequestQueries):
         return msgspec.structs.asdict(record) | texts | counted
 
     def _clean(self, text: str) -> str:
-        """Redact a text, and replace what databases do not take: NUL, halves of surrogate pairs.
+        """Redact a text, and replace what databases do not accept: NUL and halves of surrogate pairs.
 
         The result is empty where texts are not kept.
         """

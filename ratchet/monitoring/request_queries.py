@@ -18,11 +18,11 @@ from ratchet.monitoring.request_records import (
     update_tables,
 )
 
-CHUNK = 500  # ids in one query: databases limit the number of bound values
+CHUNK = 500  # ids per query, because databases limit the number of bound values
 
 
 class RequestQueries:
-    """Raise ServiceError from each query when the database is away."""
+    """Query the log. Each method raises ServiceError when the database is down."""
 
     def __init__(self, url: str) -> None:
         self._engine, self._tables = make_engine(url), table_definitions()
@@ -47,7 +47,7 @@ class RequestQueries:
             return [record_of(row) for row in reversed(connection.execute(query).all())]
 
     def spoken_of(self) -> list[tuple[Logged, list[Feedback]]]:
-        """Return every request that people gave feedback on, with that feedback, in the order of time."""
+        """Return every request with feedback, and that feedback, ordered by time."""
         from sqlalchemy import select
 
         requests, feedback = self._tables["requests"], self._tables["feedback"]
@@ -62,7 +62,7 @@ class RequestQueries:
         return [(request, said[request.id]) for request in found if request.id in said]
 
     def feedback_of(self, requests: Sequence[str]) -> dict[str, list[Feedback]]:
-        """Return the feedback on each of the requests that have any, in the order of time."""
+        """Return the feedback on each of the requests that have any, ordered by time."""
         from sqlalchemy import select
 
         table = self._tables["feedback"]
@@ -95,8 +95,9 @@ class RequestQueries:
             }
 
     def unknown_requests(self) -> int:
-        """Count requests that have feedback but are not in the log: not written yet, dropped, or deleted
-        for their age.
+        """Count requests that have feedback but are not in the log.
+
+        They are not written yet, were dropped, or were deleted because of their age.
         """
         from sqlalchemy import distinct, func, select
 
@@ -118,7 +119,7 @@ class RequestQueries:
             )
 
     def rollout_units(self, rollout: str) -> list[Unit]:
-        """Return the units of a rollout by step and arm, in the order in which they came first."""
+        """Return the units of a rollout by step and arm, in the order of their first request."""
         from sqlalchemy import func
 
         table = self._tables["requests"]
@@ -152,13 +153,13 @@ class RequestQueries:
         return query.where(table.c.version == version) if version is not None else query
 
     def _summed(self, groups: list[Any], *first: Any, empty: Any = None) -> Any:
-        """Query one row per group: the groups, `first`, requests, errors, `empty`, mean latency of what
-        was answered, mean score, requests with a score.
+        """Query one row per group: the group, `first`, requests, errors, `empty`, mean latency of the
+        answered requests, mean score, and requests with a score.
         """
         from sqlalchemy import case, func, select
 
         table, said = self._tables["requests"], self._tables["feedback"]
-        # One mean score a request, however many people spoke.
+        # One mean score per request, however many people gave feedback.
         scores = (
             select(said.c.request, func.avg(said.c.score).label("score"))
             .where(said.c.score.is_not(None))

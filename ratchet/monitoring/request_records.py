@@ -1,4 +1,4 @@
-"""What the request log holds: the records, and the tables that keep them."""
+"""Define the records of the request log and the tables that keep them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 TRIES = 10
 SOMEBODY_WAS_FASTER = re.compile(r"already exists|duplicate column|duplicate key", re.IGNORECASE)
 CONNECT_SECONDS = 5
-# A database whose machine vanishes says nothing: without these a connection waits for the kernel, a quarter
-# of an hour.
+# A database whose machine vanishes sends no error. Without these limits a connection waits for the kernel's
+# timeout of a quarter of an hour.
 STAY_AWAKE = {
     "tcp_user_timeout": 5000,
     "keepalives_idle": 5,
@@ -56,7 +56,7 @@ def _add_columns(engine: Engine, table: Table) -> None:
 
 
 class Logged(msgspec.Struct, frozen=True):
-    """One request. Times in seconds since 1970 or milliseconds; NLL in nats a token.
+    """One request. Times are in seconds since 1970 or in milliseconds; NLL is in nats per token.
 
     `user` is a pseudonym, empty where the client named none.
     """
@@ -88,9 +88,9 @@ class Logged(msgspec.Struct, frozen=True):
 
 
 class Feedback(msgspec.Struct, frozen=True):
-    """What one person said of one answer. `score` from 0 (wrong) to 1 (right).
+    """One person's feedback on one answer. `score` is from 0 (wrong) to 1 (right).
 
-    `sender` is a pseudonym of the API key that it came with, empty where none was needed.
+    `sender` is a pseudonym of the API key with which it came, empty where no key was needed.
     """
 
     request: str
@@ -113,13 +113,13 @@ class Unit(NamedTuple):
     requests: int
     errors: int
     empty: int
-    latency_ms: float | None  # mean over what was answered
+    latency_ms: float | None  # mean over the answered requests
     feedback: float | None  # mean score
     feedbacks: int
 
 
 class Traffic(NamedTuple):
-    """An hour of one version; `hour` in seconds since 1970."""
+    """One hour of one version; `hour` is in seconds since 1970."""
 
     version: int
     arm: str
@@ -152,7 +152,7 @@ def make_engine(url: str) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _settle(connection: Any, _record: Any) -> None:
-        # Readers do not wait for the writer; a power cut may cost the newest records, never the file.
+        # Readers do not wait for the writer. A power cut may lose the newest records, never the file.
         for line in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=NORMAL"):
             connection.execute(f"PRAGMA {line}")
 
@@ -162,7 +162,7 @@ def make_engine(url: str) -> Engine:
 def table_definitions() -> dict[str, Table]:
     """Define the tables, without a foreign key between them.
 
-    People may give feedback on a request that still waits to be written.
+    Feedback may arrive for a request that is still queued.
     """
     from sqlalchemy import Column, Float, Integer, MetaData, String, Table, Text
 

@@ -1,5 +1,6 @@
-"""The trainings that ran on this machine, a line each in `.ratchet/retrains.jsonl`: what drift's budget and
-cool-down are counted from.
+"""Record the trainings that ran on this machine, one line each in `.ratchet/retrains.jsonl`.
+
+Drift's budget and cool-down are computed from them.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from ratchet.files import write_bytes, write_text
 from ratchet.pipeline.checkout import locked
 
 FILE, ASKED = Path(".ratchet/retrains.jsonl"), Path(".ratchet/drift-asked")
-BEGIN_SECONDS = 900  # in which a retraining that was asked for has begun, pulling its rows included
+BEGIN_SECONDS = 900  # a requested retraining begins within this time, pulling its rows included
 
 
 class Retraining(msgspec.Struct, frozen=True):
-    """`at` in seconds since 1970, `seconds` of the optimisation alone; of one that failed (verdict `failed`,
-    no run key) of all its stages.
+    """One training; `at` is in seconds since 1970, `seconds` is the time of the optimisation alone.
+
+    For a retraining that failed (verdict `failed`, no run key) `seconds` is the time of all its stages.
     """
 
     at: float
@@ -47,15 +49,15 @@ def read_retrains(root: Path, *, since: float = 0.0) -> list[Retraining]:
 
 
 def note_asked(root: Path) -> None:
-    """Note that drift asks for a retraining now: the cool-down begins here.
+    """Record that drift requests a retraining now: the cool-down begins here.
 
-    That holds however long the retraining takes, and whether or not it trains.
+    It begins now, however long the retraining takes and whether or not it trains.
     """
     write_text(root / ASKED, "")
 
 
 def is_under_way(root: Path) -> bool:
-    """Tell whether a retraining runs, or drift has just asked for one that has not begun.
+    """Tell whether a retraining runs, or drift has just requested one that has not begun.
 
     A second retraining for the same drift would learn from the same rows.
     """
@@ -69,6 +71,6 @@ def is_under_way(root: Path) -> bool:
 
 
 def last_start(root: Path) -> float | None:
-    """Return when the last training ended or drift last asked for one, in seconds since 1970; None: never."""
+    """Return when the last training ended or drift last requested one, in seconds since 1970; None: never."""
     asked = [(root / ASKED).stat().st_mtime] if (root / ASKED).exists() else []
     return max([*(entry.at for entry in read_retrains(root)), *asked], default=None)

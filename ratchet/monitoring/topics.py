@@ -1,4 +1,4 @@
-"""Which topics of a window grew: words that came into use, the rows that hold them, clustered."""
+"""Find the topics of a window that grew: find words that came into use, and cluster the rows with them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LEAST_ROWS, GROWTH, EVIDENCE = (
     3,
     3.0,
     6.0,
-)  # rows of the window; times its share of the known rows; nats of likelihood that it grew
+)  # least rows of the window; least growth of the share, as a factor; least evidence of growth, in nats
 TERMS, EXAMPLES, ROWS_A_TOPIC = 12, 3, 12
-EXAMPLE_LENGTH = 300  # characters: a topic travels as an event, whose size Prefect limits
-LEAST_SHARE = 0.01  # of the window: what is smaller is noise to whoever reads it
+EXAMPLE_LENGTH = 300  # characters: topics are sent in an event, whose size Prefect limits
+LEAST_SHARE = 0.01  # least growth, as a share of the window: smaller topics are noise for the reader
 FILE = Path("data/region.json")
 FEEDBACK = TopicSource(match="", source="feedback")
 
@@ -32,9 +32,9 @@ FEEDBACK = TopicSource(match="", source="feedback")
 def find_topics(
     window: Sequence[str], reference: Sequence[str], training: Sequence[str], *, most: int, seed: int
 ) -> list[Topic]:
-    """Find at most `most` topics of the window, those that grew most first.
+    """Find at most `most` topics of the window; the one that grew most comes first.
 
-    The list is empty when no word came into use: the drift is then of another kind than new subjects.
+    The list is empty when no word came into use; then the drift is of another kind than new subjects.
     """
     terms = grown_terms(window, [*reference, *training])
     rows = [text for text in window if terms.keys() & set(terms_of(text))]
@@ -42,7 +42,7 @@ def find_topics(
         return []
     groups = _cluster(rows, sorted(terms), most, seed)
     found = [_topic(group, rows, terms, window, reference) for group in groups]
-    # Rows that share all their words lie in several groups, and no word is typical of one.
+    # Rows that share all their words may be in several groups; then no word is typical of one group.
     if common := [
         row for group, topic in zip(groups, found, strict=True) if not topic.terms for row in group
     ]:
@@ -54,7 +54,7 @@ def find_topics(
 def grown_terms(window: Sequence[str], known: Sequence[str]) -> dict[str, float]:
     """Map each word that grew beyond chance to the log-likelihood ratio of its growth.
 
-    The ratio is in nats, as of a Poisson count (Dunning 1993).
+    The ratio is in nats, for a Poisson count (Dunning 1993).
     """
     inside = Counter(word for text in window for word in set(terms_of(text)))
     before = Counter(word for text in known for word in set(terms_of(text)))
@@ -94,9 +94,10 @@ def _topic(
     window: Sequence[str],
     reference: Sequence[str],
 ) -> Topic:
-    """Make a topic, named by the words typical of this group: most rows that hold them belong to it.
+    """Make a topic, named by the words that are typical of this group: most rows with such a word belong to
+    the group.
 
-    Its examples are the rows that hold the most telling of these words.
+    Its examples are the rows with the strongest of these words.
     """
     inside = Counter(word for text in group for word in set(terms_of(text)) if word in terms)
     whole = Counter(word for text in rows for word in set(terms_of(text)) if word in terms)
@@ -121,7 +122,7 @@ def _topic(
 
 
 def belongs(topic: Topic, text: str) -> bool:
-    """Tell whether the text holds a term of the topic as a word."""
+    """Tell whether the text contains a term of the topic as a word."""
     return not set(topic.terms).isdisjoint(terms_of(text))
 
 
@@ -130,9 +131,9 @@ class Region(msgspec.Struct, frozen=True):
 
 
 def read_region(path: Path) -> Region:
-    """Read the drifted topics; there are none where there is no file.
+    """Read the drifted topics; without a file there are none.
 
-    Raises DataError for a file that holds no list of topics.
+    Raises DataError for a malformed file.
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=Region)
@@ -148,8 +149,7 @@ def read_region(path: Path) -> Region:
 def write_region(path: Path, region: Region) -> None:
     """Write the names and terms of the topics, and nothing else.
 
-    Prompts of users do not belong into git, and shares that change by the hour would make an evaluation
-    stale.
+    Prompts of users must not get into git, and shares that change every hour would make the evaluation stale.
     """
     topics = [{"name": topic.name, "terms": topic.terms} for topic in region.topics]
     write_json(path, {"topics": topics})
@@ -158,7 +158,8 @@ def write_region(path: Path, region: Region) -> None:
 def sources_for(topics: list[Topic], config: MonitorConfig) -> list[TopicSource]:
     """List the sources from which rows of these topics come; people's feedback is always among them.
 
-    For each topic it is the first of `monitor.sources` that matches its name, terms or examples, if any does.
+    For each topic this is the first of `monitor.sources` that matches its name, terms or examples, if any
+    does.
     """
     found: list[TopicSource] = []
     for topic in topics:
@@ -171,14 +172,14 @@ def sources_for(topics: list[Topic], config: MonitorConfig) -> list[TopicSource]
 
 
 def mark(questions: list[str], topics: list[Topic]) -> list[str]:
-    """Return for each question the names of its topics, with `|` between them."""
+    """Return for each question the names of its topics, separated by `|`."""
     return ["|".join(topic.name for topic in topics if belongs(topic, question)) for question in questions]
 
 
 def parts(scores: Any) -> dict[str, Any]:
-    """Map each topic to the rows of a table of scores that `mark` gave it.
+    """Map each topic to its rows of a table of scores, as `mark` assigned them.
 
-    The map is empty for a table of an older evaluation, which has no topics.
+    The map is empty for the table of an older evaluation, which has no topics.
     """
     if "region" not in scores:
         return {}

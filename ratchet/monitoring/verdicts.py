@@ -1,8 +1,6 @@
-"""Verdicts of the monitor: what one holds, and the file that keeps them, a line each.
+"""Define the monitor's verdicts, and read the file that keeps them, one line each.
 
-Everyone reads them here.
-
-No numpy is imported: `ratchet status` reads the last verdict.
+All readers use this module. It imports no numpy, so that `ratchet status` can read the last verdict quickly.
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ VERDICTS = Path(".ratchet/monitor/verdicts.jsonl")
 
 
 class Column(msgspec.Struct, frozen=True):
-    """One measured column: the window's `value` and the `reference` in its own unit, and its own `p`, not
-    corrected.
+    """One measured column: `value` in the window, `reference`, both in the column's unit, and its own
+    uncorrected `p`.
 
-    None stands for a number that is not finite: JSON has none.
+    None stands for a number that is not finite, which JSON cannot express.
     """
 
     name: str
@@ -30,14 +28,12 @@ class Column(msgspec.Struct, frozen=True):
     value: float | None = None
     reference: float | None = None
     p: float | None = None
-    direction: str = ""  # what speaks of drift: "higher", "lower", "other"
+    direction: str = ""  # the change that means drift: "higher", "lower", "other"
     weight: float = 0.0  # the family's share of the error
 
 
 class Topic(msgspec.Struct, frozen=True):
-    """A topic of the traffic, told by its words, with its shares of the window and of the reference, and
-    examples.
-    """
+    """A topic of the traffic: its words, its shares of window and reference, and examples."""
 
     name: str
     terms: list[str] = []
@@ -47,8 +43,9 @@ class Topic(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """Judge a window: `p` is of all columns together, None where the window has under `needed` distinct
-    prompts.
+    """The verdict on a window.
+
+    `p` covers all columns together; it is None where the window has fewer than `needed` distinct prompts.
     """
 
     verdict: str = ""  # "drift" where p is at most the false-alarm rate, "no drift", "too few"
@@ -59,7 +56,7 @@ class Verdict(msgspec.Struct, frozen=True):
     columns: list[Column] = []
     topics: list[Topic] = []
     missing: list[str] = []  # families without a reference, with the reason
-    moved: list[str] = []  # families that differ, the clearest first; all corrected for each other
+    moved: list[str] = []  # families that differ, the clearest first, corrected for each other
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -71,7 +68,7 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class Recorded(Verdict, frozen=True, kw_only=True):
-    """A verdict as its line keeps it.
+    """A verdict as its line in the file keeps it.
 
     `at` is ISO 8601 in UTC, or seconds since 1970; `report` is a folder.
     """
@@ -89,7 +86,7 @@ class Recorded(Verdict, frozen=True, kw_only=True):
 def read_verdicts(root: Path, most: int | None = None) -> list[Recorded]:
     """Read the newest `most` lines, the newest last.
 
-    Unreadable ones are left out: the last may be half written.
+    Unreadable lines are skipped, because the last one may be half written.
     """
     path = root / VERDICTS
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -111,7 +108,7 @@ def _read(line: str) -> Recorded | None:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Drop nulls and numbers that are not finite, so that older lines get the defaults."""
+    """Drop nulls and numbers that are not finite, so that lines of older versions get the defaults."""
     if isinstance(value, dict):
         return {key: _without_nulls(part) for key, part in value.items() if not _is_nothing(part)}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
@@ -124,7 +121,7 @@ def _is_nothing(value: Any) -> bool:
 def seconds_of(at: object) -> float:
     """Return a time as seconds since 1970, from seconds or from an ISO 8601 text.
 
-    A text that names no zone is UTC. Raises ValueError.
+    A text without a time zone is UTC. Raises ValueError.
     """
     try:
         found = (

@@ -1,1 +1,1 @@
-"""The champion, rollouts, lineage and the sequential test."""
+"""Keep the champion, rollouts and lineage, and test rollouts sequentially."""

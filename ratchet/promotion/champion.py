@@ -1,6 +1,6 @@
-"""champion.json: which version is in charge. Its git history is the promotion ledger.
+"""Read and write champion.json, which says which version is in charge. Its git history is the ledger.
 
-The file is the truth; MLflow's alias `champion` follows it, so that a rollback works with MLflow down.
+The file decides; MLflow's alias `champion` follows it, so that a rollback works while MLflow is down.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Data(msgspec.Struct, frozen=True):
 
 
 class GateLine(msgspec.Struct, frozen=True):
-    """The gate's verdict in one line: the success metric's gain over the rival (None: the base)."""
+    """The gate's verdict in one line, with the success metric's gain over the rival (None: the base)."""
 
     verdict: str
     rival: int | None
@@ -48,10 +48,9 @@ class GateLine(msgspec.Struct, frozen=True):
 
 
 class Champion(msgspec.Struct, frozen=True):
-    """One entry.
+    """One entry of the ledger.
 
-    `commit` is the one whose dvc.lock holds the adapter; `previous` the version that it took over from, for
-    rollback.
+    The dvc.lock of `commit` holds the adapter. `previous` is the version before, to which a rollback returns.
     """
 
     name: str
@@ -94,7 +93,7 @@ def read_ledger(root: Path) -> list[tuple[str, Champion]]:
 def last_entry(root: Path, version: int) -> Champion | None:
     """Return the newest entry in which that version was in charge.
 
-    What is older is not looked at, so a rollback needs no whole history.
+    Older entries are not read, so a rollback works in a shallow clone.
     """
     return next((entry for _, entry in _entries(root) if entry.version == version), None)
 

@@ -1,4 +1,4 @@
-"""What the registry's tags say of a version's gate: a promotion and a rollout ask the same of them."""
+"""Read a version's verdict from its tags in the registry; a promotion and a rollout need the same tags."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ratchet.promotion.champion import Champion, Data, GateLine
 from ratchet.tracking.mlflow import KEY_TAG
 from ratchet.tracking.registry import Version
 
-# A version's entry in the ledger is made of these tags, and of those of `Tags`.
+# A version's entry in the ledger is made from these tags and from those of `Tags`.
 TEXTS = (KEY_TAG, "git_commit", "adapter_sha256")
 
 
@@ -29,7 +29,7 @@ KINDS = get_type_hints(Tags)
 def read_tags(version: Version) -> Tags:
     """Read the tags that hold JSON.
 
-    Raises UserError when a tag that a rollout or a promotion needs is missing or says nothing.
+    Raises UserError when a tag that a rollout or a promotion needs is missing, empty or malformed.
     """
     remedy = (
         "ratchet retrain registers candidates with all that a promotion needs; "
@@ -50,9 +50,10 @@ def read_tags(version: Version) -> Tags:
 
 
 def check_gate(version: Version, champion: Champion | None) -> None:
-    """Check that the gate passed the version.
+    """Check that the gate passed the version against today's champion.
 
-    Raises UserError when it did not pass, passed against another champion, or its tags say nothing.
+    Raises UserError when it did not pass, when it passed against another champion, or when its tags cannot be
+    read.
     """
     gate = read_tags(version).gate
     overrules = (

@@ -1,5 +1,7 @@
-"""Which versions learned from rows or batches: by the training rows of a version's own commit where they can
-be read, by its list of batches otherwise.
+"""Find the versions that learned from given rows or batches.
+
+The training rows of a version's own commit tell it exactly; where they cannot be read, the version's list of
+batches is used.
 """
 
 from __future__ import annotations
@@ -26,27 +28,27 @@ from ratchet.tracking.registry import Version
 
 PREPARED, TRAIN = "data/prepared", "data/prepared/train.jsonl"
 BAD = "data/prepared/undesirable_train.jsonl"
-COMMIT = re.compile(r"[0-9a-f]{7,64}")  # a tag is anybody's text, and git takes some texts for options
-STARTED_FROM = "started_from"  # tag: sha256 of the adapter that the weights went on from, or `base`
+COMMIT = re.compile(r"[0-9a-f]{7,64}")  # anybody can write a tag, and git would take some texts for options
+STARTED_FROM = "started_from"  # tag: sha256 of the adapter that the training started from, or `base`
 
 
 class Trace(NamedTuple):
-    """What one version has of the rows.
+    """What one version learned of the rows.
 
-    `exact`: told by its training rows, otherwise only its batches are known. `parent`: the version whose
-    marked weights it went on from.
+    `exact`: known from its training rows; otherwise only its batches are known. `parent`: the version whose
+    marked weights it started from.
     """
 
     version: int
     rows: int
     exact: bool
     parent: int | None
-    at: str  # of the newest entry that it is about
+    at: str  # time of the newest entry that concerns the version
     reason: str
 
 
 class Learned(NamedTuple):
-    """What a version's own training had of what is asked about: how many rows, and the newest entry."""
+    """How many of the rows in question a version's own training had, and the newest entry about them."""
 
     rows: int
     at: str
@@ -54,9 +56,9 @@ class Learned(NamedTuple):
 
 
 def trace(root: Path, versions: list[Version], entries: tuple[Entry, ...]) -> list[Trace]:
-    """Return the versions that learned from any forgotten row of `entries`, the oldest first.
+    """Return the versions that learned from any erased row of `entries`, the oldest first.
 
-    The checkout at `root` has the commits, its DVC cache or remote the rows.
+    The checkout at `root` has the commits; its DVC cache or remote has the rows.
     """
 
     def learned(version: Version, rows: Rows | None) -> Learned:
@@ -101,7 +103,7 @@ def _follow(
 
 
 def _learned(entries: tuple[Entry, ...], rows: Rows | None, version: Version) -> list[Entry]:
-    """Return the forgotten rows that the version learned from; golden rows are scored, never learned from."""
+    """Return the erased rows that the version learned from; golden rows are only scored, never learned."""
     if rows is not None:
         return [entry for entry in entries if not rows.ids.isdisjoint(entry.ids)]
     batches = _batches(version)
@@ -109,7 +111,7 @@ def _learned(entries: tuple[Entry, ...], rows: Rows | None, version: Version) ->
 
 
 def reverted_since(root: Path, commit: str) -> list[Reverted]:
-    """Return the batches that were in the data of `commit` and were taken back after it; git alone tells."""
+    """Return the batches that `commit` had and that were taken back after it; this needs only git."""
     entries = read_reverted(root)
     if not entries or not COMMIT.fullmatch(commit):
         return []
@@ -121,7 +123,7 @@ def reverted_since(root: Path, commit: str) -> list[Reverted]:
 
 
 def _had(root: Path, commit: str, entry: Reverted) -> bool:
-    """Return whether `commit` has the one that brought the batch; yes where git cannot tell."""
+    """Return whether `commit` contains the commit that added the batch; yes where git cannot tell."""
     if not COMMIT.fullmatch(entry.came):
         return True
     try:

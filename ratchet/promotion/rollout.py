@@ -1,9 +1,9 @@
-"""The open rollout as a file, `.ratchet/rollout.json`: who gets which version, and how far it is.
+"""Keep the open rollout in a file, `.ratchet/rollout.json`: which users get which version, and at which step.
 
-Ended ones are lines of `.ratchet/rollouts.jsonl`. The gateway reads the file, the flow `rollout` writes it,
-and MLflow's tags follow, so a rollout can be paused or aborted with MLflow down. A look reads the state once
-and decides on it; each write compares with the file again under the lock `promote`, so doing it twice changes
-nothing.
+Ended rollouts are lines of `.ratchet/rollouts.jsonl`. The flow `rollout` writes the file, the gateway reads
+it, and MLflow's tags follow, so a rollout can be paused or aborted while MLflow is down. A look reads the
+state once and decides on it. Each write first compares with the file again, under the lock `promote`, so
+repeating it changes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ratchet.promotion.gate_tags import check_gate
 from ratchet.tracking.registry import Version
 
 FILE, ENDED = Path(".ratchet/rollout.json"), Path(".ratchet/rollouts.jsonl")
-AGAIN = Path(".ratchet/look-again")  # exists during a look, and after one that left something waiting
+AGAIN = Path(".ratchet/look-again")  # exists during a look, and afterwards if something still waits
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -35,7 +35,7 @@ class Bounds(msgspec.Struct, frozen=True):
     mean: float
     low: float
     high: float
-    champion: int  # units
+    champion: int  # number of units, as for the challenger
     challenger: int
 
 
@@ -48,7 +48,9 @@ class Users(msgspec.Struct, frozen=True):
 
 
 class Measure(msgspec.Struct, frozen=True):
-    """Bounds of one measure, at the alphas of a promotion, a rollback, and a guardrail that has to hold."""
+    """Bounds of one measure, at the alphas of a promotion, of a rollback, and of a guardrail that has to
+    hold.
+    """
 
     gain: Bounds | None = None
     harm: Bounds | None = None
@@ -63,16 +65,17 @@ class Figures(msgspec.Struct, frozen=True):
 
 
 class Rollout(msgspec.Struct, frozen=True):
-    """`share` of the users get `version`, the others `champion`. Times are in seconds since 1970.
+    """One rollout: `share` of the users get `version`, the others `champion`. Times are in seconds since
+    1970.
 
-    `salt` makes the split of users its own.
+    Each rollout has a `salt` of its own, so that it divides the users independently of earlier ones.
     """
 
     id: str
     name: str
     version: int
     champion: int
-    commit: str  # whose dvc.lock holds the challenger's adapter
+    commit: str  # its dvc.lock holds the challenger's adapter
     adapter_sha256: str
     salt: str
     step: int  # position in `shares`
@@ -85,7 +88,7 @@ class Rollout(msgspec.Struct, frozen=True):
     last: Figures = Figures()  # of the newest look
     ended: float | None = None
     paused_at: float | None = None
-    paused_seconds: float = 0.0  # earlier pauses together; they count for no limit
+    paused_seconds: float = 0.0  # sum of earlier pauses, which do not count towards time limits
 
     @property
     def share(self) -> float:
@@ -114,12 +117,12 @@ class RolloutState(NamedTuple):
 
 
 def read_state(root: Path) -> RolloutState:
-    """Raise CheckoutError for a file that is none."""
+    """Read both files. Raises CheckoutError for a malformed file."""
     return RolloutState(read_rollout(root), read_ended(root))
 
 
 def read_rollout(root: Path) -> Rollout | None:
-    """Read the open or paused rollout. Raises CheckoutError for a file that holds none."""
+    """Read the open or paused rollout. Raises CheckoutError for a malformed file."""
     try:
         return msgspec.json.decode((root / FILE).read_bytes(), type=Rollout)
     except FileNotFoundError:
@@ -138,7 +141,7 @@ def write_rollout(root: Path, rollout: Rollout) -> None:
 def end_rollout(root: Path, rollout: Rollout) -> None:
     """Move a rollout to the list of ended ones, then remove the file that the gateway reads.
 
-    Doing it twice adds nothing.
+    In this order a crash in between loses nothing, and repeating the call adds nothing.
     """
     past = [entry for entry in read_ended(root) if entry.id != rollout.id]
     write_bytes(root / ENDED, (msgspec.json.encode(entry) + b"\n" for entry in [*past, rollout]))
@@ -156,9 +159,9 @@ def read_ended(root: Path) -> list[Rollout]:
 
 
 def position(salt: str, unit: str) -> float:
-    """Place a user between 0 and 1: under the share, the challenger answers.
+    """Place a user between 0 and 1; the challenger answers users whose place is under the share.
 
-    A growing share takes nobody back.
+    A growing share moves no user back to the champion.
     """
     return xxhash.xxh3_64_intdigest(f"{salt}\0{unit}".encode()) / 2**64
 
@@ -169,10 +172,10 @@ def position(salt: str, unit: str) -> float:
 def open_rollout(
     root: Path, config: Config, version: Version, champion: Champion, *, by: str, again: bool = False
 ) -> Rollout:
-    """Open one for `version`. `again`: a person wants another after one that ended.
+    """Open a rollout for `version`. `again`: a person wants another one after one that ended.
 
-    Raises UserError when the gate did not pass it against this champion or it had its rollout, BusyError when
-    another one is open.
+    Raises UserError when the gate did not pass the version against this champion or it already had its
+    rollout, BusyError when another rollout is open.
     """
     with locked(root, "promote"):
         state = read_state(root)
@@ -194,7 +197,7 @@ def open_rollout(
             champion=champion.version,
             commit=version.tags["git_commit"],
             adapter_sha256=version.tags["adapter_sha256"],
-            salt=secrets.token_hex(8),  # who was a guinea pig once is not so every time
+            salt=secrets.token_hex(8),  # otherwise the same users would get every challenger first
             step=0,
             shares=config.rollout.steps,
             state="open",
@@ -208,7 +211,9 @@ def open_rollout(
 
 
 def _check_past(ended: list[Rollout], version: Version, champion: Champion, again: bool) -> None:
-    """Refuse a second rollout against a champion, and any to a version that did harm or was in charge."""
+    """Refuse a second rollout against the same champion, and any rollout of a version that did harm or was
+    promoted.
+    """
     if not again and version.tags.get("decision", "").strip().lower() == "reject":
         raise UserError(
             "a person rejected it", remedy="the tag `decision` = `approve` on it opens its rollout"
@@ -237,9 +242,9 @@ def _check_past(ended: list[Rollout], version: Version, champion: Champion, agai
 
 
 def advance(root: Path, seen: Rollout, why: str, figures: Figures) -> Rollout | None:
-    """Go on to the next step from the one that was looked at.
+    """Move to the next step from the one that was looked at.
 
-    Where somebody else was faster: as it is; None: ended.
+    Return the rollout as it is now if somebody else changed it first, None if it has ended.
     """
     return _change(root, seen, step=seen.step + 1, step_since=time.time(), why=why, last=figures)
 
@@ -259,7 +264,9 @@ def pause(root: Path, by: str) -> Rollout:
 
 
 def resume(root: Path, by: str) -> Rollout:
-    """Resume the rollout where it was; the pause counts for no limit. Raises UserError when there is none."""
+    """Resume the rollout where it was; the pause counts towards no limit. Raises UserError when there is
+    none.
+    """
     current = _expect(root)
     if current.state != "paused" or current.paused_at is None:
         return current
@@ -275,7 +282,7 @@ def resume(root: Path, by: str) -> Rollout:
 def finish(
     root: Path, seen: Rollout, state: str, *, why: str, by: str, figures: Figures | None = None
 ) -> Rollout:
-    """End the rollout, and return it as it ended, also when somebody else ended it first."""
+    """End the rollout, and return it as it ended, even if somebody else ended it first."""
     with locked(root, "promote"):
         before = read_state(root)
         current = before.current
@@ -302,9 +309,9 @@ def _expect(root: Path) -> Rollout:
 
 
 def _change(root: Path, seen: Rollout, **values: Any) -> Rollout | None:
-    """Change the rollout, but only while it still is in the state and step that were seen.
+    """Change the rollout, but only if its state and step are still those that were seen.
 
-    When it is not: return it as it is now, or None when it ended.
+    Otherwise return it as it is now, or None when it has ended.
     """
     with locked(root, "promote"):
         current = read_rollout(root)

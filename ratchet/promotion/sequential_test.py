@@ -1,11 +1,11 @@
 """Compare two arms, and the split of users between them, with bounds that hold at every look, however many
 there are.
 
-The difference is taken inside each step of a rollout and the steps are then joined by inverse variance:
-pooled over steps, an arm whose share grows would be compared with other hours of other days (Simpson's
-paradox). A user who comes back in several steps counts as one. The bound is the asymptotic confidence
-sequence of Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas (arXiv 2103.06476, theorem 2.2, one-sided): a normal
-mixture as in Robbins (1970) and Johari, Koomen, Pekelis & Walsh (arXiv 1512.04922).
+The difference is taken within each step of a rollout, and the steps are then combined by inverse variance.
+Pooled over steps, an arm whose share grows would be compared with other hours of other days (Simpson's
+paradox). A user who returns in several steps counts as one. The bound is the asymptotic confidence sequence
+of Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas (arXiv 2103.06476, theorem 2.2, one-sided): a normal mixture
+as in Robbins (1970) and Johari, Koomen, Pekelis & Walsh (arXiv 1512.04922).
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ Units = NDArray[np.int64]
 # Information (1 / variance of the difference) at which the bound is tightest, in units of a score's variance:
 # about 250 users an arm.
 TUNED_TO = 125.0
-LEAST = 5  # values of an arm in a step under which the step says nothing yet
+LEAST = 5  # a step counts once each arm has so many values
 
 
 class Stratum(NamedTuple):
-    """One step: a value a unit, of either arm, and the units' numbers, the same in all steps; None: each is
-    another.
+    """One step: the values of each arm, one per unit, and the numbers of the units.
+
+    A unit has the same number in all steps. None means that all units are different.
     """
 
     champion: Values
@@ -39,9 +40,9 @@ class Stratum(NamedTuple):
 
 
 def difference(strata: list[Stratum], alpha: float, *, scale: float = 1.0) -> Bounds | None:
-    """Join the steps' differences. None while no step has enough units.
+    """Combine the differences of all steps; None while no step has enough units.
 
-    `scale` is the standard deviation expected of a value: it only sets where the bound is tightest.
+    `scale` is the expected standard deviation of a value. It only decides where the bound is tightest.
     """
     told = [stratum for stratum in strata if min(len(stratum.champion), len(stratum.challenger)) >= LEAST]
     if not told:
@@ -50,6 +51,7 @@ def difference(strata: list[Stratum], alpha: float, *, scale: float = 1.0) -> Bo
     information = np.array([1.0 / _variance(stratum, scale) for stratum in told])
     total = float(information.sum())
     mean = float((means * information).sum() / total)
+    # Returning users make the steps dependent; then there is less information than the sum over steps.
     total = min(total, 1.0 / max(_clustered_variance(told, information / total), 1e-12))
     width = radius(total, alpha, scale)
     return Bounds(
@@ -62,9 +64,9 @@ def difference(strata: list[Stratum], alpha: float, *, scale: float = 1.0) -> Bo
 
 
 def _clustered_variance(strata: list[Stratum], weights: Values) -> float:
-    """Return the variance of the joined difference when a unit comes back in several steps.
+    """Return the variance of the combined difference when units return in several steps.
 
-    It is the sandwich estimate (Liang & Zeger 1986).
+    This is the sandwich estimate (Liang & Zeger 1986).
     """
     pulls: list[Values] = []
     units: list[Units] = []
@@ -94,8 +96,8 @@ def _count(arms: list[tuple[Values, Units | None]]) -> int:
 def _variance(stratum: Stratum, scale: float) -> float:
     """Return the variance of the difference of the means.
 
-    Each arm gets a prior of two values at the expected variance: five equal values do not prove that it is
-    zero.
+    Each arm gets a prior of two values at the expected variance, because five equal values do not prove that
+    the variance is zero.
     """
     return sum(
         (float(arm.var()) * len(arm) + 2 * scale**2) / (len(arm) + 2) / len(arm)
@@ -104,7 +106,7 @@ def _variance(stratum: Stratum, scale: float) -> float:
 
 
 def radius(information: float, alpha: float, scale: float = 1.0) -> float:
-    """Return half the width of the bounds at that much information.
+    """Return half the width of the bounds at this amount of information.
 
     It is the normal mixture's boundary for a mean, one-sided at alpha.
     """
@@ -117,10 +119,10 @@ def radius(information: float, alpha: float, scale: float = 1.0) -> float:
 
 
 def split_e_value(champion: int, challenger: int, share: float) -> float:
-    """Return how many times likelier these numbers are under another split than under `share`.
+    """Return how many times more likely these numbers are under another split than under `share`.
 
-    Over 1/alpha at any look, it refutes the share at level alpha. A Dirichlet-multinomial Bayes factor
-    (Lindon & Malek, arXiv 2011.03567), its prior centred on the share with the weight of 20 users.
+    A value over 1/alpha, at any look, refutes the share at level alpha. This is a Dirichlet-multinomial Bayes
+    factor (Lindon & Malek, arXiv 2011.03567); its prior is centred on the share with the weight of 20 users.
     """
     a, b = 20 * (1 - share), 20 * share
     mixed = (
@@ -132,4 +134,4 @@ def split_e_value(champion: int, challenger: int, share: float) -> float:
         - gammaln(a + b + champion + challenger)
     )
     plain = xlogy(champion, 1 - share) + xlogy(challenger, share)
-    return float(np.exp(min(700.0, mixed - plain)))
+    return float(np.exp(min(700.0, mixed - plain)))  # exp(710) overflows a float

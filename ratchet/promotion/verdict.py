@@ -1,4 +1,6 @@
-"""The gate's verdict as types, and as the JSON of `reports/gate.json`, which promotions and pages read."""
+"""Define the gate's verdict as types, and as the JSON of `reports/gate.json`, which promotions and pages
+read.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,14 @@ from ratchet.errors import RatchetError
 from ratchet.files import read_json
 
 Result = Literal["pass", "fail", "unclear"]
-# A check that has no such figure leaves the field out (UNSET); one that could not be measured writes null.
+# A check without such a figure leaves the field out (UNSET); one that could not be measured writes null.
 Figure = float | None | UnsetType
 
 
 class Check(Struct, frozen=True):
-    """One rule's result.
+    """The result of one rule.
 
-    `mean`, `low` and `high` are an interval, `wanted` is the bound that it has to clear.
+    `mean`, `low` and `high` are an interval, and `wanted` is the bound that it is compared with.
     """
 
     name: str
@@ -46,14 +48,14 @@ class Check(Struct, frozen=True):
 
 
 class Rival(Struct, frozen=True):
-    """What the candidate was compared with: the `champion` of that version, or the `base` (None)."""
+    """What the candidate was compared with: the `champion` with its version, or the `base` (None)."""
 
     model: str
     version: int | None
 
 
 class Look(Struct, frozen=True):
-    """The candidate's number among those judged against this rival, and the error it may have."""
+    """The number of this candidate among those judged against this rival, and its allowed error."""
 
     number: int
     alpha: float
@@ -65,9 +67,9 @@ class Candidate(Struct, frozen=True):
 
 
 class Speed(Struct, frozen=True):
-    """How long an answer takes in the gateway's engine, one question at a time.
+    """How long an answer takes in the gateway's engine, with one question at a time.
 
-    `milliseconds` holds mean, low and high: the 95 % interval of the mean. `tokens` is the mean of an answer.
+    `milliseconds` holds mean, low and high: the 95 % interval of the mean. `tokens` is the mean per answer.
     """
 
     answers: int
@@ -88,7 +90,7 @@ class Speed(Struct, frozen=True):
 class Verdict(Struct, frozen=True):
     """The gate's decision.
 
-    `regions`, `slices` and `speed` are shown and decide nothing. Files of older versions lack some fields.
+    `regions`, `slices` and `speed` are shown but decide nothing. Files of older versions lack some fields.
     """
 
     verdict: Literal["promote", "reject", "uncertain"]
@@ -110,7 +112,7 @@ class Verdict(Struct, frozen=True):
 
     @property
     def shown_worth(self) -> list[Check]:
-        """Return what the gain brings where it is no rule, and so among no checks."""
+        """Return the line on the training's worth where it is shown but is not one of the checks."""
         return [self.worth] if self.worth and all(check.name != "worth" for check in self.checks) else []
 
 

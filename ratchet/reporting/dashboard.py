@@ -26,7 +26,7 @@ from ratchet.pipeline.checkout import git
 from ratchet.promotion.champion import Champion, read_champion
 from ratchet.promotion.rollout import Rollout, read_ended, read_rollout
 from ratchet.promotion.verdict import Check, decode_verdict
-from ratchet.reporting.forgetting import OLD_SAVED, SAVED, Retention
+from ratchet.reporting.retention import OLD_SAVED, SAVED, Retention
 from ratchet.services.status import Move, read_moves
 from ratchet.serving.bundle import ServingState, read_state
 

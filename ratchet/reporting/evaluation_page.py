@@ -22,9 +22,9 @@ from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.verdict import Check, Verdict, read_verdict
 from ratchet.reporting.charts import Line, Tick, nice_top
 from ratchet.reporting.dashboard_view import draw_checks, environment, word_of
-from ratchet.reporting.forgetting import Retention
 from ratchet.reporting.heatmap import heat
 from ratchet.reporting.markdown import LABELS, MODELS, VERDICTS, metrics_of
+from ratchet.reporting.retention import Retention
 from ratchet.tracking.curve import Point, read_history
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ratchet.evaluation.paired import LOWER_IS_BETTER
-from ratchet.reporting.forgetting import Cell, Retention
+from ratchet.reporting.retention import Cell, Retention
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -36,7 +36,7 @@ from small_checkout import (
     training_ids,
 )
 
-from flows.forget import find_rows, follow_list, forget_rows, list_is_pending
+from flows.erase import erase_rows, find_rows, follow_list, list_is_pending
 from ratchet.config.data import PrepareConfig
 from ratchet.data.batches import write_batch
 from ratchet.data.erasure import FILE, Entry, Forgotten, read_forgotten, write_forgotten
@@ -46,7 +46,7 @@ from ratchet.errors import DataError, UserError
 from ratchet.gateway.identity import Ids
 from ratchet.pipeline.checkout import dvc, git
 from ratchet.tracking.registry import get_version
-from tasks.forget import Found, Query, extend, find, inherit
+from tasks.erase import Found, Query, extend, find, inherit
 from tasks.prepare import prepare
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
@@ -287,7 +287,7 @@ def test_a_retraining_after_it_does_without_the_rows_and_git_holds_no_word_of_th
     found = find_rows(root, CONFIG, matching(SECRET), quiet)
     assert [row.place for row in found] == [f"{batch_of(root)}:4", "golden:1"]
 
-    done = forget_rows(root, CONFIG, found, reason="ticket 12", say=quiet)
+    done = erase_rows(root, CONFIG, found, reason="ticket 12", say=quiet)
 
     assert (done.rows, done.commit, subjects(root)[0]) == (
         2,
@@ -301,13 +301,13 @@ def test_a_retraining_after_it_does_without_the_rows_and_git_holds_no_word_of_th
     make(root)
     assert training_ids(root) == {id_of(row(number)) for number in range(10) if number != 3}
     assert (root / "data/prepared/golden.jsonl").read_text() == ""
-    again = forget_rows(root, CONFIG, found, reason="once more", say=quiet)
+    again = erase_rows(root, CONFIG, found, reason="once more", say=quiet)
     assert (again.rows, subjects(root)[0]) == (0, "Retrain")
 
 
 def test_versions_are_traced_by_their_training_rows_or_else_by_their_batches(root):
     before, batch = git(root, "rev-parse", "HEAD").strip(), batch_of(root)
-    forget_rows(root, CONFIG, [Found([id_of(row(3, SECRET))], batch, 4)], reason="ticket 12", say=quiet)
+    erase_rows(root, CONFIG, [Found([id_of(row(3, SECRET))], batch, 4)], reason="ticket 12", say=quiet)
     after = make(root)
     register(1, before, [batch])
     register(2, "0" * 40, [batch])  # a commit that is not here
@@ -332,7 +332,7 @@ def test_versions_are_traced_by_their_training_rows_or_else_by_their_batches(roo
 
 def test_a_new_version_inherits_the_mark_of_the_weights_that_it_went_on_from(root):
     register(1, "0" * 40, [batch_of(root)])
-    forget_rows(
+    erase_rows(
         root, CONFIG, [Found([id_of(row(3, SECRET))], batch_of(root), 4)], reason="ticket 12", say=quiet
     )
     register(2, "0" * 40, [], start="1" * 64)
@@ -349,7 +349,7 @@ def test_with_mlflow_away_the_rows_are_forgotten_and_the_marks_follow(root, monk
     use_no_mlflow(monkeypatch)
     told: list[str] = []
 
-    done = forget_rows(
+    done = erase_rows(
         root, CONFIG, [Found([id_of(row(3, SECRET))], batch_of(root), 4)], reason="ticket 12", say=told.append
     )
 

@@ -34,7 +34,7 @@ from small_checkout import (
     training_ids,
 )
 
-from flows.forget import follow_all, follow_reverted, list_is_pending, revert_batch
+from flows.erase import follow_all, follow_reverted, list_is_pending, revert_batch
 from ratchet.data.batches import read_manifest, read_reverted
 from ratchet.errors import UserError
 from ratchet.pipeline.checkout import git
@@ -42,7 +42,7 @@ from ratchet.promotion.champion import Champion, write_champion
 from ratchet.promotion.lineage import reverted_since
 from ratchet.services.status import ledger_lines, read_moves
 from ratchet.tracking.registry import get_version
-from tasks.forget import find_batch, inherit
+from tasks.erase import find_batch, inherit
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 FIRST, SECOND, THIRD = range(10), range(8, 20), range(20, 25)  # 8 and 9 are in two batches

@@ -18,7 +18,7 @@ from ratchet.promotion.rollout import FILE as ROLLOUT
 from ratchet.promotion.rollout import read_rollout, write_rollout
 from ratchet.reporting.charts import intervals, lines, make_slots, nice_top, p_height, stack
 from ratchet.reporting.dashboard import Part, gather, render_page, write_page
-from ratchet.reporting.forgetting import OLD_SAVED, SAVED
+from ratchet.reporting.retention import OLD_SAVED, SAVED
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from busy import CONFIG, make_busy
 from contrast import CONTRAST
-from judged import LEDGER, make_reports
+from evaluation_reports import RETENTION, make_reports
 from places import make_repository, use_git_without_a_user
 
 from ratchet.reporting.dashboard import write_page
@@ -37,7 +37,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         use_git_without_a_user(patch)
         made = {"busy": make_busy(folder / "busy"), "empty": make_repository(folder / "empty")}
-        found = gather(make_reports(folder / "judged"), "v3", LEDGER)
+        found = gather(make_reports(folder / "judged"), "v3", RETENTION)
         evaluation = write_evaluation_page(folder / "evaluation.html", found)
         return {
             "evaluation": evaluation,
@@ -155,12 +155,12 @@ def test_rows_that_moved_stand_side_by_side_and_their_words_do_nothing(look: Any
     assert page.get_by_text("<script>").count() >= 20
 
 
-def test_the_ledger_has_a_cell_for_every_version_and_slice_in_shades_that_differ(look: Any) -> None:
+def test_retention_has_a_cell_for_every_version_and_slice_in_shades_that_differ(look: Any) -> None:
     table = look("evaluation").page.locator(".heat")
 
-    assert table.locator("tbody tr").count() == len(LEDGER.versions) and table.locator("td").count() == len(
-        LEDGER.versions
-    ) * len(LEDGER.slices)
+    assert table.locator("tbody tr").count() == len(RETENTION.versions) and table.locator(
+        "td"
+    ).count() == len(RETENTION.versions) * len(RETENTION.slices)
     assert table.get_by_text("not asked").count() == 1
     assert len(colours(table.screenshot())) >= 5
 

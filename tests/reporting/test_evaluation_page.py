@@ -11,7 +11,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from judged import BATCHES, HOSTILE, LEDGER, make_reports
+from evaluation_reports import BATCHES, HOSTILE, RETENTION, make_reports
 
 from ratchet.cli.explain import print_evaluation
 from ratchet.errors import RatchetError
@@ -25,7 +25,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_twenty_rows_that_got_better_and_twenty_that_got_worse_are_shown(reports):
-    found = gather(reports, "v3", LEDGER)
+    found = gather(reports, "v3", RETENTION)
     assert ([row.gain for row in found.better], [row.gain for row in found.worse]) == (
         [1.0] * 20,
         [-1.0] * 20,
@@ -40,7 +40,7 @@ def test_a_table_that_cannot_be_read_is_said_and_the_rest_is_shown(tmp_path, rep
     folder = Path(shutil.copytree(reports, tmp_path / "reports"))
     table = folder / "reports/evaluation/scores.parquet"
     table.unlink() if rows is None else table.write_bytes(rows)
-    found = gather(folder, "v3", LEDGER)
+    found = gather(folder, "v3", RETENTION)
     assert found.rows_fault
     page = render_evaluation(found)
     assert "Cannot be read." in page
@@ -53,7 +53,7 @@ def test_without_a_verdict_there_is_no_page(tmp_path):
 
 
 def test_the_page_says_everything_in_order_and_escapes_it(reports):
-    page = render_evaluation(gather(reports, "v3", LEDGER))
+    page = render_evaluation(gather(reports, "v3", RETENTION))
     headings = [unescape(text) for text in re.findall(r"<h[12][^>]*>(.*?)</h", page)]
     assert headings == [
         "Reject",
@@ -72,7 +72,7 @@ def test_the_page_says_everything_in_order_and_escapes_it(reports):
     assert "0.350<small>0.300 to 0.400</small>" in page
 
 
-def test_an_old_evaluation_without_slices_regions_and_ledger_has_a_page(tmp_path, reports):
+def test_an_old_evaluation_without_slices_regions_and_retention_has_a_page(tmp_path, reports):
     folder = Path(shutil.copytree(reports, tmp_path / "reports"))
     gate = read_json(folder / "reports/gate.json")
     write_json(
@@ -89,7 +89,7 @@ def test_an_old_evaluation_without_slices_regions_and_ledger_has_a_page(tmp_path
 
 def test_the_terminal_says_the_same(reports, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "240")
-    print_evaluation(gather(reports, "v3", LEDGER))
+    print_evaluation(gather(reports, "v3", RETENTION))
     said = capsys.readouterr().out
     for part in (
         "v3 against v1: ❌ reject",
@@ -115,6 +115,6 @@ def test_the_terminal_says_the_same(reports, capsys, monkeypatch):
 
 
 def test_what_is_gathered_is_json(reports):
-    found = json.loads(json.dumps(gather(reports, "v3", LEDGER).to_json()))
+    found = json.loads(json.dumps(gather(reports, "v3", RETENTION).to_json()))
     assert found["retention"]["slices"][:2] == list(BATCHES)
     assert HOSTILE in found["better"][0]["question"]

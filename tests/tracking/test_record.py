@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from evaluation_reports import RETENTION, make_reports
 from huggingface_hub import ModelCard
-from judged import LEDGER, make_reports
 from places import KEPT_CONNECTIONS, use_mlflow, use_no_mlflow
 
 from ratchet.config.data import ProjectConfig
@@ -198,7 +198,7 @@ def test_recording_twice_changes_nothing(folder):
     assert everything(first) == before
 
 
-def test_the_evaluations_page_and_the_ledger_stand_beside_the_run(folder):
+def test_the_evaluations_page_and_the_retention_table_stand_beside_the_run(folder):
     parity = (folder / "reports/parity.json").read_bytes()
     shutil.rmtree(folder / "reports")
     make_reports(folder)
@@ -209,7 +209,7 @@ def test_the_evaluations_page_and_the_ledger_stand_beside_the_run(folder):
     found = read_findings(folder)
     run_id = record(found, CONFIG, commit=COMMIT, reason="by hand")
     for _ in range(2):
-        record_page(found, LEDGER, run_id=run_id, name="v3")
+        record_page(found, RETENTION, run_id=run_id, name="v3")
     assert {"reports/evaluation.html", "reports/retention.json", "figures/retention.png"} <= set(
         everything(run_id)["artifacts"]
     )

@@ -31,10 +31,10 @@ from ratchet.files import read_json, write_bytes, write_json
 from ratchet.models.loading import adapter_sha256
 from ratchet.pipeline.checkout import dvc
 from ratchet.promotion.champion import Champion, write_champion
-from ratchet.reporting.forgetting import CACHE, SAVED, Cell, Retention, build, numbers_of, read_evaluations
 from ratchet.reporting.heatmap import draw
+from ratchet.reporting.retention import CACHE, SAVED, Cell, Retention, build, numbers_of, read_evaluations
 from tasks.evaluate import evaluate
-from tasks.ledger import fill
+from tasks.retention import fill
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 PIPELINE = """
@@ -182,7 +182,7 @@ def original(
 ) -> Made:
     with pytest.MonkeyPatch.context() as patch:
         use_git_without_a_user(patch)
-        made = Made(tmp_path_factory.mktemp("ledger"), prepared, tiny_base, candidate)
+        made = Made(tmp_path_factory.mktemp("retention"), prepared, tiny_base, candidate)
         build(made.root, "token_f1", {})  # DVC is asked here once, and not in every test
         return made
 
@@ -201,12 +201,12 @@ def scores(made: Made, model: str, batch: str) -> Any:
     return table[(table.model == model) & (table.batch == batch)].token_f1.to_numpy()
 
 
-def names(ledger: Retention) -> list[str]:
-    return [row.name for row in ledger.versions]
+def names(table: Retention) -> list[str]:
+    return [row.name for row in table.versions]
 
 
-def cells(ledger: Retention, name: str) -> dict[str, Cell | None]:
-    return next(row.cells for row in ledger.versions if row.name == name)
+def cells(table: Retention, name: str) -> dict[str, Cell | None]:
+    return next(row.cells for row in table.versions if row.name == name)
 
 
 def test_every_version_has_its_row_and_every_batch_its_column(made):
@@ -321,7 +321,7 @@ def test_a_metric_that_nobody_recorded_is_told(made, monkeypatch):
     assert "has no foo" in str(done.exception) and "exact_match, answer_nll" in str(done.exception)
 
 
-def test_without_an_evaluation_the_ledger_is_empty(tmp_path, monkeypatch):
+def test_without_an_evaluation_the_table_is_empty(tmp_path, monkeypatch):
     use_git_without_a_user(monkeypatch)
     found = build(make_repository(tmp_path / "new"), "exact_match", {})
     assert (found.versions, found.slices) == ([], [])

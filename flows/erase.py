@@ -22,7 +22,7 @@ from ratchet.pipeline.dvc import Workspace, bring, push_data
 from ratchet.pipeline.workspace import land, open_workspace
 from ratchet.promotion.lineage import Trace, trace, trace_batches
 from ratchet.tracking.registry import Version, list_versions
-from tasks import forget as tasks
+from tasks import erase as tasks
 
 Say = Callable[[str], None]
 RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")
@@ -66,7 +66,7 @@ def find_rows(root: Path, config: Config, query: tasks.Query, say: Say) -> list[
     return found
 
 
-def forget_rows(root: Path, config: Config, found: list[tasks.Found], *, reason: str, say: Say) -> Done:
+def erase_rows(root: Path, config: Config, found: list[tasks.Found], *, reason: str, say: Say) -> Done:
     """Put the rows on the list of forgotten ones, and mark the versions in MLflow that learned from them.
 
     Rows that are on the list already change nothing, so that it can be run again. Raises what the checkout

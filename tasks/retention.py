@@ -23,7 +23,7 @@ from ratchet.evaluation.scoring import Asked, Models, Player, add_scores, answer
 from ratchet.files import write_json
 from ratchet.models.loading import adapter_sha256
 from ratchet.pipeline.workspace import require_output
-from ratchet.reporting.forgetting import (
+from ratchet.reporting.retention import (
     Cell,
     Evaluation,
     Retention,
@@ -45,7 +45,7 @@ def fill(root: Path, table: Retention, newest: Evaluation, config: Config, say: 
     if not (wanted := table.unasked):
         return 0
     filled = 0
-    with tempfile.TemporaryDirectory(prefix="ratchet-ledger-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="ratchet-retention-") as scratch:
         folder = Path(scratch)
         rows = _rows(root, newest, folder)
         for version, slices in wanted:

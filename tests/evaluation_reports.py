@@ -10,7 +10,7 @@ import msgspec
 import pandas as pd
 
 from ratchet.files import write_json
-from ratchet.reporting.forgetting import Retention
+from ratchet.reporting.retention import Retention
 
 HOSTILE = "<script>document.title = 'taken'</script>\u202e&\"'[bold]<img src=https://example.org/x.png>"
 BATCHES = ("20260101T000000Z-first-00000000.jsonl", f"20260201T000000Z-{HOSTILE}.jsonl")
@@ -137,4 +137,4 @@ TABLE: dict[str, Any] = {
     ],
     "faults": [f"the scores of 01234567 cannot be had {HOSTILE}"],
 }
-LEDGER = msgspec.convert(TABLE, Retention)
+RETENTION = msgspec.convert(TABLE, Retention)

@@ -4,7 +4,7 @@ evaluations recorded.
 An evaluation stands with its commit (`reports/gate.json` in git, `reports/evaluation` in DVC) and scores
 candidate, champion and base on all test rows of that day. Test rows never move, so a version keeps its cell
 for a batch from then on; as long as it is the champion, each later evaluation adds cells for the batches that
-came after it. What nobody ever measured is empty; `tasks.ledger` fills it. Summaries are kept under
+came after it. What nobody ever measured is empty; `tasks.retention` fills it. Summaries are kept under
 `.ratchet/cache/ledger` by DVC's hash of the evaluation.
 """
 
@@ -31,7 +31,8 @@ from ratchet.promotion.verdict import decode_verdict
 if TYPE_CHECKING:
     import pandas as pd
 
-CACHE, SAVED = Path(".ratchet/cache/ledger"), Path(".ratchet/retention.json")
+CACHE = Path(".ratchet/cache/ledger")  # the old name: filled cells cost an evaluation each, and stay found
+SAVED = Path(".ratchet/retention.json")
 OLD_SAVED = Path(".ratchet/ledger.json")  # where SAVED stood before; read until the next table is written
 GATE, EVALUATION, GOLDEN, BASE = "reports/gate.json", "reports/evaluation", "golden", "base"
 MODELS = ("candidate", "champion", BASE)
@@ -208,7 +209,7 @@ def read_scores(root: Path, commit: str) -> pd.DataFrame:
     """Read the table of scores of the evaluation at a commit. Raises CheckoutError."""
     import pandas as pd
 
-    with tempfile.TemporaryDirectory(prefix="ratchet-ledger-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="ratchet-retention-") as scratch:
         try:
             get_output(root, commit, EVALUATION, Path(scratch) / "evaluation")
             return pd.read_parquet(Path(scratch) / "evaluation/scores.parquet")
