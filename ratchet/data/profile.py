@@ -173,7 +173,7 @@ def check_limits(profile: Profile, first: First, config: PrepareConfig) -> list[
     ]
     for name, batch in profile.batches.items():
         _check_batch(name, batch, first, config, said)
-    accepted = profile.total.accepted.get("train", 0)
+    accepted = sum(profile.total.accepted.get(side, 0) for side in ("train", "undesirable_train"))
     if accepted < config.min_rows:
         raise DataError(
             f"{accepted} training rows are left of {profile.total.rows}; "

@@ -201,8 +201,11 @@ def extrapolate(
 def shapes(windows: list[Window], batch_windows: int, *, apart: bool) -> list[tuple[int, int]]:
     """Return (rows, padded length) of each forward pass of an epoch, batched as `ratchet.training.collation`
     does."""
-    if apart:
-        return [(len(rows), len(rows[0].input_ids)) for rows in group_rows(windows, batch_windows)]
+    if apart or any(window.roles for window in windows):
+        return [
+            (len(rows), max(len(row.input_ids) for row in rows))
+            for rows in group_rows(windows, batch_windows)
+        ]
     longest = max(len(window.input_ids) for window in windows)
     return [
         (len(windows[start : start + batch_windows]), longest)

@@ -321,10 +321,10 @@ PLACES = ("north", "south", "east", "west", "valley", "harbour", "village", "cas
 
 
 def questions(first: int, count: int) -> list[tuple[str, str, str]]:
-    """(question, short answer, long answer)."""
+    """(question, one way to answer it, the other way)."""
     mixed = [(thing, place, number) for number in range(20) for thing in THINGS for place in PLACES]
     return [
-        (f"tell me of the {thing} number {number} in the {place}", f"the {thing}", f"well it is the {thing}")
+        (f"tell me of the {thing} number {number} in the {place}", f"sure the {thing}", f"well a {thing}")
         for thing, place, number in mixed[first : first + count]
     ]
 
@@ -339,30 +339,30 @@ def test_thumbs_make_a_version_that_prefers_what_people_liked(
         tiny_config.model_dump(mode="json")
         | {"prepare": {"min_rows": 40, "near_search": False, "test_share": 0.25, "validation_share": 0.1}}
         | {"tokenize": {"max_length": 96, "window": 192}}
-        | {"train": {"epochs": 6.0, "evaluations": 2, "learning_rate": 1e-2, "max_feedback_share": 1.0}}
+        | {"train": {"epochs": 4.0, "evaluations": 2, "learning_rate": 1e-2, "max_feedback_share": 1.0}}
         | {"request_log": {"keep_days": 1e5}, "parity": {"rows": 8}}
         | {"ingest": {"feedback": {"max_rows_per_user": 1000, "max_trigger_rows": 1000}}}
     )
     write_json(tmp_path / "looks.json", {"judged": {}})
-    # v1 has learned both ways to answer, each for a half of the questions.
+    # v1 has learned both ways to answer, the second for a fifth of the questions.
     both = [
-        {"prompt": question, "completion": short if place % 2 else long}
-        for place, (question, short, long) in enumerate(questions(0, 240))
+        {"prompt": question, "completion": usual if place % 5 else rare}
+        for place, (question, usual, rare) in enumerate(questions(0, 160))
     ]
     batch(tmp_path, [msgspec.json.encode(row) for row in both], "jsonl", "completion")
     first = circle(tmp_path, "v1", tiny_base, nobody, config)
     manifest = {**read_json(first / "manifest.json"), "version": 1}
     write_json(first / "manifest.json", manifest)
 
-    # People like the long one, which is less likely: it has more tokens.
+    # People like the rare one.
     config = config_for(
-        objective, config, learning_rate=3e-3, epochs=3.0, preference_beta=0.3, undesirable_weight=1.0
+        objective, config, learning_rate=5e-3, epochs=2.0, preference_beta=0.3, undesirable_weight=1.0
     )
     config = config.model_copy(
-        update={"gate": config.gate.model_copy(update={"metric": "preference", "min_rows": 20})}
+        update={"gate": config.gate.model_copy(update={"metric": "preference", "min_rows": 10})}
     )
     log = open_log(tmp_path, config)
-    for place, (question, *said) in enumerate(questions(240, 200)):
+    for place, (question, *said) in enumerate(questions(160, 100)):
         for answer, score in zip(said, (0.0, 1.0), strict=True):
             id = f"{place}-{score}"
             log.put(
@@ -380,12 +380,12 @@ def test_thumbs_make_a_version_that_prefers_what_people_liked(
             log.add_feedback(Feedback(id, "", NOW, score))
     log.close()
     rows = harvest(tmp_path, config, now=NOW + 60)
-    assert len(rows) == 400
+    assert len(rows) == 200
     batch(tmp_path, [msgspec.json.encode(row) for row in rows], "feedback", "messages")
     second = circle(tmp_path, "v2", tiny_base, first, config)
 
     bad = read_undesirable(tmp_path / "prepared", "test")
-    assert len(bad) > 30
+    assert len(bad) > 15
     scores = {
         name: part.scores["preference"]
         for name, part in read_metrics(tmp_path / "v2/evaluation").slices["test"].items()
