@@ -90,7 +90,8 @@ def evaluate(
     for name, metric in custom.items():  # a fault of it shows before minutes of answers
         custom_score(name, metric, rows[0].answer, rows[0])
     swaps = read_swaps(own)
-    fitting, too_long = _split_by_fit(rows, base, trained_length(candidate, base))
+    longest = trained_length(candidate, base)
+    fitting, too_long = _split_by_fit(rows, base, longest)
     if not fitting:
         raise DataError(
             "no test row fits into the model's context",
@@ -103,7 +104,7 @@ def evaluate(
     )
     attacks = _attacks(fitting, base, candidate, own, config)
     attacked = [attack.row for attack in attacks if attack.asked]
-    compared = [row for row in fitting if row.rejected] if PREFERENCE in config.evaluate.metrics else []
+    compared = [_worse(row) for row in fitting if row.rejected]
     asked = Asked(
         [*fitting, *(pair.swapped for pair in pairs), *attacked],
         [
@@ -111,7 +112,7 @@ def evaluate(
             *("swapped rows" for _ in pairs),
             *("attacked rows" for _ in attacked),
         ],
-        [_worse(row) for row in compared],
+        _split_by_fit(compared, base, longest)[0] if PREFERENCE in config.evaluate.metrics else [],
     )
     answered = _score_all(
         asked, base, incumbent if champion is not None else None, candidate, config.evaluate, cache

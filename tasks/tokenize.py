@@ -109,19 +109,9 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
     chat = load_chat(base)
     seen = set(read_json(incumbent / MANIFEST)["batches"])
     compares = config.train.objective != "sft"
-    judged = [
-        *read_examples(prepared / "train.jsonl"),
-        *(read_undesirable(prepared, "train") if compares else []),
-    ]
-    mixture = mix_rows(judged, seen, config.train)
+    mixture = mix_rows(_read(prepared, "train", compares=compares), seen, config.train)
     paired = _pair(mixture.rows, config)
-    held_out = _pair(
-        [
-            *read_examples(prepared / "validation.jsonl"),
-            *(read_undesirable(prepared, "validation") if compares else []),
-        ],
-        config,
-    )
+    held_out = _pair(_read(prepared, "validation", compares=compares), config)
     splits = {
         "train": _measure(chat, paired.rows, compares=compares),
         "validation": _measure(chat, held_out.rows, compares=compares),
@@ -182,6 +172,12 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
         )
         write_json(folder / "profile.json", msgspec.to_builtins(profile))
     return profile
+
+
+def _read(prepared: Path, split: str, *, compares: bool) -> list[Example]:
+    """Read a split, and the answers not to give beside it where answers are compared."""
+    bad = read_undesirable(prepared, split) if compares else []
+    return [*read_examples(prepared / f"{split}.jsonl"), *bad]
 
 
 def _measure(chat: ChatFormat, examples: Iterable[Example], *, compares: bool = False) -> list[Measured]:
