@@ -57,7 +57,7 @@ def sweep(root: str | None = None, trials: int | None = None, apply: bool = Fals
     check_space(config)
     check_storage(home, config)
     with locked(home, "sweep", wait=False), open_bench(home, "sweep", say) as workspace:
-        material = tokenise.with_options(task_run_name="rows")(workspace, {})
+        material = make_rows.with_options(task_run_name="rows")(workspace, {})
         search = Search(home, config, material, commit=workspace.git("rev-parse", "HEAD").strip(), say=say)
         run_trials(search, workspace, config, material)
     summary = conclude(search, home, config, apply=apply)
@@ -79,7 +79,7 @@ def run_trials(search: Search, workspace: Workspace, config: Config, material: M
         if (wanted := rows_key(trial.user_attrs["changes"])) != made:
             try:
                 material, made = (
-                    tokenise.with_options(task_run_name=f"rows of trial {trial.number}")(workspace, wanted),
+                    make_rows.with_options(task_run_name=f"rows of trial {trial.number}")(workspace, wanted),
                     wanted,
                 )
             except StageError as error:
@@ -94,7 +94,7 @@ def run_trials(search: Search, workspace: Workspace, config: Config, material: M
 
 
 @task(name="rows", **SETTINGS)
-def tokenise(workspace: Workspace, changes: Changes) -> Material:
+def make_rows(workspace: Workspace, changes: Changes) -> Material:
     return make_material(workspace, changes, say)
 
 
