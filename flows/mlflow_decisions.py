@@ -29,13 +29,13 @@ NOBODY = "MLflow UI"
 NEEDS_REASON = "force needs a tag `reason`: the ledger keeps why the gate was overruled"
 
 
-def heed_people(root: Path, config: Config, registry: Registry, say: Say) -> bool:
+def apply_decisions(root: Path, config: Config, registry: Registry, say: Say) -> bool:
     """Carry out the waiting decisions, the oldest version first, and return whether anything was done."""
     done = False
     for _, version in sorted(registry.versions.items()):
         if is_waiting(version):
             done |= _conclude(root, config, registry, version, version.tags[DECISION].strip().lower(), say)
-    return _heed_alias(root, config, registry, say) or done
+    return _apply_alias(root, config, registry, say) or done
 
 
 def is_waiting(version: Version) -> bool:
@@ -153,7 +153,7 @@ def _reject(root: Path, registry: Registry, version: Version, in_charge: bool, b
     return "its rollout ended" if current and current.version == version.number else "it is no challenger"
 
 
-def _heed_alias(root: Path, config: Config, registry: Registry, say: Say) -> bool:
+def _apply_alias(root: Path, config: Config, registry: Registry, say: Say) -> bool:
     """Handle an alias that names another version than champion.json.
 
     A person has put that version in charge, unless MLflow has not been told of our champion yet.

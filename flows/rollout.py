@@ -16,7 +16,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from flows.console import say
-from flows.mlflow_decisions import heed_people, is_waiting, take_charge
+from flows.mlflow_decisions import apply_decisions, is_waiting, take_charge
 from ratchet.config.params import Config, load_config
 from ratchet.errors import CheckoutError, RatchetError, ServiceError, UserError
 from ratchet.files import write_text
@@ -71,7 +71,7 @@ def look_once(root: Path, config: Config, say: Say) -> Rollout | None:
     """
     write_text(root / AGAIN, "")
     registry = _ask_registry(config, say)
-    if registry and heed_people(root, config, registry, say):
+    if registry and apply_decisions(root, config, registry, say):
         registry = _ask_registry(config, say)
     seen = read_rollout(root)
     current = _settle(root, seen, say) if seen else None
