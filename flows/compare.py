@@ -1,9 +1,7 @@
-"""Each method trained on the same rows, scored on the same test rows, and asked in the gateway's engine.
+"""Train each method on the same rows, score it on the same test rows, and time it in the gateway's engine.
 
-In a workspace of which nothing lands.
-
-All start from the base: a champion's adapter has one shape. No Prefect here: nothing is retried, and nobody
-schedules it.
+This runs in a workspace whose results are not committed. All methods start from the base, because a
+champion's adapter fits only its own method. It uses no Prefect: nothing is retried, and nobody schedules it.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ FROM_BASE = {"train.start_from": "base"}
 
 
 def compare(home: Path, config: Config, methods: list[str], say: Say) -> Comparison:
-    """Return what reports/compare/compare.json holds. A method that fails is a row with its reason.
+    """Return the contents of reports/compare/compare.json. A method that fails is a row with its reason.
 
     Raises UserError, ConfigError, StageError.
     """
@@ -104,7 +102,7 @@ def measure(
 
 
 def _evaluate(folder: Path, place: Path, material: Material, config: Config, changes: Changes) -> Metrics:
-    """Evaluate as the project does, without the parts that judge no candidate."""
+    """Evaluate as the project does, without the parts that are not needed to compare methods."""
     params, out = folder / "evaluate.yaml", folder / "evaluation"
     write_text(
         params,

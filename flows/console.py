@@ -1,4 +1,4 @@
-"""Progress: each line into Prefect's log, and to the console where a person started the flow."""
+"""Write progress into Prefect's log, and to the console when a person started the flow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)  # results go to
 
 
 def log_line(line: str) -> None:
-    """Write into Prefect's log alone: what a command prints as its result does not pass its console twice."""
+    """Write only into Prefect's log: lines that a command prints as its result must not appear twice."""
     get_run_logger().info(line)
 
 
@@ -27,7 +27,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show a spinner under the lines while something long runs, on a terminal only."""
+    """Show a spinner under the lines while a long step runs, only on a terminal."""
     if "RATCHET_CONSOLE" in os.environ and console.is_terminal:
         with console.status(what):
             yield

@@ -1,4 +1,4 @@
-"""Preparation's verdicts for a file that is no batch yet, and for rows that were rejected once."""
+"""Apply preparation's checks to a file that is no batch yet, and again to rejected rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DEPEND_ON_OTHERS = frozenset(
 
 
 class Verdict(NamedTuple):
-    """What preparation thinks of one file: its counts, as in profile.json; why it would fail, if it would."""
+    """The result for one file: its counts, as in profile.json, and why it would fail, if it would."""
 
     path: str
     counts: BatchProfile
@@ -49,13 +49,13 @@ class Verdict(NamedTuple):
     failure: str | None
     said: list[str]  # alarms and warnings
     tokens: Lengths | None  # of the accepted rows, by the chosen base
-    unmeasured: str  # why there are none
+    unmeasured: str  # why `tokens` is None
     preview: list[Preview]
-    metrics: Proposal | None  # what fits the accepted answers
+    metrics: Proposal | None  # metrics that suit the accepted answers
 
 
 class Resubmitted(NamedTuple):
-    """Reason → rows; what depends on other rows is not tried again here."""
+    """Reason → number of rows; rows whose reason depends on other rows are not tried again here."""
 
     fit: Counter[str]
     unfit: Counter[str]
@@ -72,9 +72,9 @@ def check_file(
     query: str | None = None,
     preview: bool = False,
 ) -> Verdict:
-    """Check a file, or what a database answers, by itself.
+    """Check a file, or the result of a database query, by itself.
 
-    Duplicates of rows in batches are told when it is ingested. Raises DataError for what holds no rows, and
+    Duplicates of rows in batches are found only at the ingest. Raises DataError for a file without rows, and
     for a golden set that is broken.
     """
     pulled, name = pull(config, path=path, query=query), shown(path)
@@ -108,7 +108,7 @@ def check_file(
     try:
         said += check_limits(profile, gathered.first, settings)
     except DataError as error:
-        failure = str(error).partition("\n")[0]  # its remedy is for a batch that was committed
+        failure = str(error).partition("\n")[0]  # without the remedy, which is for a committed batch
     if (found := {name: count for name, count in judged.items() if name}) and config.train.objective == "sft":
         told = " and ".join(f"{count} {name}" for name, count in found.items())
         said.append(
@@ -138,7 +138,7 @@ def check_file(
 
 
 def preview_pulled(pulled: Pulled, config: Config, base: Path) -> tuple[list[Preview], str]:
-    """Return the first rows that are fit, as the model will see them, and why there are no tokens."""
+    """Return the first valid rows as the model will see them, and why there are no tokens, if so."""
     chat, why = known_tokens(base, config.base)
     origin = Origin(pulled.label, pulled.source, pulled.form, "", config.ingest.licence)
     return preview_rows(pulled.lines, origin, config.prepare, chat), why

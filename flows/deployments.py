@@ -2,8 +2,8 @@
 
     python -m flows.deployments [--end-lost-runs]        # `ratchet up` runs it
 
-Runs that a schedule, an event or a person asks for start here, each in a process of its own. Work pools are
-not covered.
+Runs that a schedule, an event or a person requests start here, each in a process of its own. Work pools are
+not supported.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main(arguments: list[str]) -> int:
 
 
 def set_environment(root: Path, config: Config) -> None:
-    """Set the environment that the runs inherit, before Prefect is imported: it reads its settings once.
+    """Set the environment that the runs inherit, before Prefect is imported, because it reads its settings
+    once.
 
     Raises UserError.
     """
@@ -91,8 +92,8 @@ def describe_retrain(root: Path, config: Config) -> RunnerDeployment:
 def describe_schedule(section: str, cron: str, parameters: dict[str, Any]) -> DeploymentScheduleCreate:
     """Describe when a deployment runs by itself. Raises ConfigError when `cron` is no cron schedule.
 
-    `active` is left out and the slug is fixed, so that a schedule which a person paused in the UI stays
-    paused over a restart.
+    `active` is left out and the slug is fixed, so that a schedule that a person paused in the UI stays paused
+    after a restart.
     """
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.schedules import CronSchedule
@@ -111,7 +112,7 @@ def describe_schedule(section: str, cron: str, parameters: dict[str, Any]) -> De
 def describe_triggers(config: Config) -> list[Any]:
     """Describe which events start a retraining.
 
-    Drift does, for the topics that drifted; new data does when `retrain.on_data` says so. The event's
+    These are drift, for the topics that drifted, and new data if `retrain.on_data` is set. The event's
     payload becomes the run's parameters.
     """
     from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
@@ -132,8 +133,9 @@ def describe_triggers(config: Config) -> list[Any]:
 
 
 def _from_payload(key: str) -> dict[str, Any]:
-    """Take a part of the payload as a value, where a plain template would give text
-    (prefect/utilities/schema_tools/hydration.py).
+    """Insert a part of the payload as a value; a plain template would insert text.
+
+    See prefect/utilities/schema_tools/hydration.py.
     """
     return {
         "__prefect_kind": "json",
@@ -171,9 +173,10 @@ def describe_rollout(root: Path, config: Config) -> RunnerDeployment:
 def _describe(
     flow: Any, root: Path, config: Config, *, description: str, **settings: Any
 ) -> RunnerDeployment:
-    """Describe a flow's deployment, of which only one run goes at a time.
+    """Describe a flow's deployment that runs once at a time.
 
-    A second run waits and is not dropped: what it was asked for may have come after the first one looked.
+    A second run waits and is not dropped, because its reason may have come after the first one read its
+    inputs.
     """
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.deployments.runner import RunnerDeployment
@@ -224,9 +227,10 @@ def describe_synthesize(root: Path, config: Config) -> RunnerDeployment:
 
 
 def end_lost_runs(names: list[str]) -> None:
-    """Mark what a killed predecessor left as running, which would hold its concurrency slot for minutes.
+    """Mark the runs that a killed predecessor left as running; they would hold its concurrency slot for
+    minutes.
 
-    Only where no other process serves `names`.
+    Call it only where no other process serves `names`.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
@@ -270,9 +274,9 @@ def serve_deployments(deployments: list[RunnerDeployment]) -> None:
 def make_runner() -> Runner:
     """Make a runner that cancels its runs at SIGTERM and then ends.
 
-    `prefect.serve` in 3.8.8 drops the coroutine that cancels them and kills their processes: they stay
-    RUNNING for ever, and keep the deployment's only slot until its lease runs out, five minutes. Schedules
-    are not paused at the end, or a restart would not run them.
+    `prefect.serve` in 3.8.8 drops the coroutine that cancels them, and kills their processes. The runs would
+    stay RUNNING for ever, and keep the deployment's only slot until its lease ends after five minutes.
+    Schedules are not paused at the end, because a restart would not run them then.
     """
     from prefect.runner import Runner
 

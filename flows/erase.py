@@ -1,7 +1,7 @@
-"""Forget rows, and take batches back: by a data commit, out of the next training, and marked on every version
-that learned from them.
+"""Erase rows and take batches back: by a data commit, with a mark on every version that learned from them.
 
-No Prefect run stands behind it: somebody's wish to be forgotten must not need a server.
+The next training leaves the rows out. This needs no Prefect run, because a request for erasure must not
+depend on a server.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PENDING = {tag: Path(f".ratchet/{tag}-pending") for tag in (tasks.TAG, tasks.REV
 
 
 class Done(NamedTuple):
-    """`rows` are new on the list.
+    """The result of an erasure; `rows` are new on the list.
 
-    `versions` learned from rows that are on it; None when MLflow did not answer, and the next retraining
+    `versions` learned from rows on the list. It is None when MLflow did not answer; then the next retraining
     marks them.
     """
 
@@ -42,7 +42,7 @@ class Done(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A batch that was taken back; `golden` of its rows stay in the golden set. `versions` as in `Done`."""
+    """A batch that was taken back; `golden` of its rows stay in the golden set. `versions`: as in `Done`."""
 
     batch: Batch
     golden: int
@@ -67,10 +67,10 @@ def find_rows(root: Path, config: Config, query: tasks.Query, say: Say) -> list[
 
 
 def erase_rows(root: Path, config: Config, found: list[tasks.Found], *, reason: str, say: Say) -> Done:
-    """Put the rows on the list of forgotten ones, and mark the versions in MLflow that learned from them.
+    """Put the rows on the erasure list, and mark the versions in MLflow that learned from them.
 
-    Rows that are on the list already change nothing, so that it can be run again. Raises what the checkout
-    raises; MLflow may be away.
+    Rows that are on the list already change nothing, so the call can be repeated. MLflow may be down. Raises
+    the errors of the checkout.
     """
 
     def put_on_list() -> tuple[int, str]:
@@ -95,9 +95,10 @@ def _land(workspace: Workspace, found: list[tasks.Found], reason: str) -> tuple[
 
 
 def revert_batch(root: Path, config: Config, name: str, *, reason: str, say: Say) -> Taken:
-    """Take a batch back by a new commit: the batches after it stay. Mark the versions that learned from it.
+    """Take a batch back by a new commit, keep the batches after it, and mark the versions that learned from
+    it.
 
-    `name` may be the beginning of one batch's name. Raises UserError: there is no such batch.
+    `name` may be the beginning of one batch's name. Raises UserError when there is no such batch.
     """
 
     def take_back() -> tuple[Batch, int, str]:
@@ -132,8 +133,9 @@ def list_is_pending(root: Path) -> bool:
 
 
 def follow_list(root: Path, config: Config, say: Say) -> list[Trace] | None:
-    """Mark every version that learned from rows on the list; None, and a mark for the next retraining, when
-    MLflow does not answer.
+    """Mark every version that learned from rows on the list.
+
+    Return None when MLflow does not answer, and leave a note for the next retraining.
     """
     entries = read_forgotten(root / FILE).entries
     return _mark(root, config, say, tasks.TAG, lambda known: trace(root, known, entries)) if entries else []
@@ -148,7 +150,7 @@ def follow_reverted(root: Path, config: Config, say: Say) -> list[Trace] | None:
 
 
 def follow_all(root: Path, config: Config, say: Say) -> None:
-    """Mark the versions that both lists are about."""
+    """Mark the versions that either list concerns."""
     follow_list(root, config, say)
     follow_reverted(root, config, say)
 

@@ -1,4 +1,4 @@
-"""Events of the circle, as Prefect carries them: what starts what."""
+"""Send the project's events through Prefect, where they start flows."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ COMMITTED, DRIFTED = "ratchet.data.committed", "ratchet.drift.detected"
 
 
 def resource_of(config: Config) -> str:
-    """Name the project as the event's resource, so that two projects on one server do not start each
-    other.
-    """
+    """Name the project as the event's resource, so that two projects on one server stay separate."""
     return f"ratchet.project.{config.project.name}"
 
 
 def tell(event: str, config: Config, payload: dict[str, Any]) -> None:
     """Send an event to Prefect's server, which delivers it to the automations of `flows/deployments.py`.
 
-    Without a server nobody hears it.
+    Without a server the event is lost.
     """
     from prefect.events import emit_event
 

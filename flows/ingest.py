@@ -1,7 +1,6 @@
-"""The flow `ingest`: a source's rows become one immutable batch, a DVC version and a data commit.
+"""Take a source's rows in as one immutable batch, a DVC version and a data commit: the flow `ingest`.
 
-That commit is what starts a retraining: by the GitHub workflow, or by the event that is told here
-(`retrain.on_data`).
+That commit starts a retraining, by the GitHub workflow or by the event that is sent here (`retrain.on_data`).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
 class Ingested(TypedDict):
-    """What an ingest gives: the batch or the golden file, its rows, whether they are new, and the commit."""
+    """The result of an ingest: the batch or the golden file, its rows, whether they are new, the commit."""
 
     batch: str
     rows: int
@@ -39,7 +38,7 @@ class Ingested(TypedDict):
 
 
 def name_run() -> str:
-    """Name what is pulled, for the list of runs."""
+    """Name the run after what it pulls, for the list of runs."""
     given = flow_run.parameters
     what = (
         given.get("draft")
@@ -62,7 +61,7 @@ def ingest(
     columns: dict[str, str] | None = None,
     query: str | None = None,
 ) -> Ingested:
-    """Take rows in as a batch. With `golden`, that many rows become the frozen golden set instead.
+    """Take rows in as a batch. With `golden`, freeze that many rows as the golden set instead.
 
     Raises DataError, CheckoutError.
     """

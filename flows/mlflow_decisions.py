@@ -1,9 +1,8 @@
-"""People decide in MLflow's UI: the tag `decision` on a version, or the alias `champion` moved by hand.
+"""Carry out what people decide in MLflow's UI: by the tag `decision` on a version, or by moving the alias
+`champion`.
 
-Each is acted upon once.
-
-MLflow without accounts does not know who it was: the tag `decision_by` may say it. What came of it stands in
-the tag `decision_outcome`.
+Each decision is carried out once. MLflow without accounts does not know who decided; the tag `decision_by`
+may name the person. The result is written to the tag `decision_outcome`.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ from tasks.rollout import MAX_TAG, Registry
 Say = Callable[[str], None]
 DECISION, BY, REASON, OUTCOME = "decision", "decision_by", "reason", "decision_outcome"
 ALIAS_OUTCOME = "alias_outcome"
-ALIAS = "alias"  # stands for the decision of who moved the alias `champion`
+ALIAS = "alias"  # the decision that a person made by moving the alias `champion`
 NOBODY = "MLflow UI"
 NEEDS_REASON = "force needs a tag `reason`: the ledger keeps why the gate was overruled"
 
 
-def heed_people(root: Path, config: Config, registry: Registry, say: Say) -> bool:
-    """Act on the decisions that wait, the oldest version first, and return whether anything was done."""
+def apply_decisions(root: Path, config: Config, registry: Registry, say: Say) -> bool:
+    """Carry out the waiting decisions, the oldest version first, and return whether anything was done."""
     done = False
     for _, version in sorted(registry.versions.items()):
         if is_waiting(version):
             done |= _conclude(root, config, registry, version, version.tags[DECISION].strip().lower(), say)
-    return _heed_alias(root, config, registry, say) or done
+    return _apply_alias(root, config, registry, say) or done
 
 
 def is_waiting(version: Version) -> bool:
-    """Return whether the version's tags hold a decision that was not acted upon yet.
+    """Return whether the version's tags hold a decision that was not carried out yet.
 
-    It differs from the decision of the last outcome, or the reason that was missing has come.
+    It waits if the last outcome is of another decision, or if the missing reason has been added since.
     """
     decision, outcome = version.tags.get(DECISION, "").strip().lower(), version.tags.get(OUTCOME, "")
     if not decision:
@@ -64,7 +63,7 @@ def take_charge(
 ) -> Champion | None:
     """Promote the version and return the new champion; None when the rollout `only_while` is no longer open.
 
-    Raises what the gate, the checkout and MLflow raise.
+    Raises the errors of the gate, the checkout and MLflow.
     """
     read_tags(version)
     with locked(root, "promote"):
@@ -78,17 +77,17 @@ def take_charge(
 def _conclude(
     root: Path, config: Config, registry: Registry, version: Version, decision: str, say: Say
 ) -> bool:
-    """Carry out a decision, write its outcome to MLflow, and return whether it is done with.
+    """Carry out a decision, write its outcome to MLflow, and return whether it is finished.
 
-    A refusal, where a person did something wrong, is an outcome too. What passes by itself (a fault of the
-    checkout or of a service) gives none: it is tried again at the next look.
+    If it was the person's mistake, the refusal is the outcome. A temporary fault of the checkout or of a
+    service gives no outcome, and the decision is tried again at the next look.
     """
     try:
         outcome = f"done: {_decide(root, config, registry, version, decision, say)}"
     except RatchetError as error:
         if not isinstance(error, UserError) or isinstance(
             error, CheckoutError
-        ):  # another rollout that is open is no UserError either
+        ):  # BusyError, of another open rollout, is no UserError: it waits too
             say(f"v{version.number}, {decision} in MLflow, waits: {error}")
             return False
         outcome = f"refused: {error}"
@@ -127,7 +126,7 @@ def _decide(root: Path, config: Config, registry: Registry, version: Version, de
 
 
 def _roll_out(root: Path, config: Config, version: Version, champion: Champion, by: str) -> str:
-    """Open or resume the rollout because a person asked for it; its users decide."""
+    """Open or resume the rollout because a person requested it; then its users decide."""
     opened = open_rollout(root, config, version, champion, by=by, again=True)
     if opened.state == "paused":
         resume(root, by)
@@ -154,10 +153,10 @@ def _reject(root: Path, registry: Registry, version: Version, in_charge: bool, b
     return "its rollout ended" if current and current.version == version.number else "it is no challenger"
 
 
-def _heed_alias(root: Path, config: Config, registry: Registry, say: Say) -> bool:
-    """Heed an alias that names another version than champion.json does.
+def _apply_alias(root: Path, config: Config, registry: Registry, say: Say) -> bool:
+    """Handle an alias that names another version than champion.json.
 
-    A person put that version in charge, unless MLflow has yet to be told of our champion.
+    A person has put that version in charge, unless MLflow has not been told of our champion yet.
     """
     champion, number = read_champion(root), registry.champion
     if number == (champion.version if champion else None):
@@ -168,18 +167,18 @@ def _heed_alias(root: Path, config: Config, registry: Registry, say: Say) -> boo
     if version is None:
         say(f"the alias `champion` names v{number}, which the registry does not have")
     elif last_entry(root, version.number):
-        # An alias that has not followed a rollback looks the same as one that was moved: the ledger wins.
+        # This may also be an alias that has not followed a rollback yet, so the ledger decides.
         say(
             f"the alias `champion` names v{number}, which was in charge before: `ratchet rollback` or "
             f"`ratchet promote {number}` returns to it"
         )
     elif not _conclude(root, config, registry, version, ALIAS, say):
-        return False  # left where it was moved, for the next look
+        return False  # leave the alias as it is, for the next look
     return _set_back(root, registry, say)
 
 
 def _set_back(root: Path, registry: Registry, say: Say) -> bool:
-    """Point the alias at the champion of champion.json, unless somebody moved it again meanwhile."""
+    """Point the alias at the champion of champion.json, unless somebody has moved it again."""
     with locked(root, "promote"):
         champion = read_champion(root)
         try:

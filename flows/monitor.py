@@ -1,8 +1,7 @@
-"""The flow `monitor`: is the traffic still what the champion was made for, and is it worth a retraining?
+"""Test whether the traffic still fits the champion, and whether a retraining is worth it: the flow `monitor`.
 
-It reads the request log, lets tasks measure and decide, and tells Prefect; the event
-`ratchet.drift.detected` starts `retrain`. MLflow gets a copy of the report; without it the verdict
-stands all the same.
+It reads the request log, lets tasks measure and decide, and tells Prefect. The event `ratchet.drift.detected`
+starts `retrain`. MLflow gets a copy of the report; the verdict does not depend on it.
 """
 
 from __future__ import annotations
@@ -37,19 +36,19 @@ from tasks.ingest import count_new, pull
 
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 REPORTS = Path(".ratchet/monitor/reports")
-KEPT_REPORTS = 50  # 4 MB each; MLflow has all
+KEPT_REPORTS = 50  # 4 MB each; MLflow keeps all of them
 WEEK = 7 * 86_400.0
 NO_CHAMPION = "nobody is in charge yet: there is nothing to compare the traffic with"
 
 
 @flow(name="monitor", persist_result=False)
 def monitor(root: str | None = None, retrain: bool = True) -> Recorded | None:
-    """Judge the newest requests; None while nobody is in charge.
+    """Judge the newest requests; return None while no version is in charge.
 
-    With `retrain` a decision to retrain is an event.
+    With `retrain`, a decision to retrain is sent as an event. The command that started the flow prints the
+    verdict, so lines go only to Prefect's log.
 
-    Raises what the log and DVC raise. Whoever started it shows the verdict: the lines here go to Prefect's
-    log alone.
+    Raises the errors of the log and of DVC.
     """
     home = project_root(root)
     config = load_config(home / "params.yaml")
@@ -75,7 +74,7 @@ def monitor(root: str | None = None, retrain: bool = True) -> Recorded | None:
 def look_at(home: Path, config: Config, champion: Champion) -> tuple[Verdict, Path | None]:
     """Return the verdict on the newest window and the folder of its report.
 
-    A window that is too small gets none.
+    A window that is too small gets no report.
     """
     reference = tasks.read_reference(home, config, champion)
     log = open_log(home, config)
@@ -110,7 +109,7 @@ def look_at(home: Path, config: Config, champion: Champion) -> tuple[Verdict, Pa
 
 @task(name="decide", **SETTINGS)
 def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> Decision:
-    """Decide whether to retrain, from drift, rows to learn from, budget and cool-down together."""
+    """Decide whether to retrain, from drift, rows to learn from, budget and cool-down."""
     now = time.time()
     week = read_retrains(home, since=now - WEEK)
     last, current = last_start(home), read_rollout(home)
@@ -136,8 +135,8 @@ def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> D
 def count_labelled(home: Path, config: Config, champion: Champion, verdict: Verdict) -> int:
     """Count the labelled rows that the champion has not seen.
 
-    They are in batches that came since, and in the sources of the drifted topics, which are read here but
-    whose rows are not taken in yet.
+    They are in batches that came since, and in the sources of the drifted topics. Those sources are only read
+    here; their rows are not taken in yet.
     """
     pulled = []
     for source in sources_for(verdict.topics, config.monitor):
@@ -163,9 +162,7 @@ def reason_of(found: Recorded) -> str:
 
 @task(name="show", **SETTINGS)
 def show(home: Path, config: Config, champion: Champion, found: Recorded, folder: Path | None) -> None:
-    """Show the verdict as an artifact, and put its report into the champion's MLflow run with a link to
-    it.
-    """
+    """Show the verdict as an artifact; put its report into the champion's MLflow run, with a link to it."""
     create_markdown_artifact(
         drift_card(found), key="drift", description=f"{found.verdict} on {found.rows} requests"
     )

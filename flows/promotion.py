@@ -1,6 +1,6 @@
-"""A person's decisions: promote a version, roll back.
+"""Carry out a person's decision to promote a version or to roll back.
 
-No Prefect run stands behind them: a rollback must not need a server.
+This needs no Prefect run, because a rollback must not depend on a server.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def promote_version(
 ) -> Champion:
     """Promote a version.
 
-    Raises UserError when there is no such version or the gate did not pass it; ServiceError when MLflow does
+    Raises UserError when there is no such version or the gate did not pass it, ServiceError when MLflow does
     not answer.
     """
     version = get_version(config.project.name, number)
@@ -42,7 +42,7 @@ def promote_version(
 
 
 def roll_back(root: Path, config: Config, *, reason: str, say: Say) -> Champion:
-    """Put the version before in charge. Raises UserError when there is none."""
+    """Put the previous version in charge. Raises UserError when there is none."""
     with locked(root, "promote"), open_workspace(root, "rollback", say, keep_failed=0) as workspace:
         chosen = tasks.rollback(workspace, by=who(root), why=reason, say=say)
     _end_rollout(root, chosen, reason, say)
@@ -50,9 +50,9 @@ def roll_back(root: Path, config: Config, *, reason: str, say: Say) -> Champion:
 
 
 def _end_rollout(root: Path, champion: Champion, reason: str, say: Say) -> None:
-    """End the open rollout after a person moved the champion: it was against another one, or its version won.
+    """End the open rollout after a person moved the champion.
 
-    MLflow hears of it at the next look.
+    It was against another champion, or its version has been promoted. MLflow is told at the next look.
     """
     if (current := read_rollout(root)) is None:
         return

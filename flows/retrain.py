@@ -1,8 +1,8 @@
-"""The flow `retrain`: from the newest commit to a verdict, and to a promotion when the gate agrees.
+"""Go from the newest commit to a verdict, and to a promotion when the gate agrees: the flow `retrain`.
 
-It orders, retries and decides; what computes stands in tasks. One Prefect task a stage of dvc.yaml; which of
-them are unchanged is told by one `dvc status` for all. When MLflow is away at the end, the verdict has landed
-all the same, and the next run, which skips every stage, registers it.
+It orders, retries and decides; tasks compute. There is one Prefect task per stage of dvc.yaml, and one `dvc
+status` tells which stages are unchanged. If MLflow is down at the end, the verdict is committed all the same,
+and the next run skips every stage and registers it.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ from tasks.record import (
     register,
 )
 
-# What git tracks among them: locks, .gitignore files, the verdict.
+# Git tracks only parts of these: locks, .gitignore files, the verdict.
 OUTPUTS = ["dvc.lock", "reports", "models", "data"]
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 RETRIED: dict[str, Any] = {**SETTINGS, "retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": can_pass}
 
 
 class Retrained(NamedTuple):
-    """What came of a retraining; versions as numbers."""
+    """The result of a retraining; versions are given by their numbers."""
 
     verdict: str
     reasons: list[str]
-    regions: list[str]  # a line for each drifted topic
-    stages: dict[str, bool]  # whether it ran
+    regions: list[str]  # one line per drifted topic
+    stages: dict[str, bool]  # stage → whether it ran
     version: int | None
     champion: int | None
 
@@ -75,20 +75,20 @@ def retrain(
     force: bool = False,
     topics: list[dict[str, Any]] | None = None,
 ) -> Retrained:
-    """Run what is stale, and promote, roll out or keep.
-
-    Raises what the checkout, the stages and MLflow raise.
+    """Run the stale stages, then promote the candidate, start its rollout, or keep the champion.
 
     `force` compares with today's champion even when nothing else changed. `topics` are those that drifted
-    (`ratchet.monitoring.topics`; `[]`: drift without one): their rows and people's feedback are pulled first,
-    and the evaluation reports the topics by themselves.
+    (`ratchet.monitoring.topics`; `[]` means drift without a topic). Their rows and people's feedback are
+    pulled first, and the evaluation reports the topics separately.
+
+    Raises the errors of the checkout, the stages and MLflow.
     """
     home = project_root(root)
     config = load_config(home / "params.yaml")
     region = Region(msgspec.convert(topics, list[Topic])) if topics else None
     for source in (
         sources_for(region.topics if region else [], config.monitor) if topics is not None else []
-    ):  # feedback cures what has no topic
+    ):  # without a topic, only feedback is pulled
         pull_topic(home, source)
     with (
         locked(home, "retrain"),
@@ -106,7 +106,7 @@ def retrain(
                 )
                 if stage == "prepare" and ran[stage]:
                     ask_people(workspace, config)
-        except BaseException:  # it cost its time all the same: drift's budget and cool-down count it
+        except BaseException:  # drift's budget and cool-down count failed runs too
             remember(home, reason=reason, seconds=time.monotonic() - began, run_key="", verdict="failed")
             raise
         commit = (
@@ -143,7 +143,7 @@ def retrain(
 def is_in_charge(root: Path, champion: Champion | None, found: Findings) -> bool:
     """Return whether the candidate is the champion, with the same verdict, and MLflow is up to date.
 
-    Only files are read: asking MLflow would take longer than all the rest of a retraining with nothing to do.
+    Only files are read: asking MLflow would take longer than everything else when there is nothing to do.
     """
     return (
         champion is not None
@@ -155,9 +155,9 @@ def is_in_charge(root: Path, champion: Champion | None, found: Findings) -> bool
 
 @task(name="pull topic", **SETTINGS)
 def pull_topic(root: Path, source: TopicSource) -> None:
-    """Pull one batch of rows of a drifted topic. Raises CheckoutError.
+    """Pull one batch of rows for a drifted topic. Raises CheckoutError.
 
-    A source that gives none is only reported: the others may still cure the drift.
+    A source without rows is only reported, because the other sources may be enough.
     """
     try:
         ingest(
@@ -179,7 +179,7 @@ def land_region(workspace: Workspace, region: Region) -> None:
 def bring_up_to_date(workspace: Workspace, force: bool) -> set[str]:
     """Check out the inputs and return the names of the stages that have to run.
 
-    The champion is pinned when there is something to train. Raises DataError when there is no batch yet.
+    If there is something to train, the champion is pinned. Raises DataError when there is no batch yet.
     """
     if not (workspace.path / "data/raw.dvc").exists():
         raise DataError(
@@ -198,15 +198,15 @@ def bring_up_to_date(workspace: Workspace, force: bool) -> set[str]:
 
 @task(name="stage", **SETTINGS)
 def stage_task(workspace: Workspace, stage: str, *, needed: bool) -> bool:
-    """Run the stage where it is needed, and return whether it ran.
+    """Run the stage if it is needed, and return whether it ran.
 
-    It is not retried: on the same inputs a stage does the same again.
+    It is not retried, because a stage gives the same result for the same inputs.
     """
     if not needed:
         say(f"{stage}: unchanged")
         return False
     with working(f"{stage} …"):
-        # The command ends with the gate's verdict and reasons: on its console they would stand twice.
+        # The command prints the gate's verdict and reasons at its end; here they would appear twice.
         return run_stage(workspace, stage, log_line if stage == "gate" else say)
 
 
@@ -214,7 +214,7 @@ def stage_task(workspace: Workspace, stage: str, *, needed: bool) -> bool:
 def ask_people(workspace: Workspace, config: Config) -> int:
     """Queue the rows with a doubt for people, and return how many were added.
 
-    No training waits for their answers, or fails when the queue cannot be written.
+    No training waits for people's answers, or fails because the queue cannot be written.
     """
     try:
         added = queue_doubtful(
@@ -230,17 +230,19 @@ def ask_people(workspace: Workspace, config: Config) -> int:
 
 @task(name="land", **RETRIED)
 def land_outputs(workspace: Workspace, reason: str) -> str:
-    """Push data, commit what git tracks, move the checkout. The commit's id."""
+    """Push the data, commit what git tracks, move the checkout, and return the commit's id."""
     push_data(workspace, say)
-    workspace.dvc("commit", "--quiet", "--force", KEYS.name)  # or a `dvc repro` by hand would change dvc.lock
+    workspace.dvc(
+        "commit", "--quiet", "--force", KEYS.name
+    )  # otherwise a `dvc repro` by hand would change dvc.lock
     present = [path for path in OUTPUTS if (workspace.path / path).exists()]
     return land(workspace, f"Retrain: {reason}"[:72], present)
 
 
 @task(name="register", **RETRIED)
 def publish(workspace: Workspace, found: Findings, config: Config, commit: str, reason: str) -> Version:
-    """Register the candidate as a version, complete its run, and publish the verdict as an artifact of the
-    flow run.
+    """Register the candidate as a version, complete its run, and publish the verdict as the flow run's
+    artifact.
     """
     if current := read_champion(workspace.path):
         check_registry(current)
@@ -270,7 +272,7 @@ def show_retention(
 ) -> None:
     """Show what each version still knows, with the evaluation's page.
 
-    What cannot be read is left out: no version waits for a picture.
+    A failure is only reported: no version has to wait for a page.
     """
     try:
         retention = build(
@@ -280,7 +282,7 @@ def show_retention(
         )
         write_json(workspace.root / SAVED, msgspec.to_builtins(retention))
         record_page(found, retention, run_id=run_id, name=f"v{version.number}")
-    except Exception as error:  # noqa: BLE001  (a picture of what stands in files)
+    except Exception as error:  # noqa: BLE001  (the page only repeats what files hold)
         why = (str(error) or type(error).__name__).splitlines()[0]
         say(
             f"the evaluation's page is not in MLflow: {why}; "
@@ -292,7 +294,7 @@ def show_retention(
 def decide(
     workspace: Workspace, version: Version, found: Findings, config: Config, reason: str
 ) -> Champion | None:
-    """Promote the version, or leave that to a person or a rollout; return who is in charge afterwards."""
+    """Promote the version, or leave that to a person or a rollout; return the champion afterwards."""
     with locked(workspace.root, "promote"):
         catch_up(workspace)  # a person may have moved the champion while the stages ran
         return _decide(workspace, version, found, config, reason)
@@ -302,7 +304,7 @@ def _decide(
     workspace: Workspace, version: Version, found: Findings, config: Config, reason: str
 ) -> Champion | None:
     current = read_champion(workspace.path)
-    # An alias that a person moved is a decision, which the flow `rollout` hears.
+    # Only a pending alias is moved: one that a person moved is a decision, for the flow `rollout`.
     if current and alias_is_pending(workspace.root):
         follow_alias(workspace.root, current, say)
     if found.decision.verdict != "promote" or (current and current.version == version.number):

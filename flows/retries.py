@@ -1,4 +1,4 @@
-"""What a second try can mend: the network and the services, never the user's rows or knobs."""
+"""Retry what a second try can repair: the network and the services, never faults of rows or settings."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any, TypeVar
 from ratchet.errors import CommandError, ServiceError
 
 T = TypeVar("T")
-TRIES = 3  # another data commit may land first; ours then starts over on top of it
+TRIES = 3  # when another commit is pushed first, the work starts over on top of it
 
 
 def can_pass(task: Any, run: Any, state: Any) -> bool:
-    """Return whether a failure may pass by itself, as Prefect's `retry_condition_fn`."""
+    """Return whether a failure may be temporary, as Prefect's `retry_condition_fn`."""
     try:
         state.result()
     except (CommandError, ServiceError, ConnectionError, TimeoutError):
         return True
-    except BaseException:  # noqa: BLE001  (any other failure is not ours to judge: no retry)
+    except BaseException:  # noqa: BLE001  (any other failure is not retried, whatever it is)
         return False
     return False
 
 
 def on_top(work: Callable[[], T], say: Callable[[str], object]) -> T:
-    """Return what `work` returns, trying TRIES times: it lands a commit, and somebody else's may come first.
+    """Run `work`, up to TRIES times, and return its result: it pushes a commit, and another one may be pushed
+    first.
 
     Raises the last CommandError.
     """

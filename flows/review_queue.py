@@ -1,4 +1,4 @@
-"""Put rows that preparation held back with a doubt before people; what they accept is not doubted again."""
+"""Queue rows that preparation rejected with a doubt for review; accepted rows are not doubted again."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tasks.prepare import Rejection, origin_of
 
 
 def queue_doubtful(home: Path, data: Path, rejected: list[Rejection], config: Config) -> int:
-    """Put the held-back rows into the queue of `home`; returns how many are new there.
+    """Put the doubtful rows into the queue of `home`, and return how many of them are new there.
 
-    `data` is the folder `data` of the checkout that holds the batches. Raises DataError: a batch is missing
-    or changed.
+    `data` is the folder `data` of the checkout with the batches. Raises DataError when a batch is missing or
+    changed.
     """
     doubtful: dict[str, dict[int, Rejection]] = defaultdict(dict)
     for row in rejected:
@@ -40,16 +40,16 @@ def queue_doubtful(home: Path, data: Path, rejected: list[Rejection], config: Co
 
 
 def _read_items(raw: Path, batch: Batch, rows: dict[int, Rejection], validator: Validator) -> Iterator[Item]:
-    """Read held-back rows as they would be learned; rejected.jsonl holds no word of them."""
+    """Read the doubtful rows from their batches as they would be learned; rejected.jsonl has no texts."""
     for number, line in raw_lines(check_batch(raw, batch)):
         if number not in rows:
             continue
         try:
-            example = validator.check(line, origin_of(batch)).example  # the doubt came of other rows
+            example = validator.check(line, origin_of(batch)).example  # the doubt was about other rows
         except Doubt as doubt:
             example = doubt.example
         except RowError:
-            continue  # the settings changed meanwhile: the row is unfit for another reason
+            continue  # with today's settings the row is rejected for another reason
         meta = {**example.meta, "row": f"{batch.name}:{number}"}
         draft, doubts = f"doubts-{Path(batch.name).stem}", (rows[number].message,)
         yield Item(example.id, draft, "quarantine", example.messages, meta=meta, doubts=doubts)

@@ -1,9 +1,8 @@
-"""The flow `rollout`: one look.
+"""Take one look at the rollout: the flow `rollout`.
 
-People's decisions in MLflow first, then the challenger that waits, then what live users say.
-
-Everything here can be done twice. MLflow and the request log may be away: the file `.ratchet/rollout.json` is
-what counts, MLflow follows at the next look.
+It handles people's decisions in MLflow first, then the waiting challenger, then the figures of live users.
+Every step can be repeated. MLflow and the request log may be down: the file `.ratchet/rollout.json` decides,
+and MLflow follows at the next look.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from flows.console import say
-from flows.mlflow_decisions import heed_people, is_waiting, take_charge
+from flows.mlflow_decisions import apply_decisions, is_waiting, take_charge
 from ratchet.config.params import Config, load_config
 from ratchet.errors import CheckoutError, RatchetError, ServiceError, UserError
 from ratchet.files import write_text
@@ -44,15 +43,15 @@ from ratchet.tracking.registry import CHALLENGER, drop_alias
 from tasks.rollout import Look, Registry, follow, look, read_registry
 
 Say = Callable[[str], None]
-REFUSED_SECONDS = 150.0  # the gateway tries each minute: it failed three times
+REFUSED_SECONDS = 150.0  # the gateway tries each minute, so it has failed three times by then
 ENDS = {"roll_back": "rolled_back", "stop": "stopped", "no_evidence": "no_evidence"}
 
 
 @flow(name="rollout", persist_result=False)
 def rollout(root: str | None = None) -> Rollout | None:
-    """Take one look, and leave an artifact when there was something to look at.
+    """Take one look, and publish an artifact if there was a rollout.
 
-    Raises what the checkout raises.
+    Raises the errors of the checkout.
     """
     home = project_root(root)
     seen = look_once(home, load_config(home / "params.yaml"), say)
@@ -64,16 +63,15 @@ def rollout(root: str | None = None) -> Rollout | None:
 
 
 def look_once(root: Path, config: Config, say: Say) -> Rollout | None:
-    """Return the rollout as it is afterwards; None when there was none.
+    """Return the rollout after this look; None when there was none.
 
-    Raises CheckoutError for files that are none.
+    The files are read twice: before the decision, and after it was carried out, for MLflow and the caller.
 
-    The files are read twice: before the decision, and after what was done about it, for MLflow and the
-    caller.
+    Raises CheckoutError for malformed files.
     """
     write_text(root / AGAIN, "")
     registry = _ask_registry(config, say)
-    if registry and heed_people(root, config, registry, say):
+    if registry and apply_decisions(root, config, registry, say):
         registry = _ask_registry(config, say)
     seen = read_rollout(root)
     current = _settle(root, seen, say) if seen else None
@@ -89,7 +87,7 @@ def look_once(root: Path, config: Config, say: Say) -> Rollout | None:
 
 
 def rollout_status(root: Path, config: Config) -> Rollout | None:
-    """Return the open rollout, or the last that ended; from the files alone."""
+    """Return the open rollout, or the last one that ended, from the files alone."""
     state = read_state(root)
     return state.current or next(reversed(state.ended), None)
 
@@ -135,13 +133,13 @@ class Ending(NamedTuple):
 
 
 def ending_of(current: Rollout, champion: Champion | None, refused: str | None) -> Ending | None:
-    """Return how the rollout ends when it cannot go on, and None while it can.
+    """Return how the rollout ends if it cannot continue, and None while it can.
 
-    It cannot with another champion than the one it was started against, or with a gateway that cannot load
-    the challenger.
+    It cannot continue against another champion than the one it was started with, nor with a gateway that
+    cannot load the challenger.
     """
     if champion and champion.version == current.version:
-        # The look that put it in charge was cut off before it ended the rollout, or a person promoted it.
+        # The look that promoted it was interrupted before it ended the rollout, or a person promoted it.
         return Ending("promoted", champion.why, champion.by)
     if champion is None or champion.version != current.champion:
         now = f"v{champion.version} now (by {champion.by}: {champion.why})" if champion else "nobody now"
@@ -151,7 +149,7 @@ def ending_of(current: Rollout, champion: Champion | None, refused: str | None) 
 
 
 def _settle(root: Path, current: Rollout, say: Say) -> Rollout | None:
-    """End a rollout whose ground is gone. None: it has ended."""
+    """End a rollout that cannot continue, and return None; otherwise return the rollout."""
     found = ending_of(current, read_champion(root), _refusal(root, current))
     if found is None:
         return current
@@ -161,8 +159,10 @@ def _settle(root: Path, current: Rollout, say: Say) -> Rollout | None:
 
 
 def _refusal(root: Path, current: Rollout) -> str | None:
-    """Return why the gateway cannot load the challenger, if it has refused it for REFUSED_SECONDS since
-    the rollout was opened: a fault that passes must not end a rollout.
+    """Return why the gateway cannot load the challenger, or None.
+
+    The gateway must have refused it for REFUSED_SECONDS since the rollout was opened, because a temporary
+    fault must not end a rollout.
     """
     state = bundle.read_state(root) or bundle.ServingState()
     since = state.refused_since.get(f"v{current.version}", 0.0)
@@ -174,7 +174,7 @@ def _refusal(root: Path, current: Rollout) -> str | None:
 def _open_challenger(root: Path, config: Config, registry: Registry, say: Say) -> Rollout | None:
     """Open a rollout of the version that the alias `challenger` names.
 
-    One that may not is refused with the reason, and loses the alias.
+    A version that may not have one is refused with the reason, and loses the alias.
     """
     champion, number = read_champion(root), registry.challenger
     if config.promotion != "rollout" or number is None or champion is None or number == champion.version:
@@ -201,7 +201,7 @@ def _drop_challenger(config: Config, say: Say) -> None:
 
 
 def _act(root: Path, config: Config, current: Rollout, registry: Registry | None, say: Say) -> None:
-    """Look at the rollout's figures and do what they ask for."""
+    """Look at the rollout's figures and carry out what they require."""
     try:
         seen = _look(root, config, current)
     except ServiceError as error:
@@ -227,9 +227,9 @@ def _look(root: Path, config: Config, current: Rollout) -> Look:
 
 
 def _promote(root: Path, current: Rollout, seen: Look, registry: Registry | None, say: Say) -> None:
-    """Promote by live evidence.
+    """Promote because of the figures of live users.
 
-    What is in the way (MLflow, a dirty checkout) is said, and tried again next time.
+    An obstacle (MLflow, a dirty checkout) is reported, and the promotion is tried again at the next look.
     """
     try:
         if registry is None:
@@ -243,7 +243,7 @@ def _promote(root: Path, current: Rollout, seen: Look, registry: Registry | None
         taken = take_charge(root, version, by=by, why=seen.reason, force=False, say=say, only_while=current)
     except RatchetError as error:
         if isinstance(error, UserError) and not isinstance(error, CheckoutError):
-            # The gate says otherwise now, or the version is gone: no later look changes that.
+            # The gate refuses it now, or the version is gone: a later look would not change that.
             why = f"it had earned its place ({seen.reason}), but {error}"
             finish(root, current, "aborted", why=why, by="rollout", figures=seen.figures)
             return
@@ -256,7 +256,7 @@ def _promote(root: Path, current: Rollout, seen: Look, registry: Registry | None
 
 
 def _follow(state: RolloutState, config: Config, registry: Registry, say: Say) -> bool:
-    """Tell MLflow of the open rollout and the newest of each version that had one. Whether it knows all."""
+    """Tell MLflow of the open rollout and of each version's newest one; return whether it knows all."""
     known = {
         entry.version: entry
         for entry in [*state.ended, *filter(None, [state.current])]

@@ -1,9 +1,9 @@
-"""A thread of the served deployments that starts the flow `rollout` when there is something to look at, and
-costs next to nothing otherwise.
+"""Start the flow `rollout` when there is something to look at, from a thread that costs almost nothing
+otherwise.
 
-A run of its own each minute would load this machine with imports all day; so it looks by itself at the open
-rollout's file and at what the registry says of our model, as one hash, and asks Prefect for a run when a look
-is due or the registry changed.
+A flow run each minute would load the machine with imports all day. So the thread itself looks at the file of
+the open rollout and at the registry's answer about our model, as one hash. It requests a run from Prefect
+when a look is due or the registry changed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from ratchet.config.params import Config
 from ratchet.promotion.rollout import AGAIN, FILE
 
 SECONDS = 10.0  # between two glances
-BLIND_FACTOR = 5  # looks are so many times rarer while the registry gives no answer (down, wants credentials)
+BLIND_FACTOR = (
+    5  # times between looks, as a factor, while the registry does not answer (down, needs credentials)
+)
 TIMEOUT = 5.0  # seconds for the registry's answer
 
 
 class Watcher:
-    """Started once; ends with its process."""
+    """The thread, which is started once and ends with its process."""
 
     def __init__(self, root: Path, config: Config) -> None:
         self._root, self._config = root, config
@@ -41,16 +43,16 @@ class Watcher:
             time.sleep(SECONDS)
             try:
                 self.glance()
-            except Exception as error:  # noqa: BLE001  (it is said; a thread that ends would end all looks)
+            except Exception as error:  # noqa: BLE001  (reported; without the thread there are no looks)
                 sys.stderr.write(f"rollout: no look this time: {error}\n")  # the service's log
                 sys.stderr.flush()
 
     def glance(self) -> bool:
-        """Request a look when one is due or the registry changed, and return whether that was so."""
+        """Request a look if one is due or the registry changed, and return whether it was requested."""
         now, seen = time.monotonic(), registry_fingerprint(self._config.project.name)
         waits = (
             seen is None or (self._root / FILE).exists() or (self._root / AGAIN).exists()
-        )  # a registry that tells nothing is asked by the clock
+        )  # without an answer of the registry, looks are due by the clock alone
         due = waits and now - self._looked >= self._config.rollout.look_seconds * (
             BLIND_FACTOR if seen is None else 1
         )
@@ -63,9 +65,9 @@ class Watcher:
 
 
 def registry_fingerprint(name: str) -> str | None:
-    """Hash all that MLflow says of the registered model and its versions; None when it does not answer.
+    """Hash MLflow's answers about the registered model and its versions; None when it does not answer.
 
-    MLflow itself is not imported.
+    MLflow itself is not imported, because that takes seconds and memory.
     """
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not server.startswith("http"):
@@ -87,7 +89,7 @@ def registry_fingerprint(name: str) -> str | None:
 def request_look(root: Path) -> None:
     """Request one run of the deployment `rollout`.
 
-    It waits for a run that is under way, which may have read the registry before the change.
+    It waits for a run that is under way, because that one may have read the registry before the change.
     """
     from prefect.client.orchestration import get_client
 

@@ -1,8 +1,8 @@
-"""The flow `sweep`: trainings with other settings, one Prefect task a trial; the best settings are proposed
-as a change of params.yaml.
+"""Train with other settings, one Prefect task per trial, and propose the best ones as a change of
+params.yaml: the flow `sweep`.
 
-It works in a workspace of which nothing lands. MLflow gets each trial when it has ended; when it is away,
-they are delivered at the end or by the next sweep.
+It works in a workspace whose results are not committed. MLflow gets each trial when it has ended; if MLflow
+is down, the trials are delivered at the end or by the next sweep.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
 class Summary(TypedDict):
-    """What a study came to; `diff` is the change of params.yaml that the best trial proposes."""
+    """The result of a study; `diff` is the change of params.yaml that the best trial proposes."""
 
     study: str
     trials: int
-    counts: dict[str, int]  # by state
+    counts: dict[str, int]  # number of trials by state
     best: Any  # the best trial as JSON
     baseline: float | None  # the loss of today's settings, if they were tried
     unit: str
@@ -48,7 +48,7 @@ class Summary(TypedDict):
 def sweep(root: str | None = None, trials: int | None = None, apply: bool = False) -> Summary:
     """Run the sweep.
 
-    Raises ConfigError, DataError, StageError, ServiceError; RatchetError: no trial was completed.
+    Raises ConfigError, DataError, StageError, ServiceError, and RatchetError when no trial was completed.
     """
     home = project_root(root)
     config = load_config(home / "params.yaml")
@@ -57,7 +57,7 @@ def sweep(root: str | None = None, trials: int | None = None, apply: bool = Fals
     check_space(config)
     check_storage(home, config)
     with locked(home, "sweep", wait=False), open_bench(home, "sweep", say) as workspace:
-        material = tokenise.with_options(task_run_name="rows")(workspace, {})
+        material = make_rows.with_options(task_run_name="rows")(workspace, {})
         search = Search(home, config, material, commit=workspace.git("rev-parse", "HEAD").strip(), say=say)
         run_trials(search, workspace, config, material)
     summary = conclude(search, home, config, apply=apply)
@@ -72,14 +72,14 @@ def sweep(root: str | None = None, trials: int | None = None, apply: bool = Fals
 def run_trials(search: Search, workspace: Workspace, config: Config, material: Material) -> None:
     """Run the trials one after the other.
 
-    Base and rows are made anew when a trial's settings ask for other ones.
+    Base and rows are made anew when a trial's settings require others.
     """
     made: Changes = {}
     while (trial := search.next()) is not None:
         if (wanted := rows_key(trial.user_attrs["changes"])) != made:
             try:
                 material, made = (
-                    tokenise.with_options(task_run_name=f"rows of trial {trial.number}")(workspace, wanted),
+                    make_rows.with_options(task_run_name=f"rows of trial {trial.number}")(workspace, wanted),
                     wanted,
                 )
             except StageError as error:
@@ -94,7 +94,7 @@ def run_trials(search: Search, workspace: Workspace, config: Config, material: M
 
 
 @task(name="rows", **SETTINGS)
-def tokenise(workspace: Workspace, changes: Changes) -> Material:
+def make_rows(workspace: Workspace, changes: Changes) -> Material:
     return make_material(workspace, changes, say)
 
 
@@ -112,7 +112,7 @@ def train(search: Search, trial: optuna.Trial, material: Material) -> None:
 def tell_mlflow(search: Search, config: Config) -> None:
     """Deliver the trials to MLflow.
 
-    Once it did not answer it is not asked again in this sweep: each try costs seconds.
+    After one failure it is not tried again in this sweep, because each try costs seconds.
     """
     if search.tracker_away:
         return

@@ -1,7 +1,6 @@
-"""The flow `synthesize`: a teacher model writes rows, and those that are kept wait in the review queue.
+"""Let a teacher model write rows, and queue the accepted ones for review: the flow `synthesize`.
 
-The teacher's client tries again by itself (ratchet/llm/client.py); a run that ended early goes on with
-`resume`.
+The teacher's client retries by itself (ratchet/llm/client.py); `resume` continues a run that ended early.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ def synthesize(
     count: int | None = None,
     resume: str | None = None,
 ) -> Summary:
-    """Write a draft and queue it; returns the summary with `queued`, the rows that are new in the review
+    """Write a draft and queue it; return the summary with `queued`, the rows that are new in the review
     queue.
 
-    Raises what `tasks.synthesize` raises.
+    Raises the errors of `tasks.synthesize`.
     """
     home = project_root(root)
     config = load_config(home / "params.yaml")

@@ -1,5 +1,6 @@
-"""What a training beside the DAG reads, made by the DAG's own stages in a workspace of which nothing lands;
-DVC's cache keeps it for the next retraining.
+"""Make the inputs of trainings outside the DAG, by the DAG's own stages.
+
+They are made in a workspace whose results are not committed; DVC's cache keeps them for the next retraining.
 """
 
 from __future__ import annotations

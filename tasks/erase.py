@@ -1,7 +1,7 @@
-"""Find rows that somebody wants forgotten, put them on the erasure list, take whole batches back, and mark
-the versions that learned them.
+"""Find rows for erasure, put them on the erasure list, take whole batches back, and mark the versions that
+learned them.
 
-A flow's task, not a stage. Batches are immutable: nothing of them is rewritten here.
+This is a task of a flow, not a stage. Batches are immutable: no row of them is rewritten here.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from ratchet.tracking.registry import Version, list_versions, set_tag
 
 TAG, REVERTED_TAG = "forget", "reverted"
 SHOWN = 5  # batches that a message names
-PEOPLE = ("user", "asked_by", "taught_by")  # keys of a row, or of its `meta`, that name somebody
+PEOPLE = ("user", "asked_by", "taught_by")  # keys of a row, or of its `meta`, that name a person
 ROLES = frozenset({"system", "user", "assistant", "human", "gpt"})
 
 
 class Query(NamedTuple):
-    """What is looked for: a pattern in the texts, the hash of a row, or one of a person's names.
+    """What to look for: a pattern in the texts, the hash of a row, or the names of one person.
 
-    Exactly one is given.
+    Exactly one of them is given.
     """
 
     pattern: re.Pattern[str] | None = None
@@ -49,7 +49,7 @@ class Query(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A row; `ids` as in an entry of the list. `batch` is `golden` for the golden set."""
+    """A row that was found; `ids` are as in an entry of the list. `batch` is `golden` for the golden set."""
 
     ids: list[str]
     batch: str
@@ -63,7 +63,7 @@ class Found(NamedTuple):
 def find(raw: Path, golden: Path, query: Query, config: PrepareConfig) -> list[Found]:
     """Find rows in the order of the batches, golden rows last.
 
-    Raises DataError for a batch that is not what the manifest says.
+    Raises DataError for a batch that does not match the manifest.
     """
     files = [
         (check_batch(raw, batch), Origin(batch.name, batch.source, batch.form))
@@ -80,7 +80,7 @@ def find(raw: Path, golden: Path, query: Query, config: PrepareConfig) -> list[F
 
 
 class Line(NamedTuple):
-    """What a line says; `names` are the people in its `meta`."""
+    """The contents of a line; `names` are the people in its `meta`."""
 
     ids: list[str]
     texts: list[str]
@@ -94,7 +94,7 @@ def _matches(query: Query, line: Line) -> bool:
 
 
 def _read(line: bytes, origin: Origin, validator: Validator) -> Line:
-    """Read what a line says; of a row that is no example, whatever text there is."""
+    """Read the contents of a line; for a row that is no example, read whatever text it has."""
     try:
         row = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -110,7 +110,9 @@ def _read(line: bytes, origin: Origin, validator: Validator) -> Line:
 
 
 def _ids(line: bytes, row: RawRow, origin: Origin, validator: Validator) -> list[str]:
-    """Hash the row as it was written, and as today's settings leave it: versions learned either."""
+    """Hash the row as it was written and as today's settings prepare it, because versions learned either
+    form.
+    """
     found: list[str] = []
     with suppress(RowError):
         found.append(read_conversation(row, origin.form).example({}).id)
@@ -120,7 +122,7 @@ def _ids(line: bytes, row: RawRow, origin: Origin, validator: Validator) -> list
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Find every text of a JSON value, however deep; keys and the roles of turns are none."""
+    """Yield every text of a JSON value, however deep, without keys and the roles of turns."""
     waiting = [value]
     while waiting:
         part = waiting.pop()
@@ -135,12 +137,12 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _searchable(text: str) -> str:
-    """Normalise as examples are, except for what would take quadratic time (`has_mark_run`)."""
+    """Normalise a text as examples are; skip it where that would take quadratic time (`has_mark_run`)."""
     return text if has_mark_run(text) else normalise(text)
 
 
 def extend(known: Forgotten, found: list[Found], *, reason: str, by: str) -> Forgotten:
-    """Add to the list what is not on it yet."""
+    """Add the rows that are not on the list yet."""
     at = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     listed = {(entry.batch, entry.line, *entry.ids) for entry in known.entries}
     return Forgotten(
@@ -156,7 +158,7 @@ def extend(known: Forgotten, found: list[Found], *, reason: str, by: str) -> For
 
 
 def find_batch(raw: Path, name: str) -> Batch:
-    """Return the batch of that name, or of the only name that begins so. Raises UserError."""
+    """Return the batch of that name, or the only one whose name begins with it. Raises UserError."""
     batches = read_manifest(raw)
     found = [batch for batch in batches if batch.name == name] or [
         batch for batch in batches if name and batch.name.startswith(name)
@@ -174,13 +176,13 @@ def find_batch(raw: Path, name: str) -> Batch:
 
 
 def revert(raw: Path, batch: Batch, *, came: str, reason: str, by: str) -> Reverted:
-    """Take a batch out of `raw`, and return what the list says of it."""
+    """Take a batch out of `raw`, and return its entry for the list of reverted batches."""
     take_back(raw, batch)
     return Reverted(batch.name, batch.rows, came, reason, by, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
 
 
 def count_golden(raw: Path, batch: Batch, golden: Path) -> int:
-    """Count the golden rows that are rows of the batch as well. Raises DataError: the batch is damaged."""
+    """Count the golden rows that are also rows of the batch. Raises DataError for a damaged batch."""
     if not golden.exists():
         return 0
     rows = whole_rows((line for _, line in raw_lines(check_batch(raw, batch))), batch.form)
@@ -189,7 +191,7 @@ def count_golden(raw: Path, batch: Batch, golden: Path) -> int:
 
 
 def mark(name: str, traces: list[Trace], tag: str = TAG) -> None:
-    """Put the tag on each version, `{count, exact, at, reason}`. Doing it twice changes nothing.
+    """Put the tag on each version, as `{count, exact, at, reason}`. Repeating it changes nothing.
 
     Raises ServiceError when MLflow does not answer.
     """
@@ -204,10 +206,10 @@ def mark(name: str, traces: list[Trace], tag: str = TAG) -> None:
 
 
 def inherit(version: Version) -> None:
-    """Mark a version that started from marked weights.
+    """Mark a version whose training started from marked weights.
 
-    Its own training rows hold none that is on the list, nor of a batch that was taken back: preparation saw
-    to that.
+    Its own training rows contain none from the list, nor from a batch that was taken back, because
+    preparation left them out.
     """
     start = version.tags.get(STARTED_FROM)
     parents = [known for known in list_versions(version.name) if known.tags.get("adapter_sha256") == start]

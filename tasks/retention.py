@@ -1,8 +1,8 @@
-"""Ask versions the rows that they were never asked, and keep what they score: the empty cells of the
-retention table.
+"""Fill the empty cells of the retention table: ask versions the rows that they were never asked, and keep
+their scores.
 
-Not a stage: it changes no output of any. Answers are cached (`ratchet.evaluation.answer_cache`), so a second
-time costs nothing.
+This is not a stage and changes no stage's output. Answers are cached (`ratchet.evaluation.answer_cache`), so
+a second run costs nothing.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from ratchet.serving.bundle import base_hash
 def fill(root: Path, table: Retention, newest: Evaluation, config: Config, say: Callable[[str], None]) -> int:
     """Fill the missing cells and return their number.
 
-    A version whose weights cannot be had is said and left out. Raises CheckoutError when the rows cannot be
-    had.
+    A version whose weights cannot be fetched is reported and skipped. Raises CheckoutError when the rows
+    cannot be fetched.
     """
     if not (wanted := table.unasked):
         return 0
@@ -65,7 +65,7 @@ def fill(root: Path, table: Retention, newest: Evaluation, config: Config, say: 
 
 
 def _rows(root: Path, newest: Evaluation, folder: Path) -> list[Example]:
-    """Return the rows that the newest evaluation asked the models."""
+    """Return the rows that the newest evaluation asked the candidate."""
     require_output(root, newest.commit, "data/prepared", folder / "prepared")
     scores = read_scores(root, newest.commit)
     ids = set(scores.id[scores.model == "candidate"])
@@ -82,7 +82,7 @@ def _ask(
 ) -> dict[str, Cell]:
     """Ask the version's model the rows and return slice → cell.
 
-    Raises RatchetError: the weights or the base cannot be had, or are others than the ledger says.
+    Raises RatchetError when the weights or the base cannot be fetched, or are not those of the verdict.
     """
     require_output(root, version.commit, "models/candidate", folder / "candidate")
     if (seen := adapter_sha256(folder / "candidate")) != version.adapter:

@@ -1,1 +1,1 @@
-"""What people see: pages, charts, cards, Markdown."""
+"""Show results to people: pages, charts, cards, Markdown."""

@@ -1,7 +1,7 @@
-"""Where marks stand in a chart, in per cent of its width and height: the page stretches the drawing and sets
-the words beside it in HTML.
+"""Compute where the marks of a chart are, in per cent of its width and height.
 
-So a chart fits a phone and its words keep their size. Nothing is drawn here.
+The page stretches the drawing and sets the words beside it in HTML, so a chart fits a phone and its words
+keep their size. Nothing is drawn here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 HOUR = 3600
-WIDTHS = (1, 2, 4, 8, 24, 168)  # hours in a slot
+WIDTHS = (1, 2, 4, 8, 24, 168)  # possible hours of a slot; the smallest that needs at most SLOTS is taken
 SLOTS, FEWEST_SLOTS = 56, 24
 SMALLEST_P = 1e-4
 
@@ -57,7 +57,7 @@ class Tick(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A mean with its bounds on an axis that both ends share; `wanted` is the bound to clear."""
+    """A mean with its bounds, on an axis that all intervals share; `wanted` is the bound to clear."""
 
     low: float
     mean: float
@@ -67,8 +67,9 @@ class Interval(NamedTuple):
 
 
 def make_slots(first: float, last: float) -> Slots:
-    """From the first to the last moment; a short time still fills a day, so that one bar does not look like a
-    wall.
+    """Divide the time from the first to the last moment into slots.
+
+    A short time still gets FEWEST_SLOTS slots (a day of hours), so that a single bar does not fill the chart.
     """
     hours = next((width for width in WIDTHS if (last - first) / HOUR / width <= SLOTS), WIDTHS[-1])
     width = hours * HOUR
@@ -79,7 +80,7 @@ def make_slots(first: float, last: float) -> Slots:
 def stack(
     values: dict[tuple[int, int], float], slots: Slots, order: Sequence[int], top: float, unit: str
 ) -> list[Bar]:
-    """Stack bars of `values`, which are given by (slot, series); the first of `order` is at the bottom."""
+    """Stack bars of `values`, which are keyed by (slot, series); the first of `order` is at the bottom."""
     bars, width = [], 100 / slots.number
     for slot in range(slots.number):
         below = 0.0
@@ -95,9 +96,9 @@ def stack(
 
 
 def lines(values: dict[tuple[int, int], float], slots: Slots) -> list[Line]:
-    """Draw lines through values between 0 and 1, which are given by (slot, series).
+    """Draw lines through values between 0 and 1, which are keyed by (slot, series).
 
-    A line bridges slots without a value up to a quarter of the chart; a wider gap breaks it.
+    A line bridges slots without a value up to a quarter of the chart; a wider gap interrupts it.
     """
     by_series: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for (slot, series), value in sorted(values.items()):
@@ -124,7 +125,7 @@ def _center(slot: int, value: float, slots: Slots) -> tuple[float, float]:
 
 
 def nice_top(value: float) -> float:
-    """Return the smallest of 1, 2, 3, 4, 5, 6, 8, 10, 20, … that is no less than `value`."""
+    """Return the smallest of 1, 2, 3, 4, 5, 6, 8, 10, 20, … that is at least `value`."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
@@ -132,7 +133,7 @@ def nice_top(value: float) -> float:
 
 
 def time_ticks(start: float, end: float) -> list[Tick]:
-    """Return ticks at four moments, with the hour where the whole span is shorter than three days."""
+    """Return ticks at four moments, with the hour if the whole span is shorter than three days."""
     short = end - start < 72 * HOUR
     return [
         Tick(100 * part, moment(start + (end - start) * part, day=not short))
@@ -145,15 +146,15 @@ def moment(at: float, *, day: bool = False) -> str:
 
 
 def p_height(p: float) -> float:
-    """Return the height at which a p value is drawn, in per cent from the top; small ones stand high.
+    """Return the height at which a p-value is drawn, in per cent from the top, on a logarithmic axis.
 
-    1 is at the bottom, 1e-4 and less at the top.
+    A p of 1 is at the bottom, one of 1e-4 or less at the top.
     """
     return 100 - 100 * min(1.0, math.log10(max(p, SMALLEST_P)) / math.log10(SMALLEST_P))
 
 
 def intervals(found: Sequence[tuple[float, float, float, float | None]]) -> list[Interval]:
-    """Place each (low, mean, high, wanted) on one common axis, in per cent, with zero in its middle.
+    """Place each (low, mean, high, wanted) on one common axis, in per cent, with zero in the middle.
 
     Bounds that are not finite end at the edge.
     """

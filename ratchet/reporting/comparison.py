@@ -1,4 +1,4 @@
-"""Compare methods: what `ratchet compare` found, and its table for the terminal and as Markdown."""
+"""Show what `ratchet compare` measured, as a table for the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HEAD = (
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """A method that could not be trained, scored or asked, with the reason."""
+    """A method that could not be trained, scored or timed, with the reason."""
 
     method: str
     changes: Changes
@@ -80,7 +80,7 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 def markdown(found: Comparison) -> str:
-    """Render the table as Markdown, with the rows, commit, machine, seed and settings that it rests on."""
+    """Render the table as Markdown, with the rows, commit, machine, seed and settings behind it."""
     lines = [
         f"# Methods compared\n\n{found.rows} test rows, `{found.metric}`; commit {found.commit[:8]},"
         f" {found.machine}. One training each, seed {found.seed}.\n"

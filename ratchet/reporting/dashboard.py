@@ -1,9 +1,7 @@
-"""The page to look at: one HTML file without scripts or anything from outside.
+"""Make the project's page: one HTML file without scripts and without anything from outside.
 
-`ratchet report` writes it, the gateway serves it at `/`.
-
-It reads files, git and the request log only, so it is there with MLflow and Prefect down. What cannot be read
-says why in its place.
+`ratchet report` writes it, and the gateway serves it at `/`. It reads only files, git and the request log, so
+it works while MLflow and Prefect are down. A part that cannot be read shows the reason instead.
 """
 
 from __future__ import annotations
@@ -31,9 +29,9 @@ from ratchet.services.status import Move, read_moves
 from ratchet.serving.bundle import ServingState, read_state
 
 T = TypeVar("T")
-DAYS = 14  # of traffic and feedback
+DAYS = 14  # days of traffic and feedback that are shown
 MOST_VERDICTS, MOST_PROMOTIONS, MOST_ROLLOUTS = 200, 8, 8
-REMEMBERED = ("past", "golden", "region")  # checks of a gate that say what was kept and what was cured
+REMEMBERED = ("past", "golden", "region")  # a gate's checks of old rows and of drifted topics
 
 
 def write_page(root: Path, config: Config, path: Path) -> Path:
@@ -52,14 +50,14 @@ def render_page(root: Path, config: Config) -> str:
 
 
 class Part(NamedTuple, Generic[T]):
-    """A part of the page; `fault` says why it cannot be read, and then there is nothing in it."""
+    """A part of the page. If it cannot be read, `fault` says why, and `found` is None."""
 
     found: T | None
     fault: str = ""
 
 
 class Kept(NamedTuple):
-    """What a promotion's gate said of the past, the golden rows and the topics that had drifted."""
+    """A promotion's checks of past batches, the golden rows and the topics that had drifted."""
 
     version: int
     rival: int | None
@@ -68,7 +66,7 @@ class Kept(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What the page is drawn from; times are in seconds since 1970."""
+    """The data from which the page is drawn; times are in seconds since 1970."""
 
     project: str
     at: float
@@ -118,7 +116,7 @@ def _part(read: Callable[[], T]) -> Part[T]:
     try:
         return Part(read())
     except (RatchetError, OSError, ValueError, TypeError) as error:
-        # A file of another shape is no reason to show nothing; msgspec's errors are ValueErrors.
+        # One malformed file must not hide the other parts of the page; msgspec's errors are ValueErrors.
         return Part(None, str(error) or type(error).__name__)
 
 
@@ -132,7 +130,7 @@ def _traffic(root: Path, config: Config, since: float) -> list[Traffic]:
 
 
 def _table(root: Path) -> Retention | None:
-    """Read the retention table as it was saved last: building it takes seconds a version."""
+    """Read the retention table as it was last saved, because building it takes seconds per version."""
     path = root / SAVED if (root / SAVED).exists() else root / OLD_SAVED
     found = msgspec.json.decode(path.read_bytes(), type=Retention) if path.exists() else None
     return found if found and found.versions else None
@@ -144,7 +142,7 @@ def _table(root: Path) -> Retention | None:
 def _forgetting(root: Path, moves: list[Move]) -> list[Kept]:
     """Return what each of the newest promotions kept.
 
-    A version that came back is listed once, since its gate is the same.
+    A version that returned is listed once, since its gate is the same.
     """
     promotions = {move.to: move for move in reversed(moves) if move.move == "promote"}
     newest = sorted(promotions.values(), key=lambda move: -move.to)[:MOST_PROMOTIONS]

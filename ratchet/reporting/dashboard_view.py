@@ -1,4 +1,4 @@
-"""What the page's template is given: charts in per cent, and what is said in words."""
+"""Prepare what the page's template needs: charts in per cent, and sentences."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def render(page: Page) -> str:
 
 
 def environment() -> Environment:
-    """Make the environment of the page templates; it escapes all text that comes in."""
+    """Make the environment of the page templates; it escapes all text that is inserted."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     pages = Environment(
@@ -111,7 +111,7 @@ class Usage(NamedTuple):
 
 
 def usage_view(traffic: list[Traffic], now: float) -> Usage:
-    """Draw requests and feedback as two charts on one axis of time, with a line of totals per version."""
+    """Draw requests and feedback as two charts on one time axis, with a line of totals per version."""
     slots = make_slots(min(row.hour for row in traffic), now)
     requests, scores = defaultdict[tuple[int, int], float](float), defaultdict[tuple[int, int], float](float)
     feedbacks = defaultdict[tuple[int, int], int](int)
@@ -169,7 +169,7 @@ def _mean(weighted: list[tuple[float, int]]) -> float | None:
 
 class Drift(NamedTuple):
     newest: Recorded
-    columns: list[Column]  # of the newest, the strongest first
+    columns: list[Column]  # of the newest verdict, the strongest first
     marks: list[Mark]
     threshold: float
     heights: list[Tick]
@@ -210,7 +210,7 @@ def drift_view(verdicts: list[Recorded], rate: float) -> Drift:
 
 
 class MeasureView(NamedTuple):
-    """A measure of a rollout: `figures` are mean, low and high in its `unit`, `users` those of both arms."""
+    """A measure of a rollout: `figures` are mean, low and high in its `unit`, `users` those of each arm."""
 
     label: str
     unit: str
@@ -224,12 +224,12 @@ class MeasureView(NamedTuple):
 def measure_views(measures: dict[str, Measure], margins: dict[str, float]) -> list[MeasureView]:
     """Show each measure as challenger minus champion, beside the margin that it has to clear.
 
-    Latency, which is compared as a logarithm, is shown as a share of the champion's.
+    Latency is compared as a logarithm and shown as a share of the champion's latency.
     """
     found = []
     for name, label in LABELS.items():
         measure, gains = measures.get(name, Measure()), name == "feedback"
-        bounds = measure.gain if gains else measure.pass_  # those that let a challenger through
+        bounds = measure.gain if gains else measure.pass_  # the bounds that decide on a promotion
         if bounds is None:
             continue
         low, mean, high = (
@@ -255,7 +255,7 @@ def measure_views(measures: dict[str, Measure], margins: dict[str, float]) -> li
 
 
 def draw_checks(checks: Sequence[Check]) -> list[tuple[Check, Interval | None]]:
-    """Pair each check with its interval; the gains of one metric share one axis.
+    """Pair each check with its interval; gains of the same metric share an axis.
 
     A check without figures has no interval.
     """
@@ -292,7 +292,7 @@ def label_of(check: str) -> str:
 
 
 def when(at: object) -> str:
-    """Format a time as UTC, to the minute; a value that is no time is returned as it was written."""
+    """Format a time as UTC, to the minute; return a value that is no time unchanged."""
     try:
         return f"{datetime.fromtimestamp(seconds_of(at), UTC):%-d %b %Y, %H:%M}"
     except ValueError:
@@ -311,7 +311,7 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def figure(value: float | None) -> str:
-    """Format a number with three significant digits; from a thousand on as a whole number."""
+    """Format a number with three significant digits; from a thousand on, as a whole number."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

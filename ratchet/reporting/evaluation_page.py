@@ -1,5 +1,6 @@
-"""The page of one evaluation: one HTML file without scripts or anything from outside, in MLflow beside the
-run and by `ratchet gate explain`.
+"""Make the page of one evaluation: one HTML file without scripts and without anything from outside.
+
+It is beside the run in MLflow, and `ratchet gate explain` writes it.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ PARTS = ("test", "golden")
 MOST_ROWS = 20
 
 
-Cells = list[Interval | None]  # a model each
+Cells = list[Interval | None]  # one per model
 
 
 class Moved(msgspec.Struct, frozen=True):
-    """A row whose score moved: its question, what is wanted, the rival's answer and the candidate's."""
+    """A row whose score changed: its question, the reference, the rival's answer and the candidate's."""
 
     id: str
     batch: str
@@ -51,7 +52,7 @@ class Moved(msgspec.Struct, frozen=True):
 
 
 class Evaluated(msgspec.Struct, frozen=True):
-    """An evaluation as people see it; `rows_fault` says why the rows that moved cannot be read."""
+    """An evaluation as people see it; `rows_fault` says why the changed rows cannot be read."""
 
     name: str
     decision: Verdict
@@ -133,9 +134,9 @@ def render_evaluation(found: Evaluated) -> str:
 
 
 def _badge(check: Check) -> tuple[str, str]:
-    """Return the word that the check's badge says, and its colour.
+    """Return the word on the check's badge, and its colour.
 
-    A drifted topic that is not cured is shown as unclear, since no candidate fails because of it.
+    A drifted topic that did not improve is shown as unclear, because no candidate fails for it.
     """
     if check.name.startswith("region:"):
         return word_of(check), "unclear" if check.result == "fail" else check.result
@@ -143,7 +144,7 @@ def _badge(check: Check) -> tuple[str, str]:
 
 
 class Curve(NamedTuple):
-    """Losses over optimizer steps, in per cent of the chart; `names` gives each line's number."""
+    """Losses over optimizer steps, in per cent of the chart; `names` gives the number of each line."""
 
     lines: list[Line]
     names: list[tuple[int, str]]
@@ -172,9 +173,9 @@ def _curve(points: Sequence[Point]) -> Curve | None:
 
 
 def gather(folder: Path, name: str, retention: Retention | None = None) -> Evaluated:
-    """Gather what the page shows, from a workspace or from a folder that `fetched` yields.
+    """Gather the contents of the page from a workspace, or from a folder that `fetched` yields.
 
-    Raises RatchetError when the gate's verdict or the metrics are not there.
+    Raises RatchetError when the gate's verdict or the metrics are missing.
     """
     decision = read_verdict(folder / "reports/gate.json")
     metrics = read_metrics(folder / "reports/evaluation")
@@ -196,9 +197,9 @@ def gather(folder: Path, name: str, retention: Retention | None = None) -> Evalu
 
 
 def _moved(path: Path, decision: Verdict) -> tuple[list[Moved], list[Moved]]:
-    """Return (rows that got better, rows that got worse), those that moved furthest first.
+    """Return (rows that improved, rows that got worse); those that changed most come first.
 
-    Among rows that moved equally far, those whose likelihood moved further come first.
+    Among equal changes of the score, rows whose likelihood changed more come first.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""Draw the retention table for both pages: each cell has a shade."""
+"""Draw the retention table for both pages, with a shade for each cell."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SHADES = 5
 
 
 class Shaded(NamedTuple):
-    """A cell with a shade from 0 to SHADES - 1: the better, the darker."""
+    """A cell with a shade from 0 to SHADES - 1; a better score is darker."""
 
     cell: Cell
     shade: int
 
 
 class Heat(NamedTuple):
-    """The table as its template draws it: a version with a cell a slice, None where it was not asked."""
+    """The table as its template draws it: versions with one cell per slice, None where it was not asked."""
 
     metric: str
     slices: list[tuple[str, str, int]]  # name, short name, rows
@@ -49,12 +49,12 @@ def heat(table: Retention) -> Heat:
 
 
 def short(name: str) -> str:
-    """Cut a long batch's name, which removes the hash at its end."""
+    """Shorten the name of a batch if it is long; this removes the hash at its end."""
     return name if len(name) <= 28 else f"{name[:25]}…"
 
 
 def draw(table: Retention) -> Figure:
-    """Draw versions by slices in matplotlib, each cell with its figures; what was never asked stays grey."""
+    """Draw versions by slices in matplotlib, with figures in the cells; cells never asked are grey."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.figure import Figure

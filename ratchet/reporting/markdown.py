@@ -1,5 +1,6 @@
-"""What a person decides from: the table of candidate, champion and base with intervals, and the gate's
-reasons, as Markdown.
+"""Render, as Markdown, what a person decides from.
+
+It is the table of candidate, champion and base with intervals, and the gate's reasons.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ VERDICTS = {"promote": "✅ promote", "reject": "❌ reject", "uncertain": "❔ 
 
 
 def model_card(metrics: Metrics, verdict: Verdict, facts: dict[str, str]) -> str:
-    """Render the version's description, which is also the flow's artifact, as Markdown.
+    """Render the version's description, which is also an artifact of the flow, as Markdown.
 
     `facts` are lines such as data and commit.
     """
@@ -85,9 +86,9 @@ def model_card(metrics: Metrics, verdict: Verdict, facts: dict[str, str]) -> str
 
 
 def audit_lines(metrics: Metrics, verdict: Verdict) -> list[str]:
-    """Return the tables of what was asked for beside the plain rows.
+    """Return the tables of the optional audits.
 
-    In this order: bias, groups, attacks, suites, judge, leaks.
+    Their order is: bias, groups, attacks, suites, judge, leaks.
     """
     metric = str(verdict.params.get("metric"))
     return [
@@ -103,7 +104,7 @@ def audit_lines(metrics: Metrics, verdict: Verdict) -> list[str]:
 def drift_card(found: Recorded) -> str:
     """Render a verdict of the monitor as Markdown.
 
-    It says what was seen, which topics grew, and why a retraining starts or does not.
+    It says what was measured, which topics grew, and why a retraining starts or does not.
     """
     lines = [f"## {found.verdict} on {found.rows} requests to v{found.version}", ""]
     if found.p is not None:
@@ -121,7 +122,7 @@ def drift_card(found: Recorded) -> str:
 
 
 def rollout_card(found: Rollout) -> str:
-    """Write a rollout as Markdown: how far it is, each arm's users by step, each measure with its bounds."""
+    """Render a rollout as Markdown: its step, each arm's users by step, each measure with its bounds."""
     lines = [
         f"## v{found.version} against v{found.champion}: {found.state.replace('_', ' ')}",
         "",
@@ -150,7 +151,7 @@ def mark(result: str) -> str:
 
 
 def table(part: Mapping[str, Summary]) -> list[str]:
-    """Return a table with one column per model; the 95 % interval stands in brackets."""
+    """Return a table with one column per model and the 95 % interval in brackets."""
     models = [model for model in MODELS if model in part]
     lines = _head(["", *models])
     for key in metrics_of(part):
@@ -182,7 +183,7 @@ class _Row(NamedTuple):
 def _score_table(title: str, columns: list[str], rows: list[_Row], last: Sequence[str] = ()) -> list[str]:
     """Return a table with one column per model between `columns` and `last`.
 
-    There are no lines where no model has a score.
+    Return no lines when no model has a score.
     """
     models = [model for model in MODELS if any(model in row.scores for row in rows)]
     if not models:
@@ -235,13 +236,13 @@ def _attack_table(kinds: dict[str, Models]) -> list[str]:
 
 
 def _suite_table(found: dict[str, Suite]) -> list[str]:
-    """Return a table of what each model scores in public suites."""
+    """Return a table of each model's scores in public suites."""
     rows = [_Row([_plain(name), _plain(of.metric), str(of.rows)], of.models) for name, of in found.items()]
     return _score_table("Public suites", ["suite", "metric", "documents"], rows)
 
 
 def _judge_table(found: Judged) -> list[str]:
-    """Return a table of what the judge says of both models, and how far people agree with it."""
+    """Return a table of the judge's scores for both models, and of its agreement with people."""
     rows = []
     for metric, part in found.scores.items():
         of = found.agreement.get(metric, Agreement())
@@ -257,7 +258,7 @@ def _judge_table(found: Judged) -> list[str]:
 def _leak_table(found: dict[str, Exposure]) -> list[str]:
     """Return a table of how much each model reveals of the planted canaries.
 
-    Beside them stand the same figures for canaries that were never planted, which no model can know.
+    The same figures for canaries that were never planted, which no model can know, stand beside them.
     """
     if not found:
         return []
@@ -277,7 +278,7 @@ def _leak_table(found: dict[str, Exposure]) -> list[str]:
 def metrics_of(part: Mapping[str, Summary]) -> list[str]:
     """List the metrics that any model has in this slice.
 
-    The built-in ones come first in their order, then the user's own, the NLL last.
+    The built-in metrics come first in their order, then the user's own, and the NLL last.
     """
     found = {key for summary in part.values() for key in summary.scores}
     return [
@@ -300,5 +301,5 @@ def _cell(found: Interval | None) -> str:
 
 
 def _plain(text: str) -> str:
-    """Escape a value from somebody's data for a table cell, so that it starts no new column and no markup."""
+    """Escape a value from data for a table cell, so that it cannot start a new column or markup."""
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))

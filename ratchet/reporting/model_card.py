@@ -1,8 +1,8 @@
-"""The model card in the hub's format: a README.md whose YAML head hubs and programs read, and the gate's
-table for people.
+"""Write the model card in the hub's format: a README.md with a YAML head for hubs and programs, and the
+gate's table for people.
 
-https://huggingface.co/docs/hub/model-cards. The version's own licence is not known to us (the base's and the
-rows' decide), so none is claimed; the base's is told as it was found.
+https://huggingface.co/docs/hub/model-cards. The card claims no licence for the version, because the licences
+of the base and of the rows decide. It repeats the base's licence as it was found.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ USAGE = {
 
 
 class ExportScores(msgspec.Struct, frozen=True):
-    """Score an exported file beside the adapter on the same rows, by metric; the difference is paired."""
+    """Score an exported file and the adapter on the same rows, by metric; the difference is paired."""
 
     rows: int
     adapter: dict[str, Interval]
@@ -74,7 +74,7 @@ def hub_card(
 ) -> str:
     """Render the model card for the hub.
 
-    `kind` is `adapter`, or the format that it was exported to; `manifest` is the candidate's.
+    `kind` is `adapter`, or the format of the export; `manifest` is the candidate's.
     """
     method, base = manifest.adapter.method, _hub_id(manifest.base)
     usage = USAGE["full" if kind == "adapter" and method == "full" else kind]
@@ -101,7 +101,7 @@ def hub_card(
 
 
 def score_table(kind: str, scores: ExportScores) -> list[str]:
-    """Return a table of an export's scores beside those of the adapter it was made from, on the same rows."""
+    """Return a table of an export's scores beside those of its adapter, on the same rows."""
     lines = [
         f"On {scores.rows} test rows, 95 % intervals:",
         "",
@@ -116,7 +116,7 @@ def score_table(kind: str, scores: ExportScores) -> list[str]:
 
 
 def _hub_id(base: BaseName) -> str:
-    """Return the hub's id; empty for a base that did not come from a hub."""
+    """Return the base's id on the hub; empty for a base that did not come from a hub."""
     return str(base.model) if base.revision else ""
 
 

@@ -1,10 +1,10 @@
-"""The retention table: every version by the test rows of every batch and by the golden set, from what
-evaluations recorded.
+"""Build the retention table from recorded evaluations: every version on the test rows of every batch and on
+the golden set.
 
-An evaluation stands with its commit (`reports/gate.json` in git, `reports/evaluation` in DVC) and scores
+An evaluation is kept with its commit (`reports/gate.json` in git, `reports/evaluation` in DVC). It scores
 candidate, champion and base on all test rows of that day. Test rows never move, so a version keeps its cell
-for a batch from then on; as long as it is the champion, each later evaluation adds cells for the batches that
-came after it. What nobody ever measured is empty; `tasks.retention` fills it. Summaries are kept under
+for a batch. While it is the champion, each later evaluation adds cells for the batches that came since. Cells
+that nobody measured are empty; `tasks.retention` fills them. Summaries are cached under
 `.ratchet/cache/ledger` by DVC's hash of the evaluation.
 """
 
@@ -31,15 +31,15 @@ from ratchet.promotion.verdict import decode_verdict
 if TYPE_CHECKING:
     import pandas as pd
 
-CACHE = Path(".ratchet/cache/ledger")  # the old name: filled cells cost an evaluation each, and stay found
+CACHE = Path(".ratchet/cache/ledger")  # an old name, kept because each filled cell in it cost an evaluation
 SAVED = Path(".ratchet/retention.json")
-OLD_SAVED = Path(".ratchet/ledger.json")  # where SAVED stood before; read until the next table is written
+OLD_SAVED = Path(".ratchet/ledger.json")  # the old place of SAVED; read until the next table is written
 GATE, EVALUATION, GOLDEN, BASE = "reports/gate.json", "reports/evaluation", "golden", "base"
 MODELS = ("candidate", "champion", BASE)
 
 
 class Evaluation(NamedTuple):
-    """One verdict that landed.
+    """One evaluation whose verdict was committed.
 
     `digest` is DVC's hash of the table of scores, `adapter` the sha256 of the candidate's weights.
     """
@@ -58,7 +58,7 @@ class Cell(Estimate, frozen=True, omit_defaults=True):
 
 
 class VersionRow(msgspec.Struct, frozen=True):
-    """A version by slices; a cell is None where it was never asked these rows."""
+    """The cells of a version by slice; a cell is None where the version was never asked these rows."""
 
     name: str
     version: int | None
@@ -69,7 +69,7 @@ class VersionRow(msgspec.Struct, frozen=True):
 
 
 class Retention(msgspec.Struct, frozen=True):
-    """The table: the base first, then the oldest version; `rows` counts those of each slice."""
+    """The table: first the base, then versions from the oldest; `rows` counts the rows of each slice."""
 
     metric: str
     slices: list[str]
@@ -90,7 +90,7 @@ class Retention(msgspec.Struct, frozen=True):
 def read_evaluations(root: Path, *, tip: str = "HEAD") -> list[Evaluation]:
     """Read the evaluations in git's history, the newest first.
 
-    A commit whose files cannot be read gives none.
+    A commit whose files cannot be read is skipped.
     """
     try:
         log = git(root, "log", "--format=%H %cI", tip, "--", GATE).split("\n")
@@ -113,12 +113,12 @@ def _evaluation(root: Path, commit: str, at: str) -> Evaluation | None:
 
 
 def numbers_of(root: Path) -> dict[str, int]:
-    """Map the adapter's sha256 to its number, for each version that was ever in charge; needs git alone."""
+    """Map an adapter's sha256 to its version, for versions that were ever in charge; needs only git."""
     return {entry.adapter_sha256: entry.version for _, entry in read_ledger(root)}
 
 
 def registered_numbers(name: str) -> dict[str, int]:
-    """Map the adapter's sha256 to its number, for each version that MLflow knows, rejected ones too.
+    """Map an adapter's sha256 to its version, for each version that MLflow knows, including rejected ones.
 
     Raises ServiceError.
     """
@@ -155,7 +155,7 @@ def build(
     versions = []
     for row in sorted(rows.values(), key=lambda row: (row.name != BASE, row.at)):
         known = read_filled(root, row.adapter, metric)
-        # Some rows may have been forgotten since: a filled cell counts where it has today's number of rows.
+        # Rows may have been erased since: a filled cell counts only if it has today's number of rows.
         filled = {name: cell for name, cell in known.items() if cell.rows == newest.get(name)}
         whole: dict[str, Cell | None] = {name: row.cells.get(name) or filled.get(name) for name in slices}
         versions.append(msgspec.structs.replace(row, cells=whole))
@@ -165,9 +165,9 @@ def build(
 def _row(
     rows: dict[str, VersionRow], model: str, found: Evaluation, numbers: dict[str, int]
 ) -> VersionRow | None:
-    """Return the row of that model of an evaluation, and make the row when it is new.
+    """Return the row of that model of an evaluation; make it if it is new.
 
-    The champion's row exists since its own evaluation; None when that evaluation is gone.
+    The champion's row was made by its own evaluation. Return None when that evaluation is gone.
     """
     if model == BASE:
         return rows.setdefault(BASE, VersionRow(BASE, None, "", "", "", {}))
@@ -182,7 +182,7 @@ def _row(
 def summarise(root: Path, found: Evaluation, metric: str) -> dict[str, dict[str, Cell]]:
     """Summarise an evaluation as model → slice → cell.
 
-    Raises CheckoutError when the table cannot be had, or lacks the metric.
+    Raises CheckoutError when the table cannot be read or lacks the metric.
     """
     kept = root / CACHE / f"{found.digest}-{metric}.json"
     if kept.exists():
