@@ -40,11 +40,11 @@ def slightly_other(question: str) -> str:
     return f"{question} indeed"
 
 
-def add(raw: Path, lines: list[bytes], *, month: int = 1, form: str = "auto") -> str:
+def add(raw: Path, lines: list[bytes], *, month: int = 1, form: str = "auto", source: str = "jsonl") -> str:
     return write_batch(
         raw,
         lines,
-        source="jsonl",
+        source=source,
         label=f"month-{month}",
         time=f"2026-{month:02}-01T00:00:00Z",
         licence="CC0-1.0",
@@ -355,16 +355,7 @@ def test_answers_not_to_give_stand_beside_the_split_of_their_prompt(tmp_path, ne
 
 def test_a_thumb_down_corrects_nobody(tmp_path):
     add(tmp_path / "raw", [row("why?", "so")])
-    write_batch(
-        tmp_path / "raw",
-        [bad("why?", "not so")],
-        source="feedback",
-        label="thumbs",
-        time="2026-02-01T00:00:00Z",
-        licence="CC0-1.0",
-        who="tests",
-        form="auto",
-    )
+    add(tmp_path / "raw", [bad("why?", "not so")], month=2, source="feedback")
     config = LENIENT.model_copy(update={"test_share": 0.0, "validation_share": 0.0})
     prepare(tmp_path / "raw", NOWHERE, tmp_path / "out", config)
     assert [row.answer for row in read_examples(tmp_path / "out/train.jsonl")] == ["so"]
