@@ -1,4 +1,4 @@
-"""Read and write OpenAI's Responses in their basic form: text in, text out, whole or as events.
+"""Read OpenAI's Responses in their basic form: text in, text out.
 
 Nothing is kept between two requests: a conversation is sent whole, in `input`. Refused by name are tools,
 files, pictures, background work and what refers to an earlier response.
@@ -6,8 +6,6 @@ files, pictures, background work and what refers to an earlier response.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,19 +13,15 @@ import msgspec
 
 from ratchet.config.serving import GatewayConfig
 from ratchet.data.examples import Message
-from ratchet.serving.engine import JsonForm, Piece
-from ratchet.serving.faults import Fault
+from ratchet.serving.engine import JsonForm
 from ratchet.serving.protocol import (
     MAX_TOP_LOGPROBS,
-    Answer,
     Chat,
     Part,
     Turn,
     check_range,
     check_text,
-    count_tokens,
     decode,
-    encode_scored,
     refuse,
     to_form,
     to_message,
@@ -203,142 +197,3 @@ def _check_logprobs(body: Body) -> int | None:
     if SCORES in (body.include or ()):
         return top or 0
     return top or None
-
-
-# --- answers ---
-
-
-@dataclass
-class ResponseEncoder:
-    """Write one response: whole, or as the events that OpenAI's clients wait for."""
-
-    id: str
-    created: int
-    fingerprint: str
-    chat: ResponseChat
-    _number: int = 0  # of the next event
-
-    def whole(self, answers: Sequence[Answer]) -> bytes:
-        return msgspec.json.encode(self._response(answers))
-
-    def begin(self) -> bytes:
-        return b"".join(
-            [
-                self._event("response.created", response=self._response()),
-                self._event("response.in_progress", response=self._response()),
-                self._event("response.output_item.added", output_index=0, item=self._item([], "in_progress")),
-                self._event("response.content_part.added", **self._place(), part=self._part("", [])),
-            ]
-        )
-
-    def piece(self, index: int, piece: Piece) -> bytes:
-        return self._event(
-            "response.output_text.delta",
-            **self._place(),
-            delta=piece.text,
-            logprobs=[encode_scored(token) for token in piece.tokens],
-        )
-
-    def end(self, answers: Sequence[Answer]) -> bytes:
-        response = self._response(answers)
-        (item,) = response["output"]
-        (part,) = item["content"]
-        more = {"text": part["text"], "logprobs": part["logprobs"]}
-        return b"".join(
-            [
-                self._event("response.output_text.done", **self._place(), **more),
-                self._event("response.content_part.done", **self._place(), part=part),
-                self._event("response.output_item.done", output_index=0, item=item),
-                self._event(f"response.{response['status']}", response=response),
-            ]
-        )
-
-    def fail(self, fault: Fault) -> bytes:
-        error = {"code": fault.code or "server_error", "message": fault.message}
-        failed = self._response() | {"status": "failed", "error": error}
-        return self._event("response.failed", response=failed)
-
-    def _event(self, kind: str, **more: Any) -> bytes:
-        data = msgspec.json.encode({"type": kind, "sequence_number": self._number, **more})
-        self._number += 1
-        return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
-
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-
-    @property
-    def _item_id(self) -> str:
-        return f"msg_{self.id.removeprefix('resp_')}"
-
-    def _response(self, answers: Sequence[Answer] = ()) -> dict[str, Any]:
-        """Return the response as it stands: in progress without answers."""
-        cut = any(answer.ended and answer.ended.finish == "length" for answer in answers)
-        status = "in_progress" if not answers else "incomplete" if cut else "completed"
-        chat = self.chat
-        return {
-            "id": self.id,
-            "object": "response",
-            "created_at": self.created,
-            "completed_at": int(time.time()) if answers else None,
-            "status": status,
-            "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "instructions": chat.instructions,
-            "max_output_tokens": chat.max_tokens,
-            "model": chat.model,
-            "output": [
-                self._item(
-                    [self._part(answer.text, [encode_scored(token) for token in answer.tokens])], status
-                )
-                for answer in answers
-            ],
-            "parallel_tool_calls": True,
-            "previous_response_id": None,
-            "store": False,
-            "temperature": chat.temperature,
-            "text": {"format": _format(chat.form)},
-            "tool_choice": "auto",
-            "tools": [],
-            "top_logprobs": chat.top_logprobs or 0,
-            "top_p": chat.top_p,
-            "truncation": "disabled",
-            "usage": _usage(answers) if answers else None,
-            "user": chat.user or None,
-            "metadata": chat.metadata or {},
-        }
-
-    def _item(self, content: list[dict[str, Any]], status: str) -> dict[str, Any]:
-        return {
-            "id": self._item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": status,
-            "content": content,
-        }
-
-    def _part(self, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-
-def _format(form: JsonForm | None) -> dict[str, Any]:
-    if form is None:
-        return {"type": "text"}
-    if not form.schema:
-        return {"type": "json_object"}
-    return {
-        "type": "json_schema",
-        "name": form.name,
-        "schema": msgspec.Raw(form.schema.encode()),
-        "strict": True,
-    }
-
-
-def _usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    read, written = count_tokens(answers)
-    return {
-        "input_tokens": read,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-        "output_tokens": written,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": read + written,
-    }
