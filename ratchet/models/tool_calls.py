@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ratchet.data.examples import Message, Tool, ToolCall
+from ratchet.data.examples import Message, Tool, ToolCall, trim
 
 PROBE_TOOL: Tool = {
     "type": "function",
@@ -64,7 +64,20 @@ class CallFormat(NamedTuple):
                 break
         if rest and rest.strip() != self.after.strip():
             return None
-        return Message("assistant", text[:start].strip(), tuple(calls))
+        return Message("assistant", trim(text[:start]), tuple(calls))
+
+    def settled(self, text: str) -> int:
+        """Count the characters of an unfinished answer that are text, whatever follows: no part of a call."""
+        lead = self.before.strip()
+        if not lead:
+            begun = text.lstrip()[:1]
+            return 0 if begun in ("", "{") else len(text)
+        start = text.find(lead)
+        if start < 0:
+            start = len(text) - next(
+                (size for size in range(len(lead) - 1, 0, -1) if text.endswith(lead[:size])), 0
+            )
+        return len(text[:start].rstrip())
 
     def _call(self, said: Any) -> ToolCall | None:
         if not isinstance(said, dict) or not isinstance(name := said.get(self.name_key), str):
