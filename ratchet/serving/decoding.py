@@ -56,7 +56,7 @@ class Row:
         self.temperature = 0.0
         self.generator: torch.Generator | None = None
         self.transcript: Transcript
-        self.constraint: Constraint | None = None  # of ask.form
+        self.constraint: Constraint | None = None  # of ask.form or ask.must_call
         self.vocabulary: Vocabulary | None = None  # where tokens are scored
         self.scored: list[Scored] = []  # tokens that were not told yet
 

@@ -127,10 +127,25 @@ def test_tools_that_shall_not_be_called_are_not_offered():
     assert parse(tool_choice="none").tools == () and parse(tool_choice="auto").tools == (TOOL,)
 
 
+def test_a_tool_that_has_to_be_called_is_asked_for_by_its_name():
+    other = {"type": "function", "function": {"name": "other"}}
+    required = parse(tools=[TOOL, other], tool_choice="required").ask("id", 1)
+    named = parse(tools=[TOOL, other], tool_choice={"type": "function", "function": {"name": "other"}}).ask(
+        "id", 1
+    )
+    assert (required.must_call, required.parallel_calls) == (("find", "other"), True)
+    assert (named.must_call, named.parallel_calls, len(named.tools)) == (("other",), False, 2)
+    assert parse(tool_choice="auto").ask("id", 1).must_call == ()
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required", "tools": None}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "gone"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "custom", "custom": {"name": "find"}}}, "tool_choice"),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": 1}, "tool_choice"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tools": [TOOL, TOOL]}, "tools"),
         (
