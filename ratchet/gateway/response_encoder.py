@@ -24,6 +24,7 @@ class ResponseEncoder:
     fingerprint: str
     chat: ResponseChat
     _number: int = 0  # of the next event
+    _opened: bool = False  # whether the events of the answer's text have begun
 
     def whole(self, answers: Sequence[Answer]) -> bytes:
         return msgspec.json.encode(self._response(answers))
@@ -33,30 +34,55 @@ class ResponseEncoder:
             [
                 self._event("response.created", response=self._response()),
                 self._event("response.in_progress", response=self._response()),
-                self._event("response.output_item.added", output_index=0, item=self._item([], "in_progress")),
-                self._event("response.content_part.added", **self._place(), part=self._part("", [])),
             ]
         )
 
     def piece(self, index: int, piece: Piece) -> bytes:
-        return self._event(
-            "response.output_text.delta",
-            **self._place(),
-            delta=piece.text,
-            logprobs=[encode_scored(token) for token in piece.tokens],
-        )
+        """Return the events of a piece's text; calls, which come last, are written at the end."""
+        if not piece.text and not self._opened:
+            return b""
+        delta = {"delta": piece.text, "logprobs": [encode_scored(token) for token in piece.tokens]}
+        return self._open() + self._event("response.output_text.delta", **self._place(), **delta)
 
     def end(self, answers: Sequence[Answer]) -> bytes:
         response = self._response(answers)
-        (item,) = response["output"]
+        ends = [
+            self._end_text(place, item) if item["type"] == "message" else self._call(place, item)
+            for place, item in enumerate(response["output"])
+        ]
+        return b"".join([*ends, self._event(f"response.{response['status']}", response=response)])
+
+    def _open(self) -> bytes:
+        if self._opened:
+            return b""
+        self._opened = True
+        item = self._item([], "in_progress")
+        return self._event("response.output_item.added", output_index=0, item=item) + self._event(
+            "response.content_part.added", **self._place(), part=self._part("", [])
+        )
+
+    def _end_text(self, place: int, item: dict[str, Any]) -> bytes:
         (part,) = item["content"]
         more = {"text": part["text"], "logprobs": part["logprobs"]}
         return b"".join(
             [
+                self._open(),
                 self._event("response.output_text.done", **self._place(), **more),
                 self._event("response.content_part.done", **self._place(), part=part),
-                self._event("response.output_item.done", output_index=0, item=item),
-                self._event(f"response.{response['status']}", response=response),
+                self._event("response.output_item.done", output_index=place, item=item),
+            ]
+        )
+
+    def _call(self, place: int, item: dict[str, Any]) -> bytes:
+        at = {"item_id": item["id"], "output_index": place}
+        begun = item | {"arguments": "", "status": "in_progress"}
+        kind = "response.function_call_arguments"
+        return b"".join(
+            [
+                self._event("response.output_item.added", output_index=place, item=begun),
+                self._event(f"{kind}.delta", **at, delta=item["arguments"]),
+                self._event(f"{kind}.done", **at, name=item["name"], arguments=item["arguments"]),
+                self._event("response.output_item.done", output_index=place, item=item),
             ]
         )
 
@@ -75,7 +101,11 @@ class ResponseEncoder:
 
     @property
     def _item_id(self) -> str:
-        return f"msg_{self.id.removeprefix('resp_')}"
+        return f"msg_{self._own_id}"
+
+    @property
+    def _own_id(self) -> str:
+        return self.id.removeprefix("resp_")
 
     def _response(self, answers: Sequence[Answer] = ()) -> dict[str, Any]:
         """Return the response as it stands: in progress without answers."""
@@ -93,19 +123,14 @@ class ResponseEncoder:
             "instructions": chat.instructions,
             "max_output_tokens": chat.max_tokens,
             "model": chat.model,
-            "output": [
-                self._item(
-                    [self._part(answer.text, [encode_scored(token) for token in answer.tokens])], status
-                )
-                for answer in answers
-            ],
-            "parallel_tool_calls": True,
+            "output": [item for answer in answers for item in self._items(answer, status)],
+            "parallel_tool_calls": chat.parallel_tool_calls,
             "previous_response_id": None,
             "store": False,
             "temperature": chat.temperature,
             "text": {"format": _format(chat.form)},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": chat.tool_choice,
+            "tools": chat.told_tools,
             "top_logprobs": chat.top_logprobs or 0,
             "top_p": chat.top_p,
             "truncation": "disabled",
@@ -113,6 +138,23 @@ class ResponseEncoder:
             "user": chat.user or None,
             "metadata": chat.metadata or {},
         }
+
+    def _items(self, answer: Answer, status: str) -> list[dict[str, Any]]:
+        """Return the text, unless there are only calls, and each call."""
+        scores = [encode_scored(token) for token in answer.tokens]
+        text = [self._item([self._part(answer.text, scores)], status)]
+        calls = [
+            {
+                "id": f"fc_{self._own_id}_{number}",
+                "type": "function_call",
+                "status": "completed",
+                "call_id": f"call_{self._own_id}_{number}",
+                "name": call.name,
+                "arguments": msgspec.json.encode(call.arguments).decode(),
+            }
+            for number, call in enumerate(answer.calls)
+        ]
+        return [*(text if answer.text or not calls else ()), *calls]
 
     def _item(self, content: list[dict[str, Any]], status: str) -> dict[str, Any]:
         return {

@@ -1,7 +1,7 @@
-"""Read OpenAI's Responses in their basic form: text in, text out.
+"""Read OpenAI's Responses in their basic form: text and functions.
 
-Nothing is kept between two requests: a conversation is sent whole, in `input`. Refused by name are tools,
-files, pictures, background work and what refers to an earlier response.
+Nothing is kept between two requests: a conversation is sent whole, in `input`. Refused by name are other
+tools, files, pictures, background work and what refers to an earlier response.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any, Literal
 import msgspec
 
 from ratchet.config.serving import GatewayConfig
-from ratchet.data.examples import Message
+from ratchet.data.examples import Message, RowError, Tool
+from ratchet.data.forms import order_results
 from ratchet.serving.engine import JsonForm
 from ratchet.serving.protocol import (
     MAX_TOP_LOGPROBS,
@@ -21,6 +22,8 @@ from ratchet.serving.protocol import (
     Turn,
     check_range,
     check_text,
+    check_tool_choice,
+    check_tools,
     decode,
     refuse,
     to_form,
@@ -36,27 +39,39 @@ NOT_SUPPORTED = {
     "background": "leave it out, or send stream: true",
     **dict.fromkeys(
         [
-            *("tools", "tool_choice", "max_tool_calls", "parallel_tool_calls", "reasoning", "truncation"),
-            *("context_management", "moderation", "image", "access_programs", "background_options"),
+            *("max_tool_calls", "reasoning", "truncation", "context_management"),
+            *("moderation", "image", "access_programs", "background_options"),
         ],
         "leave it out",
     ),
 }
 # Values of unsupported fields that ask for what happens anyway: some clients always send every field.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True,),
     "reasoning": ({"effort": "none"}, {"effort": None}, {"effort": None, "summary": None}),
     "truncation": ("disabled",),
 }
 
 
 class Item(msgspec.Struct):
-    """Hold a message of `input`; `id` and `status`, which answers bring, do not count."""
+    """Hold a message, a call or a result of `input`; `id` and `status`, which answers bring, do not count."""
 
     type: str = "message"
     role: str | None = None
     content: str | list[Part] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[Part] | None = None
+
+
+class ToolBody(msgspec.Struct):
+    """Hold a tool; `strict` changes nothing, and stays out of the prompt."""
+
+    type: str
+    name: str = ""
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class Format(msgspec.Struct, forbid_unknown_fields=True):
@@ -88,6 +103,9 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None  # comes back in the response
+    tools: list[ToolBody] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     # Accepted and ignored: they concern storing, billing and padding at OpenAI.
     store: bool | None = None  # a look-up of the response is refused in words
     service_tier: Any = None
@@ -100,10 +118,7 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
     conversation: Any = None
     prompt: Any = None
     background: Any = None
-    tools: Any = None
-    tool_choice: Any = None
     max_tool_calls: Any = None
-    parallel_tool_calls: Any = None
     reasoning: Any = None
     truncation: Any = None
     context_management: Any = None
@@ -119,6 +134,9 @@ class ResponseChat(Chat):
 
     instructions: str | None = None
     metadata: dict[str, str] | None = None
+    told_tools: tuple[ToolBody, ...] = ()
+    tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
 
 
 _decode_body = msgspec.json.Decoder(Body)
@@ -131,6 +149,8 @@ def parse_response(raw: bytes, limits: GatewayConfig) -> ResponseChat:
     messages = _read_messages(body)
     if not 1 <= len(messages) <= limits.max_messages:
         refuse("input", f"input holds {len(messages)} messages; wanted 1 to {limits.max_messages}")
+    choice = check_tool_choice(body.tool_choice, _read_tools(body.tools or []))
+    parallel = body.parallel_tool_calls is not False
     return ResponseChat(
         model=body.model,
         messages=messages,
@@ -144,8 +164,14 @@ def parse_response(raw: bytes, limits: GatewayConfig) -> ResponseChat:
         stop=(),
         form=_check_format(body.text.format if body.text else None),
         top_logprobs=_check_logprobs(body),
+        tools=choice.tools,
+        must_call=choice.must_call,
+        parallel_calls=parallel and not choice.named,
         instructions=body.instructions,
         metadata=body.metadata,
+        told_tools=tuple(body.tools or ()),
+        tool_choice=body.tool_choice or "auto",
+        parallel_tool_calls=parallel,
     )
 
 
@@ -162,24 +188,67 @@ def _check_support(body: Body) -> None:
 
 def _read_messages(body: Body) -> tuple[Message, ...]:
     items = [Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input
-    own = [to_message("instructions", Turn("system", body.instructions))] if body.instructions else []
-    return (*own, *(_read_item(f"input[{position}]", item) for position, item in enumerate(items)))
+    turns = [to_message("instructions", Turn("system", body.instructions))] if body.instructions else []
+    before, known = "", set[str]()
+    for position, item in enumerate(items):
+        where = f"input[{position}]"
+        message = _read_item(where, item)
+        if item.type == "function_call_output" and message.call_id not in known:
+            refuse(
+                where, f"{where} answers the call {message.call_id[:40]!r}, which is none", "send it before"
+            )
+        known.update(call.id for call in message.tool_calls)
+        # A text and the calls after it are one answer; it comes as an item each.
+        if item.type == "function_call" and before in ("function_call", "assistant"):
+            joined = (*turns[-1].tool_calls, *message.tool_calls)
+            turns[-1] = msgspec.structs.replace(turns[-1], tool_calls=joined)
+        else:
+            turns.append(message)
+        before = message.role if item.type == "message" else item.type
+    try:
+        return tuple(order_results(turns))
+    except RowError as error:
+        refuse("input", str(error))
 
 
 def _read_item(where: str, item: Item) -> Message:
+    if item.type == "function_call":
+        function = {"name": item.name, "arguments": item.arguments}
+        return to_message(where, Turn("assistant", None, [{"id": item.call_id, "function": function}]))
+    if item.type == "function_call_output":
+        return to_message(where, Turn("tool", _read_parts(item.output), tool_call_id=item.call_id))
     if item.type != "message" or item.role is None:
         refuse(
             where,
             f"{where} is of type {item.type!r}{'' if item.role else ' without a role'}",
-            'send messages: {"role": …, "content": …}',
+            'send messages, {"role": …, "content": …}, function_call and function_call_output',
         )
-    content = item.content
-    if not isinstance(content, str) and content is not None:
-        content = [
-            Part("text", part.text) if part.type in ("input_text", "output_text") else part
-            for part in content
+    return to_message(where, Turn(item.role, _read_parts(item.content)))
+
+
+def _read_parts(content: str | list[Part] | None) -> str | list[Part] | None:
+    if isinstance(content, str) or content is None:
+        return content
+    return [
+        Part("text", part.text) if part.type in ("input_text", "output_text") else part for part in content
+    ]
+
+
+def _read_tools(given: list[ToolBody]) -> tuple[Tool, ...]:
+    for position, tool in enumerate(given):
+        if tool.type != "function":
+            refuse(
+                "tools", f"tools[{position}] is of type {tool.type[:40]!r}: not supported", "send functions"
+            )
+    functions = [
+        {"name": tool.name, "description": tool.description, "parameters": tool.parameters} for tool in given
+    ]
+    return check_tools(
+        [
+            {"type": "function", "function": {key: value for key, value in one.items() if value is not None}}
+            for one in functions
         ]
-    return to_message(where, Turn(item.role, content))
+    )
 
 
 def _check_format(asked: Format | None) -> JsonForm | None:
