@@ -72,6 +72,15 @@ def test_whatever_the_model_would_say_it_calls_a_tool_by_its_schema(name, seed):
         assert call.arguments["where"] in ("left", "right")
 
 
+def test_control_tokens_that_are_not_flagged_special_are_held_as_well():
+    template, control, end = CONTROL["hermes"]  # as in Qwen's tokenizer
+    chat = ChatFormat(make_tokenizer(template, control, end=end, special=False))
+    call = ToolCall("heat", {"degrees": 20})
+    example = make_example([ASKED, Message("assistant", "", (call,))], {}, tools=TOOLS)
+    wanted = tuple(chat.encode(example).ids[len(chat.encode_prompt(example.prompt, TOOLS)) :])
+    assert tuple(say(chat, ask(must_call=NAMES), seed=0, rather=wanted)) == wanted
+
+
 @pytest.mark.parametrize("name", CONTROL)
 def test_a_named_tool_is_the_one_that_is_called(name):
     chat = chat_of(name)
