@@ -245,6 +245,8 @@ def _make_demo(folder: Path, config: BaseConfig, splits: PrepareConfig) -> Detai
 
     rows = reading(config.demo, splits)
     tokenizer = make_tokenizer(rows, config.demo)
+    if config.chat_template:
+        tokenizer.chat_template = _read_template(Path(config.chat_template))
     tokenizer.save_pretrained(folder)
     write_text(folder / SEEN, "".join(f"{row.id}\n" for row in rows))
     model = pretrain(rows, ChatFormat(tokenizer), config)

@@ -75,7 +75,8 @@ class BaseConfig(Section):
         "digits, that the weights must have (the stage `base` prints it)",
     )
     chat_template: str | None = Field(
-        default=None, description="path of a Jinja chat template, for a base that brings none"
+        default=None,
+        description="path of a Jinja chat template, for a base that brings none, or in place of its own",
     )
     date: Annotated[str, BeforeValidator(_iso_date)] = Field(
         default="2026-01-01",

@@ -24,7 +24,8 @@ from ratchet.errors import ServiceError
 from ratchet.gateway.auth import Key
 from ratchet.gateway.identity import CHAT, RESPONSE
 from ratchet.gateway.limits import Gone, patience, read_body
-from ratchet.gateway.responses import ResponseEncoder, parse_response
+from ratchet.gateway.response_encoder import ResponseEncoder
+from ratchet.gateway.responses import parse_response
 from ratchet.gateway.routing import Choice
 from ratchet.gateway.state import Parts
 from ratchet.monitoring.request_records import Logged

@@ -1,33 +1,30 @@
-"""Read and write OpenAI's Responses in their basic form: text in, text out, whole or as events.
+"""Read OpenAI's Responses in their basic form: text and functions.
 
-Nothing is kept between two requests: a conversation is sent whole, in `input`. Refused by name are tools,
-files, pictures, background work and what refers to an earlier response.
+Nothing is kept between two requests: a conversation is sent whole, in `input`. Refused by name are other
+tools, files, pictures, background work and what refers to an earlier response.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 
 from ratchet.config.serving import GatewayConfig
-from ratchet.data.examples import Message
-from ratchet.serving.engine import JsonForm, Piece
-from ratchet.serving.faults import Fault
+from ratchet.data.examples import Message, RowError, Tool
+from ratchet.data.forms import order_results
+from ratchet.serving.engine import JsonForm
 from ratchet.serving.protocol import (
     MAX_TOP_LOGPROBS,
-    Answer,
     Chat,
     Part,
     Turn,
     check_range,
     check_text,
-    count_tokens,
+    check_tool_choice,
+    check_tools,
     decode,
-    encode_scored,
     refuse,
     to_form,
     to_message,
@@ -42,27 +39,39 @@ NOT_SUPPORTED = {
     "background": "leave it out, or send stream: true",
     **dict.fromkeys(
         [
-            *("tools", "tool_choice", "max_tool_calls", "parallel_tool_calls", "reasoning", "truncation"),
-            *("context_management", "moderation", "image", "access_programs", "background_options"),
+            *("max_tool_calls", "reasoning", "truncation", "context_management"),
+            *("moderation", "image", "access_programs", "background_options"),
         ],
         "leave it out",
     ),
 }
 # Values of unsupported fields that ask for what happens anyway: some clients always send every field.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True,),
     "reasoning": ({"effort": "none"}, {"effort": None}, {"effort": None, "summary": None}),
     "truncation": ("disabled",),
 }
 
 
 class Item(msgspec.Struct):
-    """Hold a message of `input`; `id` and `status`, which answers bring, do not count."""
+    """Hold a message, a call or a result of `input`; `id` and `status`, which answers bring, do not count."""
 
     type: str = "message"
     role: str | None = None
     content: str | list[Part] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[Part] | None = None
+
+
+class ToolBody(msgspec.Struct):
+    """Hold a tool; `strict` changes nothing, and stays out of the prompt."""
+
+    type: str
+    name: str = ""
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class Format(msgspec.Struct, forbid_unknown_fields=True):
@@ -94,6 +103,9 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None  # comes back in the response
+    tools: list[ToolBody] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     # Accepted and ignored: they concern storing, billing and padding at OpenAI.
     store: bool | None = None  # a look-up of the response is refused in words
     service_tier: Any = None
@@ -106,10 +118,7 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
     conversation: Any = None
     prompt: Any = None
     background: Any = None
-    tools: Any = None
-    tool_choice: Any = None
     max_tool_calls: Any = None
-    parallel_tool_calls: Any = None
     reasoning: Any = None
     truncation: Any = None
     context_management: Any = None
@@ -125,6 +134,9 @@ class ResponseChat(Chat):
 
     instructions: str | None = None
     metadata: dict[str, str] | None = None
+    told_tools: tuple[ToolBody, ...] = ()
+    tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
 
 
 _decode_body = msgspec.json.Decoder(Body)
@@ -137,6 +149,8 @@ def parse_response(raw: bytes, limits: GatewayConfig) -> ResponseChat:
     messages = _read_messages(body)
     if not 1 <= len(messages) <= limits.max_messages:
         refuse("input", f"input holds {len(messages)} messages; wanted 1 to {limits.max_messages}")
+    choice = check_tool_choice(body.tool_choice, _read_tools(body.tools or []))
+    parallel = body.parallel_tool_calls is not False
     return ResponseChat(
         model=body.model,
         messages=messages,
@@ -150,8 +164,14 @@ def parse_response(raw: bytes, limits: GatewayConfig) -> ResponseChat:
         stop=(),
         form=_check_format(body.text.format if body.text else None),
         top_logprobs=_check_logprobs(body),
+        tools=choice.tools,
+        must_call=choice.must_call,
+        parallel_calls=parallel and not choice.named,
         instructions=body.instructions,
         metadata=body.metadata,
+        told_tools=tuple(body.tools or ()),
+        tool_choice=body.tool_choice or "auto",
+        parallel_tool_calls=parallel,
     )
 
 
@@ -168,24 +188,67 @@ def _check_support(body: Body) -> None:
 
 def _read_messages(body: Body) -> tuple[Message, ...]:
     items = [Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input
-    own = [to_message("instructions", Turn("system", body.instructions))] if body.instructions else []
-    return (*own, *(_read_item(f"input[{position}]", item) for position, item in enumerate(items)))
+    turns = [to_message("instructions", Turn("system", body.instructions))] if body.instructions else []
+    before, known = "", set[str]()
+    for position, item in enumerate(items):
+        where = f"input[{position}]"
+        message = _read_item(where, item)
+        if item.type == "function_call_output" and message.call_id not in known:
+            refuse(
+                where, f"{where} answers the call {message.call_id[:40]!r}, which is none", "send it before"
+            )
+        known.update(call.id for call in message.tool_calls)
+        # A text and the calls after it are one answer; it comes as an item each.
+        if item.type == "function_call" and before in ("function_call", "assistant"):
+            joined = (*turns[-1].tool_calls, *message.tool_calls)
+            turns[-1] = msgspec.structs.replace(turns[-1], tool_calls=joined)
+        else:
+            turns.append(message)
+        before = message.role if item.type == "message" else item.type
+    try:
+        return tuple(order_results(turns))
+    except RowError as error:
+        refuse("input", str(error))
 
 
 def _read_item(where: str, item: Item) -> Message:
+    if item.type == "function_call":
+        function = {"name": item.name, "arguments": item.arguments}
+        return to_message(where, Turn("assistant", None, [{"id": item.call_id, "function": function}]))
+    if item.type == "function_call_output":
+        return to_message(where, Turn("tool", _read_parts(item.output), tool_call_id=item.call_id))
     if item.type != "message" or item.role is None:
         refuse(
             where,
             f"{where} is of type {item.type!r}{'' if item.role else ' without a role'}",
-            'send messages: {"role": …, "content": …}',
+            'send messages, {"role": …, "content": …}, function_call and function_call_output',
         )
-    content = item.content
-    if not isinstance(content, str) and content is not None:
-        content = [
-            Part("text", part.text) if part.type in ("input_text", "output_text") else part
-            for part in content
+    return to_message(where, Turn(item.role, _read_parts(item.content)))
+
+
+def _read_parts(content: str | list[Part] | None) -> str | list[Part] | None:
+    if isinstance(content, str) or content is None:
+        return content
+    return [
+        Part("text", part.text) if part.type in ("input_text", "output_text") else part for part in content
+    ]
+
+
+def _read_tools(given: list[ToolBody]) -> tuple[Tool, ...]:
+    for position, tool in enumerate(given):
+        if tool.type != "function":
+            refuse(
+                "tools", f"tools[{position}] is of type {tool.type[:40]!r}: not supported", "send functions"
+            )
+    functions = [
+        {"name": tool.name, "description": tool.description, "parameters": tool.parameters} for tool in given
+    ]
+    return check_tools(
+        [
+            {"type": "function", "function": {key: value for key, value in one.items() if value is not None}}
+            for one in functions
         ]
-    return to_message(where, Turn(item.role, content))
+    )
 
 
 def _check_format(asked: Format | None) -> JsonForm | None:
@@ -203,142 +266,3 @@ def _check_logprobs(body: Body) -> int | None:
     if SCORES in (body.include or ()):
         return top or 0
     return top or None
-
-
-# --- answers ---
-
-
-@dataclass
-class ResponseEncoder:
-    """Write one response: whole, or as the events that OpenAI's clients wait for."""
-
-    id: str
-    created: int
-    fingerprint: str
-    chat: ResponseChat
-    _number: int = 0  # of the next event
-
-    def whole(self, answers: Sequence[Answer]) -> bytes:
-        return msgspec.json.encode(self._response(answers))
-
-    def begin(self) -> bytes:
-        return b"".join(
-            [
-                self._event("response.created", response=self._response()),
-                self._event("response.in_progress", response=self._response()),
-                self._event("response.output_item.added", output_index=0, item=self._item([], "in_progress")),
-                self._event("response.content_part.added", **self._place(), part=self._part("", [])),
-            ]
-        )
-
-    def piece(self, index: int, piece: Piece) -> bytes:
-        return self._event(
-            "response.output_text.delta",
-            **self._place(),
-            delta=piece.text,
-            logprobs=[encode_scored(token) for token in piece.tokens],
-        )
-
-    def end(self, answers: Sequence[Answer]) -> bytes:
-        response = self._response(answers)
-        (item,) = response["output"]
-        (part,) = item["content"]
-        more = {"text": part["text"], "logprobs": part["logprobs"]}
-        return b"".join(
-            [
-                self._event("response.output_text.done", **self._place(), **more),
-                self._event("response.content_part.done", **self._place(), part=part),
-                self._event("response.output_item.done", output_index=0, item=item),
-                self._event(f"response.{response['status']}", response=response),
-            ]
-        )
-
-    def fail(self, fault: Fault) -> bytes:
-        error = {"code": fault.code or "server_error", "message": fault.message}
-        failed = self._response() | {"status": "failed", "error": error}
-        return self._event("response.failed", response=failed)
-
-    def _event(self, kind: str, **more: Any) -> bytes:
-        data = msgspec.json.encode({"type": kind, "sequence_number": self._number, **more})
-        self._number += 1
-        return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
-
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-
-    @property
-    def _item_id(self) -> str:
-        return f"msg_{self.id.removeprefix('resp_')}"
-
-    def _response(self, answers: Sequence[Answer] = ()) -> dict[str, Any]:
-        """Return the response as it stands: in progress without answers."""
-        cut = any(answer.ended and answer.ended.finish == "length" for answer in answers)
-        status = "in_progress" if not answers else "incomplete" if cut else "completed"
-        chat = self.chat
-        return {
-            "id": self.id,
-            "object": "response",
-            "created_at": self.created,
-            "completed_at": int(time.time()) if answers else None,
-            "status": status,
-            "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "instructions": chat.instructions,
-            "max_output_tokens": chat.max_tokens,
-            "model": chat.model,
-            "output": [
-                self._item(
-                    [self._part(answer.text, [encode_scored(token) for token in answer.tokens])], status
-                )
-                for answer in answers
-            ],
-            "parallel_tool_calls": True,
-            "previous_response_id": None,
-            "store": False,
-            "temperature": chat.temperature,
-            "text": {"format": _format(chat.form)},
-            "tool_choice": "auto",
-            "tools": [],
-            "top_logprobs": chat.top_logprobs or 0,
-            "top_p": chat.top_p,
-            "truncation": "disabled",
-            "usage": _usage(answers) if answers else None,
-            "user": chat.user or None,
-            "metadata": chat.metadata or {},
-        }
-
-    def _item(self, content: list[dict[str, Any]], status: str) -> dict[str, Any]:
-        return {
-            "id": self._item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": status,
-            "content": content,
-        }
-
-    def _part(self, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-
-def _format(form: JsonForm | None) -> dict[str, Any]:
-    if form is None:
-        return {"type": "text"}
-    if not form.schema:
-        return {"type": "json_object"}
-    return {
-        "type": "json_schema",
-        "name": form.name,
-        "schema": msgspec.Raw(form.schema.encode()),
-        "strict": True,
-    }
-
-
-def _usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    read, written = count_tokens(answers)
-    return {
-        "input_tokens": read,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-        "output_tokens": written,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": read + written,
-    }

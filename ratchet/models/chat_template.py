@@ -169,6 +169,10 @@ class ChatFormat:
         read = self.calls.read(text) if tools and self.calls else None
         return read or Message("assistant", text)
 
+    def settled(self, text: str) -> int:
+        """Count the characters of an unfinished answer to offered tools that are no part of a call."""
+        return self.calls.settled(text) if self.calls else len(text)
+
     # --- tools ---
 
     @cached_property

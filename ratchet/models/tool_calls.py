@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ratchet.data.examples import Message, Tool, ToolCall
+from ratchet.data.examples import Message, Tool, ToolCall, trim
 
 PROBE_TOOL: Tool = {
     "type": "function",
@@ -28,7 +28,8 @@ _decoder = json.JSONDecoder()
 class CallFormat(NamedTuple):
     """What a template writes before, between and after the JSON of calls, and the keys that it uses.
 
-    `between` is None where the template takes one call a turn.
+    `between` is None where the template takes one call a turn. `heads` stand before the name and between the
+    name and the arguments of a call; None where the arguments come first, or as text.
     """
 
     before: str
@@ -36,6 +37,7 @@ class CallFormat(NamedTuple):
     after: str
     name_key: str
     arguments_key: str
+    heads: tuple[str, str] | None = None
 
     def read(self, text: str) -> Message | None:
         """Read an answer that calls tools; None where it calls none, or where the calls are broken."""
@@ -64,7 +66,20 @@ class CallFormat(NamedTuple):
                 break
         if rest and rest.strip() != self.after.strip():
             return None
-        return Message("assistant", text[:start].strip(), tuple(calls))
+        return Message("assistant", trim(text[:start]), tuple(calls))
+
+    def settled(self, text: str) -> int:
+        """Count the characters of an unfinished answer that are text, whatever follows: no part of a call."""
+        lead = self.before.strip()
+        if not lead:
+            begun = text.lstrip()[:1]
+            return 0 if begun in ("", "{") else len(text)
+        start = text.find(lead)
+        if start < 0:
+            start = len(text) - next(
+                (size for size in range(len(lead) - 1, 0, -1) if text.endswith(lead[:size])), 0
+            )
+        return len(text[:start].rstrip())
 
     def _call(self, said: Any) -> ToolCall | None:
         if not isinstance(said, dict) or not isinstance(name := said.get(self.name_key), str):
@@ -104,8 +119,24 @@ def find_call_format(answer_of: Callable[[tuple[ToolCall, ...]], str]) -> CallFo
     both = answer_of(PROBES)
     two = _objects(both)
     between = both[two[0][1] : two[1][0]] if two and len(two) == 2 else None
-    found = CallFormat(text[:start], between, text[end:], str(keys["name"]), str(keys["arguments"]))
+    found = CallFormat(
+        text[:start],
+        between,
+        text[end:],
+        str(keys["name"]),
+        str(keys["arguments"]),
+        _heads(text[start:end]),
+    )
     return found if _reads_back(found, text, PROBES[:1]) else None
+
+
+def _heads(call: str) -> tuple[str, str] | None:
+    """Return what stands before the name and before the arguments in a call of the probe's."""
+    first, found, rest = call.partition(json.dumps(PROBES[0].name))
+    start = rest.find("{")
+    if not found or start < 0 or rest[:start].rstrip().endswith('"'):
+        return None
+    return first, rest[:start]
 
 
 def _reads_back(found: CallFormat, text: str, calls: tuple[ToolCall, ...]) -> bool:

@@ -95,7 +95,7 @@ def replayed_answer(
 ) -> Answer:
     """Return what the engine makes of a model that says exactly `ids`."""
     return engine_answers(
-        cast(LoadedModel, _Script(prompt_tokens, ids)),
+        cast(LoadedModel, Script(prompt_tokens, ids)),
         bundle,
         chat,
         [row],
@@ -148,7 +148,7 @@ class _Heard:
         )
 
 
-class _Script:
+class Script:
     """Stand in for a model: say the given tokens one after the other."""
 
     device = torch.device("cpu")

@@ -47,7 +47,7 @@ class Row:
         self.ask, self.since, self.tell = ask, since, tell
         self.cancelled = False
         self.prompt: list[int] = []
-        self.held = ""  # text that is not told yet, where tools are offered
+        self.text, self.told = "", 0  # where tools are offered: all text, and how much of it is told
         self.answer: list[int] = []  # tokens so far; the next forward pass reads the newest
         self.room = 0  # answer tokens that may still come
         self.nll = 0.0  # sum over the answer's tokens, in nats
@@ -56,7 +56,7 @@ class Row:
         self.temperature = 0.0
         self.generator: torch.Generator | None = None
         self.transcript: Transcript
-        self.constraint: Constraint | None = None  # of ask.form
+        self.constraint: Constraint | None = None  # of ask.form or ask.must_call
         self.vocabulary: Vocabulary | None = None  # where tokens are scored
         self.scored: list[Scored] = []  # tokens that were not told yet
 
@@ -295,11 +295,8 @@ class Decoder:
             text += row.transcript.end()
             stopped = stopped or row.transcript.stopped
         calls: tuple[ToolCall, ...] = ()
-        if row.ask.tools:  # what may be a call is text only once it is known to be none
-            row.held += text
-            said = self._chats[row.ask.version].read_answer(row.held, row.ask.tools) if ended else None
-            text, calls = (said.content, said.tool_calls) if said else ("", ())
-            calls = calls if row.ask.parallel_calls else calls[:1]
+        if row.ask.tools:
+            text, calls = self._tell_apart(row, text, ended=ended)
         if text or calls or (ended and row.scored):
             row.tell(Piece(text, tuple(row.scored), calls))
             row.scored = []
@@ -315,6 +312,19 @@ class Decoder:
                 )
             )
         return ended
+
+    def _tell_apart(self, row: Row, text: str, *, ended: bool) -> tuple[str, tuple[ToolCall, ...]]:
+        """Return the text that is no part of a call and is not told yet; the calls once the answer ended."""
+        chat = self._chats[row.ask.version]
+        calls: tuple[ToolCall, ...] = ()
+        row.text += text
+        if ended:
+            said = chat.read_answer(row.text, row.ask.tools)
+            new, calls = said.content[row.told :], said.tool_calls
+        else:
+            new = row.text[row.told : chat.settled(row.text)]
+        row.told += len(new)
+        return new, calls if row.ask.parallel_calls else calls[:1]
 
 
 def _nll(logits: Tensor, following: Tensor, mask: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class Ask:
     top_logprobs: int | None = None
     tools: tuple[Tool, ...] = ()
     parallel_calls: bool = True  # False: of several calls the first alone is told
+    must_call: tuple[str, ...] = ()  # names of tools: the answer calls them and nothing else
 
 
 class Scored(NamedTuple):

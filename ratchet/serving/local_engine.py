@@ -112,8 +112,8 @@ class LocalEngine:
     async def _equip(self, row: Row) -> None:
         """Give a row what its form or its scores need, made beside the models' thread: up to a second."""
         vocabulary = self._vocabularies[row.ask.version]
-        if row.ask.form is not None:
-            row.constraint = await asyncio.to_thread(vocabulary.constrain, row.ask.form)
+        if row.ask.form is not None or row.ask.must_call:
+            row.constraint = await asyncio.to_thread(vocabulary.constrain, row.ask)
         if row.ask.top_logprobs is not None:
             await asyncio.to_thread(vocabulary.prepare)
             row.vocabulary = vocabulary

@@ -1,13 +1,13 @@
 """Read and write OpenAI's chat completions: a checked `Chat` from a body, JSON or events from an answer.
 
-Not covered, and refused by name: a tool that has to be called, penalties, and anything but text.
+Not covered, and refused by name: penalties, and anything but text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 import msgspec
 
@@ -34,14 +34,13 @@ ROLES = {
     "tool": "tool",
 }
 NOT_SUPPORTED = (
-    *("tool_choice", "functions", "function_call", "moderation"),
+    *("functions", "function_call", "moderation"),
     *("logit_bias", "presence_penalty", "frequency_penalty", "modalities", "audio", "prediction"),
     *("reasoning_effort", "verbosity", "web_search_options"),
 )
 # Values of unsupported fields that ask for what happens anyway: some clients always send every field.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
@@ -113,10 +112,10 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
     tools: Any = None
+    tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     # NOT_SUPPORTED
     moderation: Any = None
-    tool_choice: Any = None
     functions: Any = None
     function_call: Any = None
     logit_bias: Any = None
@@ -162,6 +161,7 @@ class Chat:
     num_choices: int = 1
     tools: tuple[Tool, ...] = ()
     parallel_calls: bool = True
+    must_call: tuple[str, ...] = ()
 
     def ask(self, id: str, version: int, choice: int = 0) -> Ask:
         """Return what the engine is asked; each choice has a seed of its own, the first the client's."""
@@ -179,6 +179,7 @@ class Chat:
             self.top_logprobs,
             self.tools,
             self.parallel_calls,
+            self.must_call,
         )
 
     def logged(self) -> tuple[tuple[str, str], ...]:
@@ -209,6 +210,8 @@ def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
         )
     except RowError as error:
         refuse("messages", str(error))
+    offered = check_tools(body.tools)
+    choice = check_tool_choice(body.tool_choice, offered)
     return Chat(
         model=body.model,
         messages=tuple(messages),
@@ -223,8 +226,9 @@ def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
         form=_check_format(body.response_format),
         top_logprobs=_check_logprobs(body),
         num_choices=_check_choices(body),
-        parallel_calls=body.parallel_tool_calls is not False,
-        tools=() if body.tool_choice == "none" else _check_tools(body.tools),
+        parallel_calls=body.parallel_tool_calls is not False and not choice.named,
+        tools=choice.tools,
+        must_call=choice.must_call,
     )
 
 
@@ -288,7 +292,8 @@ def to_message(where: str, turn: Turn) -> Message:
     return Message(role, content, calls, call_id=turn.tool_call_id or "" if role == "tool" else "")
 
 
-def _check_tools(given: Any) -> tuple[Tool, ...]:
+def check_tools(given: Any) -> tuple[Tool, ...]:
+    """Return the tools of a request. Raises Fault(400)."""
     try:
         tools = read_tools(given)
     except RowError as error:
@@ -296,6 +301,42 @@ def _check_tools(given: Any) -> tuple[Tool, ...]:
     for text in texts_of([], tools):
         check_text("tools", text)
     return tools
+
+
+class ToolChoice(NamedTuple):
+    """Hold the tools that are offered, the names of which one has to be called, and whether it is named."""
+
+    tools: tuple[Tool, ...]
+    must_call: tuple[str, ...] = ()
+    named: bool = False
+
+
+def check_tool_choice(given: Any, tools: tuple[Tool, ...]) -> ToolChoice:
+    """Return what `tool_choice` leaves to the model. Raises Fault(400): it names no tool of the request."""
+    if given in (None, "auto"):
+        return ToolChoice(tools)
+    if given == "none":
+        return ToolChoice(())
+    names = tuple(str(tool["function"]["name"]) for tool in tools)
+    if given == "required":
+        if not tools:
+            refuse("tool_choice", "tool_choice is 'required', and no tools are offered", "send them in tools")
+        return ToolChoice(tools, names)
+    inner = given.get("function", given) if isinstance(given, dict) else None
+    name = inner.get("name") if isinstance(inner, dict) and given.get("type") == "function" else None
+    if name is None:
+        refuse(
+            "tool_choice",
+            f"tool_choice is {str(given)[:80]}",
+            "send none, auto, required, or a function of tools by its name",
+        )
+    if name not in names:
+        refuse(
+            "tool_choice",
+            f"tool_choice names {str(name)[:40]!r}, which tools do not offer",
+            f"offered: {', '.join(names)[:200] or 'nothing'}",
+        )
+    return ToolChoice(tools, (str(name),), named=True)
 
 
 def _join(where: str, content: str | list[Part]) -> str:

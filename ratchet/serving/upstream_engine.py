@@ -330,6 +330,7 @@ def _body(ask: Ask, bundle: Bundle, *, stream: bool) -> bytes:
         "response_format": _format(ask.form),
         "tools": ask.tools or None,
         "parallel_tool_calls": None if ask.parallel_calls else False,
+        "tool_choice": _choice(ask),
     }
     body = {
         "model": _model(bundle),
@@ -341,6 +342,12 @@ def _body(ask: Ask, bundle: Bundle, *, stream: bool) -> bytes:
     return msgspec.json.encode(
         {**body, "stream": True, "stream_options": {"include_usage": True}} if stream else body
     )
+
+
+def _choice(ask: Ask) -> Any:
+    if len(ask.must_call) == 1 and not ask.parallel_calls:
+        return {"type": "function", "function": {"name": ask.must_call[0]}}
+    return "required" if ask.must_call else None
 
 
 def _format(form: JsonForm | None) -> dict[str, Any] | None:

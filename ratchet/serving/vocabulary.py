@@ -1,4 +1,4 @@
-"""Know a version's tokens as bytes: to hold an answer to a JSON schema, and to name tokens by their bytes.
+"""Know a version's tokens as bytes: to hold an answer to a grammar, and to name tokens by their bytes.
 
 llguidance does both: it compiles a schema (draft 2020-12, most of it) to a grammar, and says at each step
 which tokens may follow. It needs no other package. With 49,152 tokens the tokenizer is made in 0.8 s, a
@@ -7,6 +7,8 @@ schema of four texts in 6 ms, and a token costs 0.5 ms more.
 
 from __future__ import annotations
 
+import json
+import re
 from threading import Lock
 from typing import Any
 
@@ -15,12 +17,11 @@ from torch import Tensor
 
 from ratchet.errors import UserError
 from ratchet.models.chat_template import ChatFormat
-from ratchet.serving.engine import JsonForm
+from ratchet.serving.engine import Ask
+from ratchet.serving.grammars import write_grammar
 
-# Between the parts of JSON: a blank, or a line break with its indentation. With blanks as it likes, a model
-# that was not taught JSON goes on with them to the end of its tokens.
-BLANKS = r"( |\n {0,16})?"
 LONGEST_COMPLAINT = 300  # characters of the compiler's message
+PLACE = re.compile(r"at \d+\(\d+\): (?:failed to compile JSON schema: )?")
 
 
 class Vocabulary:
@@ -36,20 +37,34 @@ class Vocabulary:
         """Make the tokenizer. Raises UserError: it cannot be made."""
         self._tokenizer()
 
-    def constrain(self, form: JsonForm) -> Constraint:
-        """Compile a form. Raises UserError: the schema is none, or asks for what cannot be held."""
+    def constrain(self, ask: Ask) -> Constraint:
+        """Compile the form of an answer, or the calls that it has to make.
+
+        Raises UserError: a schema is none, or asks for what cannot be held; no call of the template's can be.
+        """
         from llguidance import LLMatcher
 
-        grammar = LLMatcher.grammar_from_json_schema(
-            form.schema or '{"type": "object"}', defaults={"whitespace_pattern": BLANKS}
-        )
-        matcher = LLMatcher(self._tokenizer(), grammar, log_level=0)
+        grammar = write_grammar(ask, self._chat.calls if ask.tools else None, self._quote)
+        matcher = LLMatcher(self._tokenizer(), grammar.lark, log_level=0)
         if matcher.is_error():
             raise UserError(
-                f"response_format's schema cannot be held: {_first_line(matcher.get_error())}",
-                remedy="leave that keyword out of the schema, or send {'type': 'json_object'}",
+                f"{grammar.what} cannot be held: {_first_line(matcher.get_error())}", remedy=grammar.remedy
             )
-        return Constraint(matcher)
+        return Constraint(matcher, grammar.what)
+
+    def _quote(self, text: str) -> str:
+        """Write a text of the template in Lark; its control tokens, which are no text, by their numbers."""
+        tokenizer, symbols, plain = self._tokenizer(), list[str](), b""
+        for token in [*self._chat.tokenizer.encode(text, add_special_tokens=False), None]:
+            if token is not None and not tokenizer.is_special_token(token):
+                plain += bytes(tokenizer.decode_bytes([token]))
+                continue
+            if plain:
+                symbols.append(json.dumps(plain.decode(), ensure_ascii=False))
+            if token is not None:
+                symbols.append(f"<[{token}]>")
+            plain = b""
+        return " ".join(symbols)
 
     def bytes_of(self, token: int) -> bytes:
         """Return the bytes that a token stands for; a control token's are its name."""
@@ -74,7 +89,7 @@ class Vocabulary:
             )
         except ValueError as error:
             raise UserError(
-                f"this base's tokenizer takes no response_format and no logprobs: {error}",
+                f"this base's tokenizer takes no response_format, no logprobs and no required tool: {error}",
                 remedy="leave them out; a base with a fast tokenizer (tokenizer.json) takes them",
             ) from None
 
@@ -82,8 +97,8 @@ class Vocabulary:
 class Constraint:
     """Say which tokens may follow those of one answer."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, what: str) -> None:
+        self._matcher, self._what = matcher, what
 
     def mask(self, logits: Tensor) -> Tensor:
         """Return a row of logits, (vocab), with -inf for each token that may not follow."""
@@ -94,10 +109,12 @@ class Constraint:
         """Add the token that follows. Raises UserError: the grammar has become too large to go on."""
         if not self._matcher.consume_token(token):
             raise UserError(
-                f"response_format's schema cannot be held: {_first_line(self._matcher.get_error())}",
+                f"{self._what} cannot be held: {_first_line(self._matcher.get_error())}",
                 remedy="take a simpler schema",
             )
 
 
 def _first_line(complaint: str) -> str:
-    return (complaint.strip().splitlines() or ["no reason was given"])[0][:LONGEST_COMPLAINT]
+    """Return the compiler's reason, without the place in a grammar that no client wrote."""
+    reason = PLACE.sub("", complaint.strip())
+    return (reason.splitlines() or ["no reason was given"])[0][:LONGEST_COMPLAINT]

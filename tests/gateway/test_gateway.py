@@ -208,6 +208,85 @@ def test_the_clients_own_collector_makes_a_response_of_the_events(client):
         assert stream.get_final_response().output_text == ANSWER
 
 
+FUNCTION = {"type": "function", "name": "find", "parameters": {"type": "object"}, "strict": True}
+
+
+def test_a_response_calls_a_tool_and_takes_its_result(gateway, client):
+    asked = {"model": "pydoc", "tools": [FUNCTION], "parallel_tool_calls": False}
+    response = client.responses.create(**asked, input="call:find")
+    (called,) = response.output
+    assert (called.type, called.name, json.loads(called.arguments)) == (
+        "function_call",
+        "find",
+        {"word": "a"},
+    )
+    assert gateway.stub.seen[-1]["tools"] == TOOLS and response.tools[0].name == "find"
+    assert (response.status, response.parallel_tool_calls, response.output_text) == ("completed", False, "")
+
+    result = {"type": "function_call_output", "call_id": called.call_id, "output": "the result"}
+    turns = [{"role": "user", "content": "hello"}, *response.output, result]
+    assert client.responses.create(**asked, input=turns).output_text == ANSWER
+    sent = gateway.stub.seen[-1]["messages"]
+    assert [message["role"] for message in sent] == ["user", "assistant", "tool"]
+    assert sent[2]["tool_call_id"] == sent[1]["tool_calls"][0]["id"] and sent[2]["content"] == "the result"
+
+
+def test_a_response_streams_a_call_as_the_clients_collector_wants_it(client):
+    events = list(client.responses.create(model="pydoc", input="call:find", tools=[FUNCTION], stream=True))
+    assert [event.type for event in events[2:-1]] == [
+        "response.output_item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+    ]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    with client.responses.stream(model="pydoc", input="call:find", tools=[FUNCTION]) as stream:
+        kinds = [event.type for event in stream]
+        (called,) = stream.get_final_response().output
+    assert kinds[-1] == "response.completed" and json.loads(called.arguments) == {"word": "a"}
+
+
+def test_texts_and_calls_of_one_answer_are_one_message(gateway, client):
+    call = {"type": "function_call", "name": "find", "arguments": '{"word": "a"}'}
+    turns = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "I look."},
+        call | {"call_id": "1"},
+        call | {"call_id": "2"},
+        {"type": "function_call_output", "call_id": "2", "output": "second"},
+        {"type": "function_call_output", "call_id": "1", "output": "first"},
+        call | {"call_id": "3"},
+        {"type": "function_call_output", "call_id": "3", "output": [{"type": "input_text", "text": "third"}]},
+    ]
+    client.responses.create(model="pydoc", input=turns, tools=[FUNCTION])
+    sent = gateway.stub.seen[-1]["messages"]
+    assert [message["role"] for message in sent] == ["user", "assistant", "tool", "tool", "assistant", "tool"]
+    assert sent[1]["content"] == "I look." and len(sent[1]["tool_calls"]) == 2
+    assert [message["content"] for message in sent if message["role"] == "tool"] == [
+        "first",
+        "second",
+        "third",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("choice", "sent"),
+    [
+        ("required", "required"),
+        ({"type": "function", "name": "find"}, {"type": "function", "function": {"name": "find"}}),
+        ("auto", None),
+    ],
+)
+def test_a_tool_that_has_to_be_called_is_the_upstreams_to_hold(gateway, client, choice, sent):
+    client.responses.create(model="pydoc", input="call:find", tools=[FUNCTION], tool_choice=choice)
+    assert gateway.stub.seen[-1].get("tool_choice") == sent
+    named = choice if isinstance(choice, str) else sent
+    client.chat.completions.create(
+        model="pydoc", messages=question("call:find"), tools=TOOLS, tool_choice=named
+    )
+    assert gateway.stub.seen[-1].get("tool_choice") == sent
+
+
 def test_a_conversation_is_sent_whole_in_the_input(gateway, client):
     first = client.responses.create(model="pydoc", input="hello")
     turns = [
@@ -233,7 +312,9 @@ def test_a_conversation_is_sent_whole_in_the_input(gateway, client):
         ({"previous_response_id": "resp_1"}, "previous_response_id", "send the earlier turns in `input`"),
         ({"conversation": "c"}, "conversation", "no response is kept"),
         ({"background": True}, "background", "not supported"),
-        ({"tools": [{"type": "web_search"}]}, "tools", "not supported"),
+        ({"tools": [{"type": "web_search"}]}, "tools", "'web_search': not supported"),
+        ({"tools": [{"type": "function"}]}, "tools", "no name"),
+        ({"tool_choice": "required"}, "tool_choice", "no tools are offered"),
         ({"reasoning": {"effort": "high"}}, "reasoning", "not supported"),
         ({"truncation": "auto"}, "truncation", "not supported"),
         ({"include": ["file_search_call.results"]}, "include", "file_search_call.results"),
@@ -244,7 +325,17 @@ def test_a_conversation_is_sent_whole_in_the_input(gateway, client):
             "input[0].content[0]",
             "'input_image'",
         ),
-        ({"input": [{"type": "function_call_output", "call_id": "1", "output": "2"}]}, "input[0]", "of type"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input[0]", "of type 'reasoning'"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "1", "output": "2"}]},
+            "input[0]",
+            "answers the call '1', which is none",
+        ),
+        (
+            {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{"}]},
+            "input[0].tool_calls",
+            "no JSON",
+        ),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format", "brings no schema"),
     ],
 )

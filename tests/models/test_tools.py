@@ -161,6 +161,40 @@ def test_a_broken_call_stays_text(text):
     assert chat_of("hermes").read_answer(text, [TOOL]) == Message("assistant", text)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", "a < b, and <tool is no call"),
+        ("hermes", 'let me see\n\n<tool_call>\n{"name": "find", "arguments": {}}\n</tool_call>'),
+        ("hermes", '<tool_call>\n{"name": broken\n</tool_call> and more'),
+        ("mistral", 'one moment [TOOL_CALLS] [{"name": "find", "arguments": {}}]'),
+        ("llama", '{"name": "find", "parameters": {}}'),
+        ("llama", "plain { text }"),
+    ],
+)
+def test_what_is_settled_early_is_never_taken_back(name, text):
+    chat = chat_of(name)
+    content = chat.read_answer(text, [TOOL]).content
+    counts = [chat.settled(text[:end]) for end in range(len(text) + 1)]
+    assert counts == sorted(counts)
+    assert all(content.startswith(text[:count]) for count in counts)
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_text_that_cannot_become_a_call_is_settled_at_once(name):
+    chat = chat_of(name)
+    assert chat.settled("no call") == len("no call")
+    before = chat.calls.before.strip()
+    assert chat.settled(f"ab {before or '{'}"[3:]) == 0
+
+
+def test_the_indentation_before_a_call_is_the_row_s():
+    chat = chat_of("hermes")
+    example = row(ASKED, Message("assistant", "    code", (CALL,)))
+    text = learned_text(chat, example).removesuffix("<|im_end|>")
+    assert chat.read_answer(text, [TOOL]) == example.messages[-1]
+
+
 def test_without_tools_in_the_prompt_nothing_is_read_as_a_call():
     text = json.dumps({"name": "find", "parameters": {}})
     assert chat_of("llama").read_answer(text, []) == Message("assistant", text)

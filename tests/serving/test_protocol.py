@@ -166,7 +166,6 @@ def test_the_defaults_of_what_is_not_supported_are_taken():
         ("reasoning_effort", "high"),
         ("logit_bias", {"1": 2}),
         ("frequency_penalty", 0.5),
-        ("tool_choice", "required"),
     ],
 )
 def test_what_is_not_supported_is_named(field, value):

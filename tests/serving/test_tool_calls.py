@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from ratchet.config.serving import GatewayConfig
 from ratchet.data.examples import Message, ToolCall, make_example
-from ratchet.parity.paths import replayed_answer
+from ratchet.parity.paths import Script, replayed_answer
 from ratchet.serving.bundle import Bundle, Generation
-from ratchet.serving.engine import Ended, Piece
+from ratchet.serving.decoding import Decoder, Row
+from ratchet.serving.engine import Ask, Ended, Piece
 from ratchet.serving.faults import Fault
+from ratchet.serving.loaded_model import LoadedModel
 from ratchet.serving.protocol import Answer, Chat, ChatEncoder, parse_chat
 from tests.models.test_tools import ASKED, CALL, CONTROL, TOOL, chat_of, row
 
@@ -63,6 +65,41 @@ def test_an_answer_without_a_call_stays_text_where_tools_are_offered():
     assert replayed_answer(bundle, chat, example, prompt, ids[prompt:]).text == "no tool needed"
 
 
+def told_pieces(name: str, answer: Message, **more: Any) -> list[Piece | Ended]:
+    """Return what the engine tells of an answer, piece by piece."""
+    chat, example = chat_of(name), row(ASKED, answer)
+    prompt = len(chat.encode_prompt(example.prompt, example.tools))
+    ids = chat.encode(example).ids
+    said: list[Any] = []
+    asked = Ask("id", 1, example.prompt, tools=example.tools, max_tokens=len(ids) - prompt, **more)
+    decoder = Decoder(cast(LoadedModel, Script(prompt, ids[prompt:])), measure_prompts=False)
+    decoder.add(Bundle("tiny", 1, Path("none"), Path("none"), len(ids) + 8, Generation(6)), chat)
+    decoder.round([Row(asked, 0.0, said.append)])
+    while decoder.size:
+        decoder.round([])
+    return said
+
+
+def test_text_is_told_while_it_is_made_and_calls_at_the_end():
+    said = told_pieces("hermes", Message("assistant", "let me see <b>", (CALL,)))
+    *texts, last, ended = said
+    assert len(texts) > 5 and "".join(piece.text for piece in texts) == "let me see <b>"
+    assert (last.text, last.calls, ended.finish) == ("", (CALL,), "tool_calls")
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_a_plain_answer_is_told_as_without_tools(name):
+    *texts, ended = told_pieces(name, Message("assistant", "no < tool [ needed {"))
+    assert "".join(piece.text for piece in texts) == "no < tool [ needed {" and ended.finish == "stop"
+    assert len(texts) > 5
+
+
+def test_one_call_alone_is_told_where_the_client_wants_one_at_a_time():
+    calls = (CALL, ToolCall("find", {"word": "c"}))
+    *_, last, ended = told_pieces("hermes", Message("assistant", "", calls), parallel_calls=False)
+    assert last.calls == calls[:1] and ended.finish == "tool_calls"
+
+
 def test_a_conversation_with_calls_is_read_as_rows_are():
     chat = parse(
         messages=[
@@ -90,10 +127,25 @@ def test_tools_that_shall_not_be_called_are_not_offered():
     assert parse(tool_choice="none").tools == () and parse(tool_choice="auto").tools == (TOOL,)
 
 
+def test_a_tool_that_has_to_be_called_is_asked_for_by_its_name():
+    other = {"type": "function", "function": {"name": "other"}}
+    required = parse(tools=[TOOL, other], tool_choice="required").ask("id", 1)
+    named = parse(tools=[TOOL, other], tool_choice={"type": "function", "function": {"name": "other"}}).ask(
+        "id", 1
+    )
+    assert (required.must_call, required.parallel_calls) == (("find", "other"), True)
+    assert (named.must_call, named.parallel_calls, len(named.tools)) == (("other",), False, 2)
+    assert parse(tool_choice="auto").ask("id", 1).must_call == ()
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required", "tools": None}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "gone"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "custom", "custom": {"name": "find"}}}, "tool_choice"),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": 1}, "tool_choice"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tools": [TOOL, TOOL]}, "tools"),
         (
