@@ -20,7 +20,7 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.canaries import make_canaries
-from ratchet.data.examples import Example, encode_line, read_examples
+from ratchet.data.examples import Example, count_reasoned, encode_line, read_examples
 from ratchet.data.mixture import mix_rows
 from ratchet.errors import DataError
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
@@ -49,7 +49,7 @@ class FeedbackFigures(msgspec.Struct, frozen=True):
 
 
 class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """What `profile.json` holds; `canaries` and `reasoned` are left out where there are none."""
+    """What `profile.json` holds; `canaries`, `reasoned` and `reasoning` are left out where there are none."""
 
     max_length: int  # tokens; the candidate's manifest keeps it for all that comes after
     window: int
@@ -60,7 +60,8 @@ class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
     batches: list[str]
     sha256: dict[str, str]  # split → of its windows
     canaries: int | msgspec.UnsetType = msgspec.UNSET
-    reasoned: int | msgspec.UnsetType = msgspec.UNSET  # training rows with reasoning, which is not learned
+    reasoned: int | msgspec.UnsetType = msgspec.UNSET  # training rows with reasoning
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET  # what became of it
 
 
 class Unfit(msgspec.Struct, frozen=True):
@@ -148,7 +149,8 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
             batches=sorted({str(example.meta["batch"]) for example in mixture.rows}),
             sha256={split: sha256_file(folder / f"{split}.arrow") for split in figures},
             canaries=config.evaluate.canaries or msgspec.UNSET,
-            reasoned=sum(any(one.reasoning for one in row.messages) for row in mixture.rows) or msgspec.UNSET,
+            reasoned=(reasoned := count_reasoned(mixture.rows)) or msgspec.UNSET,
+            reasoning=chat.told_reasoning if reasoned else msgspec.UNSET,
         )
         write_json(folder / "profile.json", msgspec.to_builtins(profile))
     return profile
@@ -205,7 +207,7 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
     chosen = " (auto)" if config.tokenize.max_length == "auto" else ""
     say(f"tokenize: rows of at most {profile.max_length} tokens{chosen} in windows of {profile.window}")
     if profile.reasoned:
-        say(f"tokenize: {profile.reasoned} rows have reasoning, which is left out of what is learned")
+        say(f"tokenize: {profile.reasoned} rows have reasoning; it is {profile.reasoning}")
     if not profile.validation.rows:
         say("tokenize: WARNING: there are no validation rows: the training could not be stopped early")
     say(

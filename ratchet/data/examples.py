@@ -347,6 +347,11 @@ def to_openai(messages: Iterable[Message]) -> list[dict[str, Any]]:
     return written
 
 
+def count_reasoned(examples: Iterable[Example]) -> int:
+    """Count the rows of which an answer has reasoning."""
+    return sum(any(message.reasoning for message in example.messages) for example in examples)
+
+
 def make_raw_row(messages: Iterable[Message], meta: Meta, tools: Sequence[Tool] = ()) -> RawRow:
     """Make a row in the form `messages`, as batches hold them."""
     return {"messages": to_openai(messages), "meta": meta} | ({"tools": list(tools)} if tools else {})
