@@ -152,6 +152,7 @@ def parse_response(raw: bytes, limits: GatewayConfig) -> ResponseChat:
         top_logprobs=_check_logprobs(body),
         instructions=body.instructions,
         metadata=body.metadata,
+        reasons=(body.reasoning or {}).get("effort") != "none",
     )
 
 
@@ -232,6 +233,8 @@ class ResponseEncoder:
         )
 
     def piece(self, index: int, piece: Piece) -> bytes:
+        if piece.reasoning and not piece.text:
+            return b""  # this form of the protocol has no events of reasoning
         return self._event(
             "response.output_text.delta",
             **self._place(),
