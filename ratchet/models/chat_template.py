@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from ratchet.data.examples import Example, Message, Tool, ToolCall, texts_of, trim
+from ratchet.data.examples import THINK, THOUGHT, Example, Message, Tool, ToolCall, texts_of, trim
 from ratchet.errors import BaseModelError, UserError
 from ratchet.models.reasoning import LEARN, ReasoningFormat, find_reasoning_format
 from ratchet.models.tool_calls import PROBE_TOOL, PROBES, CallFormat, find_call_format
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 REASON = "r"  # before the number of the message whose reasoning it is, not its content
 MARKED = re.compile(f"{OPEN}({REASON}?\\d+){CLOSE}")
+EMPTY_BLOCK = re.compile(f"{THINK}\\s*{THOUGHT}\\s*\\Z")
 CONTROL = re.compile(r"[<\[].+[>\]]")
 TURNS = (Message("user", "a"), Message("assistant", "b"), Message("user", "a"), Message("assistant", "b"))
 PROBE = TURNS[:2]
@@ -359,6 +360,8 @@ class ChatFormat:
             if not message.tool_calls:
                 continue
             before = self._render(_marked(messages[:index]), opening=True, tools=tools)
+            if not rendered.startswith(before):  # Qwen3's prompts end with a block that earlier turns lack
+                before = EMPTY_BLOCK.sub("", before)
             end = rendered.find(self._stop_text, len(before))
             if not rendered.startswith(before) or end < 0:
                 raise BaseModelError(

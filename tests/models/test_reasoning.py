@@ -227,6 +227,15 @@ def test_dropped_reasoning_changes_no_token(name):
     assert chat.read_answer("<think>\nhm\n</think>\n\na", []).text == "<think>\nhm\n</think>\n\na"
 
 
+def test_an_earlier_call_is_learned_where_the_prompt_alone_has_an_empty_block():
+    call = Message("assistant", "", (ToolCall("find", {"word": "c"}),))
+    example = row(ONE[0], call, Message("tool", "of c"), Message("assistant", "c"), tools=[TOOL])
+    chat = chat_of("qwen3", "drop")
+    assert chat.tokenizer.decode(chat.encode_prompt(ONE[:1])).endswith("</think>\n\n")
+    first, last, _ = whole_and_learned(chat, example)[1].split("<|im_end|>")
+    assert (chat.read_answer(first, [TOOL]), last) == (call, "c")
+
+
 def test_a_template_without_reasoning_learns_none_and_says_so():
     tokenizer = make_tokenizer(CHATML, IM[:2], end="<|im_end|>")
     (finding, _) = adapt_template(tokenizer, dt.date(2026, 3, 5), "learn")
