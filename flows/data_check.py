@@ -11,7 +11,7 @@ import msgspec
 from ratchet.config.params import Config
 from ratchet.data.batches import Batch, check_batch, raw_lines, read_manifest
 from ratchet.data.erasure import GOLDEN, Forgotten
-from ratchet.data.examples import Example, RowError
+from ratchet.data.examples import Example, RowError, count_reasoned
 from ratchet.data.profile import BatchProfile, check_limits
 from ratchet.data.validation import Origin, Validator
 from ratchet.errors import DataError, UserError
@@ -19,7 +19,7 @@ from ratchet.evaluation.metrics import Proposal, propose_metrics
 from ratchet.models.lengths import Lengths, check_dropped, describe_lengths, known_tokens
 from ratchet.models.manifests import read_base_manifest
 from ratchet.sources.jsonl import shown
-from ratchet.sources.preview import Preview, preview_rows
+from ratchet.sources.preview import Preview, preview_rows, tell_reasoning
 from tasks.ingest import Pulled, pull
 from tasks.prepare import Incoming, Rejection, origin_of, sort_batches
 
@@ -86,12 +86,15 @@ def check_file(
     lengths: list[int] = []
     references: list[str] = []
     judged: Counter[str] = Counter()
+    reasoned = 0
 
     def keep(side: str, row: Example | Rejection) -> None:
+        nonlocal reasoned
         if isinstance(row, Rejection):
             rejected.append(row)
         elif side != GOLDEN:
             judged["pairs" if row.rejected else "" if row.desirable else "bad answers"] += 1
+            reasoned += count_reasoned([row])
             if row.desirable:
                 references.append(row.answer)
             if chat:
@@ -115,6 +118,8 @@ def check_file(
             f"{told}: `train.objective: dpo` or `kto` learns from them, "
             "with `preference` in `evaluate.metrics`"
         )
+    if reasoned:
+        said.append(f"{name}: {reasoned} rows have reasoning: {tell_reasoning(chat)}")
     if lengths:
         context = read_base_manifest(base).context
         tokens = describe_lengths(lengths, context, config.tokenize)

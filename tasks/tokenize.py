@@ -21,7 +21,7 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.canaries import make_canaries
-from ratchet.data.examples import Example, Message, encode_line, read_examples
+from ratchet.data.examples import Example, Message, count_reasoned, encode_line, read_examples
 from ratchet.data.mixture import Paired, mix_rows, pair_up, read_undesirable
 from ratchet.errors import DataError
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
@@ -74,7 +74,8 @@ class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
     sha256: dict[str, str]  # split → of its windows
     canaries: int | msgspec.UnsetType = msgspec.UNSET
     preferences: PreferenceFigures | msgspec.UnsetType = msgspec.UNSET
-    reasoned: int | msgspec.UnsetType = msgspec.UNSET  # training rows with reasoning, which is not learned
+    reasoned: int | msgspec.UnsetType = msgspec.UNSET  # training rows with reasoning
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET  # what became of it
 
 
 class Unfit(msgspec.Struct, frozen=True):
@@ -168,7 +169,8 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
             sha256={split: sha256_file(folder / f"{split}.arrow") for split in figures},
             canaries=config.evaluate.canaries or msgspec.UNSET,
             preferences=preferences,
-            reasoned=sum(any(one.reasoning for one in row.messages) for row in mixture.rows) or msgspec.UNSET,
+            reasoned=(reasoned := count_reasoned(mixture.rows)) or msgspec.UNSET,
+            reasoning=chat.told_reasoning if reasoned else msgspec.UNSET,
         )
         write_json(folder / "profile.json", msgspec.to_builtins(profile))
     return profile
@@ -316,7 +318,7 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
     elif bad := len(read_undesirable(arguments.prepared, "train")):
         say(f"tokenize: {bad} answers not to give are left out: `train.objective` is sft")
     if profile.reasoned:
-        say(f"tokenize: {profile.reasoned} rows have reasoning, which is left out of what is learned")
+        say(f"tokenize: {profile.reasoned} rows have reasoning; it is {profile.reasoning}")
     if not profile.validation.rows:
         say("tokenize: WARNING: there are no validation rows: the training could not be stopped early")
     say(

@@ -4,7 +4,8 @@
 
 Every word of an answer is the model's name, so that an answer of two versions would show. A prompt that
 starts with `fault:` asks for one (see FAULTS); `wait:0.2` answers after 0.2 s, `words:30` with 30 words,
-`call:NAME` calls that tool with the word `a`. Its only state is the list of loaded adapters.
+`call:NAME` calls that tool with the word `a`, `think:WORD` reasons with that word. Its only state is the list
+of loaded adapters.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ class Stub:
     async def _whole(self, body: dict[str, Any], words: list[str], orders: dict[str, str], send: Any) -> None:
         await asyncio.sleep(float(orders.get("wait", self.delay)))
         message = {"role": "assistant", "content": " ".join(words)}
+        if "think" in orders:
+            message["reasoning_content"] = orders["think"]
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         await _send(
             send,
@@ -116,6 +119,9 @@ class Stub:
             }
         )
         head = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": body["model"]}
+        if "think" in orders:  # under the name that newer servers have
+            delta = {"reasoning": orders["think"]}
+            await _event(send, {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
         for position, word in enumerate(words):
             await asyncio.sleep(float(orders.get("wait", self.delay)) / len(words))
             text = word if position == 0 else f" {word}"

@@ -79,7 +79,7 @@ def _find(folder: Path, config: Config) -> Iterator[tuple[Finding, Facts]]:
     """Yield each finding with what it adds to the manifest."""
     tokenizer = load_tokenizer(folder)
     before = tokenizer.chat_template
-    found = adapt_template(tokenizer, dt.date.fromisoformat(config.base.date))
+    found = adapt_template(tokenizer, dt.date.fromisoformat(config.base.date), config.base.reasoning)
     for finding in found:
         yield finding, {}
     if tokenizer.chat_template != before:

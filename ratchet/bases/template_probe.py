@@ -9,31 +9,38 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ratchet.data.examples import Message
 from ratchet.errors import BaseModelError
 from ratchet.models.chat_template import ChatFormat, opening_gap, render
 from ratchet.models.manifests import Finding
+from ratchet.models.reasoning import LEARN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ratchet.models.reasoning import ReasoningFormat
+
 ASKED_DATE = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)")
 # Variables by which templates close a reasoning block that their generation prompt would leave open.
 SWITCHES = ("enable_thinking", "thinking")
+SWITCHED = re.compile(rf"\A\{{%- set ({'|'.join(SWITCHES)}) = (true|false) %\}}")  # as `_switch` writes it
 TOOL = {
     "type": "function",
     "function": {"name": "look_up", "description": "", "parameters": {"type": "object", "properties": {}}},
 }
 
 
-def adapt_template(tokenizer: PreTrainedTokenizerBase, day: dt.date) -> list[Finding]:
+def adapt_template(
+    tokenizer: PreTrainedTokenizerBase, day: dt.date, reasoning: Literal["drop", "learn"] = "drop"
+) -> list[Finding]:
     """Change the tokenizer's template where that is needed, and tell what it takes.
 
-    `day` is the date of a template that asks for today's.
+    `day` is the date of a template that asks for today's; `reasoning` is `base.reasoning`.
     """
-    return [*_choose(tokenizer), *_fix_date(tokenizer, day), *_fix_opening(tokenizer), *_prove(tokenizer)]
+    open_answers = _learn_reasoning if reasoning == "learn" else _fix_opening
+    return [*_choose(tokenizer), *_fix_date(tokenizer, day), *open_answers(tokenizer), *_prove(tokenizer)]
 
 
 def _choose(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
@@ -83,15 +90,54 @@ def _fix_date(tokenizer: PreTrainedTokenizerBase, day: dt.date) -> list[Finding]
     ]
 
 
-def _fix_opening(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
-    """Make a prompt with its answer the beginning of the rendered conversation."""
+def _learn_reasoning(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+    """Mark a template that writes reasoning as one whose reasoning is learned; switch it on where needed."""
     template = tokenizer.chat_template
+    if not isinstance(template, str):
+        return []  # `_choose` refused it
+    bare = SWITCHED.sub("", template.removeprefix(LEARN))
+    on = [_switch(name, "true") + bare for name in SWITCHES if name in bare]
+    for candidate in (bare, *on):
+        tokenizer.chat_template = LEARN + candidate
+        if found := _reasoning(tokenizer):
+            kept = "earlier answers keep theirs" if found.in_history else "earlier answers stand without"
+            before = "opened by the prompt" if found.opened else f"after {found.before!r}"
+            what = f"it is learned and given, {before}, up to {found.after!r}; {kept}"
+            return [Finding("reasoning", "adapted", what)]
+    tokenizer.chat_template = template
+    return [
+        Finding(
+            "reasoning",
+            "refused",
+            "`base.reasoning` is learn, and the chat template writes no reasoning of an answer",
+            "take a base that reasons, name a template in `base.chat_template` that writes the key "
+            "`reasoning_content` of assistant messages, or set `base.reasoning: drop`",
+        )
+    ]
+
+
+def _reasoning(tokenizer: PreTrainedTokenizerBase) -> ReasoningFormat | None:
+    try:
+        return ChatFormat(tokenizer).reasoning
+    except BaseModelError:
+        return None  # `_prove` refuses it
+
+
+def _switch(name: str, value: str) -> str:
+    return f"{{%- set {name} = {value} %}}"
+
+
+def _fix_opening(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+    """Make a prompt with its answer the beginning of the rendered conversation, without reasoning."""
+    template = tokenizer.chat_template
+    if isinstance(template, str) and template.startswith(LEARN):  # of a version that learned to reason
+        tokenizer.chat_template = template = SWITCHED.sub("", template.removeprefix(LEARN))
     if not isinstance(template, str) or (gap := _gap(tokenizer)) == "":
         return []
     for name in SWITCHES:
         if name not in template:
             continue
-        tokenizer.chat_template = f"{{%- set {name} = false %}}{template}"
+        tokenizer.chat_template = _switch(name, "false") + template
         if _gap(tokenizer) == "":
             what = (
                 f"answers are learned and given without reasoning: the template has {name} = false for good"

@@ -83,6 +83,13 @@ class BaseConfig(Section):
         description="what a chat template that asks for today's date is told, so that a prompt is the same "
         "on every day",
     )
+    reasoning: Literal["drop", "learn"] = Field(
+        default="drop",
+        description="what becomes of reasoning in rows (`reasoning_content`, or `<think>…</think>` before an "
+        "answer). `drop`: answers are learned and given without it. `learn`: it is learned and given as the "
+        "base's own template writes it; a template that writes none is refused. Answers are then longer: see "
+        "`evaluate.max_new_tokens`",
+    )
     new_tokens: list[str] = Field(
         default=[],
         description="words of the domain that become one token each, with a trained embedding (LoRA's family "

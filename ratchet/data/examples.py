@@ -23,6 +23,7 @@ from ratchet.errors import DataError
 
 CONTINUE = "Continue."  # the fixed prompt of rows that are plain text
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+THINK, THOUGHT = "<think>", "</think>"  # how most models mark reasoning, and rows that were made by them
 CALL_LINE = re.compile(f"^{CALL_OPEN}(.*){CALL_CLOSE}$", re.MULTILINE)
 INDENT = re.compile(r"\t[\t ]*| [\t ]+")  # what code begins a line with; one blank is an accident
 ROLES = ("system", "user", "assistant", "tool")
@@ -124,6 +125,15 @@ def calls_in(text: str) -> list[ToolCall]:
         with suppress(msgspec.DecodeError):
             found.append(msgspec.json.decode(line, type=ToolCall))
     return found
+
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """Split what begins with a `<think>` block into reasoning and content; any other text is content."""
+    begun = text.lstrip()
+    if not begun.startswith(THINK) or THOUGHT not in begun:
+        return "", text
+    reasoning, _, content = begun.removeprefix(THINK).partition(THOUGHT)
+    return reasoning, content
 
 
 def normalise(text: str) -> str:
@@ -346,6 +356,11 @@ def to_openai(messages: Iterable[Message]) -> list[dict[str, Any]]:
             turn["tool_call_id"] = ids.pop(0)
         written.append(turn)
     return written
+
+
+def count_reasoned(examples: Iterable[Example]) -> int:
+    """Count the rows of which an answer has reasoning."""
+    return sum(any(message.reasoning for message in example.messages) for example in examples)
 
 
 def make_raw_row(messages: Iterable[Message], meta: Meta, tools: Sequence[Tool] = ()) -> RawRow:

@@ -25,11 +25,11 @@ from ratchet.data.examples import (
     Tool,
     ToolCall,
     make_example,
+    split_reasoning,
 )
 
 MOST_DEPTH = 16
 MAX_LINE = 2**20  # bytes; a longer line is kept cut, so that preparation rejects and counts it
-THINK, THOUGHT = "<think>", "</think>"  # how most models mark reasoning, and rows that were made by them
 ROLES = {
     "developer": "system",
     "human": "user",
@@ -141,7 +141,7 @@ def _instruction(row: RawRow, notes: Counter[str]) -> Conversation:
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError("wrong_type", "`history` holds something else than pairs of question and answer")
         for role, said in zip(("user", "assistant"), pair, strict=True):
-            messages.append(Message(role, _text(said, "history", notes)))
+            messages.append(_said(role, _text(said, "history", notes)))
     return Conversation([*messages, Message("user", question), _answer(row, ("output", "response"), notes)])
 
 
@@ -259,8 +259,8 @@ def _read_turn(turn: Any, notes: Counter[str]) -> Message:
     reasoning = next(
         (turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)), ""
     )
-    if role == "assistant" and not reasoning and text.lstrip().startswith(THINK) and THOUGHT in text:
-        reasoning, _, text = text.lstrip().removeprefix(THINK).partition(THOUGHT)
+    if role == "assistant" and not reasoning:
+        reasoning, text = split_reasoning(text)
     if role == "system" and not text.strip():
         notes["empty_system"] += 1
         text = ""
@@ -416,7 +416,12 @@ def _asked(value: Any, key: str, notes: Counter[str], *, role: str = "user") -> 
         raise RowError("missing_key" if role == "user" else "no_answer", f"`{key}` is missing")
     if isinstance(value, list):
         return read_turns(value, notes, where=key)
-    return [Message(role, _text(value, key, notes))]
+    return [_said(role, _text(value, key, notes))]
+
+
+def _said(role: str, text: str) -> Message:
+    reasoning, content = split_reasoning(text) if role == "assistant" else ("", text)
+    return Message(role, content, reasoning=reasoning)
 
 
 def _answer(row: RawRow, keys: tuple[str, ...], notes: Counter[str]) -> Message:

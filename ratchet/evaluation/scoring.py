@@ -194,8 +194,14 @@ def answer(
     where = f", {cached / len(parts):.0%} of it from the cache" if cached else ""
     say(f"evaluate: {player.name} on {len(asked.rows)} rows in {time.perf_counter() - started:.0f} s{where}")
     measured = [Likelihood(*columns[likelihoods][index]) for index in range(len(wholes))]
+    said = [chat.read_answer(columns[answers][index], row.tools) for index, row in enumerate(asked.rows)]
+    if cut := sum(bool(one.reasoning) and not one.text for one in said):
+        say(
+            f"evaluate: WARNING: {player.name} came to no answer on {cut} of {len(said)} rows: reasoning and "
+            f"answer have `evaluate.max_new_tokens` ({config.max_new_tokens}) together"
+        )
     return Answered(
-        [chat.read_answer(columns[answers][index], row.tools).text for index, row in enumerate(asked.rows)],
+        [one.text for one in said],
         measured[: len(asked.rows)],
         {row.id: found.nll for row, found in zip(asked.worse, measured[len(asked.rows) :], strict=True)},
     )

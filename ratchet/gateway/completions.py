@@ -74,7 +74,7 @@ class Exchange:
         return CANCELLED if self.gone else self.fault.status if self.fault else 200
 
     def add(self, index: int, piece: Piece) -> None:
-        if (piece.text or piece.calls) and not self.first_ms:
+        if (piece.text or piece.calls or piece.reasoning) and not self.first_ms:
             self.first_ms = self.elapsed_ms()
         self.answers[index].add(piece)
 

@@ -38,8 +38,11 @@ class ResponseEncoder:
         )
 
     def piece(self, index: int, piece: Piece) -> bytes:
-        """Return the events of a piece's text; calls, which come last, are written at the end."""
-        if not piece.text and not self._opened:
+        """Return the events of a piece's text; calls, which come last, are written at the end.
+
+        This form of the protocol has no events of reasoning.
+        """
+        if not piece.text and (piece.reasoning or not self._opened):
             return b""
         delta = {"delta": piece.text, "logprobs": [encode_scored(token) for token in piece.tokens]}
         return self._open() + self._event("response.output_text.delta", **self._place(), **delta)

@@ -172,6 +172,7 @@ def parse_response(raw: bytes, limits: GatewayConfig) -> ResponseChat:
         told_tools=tuple(body.tools or ()),
         tool_choice=body.tool_choice or "auto",
         parallel_tool_calls=parallel,
+        reasons=(body.reasoning or {}).get("effort") != "none",
     )
 
 
@@ -214,7 +215,7 @@ def _read_messages(body: Body) -> tuple[Message, ...]:
 def _read_item(where: str, item: Item) -> Message:
     if item.type == "function_call":
         function = {"name": item.name, "arguments": item.arguments}
-        return to_message(where, Turn("assistant", None, [{"id": item.call_id, "function": function}]))
+        return to_message(where, Turn("assistant", tool_calls=[{"id": item.call_id, "function": function}]))
     if item.type == "function_call_output":
         return to_message(where, Turn("tool", _read_parts(item.output), tool_call_id=item.call_id))
     if item.type != "message" or item.role is None:

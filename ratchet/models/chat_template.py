@@ -3,7 +3,8 @@
 The template's own text is tokenized with its control tokens. Contents are tokenized apart from it, every
 control token in them split into plain characters, so that user text never becomes a control token. Training
 appends the answer and one end-of-turn token to exactly the ids that serving sends as the prompt: parity holds
-by construction.
+by construction. Where reasoning is learned (`base.reasoning`), the template writes it, and what it writes
+between the prompt and the end of the turn is the answer.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ratchet.data.examples import Example, Message, Tool, ToolCall, texts_of, trim
+import msgspec
+
+from ratchet.data.examples import THINK, THOUGHT, Example, Message, Tool, ToolCall, texts_of, trim
 from ratchet.errors import BaseModelError, UserError
+from ratchet.models.reasoning import LEARN, ReasoningFormat, find_reasoning_format
 from ratchet.models.tool_calls import PROBE_TOOL, PROBES, CallFormat, find_call_format
 
 if TYPE_CHECKING:
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
 
 # Private-use characters stand for the contents while the template is rendered: templates copy them unchanged.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
-MARKED = re.compile(f"{OPEN}(\\d+){CLOSE}")
+REASON = "r"  # before the number of the message whose reasoning it is, not its content
+MARKED = re.compile(f"{OPEN}({REASON}?\\d+){CLOSE}")
+EMPTY_BLOCK = re.compile(f"{THINK}\\s*{THOUGHT}\\s*\\Z")
 CONTROL = re.compile(r"[<\[].+[>\]]")
 TURNS = (Message("user", "a"), Message("assistant", "b"), Message("user", "a"), Message("assistant", "b"))
 PROBE = TURNS[:2]
@@ -77,7 +83,7 @@ class ChatFormat:
         self._check_tools(example.messages, example.tools)
         ids, learned = self._encode_prompt(example.prompt, example.tools)
         last = example.messages[-1]
-        if last.tool_calls:
+        if last.tool_calls or self.reasoning:
             answer = self._ids_of(self._answer_text(example.messages, example.tools), example.messages)
         else:
             answer = self._content_ids(last.content)
@@ -94,7 +100,9 @@ class ChatFormat:
         The ids differ from `encode_prompt` where a token spans template and content, or where a content
         holds control tokens.
         """
-        plain = _turns(messages, [message.content for message in messages])
+        plain = _turns(
+            messages, [(message.content, message.reasoning) for message in messages], self.reasoning
+        )
         return self._template_ids(self._render(plain, opening=True, tools=tools))
 
     def at_least(self, messages: Sequence[Message]) -> int:
@@ -104,14 +112,21 @@ class ChatFormat:
         """
         return sum(len(message.text.encode()) for message in messages) // (self._token_bytes * SHRINK)
 
-    def fit_prompt(self, messages: Sequence[Message], length: int, tools: Sequence[Tool] = ()) -> list[int]:
-        """Encode a prompt that leaves at least one of `length` tokens for the answer. Raises UserError."""
+    def fit_prompt(
+        self, messages: Sequence[Message], length: int, tools: Sequence[Tool] = (), *, reasons: bool = True
+    ) -> list[int]:
+        """Encode a prompt that leaves at least one of `length` tokens for the answer. Raises UserError.
+
+        Without `reasons` the prompt goes on as an answer without reasoning does, up to its content.
+        """
         if (least := self.at_least(messages)) >= length:
             raise UserError(
                 f"the prompt has over {least} tokens; the model takes {length} with the answer",
                 remedy="shorten the messages",
             )
         ids = self.encode_prompt(messages, tools)
+        if self.reasoning and not reasons:
+            ids += self._template_ids(self.reasoning.direct)
         if len(ids) >= length:
             raise UserError(
                 f"the prompt has {len(ids)} tokens; the model takes {length} with the answer",
@@ -142,7 +157,8 @@ class ChatFormat:
             (
                 match.group().strip()
                 for message in messages
-                if self._headers and (match := self._headers.search(message.content))
+                for text in (message.content, message.reasoning if self.reasoning else "")
+                if self._headers and (match := self._headers.search(text))
             ),
             None,
         )
@@ -157,21 +173,50 @@ class ChatFormat:
         return trim(self.decode(kept))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids without special tokens, but for those that mark calls of tools."""
-        kept = self._call_ids
+        """Return the text of ids without special tokens, but for those that mark calls and reasoning."""
+        kept = self._kept_ids
         if not kept or kept.isdisjoint(ids):
             return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
         shown = [id for id in ids if id in kept or id not in self._special_ids]
         return str(self.tokenizer.decode(shown, skip_special_tokens=False))
 
     def read_answer(self, text: str, tools: Sequence[Tool]) -> Message:
-        """Read calls from an answer to a prompt that offers `tools`; broken calls stay text."""
+        """Read reasoning and calls from an answer to a prompt that offers `tools`."""
+        if not self.reasoning:
+            return self.read_calls(text, tools)
+        reasoning, content = self.reasoning.read(text)
+        return msgspec.structs.replace(self.read_calls(content, tools), reasoning=reasoning)
+
+    def read_calls(self, text: str, tools: Sequence[Tool]) -> Message:
+        """Read calls from what an answer says after its reasoning; broken calls stay text."""
         read = self.calls.read(text) if tools and self.calls else None
         return read or Message("assistant", text)
 
     def settled(self, text: str) -> int:
         """Count the characters of an unfinished answer to offered tools that are no part of a call."""
         return self.calls.settled(text) if self.calls else len(text)
+
+    # --- reasoning ---
+
+    @cached_property
+    def reasoning(self) -> ReasoningFormat | None:
+        """How the template writes reasoning; None where it is not learned."""
+        template = str(self.tokenizer.chat_template)
+        if LEARN not in template:
+            return None
+        return find_reasoning_format(lambda turns, opening: self._render(turns, opening=opening), template)
+
+    @property
+    def told_reasoning(self) -> str:
+        """What becomes of reasoning in rows, for people."""
+        if not self.reasoning:
+            return "left out of what is learned (`base.reasoning: drop`)"
+        if self.reasoning.in_history:
+            return "learned, in earlier turns as well, as the template writes it"
+        return (
+            "learned with the last answer; the template leaves it out of earlier turns, whose answers are "
+            "then not learned"
+        )
 
     # --- tools ---
 
@@ -191,9 +236,10 @@ class ChatFormat:
 
         def answer_of(calls: tuple[ToolCall, ...]) -> str:
             try:
-                return self._answer_text([PROBE[0], Message("assistant", "", calls)], [PROBE_TOOL])
+                text = self._answer_text([PROBE[0], Message("assistant", "", calls)], [PROBE_TOOL])
             except (BaseModelError, TypeError, ValueError):
                 return ""  # some templates take one call a turn
+            return self.reasoning.read(text).content if self.reasoning else text
 
         return find_call_format(answer_of)
 
@@ -203,33 +249,39 @@ class ChatFormat:
         return frozenset(id for id, token in added.items() if token.special)
 
     @cached_property
-    def _call_ids(self) -> frozenset[int]:
-        """Special tokens that a call is written with, such as `[TOOL_CALLS]`."""
-        if self.calls is None:
-            return frozenset()
-        around = self.calls.before + (self.calls.between or "") + self.calls.after
+    def _kept_ids(self) -> frozenset[int]:
+        """Special tokens that a call or reasoning is written with, such as `[TOOL_CALLS]`."""
+        around = "".join(self.reasoning[1:4]) if self.reasoning else ""
+        if self.calls:
+            around += self.calls.before + (self.calls.between or "") + self.calls.after
         return frozenset(self._template_ids(around)) & self._special_ids
 
     @cached_property
     def _escapes_results(self) -> bool:
         """Tell whether the template writes results of tools as JSON text (Mistral's do)."""
         asked = [PROBE[0], Message("assistant", "", PROBES[:1]), Message("tool", 'a"b')]
-        written = self._render(
-            _turns(asked, [message.content for message in asked]), opening=True, tools=[PROBE_TOOL]
-        )
+        turns = _turns(asked, [(message.content, "") for message in asked])
+        written = self._render(turns, opening=True, tools=[PROBE_TOOL])
         return 'a\\"b' in written
 
     def _answer_text(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
         """Return what the template writes of the last message, an answer, up to the end of its turn."""
-        marked = _marked(messages)
+        marked = _marked(messages, self.reasoning)
         before = self._render(marked[:-1], opening=True, tools=tools)
         whole = self._render(marked, opening=False, tools=tools)
-        if not whole.startswith(before):
-            raise BaseModelError(
-                "the chat template writes a call of a tool otherwise than its prompt begins the answer",
-                remedy="name a template in `base.chat_template` whose generation prompt stands before calls",
-            )
-        return self._up_to_end(whole, len(before))
+        if whole.startswith(before):
+            return self._up_to_end(whole, len(before))
+        calls = bool(messages[-1].tool_calls)
+        if self.reasoning and self.reasoning.opened and not calls:
+            # DeepSeek R1's template writes no reasoning: its prompt opens one, and the model closes it.
+            index, reasoned = len(messages) - 1, bool(messages[-1].reasoning)
+            return (_mark(index, REASON) if reasoned else "") + self.reasoning.after + _mark(index)
+        raise BaseModelError(
+            f"the chat template writes {'a call of a tool' if calls else 'an answer'} otherwise than its "
+            "prompt begins the answer",
+            remedy="name a template in `base.chat_template` whose generation prompt stands before "
+            f"{'calls' if calls else 'every answer'}",
+        )
 
     def _up_to_end(self, rendered: str, start: int) -> str:
         ends = [
@@ -269,26 +321,34 @@ class ChatFormat:
     # --- the template's text and the contents ---
 
     def _encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> Encoded:
-        rendered = self._render(_marked(messages), opening=True, tools=tools)
+        rendered = self._render(_marked(messages, self.reasoning), opening=True, tools=tools)
         self._check_shown(rendered, messages)
         ids: list[int] = []
         learned: list[bool] = []
         place = 0
-        for index, turn in self._calling_turns(rendered, messages, tools):
+        for index, turn in (self._reasoned_turns if self.reasoning else self._calling_turns)(
+            rendered, messages, tools
+        ):
             self._add(rendered[place : turn.start], messages, ids, learned)
-            piece = [*self._ids_of(rendered[turn], messages), self.stop_id]
+            ends = rendered.startswith(self._stop_text, turn.stop)
+            piece = [*self._ids_of(rendered[turn], messages), *([self.stop_id] if ends else [])]
             ids += piece
             learned += [messages[index].learned] * len(piece)
-            place = turn.stop + len(self._stop_text)
+            place = turn.stop + (len(self._stop_text) if ends else 0)
         self._add(rendered[place:], messages, ids, learned)
         return Encoded(ids, learned)
 
     def _add(self, rendered: str, messages: Sequence[Message], ids: list[int], learned: list[bool]) -> None:
-        """Encode a part of the rendered prompt whose answers are plain text."""
+        """Encode a part of the rendered prompt whose answers are plain text.
+
+        Where reasoning is learned, none of them is an answer as the model gives it: they are not learned.
+        """
         after_answer = False
         for text, message in _split(rendered, messages):
             piece = self._piece_ids(text, message)
-            is_answer = message is not None and message.role == "assistant" and message.learned
+            is_answer = (
+                message is not None and message.role == "assistant" and message.learned and not self.reasoning
+            )
             ids += piece
             learned += [
                 is_answer or (after_answer and position == 0 and token == self.stop_id)
@@ -304,6 +364,8 @@ class ChatFormat:
             if not message.tool_calls:
                 continue
             before = self._render(_marked(messages[:index]), opening=True, tools=tools)
+            if not rendered.startswith(before):  # Qwen3's prompts end with a block that earlier turns lack
+                before = EMPTY_BLOCK.sub("", before)
             end = rendered.find(self._stop_text, len(before))
             if not rendered.startswith(before) or end < 0:
                 raise BaseModelError(
@@ -312,6 +374,22 @@ class ChatFormat:
                     "calls",
                 )
             yield index, slice(len(before), end)
+
+    def _reasoned_turns(
+        self, rendered: str, messages: Sequence[Message], tools: Sequence[Tool]
+    ) -> Iterator[tuple[int, slice]]:
+        """Find earlier answers that stand as a new one would: (index, place in the prompt without its end).
+
+        The others, mostly without the reasoning that a new answer begins with, follow no prompt that is ever
+        sent: learning them would teach to answer at once.
+        """
+        for index, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            before = self._render(_marked(messages[:index], self.reasoning), opening=True, tools=tools)
+            answer = self._answer_text(messages[: index + 1], tools)
+            if rendered.startswith(before + answer):
+                yield index, slice(len(before), len(before) + len(answer))
 
     @cached_property
     def _stop_text(self) -> str:
@@ -329,11 +407,12 @@ class ChatFormat:
         return self._content_ids(text)
 
     def _check_shown(self, rendered: str, messages: Sequence[Message]) -> None:
-        shown = [int(number) for number in MARKED.findall(rendered)]
+        shown = MARKED.findall(rendered)
         for index, message in enumerate(messages):
-            if (message.content or not message.tool_calls) and shown.count(index) != 1:
+            times = shown.count(f"{index}")
+            if (message.content or not message.tool_calls) and times != 1:
                 raise BaseModelError(
-                    f"the chat template writes message {index} ({message.role}) {shown.count(index)} times, "
+                    f"the chat template writes message {index} ({message.role}) {times} times, "
                     "wanted once: what it leaves out the model never sees",
                     remedy="name a template in `base.chat_template` that writes every message once, "
                     "or take such messages out of the rows",
@@ -424,17 +503,23 @@ class ChatFormat:
             raise _adds_blanks(whole, pieces)
 
     def _check_opening(self) -> None:
+        if self.reasoning:
+            for turns in (2, 4):
+                self._answer_text(TURNS[:turns], ())
+            return
         gap = opening_gap(self.tokenizer)
         if gap == "":
             return
+        more = ""
         if gap is None:
             what = "the prompt ends otherwise than the rendered conversation goes on (an open `<think>`?)"
+            more = "; one that opens `<think>` is taken with `base.reasoning: learn`"
         else:
             what = f"the conversation has {gap!r} between the prompt and its answer"
         raise BaseModelError(
             f"the chat template's prompt and the answer do not begin the rendered conversation: {what}",
             remedy="name a template in `base.chat_template` whose generation prompt is what stands before "
-            "every answer",
+            f"every answer{more}",
         )
 
     def _check_round_trip(self) -> None:
@@ -495,34 +580,53 @@ def render(
 
 
 def _split(rendered: str, messages: Sequence[Message]) -> list[tuple[str, Message | None]]:
-    """Split a rendered text at its placeholders: (text of the template, None), (content, its message)."""
-    texts = MARKED.split(rendered)  # text, number, text, number, … text
+    """Split a rendered text at its placeholders.
+
+    A piece is (text of the template, None), or (content or reasoning, its message).
+    """
+    texts = MARKED.split(rendered)  # text, mark, text, mark, … text
     pieces: list[tuple[str, Message | None]] = [(texts[0], None)]
-    for number, after in zip(texts[1::2], texts[2::2], strict=True):
-        message = messages[int(number)]
-        pieces += [(message.content, message), (after, None)]
+    for mark, after in zip(texts[1::2], texts[2::2], strict=True):
+        message = messages[int(mark.removeprefix(REASON))]
+        pieces += [
+            (message.reasoning if mark.startswith(REASON) else message.content, message),
+            (after, None),
+        ]
     return [piece for piece in pieces if piece[0]]
 
 
-def _marked(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Put placeholders in place of the contents."""
-    contents = [
-        f"{OPEN}{index}{CLOSE}" if message.content or not message.tool_calls else ""
+def _mark(index: int, kind: str = "") -> str:
+    return f"{OPEN}{kind}{index}{CLOSE}"
+
+
+def _marked(messages: Sequence[Message], reasoning: ReasoningFormat | None = None) -> list[dict[str, Any]]:
+    """Put placeholders in place of the contents, and of the reasoning."""
+    marks = [
+        (
+            _mark(index) if message.content or not message.tool_calls else "",
+            _mark(index, REASON) if message.reasoning else "",
+        )
         for index, message in enumerate(messages)
     ]
-    return _turns(messages, contents)
+    return _turns(messages, marks, reasoning)
 
 
-def _turns(messages: Sequence[Message], contents: Sequence[str]) -> list[dict[str, Any]]:
-    """Write messages as templates take them; calls and results get ids by their place.
+def _turns(
+    messages: Sequence[Message],
+    texts: Sequence[tuple[str, str]],
+    reasoning: ReasoningFormat | None = None,
+) -> list[dict[str, Any]]:
+    """Write messages as templates take them, with `texts` (content, reasoning) for theirs.
 
-    The ids have nine letters and digits, which Mistral's templates insist on.
+    Calls and results get ids by their place: nine letters and digits, which Mistral's templates insist on.
     """
     turns: list[dict[str, Any]] = []
     waiting: list[tuple[str, str]] = []
     count = 0
-    for message, content in zip(messages, contents, strict=True):
+    for message, (content, thought) in zip(messages, texts, strict=True):
         turn: dict[str, Any] = {"role": message.role, "content": content}
+        if reasoning:
+            turn = reasoning.put(turn, thought)
         if message.tool_calls:
             waiting = [
                 (f"call{count + place:05d}", call.name) for place, call in enumerate(message.tool_calls)

@@ -121,7 +121,13 @@ def known_tokens(base: Path, config: BaseConfig) -> tuple[ChatFormat | None, str
         chosen = str(manifest.model).startswith("sha256:")
     if not chosen:
         return None, f"lengths in tokens are not known: models/base is {manifest.model}, not `base.model`"
-    return load_chat(base), ""
+    chat = load_chat(base)
+    if bool(chat.reasoning) != (config.reasoning == "learn"):
+        return (
+            None,
+            "lengths in tokens are not known: models/base has another `base.reasoning` (dvc repro base)",
+        )
+    return chat, ""
 
 
 def describe_lengths(lengths: Sequence[int], context: int | None, config: TokenizeConfig) -> Lengths:

@@ -42,6 +42,7 @@ from ratchet.parity.paths import (
     model_forward,
     replayed_answer,
     strongest,
+    whole_text,
 )
 from ratchet.parity.report import Mismatch, Part, Report
 from ratchet.serving.admission import check_adapter_fits
@@ -189,7 +190,7 @@ def _check_row(trained: Trained, bundle: Bundle, ours: ChatFormat, theirs: ChatF
     if not ends or ids[-1] != ours.stop_id:
         what = "the training did not learn the stop token at its end"
         return make_mismatch(row.id, len(ids) - 1, [ours.stop_id], ids[-1:], ours, ours, what)
-    text = ours.read_answer(ours.decode_answer(ids[prompt:]), row.tools).text
+    text = whole_text(ours.read_answer(ours.decode_answer(ids[prompt:]), row.tools))
     answer = Answer(ids[:prompt], ids[prompt:], text, "stop")
     told = replayed_answer(bundle, theirs, row, prompt, answer.ids)
     return compare_row(row.id, answer, told, ours, theirs)

@@ -49,6 +49,11 @@ class Top(NamedTuple):
     logits: Tensor  # (answer, TOP)
 
 
+def whole_text(message: Message) -> str:
+    """Return all that an answer says: its reasoning stands before it."""
+    return "\n".join(filter(None, (message.reasoning, message.text)))
+
+
 def model_answers(
     model: Any,
     chat: ChatFormat,
@@ -64,7 +69,7 @@ def model_answers(
         Answer(
             prompt,
             ids,
-            chat.read_answer(chat.decode_answer(ids), offered).text,
+            whole_text(chat.read_answer(chat.decode_answer(ids), offered)),
             "stop" if chat.stop_ids & {*ids[-1:]} else "length",
         )
         for prompt, ids, offered in zip(prompts, made, tools, strict=True)
@@ -108,7 +113,7 @@ class _Heard:
     """Hold a request and what comes back."""
 
     def __init__(self, bundle: Bundle, row: Example, max_new_tokens: int) -> None:
-        self._text, self._fault, self._finish = "", "", ""
+        self._reasoning, self._text, self._fault, self._finish = "", "", "", ""
         self._calls: tuple[ToolCall, ...] = ()
         self.row: Row | None = None
         body = {
@@ -127,6 +132,7 @@ class _Heard:
 
     def _take(self, said: Piece | Ended | RatchetError) -> None:
         if isinstance(said, Piece):
+            self._reasoning += said.reasoning
             self._text += said.text
             self._calls += said.calls
         elif isinstance(said, Ended):
@@ -139,7 +145,7 @@ class _Heard:
             Answer(
                 self.row.prompt,
                 self.row.answer,
-                Message("assistant", self._text, self._calls).text,
+                whole_text(Message("assistant", self._text, self._calls, self._reasoning)),
                 self._finish,
                 self._fault,
             )

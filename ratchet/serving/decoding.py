@@ -22,6 +22,7 @@ from ratchet.data.examples import ToolCall
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.models.cache import join, select
 from ratchet.models.chat_template import ChatFormat
+from ratchet.models.reasoning import ReasoningReader
 from ratchet.serving.bundle import Bundle
 from ratchet.serving.engine import Ask, Ended, Piece, Scored
 from ratchet.serving.loaded_model import LoadedModel
@@ -56,6 +57,7 @@ class Row:
         self.temperature = 0.0
         self.generator: torch.Generator | None = None
         self.transcript: Transcript
+        self.reader: ReasoningReader | None = None  # where the version reasons before it answers
         self.constraint: Constraint | None = None  # of ask.form or ask.must_call
         self.vocabulary: Vocabulary | None = None  # where tokens are scored
         self.scored: list[Scored] = []  # tokens that were not told yet
@@ -147,14 +149,18 @@ class Decoder:
         bundle, chat, ask = self._bundles[row.ask.version], self._chats[row.ask.version], row.ask
         row.queue_ms = (time.perf_counter() - row.since) * 1000
         length = bundle.max_length - self._loaded.num_virtual(ask.version)
+        # A form holds from the first token on, so such an answer has no reasoning.
+        # A grammar holds from the first token, so what it shapes begins without reasoning.
+        reasons = ask.reasons and ask.form is None and not ask.must_call
         try:
-            row.prompt = chat.fit_prompt(ask.messages, length, ask.tools)
+            row.prompt = chat.fit_prompt(ask.messages, length, ask.tools, reasons=reasons)
         except Exception as error:  # noqa: BLE001  (it is told to the one whose messages it comes from)
             known = isinstance(error, RatchetError)
             row.tell(UserError(str(error) if known else f"the messages cannot be encoded: {error}"))
             return False
         row.room = min(ask.max_tokens or bundle.generation.max_new_tokens, length - len(row.prompt))
         row.transcript = Transcript(chat.decode, ask.stop)
+        row.reader = ReasoningReader(chat.reasoning) if chat.reasoning and reasons else None
         row.temperature = bundle.generation.temperature if ask.temperature is None else ask.temperature
         if row.temperature > 0:
             row.generator = torch.Generator()
@@ -286,19 +292,23 @@ class Decoder:
         if row.constraint:
             row.constraint.take(token)
         stopped = token in self._chats[row.ask.version].stop_ids
-        if row.vocabulary and not stopped:
-            row.scored.append(_score(row.vocabulary, token, likely, row.ask.top_logprobs or 0))
+        reasoned = row.reader is not None and row.reader.reasons
         text = "" if stopped else row.transcript.add(token)
         stopped = stopped or row.transcript.stopped
         ended = stopped or row.room == 0
         if ended:
             text += row.transcript.end()
             stopped = stopped or row.transcript.stopped
+        reasoning, text = _split(row.reader, text, ended=ended)
+        if row.reader and row.reader.reasons:
+            row.scored = []  # what opened the reasoning
+        elif row.vocabulary and token not in self._chats[row.ask.version].stop_ids and not reasoned:
+            row.scored.append(_score(row.vocabulary, token, likely, row.ask.top_logprobs or 0))
         calls: tuple[ToolCall, ...] = ()
         if row.ask.tools:
             text, calls = self._tell_apart(row, text, ended=ended)
-        if text or calls or (ended and row.scored):
-            row.tell(Piece(text, tuple(row.scored), calls))
+        if text or calls or reasoning or (ended and row.scored):
+            row.tell(Piece(text, tuple(row.scored), calls, reasoning))
             row.scored = []
         if ended:
             row.tell(
@@ -319,12 +329,20 @@ class Decoder:
         calls: tuple[ToolCall, ...] = ()
         row.text += text
         if ended:
-            said = chat.read_answer(row.text, row.ask.tools)
+            said = chat.read_calls(row.text, row.ask.tools)
             new, calls = said.content[row.told :], said.tool_calls
         else:
             new = row.text[row.told : chat.settled(row.text)]
         row.told += len(new)
         return new, calls if row.ask.parallel_calls else calls[:1]
+
+
+def _split(reader: ReasoningReader | None, text: str, *, ended: bool) -> tuple[str, str]:
+    """Split a piece of an answer into reasoning and content."""
+    if reader is None:
+        return "", text
+    parts = [reader.add(text), *([reader.end()] if ended else [])]
+    return "".join(part.reasoning for part in parts), "".join(part.content for part in parts)
 
 
 def _nll(logits: Tensor, following: Tensor, mask: Tensor) -> Tensor:

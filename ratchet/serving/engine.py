@@ -41,6 +41,7 @@ class Ask:
     tools: tuple[Tool, ...] = ()
     parallel_calls: bool = True  # False: of several calls the first alone is told
     must_call: tuple[str, ...] = ()  # names of tools: the answer calls them and nothing else
+    reasons: bool = True  # False: a version that learned to reason answers at once
 
 
 class Scored(NamedTuple):
@@ -55,13 +56,14 @@ class Scored(NamedTuple):
 class Piece:
     """Hold a piece of an answer's text, often empty beside tokens; the answer is the pieces joined.
 
-    `tokens` are scored where that was asked for; the token that ends the turn is not among them. `calls` are
-    whole calls of tools that the request offered.
+    `tokens` are scored where that was asked for; the token that ends the turn is not among them, nor are
+    those of the reasoning. `calls` are whole calls of tools that the request offered.
     """
 
     text: str
     tokens: tuple[Scored, ...] = ()
     calls: tuple[ToolCall, ...] = ()
+    reasoning: str = ""  # what was thought before the text, where the version learned to reason
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ratchet.data.examples import (
     ToolCall,
     has_mark_run,
     normalise,
+    split_reasoning,
     texts_of,
 )
 from ratchet.data.forms import order_results, read_calls, read_tools
@@ -62,6 +63,7 @@ class Turn(msgspec.Struct):
 
     role: str
     content: str | list[Part] | None = None
+    reasoning_content: str | None = None
     tool_calls: Any = None
     tool_call_id: str | None = None
 
@@ -162,6 +164,7 @@ class Chat:
     tools: tuple[Tool, ...] = ()
     parallel_calls: bool = True
     must_call: tuple[str, ...] = ()
+    reasons: bool = True
 
     def ask(self, id: str, version: int, choice: int = 0) -> Ask:
         """Return what the engine is asked; each choice has a seed of its own, the first the client's."""
@@ -180,6 +183,7 @@ class Chat:
             self.tools,
             self.parallel_calls,
             self.must_call,
+            self.reasons,
         )
 
     def logged(self) -> tuple[tuple[str, str], ...]:
@@ -229,6 +233,7 @@ def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
         parallel_calls=body.parallel_tool_calls is not False and not choice.named,
         tools=choice.tools,
         must_call=choice.must_call,
+        reasons=body.reasoning_effort != "none",
     )
 
 
@@ -286,10 +291,19 @@ def to_message(where: str, turn: Turn) -> Message:
     if turn.content is None and not calls:
         refuse(f"{where}.content", f"{where}.content is missing; wanted text")
     # Normalised like the training rows: otherwise Windows line ends would make another prompt.
-    content = normalise(check_text(f"{where}.content", _join(where, turn.content or "")))
+    content = check_text(f"{where}.content", _join(where, turn.content or ""))
+    reasoning = check_text(f"{where}.reasoning_content", turn.reasoning_content or "")
+    if role == "assistant" and not reasoning:
+        reasoning, content = split_reasoning(content)
     for text in texts_of([Message(role, "", calls)]):
         check_text(f"{where}.tool_calls", text)
-    return Message(role, content, calls, call_id=turn.tool_call_id or "" if role == "tool" else "")
+    return Message(
+        role,
+        normalise(content),
+        calls,
+        normalise(reasoning) if role == "assistant" else "",
+        call_id=turn.tool_call_id or "" if role == "tool" else "",
+    )
 
 
 def check_tools(given: Any) -> tuple[Tool, ...]:
@@ -448,6 +462,7 @@ class Answer:
     tokens: list[Scored] = field(default_factory=list)
     ended: Ended | None = None
     calls: list[ToolCall] = field(default_factory=list)
+    reasonings: list[str] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -461,6 +476,8 @@ class Answer:
     def add(self, piece: Piece) -> None:
         if piece.text:
             self.texts.append(piece.text)
+        if piece.reasoning:
+            self.reasonings.append(piece.reasoning)
         self.tokens += piece.tokens
         self.calls += piece.calls
 
@@ -509,6 +526,8 @@ class ChatEncoder:
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
         if answer.calls:
             message |= {"content": answer.text or None, "tool_calls": self._calls(index, answer.calls)}
+        if answer.reasonings:
+            message["reasoning_content"] = "".join(answer.reasonings)
         return message
 
     def _calls(self, index: int, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
@@ -529,7 +548,10 @@ class ChatEncoder:
         )
 
     def piece(self, index: int, piece: Piece) -> bytes:
-        delta: dict[str, Any] = {} if piece.calls and not piece.text else {"content": piece.text}
+        alone = (piece.calls or piece.reasoning) and not piece.text
+        delta: dict[str, Any] = {} if alone else {"content": piece.text}
+        if piece.reasoning:
+            delta["reasoning_content"] = piece.reasoning
         if piece.calls:
             calls = enumerate(self._calls(index, piece.calls))
             delta["tool_calls"] = [{"index": number, **call} for number, call in calls]

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ from ratchet.files import read_json
 from ratchet.models.adapters import read_kind
 from ratchet.models.chat_template import CONTROL
 from ratchet.models.loading import is_full
+from ratchet.models.reasoning import LEARN
 from ratchet.serving.bundle import Bundle
 from ratchet.serving.engine import Ask, Ended, JsonForm, Piece, Scored, require_same
 from ratchet.serving.protocol import WholeAsk
@@ -77,7 +79,11 @@ class Called(msgspec.Struct):
 
 
 class Text(msgspec.Struct):
+    """Hold an answer or a part of one; reasoning is apart where the server has a parser for it."""
+
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: Any = None  # its name in newer servers; in others it may be an object
     tool_calls: list[Called] | None = None
 
 
@@ -87,9 +93,13 @@ class Choice(msgspec.Struct):
     finish_reason: str | None = None
     logprobs: Logprobs | None = None
 
-    def piece(self, text: str | None) -> Piece | None:
+    def piece(self, said: Text) -> Piece | None:
         tokens = (self.logprobs.content if self.logprobs else None) or []
-        return Piece(text or "", tuple(one.scored() for one in tokens)) if text or tokens else None
+        other = said.reasoning if isinstance(said.reasoning, str) else ""
+        text, reasoning = said.content or "", said.reasoning_content or other
+        if not (text or tokens or reasoning):
+            return None
+        return Piece(text, tuple(one.scored() for one in tokens), (), reasoning)
 
 
 class Model(msgspec.Struct):
@@ -132,6 +142,7 @@ class UpstreamEngine:
         self._loads = config.gateway.upstream_lora
         self._bundles: dict[int, Bundle] = {}
         self._control: dict[int, re.Pattern[str]] = {}
+        self._reasons: dict[int, bool] = {}
         self._opened: aiohttp.ClientSession | None = None
 
     async def load(self, bundle: Bundle) -> None:
@@ -143,6 +154,7 @@ class UpstreamEngine:
         if known := self._bundles.get(bundle.version):
             require_same(known, bundle)
         self._control[bundle.version] = await asyncio.to_thread(_read_control_tokens, bundle.adapter)
+        self._reasons[bundle.version] = await asyncio.to_thread(_learned_to_reason, bundle.adapter)
         if self._loads:
             await asyncio.to_thread(_check_loads, bundle)
             await self._load_adapter(bundle)
@@ -166,6 +178,14 @@ class UpstreamEngine:
     async def answer(self, ask: Ask) -> AsyncIterator[Piece | Ended]:
         """Yield one piece for a whole answer, many for a streamed one."""
         bundle = self._bundles[ask.version]
+        if not self._reasons[ask.version]:  # its template may write what the training left out
+            bare = tuple(msgspec.structs.replace(message, reasoning="") for message in ask.messages)
+            ask = replace(ask, messages=bare)
+        elif not ask.reasons:
+            raise UserError(
+                "an upstream cannot be told to answer without reasoning, which this version learned",
+                remedy="leave reasoning_effort out",
+            )
         # The upstream tokenizes the whole prompt at once, so text of a user could become a control token.
         for text in texts_of(ask.messages, ask.tools):
             if found := self._control[ask.version].search(text):
@@ -311,6 +331,11 @@ def _read_control_tokens(adapter: Path) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
 
 
+def _learned_to_reason(adapter: Path) -> bool:
+    path = adapter / "chat_template.jinja"
+    return path.exists() and LEARN in path.read_text(encoding="utf-8")
+
+
 def _model(bundle: Bundle) -> str:
     return f"{bundle.name}@v{bundle.version}"
 
@@ -365,7 +390,7 @@ async def _read_whole(response: aiohttp.ClientResponse) -> AsyncIterator[Piece |
     choice = completion.choices[0] if completion.choices else None
     if choice is None or choice.message is None:
         raise ServiceError(f"the upstream sent no choice: {raw[:SEEN]!r}", remedy="see the upstream's log")
-    if piece := choice.piece(choice.message.content):
+    if piece := choice.piece(choice.message):
         yield piece
     if calls := _join_calls(list(enumerate(choice.message.tool_calls or ()))):
         yield Piece("", (), calls)
@@ -385,7 +410,7 @@ async def _read_stream(response: aiohttp.ClientResponse) -> AsyncIterator[Piece 
         usage = chunk.usage or usage
         for choice in chunk.choices[:1]:
             finish = choice.finish_reason or finish
-            if choice.delta and (piece := choice.piece(choice.delta.content)):
+            if choice.delta and (piece := choice.piece(choice.delta)):
                 yield piece
             if choice.delta:
                 called += [(part.index, part) for part in choice.delta.tool_calls or ()]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ratchet.config.data import PrepareConfig
-from ratchet.data.examples import Example, RowError
+from ratchet.data.examples import Example, RowError, count_reasoned
 from ratchet.data.validation import Origin, Validator
 from ratchet.models.chat_template import ChatFormat
 
@@ -31,12 +31,16 @@ class Piece(NamedTuple):
 
 
 class Preview(NamedTuple):
-    """A row; `pieces` are empty where no base is there to make tokens."""
+    """A row; `pieces` are empty where no base is there to make tokens.
+
+    `reasoning` tells what becomes of the row's reasoning, where it has some.
+    """
 
     example: Example
     pieces: list[Piece]
     tokens: int = 0
     learned: int = 0
+    reasoning: str = ""
 
 
 def preview_rows(
@@ -55,12 +59,22 @@ def preview_rows(
 
 
 def _preview(example: Example, chat: ChatFormat | None) -> Preview:
+    reasoning = tell_reasoning(chat) if count_reasoned([example]) else ""
     if chat is None:
-        return Preview(example, [])
+        return Preview(example, [], reasoning=reasoning)
     encoded = chat.encode(example)
     return Preview(
-        example, _pieces(encoded.ids, encoded.learned, chat), len(encoded.ids), sum(encoded.learned)
+        example,
+        _pieces(encoded.ids, encoded.learned, chat),
+        len(encoded.ids),
+        sum(encoded.learned),
+        reasoning,
     )
+
+
+def tell_reasoning(chat: ChatFormat | None) -> str:
+    """Say what becomes of rows' reasoning."""
+    return chat.told_reasoning if chat else "learned or left out, as `base.reasoning` says"
 
 
 def _pieces(ids: list[int], learned: list[bool], chat: ChatFormat) -> list[Piece]:
@@ -85,9 +99,12 @@ def as_plain(rows: list[Preview]) -> list[dict[str, Any]]:
     return [
         {
             "messages": [
-                {"role": message.role, "content": message.content} for message in row.example.messages
+                {"role": message.role, "content": message.content}
+                | ({"reasoning_content": message.reasoning} if message.reasoning else {})
+                for message in row.example.messages
             ],
             "tokens": [[piece.text, piece.learned] for piece in row.pieces],
+            "reasoning": row.reasoning,
         }
         for row in rows
     ]
@@ -102,10 +119,15 @@ def print_preview(rows: list[Preview]) -> None:
         if not row.pieces:
             console.print(f"--- row {number}", markup=False)
             for message in row.example.messages:
+                if message.reasoning:
+                    console.print(f"{message.role} reasons: {_printable(message.reasoning)}", markup=False)
                 console.print(f"{message.role}: {_printable(message.content)}", markup=False)
             continue
         console.print(f"--- row {number}: {row.tokens} tokens, {row.learned} of them learned", markup=False)
         console.print(_coloured(row.pieces) if console.color_system else _bracketed(row.pieces), markup=False)
+    if reasoned := [row.reasoning for row in rows if row.reasoning]:
+        said = f"{len(reasoned)} of these {len(rows)} rows have reasoning: {reasoned[0]}"
+        console.print(said, markup=False)
 
 
 def _coloured(pieces: list[Piece]) -> Text:

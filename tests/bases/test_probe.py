@@ -25,6 +25,7 @@ from ratchet.errors import BaseModelError
 from ratchet.files import read_json, write_json
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.generation import greedy_answers, greedy_ids
+from ratchet.models.lengths import known_tokens
 from ratchet.models.loading import WHOLE, load_base, load_chat, load_tokenizer
 from ratchet.models.manifests import GENERATION, Finding, write_generation
 from ratchet.parity.paths import engine_answers
@@ -309,6 +310,20 @@ def test_a_date_in_a_made_up_format_is_refused() -> None:
 def test_a_prompt_that_opens_reasoning_is_refused() -> None:
     found, _ = adapted(OPENS_THINKING)
     assert found["template"].result == "refused" and "<think>" in found["template"].what
+
+
+def test_a_base_that_cannot_reason_is_refused_with_what_to_change(probed: Probed) -> None:
+    config = probed.config()
+    learns = config.model_copy(update={"base": config.base.model_copy(update={"reasoning": "learn"})})
+    with pytest.raises(BaseModelError) as caught:
+        make_base(probed.base, learns)
+    assert "base.reasoning: drop" in caught.value.remedy and not probed.base.exists()
+
+
+def test_a_base_with_another_setting_of_reasoning_makes_no_tokens(tiny_base: Path) -> None:
+    assert known_tokens(tiny_base, BaseConfig())[0]
+    chat, why = known_tokens(tiny_base, BaseConfig(reasoning="learn"))
+    assert chat is None and "base.reasoning" in why
 
 
 def test_reasoning_is_switched_off_where_the_template_can() -> None:

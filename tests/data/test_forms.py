@@ -178,6 +178,31 @@ def test_reasoning_is_kept_apart_from_the_answer(content):
     assert row.answer == "a" and row.id != read({"messages": [Q, A]}).id
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "completion": "<think>hm</think>a"},
+        {"instruction": "q", "output": "<think>hm</think>a"},
+        {"question": "q", "answer": "\n<think>\nhm\n</think>\n\na"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "<think>hm</think>a"}]},
+        {"prompt": "q", "chosen": "<think>hm</think>a", "rejected": "<think>hm</think>b"},
+    ],
+)
+def test_a_block_before_an_answer_is_reasoning_in_every_form(row):
+    assert read(row).messages == (Message("user", "q"), Message("assistant", "a", reasoning="hm"))
+
+
+def test_a_block_that_begins_no_answer_is_text():
+    """And text holds no control token, unless the settings say so."""
+    for row in (
+        {"prompt": "<think>x</think>q", "completion": "a"},
+        {"prompt": "q", "completion": "a<think>"},
+    ):
+        with pytest.raises(RowError) as caught:
+            read(row)
+        assert caught.value.reason == "control_token"
+
+
 PREFERENCES = (
     {"prompt": "q", "chosen": "a", "rejected": "b"},
     {"prompt": [Q], "chosen": [A], "rejected": [A | {"content": "b"}]},

@@ -17,6 +17,7 @@ from ratchet.config.params import Config
 from ratchet.config.serving import GatewayConfig
 from ratchet.data.examples import Message
 from ratchet.errors import BaseModelError, BusyError, ConfigError, RatchetError, ServiceError, UserError
+from ratchet.models.reasoning import LEARN
 from ratchet.serving.bundle import Bundle, Generation
 from ratchet.serving.engine import Ask, Ended, Piece
 from ratchet.serving.protocol import WholeAsk
@@ -75,6 +76,47 @@ def test_a_control_token_in_a_message_goes_to_no_upstream(tmp_path: Path):
 
     with serving(stub) as url:
         assert run(url, work)[0][1].finish == "stop"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_reasoning_of_the_upstream_stays_apart_from_the_answer(whole):
+    async def work(engine: UpstreamEngine) -> list[Any]:
+        await engine.load(bundle(1))
+        return [part async for part in engine.answer(ask("think:hm", whole=whole)) if isinstance(part, Piece)]
+
+    with serving(Stub(needs_loading=True)) as url:
+        pieces = run(url, work)
+    assert "".join(piece.reasoning for piece in pieces) == "hm"
+    assert "".join(piece.text for piece in pieces).split() == ["pydoc@v1"] * 4
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_earlier_reasoning_goes_to_a_version_that_learned_it(tmp_path: Path, learned: bool):
+    """The upstream's template would write it for any other as well."""
+    (tmp_path / "chat_template.jinja").write_text(LEARN * learned + "{{ messages }}")
+    said = Message("assistant", "a", reasoning="hm")
+    asked = WholeAsk("chatcmpl-1", 1, (Message("user", "q"), said, Message("user", "p")))
+    stub = Stub(needs_loading=True)
+
+    async def work(engine: UpstreamEngine) -> None:
+        await engine.load(bundle(1)._replace(adapter=tmp_path))
+        await collect(engine, asked)
+
+    with serving(stub) as url:
+        run(url, work)
+    assert stub.seen[0]["messages"][1].get("reasoning_content") == ("hm" if learned else None)
+
+
+def test_an_upstream_that_cannot_leave_reasoning_out_says_so(tmp_path: Path):
+    (tmp_path / "chat_template.jinja").write_text(LEARN)
+
+    async def work(engine: UpstreamEngine) -> None:
+        await engine.load(bundle(1)._replace(adapter=tmp_path))
+        with pytest.raises(UserError, match="without reasoning"):
+            await collect(engine, ask(reasons=False))
+
+    with serving(Stub(needs_loading=True)) as url:
+        run(url, work)
 
 
 def test_another_adapter_under_a_loaded_number_is_refused():

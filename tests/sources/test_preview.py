@@ -14,10 +14,13 @@ import pytest
 from patience import scaled
 from places import make_repository, use_git_without_a_user
 
+from flows.data_check import check_file
 from ratchet.config.data import PrepareConfig
+from ratchet.config.params import Config
 from ratchet.data.validation import Origin, Validator
 from ratchet.models.loading import load_chat
 from ratchet.sources.preview import Piece, as_plain, preview_rows, print_preview
+from tests.models.test_reasoning import chat_of
 
 ROOT = Path(__file__).parents[2]
 ORIGIN = Origin("march", "jsonl")
@@ -55,6 +58,35 @@ def test_five_rows_that_are_fit_are_shown_as_the_checks_leave_them():
     assert [row.example.question for row in found] == ["q0", "q1", "q2", "q3", "q4"]
     assert [row.example.answer for row in found] == ["a0", "a1", "a2", "a3", "a4"]
     assert all(row.pieces == [] for row in found)
+
+
+def test_a_preview_tells_what_becomes_of_reasoning(tiny_base, monkeypatch, capsys):
+    monkeypatch.setenv("NO_COLOR", "1")
+    rows = [line("q", "<think>\nhm\n</think>\n\na"), line("p", "b")]
+    dropped = preview_rows(rows, ORIGIN, PrepareConfig(), load_chat(tiny_base))
+    print_preview(dropped)
+    said = capsys.readouterr().out
+    assert "hm" not in said and "1 of these 2 rows have reasoning" in said and "drop" in said
+    chat = chat_of("qwen3")
+    learned = preview_rows(rows, ORIGIN, PrepareConfig(), chat)
+    print_preview(learned)
+    said = capsys.readouterr().out
+    assert "[[<think>\nhm\n</think>\n\na<|im_end|>]]" in said and chat.told_reasoning in said
+    assert as_plain(learned)[0]["messages"][1]["reasoning_content"] == "hm"
+    assert [row["reasoning"] for row in as_plain(learned)] == [chat.told_reasoning, ""]
+    print_preview(preview_rows(rows, ORIGIN, PrepareConfig(), None))
+    assert "hm" in (said := capsys.readouterr().out) and "base.reasoning" in said
+
+
+def test_a_check_counts_rows_with_reasoning(tmp_path, tiny_base):
+    path = tmp_path / "thought.jsonl"
+    path.write_bytes(b"\n".join(line(f"q{n}?", f"{'<think>hm</think>' * (n < 7)}a{n}") for n in range(30)))
+    verdict = check_file(
+        str(path), tmp_path / "golden.jsonl", Config(), time="2026-01-01T00:00:00Z", base=tiny_base
+    )
+    assert verdict.counts.accepted["rows"] == 30
+    (said,) = [text for text in verdict.said if "reasoning" in text]
+    assert "7 rows" in said and "base.reasoning" in said
 
 
 # --- the command --------------------------------------------------------------------------------------------
