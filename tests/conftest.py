@@ -25,6 +25,7 @@ from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, BaseConfig, DemoBase, TrainConfig
 from ratchet.data.batches import write_batch
 from ratchet.files import write_json
+from ratchet.pipeline.imports import compile_at_first_use
 from ratchet.sources.pydoc import harvest
 from tasks.base import make_base
 from tasks.prepare import prepare
@@ -49,6 +50,7 @@ def pytest_configure() -> None:
         OMP_NUM_THREADS="1",
         TOKENIZERS_PARALLELISM="false",
     )
+    compile_at_first_use()
     os.environ["RATCHET_ROOT"] = HOME
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     # Begun in the background of a script: children would inherit that SIGINT is ignored.
