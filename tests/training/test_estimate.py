@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command import ratchet
 from patience import patience
 from places import make_repository
 
@@ -178,11 +177,5 @@ def test_without_tokens_the_command_that_makes_them_is_named(tmp_path: Path) -> 
     with pytest.raises(UserError, match="ratchet plan --prepare"):
         plan_training(Material(tmp_path, tmp_path, tmp_path), Config(), quiet)
     root = make_repository(tmp_path / "checkout")
-    done = subprocess.run(
-        [sys.executable, "-m", "ratchet.cli", "-C", str(root), "plan"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = ratchet("-C", root, "plan")
     assert (done.returncode, done.stdout) == (2, "") and "ratchet plan --prepare" in done.stderr
