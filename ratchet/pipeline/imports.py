@@ -37,7 +37,7 @@ class _Loader(SourceFileLoader):
         import torch
 
         compile_now = torch.compile
-        torch.compile = _later(compile_now)  # type: ignore[assignment]
+        torch.compile = _later(compile_now)
         try:
             super().exec_module(module)
         finally:
