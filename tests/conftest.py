@@ -36,7 +36,17 @@ PACKAGES = ["email", "logging", "importlib", "http"]  # 436 rows with Python 3.1
 # Files of half a minute of CPU and more; xdist by itself begins with those of many tests.
 LONGEST = {
     f"test_{name}.py"
-    for name in ("families", "adapters", "trainer", "resume", "sweep", "distributed", "estimate", "probe")
+    for name in (
+        "families",
+        "adapters",
+        "trainer",
+        "resume",
+        "sweep",
+        "distributed",
+        "estimate",
+        "kernels",
+        "probe",
+    )
 }
 HUB_CACHE, HOME = tempfile.mkdtemp(prefix="ratchet-hub-"), tempfile.mkdtemp(prefix="ratchet-home-")
 
