@@ -25,7 +25,7 @@ install: $(VENV)/.core
 
 # A process a core, one thread each; a file's tests stay together and share what they made.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # Two at a time: each file has its own checkout, servers and ports.
 test-e2e: $(VENV)/.dev

@@ -25,6 +25,7 @@ from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, BaseConfig, DemoBase, TrainConfig
 from ratchet.data.batches import write_batch
 from ratchet.files import write_json
+from ratchet.pipeline.imports import compile_at_first_use
 from ratchet.sources.pydoc import harvest
 from tasks.base import make_base
 from tasks.prepare import prepare
@@ -32,6 +33,21 @@ from tasks.tokenize import tokenize
 from tasks.train import train
 
 PACKAGES = ["email", "logging", "importlib", "http"]  # 436 rows with Python 3.11
+# Files of half a minute of CPU and more; xdist by itself begins with those of many tests.
+LONGEST = {
+    f"test_{name}.py"
+    for name in (
+        "families",
+        "adapters",
+        "trainer",
+        "resume",
+        "sweep",
+        "distributed",
+        "estimate",
+        "kernels",
+        "probe",
+    )
+}
 HUB_CACHE, HOME = tempfile.mkdtemp(prefix="ratchet-hub-"), tempfile.mkdtemp(prefix="ratchet-home-")
 
 
@@ -49,6 +65,7 @@ def pytest_configure() -> None:
         OMP_NUM_THREADS="1",
         TOKENIZERS_PARALLELISM="false",
     )
+    compile_at_first_use()
     os.environ["RATCHET_ROOT"] = HOME
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     # Begun in the background of a script: children would inherit that SIGINT is ignored.
@@ -57,8 +74,9 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that may take longest, so that no process is left with one of them at the end."""
+    """Begin with the files that take longest, so that no process is left with one of them at the end."""
     allowed = {item: item.get_closest_marker("timeout") for item in items}
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     items.sort(key=lambda item: -marker.args[0] if (marker := allowed[item]) else 0)
 
 

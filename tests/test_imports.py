@@ -49,3 +49,31 @@ def test_what_starts_fast_imports_nothing_slow(module):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+COMPILED = """
+import sys
+import torch
+from ratchet.pipeline.imports import compile_at_first_use
+asked = []
+torch.compile = lambda function, **settings: asked.append((function.__name__, settings)) or function
+for _ in range(2):
+    compile_at_first_use()
+from bitsandbytes.backends.default.ops import _dequantize_blockwise_compute as dequantise
+print(*asked, "torch._inductor.compile_fx" in sys.modules)
+packed, largest, code = torch.tensor([0, 1, 2, 3]), torch.tensor([2.0]), torch.tensor([0.0, 0.5, 1.0, -1.0])
+for _ in range(2):
+    print(*dequantise(packed, largest, code, 4, torch.float32).tolist())
+print(*asked)
+"""
+
+
+def test_bitsandbytes_is_compiled_when_it_is_first_called():
+    """bitsandbytes would import Inductor with each training, whatever its method."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    before, first, second, after = done.stdout.splitlines()
+    assert before == "False"
+    assert first == second == "0.0 1.0 2.0 -2.0"
+    assert after == "('_dequantize_blockwise_compute', {'dynamic': False})"

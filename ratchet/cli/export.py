@@ -44,6 +44,9 @@ def export(
         "TQDM_DISABLE": "1",
     }  # bars of libraries, read when they are imported
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it notes optional kernels at every import
+    from ratchet.pipeline.imports import compile_at_first_use
+
+    compile_at_first_use()
     root, out = ready_root(clean=False), out.resolve()
     from ratchet.serving.version_source import find_source
     from tasks.export import export as run

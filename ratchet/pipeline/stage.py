@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError
+from ratchet.pipeline.imports import compile_at_first_use
 
 
 def run_stage(
@@ -25,6 +26,7 @@ def run_stage(
     # To import transformers and PEFT makes a million objects that live as long as the process: to look at
     # them for garbage after each 700 new ones took 1.5 s of 14 s.
     gc.set_threshold(10_000)
+    compile_at_first_use()
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     for path in paths:

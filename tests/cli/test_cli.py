@@ -1,4 +1,7 @@
-"""The command as people type it: real processes, one message and an exit code that says whose fault it is."""
+"""The command as people type it: one message and an exit code that says whose fault it is.
+
+What a process alone can show (start, script, signals, tracebacks) is tested in one; all else in this one.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command import Done, command, in_process, ratchet
 from patience import scaled
 from places import commit, make_repository, use_git_without_a_user, write_files
 from typer.testing import CliRunner
@@ -80,19 +84,12 @@ def root(tmp_path) -> Path:
     return make_repository(tmp_path / "my checkout", {"params.yaml": PARAMS})
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "ratchet.cli", *map(str, arguments)]
-
-
-def ratchet(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), cwd=cwd, capture_output=True, text=True, check=False, timeout=scaled(60)
-    )
-
-
 def refused(*arguments: str | Path, cwd: Path = ROOT) -> str:
     """The message of a user's fault: on stderr, exit code 2, no traceback, nothing on stdout."""
-    done = ratchet(*arguments, cwd=cwd)
+    return check_refused(ratchet(*arguments, cwd=cwd))
+
+
+def check_refused(done: Done) -> str:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -136,7 +133,7 @@ def crown(root: Path) -> None:
 
 
 def test_help_names_every_command_and_where_to_start():
-    done = ratchet("--help")
+    done = in_process("--help")
     assert done.returncode == 0
     assert "Start with: ratchet demo" in done.stdout
     listed = {
@@ -162,13 +159,19 @@ def test_every_command_has_help_with_an_example(name):
 
 
 def test_a_command_that_is_none_is_refused():
-    assert "No such command 'train'" in refused("train")
+    assert "No such command 'train'" in check_refused(in_process("train"))
 
 
 def test_the_script_and_the_module_are_one(root):
     script = Path(sys.executable).with_name("ratchet")
     done = subprocess.run([script, "-C", root, "history"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, ratchet("-C", root, "history").stdout)
+    assert (done.returncode, done.stdout) == (0, in_process("-C", root, "history").stdout)
+
+
+@pytest.mark.parametrize("arguments", [("status",), ("history", "--json"), ("rollback",)])
+def test_a_process_says_what_the_other_tests_ask_without_one(root, arguments):
+    crown(root)
+    assert in_process("-C", root, *arguments) == ratchet("-C", root, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -232,14 +235,7 @@ def test_without_params_the_command_says_where_it_looked(tmp_path):
 
 def test_the_checkout_is_found_from_a_folder_inside_it(root):
     (root / "docs" / "deep").mkdir(parents=True)
-    done = subprocess.run(
-        command("status", "--json"),
-        cwd=root / "docs" / "deep",
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = ratchet("status", "--json", cwd=root / "docs" / "deep")
     assert json.loads(done.stdout)["project"] == "small"
 
 
@@ -261,7 +257,7 @@ def test_every_fault_of_the_params_is_told_at_once(root):
 
 def test_a_traceback_is_shown_when_it_is_asked_for(root):
     write_files(root, {"params.yaml": "train: 5\n"})
-    done = ratchet("--debug", "-C", root, "status")
+    done = in_process("--debug", "-C", root, "status")
     assert done.returncode != 0
     assert "Traceback" in done.stderr
     assert "ConfigError" in done.stderr

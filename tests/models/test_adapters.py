@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -305,6 +307,23 @@ def test_what_shares_memory_and_what_shares_a_batch(
 
 # --- evaluation ---
 
+Scores = Callable[[str, Path], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def scores(
+    trained: Trained, prepared: Path, nobody: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Scores:
+    """The scores of a version of a method by itself, evaluated once."""
+
+    @cache
+    def alone(name: str, folder: Path) -> dict[str, Any]:
+        out = tmp_path_factory.mktemp("scores") / "evaluation"
+        found = evaluate(prepared, trained.base, nobody, folder, out, trained.config(name))
+        return found["slices"]["test"]
+
+    return alone
+
 
 @pytest.mark.parametrize(
     ("name", "champion"),
@@ -319,7 +338,7 @@ def test_what_shares_memory_and_what_shares_a_batch(
     ],
 )
 def test_each_model_has_the_scores_that_it_has_alone(
-    name: str, champion: str, trained: Trained, prepared: Path, nobody: Path, tmp_path: Path
+    name: str, champion: str, trained: Trained, scores: Scores, prepared: Path, tmp_path: Path
 ) -> None:
     incumbent = tmp_path / "incumbent"
     shutil.copytree(trained.other(champion), incumbent)
@@ -327,15 +346,8 @@ def test_each_model_has_the_scores_that_it_has_alone(
     both = evaluate(
         prepared, trained.base, incumbent, trained(name), tmp_path / "both", trained.config(name)
     )["slices"]["test"]
-    one = evaluate(prepared, trained.base, nobody, trained(name), tmp_path / "one", trained.config(name))[
-        "slices"
-    ]["test"]
-    other = evaluate(
-        prepared, trained.base, nobody, trained.other(champion), tmp_path / "other", trained.config(champion)
-    )["slices"]["test"]
-    plain = evaluate(
-        prepared, trained.base, nobody, trained("lora"), tmp_path / "plain", trained.config("lora")
-    )["slices"]["test"]
+    one, other = scores(name, trained(name)), scores(champion, trained.other(champion))
+    plain = scores("lora", trained("lora"))
     assert both["candidate"] == one["candidate"]
     assert both["champion"] == other["candidate"] != both["candidate"]
     assert both["base"] == plain["base"]

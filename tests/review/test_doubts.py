@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
+from command import Done, ratchet
 
 from flows.data_check import check_file, raw_row, read_rejected, resubmit
 from flows.review_queue import queue_doubtful
@@ -145,22 +144,8 @@ def test_the_command_tells_apart_rows_that_would_fail_and_files_that_cannot_be_r
     (tmp_path / "fine.jsonl").write_bytes(b"\n".join(GOOD))
     (tmp_path / "empty.jsonl").write_bytes(b"")
 
-    def check(*names: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "ratchet.cli",
-                "-C",
-                str(tmp_path),
-                "data",
-                "check",
-                *(str(tmp_path / name) for name in names),
-            ],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
+    def check(*names: str) -> Done:
+        return ratchet("-C", tmp_path, "data", "check", *(tmp_path / name for name in names))
 
     assert check("fine.jsonl").returncode == 0
     bad = check("bad.jsonl")

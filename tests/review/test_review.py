@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import subprocess
-import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import ratchet as run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import scaled
@@ -631,14 +630,7 @@ def ratchet(tmp_path, monkeypatch):
     root = make_repository(tmp_path / "checkout")
 
     def call(*arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "ratchet.cli", "-C", str(root), "review", *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=scaled(60),
-        )
+        done = run("-C", root, "review", *arguments)
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout if code == 0 else done.stderr

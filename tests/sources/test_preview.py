@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from patience import scaled
+from command import ratchet
 from places import make_repository, use_git_without_a_user
 
 from flows.data_check import check_file
@@ -22,7 +20,6 @@ from ratchet.models.loading import load_chat
 from ratchet.sources.preview import Piece, as_plain, preview_rows, print_preview
 from tests.models.test_reasoning import chat_of
 
-ROOT = Path(__file__).parents[2]
 ORIGIN = Origin("march", "jsonl")
 
 
@@ -101,18 +98,6 @@ def root(tmp_path, monkeypatch) -> Path:
     return make_repository(tmp_path / "checkout")
 
 
-def ratchet(root: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ratchet.cli", "-C", str(root), *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=scaled(90),
-    )
-
-
 def table(root: Path) -> Path:
     path = root.parent / "tickets.csv"
     rows = "".join(f"is case {n} covered?;yes \x1b[31m{n}\n" for n in range(7))
@@ -125,7 +110,7 @@ MAPPED = ("--columns", "prompt=text,completion=category", "--preview")
 
 def test_a_check_shows_learned_text_in_brackets_where_there_are_no_colours(root, tiny_base):
     shutil.copytree(tiny_base, root / "models/base")
-    plain = ratchet(root, "data", "check", table(root), *MAPPED)
+    plain = ratchet("-C", root, "data", "check", table(root), *MAPPED)
     assert plain.returncode == 0, plain.stderr
     chat = load_chat(tiny_base)
     end = chat.tokenizer.decode([chat.stop_id])
@@ -153,7 +138,7 @@ def test_learned_text_has_another_colour_and_no_text_steers_the_terminal(monkeyp
 
 def test_an_ingest_with_a_preview_commits_nothing(root):
     before = {path for path in root.rglob("*") if ".git" not in path.parts}
-    shown = ratchet(root, "ingest", "--path", table(root), *MAPPED)
+    shown = ratchet("-C", root, "ingest", "--path", table(root), *MAPPED)
     assert shown.returncode == 0, shown.stderr
     assert "7 rows from jsonl (tickets), form completion" in shown.stdout
     assert "user: is case 0 covered?\nassistant: yes 0\n" in shown.stdout
@@ -164,10 +149,10 @@ def test_an_ingest_with_a_preview_commits_nothing(root):
 
 
 def test_a_check_of_columns_that_nobody_named_says_the_command(root):
-    done = ratchet(root, "data", "check", table(root))
+    done = ratchet("-C", root, "data", "check", table(root))
     assert done.returncode == 2
     assert "text, category" in done.stderr and "--columns prompt=text,completion=COLUMN" in done.stderr
-    wrong = ratchet(root, "data", "check", table(root), "--columns", "prompt")
+    wrong = ratchet("-C", root, "data", "check", table(root), "--columns", "prompt")
     assert wrong.returncode == 2 and "KEY=COLUMN" in wrong.stderr
 
 
@@ -181,6 +166,6 @@ def test_a_check_asks_a_database(root):
         )
     opened.close()
     query = ("--query", "select q as prompt, a as completion from t")
-    done = ratchet(root, "data", "check", f"sqlite:///{root.parent}/t.db", *query, "--preview")
+    done = ratchet("-C", root, "data", "check", f"sqlite:///{root.parent}/t.db", *query, "--preview")
     assert done.returncode == 0, done.stderr
     assert "7 rows = accepted 7" in done.stdout and "user: is case 0 covered?" in done.stdout

@@ -102,7 +102,7 @@ class Acts:
             if process.poll() is not None or time.monotonic() > until:
                 self.faults.append(f"no step {step} came")
                 return
-            time.sleep(0.002)
+            time.sleep(0.02)
 
     def close(self) -> None:
         self.faults.append("closed")
