@@ -12,7 +12,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ratchet.models.chat_template import Encoded
 from ratchet.training.collation import WindowCollator
-from ratchet.training.packing import IGNORED, Window, by_length, pack, read_windows, write_windows
+from ratchet.training.packing import (
+    IGNORED,
+    TOKEN_COLUMNS,
+    Window,
+    by_length,
+    pack,
+    read_windows,
+    write_windows,
+)
 
 LIMIT = 12
 
@@ -44,7 +52,7 @@ def cut_at_starts(window: Window) -> list[tuple[list[int], list[int]]]:
 def test_every_row_is_whole_in_exactly_one_window_within_the_limit(rows):
     windows = pack(rows, LIMIT)
     assert all(0 < len(window.input_ids) <= LIMIT for window in windows)
-    assert all(len({len(column) for column in window}) == 1 for window in windows)
+    assert all(len({len(getattr(window, name)) for name in TOKEN_COLUMNS}) == 1 for window in windows)
     found = [ids for window in windows for ids, _ in cut_at_starts(window)]
     assert sorted(found) == sorted(row.ids for row in rows)
 
@@ -185,7 +193,7 @@ def test_every_row_is_in_exactly_one_group_and_no_group_is_larger_padded_than_it
         Window([index] * length, [IGNORED] * length, list(range(length)))
         for index, length in enumerate(lengths)
     ]
-    groups = by_length(rows, budget)
+    groups = by_length([[row] for row in rows], budget)
     assert sorted(row.input_ids[0] for group in groups for row in group) == list(range(len(rows)))
     assert all(len(group) * max(len(row.input_ids) for row in group) <= budget for group in groups)
     bounds = [
