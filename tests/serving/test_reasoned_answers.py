@@ -10,7 +10,8 @@ import pytest
 
 from ratchet.config.serving import GatewayConfig
 from ratchet.data.examples import Example, Message, ToolCall
-from ratchet.gateway.responses import ResponseEncoder, parse_response
+from ratchet.gateway.response_encoder import ResponseEncoder
+from ratchet.gateway.responses import parse_response
 from ratchet.models.chat_template import ChatFormat
 from ratchet.parity.paths import Script, replayed_answer, whole_text
 from ratchet.serving.bundle import Bundle, Generation
