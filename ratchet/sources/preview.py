@@ -63,13 +63,8 @@ def _preview(example: Example, chat: ChatFormat | None) -> Preview:
     if chat is None:
         return Preview(example, [], reasoning=reasoning)
     encoded = chat.encode(example)
-    return Preview(
-        example,
-        _pieces(encoded.ids, encoded.learned, chat),
-        len(encoded.ids),
-        sum(encoded.learned),
-        reasoning,
-    )
+    learned = [example.desirable and each for each in encoded.learned]
+    return Preview(example, _pieces(encoded.ids, learned, chat), len(encoded.ids), sum(learned), reasoning)
 
 
 def tell_reasoning(chat: ChatFormat | None) -> str:
@@ -105,6 +100,8 @@ def as_plain(rows: list[Preview]) -> list[dict[str, Any]]:
             ],
             "tokens": [[piece.text, piece.learned] for piece in row.pieces],
             "reasoning": row.reasoning,
+            "worse": row.example.rejected and row.example.rejected.text,
+            "desirable": row.example.desirable,
         }
         for row in rows
     ]
@@ -116,18 +113,27 @@ def print_preview(rows: list[Preview]) -> None:
 
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     for number, row in enumerate(rows, start=1):
-        if not row.pieces:
-            console.print(f"--- row {number}", markup=False)
-            for message in row.example.messages:
-                if message.reasoning:
-                    console.print(f"{message.role} reasons: {_printable(message.reasoning)}", markup=False)
-                console.print(f"{message.role}: {_printable(message.content)}", markup=False)
-            continue
-        console.print(f"--- row {number}: {row.tokens} tokens, {row.learned} of them learned", markup=False)
-        console.print(_coloured(row.pieces) if console.color_system else _bracketed(row.pieces), markup=False)
+        tokens = f": {row.tokens} tokens, {row.learned} of them learned" if row.pieces else ""
+        console.print(f"--- row {number}{tokens}{_tell_judgement(row.example)}", markup=False)
+        if row.pieces:
+            shown = _coloured(row.pieces) if console.color_system else _bracketed(row.pieces)
+            console.print(shown, markup=False)
+        for message in () if row.pieces else row.example.messages:
+            if message.reasoning:
+                console.print(f"{message.role} reasons: {_printable(message.reasoning)}", markup=False)
+            console.print(f"{message.role}: {_printable(message.content)}", markup=False)
+        if row.example.rejected:
+            console.print(f"worse answer: {_printable(row.example.rejected.text)}", markup=False)
     if reasoned := [row.reasoning for row in rows if row.reasoning]:
         said = f"{len(reasoned)} of these {len(rows)} rows have reasoning: {reasoned[0]}"
         console.print(said, markup=False)
+
+
+def _tell_judgement(example: Example) -> str:
+    if example.desirable and not example.rejected:
+        return ""
+    kind = "a pair" if example.rejected else "an answer not to give"
+    return f"; {kind}, for `train.objective` dpo or kto"
 
 
 def _coloured(pieces: list[Piece]) -> Text:

@@ -57,6 +57,19 @@ def test_five_rows_that_are_fit_are_shown_as_the_checks_leave_them():
     assert all(row.pieces == [] for row in found)
 
 
+@pytest.mark.parametrize("with_tokens", [True, False])
+def test_a_preview_tells_pairs_and_answers_not_to_give(tiny_base, capsys, with_tokens):
+    pair = json.dumps({"prompt": "hail?", "chosen": "covered", "rejected": "no idea"}).encode()
+    rows = [line("hail?", "never", label=False), pair]
+    found = preview_rows(rows, ORIGIN, PrepareConfig(), load_chat(tiny_base) if with_tokens else None)
+    assert [(row["desirable"], row["worse"]) for row in as_plain(found)] == [(False, None), (True, "no idea")]
+    print_preview(found)
+    bad, good = capsys.readouterr().out.split("--- row 2")
+    assert "never" in bad and "[[" not in bad and "not to give" in bad
+    assert "a pair" in good and "worse answer: no idea" in good
+    assert ("[[covered" in good) == with_tokens
+
+
 def test_a_preview_tells_what_becomes_of_reasoning(tiny_base, monkeypatch, capsys):
     monkeypatch.setenv("NO_COLOR", "1")
     rows = [line("q", "<think>\nhm\n</think>\n\na"), line("p", "b")]
