@@ -26,11 +26,11 @@ from ratchet.files import read_json, sha256_file
 from ratchet.models.adapters import load_trainable
 from ratchet.tracking.curve import read_history
 from ratchet.training.checkpoints import FOLDER, MANIFEST, STATE, TENSORS, Checkpoints, join, split
-from ratchet.training.loss import AnswerLoss
-from ratchet.training.packing import Window, read_windows
+from ratchet.training.loss import AnswerLoss, PreferenceLoss
+from ratchet.training.packing import Role, Window, read_windows, rows_of
 from ratchet.training.schedule import Schedule
 from ratchet.training.state import trainable
-from ratchet.training.trainer import fit
+from ratchet.training.trainer import Loss, fit
 from tasks.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -187,8 +187,11 @@ class Curve:
 class Made:
     """The three methods' models, trained without and with a kill."""
 
-    def __init__(self, base: Path, windows: list[Window], validation: list[Window]) -> None:
+    def __init__(
+        self, base: Path, windows: list[Window], validation: list[Window], loss: Loss | None = None
+    ) -> None:
         self._base, self._windows, self._validation = base, windows, validation
+        self._loss = loss or AnswerLoss()
         self._whole: dict[Any, Any] = {}
 
     def whole(self, config: AdapterConfig, **settings: Any) -> Any:
@@ -208,7 +211,7 @@ class Made:
             self._windows,
             self._validation,
             schedule,
-            loss=AnswerLoss(),
+            loss=self._loss,
             pad_id=0,
             report=curve.add,
             apart=True if config.method in ("prefix", "prompt") else None,
@@ -267,6 +270,30 @@ def test_a_training_that_was_killed_ends_in_the_same_weights_and_the_same_curve(
     found = kill_and_go_on(tmp_path, made, CONFIGS["lora"], die_at)
     assert found[3] == die_at - 1
     same(found, made.whole(CONFIGS["lora"]))
+
+
+def as_pairs(windows: list[Window]) -> list[Window]:
+    """One pair a window, of neighbouring rows."""
+    rows = [row for window in windows for row in rows_of(window)]
+    return [
+        Window(
+            better.input_ids + worse.input_ids,
+            better.labels + worse.labels,
+            better.position_ids + worse.position_ids,
+            [Role.CHOSEN, Role.REJECTED],
+        )
+        for better, worse in zip(rows[::2], rows[1::2], strict=False)
+    ]
+
+
+def test_so_it_is_with_preferences_whose_references_are_measured_again(
+    tmp_path: Path, tiny_base: Path, windows: list[Window], validation: list[Window]
+) -> None:
+    loss = PreferenceLoss(beta=0.5, chosen_weight=1.0, undesirable_weight=1.0)
+    made = Made(tiny_base, as_pairs(windows)[:12], as_pairs(validation)[:4], loss)
+    found = kill_and_go_on(tmp_path, made, CONFIGS["lora"], 5)
+    same(found, made.whole(CONFIGS["lora"]))
+    assert found[-1] == 5 - 1, "it went on, and did not start anew"
 
 
 @pytest.mark.parametrize("method", ["qlora", "full", "prompt"])
