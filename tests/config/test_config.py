@@ -310,7 +310,7 @@ def test_each_setting_is_told_with_its_default_and_where_it_was_set(tmp_path):
     assert everything["train.epochs"] == ("train.epochs", 3.0, 3.0, "params.yaml")
     assert everything["train.replay"].set_in == ""
     few = {one.key for one in read_settings(path, everything=False)}
-    assert few == {*config_doc.SURVEYED, "monitor.topics"}
+    assert few == {*config_doc.SURVEYED, "monitor.topics", "train.seed"}
 
 
 def test_every_key_is_read_somewhere():
