@@ -104,7 +104,7 @@ def evaluate(
     )
     attacks = _attacks(fitting, base, candidate, own, config)
     attacked = [attack.row for attack in attacks if attack.asked]
-    compared = [_worse(row) for row in fitting if row.rejected]
+    compared = [worse for row in fitting if (worse := row.worse)]
     asked = Asked(
         [*fitting, *(pair.swapped for pair in pairs), *attacked],
         [
@@ -157,11 +157,6 @@ def _with_worse(rows: list[Example], prepared: Path) -> list[Example]:
     """Put answers not to give beside better ones to the same prompt, one to a row."""
     paired = pair_up(rows, read_undesirable(prepared, "test"))
     return paired.rows[: len(rows)]
-
-
-def _worse(row: Example) -> Example:
-    assert row.rejected
-    return msgspec.structs.replace(row, messages=(*row.prompt, row.rejected), rejected=None)
 
 
 def _prefer(table: pd.DataFrame) -> pd.Series:

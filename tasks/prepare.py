@@ -27,7 +27,7 @@ from ratchet.data.batches import Batch, check_batch, raw_lines, read_manifest
 from ratchet.data.dedup import RUN, Clusters, HashTable, Placed, split_by_hash
 from ratchet.data.erasure import GOLDEN, Forgotten, read_forgotten
 from ratchet.data.examples import CONTINUE, Example, RowError, encode_line, prompt_key
-from ratchet.data.mixture import UNDESIRABLE
+from ratchet.data.mixture import undesirable
 from ratchet.data.pii import redact
 from ratchet.data.poisoning import find_triggers
 from ratchet.data.profile import SPLITS, Gathered, Profile, check_limits, render_profile
@@ -93,7 +93,7 @@ def prepare(
         with ExitStack() as opened:
             files = {
                 name: opened.enter_context((folder / f"{name}.jsonl").open("wb"))
-                for name in (*SPLITS, *(f"{UNDESIRABLE}_{split}" for split in SPLITS), GOLDEN, "rejected")
+                for name in (*SPLITS, *map(undesirable, SPLITS), GOLDEN, "rejected")
             }
             gathered = sort_batches(
                 batches,
@@ -275,8 +275,8 @@ class Sorter:
         side = self._side(example, self._place(example, counts=False))
         caps.check(example)
         self._seen.put(key)
-        self._keep(f"{UNDESIRABLE}_{side}", example)
-        return f"accepted.{UNDESIRABLE}_{side}"
+        self._keep(undesirable(side), example)
+        return f"accepted.{undesirable(side)}"
 
     def _place(self, example: Example, *, counts: bool) -> Placed | None:
         """Find rows that are near. Raises RowError: it would leak from the golden set, or between splits."""
@@ -362,7 +362,7 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
         forgotten=read_forgotten(arguments.forgotten),
     ).total
     splits = ", ".join(f"{split} {total.accepted.get(split, 0)}" for split in SPLITS)
-    if bad := sum(total.accepted.get(f"{UNDESIRABLE}_{split}", 0) for split in SPLITS):
+    if bad := sum(total.accepted.get(undesirable(split), 0) for split in SPLITS):
         splits += f"; {bad} answers not to give"
     say(
         f"prepare: {total.rows} rows = accepted {total.accepted['rows']}, rejected {total.rejected['rows']}, "

@@ -47,6 +47,7 @@ CONNECT_SECONDS = 10
 OPENING = (ImportError, RuntimeError)  # no driver; tables of another Optuna
 # How often a trial gives a sign of life, and after how long without one another machine's trial is lost.
 ALIVE_SECONDS, LOST_SECONDS = 15.0, 3600.0
+DRAWS = 1000  # without new settings, after which all are taken to be tried
 
 Say = Callable[[str], None]
 
@@ -122,13 +123,29 @@ class Search:
         trial.set_user_attr("changes", changes)
         trial.set_user_attr("command", dvc_command(changes))
         trial.set_user_attr("commit", self._commit)
-        if (
-            sum(_counts(other) for other in self._trials() if other.number < trial.number)
-            >= self._config.sweep.trials
-        ):
+        before = [other for other in self._trials() if other.number < trial.number and _counts(other)]
+        if twin := next((other for other in before if other.user_attrs.get("changes") == changes), None):
+            self._fail(trial, f"the settings of trial {twin.number}, drawn again", counts=False)
+            return self._next() if self._queue_untried(len(trials)) else None
+        if len(before) >= self._config.sweep.trials:
             self._fail(trial, "not needed: others were faster", counts=False)
             return None
         return trial
+
+    def _queue_untried(self, seed: int) -> bool:
+        """Queue settings that no trial has; False when none are found, so that a small space ends the sweep.
+
+        The same settings give the same loss, so a second training of them would tell nothing.
+        """
+        tried = [trial.user_attrs.get("changes") for trial in self._trials() if _counts(trial)]
+        dice = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        for _ in range(DRAWS):
+            trial = dice.ask()
+            if changes_of(draw(trial, self._config)) not in tried:
+                self._study.enqueue_trial(trial.params)
+                return True
+        self._say(f"sweep: all settings of the space are tried, {len(tried)} in number")
+        return False
 
     def run(self, trial: optuna.Trial, material: Material) -> TrialRecord:
         """Train by the trial's settings and return its record, also for a training that fails.

@@ -21,7 +21,7 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.canaries import make_canaries
-from ratchet.data.examples import Example, Message, count_reasoned, encode_line, read_examples
+from ratchet.data.examples import Example, count_reasoned, encode_line, read_examples
 from ratchet.data.mixture import Paired, mix_rows, pair_up, read_undesirable
 from ratchet.errors import DataError
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
@@ -114,8 +114,8 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
     paired = _pair(mixture.rows, config)
     held_out = _pair(_read(prepared, "validation", compares=compares), config)
     splits = {
-        "train": _measure(chat, paired.rows, compares=compares),
-        "validation": _measure(chat, held_out.rows, compares=compares),
+        "train": _measure(chat, paired.rows, config.train.objective),
+        "validation": _measure(chat, held_out.rows, config.train.objective),
     } | {split: _measure(chat, read_examples(prepared / f"{split}.jsonl")) for split in ("test", "golden")}
     lengths = {split: [row.length for row in rows] for split, rows in splits.items()}
     planted = [chat.encode(canary.row()) for canary in make_canaries(config.evaluate.canaries)]
@@ -150,7 +150,7 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
     preferences = _count_preferences(fitting["train"], paired, config) if compares else msgspec.UNSET
     with whole_folder(out) as folder:
         for split, more in (("train", planted), ("validation", [])):
-            windows = _pack(fitting[split], more, chat, limits, config)
+            windows = _pack(fitting[split], more, limits, config)
             write_windows(folder / f"{split}.arrow", windows)
             figures[split] = _describe([row.example for row in fitting[split]], windows, seen)
         write_bytes(folder / "rejected.jsonl", map(encode_line, rejected))
@@ -182,21 +182,14 @@ def _read(prepared: Path, split: str, *, compares: bool) -> list[Example]:
     return [*read_examples(prepared / f"{split}.jsonl"), *bad]
 
 
-def _measure(chat: ChatFormat, examples: Iterable[Example], *, compares: bool = False) -> list[Measured]:
-    return [
-        Measured(
-            example,
-            chat.encode(example),
-            encode_last_answer(chat, _with_answer(example, example.rejected))
-            if compares and example.rejected
-            else None,
-        )
-        for example in examples
-    ]
-
-
-def _with_answer(example: Example, answer: Message) -> Example:
-    return msgspec.structs.replace(example, messages=(*example.prompt, answer))
+def _measure(chat: ChatFormat, examples: Iterable[Example], objective: str = "sft") -> list[Measured]:
+    """Encode rows; of those that are compared the last answer alone is learned."""
+    found = []
+    for example in examples:
+        worse = None if objective == "sft" else example.worse
+        encode = encode_last_answer if worse or objective == "kto" else ChatFormat.encode
+        found.append(Measured(example, encode(chat, example), worse and encode_last_answer(chat, worse)))
+    return found
 
 
 def _pair(rows: list[Example], config: Config) -> Paired:
@@ -222,29 +215,27 @@ def _count_preferences(rows: list[Measured], paired: Paired, config: Config) -> 
     return PreferenceFigures(0, 0, len(rows) - bad, bad + worse, 0)
 
 
-def _pack(
-    rows: list[Measured], planted: list[Encoded], chat: ChatFormat, limits: Limits, config: Config
-) -> list[Window]:
+def _pack(rows: list[Measured], planted: list[Encoded], limits: Limits, config: Config) -> list[Window]:
     if config.train.objective == "sft":
         return pack([*(row.tokens for row in rows), *planted], limits.window)
     if config.train.objective == "dpo":
         units = [
-            Unit([encode_last_answer(chat, row.example), row.worse], [Role.CHOSEN, Role.REJECTED])
+            Unit([row.tokens, row.worse], [Role.CHOSEN, Role.REJECTED])
             if row.worse
             else Unit([row.tokens], [Role.PLAIN])
             for row in rows
         ]
     else:
-        units = _judged_units(rows, chat, limits.max_length)
+        units = _judged_units(rows, limits.max_length)
     return pack_units([*units, *(Unit([row], [Role.PLAIN]) for row in planted)], limits.window)
 
 
-def _judged_units(rows: list[Measured], chat: ChatFormat, longest: int) -> list[Unit]:
+def _judged_units(rows: list[Measured], longest: int) -> list[Unit]:
     """Put beside each answer that of another row, which shows KTO how far the model has moved in general."""
     answers: list[tuple[Encoded, Role]] = []
     for row in rows:
         role = Role.DESIRABLE if row.example.desirable else Role.UNDESIRABLE
-        answers.append((encode_last_answer(chat, row.example), role))
+        answers.append((row.tokens, role))
         if row.worse:
             answers.append((row.worse, Role.UNDESIRABLE))
     units = []

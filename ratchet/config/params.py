@@ -91,7 +91,7 @@ class Config(Section):
                 f"base.new_tokens is {self.base.new_tokens}: `adapter.method: {method}` would leave their "
                 "embeddings untrained; take one of the LoRA family, or `full`"
             )
-        if self.train.objective != "sft" and "preference" not in self.evaluate.metrics:
+        if self.train.objective != "sft" and PREFERENCE not in self.evaluate.metrics:
             raise ValueError(
                 f"train.objective is {self.train.objective}, and evaluate.metrics lacks `preference`, the "
                 "share of held-out pairs of which the model prefers the better answer: add it"

@@ -82,6 +82,13 @@ class Example(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.messages[-1].text
 
     @property
+    def worse(self) -> Example | None:
+        """Return the row that ends with the worse answer, where there is one."""
+        if self.rejected is None:
+            return None
+        return msgspec.structs.replace(self, messages=(*self.prompt, self.rejected), rejected=None)
+
+    @property
     def question(self) -> str:
         """Return the last turn before the answer: a user's, or a tool's result."""
         return self.messages[-2].text
@@ -149,6 +156,13 @@ def trim(text: str) -> str:
     """Take blanks off the end and empty lines off the start; an indented first line, as of code, stays so."""
     text = text.rstrip()
     return trim_start(text) if text[:1].isspace() else text
+
+
+def overlap(text: str, mark: str) -> int:
+    """Count the characters at the end of `text` that may be the beginning of `mark`, but not all of it."""
+    return next(
+        (size for size in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:size])), 0
+    )
 
 
 def trim_start(text: str) -> str:

@@ -18,7 +18,10 @@ import msgspec
 from ratchet.config.training import TrainConfig
 from ratchet.data.examples import Example, Meta, prompt_key, read_examples
 
-UNDESIRABLE = "undesirable"  # of a split: answers not to give, in a file beside it
+
+def undesirable(split: str) -> str:
+    """Name the file of answers not to give that stands beside a split, without its ending."""
+    return f"undesirable_{split}"
 
 
 class Mixture(NamedTuple):
@@ -107,27 +110,27 @@ class Paired(NamedTuple):
 
 def read_undesirable(prepared: Path, split: str) -> list[Example]:
     """Read the answers not to give that stand beside a split; releases before this one wrote none."""
-    path = prepared / f"{UNDESIRABLE}_{split}.jsonl"
+    path = prepared / f"{undesirable(split)}.jsonl"
     return list(read_examples(path)) if path.exists() else []
 
 
-def pair_up(rows: Sequence[Example], undesirable: Sequence[Example]) -> Paired:
+def pair_up(rows: Sequence[Example], bad: Sequence[Example]) -> Paired:
     """Join each answer not to give with a good answer to the same prompt, in turn where there are several.
 
     A row with a worse answer of its own stays as it is, and may make a second pair.
     """
     good: dict[int, list[int]] = {}
-    if undesirable:
+    if bad:
         for place, row in enumerate(rows):
             good.setdefault(prompt_key(row), []).append(place)
     paired, more, unpaired = list(rows), list[Example](), list[Example]()
-    for bad in undesirable:
-        places = good.get(prompt_key(bad), [])
+    for row in bad:
+        places = good.get(prompt_key(row), [])
         if not places:
-            unpaired.append(bad)
+            unpaired.append(row)
             continue
         places.append(place := places.pop(0))
-        pair = msgspec.structs.replace(rows[place], rejected=bad.messages[-1])
+        pair = msgspec.structs.replace(rows[place], rejected=row.messages[-1])
         if paired[place].rejected is None:
             paired[place] = pair
         else:

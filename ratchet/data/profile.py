@@ -8,6 +8,7 @@ import msgspec
 
 from ratchet.config.data import FEW, PrepareConfig
 from ratchet.data.examples import Example
+from ratchet.data.mixture import undesirable
 from ratchet.data.text import language_of
 from ratchet.data.validation import REVIEW
 from ratchet.errors import DataError
@@ -173,7 +174,7 @@ def check_limits(profile: Profile, first: First, config: PrepareConfig) -> list[
     ]
     for name, batch in profile.batches.items():
         _check_batch(name, batch, first, config, said)
-    accepted = sum(profile.total.accepted.get(side, 0) for side in ("train", "undesirable_train"))
+    accepted = sum(profile.total.accepted.get(side, 0) for side in ("train", undesirable("train")))
     if accepted < config.min_rows:
         raise DataError(
             f"{accepted} training rows are left of {profile.total.rows}; "

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ratchet.data.examples import THINK, THOUGHT, trim_start
+from ratchet.data.examples import THINK, THOUGHT, overlap, trim_start
 from ratchet.errors import BaseModelError
 
 LEARN = "{#- base.reasoning: learn #}"  # begins the template of a base whose reasoning is learned
@@ -108,7 +108,7 @@ class ReasoningReader:
             text = self._release(said.rstrip())
             self._place, self._held, self._begun = CONTENT, rest, False
             return text
-        said = self._held[: len(self._held) - _overlap(self._held, self._close)].rstrip()
+        said = self._held[: len(self._held) - overlap(self._held, self._close)].rstrip()
         self._held = self._held[len(said) :]
         return self._release(said)
 
@@ -122,13 +122,6 @@ class ReasoningReader:
         text = text if self._begun else trim_start(text)
         self._begun = self._begun or bool(text)
         return text
-
-
-def _overlap(text: str, close: str) -> int:
-    """Count the characters at the end of `text` that may be the beginning of `close`."""
-    return next(
-        (size for size in range(min(len(close) - 1, len(text)), 0, -1) if text.endswith(close[:size])), 0
-    )
 
 
 def find_reasoning_format(write: Write, template: str) -> ReasoningFormat | None:

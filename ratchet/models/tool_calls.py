@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ratchet.data.examples import Message, Tool, ToolCall, trim
+from ratchet.data.examples import Message, Tool, ToolCall, overlap, trim
 
 PROBE_TOOL: Tool = {
     "type": "function",
@@ -76,9 +76,7 @@ class CallFormat(NamedTuple):
             return 0 if begun in ("", "{") else len(text)
         start = text.find(lead)
         if start < 0:
-            start = len(text) - next(
-                (size for size in range(len(lead) - 1, 0, -1) if text.endswith(lead[:size])), 0
-            )
+            start = len(text) - overlap(text, lead)
         return len(text[:start].rstrip())
 
     def _call(self, said: Any) -> ToolCall | None:

@@ -21,13 +21,14 @@ from ruamel.yaml.error import YAMLError
 from ratchet.data.batches import REVERTED, Reverted, decode_reverted, read_reverted
 from ratchet.data.erasure import GOLDEN, Entry
 from ratchet.data.examples import read_examples
+from ratchet.data.mixture import undesirable
 from ratchet.errors import RatchetError
 from ratchet.pipeline.checkout import git
 from ratchet.pipeline.workspace import get_output
 from ratchet.tracking.registry import Version
 
 PREPARED, TRAIN = "data/prepared", "data/prepared/train.jsonl"
-BAD = "data/prepared/undesirable_train.jsonl"
+BAD = f"{PREPARED}/{undesirable('train')}.jsonl"
 COMMIT = re.compile(r"[0-9a-f]{7,64}")  # anybody can write a tag, and git would take some texts for options
 STARTED_FROM = "started_from"  # tag: sha256 of the adapter that the training started from, or `base`
 

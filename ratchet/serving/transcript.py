@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ratchet.data.examples import trim_start
+from ratchet.data.examples import overlap, trim_start
 
 HALF = "\ufffd"  # what a decoder writes for the first bytes of a character
 
@@ -33,7 +33,7 @@ class Transcript:
             return ""
         self._take_in(whole)
         self._newest, self._read = self._newest[self._read :], len(self._newest) - self._read
-        end = len(self._held) - max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        end = len(self._held) - max((overlap(self._held, stop) for stop in self._stops), default=0)
         return self._release(len(self._held[:end].rstrip()))
 
     def end(self) -> str:
@@ -53,10 +53,3 @@ class Transcript:
         text = text if self._begun else trim_start(text)
         self._begun = self._begun or bool(text)
         return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Count the characters at the end of `text` that may be the beginning of `stop`."""
-    return next(
-        (size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0
-    )

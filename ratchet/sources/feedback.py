@@ -33,7 +33,7 @@ from ratchet.data.examples import (
     normalise,
     read_examples,
 )
-from ratchet.data.mixture import UNDESIRABLE, feedback_room, is_feedback
+from ratchet.data.mixture import feedback_room, is_feedback, undesirable
 from ratchet.data.poisoning import find_planted
 from ratchet.data.profile import SPLITS
 from ratchet.gateway.auth import list_keys
@@ -135,7 +135,7 @@ def _look_around(
     settings, folder = config.ingest.feedback, root / "data/prepared"
     examples = {
         split: list(read_examples(file))
-        for split in (*SPLITS, *(f"{UNDESIRABLE}_{split}" for split in SPLITS), "golden")
+        for split in (*SPLITS, *map(undesirable, SPLITS), "golden")
         if (file := folder / f"{split}.jsonl").exists()
     }
     train = examples.get("train", [])

@@ -86,7 +86,7 @@ def make_batches(
     apart: bool | None,
 ) -> Batches:
     """Make every optimizer step the same number of forward passes, so that processes can share them."""
-    judged = any(window.roles for window in windows)
+    judged = holds_judged(windows)
     learned = sum(
         sum(role not in FOLLOWS for role in window.roles)
         if judged
@@ -98,7 +98,7 @@ def make_batches(
     held_out: list[Any] = list(validation)
     items, longest = batch_windows, max(len(window.input_ids) for window in windows)
     collate: Callable[[Any], dict[str, torch.Tensor]] = WindowCollator(pad_id)
-    if judged or (is_faster_apart() if apart is None else apart):
+    if goes_apart(windows, apart):
         train = group_rows(windows, batch_windows)
         held_out = group_rows(validation, batch_windows) if validation else []
         items, longest = 1, max(window.position_ids[-1] + 1 for window in windows)
@@ -110,10 +110,19 @@ def make_batches(
 
 def count_batches(windows: Sequence[Window], batch_windows: int, *, apart: bool | None = None) -> int:
     """Count the forward passes of an epoch."""
-    judged = any(window.roles for window in windows)
-    if judged or (is_faster_apart() if apart is None else apart):
+    if goes_apart(windows, apart):
         return len(group_rows(windows, batch_windows))
     return math.ceil(len(windows) / batch_windows)
+
+
+def holds_judged(windows: Sequence[Window]) -> bool:
+    """Tell whether preferences are learned from these windows."""
+    return any(window.roles for window in windows)
+
+
+def goes_apart(windows: Sequence[Window], apart: bool | None) -> bool:
+    """Tell whether rows go by themselves: those that are compared always do; None: whatever is faster."""
+    return holds_judged(windows) or (is_faster_apart() if apart is None else apart)
 
 
 def is_faster_apart() -> bool:

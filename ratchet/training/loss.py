@@ -68,7 +68,7 @@ class AnswerLoss:
         self._teacher_weight, self._temperature = teacher_weight, temperature
 
     def __call__(self, batch: Batch, predict: Predict, count: Tensor) -> tuple[Tensor, Tensor]:
-        learned = batch["labels"][:, 1:] != IGNORED  # (batch, seq - 1)
+        learned = learned_of(batch)
         logits = predict(learned)
         taught = self._ask_teacher(batch, learned)
         losses = cross_entropy(logits, batch["input_ids"][:, 1:][learned], reduction="none")
@@ -82,8 +82,7 @@ class AnswerLoss:
 
     def validate(self, batch: Batch, predict: Predict) -> Tensor:
         """Return the cross-entropy of each learned token, whatever the teacher says."""
-        learned = batch["labels"][:, 1:] != IGNORED
-        return cross_entropy(predict(learned), batch["input_ids"][:, 1:][learned], reduction="none")
+        return _token_losses(batch, predict, learned_of(batch))
 
     @torch.no_grad()
     def _ask_teacher(self, batch: Batch, learned: Tensor) -> Tensor | None:
@@ -145,10 +144,19 @@ class PreferenceLoss:
         return torch.cat(losses)
 
 
+def learned_of(batch: Batch) -> Tensor:
+    """Mark the targets that are learned, (batch, seq - 1)."""
+    return batch["labels"][:, 1:] != IGNORED
+
+
+def _token_losses(batch: Batch, predict: Predict, learned: Tensor) -> Tensor:
+    return cross_entropy(predict(learned), batch["input_ids"][:, 1:][learned], reduction="none")
+
+
 def answer_logprobs(batch: Batch, predict: Predict) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each row's learned tokens in nats, and their number, (rows,) both."""
-    learned = batch["labels"][:, 1:] != IGNORED
-    losses = cross_entropy(predict(learned), batch["input_ids"][:, 1:][learned], reduction="none")
+    learned = learned_of(batch)
+    losses = _token_losses(batch, predict, learned)
     row = learned.nonzero()[:, 0]
     return losses.new_zeros(len(learned)).index_add(0, row, -losses), learned.sum(1)
 

@@ -366,6 +366,19 @@ def test_todays_settings_are_tried_once_when_two_machines_have_queued_them(
     assert one.counts() == {"complete": 0, "pruned": 0, "fail": 0, "running": 2}
 
 
+def test_the_same_settings_are_trained_once_and_a_small_space_ends_the_sweep(
+    material: Material, tiny_config: Config, tmp_path: Path
+) -> None:
+    """Three settings and room for nine trials."""
+    said: list[str] = []
+    config = with_space(tiny_config, {"adapter.rank": [2, 4, 8]}, trials=9, startup_trials=9)
+    search = search_in(tmp_path / "home", config, material, said)
+    records = run_all(search, material)
+    assert sorted(record.changes["adapter.rank"] for record in records) == [2, 4, 8]
+    assert said[-1] == "sweep: all settings of the space are tried, 3 in number"
+    assert search.counts() == {"complete": 3, "pruned": 0, "fail": 0, "running": 0}
+
+
 def test_a_storage_that_is_away_is_named_without_its_password(
     material: Material, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
