@@ -1,12 +1,12 @@
-"""Prepared rows to packed windows of token ids with the loss mask.
+"""Turn prepared rows into packed windows of token ids with a loss mask.
 
     python -m tasks.tokenize --prepared data/prepared --base models/base --incumbent models/incumbent \\
         --out data/tokenized
 
-Takes the rows that `ratchet.data.mixture` chooses, encodes them through `ratchet.models.chat_template`,
-rejects what does not fit and says so. Where preferences are learned (`train.objective`), rows that are
-compared stand side by side in one window, each with its role. Validation is always whole. Test and golden
-rows are measured, so that rows that could not be asked are told before anything is trained.
+Takes the rows that `ratchet.data.mixture` chooses, encodes them with `ratchet.models.chat_template`, and
+rejects and counts rows that do not fit. Where the training learns from preferences (`train.objective`), rows
+that are compared with each other share a window, each with its role. The whole validation split is used. Test
+and golden rows are only measured, so that rows too long to be asked are reported before anything is trained.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ratchet.config.params import Config
 from ratchet.data.canaries import make_canaries
 from ratchet.data.examples import Example, count_reasoned, encode_line, read_examples
 from ratchet.data.mixture import Paired, mix_rows, pair_up, read_undesirable
-from ratchet.errors import DataError
+from ratchet.errors import DataError, UserError
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
 from ratchet.models.chat_template import ChatFormat, Encoded, encode_last_answer
 from ratchet.models.lengths import Limits, check_dropped, check_whole, choose_limits
@@ -32,18 +32,18 @@ from ratchet.models.manifests import read_base_manifest
 from ratchet.pipeline.stage import run_stage, say
 from ratchet.training.packing import IGNORED, Role, Unit, Window, pack, pack_units, write_windows
 
-LOOKED_AT = 64  # rows of which one gives the answer that does not belong to a prompt
+LOOKED_AT = 64  # a mismatched answer is one of the LOOKED_AT - 1 answers that follow its prompt's own
 
 
 class SplitFigures(msgspec.Struct, frozen=True):
-    """Rows of one split that were encoded; `new` and `replayed` count by the champion's batches."""
+    """Numbers for one split's encoded rows; `replayed` rows are of batches that the champion has seen."""
 
     rows: int
     new: int
     replayed: int
     windows: int
     tokens: int
-    learned_tokens: int  # under the loss mask
+    learned_tokens: int  # tokens that the loss counts
 
 
 class FeedbackFigures(msgspec.Struct, frozen=True):
@@ -52,34 +52,34 @@ class FeedbackFigures(msgspec.Struct, frozen=True):
 
 
 class PreferenceFigures(msgspec.Struct, frozen=True):
-    """Training rows by what is learned from them."""
+    """Numbers of training rows by what is learned from them."""
 
     plain: int  # cross-entropy
     pairs: int
     desirable: int
     undesirable: int
-    unpaired: int  # answers not to give from which `dpo` learns nothing: no better one to their prompt
+    unpaired: int  # undesirable answers without a better one to their prompt: `dpo` cannot use them
 
 
 class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """What `profile.json` holds; what stands last is left out where there is none of it."""
+    """The content of `profile.json`; the keys that may be UNSET are omitted where they do not apply."""
 
-    max_length: int  # tokens; the candidate's manifest keeps it for all that comes after
-    window: int
+    max_length: int  # tokens of a row; evaluation, parity and serving read it from the candidate's manifest
+    window: int  # tokens
     rejected: dict[str, int]  # split → rows
     feedback: FeedbackFigures
     train: SplitFigures
     validation: SplitFigures
     batches: list[str]
-    sha256: dict[str, str]  # split → of its windows
+    sha256: dict[str, str]  # split → hash of its file of windows
     canaries: int | msgspec.UnsetType = msgspec.UNSET
     preferences: PreferenceFigures | msgspec.UnsetType = msgspec.UNSET
     reasoned: int | msgspec.UnsetType = msgspec.UNSET  # training rows with reasoning
-    reasoning: str | msgspec.UnsetType = msgspec.UNSET  # what became of it
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET  # what the training does with it
 
 
 class Unfit(msgspec.Struct, frozen=True):
-    """A row that was not encoded, as `rejected.jsonl` holds it."""
+    """A rejected row, as a line of `rejected.jsonl`."""
 
     id: str
     batch: str
@@ -89,7 +89,7 @@ class Unfit(msgspec.Struct, frozen=True):
 
 
 class Measured(NamedTuple):
-    """Hold a row with its tokens, and those of the same prompt with the worse answer."""
+    """A row with its tokens, and the tokens of the same prompt with the worse answer."""
 
     example: Example
     tokens: Encoded
@@ -103,8 +103,8 @@ class Measured(NamedTuple):
 def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Config) -> TokenProfile:
     """Encode and pack training and validation rows into `out`.
 
-    Raises DataError, and then writes nothing: nothing is left to train on; too many rows of a split are too
-    long, or one golden row, which the gate would miss; a limit is over the base's context.
+    Raises DataError before anything is written: no row is left to train on, too many rows of a split are
+    rejected, a golden row or a canary is too long (none may be missing), or a limit exceeds the context.
     """
     context = read_base_manifest(base).context
     chat = load_chat(base)
@@ -113,9 +113,10 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
     mixture = mix_rows(_read(prepared, "train", compares=compares), seen, config.train)
     paired = _pair(mixture.rows, config)
     held_out = _pair(_read(prepared, "validation", compares=compares), config)
+    rejected: list[Unfit] = []
     splits = {
-        "train": _measure(chat, paired.rows, config.train.objective),
-        "validation": _measure(chat, held_out.rows, config.train.objective),
+        split: _measure(chat, _writable(chat, rows, split, rejected), config.train.objective)
+        for split, rows in (("train", paired.rows), ("validation", held_out.rows))
     } | {split: _measure(chat, read_examples(prepared / f"{split}.jsonl")) for split in ("test", "golden")}
     lengths = {split: [row.length for row in rows] for split, rows in splits.items()}
     planted = [chat.encode(canary.row()) for canary in make_canaries(config.evaluate.canaries)]
@@ -123,21 +124,22 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
     limits = choose_limits(lengths["train"], whole, context, config.tokenize)
     check_whole("golden rows", lengths["golden"], limits.max_length, context)
     check_whole("planted canaries", [len(row.ids) for row in planted], limits.max_length, context)
-    rejected: list[Unfit] = []
     fitting = {
         split: list(_fitting(chat, splits[split], split, limits.max_length, rejected))
         for split in ("train", "validation", "test")
     }
     for split in fitting:
-        dropped = Counter(row.reason for row in rejected if row.split == split)
+        unfit = [row for row in rejected if row.split == split]
+        dropped = Counter(row.reason for row in unfit)
         check_dropped(
             f"{split} rows",
-            len(splits[split]),
+            len(fitting[split]) + dropped.total(),
             dict(dropped),
             lengths[split],
             limits.max_length,
             context,
             config.prepare,
+            fault=next((row.message for row in unfit if row.reason != "too_long"), ""),
         )
     if not fitting["train"]:
         raise DataError(
@@ -177,13 +179,27 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
 
 
 def _read(prepared: Path, split: str, *, compares: bool) -> list[Example]:
-    """Read a split, and the answers not to give beside it where answers are compared."""
+    """Read a split, with the undesirable answers beside it where the training compares answers."""
     bad = read_undesirable(prepared, split) if compares else []
     return [*read_examples(prepared / f"{split}.jsonl"), *bad]
 
 
+def _writable(
+    chat: ChatFormat, rows: Iterable[Example], split: str, rejected: list[Unfit]
+) -> Iterator[Example]:
+    """Yield the rows whose tools and calls the template can write; the others are added to `rejected`."""
+    for row in rows:
+        try:
+            for answered in filter(None, (row, row.worse)):
+                chat.check_tools(answered)
+        except UserError as error:
+            rejected.append(Unfit(row.id, str(row.meta["batch"]), split, "tool_call", str(error)))
+        else:
+            yield row
+
+
 def _measure(chat: ChatFormat, examples: Iterable[Example], objective: str = "sft") -> list[Measured]:
-    """Encode rows; of those that are compared the last answer alone is learned."""
+    """Encode rows; of rows that are compared, only the last answer is learned."""
     found = []
     for example in examples:
         worse = None if objective == "sft" else example.worse
@@ -193,14 +209,14 @@ def _measure(chat: ChatFormat, examples: Iterable[Example], objective: str = "sf
 
 
 def _pair(rows: list[Example], config: Config) -> Paired:
-    """Join answers not to give with better ones, where pairs are what is learned."""
+    """Pair undesirable answers with better ones to the same prompt; only `dpo` learns from pairs."""
     if config.train.objective != "dpo":
         return Paired(rows, [])
     return pair_up([row for row in rows if row.desirable], [row for row in rows if not row.desirable])
 
 
 def _count_preferences(rows: list[Measured], paired: Paired, config: Config) -> PreferenceFigures:
-    """Count what is learned from. Raises DataError: nothing is compared at all."""
+    """Count the training rows by role. Raises DataError when there is no preference to learn from."""
     worse, bad = sum(row.worse is not None for row in rows), sum(not row.example.desirable for row in rows)
     if not worse + bad:
         wanted = "a worse answer to the same prompt" if config.train.objective == "dpo" else "`label: false`"
@@ -231,7 +247,11 @@ def _pack(rows: list[Measured], planted: list[Encoded], limits: Limits, config: 
 
 
 def _judged_units(rows: list[Measured], longest: int) -> list[Unit]:
-    """Put beside each answer that of another row, which shows KTO how far the model has moved in general."""
+    """Put beside each answer the same prompt with another row's answer, which gives KTO its reference point.
+
+    The reference point is how far the model has moved in general (arXiv 2402.01306, section 4). Where no
+    other answer fits, the answer itself is used.
+    """
     answers: list[tuple[Encoded, Role]] = []
     for row in rows:
         role = Role.DESIRABLE if row.example.desirable else Role.UNDESIRABLE
@@ -257,7 +277,7 @@ def _swap(row: Encoded, other: Encoded) -> Encoded:
 def _fitting(
     chat: ChatFormat, rows: Iterable[Measured], split: str, longest: int, rejected: list[Unfit]
 ) -> Iterator[Measured]:
-    """Yield the rows that fit; the others are added to `rejected`."""
+    """Yield the rows that fit, and add the others to `rejected`."""
     for row in rows:
         if reason := _find_fault(chat, row, split, longest):
             rejected.append(Unfit(row.example.id, str(row.example.meta["batch"]), split, *reason))
@@ -266,7 +286,7 @@ def _fitting(
 
 
 def _find_fault(chat: ChatFormat, row: Measured, split: str, longest: int) -> tuple[str, str] | None:
-    """Find (reason, message) of a row that cannot be learned, or of a test row that cannot be asked."""
+    """Return (reason, message) for a row that cannot be learned, or a test row that cannot be asked."""
     if row.length > longest:
         return "too_long", f"{row.length} tokens with the template; `tokenize.max_length` is {longest}"
     if split != "test" and (header := chat.find_header(row.example.messages)):
@@ -292,7 +312,7 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
     if feedback.left_out:
         say(
             f"tokenize: {feedback.rows} rows of people's feedback; "
-            f"{feedback.left_out} are over `train.max_feedback_share` and stay out"
+            f"{feedback.left_out} are over `train.max_feedback_share` and are left out"
         )
     if profile.canaries:
         say(

@@ -134,6 +134,21 @@ def calls_in(text: str) -> list[ToolCall]:
     return found
 
 
+def read_answer(text: str, tools: Sequence[Tool]) -> Message:
+    """Read an answer back from `Message.text`; a line that calls no tool of `tools` is text."""
+    offered = tool_names(tools)
+    lines, calls = list[str](), list[ToolCall]()
+    for line in text.split("\n"):
+        found = [call for call in calls_in(line) if call.name in offered]
+        calls += found
+        lines += [] if found else [line]
+    return Message("assistant", "\n".join(lines), tuple(calls))
+
+
+def tool_names(tools: Iterable[Tool]) -> set[str]:
+    return {tool["function"]["name"] for tool in tools}
+
+
 def split_reasoning(text: str) -> tuple[str, str]:
     """Split what begins with a `<think>` block into reasoning and content; any other text is content."""
     begun = text.lstrip()
@@ -315,7 +330,7 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
 
 
 def _check_calls(messages: tuple[Message, ...], tools: Sequence[Tool]) -> None:
-    offered = {tool["function"]["name"] for tool in tools}
+    offered = tool_names(tools)
     for message in messages:
         for call in message.tool_calls:
             if call.name not in offered:
@@ -382,20 +397,17 @@ def make_raw_row(messages: Iterable[Message], meta: Meta, tools: Sequence[Tool] 
     return {"messages": to_openai(messages), "meta": meta} | ({"tools": list(tools)} if tools else {})
 
 
-def make_judged_row(
-    messages: Sequence[Message], meta: Meta, *, rejected: Message | None, desirable: bool
-) -> RawRow:
+def make_judged_row(example: Example) -> RawRow:
     """Make a row of a preference, or of an answer not to give; without a judgement the form is `messages`."""
-    if rejected is not None:  # without `prompt`, so that no row of the form `completion` looks the same
-        pair = {
-            key: to_openai([*messages[:-1], answer])
-            for key, answer in (("chosen", messages[-1]), ("rejected", rejected))
-        }
-        return {**pair, "meta": meta}
-    if desirable:
-        return make_raw_row(messages, meta)
-    asked, answer = to_openai(messages[:-1]), messages[-1].content
-    return {"prompt": asked, "completion": answer, "label": False, "meta": meta}
+    messages, tools = example.messages, example.tools
+    row: RawRow = {"meta": example.meta} | ({"tools": list(tools)} if tools else {})
+    if example.worse:  # without `prompt`, so that no row of the form `completion` looks the same
+        return {"chosen": to_openai(messages), "rejected": to_openai(example.worse.messages), **row}
+    if example.desirable:
+        return make_raw_row(messages, example.meta, tools)
+    written = to_openai(messages)
+    answer = written[-1:] if messages[-1].tool_calls else messages[-1].content
+    return {"prompt": written[:-1], "completion": answer, "label": False, **row}
 
 
 def encode_line(value: Any) -> bytes:

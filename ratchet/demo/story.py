@@ -1,8 +1,8 @@
-"""Run `ratchet demo`: the whole loop in a clone of its own under .ratchet/demo, on a small model that is
-pre-trained there, or on SmolLM2-135M-Instruct.
+"""Run `ratchet demo`: the whole loop in a separate clone under .ratchet/demo.
 
-Every figure that it prints is read from the records of the run. The user's checkout gets no commit and no
-change; the services keep running, so that people can open their pages.
+The model is a small one that is pre-trained there, or SmolLM2-135M-Instruct. Every printed figure is read
+from the records of the run. The user's checkout gets no commit and no change. The services keep running, so
+that people can open their pages.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ from ratchet.sources.pydoc import harvest
 
 PLACE = Path(".ratchet/demo")
 SECOND = "numpy,jinja2,rich"
-# Words of the new packages' documentation: a drifted topic with one of them gets its rows from there.
+# Pattern of words in the new packages' documentation: a drifted topic that matches gets its rows from there.
 WORDS = "array|matri|axis|template|macro|console|style|render"
 
 
 class Scale(NamedTuple):
-    """What a demo's model can do in its time: settings of params.yaml, and how many rows and questions."""
+    """The size of a demo, which depends on its model: settings of params.yaml, rows and questions."""
 
-    base: str  # what becomes of the base, for the title of the first training
+    base: str  # how the base is made, for the title of the first training
     settings: dict[str, dict[str, Any]]
     golden_rows: int
     requests: int
-    look_requests: int  # before each look at the rollout
+    look_requests: int  # questions before each look at the rollout
 
 
-# What suits a model of 128 dimensions and rows of one line; the defaults are made for real models.
+# Settings for a model of width 128 and rows of one line; the defaults are for real models.
 TOY = Scale(
     "The base is pre-trained here",
     {
@@ -76,13 +76,14 @@ TOY = Scale(
     requests=500,
     look_requests=250,
 )
-# Two cores learn about 200 tokens a second on 135 million weights: a fifth of the rows, of 29 tokens each.
+# Two cores train 135 million weights on about 200 tokens per second, so only a fifth of the rows (29 tokens
+# each) is used.
 REAL = Scale(
     "SmolLM2-135M-Instruct is read from its GGUF file",
     {
         "base": {"revision": SHA256, "chat_template": TEMPLATE},
         "ingest": {"pydoc": {"share": 0.2, "summaries": 0.0}},
-        # The golden rows are taken from those that would be test rows.
+        # Golden rows are chosen from those that would be test rows, so the test share is larger.
         "prepare": {"min_rows": 200, "test_share": 0.3, "validation_share": 0.05},
         "tokenize": {"max_length": 128, "window": 256},
         "train": {"epochs": 2.0, "learning_rate": 5.0e-4, "batch_windows": 1, "evaluations": 4},
@@ -92,7 +93,7 @@ REAL = Scale(
         "gate": {"min_rows": 50},
         "monitor": {"min_prompts": 200},
     },
-    golden_rows=60,
+    golden_rows=150,
     requests=300,
     look_requests=150,
 )
@@ -101,10 +102,10 @@ console = Console(highlight=False)
 
 
 def run_demo(root: Path, *, base: str = "demo", until: str = "v2") -> None:
-    """Run the demo on the base `demo` or `smollm2`.
+    """Run the demo with the base `demo` or `smollm2`; `until="v1"` stops after the first version.
 
-    Raises RatchetError when a step fails, and its checkout and services then stay; BaseModelError: SmolLM2 is
-    not on this machine.
+    Raises RatchetError if a step fails, and leaves the demo's checkout and services as they are;
+    BaseModelError: SmolLM2 is not on this machine.
     """
     started = time.perf_counter()
     model, scale = (base, TOY) if base == "demo" else (str(find_smollm2(root)), REAL)
@@ -165,7 +166,7 @@ def _story(home: Path, scale: Scale, until: str) -> None:
 
 @contextmanager
 def _scripted_teacher(home: Path) -> Iterator[None]:
-    """Serve the tests' scripted teacher on the port that the demo's params.yaml names."""
+    """Run the scripted teacher of the tests on the port that the demo's params.yaml names."""
     port = urlsplit(load_config(home / "params.yaml").synthesize.teacher.url).port
     listen = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
     command = ["uvicorn", "--app-dir", "tests", "--factory", "teacher_stub:TeacherStub", *listen]
@@ -188,17 +189,20 @@ def _roll_out(home: Path, traffic: Traffic, requests: int) -> None:
 
 
 class Traffic:
-    """Questions that no batch holds, each asked by another user, with the answer known."""
+    """Questions that no batch contains, each asked by another user, with known answers."""
 
     def __init__(self, home: Path) -> None:
         config = load_config(home / "params.yaml")
         self._url, self._model = f"http://127.0.0.1:{config.gateway.port}", config.project.name
         self._known, self._new = _kept_out(["stdlib"], config), _kept_out(SECOND.split(","), config)
-        self._random = random.Random(2)  # noqa: S311 which question comes next is no secret
+        self._random = random.Random(2)  # noqa: S311 (no secret: the order of the questions)
         self._replies: list[Reply] = []
 
     def send(self, count: int, *, new: float) -> None:
-        """Send `count` questions; `new` is the share of them that are about the new packages."""
+        """Send `count` questions, of which the share `new` is about the new packages.
+
+        Raises RatchetError if a request fails.
+        """
         asked = [
             self._random.choice(self._new if self._random.random() < new else self._known)
             for _ in range(count)
@@ -235,7 +239,7 @@ class Traffic:
 
 
 def _kept_out(packages: list[str], config: Config) -> list[Question]:
-    """Return the rows of these packages that `ingest.pydoc.share` leaves out of every batch."""
+    """Return the questions of these packages that `ingest.pydoc.share` keeps out of every batch."""
     taken = {
         row["messages"][0]["content"]
         for row in harvest(config.ingest.pydoc.model_copy(update={"packages": packages}))
@@ -252,7 +256,10 @@ def _kept_out(packages: list[str], config: Config) -> list[Question]:
 
 
 def make_checkout(root: Path, model: str, scale: Scale) -> Path:
-    """Clone the last commit, without a remote, on free ports. Raises CheckoutError: `root` is no clone."""
+    """Clone the last commit into a new checkout with free ports, and return its folder.
+
+    Raises CheckoutError: `root` is no git repository with a commit.
+    """
     try:
         git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     except RatchetError:
@@ -267,7 +274,8 @@ def make_checkout(root: Path, model: str, scale: Scale) -> Path:
         shutil.rmtree(home)
     home.parent.mkdir(parents=True, exist_ok=True)
     git(root, "clone", "--quiet", str(root), str(home))
-    # A clone of a clone would push there; and a branch name is needed where HEAD was detached (a CI runner).
+    # Without a remote the demo cannot push to the user's checkout. The branch is needed where HEAD was detached,
+    # as on a CI runner.
     git(home, "remote", "remove", "origin")
     git(home, "checkout", "--quiet", "-B", "main")
     if git(root, "status", "--porcelain", "--untracked-files=no").strip():
@@ -277,7 +285,7 @@ def make_checkout(root: Path, model: str, scale: Scale) -> Path:
 
 
 def _settle(home: Path, model: str, scale: Scale) -> None:
-    """Write the demo's params.yaml: free ports, some questions kept out, a week of traffic in minutes."""
+    """Write the demo's params.yaml, with free ports and without waiting times, and commit it."""
     params = home / "params.yaml"
     values = make_values(model, scale)
     for section, key in (("services", "mlflow_port"), ("services", "prefect_port"), ("gateway", "port")):
@@ -288,8 +296,8 @@ def _settle(home: Path, model: str, scale: Scale) -> None:
         "cooldown_hours": 0.0,
         "sources": [{"match": WORDS, "source": "pydoc", "packages": SECOND.split(",")}],
     }
-    # Names of the new packages take more tokens (numpy.ma against os), and so an answer a third more time;
-    # these users accept that.
+    # Names of the new packages have more tokens (numpy.ma against os), so an answer takes a third longer; the
+    # margin lets these users accept that.
     values["rollout"] |= {"steps": [0.1, 0.5, 1.0], "step_minutes": 0.0, "latency_margin": 1.0}
     write_text(params, render_params(Config.model_validate(values)))
     author = ("-c", "user.name=Ratchet", "-c", "user.email=ratchet@localhost")
@@ -297,7 +305,7 @@ def _settle(home: Path, model: str, scale: Scale) -> None:
 
 
 def make_values(model: str, scale: Scale) -> dict[str, Any]:
-    """Return params.yaml's values: the embedded default, whatever the team has made of its own."""
+    """Return the values of the demo's params.yaml: our defaults and the scale, without the user's changes."""
     values = Config().model_dump(mode="json")
     values["base"]["model"] = model
     _put(values, scale.settings)
@@ -305,7 +313,7 @@ def make_values(model: str, scale: Scale) -> dict[str, Any]:
 
 
 def _put(values: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """Put settings over values, section by section."""
+    """Overwrite values by settings, section by section."""
     for key, value in settings.items():
         if isinstance(value, dict) and isinstance(values[key], dict):
             _put(values[key], value)
@@ -320,7 +328,7 @@ def _free_port() -> int:
 
 
 def _ratchet(home: Path, *arguments: str) -> None:
-    """Run the command as a user types it, its lines passed through."""
+    """Run a `ratchet` command as a user would, with its output shown. Raises RatchetError if it fails."""
     console.print(f"[dim]$ ratchet -C {PLACE} {' '.join(arguments)}[/dim]")
     environment = {
         name: value
@@ -342,7 +350,7 @@ def _ratchet(home: Path, *arguments: str) -> None:
 
 
 def _print_scores(home: Path, names: dict[str, str]) -> None:
-    """Print the scores by batch, old and new apart, as the evaluation recorded them."""
+    """Print the recorded scores of each batch, of all test rows and of the golden set."""
     slices = read_metrics(home / "reports/evaluation").slices
     shown = Table(
         title="exact match on held-out rows [95 % interval]; TF-IDF is a plain classifier for comparison",
@@ -372,7 +380,7 @@ def _cell(found: Interval) -> str:
 
 
 def _print_verdict(home: Path) -> bool:
-    """Print the gate's reasons; say whether it let the candidate through."""
+    """Print the gate's reasons, and return whether it let the candidate through."""
     decision = read_verdict(home / "reports/gate.json")
     console.print(f"gate: [bold]{decision.verdict}[/bold]")
     for part in [*decision.checks[:1], *decision.regions]:
@@ -402,9 +410,9 @@ def _step(title: str) -> None:
 
 @contextmanager
 def _peak_memory() -> Iterator[list[int]]:
-    """Measure the peak of proportional memory in bytes, over this process and all that it started.
+    """Measure the peak memory (proportional set size, in bytes) of this process and all that it started.
 
-    The sum is taken every three seconds: reading it took 115 CPU seconds of 23 minutes once a second.
+    It is read every three seconds: reading it every second took 115 CPU seconds of a demo of 23 minutes.
     """
     peak, done = [0], threading.Event()
 
@@ -422,7 +430,10 @@ def _peak_memory() -> Iterator[list[int]]:
 
 
 def _family_memory() -> int:
-    """Sum the demo's processes, told by their folder, since services outlive their parents."""
+    """Sum the memory of the demo's processes, in bytes.
+
+    They are recognised by their folder, because services outlive their parent processes.
+    """
     total = 0
     for process in psutil.process_iter():
         try:

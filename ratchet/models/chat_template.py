@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from ratchet.data.examples import THINK, THOUGHT, Example, Message, Tool, ToolCall, texts_of, trim
+from ratchet.data.examples import (
+    THINK,
+    THOUGHT,
+    Example,
+    Message,
+    Tool,
+    ToolCall,
+    call_text,
+    texts_of,
+    trim,
+)
 from ratchet.errors import BaseModelError, UserError
 from ratchet.models.reasoning import LEARN, ReasoningFormat, find_reasoning_format
 from ratchet.models.tool_calls import PROBE_TOOL, PROBES, CallFormat, find_call_format
@@ -80,7 +90,7 @@ class ChatFormat:
         Raises BaseModelError: the template does not write the row's tools, or writes calls so that a model's
         answer cannot be read back; UserError: a tool or a call holds a control token.
         """
-        self._check_tools(example.messages, example.tools)
+        self.check_tools(example)
         ids, learned = self._encode_prompt(example.prompt, example.tools)
         last = example.messages[-1]
         if last.tool_calls or self.reasoning:
@@ -189,7 +199,7 @@ class ChatFormat:
 
     def read_calls(self, text: str, tools: Sequence[Tool]) -> Message:
         """Read calls from what an answer says after its reasoning; broken calls stay text."""
-        read = self.calls.read(text) if tools and self.calls else None
+        read = self.calls.read(text, tools) if tools and self.calls else None
         return read or Message("assistant", text)
 
     def settled(self, text: str) -> int:
@@ -253,7 +263,7 @@ class ChatFormat:
         """Special tokens that a call or reasoning is written with, such as `[TOOL_CALLS]`."""
         around = "".join(self.reasoning[1:4]) if self.reasoning else ""
         if self.calls:
-            around += self.calls.before + (self.calls.between or "") + self.calls.after
+            around += self.calls.marks
         return frozenset(self._template_ids(around)) & self._special_ids
 
     @cached_property
@@ -303,7 +313,7 @@ class ChatFormat:
         if called and self.calls is None:
             raise BaseModelError(
                 "the base's chat template writes no calls of tools, or none that can be read back",
-                remedy="name a template in `base.chat_template` that writes each call as a JSON object",
+                remedy="name a template in `base.chat_template` that writes a call's name and arguments",
             )
         bare = [Message("assistant", "", message.tool_calls) for message in called]
         for text in texts_of(bare, tools):
@@ -312,6 +322,24 @@ class ChatFormat:
                     f"a tool or a call holds the control token {self._control.findall(text)[0]!r}",
                     remedy="leave it out: the template writes tools and calls as they are",
                 )
+
+    def check_tools(self, example: Example) -> None:
+        """Check that the template can write the tools and calls of a row, and that the calls read back.
+
+        Raises BaseModelError: no tools or calls can be written; UserError: this row's hold a control token,
+        or a call would be read otherwise from an answer, such as the number 5 as a text.
+        """
+        self._check_tools(example.messages, example.tools)
+        for message in example.messages:
+            if message.tool_calls and message.learned:
+                bare = Message("assistant", "", message.tool_calls)
+                text = self._answer_text([PROBE[0], bare], example.tools)
+                if (read := self.read_answer(text, example.tools)).tool_calls != message.tool_calls:
+                    raise UserError(
+                        f"the call {call_text(message.tool_calls[0])[:200]} reads back as "
+                        f"{read.text[:200]!r} from what the chat template writes",
+                        remedy="give each argument its `type` in the tool's parameters",
+                    )
 
     @cached_property
     def _control(self) -> re.Pattern[str]:

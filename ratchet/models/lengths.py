@@ -74,18 +74,23 @@ def check_dropped(
     max_length: int,
     context: int | None,
     config: PrepareConfig,
+    fault: str = "",
 ) -> None:
     """Raise DataError where more of `rows` are dropped than `prepare.max_rejected_share` allows.
 
-    `dropped`: reason → rows; `lengths` in tokens, of all rows.
+    `dropped`: reason → rows; `lengths` in tokens, of all rows; `fault` of a row that is dropped for another
+    reason than its length.
     """
     lost, most = sum(dropped.values()), config.may_drop(rows)
     if lost <= most:
         return
+    longer = most - (lost - dropped.get("too_long", 0))
     raise DataError(
         f"{lost} of {rows} {what} would be dropped ({dropped}); `tokenize.max_length` is "
         f"{max_length}, `prepare.max_rejected_share` {config.max_rejected_share:g}",
-        remedy=length_remedy(length_for(lengths, most - (lost - dropped.get("too_long", 0))), context),
+        remedy=length_remedy(length_for(lengths, longer), context)
+        if longer >= 0
+        else f"no length would do; the first of the others: {fault}",
     )
 
 

@@ -1,17 +1,18 @@
 """How a chat template writes calls of tools, learned from the template itself; calls read back from answers.
 
 Templates differ (`<tool_call>{…}</tool_call>`, `[TOOL_CALLS] [{…}]`, a bare object). One call and two calls
-are rendered; what stands around their JSON is the format. Calls that are no JSON are not read back: such a
-base takes no rows with calls.
+are rendered; what stands around their JSON is the format. Calls that are not one JSON object are those of
+`ratchet/models/tagged_calls.py`. A base whose calls cannot be read back takes no rows with calls.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ratchet.data.examples import Message, Tool, ToolCall, overlap, trim
+from ratchet.data.examples import Message, Tool, ToolCall, trim
+from ratchet.models.tagged_calls import AnswerOf, NamedCalls, TaggedCalls, find_tagged_format, settled
 
 PROBE_TOOL: Tool = {
     "type": "function",
@@ -25,7 +26,7 @@ PROBES = (ToolCall("look_up", {"word": "one"}), ToolCall("look_up", {"word": "tw
 _decoder = json.JSONDecoder()
 
 
-class CallFormat(NamedTuple):
+class JsonCalls(NamedTuple):
     """What a template writes before, between and after the JSON of calls, and the keys that it uses.
 
     `between` is None where the template takes one call a turn. `heads` stand before the name and between the
@@ -39,7 +40,11 @@ class CallFormat(NamedTuple):
     arguments_key: str
     heads: tuple[str, str] | None = None
 
-    def read(self, text: str) -> Message | None:
+    @property
+    def marks(self) -> str:
+        return self.before + (self.between or "") + self.after
+
+    def read(self, text: str, tools: Sequence[Tool] = ()) -> Message | None:
         """Read an answer that calls tools; None where it calls none, or where the calls are broken."""
         lead = self.before.strip()
         start = text.find(lead) if lead else 0
@@ -74,10 +79,7 @@ class CallFormat(NamedTuple):
         if not lead:
             begun = text.lstrip()[:1]
             return 0 if begun in ("", "{") else len(text)
-        start = text.find(lead)
-        if start < 0:
-            start = len(text) - overlap(text, lead)
-        return len(text[:start].rstrip())
+        return settled(text, lead)
 
     def _call(self, said: Any) -> ToolCall | None:
         if not isinstance(said, dict) or not isinstance(name := said.get(self.name_key), str):
@@ -91,11 +93,19 @@ class CallFormat(NamedTuple):
         return ToolCall(name, arguments) if isinstance(arguments, dict) else None
 
 
-def find_call_format(answer_of: Callable[[tuple[ToolCall, ...]], str]) -> CallFormat | None:
+CallFormat = JsonCalls | NamedCalls | TaggedCalls
+
+
+def find_call_format(answer_of: AnswerOf) -> CallFormat | None:
     """Learn the format from `answer_of`, which renders an answer that makes these calls.
 
     None: the template writes no calls, or none that can be read back.
     """
+    found = _find_json_format(answer_of) or find_tagged_format(answer_of, PROBES)
+    return found if found and _reads_back(found, answer_of(PROBES[:1]), PROBES[:1]) else None
+
+
+def _find_json_format(answer_of: AnswerOf) -> JsonCalls | None:
     text = answer_of(PROBES[:1])
     one = _objects(text)
     if one is None or len(one) != 1:
@@ -117,7 +127,7 @@ def find_call_format(answer_of: Callable[[tuple[ToolCall, ...]], str]) -> CallFo
     both = answer_of(PROBES)
     two = _objects(both)
     between = both[two[0][1] : two[1][0]] if two and len(two) == 2 else None
-    found = CallFormat(
+    return JsonCalls(
         text[:start],
         between,
         text[end:],
@@ -125,7 +135,6 @@ def find_call_format(answer_of: Callable[[tuple[ToolCall, ...]], str]) -> CallFo
         str(keys["arguments"]),
         _heads(text[start:end]),
     )
-    return found if _reads_back(found, text, PROBES[:1]) else None
 
 
 def _heads(call: str) -> tuple[str, str] | None:
@@ -138,7 +147,7 @@ def _heads(call: str) -> tuple[str, str] | None:
 
 
 def _reads_back(found: CallFormat, text: str, calls: tuple[ToolCall, ...]) -> bool:
-    read = found.read(text)
+    read = found.read(text, [PROBE_TOOL])
     return read is not None and read.tool_calls == calls
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ratchet.data.examples import Tool
 from ratchet.errors import UserError
-from ratchet.models.tool_calls import CallFormat
+from ratchet.models.tool_calls import CallFormat, JsonCalls
 from ratchet.serving.engine import Ask
 
 # Between the parts of JSON: a blank, or a line break with its indentation. With blanks as it likes, a model
@@ -45,14 +45,16 @@ def write_grammar(ask: Ask, calls: CallFormat | None, quote: Quote) -> Grammar:
     schema = json.loads(ask.form.schema) if ask.form.schema else OBJECT
     lark = f"start: {_json(schema)}"
     what, remedy = "response_format's schema", "leave that keyword out, or send {'type': 'json_object'}"
-    if ask.tools and calls and calls.heads:  # the model may still call tools before it answers in the form
+    if (
+        ask.tools and isinstance(calls, JsonCalls) and calls.heads
+    ):  # the model may still call tools before it answers in the form
         rules = _write_calls(calls, ask.tools, quote, several=ask.parallel_calls)
         lark, what = f"start: calls | form\nform: {_json(schema)}\n{rules}", f"{what}, or a tool's,"
     return Grammar(lark, what, remedy)
 
 
-def _require(calls: CallFormat | None) -> CallFormat:
-    if calls is None or calls.heads is None:
+def _require(calls: CallFormat | None) -> JsonCalls:
+    if not isinstance(calls, JsonCalls) or calls.heads is None:
         raise UserError(
             "tool_choice wants a call, and this base's chat template writes none that answers can be held to",
             remedy="send tool_choice: auto, or take a base whose template writes a call as one JSON object, "
@@ -61,7 +63,7 @@ def _require(calls: CallFormat | None) -> CallFormat:
     return calls
 
 
-def _write_calls(calls: CallFormat, tools: Sequence[Tool], quote: Quote, *, several: bool) -> str:
+def _write_calls(calls: JsonCalls, tools: Sequence[Tool], quote: Quote, *, several: bool) -> str:
     """Return the rule `calls` with a rule for each tool."""
     assert calls.heads is not None
     first, second = calls.heads

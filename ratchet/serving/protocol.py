@@ -336,21 +336,40 @@ def check_tool_choice(given: Any, tools: tuple[Tool, ...]) -> ToolChoice:
         if not tools:
             refuse("tool_choice", "tool_choice is 'required', and no tools are offered", "send them in tools")
         return ToolChoice(tools, names)
+    kind = given.get("type") if isinstance(given, dict) else None
+    if kind == "allowed_tools":
+        inner = given.get(kind, given)
+        allowed = inner.get("tools") if isinstance(inner, dict) else None
+        if not isinstance(allowed, list) or not allowed or inner.get("mode") not in ("auto", "required"):
+            refuse(
+                "tool_choice",
+                f"tool_choice is {str(given)[:80]}",
+                "allowed_tools has a `mode` of auto or required, and `tools` with the name of each",
+            )
+        chosen = {_named_tool(tool, given, names) for tool in allowed}
+        # The others are not offered at all, so that the model cannot call them.
+        tools = tuple(tool for tool in tools if tool["function"]["name"] in chosen)
+        return check_tool_choice(inner["mode"], tools)
+    return ToolChoice(tools, (_named_tool(given, given, names),), named=True)
+
+
+def _named_tool(given: Any, choice: Any, offered: Sequence[str]) -> str:
+    """Return the name of the function that a part of `tool_choice` names. Raises Fault(400)."""
     inner = given.get("function", given) if isinstance(given, dict) else None
     name = inner.get("name") if isinstance(inner, dict) and given.get("type") == "function" else None
     if name is None:
         refuse(
             "tool_choice",
-            f"tool_choice is {str(given)[:80]}",
-            "send none, auto, required, or a function of tools by its name",
+            f"tool_choice is {str(choice)[:80]}",
+            "send none, auto, required, allowed_tools, or a function of tools by its name",
         )
-    if name not in names:
+    if name not in offered:
         refuse(
             "tool_choice",
             f"tool_choice names {str(name)[:40]!r}, which tools do not offer",
-            f"offered: {', '.join(names)[:200] or 'nothing'}",
+            f"offered: {', '.join(offered)[:200] or 'nothing'}",
         )
-    return ToolChoice(tools, (str(name),), named=True)
+    return str(name)
 
 
 def _join(where: str, content: str | list[Part]) -> str:

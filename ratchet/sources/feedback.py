@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -23,16 +23,22 @@ from ratchet.config.params import Config
 from ratchet.data.erasure import FILE as FORGOTTEN
 from ratchet.data.erasure import read_forgotten
 from ratchet.data.examples import (
+    Example,
     Message,
     Meta,
     RawRow,
+    Tool,
+    calls_in,
     example_id,
     has_mark_run,
     judged_id,
     make_judged_row,
     normalise,
+    read_answer,
     read_examples,
+    tool_names,
 )
+from ratchet.data.forms import read_tools
 from ratchet.data.mixture import feedback_room, is_feedback, undesirable
 from ratchet.data.poisoning import find_planted
 from ratchet.data.profile import SPLITS
@@ -85,16 +91,16 @@ class Candidate(NamedTuple):
     how: str
     votes: list[Vote]  # any of them may be the one that it counts for
 
-    @property
-    def desirable(self) -> bool:
-        return self.how != DISAPPROVED
-
-    def rejected(self, *, compares: bool) -> Message | None:
-        """Return the whole answer that was corrected, where the two are compared."""
-        given = normalise(self.request.answer)
-        if not compares or self.how != "corrected" or self.request.finish in BROKEN_OFF:
-            return None
-        return Message("assistant", given) if given not in ("", self.answer) else None
+    def example(self, meta: Meta, *, compares: bool) -> Example:
+        """Return the row; a corrected answer stands beside its correction where the two are compared."""
+        tools = _offered(self.request)
+        messages = (*_turns(self.request, tools), read_answer(self.answer, tools))
+        given, worse = normalise(self.request.answer), None
+        if compares and self.how == "corrected" and self.request.finish not in BROKEN_OFF:
+            worse = read_answer(given, tools) if given not in ("", self.answer) else None
+        desirable = self.how != DISAPPROVED
+        id = judged_id(example_id(messages, tools), worse, desirable=desirable)
+        return Example(id, messages, meta, tools, worse, desirable)
 
 
 class Taken(NamedTuple):
@@ -191,9 +197,7 @@ def _candidates(
             continue
         votes = [Vote(_name(request, said), said.sender) for said in heard if _vouches(said, how)]
         candidate = Candidate(request, answer, how, votes)
-        turns = [*(Message(*message) for message in request.messages), Message("assistant", answer)]
-        worse = candidate.rejected(compares=known.compares)
-        id = judged_id(example_id(turns), worse, desirable=candidate.desirable)
+        id = candidate.example({}, compares=known.compares).id
         if reason := _unfit(request, answer, id, seen, known):
             left_out[reason] += 1
             continue
@@ -222,8 +226,6 @@ def _judge(
     """
     if not request.messages:
         return None, "without texts"
-    if any(role in ("tools", "tool") for role, _ in request.messages):
-        return None, "with tools"
     asked = (content for _, content in request.messages)
     if any(map(has_mark_run, [request.answer, *asked, *(said.answer for said in feedback)])):
         # Preparation would refuse it, and normalising it takes quadratic time.
@@ -232,7 +234,11 @@ def _judge(
     if len(corrections) > 1:
         return None, "contradictory"
     if corrections:
-        return corrections.pop(), "corrected"
+        corrected = corrections.pop()
+        tools = _offered(request)
+        if tools and not {call.name for call in calls_in(corrected)} <= tool_names(tools):
+            return None, "calling a tool that was not offered"
+        return corrected, "corrected"
     scores = [said.score for said in feedback if said.score is not None]
     if not scores or not request.answer.strip():
         return None, "not approved"
@@ -251,6 +257,20 @@ def _vouches(said: Feedback, how: str) -> bool:
 def _name(request: Logged, said: Feedback) -> str:
     """Name who spoke; where they gave no name, who asked."""
     return said.user or request.user or request.id
+
+
+def _offered(request: Logged) -> tuple[Tool, ...]:
+    """Return the tools of a request: the log has them before its turns."""
+    role, text = request.messages[0]
+    return read_tools(text) if role == "tools" else ()
+
+
+def _turns(request: Logged, tools: Sequence[Tool]) -> list[Message]:
+    return [
+        read_answer(text, tools) if role == "assistant" else Message(role, text)
+        for role, text in request.messages
+        if role != "tools"
+    ]
 
 
 def _asked(messages: Iterable[Message]) -> str:
@@ -280,7 +300,6 @@ def _row(candidate: Candidate, vote: Vote, *, compares: bool) -> RawRow:
     So a person's rows can be found again (`ratchet data erase --user`).
     """
     request = candidate.request
-    messages = [*(Message(*message) for message in request.messages), Message("assistant", candidate.answer)]
     people = {"asked_by": request.user, "taught_by": vote.user if vote.user != request.id else ""}
     meta: Meta = {
         "kind": "feedback",
@@ -288,8 +307,7 @@ def _row(candidate: Candidate, vote: Vote, *, compares: bool) -> RawRow:
         "how": candidate.how,
         **{key: name for key, name in people.items() if name},
     }
-    rejected = candidate.rejected(compares=compares)
-    return make_judged_row(messages, meta, rejected=rejected, desirable=candidate.desirable)
+    return make_judged_row(candidate.example(meta, compares=compares))
 
 
 def share_out(candidates: list[Candidate], most: int, left_out: Counter[str]) -> list[Taken]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,7 @@ import pytest
 from ratchet.config.data import PrepareConfig, TokenizeConfig
 from ratchet.config.params import Config
 from ratchet.config.training import TrainConfig
-from ratchet.data.examples import Example, Message, encode_line, make_example, read_examples
+from ratchet.data.examples import Example, Message, ToolCall, encode_line, make_example, read_examples
 from ratchet.data.mixture import choose_rows
 from ratchet.errors import DataError
 from ratchet.files import read_json, write_bytes, write_json
@@ -151,6 +152,52 @@ def test_rows_that_are_too_long_are_rejected_counted_and_listed(
         split: sum(row["split"] == split for row in listed) for split in ("train", "validation", "test")
     }
     assert profile.train.rows + profile.rejected["train"] == len(rows)
+
+
+TAGGED_CALLS = (
+    "{%- if tools -%}<|system|>{{ tools | tojson }}<|end|>{%- endif -%}"
+    "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}"
+    "{%- for call in message.tool_calls or [] -%}<call>{{ call.function.name }}"
+    "{%- for name, value in call.function.arguments | items -%}<key>{{ name }}</key>{{ value }}</value>"
+    "{%- endfor -%}</call>{%- endfor -%}<|end|>{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+)
+
+
+def test_calls_that_would_be_read_otherwise_are_rejected_counted_and_listed(
+    tmp_path, tiny_base, nobody, tiny_config, old
+):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = TAGGED_CALLS
+    tokenizer.save_pretrained(base)
+    properties = {"city": {"type": "string"}, "days": {"type": "integer"}, "untold": {}}
+    parameters = {"type": "object", "properties": properties}
+    tool = {"type": "function", "function": {"name": "rain", "parameters": parameters}}
+    arguments = {"typed": {"city": "5", "days": 5}, "untyped": {"untold": 5}, "control": {"city": "<|end|>"}}
+    examples = {
+        name: make_example(
+            [Message("user", name), Message("assistant", "", (ToolCall("rain", given),))],
+            {"batch": old},
+            tools=[tool],
+        )
+        for name, given in arguments.items()
+    }
+    write_splits(tmp_path / "prepared", train=[*examples.values()])
+    tiny_config = with_tokenize(tiny_config, max_length=250, window=256)
+    profile = tokenize(tmp_path / "prepared", base, nobody, tmp_path / "out", tiny_config)
+    listed = {
+        row["id"]: row
+        for row in map(msgspec.json.decode, (tmp_path / "out/rejected.jsonl").read_bytes().splitlines())
+    }
+    assert listed.keys() == {examples["untyped"].id, examples["control"].id}
+    assert {row["reason"] for row in listed.values()} == {"tool_call"}
+    assert "reads back as" in listed[examples["untyped"].id]["message"]
+    assert (profile.train.rows, profile.rejected) == (1, {"train": 2})
+    write_splits(tmp_path / "prepared", train=[*examples.values(), examples["untyped"]])
+    with pytest.raises(DataError, match=r"3 of 4 train rows.*'tool_call': 3") as raised:
+        tokenize(tmp_path / "prepared", base, nobody, tmp_path / "again", tiny_config)
+    assert "no length would do" in raised.value.remedy and "reads back as" in raised.value.remedy
 
 
 def test_a_window_over_the_bases_context_is_refused_with_both_numbers(

@@ -49,11 +49,34 @@ LLAMA = (
     "{%- else %}<|start|>{{ message.role }}<|sep|>{{ message.content }}<|eot|>{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}<|start|>assistant<|sep|>{% endif %}"
 )
-# As Qwen 3 Coder writes them: no JSON.
-XML = HERMES.replace(
+# As Qwen 3 Coder and Qwen 3.5 write them: arguments one by one, texts as they are.
+QWEN = HERMES.replace(
     '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}',
-    "<function={{ call.function.name }}></function>",
+    "<function={{ call.function.name }}>\n"
+    "{%- for name, value in call.function.arguments | items %}{{ '\n' }}<parameter={{ name }}>\n"
+    "{{ value | tojson if value is mapping or (value is sequence and value is not string) else value }}"
+    "\n</parameter>{% endfor %}\n</function>",
 )
+# As GLM writes them.
+GLM = HERMES.replace(
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n',
+    "{{ call.function.name }}{%- for name, value in call.function.arguments | items %}\n"
+    "<arg_key>{{ name }}</arg_key>\n<arg_value>{{ value if value is string else value | tojson }}</arg_value>"
+    "{% endfor %}\n",
+).replace("<tool_call>\n{{", "<tool_call>{{")
+# As DeepSeek V3.1 writes them: the name, then JSON.
+DEEPSEEK = (
+    "{%- if tools %}{{ tools | tojson }}{% endif %}"
+    "{%- for message in messages %}"
+    "{%- if message.role == 'user' %}<|User|>{{ message.content }}"
+    "{%- elif message.role == 'tool' %}<|out|>{{ message.content }}<|/out|>"
+    "{%- else %}<|Assistant|>{{ message.content }}"
+    "{%- if message.tool_calls %}<|calls|>{%- for call in message.tool_calls %}<|call|>"
+    "{{ call.function.name }}<|sep|>{{ call.function.arguments | tojson }}<|/call|>{% endfor %}<|/calls|>"
+    "{%- endif %}<|end|>{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}<|Assistant|>{% endif %}"
+)
+UNREADABLE = HERMES.replace("tojson }}}", "length }}}").replace('"name": "{{ call.function.name }}"', "call")
 CONTROL = {
     "hermes": (HERMES, ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"), "<|im_end|>"),
     "mistral": (
@@ -62,8 +85,33 @@ CONTROL = {
         "</s>",
     ),
     "llama": (LLAMA, ("<|start|>", "<|sep|>", "<|eot|>"), "<|eot|>"),
+    "qwen": (QWEN, ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"), "<|im_end|>"),
+    "glm": (GLM, ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<arg_key>"), "<|im_end|>"),
+    "deepseek": (
+        DEEPSEEK,
+        tuple(
+            f"<|{word}|>"
+            for word in ("User", "Assistant", "out", "/out", "calls", "call", "sep", "/call", "/calls", "end")
+        ),
+        "<|end|>",
+    ),
 }
-TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+KINDS = {
+    "word": "string",
+    "n": "integer",
+    "exact": "boolean",
+    "of": "array",
+    "more": "object",
+    "share": "number",
+}
+PROPERTIES = {name: {"type": kind} for name, kind in KINDS.items()} | {
+    "to": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    "either": {"type": ["integer", "null"]},
+}
+TOOL = {
+    "type": "function",
+    "function": {"name": "find", "parameters": {"type": "object", "properties": PROPERTIES}},
+}
 ASKED = Message("user", "q")
 CALL = ToolCall("find", {"word": 'a "b"', "n": 2})
 
@@ -126,12 +174,48 @@ def test_the_prompt_is_the_rendered_conversation(name):
     assert chat.tokenizer.decode(chat.encode_prompt(messages, [TOOL])) == whole
 
 
-@pytest.mark.parametrize("name", ["hermes", "mistral"])
+@pytest.mark.parametrize("name", CONTROL.keys() - {"llama"})
 def test_several_calls_of_one_turn_are_read_back(name):
     chat = chat_of(name)
     calls = (CALL, ToolCall("find", {"word": "c"}))
     text = learned_text(chat, row(ASKED, Message("assistant", "", calls)))
     assert chat.read_answer(text.removesuffix(CONTROL[name][2]), [TOOL]).tool_calls == calls
+
+
+ARGUMENTS = (
+    {},
+    {"word": ""},
+    {"word": "two\nlines\n\n  and <b>marks</b>"},
+    {"word": "5", "n": 5, "share": 0.5, "exact": True},
+    {"of": [1, "a"], "more": {"a": {"b": None}}, "exact": False},
+    {"to": None, "either": None},
+    {"to": "5", "either": 5},
+    {"word": '日本語 \\ "quoted"'},
+)
+
+
+@pytest.mark.parametrize("name", CONTROL)
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_arguments_of_each_type_are_read_back(name, arguments):
+    chat = chat_of(name)
+    call = ToolCall("find", arguments)
+    for calls in ((call,), (call, CALL), (CALL, call, call)):
+        if len(calls) > 1 and name == "llama":
+            continue
+        text = learned_text(chat, row(ASKED, Message("assistant", "", calls))).removesuffix(CONTROL[name][2])
+        assert chat.read_answer(text, [TOOL]) == Message("assistant", "", calls)
+        assert chat.read_answer(text.rstrip(), [TOOL]).tool_calls == calls
+
+
+@pytest.mark.parametrize("name", ["qwen", "glm"])
+def test_a_call_that_would_be_read_otherwise_is_refused_with_what_is_missing(name):
+    """Without a schema nobody can tell the number 5 from the text "5"."""
+    call = Message("assistant", "", (ToolCall("find", {"unknown": 5}),))
+    with pytest.raises(UserError, match=r'reads back as .*"5"') as raised:
+        chat_of(name).encode(row(ASKED, call))
+    assert "`type`" in raised.value.remedy
+    text = Message("assistant", "", (ToolCall("find", {"unknown": "5"}),))
+    chat_of(name).encode(row(ASKED, text))
 
 
 def test_a_template_of_one_call_a_turn_refuses_two_by_name():
@@ -147,18 +231,39 @@ def test_words_before_a_call_are_content():
     assert chat.read_answer(text, [TOOL]) == example.messages[-1]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+BROKEN = {
+    "hermes": (
         "no call",
         '<tool_call>\n{"name": "find", "arguments": {"word": \n</tool_call>',
         '<tool_call>\n{"name": "find"}\n</tool_call>',
         '<tool_call>\n{"name": "find", "arguments": {}}\n</tool_call> and more',
         '{"name": "find", "arguments": {}}',
-    ],
-)
-def test_a_broken_call_stays_text(text):
-    assert chat_of("hermes").read_answer(text, [TOOL]) == Message("assistant", text)
+    ),
+    "qwen": (
+        "<tool_call>",
+        "<tool_call>\n<function=",
+        "<tool_call>\n<function=find>",
+        "<tool_call>\n<function=find>\n\n<parameter=word>\na",
+        "<tool_call>\n<function=find>\n\n<parameter=word>\na\n</parameter>\n</function>\n</tool_call> more",
+        "<tool_call>\n<function=two words>\n</function>\n</tool_call>",
+    ),
+    "glm": (
+        "<tool_call>find\n<arg_key>word",
+        "<tool_call>find\n<arg_key>word</arg_key>\n<arg_value>a",
+        "<tool_call>find and more\n</tool_call>",
+    ),
+    "deepseek": (
+        "<|calls|><|call|>find",
+        "<|calls|><|call|>find<|sep|>[1]<|/call|><|/calls|>",
+        '<|calls|><|call|>find<|sep|>{"word": <|/call|><|/calls|>',
+        "<|calls|><|call|>find<|sep|>{}<|/call|><|/calls|> more",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in BROKEN.items() for text in texts])
+def test_a_broken_call_stays_text(name, text):
+    assert chat_of(name).read_answer(text, [TOOL]) == Message("assistant", text)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +275,9 @@ def test_a_broken_call_stays_text(text):
         ("mistral", 'one moment [TOOL_CALLS] [{"name": "find", "arguments": {}}]'),
         ("llama", '{"name": "find", "parameters": {}}'),
         ("llama", "plain { text }"),
+        ("qwen", "let me see\n\n<tool_call>\n<function=find>\n</function>\n</tool_call>"),
+        ("glm", "one moment\n<tool_call>find\n</tool_call>"),
+        ("deepseek", "so <|calls|><|call|>find<|sep|>{}<|/call|><|/calls|>"),
     ],
 )
 def test_what_is_settled_early_is_never_taken_back(name, text):
@@ -226,8 +334,8 @@ def test_a_template_without_tools_says_so_before_anything_is_trained():
         chat.encode_prompt([ASKED], [TOOL])
 
 
-def test_calls_that_are_no_json_are_told_apart():
-    chat = ChatFormat(make_tokenizer(XML, CONTROL["hermes"][1], end="<|im_end|>"))
+def test_calls_that_cannot_be_read_back_are_told_apart():
+    chat = ChatFormat(make_tokenizer(UNREADABLE, CONTROL["hermes"][1], end="<|im_end|>"))
     assert chat.takes_tools and chat.calls is None
     with pytest.raises(BaseModelError, match="read back"):
         chat.encode(row(ASKED, Message("assistant", "", (CALL,))))

@@ -138,6 +138,16 @@ def test_a_tool_that_has_to_be_called_is_asked_for_by_its_name():
     assert parse(tool_choice="auto").ask("id", 1).must_call == ()
 
 
+@pytest.mark.parametrize("nested", [True, False], ids=["as in chats", "as in responses"])
+def test_of_allowed_tools_the_others_are_not_offered(nested: bool):
+    other = {"type": "function", "function": {"name": "other"}}
+    for mode, must_call in (("auto", ()), ("required", ("other",))):
+        inner = {"mode": mode, "tools": [other if nested else {"type": "function", "name": "other"}]}
+        choice = {"type": "allowed_tools", **({"allowed_tools": inner} if nested else inner)}
+        asked = parse(tools=[TOOL, other], tool_choice=choice).ask("id", 1)
+        assert (asked.tools, asked.must_call, asked.parallel_calls) == ((other,), must_call, True)
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -145,6 +155,19 @@ def test_a_tool_that_has_to_be_called_is_asked_for_by_its_name():
         ({"tool_choice": {"type": "function", "function": {"name": "gone"}}}, "tool_choice"),
         ({"tool_choice": {"type": "custom", "custom": {"name": "find"}}}, "tool_choice"),
         ({"tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
+        (
+            {
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "auto",
+                    "tools": [{**TOOL, "function": {"name": "gone"}}],
+                }
+            },
+            "tool_choice",
+        ),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "all", "tools": [TOOL]}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": 1}}, "tool_choice"),
         ({"tool_choice": 1}, "tool_choice"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tools": [TOOL, TOOL]}, "tools"),

@@ -13,7 +13,7 @@ import pytest
 
 from ratchet.config.params import Config
 from ratchet.data.erasure import FILE, Entry, Forgotten, write_forgotten
-from ratchet.data.examples import Message, encode_line, make_example
+from ratchet.data.examples import Message, ToolCall, encode_line, make_example
 from ratchet.data.forms import read_conversation
 from ratchet.files import write_bytes
 from ratchet.gateway.auth import add_key
@@ -146,6 +146,70 @@ def test_elsewhere_it_does_not(tmp_path: Path) -> None:
         "cut": ("whole", "corrected"),
     }
     assert all(read_conversation(row).rejected is None for row in rows)
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = '<tool_call>{"arguments": {"city": "%s"}, "name": "%s"}</tool_call>'
+OFFERED = ("tools", msgspec.json.encode([WEATHER]).decode())
+TOOL_TURNS = (
+    OFFERED,
+    ("user", "rain in Oslo?"),
+    ("assistant", "Let me look.\n" + CALL % ("Oslo", "weather")),
+    ("tool", "dry"),
+)
+
+
+def test_answers_to_requests_with_tools_are_rows_with_tools(tmp_path: Path) -> None:
+    asks = (OFFERED, ("user", "and in Bergen?"))
+    requests = [
+        asked("called", messages=asks, answer=CALL % ("Bergen", "weather")),
+        asked("mended", messages=(*TOOL_TURNS, ("assistant", "Dry."), asks[1]), answer="I do not know."),
+        asked("bad", messages=(OFFERED, ("user", "hi")), answer=CALL % ("hi", "weather")),
+        asked("told", messages=TOOL_TURNS, answer="It is dry."),
+    ]
+    feedback = [
+        said("called", 1.0),
+        said("mended", answer=CALL % ("Bergen", "weather")),
+        said("bad", 0.0),
+        said("told", 1.0),
+    ]
+    rows = rows_of(tmp_path, requests, feedback, objective="dpo", max_feedback_share=1.0)
+    examples = {
+        row["meta"]["source_request"]: read_conversation(row).example(row["meta"])
+        for row in map(msgspec.json.decode, map(msgspec.json.encode, rows))
+    }
+    assert all(example.tools == (WEATHER,) for example in examples.values())
+    bergen = (ToolCall("weather", {"city": "Bergen"}),)
+    assert examples["called"].messages[-1] == Message("assistant", "", bergen)
+    assert examples["mended"].messages[-1].tool_calls == bergen
+    assert examples["mended"].messages[1] == Message(
+        "assistant", "Let me look.", (ToolCall("weather", {"city": "Oslo"}),)
+    )
+    assert examples["mended"].rejected == Message("assistant", "I do not know.")
+    assert not examples["bad"].desirable
+    assert examples["bad"].messages[-1].tool_calls == (ToolCall("weather", {"city": "hi"}),)
+    assert [message.role for message in examples["told"].messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    write_bytes(tmp_path / "data/prepared/train.jsonl", map(encode_line, examples.values()))
+    again = look(tmp_path, configured(objective="dpo", max_feedback_share=1.0))
+    assert again.left_out["known already"] == 4, "the ids are those of preparation"
+
+
+def test_a_correction_that_calls_an_unknown_tool_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests = [asked("a", messages=TOOL_TURNS), asked("b", messages=(("user", "what is this?"),))]
+    feedback = [
+        said("a", answer=CALL % ("Oslo", "wether")),
+        said("b", answer="This calls a tool:\n" + CALL % ("Oslo", "wether")),
+    ]
+    (row,) = rows_of(tmp_path, requests, feedback)
+    assert row["meta"]["source_request"] == "b" and "wether" in row["messages"][-1]["content"]
+    assert "1 calling a tool that was not offered" in capsys.readouterr().err
 
 
 def test_a_known_thumb_down_is_not_brought_again(tmp_path: Path) -> None:
