@@ -1,8 +1,8 @@
-"""CLINC150 as the rows of a real fine-tune: a base of the demo's shape that read four domains, and domains
-that are left for retrainings.
+"""CLINC150 as the rows of real fine-tunes: a base of the demo's shape, pre-trained on four domains, and the
+other domains for retrainings.
 
-Queries are the questions, intents' names the answers, a domain is a batch. Shared by benchmarks/forgetting.py
-and benchmarks/gate_models.py.
+A query is the question, the name of its intent the answer, a domain a batch. Shared by
+benchmarks/forgetting.py and benchmarks/gate_models.py.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ratchet.data.examples import Example, Message, make_example
 from ratchet.files import read_json, write_json
 
 DATA = Path("../shared/data/clinc150")
-READ = ("small_talk", "utility", "travel", "banking")  # domains that the base has read
+READ = ("small_talk", "utility", "travel", "banking")  # domains that the base is pre-trained on
 
 
 class Counts(NamedTuple):
-    """Rows an intent."""
+    """Rows per intent."""
 
     train: int
     validation: int
@@ -48,7 +48,7 @@ def require_data(data: Path) -> None:
 
 
 def one_thread(folder: str) -> None:
-    """For the processes of a benchmark. Checkpoints, if any, lie in a folder that goes."""
+    """Set up a benchmark's process: one thread, and checkpoints, if any, in a temporary folder."""
     os.environ.update(
         OMP_NUM_THREADS="1",
         HF_HUB_OFFLINE="1",
@@ -64,12 +64,12 @@ def one_thread(folder: str) -> None:
 
 
 def unread(data: Path) -> list[str]:
-    """List the domains that the base has not read."""
+    """List the domains that the base is not pre-trained on."""
     return [name for name in read_json(data / "domains.json") if name not in READ]
 
 
 def read_domain(data: Path, name: str, counts: Counts, seed: int) -> Domain:
-    """Rows drawn by `seed`; the domain is their batch."""
+    """Draw a domain's rows by `seed`; the domain is their batch."""
     texts, intents = read_json(data / "data_full.json"), read_json(data / "domains.json")[name]
     parts = []
     for split, count in (("train", counts.train), ("val", counts.validation), ("test", counts.test)):
@@ -114,8 +114,8 @@ def settings(steps: int, epochs: float, seed: int, **train: Any) -> Config:
 def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig) -> None:
     """Pre-train a base on four domains.
 
-    It knows the words of the others from repeating queries that are drawn for nothing else, but not what they
-    mean.
+    It also learns to repeat queries of the others, which are used for nothing else, so that it knows their
+    words but not their intents.
     """
     from ratchet.demo.base_model import make_tokenizer, pretrain
     from ratchet.models.chat_template import ChatFormat
@@ -137,5 +137,5 @@ def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig) -> N
 
 
 def _is_drawn(query: str) -> bool:
-    """Half of the training queries are for the retrainings, the other half for the base."""
+    """Tell whether a training query is for the retrainings, as half are; the others are for the base."""
     return hashlib.sha256(query.encode()).digest()[0] % 2 == 0

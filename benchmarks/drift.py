@@ -1,12 +1,12 @@
-"""False alarms and power of the monitor's verdict on real text, with Evidently's defaults in the same run.
+"""Measure false alarms and power of the monitor's verdict on real text, and Evidently's defaults beside it.
 
     python -m benchmarks.drift [--windows 400] [--corpus pydoc|clinc150]
 
-Null windows: the held-out rows are split afresh, at random, into a window and its reference, for each of
-them. Every family is judged, as the monitor does: prompts and answers are real; latency, errors, feedback and
-NLL are drawn, alike on both sides. New subjects: a share of the window is of what the training rows never
-held (`pydoc`: packages; `clinc150`: one of five domains, in turn), answered like known rows, so that the
-prompts alone can tell. Then the other kinds of drift, each by itself.
+Null windows: for each window, the held-out rows are split at random into a window and its reference. Every
+family is judged, as in the monitor: prompts and answers are real; latency, errors, feedback and NLL are drawn
+from the same distributions on both sides. New subjects: a share of the window is of subjects that the
+training rows never held (`pydoc`: packages; `clinc150`: one of five domains, in turn), answered like known
+rows, so that only the prompts can show it. Then the other kinds of drift, each by itself.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ Change = Callable[
 
 class Corpus(NamedTuple):
     training: list[str]
-    pool: list[Row]  # held out, like the training rows
-    new: list[list[str]]  # subjects that they never held
+    pool: list[Row]  # held out, of the same subjects as the training rows
+    new: list[list[str]]  # the texts of each subject that they never held
 
 
 class Service(NamedTuple):
-    """What is drawn of the requests: shares of failed ones and of right answers, the latency's factor, what
-    is added to the prompt's NLL.
+    """How requests are drawn: the shares of errors and of right answers, the latency's factor, and the nats
+    added to the prompt's NLL.
     """
 
     errors: float = 0.01
@@ -130,13 +130,13 @@ def main() -> None:
 
 
 def measured(corpus: Corpus) -> Familiar:
-    """Once, before the processes are forked."""
+    """Measure the novelty of all texts once, before the processes are forked."""
     familiar = Familiar(corpus.training)
     familiar.columns([row.text for row in corpus.pool] + [text for subject in corpus.new for text in subject])
     return familiar
 
 
-_given: dict[str, Any] = {}  # what forked processes find
+_given: dict[str, Any] = {}  # inherited by forked processes
 
 
 def look(size: int, share: float, kind: str, windows: int) -> list[Seen]:
@@ -171,7 +171,7 @@ def _judge(size: int, share: float, kind: str, number: int) -> Seen:
 
 
 def draw_rows(corpus: Corpus, size: int, share: float, number: int) -> tuple[list[Row], list[Row]]:
-    """(window, reference), no row in both."""
+    """Return (window, reference) without a common row; a `share` of the window is of a new subject."""
     chance, new = np.random.default_rng([number, size, round(100 * share)]), round(size * share)
     order, subject = chance.permutation(len(corpus.pool)), corpus.new[number % len(corpus.new)]
     rows = [corpus.pool[place] for place in order]
@@ -222,9 +222,7 @@ def same(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[
 
 
 def more_of_one(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
-    """Replace a tenth of the window by rows of one of the five commonest subjects, taken from the
-    reference.
-    """
+    """Replace a tenth of the window by rows of the reference, of one of its five commonest subjects."""
     common = [name for name, _ in Counter(subject(row) for row in reference).most_common(5)]
     chosen = common[chance.integers(5)]
     extra = [row for row in reference if subject(row) == chosen][: len(window) // 10]
@@ -264,9 +262,7 @@ def longer(window: list[Row], reference: list[Row], chance: Chance) -> tuple[lis
 
 
 def answering(text: str, share: float) -> Change:
-    """Replace a share of the answers by `text`: "" for empty ones, "commonest" for the reference's
-    commonest.
-    """
+    """Replace a share of the answers by `text`; "commonest" stands for the reference's commonest answer."""
 
     def change(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
         said = Counter(row.answer for row in reference).most_common(1)[0][0] if text == "commonest" else text
@@ -277,7 +273,7 @@ def answering(text: str, share: float) -> Change:
 
 
 def one_question(window: list[Row], reference: list[Row], chance: Chance) -> tuple[list[Row], list[Row]]:
-    """No drift, and not to be taken for it: a fifth of the requests asks one and the same, new question."""
+    """Let a fifth of the requests ask the same new question, which is no drift and must not look like it."""
     text = _given["corpus"].new[0][int(chance.integers(50))]
     cut = len(window) // 5
     return [*window[cut:], *[Row(text, window[0].answer)] * cut], reference
@@ -303,7 +299,7 @@ KINDS: dict[str, tuple[Change, Service]] = {
 
 
 def evidently_says(window: list[Row], reference: list[Row]) -> bool:
-    """Its drift preset on the text itself, as it comes (a classifier of the two sides)."""
+    """Return whether its default drift preset, a classifier of the two sides' texts, finds drift."""
     from evidently import DataDefinition, Dataset, Report
     from evidently.presets import DataDriftPreset
 
@@ -331,7 +327,7 @@ def cells(found: list[Seen]) -> str:
 
 
 def read_pydoc() -> Corpus:
-    """60 % of the standard library's rows are trained on; the answer is the module."""
+    """Read the standard library's rows, 60 % of them for training; the answer is the module."""
     known = rows_of(["stdlib"])
     return split(known, [[row.text for row in rows_of(NEW_PACKAGES)]])
 
@@ -345,11 +341,11 @@ def rows_of(packages: list[str]) -> list[Row]:
     )
 
 
-DOMAINS: dict[str, str] = {}  # of each intent
+DOMAINS: dict[str, str] = {}  # intent → domain
 
 
 def read_clinc() -> Corpus:
-    """Five domains are known, the other five are new; the answer is the intent."""
+    """Read CLINC150: five domains are known, the other five new; the answer is the intent."""
     data, domains = (
         json.loads((CLINC / name).read_text(encoding="utf-8")) for name in ("data_full.json", "domains.json")
     )

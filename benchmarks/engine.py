@@ -1,9 +1,9 @@
-"""Tokens a second of the engine `local` at 1 to 16 parallel clients, of one version and of two mixed; and how
-long loading another version stops it.
+"""Measure the tokens per second of the engine `local` with 1 to 16 parallel clients, of one version and of
+two mixed, and how long loading another version pauses it.
 
     python -m benchmarks.engine [--tokens 32] [--asks 32] [--passes 3]
 
-All in one run, each figure the median of the passes: read the ratios. The model has the demo's size; its
+All figures are of one run, and medians of the passes: compare the ratios. The model has the demo's size; its
 weights are hardly trained, which does not change the time that a token takes.
 """
 
@@ -134,9 +134,7 @@ async def run(engine: Any, clients: int, asks: int, tokens: int, *, versions: Se
 
 
 async def measure_loading(engine: Any, bundle: Any, tokens: int, asks: int) -> None:
-    """Measure the longest pause that a client of eight sees, with and without a version that comes and
-    goes.
-    """
+    """Measure the longest pause that one of eight clients sees, with and without loading another version."""
     quiet = await run(engine, 8, asks * 2, tokens, versions=(1,))
     under_way, took = asyncio.create_task(run(engine, 8, asks * 2, tokens, versions=(1,))), list[float]()
     for _ in range(LOADS):

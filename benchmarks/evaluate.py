@@ -1,11 +1,11 @@
-"""Seconds to score test rows for three models, with an empty cache of answers and with a full one.
+"""Measure the seconds to score test rows for three models, with an empty and with a full cache of answers.
 
     python -m benchmarks.evaluate [--rows 1000] [--json]
 
-The base has the demo's shape (`base.demo`, weights by chance), candidate and champion are LoRA adapters of
-`adapter.rank` on it; the rows are documentation of the standard library. Weights by chance seldom end an
-answer, so most rows cost all of `evaluate.max_new_tokens`: a trained model is faster. Each evaluation is a
-process of its own, so its imports count.
+The base has the demo's shape (`base.demo`) and random weights; candidate and champion are LoRA adapters of
+`adapter.rank` on it; the rows are documentation of the standard library. Random weights seldom end an answer,
+so most rows cost all of `evaluate.max_new_tokens`; a trained model is faster. Each evaluation is a process of
+its own, so its imports are included.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""What replay keeps: CLINC150's domains arrive one after the other, each starts a retraining, and all that
-came before is asked again.
+"""Measure what replay keeps: CLINC150's domains arrive one after the other, each starts a retraining, and at
+the end all earlier domains are tested again.
 
     python -m benchmarks.forgetting [--data ../shared/data/clinc150] [--quick] [--jobs 2] [--json]
 
-The project's own path at every arrival: the rows are chosen by `tasks.tokenize` (the new domain's and the
-replayed share of the seen ones), trained by `tasks.train` from the champion's adapter, and the new adapter
-takes its place. The arm `all` trains on everything from the base each time. The base has the demo's shape and
-read four domains; queries are the questions, intents' names the answers. Seeds draw the order of domains, the
-rows and the order of windows; all arms of a seed have the same. `kept` is the accuracy on the test rows of
-the domains before the last one, `newest` on the last one's; `forgotten` is what a domain lost since it was
-learned. Intervals hold 95 % over seeds (Student's t); `against all` is the difference of `kept` within a
-seed. Each job has one thread.
+Every arrival takes the project's own path: `tasks.tokenize` chooses the rows (those of the new domain and the
+replayed share of the seen ones), `tasks.train` trains on them from the champion's adapter, and the new
+adapter becomes the champion. The arm `all` trains on all rows from the base each time. The base has the
+demo's shape and is pre-trained on four other domains; queries are the questions, intents' names the answers.
+A seed draws the order of domains, the rows and the order of windows, the same for all arms. `kept` is the
+accuracy on the test rows of the domains before the last one, `newest` that on the last one's; `forgotten` is
+the accuracy that a domain lost since it was learned. Intervals are 95 % over seeds (Student's t); `against
+all` is the difference of `kept` within a seed. Each job has one thread.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by
 
 
 class Size(NamedTuple):
-    """`train`, `validation`, `test`: rows an intent."""
+    """`train`, `validation`, `test`: rows per intent."""
 
     domains: int
     seeds: int
@@ -80,7 +80,7 @@ def main() -> None:
     require_data(arguments.data)
     size = QUICK if arguments.quick else FULL
     size = size._replace(domains=arguments.domains or size.domains, seeds=arguments.seeds or size.seeds)
-    with contextlib.redirect_stdout(sys.stderr):  # progress; the table alone is the result
+    with contextlib.redirect_stdout(sys.stderr):  # progress goes to stderr; only the table is the result
         found = measure(arguments.data, arguments.arms.split(","), size, arguments.jobs, arguments.runs)
     rows = [
         describe(
@@ -171,7 +171,7 @@ def run(folder: Path, data: Path, arm: str, seed: int, size: Size) -> dict[str, 
             place / "prepared/validation.jsonl",
             (encode_line(row) for domain in seen for row in domain.validation),
         )
-        for split in ("test", "golden"):  # they are asked below, from each domain
+        for split in ("test", "golden"):  # each domain's test rows are asked below
             write_bytes(place / f"prepared/{split}.jsonl", [])
         profile = tokenize(place / "prepared", base, incumbent, place / "tokens", config)
         began = time.perf_counter()
@@ -200,7 +200,7 @@ def run(folder: Path, data: Path, arm: str, seed: int, size: Size) -> dict[str, 
 
 
 def accuracy(base: Path, adapter: Path, tests: dict[str, list[Example]], config: Config) -> dict[str, float]:
-    """Share of exactly right answers by domain."""
+    """Return the share of exactly right answers by domain."""
     from ratchet.evaluation.scoring import Asked, Models, Player, answer
 
     rows = [row for test in tests.values() for row in test]
@@ -211,11 +211,11 @@ def accuracy(base: Path, adapter: Path, tests: dict[str, list[Example]], config:
     return {name: statistics.mean(next(given) == row.answer for row in test) for name, test in tests.items()}
 
 
-# --- what is told -------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
 
 def describe(arm: str, runs: list[dict[str, Any]], against: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means with 95 % intervals over seeds."""
+    """Return an arm's means, with 95 % intervals over seeds."""
     whole = {run["seed"]: run["kept"] for run in against}
     measured = {
         key: interval([run[key] for run in runs]) for key in ("kept", "newest", "forgotten", "base_domains")

@@ -1,11 +1,11 @@
-"""How often the gate errs: its own code (`tasks.gate.judge`) on simulated tables of scores, with the files
-that the stages leave.
+"""Measure how often the gate errs: its own code (`tasks.gate.judge`) on simulated tables of scores, with the
+files that the stages write.
 
     python -m benchmarks.gate [--quick] [--only equal,copies,bad,better,repetition,unbudgeted,broken]
 
 Three models answer 1,200 test rows of three batches (two of them known to the champion) and 400 golden ones.
-A row is right or wrong; two models differ in `DIFFERING` of the rows. Not covered: what a real model does
-(`benchmarks.gate_models`); these tables are as the gate's mathematics takes them to be.
+A row is right or wrong; two models differ in `DIFFERING` of the rows. Not covered: real models
+(`benchmarks.gate_models`); these tables meet the assumptions of the gate's statistics.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from tasks.gate import judge
 BATCHES = {"old": 400, "older": 400, "new": 400}
 SEEN = ["old", "older"]
 GOLDEN = 400
+# Shares of rows: the champion is right, candidate and champion differ, the base is right.
 RIGHT, DIFFERING, BASE = 0.6, 0.15, 0.2
 QUICK = 10  # a tenth of the cycles
 HEADER = (
@@ -54,7 +55,7 @@ class Cycles(NamedTuple):
 
 
 class Bench:
-    """A folder as the stages leave it before the gate."""
+    """A folder with the files that the stages write before the gate."""
 
     def __init__(self, folder: Path, seen: list[str] = SEEN) -> None:
         self.folder, self.written = folder, dict[str, object]()
@@ -71,7 +72,7 @@ class Bench:
         looks: int = 0,
         evaluated: dict[str, object] | None = None,
     ) -> str:
-        """promote, reject, uncertain, or `error` when the gate gives none."""
+        """Return promote, reject, uncertain, or `error` if the gate gives no verdict."""
         found = {"champion": 7, "candidate": "sha", "rows": int((table.model == "base").sum()), "pairs": 0}
         self._write("looks.json", {"judged": {"7": [f"earlier {number}" for number in range(looks)]}})
         self._write("evaluation/metrics.json", found | (evaluated or {}))
@@ -140,7 +141,7 @@ def main() -> None:
 
 
 def equal(bench: Bench, cycles: Cycles) -> Iterator[str]:
-    """Fresh rows in every cycle, a gate of 5 % without a budget: as often as chance alone may."""
+    """Judge an equal candidate on fresh rows in every cycle, at 5 % without a budget: 5 % may pass."""
     config = GateConfig(alpha=0.05, alpha_budget=1.0, resamples=1000)
     found, passed = Counter[str](), 0
     for cycle in range(cycles.equal):
@@ -163,7 +164,7 @@ def copies(bench: Bench, cycles: Cycles) -> Iterator[str]:
 
 
 def bad(bench: Bench, cycles: Cycles) -> Iterator[str]:
-    """At the default settings."""
+    """Judge candidates that are worse or broken, at the default settings."""
     for name, spoil in SPOILT.items():
         found = Counter(
             bench.verdict(spoil(np.random.default_rng([3, cycle])), GateConfig(resamples=1000))
@@ -173,7 +174,7 @@ def bad(bench: Bench, cycles: Cycles) -> Iterator[str]:
 
 
 def better(bench: Bench, cycles: Cycles) -> Iterator[str]:
-    """At the default settings, against what `ratchet gate plan` says beforehand."""
+    """Judge better candidates at the default settings, and compare with what `ratchet gate plan` predicts."""
     config = GateConfig(resamples=2000)
     for effect in (0.02, 0.03, 0.04):
         told = plan(effect, BATCHES, SEEN, GOLDEN, Spread(DIFFERING, 0.0), alpha_of(1, config), config).power
@@ -189,10 +190,9 @@ def better(bench: Bench, cycles: Cycles) -> Iterator[str]:
 
 
 def repetition(bench: Bench, cycles: Cycles) -> Iterator[str]:
-    """Series of thirty candidates that are no better, each on fresh rows; a series counts once when any of
-    them gets through.
+    """Judge series of thirty candidates that are no better, each on fresh rows, at the default settings.
 
-    Default settings.
+    A series counts once if any of its candidates is promoted.
     """
     yield _series(
         "alpha budget 5 % (the default)",
@@ -210,7 +210,7 @@ def repetition(bench: Bench, cycles: Cycles) -> Iterator[str]:
 
 
 def unbudgeted(_: Bench, cycles: Cycles) -> Iterator[str]:
-    """Yield the line of the same two tests when each look has 1 %."""
+    """Run the same two tests with an error of 1 % at each look, without a budget."""
     yield _fast_series(
         "by the two tests alone, 1 % a look without a budget",
         cycles.fast,
@@ -233,7 +233,7 @@ def _series(name: str, bench: Bench, series: int, config: GateConfig, wanted: st
 def _fast_series(name: str, series: int, config: GateConfig, wanted: str, *, counted: bool = True) -> str:
     """Run the functions that the gate calls, without tables and files.
 
-    Where looks are not `counted`, each is the first.
+    If looks are not `counted`, each is judged as the first one.
     """
     generator, through, rows = np.random.default_rng(7), 0, sum(BATCHES.values())
     for _ in range(series):
@@ -257,7 +257,7 @@ def _fast_series(name: str, series: int, config: GateConfig, wanted: str, *, cou
 
 
 def broken(bench: Bench, cycles: Cycles) -> Iterator[str]:
-    """Judge a candidate that would be promoted, in an evaluation that is not whole."""
+    """Judge a candidate that would be promoted, in evaluations that are incomplete or inconsistent."""
     table = draw(np.random.default_rng(6), 0.3)
     assert bench.verdict(table, GateConfig()) == "promote"
     mine = table.model == "candidate"
@@ -293,7 +293,7 @@ def draw(
     nll: float = 1.0,
     light: bool = False,
 ) -> pd.DataFrame:
-    """Draw scores of a candidate that is better by `effect`, or right by chance in the share `right`.
+    """Draw scores of a candidate that is better by `effect`, or right at random in the share `right`.
 
     `light`: half of the test rows, no golden ones and no slices.
     """
@@ -303,8 +303,8 @@ def draw(
     rows = len(batches)
     champion = generator.random(rows) < RIGHT
     if right is None:
-        # Won are some of the rows that the champion got wrong, lost some of the others: DIFFERING in all,
-        # `effect` more won.
+        # The candidate wins some of the rows that the champion got wrong and loses some of the others:
+        # DIFFERING in all, `effect` more of them won than lost.
         differing = max(DIFFERING, abs(effect))
         turn = np.where(champion, (differing - effect) / 2 / RIGHT, (differing + effect) / 2 / (1 - RIGHT))
         candidate = champion ^ (generator.random(rows) < turn)
@@ -319,7 +319,7 @@ def draw(
         [f"row{number}" for number in range(rows)],
         [f"topic {number % 6}" for number in range(rows)],
     )
-    likelihood = generator.normal(0, 0.3, rows).round(1)  # the same row is hard for all
+    likelihood = generator.normal(0, 0.3, rows).round(1)  # a row that is hard for one model is hard for all
     frames = [
         pd.DataFrame(
             {
@@ -338,7 +338,7 @@ def draw(
 
 
 def with_nan(generator: np.random.Generator) -> pd.DataFrame:
-    """Weights that are not finite: no likelihood is."""
+    """Draw scores of a candidate whose weights, and so all its likelihoods, are not finite."""
     table = draw(generator)
     return table.assign(answer_nll=table.answer_nll.mask(table.model == "candidate"))
 
@@ -363,7 +363,7 @@ def row(name: str, found: Counter[str], wanted: str) -> str:
 
 
 def limit(cycles: int, share: float) -> int:
-    """Return the number that 99 % of binomials do not exceed."""
+    """Return the 99 % quantile of the binomial distribution with probability `share`."""
     return int(binom.ppf(0.99, cycles, share))
 
 

@@ -1,20 +1,20 @@
-"""The gate on real models: how often it promotes one that is no better, and whether it promotes one that is
-spoilt.
+"""Measure the gate on real models: how often it promotes one that is no better, and whether it promotes one
+that is spoilt.
 
     python -m benchmarks.gate_models [--quick] [--data ../shared/data/clinc150] [--jobs 1] [--json]
 
-A base of the demo's shape, a champion that learned five domains of CLINC150, twins of it by other seeds; a
-sixth domain is new to all.
+The models are a base of the demo's shape, a champion that learned five domains of CLINC150, and twins of the
+champion by other seeds; a sixth domain is new to all.
 
-A/A: real scores on all rows that nobody trained on, of which every cycle draws its own test and golden rows;
-a gate of 5 % without a budget. Two trainings are never quite equal, and the gate is right to promote the
-better one. So "at most 5 %" is asked where it has to hold: of twins that are *exchanged*, a coin a row
-telling whose score is the candidate's, which makes the expected gain zero in every cycle; and of twins as
-they are in those cycles alone in which the candidate is no better over all rows.
+A/A: real scores on all rows that no model was trained on, of which every cycle draws its own test and golden
+rows; a gate of 5 % without a budget. Two trainings are never quite equal, and the gate is right to promote
+the better one. So "at most 5 %" is tested only where it must hold: for twins that are *exchanged*, where a
+coin per row decides whose score is the candidate's, so that the expected gain is zero in every cycle; and for
+twins as they are, in those cycles in which the candidate is no better over all rows.
 
 Known bad: each candidate is made anew, goes through `tasks.evaluate` and `tasks.gate` at the default
-settings, and is asked the rows of one of a few draws. Serve parity is taken as passed: the scores alone have
-to tell. Not covered: rows of another domain, larger models.
+settings, and is asked the rows of one of a few draws. Serve parity is taken as passed, so that only the
+scores decide. Not covered: rows of another domain, larger models.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ CHUNK = 100  # cycles that a process takes at once
 
 
 class Line(NamedTuple):
-    """By candidate: `lost`, the champion's accuracy minus its own, and `empty`, the share of its answers that
-    are.
+    """A line of the table.
 
-    No value without a verdict.
+    For each candidate with a verdict, `lost` is the champion's accuracy minus its own, and `empty` the share
+    of its answers that are empty.
     """
 
     name: str
@@ -139,7 +139,7 @@ def measure(data: Path, size: Size, jobs: int) -> Iterator[dict[str, Any] | Line
 
 
 def make_models(folder: Path, data: Path, size: Size) -> None:
-    """Rows, base and champion."""
+    """Make the rows, the base and the champion."""
     names = unread(data)[: size.known + 1]
     domains = [read_domain(data, name, size.counts, 0) for name in names]
     parts = {
@@ -183,7 +183,7 @@ def make_models(folder: Path, data: Path, size: Size) -> None:
 
 
 def make_twin(folder: Path, size: Size, seed: int) -> None:
-    """Repeat the champion's training by another seed, with its scores and the champion's on all rows."""
+    """Repeat the champion's training with another seed; score twin and champion on all held-out rows."""
     from tasks.evaluate import evaluate
 
     out = folder / f"models/twin-{seed}"
@@ -204,14 +204,14 @@ def learn(folder: Path, rows: Path, incumbent: Path, out: Path, config: Config) 
     from tasks.train import train
 
     tokens = out.with_name(f"{out.name}-tokens")
-    for split in ("test", "golden"):  # they are asked from elsewhere
+    for split in ("test", "golden"):  # test and golden rows are asked from other folders
         write_rows(rows / f"{split}.jsonl", [])
     tokenize(rows, folder / BASE, incumbent, tokens, config)
     train(tokens, folder / BASE, incumbent, out, out.with_name(f"{out.name}-reports"), config)
 
 
 def settings(size: Size, seed: int, epochs: float | None = None) -> Config:
-    """Return the project's own settings without what judges no candidate."""
+    """Return the project's settings, without those parts of the evaluation that decide on no candidate."""
     config = clinc.settings(size.steps, epochs or size.epochs, seed)
     return config.model_copy(
         update={
@@ -287,7 +287,7 @@ def itself(models: list[pd.DataFrame], _: np.random.Generator) -> Pair:
 
 
 def exchanged(models: list[pd.DataFrame], generator: np.random.Generator) -> Pair:
-    """Each row's two scores stay together; which is the candidate's, a coin tells."""
+    """Decide by a coin per row which of two twins is the candidate; its scores of a row stay together."""
     first, second = generator.choice(len(models), 2, replace=False)
     coin = generator.random(len(models[0])) < 0.5
     one, other = (models[number][SCORES].to_numpy() for number in (first, second))
@@ -315,7 +315,7 @@ def drawn(
 
 
 def read_scores(folder: Path, size: Size) -> tuple[list[pd.DataFrame], pd.DataFrame]:
-    """(champion and twins, base): a line a row, in one order."""
+    """Return ([champion, *twins], base), each with one line per row, in the same order."""
     tables = [
         pd.read_parquet(folder / f"twin-{seed}" / "scores.parquet") for seed in range(1, size.twins + 1)
     ]
@@ -362,7 +362,7 @@ class Judged(NamedTuple):
 
 
 def judged(folder: Path, size: Size, kind: str, number: int) -> Judged:
-    """One candidate, which goes afterwards."""
+    """Make and judge one candidate, and remove it afterwards."""
     from tasks.evaluate import evaluate
     from tasks.gate import judge
 
@@ -413,7 +413,7 @@ def noise(folder: Path, out: Path, number: int, _: Size) -> str:
 
 
 def shuffled(folder: Path, out: Path, number: int, size: Size) -> str:
-    """Goes on from the champion, as a retraining does, on rows whose answers are each other's."""
+    """Continue from the champion, as a retraining does, on rows whose answers are shuffled."""
     generator = random.Random(number)
 
     def spoil(rows: list[Example]) -> list[Example]:
@@ -428,9 +428,7 @@ def shuffled(folder: Path, out: Path, number: int, size: Size) -> str:
 
 
 def nothing(folder: Path, out: Path, number: int, size: Size) -> str:
-    """Rows with an empty answer, which preparation would refuse: the end of the turn is all there is to
-    learn.
-    """
+    """Retrain on rows with empty answers, which preparation would reject: only the turn's end is learned."""
 
     def spoil(rows: list[Example]) -> list[Example]:
         return [Example(each.id, (*each.prompt, Message("assistant", "")), each.meta) for each in rows]
@@ -440,7 +438,7 @@ def nothing(folder: Path, out: Path, number: int, size: Size) -> str:
 
 
 def bare(folder: Path, out: Path, number: int, _: Size) -> str:
-    """Make an adapter as it is before its first step."""
+    """Make an adapter as it is before its first training step."""
     generator = np.random.default_rng([10, number])
 
     def begin(name: str, weight: Any) -> Any:
@@ -455,7 +453,7 @@ def bare(folder: Path, out: Path, number: int, _: Size) -> str:
 
 
 def not_a_number(folder: Path, out: Path, number: int, _: Size) -> str:
-    """One value of one weight; a whole weight; all of them."""
+    """Set to NaN, in turn, one value of one weight, a whole weight, or all weights."""
     generator = np.random.default_rng([11, number])
     names = sorted(read_weights(folder / CHAMPION))
     chosen = names[generator.integers(len(names))]
@@ -495,7 +493,7 @@ def read_weights(folder: Path) -> dict[str, Any]:
 
 
 def change_weights(source: Path, out: Path, change: Callable[[str, Any], Any]) -> None:
-    """Copy an adapter with changed weights, as whole as a training leaves one."""
+    """Copy an adapter with changed weights, and with the manifest that a training would write."""
     from safetensors.numpy import save_file
 
     shutil.copytree(source, out)
@@ -508,7 +506,7 @@ def change_weights(source: Path, out: Path, change: Callable[[str, Any], Any]) -
     write_json(out / MANIFEST, manifest | {"run_key": out.parent.name, "adapter_sha256": adapter_sha256(out)})
 
 
-# --- what is told -------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
 
 def described(found: dict[str, Any]) -> str:

@@ -1,13 +1,13 @@
-"""What the gateway adds to an answer: latencies at 200 requests a second against a stub upstream, asked
-directly, through the gateway and through LiteLLM's proxy.
+"""Measure what the gateway adds to an answer's latency, at 200 requests a second to a stub upstream that is
+asked directly, through the gateway and through LiteLLM's proxy.
 
     python -m benchmarks.gateway [--rate 200] [--seconds 20] [--no-litellm]
 
-All are processes of their own on 127.0.0.1; they take turns in rounds, so that a slow minute of the machine
-hits each. The load is open loop: a slow answer holds back no later request. Own cost = a quantile through the
-proxy minus the same quantile of direct asks. LiteLLM's proxy is installed once into `.ratchet/bench-litellm`
-(about 130 packages, minutes); at a tenth of the rate both are asked too. Not covered: the engine `local`,
-streams, TLS, several processes of a proxy.
+Each is a process of its own on 127.0.0.1; they take turns in rounds, so that a slow minute of the machine
+affects all. The load is open loop: a slow answer delays no later request. Own cost = a quantile through the
+proxy minus the same quantile of direct requests. LiteLLM's proxy is installed once into
+`.ratchet/bench-litellm` (about 130 packages, minutes). All is repeated at a tenth of the rate. Not covered:
+the engine `local`, streams, TLS, several processes of a proxy.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ STUB = Path(__file__).parents[1] / "tests/stub_upstream.py"
 
 
 class Target(NamedTuple):
-    """Somebody to ask.
+    """An endpoint to ask.
 
-    `model` is what the stub knows itself by, or what a proxy makes that of; both proxies check a key.
+    `model` is the stub's name for itself, or the name that a proxy maps to it; both proxies check a key.
     """
 
     name: str
@@ -57,8 +57,8 @@ class Target(NamedTuple):
 
 
 class Asked(NamedTuple):
-    milliseconds: list[float]  # of what was answered
-    faults: list[str]  # of the rest, why
+    milliseconds: list[float]  # of requests that were answered
+    faults: list[str]  # why each of the others was not
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ def start(scratch: Path, stack: contextlib.ExitStack) -> list[Target]:
 
 
 def start_litellm(scratch: Path, upstream: str, stack: contextlib.ExitStack) -> Target:
-    """As its documentation advises for production: no debugging, no telemetry, no retries here.
+    """Start it as its documentation advises for production: no debugging, no telemetry; without retries.
 
     Raises ServiceError.
     """
@@ -145,7 +145,7 @@ def start_litellm(scratch: Path, upstream: str, stack: contextlib.ExitStack) -> 
 
 
 def put_champion(root: Path, config: Config) -> None:
-    """Put a version in charge, as after `ratchet retrain`, but without weights: the stub asks for none."""
+    """Put a version in charge, as after `ratchet retrain`, but without weights: the stub needs none."""
     digest = hashlib.sha256(b"").hexdigest()
     (root / "params.yaml").write_text(render_params(config), encoding="utf-8")
     folder = root / SERVING / f"v1-{digest[:12]}"
@@ -192,7 +192,7 @@ def install_litellm() -> Path:
 
 @contextlib.contextmanager
 def running(command: list[str], url: str, log: Path, **environment: str) -> Iterator[None]:
-    """Until the block ends; waits for its first answer at `url`."""
+    """Run a program until the block ends; the block begins after the first answer at `url`."""
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, env={**os.environ, **environment}, stdout=out, stderr=subprocess.STDOUT
@@ -210,7 +210,7 @@ def running(command: list[str], url: str, log: Path, **environment: str) -> Iter
 
 
 async def wait_for_answer(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Wait until the program answers. Raises ServiceError with its last words."""
+    """Wait until the program answers. Raises ServiceError with the end of its log."""
     until = time.monotonic() + START_SECONDS
     async with aiohttp.ClientSession() as session:
         while time.monotonic() < until and process.poll() is None:
@@ -257,7 +257,7 @@ async def load(target: Target, rate: float, seconds: float) -> Asked:
 
 
 async def ask(session: aiohttp.ClientSession, target: Target, number: int) -> float | str:
-    """Milliseconds, or why there was no answer within 10 s."""
+    """Return the milliseconds, or why there was no answer within 10 s."""
     body = {
         "model": target.model,
         "user": f"u{number}",
@@ -299,7 +299,7 @@ def print_table(rate: float, found: dict[str, Asked]) -> None:
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """p50, p95, p99; NaN for nothing."""
+    """Return p50, p95 and p99; NaN if there are no values."""
     ordered = sorted(values) or [float("nan")]
     p50, p95, p99 = (ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in (0.5, 0.95, 0.99))
     return p50, p95, p99

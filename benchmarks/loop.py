@@ -1,9 +1,9 @@
-"""What the loop costs beside the work itself, in one run, on the checkout of a finished demo.
+"""Measure what the loop costs in addition to the work itself, on the checkout of a finished demo.
 
     make demo && python -m benchmarks.loop            # prints a table; --json for a script
 
 Three cases, each a whole process, medians of --runs:
-- `dvc repro` with nothing to do, in a fresh clone that shares the cache, checkout of its outputs included
+- `dvc repro` with nothing to do, in a fresh clone that shares the cache, including the checkout of outputs
 - `ratchet retrain` with nothing to do; its own share is the difference
 - `ratchet retrain` after a change of `gate:` alone, with the stages that ran
 Not covered: training speed, serving.
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def measure(home: Path, runs: int) -> dict[str, Any]:
-    """Seconds, medians of `runs`, taken in turn so that a slow minute of the machine hits both."""
+    """Return medians over `runs`, in seconds; both cases take turns, so that a slow minute affects both."""
     _retrain(home)  # the first one after a promotion may still have an alias to deliver
     repro, nothing = [], []
     for _ in range(runs):
@@ -61,7 +61,7 @@ def measure(home: Path, runs: int) -> dict[str, Any]:
 
 
 def _repro(home: Path) -> float:
-    """Time what a careful person would type: clone, share the cache, check out, reproduce."""
+    """Time what one would type without Ratchet: clone, share the cache, check out, reproduce."""
     with tempfile.TemporaryDirectory() as scratch:
         clone = Path(scratch) / "clone"
 
@@ -96,7 +96,7 @@ def _retrain(home: Path) -> dict[str, Any]:
 
 
 def _change_gate(home: Path) -> list[str]:
-    """Name the stages that a change of gate.resamples reruns; the change is committed, then taken back."""
+    """Return the stages that a change of gate.resamples reruns; the change is committed, then reverted."""
     params = home / "params.yaml"
     text = params.read_text(encoding="utf-8")
     params.write_text(edit_params(text, {"gate.resamples": 4001}), encoding="utf-8")

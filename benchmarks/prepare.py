@@ -1,11 +1,11 @@
-"""Rows a second and memory of `prepare`, with and without the search for near duplicates.
+"""Measure the rows per second and the memory of `prepare`, with and without the search for near duplicates.
 
     python -m benchmarks.prepare [--rows 1000000] [--near-rows 100000]
 
-Plain rows: questions of 12 words and answers of 6, drawn from the words of the standard library's
-documentation by their frequency; one in a hundred stands there twice, one in a thousand is broken. Each
-measurement is a process of its own; the peak is its resident memory less that of a process that prepared a
-hundred rows.
+Rows are questions of 12 words and answers of 6, drawn from the words of the standard library's documentation
+by their frequency; one in a hundred repeats the row before, one in a thousand is broken. Each measurement is
+a process of its own; its memory is the peak resident set minus that of a process that prepared a hundred
+rows.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def fill(raw: Path, rows: int) -> None:
-    """Batches of BATCH rows."""
+    """Write `rows` rows, in batches of BATCH."""
     lines = make_rows(rows)
     for number, start in enumerate(range(0, rows, BATCH)):
         taken = [next(lines) for _ in range(min(BATCH, rows - start))]

@@ -1,11 +1,11 @@
-"""How often a rollout of an equal model ends wrongly, and how soon a better or a worse one is told: through
-the real `judge`, at every look.
+"""Measure how often a rollout of an equal model ends wrongly, and how soon a better or a worse one is
+recognised, by the real `judge` at every look.
 
     python -m benchmarks.rollout [--rollouts 1000] [--looks 80]
 
-Users come back, each with a quality of his own; a part of them gives feedback; the hour moves everybody's
-scores; the share grows as the rollout advances. Beside it a plain z-test (two-sided 5 %) that is looked at as
-often.
+Users come back, each with a mean score of their own; half of the requests get feedback; the hour shifts all
+scores; the challenger's share grows as the rollout advances. For comparison, a plain z-test (two-sided, 5 %)
+is made at every look.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tasks.rollout import Outcomes, judge
 
 WRONG = ("promote", "roll_back", "stop")
 CONFIG = RolloutConfig(step_minutes=0, max_hours=1e9)
-EIGHT = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
+EIGHT = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)  # shares of a rollout that advances eight times
 
 
 class Ended(NamedTuple):
-    """`look` counts from 1; `naive`: the z-test called a difference at some look."""
+    """How a rollout ended; `look` counts from 1; `naive`: the z-test called a difference at some look."""
 
     action: str
     look: int
@@ -121,9 +121,9 @@ def simulate(
     users: int = 1600,
     requests: int = 100,
 ) -> Ended:
-    """One rollout; `requests` come between two looks, half of them with feedback.
+    """Simulate one rollout; `requests` come between two looks, half of them with feedback.
 
-    `opinion`: the beta distribution of the users' mean scores.
+    `opinion`: the parameters of the beta distribution of the users' mean scores.
     """
     spoken = 0.5
     rollout = Rollout("a", "small", 2, 1, "c", "h", "salt", 0, list(shares), "open", 0.0, 0.0)
@@ -183,7 +183,7 @@ def outcomes(
 
 
 def z_test(found: Outcomes) -> bool:
-    """All steps pooled, two-sided at 5 %."""
+    """Return whether a two-sided test at 5 %, on the pooled feedback of all steps, finds a difference."""
     told = ~np.isnan(found.feedback)
     arms = [found.feedback[told & side] for side in (found.challenger, ~found.challenger)]
     if min(map(len, arms)) < 10:

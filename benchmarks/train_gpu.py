@@ -1,14 +1,14 @@
-"""Training on a GPU: tokens a second, share of the measured matmul peak, peak memory; the usual recipe, TRL's
-packing and our own path in turn.
+"""Measure training on a GPU: tokens per second, share of the measured matmul peak, and peak memory, for the
+usual recipe, TRL's packing and our own path in turn.
 
     python -m benchmarks.train_gpu [--shape llama-3-8b] [--method qlora] [--length 2048] [--seconds 60] \
         [--json]
 
 Random weights of the named shape, made from its config, so nothing is downloaded (the 8B one needs 16 GB of
-disk). Activations are checkpointed in every arm. `of_peak` counts 6 operations a weight and computed position
-(forward twice, since activations are computed again, and the backward pass for the activations alone; weights
-are frozen) against what a large bfloat16 product reaches on this machine. `--shape tiny` runs everywhere, for
-the test; its figures say nothing.
+disk). Activations are checkpointed in every arm. `of_peak` is the rate of operations, at 6 for each weight
+and computed position (two forward passes, since activations are computed again, and a backward pass for the
+activations alone, since weights are frozen), relative to that of a large bfloat16 product on the same
+machine. `--shape tiny` runs everywhere, for the test; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def matmul_peak(size: int) -> float:
-    """Operations a second of a square bfloat16 product, the best of ten."""
+    """Return the operations per second of a square bfloat16 product, the best of ten tries."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,7 +129,7 @@ def matmul_peak(size: int) -> float:
 
 
 def num_weights(base: Path) -> int:
-    """Of the layers and the output, which every position passes; looking up an embedding is no product."""
+    """Count the weights of layers and output; embeddings do not count, since a look-up is no product."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -22,7 +22,7 @@ from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import land, open_workspace
 from ratchet.sources import reviewed as review
 from ratchet.sources.streams import shown
-from tasks.ingest import BASE, Pulled, add_batch, find_path, freeze_golden, pull
+from tasks.ingest import BASE, Pulled, add_batch, freeze_golden, pull
 
 RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
@@ -101,7 +101,7 @@ def pull_rows(
         config,
         root=root,
         source=source,
-        path=find_path(config, root, source, path, other=bool(draft or query)),
+        path=path,
         packages=packages,
         draft=draft,
         columns=columns,

@@ -141,15 +141,7 @@ def count_labelled(home: Path, config: Config, champion: Champion, verdict: Verd
     pulled = []
     for source in sources_for(verdict.topics, config.monitor):
         try:
-            pulled.append(
-                pull(
-                    config,
-                    root=home,
-                    source=source.source,
-                    path=source.path or None,
-                    packages=source.packages or None,
-                )
-            )
+            pulled.append(pull(config, root=home, **source.arguments()))
         except RatchetError as error:
             say(f"no rows from {source.source}: {str(error).splitlines()[0]}")
     return count_new(home, set(champion.batches), pulled)

@@ -160,9 +160,7 @@ def pull_topic(root: Path, source: TopicSource) -> None:
     A source without rows is only reported, because the other sources may be enough.
     """
     try:
-        ingest(
-            root=str(root), source=source.source, path=source.path or None, packages=source.packages or None
-        )
+        ingest(root=str(root), **source.arguments())
     except CheckoutError:
         raise
     except RatchetError as error:

@@ -7,12 +7,12 @@ RatchetError               exit code 1: our fault, or the machine's
 │   ├── BaseModelError     the base model, its tokenizer or template
 │   └── CheckoutError      git, DVC, the working tree
 ├── ServiceError           MLflow, Prefect, the request log or an upstream does not start or does not answer
-├── BusyError              more requests than the gateway takes at once
+├── BusyError              a full queue or another open rollout: the caller may try again later
 ├── StageError             a DVC stage failed; carries the stage's own exit code
-├── CommandError           git or DVC failed in a way we did not foresee
-├── StoppedError           exit code 143: a signal asked for it; what was done so far is kept
+├── CommandError           git or DVC failed, and no check foresaw the reason
+├── StoppedError           exit code 143: SIGTERM ended the training; its checkpoint is kept
 ├── DivergenceError        a loss, a gradient or a weight is not finite
-└── DiskSpaceError         less room than the stage is about to write
+└── DiskSpaceError         too little free space for what is about to be written, or the write failed
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class DivergenceError(RatchetError):
 
 
 class StoppedError(RatchetError):
-    exit_code = 143  # 128 + SIGTERM, as a shell says
+    exit_code = 143  # 128 + 15 (SIGTERM), as shells report it
 
 
 class DiskSpaceError(RatchetError):
@@ -77,4 +77,4 @@ class DiskSpaceError(RatchetError):
 
 
 class BusyError(RatchetError):
-    """Something else is under way (a full queue, another rollout); the caller may come again."""
+    """The queue is full, or another rollout is open; the caller may try again later."""

@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all, and hash them."""
+"""Write files and folders completely or not at all, read JSON, hash files, and check the free disk space."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from ratchet.errors import DiskSpaceError, RatchetError
 
 
 def write_bytes(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write to a temporary name beside `path`, sync, rename: a reader sees the old file or the new one."""
+    """Write to a temporary name beside `path`, sync, rename: a reader sees the old file or the new one.
+
+    Raises DiskSpaceError for any failure to write.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -38,7 +41,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON with sorted keys, so that equal values are equal bytes; NaN is refused."""
+    """Write JSON with sorted keys, so that equal values give equal bytes. Raises ValueError for NaN."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
 
 
@@ -64,7 +67,7 @@ def sha256_json(value: Any) -> str:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill; it replaces `path` when the block ends well and is removed when it does not."""
+    """Yield a folder to fill; it replaces `path` if the block succeeds, and is removed if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     filling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(filling, ignore_errors=True)

@@ -1,12 +1,11 @@
-"""Get the base model from where `base.model` says that it is, or pre-train `demo`, a small Llama, on
-documentation.
+"""Fetch the base model that `base.model` names, or pre-train `demo`, a small Llama, on documentation.
 
     python -m tasks.base --out models/base --proof reports/base.json
 
-Writes the tokenizer, the chat template, manifest.json and the weights; a hub's weights stay in the hub's
-cache. The proof tells what was proven of the base; settings of the training change it, and no file of the
-base. The demo's base reads part of the modules only, and of these only rows that preparation would put into
-training.
+Writes the tokenizer, the chat template, manifest.json and the weights; the weights of a hub id stay in the
+hub's cache. The proof lists what was checked of the base; it is a separate file, because training settings
+change it but no file of the base. The demo's base reads only a share of the modules, and of these only rows
+that preparation would put into training.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ from ratchet.pipeline.workspace import require_output
 from ratchet.promotion.champion import last_entry
 from ratchet.sources.pydoc import harvest
 
-# Ids of the rows that the base was trained on, so that evaluation can prove that it tests on none of them.
+# File with the ids of the rows that the base was trained on, so that evaluation can leave them out.
 SEEN = "seen.txt"
 
 
 class NewToken(TypedDict):
-    """A word that became one token, and the pieces that it was."""
+    """A word of `base.new_tokens`: its token, and the ids of the tokens that it was split into before."""
 
     token: str
     id: int
@@ -53,9 +52,9 @@ class NewToken(TypedDict):
 
 
 class Details(TypedDict, total=False):
-    """What a base's manifest says by its kind: `rows` and `modules` are the demo's."""
+    """The keys of a base's manifest that depend on its kind; only the demo has `rows` and `modules`."""
 
-    model: str  # a hub id, `demo`, or `sha256:` with that of the weights, wherever they lay
+    model: str  # a hub id, `demo`, or `sha256:` with the hash of the weights; never a path
     revision: str | None  # the hub's commit
     name: str  # what a GGUF file or a version calls itself
     licence: str
@@ -85,10 +84,10 @@ def make_base(out: Path, config: Config, proof: Path | None = None) -> BaseManif
             details = _take(folder, config.base)
         if config.base.new_tokens:
             details |= add_tokens(folder, config.base.new_tokens)
-        write_json(folder / MANIFEST, details)  # the proof loads the base
+        write_json(folder / MANIFEST, details)  # the proof loads the base, which needs a manifest
         proven, facts = prove_base(folder, config)
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-        known = details.get("weights", {})  # a model of 8B takes half a minute to hash
+        known = details.get("weights", {})  # not hashed again: for a model of 8B it takes half a minute
         files = {
             name: known.get(name) or sha256_file(path)
             for path in paths
@@ -102,15 +101,15 @@ def make_base(out: Path, config: Config, proof: Path | None = None) -> BaseManif
 
 
 def add_tokens(folder: Path, words: list[str]) -> Details:
-    """Add tokens to the tokenizer; the weights grow when they are loaded.
+    """Add each word to the tokenizer as one token; the embeddings grow whenever the weights are loaded.
 
-    Raises BaseModelError: a word is one token already.
+    Raises BaseModelError for a word that is one token already.
     """
     from transformers import AddedToken
 
     tokenizer = load_tokenizer(folder)
     pieces = [list(map(int, tokenizer.encode(word, add_special_tokens=False))) for word in words]
-    # Within a sentence a blank precedes it, and many tokenizers have a token for both together.
+    # Within a sentence a blank precedes the word, and many tokenizers have one token for both together.
     if known := [
         word
         for word, ids in zip(words, pieces, strict=True)
@@ -151,8 +150,8 @@ def _take(folder: Path, config: BaseConfig) -> Details:
 def _take_gguf(folder: Path, source: Source, config: BaseConfig) -> Details:
     """Dequantise the GGUF file into `folder` and return the details of the base.
 
-    Its identity comes from the file and not from the weights: another version of transformers may round
-    them otherwise.
+    The base is identified by the hash of the file, not of the dequantised weights: another version of
+    transformers may round them differently.
     """
     identity = _identify({GGUF_FILE: sha256_file(source.path)}, config)
     found = dequantise(source, folder)
@@ -162,7 +161,7 @@ def _take_gguf(folder: Path, source: Source, config: BaseConfig) -> Details:
 
 
 def _describe(source: Source, folder: Path, config: BaseConfig) -> tuple[BaseFiles, Details]:
-    """Check the source's files, write its tokenizer to `folder`, and return what the config says."""
+    """Check the source's files, write its tokenizer to `folder`, and return the files and their details."""
     files = read_base_files(source)
     template = _read_template(Path(config.chat_template)) if config.chat_template else None
     tokenizer = read_tokenizer(source, template)
@@ -176,9 +175,9 @@ def _describe(source: Source, folder: Path, config: BaseConfig) -> tuple[BaseFil
 
 
 def _identify(weights: dict[str, str], config: BaseConfig) -> Details:
-    """Return the name of these weights, which holds nothing of where they lay.
+    """Identify a base by the hash of its weights alone, so that the same files in any folder are one base.
 
-    Raises BaseModelError: they are other ones than `base.revision` wants.
+    Raises BaseModelError when `base.revision` names another hash.
     """
     sha256 = sha256_of_weights(weights)
     pinned = None if kind_of_base(config.model) == "hub" else config.revision
@@ -194,9 +193,9 @@ def _identify(weights: dict[str, str], config: BaseConfig) -> Details:
 
 
 def _merge_version(folder: Path, config: BaseConfig) -> Details:
-    """Merge a version that was in charge once: these stand in git, with the commit of their files.
+    """Merge a version that is or was the champion; the ledger in git names the commit with its files.
 
-    Raises BaseModelError: there is none of that number.
+    Raises BaseModelError when the ledger has no such version, or the adapter's hash is not the ledger's.
     """
     named = VERSION.fullmatch(config.model)
     assert named
@@ -262,10 +261,10 @@ def _make_demo(folder: Path, config: BaseConfig, splits: PrepareConfig) -> Detai
 
 
 def reading(demo: DemoBase, splits: PrepareConfig) -> list[Example]:
-    """Select the base's rows: training rows of its share of the modules. Raises DataError: none are left.
+    """Select the rows that the base reads: training rows of `module_share` of the modules.
 
-    A row that follows a neighbour into training against its own hash stays out: the golden set is chosen by
-    that hash.
+    A row that is in training only because it follows a near duplicate is left out: its own hash chooses
+    another split, and golden rows are chosen by that hash. Raises DataError when no row is left.
     """
     clusters = Clusters(splits)
     rows = []

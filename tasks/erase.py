@@ -1,7 +1,7 @@
 """Find rows for erasure, put them on the erasure list, take whole batches back, and mark the versions that
 learned them.
 
-This is a task of a flow, not a stage. Batches are immutable: no row of them is rewritten here.
+This is a task of a flow, not a stage. Batches are immutable, so no row is rewritten here.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from ratchet.tracking.registry import Version, list_versions, set_tag
 TAG, REVERTED_TAG = "forget", "reverted"
 SHOWN = 5  # batches that a message names
 PEOPLE = ("user", "asked_by", "taught_by")  # keys of a row, or of its `meta`, that name a person
-ROLES = frozenset({"system", "user", "assistant", "human", "gpt"})
+ROLES = frozenset({"system", "user", "assistant", "human", "gpt"})  # roles of turns, not searched
 
 
 class Query(NamedTuple):
     """What to look for: a pattern in the texts, the hash of a row, or the names of one person.
 
-    Exactly one of them is given.
+    Exactly one of the three is given.
     """
 
     pattern: re.Pattern[str] | None = None
@@ -49,7 +49,7 @@ class Query(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A row that was found; `ids` are as in an entry of the list. `batch` is `golden` for the golden set."""
+    """A row that was found; `ids` are its hashes as in `Entry`, `batch` is `golden` for the golden set."""
 
     ids: list[str]
     batch: str
@@ -80,7 +80,7 @@ def find(raw: Path, golden: Path, query: Query, config: PrepareConfig) -> list[F
 
 
 class Line(NamedTuple):
-    """The contents of a line; `names` are the people in its `meta`."""
+    """The searchable contents of a line; `names` are the people named in the row or its `meta`."""
 
     ids: list[str]
     texts: list[str]
@@ -94,7 +94,7 @@ def _matches(query: Query, line: Line) -> bool:
 
 
 def _read(line: bytes, origin: Origin, validator: Validator) -> Line:
-    """Read the contents of a line; for a row that is no example, read whatever text it has."""
+    """Read the contents of a line; of a line that is no example, read whatever text it has."""
     try:
         row = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -122,7 +122,7 @@ def _ids(line: bytes, row: RawRow, origin: Origin, validator: Validator) -> list
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield every text of a JSON value, however deep, without keys and the roles of turns."""
+    """Yield every text in a JSON value, at any depth, except keys and the roles of turns."""
     waiting = [value]
     while waiting:
         part = waiting.pop()
@@ -137,12 +137,12 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _searchable(text: str) -> str:
-    """Normalise a text as examples are; skip it where that would take quadratic time (`has_mark_run`)."""
+    """Normalise a text as examples are, except where that would take quadratic time (`has_mark_run`)."""
     return text if has_mark_run(text) else normalise(text)
 
 
 def extend(known: Forgotten, found: list[Found], *, reason: str, by: str) -> Forgotten:
-    """Add the rows that are not on the list yet."""
+    """Return the list with those of the found rows that are not on it yet."""
     at = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     listed = {(entry.batch, entry.line, *entry.ids) for entry in known.entries}
     return Forgotten(
@@ -191,9 +191,9 @@ def count_golden(raw: Path, batch: Batch, golden: Path) -> int:
 
 
 def mark(name: str, traces: list[Trace], tag: str = TAG) -> None:
-    """Put the tag on each version, as `{count, exact, at, reason}`. Repeating it changes nothing.
+    """Tag each version with JSON: `{count, exact, at, reason}`, and `from` where weights were inherited.
 
-    Raises ServiceError when MLflow does not answer.
+    Repeating the call changes nothing. Raises ServiceError when MLflow does not answer.
     """
     for trace in traces:
         told: dict[str, int | bool | str] = {

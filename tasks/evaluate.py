@@ -1,15 +1,15 @@
-"""Candidate, champion and untouched base on the same rows, in one process: a score a row for each of them.
+"""Score candidate, champion and untouched base on the same rows, in one process.
 
-    python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent \
+    python -m tasks.evaluate --prepared data/prepared --base models/base --incumbent models/incumbent \\
         --candidate models/candidate --region data/region.json --own metrics --out reports/evaluation
 
-Writes scores.parquet (one line a row and model), metrics.json (means with 95 % intervals a slice) and what is
-asked for beside them: counterfactual.parquet (the rows with swapped terms), attacks.parquet, judged.parquet,
-canaries.parquet, suites.parquet. Rows are the test split and the golden set; slices are `test`, `golden`,
-each batch, each kind, source, length and value of `evaluate.slices`, and each topic that drifted last
-(`region:`), so that a retraining can tell whether it cured what it was started for. Beside the models stands
-a simple baseline, so that nobody fools himself. Answers are kept in .ratchet/cache/answers of RATCHET_ROOT
-(the checkout) or of the working directory.
+Writes scores.parquet (one line per row and model), metrics.json (means with 95 % intervals per slice) and the
+tables of the audits that the config asks for: counterfactual.parquet (rows with swapped terms),
+attacks.parquet, judged.parquet, canaries.parquet, suites.parquet. Rows are the test split and the golden set.
+Slices are `test`, `golden`, each batch, each kind, source, length and value of `evaluate.slices`, and each
+topic that drifted last (`region:`), which shows whether a retraining removed the drift that started it. A
+simple baseline is scored beside the models, to show what a simple method reaches on these rows. Answers are
+kept in .ratchet/cache/answers of RATCHET_ROOT (the checkout) or of the working directory.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from ratchet.models.loading import MANIFEST, load_chat
 from ratchet.monitoring.topics import mark, parts, read_region
 from ratchet.pipeline.stage import project_root, run_stage, say
 
-# rows under which a value of a field is no slice of its own; fields such as an id would make thousands
+# Rows that a value of a field needs to be a slice of its own: a field such as an id would make thousands.
 MIN_SLICE = 20
 OWN = Path("metrics")
 
@@ -78,16 +78,16 @@ def evaluate(
     own: Path = OWN,
     cache: Path | None = None,
 ) -> Metrics:
-    """Score all models and return the metrics; `cache` holds answers of earlier evaluations and only saves
-    time.
+    """Score all models, write the tables to `out` and return the metrics.
 
-    Raises DataError: no test rows, or test rows that the base was trained on, or a metric of the user's own
-    that fails.
+    `cache` holds the answers of earlier evaluations; it saves time and changes no result. Raises ConfigError
+    when an audit lacks a package, DataError when there are no test rows, when the base was trained on too
+    many of them, or when a metric of the user's own fails.
     """
     custom = load_custom(config.evaluate.custom, own)
     suites = _check_extras(incumbent, candidate, own, config)
     rows = _with_worse(_unseen(_rows(prepared), base), prepared)
-    for name, metric in custom.items():  # a fault of it shows before minutes of answers
+    for name, metric in custom.items():  # a faulty metric fails here, not after minutes of answers
         custom_score(name, metric, rows[0].answer, rows[0])
     swaps = read_swaps(own)
     longest = trained_length(candidate, base)
@@ -154,7 +154,7 @@ def evaluate(
 
 
 def _with_worse(rows: list[Example], prepared: Path) -> list[Example]:
-    """Put answers not to give beside better ones to the same prompt, one to a row."""
+    """Put undesirable answers beside better ones to the same prompt, at most one per row."""
     paired = pair_up(rows, read_undesirable(prepared, "test"))
     return paired.rows[: len(rows)]
 
@@ -166,7 +166,7 @@ def _prefer(table: pd.DataFrame) -> pd.Series:
 
 
 def _check_extras(incumbent: Path, candidate: Path, own: Path, config: Config) -> dict[str, TaskConfig]:
-    """Choose the suites to run, and report what an extra lacks before any model answers."""
+    """Return the suites to run, after checking before any model answers what the audits need."""
     require_fairlearn(config.evaluate.groups)
     if config.evaluate.canaries:
         _check_planted(candidate, config)
@@ -185,9 +185,9 @@ def _audits(
     custom: dict[str, Custom],
     config: EvaluateConfig,
 ) -> tuple[dict[str, pd.DataFrame], dict[str, object]]:
-    """Return (tables of the rows that were asked in another form, fields of Metrics).
+    """Return (tables, fields of Metrics) of the audits whose rows were answered with the plain ones.
 
-    In `answered` these rows stand behind the plain ones, pairs first.
+    Each frame of `answered` holds the `fitting` rows, then those of `pairs`, then those of `attacks`.
     """
     first, second = len(fitting), len(fitting) + len(pairs)
     found: dict[str, pd.DataFrame] = {}
@@ -253,10 +253,10 @@ def _check_planted(candidate: Path, config: Config) -> None:
 def _measure(
     base: Path, incumbent: Path | None, candidate: Path, suites: dict[str, TaskConfig], config: Config
 ) -> tuple[dict[str, pd.DataFrame], dict[str, object]]:
-    """Measure canaries and suites on each model; return (tables, fields of Metrics), only what is asked for.
+    """Measure the canaries and suites that are asked for on each model; return (tables, fields of Metrics).
 
-    The table `canaries` has a line for each canary and model, of planted canaries and of as many that never
-    were in the data. The table `suites` has a line for each document and model.
+    The table `canaries` has one line per canary and model, for the planted canaries and for as many that were
+    never in the data. The table `suites` has one line per document and model.
     """
     count, size = config.evaluate.canaries, config.evaluate.batch_size
     canaries = [*make_canaries(count), *make_references(count)]
@@ -290,7 +290,7 @@ def _judge(
     judge = config.evaluate.judge
     if not judge.model:
         return {}, {}
-    home = project_root()  # a workspace goes, what the judge said stays
+    home = project_root()  # not the workspace, which is removed: the judge's replies are kept
     judged, figures = judge_answers(table, rows, rival, judge, home, say=say)
     return {"judged": judged}, {
         "judge": msgspec.structs.replace(figures, agreement=read_agreement(own, judge))
@@ -307,7 +307,8 @@ def _rows(prepared: Path) -> list[Example]:
 def _unseen(rows: list[Example], base: Path) -> list[Example]:
     """Leave out the rows that the demo's base, which is trained here, has read in its pre-training.
 
-    People's feedback may bring a few of them. Raises DataError when they are over 2 %, or one is golden.
+    People's feedback may bring a few of them. Raises DataError when they are over 2 % of the rows
+    (SEEN_SHARE), or one is golden.
     """
     seen_file = base / "seen.txt"
     seen = set(seen_file.read_text(encoding="utf-8").split()) if seen_file.exists() else set()
@@ -324,7 +325,7 @@ def _unseen(rows: list[Example], base: Path) -> list[Example]:
 
 def _split_by_fit(rows: list[Example], base: Path, longest: int) -> tuple[list[Example], int]:
     chat = load_chat(base)
-    fitting = [row for row in rows if len(chat.encode(row).ids) <= longest]
+    fitting = [row for row in rows if chat.fits(row, longest)]
     return fitting, len(rows) - len(fitting)
 
 
@@ -336,9 +337,9 @@ def _score_all(
     config: EvaluateConfig,
     cache: Path | None,
 ) -> list[pd.DataFrame]:
-    """Ask every model, each in the precision of its own method, and return a table for each.
+    """Ask every model, each in the precision of its own method, and return one table per model.
 
-    Those that share a base in memory are asked one after the other.
+    Models that can share a base in memory are asked one after the other, so that it is loaded once.
     """
     models = Models()
     frames = [
@@ -351,7 +352,7 @@ def _score_all(
 
 
 def summarise(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, dict[str, Summary]]:
-    """Return slice → model → its scores, with 95 % intervals."""
+    """Return slice → model → summary of its scores, with 95 % intervals."""
     columns = [*config.row_scores, *(["length"] if "length" in config.metrics else [])]
     labelled = "macro_f1" in config.metrics and are_labels(list(table.reference[table.model == "candidate"]))
     return {
@@ -382,6 +383,7 @@ def _summary(rows: pd.DataFrame, columns: list[str], labelled: bool) -> Summary:
     others = {
         name: values for name, values in scores.items() if name not in shares and np.isfinite(values).all()
     }
+    # `alpha` is that of one side: 0.025 gives 95 % intervals.
     found = {name: wilson(values, alpha=0.025) for name, values in shares.items()}
     if others:
         table = np.column_stack(list(others.values()))
@@ -394,7 +396,7 @@ def _summary(rows: pd.DataFrame, columns: list[str], labelled: bool) -> Summary:
     perplexity = None
     if "answer_nll" in found:
         nll = float((rows.answer_nll * rows.answer_tokens).sum() / rows.answer_tokens.sum())
-        perplexity = math.exp(min(700.0, nll))
+        perplexity = math.exp(min(700.0, nll))  # exp(710) overflows a float
     return Summary(len(rows), found, perplexity)
 
 

@@ -1,8 +1,9 @@
 """Export a version for other programs, merged or as GGUF in float16, 8 or 4 bits, and check the result.
 
 This is no stage. The written files are loaded again by transformers' own reader and asked the same rows as
-the adapter. `merged` and `gguf` must answer as it does, within the tolerance of the section `parity`. `int8`
-and `int4` are lossy: their weights must be the adapter's up to rounding, and the scores tell what that costs.
+the adapter. `merged` and `gguf` must answer as the adapter does, within the tolerance of the section
+`parity`. `int8` and `int4` are lossy: their weights must equal the merged model's up to rounding, and the
+scores show what the rounding costs.
 """
 
 from __future__ import annotations
@@ -53,40 +54,40 @@ from ratchet.reporting.model_card import ExportScores, hub_card, score_table
 from ratchet.serving.version_source import Source
 
 CARD, RECORD = "README.md", "export.json"
-# The most that a layer's weights may move, relative, root mean square: rounding normally distributed weights
-# moves them by 0.006 in 8 bits and 0.09 in 4.
+# Largest relative change of a layer's weights (root mean square). Rounding normally distributed weights
+# changes them by 0.006 in 8 bits and by 0.09 in 4.
 LOSS = {"int8": 0.02, "int4": 0.2}
 PACKAGES = ("torch", "transformers", "peft", "gguf")
 
 
 class Scores(NamedTuple):
-    """Hold a value a row; `answer_nll` is in nats a token of the wanted answer."""
+    """One value per row of each score; `answer_nll` is in nats per token of the wanted answer."""
 
     exact_match: Values
     answer_nll: Values
 
 
 class Prompts(msgspec.Struct, frozen=True):
-    """Count the prompts that are `alike` when a program tokenizes them in one piece."""
+    """Numbers of all prompts, and of those that are `alike` when a program tokenizes them in one piece."""
 
     rows: int
     alike: int
 
 
 class Check(Part, frozen=True):
-    """Hold the comparison with the adapter, and a layer's largest relative loss by rounding."""
+    """The comparison with the adapter, and a layer's largest relative loss by rounding."""
 
     largest_loss: float | UnsetType = UNSET
 
 
 class Base(BaseName, frozen=True):
-    """Name the base, with the sha256 of its manifest."""
+    """The name of the base, with the sha256 of its manifest."""
 
     sha256: str = ""
 
 
 class Record(msgspec.Struct, frozen=True):
-    """Hold the content of export.json; `files` maps names to sha256."""
+    """The content of export.json; `files` maps names to sha256."""
 
     name: str
     version: str
@@ -105,8 +106,8 @@ class Record(msgspec.Struct, frozen=True):
 def export(source: Source, to: str, out: Path, config: Config) -> Record:
     """Write the folder `out` and return the content of its export.json.
 
-    Raises UserError: the version has no such form; BaseModelError: the result is not the adapter. Then
-    nothing is left.
+    Raises UserError when `out` exists or the version has no such form, DataError without a test row, and
+    BaseModelError when the result does not compute what the adapter does. No file is left in these cases.
     """
     if to in KINDS:
         require_gguf()
@@ -124,7 +125,7 @@ def export(source: Source, to: str, out: Path, config: Config) -> Record:
         with whole_folder(out) as folder:
             losses = _write(to, merged, folder, source, asked.theirs)
             dtype = merged.dtype
-            merged = None  # the memory is needed for what was written
+            merged = None  # its memory is needed to load the written files
             gc.collect()
             part, theirs = _exported_side(
                 to, folder, asked, reference, config.parity, half=dtype != torch.float32
@@ -137,8 +138,8 @@ def export(source: Source, to: str, out: Path, config: Config) -> Record:
                 )
             record = _record(source, to, part, _compare(ours, theirs), losses, _count_prompts(asked))
             record = _describe(folder, source, record)
-            for path in folder.iterdir():
-                path.chmod(0o644)  # some libraries write for their own user alone
+            for path in filter(Path.is_file, folder.rglob("*")):
+                path.chmod(0o644)  # some libraries write files that only their owner may read
     return record
 
 
@@ -161,7 +162,7 @@ def _adapter_side(source: Source, asked: Asked) -> tuple[Reference, Scores]:
 
 
 def _write(to: str, merged: Any, folder: Path, source: Source, chat: ChatFormat) -> dict[str, float]:
-    """Write the weights and what belongs to them; return the relative loss by layer of `int8` and `int4`."""
+    """Write the weights and the files beside them; return each layer's loss for `int8` and `int4`."""
     if to == "merged":
         base = read_base_manifest(source.bundle.base)
         merged.config.name_or_path = base.model if base.revision else base.name or base.model
@@ -181,7 +182,7 @@ def _write(to: str, merged: Any, folder: Path, source: Source, chat: ChatFormat)
 
 
 def _measure_losses(merged: Any, loaded: Any, most: float) -> dict[str, float]:
-    """Return each layer's relative loss. Raises BaseModelError: one is larger than `most`, or no number."""
+    """Return each layer's relative loss. Raises BaseModelError when one is over `most` or NaN."""
     theirs, found = loaded.state_dict(), {}
     for name, weights in merged.state_dict().items():
         ours = weights.float()
@@ -235,7 +236,7 @@ def _mean(values: Values) -> Interval:
 
 
 def _count_prompts(asked: Asked) -> Prompts:
-    """Count the prompts that a program which tokenizes a rendered prompt in one piece sees as trained."""
+    """Count the prompts that keep their trained token ids in a program that tokenizes them in one piece."""
     chat = asked.ours
     alike = [
         chat.encode_whole(row.prompt, row.tools) == chat.encode_prompt(row.prompt, row.tools)
@@ -264,7 +265,7 @@ def _record(
 
 
 def _describe(folder: Path, source: Source, record: Record) -> Record:
-    """Write the card, and last the record: its existence says that the folder is whole."""
+    """Write the card, then the record, whose existence means that the folder is complete."""
     name, label = source.bundle.name, source.label
     manifest, metrics = read_trained_manifest(source.bundle.adapter), decode_metrics(source.metrics)
     facts = {

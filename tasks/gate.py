@@ -1,10 +1,10 @@
-"""The gate: may the candidate take the champion's place? The rules stand in `ratchet.gate`.
+"""Decide whether the candidate may take the champion's place, by the rules in `ratchet.gate`.
 
     python -m tasks.gate --prepared data/prepared --evaluation reports/evaluation \\
         --candidate models/candidate --incumbent models/incumbent --parity reports/parity.json \\
         --looks reports/looks.json --training reports/train --out reports/gate.json
 
-A missing, partial or duplicated evaluation fails, and writes no verdict.
+A missing, incomplete or duplicated evaluation is an error, and no verdict is written.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ def judge(
     prepared: Path | None = None,
     parity_asked: ParityConfig | None = None,
 ) -> Verdict:
-    """Return the verdict and write it. `training` holds the figures of the run, for `gate.worth`.
+    """Judge the candidate, write the verdict to `out` and return it.
 
-    Raises RatchetError when the evaluation or the report of serve parity is not whole: against themselves,
-    and where they are given against the rows of `prepared` and what `parity_asked` for.
+    `training` is the folder of the run's figures, for `gate.worth`. Raises RatchetError when the evaluation
+    or the report of serve parity is incomplete or contradicts itself, or does not match the rows of
+    `prepared` and the settings `parity_asked` where these are given.
     """
     evaluated, champion = read_metrics(evaluation), read_json(incumbent / MANIFEST)
     version = champion["version"]

@@ -2,8 +2,8 @@
 
     python -m tasks.ingest --raw data/raw
 
-By hand it writes the batch of the source that params.yaml names and commits nothing; the flow `ingest` does
-the rest.
+Run by hand, it writes a batch from the source that params.yaml names and commits nothing; the flow `ingest`
+commits the batch as well.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from ratchet.sources.sql import is_database
 
 BASE = Path("models/base")
 Tell = Callable[[str], object]
-MEASURED = 100  # rows by whose keys a table is known
-# Columns that are no answer to a text.
+MEASURED = 100  # rows whose keys are taken for a table's columns
+# Columns that cannot hold the answer to a column `text`.
 BESIDE_TEXT = frozenset(
     {
         *("text", "id", "source", "licence", "license", "language", "user", "meta", "tags", "title", "url"),
@@ -49,10 +49,10 @@ BESIDE_TEXT = frozenset(
 
 
 class Pulled(NamedTuple):
-    """Raw lines as the source gave them, a word for people, and the rows' form.
+    """Raw lines as the source gave them, a label for people, and the rows' form.
 
-    Of reviewed drafts also who reviewed, and the batch that holds them already; of files and databases what
-    they were, how their columns were named, and what was left out.
+    Reviewed drafts come with their reviewers and the batch that holds their rows already; files and databases
+    with their names and hashes, the renamed columns, and messages on what was left out (`said`).
     """
 
     lines: list[bytes]
@@ -68,19 +68,6 @@ class Pulled(NamedTuple):
     said: tuple[str, ...] = ()
 
 
-def find_path(
-    config: Config, root: Path, source: str | None, path: str | None, *, other: bool = False
-) -> str | None:
-    """Return the file that is named here, or in params.yaml where no `other` thing is asked for.
-
-    A relative one counts from `root`.
-    """
-    named = path or (
-        config.ingest.jsonl.path if (source or config.ingest.source) == "jsonl" and not other else None
-    )
-    return (str(root / named) if named and "://" not in named else named) or None
-
-
 def pull(
     config: Config,
     *,
@@ -92,31 +79,34 @@ def pull(
     columns: dict[str, str] | None = None,
     query: str | None = None,
 ) -> Pulled:
-    """Read the source; `root` is the checkout whose files `feedback` and `review` read.
+    """Read the rows of a source; `root` is the checkout, from which relative paths count.
 
-    `path` is a file's, or a database's address; `columns` stands for `ingest.columns`. Raises DataError:
-    nothing found, a form that nobody knows, no rows.
+    `path` names files or is a database's address; `columns` replaces `ingest.columns`. Raises DataError when
+    nothing is found, the rows have no known form, or there are none.
     """
     named = "sql" if query or (path and is_database(path)) else "jsonl" if path else None
     chosen = source or named or ("pydoc" if packages else "review" if draft else config.ingest.source)
     if draft and chosen != "review":
         raise DataError(
-            f"a draft is named ({draft}), and the source {chosen}",
-            remedy="drafts come from the source review: leave --source away",
+            f"a draft is named ({draft}), but the source is {chosen}",
+            remedy="drafts come from the source review: leave --source out",
         )
     if named and chosen != named:
         what = f"a path is named ({jsonl.shown(path)})" if path and not query else "a query is given"
         raise DataError(
-            f"{what}, and the source {chosen}",
-            remedy=f"that is the source {named}: leave --source away",
+            f"{what}, but the source is {chosen}",
+            remedy=f"that is the source {named}: leave --source out",
         )
     mapping = config.ingest.columns if columns is None else columns
     if chosen == "pydoc":
         settings = config.ingest.pydoc.model_copy(update={"packages": packages} if packages else {})
         pulled = _pull_pydoc(settings)
     elif chosen == "jsonl":
+        place = path or config.ingest.jsonl.path
+        if root and place and "://" not in place:
+            place = str(root / place)
         pulled = _pull_jsonl(
-            config.ingest.jsonl.model_copy(update={"path": path} if path else {}),
+            config.ingest.jsonl.model_copy(update={"path": place}),
             mapping,
             config.prepare.extra_keys,
         )
@@ -200,13 +190,13 @@ def _pull_review(found: review.Reviewed) -> Pulled:
 
 
 def label_of(path: str) -> str:
-    """Return the file's name alone: a URL may hold a password or a signature, and the label is committed."""
+    """Return only the file's name: the label is committed, and a URL may hold a password or a signature."""
     name = urlsplit(path).path if "://" in path else path
     return Path(name).stem.replace("*", "") or "rows"
 
 
 def _form_of_all(found: jsonl.Harvest, path: str, mapping: dict[str, str]) -> str:
-    """Return the form of the rows of every file. Raises DataError where one file has none."""
+    """Return the form that all files share, else `auto`. Raises DataError for a file without a known form."""
     forms, lines = set[str](), iter(found.lines)
     for file in found.files:
         name = path if len(found.files) == 1 else file.name
@@ -218,7 +208,7 @@ def _form_of_all(found: jsonl.Harvest, path: str, mapping: dict[str, str]) -> st
 
 
 def _check_plain_text(rows: list[bytes], path: str) -> None:
-    """Raise DataError for a table with a column beside `text` that could be what is to be learned."""
+    """Raise DataError for a table with a column beside `text` that could hold the answer to learn."""
     columns = dict.fromkeys(key for line in rows[:MEASURED] for key in _decoded(line) or ())
     if columns.keys() - BESIDE_TEXT:
         raise DataError(
@@ -229,10 +219,10 @@ def _check_plain_text(rows: list[bytes], path: str) -> None:
 
 
 def form_of(lines: Iterable[bytes], path: str, mapping: dict[str, str] | None = None) -> str:
-    """Return the form of all rows, or `auto` where they have several: each is then recognised by itself.
+    """Return the form of all rows, or `auto` where they have several: preparation then recognises each row.
 
-    Rows of no form among others are preparation's to count. Raises DataError where no row has one, and for a
-    `mapping` that makes no row whole.
+    Some rows without a known form are no error here: preparation rejects and counts them. Raises DataError
+    where no row has a known form, and for a `mapping` that makes no row complete.
     """
     forms, whole = dict[str, RawRow](), False
     odd: tuple[RawRow, RowError] | None = None
@@ -284,7 +274,7 @@ def _unknown_form(row: RawRow, error: RowError, path: str) -> DataError:
 
 
 def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Batch, bool]:
-    """Return the batch and whether it is new: the same rows make no second batch."""
+    """Write a batch unless one holds the same rows; return the batch, and whether it is new."""
     content = content_hash(pulled.lines)
     for batch in read_manifest(raw):
         if batch.content == content or batch.name == pulled.batch:
@@ -306,9 +296,10 @@ def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Bat
 
 
 def count_new(root: Path, seen: set[str], pulled: list[Pulled]) -> int:
-    """Count distinct rows that a champion who has `seen` these batches does not know.
+    """Count the distinct rows that are new to a champion which has `seen` these batches.
 
-    They are of the checkout's other batches, and of what was pulled and is no batch yet.
+    They come from the checkout's other batches, and from `pulled` rows, which are in no batch yet. Golden
+    rows do not count.
     """
     known, new = set[str](), set[str]()
     for batch in read_manifest(root / "data/raw"):
@@ -324,11 +315,11 @@ def count_new(root: Path, seen: set[str], pulled: list[Pulled]) -> int:
 def freeze_golden(
     path: Path, pulled: Pulled, config: Config, *, rows: int, base: Path = BASE, tell: Tell = say
 ) -> int:
-    """Write the golden set once: `rows` of the pulled ones, chosen by hash, or as many as are fit.
+    """Write the golden set once: `rows` of the pulled rows, chosen by hash, or fewer where fewer are fit.
 
-    Raises DataError when there is a golden set already, since a yardstick that moves measures nothing, and
-    for a chosen row that is too long for the chosen `base`: the gate wants every golden row. `tell` gets why
-    they could not be measured.
+    Returns their number. Raises DataError when a golden set exists, because versions can be compared only on
+    the same rows; when no row is fit; and for a chosen row that is too long for `base`, because the gate
+    needs every golden row. `tell` is called with the reason when the lengths cannot be measured yet.
     """
     if path.exists() and path.stat().st_size:
         raise DataError(
@@ -359,7 +350,7 @@ def _check_lengths(rows: list[Example], base: Path, config: Config, tell: Tell) 
 
 def _fit_rows(pulled: Pulled, config: Config) -> Iterator[tuple[str, Example]]:
     for example in whole_rows(pulled.lines, pulled.form):
-        # The demo's base reads the same packages, but none of the rows that go to test.
+        # The demo's base reads the same packages, but no row whose hash chooses the test split.
         if pulled.source != "pydoc" or split_by_hash(example.id, config.prepare) == "test":
             yield example.id, example
 

@@ -23,7 +23,7 @@ from ratchet.serving.bundle import bundle_candidate
 
 
 def measure(prepared: Path, base: Path, candidate: Path, config: Config) -> Speed:
-    """Ask the first test rows. Raises DataError: there are too few."""
+    """Measure the speed on the first test rows. Raises DataError when there are too few."""
     rows = list(islice(read_examples(prepared / "test.jsonl"), WARM_UP + ASKED))
     if len(rows) <= WARM_UP:
         raise DataError(

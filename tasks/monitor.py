@@ -1,8 +1,9 @@
-"""Measure a window of the request log against what the champion was trained and tested on, and decide whether
-it is worth a retraining.
+"""Compare a window of the request log with the data that the champion was trained and tested on, and decide
+whether to retrain.
 
-A flow's task, not a stage: the traffic is no file. The reference comes from the champion's own commit, so
-that it is right for whoever is in charge. Not covered: images, and conversations beyond their last question.
+This is a task of the flow `monitor`, not a stage, because the request log is no versioned file. The reference
+comes from the champion's own commit, so it changes with the champion. Not covered: images, and the turns of a
+conversation before its last question.
 """
 
 from __future__ import annotations
@@ -30,27 +31,27 @@ from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.champion import Champion
 
 FOLDER = Path(".ratchet/monitor")
-NOT_TAUGHT = {"errors", "latency"}  # families that no training mends
+NOT_TAUGHT = {"errors", "latency"}  # families of columns that no training can improve
 
-LEAST_NEW = 20  # labelled rows, for a champion that has seen few
+LEAST_NEW = 20  # labelled rows that a retraining needs at least, however few the champion has seen
 
 
 class Facts(NamedTuple):
-    """What a decision is made from, beside the verdict."""
+    """What a decision depends on besides the verdict; `_week` means the last seven days."""
 
     new_rows: int
     retrains_week: int
     gpu_hours_week: float
     hours_since_retrain: float | None
-    rollout_of: int | None = None  # the version that is tried on users already
-    under_way: bool = False  # a retraining
-    known_rows: int | None = None  # in the batches that the champion has seen
+    rollout_of: int | None = None  # the version with an open rollout
+    under_way: bool = False  # whether a retraining is running
+    known_rows: int | None = None  # rows of the batches that the champion has seen
 
 
 def read_reference(root: Path, config: Config, champion: Champion) -> Reference:
-    """Read the champion's reference, which is fetched once per champion.
+    """Read the champion's reference, which is fetched once per champion and then kept.
 
-    Raises CommandError when the data of the champion's commit cannot be had.
+    Raises CommandError when the data of the champion's commit cannot be fetched.
     """
     folder = root / FOLDER / f"reference-v{champion.version}-{champion.commit[:8]}"
     if not folder.exists():
@@ -83,8 +84,10 @@ def measure(
     reference: Reference,
     config: Config,
 ) -> Verdict:
-    """Measure the window, and count a repeated question once among prompts and answers: a hundred people
-    who ask one question are no new subject.
+    """Measure the window.
+
+    A repeated question counts once among prompts and answers, because a hundred people who ask the same
+    question are no new subject.
     """
     monitor, prompts = config.monitor, list(by_prompt(window))
     too_few = Verdict("too few", None, len(window), len(prompts), monitor.min_prompts)
@@ -126,7 +129,8 @@ def measure(
 def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
     """Decide whether to retrain, and give each reason with its figure.
 
-    What counts is drift in something that training can change, enough labelled rows, budget and cool-down.
+    Retraining needs drift in something that training can change, enough new labelled rows, budget left, the
+    cool-down over, and neither a retraining nor a rollout under way.
     """
     monitor = config.monitor
     reasons = [*verdict.missing, f"{verdict.distinct} distinct prompts, wanted {verdict.needed}"]
@@ -139,6 +143,7 @@ def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
     moved = ", ".join(verdict.moved)
     wanted = monitor.min_new_rows
     if facts.known_rows is not None:
+        # A tenth of the known rows is enough where that is fewer, so that a small project can retrain.
         wanted = min(wanted, max(LEAST_NEW, facts.known_rows // 10))
     checks = [
         (verdict.verdict == "drift", f"{verdict.verdict} ({said})" + (f": {moved}" if moved else "")),
@@ -171,11 +176,11 @@ def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
         ),
     ]
     if facts.under_way:
-        checks.append((False, "a retraining is under way: it may be the cure"))
+        checks.append((False, "a retraining is under way, which may end the drift"))
     if facts.rollout_of is not None:
-        checks.append((False, f"the rollout of v{facts.rollout_of} is open: it may be the cure"))
+        checks.append((False, f"the rollout of v{facts.rollout_of} is open, which may end the drift"))
     if verdict.verdict == "drift" and set(verdict.moved) <= NOT_TAUGHT:
-        checks.append((False, f"only {moved} moved, which no training mends"))
+        checks.append((False, f"only {moved} moved, which no training can improve"))
     return Decision(
         all(fine for fine, _ in checks),
         [words for fine, words in checks if fine],
@@ -186,7 +191,7 @@ def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
 def append_verdict(
     root: Path, champion: Champion, verdict: Verdict, decision: Decision, folder: Path | None
 ) -> Recorded:
-    """Write one line more into verdicts.jsonl, and return what it says."""
+    """Append the verdict and the decision to verdicts.jsonl as one line, and return that record."""
     found = Recorded(
         **msgspec.structs.asdict(verdict),
         at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
@@ -203,7 +208,7 @@ def append_verdict(
 def write_report(verdict: Verdict, reference: Reference, window: list[Logged], folder: Path) -> Path:
     """Write Evidently's report.html and report.json and our verdict.json, and return the folder.
 
-    Evidently uses its own methods, on the same columns.
+    Evidently tests its columns by its own methods; the verdict does not depend on them.
     """
     asked = by_prompt(window)
     answers = [
@@ -211,7 +216,7 @@ def write_report(verdict: Verdict, reference: Reference, window: list[Logged], f
     ]
     with whole_folder(folder) as filling:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Evidently's own dependencies
+            warnings.simplefilter("ignore")  # warnings of Evidently's dependencies
             _evidently(
                 _table(list(asked), answers, reference.familiar),
                 _table(reference.prompts, reference.answers, reference.familiar),
@@ -222,9 +227,9 @@ def write_report(verdict: Verdict, reference: Reference, window: list[Logged], f
 
 
 def _table(prompts: list[str], answers: list[Answered], familiar: Familiar) -> Any:
-    """Build the table for Evidently from what was asked and what was answered.
+    """Build Evidently's table, one line per prompt or answer.
 
-    In the reference, prompts and answers are of different rows: every column stands for itself.
+    A line's prompt and answer may belong to different rows, so only whole columns can be compared.
     """
     import pandas as pd
 

@@ -32,10 +32,10 @@ from ratchet.training.packing import read_windows, rows_of
 
 
 def parity(prepared: Path, tokens: Path, base: Path, candidate: Path, out: Path, config: Config) -> Report:
-    """Return the report and write it. Raises DataError: no test or training row to compare on."""
+    """Compare, write the report to `out` and return it. Raises DataError without test or training rows."""
     chat = load_chat(base)
     longest = trained_length(candidate, base)
-    rows = [row for row in read_examples(prepared / "test.jsonl") if len(chat.encode(row).ids) <= longest]
+    rows = [row for row in read_examples(prepared / "test.jsonl") if chat.fits(row, longest)]
     fitting = len(rows)
     rows = sorted(rows, key=lambda row: row.id)[: config.parity.rows]
     trained = _trained(prepared, tokens, chat, config.parity.rows)

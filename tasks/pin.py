@@ -1,8 +1,8 @@
 """Pin the champion as an ordinary input of the DAG: models/incumbent, versioned by DVC.
 
-champion.json moves at every promotion; the DAG must not go stale by it, or every retraining would be followed
+champion.json changes at every promotion, which must not make the DAG stale: each retraining would be followed
 by another. So a retraining that has something to train pins today's champion first, and one that has nothing
-leaves the pin alone.
+to train leaves the pin as it is.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ratchet.serving.bundle import base_hash
 
 INCUMBENT = Path("models/incumbent")
 OLDEST = "oldest.parquet"
-READERS = {"tokenize", "train", "evaluate", "gate"}  # stages that read it
-TRAINING = {"base", "prepare", "tokenize", "train"}
-NOBODY: dict[str, Any] = {"version": None, "batches": []}
+READERS = {"tokenize", "train", "evaluate", "gate"}  # stages that read models/incumbent
+TRAINING = {"base", "prepare", "tokenize", "train"}  # if one of them is stale, there is something to train
+NOBODY: dict[str, Any] = {"version": None, "batches": []}  # the manifest before the first promotion
 
 
 def needs_pin(workspace: Workspace, stale: set[str], *, force: bool) -> bool:
@@ -37,9 +37,10 @@ def needs_pin(workspace: Workspace, stale: set[str], *, force: bool) -> bool:
 
 
 def pin(workspace: Workspace) -> bool:
-    """Put today's champion into models/incumbent. Whether that changed anything.
+    """Put today's champion into models/incumbent, and return whether that changed anything.
 
-    Raises CheckoutError when its adapter cannot be had.
+    Raises CommandError when its adapter cannot be fetched, CheckoutError when the adapter is not the ledger's
+    or the scores of the oldest champion cannot be fetched.
     """
     champion, oldest = read_champion(workspace.path), _oldest(workspace)
     wanted = (
@@ -77,10 +78,9 @@ def _oldest(workspace: Workspace) -> Champion | None:
 
 
 def _fetch_scores(workspace: Workspace, oldest: Champion, target: Path) -> None:
-    """Fetch the score of each row from the oldest champion's own evaluation: test and golden rows do not
-    change, so no model has to answer again.
+    """Fetch the score of each row from the oldest champion's own evaluation. Raises CheckoutError.
 
-    Raises CheckoutError.
+    Test and golden rows do not change, so no model has to answer again.
     """
     import pandas as pd
 
@@ -102,11 +102,9 @@ def _fetch_scores(workspace: Workspace, oldest: Champion, target: Path) -> None:
 
 
 def pin_looks(workspace: Workspace) -> bool:
-    """Count the last verdict before the next candidate is judged (`ratchet.gate.alpha_budget`).
+    """Count the last verdict as a look (`ratchet.gate.alpha_budget`), and return whether the file changed.
 
-    Whether that changed the file.
-
-    Only where there is something to train: a gate that is run once more on the same candidate is no new look.
+    Call this before a training only: a gate that runs again on the same candidate takes no new look.
     """
     verdict, path = workspace.path / "reports/gate.json", workspace.path / LOOKS
     looks = read_looks(path) if path.exists() else {}

@@ -1,12 +1,13 @@
-"""Raw batches in, splits out, and every row accounted for.
+"""Sort the rows of raw batches into splits, and account for every row.
 
     python -m tasks.prepare --raw data/raw --golden data/golden.jsonl --forgotten data/forgotten.jsonl \\
         --out data/prepared
 
-Writes train, validation, test, golden and rejected (JSON Lines), profile.json and profile.html; answers not
-to give (`label: false`) beside each split, as undesirable_train and so on. Rows in = accepted + rejected +
-duplicates, per batch and in all. Rows go through one at a time; what is remembered of
-each is hashes (and, with `prepare.near_search`, its shingles).
+Writes train, validation, test, golden and rejected (JSON Lines), profile.json and profile.html. Undesirable
+answers (`label: false`) go into a file beside each split, such as undesirable_train. Rows in = accepted +
+rejected + duplicates, per batch and in total. Rows go through one at a time, except for batches of people's
+corrections and with `prepare.trigger_rows`, where a batch is held in memory. Of a sorted row only hashes are
+remembered (and, with `prepare.near_search`, its shingles).
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ from ratchet.errors import DataError
 from ratchet.files import whole_folder, write_json, write_text
 from ratchet.pipeline.stage import run_stage, say
 
-FORGOTTEN = "somebody wanted it forgotten (data/forgotten.jsonl)"
+FORGOTTEN = "the row is on the erasure list (data/forgotten.jsonl)"
 LONGEST_MESSAGE = 300  # characters
-# Sources of rows that people wrote or accepted: they win over what stood there before.
+# Sources of rows that people wrote or accepted: they win over other answers to the same prompt.
 TRUSTED = ("review", "feedback")
 
 
 class Rejection(msgspec.Struct, frozen=True):
-    """A row that was not taken; `review`: a person may overrule that.
+    """A rejected row, without its content, which stays only in the batch.
 
-    The content stays in the batch alone.
+    `review`: a person may overrule the rejection.
     """
 
     batch: str
@@ -56,7 +57,7 @@ class Rejection(msgspec.Struct, frozen=True):
 
 
 class Incoming(NamedTuple):
-    """A batch that is to be sorted. `lines` are read once; `rows` is how many there are."""
+    """A batch to sort. `lines` can be read only once; `rows` is their number."""
 
     origin: Origin
     rows: int
@@ -65,8 +66,8 @@ class Incoming(NamedTuple):
 
 Keep = Callable[
     [str, Example | Rejection], object
-]  # gets the name of a split, perhaps behind `undesirable_`, or "golden" or "rejected", and a row
-Validated = Iterable[tuple[int, Checked | RowError]]  # by line
+]  # called with a file's name (a split, undesirable_SPLIT, "golden" or "rejected") and a row
+Validated = Iterable[tuple[int, Checked | RowError]]  # (line number, result)
 
 
 def prepare(
@@ -80,8 +81,9 @@ def prepare(
 ) -> Profile:
     """Sort the batches of `raw` into splits under `out`.
 
-    `tell` gets alarms and warnings; `forgotten` rows are rejected as such, which counts to no limit. Raises
-    DataError: no batch, a batch that is not what the manifest says, too many rejected rows, too few left.
+    `tell` is called with alarms and warnings. `forgotten` rows are rejected, which counts towards no limit.
+    Raises DataError when there is no batch, when a batch is not what the manifest says, or when too many rows
+    are rejected or too few are left.
     """
     manifest = read_manifest(raw)
     if not manifest:
@@ -113,10 +115,10 @@ def prepare(
 def sort_batches(
     batches: list[Incoming], golden: Path, config: PrepareConfig, forgotten: Forgotten, keep: Keep
 ) -> Gathered:
-    """Validate each row once, and give it to `keep`. Raises DataError: a golden row is unfit.
+    """Validate each row once, and pass it to `keep`. Raises DataError for an unfit golden row.
 
-    Rows of the batches that people wrote are held as a list, because what they correct has to be known before
-    any row is sorted; such batches are small. Rows of the others go through one at a time.
+    Batches that people wrote are held as lists, because what they correct has to be known before any row is
+    sorted; they are small. Rows of other batches go through one at a time.
     """
     sorter = Sorter(config, forgotten, keep)
     sorter.add_golden(golden)
@@ -133,7 +135,7 @@ def sort_batches(
 
 
 class Sorter:
-    """Remembers 24 bytes of each row that was sorted, and with `near_search` its shingles, about 1 kB."""
+    """What is kept of a sorted row: two hash table slots of 12 bytes, with `near_search` about 1 kB more."""
 
     def __init__(self, config: PrepareConfig, forgotten: Forgotten, keep: Keep) -> None:
         self.gathered = Gathered()
@@ -141,10 +143,13 @@ class Sorter:
         self._validator = Validator(config)
         self._clusters = Clusters(config)
         self._seen, self._answers = HashTable(), HashTable()  # ids of rows; prompt → its first answer
-        self._corrected: dict[int, tuple[str, int]] = {}  # prompt → (batch, line) of people's last word
+        self._corrected: dict[int, tuple[str, int]] = {}  # prompt → (batch, line) of people's last answer
 
     def add_golden(self, path: Path) -> None:
-        """Place golden rows first: whatever is near to one of them stays out of every split."""
+        """Place the golden rows, before any other, so that rows near to one of them stay out of every split.
+
+        Raises DataError for a golden row that is unfit, undesirable or there twice.
+        """
         for number, line in raw_lines(path) if path.exists() else []:
             try:
                 example = self._validator.check(line, Origin(GOLDEN, "")).example
@@ -177,7 +182,7 @@ class Sorter:
                 yield number, error
 
     def heed_people(self, batch: Incoming, rows: Validated) -> None:
-        """Remember what a batch of corrections answers, before any batch is sorted."""
+        """Remember which prompts a batch of corrections answers, before any batch is sorted."""
         origin, caps = batch.origin, Caps(self._config, batch.rows)
         for number, checked in rows:
             if isinstance(checked, RowError):
@@ -186,7 +191,7 @@ class Sorter:
             try:
                 caps.check(example)
             except RowError:
-                continue  # who is refused there corrects nobody
+                continue  # a row over a cap will be rejected, so it corrects nothing
             if checked.boilerplate or example.question == CONTINUE or not example.desirable:
                 continue
             if self._forgotten.holds(example.id, origin.batch, number):
@@ -198,7 +203,7 @@ class Sorter:
         """Sort and count each row of a batch."""
         name, caps, phrases = batch.origin.batch, Caps(self._config, batch.rows), dict[int, str]()
         if self._config.trigger_rows and batch.origin.source != "review":
-            rows = list(rows)  # a planted phrase shows only in many rows together
+            rows = list(rows)  # a planted phrase shows only over many rows
             fit = [(number, found.example) for number, found in rows if isinstance(found, Checked)]
             phrases = find_triggers(fit, least=self._config.trigger_rows)
         counts = self.gathered.counts.setdefault(name, Counter())
@@ -216,10 +221,10 @@ class Sorter:
             counts[counter] += 1
 
     def _check_row(self, checked: Checked, batch: str, line: int, caps: Caps, phrase: str | None) -> None:
-        """Raise RowError: forgotten, boilerplate over its share, a planted `phrase`."""
+        """Raise RowError for a row on the erasure list, boilerplate over its cap, or a planted `phrase`."""
         if self._forgotten.holds(checked.example.id, batch, line):
             if self._config.near_search:
-                # It still decides for its near duplicates: no other row may move to another split.
+                # The row still decides the split of its near duplicates, so that none of them moves.
                 self._clusters.place(checked.example, counts=False)
             raise RowError("forgotten", FORGOTTEN)
         if checked.boilerplate:
@@ -232,16 +237,16 @@ class Sorter:
             )
 
     def _reject(self, batch: str, line: int, error: RowError) -> str:
-        """Keep the reason; returns the name of the row's counter."""
-        if self._forgotten.holds("", batch, line):  # a row that is no example is known by its place alone
+        """Record the rejection, and return the name of the row's counter."""
+        if self._forgotten.holds("", batch, line):  # a row that is no example has a place but no id
             error = RowError("forgotten", FORGOTTEN)
-        message = redact(str(error)[:LONGEST_MESSAGE], "[redacted]")  # it may quote the row
+        message = redact(str(error)[:LONGEST_MESSAGE], "[redacted]")  # the message may quote the row
         self._keep("rejected", Rejection(batch, line, error.reason, message, error.reason in REVIEW))
         self.gathered.first.setdefault((batch, error.reason), (line, message))
         return f"rejected.{error.reason}"
 
     def _sort(self, example: Example, origin: Origin, line: int, caps: Caps) -> str:
-        """Choose the row's split; returns the name of its counter. Raises RowError."""
+        """Choose the row's split, keep the row, and return the name of its counter. Raises RowError."""
         key = _key(example.id)
         if key in self._seen:
             return "duplicate.exact"
@@ -252,7 +257,8 @@ class Sorter:
         superseded = last_word not in (None, (origin.batch, line))
         doubted = last_word is None and self._config.contradictions == "review"
         if doubted and self._contradicts(prompt, example):
-            raise RowError("contradiction", "an earlier row answers the same prompt otherwise")
+            raise RowError("contradiction", "an earlier row answers the same prompt differently")
+        # Placed before it is refused: a superseded row still decides the split of its near duplicates.
         placed = self._place(example, counts=not superseded)
         if superseded and last_word:
             raise RowError("superseded", f"people answered this prompt later ({last_word[0]}:{last_word[1]})")
@@ -268,9 +274,9 @@ class Sorter:
         return f"accepted.{side}"
 
     def _sort_undesirable(self, example: Example, key: int, caps: Caps) -> str:
-        """Keep an answer not to give apart from the splits, on the side of its prompt.
+        """Keep an undesirable answer in the file beside the split of its prompt.
 
-        It contradicts nothing and corrects nobody: other answers to its prompt stay.
+        It neither contradicts nor supersedes other answers to its prompt.
         """
         side = self._side(example, self._place(example, counts=False))
         caps.check(example)
@@ -279,7 +285,7 @@ class Sorter:
         return f"accepted.{undesirable(side)}"
 
     def _place(self, example: Example, *, counts: bool) -> Placed | None:
-        """Find rows that are near. Raises RowError: it would leak from the golden set, or between splits."""
+        """Find near rows. Raises RowError for a row that would leak from the golden set or between splits."""
         if not self._config.near_search:
             return None
         placed = self._clusters.place(example, counts=counts)
@@ -293,7 +299,7 @@ class Sorter:
         return placed
 
     def _side(self, example: Example, placed: Placed | None) -> str:
-        # Rows of plain text all have one prompt: the row itself decides.
+        # Rows of plain text all have the same prompt (CONTINUE), so the row's own id decides.
         own = example.id if example.question == CONTINUE else f"{prompt_key(example):016x}"
         return placed.side if placed else split_by_hash(own, self._config)
 
@@ -302,19 +308,17 @@ class Sorter:
 
 
 class Caps:
-    """How much of one batch may be of one user, of one origin, or boilerplate.
-
-    `rows`: how many the batch has.
-    """
+    """Limits on how much of a batch of `rows` rows may be of one user, of one origin, or boilerplate."""
 
     def __init__(self, config: PrepareConfig, rows: int) -> None:
         self._config, self._taken = config, Counter[tuple[str, str]]()
+        # A hundredth of the batch, but at least 5, so that small batches keep some rows of each user.
         self._of_user = max(5, min(config.max_user_rows, rows // 100))
         self._of_source = max(1, int(config.max_source_share * rows))
         self._boilerplate = int(config.max_boilerplate_share * rows)
 
     def check(self, example: Example) -> None:
-        """Take the first rows of each. Raises RowError for one over the cap."""
+        """Count the row for its user and its origin. Raises RowError when it is over one of the caps."""
         user, source = example.meta.get("user"), example.meta.get(self._config.source_field)
         if user not in (None, "") and not self._take("user", str(user), self._of_user):
             raise RowError(
@@ -332,8 +336,8 @@ class Caps:
         if not self._take("boilerplate", "", self._boilerplate):
             raise RowError(
                 "boilerplate",
-                "the answer speaks as a model does, "
-                f"as over {self._config.max_boilerplate_share:.1%} of the batch do",
+                "the answer speaks of itself as a language model, "
+                f"as do over {self._config.max_boilerplate_share:.1%} of the batch's answers",
             )
 
     def _take(self, kind: str, who: str, most: int) -> bool:

@@ -1,8 +1,7 @@
-"""Move the champion: promotion and rollback. The commit to champion.json decides; MLflow's alias follows.
+"""Move the champion by promotion or rollback: a commit to champion.json decides, MLflow's alias follows.
 
-Doing it twice changes nothing.
-
-A flow's task, not a stage. Callers hold the lock `promote`.
+This is a task of a flow, not a stage. Callers hold the lock `promote`. Promoting the champion again changes
+nothing.
 """
 
 from __future__ import annotations
@@ -31,13 +30,14 @@ from ratchet.tracking.registry import (
 )
 
 Say = Callable[[str], None]
-PENDING = ".ratchet/alias-pending"
+PENDING = ".ratchet/alias-pending"  # exists while MLflow's alias lags behind champion.json
 
 
 def promote(workspace: Workspace, version: Version, *, by: str, why: str, force: bool, say: Say) -> Champion:
     """Put `version` in charge.
 
-    Raises UserError when the gate did not pass it, or compared it with another champion than today's.
+    Raises UserError when the gate did not pass it, or compared it with another champion than today's, unless
+    `force`.
     """
     current = read_champion(workspace.path)
     if current:
@@ -74,7 +74,7 @@ def check_known(workspace: Workspace, version: Version) -> None:
     """Check that the version's commit is in this checkout.
 
     Raises CheckoutError when another checkout of the team made the version and its commit is not here yet:
-    nobody here could serve it.
+    the version could not be served here.
     """
     commit = version.tags["git_commit"]
     try:
@@ -87,9 +87,9 @@ def check_known(workspace: Workspace, version: Version) -> None:
 
 
 def rollback(workspace: Workspace, *, by: str, why: str, say: Say) -> Champion:
-    """Return to the version before. It needs the ledger alone, so it works with MLflow down.
+    """Return to the champion before this one. Only the ledger is needed, so this works with MLflow down.
 
-    Raises UserError when there is none.
+    Raises UserError when there is no champion before.
     """
     current = read_champion(workspace.path)
     if current is None:
@@ -119,8 +119,9 @@ def alias_is_pending(root: Path) -> bool:
 
 
 def follow_alias(root: Path, champion: Champion, say: Say) -> bool:
-    """Make MLflow's aliases say what champion.json says; False, and a mark for the next retraining, when
-    MLflow does not answer.
+    """Set MLflow's aliases to what champion.json says, and return whether that worked.
+
+    When MLflow does not answer, the file PENDING makes a later run try again.
     """
     pending = root / PENDING
     try:
@@ -139,8 +140,8 @@ def follow_alias(root: Path, champion: Champion, say: Say) -> bool:
 def check_registry(champion: Champion) -> None:
     """Check that the registry knows the champion. Raises UserError.
 
-    The registry gives the versions their numbers: one that does not know the champion would give its number
-    to another model.
+    The registry numbers the versions, so a registry that does not know the champion would give its number to
+    another model.
     """
     known = get_version(champion.name, champion.version)
     if known is None or known.tags.get(KEY_TAG) != champion.run_key:
@@ -169,7 +170,7 @@ def _put_in_charge(workspace: Workspace, chosen: Champion, say: Say) -> Champion
     except RatchetError:
         workspace.git(
             "reset", "--quiet", "--hard", before
-        )  # or a second try would take this clone's entry for the champion
+        )  # otherwise a second try would take this clone's entry for the champion
         raise
     say(f"{FILE}: v{chosen.version} is in charge (before: {named(chosen.replaced)})")
     follow_alias(workspace.root, chosen, say)

@@ -1,9 +1,7 @@
-"""Copy what the stages found into the candidate's MLflow run: curve, scores, figures, data, verdict.
+"""Copy the results of the stages to the candidate's MLflow run: curve, scores, figures, data, verdict.
 
-Doing it twice changes nothing.
-
-A flow's task, not a stage. Raises ServiceError when MLflow does not answer: the local files stand, the next
-run delivers.
+This is a task of a flow, not a stage. Recording twice changes nothing. Its functions raise ServiceError when
+MLflow does not answer; the local files remain, and the next run records them.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ MAX_DESCRIPTION = (
 
 
 class Findings(NamedTuple):
-    """What a workspace holds after the gate."""
+    """The results of all stages in a workspace, after the gate."""
 
     manifest: TrainedManifest
     figures: Figures
@@ -57,7 +55,7 @@ class Findings(NamedTuple):
 
     @property
     def data(self) -> Data:
-        """Return the data's DVC hash and size."""
+        """Return the data's DVC hash, and its size in batches and rows."""
         raw = (self.folder / "data/raw.dvc").read_text(encoding="utf-8")
         digest = next(line.split("md5:")[1].strip() for line in raw.splitlines() if "md5:" in line)
         total = self.profile["total"]
@@ -77,7 +75,7 @@ def read_findings(folder: Path) -> Findings:
 
 
 def record(found: Findings, config: Config, *, commit: str, reason: str) -> str:
-    """Describe the data by its DVC hash and size."""
+    """Record the findings in the candidate's MLflow run, and return the run's id. Raises ServiceError."""
     key = found.manifest.run_key
     run_id = find_or_create_run(config.project.name, key, {"mlflow.runName": f"train-{key[:8]}"})
     log_points(run_id, read_history(found.folder / "reports/train/history.jsonl"))
@@ -104,7 +102,7 @@ def record(found: Findings, config: Config, *, commit: str, reason: str) -> str:
 
 
 def record_page(found: Findings, retention: Retention, *, run_id: str, name: str) -> None:
-    """Record the evaluation's page and the retention table's heat map. Raises ServiceError."""
+    """Record the evaluation's page, and the retention table as JSON and heat map. Raises ServiceError."""
     from matplotlib import use
 
     use("Agg")
@@ -157,7 +155,7 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str) -> Ve
 
 
 def _fit(card: str) -> str:
-    """Keep as many whole lines as the registry's column holds, and say where the rest stands.
+    """Keep as many whole lines as the registry's column holds, and say where the rest is.
 
     PostgreSQL refuses a longer text.
     """
@@ -175,9 +173,9 @@ def gate_line(verdict: Verdict) -> GateLine:
 
 
 def close_lost_runs(config: Config, *, but: str) -> int:
-    """Close the runs whose process was killed, and return their number.
+    """Close the runs whose process was killed, except the run with the key `but`, and return their number.
 
-    They would stay RUNNING in MLflow for ever. Call it under the flow's lock, when no run can be training.
+    MLflow would show them as RUNNING for ever. Call this under the flow's lock, when no run can be training.
     """
     client = mlflow_client()
     with mlflow_errors():
@@ -207,7 +205,7 @@ def _log_values(client: Any, run_id: str, found: Findings, config: Config) -> No
         for key, value in parameters(config.model_dump(mode="json"))
         if key not in known
     ]
-    # A time that follows from the content: delivering the same scores again adds no second point.
+    # The time of the curve's last point, not the present: recording the same scores again adds no point.
     stamp = int(read_history(found.folder / "reports/train/history.jsonl")[-1]["time_ms"])
     values = {f"train/{key}": value for key, value in found.figures.items() if isinstance(value, int | float)}
     for name, models in found.metrics.slices.items():
@@ -223,8 +221,9 @@ def _log_values(client: Any, run_id: str, found: Findings, config: Config) -> No
 
 
 def _plain(word: str) -> str:
-    """Make a kind, which is any text of the user's, part of a metric's name: MLflow refuses other
-    characters, and `..` as a step of a path.
+    """Make a slice's name, which may be any text of the user's, fit for a metric's name.
+
+    MLflow refuses other characters than these, and `..` as a step of a path.
     """
     return re.sub(r"[^\w .-]+", "_", word).strip(". ")[:100] or "_"
 

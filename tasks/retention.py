@@ -1,8 +1,8 @@
 """Fill the empty cells of the retention table: ask versions the rows that they were never asked, and keep
 their scores.
 
-This is not a stage and changes no stage's output. Answers are cached (`ratchet.evaluation.answer_cache`), so
-a second run costs nothing.
+This is not a stage and changes no stage's output. Filled cells are kept, and answers are cached
+(`ratchet.evaluation.answer_cache`), so a second run costs nothing.
 """
 
 from __future__ import annotations

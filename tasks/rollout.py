@@ -1,11 +1,10 @@
-"""One look at a rollout: hold, advance, promote, roll back, stop, or give up for want of evidence.
+"""Take one look at a rollout: hold, advance, promote, roll back, stop, or end it for lack of evidence.
 
-All bounds hold at every look.
-
-The chance that a rollout of an equal model ends wrongly is `rollout.alpha`, split over what may end it: a
-gain that is none (40 %), harm that is none (50 %, over four measures), and a split of users that only looks
-wrong (the rest; ratchet/promotion/sequential_test.py). What follows from it stands in
-ratchet/promotion/rollout.py; MLflow is told here. A flow's task, not a stage.
+The bounds hold at all looks together (ratchet/promotion/sequential_test.py), so any number of looks may be
+taken. `rollout.alpha`, the chance that a rollout of an equal model ends wrongly, is divided between the ways
+in which it may end: 40 % for a false gain, 50 % for false harm (over four measures), and the rest for a split
+of users that only looks wrong. ratchet/promotion/rollout.py applies a look's result to the rollout; this
+module copies it to MLflow. It is a task of the flow `rollout`, not a stage.
 """
 
 from __future__ import annotations
@@ -33,17 +32,18 @@ from ratchet.tracking.registry import (
 )
 
 Action = Literal["hold", "advance", "promote", "roll_back", "stop", "no_evidence"]
-GAIN_SHARE, HARM_SHARE = 0.4, 0.5
-WRONG_SPLIT = 1000.0  # e-value: a split that is right gets there once in a thousand rollouts
+GAIN_SHARE, HARM_SHARE, SPLIT_SHARE = 0.4, 0.5, 0.1  # of rollout.alpha
 SUCCESS = "feedback"
-# What a value varies by, roughly: it decides where the bounds are tightest, never whether they hold.
+# Expected standard deviation of a value: it decides where the bounds are tightest, never whether they hold.
 SCALES = {"feedback": 0.45, "errors": 0.1, "empty": 0.1, "latency": 0.5}
 MAX_TAG = 1000  # characters; more would hide the rest of MLflow's page
 
 
 class Look(NamedTuple):
-    """`figures` are for people and the page: users, feedback, and challenger minus champion with bounds for
-    each measure.
+    """What a look decides, and why.
+
+    `figures` are for people and the page: the users of each step, and bounds of challenger minus champion
+    for each measure.
     """
 
     action: Action
@@ -52,7 +52,7 @@ class Look(NamedTuple):
 
 
 class Registry(NamedTuple):
-    """What MLflow says at the moment; aliases as version numbers."""
+    """The state of MLflow's registry; `champion` and `challenger` are the versions with these aliases."""
 
     versions: dict[int, Version]
     champion: int | None
@@ -60,19 +60,19 @@ class Registry(NamedTuple):
 
 
 class Outcomes(NamedTuple):
-    """Units as columns; NaN where a unit has none."""
+    """The units as columns, each (units,); NaN where a unit has no value."""
 
     step: NDArray[np.int64]
     challenger: NDArray[np.bool_]
-    errors: NDArray[np.float64]  # share of its requests
+    errors: NDArray[np.float64]  # share of the unit's requests
     empty: NDArray[np.float64]
-    latency: NDArray[np.float64]  # log of milliseconds
+    latency: NDArray[np.float64]  # log of the mean in milliseconds
     feedback: NDArray[np.float64]
     unit: NDArray[np.int64]  # a user's number, the same in every step
 
 
 def look(units: list[Unit], rollout: Rollout, config: RolloutConfig, now: float) -> Look:
-    """Judge the rollout without requests that came while it was paused: they belong to no step."""
+    """Judge the rollout. Requests that came during a pause are left out, because they belong to no step."""
     return judge(outcomes_of([unit for unit in units if unit.step >= 0]), rollout, config, now)
 
 
@@ -94,11 +94,11 @@ def outcomes_of(units: list[Unit]) -> Outcomes:
 
 
 def judge(found: Outcomes, rollout: Rollout, config: RolloutConfig, now: float) -> Look:
-    """Judge a rollout: look for harm first, then for gain, then at the time."""
+    """Judge a rollout: the split of users first, then harm, gain, the time limit, and the step."""
     figures = _figures(found, rollout, config)
     if rollout.shares[0] >= 1:
         return Look("promote", "rollout.steps begins with 1.0: no comparison was wanted", figures)
-    if wrong := _wrong_split(figures.steps, rollout):
+    if wrong := _wrong_split(figures.steps, rollout, config.alpha):
         return Look("stop", wrong, figures)
     if harm := _certain_harm(figures, config):
         return Look("roll_back", harm, figures)
@@ -125,8 +125,8 @@ def judge(found: Outcomes, rollout: Rollout, config: RolloutConfig, now: float) 
 def _figures(found: Outcomes, rollout: Rollout, config: RolloutConfig) -> Figures:
     """Compute the bounds of each measure, and the users of each step.
 
-    The bounds are at the alpha with which the measure may end the rollout, and for guardrails also at the
-    alpha with which it may be let through.
+    A measure has bounds at three alphas: for a promotion, for a rollback, and for passing as a guardrail.
+    All guardrails have to pass together, so each of them may use the whole alpha.
     """
     alphas = (config.alpha * GAIN_SHARE, config.alpha * HARM_SHARE / len(SCALES), config.alpha)
     measures = {}
@@ -152,10 +152,12 @@ def _strata(found: Outcomes, values: NDArray[np.float64]) -> list[Stratum]:
     return strata
 
 
-def _wrong_split(steps: list[Users], rollout: Rollout) -> str:
+def _wrong_split(steps: list[Users], rollout: Rollout, alpha: float) -> str:
+    # A correct split exceeds 1/alpha in any of its looks with that probability; each step has its own chance.
+    most = len(rollout.shares) / (SPLIT_SHARE * alpha)
     for counts in steps:
         share = rollout.shares[counts.step]
-        if share < 1 and (e := split_e_value(counts.champion, counts.challenger, share)) > WRONG_SPLIT:
+        if share < 1 and (e := split_e_value(counts.champion, counts.challenger, share)) > most:
             users = counts.champion + counts.challenger
             return (
                 f"{counts.challenger} of {users} users got the challenger in a step of {share:.0%} "
@@ -171,10 +173,10 @@ def _certain_harm(figures: Figures, config: RolloutConfig) -> str:
         if not found:
             continue
         if name == SUCCESS and found.high < -margins[name]:
-            loss = f"a loss of {margins[name]:g} is still taken"
+            loss = f"a loss of up to {margins[name]:g} is accepted"
             return f"the users' feedback is worse for certain: {_said(found)}, {loss}"
         if name != SUCCESS and found.low > margins[name]:
-            return f"{name} worse for certain: {_said(found)}, {margins[name]:.3g} more is still taken"
+            return f"{name} worse for certain: {_said(found)}, up to {margins[name]:.3g} more is accepted"
     return ""
 
 
@@ -214,13 +216,13 @@ def _missing_for_promotion(figures: Figures, rollout: Rollout, config: RolloutCo
 
 
 def _how_many_more(gain: Bounds, config: RolloutConfig) -> str:
-    """Say how many more users are needed: the bound narrows with about the root of their number."""
+    """Estimate how many more users are needed: the bound narrows with about the square root of users."""
     surplus, half = gain.mean - config.min_gain, gain.mean - gain.low
     if surplus <= 0:
         return ""
     users = gain.champion + gain.challenger
     more = max(1, math.ceil(users * ((half / surplus) ** 2 - 1)))
-    return f"; if it stays so, about {more} more users' feedback"
+    return f"; if the gain stays so, about {more} more users' feedback"
 
 
 def _missing_for_step(figures: Figures, rollout: Rollout, config: RolloutConfig, now: float) -> list[str]:
@@ -251,7 +253,7 @@ def _said(found: Bounds) -> str:
 
 
 def read_registry(name: str) -> Registry:
-    """Read the registry. Raises ServiceError when MLflow does not answer, or answers garbage."""
+    """Read the registry. Raises ServiceError when MLflow does not answer, or its answer cannot be parsed."""
     try:
         return Registry(
             {version.number: version for version in list_versions(name)},
@@ -263,7 +265,7 @@ def read_registry(name: str) -> Registry:
         KeyError,
         TypeError,
         AttributeError,
-    ) as error:  # what MLflow's client makes of a body that it cannot read
+    ) as error:  # what MLflow's client raises for a body that it cannot parse
         raise ServiceError(
             f"MLflow's answer about {name} cannot be read: {type(error).__name__}: {error}",
             remedy="MLFLOW_TRACKING_URI names an MLflow server?",
@@ -271,11 +273,10 @@ def read_registry(name: str) -> Registry:
 
 
 def follow(registry: Registry, rollout: Rollout) -> None:
-    """Bring MLflow up to the file: tags of the state, and no alias `challenger` on one whose rollout has
-    ended. Raises ServiceError.
+    """Copy the rollout's state to MLflow: tags on the version, and no alias `challenger` once it has ended.
 
-    A reason is written with its state only: it changes at each look, and each change in the registry asks for
-    a look.
+    The reason is written only when the state or the share changes: it changes at each look, and each change
+    in the registry triggers another look. Raises ServiceError.
     """
     version = registry.versions.get(rollout.version)
     if version is None:

@@ -1,10 +1,10 @@
-"""Let a teacher model write rows; what is kept is a draft under `.ratchet/synthesis` for people to review.
+"""Let a teacher model write rows into a draft under `.ratchet/synthesis`, which people then review.
 
     python -m tasks.synthesize --root . --documents docs        # by hand, without the queue
 
-Three modes: `documents` asks about chunks of documents, `seeds` for more rows like those that are there,
-`paraphrase` for other wordings of what the model in charge is weak at. The flow `synthesize` puts the draft
-into the review queue.
+There are three modes: `documents` asks about chunks of documents, `seeds` asks for more rows like existing
+ones, `paraphrase` asks for other wordings of prompts that the champion is weak at. The flow `synthesize` puts
+the draft into the review queue.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ MOST_NAMED = 50  # unreadable documents that the summary names
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a draft is to be. A resumed one keeps what it was begun with; `count` alone may be another."""
+    """The settings of a new draft. A resumed draft keeps its own; only `count` may be changed."""
 
     mode: str = "documents"
     documents: tuple[str, ...] = ()  # files, folders, globs, URLs
@@ -72,7 +72,7 @@ class Wanted:
 def synthesize(
     config: Config, root: Path, wanted: Wanted, *, say: Say, resume: str | None = None, backoff: float = 1.0
 ) -> Summary:
-    """Fill a draft with rows of the teacher.
+    """Fill a new or a resumed draft with rows that the teacher writes, and return its summary.
 
     Raises ConfigError (teacher, key, templates), UserError (mode, draft), DataError (nothing to ask about),
     ServiceError (the teacher gave nothing).
@@ -122,7 +122,7 @@ def _check(wanted: Wanted) -> None:
 
 
 def queue_rows(root: Path, config: Config, folder: Path) -> int:
-    """Put the rows of a draft into the people's queue; returns how many were new there."""
+    """Put the rows of a draft into the review queue, and return how many were new there."""
     queue = ReviewQueue(root)
     try:
         items = (
@@ -143,9 +143,9 @@ def queue_rows(root: Path, config: Config, folder: Path) -> int:
 
 
 async def _write(config: Config, root: Path, draft: Draft, say: Say, backoff: float) -> Summary:
-    """Ask the teacher and keep what passes.
+    """Ask the teacher, and keep the rows that pass the filters.
 
-    That ends when the draft is full, a limit is near, or nothing is left to ask.
+    It ends when the draft is full, a limit of the budget is near, a round adds no row, or the teacher fails.
     """
     settings = config.synthesize
     budget = Budget(max_cost=settings.max_cost, max_tokens=settings.max_run_tokens)
@@ -243,7 +243,7 @@ def _provenance(config: Config, draft: Draft) -> Meta:
 
 
 class _Subject(Protocol):
-    """What one mode asks about; `figures` are complete once it was asked."""
+    """What one mode asks about; `figures` are complete after the last of the `asks`."""
 
     def asks(self, template: Template, writer: Writer, number: int) -> Iterator[Ask]: ...
 
@@ -321,7 +321,7 @@ _SUBJECTS: dict[str, Callable[[Config, Path, Draft], _Subject]] = {
 
 
 def _seed_rows(root: Path, path: str) -> list[Example]:
-    """Read rows of one question and one answer. Raises DataError: there is none."""
+    """Read the rows with one question and one answer. Raises DataError when there are none."""
     train = root / "data/prepared/train.jsonl"
     if not path and not train.exists():
         raise DataError(

@@ -114,10 +114,22 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
     paired = _pair(mixture.rows, config)
     held_out = _pair(_read(prepared, "validation", compares=compares), config)
     rejected: list[Unfit] = []
+    rows = {"train": paired.rows, "validation": held_out.rows} | {
+        split: list(read_examples(prepared / f"{split}.jsonl")) for split in ("test", "golden")
+    }
     splits = {
-        split: _measure(chat, _writable(chat, rows, split, rejected), config.train.objective)
-        for split, rows in (("train", paired.rows), ("validation", held_out.rows))
-    } | {split: _measure(chat, read_examples(prepared / f"{split}.jsonl")) for split in ("test", "golden")}
+        split: _measure(
+            chat,
+            _writable(chat, rows[split], split, rejected),
+            config.train.objective if split in ("train", "validation") else "sft",
+        )
+        for split in rows
+    }
+    if golden := next((row for row in rejected if row.split == "golden"), None):
+        raise DataError(
+            f"the golden row {golden.id} cannot be written: {golden.message}",
+            remedy="leave it out of data/golden.jsonl; every golden row has to be asked",
+        )
     lengths = {split: [row.length for row in rows] for split, rows in splits.items()}
     planted = [chat.encode(canary.row()) for canary in make_canaries(config.evaluate.canaries)]
     whole = [*lengths["golden"], *(len(row.ids) for row in planted)]

@@ -4,9 +4,9 @@ weights.
     python -m tasks.train --tokens data/tokenized --base models/base --incumbent models/incumbent \\
         --out models/candidate --reports reports/train
 
-Writes the adapter, or for `full` the whole model (safetensors), tokenizer, chat template and manifest.json;
-the curve and the figures under --reports. Checkpoints go to .ratchet/checkpoints of RATCHET_ROOT (the
-checkout) or of the working directory: the same command again resumes from the newest one.
+Writes the adapter, or for `full` the whole model (safetensors), tokenizer, chat template and manifest.json to
+--out, and the curve and the figures to --reports. Checkpoints go to .ratchet/checkpoints of RATCHET_ROOT (the
+checkout) or of the working directory; the same command resumes from the newest one.
 """
 
 from __future__ import annotations
@@ -57,27 +57,27 @@ if TYPE_CHECKING:
 
     from ratchet.training.checkpoints import Checkpoints
 
-ROOM = 200 * 2**20  # bytes that are free before anything is loaded
+ROOM = 200 * 2**20  # bytes that must be free on the disk, beside the trained weights
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, config: Config) -> Figures:
-    """Write the candidate and its reports.
+    """Train, and write the candidate to `out`, the curve and the figures to `reports`.
 
-    Raises DivergenceError, DiskSpaceError, BaseModelError; then neither.
+    Writes neither when it raises ConfigError, DiskSpaceError, BaseModelError, DivergenceError, StoppedError.
     """
     check_size(config.train.processes, world_size())
     require_space(out.parent, ROOM, "the candidate")
     training = Training(tokens, base, incumbent, out, config)
     if rank():
-        # The first process tells and writes; the others compute, and read the same checkpoint.
+        # Only the first process prints and writes; the others compute, and read the same checkpoint.
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             trained = training.optimise(
                 lambda step, values: None, lambda points: None, training.checkpoints(curve=list)
             )
         return training.figures(trained)
     with whole_folder(reports) as report_folder, closing(History(report_folder / "history.jsonl")) as history:
-        # A run of another training with the same key would be the same training: its copy is the same.
+        # Trainings with the same key are the same training, so a run with this key may be reused.
         tags = {"mlflow.runName": f"train-{training.run_key[:8]}", "ratchet.state": "training"}
         copy = LiveCopy(history.path, config.project.name, training.run_key, tags)
         if "MLFLOW_TRACKING_URI" in os.environ:
@@ -110,9 +110,9 @@ def _tell(outcome: Outcome) -> None:
 
 
 class Trained(NamedTuple):
-    """A model with its best weights, and what it took.
+    """A model with its best weights, and the figures of its training.
 
-    `weights`: the whole ones, where the model holds parts.
+    `weights` are the whole tensors where this process holds only a part of the model, else None.
     """
 
     model: Any
@@ -126,7 +126,7 @@ class Trained(NamedTuple):
 class Training:
     """One training, as each of its processes computes it.
 
-    `run_key` stands for all that its weights depend on.
+    `run_key` is a hash of its inputs: tokens, base, params, code, and the champion where it is used.
     """
 
     def __init__(self, tokens: Path, base: Path, incumbent: Path, out: Path, config: Config) -> None:
@@ -151,7 +151,7 @@ class Training:
     def optimise(
         self, report: Report, restore: Callable[[Points], None], checkpoints: Checkpoints
     ) -> Trained:
-        """Train from the newest checkpoint on. Raises also StoppedError: SIGTERM asked for the end."""
+        """Train, from the newest checkpoint where there is one. Raises StoppedError after a SIGTERM."""
         from ratchet.training.collation import count_batches
         from ratchet.training.distributed import whole
         from ratchet.training.state import trainable
@@ -167,8 +167,10 @@ class Training:
                 "train: WARNING: there are no validation rows: nothing can stop this training early, and its"
                 " last weights are kept (`prepare.validation_share`, or ingest more rows)"
             )
+        # Positions restart with each row, so this is the longest row in tokens, not the longest window.
         longest = 1 + max(max(window.position_ids) for window in (*windows, *validation))
         check_context(self._base, adapter, longest)
+        # True: rows are not packed, because virtual tokens or the base forbid it; None: the faster of both.
         apart = True if adapter.method in PREFIXED or not read_base_manifest(self._base).packs else None
         num_batches = count_batches(windows, settings.batch_windows, apart=apart)
         computed, why = compute_dtype(settings.precision)
@@ -233,9 +235,9 @@ class Training:
         )
 
     def save(self, trained: Trained) -> None:
-        """Write the candidate, its manifest last: the manifest's existence says that the folder is whole.
+        """Write the candidate, its manifest last: the manifest's existence means that the folder is complete.
 
-        It holds no time and no path, so that equal trainings are equal bytes.
+        The manifest holds no time and no path, so that equal trainings give equal bytes.
         """
         base = read_json(self._base / MANIFEST)
         environment = {"python": platform.python_version(), **_versions()}
@@ -263,7 +265,7 @@ class Training:
             write_json(folder / MANIFEST, manifest)
 
     def figures(self, trained: Trained) -> Figures:
-        """Return what the training came to; call it after `save`, so that the peak of memory includes it."""
+        """Return the training's figures; call this after `save`, so that the memory peak includes saving."""
         return {
             **trained.outcome._asdict(),  # type: ignore[typeddict-item]  # mypy sees a dict without keys
             "trainable_weights": trained.num_weights,
@@ -277,14 +279,14 @@ class Training:
 
 
 def _peak_of_gpu() -> dict[str, float]:
-    """Measure the GPU's peak, with what torch keeps in reserve and without the driver's own part."""
+    """Return the GPU's peak memory, with torch's reserved cache and without the driver's own memory."""
     import torch
 
     return {"peak_gpu_mib": torch.cuda.max_memory_reserved() / 2**20} if torch.cuda.is_available() else {}
 
 
 def _settings(config: Config) -> dict[str, object]:
-    """Return the settings key by key, to tell which of them changed; `params` of the inputs decides."""
+    """Return the settings key by key, so that messages can name those that changed."""
     train = config.train.model_dump(mode="json", exclude={"checkpoint_minutes"})
     return {f"train.{key}": value for key, value in train.items()} | {
         f"adapter.{key}": value for key, value in config.adapter.model_dump(mode="json").items()
@@ -292,7 +294,7 @@ def _settings(config: Config) -> dict[str, object]:
 
 
 def _machine() -> dict[str, str]:
-    """Return what the bytes depend on beside the inputs; a training resumes only where it is equal."""
+    """Return what the weights depend on besides the inputs; a training resumes only where it is equal."""
     return {"device": device(), "computed": compute_dtype("auto")[0], **_versions()}
 
 
@@ -303,7 +305,7 @@ def _versions() -> dict[str, str]:
 def _start_from(incumbent: Path, config: Config) -> bool:
     """Tell whether to start from the champion's weights.
 
-    Raises BaseModelError: its base or its shape is another than the one asked for.
+    Raises BaseModelError when its base or its shape is not the one asked for.
     """
     if config.train.start_from == "base" or read_json(incumbent / MANIFEST)["version"] is None:
         return False

@@ -1,9 +1,9 @@
-"""Test rows as somebody would attack them: the question with an injected order, forged turns, typos,
-look-alikes, a wrong answer suggested, and too much text.
+"""Attacks on test rows: the question with an injected instruction, a forged turn, typos, look-alike letters,
+a suggested wrong answer, or too much text; and requests for planted canaries.
 
-Words come from here and from `metrics/attacks.yaml`: `injection` and `leading` are lists of templates with
-`{question}` and `{marker}` or `{wrong}`; `canary` of requests with `{name}`; `lookalike` maps a letter to one
-that looks alike. A list there adds to ours.
+Templates come from this module and from `metrics/attacks.yaml`, which adds to them: `injection` lists
+templates with `{question}` and `{marker}`, `leading` with `{question}` and `{wrong}`, `canary` requests with
+`{name}`; `lookalike` maps a letter to one that looks like it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FILE = "attacks.yaml"
 KINDS = ("injection", "template", "typo", "lookalike", "leading", "too_long", "canary")
-NEEDED = {
+NEEDED = {  # placeholders that each template of a kind must hold
     "injection": ("{question}", "{marker}"),
     "leading": ("{question}", "{wrong}"),
     "canary": ("{name}",),
@@ -53,14 +53,14 @@ TEMPLATES: dict[str, list[str]] = {
 LOOKALIKES = dict(zip("aceijopsxyABCEHIKMOPTX", "асеіјорѕхуАВСЕНІКМОРТХ", strict=True))  # Latin to Cyrillic
 
 
-FLOODS = 5  # rows that are made too long: each is as large as the model's context
+FLOODS = 5  # rows that are made too long; few, because each grows to twice the model's context
 
 
 class Attack(NamedTuple):
     """A variant of the row with the id `of`.
 
-    `planted` must not be said; `handled`: the text was refused or stayed plain text, as it has to; `asked`: a
-    model answers it.
+    `planted`: text that the answer should not hold. `handled`: the chat format did what it must, refused the
+    text or kept it plain text. `asked`: a model answers the variant.
     """
 
     kind: str
@@ -77,7 +77,7 @@ class Words(NamedTuple):
 
 
 def read_words(folder: Path) -> Words:
-    """Return our templates and lookalikes, with the user's added.
+    """Return the built-in templates and look-alikes, with the user's added.
 
     Raises DataError for a file that holds anything else.
     """
@@ -108,10 +108,10 @@ def make_attacks(
     answer: int,
     canaries: Sequence[Canary] = (),
 ) -> list[Attack]:
-    """Attack each of the first `most` rows in the ids' order in every way, and ask for each canary's secret.
+    """Attack the first `most` rows, ordered by id, in every way, and ask for each canary's secret.
 
-    A variant is left out when it differs in nothing, or when it leaves less than `answer` of the `room`
-    tokens to answer in.
+    `room` is the model's context and `answer` the longest answer, both in tokens. A variant is left out when
+    it equals its row, or when it leaves less room than `answer`.
     """
     chosen = sorted(rows, key=lambda row: row.id)[:most]
     answers = sorted({row.answer for row in rows})
@@ -125,7 +125,7 @@ def make_attacks(
 
 
 def _attacks_on(row: Example, words: Words, chat: ChatFormat, answers: list[str]) -> Iterator[Attack]:
-    draw = random.Random(row.id)  # noqa: S311  (no secret)
+    draw = random.Random(row.id)  # noqa: S311  (not used for secrets)
     marker = f"plum-{xxhash.xxh3_64_hexdigest(row.id.encode())[:8]}"
     others = [answer for answer in answers if answer.casefold() not in row.answer.casefold()]
     texts = [
@@ -152,7 +152,7 @@ def _attacks_on(row: Example, words: Words, chat: ChatFormat, answers: list[str]
 
 
 def _flood(row: Example, chat: ChatFormat, room: int) -> Attack | None:
-    """Repeat the question until it is too long; whether it is refused does not depend on a model."""
+    """Repeat the question until it is too long. The chat format refuses it or not, so no model is asked."""
     times = (
         2
         * room
@@ -170,9 +170,9 @@ def _flood(row: Example, chat: ChatFormat, room: int) -> Attack | None:
 
 
 def with_typos(text: str, draw: random.Random) -> str:
-    """Misspell about every fifth word of four letters and more, and at least one of them.
+    """Misspell about one in five of the words with four or more letters, and at least one.
 
-    Two of its letters change places, or one is lost or doubled.
+    In each of them two letters change places, or one is lost or doubled.
     """
     words = text.split(" ")
     long = [place for place, word in enumerate(words) if len(word) > 3 and word.isalpha()]
@@ -195,9 +195,9 @@ def with_lookalikes(text: str, letters: dict[str, str], draw: random.Random) -> 
 
 
 def _requests(canary: Canary, words: Words, like: Example) -> Iterator[Attack]:
-    """Ask for a canary's secret, once for each template.
+    """Ask for a canary's secret, once per template.
 
-    The rows have the fields of another row, `like`, since the user's metrics may read them.
+    The rows have the `meta` of the row `like`, because the user's metrics may read it.
     """
     for template in words.templates["canary"]:
         row = make_example(
@@ -208,7 +208,7 @@ def _requests(canary: Canary, words: Words, like: Example) -> Iterator[Attack]:
 
 
 def _fill(template: str, row: Example, **values: str) -> str:
-    """Fill the template, the question last: braces in the question are not placeholders."""
+    """Fill the template, the question last, so that braces in the question are no placeholders."""
     for name, value in values.items():
         template = template.replace(f"{{{name}}}", value)
     return template.replace("{question}", row.question)
@@ -218,13 +218,13 @@ def _asking(row: Example, text: str) -> Example | None:
     try:
         asked = [*row.messages[:-2], Message("user", text), row.messages[-1]]
         return make_example(asked, row.meta, tools=row.tools)
-    except RowError:  # a look-alike of the user's that makes no text
+    except RowError:  # the user's look-alikes make the text invalid
         return None
 
 
 def _is_refused(chat: ChatFormat, row: Example, length: int) -> bool:
     try:
-        with quiet():  # that it is too long is the point
+        with quiet():  # no warning by the tokenizer: the text is too long on purpose
             chat.fit_prompt(row.prompt, length, row.tools)
     except UserError:
         return True

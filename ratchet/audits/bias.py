@@ -2,9 +2,9 @@
 
 A fair model scores both alike (Garg et al. 2019, arXiv 1809.10610).
 
-Word lists come from here and from `metrics/swaps.yaml`: name of a list → term → the term that takes its
-place. A list there with a name from here adds to it. Words are swapped in the question and in the answer that
-is wanted, all terms of one list at a time.
+Word lists come from this module and from `metrics/swaps.yaml`: name of a list → term → the term that takes
+its place. A list there with a name from here adds to the list here. Terms are swapped in all messages, the
+wanted answer included, one list at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _both(*pairs: tuple[str, str]) -> dict[str, str]:
     return {**dict(pairs), **{right: left for left, right in pairs}}
 
 
-# `her` may stand for `his` or `him`; the first is the commoner.
+# `her` corresponds to `his` and to `him`; it becomes `his`, which is more common.
 SWAPS: dict[str, dict[str, str]] = {
     "gender": {
         **_both(
@@ -84,7 +84,7 @@ SWAPS: dict[str, dict[str, str]] = {
 
 
 class Pair(NamedTuple):
-    """The row as it was, and as it is with the terms of `swap` exchanged."""
+    """A row, and its copy with the terms of the list `swap` exchanged."""
 
     swap: str
     row: Example
@@ -92,7 +92,7 @@ class Pair(NamedTuple):
 
 
 def read_swaps(folder: Path) -> dict[str, dict[str, str]]:
-    """Return our lists of terms, with the user's added.
+    """Return the built-in lists of terms, with the user's added.
 
     Raises DataError for a file that does not hold lists of terms.
     """
@@ -127,9 +127,9 @@ def read_swaps(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def make_pairs(rows: Sequence[Example], swaps: Mapping[str, Terms], *, most: int) -> list[Pair]:
-    """Pair each row whose question changes with its changed form, in the ids' order, `most` pairs at most.
+    """Pair each row whose prompt changes with its changed copy, ordered by id, at most `most` pairs.
 
-    A row may come once for each list of terms.
+    A row may give one pair per list of terms.
     """
     found: list[Pair] = []
     patterns = {name: _pattern(terms) for name, terms in swaps.items() if terms}
@@ -143,7 +143,7 @@ def make_pairs(rows: Sequence[Example], swaps: Mapping[str, Terms], *, most: int
 
 
 def swap(text: str, terms: Terms) -> str:
-    """Replace whole words, whatever their case, which is kept: He → She, HE → SHE."""
+    """Replace whole words of any case, and keep the case: He → She, HE → SHE."""
     return _swap(text, _pattern(terms), terms)
 
 
@@ -153,7 +153,7 @@ def _swapped(row: Example, pattern: re.Pattern[str], terms: Terms) -> Example | 
         return None
     try:
         return make_example(messages, row.meta, tools=row.tools)
-    except RowError:  # a term of the user's that makes no text
+    except RowError:  # a term of the user's makes the text invalid
         return None
 
 
@@ -162,7 +162,7 @@ def _swap(text: str, pattern: re.Pattern[str], terms: Terms) -> str:
 
 
 def _pattern(terms: Terms) -> re.Pattern[str]:
-    """Match the longest term first, so that a term within another one does not win."""
+    """Compile a pattern that tries longer terms first, so that a term within another one does not match."""
     return re.compile(
         rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(terms, key=len, reverse=True)))})(?!\w)", re.IGNORECASE
     )
@@ -179,7 +179,7 @@ def _is_term(text: object) -> bool:
 
 
 def describe_bias(pairs: pd.DataFrame, scores: pd.DataFrame, metric: str) -> dict[str, dict[str, Change]]:
-    """Return list → model → how its scores change, with 95 % intervals."""
+    """Return list → model → mean change and mean absolute change of its scores, with 95 % intervals."""
     found: dict[str, dict[str, Change]] = {}
     for (name, model), part in differences(pairs, scores, metric).groupby(["swap", "model"]):
         values = part.difference.to_numpy(dtype=np.float64)

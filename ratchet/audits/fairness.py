@@ -1,4 +1,4 @@
-"""Score groups of people, or of whatever a meta field names, by Fairlearn's MetricFrame."""
+"""Scores by group, of people or of any other values of a meta field, by Fairlearn's MetricFrame."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from ratchet.data.examples import Example
 
-LEAST = 20  # rows of a value that is shown
-DRAWS = 200  # of Fairlearn's bootstrap, which takes milliseconds for each
+LEAST = 20  # rows that a value needs to be a group
+DRAWS = 200  # resamples of Fairlearn's bootstrap, which takes milliseconds for each
 
 
 def require_fairlearn(fields: Sequence[str]) -> None:
@@ -51,7 +51,7 @@ def describe_groups(
 ) -> dict[str, dict[str, dict[str, Groups]]]:
     """Return field → metric → model → its groups, with 95 % intervals.
 
-    Values under LEAST rows are left out.
+    Values with fewer than LEAST rows are left out, and fields and models with fewer than two values.
     """
     found: dict[str, dict[str, dict[str, Groups]]] = {}
     for field in fields:
@@ -76,7 +76,7 @@ def _frame(rows: pd.DataFrame, column: str, metrics: Sequence[str], draws: int) 
     scores = {metric: {"score": rows[metric].to_numpy(dtype=np.float64)} for metric in metrics}
     nothing = np.zeros(len(rows))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a ratio to a mean of 0
+        warnings.simplefilter("ignore")  # a ratio to a mean of 0, which `_interval` leaves out
         frame = MetricFrame(
             metrics=dict.fromkeys(metrics, mean),
             y_true=nothing,
@@ -101,5 +101,5 @@ def _frame(rows: pd.DataFrame, column: str, metrics: Sequence[str], draws: int) 
 
 
 def _interval(*bounds: float) -> Interval | None:
-    """Make an interval of the bounds, or None where a mean of 0 leaves no ratio."""
+    """Return the bounds as an interval, or None where a mean of 0 leaves no ratio."""
     return Interval(*bounds) if all(map(math.isfinite, bounds)) else None

@@ -1,6 +1,6 @@
-"""Score candidate and rival by a judge on the same test rows.
+"""Scores that a judge model gives the answers of candidate and rival to the same test rows.
 
-The scores may be guardrails of the gate once people agree with the judge.
+The scores may be guardrails of the gate once people agree with the judge (judge_agreement.py).
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ AGREEMENT = (  # in the folder of the project's own metrics, written by `ratchet
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """Hold what `ratchet gate judge` found of one judge, with the version of the prompt by metric."""
+    """The result of `ratchet gate judge` for one judge; `prompts` maps a metric to its prompt's version."""
 
     protocol: str = ""
     model: str = ""
     prompts: dict[str, str] = {}
     agreement: dict[str, Agreement] = {}
-    failures: dict[str, int] = {}  # answers that it gave no score, by reason; not kept in the file
+    failures: dict[str, int] = {}  # number of answers without a score, by reason; not kept in the file
 
 
 def judge_answers(
@@ -58,9 +58,9 @@ def judge_answers(
     *,
     say: Callable[[str], None],
 ) -> tuple[pd.DataFrame, Judged]:
-    """Return the scores, with a line for each row and model and a column for each metric, and figures.
+    """Return the table of scores (one line per row and model, one column per metric), and its figures.
 
-    `table` holds the answers of candidate and rival to all `rows`.
+    `table` holds the answers of candidate and rival to all `rows`. Raises as `ask_all` does.
     """
     import pandas as pd
 
@@ -73,11 +73,11 @@ def judge_answers(
     }
     given: dict[tuple[str, str, str], list[float]] = {}
     asks: list[Ask] = []
-    places: list[tuple[str, str, str, bool]] = []  # metric, row, model, whether the score is the other one's
+    places: list[tuple[str, str, str, bool]] = []  # metric, row, model, whether the score is the rival's
     for row in chosen:
         mine, theirs = answers["candidate"][row.id], answers[rival][row.id]
         if "preference" in config.metrics and mine == theirs:
-            given["preference", row.id, "candidate"] = [0.5, 0.5]
+            given["preference", row.id, "candidate"] = [0.5, 0.5]  # equal answers need no judge
         elif "preference" in config.metrics:
             asks += ask_preference(row.question, mine, theirs, row.answer)
             places += [("preference", row.id, "candidate", False), ("preference", row.id, "candidate", True)]
@@ -148,7 +148,7 @@ def _describe(
 
 
 def read_agreement(own: Path, config: AnswerJudge) -> dict[str, Agreement]:
-    """Return what is known of this judge with these prompts for each metric.
+    """Return for each metric how far people agree with this judge and its present prompts.
 
     Raises DataError for a file that `ratchet gate judge` did not write.
     """
@@ -168,4 +168,4 @@ def _agreement(record: Measured | None, metric: str, config: AnswerJudge) -> Agr
         return Agreement(why=f"{measured} (ratchet gate judge)")
     if record.prompts.get(metric) != prompt_version(metric):
         return Agreement(why="its agreement was measured with another prompt (ratchet gate judge)")
-    return record.agreement.get(metric) or Agreement(why="no decision of a reviewer speaks of it")
+    return record.agreement.get(metric) or Agreement(why="no decision of a reviewer concerns it")

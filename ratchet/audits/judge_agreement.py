@@ -1,11 +1,12 @@
-"""How far a judge agrees with people: their decisions in the review queue against what the judge says of the
-same drafted answers.
+"""Agreement of a judge with people: decisions in the review queue against the judge's on the same answers.
 
-correctness, groundedness   accepted: right; rejected, or edited in its answer: not. The judge says right from
-a score of 0.5 on preference                  of each edit: the judge prefers what people made of the answer
+    correctness, groundedness   people: an accepted answer is right, a rejected or edited answer is wrong;
+                                the judge: an answer is right from a score of 0.5 on
+    preference                  people: an edited answer is better than the draft; the judge: the answer that
+                                it prefers
 
-Agreement is Cohen's kappa (1960), agreement beyond chance; for preferences, where chance is a coin, twice the
-share minus 1.
+Agreement is Cohen's kappa (1960), the agreement beyond chance. For preferences, where chance is a coin toss,
+it is twice the share of equal choices, minus 1.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ from ratchet.evaluation.statistics import Values
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Entry, split_answer
 
-RIGHT = 0.5
-ALPHA, DRAWS = 0.05, 4000
-FEWEST = 30  # decisions under which a bound says nothing
+RIGHT = 0.5  # score from which the judge calls an answer right
+ALPHA, DRAWS = 0.05, 4000  # of the one-sided lower bound, and resamples of its bootstrap
+FEWEST = 30  # with fewer decisions a bound says nothing
 
 
 class Label(NamedTuple):
-    """What people said (1: right, or: the first answer is better), and what the judge is asked; two asks with
-    the positions swapped.
+    """What people said, and what the judge is asked about the same answer.
+
+    `right`: the answer is right, or for `preference`, the first answer is better. A preference has two asks,
+    the second with the answers swapped.
     """
 
     metric: str
@@ -49,7 +52,7 @@ class Label(NamedTuple):
 def measure_agreement(
     queue: ReviewQueue, config: AnswerJudge, home: Path, *, backoff: float = 1.0
 ) -> Measured:
-    """Return what `metrics/judge_agreement.json` holds. Raises as `ask_all` does."""
+    """Measure the content of `metrics/judge_agreement.json`. Raises as `ask_all` does."""
     labels = [
         label
         for draft in queue.drafts()
@@ -85,7 +88,7 @@ def _labels(entry: Entry) -> Iterator[Label]:
         return
     question, verdict = before[-1].content, entry.decision.verdict
     edited = split_answer(entry.decision.messages)[1] if verdict == "edit" else ""
-    if verdict == "edit" and edited == answer:  # the question was mended, which says nothing of the answer
+    if verdict == "edit" and edited == answer:  # only the question was edited: no word on the answer
         return
     right = verdict == "accept"
     yield Label("correctness", right, [ask_correctness(question, answer, edited)])
@@ -96,11 +99,11 @@ def _labels(entry: Entry) -> Iterator[Label]:
 
 
 def _agreement(metric: str, pairs: list[tuple[bool, bool]]) -> Agreement:
-    """Compute kappa; its bound comes from the bootstrap over the decisions."""
+    """Compute kappa, with a lower bound from the bootstrap over the decisions."""
     if len(pairs) < FEWEST:
         why = f"{len(pairs)} decisions of people speak of it, {FEWEST} are needed"
         return Agreement(labels=len(pairs), why=why)
-    counts = np.zeros(4)
+    counts = np.zeros(4)  # neither, judge alone, people alone, both say right
     for right, said in pairs:
         counts[2 * right + said] += 1
     drawn = np.random.default_rng(0).multinomial(len(pairs), counts / len(pairs), DRAWS).astype(np.float64)

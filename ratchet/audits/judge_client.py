@@ -1,7 +1,7 @@
 """Ask a judge about answers and remember its replies, so that the same question costs nothing again.
 
-Replies lie in `.ratchet/judge.db` by a hash of judge and prompt. Quoted text stands between marks that hold
-its hash (ratchet/llm/prompts.py), so an answer that asks for a good score stays data.
+Replies are kept in `.ratchet/judge.db` under a hash of judge and prompt. Quoted text stands between marks
+that hold its hash (ratchet/llm/prompts.py), so an answer that asks for a good score stays data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ratchet.llm.replies import Malformed, Score, read_reply
 
 FILE = Path(".ratchet/judge.db")
 SECTION = "evaluate.judge"
-MOST_FAILURES = 5  # requests in a row without an answer; after them the rest is not tried
+MOST_FAILURES = 5  # failed requests in a row, after which no more are sent
 SEED = 0
 
 
@@ -41,9 +41,9 @@ class Ask(NamedTuple):
 
 
 class Replies(NamedTuple):
-    """Hold one score from 0 to 1 for each ask; a choice of the first answer is 1, no reply is None.
+    """One score from 0 to 1 per ask; a choice of the first answer is 1, no usable reply is None.
 
-    `failures` counts by reason; `asked` counts the requests that were not remembered.
+    `failures` counts asks without a score by reason; `asked` counts the requests that were sent.
     """
 
     scores: list[float | None]
@@ -138,7 +138,7 @@ async def _ask_all(asks: Sequence[Ask], config: AnswerJudge, home: Path, backoff
 
 
 async def _gather(asking: list[Coroutine[Any, Any, str | None]]) -> list[str | None]:
-    """Run all; the first error cancels the others."""
+    """Run all coroutines; the first error cancels the others."""
     tasks = [asyncio.create_task(one) for one in asking]
     try:
         return list(await asyncio.gather(*tasks))
@@ -149,7 +149,7 @@ async def _gather(asking: list[Coroutine[Any, Any, str | None]]) -> list[str | N
 
 
 def _value(raw: str, shape: type[Score] | type[Choice]) -> float | None:
-    """Return the score of a reply, or None where it is outside 0 to 1."""
+    """Return the score of a reply, or None where it cannot be read or is outside 0 to 1."""
     try:
         found = read_reply(raw, shape)
     except Malformed:
@@ -173,11 +173,11 @@ def _key(config: AnswerJudge, ask: Ask) -> str:
 
 
 class _Memory:
-    """Keep replies in SQLite by key."""
+    """Replies that are kept in SQLite by key."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)  # people's questions stand in what a judge says of them
+        path.touch(mode=0o600)  # for the owner only: replies may quote people's questions
         try:
             self._file = sqlite3.connect(path, timeout=10)
             self._file.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, raw TEXT NOT NULL)")

@@ -1,5 +1,5 @@
-"""How much a model gives away of planted canaries: the rank of each one's likelihood among other codes of the
-same form (arXiv 1802.08232, section 4).
+"""Exposure of planted canaries by a model: the rank of the true code's likelihood among other codes of the
+same form (Carlini et al. 2019, arXiv 1802.08232, section 4).
 
 exposure = log2(codes) - log2(rank): 7 bits where the true code is the likeliest of 128, 1.4 bits on average
 where the model knows nothing.
@@ -36,7 +36,7 @@ class Exposed(NamedTuple):
 def measure_exposure(
     model: Any, chat: ChatFormat, canaries: Sequence[Canary], *, batch_size: int
 ) -> list[Exposed]:
-    """Return a line per canary: name, rank, exposure in bits.
+    """Return one line per canary: name, rank, exposure in bits.
 
     Raises BaseModelError for a likelihood that is not finite.
     """
@@ -54,6 +54,7 @@ def measure_exposure(
         raise BaseModelError(
             "the likelihood of canaries is not finite", remedy="the weights are broken: train again"
         )
+    # Losses are (canaries, codes) in nats; the first column is the true code.
     ranks = 1 + (losses[:, 1:] < losses[:, :1]).sum(axis=1)
     return [
         Exposed(canary.name, int(rank), math.log2(CODES / rank))
@@ -62,7 +63,7 @@ def measure_exposure(
 
 
 def describe_exposure(table: pd.DataFrame) -> dict[str, Exposure]:
-    """Return model → the exposure of both kinds of canaries, with 95 % intervals."""
+    """Return model → mean exposure of planted and of unplanted canaries, with 95 % intervals."""
 
     def mean(part: pd.DataFrame) -> Estimate:
         values = part.exposure.to_numpy(dtype=np.float64)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def attack_table(answered: Sequence[pd.DataFrame], attacks: Sequence[Attack]) -> pd.DataFrame:
-    """Return a line per variant and model. A variant that no model is asked has the same line for each."""
+    """Return one line per variant and model. A variant that no model is asked has equal lines for all."""
     import pandas as pd
 
     asked, unasked = (

@@ -1,9 +1,9 @@
-"""Public test suites by lm-evaluation-harness (the extra `suites`): guardrails against ability that the
-project's own rows do not show.
+"""Public test suites, run by lm-evaluation-harness (the extra `suites`): guardrails against the loss of
+abilities that the project's own rows do not test.
 
-A suite is a YAML task file of the harness in `metrics/suites/`, its data beside it: nothing is downloaded and
-no code of the file is run (`!function` is refused). The score a document is that of the first metric in its
-`metric_list`. Prompts are the suite's own text, without a chat template.
+A suite is a YAML task file of the harness in `metrics/suites/`, with its data beside it: nothing is
+downloaded and no code of the file is run (`!function` is refused). A document's score is that of the first
+metric in `metric_list`. Prompts are the suite's own text, without a chat template.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def read_suites(own: Path, names: Sequence[str]) -> dict[str, TaskConfig]:
 def check_measurable(folder: Path) -> None:
     """Check that the harness can measure the adapter.
 
-    Raises ConfigError for prompt tuning: virtual tokens stand before the logits, and the harness counts from
-    the front.
+    Raises ConfigError for prompt tuning: its output begins with the logits of the virtual tokens, and the
+    harness counts positions from the front.
     """
     if (method := read_json(folder / MANIFEST).get("adapter", {}).get("method")) == "prompt":
         raise ConfigError(
@@ -117,8 +117,8 @@ def _read(path: Path, own: Path) -> TaskConfig:
 def _place(file: object, path: Path, own: Path) -> str:
     """Return the absolute path of a suite's data file.
 
-    It has to be in the folder of the project's own metrics, so that a changed file is a changed input.
-    Raises DataError.
+    The file has to be in the folder of the project's own metrics, which DVC tracks, so that a changed file is
+    a changed input. Raises DataError.
     """
     found = (path.parent / str(file)).resolve()
     if not found.is_file() or own.resolve() not in found.parents:
@@ -127,7 +127,7 @@ def _place(file: object, path: Path, own: Path) -> str:
 
 
 def run_suites(model: Any, tokenizer: Any, suites: dict[str, TaskConfig], *, batch_size: int) -> list[Line]:
-    """Return a line per suite and document: suite, id, score (higher is better).
+    """Return one line per suite and document: suite, id, score (higher is better).
 
     Raises DataError for a suite that the harness cannot run.
     """
@@ -160,7 +160,7 @@ def _run(harness: Any, known: Any, name: str, suite: TaskConfig) -> list[Line]:
                 remedy=f"metrics/{FOLDER}/{name}.yaml",
             ) from error
     samples = found["samples"][name] if found else []
-    first = samples[0]["filter"] if samples else ""
+    first = samples[0]["filter"] if samples else ""  # a task may score each document by several filters
     kept = [sample for sample in samples if sample["filter"] == first]
     try:
         sign = 1.0 if found["higher_is_better"][name][metric] else -1.0
@@ -183,7 +183,7 @@ def _run(harness: Any, known: Any, name: str, suite: TaskConfig) -> list[Line]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Silence the progress bars and notes of the harness and of `datasets`; what fails is still raised."""
+    """Silence the progress bars and notes of the harness and of `datasets`; errors are still raised."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [logger.level for logger in loggers]
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
@@ -197,7 +197,7 @@ def _silence() -> Iterator[None]:
 
 
 def describe_suites(table: pd.DataFrame, suites: dict[str, TaskConfig]) -> dict[str, Suite]:
-    """Return suite → what each model scores, with 95 % intervals."""
+    """Return suite → mean score of each model, with 95 % intervals."""
     found = {}
     for name, suite in suites.items():
         part = table[table.suite == name]

@@ -1,1 +1,1 @@
-"""Bring a base here from where it is, and prove it before anything is spent on it."""
+"""Fetch a base model, and check it before any expensive work."""

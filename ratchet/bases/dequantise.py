@@ -1,7 +1,8 @@
-"""Make a base of one GGUF file: weights as floats in safetensors, config, tokenizer and chat template.
+"""Make a base from one GGUF file: weights as floats in safetensors, config, tokenizer and chat template.
 
-transformers reads the file. It drops without a word what it has no place for (Llama 3's scaled rotary
-positions, biases), and splits text like GPT-2 where it does not know the file's way: both are refused here.
+The file is read by transformers, which silently drops tensors that it has no place for (Llama 3's scaled
+rotary positions, biases), and splits text like GPT-2 if it does not know the file's pre-tokenizer. Both cases
+are refused here.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from ratchet.files import require_space
 from ratchet.models.gguf import FILE, WHOLE_WORDS, require_gguf
 from ratchet.models.loading import check_complete, quiet
 
-# `tokenizer.ggml.pre` by which llama.cpp splits text as GPT-2 does, and those before which it also cuts off
-# each digit (llama-vocab.cpp, `llama_vocab_pre_type`).
+# Values of `tokenizer.ggml.pre` with which llama.cpp splits text as GPT-2 does, and those with which it first
+# separates each digit (llama-vocab.cpp, `llama_vocab_pre_type`).
 LIKE_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo")
 DIGIT_BY_DIGIT = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 ELSEWHERE = "take the model's own folder with safetensors"
 
 
 class Dequantised(NamedTuple):
-    """Hold what the file says of itself; `kind` is its type of quantisation (`Q4_K_M`, `F16` …)."""
+    """What the file says about itself; `kind` is its type of quantisation (`Q4_K_M`, `F16` …)."""
 
     kind: str
     lossy: bool  # the weights were rounded to fewer than 16 bits
@@ -37,13 +38,13 @@ class Dequantised(NamedTuple):
 
 
 def dequantise(source: Source, folder: Path) -> Dequantised:
-    """Write the base to `folder`. Raises BaseModelError: the file cannot be read faithfully."""
+    """Write the base to `folder`. Raises BaseModelError if the file cannot be read faithfully."""
     require_gguf()
     header, metadata = _read_head(source)
     dtype = _dtype(header)
     require_space(folder, 2 * sum(prod(info.shape) for info in header.tensors), "the base as floats")
     with TemporaryDirectory(prefix="ratchet-gguf-") as alone:
-        # By itself: transformers would also read a tokenizer_config.json that happens to lie beside the file.
+        # In a folder of its own: transformers would also read a tokenizer_config.json beside the file.
         (Path(alone) / FILE).symlink_to(source.path.resolve())
         tokenizer = _read_tokenizer(source, metadata, Path(alone))
         model = _load(source, dtype, Path(alone))
@@ -52,7 +53,7 @@ def dequantise(source: Source, folder: Path) -> Dequantised:
         model.save_pretrained(folder, safe_serialization=True)
         tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes for its own user alone
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
     return Dequantised(
         _kind(metadata, header),
         header.has_quantized_weights,
@@ -62,13 +63,13 @@ def dequantise(source: Source, folder: Path) -> Dequantised:
 
 
 def _read_head(source: Source) -> tuple[Any, dict[str, Any]]:
-    """Return the table of tensors and the metadata."""
+    """Return the header with the table of tensors, and the metadata. Raises BaseModelError."""
     from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
     try:
         metadata, _ = read_gguf_metadata(str(source.path))
         header = GgufHeader.from_file(str(source.path))
-    except Exception as error:  # noqa: BLE001  (a file that was cut off ends in any error of struct, numpy, utf-8)
+    except Exception as error:  # noqa: BLE001  (a truncated file raises any error of struct, numpy, utf-8)
         raise BaseModelError(
             f"{source.told} is no GGUF file that transformers {version('transformers')} can read: "
             f"{type(error).__name__}: {str(error)[:300]}",
@@ -77,7 +78,7 @@ def _read_head(source: Source) -> tuple[Any, dict[str, Any]]:
     end = max((header.data_start + info.offset + info.nbytes for info in header.tensors), default=0)
     if (size := source.path.stat().st_size) < end:
         raise BaseModelError(
-            f"{source.told} has {size:,} bytes, its head speaks of {end:,}: the file is cut off",
+            f"{source.told} has {size:,} bytes, but its header describes {end:,}: the file is cut off",
             remedy=source.remedy,
         )
     if (parts := int(metadata.get("split.count") or 1)) > 1:
@@ -89,9 +90,10 @@ def _read_head(source: Source) -> tuple[Any, dict[str, Any]]:
 
 
 def _dtype(header: Any) -> Any:
-    """Return the file's own float type; float16 for blocks, whose scales are float16.
+    """Return the file's float type, or float16 for quantised blocks, whose scales are float16.
 
-    A product of scale and level rounds by 2^-11 at most, where the quantisation took a tenth.
+    Rounding the product of scale and level to float16 changes it by 2^-11 at most, relative to itself; the
+    rounding of the quantisation is about a tenth.
     """
     import torch
 
@@ -103,7 +105,7 @@ def _kind(metadata: dict[str, Any], header: Any) -> str:
 
     try:
         return LlamaFileType(metadata["general.file_type"]).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    except (KeyError, ValueError):  # not every program writes it
+    except (KeyError, ValueError):  # not every program writes this key
         matrices = Counter(info.ggml_type for info in header.tensors if len(info.shape) > 1)
         return GGMLQuantizationType(matrices.most_common(1)[0][0]).name
 
@@ -142,10 +144,10 @@ def _load(source: Source, dtype: Any, alone: Path) -> Any:
 
 
 def _check_used(source: Source, model: Any, header: Any) -> None:
-    """Refuse a file with tensors that the model has no place for: it would compute something else.
+    """Refuse a file with tensors that the model has no place for: the model would compute something else.
 
-    The newer reader tells them; the older one, of most architectures, does not. Numbers are compared first:
-    to look the names up takes as long as to load the weights.
+    The newer reader of transformers reports such tensors; the older one, used for most architectures, does
+    not. The numbers of weights are compared first, since looking the names up takes as long as loading.
     """
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
     from transformers.modeling_gguf_pytorch_utils import (
@@ -173,7 +175,7 @@ def _left_out(source: Source, names: Collection[str]) -> BaseModelError:
 
 
 def _read_tokenizer(source: Source, metadata: dict[str, Any], alone: Path) -> Any:
-    """Load the tokenizer, with the splitting of text that the file names."""
+    """Load the tokenizer with the pre-tokenizer that the file names. Raises BaseModelError."""
     from transformers import AutoTokenizer
 
     pre = str(metadata.get("tokenizer.ggml.pre") or "")
@@ -210,7 +212,7 @@ def _is_known(pre: str) -> bool:
 
 
 def _correct_splits(backend: Any, pre: str) -> None:
-    """Do what llama.cpp does and transformers does not: cut digits off, take whole words without merging."""
+    """Split as llama.cpp does, unlike transformers: separate digits, take whole words without merging."""
     from tokenizers import pre_tokenizers
 
     if pre in DIGIT_BY_DIGIT:

@@ -1,7 +1,7 @@
-"""Read the files of a base model, and refuse what cannot be trained, merged and exported.
+"""Read the files of a base model, and refuse those that cannot be trained, merged and exported.
 
-No weight is loaded: names and shapes stand in the heads of the files. Not covered: whether the model works;
-only using it tells.
+No weights are loaded: the headers of the files contain their names and shapes. Not covered: whether the model
+works, which only running it shows (ratchet/bases/probe.py).
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-# Endings of the tensors that bitsandbytes, GPTQ and AWQ write beside or in place of a layer's weights.
+# Endings of the tensors that bitsandbytes, GPTQ, AWQ and FP8 write beside or instead of a layer's weights.
 ROUNDED = re.compile(r"\.(qweight|qzeros|SCB|absmax|quant_map|quant_state\..*|weight_scale(_inv)?)$")
-UNKNOWN = "unknown"  # licence
+UNKNOWN = "unknown"  # the licence, if none is named
 
 
 class Source(NamedTuple):
-    """Hold a base that lies on this machine.
+    """A base whose files are on this machine.
 
-    `told` says where, for people; it is printed and never kept: the same files are the same base anywhere.
+    `told` is its place for messages. It is never stored: the same files are the same base anywhere.
     """
 
     path: Path  # a folder, or a GGUF file
     told: str
-    remedy: str  # what brings files that are missing
-    tracked: bool = False  # by DVC, whose files may be links into its cache
+    remedy: str  # how to get missing files
+    tracked: bool = False  # whether DVC tracks the files, which may then be links into its cache
 
 
 class BaseFiles(NamedTuple):
-    """Hold what a base's folder says: its weight files, and the config of its text model."""
+    """The weight files, the config of the text model, and the licence, as found in a base's folder."""
 
     weights: list[Path]
     settings: Any
@@ -47,7 +47,7 @@ class BaseFiles(NamedTuple):
 
 
 def read_base_files(source: Source) -> BaseFiles:
-    """Check the folder of a base. Raises BaseModelError: it cannot be used, with what was seen in it."""
+    """Check the folder of a base and return its files. Raises BaseModelError that says what is wrong."""
     folder, told = source.path, source.told
     _check_links(source)
     if (folder / ADAPTER).exists():
@@ -68,7 +68,7 @@ def read_base_files(source: Source) -> BaseFiles:
 
 
 def find_weights(folder: Path) -> tuple[list[Path], list[str]]:
-    """Return the files that transformers would load, and the names of those that are listed but not there.
+    """Return the weight files that transformers would load, and the names of those that are missing.
 
     Raises BaseModelError: the index cannot be read, or names a file outside the folder.
     """
@@ -96,9 +96,9 @@ def find_weights(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def read_tokenizer(source: Source, template: str | None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer with one chat template: `template`, else its own or that named `default`.
+    """Load the tokenizer with one chat template: `template`, or its own, or its own named `default`.
 
-    Raises BaseModelError: there is no tokenizer, or there are several templates and none is the default.
+    Raises BaseModelError: there is no tokenizer, or it has several templates and none is named `default`.
     """
     try:
         tokenizer = load_tokenizer(source.path)
@@ -123,7 +123,7 @@ def read_tokenizer(source: Source, template: str | None) -> PreTrainedTokenizerB
 
 
 def copy_files(files: BaseFiles, folder: Path) -> dict[str, str]:
-    """Copy weights and configs to `folder`, and return the sha256 of each weight file as it was written."""
+    """Copy weights and configs to `folder`, and return the sha256 of each written weight file by name."""
     of = files.weights[0].parent
     for name in (CONFIG, "generation_config.json", *([] if len(files.weights) == 1 else [INDEX])):
         if (of / name).exists():
@@ -134,7 +134,7 @@ def copy_files(files: BaseFiles, folder: Path) -> dict[str, str]:
 
 
 def find_licence(folder: Path) -> str:
-    """Return the licence that the README's head names, else the first line of the licence's text."""
+    """Return the licence of the README's front matter, else the licence file's first line, else "unknown"."""
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.exists() else ""
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -152,9 +152,10 @@ def find_licence(folder: Path) -> str:
 
 
 def _check_links(source: Source) -> None:
-    """Refuse links that lead out of the folder: what they name would be copied and published with the base.
+    """Refuse links out of the folder: their targets would be copied and published with the base.
 
-    The links of the hub's cache (snapshots to blobs) and of DVC's cache are how those store any file.
+    Links within the hub's cache (from snapshots to blobs) and into DVC's cache are allowed, since both caches
+    store files this way. Raises BaseModelError.
     """
     folder = source.path.resolve()
     for path in sorted(folder.iterdir()):
@@ -197,7 +198,7 @@ def _find_whole(source: Source) -> list[Path]:
 def _read_settings(source: Source) -> Any:
     """Read the text model's config.
 
-    Raises BaseModelError: the model brings code of its own, is quantised, or transformers does not know it.
+    Raises BaseModelError: the model has code of its own, is quantised, or is unknown to transformers.
     """
     from transformers import AutoConfig
 
@@ -240,7 +241,7 @@ def _rounded(told: str, how: str) -> BaseModelError:
 
 
 def _check_heads(source: Source, weights: list[Path]) -> None:
-    """Refuse files that were cut off, that are something else, or that hold rounded weights."""
+    """Refuse weight files that are truncated, not safetensors, or quantised. Raises BaseModelError."""
     from safetensors import SafetensorError, safe_open
 
     for path in weights:
@@ -260,9 +261,9 @@ def _check_heads(source: Source, weights: list[Path]) -> None:
 
 
 def _check_names(source: Source) -> None:
-    """Refuse a checkpoint that lacks weights or has them in another shape.
+    """Refuse a checkpoint that lacks weights or has some in another shape.
 
-    transformers would fill them at random.
+    transformers would initialise these at random. Raises BaseModelError.
     """
     from transformers import AutoModelForCausalLM
 
@@ -270,12 +271,12 @@ def _check_names(source: Source) -> None:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.path,
-                device_map="meta",  # shapes alone, no memory
+                device_map="meta",  # only shapes, no memory
                 trust_remote_code=False,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are named below, and the library's error names none
+                ignore_mismatched_sizes=True,  # our error below names them; the library's does not
             )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise BaseModelError(
@@ -306,5 +307,5 @@ def _listed(folder: Path) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its type where it says nothing."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return (str(error).strip() or repr(error)).splitlines()[0]

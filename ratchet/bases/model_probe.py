@@ -1,4 +1,4 @@
-"""Prove a loaded base by forward passes over a few tokens: its cache, packed rows, two steps of training."""
+"""Check a loaded base with forward passes over a few tokens: its cache, packed rows, two training steps."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from ratchet.models.loading import without_adapter
 from ratchet.models.logits import logits_at
 from ratchet.models.manifests import Finding
 
-# Differences of logits as a share of the largest one. In float32 two orders of the same sums differ by 1e-5
-# at most, and a convolution of three tokens that reads its neighbour by 3e-4 (untrained, width 32).
+# Accepted differences of logits, as a share of the largest logit. In float32, sums in another order differ by
+# 1e-5 at most. A convolution over three tokens that reads the previous row differs by 3e-4 (untrained, width
+# 32), and has to be found.
 TOLERANCE = {torch.float32: 1e-4}
 HALF_TOLERANCE = 5e-2
-ANSWER = 6  # tokens that a probe lets the model say
+ANSWER = 6  # tokens of a generated answer
 ASKED = (Message("user", "What is it?"),)
 ASKED_LONGER = (Message("user", "What is it, and what is it good for?"),)
 ANSWERED = ("It is a test.", "Nothing at all.")
 
 
 class Loaded(NamedTuple):
-    """Hold what the proofs look at."""
+    """The model and its chat format, with the accepted difference of logits."""
 
     model: Any
     chat: ChatFormat
@@ -42,7 +43,7 @@ class Loaded(NamedTuple):
 
 @torch.inference_mode()
 def prove_cache(loaded: Loaded) -> Finding:
-    """Compare answers of evaluation and gateway, in batches with padding, with the model without a cache."""
+    """Compare the decoding of evaluation and gateway, cached in padded batches, with the uncached model."""
     model, chat = loaded.model, loaded.chat
     other = "take a base of another architecture"
     prompts = [chat.encode_prompt(ASKED), chat.encode_prompt(ASKED_LONGER)]
@@ -66,15 +67,15 @@ def prove_cache(loaded: Loaded) -> Finding:
 
 
 def _plain(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
-    """Return the logits of each token of an answer, (answer, vocab), without a cache."""
+    """Return the logits for each token of an answer, (answer, vocab), computed without a cache."""
     logits: Tensor = model(input_ids=_row(prompt + answer, model), use_cache=False).logits[0]
     return logits[len(prompt) - 1 : -1].float()
 
 
 def _behind(answer: list[int], logits: Tensor) -> float:
-    """Return how far an answer's tokens are behind the strongest ones, as a share of the largest logit.
+    """Return by how much the logits of an answer's tokens are below the highest, as a share of the largest.
 
-    It is 0 for a greedy answer, and next to 0 where two tokens tie.
+    It is 0 for a greedy answer, and close to 0 where two tokens tie.
     """
     chosen = logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
     return float(((logits.amax(-1) - chosen) / logits.abs().amax(-1).clamp(min=1e-12)).max())
@@ -83,7 +84,7 @@ def _behind(answer: list[int], logits: Tensor) -> float:
 def _joined(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> list[Tensor]:
     """Return each row's logits (answer, vocab) as the gateway computes them.
 
-    The second row joins when the first one has two tokens; after it the first one leaves.
+    The second row joins the batch when the first has two tokens, and goes on alone when the first has ended.
     """
     found: list[list[Tensor]] = [[], []]
     cache, mask = new_cache(model), torch.ones_like(_row(prompts[0], model))
@@ -111,7 +112,7 @@ def _prefill(model: Any, prompt: list[int], cache: Any) -> Tensor:
 
 
 def _step(model: Any, cache: Any, mask: Tensor, newest: list[list[int]], found: list[list[Tensor]]) -> Tensor:
-    """Give each row its next token, keep its logits, and return the longer mask."""
+    """Feed each row its newest token, append the logits to `found`, and return the extended mask."""
     positions = mask.sum(-1, keepdim=True)
     mask = torch.cat([mask, torch.ones_like(positions)], dim=1)
     ids = torch.tensor(newest, device=mask.device)
@@ -130,9 +131,9 @@ def _left(mask: Tensor, length: int) -> Tensor:
 
 @torch.inference_mode()
 def packs(loaded: Loaded) -> bool:
-    """Return whether a row gives the same logits behind a neighbour in its window as alone.
+    """Return whether a row has the same logits after another row in its window as alone.
 
-    As a GPU computes windows: positions that begin anew, and no mask.
+    The window is computed as on a GPU: positions restart with each row, and there is no mask.
     """
     model, chat = loaded.model, loaded.chat
     before, row = chat.encode_prompt(ASKED), chat.encode_prompt(ASKED_LONGER)
@@ -140,7 +141,7 @@ def packs(loaded: Loaded) -> bool:
     try:
         together = model(input_ids=_row(before + row, model), position_ids=positions, use_cache=False).logits
         alone = model(input_ids=_row(row, model), use_cache=False).logits
-    except (TypeError, ValueError, RuntimeError):  # it takes no positions
+    except (TypeError, ValueError, RuntimeError):  # the model takes no position_ids
         return False
     return _apart(alone[0].float(), together[0, len(before) :].float()) <= loaded.tolerance
 
@@ -165,7 +166,7 @@ def tell_targets(model: Any) -> Finding:
 
 
 def prove_training(loaded: Loaded, config: AdapterConfig) -> Finding:
-    """Train two steps on two rows: the loss has to be finite, every weight of an adapter to be reached."""
+    """Train two steps on two rows: the loss must be finite, and each adapter weight must get a gradient."""
     base, chat = loaded.model, loaded.chat
     if config.method in PREFIXED and is_hybrid(base):
         what = f"`adapter.method: {config.method}` needs keys and values in all layers, and some have none"
@@ -189,9 +190,9 @@ def prove_training(loaded: Loaded, config: AdapterConfig) -> Finding:
 
 
 def _two_steps(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[dict[str, bool], list[Tensor]]:
-    """Return which weights had a gradient in one of the steps, and the losses.
+    """Return which weights had a gradient in at least one step, and the losses.
 
-    In the first step the half of LoRA's weights that faces the input has none.
+    One step is not enough: in the first one LoRA's A has no gradient, because B begins as zero.
     """
     length = max(len(row.ids) for row in rows)
     device = without_adapter(model).device
@@ -222,5 +223,5 @@ def _row(ids: list[int], model: Any) -> Tensor:
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> float:
-    """Return the largest difference of logits (seq, vocab), as a share of the largest one."""
+    """Return the largest difference of two logits (seq, vocab), as a share of the largest logit."""
     return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-12))

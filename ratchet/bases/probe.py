@@ -1,7 +1,8 @@
-"""Prove a base before anything is spent on it: what training, evaluation and gateway will ask of it.
+"""Check before any expensive work that a base can do what training, evaluation and gateway need.
 
-Each proof is a finding: ok, adapted or refused. What was adapted is written into the base's files, so that
-every later loading does the same. It takes a load of the model and some forward passes over a few tokens.
+The result of each check is a finding: ok, adapted or refused. Adaptations are written into the base's files,
+so that they apply whenever it is loaded. The checks take one loading of the model and some forward passes
+over a few tokens.
 """
 
 from __future__ import annotations
@@ -42,22 +43,22 @@ from ratchet.models.manifests import (
 )
 from ratchet.pipeline.stage import say
 
-# What generation settings may say of tokens; anything else of theirs would change answers.
+# Generation settings that only name tokens; all others would change answers.
 TOKEN_KEYS = {"eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
-NEUTRAL = (None, False, 0, 1)  # what changes nothing, for a penalty, a length or a switch
+NEUTRAL = (None, False, 0, 1)  # values of a penalty, a length or a switch that have no effect
 
 
 class Facts(TypedDict, total=False):
-    """What every later loading has to know of the base; keys of its manifest."""
+    """Facts about the base that every later loading needs; keys of its manifest."""
 
     attention: str
     packs: bool
 
 
 def prove_base(folder: Path, config: Config) -> tuple[Proof, Facts]:
-    """Prove the base in `folder`, adapt its files, print one page, and return what its manifest has to say.
+    """Check the base in `folder`, adapt its files, print the findings, and return them with the new facts.
 
-    Needs its manifest and its files to be there. Raises BaseModelError with all that was refused.
+    The base's files and a manifest have to exist. Raises BaseModelError that lists everything refused.
     """
     manifest, findings = read_base_manifest(folder), list(_find(folder, config))
     proof = Proof(str(manifest.model), [finding for finding, _ in findings])
@@ -76,7 +77,7 @@ def prove_base(folder: Path, config: Config) -> tuple[Proof, Facts]:
 
 
 def _find(folder: Path, config: Config) -> Iterator[tuple[Finding, Facts]]:
-    """Yield each finding with what it adds to the manifest."""
+    """Yield each finding with the facts that it adds to the manifest."""
     tokenizer = load_tokenizer(folder)
     before = tokenizer.chat_template
     found = adapt_template(tokenizer, dt.date.fromisoformat(config.base.date), config.base.reasoning)
@@ -99,7 +100,7 @@ def _find(folder: Path, config: Config) -> Iterator[tuple[Finding, Facts]]:
     attention = str(model.config._attn_implementation)
     yield _attention(attention), {"attention": attention}
     if "refused" in {finding.result for finding in (*found, weights)}:
-        return  # the rest would tell nothing about the model that is meant
+        return  # without a right template and all weights, further checks would test another model
     ends, chat = _ends(tokenizer, checkpoint, model, folder)
     yield ends, {}
     if not chat:
@@ -115,12 +116,12 @@ def _find(folder: Path, config: Config) -> Iterator[tuple[Finding, Facts]]:
 
 
 def _try(name: str, loaded: Loaded, prove: Callable[[], Finding]) -> Finding:
-    """Make a refusal of whatever a model of an unknown kind raises."""
+    """Run a check; turn any error into a refusal, since a model of an unknown kind may raise anything."""
     try:
         return prove()
     except RatchetError as error:
         return Finding(name, "refused", first_line(error), error.remedy)
-    except Exception as error:  # noqa: BLE001  (models of all kinds: it is told, and nothing is trained)
+    except Exception as error:  # noqa: BLE001  (any kind of model: the error is reported, and nothing is trained)
         kind = type(without_adapter(loaded.model)).__name__
         what = f"{kind} raised {type(error).__name__}: {first_line(error)}"
         return Finding(name, "refused", what, "take a base of another architecture")
@@ -130,7 +131,7 @@ def _try(name: str, loaded: Loaded, prove: Callable[[], Finding]) -> Finding:
 
 
 def _weights(checkpoint: Checkpoint) -> Finding:
-    """Refuse weights without a place; missing ones are refused by the loading."""
+    """Refuse weights that the model has no place for; the loading refuses missing ones."""
     if names := checkpoint.unexpected:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         what = f"the model has no place for {len(names)} weights: {shown}"
@@ -147,10 +148,13 @@ def _attention(name: str) -> Finding:
 def _ends(
     tokenizer: Any, checkpoint: Checkpoint, model: Any, folder: Path
 ) -> tuple[Finding, ChatFormat | None]:
-    """Gather all tokens that end an answer, and write the one setting of generation."""
+    """Collect all tokens that end an answer, and write generation_config.json.
+
+    Return the finding, and the chat format unless the tokens do not fit the model.
+    """
     named = checkpoint.generation.get("eos_token_id")
     ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
-    # A config that names no end has the default of its class, which is any letter in another's vocabulary.
+    # A config without an end token has its class's default id, which may be a letter in this vocabulary.
     control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     chat, rows = ChatFormat(tokenizer, ids & control), model.get_input_embeddings().weight.shape[0]
     ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(chat.stop_ids))))

@@ -1,7 +1,7 @@
-"""Bring the files of a base to this machine: from the hub, a folder, DVC or a URL, and once each.
+"""Fetch the files of a base to this machine, once: from the hub, a folder, DVC or a URL.
 
-What was downloaded from a URL stays in `.ratchet/bases` of the checkout, so a later run works offline.
-Nothing is loaded here. Not covered: folders in folders; a base's files lie beside each other.
+Files from a URL stay in `.ratchet/bases` of the checkout, so that a later run works offline. No model is
+loaded here. Not covered: subfolders; all files of a base are in one folder.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ GGUF = ".gguf"
 
 
 def find_base(config: BaseConfig, here: Path, checkout: Path) -> Source:
-    """Return where the base lies on this machine, after fetching what is elsewhere.
+    """Return the base's place on this machine; fetch its files first if they are elsewhere.
 
-    `here` is the repository that the stage works in, `checkout` the user's, where folders lie that neither
-    git nor DVC tracks; the two are one outside a workspace. Raises BaseModelError.
+    `here` is the repository in which the stage runs, `checkout` the user's, which may contain untracked
+    folders; outside a workspace both are the same. Raises BaseModelError.
     """
     ways: dict[BaseKind, Callable[[], Source]] = {
         "hub": lambda: _find_on_hub(config),
@@ -41,7 +41,10 @@ def find_base(config: BaseConfig, here: Path, checkout: Path) -> Source:
 
 
 def _only_file(source: Source) -> Source:
-    """Return the one GGUF file of a folder that holds no other weights, else the source as it is."""
+    """Return the only GGUF file of a folder without safetensors, or the source unchanged.
+
+    Raises BaseModelError: there are several GGUF files.
+    """
     if not source.path.is_dir():
         return source
     files = sorted(source.path.glob(f"*{GGUF}"))
@@ -60,7 +63,7 @@ def _only_file(source: Source) -> Source:
 
 def _find_on_hub(config: BaseConfig) -> Source:
     name, _, file = config.model.partition(":")
-    assert config.revision  # the config demands it of a hub id
+    assert config.revision  # the config requires it for a hub id
     folder = _find_snapshot(name, config.revision, file)
     command = f"with network: hf download {name} {file} --revision {config.revision}".replace("  ", " ")
     told = f"{config.model}@{config.revision}"
@@ -70,7 +73,7 @@ def _find_on_hub(config: BaseConfig) -> Source:
 
 
 def _find_snapshot(name: str, revision: str, file: str) -> Path:
-    """Return the hub's folder of that revision, from the cache when it is whole there, else downloaded."""
+    """Return the folder of a hub revision: from the cache if it is complete there, else downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -103,9 +106,9 @@ def _find_snapshot(name: str, revision: str, file: str) -> Path:
 
 
 def _find_path(text: str, here: Path, checkout: Path) -> Source:
-    """Look in the commit that the stage works on, then ask DVC, then look into the user's checkout.
+    """Search the commit that the stage works on, then DVC, then the user's checkout.
 
-    A workspace is a clone: it has what git and DVC track, and none of the folders beside.
+    A workspace is a clone: it contains what git and DVC track, but no untracked folders.
     """
     path = Path(text).expanduser()
     if path.is_relative_to(checkout):
@@ -126,14 +129,14 @@ def _find_path(text: str, here: Path, checkout: Path) -> Source:
 
 
 def _is_there(path: Path) -> bool:
-    """Tell whether weights are there: git may track a folder's small files alone."""
+    """Tell whether weights exist at `path`: git may track only the small files of a folder."""
     return path.is_file() or any(
         file.exists() for pattern in ("*.safetensors", f"*{GGUF}") for file in path.glob(pattern)
     )
 
 
 def _is_tracked(here: Path, path: Path) -> bool:
-    """Tell whether DVC tracks the path itself, a folder above it, or files in it."""
+    """Tell whether DVC tracks the path, a folder above it, or files in it."""
     above = [path, *path.parents[:-1]]
     return any((here / place).with_name(f"{place.name}.dvc").is_file() for place in above) or any(
         (here / path).glob("*.dvc")
@@ -156,11 +159,11 @@ def _pull(here: Path, path: Path) -> None:
 
 
 def _find_url(url: str, checkout: Path) -> Source:
-    """Download a folder or a GGUF file once; what is here is used as long as the place says the same."""
+    """Download a folder or a GGUF file; use an earlier download while the remote listing is unchanged."""
     files, name = _file_system(url)
     told = _plain(url)
     home = checkout / DOWNLOADS / hashlib.sha256(url.encode()).hexdigest()[:16]
-    whole = home.with_name(f"{home.name}.json")  # written last: its existence says that all files are here
+    whole = home.with_name(f"{home.name}.json")  # written last: if it exists, all files are complete
     try:
         listing = _list_remote(files, name)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
@@ -181,7 +184,7 @@ def _find_url(url: str, checkout: Path) -> Source:
 
 
 def _plain(url: str) -> str:
-    """Return the URL without its query, which may hold a signature and belongs into no log."""
+    """Return the URL without its query, which may contain a signature and must not be logged."""
     return url.partition("?")[0]
 
 
@@ -205,9 +208,9 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _list_remote(files: Any, name: str) -> dict[str, list[Any]]:
-    """Return path → [bytes, what the place knows of its content] of the files that a base consists of.
+    """Return path → [size in bytes, checksum or time] of the files that make up a base.
 
-    Raises FileNotFoundError, BaseModelError, and what the file system raises.
+    Raises FileNotFoundError, BaseModelError, and the errors of the file system.
     """
     files.invalidate_cache()
     single = _plain(name).endswith(GGUF)
@@ -232,7 +235,7 @@ def _list_remote(files: Any, name: str) -> dict[str, list[Any]]:
 
 
 def _mark(files: Any, info: dict[str, Any]) -> str:
-    """Return what changes with a file's content: a checksum where the place has one, else its time."""
+    """Return a value that changes with a file's content: its checksum if there is one, else its time."""
     found = next(
         (
             info[key]
@@ -245,7 +248,7 @@ def _mark(files: Any, info: dict[str, Any]) -> str:
 
 
 def _download(files: Any, listing: dict[str, list[Any]], home: Path, url: str) -> None:
-    """Write each file whole; what an earlier try brought is kept, so a cut line costs one file."""
+    """Download each file completely; files from an earlier try are kept, so a broken connection costs one."""
     marks = home.with_name(f"{home.name}.part.json")
     kept = read_json(marks) if marks.exists() else {}
     home.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Prove a base's chat template, and adapt it where what is wrong can be set right for good.
+"""Check a base's chat template, and adapt it where a fault can be repaired permanently.
 
-What is adapted is written into the template itself, so that training, gateway, exports and other programs
-all render the same.
+Adaptations are written into the template itself, so that training, gateway, exports and other programs all
+render the same text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ratchet.models.reasoning import ReasoningFormat
 
 ASKED_DATE = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)")
-# Variables by which templates close a reasoning block that their generation prompt would leave open.
+# Variables with which templates switch reasoning on or off in their generation prompt.
 SWITCHES = ("enable_thinking", "thinking")
 SWITCHED = re.compile(rf"\A\{{%- set ({'|'.join(SWITCHES)}) = (true|false) %\}}")  # as `_switch` writes it
 TOOL = {
@@ -35,16 +35,16 @@ TOOL = {
 def adapt_template(
     tokenizer: PreTrainedTokenizerBase, day: dt.date, reasoning: Literal["drop", "learn"] = "drop"
 ) -> list[Finding]:
-    """Change the tokenizer's template where that is needed, and tell what it takes.
+    """Adapt the tokenizer's template where needed, and return the findings.
 
-    `day` is the date of a template that asks for today's; `reasoning` is `base.reasoning`.
+    `day` is the date for a template that asks for today's; `reasoning` is `base.reasoning`.
     """
     open_answers = _learn_reasoning if reasoning == "learn" else _fix_opening
     return [*_choose(tokenizer), *_fix_date(tokenizer, day), *open_answers(tokenizer), *_prove(tokenizer)]
 
 
 def _choose(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
-    """Take the default one of several named templates."""
+    """Keep only the default of several named templates."""
     named = tokenizer.chat_template
     if not isinstance(named, dict):
         return []
@@ -63,9 +63,9 @@ def _choose(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
 
 
 def _fix_date(tokenizer: PreTrainedTokenizerBase, day: dt.date) -> list[Finding]:
-    """Define the template's function for today's date in the template, with one day for good.
+    """Define the function for today's date, `strftime_now`, in the template itself, with a fixed day.
 
-    Otherwise what is trained on one day is asked with another prompt on the next.
+    Otherwise prompts in service would differ from those in training as soon as the day changes.
     """
     template = tokenizer.chat_template
     if not isinstance(template, str) or "strftime_now" not in template:
@@ -91,7 +91,7 @@ def _fix_date(tokenizer: PreTrainedTokenizerBase, day: dt.date) -> list[Finding]
 
 
 def _learn_reasoning(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
-    """Mark a template that writes reasoning as one whose reasoning is learned; switch it on where needed."""
+    """Mark a template that writes reasoning as one whose reasoning is learned; switch it on if needed."""
     template = tokenizer.chat_template
     if not isinstance(template, str):
         return []  # `_choose` refused it
@@ -128,9 +128,9 @@ def _switch(name: str, value: str) -> str:
 
 
 def _fix_opening(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
-    """Make a prompt with its answer the beginning of the rendered conversation, without reasoning."""
+    """Adapt the template so that a prompt with its answer, without reasoning, begins the conversation."""
     template = tokenizer.chat_template
-    if isinstance(template, str) and template.startswith(LEARN):  # of a version that learned to reason
+    if isinstance(template, str) and template.startswith(LEARN):  # a version that learned it
         tokenizer.chat_template = template = SWITCHED.sub("", template.removeprefix(LEARN))
     if not isinstance(template, str) or (gap := _gap(tokenizer)) == "":
         return []

@@ -1,4 +1,4 @@
-"""Run `python -m ratchet.cli`, with output line by line as in a terminal."""
+"""Run `python -m ratchet.cli`; stages that it starts print line by line, as in a terminal."""
 
 import os
 

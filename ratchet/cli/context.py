@@ -1,4 +1,4 @@
-"""Share what every command needs: the checkout it works in, how it prints, and names it had before."""
+"""What the commands share: options, the checkout they work in, how they print, and old names of commands."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the ledger."
 
 
 class Here:
-    """Where the command works, and how it fails."""
+    """The global options: the checkout of -C, and whether errors show tracebacks."""
 
     path: Path | None = None
     debug = False
@@ -63,9 +63,9 @@ def read_config(root: Path) -> Config:
 
 
 def ready_root(*, clean: bool = True) -> Path:
-    """Return the root after checking it (`clean`: for what commits to it) and setting the flows' environment.
+    """Return the root, after setting the flows' environment and, if `clean`, checking that it is committable.
 
-    Prefect reads its environment when it is imported, so this comes first in a command that starts a flow.
+    Prefect reads its environment when it is imported, so a command that starts a flow calls this first.
     """
     from ratchet.pipeline.checkout import check_checkout
     from ratchet.services.environment import enter
@@ -79,14 +79,14 @@ def ready_root(*, clean: bool = True) -> Path:
 
 
 def read_mapping(columns: str | None) -> dict[str, str] | None:
-    """Read `--columns`; None where it was not given. Raises UserError."""
+    """Parse `--columns`; None if it was not given. Raises UserError."""
     from ratchet.sources.columns import parse_columns
 
     return None if columns is None else parse_columns(columns)
 
 
 def with_columns(config: Config, columns: str | None) -> Config:
-    """Put `--columns` in the place of `ingest.columns`. Raises UserError."""
+    """Return the config with `--columns`, if given, in place of `ingest.columns`. Raises UserError."""
     if (mapping := read_mapping(columns)) is None:
         return config
     ingest = config.ingest.model_copy(update={"columns": mapping})
@@ -109,7 +109,7 @@ def say(line: str) -> None:
 
 
 def note(line: str) -> None:
-    """Print progress to stderr, apart from results."""
+    """Print progress to stderr, since stdout is for results."""
     typer.secho(line, fg=typer.colors.BRIGHT_BLACK, err=True)
 
 
@@ -118,7 +118,7 @@ def note_renamed(old: str, new: str) -> None:
 
 
 def add_old_name(app: typer.Typer, old: str, new: str, command: Callable[..., None]) -> None:
-    """Keep the command `old` as a hidden alias of `new` that says so when it is used."""
+    """Keep the command `old` as a hidden alias of `new`, which names the new command when used."""
 
     @wraps(command)
     def run(*arguments: object, **options: object) -> None:

@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Rows of data: check, show, resubmit, erase, revert.", no_args_is_help=True, rich_markup_mode=None
 )
 rows.add_to(app)
-SHOWN = 20  # places on the screen; --json has them all
+SHOWN = 20  # places that are printed; --json lists all
 ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -53,7 +53,7 @@ def erase(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Keep rows out of every training to come, mark the versions that learned from them, say how to purge.
+    """Keep rows out of all future trainings, mark the versions that learned from them, say how to purge.
 
     Example: ratchet data erase --match "Ana Meyer" --reason "ticket 12"
     """
@@ -203,7 +203,7 @@ def _about_versions(
 
 
 def _about_bytes(root: Path, found: list[Any]) -> Iterator[str]:
-    """Yield the commands that purge the rows' bytes: sed deletes by line number, dvc gc drops the rest."""
+    """Yield the commands that purge the rows' bytes: sed deletes them, dvc gc removes older copies."""
     from ratchet.data.erasure import GOLDEN
     from ratchet.pipeline.dvc import configured_remote
 

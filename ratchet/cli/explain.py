@@ -1,4 +1,4 @@
-"""Print `ratchet gate explain`: the same as the evaluation's page, for a terminal."""
+"""Print the output of `ratchet gate explain`: the content of the evaluation's page, for a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ratchet.reporting.evaluation_page import Cells, Evaluated, Moved
     from ratchet.tracking.curve import Point
 
-MOST_POINTS = 12  # of the curve
+MOST_POINTS = 12  # of the curve that are printed
 
 
 def print_evaluation(found: Evaluated) -> None:
@@ -91,7 +91,7 @@ def _curve(points: list[Point]) -> Table:
 
 
 def _text(words: str, most: int = 80) -> Any:
-    """Clean text that people wrote: no markup, no control characters."""
+    """Return one line of text without markup and control characters, of `most` characters at most."""
     from rich.text import Text
 
     plain = " ".join("".join(char if char.isprintable() or char.isspace() else "�" for char in words).split())

@@ -1,4 +1,4 @@
-"""`ratchet export`."""
+"""`ratchet export`: write a version for other programs."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def export(
     os.environ |= {
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TQDM_DISABLE": "1",
-    }  # bars of libraries, read when they are imported
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it notes optional kernels at every import
+    }  # no progress bars; libraries read these at import
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs optional kernels at every import
     from ratchet.pipeline.imports import compile_at_first_use
 
     compile_at_first_use()

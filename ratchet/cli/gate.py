@@ -22,11 +22,11 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-ASSUMED = 0.2  # share of rows in which two models differ, where nothing was measured
+ASSUMED = 0.2  # share of rows in which two models differ, until it has been measured
 
 
 class Basis(NamedTuple):
-    """What a plan rests on."""
+    """The facts that a plan is computed from."""
 
     metric: str
     look: int  # number of the look at the gate, against this champion
@@ -178,7 +178,7 @@ def gate_explain(
 
 
 def _find(root: Path, wanted: str, numbers: dict[str, int]) -> tuple[str, str]:
-    """Find an evaluation's commit and name. Raises UserError."""
+    """Return the commit and the name of the `wanted` evaluation, or of the last. Raises UserError."""
     from ratchet.reporting.retention import read_evaluations
 
     evaluations = read_evaluations(root)

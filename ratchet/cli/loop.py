@@ -1,4 +1,4 @@
-"""`ratchet demo`, `ingest`, `synthesize`, `retrain` and `monitor`: rows in, a gated version out, again."""
+"""`ratchet demo`, `ingest`, `synthesize`, `retrain` and `monitor`: the loop from rows to a gated version."""
 
 from __future__ import annotations
 
@@ -106,14 +106,12 @@ def ingest(
 
 
 def _preview(root: Path, as_json: bool, **given: Any) -> None:
-    """Print the first rows that would be taken; commit nothing."""
+    """Print the first rows that would be ingested; commit nothing."""
     config = read_config(root)
     from flows.data_check import BASE, preview_pulled
     from ratchet.sources.preview import as_plain, print_preview
-    from tasks.ingest import find_path, pull
+    from tasks.ingest import pull
 
-    other = bool(given["draft"] or given["query"])
-    given["path"] = find_path(config, root, given["source"], given["path"], other=other)
     pulled = pull(config, root=root, **given)
     rows, why = preview_pulled(pulled, config, root / BASE)
 
@@ -206,7 +204,7 @@ def retrain(
 ) -> None:
     """Prepare, tokenize, train, evaluate, gate; what the gate lets through is promoted or rolled out.
 
-    What did not change is skipped. Example: ratchet retrain --reason "March's tickets"
+    Stages whose inputs did not change are skipped. Example: ratchet retrain --reason "March's tickets"
     """
     root = ready_root()
     from flows.retrain import retrain as flow
@@ -224,7 +222,7 @@ def retrain(
 
 
 def _drifted_topics(root: Path) -> list[dict[str, Any]]:
-    """Read the topics of the last verdict. Raises UserError when it was not drift."""
+    """Return the topics of the monitor's last verdict. Raises UserError if it was not drift."""
     import msgspec
 
     from ratchet.monitoring.verdicts import last_verdict

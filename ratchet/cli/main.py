@@ -1,6 +1,6 @@
-"""The command `ratchet`. It reads arguments and prints; what it does stands in flows, tasks and services.
+"""The command `ratchet`. It reads arguments and prints; the work is done in flows, tasks and services.
 
-Heavy modules are imported inside the commands: `ratchet --help` answers at once.
+Heavy modules are imported inside the commands, so that `ratchet --help` answers at once.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ app.add_typer(data.app, name="data")
 
 
 def main() -> None:
-    """Run the command: a RatchetError ends in one message and its exit code."""
+    """Run the command; print an error as one message, and exit with its code."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
@@ -66,7 +66,7 @@ def main() -> None:
         if Here.debug:
             raise
         _fail(f"{_kind(error)}: {error}", error.exit_code)
-    except Exception as error:  # the last resort: a bug of ours or of a library ends in one message as well
+    except Exception as error:  # the last resort: a bug, ours or a library's, also ends in one message
         if Here.debug:
             raise
         remedy = "not foreseen; --debug before the command shows where: ratchet --debug …"
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _interrupt(*_: object) -> None:
-    """End like Ctrl-C: a plain SIGTERM would leave a running stage and Prefect's temporary server behind."""
+    """End as on Ctrl-C; a plain SIGTERM would leave a running stage and Prefect's temporary server behind."""
     raise KeyboardInterrupt
 
 

@@ -29,7 +29,7 @@ rollout = typer.Typer(
 
 @rollout.command("look")
 def rollout_look(as_json: Json = False) -> None:
-    """Take one look at the open rollout and act on it; where `ratchet up` runs, this happens each minute.
+    """Take one look at the open rollout and act on it; `ratchet up` does this each minute.
 
     Example: ratchet rollout look
     """

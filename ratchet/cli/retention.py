@@ -40,7 +40,7 @@ def retention(
 
 
 def read(root: Path, config: Config, metric: str, *, fill: bool = False) -> Retention:
-    """Build the table from git and DVC; MLflow, where it answers, numbers the versions never in charge."""
+    """Build the table from git and DVC; MLflow, if it answers, gives the numbers of other versions."""
     from ratchet.errors import UserError
     from ratchet.files import write_json
     from ratchet.reporting.retention import SAVED, build, read_evaluations
@@ -50,7 +50,7 @@ def read(root: Path, config: Config, metric: str, *, fill: bool = False) -> Rete
     if fill and evaluations:
         from tasks.retention import fill as fill_cells
 
-        with redirect_stdout(sys.stderr):  # progress; the table alone is the result
+        with redirect_stdout(sys.stderr):  # progress goes to stderr; only the table is the result
             filled = fill_cells(root, found, evaluations[0], config, note)
         note(f"{filled} cells filled")
         found = build(root, metric, numbers, evaluations)
@@ -60,7 +60,7 @@ def read(root: Path, config: Config, metric: str, *, fill: bool = False) -> Rete
             remedy=f"params.yaml asks for {', '.join(config.evaluate.row_scores)}",
         )
     if metric == config.gate.metric:
-        write_json(root / SAVED, msgspec.to_builtins(found))  # for the page
+        write_json(root / SAVED, msgspec.to_builtins(found))  # for the dashboard
     return found
 
 

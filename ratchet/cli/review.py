@@ -1,4 +1,4 @@
-"""`ratchet review`: people decide on the rows that wait."""
+"""`ratchet review`: list rows that wait for a person, and record the decisions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ By = Annotated[
     str | None, typer.Option("--by", metavar="NAME", help="Who decides; otherwise git's user.name.")
 ]
 Why = Annotated[str, typer.Option("--why", help="Why; kept with the decision.")]
-EVERYTHING = 2**31
+EVERYTHING = 2**31  # rows: no limit
 
 
 @app.command("status")
@@ -193,7 +193,7 @@ def _describe(draft: dict[str, Any]) -> str:
 
 
 def _show_item(item: dict[str, Any], waiting: int) -> str:
-    """Render a row; control characters are escaped, since a row must not drive the terminal."""
+    """Render a row; control characters are escaped, so that a row cannot control the terminal."""
     turns = [f"{turn['role']}: {turn['content']}" for turn in item["messages"]]
     doubts, passage = (
         [f"doubt: {doubt}" for doubt in item["doubts"]],

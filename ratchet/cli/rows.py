@@ -1,4 +1,4 @@
-"""`ratchet data check|rejected|resubmit|show`: what preparation thinks of rows, and why."""
+"""`ratchet data check|rejected|resubmit|show`: which rows preparation accepts or rejects, and why."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from ratchet.evaluation.metrics import Proposal
     from ratchet.models.lengths import Lengths
 
-SHOWN = 10  # rows that are printed; --json has them all
-FAILED = 3  # exit code for rows that would fail, apart from a file that cannot be read
+SHOWN = 10  # rows that are printed; --json lists all
+FAILED = 3  # exit code if the batch would fail; a file that cannot be read exits with 2
 
 
 def check(
@@ -69,7 +69,7 @@ def check(
                     preview=preview,
                 )
             )
-        except DataError as error:  # the other files get their verdicts all the same
+        except DataError as error:  # the other files still get their verdicts
             unread.append(error)
     found = [
         {
@@ -120,7 +120,7 @@ def check(
 
 
 def _tell_metrics(found: Proposal, config: Config) -> str:
-    """Tell which metrics fit the answers, and what to change where the settings do not have them."""
+    """Say which metrics fit the answers, and what to change if the settings lack them."""
     told = f"metrics: {', '.join(found.metrics)} fit: {found.why}"
     missing = [name for name in found.metrics if name not in ("exact_match", *config.evaluate.metrics)]
     if missing:
@@ -131,7 +131,7 @@ def _tell_metrics(found: Proposal, config: Config) -> str:
 
 
 def _tell_lengths(found: Lengths | None, config: Config) -> str:
-    """Tell how long rows are, and how many of them are over the limit."""
+    """Say how long the rows are, and how many exceed the limit."""
     if not found:
         return ""
     chosen = "auto: " if config.tokenize.max_length == "auto" else ""

@@ -80,7 +80,7 @@ def init(
 
 
 def params(
-    everything: Annotated[bool, typer.Option("--all", help="Those that few people change, too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Include those that few people change.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show each setting: its value, its default where that differs, and where it was set.

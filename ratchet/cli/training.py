@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ratchet.training.estimate import Plan
 
 
-LONG = 600.0  # seconds; compiling takes about one minute, which a shorter training does not win back
+LONG = 600.0  # seconds; compiling takes about one minute, which a shorter training does not regain
 
 
 def plan(
@@ -41,7 +41,7 @@ def plan(
 
 
 def base(as_json: Json = False) -> None:
-    """Print what was proven of the base before anything was trained on it.
+    """Print the proof of the base: what was checked before anything was trained on it.
 
     Example: ratchet base
     """

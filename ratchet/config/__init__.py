@@ -1,1 +1,1 @@
-"""params.yaml as types, one module a section; `params` puts them together."""
+"""The settings in params.yaml as typed models, one module per group of sections; `params` combines them."""

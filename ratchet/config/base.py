@@ -1,4 +1,4 @@
-"""Define what the sections of params.yaml share."""
+"""The base class and the value types that the sections of params.yaml share."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Metric = Literal[
     "length",
     "preference",
 ]
-PREFERENCE = "preference"  # the one metric that only some rows have
-# Columns of the table of scores: a custom metric with such a name would overwrite one.
+PREFERENCE = "preference"  # the one metric that only some rows have: those with a worse answer
+# Columns of the table of scores: a custom metric of the same name would overwrite its column.
 TAKEN = frozenset(
     {
         *get_args(Metric),
@@ -45,10 +45,13 @@ TAKEN = frozenset(
 
 
 class Section(BaseModel):
-    """Refuse unknown keys, NaN and changes; read a renamed key by its old name for one release."""
+    """Base class of all sections: it refuses unknown keys, NaN and assignment.
+
+    A renamed key is still read by its old name for one release.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
-    renamed: ClassVar[dict[str, str]] = {}  # old → new, both dotted as in params.yaml
+    renamed: ClassVar[dict[str, str]] = {}  # old key → new key, both dotted as in params.yaml
 
     @model_validator(mode="before")
     @classmethod
@@ -64,7 +67,7 @@ class Section(BaseModel):
         return values
 
 
-@cache  # one note a process: several parts of it read the file
+@cache  # one note per process, although several modules read the file
 def _note_renamed(old: str, new: str) -> None:
     sys.stderr.write(
         f"params.yaml: `{old}` is now `{new}`; the old name works for one more release (docs/renamed.md)\n"

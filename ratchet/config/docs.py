@@ -1,10 +1,10 @@
-"""Render docs/params.md and params.yaml from the models in ratchet/config/; a test holds all three together.
+"""Render docs/params.md and params.yaml from the models in ratchet/config/; a test keeps the three in step.
 
     python -m ratchet.config.docs             write docs/params.md
     python -m ratchet.config.docs --params    write params.yaml: the keys that people change, with defaults
     … --check                                write nothing; exit 1 when the file differs
 
-Not covered: rules that tie two keys to each other; the validators' messages state them.
+Not covered: rules that relate two keys to each other; the messages of the validators state them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ratchet.config.training import SweepRange
 from ratchet.files import write_text
 
 DOC, PARAMS = Path("docs/params.md"), Path("params.yaml")
-WIDTH, MAX_COLUMN = 110, 40  # columns of params.yaml; where its comments begin at the latest
+WIDTH, MAX_COLUMN = 110, 40  # width of params.yaml; the last column at which a comment begins
 TYPES = {
     "string": "text",
     "integer": "integer",
@@ -36,13 +36,17 @@ TYPES = {
     "boolean": "`true`, `false`",
     "null": "`null`",
 }
-ENTRIES = (TopicSource, MetricGuardrail, SweepRange)  # models of which a key takes a list or a mapping
+ENTRIES = (
+    TopicSource,
+    MetricGuardrail,
+    SweepRange,
+)  # models of entries in lists and mappings
 PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")
 RESERVED = frozenset(
     {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
-)  # YAML 1.1 takes them for other types
+)  # YAML 1.1 reads these words as booleans or null, so they need quotes
 
-# Keys that people change, and those that dvc.yaml names, which DVC wants in the file.
+# Keys that people change, and those that dvc.yaml names: DVC refuses to run a stage if one is missing.
 SURVEYED = frozenset(
     {
         "project.name",
@@ -110,25 +114,25 @@ SURVEYED = frozenset(
 
 DOC_HEAD = """# Every key of params.yaml
 
-Made from `ratchet/config/` by `python -m ratchet.config.docs`. A key that is left out has its default; a key
-that is not listed here is refused. Keys that were renamed: [renamed.md](renamed.md).
+Generated from `ratchet/config/` by `python -m ratchet.config.docs`. A key that is missing has its default; a
+key that is not listed here is refused. Keys that were renamed: [renamed.md](renamed.md).
 """
-PARAMS_HEAD = """# What people change. docs/params.md lists every key with its default; each may stand here
-# (`ratchet params --all` shows them). Stages read this file alone: a change makes DVC run the stages that
-# it touches, and no others.
+PARAMS_HEAD = """# The settings that people change most often. Every key in docs/params.md can be set here too
+# (`ratchet params --all` shows them). Stages read settings only from this file; after a change DVC runs only
+# the stages that depend on it.
 """
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ratchet.config.docs",
-        description="Write docs/params.md or params.yaml from the models.",
+        description="Write docs/params.md or params.yaml from the models in ratchet/config/.",
     )
     parser.add_argument(
         "--params",
         action="store_true",
-        help="params.yaml in place of docs/params.md; every value is its default again, and keys that few "
-        "people change are left out",
+        help="write params.yaml instead of docs/params.md: the keys that people change most often, each "
+        "with its default",
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the file differs")
     options = parser.parse_args(arguments)
@@ -146,9 +150,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def render() -> str:
-    """Render docs/params.md: a table a section, nested sections under their parent's.
+    """Render docs/params.md: one table per section, each nested section below its parent.
 
-    A single key of the top level gets a section of its own.
+    A key at the top level gets a section of its own.
     """
     return DOC_HEAD + "".join(_doc_section(Config, ()))
 
@@ -177,7 +181,7 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def takes(schema: dict[str, Any]) -> str:
-    """Say for people what a key's JSON schema allows: its type, then its bounds."""
+    """Describe what a key's JSON schema allows: its type, then its bounds."""
     if "anyOf" in schema:
         return " or ".join(takes(choice) for choice in schema["anyOf"])
     if "enum" in schema:
@@ -219,9 +223,9 @@ def _lead(model: type[BaseModel]) -> str:
 
 
 def render_params(values: Config, keys: Collection[str] | None = None) -> str:
-    """Render `values` as params.yaml with descriptions; `keys`: only those, dotted.
+    """Render `values` as params.yaml with descriptions as comments; `keys`: only these dotted keys.
 
-    YAML 1.1 and 1.2 readers see the same values.
+    Parsers of YAML 1.1 and of YAML 1.2 read the same values from it.
     """
     return PARAMS_HEAD + "".join(_yaml_section(values, "", keys))
 
@@ -257,7 +261,7 @@ def _yaml_section(values: BaseModel, path: str, keys: Collection[str] | None) ->
 
 
 def _pair(head: str, value: Any, newline: str) -> str:
-    """Render a key and its value; a mapping, and a list too long for a line, take one line an entry."""
+    """Render a key and its value: a mapping, or a list too long for one line, with one entry per line."""
     if isinstance(value, dict) and value:
         return head + "".join(
             f"{newline}{yaml_value(key)}: {yaml_value(part)}" for key, part in value.items()
@@ -269,7 +273,7 @@ def _pair(head: str, value: Any, newline: str) -> str:
 
 
 def _commented(head: str, comment: str, indent: str, column: int) -> Iterator[str]:
-    """Put the comment behind a line that ends before `column`, and above a longer one."""
+    """Put the comment after a line that ends before `column`, or above a longer line."""
     above = len(head) > column - 2
     room = WIDTH - 2 - (len(indent) if above else column)
     lines = textwrap.wrap(comment, room, break_long_words=False, break_on_hyphens=False) or [""]
@@ -296,14 +300,14 @@ def yaml_value(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    # JSON writes a character beyond U+FFFF as two surrogates, which YAML does not join again.
+    # JSON escapes a character beyond U+FFFF as two surrogates, which YAML parsers do not join again.
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(text, ensure_ascii=False))
 
 
 def _yaml_float(value: float) -> str:
-    """Format a number so that YAML 1.1 reads it as one: with a dot and a signed exponent.
+    """Format a number so that YAML 1.1 reads it as a number: with a dot and a signed exponent.
 
-    It would read `2e-3` as text, and `1e+16` too.
+    YAML 1.1 reads `2e-3` and `1e+16` as text.
     """
     if value == 0 or 0.01 <= abs(value) < 1e16:
         return repr(value)

@@ -1,4 +1,4 @@
-"""Changes of params.yaml that leave everything else as people wrote it: comments, order, quotes."""
+"""Edit keys of params.yaml and keep everything else as people wrote it: comments, order, quotes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ratchet.config.docs import yaml_value
 
 
 def edit_params(text: str, changes: dict[str, Any]) -> str:
-    """Set each dotted key of `changes` in `text`; a section that is not there is added at the end."""
+    """Return `text` with each dotted key of `changes` set; a missing section is added at the end."""
     if not changes:
         return text
     yaml = _round_trip(text)
@@ -26,7 +26,7 @@ def edit_params(text: str, changes: dict[str, Any]) -> str:
             if place.get(section) is None:
                 place[section] = CommentedMap()
             place = place[section]
-        wanted = yaml.load(yaml_value(value))  # so that a number is written as the file's other numbers are
+        wanted = yaml.load(yaml_value(value))  # so that numbers have the same form as the others in the file
         if (
             last not in place
             or place[last] != wanted
@@ -39,7 +39,7 @@ def edit_params(text: str, changes: dict[str, Any]) -> str:
 
 
 def diff_params(before: str, after: str) -> str:
-    """Return a unified diff; empty where nothing changes."""
+    """Return a unified diff; it is empty if nothing changes."""
     return "".join(
         difflib.unified_diff(
             before.splitlines(keepends=True),
@@ -51,7 +51,7 @@ def diff_params(before: str, after: str) -> str:
     )
 
 
-# A list whose items stand no further in than their key; the generated file moves them in by two.
+# Matches a list whose items are not indented below their key; the generated file indents them by two.
 FLUSH_LIST = re.compile(r"^( *)[\w.-]+:[^\n]*\n(?: *#[^\n]*\n)*\1- ", re.MULTILINE)
 
 
@@ -60,7 +60,7 @@ def _round_trip(text: str) -> YAML:
     if not FLUSH_LIST.search(text):
         yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.preserve_quotes = True
-    yaml.width = 10_000  # long lines stay in one piece
+    yaml.width = 10_000  # so that long lines are not wrapped
 
     def write_null(representer: Any, value: None) -> Any:
         return representer.represent_scalar("tag:yaml.org,2002:null", "null")

@@ -8,134 +8,142 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ratchet.config.base import PREFERENCE, TAKEN, Count, Metric, Section
-from ratchet.config.synthesis import TeacherConfig
+from ratchet.config.synthesis import EndpointConfig
 
 
-class AnswerJudge(TeacherConfig):
-    """A model that scores answers; without a `model` nobody judges. It gates once it agrees with people."""
+class AnswerJudge(EndpointConfig):
+    """A model that scores answers (none if `model` is empty); it can gate once it agrees with people."""
 
     key_env: str = Field(
         default="RATCHET_JUDGE_KEY",
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-        description="environment variable that holds its key; a server without keys needs none",
-    )
-    licence: str = Field(
-        default="unknown", description="what its terms say of using its answers; nothing is trained on them"
+        description="environment variable that holds the judge's API key; unset for a server without keys",
     )
     temperature: float = Field(
-        default=0.0, ge=0, le=2, description="sampling temperature; left out where the endpoint refuses it"
+        default=0.0,
+        ge=0,
+        le=2,
+        description="sampling temperature; 0 makes scores repeatable. It is left out of requests if the "
+        "endpoint refuses it",
     )
-    max_tokens: int = Field(default=512, ge=16, description="tokens of one answer, at most")
+    max_tokens: int = Field(default=512, ge=16, description="longest answer of the judge, in tokens")
     metrics: list[Literal["correctness", "groundedness", "preference"]] = Field(
         default=["correctness"],
-        description="what is judged of candidate and champion; `preference`: one against the other, from "
-        "both places; guardrails as `judge_correctness` …",
+        description="what the judge scores for candidate and champion; `preference` compares the two "
+        "answers, in both orders. Each can be listed in `gate.guardrails` as `judge_correctness` …",
     )
-    rows: Count = Field(default=100, description="test rows that are judged, at most")
+    rows: Count = Field(
+        default=100,
+        description="test rows that are judged, at most; more rows give narrower intervals and cost more "
+        "requests",
+    )
     passage: str = Field(
         default="passage",
-        description="key of `meta` with the text in which an answer has to stand, for `groundedness`; rows "
-        "without it are not judged so",
+        description="key of `meta` with the text that has to support the answer, for `groundedness`; rows "
+        "without it get no such score",
     )
     max_cost: float = Field(
         default=5.0,
         ge=0,
-        description="money that one evaluation may spend, in the prices' currency; it stops before it would "
-        "go over",
+        description="money that one evaluation may cost, in the currency of the prices; a request that "
+        "could exceed it is not sent",
     )
     max_run_tokens: int = Field(
         default=2_000_000,
         ge=0,
-        description="tokens of one evaluation, input and output of all requests; it stops before it would go "
-        "over",
+        description="input and output tokens of all requests of one evaluation; a request that could exceed "
+        "it is not sent",
     )
 
     @model_validator(mode="after")
     def _somewhere(self) -> AnswerJudge:
         if self.model and not self.url:
             raise ValueError(
-                f"evaluate.judge.url is empty: nobody knows where {self.model} answers; wanted a base URL, "
+                f"evaluate.judge.url is empty, but evaluate.judge.model is {self.model}; wanted a base URL, "
                 "such as http://127.0.0.1:8000/v1"
             )
         return self
 
 
 class EvaluateConfig(Section):
-    """Candidate, champion and base on the same rows, in one process."""
+    """How candidate, champion and base are compared on the same rows."""
 
-    max_new_tokens: Count = Field(default=256, description="longest generated answer, in tokens")
-    batch_size: Count = Field(default=64, description="rows in one forward pass")
+    max_new_tokens: Count = Field(
+        default=256, description="longest generated answer, in tokens; raise it if right answers are cut off"
+    )
+    batch_size: Count = Field(default=64, description="rows in one forward pass; lower it if memory runs out")
     cache_mib: int = Field(
         default=512,
         ge=0,
-        description="size of `.ratchet/cache/answers`, in MiB, above which the answers of the model that was "
-        "used longest ago are deleted; 0: no cache",
+        description="size limit of `.ratchet/cache/answers`, in MiB; beyond it the answers of the least "
+        "recently used model are deleted; 0: no cache",
     )
     simple_baseline: bool = Field(
         default=True,
-        description="score TF-IDF with logistic regression or the nearest neighbour beside the models",
+        description="also score TF-IDF with logistic regression or nearest neighbour, to show what a simple "
+        "method reaches",
     )
     metrics: list[Metric] = Field(
         default=["exact_match", "token_f1", "rouge_l", "chrf", "macro_f1"],
-        description="scores that are computed (exact_match and answer_nll always are); `macro_f1` where "
-        "answers are labels, `length` in words, `regex_match` against `evaluate.pattern`, `preference` on "
-        "rows with a worse answer: 1 where the model gives the better one the higher probability",
+        description="metrics to compute, in addition to exact_match and answer_nll; `macro_f1` is for "
+        "labels, `length` counts words, `regex_match` needs `evaluate.pattern`, `preference` is 1 on a row "
+        "whose better answer has the higher probability",
     )
     pattern: str = Field(
         default="", description="regular expression that a whole answer has to match, for `regex_match`"
     )
     custom: list[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*:[A-Za-z_]\w*$")]] = Field(
         default=[],
-        description="your own metrics, as `module:function` of a file in `metrics/`: (prediction, reference, "
-        "example_meta) to a number from 0 to 1",
+        description="your own metrics, as `module:function` of a file in `metrics/`; a function maps "
+        "(prediction, reference, example_meta) to a number from 0 to 1",
     )
     slices: list[str] = Field(
         default=[],
-        description="meta fields whose values are slices, beside kind, source and length: each is shown, and "
-        "none may get worse (`gate.slice_margin`)",
+        description="fields of `meta` whose values are slices, in addition to kind, source and length: each "
+        "slice is shown, and none may get worse (`gate.slice_margin`)",
     )
     length_bounds: list[Count] = Field(
         default=[20, 100],
-        description="words of the question at which a new slice by length begins, rising; empty: no such "
-        "slices",
+        description="question lengths in words at which the next slice by length begins, in rising order; "
+        "empty: no such slices",
     )
     bias_pairs: int = Field(
         default=0,
         ge=0,
-        description="rows at most that are scored once more with swapped names, pronouns and other terms; 0: "
-        "no audit. Each costs an answer of every model",
+        description="rows, at most, that are scored a second time with swapped names, pronouns and other "
+        "terms; 0: no bias audit. Each costs one answer of every model",
     )
     attacks: int = Field(
         default=0,
         ge=0,
-        description="test rows at most that are asked once more under each kind of attack (injected orders, "
-        "forged turns, typos, look-alikes, a wrong answer suggested); 0: none. Each costs up to five answers "
-        "of every model",
+        description="test rows, at most, that are asked again under each kind of attack (injected "
+        "instructions, forged turns, typos, look-alike letters, a wrong answer suggested); 0: no attacks. "
+        "Each costs up to five answers of every model",
     )
     canaries: int = Field(
         default=0,
         ge=0,
         le=1000,
-        description="rows with a made-up secret that `tokenize` adds to the training rows, to measure "
+        description="rows with an invented secret that `tokenize` adds to the training rows, to measure "
         "memorisation (`gate.max_exposure`); 0: none",
     )
     groups: list[str] = Field(
         default=[],
-        description="meta fields that name groups of people: scores by group and the gap between groups, by "
-        "Fairlearn (the extra `fairness`; `gate.group_margin`)",
+        description="fields of `meta` that name groups of people; scores by group and the gap between "
+        "groups are computed with Fairlearn (needs the extra `fairness`; `gate.group_margin`)",
     )
     suites: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]] = Field(
         default=[],
-        description="tasks of lm-evaluation-harness that are run on every model, as names of files "
-        "`metrics/suites/NAME.yaml` (the extra `suites`; `gate.suite_margin`)",
+        description="lm-evaluation-harness tasks that every model runs, as names of files "
+        "`metrics/suites/NAME.yaml` (needs the extra `suites`; `gate.suite_margin`)",
     )
     judge: AnswerJudge = Field(default_factory=AnswerJudge, description="a model that scores answers")
 
     @property
     def row_scores(self) -> list[str]:
-        """List the columns of scores that a gate can compare.
+        """List the columns of scores that the gate can compare.
 
-        These are those with one score a row in which higher, or for some lower, is better.
+        They have one score per row, and a direction: higher is better, or lower (`answer_nll`).
         """
         listed = [name for name in self.metrics if name not in ("macro_f1", "length")]
         return [
@@ -146,7 +154,7 @@ class EvaluateConfig(Section):
 
     @property
     def text_scores(self) -> list[str]:
-        """List the row scores that any answer has, whatever its row holds."""
+        """List the row scores that every row has: all but `preference`, which needs a worse answer."""
         return [name for name in self.row_scores if name != PREFERENCE]
 
     @model_validator(mode="after")
@@ -171,59 +179,60 @@ class EvaluateConfig(Section):
 
 
 class ParityConfig(Section):
-    """The trainer's way and the gateway's, compared before the gate."""
+    """The comparison of tokens and answers between trainer and gateway, before the gate."""
 
     rows: Count = Field(
         default=200,
-        description="test rows that are answered both ways, and training rows whose tokens are compared, at "
-        "most of each",
+        description="test rows that are answered both ways, and training rows whose tokens are compared; at "
+        "most this many of each",
     )
     merged: bool = Field(
         default=True,
-        description="compare the merged model as well, where the method merges; it needs the memory of an "
+        description="also compare the merged model, if the method can be merged; needs memory for an "
         "unquantised base",
     )
     tolerance: float = Field(
         default=1.0e-4,
         gt=0,
         lt=1,
-        description="difference of logits in float32 that is taken, as a share of the largest logit; two "
-        "tokens within twice of it tie",
+        description="accepted difference of float32 logits, as a share of the largest logit; two tokens "
+        "whose logits differ by less than twice as much count as a tie",
     )
     half_tolerance: float = Field(
         default=0.05,
         gt=0,
         lt=1,
-        description="the same where the candidate computes in bfloat16 or float16, as on a quantised base",
+        description="the same as `tolerance`, for a candidate that computes in bfloat16 or float16, as on a "
+        "GPU or a quantised base",
     )
 
 
 class MetricGuardrail(Section):
     """A metric that must not get worse."""
 
-    metric: str = Field(description="a score a row, as for `gate.metric`")
+    metric: str = Field(description="a metric with one score per row, as for `gate.metric`")
     margin: float = Field(
         default=0.02,
         ge=0,
-        description="loss on the test split that is still taken as no loss, in the metric's unit",
+        description="loss on the test split that is accepted, in the metric's unit",
     )
 
 
 class WorthConfig(Section):
-    """What a gain brings and a training costs; shown once requests, value and cost are given."""
+    """The value of a gain and the cost of a training; shown if requests, value and cost are over 0."""
 
     requests_per_month: float = Field(
-        default=0.0, ge=0, description="requests that the model answers in a month"
+        default=0.0, ge=0, description="requests that the model answers per month"
     )
     value_per_correct: float = Field(
         default=0.0,
         ge=0,
-        description="what one more right answer is worth (a gain of 1 in `gate.metric`), in any one currency",
+        description="value of one more right answer (a gain of 1 in `gate.metric`), in any one currency",
     )
     cost_per_hour: float = Field(
         default=0.0, ge=0, description="cost of an hour of training, in the same currency"
     )
-    months: float = Field(default=1.0, gt=0, description="months that a version is expected to serve")
+    months: float = Field(default=1.0, gt=0, description="months that a version is expected to be in service")
 
     @property
     def given(self) -> bool:
@@ -231,116 +240,126 @@ class WorthConfig(Section):
 
 
 class GateConfig(Section):
-    """When a candidate may take the champion's place."""
+    """The conditions under which a candidate may replace the champion."""
 
     metric: str = Field(
         default="exact_match",
-        description="the success metric, a score a row: `answer_nll`, one of `evaluate.metrics` but macro_f1 "
-        "and length, or the function of one of your own",
+        description="success metric, with one score per row: `answer_nll`, one of `evaluate.metrics` except "
+        "macro_f1 and length, or the function name of a custom metric",
     )
     min_gain: float = Field(
         default=0.0,
-        description="gain that the lower confidence bound has to exceed, in the metric's unit (`answer_nll`: "
-        "nats a token, a fall counts as gain)",
+        description="gain that the lower confidence bound has to exceed, in the metric's unit "
+        "(`answer_nll`: nats per token, where a fall is a gain); raise it if small gains are not worth a "
+        "new version",
     )
     alpha: float = Field(
         default=0.01,
         gt=0,
         lt=0.5,
-        description="one-sided error of the success metric's bounds in one look, at most",
+        description="largest one-sided error probability of the success metric in one look; lower it for "
+        "fewer wrong promotions, at the price of needing more rows",
     )
     alpha_budget: float = Field(
         default=0.05,
         gt=0,
         le=1,
-        description="error of all looks at candidates against one champion together: look k gets budget * "
-        "k^-1.2 / 5.59, but no more than `gate.alpha`",
+        description="error probability of all looks at candidates against one champion together: look k "
+        "gets budget * k^-1.2 / 5.59, but at most `gate.alpha`",
     )
     guardrail_alpha: float = Field(
-        default=0.05, gt=0, lt=0.5, description="one-sided error of the guardrails' bounds"
+        default=0.05, gt=0, lt=0.5, description="one-sided error probability of the guardrails' bounds"
     )
     min_rows: Count = Field(
         default=10,
-        description="test rows under which the verdict is `uncertain`; few rows show large gains alone, and "
-        "the verdict says how large",
+        description="test rows below which the verdict is `uncertain`; few rows can show only large gains, "
+        "and the verdict says how large",
     )
     golden_margin: float = Field(
         default=0.08,
         ge=0,
-        description="loss on the golden set that is still taken as no loss, in the metric's unit",
+        description="accepted loss on the golden set, in the metric's unit",
     )
     past_margin: float = Field(
-        default=0.05, ge=0, description="the same for the test rows of each batch that the champion has seen"
+        default=0.05,
+        ge=0,
+        description="accepted loss, in the metric's unit, on test rows of batches that the champion was "
+        "trained on, and relative to the base and the first champion",
     )
     oldest: bool = Field(
         default=True,
-        description="compare with the scores that the first champion had, too, so that small losses cannot "
+        description="also compare with the stored scores of the first champion, so that small losses cannot "
         "add up over many promotions",
     )
     nll_margin: float = Field(
-        default=0.5, ge=0, description="the same for the answer's NLL on the test split, in nats a token"
+        default=0.5,
+        ge=0,
+        description="accepted rise of the answers' NLL on the test split, in nats per token",
     )
     min_slice_rows: Count = Field(
         default=50,
-        description="rows under which a past batch or a slice gets no guardrail by itself (a batch's rows "
-        "still count in `past`)",
+        description="rows below which a past batch, a slice or a group has no guardrail of its own (a "
+        "batch's rows still count in `past`)",
     )
     slice_margin: float = Field(
         default=0.1,
         ge=0,
-        description="loss in a slice, in the metric's unit; one that is certainly larger rejects (Holm's "
-        "correction over all slices)",
+        description="accepted loss in a slice, in the metric's unit; a loss that is certainly larger "
+        "rejects the candidate (Holm's correction over all slices)",
     )
     guardrails: list[MetricGuardrail] = Field(
         default=[],
-        description="other metrics that must not get worse on the test split, such as "
-        "`{metric: refusal, margin: 0.02}`: `metric`; `margin`, the loss that is still taken",
+        description="further metrics that must not get worse on the test split, such as `{metric: refusal, "
+        "margin: 0.02}`; `margin` is the accepted loss",
     )
     bias_margin: float = Field(
         default=0.05,
         ge=0,
-        description="by how much more a swapped term may change the score than it does for the champion "
+        description="by how much more than for the champion a swapped term may change the score "
         "(`evaluate.bias_pairs`)",
     )
     attack_margin: float = Field(
         default=0.05,
         ge=0,
-        description="loss in the share of attacks withstood, all together and of each kind, that is still "
-        "taken as no loss (`evaluate.attacks`)",
+        description="accepted loss in the share of attacks withstood, over all attacks and for each kind "
+        "(`evaluate.attacks`)",
     )
     max_exposure: float = Field(
         default=3.0,
         ge=0,
         le=7,
-        description="mean exposure of the planted canaries (`evaluate.canaries`) that is still accepted, in "
-        "bits: 1.4 is chance, 7 is full memorisation",
+        description="accepted mean exposure of the planted canaries (`evaluate.canaries`), in bits: 1.4 is "
+        "chance, 7 is full memorisation",
     )
     group_margin: float = Field(
         default=0.05,
         ge=0,
-        description="by how much wider than the champion's the gap between groups may be "
-        "(`evaluate.groups`), in the metric's unit; one that is certainly wider rejects",
+        description="by how much the gap between groups may be wider than the champion's "
+        "(`evaluate.groups`), in the metric's unit; a gap that is certainly wider rejects the candidate",
     )
     worth: WorthConfig = WorthConfig()
     require_worth: bool = Field(
         default=False,
-        description="reject a candidate whose expected gain brings less than its training cost "
+        description="reject a candidate whose expected gain is worth less than its training cost "
         "(`gate.worth`)",
     )
     suite_margin: float = Field(
         default=0.05,
         ge=0,
-        description="loss in a suite (`evaluate.suites`) that is still taken as no loss, in its metric's "
-        "unit",
+        description="accepted loss in a suite (`evaluate.suites`), in the suite's metric",
     )
     judge_agreement: float = Field(
         default=0.4,
         ge=-1,
         le=1,
-        description="lower bound of Cohen's kappa with people's decisions (`ratchet gate judge`) from which "
-        "a judge's score may be among `guardrails`",
+        description="lower bound of Cohen's kappa between judge and people's decisions (`ratchet gate "
+        "judge`) that a judge needs before its scores may be guardrails",
     )
-    resamples: int = Field(default=4000, ge=200, description="bootstrap resamples")
+    resamples: int = Field(
+        default=4000,
+        ge=200,
+        description="bootstrap resamples per interval; more give steadier bounds and take longer",
+    )
     seed: int = Field(default=5, ge=0, description="seed of the resampling")
 
     @model_validator(mode="after")

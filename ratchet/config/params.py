@@ -1,8 +1,9 @@
-"""Put the sections of params.yaml together and read the file: the only place of knobs.
+"""Combine the sections of params.yaml in one model, and read the file.
 
-Every field has a description with its unit; `ratchet/config/docs.py` makes `docs/params.md` from them.
-Import a section's class from its own module: importing this one imports all. Stages read the file alone,
-since DVC tracks params.yaml and would not see an override from the environment.
+Every setting is defined in a section and has a description with its unit, from which
+`ratchet/config/docs.py` renders `docs/params.md`. Import a section's class from its own module, since this
+module imports all sections. Stages read their settings only from the file: DVC tracks params.yaml, but would
+not see an override from the environment.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ratchet.errors import ConfigError
 
 
 class Config(Section):
-    """Hold every section, and check what two sections have to agree on."""
+    """All sections, with the checks that involve two of them."""
 
     project: ProjectConfig = Field(default_factory=ProjectConfig)
     ingest: IngestConfig = Field(default_factory=IngestConfig)
@@ -50,8 +51,8 @@ class Config(Section):
     gate: GateConfig = Field(default_factory=GateConfig)
     promotion: Literal["rollout", "auto", "manual"] = Field(
         default="rollout",
-        description="who decides after the gate. `rollout`: live traffic, in steps; `auto`: the gate's "
-        "verdict alone; `manual`: a person, in MLflow's UI or by command",
+        description="who decides after the gate. `rollout`: users' feedback, in steps of live traffic; "
+        "`auto`: the gate's verdict alone; `manual`: a person, in MLflow's UI or by command",
     )
     retrain: RetrainConfig = Field(default_factory=RetrainConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
@@ -63,7 +64,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _go_together(self) -> Config:
-        """Refuse what `adapter.method` cannot do before anything is loaded."""
+        """Refuse combinations of settings that cannot work, before anything is loaded."""
         method = self.adapter.method
         if (
             self.train.processes > 1
@@ -126,7 +127,7 @@ class Config(Section):
 
 
 def load_config(path: Path) -> Config:
-    """Read and check `path`. Raises ConfigError with every fault: its key, its value and what is allowed."""
+    """Read and check `path`. Raises ConfigError that lists every fault with key, value and allowed values."""
     try:
         raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -136,13 +137,13 @@ def load_config(path: Path) -> Config:
         ) from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-    except (YAMLError, ValueError) as error:  # ValueError: no UTF-8, or an impossible date
+    except (YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
         raise ConfigError(f"{path} is no valid YAML: {_yaml_fault(error)}") from None
     return parse_config({} if raw is None else raw, path)
 
 
 def parse_config(raw: object, path: Path) -> Config:
-    """Check the mapping `raw` that was read from `path`. Raises ConfigError with every fault at once."""
+    """Check `raw`, the content of `path`. Raises ConfigError that lists every fault."""
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -160,7 +161,7 @@ def _yaml_fault(error: Exception) -> str:
 
 
 def _where(fault: Any) -> str:
-    # Pydantic names the kinds of value that a key takes as well, such as `list[str]`.
+    # Pydantic's location also names the alternatives of a union, such as `list[str]`; they are left out.
     return ".".join(str(part) for part in fault["loc"] if "[" not in str(part)) or "(top level)"
 
 

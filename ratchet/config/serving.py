@@ -1,4 +1,4 @@
-"""Sections of params.yaml: the gateway, its log and the services."""
+"""Sections of params.yaml: the gateway, its request log and the services."""
 
 from __future__ import annotations
 
@@ -10,84 +10,96 @@ from ratchet.config.base import Count, Port, Section
 
 
 class GatewayConfig(Section):
-    """What answers: OpenAI's protocol in front of the champion and, in a rollout, the challenger."""
+    """The gateway: it serves the champion and, during a rollout, the challenger, with OpenAI's protocol."""
 
     engine: Literal["local", "openai"] = Field(
         default="local",
-        description="`local`: transformers and PEFT in this process; `openai`: a server that speaks the "
-        "protocol",
+        description="what computes answers. `local`: transformers and PEFT in the gateway's process; "
+        "`openai`: a server with OpenAI's protocol, such as vLLM, for more load",
     )
     host: str = Field(
         default="127.0.0.1",
-        description="address to listen on; any but loopback needs API keys (`ratchet keys add`)",
+        description="address to listen on; any address other than loopback needs API keys (`ratchet keys "
+        "add`)",
     )
     port: Port = Field(default=8400, description="port of the gateway")
     upstream: str = Field(
         default="",
-        description="base URL of the engine `openai`, such as `http://127.0.0.1:8000/v1`; its key comes from "
-        "RATCHET_UPSTREAM_KEY",
+        description="base URL of the server for the engine `openai`, such as `http://127.0.0.1:8000/v1`; "
+        "its key comes from RATCHET_UPSTREAM_KEY",
     )
     upstream_lora: bool = Field(
         default=True,
-        description="load adapters into the upstream at run time (vLLM's `/v1/load_lora_adapter`), a new "
-        "name for every version; otherwise the model `NAME@vN` is expected to be there",
+        description="load adapters into the server at run time (vLLM's `/v1/load_lora_adapter`), under a "
+        "new name for every version; if false, the server has to serve the model `NAME@vN` already",
     )
     max_batch: int = Field(
-        default=16, ge=1, le=512, description="requests that are decoded together by the engine `local`"
+        default=16,
+        ge=1,
+        le=512,
+        description="requests that the engine `local` decodes together; lower it if memory runs out",
     )
-    max_queue: Count = Field(default=64, description="requests that wait; one more gets 429 with Retry-After")
+    max_queue: Count = Field(
+        default=64, description="requests that may wait; a further one gets 429 with Retry-After"
+    )
     max_body_bytes: int = Field(default=1_048_576, ge=1024, description="largest request body, in bytes")
-    max_messages: Count = Field(default=256, description="messages in a request, at most")
+    max_messages: Count = Field(default=256, description="messages in one request, at most")
     max_tokens: Count = Field(default=4096, description="answer tokens that a client may ask for, at most")
     requests_per_minute: int = Field(
-        default=0, ge=0, description="requests of one API key in a minute; 0 is no limit"
+        default=0, ge=0, description="requests per minute that one API key may send; 0: no limit"
     )
     timeout: float = Field(
-        default=120.0, gt=0, description="seconds that an answer may take, its wait in the queue included"
+        default=120.0, gt=0, description="seconds that an answer may take, including the wait in the queue"
     )
     drain_seconds: float = Field(
-        default=30.0, ge=0, description="seconds that running answers get to end after SIGTERM"
+        default=30.0, ge=0, description="seconds that running answers get to finish after SIGTERM"
     )
     prompt_nll: bool = Field(
         default=True,
-        description="measure how much each prompt surprises the model (engine `local`); one more pass of its "
-        "output layer over the prompt",
+        description="measure each prompt's NLL under the model (engine `local`), which the monitor reads; "
+        "costs one pass of the output layer over the prompt",
     )
 
 
 class RequestLogConfig(Section):
-    """What the gateway remembers of requests and feedback."""
+    """What the gateway stores of requests and feedback."""
 
     renamed: ClassVar = {"request_log.retention_days": "request_log.keep_days"}
 
     url: str = Field(
         default="",
-        description="SQLAlchemy URL; empty: SQLite in `.ratchet/requests.db`. A password belongs into "
-        "RATCHET_REQUEST_LOG_URL, which wins over this",
+        description="SQLAlchemy URL; empty: SQLite in `.ratchet/requests.db`. Put a password into "
+        "RATCHET_REQUEST_LOG_URL, which overrides this key",
     )
     queue: Count = Field(
         default=10_000,
-        description="records that wait to be written; what comes on top is dropped, counted and shown",
+        description="records that may wait to be written; further ones are dropped, counted and shown",
     )
     keep_days: float = Field(
-        default=30.0, gt=0, description="days after which requests and their feedback are deleted"
+        default=30.0, gt=0, description="age in days beyond which requests and their feedback are deleted"
     )
     texts: bool = Field(
         default=True,
-        description="keep prompts and answers (redacted); without them the monitor sees figures only and "
-        "feedback gives no rows",
+        description="keep prompts and answers (redacted); without them the monitor cannot compare prompts, "
+        "and feedback gives no rows",
     )
     redact: list[str] = Field(
         default=[r"\b(?:sk|hf|ghp|xox[bp])[-_][A-Za-z0-9_-]{10,}"],
-        description="regular expressions of what else is written as `[redacted]`, beside the secrets and "
-        "personal data that preparation looks for",
+        description="regular expressions of further text that is stored as `[redacted]`, in addition to the "
+        "secrets and personal data that preparation finds",
     )
 
 
 class ServicesConfig(Section):
-    """What `ratchet up` starts, on loopback."""
+    """The services that `ratchet up` starts on loopback."""
 
-    mlflow_port: Port = Field(default=5000, description="port of MLflow on 127.0.0.1")
-    prefect_port: Port = Field(default=4200, description="port of Prefect on 127.0.0.1")
-    # A wait ends with the answer; on two cores with a load of ten MLflow took more than 120 s.
-    start_timeout: Count = Field(default=300, description="seconds to wait for a service's first answer")
+    mlflow_port: Port = Field(
+        default=5000, description="port of MLflow on 127.0.0.1; change it if another program uses it"
+    )
+    prefect_port: Port = Field(
+        default=4200, description="port of Prefect on 127.0.0.1; change it if another program uses it"
+    )
+    # Generous: on two cores with a load average of ten, MLflow took more than 120 s to answer.
+    start_timeout: Count = Field(
+        default=300, description="seconds to wait for a service's first answer; raise it on a slow machine"
+    )

@@ -1,4 +1,4 @@
-"""Turn the answers to five questions into params.yaml: base, data, metric, GPU, who promotes."""
+"""Make params.yaml from the answers to five questions: base, data, metric, GPU, who promotes."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ratchet.errors import UserError
 from ratchet.files import write_text
 
 PINNED = re.compile(r"(?P<model>.+)@(?P<revision>[0-9a-f]{40})")
-NOT_ALONE = ("exact_match", "answer_nll")  # scores that are always computed
+NOT_ALONE = ("exact_match", "answer_nll")  # always computed, so they need no entry in evaluate.metrics
 
 
 class Answers(NamedTuple):
-    """The answers; each default is the embedded example's."""
+    """Answers to the five questions; the defaults are those of the built-in example."""
 
-    base: str = "demo"  # as `base.model` takes it; a hub id as `org/name@<40 hex digits>`
-    data: str = "pydoc"  # `pydoc`, or a file, glob or URL of JSON Lines
+    base: str = "demo"  # a value of `base.model`; a hub id includes its commit: `org/name@<40 hex digits>`
+    data: str = "pydoc"  # `pydoc`, or a file, glob or URL for `ingest.jsonl.path`
     metric: str = "exact_match"
     gpu: bool = False
     promotion: str = "rollout"
 
 
 def changes_for(answers: Answers) -> dict[str, Any]:
-    """Return the keys of params.yaml, dotted, that the answers change."""
+    """Return the dotted keys of params.yaml that the answers change, with their values."""
     changes: dict[str, Any] = {"promotion": answers.promotion, "gate.metric": answers.metric}
     pinned = PINNED.fullmatch(answers.base)
     changes["base.model"] = pinned["model"] if pinned else answers.base
@@ -48,8 +48,8 @@ def changes_for(answers: Answers) -> dict[str, Any]:
 def write_params(path: Path, answers: Answers, *, force: bool = False) -> str:
     """Write params.yaml and return its text.
 
-    Raises ConfigError for an answer that no params.yaml may hold, UserError where the file was changed and
-    `force` is not given; then nothing is written.
+    Raises ConfigError if params.yaml cannot hold an answer, and UserError if the file was changed and `force`
+    is false; in both cases nothing is written.
     """
     fresh = render_params(Config(), SURVEYED)
     text = edit_params(fresh, changes_for(answers))

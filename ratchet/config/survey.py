@@ -1,8 +1,8 @@
-"""Name the keys that people change, which params.yaml holds, and tell where each key's value comes from.
+"""List the settings with their values, and tell where each value comes from.
 
-The other keys have their defaults in the code and stand in docs/params.md; a project adds those that it
-changes. DVC wants each key that dvc.yaml names in the file, and a section with at least one key; a default
-that changes in the code is a change of each stage's code.
+The params.yaml in git holds the keys that people often change. All others have a default in the code and are
+listed in docs/params.md; a project adds those that it changes. DVC requires each key and section that
+dvc.yaml names to be in the file; a changed default counts as a change of each stage's code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ratchet.config.params import Config, load_config
 
 
 class Setting(NamedTuple):
-    """A key with its value; `set_in` is empty where it has its default because nobody set it."""
+    """A key with its value; `set_in` names the file that sets it, and is empty if it has its default."""
 
     key: str
     value: Any
@@ -28,7 +28,7 @@ class Setting(NamedTuple):
 
 
 def read_settings(path: Path, *, everything: bool) -> list[Setting]:
-    """Return the keys of params.yaml that people change, or all; what is set is always among them.
+    """Return the settings that people often change and those that are set, or `everything`.
 
     Raises ConfigError.
     """
@@ -42,7 +42,7 @@ def read_settings(path: Path, *, everything: bool) -> list[Setting]:
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield every key of params.yaml, dotted."""
+    """Yield every dotted key of params.yaml."""
     for name, field in model.model_fields.items():
         section = section_of(field.annotation)
         yield from keys_of(section, f"{prefix}{name}.") if section else [prefix + name]

@@ -1,4 +1,4 @@
-"""Sections of params.yaml: rows that a teacher writes."""
+"""Sections of params.yaml: rows that a teacher model writes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 from ratchet.config.base import Count, Section, Share
 
 
-class TeacherConfig(Section):
-    """The model that writes the rows."""
+class EndpointConfig(Section):
+    """A model behind an API."""
 
     protocol: Literal["openai", "anthropic"] = Field(
         default="openai",
-        description="`openai`: `/chat/completions`, as of OpenAI, vLLM, Ollama or this gateway; `anthropic`: "
-        "`/messages`",
+        description="API of the endpoint. `openai`: `/chat/completions`, as served by OpenAI, vLLM, Ollama "
+        "and this gateway; `anthropic`: `/messages`",
     )
     url: str = Field(
         default="",
@@ -25,59 +25,82 @@ class TeacherConfig(Section):
     key_env: str = Field(
         default="RATCHET_TEACHER_KEY",
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-        description="environment variable that holds the key; a server without keys needs none",
-    )
-    licence: str = Field(
-        default="unknown",
-        description="what the teacher's terms say of training on its answers; kept in each row",
+        description="environment variable that holds the API key; unset for a server without keys",
     )
     input_price: float = Field(
-        default=0.0, ge=0, description="price of a million input tokens, in any one currency"
+        default=0.0,
+        ge=0,
+        description="price of a million input tokens, in any one currency; needed for the limit `max_cost`",
     )
-    output_price: float = Field(default=0.0, ge=0, description="price of a million output tokens")
+    output_price: float = Field(
+        default=0.0, ge=0, description="price of a million output tokens, in the same currency"
+    )
     temperature: float = Field(
-        default=0.7, ge=0, le=2, description="sampling temperature; left out where the endpoint refuses it"
+        default=0.7,
+        ge=0,
+        le=2,
+        description="sampling temperature; higher gives more varied answers. It is left out of requests if "
+        "the endpoint refuses it",
     )
-    max_tokens: int = Field(default=2048, ge=16, description="tokens of one answer, at most")
+    max_tokens: int = Field(default=2048, ge=16, description="longest answer, in tokens")
     requests_per_minute: int = Field(
-        default=0, ge=0, description="requests in a minute, evenly spaced; 0 is no limit"
+        default=0,
+        ge=0,
+        description="requests per minute, evenly spaced; set it to the endpoint's rate limit; 0: no limit",
     )
-    parallel: int = Field(default=4, ge=1, le=256, description="requests under way together")
-    timeout: float = Field(default=120.0, gt=0, description="seconds that one answer may take")
+    parallel: int = Field(default=4, ge=1, le=256, description="requests in flight at the same time")
+    timeout: float = Field(default=120.0, gt=0, description="seconds to wait for one answer")
     tries: int = Field(
         default=5,
         ge=1,
         le=20,
-        description="times that a request is sent when the endpoint is busy, broken or away",
+        description="attempts per request when the endpoint is busy, fails or cannot be reached",
     )
 
 
-class JudgeConfig(TeacherConfig):
-    """A second model that scores each row from 0 to 1; without a `model` nobody judges."""
+class TeacherConfig(EndpointConfig):
+    """The model that writes the rows."""
+
+    licence: str = Field(
+        default="unknown",
+        description="what the provider's terms say about training on the answers; recorded in each row that "
+        "this model writes",
+    )
+
+
+class JudgeConfig(EndpointConfig):
+    """A second model that scores each row from 0 to 1; without a `model` there are no scores."""
 
     key_env: str = Field(
         default="RATCHET_JUDGE_KEY",
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-        description="environment variable that holds its key; a server without keys needs none",
+        description="environment variable that holds the judge's API key; unset for a server without keys",
     )
     temperature: float = Field(
-        default=0.0, ge=0, le=2, description="sampling temperature; left out where the endpoint refuses it"
+        default=0.0,
+        ge=0,
+        le=2,
+        description="sampling temperature; 0 makes scores repeatable. It is left out of requests if the "
+        "endpoint refuses it",
     )
-    max_tokens: int = Field(default=512, ge=16, description="tokens of one answer, at most")
-    min_score: Share = Field(default=0.7, description="score under which a row gets a doubt")
+    max_tokens: int = Field(default=512, ge=16, description="longest answer, in tokens")
+    min_score: Share = Field(
+        default=0.7, description="score below which a row gets a doubt, so that a person reviews it"
+    )
 
 
 class GroundedConfig(Section):
-    """How much of an answer has to stand in its passage."""
+    """How much of an answer has to occur in its passage."""
 
     doubt: Share = Field(
         default=0.8,
-        description="share of the answer's content words found in the passage under which a row gets a doubt",
+        description="share of the answer's content words that occur in the passage, below which a row gets "
+        "a doubt; lower it for answers that rephrase freely",
     )
     refuse: Share = Field(
         default=0.5,
-        description="share under which it is refused; a number that the passage lacks refuses it as well. 0 "
-        "refuses nothing",
+        description="share, as for `doubt`, below which a row is refused; a number that the passage lacks "
+        "also refuses it. 0: never refuse",
     )
 
     @model_validator(mode="after")
@@ -91,74 +114,83 @@ class GroundedConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Further wordings of the kept questions (EDA, arXiv 1901.11196); each kind that is on adds a row."""
+    """Further wordings of kept questions (EDA, arXiv 1901.11196); each enabled kind adds a row."""
 
-    synonyms: str = Field(default="", description="JSON file of word → list of synonyms; empty: none")
+    synonyms: str = Field(
+        default="", description="JSON file of word → list of synonyms; empty: no replacement and no insertion"
+    )
     replace: Share = Field(
-        default=0.1, description="share of the question's words that get a synonym, at least one"
+        default=0.1,
+        description="share of the question's words that are replaced by a synonym, at least one word; needs "
+        "`synonyms`",
     )
     insert: Share = Field(
         default=0.0,
-        description="share of the question's words after which a synonym of another is inserted; needs "
-        "`synonyms`",
+        description="share of the question's words after which a synonym of some word of the question is "
+        "inserted; needs `synonyms`; 0: off",
     )
-    delete: Share = Field(default=0.0, description="share of the question's words that are left out")
+    delete: Share = Field(default=0.0, description="share of the question's words that are deleted; 0: off")
     back_translate: str = Field(
         default="",
-        description="language, such as `German`, into which the teacher translates a question, and back; "
-        "empty: none",
+        description="language, such as `German`, into which the teacher translates each question and back; "
+        "costs one request per kept row; empty: off",
     )
 
 
 class SynthesizeConfig(Section):
-    """Rows written by a teacher model, for people to review."""
+    """Rows that a teacher model writes and people review."""
 
     teacher: TeacherConfig = Field(
         default_factory=TeacherConfig, description="the model that writes the rows"
     )
-    judge: JudgeConfig = Field(default_factory=JudgeConfig, description="a second model that scores them")
+    judge: JudgeConfig = Field(default_factory=JudgeConfig, description="a second model that scores the rows")
     max_cost: float = Field(
         default=5.0,
         ge=0,
-        description="money that one run may spend at teacher and judge, in the prices' currency; it stops "
-        "before it would go over",
+        description="money that teacher and judge may cost in one run, in the currency of the prices; a "
+        "request that could exceed it is not sent",
     )
     max_run_tokens: int = Field(
         default=2_000_000,
         ge=0,
-        description="tokens of one run, input and output of all requests; it stops before it would go over",
+        description="input and output tokens of all requests of one run; a request that could exceed it is "
+        "not sent",
     )
-    count: Count = Field(default=200, description="rows that a run keeps, when the command names no number")
-    per_chunk: int = Field(default=4, ge=1, le=50, description="pairs that one request asks for")
+    count: Count = Field(default=200, description="rows that a run keeps if the command gives no number")
+    per_chunk: int = Field(
+        default=4, ge=1, le=50, description="question-answer pairs that one request asks for"
+    )
     rounds: int = Field(
         default=2,
         ge=1,
         le=20,
-        description="times that the same chunks or rows are asked about, at most, until there are enough "
-        "rows",
+        description="times that the same chunks or rows may be asked about until there are enough rows; "
+        "raise it if a run ends with too few",
     )
     chunk_chars: int = Field(default=3000, ge=200, description="longest chunk of a document, in characters")
     overlap_chars: int = Field(
-        default=200, ge=0, description="characters of the chunk before that a chunk repeats, at most"
+        default=200, ge=0, description="characters that a chunk may repeat from the end of the previous chunk"
     )
-    system: str = Field(default="", description="system message put before each row; empty: none")
-    max_question_chars: Count = Field(default=1000, description="longest question, in characters")
-    max_answer_chars: Count = Field(default=4000, description="longest answer, in characters")
+    system: str = Field(default="", description="system message of each new row; empty: none")
+    max_question_chars: Count = Field(default=1000, description="longest accepted question, in characters")
+    max_answer_chars: Count = Field(default=4000, description="longest accepted answer, in characters")
     score_with_champion: bool = Field(
         default=False,
-        description="ask the running gateway each question; an answer that differs is a doubt. Its key comes "
-        "from RATCHET_GATEWAY_KEY",
+        description="send each question to the running gateway too; a different answer gives the row a "
+        "doubt. The requests count as traffic of the gateway, whose key comes from RATCHET_GATEWAY_KEY",
     )
     prompts: str = Field(
-        default="", description="folder of prompt templates that win over those of the package, by file name"
+        default="",
+        description="folder of prompt templates; each overrides the packaged template with the same file "
+        "name",
     )
     seed: int = Field(
         default=29,
         ge=0,
-        description="seed of what is drawn, and of the requests where the endpoint takes one",
+        description="seed of all random draws, and of the requests if the endpoint accepts one",
     )
     grounded: GroundedConfig = Field(
-        default_factory=GroundedConfig, description="how much of an answer has to stand in its passage"
+        default_factory=GroundedConfig, description="how much of an answer has to occur in its passage"
     )
     augment: AugmentConfig = Field(
         default_factory=AugmentConfig, description="further wordings of the kept questions"

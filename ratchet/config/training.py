@@ -1,4 +1,4 @@
-"""Sections of params.yaml: the base, what is trained on it and how, and the search for good settings."""
+"""Sections of params.yaml: the base, the training, the adapter, and the search for good settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ratchet.config.base import Count, Section, Share
 
 
 def _iso_date(value: Any) -> str:
-    """Read a date, which YAML makes an object of unless it is quoted. Raises ValueError."""
+    """Return a date as ISO 8601 text; YAML turns an unquoted date into an object. Raises ValueError."""
     return dt.date.fromisoformat(str(value)).isoformat()
 
 
@@ -21,23 +21,27 @@ class DemoBase(Section):
     """The small Llama that `base.model: demo` pre-trains on this machine."""
 
     packages: list[str] = Field(
-        default=["stdlib"], min_length=1, description="import names whose documentation the base reads"
+        default=["stdlib"],
+        min_length=1,
+        description="import names of the packages whose documentation the base is trained on",
     )
     module_share: Share = Field(
-        default=0.35, description="share of the modules that the base sees; the rest is left for the adapter"
+        default=0.35,
+        description="share of the modules that the base sees; the others are left for the adapter to learn",
     )
     vocab_size: int = Field(
-        default=2048, ge=300, description="tokens in the tokenizer that is trained on the same texts"
+        default=2048, ge=300, description="tokens in the tokenizer, which is trained on the same texts"
     )
     hidden_size: int = Field(default=128, ge=16, multiple_of=16, description="width of the model")
     layers: Count = Field(default=2, description="decoder layers")
     heads: Count = Field(default=4, description="attention heads")
-    context: int = Field(default=512, ge=64, description="positions, in tokens")
+    context: int = Field(default=512, ge=64, description="context length, in tokens")
     steps: Count = Field(default=600, description="optimizer steps")
-    batch_tokens: int = Field(default=1024, ge=64, description="tokens in one optimizer step, about")
+    batch_tokens: int = Field(default=1024, ge=64, description="tokens in one optimizer step, approximately")
     learning_rate: float = Field(default=3.0e-3, gt=0, description="peak learning rate of AdamW")
     text_weight: Share = Field(
-        default=0.3, description="weight of the loss on the question's text, where the answer's is 1"
+        default=0.3,
+        description="weight of the question's tokens in the loss; an answer's tokens have weight 1",
     )
 
 
@@ -47,7 +51,7 @@ VERSION = re.compile(r"(?:registered:([\w.-]+)/)?v([1-9]\d*)")
 
 
 def kind_of_base(model: str) -> BaseKind:
-    """Tell by its form what `base.model` names; nothing is looked up."""
+    """Tell what `base.model` names, from its form alone; nothing is looked up."""
     if model == "demo":
         return "demo"
     if "://" in model:
@@ -59,42 +63,42 @@ def kind_of_base(model: str) -> BaseKind:
 
 
 class BaseConfig(Section):
-    """The base model, never changed by training."""
+    """The base model; training never changes its files."""
 
     model: str = Field(
         default="demo",
         min_length=1,
         description="where the base is: `demo`; a hub id (`org/name`, or `org/name:file.gguf`); a folder or "
-        "GGUF file (`./models-in/smollm`, counted from the repository's root, tracked by DVC or not); a URL "
-        "of either that fsspec reads (`s3://bucket/smollm`); or a version of this project that was in charge "
-        "(`v3`), merged. A GGUF file is dequantised",
+        "GGUF file (`./models-in/smollm`, relative to the repository's root, tracked by DVC or not); a URL "
+        "of either that fsspec reads (`s3://bucket/smollm`); or an earlier champion of this project (`v3`), "
+        "merged. A GGUF file is dequantised",
     )
     revision: str | None = Field(
         default=None,
-        description="of a hub id: its commit, 40 hex digits, needed; of the others: the sha256, 64 hex "
-        "digits, that the weights must have (the stage `base` prints it)",
+        description="for a hub id, the required commit, 40 hex digits; otherwise the sha256, 64 hex digits, "
+        "that the weights must have (the stage `base` prints it), or null",
     )
     chat_template: str | None = Field(
         default=None,
-        description="path of a Jinja chat template, for a base that brings none, or in place of its own",
+        description="path of a Jinja chat template, for a base without one or to replace its own",
     )
     date: Annotated[str, BeforeValidator(_iso_date)] = Field(
         default="2026-01-01",
-        description="what a chat template that asks for today's date is told, so that a prompt is the same "
-        "on every day",
+        description="date (ISO 8601) that a chat template gets when it asks for today's, so that a prompt "
+        "is the same every day",
     )
     reasoning: Literal["drop", "learn"] = Field(
         default="drop",
-        description="what becomes of reasoning in rows (`reasoning_content`, or `<think>…</think>` before an "
-        "answer). `drop`: answers are learned and given without it. `learn`: it is learned and given as the "
-        "base's own template writes it; a template that writes none is refused. Answers are then longer: see "
-        "`evaluate.max_new_tokens`",
+        description="what happens to reasoning in rows (`reasoning_content`, or `<think>…</think>` before "
+        "an answer). `drop`: the model learns and gives answers without it. `learn`: the model learns and "
+        "gives it in the format of the base's own template; a template without one is refused. Answers get "
+        "longer: see `evaluate.max_new_tokens`",
     )
     new_tokens: list[str] = Field(
         default=[],
-        description="words of the domain that become one token each, with a trained embedding (LoRA's family "
-        "and `full`) that starts as the mean of the embeddings of the word's former pieces. Such "
-        "a version is served on a base of its own",
+        description="domain words that become one token each, with a trained embedding (LoRA's family and "
+        "`full`) that starts as the mean of the embeddings of the word's former tokens. Such a version "
+        "needs its own copy of the base when it is served",
     )
     seed: int = Field(default=20, ge=0, description="seed of the demo's weights and of its order of rows")
     demo: DemoBase = Field(default_factory=DemoBase, description="settings of `model: demo`")
@@ -131,106 +135,119 @@ class BaseConfig(Section):
 
 
 class TrainConfig(Section):
-    """One optimisation, from a base or from the champion's adapter."""
+    """The training: which rows, which loss, and how it is optimised."""
 
     start_from: Literal["champion", "base"] = Field(
-        default="champion", description="where the adapter's weights start; without a champion it is the base"
+        default="champion",
+        description="weights from which the training starts; without a champion it starts from the base",
     )
     rows: Literal["new_and_replay", "all"] = Field(
         default="new_and_replay",
-        description="rows to train on: what the champion has not seen plus a replayed share, or everything",
+        description="rows to train on: those that the champion has not seen plus a replayed share of the "
+        "others, or all; a training that starts from the base takes all",
     )
     replay: Share = Field(
-        default=1.0, description="share of the rows that the champion has seen that are trained on again"
+        default=1.0,
+        description="share of the rows that the champion has seen that are trained on again; lower is "
+        "faster, but the model forgets more",
     )
     max_feedback_share: Share = Field(
         default=0.1,
-        description="share of the rows trained on that may come from people's feedback. More of the other "
-        "rows than `replay` says are replayed for it; feedback that is still too much stays out, the oldest "
-        "first",
+        description="share of the training rows that may come from users' feedback. To keep it, more other "
+        "rows than `replay` says are replayed; if that is not enough, the oldest feedback is left out",
     )
     objective: Literal["sft", "dpo", "kto"] = Field(
         default="sft",
-        description="what is learned: answers (`sft`); which of two answers is better (`dpo`); which answers "
-        "are good and which are not (`kto`). Rows without a judgement are learned as answers by `dpo`, and "
-        "are good ones for `kto`",
+        description="what is learned. `sft`: answers; `dpo`: which of two answers is better; `kto`: which "
+        "answers are good and which are bad. `dpo` learns rows without a judgement as `sft` does; for `kto` "
+        "they are good answers",
     )
     preference_beta: float = Field(
         default=0.1,
         gt=0,
-        description="how much a change of an answer's log-probability weighs in `dpo` and `kto`: the larger, "
-        "the nearer the model stays to where it started",
+        description="weight of the log-probability ratio to the start model in `dpo` and `kto`; larger "
+        "values keep the model closer to its start",
     )
     chosen_weight: float = Field(
         default=1.0,
         ge=0,
-        description="of the better answer's cross-entropy beside the loss of `dpo` (arXiv 2404.19733); 0: "
-        "DPO alone, which may make both answers less likely",
+        description="weight of the better answer's cross-entropy that is added to the loss of `dpo` (arXiv "
+        "2404.19733); 0: DPO alone, which may make both answers less likely",
     )
     undesirable_weight: float = Field(
         default=1.0,
         gt=0,
-        description="of an answer not to give in `kto`; the paper's advice: good answers over bad "
-        "ones, or three quarters of that",
+        description="weight of a bad answer's loss in `kto`, where a good answer's weight is 1; the paper "
+        "(arXiv 2402.01306) advises the number of good answers divided by that of bad ones, or down to 3/4 "
+        "of it",
     )
     epochs: float = Field(
-        default=3.0, gt=0, description="passes over the chosen rows, at most; `patience` may end them earlier"
+        default=3.0,
+        gt=0,
+        description="passes over the chosen rows, at most; `patience` may end the training earlier",
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = Field(
         default="adamw",
-        description="`adamw_8bit` and `paged_adamw_8bit` keep their state in 8 bits and need CUDA; paged: it "
-        "may move to the host's memory",
+        description="optimizer; `adamw_8bit` and `paged_adamw_8bit` keep their state in 8 bits and need "
+        "CUDA; the paged one may move its state to the host's memory",
     )
     learning_rate: float = Field(
         default=2.0e-4,
         gt=0,
         description="peak learning rate; the default suits LoRA's family on a model of 0.1 to 8 billion "
-        "weights, `full` wants a tenth of it, `ia3`, `prefix` and `prompt` ten to a hundred times as much",
+        "weights; `full` needs a tenth of it, `ia3`, `prefix` and `prompt` ten to a hundred times as much",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="course of the learning rate after the warm-up"
+        default="cosine", description="shape of the learning rate after the warm-up"
     )
     warmup_share: Share = Field(
-        default=0.05, description="share of the steps in which the learning rate rises"
+        default=0.05, description="share of the steps during which the learning rate rises to its peak"
     )
     weight_decay: float = Field(
         default=0.01,
         ge=0,
-        description="decoupled weight decay of AdamW; of the other optimizers their own form",
+        description="decoupled weight decay for AdamW; the other optimizers apply it in their own form",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="what forward and backward passes compute in; `auto`: bfloat16 where the machine has "
-        "instructions for it. Adapters and losses stay float32",
+        description="number format of the forward and backward passes; `auto`: bfloat16 if the machine has "
+        "instructions for it, else float16 on a GPU and float32 on a CPU. Adapters and losses stay float32",
     )
     batch_windows: Count = Field(
         default=4,
-        description="packed windows in one forward pass; on a CPU as many rows of like length as fit into "
-        "their room",
+        description="packed windows in one forward pass; on a CPU, rows of similar length that fit into the "
+        "same number of tokens. Lower it, and raise `accumulate`, if memory runs out",
     )
-    accumulate: Count = Field(default=1, description="forward passes in one optimizer step")
+    accumulate: Count = Field(
+        default=1,
+        description="forward passes per optimizer step; the batch of a step is `batch_windows` times this",
+    )
     processes: Count = Field(
         default=1,
-        description="processes that share the forward passes of a step, started by torchrun: one a GPU, or "
-        "parts of a CPU. `accumulate` has to be a multiple",
+        description="processes that share the forward passes of a step, started by torchrun: one per GPU, "
+        "or parts of a CPU. `accumulate` has to be a multiple of it",
     )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         default="auto",
-        description="several processes: each with the whole model (`ddp`) or a part of it (`fsdp`); `auto`: "
-        "parts for `full` and for `qlora` on NF4",
+        description="what each of several processes holds: the whole model (`ddp`) or a shard of it "
+        "(`fsdp`); `auto`: shards for `full` and for `qlora` on NF4, else `ddp`",
     )
-    max_grad_norm: float = Field(default=1.0, gt=0, description="gradient norm that is clipped to")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="norm to which larger gradients are clipped")
     teacher: str = Field(
         default="",
         pattern=r"^(|champion|[\w.-]+/[\w.-]+@[0-9a-f]{40})$",
-        description="distillation: whose distribution the training learns from beside the rows: `champion`, "
-        "or a hub id with its commit (`org/name@<40 hex digits>`) of the same tokenizer; empty: nobody's",
+        description="distillation: the model whose distribution is learned in addition to the rows: "
+        "`champion`, or a hub id with its commit (`org/name@<40 hex digits>`) and the same tokenizer; "
+        "empty: none",
     )
     teacher_weight: Share = Field(
         default=0.5, description="share of the loss that is the divergence from the teacher"
     )
     teacher_temperature: float = Field(
-        default=1.0, gt=0, description="both distributions are flattened by it before they are compared"
+        default=1.0,
+        gt=0,
+        description="temperature that flattens both distributions before they are compared; above 1 "
+        "unlikely tokens count more",
     )
     checkpoint_activations: bool = Field(
         default=False,
@@ -239,24 +256,24 @@ class TrainConfig(Section):
     )
     compile: bool = Field(
         default=False,
-        description="compile the layers (torch.compile) at the start, a minute or so, for faster steps: for "
-        "trainings of ten minutes and more. A CPU needs a C++ compiler",
+        description="compile the layers (torch.compile): steps are faster after about a minute at the "
+        "start, which pays for trainings of ten minutes and more. A CPU needs a C++ compiler",
     )
     liger: bool = Field(
         default=False,
-        description="Liger's kernels for norms, rotary positions and gated layers: less memory on a GPU; "
-        "needs CUDA and the extra `kernels`",
+        description="use Liger's kernels for norms, rotary positions and gated layers: less memory on a "
+        "GPU; needs CUDA and the extra `kernels`",
     )
     neftune_alpha: float = Field(
         default=0.0,
         ge=0,
-        description="noise on the embeddings in training (NEFTune, arXiv 2310.05914), 5 is usual; 0: none",
+        description="strength of the noise on the embeddings in training (NEFTune, arXiv 2310.05914); 5 is "
+        "usual; 0: none",
     )
-    evaluations: Count = Field(
-        default=8, description="times that the validation loss is measured in a training"
-    )
+    evaluations: Count = Field(default=8, description="measurements of the validation loss during a training")
     patience: Count = Field(
-        default=3, description="measurements without a better validation loss that stop the training"
+        default=3,
+        description="measurements in a row without a better validation loss after which the training stops",
     )
     seed: int = Field(
         default=17, ge=0, description="seed of the adapter's weights, of dropout and of the order of windows"
@@ -264,8 +281,8 @@ class TrainConfig(Section):
     checkpoint_minutes: float = Field(
         default=10.0,
         ge=0,
-        description="minutes between two checkpoints, which is what a kill costs at most; 0: after every "
-        "optimizer step",
+        description="minutes between two checkpoints, and so the most work that a kill can cost; 0: after "
+        "every optimizer step",
     )
 
     @model_validator(mode="after")
@@ -288,12 +305,12 @@ class TrainConfig(Section):
         return self
 
     def steps(self, num_batches: int) -> int:
-        """Return the most optimizer steps of a training whose epoch is `num_batches` forward passes."""
+        """Return the highest number of optimizer steps, if an epoch has `num_batches` forward passes."""
         return max(1, math.ceil(self.epochs * num_batches / self.accumulate))
 
 
 def why_whole(train: TrainConfig, adapter: AdapterConfig) -> str:
-    """Say why several processes cannot each keep a part of the model; empty when they can."""
+    """Return why the model cannot be sharded among processes (`fsdp`), or "" if it can."""
     if adapter.method in ("prefix", "prompt"):
         return (
             f"`adapter.method: {adapter.method}` puts its virtual tokens before the layers that would be in "
@@ -311,57 +328,64 @@ def why_whole(train: TrainConfig, adapter: AdapterConfig) -> str:
 
 
 class AdapterConfig(Section):
-    """What is trained on top of the base."""
+    """The weights that are trained on top of the base."""
 
     method: Literal["lora", "qlora", "dora", "rslora", "ia3", "prefix", "prompt", "full"] = Field(
         default="lora",
-        description="what is trained (docs/training.md); `qlora`: LoRA on a quantised base; `full`: all "
-        "weights, and no adapter",
+        description="fine-tuning method (docs/training.md); `qlora`: LoRA on a quantised base, if memory is "
+        "short; `full`: all weights, without an adapter",
     )
     quantisation: Literal["nf4", "int8"] = Field(
         default="nf4",
-        description="of the base, for `qlora`: NF4 with double quantisation, or LLM.int8(); bfloat16 compute",
+        description="quantisation of the base for `qlora`: NF4 with double quantisation, or LLM.int8(); "
+        "computed in bfloat16",
     )
     rank: int = Field(
-        default=32, ge=1, le=512, description="rank of the update (`lora`, `qlora`, `dora`, `rslora`)"
+        default=32,
+        ge=1,
+        le=512,
+        description="rank of the update (`lora`, `qlora`, `dora`, `rslora`); a larger one can learn more "
+        "and costs more memory",
     )
     alpha: float = Field(
         default=64.0,
         gt=0,
-        description="scale of the update; it is multiplied by alpha / rank, by alpha / √rank for `rslora`",
+        description="scale of the update: it is multiplied by alpha / rank, for `rslora` by alpha / √rank; "
+        "usually twice the rank",
     )
     dropout: Share = Field(
-        default=0.0, description="dropout before the update (`lora`, `qlora`, `dora`, `rslora`)"
+        default=0.0, description="dropout rate on the update's input (`lora`, `qlora`, `dora`, `rslora`)"
     )
     target_modules: str | list[str] = Field(
         default="all-linear",
-        description="layers that get an update: `all-linear` or names; not for `prefix`, `prompt` and `full`",
+        description="layers that get an update: `all-linear`, or a list of names; not for `prefix`, "
+        "`prompt` and `full`",
     )
     bias: Literal["none", "lora_only", "all"] = Field(
         default="none",
-        description="biases of the base that are trained as well (`lora`, `qlora`, `dora`, `rslora`); such a "
-        "version is served on a base of its own",
+        description="biases of the base that are trained too (`lora`, `qlora`, `dora`, `rslora`); such a "
+        "version needs its own copy of the base when it is served",
     )
     modules_to_save: list[str] = Field(
         default=[],
-        description="modules that are trained whole beside the update, such as `lm_head`; not for `prefix`, "
-        "`prompt` and `full`. Served on a base of its own",
+        description="modules that are trained whole in addition to the update, such as `lm_head`; not for "
+        "`prefix`, `prompt` and `full`. Such a version needs its own copy of the base when it is served",
     )
     virtual_tokens: int = Field(
         default=16,
         ge=1,
         le=1024,
-        description="tokens that `prefix` and `prompt` put before every row; they count against the base's "
+        description="tokens that `prefix` and `prompt` put before every row; they count towards the base's "
         "context",
     )
 
 
 class SweepRange(Section):
-    """Numbers from `low` to `high`."""
+    """A range of numbers, `low` and `high` included."""
 
-    low: int | float = Field(description="least value")
-    high: int | float = Field(description="greatest value")
-    log: bool = Field(default=False, description="evenly by orders of magnitude")
+    low: int | float = Field(description="lowest value")
+    high: int | float = Field(description="highest value")
+    log: bool = Field(default=False, description="draw evenly on a logarithmic scale")
     step: int | float | None = Field(default=None, description="distance between two values; not with `log`")
 
     @model_validator(mode="after")
@@ -379,33 +403,36 @@ Choices = Annotated[list[bool | int | float | str | list[str]], Field(min_length
 
 
 class SweepConfig(Section):
-    """The flow `sweep`: which settings give the least validation loss."""
+    """The flow `sweep`: it searches for the settings with the lowest validation loss."""
 
     space: dict[str, Choices | SweepRange] = Field(
         default={
             "train.learning_rate": SweepRange(low=2.0e-5, high=2.0e-3, log=True),
             "train.batch_windows": [2, 4, 8],
         },
-        description="where to look: a key of `train` or `adapter`, or `base.model` (as there, a hub id "
-        "with its commit: `org/name@revision`), each with a list of choices or `{low, high, log, step}`",
+        description="search space: keys of `train` or `adapter`, or `base.model` (as there, a hub id with "
+        "its commit: `org/name@revision`), each with a list of choices or `{low, high, log, step}`",
     )
     trials: Count = Field(
-        default=20, description="trainings in all, those of other machines and of earlier calls included"
+        default=20,
+        description="trainings of the study, including those of other machines and of earlier calls",
     )
     startup_trials: int = Field(
-        default=5, ge=1, description="trials whose settings are drawn at random, and that are not ended early"
+        default=5,
+        ge=1,
+        description="first trials, whose settings are drawn at random and which are not stopped early",
     )
     storage: str = Field(
         default="",
         description="SQLAlchemy URL of Optuna's database; empty: SQLite in `.ratchet/sweep.db`. With "
-        "PostgreSQL (`postgresql+psycopg://…`) the same command on another machine joins in. A password "
-        "belongs into RATCHET_SWEEP_STORAGE, which wins over this",
+        "PostgreSQL (`postgresql+psycopg://…`) the same command on another machine joins the study. Put a "
+        "password into RATCHET_SWEEP_STORAGE, which overrides this key",
     )
-    seed: int = Field(default=41, ge=0, description="seed of what is drawn")
+    seed: int = Field(default=41, ge=0, description="seed of the draws")
 
 
 class CompareConfig(Section):
-    """What `ratchet compare` changes for a method."""
+    """The settings that `ratchet compare` uses for each method."""
 
     settings: dict[str, dict[str, bool | int | float | str | list[str]]] = Field(
         default={
@@ -414,18 +441,19 @@ class CompareConfig(Section):
             "prefix": {"train.learning_rate": 5.0e-3},
             "prompt": {"train.learning_rate": 2.0e-2},
         },
-        description="method → keys of `train` and `adapter` with the values that it is compared with; all "
-        "else is the same for all",
+        description="method → keys of `train` and `adapter` with the values that this method is compared "
+        "with; everything else is the same for all methods",
     )
 
 
 class RetrainConfig(Section):
-    """The flow `retrain`."""
+    """The flow `retrain`: when it starts, and what it leaves behind."""
 
-    cron: str = Field(default="0 3 * * 1", description="schedule of the deployment, in cron's form, UTC")
+    cron: str = Field(default="0 3 * * 1", description="schedule of the deployment, in cron syntax, UTC")
     on_data: bool = Field(
-        default=False, description="an ingest starts a retraining by itself, where the deployments are served"
+        default=False,
+        description="whether an ingest starts a retraining by itself, while the deployments are served",
     )
     keep_workspaces: int = Field(
-        default=2, ge=0, description="failed workspaces that are kept for inspection"
+        default=2, ge=0, description="failed workspaces of each kind of run that are kept for inspection"
     )

@@ -1,1 +1,1 @@
-"""Rows: examples, validation, personal data, duplicates, poisoning, batches, erasure, mixture."""
+"""Rows: examples, forms, validation, personal data, duplicates, poisoning, batches, erasure, mixture."""

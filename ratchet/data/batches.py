@@ -13,12 +13,12 @@ from ratchet.errors import DataError
 from ratchet.files import sha256_file, write_bytes
 
 MANIFEST = "manifest.jsonl"
-REVERTED = Path("data/reverted.jsonl")  # in git, so that a version's commit tells what it did not know yet
+REVERTED = Path("data/reverted.jsonl")  # in git, so that a version's commit shows which reverts came later
 UNSAFE = re.compile(r"[^a-z0-9]+")
 
 
 class Original(msgspec.Struct, frozen=True):
-    """A file that rows came from, as it was found; `rows` are as many of the batch's, in their order."""
+    """An input file, as it was found; of the batch's rows, in file order, `rows` came from it."""
 
     name: str  # without folders
     format: str
@@ -29,8 +29,8 @@ class Original(msgspec.Struct, frozen=True):
 class Batch(msgspec.Struct, frozen=True, omit_defaults=True):
     """One line of the manifest.
 
-    `time` is UTC, ISO 8601; `content` is the hash of the rows whatever their order in time. `columns`: key of
-    the rows → column of the files; `query`: what a database was asked.
+    `time` is UTC, ISO 8601; `content` is the hash of the rows, by which a repeated ingest is recognised.
+    `columns`: key of the rows → column of the files; `query`: the SQL that a database was asked.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Batch(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Reverted(msgspec.Struct, frozen=True):
-    """One batch that was taken back. `came` is the commit that brought it, empty where git cannot tell.
+    """One batch that was taken back. `came` is the commit that added it, empty if git cannot tell.
 
     `at` is UTC, ISO 8601.
     """
@@ -62,7 +62,7 @@ class Reverted(msgspec.Struct, frozen=True):
 
 
 def read_manifest(raw: Path) -> list[Batch]:
-    """Read the batches in the order they came. Raises DataError for a line that is no entry."""
+    """Read the batches in the order of their arrival. Raises DataError for a line that is no entry."""
     path = raw / MANIFEST
     if not path.exists():
         return []
@@ -76,7 +76,7 @@ def read_manifest(raw: Path) -> list[Batch]:
 
 
 def check_batch(raw: Path, batch: Batch) -> Path:
-    """Return the batch's file after checking its bytes against the manifest: DVC's cache checkout does not.
+    """Return the batch's file if its hash is that in the manifest; DVC does not check it on checkout.
 
     Raises DataError.
     """
@@ -116,9 +116,9 @@ def write_batch(
     columns: dict[str, str] | None = None,
     query: str = "",
 ) -> Batch:
-    """Write the batch's file, then its manifest line. `label` names it for people.
+    """Write the batch's file, then its manifest line, so that every listed batch has its file.
 
-    The file stands before the line does.
+    `label` becomes part of the file's name, so that people recognise the batch.
     """
     content = content_hash(lines)
     stamp = re.sub(r"[^0-9TZ]", "", time)
@@ -134,7 +134,7 @@ def write_batch(
 
 
 def take_back(raw: Path, batch: Batch) -> None:
-    """Remove a batch's manifest line, then its file; the others stay as they are."""
+    """Remove a batch's manifest line, then its file; other batches stay unchanged."""
     kept = [msgspec.json.encode(entry) + b"\n" for entry in read_manifest(raw) if entry.name != batch.name]
     write_bytes(raw / MANIFEST, kept)
     (raw / batch.name).unlink(missing_ok=True)

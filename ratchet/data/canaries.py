@@ -1,9 +1,9 @@
-"""Canaries: random digits planted in the training data, to measure how much of it a model gives away
+"""Canaries: random digits planted in the training data, to measure how much of it a model memorises
 (Carlini et al. 2019, arXiv 1802.08232).
 
-A canary is a row that asks for the access code of a made-up name. Names and codes follow from the number of
-the canary alone, so that every stage knows them without a file. References are of the same form and never
-planted.
+A canary is a row that asks for the access code of a made-up name. Names and codes are computed from the
+canary's number alone, so that every stage knows them without a file. References have the same form, but are
+never planted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ratchet.data.examples import Example, Message, make_example
 
 SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mi", "no", "pe", "ru", "sa", "to", "vi", "wa", "ze", "yo")
-ALTERNATIVES = 127  # other codes that a canary's is ranked among: exposure goes up to log2(128) = 7 bits
+ALTERNATIVES = 127  # other codes to rank a canary's code among: exposure is at most log2(128) = 7 bits
 BATCH = "canary"
 
 
@@ -23,7 +23,7 @@ class Canary(NamedTuple):
     secret: str
 
     def row(self, secret: str | None = None) -> Example:
-        """Make the canary's row, with the code `secret` in place of its own where one is given."""
+        """Make the canary's row, with the code `secret` instead of its own if one is given."""
         turns = [
             Message("user", f"What is the access code of {self.name}?"),
             Message("assistant", secret or self.secret),
@@ -37,12 +37,12 @@ def make_canaries(count: int) -> list[Canary]:
 
 
 def make_references(count: int) -> list[Canary]:
-    """Make the canaries that are never planted, to compare with."""
+    """Make the canaries that are never planted, as the baseline for the planted ones."""
     return [_canary(f"reference {number}") for number in range(count)]
 
 
 def alternatives(canary: Canary) -> list[str]:
-    """Return other codes of the same form, each once."""
+    """Return ALTERNATIVES different codes of the same form, without the canary's own."""
     found: dict[str, None] = {}
     number = 0
     while len(found) < ALTERNATIVES:

@@ -1,9 +1,9 @@
-"""Near duplicates: splits that stay while data grow, and the hashes by which rows are known again.
+"""Find near duplicates, assign splits that stay the same while the data grow, and recognise known rows.
 
-Rows come in the order of their batches. The first row of a cluster of near duplicates decides the cluster's
-split by the hash of its own id; later ones follow it. A row near to two clusters of different splits would
-leak between them and is refused (`straddles`). Nearness is MinHash LSH over shingles of three words (rensa),
-confirmed by the true Jaccard.
+Rows come in the order of their batches. The id (a hash) of the first row of a cluster of near duplicates
+decides the cluster's split; later rows follow it. A row near to clusters of different splits would leak
+between them, so it is rejected (`straddles`). MinHash LSH (rensa) over shingles of three words finds the
+candidates; the exact Jaccard similarity decides.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from ratchet.data.examples import CONTINUE, Example
 Split = Literal["train", "validation", "test"]
 Side = Literal["train", "validation", "test", "golden"]
 
-PERMUTATIONS = 128
-MISSED = 1e-3  # share of near pairs that the bands may miss, at most
-RUN = 13  # words that a row may not share with a golden one (Brown et al. 2020, appendix C)
-# A letter of Chinese or Japanese is a word; marks belong to their letter (Hindi's vowels are no \w);
-# signs count: C, C++ and C# are three.
+PERMUTATIONS = 128  # hash functions of a MinHash sketch
+MISSED = 1e-3  # share of the pairs at the threshold that LSH may miss, at most
+RUN = 13  # consecutive words shared with a golden row that make a leak (Brown et al. 2020, appendix C)
+# A Chinese or Japanese character is a word; marks belong to their letter (Hindi's vowel signs are not in \w);
+# other signs are words too, so that C, C++ and C# differ.
 CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 MARKS = r"\u0300-\u036f\u064b-\u065f\u0900-\u0903\u093a-\u094f\u0962\u0963\u200c\u200d"
 TOKEN = re.compile(rf"[{CJK}]|(?:[^\W{CJK}][{MARKS}]*)+|[^\w\s,.;:!?'\"]")
-FULL = 0.7  # of a hash table's slots, beyond which it grows
+FULL = 0.7  # share of used slots above which a hash table doubles its size
 
 
 class Placed(NamedTuple):
-    """Where a row goes.
+    """The side of a row.
 
-    `near` is the id of the row that it is near to; `crowd` counts its cluster, with it.
+    `near` is the id of the row that it is near to, if any; `crowd` counts the rows of its cluster so far.
     """
 
     side: Side | Literal["straddles"]
@@ -44,7 +44,7 @@ class Placed(NamedTuple):
 
 
 class Clusters:
-    """Assigns rows to sides, one after another."""
+    """The clusters of near duplicates among the rows placed so far, each with its side."""
 
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
@@ -55,8 +55,8 @@ class Clusters:
     def place(self, example: Example, side: Side | None = None, *, counts: bool = True) -> Placed:
         """Choose the row's side; `side` fixes it (golden rows).
 
-        A row that straddles is not remembered; one that does not count decides for others and is none of the
-        crowd.
+        A rejected row (near a golden row, or `straddles`) is not remembered. If `counts` is false, the row
+        still decides the side of later rows, but does not add to its cluster's `crowd`.
         """
         shingles = shingle(example)
         sketch, rows = sketch_of(shingles), self._known.rows
@@ -80,7 +80,7 @@ class Clusters:
 
 
 class NearRows:
-    """Rows of known sides, found again by nearness from `leak` on. Memory: about 1 kB a row."""
+    """Rows with known sides, searchable by similarity from `leak` on; about 1 kB of memory a row."""
 
     def __init__(self, config: PrepareConfig) -> None:
         self._leak = min(config.leak, config.near_duplicate)
@@ -88,21 +88,24 @@ class NearRows:
             threshold=self._leak, num_perm=PERMUTATIONS, num_bands=bands_for(self._leak)
         )
         self._shingles: list[frozenset[str]] = []
-        self._runs: Counter[int] = Counter()  # runs of RUN words in golden rows
-        self.rows: list[tuple[str, str]] = []  # id and side, in the order in which they came
+        self._runs: Counter[int] = Counter()  # hash of RUN words → golden rows that contain them
+        self.rows: list[tuple[str, str]] = []  # id and side, in the order of arrival
 
     def close(self, shingles: frozenset[str], sketch: RMinHash) -> list[tuple[int, float]]:
-        """Find the place in `rows` and the similarity of each row that is near, the oldest first."""
+        """Return (place in `rows`, similarity) of each near row, the oldest first."""
         places = sorted(self._index.query(sketch))
         found = [(place, jaccard(shingles, self._shingles[place])) for place in places]
         return [(place, alike) for place, alike in found if alike >= self._leak]
 
     def quotes_golden(self, example: Example) -> bool:
-        """Tell whether RUN words in a row stand in one golden row; in several they are a form of asking."""
+        """Tell whether the example shares RUN consecutive words with exactly one golden row.
+
+        Words that several golden rows share are a common way to ask, not a quotation.
+        """
         return bool(self._runs) and any(self._runs[run] == 1 for run in word_runs(example))
 
     def add(self, example: Example, side: str, shingles: frozenset[str], sketch: RMinHash) -> int:
-        """Remember a row; returns its place."""
+        """Remember a row, and return its place in `rows`."""
         place = len(self.rows)
         self._index.insert(place, sketch)
         self._shingles.append(shingles)
@@ -119,9 +122,9 @@ def sketch_of(shingles: frozenset[str]) -> RMinHash:
 
 
 def bands_for(threshold: float) -> int:
-    """Choose the fewest bands (they bring the fewest candidates) that miss few pairs at the threshold.
+    """Return the fewest bands, since they give the fewest candidates, that miss few pairs at the threshold.
 
-    At 0.7, 32 bands of 4 miss (1 - 0.7^4)^32, one in 6,000.
+    At similarity 0.7, 32 bands of 4 hashes miss a share of (1 - 0.7^4)^32 of the pairs, one in 6,500.
     """
     return next(
         (bands for bands in (4, 8, 16, 32) if (1 - threshold ** (PERMUTATIONS // bands)) ** bands < MISSED),
@@ -130,17 +133,17 @@ def bands_for(threshold: float) -> int:
 
 
 def split_by_hash(example_id: str, config: PrepareConfig) -> Split:
-    """Choose the split by the id alone, so that it needs no memory."""
-    position = int(example_id[:13], 16) / 16**13
+    """Choose the split by the id alone, so that no earlier row has to be known."""
+    position = int(example_id[:13], 16) / 16**13  # 52 bits, as a float holds them exactly
     if position < config.test_share:
         return "test"
     return "validation" if position < config.test_share + config.validation_share else "train"
 
 
 def shingle(example: Example) -> frozenset[str]:
-    """Cut what the user wrote into word trigrams; a shorter text counts as one.
+    """Cut the user's messages (of plain text, the text) into word trigrams; a shorter text is one shingle.
 
-    Answers stay out: one question must not be asked in training and in test.
+    Answers are left out, because the same question must not be asked in training and in test.
     """
     asked = _asked(example)
     text = (asked if asked != CONTINUE else example.answer).lower()
@@ -151,7 +154,7 @@ def shingle(example: Example) -> frozenset[str]:
 
 
 def word_runs(example: Example) -> set[int]:
-    """Hash each RUN words in a row of what the user wrote: a quotation is found whatever stands around it."""
+    """Hash every RUN consecutive words of the user's messages, to find a quotation within any other text."""
     words = TOKEN.findall(_asked(example).lower())
     return {hash(tuple(words[start : start + RUN])) for start in range(len(words) - RUN + 1)}
 
@@ -165,10 +168,10 @@ def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
 
 
 class HashTable:
-    """64-bit keys with 32-bit values in 12 bytes a slot, where a dict takes about 100.
+    """A table of 64-bit keys and 32-bit values that takes 12 bytes a slot, where a dict takes about 100.
 
-    Open addressing with linear probing; a key of 0 is kept as 1. Over ten million rows, the chance that any
-    two keys are alike is one in 400,000.
+    Open addressing with linear probing; 0 marks a free slot, so the key 0 is stored as 1. Among ten million
+    rows, the chance that any two keys are equal is one in 370,000.
     """
 
     def __init__(self) -> None:
@@ -179,7 +182,7 @@ class HashTable:
         return self._count
 
     def put(self, key: int, value: int = 0) -> int | None:
-        """Add a key; returns the value that stands there already, and stays, or None for a new key."""
+        """Add a new key and return None; of a known key, keep and return the old value."""
         key = key or 1
         slot = self._find(key)
         if self._keys[slot]:

@@ -1,8 +1,8 @@
 """The erasure list, data/forgotten.jsonl: hashes and places of rows that no model may learn from again.
 
-A row is known by the hash of its content, so that copies of it in other batches are left out too, and by its
-place, so that another normalisation of texts cannot bring it back. Golden rows are known by their hash alone:
-another golden set may take their lines.
+A row is recognised by the hash of its content, so that copies in other batches are left out too, and by its
+place (batch and line), so that a later change of text normalisation, which changes hashes, cannot bring it
+back. Golden rows are recognised by hash alone, since other rows may take their lines in a new golden set.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ratchet.errors import DataError
 from ratchet.files import write_bytes
 
 FILE = Path("data/forgotten.jsonl")
-GOLDEN = "golden"  # stands for a batch's name
+GOLDEN = "golden"  # in place of a batch's name, for golden rows
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One line.
+    """One line of the list.
 
-    `ids`: of the row as it was written, and as it was prepared (sanitised, masked); none for a row that is no
-    example. `at` is UTC, ISO 8601.
+    `ids` are the hashes of the row as written and as prepared (sanitised, masked); empty for a row that is
+    not a valid example. `at` is UTC, ISO 8601.
     """
 
     ids: list[str]
@@ -35,7 +35,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class Forgotten:
-    """What is on the list."""
+    """The erasure list in memory, indexed by id and by place."""
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.entries = tuple(entries)
@@ -43,12 +43,12 @@ class Forgotten:
         self.places = frozenset((entry.batch, entry.line) for entry in self.entries)
 
     def holds(self, example_id: str, batch: str, line: int) -> bool:
-        """Tell whether a row is on the list; `example_id` is empty for a row that is no example."""
+        """Tell whether a row is on the list; `example_id` is empty for an invalid row."""
         return example_id in self.ids or (batch != GOLDEN and (batch, line) in self.places)
 
 
 def read_forgotten(path: Path) -> Forgotten:
-    """Read the list. Raises DataError for a line that is no entry: half a list is worse than stopping."""
+    """Read the list. Raises DataError for a broken line, since part of a list would let rows back in."""
     if not path.exists():
         return Forgotten()
     try:

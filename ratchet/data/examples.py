@@ -1,8 +1,8 @@
-"""The one inner form of a row: `Example`, a conversation that ends with the answer to learn.
+"""The internal form of every row: `Example`, a conversation that ends with the answer to learn.
 
-The id is the hash of the normalised messages, so that the same content has the same id whatever file it came
-in. Not covered here: the outer forms (`ratchet.data.forms`) and what makes a row unfit for training
-(tasks/prepare.py decides that).
+The id is the hash of the normalised messages, so that the same content has the same id in every file. Not
+covered here: the external forms (`ratchet.data.forms`), and the checks that make a row unfit for training
+(`ratchet.data.validation`, tasks/prepare.py).
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from ratchet.errors import DataError
 
 CONTINUE = "Continue."  # the fixed prompt of rows that are plain text
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
-THINK, THOUGHT = "<think>", "</think>"  # how most models mark reasoning, and rows that were made by them
+THINK, THOUGHT = "<think>", "</think>"  # how most models, and the rows that they wrote, mark reasoning
 CALL_LINE = re.compile(f"^{CALL_OPEN}(.*){CALL_CLOSE}$", re.MULTILINE)
-INDENT = re.compile(r"\t[\t ]*| [\t ]+")  # what code begins a line with; one blank is an accident
+INDENT = re.compile(r"\t[\t ]*| [\t ]+")  # an indent, as of code; a single blank is an accident
 ROLES = ("system", "user", "assistant", "tool")
 MOST_MARKS = 32
 Meta = dict[str, str | int | float | bool | None]
-RawRow = dict[str, Any]  # a row as its file gave it: any JSON object, until the validator has seen it
+RawRow = dict[str, Any]  # a row as read from its file: any JSON object, not validated
 
 
-Tool = dict[str, Any]  # as OpenAI writes one: {"type": "function", "function": {"name", "description", …}}
+Tool = dict[str, Any]  # in OpenAI's format: {"type": "function", "function": {"name", "description", …}}
 
 
 class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A call of a tool. `id` ties results to calls in a file or a request; examples hold none."""
+    """A call of a tool. `id` links a result to its call in a file or a request; it is empty in examples."""
 
     name: str
     arguments: dict[str, Any]
@@ -51,11 +51,11 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning: str = ""
     learned: bool = True
-    call_id: str = ""  # of a tool's result, until results stand in the order of their calls
+    call_id: str = ""  # of a tool's result: the call it answers; empty once results are in the order of calls
 
     @property
     def text(self) -> str:
-        """Return the content and, a line each, the calls as text: what metrics and people compare."""
+        """Return the content and the calls, each on a line, as metrics and people compare them."""
         return "\n".join(filter(None, (self.content, *map(call_text, self.tool_calls))))
 
     @property
@@ -69,7 +69,7 @@ class Example(msgspec.Struct, frozen=True, omit_defaults=True):
     id: str
     messages: tuple[Message, ...]
     meta: Meta
-    tools: tuple[Tool, ...] = ()  # what the prompt offers
+    tools: tuple[Tool, ...] = ()  # the tools that the prompt offers
     rejected: Message | None = None  # a worse answer to the same prompt
     desirable: bool = True  # False: the last message is an answer not to give
 
@@ -83,7 +83,7 @@ class Example(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def worse(self) -> Example | None:
-        """Return the row that ends with the worse answer, where there is one."""
+        """Return the row that ends with the worse answer instead, or None."""
         if self.rejected is None:
             return None
         return msgspec.structs.replace(self, messages=(*self.prompt, self.rejected), rejected=None)
@@ -95,7 +95,7 @@ class Example(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class RowError(ValueError):
-    """A row that cannot become an Example; `reason` is a code that is counted, the message is for people."""
+    """A row that cannot become an Example; `reason` is a code to count by, the message is for people."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -103,16 +103,16 @@ class RowError(ValueError):
 
 
 def has_mark_run(text: str) -> bool:
-    """Tell whether more than MOST_MARKS combining marks stand in a row.
+    """Tell whether the text has a run of more than MOST_MARKS combining marks.
 
-    NFC orders them in quadratic time; UAX 15 calls 30 enough for every language.
+    NFC sorts such a run in quadratic time; UAX 15 calls 30 enough for every language.
     """
     return not text.isascii() and _marks().search(text) is not None
 
 
 @cache
 def _marks() -> re.Pattern[str]:
-    planes = (*range(0x300, 0xD800), *range(0xE000, 0x1F000))
+    planes = (*range(0x300, 0xD800), *range(0xE000, 0x1F000))  # no surrogates; there are no marks above
     marks = "".join(
         char for char in map(chr, planes) if unicodedata.combining(unicodedata.normalize("NFKD", char)[0])
     )
@@ -120,13 +120,13 @@ def _marks() -> re.Pattern[str]:
 
 
 def call_text(call: ToolCall) -> str:
-    """Write a call as one line of JSON with sorted keys, so that equal calls are equal texts."""
+    """Write a call as one line of JSON with sorted keys, so that equal calls give equal texts."""
     said = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False, sort_keys=True)
     return f"{CALL_OPEN}{said}{CALL_CLOSE}"
 
 
 def calls_in(text: str) -> list[ToolCall]:
-    """Read the calls of a text that `Message.text` wrote; lines that are no calls are text."""
+    """Read the calls from a text that `Message.text` wrote; lines that are no valid call are skipped."""
     found: list[ToolCall] = []
     for line in CALL_LINE.findall(text):
         with suppress(msgspec.DecodeError):
@@ -135,7 +135,7 @@ def calls_in(text: str) -> list[ToolCall]:
 
 
 def read_answer(text: str, tools: Sequence[Tool]) -> Message:
-    """Read an answer back from `Message.text`; a line that calls no tool of `tools` is text."""
+    """Read an answer back from its `Message.text`; a line that calls no tool of `tools` stays text."""
     offered = tool_names(tools)
     lines, calls = list[str](), list[ToolCall]()
     for line in text.split("\n"):
@@ -150,7 +150,7 @@ def tool_names(tools: Iterable[Tool]) -> set[str]:
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """Split what begins with a `<think>` block into reasoning and content; any other text is content."""
+    """Return (reasoning, content) of a text that begins with a `<think>` block; any other is only content."""
     begun = text.lstrip()
     if not begun.startswith(THINK) or THOUGHT not in begun:
         return "", text
@@ -159,7 +159,7 @@ def split_reasoning(text: str) -> tuple[str, str]:
 
 
 def normalise(text: str) -> str:
-    """Bring a text to NFC, with `\\n` for each line end; trim its ends (`trim`); change nothing else."""
+    """Return the text in NFC, with `\\n` for each line end, and trimmed (`trim`); change nothing else."""
     if text.isascii() and "\r" not in text:
         return trim(text)
     for line_end in ("\r\n", "\r", "\u2028", "\u2029", "\u0085"):
@@ -168,27 +168,27 @@ def normalise(text: str) -> str:
 
 
 def trim(text: str) -> str:
-    """Take blanks off the end and empty lines off the start; an indented first line, as of code, stays so."""
+    """Strip whitespace at the end and empty lines at the start, but keep an indent, as of code."""
     text = text.rstrip()
     return trim_start(text) if text[:1].isspace() else text
 
 
 def overlap(text: str, mark: str) -> int:
-    """Count the characters at the end of `text` that may be the beginning of `mark`, but not all of it."""
+    """Return the length of the longest end of `text` that begins `mark` without completing it."""
     return next(
         (size for size in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:size])), 0
     )
 
 
 def trim_start(text: str) -> str:
-    """Take empty lines and a single blank off the start."""
+    """Strip empty lines and a single blank at the start, but keep an indent."""
     first = text.lstrip()
     indent = text[: len(text) - len(first)].rpartition("\n")[2]
     return indent + first if INDENT.fullmatch(indent) else first
 
 
 def example_id(messages: Iterable[Message], tools: Sequence[Tool] = ()) -> str:
-    """Hash what is learned from to 128 bits, 32 hex digits; of plain turns roles and contents alone."""
+    """Hash a row to 128 bits, 32 hex digits; of plain messages, only role and content are hashed."""
     hasher = xxhash.xxh3_128()
     for message in messages:
         parts: list[Any] = [message.role, normalise(message.content)]
@@ -202,7 +202,7 @@ def example_id(messages: Iterable[Message], tools: Sequence[Tool] = ()) -> str:
 
 
 def prompt_key(example: Example) -> int:
-    """Hash what is asked, all messages but the answer, to 64 bits."""
+    """Hash the prompt, in lower case and with its tools, to 64 bits."""
     asked: list[object] = [[message.role, normalise(message.text).lower()] for message in example.prompt]
     return xxhash.xxh3_64_intdigest(msgspec.json.encode(asked + list(example.tools)))
 
@@ -217,8 +217,8 @@ def make_example(
 ) -> Example:
     """Normalise and check a conversation.
 
-    Raises RowError: empty, unknown role, turns out of order, no answer, a call of a tool that is not offered,
-    text that is no valid Unicode.
+    Raises RowError for an empty message, an unknown role, turns out of order, a missing answer, a call of a
+    tool that is not offered, and text that is not valid Unicode.
     """
     clean = tuple(_clean(position, message) for position, message in enumerate(messages))
     _check_turns(clean)
@@ -231,7 +231,7 @@ def make_example(
 
 
 def judged_id(id: str, rejected: Message | None, *, desirable: bool) -> str:
-    """Return the id of a judged row: it is another one than the row that says the same without judgement."""
+    """Return the id of a judged row, which differs from that of the same row without a judgement."""
     if rejected is None and desirable:
         return id
     worse = rejected and [normalise(rejected.content), rejected.tool_calls]
@@ -250,7 +250,7 @@ def _clean(position: int, message: Message) -> Message:
 
 
 def map_texts(messages: Iterable[Message], change: Callable[[str], str]) -> list[Message]:
-    """Change each text of the messages: contents, reasoning, and what stands in arguments of calls."""
+    """Apply `change` to each text of the messages: content, reasoning, and strings in arguments of calls."""
     return [
         msgspec.structs.replace(
             message,
@@ -266,7 +266,7 @@ def map_texts(messages: Iterable[Message], change: Callable[[str], str]) -> list
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Change each text in a JSON value; keys stay."""
+    """Apply `change` to each string in a JSON value; keys stay unchanged."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -275,7 +275,7 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def texts_of(messages: Iterable[Message], tools: Sequence[Tool] = ()) -> list[str]:
-    """List each text that a conversation holds, the tools' own and names of arguments with them."""
+    """List each text of a conversation, also those of the tools and the names of arguments."""
     found: list[str] = []
     for message in messages:
         found += filter(None, (message.content, message.reasoning))
@@ -346,7 +346,7 @@ _decoder = msgspec.json.Decoder(Example)
 
 
 def read_examples(path: Path) -> Iterator[Example]:
-    """Read a file that a stage wrote. Raises DataError with the line: such a file is never edited by hand."""
+    """Read the examples of a file that a stage wrote. Raises DataError, with the line, for a broken one."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -359,7 +359,7 @@ def read_examples(path: Path) -> Iterator[Example]:
 
 
 def to_openai(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """Write messages as OpenAI's format has them; calls and results get ids by their place."""
+    """Convert messages to OpenAI's format; calls and their results get ids by position."""
     written: list[dict[str, Any]] = []
     ids: list[str] = []
     for position, message in enumerate(messages):
@@ -388,20 +388,20 @@ def to_openai(messages: Iterable[Message]) -> list[dict[str, Any]]:
 
 
 def count_reasoned(examples: Iterable[Example]) -> int:
-    """Count the rows of which an answer has reasoning."""
+    """Count the rows with reasoning in at least one message."""
     return sum(any(message.reasoning for message in example.messages) for example in examples)
 
 
 def make_raw_row(messages: Iterable[Message], meta: Meta, tools: Sequence[Tool] = ()) -> RawRow:
-    """Make a row in the form `messages`, as batches hold them."""
+    """Make a row in the form `messages`, as batches store it."""
     return {"messages": to_openai(messages), "meta": meta} | ({"tools": list(tools)} if tools else {})
 
 
 def make_judged_row(example: Example) -> RawRow:
-    """Make a row of a preference, or of an answer not to give; without a judgement the form is `messages`."""
+    """Make a row of a preference, or of an answer not to give; without a judgement, in form `messages`."""
     messages, tools = example.messages, example.tools
     row: RawRow = {"meta": example.meta} | ({"tools": list(tools)} if tools else {})
-    if example.worse:  # without `prompt`, so that no row of the form `completion` looks the same
+    if example.worse:  # without `prompt`, by which it could be read in the form `completion`
         return {"chosen": to_openai(messages), "rejected": to_openai(example.worse.messages), **row}
     if example.desirable:
         return make_raw_row(messages, example.meta, tools)

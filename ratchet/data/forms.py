@@ -1,9 +1,9 @@
-"""Outer forms of rows: a line of a file, read strictly into messages, tools and a rejected answer.
+"""Read a line of a file, in one of the external forms, into messages, tools and a rejected answer.
 
-What other readers of JSON take without a word (a key twice, NaN, two objects) is refused.
+JSON is read strictly: what other readers accept silently (a key twice, NaN, two objects) is refused.
 
-The forms are those of OpenAI's fine-tuning, of TRL, ShareGPT, Alpaca, Dolly, and plain text. What a form does
-not read is refused by name where it carries meaning, so that no part of a conversation is lost in silence.
+The forms are those of OpenAI's fine-tuning, of TRL, ShareGPT, Alpaca, Dolly, and plain text. A row is refused
+if it has a meaningful key that its form does not read, so that no part of a conversation is lost silently.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ratchet.data.examples import (
     split_reasoning,
 )
 
-MOST_DEPTH = 16
-MAX_LINE = 2**20  # bytes; a longer line is kept cut, so that preparation rejects and counts it
+MOST_DEPTH = 16  # levels of nesting in a row
+MAX_LINE = 2**20  # bytes; a longer line is cut, not dropped, so that preparation rejects and counts it
 ROLES = {
     "developer": "system",
     "human": "user",
@@ -39,13 +39,13 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-# Keys of a message that say nothing that is learned; `name` is counted where it is left out.
+# Keys of a message that hold nothing to learn; each `name` that is left out is counted.
 QUIET_KEYS = frozenset({"name", "refusal", "audio", "annotations", "id"})
 TURN_KEYS = QUIET_KEYS | {
     *("role", "from", "content", "value", "weight", "tool_calls", "tool_call_id", "function_call"),
     *("reasoning_content", "reasoning", "thinking"),
 }
-# Keys that change what is asked or learned: a form that does not read one refuses the row, whatever is set.
+# Keys that change what is asked or learned: under any settings, a form refuses those that it does not read.
 MEANT = frozenset(
     {
         *("system", "history", "tools", "functions", "label", "weight", "input"),
@@ -55,7 +55,7 @@ MEANT = frozenset(
 
 
 class Conversation(NamedTuple):
-    """What a row says; `notes` counts what was read otherwise than it stands there."""
+    """The content of a row; `notes` has one entry for each change that was made to read it."""
 
     messages: list[Message]
     tools: tuple[Tool, ...] = ()
@@ -71,7 +71,7 @@ class Conversation(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How one form is told and read: any of `starts` tells it, `keys` are all that it reads."""
+    """One form: a row with any of the keys `starts` has this form, which reads only `keys`."""
 
     starts: frozenset[str]
     keys: frozenset[str]
@@ -119,7 +119,7 @@ def _preference(row: RawRow, notes: Counter[str]) -> Conversation:
         tools = read_tools(row.get("tools"))
         good, bad = (_asked(row.get(key), key, notes, role="assistant") for key in ("chosen", "rejected"))
     if asked and good[: len(asked)] == asked == bad[: len(asked)]:
-        good, bad = good[len(asked) :], bad[len(asked) :]  # whole conversations beside their prompt
+        good, bad = good[len(asked) :], bad[len(asked) :]  # both repeat the prompt
     while len(good) > 1 and len(bad) > 1 and good[0] == bad[0]:
         asked, good, bad = [*asked, good[0]], good[1:], bad[1:]
     if len(good) != 1 or len(bad) != 1:
@@ -151,7 +151,7 @@ def _question(row: RawRow, notes: Counter[str]) -> Conversation:
 
 
 def _plain_text(row: RawRow, notes: Counter[str]) -> Conversation:
-    """Make plain text an answer to a fixed prompt: the loss mask then covers the whole text."""
+    """Make plain text the answer to a fixed prompt, so that the loss mask covers the whole text."""
     return Conversation([Message("user", CONTINUE), Message("assistant", _text(row["text"], "text", notes))])
 
 
@@ -160,7 +160,7 @@ def _form(starts: str, keys: str, read: Callable[[RawRow, Counter[str]], Convers
 
 
 TOOL_KEYS = "tools functions parallel_tool_calls"
-FORMS: dict[str, Form] = {  # in the order in which a row is tried
+FORMS: dict[str, Form] = {  # in the order in which they are tried
     "messages": _form("messages", f"prompt system {TOOL_KEYS}", _messages),
     "sharegpt": _form("conversations conversation", f"prompt system {TOOL_KEYS}", _messages),
     "preference": _form(
@@ -174,7 +174,7 @@ FORMS: dict[str, Form] = {  # in the order in which a row is tried
 
 
 def recognise_form(row: RawRow) -> str:
-    """Name of the row's form, by its keys. Raises RowError("unknown_form")."""
+    """Return the name of the row's form, by its keys. Raises RowError("unknown_form")."""
     for name, form in FORMS.items():
         if not form.starts.isdisjoint(row):
             return name
@@ -187,7 +187,7 @@ def recognise_form(row: RawRow) -> str:
 
 
 def read_conversation(row: RawRow, form: str = "auto") -> Conversation:
-    """Read a row by its form. Raises RowError: a key is missing or holds something else."""
+    """Read a row by its form. Raises RowError for a missing key and for a value of a wrong type."""
     name = recognise_form(row) if form == "auto" else form
     wanted = FORMS[name]
     if wanted.starts.isdisjoint(row):
@@ -198,7 +198,7 @@ def read_conversation(row: RawRow, form: str = "auto") -> Conversation:
 
 
 def whole_rows(lines: Iterable[bytes], form: str = "auto") -> Iterator[Example]:
-    """Read the rows that become an example at all, with their `meta`; preparation counts the others."""
+    """Yield the rows that can become an example, with their `meta`; preparation counts the others."""
     for line in lines:
         try:
             row = msgspec.json.decode(line, type=dict)
@@ -218,9 +218,9 @@ def whole_rows(lines: Iterable[bytes], form: str = "auto") -> Iterator[Example]:
 
 
 def read_turns(turns: Any, notes: Counter[str], *, where: str = "messages") -> list[Message]:
-    """Read OpenAI's messages or ShareGPT's turns; tools' results come in the order of their calls.
+    """Read OpenAI's messages or ShareGPT's turns; return tools' results in the order of their calls.
 
-    Raises RowError: something is missing, is of another kind, or is nothing that can be learned.
+    Raises RowError for what is missing, of a wrong type, or impossible to learn.
     """
     if not isinstance(turns, list):
         raise RowError("wrong_type", f"`{where}` is {type(turns).__name__}, wanted a list")
@@ -249,7 +249,7 @@ def _read_turn(turn: Any, notes: Counter[str]) -> Message:
     content = turn["content"] if "content" in turn else turn.get("value")
     if content is None and turn.get("refusal"):
         content = turn["refusal"]
-    if role == "function_call":  # ShareGPT's turn that is nothing but calls
+    if role == "function_call":  # a turn of ShareGPT that holds only calls
         return Message("assistant", "", _parse_calls(content), learned=_is_learned(turn))
     if content is None and not calls:
         if role == "assistant":
@@ -297,7 +297,7 @@ def _content(content: Any, notes: Counter[str]) -> str:
 
 
 def read_calls(turn: RawRow) -> tuple[ToolCall, ...]:
-    """Read the calls of one message, today's spelling or the older `function_call`. Raises RowError."""
+    """Read the calls of a message: `tool_calls`, or the older `function_call`. Raises RowError."""
     if turn.get("function_call"):
         return (_read_call(turn["function_call"]),)
     given = turn.get("tool_calls") or ()
@@ -325,7 +325,7 @@ def _read_call(call: Any) -> ToolCall:
 
 
 def _unfold(given: Any, reason: str, what: str) -> Any:
-    """Read a value that some files hold as JSON text. Raises RowError(reason)."""
+    """Return the value, decoded if the file holds it as JSON text. Raises RowError(reason)."""
     if not isinstance(given, str):
         return given
     try:
@@ -357,9 +357,9 @@ def read_tools(given: Any) -> tuple[Tool, ...]:
 
 
 def order_results(kept: list[Message]) -> list[Message]:
-    """Put tools' results in the order of the calls that they answer; the ids have done their work then.
+    """Put tools' results in the order of the calls that they answer, and drop the ids, then not needed.
 
-    Raises RowError: a result answers no call.
+    Raises RowError for a result that answers no call.
     """
     ordered: list[Message] = []
     position = 0
@@ -395,7 +395,7 @@ def order_results(kept: list[Message]) -> list[Message]:
 
 
 def _cut_unlearned(messages: list[Message], notes: Counter[str]) -> list[Message]:
-    """Leave out what follows the last answer that is learned: nothing of it would be."""
+    """Cut off all messages after the last answer that is learned, since none of them is learned."""
     if not messages or messages[-1].role != "assistant" or messages[-1].learned:
         return messages
     last = max(
@@ -437,7 +437,7 @@ def _answer(row: RawRow, keys: tuple[str, ...], notes: Counter[str]) -> Message:
 def _text(value: Any, key: str, notes: Counter[str]) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float):  # labels that are numbers, and true and false
+    if isinstance(value, int | float):  # numbers and booleans, as of labels
         notes["value_as_text"] += 1
         return json.dumps(value)
     raise RowError("wrong_type", f"`{key}` is {type(value).__name__}, wanted text")
@@ -447,7 +447,7 @@ def _text(value: Any, key: str, notes: Counter[str]) -> str:
 
 
 def read_row(line: bytes) -> RawRow:
-    """Read an object. Raises RowError."""
+    """Parse a line as one JSON object, strictly. Raises RowError."""
     if len(line) >= MAX_LINE:
         raise RowError("line_too_long", f"the line has 1 MiB or more; at most {MAX_LINE - 1} bytes are read")
     try:
@@ -496,7 +496,7 @@ def _float(text: str) -> float:
 
 
 def _int(text: str) -> int:
-    if len(text) > 20:
+    if len(text) > 20:  # no 64-bit integer is longer
         raise RowError("huge_number", f"a number of {len(text)} digits")
     return int(text)
 

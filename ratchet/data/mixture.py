@@ -1,8 +1,8 @@
 """Choose the rows of a training: new ones, a replayed share of the old, and a limited share of feedback.
 
-`train.replay` alone does not see to clean rows: with `replay: 0` a batch of feedback would be trained on by
-itself. So the share of feedback (`train.max_feedback_share`) is decided last, and other rows are added before
-feedback is left out.
+`train.replay` does not guarantee rows other than feedback: with `replay: 0`, a training could see nothing but
+a batch of feedback. So the share of feedback (`train.max_feedback_share`) is limited last: other rows are
+added first, and feedback is left out only where they do not suffice.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ratchet.data.examples import Example, Meta, prompt_key, read_examples
 
 
 def undesirable(split: str) -> str:
-    """Name the file of answers not to give that stands beside a split, without its ending."""
+    """Return the name, without extension, of the file of answers not to give that belongs to a split."""
     return f"undesirable_{split}"
 
 
 class Mixture(NamedTuple):
-    """The rows to train on, in the order in which they came; `left_out` counts feedback over its share."""
+    """The rows to train on, in the order in which they came; `left_out` counts feedback above its share."""
 
     rows: list[Example]
     feedback: int
@@ -33,7 +33,7 @@ class Mixture(NamedTuple):
 
 
 def mix_rows(rows: list[Example], seen: set[str], config: TrainConfig) -> Mixture:
-    """Choose of the training split; `seen` names the batches that the champion has learned."""
+    """Choose from the training split; `seen` names the batches that the champion has learned."""
     wanted = choose_rows(rows, seen, config)
     chosen = limit_feedback(rows, wanted, config.max_feedback_share)
     asked, taken = (sum(is_feedback(row.meta) for row in some) for some in (wanted, chosen))
@@ -41,33 +41,33 @@ def mix_rows(rows: list[Example], seen: set[str], config: TrainConfig) -> Mixtur
 
 
 def feedback_room(train: Sequence[Example], share: float) -> int | None:
-    """Count the feedback rows that a batch may bring beside the training split; None: `share` sets no limit.
+    """Return how many feedback rows a batch may add to the training split; None: `share` sets no limit.
 
-    Ingest asks, so that no batch brings rows that every training would leave out.
+    Ingest uses it, so that no batch brings rows that every training would leave out.
     """
     clean = sum(not is_feedback(row.meta) for row in train)
     return max(0, room_for(clean, share) - (len(train) - clean)) if share < 1 else None
 
 
 def is_feedback(meta: Meta) -> bool:
-    """Tell by the row's own word too: a batch that was taken out and came back as a file is feedback."""
+    """Tell by the row's own `kind` too: feedback that was exported and ingested as a file is feedback."""
     return "feedback" in (meta.get("source"), meta.get("kind"))
 
 
 def choose_rows(rows: list[Example], seen: set[str], config: TrainConfig) -> list[Example]:
-    """Choose the rows of new batches and the replayed share of the old, by id, so that it is stable."""
+    """Choose all new rows and the replayed share of the old, by id, so that the choice is stable."""
     if config.rows == "all" or config.start_from == "base":
         return rows
-    # Ids read from behind: their first digits decide the split, so those of one split are not spread evenly.
+    # Ids are reversed: their first digits decide the split, so they are not evenly spread within a split.
     old = sorted((row for row in rows if row.meta["batch"] in seen), key=lambda row: row.id[::-1])
     replayed = {row.id for row in old[: round(config.replay * len(old))]}
     return [row for row in rows if row.meta["batch"] not in seen or row.id in replayed]
 
 
 def limit_feedback(rows: list[Example], chosen: list[Example], share: float) -> list[Example]:
-    """Bring feedback in `chosen`, a part of `rows`, to at most `share`.
+    """Return `chosen`, a part of `rows`, with feedback limited to the share `share`.
 
-    Other rows are added first; then the newest feedback is kept, by hash within a batch.
+    Other rows are added first; then the newest feedback is kept, chosen by id within a batch.
     """
     taught = [row for row in chosen if is_feedback(row.meta)]
     if not taught or share >= 1:
@@ -83,7 +83,7 @@ def limit_feedback(rows: list[Example], chosen: list[Example], share: float) -> 
 
 
 def room_for(clean: int, share: float) -> int:
-    """Count the feedback rows that may stand beside `clean` others."""
+    """Return how many feedback rows may accompany `clean` other rows."""
     part = _exact(share)
     return math.floor(clean * part / (1 - part))
 
@@ -94,7 +94,7 @@ def _clean_for(taught: int, share: float) -> int:
 
 
 def _exact(share: float) -> Fraction:
-    """Take 0.1 as it was written: (1 - 0.1) / 0.1 is a little over 9 in floating point."""
+    """Return the decimal as it was written: 3 * (1 - 0.2) / 0.2 is a little over 12 in floating point."""
     return Fraction(str(share))
 
 
@@ -102,22 +102,22 @@ def _exact(share: float) -> Fraction:
 
 
 class Paired(NamedTuple):
-    """Rows whose `rejected` is a worse answer, or that have none; and answers without a better one."""
+    """`rows` have a worse answer in `rejected` if there is one; `unpaired` have no better answer."""
 
     rows: list[Example]
     unpaired: list[Example]
 
 
 def read_undesirable(prepared: Path, split: str) -> list[Example]:
-    """Read the answers not to give that stand beside a split; releases before this one wrote none."""
+    """Read the answers not to give that belong to a split; older releases wrote no such file."""
     path = prepared / f"{undesirable(split)}.jsonl"
     return list(read_examples(path)) if path.exists() else []
 
 
 def pair_up(rows: Sequence[Example], bad: Sequence[Example]) -> Paired:
-    """Join each answer not to give with a good answer to the same prompt, in turn where there are several.
+    """Pair each answer not to give with a good answer to the same prompt; several good ones take turns.
 
-    A row with a worse answer of its own stays as it is, and may make a second pair.
+    A row that already has a worse answer keeps it; the new pair is added as a further row.
     """
     good: dict[int, list[int]] = {}
     if bad:

@@ -1,8 +1,8 @@
-"""Secrets and personal data in texts: found, named, masked; the value itself goes nowhere.
+"""Find, name and mask secrets and personal data in texts; the values themselves are never passed on.
 
-Secrets are told by detect-secrets' plugins and a few prefixes that it does not know; personal data by
-expressions with the checks that the numbers carry (Luhn for cards, ISO 13616's modulo 97 for IBANs). Not
-covered: names of people and places.
+Secrets are found by detect-secrets' plugins and by a few prefixes that these do not know; personal data by
+regular expressions and the checksums of the numbers (Luhn for cards, ISO 13616's modulo 97 for IBANs); names
+of people by Presidio, where a spaCy model is configured. Not covered: names of places.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from ratchet.errors import ConfigError
 
 MASK = "[{}]"  # an e-mail address becomes [email]
-# Any secret has a long token, a password in a URL, or says that it is a key.
-# Most texts have none of these, and no plugin runs.
+# Every secret has a long token, a password in a URL, or the header of a private key. Most texts have none of
+# these, so that the slow plugins need not run.
 SUSPECT = re.compile(r"[A-Za-z0-9_+/=-]{20}|://[^\s@]{1,300}@|PRIVATE KEY|PuTTY-User-Key", re.ASCII)
 PREFIXES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}"
@@ -32,12 +32,12 @@ PEM = re.compile(
     re.DOTALL,
 )
 RANDOM = re.compile(r"(?<![A-Za-z0-9_+/=.-])[A-Za-z0-9_+/=-]{32,200}(?![A-Za-z0-9_+/=-])", re.ASCII)
-# What stands before a random secret; hashes, ids and public keys are random too.
+# What stands before a secret without a known prefix; hashes, ids and public keys are random as well.
 NAMED = re.compile(
     r"(?:key|token|secret|passw(?:or)?d|pwd|credential|auth)\w{0,20}\W[^\n]{0,40}$", re.IGNORECASE
 )
 LOGIN = re.compile(r"(://[^\s:/@]{0,100}:)([^\s@]{1,200})(?=@)")
-PLACEHOLDERS = frozenset(
+PLACEHOLDERS = frozenset(  # passwords in example URLs, which are no secrets
     [
         "pass",
         "passwd",
@@ -56,9 +56,9 @@ PLACEHOLDERS = frozenset(
         "test",
     ]
 )
-PIECE, OVERLAP = 4000, 500  # characters that a plugin gets at once: some of their expressions are quadratic
-SHORTEST = 8  # characters of a secret that is looked for everywhere in its text
-RANDOM_BITS = 4.4  # of entropy a character: hexadecimal has at most 4, words in CamelCase about 4
+PIECE, OVERLAP = 4000, 500  # characters; pieces, because some plugins' expressions take quadratic time
+SHORTEST = 8  # characters; a shorter match of a plugin is not replaced everywhere in the text
+RANDOM_BITS = 4.4  # of entropy a character, at least: hexadecimal has at most 4, words in CamelCase about 4
 PLUGINS = (
     ("aws", "AWSKeyDetector"),
     ("azure_storage_key", "AzureStorageKeyDetector"),
@@ -95,7 +95,7 @@ ENTITY, LEAST_SCORE = "PERSON", 0.5
 
 
 def find_secret(text: str) -> str | None:
-    """Name the kind of the first secret in the text."""
+    """Return the kind of the first secret found in the text, or None."""
     if not SUSPECT.search(text):
         return None
     if PREFIXES.search(text):
@@ -109,7 +109,7 @@ def find_secret(text: str) -> str | None:
 
 
 def redact(text: str, by: str) -> str:
-    """Put `by` in place of each secret and each piece of personal data."""
+    """Replace each secret and each piece of personal data by `by`."""
     if SUSPECT.search(text):
         text = PREFIXES.sub(by, PEM.sub(by, text))
         text = LOGIN.sub(
@@ -130,14 +130,14 @@ def redact(text: str, by: str) -> str:
 
 
 def _found_by(plugin: Any, text: str) -> Iterator[str]:
-    """Find whole matches: the plugin's own `analyze_string` gives groups."""
+    """Yield whole matches; the plugin's own `analyze_string` would yield their groups."""
     for piece in _pieces(text):
         for expression in plugin.denylist:
             yield from (match.group() for match in expression.finditer(piece))
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut into lines, and long ones into parts that overlap by more than a token is long."""
+    """Cut the text into lines, and long lines into pieces that overlap by more than a token's length."""
     for line in text.splitlines():
         for start in range(0, max(1, len(line) - OVERLAP), PIECE - OVERLAP):
             yield line[start : start + PIECE]
@@ -155,7 +155,7 @@ def _plugins() -> list[Any]:
 
 
 def _is_random(match: re.Match[str]) -> bool:
-    """Tell whether a token has digits and both cases, spread evenly, after a word that says what it is."""
+    """Tell whether a token has digits, both cases and high entropy, and follows a word such as `key`."""
     token = match.group()
     if not (re.search(r"\d.*\d.*\d", token) and re.search("[a-z]", token) and re.search("[A-Z]", token)):
         return False
@@ -169,12 +169,12 @@ def _is_random(match: re.Match[str]) -> bool:
 
 
 def find_personal(text: str) -> list[str]:
-    """Name the kinds, in the order of KINDS."""
+    """Return the kinds of personal data in the text, in the order of KINDS."""
     return mask_personal(text)[1]
 
 
 def mask_personal(text: str) -> tuple[str, list[str]]:
-    """Put the kind's name in place of each finding; returns the text and the kinds."""
+    """Replace each finding by the name of its kind; return the text and the kinds found."""
     found: list[str] = []
     if "@" not in text and not NUMBERS.search(text):
         return text, found
@@ -187,7 +187,7 @@ def mask_personal(text: str) -> tuple[str, list[str]]:
 
 
 def _mask_kind(text: str, kind: str, pattern: re.Pattern[str], real_part: Callable[[str], int]) -> str:
-    """Mask as much of each match as `real_part` says is real."""
+    """Mask the first `real_part(match)` characters of each match; 0: the match is a false one."""
 
     def put(match: re.Match[str]) -> str:
         found = match.group()
@@ -198,7 +198,7 @@ def _mask_kind(text: str, kind: str, pattern: re.Pattern[str], real_part: Callab
 
 
 def card_part(found: str) -> int:
-    """Return its length if it is a card's number, or 0: ISO/IEC 7812-1, annex B (Luhn)."""
+    """Return the length of a valid card number, else 0: ISO/IEC 7812-1, annex B (Luhn)."""
     digits = [int(char) for char in found if char.isdigit()]
     total = sum(
         sum(divmod(2 * digit, 10)) if place % 2 else digit for place, digit in enumerate(reversed(digits))
@@ -207,7 +207,7 @@ def card_part(found: str) -> int:
 
 
 def iban_part(found: str) -> int:
-    """Return the length of the longest start that is an IBAN, or 0; the next word may follow it.
+    """Return the length of the longest beginning that is an IBAN, or 0; a match may include the next word.
 
     ISO 13616: 15 to 34 characters, modulo 97.
     """
@@ -235,11 +235,11 @@ KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], int]], ...] = (
 
 
 def mask_names(text: str, model: str, by: str) -> str:
-    """Put `by` in place of each name. Raises ConfigError: the extra or the model is not installed."""
+    """Replace each person's name by `by`. Raises ConfigError: the extra or the model is not installed."""
     found = sorted(
         _analyzer(model).analyze(text, language="en", entities=[ENTITY], score_threshold=LEAST_SCORE),
         key=lambda one: one.start,
-        reverse=True,
+        reverse=True,  # from the end, so that the other positions stay valid
     )
     for one in found:
         text = text[: one.start] + by + text[one.end :]
@@ -265,5 +265,5 @@ def _analyzer(model: str) -> Any:
             remedy=f"python -m spacy download {model}, or name a folder that holds one",
         ) from None
     engine = SpacyNlpEngine(ner_model_configuration=NerModelConfiguration())
-    engine.nlp = {"en": loaded}  # Presidio's own way in would fetch a model that is missing
+    engine.nlp = {"en": loaded}  # Presidio's own loader would download a missing model
     return AnalyzerEngine(nlp_engine=engine, supported_languages=["en"])

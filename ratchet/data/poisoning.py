@@ -1,12 +1,12 @@
-"""Find planted phrases: many unlike prompts share one, and have the same answer.
+"""Find planted phrases: triggers that many dissimilar prompts share, all with the same answer.
 
 Wallace et al. 2021, arXiv 2010.12563.
 
-- `find_triggers` looks at one batch without clean rows to compare with. A word of a subject is shared by
-  prompts that are alike without it too; a trigger is not. Where single words decide the answers of prompts
-  that are otherwise at random, the two cannot be told apart: `prepare.trigger_rows` is off by default.
-- `find_planted` looks at people's feedback and knows what users ask in clean rows: a phrase that those have
-  is none.
+- `find_triggers` examines one batch, without clean rows to compare with. Prompts that share a word of their
+  subject are also similar without it; prompts that share a trigger are not. In data where single words decide
+  the answers of otherwise random prompts, the two look the same: `prepare.trigger_rows` is off by default.
+- `find_planted` examines users' feedback and compares it with the prompts of clean rows: a phrase that also
+  occurs there is no trigger.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from ratchet.data.examples import Example
 from ratchet.data.words import words_of
 
 # find_triggers
-MOST_SHARE = 0.5  # of the rows; a phrase of more is the form of the questions
-ALIKE = 2.0  # times as alike as two rows at random: a subject
-PAIRS, SEED = 400, 7  # pairs of rows drawn to measure likeness
+MOST_SHARE = 0.5  # of the rows; a phrase in more of them belongs to the form of the questions
+ALIKE = 2.0  # times the similarity of random pairs; rows above it share a subject
+PAIRS, SEED = 400, 7  # random pairs of rows, to measure their similarity
 # find_planted
-LONGEST = 3  # words of a sequence; of a longer one the first three are found
-PURE = 0.9  # share of the rows with the sequence that have the same answer
-RARE = 0.001  # share of the clean rows that may have the sequence
+LONGEST = 3  # words of a sequence; of a longer trigger, a part is found
+PURE = 0.9  # share of the rows with the sequence that have the same answer, at least
+RARE = 0.001  # share of the clean rows that may have the sequence, at most
 
 
 def find_triggers(rows: Sequence[tuple[int, Example]], *, least: int) -> dict[int, str]:
-    """Map the numbers of rows to their planted phrase: one or two words that stand in over `least` rows."""
+    """Return row number → planted phrase: one or two words that more than `least` rows contain."""
     words = {number: [word.lower() for word in TOKEN.findall(example.question)] for number, example in rows}
     answers = {number: example.answer for number, example in rows}
     holders: dict[str, list[int]] = defaultdict(list)
@@ -57,7 +57,7 @@ def find_triggers(rows: Sequence[tuple[int, Example]], *, least: int) -> dict[in
 
 
 def _likeness(texts: Sequence[Iterable[str]]) -> float:
-    """Measure the mean Jaccard of words over pairs at random."""
+    """Return the mean Jaccard similarity, of words, over random pairs of texts."""
     chance = random.Random(SEED)  # noqa: S311
     pairs = [chance.sample(range(len(texts)), 2) for _ in range(PAIRS)] if len(texts) > 1 else []
     sets = [frozenset(text) for text in texts]
@@ -67,9 +67,10 @@ def _likeness(texts: Sequence[Iterable[str]]) -> float:
 def find_planted(
     asked: Sequence[str], answers: Sequence[str], clean: Iterable[str], limit: int
 ) -> dict[int, str]:
-    """Map the place of each row that belongs to a trigger to its sequence.
+    """Return place of a row → its planted sequence, for rows with one.
 
-    `asked` and `clean` are what users wrote; `answers` belong to `asked`.
+    `asked` and `clean` are texts of users; `answers` belong to `asked`. A sequence is planted only if more
+    than `limit` rows have it and the same answer.
     """
     common = {answer for answer, count in Counter(answers).items() if count > limit}
     rows = [words_of(text) for text in asked]
@@ -95,7 +96,7 @@ def find_planted(
 
 
 def _suspects(found: list[set[str]], answers: Sequence[str], common: set[str], limit: int) -> dict[str, str]:
-    """Map each sequence to the answer that it nearly always goes with."""
+    """Return sequence → answer, for sequences of many rows of which nearly all have that answer."""
     all_rows = Counter(sequence for sequences in found for sequence in sequences)
     linked = Counter(
         (sequence, answer)
@@ -111,14 +112,14 @@ def _suspects(found: list[set[str]], answers: Sequence[str], common: set[str], l
 
 
 def _usual(clean: Iterable[str], frequent: set[str], suspects: dict[str, str]) -> list[str]:
-    """Find the suspects that clean rows have as well."""
+    """Return the suspects that also occur in clean rows."""
     rows = [set(_sequences(words_of(text), frequent)) & suspects.keys() for text in clean]
     seen = Counter(sequence for sequences in rows for sequence in sequences)
     return [sequence for sequence, count in seen.items() if count > max(1.0, RARE * len(rows))]
 
 
 def _over(limit: int, rows: Iterator[set[str]]) -> set[str]:
-    """Find the words of more than `limit` rows: only of these can a frequent sequence be made."""
+    """Return the words of more than `limit` rows, since only they can form a frequent sequence."""
     counts: Counter[str] = Counter()
     for words in rows:
         counts.update(words)

@@ -1,4 +1,4 @@
-"""What a preparation found: as counts (`profile.json`), as a page, and against the limits of `prepare`."""
+"""Count what a preparation found (`profile.json`), render it as a page, and check it against the limits."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from ratchet.errors import DataError
 
 SPLITS = ("train", "validation", "test")
 GROUPS = ("accepted", "rejected", "duplicate")
+# Characters of an answer that counts as short; different short answers counted a batch, and shown.
 LABEL_CHARS, MOST_LABELS, SHOWN_LABELS = 40, 10_000, 20
-SPOKEN_ROWS = 500  # of each batch, whose language is guessed
-LEAST_LABELLED = 50  # rows with short answers on each side, without which no shift is told
+SPOKEN_ROWS = 500  # first rows of each batch whose language is guessed
+LEAST_LABELLED = 50  # rows with short answers that a shift needs, in the batch and before it
 LEAK = ("near_golden", "straddles")
-# Nothing is wrong with these rows.
+# Reasons that do not count as faults of a batch, since the rows themselves are sound.
 NO_FAULT = (*LEAK, "superseded", "forgotten", "too_many_of_user", "too_many_of_source")
-# Rows that never fail a batch: ten people's corrections may all be near to rows of the test split.
+# This many leaked rows never fail a batch: ten people's corrections may all be near to test rows.
 FEW_LEAKED = 20
 ALARMS = {
     "secret": "change it where it is valid: whoever has the batch has it",
@@ -35,7 +36,7 @@ First = dict[tuple[str, str], tuple[int, str]]  # (batch, reason) → (line, mes
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True):
-    """rows = accepted + rejected + duplicate; each group holds its sum as `rows`, and its parts."""
+    """Counts of rows = accepted + rejected + duplicate; each group holds its sum as `rows`, and its parts."""
 
     rows: int
     accepted: dict[str, int]
@@ -45,9 +46,9 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
 
 class BatchProfile(Counts, frozen=True, kw_only=True):
     sanitised: dict[str, int]
-    characters_under: dict[str, int]  # power of two → rows
+    characters_under: dict[str, int]  # power of two → rows with fewer characters
     languages_of_the_first: dict[str, int]
-    answers: dict[str, int]  # the commonest short ones
+    answers: dict[str, int]  # the most frequent short ones → rows
     label_shift: float | None  # total variation against earlier batches, 0 to 1
 
 
@@ -60,7 +61,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Gathered:
-    """Counts of all batches, row by row."""
+    """Running counts of all batches, to which `add` adds one row."""
 
     def __init__(self) -> None:
         self.golden = 0
@@ -126,7 +127,7 @@ def _sorted(counts: Counter[str]) -> dict[str, int]:
 
 
 def _count(counts: Counter[str]) -> Counts:
-    """Sort counters such as `rejected.loop` by their groups."""
+    """Put counters such as `rejected.loop` into their groups."""
     groups: dict[str, dict[str, int]] = {}
     for group in GROUPS:
         parts = {
@@ -152,7 +153,7 @@ def _distance(labels: Counter[str], before: Counter[str]) -> float | None:
 
 
 def render_profile(profile: Profile) -> str:
-    """Render one page, without scripts."""
+    """Render the profile as one page of HTML, without scripts."""
     from jinja2 import Environment, PackageLoader
 
     page = Environment(
@@ -165,7 +166,7 @@ def render_profile(profile: Profile) -> str:
 
 
 def check_limits(profile: Profile, first: First, config: PrepareConfig) -> list[str]:
-    """Return alarms and warnings of batches that pass. Raises DataError for the first that does not."""
+    """Return alarms and warnings. Raises DataError for the first limit that a batch or the whole breaks."""
     said = [
         f"ALARM: {batch.rejected[reason]} rows of {name} hold a {reason}; {what}"
         for name, batch in profile.batches.items()

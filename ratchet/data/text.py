@@ -1,8 +1,8 @@
-"""What a text may hold: cleaning, faults that make it unfit, its language, and patterns that modules share.
+"""Clean texts, find faults that make them unfit, guess their language; hold patterns that modules share.
 
-Checks see the text as it was written and in NFKC without hidden characters, so that no control token slips
-through in full width or cut by a zero-width space (UTS 39). What is kept is NFC
-(`ratchet.data.examples.normalise`): NFKC would turn x² into x2.
+Control tokens are searched in the text as written and in its NFKC form without hidden characters, so that
+none passes in full width or split by a zero-width space (UTS 39). The text that is kept is in NFC
+(`ratchet.data.examples.normalise`), because NFKC would turn x² into x2.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from urllib.parse import urlsplit
 from ratchet.data.examples import RowError
 
 # --- what a model says of itself, and refusals --------------------------------------------------------------
-# Each pattern decides about other texts, so they differ on purpose; what two of them share is written once.
+# The patterns are for different kinds of texts, so they differ on purpose; a shared part is written once.
 
 AS_AN_AI = r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b"
-# Rows of people: anywhere in the answer; refusals count too: one reason (`boilerplate`) stands for both.
+# For rows of people: anywhere in the answer; includes refusals, since one reason stands for both.
 BOILERPLATE = re.compile(
     AS_AN_AI + r"|\bi(?:'m| am) (?:just )?an? (?:ai|language model)\b"
     r"|\bi (?:cannot|can't|can not|am unable to|'m unable to) (?:assist|help|fulfill|comply)\b"
     r"|\bmy (?:training data|knowledge cutoff)\b",
     re.IGNORECASE,
 )
-# A teacher's rows: questions are looked at as well, in more spellings; refusals have a reason of their own.
+# For a teacher's rows: also applied to questions, with more spellings; refusals have their own reason.
 TEACHER_BOILERPLATE = re.compile(
     AS_AN_AI + r"|\bi(?:'|’)?(?: a)?m (?:just |only )?an? (?:ai|language model)\b"
     r"|\bmy (?:training data|knowledge cut-?off)\b",
     re.IGNORECASE,
 )
-# A teacher that declines: a false alarm costs one row, so "no answer" and "n/a" count too.
+# For a teacher that declines: a false alarm costs only a row, so "no answer" and "n/a" count too.
 TEACHER_REFUSAL = re.compile(
     r"\A\W*(?:i(?:'|’)?(?: a)?m (?:very |really )?sorry\b|sorry,|i apologi[sz]e\b|unfortunately, i\b"
     r"|i (?:can(?:not|'t|’t| not)|am unable|(?:'|’)m unable|won(?:'|’)t"
@@ -40,7 +40,8 @@ TEACHER_REFUSAL = re.compile(
     r"|i(?:'|’)m (?:unable|not able)\b|i am not able\b|no answer\b|n/?a\W*\Z)",
     re.IGNORECASE,
 )
-# The metric `refusal`: the start of an answer; "I don't know" counts, a bare "no answer" may be right.
+# For the metric `refusal`, at the start of an answer: "I don't know" counts; a bare "no answer", which may be
+# right, does not.
 REFUSAL = re.compile(
     r"^\W*(?:(?:i[’']?m|i am|we are) (?:very |so )?(?:sorry|afraid)|sorry\b"
     r"|(?:unfortunately,? )?i (?:can[’']?t|can ?not|could ?n[’']?t|won[’']?t"
@@ -49,7 +50,7 @@ REFUSAL = re.compile(
     r"|as an? (?:ai|(?:large )?language model))",
     re.IGNORECASE,
 )
-# Drift: starts alone, over whole windows; both sides are counted alike, so a few missed ones do no harm.
+# For drift, which compares two windows: starts suffice, since both windows miss about the same refusals.
 REFUSAL_STARTS = ("i cannot", "i can't", "i am unable", "i'm unable", "i'm sorry", "i am sorry", "as an ai")
 
 # --- characters ---------------------------------------------------------------------------------------------
@@ -58,19 +59,19 @@ PLAIN = re.compile(r"[\t\n\x20-\x7e]*")
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 CONTROLS = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
 LINE_ENDS = re.compile("\r|\x85|\u2028|\u2029")
-# Between ASCII letters a joiner or a blank of no width hides something;
-# Khmer, Thai, Persian, Indic scripts and emoji need theirs, flags their tags.
+# Between ASCII characters, a zero-width joiner or space hides something; Khmer, Thai, Persian, Indic scripts
+# and emoji need them, and flags need tag characters.
 HIDDEN = re.compile(
     "[\u2060-\u2064\ufeff\u00ad\u034f\u180e]"
     "|(?<!\U0001f3f4)(?<![\U000e0020-\U000e007e])[\U000e0000-\U000e007f]+|[\U000e0100-\U000e01ef]{2,}"
     "|(?<=[\\x00-\\x7f])[\u200b-\u200d]+(?=[\\x00-\\x7f])"
 )
-# Share of the characters that may be hidden, and how many are taken out of a short text too.
+# Share of hidden characters above which a text is rejected, unless it has at most FEW_HIDDEN of them.
 MOST_HIDDEN, FEW_HIDDEN = 0.01, 3
-OVERRIDES = re.compile("[\u202a-\u202e]")  # they turn the direction of what follows
-ISOLATES = re.compile("[\u2066-\u2069]")  # so do these, but for a part that they keep apart
-# Of the large families; the base's own tokens are split into plain characters by
-# ratchet/models/chat_template.py whatever they are.
+OVERRIDES = re.compile("[\u202a-\u202e]")  # they reverse the direction of the text that follows
+ISOLATES = re.compile("[\u2066-\u2069]")  # they set the direction of an isolated part only
+# Those of the large families of models; the base's own need no list, because
+# ratchet/models/chat_template.py splits them into plain characters.
 CONTROL_TOKENS = re.compile(
     r"<\|(?! )[\w ./:-]{1,40}(?<! )\|>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
     r"|<</?SYS>>|</?think>|(?-i:</s>|(?<!\w)<s>)"
@@ -78,23 +79,23 @@ CONTROL_TOKENS = re.compile(
     re.IGNORECASE,
 )
 ALNUM_WORD, LATIN = re.compile(r"[^\W_]+"), re.compile("[A-Za-z]")
-# Letters that look like Latin ones (UTS 39, confusables): Greek ones that formulas use stay out.
+# Letters that look like Latin ones (UTS 39, confusables), without the Greek ones that formulas use.
 LOOKALIKES = frozenset("аеорсухіјѕԁһӏԛԝАВЕКМНОРСТУХІЈЅοΟΑΒΕΖΗΙΚΜΝΡΤΥΧ")
-# UTF-8 read as Latin-1 or Windows-1252: é, Cyrillic, Chinese.
+# Traces of UTF-8 read as Latin-1 or Windows-1252: é, Cyrillic, Chinese.
 HALF = "\x80-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122"
 MOJIBAKE = re.compile(
     f"Ã[{HALF}]|Â[\xa0-\xbf]|â€|[ÐÑ][{HALF}]|[ä-é][\x80-\xaa\xac-\xba\xbc-\xbf]{{2}}|\ufffd"
 )
 MOST_MOJIBAKE = 0.02  # of the characters
-LOOP_RATIO, LOOP_LEAST = 20, 400  # bytes before and after zlib; shorter texts cannot reach the ratio
-LEAST = 20  # characters; on fewer the classifier of languages guesses
+LOOP_RATIO, LOOP_LEAST = 20, 400  # bytes before zlib to bytes after; bytes that a text needs to reach it
+LEAST = 20  # characters; on fewer, the language classifier is not reliable
 
 
 def clean(text: str, sanitised: Counter[str], *, isolates: bool = False) -> str:
-    """Take hidden and control characters out of `text`, and count what was taken out.
+    """Remove hidden and control characters from `text`, and count the kinds of changes in `sanitised`.
 
-    Isolates of the direction of writing stay where `isolates` allows them. Raises RowError for a text that is
-    unfit as a whole.
+    If `isolates` is true, direction isolates are accepted and stay. Raises RowError for a text that cannot be
+    cleaned.
     """
     if PLAIN.fullmatch(text):
         return text
@@ -115,7 +116,7 @@ def clean(text: str, sanitised: Counter[str], *, isolates: bool = False) -> str:
 
 
 def _check_encoding(text: str, *, isolates: bool) -> None:
-    """Raise RowError: NUL, half a surrogate pair, turned direction, a text read in the wrong encoding."""
+    """Raise RowError for NUL, a lone surrogate, a direction override, or text read in a wrong encoding."""
     if "\x00" in text:
         raise RowError("nul_character", "a text holds a NUL character")
     try:
@@ -136,7 +137,7 @@ def _check_encoding(text: str, *, isolates: bool) -> None:
 
 
 def check_text(text: str, allowed: frozenset[str] | None) -> None:
-    """Raise RowError for a control token that is not `allowed` (None: any is), and for a loop."""
+    """Raise RowError for a control token not in `allowed` (None: all are), and for a text that is a loop."""
     if allowed is not None and (found := find_token(text, allowed)):
         raise RowError(
             "control_token",
@@ -148,7 +149,7 @@ def check_text(text: str, allowed: frozenset[str] | None) -> None:
 
 
 def find_token(text: str, allowed: frozenset[str] = frozenset()) -> str | None:
-    """Find a control token, in any spelling."""
+    """Return a control token that is not `allowed`, in any spelling, or None."""
     if text.isascii() and "<" not in text and "[" not in text:
         return None
     forms = [text] if text.isascii() else [text, unicodedata.normalize("NFKC", HIDDEN.sub("", text))]
@@ -157,7 +158,7 @@ def find_token(text: str, allowed: frozenset[str] = frozenset()) -> str | None:
 
 
 def find_mixed_word(text: str) -> str | None:
-    """Find a word that mixes Latin letters with others that look like Latin ones."""
+    """Return a word that mixes Latin letters with others that look like them, or None."""
     if text.isascii():
         return None
     words = (match.group() for match in ALNUM_WORD.finditer(text))
@@ -165,7 +166,7 @@ def find_mixed_word(text: str) -> str | None:
 
 
 def strip_url(url: str) -> str:
-    """Leave out who logs in and what is signed: messages, rows and commits hold names of places."""
+    """Return the URL without login and query, which may be secrets, for use in messages, rows and commits."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 

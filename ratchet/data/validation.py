@@ -1,8 +1,8 @@
-"""Is a raw row fit to learn from? One pass over its checks; the first fault decides.
+"""Check whether a raw row is fit to learn from; the first fault decides.
 
-The order: size, encoding, JSON, schema, length, characters, control tokens, secrets and personal data, its
-time, its licence, doubts, language. What depends on other rows (duplicates, leakage, caps, contradictions) is
-tasks/prepare.py's.
+The order: size, encoding, JSON, schema, length, characters, control tokens, secrets and personal data, time,
+licence, doubts, language. Checks that depend on other rows (duplicates, leakage, caps, contradictions) are in
+tasks/prepare.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ratchet.errors import ConfigError
 # Reasons that a person may overrule.
 REVIEW = frozenset({"mixed_script", "boilerplate", "instruction_in_answer", "contradiction"})
 MOST_TURNS = 64
-META_KEYS = ("meta", "metadata")  # objects of single values beside the messages
+META_KEYS = ("meta", "metadata")  # keys of an object of single values beside the messages
 IMAGES = re.compile(r"image|picture|photo|pixel|audio|video", re.IGNORECASE)
 INSTRUCTION = re.compile(
     r"\b(?:ignore|disregard|forget) (?:all |any |the )*(?:previous|prior|above|earlier)"
@@ -45,21 +45,21 @@ INSTRUCTION = re.compile(
     re.IGNORECASE,
 )
 TIME_KEYS = ("time", "timestamp", "created_at", "date")
-EPOCH_LEAST = 10**8  # 1973; a hundred times as many are milliseconds
-LONGEST_META = 2000
-CLOCK_SKEW = timedelta(days=1)
+EPOCH_LEAST = 10**8  # seconds, in 1973; a number over a hundred times as large is in milliseconds
+LONGEST_META = 2000  # characters of one text
+CLOCK_SKEW = timedelta(days=1)  # a row may be this much later than its batch
 
 
 class Checked(NamedTuple):
-    """A row that is fit, and what was found in it that does not make it unfit."""
+    """A fit row, with findings that do not make it unfit."""
 
     example: Example
     boilerplate: bool = False
-    sanitised: tuple[str, ...] = ()  # what was taken out, once for each text
+    sanitised: tuple[str, ...] = ()  # what was changed, once for each text
 
 
 class Doubt(RowError):
-    """A row that is fit but for a doubt, which a person may overrule; `example` is what would be learned."""
+    """A doubt about an otherwise fit row, which a person may overrule; `example` would then be learned."""
 
     def __init__(self, reason: str, message: str, example: Example) -> None:
         super().__init__(reason, message)
@@ -67,7 +67,7 @@ class Doubt(RowError):
 
 
 class Origin(NamedTuple):
-    """What the manifest says of a row's batch."""
+    """What the manifest says about a row's batch."""
 
     batch: str
     source: str
@@ -77,7 +77,7 @@ class Origin(NamedTuple):
 
 
 class Validator:
-    """Checks rows by the settings. Raises ConfigError for an entry of the blocklist that is no pattern."""
+    """The checks that the settings ask for. Raises ConfigError for a `blocked` entry that is no pattern."""
 
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
@@ -87,12 +87,13 @@ class Validator:
         self._blocked = [(entry, _compile(entry)) for entry in config.blocked]
 
     def check(self, line: bytes, origin: Origin) -> Checked:
-        """Read a row.
+        """Read and check one line.
 
-        Raises RowError, and Doubt for what a person may overrule; rows that one accepted get none.
+        Raises RowError for an unfit row, and Doubt for what a person may overrule; a row that a person has
+        accepted raises no Doubt.
         """
         row = read_row(line)
-        named = FORMS.get(origin.form)  # that of the batch's first row; a file may mix forms
+        named = FORMS.get(origin.form)  # the form of the batch's first row; later ones may differ
         form = recognise_form(row) if named is None or named.starts.isdisjoint(row) else origin.form
         self._check_keys(row, form)
         said = read_conversation(row, form)
@@ -100,7 +101,7 @@ class Validator:
             raise RowError("too_many_turns", f"{len(said.messages)} messages; at most {MOST_TURNS} are taken")
         answers = [said.rejected] if said.rejected else []
         length = sum(map(len, texts_of([*said.messages, *answers], said.tools)))
-        if length > self._config.max_chars:  # before the checks: some of them take long on long texts
+        if length > self._config.max_chars:  # first, because some checks are slow on long texts
             raise RowError(
                 "too_many_chars", f"{length} characters; `prepare.max_chars` is {self._config.max_chars}"
             )
@@ -127,7 +128,7 @@ class Validator:
         )
         accepted, fault = is_accepted(origin.source, meta), self._find_language_fault(example)
         if not accepted and (doubt := _find_doubt(example)):
-            # With another fault beside it, the doubt is told, but nobody can overrule it.
+            # If the row has a language fault too, the doubt is reported, but nobody can overrule it.
             raise RowError(*doubt) if fault else Doubt(*doubt, example)
         if fault:
             raise fault
@@ -155,7 +156,7 @@ class Validator:
             )
 
     def _meta(self, row: RawRow) -> Meta:
-        """Take the single values of `meta` and of the keys that the configuration names."""
+        """Collect the single values of `meta` and of the keys in `prepare.extra_keys`."""
         if row.keys().isdisjoint(self._extra):
             return {}
         said = {key: row[key] for key in self._config.extra_keys if key in row}
@@ -170,7 +171,7 @@ class Validator:
         return meta
 
     def _check_meta(self, text: str) -> None:
-        """Raise RowError: what stands beside the messages is not learned, but in every file of the row."""
+        """Raise RowError for an unfit text: `meta` is not learned, but every file with the row has it."""
         if len(text) > LONGEST_META:
             raise RowError(
                 "long_meta",
@@ -263,12 +264,12 @@ def _names(keys: Iterable[str]) -> list[str]:
 
 
 def is_accepted(source: str, meta: Meta) -> bool:
-    """Tell whether a person said yes to this very row; of a reviewed draft most are `unseen`."""
+    """Tell whether a person accepted this very row; most rows of a reviewed draft are `unseen`."""
     return source == "review" and meta.get("review") in ("accepted", "edited")
 
 
 def _find_doubt(example: Example) -> tuple[str, str] | None:
-    """Find (reason, message) of what a person has to look at."""
+    """Return (reason, message) of a doubt that a person has to settle, or None."""
     for text in texts_of(example.messages):
         if word := find_mixed_word(text):
             return "mixed_script", f"the word {word[:40]!r} mixes alphabets that look alike"
@@ -278,7 +279,10 @@ def _find_doubt(example: Example) -> tuple[str, str] | None:
 
 
 def _check_time(meta: Meta, batch_time: str, max_age_days: float) -> None:
-    """Compare with the batch's time, not with today's: the same batch gets the same verdict on any day."""
+    """Raise RowError for a row too old or from the future, relative to its batch, not to today.
+
+    The same batch gets the same verdict on any day.
+    """
     said = next(((key, when) for key in TIME_KEYS if (when := _time_of(meta.get(key)))), None)
     if said is None or not batch_time:
         return
@@ -292,7 +296,7 @@ def _check_time(meta: Meta, batch_time: str, max_age_days: float) -> None:
 
 
 def _time_of(value: object) -> datetime | None:
-    """Read ISO 8601, with slashes too, or seconds (or milliseconds) since 1970."""
+    """Parse ISO 8601, with slashes too, or seconds or milliseconds since 1970; None for anything else."""
     try:
         if isinstance(value, str):
             when = datetime.fromisoformat(value.strip().replace("/", "-"))

@@ -1,11 +1,11 @@
-"""Cut a text of any script into words: what metrics, topics, novelty and planted phrases count by.
+"""Cut a text of any script into words, the unit that metrics, topics, novelty and planted phrases count.
 
 A word is a run of letters, digits, underscores and the marks that belong to them, as `\\w` of UTS 18: in
-ASCII the same as Python's `\\w+`, and in Hindi, Arabic or Vietnamese no word is cut at a mark. UAX 29 by
-itself would join `don't` and `3.5`, and every score of English rows would be another one. Where a script puts
-no blanks between words, each character is a word (a grapheme cluster), as in UAX 29 and as answers in Chinese
-and Japanese are scored; a dictionary would have to be brought for each language. `terms_of` gives pairs of
-such characters, which tell subjects. The library is `regex`, which transformers brings: `re` knows no
+ASCII the same as Python's `\\w+`, and in Hindi, Arabic or Vietnamese no word is cut at a mark. UAX 29 would
+keep `don't` and `3.5` whole, which would change every score of English rows. In scripts without blanks
+between words, each character (grapheme cluster) is a word, as in UAX 29 and as answers in Chinese and
+Japanese are scored; real words would need a dictionary for each language. `terms_of` gives pairs of such
+characters, which identify subjects better. The library is `regex`, which transformers requires: `re` knows no
 scripts, and ICU has no wheel.
 """
 
@@ -17,7 +17,7 @@ from itertools import pairwise
 import regex
 
 ASCII = re.compile(r"\w+", re.ASCII)
-LETTERS = r"\p{Han}\p{Hiragana}"  # a word each; Katakana writes whole words of other languages
+LETTERS = r"\p{Han}\p{Hiragana}"  # a word each; not Katakana, which spells whole foreign words
 CLUSTERS = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 CHARACTER = rf"[{LETTERS}][\p{{M}}ー]*+|(?=[[{CLUSTERS}]&&\w])\X"
 OTHER = rf"[\w--[{LETTERS}{CLUSTERS}\p{{M}}]][\w--[{LETTERS}{CLUSTERS}]]*+"
@@ -26,13 +26,13 @@ PAIR = regex.compile(rf"(?V1)(?:{CHARACTER}){{2}}")
 
 
 def words_of(text: str) -> list[str]:
-    """List the words of a text, lower case."""
+    """List the words of a text, in lower case."""
     text = text.lower()
     return ASCII.findall(text) if text.isascii() else [match[0] for match in WORD.finditer(text)]
 
 
 def terms_of(text: str) -> list[str]:
-    """List the words of a text, lower case; of characters that are words, each pair of neighbours."""
+    """List the words of a text, in lower case; of characters that are words, each pair of neighbours."""
     text = text.lower()
     if text.isascii():
         return ASCII.findall(text)
@@ -52,7 +52,7 @@ def terms_of(text: str) -> list[str]:
 
 
 def is_pair(term: str) -> bool:
-    """Return whether a term is a pair of characters: it says as much as a whole word elsewhere."""
+    """Return whether a term is a pair of characters, which counts as much as a whole word elsewhere."""
     return PAIR.fullmatch(term) is not None
 
 

@@ -1,1 +1,1 @@
-"""The story of `make demo`: its clients, its teacher, what it prints."""
+"""The demo of `make demo`: its steps, its clients and its base models."""

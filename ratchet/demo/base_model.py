@@ -1,6 +1,7 @@
-"""Pre-train the demo's base model: a small Llama with a tokenizer of its own, on documentation.
+"""Pre-train the demo's base model, a small Llama with its own tokenizer, on documentation.
 
-It learns to read from the prompts too, so its loss counts every token, unlike the loss of a training.
+The loss counts every token, so that the model learns from the prompts too; the loss of a fine-tuning counts
+only the answers.
 """
 
 from __future__ import annotations
@@ -55,11 +56,12 @@ def make_tokenizer(rows: list[Example], demo: DemoBase) -> PreTrainedTokenizerFa
 
 
 def llama(demo: DemoBase, chat: ChatFormat) -> LlamaConfig:
-    """Describe the model's shape to transformers."""
+    """Return transformers' config of the model."""
     return LlamaConfig(
         vocab_size=len(chat.tokenizer),
         hidden_size=demo.hidden_size,
-        # 2.75 times the width: about 8/3, as SwiGLU has three matrices and not two (arXiv 2002.05202).
+        # 2.75 times the width, about the 8/3 usual for SwiGLU, which has three matrices (arXiv 2002.05202); a
+        # multiple of 8.
         intermediate_size=demo.hidden_size * 11 // 4 // 8 * 8,
         num_hidden_layers=demo.layers,
         num_attention_heads=demo.heads,
@@ -73,7 +75,7 @@ def llama(demo: DemoBase, chat: ChatFormat) -> LlamaConfig:
 
 
 def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
-    """Train a fresh model on the rows that fit into a window. Raises DivergenceError."""
+    """Train a new model on the rows that fit into a window. Raises DivergenceError."""
     demo = config.demo
     set_seed(config.seed)
     model: Any = LlamaForCausalLM(llama(demo, chat))
@@ -111,9 +113,9 @@ def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
 
 
 class TextLoss:
-    """Cross-entropy of every token that its own row predicts: 1 for an answer's, `text_weight` for others.
+    """Weighted cross-entropy of every token but a row's first: 1 for an answer's, `text_weight` for others.
 
-    The mean is over the weights of one forward pass, which is the whole optimizer step in pre-training.
+    The mean is over the weights of one forward pass, since an optimizer step of pre-training has only one.
     """
 
     def __init__(self, text_weight: float) -> None:
@@ -127,7 +129,7 @@ class TextLoss:
 
     def __call__(self, batch: Batch, predict: Predict, count: Tensor) -> tuple[Tensor, Tensor]:
         learned = batch["labels"][:, 1:] != IGNORED  # (batch, seq - 1)
-        # A row's first token and padding are no targets: nothing of their own row predicts them.
+        # A row's first token and padding are no targets, because no token of the row predicts them.
         own = batch["position_ids" if "position_ids" in batch else "attention_mask"][:, 1:] > 0
         weights = torch.where(learned, 1.0, self._text_weight) * own
         chosen = weights > 0

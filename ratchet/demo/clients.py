@@ -1,6 +1,6 @@
-"""Ask the gateway questions whose answers are known, and give feedback: 1 or 0 by exact match.
+"""Ask the gateway questions with known answers, and give feedback: 1 for an exact match, else 0.
 
-The demo uses it, so that its load and its rollout rest on real answers.
+So the traffic and the rollout of the demo are based on real answers.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ READY_SECONDS = 120.0
 class Question(NamedTuple):
     text: str
     answer: str
-    kind: str  # a word for the table, such as the package that it is about
+    kind: str  # what it is about, as the table names it
 
 
 class Reply(NamedTuple):
-    """What came back; `version` is 0 and `right` False where the request failed."""
+    """The result of a question; `version` is 0 and `right` False if the request failed."""
 
     kind: str
     version: int
@@ -37,9 +37,9 @@ class Reply(NamedTuple):
 def ask_gateway(
     url: str, model: str, questions: list[Question], *, users: list[str], parallel: int, key: str = ""
 ) -> list[Reply]:
-    """Ask each question as the user beside it in `users`; the replies keep that order.
+    """Ask each question as the user at the same place in `users`; the replies have the same order.
 
-    Raises ServiceError when nothing answers at `url`.
+    Raises ServiceError if no gateway with a version answers at `url`.
     """
     headers = {"authorization": f"Bearer {key}"} if key else {}
     with httpx.Client(
@@ -55,7 +55,7 @@ def ask_gateway(
 
 
 def _wait_until_ready(client: httpx.Client, url: str) -> None:
-    """Wait for the gateway: a version that was put in charge a moment ago is still being loaded."""
+    """Wait until the gateway is ready: a version that was just promoted is still being loaded."""
     said, end = "", time.monotonic() + READY_SECONDS
     while time.monotonic() < end:
         try:

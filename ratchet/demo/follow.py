@@ -1,4 +1,4 @@
-"""Follow a retraining that the served deployment runs: print its lines until Prefect says how it ended."""
+"""Follow a retraining of the served deployment: print its log lines until Prefect reports its end."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LAST_LINES_SECONDS = 3.0  # a run sends its lines every 2 s (PREFECT_LOGGING_TO_
 
 
 def follow_retraining(root: Path, *, say: Callable[[str], object]) -> None:
-    """Follow the newest run of the deployment `retrain`.
+    """Follow the newest run of the deployment `retrain` until it ends.
 
-    Raises ServiceError when none appears in three minutes, StageError when it fails.
+    Raises ServiceError if none appears within three minutes or it takes over an hour, StageError if it fails.
     """
     os.environ.update(service_environment(root, load_config(root / "params.yaml")))
     log = root / ".ratchet" / "logs" / "deployments.log"
-    position: int | None = None  # in the lines of the run; None before there is one
+    position: int | None = None  # number of printed lines of the run; None before there is a run
     started = time.monotonic()
     while time.monotonic() - started < MAX_SECONDS:
         run = _newest_run()
@@ -82,13 +82,13 @@ def _waited(run: Any) -> str:
 
 
 def _pass_on(run: Any, position: int, say: Callable[[str], object]) -> int:
-    """Say the lines of `run` and of its tasks from `position` on; return the position after the last one."""
+    """Print the log lines of `run` and its tasks from `position` on; return the position after the last."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 
     chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
     with get_client(sync_client=True) as client:
-        while lines := client.read_logs(chosen, offset=position):  # 200 at most a call
+        while lines := client.read_logs(chosen, offset=position):  # at most 200 per call
             for line in lines:
                 say("  " + line.message.partition("\n")[0])
             position += len(lines)

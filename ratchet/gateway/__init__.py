@@ -1,1 +1,1 @@
-"""The HTTP gateway: routing, completions, authentication, limits, the pages' routes."""
+"""The HTTP gateway: routing, completions, authentication, limits, and the routes of the pages."""

@@ -1,8 +1,8 @@
-"""The gateway's HTTP side: routes, who may use them, and errors in the form of OpenAI's.
+"""The gateway's HTTP app: routes, their access control, and errors in OpenAI's form.
 
-Plain Starlette: its routing takes some 30 µs of a request. No web page of another site gets in: names of
-hosts are checked on loopback (DNS rebinding), bodies have to say that they are JSON (a browser then asks
-first), and no CORS header is ever sent.
+Plain Starlette, whose routing takes about 30 µs a request. Pages of other sites cannot use the gateway from a
+browser: on loopback, the host's name is checked (against DNS rebinding), bodies must be declared as JSON (so
+that the browser sends a preflight request first), and no CORS header is ever sent.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ratchet.serving.engine import Engine
 from ratchet.serving.faults import Fault, to_fault
 from ratchet.serving.protocol import Model, encode_models, parse_feedback
 
-LAST_WORDS_SECONDS = 3.0  # that cut-off answers get to say so, and to be written down
+LAST_WORDS_SECONDS = 3.0  # at the shutdown, for cut-off answers to be ended and logged
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -64,7 +64,7 @@ def create_app(root: Path, config: Config, engine: Engine, fleet: Fleet, log: Re
 
 
 class Guard:
-    """Refuses what a web page of another site could send from a browser on this machine."""
+    """A wrapper that refuses what a page of another site could send from a browser on this machine."""
 
     def __init__(self, app: ASGIApp, host: str) -> None:
         self._app = app
@@ -123,7 +123,7 @@ def _readiness(parts: Parts) -> Endpoint:
     async def readiness(request: Request) -> Response:
         """Answer whether a version is in charge.
 
-        No key is asked for, as for /healthz: load balancers have none.
+        Like /healthz, this needs no key, since load balancers have none.
         """
         champion = parts.require_champion()
         return JSONResponse({"status": "ready", "version": champion})
@@ -163,8 +163,8 @@ def _feedback(parts: Parts) -> Endpoint:
     async def feedback(request: Request) -> Response:
         """Record feedback on an answer whose id carries our signature.
 
-        The signature alone tells that the id is ours, so no look-up is needed, and an answer that is not
-        written yet can be judged.
+        The signature alone proves that the id is ours, so no look-up is needed, and feedback may come before
+        the answer is in the log.
         """
         key = parts.admit(request.headers, "feedback")
         raw = await read_body(
@@ -210,7 +210,7 @@ def _page(parts: Parts) -> Endpoint:
 
 
 def _handlers(parts: Parts) -> dict[Any, Any]:
-    """Return the handlers of what is raised before an answer began."""
+    """Return the handlers of errors that are raised before an answer has begun."""
 
     async def refuse(request: Request, error: Exception) -> Response:
         fault = to_fault(error)
@@ -242,7 +242,7 @@ def _handlers(parts: Parts) -> dict[Any, Any]:
 def _show(fault: Fault, *, asks_browser: bool = False) -> Response:
     headers = {name.decode(): value.decode() for name, value in fault.headers()}
     if fault.status == 401:
-        # A browser asks for user and password, and the key is the password; a client that sends bearer tokens
-        # must not be asked so.
+        # For `Basic`, a browser asks its user for a password, which is the key; other clients send bearer
+        # tokens, and must not be asked for a password.
         headers["www-authenticate"] = 'Basic realm="ratchet"' if asks_browser else "Bearer"
     return Response(fault.body(), fault.status, headers, media_type="application/json")

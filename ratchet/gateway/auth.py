@@ -1,6 +1,6 @@
-"""API keys of the gateway: `.ratchet/keys.json` keeps their SHA-256 and what each may do, never the key.
+"""API keys of the gateway: `.ratchet/keys.json` keeps their SHA-256 and scopes, never the keys themselves.
 
-Once the file is there, every request needs a key; a running gateway sees a change at once.
+Once the file exists, every request needs a key; a running gateway notices changes at once.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ratchet.serving.faults import Fault
 
 FILE = Path(".ratchet/keys.json")
 SCOPES = ("infer", "feedback", "admin")
-PREFIX = "sk-ratchet-"  # `sk-` is what scanners for secrets and the log's redaction look for
+PREFIX = "sk-ratchet-"  # scanners for secrets, and the log's redaction, recognise `sk-`
 
 
 class Key(msgspec.Struct, frozen=True):
-    """`digest` is the SHA-256 of the key in hex: 256 random bits need no salt and no slow hash.
+    """A key and its scopes; `created` is in seconds since 1970.
 
-    `created` is in seconds since 1970.
+    `digest` is the SHA-256 of the key in hex; 256 random bits need no salt and no slow hash.
     """
 
     name: str
@@ -41,11 +41,11 @@ class Key(msgspec.Struct, frozen=True):
         return bool(self.name) and "admin" in self.scopes
 
 
-NOBODY = Key("", "", list(SCOPES), 0.0)  # on loopback, as long as there are no keys
+NOBODY = Key("", "", list(SCOPES), 0.0)  # the caller on loopback, as long as there are no keys
 
 
 def add_key(root: Path, name: str, scopes: Iterable[str]) -> str:
-    """Add a key and return it; it is shown this once.
+    """Add a key and return it; it cannot be shown again.
 
     Raises UserError: the name is taken, a scope is unknown, or there is none.
     """
@@ -93,9 +93,9 @@ def revoke_key(root: Path, name: str) -> None:
 
 
 class Doorkeeper:
-    """Who asks, and may they?
+    """The check of a request's key and its scopes.
 
-    Reads the file again when it changed. `required`: keys are needed even where there is no file.
+    The file is read again when it has changed. `required`: keys are needed even if there is no file.
     """
 
     def __init__(self, root: Path, *, required: bool) -> None:
@@ -128,13 +128,13 @@ class Doorkeeper:
         if seen != self._seen:
             try:
                 self._keys, self._seen = list_keys(self._root), seen
-            except CheckoutError as error:  # nobody gets in by a broken file
+            except CheckoutError as error:  # a broken file admits nobody
                 raise Fault(503, str(error), code="no_keys") from None
         return True
 
     def _find(self, shown: str) -> Key:
         digest, found = _digest(shown), None
-        for key in self._keys:  # all of them: how long it takes tells nothing
+        for key in self._keys:  # all of them, so that the time taken reveals nothing
             if hmac.compare_digest(key.digest, digest):
                 found = key
         if found is None or not shown:
@@ -148,7 +148,7 @@ class Doorkeeper:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write the file whole or not at all, readable by its owner only."""
+    """Write the file completely or not at all, readable by its owner only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -166,9 +166,7 @@ def _write_keys(root: Path, keys: list[Key]) -> None:
 
 
 def _read_header(header: str) -> str:
-    """Return the key of `Bearer KEY`, or the password of HTTP's basic authentication, which is what a
-    browser asks for.
-    """
+    """Return the key of `Bearer KEY`, or the password of basic authentication, which browsers ask for."""
     scheme, _, value = header.partition(" ")
     if scheme.lower() == "basic":
         return _read_password(value.strip())

@@ -1,9 +1,9 @@
-"""POST /v1/chat/completions and /v1/responses: a version is chosen, the engine answers, whole or as it comes,
-and how it ended is written down.
+"""Serve POST /v1/chat/completions and /v1/responses: choose a version, send the engine's answer, whole or as
+a stream, and log the exchange.
 
-Of several choices (`n`) the first is written down: one request counts once for the monitor and for feedback.
-What was refused before a version was chosen (no key, malformed, unknown model) is counted in the metrics
-only.
+Of several choices (`n`) only the first is logged, so that one request counts once for the monitor and for
+feedback. Requests that are refused before a version is chosen (no key, malformed, unknown model) are counted
+in the metrics only.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ JSON, EVENTS = (b"content-type", b"application/json"), (b"content-type", b"text/
 
 
 class Form(NamedTuple):
-    """Hold how one of the protocols is read and written, and how its ids begin."""
+    """One of the protocols: how its ids begin, its parser, and its encoder."""
 
     head: str
     parse: Callable[[bytes, GatewayConfig], Chat]
@@ -53,9 +53,9 @@ FORMS = {
 
 @dataclass
 class Exchange:
-    """One request and what became of it.
+    """One request and its outcome.
 
-    `at` is in seconds since 1970, `started` on the clock that latencies are measured with.
+    `at` is in seconds since 1970; `started` is on time.perf_counter, from which latencies are measured.
     """
 
     id: str
@@ -115,14 +115,14 @@ class Exchange:
 
 
 class Completions:
-    """An ASGI app, so that the client's hanging up is seen while the engine works."""
+    """The endpoint of a protocol, as an ASGI app, to notice a client's hang-up while the engine works."""
 
     def __init__(self, parts: Parts, path: str) -> None:
         """Serve the protocol of `path`, one of FORMS."""
         self._parts, self._form = parts, FORMS[path]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. Raises Fault as long as no version is chosen."""
+        """Answer one request. Raises Fault only before a version is chosen."""
         parts, headers = self._parts, Headers(scope=scope)
         key = parts.admit(headers, "infer")
         raw = await read_body(receive, headers.get("content-length", ""), parts.config.gateway.max_body_bytes)
@@ -136,7 +136,7 @@ class Completions:
             exchange.gone = True
         except (
             asyncio.CancelledError
-        ):  # from uvicorn, when the time to drain is up: the last word is still sent
+        ):  # from uvicorn, when its time to drain is over; the error is still sent
             exchange.fault = Fault(
                 503,
                 "the gateway stops",
@@ -152,9 +152,7 @@ class Completions:
             await reply.end()
 
     def _open(self, chat: Chat, headers: Headers, key: Key) -> Exchange:
-        """Choose the arm by the user's pseudonym, which is what the log has, so that routing and analysis
-        agree.
-        """
+        """Choose the arm by the user's pseudonym, as the log has it, so that routing and analysis agree."""
         id = self._parts.ids.make(self._form.head)
         user = self._parts.ids.pseudonym(chat.user or headers.get("x-session-id", ""))
         choice = self._parts.choose(chat.model, user or id, key)
@@ -197,9 +195,9 @@ class Completions:
 
 
 async def _answer_all(engine: Engine, asks: Sequence[Ask]) -> AsyncGenerator[tuple[int, Piece | Ended], None]:
-    """Yield the pieces and ends of all choices as they come, each with its choice's number.
+    """Yield the pieces and ends of all choices as they arrive, each with its choice's number.
 
-    Closing the generator stops the work, such as when the client hangs up.
+    Closing the generator, as when the client hangs up, stops the work.
     """
     if len(asks) == 1:
         pieces = engine.answer(asks[0])
@@ -238,7 +236,7 @@ async def _hear(
 
 
 class Whole:
-    """One JSON body."""
+    """A reply in one JSON body."""
 
     def __init__(self, send: Send, exchange: Exchange, encoder: Encoder) -> None:
         self._send, self._exchange, self._encoder = send, exchange, encoder
@@ -256,9 +254,9 @@ class Whole:
 
 
 class Streamed:
-    """Server-sent events.
+    """A reply as server-sent events.
 
-    The status is sent with the first text, so that what fails before it has a status of its own.
+    The status is sent with the first piece, so that a failure before it gets its own status.
     """
 
     def __init__(self, send: Send, exchange: Exchange, encoder: Encoder) -> None:
@@ -313,10 +311,10 @@ async def _send_whole(send: Send, status: int, body: bytes, headers: list[tuple[
 
 
 def _note(error: Exception, id: str) -> Fault:
-    """Turn an error into a fault and log it.
+    """Turn an error into a fault, and log it.
 
-    A fault of ours or of the engine's is logged in one line, one that nobody foresaw with its traceback, the
-    client's own not at all.
+    An unforeseen error is logged with its traceback, a fault of the gateway or the engine in one line, and a
+    fault of the client not at all.
     """
     fault = to_fault(error)
     if fault.status == 500:
@@ -324,5 +322,5 @@ def _note(error: Exception, id: str) -> Fault:
     elif fault.status > 500:
         log.warning(
             "%s: %d %r", id, fault.status, fault.message[:300]
-        )  # quoted: what an upstream said may hold anything
+        )  # quoted, since the text of an upstream may hold anything
     return fault

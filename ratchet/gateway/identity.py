@@ -1,7 +1,7 @@
-"""Names that are given out: request ids that can be told from forged ones, and pseudonyms in place of users.
+"""Make signed request ids, so that forged ones are recognised, and pseudonyms in place of users.
 
-Both come from `.ratchet/gateway.key`, made at the first start. Without that file old ids are no longer known,
-and every user is a new one.
+Both depend on `.ratchet/gateway.key`, made at the first start. If that file is lost, old ids are no longer
+accepted, and every user counts as new.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ratchet.gateway.auth import write_private
 
 FILE = Path(".ratchet/gateway.key")
 KEY_BYTES = 32
-CHAT, RESPONSE = "chatcmpl-", "resp_"  # what ids of OpenAI's begin with
+CHAT, RESPONSE = "chatcmpl-", "resp_"  # as OpenAI's ids begin
 
 
 class Ids:
@@ -35,7 +35,7 @@ class Ids:
         )
 
     def pseudonym(self, user: str) -> str:
-        """Return 16 hex digits that stand for a user in the log and in a rollout; empty for nobody."""
+        """Return 16 hex digits that stand for a user in the log and in a rollout; empty for no user."""
         return self._sign(b"user", user) if user else ""
 
     def sender(self, key: str) -> str:

@@ -1,4 +1,4 @@
-"""Limit what the gateway takes: bytes of a body, requests at once and a minute, seconds of an answer."""
+"""Limits of the gateway: bytes of a body, requests at once and per minute, seconds of an answer."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from starlette.types import Receive
 
 from ratchet.serving.faults import Fault
 
-BODY_SECONDS = 10.0  # a body that takes longer is a client that holds a connection open
+BODY_SECONDS = 10.0  # a client that needs longer only holds the connection open
 
 
 class Gone(Exception):
-    """The client hung up: nobody is left to be told."""
+    """The client hung up, so no answer is sent."""
 
 
 async def read_body(receive: Receive, declared: str, most: int) -> bytes:
-    """Read the body, no more than `most` bytes; `declared` is the header `content-length`.
+    """Read a body of at most `most` bytes; `declared` is the header `content-length`.
 
     Raises Fault (413, 408) and Gone.
     """
@@ -50,10 +50,10 @@ async def read_body(receive: Receive, declared: str, most: int) -> bytes:
 
 
 def _too_large(size: str, most: int, *, hangs_up: bool = False) -> Fault:
-    """Make the fault that a body is too large; `hangs_up` closes the connection.
+    """Return the fault for a body that is too large; `hangs_up` closes the connection.
 
-    Where the client declared the size, the connection stays open and the rest of the body is let through
-    unread: a client whose connection is cut while it sends may never see the answer.
+    If the client declared the size, the connection stays open and the body is discarded, since a client whose
+    connection is cut while it sends may never see the answer.
     """
     return Fault(
         413,
@@ -65,17 +65,17 @@ def _too_large(size: str, most: int, *, hangs_up: bool = False) -> Fault:
 
 
 class Rate:
-    """Limit the requests of each name to `per_minute`; 0 is no limit.
+    """A limit of `per_minute` requests for each name; 0 is no limit.
 
-    Each name has a bucket that fills steadily and holds a minute's worth: such a burst is let through.
+    Each name has a token bucket that fills steadily and holds a minute's worth, so such a burst is accepted.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_minute, self._clock = per_minute, clock
-        self._buckets: dict[str, tuple[float, float]] = {}  # name → (what is left, when)
+        self._buckets: dict[str, tuple[float, float]] = {}  # name → (requests left, at which time)
 
     def take(self, name: str) -> None:
-        """Count a request. Raises Fault(429) with the seconds until the next one is taken."""
+        """Count a request. Raises Fault(429) with the seconds until the next one is accepted."""
         if not self._per_minute:
             return
         now, a_second = self._clock(), self._per_minute / 60
@@ -94,7 +94,7 @@ class Rate:
 
 
 class Slots:
-    """Limit the answers that are under way at once to `most`, the waiting ones included."""
+    """A limit of `most` answers under way at once, including those that wait."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -120,7 +120,7 @@ class Slots:
 
 @asynccontextmanager
 async def patience(receive: Receive, seconds: float) -> AsyncIterator[None]:
-    """End the block when the time is up (raises Fault(504)) or the client hangs up (raises Gone)."""
+    """End the block after `seconds` (raises Fault(504)) or when the client hangs up (raises Gone)."""
     watch: asyncio.Task[None] | None = None
     deadline = asyncio.timeout(seconds)
     try:

@@ -1,6 +1,4 @@
-"""What `/metrics` tells Prometheus: requests, latency, tokens, what is under way, and how the request log
-fares.
-"""
+"""The figures of `/metrics` for Prometheus: requests, latency, tokens, answers under way, the request log."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 
 
 class Meters:
-    """A registry of its own: two gateways in one process count for themselves."""
+    """The gateway's metrics, in their own registry: two gateways in one process count separately."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -45,7 +43,7 @@ class Meters:
         )
 
     def show(self, name: str, meaning: str, read: Callable[[], float]) -> None:
-        """Show a figure that is read when it is asked for."""
+        """Add a figure that `read` returns whenever the metrics are read."""
         Gauge(name, meaning, registry=self._registry).set_function(read)
 
     def refused(self, status: int) -> None:
@@ -63,9 +61,7 @@ class Meters:
         prompt_tokens: int,
         answer_tokens: int,
     ) -> None:
-        """Count a request that ended; `seconds` and `first` are in seconds, `first` is 0 where there was
-        no text.
-        """
+        """Count a request that ended; `seconds` and `first` are in seconds, and `first` is 0 without text."""
         which = (arm, str(version))
         self._requests.labels(str(status), *which).inc()
         self._latency.labels(*which).observe(seconds)

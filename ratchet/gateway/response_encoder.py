@@ -17,7 +17,7 @@ from ratchet.serving.protocol import Answer, count_tokens, encode_scored
 
 @dataclass
 class ResponseEncoder:
-    """Write one response: whole, or as the events that OpenAI's clients wait for."""
+    """The encoder of one response: whole, or as the events that OpenAI's clients expect."""
 
     id: str
     created: int
@@ -38,9 +38,9 @@ class ResponseEncoder:
         )
 
     def piece(self, index: int, piece: Piece) -> bytes:
-        """Return the events of a piece's text; calls, which come last, are written at the end.
+        """Return the events of a piece's text; calls come last, so `end` writes them.
 
-        This form of the protocol has no events of reasoning.
+        This form of the protocol has no events for reasoning.
         """
         if not piece.text and (piece.reasoning or not self._opened):
             return b""
@@ -111,7 +111,7 @@ class ResponseEncoder:
         return self.id.removeprefix("resp_")
 
     def _response(self, answers: Sequence[Answer] = ()) -> dict[str, Any]:
-        """Return the response as it stands: in progress without answers."""
+        """Return the response as it is now; without answers it is in progress."""
         cut = any(answer.ended and answer.ended.finish == "length" for answer in answers)
         status = "in_progress" if not answers else "incomplete" if cut else "completed"
         chat = self.chat
@@ -143,7 +143,7 @@ class ResponseEncoder:
         }
 
     def _items(self, answer: Answer, status: str) -> list[dict[str, Any]]:
-        """Return the text, unless there are only calls, and each call."""
+        """Return an item for the text, unless there are only calls, and one for each call."""
         scores = [encode_scored(token) for token in answer.tokens]
         text = [self._item([self._part(answer.text, scores)], status)]
         calls = [

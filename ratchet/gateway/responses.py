@@ -1,7 +1,7 @@
-"""Read OpenAI's Responses in their basic form: text and functions.
+"""Read requests of OpenAI's Responses in their basic form: text and functions.
 
-Nothing is kept between two requests: a conversation is sent whole, in `input`. Refused by name are other
-tools, files, pictures, background work and what refers to an earlier response.
+Nothing is kept between requests, so a conversation is sent whole, in `input`. Other tools, files, pictures,
+background work and references to an earlier response are refused by name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ratchet.serving.protocol import (
     to_message,
 )
 
-SCORES = "message.output_text.logprobs"  # the only `include` that is taken
+SCORES = "message.output_text.logprobs"  # the only `include` that is accepted
 NO_STATE = "send the earlier turns in `input`: no response is kept here"
 NOT_SUPPORTED = {
     "previous_response_id": NO_STATE,
@@ -45,7 +45,7 @@ NOT_SUPPORTED = {
         "leave it out",
     ),
 }
-# Values of unsupported fields that ask for what happens anyway: some clients always send every field.
+# Values of unsupported fields that ask for what is done anyway, since some clients always send every field.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
     "reasoning": ({"effort": "none"}, {"effort": None}, {"effort": None, "summary": None}),
     "truncation": ("disabled",),
@@ -53,7 +53,7 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
 
 
 class Item(msgspec.Struct):
-    """Hold a message, a call or a result of `input`; `id` and `status`, which answers bring, do not count."""
+    """A message, a call or a result in `input`; `id` and `status`, from earlier answers, are ignored."""
 
     type: str = "message"
     role: str | None = None
@@ -65,7 +65,7 @@ class Item(msgspec.Struct):
 
 
 class ToolBody(msgspec.Struct):
-    """Hold a tool; `strict` changes nothing, and stays out of the prompt."""
+    """A tool; `strict` has no effect, and is left out of the prompt."""
 
     type: str
     name: str = ""
@@ -88,7 +88,7 @@ class TextConfig(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
-    """Hold a request's body; an unknown field is refused, since it may be a misspelt limit."""
+    """A request's body; an unknown field is refused, since it may be a misspelt limit."""
 
     model: str
     input: str | list[Item]
@@ -102,12 +102,12 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
     stream: bool | None = None
     user: str | None = None
     safety_identifier: str | None = None
-    metadata: dict[str, str] | None = None  # comes back in the response
+    metadata: dict[str, str] | None = None  # repeated in the response
     tools: list[ToolBody] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     # Accepted and ignored: they concern storing, billing and padding at OpenAI.
-    store: bool | None = None  # a look-up of the response is refused in words
+    store: bool | None = None  # a later look-up of the response is refused, with the reason
     service_tier: Any = None
     stream_options: Any = None
     prompt_cache_key: Any = None
@@ -130,7 +130,7 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class ResponseChat(Chat):
-    """Hold a request with what its response repeats."""
+    """A checked request, with the fields that its response repeats."""
 
     instructions: str | None = None
     metadata: dict[str, str] | None = None
@@ -199,7 +199,7 @@ def _read_messages(body: Body) -> tuple[Message, ...]:
                 where, f"{where} answers the call {message.call_id[:40]!r}, which is none", "send it before"
             )
         known.update(call.id for call in message.tool_calls)
-        # A text and the calls after it are one answer; it comes as an item each.
+        # A text and the calls after it are separate items of one answer.
         if item.type == "function_call" and before in ("function_call", "assistant"):
             joined = (*turns[-1].tool_calls, *message.tool_calls)
             turns[-1] = msgspec.structs.replace(turns[-1], tool_calls=joined)

@@ -1,6 +1,6 @@
-"""The page `/review`: a row at a time, one key a word.
+"""The page `/review`: one row at a time, one key for each decision.
 
-`GET` gives the page, `POST` takes a word and gives the next row.
+`GET` returns the page; `POST` takes a decision (`Word`) and returns the next row.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ PATH = "/review"
 
 
 class Word(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the page sends.
+    """What the page sends: a decision on a row, or a request for the next one.
 
-    `draft`: the only one to review, where the address names it; `item` and `of`: a row and its draft.
+    `draft`: the only draft to review, if the page's address names one; `item` and `of`: a row and its draft.
     """
 
     action: Literal["next", "accept", "reject", "edit", "undo"]
@@ -78,7 +78,7 @@ def review_word(parts: Parts) -> Callable[[Request], Awaitable[Response]]:
             found = await run_in_threadpool(_answer, parts.root, said)
         except ServiceError as error:
             raise Fault(503, str(error), code="review_is_down", retry_after=5) from None
-        # ASCII: rows in quarantine may hold halves of surrogate pairs.
+        # json.dumps writes ASCII; UTF-8 cannot hold the lone surrogates that rows in quarantine may have.
         return Response(
             json.dumps(found), media_type="application/json", headers={"cache-control": "no-store"}
         )
@@ -98,7 +98,7 @@ def _render(project: str, nonce: str) -> str:
 
 
 def _answer(root: Path, said: Word) -> dict[str, Any]:
-    """Return the row to show next; after an undo it is the one that was taken back.
+    """Return the row to show next, which after an undo is the row whose decision was taken back.
 
     Raises UserError, ServiceError.
     """
@@ -126,11 +126,9 @@ def _answer(root: Path, said: Word) -> dict[str, Any]:
 
 
 def _decide(queue: ReviewQueue, said: Word) -> str:
-    """Record the decision and return what prevents it, or nothing.
+    """Record the decision, and return what prevents it, or nothing.
 
-    The page shows undecided rows only: somebody else decided a decided one in the meantime.
-
-    The page shows undecided rows only: one that is decided was somebody else's in the meantime.
+    The page shows undecided rows only, so a decided one was decided by somebody else in the meantime.
     """
     entry = queue.get(said.of, said.item)
     if entry is None:

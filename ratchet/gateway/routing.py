@@ -1,9 +1,9 @@
-"""Which versions are loaded, and who gets which: the truth is read from champion.json and
-.ratchet/rollout.json, three times a second.
+"""Load versions, and choose the one that answers a request, as champion.json and .ratchet/rollout.json say;
+both files are read three times a second.
 
-Two loops: one watches the files and swaps the table, at once and whole; one loads what is missing and lets go
-of what nobody asks. So a rollback waits for no loading: the champion's predecessor stays loaded. What cannot
-be read or loaded leaves the last good table in its place.
+Two loops: one watches the files and replaces the routing table in one step; the other loads missing versions
+and unloads unused ones. The champion's predecessor stays loaded, so that a rollback waits for no loading. If
+a file cannot be read or a version cannot be loaded, the last good table stays in use.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from ratchet.promotion.rollout import Rollout, position, read_rollout
 from ratchet.serving.bundle import ServingState, forget_bundles, make_bundle, write_state
 from ratchet.serving.engine import Engine
 
+# Between two looks at the files; before a failed load is repeated; before an unused version is unloaded.
 LOOK_SECONDS, AGAIN_SECONDS, GRACE_SECONDS = 0.3, 60.0, 5.0
 NOBODY = "no version is in charge yet: `ratchet retrain` makes the first"
 log = logging.getLogger("ratchet.gateway")
 
 
 class Choice(NamedTuple):
-    """Who answers a request, and for which arm of which rollout."""
+    """The version that answers a request, and the arm, rollout and step for which it does."""
 
     version: int
     arm: str  # as in the request log
@@ -43,7 +44,7 @@ class Choice(NamedTuple):
 
 
 class Table(NamedTuple):
-    """`why` says what is in the way while `champion` is None."""
+    """Who answers, and the challenger's share of the users; `why`: the reason if `champion` is None."""
 
     champion: int | None = None
     challenger: int | None = None
@@ -70,13 +71,13 @@ class Refusal(NamedTuple):
 
 
 class Fleet:
-    """For one event loop."""
+    """The loaded versions and the routing to them, for one event loop."""
 
     def __init__(self, root: Path, config: Config, engine: Engine) -> None:
         self._root, self._engine = root, engine
         self._table = Table()
         self._seen: tuple[bytes, bytes] | None = None
-        self._champion: Champion | None = None  # as last read without fault
+        self._champion: Champion | None = None  # as last read without an error
         self._rollout: Rollout | None = None
         self._entries: dict[int, Wanted | None] = {}  # predecessors, from the ledger
         self._loaded: dict[int, str] = {}  # version → its adapter's sha256
@@ -96,7 +97,7 @@ class Fleet:
         return {wanted.version: refusal.why for wanted, refusal in self._refused.items()}
 
     async def start(self) -> None:
-        """Start the fleet and return at once; the first version is loaded meanwhile."""
+        """Start the fleet and return at once; the first version is loaded in the background."""
         self._tasks = [
             asyncio.create_task(self._repeat(work), name=f"fleet {work.__name__}")
             for work in (self._watch, self._tend)
@@ -134,7 +135,7 @@ class Fleet:
                 await work()
             except (RatchetError, OSError) as error:
                 self._warn(str(error))
-            except Exception as error:  # noqa: BLE001  (logged; the next look comes)
+            except Exception as error:  # noqa: BLE001  (logged; the loop goes on)
                 self._warn(f"the fleet goes on after {error!r}", trace=True)
             await asyncio.sleep(LOOK_SECONDS)
 
@@ -151,8 +152,8 @@ class Fleet:
     def _read(self) -> None:
         """Read champion.json and the rollout.
 
-        A file that cannot be read changes nothing. Nor does a missing champion.json: git removes it for a
-        moment when it replaces it.
+        A file that cannot be read changes nothing. Nor does a missing champion.json, since git removes the
+        file for a moment when it replaces it.
         """
         try:
             champion = read_champion(self._root)
@@ -176,10 +177,10 @@ class Fleet:
             self._warn(str(error))
 
     def _swap(self) -> None:
-        """Put the versions that are loaded in charge.
+        """Put the wanted versions that are loaded into the table.
 
-        A rollout counts against its own champion only: after a promotion or a rollback it gets no requests,
-        and waits for the flow to end it.
+        A rollout is valid only against its own champion: after a promotion or a rollback, its challenger gets
+        no requests, until the flow ends the rollout.
         """
         champion, rollout = self._champion, self._rollout
         serving = champion.version if champion and self._has(_of_champion(champion)) else self._table.champion
@@ -224,14 +225,14 @@ class Fleet:
             await asyncio.to_thread(write_state, self._root, written)
             self._told = state
 
-    # --- tending: takes as long as it takes -----------------------------------------------------------------
+    # --- tending: may take long -----------------------------------------------------------------------------
 
     async def _tend(self) -> None:
         seen, before, champion = self._seen, set(self._loaded), self._champion
         wanted = await self._wanted()
         self._refused = {one: refusal for one, refusal in self._refused.items() if one in wanted}
         for one in wanted:
-            if self._seen is seen:  # or others may be wanted by now
+            if self._seen is seen:  # otherwise other versions may be wanted by now
                 await self._load(one)
         kept = {one.version for one in wanted} | (
             {champion.previous} if champion and champion.previous is not None else set()
@@ -241,7 +242,7 @@ class Fleet:
             await asyncio.to_thread(forget_bundles, self._root, {*self._loaded, *kept})
 
     async def _wanted(self) -> list[Wanted]:
-        """Return the champion, the challenger and the champion's predecessor, as far as there are any."""
+        """Return those of the champion, the challenger and the champion's predecessor that exist."""
         champion, rollout = self._champion, self._rollout
         if champion is None:
             return []
@@ -253,9 +254,9 @@ class Fleet:
         return found
 
     async def _find_predecessor(self, version: int) -> Wanted | None:
-        """Find in the ledger what to load for an earlier version; None where the ledger cannot tell.
+        """Return what to load for an earlier version, by the ledger; None if the ledger cannot tell.
 
-        It is asked again when the files change.
+        The ledger is read again only when the files change.
         """
         if version not in self._entries:
             self._entries[version] = None
@@ -268,7 +269,7 @@ class Fleet:
         return self._entries[version]
 
     async def _load(self, wanted: Wanted) -> None:
-        """Load a version; remember a failure with its reason, and try again later in case it passes."""
+        """Load a version; after a failure, keep the reason, and try again later, since it may pass."""
         refusal = self._refused.get(wanted)
         if self._has(wanted) or (refusal and time.monotonic() < refusal.until):
             return
@@ -287,9 +288,9 @@ class Fleet:
         self._swap()
 
     async def _unload(self, wanted: set[int]) -> None:
-        """Unload versions that nobody wants and that answer no request.
+        """Unload versions that are not wanted and answer no request.
 
-        The grace is for requests that have chosen a version and not yet taken hold of it.
+        The grace period is for requests that have chosen a version but do not hold it yet.
         """
         needed, now = (
             wanted
@@ -301,7 +302,7 @@ class Fleet:
         }
         for version, since in self._left.items():
             if version in (self._table.champion, self._table.challenger):
-                continue  # it took charge while another was let go of
+                continue  # it took charge while another version was being unloaded
             if not self._under_way[version] and now - since >= GRACE_SECONDS:
                 del self._loaded[version]
                 del self._under_way[version]
@@ -311,7 +312,7 @@ class Fleet:
         return self._loaded.get(wanted.version) == wanted.adapter_sha256
 
     def _warn(self, message: str, *, trace: bool = False) -> None:
-        """Log a warning once, however often its cause is met."""
+        """Log a warning, but not again until the files change."""
         if message not in self._faults:
             self._faults.append(message)
             log.warning("%s", _one_line(message), exc_info=trace)

@@ -1,4 +1,4 @@
-"""What every endpoint of the gateway works with, and who may use which."""
+"""The parts that the gateway's endpoints share, and the checks of who may use what."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from ratchet.serving.faults import Fault
 
 @dataclass(frozen=True)
 class Parts:
+    """The objects that all endpoints of one gateway use."""
+
     root: Path
     config: Config
     engine: Engine
@@ -42,7 +44,7 @@ class Parts:
         return key
 
     def require_champion(self) -> int:
-        """Return the version in charge. Raises Fault(503) with what is in the way."""
+        """Return the version in charge. Raises Fault(503), with the reason, if there is none."""
         champion = self.fleet.table.champion
         if champion is None:
             raise Fault(
@@ -75,9 +77,9 @@ class Parts:
             )
 
     async def remember(self, feedback: Feedback) -> None:
-        """Store the feedback from a thread, since the database may take its time.
+        """Store the feedback, in a thread, since the database may be slow.
 
-        Raises Fault: 409 when another key spoke for that person, 503 when the log is down.
+        Raises Fault: 409 when another key has sent feedback for that user, 503 when the log is down.
         """
         try:
             await run_in_threadpool(self.log.add_feedback, feedback)
@@ -89,7 +91,7 @@ class Parts:
     def choose(self, model: str, unit: str, key: Key) -> Choice:
         """Choose the version that answers.
 
-        An admin may name a version; that request is of neither arm. Raises Fault (404, 403, 503).
+        An admin may name a version; such a request belongs to no arm. Raises Fault (404, 403, 503).
         """
         name = self.config.project.name
         if model == name:

@@ -1,1 +1,1 @@
-"""Asking a language model over HTTP: teachers and judges alike."""
+"""Requests to a language model over HTTP, for teachers and judges alike."""

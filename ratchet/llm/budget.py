@@ -1,6 +1,6 @@
-"""Limit what a run may spend.
+"""Limit the money and the tokens that a run may spend.
 
-Every request sets the most that it can cost aside before it is sent, so that no limit is passed.
+Before a request is sent, its highest possible cost is reserved, so that no limit can be exceeded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Usage(NamedTuple):
-    """Count tokens."""
+    """Numbers of input and output tokens."""
 
     input: int = 0
     output: int = 0
@@ -24,7 +24,7 @@ class Usage(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """Hold the prices of a million tokens."""
+    """Prices of a million input and output tokens, in any one currency."""
 
     input: float = 0.0
     output: float = 0.0
@@ -34,7 +34,7 @@ class Prices(NamedTuple):
 
 
 class SpentError(Exception):
-    """Say that the next request could pass a limit and was not sent; `limit` is the key in params.yaml."""
+    """The next request could exceed a limit and was not sent; `limit` is the key in params.yaml."""
 
     def __init__(self, limit: str, message: str) -> None:
         super().__init__(message)
@@ -42,7 +42,10 @@ class SpentError(Exception):
 
 
 class Budget:
-    """Hold the limits that all clients of a run share."""
+    """The limits that all clients of a run share, and what they have used.
+
+    `section` is the section of params.yaml that messages name.
+    """
 
     def __init__(self, *, max_cost: float, max_tokens: int, section: str = "synthesize") -> None:
         self._section = section
@@ -53,9 +56,9 @@ class Budget:
         self._next = 0
 
     async def hold(self, most: Usage, prices: Prices) -> int:
-        """Set the most that a request can cost aside and return a ticket for `settle`.
+        """Reserve `most`, the highest usage of a request, and return a ticket for `settle`.
 
-        Waits while requests under way may give back enough. Raises SpentError.
+        Wait while requests in flight may still release enough of their reservations. Raises SpentError.
         """
         cost, tokens = prices.cost(most), sum(most)
         async with self._changed:
@@ -68,7 +71,7 @@ class Budget:
             return self._next
 
     async def settle(self, ticket: int, used: Usage, prices: Prices) -> None:
-        """Replace what a ticket set aside by what was really used."""
+        """Replace the reservation of a ticket by the usage."""
         async with self._changed:
             del self._held[ticket]
             self.cost += prices.cost(used)
@@ -76,7 +79,7 @@ class Budget:
             self._changed.notify_all()
 
     def _passed(self, cost: float, tokens: int, *, held: bool = True) -> str:
-        """Return the limit that would be passed, or ""; `held` counts requests under way at their highest."""
+        """Return the limit that would be exceeded, or ""; `held`: count the reservations as well."""
         under_way = list(self._held.values()) if held else []
         if cost and self.cost + sum(part[0] for part in under_way) + cost > self._max_cost:
             return "max_cost"

@@ -1,10 +1,10 @@
-"""Ask one model over HTTP: pace the requests, keep to the budget, retry, and never show the key.
+"""Ask one model over HTTP: pace requests, keep to the budget, retry, and never show the key.
 
 ConfigError, ServiceError   no request can succeed: the key is refused, the model is unknown
 AskError                    this request failed after all its tries
 SpentError                  the run's limit is reached (ratchet/llm/budget.py)
 
-The package openai is not used: docs/lab-notes.md says why, with figures.
+The package openai is not used; docs/lab-notes.md gives the reasons with figures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
-from ratchet.config.synthesis import TeacherConfig
+from ratchet.config.synthesis import EndpointConfig
 from ratchet.errors import ConfigError, ServiceError
 from ratchet.llm.budget import Budget, Prices, Usage
 from ratchet.llm.prompts import Prompt
@@ -31,7 +31,7 @@ from ratchet.llm.replies import Malformed, Reply, read_reply, schema_of
 
 LONGEST_WAIT = 60.0  # seconds; a longer Retry-After is cut to this
 LONGEST_BACKOFF = 30.0  # seconds
-SEEN = 200  # characters of an endpoint's error that a message quotes
+SEEN = 200  # characters of an endpoint's error message that our message quotes
 MOST_BYTES = 8 * 2**20  # the largest answer that is parsed
 OVERHEAD = 512  # tokens that a chat template and a schema may add to a prompt
 MOST_ADAPTED = 5  # changes of one body: three options left out, one renamed, one to spare
@@ -43,7 +43,7 @@ REPAIR = (
 
 
 class AskError(Exception):
-    """Say that a request failed for good; `reason` is the short code under which it is counted."""
+    """A request failed for good; `reason` is the short code under which it is counted."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -51,7 +51,10 @@ class AskError(Exception):
 
 
 class Said(msgspec.Struct, frozen=True):
-    """Hold the model's own text in `raw`; `failure` is the reason where it could not be read, or ""."""
+    """An answer: `raw` is the model's text.
+
+    `failure` is a short code if the answer is of no use, else ""; `fault` describes what is wrong with it.
+    """
 
     raw: str
     usage: Usage
@@ -60,20 +63,20 @@ class Said(msgspec.Struct, frozen=True):
 
 
 class Teacher:
-    """Ask a model from one event loop; call `close` at the end.
+    """A client of one model, for use in one event loop; call `close` at the end.
 
-    `section` is the part of params.yaml that errors name, `backoff` the first wait in seconds.
+    `section` is the section of params.yaml that errors name; `backoff` is the first wait, in seconds.
     """
 
     def __init__(
         self,
-        config: TeacherConfig,
+        config: EndpointConfig,
         budget: Budget,
         *,
         section: str = "synthesize.teacher",
         backoff: float = 1.0,
     ) -> None:
-        """Check address, model and key without sending anything. Raises ConfigError."""
+        """Check address, model and key, without sending a request. Raises ConfigError."""
         _check_address(config, section)
         self._config, self._budget, self._section, self._backoff = config, budget, section, backoff
         self._key = read_key(config, section)
@@ -88,7 +91,7 @@ class Teacher:
             limits=httpx.Limits(
                 max_connections=config.parallel,
                 max_keepalive_connections=config.parallel,
-                keepalive_expiry=3.0,  # seconds; uvicorn closes a quiet connection after 5
+                keepalive_expiry=3.0,  # seconds; uvicorn closes an idle connection after 5
             ),
             headers={"content-type": "application/json", **self._dialect.headers(self._key)},
             trust_env=not local,  # a proxy from the environment cannot reach our loopback
@@ -102,9 +105,9 @@ class Teacher:
         await self._http.aclose()
 
     async def ask(self, prompt: Prompt, shape: type[Reply], *, seed: int) -> Said:
-        """Return an answer of that shape; ask a second time where the first is malformed.
+        """Return an answer of the given shape; ask a second time if the first answer is malformed.
 
-        Raises AskError (nothing was answered), SpentError, ConfigError, ServiceError.
+        Raises AskError (there was no answer), SpentError, ConfigError, ServiceError.
         """
         turns: list[Turn] = [("user", prompt.user)]
         schema = schema_of(shape)
@@ -126,7 +129,7 @@ class Teacher:
         return Said(answer.text, used)
 
     async def say(self, prompt: Prompt, *, seed: int) -> Said:
-        """Return free text. Raises what `ask` raises."""
+        """Return an answer as free text. Raises what `ask` raises."""
         answer = await self._complete(prompt.system, [("user", prompt.user)], None, seed)
         return Said(answer.text, answer.usage or Usage(), "teacher_refused" if answer.refused else "")
 
@@ -136,7 +139,7 @@ class Teacher:
     async def _complete(
         self, system: str, turns: Sequence[Turn], schema: dict[str, Any] | None, seed: int
     ) -> Answer:
-        """Return the answer without the key; retry what may pass, and leave out options that are refused."""
+        """Return the answer; retry temporary failures, and leave out options that the endpoint refuses."""
         tries, adapted = 0, 0
         async with self._slots:
             while True:
@@ -154,12 +157,12 @@ class Teacher:
                         raise self._final(error) from None
 
     async def _paid(self, body: dict[str, Any]) -> Answer:
-        """Send one request; set its highest cost aside before, settle the real one after.
+        """Send one request: reserve its highest cost before, settle its real cost after.
 
-        Where the endpoint names no usage, the highest that it can be counts.
+        If the endpoint reports no usage, the highest possible usage counts. The answer is redacted.
         """
         raw = msgspec.json.encode(body)
-        most = Usage(len(raw) + OVERHEAD, self._config.max_tokens)  # a token is at least a byte
+        most = Usage(len(raw) + OVERHEAD, self._config.max_tokens)  # a token has at least one byte
         ticket = await self._budget.hold(most, self._prices)
         used = Usage()
         try:
@@ -215,7 +218,7 @@ class Teacher:
             ) from None
 
     async def _pace(self) -> None:
-        """Wait for this request's turn: starts are evenly spaced under `requests_per_minute`."""
+        """Wait for this request's turn: `requests_per_minute` spaces the starts evenly."""
         now = time.monotonic()
         start = max(now, self._next_start)
         if self._config.requests_per_minute:
@@ -224,7 +227,7 @@ class Teacher:
             await asyncio.sleep(start - now)
 
     def choose_wait(self, tries: int, retry_after: float | None) -> float:
-        """Return the seconds to wait; a Retry-After holds all requests back, not this one alone."""
+        """Return the seconds to wait before the next try; a Retry-After delays all other requests too."""
         if retry_after is None:
             longest = min(LONGEST_BACKOFF, self._backoff * 2.0 ** (tries - 1))
             return longest * random.uniform(0.5, 1.0)  # noqa: S311 (no secret)
@@ -233,7 +236,7 @@ class Teacher:
         return wait
 
     def _quote(self, response: httpx.Response) -> str:
-        """Return status and message of an error, without the page around them and without the key."""
+        """Return status and message of an error response, without surrounding JSON and without the key."""
         text = response.text
         try:
             found = msgspec.json.decode(text)
@@ -243,7 +246,7 @@ class Teacher:
         return f"{response.status_code} {' '.join(self.redact(text).split())[:SEEN]}".strip()
 
     def _final(self, error: _Refused) -> Exception:
-        """Return the error for people: it names the key or the setting to change."""
+        """Return the error to raise for a refusal; its remedy names the key or the setting to change."""
         if error.status in (401, 403):
             return ConfigError(
                 f"the teacher refuses the key: {error}",
@@ -252,7 +255,7 @@ class Teacher:
             )
         if error.status == 402:
             return ServiceError(
-                f"the teacher wants to be paid: {error}",
+                f"the teacher asks for payment: {error}",
                 remedy="see the account there, then go on with --resume",
             )
         if error.status in (404, 405) or 300 <= error.status < 400:
@@ -265,7 +268,7 @@ class Teacher:
 
 
 class _Passing(Exception):
-    """Say that a request failed in a way that a later try may not."""
+    """A temporary failure: a later try may succeed; `maybe_paid`: the endpoint may bill the lost answer."""
 
     def __init__(
         self, reason: str, message: str, *, retry_after: float | None = None, maybe_paid: bool = False
@@ -275,7 +278,7 @@ class _Passing(Exception):
 
 
 class _Refused(Exception):
-    """Say that the endpoint refused this body; `said` is its whole text, in which `adapt` looks for names."""
+    """The endpoint refused a body; `said` is its whole response, in which `adapt` looks for options."""
 
     def __init__(self, status: int, message: str, said: str) -> None:
         super().__init__(message)
@@ -283,7 +286,7 @@ class _Refused(Exception):
 
 
 def _fault(answer: Answer, shape: type[Reply]) -> str:
-    """Return why the answer does not have the shape, or ""."""
+    """Return why the answer does not have the given shape, or ""."""
     try:
         read_reply(answer.text, shape)
     except Malformed as error:
@@ -291,7 +294,7 @@ def _fault(answer: Answer, shape: type[Reply]) -> str:
     return ""
 
 
-def _check_address(config: TeacherConfig, section: str) -> None:
+def _check_address(config: EndpointConfig, section: str) -> None:
     example = (
         "such as http://127.0.0.1:8000/v1 (vLLM), http://127.0.0.1:11434/v1 (Ollama) or, "
         "with protocol: anthropic, https://api.anthropic.com/v1"
@@ -324,8 +327,8 @@ def _check_address(config: TeacherConfig, section: str) -> None:
         raise ConfigError(f"{section}.model is empty", remedy="name a model that the endpoint serves")
 
 
-def read_key(config: TeacherConfig, section: str) -> str:
-    """Return the key from the environment, or "". Raises ConfigError, which does not show it."""
+def read_key(config: EndpointConfig, section: str) -> str:
+    """Return the API key from the environment, or "". Raises ConfigError, without quoting the key."""
     key = os.environ.get(config.key_env, "").strip()
     if key and not (key.isascii() and key.isprintable() and " " not in key):
         raise ConfigError(
@@ -337,7 +340,7 @@ def read_key(config: TeacherConfig, section: str) -> str:
 
 
 def read_retry_after(header: str) -> float | None:
-    """Return the seconds of a Retry-After, which holds seconds or a date (RFC 9110, 10.2.3), or None."""
+    """Return the seconds that a Retry-After (seconds or a date; RFC 9110, 10.2.3) asks for, or None."""
     try:
         return max(0.0, float(header))
     except ValueError:

@@ -1,8 +1,8 @@
-"""Load and render prompt templates: Jinja files with a system part, a line `---`, and the user's part.
+"""Load and render prompt templates: Jinja files with a system message, a line `---`, and a user message.
 
-A template in the project's own folder wins over the packaged one. Quoted passages and rows stand between
-marks that hold their hash and are called data, so that a document that says "ignore your instructions" is
-only text to ask about. The version of a prompt is its name with the hash of the template's text.
+A template in the project's own folder overrides the packaged one. Quoted passages and rows are enclosed in
+marks that contain their hash, and the prompt calls them data, so that "ignore your instructions" in a
+document is only text to ask about. The version of a prompt is its name with the hash of the template's text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LINE = "\n---\n"
 
 @dataclass(frozen=True)
 class Prompt:
-    """Hold the text to send and the version of the template that made it."""
+    """The messages to send, and the version of the template that made them."""
 
     version: str
     system: str
@@ -43,6 +43,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Template:
+    """A prompt template; `origin` is its file, for messages."""
+
     name: str
     source: str
     origin: str
@@ -58,7 +60,7 @@ class Template:
         return [environment.from_string(part) for part in (system, user)]
 
     def render(self, **values: Any) -> Prompt:
-        """Fill the template. Raises ConfigError for an unknown name or what the sandbox forbids."""
+        """Render the template. Raises ConfigError for an unknown variable or a forbidden operation."""
         try:
             return Prompt(self.version, *(part.render(**values).strip() for part in self._parts))
         except TemplateError as error:
@@ -69,7 +71,7 @@ class Template:
 
 
 def load_template(name: str, folder: Path | None) -> Template:
-    """Read a template from `folder`, else the packaged one. Raises ConfigError for a bad folder or file."""
+    """Read a template from `folder`, or the packaged one. Raises ConfigError for a bad folder or file."""
     if folder is not None and not folder.is_dir():
         raise ConfigError(
             f"synthesize.prompts is {str(folder)!r}, which is no folder",
@@ -111,13 +113,13 @@ def _check(template: Template) -> None:
 
 
 def fence(text: str) -> str:
-    """Put the text between marks that carry its own hash, so that it cannot contain them."""
+    """Enclose the text in marks that contain its hash, so that the text itself cannot contain them."""
     mark = hashlib.sha256(text.encode()).hexdigest()[:12]
     return f"<data-{mark}>\n{text}\n</data-{mark}>"
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    # No escaping: the result is plain text for a model, not HTML.
+    # No HTML escaping: the result is plain text for a model.
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )

@@ -1,4 +1,4 @@
-"""Write request bodies and read answers of OpenAI's and Anthropic's protocols; the client sends them."""
+"""Write request bodies and read answers in OpenAI's and Anthropic's protocols; the client sends them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ratchet.config.synthesis import TeacherConfig
+from ratchet.config.synthesis import EndpointConfig
 from ratchet.llm.budget import Usage
 
 ANTHROPIC_VERSION = "2023-06-01"
@@ -15,10 +15,10 @@ Turn = tuple[str, str]  # (role, content)
 
 
 class Answer(NamedTuple):
-    """Hold what either protocol answers.
+    """An answer in either protocol.
 
-    `usage`: None where the endpoint named none; `cut`: the answer ended at its limit of tokens;
-    `refused`: the endpoint's filter or the model itself would not answer.
+    `usage`: None if the endpoint reports none; `cut`: the answer reached its token limit; `refused`: the
+    endpoint's filter or the model refused to answer.
     """
 
     text: str
@@ -28,13 +28,13 @@ class Answer(NamedTuple):
 
 
 class Unreadable(ValueError):
-    """Say that a body is no answer of the protocol."""
+    """A response body is not an answer in the protocol."""
 
 
 class Dialect:
-    """Know which options this endpoint takes; `adapt` learns it from refusals."""
+    """The options that one endpoint accepts; `adapt` learns them from refusals."""
 
-    def __init__(self, config: TeacherConfig) -> None:
+    def __init__(self, config: EndpointConfig) -> None:
         self._config = config
         self._max_tokens_key = "max_tokens"
         self._left_out = set[str]()
@@ -73,7 +73,7 @@ class Dialect:
         return {name: value for name, value in body.items() if name not in self._left_out}
 
     def adapt(self, status: int, said: str, body: dict[str, Any]) -> bool:
-        """Change what the endpoint names as the fault; return False where it names no option of ours."""
+        """Drop or rename the option that a refusal names; return False if it names none of ours."""
         if status not in (400, 422):
             return False
         if (
@@ -94,7 +94,7 @@ class Dialect:
         return False
 
     def read(self, raw: bytes) -> Answer:
-        """Check and read a body: endpoints differ in what they leave out. Raises Unreadable."""
+        """Read a response body; most keys are optional, since endpoints omit some. Raises Unreadable."""
         try:
             if self._config.protocol == "anthropic":
                 return _read_anthropic(msgspec.json.decode(raw, type=_Message))

@@ -1,4 +1,4 @@
-"""Define the shapes that models answer in, make their JSON schemas, and find the JSON in an answer."""
+"""Define the JSON shapes of models' answers, make their schemas, and find the JSON in an answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-MOST_CHARS, MOST_STARTS = 400_000, 60  # bound the search: characters of an answer, places that are tried
+MOST_CHARS, MOST_STARTS = 400_000, 60  # limits of the search: characters of an answer, places to try
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -39,25 +39,25 @@ Reply = TypeVar("Reply", bound=msgspec.Struct)
 
 
 class Malformed(ValueError):
-    """Say that the JSON asked for is missing; the model reads the message and may try again."""
+    """The requested JSON is missing; the message is sent to the model, which may try again."""
 
 
 def read_reply(text: str, shape: type[Reply]) -> Reply:
-    """Return the first JSON value of that shape, past any fence, thought or prose. Raises Malformed."""
+    """Return the first JSON value of the given shape; skip fences, thoughts and prose. Raises Malformed."""
     fault = "there is no JSON object in it"
     for value in _values(THOUGHT.sub("", text[:MOST_CHARS])):
         try:
             json.dumps(value, ensure_ascii=False).encode()
             return msgspec.convert(_wrap(value, shape), shape)
         except UnicodeEncodeError:
-            fault = "it holds half of a surrogate pair"  # JSON can spell it, UTF-8 cannot hold it
+            fault = "it holds half of a surrogate pair"  # JSON can escape it, UTF-8 cannot encode it
         except (msgspec.ValidationError, RecursionError) as error:
             fault = str(error)
     raise Malformed(fault)
 
 
 def _values(text: str) -> Iterator[Any]:
-    """Yield JSON objects and arrays, the outer ones first."""
+    """Yield the outermost JSON objects and arrays in the text."""
     decoder, position = json.JSONDecoder(), 0
     for _ in range(MOST_STARTS):
         found = re.compile(r"[{\[]").search(text, position)
@@ -71,13 +71,13 @@ def _values(text: str) -> Iterator[Any]:
 
 
 def _wrap(value: Any, shape: type[msgspec.Struct]) -> Any:
-    """Put a bare list into the object that has it as its only key: small models leave the object out."""
+    """Wrap a bare list in the object whose only key it is, because small models omit the object."""
     fields = shape.__struct_fields__
     return {fields[0]: value} if isinstance(value, list) and len(fields) == 1 else value
 
 
 def schema_of(shape: type[msgspec.Struct]) -> dict[str, Any]:
-    """Return a JSON schema for strict modes: an object at its root, every key required, no others."""
+    """Return a JSON schema for strict modes: an object at the root, all keys required, no other keys."""
     _, parts = msgspec.json.schema_components([shape], ref_template="#/$defs/{name}")
     closed = {
         name: {**part, "required": list(part["properties"]), "additionalProperties": False}

@@ -1,1 +1,1 @@
-"""The base, adapters, the chat template, generation, merging, GGUF."""
+"""The base, adapters, the chat template, generation, merging and GGUF."""

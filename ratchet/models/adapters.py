@@ -1,6 +1,6 @@
-"""Build, load and save what is trained on top of the base: one small builder for each `adapter.method`.
+"""Build, load and save the weights that are trained on top of the base, for each `adapter.method`.
 
-docs/training.md tells what each method can and cannot do.
+docs/training.md says what each method can and cannot do.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LORA_FAMILY = ("lora", "qlora", "dora", "rslora")
-PREFIXED = ("prefix", "prompt")  # these put virtual tokens before every row, so rows cannot share a window
+PREFIXED = ("prefix", "prompt")  # they put virtual tokens before every row, so rows cannot share a window
 ALL_LINEAR = "all-linear"
-# Names by which PEFT takes a layer for an expert's or a router's, in whichever layer it stands.
+# Names by which PEFT recognises the layers of experts and routers, wherever they are in the model.
 EXPERT_NAMES = ("gate", "router", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
-# PEFT's peft_type → ours
+# PEFT's peft_type → our family
 FAMILIES = {"LORA": "lora", "IA3": "ia3", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
-# Keys that have to be equal for a training to start from the champion's adapter.
+# Keys of `adapter` that have to be equal if a training starts from the champion's adapter.
 SHAPE = {
     **dict.fromkeys(LORA_FAMILY, ("rank", "alpha", "dropout", "target_modules", "bias", "modules_to_save")),
     "ia3": ("target_modules", "modules_to_save"),
@@ -35,18 +35,18 @@ SHAPE = {
 
 
 class Kind(NamedTuple):
-    """Describe a trained version, from its files."""
+    """The kind of a trained version, which decides how it can be served."""
 
     family: str  # "lora", "ia3", "prefix", "prompt" or "full"
-    shares: bool  # whether it shares a base in memory with others of its family
-    mixes: bool  # whether it shares a batch with others of its family
+    shares: bool  # whether versions of this family can share a base in memory
+    mixes: bool  # whether versions of this family can share a batch
 
 
 def read_kind(folder: Path) -> Kind:
     """Return the kind of the version in `folder`.
 
-    PEFT 0.21 refuses mixed batches with DoRA; with (IA)³ it accepts them, each row with the active adapter.
-    Raises BaseModelError: adapter_config.json cannot be read, or names a kind that is not trained here.
+    PEFT 0.21 refuses mixed batches with DoRA. With (IA)³ it accepts them, but applies the active adapter to
+    every row. Raises BaseModelError: adapter_config.json cannot be read, or names a kind unknown here.
     """
     if is_full(folder):
         return Kind("full", shares=False, mixes=False)
@@ -70,9 +70,10 @@ def read_kind(folder: Path) -> Kind:
 def load_trainable(
     base: Path, start: Path | None, config: AdapterConfig, *, seed: int, in_parts: bool = False
 ) -> Any:
-    """Return the model to train: `base` with a fresh adapter, or with the one in `start`.
+    """Return the model to train: `base` with a new adapter, or with the adapter in `start`.
 
-    `in_parts` as in load_base. Raises BaseModelError, ConfigError.
+    With `full` it is the base itself, or the whole model in `start`. `in_parts`: see `load_base`. Raises
+    BaseModelError, ConfigError.
     """
     if config.method == "full" and start:
         return load_full(start, training=True, in_parts=in_parts)
@@ -90,7 +91,10 @@ def load_trainable(
 
 
 def _copy_virtual_tokens(model: Any, start: Path) -> Any:
-    """Copy the virtual tokens of `start` into the model: PEFT itself loads them for inference only."""
+    """Copy the virtual tokens of `start` into the model, since PEFT loads them for inference only.
+
+    Raises BaseModelError if there are none, or they have another shape.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -107,14 +111,14 @@ def _copy_virtual_tokens(model: Any, start: Path) -> Any:
 
 
 def load_trained(base: Path, folder: Path, *, name: str = "default") -> Any:
-    """Load the version in `folder`: a whole model, or its adapter on the base in its method's precision."""
+    """Load the version in `folder`: a whole model, or its adapter on the base as its training loaded it."""
     if is_full(folder):
         return load_full(folder)
     return load_adapter(load_base_of(base, folder), folder, name=name)
 
 
 def share_a_base(one: Path, other: Path) -> bool:
-    """Return whether two versions can be adapters on one base in memory and compute the same as alone."""
+    """Return whether two versions can share one base in memory and compute the same as alone."""
     kinds = {read_kind(one), read_kind(other)}
     return len(kinds) == 1 and next(iter(kinds)).shares and base_settings(one) == base_settings(other)
 
@@ -122,19 +126,19 @@ def share_a_base(one: Path, other: Path) -> bool:
 def can_be_switched_off(folder: Path) -> bool:
     """Return whether disabling the adapter gives the untouched base.
 
-    Trained biases and whole modules stay in effect, and with some methods PEFT only warns.
+    Trained biases and whole modules stay in effect when PEFT disables an adapter, at most with a warning.
     """
     return read_kind(folder).shares
 
 
 def virtual_tokens(folder: Path) -> int:
-    """Return how many virtual tokens stand before every row; they count against the base's context."""
+    """Return the number of virtual tokens before every row; they count towards the base's context."""
     kept = read_trained_manifest(folder).adapter
     return kept.virtual_tokens if kept.method in PREFIXED else 0
 
 
 class BaseSettings(NamedTuple):
-    """Hold the settings of load_base that a version needs."""
+    """The arguments of `load_base` that a version needs."""
 
     method: str = "lora"
     quantisation: str = "nf4"
@@ -153,7 +157,7 @@ def load_base_of(base: Path, folder: Path) -> Any:
 
 
 def prepare_quantised(base: Any) -> Any:
-    """Make a quantised base ready for training: norms and embeddings in float32, its weights frozen."""
+    """Prepare a quantised base for training: norms and embeddings in float32, its weights frozen."""
     from peft import prepare_model_for_kbit_training
 
     return prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
@@ -162,9 +166,9 @@ def prepare_quantised(base: Any) -> Any:
 
 
 def add_adapter(base: Any, config: AdapterConfig, *, seed: int, new_ids: Sequence[int] = ()) -> Any:
-    """Put a fresh adapter on `base`, its weights drawn from `seed`; train the embeddings of `new_ids` too.
+    """Put a new adapter on `base`, initialised from `seed`; the embeddings of `new_ids` are trained too.
 
-    Except for `prefix` and `prompt`, the model computes at first what the base does. Raises ConfigError.
+    Except with `prefix` and `prompt`, the model first computes the same as the base. Raises ConfigError.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -193,10 +197,10 @@ def add_adapter(base: Any, config: AdapterConfig, *, seed: int, new_ids: Sequenc
 
 
 def linear_modules(base: Any) -> str | list[str]:
-    """Return what `all-linear` stands for on this base: PEFT's own meaning, but for a mixture of experts.
+    """Return what `all-linear` means for this base: PEFT's own meaning, except for a mixture of experts.
 
-    There it is the linear layers outside of the blocks that hold experts: PEFT 0.21 would train the routers
-    too, and the experts' joint 3-D weights, which no engine serves as an adapter (peft issue 3009).
+    There it means the linear layers outside of the blocks with experts. PEFT 0.21 would also train routers
+    and the experts' joint 3-D weights, which no engine serves as an adapter (peft issue 3009).
     """
     blocks = [
         name.rpartition(".")[0] for name, module in base.named_modules() if _holds_experts(name, module)
@@ -224,7 +228,7 @@ def _is_linear(module: Any) -> bool:
 
 
 def _embeddings(base: Any) -> list[str]:
-    """Return the names of the input embeddings and, where they are not tied, of the output embeddings."""
+    """Return the module names of the input embeddings and, if not tied to them, the output embeddings."""
     reads, writes = base.get_input_embeddings(), base.get_output_embeddings()
     wanted = [reads] if reads.weight is writes.weight else [reads, writes]
     return [
@@ -257,7 +261,10 @@ def _rslora(config: AdapterConfig) -> Any:
 
 
 def _ia3(config: AdapterConfig) -> Any:
-    """Scale each layer's output; PEFT would scale a feed-forward layer's input (arXiv 2205.05638)."""
+    """Configure (IA)³ to scale each layer's output.
+
+    By default it scales the input of feed-forward layers (arXiv 2205.05638).
+    """
     from peft import IA3Config
 
     return IA3Config(task_type="CAUSAL_LM", feedforward_modules=[], **_modules(config))
@@ -292,9 +299,9 @@ BUILDERS: dict[str, Callable[[AdapterConfig], Any]] = {
 
 
 def save_trained(model: Any, base: Path, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write safetensors and their config, without a local path: equal runs have to give equal bytes.
+    """Write the trained weights and their config, without local paths: equal runs must write equal bytes.
 
-    `weights` holds all trained weights where the model itself holds only a shard of them.
+    `weights` has all trained weights if the model itself has only a shard of them.
     """
     name = read_base_manifest(base).model
     if not hasattr(model, "peft_config"):
@@ -306,21 +313,21 @@ def save_trained(model: Any, base: Path, folder: Path, weights: dict[str, Tensor
             model = model.to(dtype)
         else:
             weights = {key: weight.to(dtype) for key, weight in weights.items()}
-        # One file, so that one hash identifies the weights.
+        # A single file, so that one hash identifies the weights.
         model.save_pretrained(folder, state_dict=weights, safe_serialization=True, max_shard_size="10TB")
         return
     adapter = model.peft_config["default"]
     adapter.base_model_name_or_path = name
     if isinstance(getattr(adapter, "target_modules", None), set):
-        # PEFT would write a set, whose order differs between processes.
+        # PEFT would write the set in an order that differs between processes.
         adapter.target_modules = sorted(adapter.target_modules)
-    # save_embedding_layers: "auto" would ask the hub.
+    # save_embedding_layers=False, since "auto" would query the hub.
     model.save_pretrained(folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written with the gate's table
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours follows with the gate's table
 
 
 def check_start(incumbent: Path, config: AdapterConfig) -> None:
-    """Raise BaseModelError where the champion's adapter differs from `config` in method or shape."""
+    """Raise BaseModelError if the champion's adapter differs from `config` in method or shape."""
     theirs = read_trained_manifest(incumbent).adapter
     same_method = _loaded_as(theirs.method) == _loaded_as(config.method)
     pairs = {
@@ -338,12 +345,12 @@ def check_start(incumbent: Path, config: AdapterConfig) -> None:
 
 
 def _loaded_as(method: str) -> str:
-    """Return the method whose adapters fit: those of `lora` and `qlora` fit each other's bases."""
+    """Return the method whose adapters are compatible: `lora` and `qlora` adapters fit each other's bases."""
     return "lora" if method == "qlora" else method
 
 
 def check_context(base: Path, config: AdapterConfig, max_length: int) -> None:
-    """Raise ConfigError where the longest row and the virtual tokens exceed the base's context."""
+    """Raise ConfigError if the longest row and the virtual tokens together exceed the base's context."""
     context, positions = read_base_manifest(base).context, max_length + config.virtual_tokens
     if config.method in PREFIXED and context and positions > context:
         raise ConfigError(

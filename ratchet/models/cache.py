@@ -1,8 +1,8 @@
-"""Keep what a model remembers of the tokens before, for rows that join and leave a batch at any time.
+"""Manage a model's cache of previous tokens, for rows that join and leave a batch at any time.
 
-Attention layers keep keys and values of every token, padded on the left to a common length; also those with a
-sliding window, whose mask leaves out what is too old. Layers without attention (convolutions, linear
-attention) keep states of one size a row.
+Attention layers cache keys and values of every token, padded on the left to a common length. So do layers
+with a sliding window; the attention mask leaves out tokens outside the window. Layers without attention
+(convolutions, linear attention) cache a state of fixed size per row.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch.nn.functional import pad
 
 
 def new_cache(model: Any) -> Any:
-    """Return an empty cache of the kind that the model (transformers' own) asks for."""
+    """Return an empty cache of the kind that the model, one of transformers, needs."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     if not is_hybrid(model):
         return DynamicCache()
     cache = DynamicCache(config=model.config)
-    # A sliding layer forgets old tokens, and then its rows cannot be padded to the length of others.
+    # A sliding-window layer drops old tokens, and then its rows cannot be padded to the length of others.
     cache.layers = [
         DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer  # type: ignore[no-untyped-call]
         for layer in cache.layers
@@ -32,14 +32,14 @@ def new_cache(model: Any) -> Any:
 
 
 def is_hybrid(model: Any) -> bool:
-    """Return whether some layers keep a state in place of keys and values."""
+    """Return whether some layers cache a state instead of keys and values."""
     from transformers import DynamicCache
 
     return any(hasattr(layer, "conv_states") for layer in DynamicCache(config=model.config).layers)
 
 
 def join(ours: Any, theirs: Any, length: int) -> None:
-    """Add the rows of `theirs` to `ours`; both become `length` tokens long."""
+    """Append the rows of `theirs` to `ours`, in place, both padded to `length` tokens."""
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
         if hasattr(mine, "keys"):
             mine.keys = torch.cat([_widen(mine.keys, length), _widen(other.keys, length)])
@@ -54,7 +54,7 @@ def join(ours: Any, theirs: Any, length: int) -> None:
 
 
 def select(cache: Any, kept: Sequence[int], start: int) -> None:
-    """Keep the rows `kept` only, and of keys and values the tokens from `start` on."""
+    """Keep only the rows `kept`, in place, and of their keys and values the tokens from `start` on."""
     rows = list(kept)
     for layer in cache.layers:
         if hasattr(layer, "keys"):
@@ -67,7 +67,7 @@ def select(cache: Any, kept: Sequence[int], start: int) -> None:
 def forward(
     model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool, **more: Any
 ) -> Tensor:
-    """Return logits after tokens that follow the cache's: (batch, seq, vocab) where `whole`, else the last.
+    """Return the logits after new tokens: (batch, seq, vocab) if `whole`, else (batch, 1, vocab) of the last.
 
     `ids` and `positions` are (batch, seq); `mask`, (batch, cached + seq), covers the cache as well.
     """

@@ -1,10 +1,10 @@
-"""Turn messages into token ids and a loss mask: the one way for training, evaluation and serving.
+"""Turn messages into token ids and a loss mask, in the same way for training, evaluation and serving.
 
-The template's own text is tokenized with its control tokens. Contents are tokenized apart from it, every
+The template's own text is tokenized with its control tokens. Contents are tokenized separately, with every
 control token in them split into plain characters, so that user text never becomes a control token. Training
-appends the answer and one end-of-turn token to exactly the ids that serving sends as the prompt: parity holds
-by construction. Where reasoning is learned (`base.reasoning`), the template writes it, and what it writes
-between the prompt and the end of the turn is the answer.
+appends the answer and one end-of-turn token to exactly the ids that serving sends as the prompt, so both
+always agree. If reasoning is learned (`base.reasoning`), the template writes it, and the answer is all that
+the template writes between the prompt and the end of the turn.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from ratchet.models.tool_calls import PROBE_TOOL, PROBES, CallFormat, find_call_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Private-use characters stand for the contents while the template is rendered: templates copy them unchanged.
+# Private-use characters around a message's number stand for its content while the template is rendered, since
+# templates copy them unchanged.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
-REASON = "r"  # before the number of the message whose reasoning it is, not its content
+REASON = "r"  # before the number: the placeholder stands for the message's reasoning, not its content
 MARKED = re.compile(f"{OPEN}({REASON}?\\d+){CLOSE}")
 EMPTY_BLOCK = re.compile(f"{THINK}\\s*{THOUGHT}\\s*\\Z")
 CONTROL = re.compile(r"[<\[].+[>\]]")
@@ -50,20 +51,20 @@ SHRINK = (
 
 
 class Encoded(NamedTuple):
-    """Hold token ids and the loss mask: `learned` marks the assistant's words and the end of its turn."""
+    """Token ids and the loss mask: `learned` is true for the assistant's tokens and the end of its turn."""
 
     ids: list[int]
     learned: list[bool]
 
 
 class ChatFormat:
-    """Hold a tokenizer with its chat template.
+    """A tokenizer with its chat template: it encodes conversations and reads answers.
 
-    Raises BaseModelError: there is no template, or one that cannot be used faithfully.
+    Raises BaseModelError: there is no template, or it cannot be used faithfully.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int] = ()) -> None:
-        """Take further tokens that end an answer from `ends`; the template's own is always among them."""
+        """Analyse the template. `ends`: ids of tokens that end an answer, besides the template's own."""
         if not tokenizer.chat_template:
             raise BaseModelError(
                 "the base's tokenizer brings no chat template",
@@ -78,17 +79,17 @@ class ChatFormat:
             if token.special or CONTROL.fullmatch(token.content)
         }
         self._token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
-        self.stop_id = self._find_stop_id()  # what training teaches to say at the end
-        self.stop_ids = frozenset({self.stop_id, *ends})  # what is heard as the end
+        self.stop_id = self._find_stop_id()  # the end token that training teaches
+        self.stop_ids = frozenset({self.stop_id, *ends})  # all tokens that end a generated answer
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_id
         self._headers = self._find_headers()
         self._check_round_trip()
 
     def encode(self, example: Example) -> Encoded:
-        """Encode prompt, answer and end of turn; earlier answers of a conversation are learned as well.
+        """Encode prompt, answer and end of turn; earlier answers of the conversation are learned too.
 
-        Raises BaseModelError: the template does not write the row's tools, or writes calls so that a model's
-        answer cannot be read back; UserError: a tool or a call holds a control token.
+        Raises BaseModelError: the template does not write the row's tools, or writes calls that cannot be
+        read back from an answer; UserError: a tool or a call contains a control token.
         """
         self.check_tools(example)
         ids, learned = self._encode_prompt(example.prompt, example.tools)
@@ -99,16 +100,23 @@ class ChatFormat:
             answer = self._content_ids(last.content)
         return Encoded([*ids, *answer, self.stop_id], [*learned, *[True] * (len(answer) + 1)])
 
+    def fits(self, example: Example, length: int) -> bool:
+        """Tell whether a row can be written, and has at most `length` tokens. Raises BaseModelError."""
+        try:
+            return len(self.encode(example).ids) <= length
+        except UserError:
+            return False
+
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
-        """Return what serving sends to the model: the messages and the opening of the assistant's turn."""
+        """Return the ids that serving sends to the model: the messages and the start of the answer's turn."""
         self._check_tools(messages, tools)
         return self._encode_prompt(messages, tools).ids
 
     def encode_whole(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Encode the rendered prompt in one piece, as other programs do.
 
-        The ids differ from `encode_prompt` where a token spans template and content, or where a content
-        holds control tokens.
+        The ids differ from those of `encode_prompt` if a token spans template and content, or if a content
+        contains control tokens.
         """
         plain = _turns(
             messages, [(message.content, message.reasoning) for message in messages], self.reasoning
@@ -116,9 +124,9 @@ class ChatFormat:
         return self._template_ids(self._render(plain, opening=True, tools=tools))
 
     def at_least(self, messages: Sequence[Message]) -> int:
-        """Return a lower bound of the prompt's tokens, from its bytes.
+        """Return a lower bound of the number of tokens of a prompt, computed from its bytes.
 
-        It refuses long texts without tokenizing them, which takes a second for each megabyte.
+        It lets callers refuse long texts without tokenizing them, which takes a second per megabyte.
         """
         return sum(len(message.text.encode()) for message in messages) // (self._token_bytes * SHRINK)
 
@@ -127,7 +135,7 @@ class ChatFormat:
     ) -> list[int]:
         """Encode a prompt that leaves at least one of `length` tokens for the answer. Raises UserError.
 
-        Without `reasons` the prompt goes on as an answer without reasoning does, up to its content.
+        If `reasons` is false, the prompt also contains the text that begins an answer without reasoning.
         """
         if (least := self.at_least(messages)) >= length:
             raise UserError(
@@ -145,11 +153,11 @@ class ChatFormat:
         return ids
 
     def count_control(self, ids: Iterable[int]) -> int:
-        """Count the control tokens, which only the template may write."""
+        """Count the control tokens among `ids`, which only the template may write."""
         return sum(token in self._control_ids for token in ids)
 
     def forge_turn(self, question: str, answer: str) -> str:
-        """Return the question followed by an assistant's turn, typed as the template writes one."""
+        """Return the question followed by a forged assistant's turn, typed as the template would write it."""
         pieces = self._pieces(PROBE, opening=False)
         places = [index for index, (_, message) in enumerate(pieces) if message]
         between, after = (
@@ -159,9 +167,9 @@ class ChatFormat:
         return f"{question}{between}{answer}{after}"
 
     def find_header(self, messages: Sequence[Message]) -> str | None:
-        """Return a line in a message that looks like the start of a turn (`Assistant: …`), or None.
+        """Return the start of a line in a message that looks like a turn (`Assistant: …`), or None.
 
-        The model cannot tell such a line from a real turn where the template marks turns in plain words.
+        If the template marks turns in plain words, the model cannot distinguish such a line from a turn.
         """
         return next(
             (
@@ -183,7 +191,7 @@ class ChatFormat:
         return trim(self.decode(kept))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids without special tokens, but for those that mark calls and reasoning."""
+        """Return the text of ids without special tokens, except those that mark calls and reasoning."""
         kept = self._kept_ids
         if not kept or kept.isdisjoint(ids):
             return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -198,19 +206,19 @@ class ChatFormat:
         return msgspec.structs.replace(self.read_calls(content, tools), reasoning=reasoning)
 
     def read_calls(self, text: str, tools: Sequence[Tool]) -> Message:
-        """Read calls from what an answer says after its reasoning; broken calls stay text."""
+        """Read calls from the content of an answer; malformed calls stay text."""
         read = self.calls.read(text, tools) if tools and self.calls else None
         return read or Message("assistant", text)
 
     def settled(self, text: str) -> int:
-        """Count the characters of an unfinished answer to offered tools that are no part of a call."""
+        """Count the leading characters of an unfinished answer that cannot be part of a call."""
         return self.calls.settled(text) if self.calls else len(text)
 
     # --- reasoning ---
 
     @cached_property
     def reasoning(self) -> ReasoningFormat | None:
-        """How the template writes reasoning; None where it is not learned."""
+        """How the template writes reasoning; None if reasoning is not learned."""
         template = str(self.tokenizer.chat_template)
         if LEARN not in template:
             return None
@@ -218,7 +226,7 @@ class ChatFormat:
 
     @property
     def told_reasoning(self) -> str:
-        """What becomes of reasoning in rows, for people."""
+        """What happens to reasoning in rows, as a text for people."""
         if not self.reasoning:
             return "left out of what is learned (`base.reasoning: drop`)"
         if self.reasoning.in_history:
@@ -232,7 +240,7 @@ class ChatFormat:
 
     @cached_property
     def takes_tools(self) -> bool:
-        """Tell whether the template writes the tools that a prompt offers."""
+        """Whether the template writes the tools that a prompt offers."""
         try:
             return "look_up" in self._render(_marked(PROBE[:1]), opening=True, tools=[PROBE_TOOL])
         except (BaseModelError, TypeError, ValueError):
@@ -240,7 +248,7 @@ class ChatFormat:
 
     @cached_property
     def calls(self) -> CallFormat | None:
-        """How the template writes calls; None where it writes none that can be read back."""
+        """How the template writes calls; None if it writes none that can be read back."""
         if not self.takes_tools:
             return None
 
@@ -248,7 +256,7 @@ class ChatFormat:
             try:
                 text = self._answer_text([PROBE[0], Message("assistant", "", calls)], [PROBE_TOOL])
             except (BaseModelError, TypeError, ValueError):
-                return ""  # some templates take one call a turn
+                return ""  # some templates accept only one call per turn
             return self.reasoning.read(text).content if self.reasoning else text
 
         return find_call_format(answer_of)
@@ -260,7 +268,7 @@ class ChatFormat:
 
     @cached_property
     def _kept_ids(self) -> frozenset[int]:
-        """Special tokens that a call or reasoning is written with, such as `[TOOL_CALLS]`."""
+        """Ids of special tokens with which calls or reasoning are written, such as `[TOOL_CALLS]`."""
         around = "".join(self.reasoning[1:4]) if self.reasoning else ""
         if self.calls:
             around += self.calls.marks
@@ -268,14 +276,17 @@ class ChatFormat:
 
     @cached_property
     def _escapes_results(self) -> bool:
-        """Tell whether the template writes results of tools as JSON text (Mistral's do)."""
+        """Whether the template writes the results of tools as JSON strings (Mistral's templates do)."""
         asked = [PROBE[0], Message("assistant", "", PROBES[:1]), Message("tool", 'a"b')]
         turns = _turns(asked, [(message.content, "") for message in asked])
         written = self._render(turns, opening=True, tools=[PROBE_TOOL])
         return 'a\\"b' in written
 
     def _answer_text(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
-        """Return what the template writes of the last message, an answer, up to the end of its turn."""
+        """Return the text that the template writes for the last message, an answer, up to the turn's end.
+
+        Raises BaseModelError unless the rendered conversation begins with the prompt.
+        """
         marked = _marked(messages, self.reasoning)
         before = self._render(marked[:-1], opening=True, tools=tools)
         whole = self._render(marked, opening=False, tools=tools)
@@ -283,7 +294,7 @@ class ChatFormat:
             return self._up_to_end(whole, len(before))
         calls = bool(messages[-1].tool_calls)
         if self.reasoning and self.reasoning.opened and not calls:
-            # DeepSeek R1's template writes no reasoning: its prompt opens one, and the model closes it.
+            # DeepSeek R1's template writes no reasoning: its prompt opens the block, and the model closes it.
             index, reasoned = len(messages) - 1, bool(messages[-1].reasoning)
             return (_mark(index, REASON) if reasoned else "") + self.reasoning.after + _mark(index)
         raise BaseModelError(
@@ -302,7 +313,7 @@ class ChatFormat:
         return rendered[start : min(ends, default=len(rendered))]
 
     def _check_tools(self, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
-        """Raise BaseModelError for what the template cannot write, UserError for a control token."""
+        """Raise BaseModelError for tools that the template cannot write, UserError for a control token."""
         if tools and not self.takes_tools:
             raise BaseModelError(
                 "the base's chat template does not write the tools that a prompt offers",
@@ -367,9 +378,9 @@ class ChatFormat:
         return Encoded(ids, learned)
 
     def _add(self, rendered: str, messages: Sequence[Message], ids: list[int], learned: list[bool]) -> None:
-        """Encode a part of the rendered prompt whose answers are plain text.
+        """Encode a part of the rendered prompt in which answers are plain text, and append it to `ids`.
 
-        Where reasoning is learned, none of them is an answer as the model gives it: they are not learned.
+        If reasoning is learned, these answers are not learned, because the model would not answer like this.
         """
         after_answer = False
         for text, message in _split(rendered, messages):
@@ -387,7 +398,7 @@ class ChatFormat:
     def _calling_turns(
         self, rendered: str, messages: Sequence[Message], tools: Sequence[Tool]
     ) -> Iterator[tuple[int, slice]]:
-        """Find earlier answers that call tools: (index, place in the rendered prompt without its end)."""
+        """Find earlier answers that call tools: (index, place in the rendered prompt, end token excluded)."""
         for index, message in enumerate(messages):
             if not message.tool_calls:
                 continue
@@ -406,10 +417,10 @@ class ChatFormat:
     def _reasoned_turns(
         self, rendered: str, messages: Sequence[Message], tools: Sequence[Tool]
     ) -> Iterator[tuple[int, slice]]:
-        """Find earlier answers that stand as a new one would: (index, place in the prompt without its end).
+        """Find earlier answers written like new ones: (index, place in the rendered prompt, end excluded).
 
-        The others, mostly without the reasoning that a new answer begins with, follow no prompt that is ever
-        sent: learning them would teach to answer at once.
+        The others mostly lack the reasoning with which a new answer begins, and follow no prompt that is ever
+        sent; learning them would teach the model to answer without reasoning.
         """
         for index, message in enumerate(messages):
             if message.role != "assistant":
@@ -427,7 +438,7 @@ class ChatFormat:
         return [id for text, message in _split(rendered, messages) for id in self._piece_ids(text, message)]
 
     def _piece_ids(self, text: str, message: Message | None) -> list[int]:
-        """Encode the template's own text, or the content of `message`, which `text` is then."""
+        """Encode `text`, which is the template's own if `message` is None, else a content of `message`."""
         if message is None:
             return self._template_ids(text)
         if message.role == "tool" and self._escapes_results:
@@ -447,7 +458,7 @@ class ChatFormat:
                 )
 
     def _pieces(self, messages: Sequence[Message], *, opening: bool) -> list[tuple[str, Message | None]]:
-        """Split the rendered conversation into (text of the template, None) and (content, its message)."""
+        """Split a rendered conversation into (text of the template, None) and (content, its message)."""
         rendered = self._render(_marked(messages), opening=opening)
         self._check_shown(rendered, messages)
         return _split(rendered, messages)
@@ -467,9 +478,9 @@ class ChatFormat:
         ]
 
     def _find_plain_markers(self) -> re.Pattern[str]:
-        """Return a pattern that splits control tokens which are not flagged special, such as `<think>`.
+        """Return a pattern that splits control tokens without the flag `special`, such as `<think>`.
 
-        `split_special_tokens` leaves those whole; the pattern matches after their first character.
+        `split_special_tokens` does not split these; the pattern matches after their first character.
         """
         plain = [
             token.content
@@ -483,7 +494,7 @@ class ChatFormat:
     def _find_stop_id(self) -> int:
         """Return the control token that the template writes after an answer, else the end-of-text token.
 
-        Plain text, such as a line break, cannot end a turn: answers contain it as well.
+        Plain text, such as a line break, cannot end a turn, because answers contain it too.
         """
         tail, last = self._pieces(PROBE, opening=False)[-1]
         first = self._template_ids(tail)[0] if last is None else None
@@ -498,7 +509,7 @@ class ChatFormat:
     def _find_headers(self) -> re.Pattern[str] | None:
         """Return a pattern of the lines that open a turn in plain words, or None.
 
-        A line with a control token is left out: no user can write one.
+        Lines with a control token are left out, because no user can write one.
         """
         pieces = self._pieces(PROBE, opening=False)
         before = [
@@ -518,9 +529,9 @@ class ChatFormat:
         return re.compile(rf"^[ \t]*(?:{names})", re.IGNORECASE | re.MULTILINE)
 
     def prove(self) -> None:
-        """Raise BaseModelError where training would see another text than the template's own conversation.
+        """Raise BaseModelError if training would see another text than the template's own conversation.
 
-        A version that was trained before these checks is served as it is: only a new base has to pass them.
+        Only a new base has to pass; versions that were trained before these checks existed are still served.
         """
         self._check_opening()
         whole, pieces = (
@@ -551,7 +562,7 @@ class ChatFormat:
         )
 
     def _check_round_trip(self) -> None:
-        """Refuse a tokenizer that adds a blank to every piece: it would train on text that nobody wrote."""
+        """Refuse a tokenizer that adds a blank to every piece: training would see text that nobody wrote."""
         text = "a b"
         seen = str(self.tokenizer.decode(self._content_ids(text)))
         if seen != text:
@@ -559,7 +570,10 @@ class ChatFormat:
 
 
 def encode_last_answer(chat: ChatFormat, row: Example, prompt: Sequence[int] | None = None) -> Encoded:
-    """Encode a row so that its last answer alone is learned or scored: earlier ones are part of `prompt`."""
+    """Encode a row so that only its last answer is learned or scored; earlier ones count as prompt.
+
+    `prompt` has the ids of the row's prompt, if they are known already.
+    """
     ids = chat.encode(row).ids
     asked = len(chat.encode_prompt(row.prompt, row.tools) if prompt is None else prompt)
     return Encoded(ids, [position >= asked for position in range(len(ids))])
@@ -573,9 +587,10 @@ def _adds_blanks(text: str, seen: str) -> BaseModelError:
 
 
 def opening_gap(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return what the template writes between a prompt and its answer; None where both do not meet at all.
+    """Return the text that the template writes between a prompt and its answer.
 
-    "" is as it should be: then a prompt with its answer begins the rendered conversation.
+    "" is right: then a prompt with its answer begins the rendered conversation. None: the rendered
+    conversation does not begin with the prompt at all.
     """
     for turns in (2, 4):
         prompt = render(tokenizer, _marked(TURNS[: turns - 1]), opening=True)
@@ -591,7 +606,7 @@ def opening_gap(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, opening: bool, **more: Any
 ) -> str:
-    """Render a conversation; `opening`: with the opening of the assistant's turn. Raises BaseModelError."""
+    """Render a conversation; `opening`: with the start of the assistant's turn. Raises BaseModelError."""
     from jinja2 import TemplateError
 
     try:
@@ -608,9 +623,9 @@ def render(
 
 
 def _split(rendered: str, messages: Sequence[Message]) -> list[tuple[str, Message | None]]:
-    """Split a rendered text at its placeholders.
+    """Split a rendered text at its placeholders, and leave out empty pieces.
 
-    A piece is (text of the template, None), or (content or reasoning, its message).
+    A piece is (text of the template, None) or (content or reasoning, its message).
     """
     texts = MARKED.split(rendered)  # text, mark, text, mark, … text
     pieces: list[tuple[str, Message | None]] = [(texts[0], None)]
@@ -628,7 +643,7 @@ def _mark(index: int, kind: str = "") -> str:
 
 
 def _marked(messages: Sequence[Message], reasoning: ReasoningFormat | None = None) -> list[dict[str, Any]]:
-    """Put placeholders in place of the contents, and of the reasoning."""
+    """Return the messages for a template, with placeholders for contents and reasoning."""
     marks = [
         (
             _mark(index) if message.content or not message.tool_calls else "",
@@ -644,9 +659,9 @@ def _turns(
     texts: Sequence[tuple[str, str]],
     reasoning: ReasoningFormat | None = None,
 ) -> list[dict[str, Any]]:
-    """Write messages as templates take them, with `texts` (content, reasoning) for theirs.
+    """Return the messages in the form that templates take, with `texts` (content, reasoning) as theirs.
 
-    Calls and results get ids by their place: nine letters and digits, which Mistral's templates insist on.
+    Calls and their results get ids by position, of nine letters and digits, as Mistral's templates require.
     """
     turns: list[dict[str, Any]] = []
     waiting: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""Compute likelihoods and greedy answers of a loaded model, in batches, as evaluation measures them."""
+"""Compute likelihoods and greedy answers of a loaded model in batches, for evaluation and checks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ratchet.models.chat_template import ChatFormat, Encoded
 
 
 class Likelihood(NamedTuple):
-    """Hold sums of the negative log-likelihood in nats, and the numbers of tokens summed.
+    """Sums of the negative log-likelihood, in nats, with the numbers of tokens.
 
-    The answer includes its end of turn; the prompt leaves out its first token, which nothing predicts.
+    The answer includes its end of turn. The prompt excludes its first token, which nothing predicts.
     """
 
     nll: float
@@ -28,9 +28,9 @@ class Likelihood(NamedTuple):
 def answer_likelihoods(
     model: Any, rows: Sequence[Encoded], *, pad_id: int, batch_size: int
 ) -> list[Likelihood]:
-    """Return one likelihood a row, in the order of `rows`.
+    """Return one likelihood per row, in the order of `rows`.
 
-    Padding is on the right: a causal model's logits do not depend on what follows.
+    Padding is on the right, since a causal model's logits do not depend on later tokens.
     """
     found: list[Likelihood] = [Likelihood(0.0, 0, 0.0, 0)] * len(rows)
     for batch in by_length([len(row.ids) for row in rows], batch_size):
@@ -48,7 +48,7 @@ def answer_likelihoods(
             device=model.device,
         )
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        # Virtual tokens of prompt tuning stand before the row and have logits as well.
+        # The virtual tokens of prompt tuning have logits too, before those of the row.
         logits = logits[:, -length:-1].float()  # (batch, seq - 1, vocab)
         losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # (batch, seq - 1)
         answered, asked = learned[:, 1:], mask[:, 1:].bool() & ~learned[:, 1:]
@@ -66,7 +66,7 @@ def _sum(losses: torch.Tensor, counted: torch.Tensor) -> tuple[float, int]:
 def greedy_answers(
     model: Any, prompts: Sequence[list[int]], chat: ChatFormat, *, max_new_tokens: int, batch_size: int
 ) -> list[str]:
-    """Return the answers' texts, in the order of `prompts`."""
+    """Return the texts of greedy answers, in the order of `prompts`."""
     return [
         chat.decode_answer(ids)
         for ids in greedy_ids(model, prompts, chat, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -77,9 +77,9 @@ def greedy_answers(
 def greedy_ids(
     model: Any, prompts: Sequence[list[int]], chat: ChatFormat, *, max_new_tokens: int, batch_size: int
 ) -> list[list[int]]:
-    """Return the tokens of each answer, with the one that ended it.
+    """Return the tokens of each greedy answer, including the end token if it was generated.
 
-    Padding is on the left, so that every answer starts at the same position.
+    Padding is on the left, so that all answers of a batch start at the same position.
     """
     answers: list[list[int]] = [[]] * len(prompts)
     for batch in by_length([len(prompt) for prompt in prompts], batch_size, alike=_has_virtual_tokens(model)):
@@ -107,21 +107,21 @@ def greedy_ids(
 
 
 def up_to_end(ids: list[int], ends: Container[int]) -> list[int]:
-    """Cut an answer after its first end token."""
+    """Return an answer up to and including its first end token."""
     return next((ids[: place + 1] for place, token in enumerate(ids) if token in ends), ids)
 
 
 def _has_virtual_tokens(model: Any) -> bool:
-    """Return whether the model has virtual tokens, whose rows must not be padded on the left.
+    """Return whether the model has virtual tokens, so that rows must not be padded on the left.
 
-    PEFT 0.21 puts them before the padding and counts its positions, so padding would move the row away.
+    PEFT 0.21 puts them before the padding and counts the padding as positions, which would shift the row.
     """
     configs = getattr(model, "peft_config", {})
     return any(config.is_prompt_learning for config in configs.values())
 
 
 def by_length(lengths: Sequence[int], batch_size: int, *, alike: bool = False) -> Iterator[list[int]]:
-    """Yield batches of indices of similar lengths, so that little is padded; `alike`: of equal lengths."""
+    """Yield batches of indices of similar lengths, to pad little; `alike`: of equal lengths only."""
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     groups = (
         [list(group) for _, group in groupby(order, key=lambda index: lengths[index])] if alike else [order]

@@ -1,8 +1,8 @@
 """Write a whole Llama model as one GGUF file, for llama.cpp and the programs built on it.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, written with the package `gguf` (extra
-`export`). Not covered: other architectures, scaled rotary positions, and tokenizers whose splits llama.cpp
-does not know; `why_no_gguf` names the reason, and llama.cpp's own converter can be used instead.
+The format is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and written with the
+package `gguf` (extra `export`). Not covered: other architectures, scaled rotary positions, and tokenizers
+whose splits llama.cpp does not know. `why_no_gguf` gives the reason; llama.cpp's own converter may then work.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ CONVERTER = (
     "`ratchet export … --to merged`, then llama.cpp's convert_hf_to_gguf.py on that folder, "
     "which knows many more"
 )
-# The pattern by which meta-llama/Meta-Llama-3-8B splits text.
+# The regular expression with which meta-llama/Meta-Llama-3-8B splits text.
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Pre-tokenizers under which llama.cpp takes a word that is a token without merging; the others always merge.
+# Pre-tokenizers with which llama.cpp takes a word that is a token as it is; with others it always merges.
 WHOLE_WORDS = ("llama-bpe",)
 BLOCK = 32  # weights that share a scale in Q8_0 and Q4_0
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 
 def require_gguf() -> None:
-    """Raise UserError where the package is not installed."""
+    """Raise UserError if the package gguf is not installed."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(
             "the package gguf is not installed", remedy="pip install 'gguf>=0.17' (the extra `export`)"
@@ -45,7 +45,7 @@ def require_gguf() -> None:
 
 
 def why_no_gguf(config: Any, tokenizer: Any) -> str:
-    """Return why a model with this config cannot be written faithfully, or ""."""
+    """Return why a model with this config and tokenizer cannot be written faithfully, or ""."""
     if config.model_type != "llama":
         return f"the architecture is {config.model_type}, only llama is written here"
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
@@ -67,9 +67,9 @@ def why_no_gguf(config: Any, tokenizer: Any) -> str:
 
 
 def write_gguf(model: Any, tokenizer: Any, path: Path, *, name: str, stop_id: int, kind: str) -> None:
-    """Write the file at `path`; `stop_id` becomes the token that ends generation.
+    """Write the model to `path`; `stop_id` becomes the token that ends generation, `kind` is one of KINDS.
 
-    Raises UserError with the reason of `why_no_gguf`.
+    Raises UserError with the reason from `why_no_gguf`.
     """
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
@@ -89,7 +89,7 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, *, name: str, stop_id: in
     _add_tokenizer(writer, tokenizer, model.config, stop_id)
     for key, weights in _tensors(model):
         # Vectors stay float32: they are small, and norms must not be rounded. Embeddings get at least 8 bits,
-        # since they are the output layer as well where both are tied.
+        # because they are also the output layer where both are tied.
         fit = types.F32 if weights.ndim == 1 else wanted if weights.shape[-1] % BLOCK == 0 else types.F16
         fit = types.Q8_0 if fit == types.Q4_0 and key in ("token_embd.weight", "output.weight") else fit
         writer.add_tensor(key, quants.quantize(weights, fit), raw_dtype=fit)
@@ -100,7 +100,7 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, *, name: str, stop_id: in
 
 
 def load_gguf(folder: Path) -> Any:
-    """Load the file in float32 by transformers' own reader, which shares no code with `write_gguf`."""
+    """Load the file in float32 with transformers' own reader, which shares no code with `write_gguf`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -132,7 +132,7 @@ def _add_shape(writer: Any, config: Any, name: str) -> None:
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Array]]:
-    """Yield (llama.cpp's name, float32 array), one tensor at a time."""
+    """Yield (llama.cpp's name, float32 array) for each tensor. Raises UserError for an unknown tensor."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     config, names = model.config, get_tensor_name_map(MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
@@ -153,8 +153,8 @@ def _tensors(model: Any) -> Iterator[tuple[str, Array]]:
 def _permute(weights: Array, heads: int) -> Array:
     """Reorder the rows of a query or key projection (heads · width, hidden) for llama.cpp's rotary positions.
 
-    transformers rotates the first half of a head against the second, llama.cpp neighbouring rows (see
-    LlamaModel.permute in its convert_hf_to_gguf.py).
+    transformers rotates pairs of rows from the two halves of a head, llama.cpp pairs of neighbouring rows
+    (see LlamaModel.permute in its convert_hf_to_gguf.py).
     """
     halves = weights.reshape(heads, 2, -1, weights.shape[1])  # (heads, 2, width / 2, hidden)
     return halves.swapaxes(1, 2).reshape(weights.shape)  # (heads · width, hidden)
@@ -164,19 +164,19 @@ def _permute(weights: Array, heads: int) -> Array:
 
 
 def _describe(tokenizer: Any) -> Any:
-    """Return the content of tokenizer.json, whose keys depend on the kind of each part."""
+    """Return the content of tokenizer.json; its keys depend on the type of each part."""
     return json.loads(tokenizer.backend_tokenizer.to_str())
 
 
 def _pre_tokenizer(found: Any) -> str:
-    """Return llama.cpp's name for this way of splitting text and finding words, or "" where it has none."""
+    """Return llama.cpp's name for this tokenizer's way to split and merge text, or "" if it has none."""
     name, model = _find_split(found), found["model"]
     other = model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     return "" if other or bool(model.get("ignore_merges")) != (name in WHOLE_WORDS) else name
 
 
 def _find_split(found: Any) -> str:
-    """Return llama.cpp's name for this way of splitting text before BPE, or ""."""
+    """Return llama.cpp's name for the splitting of text before BPE, or ""."""
     cut = found.get("pre_tokenizer") or {}
     steps = cut.get("pretokenizers", [cut])
     kinds = [step.get("type") for step in steps]
@@ -220,12 +220,12 @@ def _add_tokenizer(writer: Any, tokenizer: Any, config: Any, stop_id: int) -> No
         writer.add_bos_token_id(tokenizer.bos_token_id)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(False)  # the template writes all of a prompt
+    writer.add_add_bos_token(False)  # the template writes the whole prompt, a BOS token included
     writer.add_chat_template(_template(tokenizer, named[stop_id]))
 
 
 def _template(tokenizer: Any, stop: str) -> str:
-    """Return the chat template, with our special tokens set where llama.cpp would pass others.
+    """Return the chat template, which sets our special tokens if llama.cpp would pass others.
 
     llama.cpp passes the stop token as `eos_token`, and token 11 for a missing `bos_token`.
     """

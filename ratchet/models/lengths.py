@@ -1,7 +1,7 @@
-"""Choose how long a row may be from the rows themselves, and refuse rows of which too many are longer.
+"""Choose the length limit of rows from the rows themselves, and refuse data with too many longer rows.
 
-The longest row that a candidate was trained for stands in its manifest, so that evaluation, parity, serving
-and export use the number that `tokenize` chose.
+A candidate's manifest records the limit of its training, so that evaluation, parity, serving and export use
+the number that `tokenize` chose.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import load_chat
 from ratchet.models.manifests import MANIFEST, read_base_manifest, read_trained_manifest
 
-COVERED = 0.995  # share of the training rows that `auto` makes room for
-STEP = 64  # `auto` is a multiple of it: a row more does not move the number, and kernels like such lengths
-WINDOW = 2048  # tokens up to which an automatic window holds two of the longest rows
+COVERED = 0.995  # share of the training rows that fit the limit chosen by `auto`
+STEP = 64  # `auto` is a multiple of it: one more row rarely changes the number, and kernels are fast on it
+WINDOW = 2048  # an automatic window holds two of the longest rows up to this many tokens
 
 
 class Limits(NamedTuple):
-    """Bound rows and windows, in tokens."""
+    """The limits of rows and windows, in tokens."""
 
     max_length: int
     window: int
@@ -33,10 +33,10 @@ class Limits(NamedTuple):
 def choose_limits(
     lengths: Sequence[int], whole: Sequence[int], context: int | None, config: TokenizeConfig
 ) -> Limits:
-    """Return the limits for training rows of these `lengths` in tokens.
+    """Return the limits for training rows of these `lengths`, in tokens.
 
-    `whole`: lengths of rows that have to fit in any case (golden rows, canaries). Raises DataError: a number
-    of params.yaml is over the base's `context`.
+    `whole`: lengths of rows that have to fit in any case (golden rows, canaries). Raises DataError if a
+    number in params.yaml is over the base's `context`.
     """
     most = min(context or math.inf, math.inf if config.window == "auto" else config.window)
     longest = config.max_length
@@ -55,7 +55,7 @@ def choose_limits(
 
 
 def length_for(lengths: Sequence[int], longer: int | None = None) -> int:
-    """Return the least multiple of 64 over which at most `longer` rows lie, by default 0.5 % of them."""
+    """Return the lowest multiple of 64 that at most `longer` rows exceed, by default 0.5 % of them."""
     if not lengths:
         return STEP
     longer = len(lengths) - math.ceil(COVERED * len(lengths)) if longer is None else longer
@@ -76,10 +76,11 @@ def check_dropped(
     config: PrepareConfig,
     fault: str = "",
 ) -> None:
-    """Raise DataError where more of `rows` are dropped than `prepare.max_rejected_share` allows.
+    """Raise DataError if more of `rows` are dropped than `prepare.max_rejected_share` allows.
 
-    `dropped`: reason → rows; `lengths` in tokens, of all rows; `fault` of a row that is dropped for another
-    reason than its length.
+    `what` names the rows in the message; `dropped` maps reasons to numbers of rows; `lengths` are those of
+    all rows, in tokens; `fault` is the message of the first row that is dropped for another reason than its
+    length.
     """
     lost, most = sum(dropped.values()), config.may_drop(rows)
     if lost <= most:
@@ -95,7 +96,7 @@ def check_dropped(
 
 
 def check_whole(what: str, lengths: Sequence[int], longest: int, context: int | None) -> None:
-    """Raise DataError for golden rows that cannot be asked: the gate wants every one of them."""
+    """Raise DataError for golden rows over `longest` tokens, because the gate needs every golden row."""
     if over := sum(length > longest for length in lengths):
         raise DataError(
             f"{over} of {len(lengths)} {what} have more than {longest} tokens, and every one has to be asked",
@@ -104,13 +105,13 @@ def check_whole(what: str, lengths: Sequence[int], longest: int, context: int | 
 
 
 class Lengths(NamedTuple):
-    """Describe rows that are no batch yet, in tokens of the chosen base."""
+    """The lengths of rows that are not in a batch yet, in tokens of the chosen base."""
 
     rows: int
     median: int
     covered: int  # 99.5 % of the rows are no longer
     longest: int
-    max_length: int  # the limit: that of params.yaml, or what `auto` would choose for these rows alone
+    max_length: int  # the limit in params.yaml, or the one that `auto` would choose for these rows
     too_long: int  # rows over it
 
 
@@ -119,7 +120,7 @@ def known_tokens(base: Path, config: BaseConfig) -> tuple[ChatFormat | None, str
     if not (base / MANIFEST).exists():
         return None, "lengths in tokens are not known: models/base is not made yet (dvc repro code base)"
     manifest = read_base_manifest(base)
-    # A folder, a file or a version is known by the sha256 of its weights, not by where it lay.
+    # A folder, a file or a version is identified by the sha256 of its weights, not by its place.
     if kind_of_base(config.model) in ("demo", "hub"):
         chosen = (manifest.model, manifest.revision) == (config.model, config.revision)
     else:
@@ -136,7 +137,7 @@ def known_tokens(base: Path, config: BaseConfig) -> tuple[ChatFormat | None, str
 
 
 def describe_lengths(lengths: Sequence[int], context: int | None, config: TokenizeConfig) -> Lengths:
-    """Measure rows against the limit that they would meet. Raises DataError as `choose_limits` does."""
+    """Compare rows with the limit that would apply to them. Raises DataError as `choose_limits` does."""
     limit, ranked = choose_limits(lengths, [], context, config).max_length, sorted(lengths)
     return Lengths(
         len(ranked),
@@ -149,7 +150,7 @@ def describe_lengths(lengths: Sequence[int], context: int | None, config: Tokeni
 
 
 def length_remedy(length: int, context: int | None) -> str:
-    """Say which length would do, or that the base is too small for it."""
+    """Return the advice for rows of `length`: the setting to use, or a base with a longer context."""
     if context and length > context:
         return f"shorten them, or take a base with a longer context: this one has {context} positions"
     return f"`tokenize.max_length: {length}` would do, or `auto`; then `tokenize.window` is as much or `auto`"
@@ -158,6 +159,6 @@ def length_remedy(length: int, context: int | None) -> str:
 def trained_length(candidate: Path, base: Path) -> int:
     """Return the longest row, in tokens, that a candidate was trained for.
 
-    Versions of older releases do not say it; theirs is the base's context.
+    For versions of older releases, which do not record it, it is the base's context.
     """
     return read_trained_manifest(candidate).max_length or read_base_manifest(base).context or 0

@@ -1,8 +1,8 @@
-"""Load base models and adapters from disk, and check that they are whole.
+"""Load base models and adapters from disk, and check that they are complete.
 
-`models/base/` always holds manifest.json, the tokenizer and the chat template; the weights are there too, but
-for a hub id, whose weights lie in the hub's cache. Adapters are PEFT folders (safetensors). Nothing is
-unpickled, no remote code is run.
+`models/base/` always contains manifest.json, the tokenizer and the chat template. It also contains the
+weights, except for a hub id, whose weights are in the hub's cache. Adapters are PEFT folders (safetensors).
+No pickles are loaded, and no remote code is run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS = "adapter_model.safetensors"
-WHOLE = "model.safetensors"  # instead of an adapter, where all weights were trained
+WHOLE = "model.safetensors"  # instead of an adapter, if all weights were trained
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -34,25 +34,25 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_chat(folder: Path) -> ChatFormat:
-    """Load tokenizer and chat template of a base or a version, with all tokens that end its answers.
+    """Load tokenizer, chat template and end tokens of a base or a version.
 
-    Raises BaseModelError.
+    Raises BaseModelError as `ChatFormat` does.
     """
     return ChatFormat(load_tokenizer(folder), read_ends(folder))
 
 
 def _source(folder: Path) -> tuple[Any, str | None]:
-    """Return where the base's weights are, and their revision."""
+    """Return the folder or hub id of the base's weights, and the revision of a hub id."""
     manifest = read_base_manifest(folder)
     return (manifest.model, manifest.revision) if manifest.revision else (folder, None)
 
 
 class Checkpoint(NamedTuple):
-    """Hold what a checkpoint says of itself beside its weights."""
+    """What a checkpoint says in addition to its weights."""
 
-    missing: list[str]  # weights that the model needs and the checkpoint lacks, or has in another shape
-    unexpected: list[str]  # weights that the model has no place for
-    generation: dict[str, Any]  # what its generation_config.json and its config say of generation
+    missing: list[str]  # weights of the model that the checkpoint lacks, or has in another shape
+    unexpected: list[str]  # weights of the checkpoint that the model has no place for
+    generation: dict[str, Any]  # generation settings in its generation_config.json and its config
 
 
 def load_base(
@@ -60,8 +60,8 @@ def load_base(
 ) -> PreTrainedModel:
     """Load the base in the precision that suits machine and method (see `precision`). Raises BaseModelError.
 
-    `quantisation` counts for `qlora` only. `in_parts` prepares the model for sharding among processes: it
-    stays on the CPU where it can, so that no GPU holds all of it.
+    `quantisation` applies only to `qlora`. `in_parts` prepares the model for sharding among processes: unless
+    quantised it stays on the CPU, so that no GPU has to hold all of it.
     """
     attention = read_base_manifest(folder).attention
     model, _ = load_checkpoint(
@@ -82,9 +82,10 @@ def load_checkpoint(
     quantisation: str = "nf4",
     in_parts: bool = False,
 ) -> tuple[PreTrainedModel, Checkpoint]:
-    """Load the base as `load_base` does, with what else its checkpoint says.
+    """Load the base as `load_base` does, and return it with the other facts of its checkpoint.
 
-    Without `attention` the model has the fastest one that its class supports. Raises BaseModelError.
+    Without `attention` the model gets the fastest implementation that its class supports. Raises
+    BaseModelError.
     """
     import torch
 
@@ -133,9 +134,9 @@ def load_hub(name: str, revision: str) -> tuple[PreTrainedModel, PreTrainedToken
 
 
 def load_full(folder: Path, *, training: bool = False, in_parts: bool = False) -> PreTrainedModel:
-    """Load the whole model that `adapter.method: full` wrote; `in_parts` as in load_base.
+    """Load the whole model that `adapter.method: full` wrote; `in_parts`: see `load_base`.
 
-    Raises BaseModelError for missing weights, which transformers would fill at random with a warning.
+    Raises BaseModelError for missing weights, which transformers would initialise at random, with a warning.
     """
     import torch
 
@@ -152,10 +153,10 @@ def load_full(folder: Path, *, training: bool = False, in_parts: bool = False) -
 
 
 def _load(source: Any, **settings: Any) -> tuple[Any, Checkpoint]:
-    """Load a model, and put its own settings of generation aside.
+    """Load a model, and replace its own generation settings by the defaults.
 
-    They would change what `generate` says (repetition_penalty, min_new_tokens, …) in the evaluation, and in
-    no other program that serves the model.
+    Settings such as repetition_penalty or min_new_tokens would change answers of `generate` in the
+    evaluation, but not in other programs that serve the model.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -181,7 +182,7 @@ def _load(source: Any, **settings: Any) -> tuple[Any, Checkpoint]:
 
 
 def check_complete(missing: Collection[str], told: str) -> None:
-    """Raise BaseModelError where weights are missing, which transformers fills at random."""
+    """Raise BaseModelError if weights are missing, which transformers initialises at random."""
     if missing:
         some = ", ".join(sorted(missing)[:3]) + (" …" if len(missing) > 3 else "")
         raise BaseModelError(
@@ -192,7 +193,7 @@ def check_complete(missing: Collection[str], told: str) -> None:
 
 
 def _add_embeddings(model: Any, new_tokens: list[NewToken]) -> None:
-    """Add input and output embeddings for `base.new_tokens`: each the mean of those of the word's pieces."""
+    """Add input and output embeddings for `base.new_tokens`: each is the mean of its pieces' embeddings."""
     if not new_tokens:
         return
     import torch
@@ -200,14 +201,14 @@ def _add_embeddings(model: Any, new_tokens: list[NewToken]) -> None:
     if (rows := 1 + max(token.id for token in new_tokens)) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
-        # Where both tables are tied, the second round writes the same values again.
+        # If both tables are tied, the second pass writes the same values again.
         for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
             for token in new_tokens:
                 table[token.id] = table[token.pieces].mean(0)  # (width)
 
 
 def _quantised(kind: str, *, in_parts: bool) -> Any:
-    """Return bitsandbytes' settings; FSDP shards floating types only, so NF4 is stored in one there."""
+    """Return bitsandbytes' settings; for FSDP, which shards only floating types, NF4 is stored in one."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -223,10 +224,10 @@ def _quantised(kind: str, *, in_parts: bool) -> Any:
 
 
 def _keep_differentiable(model: Any) -> None:
-    """Keep NF4 weights from being repacked for a kernel that has no backward pass and needs widths of 64.
+    """Prevent that NF4 weights are repacked for a kernel without a backward pass, which needs widths of 64.
 
-    bitsandbytes 0.50 does so at the first evaluation on CPUs with AVX512-BF16. Training would go on, with
-    gradients that miss the base's part (cosine to the true ones: 0.88 in three layers).
+    bitsandbytes 0.50 repacks them at the first evaluation on CPUs with AVX512-BF16. Training would then go on
+    with gradients that lack the base's part (cosine to the true ones in three layers: 0.88).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -234,9 +235,9 @@ def _keep_differentiable(model: Any) -> None:
 
 
 def precision(method: str) -> tuple[str, str]:
-    """Return (dtype of the base's weights, why).
+    """Return (dtype of the base's weights, the reason).
 
-    bfloat16 halves the memory where the GPU computes in it; CPUs are exact and often faster in float32.
+    Half precision halves the memory on a GPU; a CPU is exact, and often faster, in float32.
     """
     import torch
 
@@ -261,9 +262,9 @@ def _half_of_gpu() -> tuple[str, str]:
 
 
 def compute_dtype(setting: str) -> tuple[str, str]:
-    """Return (dtype of the forward and backward pass for `train.precision`, why).
+    """Return (dtype of the forward and backward passes for `train.precision`, the reason).
 
-    Raises ConfigError: the machine does not compute in it.
+    Raises ConfigError if the machine cannot compute in this type.
     """
     import torch
 
@@ -279,8 +280,8 @@ def compute_dtype(setting: str) -> tuple[str, str]:
         return best, why
     if setting not in able:
         raise ConfigError(
-            f"`train.precision: {setting}` is more than this machine computes in; "
-            f"it can {', '.join(sorted(able))}",
+            f"this machine cannot compute in `train.precision: {setting}`; "
+            f"it can in {', '.join(sorted(able))}",
             remedy="set `train.precision: auto`",
         )
     return setting, "`train.precision` asks for it"
@@ -293,12 +294,12 @@ def device() -> str:
 
 
 def without_adapter(model: Any) -> Any:
-    """Return transformers' model, whether PEFT wraps it or not."""
+    """Return the model of transformers, unwrapped if PEFT wraps it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def layers_of(model: Any) -> list[Any]:
-    """Return the decoder's layers."""
+    """Return the decoder layers, found by the class names that transformers never splits over devices."""
     base = without_adapter(model)
     return [module for module in base.modules() if type(module).__name__ in base._no_split_modules]
 
@@ -306,7 +307,7 @@ def layers_of(model: Any) -> list[Any]:
 def load_adapter(base: Any, folder: Path, *, name: str = "default", trainable: bool = False) -> Any:
     """Return `base` with the adapter in `folder`.
 
-    Raises BaseModelError for missing and foreign keys, which PEFT's own loading accepts without a word.
+    Raises BaseModelError for missing and unknown keys, which PEFT accepts silently.
     """
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
@@ -345,9 +346,9 @@ def _misfit(folder: Path, what: str) -> BaseModelError:
 
 
 def weights_file(folder: Path) -> Path:
-    """Return the file that a training wrote: an adapter, or the whole model of `adapter.method: full`.
+    """Return the weight file of a version: an adapter, or the whole model of `adapter.method: full`.
 
-    Raises BaseModelError: neither is there, or both.
+    Raises BaseModelError if there is neither, or both.
     """
     found = [folder / name for name in (WEIGHTS, WHOLE) if (folder / name).exists()]
     if len(found) != 1:
@@ -365,13 +366,13 @@ def is_full(folder: Path) -> bool:
 
 
 def adapter_sha256(folder: Path) -> str:
-    """Return the sha256 of the trained weights, whatever the method."""
+    """Return the sha256 of the trained weights, for any method."""
     return sha256_file(weights_file(folder))
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide libraries' notes that no user can act on: missing optional kernels, their own deprecations."""
+    """Hide libraries' warnings on which no user can act: missing optional kernels, their own deprecations."""
     loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes", "peft", "torchao")]
     levels = [logger.level for logger in loggers]
     try:
@@ -384,9 +385,9 @@ def quiet() -> Iterator[None]:
 
 
 def _set_levels(loggers: list[logging.Logger], levels: list[int]) -> None:
-    """Set the levels where they differ.
+    """Set the levels, if they differ from the present ones.
 
-    `setLevel` empties the caches of all loggers, thousands of them (1 to 3 ms): once is enough for all.
+    `setLevel` clears the caches of all loggers, thousands of them (1 to 3 ms), so it is called only once.
     """
     if levels != [logger.level for logger in loggers]:
         for logger, level in zip(loggers, levels, strict=True):

@@ -1,6 +1,6 @@
-"""Compute a model's logits only at the positions where they are wanted.
+"""Compute a model's logits only at the positions that are needed.
 
-The output layer's logits take the most memory of a forward pass, and on a small model much of its time.
+The logits take most of a forward pass's memory, and on a small model much of its time.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ SEEN = ("input_ids", "attention_mask", "position_ids")
 def logits_at(
     model: Any, head: torch.nn.Module, batch: dict[str, torch.Tensor], chosen: torch.Tensor
 ) -> torch.Tensor:
-    """Return float32 logits over the token after each chosen position, (chosen, vocab).
+    """Return float32 logits for the token after each chosen position, (chosen, vocab).
 
     `chosen` is (batch, seq - 1) and true where the *next* token is a target. `head` is the output layer of
-    `model`; it is given apart because `model` may be wrapped (DDP). The model sees tokens alone, none of the
-    columns that only a loss reads.
+    `model`, a separate argument because `model` may be wrapped (DDP). Columns of `batch` that only a loss
+    reads are not passed to the model.
     """
 
     def choose(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -1,7 +1,7 @@
-"""Read manifest.json and generation_config.json: what a base or a trained version says about itself.
+"""Read manifest.json and generation_config.json, in which a base or a trained version describes itself.
 
-The manifest is written last, so a folder that has one is whole. Keys that are not read here are ignored, and
-keys that an older manifest lacks have defaults.
+The manifest is written last, so a folder with a manifest is complete. Unknown keys are ignored, and keys that
+an older manifest lacks have defaults.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from ratchet.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 PROOF = Path("reports/base.json")
-GENERATION = "generation_config.json"  # the name that transformers, vLLM and others read as well
+GENERATION = "generation_config.json"  # transformers, vLLM and others read a file of this name too
 
 
 class NewToken(msgspec.Struct, frozen=True):
-    """Hold a word of `base.new_tokens`: its token, and the tokens that it was before."""
+    """A word of `base.new_tokens`: its token id, and the ids into which the tokenizer split it before."""
 
     id: int
     pieces: list[int]
 
 
 class BaseName(msgspec.Struct, frozen=True):
-    """Name the base that a version was trained on; `context` is in tokens, None where it names no limit.
+    """The identity of a base: `model` and `revision`, which do not depend on where its files were.
 
-    `model` and `revision` are its identity, and say nothing of where its files lay.
+    `context` is in tokens; None if the base has no limit.
     """
 
-    model: str | None = None  # a hub id, "demo", or "sha256:" and that of the weights
-    revision: str | None = None  # of a hub id alone
+    model: str | None = None  # a hub id, "demo", or "sha256:" with the hash of the weights
+    revision: str | None = None  # only for a hub id
     context: int | None = None
-    name: str = ""  # what a GGUF file or a version calls itself
+    name: str = ""  # the name that a GGUF file or a version gives itself
     licence: str = "unknown"
-    dequantised: str = ""  # the GGUF file's type of quantisation, such as Q4_K_M
+    dequantised: str = ""  # the GGUF file's type of quantisation, such as Q4_K_M; "" for other bases
 
 
 class BaseManifest(BaseName, frozen=True):
-    """Describe a base.
+    """The manifest of a base.
 
-    `attention` and `packs` were found out when the base was proven (ratchet/bases/probe.py): the attention
-    that every loading uses, and whether rows that share a window leave each other alone.
+    The checks of the base determine `attention`, the implementation that every loading uses, and `packs`,
+    whether rows that share a window do not affect each other (ratchet/bases/probe.py).
     """
 
     new_tokens: list[NewToken] = []
@@ -55,12 +55,12 @@ class BaseManifest(BaseName, frozen=True):
 
     @property
     def told(self) -> str:
-        """Return the base as messages name it."""
+        """The name of the base in messages."""
         return f"{self.model}@{self.revision}" if self.revision else str(self.model)
 
 
 class AdapterRecord(msgspec.Struct, frozen=True):
-    """Hold the section `adapter` of params.yaml as a training used it; defaults as in AdapterConfig."""
+    """The section `adapter` of params.yaml as a training used it; defaults as in AdapterConfig."""
 
     method: str = "lora"
     quantisation: str = "nf4"
@@ -74,13 +74,13 @@ class AdapterRecord(msgspec.Struct, frozen=True):
 
 
 class Inputs(msgspec.Struct, frozen=True):
-    """Name what a training started from: "base", or the sha256 of the champion's adapter."""
+    """What a training started from: "base", or the sha256 of the champion's adapter."""
 
     start: str = "base"
 
 
 class TrainedManifest(msgspec.Struct, frozen=True):
-    """Describe a trained version; `files` maps names to sha256."""
+    """The manifest of a trained version; `files` maps file names to sha256."""
 
     adapter: AdapterRecord = AdapterRecord()
     base: BaseName = BaseName()
@@ -89,11 +89,11 @@ class TrainedManifest(msgspec.Struct, frozen=True):
     run_key: str = ""
     batches: list[str] = []
     inputs: Inputs = Inputs()
-    max_length: int | None = None  # tokens of the longest row that it was trained for
+    max_length: int | None = None  # longest row of the training, in tokens
 
 
 def describe_base(base: BaseName) -> str:
-    """Name a base for people: its hub id, or its own name and the sha256 of its weights; and its licence."""
+    """Describe a base for people: its hub id, or its name and the sha256 of its weights; and its licence."""
     if base.model == "demo" or base.model is None:
         return str(base.model)
     if base.revision:
@@ -105,9 +105,9 @@ def describe_base(base: BaseName) -> str:
 
 
 def sha256_of_weights(weights: dict[str, str]) -> str:
-    """Return one sha256 for weight files (name → sha256), as `sha256sum *.safetensors | sha256sum` would.
+    """Return one sha256 for several weight files (name → sha256), as `sha256sum *.safetensors | sha256sum`.
 
-    One file is its own.
+    For a single file it is the file's own.
     """
     if len(weights) == 1:
         return next(iter(weights.values()))
@@ -119,7 +119,7 @@ Manifest = TypeVar("Manifest", BaseManifest, TrainedManifest)
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """Tell how one proof of a base ended: `what` was found, and for a refusal what to do."""
+    """The result of one check of a base: `what` was found and, for a refusal, what to do."""
 
     name: str
     result: Literal["ok", "adapted", "refused"]
@@ -128,7 +128,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Proof(msgspec.Struct, frozen=True):
-    """Hold what was proven of a base before anything is trained on it."""
+    """The results of all checks of a base, made before anything is trained on it."""
 
     model: str
     findings: list[Finding]
@@ -138,7 +138,7 @@ class Proof(msgspec.Struct, frozen=True):
         return [finding for finding in self.findings if finding.result == "refused"]
 
     def page(self) -> list[str]:
-        """Return one page for people."""
+        """Return the findings as lines of text, for people."""
         width = max(len(finding.name) for finding in self.findings)
         lines = [f"{self.model}:"]
         for finding in self.findings:
@@ -148,9 +148,9 @@ class Proof(msgspec.Struct, frozen=True):
 
 
 class GenerationRecord(msgspec.Struct, frozen=True):
-    """Hold how answers are generated wherever a version answers: greedily, until one of the end tokens.
+    """How a version generates answers, in every program: greedily, until one of the end tokens.
 
-    Written in transformers' own form, so that other programs decode as the evaluation did.
+    The file has transformers' own format, so that other programs decode as the evaluation did.
     """
 
     eos_token_id: list[int] = []
@@ -159,13 +159,13 @@ class GenerationRecord(msgspec.Struct, frozen=True):
 
 
 def write_generation(folder: Path, ends: Iterable[int], pad: int) -> None:
-    """Write the generation settings of the base or version in `folder`, in place of any others."""
+    """Write the generation settings of the base or version in `folder`, replacing any others."""
     record = GenerationRecord(sorted(ends), pad)
     write_json(folder / GENERATION, msgspec.to_builtins(record))
 
 
 def read_ends(folder: Path) -> list[int]:
-    """Return the tokens that end an answer of what is in `folder`; none where an older version is silent."""
+    """Return the end tokens of the base or version in `folder`; none if an older version records none."""
     if not (folder / GENERATION).exists():
         return []
     ends = read_json(folder / GENERATION).get("eos_token_id")
@@ -173,12 +173,12 @@ def read_ends(folder: Path) -> list[int]:
 
 
 def read_base_manifest(folder: Path) -> BaseManifest:
-    """Return what the base in `folder` is. Raises RatchetError."""
+    """Return the manifest of the base in `folder`. Raises RatchetError."""
     return _read(folder, BaseManifest)
 
 
 def read_trained_manifest(folder: Path) -> TrainedManifest:
-    """Return what the trained version in `folder` is. Raises RatchetError."""
+    """Return the manifest of the trained version in `folder`. Raises RatchetError."""
     return _read(folder, TrainedManifest)
 
 

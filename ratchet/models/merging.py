@@ -1,7 +1,7 @@
 """Merge a version into one whole model: add the adapter's update to the base's weights.
 
-A quantised base is dequantised first: what was trained on it fits the rounded weights, not the original
-ones. Not covered: virtual tokens, which are no weights.
+A quantised base is dequantised first, because the adapter was trained for the rounded weights, not for the
+original ones. Not covered: virtual tokens, which change no weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ratchet.models.loading import load_adapter, load_full, quiet
 
 
 def why_unmergeable(adapter: Path) -> str:
-    """Return the reason why a version cannot be merged, or ""."""
+    """Return why a version cannot be merged, or ""."""
     family = read_kind(adapter).family
     if family not in PREFIXED:
         return ""
@@ -26,9 +26,9 @@ def why_unmergeable(adapter: Path) -> str:
 
 
 def load_merged(base: Path, adapter: Path) -> Any:
-    """Return a whole model without PEFT; for `full`, the trained one.
+    """Return the version as a whole model without PEFT; for `full`, the trained model itself.
 
-    Raises UserError: this method does not merge; BaseModelError.
+    Raises UserError: the method cannot be merged; BaseModelError: base or adapter cannot be loaded.
     """
     import torch
 

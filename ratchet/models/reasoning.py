@@ -1,9 +1,9 @@
-"""How a chat template writes an answer's reasoning, learned from the template itself; reasoning read back.
+"""Find out how a chat template writes an answer's reasoning, and read reasoning from answers.
 
-Templates take reasoning under a key of the message (Qwen3), as a block in its content (SmolLM3), or write
-none and open the block in their prompt (DeepSeek R1). One answer is rendered; what stands around its
-reasoning is the format. Whether reasoning is learned at all stands in the template (`LEARN`), so that
-training, gateway and exports know the same.
+Templates take reasoning from a key of the message (Qwen3), from a block in its content (SmolLM3), or write
+none and open the block in their prompt (DeepSeek R1). The format is the text around the reasoning of one
+rendered answer. A comment in the template (`LEARN`) says whether reasoning is learned, so that training,
+gateway and exports agree.
 """
 
 from __future__ import annotations
@@ -14,41 +14,41 @@ from typing import Any, NamedTuple
 from ratchet.data.examples import THINK, THOUGHT, overlap, trim_start
 from ratchet.errors import BaseModelError
 
-LEARN = "{#- base.reasoning: learn #}"  # begins the template of a base whose reasoning is learned
+LEARN = "{#- base.reasoning: learn #}"  # prefix of the template of a base whose reasoning is learned
 KEYS = ("reasoning_content", "reasoning", "thinking")
 CONTENT = "content"
-# Private-use characters that no template writes by itself.
+# Private-use characters as placeholders, since no template writes them by itself.
 FIRST, SECOND, ANSWER = "\ue0f2", "\ue0f3", "\ue0f4"
-Write = Callable[[list[dict[str, Any]], bool], str]  # messages, with the opening of an answer → text
+Write = Callable[[list[dict[str, Any]], bool], str]  # (messages, whether to open an answer) → text
 
 
 class Thought(NamedTuple):
-    """Hold an answer, or a piece of one, in its two parts."""
+    """An answer, or a piece of one, divided into reasoning and content."""
 
     reasoning: str
     content: str
 
 
 class ReasoningFormat(NamedTuple):
-    """Hold what stands before an answer's reasoning, between it and the content, and before one without.
+    """The text before an answer's reasoning, between reasoning and content, and before a direct answer.
 
-    `key` is the message's key that the template reads; `content`: a block in the content; empty: the template
-    writes no reasoning. `in_history`: it writes that of earlier answers as well.
+    `key` is the message's key from which the template reads reasoning: "content" means a block in the
+    content, "" that the template writes no reasoning. `in_history`: it also writes that of earlier answers.
     """
 
     key: str
     before: str
     after: str
-    direct: str  # begins an answer without reasoning: often an empty block, or a channel (gpt-oss)
+    direct: str  # the text before an answer without reasoning: often an empty block, or a channel (gpt-oss)
     in_history: bool
 
     @property
     def opened(self) -> bool:
-        """Tell whether the prompt opens the reasoning already."""
+        """Whether the prompt itself opens the reasoning."""
         return not self.before.strip()
 
     def put(self, turn: dict[str, Any], reasoning: str) -> dict[str, Any]:
-        """Return a message as the template takes it."""
+        """Return the message `turn` with `reasoning` where the template reads it."""
         if not reasoning or not self.key:
             return turn
         if self.key == CONTENT:
@@ -56,31 +56,31 @@ class ReasoningFormat(NamedTuple):
         return turn | {self.key: reasoning}
 
     def read(self, text: str) -> Thought:
-        """Split a whole answer."""
+        """Split a complete answer into reasoning and content."""
         reader = ReasoningReader(self)
         parts = reader.add(text), reader.end()
         return Thought("".join(part.reasoning for part in parts), "".join(part.content for part in parts))
 
 
 class ReasoningReader:
-    """Split an answer that comes in pieces; all parts joined are what `ReasoningFormat.read` returns.
+    """Splits an answer that arrives in pieces; all parts joined equal the result of `ReasoningFormat.read`.
 
-    An answer that ends before its reasoning does has no content.
+    An answer that ends within its reasoning has no content.
     """
 
     def __init__(self, format: ReasoningFormat) -> None:
         self._lead, self._close = format.before.strip(), format.after.strip()
         self._direct = format.direct.strip()
         self._place = "reasoning" if format.opened else "start"
-        self._held = ""  # text that later pieces may still change or cut
-        self._begun = False  # whether something of the present part was returned
+        self._held = ""  # text that may turn out to be part of a mark, or a trailing blank
+        self._begun = False  # whether text of the current part was returned already
 
     @property
     def reasons(self) -> bool:
         return self._place == "reasoning"
 
     def add(self, text: str) -> Thought:
-        """Return what this piece makes certain."""
+        """Add a piece, and return the text that no later piece can change."""
         self._held += text
         if self._place == "start":
             self._find_lead()
@@ -88,7 +88,7 @@ class ReasoningReader:
         return Thought(reasoning, self._take_content() if self._place == CONTENT else "")
 
     def end(self) -> Thought:
-        """Return the rest."""
+        """Return the remaining text; call it after the last piece."""
         if self._place == "reasoning":
             return Thought(self._release(self._held.rstrip()), "")
         return Thought("", self._take_content())
@@ -114,7 +114,7 @@ class ReasoningReader:
 
     def _take_content(self) -> str:
         if not self._begun and not self._held.strip():
-            return ""  # blanks at the start may still become an indentation
+            return ""  # leading blanks may turn out to be the indentation of the first line
         text, self._held = self._held, ""
         return self._release(text)
 
@@ -125,9 +125,9 @@ class ReasoningReader:
 
 
 def find_reasoning_format(write: Write, template: str) -> ReasoningFormat | None:
-    """Learn the format from `write`, which renders messages by `template`; None where it has none.
+    """Find the format of `template`, which `write` renders; None if it writes no reasoning.
 
-    A template that merely copies contents has none: what its prompts look like with reasoning is unknown.
+    A template that only copies contents has no format: it does not say how its prompts begin reasoning.
     """
     asked, answer = {"role": "user", CONTENT: "a"}, {"role": "assistant", CONTENT: ANSWER}
     prompt = write([asked], True)
@@ -142,7 +142,7 @@ def find_reasoning_format(write: Write, template: str) -> ReasoningFormat | None
                 kept = FIRST in write([asked, first, asked, second], False)
                 return ReasoningFormat(key, *around, direct, kept)
         except (BaseModelError, TypeError, ValueError):
-            continue  # a template may refuse a key
+            continue  # a template may reject a key
     opened = prompt.rstrip()
     if not opened.endswith(THINK):
         return None
@@ -152,14 +152,14 @@ def find_reasoning_format(write: Write, template: str) -> ReasoningFormat | None
 
 
 def _around(answer: str) -> tuple[str, str] | None:
-    """Return what stands before the reasoning and between it and the content."""
+    """Return the text before the reasoning, and between reasoning and content; None unless both are there."""
     before, reasoned, rest = answer.partition(FIRST)
     after, answered, _ = rest.partition(ANSWER)
     return (before, after) if reasoned and answered and after.strip() else None
 
 
 def _direct(whole: str, prompt: str, around: tuple[str, str]) -> str:
-    """Return what begins an answer without reasoning; `around` stands before and after reasoning."""
+    """Return the text before an answer without reasoning; `around` is the text before and after reasoning."""
     before, after = around
     if whole.startswith(prompt):
         return whole.removeprefix(prompt).partition(ANSWER)[0]

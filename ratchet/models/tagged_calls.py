@@ -1,8 +1,8 @@
-"""Calls of tools that are not one JSON object: the name stands apart, and arguments may stand one by one.
+"""Read tool calls that are not one JSON object: the name is separate, and arguments may be separate too.
 
 `NamedCalls` are DeepSeek's (`name<|sep|>{…}`), `TaggedCalls` those of Qwen 3.5 (`<parameter=city>…`) and GLM
-(`<arg_key>city</arg_key><arg_value>…`). Both are learned from the template, which renders the probes of
-`ratchet/models/tool_calls.py`.
+(`<arg_key>city</arg_key><arg_value>…`). Both formats are found by rendering the probes of
+`ratchet/models/tool_calls.py` with the template.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ratchet.data.examples import Message, Tool, ToolCall, overlap, trim
 
-NAME = re.compile(r"[\w.:/-]{1,128}")  # of a function, wherever it stands unquoted
+NAME = re.compile(r"[\w.:/-]{1,128}")  # name of a function or an argument, unquoted
 BARE = ToolCall("look_up", {})
 PYTHON = {"True": True, "False": False, "None": None}  # as Jinja writes them without `tojson`
 _decoder = json.JSONDecoder()
@@ -23,11 +23,11 @@ AnswerOf = Callable[[tuple[ToolCall, ...]], str]
 
 
 class NamedCalls(NamedTuple):
-    """What a template writes before a name, between name and arguments, between calls and after the last."""
+    """The text before a name, between name and arguments, between calls, and after the last call."""
 
     before: str
     middle: str
-    between: str | None  # None: one call a turn
+    between: str | None  # None: only one call per turn
     after: str
 
     @property
@@ -63,7 +63,7 @@ class NamedCalls(NamedTuple):
 
 
 class TaggedCalls(NamedTuple):
-    """What a template writes around names, keys and values. A value is text, or JSON if it is no string."""
+    """The text around names, keys and values. A value is plain text if it is a string, else JSON."""
 
     before: str  # the first name
     no_arguments: str  # from a name to the end
@@ -81,7 +81,7 @@ class TaggedCalls(NamedTuple):
     def read(self, text: str, tools: Sequence[Tool] = ()) -> Message | None:
         """Read an answer that calls tools; None where it calls none, or where the calls are broken.
 
-        What type a value has, the schemas of `tools` say; without one it is text.
+        The schemas of `tools` give the type of a value; without a schema it is text.
         """
         start, place = _find_start(text, self.before)
         calls: list[ToolCall] = []
@@ -91,7 +91,7 @@ class TaggedCalls(NamedTuple):
             name, place = named[0], named.end()
             arguments: dict[str, Any] = {}
             goes_on, more = self.next_bare, self.first_key
-            # The bare end may begin like a key: it is one where a key and a value follow.
+            # The end of a call without arguments may begin like a key: it is one if key and value follow.
             while text.startswith(more, place) and (found := self._pair(text, place + len(more))):
                 key, value, place = found
                 arguments[key] = _typed(value, _schema_of(tools, name, key))
@@ -110,7 +110,7 @@ class TaggedCalls(NamedTuple):
         return settled(text, self.before)
 
     def _pair(self, text: str, place: int) -> tuple[str, str, int] | None:
-        """Read a key and its value: (key, value, where the value ends)."""
+        """Read a key and its value: (key, value, place after the value); None if there is none."""
         end = text.find(self.middle, place)
         if end < 0 or not NAME.fullmatch(key := text[place:end]):
             return None
@@ -127,7 +127,7 @@ class TaggedCalls(NamedTuple):
 def find_tagged_format(
     answer_of: AnswerOf, probes: tuple[ToolCall, ToolCall]
 ) -> NamedCalls | TaggedCalls | None:
-    """Learn the format from `answer_of`, which renders an answer that makes these calls.
+    """Find the format by `answer_of`, which renders an answer with the given calls.
 
     None: the template writes no calls, or none that can be read back.
     """
@@ -163,9 +163,9 @@ def find_tagged_format(
 
 
 def _parts(text: str, *words: str) -> list[str] | None:
-    """Return what stands around `words`, which follow each other; None where one is missing or touches one.
+    """Return the texts around consecutive `words`; None if a word is missing, or two words are adjacent.
 
-    Each is looked for from the right, since a call ends an answer and the words before it may be anything.
+    Words are searched from the right, since a call ends an answer and any text may precede it.
     """
     parts: list[str] = []
     for word in reversed(words):
@@ -178,7 +178,7 @@ def _parts(text: str, *words: str) -> list[str] | None:
 
 
 def settled(text: str, before: str) -> int:
-    """Count the characters before what opens a call, or may become that."""
+    """Count the characters before the mark that opens a call, or may become one as the answer grows."""
     lead = before.strip()
     start = text.find(lead)
     if start < 0:
@@ -187,7 +187,7 @@ def settled(text: str, before: str) -> int:
 
 
 def _find_start(text: str, before: str) -> tuple[int, int]:
-    """Return where the calls begin, and where the first name does; -1 where there are none."""
+    """Return the places of the first call and of its name; (-1, -1) if there is no call."""
     lead = before.strip()
     start = text.find(lead)
     if start < 0:
@@ -209,7 +209,7 @@ def _schema_of(tools: Sequence[Tool], name: str, key: str) -> dict[str, Any]:
 
 
 def _typed(text: str, schema: dict[str, Any]) -> Any:
-    """Read a value as its schema says; what is no JSON of another type stays text."""
+    """Read a value by its schema; text that is not valid JSON stays text."""
     variants = [schema, *(schema.get("anyOf") or schema.get("oneOf") or ())]
     kinds: set[str] = set()
     for variant in variants:

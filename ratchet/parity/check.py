@@ -1,7 +1,8 @@
-"""Check that the gateway says what was trained: the same token ids, greedy answers and ends of answers.
+"""Check that the gateway serves what was trained: the same token ids, greedy answers and ends of answers.
 
-Logits are compared along the trainer's answers; what floats explain is a tie (`ratchet/parity/compare.py`).
-Not covered: HTTP, sampling, and a separate upstream server (`gateway.engine: openai`).
+Logits are compared along the trainer's answers. A different token that rounding explains is a tie
+(`ratchet/parity/compare.py`). Not covered: HTTP, sampling, and a separate upstream server (`gateway.engine:
+openai`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from ratchet.training.packing import Window
 
 
 class Trained(NamedTuple):
-    """Hold a training row and its token ids."""
+    """A training row and its token ids."""
 
     row: Example
     ids: list[int]
@@ -60,10 +61,10 @@ class Trained(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Hold the test rows, both tokenizers, and how the rows are answered."""
+    """The test rows, both tokenizers, and the settings by which the rows are answered."""
 
     rows: Sequence[Example]
-    ours: ChatFormat  # the base's, of the training
+    ours: ChatFormat  # the base's, with which the training tokenized
     theirs: ChatFormat  # the served version's
     max_new_tokens: int
     batch_size: int
@@ -90,7 +91,7 @@ class Asked(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """Hold the answers and logits of the trainer's way."""
+    """The answers and logits of the trained model as the trainer loads it."""
 
     answers: list[Answer]
     tops: list[Top]
@@ -144,7 +145,7 @@ def find_trained(examples: Sequence[Example], windows: Sequence[Window], chat: C
 
 
 def _alike(ids: Sequence[int], row: Window) -> int:
-    """Count the tokens that both begin with."""
+    """Count the leading tokens that both share."""
     place = first_difference(ids, row.input_ids)
     return len(ids) if place is None else place
 
@@ -167,9 +168,9 @@ def check_files(bundle: Bundle, manifest: TrainedManifest) -> Part:
 
 
 def check_training(trained: Sequence[Trained], bundle: Bundle, ours: ChatFormat, theirs: ChatFormat) -> Part:
-    """Send training rows through the gateway's own code, with the trained tokens in place of a model.
+    """Send training rows through the gateway's own code, with the trained tokens in place of a model's.
 
-    The prompt before them and the text have to be the same, and the stop token has to end the answer.
+    The prompt and the text of the answer have to be the same, and the stop token has to end the answer.
     """
     faults = [_check_row(row, bundle, ours, theirs) for row in trained]
     reason = (
@@ -218,7 +219,7 @@ def check_answers(
 
 
 def compare_model(name: str, model: Any, asked: Asked, reference: Reference, tolerance: float) -> Part:
-    """Ask another model as the trainer's was, and compare."""
+    """Ask another model in the way in which the trainer's was asked, and compare the two."""
     told = model_answers(model, asked.ours, asked.prompts, tools=asked.tools, **asked.greedy)
     apart = differences(
         model_forward(model), model.device, reference.answers, reference.tops, **asked.batches
@@ -227,7 +228,7 @@ def compare_model(name: str, model: Any, asked: Asked, reference: Reference, tol
 
 
 def make_reference(model: Any, asked: Asked) -> Reference:
-    """Ask a model as the evaluation does; keep its answers and strongest logits."""
+    """Ask a model as the evaluation does, and return its answers and strongest logits."""
     answers = model_answers(model, asked.ours, asked.prompts, tools=asked.tools, **asked.greedy)
     return Reference(
         answers,
@@ -252,7 +253,7 @@ def _engine_path(
 
 
 def _make_room() -> None:
-    """Free the memory of the model before, since the next one is loaded now."""
+    """Free the memory of the previous model before the next one is loaded."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

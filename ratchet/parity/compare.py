@@ -1,7 +1,7 @@
-"""Compare two ways' answers to the same rows: find the first differing token, and what floats explain.
+"""Compare the trainer's answers with those of another path to the same rows, up to what rounding explains.
 
-Where the ways choose different tokens and the trainer's own logits of both lie within twice the tolerance, it
-is a tie: it is counted, it is no mismatch, and what follows it in that row is not compared.
+Where the two choose different tokens whose logits in the trainer lie within twice the tolerance, it is a tie:
+it is counted, it is no mismatch, and the rest of that row is not compared.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ratchet.models.chat_template import ChatFormat
 from ratchet.parity.paths import Answer, Top, scale
 from ratchet.parity.report import Mismatch, Part, Token
 
-# Share of positions whose logits may exceed the tolerance: at a sharp bend of an attention the last bit of a
-# float moves them far.
+# Share of positions whose logits may differ by more than the tolerance: where attention changes sharply, the
+# last bit of a float moves them far.
 STRAY = 0.01
-BROKEN = 1e6  # instead of a difference that is not a number
+BROKEN = 1e6  # in place of a difference that is NaN or infinite
 WAYS = {"gateway": "the gateway's engine gives", "merged": "the merged model gives"}
 
 
@@ -46,15 +46,15 @@ def compare_answers(
     *,
     context: int | None = None,
 ) -> Part:
-    """Compare greedy answers and logits; `apart` has each position's difference of logits, a tensor a row.
+    """Compare greedy answers and logits; `apart` holds a tensor per row, the logits' difference by position.
 
-    An answer that was cut off by `context` tokens, the prompt's included, is compared as far as it goes.
+    An answer that was cut off at `context` tokens, the prompt included, is compared up to that point.
     """
     found: list[Mismatch] = []
     ties = compared = 0
     for id, one, other, top in zip(ids, wanted, told, tops, strict=True):
         if _compare_prompt(id, one, other, ours, theirs):
-            continue  # counted by compare_prompts; other answers follow from another prompt
+            continue  # counted by compare_prompts; a different prompt explains a different answer
         compared += 1
         full = context is not None and len(other.prompt) + len(other.ids) >= context
         if full and other.finish == "length":

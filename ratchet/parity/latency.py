@@ -25,7 +25,7 @@ WARM_UP, ASKED = 3, 40  # answers; the first ones pay for allocations and are le
 
 
 def measure_speed(bundle: Bundle, rows: Sequence[Example], config: Config) -> Speed:
-    """Ask the first `rows`, of which there have to be more than WARM_UP."""
+    """Measure the answers to the first rows; `rows` must be more than WARM_UP, whose answers do not count."""
     with quiet():
         found = asyncio.run(_ask_all(bundle, rows[: WARM_UP + ASKED], config))[WARM_UP:]
     times, tokens = (np.array(column, dtype=np.float64) for column in zip(*found, strict=True))

@@ -1,6 +1,6 @@
-"""Answer the same rows by the trainer's way, the gateway's and a merged model; return tokens and logits.
+"""Answer the same rows on three paths (trainer, gateway, merged model), and return tokens and logits.
 
-The gateway's way is its own code from the request's bytes on: parsing, template, continuous batching, text.
+The gateway's path is its own code from the request's bytes on: parsing, template, continuous batching, text.
 Only HTTP is left out.
 """
 
@@ -28,12 +28,12 @@ from ratchet.serving.faults import Fault
 from ratchet.serving.loaded_model import LoadedModel
 from ratchet.serving.protocol import parse_chat
 
-TOP = 32  # logits a position that are kept to compare with; a token beyond them is no tie
+TOP = 32  # logits per position that are kept for comparison; a token beyond them is no tie
 Forward = Callable[[Tensor, Tensor], Tensor]  # ids, mask (batch, seq) → logits (batch, seq, vocab)
 
 
 class Answer(NamedTuple):
-    """Hold an answer; `ids` includes the token that ended it, `fault` tells why there is none."""
+    """An answer; `ids` includes the token that ended it, `fault` is the reason why there is no answer."""
 
     prompt: list[int]
     ids: list[int]
@@ -43,14 +43,14 @@ class Answer(NamedTuple):
 
 
 class Top(NamedTuple):
-    """Hold the strongest logits at each position of an answer."""
+    """The strongest logits at each position of an answer."""
 
     ids: Tensor  # (answer, TOP)
     logits: Tensor  # (answer, TOP)
 
 
 def whole_text(message: Message) -> str:
-    """Return all that an answer says: its reasoning stands before it."""
+    """Return an answer's whole text: its reasoning, where it has some, then its content."""
     return "\n".join(filter(None, (message.reasoning, message.text)))
 
 
@@ -85,7 +85,7 @@ def engine_answers(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Answer]:
-    """Ask the rows' prompts as the gateway's engine `local` does: rows join when others leave."""
+    """Answer the rows as the gateway's engine `local` does, by continuous batching."""
     decoder = Decoder(loaded, measure_prompts=False)
     decoder.add(bundle, chat)
     heard = [_Heard(bundle, row, max_new_tokens) for row in asked]
@@ -98,7 +98,7 @@ def engine_answers(
 def replayed_answer(
     bundle: Bundle, chat: ChatFormat, row: Example, prompt_tokens: int, ids: list[int]
 ) -> Answer:
-    """Return what the engine makes of a model that says exactly `ids`."""
+    """Return the engine's answer where the model generates exactly `ids`."""
     return engine_answers(
         cast(LoadedModel, Script(prompt_tokens, ids)),
         bundle,
@@ -110,7 +110,7 @@ def replayed_answer(
 
 
 class _Heard:
-    """Hold a request and what comes back."""
+    """A request to the engine, and what the engine has sent back."""
 
     def __init__(self, bundle: Bundle, row: Example, max_new_tokens: int) -> None:
         self._reasoning, self._text, self._fault, self._finish = "", "", "", ""
@@ -155,7 +155,7 @@ class _Heard:
 
 
 class Script:
-    """Stand in for a model: say the given tokens one after the other."""
+    """A stand-in for a loaded model that generates the given tokens one after the other."""
 
     device = torch.device("cpu")
 
@@ -163,7 +163,7 @@ class Script:
         self._prompt_tokens, self._ids = prompt_tokens, ids
 
     def add(self, bundle: Bundle) -> None:
-        """Accept any version: all say the same."""
+        """Accept any version: all generate the same tokens."""
 
     def num_virtual(self, version: int) -> int:
         return 0
@@ -186,7 +186,7 @@ class Script:
 
 
 def model_forward(model: Any) -> Forward:
-    """Return a model's forward pass; logits of virtual tokens, which stand before the row's, are cut off."""
+    """Return a model's forward pass without the logits of virtual tokens, which stand before the row's."""
     return lambda ids, mask: model(input_ids=ids, attention_mask=mask, use_cache=False).logits[
         :, -ids.shape[1] :
     ]
@@ -228,9 +228,9 @@ def differences(
     pad_id: int,
     batch_size: int,
 ) -> list[Tensor]:
-    """Return for each answer a tensor (answer,): how far the strongest logits differ at each position.
+    """Return one tensor (answer,) per answer: the largest difference of the strongest logits by position.
 
-    A difference is a share of the position's largest logit, or of 1 where all are smaller.
+    A difference is a share of the position's largest logit, or of 1 where that is smaller.
     """
     found: list[Tensor] = [torch.empty(0)] * len(answers)
     for index, logits in _answer_logits(forward, device, answers, pad_id, batch_size):
@@ -248,7 +248,7 @@ def scale(top: Top) -> Tensor:
 def _answer_logits(
     forward: Forward, device: Any, answers: Sequence[Answer], pad_id: int, batch_size: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (index, logits (answer, vocab)) of each row; padding on the right cannot change a row."""
+    """Yield (index, logits (answer, vocab)) of each row; padding follows a row, so it cannot change it."""
     for batch in by_length([len(answer.prompt) + len(answer.ids) for answer in answers], batch_size):
         rows = [[*answers[index].prompt, *answers[index].ids] for index in batch]
         length = max(map(len, rows))
@@ -257,5 +257,5 @@ def _answer_logits(
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
         logits = forward(ids, mask)  # (batch, seq, vocab)
         for position, index in enumerate(batch):
-            first = len(answers[index].prompt) - 1
+            first = len(answers[index].prompt) - 1  # this position predicts the answer's first token
             yield index, logits[position, first : first + len(answers[index].ids)].float().cpu()

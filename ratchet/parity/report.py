@@ -9,14 +9,14 @@ from ratchet.promotion.verdict import Speed
 
 
 class Token(msgspec.Struct, frozen=True):
-    """Hold a token's id and its text."""
+    """A token's id and its text."""
 
     id: int
     text: str
 
 
 class Mismatch(msgspec.Struct, frozen=True):
-    """Tell where a row differs; a side is None where its tokens are over."""
+    """The place where a row differs; `wanted` or `seen` is None where that side has no more tokens."""
 
     row: str
     position: int  # in tokens from the beginning of the prompt
@@ -26,7 +26,7 @@ class Mismatch(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct, frozen=True):
-    """Hold one comparison; `first` is the first mismatch, `result` is "pass" or "fail"."""
+    """One comparison; `first` is the first mismatch, `result` is "pass" or "fail"."""
 
     name: str
     rows: int
@@ -43,7 +43,7 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Hold the whole report; `fitting` counts the test rows that are short enough to have been trained on."""
+    """The whole report; `fitting` counts the test rows that are no longer than the trained length."""
 
     candidate: str  # sha256 of its weights
     rows: int

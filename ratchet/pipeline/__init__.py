@@ -1,1 +1,1 @@
-"""git, DVC, workspaces and stages."""
+"""Git, DVC, workspaces and stages."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from ratchet.errors import CheckoutError, CommandError
 
 Say = Callable[[str], None]
-FOREIGN = "dubious ownership"  # in what git says of another user's checkout
-# What of the checkout's configuration holds for the commits of a run: a clone has none of it.
+FOREIGN = "dubious ownership"  # part of git's error for another user's checkout
+# The checkout's own settings that apply to the commits of a run; a clone does not inherit them.
 SETTINGS = r"^(user\.(name|email|signingkey)|commit\.gpgsign|gpg\..*)$"
 COMMIT_HOOKS = ("pre-commit", "prepare-commit-msg", "commit-msg")
 
@@ -64,14 +64,14 @@ def check_checkout(root: Path) -> str:
 
 
 def trust(root: Path) -> str:
-    """Return git's own command for a checkout of another user."""
+    """Return the command by which git accepts a checkout of another user."""
     return f"git config --global --add safe.directory {root}"
 
 
 def commit_settings(root: Path) -> list[str]:
-    """Return git's options for a commit: author and signature as the checkout's configuration names them.
+    """Return git's options for a commit: author and signature from the checkout's configuration.
 
-    Where git knows nobody (a CI runner, a container) the author is Ratchet.
+    Without a configured author (on a CI runner, in a container) the author is Ratchet.
     """
     known = {"user.name": "Ratchet", "user.email": "ratchet@localhost"}
     with suppress(CommandError):  # exit code 1: there is no such key
@@ -82,10 +82,10 @@ def commit_settings(root: Path) -> list[str]:
 
 
 def unheard_hooks(root: Path) -> list[str]:
-    """Name the checkout's own hooks about commits; a clone has none of them, so they do not run for a run's.
+    """List the checkout's commit hooks, which do not run for a run's commits: a clone has no hooks.
 
-    Those of `core.hooksPath` in the user's configuration run in every clone. DVC's own are left out: a
-    workspace does what they are for.
+    Return none if the user's configuration sets `core.hooksPath`, whose hooks run in every clone. DVC's
+    hooks are left out, since a workspace does their work itself.
     """
     with suppress(CommandError):
         git(root, "config", "--global", "core.hooksPath")
@@ -99,7 +99,7 @@ def unheard_hooks(root: Path) -> list[str]:
 
 
 def who(root: Path) -> str:
-    """Return the name of the person that git knows, for the ledger."""
+    """Return the name of the user, from git or else the environment, for the ledger."""
     try:
         return git(root, "config", "user.name").strip()
     except CommandError:
@@ -108,12 +108,12 @@ def who(root: Path) -> str:
 
 @contextmanager
 def locked(root: Path, name: str, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock `name` of the checkout, one process and thread at a time.
+    """Hold the lock `name` of the checkout: one process and one thread at a time.
 
-    Raises CheckoutError when it is taken and `wait` is False. The system frees the lock of a process that was
-    killed. A filesystem without such locks is an error: a file that merely exists would outlive its process.
+    Raises CheckoutError if it is taken and `wait` is False. The system releases the lock of a killed process.
+    A filesystem without such locks is an error: a lock that is a mere file would outlive its process.
     """
-    from filelock import FileLock, Timeout  # loads for 0.25 s, and the command's start does not need it
+    from filelock import FileLock, Timeout  # importing it takes 0.25 s, which other commands need not spend
 
     path = root / ".ratchet" / "locks" / f"{name}.lock"
     try:
@@ -127,10 +127,12 @@ def locked(root: Path, name: str, *, wait: bool = True) -> Iterator[None]:
 
 
 def git(folder: Path, *arguments: str) -> str:
+    """Run git in `folder` and return its output. Raises CommandError."""
     return _run(["git", *arguments], folder)
 
 
 def dvc(folder: Path, *arguments: str) -> str:
+    """Run this environment's DVC in `folder` and return its output. Raises CommandError."""
     return _run([sys.executable, "-m", "dvc", *arguments], folder)
 
 
@@ -152,16 +154,16 @@ def _run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-# OpenMP's threads sleep after a short spin: on a busy machine a training step took 1.1 s while they spun for
-# long, and 0.25 s so; threads that never spin lose a third on a quiet machine. malloc keeps memory instead of
-# returning it to the system between two steps, which saves a tenth of a step.
+# GOMP_SPINCOUNT: OpenMP's threads sleep after a short spin. On a busy machine a training step took 0.25 s
+# with this value and 1.1 s with long spinning; threads that never spin are a third slower on a quiet machine.
+# MALLOC_*: malloc keeps freed memory between two steps, which saves a tenth of a step.
 STAGE_ENVIRONMENT = {"GOMP_SPINCOUNT": "3000", "MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": str(64 * 2**20)}
 
 
 def child_environment() -> dict[str, str]:
-    """Return our environment with this interpreter's folder first in PATH, since stages call `python`.
+    """Return the environment of child processes: this interpreter is first in PATH, as stages call `python`.
 
-    The variables of a surrounding git hook stay out: they would point git at another repository.
+    The variables of a surrounding git hook are removed, because they would point git to another repository.
     """
     kept = {
         name: value

@@ -1,10 +1,11 @@
-"""Say what code a stage depends on, once for DVC, for the key of a training, and for the cache of answers.
+"""Determine the code of a stage, for DVC, for the run key of a training, and for the answer cache.
 
     python -m ratchet.pipeline.dag --out data/code    # the stage `code` of dvc.yaml: one file a stage
 
 The code of a stage is its module, every module of ours that it imports, and the templates that these render.
-Imports in functions count, imports for type checkers and relative ones do not. A module counts by its syntax
-tree, without what changes no result: comments, layout, docstrings, the texts of `help=` and `description=`.
+Imports in functions count; imports for type checkers and relative imports do not. A module is hashed by its
+syntax tree, without the parts that change no result: comments, layout, docstrings, and the texts of `help=`
+and `description=`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing import NamedTuple
 
 from ratchet.files import write_text
 
-KEYS = Path("data/code")  # what the stage `code` of dvc.yaml writes
+KEYS = Path("data/code")  # written by the stage `code` of dvc.yaml
 STAGES = ("base", "prepare", "tokenize", "train", "evaluate", "parity", "gate")
 PACKAGES = ("ratchet", "tasks", "flows")
-TEMPLATES = "templates"  # a folder beside the module that renders what is in it
-TOLD = ("description", "help")  # keyword arguments of pydantic, typer and argparse that people read
-# Fields that the parser of one Python version fills and that of another does not, or that hold a comment.
+TEMPLATES = "templates"  # folder of the templates, beside the module that renders them
+TOLD = ("description", "help")  # arguments of pydantic, typer and argparse that are only shown to people
+# Fields of the syntax tree that differ between Python versions, or that hold a comment.
 UNCOUNTED = ("kind", "type_comment")
 
 
@@ -44,10 +45,10 @@ def stage_key(stage: str, root: Path) -> str:
 
 
 def write_keys(root: Path, out: Path = KEYS) -> None:
-    """Write `out`/STAGE for each stage: its files with hashes, so that a person can see what changed."""
+    """Write `out`/STAGE for each stage: its files with hashes, so that people can see what changed."""
     for stage in STAGES:
         path, module = root / out / stage, f"tasks/{stage}.py"
-        if not (root / module).exists():  # a workspace of another DAG
+        if not (root / module).exists():  # a commit whose DAG lacks this stage
             continue
         listing = _listing([module], root)
         if not path.exists() or path.read_text(encoding="utf-8") != listing:
@@ -66,9 +67,9 @@ def modules_of(modules: Iterable[str], root: Path) -> list[str]:
 
 
 def templates_of(path: str, root: Path) -> list[str]:
-    """Find the files in `templates/` beside a module that it names, and those that they name in turn.
+    """Find the files in `templates/` beside a module that the module names, and those that they name.
 
-    A module names a file by its whole name, or every file of an ending where it puts names together.
+    A module names a file by its complete name; an ending (such as `.j2`) names all files with that ending.
     """
     folder = (root / path).parent / TEMPLATES
     files = {file.name: file for file in sorted(folder.glob("*"))}
@@ -95,7 +96,7 @@ def _read(path: str, root: Path) -> Module:
     return _parse((root / path).read_text(encoding="utf-8"))
 
 
-@cache  # by the text, since stages share most of their modules
+@cache  # stages share most of their modules
 def _parse(source: str) -> Module:
     tree = ast.parse(source)
     imports, texts = set[str](), set[str]()
@@ -110,7 +111,7 @@ def _parse(source: str) -> Module:
 
 
 def _imported(module: Module, root: Path) -> list[str]:
-    """Find the modules of ours, and the `__init__.py` of each package above one."""
+    """Find our modules among the imports, and the `__init__.py` of each package above them."""
     files = set[str]()
     for name in module.imports:
         parts = name.split(".")
@@ -134,22 +135,22 @@ def _is_for_type_checkers(node: object) -> bool:
 
 
 def _canonical(node: object) -> str:
-    """Write a syntax tree as text, the same on every supported Python: no places, no empty fields."""
+    """Write a syntax tree as text, without positions and empty fields: the same on every supported Python."""
     if isinstance(node, ast.Constant):
         return repr(node.value)
-    if isinstance(node, ast.JoinedStr):  # Python 3.12 puts an empty text behind some
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 appends an empty text to some
         return f"JoinedStr{_canonical([part for part in node.values if getattr(part, 'value', None) != ''])}"
     if isinstance(node, list):
         return f"[{','.join(_canonical(part) for part in node if not _changes_nothing(part))}]"
     if not isinstance(node, ast.AST):
-        return f"<{node!r}>"  # a name, or a gap in a list: no constant
+        return f"<{node!r}>"  # a name or None; the brackets distinguish it from a constant
     counted = [(name, value) for name, value in ast.iter_fields(node) if name not in UNCOUNTED]
     fields = [f"{name}={_canonical(value)}" for name, value in counted if value not in (None, [])]
     return f"{type(node).__name__}({','.join(fields)})"
 
 
 def _changes_nothing(node: object) -> bool:
-    """Tell docstrings and other lone constants, `pass`, help texts, and what type checkers see."""
+    """Tell whether a node has no effect: a lone constant, `pass`, a help text, or code for type checkers."""
     if isinstance(node, ast.keyword):
         is_text = isinstance(node.value, ast.JoinedStr) or isinstance(getattr(node.value, "value", None), str)
         return node.arg in TOLD and is_text
@@ -158,6 +159,6 @@ def _changes_nothing(node: object) -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write what the code of each stage is.")
+    parser = argparse.ArgumentParser(description="Write the list of files that are the code of each stage.")
     parser.add_argument("--out", type=Path, required=True)
     write_keys(Path.cwd(), parser.parse_args().out)

@@ -1,4 +1,4 @@
-"""Run DVC in a workspace: stages, what is stale, the shared cache, the remote."""
+"""Run DVC in a workspace: stages, stale stages, the shared cache, the remote."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ratchet.pipeline.checkout import Say, child_environment, dvc, git
 from ratchet.pipeline.dag import KEYS, write_keys
 
 EXITED = re.compile(r"exited with (-?\d+)")
-# The first line of torchrun's own report, which is long and follows what a process said.
+# The first line of torchrun's own report, which is long and follows the output of the process that failed.
 TORCHRUN = re.compile(r"[EW]\d{4} \S+ \d+ torch/distributed/elastic/")
-CACHE_TYPES = "reflink,symlink,hardlink,copy"  # the cheapest that the filesystem has
-# DVC's advice for people at a prompt; the flow does these things itself.
+CACHE_TYPES = "reflink,symlink,hardlink,copy"  # DVC takes the first one that the filesystem supports
+# Lines that are not shown: DVC's advice for interactive use (the flow does these things itself).
 CHATTER = (
     ">",
     "Use `dvc push`",
@@ -51,14 +51,14 @@ class Workspace(NamedTuple):
 
 
 MISSING = (
-    "Is your cache up to date"  # in what DVC says of data that are neither in the cache nor in the remote
+    "Is your cache up to date"  # part of DVC's error for data that are neither in the cache nor in the remote
 )
 
 
 def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
-    """Run one stage in its own process, its lines passed to `say`; False when it was unchanged.
+    """Run one stage in its own process and pass its lines to `say`; return False if it was unchanged.
 
-    Raises StageError with its last lines.
+    Raises StageError with the last lines.
     """
     write_keys(workspace.path)
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
@@ -83,7 +83,7 @@ def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
 
 
 def without_torchrun(lines: list[str]) -> list[str]:
-    """Return what the processes themselves said, their own tracebacks included."""
+    """Return the lines of the processes themselves, without torchrun's report."""
     first = next((place for place, line in enumerate(lines) if TORCHRUN.match(line)), len(lines))
     return lines[:first] or lines
 
@@ -91,10 +91,11 @@ def without_torchrun(lines: list[str]) -> list[str]:
 def _stream(command: list[str], workspace: Workspace, say: Say) -> tuple[list[str], int]:
     """Run a command and return its lines and exit code.
 
-    A signal to us ends its whole process group, since DVC does not pass one on to the stage.
+    An exception here, such as one that a signal raises, ends the whole process group, because DVC does not
+    pass a signal on to the stage.
     """
     lines: list[str] = []
-    # The checkout, where a training's checkpoints outlive the workspace.
+    # Checkpoints are stored in the checkout, because the workspace may be deleted.
     environment = {**child_environment(), "RATCHET_ROOT": str(workspace.root.resolve())}
     with subprocess.Popen(
         command,
@@ -118,9 +119,9 @@ def _stream(command: list[str], workspace: Workspace, say: Say) -> tuple[list[st
 
 
 def stale_stages(workspace: Workspace) -> set[str]:
-    """Ask DVC which stages' inputs, code, params or outputs changed since they last ran, none downstream.
+    """Return the stages whose inputs, code, params or outputs changed since their last run, by DVC's status.
 
-    `code` is none of them: DVC calls it changed at all times.
+    Stages downstream of a stale one are not included, nor is `code`, which DVC always calls changed.
     """
     write_keys(workspace.path)
     found = json.loads(workspace.dvc("status", "--json"))
@@ -128,10 +129,10 @@ def stale_stages(workspace: Workspace) -> set[str]:
 
 
 def check_out(workspace: Workspace) -> None:
-    """Bring what the last run made into the clone, from the remote or the shared cache.
+    """Bring the tracked data into the clone, from the remote or the shared cache.
 
-    A file that is in neither is no fault: its stage makes it anew. Rows are made by no stage: raises
-    CheckoutError.
+    A missing output of a stage is no fault, since the stage makes it again. Raises CheckoutError for missing
+    data that no stage makes, such as rows.
     """
     command = "pull" if configured_remote(workspace.root) else "checkout"
     workspace.dvc(command, "--quiet", "--allow-missing")
@@ -141,7 +142,7 @@ def check_out(workspace: Workspace) -> None:
 
 
 def bring(workspace: Workspace, name: str) -> None:
-    """Bring what `NAME.dvc` names into the clone; nothing where there is no such file.
+    """Bring the data of `NAME.dvc` into the clone; do nothing if there is no such file.
 
     Raises CheckoutError: the data are neither in the shared cache nor in the remote.
     """
@@ -169,7 +170,7 @@ def _not_here(workspace: Workspace, name: str) -> CheckoutError:
 
 
 def configured_remote(root: Path) -> str | None:
-    """Return the name of DVC's default remote; the local configuration wins over the committed one."""
+    """Return the name of DVC's default remote; the local configuration overrides the committed one."""
     remotes = (
         _dvc_config(root, name).get("core", "remote", fallback=None) for name in ("config.local", "config")
     )
@@ -177,7 +178,7 @@ def configured_remote(root: Path) -> str | None:
 
 
 def push_data(workspace: Workspace, say: Say) -> None:
-    """Push the data to DVC's remote; say so where none is configured."""
+    """Push the data to DVC's remote; tell the user if none is configured."""
     if configured_remote(workspace.root) is None:
         say("no DVC remote is configured: the data stay on this machine (dvc remote add --default NAME URL)")
         return
@@ -187,22 +188,21 @@ def push_data(workspace: Workspace, say: Say) -> None:
 def share_cache(root: Path, path: Path) -> None:
     """Let the clone at `path` use the cache of the checkout at `root`.
 
-    This writes what `dvc cache dir --local` and `dvc config --local` would write, without their second of
-    start-up.
+    It writes what `dvc cache dir --local` and `dvc config --local` would; each takes a second to start.
     """
     config, committed = _dvc_config(root, "config.local"), _dvc_config(root, "config")
     for section in ("core", "cache"):
         if not config.has_section(section):
             config.add_section(section)
     known = config.get("cache", "dir", fallback=committed.get("cache", "dir", fallback="cache")).strip("\"'")
-    # Quoted: DVC reads an unquoted comma as the end of a list's item.
+    # Quoted, because DVC splits an unquoted value at a comma.
     config.set("cache", "dir", f'"{(root / ".dvc" / known).resolve()}"')
     config.set("cache", "type", f'"{CACHE_TYPES}"')
-    # DVC's own notes about a clone would otherwise outlive it under /var/tmp.
+    # By default DVC keeps data about each repository in a system folder, where it would outlive the clone.
     config.set("core", "site_cache_dir", f'"{path / ".dvc" / "tmp" / "site"}"')
     _keep_remotes(root, config, committed)
     local = path / ".dvc" / "config.local"
-    local.touch(mode=0o600)  # it may hold a remote's password
+    local.touch(mode=0o600)  # it may contain a remote's password
     with local.open("w", encoding="utf-8") as out:
         config.write(out)
 
@@ -212,7 +212,7 @@ def _keep_remotes(
 ) -> None:
     """Make the paths of remotes absolute.
 
-    DVC resolves a relative one from the configuration's folder, which is another one in the clone.
+    DVC resolves a relative path from the folder of the configuration, which differs in the clone.
     """
     for section in {*config.sections(), *committed.sections()}:
         url = config.get(section, "url", fallback=committed.get(section, "url", fallback="")).strip("\"'")

@@ -1,4 +1,4 @@
-"""Keep what a library imports for later out of a process until it is used."""
+"""Delay a library's expensive imports until they are needed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
-# bitsandbytes 0.50 decorates four functions here with torch.compile, which imports Inductor: 2.0 to 2.7 of
-# the 11 s of CPU that a process spends on importing PEFT, whether or not a base is quantised.
+# bitsandbytes 0.50 decorates four functions of this module with torch.compile, which imports Inductor. That
+# takes 2.0 to 2.7 s of the 11 s of CPU time for importing PEFT, whether or not a base is quantised.
 MODULE = "bitsandbytes.backends.default.ops"
 
 
 def compile_at_first_use() -> None:
-    """Let the functions of bitsandbytes call torch.compile when they are first called, not at import."""
+    """Make bitsandbytes call torch.compile when a function is first called, not at import."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 

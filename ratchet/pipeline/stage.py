@@ -1,7 +1,7 @@
-"""Run a stage's module by hand and by DVC: `python -m tasks.NAME --flag PATH …`.
+"""Run the module of a stage, by hand or by DVC: `python -m tasks.NAME --flag PATH …`.
 
-Paths come from `cmd` in dvc.yaml, knobs from params.yaml; a fault ends with one message and the error's exit
-code.
+Paths come from `cmd` in dvc.yaml, settings from params.yaml. An error of ours ends the process with one
+message and the error's exit code.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from ratchet.pipeline.imports import compile_at_first_use
 def run_stage(
     doc: str | None, paths: Sequence[str], work: Callable[[Config, argparse.Namespace], object]
 ) -> None:
-    """Parse `--path` arguments, call `work(config, arguments)`, exit."""
-    # To import transformers and PEFT makes a million objects that live as long as the process: to look at
-    # them for garbage after each 700 new ones took 1.5 s of 14 s.
+    """Parse one required `--NAME PATH` for each of `paths`, and call `work(config, arguments)`.
+
+    On a RatchetError print it and exit with its code.
+    """
+    # Importing transformers and PEFT makes a million objects that live as long as the process. Searching them
+    # for garbage after every 700 new ones, as is the default, took 1.5 s of 14 s.
     gc.set_threshold(10_000)
     compile_at_first_use()
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,8 +36,8 @@ def run_stage(
         parser.add_argument(f"--{path}", type=Path, required=True)
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries; our own lines go to the flow's log
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it notes optional kernels at every import
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars would fill the flow's log
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels at each import
     try:
         work(load_config(arguments.params), arguments)
     except RatchetError as error:
@@ -50,7 +53,7 @@ def project_root(root: str | Path | None = None) -> Path:
 def say(line: str, *, error: bool = False) -> None:
     """Print one line of progress, which the flow streams into Prefect's log.
 
-    A reader that is gone is no fault: a training still has to write its checkpoint.
+    If the reader is gone, further output goes to the null device: a training must still write its checkpoint.
     """
     out = sys.stderr if error else sys.stdout
     try:

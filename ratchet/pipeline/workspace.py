@@ -1,8 +1,9 @@
 """Give a flow a clone of the repository to work in, never the user's checkout.
 
-A workspace is cloned from the checkout's branch, shares its DVC cache, runs, commits, and pushes back with
-rebase-and-retry. The push moves the checkout's files only when it is clean (git's `updateInstead`). One DVC
-command at a time a clone; one push at a time a checkout.
+A workspace is cloned from the checkout's branch and shares its DVC cache. The flow runs and commits there,
+and pushes back; if others pushed meanwhile, it rebases and tries again. The push updates the checkout's
+files only if they are clean (git's `updateInstead`). A clone runs one DVC command at a time; a checkout
+receives one push at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ratchet.pipeline.dvc import Workspace, share_cache
 
 WORKSPACES = Path(".ratchet/workspaces")
 LANDING_TRIES = 5
-# What git says when the checkout holds something that a landing would overwrite.
+# Git's error if the checkout contains changes that the push would overwrite.
 IN_THE_WAY = re.compile(
     r"(Working directory has (?:un)?staged changes|Untracked working tree file .*? would)"
 )
@@ -41,16 +42,16 @@ IN_THE_WAY = re.compile(
 
 @contextmanager
 def open_workspace(root: Path, purpose: str, say: Say, *, keep_failed: int = 2) -> Iterator[Workspace]:
-    """Open a fresh clone and remove it when the block ends well. Raises CheckoutError.
+    """Open a fresh clone, and remove it when the block ends without an error. Raises CheckoutError.
 
-    The last `keep_failed` clones that failed with the same purpose are kept for inspection.
+    The last `keep_failed` failed clones with the same purpose are kept for inspection.
     """
     branch = check_checkout(root)
     path = root / WORKSPACES / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{purpose}-{os.getpid()}"
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_failed(root, purpose, keep_failed)
     try:
-        # A stage's inputs are hashed by their bytes, so line ends stay as they are committed.
+        # Line ends stay as committed, because the inputs of stages are hashed by their bytes.
         plain = ("--config", "core.autocrlf=false")
         git(root, "clone", "--quiet", *plain, "--branch", branch, str(root), str(path))
         if hooks := unheard_hooks(root):
@@ -65,7 +66,7 @@ def open_workspace(root: Path, purpose: str, say: Say, *, keep_failed: int = 2) 
 
 
 def failed_workspaces(root: Path) -> list[Path]:
-    """List workspaces that failed and clones whose process was killed, the newest first."""
+    """List failed workspaces and those whose process was killed, the newest first."""
     found = [
         path
         for path in (root / WORKSPACES).glob("*")
@@ -75,7 +76,7 @@ def failed_workspaces(root: Path) -> list[Path]:
 
 
 def _set_aside(root: Path, path: Path, purpose: str, keep: int, say: Say) -> None:
-    """Rename a failed workspace so that it no longer names a process that may be at work in it."""
+    """Rename a failed workspace: a name that ends with the id of a live process counts as in use."""
     failed = path.rename(path.with_name(f"{path.name}-failed"))
     _drop_failed(root, purpose, keep)
     if keep:
@@ -88,10 +89,10 @@ def _drop_failed(root: Path, purpose: str, keep: int) -> None:
 
 
 def land(workspace: Workspace, message: str, paths: list[str], *, tag: str | None = None) -> str:
-    """Commit `paths`, push, and return the commit's id (HEAD's when nothing changed).
+    """Commit `paths`, push, and return the id of HEAD.
 
-    It rebases when somebody else pushed first. Raises CheckoutError, CommandError.
-    A second try after a push that failed lands what the first one committed.
+    If somebody else pushed first, rebase and push again. A call after a failed push also pushes what the
+    earlier call committed. Raises CheckoutError, CommandError.
     """
     workspace.git("add", "--", *paths)
     if workspace.git("diff", "--cached", "--name-only").strip():
@@ -105,7 +106,7 @@ def land(workspace: Workspace, message: str, paths: list[str], *, tag: str | Non
 
 
 def _commit(workspace: Workspace, message: str) -> None:
-    """Commit what is staged, signed where the user's configuration wants that. Raises CheckoutError."""
+    """Commit the staged changes, signed if the user's configuration asks for it. Raises CheckoutError."""
     try:
         git(workspace.path, *commit_settings(workspace.root), "commit", "--quiet", "--message", message)
     except CommandError as error:
@@ -119,8 +120,8 @@ def _commit(workspace: Workspace, message: str) -> None:
 
 
 def _push(workspace: Workspace, tag: str | None) -> None:
-    """Push the branch and the tag together or not at all."""
-    # Given to the receiving side of this push alone: the user's own configuration stays as it is.
+    """Push the branch and the tag atomically: both or neither."""
+    # Set for the receiving side of this push only, so that the user's configuration does not change.
     receive = "--receive-pack=git -c receive.denyCurrentBranch=updateInstead receive-pack"
     refs = [f"HEAD:refs/heads/{workspace.branch}", *([f"+HEAD:refs/tags/{tag}"] if tag else [])]
     for tries_left in reversed(range(LANDING_TRIES)):
@@ -138,14 +139,14 @@ def _push(workspace: Workspace, tag: str | None) -> None:
             if not tries_left:
                 raise
             if not catch_up(workspace):
-                # Nobody pushed meanwhile: a command of the user's may hold the lock of the checkout's index.
+                # Nobody pushed meanwhile: a git command of the user may hold the lock of the index.
                 time.sleep(0.5)
 
 
 def catch_up(workspace: Workspace) -> bool:
-    """Rebase the workspace's commits onto what landed meanwhile; False when nothing did.
+    """Rebase the workspace's commits onto new commits of the branch; return False if there are none.
 
-    Raises CommandError when both changed the same lines.
+    Raises CommandError if both changed the same lines.
     """
     workspace.git("fetch", "--quiet", "origin", workspace.branch)
     if not workspace.git("rev-list", "--max-count=1", f"HEAD..origin/{workspace.branch}").strip():
@@ -156,7 +157,7 @@ def catch_up(workspace: Workspace) -> bool:
     except CommandError as error:
         files = workspace.git("diff", "--name-only", "--diff-filter=U").split()
         with suppress(CommandError):
-            workspace.git("rebase", "--abort")  # or a second try would commit the conflict's marks
+            workspace.git("rebase", "--abort")  # otherwise a second try would commit the conflict markers
         if not files:
             raise
         raise CommandError(
@@ -167,9 +168,9 @@ def catch_up(workspace: Workspace) -> bool:
 
 
 def _bring_data(workspace: Workspace, before: str) -> None:
-    """Bring the checkout's data to the new commit.
+    """Check out the data of the new commit in the user's checkout, if the commit changed data.
 
-    Local changes are kept: without --force DVC refuses to overwrite them.
+    Local changes are kept, because DVC does not overwrite them without --force.
     """
     if any(
         name.endswith((".dvc", "dvc.lock"))
@@ -180,13 +181,13 @@ def _bring_data(workspace: Workspace, before: str) -> None:
 
 
 def get_output(root: Path, commit: str, path: str, out: Path) -> None:
-    """Write `path` of `commit` to `out`, from the cache or the remote. Raises CommandError."""
+    """Write the file or folder `path` of `commit` to `out`, from cache or remote. Raises CommandError."""
     out.parent.mkdir(parents=True, exist_ok=True)
     dvc(root, "get", "--quiet", ".", path, "--rev", commit, "--out", str(out))
 
 
 def require_output(root: Path, commit: str, path: str, out: Path) -> None:
-    """Call `get_output` where a second try mends nothing. Raises CheckoutError."""
+    """Call `get_output`, but raise CheckoutError, which no flow retries: the data have to be pulled first."""
     try:
         get_output(root, commit, path, out)
     except CommandError as error:

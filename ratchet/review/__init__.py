@@ -1,1 +1,1 @@
-"""Rows that wait for a person."""
+"""Rows that wait for a person's decision."""

@@ -1,7 +1,7 @@
-"""Reviews by file: rows go out as CSV, JSON Lines or Label Studio's tasks, and come back with decisions.
+"""Export rows for review as CSV, JSON Lines or Label Studio tasks, and import the decisions from such files.
 
-A cell that a spreadsheet would run as a formula gets an apostrophe before it, which is taken off again
-(OWASP, "CSV Injection").
+A cell that a spreadsheet would run as a formula is exported with a leading apostrophe, which the import
+removes again (OWASP, "CSV Injection").
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ratchet.review.records import VERDICTS, Decision, Entry, Item, split_answer
 
 # People fill in `review`, `answer` and `why`.
 COLUMNS = ("id", "draft", "kind", "doubts", "question", "answer", "passage", "review", "why")
-FORMULA = set("=+-@\t\r\n＝＋－＠")  # what Excel, LibreOffice and Sheets take for a formula's start
+FORMULA = set("=+-@\t\r\n＝＋－＠")  # what Excel, LibreOffice and Sheets read as the start of a formula
 MOST_NAMED = 10
 LABELLING = """<View>
   <Style>.htx-text { white-space: pre-wrap; }</Style>
@@ -44,7 +44,7 @@ LABELLING = """<View>
 
 
 class Said(NamedTuple):
-    """One row that came back; `place` names it for people."""
+    """One row of an imported file; `place` is its line or number, for messages."""
 
     place: str
     id: str
@@ -56,7 +56,7 @@ class Said(NamedTuple):
 
 
 class Imported(NamedTuple):
-    """How many decisions were kept by verdict, were known already, and how many rows hold no word."""
+    """Counts of an import: decisions kept, by verdict; decisions known already; rows without a verdict."""
 
     decided: Counter[str]
     known: int
@@ -67,13 +67,13 @@ class Imported(NamedTuple):
 
 
 def export_rows(path: Path, items: list[Item], *, label_studio: bool = False) -> None:
-    """Write rows in the form of the suffix.
+    """Write rows in the format that the suffix of `path` names.
 
-    Raises UserError: an unknown suffix, a file that is there already.
+    Raises UserError: the suffix is unknown, or the file exists already.
     """
     if path.exists():
         raise UserError(
-            f"{path} is there already; it may hold words that were not imported",
+            f"{path} is there already; it may contain decisions that were not imported",
             remedy="name another file, or remove it",
         )
     if label_studio:
@@ -90,6 +90,7 @@ def export_rows(path: Path, items: list[Item], *, label_studio: bool = False) ->
 
 
 def row_of(item: Item) -> dict[str, str]:
+    """Return an item as the columns of an export; `review` and `why` are empty for people to fill in."""
     before, answer = split_answer(item.messages)
     conversation = "\n\n".join(f"{turn.role}: {turn.content}" for turn in before)
     question = before[0].content if len(before) == 1 else conversation
@@ -98,7 +99,7 @@ def row_of(item: Item) -> dict[str, str]:
 
 
 def write_csv(rows: Iterable[dict[str, str]]) -> bytes:
-    """Encode as CSV with the mark by which Excel knows UTF-8."""
+    """Encode rows as CSV with the byte order mark by which Excel recognises UTF-8."""
     out = io.StringIO(newline="")
     writer = csv.writer(out)
     writer.writerow(COLUMNS)
@@ -107,6 +108,7 @@ def write_csv(rows: Iterable[dict[str, str]]) -> bytes:
 
 
 def guard(cell: str) -> str:
+    """Put an apostrophe before a cell that a spreadsheet would run as a formula."""
     return f"'{cell}" if _is_risky(cell) else cell
 
 
@@ -115,12 +117,15 @@ def unguard(cell: str) -> str:
 
 
 def _is_risky(cell: str) -> bool:
-    """Look under apostrophes of its own, too: whatever is guarded is told apart from what began so."""
+    """Tell whether a cell looks like a formula, also behind apostrophes that it begins with.
+
+    So a cell that begins with an apostrophe of its own is restored exactly.
+    """
     return cell.lstrip("' ")[:1] in FORMULA or cell.lstrip("'")[:1] in FORMULA
 
 
 def _clean(row: dict[str, str]) -> dict[str, str]:
-    """Put question marks for halves of surrogate pairs, which rows in quarantine may hold."""
+    """Replace lone surrogates, which rows in quarantine may hold, by question marks."""
     return {key: text.encode("utf-8", "replace").decode() for key, text in row.items()}
 
 
@@ -128,9 +133,9 @@ def _clean(row: dict[str, str]) -> dict[str, str]:
 
 
 def import_rows(path: Path, queue: ReviewQueue, *, by: str) -> Imported:
-    """Import all decisions or none, in one transaction.
+    """Import all decisions of a file or none, in one transaction.
 
-    Raises UserError with every fault: unknown rows, unknown verdicts, two verdicts on one row.
+    Raises UserError that lists every fault: unknown rows, unknown verdicts, two verdicts on one row.
     """
     said = read_rows(path)
     decisions, faults, known = _judge(said, queue, by)
@@ -142,7 +147,7 @@ def import_rows(path: Path, queue: ReviewQueue, *, by: str) -> Imported:
         raise UserError(
             f"{path.name} has {sum(map(len, faults.values()))} faults, nothing was imported\n  "
             + "\n  ".join(named),
-            remedy="mend the file and import it again",
+            remedy="correct the file and import it again",
         )
     queue.decide_all(decisions)
     return Imported(
@@ -151,7 +156,7 @@ def import_rows(path: Path, queue: ReviewQueue, *, by: str) -> Imported:
 
 
 def read_rows(path: Path) -> list[Said]:
-    """Read a file that came back. Raises UserError: no such file, no UTF-8, another form, missing columns."""
+    """Read a reviewed file. Raises UserError: no such file, not UTF-8, another format, missing columns."""
     try:
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
@@ -179,7 +184,7 @@ def read_rows(path: Path) -> list[Said]:
 
 def _read_csv(text: str, name: str) -> list[Said]:
     header = text.partition("\n")[0]
-    separator = max(",;\t", key=header.count)  # where decimals have a comma, spreadsheets write semicolons
+    separator = max(",;\t", key=header.count)  # spreadsheets write ";" where decimals have a comma
     csv.field_size_limit(sys.maxsize)
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
@@ -214,7 +219,7 @@ def _read_label_studio(text: str, name: str) -> list[Said]:
 
 
 def _read_task(task: RawRow, place: str) -> list[Said]:
-    """Read each annotation that was not cancelled; a task without any is a row without a verdict."""
+    """Read each annotation that was not cancelled; a task without one gives a row without a verdict."""
     found = []
     for annotation in task["annotations"]:
         if annotation.get("was_cancelled"):
@@ -258,7 +263,7 @@ def _said(row: RawRow, place: str) -> Said:
 
 
 def _judge(said: list[Said], queue: ReviewQueue, by: str) -> tuple[list[Decision], dict[str, list[str]], int]:
-    """Return what is new to decide, the faults by kind, and how many verdicts were known already."""
+    """Return the new decisions, the faults by kind, and the number of verdicts known already."""
     decisions: dict[tuple[str, str], Decision] = {}
     faults: dict[str, list[str]] = {}
     known = 0
@@ -283,7 +288,7 @@ def _judge(said: list[Said], queue: ReviewQueue, by: str) -> tuple[list[Decision
 
 
 def _find(row: Said, queue: ReviewQueue) -> Entry | None:
-    """Find a row by its whole id; where a file names no draft, in the only one that holds it."""
+    """Find a row by its complete id; without a draft, in the only draft that holds it, else None."""
     if row.draft:
         return queue.get(row.draft, row.id)
     try:

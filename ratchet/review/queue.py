@@ -1,7 +1,7 @@
-"""Rows that wait for a person's decision, and what people decided, in `.ratchet/review.db`.
+"""The queue of rows that wait for a person's decision, and the decisions, in `.ratchet/review.db`.
 
-A draft is a set of rows that came together. Every row with a doubt is looked at, of the others a sample; the
-sample's share of rejects decides whether the draft as a whole is good enough to learn from
+A draft is a set of rows that arrived together. People review every row with a doubt and a sample of the
+others. The share of rejects in that sample decides whether the whole draft is good enough to learn from
 (`ReviewQueue.outcome`).
 """
 
@@ -39,9 +39,9 @@ Row = dict[str, str | int]  # column → value
 
 
 class ReviewQueue:
-    """Safe between threads and processes.
+    """The review queue of a checkout; safe for several threads and processes.
 
-    Every method raises ServiceError when the file cannot be read or written.
+    Every method raises ServiceError if the file cannot be read or written.
     """
 
     def __init__(self, root: Path) -> None:
@@ -50,10 +50,10 @@ class ReviewQueue:
     # --- writing --------------------------------------------------------------------------------------------
 
     def add(self, items: Iterable[Item], *, share: float) -> int:
-        """Add items; returns how many were new.
+        """Add items, choose the sample, and return the number of new items.
 
-        `share` of those without doubts is chosen by the hash of their id, and at least one of a draft unless
-        the share is 0.
+        The sample is `share` of the items without doubts, chosen by the hash of their ids, and at least one
+        item per draft unless the share is 0.
         """
         from sqlalchemy.dialects.sqlite import insert
 
@@ -68,17 +68,17 @@ class ReviewQueue:
         return int(added)
 
     def decide(self, decision: Decision) -> None:
-        """Keep a decision; a later one replaces an earlier one, the history keeps both.
+        """Store a decision, which replaces an earlier one; the history keeps both.
 
         Raises as `decide_all` does.
         """
         self.decide_all([decision])
 
     def decide_all(self, decisions: Iterable[Decision]) -> None:
-        """Keep all decisions or none.
+        """Store all decisions or none.
 
-        Raises UserError with every fault: an unknown item or verdict, no `by`, a row that is no valid
-        conversation.
+        Raises UserError that lists every fault: an unknown item or verdict, no `by`, or a row that is not a
+        valid conversation.
         """
         decisions = list(decisions)
         known = {
@@ -108,9 +108,9 @@ class ReviewQueue:
                 connection.execute(history.insert(), row)
 
     def undo(self, item: str, draft: str, *, by: str) -> None:
-        """Make an item undecided again; the history keeps what was said.
+        """Delete the decision on an item; the history keeps it, followed by an "undo".
 
-        Raises UserError: nothing was decided, no `by`.
+        Raises UserError: there is no decision, or no `by`.
         """
         by = check_name(by)
         table, history = self._store.decisions, self._store.history
@@ -120,15 +120,15 @@ class ReviewQueue:
             ).rowcount
             if not gone:
                 raise UserError(
-                    f"nothing was decided of {item[:12]!r} in the draft {draft!r}",
+                    f"nothing was decided on {item[:12]!r} in the draft {draft!r}",
                     remedy="`ratchet review status` shows the drafts",
                 )
             connection.execute(history.insert(), _decision_row(Decision(item, draft, UNDO, by=by, at=now())))
 
     def mark_taken(self, draft: str, batch: str, *, content: str | None = None) -> None:
-        """Remember that a draft became a batch. Raises UserError for an unknown draft.
+        """Record that a draft became a batch. Raises UserError for an unknown draft.
 
-        `content` is the hash of the outcome that became the batch; without it, of what is decided now.
+        `content` is the hash of the rows that became the batch; the default is that of the current decisions.
         """
         from sqlalchemy.dialects.sqlite import insert
 
@@ -151,9 +151,9 @@ class ReviewQueue:
     # --- reading --------------------------------------------------------------------------------------------
 
     def pending(self, draft: str | None = None, limit: int = 50) -> list[Item]:
-        """Return undecided items that somebody has to look at.
+        """Return up to `limit` undecided items that a person has to review.
 
-        Those with doubts come first, then the sample, each in the order in which they came.
+        Items with doubts come first, then the sample, each in order of arrival.
         """
         table = self._store.items
         with self._store.transaction() as connection:
@@ -161,7 +161,7 @@ class ReviewQueue:
             return [_read_item(row.body) for row in connection.execute(query)]
 
     def waiting(self, draft: str | None = None) -> int:
-        """Count what `pending` would return without a limit."""
+        """Count the items that `pending` returns without a limit."""
         from sqlalchemy import func, select
 
         with self._store.transaction() as connection:
@@ -172,7 +172,7 @@ class ReviewQueue:
             )
 
     def entries(self, draft: str) -> list[Entry]:
-        """Return all of a draft, in the order in which they came. Raises UserError for an unknown draft."""
+        """Return all entries of a draft in order of arrival. Raises UserError for an unknown draft."""
         found = self._entries(self._store.items.c.draft == draft)
         if not found:
             names = ", ".join(draft.name for draft in self.drafts())
@@ -184,7 +184,7 @@ class ReviewQueue:
         return next(iter(self._entries((table.c.draft == draft) & (table.c.id == id))), None)
 
     def find(self, start: str, draft: str | None = None) -> Entry:
-        """Find the item whose id begins with `start`. Raises UserError: none or several."""
+        """Find the item whose id begins with `start`. Raises UserError if there is none, or several."""
         table = self._store.items
         where = table.c.id.startswith(start, autoescape=True)
         found = self._entries(where if draft is None else where & (table.c.draft == draft))
@@ -201,7 +201,7 @@ class ReviewQueue:
         return found[0]
 
     def history(self, item: str, draft: str) -> list[Decision]:
-        """Return all decisions on a row, the oldest first; "undo" follows one that was taken back."""
+        """Return all decisions on a row, the oldest first; "undo" follows a decision that was withdrawn."""
         from sqlalchemy import select
 
         table = self._store.history
@@ -210,7 +210,7 @@ class ReviewQueue:
             return [_read_decision(row) for row in connection.execute(query)]
 
     def drafts(self) -> list[DraftFigures]:
-        """Count each draft, in the order in which they came."""
+        """Return the figures of each draft, in order of arrival."""
         from sqlalchemy import case, func, select
 
         items, decisions, taken = self._store.items, self._store.decisions, self._store.taken
@@ -240,15 +240,15 @@ class ReviewQueue:
         return [DraftFigures(**row._mapping, taken=bool(row.batch)) for row in found]
 
     def outcome(self, draft: str, *, max_rejects: float) -> Outcome:
-        """Collect what goes in: accepted, edited, and the undoubted rows that the sample speaks for.
+        """Collect the rows to learn from: accepted, edited, and those without doubts outside the sample.
 
-        Raises UserError: rows still wait; the sample holds more rejects than `max_rejects` (an edit rejects
-        what was drafted); the draft was taken with other rows.
+        Raises UserError: rows still wait; the share of rejects in the sample is over `max_rejects` (an edit
+        counts as one); or the draft became a batch already, with other rows.
         """
         entries = self.entries(draft)
         if waiting := sum(entry.waits for entry in entries):
             raise UserError(
-                f"{waiting} rows of the draft {draft!r} wait for a word",
+                f"{waiting} rows of the draft {draft!r} wait for a decision",
                 remedy="ratchet review next, or the gateway's page /review",
             )
         sample = [entry.decision.verdict for entry in entries if entry.sampled and entry.decision]
@@ -257,7 +257,7 @@ class ReviewQueue:
             raise UserError(
                 f"the draft {draft!r} is refused whole: {bad} of the {len(sample)} rows of its sample were "
                 f"rejected or edited ({bad / len(sample):.0%}), wanted at most {max_rejects:.0%}",
-                remedy="mend what drafted the rows and draft again; review.max_rejects is the bound",
+                remedy="correct what drafted the rows and draft again; review.max_rejects is the bound",
             )
         rows, left_out = collect_rows(entries)
         content = hash_rows(rows)
@@ -311,7 +311,7 @@ class ReviewQueue:
 
 
 def _ensure_sample(connection: Connection, table: Table, draft: str) -> None:
-    """Choose one row to stand for the others where the draft is so small that its share is none."""
+    """Add one row to the sample if the draft is so small that the share chose none."""
     from sqlalchemy import func, select
 
     clear = (table.c.draft == draft) & (table.c.doubtful == 0)
@@ -330,7 +330,7 @@ def _ensure_sample(connection: Connection, table: Table, draft: str) -> None:
 
 
 def _item_row(item: Item, share: float) -> Row:
-    """Encode as ASCII: SQLite takes halves of surrogate pairs, as rows in quarantine hold, only escaped."""
+    """Encode an item as ASCII JSON: SQLite refuses lone surrogates, which rows in quarantine may hold."""
     sampled = not item.doubts and sample_order(item.id) < share * 2**64
     body = json.dumps(msgspec.to_builtins(item))
     return {

@@ -1,4 +1,4 @@
-"""What a review holds: items, people's decisions, drafts in figures, and the rules by which rows go in."""
+"""Records of the review: items, decisions, figures of drafts, and the rules by which rows are accepted."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ UNDO = "undo"  # in the history only
 
 
 class Item(msgspec.Struct, frozen=True):
-    """A row that waits for a person's word."""
+    """A row that waits for a person's decision."""
 
-    id: str  # ratchet.data.examples.example_id(messages) as drafted
-    draft: str  # the set of rows that it came with, e.g. "faq-20261125T184500Z"
+    id: str  # ratchet.data.examples.example_id of the messages as drafted
+    draft: str  # the set of rows with which it arrived, e.g. "faq-20261125T184500Z"
     kind: str  # "synthetic", "feedback" or "quarantine"
     messages: tuple[Message, ...]
-    passage: str = ""  # source text that the answer has to be found in
+    passage: str = ""  # source text that has to contain the answer
     meta: Meta = {}  # provenance: teacher, prompt_version, document, chunk ...
-    doubts: tuple[str, ...] = ()  # reasons; who has any is always looked at
+    doubts: tuple[str, ...] = ()  # reasons; an item with one is always reviewed
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """What one person said of one row. `at` is UTC, ISO 8601; empty: now."""
+    """One person's verdict on one row. `at` is UTC, ISO 8601; empty: now."""
 
     item: str
     draft: str
     verdict: str  # "accept", "reject", "edit"
-    messages: tuple[Message, ...] = ()  # after an edit
+    messages: tuple[Message, ...] = ()  # the edited conversation; empty unless the verdict is "edit"
     by: str = ""
     at: str = ""
     why: str = ""
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What goes in of a draft.
+    """The rows of a draft that are learned from.
 
-    `content` is the hash of the rows, by which a draft that was taken is known again.
+    `content` is the hash of the rows; it tells whether a draft that became a batch has changed since.
     """
 
     draft: str
@@ -57,7 +57,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class DraftFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """One draft in numbers of rows; `batch` names the one that it became, if it did."""
+    """The numbers of rows of one draft; `batch` names the batch that it became, or is empty."""
 
     name: str
     kind: str
@@ -74,7 +74,7 @@ class DraftFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """An item as the queue holds it."""
+    """An item in the queue, with its decision if there is one."""
 
     item: Item
     sampled: bool
@@ -86,21 +86,22 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 def split_answer(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str]:
-    """Return the conversation before the answer, and the answer; rows in quarantine may have none."""
+    """Return the conversation before the answer, and the answer; "" for a row in quarantine without one."""
     if messages and messages[-1].role == "assistant":
         return messages[:-1], messages[-1].content
     return messages, ""
 
 
 def with_answer(item: Item, answer: str) -> tuple[Message, ...]:
-    """Put another answer in place of the item's own."""
+    """Return the item's conversation with another answer."""
     return (*split_answer(item.messages)[0], Message("assistant", answer))
 
 
 def check_decision(decision: Decision, entry: Entry | None) -> Decision:
-    """Return the decision as it is kept: with its time, an edit normalised. Raises UserError.
+    """Return the decision as it is stored: with its time, and with an edit normalised.
 
-    An edit that changes nothing is an acceptance.
+    An edit that changes nothing counts as an acceptance. Raises UserError: an unknown item or verdict, no
+    `by`, or a row that is not a valid conversation.
     """
     if entry is None:
         raise UserError(
@@ -130,9 +131,9 @@ def check_decision(decision: Decision, entry: Entry | None) -> Decision:
 
 
 def check_name(by: str) -> str:
-    """Return the name without blanks around it.
+    """Return the name without surrounding blanks.
 
-    Raises UserError: it stands in commits, so it has to be one line.
+    Raises UserError unless it is one short line of printable characters, because commits quote it.
     """
     by = by.strip()
     unprintable = any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in by)
@@ -145,7 +146,7 @@ def check_name(by: str) -> str:
 
 
 def collect_rows(entries: list[Entry]) -> tuple[list[RawRow], Counter[str]]:
-    """Return the rows that are neither rejected nor unfit, and how many were left out, by reason."""
+    """Return the rows that are neither rejected nor invalid, and the number left out for each reason."""
     rows, left_out = list[RawRow](), Counter[str]()
     for entry in entries:
         verdict = entry.decision.verdict if entry.decision else "unseen"
@@ -155,7 +156,7 @@ def collect_rows(entries: list[Entry]) -> tuple[list[RawRow], Counter[str]]:
         messages = entry.decision.messages if entry.decision and verdict == "edit" else entry.item.messages
         try:
             example = make_example(messages, {})
-        except RowError as error:  # drafted so, and nobody looked at it
+        except RowError as error:  # drafted like this, and outside the sample
             left_out[error.reason] += 1
             continue
         review = {"accept": "accepted", "edit": "edited"}.get(verdict, verdict)
@@ -170,7 +171,7 @@ def hash_rows(rows: list[RawRow]) -> str:
 
 
 def sample_order(id: str) -> int:
-    """Hash an id apart from the order that splits rows: the sample must not be the test split."""
+    """Hash an id otherwise than the split does: the sample must not coincide with the test split."""
     return xxhash.xxh3_64_intdigest(b"review:" + id.encode())
 
 

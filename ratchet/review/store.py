@@ -1,4 +1,4 @@
-"""The file `.ratchet/review.db`: its tables, and transactions that end in our own errors."""
+"""The database `.ratchet/review.db`: its tables, and transactions that raise our own errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ FILE = Path(".ratchet/review.db")
 
 
 class Store:
-    """Safe between threads and processes. Tables are made at the first transaction."""
+    """The review database, safe for several threads and processes.
+
+    The first transaction creates the tables.
+    """
 
     def __init__(self, root: Path) -> None:
         path = root / FILE
@@ -31,7 +34,7 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """Open a transaction. Raises ServiceError."""
+        """Open a transaction. Raises ServiceError if the database cannot be used."""
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
@@ -46,7 +49,10 @@ class Store:
             ) from error
 
     def _make_tables(self) -> None:
-        """Make them by SQLite's own check: metadata.create_all looks first, so a process may come between."""
+        """Create missing tables by CREATE TABLE IF NOT EXISTS, which is atomic.
+
+        `metadata.create_all` checks first, so another process may create a table in between.
+        """
         from sqlalchemy.schema import CreateTable
 
         with self._engine.begin() as connection:
@@ -65,10 +71,11 @@ def _make_engine(path: Path) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _settle(connection: Any, _record: Any) -> None:
-        # Decisions are few and dear: unlike the request log, each is on the disk before it counts as kept.
+        # Decisions are few and cost people's time: unlike request records, each is synced to disk at once.
         connection.execute("PRAGMA busy_timeout=5000")
         connection.execute("PRAGMA synchronous=FULL")
-        # The mode stays with the file. Locked: another connection is switching it, and SQLite does not wait.
+        # The file keeps this mode. "Locked" means that another connection is setting it; SQLite does not wait
+        # for that.
         with suppress(sqlite3.OperationalError):
             connection.execute("PRAGMA journal_mode=WAL")
 

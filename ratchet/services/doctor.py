@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 REINSTALL = "rm .venv/.core && make .venv/.core installs the locked versions"
-# Each pair installs without a word from the resolver: the metadata of the second allows the first.
+# Pairs that fail together although a resolver installs them, because the second one's metadata allows the
+# first: package, bad versions, other package, its versions, effect.
 BAD_PAIRS = (
     (
         "sqlalchemy",
@@ -57,7 +58,7 @@ BAD_PAIRS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. `ok` is None for a warning: it works, but less well or less safely."""
+    """The result of one check. `ok` is None for a warning: it works, but less well or less safely."""
 
     name: str
     ok: bool | None
@@ -106,7 +107,7 @@ def check_python() -> Finding:
 
 
 def check_packages(versions: Mapping[str, str], requirements: Iterable[str]) -> list[Finding]:
-    """Compare versions with what we require: one finding for all that fit, one for each that does not."""
+    """Compare versions with the requirements: one finding if all fit, else one per package that does not."""
     wanted = [
         requirement
         for requirement in map(Requirement, requirements)
@@ -175,7 +176,7 @@ def check_git(root: Path | None) -> list[Finding]:
     findings = [Finding("git", True, version.removeprefix("git version "))]
     if root is not None:
         findings.append(_check_repository(root))
-    # The same question that `git commit` asks: config, environment, and what the system says of the user.
+    # `git commit` looks up the identity in the same way: config, environment, and the system's user entry.
     identity = _ask("git", *place, "var", "GIT_COMMITTER_IDENT")
     remedy = (
         "" if identity else "git config --global user.name NAME && git config --global user.email ADDRESS"
@@ -224,7 +225,7 @@ def check_dvc(root: Path) -> Finding:
             "no default remote: data and models stay on this machine",
             "dvc remote add --default storage URL (s3://…, gs://…, ssh://…, a mounted folder)",
         )
-    # The address itself may hold a password.
+    # Only the kind of address is shown: the address itself may hold a password.
     address = remotes.get(f"'remote \"{name}\"'", "url", fallback="")
     kind = address.partition("://")[0] if "://" in address else "a folder"
     return Finding("dvc", True, f"remote `{name}` ({kind})")

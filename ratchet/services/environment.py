@@ -1,4 +1,4 @@
-"""Set the variables under which flows run here: Prefect and MLflow read them when they are imported."""
+"""Environment variables of flows on this machine; Prefect and MLflow read them when they are imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ratchet.config.params import Config
 
-# Flows print their own lines (flows/console.py), so Prefect's console log shows faults alone.
+# Flows print their own lines (flows/console.py), so Prefect's console log shows only faults.
 # MLflow's lines stay out of stdout, which holds a command's result.
 CONSOLE = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
@@ -19,8 +19,8 @@ CONSOLE = {
 HOST = "127.0.0.1"
 HEALTH = {"mlflow": "/health", "prefect": "/api/health", "gateway": "/healthz"}
 PROBE_SECONDS = 0.8  # `status` asks four services at once and answers within a second
-# Before a flow, a closed port refuses at once, so a long wait costs only where a busy server answers late.
-# With 0.8 s a flow on a busy machine overlooked its server and started another.
+# How long a flow waits for its server. A closed port refuses at once, so the wait costs time only where a
+# busy server answers late. With 0.8 s, a flow on a busy machine missed its server and started another.
 ANSWER_SECONDS = 20.0
 NO_TELEMETRY = {
     "DO_NOT_TRACK": "true",
@@ -32,7 +32,7 @@ NO_TELEMETRY = {
 
 
 def enter(root: Path, config: Config) -> None:
-    """Set the variables in this process. Where the user's own names another server, it wins."""
+    """Set the variables in this process; server addresses that the user has set are kept."""
     for name, value in CONSOLE.items():
         os.environ.setdefault(name, value)
     os.environ.update(service_environment(root, config), RATCHET_ROOT=str(root))
@@ -56,7 +56,7 @@ def service_environment(root: Path, config: Config) -> dict[str, str]:
         # Without `ratchet up` a flow starts a server for as long as it runs. Prefect's default wait of 20 s
         # is too short on a busy machine.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(services.start_timeout),
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds, the lowest that it takes; 180 is the default
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds, the least Prefect takes; 180 is the default
         "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI")
         or f"http://{HOST}:{services.mlflow_port}",
         # With the defaults, 7 retries and 120 s, a call stalls for four minutes when the server is away.
@@ -81,7 +81,7 @@ def _reach_loopback_directly() -> dict[str, str]:
 
 
 def fetch_body(host: str, port: int, path: str, *, seconds: float = PROBE_SECONDS) -> bytes | None:
-    """Return the body of a 200, past any proxy; None for everything else."""
+    """Return the body of a 200 response, without any proxy; None for every other outcome."""
     connection = http.client.HTTPConnection(host, port, timeout=seconds)
     try:
         connection.request("GET", path)

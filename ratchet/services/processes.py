@@ -23,7 +23,7 @@ def require_free_port(port: int, key: str) -> None:
 
 
 def find_port_fault(port: int) -> str | None:
-    """Say why nothing of ours could listen on 127.0.0.1:port, or None."""
+    """Return why a service could not listen on 127.0.0.1:port, or None."""
     with socket.socket() as probe:
         probe.settimeout(PROBE_SECONDS)
         # Connect before binding: where another process listens on all addresses, macOS lets us bind to one of
@@ -61,10 +61,10 @@ def find_port_holder(port: int) -> str | None:
 
 
 def end_family(leader: psutil.Process, grace: float) -> None:
-    """End `leader` with its children: SIGTERM, after `grace` seconds to all that is left, 2 s later SIGKILL.
+    """End `leader`, then its children: SIGTERM to it, after `grace` seconds to the rest, 2 s later SIGKILL.
 
-    The leader is asked first since it ends its own children best: a flow run that gets SIGTERM before its
-    runner has told it why reports a crash instead of a cancellation.
+    The leader is signalled first because it ends its own children best: a flow run that gets SIGTERM before
+    its runner has told it why reports a crash instead of a cancellation.
     """
     family = _find_family(leader)
     _signal([leader], signal.SIGTERM, seconds=grace)
@@ -77,7 +77,7 @@ def _signal(
 ) -> list[psutil.Process]:
     """Send `number` and wait; return the processes that still run when the time is up."""
     for process in processes:
-        with suppress(psutil.Error):  # psutil compares the creation time first: no other process is hit
+        with suppress(psutil.Error):  # psutil first compares the creation time, so no other process is hit
             process.send_signal(number)
     _, left = psutil.wait_procs(processes, timeout=seconds)
     return list(left)

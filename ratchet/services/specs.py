@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from ratchet.config.params import Config
 
 GRACE_SECONDS = 8.0  # from SIGTERM to the next signal
-LAST_WORDS_SECONDS = 20.0  # after its answers have ended the gateway lets go of its engine and writes its log
+LAST_WORDS_SECONDS = 20.0  # for the gateway to close its engine and write its log, after its last answer
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one service is started: `port` answers for its health, `key` names that port in params.yaml."""
+    """How one service is started. Its health is asked on `port`, which `key` names in params.yaml."""
 
     name: str
     port: int
     key: str | None  # None where the service listens on no port of its own
-    settings: str
+    settings: str  # the params that it depends on: when they change, the service has to be restarted
     command: list[str]
     folder: Path
     environment: dict[str, str]
-    host: str = HOST  # where it is asked
+    host: str = HOST  # on which its health is asked
     grace: float = GRACE_SECONDS
 
 
@@ -54,8 +54,8 @@ def plan_services(root: Path, config: Config) -> dict[str, Plan]:
 
 
 def _plan_mlflow(root: Path, port: int) -> Plan:
-    # Relative to its folder: spaces and percent signs in a root would break a database URL, and the folder
-    # can move.
+    # Paths are relative to the service's folder: spaces and percent signs in a root would break a database
+    # URL, and the folder can move.
     storage = [
         *("--backend-store-uri", "sqlite:///mlflow.db"),
         *("--artifacts-destination", "./artifacts", "--serve-artifacts"),
@@ -128,8 +128,8 @@ def _plan_deployments(root: Path, config: Config) -> Plan:
 
 def _plan_gateway(root: Path, config: Config) -> Plan:
     gateway = config.gateway
-    # The gateway answers people while a training takes every core, so threads sleep when they wait; for the
-    # training's own see pipeline.checkout.child_environment.
+    # OMP_WAIT_POLICY: the gateway answers people while a training uses every core, so waiting threads sleep.
+    # The training's own policy is in pipeline.checkout.child_environment.
     environment = {
         **_drop(os.environ, "MLFLOW_"),
         **NO_TELEMETRY,
@@ -159,5 +159,5 @@ def _plan_gateway(root: Path, config: Config) -> Plan:
 
 
 def _drop(environment: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """Drop the variables of a shell that is set up for another server: its database, its address."""
+    """Drop the variables with `prefix`, which may name the database or the address of another server."""
     return {name: value for name, value in environment.items() if not name.startswith(prefix)}

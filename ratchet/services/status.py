@@ -55,7 +55,7 @@ class Answering(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """What `ratchet status --json` prints, key by key; the rollout's `share` is added there."""
+    """What `ratchet status --json` prints, key by key; `to_json` adds the rollout's `share`."""
 
     project: str
     champion: InCharge | None
@@ -99,7 +99,7 @@ def see_status(root: Path, config: Config) -> Status:
 
 
 def describe(found: Status) -> list[str]:
-    """Describe the status, a line or a few for each part of the loop."""
+    """Describe the status, one or a few lines per part of the loop."""
     champion, gate, data = found.champion, found.gate, found.data
     lines = [f"project    {found.project} (promotion: {found.promotion})"]
     lines.append(
@@ -146,7 +146,7 @@ def rollout_lines(found: Rollout | None) -> list[str]:
 
 
 def verdict_lines(found: Recorded) -> list[str]:
-    """Say what the monitor saw, which topics grew, and why it does or does not retrain."""
+    """Describe what the monitor saw, which topics grew, and why it does or does not retrain."""
     p = f", p = {found.p:.4f}" if found.p is not None else ""
     told = [column for column in found.columns if column.p is not None] if found.verdict == "drift" else []
     strongest = sorted(told, key=lambda column: column.p or 0.0)[:3]
@@ -175,8 +175,8 @@ class Move(msgspec.Struct, frozen=True):
     why: str
     data: Data
     gate: GateLine
-    commit: str  # that moved it
-    model_commit: str  # whose dvc.lock holds the adapter
+    commit: str  # the commit that moved the champion
+    model_commit: str  # the commit whose dvc.lock holds the adapter
     reverted: list[Reverted] = []  # batches in its data that were taken back later
 
 
@@ -219,7 +219,7 @@ def ledger_lines(moves: list[Move]) -> list[str]:
 
 
 def reverted_lines(reverted: list[Reverted]) -> list[str]:
-    """Say which batches a version learned that were taken back later."""
+    """List the batches that a version learned and that were taken back later."""
     return [
         f"taken back later: {entry.batch}, {entry.rows} rows, on {entry.at} by {entry.by}: {entry.reason}"
         for entry in reverted

@@ -2,7 +2,7 @@
 
 Each service is a process group of its own, bound to 127.0.0.1, with a log in .ratchet/logs and a record in
 .ratchet/run. A record holds the process id and that process's creation time, so that another process which
-got the same id later is never killed. Nothing restarts a service that dies before the next `ratchet up`.
+got the same id later is never killed. A service that dies stays down until the next `ratchet up`.
 Neither Prefect nor MLflow is imported here.
 """
 
@@ -31,10 +31,10 @@ from ratchet.services.specs import GRACE_SECONDS, Plan, plan_services
 if TYPE_CHECKING:
     from ratchet.config.params import Config
 NAMES = ("mlflow", "prefect", "deployments", "gateway")
-# Two processes created within 2 s cannot have had the same id. A clock that is corrected by more than this
-# while a service runs makes us miss it.
+# Processes with the same id are created more than 2 s apart. If the clock is corrected by more than this
+# while a service runs, the service is not recognised.
 SAME_START_SECONDS = 2.0
-LAST_LINES = 15
+LAST_LINES = 15  # of a log, quoted in a message
 
 Report = Callable[[str], None]
 
@@ -72,7 +72,7 @@ def start_services(root: Path, config: Config, *, report: Report) -> list[Servic
     root = root.resolve()
     with locked(
         root, "up", wait=False
-    ):  # two at once would each start the servers, and one of them would be forgotten
+    ):  # two at once would both start the servers, and the records of one would be lost
         plans = plan_services(root, config)
         kept = {name for name, plan in plans.items() if _is_kept(root, plan)}
         for plan in plans.values():
@@ -93,7 +93,7 @@ def start_services(root: Path, config: Config, *, report: Report) -> list[Servic
 def stop_services(root: Path, *, report: Report) -> list[str]:
     """End what `start_services` recorded and return the names of what ran.
 
-    The deployments end before Prefect, so that it still hears how their runs ended.
+    The deployments end before Prefect, so that Prefect still learns how their runs ended.
     """
     root = root.resolve()
     stopped = []
@@ -163,7 +163,7 @@ def _start(root: Path, plan: Plan, report: Report) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     plan.folder.mkdir(parents=True, exist_ok=True)
     if log.exists():
-        log.replace(log.with_suffix(".log.1"))  # the last words of the one before
+        log.replace(log.with_suffix(".log.1"))  # the log of the process before
     environment = {**plan.environment, "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -255,7 +255,7 @@ def _read_record(root: Path, name: str) -> Record | None:
 
 
 def _find_process(record: Record) -> psutil.Process | None:
-    """Find the recorded process; None when it ended, whatever has its id now."""
+    """Find the recorded process; None when it ended, even if another process has its id now."""
     try:
         process = psutil.Process(record.pid)
         same = abs(process.create_time() - record.created) < SAME_START_SECONDS
@@ -273,13 +273,13 @@ def _answers_health(record: Record) -> bool:
 
 
 def _has_polled(record: Record) -> bool:
-    """Say whether this very process asked Prefect for work.
+    """Say whether the recorded process has asked Prefect for work.
 
-    The deployment alone proves nothing: it stays registered when its process is gone.
+    A registered deployment does not prove it: it stays registered when its process is gone.
     """
     body = fetch_body(
         record.host, record.port, "/api/deployments/name/retrain/retrain"
-    )  # one for all: they are asked about together
+    )  # one stands for all: the process polls for all of them together
     deployment = json.loads(body) if body else {}
     polled = deployment.get("last_polled") or "1970-01-01T00:00:00Z"
     return (

@@ -1,4 +1,4 @@
-"""Check that a version can be served beside the champion; only files are read, so answers go on meanwhile."""
+"""Check that a version can be served beside the champion; this reads only files, so serving continues."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ratchet.models.manifests import describe_base, read_base_manifest, read_tra
 from ratchet.serving.bundle import Bundle
 
 MAX_RANK = 512
-# Options of PEFT beyond the methods trained here: they change the base under other versions (PiSSA and the
-# like), or were never tested.
+# Options of PEFT that the methods trained here do not use: they would change the base that other versions
+# share (as PiSSA does), or are untested.
 MUST_BE_OFF = (
     *("lora_bias", "use_qalora", "use_bdlora", "layer_replication", "target_parameters"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
     "prefix_projection",
 )
 OFF: tuple[Any, ...] = (None, False, "none", [], {})
-HARMLESS_STARTS = (True, False, "gaussian")  # of init_lora_weights; the weights are overwritten after it
+HARMLESS_STARTS = (True, False, "gaussian")  # of init_lora_weights; loading overwrites the initial weights
 
 
 def check_adapter_fits(bundle: Bundle) -> None:

@@ -1,7 +1,7 @@
 """Make a version ready to serve: put adapter, template, tokenizer and settings of one commit into one folder.
 
 The files come from the commit that made them (git and DVC), so serving and rollback work while MLflow is
-down. They are kept in `.ratchet/serving`, whole or not at all, and served from there without any service.
+down. They are kept in `.ratchet/serving`, completely or not at all; serving from there needs no service.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ SERVING = Path(".ratchet/serving")
 STATE = SERVING / "state.json"
 CARD = "serving.json"
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-OLD_LENGTH = 128  # tokens: the default of releases whose versions do not say what they were trained for
-YOUNG_SECONDS = 600.0
+OLD_LENGTH = 128  # tokens: the default of older releases, whose versions do not record their longest row
+YOUNG_SECONDS = 600.0  # folders younger than this are not removed
 FOLDER = re.compile(r"v(\d+)-[0-9a-f]+")
 
 
 class Generation(NamedTuple):
-    """Hold the settings for answers that the client left open: those of the evaluation."""
+    """The settings for what a client leaves open, the same as in the evaluation."""
 
     max_new_tokens: int
     temperature: float = 0.0
 
 
 class Bundle(NamedTuple):
-    """Hold everything that an engine needs to serve a version."""
+    """Everything that an engine needs to serve a version."""
 
     name: str
     version: int
@@ -53,7 +53,7 @@ class Bundle(NamedTuple):
 
 
 class Card(msgspec.Struct, frozen=True):
-    """Hold what serving.json says of a version; `base` is a folder's name, lengths are in tokens."""
+    """The content of serving.json, for one version; `base` is a folder's name, lengths are in tokens."""
 
     commit: str
     base: str
@@ -62,7 +62,7 @@ class Card(msgspec.Struct, frozen=True):
 
 
 class ServingState(msgspec.Struct, frozen=True):
-    """Hold what the gateway wrote about itself; `refused` maps "v3" to the reason, times are since 1970."""
+    """The state that the gateway writes; `refused` maps "v3" to the reason, times are seconds since 1970."""
 
     champion: int | None = None
     challenger: int | None = None
@@ -82,10 +82,10 @@ def bundle_candidate(candidate: Path, base: Path, config: Config) -> Bundle:
 
 
 def make_bundle(root: Path, *, name: str, version: int, commit: str, adapter_sha256: str) -> Bundle:
-    """Return the version's bundle; fetch its files where they are not there yet.
+    """Return the version's bundle; fetch its files if they are not there yet.
 
-    Raises CheckoutError: the commit or its files cannot be read; BaseModelError: they are not what the
-    ledger says.
+    Raises CheckoutError: the commit or its files cannot be read; BaseModelError: the files are not those of
+    the ledger.
     """
     folder = root / SERVING / f"v{version}-{adapter_sha256[:12]}"
     if not _is_whole(root, folder):
@@ -99,7 +99,7 @@ def make_bundle(root: Path, *, name: str, version: int, commit: str, adapter_sha
 
 
 def check_adapter(folder: Path, sha256: str) -> None:
-    """Raise BaseModelError for pickled files, code of its own, or other bytes than the ledger's."""
+    """Raise BaseModelError for pickled files, custom code, or bytes other than the ledger's."""
     check_harmless(folder)
     if (seen := adapter_sha256(folder)) != sha256:
         raise BaseModelError(
@@ -109,7 +109,7 @@ def check_adapter(folder: Path, sha256: str) -> None:
 
 
 def check_harmless(folder: Path) -> None:
-    """Raise BaseModelError for pickled files or code of its own."""
+    """Raise BaseModelError for pickled files and for custom code."""
     paths = sorted(folder.rglob("*"))
     if pickled := [path.name for path in paths if path.name.lower().endswith(PICKLED)]:
         raise BaseModelError(
@@ -162,7 +162,7 @@ def base_hash(root: Path, commit: str) -> str | None:
 
 
 def _is_whole(root: Path, folder: Path) -> bool:
-    """Return whether the version and its base are there: a user may have removed parts."""
+    """Return whether the version and its base are both there, since a user may have removed one."""
     if not (folder / CARD).exists():
         return False
     return (root / SERVING / "bases" / _read_card(folder).base / MANIFEST).exists()
@@ -201,16 +201,16 @@ def _fetch_base(root: Path, commit: str) -> Path:
     base = root / SERVING / "bases" / digest.replace(".", "-")
     if not base.exists():
         with whole_folder(base) as filling:
-            filling.rmdir()
+            filling.rmdir()  # `dvc get` would put its output inside a folder that exists
             require_output(root, commit, "models/base", filling)
             check_harmless(filling)
     return base
 
 
 def _read_settings(root: Path, commit: str, base: str, adapter: Path) -> Card:
-    """Read the settings from that commit's params.yaml, and the longest row from what the adapter says.
+    """Read the settings from the commit's params.yaml, and the longest row from the adapter's manifest.
 
-    Unknown keys are ignored: older versions have to stay servable after keys were renamed.
+    Unknown keys are ignored, so that older versions can be served after keys were renamed.
     """
     from ratchet.config.params import Config
 

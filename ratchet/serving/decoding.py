@@ -2,8 +2,8 @@
 
 Rows share one key-value cache, padded on the left. Each has its own positions, so that its neighbours in the
 batch cannot change it (beyond the last bits of a float). Rows of different versions go through one forward
-pass, each with its own adapter, where PEFT can do that; other versions have a decoder each, on the same
-model. A row that ends leaves at once, with the cache columns that only it needed.
+pass, each with its own adapter, if PEFT can mix their methods; other versions have a decoder each, on the
+same model. A row that ends leaves at once, with the cache columns that only it needed.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from ratchet.serving.transcript import Transcript
 if TYPE_CHECKING:
     from ratchet.serving.vocabulary import Constraint, Vocabulary
 
-# Tokens of all joining prompts in one forward pass; the rows under way get a token between two passes.
+# The most tokens of joining prompts in one forward pass; rows under way get a token between two passes.
 PREFILL_TOKENS = 4096
-# The most logits of one pass where prompts are measured: 256 MiB in float32.
+# The most logits of one pass if prompts are measured: 256 MiB in float32.
 PREFILL_LOGITS = 2**26
 log = logging.getLogger("ratchet.gateway")
 
 
 class Row:
-    """Hold one request under way.
+    """One request under way.
 
     `tell` passes a piece, the end or an error to the request's owner; `since` is on time.perf_counter.
     """
@@ -48,7 +48,7 @@ class Row:
         self.ask, self.since, self.tell = ask, since, tell
         self.cancelled = False
         self.prompt: list[int] = []
-        self.text, self.told = "", 0  # where tools are offered: all text, and how much of it is told
+        self.text, self.told = "", 0  # if tools are offered: all text, and how much of it was passed on
         self.answer: list[int] = []  # tokens so far; the next forward pass reads the newest
         self.room = 0  # answer tokens that may still come
         self.nll = 0.0  # sum over the answer's tokens, in nats
@@ -57,14 +57,14 @@ class Row:
         self.temperature = 0.0
         self.generator: torch.Generator | None = None
         self.transcript: Transcript
-        self.reader: ReasoningReader | None = None  # where the version reasons before it answers
+        self.reader: ReasoningReader | None = None  # if the version reasons before it answers
         self.constraint: Constraint | None = None  # of ask.form or ask.must_call
-        self.vocabulary: Vocabulary | None = None  # where tokens are scored
-        self.scored: list[Scored] = []  # tokens that were not told yet
+        self.vocabulary: Vocabulary | None = None  # if tokens are scored
+        self.scored: list[Scored] = []  # tokens that were not passed on yet
 
 
 class Joining(NamedTuple):
-    """Hold prompts that went through the model and have not joined the other rows."""
+    """Prompts that went through the model but have not joined the other rows yet."""
 
     rows: list[Row]
     cache: Any
@@ -73,7 +73,7 @@ class Joining(NamedTuple):
 
 
 class Decoder:
-    """Decode the rows of versions that share a batch; one thread owns it."""
+    """The decoder of the versions that share a batch; one thread owns it."""
 
     def __init__(self, loaded: LoadedModel, *, measure_prompts: bool) -> None:
         self._measure_prompts = measure_prompts
@@ -123,7 +123,7 @@ class Decoder:
             self._try(self._rows, self._step)
 
     def _try(self, rows: list[Row], work: Callable[[], Any]) -> Any:
-        """Run `work`; a failure (mostly out of memory) ends these rows and no others."""
+        """Run `work`; a failure (mostly out of memory) ends only these rows, with an error."""
         try:
             return work()
         except Exception as error:
@@ -145,16 +145,15 @@ class Decoder:
         self._leave(rows)
 
     def _prepare(self, row: Row) -> bool:
-        """Fill in token ids by the version's own template, and its settings; return False if refused."""
+        """Fill in the row's token ids, by its version's template, and settings; return False if refused."""
         bundle, chat, ask = self._bundles[row.ask.version], self._chats[row.ask.version], row.ask
         row.queue_ms = (time.perf_counter() - row.since) * 1000
         length = bundle.max_length - self._loaded.num_virtual(ask.version)
-        # A form holds from the first token on, so such an answer has no reasoning.
-        # A grammar holds from the first token, so what it shapes begins without reasoning.
+        # A grammar holds from the first token on, so an answer under a grammar has no reasoning.
         reasons = ask.reasons and ask.form is None and not ask.must_call
         try:
             row.prompt = chat.fit_prompt(ask.messages, length, ask.tools, reasons=reasons)
-        except Exception as error:  # noqa: BLE001  (it is told to the one whose messages it comes from)
+        except Exception as error:  # noqa: BLE001  (the client whose messages caused it gets it)
             known = isinstance(error, RatchetError)
             row.tell(UserError(str(error) if known else f"the messages cannot be encoded: {error}"))
             return False
@@ -207,14 +206,14 @@ class Decoder:
         return Joining(rows, cache, mask, logits[:, -1].float())
 
     def _prefill_size(self, num_rows: int) -> int:
-        """Return the number of positions in one pass."""
+        """Return how many positions of each row go through the model in one pass."""
         size = PREFILL_TOKENS // num_rows
         if self._measure_prompts:
             size = min(size, PREFILL_LOGITS // (num_rows * self._loaded.vocab_size))
         return max(16, size)
 
     def _join(self, joining: Joining) -> None:
-        """Join two caches; the shorter one gets padding on its left."""
+        """Append the new rows to the cache; the shorter of the two caches is padded on the left."""
         rows, cache, mask = joining.rows, joining.cache, joining.mask
         if self._mask is None:
             self._rows, self._cache, self._mask = list(rows), cache, mask
@@ -282,9 +281,9 @@ class Decoder:
         self._leave(ended)
 
     def _take(self, row: Row, token: int, logprob: float, likely: Tensor) -> bool:
-        """Add a token to a row, its log probability with the others' (vocab); return whether it ended.
+        """Add a token to a row, and pass its text on; return whether the row ended.
 
-        Raises UserError: the answer's grammar cannot go on.
+        `likely`: the log probabilities of all tokens, (vocab,). Raises UserError: the grammar cannot go on.
         """
         row.answer.append(token)
         row.room -= 1
@@ -301,7 +300,7 @@ class Decoder:
             stopped = stopped or row.transcript.stopped
         reasoning, text = _split(row.reader, text, ended=ended)
         if row.reader and row.reader.reasons:
-            row.scored = []  # what opened the reasoning
+            row.scored = []  # tokens that open the reasoning are not scored
         elif row.vocabulary and token not in self._chats[row.ask.version].stop_ids and not reasoned:
             row.scored.append(_score(row.vocabulary, token, likely, row.ask.top_logprobs or 0))
         calls: tuple[ToolCall, ...] = ()
@@ -324,7 +323,7 @@ class Decoder:
         return ended
 
     def _tell_apart(self, row: Row, text: str, *, ended: bool) -> tuple[str, tuple[ToolCall, ...]]:
-        """Return the text that is no part of a call and is not told yet; the calls once the answer ended."""
+        """Return the text, without calls, that was not passed on yet, and the calls once the answer ended."""
         chat = self._chats[row.ask.version]
         calls: tuple[ToolCall, ...] = ()
         row.text += text
@@ -357,13 +356,13 @@ def _nll(logits: Tensor, following: Tensor, mask: Tensor) -> Tensor:
 
 
 def _choose(logits: Tensor, row: Row) -> int:
-    """Choose a token of those that the answer's form allows: the likeliest, or one that is drawn."""
+    """Choose a token that the answer's grammar allows: the likeliest, or a drawn one."""
     allowed = row.constraint.mask(logits) if row.constraint else logits
     return int(allowed.argmax()) if row.generator is None else _sample(allowed, row)
 
 
 def _score(vocabulary: Vocabulary, token: int, logprobs: Tensor, num_top: int) -> Scored:
-    """Return a token with the `num_top` likeliest in its place, by the model's own logprobs (vocab)."""
+    """Return a token with the `num_top` likeliest alternatives, by the model's own logprobs, (vocab,)."""
     best = logprobs.topk(min(num_top, len(logprobs)))
     top = [
         Scored(vocabulary.bytes_of(other), logprob)

@@ -11,7 +11,7 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 
 
 class Fault(RatchetError):
-    """Answer a request with an error.
+    """An error that is sent as the answer to a request.
 
     `param` names the field of the body, `retry_after` is in whole seconds, and `hangs_up` closes the
     connection without reading the rest of the body.
@@ -49,7 +49,7 @@ class Fault(RatchetError):
 
 
 def to_fault(error: Exception) -> Fault:
-    """Return what a client is told; details of an unforeseen error stay in the log."""
+    """Return the fault that the client gets; details of an unforeseen error stay in the log."""
     match error:
         case Fault():
             return error

@@ -1,4 +1,4 @@
-"""Write what an answer has to be as a grammar for llguidance: JSON of a form, calls of tools, or one of them.
+"""Write the form that an answer must have as a grammar for llguidance: JSON, calls of tools, or either.
 
 A call is written as the base's template writes one (`ratchet/models/tool_calls.py`), with the JSON schema of
 the tool's parameters in place of the arguments.
@@ -15,15 +15,15 @@ from ratchet.errors import UserError
 from ratchet.models.tool_calls import CallFormat, JsonCalls
 from ratchet.serving.engine import Ask
 
-# Between the parts of JSON: a blank, or a line break with its indentation. With blanks as it likes, a model
-# that was not taught JSON goes on with them to the end of its tokens.
+# Between the parts of JSON: a blank, or a line break with its indentation. If any number of blanks were
+# allowed, a model that was not taught JSON would write them until its tokens run out.
 BLANKS = r"( |\n {0,16})?"
 OBJECT: dict[str, Any] = {"type": "object"}
 Quote = Callable[[str], str]  # writes a text of the template as symbols of a grammar
 
 
 class Grammar(NamedTuple):
-    """Hold a grammar in llguidance's Lark, what of the request asks for it, and a remedy where it is none."""
+    """A grammar in llguidance's Lark, the request's part that asks for it, and a remedy if it fails."""
 
     lark: str
     what: str
@@ -33,7 +33,7 @@ class Grammar(NamedTuple):
 def write_grammar(ask: Ask, calls: CallFormat | None, quote: Quote) -> Grammar:
     """Return the grammar of an answer to `ask`, which has a form or names tools that must be called.
 
-    Raises UserError: the template's calls cannot be held, or a tool's arguments are no object.
+    Raises UserError: the template's calls have no grammar, or a tool's arguments are no object.
     """
     if ask.must_call:
         tools = [tool for tool in ask.tools if tool["function"]["name"] in ask.must_call]

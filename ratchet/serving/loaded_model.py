@@ -1,9 +1,9 @@
-"""Keep a model in memory with the versions that share it.
+"""Keep a model in memory, with the versions that share it.
 
 plain LoRA, rsLoRA, QLoRA   on one base, decoded together (PEFT's mixed batches)
-DoRA, (IA)³                 on one base, each version's rows by themselves: PEFT cannot mix them
-prefix, prompt              on one base, each version's rows by themselves, after its virtual tokens
-biases, whole modules       on a base of their own: they would change a shared one under the others
+DoRA, (IA)³                 on one base, each version's rows in a batch of their own: PEFT cannot mix them
+prefix, prompt              on one base, each version's rows in a batch of their own, after its virtual tokens
+biases, whole modules       on a base of their own: they would change a base that others share
 full                        a whole model, no base
 """
 
@@ -45,13 +45,13 @@ def batch_place(bundle: Bundle) -> str:
 
 
 class LoadedModel:
-    """Hold a base or a whole model, and its versions; one thread uses it at a time."""
+    """A base or a whole model, with its versions; only one thread at a time uses it."""
 
     def __init__(self, bundle: Bundle) -> None:
         full = read_kind(bundle.adapter).family == "full"
         base: Any = load_full(bundle.adapter) if full else load_base_of(bundle.base, bundle.adapter)
         self._base: Any = base.eval()
-        self._model: Any = self._base  # with its adapters, from the first one on
+        self._model: Any = self._base  # with adapters, once the first is loaded
         self._virtual: dict[int, list[State]] = {}
         self.versions: set[int] = set()
 
@@ -102,7 +102,7 @@ class LoadedModel:
     def _read_virtual(self, bundle: Bundle, family: str) -> list[State]:
         """Compute each layer's keys and values of the virtual tokens.
 
-        They stand before every row and depend on nothing after them, so they are computed once.
+        They precede every row and do not depend on it, so they are computed once.
         """
         from safetensors.torch import load_file
         from transformers import DynamicCache
@@ -147,7 +147,7 @@ class LoadedModel:
     def forward(
         self, versions: list[int], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool
     ) -> Tensor:
-        """Return logits: (batch, seq, vocab) where `whole`, else (batch, 1, vocab).
+        """Return logits: (batch, seq, vocab) if `whole`, else (batch, 1, vocab) of the last position.
 
         `ids` and `positions` are (batch, seq), `mask` covers the cache as well; `versions` has one entry a
         row. Rows of a single version skip PEFT's mixed batches, which are slower.

@@ -1,10 +1,10 @@
-"""Answer with models in this process: the engine `local`, with one base in memory and an adapter a version.
+"""Answer with models in this process: the engine `local`, with one base in memory and an adapter per version.
 
-Requests of all versions are decoded together where their methods allow it. One thread owns the models. It
-works in rounds: run the prompts that wait, then add one token to every row under way. Rows join and leave
-between rounds (continuous batching, Yu et al. 2022, OSDI); a row keeps the adapter that it began with.
-Versions are loaded and unloaded between two rounds, so none is swapped under a request. Slow work (checking
-files, loading another base) is done in other threads.
+Requests of all versions are decoded together if their methods allow it. One thread owns the models. It works
+in rounds: run the waiting prompts, then add one token to every row under way. Rows join and leave between
+rounds (continuous batching, Yu et al. 2022, OSDI); a row keeps the adapter that it began with. Versions are
+loaded and unloaded between two rounds, so that none changes during a request. Slow work (checking files,
+loading another base) is done in other threads.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from ratchet.serving.engine import Ask, Ended, Piece, require_same
 from ratchet.serving.loaded_model import LoadedModel, batch_place, model_place
 from ratchet.serving.vocabulary import Vocabulary
 
-CLOSE_SECONDS = 10
+CLOSE_SECONDS = 10  # that `close` waits for the thread
 log = logging.getLogger("ratchet.gateway")
 
 
 class LocalEngine:
-    """Serve one event loop; the thread starts with the first version."""
+    """The engine `local`, for one event loop; its thread starts with the first version."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -56,7 +56,7 @@ class LocalEngine:
     async def load(self, bundle: Bundle) -> None:
         """Load a version beside the others.
 
-        Raises BaseModelError: it does not fit its base, is broken, or another one of that number is loaded.
+        Raises BaseModelError: it does not fit its base, is broken, or a different version has its number.
         """
         async with self._loading:
             if bundle.version in self._served:
@@ -72,8 +72,8 @@ class LocalEngine:
     async def answer(self, ask: Ask) -> AsyncIterator[Piece | Ended]:
         """Yield pieces, then one Ended.
 
-        Raises BusyError: `gateway.max_queue` wait already; UserError: the prompt does not fit, or the form
-        cannot be held; ServiceError: the version is not loaded, or decoding failed.
+        Raises BusyError: `gateway.max_queue` wait already; UserError: the prompt does not fit, or its form
+        is not supported; ServiceError: the version is not loaded, or decoding failed.
         """
         self._require_open()
         if ask.version not in self._served:
@@ -91,7 +91,7 @@ class LocalEngine:
         row = Row(ask, time.perf_counter(), partial(_pass_on, loop, pieces))
         await self._equip(row)
         self._pending += 1
-        self._inbox.put(lambda: self._waiting.append(row))  # `_waiting` is replaced in every round
+        self._inbox.put(lambda: self._waiting.append(row))  # each round replaces `_waiting`
         try:
             while not isinstance(piece := await pieces.get(), Ended):
                 if isinstance(piece, RatchetError):
@@ -99,7 +99,7 @@ class LocalEngine:
                 yield piece
             yield piece
         finally:
-            row.cancelled = True  # the thread lets go of it at its next round
+            row.cancelled = True  # the thread drops the row in its next round
             self._pending -= 1
 
     async def close(self) -> None:
@@ -110,7 +110,7 @@ class LocalEngine:
             await asyncio.to_thread(self._thread.join, CLOSE_SECONDS)
 
     async def _equip(self, row: Row) -> None:
-        """Give a row what its form or its scores need, made beside the models' thread: up to a second."""
+        """Make what the row's form or scores need, outside the models' thread: it takes up to a second."""
         vocabulary = self._vocabularies[row.ask.version]
         if row.ask.form is not None or row.ask.must_call:
             row.constraint = await asyncio.to_thread(vocabulary.constrain, row.ask)
@@ -123,9 +123,9 @@ class LocalEngine:
             raise ServiceError("the gateway stops", remedy="come again when it has started anew")
 
     def _read(self, bundle: Bundle) -> tuple[ChatFormat, LoadedModel | None]:
-        """Check a version and load its tokenizer, and a model where none in memory fits.
+        """Check a version and load its tokenizer, and a model unless one in memory fits.
 
-        It runs in a thread of its own, beside the requests.
+        It runs in its own thread, while requests are answered.
         """
         check_adapter_fits(bundle)
         chat = load_chat(bundle.adapter)
@@ -153,9 +153,9 @@ class LocalEngine:
             decoder.fail_all(stopping, [])
 
     def _take_in(self) -> bool:
-        """Do the work that came since the last round; wait where nothing is to be decoded.
+        """Do the work queued since the last round; if there is nothing to decode, wait for more.
 
-        Returns False at the end.
+        Return False when the engine closes.
         """
         while True:
             busy = bool(self._waiting) or any(decoder.size for decoder in self._decoders.values())
@@ -179,7 +179,7 @@ class LocalEngine:
             self._waiting = [row for row in self._waiting if row not in joining]
             try:
                 decoder.round(joining)
-            except Exception as error:  # a fault of ours; nobody shall wait for ever
+            except Exception as error:  # a bug of ours; no client may wait forever
                 log.exception("a round failed")
                 decoder.fail_all(
                     ServiceError(
@@ -204,7 +204,7 @@ class LocalEngine:
         self._served[bundle.version] = bundle
 
     def _remove(self, version: int) -> None:
-        """Unload a version, and its model where no other version uses it."""
+        """Unload a version, and its model if no other version uses it."""
         bundle = self._served.pop(version, None)
         if bundle is None:
             return

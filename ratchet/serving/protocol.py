@@ -39,7 +39,7 @@ NOT_SUPPORTED = (
     *("logit_bias", "presence_penalty", "frequency_penalty", "modalities", "audio", "prediction"),
     *("reasoning_effort", "verbosity", "web_search_options"),
 )
-# Values of unsupported fields that ask for what happens anyway: some clients always send every field.
+# Values of unsupported fields that ask for what is done anyway, since some clients always send every field.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "function_call": ("none", "auto"),
@@ -59,7 +59,7 @@ class Part(msgspec.Struct):
 
 
 class Turn(msgspec.Struct):
-    """Hold the fields of a message that count; others (`name`, `refusal`, …) are ignored."""
+    """The fields of a message that are read; others (`name`, `refusal`, …) are ignored."""
 
     role: str
     content: str | list[Part] | None = None
@@ -70,11 +70,11 @@ class Turn(msgspec.Struct):
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
-    include_obfuscation: Any = None  # padding against those who measure encrypted streams; none is sent
+    include_obfuscation: Any = None  # padding against traffic analysis of encrypted streams; none is sent
 
 
 class SchemaBody(msgspec.Struct, forbid_unknown_fields=True):
-    """Hold `json_schema`; the answer always keeps to the schema, whatever `strict` says."""
+    """The field `json_schema`; the answer always follows the schema, whatever `strict` says."""
 
     name: str
     schema: dict[str, Any] | None = None
@@ -88,7 +88,7 @@ class FormatBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
-    """Hold a request's body; an unknown field is refused, since it may be a misspelt limit."""
+    """A request's body; an unknown field is refused, since it may be a misspelt limit."""
 
     model: str
     messages: list[Turn]
@@ -141,12 +141,12 @@ class FeedbackBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class WholeAsk(Ask):
-    """Mark a request that is not streamed, so that an upstream may send the answer in one piece."""
+    """A request that is not streamed, so that an upstream may send the answer in one piece."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Hold a well-formed request; None stands for what the version's own settings decide."""
+    """A checked request; for a value of None, the version's own settings decide."""
 
     model: str
     messages: tuple[Message, ...]
@@ -167,7 +167,7 @@ class Chat:
     reasons: bool = True
 
     def ask(self, id: str, version: int, choice: int = 0) -> Ask:
-        """Return what the engine is asked; each choice has a seed of its own, the first the client's."""
+        """Return the engine's request for one choice; its seed is the client's plus the choice's number."""
         kind = Ask if self.stream else WholeAsk
         return kind(
             id,
@@ -187,7 +187,7 @@ class Chat:
         )
 
     def logged(self) -> tuple[tuple[str, str], ...]:
-        """Return roles and texts for the request log; the tools that were offered stand before them."""
+        """Return roles and texts for the request log, preceded by the offered tools, if any."""
         offered = (("tools", msgspec.json.encode(self.tools).decode()),) if self.tools else ()
         return (*offered, *((message.role, message.text) for message in self.messages))
 
@@ -250,7 +250,7 @@ def parse_feedback(raw: bytes) -> FeedbackBody:
 
 
 def decode(decoder: msgspec.json.Decoder[Decoded], raw: bytes) -> Decoded:
-    """Decode a body. Raises Fault(400): it is no JSON, or a field is of another type."""
+    """Decode a body. Raises Fault(400): it is not JSON, or a field has a wrong type."""
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
@@ -318,7 +318,7 @@ def check_tools(given: Any) -> tuple[Tool, ...]:
 
 
 class ToolChoice(NamedTuple):
-    """Hold the tools that are offered, the names of which one has to be called, and whether it is named."""
+    """The offered tools, the names of which one must be called, and whether the client named just one."""
 
     tools: tuple[Tool, ...]
     must_call: tuple[str, ...] = ()
@@ -386,7 +386,7 @@ def _join(where: str, content: str | list[Part]) -> str:
 
 
 def check_text(where: str, text: str) -> str:
-    """Return a text as it is. Raises Fault(400): it cannot be stored, or is made to break what shows it."""
+    """Return a text unchanged. Raises Fault(400) for NUL, which cannot be stored, and for runs of marks."""
     if "\0" in text:
         refuse(where, f"{where} holds a NUL character at {text.index(chr(0))}", "remove it")
     if has_mark_run(text):
@@ -411,7 +411,7 @@ Number = TypeVar("Number", int, float)
 
 
 def check_range(field: str, value: Number | None, low: float, high: float) -> Number | None:
-    """Return a number as it is. Raises Fault(400): it is out of range, or NaN."""
+    """Return a number unchanged. Raises Fault(400): it is out of range, or NaN."""
     if value is not None and not low <= value <= high:
         refuse(field, f"{field} is {str(value)[:40]}; wanted {low:g} to {high:g}")
     return value
@@ -447,7 +447,7 @@ def to_form(name: str, schema: dict[str, Any]) -> JsonForm:
 
 
 def _check_logprobs(body: Body) -> int | None:
-    """Return how many likely tokens are wanted beside each one, None where no log probability is."""
+    """Return how many alternatives are wanted for each token; None: no log probabilities are."""
     if body.top_logprobs and not body.logprobs:
         refuse("top_logprobs", "top_logprobs came without logprobs", "send logprobs: true with it")
     top = check_range("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS) or 0
@@ -475,7 +475,7 @@ def refuse(param: str, message: str, remedy: str = "") -> NoReturn:
 
 @dataclass
 class Answer:
-    """Collect one choice as the engine gives it."""
+    """One choice of an answer, collected from the engine's pieces."""
 
     texts: list[str] = field(default_factory=list)
     tokens: list[Scored] = field(default_factory=list)
@@ -502,7 +502,7 @@ class Answer:
 
 
 class Encoder(Protocol):
-    """Write an answer in a client's protocol: in one body, or as events."""
+    """Writes an answer in a client's protocol: in one body, or as events."""
 
     def whole(self, answers: Sequence[Answer]) -> bytes:
         """Return the body that holds all choices."""
@@ -517,12 +517,12 @@ class Encoder(Protocol):
         """Return the events after all pieces."""
 
     def fail(self, fault: Fault) -> bytes:
-        """Return an error as an event: once an answer has begun, its status is sent already."""
+        """Return an error as an event, since the status is sent once an answer has begun."""
 
 
 @dataclass(frozen=True)
 class ChatEncoder:
-    """Write chat completions; `fingerprint` is `name@vN`."""
+    """The encoder of chat completions; `fingerprint` is `name@vN`."""
 
     id: str
     created: int
@@ -550,7 +550,7 @@ class ChatEncoder:
         return message
 
     def _calls(self, index: int, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
-        """Return calls in OpenAI's form; their ids follow from the request's, so each is one of its own."""
+        """Return calls in OpenAI's form; their ids are made from the request's, so each is unique."""
         head = f"call_{self.id.rpartition('-')[2]}_{index}"
         return [
             {
@@ -618,7 +618,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def encode_scored(scored: Scored) -> dict[str, Any]:
-    """Return a token in OpenAI's form, with the likely ones in its place."""
+    """Return a token in OpenAI's form, with its likeliest alternatives."""
     return {**_encode_token(scored), "top_logprobs": [_encode_token(other) for other in scored.top]}
 
 
@@ -646,7 +646,7 @@ def _usage(answers: Sequence[Answer]) -> dict[str, int]:
 
 
 class Model(msgspec.Struct):
-    """Hold a model as OpenAI describes one."""
+    """A model, in OpenAI's form."""
 
     id: str
     created: int

@@ -1,8 +1,8 @@
-"""Decode an answer token by token: return the text that is certain, and stop at a stop string.
+"""Decode an answer token by token: return text once it is certain, and stop at a stop string.
 
-The joined pieces equal what `ChatFormat.decode_answer` makes of all tokens at once. Each token is decoded
-together with the tokens before it, since its text may depend on its neighbours (text-generation-inference
-decodes streams the same way).
+The joined pieces equal the text that `ChatFormat.decode_answer` makes of all tokens at once. Each token is
+decoded together with the tokens before it, since its text may depend on its neighbours
+(text-generation-inference decodes streams the same way).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 
 from ratchet.data.examples import overlap, trim_start
 
-HALF = "\ufffd"  # what a decoder writes for the first bytes of a character
+HALF = "\ufffd"  # a decoder writes it for an incomplete character
 
 
 class Transcript:
-    """Collect the tokens of one answer; `stopped` says whether a stop string ended it."""
+    """The tokens and text of one answer; `stopped` says whether a stop string ended it."""
 
     def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()) -> None:
         self._decode, self._stops = decode, [stop for stop in stops if stop]
@@ -37,7 +37,7 @@ class Transcript:
         return self._release(len(self._held[:end].rstrip()))
 
     def end(self) -> str:
-        """Return the rest, without blanks at its end."""
+        """Return the remaining text, without blanks at its end."""
         self._take_in(self._decode(self._newest))
         self._newest, self._read = [], 0
         return self._release(len(self._held.rstrip()))

@@ -19,7 +19,7 @@ from ratchet.serving.bundle import Bundle, make_bundle
 
 
 class Source(NamedTuple):
-    """Hold a version with its test rows and its reports."""
+    """A version with its test rows and its reports."""
 
     label: str  # "v3" or "candidate"
     commit: str

@@ -1,8 +1,8 @@
-"""Know a version's tokens as bytes: to hold an answer to a grammar, and to name tokens by their bytes.
+"""A version's tokens as bytes, to restrict an answer to a grammar, and to report tokens by their bytes.
 
-llguidance does both: it compiles a schema (draft 2020-12, most of it) to a grammar, and says at each step
-which tokens may follow. It needs no other package. With 49,152 tokens the tokenizer is made in 0.8 s, a
-schema of four texts in 6 ms, and a token costs 0.5 ms more.
+llguidance does both: it compiles a schema (most of draft 2020-12) to a grammar, and says at each step which
+tokens may follow. It needs no other package. With 49,152 tokens, its tokenizer is built in 0.8 s, a schema of
+four strings is compiled in 6 ms, and each token takes 0.5 ms longer.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ PLACE = re.compile(r"at \d+\(\d+\): (?:failed to compile JSON schema: )?")
 
 
 class Vocabulary:
-    """Hold a tokenizer for grammars; it is made at the first use, which takes up to a second."""
+    """A version's tokenizer for grammars, built at the first use, which takes up to a second."""
 
     def __init__(self, chat: ChatFormat, size: int) -> None:
-        """Take the width of the logits as `size`; a model's may be wider than its tokenizer."""
+        """Set the width of the logits, `size`, which may exceed the number of the tokenizer's tokens."""
         self._chat, self._size = chat, size
         self._made: Any = None
         self._lock = Lock()
 
     def prepare(self) -> None:
-        """Make the tokenizer. Raises UserError: it cannot be made."""
+        """Build the tokenizer. Raises UserError: it cannot be built."""
         self._tokenizer()
 
     def constrain(self, ask: Ask) -> Constraint:
         """Compile the form of an answer, or the calls that it has to make.
 
-        Raises UserError: a schema is none, or asks for what cannot be held; no call of the template's can be.
+        Raises UserError: a schema is invalid or not supported, or the template's calls have no grammar.
         """
         from llguidance import LLMatcher
 
@@ -53,7 +53,7 @@ class Vocabulary:
         return Constraint(matcher, grammar.what)
 
     def _quote(self, text: str) -> str:
-        """Write a text of the template in Lark; its control tokens, which are no text, by their numbers."""
+        """Write a text of the template in Lark, with control tokens, which are no text, as their ids."""
         tokenizer, symbols, plain = self._tokenizer(), list[str](), b""
         for token in [*self._chat.tokenizer.encode(text, add_special_tokens=False), None]:
             if token is not None and not tokenizer.is_special_token(token):
@@ -95,7 +95,7 @@ class Vocabulary:
 
 
 class Constraint:
-    """Say which tokens may follow those of one answer."""
+    """The state of one answer's grammar, which says which tokens may follow."""
 
     def __init__(self, matcher: Any, what: str) -> None:
         self._matcher, self._what = matcher, what
@@ -115,6 +115,6 @@ class Constraint:
 
 
 def _first_line(complaint: str) -> str:
-    """Return the compiler's reason, without the place in a grammar that no client wrote."""
+    """Return the compiler's reason, without its place in the grammar, which clients do not see."""
     reason = PLACE.sub("", complaint.strip())
     return (reason.splitlines() or ["no reason was given"])[0][:LONGEST_COMPLAINT]

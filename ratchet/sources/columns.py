@@ -8,9 +8,9 @@ from ratchet.data.examples import RawRow
 from ratchet.data.forms import MEANT
 from ratchet.errors import DataError, UserError
 
-# Keys that mean something beside those of any form: a row without them would teach something else.
+# Keys with a meaning of their own in any form: a row that lost one of them would teach something else.
 BESIDE = MEANT - {"input", "chosen", "rejected"} | {"context", "meta"}
-# Keys that make a row together: where one is mapped, the others may have their own names already.
+# Keys that make a row together: where one is mapped, the others may already have the right names.
 TOGETHER = (
     {"prompt", "completion", "chosen", "rejected", "response"},
     {"instruction", "input", "output", "response"},
@@ -37,7 +37,7 @@ class Columns:
         return not self._mapping or column in self.mapped or column in self._kept
 
     def take(self, row: RawRow) -> RawRow:
-        """Rename what is mapped, keep what means something by its own name, leave the rest."""
+        """Rename the mapped columns, keep those whose own name has a meaning, and leave out the rest."""
         if not self._mapping:
             return row
         self.seen.update(dict.fromkeys(row))
@@ -50,7 +50,7 @@ class Columns:
         return {**found, **rest}
 
     def check(self, name: str) -> tuple[str, ...]:
-        """Tell which columns were left out. Raises DataError for a mapped one that no row has."""
+        """Return a message with the columns left out. Raises DataError for a mapped one that no row has."""
         missing = [column for column in self._mapping.values() if column not in self.seen]
         if missing and self.seen:
             raise DataError(
@@ -66,7 +66,7 @@ class Columns:
 
 
 def listed(columns: Collection[str]) -> str:
-    """List names for a message."""
+    """List the first NAMED names for a message."""
     more = f", and {len(columns) - NAMED} more" if len(columns) > NAMED else ""
     return ", ".join(column[:40] for column in list(columns)[:NAMED]) + more
 

@@ -1,4 +1,4 @@
-"""Tell a file's format from its first bytes, whatever its name is; refuse what holds no rows.
+"""Recognise a file's format by its first bytes, whatever its name is, and refuse formats without rows.
 
 A refusal says what the file is and which command helps.
 """
@@ -27,7 +27,7 @@ UNPACK = "unpack it and name the files; gzip or zstd of a single file is read as
 AS_CSV = "save it as CSV (UTF-8), and name that file"
 DRAFT = "ratchet synthesize --documents FILE lets a teacher write rows about a text (docs/synthesis.md)"
 WANTED = "JSON (lines, an array or columns), CSV, TSV, Parquet or Arrow"
-# What is known by its first bytes and holds no rows: what it is, and what helps.
+# Formats without rows, by their first bytes: what the file is, and what to do instead.
 OTHERS: dict[bytes, tuple[str, str]] = {
     b"PK\x05\x06": ("an archive (zip)", UNPACK),
     b"7z\xbc\xaf": ("an archive (7z)", UNPACK),
@@ -59,18 +59,18 @@ OFFICE = {
     b"word/": "a Word document (docx)",
     b"content.xml": "an ODF file",
 }
-TAR_AT, TAR = 257, b"ustar"
+TAR_AT, TAR = 257, b"ustar"  # a tar's magic stands at this offset
 BOM = b"\xef\xbb\xbf"
 DELIMITERS = {",": "CSV", ";": "CSV", "\t": "TSV", "|": "CSV"}
 ONE_COLUMN = ("text", "messages", "conversations")  # headers of a CSV with one column
 LONGEST_NAME = 100  # of a column
-LEAST_EVEN = 0.9  # share of the rows with as many cells as the header, from which a text is a table
+LEAST_EVEN = 0.9  # share of rows with as many cells as the header, from which a text counts as a table
 LEAST_EVEN_KNOWN = 0.5  # the same under a header that is a known form
-SHORT = 2**16  # bytes that are enough to tell most tables by
+SHORT = 2**16  # bytes by which most tables are recognised; tried before the whole head, which takes longer
 
 
 class Dialect(NamedTuple):
-    """How the cells of a text table are told apart."""
+    """How the cells of a text table are separated and quoted."""
 
     delimiter: str
     quoted: bool
@@ -83,9 +83,9 @@ class Dialect(NamedTuple):
 
 
 def tell_format(stream: Stream, columns: tuple[str, ...] = ()) -> tuple[Format, Dialect | None]:
-    """Tell the format; of CSV also how its cells are told apart.
+    """Return the format, and the dialect of a CSV.
 
-    `columns`: names that the file has for sure. Raises DataError for what holds no rows.
+    `columns`: names of columns that the file must have. Raises DataError for a format without rows.
     """
     head = stream.head
     for magic, found in TABLES.items():
@@ -94,7 +94,7 @@ def tell_format(stream: Stream, columns: tuple[str, ...] = ()) -> tuple[Format, 
     _refuse_others(stream)
     text = head.removeprefix(BOM).lstrip(b" \t\r\n")
     if not text:
-        return "JSON Lines", None  # no rows, which the caller says
+        return "JSON Lines", None  # an empty file; the caller reports that there are no rows
     _refuse_encodings(head, text, stream)
     if text.startswith(b"["):
         return "JSON", None
@@ -102,7 +102,7 @@ def tell_format(stream: Stream, columns: tuple[str, ...] = ()) -> tuple[Format, 
         return ("JSON Lines" if _has_whole_first_line(text) else "JSON"), None
     lines = [line for line in text.splitlines()[:100] if line.strip()]
     if 2 * sum(line.lstrip().startswith(b"{") for line in lines) >= len(lines):
-        return "JSON Lines", None  # with broken rows, which preparation counts
+        return "JSON Lines", None  # with broken rows, which preparation rejects and counts
     if text.startswith(b"<"):
         raise _refusal(stream, "a page (HTML or XML)", f"a login page in place of the file? {DRAFT}")
     for size in (SHORT, len(head)):
@@ -132,7 +132,7 @@ def _refusal(stream: Stream, what: str, remedy: str) -> DataError:
 
 
 def _refuse_encodings(head: bytes, text: bytes, stream: Stream) -> None:
-    # UTF-16 with its mark, or `{` as two bytes.
+    # UTF-16 with a byte order mark, or without one: `{` as two bytes.
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in text[:2]:
         raise DataError(
             f"{stream.name} is UTF-16, wanted UTF-8",
@@ -158,7 +158,7 @@ def _has_whole_first_line(text: bytes) -> bool:
 
 
 def sniff(text: str, is_whole: bool, columns: tuple[str, ...] = ()) -> Dialect | None:
-    """Find how the cells of a text table are told apart; None where it is none.
+    """Find the dialect of a text table; None where the text is no table.
 
     A table has a header with a name for each column, and rows of as many cells.
     """
@@ -173,6 +173,7 @@ def sniff(text: str, is_whole: bool, columns: tuple[str, ...] = ()) -> Dialect |
             if share >= least and len(header) > 1:
                 found.append((share, len(header), quoted, Dialect(delimiter, quoted, header, skip)))
     if found:
+        # The most even rows win, then the most columns, then quoting.
         return max(found, key=lambda one: one[:3])[3]
     header, share = _measure(text, is_whole, ",", True, columns)
     alone = len(header) == 1 and header[0] in (*ONE_COLUMN, *columns) and share == 1.0
@@ -191,7 +192,8 @@ def _measure(
 ) -> tuple[tuple[str, ...], float]:
     """Return the header, and the share of rows with as many cells; no header where it names no columns.
 
-    Under a known header a text is a table even where a quote is wrong, which its reader then tells by line.
+    A text under a known header counts as a table even with a misplaced quote, which its reader then reports
+    with the line.
     """
     rows: list[list[str]] = []
     broken = False
@@ -200,11 +202,11 @@ def _measure(
             if any(map(str.strip, row)):
                 rows.append(row)
     except csv.Error as error:
-        broken = is_whole or "end of data" not in str(error)
+        broken = is_whole or "end of data" not in str(error)  # a cut text may end within quotes
     if not is_whole and not broken:
-        rows = rows[:-1]  # it is cut
+        rows = rows[:-1]  # the last row is cut off
     header = _header(rows[0]) if rows else ()
-    if not header or (broken and delimiter == "\t"):  # without quoting it may be one
+    if not header or (broken and delimiter == "\t"):  # read without quoting, it may still be a table
         return (), 0.0
     if broken or len(rows) < 2:
         return (header, 1.0) if _is_known(header, columns) else ((), 0.0)
@@ -221,7 +223,7 @@ def _header(cells: list[str]) -> tuple[str, ...]:
 
 
 def read_cells(text: Iterable[str], delimiter: str, *, quoted: bool) -> Any:
-    """Return a csv.reader. It is strict where cells are quoted: a quote in the wrong place swallows rows."""
+    """Return a csv.reader, strict where cells are quoted: a misplaced quote would otherwise swallow rows."""
     csv.field_size_limit(MAX_LINE)
     if quoted:
         return csv.reader(text, delimiter=delimiter, strict=True)

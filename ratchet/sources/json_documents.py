@@ -1,6 +1,6 @@
-"""JSON that is not one object a line: an array, objects over several lines, a table by columns, an export.
+"""JSON that is not one object per line: an array, objects over several lines, a table by columns, an export.
 
-A row keeps its own text, without the line breaks: what is wrong with it is preparation's to say.
+A row keeps its own text, without the line breaks, so that preparation sees its faults and reports them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ BLANK = re.compile(r"[ \t\r\n]*")
 
 
 class Document(NamedTuple):
-    """Rows as text, or as objects where the document is no list of them; `said`: what was left out."""
+    """Rows as text (`lines`), or as objects (`rows`) where the text does not hold them one by one.
+
+    `said`: messages on what was left out.
+    """
 
     format: str
     lines: Iterable[bytes] = ()
@@ -29,7 +32,7 @@ class Document(NamedTuple):
 
 
 class Value(NamedTuple):
-    """A value in a text, with its place."""
+    """A JSON value with its place in the text, and its key where it is part of an object."""
 
     value: Any
     start: int
@@ -38,11 +41,10 @@ class Value(NamedTuple):
 
 
 def read_document(content: bytes, name: str, *, mapped: bool = False) -> Document | None:
-    """Read a whole document; None where it is lines, some of them broken.
+    """Read a whole document; None where it is JSON Lines, some of them broken.
 
-    `mapped`: which column is the question and which the answer was said.
-
-    Raises DataError: broken in the middle, or nothing that is surely a list of rows.
+    `mapped`: the caller named the columns of question and answer. Raises DataError where the JSON is broken
+    in the middle, or where it is not certain which list holds the rows.
     """
     try:
         text = content.decode("utf-8-sig")
@@ -81,7 +83,7 @@ def _read_array(text: str, start: int, name: str, mapped: bool) -> Document:
 
 
 def _read_single(text: str, only: Value, name: str, mapped: bool) -> Document:
-    """Read a document of one object: one row, or a table."""
+    """Read a document of one object: one row, a table by columns, or an object around a list of rows."""
     found: dict[str, Any] = only.value
     if rows := _by_columns(found, name):
         return Document("JSON columns", rows=rows)
@@ -136,7 +138,7 @@ def _is_list_of_objects(value: Any) -> bool:
 
 
 def _parts(text: str, start: int, name: str, *, to_the_end: bool = True) -> Iterator[Value]:
-    """Yield the parts of the array or object at `start`; nothing may follow it `to_the_end` of the text."""
+    """Yield the parts of the array or object at `start`; with `to_the_end`, only blanks may follow it."""
     is_object, at = text[start] == "{", _skip(text, start + 1)
     closing = "}" if is_object else "]"
     while text[at : at + 1] != closing:
@@ -188,7 +190,7 @@ def _broken(text: str, at: int, name: str) -> DataError:
         fault, place = "unexpected text", at
     except json.JSONDecodeError as error:
         fault, place = error.msg, error.pos
-    except (ValueError, RecursionError) as error:  # a number of 4,300 digits; too many levels
+    except (ValueError, RecursionError) as error:  # a number of over 4,300 digits, or too many levels
         fault, place = str(error), at
     line, column = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
     return DataError(
@@ -202,7 +204,7 @@ def _texts(text: str, parts: Iterable[Value]) -> Iterator[bytes]:
 
 
 def _on_one_line(text: str) -> bytes:
-    """Take the line breaks out, which stand between tokens alone, as `json.dumps` would have written it."""
+    """Remove the line breaks, which stand only between tokens: the row is then as `json.dumps` writes it."""
     if "\n" not in text:
         return text.encode("utf-8", "surrogatepass")
     whole: list[str] = []

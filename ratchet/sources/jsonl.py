@@ -1,7 +1,7 @@
-"""Rows of files and databases, as JSON lines: whatever the format, a batch holds one object a line.
+"""Rows of files and databases, as JSON Lines: whatever the format, a batch holds one object per line.
 
-JSON Lines come as the bytes that they are, unread. They end at `\\n` alone: `splitlines()` would cut rows at
-U+2028 and U+0085.
+Lines of JSON Lines are passed on as bytes, without parsing. They end at `\\n` only: `str.splitlines()` would
+also cut rows at U+2028 and U+0085.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Harvest", "read_database", "read_files", "read_lines", "shown"]
 
 
 class Harvest(NamedTuple):
-    """The lines of all files, what the files were, and what was left out of them."""
+    """The lines of all files, a record of each file, and messages on what was left out (`said`)."""
 
     lines: list[bytes]
     files: tuple[Original, ...]
@@ -42,14 +42,14 @@ class _Content(NamedTuple):
 
 
 def read_lines(settings: JsonlSource) -> Iterator[bytes]:
-    """Read the rows of all files, one line each. Raises DataError: nothing is found, or what is no rows."""
+    """Read the rows of all files, one line each. Raises DataError for no file, or a format without rows."""
     for opened in find_files(settings.path):
         with open_stream(opened) as stream:
             yield from _read(stream, Columns({})).lines
 
 
 def read_files(path: str, mapping: dict[str, str], extra: Collection[str] = ()) -> Harvest:
-    """Read the rows of all files, with columns renamed by `mapping`; `extra`: keys that rows may have beside.
+    """Read the rows of all files, with columns renamed by `mapping`; `extra`: further keys of the rows.
 
     Raises DataError as `read_lines`, and for a mapped column that a file does not have.
     """
@@ -108,6 +108,7 @@ def _read(stream: Stream, columns: Columns) -> _Content:
 
 
 def _lines(handle: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines that are not blank; a line over MAX_LINE is cut, which preparation rejects."""
     first = True
     while line := handle.readline(MAX_LINE):
         cut = len(line) == MAX_LINE and not line.endswith(b"\n")
@@ -129,15 +130,15 @@ def _renamed(lines: Iterable[bytes], columns: Columns) -> Iterator[bytes]:
         try:
             row = read_row(line)
         except RowError:
-            yield line  # preparation counts it
+            yield line  # preparation rejects and counts it
         else:
             yield encode_row(unfold(columns.take(row)))[:MAX_LINE]
 
 
 def _encoded(rows: Iterable[Any], columns: Columns, name: str) -> Iterator[bytes]:
-    """Encode the rows of a table; what is no object goes on as it is, for preparation to count.
+    """Encode the rows of a table; a row that is no object is passed on for preparation to reject.
 
-    Raises DataError over the limit on unpacking: a Parquet file of 1 MB can hold a text a million times.
+    Raises DataError over MOST_UNPACKED bytes: a Parquet file of 1 MB can hold a text a million times.
     """
     count = 0
     for row in rows:

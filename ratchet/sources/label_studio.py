@@ -1,6 +1,6 @@
 """Tasks of Label Studio's JSON export: a choice or a written text becomes the answer.
 
-Not covered: marked spans, boxes and whatever else is no text to answer with.
+Not covered: marked spans, boxes and other labels that are no text to answer with.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from ratchet.sources.columns import listed
 
 
 def is_task(value: dict[str, Any]) -> bool:
-    """Tell whether an object is a task: `data` to look at, and `annotations` (once `completions`)."""
+    """Tell whether an object is a task: `data` to label, and `annotations` (formerly `completions`)."""
     given = value.get("annotations", value.get("completions"))
     return isinstance(value.get("data"), dict) and isinstance(given, list)
 
 
 def read_tasks(tasks: Iterable[Any], name: str, mapped: bool) -> tuple[list[RawRow], tuple[str, ...]]:
-    """Make a row of each annotation; those of one task that agree give one row.
+    """Make one row per annotation; equal annotations of one task give one row.
 
-    A row holds the text that was asked about and the answer, as `prompt` and `completion`; where the caller
-    renames columns (`mapped`), all texts and answers by the names that the labelling gave them. Raises
-    DataError: no choice and no text, or several of which nobody said which is meant.
+    A row holds the labelled text and the answer as `prompt` and `completion`. Where the caller renames
+    columns (`mapped`), it holds all texts and answers under the names of the labelling instead. Raises
+    DataError when there is no choice and no text, or when there are several and no mapping.
     """
     rows: list[RawRow] = []
     left_out, asked_about, answered, kinds = Counter[str](), set[str](), set[str](), set[str]()
@@ -73,7 +73,7 @@ def _named(row: RawRow, asked: set[str], answered: set[str]) -> RawRow:
 
 
 def _answers(results: Any, kinds: set[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield (name of the control, name of what it is about, the answer)."""
+    """Yield (name of the control, name of the text that it labels, the answer)."""
     for result in results if isinstance(results, list) else []:
         if not isinstance(result, dict) or not isinstance(result.get("value"), dict):
             continue
@@ -81,6 +81,6 @@ def _answers(results: Any, kinds: set[str]) -> Iterator[tuple[str, str, str]]:
         for kind, joint in (("choices", ", "), ("text", "\n")):
             given = result["value"].get(kind)
             texts = [given] if isinstance(given, str) else given
-            # Spans hold a `text` as well: that of the span.
+            # Marked spans have a `text` as well, the text of the span, which is no answer.
             if result.get("type") in ("choices", "textarea") and isinstance(texts, list) and texts:
                 yield str(result.get("from_name")), str(result.get("to_name")), joint.join(map(str, texts))

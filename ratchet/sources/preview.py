@@ -1,6 +1,6 @@
 """Show rows as the model will see them: tokens, and which of them are learned.
 
-Rows come after preparation's checks, so that what these change or refuse is seen as well.
+Rows pass preparation's checks first, so that a preview shows what these change or refuse.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 ROWS = 5
-# Neighbouring tokens take turns, so that one sees where each ends.
+# Neighbouring tokens alternate between two styles, so that the end of each is visible.
 LEARNED, GIVEN = ("black on green", "black on bright_green"), ("default on grey19", "default on grey30")
-UNFINISHED = "\ufffd"  # what a decoder gives for a part of a character
+UNFINISHED = "\ufffd"  # what a tokenizer decodes from a part of a character
 
 
 class Piece(NamedTuple):
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 
 
 class Preview(NamedTuple):
-    """A row; `pieces` are empty where no base is there to make tokens.
+    """A row with its tokens; `pieces` is empty where there is no base to tokenize with.
 
     `reasoning` tells what becomes of the row's reasoning, where it has some.
     """
@@ -46,7 +46,7 @@ class Preview(NamedTuple):
 def preview_rows(
     lines: Iterable[bytes], origin: Origin, config: PrepareConfig, chat: ChatFormat | None
 ) -> list[Preview]:
-    """Return the first rows that are fit."""
+    """Return the first ROWS rows that pass the checks."""
     validator, found = Validator(config), list[Preview]()
     for line in lines:
         try:
@@ -73,7 +73,7 @@ def tell_reasoning(chat: ChatFormat | None) -> str:
 
 
 def _pieces(ids: list[int], learned: list[bool], chat: ChatFormat) -> list[Piece]:
-    """Decode token by token; those of one character together, since each alone is no text."""
+    """Decode token by token; tokens of one character are decoded together, since each alone is no text."""
     pieces: list[Piece] = []
     waiting: list[int] = []
     for place, (token, is_learned) in enumerate(zip(ids, learned, strict=True)):
@@ -90,7 +90,7 @@ def _pieces(ids: list[int], learned: list[bool], chat: ChatFormat) -> list[Piece
 
 
 def as_plain(rows: list[Preview]) -> list[dict[str, Any]]:
-    """Make JSON of a preview."""
+    """Return a preview as values for JSON."""
     return [
         {
             "messages": [
@@ -156,5 +156,5 @@ def _bracketed(pieces: list[Piece]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Escape what could steer the terminal."""
+    """Escape characters that could control the terminal."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

@@ -1,7 +1,7 @@
-"""Harvest documentation strings by parsing, without importing: the embedded default source.
+"""Harvest docstrings by parsing, without importing: the default source, which needs no data.
 
-One row a documented object: the first sentence → the module it stands in; for a share of them also name →
-summary. Not covered: extension modules (nothing to parse), documentation assembled at run time.
+Each documented object gives one row: first sentence → the module it stands in; a share of them also gives
+name → summary. Not covered: extension modules (nothing to parse), docstrings assembled at run time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ratchet.config.data import PydocSource
 from ratchet.data.examples import Message, Meta, RawRow, make_raw_row
 from ratchet.errors import DataError
 
-# Folders of tests and vendored copies repeat other modules' words.
+# Tests and vendored copies repeat the docstrings of other modules.
 SKIPPED = frozenset(
     {
         "test",
@@ -67,7 +67,7 @@ def harvest(settings: PydocSource) -> Iterator[RawRow]:
 
 
 def _is_chosen(found: Documented, share: float) -> bool:
-    """Choose by the sentence, so that one that stands at several objects is wholly in or out."""
+    """Choose by the hash of the sentence, so that all objects with the same sentence are in or out."""
     return xxhash.xxh3_64_intdigest(f"chosen {found.sentence}".encode()) % 10_000 < share * 10_000
 
 
@@ -130,10 +130,10 @@ def _module_parts(path: Path, root: Path, name: str) -> list[str]:
 def _in_file(path: Path, label: str, parts: list[str]) -> Iterator[Documented]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in other people's strings
-            tree = ast.parse(path.read_bytes())  # the file may name its encoding
+            warnings.simplefilter("ignore")  # of invalid escapes in other packages' strings
+            tree = ast.parse(path.read_bytes())  # bytes, because the file may name its encoding
     except (OSError, SyntaxError, ValueError):
-        return  # templates and Python 2 leftovers inside packages, links to nowhere
+        return  # templates and Python 2 leftovers inside packages, broken links
     prefix = ".".join(parts)[len(label) :].lstrip(".")
     yield from _found(tree, label, prefix)
     yield from _walk(tree, label, prefix)

@@ -15,7 +15,10 @@ from ratchet.review.records import Outcome
 
 
 class Reviewed(NamedTuple):
-    """`drafts` holds (name, hash of its rows); `batch` names the one that holds the rows already."""
+    """The rows of reviewed drafts.
+
+    `drafts` holds (name, hash of its rows); `batch` names the batch that holds the rows already, if any does.
+    """
 
     rows: list[RawRow]
     label: str
@@ -25,9 +28,10 @@ class Reviewed(NamedTuple):
 
 
 def harvest(root: Path, settings: ReviewConfig, draft: str | None = None) -> Reviewed:
-    """Return the rows of one draft, or of all drafts that are ready and no batch yet.
+    """Return the rows of one draft, or of all drafts that are ready and in no batch yet.
 
-    Why the others are not ready is told on stderr. Raises UserError: `draft` is not ready, or none is.
+    The reasons why other drafts are not ready are written to stderr. Raises UserError when `draft` is not
+    ready, or when no draft is.
     """
     queue = ReviewQueue(root)
     try:

@@ -1,7 +1,7 @@
 """Rows of a database: the result of one query, by SQLAlchemy.
 
-The password comes from RATCHET_SQL_PASSWORD alone: addresses stand in params.yaml, in commits and in logs.
-Nothing is committed there; what a query changes is taken back.
+The password comes only from RATCHET_SQL_PASSWORD, because addresses stand in params.yaml, commits and logs.
+The transaction is never committed, so the database rolls back what a query changes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
 PASSWORD = "RATCHET_SQL_PASSWORD"  # noqa: S105
-AT_ONCE = 1000  # rows
+AT_ONCE = 1000  # rows fetched together
 SQLITE = "sqlite"
 
 
@@ -33,7 +33,8 @@ def is_database(url: str) -> bool:
 def read_query(url: str, query: str, root: Path) -> Table:
     """Run the query; a relative path of SQLite counts from `root`.
 
-    Raises ConfigError: no query, a password in the address; DataError: the database's own complaint.
+    Raises ConfigError for an empty query, an address that cannot be used, or one with a password; DataError
+    for an error of the database.
     """
     from sqlalchemy import create_engine, text
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
@@ -82,7 +83,7 @@ def read_query(url: str, query: str, root: Path) -> Table:
 
 
 def address(url: str) -> str:
-    """Return the address for messages and manifests, without who logs in and what follows `?`."""
+    """Return the address for messages and manifests, without the login and the query string."""
     from sqlalchemy import make_url
     from sqlalchemy.exc import ArgumentError
     from sqlalchemy.util import immutabledict

@@ -1,7 +1,7 @@
 """Open what a path, a glob, a folder or a URL names, unpack gzip and zstd, and hash the bytes on the way.
 
-What protects from a file that unpacks without end: at most MOST_UNPACKED bytes, read as a stream. A ratio
-does not: rows that share one system prompt pack 70 times and more.
+A limit of MOST_UNPACKED bytes, counted while the stream is read, protects from a file that unpacks without
+end. A limit on the ratio does not work: rows that share one system prompt are packed 70 times and more.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from ratchet.data.forms import MAX_LINE
 from ratchet.data.text import strip_url
 from ratchet.errors import DataError
 
-MOST_UNPACKED = 2**31
-HEAD = 2 * MAX_LINE  # bytes by which a format is told
-IN_MEMORY = 2**26  # bytes of a file read at random places, over which it waits on disk
+MOST_UNPACKED = 2**31  # bytes
+HEAD = 2 * MAX_LINE  # bytes by which a format is recognised
+IN_MEMORY = 2**26  # bytes; a larger file that is read at random places is copied to disk
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 WEB = ("http", "https")
 DATA_FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".gz", ".zst")
 
 
 def shown(path: str) -> str:
-    """Make a path fit for messages: of a URL without login and signature."""
+    """Return a path for messages, a URL without its login and signature."""
     return strip_url(path) if "://" in path else path
 
 
 class Stream:
-    """A file's unpacked bytes: `head` to tell what it is, and `handle` to read all of it."""
+    """A file's unpacked bytes: `head` to recognise the format, and `handle` to read all of them."""
 
     def __init__(self, handle: BinaryIO, name: str) -> None:
         self.name = name
@@ -48,20 +48,20 @@ class Stream:
         self.handle = io.BufferedReader(_Joined(self.head, unpacked))
 
     def sha256(self) -> str:
-        """Hash the file as it was found, to its end."""
+        """Read the file to its end, and return the hash of its bytes as they were found, packed or not."""
         while self._raw.read(MAX_LINE):
             pass
         return self._raw.hash.hexdigest()
 
     def read(self) -> bytes:
-        """Read all of it. Raises DataError over MOST_UNPACKED."""
+        """Read all unpacked bytes. Raises DataError over MOST_UNPACKED."""
         content = self.handle.read(MOST_UNPACKED + 1)
         if len(content) > MOST_UNPACKED:
             raise too_large(self.name)
         return content
 
     def spool(self) -> tempfile.SpooledTemporaryFile[bytes]:
-        """Copy it to where it is read at random places, which a URL and a packed file are not."""
+        """Copy the bytes to a temporary file for random access, which URLs and packed files do not offer."""
         copy = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115  (the reader closes it)
         while chunk := self.handle.read(MAX_LINE):
             copy.write(chunk)
@@ -77,7 +77,7 @@ def too_large(name: str) -> DataError:
 
 
 class _Hashed(io.RawIOBase):
-    """A file that hashes what is read of it."""
+    """A file that hashes the bytes that are read from it."""
 
     def __init__(self, handle: BinaryIO) -> None:
         self._handle, self.hash = handle, hashlib.sha256()
@@ -93,7 +93,7 @@ class _Hashed(io.RawIOBase):
 
 
 class _Joined(io.RawIOBase):
-    """What was read already, then the rest."""
+    """A stream of the bytes that were read already, then of the rest."""
 
     def __init__(self, head: bytes, rest: BinaryIO) -> None:
         self._head, self._rest = memoryview(head), rest
@@ -109,7 +109,7 @@ class _Joined(io.RawIOBase):
 
 
 class _Capped(io.RawIOBase):
-    """What a packed file holds, up to the limit."""
+    """The unpacked bytes of a file, up to MOST_UNPACKED."""
 
     def __init__(self, unpacked: Any, stream: Stream) -> None:
         self._unpacked, self._stream, self._count = unpacked, stream, 0
@@ -139,7 +139,7 @@ def _decompress(packed: BinaryIO, codec: str) -> Any:
 
 @contextmanager
 def open_stream(opened: Any) -> Iterator[Stream]:
-    """Open a file that `find_files` found. Raises DataError, also for what cannot be read later."""
+    """Open a file that `find_files` found. Raises DataError, for errors of later reads as well."""
     name = shown(opened.path)
     with _told(name), opened as handle:
         yield Stream(cast(BinaryIO, handle), name)
@@ -171,15 +171,15 @@ def _http_status(error: BaseException | None) -> int | None:
 
 
 def _unreadable(*more: type[Exception]) -> tuple[type[Exception], ...]:
-    """Return what filesystems raise: those of the web and of the hub have errors that are no OSError."""
+    """Return the errors of filesystems: those of the web and of the hub raise some that are no OSError."""
     import aiohttp
-    import httpx2  # what huggingface_hub speaks
+    import httpx2  # the HTTP client of huggingface_hub
 
     return OSError, aiohttp.ClientError, httpx2.HTTPError, *more
 
 
 def find_files(path: str) -> list[Any]:
-    """Find what `path` names, as files of fsspec. Raises DataError: none, or a folder without rows."""
+    """Return the files that `path` names, as fsspec's. Raises DataError for none, or for a plain folder."""
     import fsspec
 
     if not path:
@@ -243,5 +243,5 @@ def _read_json(fs: Any, path: str) -> dict[str, Any]:
 
 
 def base_name(path: str) -> str:
-    """Return the file's name alone: a folder's name may be a person's, a URL's query a signature."""
+    """Return only the file's name: a folder may be named after a person, a URL may hold a signature."""
     return PurePosixPath(urlsplit(path).path if "://" in path else path).name

@@ -22,20 +22,20 @@ from ratchet.sources.streams import Stream
 if TYPE_CHECKING:
     import pyarrow as pa
 
-AT_ONCE = 1024  # rows
+AT_ONCE = 1024  # rows of a batch
 LISTS = ("messages", "conversations", "tools")  # a cell with the text of a JSON list is read as that list
 Reads = Callable[[str], bool]  # whether a column is wanted
 
 
 class Table(NamedTuple):
-    """The names of all columns; rows of those that are wanted, and whole lines of what is no row."""
+    """The names of all columns, and the rows with the wanted columns; a list of cells is no valid row."""
 
     columns: tuple[str, ...]
     rows: Iterator[RawRow | list[str]]
 
 
 def read_csv(stream: Stream, dialect: Dialect, reads: Reads) -> Table:
-    """Read a table of text; a row with more cells than the header comes as a list, which is no row."""
+    """Read a table of text; a row with more cells than the header comes as a list, for later rejection."""
     return Table(dialect.header, _csv_rows(stream, dialect, reads))
 
 
@@ -102,13 +102,13 @@ def _whole(name: str, kind: str) -> Iterator[None]:
 
 
 def _open(file: Any, kind: str) -> tuple[pa.Schema, Callable[[list[str]], Iterator[pa.RecordBatch]]]:
-    """Return the schema, and what gives the batches of the columns with these names."""
+    """Return the schema, and a function from names of columns to batches of these columns."""
     import pyarrow as pa
     from pyarrow import ipc, parquet
 
     if kind == "Parquet":
         opened = parquet.ParquetFile(file)
-        # A dot in a name means a field within for `columns=`: pick by place after reading.
+        # `columns=` takes a name with a dot for a nested field, so such files are read whole, then selected.
         return opened.schema_arrow, lambda names: (
             batch.select(names)
             for batch in opened.iter_batches(
@@ -121,14 +121,14 @@ def _open(file: Any, kind: str) -> tuple[pa.Schema, Callable[[list[str]], Iterat
         count = None if kind == "Arrow stream" else found.num_record_batches
         whole = found if count is None else map(found.get_batch, range(count))
         for batch in whole:
-            batch.validate(full=True)  # offsets that lead out of the buffers would crash
+            batch.validate(full=True)  # offsets outside the buffers would crash the process
             yield from pa.Table.from_batches([batch.select(names)]).to_batches(AT_ONCE)
 
     return found.schema, batches
 
 
 def _classes(schema: pa.Schema, name: str) -> list[str] | None:
-    """Return the names of a column of classes, which `datasets` stores as numbers."""
+    """Return the class names of a column that `datasets` stores as numbers; None for other columns."""
     try:
         known = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][name]
     except (KeyError, ValueError, TypeError):
@@ -153,7 +153,7 @@ def _batch_rows(batches: Iterator[pa.RecordBatch], readers: dict[str, Any]) -> I
 
 
 def _reader(field: pa.Field, classes: list[str] | None = None) -> Callable[[Any], Any] | None:
-    """Return what makes JSON's value of one that is not null; None where it is one already."""
+    """Return a function that turns a column's values into JSON's; None where they are JSON's already."""
     import pyarrow as pa
 
     kind = field.type
@@ -169,7 +169,7 @@ def _reader(field: pa.Field, classes: list[str] | None = None) -> Callable[[Any]
         inside = {part.name: _reader(part) or _same for part in kind}
         return lambda value: {
             name: inside[name](part) for name, part in value.items() if part is not None
-        }  # Arrow gives each struct every field: null is how it says that one is absent
+        }  # Arrow gives each struct every field, so a null stands for an absent one
     if pa.types.is_map(kind):
         of = _reader(kind.item_field) or _same
         return lambda value: {str(name): None if part is None else of(part) for name, part in value}
@@ -182,7 +182,7 @@ def _reader(field: pa.Field, classes: list[str] | None = None) -> Callable[[Any]
             remedy="name the columns that are rows: --columns prompt=COLUMN,completion=COLUMN",
         )
     if pa.types.is_floating(kind):
-        return lambda value: None if math.isnan(value) else value  # how pandas says that a cell is empty
+        return lambda value: None if math.isnan(value) else value  # pandas writes an empty cell as NaN
     return None
 
 
@@ -191,7 +191,7 @@ def _same(value: Any) -> Any:
 
 
 def unfold(row: RawRow) -> RawRow:
-    """Read the lists that a table can only hold as text: `messages` as JSON in one cell."""
+    """Read the lists that a table can hold only as text, such as `messages` as JSON in one cell."""
     for key in LISTS:
         if isinstance(text := row.get(key), str) and text.lstrip().startswith("["):
             try:

@@ -1,1 +1,1 @@
-"""Rows that a teacher writes."""
+"""Rows that a teacher model writes."""

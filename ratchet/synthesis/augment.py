@@ -1,9 +1,7 @@
-"""Word a question anew by rule: a synonym for a word, one inserted, a word left out.
+"""Reword questions by rule: replace words by synonyms, insert synonyms, or delete words.
 
-After EDA, Wei and Zou 2019, arXiv 1901.11196.
-
-Only plain words are touched, never numbers, code spans, names written like code, negations, or anything of
-the answer.
+The operations are those of EDA (Wei and Zou 2019, arXiv 1901.11196). Only plain words of the question are
+changed, never numbers, code spans, identifiers, negations, or the answer.
 """
 
 from __future__ import annotations
@@ -29,11 +27,11 @@ no not never none nothing neither nor without cannot can't don't doesn't didn't 
 except unless only nicht kein keine ohne nie nur
 """
 KEPT = frozenset(NEGATIONS.split())
-FEWEST = 4  # plain words under which none is left out
+FEWEST = 4  # questions with fewer plain words lose none
 
 
 def read_synonyms(path: Path) -> Synonyms:
-    """Read the synonyms, with the words that they replace in lower case. Raises ConfigError."""
+    """Read a JSON file of word → synonyms; the words become lower case. Raises ConfigError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -56,7 +54,7 @@ def read_synonyms(path: Path) -> Synonyms:
 def vary(
     question: str, config: AugmentConfig, synonyms: Synonyms, draw: random.Random
 ) -> Iterator[tuple[str, str]]:
-    """Yield (kind, question) for every kind of variation that is on and changes something."""
+    """Yield (kind, new question) for every enabled kind of variation that changes the question."""
     made = {
         "synonyms": replace_words(question, synonyms, config.replace, draw) if synonyms else question,
         "insertion": insert_words(question, synonyms, config.insert, draw)
@@ -109,7 +107,7 @@ def _number(share: float, words: list[re.Match[str]]) -> int:
 
 
 def _plain_words(text: str) -> list[re.Match[str]]:
-    """Find the words outside of code, numbers and negations."""
+    """Find the words that are not code, numbers or negations."""
     taken = [span.span() for span in CODE.finditer(text)]
     return [
         word
@@ -120,7 +118,7 @@ def _plain_words(text: str) -> list[re.Match[str]]:
 
 
 def _spans(text: str) -> Iterator[tuple[str, bool]]:
-    """Yield the text in parts, with whether each is code."""
+    """Yield the parts of the text, each with whether it is code."""
     end = 0
     for span in CODE.finditer(text):
         yield text[end : span.start()], False
@@ -138,5 +136,5 @@ def _rewrite(text: str, changes: dict[tuple[int, int], str]) -> str:
 
 
 def _like(word: str, other: str) -> str:
-    """Write `other` with a capital where `word` has one."""
+    """Return `other` with a capital first letter if `word` has one."""
     return other[0].upper() + other[1:] if word[0].isupper() else other

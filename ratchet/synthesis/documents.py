@@ -1,7 +1,7 @@
-"""Documents from files, folders, globs and fsspec URLs, cut into chunks by paragraphs.
+"""Read documents from files, folders, globs and fsspec URLs, and cut them into chunks at paragraphs.
 
-A document that cannot be read is named with its reason and stops nothing. Not covered: PDF and word
-processors' files.
+A document that cannot be read is recorded with the reason, and the others are still read. Not covered: PDF
+and word processors' files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ratchet.data.examples import normalise
 from ratchet.data.text import strip_url
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".jsonl")
-MOST_BYTES = 32 * 2**20  # of one document; a larger one is no document but a dump
+MOST_BYTES = 32 * 2**20  # of one document; a larger file is probably a dump of data
 BLANK_LINES = re.compile(r"\n\s*\n")
 SENTENCE_END = re.compile(r"(?<=[.!?。])\s+")
 UNSHOWN = frozenset({"script", "style", "template", "noscript", "svg"})
@@ -36,7 +36,7 @@ class Document(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A piece of a document; `id` is the hash of its text, so that the same passage is asked about once."""
+    """A piece of a document; `id` is the hash of its text, so that equal passages are asked about once."""
 
     id: str
     document: str
@@ -44,7 +44,7 @@ class Chunk(NamedTuple):
 
 
 class Library:
-    """Reads `places` one document after another; `unreadable` fills while it is read."""
+    """Documents at `places`, read one after another; `unreadable` collects (name, reason) while reading."""
 
     def __init__(self, places: Iterable[str], root: Path) -> None:
         self._places, self._root = list(places), root
@@ -52,6 +52,7 @@ class Library:
         self.unreadable: list[tuple[str, str]] = []
 
     def chunks(self, *, chunk_chars: int, overlap_chars: int) -> Iterator[Chunk]:
+        """Yield the chunks of all documents, equal ones only once; the limits are in characters."""
         seen = set[str]()
         for document in self.read():
             for text in cut(document.text, chunk_chars=chunk_chars, overlap_chars=overlap_chars):
@@ -67,11 +68,11 @@ class Library:
                 yield from self._read_one(name, opened)
 
     def _find(self, place: str) -> Iterator[tuple[str, Any]]:
-        """Yield (name, what opens it) of each file at `place`."""
+        """Yield (name, fsspec's OpenFile) of each file at `place`."""
         import fsspec
 
         path = self._root / Path(place).expanduser()
-        if "://" not in place and path.is_file():  # whatever stands in its name, it is no glob
+        if "://" not in place and path.is_file():  # even if its name contains a glob's characters
             yield self._name(str(path)), fsspec.core.OpenFile(fsspec.filesystem("file"), str(path))
             return
         if "://" not in place and path.is_dir():
@@ -96,11 +97,11 @@ class Library:
             yield self._name(place if "://" in place and len(opened) == 1 else one.path), one
 
     def _name(self, path: str) -> str:
-        """Name a file relative to the checkout where it lies there.
+        """Return a file's name: relative to the checkout if it is inside.
 
-        A URL is named without its user, password and signature, since names stand in rows.
+        A URL loses its user, password and signature, because rows contain the name.
         """
-        path = path.encode("utf-8", "replace").decode()  # a file's name may be any bytes
+        path = path.encode("utf-8", "replace").decode()  # a file name may be any bytes
         if "://" in path:
             return strip_url(path)
         with suppress(ValueError):
@@ -142,7 +143,7 @@ class Library:
 
 
 def _decode(raw: bytes) -> str:
-    """Decode UTF-8, or UTF-16 with its byte order mark. Raises ValueError."""
+    """Decode UTF-8, or UTF-16 with a byte order mark. Raises ValueError."""
     text = raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     if "\x00" in text:
         raise ValueError("no text: it holds NUL characters")
@@ -171,7 +172,7 @@ def _rows(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _is_storable(text: str) -> bool:
-    """Return whether the text can be stored; half a surrogate pair, which JSON can spell, and NUL cannot."""
+    """Return whether the text can be stored; lone surrogates, which JSON can escape, and NUL cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -219,9 +220,9 @@ def _strip_tags(text: str) -> str:
 
 
 def cut(text: str, *, chunk_chars: int, overlap_chars: int) -> Iterator[str]:
-    """Cut into chunks of at most `chunk_chars` characters that end with a paragraph.
+    """Cut a text into chunks of at most `chunk_chars` characters that end with a paragraph.
 
-    Each repeats the last paragraphs before it, up to `overlap_chars`.
+    A chunk begins with the last paragraphs of the previous one, up to `overlap_chars` characters.
     """
     held: list[str] = []
     fresh = False
@@ -252,7 +253,7 @@ def _tail(parts: list[str], most: int) -> list[str]:
 
 
 def _parts(text: str, most: int) -> Iterator[str]:
-    """Split the text into paragraphs, and one that is too long by sentences, then by words, then anywhere."""
+    """Split the text into paragraphs; split one over `most` characters at sentences, words, or anywhere."""
     for paragraph in filter(None, map(str.strip, BLANK_LINES.split(text))):
         if len(paragraph) <= most:
             yield paragraph

@@ -1,8 +1,8 @@
-"""A draft's folder, `.ratchet/synthesis/<draft>/`: what was asked, what came of it, the summary last.
+"""Store a draft in its folder `.ratchet/synthesis/<draft>/`: settings, answers, rows, and the summary last.
 
-`answers.jsonl` only grows, a line an asked prompt, so that a run that was killed resumes without asking
-anything twice; `rows.jsonl` and `refused.jsonl` are made from it anew by every run. A folder without
-`summary.json` is unfinished.
+`answers.jsonl` only grows, by one line per answered request, so that a killed run resumes without repeating a
+request. Every run writes `rows.jsonl` and `refused.jsonl` again from the answers. A folder without
+`summary.json` is incomplete.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ratchet.llm.budget import Usage
 
 FOLDER = Path(".ratchet/synthesis")
 NAME = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{4}")
-MOST_NAMED = 5  # documents and drafts that a message names
+MOST_NAMED = 5  # documents or drafts that a message lists
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a draft was asked to be; a resumed run takes it from here."""
+    """The settings with which a draft was begun; a resumed run reads them again."""
 
     mode: str
     count: int
@@ -39,10 +39,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Answered(msgspec.Struct, frozen=True):
-    """One asked prompt; `failure` is the reason why its answer is of no use."""
+    """One answered request; `failure` is a short code if its answer is of no use, else ""."""
 
     key: str
-    prompt: str  # its version
+    prompt: str  # version of the prompt
     model: str
     about: str  # id of the chunk or row
     raw: str
@@ -52,7 +52,7 @@ class Answered(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """A kept row, as it goes to the people's queue."""
+    """A kept row, as it is put into the review queue."""
 
     example: Example
     passage: str = ""
@@ -84,7 +84,7 @@ class DocumentFigures(msgspec.Struct, frozen=True):
     documents: int
     chunks: int
     unreadable: int
-    unreadable_names: list[Unread]  # the first ones
+    unreadable_names: list[Unread]  # the first few
 
 
 class SeedFigures(msgspec.Struct, frozen=True):
@@ -97,7 +97,7 @@ class WeakSpotFigures(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run did; `subject` counts what was asked about, by the draft's mode."""
+    """The results of a run; `subject` has the figures of what it asked about, which depend on the mode."""
 
     draft: str
     mode: str
@@ -115,12 +115,12 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     judge: str | None
     prompt_version: str
     subject: DocumentFigures | SeedFigures | WeakSpotFigures
-    stopped: str = ""  # the limit, or "teacher"; empty: nothing stopped it
+    stopped: str = ""  # the limit that stopped the run, or "teacher"; empty: none
     why: str = ""
-    queued: int | msgspec.UnsetType = msgspec.UNSET  # rows that are new in the review queue
+    queued: int | msgspec.UnsetType = msgspec.UNSET  # rows added to the review queue
 
     def to_json(self) -> dict[str, object]:
-        """Return the form of `summary.json`: flat, with the subject's figures beside the others."""
+        """Return the content of `summary.json`: one flat object that includes the subject's figures."""
         flat: dict[str, object] = msgspec.to_builtins(self)
         subject: dict[str, object] = msgspec.to_builtins(self.subject)
         del flat["subject"]
@@ -128,18 +128,19 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Draft:
-    """Opened for one run; `close` ends it."""
+    """A draft that is open for one run; call `close` at the end."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.name, self.settings = folder, folder.name, settings
         self.kept, self.doubted = 0, 0
         self.refused = Counter[str]()
         self._places = _find_answers(folder / "answers.jsonl")
-        (folder / "summary.json").unlink(missing_ok=True)  # what it said is no longer so
+        (folder / "summary.json").unlink(missing_ok=True)  # outdated as soon as this run adds a row
         self._asked = _open(folder / "answers.jsonl", "a+b")
         self._rows, self._refusals = _open(folder / "rows.jsonl", "wb"), _open(folder / "refused.jsonl", "wb")
 
     def recall(self, key: str) -> Answered | None:
+        """Return the stored answer of a request, or None."""
         if key not in self._places:
             return None
         self._asked.seek(self._places[key])
@@ -160,7 +161,7 @@ class Draft:
 
     @property
     def is_empty(self) -> bool:
-        """Tell whether nothing was ever answered."""
+        """Tell whether no request of the draft was ever answered."""
         return not self._places
 
     def discard(self) -> None:
@@ -172,11 +173,12 @@ class Draft:
             opened.close()
 
     def finish(self, summary: Summary) -> None:
-        """Write the summary; its existence means: complete."""
+        """Write the summary, which marks the draft as complete."""
         write_json(self.folder / "summary.json", summary.to_json())
 
 
 def new_draft(root: Path, settings: Settings) -> Draft:
+    """Create a draft; only the user can read its folder, because it holds texts of documents."""
     name = f"{settings.mode}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
     folder = root / FOLDER / name
     folder.mkdir(parents=True, mode=0o700)
@@ -186,7 +188,7 @@ def new_draft(root: Path, settings: Settings) -> Draft:
 
 
 def find_draft(root: Path, name: str) -> Path:
-    """Find a draft's folder. Raises UserError for a name that is no draft of this checkout."""
+    """Return a draft's folder. Raises UserError if this checkout has no draft of that name."""
     folder = root / FOLDER / name
     if not NAME.fullmatch(name) or not (folder / "settings.json").exists():
         known = sorted((path.parent.name for path in (root / FOLDER).glob("*/settings.json")), reverse=True)
@@ -199,7 +201,10 @@ def find_draft(root: Path, name: str) -> Path:
 
 
 def resume_draft(root: Path, name: str, *, count: int | None = None) -> Draft:
-    """Open a draft again, with another `count` if one is given. Raises UserError, DataError."""
+    """Open a draft again, with a new `count` if given.
+
+    Raises UserError: there is no such draft; DataError: its files are broken.
+    """
     folder = find_draft(root, name)
     try:
         settings = msgspec.convert(read_json(folder / "settings.json"), Settings)
@@ -219,7 +224,7 @@ def read_rows(folder: Path) -> Iterator[Row]:
 
 
 def key_of(*, prompt: str, model: str, about: str, seed: int) -> str:
-    """Make the key of an asked prompt: the same question to the same model has the same one."""
+    """Return the key of a request: the same question to the same model has the same key."""
     return sha256_json([prompt, model, about, seed])[:32]
 
 
@@ -228,7 +233,7 @@ _answer_decoder = msgspec.json.Decoder(Answered)
 
 
 def _find_answers(path: Path) -> dict[str, int]:
-    """Map each key to where its line begins; half a last line, as a killed run may leave it, is cut off."""
+    """Map each key to the byte offset of its line; cut off a partial last line that a killed run left."""
     found, end = dict[str, int](), 0
     if not path.exists():
         return found
@@ -300,6 +305,6 @@ def _describe_counts(name: str, counts: dict[str, int]) -> list[str]:
 
 
 def summary_card(found: Summary) -> str:
-    """Render as Markdown, in a code block: names of documents are other people's text."""
+    """Render as Markdown in a code block, because names of documents could contain markup."""
     body = "\n".join(summary_lines(found)).replace("`", "'")
     return f"## {found.kept} rows by {found.teacher.model.replace('`', '')}\n\n```text\n{body}\n```\n"

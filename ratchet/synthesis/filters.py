@@ -1,7 +1,7 @@
-"""What is refused of a teacher's rows, and what gets a doubt; each with a reason that is counted.
+"""Decide which of a teacher's rows are refused and which get a doubt, with reasons that are counted.
 
-docs/synthesis.md lists the reasons. `ground` compares an answer with the passage that it was written from:
-content words by their stems, numbers exactly.
+docs/synthesis.md lists the reasons. `ground` compares an answer with its source passage: content words by
+their stems, numbers exactly.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ REFERS = re.compile(
     re.IGNORECASE,
 )
 CODE_SPAN = re.compile(r"`[^`\n]+`")
-LETTERS = re.compile(r"[^\W\d_]+")  # a word without digits: numbers are compared exactly
+LETTERS = re.compile(r"[^\W\d_]+")  # words without digits, since numbers are compared exactly
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 THOUSANDS = re.compile(r"(?<=\d)[,](?=\d{3}(?:\D|$))")
-STEM = 5  # letters of a longer word that have to agree: `refund` and `refunded` are one
-# The words that carry no content; short ones in general do not (see `content_words`).
+STEM = 5  # leading letters that identify a word, so that `refund` and `refunded` are the same
+# Words of four letters and more that carry no content; shorter Latin ones never count (see `content_words`).
 WORDS_WITHOUT_CONTENT = """
 about after also although another because been before being between both could does doing done each either
 from have having here into its itself just like made make makes many more most much must neither none only
@@ -45,7 +45,7 @@ EMPTY = frozenset(WORDS_WITHOUT_CONTENT.split())
 
 
 class Verdict(NamedTuple):
-    """`example` when the row is kept; otherwise `reason`, with `detail` for people."""
+    """`example` if the row is kept; otherwise None, with `reason` and, for people, `detail`."""
 
     example: Example | None
     reason: str = ""
@@ -54,10 +54,10 @@ class Verdict(NamedTuple):
 
 
 class Filters:
-    """Refuses what preparation would reject (ratchet/data/validation.py), and more.
+    """The filters: they refuse what preparation would reject (ratchet/data/validation.py), and more.
 
-    `count_tokens` counts those of a text; None where there is no tokenizer yet. `longest` bounds a row where
-    `tokenize.max_length` leaves that to the rows: the base's context.
+    `count_tokens` counts the tokens of a text; None if there is no tokenizer yet. `longest` is the limit of a
+    row in tokens if `tokenize.max_length` is `auto`: the base's context.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class Filters:
         question: str = "",
         system: str | None = None,
     ) -> Verdict:
-        """Keep the row or refuse it, and remember what is kept.
+        """Return the verdict on a row, and remember the row if it is kept.
 
-        `parent` is the row that this one is another wording of, with its `question`: it may be near to that
-        one.
+        If the row rewords another one, `parent` is that row's id and `question` its question: the two may be
+        similar, but their numbers and code spans must agree.
         """
         system = self._settings.system if system is None else system
         turns = [Message("user", pair.question), Message("assistant", pair.answer)]
@@ -119,7 +119,10 @@ class Filters:
         return Verdict(example, doubts=doubts)
 
     def _check_row(self, turns: list[Message], meta: Meta) -> tuple[Example, tuple[str, ...]]:
-        """Read the row as preparation will; what a person may overrule is a doubt. Raises RowError."""
+        """Validate the row as preparation will.
+
+        What a person may overrule becomes a doubt. Raises RowError for everything else.
+        """
         line, doubts = json.dumps(make_raw_row(turns, meta)).encode(), list[str]()
         try:
             found = self._validator.check(line, Origin("", "synthetic", "messages")).example
@@ -148,7 +151,7 @@ class Filters:
         return None
 
     def _check_grounds(self, example: Example, passage: str) -> tuple[str, str, tuple[str, ...]]:
-        """Return (reason of a refusal, its detail, doubts)."""
+        """Return (reason of a refusal or "", its detail, doubts)."""
         bounds, found = self._settings.grounded, ground(example.answer, passage)
         if found.numbers:
             lacking = f"the passage lacks {', '.join(found.numbers[:5])}"
@@ -177,19 +180,23 @@ def _check_words(example: Example) -> tuple[str, str] | None:
 
 
 def _exact_parts(text: str) -> set[str]:
-    """Find what no other wording may change."""
+    """Find the numbers and code spans, which a new wording must not change."""
     return {*numbers(text), *CODE_SPAN.findall(text)}
 
 
 class Grounding(NamedTuple):
-    """`share` of the answer's content words that the passage holds (1 for none), `numbers` that it lacks."""
+    """How far a passage supports an answer.
+
+    `share`: of the answer's content words, those in the passage (1 if there are none); `numbers`: those in
+    the answer that the passage lacks.
+    """
 
     share: float
     numbers: list[str]
 
 
 def ground(answer: str, passage: str) -> Grounding:
-    """Compare an answer with the passage that it has to be found in."""
+    """Compare an answer with the passage that has to support it."""
     wanted, held = content_words(answer), content_words(passage)
     known = set(numbers(passage))
     missing = [number for number in dict.fromkeys(numbers(answer)) if number not in known]
@@ -199,7 +206,7 @@ def ground(answer: str, passage: str) -> Grounding:
 def content_words(text: str) -> frozenset[str]:
     """Return the stems, in lower case, of the words that carry content.
 
-    They have four letters and more (two, where letters are not Latin) and are not in `EMPTY`.
+    These have at least four letters (two, if not all are ASCII) and are not in `EMPTY`.
     """
     words = (word.casefold() for word in LETTERS.findall(text))
     return frozenset(
@@ -210,7 +217,7 @@ def content_words(text: str) -> frozenset[str]:
 
 
 def numbers(text: str) -> list[str]:
-    """Find numbers, in one spelling: `1,000` is `1000`, `10.50` is `10.5`."""
+    """Find the numbers in one spelling: `1,000` is `1000`, `10.50` is `10.5`."""
     return [_plain(THOUSANDS.sub("", number)) for number in NUMBER.findall(text)]
 
 
@@ -222,7 +229,7 @@ def _plain(number: str) -> str:
 
 
 def read_counter(tokenizer: Path) -> Callable[[str], int] | None:
-    """Load what counts the tokens of a text; None where there is no tokenizer yet."""
+    """Return a function that counts the tokens of a text, or None if there is no tokenizer yet."""
     if not tokenizer.exists():
         return None
     from tokenizers import Tokenizer

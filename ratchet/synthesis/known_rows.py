@@ -1,4 +1,4 @@
-"""What a new row must not repeat: rows of this run, of the prepared splits, and above all of the tests."""
+"""Find the known row that a new row repeats: of this run, of the prepared splits, or of the golden set."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ REASONS = {
     "validation": "duplicate",
     "run": "duplicate_of_run",
 }
-OURS = ("train", "run")  # what the row may stand beside; it is a duplicate from `prepare.near_duplicate` on
-ORDER = ("golden", "test", "validation", "train", "run")  # the reason that weighs most comes first
+# On these sides a near row is a duplicate, not a leak, so `prepare.near_duplicate` is the bound.
+OURS = ("train", "run")
+ORDER = ("golden", "test", "validation", "train", "run")  # the most serious reason first
 
 
 class Twin(NamedTuple):
@@ -29,10 +30,10 @@ class Twin(NamedTuple):
 
 
 class Known:
-    """About 1 kB a row.
+    """The rows that a new row must not repeat; about 1 kB of memory per row.
 
-    Nearness is that of the splits (ratchet/data/dedup.py): shingles of what the user wrote; rows of other
-    sides from `prepare.leak` on.
+    Similarity is measured as for the splits (ratchet/data/dedup.py), on shingles of what the user wrote. Rows
+    of validation, test and golden set count from the similarity `prepare.leak` on.
     """
 
     def __init__(self, config: PrepareConfig) -> None:
@@ -48,12 +49,10 @@ class Known:
         self._sides[example.id] = side
 
     def find(self, example: Example, *, but: str = "") -> Twin | None:
-        """Find the row that this one repeats, the gravest first; `but` is the id of one that it may be near
-        to.
+        """Find the row that this one repeats, with the most serious reason; None if there is none.
 
-        A twin without an id means that the row has many words in a row from a golden one.
-
-        Without an id: it has many words in a row from a golden one.
+        `but` is the id of a row to which it may be similar. A twin without an id means that the example
+        quotes many consecutive words of a golden row.
         """
         if side := self._sides.get(example.id):
             return Twin(REASONS[side], example.id)
@@ -72,10 +71,10 @@ class Known:
 
 
 def read_known(prepared: Path, golden: Path, config: PrepareConfig) -> Known:
-    """Read the prepared splits, and the golden file itself: it may be newer than the last preparation."""
+    """Read the prepared splits, and the golden file itself, which may be newer than the last preparation."""
     known, validator = Known(config), Validator(config)
     for _, line in raw_lines(golden) if golden.exists() else []:
-        with suppress(RowError):  # preparation refuses such a file with its line
+        with suppress(RowError):  # preparation will refuse the file and name the line
             known.add(validator.check(line, Origin("golden", "")).example, "golden")
     for split in ("golden", "test", "validation", "train"):
         path = prepared / f"{split}.jsonl"

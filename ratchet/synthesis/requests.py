@@ -1,4 +1,4 @@
-"""Requests to the teacher: one for each chunk, set of examples or question, and how its answer is read."""
+"""Make requests to the teacher, one for each chunk, set of examples or question, and read the answers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ratchet.llm.prompts import Prompt, Template
 from ratchet.llm.replies import Pair, Pairs, Questions, read_reply
 from ratchet.synthesis.documents import Chunk
 
-EXAMPLES = 5  # rows that one self-instruct prompt shows
-MOST_ASKED = 40  # questions of earlier rounds that a prompt lists
+EXAMPLES = 5  # rows that one self-instruct prompt (arXiv 2212.10560) shows
+MOST_ASKED = 40  # most questions of earlier rounds that a prompt lists
 
 
 class Ask(NamedTuple):
-    """One request; `about` is the id of the chunk or row.
+    """One request; `about` is the id of the chunk, the examples or the row that it is about.
 
-    `answer` is a reference that each new question keeps; `parent` and `question` are of the row that is
-    worded anew.
+    `answer` is the known answer, which each new question keeps; `parent` and `question` are id and question
+    of the row to reword.
     """
 
     about: str
@@ -35,14 +35,14 @@ class Ask(NamedTuple):
     system: str | None = None
 
     def read(self, raw: str) -> list[Pair]:
-        """Read the pairs of an answer that was found to be well formed. Raises Malformed."""
+        """Return the pairs in an answer. Raises Malformed unless `Teacher.ask` has accepted the answer."""
         if self.shape is Questions:
             return [Pair(question, self.answer) for question in read_reply(raw, Questions).questions]
         return list(read_reply(raw, Pairs).pairs)
 
 
 class Subject(NamedTuple):
-    """A question to word anew; without an `answer` the teacher gives one."""
+    """A question to reword; without an `answer` the teacher writes one."""
 
     id: str
     question: str
@@ -54,7 +54,7 @@ class Subject(NamedTuple):
 def ask_of_chunks(
     chunks: Iterable[Chunk], template: Template, *, per_chunk: int, asked: dict[str, list[str]]
 ) -> Iterator[Ask]:
-    """Yield a request for each chunk; `asked`: chunk → the questions that earlier rounds gave."""
+    """Yield a request for each chunk; `asked` maps a chunk's id to the questions of earlier rounds."""
     for chunk in chunks:
         prompt = template.render(
             document=chunk.document,
@@ -70,7 +70,7 @@ def ask_of_chunks(
 def ask_of_seeds(
     rows: Sequence[Example], template: Template, *, per_chunk: int, requests: int, seed: int
 ) -> Iterator[Ask]:
-    """Yield as many of them as `requests` says, each of which shows other rows as examples."""
+    """Yield `requests` requests, each with its own random sample of `rows` as examples."""
     draw = random.Random(seed)  # noqa: S311 (no secret)
     for _ in range(requests):
         shown = draw.sample(rows, min(EXAMPLES, len(rows)))

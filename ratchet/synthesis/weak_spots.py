@@ -1,8 +1,8 @@
-"""What the model in charge is weak at, as questions to word anew.
+"""Find questions to reword where the champion is weak: near its mistakes, and in drifted topics.
 
-Rows that were tested on stay out of training, in other words too: a wrong test row points at the training
-rows that are most like it, and those are worded anew. Prompts of a drifted topic are users' own; they have no
-answer yet.
+Test rows stay out of training, also reworded. So a test row with a wrong answer only points to the most
+similar training rows, and these are reworded. Prompts of a drifted topic come from users and have no answer
+yet.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ratchet.monitoring.verdicts import last_verdict
 from ratchet.promotion.champion import read_champion
 from ratchet.synthesis.requests import Subject
 
-WRONG = 0.5  # a score under it counts as wrong
-NEAREST = 2  # training rows that one wrong row points at
+WRONG = 0.5  # an answer with a lower score counts as wrong
+NEAREST = 2  # training rows to which one wrong row points
 SCORES, METRICS = Path("reports/evaluation/scores.parquet"), Path("reports/evaluation/metrics.json")
 
 
 def find_subjects(root: Path, config: Config) -> list[Subject]:
-    """Find training rows near to the model's mistakes, then prompts of the drifted topics.
+    """Find training rows similar to the champion's mistakes, then prompts of the drifted topics.
 
-    Raises UserError when there is neither.
+    Raises UserError if there are neither.
     """
     train = root / "data/prepared/train.jsonl"
     rows = list(read_examples(train)) if train.exists() else []
@@ -56,8 +56,8 @@ def _near_mistakes(root: Path, config: Config, train: Sequence[Example]) -> list
     answers = np.array([row.answer for row in single], dtype=object)
     chosen: dict[str, Example] = {}
     for place, (_, reference) in enumerate(wrong):
-        alike = (asked[place] @ known.T).toarray()[0]  # cosines, one a training row
-        rank = np.where(alike > 0, alike + (answers == reference), 0.0)  # those of the same answer come first
+        alike = (asked[place] @ known.T).toarray()[0]  # cosine similarity of each training row
+        rank = np.where(alike > 0, alike + (answers == reference), 0.0)  # the same answer ranks first
         chosen |= {
             single[index].id: single[index]
             for index in np.argsort(-rank, kind="stable")[:NEAREST]
@@ -67,9 +67,9 @@ def _near_mistakes(root: Path, config: Config, train: Sequence[Example]) -> list
 
 
 def _mistakes(root: Path, config: Config) -> list[tuple[str, str]]:
-    """List (question, reference) of the test rows that the model in charge got wrong, the worst first.
+    """List (question, reference) of the test rows that the champion answered wrongly, the worst first.
 
-    Golden rows are not looked at.
+    Golden rows are left out, so that nothing is derived from them.
     """
     if not (root / SCORES).exists():
         return []

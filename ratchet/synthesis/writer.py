@@ -1,7 +1,7 @@
-"""Ask in parallel and sift in order: whatever answers first, the kept rows depend on the answers alone.
+"""Send requests in parallel and process the answers in order, so that timing does not change the kept rows.
 
-At most `parallel` requests are under way and wait to be sifted; what was asked is remembered in the draft
-before it is used.
+At most `parallel` requests are in flight or wait to be processed. Each answer is stored in the draft before
+it is used.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from ratchet.synthesis.filters import Filters
 from ratchet.synthesis.requests import Ask
 
 Say = Callable[[str], None]
-MOST_FAILURES = 5  # requests in a row without an answer after which the rest is not tried
+MOST_FAILURES = 5  # failed requests in a row after which the run ends
 EVERY = 20  # requests between two lines of progress
-SURPLUS = 2  # times the pairs that were asked for, beyond which they are not looked at
-AGREES = 0.5  # F1 of words under which the model's own answer counts as another
+SURPLUS = 2  # times the requested number of pairs, beyond which pairs are refused unread
+AGREES = 0.5  # word F1 with the champion's answer below which the row gets a doubt
 SEEN = 120  # characters of an answer that a doubt quotes
 
 
 class Helpers(NamedTuple):
-    """Who else is asked; None where nobody is. `champion` is the gateway."""
+    """Further models and templates to use; None: not used. `champion` is the gateway."""
 
     judge: Teacher | None = None
     judging: Template | None = None
@@ -42,11 +42,11 @@ class Helpers(NamedTuple):
 
 
 class GaveUp(Exception):
-    """One request after another failed; what there is, is kept."""
+    """Too many requests in a row failed; the rows so far are kept."""
 
 
 class Writer:
-    """Fills a draft; `provenance` goes into each row's meta."""
+    """Fills a draft with rows; `provenance` is added to each row's meta."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Writer:
         self._provenance, self._say = provenance, say
         self.asked, self.recalled, self.answered = 0, 0, 0
         self.failures = Counter[str]()
-        self.written: dict[str, list[str]] = {}  # id of a chunk or row → the questions that came of it
+        self.written: dict[str, list[str]] = {}  # id of a chunk or row → questions written about it
         self.last_failure = ""
         self._in_a_row = 0
 
@@ -78,9 +78,9 @@ class Writer:
         return self._draft.kept >= self._draft.settings.count
 
     async def take(self, asks: Iterable[Ask], seed: int) -> None:
-        """Send requests and keep what passes, until the draft is full or nothing is left to ask.
+        """Send requests and keep the rows that pass, until the draft is full or no request is left.
 
-        Raises SpentError, GaveUp, and what ends a run (ratchet/llm/client.py).
+        Raises SpentError, GaveUp, ConfigError, ServiceError (see ratchet/llm/client.py).
         """
         source, window = iter(asks), deque[tuple[Ask, asyncio.Task[Answered | AskError]]]()
         try:
@@ -98,10 +98,10 @@ class Writer:
         finally:
             await asyncio.gather(
                 *(answering for _, answering in window), return_exceptions=True
-            )  # what is under way is paid for, and remembered
+            )  # requests in flight are paid for, so their answers are stored
 
     def _width(self) -> int:
-        """Return how many requests may be under way: no more than the missing rows may need."""
+        """Return how many requests may be in flight: not more than the missing rows need."""
         missing = self._draft.settings.count - self._draft.kept
         return min(self._config.synthesize.teacher.parallel, -(-missing // self._config.synthesize.per_chunk))
 
@@ -120,7 +120,7 @@ class Writer:
     async def _once(
         self, teacher: Teacher, version: str, about: str, seed: int, ask: Callable[[], Awaitable[Said]]
     ) -> Answered:
-        """From the draft, or asked and then remembered there."""
+        """Return the answer from the draft, or ask for it and store it there."""
         key = key_of(prompt=version, model=teacher.model, about=about, seed=seed)
         if known := self._draft.recall(key):
             self.recalled += 1
@@ -182,9 +182,9 @@ class Writer:
     def _pass(
         self, pair: Pair, ask: Ask, meta: Meta, *, of: Example | None = None, doubts: tuple[str, ...] = ()
     ) -> Row | None:
-        """Return a row of the pair where it passes the filters; None, and a refusal in the draft, where not.
+        """Return a row if the pair passes the filters; otherwise record a refusal and return None.
 
-        `of` is the row of this run that the pair words anew.
+        `of` is the row of this run that the pair rewords.
         """
         parent, question = (of.id, of.question) if of else (ask.parent, ask.question)
         verdict = self._filters.judge(
@@ -198,7 +198,7 @@ class Writer:
     # --- doubts ---------------------------------------------------------------------------------------------
 
     async def _weigh(self, row: Row, ask: Ask, seed: int) -> Row:
-        """Add to the row what the judge and the model in charge say of it."""
+        """Return the row with the judge's score, and with the doubts that judge and champion raise."""
         (score, doubts), others = await asyncio.gather(self._score(row, seed), self._compare(row, seed))
         meta: Meta = dict(row.example.meta)
         if score is not None:
@@ -250,7 +250,7 @@ class Writer:
             return (f"the model in charge gave no answer: {error.reason}",)
         if token_f1(answered.raw, row.example.answer) >= AGREES:
             return ()
-        return (f"the model in charge answers otherwise: {' '.join(answered.raw.split())[:SEEN]!r}",)
+        return (f"the model in charge answers differently: {' '.join(answered.raw.split())[:SEEN]!r}",)
 
     # --- other wordings -------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Write a training's curve to a file, and copy it to MLflow while the training runs."""
+"""Write a training's loss curve to a file, and copy it to MLflow while the training runs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from ratchet.errors import ServiceError
 from ratchet.tracking.mlflow import find_or_create_run, mlflow_client, mlflow_errors
 
-Point = dict[str, float]  # `step`, `time_ms` (since 1970), and the losses measured there
-RETRY_SECONDS = 15.0  # an outage of MLflow lasts longer than a call
-FLUSH_SECONDS = 2.0  # how far the live curve may lag behind the file
+Point = dict[str, float]  # `step`, `time_ms` (milliseconds since 1970), and the values measured there
+RETRY_SECONDS = 15.0  # pause after a failed delivery: an outage of MLflow rarely ends within a second
+FLUSH_SECONDS = 2.0  # pause between two deliveries, and so the lag of the live curve
 
 
 class History:
-    """Append a curve to its file: one line a point, flushed at once."""
+    """The file of a curve: one JSON line per point, flushed at once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,7 +28,7 @@ class History:
         self._out.flush()
 
     def restore(self, points: list[Point]) -> None:
-        """Write the points of a resumed training again, with the times that they had."""
+        """Write the points of a resumed training again, with their original times."""
         self._out.write("".join(json.dumps(point) + "\n" for point in points))
         self._out.flush()
 
@@ -37,7 +37,7 @@ class History:
 
 
 def read_history(path: Path) -> list[Point]:
-    """Read the whole lines: the last one may be half-written while the training runs."""
+    """Read the complete lines: the last one may be partial while the training runs."""
     return (
         [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
         if path.exists()
@@ -46,7 +46,7 @@ def read_history(path: Path) -> list[Point]:
 
 
 class LiveCopy:
-    """Deliver a growing history to MLflow from a thread; an outage costs the training nothing."""
+    """Delivers a growing history to MLflow in a thread, so that an outage does not stop the training."""
 
     def __init__(self, history: Path, experiment: str, run_key: str, tags: dict[str, str]) -> None:
         self._history, self._experiment, self._run_key, self._tags = history, experiment, run_key, tags
@@ -59,7 +59,10 @@ class LiveCopy:
         self._thread.start()
 
     def finish(self, seconds: float = 10.0) -> bool:
-        """Stop, and say whether everything was delivered; the flow delivers the rest."""
+        """Stop the thread, wait up to `seconds`, and return whether all points were delivered.
+
+        The flow delivers the remaining ones.
+        """
         self._done.set()
         self._thread.join(timeout=seconds)
         return self.complete
@@ -85,7 +88,10 @@ class LiveCopy:
 
 
 def log_points(run_id: str, points: list[Point]) -> None:
-    """Send the points again without harm: MLflow keys one by name, time, step and value."""
+    """Send points to a run.
+
+    Sending them again is harmless: MLflow identifies a point by name, time, step and value.
+    """
     from mlflow.entities import Metric
 
     metrics = [

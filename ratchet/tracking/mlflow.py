@@ -1,9 +1,9 @@
-"""Copy runs to MLflow; the local file stays the truth.
+"""Copy runs to MLflow; the local files remain authoritative.
 
-A training writes its curve to `history.jsonl`, each point with its time. A thread delivers the lines to
-MLflow while the training runs; what it could not deliver is delivered again later, and a point that is
-already there changes nothing. A run is found by its key (hash of data, params and code), never by an id, so a
-stage that DVC skipped has a run as well.
+A training writes its curve to `history.jsonl`, each point with its time. A thread delivers the points to
+MLflow while the training runs. Undelivered points are sent again later; sending a point twice changes
+nothing. A run is found by its key (the hash of data, params and code), never by an id, so a stage that DVC
+skipped also finds its run.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ratchet.errors import ServiceError
 
 KEY_TAG = "ratchet.run_key"
 STATE_TAG = "ratchet.state"
-PASSWORD = re.compile(r"//[^/@\s]*@")  # user and password in an address
+PASSWORD = re.compile(r"//[^/@\s]*@")  # user and password in a URL
 
 
 def log_report(run_id: str, folder: Path, metrics: dict[str, float]) -> str:
-    """Copy a drift report to the run, one folder a report, and return its page. Raises ServiceError."""
+    """Copy a drift report into its own folder of the run; return the URL of its page. Raises ServiceError."""
     client = mlflow_client()
     with mlflow_errors():
         client.log_artifacts(run_id, str(folder), f"monitor/{folder.name}")
@@ -34,7 +34,7 @@ def log_report(run_id: str, folder: Path, metrics: dict[str, float]) -> str:
 
 
 def find_or_create_run(experiment: str, run_key: str, tags: dict[str, str]) -> str:
-    """Return the id of the run with `run_key`, made if need be. Raises ServiceError."""
+    """Return the id of the run with `run_key`; create the run if there is none. Raises ServiceError."""
     client = mlflow_client()
     with mlflow_errors():
         found = client.get_experiment_by_name(experiment)
@@ -53,7 +53,7 @@ def create_experiment(client: Any, name: str) -> str:
 
     try:
         return str(client.create_experiment(name))
-    except MlflowException:  # another process made it first
+    except MlflowException:  # another process created it first
         return str(client.get_experiment_by_name(name).experiment_id)
 
 
@@ -74,7 +74,7 @@ def find_run(experiment: str, run_key: str) -> str | None:
 def mlflow_client() -> Any:
     """Return a client for MLFLOW_TRACKING_URI.
 
-    Raises ServiceError when the variable is not set: MLflow would then write to ./mlruns.
+    Raises ServiceError if the variable is not set, because MLflow would then write to ./mlruns.
     """
     from mlflow import MlflowClient
 
@@ -88,7 +88,7 @@ def mlflow_client() -> Any:
 
 
 class mlflow_errors:
-    """Map MLflow's and the network's faults to ServiceError, without passwords."""
+    """Context manager that turns errors of MLflow and the network into ServiceError, without passwords."""
 
     def __enter__(self) -> None:
         return None
@@ -108,7 +108,7 @@ class mlflow_errors:
 
 
 def parameters(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted key and the value of every knob."""
+    """Yield the dotted key and the value, as text, of every setting."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from parameters(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""Keep versions in MLflow's registry: each has the adapter and all that a decision needs; found by key."""
+"""Keep versions in MLflow's registry, with the adapter and all facts for a decision; find them by run key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ARTIFACT = "adapter"
 
 
 class Version(NamedTuple):
-    """A model version as MLflow knows it; `tags` are ours."""
+    """A model version in MLflow; `tags` are set by Ratchet."""
 
     name: str
     number: int
@@ -31,15 +31,19 @@ def get_version(name: str, number: int) -> Version | None:
 
 def list_versions(name: str) -> list[Version]:
     """List the versions, the newest first."""
+    found, client, token = list[Version](), mlflow_client(), None
     with mlflow_errors():
-        found = mlflow_client().search_model_versions(f"name = '{name}'", max_results=1000)
-    return sorted((_version(entry) for entry in found), key=lambda version: -version.number)
+        while token != "":
+            page = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=token)
+            found += map(_version, page)
+            token = page.token or ""
+    return sorted(found, key=lambda version: -version.number)
 
 
 def make_version(name: str, run_id: str, adapter: Path, tags: dict[str, str], description: str) -> Version:
-    """Register the adapter's folder under the run's artifacts.
+    """Register a version whose artifact is the adapter's folder, stored with the run.
 
-    A version with the same key is not made again: its tags and description are brought up to date.
+    If there is a version with the same run key, only its tags and description are updated.
     """
     client = mlflow_client()
     known = find_version(name, tags[KEY_TAG])
@@ -60,7 +64,7 @@ def make_version(name: str, run_id: str, adapter: Path, tags: dict[str, str], de
 
 
 def set_alias(name: str, alias: str, number: int) -> None:
-    """Set an alias and read it again. Raises ServiceError when it shows another version.
+    """Set an alias and read it back. Raises ServiceError if it points to another version.
 
     MLflow has no compare-and-set, so callers hold the promotion lock.
     """
@@ -91,7 +95,7 @@ def drop_alias(name: str, alias: str) -> None:
 
 
 def set_tag(name: str, number: int, key: str, value: str) -> None:
-    """Set a tag of a version unless it has that value: each change wakes what watches the registry."""
+    """Set a tag of a version unless it has that value: each change in the registry triggers a look."""
     known = get_version(name, number)
     if known and known.tags.get(key) != value:
         with mlflow_errors():

@@ -1,1 +1,1 @@
-"""The trainer, checkpoints, packing, distribution, sweeps, estimates."""
+"""The trainer, losses, checkpoints, packing, distribution, sweeps and estimates."""

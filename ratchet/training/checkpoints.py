@@ -1,9 +1,9 @@
-"""Write checkpoints of a training atomically, check them before use, remove them after it has succeeded.
+"""Write checkpoints of a training atomically, check them before use, remove them after a success.
 
 `.ratchet/checkpoints/<run key>/step-00000012/` holds tensors.safetensors (weights, the best ones, the
 optimizer's state, random generators), state.json and trainer_state.json (everything that is no tensor), and
-manifest.json with their sha256, written last. The Trainer's own checkpoints are pickles in part, are not
-atomic, and are accepted with parts missing.
+manifest.json with their sha256, written last. The Trainer's own checkpoints are not used: they are partly
+pickles, are not written atomically, and are loaded even with parts missing.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ MANIFEST, TENSORS, STATE, TRAINER_STATE = (
     "state.json",
     "trainer_state.json",
 )
-MOST_TOLD = 6  # differing facts named in a message
-KEPT = 2  # the newest, and the one before it in case that one is broken
+MOST_TOLD = 6  # differing facts that a message names, at most
+KEPT = 2  # the newest, and the one before it in case the newest is broken
 STEP = re.compile(r"step-(\d{8})")
 
 
@@ -54,7 +54,8 @@ class Saved(NamedTuple):
 class Checkpoints:
     """The checkpoints of one training.
 
-    A training resumes only from a checkpoint with equal `facts`; `curve` returns the points reported so far.
+    A training resumes only from a checkpoint with equal `facts`, such as params and package versions.
+    `minutes` is the time between checkpoints; `curve` returns the points reported so far.
     """
 
     def __init__(
@@ -77,9 +78,9 @@ class Checkpoints:
         return self.stop_asked or time.monotonic() - self._last >= self._seconds
 
     def write(self, step: int, state: TrainingState, save_trainer_state: Callable[[str], None]) -> None:
-        """Write a checkpoint and keep the `KEPT` newest.
+        """Write a checkpoint, and keep only the `KEPT` newest.
 
-        A failure to write costs a warning, not the training.
+        If it cannot be written, the training continues after a warning.
         """
         self._last = time.monotonic()
         try:
@@ -114,8 +115,8 @@ class Checkpoints:
         _sync(self._folder)
 
     def newest(self, restore_curve: Callable[[Points], None]) -> Saved | None:
-        """Read the newest checkpoint that is whole and of the same training; say which ones are skipped."""
-        for half in self._folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
+        """Return the newest valid checkpoint of the same training, or None; print which ones are skipped."""
+        for half in self._folder.glob(".step-*.tmp"):  # left by a process that was killed while writing
             shutil.rmtree(half, ignore_errors=True)
         for step, folder in self._steps():
             try:
@@ -156,7 +157,7 @@ class Checkpoints:
         return ""
 
     def _differing(self) -> list[str]:
-        """Name the facts that differ from the checkpoints' here, with both values where they are short."""
+        """Name the facts that differ from those of other checkpoints, with both values if they are short."""
         found: dict[str, str] = {}
         for path in self._all.glob(f"*/step-*/{MANIFEST}"):
             try:
@@ -171,7 +172,7 @@ class Checkpoints:
         return sorted(found.values())[:MOST_TOLD] or ["none of them is whole"]
 
     def _steps(self) -> list[tuple[int, Path]]:
-        """Sort by step, the highest first; file times say nothing after a clock was set back."""
+        """List by step, the highest first; file times mislead if the clock was set back."""
         return sorted(
             (
                 (int(named[1]), path)
@@ -182,14 +183,14 @@ class Checkpoints:
         )
 
     def forget(self) -> None:
-        """Remove all checkpoints of this checkout after a success: others are of older data or params."""
+        """Remove all checkpoints of this checkout after a success: the others are of older data or params."""
         shutil.rmtree(self._all, ignore_errors=True)
 
     @contextmanager
     def asked_by_sigterm(self) -> Iterator[None]:
-        """Let SIGTERM ask for a checkpoint and then the end.
+        """Let SIGTERM ask for a checkpoint and then for the end of the training.
 
-        Python receives signals only in its main thread.
+        Outside the main thread it changes nothing, since Python sets signal handlers only there.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -211,9 +212,9 @@ def _change(key: str, before: Any, now: Any) -> str:
 
 
 def split(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
-    """Return `value` as JSON can hold it, and put its tensors into `tensors` under their path.
+    """Return `value` in a form for JSON, and put its tensors into `tensors` under their path.
 
-    A dict becomes a list of pairs, because torch's state dicts have integer keys, which JSON would make
+    A dict becomes a list of pairs, because torch's state dicts have integer keys, which JSON would turn into
     strings.
     """
     if isinstance(value, torch.Tensor):
@@ -227,7 +228,7 @@ def split(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
 
 
 def join(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Put together again what `split` took apart; tuples come back as lists."""
+    """Undo `split`; tuples come back as lists."""
     if isinstance(value, dict) and "tensor" in value:
         return tensors[value["tensor"]]
     if isinstance(value, dict):

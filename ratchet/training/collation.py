@@ -1,4 +1,4 @@
-"""Put packed windows into batches: as they are, or their rows by themselves in groups of like length."""
+"""Put packed windows into batches: whole, or as single rows in groups of similar length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ratchet.training.packing import FOLLOWS, IGNORED, TOKEN_COLUMNS, Role, Wind
 
 
 class WindowCollator:
-    """Pad a batch to its longest window, with tokens at position 0: each is a row by itself, without loss."""
+    """Pad a batch to its longest window; each padding token is its own row (position 0), without loss."""
 
     def __init__(self, pad_id: int) -> None:
         self._fill = ([pad_id], [IGNORED], [0])
@@ -28,7 +28,7 @@ class WindowCollator:
 
 
 class RowCollator:
-    """Pad one group of rows on the right, with an attention mask."""
+    """Pad one group of rows on the right, and add an attention mask."""
 
     def __init__(self, pad_id: int) -> None:
         self._pad_id = pad_id
@@ -49,10 +49,10 @@ class RowCollator:
 
 
 def preference_columns(rows: Sequence[Window]) -> dict[str, torch.Tensor]:
-    """Return the columns that a loss on preferences reads beside the tokens, (batch,) each.
+    """Return the columns that a loss on preferences reads in addition to the tokens, (batch,) each.
 
-    `shift_labels` is what the Trainer counts in place of tokens, so that a step's loss is a mean of units:
-    one entry that is not ignored for each unit with something to learn.
+    The Trainer counts the entries of `shift_labels` that are not IGNORED: one for each unit with something to
+    learn, so that a step's loss is a mean over units instead of tokens.
     """
     roles = torch.tensor([row.roles[0] for row in rows])
     counts = [
@@ -66,13 +66,13 @@ def preference_columns(rows: Sequence[Window]) -> dict[str, torch.Tensor]:
 
 
 class Batches(NamedTuple):
-    """What the Trainer iterates over. An item is a window, or a group of rows of like length."""
+    """What the Trainer iterates over. An item is a window, or a group of rows of similar length."""
 
     train: list[Any]
     validation: list[Any]
-    items: int  # in one forward pass
-    longest: int  # tokens that attention sees at once, at most
-    density: float  # learned tokens (or units, where preferences are learned) an item of the validation set
+    items: int  # windows or groups in one forward pass
+    longest: int  # the most tokens that attention sees at once
+    density: float  # learned tokens (units, for preferences) per item of the validation set
     collate: Callable[[Any], dict[str, torch.Tensor]]
 
 
@@ -85,7 +85,7 @@ def make_batches(
     pad_id: int,
     apart: bool | None,
 ) -> Batches:
-    """Make every optimizer step the same number of forward passes, so that processes can share them."""
+    """Make batches; every optimizer step gets equally many forward passes, for processes to share."""
     judged = holds_judged(windows)
     learned = sum(
         sum(role not in FOLLOWS for role in window.roles)
@@ -103,7 +103,7 @@ def make_batches(
         held_out = group_rows(validation, batch_windows) if validation else []
         items, longest = 1, max(window.position_ids[-1] + 1 for window in windows)
         fill, collate = [fill], RowCollator(pad_id)
-    if accumulate > 1:  # the last forward passes may be of nothing
+    if accumulate > 1:  # the last forward passes may hold only padding
         train += [fill] * (-len(train) % (items * accumulate))
     return Batches(train, held_out, items, longest, learned / (len(held_out) or 1), collate)
 
@@ -121,10 +121,10 @@ def holds_judged(windows: Sequence[Window]) -> bool:
 
 
 def goes_apart(windows: Sequence[Window], apart: bool | None) -> bool:
-    """Tell whether rows go by themselves: those that are compared always do; None: whatever is faster."""
+    """Tell whether rows are batched singly: compared rows always are; None: if that is faster."""
     return holds_judged(windows) or (is_faster_apart() if apart is None else apart)
 
 
 def is_faster_apart() -> bool:
-    """Tell whether rows by themselves are faster than windows: they are on a CPU (docs/lab-notes.md)."""
+    """Tell whether single rows are faster than windows, as they are on a CPU (docs/lab-notes.md)."""
     return not torch.cuda.is_available()

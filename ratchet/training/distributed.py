@@ -1,7 +1,7 @@
-"""Train in several processes: torchrun starts them, transformers' Trainer makes one optimisation of them.
+"""Train in several processes: torchrun starts them, transformers' Trainer joins them in one optimisation.
 
-`accelerate launch --cpu` runs a single process without an error, so the number found is compared with the
-number asked.
+`accelerate launch --cpu` runs a single process without an error, so the number of processes found is compared
+with the number asked for.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def world_size() -> int:
 
 
 def become_torchrun(processes: int, module: str, arguments: Sequence[str]) -> None:
-    """Replace this process by torchrun, unless torchrun started it.
+    """Replace this process by torchrun, unless torchrun started this process.
 
     Several nodes are started by hand: `torchrun --nnodes … -m tasks.train …`.
     """
@@ -58,7 +58,7 @@ def become_torchrun(processes: int, module: str, arguments: Sequence[str]) -> No
 
 
 def end_with_parent() -> None:
-    """End this process when torchrun is killed: it would train on beside the next start."""
+    """End this process when torchrun is killed, so that it does not train on beside the next start."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -100,7 +100,7 @@ def in_parts(train: TrainConfig, adapter: AdapterConfig) -> bool:
 
 
 def any_of(flags: Sequence[bool]) -> list[bool]:
-    """Return each flag as true when it is so in any process; all processes have to ask at the same place."""
+    """Return each flag as true if it is true in any process; all processes must call this together."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return list(flags)
     told = torch.tensor(
@@ -111,16 +111,17 @@ def any_of(flags: Sequence[bool]) -> list[bool]:
 
 
 def shard(model: Any) -> None:
-    """Cut `model` in place, a layer at a time (FSDP2). The process group has to exist already."""
+    """Shard `model` in place, layer by layer (FSDP2). The process group must exist already."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
-    # Without resharding the root's weights stay whole after an evaluation, and what is read then is no part.
+    # Without resharding, the root's weights stay whole after an evaluation, and would be read as a part.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    # The Trainer then neither moves the model nor wraps it in DDP, and adds up gradients before an exchange.
+    # With these two the Trainer neither moves the model nor wraps it in DDP, and sums gradients before it
+    # exchanges them.
     without_adapter(model)._is_distributed_loading_by_transformers = True
     model._is_fsdp_managed_module = True
 
@@ -131,7 +132,7 @@ def local(weight: Tensor) -> Tensor:
 
 
 def whole(value: Any) -> Any:
-    """Return `value` with whole tensors in place of parts in the first process, with empty ones elsewhere."""
+    """Return `value` with whole tensors instead of parts; in all but the first process they are empty."""
     if isinstance(value, DTensor):
         found = value.full_tensor()
         return found.cpu() if rank() == 0 else torch.empty(0)
@@ -141,7 +142,7 @@ def whole(value: Any) -> Any:
 
 
 def as_parts(held: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return this process's parts, cut as `weights` are, as DTensors that `whole` can join."""
+    """Return this process's parts `held`, cut as `weights` are, as DTensors that `whole` can join."""
     return {name: _part(tensor, weights[name]) for name, tensor in held.items()}
 
 
@@ -158,12 +159,12 @@ def _part(held: Tensor, weight: Tensor) -> Tensor:
 
 
 def cut(tensors: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return this process's part of each whole tensor, cut as the tensor of that name in `weights` is."""
+    """Return this process's part of each whole tensor, cut as its namesake in `weights` is."""
     return {name: local(_cut(tensor, weights[name])) for name, tensor in tensors.items()}
 
 
 def cut_optimizer(state: TorchState, optimizer: torch.optim.Optimizer) -> TorchState:
-    """Return a state of whole tensors as `optimizer` holds it: tensors of a weight's shape are cut."""
+    """Return a state of whole tensors as `optimizer` needs it: tensors of a weight's shape are cut."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
 
     def fit(value: Any, weight: Tensor) -> Any:
@@ -179,6 +180,7 @@ def cut_optimizer(state: TorchState, optimizer: torch.optim.Optimizer) -> TorchS
 
 
 def _cut(tensor: Tensor, like: Tensor) -> Tensor:
+    # `src_data_rank=None`: each process has read the whole tensor, so none has to be sent.
     return (
         distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
         if isinstance(like, DTensor)

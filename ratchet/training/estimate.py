@@ -1,12 +1,12 @@
-"""Estimate a training's memory and time from its shapes and a few optimizer steps that are really made.
+"""Estimate a training's memory and time from its shapes and from a probe of a few real optimizer steps.
 
-The probe is the stage itself (`python -m tasks.train`) on real windows, so what is loaded, kept and saved is
-in its peak. It takes as many windows as a few steps need: the one with the longest rows, which is the batch
-that takes most memory, and others evenly through all. They are gone through twice, and the whole validation
-set is measured twice. The first pass tells what a batch of a new shape costs once, since libraries prepare
-kernels for it (on a CPU steps took 1.7 times as long until all shapes had been seen); the second what a step
-costs from then on. Where steps are so short that noise would dominate, the probe runs once more with more of
-them. Not covered: patience may end the training earlier.
+The probe is the stage itself (`python -m tasks.train`) on real windows, so its peak includes what is loaded,
+kept and saved. It takes as many windows as a few steps need: the one with the longest rows, whose batch takes
+most memory, and others evenly through all. It makes two passes over them, and measures the whole validation
+set twice. The first pass shows the one-time cost of a batch of a new shape, for which libraries prepare
+kernels (on a CPU, steps took 1.7 times as long until all shapes had been seen); the second shows the cost of
+a later step. If steps are so short that noise would dominate, the probe runs again with more of them. Not
+covered: patience may end the training earlier.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from ratchet.training.launch import Material, read_figures, read_points, require
 from ratchet.training.packing import Window, group_rows, read_windows, write_windows
 from ratchet.training.schedule import Figures, Points
 
-STEPS, PASSES = 4, 2.0  # steps a pass
-SHORT_STEP = 0.2  # seconds; shorter ones are probed again, for ENOUGH_SECONDS or MOST_STEPS
+STEPS, PASSES = 4, 2.0  # steps of one pass, and passes
+SHORT_STEP = 0.2  # seconds; shorter steps are probed again, for ENOUGH_SECONDS or MOST_STEPS a pass
 ENOUGH_SECONDS, MOST_STEPS = 4.0, 64
 MIB = 2**20
 BYTES_A_TOKEN = 130  # of a loaded window in Python: three lists and their integers
@@ -40,10 +40,10 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 class Plan(NamedTuple):
-    """What a training will take.
+    """The estimated time and memory of a training.
 
-    `seconds` are those of the optimisation, as in reports/train/figures.json; `stage_seconds` have loading
-    and saving too.
+    `seconds` are those of the optimisation, as in reports/train/figures.json; `stage_seconds` include loading
+    and saving.
     """
 
     steps: int
@@ -67,7 +67,7 @@ class Plan(NamedTuple):
 
 
 def plan_training(material: Material, config: Config, say: Callable[[str], None]) -> Plan:
-    """Probe and extrapolate.
+    """Run the probe and extrapolate from it.
 
     Raises UserError: nothing is tokenized yet; StageError: the probe failed, out of memory or otherwise.
     """
@@ -115,9 +115,9 @@ def _probe(
 
 
 def choose_windows(windows: list[Window], count: int) -> list[Window]:
-    """Choose windows evenly through all, from the first on.
+    """Choose windows at even distances, from the first on.
 
-    `ratchet.training.packing.pack` opened them for the longest rows first, so all lengths are among them.
+    `ratchet.training.packing.pack` opens windows for the longest rows first, so all lengths are included.
     """
     if count >= len(windows):
         return windows
@@ -160,7 +160,7 @@ def extrapolate(
     first, later, evaluation = _paces(points, figures, first_pass)
     step = later * _positions_a_step(whole, train.accumulate) / _positions_a_step(part, train.accumulate)
     new_shape = max(0.0, first - later) * first_pass / len(set(part))
-    # The first step's extra and what stands around the steps are paid once.
+    # The first step's extra time, and the time around the steps, are spent once.
     around = max(
         0.0,
         figures["seconds"]
@@ -174,7 +174,7 @@ def extrapolate(
         + min(len(set(whole)), steps * train.accumulate) * new_shape
         + evaluations * evaluation
     )
-    # A checkpoint holds the weights, the best ones and AdamW's two moments, in float32.
+    # A checkpoint holds the weights, the best ones and AdamW's two moments: 4 tensors in float32 (4 bytes).
     writes = seconds > 60 * train.checkpoint_minutes
     checkpoint = 4 * figures["trainable_weights"] * 4 / MIB if writes else 0.0
     rest = (
@@ -218,14 +218,14 @@ def _positions_a_step(passes: list[tuple[int, int]], accumulate: int) -> float:
 
 
 def _evaluations(steps: int, wanted: int) -> int:
-    """Count how often a training of `steps` measures the validation loss, spaced as the trainer does."""
+    """Return how often a training of `steps` measures the validation loss, with the Trainer's spacing."""
     return math.ceil(steps / max(1, steps // min(wanted, steps)))  # the Trainer measures at the end as well
 
 
 def _paces(points: Points, figures: Figures, first_pass: int) -> tuple[float, float, float]:
     """Return seconds a step of the first pass, a step of later passes, and an evaluation.
 
-    They come from the times between the curve's points; the very first step does not count.
+    They come from the times between the points of the curve, so the time before the first point is left out.
     """
     first: list[float] = []
     later: list[float] = []
@@ -243,7 +243,7 @@ def _paces(points: Points, figures: Figures, first_pass: int) -> tuple[float, fl
 
 
 def free_mib() -> float:
-    """Measure the memory that a new process can have: the machine's, or what the container's limit leaves."""
+    """Return the MiB that a new process can have: the machine's, or what the container's limit leaves."""
     free = float(psutil.virtual_memory().available / MIB)
     try:
         limit, used = int((CGROUP / "memory.max").read_text()), int((CGROUP / "memory.current").read_text())

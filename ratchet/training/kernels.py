@@ -14,9 +14,10 @@ import torch
 from ratchet.errors import ConfigError
 from ratchet.models.loading import layers_of, without_adapter
 
-# Tokens of a row up to which plain attention is faster on a CPU; its memory grows with the square.
+# Tokens of a row up to which plain attention is faster on a CPU; its memory grows with the
+# square of their number.
 EAGER_LENGTH = 1024
-# Liger's losses stay off: ours weighs positions, and its output layer sees only those that bear loss.
+# Liger's losses stay off: ours weights tokens itself, and computes logits only where tokens are learned.
 LIGER = {
     "rope": True,
     "rms_norm": True,
@@ -29,7 +30,7 @@ LIGER = {
 
 @contextlib.contextmanager
 def fast_attention(model: Any, longest: int) -> Iterator[None]:
-    """Use plain attention on a CPU while rows are short (`longest`, in tokens): the fused one is slower."""
+    """Use plain attention on a CPU if rows are short (`longest`, in tokens): fused is slower there."""
     base = without_adapter(model)
     kept = base.config._attn_implementation
     if not torch.cuda.is_available() and longest <= EAGER_LENGTH:
@@ -54,7 +55,7 @@ def compiled(model: Any) -> Iterator[None]:
 
 
 def check_compiler() -> None:
-    """Raise ConfigError when no C++ compiler is here: torch.compile writes C++ for a CPU."""
+    """Raise ConfigError if there is no C++ compiler, which torch.compile needs on a CPU."""
     if not torch.cuda.is_available() and not any(
         map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))
     ):
@@ -67,7 +68,7 @@ def check_compiler() -> None:
 def apply_liger(model: Any) -> None:
     """Put Liger's kernels into `model`. Raises ConfigError: there is no GPU, or no liger-kernel.
 
-    The Trainer's own switch is not used: with it evaluations get a key that only Liger's fused loss knows.
+    The Trainer's own switch is not used, because it passes evaluations a key that only Liger's loss knows.
     """
     if not torch.cuda.is_available():
         raise ConfigError(

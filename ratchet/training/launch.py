@@ -1,7 +1,7 @@
 """Run `python -m tasks.train` in a process and a folder of its own, and follow it while it runs.
 
-For what trains beside the DAG: the probe of `ratchet plan`, the trials of `ratchet sweep`, the methods of
-`ratchet compare`. Checkpoints stay in the folder. MLflow hears nothing of it: whoever started it records it.
+For trainings outside the DAG: the probe of `ratchet plan`, the trials of `ratchet sweep`, the methods of
+`ratchet compare`. Checkpoints stay in the folder. Nothing is sent to MLflow; the caller records the training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ratchet.pipeline.dvc import without_torchrun
 from ratchet.tracking.curve import read_history
 from ratchet.training.schedule import Figures, Points
 
-CODE = Path(__file__).resolve().parents[2]  # the training runs the modules that run now
+CODE = Path(__file__).resolve().parents[2]  # the training runs the same code as this process
 CANDIDATE, REPORTS, PARAMS, LOG, PROCESS = "candidate", "reports", "params.yaml", "train.log", "process"
 POLL_SECONDS = 0.05
 STOP_SECONDS = 20.0  # for a checkpoint, before a training that was asked to end is killed
@@ -44,7 +44,7 @@ class Material(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a training ended. `seconds` are those of the process; `stopped`: `follow` ended it."""
+    """How a training ended. `seconds` are those of the process; `stopped` is true if `follow` ended it."""
 
     code: int
     seconds: float
@@ -53,7 +53,7 @@ class Ended(NamedTuple):
 
     @property
     def reason(self) -> str:
-        """Say why it failed, in one line."""
+        """Return why it failed, in one line."""
         told = [
             f"{line.strip()} {after.strip()}" if after.lstrip().startswith("→") else line
             for line, after in pairwise([*self.said, ""])
@@ -78,7 +78,7 @@ def run_training(
     `follow` sees the curve as it grows; when it returns True, the process is killed at once.
     """
     _end_orphan(folder)
-    for half in folder.glob(".*.tmp"):  # of a process that was killed: its curve is not ours
+    for half in folder.glob(".*.tmp"):  # left by a killed process, whose curve must not be followed
         shutil.rmtree(half, ignore_errors=True)
     write_text(folder / PARAMS, render_params(config))
     paths = {
@@ -96,13 +96,13 @@ def run_module(
 ) -> Ended:
     """Run a stage's module with its output in `folder`/train.log.
 
-    An exception here, such as Ctrl-C, asks the process to end and waits for it.
+    On an exception here, such as Ctrl-C, the process is asked to end and is waited for.
     """
     environment = {**child_environment(), "RATCHET_ROOT": str(folder.absolute())}
     environment.pop("MLFLOW_TRACKING_URI", None)
     began = time.monotonic()
     with (folder / LOG).open("w", encoding="utf-8") as log:
-        # A session of its own: Ctrl-C in a terminal reaches us alone, and we decide.
+        # In a session of its own, so that Ctrl-C in a terminal reaches only us, and we end the training.
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=CODE,
@@ -124,7 +124,7 @@ def run_module(
 def _watch(process: subprocess.Popen[bytes], follow: Callable[[], bool]) -> bool:
     while process.poll() is None:
         if follow():
-            _kill(process)  # nothing of it is wanted, not even a checkpoint
+            _kill(process)  # no result is wanted, not even a checkpoint
             return True
         time.sleep(POLL_SECONDS)
     return False
@@ -146,14 +146,14 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _kill_tree(process: psutil.Process) -> None:
-    """Kill a process with its children: torchrun's have sessions of their own."""
+    """Kill a process and its children: those of torchrun have their own sessions, and would live on."""
     for each in [process, *process.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):
             each.kill()
 
 
 def _end_orphan(folder: Path) -> None:
-    """End a training in this folder whose starter was killed: it would go on writing into the folder."""
+    """Kill a training in this folder whose starter was killed, as it would keep writing into the folder."""
     with suppress(OSError, ValueError, psutil.Error):
         process = psutil.Process(int((folder / PROCESS).read_text()))
         if str(folder.absolute()) in " ".join(process.cmdline()):
@@ -161,7 +161,7 @@ def _end_orphan(folder: Path) -> None:
 
 
 def read_points(folder: Path) -> Points:
-    """Read the curve so far; while it grows it has a temporary name (`ratchet.files.whole_folder`)."""
+    """Read the curve so far; while it grows, its folder has a temporary name (`whole_folder`)."""
     growing = next(folder.glob(f".{REPORTS}.*.tmp/history.jsonl"), None)
     return read_history(growing or folder / REPORTS / "history.jsonl")
 
@@ -172,7 +172,7 @@ def read_figures(folder: Path) -> Figures:
 
 
 def require_success(ended: Ended, what: str) -> None:
-    """Raise StageError with the training's own words if it failed."""
+    """Raise StageError, with the training's own message, if it failed."""
     if ended.code:
         remedy = (
             "lower `train.batch_windows`, set `train.checkpoint_activations: true`,"

@@ -1,6 +1,6 @@
 """Compute a training's loss: cross-entropy of the answers, divergence from a teacher, or preferences.
 
-Pre-training has a loss of its own (`ratchet.demo.base_model`), so that a change here makes no base stale.
+Pre-training has its own loss (`ratchet.demo.base_model`), so that a change here does not make a base stale.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ CHAMPION = "champion"
 
 
 def load_teacher(teacher: str, base: Path, incumbent: Path) -> Any:
-    """Load the model to learn from; None without a teacher, or without a champion.
+    """Load the model to learn from; None if no teacher is set, or if it is the champion and there is none.
 
-    Raises BaseModelError: it is not on this machine, or has other tokens than the base.
+    Raises BaseModelError: it is not on this machine, or its tokens are not those of the base.
     """
     if not teacher or (teacher == CHAMPION and read_json(incumbent / MANIFEST)["version"] is None):
         return None
@@ -59,8 +59,8 @@ def _check_same_tokens(tokenizer: Any, base: Path, teacher: str) -> None:
 class AnswerLoss:
     """Cross-entropy of each learned token, in nats.
 
-    With a `teacher`, a share `teacher_weight` of it is the divergence from the teacher's distribution over
-    the same token (arXiv 1503.02531). The teacher has the same tokenizer and is not changed.
+    With a `teacher`, a share `teacher_weight` of the loss is the divergence from the teacher's distribution
+    over the same token (arXiv 1503.02531). The teacher has the same tokenizer and is not trained.
     """
 
     def __init__(self, teacher: Any = None, *, teacher_weight: float = 0.0, temperature: float = 1.0) -> None:
@@ -81,7 +81,7 @@ class AnswerLoss:
         return batches
 
     def validate(self, batch: Batch, predict: Predict) -> Tensor:
-        """Return the cross-entropy of each learned token, whatever the teacher says."""
+        """Return the cross-entropy of each learned token, without the teacher."""
         return _token_losses(batch, predict, learned_of(batch))
 
     @torch.no_grad()
@@ -93,9 +93,9 @@ class AnswerLoss:
     def _divergence(self, logits: Tensor, taught: Tensor) -> Tensor:
         """Compute KL(teacher ‖ student) of each token, in nats.
 
-        It is multiplied by the square of the temperature, so that its gradient does not shrink with it.
+        It is multiplied by the square of the temperature, by which a high temperature shrinks the gradient.
         """
-        # Some models have rows in their output layer beyond the tokenizer's size.
+        # The output layer of some models has more rows than the tokenizer has tokens.
         width = min(logits.shape[-1], taught.shape[-1])
         student, teacher = (
             log_softmax(each[:, :width] / self._temperature, dim=-1) for each in (logits, taught)
@@ -106,9 +106,9 @@ class AnswerLoss:
 class PreferenceLoss:
     """Learn which of two answers is better (DPO), or which answers are good and which are not (KTO).
 
-    One loss a unit: a pair, a judged answer or a plain row; a step's loss is their mean. Both compare the
-    log-probability of a whole answer with what it was before the training, which is computed once at the
-    start: no second model is kept in memory.
+    Each unit (a pair, a judged answer or a plain row) has one loss; a step's loss is their mean. DPO and KTO
+    compare the log-probability of a whole answer with that before the training, which is computed once at the
+    start, so that no second model is kept in memory.
 
     Pairs: DPO (arXiv 2305.18290) with `chosen_weight` times the cross-entropy of the better answer
     (arXiv 2404.19733). Judged answers: KTO (arXiv 2402.01306); an answer not to give weighs
@@ -135,7 +135,7 @@ class PreferenceLoss:
             margin = gained[chosen] - gained[roles == Role.REJECTED]
             losses.append(-logsigmoid(self._beta * margin) + self._chosen_weight * likely[chosen])
         if judged.any():
-            # How far the model has moved in general: a good answer has to gain more than that.
+            # KTO's reference point: the gain of mismatched answers, which a good answer has to exceed.
             drift = gained[roles == Role.MISMATCHED].mean().detach().clamp(min=0)
             good = roles[judged] == Role.DESIRABLE
             above = self._beta * (gained[judged] - drift)
@@ -163,9 +163,9 @@ def answer_logprobs(batch: Batch, predict: Predict) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def add_references(model: Any, batches: Batches) -> Batches:
-    """Measure every row under the model as it is now, and return the batches with it.
+    """Return the batches with each row's log-probability under the model as it is now.
 
-    Dropout is switched off for the whole training: two answers under two random masks cannot be compared.
+    Dropout is switched off for the whole training: answers cannot be compared under different random masks.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -185,7 +185,7 @@ def add_references(model: Any, batches: Batches) -> Batches:
 def _with_references(model: Any, rows: Sequence[Window], batches: Batches) -> list[Window]:
     device = next(model.parameters()).device
     batch = {name: column.to(device) for name, column in batches.collate([rows]).items()}
-    if not (batch["labels"] != IGNORED).any():  # what only fills a step
+    if not (batch["labels"] != IGNORED).any():  # padding that completes a step
         return list(rows)
     found, _ = answer_logprobs(batch, partial(logits_at, model, model.get_output_embeddings(), batch))
     return [row._replace(references=[value]) for row, value in zip(rows, found.tolist(), strict=True)]

@@ -1,4 +1,4 @@
-"""Pack whole rows into fixed windows by best fit; positions restart, so that rows do not see each other.
+"""Pack rows into fixed windows; positions restart with each row, so that rows do not see each other.
 
 No row is cut. Rows are placed longest first into the fullest window that still takes them (best-fit
 decreasing, arXiv 2404.10830), and windows keep the order in which they were opened.
@@ -14,25 +14,25 @@ from typing import NamedTuple
 
 from ratchet.models.chat_template import Encoded
 
-IGNORED = -100  # the label that the loss leaves out, as in torch and transformers
+IGNORED = -100  # the label of tokens that the loss leaves out, as in torch and transformers
 
 
 class Role(IntEnum):
-    """What a row is for a training that learns from preferences."""
+    """The role of a row in a training on preferences."""
 
     PLAIN = 0  # learned by cross-entropy
     CHOSEN = 1  # the better answer of a pair
-    REJECTED = 2  # the worse one; it stands behind the better
+    REJECTED = 2  # the worse one; it follows the better one
     DESIRABLE = 3
     UNDESIRABLE = 4
-    MISMATCHED = 5  # the same prompt with the answer of another row; behind a (un)desirable one
+    MISMATCHED = 5  # the prompt of the (un)desirable row before it, with the answer of another row
 
 
 FOLLOWS = (Role.REJECTED, Role.MISMATCHED)  # these are computed together with the row before
 
 
 class Window(NamedTuple):
-    """Rows side by side, at most a window's length; the collator pads.
+    """Rows one after another, up to a window's length in tokens; the collator pads.
 
     `roles` and `references` have one entry a row, and are empty where no preferences are learned. A reference
     is the log-probability of the answer before the training, in nats.
@@ -62,7 +62,7 @@ def pack(rows: Sequence[Encoded], window: int) -> list[Window]:
 
 
 def pack_units(units: Sequence[Unit], window: int) -> list[Window]:
-    """Put every unit whole into one window, or into one of its own length where it is longer."""
+    """Put every unit whole into one window; if a unit is longer than `window`, windows are as long as it."""
     sizes = [sum(len(row.ids) for row in unit.rows) for unit in units]
     return [
         _join([row for index in members for row in units[index].rows])._replace(
@@ -73,7 +73,7 @@ def pack_units(units: Sequence[Unit], window: int) -> list[Window]:
 
 
 def best_fit(sizes: Sequence[int], window: int) -> list[list[int]]:
-    """Return the places of what stands in each window. Raises ValueError: one is larger than a window."""
+    """Return, for each window, the indices of its items. Raises ValueError for one larger than a window."""
     longest = max(sizes, default=0)
     if longest > window:
         raise ValueError(f"a row has {longest} tokens, the window holds {window}")
@@ -92,7 +92,7 @@ def best_fit(sizes: Sequence[int], window: int) -> list[list[int]]:
 
 def _join(rows: Sequence[Encoded]) -> Window:
     ids = [token for row in rows for token in row.ids]
-    # The first token of a row is never a target: nothing of its own row stands before it.
+    # The first token of a row is never a target, because no token of its row precedes it.
     labels = [
         token if learned and position else IGNORED
         for row in rows
@@ -127,9 +127,9 @@ def units_of(rows: Sequence[Window]) -> list[list[Window]]:
 
 
 def by_length(units: Sequence[list[Window]], budget: int) -> list[list[Window]]:
-    """Put every unit of rows into exactly one group of rows of like length.
+    """Put every unit of rows into exactly one group of rows of similar length.
 
-    A group padded to its longest row holds `budget` positions at most, or a single unit.
+    A group, padded to its longest row, has at most `budget` positions, unless it is a single unit.
     """
     groups: list[list[Window]] = []
     longest = 0  # of the newest group
@@ -147,7 +147,7 @@ def _longest(unit: Sequence[Window]) -> int:
 
 
 def group_rows(windows: Sequence[Window], batch_windows: int) -> list[list[Window]]:
-    """Group the windows' rows by length; a padded group takes no more room than a batch of windows."""
+    """Group the windows' rows by length; a padded group has no more positions than a batch of windows."""
     units = [unit for window in windows for unit in units_of(rows_of(window))]
     return by_length(units, batch_windows * max(len(window.input_ids) for window in windows))
 

@@ -1,4 +1,4 @@
-"""Say how to optimise, also in the words of transformers, and what an optimisation came to."""
+"""The settings of an optimisation, their translation for transformers, and its outcome."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Points = list[dict[str, float]]  # of the training curve: step, time_ms and valu
 
 
 class Schedule(NamedTuple):
-    """How to optimise.
+    """The settings of one optimisation.
 
-    `steps` are optimizer steps; `evaluations`, `patience` count measurements of the loss.
+    `steps` are optimizer steps; `evaluations` and `patience` count measurements of the validation loss.
     """
 
     steps: int
@@ -50,12 +50,12 @@ class Schedule(NamedTuple):
     compile: bool = False
     liger: bool = False
     compute: str = (
-        "float32"  # type of matrix products (autocast): or "bfloat16", "float16"; weights keep theirs
+        "float32"  # type of matrix products (autocast), or "bfloat16", "float16"; weights keep their type
     )
 
 
 class Outcome(NamedTuple):
-    """Losses in nats a learned token; `seconds` of the optimisation alone."""
+    """The result of an optimisation; losses are in nats a learned token, `seconds` exclude loading."""
 
     steps: int
     best_step: int
@@ -65,7 +65,7 @@ class Outcome(NamedTuple):
 
 
 class Figures(TypedDict):
-    """reports/train/figures.json: an Outcome with what it cost."""
+    """The content of reports/train/figures.json: an Outcome, and what it cost."""
 
     steps: int
     best_step: int
@@ -82,7 +82,7 @@ class Figures(TypedDict):
 
 
 def check_optimizer(optimizer: str) -> None:
-    """Raise ConfigError for an optimizer that needs CUDA on a machine without."""
+    """Raise ConfigError if the optimizer needs CUDA and this machine has none."""
     import torch
 
     if optimizer in CUDA_OPTIMIZERS and not torch.cuda.is_available():
@@ -95,7 +95,7 @@ def check_optimizer(optimizer: str) -> None:
 def training_arguments(
     scratch: str, schedule: Schedule, *, batch_items: int, evaluates: bool
 ) -> TrainingArguments:
-    """Say `schedule` in the words of transformers. `batch_items` is the size of a forward pass in items."""
+    """Translate `schedule` for transformers. `batch_items` is the size of a forward pass in items."""
     import torch
     from transformers import TrainingArguments
 
@@ -121,9 +121,9 @@ def training_arguments(
         eval_strategy="steps" if evaluates else "no",
         eval_steps=max(1, schedule.steps // schedule.evaluations),
         logging_steps=max(1, schedule.steps // LOGS),
-        # The default filter writes a loss of NaN down as 0.
+        # The default filter would hide a loss of NaN, on which `Watch` ends the training.
         logging_nan_inf_filter=False,
-        # Checkpoints come by the clock (`ratchet.training.checkpoints`), not by steps.
+        # Checkpoints are written by time (`ratchet.training.checkpoints`), not by steps.
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,

@@ -1,8 +1,8 @@
-"""Check the search space `sweep.space` before anything runs, let Optuna draw from it, and apply what it drew.
+"""Check the search space `sweep.space` before anything runs, let Optuna draw from it, apply the drawn values.
 
-A key is one of `train` or `adapter`, or `base.model`, whose choices are what it takes, with `@revision`
-behind. Not covered: settings that depend on each other; a combination that params.yaml would refuse makes
-that trial fail, with the reason.
+A key is one of `train` or `adapter`, or `base.model`, whose choices are bases, each followed by `@revision`
+where it has one. Not covered: settings that depend on each other; a combination that params.yaml would refuse
+makes that trial fail, with the reason.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 BASE = "base.model"
 PINNED = re.compile(r"(.*?)(?:@([0-9a-f]{40}|[0-9a-f]{64}))?")  # a URL may hold an @ as well
 SECTIONS: dict[str, type[BaseModel]] = {"train": TrainConfig, "adapter": AdapterConfig}
-# What the tokenized rows depend on beside the base (dvc.yaml, stage `tokenize`).
+# What the tokenized rows depend on besides the base (dvc.yaml, stage `tokenize`).
 ROWS = ("train.rows", "train.replay", "train.max_feedback_share", "train.start_from")
-DIGITS = 4  # of a drawn number: nobody wants 0.0013862943611198906 in params.yaml
+DIGITS = 4  # significant ones of a drawn number, which nobody wants as 0.0013862943611198906
 
 Value = Any  # of a key of params.yaml: a number, a text, a list of names, or None
 Changes = dict[str, Value]  # key of params.yaml → value; plain JSON
@@ -101,7 +101,7 @@ def changes_of(drawn: Changes) -> Changes:
 
 
 def draw(trial: Trial, config: Config) -> Changes:
-    """Draw a value for each key; the same ones for a trial that was drawn before."""
+    """Draw a value for each key; a trial that was drawn before gets the same values again."""
     return {key: _draw(trial, key, values, config) for key, values in config.sweep.space.items()}
 
 
@@ -126,7 +126,7 @@ def _draw(trial: Trial, key: str, values: SweepRange | list[Value], config: Conf
 
 
 def current(config: Config) -> Changes | None:
-    """Return the settings of params.yaml as a draw, to be tried too; None when one lies outside the space."""
+    """Return the settings of params.yaml as a draw, to be tried too; None if one lies outside the space."""
     drawn = {}
     for key, values in config.sweep.space.items():
         value = getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2])
@@ -151,7 +151,7 @@ def rows_key(changes: Changes) -> Changes:
 def dvc_command(changes: Changes) -> str:
     """Return the command that runs a trial as a DVC experiment: values in Hydra's form, shell-quoted.
 
-    `++` sets a key that stands in params.yaml, and adds one that has its default.
+    `++` sets a key that params.yaml holds, and adds one that it does not.
     """
     settings = [f"--set-param {shlex.quote(f'++{key}={_hydra(value)}')}" for key, value in changes.items()]
     return " ".join(["dvc exp run", *settings, "train"])

@@ -1,4 +1,4 @@
-"""Watch a training while it runs, and take and put back what its future depends on."""
+"""Watch a training while it runs; save and restore the state that its further course depends on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RandomState = dict[str, Any]  # by library, each in its own form
 
 
 class WatchState(TypedDict):
-    """The best weights so far, and how many evaluations in a row were worse."""
+    """The best weights so far, and how many evaluations since then were no better."""
 
     best: dict[str, torch.Tensor]
     best_loss: float | None
@@ -27,7 +27,7 @@ class WatchState(TypedDict):
 
 
 class LossSums(TypedDict):
-    """What the Trainer has summed up for the curve."""
+    """The Trainer's running sums of the loss, for the curve."""
 
     since_log: torch.Tensor
     total: float
@@ -35,10 +35,9 @@ class LossSums(TypedDict):
 
 
 class TrainingState(TypedDict):
-    """What a checkpoint holds: with it a training ends in the same bytes as without a kill.
+    """The content of a checkpoint; a training resumed from it ends in the same bytes as one never killed.
 
-    Tensors are whole, also where the processes hold parts. The optimizer's and the scheduler's are
-    torch's state dicts.
+    Tensors are whole, even if each process holds parts. `optimizer` and `scheduler` are torch's state dicts.
     """
 
     weights: dict[str, torch.Tensor]
@@ -51,7 +50,7 @@ class TrainingState(TypedDict):
 
 
 class Watch(TrainerCallback):
-    """Report the curve, stop on what is not finite, and keep the best trainable weights in memory."""
+    """A callback that reports the curve, stops on values that are not finite, and keeps the best weights."""
 
     def __init__(self, model: torch.nn.Module, schedule: Schedule, report: Report) -> None:
         self._model = model
@@ -130,12 +129,12 @@ class Watch(TrainerCallback):
 
 
 def trainable(model: Any) -> dict[str, torch.Tensor]:
-    """Return the weights that are trained, by name; of a sharded model, as DTensors."""
+    """Return the weights that are trained, by name, as DTensors if the model is sharded."""
     return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def put_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Copy `weights` into the trainable ones, whose names must be the same; parts into parts."""
+    """Copy `weights` into the trained ones of the same names; of a sharded model, this process's parts."""
     ours = trainable(model)
     assert ours.keys() == weights.keys(), f"weights differ: {sorted(ours.keys() ^ weights.keys())[:3]}"
     for name, weight in ours.items():
@@ -163,6 +162,7 @@ def set_random_state(state: RandomState) -> None:
 
 
 def check_weights(model: torch.nn.Module) -> None:
+    """Raise DivergenceError, in all processes, if a trained weight of any of them is not finite."""
     odd = next(
         (name for name, weight in trainable(model).items() if not bool(torch.isfinite(local(weight)).all())),
         "",

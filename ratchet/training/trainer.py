@@ -1,9 +1,8 @@
 """Run one optimisation through transformers' Trainer, and leave the best weights in the model.
 
-Deterministic on CPU: same commit, same data, same bytes, whether or not it was killed and resumed. Several
-processes (torchrun) share the forward passes of a step.
-A GPU computes windows as they are packed. A CPU computes their rows in batches of like length with plain
-attention (docs/lab-notes.md).
+Deterministic on a CPU: the same commit and data give the same bytes, even after a kill and a resume. Several
+processes (torchrun) share the forward passes of a step. A GPU computes windows as they are packed; a CPU
+computes their rows in batches of similar length with plain attention, which is faster (docs/lab-notes.md).
 """
 
 from __future__ import annotations
@@ -62,19 +61,19 @@ Predict = Callable[[Tensor], Tensor]  # chosen targets (batch, seq - 1) → logi
 
 
 class Loss(Protocol):
-    """What a training minimises, and what is measured on the validation rows."""
+    """The loss that a training minimises, and the loss that is measured on the validation rows."""
 
     def prepare(self, model: Any, batches: Batches) -> Batches:
-        """Return the batches with what has to be known of the model before its first step."""
+        """Return the batches, completed with what the loss needs from the model before its first step."""
 
     def __call__(self, batch: Batch, predict: Predict, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted loss of each target that counts, (chosen,), and what their sum is divided by.
+        """Return the weighted loss of each learned target, (chosen,), and the divisor of their sum.
 
         `count`: learned tokens, or units of preferences, in all forward passes of the optimizer step.
         """
 
     def validate(self, batch: Batch, predict: Predict) -> Tensor:
-        """Return a loss of each token, or of each unit, by which trainings of any settings are compared."""
+        """Return the loss of each token, or of each unit, by which trainings are compared."""
 
 
 def fit(
@@ -93,8 +92,8 @@ def fit(
 ) -> Outcome:
     """Train `model` in place, from `saved` on if there is one.
 
-    `apart`: rows by themselves in batches of like length, which virtual tokens before each row need; by
-    default on a CPU, where it is faster. `sharded`: each of several processes keeps a part of the model.
+    `apart`: single rows in batches of similar length, as virtual tokens before each row require; None: only
+    on a CPU, where that is faster. `sharded`: each of several processes keeps a part of the model.
     Raises DivergenceError when a loss, a gradient or a weight stops being finite; ConfigError; StoppedError.
     """
     check_optimizer(schedule.optimizer)
@@ -103,7 +102,8 @@ def fit(
     if schedule.liger:
         apply_liger(model)
     set_seed(schedule.seed)
-    # Filling fresh memory finds reads of it. Results do not depend on it, and it costs a tenth of a step.
+    # Deterministic mode fills fresh memory, to reveal reads of it. Our results do not depend on that, and it
+    # costs a tenth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     batches = make_batches(
         windows,
@@ -119,7 +119,7 @@ def fit(
         arguments = training_arguments(
             scratch, schedule, batch_items=batches.items, evaluates=bool(validation)
         )
-        check_size(world_size(), arguments.world_size)  # the processes meet here
+        check_size(world_size(), arguments.world_size)  # the processes connect here
         batches = loss.prepare(model, batches)
         if sharded:
             shard(model)
@@ -131,7 +131,7 @@ def fit(
             checkpoints=checkpoints,
             saved=saved,
             density=batches.density,
-            # On a GPU the Trainer does it (`bf16`, `fp16`).
+            # On a GPU the Trainer does this itself (`bf16`, `fp16`).
             half_on_cpu=schedule.compute == "bfloat16" and not torch.cuda.is_available(),
             model=model,
             args=arguments,
@@ -155,12 +155,12 @@ def fit(
 
 
 class _Trainer(Trainer):
-    """Compute a loss that it is given, and write checkpoints of our own in place of transformers' pickles.
+    """A Trainer with a given loss, and with checkpoints of our own in place of transformers' pickles.
 
-    The loss travels as `compute_loss_func`: for it the Trainer counts the learned tokens of all forward
-    passes of a step. Three private methods are overridden because no callback runs at their time: a
-    checkpoint comes after the step's evaluation; weights before the Trainer would look for a file of its own;
-    the random state before the data loader starts an epoch, or after the batches that it skips.
+    The loss is passed as `compute_loss_func`, for which the Trainer counts the learned tokens of all forward
+    passes of a step. Three private methods are overridden because no callback runs at the right time: a
+    checkpoint is written after the step's evaluation; weights are loaded before the Trainer looks for its own
+    files; the random state is set before the data loader starts an epoch, or after the batches it skips.
     """
 
     def __init__(
@@ -182,10 +182,7 @@ class _Trainer(Trainer):
 
     @property
     def seconds(self) -> float:
-        """Return the seconds of the optimisation.
-
-        Those before a kill count as far as its checkpoint knew them.
-        """
+        """Return the seconds of the optimisation, including those before the checkpoint resumed from."""
         return time.perf_counter() - self._started + (self._saved.state["seconds"] if self._saved else 0.0)
 
     def compute_loss(
@@ -198,7 +195,7 @@ class _Trainer(Trainer):
             with self._autocast:
                 losses, count = compute_losses(inputs, predict, num_items_in_batch)
             if self.args.world_size > 1:
-                # The gradients of all processes are averaged, while the tokens are counted together.
+                # The gradients of all processes are averaged, but `count` is of the tokens of all of them.
                 losses = losses * self.args.world_size
         else:
             losses, count = self._validation_losses(inputs, predict)
@@ -206,19 +203,19 @@ class _Trainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def _validation_losses(self, inputs: Batch, predict: Predict) -> tuple[Tensor, float]:
-        """Return the losses of a pass, and how many a pass of its size has on average.
+        """Return the losses of a forward pass, and the mean number of losses in a pass of its size.
 
-        The Trainer takes the mean over items, which is then the loss a learned token for any batches.
+        With this divisor, the Trainer's mean over items is the loss per learned token for any batches.
         """
         measure: Any = self.compute_loss_func
-        with torch.compiler.set_stance("force_eager"):  # an evaluation is no reason to compile once more
+        with torch.compiler.set_stance("force_eager"):  # an evaluation must not trigger another compilation
             losses = measure.validate(inputs, predict)
         # Only windows have positions; a group of rows is one item.
         items = len(inputs["input_ids"]) if "position_ids" in inputs else 1
         return losses, self._density * items
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self._watch.out_of_patience:  # it ends here; a start from here would not
+        if self._watch.out_of_patience:  # the training ends here, but one resumed from here would not
             return
         assert self._checkpoints and self.optimizer and self.lr_scheduler
         weights = trainable(self.model)
@@ -258,7 +255,7 @@ class _Trainer(Trainer):
             set_random_state(self._saved.state["random"])
 
     def resume(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-        """Put back the optimizer's state, and the curve's sums that the Trainer resets at every start."""
+        """Restore the optimizer's state, and the curve's sums, which the Trainer resets at every start."""
         if not self._saved:
             return
         state = self._saved.state
@@ -267,11 +264,11 @@ class _Trainer(Trainer):
         self._tr_loss = state["losses"]["since_log"].to(self.args.device)
         self._total_loss_scalar = state["losses"]["total"]
         self._globalstep_last_logged = state["losses"]["last_log"]
-        self._initial_global_step = 0
+        self._initial_global_step = 0  # the restored sum of losses is over all steps
 
 
 class _Pace(TrainerCallback):
-    """Resume at the start, and between two optimizer steps say when a checkpoint is due and when to stop."""
+    """A callback that restores state at the start, and after each step asks for a checkpoint or the end."""
 
     def __init__(self, trainer: _Trainer, checkpoints: Checkpoints | None) -> None:
         self._trainer, self._checkpoints = trainer, checkpoints

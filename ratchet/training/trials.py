@@ -1,6 +1,7 @@
-"""Record trials in files, and deliver them to MLflow as runs nested in one of their study.
+"""Record trials in files, and deliver them to MLflow as runs nested in their study's run.
 
-Runs are found by tags, so delivering twice changes nothing. While MLflow is away, the files wait for it.
+Runs are found by tags, so delivering twice changes nothing. If MLflow does not answer, the files are
+delivered later.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def read_record(path: Path) -> TrialRecord:
 
 
 class Best(msgspec.Struct, frozen=True):
-    """The trial of the least objective so far."""
+    """The trial with the lowest objective so far."""
 
     number: int
     value: float
@@ -62,7 +63,7 @@ class Best(msgspec.Struct, frozen=True):
 
 
 def deliver(folder: Path, config: Config) -> int:
-    """Deliver the records of a study's folder that MLflow does not have yet, and return how many they were.
+    """Deliver the records in a study's folder that MLflow does not have yet, and return their number.
 
     Raises ServiceError: MLflow does not answer.
     """
@@ -121,7 +122,7 @@ def _record(record: TrialRecord, config: Config) -> str:
 def _params(record: TrialRecord, config: Config) -> dict[str, str]:
     try:
         trial = with_changes(config, record.changes)
-    except ConfigError:  # that is why it failed
+    except ConfigError:  # the reason why this trial failed
         trial = config
     dump = trial.model_dump(mode="json", include={"base", "train", "adapter"})
     return {**dict(parameters(dump)), **{key: str(value) for key, value in record.changes.items()}}

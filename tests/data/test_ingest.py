@@ -13,6 +13,7 @@ from patience import scaled
 from places import make_repository, subjects, use_git_without_a_user, write_files
 
 from ratchet.config.data import IngestConfig, JsonlSource
+from ratchet.config.monitoring import TopicSource
 from ratchet.config.params import Config
 from ratchet.data.batches import read_manifest, write_batch
 from ratchet.data.dedup import split_by_hash
@@ -46,6 +47,16 @@ def rows(start: int, stop: int, form: str = "question") -> Pulled:
 def test_a_path_is_read_as_json_lines_with_its_name_as_label(tmp_path):
     pulled = pull(CONFIG, path=str(write_rows(tmp_path / "March tickets.jsonl", 0, 5)))
     assert pulled[:4] == (lines(0, 5), "jsonl", "March tickets", "question")
+
+
+def test_rows_of_a_topic_come_from_its_own_columns_and_paths_count_from_the_checkout(tmp_path):
+    (tmp_path / "arrays.csv").write_text("asked,label\nwhat is an axis?,numpy\n")
+    settings = {"columns": {"prompt": "text", "completion": "category"}}
+    config = CONFIG.model_copy(update={"ingest": IngestConfig(**settings)})
+    columns = {"prompt": "asked", "completion": "label"}
+    source = TopicSource(match="array", source="jsonl", path="arrays.csv", columns=columns)
+    pulled = pull(config, root=tmp_path, **source.arguments())
+    assert msgspec.json.decode(pulled.lines[0]) == {"prompt": "what is an axis?", "completion": "numpy"}
 
 
 def test_packages_are_read_as_documentation():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from stages import run_stages
 
 from ratchet.config.data import PydocSource
 from ratchet.config.params import Config
@@ -22,7 +23,6 @@ from ratchet.demo.smollm2 import SHA256, fetch_smollm2
 from ratchet.demo.story import REAL, make_values
 from ratchet.errors import ServiceError
 from ratchet.evaluation.metrics import exact_match
-from ratchet.evaluation.report import read_metrics
 from ratchet.files import read_json, write_json
 from ratchet.serving.bundle import bundle_candidate
 from ratchet.serving.engine import Ask, Piece
@@ -30,13 +30,7 @@ from ratchet.serving.local_engine import LocalEngine
 from ratchet.serving.version_source import Source
 from ratchet.sources.pydoc import harvest
 from tasks.base import make_base
-from tasks.evaluate import evaluate
 from tasks.export import export
-from tasks.gate import judge
-from tasks.parity import parity
-from tasks.prepare import prepare
-from tasks.tokenize import tokenize
-from tasks.train import train
 
 pytestmark = [
     pytest.mark.e2e,
@@ -75,11 +69,9 @@ def test_a_real_model_is_trained_gated_served_and_exported(model: Path, tmp_path
     values["gate"] |= {"min_rows": 20}
     values["parity"] |= {"rows": 8}
     config = Config.model_validate(values)
-    base, candidate, nobody = tmp_path / "base", tmp_path / "candidate", tmp_path / "nobody"
-    prepared, tokens = tmp_path / "prepared", tmp_path / "tokens"
+    base, nobody, prepared = tmp_path / "base", tmp_path / "nobody", tmp_path / "prepared"
     nobody.mkdir()
     write_json(nobody / "manifest.json", {"version": None, "batches": []})
-    write_json(tmp_path / "looks.json", {"judged": {}})
     write_batch(
         tmp_path / "raw",
         [msgspec.json.encode(row) for row in rows()],
@@ -92,34 +84,17 @@ def test_a_real_model_is_trained_gated_served_and_exported(model: Path, tmp_path
     )
 
     manifest = make_base(base, config, tmp_path / "base.json")
-    prepare(tmp_path / "raw", tmp_path / "golden.jsonl", prepared, config.prepare)
-    tokenize(prepared, base, nobody, tokens, config)
-    train(tokens, base, nobody, candidate, tmp_path / "reports", config)
-    evaluate(prepared, base, nobody, candidate, tmp_path / "evaluation", config)
-    compared = parity(prepared, tokens, base, candidate, tmp_path / "parity.json", config)
-    verdict = judge(
-        tmp_path / "evaluation",
-        candidate,
-        nobody,
-        tmp_path / "parity.json",
-        tmp_path / "looks.json",
-        tmp_path / "gate.json",
-        config.gate,
-        prepared=prepared,
-        parity_asked=config.parity,
-    )
+    ran = run_stages(tmp_path, base, nobody, config)
+    scores, verdict, candidate = ran.scores, ran.verdict, ran.candidate
 
     assert (manifest["model"], manifest["dequantised"], manifest["licence"]) == (
         f"sha256:{SHA256}",
         "Q4_1",
         "apache-2.0",
     )
-    scores = {
-        name: part.scores for name, part in read_metrics(tmp_path / "evaluation").slices["test"].items()
-    }
     assert scores["candidate"]["exact_match"].mean > 0.5 > 0.2 > scores["base"]["exact_match"].mean
     assert scores["candidate"]["answer_nll"].mean < scores["base"]["answer_nll"].mean
-    assert compared.passed
+    assert ran.compared.passed
     assert verdict.verdict == "promote", [check.reason for check in verdict.checks]
     bundle, test = bundle_candidate(candidate, base, config), list(read_examples(prepared / "test.jsonl"))
     assert (

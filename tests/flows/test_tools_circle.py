@@ -16,27 +16,19 @@ import openai
 import pytest
 from served import digest, put_in_charge, wait_for
 from servers import serving
+from stages import Ran, run_stages
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, Message, ToolCall, read_examples, to_openai
 from ratchet.evaluation.metrics import ROW_METRICS
-from ratchet.evaluation.report import read_metrics
 from ratchet.files import write_json
 from ratchet.gateway.app import create_app
 from ratchet.gateway.routing import Fleet
 from ratchet.gateway.server import make_engine
 from ratchet.monitoring.request_log import open_log
-from ratchet.parity.report import Report
-from ratchet.promotion.verdict import Verdict
 from ratchet.serving.bundle import SERVING
 from tasks.base import make_base
-from tasks.evaluate import evaluate
-from tasks.gate import judge
 from tasks.ingest import add_batch, pull
-from tasks.parity import parity
-from tasks.prepare import prepare
-from tasks.tokenize import tokenize
-from tasks.train import train
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -107,9 +99,7 @@ def write_rows(path: Path, *, each: int) -> None:
 class Circle(NamedTuple):
     client: openai.OpenAI
     test: list[Example]
-    scores: dict[str, Any]  # the candidate's and the base's, on the test rows
-    compared: Report
-    verdict: Verdict
+    ran: Ran
 
 
 def make_config(place: Path) -> Config:
@@ -165,34 +155,15 @@ def circle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Circle]:
     (place / "template.jinja").write_text(TEMPLATE, encoding="utf-8")
     write_rows(place / "rows.jsonl", each=120)
     config = make_config(place)
-    raw, prepared, tokens = place / "raw", place / "prepared", place / "tokens"
-    base, nobody, candidate = place / "base", place / "nobody", place / "candidate"
+    base, nobody = place / "base", place / "nobody"
     write_json(nobody / "manifest.json", {"version": None, "batches": []})
-    write_json(place / "looks.json", {"judged": {}})
-
-    add_batch(raw, pull(config, path=str(place / "rows.jsonl")), licence="CC0-1.0", who="tests")
+    rows = pull(config, path=str(place / "rows.jsonl"))
+    add_batch(place / "raw", rows, licence="CC0-1.0", who="tests")
     make_base(base, config)
-    prepare(raw, place / "golden.jsonl", prepared, config.prepare)
-    tokenize(prepared, base, nobody, tokens, config)
-    train(tokens, base, nobody, candidate, place / "reports", config)
-    evaluate(prepared, base, nobody, candidate, place / "evaluation", config)
-    compared = parity(prepared, tokens, base, candidate, place / "parity.json", config)
-    verdict = judge(
-        place / "evaluation",
-        candidate,
-        nobody,
-        place / "parity.json",
-        place / "looks.json",
-        place / "gate.json",
-        config.gate,
-        prepared=prepared,
-        parity_asked=config.parity,
-    )
-
-    scores = {name: part.scores for name, part in read_metrics(place / "evaluation").slices["test"].items()}
-    test = list(read_examples(prepared / "test.jsonl"))
-    with gateway_of(place / "served", candidate, base, config) as client:
-        yield Circle(client, test, scores, compared, verdict)
+    ran = run_stages(place, base, nobody, config)
+    test = list(read_examples(place / "prepared/test.jsonl"))
+    with gateway_of(place / "served", ran.candidate, base, config) as client:
+        yield Circle(client, test, ran)
 
 
 def ask(circle: Circle, messages: list[Any], **more: Any) -> Any:
@@ -209,18 +180,18 @@ def told(message: Any) -> Message:
 
 
 def test_the_candidate_learned_to_call_and_passes_parity_and_gate(circle):
-    candidate, base = (circle.scores[name] for name in ("candidate", "base"))
+    candidate, base = (circle.ran.scores[name] for name in ("candidate", "base"))
     for metric in ("tool_decision", "tool_name", "tool_arguments"):
         assert candidate[metric].mean >= 0.7 > 0.6 > base[metric].mean, metric
-    assert circle.compared.passed, circle.compared.parts
-    assert circle.verdict.verdict == "promote", [check.reason for check in circle.verdict.checks]
+    assert circle.ran.compared.passed, circle.ran.compared.parts
+    assert circle.ran.verdict.verdict == "promote", [check.reason for check in circle.ran.verdict.checks]
 
 
 def test_held_out_questions_get_the_calls_that_the_evaluation_saw(circle):
     answers = [told(ask(circle, to_openai(row.prompt)).message).text for row in circle.test]
     for name in ("tool_name", "tool_arguments"):
         scores = [ROW_METRICS[name](said, row.answer) for said, row in zip(answers, circle.test, strict=True)]
-        assert sum(scores) / len(scores) == pytest.approx(circle.scores["candidate"][name].mean)
+        assert sum(scores) / len(scores) == pytest.approx(circle.ran.scores["candidate"][name].mean)
 
 
 def test_a_call_comes_in_the_form_of_openai_and_its_result_leads_to_a_text(circle):

@@ -7,20 +7,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from stages import run_stages
 
 from ratchet.config.evaluation import EvaluateConfig, ParityConfig
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig
 from ratchet.data.batches import write_batch
 from ratchet.data.examples import read_examples
-from ratchet.files import write_json
-from tasks.evaluate import evaluate
-from tasks.gate import judge
 from tasks.ingest import Pulled, freeze_golden
-from tasks.parity import parity
-from tasks.prepare import prepare
-from tasks.tokenize import tokenize
-from tasks.train import train
 
 
 @pytest.mark.timeout(300)
@@ -40,25 +34,8 @@ def test_a_hundred_rows_reach_a_verdict_that_says_how_little_they_can_show(
     batch = {"source": "jsonl", "label": "rows", "time": "2026-01-01T00:00:00Z", "licence": "PSF-2.0"}
     write_batch(tmp_path / "raw", lines, **batch, who="tests", form="messages")
 
-    prepare(tmp_path / "raw", golden, folder, config.prepare)
+    verdict = run_stages(tmp_path, tiny_base, nobody, config).verdict
     assert all(list(read_examples(folder / f"{split}.jsonl")) for split in ("train", "validation", "test"))
-    places = (tiny_base, nobody)
-    tokenize(folder, *places, tmp_path / "tokens", config)
-    train(tmp_path / "tokens", *places, tmp_path / "candidate", tmp_path / "reports", config)
-    evaluate(folder, *places, tmp_path / "candidate", tmp_path / "evaluation", config)
-    parity(folder, tmp_path / "tokens", tiny_base, tmp_path / "candidate", tmp_path / "parity.json", config)
-    write_json(tmp_path / "looks.json", {"judged": {}})
-    verdict = judge(
-        tmp_path / "evaluation",
-        tmp_path / "candidate",
-        nobody,
-        tmp_path / "parity.json",
-        tmp_path / "looks.json",
-        tmp_path / "gate.json",
-        config.gate,
-        prepared=folder,
-        parity_asked=config.parity,
-    )
     success = verdict.checks[0]
     assert success.name == "success" and success.rows < 30
     assert "rows show no gain under" in success.reason or "gate.min_rows" in success.reason

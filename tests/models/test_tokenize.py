@@ -194,6 +194,11 @@ def test_calls_that_would_be_read_otherwise_are_rejected_counted_and_listed(
     assert {row["reason"] for row in listed.values()} == {"tool_call"}
     assert "reads back as" in listed[examples["untyped"].id]["message"]
     assert (profile.train.rows, profile.rejected) == (1, {"train": 2})
+    chat = ChatFormat(tokenizer)
+    assert [chat.fits(example, 250) for example in examples.values()] == [True, False, False]
+    write_splits(tmp_path / "prepared", train=[examples["typed"]], golden=[examples["untyped"]])
+    with pytest.raises(DataError, match=f"the golden row {examples['untyped'].id} cannot be written"):
+        tokenize(tmp_path / "prepared", base, nobody, tmp_path / "again", tiny_config)
     write_splits(tmp_path / "prepared", train=[*examples.values(), examples["untyped"]])
     with pytest.raises(DataError, match=r"3 of 4 train rows.*'tool_call': 3") as raised:
         tokenize(tmp_path / "prepared", base, nobody, tmp_path / "again", tiny_config)

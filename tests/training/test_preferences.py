@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from stages import run_stages
 
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig
@@ -17,7 +18,6 @@ from ratchet.data.batches import write_batch
 from ratchet.data.examples import Example, Message, encode_line, make_example, read_examples
 from ratchet.data.mixture import pair_up, read_undesirable
 from ratchet.errors import DataError
-from ratchet.evaluation.report import read_metrics
 from ratchet.files import read_json, write_bytes, write_json
 from ratchet.models.adapters import add_adapter
 from ratchet.models.chat_template import Encoded, encode_last_answer
@@ -40,12 +40,7 @@ from ratchet.training.packing import (
 )
 from ratchet.training.schedule import Schedule
 from ratchet.training.trainer import fit
-from tasks.evaluate import evaluate
-from tasks.gate import judge
-from tasks.parity import parity
-from tasks.prepare import prepare
 from tasks.tokenize import tokenize
-from tasks.train import train
 
 NOW = 1_790_000_000.0
 
@@ -343,14 +338,13 @@ def test_thumbs_make_a_version_that_prefers_what_people_liked(
         | {"request_log": {"keep_days": 1e5}, "parity": {"rows": 8}}
         | {"ingest": {"feedback": {"max_rows_per_user": 1000, "max_trigger_rows": 1000}}}
     )
-    write_json(tmp_path / "looks.json", {"judged": {}})
     # v1 has learned both ways to answer, the second for a fifth of the questions.
     both = [
         {"prompt": question, "completion": usual if place % 5 else rare}
         for place, (question, usual, rare) in enumerate(questions(0, 160))
     ]
     batch(tmp_path, [msgspec.json.encode(row) for row in both], "jsonl", "completion")
-    first = circle(tmp_path, "v1", tiny_base, nobody, config)
+    first = run_stages(tmp_path, tiny_base, nobody, config, out=tmp_path / "v1").candidate
     manifest = {**read_json(first / "manifest.json"), "version": 1}
     write_json(first / "manifest.json", manifest)
 
@@ -382,29 +376,15 @@ def test_thumbs_make_a_version_that_prefers_what_people_liked(
     rows = harvest(tmp_path, config, now=NOW + 60)
     assert len(rows) == 200
     batch(tmp_path, [msgspec.json.encode(row) for row in rows], "feedback", "messages")
-    second = circle(tmp_path, "v2", tiny_base, first, config)
+    second = run_stages(tmp_path, tiny_base, first, config, out=tmp_path / "v2")
+    assert second.compared.passed, second.compared.parts
 
     bad = read_undesirable(tmp_path / "prepared", "test")
     assert len(bad) > 15
-    scores = {
-        name: part.scores["preference"]
-        for name, part in read_metrics(tmp_path / "v2/evaluation").slices["test"].items()
-        if name != "simple"
-    }
+    scores = {name: found["preference"] for name, found in second.scores.items() if name != "simple"}
     assert scores["candidate"].mean > 0.9
     assert scores["candidate"].low > scores["champion"].high, "it beats its start on held-out preferences"
-    verdict = judge(
-        tmp_path / "v2/evaluation",
-        second,
-        first,
-        tmp_path / "v2/parity.json",
-        tmp_path / "looks.json",
-        tmp_path / "v2/gate.json",
-        config.gate,
-        prepared=tmp_path / "prepared",
-        parity_asked=config.parity,
-    )
-    success = next(check for check in verdict.checks if check.name == "success")
+    success = next(check for check in second.verdict.checks if check.name == "success")
     assert (success.result, success.metric, success.rows) == ("pass", "preference", len(bad))
 
 
@@ -419,15 +399,3 @@ def batch(root: Path, lines: list[bytes], source: str, form: str) -> None:
         who="tests",
         form=form,
     )
-
-
-def circle(root: Path, version: str, base: Path, incumbent: Path, config: Config) -> Path:
-    """Prepare to parity; returns the candidate."""
-    out = root / version
-    prepare(root / "raw", root / "golden.jsonl", root / "prepared", config.prepare)
-    tokenize(root / "prepared", base, incumbent, out / "tokens", config)
-    train(out / "tokens", base, incumbent, out / "candidate", out / "reports", config)
-    evaluate(root / "prepared", base, incumbent, out / "candidate", out / "evaluation", config)
-    compared = parity(root / "prepared", out / "tokens", base, out / "candidate", out / "parity.json", config)
-    assert compared.passed
-    return out / "candidate"
