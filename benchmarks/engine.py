@@ -77,7 +77,7 @@ def make_bundles(scratch: Path) -> list[Any]:
 
 async def measure(bundles: list[Any], tokens: int, asks: int, passes: int) -> None:
     from ratchet.config.params import Config
-    from ratchet.serving.local_engine import LocalEngine
+    from ratchet.engines.local_engine import LocalEngine
 
     engine = LocalEngine(Config())
     for bundle in bundles[:2]:

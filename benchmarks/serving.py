@@ -110,8 +110,8 @@ def local_arm(bundle: Any, config: Any, tokens: int) -> Ask:
     import threading
 
     from ratchet.data.examples import Message
+    from ratchet.engines.local_engine import LocalEngine
     from ratchet.serving import engine as engines
-    from ratchet.serving.local_engine import LocalEngine
 
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()

@@ -443,10 +443,9 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup
     """
     from ratchet.config.params import Config
     from ratchet.config.training import AdapterConfig
-    from ratchet.files import read_json
     from ratchet.models.adapters import add_adapter, prepare_quantised
     from ratchet.models.chat_template import Encoded
-    from ratchet.models.loading import MANIFEST, compute_dtype, load_base
+    from ratchet.models.loading import compute_dtype, load_base, load_chat
     from ratchet.training.packing import pack
     from ratchet.training.schedule import Schedule
     from ratchet.training.trainer import fit
@@ -497,7 +496,7 @@ def _ratchet(arm: str, folder: Path, rows: list[Any], clock: Clock, setup: Setup
             [],
             schedule,
             loss=AnswerLoss(),
-            pad_id=read_json(folder / "base" / MANIFEST)["pad_id"],
+            pad_id=load_chat(folder / "base").pad_id,
             report=report,
         )
 

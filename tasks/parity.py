@@ -10,6 +10,7 @@ reports, except for the measured speed.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -45,19 +46,11 @@ def parity(prepared: Path, tokens: Path, base: Path, candidate: Path, out: Path,
             remedy="raise `prepare.test_share` or `tokenize.max_length`, or ingest more rows",
         )
     bundle = bundle_candidate(candidate, base, config)
-    report = check_parity(
-        rows,
-        trained,
-        base,
-        candidate,
-        bundle,
-        config.parity,
-        max_new_tokens=config.evaluate.max_new_tokens,
-        batch_size=config.evaluate.batch_size,
-    )
-    report = msgspec.structs.replace(report, fitting=fitting)
-    if report.passed and len(rows) > WARM_UP:
-        report = msgspec.structs.replace(report, speed=measure_speed(bundle, rows, config))
+    with tempfile.TemporaryDirectory() as folder:
+        report = check_parity(rows, trained, base, candidate, bundle, config, Path(folder))
+        report = msgspec.structs.replace(report, fitting=fitting)
+        if report.passed and len(rows) > WARM_UP:
+            report = msgspec.structs.replace(report, speed=measure_speed(bundle, rows, config, Path(folder)))
     write_json(out, msgspec.to_builtins(report))
     return report
 

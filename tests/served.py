@@ -19,6 +19,7 @@ from servers import serving
 from stub_upstream import Stub
 
 from ratchet.config.params import Config
+from ratchet.engines.upstream_engine import UpstreamEngine
 from ratchet.files import write_json
 from ratchet.gateway.app import create_app
 from ratchet.gateway.routing import Fleet
@@ -26,7 +27,6 @@ from ratchet.monitoring.request_log import RequestLog, open_log
 from ratchet.promotion.champion import Champion, write_champion
 from ratchet.promotion.rollout import Rollout, write_rollout
 from ratchet.serving.bundle import SERVING, ServingState, read_state
-from ratchet.serving.upstream_engine import UpstreamEngine
 
 NAME = "pydoc"
 

@@ -12,10 +12,11 @@ from ratchet.config.base import Count, Port, Section
 class GatewayConfig(Section):
     """The gateway: it serves the champion and, during a rollout, the challenger, with OpenAI's protocol."""
 
-    engine: Literal["local", "openai"] = Field(
+    engine: Literal["local", "llama_cpp", "openai"] = Field(
         default="local",
         description="what computes answers. `local`: transformers and PEFT in the gateway's process; "
-        "`openai`: a server with OpenAI's protocol, such as vLLM, for more load",
+        "`llama_cpp`: llama.cpp on the merged model, faster on a CPU (extra `llama-cpp`); `openai`: a server "
+        "with OpenAI's protocol, such as vLLM, for more load",
     )
     host: str = Field(
         default="127.0.0.1",
@@ -37,7 +38,8 @@ class GatewayConfig(Section):
         default=16,
         ge=1,
         le=512,
-        description="requests that the engine `local` decodes together; lower it if memory runs out",
+        description="requests that the engines `local` and `llama_cpp` decode together; lower it if memory "
+        "runs out",
     )
     max_queue: Count = Field(
         default=64, description="requests that may wait; a further one gets 429 with Retry-After"

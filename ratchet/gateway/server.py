@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ratchet.config.params import Config, load_config
+from ratchet.engines import make_engine
 from ratchet.errors import RatchetError, UserError
 from ratchet.gateway.auth import list_keys
 from ratchet.gateway.state import is_loopback
 from ratchet.pipeline.stage import project_root
-from ratchet.serving.engine import Engine
 
 KEEP_ALIVE_SECONDS = 75  # over the 60 s after which load balancers let go of a quiet connection
 MOST_CONNECTIONS = 2048
@@ -77,16 +77,6 @@ def serve(root: Path, config: Config) -> None:
     )
     with _exit_quietly():
         server.run(sockets=[listener])
-
-
-def make_engine(config: Config) -> Engine:
-    if config.gateway.engine == "openai":
-        from ratchet.serving.upstream_engine import UpstreamEngine
-
-        return UpstreamEngine(config)
-    from ratchet.serving.local_engine import LocalEngine
-
-    return LocalEngine(config)
 
 
 def _require_keys(root: Path, host: str) -> None:

@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
-from ratchet.config.evaluation import ParityConfig
+from ratchet.config.params import Config
 from ratchet.data.examples import Example, Tool
+from ratchet.engines.loaded_model import LoadedModel
 from ratchet.errors import RatchetError
 from ratchet.files import sha256_file
 from ratchet.models.adapters import load_trained
@@ -39,6 +41,8 @@ from ratchet.parity.paths import (
     differences,
     engine_answers,
     engine_forward,
+    for_one,
+    llama_cpp_answers,
     model_answers,
     model_forward,
     replayed_answer,
@@ -48,7 +52,6 @@ from ratchet.parity.paths import (
 from ratchet.parity.report import Mismatch, Part, Report
 from ratchet.serving.admission import check_adapter_fits
 from ratchet.serving.bundle import Bundle, check_harmless
-from ratchet.serving.loaded_model import LoadedModel
 from ratchet.training.packing import Window
 
 
@@ -104,12 +107,12 @@ def check_parity(
     base: Path,
     candidate: Path,
     bundle: Bundle,
-    config: ParityConfig,
-    *,
-    max_new_tokens: int,
-    batch_size: int,
+    config: Config,
+    scratch: Path,
 ) -> Report:
     """Compare the candidate with `bundle`, which is the candidate as it would be served.
+
+    llama.cpp's file, if `gateway.engine` wants one, is written to `scratch`.
 
     Raises RatchetError only where the candidate itself cannot be loaded.
     """
@@ -123,9 +126,9 @@ def check_parity(
     except RatchetError as error:
         parts.append(Part("intake", 1, 1, f"the gateway would refuse this version: {error}"))
     else:
-        asked = Asked(rows, ours, theirs, max_new_tokens, batch_size)
+        asked = Asked(rows, ours, theirs, config.evaluate.max_new_tokens, config.evaluate.batch_size)
         parts.append(check_training(trained, bundle, ours, theirs))
-        parts += check_answers(asked, base, candidate, bundle, config)
+        parts += check_answers(asked, base, candidate, bundle, config, scratch)
     return Report(manifest.adapter_sha256, len(rows), len(trained), parts)
 
 
@@ -198,13 +201,13 @@ def _check_row(trained: Trained, bundle: Bundle, ours: ChatFormat, theirs: ChatF
 
 
 def check_answers(
-    asked: Asked, base: Path, candidate: Path, bundle: Bundle, config: ParityConfig
+    asked: Asked, base: Path, candidate: Path, bundle: Bundle, config: Config, scratch: Path
 ) -> list[Part]:
     """Compare the trainer's answers with the engine's and the merged model's, one model at a time."""
     formats = asked.ours, asked.theirs
     with quiet():
         reference = make_reference(load_trained(base, candidate).eval(), asked)
-        tolerance = config.half_tolerance if reference.half else config.tolerance
+        tolerance = config.parity.half_tolerance if reference.half else config.parity.tolerance
         _make_room()
         told, apart, context = _engine_path(asked, reference, bundle)
         gateway = compare_answers(
@@ -212,7 +215,9 @@ def check_answers(
         )
         parts = [compare_prompts(asked.ids, reference.answers, told, *formats), gateway]
         _make_room()
-        if config.merged and not why_unmergeable(candidate):
+        if config.gateway.engine == "llama_cpp":
+            parts.append(_check_llama_cpp(asked, reference, bundle, config, scratch))
+        if config.parity.merged and not why_unmergeable(candidate):
             merged = load_merged(base, candidate)
             parts.append(compare_model("merged", merged, asked, reference, tolerance))
     return parts
@@ -250,6 +255,20 @@ def _engine_path(
         **asked.batches,
     )
     return told, apart, bundle.max_length - loaded.num_virtual(bundle.version)
+
+
+def _check_llama_cpp(
+    asked: Asked, reference: Reference, bundle: Bundle, config: Config, scratch: Path
+) -> Part:
+    """Compare tokens and texts; llama.cpp does not tell its logits, and its weights are float16."""
+    bundle, config = for_one(bundle, asked.rows, config)
+    told = llama_cpp_answers(bundle, asked.rows, config, scratch, max_new_tokens=asked.max_new_tokens)
+    formats, tolerance = (asked.ours, asked.theirs), config.parity.half_tolerance
+    part = compare_answers("llama.cpp", asked.ids, *reference[:2], told, [], tolerance, *formats)
+    if part.mismatches:
+        return part
+    reason = f"llama.cpp gives the same greedy answers to {part.rows} test rows ({part.ties} ties)"
+    return msgspec.structs.replace(part, reason=reason, largest=None)
 
 
 def _make_room() -> None:

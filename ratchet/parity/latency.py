@@ -8,34 +8,43 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example
+from ratchet.engines.llama_cpp_engine import LlamaCppEngine
+from ratchet.engines.local_engine import LocalEngine
 from ratchet.evaluation.statistics import bootstrap_mean
 from ratchet.models.loading import quiet
+from ratchet.parity.paths import for_one
 from ratchet.promotion.verdict import Speed
 from ratchet.serving.bundle import Bundle
-from ratchet.serving.engine import Ask, Ended
-from ratchet.serving.local_engine import LocalEngine
+from ratchet.serving.engine import Ask, Ended, Engine
 
 WARM_UP, ASKED = 3, 40  # answers; the first ones pay for allocations and are left out
 
 
-def measure_speed(bundle: Bundle, rows: Sequence[Example], config: Config) -> Speed:
+def measure_speed(bundle: Bundle, rows: Sequence[Example], config: Config, scratch: Path) -> Speed:
     """Measure the answers to the first rows; `rows` must be more than WARM_UP, whose answers do not count."""
     with quiet():
-        found = asyncio.run(_ask_all(bundle, rows[: WARM_UP + ASKED], config))[WARM_UP:]
+        found = asyncio.run(_ask_all(bundle, rows[: WARM_UP + ASKED], config, scratch))[WARM_UP:]
     times, tokens = (np.array(column, dtype=np.float64) for column in zip(*found, strict=True))
     interval = bootstrap_mean(times, alpha=0.025, resamples=2000, seed=0)
     per_second = float(tokens.sum() / times.sum() * 1000)
     return Speed(len(found), msgspec.structs.asdict(interval), float(tokens.mean()), per_second)
 
 
-async def _ask_all(bundle: Bundle, rows: Sequence[Example], config: Config) -> list[tuple[float, int]]:
-    engine = LocalEngine(config)
+async def _ask_all(
+    bundle: Bundle, rows: Sequence[Example], config: Config, scratch: Path
+) -> list[tuple[float, int]]:
+    if config.gateway.engine == "llama_cpp":
+        bundle, config = for_one(bundle, rows, config)
+        engine: Engine = LlamaCppEngine(config, scratch)
+    else:  # another server holds no candidate yet
+        engine = LocalEngine(config)
     try:
         await engine.load(bundle)
         return [await _ask(engine, str(number), row) for number, row in enumerate(rows)]
@@ -43,7 +52,7 @@ async def _ask_all(bundle: Bundle, rows: Sequence[Example], config: Config) -> l
         await engine.close()
 
 
-async def _ask(engine: LocalEngine, name: str, row: Example) -> tuple[float, int]:
+async def _ask(engine: Engine, name: str, row: Example) -> tuple[float, int]:
     """Return (milliseconds, tokens) of one answer."""
     began, tokens = time.perf_counter(), 0
     async for piece in engine.answer(Ask(name, 1, tuple(row.prompt))):

@@ -6,26 +6,31 @@ Only HTTP is left out.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ratchet.config.params import Config
 from ratchet.config.serving import GatewayConfig
 from ratchet.data.examples import Example, Message, Tool, ToolCall, to_openai
+from ratchet.engines.answering import Row
+from ratchet.engines.decoding import Decoder
+from ratchet.engines.loaded_model import LoadedModel
 from ratchet.errors import RatchetError
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.generation import by_length, greedy_ids
+from ratchet.models.loading import load_chat
 from ratchet.serving.bundle import Bundle
-from ratchet.serving.decoding import Decoder, Row
 from ratchet.serving.engine import Ended, Piece
 from ratchet.serving.faults import Fault
-from ratchet.serving.loaded_model import LoadedModel
 from ratchet.serving.protocol import parse_chat
 
 TOP = 32  # logits per position that are kept for comparison; a token beyond them is no tie
@@ -93,6 +98,45 @@ def engine_answers(
     while waiting or decoder.size:
         decoder.round([waiting.popleft() for _ in range(min(len(waiting), batch_size - decoder.size))])
     return [one.answer() for one in heard]
+
+
+def llama_cpp_answers(
+    bundle: Bundle, asked: Sequence[Example], config: Config, scratch: Path, *, max_new_tokens: int
+) -> list[Answer]:
+    """Answer the rows, one at a time, as the gateway's engine `llama_cpp` does.
+
+    Raises ConfigError: llama.cpp is not installed; BaseModelError, ServiceError: it cannot serve the version.
+    """
+    heard = [_Heard(bundle, row, max_new_tokens) for row in asked]
+    asyncio.run(_compute(bundle, [one.row for one in heard if one.row], config, scratch))
+    return [one.answer() for one in heard]
+
+
+async def _compute(bundle: Bundle, rows: Sequence[Row], config: Config, scratch: Path) -> None:
+    from ratchet.engines.llama_cpp_engine import LlamaCppEngine
+
+    engine = LlamaCppEngine(config, scratch)
+    try:
+        await engine.load(bundle)
+        for row in rows:
+            async for _ in engine.compute(row):
+                pass
+    finally:
+        await engine.close()
+
+
+def for_one(bundle: Bundle, rows: Sequence[Example], config: Config) -> tuple[Bundle, Config]:
+    """Return settings for one request at a time and no more context than these rows need.
+
+    llama.cpp reserves the memory of all contexts at its start; a base's whole context may take gigabytes.
+    """
+    chat = load_chat(bundle.adapter)
+    longest = max(len(chat.encode_prompt(row.prompt, row.tools)) for row in rows)
+    most = longest + max(config.evaluate.max_new_tokens, bundle.generation.max_new_tokens)
+    gateway = config.gateway.model_copy(update={"max_batch": 1})
+    return bundle._replace(max_length=min(bundle.max_length, most)), config.model_copy(
+        update={"gateway": gateway}
+    )
 
 
 def replayed_answer(

@@ -1,1 +1,1 @@
-"""Engines and what they load; no HTTP server."""
+"""What an engine is, what it loads, and how requests are read; no HTTP server."""

@@ -1,6 +1,6 @@
 """Define what the gateway asks of an engine: to hold versions and to answer with the one that is named.
 
-There are two: `local` (ratchet/serving/local_engine.py) and `openai` (ratchet/serving/upstream_engine.py).
+There are two: `local` (ratchet/engines/local_engine.py) and `openai` (ratchet/engines/upstream_engine.py).
 """
 
 from __future__ import annotations

@@ -29,6 +29,10 @@ PINNED = re.compile(r"(.*?)(?:@([0-9a-f]{40}|[0-9a-f]{64}))?")  # a URL may hold
 SECTIONS: dict[str, type[BaseModel]] = {"train": TrainConfig, "adapter": AdapterConfig}
 # What the tokenized rows depend on besides the base (dvc.yaml, stage `tokenize`).
 ROWS = ("train.rows", "train.replay", "train.max_feedback_share", "train.start_from")
+# Each value of these is another loss, so that its trials could not be compared.
+LOSS_KEYS = frozenset(
+    f"train.{name}" for name in ("objective", "preference_beta", "chosen_weight", "undesirable_weight")
+)
 DIGITS = 4  # significant ones of a drawn number, which nobody wants as 0.0013862943611198906
 
 Value = Any  # of a key of params.yaml: a number, a text, a list of names, or None
@@ -61,6 +65,9 @@ def _faults(config: Config, key: str, values: SweepRange | list[Value]) -> Itera
             f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields
         )
         yield f"no key that can be searched; known: {BASE}, {known}"
+        return
+    if key in LOSS_KEYS:
+        yield "changes what the loss measures, so trials could not be compared by it"
         return
     if isinstance(values, SweepRange):
         current = None if key == BASE else getattr(getattr(config, section), name)

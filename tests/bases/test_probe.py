@@ -21,6 +21,7 @@ from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, BaseConfig
 from ratchet.data.examples import Message, make_example, read_examples
 from ratchet.demo.base_model import CHAT_TEMPLATE, CONTROL_TOKENS
+from ratchet.engines.loaded_model import LoadedModel
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, write_json
 from ratchet.models.chat_template import ChatFormat
@@ -30,7 +31,6 @@ from ratchet.models.loading import WHOLE, load_base, load_chat, load_tokenizer
 from ratchet.models.manifests import GENERATION, Finding, write_generation
 from ratchet.parity.paths import engine_answers
 from ratchet.serving.bundle import Bundle, Generation
-from ratchet.serving.loaded_model import LoadedModel
 from ratchet.training import collation
 from tasks.base import make_base
 from tasks.train import train

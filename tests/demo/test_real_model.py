@@ -21,12 +21,12 @@ from ratchet.data.batches import write_batch
 from ratchet.data.examples import Example, RawRow, read_examples
 from ratchet.demo.smollm2 import SHA256, fetch_smollm2
 from ratchet.demo.story import REAL, make_values
+from ratchet.engines.local_engine import LocalEngine
 from ratchet.errors import ServiceError
 from ratchet.evaluation.metrics import exact_match
 from ratchet.files import read_json, write_json
 from ratchet.serving.bundle import bundle_candidate
 from ratchet.serving.engine import Ask, Piece
-from ratchet.serving.local_engine import LocalEngine
 from ratchet.serving.version_source import Source
 from ratchet.sources.pydoc import harvest
 from tasks.base import make_base

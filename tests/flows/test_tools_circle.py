@@ -20,11 +20,11 @@ from stages import Ran, run_stages
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, Message, ToolCall, read_examples, to_openai
+from ratchet.engines import make_engine
 from ratchet.evaluation.metrics import ROW_METRICS
 from ratchet.files import write_json
 from ratchet.gateway.app import create_app
 from ratchet.gateway.routing import Fleet
-from ratchet.gateway.server import make_engine
 from ratchet.monitoring.request_log import open_log
 from ratchet.serving.bundle import SERVING
 from tasks.base import make_base

@@ -16,9 +16,9 @@ from served import digest, put_in_charge, wait_for
 from servers import serving
 
 from ratchet.config.params import Config
+from ratchet.engines import make_engine
 from ratchet.gateway.app import create_app
 from ratchet.gateway.routing import Fleet
-from ratchet.gateway.server import make_engine
 from ratchet.monitoring.request_log import RequestLog, open_log
 from ratchet.serving.bundle import SERVING
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Message
+from ratchet.engines.local_engine import LocalEngine
 from ratchet.errors import ServiceError
 from ratchet.files import write_json
 from ratchet.gateway.routing import Choice, Fleet
@@ -34,7 +35,6 @@ from ratchet.promotion.rollout import FILE as ROLLOUT
 from ratchet.promotion.rollout import Rollout, position, read_rollout, write_rollout
 from ratchet.serving.bundle import SERVING, Bundle, make_bundle, read_state
 from ratchet.serving.engine import Ask, Piece
-from ratchet.serving.local_engine import LocalEngine
 
 ASKED = [
     (Message("user", f"Which module documents this? Return the list of {word}."),)

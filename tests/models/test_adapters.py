@@ -19,6 +19,9 @@ from torch.nn.functional import cross_entropy
 from ratchet.config.params import Config, parse_config
 from ratchet.config.training import AdapterConfig, TrainConfig
 from ratchet.data.examples import Message, read_examples
+from ratchet.engines.loaded_model import LoadedModel, batch_place, model_place
+from ratchet.engines.local_engine import LocalEngine
+from ratchet.engines.upstream_engine import UpstreamEngine
 from ratchet.errors import BaseModelError, ConfigError
 from ratchet.files import read_json, sha256_file, write_json
 from ratchet.models.adapters import BUILDERS, SHAPE, load_trained, read_kind
@@ -28,9 +31,6 @@ from ratchet.models.loading import WEIGHTS, WHOLE, adapter_sha256, load_tokenize
 from ratchet.serving.admission import check_adapter_fits
 from ratchet.serving.bundle import Bundle, Generation
 from ratchet.serving.engine import Ask, Ended, Piece
-from ratchet.serving.loaded_model import LoadedModel, batch_place, model_place
-from ratchet.serving.local_engine import LocalEngine
-from ratchet.serving.upstream_engine import UpstreamEngine
 from ratchet.training.packing import IGNORED, Window, read_windows, rows_of
 from tasks.train import train
 

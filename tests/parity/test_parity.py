@@ -55,16 +55,12 @@ class Place:
     def report(self, **changed: Any) -> Report:
         bundle = Bundle("tiny", 1, self.served, self.base, 256, Generation(8))
         trained = find_trained(self.train, changed.pop("windows", self.windows), self.chat)
-        return check_parity(
-            self.rows,
-            trained,
-            self.base,
-            self.candidate,
-            bundle,
-            CONFIG.model_copy(update={"merged": False, **changed}),
-            max_new_tokens=8,
-            batch_size=5,
-        )
+        evaluated = {"max_new_tokens": 8, "batch_size": 5}
+        gateway = {"engine": changed.pop("engine", "local")}
+        parity = {"merged": False, **changed}
+        config = Config.model_validate({"evaluate": evaluated, "parity": parity, "gateway": gateway})
+        scratch = self.served.parent / "scratch"
+        return check_parity(self.rows, trained, self.base, self.candidate, bundle, config, scratch)
 
     def parts(self, **changed: Any) -> dict[str, Part]:
         return {part.name: part for part in self.report(**changed).parts}
@@ -143,6 +139,14 @@ def test_without_rows_nothing_was_shown(place: Place, tiny_config: Config, tmp_p
 
 
 # --- what differs ---
+
+
+def test_llama_cpps_answers_are_compared_where_it_is_what_serves(place: Place) -> None:
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (uv pip install xllamacpp)")
+    part = place.parts(engine="llama_cpp")["llama.cpp"]
+    assert (part.result, part.rows, part.largest) == ("pass", 12, None)
+    assert "llama.cpp gives the same greedy answers to 12 test rows" in part.reason
+    assert "llama.cpp" not in place.parts()
 
 
 def test_another_template_fails_with_the_first_token_that_differs(place: Place) -> None:

@@ -10,12 +10,13 @@ import pytest
 
 from ratchet.config.serving import GatewayConfig
 from ratchet.data.examples import Message, ToolCall, make_example
+from ratchet.engines.answering import Row
+from ratchet.engines.decoding import Decoder
+from ratchet.engines.loaded_model import LoadedModel
 from ratchet.parity.paths import Script, replayed_answer
 from ratchet.serving.bundle import Bundle, Generation
-from ratchet.serving.decoding import Decoder, Row
 from ratchet.serving.engine import Ask, Ended, Piece
 from ratchet.serving.faults import Fault
-from ratchet.serving.loaded_model import LoadedModel
 from ratchet.serving.protocol import Answer, Chat, ChatEncoder, parse_chat
 from tests.models.test_tools import ASKED, CALL, CONTROL, TOOL, chat_of, row
 

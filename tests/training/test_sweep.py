@@ -87,6 +87,7 @@ def study_of(home: Path, search: Search) -> optuna.Study:
             "train.learning_rat: no key that can be searched; known: base.model, train.start_from",
         ),
         ({"gate.alpha": [0.1]}, "gate.alpha: no key that can be searched"),
+        ({"train.preference_beta": [0.1, 0.3]}, "train.preference_beta: changes what the loss measures"),
         ({"adapter.rank": [8, 1000]}, "adapter.rank: Input should be less than or equal to 512, got 1000"),
         ({"train.epochs": {"low": -1, "high": 2}}, "train.epochs: Input should be greater than 0"),
         (

@@ -10,15 +10,16 @@ import pytest
 
 from ratchet.config.serving import GatewayConfig
 from ratchet.data.examples import Example, Message, ToolCall
+from ratchet.engines.answering import Row
+from ratchet.engines.decoding import Decoder
+from ratchet.engines.vocabulary import Vocabulary
 from ratchet.gateway.response_encoder import ResponseEncoder
 from ratchet.gateway.responses import parse_response
 from ratchet.models.chat_template import ChatFormat
 from ratchet.parity.paths import Script, replayed_answer, whole_text
 from ratchet.serving.bundle import Bundle, Generation
-from ratchet.serving.decoding import Decoder, Row
 from ratchet.serving.engine import Ask, Ended, JsonForm, Piece
 from ratchet.serving.protocol import Answer, Chat, ChatEncoder, parse_chat
-from ratchet.serving.vocabulary import Vocabulary
 from tests.models.test_reasoning import ONE, TEMPLATES, TWO, chat_of, row
 from tests.models.test_tools import TOOL
 

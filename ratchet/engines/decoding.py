@@ -1,4 +1,4 @@
-"""Decode rows together on a model (`ratchet/serving/loaded_model.py`).
+"""Decode rows together on a model (`ratchet/engines/loaded_model.py`).
 
 Rows share one key-value cache, padded on the left. Each has its own positions, so that its neighbours in the
 batch cannot change it (beyond the last bits of a float). Rows of different versions go through one forward
@@ -9,7 +9,6 @@ same model. A row that ends leaves at once, with the cache columns that only it 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,49 +17,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from ratchet.data.examples import ToolCall
+from ratchet.engines.answering import Row
+from ratchet.engines.loaded_model import LoadedModel
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.models.cache import join, select
 from ratchet.models.chat_template import ChatFormat
-from ratchet.models.reasoning import ReasoningReader
 from ratchet.serving.bundle import Bundle
-from ratchet.serving.engine import Ask, Ended, Piece, Scored
-from ratchet.serving.loaded_model import LoadedModel
-from ratchet.serving.transcript import Transcript
+from ratchet.serving.engine import Scored
 
 if TYPE_CHECKING:
-    from ratchet.serving.vocabulary import Constraint, Vocabulary
+    from ratchet.engines.vocabulary import Vocabulary
 
 # The most tokens of joining prompts in one forward pass; rows under way get a token between two passes.
 PREFILL_TOKENS = 4096
 # The most logits of one pass if prompts are measured: 256 MiB in float32.
 PREFILL_LOGITS = 2**26
 log = logging.getLogger("ratchet.gateway")
-
-
-class Row:
-    """One request under way.
-
-    `tell` passes a piece, the end or an error to the request's owner; `since` is on time.perf_counter.
-    """
-
-    def __init__(self, ask: Ask, since: float, tell: Callable[[Piece | Ended | RatchetError], None]) -> None:
-        self.ask, self.since, self.tell = ask, since, tell
-        self.cancelled = False
-        self.prompt: list[int] = []
-        self.text, self.told = "", 0  # if tools are offered: all text, and how much of it was passed on
-        self.answer: list[int] = []  # tokens so far; the next forward pass reads the newest
-        self.room = 0  # answer tokens that may still come
-        self.nll = 0.0  # sum over the answer's tokens, in nats
-        self.prompt_nll: float | None = None  # mean over the prompt's tokens but the first, in nats
-        self.queue_ms = 0.0
-        self.temperature = 0.0
-        self.generator: torch.Generator | None = None
-        self.transcript: Transcript
-        self.reader: ReasoningReader | None = None  # if the version reasons before it answers
-        self.constraint: Constraint | None = None  # of ask.form or ask.must_call
-        self.vocabulary: Vocabulary | None = None  # if tokens are scored
-        self.scored: list[Scored] = []  # tokens that were not passed on yet
 
 
 class Joining(NamedTuple):
@@ -145,25 +117,12 @@ class Decoder:
         self._leave(rows)
 
     def _prepare(self, row: Row) -> bool:
-        """Fill in the row's token ids, by its version's template, and settings; return False if refused."""
-        bundle, chat, ask = self._bundles[row.ask.version], self._chats[row.ask.version], row.ask
-        row.queue_ms = (time.perf_counter() - row.since) * 1000
-        length = bundle.max_length - self._loaded.num_virtual(ask.version)
-        # A grammar holds from the first token on, so an answer under a grammar has no reasoning.
-        reasons = ask.reasons and ask.form is None and not ask.must_call
-        try:
-            row.prompt = chat.fit_prompt(ask.messages, length, ask.tools, reasons=reasons)
-        except Exception as error:  # noqa: BLE001  (the client whose messages caused it gets it)
-            known = isinstance(error, RatchetError)
-            row.tell(UserError(str(error) if known else f"the messages cannot be encoded: {error}"))
+        bundle, chat = self._bundles[row.ask.version], self._chats[row.ask.version]
+        if not row.prepare(bundle, chat, bundle.max_length - self._loaded.num_virtual(bundle.version)):
             return False
-        row.room = min(ask.max_tokens or bundle.generation.max_new_tokens, length - len(row.prompt))
-        row.transcript = Transcript(chat.decode, ask.stop)
-        row.reader = ReasoningReader(chat.reasoning) if chat.reasoning and reasons else None
-        row.temperature = bundle.generation.temperature if ask.temperature is None else ask.temperature
         if row.temperature > 0:
-            row.generator = torch.Generator()
-            row.generator.manual_seed(ask.seed % 2**63) if ask.seed is not None else row.generator.seed()
+            row.generator, seed = torch.Generator(), row.ask.seed
+            row.generator.manual_seed(seed % 2**63) if seed is not None else row.generator.seed()
         return True
 
     def _prefill(self, rows: list[Row]) -> Joining:
@@ -272,76 +231,13 @@ class Decoder:
         ended = []
         for row, token, logprob, likely in zip(rows, tokens, chosen, logprobs, strict=True):
             try:
-                done = self._take(row, token, logprob, likely)
+                done = row.take(token, logprob, _scorer(row, token, likely))
             except UserError as error:
                 row.tell(error)
                 done = True
             if done:
                 ended.append(row)
         self._leave(ended)
-
-    def _take(self, row: Row, token: int, logprob: float, likely: Tensor) -> bool:
-        """Add a token to a row, and pass its text on; return whether the row ended.
-
-        `likely`: the log probabilities of all tokens, (vocab,). Raises UserError: the grammar cannot go on.
-        """
-        row.answer.append(token)
-        row.room -= 1
-        row.nll -= logprob
-        if row.constraint:
-            row.constraint.take(token)
-        stopped = token in self._chats[row.ask.version].stop_ids
-        reasoned = row.reader is not None and row.reader.reasons
-        text = "" if stopped else row.transcript.add(token)
-        stopped = stopped or row.transcript.stopped
-        ended = stopped or row.room == 0
-        if ended:
-            text += row.transcript.end()
-            stopped = stopped or row.transcript.stopped
-        reasoning, text = _split(row.reader, text, ended=ended)
-        if row.reader and row.reader.reasons:
-            row.scored = []  # tokens that open the reasoning are not scored
-        elif row.vocabulary and token not in self._chats[row.ask.version].stop_ids and not reasoned:
-            row.scored.append(_score(row.vocabulary, token, likely, row.ask.top_logprobs or 0))
-        calls: tuple[ToolCall, ...] = ()
-        if row.ask.tools:
-            text, calls = self._tell_apart(row, text, ended=ended)
-        if text or calls or reasoning or (ended and row.scored):
-            row.tell(Piece(text, tuple(row.scored), calls, reasoning))
-            row.scored = []
-        if ended:
-            row.tell(
-                Ended(
-                    "tool_calls" if calls else "stop" if stopped else "length",
-                    len(row.prompt),
-                    len(row.answer),
-                    row.prompt_nll,
-                    row.nll / len(row.answer),
-                    row.queue_ms,
-                )
-            )
-        return ended
-
-    def _tell_apart(self, row: Row, text: str, *, ended: bool) -> tuple[str, tuple[ToolCall, ...]]:
-        """Return the text, without calls, that was not passed on yet, and the calls once the answer ended."""
-        chat = self._chats[row.ask.version]
-        calls: tuple[ToolCall, ...] = ()
-        row.text += text
-        if ended:
-            said = chat.read_calls(row.text, row.ask.tools)
-            new, calls = said.content[row.told :], said.tool_calls
-        else:
-            new = row.text[row.told : chat.settled(row.text)]
-        row.told += len(new)
-        return new, calls if row.ask.parallel_calls else calls[:1]
-
-
-def _split(reader: ReasoningReader | None, text: str, *, ended: bool) -> tuple[str, str]:
-    """Split a piece of an answer into reasoning and content."""
-    if reader is None:
-        return "", text
-    parts = [reader.add(text), *([reader.end()] if ended else [])]
-    return "".join(part.reasoning for part in parts), "".join(part.content for part in parts)
 
 
 def _nll(logits: Tensor, following: Tensor, mask: Tensor) -> Tensor:
@@ -359,6 +255,12 @@ def _choose(logits: Tensor, row: Row) -> int:
     """Choose a token that the answer's grammar allows: the likeliest, or a drawn one."""
     allowed = row.constraint.mask(logits) if row.constraint else logits
     return int(allowed.argmax()) if row.generator is None else _sample(allowed, row)
+
+
+def _scorer(row: Row, token: int, logprobs: Tensor) -> Callable[[], Scored] | None:
+    if row.vocabulary is None:
+        return None
+    return partial(_score, row.vocabulary, token, logprobs, row.ask.top_logprobs or 0)
 
 
 def _score(vocabulary: Vocabulary, token: int, logprobs: Tensor, num_top: int) -> Scored:

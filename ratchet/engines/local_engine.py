@@ -23,15 +23,16 @@ from typing import Any
 import torch
 
 from ratchet.config.params import Config
+from ratchet.engines.answering import Row
+from ratchet.engines.decoding import Decoder
+from ratchet.engines.loaded_model import LoadedModel, batch_place, model_place
+from ratchet.engines.vocabulary import Vocabulary
 from ratchet.errors import BusyError, RatchetError, ServiceError
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import load_chat
 from ratchet.serving.admission import check_adapter_fits
 from ratchet.serving.bundle import Bundle
-from ratchet.serving.decoding import Decoder, Row
 from ratchet.serving.engine import Ask, Ended, Piece, require_same
-from ratchet.serving.loaded_model import LoadedModel, batch_place, model_place
-from ratchet.serving.vocabulary import Vocabulary
 
 CLOSE_SECONDS = 10  # that `close` waits for the thread
 log = logging.getLogger("ratchet.gateway")

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ratchet.engines.grammars import write_grammar
 from ratchet.errors import UserError
 from ratchet.models.chat_template import ChatFormat
 from ratchet.serving.engine import Ask
-from ratchet.serving.grammars import write_grammar
 
 LONGEST_COMPLAINT = 300  # characters of the compiler's message
 PLACE = re.compile(r"at \d+\(\d+\): (?:failed to compile JSON schema: )?")

@@ -16,12 +16,12 @@ from stub_upstream import Stub
 from ratchet.config.params import Config
 from ratchet.config.serving import GatewayConfig
 from ratchet.data.examples import Message
+from ratchet.engines.upstream_engine import KEY, UpstreamEngine
 from ratchet.errors import BaseModelError, BusyError, ConfigError, RatchetError, ServiceError, UserError
 from ratchet.models.reasoning import LEARN
 from ratchet.serving.bundle import Bundle, Generation
 from ratchet.serving.engine import Ask, Ended, Piece
 from ratchet.serving.protocol import WholeAsk
-from ratchet.serving.upstream_engine import KEY, UpstreamEngine
 
 
 def bundle(version: int) -> Bundle:

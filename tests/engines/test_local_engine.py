@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Message, read_examples
+from ratchet.engines.decoding import Decoder
+from ratchet.engines.local_engine import LocalEngine
+from ratchet.engines.transcript import Transcript
 from ratchet.errors import BaseModelError, BusyError, ServiceError, UserError
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.generation import answer_likelihoods, greedy_answers
 from ratchet.models.loading import WEIGHTS, load_adapter, load_base, load_tokenizer
 from ratchet.serving.bundle import Bundle, Generation
-from ratchet.serving.decoding import Decoder
 from ratchet.serving.engine import Ask, Ended, Piece
-from ratchet.serving.local_engine import LocalEngine
-from ratchet.serving.transcript import Transcript
 
 LENGTH = 96
 
@@ -140,7 +140,7 @@ def test_long_prompts_that_join_by_parts_change_nothing(
 
     versions = bundle(1, candidate, tiny_base), bundle(2, other, tiny_base)
     whole = run(mixed, *versions, max_batch=4)
-    monkeypatch.setattr("ratchet.serving.decoding.PREFILL_TOKENS", 1)
+    monkeypatch.setattr("ratchet.engines.decoding.PREFILL_TOKENS", 1)
     parts = run(mixed, *versions, max_batch=4)
     assert [text for text, _, _ in parts] == [text for text, _, _ in whole]
     assert [end.prompt_nll for _, end, _ in parts] == pytest.approx(
