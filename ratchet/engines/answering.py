@@ -40,7 +40,7 @@ class Row:
         self.generator: torch.Generator | None = None
         self.constraint: Constraint | None = None  # of ask.form or ask.must_call
         self.vocabulary: Vocabulary | None = None  # if tokens are scored
-        self._nll = 0.0  # sum over the answer's tokens, in nats
+        self._nll, self._measured = 0.0, 0  # sum over the answer's tokens, in nats, and their number
         self._queue_ms = 0.0
         self._text, self._told = "", 0  # if tools are offered: all text, and how much of it was passed on
         self._scored: list[Scored] = []  # tokens that were not passed on yet
@@ -69,15 +69,16 @@ class Row:
         self._reader = ReasoningReader(chat.reasoning) if chat.reasoning and reasons else None
         return True
 
-    def take(self, token: int, logprob: float, score: Callable[[], Scored] | None = None) -> bool:
+    def take(self, token: int, logprob: float | None, score: Callable[[], Scored] | None = None) -> bool:
         """Add a token and pass its text on; return whether the answer ended.
 
-        `logprob` is in nats; `score` is called if the client wants scored tokens and this one is told. Raises
-        UserError: the grammar cannot go on.
+        `logprob` is in nats, None where it is not known; `score` is called if the client wants scored tokens
+        and this one is told. Raises UserError: the grammar cannot go on.
         """
         self.answer.append(token)
         self.room -= 1
-        self._nll -= logprob
+        if logprob is not None:
+            self._nll, self._measured = self._nll - logprob, self._measured + 1
         if self.constraint:
             self.constraint.take(token)
         stopped = token in self._chat.stop_ids
@@ -106,7 +107,7 @@ class Row:
                     len(self.prompt),
                     len(self.answer),
                     self.prompt_nll,
-                    self._nll / len(self.answer),
+                    self._nll / self._measured if self._measured else None,
                     self._queue_ms,
                 )
             )

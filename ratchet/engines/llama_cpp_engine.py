@@ -4,6 +4,10 @@ A version is merged, written as a GGUF file with 16-bit weights, and served on l
 (`ratchet/engines/llama_cpp_server.py`). Prompts go there as token ids and answers come back as token ids, so
 template, stop tokens, text, reasoning and calls are ours, as with the engine `local`, and no text of a user
 can become a control token. Not covered: calls that a client enforces (`tool_choice`), prompts' NLL.
+
+An answer is asked for in slices of a few tokens, each on the same slot, whose keys and values llama.cpp
+keeps. Its own stream leaves out tokens that end within a character, so text with several tokens per character
+would be lost.
 """
 
 from __future__ import annotations
@@ -39,7 +43,8 @@ from ratchet.serving.engine import Ask, Ended, Piece, Scored, require_same
 SERVER = "ratchet.engines.llama_cpp_server"
 FOLDER = "llama_cpp"
 END_SECONDS = 5.0
-MOST_LINE_BYTES = 2**22  # of a stream: a token with its alternatives is a few kilobytes
+# Tokens of the first slice, soon on the client's screen, and of the others: each slice costs a forward pass.
+FIRST, SLICE = 4, 16
 
 log = logging.getLogger("ratchet.gateway")
 
@@ -59,16 +64,14 @@ class Chosen(Alternative):
     top_logprobs: list[Alternative] = []
 
 
-class Chunk(msgspec.Struct):
-    """One event of `/completion`; `stop_type` of the last one says why it ended."""
+class Completion(msgspec.Struct):
+    """What `/completion` answers; tokens within a character have no probabilities."""
 
     tokens: list[int] = []
     completion_probabilities: list[Chosen] = []
-    stop: bool = False
-    stop_type: str = ""
 
 
-_decode = msgspec.json.Decoder(Chunk)
+_decode = msgspec.json.Decoder(Completion)
 
 
 class Served(NamedTuple):
@@ -76,7 +79,7 @@ class Served(NamedTuple):
     chat: ChatFormat
     process: subprocess.Popen[bytes]
     address: str
-    slots: asyncio.Semaphore
+    slots: asyncio.Queue[int]  # those that are free
 
 
 class LlamaCppEngine:
@@ -109,7 +112,9 @@ class LlamaCppEngine:
             chat = await asyncio.to_thread(load_chat, bundle.adapter)
             file = await asyncio.to_thread(self._write, bundle)
             process, address = await asyncio.to_thread(self._start, file, bundle)
-            slots = asyncio.Semaphore(self._config.max_batch)
+            slots: asyncio.Queue[int] = asyncio.Queue()
+            for slot in range(self._config.max_batch):
+                slots.put_nowait(slot)
             self._served[bundle.version] = Served(bundle, chat, process, address, slots)
 
     async def unload(self, version: int) -> None:
@@ -145,26 +150,42 @@ class LlamaCppEngine:
             self._pending -= 1
 
     async def compute(self, row: Row) -> AsyncIterator[None]:
-        """Compute an answer, whose pieces go to `row.tell`; yield after each of the server's chunks.
+        """Compute an answer, whose pieces go to `row.tell`; yield after each slice. Raises ServiceError."""
+        served = self._find(row.ask.version)
+        slot = await served.slots.get()
+        try:
+            ended = not row.prepare(served.bundle, served.chat, served.bundle.max_length)
+            while not ended:
+                ended = _hear(row, await self._complete(row, slot))
+                yield
+            yield
+        finally:
+            served.slots.put_nowait(slot)
 
-        Raises ServiceError.
-        """
-        served = self._served.get(row.ask.version)
-        if served is None:
-            raise ServiceError(
-                f"v{row.ask.version} is not loaded",
-                remedy="come again; the gateway's log says what is in its way",
-            )
-        async with served.slots:
-            if not row.prepare(served.bundle, served.chat, served.bundle.max_length):
-                yield
-                return
-            async for chunk in self._complete(served, row):
-                ended = _hear(row, served.chat.stop_id, chunk)
-                yield
-                if ended:
-                    return
-        raise ServiceError("llama.cpp broke an answer off", remedy="see the gateway's log")
+    def _find(self, version: int) -> Served:
+        if version in self._served:
+            return self._served[version]
+        raise ServiceError(
+            f"v{version} is not loaded", remedy="come again; the gateway's log says what is in its way"
+        )
+
+    async def _complete(self, row: Row, slot: int) -> Completion:
+        """Ask for a slice of an answer, twice if the server died meanwhile. Raises ServiceError."""
+        served, body = self._find(row.ask.version), _body(row, slot)
+        try:
+            return await self._ask(served, body)
+        except ServiceError:
+            if not await asyncio.to_thread(_has_died, served.process):
+                raise
+        async with self._loading:
+            if self._find(row.ask.version).process is served.process:
+                log.warning("llama.cpp died and is started again for v%d", row.ask.version)
+                _stop(served.process)
+                process, address = await asyncio.to_thread(
+                    self._start, self._write(served.bundle), served.bundle
+                )
+                self._served[row.ask.version] = served._replace(process=process, address=address)
+        return await self._ask(self._find(row.ask.version), body)
 
     async def close(self) -> None:
         for version in list(self._served):
@@ -172,31 +193,29 @@ class LlamaCppEngine:
         if self._opened:
             await self._opened.close()
 
-    async def _complete(self, served: Served, row: Row) -> AsyncIterator[Chunk]:
-        """Stream the answer's tokens. Raises ServiceError."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_read=self._config.timeout)
+    async def _ask(self, served: Served, body: dict[str, Any]) -> Completion:
+        timeout = aiohttp.ClientTimeout(total=self._config.timeout)
         try:
             async with self._session().post(
-                f"{served.address}/completion", json=_body(row), timeout=timeout
+                f"{served.address}/completion", json=body, timeout=timeout
             ) as response:
+                raw = await response.read()
                 if response.status != 200:
-                    text = (await response.text())[:200]
-                    raise ServiceError(f"llama.cpp answered {response.status}: {text}", remedy="see its log")
-                async for line in response.content:
-                    if line.startswith(b"data: "):
-                        yield _decode.decode(line[6:])
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, msgspec.DecodeError) as error:
-            state = served.process.poll()
-            died = f"; its process ended with {state}" if state is not None else ""
+                    said = raw[:200].decode(errors="replace")
+                    raise ServiceError(f"llama.cpp answered {response.status}: {said}", remedy="come again")
+                found = _decode.decode(raw)
+        except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError) as error:
             raise ServiceError(
-                f"llama.cpp does not answer for v{served.bundle.version}{died}: {error!r}",
-                remedy="see the gateway's log; restarting the gateway starts it again",
+                f"llama.cpp does not answer for v{served.bundle.version}: {error!r}", remedy="come again"
             ) from None
+        if not found.tokens:
+            raise ServiceError("llama.cpp gave no token", remedy="come again")
+        return found
 
     def _session(self) -> aiohttp.ClientSession:
         if self._opened is None:
             connector = aiohttp.TCPConnector(limit=0, force_close=True)
-            self._opened = aiohttp.ClientSession(connector=connector, read_bufsize=MOST_LINE_BYTES)
+            self._opened = aiohttp.ClientSession(connector=connector)
         return self._opened
 
     def _write(self, bundle: Bundle) -> Path:
@@ -251,37 +270,43 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _body(row: Row) -> dict[str, Any]:
-    ask = row.ask
+def _has_died(process: subprocess.Popen[bytes]) -> bool:
+    """Give a process that breaks connections a second to end."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(1)
+    return process.returncode is not None
+
+
+def _body(row: Row, slot: int) -> dict[str, Any]:
+    ask, length = row.ask, SLICE if row.answer else FIRST
     body: dict[str, Any] = {
-        "prompt": row.prompt,
-        "n_predict": row.room,
+        "prompt": [*row.prompt, *row.answer],
+        "n_predict": min(row.room, length),
+        "id_slot": slot,
         "temperature": row.temperature,
-        "stream": True,
         "return_tokens": True,
         "n_probs": max(1, ask.top_logprobs or 0),
         "top_k": 0,
         "min_p": 0.0,
         "top_p": 1.0 if ask.top_p is None else ask.top_p,
     }
-    if ask.seed is not None:
-        body["seed"] = ask.seed % 2**32
-    if ask.form:
+    if ask.seed is not None:  # each slice draws anew
+        body["seed"] = (ask.seed + len(row.answer)) % 2**32
+    if ask.form:  # its grammar holds from the first token on, so that there are no slices
         schema = json.loads(ask.form.schema) if ask.form.schema else OBJECT
         body["json_schema"] = {"x-guidance": {"whitespace_pattern": BLANKS}, **schema}
+        body["n_predict"] = row.room
     return body
 
 
-def _hear(row: Row, stop_id: int, chunk: Chunk) -> bool:
-    """Pass the tokens of a chunk on; return whether the answer ended. Raises ServiceError: it broke off."""
-    told = {chosen.id: chosen for chosen in chunk.completion_probabilities}
-    for token in chunk.tokens:
-        chosen = told.get(token) or Chosen(token)
+def _hear(row: Row, found: Completion) -> bool:
+    """Pass the tokens of a slice on; return whether the answer ended."""
+    told = deque(found.completion_probabilities)
+    for token in found.tokens:
+        chosen = told.popleft() if told and told[0].id == token else None
         score = None
-        if (most := row.ask.top_logprobs) is not None:
+        if (most := row.ask.top_logprobs) is not None and chosen:
             score = partial(chosen.scored, chosen.top_logprobs[:most])
-        if row.take(token, chosen.logprob, score):
+        if row.take(token, chosen.logprob if chosen else None, score):
             return True
-    if chunk.stop and chunk.stop_type == "eos":  # the end token itself is not streamed
-        return row.take(stop_id, 0.0)
     return False

@@ -35,7 +35,7 @@ def main() -> None:
         try:
             write(arguments.base, arguments.adapter, arguments.gguf)
         except (BaseModelError, UserError) as error:
-            sys.exit(str(error))
+            sys.exit(str(error).splitlines()[0])
     else:
         serve(arguments.gguf, arguments.slots, arguments.context)
 

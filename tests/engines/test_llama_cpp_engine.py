@@ -18,9 +18,11 @@ from patience import scaled
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, Message, read_examples
+from ratchet.engines.answering import Row
 from ratchet.engines.llama_cpp_engine import LlamaCppEngine
 from ratchet.engines.local_engine import LocalEngine
 from ratchet.errors import BaseModelError, BusyError, ConfigError, ServiceError, UserError
+from ratchet.models.loading import load_chat
 from ratchet.serving.bundle import Bundle, Generation
 from ratchet.serving.engine import Ask, Ended, Engine, Piece
 
@@ -109,6 +111,25 @@ def test_a_seed_repeats_a_drawn_answer(bundle: Bundle, folder: Path) -> None:
     assert {other.text for other in others} - {first.text}
 
 
+def test_no_token_of_an_answer_is_lost_within_a_character(bundle: Bundle, folder: Path) -> None:
+    """At this temperature most tokens are single bytes, of which llama.cpp's own stream loses some."""
+    asked = (Message("user", "which module is this?"),)
+    asks = [Ask("a", 1, asked, temperature=9.0, seed=seed, max_tokens=50) for seed in range(6)]
+
+    async def work(engine: Engine) -> list[Row]:
+        assert isinstance(engine, LlamaCppEngine)
+        rows = [Row(ask, time.perf_counter(), lambda said: None) for ask in asks]
+        for row in rows:
+            async for _ in engine.compute(row):
+                pass
+        return rows
+
+    for row in with_engine(LlamaCppEngine(Config(), folder), bundle, work):
+        stops = load_chat(bundle.adapter).stop_ids
+        assert len(row.answer) == 50 or row.answer[-1] in stops
+        assert len(row.answer) > 4, "more than one slice"
+
+
 async def refused(engine: Engine, ask: Ask) -> Exception:
     with pytest.raises((UserError, ServiceError, BusyError)) as raised:
         await hear(engine, ask)
@@ -149,25 +170,20 @@ def servers() -> list[psutil.Process]:
     ]
 
 
-def test_a_server_that_dies_is_told_and_one_that_is_unloaded_ends(bundle: Bundle, folder: Path) -> None:
+def test_a_server_that_dies_starts_again_and_an_unloaded_one_ends(bundle: Bundle, folder: Path) -> None:
     ask = Ask("a", 1, (Message("user", "hi"),))
 
-    async def work(engine: Engine) -> str:
-        await engine.load(bundle)
+    async def work(engine: Engine) -> None:
         (server,) = servers()
+        before = await hear(engine, ask)
         os.kill(server.pid, signal.SIGKILL)
         while servers():
             await asyncio.sleep(0.05)
-        said = str(await refused(engine, ask))
-        await engine.unload(1)
-        await engine.load(bundle)
-        assert (await hear(engine, ask)).ended.answer_tokens
+        assert (await hear(engine, ask)).text == before.text
         await engine.unload(1)
         assert servers() == []
-        return said
 
-    said = with_engine(LlamaCppEngine(Config(), folder), bundle, work)
-    assert "llama.cpp does not answer for v1; its process ended with -9" in said
+    with_engine(LlamaCppEngine(Config(), folder), bundle, work)
 
 
 OWNER = """
