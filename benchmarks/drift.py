@@ -165,7 +165,11 @@ def _judge(size: int, share: float, kind: str, number: int) -> Seen:
         found = judge(families, rate=CONFIG.false_alarm_rate, resamples=CONFIG.resamples, seed=number)
     return Seen(
         found.drift,
-        [column.name for column in found.columns if column.p <= CONFIG.false_alarm_rate],
+        [
+            column.name
+            for column in found.columns
+            if column.p is not None and column.p <= CONFIG.false_alarm_rate
+        ],
         time.perf_counter() - started,
     )
 

@@ -64,6 +64,11 @@ class Bench:
         write_json(folder / "candidate/manifest.json", {"run_key": "candidate", "adapter_sha256": "sha"})
         write_json(folder / "parity.json", passing_parity("sha"))
 
+    @property
+    def passed(self) -> bool:
+        """Return whether the last candidate met the success criterion."""
+        return self.decision is not None and self.decision.checks[0].result == "pass"
+
     def verdict(
         self,
         table: pd.DataFrame,
@@ -79,17 +84,12 @@ class Bench:
         table.to_parquet(self.folder / "evaluation/scores.parquet", index=False)
         try:
             self.decision = judge(
-                *(
-                    self.folder / name
-                    for name in (
-                        "evaluation",
-                        "candidate",
-                        "incumbent",
-                        "parity.json",
-                        "looks.json",
-                        "gate.json",
-                    )
-                ),
+                self.folder / "evaluation",
+                self.folder / "candidate",
+                self.folder / "incumbent",
+                self.folder / "parity.json",
+                self.folder / "looks.json",
+                self.folder / "gate.json",
                 config,
             )
         except RatchetError:
@@ -146,7 +146,7 @@ def equal(bench: Bench, cycles: Cycles) -> Iterator[str]:
     found, passed = Counter[str](), 0
     for cycle in range(cycles.equal):
         found[bench.verdict(draw(np.random.default_rng([1, cycle])), config)] += 1
-        passed += bench.decision.checks[0].result == "pass"
+        passed += bench.passed
     yield row(
         "equal to the champion, error 5 %",
         found,

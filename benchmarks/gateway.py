@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import aiohttp
 
@@ -154,7 +154,7 @@ def put_champion(root: Path, config: Config) -> None:
         folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96}
     )
     write_json(root / SERVING / "bases/base/manifest.json", {})
-    rest = {
+    rest: dict[str, Any] = {
         "previous": None,
         "commit": "0" * 40,
         "run_key": "",

@@ -92,7 +92,7 @@ def _retrain(home: Path) -> dict[str, Any]:
         ],
         home,
     )
-    return json.loads(done)
+    return dict(json.loads(done))
 
 
 def _change_gate(home: Path) -> list[str]:

@@ -1,11 +1,11 @@
-"""Tokens a second of the engine `local`, of transformers' continuous batching and of llama.cpp's server, on
-SmolLM2-135M-Instruct with a LoRA adapter.
+"""Tokens a second of the engines `local` and `llama_cpp`, of transformers' continuous batching and of
+llama.cpp's own server, on SmolLM2-135M-Instruct with a LoRA adapter.
 
     pip install xllamacpp
     python -m benchmarks.serving [--tokens 48] [--asks 16] [--passes 3]
 
-The engine `local` answers with the adapter on its base; the two others have it merged, llama.cpp as 16-bit
-and as 8-bit GGUF. All arms answer the same questions greedily, with 1 and with 8 clients, in turn and in one
+The engine `local` answers with the adapter on its base; the others have it merged, llama.cpp as 16-bit and as
+8-bit GGUF. All arms answer the same questions greedily, with 1 and with 8 clients, in turn and in one
 process, and each figure is the median of the passes: read the ratios.
 """
 
@@ -36,12 +36,15 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=48, help="tokens of each answer, at most")
     parser.add_argument("--asks", type=int, default=16, help="questions at each number of clients")
+    parser.add_argument("--arms", help="names with commas; all by default")
     parser.add_argument("--passes", type=int, default=3, help="times that everything is measured")
     options = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the gateway's own service has it
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as scratch:
-        measure(make_arms(Path(scratch), options.tokens), options.asks, options.passes)
+        arms = make_arms(Path(scratch), options.tokens)
+        chosen = options.arms.split(",") if options.arms else arms
+        measure({name: arms[name] for name in chosen}, options.asks, options.passes)
 
 
 def measure(arms: dict[str, Ask], asks: int, passes: int) -> None:
@@ -56,8 +59,8 @@ def measure(arms: dict[str, Ask], asks: int, passes: int) -> None:
     for name in arms:
         told = []
         for clients in CLIENTS:
-            speed, local = (statistics.median(seen[arm, clients]) for arm in (name, "local"))
-            told.append(f"{speed:.0f} tokens a second, {speed / local:.2f} of `local`")
+            speed, first = (statistics.median(seen[arm, clients]) for arm in (name, next(iter(arms))))
+            told.append(f"{speed:.0f} tokens a second, {speed / first:.2f} of the first")
         print(f"| {name} | {' | '.join(told)} |")
 
 
@@ -75,6 +78,8 @@ def make_arms(scratch: Path, tokens: int) -> dict[str, Ask]:
     from ratchet.config.training import AdapterConfig
     from ratchet.demo.smollm2 import fetch_smollm2
     from ratchet.demo.story import REAL, make_values
+    from ratchet.engines.llama_cpp_engine import LlamaCppEngine
+    from ratchet.engines.local_engine import LocalEngine
     from ratchet.files import read_json, write_json
     from ratchet.models.adapters import add_adapter
     from ratchet.models.gguf import write_gguf
@@ -94,8 +99,10 @@ def make_arms(scratch: Path, tokens: int) -> dict[str, Ask]:
     about = {key: read_json(base / MANIFEST)[key] for key in ("model", "revision")}
     write_json(adapter / MANIFEST, {"base": about})
     merged = load_merged(base, adapter)
+    bundle = Bundle("bench", 1, adapter, base, 512, Generation(tokens))
     arms = {
-        "local": local_arm(Bundle("bench", 1, adapter, base, 512, Generation(tokens)), config, tokens),
+        "local": engine_arm(LocalEngine(config), bundle, tokens),
+        "llama_cpp": engine_arm(LlamaCppEngine(config, scratch), bundle, tokens),
         "transformers' continuous batching": transformers_arm(merged, chat, tokens),
     }
     for kind in ("gguf", "int8"):
@@ -105,17 +112,15 @@ def make_arms(scratch: Path, tokens: int) -> dict[str, Ask]:
     return arms
 
 
-def local_arm(bundle: Any, config: Any, tokens: int) -> Ask:
-    """Run the engine in an event loop of its own, as the gateway does."""
+def engine_arm(engine: Any, bundle: Any, tokens: int) -> Ask:
+    """Run one of the gateway's engines in an event loop of its own, as the gateway does."""
     import threading
 
     from ratchet.data.examples import Message
-    from ratchet.engines.local_engine import LocalEngine
     from ratchet.serving import engine as engines
 
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
-    engine = LocalEngine(config)
     asyncio.run_coroutine_threadsafe(engine.load(bundle), loop).result()
 
     async def answer(question: str) -> int:

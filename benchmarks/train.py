@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 import psutil
@@ -55,7 +55,7 @@ class Setup(NamedTuple):
     batch: int = 4
     accumulate: int = 2
     packed: int = 2048  # the window of TRL's packing
-    method: str = "lora"
+    method: Literal["lora", "qlora"] = "lora"
     cuda: bool = False
 
 

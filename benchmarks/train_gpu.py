@@ -136,8 +136,8 @@ def num_weights(base: Path) -> int:
     config = AutoConfig.from_pretrained(base)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
-    total = sum(weight.numel() for weight in model.parameters())
-    return total if config.tie_word_embeddings else total - config.vocab_size * config.hidden_size
+    total: int = sum(weight.numel() for weight in model.parameters())
+    return total - (0 if config.tie_word_embeddings else int(config.vocab_size * config.hidden_size))
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def add_tokens(folder: Path, words: list[str]) -> Details:
             remedy="take it out of the list",
         )
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
-    ids = [int(tokenizer.convert_tokens_to_ids(word)) for word in words]
+    ids: list[int] = tokenizer.convert_tokens_to_ids(words)  # type: ignore[assignment]  # a list gives a list
     tokenizer.save_pretrained(folder)
     say(f"base: {len(words)} new tokens, which were {sum(map(len, pieces))} pieces")
     return {

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from itertools import islice
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def measure(prepared: Path, base: Path, candidate: Path, config: Config) -> Spee
             f"there are {len(rows)} test rows; wanted more than {WARM_UP} to measure answers by",
             remedy="raise `prepare.test_share`, or ingest more rows",
         )
-    return measure_speed(bundle_candidate(candidate, base, config), rows, config)
+    with tempfile.TemporaryDirectory() as scratch:
+        return measure_speed(bundle_candidate(candidate, base, config), rows, config, Path(scratch))
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:

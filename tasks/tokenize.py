@@ -216,7 +216,9 @@ def _measure(chat: ChatFormat, examples: Iterable[Example], objective: str = "sf
     for example in examples:
         worse = None if objective == "sft" else example.worse
         encode = encode_last_answer if worse or objective == "kto" else ChatFormat.encode
-        found.append(Measured(example, encode(chat, example), worse and encode_last_answer(chat, worse)))
+        found.append(
+            Measured(example, encode(chat, example), encode_last_answer(chat, worse) if worse else None)
+        )
     return found
 
 
