@@ -22,7 +22,7 @@ from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import land, open_workspace
 from ratchet.sources import reviewed as review
 from ratchet.sources.streams import shown
-from tasks.ingest import BASE, Pulled, add_batch, freeze_golden, pull
+from tasks.ingest import BASE, Pulled, add_batch, check_rows, freeze_golden, pull
 
 RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
@@ -68,6 +68,7 @@ def ingest(
     home = project_root(root)
     config = load_config(home / "params.yaml")
     pulled = pull_rows(config, home, source, path, packages, draft, columns, query)
+    check_rows(pulled, config)
 
     def take_in() -> Ingested:
         with open_workspace(home, "ingest", say, keep_failed=config.retrain.keep_workspaces) as workspace:

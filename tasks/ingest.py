@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
@@ -26,6 +27,7 @@ from ratchet.data.batches import Batch, Original, content_hash, raw_lines, read_
 from ratchet.data.dedup import split_by_hash
 from ratchet.data.examples import Example, RawRow, RowError, encode_line, make_raw_row
 from ratchet.data.forms import read_conversation, recognise_form, whole_rows
+from ratchet.data.validation import Doubt, Origin, Validator
 from ratchet.errors import DataError
 from ratchet.files import write_bytes
 from ratchet.models.lengths import check_whole, known_tokens
@@ -137,6 +139,35 @@ def pull(
             remedy=f"a batch needs at least one row; {why}",
         )
     return pulled
+
+
+def check_rows(pulled: Pulled, config: Config) -> None:
+    """Check each row by itself. Duplicates and what depends on other rows are found in preparation.
+
+    Raises DataError when more rows are unfit than `prepare.max_rejected_share` allows: once committed, they
+    would stop every retraining.
+    """
+    if pulled.source not in ("jsonl", "sql"):  # the others are made or reviewed here
+        return
+    origin = Origin(pulled.label, pulled.source, pulled.form, "", config.ingest.licence)
+    validator, reasons, first = Validator(config.prepare), Counter[str](), ""
+    for line in pulled.lines:
+        try:
+            validator.check(line, origin)
+        except Doubt:  # a person may accept this row
+            continue
+        except RowError as error:
+            first = first or str(error)
+            reasons[error.reason] += 1
+    if reasons.total() > config.prepare.may_drop(len(pulled.lines)):
+        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        raise DataError(
+            f"{reasons.total()} of {len(pulled.lines)} rows of {pulled.label} cannot be used ({told}); "
+            f"the first: {first}",
+            remedy="nothing was committed; `ratchet data check` lists the rows, `--columns "
+            "prompt=NAME,completion=NAME` names columns, and prepare.max_rejected_share "
+            f"({config.prepare.max_rejected_share:g}) is the share that may be unfit",
+        )
 
 
 def _pull_pydoc(settings: PydocSource) -> Pulled:

@@ -110,7 +110,7 @@ def _preview(root: Path, as_json: bool, **given: Any) -> None:
     config = read_config(root)
     from flows.data_check import BASE, preview_pulled
     from ratchet.sources.preview import as_plain, print_preview
-    from tasks.ingest import pull
+    from tasks.ingest import check_rows, pull
 
     pulled = pull(config, root=root, **given)
     rows, why = preview_pulled(pulled, config, root / BASE)
@@ -124,6 +124,7 @@ def _preview(root: Path, as_json: bool, **given: Any) -> None:
 
     found = {"rows": len(pulled.lines), "form": pulled.form, "said": pulled.said, "preview": as_plain(rows)}
     show(found, as_json, tell)
+    check_rows(pulled, config)
 
 
 def synthesize(

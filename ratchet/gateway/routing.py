@@ -115,7 +115,10 @@ class Fleet:
         """
         table = self._table
         if table.champion is None:
-            raise ServiceError(table.why, remedy="come again when a version is promoted and loaded")
+            raise ServiceError(
+                table.why,
+                remedy="try again in a few seconds; `ratchet status` tells which version is in charge",
+            )
         if table.challenger is not None and position(table.salt, unit) < table.share:
             return Choice(table.challenger, "challenger", table.rollout_id, table.step)
         return Choice(table.champion, "champion", table.rollout_id, table.step)

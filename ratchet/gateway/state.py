@@ -50,7 +50,7 @@ class Parts:
             raise Fault(
                 503,
                 self.fleet.table.why or "no champion is loaded",
-                remedy="come again when one is promoted and loaded",
+                remedy="try again in a few seconds; `ratchet status` tells which version is in charge",
                 code="not_ready",
                 retry_after=5,
             )

@@ -258,7 +258,7 @@ def decode(decoder: msgspec.json.Decoder[Decoded], raw: bytes) -> Decoded:
         raise Fault(
             400,
             f"{path.rstrip('`') or 'the body'}: {message}",
-            remedy="see OpenAI's reference of the endpoint",
+            remedy="docs/operations.md lists the fields of each endpoint",
             param=path.rstrip("`") or None,
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -20,7 +20,7 @@ from ratchet.data.dedup import split_by_hash
 from ratchet.data.examples import Message, example_id
 from ratchet.errors import DataError
 from ratchet.pipeline.checkout import git
-from tasks.ingest import Pulled, add_batch, count_new, freeze_golden, label_of, pull
+from tasks.ingest import Pulled, add_batch, check_rows, count_new, freeze_golden, label_of, pull
 
 CONFIG = Config()
 
@@ -57,6 +57,19 @@ def test_rows_of_a_topic_come_from_its_own_columns_and_paths_count_from_the_chec
     source = TopicSource(match="array", source="jsonl", path="arrays.csv", columns=columns)
     pulled = pull(config, root=tmp_path, **source.arguments())
     assert msgspec.json.decode(pulled.lines[0]) == {"prompt": "what is an axis?", "completion": "numpy"}
+
+
+def test_rows_that_cannot_be_used_are_refused_before_anything_is_committed(tmp_path):
+    (tmp_path / "more.csv").write_text("question,label\n" + "why?,bug\n" * 8)
+    unmapped = pull(CONFIG, path=str(tmp_path / "more.csv"))
+    with pytest.raises(DataError, match=r"8 of 8 rows of more cannot be used \(8 \w+\)") as raised:
+        check_rows(unmapped, CONFIG)
+    assert "--columns" in raised.value.remedy and "nothing was committed" in raised.value.remedy
+    check_rows(pull(CONFIG, path=str(tmp_path / "more.csv"), columns={"answer": "label"}), CONFIG)
+    good = [*lines(0, 98), b'{"question": "why?"}', b"no JSON"]
+    check_rows(Pulled(good, "jsonl", "two bad rows", "question"), CONFIG)
+    with pytest.raises(DataError, match=r"1 no_answer|1 invalid_json"):
+        check_rows(Pulled([*good[:2], b"{}", *good[-2:]], "jsonl", "few", "question"), CONFIG)
 
 
 def test_packages_are_read_as_documentation():
