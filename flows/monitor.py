@@ -114,7 +114,7 @@ def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> D
     week = read_retrains(home, since=now - WEEK)
     last, current = last_start(home), read_rollout(home)
     facts = tasks.Facts(
-        new_rows=count_labelled(home, config, champion, verdict) if verdict.verdict == "drift" else 0,
+        new_rows=count_labelled(home, config, champion, verdict) if verdict.verdict == "drift" else None,
         retrains_week=len(week),
         gpu_hours_week=sum(entry.seconds for entry in week) / 3600,
         hours_since_retrain=None if last is None else (now - last) / 3600,

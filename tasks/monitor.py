@@ -39,7 +39,7 @@ LEAST_NEW = 20  # labelled rows that a retraining needs at least, however few th
 class Facts(NamedTuple):
     """What a decision depends on besides the verdict; `_week` means the last seven days."""
 
-    new_rows: int
+    new_rows: int | None  # None: not counted, because there is no drift
     retrains_week: int
     gpu_hours_week: float
     hours_since_retrain: float | None
@@ -149,15 +149,6 @@ def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
         (verdict.verdict == "drift", f"{verdict.verdict} ({said})" + (f": {moved}" if moved else "")),
         (monitor.retrain, f"monitor.retrain is {str(monitor.retrain).lower()}"),
         (
-            facts.new_rows >= wanted,
-            f"{facts.new_rows} labelled rows that the champion has not seen, "
-            + (
-                f"monitor.min_new_rows {wanted}"
-                if wanted == monitor.min_new_rows
-                else f"wanted {wanted}, as it has seen {facts.known_rows} (monitor.min_new_rows)"
-            ),
-        ),
-        (
             facts.retrains_week < monitor.max_retrains_per_week,
             f"{facts.retrains_week} retrainings in seven days, monitor.max_retrains_per_week "
             f"{monitor.max_retrains_per_week}",
@@ -175,6 +166,14 @@ def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
             f"monitor.cooldown_hours {monitor.cooldown_hours:g}",
         ),
     ]
+    if facts.new_rows is not None:
+        told = (
+            f"monitor.min_new_rows {wanted}"
+            if wanted == monitor.min_new_rows
+            else f"wanted {wanted}, as it has seen {facts.known_rows} (monitor.min_new_rows)"
+        )
+        seen = f"{facts.new_rows} labelled rows that the champion has not seen, {told}"
+        checks.insert(2, (facts.new_rows >= wanted, seen))
     if facts.under_way:
         checks.append((False, "a retraining is under way, which may end the drift"))
     if facts.rollout_of is not None:

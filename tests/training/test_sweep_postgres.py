@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import pwd
 import re
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +15,7 @@ import optuna
 import pytest
 from patience import scaled
 from places import KEPT_CONNECTIONS, make_repository
+from postgres import PASSWORD, QUOTED, connect, postgres
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
@@ -32,109 +26,21 @@ from ratchet.training.launch import Material
 from tasks.sweep import STORAGE_VARIABLE, Search
 
 ROOT = Path(__file__).parents[2]
-PASSWORD = "mulberry/17@lake"
-QUOTED = "mulberry%2F17%40lake"
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings(KEPT_CONNECTIONS)]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[int]:
-    """The port of a PostgreSQL of our own on 127.0.0.1, which asks for the password."""
-    pytest.importorskip("psycopg", reason="psycopg is not installed (the extra `store`)")
-    programs = find_programs()
-    folder = Path(
-        tempfile.mkdtemp(prefix="ratchet-postgres-")
-    )  # not under pytest's folder, which no other user may enter
-    user = unprivileged_user(folder)
-    (folder / "password").write_text(PASSWORD, encoding="utf-8")
-    make = [
-        programs / "initdb",
-        "--no-sync",
-        "--auth=scram-sha-256",
-        "--username=ana",
-        f"--pwfile={folder / 'password'}",
-        "--encoding=UTF8",
-        "-D",
-        folder / "data",
-    ]
-    subprocess.run(make, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    port = free_port()
-    start = [
-        programs / "postgres",
-        "-D",
-        folder / "data",
-        "-F",
-        "-p",
-        str(port),
-        "-c",
-        "listen_addresses=127.0.0.1",
-        "-c",
-        "unix_socket_directories=",
-    ]
-    with (
-        (folder / "log").open("wb") as log,
-        subprocess.Popen(start, user=user, cwd=folder, stdout=log, stderr=log) as process,
-    ):
-        try:
-            wait_until_ready(port, process, folder / "log")
-            yield port
-        finally:
-            process.send_signal(signal.SIGINT)  # its fast shutdown: sessions are ended, not waited for
-            process.wait(timeout=scaled(30))
-    shutil.rmtree(folder)
-
-
-def find_programs() -> Path:
-    """Debian keeps them out of PATH, in a folder a version."""
-    found = [Path(path).parent for path in [shutil.which("initdb")] if path] + sorted(
-        Path("/usr/lib/postgresql").glob("*/bin")
-    )
-    complete = [folder for folder in found if (folder / "initdb").exists() and (folder / "postgres").exists()]
-    if not complete:
-        pytest.skip("there is no PostgreSQL (apt-get install postgresql)")
-    return complete[-1]
-
-
-def unprivileged_user(folder: Path) -> int | None:
-    """PostgreSQL refuses to run as root."""
-    if os.getuid() != 0:
-        return None
-    user = next(entry for name in ("postgres", "nobody") for entry in pwd.getpwall() if entry.pw_name == name)
-    os.chown(folder, user.pw_uid, user.pw_gid)
-    return user.pw_uid
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    import psycopg
-
-    until = time.monotonic() + scaled(30)
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            psycopg.connect(
-                host="127.0.0.1", port=port, user="ana", password=PASSWORD, dbname="postgres"
-            ).close()
-            return
-        except psycopg.OperationalError:
-            time.sleep(0.05)
-    pytest.fail(f"PostgreSQL did not start:\n{log.read_text()}")
+    with postgres() as port:
+        yield port
 
 
 @pytest.fixture
 def url(server: int, request: pytest.FixtureRequest) -> str:
     """Of an empty database of the test's own."""
-    import psycopg
-
     name = f"study_{abs(hash(request.node.name))}"
-    with psycopg.connect(
-        host="127.0.0.1", port=server, user="ana", password=PASSWORD, dbname="postgres", autocommit=True
-    ) as connection:
+    with connect(server) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())
     return f"postgresql+psycopg://ana:{QUOTED}@127.0.0.1:{server}/{name}"
 
