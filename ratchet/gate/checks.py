@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from ratchet.config.evaluation import GateConfig
 from ratchet.evaluation.statistics import Interval, Values, bootstrap_mean
 from ratchet.promotion.verdict import Check, Result
 
+MOST_ROWS = 1_000_000  # a wish for more rows than this helps nobody
 BETTER: dict[Result, str] = {
     "pass": "is better for certain than the {}'s",
     "fail": "is not better than the {}'s",
@@ -44,7 +47,26 @@ def no_worse(name: str, gains: Values, rival: str, metric: str, margin: float, c
     result = reaches(found, -margin)
     told = tell_gain(metric, found, f"{len(gains)} rows", rival, NO_WORSE, result)
     reason = f"guardrail {name}: {told}, a loss of {margin:g} is still taken"
+    if result == "unclear":
+        reason += f"; {tell_needed(found, margin, len(gains))}"
     return make_check(name, metric, found, len(gains), -margin, result, reason)
+
+
+def rows_needed(found: Interval, margin: float, rows: int) -> int | None:
+    """Return the rows at which this gain would pass with a loss of `margin` taken; None: it never would.
+
+    The distance from the mean to the lower bound shrinks with the root of the rows.
+    """
+    room = found.mean + margin
+    return math.ceil(rows * ((found.mean - found.low) / room) ** 2) if room > 0 else None
+
+
+def tell_needed(found: Interval, margin: float, rows: int) -> str:
+    needed = rows_needed(found, margin, rows)
+    if needed is None or needed > MOST_ROWS:
+        return "no number of rows would show it at this gain"
+    digits = 10 ** max(0, len(str(needed)) - 2)  # two digits are more than such an estimate is worth
+    return f"about {math.ceil(needed / digits) * digits:,} rows would show it at this gain"
 
 
 def tell_gain(

@@ -14,7 +14,9 @@ from ratchet.config.evaluation import GateConfig, ParityConfig
 from ratchet.data.examples import Message, encode_line, make_example
 from ratchet.errors import RatchetError
 from ratchet.evaluation.paired import paired_gains
+from ratchet.evaluation.statistics import Interval
 from ratchet.files import read_json, write_bytes, write_json
+from ratchet.gate.checks import interval_of, no_worse, rows_needed
 from tasks.gate import judge
 
 OLD, OLDER, NEW = (
@@ -1032,3 +1034,28 @@ def test_gains_are_paired_by_row_and_not_by_place():
     )
     assert paired_gains(table, "base", "chrf").tolist() == [0.0, 0.25]
     assert paired_gains(table, "base", "answer_nll").tolist() == [0.0, 1.0]
+
+
+def test_an_unclear_guardrail_says_how_many_rows_would_decide() -> None:
+    """The rows that are told are enough where the gain stays as it is, and a quarter of them is not."""
+    config = GateConfig(guardrail_alpha=0.05, resamples=2000)
+    gains = np.array([1.0] * 8 + [-1.0] * 12 + [0.0] * 114)
+    check = no_worse("past", gains, "champion", "exact_match", 0.05, config)
+    assert check.result == "unclear"
+    told = int(check.reason.partition("; about ")[2].partition(" rows")[0].replace(",", ""))
+    needed = rows_needed(interval_of(gains, config), 0.05, len(gains))
+    assert needed is not None and needed <= told <= 1.1 * needed
+    times = math.ceil(told / len(gains))
+    assert (
+        no_worse("past", np.tile(gains, 2 * times), "champion", "exact_match", 0.05, config).result == "pass"
+    )
+    fewer = np.tile(gains, max(1, times // 4))
+    assert no_worse("past", fewer, "champion", "exact_match", 0.05, config).result == "unclear"
+
+
+def test_no_number_of_rows_shows_a_gain_that_is_under_the_margin() -> None:
+    gains = np.array([1.0] * 4 + [-1.0] * 14 + [0.0] * 100)
+    check = no_worse("past", gains, "champion", "exact_match", 0.05, GateConfig(resamples=2000))
+    assert check.result == "unclear" and "no number of rows" in check.reason
+    assert rows_needed(Interval(-0.08, -0.2, 0.04), 0.05, 100) is None
+    assert rows_needed(Interval(-0.03, -0.09, 0.03), 0.05, 134) == 1206
