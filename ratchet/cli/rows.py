@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ratchet.config.params import Config
     from ratchet.evaluation.metrics import Proposal
     from ratchet.models.lengths import Lengths
+    from tasks.prepare import Rejection
 
 SHOWN = 10  # rows that are printed; --json lists all
 FAILED = 3  # exit code if the batch would fail; a file that cannot be read exits with 2
@@ -90,16 +91,19 @@ def check(
                 f"{verdict.path}: {counts.rows} rows = accepted {counts.accepted['rows']}, "
                 f"rejected {counts.rejected['rows']}, duplicate {counts.duplicate['rows']}"
             )
-            say(f"  {_tell_lengths(verdict.tokens, config) or verdict.unmeasured}")
+            if lengths := _tell_lengths(verdict.tokens, config) or verdict.unmeasured:
+                say(f"  {lengths}")
             if verdict.metrics:
                 say(f"  {_tell_metrics(verdict.metrics, config)}")
-            for row in verdict.rejected[:SHOWN]:
-                say(
-                    f"  line {row.line}: {row.reason}: "
-                    f"{row.message}{'  (a person may overrule it)' if row.review else ''}"
-                )
-            if len(verdict.rejected) > SHOWN:
-                say(f"  … and {len(verdict.rejected) - SHOWN} more; --json lists all")
+            alike: dict[tuple[str, str], list[Rejection]] = {}
+            for row in verdict.rejected:
+                alike.setdefault((row.reason, row.message), []).append(row)
+            for (reason, message), rows in list(alike.items())[:SHOWN]:
+                more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+                overrule = "  (a person may overrule it)" if rows[0].review else ""
+                say(f"  line {rows[0].line}{more}: {reason}: {message}{overrule}")
+            if left := sum(map(len, list(alike.values())[SHOWN:])):
+                say(f"  … and {left} more; --json lists all")
             for line in verdict.said:
                 say(f"  {line}")
             if counts.sanitised:
