@@ -22,6 +22,7 @@ Metric = Literal[
     "accuracy",
     "macro_f1",
     "json_valid",
+    "json_fields",
     "regex_match",
     "numeric_match",
     "tool_decision",

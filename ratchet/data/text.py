@@ -137,12 +137,16 @@ def _check_encoding(text: str, *, isolates: bool) -> None:
 
 
 def check_text(text: str, allowed: frozenset[str] | None) -> None:
-    """Raise RowError for a control token not in `allowed` (None: all are), and for a text that is a loop."""
+    """Raise RowError for a control token not in `allowed` (None: all are)."""
     if allowed is not None and (found := find_token(text, allowed)):
         raise RowError(
             "control_token",
             f"a text holds the control token {found!r} (`prepare.control_tokens: keep` takes it as text)",
         )
+
+
+def check_loop(text: str) -> None:
+    """Raise RowError for a text that repeats itself and says nearly nothing else."""
     size = len(text) if text.isascii() else len(text.encode())
     if size >= LOOP_LEAST and size > LOOP_RATIO * len(zlib.compress(text.encode(), 1)):
         raise RowError("loop", f"a text of {size} bytes says nearly nothing: it repeats itself")

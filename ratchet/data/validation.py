@@ -28,7 +28,7 @@ from ratchet.data.examples import (
 )
 from ratchet.data.forms import FORMS, MEANT, read_conversation, read_row, recognise_form
 from ratchet.data.pii import MASK, find_secret, mask_names, mask_personal
-from ratchet.data.text import BOILERPLATE, check_text, clean, find_mixed_word, language_of
+from ratchet.data.text import BOILERPLATE, check_loop, check_text, clean, find_mixed_word, language_of
 from ratchet.errors import ConfigError
 
 # Reasons that a person may overrule.
@@ -116,6 +116,11 @@ class Validator:
         for text in _texts(example):
             check_text(text, self._allowed)
             self._check_blocked(text)
+        # A system message stands in every row and is not learned, so it may say a thing as often as it likes.
+        for message in (*example.messages, *([example.rejected] if example.rejected else ())):
+            if message.role != "system":
+                for text in texts_of([message]):
+                    check_loop(text)
         example = self._without_personal(example, sanitised)
         _check_time(meta, origin.time, self._config.max_age_days)
         if self._config.require_licence and origin.licence in ("", "unknown") and not meta.get("licence"):

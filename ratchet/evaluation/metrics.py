@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from ratchet.evaluation.statistics import Interval, Values
 
 Metric = Callable[[str, str], float]
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,300})(?:\.\d{1,300})?(?:[eE][-+]?\d{1,3})?")
+NO_JSON = object()
 TOLERANCE = 1e-6  # relative difference of numbers that count as equal
 MIN_ROWS = 5  # rows that a reference needs to count as a label
 MARKED_NUMBER = re.compile(r"####\s*[-+$]?[\d.,]+\s*$")  # as GSM8K's answers end
@@ -103,11 +104,37 @@ def json_valid(answer: str, reference: str) -> float:
 
     The reference is not used.
     """
+    return float(_parse(answer) is not NO_JSON)
+
+
+def json_fields(answer: str, reference: str) -> float:
+    """Return the share of the fields of both objects that both have, with the same value.
+
+    Fields are those of the outermost object. A reference that is no object has one field, itself; one that is
+    no JSON is compared as text.
+    """
+    wanted, found = _parse(reference), _parse(answer)
+    if wanted is NO_JSON:
+        return exact_match(answer, reference)
+    if not isinstance(wanted, dict) or not isinstance(found, dict):
+        return float(found is not NO_JSON and _canonical(found) == _canonical(wanted))
+    fields = wanted.keys() | found.keys()
+    same = sum(
+        key in wanted and key in found and _canonical(wanted[key]) == _canonical(found[key]) for key in fields
+    )
+    return same / len(fields) if fields else 1.0
+
+
+def _parse(text: str) -> Any:
+    """Read one JSON value; NO_JSON where the text is none."""
     try:
-        json.loads(answer, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
-        return 0.0
-    return 1.0
+        return NO_JSON
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def numeric_match(answer: str, reference: str) -> float:
@@ -161,6 +188,7 @@ ROW_METRICS: dict[str, Metric] = {
     "chrf": chrf,
     "accuracy": accuracy,
     "json_valid": json_valid,
+    "json_fields": json_fields,
     "numeric_match": numeric_match,
     "tool_decision": tool_decision,
     "tool_name": tool_name,
@@ -255,7 +283,9 @@ def propose_metrics(references: Sequence[str]) -> Proposal | None:
     if (marked := share(lambda text: MARKED_NUMBER.search(text) is not None)) >= NEARLY_ALL:
         return Proposal(("numeric_match",), f"{marked:.0%} of the answers end with #### and a number")
     if (objects := share(_is_json)) >= NEARLY_ALL:
-        return Proposal(("exact_match", "json_valid"), f"{objects:.0%} of the answers are JSON")
+        return Proposal(
+            ("exact_match", "json_valid", "json_fields"), f"{objects:.0%} of the answers are JSON"
+        )
     if are_labels(references):
         return Proposal(
             ("exact_match", "macro_f1"), f"{len(set(map(as_label, references)))} answers come again and again"
@@ -264,7 +294,10 @@ def propose_metrics(references: Sequence[str]) -> Proposal | None:
         return Proposal(("numeric_match",), f"{numbers:.0%} of the answers are numbers")
     words = sorted(len(words_of(text)) for text in references)[len(references) // 2]
     if words >= LONG_TEXT:
-        why = f"half of the answers have {words} words or more, and nobody says those again word by word"
+        why = (
+            f"half of the answers have {words} words or more, and nobody says those again word by word; "
+            "a judge can score them as well (`evaluate.judge`)"
+        )
         return Proposal(("rouge_l", "chrf"), why)
     return Proposal(("exact_match", "token_f1"), f"half of the answers have {words} words or fewer")
 

@@ -10,7 +10,8 @@ import pandas as pd
 
 from ratchet.config.evaluation import GateConfig
 from ratchet.evaluation.audit_tables import JUDGE
-from ratchet.evaluation.paired import measured, paired_gains
+from ratchet.evaluation.metrics import propose_metrics
+from ratchet.evaluation.paired import LOWER_IS_BETTER, measured, paired_gains
 from ratchet.evaluation.statistics import Values, chance_of
 from ratchet.gate.checks import BETTER, exceeds, interval_of, make_check, no_worse, tell_gain
 from ratchet.promotion.verdict import Check
@@ -36,7 +37,7 @@ def check_success(test: pd.DataFrame, rival: str, alpha: float, look: int, confi
     reason = (
         f"{tell_gain(config.metric, found, f'{rows} test rows', rival, BETTER, result)}, "
         f"wanted a lower bound over {config.min_gain:+.3f} (look {look} against it, error {alpha:.2g})"
-        f"{_what_few_rows_show(gains, alpha)}"
+        f"{_what_few_rows_show(gains, alpha)}{_whether_blind(test, config.metric)}"
     )
     return make_check("success", config.metric, found, rows, config.min_gain, result, reason)
 
@@ -52,6 +53,16 @@ def _what_few_rows_show(gains: Values, alpha: float) -> str:
     if wins > rows:
         return f"; {rows} rows cannot show any gain, it takes {wins} at this error"
     return f"; so few rows show no gain under {wins / rows:.2f}"
+
+
+def _whether_blind(test: pd.DataFrame, metric: str) -> str:
+    """Say that a metric is 0 for all models on all rows, and which ones fit such answers."""
+    if test[metric].max() != 0 or metric in LOWER_IS_BETTER or "reference" not in test:
+        return ""
+    found = propose_metrics([str(text) for text in test.drop_duplicates("id").reference])
+    told = f"; every answer of every model scores 0, so {metric} may not see what these answers are good for"
+    others = [name for name in found.metrics if name != metric] if found else []
+    return f"{told}: {', '.join(others)} fit ({found.why})" if found and others else told
 
 
 def check_losses(scores: pd.DataFrame, rival: str, seen: Collection[str], config: GateConfig) -> list[Check]:

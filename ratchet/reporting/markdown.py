@@ -39,6 +39,7 @@ LABELS = {
     "bleu": "BLEU",
     "chrf": "chrF",
     "json_valid": "valid JSON",
+    "json_fields": "same JSON fields",
     "regex_match": "fits the pattern",
     "numeric_match": "same number",
     "tool_decision": "right to call a tool or not",

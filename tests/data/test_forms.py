@@ -342,6 +342,18 @@ def test_what_some_data_need_is_a_setting_and_kept_as_it_is(text, settings):
         read({"prompt": "q", "completion": "\u202e" + text}, **settings)
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_system_message_may_repeat_itself_and_what_is_learned_may_not(role):
+    texts = {"system": "s", "user": "q", "assistant": "a"} | {role: "Answer in one short sentence. " * 130}
+    row = {"messages": [{"role": name, "content": text} for name, text in texts.items()]}
+    if role == "system":
+        assert read(row).messages[0].content.startswith("Answer in one")
+    else:
+        with pytest.raises(RowError, match="repeats itself") as caught:
+            read(row)
+        assert caught.value.reason == "loop"
+
+
 def test_the_reader_alone_says_what_form_it_wants():
     with pytest.raises(RowError, match="`text` is missing"):
         read_conversation({"prompt": "q", "completion": "a"}, "text")

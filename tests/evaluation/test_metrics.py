@@ -18,6 +18,7 @@ from ratchet.evaluation.metrics import (
     bleu,
     chrf,
     exact_match,
+    json_fields,
     json_valid,
     last_number,
     length,
@@ -172,6 +173,27 @@ def test_json_is_valid_when_it_is_one_value_of_the_standard(answer, valid):
 )
 def test_what_json_writes_is_valid(value):
     assert json_valid(json.dumps(value), "") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "share"),
+    [
+        ('{"b": 2, "a": 1}', '{"a": 1, "b": 2}', 1.0),
+        ('{"a": 1, "b": 3}', '{"a": 1, "b": 2}', 0.5),
+        ('{"a": 1}', '{"a": 1, "b": 2}', 0.5),
+        ('{"a": 1, "b": 2, "c": 3}', '{"a": 1, "b": 2}', 2 / 3),
+        ('{"a": true}', '{"a": 1}', 0.0),
+        ('{"a": {"x": [1, 2]}}', '{"a": {"x": [1, 2]}}', 1.0),
+        ("{}", "{}", 1.0),
+        ('{"a": 1', '{"a": 1}', 0.0),
+        ("[1]", '{"a": 1}', 0.0),
+        ("[1, 2]", "[1,2]", 1.0),
+        ("no JSON", "no JSON", 1.0),
+        ('{"a": 1}', "no JSON", 0.0),
+    ],
+)
+def test_the_fields_of_json_objects_are_compared_one_by_one(answer, reference, share):
+    assert json_fields(answer, reference) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(
@@ -334,6 +356,6 @@ def test_a_metric_is_proposed_that_can_see_these_answers(references, first):
 
 
 def test_json_and_labels_bring_their_own_metrics_and_nothing_proposes_nothing():
-    assert "json_valid" in propose_metrics(['{"a": 1}'] * 9 + ["none"]).metrics
+    assert {"json_valid", "json_fields"} <= {*propose_metrics(['{"a": 1}'] * 9 + ["none"]).metrics}
     assert "macro_f1" in propose_metrics(["yes", "no"] * 9).metrics
     assert propose_metrics([]) is None

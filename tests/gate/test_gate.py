@@ -1036,6 +1036,16 @@ def test_gains_are_paired_by_row_and_not_by_place():
     assert paired_gains(table, "base", "answer_nll").tolist() == [0.0, 1.0]
 
 
+def test_a_metric_that_is_zero_for_all_is_called_blind_with_those_that_fit(bench: Bench) -> None:
+    table = scores({"candidate": 0.0, "champion": 0.0, "base": 0.0})
+    table["exact_match"] = 0.0
+    table["reference"] = "a long answer that explains in many words what nobody would say again " * 3
+    (reason, *_) = bench.judge(table)["reasons"]
+    assert "every answer of every model scores 0" in reason and "rouge_l, chrf fit" in reason
+    told = bench.judge(scores(EQUAL))["reasons"][0]
+    assert "every answer" not in told
+
+
 def test_an_unclear_guardrail_says_how_many_rows_would_decide() -> None:
     """The rows that are told are enough where the gain stays as it is, and a quarter of them is not."""
     config = GateConfig(guardrail_alpha=0.05, resamples=2000)
