@@ -36,7 +36,7 @@ from ratchet.models.adapters import (
     share_a_base,
 )
 from ratchet.models.chat_template import ChatFormat, encode_last_answer
-from ratchet.models.generation import Likelihood, answer_likelihoods, greedy_answers
+from ratchet.models.generation import Likelihood, answer_likelihoods, greedy_ids
 from ratchet.models.loading import load_adapter, load_chat, quiet
 from ratchet.pipeline.stage import say
 
@@ -165,13 +165,15 @@ def answer(
         return [list(each) for each in found]
 
     def answers(model: Any, batch: list[int]) -> list[Any]:
-        return greedy_answers(
+        """Return [text, whether the answer was cut off] per row."""
+        made = greedy_ids(
             model,
             [prompts[index] for index in batch],
             chat,
             max_new_tokens=config.max_new_tokens,
             batch_size=len(batch),
         )
+        return [[chat.decode_answer(ids), chat.stop_ids.isdisjoint(ids[-1:])] for ids in made]
 
     kinds: list[tuple[Callable[[Any, list[int]], list[Any]], list[list[int]], Any]] = [
         (likelihoods, [[*row.ids, -sum(row.learned)] for row in wholes], ["likelihood", chat.pad_id]),
@@ -194,7 +196,12 @@ def answer(
     where = f", {cached / len(parts):.0%} of it from the cache" if cached else ""
     say(f"evaluate: {player.name} on {len(asked.rows)} rows in {time.perf_counter() - started:.0f} s{where}")
     measured = [Likelihood(*columns[likelihoods][index]) for index in range(len(wholes))]
-    said = [chat.read_answer(columns[answers][index], row.tools) for index, row in enumerate(asked.rows)]
+    said = [chat.read_answer(columns[answers][index][0], row.tools) for index, row in enumerate(asked.rows)]
+    if broken_off := sum(columns[answers][index][1] for index in range(len(said))):
+        say(
+            f"evaluate: {broken_off} of {len(said)} answers of {player.name} were cut off at "
+            f"`evaluate.max_new_tokens` ({config.max_new_tokens})"
+        )
     if cut := sum(bool(one.reasoning) and not one.text for one in said):
         say(
             f"evaluate: WARNING: {player.name} came to no answer on {cut} of {len(said)} rows: reasoning and "

@@ -4,6 +4,7 @@ has read.
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,20 @@ def test_rows_that_are_too_long_are_counted_and_left_out_for_everybody(
         == sum(length <= 40 for length in lengths)
         == metrics["slices"]["test"]["simple"]["rows"]
     )
+
+
+def test_answers_that_are_cut_off_are_counted_for_each_model(
+    prepared, tiny_base, nobody, candidate, tiny_config, tmp_path, capsys
+):
+    settings = tiny_config.evaluate.model_copy(update={"max_new_tokens": 1})
+    config = tiny_config.model_copy(update={"evaluate": settings})
+    evaluate(prepared, tiny_base, nobody, candidate, tmp_path / "out", config)
+    told = "".join(capsys.readouterr())
+    found = re.findall(
+        r"(\d+) of (\d+) answers of (\w+) were cut off at `evaluate.max_new_tokens` \(1\)", told
+    )
+    assert {name for _, _, name in found} == {"candidate", "base"}
+    assert all(0 < int(cut) <= int(rows) for cut, rows, _ in found)
 
 
 def test_a_metric_of_ones_own_is_scored_for_every_model(
