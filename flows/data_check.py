@@ -14,7 +14,7 @@ from ratchet.data.erasure import GOLDEN, Forgotten
 from ratchet.data.examples import Example, RowError, count_reasoned
 from ratchet.data.profile import BatchProfile, check_limits
 from ratchet.data.validation import Origin, Validator
-from ratchet.errors import DataError, UserError
+from ratchet.errors import DataError, RatchetError, UserError
 from ratchet.evaluation.metrics import Proposal, propose_metrics
 from ratchet.models.lengths import Lengths, check_dropped, describe_lengths, known_tokens
 from ratchet.models.manifests import read_base_manifest
@@ -87,6 +87,7 @@ def check_file(
     references: list[str] = []
     judged: Counter[str] = Counter()
     reasoned = 0
+    unwritable: list[str] = []
 
     def keep(side: str, row: Example | Rejection) -> None:
         nonlocal reasoned
@@ -98,7 +99,10 @@ def check_file(
             if row.desirable:
                 references.append(row.answer)
             if chat:
-                lengths.append(len(chat.encode(row).ids))
+                try:
+                    lengths.append(len(chat.encode(row).ids))
+                except RatchetError as error:  # the template cannot write its tools or calls
+                    unwritable.append(" ".join(str(error).split()))
 
     gathered = sort_batches(
         [Incoming(origin, len(lines), enumerate(lines, start=1))],
@@ -128,6 +132,10 @@ def check_file(
             check_dropped("rows", tokens.rows, dropped, lengths, tokens.max_length, context, settings)
         except DataError as error:
             failure = failure or str(error)
+    if len(unwritable) > settings.may_drop(len(lines)):
+        failure = failure or f"{len(unwritable)} of {len(lines)} rows cannot be learned: {unwritable[0]}"
+    elif unwritable:
+        said.append(f"{len(unwritable)} rows cannot be learned: {unwritable[0]}")
     shown_rows = preview_rows(lines, origin, settings, chat) if preview else []
     return Verdict(
         name,

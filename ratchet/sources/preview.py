@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ratchet.config.data import PrepareConfig
-from ratchet.data.examples import Example, RowError, count_reasoned
+from ratchet.data.examples import Example, RowError, count_reasoned, tool_names
 from ratchet.data.validation import Origin, Validator
+from ratchet.errors import RatchetError
 from ratchet.models.chat_template import ChatFormat
 
 if TYPE_CHECKING:
@@ -62,7 +63,10 @@ def _preview(example: Example, chat: ChatFormat | None) -> Preview:
     reasoning = tell_reasoning(chat) if count_reasoned([example]) else ""
     if chat is None:
         return Preview(example, [], reasoning=reasoning)
-    encoded = chat.encode(example)
+    try:
+        encoded = chat.encode(example)
+    except RatchetError:  # the template cannot write its tools or calls, which the check tells
+        return Preview(example, [], reasoning=reasoning)
     learned = [example.desirable and each for each in encoded.learned]
     return Preview(example, _pieces(encoded.ids, learned, chat), len(encoded.ids), sum(learned), reasoning)
 
@@ -118,10 +122,13 @@ def print_preview(rows: list[Preview]) -> None:
         if row.pieces:
             shown = _coloured(row.pieces) if console.color_system else _bracketed(row.pieces)
             console.print(shown, markup=False)
+        if row.example.tools and not row.pieces:
+            console.print(f"tools: {', '.join(sorted(tool_names(row.example.tools)))}", markup=False)
         for message in () if row.pieces else row.example.messages:
             if message.reasoning:
                 console.print(f"{message.role} reasons: {_printable(message.reasoning)}", markup=False)
-            console.print(f"{message.role}: {_printable(message.content)}", markup=False)
+            unlearned = "" if message.learned else " (not learned)"
+            console.print(f"{message.role}{unlearned}: {_printable(message.text)}", markup=False)
         if row.example.rejected:
             console.print(f"worse answer: {_printable(row.example.rejected.text)}", markup=False)
     if reasoned := [row.reasoning for row in rows if row.reasoning]:

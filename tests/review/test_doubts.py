@@ -151,7 +151,7 @@ def test_the_command_tells_apart_rows_that_would_fail_and_files_that_cannot_be_r
     bad = check("bad.jsonl")
     assert (
         bad.returncode == 3
-        and "line 10: no_object" in bad.stdout
+        and "line 10 and 3 more: no_object" in bad.stdout
         and "would fail: 4 of 13 rows" in bad.stderr
         and "-checked-" not in bad.stdout + bad.stderr
     )

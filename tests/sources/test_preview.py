@@ -99,6 +99,44 @@ def test_a_check_counts_rows_with_reasoning(tmp_path, tiny_base):
     assert "7 rows" in said and "base.reasoning" in said
 
 
+CALLING = {
+    "tools": [{"type": "function", "function": {"name": "cover", "parameters": {"type": "object"}}}],
+    "messages": [
+        {"role": "user", "content": "Is hail covered?"},
+        {"role": "assistant", "content": "wrong", "weight": 0},
+        {"role": "user", "content": "Look again."},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "cover", "arguments": "{}"}}]},
+    ],
+}
+
+
+def test_without_a_base_tools_calls_and_what_is_not_learned_are_shown(capsys):
+    print_preview(preview_rows([json.dumps(CALLING).encode()], ORIGIN, PrepareConfig(), None))
+    said = capsys.readouterr().out
+    assert "tools: cover" in said and "assistant (not learned): wrong" in said
+    assert 'assistant: <tool_call>{"arguments": {}, "name": "cover"}</tool_call>' in said
+
+
+def test_a_base_whose_template_writes_no_tools_is_a_verdict_and_no_crash(tmp_path, tiny_base):
+    path = tmp_path / "calls.jsonl"
+    rows = [
+        {**CALLING, "messages": [{"role": "user", "content": f"q{n}"}, *CALLING["messages"][1:]]}
+        for n in range(9)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    verdict = check_file(
+        str(path),
+        tmp_path / "golden.jsonl",
+        Config(),
+        time="2026-01-01T00:00:00Z",
+        base=tiny_base,
+        preview=True,
+    )
+    assert verdict.counts.accepted["rows"] == 9 and len(verdict.preview) == 5
+    assert verdict.failure and "9 of 9 rows cannot be learned" in verdict.failure
+    assert "does not write the tools" in verdict.failure
+
+
 # --- the command --------------------------------------------------------------------------------------------
 
 
