@@ -64,11 +64,16 @@ def read_query(url: str, query: str, root: Path) -> Table:
 
     try:
         connection = engine.connect().execution_options(stream_results=True, yield_per=AT_ONCE)
+    except SQLAlchemyError as error:
+        engine.dispose()
+        raise _complaint(url, error) from None
+    try:
         found = connection.execute(text(query))
         if not found.returns_rows:
             raise DataError("`ingest.sql.query` returns no rows", remedy="it has to be a SELECT")
         columns = tuple(found.keys())
     except SQLAlchemyError as error:
+        connection.close()  # disposing of the engine leaves a connection in use open
         engine.dispose()
         raise _complaint(url, error) from None
     except DataError:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import scaled
 from postgres import PASSWORD, connect, postgres
 
 from ratchet.config.params import Config
@@ -14,6 +16,7 @@ from ratchet.errors import DataError
 from tasks.ingest import add_batch, pull
 
 pytestmark = pytest.mark.e2e
+OTHERS = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'postgres' AND pid <> pg_backend_pid()"
 ROWS = [
     (1, "Ist Hagel gedeckt? — ja", "claims", "2026-03-01T10:00:00+00:00", 12.50, {"lang": "de"}),
     (2, "日本語の質問", "other", "2026-03-02T10:00:00+00:00", None, None),
@@ -76,6 +79,10 @@ def test_a_query_that_fails_is_told_and_changes_nothing(
     assert "mulberry" not in f"{raised.value} {raised.value.remedy}"
     with connect(server) as connection:
         assert connection.execute("SELECT count(*) FROM tickets").fetchone() == (3,)
+        until = time.monotonic() + scaled(10)  # a closed session is gone a moment later
+        while (left := connection.execute(OTHERS).fetchone()) != (0,) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert left == (0,), "no connection is left open"
 
 
 def test_a_wrong_password_is_not_told(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
