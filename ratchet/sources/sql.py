@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -53,37 +54,30 @@ def read_query(url: str, query: str, root: Path) -> Table:
             remedy="postgresql+psycopg:// needs the extra `store`, others the driver that SQLAlchemy names",
         ) from None
 
-    def rows() -> Iterator[RawRow]:
+    with ExitStack() as opened:
+        opened.callback(engine.dispose)  # which leaves a connection in use open
         try:
-            yield from map(dict, found.mappings())
+            connection = opened.enter_context(engine.connect())
+            connection = connection.execution_options(stream_results=True, yield_per=AT_ONCE)
+            found = connection.execute(text(query))
+            if not found.returns_rows:
+                raise DataError("`ingest.sql.query` returns no rows", remedy="it has to be a SELECT")
+            columns = tuple(found.keys())
         except SQLAlchemyError as error:
             raise _complaint(url, error) from None
-        finally:
-            connection.close()
-            engine.dispose()
+        if len(set(columns)) < len(columns):
+            raise DataError(
+                f"the query gives a column twice: {', '.join(columns)}", remedy="name them with AS"
+            )
+        kept = opened.pop_all()  # until the rows are read
 
-    try:
-        connection = engine.connect().execution_options(stream_results=True, yield_per=AT_ONCE)
-    except SQLAlchemyError as error:
-        engine.dispose()
-        raise _complaint(url, error) from None
-    try:
-        found = connection.execute(text(query))
-        if not found.returns_rows:
-            raise DataError("`ingest.sql.query` returns no rows", remedy="it has to be a SELECT")
-        columns = tuple(found.keys())
-    except SQLAlchemyError as error:
-        connection.close()  # disposing of the engine leaves a connection in use open
-        engine.dispose()
-        raise _complaint(url, error) from None
-    except DataError:
-        connection.close()
-        engine.dispose()
-        raise
-    if len(set(columns)) < len(columns):
-        connection.close()
-        engine.dispose()
-        raise DataError(f"the query gives a column twice: {', '.join(columns)}", remedy="name them with AS")
+    def rows() -> Iterator[RawRow]:
+        with kept:
+            try:
+                yield from map(dict, found.mappings())
+            except SQLAlchemyError as error:
+                raise _complaint(url, error) from None
+
     return Table(columns, ({key: value for key, value in row.items() if value is not None} for row in rows()))
 
 
