@@ -120,8 +120,10 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
     splits = {
         split: _measure(
             chat,
-            _writable(chat, rows[split], split, rejected),
+            rows[split],
             config.train.objective if split in ("train", "validation") else "sft",
+            split,
+            rejected,
         )
         for split in rows
     }
@@ -196,29 +198,23 @@ def _read(prepared: Path, split: str, *, compares: bool) -> list[Example]:
     return [*read_examples(prepared / f"{split}.jsonl"), *bad]
 
 
-def _writable(
-    chat: ChatFormat, rows: Iterable[Example], split: str, rejected: list[Unfit]
-) -> Iterator[Example]:
-    """Yield the rows whose tools and calls the template can write; the others are added to `rejected`."""
-    for row in rows:
-        try:
-            for answered in filter(None, (row, row.worse)):
-                chat.check_tools(answered)
-        except UserError as error:
-            rejected.append(Unfit(row.id, str(row.meta["batch"]), split, "tool_call", str(error)))
-        else:
-            yield row
+def _measure(
+    chat: ChatFormat, examples: Iterable[Example], objective: str, split: str, rejected: list[Unfit]
+) -> list[Measured]:
+    """Encode rows; of rows that are compared, only the last answer is learned.
 
-
-def _measure(chat: ChatFormat, examples: Iterable[Example], objective: str = "sft") -> list[Measured]:
-    """Encode rows; of rows that are compared, only the last answer is learned."""
+    Rows whose tools or calls the template cannot write are added to `rejected`.
+    """
     found = []
     for example in examples:
         worse = None if objective == "sft" else example.worse
         encode = encode_last_answer if worse or objective == "kto" else ChatFormat.encode
-        found.append(
-            Measured(example, encode(chat, example), encode_last_answer(chat, worse) if worse else None)
-        )
+        try:
+            tokens = encode(chat, example)
+            found.append(Measured(example, tokens, encode_last_answer(chat, worse) if worse else None))
+        except UserError as error:
+            fault = Unfit(example.id, str(example.meta["batch"]), split, "tool_call", str(error))
+            rejected.append(fault)
     return found
 
 

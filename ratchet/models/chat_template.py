@@ -91,7 +91,7 @@ class ChatFormat:
         Raises BaseModelError: the template does not write the row's tools, or writes calls that cannot be
         read back from an answer; UserError: a tool or a call contains a control token.
         """
-        self.check_tools(example)
+        self._check_row(example)
         ids, learned = self._encode_prompt(example.prompt, example.tools)
         last = example.messages[-1]
         if last.tool_calls or self.reasoning:
@@ -334,7 +334,7 @@ class ChatFormat:
                     remedy="leave it out: the template writes tools and calls as they are",
                 )
 
-    def check_tools(self, example: Example) -> None:
+    def _check_row(self, example: Example) -> None:
         """Check that the template can write the tools and calls of a row, and that the calls read back.
 
         Raises BaseModelError: no tools or calls can be written; UserError: this row's hold a control token,
