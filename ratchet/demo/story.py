@@ -76,13 +76,13 @@ TOY = Scale(
     requests=500,
     look_requests=250,
 )
-# Two cores train 135 million weights on about 200 tokens per second, so only a fifth of the rows (29 tokens
-# each) is used.
+# Two cores train 135 million weights on about 200 tokens per second, so only three tenths of the rows (29
+# tokens each) are used.
 REAL = Scale(
     "SmolLM2-135M-Instruct is read from its GGUF file",
     {
         "base": {"revision": SHA256, "chat_template": TEMPLATE},
-        "ingest": {"pydoc": {"share": 0.2, "summaries": 0.0}},
+        "ingest": {"pydoc": {"share": 0.3, "summaries": 0.0}},
         # Golden rows are chosen from those that would be test rows, so the test share is larger.
         "prepare": {"min_rows": 200, "test_share": 0.3, "validation_share": 0.05},
         "tokenize": {"max_length": 128, "window": 256},

@@ -35,8 +35,8 @@ from ratchet.models.adapters import (
     load_trained,
     share_a_base,
 )
-from ratchet.models.chat_template import ChatFormat, encode_last_answer
-from ratchet.models.generation import Likelihood, answer_likelihoods, greedy_ids
+from ratchet.models.chat_template import ChatFormat, Encoded, encode_last_answer
+from ratchet.models.generation import Likelihood, answer_likelihoods, likelihoods_and_answers
 from ratchet.models.loading import load_adapter, load_chat, quiet
 from ratchet.pipeline.stage import say
 
@@ -150,40 +150,43 @@ def answer(
     chat = load_chat(player.base)
     prompts = [chat.encode_prompt(row.prompt, row.tools) for row in asked.rows]
     wholes = [encode_last_answer(chat, row, prompt) for row, prompt in zip(asked.rows, prompts, strict=True)]
-    wholes += [encode_last_answer(chat, row) for row in asked.worse]
-    groups = [*asked.groups, *("worse answers" for _ in asked.worse)]
-
-    def likelihoods(model: Any, batch: list[int]) -> list[Any]:
-        found = answer_likelihoods(
-            model, [wholes[index] for index in batch], pad_id=chat.pad_id, batch_size=len(batch)
-        )
-        if broken := sum(not math.isfinite(each.nll) or not math.isfinite(each.prompt_nll) for each in found):
-            raise BaseModelError(
-                f"{player.name}: the likelihood of {broken} of {len(batch)} answers is not finite",
-                remedy="its weights are broken: train again",
-            )
-        return [list(each) for each in found]
+    worse = [encode_last_answer(chat, row) for row in asked.worse]
 
     def answers(model: Any, batch: list[int]) -> list[Any]:
-        """Return [text, whether the answer was cut off] per row."""
-        made = greedy_ids(
+        """Return [likelihood, text, whether the answer was cut off] per row."""
+        measured, made = likelihoods_and_answers(
             model,
+            [wholes[index] for index in batch],
             [prompts[index] for index in batch],
             chat,
             max_new_tokens=config.max_new_tokens,
-            batch_size=len(batch),
         )
-        return [[chat.decode_answer(ids), chat.stop_ids.isdisjoint(ids[-1:])] for ids in made]
+        return [
+            [*likelihood, chat.decode_answer(ids), chat.stop_ids.isdisjoint(ids[-1:])]
+            for likelihood, ids in zip(finite(measured), made, strict=True)
+        ]
 
-    kinds: list[tuple[Callable[[Any, list[int]], list[Any]], list[list[int]], Any]] = [
-        (likelihoods, [[*row.ids, -sum(row.learned)] for row in wholes], ["likelihood", chat.pad_id]),
-        (answers, prompts, ["answer", chat.pad_id, sorted(chat.stop_ids), config.max_new_tokens]),
+    def likelihoods(model: Any, batch: list[int]) -> list[Any]:
+        rows = [worse[index] for index in batch]
+        return finite(answer_likelihoods(model, rows, pad_id=chat.pad_id, batch_size=len(rows)))
+
+    def finite(found: list[Likelihood]) -> list[Likelihood]:
+        if broken := sum(not math.isfinite(each.nll) or not math.isfinite(each.prompt_nll) for each in found):
+            raise BaseModelError(
+                f"{player.name}: the likelihood of {broken} of {len(found)} answers is not finite",
+                remedy="its weights are broken: train again",
+            )
+        return found
+
+    kinds: list[tuple[Callable[[Any, list[int]], list[Any]], list[list[int]], Sequence[str], Any]] = [
+        (answers, _marked(wholes), asked.groups, [chat.pad_id, sorted(chat.stop_ids), config.max_new_tokens]),
+        (likelihoods, _marked(worse), ["worse answers"] * len(worse), [chat.pad_id]),
     ]
     with open_answers(cache, identity(player.base, player.trained, player.like) if cache else "") as known:
         parts = [
-            _Part(compute, batch, _key(settings, [ids[index] for index in batch]))
-            for compute, ids, settings in kinds
-            for batch in batches(ids, groups[: len(ids)], config.batch_size)
+            _Part(compute, batch, _key([compute.__name__, settings], [ids[index] for index in batch]))
+            for compute, ids, groups, settings in kinds
+            for batch in batches(ids, groups, config.batch_size)
         ]
         found = [known.get(part.key, len(part.batch)) for part in parts]
         cached = sum(entries is not None for entries in found)
@@ -195,9 +198,10 @@ def answer(
         columns[part.compute] |= zip(part.batch, entries, strict=True)
     where = f", {cached / len(parts):.0%} of it from the cache" if cached else ""
     say(f"evaluate: {player.name} on {len(asked.rows)} rows in {time.perf_counter() - started:.0f} s{where}")
-    measured = [Likelihood(*columns[likelihoods][index]) for index in range(len(wholes))]
-    said = [chat.read_answer(columns[answers][index][0], row.tools) for index, row in enumerate(asked.rows)]
-    if broken_off := sum(columns[answers][index][1] for index in range(len(said))):
+    of_rows = [columns[answers][index] for index in range(len(asked.rows))]
+    of_worse = [Likelihood(*columns[likelihoods][index]) for index in range(len(worse))]
+    said = [chat.read_answer(text, row.tools) for (*_, text, _), row in zip(of_rows, asked.rows, strict=True)]
+    if broken_off := sum(cut_off for *_, cut_off in of_rows):
         say(
             f"evaluate: {broken_off} of {len(said)} answers of {player.name} were cut off at "
             f"`evaluate.max_new_tokens` ({config.max_new_tokens})"
@@ -209,9 +213,14 @@ def answer(
         )
     return Answered(
         [one.text for one in said],
-        measured[: len(asked.rows)],
-        {row.id: found.nll for row, found in zip(asked.worse, measured[len(asked.rows) :], strict=True)},
+        [Likelihood(*measured) for *measured, _, _ in of_rows],
+        {row.id: found.nll for row, found in zip(asked.worse, of_worse, strict=True)},
     )
+
+
+def _marked(rows: Sequence[Encoded]) -> list[list[int]]:
+    """Return the tokens of each row, and at their end how many of them are learned."""
+    return [[*row.ids, -sum(row.learned)] for row in rows]
 
 
 class _Part(NamedTuple):

@@ -64,6 +64,21 @@ def select(cache: Any, kept: Sequence[int], start: int) -> None:
             states |= {key: state[rows] for key, state in states.items() if state is not None}
 
 
+def align_right(cache: Any, kept: Sequence[int], lengths: Tensor) -> Tensor:
+    """Keep only the rows `kept`, in place, and of each its first tokens (`lengths`), padded on the left.
+
+    The cache must be padded on the right before. Returns the mask, (batch, seq): 1 where a row has a token.
+    """
+    longest = int(lengths.max())
+    places = torch.arange(longest, device=lengths.device) - (longest - lengths[:, None])  # (batch, seq)
+    rows, source = torch.tensor(kept, device=lengths.device)[:, None], places.clamp(min=0)
+    for layer in cache.layers:
+        # Advanced indices on either side of a slice put (batch, seq) in front: (batch, seq, heads, width).
+        layer.keys = layer.keys[rows, :, source].transpose(1, 2).contiguous()
+        layer.values = layer.values[rows, :, source].transpose(1, 2).contiguous()
+    return (places >= 0).long()
+
+
 def forward(
     model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool, **more: Any
 ) -> Tensor:

@@ -19,7 +19,10 @@ from ratchet.config.training import AdapterConfig, BaseConfig, TrainConfig
 from ratchet.data.examples import encode_line, read_examples
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, write_bytes
-from ratchet.models.loading import WEIGHTS, load_base, load_tokenizer, quiet
+from ratchet.models.adapters import load_trained
+from ratchet.models.chat_template import encode_last_answer
+from ratchet.models.generation import answer_likelihoods, greedy_ids, likelihoods_and_answers
+from ratchet.models.loading import WEIGHTS, load_base, load_chat, load_tokenizer, quiet
 from ratchet.models.manifests import GENERATION
 from ratchet.promotion.verdict import Candidate, Rival, Verdict
 from ratchet.serving.bundle import bundle_candidate
@@ -183,6 +186,13 @@ def test_a_family_goes_from_base_to_export_or_is_refused_by_its_proof(place: tup
     assert report.passed, [part.reason for part in report.parts if part.result == "fail"]
     bundle = bundle_candidate(candidate, at.base, at.config)
     rows = list(read_examples(at.prepared / "test.jsonl"))
+    model, chat = load_trained(at.base, candidate).eval(), load_chat(at.base)
+    prompts = [chat.encode_prompt(row.prompt) for row in rows]
+    wholes = [encode_last_answer(chat, row) for row in rows]
+    likelihoods, answers = likelihoods_and_answers(model, wholes, prompts, chat, max_new_tokens=8)
+    assert answers == greedy_ids(model, prompts, chat, max_new_tokens=8, batch_size=1)
+    alone = answer_likelihoods(model, wholes, pad_id=chat.pad_id, batch_size=1)
+    assert [one.nll for one in likelihoods] == pytest.approx([one.nll for one in alone], rel=1e-3)
     source = Source("v1", "c" * 40, bundle, rows, METRICS, DECISION)
     record = export(source, "merged", at.folder / "exported", at.config)
     assert record.check.result == "pass"

@@ -22,8 +22,13 @@ from ratchet.errors import BaseModelError, DataError
 from ratchet.evaluation.baseline import simple_answers
 from ratchet.files import read_json, write_bytes, write_json
 from ratchet.models.adapters import add_adapter
-from ratchet.models.chat_template import ChatFormat
-from ratchet.models.generation import answer_likelihoods, greedy_answers
+from ratchet.models.chat_template import ChatFormat, Encoded
+from ratchet.models.generation import (
+    answer_likelihoods,
+    greedy_answers,
+    greedy_ids,
+    likelihoods_and_answers,
+)
 from ratchet.models.loading import load_adapter, load_base, load_tokenizer
 from tasks.base import make_base
 
@@ -140,6 +145,29 @@ def test_greedy_answers_are_those_of_generate_row_by_row(tiny_base, candidate, f
         expected.append(chat.decode_answer(made[0, len(prompt) :].tolist()))
     assert greedy_answers(model, prompts, chat, max_new_tokens=12, batch_size=7) == expected
     assert any(expected)
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 5, 12])
+def test_one_pass_gives_the_likelihoods_and_answers_of_two(
+    tiny_base, candidate, chat, fitting, max_new_tokens
+):
+    """References agree with the model's own answers not at all, up to a place, and to their end."""
+    model = load_adapter(load_base(tiny_base), candidate).eval()
+    prompts = [chat.encode_prompt(row.prompt) for row in fitting[:24]]
+    said = greedy_ids(model, prompts, chat, max_new_tokens=8, batch_size=8)
+    rows = []
+    for place, (row, prompt, answer) in enumerate(zip(fitting, prompts, said, strict=False)):
+        agreeing = answer[: place % (len(answer) + 1)]
+        other = chat.encode(row).ids[len(prompt) :]
+        ids = [*prompt, *(answer if place % 3 == 0 else [*agreeing, *other])]
+        rows.append(Encoded(ids, [index >= len(prompt) for index in range(len(ids))]))
+    likelihoods, answers = likelihoods_and_answers(model, rows, prompts, chat, max_new_tokens=max_new_tokens)
+    assert answers == greedy_ids(model, prompts, chat, max_new_tokens=max_new_tokens, batch_size=5)
+    for found, expected in zip(
+        likelihoods, answer_likelihoods(model, rows, pad_id=chat.pad_id, batch_size=5), strict=True
+    ):
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert {len(answer) for answer in answers} != {1} or max_new_tokens == 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
