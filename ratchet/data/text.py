@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from urllib.parse import urlsplit
 
-from ratchet.data.examples import RowError
+from ratchet.data.examples import RowError, trim
 
 # --- what a model says of itself, and refusals --------------------------------------------------------------
 # The patterns are for different kinds of texts, so they differ on purpose; a shared part is written once.
@@ -97,6 +97,8 @@ def clean(text: str, sanitised: Counter[str], *, isolates: bool = False) -> str:
     If `isolates` is true, direction isolates are accepted and stay. Raises RowError for a text that cannot be
     cleaned.
     """
+    if trim(text) != text:
+        sanitised["outer_blanks"] += 1  # that `make_example` strips
     if PLAIN.fullmatch(text):
         return text
     _check_encoding(text, isolates=isolates)

@@ -5,6 +5,7 @@ All files hold the same questions, so an entry names only what is particular to 
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from ratchet.config.data import PrepareConfig
 from ratchet.config.params import Config
 from ratchet.data.erasure import Forgotten
-from ratchet.data.examples import Example, Message, ToolCall
+from ratchet.data.examples import Example, Message, ToolCall, normalise
+from ratchet.data.text import clean
 from ratchet.data.validation import Origin
 from ratchet.errors import DataError
 from tasks.ingest import pull
@@ -197,3 +199,10 @@ def test_a_setting_keeps_what_is_rejected_otherwise(name: str) -> None:
     first = read_rows(name, **{key: value})[0]
     assert isinstance(first, Example)
     assert text in f"{first.question} {first.answer}"
+
+
+def test_blanks_at_the_ends_are_stripped_and_counted_and_an_indent_is_kept() -> None:
+    counts: Counter[str] = Counter()
+    text = clean("\n    return 1\n", counts)
+    assert normalise(text) == "    return 1" and counts == {"outer_blanks": 1}
+    assert clean("    return 1", counts) == "    return 1" and counts == {"outer_blanks": 1}
