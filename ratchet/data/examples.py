@@ -28,6 +28,7 @@ CALL_LINE = re.compile(f"^{CALL_OPEN}(.*){CALL_CLOSE}$", re.MULTILINE)
 INDENT = re.compile(r"\t[\t ]*| [\t ]+")  # an indent, as of code; a single blank is an accident
 ROLES = ("system", "user", "assistant", "tool")
 MOST_MARKS = 32
+MEDIA_MARK = "\ufffc"  # U+FFFC, object replacement character: where a picture stands in a text
 Meta = dict[str, str | int | float | bool | None]
 RawRow = dict[str, Any]  # a row as read from its file: any JSON object, not validated
 
@@ -52,6 +53,9 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     reasoning: str = ""
     learned: bool = True
     call_id: str = ""  # of a tool's result: the call it answers; empty once results are in the order of calls
+    media: tuple[
+        str, ...
+    ] = ()  # names of the message's pictures, in the order of the MEDIA_MARKs in `content`
 
     @property
     def text(self) -> str:
@@ -60,7 +64,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
     @property
     def is_plain(self) -> bool:
-        return not (self.tool_calls or self.reasoning)
+        return not (self.tool_calls or self.reasoning or self.media)
 
 
 class Example(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -76,6 +80,11 @@ class Example(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def prompt(self) -> tuple[Message, ...]:
         return self.messages[:-1]
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Return the names of all pictures of the row, in order."""
+        return media_of(self.messages)
 
     @property
     def answer(self) -> str:
@@ -100,6 +109,11 @@ class RowError(ValueError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def media_of(messages: Iterable[Message]) -> tuple[str, ...]:
+    """Return the names of all pictures of a conversation, in order."""
+    return tuple(name for message in messages for name in message.media)
 
 
 def has_mark_run(text: str) -> bool:
@@ -194,7 +208,7 @@ def example_id(messages: Iterable[Message], tools: Sequence[Tool] = ()) -> str:
         parts: list[Any] = [message.role, normalise(message.content)]
         if not (message.is_plain and message.learned):
             calls = [[call.name, call.arguments] for call in message.tool_calls]
-            parts += [calls, normalise(message.reasoning), message.learned]
+            parts += [calls, normalise(message.reasoning), message.learned, *message.media]
         hasher.update(msgspec.json.encode(parts))
     if tools:
         hasher.update(msgspec.json.encode(tools))
@@ -203,7 +217,9 @@ def example_id(messages: Iterable[Message], tools: Sequence[Tool] = ()) -> str:
 
 def prompt_key(example: Example) -> int:
     """Hash the prompt, in lower case and with its tools, to 64 bits."""
-    asked: list[object] = [[message.role, normalise(message.text).lower()] for message in example.prompt]
+    asked: list[object] = [
+        [message.role, normalise(message.text).lower(), *message.media] for message in example.prompt
+    ]
     return xxhash.xxh3_64_intdigest(msgspec.json.encode(asked + list(example.tools)))
 
 
@@ -305,6 +321,14 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
         if not message.content and not message.tool_calls and message.role != "tool":
             reason = "no_answer" if message.role == "assistant" else "empty_content"
             raise RowError(reason, f"message {position} ({message.role}) is empty")
+        if message.content.count(MEDIA_MARK) != len(message.media) or (
+            message.media and message.role != "user"
+        ):
+            raise RowError(
+                "media_place",
+                f"message {position} ({message.role}) has {len(message.media)} pictures and "
+                f"{message.content.count(MEDIA_MARK)} places for them; only a user's message may show any",
+            )
         for text in texts_of([message]):
             try:
                 text.encode("utf-8")
