@@ -107,7 +107,15 @@ def _evaluate(folder: Path, place: Path, material: Material, config: Config, cha
     write_text(
         params,
         render_params(
-            with_changes(config, {**changes, "evaluate.simple_baseline": False, "evaluate.bias_pairs": 0})
+            with_changes(
+                config,
+                {
+                    **changes,
+                    "evaluate.simple_baseline": False,
+                    "evaluate.bias_pairs": 0,
+                    "evaluate.blind_rows": 0,
+                },
+            )
         ),
     )
     paths = {

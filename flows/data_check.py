@@ -82,7 +82,7 @@ def check_file(
     settings = config.prepare.model_copy(update={"test_share": 0.0, "validation_share": 0.0, "min_rows": 1})
     origin = Origin(name, pulled.source, pulled.form, time, config.ingest.licence)
     rejected: list[Rejection] = []
-    chat, unmeasured = known_tokens(base, config.base)
+    chat, unmeasured = known_tokens(base, config.base, pulled.media)
     lengths: list[int] = []
     references: list[str] = []
     judged: Counter[str] = Counter()
@@ -105,7 +105,7 @@ def check_file(
                     unwritable.append(" ".join(str(error).split()))
 
     gathered = sort_batches(
-        [Incoming(origin, len(lines), enumerate(lines, start=1))],
+        [Incoming(origin, len(lines), enumerate(lines, start=1), pulled.media)],
         golden,
         settings,
         Forgotten(),
@@ -136,7 +136,7 @@ def check_file(
         failure = failure or f"{len(unwritable)} of {len(lines)} rows cannot be learned: {unwritable[0]}"
     elif unwritable:
         said.append(f"{len(unwritable)} rows cannot be learned: {unwritable[0]}")
-    shown_rows = preview_rows(lines, origin, settings, chat) if preview else []
+    shown_rows = preview_rows(lines, origin, settings, chat, pulled.media) if preview else []
     return Verdict(
         name,
         profile.batches[name],
@@ -152,9 +152,9 @@ def check_file(
 
 def preview_pulled(pulled: Pulled, config: Config, base: Path) -> tuple[list[Preview], str]:
     """Return the first valid rows as the model will see them, and why there are no tokens, if so."""
-    chat, why = known_tokens(base, config.base)
+    chat, why = known_tokens(base, config.base, pulled.media)
     origin = Origin(pulled.label, pulled.source, pulled.form, "", config.ingest.licence)
-    return preview_rows(pulled.lines, origin, config.prepare, chat), why
+    return preview_rows(pulled.lines, origin, config.prepare, chat, pulled.media), why
 
 
 def read_rejected(path: Path) -> list[Rejection]:

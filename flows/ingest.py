@@ -25,6 +25,7 @@ from ratchet.sources.streams import shown
 from tasks.ingest import BASE, Pulled, add_batch, check_rows, freeze_golden, pull
 
 RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")
+GOLDEN_MEDIA = GOLDEN.with_suffix(".tar")
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
@@ -151,7 +152,7 @@ def commit_golden(workspace: Workspace, pulled: Pulled, config: Config, rows: in
     commit = land(
         workspace,
         f"Freeze a golden set of {frozen} rows from {pulled.source} ({pulled.label})"[:72],
-        [str(GOLDEN)],
+        [str(GOLDEN), *([str(GOLDEN_MEDIA)] if (workspace.path / GOLDEN_MEDIA).exists() else [])],
     )
     say(f"{GOLDEN}: {frozen} rows, commit {commit[:8]}")
     return {"batch": str(GOLDEN), "rows": frozen, "new": True, "commit": commit}

@@ -34,6 +34,7 @@ from ratchet.models.gguf import FILE as GGUF_FILE
 from ratchet.models.loading import MANIFEST, adapter_sha256, load_tokenizer, quiet
 from ratchet.models.manifests import BaseName, describe_base, read_base_manifest, sha256_of_weights
 from ratchet.models.merging import load_merged
+from ratchet.models.processors import copy_processor, load_processor
 from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.pipeline.workspace import require_output
 from ratchet.promotion.champion import last_entry
@@ -165,8 +166,10 @@ def _describe(source: Source, folder: Path, config: BaseConfig) -> tuple[BaseFil
     files = read_base_files(source)
     template = _read_template(Path(config.chat_template)) if config.chat_template else None
     tokenizer = read_tokenizer(source, template)
-    ChatFormat(tokenizer)
+    if files.pictures:
+        copy_processor(source.path, folder)
     tokenizer.save_pretrained(folder)
+    ChatFormat(tokenizer, processor=load_processor(folder))
     return files, {
         "licence": files.licence,
         "context": int(getattr(files.settings, "max_position_embeddings", 2048)),
@@ -221,6 +224,7 @@ def _merge_version(folder: Path, config: BaseConfig) -> Details:
         with quiet():
             load_merged(base, adapter).save_pretrained(folder, safe_serialization=True)
         load_tokenizer(adapter).save_pretrained(folder)
+        copy_processor(adapter, folder)
     say(f"base: merged from {told}, commit {entry.commit[:8]}")
     files, details = _describe(Source(folder, told, "dvc pull"), folder, config)
     weights = {path.name: sha256_file(path) for path in files.weights}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -24,6 +25,7 @@ import pandas as pd
 
 from ratchet.audits.attacks import Attack, make_attacks, read_words
 from ratchet.audits.bias import Pair, describe_bias, make_pairs, read_swaps
+from ratchet.audits.blind import Blind, blind_table, make_blind
 from ratchet.audits.fairness import describe_groups, group_columns, require_fairlearn
 from ratchet.audits.judge import judge_answers, read_agreement
 from ratchet.audits.memorization import describe_exposure, measure_exposure
@@ -32,13 +34,15 @@ from ratchet.audits.suites import TaskConfig, check_measurable, describe_suites,
 from ratchet.config.base import PREFERENCE
 from ratchet.config.evaluation import EvaluateConfig
 from ratchet.config.params import Config
-from ratchet.data.canaries import make_canaries, make_references
 from ratchet.data.examples import Example, read_examples
+from ratchet.data.media import FOLDER as MEDIA
+from ratchet.data.media import MediaStore
 from ratchet.data.mixture import pair_up, read_undesirable
 from ratchet.errors import DataError
 from ratchet.evaluation.answer_cache import FOLDER as CACHE
 from ratchet.evaluation.answer_cache import forget_oldest
 from ratchet.evaluation.baseline import simple_answers
+from ratchet.evaluation.canaries import make_canaries, make_references
 from ratchet.evaluation.custom_metrics import Custom, custom_score, load_custom
 from ratchet.evaluation.metrics import are_labels, macro_f1
 from ratchet.evaluation.paired import SEEN_SHARE
@@ -90,8 +94,8 @@ def evaluate(
     for name, metric in custom.items():  # a faulty metric fails here, not after minutes of answers
         custom_score(name, metric, rows[0].answer, rows[0])
     swaps = read_swaps(own)
-    longest = trained_length(candidate, base)
-    fitting, too_long = _split_by_fit(rows, base, longest)
+    longest, media = trained_length(candidate, base), MediaStore.read(prepared / MEDIA)
+    fitting, too_long = _split_by_fit(rows, base, longest, media)
     if not fitting:
         raise DataError(
             "no test row fits into the model's context",
@@ -102,17 +106,23 @@ def evaluate(
     pairs = make_pairs(
         [row for row in fitting if row.meta["batch"] != "golden"], swaps, most=config.evaluate.bias_pairs
     )
-    attacks = _attacks(fitting, base, candidate, own, config)
+    attacks = _attacks(fitting, base, candidate, own, config, media)
     attacked = [attack.row for attack in attacks if attack.asked]
+    blind = make_blind(
+        [row for row in fitting if row.meta["batch"] != "golden"],
+        config.evaluate.blind_rows if config.gate.metric != PREFERENCE else 0,
+    )
     compared = [worse for row in fitting if (worse := row.worse)]
     asked = Asked(
-        [*fitting, *(pair.swapped for pair in pairs), *attacked],
+        [*fitting, *(pair.swapped for pair in pairs), *attacked, *(one.row for one in blind)],
         [
             *(str(row.meta["batch"]) for row in fitting),
             *("swapped rows" for _ in pairs),
             *("attacked rows" for _ in attacked),
+            *("blind rows" for _ in blind),
         ],
-        _split_by_fit(compared, base, longest)[0] if PREFERENCE in config.evaluate.metrics else [],
+        _split_by_fit(compared, base, longest, media)[0] if PREFERENCE in config.evaluate.metrics else [],
+        media,
     )
     answered = _score_all(
         asked, base, incumbent if champion is not None else None, candidate, config.evaluate, cache
@@ -136,11 +146,12 @@ def evaluate(
         too_long,
         len(pairs),
         len(attacks),
+        len(blind) or None,
         summarise(table, config.evaluate),
     )
     rival, tables = "base" if champion is None else "champion", {"scores": table}
     for asked_for, figures in (
-        _audits(answered, table, fitting, pairs, attacks, custom, config.evaluate),
+        _audits(answered, table, fitting, pairs, attacks, blind, custom, config.evaluate),
         _judge(table, fitting, rival, own, config),
         _measure(base, incumbent if champion is not None else None, candidate, suites, config),
     ):
@@ -182,14 +193,16 @@ def _audits(
     fitting: list[Example],
     pairs: list[Pair],
     attacks: list[Attack],
+    blind: list[Blind],
     custom: dict[str, Custom],
     config: EvaluateConfig,
 ) -> tuple[dict[str, pd.DataFrame], dict[str, object]]:
     """Return (tables, fields of Metrics) of the audits whose rows were answered with the plain ones.
 
-    Each frame of `answered` holds the `fitting` rows, then those of `pairs`, then those of `attacks`.
+    Each frame of `answered` holds the `fitting` rows, then those of `pairs`, of `attacks` and of `blind`.
     """
     first, second = len(fitting), len(fitting) + len(pairs)
+    third = second + sum(attack.asked for attack in attacks)
     found: dict[str, pd.DataFrame] = {}
     figures: dict[str, object] = {}
     if pairs:
@@ -202,7 +215,7 @@ def _audits(
         }
     if attacks:
         found["attacks"] = add_scores(
-            attack_table([frame.iloc[second:] for frame in answered], attacks),
+            attack_table([frame.iloc[second:third] for frame in answered], attacks),
             [attack.row for attack in attacks],
             config,
             custom,
@@ -210,6 +223,9 @@ def _audits(
         figures["attacks"] = {
             metric: describe_attacks(found["attacks"], table, metric) for metric in config.text_scores
         }
+    if blind:
+        said = blind_table([frame.iloc[third:] for frame in answered], blind)
+        found["blind"] = add_scores(said, [one.row for one in blind], config, custom)
     if config.groups:
         test = table[(table.batch != "golden") & (table.model != "simple")]
         figures |= {
@@ -223,7 +239,14 @@ def _swapped(frame: pd.DataFrame, pairs: list[Pair]) -> pd.DataFrame:
     return frame.assign(swap=[pair.swap for pair in pairs], of=[pair.row.id for pair in pairs])
 
 
-def _attacks(rows: list[Example], base: Path, candidate: Path, own: Path, config: Config) -> list[Attack]:
+def _attacks(
+    rows: list[Example],
+    base: Path,
+    candidate: Path,
+    own: Path,
+    config: Config,
+    media: Mapping[str, bytes],
+) -> list[Attack]:
     words = read_words(own)
     if not config.evaluate.attacks:
         return []
@@ -232,7 +255,7 @@ def _attacks(rows: list[Example], base: Path, candidate: Path, own: Path, config
     return make_attacks(
         test,
         words,
-        load_chat(base),
+        load_chat(base, media),
         most=config.evaluate.attacks,
         room=room,
         answer=config.evaluate.max_new_tokens,
@@ -323,8 +346,10 @@ def _unseen(rows: list[Example], base: Path) -> list[Example]:
     return [row for row in rows if row.id not in seen]
 
 
-def _split_by_fit(rows: list[Example], base: Path, longest: int) -> tuple[list[Example], int]:
-    chat = load_chat(base)
+def _split_by_fit(
+    rows: list[Example], base: Path, longest: int, media: Mapping[str, bytes]
+) -> tuple[list[Example], int]:
+    chat = load_chat(base, media)
     fitting = [row for row in rows if chat.fits(row, longest)]
     return fitting, len(rows) - len(fitting)
 

@@ -46,6 +46,7 @@ from ratchet.models.manifests import (
     write_generation,
 )
 from ratchet.models.merging import load_merged
+from ratchet.models.processors import copy_processor, reads_pictures
 from ratchet.parity.check import Asked, Reference, make_reference
 from ratchet.parity.compare import compare_answers
 from ratchet.parity.paths import Answer, differences, model_answers, model_forward
@@ -110,6 +111,11 @@ def export(source: Source, to: str, out: Path, config: Config) -> Record:
     BaseModelError when the result does not compute what the adapter does. No file is left in these cases.
     """
     if to in KINDS:
+        if reads_pictures(source.bundle.base):
+            raise UserError(
+                "a GGUF file holds the language model alone, and this version reads pictures",
+                remedy="`ratchet export --to merged` writes the whole model with its processor",
+            )
         require_gguf()
     if out.exists():
         raise UserError(f"{out} exists already", remedy="name a folder that does not, or remove it")
@@ -144,7 +150,7 @@ def export(source: Source, to: str, out: Path, config: Config) -> Record:
 
 
 def _ask(source: Source, config: Config) -> Asked:
-    chat = load_chat(source.bundle.adapter)
+    chat = load_chat(source.bundle.adapter, source.media)
     rows = [row for row in source.rows if len(chat.encode(row).ids) <= source.bundle.max_length]
     if not rows:
         raise DataError(
@@ -168,6 +174,7 @@ def _write(to: str, merged: Any, folder: Path, source: Source, chat: ChatFormat)
         merged.config.name_or_path = base.model if base.revision else base.name or base.model
         merged.save_pretrained(folder, safe_serialization=True)
         chat.tokenizer.save_pretrained(folder)
+        copy_processor(source.bundle.adapter, folder)
         write_generation(folder, chat.stop_ids, chat.pad_id)
         return {}
     write_gguf(
@@ -201,7 +208,9 @@ def _exported_side(
     to: str, folder: Path, asked: Asked, reference: Reference, config: ParityConfig, *, half: bool
 ) -> tuple[Part, Scores]:
     loaded: Any = (load_gguf(folder) if to in KINDS else load_full(folder)).eval()
-    answers = model_answers(loaded, asked.ours, asked.prompts, tools=asked.tools, **asked.greedy)
+    answers = model_answers(
+        loaded, asked.ours, asked.prompts, tools=asked.tools, media=asked.media, **asked.greedy
+    )
     apart = differences(
         model_forward(loaded), loaded.device, reference.answers, reference.tops, **asked.batches
     )
@@ -216,7 +225,9 @@ def _exported_side(
 def _score(model: Any, asked: Asked, answers: list[Answer]) -> Scores:
     rows = zip(asked.rows, asked.prompts, strict=True)
     wholes = [encode_last_answer(asked.ours, row, prompt) for row, prompt in rows]
-    found = answer_likelihoods(model, wholes, **asked.batches)
+    found = answer_likelihoods(
+        model, wholes, pad_id=asked.ours.pad_id, batch_size=asked.batch_size, inputs=asked.ours.inputs
+    )
     matches = [exact_match(answer.text, row.answer) for answer, row in zip(answers, asked.rows, strict=True)]
     return Scores(np.array(matches), np.array([one.nll / one.tokens for one in found]))
 

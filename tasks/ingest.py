@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -23,10 +24,19 @@ import xxhash
 
 from ratchet.config.data import JsonlSource, PydocSource, SqlSource
 from ratchet.config.params import Config
-from ratchet.data.batches import Batch, Original, content_hash, raw_lines, read_manifest, write_batch
+from ratchet.data.batches import (
+    Batch,
+    Original,
+    content_hash,
+    pictures_in,
+    raw_lines,
+    read_manifest,
+    write_batch,
+)
 from ratchet.data.dedup import split_by_hash
 from ratchet.data.examples import Example, RawRow, RowError, encode_line, make_raw_row
-from ratchet.data.forms import read_conversation, recognise_form, whole_rows
+from ratchet.data.forms import MEDIA_KEYS, read_conversation, recognise_form, whole_rows
+from ratchet.data.media import MediaStore, write_shard
 from ratchet.data.validation import Doubt, Origin, Validator
 from ratchet.errors import DataError
 from ratchet.files import write_bytes
@@ -36,6 +46,7 @@ from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.sources import feedback, jsonl, pydoc
 from ratchet.sources import reviewed as review
 from ratchet.sources.columns import listed
+from ratchet.sources.media import Pictures
 from ratchet.sources.sql import is_database
 
 BASE = Path("models/base")
@@ -46,6 +57,7 @@ BESIDE_TEXT = frozenset(
     {
         *("text", "id", "source", "licence", "license", "language", "user", "meta", "tags", "title", "url"),
         *("time", "timestamp", "created_at", "date", "review"),
+        *MEDIA_KEYS,
     }
 )
 
@@ -54,7 +66,8 @@ class Pulled(NamedTuple):
     """Raw lines as the source gave them, a label for people, and the rows' form.
 
     Reviewed drafts come with their reviewers and the batch that holds their rows already; files and databases
-    with their names and hashes, the renamed columns, and messages on what was left out (`said`).
+    with their names and hashes, the renamed columns, messages on what was left out (`said`), and the pictures
+    to which the rows refer (`media`).
     """
 
     lines: list[bytes]
@@ -68,6 +81,7 @@ class Pulled(NamedTuple):
     columns: tuple[tuple[str, str], ...] = ()
     query: str = ""
     said: tuple[str, ...] = ()
+    media: Mapping[str, bytes] = MappingProxyType({})
 
 
 def pull(
@@ -111,11 +125,16 @@ def pull(
             config.ingest.jsonl.model_copy(update={"path": place}),
             mapping,
             config.prepare.extra_keys,
+            Pictures(config.ingest.media, root),
         )
     elif chosen == "sql":
         given = {key: value for key, value in (("url", path), ("query", query)) if value}
         pulled = _pull_sql(
-            config.ingest.sql.model_copy(update=given), root, mapping, config.prepare.extra_keys
+            config.ingest.sql.model_copy(update=given),
+            root,
+            mapping,
+            config.prepare.extra_keys,
+            Pictures(config.ingest.media, root),
         )
     elif chosen == "feedback":
         pulled = Pulled(
@@ -128,6 +147,9 @@ def pull(
         pulled = _pull_review(review.harvest(project_root(root), config.review, draft))
     else:
         raise DataError(f"source {chosen!r} is unknown", remedy="known: pydoc, jsonl, sql, feedback, review")
+    if not pulled.media and any(map(pictures_in, pulled.lines)):
+        # Rows that people judged show pictures of rows that came before.
+        pulled = pulled._replace(media=MediaStore(sorted((project_root(root) / "data/raw").glob("*.tar"))))
     if not pulled.lines:
         why = (
             "nobody has approved or corrected an answer yet, or all of it is in a batch"
@@ -179,8 +201,11 @@ def _pull_pydoc(settings: PydocSource) -> Pulled:
     )
 
 
-def _pull_jsonl(settings: JsonlSource, mapping: dict[str, str], extra: list[str]) -> Pulled:
-    found, path = jsonl.read_files(settings.path, mapping, extra), jsonl.shown(settings.path)
+def _pull_jsonl(
+    settings: JsonlSource, mapping: dict[str, str], extra: list[str], pictures: Pictures
+) -> Pulled:
+    found = jsonl.read_files(settings.path, mapping, extra, pictures)
+    path = jsonl.shown(settings.path)
     form = _form_of_all(found, path, mapping) if settings.form == "auto" else settings.form
     return Pulled(
         found.lines,
@@ -190,11 +215,14 @@ def _pull_jsonl(settings: JsonlSource, mapping: dict[str, str], extra: list[str]
         files=found.files,
         columns=tuple(mapping.items()),
         said=found.said,
+        media=found.media,
     )
 
 
-def _pull_sql(settings: SqlSource, root: Path | None, mapping: dict[str, str], extra: list[str]) -> Pulled:
-    found = jsonl.read_database(settings, project_root(root), mapping, extra)
+def _pull_sql(
+    settings: SqlSource, root: Path | None, mapping: dict[str, str], extra: list[str], pictures: Pictures
+) -> Pulled:
+    found = jsonl.read_database(settings, project_root(root), mapping, extra, pictures)
     return Pulled(
         found.lines,
         "sql",
@@ -204,6 +232,7 @@ def _pull_sql(settings: SqlSource, root: Path | None, mapping: dict[str, str], e
         columns=tuple(mapping.items()),
         query=settings.query,
         said=found.said,
+        media=found.media,
     )
 
 
@@ -323,6 +352,7 @@ def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Bat
         files=pulled.files,
         columns=dict(pulled.columns),
         query=pulled.query,
+        media=pulled.media,
     ), True
 
 
@@ -348,9 +378,10 @@ def freeze_golden(
 ) -> int:
     """Write the golden set once: `rows` of the pulled rows, chosen by hash, or fewer where fewer are fit.
 
-    Returns their number. Raises DataError when a golden set exists, because versions can be compared only on
-    the same rows; when no row is fit; and for a chosen row that is too long for `base`, because the gate
-    needs every golden row. `tell` is called with the reason when the lengths cannot be measured yet.
+    Pictures that they show go into a tar beside it, which git keeps too. Returns the number of rows. Raises
+    DataError when a golden set exists, because versions can be compared only on the same rows; when no row is
+    fit; and for a chosen row that is too long for `base`, because the gate needs every golden row. `tell` is
+    called with the reason when the lengths cannot be measured yet.
     """
     if path.exists() and path.stat().st_size:
         raise DataError(
@@ -361,7 +392,11 @@ def freeze_golden(
     chosen = sorted(found, key=lambda key: xxhash.xxh3_64_intdigest(key.encode()))[:rows]
     if not chosen:
         raise DataError("no row is fit for the golden set", remedy="check the source's rows")
-    _check_lengths([found[key] for key in chosen], base, config, tell)
+    _check_lengths([found[key] for key in chosen], pulled.media, base, config, tell)
+    if shown := {name for key in chosen for name in found[key].media}:
+        write_shard(path.with_suffix(".tar"), pulled.media, shown)
+    else:
+        path.with_suffix(".tar").unlink(missing_ok=True)
     write_bytes(
         path,
         (encode_line(make_raw_row(found[key].messages, found[key].meta, found[key].tools)) for key in chosen),
@@ -369,8 +404,10 @@ def freeze_golden(
     return len(chosen)
 
 
-def _check_lengths(rows: list[Example], base: Path, config: Config, tell: Tell) -> None:
-    chat, why = known_tokens(base, config.base)
+def _check_lengths(
+    rows: list[Example], media: Mapping[str, bytes], base: Path, config: Config, tell: Tell
+) -> None:
+    chat, why = known_tokens(base, config.base, media)
     if chat is None:
         tell(f"golden rows: {why}; `tokenize` checks them before anything is trained")
         return

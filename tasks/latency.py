@@ -15,6 +15,8 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.examples import read_examples
+from ratchet.data.media import FOLDER as MEDIA
+from ratchet.data.media import MediaStore
 from ratchet.errors import DataError
 from ratchet.files import write_json
 from ratchet.parity.latency import ASKED, WARM_UP, measure_speed
@@ -31,8 +33,9 @@ def measure(prepared: Path, base: Path, candidate: Path, config: Config) -> Spee
             f"there are {len(rows)} test rows; wanted more than {WARM_UP} to measure answers by",
             remedy="raise `prepare.test_share`, or ingest more rows",
         )
+    bundle, media = bundle_candidate(candidate, base, config), MediaStore.read(prepared / MEDIA)
     with tempfile.TemporaryDirectory() as scratch:
-        return measure_speed(bundle_candidate(candidate, base, config), rows, config, Path(scratch))
+        return measure_speed(bundle, rows, config, Path(scratch), media)
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:

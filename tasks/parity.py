@@ -19,6 +19,8 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, read_examples
+from ratchet.data.media import FOLDER as MEDIA
+from ratchet.data.media import MediaStore
 from ratchet.errors import DataError
 from ratchet.files import write_json
 from ratchet.models.chat_template import ChatFormat
@@ -34,7 +36,8 @@ from ratchet.training.packing import read_windows, rows_of
 
 def parity(prepared: Path, tokens: Path, base: Path, candidate: Path, out: Path, config: Config) -> Report:
     """Compare, write the report to `out` and return it. Raises DataError without test or training rows."""
-    chat = load_chat(base)
+    media = MediaStore.read(prepared / MEDIA)
+    chat = load_chat(base, media)
     longest = trained_length(candidate, base)
     rows = [row for row in read_examples(prepared / "test.jsonl") if chat.fits(row, longest)]
     fitting = len(rows)
@@ -47,10 +50,12 @@ def parity(prepared: Path, tokens: Path, base: Path, candidate: Path, out: Path,
         )
     bundle = bundle_candidate(candidate, base, config)
     with tempfile.TemporaryDirectory() as folder:
-        report = check_parity(rows, trained, base, candidate, bundle, config, Path(folder))
+        report = check_parity(rows, trained, base, candidate, bundle, config, Path(folder), media)
         report = msgspec.structs.replace(report, fitting=fitting)
         if report.passed and len(rows) > WARM_UP:
-            report = msgspec.structs.replace(report, speed=measure_speed(bundle, rows, config, Path(folder)))
+            report = msgspec.structs.replace(
+                report, speed=measure_speed(bundle, rows, config, Path(folder), media)
+            )
     write_json(out, msgspec.to_builtins(report))
     return report
 

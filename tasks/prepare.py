@@ -4,19 +4,21 @@
         --out data/prepared
 
 Writes train, validation, test, golden and rejected (JSON Lines), profile.json and profile.html. Undesirable
-answers (`label: false`) go into a file beside each split, such as undesirable_train. Rows in = accepted +
-rejected + duplicates, per batch and in total. Rows go through one at a time, except for batches of people's
-corrections and with `prepare.trigger_rows`, where a batch is held in memory. Of a sorted row only hashes are
-remembered (and, with `prepare.near_search`, its shingles).
+answers (`label: false`) go into a file beside each split, such as undesirable_train. Pictures that the rows
+show go into media/BATCH.tar and media/golden.tar. Rows in = accepted + rejected + duplicates, per batch and
+in total. Rows go through one at a time, except for batches of people's corrections and with
+`prepare.trigger_rows`, where a batch is held in memory. Of a sorted row only hashes are remembered (and, with
+`prepare.near_search`, its shingles).
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
@@ -24,10 +26,11 @@ import xxhash
 
 from ratchet.config.data import PrepareConfig
 from ratchet.config.params import Config
-from ratchet.data.batches import Batch, check_batch, raw_lines, read_manifest
+from ratchet.data.batches import Batch, batch_media, check_batch, raw_lines, read_manifest
 from ratchet.data.dedup import RUN, Clusters, HashTable, Placed, split_by_hash
 from ratchet.data.erasure import GOLDEN, Forgotten, read_forgotten
 from ratchet.data.examples import CONTINUE, Example, RowError, encode_line, prompt_key
+from ratchet.data.media import FOLDER, MediaStore, look_at, write_shard
 from ratchet.data.mixture import undesirable
 from ratchet.data.pii import redact
 from ratchet.data.poisoning import find_triggers
@@ -57,11 +60,12 @@ class Rejection(msgspec.Struct, frozen=True):
 
 
 class Incoming(NamedTuple):
-    """A batch to sort. `lines` can be read only once; `rows` is their number."""
+    """A batch to sort. `lines` can be read only once; `rows` is their number, `media` their pictures."""
 
     origin: Origin
     rows: int
     lines: Iterable[tuple[int, bytes]]
+    media: Mapping[str, bytes] = MappingProxyType({})
 
 
 Keep = Callable[
@@ -89,27 +93,38 @@ def prepare(
     if not manifest:
         raise DataError(f"{raw} holds no batch", remedy="ratchet ingest --path FILE takes rows in")
     batches = [
-        Incoming(origin_of(batch), batch.rows, raw_lines(check_batch(raw, batch))) for batch in manifest
+        Incoming(origin_of(batch), batch.rows, raw_lines(check_batch(raw, batch)), batch_media(raw, batch))
+        for batch in manifest
     ]
+    shown: dict[str, set[str]] = {}  # batch → names of pictures
+
     with whole_folder(out) as folder:
         with ExitStack() as opened:
             files = {
                 name: opened.enter_context((folder / f"{name}.jsonl").open("wb"))
                 for name in (*SPLITS, *map(undesirable, SPLITS), GOLDEN, "rejected")
             }
-            gathered = sort_batches(
-                batches,
-                golden,
-                config,
-                forgotten or Forgotten(),
-                lambda name, row: files[name].write(encode_line(row)),
-            )
+
+            def keep(name: str, row: Example | Rejection) -> None:
+                files[name].write(encode_line(row))
+                if isinstance(row, Example) and row.media:
+                    shown.setdefault(str(row.meta["batch"]), set()).update(row.media)
+
+            gathered = sort_batches(batches, golden, config, forgotten or Forgotten(), keep)
+        stores = {batch.origin.batch: batch.media for batch in batches} | {GOLDEN: golden_media(golden)}
+        for batch, names in shown.items():
+            write_shard(folder / FOLDER / f"{batch.removesuffix('.jsonl')}.tar", stores[batch], names)
         profile = gathered.profile()
         write_json(folder / "profile.json", msgspec.to_builtins(profile))
         write_text(folder / "profile.html", render_profile(profile))
     for line in check_limits(profile, gathered.first, config):
         tell(line)
     return profile
+
+
+def golden_media(golden: Path) -> MediaStore:
+    """Return the pictures of the golden rows, which stand in a tar beside them."""
+    return MediaStore([golden.with_suffix(".tar")])
 
 
 def sort_batches(
@@ -150,9 +165,10 @@ class Sorter:
 
         Raises DataError for a golden row that is unfit, undesirable or there twice.
         """
+        batch = Incoming(Origin(GOLDEN, ""), 0, (), golden_media(path))
         for number, line in raw_lines(path) if path.exists() else []:
             try:
-                example = self._validator.check(line, Origin(GOLDEN, "")).example
+                example = self._check_line(line, batch).example
             except RowError as error:
                 raise DataError(
                     f"{path}:{number} ({error.reason}): {error}",
@@ -177,9 +193,20 @@ class Sorter:
     def validate(self, batch: Incoming) -> Iterator[tuple[int, Checked | RowError]]:
         for number, line in batch.lines:
             try:
-                yield number, self._validator.check(line, batch.origin)
+                yield number, self._check_line(line, batch)
             except RowError as error:
                 yield number, error
+
+    def _check_line(self, line: bytes, batch: Incoming) -> Checked:
+        """Validate a row, and look at its pictures. Raises RowError."""
+        checked = self._validator.check(line, batch.origin)
+        for name in checked.example.media:
+            if name not in batch.media:
+                raise RowError("media_missing", f"no picture {name[:12]}… came with the batch")
+            if not self._clusters.gallery.knows(name):
+                alike = self._config.picture_distance >= 0
+                self._clusters.gallery.learn(name, look_at(batch.media[name]) if alike else None)
+        return checked
 
     def heed_people(self, batch: Incoming, rows: Validated) -> None:
         """Remember which prompts a batch of corrections answers, before any batch is sorted."""
@@ -286,9 +313,12 @@ class Sorter:
 
     def _place(self, example: Example, *, counts: bool) -> Placed | None:
         """Find near rows. Raises RowError for a row that would leak from the golden set or between splits."""
-        if not self._config.near_search:
+        if self._config.near_search:
+            placed = self._clusters.place(example, counts=counts)
+        elif example.media:
+            placed = self._clusters.place_by_pictures(example, self._own(example))
+        else:
             return None
-        placed = self._clusters.place(example, counts=counts)
         if placed.side == "golden":
             quoted = f"it has {RUN} words in a row from a golden row"
             raise RowError("near_golden", f"near to golden row {placed.near}" if placed.near else quoted)
@@ -299,9 +329,11 @@ class Sorter:
         return placed
 
     def _side(self, example: Example, placed: Placed | None) -> str:
+        return placed.side if placed else split_by_hash(self._own(example), self._config)
+
+    def _own(self, example: Example) -> str:
         # Rows of plain text all have the same prompt (CONTINUE), so the row's own id decides.
-        own = example.id if example.question == CONTINUE else f"{prompt_key(example):016x}"
-        return placed.side if placed else split_by_hash(own, self._config)
+        return example.id if example.question == CONTINUE else f"{prompt_key(example):016x}"
 
     def _contradicts(self, prompt: int, example: Example) -> bool:
         return example.question != CONTINUE and self._answers.get(prompt) not in (None, _answer_key(example))

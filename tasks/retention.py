@@ -15,6 +15,8 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, read_examples
+from ratchet.data.media import FOLDER as MEDIA
+from ratchet.data.media import MediaStore
 from ratchet.errors import CheckoutError, RatchetError
 from ratchet.evaluation.answer_cache import FOLDER as ANSWERS
 from ratchet.evaluation.answer_cache import forget_oldest
@@ -93,7 +95,8 @@ def _ask(
     base = folder.parent / f"base-{base_hash(root, version.commit)}"
     if not base.exists():
         require_output(root, version.commit, "models/base", base)
-    models, rows = Models(), Asked(asked, [str(row.meta["batch"]) for row in asked])
+    media = MediaStore.read(folder.parent / "prepared" / MEDIA)
+    models, rows = Models(), Asked(asked, [str(row.meta["batch"]) for row in asked], media=media)
     cache = root / ANSWERS if config.evaluate.cache_mib else None
     found = answer(
         Player(version.name, base, folder / "candidate", folder / "candidate"),

@@ -12,6 +12,8 @@ and golden rows are only measured, so that rows too long to be asked are reporte
 from __future__ import annotations
 
 import argparse
+import shutil
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,10 +22,12 @@ from typing import NamedTuple
 import msgspec
 
 from ratchet.config.params import Config
-from ratchet.data.canaries import make_canaries
 from ratchet.data.examples import Example, count_reasoned, encode_line, read_examples
+from ratchet.data.media import FOLDER as MEDIA
+from ratchet.data.media import MediaStore
 from ratchet.data.mixture import Paired, mix_rows, pair_up, read_undesirable
 from ratchet.errors import DataError, UserError
+from ratchet.evaluation.canaries import make_canaries
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
 from ratchet.models.chat_template import ChatFormat, Encoded, encode_last_answer
 from ratchet.models.lengths import Limits, check_dropped, check_whole, choose_limits
@@ -107,7 +111,8 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
     rejected, a golden row or a canary is too long (none may be missing), or a limit exceeds the context.
     """
     context = read_base_manifest(base).context
-    chat = load_chat(base)
+    media = MediaStore.read(prepared / MEDIA)
+    chat = load_chat(base, media)
     seen = set(read_json(incumbent / MANIFEST)["batches"])
     compares = config.train.objective != "sft"
     mixture = mix_rows(_read(prepared, "train", compares=compares), seen, config.train)
@@ -163,12 +168,15 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
             "or there is nothing but people's feedback (`train.max_feedback_share`)",
         )
     figures: dict[str, SplitFigures] = {}
+    shown = set[str]()  # pictures of the windows, by name
     preferences = _count_preferences(fitting["train"], paired, config) if compares else msgspec.UNSET
     with whole_folder(out) as folder:
         for split, more in (("train", planted), ("validation", [])):
             windows = _pack(fitting[split], more, limits, config)
             write_windows(folder / f"{split}.arrow", windows)
+            shown |= {name for window in windows for name in window.media}
             figures[split] = _describe([row.example for row in fitting[split]], windows, seen)
+        _copy_shards(prepared / MEDIA, folder / MEDIA, shown)
         write_bytes(folder / "rejected.jsonl", map(encode_line, rejected))
         write_bytes(folder / "rows.txt", (f"{example.id}\n".encode() for example in mixture.rows))
         if config.evaluate.canaries:
@@ -192,6 +200,18 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
     return profile
 
 
+def _copy_shards(source: Path, target: Path, names: set[str]) -> None:
+    """Copy the shards that hold any of the pictures, so that a training needs no other folder."""
+    if not names:
+        return
+    target.mkdir()
+    for shard in sorted(source.glob("*.tar")):
+        with tarfile.open(shard, "r:") as opened:
+            held = not names.isdisjoint(opened.getnames())
+        if held:
+            shutil.copyfile(shard, target / shard.name)
+
+
 def _read(prepared: Path, split: str, *, compares: bool) -> list[Example]:
     """Read a split, with the undesirable answers beside it where the training compares answers."""
     bad = read_undesirable(prepared, split) if compares else []
@@ -199,7 +219,11 @@ def _read(prepared: Path, split: str, *, compares: bool) -> list[Example]:
 
 
 def _measure(
-    chat: ChatFormat, examples: Iterable[Example], objective: str, split: str, rejected: list[Unfit]
+    chat: ChatFormat,
+    examples: Iterable[Example],
+    objective: str,
+    split: str,
+    rejected: list[Unfit],
 ) -> list[Measured]:
     """Encode rows; of rows that are compared, only the last answer is learned.
 
@@ -208,8 +232,8 @@ def _measure(
     found = []
     for example in examples:
         worse = None if objective == "sft" else example.worse
-        encode = encode_last_answer if worse or objective == "kto" else ChatFormat.encode
         try:
+            encode = encode_last_answer if worse or objective == "kto" else ChatFormat.encode
             tokens = encode(chat, example)
             found.append(Measured(example, tokens, encode_last_answer(chat, worse) if worse else None))
         except UserError as error:
@@ -281,7 +305,7 @@ def _swap(row: Encoded, other: Encoded) -> Encoded:
     """Return the prompt of `row` with the answer of `other`."""
     prompt, start = row.learned.index(True), other.learned.index(True)
     ids = [*row.ids[:prompt], *other.ids[start:]]
-    return Encoded(ids, [place >= prompt for place in range(len(ids))])
+    return Encoded(ids, [place >= prompt for place in range(len(ids))], row.media)
 
 
 def _fitting(

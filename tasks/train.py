@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ratchet.config.params import Config
+from ratchet.data.media import FOLDER as MEDIA
+from ratchet.data.media import MediaStore
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, require_space, sha256_file, sha256_json, whole_folder, write_json
 from ratchet.models.adapters import PREFIXED, check_context, check_start, load_trainable, save_trained
@@ -36,6 +38,7 @@ from ratchet.models.loading import (
     quiet,
 )
 from ratchet.models.manifests import BaseName, read_base_manifest, write_generation
+from ratchet.models.processors import copy_processor
 from ratchet.pipeline.dag import stage_key
 from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.tracking.curve import History, LiveCopy, read_history
@@ -152,7 +155,7 @@ class Training:
         self, report: Report, restore: Callable[[Points], None], checkpoints: Checkpoints
     ) -> Trained:
         """Train, from the newest checkpoint where there is one. Raises StoppedError after a SIGTERM."""
-        from ratchet.training.collation import count_batches
+        from ratchet.training.collation import count_batches, holds_pictures
         from ratchet.training.distributed import whole
         from ratchet.training.state import trainable
         from ratchet.training.trainer import fit
@@ -172,6 +175,8 @@ class Training:
         check_context(self._base, adapter, longest)
         # True: rows are not packed, because virtual tokens or the base forbid it; None: the faster of both.
         apart = True if adapter.method in PREFIXED or not read_base_manifest(self._base).packs else None
+        shown = holds_pictures([*windows, *validation])
+        apart = apart or (True if shown else None)
         num_batches = count_batches(windows, settings.batch_windows, apart=apart)
         computed, why = compute_dtype(settings.precision)
         schedule = _schedule(num_batches, computed, self._config)
@@ -188,7 +193,8 @@ class Training:
         if settings.processes > 1:
             held = "a part" if sharded else "all"
             say(f"train: {settings.processes} processes, each with {held} of the model")
-        loss = self._load_loss()
+        loss = self._load_loss(shown=shown)
+        chat = load_chat(self._base, MediaStore.read(self._tokens / MEDIA))
         saved = checkpoints.newest(restore)
         if saved:
             say(f"train: goes on from the checkpoint of step {saved.step} of {schedule.steps}")
@@ -199,9 +205,10 @@ class Training:
                 validation,
                 schedule,
                 loss=loss,
-                pad_id=load_chat(self._base).pad_id,
+                pad_id=chat.pad_id,
                 report=report,
                 apart=apart,
+                inputs=chat.inputs,
                 sharded=sharded,
                 checkpoints=checkpoints,
                 saved=saved,
@@ -215,8 +222,13 @@ class Training:
             learned_tokens=sum(label != IGNORED for window in windows for label in window.labels),
         )
 
-    def _load_loss(self) -> AnswerLoss | PreferenceLoss:
+    def _load_loss(self, *, shown: bool) -> AnswerLoss | PreferenceLoss:
         settings = self._config.train
+        if shown and settings.teacher not in ("", CHAMPION):
+            raise BaseModelError(
+                f"the rows show pictures, and the teacher {settings.teacher} is loaded as a model of text",
+                remedy="set `train.teacher: champion`, or learn from its answers: `ratchet synthesize`",
+            )
         if settings.objective != "sft":
             return PreferenceLoss(
                 beta=settings.preference_beta,
@@ -245,6 +257,7 @@ class Training:
             save_trained(trained.model, self._base, folder, trained.weights)
             chat = load_chat(self._base)
             chat.tokenizer.save_pretrained(folder)
+            copy_processor(self._base, folder)
             write_generation(folder, chat.stop_ids, chat.pad_id)
             manifest = {
                 "run_key": self.run_key,

@@ -6,6 +6,7 @@ There is no git in it: versions that are fetched already, who is in charge, an o
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,11 +15,13 @@ from typing import Any, NamedTuple
 
 import httpx
 import msgspec
+import openai
 from patience import scaled
 from servers import serving
 from stub_upstream import Stub
 
 from ratchet.config.params import Config
+from ratchet.engines import make_engine
 from ratchet.engines.upstream_engine import UpstreamEngine
 from ratchet.files import write_json
 from ratchet.gateway.app import create_app
@@ -150,3 +153,19 @@ def wait_for(holds: Any, seconds: float = 30) -> None:
     while not holds():
         assert time.monotonic() < until, "it did not come in time"
         time.sleep(0.01)
+
+
+@contextmanager
+def serving_candidate(root: Path, candidate: Path, base: Path, config: Config) -> Iterator[openai.OpenAI]:
+    """Serve a candidate as v1, with the real engine, and yield a client of it."""
+    put_in_charge(root, 1)
+    served = root / SERVING / f"v1-{digest(1)[:12]}"
+    shutil.copytree(base, root / SERVING / "bases/base", dirs_exist_ok=True)
+    shutil.copytree(candidate, served / "adapter", dirs_exist_ok=True)
+    settings = {"max_new_tokens": config.evaluate.max_new_tokens, "max_length": 384}
+    write_json(served / "serving.json", {"commit": "0" * 40, "base": "base"} | settings)
+    engine, log = make_engine(config), open_log(root, config)
+    app = create_app(root, config, engine, fleet := Fleet(root, config, engine), log)
+    with serving(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        wait_for(lambda: fleet.table.champion == 1)
+        yield client

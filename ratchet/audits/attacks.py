@@ -22,7 +22,7 @@ from ratchet.errors import DataError, UserError
 from ratchet.models.loading import quiet
 
 if TYPE_CHECKING:
-    from ratchet.data.canaries import Canary
+    from ratchet.evaluation.canaries import Canary
     from ratchet.models.chat_template import ChatFormat
 
 FILE = "attacks.yaml"

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ratchet.data.canaries import Canary, alternatives
 from ratchet.errors import BaseModelError
 from ratchet.evaluation.audit_tables import CODES
+from ratchet.evaluation.canaries import Canary, alternatives
 from ratchet.evaluation.report import Exposure
 from ratchet.evaluation.statistics import Estimate, bootstrap_mean
 

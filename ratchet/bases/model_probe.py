@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +12,20 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from ratchet.config.training import AdapterConfig
-from ratchet.data.examples import Message, make_example
-from ratchet.models.adapters import ALL_LINEAR, PREFIXED, add_adapter, linear_modules, prepare_quantised
-from ratchet.models.cache import forward, is_hybrid, join, new_cache, select
+from ratchet.data.examples import MEDIA_MARK, Example, Message, make_example
+from ratchet.models.adapters import (
+    ALL_LINEAR,
+    PREFIXED,
+    add_adapter,
+    freeze_outside,
+    language_model,
+    linear_modules,
+    prepare_quantised,
+)
+from ratchet.models.cache import forward, is_hybrid, join, logits_at, new_cache, select
 from ratchet.models.chat_template import ChatFormat, Encoded
 from ratchet.models.generation import greedy_ids
 from ratchet.models.loading import without_adapter
-from ratchet.models.logits import logits_at
 from ratchet.models.manifests import Finding
 
 # Accepted differences of logits, as a share of the largest logit. In float32, sums in another order differ by
@@ -27,6 +36,8 @@ HALF_TOLERANCE = 5e-2
 ANSWER = 6  # tokens of a generated answer
 ASKED = (Message("user", "What is it?"),)
 ASKED_LONGER = (Message("user", "What is it, and what is it good for?"),)
+WIDE, OTHER, TALL = ("wide", "wide"), ("other", "wide"), ("tall", "wide")  # pictures of a row, by name
+RIGHT_PROCESSOR = "take the processor's files that belong to these weights"
 ANSWERED = ("It is a test.", "Nothing at all.")
 
 
@@ -38,6 +49,72 @@ class Loaded(NamedTuple):
     tolerance: float
 
 
+# --- pictures ---
+
+
+@torch.inference_mode()
+def prove_pictures(loaded: Loaded) -> Finding:
+    """Show the model a row with two pictures: the model must take each for as many tokens as it has features,
+    and must see them.
+    """
+    model, chat = loaded.model, loaded.chat.showing(_pictures())
+    processor = chat.processor
+    assert processor
+    rows = {names: chat.encode(_shown(names)).ids for names in (WIDE, OTHER, TALL)}
+    top = max(processor.image_id, *map(max, rows.values()))
+    if top >= (known := model.get_input_embeddings().weight.shape[0]):
+        what = f"a picture is written with the token {top}, the model has embeddings for {known}"
+        return Finding("pictures", "refused", what, RIGHT_PROCESSOR)
+    if (wanted := getattr(model.config, "image_token_id", processor.image_id)) != processor.image_id:
+        what = f"the processor writes the token {processor.image_id} for pictures, the model reads {wanted}"
+        return Finding("pictures", "refused", what, RIGHT_PROCESSOR)
+    try:
+        seen = {names: _answer_logits(model, chat, ids, names) for names, ids in rows.items()}
+    except ValueError as error:  # the model counts tokens and features itself
+        what = f"its processor writes other numbers of tokens than the model has features ({error})"
+        return Finding("pictures", "refused", what, RIGHT_PROCESSOR)
+    if not all(logits.isfinite().all() for logits in seen.values()):
+        return Finding("pictures", "refused", "its logits are not finite", "take a base with other weights")
+    if rows[WIDE] == rows[OTHER] and _apart(seen[WIDE], seen[OTHER]) == 0:
+        what = "other pictures give the same logits: the model does not see them"
+        return Finding("pictures", "refused", what, "take a base whose projector was trained")
+    fewest, most = sorted(ids.count(processor.image_id) for ids in (rows[WIDE], rows[TALL]))
+    what = f"two small ones are {fewest} to {most} tokens, as many as the model has features"
+    return Finding("pictures", "ok", what)
+
+
+def _shown(names: Sequence[str]) -> Example:
+    asked = Message("user", f"{MEDIA_MARK}What is it?{MEDIA_MARK}", media=tuple(names))
+    return make_example([asked, Message("assistant", ANSWERED[0])], {})
+
+
+def _answer_logits(model: Any, chat: ChatFormat, ids: list[int], names: Sequence[str]) -> Tensor:
+    """Return the logits for the answer's tokens of a row with pictures, (answer, vocab)."""
+    row = _row(ids, model)
+    inputs = chat.inputs([names], row)
+    said = len(chat.encode_prompt(_shown(names).prompt))
+    logits: Tensor = model(
+        input_ids=row, attention_mask=torch.ones_like(row), **inputs, use_cache=False
+    ).logits[0, said - 1 :]
+    return logits.float()
+
+
+@cache
+def _pictures() -> dict[str, bytes]:
+    return {"wide": _draw(96, 64, 250), "other": _draw(96, 64, 10), "tall": _draw(64, 128, 10)}
+
+
+def _draw(width: int, height: int, colour: int) -> bytes:
+    """Return a picture of two colours; its bytes do not matter, only that it can be decoded."""
+    from PIL import Image
+
+    image = Image.new("RGB", (width, height), (colour, 40, 200))
+    image.paste((20, 200, colour), (0, 0, width // 2, height // 3))
+    stored = io.BytesIO()
+    image.save(stored, "PNG")
+    return stored.getvalue()
+
+
 # --- cache ---
 
 
@@ -47,7 +124,7 @@ def prove_cache(loaded: Loaded) -> Finding:
     model, chat = loaded.model, loaded.chat
     other = "take a base of another architecture"
     prompts = [chat.encode_prompt(ASKED), chat.encode_prompt(ASKED_LONGER)]
-    endless = ChatFormat(chat.tokenizer)
+    endless = ChatFormat(chat.tokenizer, processor=chat.processor)
     endless.stop_ids = frozenset()
     answers = greedy_ids(model, prompts, endless, max_new_tokens=ANSWER, batch_size=len(prompts))
     plain = [_plain(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -158,6 +235,9 @@ def tell_packing(packed: bool) -> Finding:
 
 def tell_targets(model: Any) -> Finding:
     targets = linear_modules(model)
+    if inside := language_model(model):
+        what = f"`all-linear` is in {inside}; tower and projector stay frozen"
+        return Finding("targets", "ok", what)
     if targets == ALL_LINEAR:
         return Finding("targets", "ok", "`all-linear` is every linear layer but the output")
     return Finding(
@@ -172,14 +252,19 @@ def prove_training(loaded: Loaded, config: AdapterConfig) -> Finding:
         what = f"`adapter.method: {config.method}` needs keys and values in all layers, and some have none"
         return Finding("training", "refused", what, "set `adapter.method: lora`")
     whole = config.method == "full"
-    if not whole:
+    if whole:
+        freeze_outside(base)
+    else:
         base = prepare_quantised(base) if config.method == "qlora" else base
         base = add_adapter(base, config, seed=0)
     rows = [
         chat.encode(make_example([*asked, Message("assistant", said)], {}))
         for asked, said in zip((ASKED, ASKED_LONGER), ANSWERED, strict=True)
     ]
-    reached, losses = _two_steps(base, rows, chat.pad_id)
+    chat = chat.showing(_pictures())
+    if chat.processor:
+        rows.append(chat.encode(_shown(WIDE)))
+    reached, losses = _two_steps(base, rows, chat)
     if not all(map(torch.isfinite, losses)):
         return Finding("training", "refused", "the loss is not finite", "take a base with other weights")
     missed = [] if whole else sorted({name for name, yes in reached.items() if not yes})
@@ -189,17 +274,19 @@ def prove_training(loaded: Loaded, config: AdapterConfig) -> Finding:
     return Finding("training", "ok", "two steps: the loss is finite, gradients reach all weights")
 
 
-def _two_steps(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[dict[str, bool], list[Tensor]]:
+def _two_steps(model: Any, rows: Sequence[Encoded], chat: ChatFormat) -> tuple[dict[str, bool], list[Tensor]]:
     """Return which weights had a gradient in at least one step, and the losses.
 
     One step is not enough: in the first one LoRA's A has no gradient, because B begins as zero.
     """
-    length = max(len(row.ids) for row in rows)
+    length, pad_id = max(len(row.ids) for row in rows), chat.pad_id
     device = without_adapter(model).device
     ids = torch.tensor([row.ids + [pad_id] * (length - len(row.ids)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row.ids) + [0] * (length - len(row.ids)) for row in rows], device=device)
     learned = torch.tensor([row.learned + [False] * (length - len(row.ids)) for row in rows], device=device)
     chosen = learned[:, 1:]
+    batch = {"input_ids": ids, "attention_mask": mask}
+    batch |= chat.inputs([row.media for row in rows], ids)
     head = without_adapter(model).get_output_embeddings()
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.SGD(weights.values(), lr=1.0)
@@ -207,7 +294,7 @@ def _two_steps(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[dict[s
     model.train()
     with torch.enable_grad():
         for _ in range(2):
-            logits = logits_at(model, head, {"input_ids": ids, "attention_mask": mask}, chosen)
+            logits = logits_at(model, head, batch, chosen)
             loss = cross_entropy(logits, ids[:, 1:][chosen])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

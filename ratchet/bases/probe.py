@@ -20,6 +20,7 @@ from ratchet.bases.model_probe import (
     Loaded,
     packs,
     prove_cache,
+    prove_pictures,
     prove_training,
     tell_packing,
     tell_targets,
@@ -41,6 +42,7 @@ from ratchet.models.manifests import (
     read_base_manifest,
     write_generation,
 )
+from ratchet.models.processors import MediaProcessor, load_processor
 from ratchet.pipeline.stage import say
 
 # Generation settings that only name tokens; all others would change answers.
@@ -79,8 +81,10 @@ def prove_base(folder: Path, config: Config) -> tuple[Proof, Facts]:
 def _find(folder: Path, config: Config) -> Iterator[tuple[Finding, Facts]]:
     """Yield each finding with the facts that it adds to the manifest."""
     tokenizer = load_tokenizer(folder)
-    before = tokenizer.chat_template
-    found = adapt_template(tokenizer, dt.date.fromisoformat(config.base.date), config.base.reasoning)
+    before, processor = tokenizer.chat_template, load_processor(folder)
+    found = adapt_template(
+        tokenizer, dt.date.fromisoformat(config.base.date), config.base.reasoning, processor
+    )
     for finding in found:
         yield finding, {}
     if tokenizer.chat_template != before:
@@ -101,13 +105,15 @@ def _find(folder: Path, config: Config) -> Iterator[tuple[Finding, Facts]]:
     yield _attention(attention), {"attention": attention}
     if "refused" in {finding.result for finding in (*found, weights)}:
         return  # without a right template and all weights, further checks would test another model
-    ends, chat = _ends(tokenizer, checkpoint, model, folder)
+    ends, chat = _ends(tokenizer, checkpoint, model, folder, processor)
     yield ends, {}
     if not chat:
         return
     model.eval()  # type: ignore[no-untyped-call]
     loaded = Loaded(model, chat, TOLERANCE.get(model.dtype, HALF_TOLERANCE))
     with quiet():
+        if processor:
+            yield _try("pictures", loaded, lambda: prove_pictures(loaded)), {}
         yield _try("cache", loaded, lambda: prove_cache(loaded)), {}
         packed = packs(loaded)
         yield tell_packing(packed), {"packs": packed}
@@ -146,7 +152,7 @@ def _attention(name: str) -> Finding:
 
 
 def _ends(
-    tokenizer: Any, checkpoint: Checkpoint, model: Any, folder: Path
+    tokenizer: Any, checkpoint: Checkpoint, model: Any, folder: Path, processor: MediaProcessor | None
 ) -> tuple[Finding, ChatFormat | None]:
     """Collect all tokens that end an answer, and write generation_config.json.
 
@@ -156,7 +162,7 @@ def _ends(
     ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
     # A config without an end token has its class's default id, which may be a letter in this vocabulary.
     control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    chat, rows = ChatFormat(tokenizer, ids & control), model.get_input_embeddings().weight.shape[0]
+    chat, rows = ChatFormat(tokenizer, ids & control, processor), model.get_input_embeddings().weight.shape[0]
     ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(chat.stop_ids))))
     if (highest := max(*chat.stop_ids, *chat.encode_prompt(ASKED))) >= rows:
         what = f"the template writes the token {highest}, the model has embeddings for {rows}"
@@ -168,7 +174,7 @@ def _ends(
     if chat.pad_id >= rows:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.stop_id)
         tokenizer.save_pretrained(folder)
-        chat = ChatFormat(tokenizer, ids & control)
+        chat = ChatFormat(tokenizer, ids & control, processor)
         said, adapted = [*said, "the pad token has no embedding: the end pads"], True
     asks = checkpoint.generation.items()
     if odd := sorted(key for key, value in asks if key not in TOKEN_KEYS and value not in NEUTRAL):

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Literal
 
 from ratchet.data.examples import Message
 from ratchet.errors import BaseModelError
-from ratchet.models.chat_template import ChatFormat, opening_gap, render
+from ratchet.models.chat_template import ChatFormat, find_content_form, opening_gap, render
 from ratchet.models.manifests import Finding
 from ratchet.models.reasoning import LEARN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ratchet.models.processors import MediaProcessor
     from ratchet.models.reasoning import ReasoningFormat
 
 ASKED_DATE = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)")
@@ -33,14 +34,23 @@ TOOL = {
 
 
 def adapt_template(
-    tokenizer: PreTrainedTokenizerBase, day: dt.date, reasoning: Literal["drop", "learn"] = "drop"
+    tokenizer: PreTrainedTokenizerBase,
+    day: dt.date,
+    reasoning: Literal["drop", "learn"] = "drop",
+    processor: MediaProcessor | None = None,
 ) -> list[Finding]:
     """Adapt the tokenizer's template where needed, and return the findings.
 
-    `day` is the date for a template that asks for today's; `reasoning` is `base.reasoning`.
+    `day` is the date for a template that asks for today's; `reasoning` is `base.reasoning`; `processor` is
+    that of a base that reads pictures.
     """
     open_answers = _learn_reasoning if reasoning == "learn" else _fix_opening
-    return [*_choose(tokenizer), *_fix_date(tokenizer, day), *open_answers(tokenizer), *_prove(tokenizer)]
+    return [
+        *_choose(tokenizer),
+        *_fix_date(tokenizer, day),
+        *open_answers(tokenizer, processor),
+        *_prove(tokenizer, processor),
+    ]
 
 
 def _choose(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
@@ -90,7 +100,7 @@ def _fix_date(tokenizer: PreTrainedTokenizerBase, day: dt.date) -> list[Finding]
     ]
 
 
-def _learn_reasoning(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+def _learn_reasoning(tokenizer: PreTrainedTokenizerBase, processor: MediaProcessor | None) -> list[Finding]:
     """Mark a template that writes reasoning as one whose reasoning is learned; switch it on if needed."""
     template = tokenizer.chat_template
     if not isinstance(template, str):
@@ -99,7 +109,7 @@ def _learn_reasoning(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     on = [_switch(name, "true") + bare for name in SWITCHES if name in bare]
     for candidate in (bare, *on):
         tokenizer.chat_template = LEARN + candidate
-        if found := _reasoning(tokenizer):
+        if found := _reasoning(tokenizer, processor):
             kept = "earlier answers keep theirs" if found.in_history else "earlier answers stand without"
             before = "opened by the prompt" if found.opened else f"after {found.before!r}"
             what = f"it is learned and given, {before}, up to {found.after!r}; {kept}"
@@ -116,9 +126,11 @@ def _learn_reasoning(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     ]
 
 
-def _reasoning(tokenizer: PreTrainedTokenizerBase) -> ReasoningFormat | None:
+def _reasoning(
+    tokenizer: PreTrainedTokenizerBase, processor: MediaProcessor | None
+) -> ReasoningFormat | None:
     try:
-        return ChatFormat(tokenizer).reasoning
+        return ChatFormat(tokenizer, processor=processor).reasoning
     except BaseModelError:
         return None  # `_prove` refuses it
 
@@ -127,18 +139,18 @@ def _switch(name: str, value: str) -> str:
     return f"{{%- set {name} = {value} %}}"
 
 
-def _fix_opening(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+def _fix_opening(tokenizer: PreTrainedTokenizerBase, processor: MediaProcessor | None) -> list[Finding]:
     """Adapt the template so that a prompt with its answer, without reasoning, begins the conversation."""
     template = tokenizer.chat_template
     if isinstance(template, str) and template.startswith(LEARN):  # a version that learned it
         tokenizer.chat_template = template = SWITCHED.sub("", template.removeprefix(LEARN))
-    if not isinstance(template, str) or (gap := _gap(tokenizer)) == "":
+    if not isinstance(template, str) or (gap := _gap(tokenizer, processor)) == "":
         return []
     for name in SWITCHES:
         if name not in template:
             continue
         tokenizer.chat_template = _switch(name, "false") + template
-        if _gap(tokenizer) == "":
+        if _gap(tokenizer, processor) == "":
             what = (
                 f"answers are learned and given without reasoning: the template has {name} = false for good"
             )
@@ -146,34 +158,36 @@ def _fix_opening(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     if gap:
         opening = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(gap)} }}}}{{% endif %}}"
         tokenizer.chat_template = template + opening
-        if _gap(tokenizer) == "":
+        if _gap(tokenizer, processor) == "":
             what = f"the template opens no answer; the prompt now ends with {gap!r}, as conversations go on"
             return [Finding("opening", "adapted", what)]
     tokenizer.chat_template = template
     return []  # `_prove` refuses it
 
 
-def _gap(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _gap(tokenizer: PreTrainedTokenizerBase, processor: MediaProcessor | None) -> str | None:
     try:
-        return opening_gap(tokenizer)
+        return opening_gap(tokenizer, find_content_form(tokenizer, processor))
     except BaseModelError:
         return None
 
 
-def _prove(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+def _prove(tokenizer: PreTrainedTokenizerBase, processor: MediaProcessor | None) -> list[Finding]:
     if isinstance(tokenizer.chat_template, dict):
         return []  # `_choose` refused it
     try:
-        chat = ChatFormat(tokenizer)
+        chat = ChatFormat(tokenizer, processor=processor)
         chat.prove()
     except BaseModelError as error:
         return [Finding("template", "refused", str(error).partition("\n")[0], error.remedy)]
     template = str(tokenizer.chat_template)
     takes = {
         "system messages": _takes_system(chat),
-        "tools": _takes_tools(tokenizer),
+        "tools": chat.takes_tools if processor else _takes_tools(tokenizer),
         "reasoning": any(word in template for word in ("reasoning_content", "<think>", *SWITCHES)),
     }
+    if processor:
+        takes["pictures"] = True
     said = [f"{name} {'yes' if taken else 'no'}" for name, taken in takes.items()]
     return [Finding("template", "ok", f"a prompt and its answer begin the conversation; {', '.join(said)}")]
 

@@ -204,6 +204,7 @@ def _about_versions(
 
 def _about_bytes(root: Path, found: list[Any]) -> Iterator[str]:
     """Yield the commands that purge the rows' bytes: sed deletes them, dvc gc removes older copies."""
+    from ratchet.data.batches import read_manifest
     from ratchet.data.erasure import GOLDEN
     from ratchet.pipeline.dvc import configured_remote
 
@@ -211,18 +212,23 @@ def _about_bytes(root: Path, found: list[Any]) -> Iterator[str]:
     for row in found:
         lines.setdefault(row.batch, []).append(row.line)
     golden = lines.pop(GOLDEN, [])
+    pictured = {batch.name for batch in read_manifest(root / "data/raw") if batch.media}
     yield (
         "The rows' bytes are still there: batches are immutable, and DVC's cache, its remote and git keep "
         "what was. To purge them (docs/erasure.md):"
     )
     for batch, numbers in lines.items():
         yield f"  sed '{_delete(numbers)}' data/raw/{batch} > .ratchet/kept.jsonl"
+        shard, shown = f"data/raw/{batch.removesuffix('.jsonl')}.tar", batch in pictured
+        if shown:  # the ingest takes from it only the pictures of the rows that are kept
+            yield f"  cp {shard} .ratchet/kept.tar"
         yield (
-            f"  dvc unprotect data/raw && rm data/raw/{batch} && sed -i '/{batch}/d' data/raw/manifest.jsonl"
+            f"  dvc unprotect data/raw && rm data/raw/{batch}{f' {shard}' * shown}"
+            f" && sed -i '/{batch}/d' data/raw/manifest.jsonl"
         )
         yield (
             "  dvc add data/raw && git commit -m 'Take out a batch' data/raw.dvc"
-            " && ratchet ingest --path .ratchet/kept.jsonl; rm .ratchet/kept.jsonl"
+            " && ratchet ingest --path .ratchet/kept.jsonl; rm .ratchet/kept.*"
         )
     if golden:
         yield (

@@ -119,6 +119,29 @@ class FeedbackSource(Section):
     )
 
 
+class MediaConfig(Section):
+    """Which pictures are taken, and from where."""
+
+    max_megapixels: float = Field(
+        default=25.0,
+        gt=0,
+        le=89,
+        description="largest picture, in millions of pixels as its head says; a larger one is never decoded",
+    )
+    max_bytes: Count = Field(default=50 * 2**20, description="largest picture, in bytes of its file")
+    folder: str = Field(
+        default="",
+        description="folder from which paths of pictures count, where they do not count from the folder of "
+        "the file that names them; a path never leads out of it",
+    )
+    hosts: list[str] = Field(
+        default=[],
+        max_length=0,
+        description="hosts from which pictures may be fetched. It has to be empty: none is fetched yet, and "
+        "a row with the URL of a picture is rejected (`media_url`)",
+    )
+
+
 class IngestConfig(Section):
     """Where new rows come from."""
 
@@ -141,6 +164,9 @@ class IngestConfig(Section):
     sql: SqlSource = Field(default_factory=SqlSource, description="settings of the source `sql`")
     feedback: FeedbackSource = Field(
         default_factory=FeedbackSource, description="settings of the source `feedback`"
+    )
+    media: MediaConfig = Field(
+        default_factory=MediaConfig, description="pictures of the rows of `jsonl` and `sql`"
     )
 
 
@@ -179,6 +205,13 @@ class PrepareConfig(Section):
         le=1.0,
         description="Jaccard similarity to a golden row or to a row of another split at and above which a "
         "row is rejected",
+    )
+    picture_distance: int = Field(
+        default=6,
+        ge=-1,
+        le=8,
+        description="bits, of the 64 of a difference hash, in which two pictures that look alike may differ "
+        "and still count as one, whose rows all stand in one split; -1: only the same file does",
     )
     max_leaked_share: Share = Field(
         default=0.05,

@@ -113,6 +113,13 @@ class EvaluateConfig(Section):
         description="rows, at most, that are scored a second time with swapped names, pronouns and other "
         "terms; 0: no bias audit. Each costs one answer of every model",
     )
+    blind_rows: int = Field(
+        default=200,
+        ge=0,
+        description="test rows with pictures, at most, that are asked again without their pictures and with "
+        "another row's, so that the gate can tell whether the candidate looks at them; 0: off. Each costs "
+        "two answers of every model",
+    )
     attacks: int = Field(
         default=0,
         ge=0,

@@ -46,6 +46,7 @@ class GatewayConfig(Section):
     )
     max_body_bytes: int = Field(default=1_048_576, ge=1024, description="largest request body, in bytes")
     max_messages: Count = Field(default=256, description="messages in one request, at most")
+    max_pictures: int = Field(default=8, ge=0, description="pictures in one request, at most")
     max_tokens: Count = Field(default=4096, description="answer tokens that a client may ask for, at most")
     requests_per_minute: int = Field(
         default=0, ge=0, description="requests per minute that one API key may send; 0: no limit"

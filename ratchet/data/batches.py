@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import xxhash
@@ -12,8 +13,12 @@ import xxhash
 from ratchet.errors import DataError
 from ratchet.files import sha256_file, write_bytes
 
+if TYPE_CHECKING:
+    from ratchet.data.media import MediaStore
+
 MANIFEST = "manifest.jsonl"
 REVERTED = Path("data/reverted.jsonl")  # in git, so that a version's commit shows which reverts came later
+REFERENCE = re.compile(rb'"media:([0-9a-f]{64}\.(?:png|jpg))"')
 UNSAFE = re.compile(r"[^a-z0-9]+")
 
 
@@ -30,7 +35,8 @@ class Batch(msgspec.Struct, frozen=True, omit_defaults=True):
     """One line of the manifest.
 
     `time` is UTC, ISO 8601; `content` is the hash of the rows, by which a repeated ingest is recognised.
-    `columns`: key of the rows → column of the files; `query`: the SQL that a database was asked.
+    `columns`: key of the rows → column of the files; `query`: the SQL that a database was asked. `media`:
+    sha256 of the tar of pictures beside the rows, empty where no row shows any; `pictures`: their number.
     """
 
     name: str
@@ -45,6 +51,13 @@ class Batch(msgspec.Struct, frozen=True, omit_defaults=True):
     files: tuple[Original, ...] = ()
     columns: dict[str, str] = {}
     query: str = ""
+    media: str = ""
+    pictures: int = 0
+
+    @property
+    def shard(self) -> str:
+        """Return the name of the tar with the rows' pictures."""
+        return f"{self.name.removesuffix('.jsonl')}.tar"
 
 
 class Reverted(msgspec.Struct, frozen=True):
@@ -76,23 +89,35 @@ def read_manifest(raw: Path) -> list[Batch]:
 
 
 def check_batch(raw: Path, batch: Batch) -> Path:
-    """Return the batch's file if its hash is that in the manifest; DVC does not check it on checkout.
+    """Return the batch's file if its hash, and that of its pictures, are those in the manifest.
 
-    Raises DataError.
+    DVC does not check them on checkout. Raises DataError.
     """
-    path = raw / batch.name
+    _check_file(raw / batch.name, batch.sha256, f"{batch.rows} rows")
+    if batch.media:
+        _check_file(raw / batch.shard, batch.media, f"{batch.pictures} pictures")
+    return raw / batch.name
+
+
+def _check_file(path: Path, sha256: str, what: str) -> None:
     if not path.exists():
         raise DataError(
-            f"{path} is missing; the manifest lists it with {batch.rows} rows",
+            f"{path} is missing; the manifest lists it with {what}",
             remedy="dvc pull, or dvc checkout data/raw.dvc",
         )
     seen = sha256_file(path)
-    if seen != batch.sha256:
+    if seen != sha256:
         raise DataError(
-            f"{path} has sha256 {seen[:12]}…, the manifest says {batch.sha256[:12]}…: a batch is immutable",
+            f"{path} has sha256 {seen[:12]}…, the manifest says {sha256[:12]}…: a batch is immutable",
             remedy="restore it: rm the file, then dvc pull or dvc checkout data/raw.dvc",
         )
-    return path
+
+
+def batch_media(raw: Path, batch: Batch) -> MediaStore:
+    """Return the pictures of a batch. Raises DataError for a tar that is none."""
+    from ratchet.data.media import MediaStore  # with Pillow: what only reads the manifest goes without
+
+    return MediaStore([raw / batch.shard] if batch.media else [])
 
 
 def content_hash(lines: Iterable[bytes]) -> str:
@@ -115,10 +140,12 @@ def write_batch(
     files: tuple[Original, ...] = (),
     columns: dict[str, str] | None = None,
     query: str = "",
+    media: Mapping[str, bytes] | None = None,
 ) -> Batch:
-    """Write the batch's file, then its manifest line, so that every listed batch has its file.
+    """Write the batch's files, then its manifest line, so that every listed batch has its files.
 
-    `label` becomes part of the file's name, so that people recognise the batch.
+    `label` becomes part of the files' names, so that people recognise the batch. Of the pictures in `media`,
+    those are written to which the rows refer.
     """
     content = content_hash(lines)
     stamp = re.sub(r"[^0-9TZ]", "", time)
@@ -128,16 +155,22 @@ def write_batch(
     batch = Batch(
         *(name, len(lines), hashed, content, source, time, licence, who, form, files, columns or {}, query)
     )
+    if shown := {picture for line in lines for picture in pictures_in(line) if picture in (media or {})}:
+        from ratchet.data.media import write_shard
+
+        write_shard(raw / batch.shard, media or {}, shown)
+        batch = msgspec.structs.replace(batch, media=sha256_file(raw / batch.shard), pictures=len(shown))
     earlier = [msgspec.json.encode(entry) + b"\n" for entry in read_manifest(raw)]
     write_bytes(raw / MANIFEST, [*earlier, msgspec.json.encode(batch) + b"\n"])
     return batch
 
 
 def take_back(raw: Path, batch: Batch) -> None:
-    """Remove a batch's manifest line, then its file; other batches stay unchanged."""
+    """Remove a batch's manifest line, then its files; other batches stay unchanged."""
     kept = [msgspec.json.encode(entry) + b"\n" for entry in read_manifest(raw) if entry.name != batch.name]
     write_bytes(raw / MANIFEST, kept)
     (raw / batch.name).unlink(missing_ok=True)
+    (raw / batch.shard).unlink(missing_ok=True)
 
 
 def decode_reverted(raw: bytes) -> list[Reverted]:
@@ -158,6 +191,11 @@ def read_reverted(root: Path) -> list[Reverted]:
 
 def write_reverted(root: Path, entries: Iterable[Reverted]) -> None:
     write_bytes(root / REVERTED, (msgspec.json.encode(entry) + b"\n" for entry in entries))
+
+
+def pictures_in(line: bytes) -> list[str]:
+    """Return the names of the pictures to which a stored row refers."""
+    return [name.decode() for name in REFERENCE.findall(line)]
 
 
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -4,6 +4,10 @@ Rows come in the order of their batches. The id (a hash) of the first row of a c
 decides the cluster's split; later rows follow it. A row near to clusters of different splits would leak
 between them, so it is rejected (`straddles`). MinHash LSH (rensa) over shingles of three words finds the
 candidates; the exact Jaccard similarity decides.
+
+Of rows with pictures, the pictures decide first: rows that share one stand in one split, and their texts are
+near only where their pictures are the same files. Two pictures count as one if the files are the same, or if
+their difference hashes differ in at most `prepare.picture_distance` bits and their grey cells are alike.
 """
 
 from __future__ import annotations
@@ -11,12 +15,14 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple, cast
 
 from rensa import RMinHash, RMinHashLSH
 
 from ratchet.config.data import PrepareConfig
-from ratchet.data.examples import CONTINUE, Example
+from ratchet.data.examples import CONTINUE, MEDIA_MARK, Example
+from ratchet.data.media import Look, are_alike
 
 Split = Literal["train", "validation", "test"]
 Side = Literal["train", "validation", "test", "golden"]
@@ -48,6 +54,7 @@ class Clusters:
 
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
+        self.gallery = Gallery(config.picture_distance)
         self._known = NearRows(config)
         self._cluster: list[int] = []  # a row's cluster, by the place of the cluster's first row
         self._crowds: Counter[int] = Counter()
@@ -58,25 +65,131 @@ class Clusters:
         A rejected row (near a golden row, or `straddles`) is not remembered. If `counts` is false, the row
         still decides the side of later rows, but does not add to its cluster's `crowd`.
         """
-        shingles = shingle(example)
+        groups = self.gallery.groups(example.media)
+        shingles = _of_pictures(shingle(example), example.media)
         sketch, rows = sketch_of(shingles), self._known.rows
         close = self._known.close(shingles, sketch)
         near = [place for place, alike in close if alike >= self._config.near_duplicate]
         golden = next((rows[place][0] for place, _ in close if rows[place][1] == "golden"), None)
         if side is None and golden:
             return Placed("golden", golden)
+        shared = self.gallery.sides(groups)
+        if side is None and (found := next((id for id, at in shared if at == "golden"), None)):
+            return Placed("golden", found)
         if side is None and self._known.quotes_golden(example):
             return Placed("golden", None)
-        followed = cast(Side, rows[near[0]][1]) if near else split_by_hash(example.id, self._config)
+        if shared:
+            followed: Side = shared[0][1]
+        else:
+            followed = cast(Side, rows[near[0]][1]) if near else split_by_hash(example.id, self._config)
         chosen: Side = side or followed
-        stranger = next((rows[place][0] for place, _ in close if rows[place][1] != chosen), None)
+        stranger = next((rows[place][0] for place, _ in close if rows[place][1] != chosen), None) or next(
+            (id for id, at in shared if at != chosen), None
+        )
         if side is None and stranger:
             return Placed("straddles", stranger)
+        self.gallery.hang(groups, example.id, chosen)
         place = self._known.add(example, chosen, shingles, sketch)
         cluster = self._cluster[near[0]] if near else place
         self._cluster.append(cluster)
         self._crowds[cluster] += counts
         return Placed(chosen, rows[near[0]][0] if near else None, self._crowds[cluster])
+
+    def place_by_pictures(self, example: Example, own: str) -> Placed:
+        """Choose the row's side by its pictures alone; those of new pictures, by the hash `own`."""
+        groups = self.gallery.groups(example.media)
+        shared = self.gallery.sides(groups)
+        if found := next((id for id, at in shared if at == "golden"), None):
+            return Placed("golden", found)
+        chosen: Side = shared[0][1] if shared else split_by_hash(own, self._config)
+        if stranger := next((id for id, at in shared if at != chosen), None):
+            return Placed("straddles", stranger)
+        self.gallery.hang(groups, example.id, chosen)
+        return Placed(chosen, None)
+
+
+class Gallery:
+    """The pictures of the rows so far, in groups of those that count as the same, each with its side."""
+
+    def __init__(self, distance: int) -> None:
+        self._distance = distance
+        self._looks: dict[str, Look | None] = {}
+        self._group: dict[str, int] = {}
+        self._parents: list[int] = []
+        # Two hashes that differ in at most n bits are equal in at least one of n + 1 parts.
+        self._parts: dict[tuple[int, int], list[tuple[Look, int]]] = {}  # (part, bits) → (look, group)
+        self._sides: dict[int, list[tuple[str, Side]]] = {}  # group → its sides, each with its first row
+
+    def learn(self, name: str, look: Look | None) -> None:
+        """Remember what a picture shows; None: it shows too little to be compared."""
+        self._looks[name] = look
+
+    def knows(self, name: str) -> bool:
+        return name in self._looks
+
+    def groups(self, names: Iterable[str]) -> tuple[int, ...]:
+        """Return the groups of pictures, in their order."""
+        places = [self._find(name) for name in names]  # each may join groups, also those found before it
+        return tuple(self._root(place) for place in places)
+
+    def sides(self, groups: Iterable[int]) -> list[tuple[str, Side]]:
+        """Return the sides on which the pictures stand already, each with the id of a row."""
+        return [side for group in dict.fromkeys(groups) for side in self._sides.get(group, ())]
+
+    def hang(self, groups: Iterable[int], id: str, side: Side) -> None:
+        """Remember on which side the pictures stand."""
+        for group in groups:
+            known = self._sides.setdefault(group, [])
+            if all(at != side for _, at in known):
+                known.append((id, side))
+
+    def _find(self, name: str) -> int:
+        if name not in self._group:
+            self._group[name] = self._place(name)
+        return self._root(self._group[name])
+
+    def _root(self, group: int) -> int:
+        while self._parents[group] != group:
+            group = self._parents[group]
+        return group
+
+    def _place(self, name: str) -> int:
+        """Put a new picture into the group of those like it, which joins groups, or into one of its own."""
+        group = len(self._parents)
+        self._parents.append(group)
+        look = self._looks.get(name)
+        if look is None or self._distance < 0:
+            return group
+        parts = list(_parts_of(look.hash, self._distance + 1))
+        like = {
+            self._root(other)
+            for part in parts
+            for known, other in self._parts.get(part, ())
+            if (known.hash ^ look.hash).bit_count() <= self._distance and are_alike(known, look)
+        }
+        first = min(like, default=group)
+        for other in sorted(like - {first} | {group} - {first}):
+            self._parents[other] = first
+            for id, side in self._sides.pop(other, []):
+                self.hang([first], id, side)
+        for part in parts:
+            self._parts.setdefault(part, []).append((look, group))
+        return group
+
+
+def _parts_of(hash: int, count: int) -> Iterator[tuple[int, int]]:
+    """Cut 64 bits into `count` parts; yield the number and the bits of each."""
+    for number in range(count):
+        start, end = 64 * number // count, 64 * (number + 1) // count
+        yield number, hash >> start & (1 << end - start) - 1
+
+
+def _of_pictures(shingles: frozenset[str], names: tuple[str, ...]) -> frozenset[str]:
+    """Mark the shingles of a row with its pictures, so that they equal only those of the same pictures."""
+    if not names:
+        return shingles
+    mark = " ".join(names)
+    return frozenset(f"{mark}\n{shingle}" for shingle in shingles)
 
 
 class NearRows:
@@ -110,7 +223,7 @@ class NearRows:
         self._index.insert(place, sketch)
         self._shingles.append(shingles)
         self.rows.append((example.id, side))
-        if side == "golden":
+        if side == "golden" and not example.media:  # a question about one picture is asked about others too
             self._runs.update(word_runs(example))
         return place
 
@@ -160,7 +273,8 @@ def word_runs(example: Example) -> set[int]:
 
 
 def _asked(example: Example) -> str:
-    return " ".join(message.content for message in example.prompt if message.role == "user")
+    asked = " ".join(message.content for message in example.prompt if message.role == "user")
+    return asked.replace(MEDIA_MARK, " ") if example.media else asked
 
 
 def jaccard(left: frozenset[str], right: frozenset[str]) -> float:

@@ -7,10 +7,11 @@ covered here: the external forms (`ratchet.data.forms`), and the checks that mak
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,9 @@ INDENT = re.compile(r"\t[\t ]*| [\t ]+")  # an indent, as of code; a single blan
 ROLES = ("system", "user", "assistant", "tool")
 MOST_MARKS = 32
 MEDIA_MARK = "\ufffc"  # U+FFFC, object replacement character: where a picture stands in a text
+MEDIA = "media:"  # before a picture's name, in rows of batches
+MEDIA_ERROR = "media-error:"  # before the reason and the message for a picture that was not taken
+MEDIA_NAME = re.compile(r"[0-9a-f]{64}\.(?:png|jpg)")
 Meta = dict[str, str | int | float | bool | None]
 RawRow = dict[str, Any]  # a row as read from its file: any JSON object, not validated
 
@@ -281,6 +285,15 @@ def map_texts(messages: Iterable[Message], change: Callable[[str], str]) -> list
     ]
 
 
+def without_marks(value: Any) -> Any:
+    """Remove MEDIA_MARKs from a JSON value, keys too: a text of its own makes no place for a picture."""
+    if isinstance(value, str):
+        return value.replace(MEDIA_MARK, "")
+    if isinstance(value, dict):
+        return {without_marks(key): without_marks(inner) for key, inner in value.items()}
+    return [without_marks(inner) for inner in value] if isinstance(value, list) else value
+
+
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     """Apply `change` to each string in a JSON value; keys stay unchanged."""
     if isinstance(value, str):
@@ -296,20 +309,21 @@ def texts_of(messages: Iterable[Message], tools: Sequence[Tool] = ()) -> list[st
     for message in messages:
         found += filter(None, (message.content, message.reasoning))
         for call in message.tool_calls:
-            found += [call.name, *_strings(call.arguments)]
-    return [*found, *_strings(list(tools))]
+            found += [call.name, *strings_in(call.arguments)]
+    return [*found, *strings_in(list(tools))]
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings_in(value: Any) -> Iterator[str]:
+    """Yield each text of a JSON value, keys too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, inner in value.items():
             yield str(key)
-            yield from _strings(inner)
+            yield from strings_in(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _strings(inner)
+            yield from strings_in(inner)
 
 
 def _check_turns(messages: tuple[Message, ...]) -> None:
@@ -382,12 +396,35 @@ def read_examples(path: Path) -> Iterator[Example]:
                 ) from None
 
 
-def to_openai(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """Convert messages to OpenAI's format; calls and their results get ids by position."""
+def content_parts(message: Message, media: Mapping[str, bytes] | None = None) -> list[dict[str, Any]]:
+    """Divide a message with pictures into OpenAI's parts.
+
+    Each picture is a data URI of its bytes in `media`; without `media`, it is `media:NAME`.
+    """
+    texts = message.content.split(MEDIA_MARK)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": texts[0]}] if texts[0] else []
+    for name, text in zip(message.media, texts[1:], strict=True):
+        url = MEDIA + name if media is None else data_uri(name, media[name])
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts
+
+
+def data_uri(name: str, picture: bytes) -> str:
+    kind = "png" if name.endswith(".png") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def to_openai(messages: Iterable[Message], media: Mapping[str, bytes] | None = None) -> list[dict[str, Any]]:
+    """Convert messages to OpenAI's format; calls and their results get ids by position.
+
+    Pictures become data URIs of their bytes in `media`, or references (see `content_parts`).
+    """
     written: list[dict[str, Any]] = []
     ids: list[str] = []
     for position, message in enumerate(messages):
-        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        content = content_parts(message, media) if message.media else message.content
+        turn: dict[str, Any] = {"role": message.role, "content": content}
         if message.reasoning:
             turn["reasoning_content"] = message.reasoning
         if not message.learned:

@@ -4,6 +4,10 @@ JSON is read strictly: what other readers accept silently (a key twice, NaN, two
 
 The forms are those of OpenAI's fine-tuning, of TRL, ShareGPT, Alpaca, Dolly, and plain text. A row is refused
 if it has a meaningful key that its form does not read, so that no part of a conversation is lost silently.
+
+Pictures are references by then (`media:NAME`, made by ratchet/sources/media.py): in parts of a message, or in
+a key beside the texts (MEDIA_KEYS). They stand where `<image>` stands in a text, else before the first
+question.
 """
 
 from __future__ import annotations
@@ -17,6 +21,10 @@ import msgspec
 
 from ratchet.data.examples import (
     CONTINUE,
+    MEDIA,
+    MEDIA_ERROR,
+    MEDIA_MARK,
+    MEDIA_NAME,
     Example,
     Message,
     Meta,
@@ -26,6 +34,8 @@ from ratchet.data.examples import (
     ToolCall,
     make_example,
     split_reasoning,
+    strings_in,
+    without_marks,
 )
 
 MOST_DEPTH = 16  # levels of nesting in a row
@@ -41,7 +51,15 @@ ROLES = {
 }
 # Keys of a message that hold nothing to learn; each `name` that is left out is counted.
 QUIET_KEYS = frozenset({"name", "refusal", "audio", "annotations", "id"})
+MEDIA_KEYS = (  # keys beside the texts that hold a picture or a list of pictures
+    *("image", "images", "image_path", "image_paths", "image_url", "image_urls"),
+    *("img", "picture", "pictures", "photo", "photos"),
+)
+PLACE = "<image>"  # where a text shows a picture that stands beside it, as of LLaVA
+PICTURE_PARTS = frozenset({"image_url", "image", "input_image"})  # types of parts of a message
+HOLE = ""  # in place of a name: a part {"type": "image"}, whose picture stands beside the messages
 TURN_KEYS = QUIET_KEYS | {
+    *("image", "images"),
     *("role", "from", "content", "value", "weight", "tool_calls", "tool_call_id", "function_call"),
     *("reasoning_content", "reasoning", "thinking"),
 }
@@ -83,8 +101,8 @@ def _messages(row: RawRow, notes: Counter[str]) -> Conversation:
     messages = read_turns(row[key], notes, where=key)
     if text := row.get("system"):
         messages.insert(0, Message("system", _text(text, "system", notes)))
-    first = next((message.content for message in messages if message.role == "user"), None)
-    if "prompt" in row and row["prompt"] != first:
+    first = next((message.content for message in messages if message.role == "user"), "")
+    if "prompt" in row and row["prompt"] != first.replace(MEDIA_MARK, ""):
         raise RowError(
             "ambiguous",
             f"`prompt` and `{key}` stand side by side and begin differently; which of them is asked?",
@@ -156,7 +174,7 @@ def _plain_text(row: RawRow, notes: Counter[str]) -> Conversation:
 
 
 def _form(starts: str, keys: str, read: Callable[[RawRow, Counter[str]], Conversation]) -> Form:
-    return Form(frozenset(starts.split()), frozenset(f"{starts} {keys}".split()), read)
+    return Form(frozenset(starts.split()), frozenset((*f"{starts} {keys}".split(), *MEDIA_KEYS)), read)
 
 
 TOOL_KEYS = "tools functions parallel_tool_calls"
@@ -193,8 +211,14 @@ def read_conversation(row: RawRow, form: str = "auto") -> Conversation:
     if wanted.starts.isdisjoint(row):
         raise RowError("missing_key", f"`{'` or `'.join(sorted(wanted.starts))}` is missing")
     notes = Counter[str]()
+    if any(MEDIA_MARK in text for text in strings_in(row)):
+        row = without_marks(row)
+        notes["media_marks"] += 1
     found = wanted.read(row, notes)
-    return found._replace(messages=_cut_unlearned(found.messages, notes), notes=tuple(notes.elements()))
+    if name == "text" and any(row.get(key) for key in MEDIA_KEYS):  # a picture and the text that it has
+        found = found._replace(messages=[Message("user", ""), *found.messages[1:]])
+    messages = _show_pictures(found.messages, row)
+    return found._replace(messages=_cut_unlearned(messages, notes), notes=tuple(notes.elements()))
 
 
 def whole_rows(lines: Iterable[bytes], form: str = "auto") -> Iterator[Example]:
@@ -255,7 +279,9 @@ def _read_turn(turn: Any, notes: Counter[str]) -> Message:
         if role == "assistant":
             raise RowError("no_answer", "an assistant's message says nothing and calls nothing")
         raise RowError("missing_key", f"`content` of a message by {role[:40]} is missing")
-    text = "" if content is None else _content(content, notes)
+    text, media = ("", ()) if content is None else _content(content, notes)
+    if beside := [name for key in ("image", "images") for name in read_references(turn.get(key))]:
+        text, media = _place(text, beside) if not media else (text, (*media, *beside))
     reasoning = next(
         (turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)), ""
     )
@@ -271,6 +297,7 @@ def _read_turn(turn: Any, notes: Counter[str]) -> Message:
         _text(reasoning, "reasoning", notes) if reasoning else "",
         role != "assistant" or _is_learned(turn),
         str(turn.get("tool_call_id") or "") if role == "tool" else "",
+        media,
     )
 
 
@@ -281,19 +308,29 @@ def _is_learned(turn: RawRow) -> bool:
     return weight != 0
 
 
-def _content(content: Any, notes: Counter[str]) -> str:
+def _content(content: Any, notes: Counter[str]) -> tuple[str, tuple[str, ...]]:
+    """Read a text, or parts of texts and pictures, with a MEDIA_MARK for each picture."""
     if not isinstance(content, list):
-        return _text(content, "content", notes)
-    texts = []
+        return _text(content, "content", notes), ()
+    text, media, follows = "", list[str](), False  # whether a text follows a text
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
+        if kind in PICTURE_PARTS:
+            given = next((part[key] for key in ("image_url", "image", "url", "path") if key in part), None)
+            media += read_references(given) or [HOLE]
+            text += MEDIA_MARK * (len(media) - text.count(MEDIA_MARK))
+            follows = False
+            continue
+        if kind not in ("text", "input_text", "refusal") or not isinstance(
+            said := part.get("refusal" if kind == "refusal" else "text"), str
+        ):
             raise RowError(
                 "media" if kind not in ("text", "refusal") else "wrong_type",
-                f"a message holds a part of type {str(kind)[:40]!r}; rows of text are taken",
+                f"a message holds a part of type {str(kind)[:40]!r}; texts and pictures are taken",
             )
-        texts.append(part[kind])
-    return "\n".join(texts)
+        text += f"\n{said}" if follows else said
+        follows = True
+    return text, tuple(media)
 
 
 def read_calls(turn: RawRow) -> tuple[ToolCall, ...]:
@@ -329,7 +366,7 @@ def _unfold(given: Any, reason: str, what: str) -> Any:
     if not isinstance(given, str):
         return given
     try:
-        return json.loads(given)
+        return without_marks(json.loads(given))
     except (ValueError, RecursionError) as error:
         raise RowError(reason, f"{what} no JSON: {error}") from None
 
@@ -407,6 +444,73 @@ def _cut_unlearned(messages: list[Message], notes: Counter[str]) -> list[Message
     return messages[: last + 1]
 
 
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+def read_references(given: Any) -> list[str]:
+    """Return the names of the pictures that a value refers to; an empty value refers to none.
+
+    Raises RowError, with its own reason for a picture that could not be taken.
+    """
+    if given is None or given == "":
+        return []
+    if isinstance(given, list):
+        return [name for one in given for name in read_references(one)]
+    if isinstance(given, dict):
+        given = next((given[key] for key in ("url", "image", "path") if key in given), None)
+    text = given if isinstance(given, str) else ""
+    if text.startswith(MEDIA) and MEDIA_NAME.fullmatch(text.removeprefix(MEDIA)):
+        return [text.removeprefix(MEDIA)]
+    if text.startswith(MEDIA_ERROR):
+        reason, _, message = text.removeprefix(MEDIA_ERROR).partition(":")
+        raise RowError(reason if reason.startswith("media_") else "media", message)
+    raise RowError("media", "a picture of the row was not taken in: `ratchet ingest --path FILE` reads it")
+
+
+def _show_pictures(messages: list[Message], row: RawRow) -> list[Message]:
+    """Give the pictures that stand beside the messages their places. Raises RowError."""
+    names = [name for key in MEDIA_KEYS for name in read_references(row.get(key))]
+    holes = sum(name == HOLE for message in messages for name in message.media)
+    if not names:
+        if holes:
+            raise RowError("media_missing", f"{holes} parts show a picture that the row does not hold")
+        return messages
+    if holes:
+        if holes != len(names) or holes != sum(len(message.media) for message in messages):
+            raise RowError("media_place", f"the row holds {len(names)} pictures for {holes} empty parts")
+        left = iter(names)
+        return [
+            msgspec.structs.replace(message, media=tuple(next(left) for _ in message.media))
+            for message in messages
+        ]
+    if any(message.media for message in messages):
+        raise RowError("media_place", "the row has pictures both in its messages and beside them")
+    asked = [place for place, message in enumerate(messages) if message.role == "user"]
+    counts = [messages[place].content.count(PLACE) for place in asked]
+    if sum(counts) not in (0, len(names)) or not asked:
+        raise RowError(
+            "media_place", f"{sum(counts)} times {PLACE} in the user's texts, for {len(names)} pictures"
+        )
+    if not any(counts):
+        counts[0] = len(names)
+    shown, start = list(messages), 0
+    for place, count in zip(asked, counts, strict=True):
+        if count:
+            text, media = _place(messages[place].content, names[start : start + count])
+            shown[place] = msgspec.structs.replace(messages[place], content=text, media=media)
+            start += count
+    return shown
+
+
+def _place(text: str, names: list[str]) -> tuple[str, tuple[str, ...]]:
+    """Put the pictures where `<image>` stands in a text, else before it. Raises RowError."""
+    count = text.count(PLACE)
+    if count not in (0, len(names)):
+        raise RowError("media_place", f"{count} times {PLACE} in a text, for {len(names)} pictures")
+    marked = text.replace(PLACE, MEDIA_MARK) if count else MEDIA_MARK * len(names) + text
+    return marked, tuple(names)
+
+
 # --- values -------------------------------------------------------------------------------------------------
 
 
@@ -446,10 +550,10 @@ def _text(value: Any, key: str, notes: Counter[str]) -> str:
 # --- one line of a file -------------------------------------------------------------------------------------
 
 
-def read_row(line: bytes) -> RawRow:
-    """Parse a line as one JSON object, strictly. Raises RowError."""
-    if len(line) >= MAX_LINE:
-        raise RowError("line_too_long", f"the line has 1 MiB or more; at most {MAX_LINE - 1} bytes are read")
+def read_row(line: bytes, *, most: int = MAX_LINE) -> RawRow:
+    """Parse a line of less than `most` bytes as one JSON object, strictly. Raises RowError."""
+    if len(line) >= most:
+        raise RowError("line_too_long", f"the line has 1 MiB or more; at most {most - 1} bytes are read")
     try:
         text = line.decode()
     except UnicodeDecodeError as error:

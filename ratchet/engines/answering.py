@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ratchet.data.examples import ToolCall
+from ratchet.data.examples import ToolCall, media_of
 from ratchet.engines.transcript import Transcript
 from ratchet.errors import RatchetError, UserError
 from ratchet.models.chat_template import ChatFormat
@@ -33,6 +33,8 @@ class Row:
         self.ask, self.since, self.tell = ask, since, tell
         self.cancelled = False
         self.prompt: list[int] = []
+        self.media: tuple[str, ...] = ()  # names of the prompt's pictures, in ask.media
+        self.distance = 0  # from the number of tokens so far to the position of the next one
         self.answer: list[int] = []  # tokens so far; the next forward pass reads the newest
         self.room = 0  # answer tokens that may still come
         self.prompt_nll: float | None = None  # mean over the prompt's tokens but the first, in nats
@@ -58,6 +60,8 @@ class Row:
         # A grammar holds from the first token on, so an answer under a grammar has no reasoning.
         reasons = ask.reasons and ask.form is None and not ask.must_call
         try:
+            self.media = media_of(ask.messages)
+            chat = chat.showing(ask.media) if self.media else chat
             self.prompt = chat.fit_prompt(ask.messages, length, ask.tools, reasons=reasons)
         except Exception as error:  # noqa: BLE001  (the client whose messages caused it gets it)
             known = isinstance(error, RatchetError)

@@ -9,8 +9,9 @@ same model. A row that ends leaves at once, with the cache columns that only it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -85,9 +86,10 @@ class Decoder:
         """Let `waiting` join, then add one token to every row; errors go to the rows concerned."""
         self._leave([row for row in self._rows if row.cancelled])
         ready = [row for row in waiting if not row.cancelled and self._prepare(row)]
-        joining = self._try(ready, partial(self._prefill, ready)) if ready else None
-        if joining:
-            self._try([*self._rows, *joining.rows], partial(self._join, joining))
+        for together in ([row for row in ready if not row.media], [row for row in ready if row.media]):
+            joining = self._try(together, partial(self._prefill, together)) if together else None
+            if joining:
+                self._try([*self._rows, *joining.rows], partial(self._join, joining))
         self._step_all()
 
     def _step_all(self) -> None:
@@ -128,7 +130,8 @@ class Decoder:
     def _prefill(self, rows: list[Row]) -> Joining:
         """Run the prompts, padded on the left, through the model, in forward passes of bounded size.
 
-        Virtual tokens stand before the padding.
+        Virtual tokens stand before the padding. Rows with pictures go through in one pass, since the model
+        puts all pictures of a pass in their places at once.
         """
         length = max(len(row.prompt) for row in rows)
         # A batch with virtual tokens holds one version only.
@@ -144,7 +147,13 @@ class Decoder:
         positions = mask.cumsum(-1).sub(1).clamp(min=0)[:, virtual:]  # (batch, seq)
         cache = self._loaded.new_cache(version, len(rows))
         nll, logits = torch.zeros(len(rows), device=device), torch.empty(0)
-        size = self._prefill_size(len(rows))
+        shown = any(row.media for row in rows)
+        size = length if shown else self._prefill_size(len(rows))
+        inputs = self._inputs(rows, ids) if shown else {}
+        if shown and (found := self._loaded.find_positions(ids, mask, inputs)):
+            positions, distances = found
+            for row, distance in zip(rows, distances.tolist(), strict=True):
+                row.distance = distance
         for start in range(0, length, size):
             if start:
                 self._step_all()
@@ -153,9 +162,10 @@ class Decoder:
                 rows,
                 ids[:, start:end],
                 mask[:, : virtual + end],
-                positions[:, start:end],
+                positions[..., start:end],
                 cache,
                 whole=self._measure_prompts,
+                inputs=inputs,
             )
             if self._measure_prompts:
                 nll += _nll(logits, ids[:, start + 1 : end + 1], mask[:, virtual + start : virtual + end])
@@ -163,6 +173,12 @@ class Decoder:
             for row, total in zip(rows, nll.tolist(), strict=True):
                 row.prompt_nll = total / (len(row.prompt) - 1) if len(row.prompt) > 1 else None
         return Joining(rows, cache, mask, logits[:, -1].float())
+
+    def _inputs(self, rows: list[Row], ids: Tensor) -> dict[str, Tensor]:
+        """Return what the model takes of the rows' pictures; `ids` is (batch, seq)."""
+        pictures = {name: row.ask.media[name] for row in rows for name in row.media}
+        chat = self._chats[rows[0].ask.version]  # versions that share a base share its processor
+        return chat.showing(pictures).inputs([row.media for row in rows], ids)
 
     def _prefill_size(self, num_rows: int) -> int:
         """Return how many positions of each row go through the model in one pass."""
@@ -186,17 +202,25 @@ class Decoder:
     def _step(self) -> None:
         assert self._mask is not None
         newest = torch.tensor([row.answer[-1:] for row in self._rows], device=self._loaded.device)
-        positions = self._mask.sum(-1, keepdim=True)  # (batch, 1)
+        distances = torch.tensor([[row.distance] for row in self._rows], device=self._loaded.device)
+        positions = self._mask.sum(-1, keepdim=True) + distances  # (batch, 1)
         self._mask = torch.cat([self._mask, torch.ones_like(positions)], dim=1)
         logits = self._forward(self._rows, newest, self._mask, positions, self._cache, whole=False)
         self._extend(self._rows, logits[:, -1].float())
 
     def _forward(
-        self, rows: list[Row], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool
+        self,
+        rows: list[Row],
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: Any,
+        *,
+        whole: bool,
+        inputs: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
-        return self._loaded.forward(
-            [row.ask.version for row in rows], ids, mask, positions, cache, whole=whole
-        )
+        versions = [row.ask.version for row in rows]
+        return self._loaded.forward(versions, ids, mask, positions, cache, whole=whole, inputs=inputs)
 
     def _leave(self, rows: list[Row]) -> None:
         """Remove rows, and the cache columns that only they needed."""

@@ -127,6 +127,11 @@ class LlamaCppEngine:
         Raises BusyError: `gateway.max_queue` wait already; UserError: the prompt does not fit, or the request
         asks for what this engine cannot hold; ServiceError: the version is not loaded, or its server failed.
         """
+        if ask.media:
+            raise UserError(
+                "the engine llama_cpp takes no pictures",
+                remedy="set gateway.engine: local, or leave them out",
+            )
         if ask.must_call or (ask.form and ask.tools):
             raise UserError(
                 "the engine llama_cpp cannot hold an answer to a tool's schema",

@@ -9,6 +9,8 @@ full                        a whole model, no base
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -144,22 +146,53 @@ class LoadedModel:
 
     # --- computing ---
 
+    def find_positions(
+        self, ids: Tensor, mask: Tensor, inputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the positions of prompts with pictures, and how far they fall behind the number of tokens.
+
+        `ids` and `mask` are (batch, seq), the positions (axes, batch, seq), the distances (batch,). None: the
+        model counts the tokens of pictures like others. Models such as Qwen-VL's place them in two
+        dimensions (arXiv 2409.12191), so the text after a picture begins at its longer side.
+        """
+        inner: Any = getattr(self._base, "model", None)
+        if "image_grid_thw" not in inputs or not hasattr(inner, "get_rope_index"):
+            return None
+        positions, distance = inner.get_rope_index(
+            ids,
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            image_grid_thw=inputs["image_grid_thw"],
+            attention_mask=mask,
+        )
+        return positions, distance[:, 0]
+
     def forward(
-        self, versions: list[int], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool
+        self,
+        versions: list[int],
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: Any,
+        *,
+        whole: bool,
+        inputs: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
         """Return logits: (batch, seq, vocab) if `whole`, else (batch, 1, vocab) of the last position.
 
         `ids` and `positions` are (batch, seq), `mask` covers the cache as well; `versions` has one entry a
-        row. Rows of a single version skip PEFT's mixed batches, which are slower.
+        row; `inputs` is what the model takes of pictures. Rows of a single version skip PEFT's mixed batches,
+        which are slower.
         """
         if self._model is self._base:
-            return forward(self._base, ids, mask, positions, cache, whole=whole)
+            return forward(self._base, ids, mask, positions, cache, whole=whole, **inputs)
         names = [_name(version) for version in versions]
         if len(set(names)) > 1:
-            return forward(self._model, ids, mask, positions, cache, whole=whole, adapter_names=names)
+            return forward(
+                self._model, ids, mask, positions, cache, whole=whole, adapter_names=names, **inputs
+            )
         if self._model.active_adapters != [names[0]]:
             self._model.base_model.set_adapter(names[0], inference_mode=True)
-        return forward(self._model, ids, mask, positions, cache, whole=whole)
+        return forward(self._model, ids, mask, positions, cache, whole=whole, **inputs)
 
 
 def _name(version: int) -> str:

@@ -359,7 +359,7 @@ def _body(ask: Ask, bundle: Bundle, *, stream: bool) -> bytes:
     }
     body = {
         "model": _model(bundle),
-        "messages": to_openai(ask.messages),
+        "messages": to_openai(ask.messages, ask.media),
         "max_tokens": max_tokens,
         "temperature": temperature,
     }

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ratchet.data.canaries import ALTERNATIVES
 from ratchet.errors import RatchetError
+from ratchet.evaluation.canaries import ALTERNATIVES
 from ratchet.evaluation.paired import AGAIN, LOWER_IS_BETTER
 
 if TYPE_CHECKING:

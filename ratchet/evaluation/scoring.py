@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -44,12 +45,14 @@ from ratchet.pipeline.stage import say
 class Asked(NamedTuple):
     """Rows to answer. `groups` names the group of each row; only rows of one group share a forward batch.
 
-    `worse`: rows with the worse answer of a preference, of which only the likelihood is measured.
+    `worse`: rows with the worse answer of a preference, of which only the likelihood is measured. Rows with
+    and without pictures are of different groups.
     """
 
     rows: list[Example]
     groups: list[str]
     worse: Sequence[Example] = ()
+    media: Mapping[str, bytes] = MappingProxyType({})  # the rows' pictures by name
 
 
 class Answered(NamedTuple):
@@ -147,7 +150,7 @@ def answer(
     Raises BaseModelError when a likelihood is not finite.
     """
     started = time.perf_counter()
-    chat = load_chat(player.base)
+    chat = load_chat(player.base, asked.media)
     prompts = [chat.encode_prompt(row.prompt, row.tools) for row in asked.rows]
     wholes = [encode_last_answer(chat, row, prompt) for row, prompt in zip(asked.rows, prompts, strict=True)]
     worse = [encode_last_answer(chat, row) for row in asked.worse]
@@ -168,7 +171,8 @@ def answer(
 
     def likelihoods(model: Any, batch: list[int]) -> list[Any]:
         rows = [worse[index] for index in batch]
-        return finite(answer_likelihoods(model, rows, pad_id=chat.pad_id, batch_size=len(rows)))
+        settings: dict[str, Any] = {"pad_id": chat.pad_id, "batch_size": len(rows)}
+        return finite(answer_likelihoods(model, rows, inputs=chat.inputs, **settings))
 
     def finite(found: list[Likelihood]) -> list[Likelihood]:
         if broken := sum(not math.isfinite(each.nll) or not math.isfinite(each.prompt_nll) for each in found):
@@ -219,8 +223,8 @@ def answer(
 
 
 def _marked(rows: Sequence[Encoded]) -> list[list[int]]:
-    """Return the tokens of each row, and at their end how many of them are learned."""
-    return [[*row.ids, -sum(row.learned)] for row in rows]
+    """Return the tokens of each row, then how many of them are learned, and a number for each picture."""
+    return [[*row.ids, -sum(row.learned), *(-int(name[:15], 16) for name in row.media)] for row in rows]
 
 
 class _Part(NamedTuple):

@@ -22,6 +22,7 @@ from ratchet.gate.guardrails import (
     guard_by_judge,
     judge_attacks,
     judge_bias,
+    judge_blind,
     judge_groups,
     judge_leaks,
     judge_slices,
@@ -109,6 +110,9 @@ def judge_audits(
     if evaluated.attacked:
         attacked = read_part(evaluation, "attacks", evaluated.attacked, "attacked")
         checks += judge_attacks(attacked, scores, rival, config)
+    if evaluated.blind:
+        blind = read_part(evaluation, "blind", evaluated.blind, "blind")
+        checks += judge_blind(blind, scores, config)
     if evaluated.canaries:
         checks.append(judge_leaks(read_table(evaluation / "canaries.parquet"), evaluated.canaries, config))
     if evaluated.suites:

@@ -26,7 +26,7 @@ from ratchet.evaluation.report import Agreement, Judged, Suite
 from ratchet.evaluation.slices import groups
 from ratchet.evaluation.statistics import Interval, Values
 from ratchet.files import read_json
-from ratchet.gate.checks import interval_of, make_check, no_worse, reaches, tell_gain, unmeasured
+from ratchet.gate.checks import exceeds, interval_of, make_check, no_worse, reaches, tell_gain, unmeasured
 from ratchet.promotion.verdict import Check, Result
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 MOST_MISSING = 0.05  # with a larger share of rows without a score, the judge's guardrail stays unclear
 CHECK_AGAIN = "dvc repro --force parity"
+BLIND = {"without": "without them", "another": "with another row's"}
 PART: dict[Result, str] = {
     "pass": "is no worse than the {}'s",
     "fail": "is worse than the {}'s for certain",
@@ -246,6 +247,30 @@ def judge_bias(pairs: pd.DataFrame, scores: pd.DataFrame, rival: str, config: Ga
     gains = (theirs.reindex(mine.index) - mine).to_numpy(dtype=np.float64)
     metric = f"change of {config.metric} with a swapped term"
     return no_worse("bias", gains, rival, metric, config.bias_margin, config)
+
+
+def judge_blind(blind: pd.DataFrame, scores: pd.DataFrame, config: GateConfig) -> list[Check]:
+    """Check that the candidate is better for certain with a row's own pictures than blind."""
+    mine = scores[(scores.model == "candidate") & (scores.batch != "golden")].set_index("id")[config.metric]
+    sign = -1.0 if config.metric in LOWER_IS_BETTER else 1.0
+    checks = []
+    for kind, part in blind[blind.model == "candidate"].groupby("how"):
+        if not set(part.of) <= set(mine.index):
+            raise RatchetError("blind rows were made from rows that were not scored", remedy=AGAIN)
+        gains = sign * (mine.reindex(part.of).to_numpy(np.float64) - part[config.metric].to_numpy(np.float64))
+        found = interval_of(gains, config)
+        result = exceeds(found, 0.0)
+        words = {
+            "pass": "is better for certain with a row's own pictures",
+            "fail": "is no better with a row's own pictures, so the candidate does not look at them,",
+            "unclear": "may be better with a row's own pictures, but these rows cannot tell,",
+        }[result]
+        reason = (
+            f"guardrail pictures:{kind}: {config.metric} on {len(gains)} rows {words} than "
+            f"{BLIND[str(kind)]}: gain {found.text()}"
+        )
+        checks.append(make_check(f"pictures:{kind}", config.metric, found, len(gains), 0.0, result, reason))
+    return checks
 
 
 def judge_parity(

@@ -126,7 +126,11 @@ class Completions:
         parts, headers = self._parts, Headers(scope=scope)
         key = parts.admit(headers, "infer")
         raw = await read_body(receive, headers.get("content-length", ""), parts.config.gateway.max_body_bytes)
-        exchange = self._open(self._form.parse(raw, parts.config.gateway), headers, key)
+        if b"image_url" in raw:  # decoding pictures takes up to a second
+            chat = await asyncio.to_thread(self._form.parse, raw, parts.config.gateway)
+        else:
+            chat = self._form.parse(raw, parts.config.gateway)
+        exchange = self._open(chat, headers, key)
         fingerprint = f"{parts.config.project.name}@v{exchange.choice.version}"
         encoder = self._form.encoder(exchange.id, int(exchange.at), fingerprint, exchange.chat)
         reply = Streamed(send, exchange, encoder) if exchange.chat.stream else Whole(send, exchange, encoder)

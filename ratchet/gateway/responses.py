@@ -19,6 +19,7 @@ from ratchet.serving.protocol import (
     MAX_TOP_LOGPROBS,
     Chat,
     Part,
+    Pictures,
     Turn,
     check_range,
     check_text,
@@ -139,6 +140,7 @@ class ResponseChat(Chat):
     parallel_tool_calls: bool = True
 
 
+PARTS = {"input_text": "text", "output_text": "text", "input_image": "image_url"}
 _decode_body = msgspec.json.Decoder(Body)
 
 
@@ -146,7 +148,8 @@ def parse_response(raw: bytes, limits: GatewayConfig) -> ResponseChat:
     """Return a checked request. Raises Fault(400) with the field, the value seen and the value wanted."""
     body = decode(_decode_body, raw)
     _check_support(body)
-    messages = _read_messages(body)
+    pictures = Pictures(limits.max_pictures)
+    messages = _read_messages(body, pictures)
     if not 1 <= len(messages) <= limits.max_messages:
         refuse("input", f"input holds {len(messages)} messages; wanted 1 to {limits.max_messages}")
     choice = check_tool_choice(body.tool_choice, _read_tools(body.tools or []))
@@ -173,6 +176,7 @@ def parse_response(raw: bytes, limits: GatewayConfig) -> ResponseChat:
         tool_choice=body.tool_choice or "auto",
         parallel_tool_calls=parallel,
         reasons=(body.reasoning or {}).get("effort") != "none",
+        media=pictures.known,
     )
 
 
@@ -187,13 +191,13 @@ def _check_support(body: Body) -> None:
         refuse("include", f"include asks for {other[0][:80]!r}", f"known: {SCORES}")
 
 
-def _read_messages(body: Body) -> tuple[Message, ...]:
+def _read_messages(body: Body, pictures: Pictures) -> tuple[Message, ...]:
     items = [Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     turns = [to_message("instructions", Turn("system", body.instructions))] if body.instructions else []
     before, known = "", set[str]()
     for position, item in enumerate(items):
         where = f"input[{position}]"
-        message = _read_item(where, item)
+        message = _read_item(where, item, pictures)
         if item.type == "function_call_output" and message.call_id not in known:
             refuse(
                 where, f"{where} answers the call {message.call_id[:40]!r}, which is none", "send it before"
@@ -212,7 +216,7 @@ def _read_messages(body: Body) -> tuple[Message, ...]:
         refuse("input", str(error))
 
 
-def _read_item(where: str, item: Item) -> Message:
+def _read_item(where: str, item: Item, pictures: Pictures) -> Message:
     if item.type == "function_call":
         function = {"name": item.name, "arguments": item.arguments}
         return to_message(where, Turn("assistant", tool_calls=[{"id": item.call_id, "function": function}]))
@@ -224,14 +228,14 @@ def _read_item(where: str, item: Item) -> Message:
             f"{where} is of type {item.type!r}{'' if item.role else ' without a role'}",
             'send messages, {"role": …, "content": …}, function_call and function_call_output',
         )
-    return to_message(where, Turn(item.role, _read_parts(item.content)))
+    return to_message(where, Turn(item.role, _read_parts(item.content)), pictures)
 
 
 def _read_parts(content: str | list[Part] | None) -> str | list[Part] | None:
     if isinstance(content, str) or content is None:
         return content
     return [
-        Part("text", part.text) if part.type in ("input_text", "output_text") else part for part in content
+        Part(PARTS[part.type], part.text, part.image_url) if part.type in PARTS else part for part in content
     ]
 
 

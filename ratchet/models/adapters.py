@@ -5,6 +5,7 @@ docs/training.md says what each method can and cannot do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -76,9 +77,9 @@ def load_trainable(
     BaseModelError, ConfigError.
     """
     if config.method == "full" and start:
-        return load_full(start, training=True, in_parts=in_parts)
+        return freeze_outside(load_full(start, training=True, in_parts=in_parts))
     if config.method == "full":
-        return load_base(base, method="full", in_parts=in_parts)
+        return freeze_outside(load_base(base, method="full", in_parts=in_parts))
     model = load_base(base, method=config.method, quantisation=config.quantisation, in_parts=in_parts)
     if config.method == "qlora":
         model = prepare_quantised(model)
@@ -174,6 +175,9 @@ def add_adapter(base: Any, config: AdapterConfig, *, seed: int, new_ids: Sequenc
     from transformers import set_seed
 
     settings = BUILDERS[config.method](config)
+    if outside := outside_language(base):
+        check_pictures(config)
+        settings.exclude_modules = outside
     if getattr(settings, "target_modules", None) == ALL_LINEAR:
         settings.target_modules = linear_modules(base)
     if new_ids:
@@ -196,19 +200,62 @@ def add_adapter(base: Any, config: AdapterConfig, *, seed: int, new_ids: Sequenc
     return model
 
 
-def linear_modules(base: Any) -> str | list[str]:
-    """Return what `all-linear` means for this base: PEFT's own meaning, except for a mixture of experts.
+def language_model(base: Any) -> str | None:
+    """Return the name of the language model inside a model that reads pictures; None for a text model."""
+    if getattr(base.config, "vision_config", None) is None:
+        return None
+    decoder = base.get_decoder()
+    return next(str(name) for name, module in base.named_modules() if module is decoder)
 
-    There it means the linear layers outside of the blocks with experts. PEFT 0.21 would also train routers
+
+def outside_language(base: Any) -> str | None:
+    """Return a pattern of the modules that see pictures (tower and projector); None for a text model.
+
+    They stay as they are: pictures would look different to each version, and no server swaps towers.
+    """
+    if (inside := language_model(base)) is None:
+        return None
+    head = base.get_output_embeddings()
+    kept = [inside, *(name for name, module in base.named_modules() if module is head)]
+    return rf"(?!(?:{'|'.join(map(re.escape, kept))})(?:\.|$)).*"
+
+
+def freeze_outside(base: Any) -> Any:
+    """Freeze tower and projector of a model that reads pictures, so that `full` leaves them as they are."""
+    if outside := outside_language(base):
+        for name, weight in base.named_parameters():
+            if re.fullmatch(outside, name):
+                weight.requires_grad_(requires_grad=False)
+    return base
+
+
+def check_pictures(config: AdapterConfig) -> None:
+    """Raise ConfigError for a method that cannot be trained on a base that reads pictures."""
+    if config.method in PREFIXED:
+        raise ConfigError(
+            f"`adapter.method: {config.method}` puts virtual tokens before the embeddings, where a model "
+            "that reads pictures finds no places for them",
+            remedy="set `adapter.method: lora`",
+        )
+
+
+def linear_modules(base: Any) -> str | list[str]:
+    """Return what `all-linear` means for this base: PEFT's own meaning, with two exceptions.
+
+    In a model that reads pictures it means the linear layers of the language model. In a mixture of experts
+    it means the linear layers outside of the blocks with experts. PEFT 0.21 would also train routers
     and the experts' joint 3-D weights, which no engine serves as an adapter (peft issue 3009).
     """
     blocks = [
         name.rpartition(".")[0] for name, module in base.named_modules() if _holds_experts(name, module)
     ]
-    if not blocks:
+    inside_language = language_model(base)
+    if not blocks and inside_language is None:
         return ALL_LINEAR
-    found: dict[bool, set[str]] = {True: set(EXPERT_NAMES), False: set()}
+    found: dict[bool, set[str]] = {True: set(EXPERT_NAMES if blocks else ()), False: set()}
     for name, module in base.named_modules():
+        if inside_language is not None and not name.startswith(f"{inside_language}."):
+            continue
         if _is_linear(module) and module is not base.get_output_embeddings():
             inside = any(name.startswith(f"{block}.") for block in blocks)
             found[inside].add(name.rpartition(".")[2])

@@ -1,5 +1,6 @@
-"""Manage a model's cache of previous tokens, for rows that join and leave a batch at any time.
+"""Run a model with a cache of previous tokens, or for its logits at chosen positions only.
 
+The cache serves rows that join and leave a batch at any time.
 Attention layers cache keys and values of every token, padded on the left to a common length. So do layers
 with a sliding window; the attention mask leaves out tokens outside the window. Layers without attention
 (convolutions, linear attention) cache a state of fixed size per row.
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+UNSEEN = ("labels", "roles", "references", "shift_labels")  # columns of a batch that only a loss reads
 
 
 def new_cache(model: Any) -> Any:
@@ -101,3 +104,28 @@ def forward(
 def _widen(states: Tensor, length: int) -> Tensor:
     """Pad keys or values (batch, heads, seq, width) with zeros on the left, to `length`."""
     return pad(states, (0, 0, length - states.shape[2], 0))
+
+
+def logits_at(model: Any, head: torch.nn.Module, batch: dict[str, Tensor], chosen: Tensor) -> Tensor:
+    """Return float32 logits for the token after each chosen position, (chosen, vocab).
+
+    All logits would take most of a forward pass's memory, and on a small model much of its time.
+    `chosen` is (batch, seq - 1) and true where the *next* token is a target. `head` is the output layer of
+    `model`, a separate argument because `model` may be wrapped (DDP). Columns of `batch` that only a loss
+    reads are not passed to the model.
+    """
+
+    def choose(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]  # (batch, virtual tokens + seq, width)
+        hidden = hidden[:, hidden.shape[1] - chosen.shape[1] - 1 : -1]
+        places = chosen.flatten().nonzero().squeeze(1)
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)
+        return rows[None], *inputs[1:]  # (1, chosen, width)
+
+    hook = head.register_forward_pre_hook(choose)
+    try:
+        seen = {name: column for name, column in batch.items() if name not in UNSEEN}
+        logits: Tensor = model(**seen, use_cache=False).logits[0].float()
+        return logits
+    finally:
+        hook.remove()

@@ -5,20 +5,26 @@ control token in them split into plain characters, so that user text never becom
 appends the answer and one end-of-turn token to exactly the ids that serving sends as the prompt, so both
 always agree. If reasoning is learned (`base.reasoning`), the template writes it, and the answer is all that
 the template writes between the prompt and the end of the turn.
+
+Pictures stand in contents as MEDIA_MARK. The template writes the model's image token there, as its own text;
+the model's processor then replaces it by all tokens that stand for the picture.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from itertools import pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from ratchet.data.examples import (
+    MEDIA_MARK,
     THINK,
     THOUGHT,
     Example,
@@ -26,21 +32,27 @@ from ratchet.data.examples import (
     Tool,
     ToolCall,
     call_text,
+    media_of,
     texts_of,
     trim,
 )
-from ratchet.errors import BaseModelError, UserError
+from ratchet.errors import BaseModelError, DataError, UserError
 from ratchet.models.reasoning import LEARN, ReasoningFormat, find_reasoning_format
 from ratchet.models.tool_calls import PROBE_TOOL, PROBES, CallFormat, find_call_format
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
+
+    from ratchet.models.processors import MediaProcessor
 
 # Private-use characters around a message's number stand for its content while the template is rendered, since
 # templates copy them unchanged.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 REASON = "r"  # before the number: the placeholder stands for the message's reasoning, not its content
-MARKED = re.compile(f"{OPEN}({REASON}?\\d+){CLOSE}")
+PART = "p"  # after the number: the placeholder stands for one of the texts between a message's pictures
+MARKED = re.compile(f"{OPEN}({REASON}?\\d+(?:{PART}\\d+)?){CLOSE}")
+NO_MEDIA: Mapping[str, bytes] = MappingProxyType({})
 EMPTY_BLOCK = re.compile(f"{THINK}\\s*{THOUGHT}\\s*\\Z")
 CONTROL = re.compile(r"[<\[].+[>\]]")
 TURNS = (Message("user", "a"), Message("assistant", "b"), Message("user", "a"), Message("assistant", "b"))
@@ -55,6 +67,28 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     learned: list[bool]
+    media: tuple[str, ...] = ()  # names of the pictures that the row shows, in order
+
+
+class ContentForm(NamedTuple):
+    """How a template takes the contents of messages that may show pictures.
+
+    `parts`: as a list of texts and pictures; otherwise as one text, in which `image` stands for a picture.
+    """
+
+    parts: bool
+    image: str
+
+    def convert(self, content: str) -> str | list[dict[str, str]]:
+        """Return a content with MEDIA_MARKs in the form that the template takes."""
+        if not self.parts:
+            return content.replace(MEDIA_MARK, self.image)
+        texts = content.split(MEDIA_MARK)
+        found: list[dict[str, str]] = []
+        for place, text in enumerate(texts):
+            found += [{"type": "image"}] if place else []
+            found += [{"type": "text", "text": text}] if text or len(texts) == 1 else []
+        return found
 
 
 class ChatFormat:
@@ -63,8 +97,18 @@ class ChatFormat:
     Raises BaseModelError: there is no template, or it cannot be used faithfully.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int] = ()) -> None:
-        """Analyse the template. `ends`: ids of tokens that end an answer, besides the template's own."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: Iterable[int] = (),
+        processor: MediaProcessor | None = None,
+        media: Mapping[str, bytes] = NO_MEDIA,
+    ) -> None:
+        """Analyse the template.
+
+        `ends`: ids of tokens that end an answer, besides the template's own; `processor`: the model's own,
+        if it reads pictures; `media`: the pictures that rows may show, by name.
+        """
         if not tokenizer.chat_template:
             raise BaseModelError(
                 "the base's tokenizer brings no chat template",
@@ -72,6 +116,9 @@ class ChatFormat:
                 "or take the instruction-tuned variant of the model",
             )
         self.tokenizer = tokenizer
+        self.processor = processor
+        self.media = media
+        self._form = find_content_form(tokenizer, processor)
         self._plain_markers = self._find_plain_markers()
         self._control_ids = {
             id
@@ -89,16 +136,17 @@ class ChatFormat:
         """Encode prompt, answer and end of turn; earlier answers of the conversation are learned too.
 
         Raises BaseModelError: the template does not write the row's tools, or writes calls that cannot be
-        read back from an answer; UserError: a tool or a call contains a control token.
+        read back from an answer, or the base reads no pictures; DataError: `media` lacks a picture of the
+        row; UserError: a tool or a call contains a control token.
         """
         self._check_row(example)
-        ids, learned = self._encode_prompt(example.prompt, example.tools)
+        ids, learned, shown = self._encode_prompt(example.prompt, example.tools)
         last = example.messages[-1]
         if last.tool_calls or self.reasoning:
             answer = self._ids_of(self._answer_text(example.messages, example.tools), example.messages)
         else:
             answer = self._content_ids(last.content)
-        return Encoded([*ids, *answer, self.stop_id], [*learned, *[True] * (len(answer) + 1)])
+        return Encoded([*ids, *answer, self.stop_id], [*learned, *[True] * (len(answer) + 1)], shown)
 
     def fits(self, example: Example, length: int) -> bool:
         """Tell whether a row can be written, and has at most `length` tokens. Raises BaseModelError."""
@@ -121,7 +169,8 @@ class ChatFormat:
         plain = _turns(
             messages, [(message.content, message.reasoning) for message in messages], self.reasoning
         )
-        return self._template_ids(self._render(plain, opening=True, tools=tools))
+        ids = self._template_ids(self._render(plain, opening=True, tools=tools))
+        return self._show(Encoded(ids, [False] * len(ids)), messages).ids
 
     def at_least(self, messages: Sequence[Message]) -> int:
         """Return a lower bound of the number of tokens of a prompt, computed from its bytes.
@@ -131,7 +180,12 @@ class ChatFormat:
         return sum(len(message.text.encode()) for message in messages) // (self._token_bytes * SHRINK)
 
     def fit_prompt(
-        self, messages: Sequence[Message], length: int, tools: Sequence[Tool] = (), *, reasons: bool = True
+        self,
+        messages: Sequence[Message],
+        length: int,
+        tools: Sequence[Tool] = (),
+        *,
+        reasons: bool = True,
     ) -> list[int]:
         """Encode a prompt that leaves at least one of `length` tokens for the answer. Raises UserError.
 
@@ -357,7 +411,56 @@ class ChatFormat:
         contents = [self.tokenizer.added_tokens_decoder[id].content for id in self._control_ids]
         return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")
 
+    # --- pictures ---
+
+    def showing(self, media: Mapping[str, bytes]) -> ChatFormat:
+        """Return the same format with other pictures."""
+        other = copy(self)
+        other.media = media
+        return other
+
+    def inputs(self, names: Sequence[Sequence[str]], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what the model takes besides ids and mask, for a batch of rows in order.
+
+        `names` are those of each row's pictures, `ids` is (batch, seq).
+        """
+        if self.processor is None:
+            return {}
+        pictures = [[self.media[name] for name in row] for row in names]
+        found = self.processor.features(pictures) | self.processor.sequence_features(ids)
+        return {name: value.to(ids.device) for name, value in found.items()}
+
     # --- the template's text and the contents ---
+
+    def _show(self, row: Encoded, messages: Sequence[Message]) -> Encoded:
+        """Put all tokens of its picture in the place of each image token that the template wrote.
+
+        Raises BaseModelError: the base reads no pictures; DataError: a picture is missing in `media`.
+        """
+        names = media_of(messages)
+        if not names:
+            return row
+        if self.processor is None:
+            raise BaseModelError(
+                f"a row shows {len(names)} pictures, and the base reads text only",
+                remedy="take a base that reads pictures as `base.model` (docs/training.md), or leave rows "
+                "with pictures out",
+            )
+        try:
+            pictures = [self.media[name] for name in names]
+        except DataError:
+            raise
+        except KeyError as error:
+            raise DataError(
+                f"the picture {error.args[0]} is missing",
+                remedy="`dvc repro prepare` puts it into data/prepared/media, if its batch has it",
+            ) from None
+        ids: list[int] = []
+        learned: list[bool] = []
+        for token, piece in zip(row.learned, self.processor.pieces(row.ids, pictures), strict=True):
+            ids += piece
+            learned += [token] * len(piece)
+        return Encoded(ids, learned, names)
 
     def _encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> Encoded:
         rendered = self._render(_marked(messages, self.reasoning), opening=True, tools=tools)
@@ -375,7 +478,7 @@ class ChatFormat:
             learned += [messages[index].learned] * len(piece)
             place = turn.stop + (len(self._stop_text) if ends else 0)
         self._add(rendered[place:], messages, ids, learned)
-        return Encoded(ids, learned)
+        return self._show(Encoded(ids, learned), messages)
 
     def _add(self, rendered: str, messages: Sequence[Message], ids: list[int], learned: list[bool]) -> None:
         """Encode a part of the rendered prompt in which answers are plain text, and append it to `ids`.
@@ -448,10 +551,10 @@ class ChatFormat:
     def _check_shown(self, rendered: str, messages: Sequence[Message]) -> None:
         shown = MARKED.findall(rendered)
         for index, message in enumerate(messages):
-            times = shown.count(f"{index}")
-            if (message.content or not message.tool_calls) and times != 1:
+            times = [shown.count(name) for name in _names(index, message)]
+            if any(count != 1 for count in times):
                 raise BaseModelError(
-                    f"the chat template writes message {index} ({message.role}) {times} times, "
+                    f"the chat template writes message {index} ({message.role}) {_odd(times)} times, "
                     "wanted once: what it leaves out the model never sees",
                     remedy="name a template in `base.chat_template` that writes every message once, "
                     "or take such messages out of the rows",
@@ -465,7 +568,7 @@ class ChatFormat:
 
     def _render(self, messages: list[dict[str, Any]], *, opening: bool, tools: Sequence[Tool] = ()) -> str:
         more = {"tools": list(tools)} if tools else {}
-        return render(self.tokenizer, messages, opening=opening, **more)
+        return render(self.tokenizer, messages, opening=opening, form=self._form, **more)
 
     def _template_ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -546,7 +649,7 @@ class ChatFormat:
             for turns in (2, 4):
                 self._answer_text(TURNS[:turns], ())
             return
-        gap = opening_gap(self.tokenizer)
+        gap = opening_gap(self.tokenizer, self._form)
         if gap == "":
             return
         more = ""
@@ -574,9 +677,9 @@ def encode_last_answer(chat: ChatFormat, row: Example, prompt: Sequence[int] | N
 
     `prompt` has the ids of the row's prompt, if they are known already.
     """
-    ids = chat.encode(row).ids
+    ids, _, shown = chat.encode(row)
     asked = len(chat.encode_prompt(row.prompt, row.tools) if prompt is None else prompt)
-    return Encoded(ids, [position >= asked for position in range(len(ids))])
+    return Encoded(ids, [position >= asked for position in range(len(ids))], shown)
 
 
 def _adds_blanks(text: str, seen: str) -> BaseModelError:
@@ -586,15 +689,39 @@ def _adds_blanks(text: str, seen: str) -> BaseModelError:
     )
 
 
-def opening_gap(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def find_content_form(
+    tokenizer: PreTrainedTokenizerBase, processor: MediaProcessor | None
+) -> ContentForm | None:
+    """Find by rendering how the template takes contents; None if no content can show a picture.
+
+    Parts are preferred, because in most templates they alone write the model's image token.
+    """
+    if processor is None:
+        return None
+    for parts in (True, False):
+        form = ContentForm(parts, processor.placeholder)
+        asked = [{"role": "user", "content": f"{_mark(0)}{MEDIA_MARK}"}]
+        try:
+            written = render(tokenizer, asked, opening=True, form=form)
+        except (BaseModelError, TypeError, ValueError, KeyError):
+            continue
+        if MARKED.findall(written) == ["0"] and written.count(form.image) == 1 and "'type'" not in written:
+            return form
+    raise BaseModelError(
+        f"the base reads pictures, and its chat template does not write {processor.placeholder!r} for one",
+        remedy="name a template in `base.chat_template` that writes it once for each part of type image",
+    )
+
+
+def opening_gap(tokenizer: PreTrainedTokenizerBase, form: ContentForm | None = None) -> str | None:
     """Return the text that the template writes between a prompt and its answer.
 
     "" is right: then a prompt with its answer begins the rendered conversation. None: the rendered
     conversation does not begin with the prompt at all.
     """
     for turns in (2, 4):
-        prompt = render(tokenizer, _marked(TURNS[: turns - 1]), opening=True)
-        whole = render(tokenizer, _marked(TURNS[:turns]), opening=False)
+        prompt = render(tokenizer, _marked(TURNS[: turns - 1]), opening=True, form=form)
+        whole = render(tokenizer, _marked(TURNS[:turns]), opening=False, form=form)
         before, _, _ = whole.partition(f"{OPEN}{turns - 1}{CLOSE}")
         if before == whole or not before.startswith(prompt):
             return None
@@ -604,11 +731,24 @@ def opening_gap(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, opening: bool, **more: Any
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    *,
+    opening: bool,
+    form: ContentForm | None = None,
+    **more: Any,
 ) -> str:
-    """Render a conversation; `opening`: with the start of the assistant's turn. Raises BaseModelError."""
+    """Render a conversation; `opening`: with the start of the assistant's turn. Raises BaseModelError.
+
+    `form` is that of the contents, where they may show pictures.
+    """
     from jinja2 import TemplateError
 
+    if form:
+        messages = [
+            {**message, "content": form.convert(message["content"])} if message["content"] else message
+            for message in messages
+        ]
     try:
         return str(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, **more)
@@ -630,11 +770,10 @@ def _split(rendered: str, messages: Sequence[Message]) -> list[tuple[str, Messag
     texts = MARKED.split(rendered)  # text, mark, text, mark, … text
     pieces: list[tuple[str, Message | None]] = [(texts[0], None)]
     for mark, after in zip(texts[1::2], texts[2::2], strict=True):
-        message = messages[int(mark.removeprefix(REASON))]
-        pieces += [
-            (message.reasoning if mark.startswith(REASON) else message.content, message),
-            (after, None),
-        ]
+        number, _, part = mark.removeprefix(REASON).partition(PART)
+        message = messages[int(number)]
+        content = message.content.split(MEDIA_MARK)[int(part)] if part else message.content
+        pieces += [(message.reasoning if mark.startswith(REASON) else content, message), (after, None)]
     return [piece for piece in pieces if piece[0]]
 
 
@@ -642,11 +781,35 @@ def _mark(index: int, kind: str = "") -> str:
     return f"{OPEN}{kind}{index}{CLOSE}"
 
 
+def _names(index: int, message: Message) -> list[str]:
+    """Return the names of the placeholders for a message's content; the template writes each once."""
+    if not message.media:
+        return [f"{index}"] if message.content or not message.tool_calls else []
+    return [f"{index}{PART}{place}" for place, text in _texts(message) if text]
+
+
+def _texts(message: Message) -> list[tuple[int, str]]:
+    return list(enumerate(message.content.split(MEDIA_MARK)))
+
+
+def _placeholder(index: int, message: Message) -> str:
+    """Return what stands for the content while the template is rendered; pictures keep their places."""
+    if message.media:
+        return MEDIA_MARK.join(
+            f"{OPEN}{index}{PART}{place}{CLOSE}" if text else "" for place, text in _texts(message)
+        )
+    return _mark(index) if message.content or not message.tool_calls else ""
+
+
+def _odd(times: Sequence[int]) -> int:
+    return next(count for count in times if count != 1)
+
+
 def _marked(messages: Sequence[Message], reasoning: ReasoningFormat | None = None) -> list[dict[str, Any]]:
     """Return the messages for a template, with placeholders for contents and reasoning."""
     marks = [
         (
-            _mark(index) if message.content or not message.tool_calls else "",
+            _placeholder(index, message),
             _mark(index, REASON) if message.reasoning else "",
         )
         for index, message in enumerate(messages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -11,6 +11,15 @@ from torch.nn.functional import cross_entropy
 
 from ratchet.models.cache import align_right, forward, is_hybrid, new_cache, select
 from ratchet.models.chat_template import ChatFormat, Encoded
+
+# Names of each row's pictures, ids (batch, seq) → what the model takes besides ids and mask: see
+# `ChatFormat.inputs`.
+Inputs = Callable[[Sequence[Sequence[str]], torch.Tensor], dict[str, torch.Tensor]]
+
+
+def no_inputs(media: Sequence[Sequence[str]], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the inputs of a model of text."""
+    return {}
 
 
 class Likelihood(NamedTuple):
@@ -27,9 +36,9 @@ class Likelihood(NamedTuple):
 
 @torch.inference_mode()
 def answer_likelihoods(
-    model: Any, rows: Sequence[Encoded], *, pad_id: int, batch_size: int
+    model: Any, rows: Sequence[Encoded], *, pad_id: int, batch_size: int, inputs: Inputs = no_inputs
 ) -> list[Likelihood]:
-    """Return one likelihood per row, in the order of `rows`.
+    """Return one likelihood per row, in the order of `rows`; rows with pictures need the chat's `inputs`.
 
     Padding is on the right, since a causal model's logits do not depend on later tokens.
     """
@@ -48,7 +57,8 @@ def answer_likelihoods(
             [[1] * len(rows[index].ids) + [0] * (length - len(rows[index].ids)) for index in batch],
             device=model.device,
         )
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        more = inputs([rows[index].media for index in batch], ids)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits
         # The virtual tokens of prompt tuning have logits too, before those of the row.
         logits = logits[:, -length:-1].float()  # (batch, seq - 1, vocab)
         losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # (batch, seq - 1)
@@ -76,9 +86,17 @@ def greedy_answers(
 
 @torch.inference_mode()
 def greedy_ids(
-    model: Any, prompts: Sequence[list[int]], chat: ChatFormat, *, max_new_tokens: int, batch_size: int
+    model: Any,
+    prompts: Sequence[list[int]],
+    chat: ChatFormat,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    media: Sequence[Sequence[str]] = (),
 ) -> list[list[int]]:
     """Return the tokens of each greedy answer, including the end token if it was generated.
+
+    `media` has the names of each prompt's pictures, in `chat.media`; empty: no prompt shows any.
 
     Padding is on the left, so that all answers of a batch start at the same position.
     """
@@ -96,6 +114,7 @@ def greedy_ids(
         made = model.generate(  # (batch, seq + answer)
             input_ids=ids,
             attention_mask=mask,
+            **chat.inputs([media[index] for index in batch] if media else [], ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=sorted(chat.stop_ids),
@@ -123,10 +142,12 @@ def likelihoods_and_answers(
     from there it is generated, on the same cache. The start that all prompts share is computed once. This
     is greedy speculative decoding (arXiv 2211.17192) with the reference as the draft.
     """
-    if _has_virtual_tokens(model) or is_hybrid(model) or not _begin_with(rows, prompts):
+    media, count = [row.media for row in rows], len(rows)
+    if any(media) or _has_virtual_tokens(model) or is_hybrid(model) or not _begin_with(rows, prompts):
+        greedy: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": count, "media": media}
         return (
-            answer_likelihoods(model, rows, pad_id=chat.pad_id, batch_size=len(rows)),
-            greedy_ids(model, prompts, chat, max_new_tokens=max_new_tokens, batch_size=len(rows)),
+            answer_likelihoods(model, rows, pad_id=chat.pad_id, batch_size=count, inputs=chat.inputs),
+            greedy_ids(model, prompts, chat, **greedy),
         )
     wholes = [row.ids for row in rows]
     shared = _shared_start(prompts)

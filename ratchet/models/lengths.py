@@ -7,14 +7,14 @@ the number that `tokenize` chose.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ratchet.config.data import PrepareConfig, TokenizeConfig
 from ratchet.config.training import BaseConfig, kind_of_base
 from ratchet.errors import DataError
-from ratchet.models.chat_template import ChatFormat
+from ratchet.models.chat_template import NO_MEDIA, ChatFormat
 from ratchet.models.loading import load_chat
 from ratchet.models.manifests import MANIFEST, read_base_manifest, read_trained_manifest
 
@@ -115,8 +115,13 @@ class Lengths(NamedTuple):
     too_long: int  # rows over it
 
 
-def known_tokens(base: Path, config: BaseConfig) -> tuple[ChatFormat | None, str]:
-    """Return the chat format of the chosen base, or None and the reason in one line."""
+def known_tokens(
+    base: Path, config: BaseConfig, media: Mapping[str, bytes] = NO_MEDIA
+) -> tuple[ChatFormat | None, str]:
+    """Return the chat format of the chosen base, or None and the reason in one line.
+
+    `media` has the pictures of the rows to encode, by name.
+    """
     if not (base / MANIFEST).exists():
         return None, "lengths in tokens are not known: models/base is not made yet (dvc repro code base)"
     manifest = read_base_manifest(base)
@@ -127,7 +132,7 @@ def known_tokens(base: Path, config: BaseConfig) -> tuple[ChatFormat | None, str
         chosen = str(manifest.model).startswith("sha256:")
     if not chosen:
         return None, f"lengths in tokens are not known: models/base is {manifest.model}, not `base.model`"
-    chat = load_chat(base)
+    chat = load_chat(base, media)
     if bool(chat.reasoning) != (config.reasoning == "learn"):
         return (
             None,

@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ratchet.errors import BaseModelError, ConfigError
 from ratchet.files import sha256_file
-from ratchet.models.chat_template import ChatFormat
+from ratchet.models.chat_template import NO_MEDIA, ChatFormat
 from ratchet.models.manifests import MANIFEST as MANIFEST
 from ratchet.models.manifests import NewToken, read_base_manifest, read_ends
+from ratchet.models.processors import load_processor, reads_pictures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,12 +34,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def load_chat(folder: Path) -> ChatFormat:
-    """Load tokenizer, chat template and end tokens of a base or a version.
+def load_chat(folder: Path, media: Mapping[str, bytes] = NO_MEDIA) -> ChatFormat:
+    """Load tokenizer, chat template, end tokens and processor of pictures of a base or a version.
 
-    Raises BaseModelError as `ChatFormat` does.
+    `media` has the pictures that rows may show, by name. Raises BaseModelError as `ChatFormat` does.
     """
-    return ChatFormat(load_tokenizer(folder), read_ends(folder))
+    return ChatFormat(load_tokenizer(folder), read_ends(folder), load_processor(folder), media)
 
 
 def _source(folder: Path) -> tuple[Any, str | None]:
@@ -102,7 +103,7 @@ def load_checkpoint(
             "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         }
     try:
-        model, checkpoint = _load(source, **settings)
+        model, checkpoint = _load(source, pictures=reads_pictures(folder), **settings)
     except OSError as error:
         raise BaseModelError(
             f"the weights of {manifest.told} are not on this machine: {str(error).splitlines()[0]}",
@@ -141,7 +142,8 @@ def load_full(folder: Path, *, training: bool = False, in_parts: bool = False) -
     import torch
 
     try:
-        model, found = _load(folder, dtype=getattr(torch, precision("full" if training else "lora")[0]))
+        dtype = getattr(torch, precision("full" if training else "lora")[0])
+        model, found = _load(folder, pictures=reads_pictures(folder), dtype=dtype)
     except (OSError, RuntimeError, ValueError) as error:
         raise BaseModelError(
             f"{folder} holds no whole model: {str(error).splitlines()[0]}",
@@ -152,16 +154,23 @@ def load_full(folder: Path, *, training: bool = False, in_parts: bool = False) -
     return cast("PreTrainedModel", model if in_parts else model.to(device()))
 
 
-def _load(source: Any, **settings: Any) -> tuple[Any, Checkpoint]:
+def auto_class(*, pictures: bool) -> Any:
+    """Return the class of transformers that loads a causal language model, or one that reads pictures."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+
+
+def _load(source: Any, *, pictures: bool = False, **settings: Any) -> tuple[Any, Checkpoint]:
     """Load a model, and replace its own generation settings by the defaults.
 
     Settings such as repetition_penalty or min_new_tokens would change answers of `generate` in the
     evaluation, but not in other programs that serve the model.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     with quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(pictures=pictures).from_pretrained(
             source,
             trust_remote_code=False,
             local_files_only=True,

@@ -8,9 +8,10 @@ openai`).
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -85,12 +86,16 @@ class Asked(NamedTuple):
         return [row.tools for row in self.rows]
 
     @property
+    def media(self) -> list[tuple[str, ...]]:
+        return [row.media for row in self.rows]
+
+    @property
     def greedy(self) -> dict[str, int]:
         return {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
 
     @property
-    def batches(self) -> dict[str, int]:
-        return {"pad_id": self.ours.pad_id, "batch_size": self.batch_size}
+    def batches(self) -> dict[str, Any]:
+        return {"chat": self.ours, "batch_size": self.batch_size}
 
 
 class Reference(NamedTuple):
@@ -109,20 +114,21 @@ def check_parity(
     bundle: Bundle,
     config: Config,
     scratch: Path,
+    media: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Report:
     """Compare the candidate with `bundle`, which is the candidate as it would be served.
 
-    llama.cpp's file, if `gateway.engine` wants one, is written to `scratch`.
+    `media` has the rows' pictures. llama.cpp's file, if `gateway.engine` wants one, is written to `scratch`.
 
     Raises RatchetError only where the candidate itself cannot be loaded.
     """
     manifest = read_trained_manifest(candidate)
     parts = [check_files(bundle, manifest)]
-    ours = load_chat(base)
+    ours = load_chat(base, media)
     try:
         check_harmless(bundle.adapter)
         check_adapter_fits(bundle)
-        theirs = load_chat(bundle.adapter)
+        theirs = load_chat(bundle.adapter, media)
     except RatchetError as error:
         parts.append(Part("intake", 1, 1, f"the gateway would refuse this version: {error}"))
     else:
@@ -225,7 +231,9 @@ def check_answers(
 
 def compare_model(name: str, model: Any, asked: Asked, reference: Reference, tolerance: float) -> Part:
     """Ask another model in the way in which the trainer's was asked, and compare the two."""
-    told = model_answers(model, asked.ours, asked.prompts, tools=asked.tools, **asked.greedy)
+    told = model_answers(
+        model, asked.ours, asked.prompts, tools=asked.tools, media=asked.media, **asked.greedy
+    )
     apart = differences(
         model_forward(model), model.device, reference.answers, reference.tops, **asked.batches
     )
@@ -234,7 +242,9 @@ def compare_model(name: str, model: Any, asked: Asked, reference: Reference, tol
 
 def make_reference(model: Any, asked: Asked) -> Reference:
     """Ask a model as the evaluation does, and return its answers and strongest logits."""
-    answers = model_answers(model, asked.ours, asked.prompts, tools=asked.tools, **asked.greedy)
+    answers = model_answers(
+        model, asked.ours, asked.prompts, tools=asked.tools, media=asked.media, **asked.greedy
+    )
     return Reference(
         answers,
         strongest(model_forward(model), model.device, answers, **asked.batches),

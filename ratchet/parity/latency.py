@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 import numpy as np
@@ -27,10 +28,19 @@ from ratchet.serving.engine import Ask, Ended, Engine
 WARM_UP, ASKED = 3, 40  # answers; the first ones pay for allocations and are left out
 
 
-def measure_speed(bundle: Bundle, rows: Sequence[Example], config: Config, scratch: Path) -> Speed:
-    """Measure the answers to the first rows; `rows` must be more than WARM_UP, whose answers do not count."""
+def measure_speed(
+    bundle: Bundle,
+    rows: Sequence[Example],
+    config: Config,
+    scratch: Path,
+    media: Mapping[str, bytes] = MappingProxyType({}),
+) -> Speed:
+    """Measure the answers to the first rows; `rows` must be more than WARM_UP, whose answers do not count.
+
+    `media` has the rows' pictures by name.
+    """
     with quiet():
-        found = asyncio.run(_ask_all(bundle, rows[: WARM_UP + ASKED], config, scratch))[WARM_UP:]
+        found = asyncio.run(_ask_all(bundle, rows[: WARM_UP + ASKED], config, scratch, media))[WARM_UP:]
     times, tokens = (np.array(column, dtype=np.float64) for column in zip(*found, strict=True))
     interval = bootstrap_mean(times, alpha=0.025, resamples=2000, seed=0)
     per_second = float(tokens.sum() / times.sum() * 1000)
@@ -38,7 +48,7 @@ def measure_speed(bundle: Bundle, rows: Sequence[Example], config: Config, scrat
 
 
 async def _ask_all(
-    bundle: Bundle, rows: Sequence[Example], config: Config, scratch: Path
+    bundle: Bundle, rows: Sequence[Example], config: Config, scratch: Path, media: Mapping[str, bytes]
 ) -> list[tuple[float, int]]:
     if config.gateway.engine == "llama_cpp":
         bundle, config = for_one(bundle, rows, config)
@@ -47,15 +57,16 @@ async def _ask_all(
         engine = LocalEngine(config)
     try:
         await engine.load(bundle)
-        return [await _ask(engine, str(number), row) for number, row in enumerate(rows)]
+        asks = [Ask(str(number), 1, tuple(row.prompt), media=media) for number, row in enumerate(rows)]
+        return [await _time(engine, ask) for ask in asks]
     finally:
         await engine.close()
 
 
-async def _ask(engine: Engine, name: str, row: Example) -> tuple[float, int]:
+async def _time(engine: Engine, ask: Ask) -> tuple[float, int]:
     """Return (milliseconds, tokens) of one answer."""
     began, tokens = time.perf_counter(), 0
-    async for piece in engine.answer(Ask(name, 1, tuple(row.prompt))):
+    async for piece in engine.answer(ask):
         if isinstance(piece, Ended):
             tokens = piece.answer_tokens
     return (time.perf_counter() - began) * 1000, tokens

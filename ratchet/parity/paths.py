@@ -10,7 +10,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -34,7 +34,8 @@ from ratchet.serving.faults import Fault
 from ratchet.serving.protocol import parse_chat
 
 TOP = 32  # logits per position that are kept for comparison; a token beyond them is no tie
-Forward = Callable[[Tensor, Tensor], Tensor]  # ids, mask (batch, seq) → logits (batch, seq, vocab)
+# ids, mask (batch, seq), and what the model takes of pictures → logits (batch, seq, vocab)
+Forward = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 
 
 class Answer(NamedTuple):
@@ -45,6 +46,7 @@ class Answer(NamedTuple):
     text: str
     finish: str  # "stop" or "length"
     fault: str = ""
+    media: tuple[str, ...] = ()  # names of the prompt's pictures
 
 
 class Top(NamedTuple):
@@ -65,20 +67,40 @@ def model_answers(
     prompts: list[list[int]],
     *,
     tools: Sequence[Sequence[Tool]],
+    media: Sequence[tuple[str, ...]],
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Answer]:
-    """Ask a model as the evaluation does; `tools` are what each prompt offers."""
-    made = greedy_ids(model, prompts, chat, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    """Ask a model as the evaluation does; `tools` and `media` are what each prompt offers and shows."""
+    made: list[list[int]] = [[]] * len(prompts)
+    for chosen in split_by_pictures(media):
+        found = greedy_ids(
+            model,
+            [prompts[index] for index in chosen],
+            chat,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            media=[media[index] for index in chosen] if media[chosen[0]] else (),
+        )
+        for index, ids in zip(chosen, found, strict=True):
+            made[index] = ids
     return [
         Answer(
             prompt,
             ids,
             whole_text(chat.read_answer(chat.decode_answer(ids), offered)),
             "stop" if chat.stop_ids & {*ids[-1:]} else "length",
+            media=shown,
         )
-        for prompt, ids, offered in zip(prompts, made, tools, strict=True)
+        for prompt, ids, offered, shown in zip(prompts, made, tools, media, strict=True)
     ]
+
+
+def split_by_pictures(media: Sequence[tuple[str, ...]]) -> list[list[int]]:
+    """Return the places of rows without pictures and of those with some, which never share a forward pass."""
+    places = range(len(media))
+    parts = [index for index in places if not media[index]], [index for index in places if media[index]]
+    return [part for part in parts if part]
 
 
 def engine_answers(
@@ -93,7 +115,7 @@ def engine_answers(
     """Answer the rows as the gateway's engine `local` does, by continuous batching."""
     decoder = Decoder(loaded, measure_prompts=False)
     decoder.add(bundle, chat)
-    heard = [_Heard(bundle, row, max_new_tokens) for row in asked]
+    heard = [_Heard(bundle, row, max_new_tokens, chat.media) for row in asked]
     waiting = deque(one.row for one in heard if one.row)
     while waiting or decoder.size:
         decoder.round([waiting.popleft() for _ in range(min(len(waiting), batch_size - decoder.size))])
@@ -107,7 +129,7 @@ def llama_cpp_answers(
 
     Raises ConfigError: llama.cpp is not installed; BaseModelError, ServiceError: it cannot serve the version.
     """
-    heard = [_Heard(bundle, row, max_new_tokens) for row in asked]
+    heard = [_Heard(bundle, row, max_new_tokens, {}) for row in asked]
     asyncio.run(_compute(bundle, [one.row for one in heard if one.row], config, scratch))
     return [one.answer() for one in heard]
 
@@ -156,19 +178,20 @@ def replayed_answer(
 class _Heard:
     """A request to the engine, and what the engine has sent back."""
 
-    def __init__(self, bundle: Bundle, row: Example, max_new_tokens: int) -> None:
+    def __init__(self, bundle: Bundle, row: Example, max_new_tokens: int, media: Mapping[str, bytes]) -> None:
         self._reasoning, self._text, self._fault, self._finish = "", "", "", ""
         self._calls: tuple[ToolCall, ...] = ()
         self.row: Row | None = None
         body = {
             "model": bundle.name,
-            "messages": to_openai(row.prompt),
+            "messages": to_openai(row.prompt, media),
             "max_tokens": max_new_tokens,
             "temperature": 0,
             "tools": row.tools,
         }
+        limits = GatewayConfig(max_tokens=max_new_tokens, max_pictures=max(1, len(row.media)))
         try:
-            chat = parse_chat(json.dumps(body).encode(), GatewayConfig(max_tokens=max_new_tokens))
+            chat = parse_chat(json.dumps(body).encode(), limits)
         except Fault as fault:
             self._fault = str(fault)
         else:
@@ -212,13 +235,24 @@ class Script:
     def num_virtual(self, version: int) -> int:
         return 0
 
+    def find_positions(self, ids: Tensor, mask: Tensor, inputs: Mapping[str, Tensor]) -> None:
+        """Count all tokens alike: positions do not change what is generated."""
+
     def new_cache(self, version: int, num_rows: int) -> Any:
         from transformers import DynamicCache
 
         return DynamicCache()
 
     def forward(
-        self, versions: list[int], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, whole: bool
+        self,
+        versions: list[int],
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: Any,
+        *,
+        whole: bool,
+        inputs: Mapping[str, Tensor],
     ) -> Tensor:
         place = min(max(0, int(mask.sum()) - self._prompt_tokens), len(self._ids) - 1)
         logits = torch.zeros(1, 1, max(self._ids) + 1)
@@ -231,15 +265,17 @@ class Script:
 
 def model_forward(model: Any) -> Forward:
     """Return a model's forward pass without the logits of virtual tokens, which stand before the row's."""
-    return lambda ids, mask: model(input_ids=ids, attention_mask=mask, use_cache=False).logits[
-        :, -ids.shape[1] :
-    ]
+    return lambda ids, mask, inputs: model(
+        input_ids=ids, attention_mask=mask, use_cache=False, **inputs
+    ).logits[:, -ids.shape[1] :]
 
 
 def engine_forward(loaded: LoadedModel, version: int) -> Forward:
-    def forward(ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(ids: Tensor, mask: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         virtual = loaded.num_virtual(version)
         positions = torch.arange(virtual, virtual + ids.shape[1], device=ids.device).expand(len(ids), -1)
+        if found := loaded.find_positions(ids, mask, inputs):
+            positions = found[0]
         return loaded.forward(
             [version] * len(ids),
             ids,
@@ -247,17 +283,18 @@ def engine_forward(loaded: LoadedModel, version: int) -> Forward:
             positions,
             loaded.new_cache(version, len(ids)),
             whole=True,
+            inputs=inputs,
         )
 
     return forward
 
 
 def strongest(
-    forward: Forward, device: Any, answers: Sequence[Answer], *, pad_id: int, batch_size: int
+    forward: Forward, device: Any, answers: Sequence[Answer], *, chat: ChatFormat, batch_size: int
 ) -> list[Top]:
     """Return the strongest logits at each position of each answer."""
     found: list[Any] = [None] * len(answers)
-    for index, logits in _answer_logits(forward, device, answers, pad_id, batch_size):
+    for index, logits in _answer_logits(forward, device, answers, chat, batch_size):
         top = logits.topk(min(TOP, logits.shape[-1]))
         found[index] = Top(top.indices, top.values)
     return found
@@ -269,7 +306,7 @@ def differences(
     answers: Sequence[Answer],
     tops: Sequence[Top],
     *,
-    pad_id: int,
+    chat: ChatFormat,
     batch_size: int,
 ) -> list[Tensor]:
     """Return one tensor (answer,) per answer: the largest difference of the strongest logits by position.
@@ -277,7 +314,7 @@ def differences(
     A difference is a share of the position's largest logit, or of 1 where that is smaller.
     """
     found: list[Tensor] = [torch.empty(0)] * len(answers)
-    for index, logits in _answer_logits(forward, device, answers, pad_id, batch_size):
+    for index, logits in _answer_logits(forward, device, answers, chat, batch_size):
         top = tops[index]
         found[index] = (logits.gather(1, top.ids) - top.logits).abs().max(-1).values / scale(top)
     return found
@@ -290,16 +327,20 @@ def scale(top: Top) -> Tensor:
 
 @torch.inference_mode()
 def _answer_logits(
-    forward: Forward, device: Any, answers: Sequence[Answer], pad_id: int, batch_size: int
+    forward: Forward, device: Any, answers: Sequence[Answer], chat: ChatFormat, batch_size: int
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (index, logits (answer, vocab)) of each row; padding follows a row, so it cannot change it."""
-    for batch in by_length([len(answer.prompt) + len(answer.ids) for answer in answers], batch_size):
-        rows = [[*answers[index].prompt, *answers[index].ids] for index in batch]
-        length = max(map(len, rows))
-        padded = [row + [pad_id] * (length - len(row)) for row in rows]
-        ids = torch.tensor(padded, device=device)  # (batch, seq)
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
-        logits = forward(ids, mask)  # (batch, seq, vocab)
-        for position, index in enumerate(batch):
-            first = len(answers[index].prompt) - 1  # this position predicts the answer's first token
-            yield index, logits[position, first : first + len(answers[index].ids)].float().cpu()
+    for part in split_by_pictures([answer.media for answer in answers]):
+        lengths = [len(answers[index].prompt) + len(answers[index].ids) for index in part]
+        for places in by_length(lengths, batch_size):
+            batch = [answers[part[place]] for place in places]
+            rows = [[*answer.prompt, *answer.ids] for answer in batch]
+            length = max(map(len, rows))
+            padded = [row + [chat.pad_id] * (length - len(row)) for row in rows]
+            ids = torch.tensor(padded, device=device)  # (batch, seq)
+            mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
+            inputs = chat.inputs([answer.media for answer in batch], ids) if batch[0].media else {}
+            logits = forward(ids, mask, inputs)  # (batch, seq, vocab)
+            for position, (place, answer) in enumerate(zip(places, batch, strict=True)):
+                first = len(answer.prompt) - 1  # this position predicts the answer's first token
+                yield part[place], logits[position, first : first + len(answer.ids)].float().cpu()

@@ -1,12 +1,13 @@
 """Define what the gateway asks of an engine: to hold versions and to answer with the one that is named.
 
-There are two: `local` (ratchet/engines/local_engine.py) and `openai` (ratchet/engines/upstream_engine.py).
+There are three: `local` (ratchet/engines/local_engine.py), `openai` (ratchet/engines/upstream_engine.py) and
+`llama_cpp` (ratchet/engines/llama_cpp_engine.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from ratchet.data.examples import Message, Tool, ToolCall
@@ -42,6 +43,7 @@ class Ask:
     parallel_calls: bool = True  # False: of several calls the first alone is told
     must_call: tuple[str, ...] = ()  # names of tools: the answer calls them and nothing else
     reasons: bool = True  # False: a version that learned to reason answers at once
+    media: Mapping[str, bytes] = field(default_factory=dict)  # the messages' pictures by name
 
 
 class Scored(NamedTuple):

@@ -1,18 +1,20 @@
 """Read and write OpenAI's chat completions: a checked `Chat` from a body, JSON or events from an answer.
 
-Not covered, and refused by name: penalties, and anything but text.
+Not covered, and refused by name: penalties, and anything but text and pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 import msgspec
 
+from ratchet.config.data import MediaConfig
 from ratchet.config.serving import GatewayConfig
 from ratchet.data.examples import (
+    MEDIA_MARK,
     MOST_MARKS,
     Message,
     RowError,
@@ -22,8 +24,10 @@ from ratchet.data.examples import (
     normalise,
     split_reasoning,
     texts_of,
+    without_marks,
 )
 from ratchet.data.forms import order_results, read_calls, read_tools
+from ratchet.data.media import from_uri, read_picture
 from ratchet.serving.engine import Ask, Ended, JsonForm, Piece, Scored
 from ratchet.serving.faults import Fault
 
@@ -53,9 +57,15 @@ LEAST_LOGPROB = -9999.0  # what OpenAI writes for a token that cannot follow; JS
 Decoded = TypeVar("Decoded")
 
 
+class ImageUrl(msgspec.Struct):
+    url: str
+    detail: str | None = None  # accepted and ignored: the model's processor decides
+
+
 class Part(msgspec.Struct):
     type: str
     text: str | None = None
+    image_url: ImageUrl | str | None = None  # a text in the Responses protocol
 
 
 class Turn(msgspec.Struct):
@@ -165,6 +175,7 @@ class Chat:
     parallel_calls: bool = True
     must_call: tuple[str, ...] = ()
     reasons: bool = True
+    media: Mapping[str, bytes] = field(default_factory=dict)  # the messages' pictures by name
 
     def ask(self, id: str, version: int, choice: int = 0) -> Ask:
         """Return the engine's request for one choice; its seed is the client's plus the choice's number."""
@@ -184,6 +195,7 @@ class Chat:
             self.parallel_calls,
             self.must_call,
             self.reasons,
+            self.media,
         )
 
     def logged(self) -> tuple[tuple[str, str], ...]:
@@ -208,9 +220,10 @@ def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
             f"messages holds {len(body.messages)}; wanted 1 to {limits.max_messages}",
             "leave out the oldest turns" if body.messages else "",
         )
+    pictures = Pictures(limits.max_pictures)
     try:
         messages = order_results(
-            [to_message(f"messages[{at}]", turn) for at, turn in enumerate(body.messages)]
+            [to_message(f"messages[{at}]", turn, pictures) for at, turn in enumerate(body.messages)]
         )
     except RowError as error:
         refuse("messages", str(error))
@@ -234,6 +247,7 @@ def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
         tools=choice.tools,
         must_call=choice.must_call,
         reasons=body.reasoning_effort != "none",
+        media=pictures.known,
     )
 
 
@@ -277,13 +291,45 @@ def _check_support(body: Body) -> None:
         refuse("stream_options", "stream_options came without stream", "send stream: true, or leave it out")
 
 
-def to_message(where: str, turn: Turn) -> Message:
-    """Return a checked message; `where` names its place in the body. Raises Fault(400)."""
+class Pictures:
+    """Collect the pictures of a request, at most `most`."""
+
+    def __init__(self, most: int) -> None:
+        self.known: dict[str, bytes] = {}
+        self._room = most
+
+    def read(self, where: str, part: Part) -> str:
+        """Return the name of a part's picture. Raises Fault(400)."""
+        if not self._room:
+            refuse(
+                where, f"{where} is one picture too many", "`gateway.max_pictures` sets how many are taken"
+            )
+        self._room -= 1
+        url = part.image_url.url if isinstance(part.image_url, ImageUrl) else part.image_url or ""
+        if url[:5].lower() != "data:":
+            refuse(
+                where,
+                f"{where} refers to {url[:40]!r}, and nothing is fetched from elsewhere",
+                "send the picture itself, as data:image/png;base64,…",
+            )
+        try:
+            picture = read_picture(from_uri(url), MediaConfig())
+        except RowError as error:
+            refuse(where, f"{where}: {error}", "send a PNG or JPEG as data:image/png;base64,…")
+        self.known[picture.name] = picture.data
+        return picture.name
+
+
+def to_message(where: str, turn: Turn, pictures: Pictures | None = None) -> Message:
+    """Return a checked message; `where` names its place in the body. Raises Fault(400).
+
+    Pictures of users' messages are added to `pictures`; None: no message may show any.
+    """
     role = ROLES.get(turn.role)
     if role is None:
         refuse(f"{where}.role", f"{where}.role is {turn.role!r}; known: {', '.join(ROLES)}")
     try:
-        calls = read_calls({"tool_calls": turn.tool_calls})
+        calls = read_calls({"tool_calls": without_marks(turn.tool_calls)})
     except RowError as error:
         refuse(f"{where}.tool_calls", f"{where}: {error}")
     if calls and role != "assistant":
@@ -291,8 +337,10 @@ def to_message(where: str, turn: Turn) -> Message:
     if turn.content is None and not calls:
         refuse(f"{where}.content", f"{where}.content is missing; wanted text")
     # Normalised like the training rows: otherwise Windows line ends would make another prompt.
-    content = check_text(f"{where}.content", _join(where, turn.content or ""))
-    reasoning = check_text(f"{where}.reasoning_content", turn.reasoning_content or "")
+    names: list[str] = []
+    shown = pictures if role == "user" else None
+    content = check_text(f"{where}.content", _join(where, turn.content or "", shown, names))
+    reasoning = check_text(f"{where}.reasoning_content", without_marks(turn.reasoning_content or ""))
     if role == "assistant" and not reasoning:
         reasoning, content = split_reasoning(content)
     for text in texts_of([Message(role, "", calls)]):
@@ -303,13 +351,14 @@ def to_message(where: str, turn: Turn) -> Message:
         calls,
         normalise(reasoning) if role == "assistant" else "",
         call_id=turn.tool_call_id or "" if role == "tool" else "",
+        media=tuple(names),
     )
 
 
 def check_tools(given: Any) -> tuple[Tool, ...]:
     """Return the tools of a request. Raises Fault(400)."""
     try:
-        tools = read_tools(given)
+        tools = read_tools(without_marks(given))
     except RowError as error:
         refuse("tools", str(error))
     for text in texts_of([], tools):
@@ -372,17 +421,29 @@ def _named_tool(given: Any, choice: Any, offered: Sequence[str]) -> str:
     return str(name)
 
 
-def _join(where: str, content: str | list[Part]) -> str:
+def _join(where: str, content: str | list[Part], pictures: Pictures | None, names: list[str]) -> str:
+    """Join the texts of a message, with a MEDIA_MARK for each picture, whose name is added to `names`.
+
+    MEDIA_MARKs of the client's own go, since they would be places for pictures.
+    """
     if isinstance(content, str):
-        return content
+        return content.replace(MEDIA_MARK, "")
+    text, follows = "", False  # whether a text follows a text
     for position, part in enumerate(content):
-        if part.type != "text" or part.text is None:
+        place = f"{where}.content[{position}]"
+        if part.type == "image_url" and pictures is not None:
+            names.append(pictures.read(place, part))
+            text, follows = text + MEDIA_MARK, False
+        elif part.type == "text" and part.text is not None:
+            text += ("\n" if follows else "") + part.text.replace(MEDIA_MARK, "")
+            follows = True
+        else:
             refuse(
-                f"{where}.content[{position}]",
-                f"{where}.content[{position}] is of type {part.type!r}; "
-                "wanted parts {'type': 'text', 'text': …}: the model reads text only",
+                place,
+                f"{place} is of type {part.type!r}; wanted parts {{'type': 'text', 'text': …}}, and in "
+                "users' messages {'type': 'image_url', 'image_url': {'url': 'data:image/png;base64,…'}}",
             )
-    return "\n".join(part.text or "" for part in content)
+    return text
 
 
 def check_text(where: str, text: str) -> str:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ratchet.data.examples import Example, read_examples
+from ratchet.data.media import FOLDER as MEDIA
+from ratchet.data.media import MediaStore
 from ratchet.errors import RatchetError, UserError
 from ratchet.files import read_json
 from ratchet.pipeline.checkout import git
@@ -27,6 +31,7 @@ class Source(NamedTuple):
     rows: list[Example]  # its test split
     metrics: Any  # the JSON of reports/evaluation/metrics.json
     decision: Verdict
+    media: Mapping[str, bytes] = MappingProxyType({})  # the rows' pictures by name
 
 
 def find_source(root: Path, name: str, which: str) -> Source:
@@ -42,8 +47,13 @@ def find_source(root: Path, name: str, which: str) -> Source:
             require_output(root, commit, path, Path(scratch) / Path(path).name)
         rows = list(read_examples(Path(scratch) / "test.jsonl"))
         metrics = read_json(Path(scratch) / "metrics.json")
+        media: dict[str, bytes] = {}
+        if names := {name for row in rows for name in row.media}:
+            require_output(root, commit, f"data/prepared/{MEDIA}", Path(scratch) / MEDIA)
+            store = MediaStore.read(Path(scratch) / MEDIA)
+            media = {name: store[name] for name in names}
     decision = decode_verdict(json.loads(git(root, "show", f"{commit}:reports/gate.json")))
-    return Source(label, commit, bundle, rows, metrics, decision)
+    return Source(label, commit, bundle, rows, metrics, decision, media)
 
 
 def _find(root: Path, name: str, which: str) -> tuple[str, str, str]:

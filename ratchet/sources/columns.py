@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ratchet.data.examples import RawRow
-from ratchet.data.forms import MEANT
+from ratchet.data.forms import MEANT, MEDIA_KEYS
 from ratchet.errors import DataError, UserError
 
 # Keys with a meaning of their own in any form: a row that lost one of them would teach something else.
-BESIDE = MEANT - {"input", "chosen", "rejected"} | {"context", "meta"}
+BESIDE = MEANT - {"input", "chosen", "rejected"} | {"context", "meta", *MEDIA_KEYS}
 # Keys that make a row together: where one is mapped, the others may already have the right names.
 TOGETHER = (
     {"prompt", "completion", "chosen", "rejected", "response"},
@@ -35,6 +35,10 @@ class Columns:
     def reads(self, column: str) -> bool:
         """Tell whether a column is taken: without a mapping, all are."""
         return not self._mapping or column in self.mapped or column in self._kept
+
+    def shows(self, column: str) -> bool:
+        """Tell whether a column holds pictures, by its name or by the key that it becomes."""
+        return column in MEDIA_KEYS or any(self._mapping.get(key) == column for key in MEDIA_KEYS)
 
     def take(self, row: RawRow) -> RawRow:
         """Rename the mapped columns, keep those whose own name has a meaning, and leave out the rest."""

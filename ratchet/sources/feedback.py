@@ -23,6 +23,7 @@ from ratchet.config.params import Config
 from ratchet.data.erasure import FILE as FORGOTTEN
 from ratchet.data.erasure import read_forgotten
 from ratchet.data.examples import (
+    MEDIA_MARK,
     Example,
     Message,
     Meta,
@@ -194,6 +195,9 @@ def _candidates(
         )
         if answer is None:
             left_out[how] += 1
+            continue
+        if any(MEDIA_MARK in content for _, content in request.messages):
+            left_out["shows a picture, which the log does not keep"] += 1
             continue
         votes = [Vote(_name(request, said), said.sender) for said in heard if _vouches(said, how)]
         candidate = Candidate(request, answer, how, votes)

@@ -40,9 +40,9 @@ OTHERS: dict[bytes, tuple[str, str]] = {
         "ratchet ingest --path sqlite:///FILE --query 'SELECT question AS prompt, answer AS completion …'",
     ),
     b"%PDF": ("a PDF", f"save its text; {DRAFT}"),
-    b"\x89PNG": ("a picture (PNG)", "rows of text are taken"),
-    b"\xff\xd8\xff": ("a picture (JPEG)", "rows of text are taken"),
-    b"GIF8": ("a picture (GIF)", "rows of text are taken"),
+    b"\x89PNG": ("a picture (PNG)", "name the file of the rows that show it"),
+    b"\xff\xd8\xff": ("a picture (JPEG)", "name the file of the rows that show it"),
+    b"GIF8": ("a picture (GIF)", "name the file of the rows that show it"),
     b"RIFF": ("a picture or a sound (RIFF)", "rows of text are taken"),
     b"ID3": ("a sound (MP3)", "rows of text are taken"),
     b"FEA1": ("a Feather file of version 1", "write it again as version 2, or as Parquet"),
@@ -99,7 +99,7 @@ def tell_format(stream: Stream, columns: tuple[str, ...] = ()) -> tuple[Format, 
     if text.startswith(b"["):
         return "JSON", None
     if text.startswith(b"{"):
-        return ("JSON Lines" if _has_whole_first_line(text) else "JSON"), None
+        return ("JSON Lines" if _has_whole_first_line(text) or _holds_pictures(text) else "JSON"), None
     lines = [line for line in text.splitlines()[:100] if line.strip()]
     if 2 * sum(line.lstrip().startswith(b"{") for line in lines) >= len(lines):
         return "JSON Lines", None  # with broken rows, which preparation rejects and counts
@@ -113,6 +113,11 @@ def tell_format(stream: Stream, columns: tuple[str, ...] = ()) -> tuple[Format, 
         raise _refusal(stream, "a binary file", f"save it as one of them; its first bytes: {head[:12]!r}")
     first = lines[0][:60].decode(errors="replace")
     raise _refusal(stream, f"a text that begins with {first!r}", f"a CSV needs a header; {DRAFT}")
+
+
+def _holds_pictures(text: bytes) -> bool:
+    """Tell whether the first line is as long as it is because a picture stands in it as base64."""
+    return b"\n" not in text and b";base64," in text
 
 
 def _refuse_others(stream: Stream) -> None:

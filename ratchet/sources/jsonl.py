@@ -7,8 +7,9 @@ also cut rows at U+2028 and U+0085.
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 from ratchet.config.data import JsonlSource, SqlSource
@@ -21,6 +22,7 @@ from ratchet.sources import sql, streams
 from ratchet.sources.columns import Columns
 from ratchet.sources.formats import BOM, tell_format
 from ratchet.sources.json_documents import read_document
+from ratchet.sources.media import HINT, MOST_LINE, Pictures, Rows
 from ratchet.sources.streams import Stream, find_files, open_stream, shown
 from ratchet.sources.tables import encode_row, read_columnar, read_csv, unfold
 
@@ -28,11 +30,12 @@ __all__ = ["Harvest", "read_database", "read_files", "read_lines", "shown"]
 
 
 class Harvest(NamedTuple):
-    """The lines of all files, a record of each file, and messages on what was left out (`said`)."""
+    """The lines of all files, a record of each file, messages on what was left out (`said`), the pictures."""
 
     lines: list[bytes]
     files: tuple[Original, ...]
     said: tuple[str, ...] = ()
+    media: Mapping[str, bytes] = MappingProxyType({})
 
 
 class _Content(NamedTuple):
@@ -45,13 +48,16 @@ def read_lines(settings: JsonlSource) -> Iterator[bytes]:
     """Read the rows of all files, one line each. Raises DataError for no file, or a format without rows."""
     for opened in find_files(settings.path):
         with open_stream(opened) as stream:
-            yield from _read(stream, Columns({})).lines
+            yield from _read(stream, Columns({}), None).lines
 
 
-def read_files(path: str, mapping: dict[str, str], extra: Collection[str] = ()) -> Harvest:
+def read_files(
+    path: str, mapping: dict[str, str], extra: Collection[str] = (), pictures: Pictures | None = None
+) -> Harvest:
     """Read the rows of all files, with columns renamed by `mapping`; `extra`: further keys of the rows.
 
-    Raises DataError as `read_lines`, and for a mapped column that a file does not have.
+    Without `pictures`, references to pictures stay as they are. Raises DataError as `read_lines`, and for a
+    mapped column that a file does not have.
     """
     lines: list[bytes] = []
     files: list[Original] = []
@@ -59,18 +65,31 @@ def read_files(path: str, mapping: dict[str, str], extra: Collection[str] = ()) 
     for opened in find_files(path):
         columns = Columns(mapping, extra)
         with open_stream(opened) as stream:
-            content = _read(stream, columns)
+            rows = pictures.beside(opened.fs, opened.path) if pictures else None
+            content = _read(stream, columns, rows)
             before = len(lines)
             lines += content.lines
             said += [*content.said, *columns.check(stream.name)]
             kind = ", ".join(filter(None, (content.format, stream.codec)))
             name = streams.base_name(opened.path)
             files.append(Original(name, kind, stream.sha256(), len(lines) - before))
-    return Harvest(lines, tuple(files), tuple(said))
+    return _harvest(lines, files, said, pictures)
+
+
+def _harvest(
+    lines: list[bytes], files: list[Original], said: Iterable[str], pictures: Pictures | None
+) -> Harvest:
+    if pictures is None:
+        return Harvest(lines, tuple(files), tuple(said))
+    return Harvest(lines, tuple(files), (*said, *pictures.tell()), pictures.spool)
 
 
 def read_database(
-    settings: SqlSource, root: Path, mapping: dict[str, str], extra: Collection[str] = ()
+    settings: SqlSource,
+    root: Path,
+    mapping: dict[str, str],
+    extra: Collection[str] = (),
+    pictures: Pictures | None = None,
 ) -> Harvest:
     """Read the result of the query. Raises ConfigError, DataError."""
     if not settings.url:
@@ -80,38 +99,57 @@ def read_database(
     place, columns = sql.address(settings.url), Columns(mapping, extra)
     table = sql.read_query(settings.url, settings.query, root)
     columns.seen.update(dict.fromkeys(table.columns))
-    lines = list(_encoded(table.rows, columns, place))
+    rows = pictures.without_file() if pictures else None
+    lines = list(_encoded(table.rows, columns, place, rows))
     asked = Original(place, "SQL", sha256_json(settings.query), len(lines))
-    return Harvest(lines, (asked,), columns.check(place))
+    return _harvest(lines, [asked], columns.check(place), pictures)
 
 
-def _read(stream: Stream, columns: Columns) -> _Content:
+def _read(stream: Stream, columns: Columns, shown: Rows | None) -> _Content:
+    """Read the rows of a file; `shown` takes in the pictures that they refer to."""
     kind, dialect = tell_format(stream, columns.mapped)
     if kind == "JSON Lines":
-        return _Content(kind, _renamed(_lines(stream.handle), columns))
+        return _Content(kind, _renamed(_lines(stream.handle, _longest(shown)), columns, shown))
     if kind == "JSON":
         content = stream.read()
         document = read_document(content, stream.name, mapped=bool(columns))
         if document is None:
-            return _Content("JSON Lines", _renamed(_lines(io.BytesIO(content)), columns))
+            return _Content(
+                "JSON Lines", _renamed(_lines(io.BytesIO(content), _longest(shown)), columns, shown)
+            )
         if document.rows is None:
-            lines = _renamed((line[:MAX_LINE] for line in document.lines), columns)
+            lines = _renamed((line[: _longest(shown)] for line in document.lines), columns, shown)
         else:
-            lines = _encoded(document.rows, columns, stream.name)
+            lines = _encoded(document.rows, columns, stream.name, shown)
         return _Content(document.format, lines, document.said)
     if dialect:
         table = read_csv(stream, dialect, columns.reads)
     else:
-        table = read_columnar(stream, kind, columns.reads)
+        table = read_columnar(stream, kind, columns.reads, columns.shows if shown else _nothing)
     columns.seen.update(dict.fromkeys(table.columns))
-    return _Content(dialect.name if dialect else kind, _encoded(table.rows, columns, stream.name))
+    return _Content(dialect.name if dialect else kind, _encoded(table.rows, columns, stream.name, shown))
 
 
-def _lines(handle: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines that are not blank; a line over MAX_LINE is cut, which preparation rejects."""
+def _nothing(_: str) -> bool:
+    return False
+
+
+def _longest(shown: Rows | None) -> int:
+    return MOST_LINE if shown else MAX_LINE
+
+
+def _lines(handle: BinaryIO, most: int = MAX_LINE) -> Iterator[bytes]:
+    """Yield the lines that are not blank; a longer one is cut, which preparation rejects.
+
+    A line may have MAX_LINE bytes, or `most` if pictures stand in it as base64.
+    """
     first = True
     while line := handle.readline(MAX_LINE):
-        cut = len(line) == MAX_LINE and not line.endswith(b"\n")
+        if most > MAX_LINE and _is_cut(line, MAX_LINE) and HINT.search(line):
+            line += handle.readline(most - len(line))
+            cut = _is_cut(line, most)
+        else:
+            cut = _is_cut(line, MAX_LINE)
         while cut and (rest := handle.readline(MAX_LINE)):
             if rest.endswith(b"\n"):
                 break
@@ -122,27 +160,38 @@ def _lines(handle: BinaryIO) -> Iterator[bytes]:
             yield line.rstrip(b"\n") if cut else line.rstrip(b"\r\n")
 
 
-def _renamed(lines: Iterable[bytes], columns: Columns) -> Iterator[bytes]:
-    if not columns:
-        yield from lines
-        return
+def _is_cut(line: bytes, most: int) -> bool:
+    return len(line) == most and not line.endswith(b"\n")
+
+
+def _renamed(lines: Iterable[bytes], columns: Columns, shown: Rows | None) -> Iterator[bytes]:
+    """Rename the columns of rows, and take in their pictures; other lines are passed on as they are."""
     for line in lines:
+        if not columns and not (shown and HINT.search(line)):
+            yield line[:MAX_LINE]
+            continue
         try:
-            row = read_row(line)
+            row = read_row(line, most=_longest(shown) + 1)
         except RowError:
-            yield line  # preparation rejects and counts it
-        else:
-            yield encode_row(unfold(columns.take(row)))[:MAX_LINE]
+            yield line[:MAX_LINE]  # preparation rejects and counts it
+            continue
+        new = unfold(columns.take(row)) if columns else row
+        if shown:
+            new = shown.take(new)
+        yield line[:MAX_LINE] if new is row and not columns else encode_row(new)[:MAX_LINE]
 
 
-def _encoded(rows: Iterable[Any], columns: Columns, name: str) -> Iterator[bytes]:
+def _encoded(rows: Iterable[Any], columns: Columns, name: str, shown: Rows | None) -> Iterator[bytes]:
     """Encode the rows of a table; a row that is no object is passed on for preparation to reject.
 
     Raises DataError over MOST_UNPACKED bytes: a Parquet file of 1 MB can hold a text a million times.
     """
     count = 0
     for row in rows:
-        line = encode_row(unfold(columns.take(row)) if isinstance(row, dict) else row)[:MAX_LINE]
+        if isinstance(row, dict):
+            row = unfold(columns.take(row))
+            row = shown.take(row) if shown else row
+        line = encode_row(row)[:MAX_LINE]
         count += len(line)
         if count > streams.MOST_UNPACKED:
             raise streams.too_large(name)

@@ -1,7 +1,7 @@
 """Rows of CSV, TSV, Parquet and Arrow files, as the objects that JSON would hold.
 
 Text stays text: an id such as 007 keeps its zeros, since nothing in a CSV says what is a number. Empty cells
-and nulls are absent keys. Not covered: bytes, such as pictures.
+and nulls are absent keys. Bytes are read only from columns of pictures.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 AT_ONCE = 1024  # rows of a batch
+PICTURES_AT_ONCE = 16  # rows of a batch with pictures, each of which may have megabytes
 LISTS = ("messages", "conversations", "tools")  # a cell with the text of a JSON list is read as that list
 Reads = Callable[[str], bool]  # whether a column is wanted
 
@@ -69,8 +70,11 @@ def _csv_rows(stream: Stream, dialect: Dialect, reads: Reads) -> Iterator[RawRow
         ) from None
 
 
-def read_columnar(stream: Stream, kind: str, reads: Reads) -> Table:
-    """Read a Parquet or Arrow file. Raises DataError for a broken one, and for a column of bytes."""
+def read_columnar(stream: Stream, kind: str, reads: Reads, shows: Reads = lambda _: False) -> Table:
+    """Read a Parquet or Arrow file; `shows` tells which columns hold pictures.
+
+    Raises DataError for a broken file, and for a column of bytes that are no pictures.
+    """
     file = stream.spool()
     try:
         with _whole(stream.name, kind):
@@ -78,14 +82,19 @@ def read_columnar(stream: Stream, kind: str, reads: Reads) -> Table:
         if len(set(schema.names)) < len(schema.names):
             raise DataError(f"{stream.name} has a column twice: {', '.join(schema.names)}")
         names = [name for name in schema.names if reads(name)]
-        readers = {name: _reader(schema.field(name), _classes(schema, name)) for name in names}
+        pictured = {name for name in names if shows(name) or _is_picture(schema.field(name).type)}
+        readers = {
+            name: _picture if name in pictured else _reader(schema.field(name), _classes(schema, name))
+            for name in names
+        }
+        at_once = PICTURES_AT_ONCE if pictured else AT_ONCE
     except BaseException:
         file.close()
         raise
 
     def rows() -> Iterator[RawRow]:
         with file, _whole(stream.name, kind):
-            yield from _batch_rows(batches(names), readers)
+            yield from _batch_rows(batches(names, at_once), readers)
 
     return Table(tuple(schema.names), rows())
 
@@ -101,28 +110,46 @@ def _whole(name: str, kind: str) -> Iterator[None]:
         raise DataError(f"{name} is a broken {kind} file: {said}", remedy="fetch it again") from None
 
 
-def _open(file: Any, kind: str) -> tuple[pa.Schema, Callable[[list[str]], Iterator[pa.RecordBatch]]]:
-    """Return the schema, and a function from names of columns to batches of these columns."""
+def _is_picture(kind: pa.DataType) -> bool:
+    """Tell whether a column holds pictures, or lists of them, as `datasets` writes them."""
+    import pyarrow as pa
+
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_picture(kind.value_type)
+    return pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
+
+
+def _picture(value: Any) -> Any:
+    """Drop what is null in a picture's object."""
+    if isinstance(value, list):
+        return [_picture(one) for one in value if one is not None]
+    if isinstance(value, dict):
+        return {name: part for name, part in value.items() if part is not None} or None
+    return value
+
+
+def _open(file: Any, kind: str) -> tuple[pa.Schema, Callable[[list[str], int], Iterator[pa.RecordBatch]]]:
+    """Return the schema, and a function from names of columns and a number of rows to batches of them."""
     import pyarrow as pa
     from pyarrow import ipc, parquet
 
     if kind == "Parquet":
         opened = parquet.ParquetFile(file)
         # `columns=` takes a name with a dot for a nested field, so such files are read whole, then selected.
-        return opened.schema_arrow, lambda names: (
+        return opened.schema_arrow, lambda names, at_once: (
             batch.select(names)
             for batch in opened.iter_batches(
-                AT_ONCE, columns=None if any("." in name for name in names) else names
+                at_once, columns=None if any("." in name for name in names) else names
             )
         )
     found = ipc.open_stream(file) if kind == "Arrow stream" else ipc.open_file(file)
 
-    def batches(names: list[str]) -> Iterator[pa.RecordBatch]:
+    def batches(names: list[str], at_once: int) -> Iterator[pa.RecordBatch]:
         count = None if kind == "Arrow stream" else found.num_record_batches
         whole = found if count is None else map(found.get_batch, range(count))
         for batch in whole:
             batch.validate(full=True)  # offsets outside the buffers would crash the process
-            yield from pa.Table.from_batches([batch.select(names)]).to_batches(AT_ONCE)
+            yield from pa.Table.from_batches([batch.select(names)]).to_batches(at_once)
 
     return found.schema, batches
 

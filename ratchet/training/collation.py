@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ratchet.models.generation import Inputs, no_inputs
 from ratchet.training.packing import FOLLOWS, IGNORED, TOKEN_COLUMNS, Role, Window, group_rows
 
 
@@ -28,10 +29,10 @@ class WindowCollator:
 
 
 class RowCollator:
-    """Pad one group of rows on the right, and add an attention mask."""
+    """Pad one group of rows on the right, and add an attention mask, and the inputs for their pictures."""
 
-    def __init__(self, pad_id: int) -> None:
-        self._pad_id = pad_id
+    def __init__(self, pad_id: int, inputs: Inputs = no_inputs) -> None:
+        self._pad_id, self._inputs = pad_id, inputs
 
     def __call__(self, groups: Sequence[list[Window]]) -> dict[str, torch.Tensor]:
         (rows,) = groups
@@ -45,6 +46,7 @@ class RowCollator:
             "attention_mask": [[1] * (length - short) + [0] * short for short in missing],
         }
         found = {name: torch.tensor(column) for name, column in columns.items()}  # (batch, seq)
+        found |= self._inputs([row.media for row in rows], found["input_ids"])
         return found | preference_columns(rows) if rows[0].roles else found
 
 
@@ -84,6 +86,7 @@ def make_batches(
     accumulate: int,
     pad_id: int,
     apart: bool | None,
+    inputs: Inputs = no_inputs,
 ) -> Batches:
     """Make batches; every optimizer step gets equally many forward passes, for processes to share."""
     judged = holds_judged(windows)
@@ -98,11 +101,11 @@ def make_batches(
     held_out: list[Any] = list(validation)
     items, longest = batch_windows, max(len(window.input_ids) for window in windows)
     collate: Callable[[Any], dict[str, torch.Tensor]] = WindowCollator(pad_id)
-    if goes_apart(windows, apart):
+    if goes_apart([*windows, *validation], apart):
         train = group_rows(windows, batch_windows)
         held_out = group_rows(validation, batch_windows) if validation else []
         items, longest = 1, max(window.position_ids[-1] + 1 for window in windows)
-        fill, collate = [fill], RowCollator(pad_id)
+        fill, collate = [fill], RowCollator(pad_id, inputs)
     if accumulate > 1:  # the last forward passes may hold only padding
         train += [fill] * (-len(train) % (items * accumulate))
     return Batches(train, held_out, items, longest, learned / (len(held_out) or 1), collate)
@@ -121,8 +124,14 @@ def holds_judged(windows: Sequence[Window]) -> bool:
 
 
 def goes_apart(windows: Sequence[Window], apart: bool | None) -> bool:
-    """Tell whether rows are batched singly: compared rows always are; None: if that is faster."""
-    return holds_judged(windows) or (is_faster_apart() if apart is None else apart)
+    """Tell whether rows are batched singly: compared rows and pictures always are; None: if it is faster."""
+    judged = holds_judged(windows) or holds_pictures(windows)
+    return judged or (is_faster_apart() if apart is None else apart)
+
+
+def holds_pictures(windows: Sequence[Window]) -> bool:
+    """Tell whether any row of these windows shows a picture."""
+    return any(window.media for window in windows)
 
 
 def is_faster_apart() -> bool:

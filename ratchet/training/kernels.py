@@ -30,15 +30,23 @@ LIGER = {
 
 @contextlib.contextmanager
 def fast_attention(model: Any, longest: int) -> Iterator[None]:
-    """Use plain attention on a CPU if rows are short (`longest`, in tokens): fused is slower there."""
+    """Use plain attention on a CPU if rows are short (`longest`, in tokens): fused is slower there.
+
+    A tower of pictures keeps its own: it sees several times as many patches as there are tokens.
+    """
     base = without_adapter(model)
-    kept = base.config._attn_implementation
+    pictures = getattr(base.config, "vision_config", None) is not None
+    kept = base.config.get_text_config()._attn_implementation
+
+    def attend(kind: str) -> None:
+        base.set_attn_implementation({"text_config": kind} if pictures else kind)
+
     if not torch.cuda.is_available() and longest <= EAGER_LENGTH:
-        base.set_attn_implementation("eager")
+        attend("eager")
     try:
         yield
     finally:
-        base.set_attn_implementation(kept)
+        attend(kept)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, logsigmoid
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json
 from ratchet.models.adapters import load_trained
+from ratchet.models.cache import logits_at
 from ratchet.models.loading import MANIFEST, load_hub, load_tokenizer
-from ratchet.models.logits import logits_at
 from ratchet.training.packing import IGNORED, Role, Window
 
 if TYPE_CHECKING:

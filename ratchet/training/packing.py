@@ -34,6 +34,7 @@ FOLLOWS = (Role.REJECTED, Role.MISMATCHED)  # these are computed together with t
 class Window(NamedTuple):
     """Rows one after another, up to a window's length in tokens; the collator pads.
 
+    A window with pictures holds one unit, whose rows all show them.
     `roles` and `references` have one entry a row, and are empty where no preferences are learned. A reference
     is the log-probability of the answer before the training, in nats.
     """
@@ -43,6 +44,7 @@ class Window(NamedTuple):
     position_ids: list[int]
     roles: Sequence[int] = ()
     references: Sequence[float] = ()
+    media: Sequence[str] = ()  # names of the pictures that each row of the window shows, in order
 
 
 TOKEN_COLUMNS = Window._fields[:3]  # one entry a token
@@ -57,7 +59,7 @@ class Unit(NamedTuple):
 
 def pack(rows: Sequence[Encoded], window: int) -> list[Window]:
     """Put every row into exactly one window. Raises ValueError: a row is longer than a window."""
-    chosen = best_fit([len(row.ids) for row in rows], window)
+    chosen = _fit([len(row.ids) for row in rows], [bool(row.media) for row in rows], window)
     return [_join([rows[index] for index in members]) for members in chosen]
 
 
@@ -68,8 +70,21 @@ def pack_units(units: Sequence[Unit], window: int) -> list[Window]:
         _join([row for index in members for row in units[index].rows])._replace(
             roles=[int(role) for index in members for role in units[index].roles]
         )
-        for members in best_fit(sizes, max(window, *sizes, 0))
+        for members in _fit(sizes, [bool(unit.rows[0].media) for unit in units], max(window, *sizes, 0))
     ]
+
+
+def _fit(sizes: Sequence[int], alone: Sequence[bool], window: int) -> list[list[int]]:
+    """Return the items of each window as `best_fit` does; before them those that stand alone, longest first.
+
+    A probe of a training takes the first window: its pictures and its length need most memory.
+    """
+    shared = [index for index, single in enumerate(alone) if not single]
+    single = sorted((index for index, single in enumerate(alone) if single), key=lambda index: -sizes[index])
+    if single and sizes[single[0]] > window:
+        raise ValueError(f"a row has {sizes[single[0]]} tokens, the window holds {window}")
+    chosen = best_fit([sizes[index] for index in shared], window)
+    return [*([index] for index in single), *([shared[index] for index in members] for members in chosen)]
 
 
 def best_fit(sizes: Sequence[int], window: int) -> list[list[int]]:
@@ -98,7 +113,8 @@ def _join(rows: Sequence[Encoded]) -> Window:
         for row in rows
         for position, (token, learned) in enumerate(zip(row.ids, row.learned, strict=True))
     ]
-    return Window(ids, labels, [position for row in rows for position in range(len(row.ids))])
+    positions = [position for row in rows for position in range(len(row.ids))]
+    return Window(ids, labels, positions, media=rows[0].media)
 
 
 def rows_of(window: Window) -> list[Window]:
@@ -110,6 +126,7 @@ def rows_of(window: Window) -> list[Window]:
             window.labels[start:end],
             window.position_ids[start:end],
             window.roles[place : place + 1],
+            media=window.media,
         )
         for place, (start, end) in enumerate(zip(starts, [*starts[1:], len(window.input_ids)], strict=True))
     ]
@@ -153,11 +170,12 @@ def group_rows(windows: Sequence[Window], batch_windows: int) -> list[list[Windo
 
 
 def write_windows(path: Path, windows: Sequence[Window]) -> None:
-    """Write Arrow's file format: columns of integer lists, `roles` only where rows have some."""
+    """Write Arrow's file format: columns of lists, `roles` and `media` only where rows have some."""
     import pyarrow as pa
 
-    names = [*TOKEN_COLUMNS, *(["roles"] if any(window.roles for window in windows) else [])]
-    schema = pa.schema([(name, pa.list_(pa.int32())) for name in names])
+    more = [name for name in ("roles", "media") if any(getattr(window, name) for window in windows)]
+    names = [*TOKEN_COLUMNS, *more]
+    schema = pa.schema([(name, pa.list_(pa.string() if name == "media" else pa.int32())) for name in names])
     table = pa.table({name: [getattr(window, name) for window in windows] for name in names}, schema=schema)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_table(table)
@@ -168,5 +186,6 @@ def read_windows(path: Path) -> list[Window]:
 
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_file(source).read_all()
-    columns = (table[name].to_pylist() for name in table.column_names)
-    return [Window(*row) for row in zip(*columns, strict=True)]
+    names = table.column_names
+    columns = (table[name].to_pylist() for name in names)
+    return [Window(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]

@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from ratchet.errors import StoppedError
-from ratchet.models.logits import logits_at
+from ratchet.models.cache import logits_at
+from ratchet.models.generation import Inputs, no_inputs
 from ratchet.training.collation import Batches, make_batches
 from ratchet.training.distributed import (
     any_of,
@@ -86,6 +87,7 @@ def fit(
     pad_id: int,
     report: Report,
     apart: bool | None = None,
+    inputs: Inputs = no_inputs,
     sharded: bool = False,
     checkpoints: Checkpoints | None = None,
     saved: Saved | None = None,
@@ -93,7 +95,8 @@ def fit(
     """Train `model` in place, from `saved` on if there is one.
 
     `apart`: single rows in batches of similar length, as virtual tokens before each row require; None: only
-    on a CPU, where that is faster. `sharded`: each of several processes keeps a part of the model.
+    on a CPU, where that is faster. `inputs`: what the model takes of pictures. `sharded`: each
+    of several processes keeps a part of the model.
     Raises DivergenceError when a loss, a gradient or a weight stops being finite; ConfigError; StoppedError.
     """
     check_optimizer(schedule.optimizer)
@@ -112,6 +115,7 @@ def fit(
         accumulate=schedule.accumulate,
         pad_id=pad_id,
         apart=apart,
+        inputs=inputs,
     )
     with contextlib.ExitStack() as at_the_end:
         scratch = at_the_end.enter_context(tempfile.TemporaryDirectory(prefix="ratchet-train-"))

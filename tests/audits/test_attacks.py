@@ -20,10 +20,10 @@ from ratchet.audits.attacks import (
     with_lookalikes,
     with_typos,
 )
-from ratchet.data.canaries import make_canaries
 from ratchet.data.examples import Example, Message, make_example
 from ratchet.errors import DataError, RatchetError, UserError
 from ratchet.evaluation.audit_tables import withstood
+from ratchet.evaluation.canaries import make_canaries
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import load_tokenizer
 

@@ -19,9 +19,9 @@ from ratchet.config.data import TokenizeConfig
 from ratchet.config.evaluation import GateConfig
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, TrainConfig
-from ratchet.data.canaries import ALTERNATIVES, alternatives, make_canaries, make_references
 from ratchet.data.examples import encode_line, read_examples
 from ratchet.errors import DataError
+from ratchet.evaluation.canaries import ALTERNATIVES, alternatives, make_canaries, make_references
 from ratchet.evaluation.scoring import each_model
 from ratchet.files import read_json, write_bytes
 from ratchet.gate.guardrails import judge_leaks

@@ -15,12 +15,14 @@ from places import make_repository, subjects, use_git_without_a_user, write_file
 from ratchet.config.data import IngestConfig, JsonlSource
 from ratchet.config.monitoring import TopicSource
 from ratchet.config.params import Config
-from ratchet.data.batches import read_manifest, write_batch
+from ratchet.data.batches import check_batch, read_manifest, write_batch
 from ratchet.data.dedup import split_by_hash
 from ratchet.data.examples import Message, example_id
+from ratchet.data.media import MediaStore
 from ratchet.errors import DataError
 from ratchet.pipeline.checkout import git
 from tasks.ingest import Pulled, add_batch, check_rows, count_new, freeze_golden, label_of, pull
+from tests.data.test_media import encoded, noise, question
 
 CONFIG = Config()
 
@@ -309,6 +311,27 @@ def test_a_batch_lands_as_one_commit_and_the_same_rows_again_make_none(root, tmp
         "Ingest 20 rows from jsonl (April)",
         "Ingest 30 rows from jsonl (March tickets)",
     ]
+
+
+@pytest.mark.e2e
+def test_pictures_land_with_their_batch_and_with_their_golden_rows(root, tmp_path, prefect):
+    from flows.ingest import ingest
+
+    shown = [question(number, image=f"{number}.png") for number in range(20)]
+    for number in range(20):
+        (tmp_path / f"{number}.png").write_bytes(encoded(noise(number)))
+    (tmp_path / "march.jsonl").write_text("\n".join(map(json.dumps, shown[:15])))
+    (tmp_path / "golden.jsonl").write_text("\n".join(map(json.dumps, shown[15:])))
+    done = ingest(root=str(root), path=str(tmp_path / "march.jsonl"))
+    (batch,) = read_manifest(root / "data/raw")
+    assert (done["batch"], batch.pictures) == (batch.name, 15)
+    assert len(MediaStore([check_batch(root / "data/raw", batch).with_suffix(".tar")])) == 15
+    assert ingest(root=str(root), path=str(tmp_path / "march.jsonl")) == {**done, "new": False}
+
+    assert ingest(root=str(root), path=str(tmp_path / "golden.jsonl"), golden=3)["rows"] == 3
+    landed = git(root, "show", "--format=", "--name-only", "HEAD").split()
+    assert landed == ["data/golden.jsonl", "data/golden.tar"]
+    assert len(MediaStore([root / "data/golden.tar"])) == 3 and git(root, "status", "--porcelain") == ""
 
 
 # Somebody else's batch lands between our commit and our push: a hook that every clone gets.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ from small_checkout import (
 
 from flows.erase import follow_all, follow_reverted, list_is_pending, revert_batch
 from ratchet.data.batches import read_manifest, read_reverted
+from ratchet.data.media import MediaStore
 from ratchet.errors import UserError
 from ratchet.pipeline.checkout import git
 from ratchet.promotion.champion import Champion, write_champion
@@ -43,6 +45,8 @@ from ratchet.promotion.lineage import reverted_since
 from ratchet.services.status import ledger_lines, read_moves
 from ratchet.tracking.registry import get_version
 from tasks.erase import find_batch, inherit
+from tasks.ingest import add_batch, freeze_golden, pull
+from tests.data.test_media import encoded, noise, question
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 FIRST, SECOND, THIRD = range(10), range(8, 20), range(20, 25)  # 8 and 9 are in two batches
@@ -195,3 +199,32 @@ def test_the_command_says_what_it_took_back_and_what_stays(root):
 
     assert done.returncode == 0, done.stderr
     assert "12 rows" in done.stdout and "2 golden rows" in done.stdout and len(names(root)) == 2
+
+
+def test_a_batch_leaves_with_its_pictures(tmp_path, monkeypatch):
+    use_git_without_a_user(monkeypatch)
+    use_mlflow(monkeypatch, tmp_path)
+    root, files = tmp_path / "checkout", tmp_path / "files"
+    make_checkout(root, {"data/golden.jsonl": "", "data/forgotten.jsonl": ""})
+    files.mkdir()
+    for number in range(12):
+        (files / f"{number}.png").write_bytes(encoded(noise(number)))
+    shown = [question(number, image=f"{number}.png") for number in range(12)]
+    (files / "golden.jsonl").write_text("\n".join(map(json.dumps, shown[:2])))
+    golden = pull(CONFIG, path=str(files / "golden.jsonl"))
+    freeze_golden(root / "data/golden.jsonl", golden, CONFIG, rows=2, base=tmp_path / "none", tell=quiet)
+    bring(root, FIRST, 1)
+    (files / "rows.jsonl").write_text("\n".join(map(json.dumps, shown[2:])))
+    pulled = pull(CONFIG, path=str(files / "rows.jsonl"))
+    batch, _ = add_batch(root / "data/raw", pulled, licence="", who="tests")
+    commit_batches(root, f"Ingest\n\nBatch: {batch.name}")
+
+    make(root)
+    shards = {path.name: len(MediaStore([path])) for path in (root / "data/prepared/media").iterdir()}
+    assert shards == {"golden.tar": 2, batch.shard: 10}
+
+    revert_batch(root, CONFIG, batch.name, reason="wrong pictures", say=quiet)
+    assert not (root / "data/raw" / batch.shard).exists() and git(root, "status", "--porcelain") == ""
+    make(root)
+    assert [path.name for path in (root / "data/prepared/media").iterdir()] == ["golden.tar"]
+    assert training_ids(root) == ids(FIRST)

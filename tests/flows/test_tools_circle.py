@@ -6,27 +6,19 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import openai
 import pytest
-from served import digest, put_in_charge, wait_for
-from servers import serving
+from served import serving_candidate
 from stages import Ran, run_stages
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, Message, ToolCall, read_examples, to_openai
-from ratchet.engines import make_engine
 from ratchet.evaluation.metrics import ROW_METRICS
 from ratchet.files import write_json
-from ratchet.gateway.app import create_app
-from ratchet.gateway.routing import Fleet
-from ratchet.monitoring.request_log import open_log
-from ratchet.serving.bundle import SERVING
 from tasks.base import make_base
 from tasks.ingest import add_batch, pull
 
@@ -134,21 +126,6 @@ def make_config(place: Path) -> Config:
     )
 
 
-@contextmanager
-def gateway_of(root: Path, candidate: Path, base: Path, config: Config) -> Iterator[openai.OpenAI]:
-    put_in_charge(root, 1)
-    served = root / SERVING / f"v1-{digest(1)[:12]}"
-    shutil.copytree(base, root / SERVING / "bases/base", dirs_exist_ok=True)
-    shutil.copytree(candidate, served / "adapter", dirs_exist_ok=True)
-    settings = {"max_new_tokens": config.evaluate.max_new_tokens, "max_length": 384}
-    write_json(served / "serving.json", {"commit": "0" * 40, "base": "base"} | settings)
-    engine, log = make_engine(config), open_log(root, config)
-    app = create_app(root, config, engine, fleet := Fleet(root, config, engine), log)
-    with serving(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        wait_for(lambda: fleet.table.champion == 1)
-        yield client
-
-
 @pytest.fixture(scope="module")
 def circle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Circle]:
     place = tmp_path_factory.mktemp("tools")
@@ -162,7 +139,7 @@ def circle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Circle]:
     make_base(base, config)
     ran = run_stages(place, base, nobody, config)
     test = list(read_examples(place / "prepared/test.jsonl"))
-    with gateway_of(place / "served", ran.candidate, base, config) as client:
+    with serving_candidate(place / "served", ran.candidate, base, config) as client:
         yield Circle(client, test, ran)
 
 

@@ -323,7 +323,7 @@ def test_a_conversation_is_sent_whole_in_the_input(gateway, client):
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
             "input[0].content[0]",
-            "'input_image'",
+            "nothing is fetched from elsewhere",
         ),
         ({"input": [{"type": "reasoning", "summary": []}]}, "input[0]", "of type 'reasoning'"),
         (

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ratchet.config.serving import GatewayConfig
+from ratchet.data.examples import MEDIA_MARK, to_openai
 from ratchet.errors import BusyError, DataError, ServiceError, UserError
 from ratchet.serving.engine import Ask, Ended, JsonForm, Piece, Scored
 from ratchet.serving.faults import Fault, to_fault
@@ -22,7 +26,21 @@ from ratchet.serving.protocol import (
     parse_feedback,
 )
 
-LIMITS = GatewayConfig(max_messages=3, max_tokens=64)
+LIMITS = GatewayConfig(max_messages=3, max_tokens=64, max_pictures=2)
+
+
+def draw() -> bytes:
+    stored = io.BytesIO()
+    Image.linear_gradient("L").resize((40, 30)).convert("RGB").save(stored, "PNG")
+    return stored.getvalue()
+
+
+def shown(data: bytes = b"", url: str = "") -> dict[str, Any]:
+    url = url or f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+PICTURE = draw()
 
 
 def body(**fields: Any) -> bytes:
@@ -49,6 +67,22 @@ def test_what_is_left_out_is_left_to_the_version():
     assert ask.version == 3 and [(message.role, message.content) for message in ask.messages] == [
         ("user", "hello")
     ]
+
+
+def test_pictures_stand_in_the_text_at_their_place_and_marks_of_the_clients_own_go():
+    parts = [
+        {"type": "text", "text": "before\ufffc"},
+        shown(PICTURE),
+        {"type": "text", "text": "one"},
+        {"type": "text", "text": "two"},
+    ]
+    ask = parse(messages=[{"role": "user", "content": parts}]).ask("chatcmpl-1", 3)
+    (message,) = ask.messages
+    assert message.content == f"before{MEDIA_MARK}one\ntwo"
+    assert {name: ask.media[name] for name in message.media} == ask.media and len(message.media) == 1
+    again = parse(messages=to_openai([message], ask.media)).ask("chatcmpl-2", 3)
+    assert (again.messages, again.media) == (ask.messages, ask.media)
+    assert parse(messages=[{"role": "user", "content": "a\ufffcb"}]).messages[0].content == "ab"
 
 
 def test_what_is_asked_for_arrives():
@@ -189,9 +223,34 @@ def test_what_is_not_supported_is_named(field, value):
             "names no function",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
             "messages[0].content[0]",
-            "'image_url'",
+            "'input_audio'",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [shown(PICTURE)]}]},
+            "messages[0].content[0]",
+            "in users' messages",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [shown(url="https://example.org/a.png")]}]},
+            "messages[0].content[0]",
+            "nothing is fetched from elsewhere",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [shown(b"no picture")]}]},
+            "messages[0].content[0]",
+            "send a PNG or JPEG",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [shown(PICTURE[:-20])]}]},
+            "messages[0].content[0]",
+            "send a PNG or JPEG",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [shown(PICTURE)] * 3}]},
+            "messages[0].content[2]",
+            "one picture too many",
         ),
         ({"messages": [{"role": "user", "content": "a\0b"}]}, "messages[0].content", "NUL character at 1"),
         ({"user": "a\0"}, "user", "NUL"),

@@ -122,7 +122,7 @@ REJECTED = {
     "inst-in-code.jsonl": "control_token",
     "latin1.jsonl": "invalid_utf8",
     "nan.jsonl": "not_finite",
-    "oai-image.jsonl": "media",
+    "oai-image.jsonl": "media_type",
     "oai-null.jsonl": "no_answer",
     "sharegpt-endhuman.jsonl": "no_answer",
     "sharegpt-gptfirst.jsonl": "turn_order",

@@ -217,8 +217,8 @@ def office(inside: str) -> bytes:
 @pytest.mark.parametrize(
     ("content", "seen", "helps"),
     [
-        (b"\x89PNG\r\n\x1a\n" + bytes(100), "a picture (PNG)", "rows of text"),
-        (b"\xff\xd8\xff\xe0" + bytes(100), "a picture (JPEG)", "rows of text"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "a picture (PNG)", "file of the rows"),
+        (b"\xff\xd8\xff\xe0" + bytes(100), "a picture (JPEG)", "file of the rows"),
         (b"FEA1" + bytes(100), "Feather file of version 1", "Parquet"),
         (b"%PDF-1.7\n1 0 obj\n", "a PDF", "ratchet synthesize"),
         (office("xl/workbook.xml"), "an Excel workbook", "CSV"),
@@ -372,11 +372,11 @@ def test_fields_that_arrow_fills_with_null_are_absent(tmp_path):
 
 
 def test_a_column_of_bytes_is_refused_and_can_be_left_out(tmp_path):
-    parquet.write_table(pa.table({"text": ["a"], "label": ["b"], "image": [b"\x89PNG"]}), tmp_path / "rows")
-    assert "column 'image' holds bytes" in refused(tmp_path / "rows")
+    parquet.write_table(pa.table({"text": ["a"], "label": ["b"], "sound": [b"ID3"]}), tmp_path / "rows")
+    assert "column 'sound' holds bytes" in refused(tmp_path / "rows")
     pulled = pull(CONFIG, path=str(tmp_path / "rows"), columns={"prompt": "text", "completion": "label"})
     assert pulled.lines == [b'{"prompt": "a", "completion": "b"}']
-    assert len(pulled.said) == 1 and pulled.said[0].endswith("left out: image")
+    assert len(pulled.said) == 1 and pulled.said[0].endswith("left out: sound")
 
 
 def test_what_is_wrong_with_a_row_of_an_array_is_left_for_preparation_to_see(tmp_path):

@@ -1,0 +1,279 @@
+"""Take in the pictures that rows refer to: each reference becomes `media:NAME`, the bytes go into a spool.
+
+A picture that cannot be taken becomes `media-error:REASON:message`, so that preparation rejects and counts
+its row. Read are files under the folder of the rows' file, data URIs, base64, and bytes of Parquet and Arrow.
+Nothing is fetched from an address, and no path leads out of the folder, by a symlink either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ratchet.config.data import MediaConfig
+from ratchet.data.examples import MEDIA, MEDIA_ERROR, MEDIA_NAME, RawRow, RowError
+from ratchet.data.forms import FORMS, MEDIA_KEYS, PICTURE_PARTS, recognise_form
+from ratchet.data.media import MediaStore, Spool, from_base64, from_uri, read_picture
+from ratchet.sources.streams import WEB
+
+MOST_LINE = 2**27  # bytes of a line whose pictures stand in it as base64
+HINT = re.compile(rb';base64,|"(?:image|img|picture|photo|input_image|file_name)[a-z_]*"')
+PICTURE_FILE = re.compile(r"\.(?:png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: `C:` is a drive
+PICTURE_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")  # how formats begin
+LEAST_BASE64 = 100  # characters; a shorter text is a path
+TALKS = ("messages", "conversations", "conversation", "prompt", "chosen", "rejected")
+TALKS_OF_OPENAI = ("preferred_output", "non_preferred_output")
+HELD = ("image_url", "image", "url", "path", "base64", "data", "source")  # keys of a part with its picture
+SHOWN = 80  # characters of a path in a message
+ReadFile = Callable[[str], bytes]
+
+
+class Pictures:
+    """The pictures of one ingest; `refused` counts references by the reason why none could be taken."""
+
+    def __init__(self, limits: MediaConfig, root: Path | None = None) -> None:
+        self.spool, self.refused = Spool(), Counter[str]()
+        self.limits = limits
+        self._folder = (root or Path()) / limits.folder if limits.folder else None
+        self._known: dict[bytes, str] = {}  # sha256 of a picture as it was found → what its reference became
+
+    def beside(self, fs: Any, path: str) -> Rows:
+        """Return what reads the pictures of the rows of a file, from the file's folder."""
+        parent = path.rpartition("/")[0]
+        kinds = (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+        if self._folder is not None:
+            return Rows(self, local_reader(self._folder, self.limits))
+        if "file" in kinds:
+            shards = MediaStore([Path(path).with_suffix(".tar")])
+            return Rows(self, local_reader(Path(parent or "/"), self.limits), shards)
+        return Rows(self, None if set(kinds) & set(WEB) else remote_reader(fs, parent, self.limits))
+
+    def without_file(self) -> Rows:
+        """Return what reads the pictures of rows that stand in no file, such as those of a database."""
+        return Rows(self, local_reader(self._folder, self.limits) if self._folder is not None else None)
+
+    def take(self, data: bytes) -> str:
+        """Keep a picture, and return its reference. Raises RowError."""
+        key = hashlib.sha256(data).digest()
+        if key not in self._known:
+            try:
+                picture = read_picture(data, self.limits)
+                self.spool.add(picture)
+                self._known[key] = MEDIA + picture.name
+            except RowError as error:
+                self._known[key] = MEDIA_ERROR + f"{error.reason}:{error}"
+        if (found := self._known[key]).startswith(MEDIA_ERROR):
+            reason, _, message = found.removeprefix(MEDIA_ERROR).partition(":")
+            raise RowError(reason, message)
+        return found
+
+    def tell(self) -> tuple[str, ...]:
+        """Say how many pictures there are, how large, what was changed, and which were refused."""
+        said = list[str]()
+        if sizes := self.spool.sizes.values():
+            small, large = (least(sizes, key=lambda size: size[0] * size[1]) for least in (min, max))
+            said.append(f"{len(sizes)} different pictures of {_pixels(small)} to {_pixels(large)} pixels")
+        if self.spool.changed:
+            said.append(f"changed: {_counted(self.spool.changed)}")
+        if self.refused:
+            said.append(f"not taken: {_counted(self.refused)}")
+        return (f"pictures: {'; '.join(said)}",) if said else ()
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+class Rows:
+    """Replaces the references in the rows of one file; `read` reads a path under its folder."""
+
+    def __init__(
+        self, pictures: Pictures, read: ReadFile | None, shards: Mapping[str, bytes] | None = None
+    ) -> None:
+        self._pictures, self._read, self._shards = pictures, read, shards or {}
+
+    def take(self, row: RawRow) -> RawRow:
+        """Return the row with its references replaced; a row that shows no picture is returned as it is."""
+        named = row.get("file_name")  # as `datasets` names the picture in the metadata of a folder
+        if isinstance(named, str) and PICTURE_FILE.search(named) and row.keys().isdisjoint(MEDIA_KEYS):
+            row = {"image": named, **{key: value for key, value in row.items() if key != "file_name"}}
+        changed = {key: self._replace(row[key]) for key in MEDIA_KEYS if row.get(key) not in (None, "", [])}
+        for key in (*TALKS, *TALKS_OF_OPENAI):
+            if isinstance(turns := row.get(key), list) and (new := self._turns(turns)) is not turns:
+                changed[key] = new
+        given = row.get("input")
+        if isinstance(given, dict) and isinstance(asked := given.get("messages"), list):
+            new = self._turns(asked)
+            changed |= {"input": {**given, "messages": new}} if new is not asked else {}
+        return _lift({**row, **changed}) if changed else row
+
+    def _turns(self, turns: list[Any]) -> list[Any]:
+        new = [self._turn(turn) for turn in turns]
+        return turns if all(one is other for one, other in zip(new, turns, strict=True)) else new
+
+    def _turn(self, turn: Any) -> Any:
+        if not isinstance(turn, dict):
+            return turn
+        changed = {key: self._replace(turn[key]) for key in ("image", "images") if turn.get(key)}
+        key = "content" if "content" in turn else "value"
+        if isinstance(parts := turn.get(key), list) and any(map(_is_picture, parts)):
+            changed[key] = [self._part(part) if _is_picture(part) else part for part in parts]
+        return {**turn, **changed} if changed else turn
+
+    def _part(self, part: dict[str, Any]) -> dict[str, Any]:
+        """Replace the reference of a part; a part without one shows a picture that stands beside it."""
+        key = next((key for key in HELD if part.get(key) not in (None, "")), None)
+        if key is None:
+            return part
+        given = part[key]
+        if key in ("base64", "data", "source"):
+            rest = {name: value for name, value in part.items() if name not in HELD}
+            held = given if isinstance(given, dict) else {"base64": given}
+            return {**rest, "type": "image", "image": self.refer(held)}
+        if key == "image_url" and isinstance(given, dict):
+            return {**part, key: {**given, "url": self.refer(given)}}
+        return {**part, key: self._replace(given)}
+
+    def _replace(self, value: Any) -> Any:
+        if isinstance(value, str) and value.lstrip().startswith("["):  # a list in the cell of a table
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                return self.refer(value)
+        return [self.refer(one) for one in value] if isinstance(value, list) else self.refer(value)
+
+    def refer(self, value: Any) -> str:
+        """Take a picture, and return its reference, or why it could not be taken."""
+        try:
+            found = self._find(value)
+            return found if isinstance(found, str) else self._pictures.take(found)
+        except RowError as error:
+            self._pictures.refused[error.reason] += 1
+            return f"{MEDIA_ERROR}{error.reason}:{error}"
+
+    def _find(self, value: Any) -> bytes | str:
+        """Return the picture's bytes as they stand, or an error that is known. Raises RowError."""
+        if isinstance(value, dict):
+            keys = ("bytes", "base64", "data", "url", "path", "image")
+            key = next((key for key in keys if value.get(key) not in (None, "", b"")), "")
+            value = value.get(key)
+            if key in ("base64", "data") and isinstance(value, str) and value[:5].lower() != "data:":
+                return from_base64(value)
+        if isinstance(value, bytes | bytearray | memoryview):
+            return bytes(value)
+        if not isinstance(value, str):
+            raise RowError(
+                "media_type", f"a {type(value).__name__} in place of a picture; wanted a path or its bytes"
+            )
+        if value.startswith(MEDIA_ERROR):
+            return value
+        if value.startswith(MEDIA) and MEDIA_NAME.fullmatch(name := value.removeprefix(MEDIA)):
+            if name not in self._shards:
+                raise RowError("media_missing", f"no tar beside the file holds the picture {name[:12]}…")
+            return self._shards[name]
+        if value[:5].lower() == "data:":
+            return from_uri(value)
+        if len(value) >= LEAST_BASE64 and value.startswith(PICTURE_BASE64):
+            return from_base64(value)
+        return self._from_path(value.strip())
+
+    def _from_path(self, path: str) -> bytes:
+        if SCHEME.match(path) or path.startswith("//"):
+            raise RowError(
+                "media_url",
+                f"the picture stands at an address ({path.partition(':')[0][:20]}:…); `ingest.media.hosts` "
+                f"is {self._pictures.limits.hosts}, so nothing is fetched: put the files beside the rows",
+            )
+        posix = path.replace("\\", "/")
+        parts = PurePosixPath(posix).parts
+        if not parts or posix.startswith("/") or posix[1:2] == ":" or ".." in parts or "\x00" in path:
+            raise RowError(
+                "media_path",
+                f"the path {path[:SHOWN]!r} leads out of the folder of the rows; wanted a path under it "
+                "(`ingest.media.folder` names another folder)",
+            )
+        if self._read is None:
+            raise RowError(
+                "media_path",
+                f"the rows stand in no folder that can hold {path[:SHOWN]!r} (`ingest.media.folder`)",
+            )
+        return self._read(str(PurePosixPath(*parts)))
+
+
+def _is_picture(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in PICTURE_PARTS
+
+
+def _lift(row: RawRow) -> RawRow:
+    """Bring the texts beside a picture into a form: an object such as `text_qa_pair`, or a list of pairs."""
+    try:
+        recognise_form(row)
+    except RowError:
+        pairs = row.get("texts")
+        if isinstance(pairs, list) and pairs and all(map(_is_pair, pairs)):  # as of the Cauldron
+            turns = [
+                {"role": role, "content": pair[role]} for pair in pairs for role in ("user", "assistant")
+            ]
+            return {**{key: value for key, value in row.items() if key != "texts"}, "messages": turns}
+        starts = frozenset[str]().union(*(form.starts for form in FORMS.values()))
+        inner = [key for key, value in row.items() if isinstance(value, dict) and starts & value.keys()]
+        if len(inner) == 1 and not row.keys() & row[inner[0]].keys():
+            texts: RawRow = row[inner[0]]
+            return {key: value for key, value in row.items() if key != inner[0]} | texts
+    return row
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, dict) and {"user", "assistant"} <= pair.keys() <= {"user", "assistant", "source"}
+
+
+def local_reader(folder: Path, limits: MediaConfig) -> ReadFile:
+    """Return a function that reads a file under `folder`, and raises RowError for any other."""
+    top = folder.resolve()
+
+    def read(path: str) -> bytes:
+        missing = RowError("media_missing", f"there is no file {path[:SHOWN]!r} that can be read")
+        try:
+            place = (folder / path).resolve(strict=True)
+        except (OSError, RuntimeError, ValueError):
+            raise missing from None
+        if not place.is_relative_to(top):
+            raise RowError(
+                "media_path", f"{path[:SHOWN]!r} is a link that leads out of the folder of the rows"
+            )
+        try:
+            # The place was resolved, so a link that is there now was put there since.
+            number = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            raise missing from None
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            os.close(number)
+            raise RowError("media_missing", f"{path[:SHOWN]!r} is no file")
+        with os.fdopen(number, "rb") as file:
+            return file.read(limits.max_bytes + 1)
+
+    return read
+
+
+def remote_reader(fs: Any, folder: str, limits: MediaConfig) -> ReadFile:
+    """Return a function that reads a file under a folder of fsspec's, such as `s3://…`."""
+
+    def read(path: str) -> bytes:
+        try:
+            return bytes(fs.cat_file(f"{folder}/{path}", start=0, end=limits.max_bytes + 1))
+        except OSError:
+            raise RowError("media_missing", f"there is no file {path[:SHOWN]!r} that can be read") from None
+
+    return read

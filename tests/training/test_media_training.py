@@ -1,0 +1,388 @@
+"""Rows with pictures are trained like any other: whole, alone in their windows, repeatable to the byte."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pytest
+import torch
+from media_models import FAMILIES, make_llava, make_rows, name_of, picture, write_prepared, write_shard
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+
+from ratchet.config.data import TokenizeConfig
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig, BaseConfig, TrainConfig
+from ratchet.data.examples import MEDIA_MARK, Example, Message, make_example
+from ratchet.data.media import MediaStore
+from ratchet.errors import DataError
+from ratchet.files import read_json, sha256_file
+from ratchet.models.adapters import load_trainable, load_trained
+from ratchet.models.cache import logits_at
+from ratchet.models.chat_template import ChatFormat, Encoded
+from ratchet.models.generation import Inputs
+from ratchet.models.loading import load_base, load_chat
+from ratchet.training.checkpoints import Checkpoints
+from ratchet.training.collation import RowCollator, make_batches
+from ratchet.training.estimate import shapes
+from ratchet.training.loss import AnswerLoss, answer_logprobs
+from ratchet.training.packing import (
+    IGNORED,
+    Role,
+    Unit,
+    Window,
+    pack,
+    pack_units,
+    read_windows,
+    rows_of,
+    write_windows,
+)
+from ratchet.training.schedule import Schedule
+from ratchet.training.state import trainable
+from ratchet.training.trainer import fit
+from tasks.base import make_base
+from tasks.tokenize import tokenize
+from tasks.train import train
+
+ROWS, PICTURES = make_rows(60)
+SCHEDULE = Schedule(
+    steps=8,
+    batch_windows=2,
+    accumulate=1,
+    learning_rate=1e-2,
+    kind="cosine",
+    warmup_share=0.1,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    evaluations=4,
+    patience=9,
+    seed=7,
+)
+
+
+def config_for(model: Path, **train: Any) -> Config:
+    return Config(
+        base=BaseConfig(model=str(model)),
+        train=TrainConfig(**{"epochs": 1.0, "evaluations": 2, "learning_rate": 1e-2, **train}),
+        adapter=AdapterConfig(rank=4, alpha=8.0),
+    )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp(request.param)
+    make_base(home / "base", config_for(FAMILIES[request.param](home / "model")))
+    return home / "base"
+
+
+class Made(NamedTuple):
+    """A project of rows with pictures up to its tokens."""
+
+    base: Path
+    prepared: Path
+    tokens: Path
+    nobody: Path
+    config: Config
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, nobody: Path) -> Made:
+    home = tmp_path_factory.mktemp("pictures")
+    config = config_for(make_llava(home / "model"))
+    make_base(home / "base", config)
+    prepared = write_prepared(home / "prepared", ROWS, PICTURES)
+    tokenize(prepared, home / "base", nobody, home / "tokens", config)
+    return Made(home / "base", prepared, home / "tokens", nobody, config)
+
+
+def inputs_of(base: Path, media: Mapping[str, bytes] = PICTURES) -> Inputs:
+    return load_chat(base, media).inputs
+
+
+# --- windows ---
+
+
+def test_a_window_with_pictures_holds_one_row() -> None:
+    rows = [
+        Encoded([1] * size, [True] * size, ("a.png",) * shown) for size, shown in ((5, 1), (4, 0), (3, 0))
+    ]
+    rows.append(Encoded([1] * 7, [True] * 7, ("a.png", "b.jpg")))
+    windows = pack(rows, 16)
+    assert [(len(window.input_ids), tuple(window.media)) for window in windows] == [
+        (7, ("a.png", "b.jpg")),
+        (5, ("a.png",)),
+        (7, ()),
+    ]
+    assert [len(rows_of(window)) for window in windows] == [1, 1, 2]
+    with pytest.raises(ValueError, match="7 tokens, the window holds 6"):
+        pack(rows, 6)
+
+
+def test_compared_rows_both_show_the_pictures() -> None:
+    pair = [Encoded([1] * 4, [True] * 4, ("a.png",)), Encoded([2] * 4, [True] * 4, ("a.png",))]
+    (window,) = pack_units([Unit(pair, [Role.CHOSEN, Role.REJECTED])], 8)
+    assert [tuple(row.media) for row in rows_of(window)] == [("a.png",), ("a.png",)]
+
+
+def test_names_come_back_from_the_file_and_text_has_no_column_for_them(tmp_path: Path) -> None:
+    text = Window([1, 2], [IGNORED, 2], [0, 1])
+    windows = [text, text._replace(media=["a.png"])]
+    write_windows(tmp_path / "shown.arrow", windows)
+    assert [tuple(window.media) for window in read_windows(tmp_path / "shown.arrow")] == [(), ("a.png",)]
+    write_windows(tmp_path / "text.arrow", [text])
+    with pa.memory_map(str(tmp_path / "text.arrow")) as source:
+        names = pa.ipc.open_file(source).schema.names
+    assert names == ["input_ids", "labels", "position_ids"]
+
+
+# --- tokens ---
+
+
+def test_tokens_bring_the_pictures_that_training_needs(made: Made) -> None:
+    windows = [
+        window for split in ("train", "validation") for window in read_windows(made.tokens / f"{split}.arrow")
+    ]
+    named = {name for window in windows for name in window.media}
+    store = MediaStore.read(made.tokens / "media")
+    assert named
+    assert {name: store[name] for name in named} == {name: PICTURES[name] for name in named}
+    learned = sum(
+        bool(example.media) for number, example in enumerate(ROWS) if number % 10 == 0 or number % 12 != 1
+    )
+    assert sum(bool(window.media) for window in windows) == learned
+    assert read_json(made.tokens / "profile.json")["rejected"] == {}
+
+
+def test_only_shards_with_pictures_of_learned_rows_are_copied(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.prepared, tmp_path / "prepared")
+    shutil.copyfile(made.prepared / "media/batch.tar", tmp_path / "prepared/media/other.tar")
+    other = {name_of(stored): stored for stored in (picture(77), picture(78))}
+    write_shard(tmp_path / "prepared/media", other, "unseen")
+    tokenize(tmp_path / "prepared", made.base, made.nobody, tmp_path / "tokens", made.config)
+    assert [path.name for path in sorted((tmp_path / "tokens/media").iterdir())] == ["batch.tar", "other.tar"]
+    for split in ("train", "validation"):
+        assert sha256_file(tmp_path / f"tokens/{split}.arrow") == sha256_file(made.tokens / f"{split}.arrow")
+
+
+def test_rows_of_text_leave_no_folder_of_pictures(made: Made, tmp_path: Path) -> None:
+    texts = [example for example in make_rows(200, seed=4)[0] if not example.media]
+    write_prepared(tmp_path / "prepared", texts, {})
+    tokenize(tmp_path / "prepared", made.base, made.nobody, tmp_path / "tokens", made.config)
+    assert not (tmp_path / "tokens/media").exists()
+    assert read_json(tmp_path / "tokens/profile.json")["train"]["rows"] > 20
+
+
+def test_a_row_whose_pictures_make_it_too_long_is_rejected_and_counted(made: Made, tmp_path: Path) -> None:
+    chat = load_chat(made.base)
+    many = [picture(number) for number in range(40)]  # four tokens each
+    asked = Message("user", MEDIA_MARK * 40 + "What?", media=tuple(map(name_of, many)))
+    long = make_example([asked, Message("assistant", "It is red.")], {"batch": "b1.jsonl", "source": "made"})
+    shown = PICTURES | {name_of(stored): stored for stored in many}
+    write_prepared(tmp_path / "prepared", [*ROWS, *ROWS[:2], long], shown)
+    config = made.config.model_copy(update={"tokenize": TokenizeConfig(max_length=128, window=128)})
+    profile = tokenize(tmp_path / "prepared", made.base, made.nobody, tmp_path / "tokens", config)
+    assert profile.rejected == {"train": 1}
+    (line,) = (tmp_path / "tokens/rejected.jsonl").read_text().splitlines()
+    assert long.id in line
+    assert '"too_long"' in line
+    assert f"{len(chat.showing(shown).encode(long).ids)} tokens" in line
+    image = chat.processor.image_id if chat.processor else -1
+    for window in read_windows(tmp_path / "tokens/train.arrow"):
+        assert window.input_ids.count(image) == 4 * len(window.media)
+
+
+def test_a_picture_that_preparation_lost_is_named(made: Made, tmp_path: Path) -> None:
+    write_prepared(tmp_path / "prepared", ROWS, {})
+    with pytest.raises(DataError, match=r"[0-9a-f]{64}\.(png|jpg)"):
+        tokenize(tmp_path / "prepared", made.base, made.nobody, tmp_path / "tokens", made.config)
+    assert not (tmp_path / "tokens").exists()
+
+
+# --- the loss ---
+
+
+def rows_for(chat: ChatFormat, examples: list[Example]) -> list[Window]:
+    return [
+        row
+        for window in pack([chat.showing(PICTURES).encode(row) for row in examples], 2048)
+        for row in rows_of(window)
+    ]
+
+
+def logprobs(model: Any, rows: list[Window], inputs: Inputs) -> torch.Tensor:
+    batch = RowCollator(0, inputs)([rows])
+    predict = partial(logits_at, model, model.get_output_embeddings(), batch)
+    with torch.no_grad():
+        return answer_logprobs(batch, predict)[0]
+
+
+def test_a_row_loses_the_same_alone_and_in_a_batch(base: Path) -> None:
+    model, inputs = load_base(base).float().eval(), inputs_of(base)
+    rows = rows_for(load_chat(base), ROWS[:16])
+    assert {len(row.media) for row in rows} == {0, 1, 2, 3}
+    together = logprobs(model, rows, inputs)
+    alone = torch.cat([logprobs(model, [row], inputs) for row in rows])
+    tokens = torch.tensor([sum(label != IGNORED for label in row.labels) for row in rows])
+    assert ((together - alone) / tokens).abs().max() < 1e-5
+
+
+def test_the_loss_depends_on_the_picture_and_covers_only_answers(base: Path) -> None:
+    chat = load_chat(base)
+    model, inputs = load_base(base).float().eval(), inputs_of(base)
+    assert chat.processor
+    example = next(example for example in ROWS if len(example.media) == 1)
+    (row,) = rows_for(chat, [example])
+    (name,) = row.media
+    other = inputs_of(base, {name: _inverted(PICTURES[name])})
+    assert not torch.equal(logprobs(model, [row], inputs), logprobs(model, [row], other))
+    places = [place for place, id in enumerate(row.input_ids) if id == chat.processor.image_id]
+    assert places
+    assert {row.labels[place] for place in places} == {IGNORED}
+    answers = [message.content for message in example.messages if message.role == "assistant"]
+    learned = chat.tokenizer.decode([label for label in row.labels if label != IGNORED])
+    assert learned == "".join(f"{answer}<|end|>" for answer in answers)
+
+
+def _inverted(stored: bytes) -> bytes:
+    target = io.BytesIO()
+    with Image.open(io.BytesIO(stored)) as opened:
+        ImageOps.invert(opened.convert("RGB")).save(target, "PNG")
+    return target.getvalue()
+
+
+# --- training ---
+
+
+def test_the_same_rows_and_pictures_give_the_same_version(made: Made, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        home = tmp_path / name
+        figures = train(
+            made.tokens, made.base, made.nobody, home / "candidate", home / "reports", made.config
+        )
+        assert figures["best_validation_loss"] is not None
+        assert figures["trainable_weights"] > 0
+    for path in sorted((tmp_path / "one/candidate").iterdir()):
+        assert path.read_bytes() == (tmp_path / "two/candidate" / path.name).read_bytes(), path.name
+    manifest = read_json(tmp_path / "one/candidate/manifest.json")
+    of_base = read_json(made.base / "manifest.json")["files"]
+    assert manifest["files"]["processor_config.json"] == of_base["processor_config.json"]
+    weights = load_file(tmp_path / "one/candidate/adapter_model.safetensors")
+    assert {name.split(".")[3] for name in weights} == {"language_model"}
+    assert any("gate_proj" in name for name in weights)
+    trained = load_trained(made.base, tmp_path / "one/candidate").eval()
+    rows, inputs = rows_for(load_chat(tmp_path / "one/candidate"), ROWS[:8]), inputs_of(made.base)
+    before = logprobs(load_base(made.base).eval(), rows, inputs).sum()
+    assert logprobs(trained, rows, inputs).sum() > before
+
+
+def test_full_leaves_tower_and_projector_as_they_are(made: Made, tmp_path: Path) -> None:
+    adapter = AdapterConfig(method="full")
+    config = made.config.model_copy(update={"adapter": adapter})
+    train(made.tokens, made.base, made.nobody, tmp_path / "candidate", tmp_path / "reports", config)
+    before = load_file(made.base / "model.safetensors")
+    after = load_file(tmp_path / "candidate/model.safetensors")
+    assert before.keys() == after.keys()
+    moved = {name for name, weight in before.items() if not torch.equal(weight.float(), after[name].float())}
+    assert moved
+    assert all("vision_tower" not in name and "multi_modal" not in name for name in moved)
+    rows = rows_for(load_chat(tmp_path / "candidate"), ROWS[:8])
+    trained = load_trained(made.base, tmp_path / "candidate").eval()
+    assert logprobs(trained, rows, inputs_of(made.base)).isfinite().all()
+
+
+def test_which_of_two_answers_is_better_is_learned_with_pictures(made: Made, tmp_path: Path) -> None:
+    judged = [
+        make_example(row.messages, row.meta, rejected=Message("assistant", "nothing at all")) for row in ROWS
+    ]
+    write_prepared(tmp_path / "prepared", judged, PICTURES)
+    config = made.config.model_copy(
+        update={"train": made.config.train.model_copy(update={"objective": "dpo"})}
+    )
+    tokenize(tmp_path / "prepared", made.base, made.nobody, tmp_path / "tokens", config)
+    figures = train(
+        tmp_path / "tokens", made.base, made.nobody, tmp_path / "candidate", tmp_path / "reports", config
+    )
+    assert figures["best_validation_loss"] is not None
+    assert figures["best_validation_loss"] < 20
+
+
+class Killed(BaseException):
+    """In place of a kill: nothing of ours may catch it and tidy up."""
+
+
+class Curve:
+    def __init__(self, die_at: int | None = None) -> None:
+        self.points: list[dict[str, Any]] = []
+        self._die_at = die_at
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        if step == self._die_at:
+            raise Killed
+        self.points.append({"step": step, **values})
+
+    def restore(self, points: list[dict[str, Any]]) -> None:
+        self.points = list(points)
+
+
+def go(base: Path, windows: list[Window], curve: Curve, checkpoints: Checkpoints | None) -> dict[str, Any]:
+    model = load_trainable(base, None, AdapterConfig(rank=4, alpha=8.0, dropout=0.1), seed=1)
+    saved = checkpoints.newest(curve.restore) if checkpoints else None
+    fit(
+        model,
+        windows[:16],
+        windows[16:20],
+        SCHEDULE,
+        loss=AnswerLoss(),
+        pad_id=0,
+        report=curve.add,
+        apart=True,
+        inputs=inputs_of(base),
+        checkpoints=checkpoints,
+        saved=saved,
+    )
+    return {"from": saved.step if saved else 0} | {
+        name: weight.clone() for name, weight in trainable(model).items()
+    }
+
+
+@pytest.mark.parametrize("die_at", [3, 6])
+def test_a_training_that_was_killed_ends_in_the_same_weights(die_at: int, base: Path, tmp_path: Path) -> None:
+    windows = rows_for(load_chat(base), ROWS[:20])
+    whole, first, second = Curve(), Curve(die_at), Curve()
+    wanted = go(base, windows, whole, None)
+
+    def checkpoints(curve: Curve) -> Checkpoints:
+        return Checkpoints(tmp_path, "key", {}, minutes=0.0, curve=lambda: curve.points)
+
+    with pytest.raises(Killed):
+        go(base, windows, first, checkpoints(first))
+    found = go(base, windows, second, checkpoints(second))
+    assert 0 < found.pop("from") < die_at
+    assert wanted.pop("from") == 0
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert torch.equal(found[name], weight), name
+    assert second.points == whole.points
+
+
+def test_a_plan_counts_the_batches_of_rows_with_pictures(made: Made) -> None:
+    windows = read_windows(made.tokens / "train.arrow")
+    batches = make_batches(windows, [], 4, accumulate=1, pad_id=0, apart=False, inputs=inputs_of(made.base))
+    seen = [tuple(batches.collate([group])["input_ids"].shape) for group in batches.train]
+    assert shapes(windows, 4, apart=False) == seen
+    assert len(windows[0].input_ids) == max(len(row.input_ids) for row in windows if row.media)
+
+
+def test_windows_with_pictures_are_batched_as_rows(made: Made) -> None:
+    windows = read_windows(made.tokens / "train.arrow")
+    batches = make_batches(windows, [], 4, accumulate=1, pad_id=0, apart=False, inputs=inputs_of(made.base))
+    assert sum(len(group) for group in batches.train) == sum(len(rows_of(window)) for window in windows)
+    batch = batches.collate(batches.train[:1])
+    assert batch["pixel_values"].shape[0] == sum(len(row.media) for row in batches.train[0])
+    assert "position_ids" not in batch
