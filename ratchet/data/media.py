@@ -327,6 +327,15 @@ def size_of(data: bytes) -> tuple[int, int]:
         return image.size
 
 
+def shrink(data: bytes, side: int) -> bytes:
+    """Return a stored picture as a JPEG whose sides have at most `side` pixels."""
+    stored = io.BytesIO()
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        image.thumbnail((side, side))
+        image.convert("RGB").save(stored, "JPEG", quality=90)
+    return stored.getvalue()
+
+
 # --- many pictures ------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from ratchet.data.examples import data_uri
+from ratchet.data.media import MediaStore, shrink
 from ratchet.errors import ServiceError, UserError
 from ratchet.gateway.limits import read_body
 from ratchet.gateway.state import Parts
@@ -24,6 +26,7 @@ from ratchet.review.records import Decision, DraftFigures, Item, split_answer, w
 from ratchet.serving.faults import Fault
 
 PATH = "/review"
+SIDE = 1024  # pixels of a picture on the page, at most
 
 
 class Word(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,7 +119,7 @@ def _answer(root: Path, said: Word) -> dict[str, Any]:
         drafts = [] if item else [_describe(draft) for draft in queue.drafts()]
         return {
             "waiting": queue.waiting(said.draft),
-            "item": _show(item) if item else None,
+            "item": _show(item, root) if item else None,
             "note": note,
             "kept": not note,
             "drafts": drafts,
@@ -155,15 +158,21 @@ def _undo(queue: ReviewQueue, said: Word) -> tuple[str, Item | None]:
     return "", entry.item
 
 
-def _show(item: Item) -> dict[str, Any]:
+def _show(item: Item, root: Path) -> dict[str, Any]:
     before, answer = split_answer(item.messages)
+    shown = any(turn.media for turn in before)
+    pictures = MediaStore(sorted((root / "data/raw").glob("*.tar"))) if shown else MediaStore()
     meta = [
         item.draft,
         item.kind,
         item.id[:12],
         *(f"{key}: {value}" for key, value in item.meta.items() if value not in (None, "")),
     ]
-    turns = [{"role": turn.role, "content": turn.content} for turn in before]
+    turns = [
+        {"role": turn.role, "content": turn.content}
+        | ({"pictures": [_picture(name, pictures) for name in turn.media]} if turn.media else {})
+        for turn in before
+    ]
     return {
         "id": item.id,
         "draft": item.draft,
@@ -173,6 +182,11 @@ def _show(item: Item) -> dict[str, Any]:
         "doubts": list(item.doubts),
         "meta": " · ".join(meta),
     }
+
+
+def _picture(name: str, pictures: MediaStore) -> str:
+    """Return a picture as a data URI, which the page's policy allows; empty if its batch is not here."""
+    return data_uri("shown.jpg", shrink(pictures[name], SIDE)) if name in pictures else ""
 
 
 def _describe(draft: DraftFigures) -> str:

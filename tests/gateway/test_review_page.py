@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from contrast import CONTRAST
+from media_models import name_of, picture, write_shard
 from patience import scaled
 from served import Gateway, running_gateway
 
-from ratchet.data.examples import Message, example_id
+from ratchet.data.examples import MEDIA_MARK, Message, example_id
 from ratchet.gateway.auth import add_key
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Decision, Item
@@ -313,6 +314,28 @@ def test_a_key_a_word(gateway, visit):
     seen.press("a", "0 rows wait")
     assert "Nothing waits for a word." in seen.text("done") and "5 rows: 5 accepted" in seen.text("drafts")
     assert seen.said == [] and {url for url in seen.requests if url != "data:,"} == {f"{gateway.url}/review"}
+
+
+@pytest.mark.browser
+def test_a_row_shows_its_pictures_where_they_stand_in_the_text(gateway, visit):
+    drawn = picture(3, 80, 60)
+    write_shard(gateway.root / "data/raw", {name_of(drawn): drawn})
+    media = (name_of(drawn), "0" * 64 + ".png")
+    asked = Message("user", f"Here {MEDIA_MARK} and there {MEDIA_MARK}?", media=media)
+    messages = (asked, Message("assistant", "Red."))
+    queue = ReviewQueue(gateway.root)
+    queue.add([Item(example_id(messages), "q", "quarantine", messages, doubts=("boilerplate",))], share=0)
+    queue.close()
+    seen = visit()
+    shown = seen.page.locator("#question img")
+    assert shown.count() == 1 and shown.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [
+        80,
+        60,
+    ]
+    assert seen.text("question") == "Here  and there [the picture is not here: dvc pull]?"
+    assert seen.said == []
+    if folder := os.environ.get("RATCHET_SHOTS"):
+        seen.page.screenshot(path=f"{folder}/review-picture.png")
 
 
 @pytest.mark.browser
