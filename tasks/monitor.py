@@ -2,8 +2,8 @@
 whether to retrain.
 
 This is a task of the flow `monitor`, not a stage, because the request log is no versioned file. The reference
-comes from the champion's own commit, so it changes with the champion. Not covered: images, and the turns of a
-conversation before its last question.
+comes from the champion's own commit, so it changes with the champion. Not covered: the turns of a
+conversation before its last question, and what pictures show (only how they look).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +19,15 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ratchet.config.params import Config
-from ratchet.data.examples import read_examples
+from ratchet.data.examples import Example, read_examples
+from ratchet.data.media import FOLDER as MEDIA
+from ratchet.data.media import MediaStore
 from ratchet.data.words import terms_of
-from ratchet.files import whole_folder, write_json
+from ratchet.files import whole_folder, write_bytes, write_json
 from ratchet.monitoring.drift import PROMPTS, judge
-from ratchet.monitoring.families import LEAST_PROMPTS, Answered, Reference, all_families, by_prompt
+from ratchet.monitoring.families import LEAST_PROMPTS, Answered, Question, Reference, all_families, by_prompt
 from ratchet.monitoring.novelty import Familiar
+from ratchet.monitoring.pictures import Look, look_at_all
 from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.monitoring.topics import find_topics
 from ratchet.monitoring.verdicts import VERDICTS, Decision, Recorded, Topic, Verdict
@@ -31,9 +35,18 @@ from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.champion import Champion
 
 FOLDER = Path(".ratchet/monitor")
+LOOKS = "pictures.json"
+MOST_PICTURES = 2000  # of each side; measuring one takes about 10 ms
 NOT_TAUGHT = {"errors", "latency"}  # families of columns that no training can improve
 
 LEAST_NEW = 20  # labelled rows that a retraining needs at least, however few the champion has seen
+
+
+class Looks(msgspec.Struct, frozen=True):
+    """How the pictures of the champion's rows look; the content of LOOKS in a reference's folder."""
+
+    held_out: list[Look]
+    trained: list[Look]
 
 
 class Facts(NamedTuple):
@@ -60,6 +73,7 @@ def read_reference(root: Path, config: Config, champion: Champion) -> Reference:
         with whole_folder(folder) as filling:
             for path in ("data/prepared", "reports/evaluation"):
                 get_output(root, champion.commit, path, filling / Path(path).name)
+            write_bytes(filling / LOOKS, [msgspec.json.encode(_look_at(filling / "prepared"))])
     return load_reference(folder / "prepared", folder / "evaluation")
 
 
@@ -67,14 +81,33 @@ def load_reference(prepared: Path, evaluation: Path) -> Reference:
     import pandas as pd
 
     training = [row.question for row in read_examples(prepared / "train.jsonl")]
-    prompts = [
-        row.question for split in ("validation", "test") for row in read_examples(prepared / f"{split}.jsonl")
-    ]
+    asked = dict.fromkeys(Question(row.question, row.media) for row in _held_out(prepared))
+    prompts = [question.prompt for question in asked]
+    looks = (
+        msgspec.json.decode((prepared.parent / LOOKS).read_bytes(), type=Looks)
+        if (prepared.parent / LOOKS).exists()  # references of older releases have none
+        else Looks([], [])
+    )
     scores = pd.read_parquet(evaluation / "scores.parquet")
     own = scores[scores.model == "candidate"]
     surprise = own.prompt_nll if "prompt_nll" in own else [None] * len(own)
     answers = [Answered(answer, _finite(asked)) for answer, asked in zip(own.answer, surprise, strict=True)]
-    return Reference(Familiar(training), training, list(dict.fromkeys(prompts)), answers)
+    return Reference(Familiar(training), training, prompts, answers, looks.held_out, looks.trained)
+
+
+def _held_out(prepared: Path) -> Iterator[Example]:
+    for split in ("validation", "test"):
+        yield from read_examples(prepared / f"{split}.jsonl")
+
+
+def _look_at(prepared: Path) -> Looks:
+    """Measure the pictures of the champion's rows, which is done once per champion."""
+    pictures = MediaStore.read(prepared / MEDIA)
+    held_out = {name for row in _held_out(prepared) for name in row.media}
+    trained = {name for row in read_examples(prepared / "train.jsonl") for name in row.media}
+    return Looks(
+        look_at_all(pictures, held_out, MOST_PICTURES), look_at_all(pictures, trained, MOST_PICTURES)
+    )
 
 
 def measure(
@@ -111,7 +144,11 @@ def measure(
     topics: list[Topic] = []
     if found.drift and set(found.moved) & set(PROMPTS):
         topics = find_topics(
-            prompts, reference.prompts, reference.training, most=monitor.topics, seed=monitor.seed
+            [question.prompt for question in prompts],
+            reference.prompts,
+            reference.training,
+            most=monitor.topics,
+            seed=monitor.seed,
         )
     return Verdict(
         "drift" if found.drift else "no drift",
@@ -217,7 +254,7 @@ def write_report(verdict: Verdict, reference: Reference, window: list[Logged], f
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings of Evidently's dependencies
             _evidently(
-                _table(list(asked), answers, reference.familiar),
+                _table([question.prompt for question in asked], answers, reference.familiar),
                 _table(reference.prompts, reference.answers, reference.familiar),
                 filling,
             )

@@ -111,6 +111,7 @@ class Exchange:
             queue_ms=ended.queue_ms,
             prompt_nll=ended.prompt_nll,
             answer_nll=ended.answer_nll,
+            pictures=self.chat.looks,
         )
 
 

@@ -177,6 +177,7 @@ def parse_response(raw: bytes, limits: GatewayConfig) -> ResponseChat:
         parallel_tool_calls=parallel,
         reasons=(body.reasoning or {}).get("effort") != "none",
         media=pictures.known,
+        looks=tuple(pictures.looks),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +15,7 @@ from ratchet.data.text import REFUSAL_STARTS
 from ratchet.data.words import terms_of
 from ratchet.monitoring.drift import Family, Measure, higher, lower, mix, novelty, other, subjects
 from ratchet.monitoring.novelty import Familiar
+from ratchet.monitoring.pictures import Look, picture_family
 from ratchet.monitoring.request_records import Feedback, Logged
 
 LEAST_ROWS = 30  # a family needs so many rows on each side
@@ -44,6 +45,8 @@ class Reference(NamedTuple):
     training: list[str]
     prompts: list[str]
     answers: list[Answered]
+    pictures: Sequence[Look] = ()  # of the held-out prompts
+    trained_pictures: Sequence[Look] = ()
 
 
 def all_families(
@@ -55,8 +58,12 @@ def all_families(
 ) -> tuple[list[Family], list[str]]:
     """Return the families that have a reference, and for each other family the reason why it has none."""
     asked = by_prompt(window)
-    families = input_families(list(asked), reference.prompts, reference.familiar, monitor)
+    prompts = [question.prompt for question in asked]
+    families = input_families(prompts, reference.prompts, reference.familiar, monitor)
+    looks = [look for request in window for look in request.pictures]
+    pictures = picture_family(looks, list(reference.pictures), list(reference.trained_pictures))
     others = [
+        *([pictures] if pictures else []),
         *answer_families(asked, reference, monitor),
         *service_families(window, feedback, earlier, monitor.latency_margin),
     ]
@@ -65,13 +72,22 @@ def all_families(
     ]
 
 
-def by_prompt(window: list[Logged]) -> dict[str, Logged]:
-    """Map each prompt to its newest answered request, or to its newest request where none was answered."""
-    found: dict[str, Logged] = {}
+class Question(NamedTuple):
+    """What was asked: the last turn, and the names of the pictures shown."""
+
+    prompt: str
+    pictures: tuple[str, ...] = ()
+
+
+def by_prompt(window: list[Logged]) -> dict[Question, Logged]:
+    """Map each question to its newest answered request, or to its newest request where none was answered."""
+    found: dict[Question, Logged] = {}
     for request in window:
-        prompt = normalise(request.prompt)
-        if prompt and (prompt not in found or request.status == 200 or found[prompt].status != 200):
-            found[prompt] = request
+        question = Question(normalise(request.prompt), tuple(look.name for look in request.pictures))
+        if question.prompt and (
+            question not in found or request.status == 200 or found[question].status != 200
+        ):
+            found[question] = request
     return found
 
 
@@ -96,7 +112,7 @@ def input_families(
 
 
 def answer_families(
-    asked: dict[str, Logged], reference: Reference, monitor: MonitorConfig
+    asked: dict[Question, Logged], reference: Reference, monitor: MonitorConfig
 ) -> list[Family | str]:
     """Compare the answers, and the NLL of the prompts, with those on the champion's own test rows."""
     mine = [

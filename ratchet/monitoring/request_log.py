@@ -216,6 +216,7 @@ class RequestLog(RequestQueries):
             "messages": json.dumps(kept, ensure_ascii=False),
             "answer": self._clean(record.answer),
             "error": self._clean(record.error),
+            "pictures": msgspec.json.encode(record.pictures).decode() if record.pictures else "",
         }
         counted = {
             "unit": record.user or record.id,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from ratchet.monitoring.pictures import Look
+
 if TYPE_CHECKING:
     from sqlalchemy import Engine, MetaData, Table
 
@@ -80,6 +82,7 @@ class Logged(msgspec.Struct, frozen=True):
     queue_ms: float = 0.0
     prompt_nll: float | None = None
     answer_nll: float | None = None
+    pictures: tuple[Look, ...] = ()  # how those of the messages look; they themselves are not kept
 
     @property
     def prompt(self) -> str:
@@ -173,7 +176,7 @@ def table_definitions() -> dict[str, Table]:
     kinds = (
         dict.fromkeys(whole, Integer)
         | dict.fromkeys(real, Float)
-        | dict.fromkeys(("messages", "answer", "error"), Text)
+        | dict.fromkeys(("messages", "answer", "error", "pictures"), Text)
     )
     columns: list[Any] = [
         Column(
@@ -210,6 +213,6 @@ def table_definitions() -> dict[str, Table]:
 
 def record_of(row: Any) -> Logged:
     values = row._asdict()
-    return Logged(
-        **values | {"messages": tuple((role, content) for role, content in json.loads(values["messages"]))}
-    )
+    messages = tuple((role, content) for role, content in json.loads(values["messages"]))
+    pictures = msgspec.json.decode(values["pictures"] or "[]", type=tuple[Look, ...])
+    return Logged(**values | {"messages": messages, "pictures": pictures})

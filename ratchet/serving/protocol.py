@@ -28,6 +28,7 @@ from ratchet.data.examples import (
 )
 from ratchet.data.forms import order_results, read_calls, read_tools
 from ratchet.data.media import from_uri, read_picture
+from ratchet.monitoring.pictures import Look, look_of
 from ratchet.serving.engine import Ask, Ended, JsonForm, Piece, Scored
 from ratchet.serving.faults import Fault
 
@@ -176,6 +177,7 @@ class Chat:
     must_call: tuple[str, ...] = ()
     reasons: bool = True
     media: Mapping[str, bytes] = field(default_factory=dict)  # the messages' pictures by name
+    looks: tuple[Look, ...] = ()  # how these look, for the request log
 
     def ask(self, id: str, version: int, choice: int = 0) -> Ask:
         """Return the engine's request for one choice; its seed is the client's plus the choice's number."""
@@ -248,6 +250,7 @@ def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
         must_call=choice.must_call,
         reasons=body.reasoning_effort != "none",
         media=pictures.known,
+        looks=tuple(pictures.looks),
     )
 
 
@@ -296,6 +299,7 @@ class Pictures:
 
     def __init__(self, most: int) -> None:
         self.known: dict[str, bytes] = {}
+        self.looks: list[Look] = []
         self._room = most
 
     def read(self, where: str, part: Part) -> str:
@@ -317,6 +321,7 @@ class Pictures:
         except RowError as error:
             refuse(where, f"{where}: {error}", "send a PNG or JPEG as data:image/png;base64,…")
         self.known[picture.name] = picture.data
+        self.looks.append(look_of(picture.name, picture.data))
         return picture.name
 
 

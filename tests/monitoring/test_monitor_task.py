@@ -105,7 +105,7 @@ def test_of_a_repeated_prompt_the_newest_answer_counts_and_a_failure_only_where_
         request(4, "  "),
     ]
     found = by_prompt(asked)
-    assert {prompt: one.id for prompt, one in found.items()} == {"a": "r1", "b": "r3"}
+    assert {asked.prompt: one.id for asked, one in found.items()} == {"a": "r1", "b": "r3"}
 
 
 def test_a_champion_without_held_out_rows_gets_no_verdict_and_the_reason():

@@ -19,6 +19,7 @@ from patience import scaled
 
 from ratchet.config.params import Config
 from ratchet.errors import ConfigError, ServiceError, UserError
+from ratchet.monitoring.pictures import Look
 from ratchet.monitoring.request_log import URL_VARIABLE, RequestLog, open_log
 from ratchet.monitoring.request_records import Feedback, Logged
 
@@ -82,6 +83,7 @@ def test_what_was_put_comes_back_whole(open_here: Open) -> None:
         prompt_tokens=7,
         queue_ms=0.5,
         error="none",
+        pictures=(Look("a.png", (1.5, 0.0, 0.25, 0.0, -13.8, 0.0)),),
     )
     log = open_here()
     fill(log, record)
@@ -332,6 +334,16 @@ def test_a_database_of_an_earlier_release_is_read_and_written(open_here: Open, t
         )
     earlier.close()
     assert log.feedback_of(["b"])["b"] == [Feedback("b", "ana", 3.0, score=1.0)]
+
+
+def test_requests_of_a_release_that_knew_no_pictures_are_read(open_here: Open, tmp_path: Path) -> None:
+    log = open_here()
+    fill(log, asked("a"))
+    log.close()
+    with sqlite3.connect(tmp_path / ".ratchet/requests.db") as earlier:
+        earlier.execute("ALTER TABLE requests DROP COLUMN pictures")
+    earlier.close()
+    assert [record.pictures for record in open_here().window(limit=10)] == [()]
 
 
 def test_processes_that_add_a_column_at_once_do_not_stop_each_other(tmp_path: Path) -> None:

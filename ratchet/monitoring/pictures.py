@@ -1,0 +1,99 @@
+"""Describe how pictures look, and compare those of the traffic with those of the champion's rows.
+
+What a picture shows is not compared, only its form: a new kind of picture, such as scans where photographs
+were, looks otherwise. Pictures of requests are not kept, only these figures and the hash of the bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ratchet.monitoring.drift import Family, higher, other
+
+SIDE = 256  # pixels of the copy on which light, edges and colours are measured
+DIGITS = 4  # of a figure in the log
+LEAST = 30  # pictures on each side that the family needs
+COLUMNS = (
+    "picture size (log pixels)",
+    "picture shape (log of width by height)",
+    "picture brightness",
+    "picture contrast",
+    "picture sharpness (log)",
+    "picture colourfulness",
+)
+
+
+class Look(msgspec.Struct, frozen=True, array_like=True):
+    """How a picture looks: one figure for each of COLUMNS; `name` is that of ratchet/data/media.py."""
+
+    name: str
+    figures: tuple[float, ...]
+
+
+def look_of(name: str, picture: bytes) -> Look:
+    """Measure a stored picture.
+
+    Colourfulness is that of Hasler and Süsstrunk (SPIE 5007, 2003), sharpness the mean square of the
+    differences of neighbouring pixels.
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(picture), formats=("PNG", "JPEG")) as image:
+        width, height = image.size
+        image.thumbnail((SIDE, SIDE))
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255  # (height, width, 3)
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue  # ITU-R BT.601
+    edges = np.concatenate([np.diff(grey, axis=axis).ravel() for axis in (0, 1)])
+    warm, cold = red - green, (red + green) / 2 - blue
+    figures = (
+        math.log(width * height),
+        math.log(width / height),
+        grey.mean(),
+        grey.std(),
+        math.log((edges**2).mean() + 1e-6) if edges.size else math.log(1e-6),
+        math.hypot(warm.std(), cold.std()) + 0.3 * math.hypot(warm.mean(), cold.mean()),
+    )
+    return Look(name, tuple(round(float(value), DIGITS) for value in figures))
+
+
+def look_at_all(pictures: Mapping[str, bytes], names: Iterable[str], most: int) -> list[Look]:
+    """Measure the `most` pictures with the smallest names; names are hashes, so this is a random sample."""
+    return [look_of(name, pictures[name]) for name in sorted(set(names))[:most]]
+
+
+def picture_family(window: Iterable[Look], held_out: list[Look], trained: list[Look]) -> Family | str | None:
+    """Compare the window's pictures with held-out ones, and the distance of both to those of the training.
+
+    A picture counts once, however often it was asked about. Returns the reason where there are too few, and
+    None where nobody shows any.
+    """
+    shown = list({look.name: look for look in window}.values())
+    if not shown and not held_out:
+        return None
+    if min(len(shown), len(held_out)) < LEAST or not trained:
+        return f"pictures: {len(shown)} in this window and {len(held_out)} to compare with; wanted {LEAST}"
+    figures = _table([*shown, *held_out])
+    measures = [other(name, figures[:, place], len(shown)) for place, name in enumerate(COLUMNS)]
+    distance = _distances(figures, _table(trained))
+    measures.append(higher("distance to the nearest picture of the training", distance, len(shown)))
+    return Family("pictures", len(shown), len(held_out), measures)
+
+
+def _table(looks: list[Look]) -> NDArray[np.float64]:
+    return np.array([look.figures for look in looks], dtype=np.float64)  # (pictures, COLUMNS)
+
+
+def _distances(figures: NDArray[np.float64], known: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the logarithm of each picture's distance to the nearest known one, in standard deviations."""
+    from scipy.spatial import KDTree
+
+    middle, spread = known.mean(axis=0), known.std(axis=0) + 1e-6
+    nearest, _ = KDTree((known - middle) / spread).query((figures - middle) / spread)
+    return np.asarray(np.log(nearest + 1e-3), dtype=np.float64)

@@ -1,0 +1,130 @@
+"""How pictures of the traffic look, against those of the champion's rows."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ratchet.config.monitoring import MonitorConfig
+from ratchet.config.params import Config
+from ratchet.data.examples import MEDIA_MARK
+from ratchet.monitoring.drift import judge
+from ratchet.monitoring.families import Answered, Reference
+from ratchet.monitoring.novelty import Familiar
+from ratchet.monitoring.pictures import COLUMNS, Look, look_of, picture_family
+from ratchet.monitoring.request_records import Logged
+from tasks.monitor import measure
+
+CONFIG = Config(monitor=MonitorConfig(resamples=400, min_prompts=100))
+
+
+def draw(chance: np.random.Generator, *, scan: bool = False) -> bytes:
+    """Draw a soft colour gradient with noise, like a photograph, or dark lines on white, like a scan."""
+    height, width = (int(chance.integers(40, 90)) for _ in range(2))
+    if scan:
+        pixels = np.full((height, width, 3), 245.0)
+        pixels[chance.random(height) < 0.3] = 20.0
+    else:
+        across = np.linspace(0, 1, width)[None, :, None]
+        one, two = (chance.uniform(0, 200, 3) for _ in range(2))
+        pixels = one + (two - one) * across + chance.normal(0, 12, (height, width, 3))
+    stored = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(stored, "PNG")
+    return stored.getvalue()
+
+
+@cache
+def looks(count: int, seed: int, *, scan: bool = False) -> list[Look]:
+    chance = np.random.default_rng(seed)
+    return [look_of(f"{seed}-{number}", draw(chance, scan=scan)) for number in range(count)]
+
+
+def test_figures_tell_what_they_are_called() -> None:
+    def of(pixels: np.ndarray) -> dict[str, float]:
+        stored = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(stored, "PNG")
+        return dict(zip(COLUMNS, look_of("x", stored.getvalue()).figures, strict=True))
+
+    grey = np.full((20, 40, 3), 128)
+    board = np.indices((20, 40)).sum(axis=0)[..., None].repeat(3, axis=2) % 2 * 255
+    red = np.full((20, 40, 3), [255, 0, 0])
+    flat, sharp, bright = of(grey), of(board), of(red)
+    size, shape, brightness, contrast, sharpness, colour = COLUMNS
+    assert flat[size] == pytest.approx(np.log(800), abs=1e-4)
+    assert flat[shape] == pytest.approx(np.log(2), abs=1e-4)
+    assert flat[brightness] == pytest.approx(128 / 255, abs=1e-3) and flat[contrast] == 0
+    assert sharp[contrast] == pytest.approx(0.5, abs=1e-3) and sharp[sharpness] > flat[sharpness] + 10
+    assert bright[colour] > 0.3 > flat[colour] == sharp[colour] == 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (700, 2)])
+def test_a_picture_of_any_shape_has_finite_figures(size: tuple[int, int]) -> None:
+    stored = io.BytesIO()
+    Image.new("L", size, 7).save(stored, "PNG")
+    assert np.isfinite(look_of("x", stored.getvalue()).figures).all()
+
+
+def alarms(windows: int, scans: int, rate: float = 0.05) -> int:
+    """Count the windows of 100 pictures, of them `scans` new ones, that are called drift."""
+    pool, new, chance, found = looks(700, 1), looks(60, 2, scan=True), np.random.default_rng(3), 0
+    for number in range(windows):
+        order = chance.permutation(400)
+        window = [pool[place] for place in order[: 100 - scans]]
+        window += [new[place] for place in chance.permutation(60)[:scans]]
+        family = picture_family(window, [pool[place] for place in order[100:]], pool[400:])
+        assert family and not isinstance(family, str)
+        found += judge([family], rate=rate, resamples=200, seed=number).drift
+    return found
+
+
+def test_windows_of_known_pictures_are_called_drift_no_more_often_than_the_rate() -> None:
+    assert alarms(200, scans=0) <= 18, "99 % limit of 200 windows at 5 %"
+
+
+def test_a_tenth_of_scans_among_photographs_is_found() -> None:
+    assert alarms(20, scans=10) >= 18
+
+
+def asked(pictures: list[Look]) -> list[Logged]:
+    """The same question about each picture."""
+    return [
+        Logged(
+            f"r{number}",
+            float(number),
+            "",
+            "champion",
+            1,
+            messages=(("user", f"{MEDIA_MARK}What is it?"),),
+            answer=f"thing {number % 7}",
+            pictures=(look,),
+        )
+        for number, look in enumerate(pictures)
+    ]
+
+
+def reference() -> Reference:
+    questions = [f"{MEDIA_MARK}What is it?"] * 300
+    answers = [Answered(f"thing {number % 7}", None) for number in range(300)]
+    return Reference(
+        Familiar(questions), questions, questions, answers, looks(700, 1)[:300], looks(700, 1)[400:]
+    )
+
+
+def test_one_question_about_many_pictures_is_many_questions_and_new_pictures_are_drift() -> None:
+    known = measure(asked(looks(700, 1)[300:400]), {}, [], reference(), CONFIG)
+    assert (known.verdict, known.distinct) == ("no drift", 100)
+    verdict = measure(
+        asked([*looks(700, 1)[300:380], *looks(60, 2, scan=True)[:40]]), {}, [], reference(), CONFIG
+    )
+    assert verdict.verdict == "drift" and verdict.moved == ["pictures"]
+    assert {column.name for column in verdict.columns if column.family == "pictures"} >= set(COLUMNS)
+
+
+def test_too_few_pictures_are_told_and_text_alone_tells_nothing_of_pictures() -> None:
+    assert picture_family([], [], []) is None
+    few = picture_family(looks(700, 1)[:10], looks(700, 1)[100:200], looks(700, 1)[400:])
+    assert few == "pictures: 10 in this window and 100 to compare with; wanted 30"
