@@ -223,7 +223,7 @@ def make_examples(count: int) -> list[Example]:
 
 
 def write_rows(folder: Path, chat: ChatFormat, examples: list[Example], count: int, length: int) -> None:
-    rows = [row for row in map(chat.encode, examples) if len(row.ids) <= length][:count]
+    rows = [(row.ids, row.learned) for row in map(chat.encode, examples) if len(row.ids) <= length][:count]
     (folder / "rows.json").write_bytes(msgspec.json.encode(rows))
 
 
