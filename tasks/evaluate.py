@@ -108,10 +108,7 @@ def evaluate(
     )
     attacks = _attacks(fitting, base, candidate, own, config, media)
     attacked = [attack.row for attack in attacks if attack.asked]
-    blind = make_blind(
-        [row for row in fitting if row.meta["batch"] != "golden"],
-        config.evaluate.blind_rows if config.gate.metric != PREFERENCE else 0,
-    )
+    blind = make_blind([row for row in fitting if row.meta["batch"] != "golden"], config.evaluate.blind_rows)
     compared = [worse for row in fitting if (worse := row.worse)]
     asked = Asked(
         [*fitting, *(pair.swapped for pair in pairs), *attacked, *(one.row for one in blind)],

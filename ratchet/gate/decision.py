@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import pandas as pd
 
+from ratchet.config.base import PREFERENCE
 from ratchet.config.evaluation import GateConfig
 from ratchet.evaluation.paired import measured
 from ratchet.evaluation.report import Metrics
@@ -110,7 +111,7 @@ def judge_audits(
     if evaluated.attacked:
         attacked = read_part(evaluation, "attacks", evaluated.attacked, "attacked")
         checks += judge_attacks(attacked, scores, rival, config)
-    if evaluated.blind:
+    if evaluated.blind and config.metric != PREFERENCE:  # of which blind rows have no score
         blind = read_part(evaluation, "blind", evaluated.blind, "blind")
         checks += judge_blind(blind, scores, config)
     if evaluated.canaries:
