@@ -42,6 +42,7 @@ from ratchet.errors import DataError
 from ratchet.files import write_bytes
 from ratchet.models.lengths import check_whole, known_tokens
 from ratchet.models.manifests import read_base_manifest
+from ratchet.monitoring.pictures import KeptPictures
 from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.sources import feedback, jsonl, pydoc
 from ratchet.sources import reviewed as review
@@ -142,6 +143,7 @@ def pull(
             "feedback",
             "feedback",
             "messages",
+            media=KeptPictures(project_root(root)),
         )
     elif chosen == "review":
         pulled = _pull_review(review.harvest(project_root(root), config.review, draft))

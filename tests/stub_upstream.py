@@ -154,7 +154,9 @@ async def _call_tool(body: dict[str, Any], name: str, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 
-def _orders(prompt: str) -> dict[str, str]:
+def _orders(prompt: str | list[dict[str, str]]) -> dict[str, str]:
+    if isinstance(prompt, list):
+        prompt = " ".join(part.get("text", "") for part in prompt)
     return dict(word.split(":", 1) for word in prompt.split() if ":" in word)
 
 

@@ -86,6 +86,11 @@ class RequestLogConfig(Section):
         description="keep prompts and answers (redacted); without them the monitor cannot compare prompts, "
         "and feedback gives no rows",
     )
+    pictures: bool = Field(
+        default=False,
+        description="keep the pictures of requests in `.ratchet/pictures`, as long as their texts, so that "
+        "feedback on them becomes rows. Nothing in them is redacted",
+    )
     redact: list[str] = Field(
         default=[r"\b(?:sk|hf|ghp|xox[bp])[-_][A-Za-z0-9_-]{10,}"],
         description="regular expressions of further text that is stored as `[redacted]`, in addition to the "

@@ -188,6 +188,10 @@ class Completions:
     def _record(self, exchange: Exchange) -> None:
         logged = exchange.to_logged()
         self._parts.log.put(logged)
+        if exchange.chat.media:
+            asyncio.get_running_loop().run_in_executor(
+                None, self._parts.log.keep_pictures, exchange.chat.media
+            )
         self._parts.meters.ended(
             logged.status,
             logged.arm,

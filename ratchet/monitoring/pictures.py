@@ -1,21 +1,26 @@
 """Describe how pictures look, and compare those of the traffic with those of the champion's rows.
 
 What a picture shows is not compared, only its form: a new kind of picture, such as scans where photographs
-were, looks otherwise. Pictures of requests are not kept, only these figures and the hash of the bytes.
+were, looks otherwise. The log has these figures and the hash of the bytes; pictures themselves are kept only
+where `request_log.pictures` says so.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ratchet.data.examples import MEDIA_NAME
+from ratchet.files import write_bytes
 from ratchet.monitoring.drift import Family, higher, other
 
+FOLDER = Path(".ratchet/pictures")
 SIDE = 256  # pixels of the copy on which light, edges and colours are measured
 DIGITS = 4  # of a figure in the log
 LEAST = 30  # pictures on each side that the family needs
@@ -61,6 +66,50 @@ def look_of(name: str, picture: bytes) -> Look:
         math.hypot(warm.std(), cold.std()) + 0.3 * math.hypot(warm.mean(), cold.mean()),
     )
     return Look(name, tuple(round(float(value), DIGITS) for value in figures))
+
+
+class KeptPictures(Mapping[str, bytes]):
+    """The pictures of requests that a checkout keeps (`request_log.pictures`), each a file by its name."""
+
+    def __init__(self, root: Path) -> None:
+        self._folder = root / FOLDER
+
+    def keep(self, pictures: Mapping[str, bytes]) -> None:
+        """Write the pictures that are not there yet, in a folder for its owner alone.
+
+        Raises DiskSpaceError, OSError.
+        """
+        for name, picture in pictures.items():
+            path = self._folder / name
+            if path.exists():
+                path.touch()  # it is kept as long as its newest request
+                continue
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.chmod(0o700)
+            write_bytes(path, [picture])
+
+    def forget(self, before: float) -> None:
+        """Remove pictures whose newest request is older; `before` is in seconds since 1970."""
+        for name in self:
+            path = self._folder / name
+            if path.stat().st_mtime < before:
+                path.unlink(missing_ok=True)
+
+    def __getitem__(self, name: str) -> bytes:
+        if name not in self:
+            raise KeyError(name)
+        return (self._folder / name).read_bytes()
+
+    def __contains__(self, name: object) -> bool:
+        known = isinstance(name, str) and MEDIA_NAME.fullmatch(name) is not None
+        return known and (self._folder / str(name)).exists()
+
+    def __iter__(self) -> Iterator[str]:
+        names = (path.name for path in self._folder.iterdir()) if self._folder.exists() else ()
+        return (name for name in sorted(names) if MEDIA_NAME.fullmatch(name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def look_at_all(pictures: Mapping[str, bytes], names: Iterable[str], most: int) -> list[Look]:

@@ -13,13 +13,15 @@ import re
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ratchet.data.pii import redact
-from ratchet.errors import ConfigError, ServiceError, UserError
+from ratchet.errors import ConfigError, RatchetError, ServiceError, UserError
+from ratchet.monitoring.pictures import KeptPictures
 from ratchet.monitoring.request_queries import RequestQueries
 from ratchet.monitoring.request_records import Counts, Feedback, Logged
 
@@ -46,7 +48,7 @@ def open_log(root: Path, config: Config) -> RequestLog:
         path.touch(mode=0o600)  # people's prompts; SQLite gives its other files the same mode
         url = f"sqlite:///{path}"
     try:
-        return RequestLog(url, config)
+        return RequestLog(url, config, KeptPictures(root))
     except ArgumentError as error:
         raise ConfigError(
             f"request_log.url is no SQLAlchemy URL: {error}",
@@ -65,8 +67,9 @@ class RequestLog(RequestQueries):
     `put` never waits. All other methods may wait for the database and raise ServiceError when it is down.
     """
 
-    def __init__(self, url: str, config: Config) -> None:
+    def __init__(self, url: str, config: Config, pictures: KeptPictures | None = None) -> None:
         super().__init__(url)
+        self._pictures = pictures
         self._config = config.request_log
         self._redact = _compile(self._config.redact)
         self._waiting: deque[Logged] = deque()
@@ -84,6 +87,15 @@ class RequestLog(RequestQueries):
             self._waiting.append(record)
         if self._thread is None:
             self.start()
+
+    def keep_pictures(self, pictures: Mapping[str, bytes]) -> None:
+        """Keep a request's pictures if `request_log.pictures` says so; a full disk is logged, not raised."""
+        if self._pictures is None or not (self._config.pictures and self._config.texts):
+            return
+        try:
+            self._pictures.keep(pictures)
+        except (OSError, RatchetError) as error:
+            log.warning("pictures of a request are not kept: %s", error)
 
     def counts(self) -> Counts:
         return Counts(self._written, len(self._waiting), self._dropped, self._fault)
@@ -243,6 +255,8 @@ class RequestLog(RequestQueries):
         requests, feedback = self._tables["requests"], self._tables["feedback"]
         before = time.time() - self._config.keep_days * 86_400
         old = select(requests.c.id).where(requests.c.at < before)
+        if self._pictures is not None:
+            self._pictures.forget(before)
         try:
             with self.transaction() as connection:
                 connection.execute(

@@ -13,7 +13,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -44,6 +45,7 @@ from ratchet.data.mixture import feedback_room, is_feedback, undesirable
 from ratchet.data.poisoning import find_planted
 from ratchet.data.profile import SPLITS
 from ratchet.gateway.auth import list_keys
+from ratchet.monitoring.pictures import KeptPictures
 from ratchet.monitoring.request_log import REDACTED, open_log
 from ratchet.monitoring.request_records import Feedback, Logged
 
@@ -77,6 +79,7 @@ class Known(NamedTuple):
     clean: tuple[str, ...] = ()  # what users ask in the training rows
     room: int | None = None
     compares: bool = False  # whether a training learns from bad answers
+    pictures: Collection[str] = ()  # names of the pictures of requests that were kept
 
 
 class Vote(NamedTuple):
@@ -158,6 +161,7 @@ def _look_around(
         clean=tuple(_asked(example.messages) for example in train if not is_feedback(example.meta)),
         compares=config.train.objective != "sft",
         room=feedback_room(train, config.train.max_feedback_share) if "train" in examples else None,
+        pictures=KeptPictures(root),
     )
 
 
@@ -196,8 +200,8 @@ def _candidates(
         if answer is None:
             left_out[how] += 1
             continue
-        if any(MEDIA_MARK in content for _, content in request.messages):
-            left_out["shows a picture, which the log does not keep"] += 1
+        if not _has_pictures(request, known):
+            left_out["shows a picture that was not kept (request_log.pictures)"] += 1
             continue
         votes = [Vote(_name(request, said), said.sender) for said in heard if _vouches(said, how)]
         candidate = Candidate(request, answer, how, votes)
@@ -270,11 +274,20 @@ def _offered(request: Logged) -> tuple[Tool, ...]:
 
 
 def _turns(request: Logged, tools: Sequence[Tool]) -> list[Message]:
+    names = iter(look.name for look in request.pictures)
     return [
-        read_answer(text, tools) if role == "assistant" else Message(role, text)
+        read_answer(text, tools)
+        if role == "assistant"
+        else Message(role, text, media=tuple(islice(names, text.count(MEDIA_MARK))))
         for role, text in request.messages
         if role != "tools"
     ]
+
+
+def _has_pictures(request: Logged, known: Known) -> bool:
+    """Return whether all pictures of the request are here."""
+    places = sum(text.count(MEDIA_MARK) for _, text in request.messages)
+    return places == len(request.pictures) and all(look.name in known.pictures for look in request.pictures)
 
 
 def _asked(messages: Iterable[Message]) -> str:

@@ -4,6 +4,7 @@ stub behind the engine `openai`.
 
 from __future__ import annotations
 
+import base64
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -11,11 +12,14 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
+from media_models import name_of, picture
 from patience import scaled
 from served import Gateway, open_rollout, running_gateway, wait_for, wait_until_served
 
+from ratchet.data.examples import MEDIA_MARK
 from ratchet.gateway.auth import add_key
 from ratchet.gateway.identity import Ids
+from ratchet.monitoring.pictures import KeptPictures
 
 ANSWER = " ".join(["pydoc@v1"] * 4)
 TIMEOUT = round(scaled(0.8), 1)  # the gateway's, in seconds
@@ -42,6 +46,27 @@ def client_of(gateway: Gateway, key: str = "none") -> openai.OpenAI:
 
 def question(text: str = "hello") -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
+
+
+def test_a_picture_goes_to_the_upstream_as_it_came_and_is_kept_where_the_log_says_so(tmp_path):
+    drawn = picture(5, 60, 40)
+    name, uri = name_of(drawn), f"data:image/png;base64,{base64.b64encode(drawn).decode()}"
+    content = [{"type": "text", "text": "what is"}, {"type": "image_url", "image_url": {"url": uri}}]
+    with running_gateway(tmp_path, request_log={"pictures": True}) as gateway:
+        with client_of(gateway) as client:
+            client.chat.completions.create(model="pydoc", messages=[{"role": "user", "content": content}])
+            client.responses.create(
+                model="pydoc",
+                input=[{"role": "user", "content": [{"type": "input_image", "image_url": uri}]}],
+            )
+        assert gateway.stub.seen[-2]["messages"][0]["content"] == content
+        wait_for(lambda: name in KeptPictures(tmp_path))
+        first, second = gateway.logged()
+    assert KeptPictures(tmp_path)[name] == drawn
+    assert first.messages == (("user", f"what is{MEDIA_MARK}"),) and second.messages == (
+        ("user", MEDIA_MARK),
+    )
+    assert [look.name for look in (*first.pictures, *second.pictures)] == [name, name]
 
 
 # --- the official client ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from functools import cache
 
 import numpy as np
@@ -15,7 +16,8 @@ from ratchet.data.examples import MEDIA_MARK
 from ratchet.monitoring.drift import judge
 from ratchet.monitoring.families import Answered, Reference
 from ratchet.monitoring.novelty import Familiar
-from ratchet.monitoring.pictures import COLUMNS, Look, look_of, picture_family
+from ratchet.monitoring.pictures import COLUMNS, KeptPictures, Look, look_of, picture_family
+from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.request_records import Logged
 from tasks.monitor import measure
 
@@ -128,3 +130,27 @@ def test_too_few_pictures_are_told_and_text_alone_tells_nothing_of_pictures() ->
     assert picture_family([], [], []) is None
     few = picture_family(looks(700, 1)[:10], looks(700, 1)[100:200], looks(700, 1)[400:])
     assert few == "pictures: 10 in this window and 100 to compare with; wanted 30"
+
+
+def test_pictures_of_requests_are_kept_for_their_owner_as_long_as_their_newest_request(tmp_path) -> None:
+    kept = KeptPictures(tmp_path)
+    one, two = draw(np.random.default_rng(1)), draw(np.random.default_rng(2))
+    names = f"{'1' * 64}.png", f"{'2' * 64}.png"
+    kept.keep(dict(zip(names, (one, two), strict=True)))
+    (tmp_path / ".ratchet/pictures/notes.txt").write_text("of a user's own")
+    assert dict(kept) == {names[0]: one, names[1]: two}
+    assert (tmp_path / ".ratchet/pictures").stat().st_mode & 0o077 == 0
+    for name in names:
+        os.utime(tmp_path / ".ratchet/pictures" / name, (1000.0, 1000.0))
+    kept.keep({names[1]: two})
+    kept.forget(before=2000.0)
+    assert list(kept) == [names[1]] and (tmp_path / ".ratchet/pictures/notes.txt").exists()
+    assert "../requests.db" not in kept and names[0] not in kept
+
+
+@pytest.mark.parametrize("settings", [{}, {"pictures": True, "texts": False}])
+def test_no_picture_is_kept_unless_the_log_keeps_texts_and_pictures(tmp_path, settings) -> None:
+    log = open_log(tmp_path, Config.model_validate({"request_log": settings}))
+    log.keep_pictures({f"{'1' * 64}.png": b"x"})
+    log.close()
+    assert not (tmp_path / ".ratchet/pictures").exists()

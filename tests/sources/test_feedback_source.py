@@ -10,16 +10,20 @@ from typing import Any
 
 import msgspec
 import pytest
+from media_models import name_of, picture
 
 from ratchet.config.params import Config
 from ratchet.data.erasure import FILE, Entry, Forgotten, write_forgotten
-from ratchet.data.examples import Message, ToolCall, encode_line, make_example
+from ratchet.data.examples import MEDIA_MARK, Message, ToolCall, encode_line, make_example
 from ratchet.data.forms import read_conversation
+from ratchet.data.media import MediaStore
 from ratchet.files import write_bytes
 from ratchet.gateway.auth import add_key
+from ratchet.monitoring.pictures import KeptPictures, Look
 from ratchet.monitoring.request_log import URL_VARIABLE, open_log
 from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.sources.feedback import Harvest, harvest, harvest_all
+from tasks.ingest import add_batch, pull
 
 NOW, DAY = 1_790_000_000.0, 86_400.0
 
@@ -99,6 +103,26 @@ def test_a_row_is_the_conversation_with_the_right_answer(tmp_path: Path) -> None
         }
     ]
     assert len(read_conversation(rows[0]).messages) == 5
+
+
+def test_feedback_on_a_picture_is_a_row_where_the_picture_was_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = [picture(number) for number in range(3)]
+    first, second, gone = map(name_of, drawn)
+    turns = (("user", f"{MEDIA_MARK}one?"), ("assistant", "1"), ("user", f"and {MEDIA_MARK}?"))
+    kept = asked("a", messages=turns, pictures=(Look(first, ()), Look(second, ())))
+    lost = asked("b", messages=(("user", f"{MEDIA_MARK}?"),), pictures=(Look(gone, ()),))
+    KeptPictures(tmp_path).keep({first: drawn[0], second: drawn[1]})
+    (row,) = rows_of(tmp_path, [kept, lost], [said("a", 0.0, answer="red"), said("b", 1.0)])
+
+    conversation = read_conversation(row)
+    assert [message.media for message in conversation.messages] == [(first,), (), (second,), ()]
+    assert [message.content for message in conversation.messages[2:]] == [f"and {MEDIA_MARK}?", "red"]
+    monkeypatch.setattr(time, "time", lambda: NOW + 60)
+    pulled = pull(configured(), root=tmp_path, source="feedback")
+    batch, _ = add_batch(tmp_path / "raw", pulled, licence="", who="tests")
+    assert batch.pictures == 2 and MediaStore.read(tmp_path / "raw")[second] == drawn[1]
 
 
 def test_a_corrected_answer_wins_over_the_given_one(tmp_path: Path) -> None:
