@@ -114,7 +114,7 @@ def export(source: Source, to: str, out: Path, config: Config) -> Record:
         if reads_pictures(source.bundle.base):
             raise UserError(
                 "a GGUF file holds the language model alone, and this version reads pictures",
-                remedy="`ratchet export --to merged` writes the whole model with its processor",
+                remedy="`--to merged` writes the whole model with its processor",
             )
         require_gguf()
     if out.exists():
@@ -284,7 +284,17 @@ def _describe(folder: Path, source: Source, record: Record) -> Record:
         "git commit": source.commit,
         "adapter": f"sha256 {record.adapter_sha256}",
     }
-    card = hub_card(name, label, record.to, manifest, metrics, source.decision, facts, scores=record.scores)
+    card = hub_card(
+        name,
+        label,
+        record.to,
+        manifest,
+        metrics,
+        source.decision,
+        facts,
+        scores=record.scores,
+        pictures=reads_pictures(source.bundle.base),
+    )
     write_text(folder / CARD, card)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}

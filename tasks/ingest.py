@@ -168,8 +168,8 @@ def pull(
 def check_rows(pulled: Pulled, config: Config) -> None:
     """Check each row by itself. Duplicates and what depends on other rows are found in preparation.
 
-    Raises DataError when more rows are unfit than `prepare.max_rejected_share` allows: once committed, they
-    would stop every retraining.
+    Raises DataError when all rows are unfit, or more than `prepare.max_rejected_share` allows: once
+    committed, they would stop every retraining.
     """
     if pulled.source not in ("jsonl", "sql"):  # the others are made or reviewed here
         return
@@ -183,10 +183,11 @@ def check_rows(pulled: Pulled, config: Config) -> None:
         except RowError as error:
             first = first or str(error)
             reasons[error.reason] += 1
-    if reasons.total() > config.prepare.may_drop(len(pulled.lines)):
+    unfit = reasons.total()
+    if unfit > config.prepare.may_drop(len(pulled.lines)) or unfit == len(pulled.lines):
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         raise DataError(
-            f"{reasons.total()} of {len(pulled.lines)} rows of {pulled.label} cannot be used ({told}); "
+            f"{unfit} of {len(pulled.lines)} rows of {pulled.label} cannot be used ({told}); "
             f"the first: {first}",
             remedy="nothing was committed; `ratchet data check` lists the rows, `--columns "
             "prompt=NAME,completion=NAME` names columns, and prepare.max_rejected_share "

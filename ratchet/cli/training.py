@@ -54,7 +54,8 @@ def base(as_json: Json = False) -> None:
     path = find_root() / PROOF
     if not path.exists():
         raise UserError(
-            "no proof of the base is here", remedy="ratchet plan --prepare makes the base; or dvc pull"
+            "no proof of the base is here",
+            remedy="`dvc repro code base` makes and proves it, as the first retraining does; or dvc pull",
         )
     proof = msgspec.convert(read_json(path), Proof)
     show(msgspec.to_builtins(proof), as_json, lambda: say("\n".join(proof.page())))

@@ -161,7 +161,8 @@ class Validator:
             raise RowError(
                 "unknown_key",
                 f"the keys {_names(unknown)} are unknown in a row of the form {form!r}; name them in "
-                "`prepare.extra_keys` if they say nothing that is to be learned, or drop them",
+                "`prepare.extra_keys` if they say nothing that is to be learned, or drop them; `--columns "
+                "image=NAME` (or prompt, completion …) says what they hold",
             )
 
     def _meta(self, row: RawRow) -> Meta:

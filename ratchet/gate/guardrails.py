@@ -261,13 +261,12 @@ def judge_blind(blind: pd.DataFrame, scores: pd.DataFrame, config: GateConfig) -
         found = interval_of(gains, config)
         result = exceeds(found, 0.0)
         words = {
-            "pass": "is better for certain with a row's own pictures",
-            "fail": "is no better with a row's own pictures, so the candidate does not look at them,",
-            "unclear": "may be better with a row's own pictures, but these rows cannot tell,",
-        }[result]
+            "pass": "is better for certain with a row's own pictures than {}",
+            "fail": "is no better with a row's own pictures than {}: nothing shows that the candidate looks",
+            "unclear": "may be better with a row's own pictures than {}, but these rows cannot tell",
+        }[result].format(BLIND[str(kind)])
         reason = (
-            f"guardrail pictures:{kind}: {config.metric} on {len(gains)} rows {words} than "
-            f"{BLIND[str(kind)]}: gain {found.text()}"
+            f"guardrail pictures:{kind}: {config.metric} on {len(gains)} rows {words}; gain {found.text()}"
         )
         checks.append(make_check(f"pictures:{kind}", config.metric, found, len(gains), 0.0, result, reason))
     return checks

@@ -71,13 +71,18 @@ def hub_card(
     facts: dict[str, str],
     *,
     scores: ExportScores | None = None,
+    pictures: bool = False,
 ) -> str:
     """Render the model card for the hub.
 
-    `kind` is `adapter`, or the format of the export; `manifest` is the candidate's.
+    `kind` is `adapter`, or the format of the export; `manifest` is the candidate's; `pictures`: whether the
+    base reads them.
     """
     method, base = manifest.adapter.method, _hub_id(manifest.base)
-    usage = USAGE["full" if kind == "adapter" and method == "full" else kind]
+    usage = USAGE["full" if kind in ("adapter", "merged") and method == "full" else kind]
+    if pictures:
+        usage = usage.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
+        usage += ' Its processor of pictures is `AutoProcessor.from_pretrained("FOLDER")`.'
     lines = [
         f"# {name} {label}",
         "",
@@ -93,7 +98,7 @@ def hub_card(
         candidate = metrics.slices["test"]["candidate"]
         rows, values = candidate.rows, candidate.scores
     return (
-        f"---\n{_head(name, label, kind, method, base, rows, values)}\n---\n\n"
+        f"---\n{_head(name, label, kind, method, base, rows, values, pictures=pictures)}\n---\n\n"
         + "\n".join(lines)
         + "\n\n"
         + model_card(metrics, decision, facts)
@@ -132,13 +137,16 @@ def _head(
     base: str,
     rows: int,
     scores: Mapping[str, Interval],
+    *,
+    pictures: bool,
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
+    task = "image-text-to-text" if pictures else "text-generation"
     results = [
         EvalResult(
-            task_type="text-generation",
-            task_name="Text generation",
+            task_type=task,
+            task_name="Image and text to text" if pictures else "Text generation",
             dataset_type=name,
             dataset_name=f"held-out rows of {name}",
             dataset_split="test",
@@ -159,7 +167,7 @@ def _head(
         library_name=(
             "transformers" if whole and kind in ("adapter", "merged") else "gguf" if whole else "peft"
         ),
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["ratchet", method, *(["gguf", "llama.cpp"] if kind in ("gguf", "int8", "int4") else [])],
         model_name=f"{name} {label}",
         eval_results=results,

@@ -56,6 +56,10 @@ MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
 LEAST_LOGPROB = -9999.0  # what OpenAI writes for a token that cannot follow; JSON has no infinity
 Decoded = TypeVar("Decoded")
+REMEDIES = {  # reason of a refused picture → what helps
+    "media_size": "send a smaller picture",
+    "media_type": "send a PNG or JPEG as data:image/png;base64,…",
+}
 
 
 class ImageUrl(msgspec.Struct):
@@ -313,13 +317,15 @@ class Pictures:
         if url[:5].lower() != "data:":
             refuse(
                 where,
-                f"{where} refers to {url[:40]!r}, and nothing is fetched from elsewhere",
+                f"{where} refers to {url[:40]!r}, and nothing is fetched from elsewhere"
+                if url
+                else f"{where} holds no picture",
                 "send the picture itself, as data:image/png;base64,…",
             )
         try:
             picture = read_picture(from_uri(url), MediaConfig())
         except RowError as error:
-            refuse(where, f"{where}: {error}", "send a PNG or JPEG as data:image/png;base64,…")
+            refuse(where, f"{where}: {error}", REMEDIES.get(error.reason, "send it again, whole"))
         self.known[picture.name] = picture.data
         self.looks.append(look_of(picture.name, picture.data))
         return picture.name

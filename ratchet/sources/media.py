@@ -41,6 +41,7 @@ class Pictures:
 
     def __init__(self, limits: MediaConfig, root: Path | None = None) -> None:
         self.spool, self.refused = Spool(), Counter[str]()
+        self.empty = 0  # rows with a column for pictures and nothing in it
         self.limits = limits
         self._folder = (root or Path()) / limits.folder if limits.folder else None
         self._known: dict[bytes, str] = {}  # sha256 of a picture as it was found → what its reference became
@@ -85,6 +86,8 @@ class Pictures:
             said.append(f"changed: {_counted(self.spool.changed)}")
         if self.refused:
             said.append(f"not taken: {_counted(self.refused)}")
+        if self.empty:
+            said.append(f"{self.empty} rows have a column for one and nothing in it: they are rows of text")
         return (f"pictures: {'; '.join(said)}",) if said else ()
 
 
@@ -113,6 +116,8 @@ class Rows:
         for key in (*TALKS, *TALKS_OF_OPENAI):
             if isinstance(turns := row.get(key), list) and (new := self._turns(turns)) is not turns:
                 changed[key] = new
+        if not changed and not row.keys().isdisjoint(MEDIA_KEYS):
+            self._pictures.empty += 1
         given = row.get("input")
         if isinstance(given, dict) and isinstance(asked := given.get("messages"), list):
             new = self._turns(asked)

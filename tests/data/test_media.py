@@ -520,7 +520,9 @@ def test_a_row_without_a_picture_beside_rows_with_one_stays_as_it_was(tmp_path) 
     ]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(rows))
     pulled = pull(Config(), path=str(tmp_path / "rows.jsonl"))
-    assert pulled.lines == rows and not pulled.media and pulled.said == ()
+    assert pulled.lines == rows and not pulled.media
+    (said,) = pulled.said
+    assert said == "pictures: 1 rows have a column for one and nothing in it: they are rows of text"
 
 
 def test_what_is_written_is_read_back_equal() -> None:

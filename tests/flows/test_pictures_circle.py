@@ -143,6 +143,8 @@ def test_the_whole_model_is_exported_with_its_processor_and_no_gguf_file_is(circ
     source = Source("v1", "c" * 40, bundle, circle.test, METRICS, circle.ran.verdict, media)
     record = export(source, "merged", circle.place / "exported", circle.config)
     assert record.check.result == "pass" and "processor_config.json" in record.files
+    card = (circle.place / "exported/README.md").read_text(encoding="utf-8")
+    assert "AutoModelForImageTextToText" in card and "pipeline_tag: image-text-to-text" in card
     with pytest.raises(UserError, match="reads pictures"):
         export(source, "gguf", circle.place / "gguf", circle.config)
     assert not (circle.place / "gguf").exists()

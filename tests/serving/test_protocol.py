@@ -245,7 +245,7 @@ def test_what_is_not_supported_is_named(field, value):
         (
             {"messages": [{"role": "user", "content": [shown(PICTURE[:-20])]}]},
             "messages[0].content[0]",
-            "send a PNG or JPEG",
+            "cut off",
         ),
         (
             {"messages": [{"role": "user", "content": [shown(PICTURE)] * 3}]},
