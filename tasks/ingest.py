@@ -151,7 +151,7 @@ def pull(
         raise DataError(f"source {chosen!r} is unknown", remedy="known: pydoc, jsonl, sql, feedback, review")
     if not pulled.media and any(map(pictures_in, pulled.lines)):
         # Rows that people judged show pictures of rows that came before.
-        pulled = pulled._replace(media=MediaStore(sorted((project_root(root) / "data/raw").glob("*.tar"))))
+        pulled = pulled._replace(media=MediaStore.read(project_root(root) / "data/raw"))
     if not pulled.lines:
         why = (
             "nobody has approved or corrected an answer yet, or all of it is in a batch"

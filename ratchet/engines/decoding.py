@@ -9,9 +9,8 @@ same model. A row that ends leaves at once, with the cache columns that only it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -158,8 +157,8 @@ class Decoder:
             if start:
                 self._step_all()
             end = min(start + size, length)
-            logits = self._forward(
-                rows,
+            logits = self._loaded.forward(
+                [row.ask.version for row in rows],
                 ids[:, start:end],
                 mask[:, : virtual + end],
                 positions[..., start:end],
@@ -202,25 +201,13 @@ class Decoder:
     def _step(self) -> None:
         assert self._mask is not None
         newest = torch.tensor([row.answer[-1:] for row in self._rows], device=self._loaded.device)
-        distances = torch.tensor([[row.distance] for row in self._rows], device=self._loaded.device)
-        positions = self._mask.sum(-1, keepdim=True) + distances  # (batch, 1)
+        positions = self._mask.sum(-1, keepdim=True)  # (batch, 1)
+        if any(row.distance for row in self._rows):
+            positions += torch.tensor([[row.distance] for row in self._rows], device=positions.device)
         self._mask = torch.cat([self._mask, torch.ones_like(positions)], dim=1)
-        logits = self._forward(self._rows, newest, self._mask, positions, self._cache, whole=False)
+        versions = [row.ask.version for row in self._rows]
+        logits = self._loaded.forward(versions, newest, self._mask, positions, self._cache, whole=False)
         self._extend(self._rows, logits[:, -1].float())
-
-    def _forward(
-        self,
-        rows: list[Row],
-        ids: Tensor,
-        mask: Tensor,
-        positions: Tensor,
-        cache: Any,
-        *,
-        whole: bool,
-        inputs: Mapping[str, Tensor] = MappingProxyType({}),
-    ) -> Tensor:
-        versions = [row.ask.version for row in rows]
-        return self._loaded.forward(versions, ids, mask, positions, cache, whole=whole, inputs=inputs)
 
     def _leave(self, rows: list[Row]) -> None:
         """Remove rows, and the cache columns that only they needed."""

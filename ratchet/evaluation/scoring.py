@@ -45,8 +45,7 @@ from ratchet.pipeline.stage import say
 class Asked(NamedTuple):
     """Rows to answer. `groups` names the group of each row; only rows of one group share a forward batch.
 
-    `worse`: rows with the worse answer of a preference, of which only the likelihood is measured. Rows with
-    and without pictures are of different groups.
+    `worse`: rows with the worse answer of a preference, of which only the likelihood is measured.
     """
 
     rows: list[Example]

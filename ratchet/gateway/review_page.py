@@ -161,7 +161,7 @@ def _undo(queue: ReviewQueue, said: Word) -> tuple[str, Item | None]:
 def _show(item: Item, root: Path) -> dict[str, Any]:
     before, answer = split_answer(item.messages)
     shown = any(turn.media for turn in before)
-    pictures = MediaStore(sorted((root / "data/raw").glob("*.tar"))) if shown else MediaStore()
+    pictures = MediaStore.read(root / "data/raw") if shown else MediaStore()
     meta = [
         item.draft,
         item.kind,

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -252,7 +253,7 @@ class Script:
         cache: Any,
         *,
         whole: bool,
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
         place = min(max(0, int(mask.sum()) - self._prompt_tokens), len(self._ids) - 1)
         logits = torch.zeros(1, 1, max(self._ids) + 1)
