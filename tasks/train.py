@@ -175,8 +175,6 @@ class Training:
         check_context(self._base, adapter, longest)
         # True: rows are not packed, because virtual tokens or the base forbid it; None: the faster of both.
         apart = True if adapter.method in PREFIXED or not read_base_manifest(self._base).packs else None
-        shown = holds_pictures([*windows, *validation])
-        apart = apart or (True if shown else None)
         num_batches = count_batches(windows, settings.batch_windows, apart=apart)
         computed, why = compute_dtype(settings.precision)
         schedule = _schedule(num_batches, computed, self._config)
@@ -193,7 +191,7 @@ class Training:
         if settings.processes > 1:
             held = "a part" if sharded else "all"
             say(f"train: {settings.processes} processes, each with {held} of the model")
-        loss = self._load_loss(shown=shown)
+        loss = self._load_loss(shown=holds_pictures([*windows, *validation]))
         chat = load_chat(self._base, MediaStore.read(self._tokens / MEDIA))
         saved = checkpoints.newest(restore)
         if saved:

@@ -22,7 +22,7 @@ from ratchet.models.adapters import (
     linear_modules,
     prepare_quantised,
 )
-from ratchet.models.cache import forward, is_hybrid, join, logits_at, new_cache, select
+from ratchet.models.cache import forward, is_hybrid, join, logits_at, new_cache, place_rows, select
 from ratchet.models.chat_template import ChatFormat, Encoded
 from ratchet.models.generation import greedy_ids
 from ratchet.models.loading import without_adapter
@@ -83,8 +83,8 @@ def prove_pictures(loaded: Loaded) -> Finding:
     return Finding("pictures", "ok", what)
 
 
-def _shown(names: Sequence[str]) -> Example:
-    asked = Message("user", f"{MEDIA_MARK}What is it?{MEDIA_MARK}", media=tuple(names))
+def _shown(names: Sequence[str], before: str = "") -> Example:
+    asked = Message("user", f"{before}{MEDIA_MARK}What is it?{MEDIA_MARK}", media=tuple(names))
     return make_example([asked, Message("assistant", ANSWERED[0])], {})
 
 
@@ -210,17 +210,35 @@ def _left(mask: Tensor, length: int) -> Tensor:
 def packs(loaded: Loaded) -> bool:
     """Return whether a row has the same logits after another row in its window as alone.
 
-    The window is computed as on a GPU: positions restart with each row, and there is no mask.
+    The window is computed as on a GPU: positions restart with each row, and there is no mask. Where the base
+    reads pictures, rows with pictures are tried as well.
     """
-    model, chat = loaded.model, loaded.chat
-    before, row = chat.encode_prompt(ASKED), chat.encode_prompt(ASKED_LONGER)
-    positions = torch.tensor([[*range(len(before)), *range(len(row))]], device=model.device)
+    chat = loaded.chat.showing(_pictures())
+    texts = [Encoded(chat.encode_prompt(asked), []) for asked in (ASKED, ASKED_LONGER)]
+    # Their pictures stand at other places: transformers 5.14 places those of Gemma 3 by the first row's.
+    shown = [chat.encode(row) for row in (_shown(TALL, "Look:"), _shown(WIDE))] if chat.processor else []
+    tried = [texts, shown, [shown[0], texts[0], shown[1]]] if shown else [texts]
     try:
-        together = model(input_ids=_row(before + row, model), position_ids=positions, use_cache=False).logits
-        alone = model(input_ids=_row(row, model), use_cache=False).logits
+        return all(_apart_in_window(loaded.model, chat, rows) <= loaded.tolerance for rows in tried)
     except (TypeError, ValueError, RuntimeError):  # the model takes no position_ids
         return False
-    return _apart(alone[0].float(), together[0, len(before) :].float()) <= loaded.tolerance
+
+
+def _apart_in_window(model: Any, chat: ChatFormat, rows: Sequence[Encoded]) -> float:
+    """Return by how much the logits of the last row differ after the others in its window and alone."""
+
+    def logits(part: Sequence[Encoded]) -> Tensor:
+        ids = _row([token for row in part for token in row.ids], model)
+        positions = torch.tensor(
+            [[place for row in part for place in range(len(row.ids))]], device=ids.device
+        )
+        inputs = chat.inputs([[name for row in part for name in row.media]], ids)
+        found: Tensor = model(
+            input_ids=ids, position_ids=place_rows(model, ids, positions, inputs), **inputs, use_cache=False
+        ).logits[0, -len(part[-1].ids) :]
+        return found.float()
+
+    return _apart(logits(rows[-1:]), logits(rows))
 
 
 def tell_packing(packed: bool) -> Finding:

@@ -8,12 +8,15 @@ with a sliding window; the attention mask leaves out tokens outside the window. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from ratchet.models.loading import without_adapter
 
 UNSEEN = ("labels", "roles", "references", "shift_labels")  # columns of a batch that only a loss reads
 
@@ -99,6 +102,37 @@ def forward(
         **more,
     ).logits
     return logits
+
+
+def place_rows(
+    model: Any, ids: Tensor, positions: Tensor, inputs: Mapping[str, Tensor] = MappingProxyType({})
+) -> Tensor:
+    """Return the positions of packed windows as the model takes them, (batch, seq) or (4, batch, seq).
+
+    `positions`, (batch, seq), restart with each row. Models such as Qwen-VL's place pictures in two
+    dimensions (arXiv 2409.12191): they take positions on three axes, and the plain ones before them to tell
+    rows apart.
+    """
+    inner: Any = getattr(without_adapter(model), "model", None)
+    if not hasattr(inner, "get_rope_index"):
+        return positions
+    axes = positions.expand(4, -1, -1).clone()
+    kinds = inputs.get("mm_token_type_ids")
+    if kinds is None or "image_grid_thw" not in inputs:
+        return axes
+    row = torch.cumsum((positions == 0).flatten(), 0) - 1  # the row of each token, counted over all windows
+    counts = torch.bincount(row)
+    places = torch.arange(int(counts.max()), device=ids.device) < counts[:, None]  # (rows, longest)
+    rows, rows_kinds = torch.zeros_like(places, dtype=ids.dtype), torch.zeros_like(places, dtype=kinds.dtype)
+    rows[places], rows_kinds[places] = ids.flatten(), kinds.flatten()
+    found, _ = inner.get_rope_index(
+        rows,
+        mm_token_type_ids=rows_kinds,
+        image_grid_thw=inputs["image_grid_thw"],
+        attention_mask=places.long(),
+    )  # (3, rows, longest)
+    axes[1:] = found[:, places].view(3, *ids.shape)
+    return axes
 
 
 def _widen(states: Tensor, length: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +11,26 @@ import torch
 from ratchet.models.generation import Inputs, no_inputs
 from ratchet.training.packing import FOLLOWS, IGNORED, TOKEN_COLUMNS, Role, Window, group_rows
 
+# Ids and positions of packed windows, (batch, seq) each, and what the model takes of pictures → positions.
+Place = Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
+
+
+def as_they_are(
+    ids: torch.Tensor, positions: torch.Tensor, inputs: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Return the positions that a model of text takes."""
+    return positions
+
 
 class WindowCollator:
-    """Pad a batch to its longest window; each padding token is its own row (position 0), without loss."""
+    """Pad a batch to its longest window; each padding token is its own row (position 0), without loss.
 
-    def __init__(self, pad_id: int) -> None:
+    `place` gives the positions as the model takes them: see `ratchet.models.cache.place_rows`.
+    """
+
+    def __init__(self, pad_id: int, inputs: Inputs = no_inputs, place: Place = as_they_are) -> None:
         self._fill = ([pad_id], [IGNORED], [0])
+        self._inputs, self._place = inputs, place
 
     def __call__(self, windows: Sequence[Window]) -> dict[str, torch.Tensor]:
         length = max(len(window.input_ids) for window in windows)
@@ -25,7 +39,9 @@ class WindowCollator:
             columns[name] = torch.tensor(
                 [getattr(window, name) + fill * (length - len(window.input_ids)) for window in windows]
             )  # (batch, seq)
-        return columns
+        ids = columns["input_ids"]
+        more = self._inputs([window.media for window in windows], ids)
+        return columns | more | {"position_ids": self._place(ids, columns["position_ids"], more)}
 
 
 class RowCollator:
@@ -87,6 +103,7 @@ def make_batches(
     pad_id: int,
     apart: bool | None,
     inputs: Inputs = no_inputs,
+    place: Place = as_they_are,
 ) -> Batches:
     """Make batches; every optimizer step gets equally many forward passes, for processes to share."""
     judged = holds_judged(windows)
@@ -100,7 +117,7 @@ def make_batches(
     train: list[Any] = list(windows)
     held_out: list[Any] = list(validation)
     items, longest = batch_windows, max(len(window.input_ids) for window in windows)
-    collate: Callable[[Any], dict[str, torch.Tensor]] = WindowCollator(pad_id)
+    collate: Callable[[Any], dict[str, torch.Tensor]] = WindowCollator(pad_id, inputs, place)
     if goes_apart([*windows, *validation], apart):
         train = group_rows(windows, batch_windows)
         held_out = group_rows(validation, batch_windows) if validation else []
@@ -124,9 +141,8 @@ def holds_judged(windows: Sequence[Window]) -> bool:
 
 
 def goes_apart(windows: Sequence[Window], apart: bool | None) -> bool:
-    """Tell whether rows are batched singly: compared rows and pictures always are; None: if it is faster."""
-    judged = holds_judged(windows) or holds_pictures(windows)
-    return judged or (is_faster_apart() if apart is None else apart)
+    """Tell whether rows are batched singly: compared rows always are; None: if it is faster."""
+    return holds_judged(windows) or (is_faster_apart() if apart is None else apart)
 
 
 def holds_pictures(windows: Sequence[Window]) -> bool:

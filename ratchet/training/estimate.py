@@ -201,7 +201,7 @@ def extrapolate(
 def shapes(windows: list[Window], batch_windows: int, *, apart: bool) -> list[tuple[int, int]]:
     """Return (rows, padded length) of each forward pass of an epoch, batched as `ratchet.training.collation`
     does."""
-    if apart or any(window.roles or window.media for window in windows):
+    if apart or any(window.roles for window in windows):
         return [
             (len(rows), max(len(row.input_ids) for row in rows))
             for rows in group_rows(windows, batch_windows)

@@ -7,8 +7,9 @@ decreasing, arXiv 2404.10830), and windows keep the order in which they were ope
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,9 +35,9 @@ FOLLOWS = (Role.REJECTED, Role.MISMATCHED)  # these are computed together with t
 class Window(NamedTuple):
     """Rows one after another, up to a window's length in tokens; the collator pads.
 
-    A window with pictures holds one unit, whose rows all show them.
     `roles` and `references` have one entry a row, and are empty where no preferences are learned. A reference
-    is the log-probability of the answer before the training, in nats.
+    is the log-probability of the answer before the training, in nats. `shown` is the number of pictures of
+    each row, and is empty where no row shows any.
     """
 
     input_ids: list[int]
@@ -44,7 +45,8 @@ class Window(NamedTuple):
     position_ids: list[int]
     roles: Sequence[int] = ()
     references: Sequence[float] = ()
-    media: Sequence[str] = ()  # names of the pictures that each row of the window shows, in order
+    media: Sequence[str] = ()  # names of the pictures, row by row
+    shown: Sequence[int] = ()
 
 
 TOKEN_COLUMNS = Window._fields[:3]  # one entry a token
@@ -59,32 +61,26 @@ class Unit(NamedTuple):
 
 def pack(rows: Sequence[Encoded], window: int) -> list[Window]:
     """Put every row into exactly one window. Raises ValueError: a row is longer than a window."""
-    chosen = _fit([len(row.ids) for row in rows], [bool(row.media) for row in rows], window)
-    return [_join([rows[index] for index in members]) for members in chosen]
+    return _most_first(
+        _join([rows[index] for index in members])
+        for members in best_fit([len(row.ids) for row in rows], window)
+    )
 
 
 def pack_units(units: Sequence[Unit], window: int) -> list[Window]:
     """Put every unit whole into one window; if a unit is longer than `window`, windows are as long as it."""
     sizes = [sum(len(row.ids) for row in unit.rows) for unit in units]
-    return [
+    return _most_first(
         _join([row for index in members for row in units[index].rows])._replace(
             roles=[int(role) for index in members for role in units[index].roles]
         )
-        for members in _fit(sizes, [bool(unit.rows[0].media) for unit in units], max(window, *sizes, 0))
-    ]
+        for members in best_fit(sizes, max(window, *sizes, 0))
+    )
 
 
-def _fit(sizes: Sequence[int], alone: Sequence[bool], window: int) -> list[list[int]]:
-    """Return the items of each window as `best_fit` does; before them those that stand alone, longest first.
-
-    A probe of a training takes the first window: its pictures and its length need most memory.
-    """
-    shared = [index for index, single in enumerate(alone) if not single]
-    single = sorted((index for index, single in enumerate(alone) if single), key=lambda index: -sizes[index])
-    if single and sizes[single[0]] > window:
-        raise ValueError(f"a row has {sizes[single[0]]} tokens, the window holds {window}")
-    chosen = best_fit([sizes[index] for index in shared], window)
-    return [*([index] for index in single), *([shared[index] for index in members] for members in chosen)]
+def _most_first(windows: Iterable[Window]) -> list[Window]:
+    """Put those with most pictures first, since a probe of a training takes the first to see its memory."""
+    return sorted(windows, key=lambda window: -len(window.media))
 
 
 def best_fit(sizes: Sequence[int], window: int) -> list[list[int]]:
@@ -114,21 +110,28 @@ def _join(rows: Sequence[Encoded]) -> Window:
         for position, (token, learned) in enumerate(zip(row.ids, row.learned, strict=True))
     ]
     positions = [position for row in rows for position in range(len(row.ids))]
-    return Window(ids, labels, positions, media=rows[0].media)
+    media = [name for row in rows for name in row.media]
+    return Window(
+        ids, labels, positions, media=media or (), shown=[len(row.media) for row in rows] if media else ()
+    )
 
 
 def rows_of(window: Window) -> list[Window]:
     """Split a window into its rows, each a window by itself: the inverse of `_join`."""
     starts = [index for index, position in enumerate(window.position_ids) if position == 0]
+    counts = window.shown or [0] * len(starts)
     return [
         Window(
             window.input_ids[start:end],
             window.labels[start:end],
             window.position_ids[start:end],
             window.roles[place : place + 1],
-            media=window.media,
+            media=window.media[last - count : last],
+            shown=[count] if count else (),
         )
-        for place, (start, end) in enumerate(zip(starts, [*starts[1:], len(window.input_ids)], strict=True))
+        for place, (start, end, count, last) in enumerate(
+            zip(starts, [*starts[1:], len(window.input_ids)], counts, accumulate(counts), strict=True)
+        )
     ]
 
 
@@ -170,10 +173,10 @@ def group_rows(windows: Sequence[Window], batch_windows: int) -> list[list[Windo
 
 
 def write_windows(path: Path, windows: Sequence[Window]) -> None:
-    """Write Arrow's file format: columns of lists, `roles` and `media` only where rows have some."""
+    """Write Arrow's file format: columns of lists, those of roles and pictures only where rows have some."""
     import pyarrow as pa
 
-    more = [name for name in ("roles", "media") if any(getattr(window, name) for window in windows)]
+    more = [name for name in ("roles", "media", "shown") if any(getattr(window, name) for window in windows)]
     names = [*TOKEN_COLUMNS, *more]
     schema = pa.schema([(name, pa.list_(pa.string() if name == "media" else pa.int32())) for name in names])
     table = pa.table({name: [getattr(window, name) for window in windows] for name in names}, schema=schema)

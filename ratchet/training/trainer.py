@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from ratchet.errors import StoppedError
-from ratchet.models.cache import logits_at
+from ratchet.models.cache import logits_at, place_rows
 from ratchet.models.generation import Inputs, no_inputs
 from ratchet.training.collation import Batches, make_batches
 from ratchet.training.distributed import (
@@ -116,6 +116,7 @@ def fit(
         pad_id=pad_id,
         apart=apart,
         inputs=inputs,
+        place=partial(place_rows, model),
     )
     with contextlib.ExitStack() as at_the_end:
         scratch = at_the_end.enter_context(tempfile.TemporaryDirectory(prefix="ratchet-train-"))

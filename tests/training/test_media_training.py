@@ -24,10 +24,11 @@ from ratchet.data.media import MediaStore
 from ratchet.errors import DataError
 from ratchet.files import read_json, sha256_file
 from ratchet.models.adapters import load_trainable, load_trained
-from ratchet.models.cache import logits_at
+from ratchet.models.cache import logits_at, place_rows
 from ratchet.models.chat_template import ChatFormat, Encoded
 from ratchet.models.generation import Inputs
 from ratchet.models.loading import load_base, load_chat
+from ratchet.models.manifests import read_base_manifest
 from ratchet.training.checkpoints import Checkpoints
 from ratchet.training.collation import RowCollator, make_batches
 from ratchet.training.estimate import shapes
@@ -108,19 +109,25 @@ def inputs_of(base: Path, media: Mapping[str, bytes] = PICTURES) -> Inputs:
 # --- windows ---
 
 
-def test_a_window_with_pictures_holds_one_row() -> None:
-    rows = [
-        Encoded([1] * size, [True] * size, ("a.png",) * shown) for size, shown in ((5, 1), (4, 0), (3, 0))
-    ]
-    rows.append(Encoded([1] * 7, [True] * 7, ("a.png", "b.jpg")))
+def test_rows_with_pictures_share_windows_and_come_apart_again() -> None:
+    sizes = ((5, 1), (4, 0), (3, 0), (7, 2), (16, 0))
+    names = ("a.png", "b.jpg")
+    rows = [Encoded([size] * size, [True] * size, names[:shown]) for size, shown in sizes]
     windows = pack(rows, 16)
-    assert [(len(window.input_ids), tuple(window.media)) for window in windows] == [
-        (7, ("a.png", "b.jpg")),
-        (5, ("a.png",)),
-        (7, ()),
+    assert [(len(window.input_ids), list(window.media), list(window.shown)) for window in windows] == [
+        (16, ["a.png", "b.jpg", "a.png"], [2, 1, 0]),
+        (16, [], []),
+        (3, [], []),
     ]
-    assert [len(rows_of(window)) for window in windows] == [1, 1, 2]
-    with pytest.raises(ValueError, match="7 tokens, the window holds 6"):
+    apart = [row for window in windows for row in rows_of(window)]
+    assert [(len(row.input_ids), tuple(row.media)) for row in apart] == [
+        (7, names),
+        (5, ("a.png",)),
+        (4, ()),
+        (16, ()),
+        (3, ()),
+    ]
+    with pytest.raises(ValueError, match="16 tokens, the window holds 6"):
         pack(rows, 6)
 
 
@@ -155,7 +162,7 @@ def test_tokens_bring_the_pictures_that_training_needs(made: Made) -> None:
     learned = sum(
         bool(example.media) for number, example in enumerate(ROWS) if number % 10 == 0 or number % 12 != 1
     )
-    assert sum(bool(window.media) for window in windows) == learned
+    assert sum(count > 0 for window in windows for count in window.shown) == learned
     assert read_json(made.tokens / "profile.json")["rejected"] == {}
 
 
@@ -254,6 +261,28 @@ def _inverted(stored: bytes) -> bytes:
     with Image.open(io.BytesIO(stored)) as opened:
         ImageOps.invert(opened.convert("RGB")).save(target, "PNG")
     return target.getvalue()
+
+
+def test_a_training_in_windows_measures_what_one_in_rows_does(base: Path) -> None:
+    windows = pack([load_chat(base).showing(PICTURES).encode(row) for row in ROWS[:8]], 256)
+    schedule = SCHEDULE._replace(steps=1, evaluations=1, learning_rate=1e-30)
+    losses = []
+    for apart in (True, False):
+        model = load_trainable(base, None, AdapterConfig(rank=4, alpha=8.0), seed=1)
+        curve = Curve()
+        fit(
+            model,
+            windows,
+            windows,
+            schedule,
+            loss=AnswerLoss(),
+            pad_id=0,
+            report=curve.add,
+            apart=apart,
+            inputs=inputs_of(base),
+        )
+        losses.append(curve.points[-1]["validation_loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5 if read_base_manifest(base).packs else 0.1)
 
 
 # --- training ---
@@ -371,18 +400,50 @@ def test_a_training_that_was_killed_ends_in_the_same_weights(die_at: int, base: 
     assert second.points == whole.points
 
 
-def test_a_plan_counts_the_batches_of_rows_with_pictures(made: Made) -> None:
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_plan_counts_the_batches_of_rows_with_pictures(made: Made, apart: bool) -> None:
     windows = read_windows(made.tokens / "train.arrow")
-    batches = make_batches(windows, [], 4, accumulate=1, pad_id=0, apart=False, inputs=inputs_of(made.base))
+    inputs = inputs_of(made.base)
+    batches = make_batches(windows, [], 1, accumulate=1, pad_id=0, apart=apart, inputs=inputs)
     seen = [tuple(batches.collate([group])["input_ids"].shape) for group in batches.train]
-    assert shapes(windows, 4, apart=False) == seen
-    assert len(windows[0].input_ids) == max(len(row.input_ids) for row in windows if row.media)
+    padded = shapes(windows, 1, apart=apart)
+    assert [rows for rows, _ in padded] == [rows for rows, _ in seen]
+    assert max(padded) == max(seen)
+    assert len(windows[0].media) == max(len(window.media) for window in windows)
 
 
-def test_windows_with_pictures_are_batched_as_rows(made: Made) -> None:
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_batch_has_the_pixels_of_all_its_pictures(made: Made, apart: bool) -> None:
     windows = read_windows(made.tokens / "train.arrow")
-    batches = make_batches(windows, [], 4, accumulate=1, pad_id=0, apart=False, inputs=inputs_of(made.base))
-    assert sum(len(group) for group in batches.train) == sum(len(rows_of(window)) for window in windows)
-    batch = batches.collate(batches.train[:1])
-    assert batch["pixel_values"].shape[0] == sum(len(row.media) for row in batches.train[0])
-    assert "position_ids" not in batch
+    inputs = inputs_of(made.base)
+    batches = make_batches(windows, [], 2, accumulate=1, pad_id=0, apart=apart, inputs=inputs)
+    part = batches.train[: batches.items]
+    batch = batches.collate(part)
+    shown = [name for item in part for window in (item if apart else [item]) for name in window.media]
+    assert batch["pixel_values"].shape[0] == len(shown) > 1
+    assert ("position_ids" in batch) != apart
+
+
+def token_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    predict = partial(logits_at, model, model.get_output_embeddings(), batch)
+    with torch.no_grad():
+        return AnswerLoss()(batch, predict, torch.tensor(1.0))[0]
+
+
+def test_a_row_loses_the_same_packed_among_others(base: Path) -> None:
+    chat, model, inputs = load_chat(base), load_base(base).float().eval(), inputs_of(base)
+    windows = pack([chat.showing(PICTURES).encode(row) for row in ROWS[:24]], 512)
+    assert sum(len(window.shown) > 1 for window in windows) > 1
+    assert sum(len(window.media) for window in windows) == sum(len(row.media) for row in ROWS[:24])
+    made = make_batches(
+        windows, [], 2, accumulate=1, pad_id=0, apart=False, inputs=inputs, place=partial(place_rows, model)
+    )
+    away = 0.0
+    for start in range(0, len(windows), 2):
+        part = made.train[start : start + 2]
+        alone = [
+            token_losses(model, RowCollator(0, inputs)([[row]])) for window in part for row in rows_of(window)
+        ]
+        away = max(away, float((token_losses(model, made.collate(part)) - torch.cat(alone)).abs().max()))
+    # The base's proof says whether rows may share windows. Those of Gemma 3 would read each other.
+    assert (away < 1e-5) == read_base_manifest(base).packs == ("gemma3" not in str(base))
