@@ -18,14 +18,13 @@ from ratchet.models.adapters import (
     PREFIXED,
     add_adapter,
     freeze_outside,
-    language_model,
     linear_modules,
     prepare_quantised,
 )
 from ratchet.models.cache import forward, is_hybrid, join, logits_at, new_cache, place_rows, select
 from ratchet.models.chat_template import ChatFormat, Encoded
 from ratchet.models.generation import greedy_ids
-from ratchet.models.loading import without_adapter
+from ratchet.models.loading import language_model, without_adapter
 from ratchet.models.manifests import Finding
 
 # Accepted differences of logits, as a share of the largest logit. In float32, sums in another order differ by
@@ -215,7 +214,7 @@ def packs(loaded: Loaded) -> bool:
     """
     chat = loaded.chat.showing(_pictures())
     texts = [Encoded(chat.encode_prompt(asked), []) for asked in (ASKED, ASKED_LONGER)]
-    # Their pictures stand at other places: transformers 5.14 places those of Gemma 3 by the first row's.
+    # Their pictures stand at other places: transformers 5.23 places those of Gemma 3 by the first row's.
     shown = [chat.encode(row) for row in (_shown(TALL, "Look:"), _shown(WIDE))] if chat.processor else []
     tried = [texts, shown, [shown[0], texts[0], shown[1]]] if shown else [texts]
     try:
@@ -251,10 +250,10 @@ def tell_packing(packed: bool) -> Finding:
 # --- training ---
 
 
-def tell_targets(model: Any) -> Finding:
+def tell_targets(model: Any, config: AdapterConfig) -> Finding:
     targets = linear_modules(model)
     if inside := language_model(model):
-        what = f"`all-linear` is in {inside}; tower and projector stay frozen"
+        what = f"`all-linear` is in {inside}; projector: {config.projector}, tower: {config.tower}"
         return Finding("targets", "ok", what)
     if targets == ALL_LINEAR:
         return Finding("targets", "ok", "`all-linear` is every linear layer but the output")
@@ -271,7 +270,7 @@ def prove_training(loaded: Loaded, config: AdapterConfig) -> Finding:
         return Finding("training", "refused", what, "set `adapter.method: lora`")
     whole = config.method == "full"
     if whole:
-        freeze_outside(base)
+        freeze_outside(base, config)
     else:
         base = prepare_quantised(base) if config.method == "qlora" else base
         base = add_adapter(base, config, seed=0)

@@ -117,7 +117,7 @@ def _find(folder: Path, config: Config) -> Iterator[tuple[Finding, Facts]]:
         yield _try("cache", loaded, lambda: prove_cache(loaded)), {}
         packed = packs(loaded)
         yield tell_packing(packed), {"packs": packed}
-        yield tell_targets(model), {}
+        yield tell_targets(model, adapter), {}
         yield _try("training", loaded, lambda: prove_training(loaded, adapter)), {}
 
 

@@ -165,6 +165,9 @@ def describe(found: Plan, config: Config) -> Iterator[str]:
         f"{config.adapter.method} of {found.trainable_weights:,} weights, {found.steps:,} steps, "
         f"{found.evaluations} evaluations (measured: {found.probed_steps} steps)"
     )
+    if found.reads_pictures:
+        parts = config.adapter
+        yield f"  parts   language model; projector: {parts.projector}, tower: {parts.tower}"
     yield (
         f"  time    {_duration(found.seconds)}, {_duration(found.stage_seconds)} with loading and saving; "
         "train.patience may end it earlier"

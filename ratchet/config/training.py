@@ -371,6 +371,16 @@ class AdapterConfig(Section):
         description="modules that are trained whole in addition to the update, such as `lm_head`; not for "
         "`prefix`, `prompt` and `full`. Such a version needs its own copy of the base when it is served",
     )
+    projector: Literal["frozen", "lora", "whole"] = Field(
+        default="frozen",
+        description="what is trained of the layers that turn a picture's features into tokens, in a base "
+        "that reads pictures: nothing, an update of the same rank (`lora`, `qlora`, `dora`, `rslora`), or "
+        "all weights. With `whole` a version needs its own copy of the base when it is served",
+    )
+    tower: Literal["frozen", "lora", "whole"] = Field(
+        default="frozen",
+        description="the same for the tower, which sees the pictures; `whole` only with `full`",
+    )
     virtual_tokens: int = Field(
         default=16,
         ge=1,
@@ -378,6 +388,22 @@ class AdapterConfig(Section):
         description="tokens that `prefix` and `prompt` put before every row; they count towards the base's "
         "context",
     )
+
+    @model_validator(mode="after")
+    def _parts_fit_method(self) -> AdapterConfig:
+        for key in ("projector", "tower"):
+            value, ranked = getattr(self, key), self.method in ("lora", "qlora", "dora", "rslora")
+            if value == "lora" and not ranked:
+                raise ValueError(
+                    f"adapter.{key} is 'lora': `adapter.method: {self.method}` has no updates of a rank; set "
+                    f"`adapter.{key}: frozen`, or a method of the LoRA family"
+                )
+            if value == "whole" and not (self.method == "full" or (ranked and key == "projector")):
+                raise ValueError(
+                    f"adapter.{key} is 'whole', which `adapter.method: {self.method}` does not take; set "
+                    f"`adapter.{key}: frozen`, or `adapter.method: full`"
+                )
+        return self
 
 
 class SweepRange(Section):

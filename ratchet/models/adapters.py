@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ratchet.config.training import AdapterConfig
 from ratchet.errors import BaseModelError, ConfigError, RatchetError
 from ratchet.files import read_json
-from ratchet.models.loading import WEIGHTS, is_full, load_adapter, load_base, load_full, precision, quiet
+from ratchet.models.loading import (
+    WEIGHTS,
+    is_full,
+    language_model,
+    load_adapter,
+    load_base,
+    load_full,
+    outside_language,
+    precision,
+    quiet,
+)
 from ratchet.models.manifests import MANIFEST, AdapterRecord, read_base_manifest, read_trained_manifest
 
 if TYPE_CHECKING:
@@ -22,13 +32,20 @@ if TYPE_CHECKING:
 LORA_FAMILY = ("lora", "qlora", "dora", "rslora")
 PREFIXED = ("prefix", "prompt")  # they put virtual tokens before every row, so rows cannot share a window
 ALL_LINEAR = "all-linear"
+# Names of the layers that turn a picture's features into tokens, as transformers gives them.
+PROJECTOR = re.compile(
+    r"(?:^|\.)(?:multi_modal_projector|mm_projector|connector|merger|deepstack_merger_list)$"
+)
 # Names by which PEFT recognises the layers of experts and routers, wherever they are in the model.
 EXPERT_NAMES = ("gate", "router", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
 # PEFT's peft_type → our family
 FAMILIES = {"LORA": "lora", "IA3": "ia3", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
+SEEING = ("projector", "tower")
 # Keys of `adapter` that have to be equal if a training starts from the champion's adapter.
 SHAPE = {
-    **dict.fromkeys(LORA_FAMILY, ("rank", "alpha", "dropout", "target_modules", "bias", "modules_to_save")),
+    **dict.fromkeys(
+        LORA_FAMILY, ("rank", "alpha", "dropout", "target_modules", "bias", "modules_to_save", *SEEING)
+    ),
     "ia3": ("target_modules", "modules_to_save"),
     **dict.fromkeys(PREFIXED, ("virtual_tokens",)),
     "full": (),
@@ -65,7 +82,14 @@ def read_kind(folder: Path) -> Kind:
             remedy="`ratchet retrain` makes another",
         ) from None
     shares = family in ("lora", "ia3") and not alone
-    return Kind(family, shares=shares, mixes=shares and family == "lora" and not config.get("use_dora"))
+    # Rows of a mixed batch have an adapter each, and the pictures of a batch do not stand in rows.
+    mixes = shares and family == "lora" and not config.get("use_dora") and not _updates_seeing(folder)
+    return Kind(family, shares=shares, mixes=mixes)
+
+
+def _updates_seeing(folder: Path) -> bool:
+    kept = read_trained_manifest(folder).adapter if (folder / MANIFEST).exists() else AdapterRecord()
+    return "lora" in (kept.projector, kept.tower)
 
 
 def load_trainable(
@@ -77,9 +101,9 @@ def load_trainable(
     BaseModelError, ConfigError.
     """
     if config.method == "full" and start:
-        return freeze_outside(load_full(start, training=True, in_parts=in_parts))
+        return freeze_outside(load_full(start, training=True, in_parts=in_parts), config)
     if config.method == "full":
-        return freeze_outside(load_base(base, method="full", in_parts=in_parts))
+        return freeze_outside(load_base(base, method="full", in_parts=in_parts), config)
     model = load_base(base, method=config.method, quantisation=config.quantisation, in_parts=in_parts)
     if config.method == "qlora":
         model = prepare_quantised(model)
@@ -175,11 +199,12 @@ def add_adapter(base: Any, config: AdapterConfig, *, seed: int, new_ids: Sequenc
     from transformers import set_seed
 
     settings = BUILDERS[config.method](config)
+    if getattr(settings, "target_modules", None) == ALL_LINEAR:
+        settings.target_modules = linear_modules(base)
     if outside := outside_language(base):
         check_pictures(config)
         settings.exclude_modules = outside
-    if getattr(settings, "target_modules", None) == ALL_LINEAR:
-        settings.target_modules = linear_modules(base)
+        _add_seeing_parts(settings, base, config)
     if new_ids:
         settings.trainable_token_indices = {name: list(new_ids) for name in _embeddings(base)}
     set_seed(seed)  # PEFT draws from torch's global generator
@@ -200,33 +225,82 @@ def add_adapter(base: Any, config: AdapterConfig, *, seed: int, new_ids: Sequenc
     return model
 
 
-def language_model(base: Any) -> str | None:
-    """Return the name of the language model inside a model that reads pictures; None for a text model."""
-    if getattr(base.config, "vision_config", None) is None:
-        return None
-    decoder = base.get_decoder()
-    return next(str(name) for name, module in base.named_modules() if module is decoder)
+def seeing_parts(base: Any) -> SeeingParts | None:
+    """Return what of a model sees pictures; None for a text model. Raises ConfigError: no projector is found.
 
-
-def outside_language(base: Any) -> str | None:
-    """Return a pattern of the modules that see pictures (tower and projector); None for a text model.
-
-    They stay as they are: pictures would look different to each version, and no server swaps towers.
+    A projector is known by the names that transformers gives it, since no model tells which it is.
     """
-    if (inside := language_model(base)) is None:
+    if (outside := outside_language(base)) is None:
         return None
-    head = base.get_output_embeddings()
-    kept = [inside, *(name for name, module in base.named_modules() if module is head)]
-    return rf"(?!(?:{'|'.join(map(re.escape, kept))})(?:\.|$)).*"
+    modules = {name: module for name, module in base.named_modules() if re.fullmatch(outside, name)}
+    projectors = [name for name in modules if PROJECTOR.search(name)]
+    if not projectors:
+        raise ConfigError(
+            f"{type(base).__name__} has no projector of a name that is known here",
+            remedy="set `adapter.projector` and `adapter.tower` to frozen",
+        )
+    # PEFT trains no list of modules whole, but each of its members.
+    lists = [name for name in projectors if type(modules[name]).__name__ == "ModuleList"]
+    projectors = [name for name in projectors if name not in lists] + [
+        name for name in modules if name.rpartition(".")[0] in lists
+    ]
+    inside = re.compile(rf"(?:{'|'.join(map(re.escape, projectors))})(?:\..*)?")
+    linear = [name for name, module in modules.items() if _is_linear(module)]
+    return SeeingParts(
+        projectors=projectors,
+        projector_layers=[name for name in linear if inside.fullmatch(name)],
+        tower_layers=[name for name in linear if not inside.fullmatch(name)],
+        is_projector=inside,
+    )
 
 
-def freeze_outside(base: Any) -> Any:
-    """Freeze tower and projector of a model that reads pictures, so that `full` leaves them as they are."""
-    if outside := outside_language(base):
-        for name, weight in base.named_parameters():
-            if re.fullmatch(outside, name):
-                weight.requires_grad_(requires_grad=False)
+class SeeingParts(NamedTuple):
+    """Tower and projector of a model that reads pictures, by the names of their modules."""
+
+    projectors: list[str]
+    projector_layers: list[str]  # linear ones
+    tower_layers: list[str]
+    is_projector: re.Pattern[str]  # names of modules and weights in the projector
+
+
+def freeze_outside(base: Any, config: AdapterConfig) -> Any:
+    """Freeze what `adapter.projector` and `adapter.tower` say of a model that `full` trains."""
+    outside = outside_language(base)
+    if outside is None or (config.projector, config.tower) == ("whole", "whole"):
+        return base
+    bare = (config.projector, config.tower) == ("frozen", "frozen")
+    parts = None if bare else seeing_parts(base)
+    for name, weight in base.named_parameters():
+        if re.fullmatch(outside, name):
+            key = "projector" if parts and parts.is_projector.fullmatch(name) else "tower"
+            weight.requires_grad_(requires_grad=getattr(config, key) == "whole")
     return base
+
+
+def _add_seeing_parts(settings: Any, base: Any, config: AdapterConfig) -> None:
+    """Add to PEFT's settings what is trained of tower and projector. Raises ConfigError."""
+    if (config.projector, config.tower) == ("frozen", "frozen"):
+        return
+    parts = seeing_parts(base)
+    assert parts
+    updated: list[str] = []
+    for key, layers in (("projector", parts.projector_layers), ("tower", parts.tower_layers)):
+        if getattr(config, key) == "lora":
+            if not layers:
+                raise ConfigError(
+                    f"`adapter.{key}: lora`: this base's {key} has no linear layers",
+                    remedy=f"set `adapter.{key}: frozen`" + " or `whole`" * (key == "projector"),
+                )
+            updated += layers
+    if updated:
+        names = "|".join(map(re.escape, updated))
+        if isinstance(settings.target_modules, str):
+            settings.target_modules = f"(?:{settings.target_modules})|{names}"
+        else:
+            settings.target_modules = [*settings.target_modules, *updated]
+        settings.exclude_modules = f"(?!(?:{names})$)(?:{settings.exclude_modules})"
+    if config.projector == "whole":
+        settings.modules_to_save = [*(settings.modules_to_save or []), *parts.projectors]
 
 
 def check_pictures(config: AdapterConfig) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -98,8 +99,9 @@ def load_checkpoint(
         "revision": revision,
     }
     if method == "qlora":
+        kept = _kept_exact(source, revision) if reads_pictures(folder) else None
         settings |= {
-            "quantization_config": _quantised(quantisation, in_parts=in_parts),
+            "quantization_config": _quantised(quantisation, kept, in_parts=in_parts),
             "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         }
     try:
@@ -216,15 +218,42 @@ def _add_embeddings(model: Any, new_tokens: list[NewToken]) -> None:
                 table[token.id] = table[token.pieces].mean(0)  # (width)
 
 
-def _quantised(kind: str, *, in_parts: bool) -> Any:
-    """Return bitsandbytes' settings; for FSDP, which shards only floating types, NF4 is stored in one."""
+def _kept_exact(source: Any, revision: str | None) -> list[str]:
+    """Return the modules of a base with pictures that are not quantised: tower, projector, output layer.
+
+    They are small beside the language model, and what a picture shows should not depend on rounding.
+    """
+    import torch
+    from transformers import AutoConfig
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    config = AutoConfig.from_pretrained(
+        source, revision=revision, local_files_only=True, trust_remote_code=False
+    )
+    with torch.device("meta"):
+        bare = auto_class(pictures=True).from_config(config, trust_remote_code=False)
+    outside = outside_language(bare) or "(?!)"
+    found = {
+        name
+        for name, module in bare.named_modules()
+        if re.fullmatch(outside, name) and isinstance(module, torch.nn.Linear)
+    }
+    return sorted({*found, *get_keys_to_not_convert(bare)})
+
+
+def _quantised(kind: str, kept: list[str] | None, *, in_parts: bool) -> Any:
+    """Return bitsandbytes' settings; for FSDP, which shards only floating types, NF4 is stored in one.
+
+    `kept`: names of modules that are not quantised; None: the output layer.
+    """
     import torch
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)  # type: ignore[no-untyped-call]
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
+        llm_int8_skip_modules=kept,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
@@ -311,6 +340,23 @@ def layers_of(model: Any) -> list[Any]:
     """Return the decoder layers, found by the class names that transformers never splits over devices."""
     base = without_adapter(model)
     return [module for module in base.modules() if type(module).__name__ in base._no_split_modules]
+
+
+def language_model(base: Any) -> str | None:
+    """Return the name of the language model inside a model that reads pictures; None for a text model."""
+    if getattr(base.config, "vision_config", None) is None:
+        return None
+    decoder = base.get_decoder()
+    return next(str(name) for name, module in base.named_modules() if module is decoder)
+
+
+def outside_language(base: Any) -> str | None:
+    """Return a pattern of the modules that see pictures (tower and projector); None for a text model."""
+    if (inside := language_model(base)) is None:
+        return None
+    head = base.get_output_embeddings()
+    kept = [inside, *(name for name, module in base.named_modules() if module is head)]
+    return rf"(?!(?:{'|'.join(map(re.escape, kept))})(?:\.|$)).*"
 
 
 def load_adapter(base: Any, folder: Path, *, name: str = "default", trainable: bool = False) -> Any:

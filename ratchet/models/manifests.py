@@ -70,6 +70,8 @@ class AdapterRecord(msgspec.Struct, frozen=True):
     target_modules: str | list[str] = "all-linear"
     bias: str = "none"
     modules_to_save: list[str] = []
+    projector: str = "frozen"
+    tower: str = "frozen"
     virtual_tokens: int = 16
 
 

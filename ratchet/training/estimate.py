@@ -27,6 +27,7 @@ from ratchet.errors import UserError
 from ratchet.files import read_json
 from ratchet.models.adapters import PREFIXED
 from ratchet.models.manifests import read_base_manifest
+from ratchet.models.processors import reads_pictures
 from ratchet.training.launch import Material, read_figures, read_points, require_success, run_training
 from ratchet.training.packing import Window, group_rows, read_windows, write_windows
 from ratchet.training.schedule import Figures, Points
@@ -58,6 +59,7 @@ class Plan(NamedTuple):
     peak_gpu_mib: float | None
     free_gpu_mib: float | None
     probed_steps: int
+    reads_pictures: bool = False
 
     @property
     def fits(self) -> bool:
@@ -79,7 +81,9 @@ def plan_training(material: Material, config: Config, say: Callable[[str], None]
             more = min(MOST_STEPS, math.ceil(ENOUGH_SECONDS / max(found.step_seconds, 1e-3)))
             found = _probe(Path(scratch) / "again", material, config, windows, more, say)
     return found._replace(
-        free_mib=free, free_gpu_mib=_free_gpu_mib() if found.peak_gpu_mib is not None else None
+        free_mib=free,
+        free_gpu_mib=_free_gpu_mib() if found.peak_gpu_mib is not None else None,
+        reads_pictures=reads_pictures(material.base),
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from media_models import FAMILIES, make_llava, make_rows, name_of, picture, write_prepared, write_shard
 from PIL import Image, ImageOps
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from ratchet.config.data import TokenizeConfig
@@ -21,14 +22,15 @@ from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, BaseConfig, TrainConfig
 from ratchet.data.examples import MEDIA_MARK, Example, Message, make_example
 from ratchet.data.media import MediaStore
-from ratchet.errors import DataError
+from ratchet.errors import BaseModelError, ConfigError, DataError
 from ratchet.files import read_json, sha256_file
-from ratchet.models.adapters import load_trainable, load_trained
+from ratchet.models.adapters import check_start, load_base_of, load_trainable, load_trained, read_kind
 from ratchet.models.cache import logits_at, place_rows
 from ratchet.models.chat_template import ChatFormat, Encoded
 from ratchet.models.generation import Inputs
 from ratchet.models.loading import load_base, load_chat
 from ratchet.models.manifests import read_base_manifest
+from ratchet.models.merging import load_merged
 from ratchet.training.checkpoints import Checkpoints
 from ratchet.training.collation import RowCollator, make_batches
 from ratchet.training.estimate import shapes
@@ -323,6 +325,104 @@ def test_full_leaves_tower_and_projector_as_they_are(made: Made, tmp_path: Path)
     rows = rows_for(load_chat(tmp_path / "candidate"), ROWS[:8])
     trained = load_trained(made.base, tmp_path / "candidate").eval()
     assert logprobs(trained, rows, inputs_of(made.base)).isfinite().all()
+
+
+SEEING_METHODS = {
+    "lora": {"projector": "lora"},
+    "tower": {"projector": "lora", "tower": "lora"},
+    "whole": {"projector": "whole"},
+    "qlora": {"method": "qlora", "projector": "whole"},
+    "dora": {"method": "dora", "projector": "lora"},
+    "full": {"method": "full", "projector": "whole"},
+    "full_tower": {"method": "full", "projector": "whole", "tower": "whole"},
+}
+
+
+def part_of(name: str) -> str:
+    """Tell which part of any of FAMILIES a weight belongs to."""
+    if any(part in name for part in ("projector", "connector", "merger")):
+        return "projector"
+    return "tower" if any(part in name for part in ("vision", "visual", "image_newline")) else "language"
+
+
+@pytest.mark.parametrize("kind", SEEING_METHODS)
+def test_projector_and_tower_are_trained_as_asked_for(base: Path, kind: str) -> None:
+    adapter = AdapterConfig(rank=4, alpha=8.0, **SEEING_METHODS[kind])
+    if "gemma3" in str(base) and adapter.projector == "lora":
+        with pytest.raises(ConfigError, match=r"(?s)projector: lora.*no linear layers.*whole"):
+            load_trainable(base, None, adapter, seed=1)
+        return
+    model = load_trainable(base, None, adapter, seed=1)
+    seen = {part_of(name) for name in trainable(model)}
+    wanted = {"language"}
+    wanted |= {part for part in ("projector", "tower") if getattr(adapter, part) != "frozen"}
+    assert seen == wanted
+    if adapter.projector == "whole":
+        weights = [name for name, _ in load_base(base).named_parameters() if part_of(name) == "projector"]
+        kept = [name for name in trainable(model) if part_of(name) == "projector" and "lora" not in name]
+        assert len(kept) == len(weights)
+
+
+@pytest.mark.parametrize("kind", SEEING_METHODS)
+def test_a_version_with_a_trained_projector_is_trained_merged_and_gone_on_from(
+    made: Made, kind: str, tmp_path: Path
+) -> None:
+    adapter = AdapterConfig(rank=4, alpha=8.0, **SEEING_METHODS[kind])
+    config = made.config.model_copy(update={"adapter": adapter})
+    out = tmp_path / "candidate"
+    train(made.tokens, made.base, made.nobody, out, tmp_path / "reports", config)
+    rows, inputs = rows_for(load_chat(out), ROWS[:8]), inputs_of(made.base)
+    trained = load_trained(made.base, out).eval()
+    said = logprobs(trained, rows, inputs)
+    assert not torch.allclose(said, logprobs(load_base_of(made.base, out).eval(), rows, inputs), atol=1e-2)
+    moved = {
+        part_of(name)
+        for name, weight in load_trained(made.base, out).named_parameters()
+        if ("lora_B" in name or "modules_to_save" in name) and weight.any()
+    }
+    assert adapter.method == "full" or moved >= {"projector", "language"}
+    merged = load_merged(made.base, out)
+    tolerance = 0.05 if adapter.method == "qlora" else 1e-4
+    assert torch.allclose(logprobs(merged, rows, inputs), said, rtol=tolerance, atol=tolerance)
+    kind_of = read_kind(out)
+    assert not kind_of.mixes
+    assert kind_of.shares == (adapter.method != "full" and adapter.projector == "lora")
+    again = load_trainable(made.base, out, adapter, seed=3)
+    assert trainable(again).keys() == trainable(load_trainable(made.base, None, adapter, seed=3)).keys()
+    check_start(out, adapter)
+    if adapter.method != "full":
+        with pytest.raises(BaseModelError, match="projector"):
+            check_start(out, adapter.model_copy(update={"projector": "frozen"}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "full", "projector": "lora"}, "no updates of a rank"),
+        ({"method": "lora", "tower": "whole"}, "`adapter.method: full`"),
+        ({"method": "prompt", "projector": "whole"}, "does not take"),
+    ],
+)
+def test_parts_that_a_method_cannot_train_are_refused(settings: dict[str, str], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        AdapterConfig(**settings)
+
+
+def test_only_the_language_model_is_quantised(base: Path) -> None:
+    model = load_base(base, method="qlora")
+    kinds = {
+        (part_of(name), type(module).__name__)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    }
+    assert ("language", "Linear4bit") in kinds
+    assert {kind for part, kind in kinds if part != "language"} <= {"Linear"}
+    rows = rows_for(load_chat(base), ROWS[:8])
+    exact, rounded = (
+        logprobs(load_base(base, method=method).eval(), rows, inputs_of(base)) for method in ("lora", "qlora")
+    )
+    tokens = torch.tensor([sum(label != IGNORED for label in row.labels) for row in rows])
+    assert ((exact - rounded) / tokens).abs().max() < 0.1
 
 
 def test_which_of_two_answers_is_better_is_learned_with_pictures(made: Made, tmp_path: Path) -> None:
