@@ -47,18 +47,14 @@ class Place(NamedTuple):
         return [chat.decode_answer(answer) for answer in ids]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A base of each family, with two versions whose adapters change every answer."""
-    folder = tmp_path_factory.mktemp(request.param)
-    config = Config(base=BaseConfig(model=str(FAMILIES[request.param](folder / "model"))))
-    make_base(folder / "base", config)
+def make_place(folder: Path, family: str, adapter: AdapterConfig) -> Place:
+    """Make a base with two versions whose adapters change every answer."""
+    make_base(folder / "base", Config(base=BaseConfig(model=str(FAMILIES[family](folder / "model")))))
     versions = {}
     for version in (1, 2):
-        adapter = AdapterConfig(rank=4, alpha=64.0)
         model = add_adapter(load_base(folder / "base"), adapter, seed=version)
         for name, weight in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "modules_to_save" in name:
                 torch.nn.init.normal_(weight, std=0.2)
         versions[version] = folder / f"v{version}"
         save_trained(model, folder / "base", versions[version])
@@ -74,6 +70,13 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         write_json(versions[version] / "manifest.json", manifest)
     rows, pictures = make_rows(16, seed=3)
     return Place(folder / "base", versions, rows, pictures)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_place(
+        tmp_path_factory.mktemp(request.param), request.param, AdapterConfig(rank=4, alpha=64.0)
+    )
 
 
 def ask_all(place: Place, version_of: Any, **gateway: Any) -> list[str]:
@@ -101,6 +104,20 @@ def test_rows_with_and_without_pictures_answer_together_as_each_does_alone(place
 def test_both_arms_look_at_their_own_pictures(place: Place) -> None:
     expected = {version: place.expected(version) for version in place.versions}
     assert sum(a != b for a, b in zip(expected[1], expected[2], strict=True)) > 8
+    found = ask_all(place, lambda number: 1 + number % 2, max_batch=5)
+    assert found == [expected[1 + number % 2][number] for number in range(len(found))]
+
+
+@pytest.mark.parametrize(
+    ("family", "projector", "tower"),
+    [("llava", "lora", "lora"), ("qwen3_vl", "lora", "frozen"), ("idefics3", "whole", "frozen")],
+)
+def test_arms_with_projectors_of_their_own_answer_as_each_does_alone(
+    family: str, projector: str, tower: str, tmp_path: Path
+) -> None:
+    adapter = AdapterConfig(rank=4, alpha=64.0, projector=projector, tower=tower)
+    place = make_place(tmp_path, family, adapter)
+    expected = {version: place.expected(version) for version in place.versions}
     found = ask_all(place, lambda number: 1 + number % 2, max_batch=5)
     assert found == [expected[1 + number % 2][number] for number in range(len(found))]
 

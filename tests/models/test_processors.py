@@ -33,7 +33,7 @@ from ratchet.models.loading import load_chat, load_tokenizer, quiet
 from ratchet.models.processors import MediaProcessor, load_processor
 from tasks.base import make_base
 
-ROWS = 600  # of each family
+ROWS = (600, pytest.param(1500, marks=pytest.mark.e2e))  # of each family: over 10,000 in all
 ONE, TWO = picture(1), picture(2, 90, 50, "JPEG")
 SHOWN = {name_of(stored): stored for stored in (ONE, TWO)}
 
@@ -81,14 +81,17 @@ def read_out(ids: list[int], pieces: list[list[int]]) -> list[int]:
 # --- what a picture becomes ---
 
 
-def test_every_picture_is_whole_and_has_as_many_tokens_as_the_model_has_features(folder: Path) -> None:
+@pytest.mark.parametrize("count", ROWS)
+def test_every_picture_is_whole_and_has_as_many_tokens_as_the_model_has_features(
+    folder: Path, count: int
+) -> None:
     chat = load_chat(folder)
     processor = processor_of(chat)
     with quiet():
         model = AutoModelForImageTextToText.from_pretrained(folder)
-    rows, pictures = make_rows(ROWS, seed=5)
+    rows, pictures = make_rows(count, seed=count)
     shown = 0
-    for start in range(0, ROWS, 50):
+    for start in range(0, count, 50):
         part = rows[start : start + 50]
         encoded = [chat.showing(pictures).encode(example) for example in part]
         tokens = sum(of.ids.count(processor.image_id) for of in encoded)
@@ -105,7 +108,7 @@ def test_every_picture_is_whole_and_has_as_many_tokens_as_the_model_has_features
                 chat.decode_answer(learned[-len(chat._content_ids(example.answer)) - 1 :]) == example.answer
             )
             shown += len(pieces)
-    assert shown > ROWS
+    assert shown > count
 
 
 def test_the_prompt_is_the_beginning_of_the_row(folder: Path) -> None:
