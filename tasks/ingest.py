@@ -159,7 +159,7 @@ def pull(
         pulled = pulled._replace(media=MediaStore.read(project_root(root) / "data/raw"))
     if not pulled.lines:
         why = (
-            "nobody has approved or corrected an answer yet, or all of it is in a batch"
+            feedback.tell_none(project_root(root), config)
             if chosen == "feedback"
             else "check the source's settings in `ingest`"
         )
