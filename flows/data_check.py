@@ -18,7 +18,7 @@ from ratchet.errors import DataError, RatchetError, UserError
 from ratchet.evaluation.metrics import Proposal, propose_metrics
 from ratchet.models.lengths import Lengths, check_dropped, describe_lengths, known_tokens
 from ratchet.models.manifests import read_base_manifest
-from ratchet.sources.jsonl import shown
+from ratchet.sources.jsonl import Place, shown
 from ratchet.sources.preview import Preview, preview_rows, tell_reasoning
 from tasks.ingest import Pulled, pull
 from tasks.prepare import Incoming, Rejection, origin_of, sort_batches
@@ -45,7 +45,8 @@ class Verdict(NamedTuple):
 
     path: str
     counts: BatchProfile
-    rejected: list[Rejection]
+    rejected: list[Rejection]  # their `line` is the row's number
+    places: dict[int, Place]  # number of a rejected row → where it stands in its file
     failure: str | None
     said: list[str]  # alarms and warnings
     tokens: Lengths | None  # of the accepted rows, by the chosen base
@@ -113,7 +114,7 @@ def check_file(
     )
     profile, failure, said, tokens = gathered.profile(), None, [*pulled.said], None
     try:
-        said += check_limits(profile, gathered.first, settings)
+        said += check_limits(profile, gathered.first, settings, lambda _, row: str(pulled.place_of(row)))
     except DataError as error:
         failure = str(error).partition("\n")[0]  # without the remedy, which is for a committed batch
     if (found := {name: count for name, count in judged.items() if name}) and config.train.objective == "sft":
@@ -141,6 +142,7 @@ def check_file(
         name,
         profile.batches[name],
         rejected,
+        {row.line: pulled.place_of(row.line) for row in rejected},
         failure,
         said,
         tokens,

@@ -32,12 +32,13 @@ from ratchet.monitoring.topics import Region, sources_for, write_region
 from ratchet.monitoring.verdicts import Topic
 from ratchet.pipeline.checkout import locked, who
 from ratchet.pipeline.dag import KEYS, STAGES
-from ratchet.pipeline.dvc import Workspace, check_out, push_data, run_stage, stale_stages
+from ratchet.pipeline.dvc import Workspace, check_out, downstream, push_data, run_stage, stale_stages
 from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import catch_up, land, open_workspace
 from ratchet.promotion.champion import Champion, last_entry, read_champion
 from ratchet.reporting.markdown import model_card
 from ratchet.reporting.retention import SAVED, build, numbers_of, registered_numbers
+from ratchet.tracking.mlflow import find_outage
 from ratchet.tracking.registry import CHALLENGER, Version, set_alias
 from tasks.erase import inherit
 from tasks.pin import READERS, TRAINING, needs_pin, pin, pin_looks
@@ -189,9 +190,26 @@ def bring_up_to_date(workspace: Workspace, force: bool) -> set[str]:
         stale |= READERS
     if stale & TRAINING and pin_looks(workspace):
         stale |= {"gate"}
-    waiting = ", ".join(stage for stage in STAGES if stage in stale)
-    say(f"to run: {waiting or 'nothing, every stage is unchanged'}")
+    after = downstream(workspace.path, stale)
+    waiting = [
+        ", ".join(stage for stage in STAGES if stage in stale),
+        *([f"then what depends on it: {', '.join(after)}"] if after else []),
+    ]
+    say(f"to run: {'; '.join(waiting) if stale else 'nothing, every stage is unchanged'}")
+    if stale:
+        tell_outage()
     return stale
+
+
+def tell_outage() -> None:
+    """Say at the start when MLflow is away: the stages run without it, but nothing can be registered."""
+    if why := find_outage():
+        say(
+            "MLflow does not answer: the stages run all the same and their verdict is committed, but no "
+            "version is registered or promoted, and the run ends with an error. `ratchet up` starts it, also "
+            "while this run goes on; afterwards `ratchet retrain` registers the version and runs no stage "
+            f"again. Seen: {why}"
+        )
 
 
 @task(name="stage", **SETTINGS)

@@ -36,8 +36,8 @@ from ratchet.files import (
 from ratchet.models.adapters import load_trained
 from ratchet.models.chat_template import ChatFormat, encode_last_answer
 from ratchet.models.generation import answer_likelihoods
-from ratchet.models.gguf import FILE, KINDS, load_gguf, require_gguf, write_gguf
-from ratchet.models.loading import load_chat, load_full, quiet
+from ratchet.models.gguf import FILE, KINDS, load_gguf, require_gguf, require_writable, write_gguf
+from ratchet.models.loading import load_chat, load_full, load_tokenizer, quiet, read_model_config
 from ratchet.models.manifests import (
     MANIFEST,
     BaseName,
@@ -45,7 +45,7 @@ from ratchet.models.manifests import (
     read_trained_manifest,
     write_generation,
 )
-from ratchet.models.merging import load_merged
+from ratchet.models.merging import load_merged, require_mergeable
 from ratchet.models.processors import copy_processor, reads_pictures
 from ratchet.parity.check import Asked, Reference, make_reference
 from ratchet.parity.compare import compare_answers
@@ -107,18 +107,10 @@ class Record(msgspec.Struct, frozen=True):
 def export(source: Source, to: str, out: Path, config: Config) -> Record:
     """Write the folder `out` and return the content of its export.json.
 
-    Raises UserError when `out` exists or the version has no such form, DataError without a test row, and
-    BaseModelError when the result does not compute what the adapter does. No file is left in these cases.
+    Raises as `require_exportable`, DataError without a test row, and BaseModelError when the result does not
+    compute what the adapter does. No file is left in these cases.
     """
-    if to in KINDS:
-        if reads_pictures(source.bundle.base):
-            raise UserError(
-                "a GGUF file holds the language model alone, and this version reads pictures",
-                remedy="`--to merged` writes the whole model with its processor",
-            )
-        require_gguf()
-    if out.exists():
-        raise UserError(f"{out} exists already", remedy="name a folder that does not, or remove it")
+    require_exportable(source, to, out)
     asked, bundle = _ask(source, config), source.bundle
     with quiet():
         merged = load_merged(bundle.base, bundle.adapter)
@@ -147,6 +139,29 @@ def export(source: Source, to: str, out: Path, config: Config) -> Record:
             for path in filter(Path.is_file, folder.rglob("*")):
                 path.chmod(0o644)  # some libraries write files that only their owner may read
     return record
+
+
+def require_new(out: Path, to: str) -> None:
+    """Raise UserError when `out` exists, or the package that writes this form is missing."""
+    if to in KINDS:
+        require_gguf()
+    if out.exists():
+        raise UserError(f"{out} exists already", remedy="name a folder that does not, or remove it")
+
+
+def require_exportable(source: Source, to: str, out: Path) -> None:
+    """Raise UserError as `require_new`, and for a version that has no such form; no weights are loaded."""
+    require_new(out, to)
+    bundle = source.bundle
+    require_mergeable(bundle.adapter)
+    if to not in KINDS:
+        return
+    if reads_pictures(bundle.base):
+        raise UserError(
+            "a GGUF file holds the language model alone, and this version reads pictures",
+            remedy="`--to merged` writes the whole model with its processor",
+        )
+    require_writable(read_model_config(bundle.base), load_tokenizer(bundle.adapter))
 
 
 def _ask(source: Source, config: Config) -> Asked:

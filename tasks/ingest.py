@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -83,6 +83,11 @@ class Pulled(NamedTuple):
     query: str = ""
     said: tuple[str, ...] = ()
     media: Mapping[str, bytes] = MappingProxyType({})
+    at: Sequence[int] = ()  # the line of its file on which each row begins; 0 where there are no lines
+
+    def place_of(self, row: int) -> jsonl.Place:
+        """Return where row number `row`, from 1, stands in its file."""
+        return jsonl.find_place(row, self.files, self.at)
 
 
 def pull(
@@ -154,7 +159,7 @@ def pull(
         pulled = pulled._replace(media=MediaStore.read(project_root(root) / "data/raw"))
     if not pulled.lines:
         why = (
-            "nobody has approved or corrected an answer yet, or all of it is in a batch"
+            feedback.tell_none(project_root(root), config)
             if chosen == "feedback"
             else "check the source's settings in `ingest`"
         )
@@ -175,13 +180,13 @@ def check_rows(pulled: Pulled, config: Config) -> None:
         return
     origin = Origin(pulled.label, pulled.source, pulled.form, "", config.ingest.licence)
     validator, reasons, first = Validator(config.prepare), Counter[str](), ""
-    for line in pulled.lines:
+    for row, line in enumerate(pulled.lines, start=1):
         try:
             validator.check(line, origin)
         except Doubt:  # a person may accept this row
             continue
         except RowError as error:
-            first = first or str(error)
+            first = first or f"{pulled.place_of(row)}: {error}"
             reasons[error.reason] += 1
     unfit = reasons.total()
     if unfit > config.prepare.may_drop(len(pulled.lines)) or unfit == len(pulled.lines):
@@ -219,6 +224,7 @@ def _pull_jsonl(
         columns=tuple(mapping.items()),
         said=found.said,
         media=found.media,
+        at=found.at,
     )
 
 

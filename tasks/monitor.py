@@ -183,7 +183,10 @@ def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
         # A tenth of the known rows is enough where that is fewer, so that a small project can retrain.
         wanted = min(wanted, max(LEAST_NEW, facts.known_rows // 10))
     checks = [
-        (verdict.verdict == "drift", f"{verdict.verdict} ({said})" + (f": {moved}" if moved else "")),
+        (
+            verdict.verdict == "drift",
+            f"the verdict is {verdict.verdict} ({said})" + (f": {moved}" if moved else ""),
+        ),
         (monitor.retrain, f"monitor.retrain is {str(monitor.retrain).lower()}"),
         (
             facts.retrains_week < monitor.max_retrains_per_week,

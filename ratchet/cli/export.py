@@ -50,10 +50,12 @@ def export(
     root, out = ready_root(clean=False), out.resolve()
     from ratchet.serving.version_source import find_source
     from tasks.export import export as run
-    from tasks.export import tell
+    from tasks.export import require_exportable, require_new, tell
 
     config = read_config(root)
+    require_new(out, to.value)  # before a version's files are fetched
     source = find_source(root, config.project.name, version)
+    require_exportable(source, to.value, out)
     note(
         f"{source.label} of {config.project.name}: merged, written, loaded again and asked "
         f"{config.parity.rows} rows at most …"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ratchet.config.params import Config
     from ratchet.evaluation.metrics import Proposal
     from ratchet.models.lengths import Lengths
+    from ratchet.sources.jsonl import Place
     from tasks.prepare import Rejection
 
 SHOWN = 10  # rows that are printed; --json lists all
@@ -74,9 +75,11 @@ def check(
             unread.append(error)
     found = [
         {
-            **verdict._asdict(),
+            **{name: value for name, value in verdict._asdict().items() if name != "places"},
             "counts": msgspec.to_builtins(verdict.counts),
-            "rejected": msgspec.to_builtins(verdict.rejected),
+            "rejected": [
+                {**msgspec.to_builtins(row), **_plain(verdict.places[row.line])} for row in verdict.rejected
+            ],
             "tokens": verdict.tokens and verdict.tokens._asdict(),
             "preview": as_plain(verdict.preview),
             "metrics": verdict.metrics and verdict.metrics._asdict(),
@@ -101,7 +104,7 @@ def check(
             for (reason, message), rows in list(alike.items())[:SHOWN]:
                 more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
                 overrule = "  (a person may overrule it)" if rows[0].review else ""
-                say(f"  line {rows[0].line}{more}: {reason}: {message}{overrule}")
+                say(f"  {verdict.places[rows[0].line]}{more}: {reason}: {message}{overrule}")
             if left := sum(map(len, list(alike.values())[SHOWN:])):
                 say(f"  … and {left} more; --json lists all")
             for line in verdict.said:
@@ -121,6 +124,10 @@ def check(
         raise DataError("\n".join(map(str, unread)))
     if any(verdict.failure for verdict in verdicts):
         raise typer.Exit(FAILED)
+
+
+def _plain(place: Place) -> dict[str, Any]:
+    return {"row": place.row, "line": place.line or None, **({"file": place.file} if place.file else {})}
 
 
 def _tell_metrics(found: Proposal, config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import glob
 from pathlib import Path
 from typing import Annotated
 
@@ -76,6 +77,9 @@ def init(
     write_params(path, answers, force=force)
     for key, value in changes_for(answers).items():
         say(f"{key}: {value}")
+    is_here = answers.data != "pydoc" and "://" not in answers.data
+    if is_here and not glob(answers.data, root_dir=path.parent):  # noqa: PTH207 (Path's takes no absolute one)
+        say(f"{answers.data} matches no file yet; a relative path counts from {path.parent}")
     say(f"{path.name} is written; git commit it, then: ratchet doctor")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import msgspec
 
@@ -165,8 +166,20 @@ def render_profile(profile: Profile) -> str:
 # --- limits -------------------------------------------------------------------------------------------------
 
 
-def check_limits(profile: Profile, first: First, config: PrepareConfig) -> list[str]:
-    """Return alarms and warnings. Raises DataError for the first limit that a batch or the whole breaks."""
+def place_in_batch(name: str, line: int) -> str:
+    return f"{name}:{line}"
+
+
+def check_limits(
+    profile: Profile,
+    first: First,
+    config: PrepareConfig,
+    place: Callable[[str, int], str] = place_in_batch,
+) -> list[str]:
+    """Return alarms and warnings. Raises DataError for the first limit that a batch or the whole breaks.
+
+    `place` names a row by its batch and line.
+    """
     said = [
         f"ALARM: {batch.rejected[reason]} rows of {name} hold a {reason}; {what}"
         for name, batch in profile.batches.items()
@@ -174,7 +187,7 @@ def check_limits(profile: Profile, first: First, config: PrepareConfig) -> list[
         if batch.rejected.get(reason)
     ]
     for name, batch in profile.batches.items():
-        _check_batch(name, batch, first, config, said)
+        _check_batch(name, batch, first, config, said, place)
     accepted = sum(profile.total.accepted.get(side, 0) for side in ("train", undesirable("train")))
     if accepted < config.min_rows:
         raise DataError(
@@ -186,7 +199,12 @@ def check_limits(profile: Profile, first: First, config: PrepareConfig) -> list[
 
 
 def _check_batch(
-    name: str, batch: BatchProfile, first: First, config: PrepareConfig, said: list[str]
+    name: str,
+    batch: BatchProfile,
+    first: First,
+    config: PrepareConfig,
+    said: list[str],
+    place: Callable[[str, int], str],
 ) -> None:
     """Add warnings to `said`. Raises DataError for the first limit that the batch breaks."""
     rows, rejected = batch.rows, {key: count for key, count in batch.rejected.items() if key != "rows"}
@@ -197,7 +215,8 @@ def _check_batch(
     def refuse(what: str, limit: str, reason: str) -> None:
         line, message = first[name, reason]
         raise DataError(
-            f"{what} ({limit}). The first: {name}:{line}: {message}", remedy="\n".join([REMEDY, *said])
+            f"{what} ({limit}). The first: {place(name, line)}: {message}",
+            remedy="\n".join([REMEDY, *said]),
         )
 
     if rejected.get("canary"):

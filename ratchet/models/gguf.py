@@ -66,6 +66,12 @@ def why_no_gguf(config: Any, tokenizer: Any) -> str:
     return "llama.cpp has no name for the way in which its tokenizer cuts text, or it is no byte-level BPE"
 
 
+def require_writable(config: Any, tokenizer: Any) -> None:
+    """Raise UserError with the reason from `why_no_gguf`, if there is one."""
+    if reason := why_no_gguf(config, tokenizer):
+        raise UserError(f"no GGUF: {reason}", remedy=CONVERTER)
+
+
 def write_gguf(model: Any, tokenizer: Any, path: Path, *, name: str, stop_id: int, kind: str) -> None:
     """Write the model to `path`; `stop_id` becomes the token that ends generation, `kind` is one of KINDS.
 
@@ -73,8 +79,7 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, *, name: str, stop_id: in
     """
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
-    if reason := why_no_gguf(model.config, tokenizer):
-        raise UserError(f"no GGUF: {reason}", remedy=CONVERTER)
+    require_writable(model.config, tokenizer)
     types = GGMLQuantizationType
     wanted = {"gguf": types.F16, "int8": types.Q8_0, "int4": types.Q4_0}[kind]
     writer = GGUFWriter(path, "llama")

@@ -49,6 +49,16 @@ def _source(folder: Path) -> tuple[Any, str | None]:
     return (manifest.model, manifest.revision) if manifest.revision else (folder, None)
 
 
+def read_model_config(folder: Path) -> Any:
+    """Read the configuration of a base's model, without its weights."""
+    from transformers import AutoConfig
+
+    place, revision = _source(folder)
+    return AutoConfig.from_pretrained(
+        place, revision=revision, trust_remote_code=False, local_files_only=True
+    )
+
+
 class Checkpoint(NamedTuple):
     """What a checkpoint says in addition to its weights."""
 

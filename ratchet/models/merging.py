@@ -25,6 +25,14 @@ def why_unmergeable(adapter: Path) -> str:
     )
 
 
+def require_mergeable(adapter: Path) -> None:
+    """Raise UserError for a version that cannot be merged."""
+    if reason := why_unmergeable(adapter):
+        raise UserError(
+            reason, remedy="serve it as an adapter: the gateway does, and so does any program with PEFT"
+        )
+
+
 def load_merged(base: Path, adapter: Path) -> Any:
     """Return the version as a whole model without PEFT; for `full`, the trained model itself.
 
@@ -32,10 +40,7 @@ def load_merged(base: Path, adapter: Path) -> Any:
     """
     import torch
 
-    if reason := why_unmergeable(adapter):
-        raise UserError(
-            reason, remedy="serve it as an adapter: the gateway does, and so does any program with PEFT"
-        )
+    require_mergeable(adapter)
     if read_kind(adapter).family == "full":
         whole: Any = load_full(adapter)
         return whole.eval()

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import io
 import math
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from shutil import copyfile
 from typing import TYPE_CHECKING, Any
@@ -20,12 +23,20 @@ from ratchet.errors import BaseModelError
 if TYPE_CHECKING:
     import torch
 
+    Features = dict[str, torch.Tensor]
+
 # Files beside a tokenizer that describe a processor; the tokenizer's own files are not among them.
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 READS = FILES[:2]  # with one of these a base reads pictures
 OF_TEXT = ("input_ids", "attention_mask")
 OF_SEQUENCE = ("token_type_ids", "mm_token_type_ids")  # inputs with the shape of the ids
 KNOWN = 1024  # pictures whose tokens are kept
+HELD = 2**27  # bytes of inputs that are kept of the last pictures: those of requests on their way to a batch
+PROBES = (
+    (64, 64),
+    (230, 60),
+    (90, 200),
+)  # pixels of pictures that differ in shape, and so in tiles or patches
 CROSS = "cross_attention_mask"  # an input that belongs to a whole row at once
 VIDEO = "video_processor"
 REMEDY = "take a base whose pictures work here (docs/training.md), or leave the pictures out of the rows"
@@ -55,6 +66,7 @@ class MediaProcessor:
             )
         self.image_id = read.pop()
         self._known: dict[bytes, list[int]] = {}
+        self._held = Held(HELD)
         self._sequence_names: list[str] | None = None
 
     def expand(self, ids: Sequence[int], pictures: Sequence[bytes]) -> list[int]:
@@ -83,11 +95,12 @@ class MediaProcessor:
         if key not in self._known:
             if len(self._known) >= KNOWN:
                 self._known.clear()
-            self._known[key] = self._ask(picture)
+            self._known[key] = self._ask(picture, key)
         return list(self._known[key])
 
-    def _ask(self, picture: bytes) -> list[int]:
+    def _ask(self, picture: bytes, key: bytes) -> list[int]:
         found = self._call([[picture]])
+        self._held.add(key, _only_features(found))
         ids: list[int] = found["input_ids"][0].tolist()
         if ids and ids[0] == self.processor.tokenizer.bos_token_id:
             ids = ids[1:]
@@ -103,14 +116,42 @@ class MediaProcessor:
     def features(self, rows: Sequence[Sequence[bytes]]) -> dict[str, torch.Tensor]:
         """Return the model's extra inputs for the pictures of a batch of rows; {} if no row shows any.
 
-        Rows without pictures take no part: models find the places of features by the ids.
+        Rows without pictures take no part: models find the places of features by the ids. A picture that
+        `tokens_of` has processed is not processed again while its inputs are held.
         """
         shown = [row for row in rows if row]
         if not shown:
             return {}
-        return {
-            name: value for name, value in self._call(shown).items() if name not in (*OF_TEXT, *OF_SEQUENCE)
-        }
+        if self._row_axis is None:
+            return _only_features(self._call(shown))
+        parts = [_join([self._inputs_of(picture) for picture in row], self._row_axis) for row in shown]
+        return _join(parts, 0)
+
+    def _inputs_of(self, picture: bytes) -> Features:
+        key = xxhash.xxh3_128_digest(picture)
+        found = self._held.get(key)
+        if found is None:
+            self._held.add(key, found := _only_features(self._call([[picture]])))
+        return found
+
+    @cached_property
+    def _row_axis(self) -> int | None:
+        """The axis along which the inputs of a row's pictures are joined; those of rows are along axis 0.
+
+        It is found by a trial, since each processor decides for itself. None: joined inputs are not what the
+        processor makes of the pictures together, so it always gets all pictures of a batch.
+        """
+        first, second, third = map(_striped, PROBES)
+        rows = [[first, second], [third], [second, third, first]]
+        wanted = _only_features(self._call(rows))
+        alone = {picture: _only_features(self._call([[picture]])) for picture in (first, second, third)}
+        if not all(hasattr(value, "shape") for part in (wanted, *alone.values()) for value in part.values()):
+            return None
+        for axis in (0, 1):
+            made = _join([_join([alone[picture] for picture in row], axis) for row in rows], 0)
+            if _are_equal(made, wanted):
+                return axis
+        return None
 
     def sequence_features(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the inputs that tell tokens of pictures from others, (batch, seq); {} if there are none."""
@@ -160,6 +201,62 @@ class MediaProcessor:
         return None
 
 
+class Held:
+    """The inputs of the pictures that were used last, up to `most` bytes; threads may share it."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._bytes = most, 0
+        self._found: OrderedDict[bytes, Features] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> Features | None:
+        with self._lock:
+            if key in self._found:
+                self._found.move_to_end(key)
+            return self._found.get(key)
+
+    def add(self, key: bytes, features: Features) -> None:
+        with self._lock:
+            if key in self._found:
+                return
+            self._found[key] = features
+            self._bytes += _size(features)
+            while self._bytes > self._most:
+                self._bytes -= _size(self._found.popitem(last=False)[1])
+
+
+def _size(features: Features) -> int:
+    return sum(getattr(value, "nbytes", 0) for value in features.values())
+
+
+def _only_features(found: dict[str, Any]) -> Features:
+    return {name: value for name, value in found.items() if name not in (*OF_TEXT, *OF_SEQUENCE)}
+
+
+def _join(parts: Sequence[Features], axis: int) -> Features:
+    """Join inputs of the same names along an axis; the others are padded with zeros at their ends."""
+    import torch
+    from torch.nn.functional import pad
+
+    joined: Features = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        along = min(axis, values[0].ndim - 1)
+        most = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
+        for place, value in enumerate(values):
+            short = [0 if at == along else most[at] - size for at, size in enumerate(value.shape)]
+            if any(short):
+                values[place] = pad(value, [edge for size in reversed(short) for edge in (0, size)])
+        joined[name] = torch.cat(values, dim=along)
+    return joined
+
+
+def _are_equal(one: Features, other: Features) -> bool:
+    import torch
+
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def _tiles(pixels: torch.Tensor) -> int:
     """Count the tiles of one picture: (tiles, channels, height, width), or with a batch in front."""
     return math.prod(pixels.shape[:-3])
@@ -183,6 +280,18 @@ def _blank() -> bytes:
 
     stored = io.BytesIO()
     Image.new("RGB", (64, 64)).save(stored, "PNG")
+    return stored.getvalue()
+
+
+def _striped(size: tuple[int, int]) -> bytes:
+    """Return a picture in which no two places look alike, as a PNG."""
+    from PIL import Image
+
+    stored = io.BytesIO()
+    across = Image.linear_gradient("L").resize(size)
+    Image.merge("RGB", (across, across.transpose(Image.Transpose.FLIP_TOP_BOTTOM), across.rotate(180))).save(
+        stored, "PNG"
+    )
     return stored.getvalue()
 
 

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,6 +127,24 @@ def stale_stages(workspace: Workspace) -> set[str]:
     write_keys(workspace.path)
     found = json.loads(workspace.dvc("status", "--json"))
     return {name.rpartition(":")[2] for name in found if not name.endswith(".dvc")} - {KEYS.name}
+
+
+def downstream(path: Path, stages: Collection[str]) -> list[str]:
+    """List, in their order, the stages that read what `stages` write, or what those stages write in turn.
+
+    `path` is the folder of dvc.yaml. DVC leaves out the ones among them whose inputs come out unchanged.
+    """
+    from ruamel.yaml import YAML
+
+    written, found = set[str](), list[str]()
+    for name, stage in (
+        YAML(typ="safe").load((path / "dvc.yaml").read_text(encoding="utf-8"))["stages"].items()
+    ):
+        if name in stages or written & set(stage.get("deps", [])):
+            outputs = [*stage.get("outs", []), *stage.get("metrics", [])]
+            written |= {out if isinstance(out, str) else next(iter(out)) for out in outputs}
+            found += [] if name in stages else [name]
+    return found
 
 
 def check_out(workspace: Workspace) -> None:

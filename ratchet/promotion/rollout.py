@@ -301,8 +301,8 @@ def _expect(root: Path) -> Rollout:
         raise UserError(
             "no rollout is open",
             remedy=(
-                "a version that passed the gate becomes `challenger`; its rollout opens at the next look "
-                "(`ratchet rollout look`)"
+                "with `promotion: rollout`, a version that passed the gate becomes `challenger`, and its "
+                "rollout opens at the next look (`ratchet rollout look`)"
             ),
         )
     return current

@@ -74,6 +74,7 @@ class Page(NamedTuple):
     min_prompts: int
     margins: dict[str, float]
     days: int
+    passing: str  # what happens to a candidate that passes the gate
     champion: Part[Champion | None]
     serving: Part[ServingState | None]
     rollout: Part[Rollout | None]
@@ -87,7 +88,7 @@ class Page(NamedTuple):
 
 def gather(root: Path, config: Config) -> Page:
     now = time.time()
-    ledger = _part(lambda: read_moves(root))
+    ledger, champion = _part(lambda: read_moves(root)), _part(lambda: read_champion(root))
     return Page(
         project=config.project.name,
         at=now,
@@ -100,7 +101,8 @@ def gather(root: Path, config: Config) -> Page:
             "latency": config.rollout.latency_margin,
         },
         days=DAYS,
-        champion=_part(lambda: read_champion(root)),
+        passing=tell_passing(config, first=champion.found is None),
+        champion=champion,
         serving=_part(lambda: read_state(root)),
         rollout=_part(lambda: read_rollout(root)),
         past=_part(lambda: read_ended(root)[: -MOST_ROLLOUTS - 1 : -1]),
@@ -110,6 +112,19 @@ def gather(root: Path, config: Config) -> Page:
         table=_part(lambda: _table(root)),
         forgetting=_part(lambda: _forgetting(root, ledger.found or [])),
     )
+
+
+def tell_passing(config: Config, *, first: bool) -> str:
+    """Say what `promotion` does with a candidate that passes the gate; `first`: there is no champion yet."""
+    if config.promotion == "manual":
+        return "A candidate that passes the gate waits for a person (promotion: manual)."
+    if config.promotion == "auto":
+        return "A candidate that passes the gate takes charge at once, without a rollout (promotion: auto)."
+    if first:
+        return "The first version that passes the gate takes charge; later ones start a rollout."
+    if config.rollout.steps[0] >= 1:
+        return "A candidate that passes the gate takes charge at once (the first of rollout.steps is 1)."
+    return "A candidate that passes the gate starts one."
 
 
 def _part(read: Callable[[], T]) -> Part[T]:

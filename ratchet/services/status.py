@@ -158,7 +158,7 @@ def verdict_lines(found: Recorded) -> list[str]:
             " reference"
             for topic in found.topics
         ),
-        f"  retraining: {'yes' if found.decision.retrain else 'no'}",
+        f"  so {'a retraining is worth it' if found.decision.retrain else 'no retraining'}:",
         *(f"    for      {line}" for line in found.decision.for_),
         *(f"    against  {line}" for line in found.decision.against),
     ]

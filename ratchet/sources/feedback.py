@@ -139,6 +139,25 @@ def harvest_all(root: Path, config: Config, *, now: float) -> Harvest:
     return found
 
 
+def tell_none(root: Path, config: Config) -> str:
+    """Say why there is no row to collect. Raises ServiceError when the log does not answer."""
+    left_out = harvest_all(root, config, now=time.time()).left_out
+    if left_out:
+        told = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+        return f"people judged {left_out.total()} answers, and none of them is taken: {told}"
+    log = open_log(root, config)
+    try:
+        asked = bool(log.window(limit=1))
+    finally:
+        log.close()
+    if asked:
+        return "nobody has judged an answer in the request log yet: clients send it to POST /v1/feedback"
+    return (
+        "the request log holds no request, so there was no answer to judge: `ratchet up` starts the gateway, "
+        "and clients ask it"
+    )
+
+
 def _look_around(
     root: Path, config: Config, spoken: Spoken, first_seen: dict[str, float], now: float
 ) -> Known:

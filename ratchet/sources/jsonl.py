@@ -7,7 +7,8 @@ also cut rows at U+2028 and U+0085.
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
@@ -30,18 +31,49 @@ __all__ = ["Harvest", "read_database", "read_files", "read_lines", "shown"]
 
 
 class Harvest(NamedTuple):
-    """The lines of all files, a record of each file, messages on what was left out (`said`), the pictures."""
+    """The lines of all files, a record of each file, messages on what was left out (`said`), the pictures.
+
+    `at` holds for each row the line of its file on which it begins, from 1; 0 where a format has no lines.
+    """
 
     lines: list[bytes]
     files: tuple[Original, ...]
     said: tuple[str, ...] = ()
     media: Mapping[str, bytes] = MappingProxyType({})
+    at: Sequence[int] = ()
+
+
+class Place(NamedTuple):
+    """Where a row stands: its number among the rows of its file, and the line on which it begins.
+
+    Both count from 1. `line` is 0 in formats without lines; `file` is empty if all rows are of one file.
+    """
+
+    row: int
+    line: int = 0
+    file: str = ""
+
+    def __str__(self) -> str:
+        told = f"line {self.line} (row {self.row})" if self.line else f"row {self.row}"
+        told = f"line {self.line}" if self.line == self.row else told
+        return f"{self.file}, {told}" if self.file else told
 
 
 class _Content(NamedTuple):
     format: str
     lines: Iterable[bytes]
     said: tuple[str, ...] = ()
+    at: Sequence[int] = ()  # filled while `lines` are read
+
+
+def find_place(row: int, files: Sequence[Original], at: Sequence[int]) -> Place:
+    """Return where row number `row` of all files, from 1, stands in its own file."""
+    line, number = at[row - 1] if row <= len(at) else 0, row
+    for file in files if len(files) > 1 else ():
+        if number <= file.rows:
+            return Place(number, line, file.name)
+        number -= file.rows
+    return Place(number, line)
 
 
 def read_lines(settings: JsonlSource) -> Iterator[bytes]:
@@ -60,6 +92,7 @@ def read_files(
     mapped column that a file does not have.
     """
     lines: list[bytes] = []
+    at = array("Q")
     files: list[Original] = []
     said: list[str] = []
     for opened in find_files(path):
@@ -69,11 +102,12 @@ def read_files(
             content = _read(stream, columns, rows)
             before = len(lines)
             lines += content.lines
+            at.extend(content.at or [0] * (len(lines) - before))
             said += [*content.said, *columns.check(stream.name)]
             kind = ", ".join(filter(None, (content.format, stream.codec)))
             name = streams.base_name(opened.path)
             files.append(Original(name, kind, stream.sha256(), len(lines) - before))
-    return _harvest(lines, files, said, pictures)
+    return _harvest(lines, files, said, pictures)._replace(at=at)
 
 
 def _harvest(
@@ -108,26 +142,27 @@ def read_database(
 def _read(stream: Stream, columns: Columns, shown: Rows | None) -> _Content:
     """Read the rows of a file; `shown` takes in the pictures that they refer to."""
     kind, dialect = tell_format(stream, columns.mapped)
+    at = array("Q")
     if kind == "JSON Lines":
-        return _Content(kind, _renamed(_lines(stream.handle, _longest(shown)), columns, shown))
+        return _Content(kind, _renamed(_lines(stream.handle, at, _longest(shown)), columns, shown), at=at)
     if kind == "JSON":
         content = stream.read()
         document = read_document(content, stream.name, mapped=bool(columns))
         if document is None:
-            return _Content(
-                "JSON Lines", _renamed(_lines(io.BytesIO(content), _longest(shown)), columns, shown)
-            )
+            found = _lines(io.BytesIO(content), at, _longest(shown))
+            return _Content("JSON Lines", _renamed(found, columns, shown), at=at)
         if document.rows is None:
             lines = _renamed((line[: _longest(shown)] for line in document.lines), columns, shown)
         else:
             lines = _encoded(document.rows, columns, stream.name, shown)
         return _Content(document.format, lines, document.said)
     if dialect:
-        table = read_csv(stream, dialect, columns.reads)
+        table = read_csv(stream, dialect, columns.reads, at)
     else:
         table = read_columnar(stream, kind, columns.reads, columns.shows if shown else _nothing)
     columns.seen.update(dict.fromkeys(table.columns))
-    return _Content(dialect.name if dialect else kind, _encoded(table.rows, columns, stream.name, shown))
+    lines = _encoded(table.rows, columns, stream.name, shown)
+    return _Content(dialect.name if dialect else kind, lines, at=at)
 
 
 def _nothing(_: str) -> bool:
@@ -138,13 +173,15 @@ def _longest(shown: Rows | None) -> int:
     return MOST_LINE if shown else MAX_LINE
 
 
-def _lines(handle: BinaryIO, most: int = MAX_LINE) -> Iterator[bytes]:
-    """Yield the lines that are not blank; a longer one is cut, which preparation rejects.
+def _lines(handle: BinaryIO, at: array[int], most: int = MAX_LINE) -> Iterator[bytes]:
+    """Yield the lines that are not blank, and add the number of each to `at`.
 
-    A line may have MAX_LINE bytes, or `most` if pictures stand in it as base64.
+    A line may have MAX_LINE bytes, or `most` if pictures stand in it as base64; a longer one is cut, which
+    preparation rejects.
     """
-    first = True
+    first, number = True, 0
     while line := handle.readline(MAX_LINE):
+        number += 1
         if most > MAX_LINE and _is_cut(line, MAX_LINE) and HINT.search(line):
             line += handle.readline(most - len(line))
             cut = _is_cut(line, most)
@@ -157,6 +194,7 @@ def _lines(handle: BinaryIO, most: int = MAX_LINE) -> Iterator[bytes]:
             line = line.removeprefix(BOM)
             first = not line.strip()
         if line.strip():
+            at.append(number)
             yield line.rstrip(b"\n") if cut else line.rstrip(b"\r\n")
 
 

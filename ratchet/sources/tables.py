@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,37 +36,43 @@ class Table(NamedTuple):
     rows: Iterator[RawRow | list[str]]
 
 
-def read_csv(stream: Stream, dialect: Dialect, reads: Reads) -> Table:
-    """Read a table of text; a row with more cells than the header comes as a list, for later rejection."""
-    return Table(dialect.header, _csv_rows(stream, dialect, reads))
+def read_csv(stream: Stream, dialect: Dialect, reads: Reads, at: array[int]) -> Table:
+    """Read a table of text; a row with more cells than the header comes as a list, for later rejection.
+
+    The line on which a row begins is added to `at`; a cell in quotes may hold line breaks.
+    """
+    return Table(dialect.header, _csv_rows(stream, dialect, reads, at))
 
 
-def _csv_rows(stream: Stream, dialect: Dialect, reads: Reads) -> Iterator[RawRow | list[str]]:
+def _csv_rows(stream: Stream, dialect: Dialect, reads: Reads, at: array[int]) -> Iterator[RawRow | list[str]]:
     wanted = [(place, name) for place, name in enumerate(dialect.header) if reads(name)]
     text = io.TextIOWrapper(stream.handle, encoding="utf-8-sig", newline="")
     for _ in range(dialect.skip):
         text.readline()
     reader = read_cells(text, dialect.delimiter, quoted=dialect.quoted)
-    seen_header = False
+    seen_header, end = False, dialect.skip
     try:
         for cells in reader:
+            start, end = end + 1, dialect.skip + reader.line_num
             if not any(map(str.strip, cells)):
                 continue
             if not seen_header:
                 seen_header = True
-            elif len(cells) > len(dialect.header) and any(map(str.strip, cells[len(dialect.header) :])):
+                continue
+            at.append(start)
+            if len(cells) > len(dialect.header) and any(map(str.strip, cells[len(dialect.header) :])):
                 yield cells
             else:
                 yield {name: cells[place] for place, name in wanted if place < len(cells) and cells[place]}
     except csv.Error as error:
         raise DataError(
-            f"{stream.name} is a broken {dialect.name}: line {reader.line_num}: {error}",
+            f"{stream.name} is a broken {dialect.name}: line {dialect.skip + reader.line_num}: {error}",
             remedy='a quote within a cell is written twice (""), and a cell with one stands in quotes; '
             "a cell has less than 1 MiB",
         ) from None
     except UnicodeDecodeError:
         raise DataError(
-            f"{stream.name} is no UTF-8 after line {reader.line_num}",
+            f"{stream.name} is no UTF-8 after line {dialect.skip + reader.line_num}",
             remedy=f"save it as `CSV UTF-8`, or convert it: iconv -f WINDOWS-1252 -t UTF-8 {stream.name}",
         ) from None
 

@@ -87,6 +87,17 @@ def mlflow_client() -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def find_outage() -> str:
+    """Ask MLflow for one experiment, and return in one line why it cannot answer; empty if it does."""
+    try:
+        client = mlflow_client()
+        with mlflow_errors():
+            client.search_experiments(max_results=1)
+    except ServiceError as error:
+        return str(error).partition("\n")[0]
+    return ""
+
+
 class mlflow_errors:
     """Context manager that turns errors of MLflow and the network into ServiceError, without passwords."""
 

@@ -189,7 +189,8 @@ def test_init_with_flags_asks_nothing_and_params_tells_where_a_value_was_set(tmp
     (tmp_path / "params.yaml").write_text("train:\n  epochs: 9.0\n")
     flags = ("--data", "rows.jsonl", "--metric", "numeric_match", "--promotion", "manual")
     assert "--force" in refused("-C", tmp_path, "init", *flags)
-    assert ratchet("-C", tmp_path, "init", *flags, "--force").returncode == 0
+    done = ratchet("-C", tmp_path, "init", *flags, "--force")
+    assert done.returncode == 0 and "rows.jsonl matches no file yet" in done.stdout
     with (tmp_path / "params.yaml").open("a") as file:
         file.write("sweep:\n  seed: 3\n")
     shown = {one["key"]: one for one in json.loads(ratchet("-C", tmp_path, "params", "--json").stdout)}

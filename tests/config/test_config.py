@@ -465,6 +465,50 @@ def test_an_answer_that_no_params_yaml_may_hold_writes_nothing(tmp_path, answers
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("/nonexistent", "/nonexistent does not exist"),
+        ("./nothing", r"\./nothing does not exist in "),
+        ("~/nothing-of-that-name", "does not exist"),
+        ("./nothing.gguf", "does not exist"),
+        ("./empty", "holds no weights"),
+        ("./notes.txt", "holds no weights"),
+        ("models/mine", r"write \./models/mine"),
+        ("mine", r"write \./mine"),
+    ],
+)
+def test_a_base_that_is_not_where_it_is_said_to_be_is_refused(tmp_path, base, said):
+    for folder in ("models/mine", "mine"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "model.safetensors").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=said):
+        write_params(tmp_path / "params.yaml", Answers(base=base), force=True)
+    assert not (tmp_path / "params.yaml").exists()
+
+
+def test_a_base_that_is_here_or_comes_from_elsewhere_is_taken(tmp_path):
+    (tmp_path / "models/mine").mkdir(parents=True)
+    (tmp_path / "models/mine/model.safetensors").touch()
+    (tmp_path / "models/one.gguf").touch()
+    (tmp_path / "models/fetched.dvc").touch()  # DVC brings what it stands for
+    for base in (
+        "demo",
+        "./models/mine",
+        str(tmp_path / "models/mine"),
+        "./models/one.gguf",
+        "./models/fetched",
+        "./models/fetched/inside",
+        "s3://bucket/model",
+        "v3",
+        f"models/mine@{'0' * 40}",
+    ):
+        write_params(tmp_path / "params.yaml", Answers(base=base), force=True)
+        assert load_config(tmp_path / "params.yaml").base.model == base.partition("@")[0]
+
+
 PREFERENCES = {"train": {"objective": "dpo"}, "evaluate": {"metrics": ["exact_match", "preference"]}}
 
 

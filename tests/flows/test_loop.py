@@ -21,6 +21,7 @@ from patience import within
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
+from ratchet.pipeline.dag import STAGES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
@@ -123,6 +124,8 @@ def test_a_tracker_that_is_away_costs_no_training_and_the_next_run_registers(hom
     told = ratchet(home, "retrain", "--reason", "first", code=1)
 
     assert "MLflow" in told and "ratchet up" in told and "Traceback" not in told
+    begin = told[told.index("to run: ") :].splitlines()
+    assert all(stage in begin[0] for stage in STAGES) and "MLflow does not answer" in begin[1]
     assert json.loads((home / "reports/gate.json").read_text())["verdict"] == "promote"
     ratchet(home, "up")
     done = json.loads(ratchet(home, "retrain", "--json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from ratchet.config.training import AdapterConfig, BaseConfig
 from ratchet.data.examples import MEDIA_MARK, Example, Message, make_example
 from ratchet.errors import BaseModelError, DataError
 from ratchet.files import read_json, sha256_file
+from ratchet.models import processors
 from ratchet.models.chat_template import ChatFormat, encode_last_answer
 from ratchet.models.loading import load_chat, load_tokenizer, quiet
-from ratchet.models.processors import MediaProcessor, load_processor
+from ratchet.models.processors import OF_SEQUENCE, OF_TEXT, Held, MediaProcessor, load_processor
 from tasks.base import make_base
 
 ROWS = (600, pytest.param(1500, marks=pytest.mark.e2e))  # of each family: over 10,000 in all
@@ -132,6 +134,49 @@ def test_a_row_has_the_same_features_alone_and_among_others(folder: Path) -> Non
     if together["pixel_values"].ndim == 5:  # Idefics3 pads the rows with empty tiles
         return
     assert torch.equal(together["pixel_values"].flatten(), torch.cat(pixels))
+
+
+def test_inputs_that_are_joined_are_those_that_the_processor_makes_together(folder: Path) -> None:
+    processor = processor_of(load_chat(folder))
+    assert processor._row_axis == (1 if folder.parent.name.startswith("idefics3") else 0)
+    chance = random.Random(3)
+    many = [picture(seed, chance.randint(8, 150), chance.randint(8, 150)) for seed in range(12)]
+    for _ in range(8):
+        rows = [chance.sample(many, k=chance.choice((0, 1, 1, 2, 3))) for _ in range(4)]
+        found = processor.features(rows)
+        together = processor._call([row for row in rows if row]) if any(rows) else {}
+        assert found.keys() == together.keys() - {*OF_TEXT, *OF_SEQUENCE}
+        assert all(torch.equal(value, together[name]) for name, value in found.items())
+
+
+def test_a_picture_of_a_request_is_opened_once(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[bytes] = []
+    processor = processor_of(load_chat(llava))
+    processor.features([[ONE]])  # the trial of the first batch
+    plain = processors._open
+    monkeypatch.setattr(processors, "_open", lambda picture: opened.append(picture) or plain(picture))
+    new = [picture(seed, 50, 40) for seed in range(700, 703)]
+    for one in new:
+        processor.tokens_of(one)
+    processor.features([new[:2], [new[2]], []])
+    processor.features([[new[0]]])
+    assert opened == new
+
+
+def test_held_inputs_are_bounded_and_the_newest_stay(llava: Path) -> None:
+    processor = processor_of(load_chat(llava))
+    (pixels,) = processor.features([[ONE]]).values()
+    processor._held = Held(3 * pixels.nbytes)
+    many = [picture(seed, 50, 40) for seed in range(800, 810)]
+    before = [processor.features([[one]]) for one in many]
+    assert processor._held._bytes == 3 * pixels.nbytes and len(processor._held._found) == 3
+    assert all(
+        torch.equal(processor.features([[one]])["pixel_values"], found["pixel_values"])
+        for one, found in zip(many, before, strict=True)
+    )
+    processor._held = Held(pixels.nbytes - 1)  # a picture larger than all that is held
+    assert torch.equal(processor.features([[ONE]])["pixel_values"], pixels)
+    assert processor._held._bytes == 0
 
 
 def test_rows_without_pictures_have_no_features(folder: Path) -> None:

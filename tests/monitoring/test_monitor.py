@@ -21,8 +21,9 @@ from ratchet.monitoring.families import Answered, Reference, input_families
 from ratchet.monitoring.novelty import Familiar, stems_of
 from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.monitoring.topics import belongs, find_topics
-from ratchet.monitoring.verdicts import Topic, Verdict, last_verdict, read_verdicts
+from ratchet.monitoring.verdicts import Recorded, Topic, Verdict, last_verdict, read_verdicts
 from ratchet.promotion.champion import Champion
+from ratchet.services.status import verdict_lines
 from ratchet.sources.pydoc import harvest
 from tasks.monitor import Facts, append_verdict, decide, load_reference, measure, write_report
 
@@ -322,6 +323,19 @@ def drifted(p: float = 0.001) -> Verdict:
         topics=[Topic("array", ["array"], 0.3, 0.0, ["An array?"])],
         moved=["novelty"],
     )
+
+
+def test_a_verdict_and_the_decision_that_follows_are_told_apart():
+    for facts, told in (
+        (Facts(900, 0, 0.0, None), "  so a retraining is worth it:"),
+        (Facts(900, 3, 0.0, 90.0), "  so no retraining:"),
+    ):
+        decision = decide(drifted(), facts, CONFIG)
+        found = Recorded(**msgspec.structs.asdict(drifted()), at="now", version=1, decision=decision)
+        verdict, *lines = verdict_lines(found)
+        assert verdict.startswith("drift on ") and lines.count(told) == 1
+        assert not any(line.startswith("drift") for line in lines)
+        assert len(lines) - lines.index(told) - 1 == len(decision.for_) + len(decision.against)
 
 
 @pytest.mark.parametrize(

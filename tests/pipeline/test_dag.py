@@ -17,7 +17,7 @@ from ratchet.config.params import Config
 from ratchet.evaluation.answer_cache import CODE
 from ratchet.pipeline.checkout import dvc
 from ratchet.pipeline.dag import KEYS, STAGES, TOLD, code_key, modules_of, stage_key, templates_of
-from ratchet.pipeline.dvc import check_out, stale_stages
+from ratchet.pipeline.dvc import check_out, downstream, stale_stages
 from ratchet.pipeline.workspace import open_workspace
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +86,21 @@ def test_every_input_is_made_by_an_earlier_stage_or_comes_from_outside():
     used = {path for stage in STAGES for path in deps(stage)}
     # What people and the flow read, and no stage.
     assert made - used == {"reports/base.json", "reports/gate.json"}
+
+
+@pytest.mark.parametrize(
+    ("stale", "after"),
+    [
+        ({"base"}, ["tokenize", "train", "evaluate", "parity", "gate"]),
+        ({"prepare", "train"}, ["tokenize", "evaluate", "parity", "gate"]),
+        ({"evaluate"}, ["gate"]),
+        ({"gate"}, []),
+        (set(), []),
+        (set(STAGES), []),
+    ],
+)
+def test_the_stages_after_a_stale_one_are_those_that_read_what_it_makes(stale, after):
+    assert downstream(ROOT, stale) == after
 
 
 def test_no_stage_depends_on_the_ledger():

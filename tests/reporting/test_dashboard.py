@@ -6,6 +6,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from busy import CONFIG, HOSTILE, make_busy
@@ -189,6 +190,39 @@ def test_an_empty_checkout_says_which_command_fills_each_part(tmp_path: Path) ->
         "ratchet promote",
     ):
         assert command in words
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, "the first version that passes the gate takes charge; later ones start a rollout"),
+        ({"promotion": "auto"}, "takes charge at once, without a rollout"),
+        ({"promotion": "manual"}, "waits for a person"),
+    ],
+)
+def test_it_says_what_happens_to_a_candidate_by_the_setting(
+    tmp_path: Path, settings: dict[str, Any], wanted: str
+) -> None:
+    words = Reader(render_page(tmp_path, Config.model_validate(settings))).words.lower()
+    assert words.count(wanted) == 2, "under the champion and under the rollout"
+    assert ("rollout of" in words or "start a rollout" in words) == (not settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, "A candidate that passes the gate starts one."),
+        ({"rollout": {"steps": [1.0]}}, "takes charge at once (the first of rollout.steps is 1)"),
+        ({"promotion": "auto"}, "takes charge at once, without a rollout"),
+        ({"promotion": "manual"}, "waits for a person"),
+    ],
+)
+def test_with_a_champion_only_the_setting_rollout_starts_a_rollout(
+    busy: Path, settings: dict[str, Any], wanted: str
+) -> None:
+    (busy / ROLLOUT).unlink()
+    values = {**CONFIG.model_dump(), **settings}
+    assert wanted in Reader(render_page(busy, Config.model_validate(values))).words
 
 
 def test_a_folder_without_git_gets_a_page_too(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from ratchet.reporting.model_card import hub_card
 from ratchet.serving.bundle import Bundle, Generation
 from ratchet.serving.version_source import Source, find_source
 from tasks.base import make_base
-from tasks.export import Prompts, export, tell
+from tasks.export import Prompts, export, require_exportable, tell
 from tasks.train import train
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6}
@@ -169,6 +169,39 @@ def test_a_folder_that_is_there_is_left_alone(
     with pytest.raises(UserError, match="exists already"):
         export(source(trained("lora"), tiny_base, prepared), "merged", tmp_path, CONFIG)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("method", "to", "taken", "said"),
+    [("lora", "merged", True, "exists already"), ("prefix", "gguf", False, "virtual tokens")],
+)
+def test_an_export_is_refused_before_any_work(
+    method: str,
+    to: str,
+    taken: bool,
+    said: str,
+    trained: Any,
+    tiny_base: Path,
+    prepared: Path,
+    tmp_path: Path,
+) -> None:
+    made = source(trained(method), tiny_base, prepared)
+    out = tmp_path if taken else tmp_path / "out"
+    with pytest.raises(UserError, match=said):
+        require_exportable(made, to, out)
+
+
+def test_a_form_that_a_base_cannot_have_is_refused_by_its_config_alone(
+    candidate: Path, tiny_base: Path, prepared: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    require_exportable(source(candidate, base, prepared), "gguf", tmp_path / "out")
+    config = json.loads((base / "config.json").read_text()) | {"attention_bias": True}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="no GGUF: its linear layers have biases"):
+        require_exportable(source(candidate, base, prepared), "gguf", tmp_path / "out")
+    require_exportable(source(candidate, base, prepared), "merged", tmp_path / "out")
 
 
 # --- GGUF ---

@@ -17,6 +17,7 @@ from ratchet.data.erasure import FILE, Entry, Forgotten, write_forgotten
 from ratchet.data.examples import MEDIA_MARK, Message, ToolCall, encode_line, make_example
 from ratchet.data.forms import read_conversation
 from ratchet.data.media import MediaStore
+from ratchet.errors import DataError
 from ratchet.files import write_bytes
 from ratchet.gateway.auth import add_key
 from ratchet.monitoring.pictures import KeptPictures, Look
@@ -343,6 +344,19 @@ def test_without_texts_or_feedback_there_are_no_rows(
         rows_of(tmp_path, [asked("b", messages=())], [said("b", 1.0)]) == []
         and "1 without texts" in capsys.readouterr().err
     )
+
+
+def test_without_rows_an_ingest_says_what_was_missing(tmp_path: Path) -> None:
+    def why(requests: list[Logged], feedback: list[Feedback]) -> str:
+        assert rows_of(tmp_path, requests, feedback) == []
+        with pytest.raises(DataError, match="gave no rows") as raised:
+            pull(configured(), root=tmp_path, source="feedback")
+        return str(raised.value)
+
+    assert "the request log holds no request" in why([], [])
+    assert "nobody has judged an answer" in why([asked("a")], [])
+    told = why([asked("b")], [said("a", 0.0), said("b", 0.0)])
+    assert "people judged 2 answers, and none of them is taken: 2 too old" in told
 
 
 # --- votes --------------------------------------------------------------------------------------------------

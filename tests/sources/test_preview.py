@@ -88,6 +88,46 @@ def test_a_preview_tells_what_becomes_of_reasoning(tiny_base, monkeypatch, capsy
     assert "hm" in (said := capsys.readouterr().out) and "base.reasoning" in said
 
 
+GOOD_CSV = "prompt,completion\nis hail covered?,yes\n"
+# Content of a file → where its rejected rows stand, as people are told.
+PLACES = {
+    "csv": (f"{GOOD_CSV},no question\n", ["line 3 (row 2)"]),
+    "quoted line breaks": (
+        'prompt,completion\n"is hail\ncovered,\ntoo?",yes\n,no question\n"a\nb",yes\n,again\n',
+        ["line 5 (row 2)", "line 8 (row 4)"],
+    ),
+    "blank lines and Excel's hint": (
+        "sep=;\n\nprompt;completion\na;yes\n\n;no question\n",
+        ["line 6 (row 2)"],
+    ),
+    "windows": (f"{GOOD_CSV},no question\n".replace("\n", "\r\n"), ["line 3 (row 2)"]),
+    "tsv": ("prompt\tcompletion\na\tyes\n\tno question\n", ["line 3 (row 2)"]),
+    "json lines": ('{"prompt": "a", "completion": "yes"}\n\n\n7\n', ["line 4 (row 2)"]),
+    "json lines without blanks": ('{"prompt": "a", "completion": "yes"}\n7\n', ["line 2"]),
+    "array": ('[{"prompt": "a", "completion": "yes"},\n\n{"prompt": "b"}]', ["row 2"]),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_check_tells_the_line_of_the_file_on_which_a_row_begins(tmp_path, kind):
+    content, wanted = PLACES[kind]
+    path = tmp_path / "rows"
+    path.write_bytes(content.encode())
+    verdict = check_file(str(path), tmp_path / "golden.jsonl", Config(), time="2026-01-01T00:00:00Z")
+    assert [str(verdict.places[row.line]) for row in verdict.rejected] == wanted
+
+
+def test_a_check_of_several_files_names_the_file_of_a_row(tmp_path):
+    (tmp_path / "a.csv").write_text(f"{GOOD_CSV}and rain?,yes\n")
+    (tmp_path / "b.csv").write_text(f"{GOOD_CSV},no question\n")
+    verdict = check_file(
+        str(tmp_path / "*.csv"), tmp_path / "golden.jsonl", Config(), time="2026-01-01T00:00:00Z"
+    )
+    (row,) = verdict.rejected
+    assert (row.line, verdict.places[row.line]) == (4, (2, 3, "b.csv"))
+    assert str(verdict.places[4]) == "b.csv, line 3 (row 2)"
+
+
 def test_a_check_counts_rows_with_reasoning(tmp_path, tiny_base):
     path = tmp_path / "thought.jsonl"
     path.write_bytes(b"\n".join(line(f"q{n}?", f"{'<think>hm</think>' * (n < 7)}a{n}") for n in range(30)))
@@ -205,6 +245,18 @@ def test_a_check_of_columns_that_nobody_named_says_the_command(root):
     assert "text, category" in done.stderr and "--columns prompt=text,completion=COLUMN" in done.stderr
     wrong = ratchet("-C", root, "data", "check", table(root), "--columns", "prompt")
     assert wrong.returncode == 2 and "KEY=COLUMN" in wrong.stderr
+
+
+def test_a_check_and_an_ingest_tell_the_line_of_a_row_that_is_not_taken(root):
+    path = root.parent / "broken.csv"
+    path.write_text('prompt,completion\n"is hail\ncovered?",yes\n' + ",no question\n" * 9)
+    told = ratchet("-C", root, "data", "check", path)
+    assert told.returncode == 3 and "  line 4 (row 2) and 8 more: " in told.stdout
+    assert "The first: line 4 (row 2): " in told.stderr
+    row, *_ = json.loads(ratchet("-C", root, "data", "check", path, "--json").stdout)[0]["rejected"]
+    assert (row["line"], row["row"]) == (4, 2) and "file" not in row
+    taken = ratchet("-C", root, "ingest", "--path", path, "--preview")
+    assert taken.returncode == 2 and "the first: line 4 (row 2): " in taken.stderr
 
 
 def test_a_check_asks_a_database(root):

@@ -16,6 +16,7 @@ from ratchet.tracking.curve import History, LiveCopy, log_points, read_history
 from ratchet.tracking.mlflow import (
     KEY_TAG,
     find_or_create_run,
+    find_outage,
     find_run,
     mlflow_client,
     mlflow_errors,
@@ -218,6 +219,14 @@ def test_a_server_that_is_away_is_an_error_of_the_service(call, monkeypatch):
     use_no_mlflow(monkeypatch)
     with pytest.raises(ServiceError, match=r"(?s)MLflow at http://127\.0\.0\.1:1: .*ratchet up"):
         CALLS[call]()
+
+
+def test_an_outage_is_found_before_anything_is_sent(monkeypatch):
+    assert find_outage() == ""
+    use_no_mlflow(monkeypatch)
+    assert find_outage().startswith("MLflow at http://127.0.0.1:1: ")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert find_outage() == "MLFLOW_TRACKING_URI is not set"
 
 
 def test_a_run_that_the_server_does_not_know_is_an_error_of_the_service():
