@@ -109,7 +109,7 @@ def load_checkpoint(
         "revision": revision,
     }
     if method == "qlora":
-        kept = _kept_exact(source, revision) if reads_pictures(folder) else None
+        kept = _kept_exact(folder) if reads_pictures(folder) else None
         settings |= {
             "quantization_config": _quantised(quantisation, kept, in_parts=in_parts),
             "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
@@ -228,20 +228,16 @@ def _add_embeddings(model: Any, new_tokens: list[NewToken]) -> None:
                 table[token.id] = table[token.pieces].mean(0)  # (width)
 
 
-def _kept_exact(source: Any, revision: str | None) -> list[str]:
+def _kept_exact(folder: Path) -> list[str]:
     """Return the modules of a base with pictures that are not quantised: tower, projector, output layer.
 
     They are small beside the language model, and what a picture shows should not depend on rounding.
     """
     import torch
-    from transformers import AutoConfig
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    config = AutoConfig.from_pretrained(
-        source, revision=revision, local_files_only=True, trust_remote_code=False
-    )
     with torch.device("meta"):
-        bare = auto_class(pictures=True).from_config(config, trust_remote_code=False)
+        bare = auto_class(pictures=True).from_config(read_model_config(folder), trust_remote_code=False)
     outside = outside_language(bare) or "(?!)"
     found = {
         name

@@ -32,11 +32,7 @@ OF_TEXT = ("input_ids", "attention_mask")
 OF_SEQUENCE = ("token_type_ids", "mm_token_type_ids")  # inputs with the shape of the ids
 KNOWN = 1024  # pictures whose tokens are kept
 HELD = 2**27  # bytes of inputs that are kept of the last pictures: those of requests on their way to a batch
-PROBES = (
-    (64, 64),
-    (230, 60),
-    (90, 200),
-)  # pixels of pictures that differ in shape, and so in tiles or patches
+PROBES = ((64, 64), (230, 60), (90, 200))  # sizes of pictures that differ in their tiles or patches
 CROSS = "cross_attention_mask"  # an input that belongs to a whole row at once
 VIDEO = "video_processor"
 REMEDY = "take a base whose pictures work here (docs/training.md), or leave the pictures out of the rows"
