@@ -1,0 +1,1 @@
+"""Training together without sharing rows: what nodes exchange, and how their updates become one."""
