@@ -66,24 +66,20 @@ LEAST_BITS = 8  # set bits below which a hash says too little: a blank page is l
 
 
 class Picture(NamedTuple):
-    """A picture as it is stored; `hash` is None where the picture shows too little to compare.
-
-    `changed`: what was changed, as codes to count (`orientation`, `alpha`, `metadata`, …).
-    """
+    """A picture as it is stored; `changed`: what was changed, as codes to count (`orientation`, …)."""
 
     name: str
     data: bytes
     width: int
     height: int
-    hash: int | None
     changed: tuple[str, ...] = ()
 
 
 # --- one picture --------------------------------------------------------------------------------------------
 
 
-def read_picture(data: bytes, limits: MediaConfig) -> Picture:
-    """Check and normalise a picture, whatever its file is called.
+def read_picture(data: bytes, limits: MediaConfig, sha256: str = "") -> Picture:
+    """Check and normalise a picture, whatever its file is called; `sha256` is that of `data`, if it is known.
 
     Raises RowError: `media_type`, `media_size`, `media_broken`.
     """
@@ -96,10 +92,10 @@ def read_picture(data: bytes, limits: MediaConfig) -> Picture:
         )
     image = _open(data)
     _check_size(image, limits)
-    if image.format == "PNG" and PNG_END not in data:  # Pillow takes a PNG that lacks its last bytes
+    if image.format == "PNG" and data.rfind(PNG_END) < 0:  # Pillow takes a PNG that lacks its last bytes
         raise RowError("media_broken", "the picture is cut off: it has no end")
     try:
-        return _normalise(data, image)
+        return _normalise(data, image, sha256)
     except RowError:
         raise
     except BROKEN as error:
@@ -161,7 +157,7 @@ def _check_size(image: Image.Image, limits: MediaConfig) -> None:
         )
 
 
-def _normalise(data: bytes, image: Image.Image) -> Picture:
+def _normalise(data: bytes, image: Image.Image, sha256: str) -> Picture:
     kind = "JPEG" if image.format == "MPO" else str(image.format)
     frames = 1 if kind == "JPEG" else getattr(image, "n_frames", 1)
     if frames > MOST_FRAMES:
@@ -191,8 +187,9 @@ def _normalise(data: bytes, image: Image.Image) -> Picture:
         stored = _encode(made, image, suffix)
     elif stored != data:
         changed.append("metadata")
-    name = f"{hashlib.sha256(stored).hexdigest()}.{suffix}"
-    return Picture(name, stored, *made.size, difference_hash(made), tuple(changed))
+    digest = sha256 if sha256 and stored == data else hashlib.sha256(stored).hexdigest()
+    name = f"{digest}.{suffix}"
+    return Picture(name, stored, *made.size, tuple(changed))
 
 
 def _metadata(image: Image.Image, exif: Image.Exif) -> bool:
@@ -240,14 +237,16 @@ def _encode(made: Image.Image, image: Image.Image, suffix: str) -> bytes:
 
 def _strip_png(data: bytes) -> bytes | None:
     """Keep the chunks that hold the picture, and nothing after its end; None for a broken file."""
-    kept, at = [PNG_HEAD], len(PNG_HEAD)
+    kept, at, whole = [PNG_HEAD], len(PNG_HEAD), True
     while at + 12 <= len(data):
         size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         if kind in PNG_KEPT:
             kept.append(data[at : at + 12 + size])
+        else:
+            whole = False
         at += 12 + size
         if kind == b"IEND":
-            return b"".join(kept)
+            return data if whole and at == len(data) else b"".join(kept)
     return None
 
 

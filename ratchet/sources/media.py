@@ -63,18 +63,19 @@ class Pictures:
 
     def take(self, data: bytes) -> str:
         """Keep a picture, and return its reference. Raises RowError."""
-        key = hashlib.sha256(data).digest()
+        found = hashlib.sha256(data)
+        key = found.digest()
         if key not in self._known:
             try:
-                picture = read_picture(data, self.limits)
+                picture = read_picture(data, self.limits, found.hexdigest())
                 self.spool.add(picture)
                 self._known[key] = MEDIA + picture.name
             except RowError as error:
                 self._known[key] = MEDIA_ERROR + f"{error.reason}:{error}"
-        if (found := self._known[key]).startswith(MEDIA_ERROR):
-            reason, _, message = found.removeprefix(MEDIA_ERROR).partition(":")
+        if (reference := self._known[key]).startswith(MEDIA_ERROR):
+            reason, _, message = reference.removeprefix(MEDIA_ERROR).partition(":")
             raise RowError(reason, message)
-        return found
+        return reference
 
     def tell(self) -> tuple[str, ...]:
         """Say how many pictures there are, how large, what was changed, and which were refused."""
