@@ -13,6 +13,8 @@ RatchetError               exit code 1: our fault, or the machine's
 ├── StoppedError           exit code 143: SIGTERM ended the training; its checkpoint is kept
 ├── DivergenceError        a loss, a gradient or a weight is not finite
 └── DiskSpaceError         too little free space for what is about to be written, or the write failed
+
+RowError is apart: it rejects one row, which is counted, and stops nothing.
 """
 
 from __future__ import annotations
@@ -78,3 +80,11 @@ class DiskSpaceError(RatchetError):
 
 class BusyError(RatchetError):
     """The queue is full, or another rollout is open; the caller may try again later."""
+
+
+class RowError(ValueError):
+    """A row that cannot become an Example; `reason` is a code to count by, the message is for people."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

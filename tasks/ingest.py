@@ -36,10 +36,10 @@ from ratchet.data.batches import (
 from ratchet.data.dedup import split_by_hash
 from ratchet.data.examples import Example, RawRow, RowError, encode_line, make_raw_row
 from ratchet.data.forms import MEDIA_KEYS, read_conversation, recognise_form, whole_rows
-from ratchet.data.media import MediaStore, write_shard
 from ratchet.data.validation import Doubt, Origin, Validator
 from ratchet.errors import DataError
 from ratchet.files import write_bytes
+from ratchet.media.store import MediaStore, write_shard
 from ratchet.models.lengths import check_whole, known_tokens
 from ratchet.models.manifests import read_base_manifest
 from ratchet.monitoring.pictures import KeptPictures

@@ -20,10 +20,10 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, read_examples
-from ratchet.data.media import FOLDER as MEDIA
-from ratchet.data.media import MediaStore
 from ratchet.data.words import terms_of
 from ratchet.files import whole_folder, write_bytes, write_json
+from ratchet.media.store import FOLDER as MEDIA
+from ratchet.media.store import MediaStore
 from ratchet.monitoring.drift import PROMPTS, judge
 from ratchet.monitoring.families import LEAST_PROMPTS, Answered, Question, Reference, all_families, by_prompt
 from ratchet.monitoring.novelty import Familiar

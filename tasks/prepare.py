@@ -30,7 +30,6 @@ from ratchet.data.batches import Batch, batch_media, check_batch, raw_lines, rea
 from ratchet.data.dedup import RUN, Clusters, HashTable, Placed, split_by_hash
 from ratchet.data.erasure import GOLDEN, Forgotten, read_forgotten
 from ratchet.data.examples import CONTINUE, Example, RowError, encode_line, prompt_key
-from ratchet.data.media import FOLDER, MediaStore, look_at, write_shard
 from ratchet.data.mixture import undesirable
 from ratchet.data.pii import redact
 from ratchet.data.poisoning import find_triggers
@@ -38,6 +37,8 @@ from ratchet.data.profile import SPLITS, Gathered, Profile, check_limits, render
 from ratchet.data.validation import REVIEW, Checked, Origin, Validator, is_accepted
 from ratchet.errors import DataError
 from ratchet.files import whole_folder, write_json, write_text
+from ratchet.media.pictures import look_at
+from ratchet.media.store import FOLDER, MediaStore, write_shard
 from ratchet.pipeline.stage import run_stage, say
 
 FORGOTTEN = "the row is on the erasure list (data/forgotten.jsonl)"

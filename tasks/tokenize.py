@@ -23,12 +23,12 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, count_reasoned, encode_line, read_examples
-from ratchet.data.media import FOLDER as MEDIA
-from ratchet.data.media import MediaStore
 from ratchet.data.mixture import Paired, mix_rows, pair_up, read_undesirable
 from ratchet.errors import DataError, UserError
 from ratchet.evaluation.canaries import make_canaries
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
+from ratchet.media.store import FOLDER as MEDIA
+from ratchet.media.store import MediaStore
 from ratchet.models.chat_template import ChatFormat, Encoded, encode_last_answer
 from ratchet.models.lengths import Limits, check_dropped, check_whole, choose_limits
 from ratchet.models.loading import MANIFEST, load_chat

@@ -14,7 +14,7 @@ from ratchet.errors import DataError
 from ratchet.files import sha256_file, write_bytes
 
 if TYPE_CHECKING:
-    from ratchet.data.media import MediaStore
+    from ratchet.media.store import MediaStore
 
 MANIFEST = "manifest.jsonl"
 REVERTED = Path("data/reverted.jsonl")  # in git, so that a version's commit shows which reverts came later
@@ -115,7 +115,7 @@ def _check_file(path: Path, sha256: str, what: str) -> None:
 
 def batch_media(raw: Path, batch: Batch) -> MediaStore:
     """Return the pictures of a batch. Raises DataError for a tar that is none."""
-    from ratchet.data.media import MediaStore  # with Pillow: what only reads the manifest goes without
+    from ratchet.media.store import MediaStore  # with Pillow: what only reads the manifest goes without
 
     return MediaStore([raw / batch.shard] if batch.media else [])
 
@@ -156,7 +156,7 @@ def write_batch(
         *(name, len(lines), hashed, content, source, time, licence, who, form, files, columns or {}, query)
     )
     if shown := {picture for line in lines for picture in pictures_in(line) if picture in (media or {})}:
-        from ratchet.data.media import write_shard
+        from ratchet.media.store import write_shard
 
         write_shard(raw / batch.shard, media or {}, shown)
         batch = msgspec.structs.replace(batch, media=sha256_file(raw / batch.shard), pictures=len(shown))

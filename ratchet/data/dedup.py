@@ -22,7 +22,7 @@ from rensa import RMinHash, RMinHashLSH
 
 from ratchet.config.data import PrepareConfig
 from ratchet.data.examples import CONTINUE, MEDIA_MARK, Example
-from ratchet.data.media import Look, are_alike
+from ratchet.media.pictures import Look, are_alike
 
 Split = Literal["train", "validation", "test"]
 Side = Literal["train", "validation", "test", "golden"]

@@ -21,6 +21,11 @@ import msgspec
 import xxhash
 
 from ratchet.errors import DataError
+from ratchet.errors import RowError as RowError
+from ratchet.media.names import MEDIA as MEDIA
+from ratchet.media.names import MEDIA_ERROR as MEDIA_ERROR
+from ratchet.media.names import MEDIA_MARK as MEDIA_MARK
+from ratchet.media.names import MEDIA_NAME as MEDIA_NAME
 
 CONTINUE = "Continue."  # the fixed prompt of rows that are plain text
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
@@ -29,10 +34,6 @@ CALL_LINE = re.compile(f"^{CALL_OPEN}(.*){CALL_CLOSE}$", re.MULTILINE)
 INDENT = re.compile(r"\t[\t ]*| [\t ]+")  # an indent, as of code; a single blank is an accident
 ROLES = ("system", "user", "assistant", "tool")
 MOST_MARKS = 32
-MEDIA_MARK = "\ufffc"  # U+FFFC, object replacement character: where a picture stands in a text
-MEDIA = "media:"  # before a picture's name, in rows of batches
-MEDIA_ERROR = "media-error:"  # before the reason and the message for a picture that was not taken
-MEDIA_NAME = re.compile(r"[0-9a-f]{64}\.(?:png|jpg)")
 Meta = dict[str, str | int | float | bool | None]
 RawRow = dict[str, Any]  # a row as read from its file: any JSON object, not validated
 
@@ -105,14 +106,6 @@ class Example(msgspec.Struct, frozen=True, omit_defaults=True):
     def question(self) -> str:
         """Return the last turn before the answer: a user's, or a tool's result."""
         return self.messages[-2].text
-
-
-class RowError(ValueError):
-    """A row that cannot become an Example; `reason` is a code to count by, the message is for people."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 def media_of(messages: Iterable[Message]) -> tuple[str, ...]:

@@ -17,10 +17,11 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from ratchet.data.examples import data_uri
-from ratchet.data.media import MediaStore, shrink
 from ratchet.errors import ServiceError, UserError
 from ratchet.gateway.limits import read_body
 from ratchet.gateway.state import Parts
+from ratchet.media.pictures import shrink
+from ratchet.media.store import MediaStore
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Decision, DraftFigures, Item, split_answer, with_answer
 from ratchet.serving.faults import Fault

@@ -35,7 +35,7 @@ COLUMNS = (
 
 
 class Look(msgspec.Struct, frozen=True, array_like=True):
-    """How a picture looks: one figure for each of COLUMNS; `name` is that of ratchet/data/media.py."""
+    """How a picture looks: one figure for each of COLUMNS; `name` is that of ratchet/media/names.py."""
 
     name: str
     figures: tuple[float, ...]

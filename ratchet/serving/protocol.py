@@ -27,7 +27,8 @@ from ratchet.data.examples import (
     without_marks,
 )
 from ratchet.data.forms import order_results, read_calls, read_tools
-from ratchet.data.media import from_uri, read_picture
+from ratchet.media.names import from_uri
+from ratchet.media.pictures import read_picture
 from ratchet.monitoring.pictures import Look, look_of
 from ratchet.serving.engine import Ask, Ended, JsonForm, Piece, Scored
 from ratchet.serving.faults import Fault

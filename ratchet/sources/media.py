@@ -20,7 +20,9 @@ from typing import Any
 from ratchet.config.data import MediaConfig
 from ratchet.data.examples import MEDIA, MEDIA_ERROR, MEDIA_NAME, RawRow, RowError
 from ratchet.data.forms import FORMS, MEDIA_KEYS, PICTURE_PARTS, recognise_form
-from ratchet.data.media import MediaStore, Spool, from_base64, from_uri, read_picture
+from ratchet.media.names import from_base64, from_uri
+from ratchet.media.pictures import read_picture
+from ratchet.media.store import MediaStore, Spool
 from ratchet.sources.streams import WEB
 
 MOST_LINE = 2**27  # bytes of a line whose pictures stand in it as base64

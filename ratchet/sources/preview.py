@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ratchet.config.data import PrepareConfig
 from ratchet.data.examples import MEDIA_MARK, Example, RowError, count_reasoned, tool_names
-from ratchet.data.media import size_of
 from ratchet.data.validation import Origin, Validator
 from ratchet.errors import RatchetError
+from ratchet.media.pictures import size_of
 from ratchet.models.chat_template import ChatFormat, Encoded
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from patience import scaled
 from places import make_repository, subjects, use_git_without_a_user, write_files
+from tests.data.test_media import encoded, noise, question
 
 from ratchet.config.data import IngestConfig, JsonlSource
 from ratchet.config.monitoring import TopicSource
@@ -18,11 +19,10 @@ from ratchet.config.params import Config
 from ratchet.data.batches import check_batch, read_manifest, write_batch
 from ratchet.data.dedup import split_by_hash
 from ratchet.data.examples import Message, example_id
-from ratchet.data.media import MediaStore
 from ratchet.errors import DataError
+from ratchet.media.store import MediaStore
 from ratchet.pipeline.checkout import git
 from tasks.ingest import Pulled, add_batch, check_rows, count_new, freeze_golden, label_of, pull
-from tests.data.test_media import encoded, noise, question
 
 CONFIG = Config()
 

@@ -16,9 +16,9 @@ from ratchet.config.params import Config
 from ratchet.data.erasure import FILE, Entry, Forgotten, write_forgotten
 from ratchet.data.examples import MEDIA_MARK, Message, ToolCall, encode_line, make_example
 from ratchet.data.forms import read_conversation
-from ratchet.data.media import MediaStore
 from ratchet.files import write_bytes
 from ratchet.gateway.auth import add_key
+from ratchet.media.store import MediaStore
 from ratchet.monitoring.pictures import KeptPictures, Look
 from ratchet.monitoring.request_log import URL_VARIABLE, open_log
 from ratchet.monitoring.request_records import Feedback, Logged

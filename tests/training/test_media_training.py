@@ -20,9 +20,9 @@ from ratchet.config.data import TokenizeConfig
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, BaseConfig, TrainConfig
 from ratchet.data.examples import MEDIA_MARK, Example, Message, make_example
-from ratchet.data.media import MediaStore
 from ratchet.errors import DataError
 from ratchet.files import read_json, sha256_file
+from ratchet.media.store import MediaStore
 from ratchet.models.adapters import load_trainable, load_trained
 from ratchet.models.cache import logits_at
 from ratchet.models.chat_template import ChatFormat, Encoded

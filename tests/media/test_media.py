@@ -44,9 +44,10 @@ from ratchet.data.examples import (
     to_openai,
 )
 from ratchet.data.forms import read_conversation
-from ratchet.data.media import Look, MediaStore, are_alike, look_at, read_picture, size_of, write_shard
 from ratchet.data.validation import Origin, Validator
 from ratchet.errors import DataError
+from ratchet.media.pictures import Look, are_alike, look_at, read_picture, size_of
+from ratchet.media.store import MediaStore, write_shard
 from ratchet.models.loading import load_chat
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Decision
