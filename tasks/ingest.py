@@ -47,7 +47,7 @@ from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.sources import feedback, jsonl, pydoc
 from ratchet.sources import reviewed as review
 from ratchet.sources.columns import listed
-from ratchet.sources.media import Pictures
+from ratchet.sources.media import MediaIntake
 from ratchet.sources.sql import is_database
 
 BASE = Path("models/base")
@@ -126,7 +126,7 @@ def pull(
             config.ingest.jsonl.model_copy(update={"path": place}),
             mapping,
             config.prepare.extra_keys,
-            Pictures(config.ingest.media, root),
+            MediaIntake(config.ingest.media, root),
         )
     elif chosen == "sql":
         given = {key: value for key, value in (("url", path), ("query", query)) if value}
@@ -135,7 +135,7 @@ def pull(
             root,
             mapping,
             config.prepare.extra_keys,
-            Pictures(config.ingest.media, root),
+            MediaIntake(config.ingest.media, root),
         )
     elif chosen == "feedback":
         pulled = Pulled(
@@ -205,7 +205,7 @@ def _pull_pydoc(settings: PydocSource) -> Pulled:
 
 
 def _pull_jsonl(
-    settings: JsonlSource, mapping: dict[str, str], extra: list[str], pictures: Pictures
+    settings: JsonlSource, mapping: dict[str, str], extra: list[str], pictures: MediaIntake
 ) -> Pulled:
     found = jsonl.read_files(settings.path, mapping, extra, pictures)
     path = jsonl.shown(settings.path)
@@ -223,7 +223,7 @@ def _pull_jsonl(
 
 
 def _pull_sql(
-    settings: SqlSource, root: Path | None, mapping: dict[str, str], extra: list[str], pictures: Pictures
+    settings: SqlSource, root: Path | None, mapping: dict[str, str], extra: list[str], pictures: MediaIntake
 ) -> Pulled:
     found = jsonl.read_database(settings, project_root(root), mapping, extra, pictures)
     return Pulled(

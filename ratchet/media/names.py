@@ -20,6 +20,11 @@ def is_sound(name: str) -> bool:
     return name.endswith(SOUND)
 
 
+def kind_of(name: str) -> str:
+    """Return what a name stands for, as a word for people."""
+    return "recording" if is_sound(name) else "picture"
+
+
 def from_uri(uri: str) -> bytes:
     """Return the bytes of a data URI. Raises RowError."""
     head, comma, content = uri.partition(",")
@@ -29,8 +34,8 @@ def from_uri(uri: str) -> bytes:
 
 
 def from_base64(text: str) -> bytes:
-    """Return the bytes of a picture in base64. Raises RowError."""
+    """Return the bytes of a text in base64. Raises RowError."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise RowError("media_broken", "the picture's base64 is broken or cut off") from None
+        raise RowError("media_broken", "its base64 is broken or cut off") from None

@@ -16,17 +16,19 @@ from typing import IO
 
 from ratchet.errors import DataError, DiskSpaceError
 from ratchet.files import write_bytes
-from ratchet.media.names import MEDIA_NAME
+from ratchet.media.names import MEDIA_NAME, kind_of
 from ratchet.media.pictures import Picture
+from ratchet.media.sounds import Sound
 
 FOLDER = "media"  # of data/prepared
 IN_MEMORY = 2**26  # bytes that are held before they go to a temporary file
 
 
 class Spool(Mapping[str, bytes]):
-    """Pictures that are being collected: over IN_MEMORY bytes they lie in a temporary file.
+    """Pictures and recordings that are being collected: over IN_MEMORY bytes they lie in a temporary file.
 
-    `changed` counts what was changed, once for each different picture, `sizes` holds each one's pixels.
+    `changed` counts what was changed, once for each different picture, `changed_sounds` for each recording;
+    `sizes` holds each picture's pixels, `seconds` each recording's length.
     """
 
     def __init__(self) -> None:
@@ -35,24 +37,30 @@ class Spool(Mapping[str, bytes]):
         self._places: dict[str, tuple[int, int]] = {}
         self._end = 0
         self.changed: Counter[str] = Counter()
+        self.changed_sounds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
 
-    def add(self, picture: Picture) -> None:
-        """Keep a picture, once. Raises DiskSpaceError."""
-        if picture.name in self._places:
+    def add(self, medium: Picture | Sound) -> None:
+        """Keep a picture or a recording, once. Raises DiskSpaceError."""
+        if medium.name in self._places:
             return
         try:
             self._file.seek(self._end)
-            self._file.write(picture.data)
+            self._file.write(medium.data)
         except OSError as error:
             raise DiskSpaceError(
-                f"cannot hold over {self._end / 2**20:,.0f} MiB of pictures among temporary files: {error}",
+                f"cannot hold over {self._end / 2**20:,.0f} MiB of media among temporary files: {error}",
                 remedy="free some room, or set TMPDIR to a folder with room; nothing was changed",
             ) from error
-        self._places[picture.name] = self._end, len(picture.data)
-        self._end += len(picture.data)
-        self.changed.update(picture.changed)
-        self.sizes[picture.name] = picture.width, picture.height
+        self._places[medium.name] = self._end, len(medium.data)
+        self._end += len(medium.data)
+        if isinstance(medium, Sound):
+            self.changed_sounds.update(medium.changed)
+            self.seconds[medium.name] = medium.seconds
+        else:
+            self.changed.update(medium.changed)
+            self.sizes[medium.name] = medium.width, medium.height
 
     def __getitem__(self, name: str) -> bytes:
         start, size = self._places[name]
@@ -66,17 +74,17 @@ class Spool(Mapping[str, bytes]):
         return len(self._places)
 
 
-class MissingPictureError(DataError, KeyError):
-    """A picture that no shard holds; a KeyError too, so that `get` returns its default."""
+class MissingMediaError(DataError, KeyError):
+    """A picture or recording that no shard holds; a KeyError too, so that `get` returns its default."""
 
     def __str__(self) -> str:
         return str(self.args[0])  # which KeyError would quote
 
 
 class MediaStore(Mapping[str, bytes]):
-    """Pictures of tar shards by name, read from their place in the shard when they are asked for.
+    """Pictures and recordings of tar shards by name, read from their place in the shard when asked for.
 
-    Raises DataError for a shard that is no tar, and MissingPictureError for a picture that none holds.
+    Raises DataError for a shard that is no tar, and MissingMediaError for one that none holds.
     """
 
     def __init__(self, shards: Iterable[Path] = ()) -> None:
@@ -91,7 +99,7 @@ class MediaStore(Mapping[str, bytes]):
                             self._places.setdefault(member.name, place)
             except (tarfile.TarError, OSError, EOFError) as error:
                 raise DataError(
-                    f"{path} is no tar of pictures: {error}", remedy="restore it: dvc checkout"
+                    f"{path} is no tar of pictures and recordings: {error}", remedy="restore it: dvc checkout"
                 ) from None
 
     @classmethod
@@ -101,8 +109,8 @@ class MediaStore(Mapping[str, bytes]):
 
     def __getitem__(self, name: str) -> bytes:
         if name not in self._places:
-            raise MissingPictureError(
-                f"the picture {name[:80]} is in none of the {len(self._shards)} shards",
+            raise MissingMediaError(
+                f"the {kind_of(name)} {name[:80]} is in none of the {len(self._shards)} shards",
                 remedy="run `ratchet retrain`, which prepares the rows anew; `dvc pull` brings the shards",
             )
         number, start, size = self._places[name]
@@ -120,21 +128,21 @@ class MediaStore(Mapping[str, bytes]):
         return len(self._places)
 
 
-def write_shard(path: Path, pictures: Mapping[str, bytes], names: Iterable[str] | None = None) -> None:
-    """Write the pictures, or those of them with the given `names`, as a tar: equal pictures give equal bytes.
+def write_shard(path: Path, media: Mapping[str, bytes], names: Iterable[str] | None = None) -> None:
+    """Write the media, or those of them with the given `names`, as a tar: equal media give equal bytes.
 
     Raises DataError for a name that is not that of the bytes.
     """
-    write_bytes(path, _tar(pictures, sorted(set(pictures if names is None else names))))
+    write_bytes(path, _tar(media, sorted(set(media if names is None else names))))
 
 
-def _tar(pictures: Mapping[str, bytes], names: list[str]) -> Iterator[bytes]:
+def _tar(media: Mapping[str, bytes], names: list[str]) -> Iterator[bytes]:
     written = 0
     for name in names:
-        data = pictures.get(name, b"")
+        data = media.get(name, b"")
         if not MEDIA_NAME.fullmatch(name) or hashlib.sha256(data).hexdigest() != name[:64]:
             raise DataError(
-                f"the picture {name[:80]} is missing, or has another sha256 than its name says",
+                f"the {kind_of(name)} {name[:80]} is missing, or has another sha256 than its name says",
                 remedy="ingest the rows again",
             )
         member = tarfile.TarInfo(name)  # mtime 0, uid 0, gid 0, mode 0644, no names of users

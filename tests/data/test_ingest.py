@@ -11,7 +11,6 @@ import msgspec
 import pytest
 from patience import scaled
 from places import make_repository, subjects, use_git_without_a_user, write_files
-from tests.data.test_media import encoded, noise, question
 
 from ratchet.config.data import IngestConfig, JsonlSource
 from ratchet.config.monitoring import TopicSource
@@ -23,6 +22,7 @@ from ratchet.errors import DataError
 from ratchet.media.store import MediaStore
 from ratchet.pipeline.checkout import git
 from tasks.ingest import Pulled, add_batch, check_rows, count_new, freeze_golden, label_of, pull
+from tests.media.test_media import encoded, noise, question
 
 CONFIG = Config()
 

@@ -34,7 +34,6 @@ from small_checkout import (
     tag_of,
     training_ids,
 )
-from tests.data.test_media import encoded, noise, question
 
 from flows.erase import follow_all, follow_reverted, list_is_pending, revert_batch
 from ratchet.data.batches import read_manifest, read_reverted
@@ -47,6 +46,7 @@ from ratchet.services.status import ledger_lines, read_moves
 from ratchet.tracking.registry import get_version
 from tasks.erase import find_batch, inherit
 from tasks.ingest import add_batch, freeze_golden, pull
+from tests.media.test_media import encoded, noise, question
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 FIRST, SECOND, THIRD = range(10), range(8, 20), range(20, 25)  # 8 and 9 are in two batches

@@ -390,9 +390,9 @@ ROWS: list[tuple[int, dict[str, Any], str]] = [
         "media_place",
     ),
     (107, question(1000, video="images/a.mp4"), "media"),
-    (107, question(1000, image="images/a.png", audio="a.wav"), "media"),
+    (107, question(1000, image="images/a.png", audio="a.wav"), "media_missing"),
     (107, question(1000, image="images/a.png", image_id=7), "unknown_key"),
-    (107, talk([{"type": "input_audio", "input_audio": {"data": "AAAA"}}]), "media"),
+    (107, talk([{"type": "input_audio", "input_audio": {"data": "AAAA"}}]), "media_type"),
     (107, talk([{"type": "video_url", "video_url": {"url": "x"}}]), "media"),
     (108, {"image": "images/a.png", "question": "what is it?"}, "no_answer"),
     (
