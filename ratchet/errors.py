@@ -5,6 +5,7 @@ RatchetError               exit code 1: our fault, or the machine's
 │   ├── ConfigError        params.yaml
 │   ├── DataError          a source, a batch, a row
 │   ├── BaseModelError     the base model, its tokenizer or template
+│   │   └── MediaError     a picture or recording that the base cannot take
 │   └── CheckoutError      git, DVC, the working tree
 ├── ServiceError           MLflow, Prefect, the request log or an upstream does not start or does not answer
 ├── BusyError              a full queue or another open rollout: the caller may try again later
@@ -44,6 +45,10 @@ class DataError(UserError):
 
 class BaseModelError(UserError):
     pass
+
+
+class MediaError(BaseModelError):
+    """A row's picture or recording that the base cannot take; other rows may go on."""
 
 
 class CheckoutError(UserError):

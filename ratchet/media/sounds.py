@@ -98,7 +98,7 @@ def read_sound(data: bytes, limits: MediaConfig) -> Sound:
         raise RowError("media_broken", f"the recording is cut off or broken: {said}") from None
     _check_samples(samples, rate)
     if rate != RATE:
-        samples = _resample(samples, rate)
+        samples = _resample(samples, rate, RATE)
         changed.append("rate")
     if np.abs(samples).max() > 1:
         changed.append("clipped")
@@ -142,6 +142,12 @@ def samples_of(sound: bytes) -> NDArray[np.float32]:
     if rate != RATE or samples.ndim != 1:
         raise _unreadable(f"{rate} samples a second, {samples.shape}")
     return np.asarray(samples, dtype=np.float32)
+
+
+def samples_at(sound: bytes, rate: int) -> NDArray[np.float32]:
+    """Return the samples of a stored recording at another rate, (samples,). Raises DataError."""
+    samples = samples_of(sound)
+    return samples if rate == RATE else _resample(samples, RATE, rate)
 
 
 def length_of(sound: bytes) -> float:
@@ -278,12 +284,12 @@ def _check_samples(samples: NDArray[np.float32], rate: int) -> None:
         )
 
 
-def _resample(samples: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
-    """Return the samples at RATE, by a polyphase filter against aliases."""
+def _resample(samples: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np.float32]:
+    """Return samples of `rate` a second as `wanted` a second, by a polyphase filter against aliases."""
     from scipy.signal import resample_poly
 
-    shared = math.gcd(RATE, rate)
-    made = resample_poly(samples.astype(np.float64), RATE // shared, rate // shared)
+    shared = math.gcd(wanted, rate)
+    made = resample_poly(samples.astype(np.float64), wanted // shared, rate // shared)
     return np.asarray(made, dtype=np.float32)
 
 

@@ -201,17 +201,22 @@ def add_adapter(base: Any, config: AdapterConfig, *, seed: int, new_ids: Sequenc
 
 
 def language_model(base: Any) -> str | None:
-    """Return the name of the language model inside a model that reads pictures; None for a text model."""
-    if getattr(base.config, "vision_config", None) is None:
+    """Return the name of the language model inside one that sees or hears; None for a text model."""
+    if not has_tower(base):
         return None
     decoder = base.get_decoder()
     return next(str(name) for name, module in base.named_modules() if module is decoder)
 
 
-def outside_language(base: Any) -> str | None:
-    """Return a pattern of the modules that see pictures (tower and projector); None for a text model.
+def has_tower(base: Any) -> bool:
+    """Tell whether a model reads pictures or recordings, with a tower of its own."""
+    return any(getattr(base.config, name, None) is not None for name in ("vision_config", "audio_config"))
 
-    They stay as they are: pictures would look different to each version, and no server swaps towers.
+
+def outside_language(base: Any) -> str | None:
+    """Return a pattern of the modules that see or hear (tower and projector); None for a text model.
+
+    They stay as they are: media would be others to each version, and no server swaps towers.
     """
     if (inside := language_model(base)) is None:
         return None
@@ -221,7 +226,7 @@ def outside_language(base: Any) -> str | None:
 
 
 def freeze_outside(base: Any) -> Any:
-    """Freeze tower and projector of a model that reads pictures, so that `full` leaves them as they are."""
+    """Freeze tower and projector of a model that sees or hears, so that `full` leaves them as they are."""
     if outside := outside_language(base):
         for name, weight in base.named_parameters():
             if re.fullmatch(outside, name):
@@ -230,11 +235,11 @@ def freeze_outside(base: Any) -> Any:
 
 
 def check_pictures(config: AdapterConfig) -> None:
-    """Raise ConfigError for a method that cannot be trained on a base that reads pictures."""
+    """Raise ConfigError for a method that cannot be trained on a base that reads pictures or sound."""
     if config.method in PREFIXED:
         raise ConfigError(
             f"`adapter.method: {config.method}` puts virtual tokens before the embeddings, where a model "
-            "that reads pictures finds no places for them",
+            "that reads pictures or sound finds no places for them",
             remedy="set `adapter.method: lora`",
         )
 
@@ -242,7 +247,7 @@ def check_pictures(config: AdapterConfig) -> None:
 def linear_modules(base: Any) -> str | list[str]:
     """Return what `all-linear` means for this base: PEFT's own meaning, with two exceptions.
 
-    In a model that reads pictures it means the linear layers of the language model. In a mixture of experts
+    In a model that sees or hears it means the linear layers of the language model. In a mixture of experts
     it means the linear layers outside of the blocks with experts. PEFT 0.21 would also train routers
     and the experts' joint 3-D weights, which no engine serves as an adapter (peft issue 3009).
     """

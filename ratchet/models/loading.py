@@ -19,7 +19,7 @@ from ratchet.files import sha256_file
 from ratchet.models.chat_template import NO_MEDIA, ChatFormat
 from ratchet.models.manifests import MANIFEST as MANIFEST
 from ratchet.models.manifests import NewToken, read_base_manifest, read_ends
-from ratchet.models.processors import load_processor, reads_pictures
+from ratchet.models.processors import load_processor, reads_media
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,9 +35,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_chat(folder: Path, media: Mapping[str, bytes] = NO_MEDIA) -> ChatFormat:
-    """Load tokenizer, chat template, end tokens and processor of pictures of a base or a version.
+    """Load tokenizer, chat template, end tokens and processor of media of a base or a version.
 
-    `media` has the pictures that rows may show, by name. Raises BaseModelError as `ChatFormat` does.
+    `media` has the pictures and recordings of rows, by name. Raises BaseModelError as `ChatFormat` does.
     """
     return ChatFormat(load_tokenizer(folder), read_ends(folder), load_processor(folder), media)
 
@@ -103,7 +103,7 @@ def load_checkpoint(
             "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         }
     try:
-        model, checkpoint = _load(source, pictures=reads_pictures(folder), **settings)
+        model, checkpoint = _load(source, media=reads_media(folder), **settings)
     except OSError as error:
         raise BaseModelError(
             f"the weights of {manifest.told} are not on this machine: {str(error).splitlines()[0]}",
@@ -143,7 +143,7 @@ def load_full(folder: Path, *, training: bool = False, in_parts: bool = False) -
 
     try:
         dtype = getattr(torch, precision("full" if training else "lora")[0])
-        model, found = _load(folder, pictures=reads_pictures(folder), dtype=dtype)
+        model, found = _load(folder, media=reads_media(folder), dtype=dtype)
     except (OSError, RuntimeError, ValueError) as error:
         raise BaseModelError(
             f"{folder} holds no whole model: {str(error).splitlines()[0]}",
@@ -154,14 +154,14 @@ def load_full(folder: Path, *, training: bool = False, in_parts: bool = False) -
     return cast("PreTrainedModel", model if in_parts else model.to(device()))
 
 
-def auto_class(*, pictures: bool) -> Any:
-    """Return the class of transformers that loads a causal language model, or one that reads pictures."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+def auto_class(*, media: bool) -> Any:
+    """Return the class of transformers that loads a causal language model, or one of pictures or sound."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
-    return AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+    return AutoModelForMultimodalLM if media else AutoModelForCausalLM
 
 
-def _load(source: Any, *, pictures: bool = False, **settings: Any) -> tuple[Any, Checkpoint]:
+def _load(source: Any, *, media: bool = False, **settings: Any) -> tuple[Any, Checkpoint]:
     """Load a model, and replace its own generation settings by the defaults.
 
     Settings such as repetition_penalty or min_new_tokens would change answers of `generate` in the
@@ -170,7 +170,7 @@ def _load(source: Any, *, pictures: bool = False, **settings: Any) -> tuple[Any,
     from transformers import GenerationConfig
 
     with quiet():
-        loaded: Any = auto_class(pictures=pictures).from_pretrained(
+        loaded: Any = auto_class(media=media).from_pretrained(
             source,
             trust_remote_code=False,
             local_files_only=True,

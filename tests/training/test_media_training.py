@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pytest
 import torch
-from media_models import FAMILIES, make_llava, make_rows, name_of, picture, write_prepared, write_shard
+from media_models import (
+    ALL_FAMILIES,
+    make_llava,
+    make_rows,
+    name_of,
+    picture,
+    write_prepared,
+    write_shard,
+)
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
@@ -22,6 +30,7 @@ from ratchet.config.training import AdapterConfig, BaseConfig, TrainConfig
 from ratchet.data.examples import MEDIA_MARK, Example, Message, make_example
 from ratchet.errors import DataError
 from ratchet.files import read_json, sha256_file
+from ratchet.media.sounds import samples_of, write_flac
 from ratchet.media.store import MediaStore
 from ratchet.models.adapters import load_trainable, load_trained
 from ratchet.models.cache import logits_at
@@ -51,6 +60,8 @@ from tasks.tokenize import tokenize
 from tasks.train import train
 
 ROWS, PICTURES = make_rows(60)
+SOUND_ROWS, SOUNDS = make_rows(60, sounds=True)
+MEDIA = PICTURES | SOUNDS
 SCHEDULE = Schedule(
     steps=8,
     batch_windows=2,
@@ -74,10 +85,10 @@ def config_for(model: Path, **train: Any) -> Config:
     )
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=ALL_FAMILIES)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp(request.param)
-    make_base(home / "base", config_for(FAMILIES[request.param](home / "model")))
+    make_base(home / "base", config_for(ALL_FAMILIES[request.param](home / "model")))
     return home / "base"
 
 
@@ -101,7 +112,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, nobody: Path) -> Made:
     return Made(home / "base", prepared, home / "tokens", nobody, config)
 
 
-def inputs_of(base: Path, media: Mapping[str, bytes] = PICTURES) -> Inputs:
+def inputs_of(base: Path, media: Mapping[str, bytes] = MEDIA) -> Inputs:
     return load_chat(base, media).inputs
 
 
@@ -207,10 +218,15 @@ def test_a_picture_that_preparation_lost_is_named(made: Made, tmp_path: Path) ->
 # --- the loss ---
 
 
+def rows_like(base: Path) -> list[Example]:
+    """Return rows with what the base takes: pictures or recordings."""
+    return SOUND_ROWS if hears(base) else ROWS
+
+
 def rows_for(chat: ChatFormat, examples: list[Example]) -> list[Window]:
     return [
         row
-        for window in pack([chat.showing(PICTURES).encode(row) for row in examples], 2048)
+        for window in pack([chat.showing(MEDIA).encode(row) for row in examples], 2048)
         for row in rows_of(window)
     ]
 
@@ -224,7 +240,7 @@ def logprobs(model: Any, rows: list[Window], inputs: Inputs) -> torch.Tensor:
 
 def test_a_row_loses_the_same_alone_and_in_a_batch(base: Path) -> None:
     model, inputs = load_base(base).float().eval(), inputs_of(base)
-    rows = rows_for(load_chat(base), ROWS[:16])
+    rows = rows_for(load_chat(base), rows_like(base)[:16])
     assert {len(row.media) for row in rows} == {0, 1, 2, 3}
     together = logprobs(model, rows, inputs)
     alone = torch.cat([logprobs(model, [row], inputs) for row in rows])
@@ -236,10 +252,10 @@ def test_the_loss_depends_on_the_picture_and_covers_only_answers(base: Path) -> 
     chat = load_chat(base)
     model, inputs = load_base(base).float().eval(), inputs_of(base)
     assert chat.processor
-    example = next(example for example in ROWS if len(example.media) == 1)
+    example = next(example for example in rows_like(base) if len(example.media) == 1)
     (row,) = rows_for(chat, [example])
     (name,) = row.media
-    other = inputs_of(base, {name: _inverted(PICTURES[name])})
+    other = inputs_of(base, {name: _inverted(MEDIA[name])})
     assert not torch.equal(logprobs(model, [row], inputs), logprobs(model, [row], other))
     places = [place for place, id in enumerate(row.input_ids) if id == chat.processor.image_id]
     assert places
@@ -250,6 +266,8 @@ def test_the_loss_depends_on_the_picture_and_covers_only_answers(base: Path) -> 
 
 
 def _inverted(stored: bytes) -> bytes:
+    if stored.startswith(b"fLaC"):  # twice the pitch, and more
+        return write_flac(samples_of(stored) ** 2)
     target = io.BytesIO()
     with Image.open(io.BytesIO(stored)) as opened:
         ImageOps.invert(opened.convert("RGB")).save(target, "PNG")
@@ -353,7 +371,7 @@ def go(base: Path, windows: list[Window], curve: Curve, checkpoints: Checkpoints
 
 @pytest.mark.parametrize("die_at", [3, 6])
 def test_a_training_that_was_killed_ends_in_the_same_weights(die_at: int, base: Path, tmp_path: Path) -> None:
-    windows = rows_for(load_chat(base), ROWS[:20])
+    windows = rows_for(load_chat(base), rows_like(base)[:20])
     whole, first, second = Curve(), Curve(die_at), Curve()
     wanted = go(base, windows, whole, None)
 
