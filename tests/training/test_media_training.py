@@ -14,6 +14,7 @@ import pytest
 import torch
 from media_models import (
     ALL_FAMILIES,
+    hears,
     make_llava,
     make_rows,
     name_of,
