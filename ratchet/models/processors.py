@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Files beside a tokenizer that describe a processor; the tokenizer's own files are not among them.
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 READS = FILES[:2]  # with one of these a base reads pictures or recordings
+HEARS = ("feature_extractor", "feature_extractor_type")  # keys of these files
 OF_TEXT = ("input_ids", "attention_mask")
 OF_SEQUENCE = ("token_type_ids", "mm_token_type_ids")  # inputs with the shape of the ids
 KNOWN = 1024  # pictures and recordings whose tokens are kept
@@ -287,6 +288,15 @@ def _silence() -> bytes:
 def reads_media(folder: Path) -> bool:
     """Tell whether the base or version in `folder` has a processor of pictures or recordings."""
     return any((folder / name).exists() for name in READS)
+
+
+def kinds_read(folder: Path) -> tuple[str, ...]:
+    """Return what the base or version in `folder` reads besides text: `image`, `audio`, both or nothing."""
+    from ratchet.files import read_json
+
+    keys = {key for name in READS if (folder / name).exists() for key in read_json(folder / name)}
+    found = {"image": ("image_processor", "image_processor_type"), "audio": HEARS}
+    return tuple(kind for kind, named in found.items() if keys.intersection(named))
 
 
 def copy_processor(source: Path, folder: Path) -> None:
