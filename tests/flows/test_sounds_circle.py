@@ -118,7 +118,7 @@ def test_the_candidate_learned_to_listen_and_passes_parity_and_gate(circle: Circ
     assert candidate >= 0.8 > 0.1 > base
     assert circle.ran.compared.passed, circle.ran.compared.parts
     checks = {check.name: check.result for check in circle.ran.verdict.checks}
-    assert checks["pictures:another"] == checks["pictures:without"] == "pass"
+    assert checks["recordings:another"] == checks["recordings:without"] == "pass"
     assert circle.ran.verdict.verdict == "promote", [check.reason for check in circle.ran.verdict.checks]
 
 
