@@ -35,8 +35,8 @@ class Blind(NamedTuple):
 def make_blind(rows: Sequence[Example], most: int) -> list[Blind]:
     """Make both kinds from rows with pictures, and with recordings: `most` of each, with the smallest ids.
 
-    Another row's media are those of the next row with as many, in the same order, all of them different; a row
-    for which there is none gets only the first kind, and a question that is nothing but media only the second.
+    Another row's media are those of the next row with as many, in the same order, all of them different. A
+    row for which there is none gets only the first kind; a question of nothing but media, only the second.
     """
     shown = sorted((row for row in rows if row.media), key=lambda row: row.id)
     alike: dict[tuple[bool, ...], list[Example]] = defaultdict(list)
