@@ -5,6 +5,7 @@ RatchetError               exit code 1: our fault, or the machine's
 │   ├── ConfigError        params.yaml
 │   ├── DataError          a source, a batch, a row
 │   ├── BaseModelError     the base model, its tokenizer or template
+│   │   └── MediaError     a picture or recording that the base cannot take
 │   └── CheckoutError      git, DVC, the working tree
 ├── ServiceError           MLflow, Prefect, the request log or an upstream does not start or does not answer
 ├── BusyError              a full queue or another open rollout: the caller may try again later
@@ -13,6 +14,8 @@ RatchetError               exit code 1: our fault, or the machine's
 ├── StoppedError           exit code 143: SIGTERM ended the training; its checkpoint is kept
 ├── DivergenceError        a loss, a gradient or a weight is not finite
 └── DiskSpaceError         too little free space for what is about to be written, or the write failed
+
+RowError is apart: it rejects one row, which is counted, and stops nothing.
 """
 
 from __future__ import annotations
@@ -42,6 +45,10 @@ class DataError(UserError):
 
 class BaseModelError(UserError):
     pass
+
+
+class MediaError(BaseModelError):
+    """A row's picture or recording that the base cannot take; other rows may go on."""
 
 
 class CheckoutError(UserError):
@@ -78,3 +85,11 @@ class DiskSpaceError(RatchetError):
 
 class BusyError(RatchetError):
     """The queue is full, or another rollout is open; the caller may try again later."""
+
+
+class RowError(ValueError):
+    """A row that cannot become an Example; `reason` is a code to count by, the message is for people."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

@@ -166,7 +166,7 @@ def _describe(source: Source, folder: Path, config: BaseConfig) -> tuple[BaseFil
     files = read_base_files(source)
     template = _read_template(Path(config.chat_template)) if config.chat_template else None
     tokenizer = read_tokenizer(source, template)
-    if files.pictures:
+    if files.media:
         copy_processor(source.path, folder)
     tokenizer.save_pretrained(folder)
     ChatFormat(tokenizer, processor=load_processor(folder))

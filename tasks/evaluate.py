@@ -35,8 +35,6 @@ from ratchet.config.base import PREFERENCE
 from ratchet.config.evaluation import EvaluateConfig
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, read_examples
-from ratchet.data.media import FOLDER as MEDIA
-from ratchet.data.media import MediaStore
 from ratchet.data.mixture import pair_up, read_undesirable
 from ratchet.errors import DataError
 from ratchet.evaluation.answer_cache import FOLDER as CACHE
@@ -60,6 +58,8 @@ from ratchet.evaluation.scoring import (
 from ratchet.evaluation.slices import groups
 from ratchet.evaluation.statistics import bootstrap_means, wilson
 from ratchet.files import read_json, whole_folder, write_json
+from ratchet.media.store import FOLDER as MEDIA
+from ratchet.media.store import MediaStore
 from ratchet.models.adapters import virtual_tokens
 from ratchet.models.lengths import trained_length
 from ratchet.models.loading import MANIFEST, load_chat

@@ -46,7 +46,7 @@ from ratchet.models.manifests import (
     write_generation,
 )
 from ratchet.models.merging import load_merged, require_mergeable
-from ratchet.models.processors import copy_processor, reads_pictures
+from ratchet.models.processors import copy_processor, kinds_read, reads_media
 from ratchet.parity.check import Asked, Reference, make_reference
 from ratchet.parity.compare import compare_answers
 from ratchet.parity.paths import Answer, differences, model_answers, model_forward
@@ -156,9 +156,9 @@ def require_exportable(source: Source, to: str, out: Path) -> None:
     require_mergeable(bundle.adapter)
     if to not in KINDS:
         return
-    if reads_pictures(bundle.base):
+    if reads_media(bundle.base):
         raise UserError(
-            "a GGUF file holds the language model alone, and this version reads pictures",
+            "a GGUF file holds the language model alone, and this version reads pictures or sound",
             remedy="`--to merged` writes the whole model with its processor",
         )
     require_writable(read_model_config(bundle.base), load_tokenizer(bundle.adapter))
@@ -308,7 +308,7 @@ def _describe(folder: Path, source: Source, record: Record) -> Record:
         source.decision,
         facts,
         scores=record.scores,
-        pictures=reads_pictures(source.bundle.base),
+        reads=kinds_read(source.bundle.base),
     )
     write_text(folder / CARD, card)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]

@@ -36,10 +36,10 @@ from ratchet.data.batches import (
 from ratchet.data.dedup import split_by_hash
 from ratchet.data.examples import Example, RawRow, RowError, encode_line, make_raw_row
 from ratchet.data.forms import MEDIA_KEYS, read_conversation, recognise_form, whole_rows
-from ratchet.data.media import MediaStore, write_shard
 from ratchet.data.validation import Doubt, Origin, Validator
 from ratchet.errors import DataError
 from ratchet.files import write_bytes
+from ratchet.media.store import MediaStore, write_shard
 from ratchet.models.lengths import check_whole, known_tokens
 from ratchet.models.manifests import read_base_manifest
 from ratchet.monitoring.pictures import KeptPictures
@@ -47,7 +47,7 @@ from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.sources import feedback, jsonl, pydoc
 from ratchet.sources import reviewed as review
 from ratchet.sources.columns import listed
-from ratchet.sources.media import Pictures
+from ratchet.sources.media import MediaIntake
 from ratchet.sources.sql import is_database
 
 BASE = Path("models/base")
@@ -131,7 +131,7 @@ def pull(
             config.ingest.jsonl.model_copy(update={"path": place}),
             mapping,
             config.prepare.extra_keys,
-            Pictures(config.ingest.media, root),
+            MediaIntake(config.ingest.media, root),
         )
     elif chosen == "sql":
         given = {key: value for key, value in (("url", path), ("query", query)) if value}
@@ -140,7 +140,7 @@ def pull(
             root,
             mapping,
             config.prepare.extra_keys,
-            Pictures(config.ingest.media, root),
+            MediaIntake(config.ingest.media, root),
         )
     elif chosen == "feedback":
         pulled = Pulled(
@@ -210,7 +210,7 @@ def _pull_pydoc(settings: PydocSource) -> Pulled:
 
 
 def _pull_jsonl(
-    settings: JsonlSource, mapping: dict[str, str], extra: list[str], pictures: Pictures
+    settings: JsonlSource, mapping: dict[str, str], extra: list[str], pictures: MediaIntake
 ) -> Pulled:
     found = jsonl.read_files(settings.path, mapping, extra, pictures)
     path = jsonl.shown(settings.path)
@@ -229,7 +229,7 @@ def _pull_jsonl(
 
 
 def _pull_sql(
-    settings: SqlSource, root: Path | None, mapping: dict[str, str], extra: list[str], pictures: Pictures
+    settings: SqlSource, root: Path | None, mapping: dict[str, str], extra: list[str], pictures: MediaIntake
 ) -> Pulled:
     found = jsonl.read_database(settings, project_root(root), mapping, extra, pictures)
     return Pulled(

@@ -15,10 +15,10 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.examples import read_examples
-from ratchet.data.media import FOLDER as MEDIA
-from ratchet.data.media import MediaStore
 from ratchet.errors import DataError
 from ratchet.files import write_json
+from ratchet.media.store import FOLDER as MEDIA
+from ratchet.media.store import MediaStore
 from ratchet.parity.latency import ASKED, WARM_UP, measure_speed
 from ratchet.pipeline.stage import run_stage
 from ratchet.promotion.verdict import Speed

@@ -3,7 +3,8 @@ whether to retrain.
 
 This is a task of the flow `monitor`, not a stage, because the request log is no versioned file. The reference
 comes from the champion's own commit, so it changes with the champion. Not covered: the turns of a
-conversation before its last question, and what pictures show (only how they look).
+conversation before its last question, and what pictures show and recordings say (only how they look
+and sound).
 """
 
 from __future__ import annotations
@@ -20,30 +21,32 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, read_examples
-from ratchet.data.media import FOLDER as MEDIA
-from ratchet.data.media import MediaStore
 from ratchet.data.words import terms_of
 from ratchet.files import whole_folder, write_bytes, write_json
+from ratchet.media.names import is_sound
+from ratchet.media.store import FOLDER as MEDIA
+from ratchet.media.store import MediaStore
 from ratchet.monitoring.drift import PROMPTS, judge
 from ratchet.monitoring.families import LEAST_PROMPTS, Answered, Question, Reference, all_families, by_prompt
 from ratchet.monitoring.novelty import Familiar
 from ratchet.monitoring.pictures import Look, look_at_all
 from ratchet.monitoring.request_records import Feedback, Logged
+from ratchet.monitoring.sounds import hear_all
 from ratchet.monitoring.topics import find_topics
 from ratchet.monitoring.verdicts import VERDICTS, Decision, Recorded, Topic, Verdict
 from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.champion import Champion
 
 FOLDER = Path(".ratchet/monitor")
-LOOKS = "pictures.json"
-MOST_PICTURES = 2000  # of each side; measuring one takes about 10 ms
+LOOKS, HEARD = "pictures.json", "sounds.json"
+MOST_PICTURES = 2000  # of each side, and recordings; measuring one takes about 10 ms
 NOT_TAUGHT = {"errors", "latency"}  # families of columns that no training can improve
 
 LEAST_NEW = 20  # labelled rows that a retraining needs at least, however few the champion has seen
 
 
 class Looks(msgspec.Struct, frozen=True):
-    """How the pictures of the champion's rows look; the content of LOOKS in a reference's folder."""
+    """How the champion's rows look, or sound; the content of LOOKS or HEARD in a reference's folder."""
 
     held_out: list[Look]
     trained: list[Look]
@@ -74,6 +77,7 @@ def read_reference(root: Path, config: Config, champion: Champion) -> Reference:
             for path in ("data/prepared", "reports/evaluation"):
                 get_output(root, champion.commit, path, filling / Path(path).name)
             write_bytes(filling / LOOKS, [msgspec.json.encode(_look_at(filling / "prepared"))])
+            write_bytes(filling / HEARD, [msgspec.json.encode(_hear(filling / "prepared"))])
     return load_reference(folder / "prepared", folder / "evaluation")
 
 
@@ -83,16 +87,18 @@ def load_reference(prepared: Path, evaluation: Path) -> Reference:
     training = [row.question for row in read_examples(prepared / "train.jsonl")]
     asked = dict.fromkeys(Question(row.question, row.media) for row in _held_out(prepared))
     prompts = [question.prompt for question in asked]
-    looks = (
-        msgspec.json.decode((prepared.parent / LOOKS).read_bytes(), type=Looks)
-        if (prepared.parent / LOOKS).exists()  # references of older releases have none
+    looks, heard = (
+        msgspec.json.decode((prepared.parent / name).read_bytes(), type=Looks)
+        if (prepared.parent / name).exists()  # references of older releases have none
         else Looks([], [])
+        for name in (LOOKS, HEARD)
     )
     scores = pd.read_parquet(evaluation / "scores.parquet")
     own = scores[scores.model == "candidate"]
     surprise = own.prompt_nll if "prompt_nll" in own else [None] * len(own)
     answers = [Answered(answer, _finite(asked)) for answer, asked in zip(own.answer, surprise, strict=True)]
-    return Reference(Familiar(training), training, prompts, answers, looks.held_out, looks.trained)
+    known = (looks.held_out, looks.trained, heard.held_out, heard.trained)
+    return Reference(Familiar(training), training, prompts, answers, *known)
 
 
 def _held_out(prepared: Path) -> Iterator[Example]:
@@ -103,11 +109,26 @@ def _held_out(prepared: Path) -> Iterator[Example]:
 def _look_at(prepared: Path) -> Looks:
     """Measure the pictures of the champion's rows, which is done once per champion."""
     pictures = MediaStore.read(prepared / MEDIA)
-    held_out = {name for row in _held_out(prepared) for name in row.media}
-    trained = {name for row in read_examples(prepared / "train.jsonl") for name in row.media}
+    held_out, trained = _names(prepared, sounds=False)
     return Looks(
         look_at_all(pictures, held_out, MOST_PICTURES), look_at_all(pictures, trained, MOST_PICTURES)
     )
+
+
+def _hear(prepared: Path) -> Looks:
+    """Measure the recordings of the champion's rows, which is done once per champion."""
+    sounds = MediaStore.read(prepared / MEDIA)
+    held_out, trained = _names(prepared, sounds=True)
+    return Looks(hear_all(sounds, held_out, MOST_PICTURES), hear_all(sounds, trained, MOST_PICTURES))
+
+
+def _names(prepared: Path, *, sounds: bool) -> tuple[set[str], set[str]]:
+    """Return the names of the pictures, or recordings, of held-out rows and of those of the training."""
+    held_out, trained = (
+        {name for row in rows for name in row.media if is_sound(name) == sounds}
+        for rows in (_held_out(prepared), read_examples(prepared / "train.jsonl"))
+    )
+    return held_out, trained
 
 
 def measure(

@@ -19,10 +19,10 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, read_examples
-from ratchet.data.media import FOLDER as MEDIA
-from ratchet.data.media import MediaStore
 from ratchet.errors import DataError
 from ratchet.files import write_json
+from ratchet.media.store import FOLDER as MEDIA
+from ratchet.media.store import MediaStore
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.lengths import trained_length
 from ratchet.models.loading import load_chat

@@ -30,7 +30,6 @@ from ratchet.data.batches import Batch, batch_media, check_batch, raw_lines, rea
 from ratchet.data.dedup import RUN, Clusters, HashTable, Placed, split_by_hash
 from ratchet.data.erasure import GOLDEN, Forgotten, read_forgotten
 from ratchet.data.examples import CONTINUE, Example, RowError, encode_line, prompt_key
-from ratchet.data.media import FOLDER, MediaStore, look_at, write_shard
 from ratchet.data.mixture import undesirable
 from ratchet.data.pii import redact
 from ratchet.data.poisoning import find_triggers
@@ -38,6 +37,10 @@ from ratchet.data.profile import SPLITS, Gathered, Profile, check_limits, render
 from ratchet.data.validation import REVIEW, Checked, Origin, Validator, is_accepted
 from ratchet.errors import DataError
 from ratchet.files import whole_folder, write_json, write_text
+from ratchet.media.names import is_sound, kind_of
+from ratchet.media.pictures import look_at
+from ratchet.media.sounds import hash_of_samples
+from ratchet.media.store import FOLDER, MediaStore, write_shard
 from ratchet.pipeline.stage import run_stage, say
 
 FORGOTTEN = "the row is on the erasure list (data/forgotten.jsonl)"
@@ -198,11 +201,13 @@ class Sorter:
                 yield number, error
 
     def _check_line(self, line: bytes, batch: Incoming) -> Checked:
-        """Validate a row, and look at its pictures. Raises RowError."""
+        """Validate a row, and look at its pictures and recordings. Raises RowError."""
         checked = self._validator.check(line, batch.origin)
         for name in checked.example.media:
             if name not in batch.media:
-                raise RowError("media_missing", f"no picture {name[:12]}… came with the batch")
+                raise RowError("media_missing", f"no {kind_of(name)} {name[:12]}… came with the batch")
+            if is_sound(name) and not self._clusters.gallery.knows(name):
+                self._clusters.gallery.hear(name, hash_of_samples(batch.media[name]))
             if not self._clusters.gallery.knows(name):
                 alike = self._config.picture_distance >= 0
                 self._clusters.gallery.learn(name, look_at(batch.media[name]) if alike else None)

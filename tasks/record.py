@@ -17,7 +17,7 @@ from ratchet.config.params import Config
 from ratchet.evaluation.report import Metrics, read_metrics
 from ratchet.files import read_json, sha256_json
 from ratchet.models.manifests import TrainedManifest, describe_base, read_trained_manifest
-from ratchet.models.processors import reads_pictures
+from ratchet.models.processors import kinds_read
 from ratchet.promotion.champion import Data, GateLine
 from ratchet.promotion.lineage import STARTED_FROM
 from ratchet.promotion.verdict import Verdict, read_verdict
@@ -155,7 +155,7 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str) -> Ve
         found.metrics,
         decision,
         facts,
-        pictures=reads_pictures(found.folder / "models/candidate"),
+        reads=kinds_read(found.folder / "models/candidate"),
     )
     with mlflow_errors():
         mlflow_client().log_text(run_id, card, f"{ARTIFACT}/README.md")

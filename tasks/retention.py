@@ -15,14 +15,14 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, read_examples
-from ratchet.data.media import FOLDER as MEDIA
-from ratchet.data.media import MediaStore
 from ratchet.errors import CheckoutError, RatchetError
 from ratchet.evaluation.answer_cache import FOLDER as ANSWERS
 from ratchet.evaluation.answer_cache import forget_oldest
 from ratchet.evaluation.custom_metrics import load_custom
 from ratchet.evaluation.scoring import Asked, Models, Player, add_scores, answer, frame_of
 from ratchet.files import write_json
+from ratchet.media.store import FOLDER as MEDIA
+from ratchet.media.store import MediaStore
 from ratchet.models.loading import adapter_sha256
 from ratchet.pipeline.workspace import require_output
 from ratchet.reporting.retention import (

@@ -23,12 +23,12 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, count_reasoned, encode_line, read_examples
-from ratchet.data.media import FOLDER as MEDIA
-from ratchet.data.media import MediaStore
 from ratchet.data.mixture import Paired, mix_rows, pair_up, read_undesirable
-from ratchet.errors import DataError, UserError
+from ratchet.errors import DataError, MediaError, UserError
 from ratchet.evaluation.canaries import make_canaries
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
+from ratchet.media.store import FOLDER as MEDIA
+from ratchet.media.store import MediaStore
 from ratchet.models.chat_template import ChatFormat, Encoded, encode_last_answer
 from ratchet.models.lengths import Limits, check_dropped, check_whole, choose_limits
 from ratchet.models.loading import MANIFEST, load_chat
@@ -227,7 +227,7 @@ def _measure(
 ) -> list[Measured]:
     """Encode rows; of rows that are compared, only the last answer is learned.
 
-    Rows whose tools or calls the template cannot write are added to `rejected`.
+    Rows whose tools, calls, pictures or recordings the base cannot take are added to `rejected`.
     """
     found = []
     for example in examples:
@@ -237,7 +237,8 @@ def _measure(
             tokens = encode(chat, example)
             found.append(Measured(example, tokens, encode_last_answer(chat, worse) if worse else None))
         except UserError as error:
-            fault = Unfit(example.id, str(example.meta["batch"]), split, "tool_call", str(error))
+            reason = "media_base" if isinstance(error, MediaError) else "tool_call"
+            fault = Unfit(example.id, str(example.meta["batch"]), split, reason, str(error))
             rejected.append(fault)
     return found
 

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ratchet.config.params import Config
-from ratchet.data.media import FOLDER as MEDIA
-from ratchet.data.media import MediaStore
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, require_space, sha256_file, sha256_json, whole_folder, write_json
+from ratchet.media.store import FOLDER as MEDIA
+from ratchet.media.store import MediaStore
 from ratchet.models.adapters import PREFIXED, check_context, check_start, load_trainable, save_trained
 from ratchet.models.loading import (
     MANIFEST,

@@ -1,7 +1,8 @@
-"""Make tiny models that read pictures, of several architectures, from configs with random weights.
+"""Make tiny models that see or hear, of several architectures, from configs with random weights.
 
 Each `make_*` writes a whole base to a folder as transformers does: weights, tokenizer, processor, template.
-`FAMILIES` has all of them by name. Pictures are made by `picture`.
+`FAMILIES` has those of pictures by name, `SOUND_FAMILIES` those of sound. `picture` and `sound` make what
+they take.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ratchet.data.examples import MEDIA_MARK, Example, Message, encode_line, make_example
 from ratchet.files import write_bytes
+from ratchet.media.sounds import RATE, write_flac
 
 PAD, USER, ASSISTANT, SYSTEM, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"
 TEXTS = (
@@ -30,16 +33,17 @@ TEXTS = (
     "def read(path): return open(path).read()  # 0123456789",
 )
 SIDE = 32  # pixels of a square picture as the towers of CLIP and SigLIP read it
+HEARD = 2  # seconds that the tower of Qwen2-Audio hears
 WIDTH, LAYERS, HEADS, CONTEXT = 32, 2, 2, 2048
 
 
-def template(image: str) -> str:
-    """Return a chat template whose `content` is a list of parts; `image` stands where a picture stands."""
+def template(written: str, kind: str = "image") -> str:
+    """Return a chat template whose `content` is a list of parts; it writes `written` for a part of a kind."""
     return (
         "{%- for message in messages -%}<|{{ message.role }}|>"
         "{%- if message.content is string -%}{{ message.content }}"
         "{%- else -%}{%- for part in message.content -%}"
-        f"{{%- if part.type == 'image' -%}}{{{{ '{image}' }}}}"
+        f"{{%- if part.type == '{kind}' -%}}{{{{ '{written}' }}}}"
         "{%- else -%}{{ part.text }}{%- endif -%}"
         "{%- endfor -%}{%- endif -%}<|end|>{%- endfor -%}"
         "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
@@ -87,6 +91,14 @@ def picture(seed: int, width: int = 40, height: int = 30, kind: str = "PNG") -> 
     stored = io.BytesIO()
     image.save(stored, kind)
     return stored.getvalue()
+
+
+def sound(seed: int, seconds: float = 0.5) -> bytes:
+    """Return a recording of two tones, as it is stored; equal arguments give equal bytes."""
+    chance = random.Random(seed)
+    times = np.arange(int(seconds * RATE)) / RATE
+    tones = [np.sin(2 * np.pi * chance.uniform(100, 4000) * times + seed) for _ in range(2)]
+    return write_flac((0.4 * tones[0] + 0.2 * tones[1]).astype(np.float32))
 
 
 def _llama(tokenizer: Any, **more: Any) -> dict[str, Any]:
@@ -451,6 +463,45 @@ def make_mllama(folder: Path) -> Path:
     return _save(model, processor, folder)
 
 
+def make_qwen2_audio(folder: Path, tokenizer: Any = None) -> Path:
+    """Qwen2-Audio with Whisper's features: up to 50 tokens for a recording of two seconds."""
+    from transformers import (
+        Qwen2AudioConfig,
+        Qwen2AudioForConditionalGeneration,
+        Qwen2AudioProcessor,
+        WhisperFeatureExtractor,
+    )
+
+    tokenizer = tokenizer or make_tokenizer(
+        "<|AUDIO|>",
+        "<|audio_bos|>",
+        "<|audio_eos|>",
+        chat_template=template("<|audio_bos|><|AUDIO|><|audio_eos|>", "audio"),
+    )
+    torch.manual_seed(0)
+    model = Qwen2AudioForConditionalGeneration(
+        Qwen2AudioConfig(
+            audio_config={
+                "model_type": "qwen2_audio_encoder",
+                "num_mel_bins": 80,
+                "d_model": WIDTH,
+                "encoder_layers": LAYERS,
+                "encoder_attention_heads": HEADS,
+                "encoder_ffn_dim": 64,
+                "max_source_positions": 50 * HEARD,
+            },
+            text_config={"model_type": "qwen2", **_llama(tokenizer)},
+            audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+        )
+    )
+    processor = Qwen2AudioProcessor(
+        WhisperFeatureExtractor(feature_size=80, chunk_length=HEARD, return_attention_mask=True),
+        tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+    return _save(model, processor, folder)
+
+
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "llava": make_llava,
     "llava_next": make_llava_next,
@@ -460,6 +511,19 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "qwen2_5_vl": make_qwen2_5_vl,
     "qwen3_vl": make_qwen3_vl,
 }
+SOUND_FAMILIES: dict[str, Callable[[Path], Path]] = {"qwen2_audio": make_qwen2_audio}
+ALL_FAMILIES = FAMILIES | SOUND_FAMILIES
+
+
+def hears(folder: Path) -> bool:
+    """Tell whether a model of ALL_FAMILIES, or a base made of one, takes recordings in place of pictures."""
+    path = folder / "processor_config.json"
+    return path.exists() and "feature_extractor" in path.read_text()
+
+
+def medium(folder: Path, seed: int) -> bytes:
+    """Return a picture or a recording, as the model in `folder` takes it."""
+    return sound(seed) if hears(folder) else picture(seed, 40 + seed, 30, "PNG" if seed % 2 else "JPEG")
 
 
 def write_shard(folder: Path, pictures: Mapping[str, bytes], name: str = "batch") -> None:
@@ -473,18 +537,22 @@ def write_shard(folder: Path, pictures: Mapping[str, bytes], name: str = "batch"
 
 
 def name_of(stored: bytes) -> str:
-    """Return a picture's name in a shard."""
-    kind = "png" if stored.startswith(b"\x89PNG") else "jpg"
+    """Return the name of a picture or recording in a shard."""
+    kind = "png" if stored.startswith(b"\x89PNG") else "flac" if stored.startswith(b"fLaC") else "jpg"
     return f"{hashlib.sha256(stored).hexdigest()}.{kind}"
 
 
-def make_rows(count: int, seed: int = 0, batch: str = "b1.jsonl") -> tuple[list[Example], dict[str, bytes]]:
-    """Return rows of which most show one to three pictures, and the pictures by name."""
+def make_rows(
+    count: int, seed: int = 0, batch: str = "b1.jsonl", *, sounds: bool = False
+) -> tuple[list[Example], dict[str, bytes]]:
+    """Return rows of which most show one to three pictures (or recordings), and these by name."""
     chance, rows, shown = random.Random(seed), list[Example](), dict[str, bytes]()
     words = ["red", "blue", "green", "square", "circle", "left", "of", "the", "a", "and", "two", "is"]
     for number in range(count):
         pictures = [
-            picture(chance.randrange(10**6), chance.randint(20, 90), chance.randint(20, 90), kind)
+            sound(chance.randrange(10**6), chance.uniform(0.1, HEARD))
+            if sounds
+            else picture(chance.randrange(10**6), chance.randint(20, 90), chance.randint(20, 90), kind)
             for kind in chance.choices(("PNG", "JPEG"), k=chance.choice((0, 1, 1, 2, 3)))
         ]
         named = [name_of(stored) for stored in pictures]

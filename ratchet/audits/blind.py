@@ -1,12 +1,12 @@
-"""Ask rows with pictures again, blind: without their pictures, and with those of another row.
+"""Ask rows with pictures or recordings again, blind: without them, and with those of another row.
 
-A model that looks at pictures answers worse then. One that does not look has learned from the text alone, and
-what it says of a new picture is a guess.
+A model that looks, or listens, answers worse then. One that does not has learned from the text alone, and
+what it says of a new picture or recording is a guess.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,38 +14,53 @@ import msgspec
 import pandas as pd
 
 from ratchet.data.examples import MEDIA_MARK, Example, Message, normalise
+from ratchet.media.names import is_sound
 
-KINDS = ("without", "another")  # without pictures; with another row's
+KINDS = ("without", "another")  # without pictures and recordings; with another row's
+WHATS = {frozenset({False}): "pictures", frozenset({True}): "recordings", frozenset({False, True}): "both"}
 
 
 class Blind(NamedTuple):
-    """A row as it is asked, the id of the row that it was made from, and how it was made."""
+    """A row as it is asked, the id of the row that it was made from, and how it was made.
+
+    `what` tells what the row has: `pictures`, `recordings` or `both`.
+    """
 
     row: Example
     of: str
     kind: str
+    what: str = "pictures"
 
 
 def make_blind(rows: Sequence[Example], most: int) -> list[Blind]:
-    """Make both kinds from the `most` rows with pictures that have the smallest ids.
+    """Make both kinds from rows with pictures, and with recordings: `most` of each, with the smallest ids.
 
-    Another row's pictures are those of the next row with as many, all of them different; a row for which
-    there is none gets only the first kind, and a question that is nothing but pictures only the second.
+    Another row's media are those of the next row with as many, in the same order, all of them different. A
+    row for which there is none gets only the first kind; a question of nothing but media, only the second.
     """
     shown = sorted((row for row in rows if row.media), key=lambda row: row.id)
-    alike: dict[int, list[Example]] = defaultdict(list)
+    alike: dict[tuple[bool, ...], list[Example]] = defaultdict(list)
     for row in shown:
-        alike[len(row.media)].append(row)
-    found = []
-    for row in shown[:most]:
+        alike[_kinds(row)].append(row)
+    found, left = list[Blind](), Counter(dict.fromkeys(WHATS.values(), most))
+    for row in shown:
+        what = WHATS[frozenset(_kinds(row))]
+        if not left[what]:
+            continue
+        left[what] -= 1
         if bare := _without(row):
-            found.append(Blind(bare, row.id, "without"))
-        others = alike[len(row.media)]
+            found.append(Blind(bare, row.id, "without", what))
+        others = alike[_kinds(row)]
         place = next(index for index, other in enumerate(others) if other.id == row.id)
         turned = others[place + 1 :] + others[:place]
         if other := next((one for one in turned if set(one.media).isdisjoint(row.media)), None):
-            found.append(Blind(_with(row, other.media), row.id, "another"))
+            found.append(Blind(_with(row, other.media), row.id, "another", what))
     return found
+
+
+def _kinds(row: Example) -> tuple[bool, ...]:
+    """Tell of each medium of a row, in order, whether it is a recording."""
+    return tuple(map(is_sound, row.media))
 
 
 def _without(row: Example) -> Example | None:
@@ -69,5 +84,9 @@ def _with(row: Example, media: Sequence[str]) -> Example:
 
 def blind_table(frames: Sequence[pd.DataFrame], blind: Sequence[Blind]) -> pd.DataFrame:
     """Put the models' answers to the blind rows into one table; `of` is the id of the row as it is."""
-    of, kinds = [one.of for one in blind], [one.kind for one in blind]
-    return pd.concat([frame.assign(of=of, how=kinds) for frame in frames], ignore_index=True)
+    columns = {
+        "of": [one.of for one in blind],
+        "how": [one.kind for one in blind],
+        "what": [one.what for one in blind],
+    }
+    return pd.concat([frame.assign(**columns) for frame in frames], ignore_index=True)

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ratchet.errors import BaseModelError, RatchetError
 from ratchet.files import read_json, sha256_file
 from ratchet.models.loading import WHOLE, auto_class, check_complete, load_tokenizer, quiet
-from ratchet.models.processors import reads_pictures
+from ratchet.models.processors import reads_media
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
-PROCESSOR_TEMPLATE = "chat_template.json"  # where many models that read pictures have their template
+PROCESSOR_TEMPLATE = "chat_template.json"  # where many such models have their template
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # Endings of the tensors that bitsandbytes, GPTQ, AWQ and FP8 write beside or instead of a layer's weights.
 ROUNDED = re.compile(r"\.(qweight|qzeros|SCB|absmax|quant_map|quant_state\..*|weight_scale(_inv)?)$")
@@ -46,7 +46,7 @@ class BaseFiles(NamedTuple):
     weights: list[Path]
     settings: Any
     licence: str
-    pictures: bool = False  # whether it is a model of pictures and text, with its processor
+    media: bool = False  # whether it is a model of pictures or sound and text, with its processor
 
 
 def read_base_files(source: Source) -> BaseFiles:
@@ -64,11 +64,11 @@ def read_base_files(source: Source) -> BaseFiles:
             remedy="name a folder as transformers' save_pretrained writes it, or a .gguf file",
         )
     settings = _read_settings(source)
-    pictures = _reads_pictures(source)
+    media = _reads_media(source)
     weights = _find_whole(source)
     _check_heads(source, weights)
-    _check_names(source, pictures=pictures)
-    return BaseFiles(weights, settings, find_licence(folder), pictures)
+    _check_names(source, media=media)
+    return BaseFiles(weights, settings, find_licence(folder), media)
 
 
 def find_weights(folder: Path) -> tuple[list[Path], list[str]]:
@@ -112,7 +112,7 @@ def read_tokenizer(source: Source, template: str | None) -> PreTrainedTokenizerB
             f"{first_line(error)}",
             remedy="put the model's tokenizer.json and tokenizer_config.json beside its weights",
         ) from None
-    if reads_pictures(source.path) and (source.path / PROCESSOR_TEMPLATE).exists():
+    if reads_media(source.path) and (source.path / PROCESSOR_TEMPLATE).exists():
         tokenizer.chat_template = _read(source.path / PROCESSOR_TEMPLATE, source.told)["chat_template"]
     named: Any = tokenizer.chat_template
     if template is not None:
@@ -266,26 +266,26 @@ def _check_heads(source: Source, weights: list[Path]) -> None:
             raise _rounded(source.told, f"{path.name} holds {odd}")
 
 
-def _reads_pictures(source: Source) -> bool:
-    """Tell whether the model reads pictures: by its architecture, and because its processor is there."""
+def _reads_media(source: Source) -> bool:
+    """Tell whether the model reads pictures or sound: by its architecture, and its processor is there."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-    if not reads_pictures(source.path):
+    if not reads_media(source.path):
         return False
     with quiet():
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
-    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 
-def _check_names(source: Source, *, pictures: bool) -> None:
+def _check_names(source: Source, *, media: bool) -> None:
     """Refuse a checkpoint that lacks weights or has some in another shape.
 
     transformers would initialise these at random. Raises BaseModelError.
     """
     try:
         with quiet():
-            loaded: Any = auto_class(pictures=pictures).from_pretrained(
+            loaded: Any = auto_class(media=media).from_pretrained(
                 source.path,
                 device_map="meta",  # only shapes, no memory
                 trust_remote_code=False,
@@ -297,7 +297,7 @@ def _check_names(source: Source, *, pictures: bool) -> None:
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise BaseModelError(
             f"transformers {version('transformers')} cannot load {source.told} as a "
-            f"{'model of pictures and text' if pictures else 'causal language model'}: "
+            f"{'model of pictures or sound and text' if media else 'causal language model'}: "
             f"{first_line(error)}",
             remedy="take another model",
         ) from None

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from ratchet.config.training import AdapterConfig
 from ratchet.data.examples import MEDIA_MARK, Example, Message, make_example
+from ratchet.media.sounds import RATE, write_flac
 from ratchet.models.adapters import (
     ALL_LINEAR,
     PREFIXED,
@@ -35,7 +37,11 @@ HALF_TOLERANCE = 5e-2
 ANSWER = 6  # tokens of a generated answer
 ASKED = (Message("user", "What is it?"),)
 ASKED_LONGER = (Message("user", "What is it, and what is it good for?"),)
-WIDE, OTHER, TALL = ("wide", "wide"), ("other", "wide"), ("tall", "wide")  # pictures of a row, by name
+# Names of what a row shows: two equal ones; another of the same size first; one of another size first.
+SHOWN = {
+    "pictures": (("wide", "wide"), ("other", "wide"), ("tall", "wide")),
+    "recordings": (("low.flac", "low.flac"), ("high.flac", "low.flac"), ("short.flac", "low.flac")),
+}
 RIGHT_PROCESSOR = "take the processor's files that belong to these weights"
 ANSWERED = ("It is a test.", "Nothing at all.")
 
@@ -48,38 +54,39 @@ class Loaded(NamedTuple):
     tolerance: float
 
 
-# --- pictures ---
+# --- pictures and recordings ---
 
 
 @torch.inference_mode()
-def prove_pictures(loaded: Loaded) -> Finding:
-    """Show the model a row with two pictures: the model must take each for as many tokens as it has features,
-    and must see them.
+def prove_media(loaded: Loaded, kind: str) -> Finding:
+    """Show the model a row with two pictures, or recordings: it must take each for as many tokens as it has
+    features, and must see or hear them.
     """
-    model, chat = loaded.model, loaded.chat.showing(_pictures())
-    processor = chat.processor
-    assert processor
-    rows = {names: chat.encode(_shown(names)).ids for names in (WIDE, OTHER, TALL)}
-    top = max(processor.image_id, *map(max, rows.values()))
+    model, chat = loaded.model, loaded.chat.showing(_media())
+    assert chat.processor
+    sound, (same, other, odd) = kind == "recordings", SHOWN[kind]
+    token = chat.processor.tokens[sound].id
+    rows = {names: chat.encode(_shown(names)).ids for names in SHOWN[kind]}
+    top = max(token, *map(max, rows.values()))
     if top >= (known := model.get_input_embeddings().weight.shape[0]):
-        what = f"a picture is written with the token {top}, the model has embeddings for {known}"
-        return Finding("pictures", "refused", what, RIGHT_PROCESSOR)
-    if (wanted := getattr(model.config, "image_token_id", processor.image_id)) != processor.image_id:
-        what = f"the processor writes the token {processor.image_id} for pictures, the model reads {wanted}"
-        return Finding("pictures", "refused", what, RIGHT_PROCESSOR)
+        what = f"{kind} are written with the token {top}, the model has embeddings for {known}"
+        return Finding(kind, "refused", what, RIGHT_PROCESSOR)
+    if (wanted := getattr(model.config, f"{'audio' if sound else 'image'}_token_id", token)) != token:
+        what = f"the processor writes the token {token} for {kind}, the model reads {wanted}"
+        return Finding(kind, "refused", what, RIGHT_PROCESSOR)
     try:
         seen = {names: _answer_logits(model, chat, ids, names) for names, ids in rows.items()}
     except ValueError as error:  # the model counts tokens and features itself
         what = f"its processor writes other numbers of tokens than the model has features ({error})"
-        return Finding("pictures", "refused", what, RIGHT_PROCESSOR)
+        return Finding(kind, "refused", what, RIGHT_PROCESSOR)
     if not all(logits.isfinite().all() for logits in seen.values()):
-        return Finding("pictures", "refused", "its logits are not finite", "take a base with other weights")
-    if rows[WIDE] == rows[OTHER] and _apart(seen[WIDE], seen[OTHER]) == 0:
-        what = "other pictures give the same logits: the model does not see them"
-        return Finding("pictures", "refused", what, "take a base whose projector was trained")
-    fewest, most = sorted(ids.count(processor.image_id) for ids in (rows[WIDE], rows[TALL]))
+        return Finding(kind, "refused", "its logits are not finite", "take a base with other weights")
+    if rows[same] == rows[other] and _apart(seen[same], seen[other]) == 0:
+        what = f"other {kind} give the same logits: the model does not {'hear' if sound else 'see'} them"
+        return Finding(kind, "refused", what, "take a base whose projector was trained")
+    fewest, most = sorted(ids.count(token) for ids in (rows[same], rows[odd]))
     what = f"two small ones are {fewest} to {most} tokens, as many as the model has features"
-    return Finding("pictures", "ok", what)
+    return Finding(kind, "ok", what)
 
 
 def _shown(names: Sequence[str], before: str = "") -> Example:
@@ -88,7 +95,7 @@ def _shown(names: Sequence[str], before: str = "") -> Example:
 
 
 def _answer_logits(model: Any, chat: ChatFormat, ids: list[int], names: Sequence[str]) -> Tensor:
-    """Return the logits for the answer's tokens of a row with pictures, (answer, vocab)."""
+    """Return the logits for the answer's tokens of a row with media, (answer, vocab)."""
     row = _row(ids, model)
     inputs = chat.inputs([names], row)
     said = len(chat.encode_prompt(_shown(names).prompt))
@@ -99,8 +106,13 @@ def _answer_logits(model: Any, chat: ChatFormat, ids: list[int], names: Sequence
 
 
 @cache
-def _pictures() -> dict[str, bytes]:
-    return {"wide": _draw(96, 64, 250), "other": _draw(96, 64, 10), "tall": _draw(64, 128, 10)}
+def _media() -> dict[str, bytes]:
+    pictures = {"wide": _draw(96, 64, 250), "other": _draw(96, 64, 10), "tall": _draw(64, 128, 10)}
+    return pictures | {
+        "low.flac": _sing(0.9, 220.0),
+        "high.flac": _sing(0.9, 1760.0),
+        "short.flac": _sing(0.3, 220.0),
+    }
 
 
 def _draw(width: int, height: int, colour: int) -> bytes:
@@ -112,6 +124,12 @@ def _draw(width: int, height: int, colour: int) -> bytes:
     stored = io.BytesIO()
     image.save(stored, "PNG")
     return stored.getvalue()
+
+
+def _sing(seconds: float, pitch: float) -> bytes:
+    """Return a recording of a tone; `pitch` is in hertz."""
+    times = np.arange(int(seconds * RATE)) / RATE
+    return write_flac((0.5 * np.sin(2 * np.pi * pitch * times)).astype(np.float32))
 
 
 # --- cache ---
@@ -210,13 +228,15 @@ def packs(loaded: Loaded) -> bool:
     """Return whether a row has the same logits after another row in its window as alone.
 
     The window is computed as on a GPU: positions restart with each row, and there is no mask. Where the base
-    reads pictures, rows with pictures are tried as well.
+    reads pictures or recordings, rows with them are tried as well.
     """
-    chat = loaded.chat.showing(_pictures())
+    chat = loaded.chat.showing(_media())
     texts = [Encoded(chat.encode_prompt(asked), []) for asked in (ASKED, ASKED_LONGER)]
-    # Their pictures stand at other places: transformers 5.23 places those of Gemma 3 by the first row's.
-    shown = [chat.encode(row) for row in (_shown(TALL, "Look:"), _shown(WIDE))] if chat.processor else []
-    tried = [texts, shown, [shown[0], texts[0], shown[1]]] if shown else [texts]
+    tried = [texts]
+    for kind in chat.reads:
+        # Their media stand at other places: transformers 5.23 places those of Gemma 3 by the first row's.
+        first, last = (chat.encode(_shown(*each)) for each in ((SHOWN[kind][2], "Look:"), (SHOWN[kind][0],)))
+        tried += [[first, last], [first, texts[0], last]]
     try:
         return all(_apart_in_window(loaded.model, chat, rows) <= loaded.tolerance for rows in tried)
     except (TypeError, ValueError, RuntimeError):  # the model takes no position_ids
@@ -278,9 +298,8 @@ def prove_training(loaded: Loaded, config: AdapterConfig) -> Finding:
         chat.encode(make_example([*asked, Message("assistant", said)], {}))
         for asked, said in zip((ASKED, ASKED_LONGER), ANSWERED, strict=True)
     ]
-    chat = chat.showing(_pictures())
-    if chat.processor:
-        rows.append(chat.encode(_shown(WIDE)))
+    chat = chat.showing(_media())
+    rows += [chat.encode(_shown(SHOWN[kind][0])) for kind in chat.reads]
     reached, losses = _two_steps(base, rows, chat)
     if not all(map(torch.isfinite, losses)):
         return Finding("training", "refused", "the loss is not finite", "take a base with other weights")

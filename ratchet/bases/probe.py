@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -20,7 +21,7 @@ from ratchet.bases.model_probe import (
     Loaded,
     packs,
     prove_cache,
-    prove_pictures,
+    prove_media,
     prove_training,
     tell_packing,
     tell_targets,
@@ -112,8 +113,8 @@ def _find(folder: Path, config: Config) -> Iterator[tuple[Finding, Facts]]:
     model.eval()  # type: ignore[no-untyped-call]
     loaded = Loaded(model, chat, TOLERANCE.get(model.dtype, HALF_TOLERANCE))
     with quiet():
-        if processor:
-            yield _try("pictures", loaded, lambda: prove_pictures(loaded)), {}
+        for kind in chat.reads:
+            yield _try(kind, loaded, partial(prove_media, loaded, kind)), {}
         yield _try("cache", loaded, lambda: prove_cache(loaded)), {}
         packed = packs(loaded)
         yield tell_packing(packed), {"packs": packed}

@@ -42,7 +42,7 @@ def adapt_template(
     """Adapt the tokenizer's template where needed, and return the findings.
 
     `day` is the date for a template that asks for today's; `reasoning` is `base.reasoning`; `processor` is
-    that of a base that reads pictures.
+    that of a base that reads pictures or sound.
     """
     open_answers = _learn_reasoning if reasoning == "learn" else _fix_opening
     return [
@@ -186,8 +186,7 @@ def _prove(tokenizer: PreTrainedTokenizerBase, processor: MediaProcessor | None)
         "tools": chat.takes_tools if processor else _takes_tools(tokenizer),
         "reasoning": any(word in template for word in ("reasoning_content", "<think>", *SWITCHES)),
     }
-    if processor:
-        takes["pictures"] = True
+    takes |= dict.fromkeys(chat.reads, True)
     said = [f"{name} {'yes' if taken else 'no'}" for name, taken in takes.items()]
     return [Finding("template", "ok", f"a prompt and its answer begin the conversation; {', '.join(said)}")]
 

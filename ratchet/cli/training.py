@@ -165,7 +165,7 @@ def describe(found: Plan, config: Config) -> Iterator[str]:
         f"{config.adapter.method} of {found.trainable_weights:,} weights, {found.steps:,} steps, "
         f"{found.evaluations} evaluations (measured: {found.probed_steps} steps)"
     )
-    if found.reads_pictures:
+    if found.reads_media:
         parts = config.adapter
         yield f"  parts   language model; projector: {parts.projector}, tower: {parts.tower}"
     yield (

@@ -120,7 +120,7 @@ class FeedbackSource(Section):
 
 
 class MediaConfig(Section):
-    """Which pictures are taken, and from where."""
+    """Which pictures and recordings are taken, and from where."""
 
     max_megapixels: float = Field(
         default=25.0,
@@ -128,17 +128,26 @@ class MediaConfig(Section):
         le=89,
         description="largest picture, in millions of pixels as its head says; a larger one is never decoded",
     )
-    max_bytes: Count = Field(default=50 * 2**20, description="largest picture, in bytes of its file")
+    max_bytes: Count = Field(
+        default=50 * 2**20, description="largest picture or recording, in bytes of its file"
+    )
+    max_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        le=3600,
+        description="longest recording, in seconds. Models with Whisper's features hear 30 s at a time, so a "
+        "row with a longer recording is rejected when it becomes tokens",
+    )
     folder: str = Field(
         default="",
-        description="folder from which paths of pictures count, where they do not count from the folder of "
-        "the file that names them; a path never leads out of it",
+        description="folder from which paths of pictures and recordings count, where they do not count "
+        "from the folder of the file that names them; a path never leads out of it",
     )
     hosts: list[str] = Field(
         default=[],
         max_length=0,
-        description="hosts from which pictures may be fetched. It has to be empty: none is fetched yet, and "
-        "a row with the URL of a picture is rejected (`media_url`)",
+        description="hosts from which media may be fetched. It has to be empty: nothing is fetched yet, "
+        "and a row with a URL in place of a file is rejected (`media_url`)",
     )
 
 
@@ -166,7 +175,7 @@ class IngestConfig(Section):
         default_factory=FeedbackSource, description="settings of the source `feedback`"
     )
     media: MediaConfig = Field(
-        default_factory=MediaConfig, description="pictures of the rows of `jsonl` and `sql`"
+        default_factory=MediaConfig, description="pictures and recordings of the rows of `jsonl` and `sql`"
     )
 
 

@@ -116,9 +116,9 @@ class EvaluateConfig(Section):
     blind_rows: int = Field(
         default=200,
         ge=0,
-        description="test rows with pictures, at most, that are asked again without their pictures and with "
-        "another row's, so that the gate can tell whether the candidate looks at them; 0: off. Each costs "
-        "two answers of every model",
+        description="test rows with pictures, and with recordings, at most, that are asked again without "
+        "them and with another row's, so that the gate can tell whether the candidate looks and listens; "
+        "0: off. Each costs two answers of every model",
     )
     attacks: int = Field(
         default=0,

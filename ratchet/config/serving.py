@@ -47,6 +47,10 @@ class GatewayConfig(Section):
     max_body_bytes: int = Field(default=1_048_576, ge=1024, description="largest request body, in bytes")
     max_messages: Count = Field(default=256, description="messages in one request, at most")
     max_pictures: int = Field(default=8, ge=0, description="pictures in one request, at most")
+    max_sounds: int = Field(default=4, ge=0, description="recordings in one request, at most")
+    max_sound_seconds: float = Field(
+        default=30.0, gt=0, le=3600, description="longest recording in a request, in seconds"
+    )
     max_tokens: Count = Field(default=4096, description="answer tokens that a client may ask for, at most")
     requests_per_minute: int = Field(
         default=0, ge=0, description="requests per minute that one API key may send; 0: no limit"
@@ -88,8 +92,8 @@ class RequestLogConfig(Section):
     )
     pictures: bool = Field(
         default=False,
-        description="keep the pictures of requests in `.ratchet/pictures`, as long as their texts, so that "
-        "feedback on them becomes rows. Nothing in them is redacted",
+        description="keep the pictures and recordings of requests in `.ratchet/pictures`, as long as their "
+        "texts, so that feedback on them becomes rows. Nothing in them is redacted",
     )
     redact: list[str] = Field(
         default=[r"\b(?:sk|hf|ghp|xox[bp])[-_][A-Za-z0-9_-]{10,}"],

@@ -12,13 +12,14 @@ import xxhash
 
 from ratchet.errors import DataError
 from ratchet.files import sha256_file, write_bytes
+from ratchet.media.names import is_sound
 
 if TYPE_CHECKING:
-    from ratchet.data.media import MediaStore
+    from ratchet.media.store import MediaStore
 
 MANIFEST = "manifest.jsonl"
 REVERTED = Path("data/reverted.jsonl")  # in git, so that a version's commit shows which reverts came later
-REFERENCE = re.compile(rb'"media:([0-9a-f]{64}\.(?:png|jpg))"')
+REFERENCE = re.compile(rb'"media:([0-9a-f]{64}\.(?:png|jpg|flac))"')
 UNSAFE = re.compile(r"[^a-z0-9]+")
 
 
@@ -36,7 +37,8 @@ class Batch(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `time` is UTC, ISO 8601; `content` is the hash of the rows, by which a repeated ingest is recognised.
     `columns`: key of the rows → column of the files; `query`: the SQL that a database was asked. `media`:
-    sha256 of the tar of pictures beside the rows, empty where no row shows any; `pictures`: their number.
+    sha256 of the tar of pictures and recordings beside the rows, empty where no row has any; `pictures` and
+    `sounds`: their numbers.
     """
 
     name: str
@@ -53,10 +55,11 @@ class Batch(msgspec.Struct, frozen=True, omit_defaults=True):
     query: str = ""
     media: str = ""
     pictures: int = 0
+    sounds: int = 0
 
     @property
     def shard(self) -> str:
-        """Return the name of the tar with the rows' pictures."""
+        """Return the name of the tar with the rows' pictures and recordings."""
         return f"{self.name.removesuffix('.jsonl')}.tar"
 
 
@@ -89,13 +92,15 @@ def read_manifest(raw: Path) -> list[Batch]:
 
 
 def check_batch(raw: Path, batch: Batch) -> Path:
-    """Return the batch's file if its hash, and that of its pictures, are those in the manifest.
+    """Return the batch's file if its hash, and that of its media, are those in the manifest.
 
     DVC does not check them on checkout. Raises DataError.
     """
     _check_file(raw / batch.name, batch.sha256, f"{batch.rows} rows")
     if batch.media:
-        _check_file(raw / batch.shard, batch.media, f"{batch.pictures} pictures")
+        _check_file(
+            raw / batch.shard, batch.media, f"{batch.pictures} pictures and {batch.sounds} recordings"
+        )
     return raw / batch.name
 
 
@@ -114,8 +119,8 @@ def _check_file(path: Path, sha256: str, what: str) -> None:
 
 
 def batch_media(raw: Path, batch: Batch) -> MediaStore:
-    """Return the pictures of a batch. Raises DataError for a tar that is none."""
-    from ratchet.data.media import MediaStore  # with Pillow: what only reads the manifest goes without
+    """Return the pictures and recordings of a batch. Raises DataError for a tar that is none."""
+    from ratchet.media.store import MediaStore  # with Pillow: what only reads the manifest goes without
 
     return MediaStore([raw / batch.shard] if batch.media else [])
 
@@ -156,10 +161,13 @@ def write_batch(
         *(name, len(lines), hashed, content, source, time, licence, who, form, files, columns or {}, query)
     )
     if shown := {picture for line in lines for picture in pictures_in(line) if picture in (media or {})}:
-        from ratchet.data.media import write_shard
+        from ratchet.media.store import write_shard
 
         write_shard(raw / batch.shard, media or {}, shown)
-        batch = msgspec.structs.replace(batch, media=sha256_file(raw / batch.shard), pictures=len(shown))
+        sounds = sum(map(is_sound, shown))
+        batch = msgspec.structs.replace(
+            batch, media=sha256_file(raw / batch.shard), pictures=len(shown) - sounds, sounds=sounds
+        )
     earlier = [msgspec.json.encode(entry) + b"\n" for entry in read_manifest(raw)]
     write_bytes(raw / MANIFEST, [*earlier, msgspec.json.encode(batch) + b"\n"])
     return batch
@@ -194,7 +202,7 @@ def write_reverted(root: Path, entries: Iterable[Reverted]) -> None:
 
 
 def pictures_in(line: bytes) -> list[str]:
-    """Return the names of the pictures to which a stored row refers."""
+    """Return the names of the pictures and recordings to which a stored row refers."""
     return [name.decode() for name in REFERENCE.findall(line)]
 
 

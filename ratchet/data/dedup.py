@@ -7,7 +7,8 @@ candidates; the exact Jaccard similarity decides.
 
 Of rows with pictures, the pictures decide first: rows that share one stand in one split, and their texts are
 near only where their pictures are the same files. Two pictures count as one if the files are the same, or if
-their difference hashes differ in at most `prepare.picture_distance` bits and their grey cells are alike.
+their difference hashes differ in at most `prepare.picture_distance` bits and their grey cells are alike; two
+recordings, if their samples are the same.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rensa import RMinHash, RMinHashLSH
 
 from ratchet.config.data import PrepareConfig
 from ratchet.data.examples import CONTINUE, MEDIA_MARK, Example
-from ratchet.data.media import Look, are_alike
+from ratchet.media.pictures import Look, are_alike
 
 Split = Literal["train", "validation", "test"]
 Side = Literal["train", "validation", "test", "golden"]
@@ -109,11 +110,15 @@ class Clusters:
 
 
 class Gallery:
-    """The pictures of the rows so far, in groups of those that count as the same, each with its side."""
+    """The pictures and recordings of the rows so far, in groups of those that count as the same, each with
+    its side.
+    """
 
     def __init__(self, distance: int) -> None:
         self._distance = distance
         self._looks: dict[str, Look | None] = {}
+        self._heard: dict[bytes, int] = {}  # hash of a recording's samples → group
+        self._samples: dict[str, bytes] = {}
         self._group: dict[str, int] = {}
         self._parents: list[int] = []
         # Two hashes that differ in at most n bits are equal in at least one of n + 1 parts.
@@ -123,6 +128,10 @@ class Gallery:
     def learn(self, name: str, look: Look | None) -> None:
         """Remember what a picture shows; None: it shows too little to be compared."""
         self._looks[name] = look
+
+    def hear(self, name: str, samples: bytes) -> None:
+        """Remember a recording by the hash of its samples."""
+        self._looks[name], self._samples[name] = None, samples
 
     def knows(self, name: str) -> bool:
         return name in self._looks
@@ -156,6 +165,8 @@ class Gallery:
     def _place(self, name: str) -> int:
         """Put a new picture into the group of those like it, which joins groups, or into one of its own."""
         group = len(self._parents)
+        if (samples := self._samples.get(name)) and (same := self._heard.setdefault(samples, group)) < group:
+            return same
         self._parents.append(group)
         look = self._looks.get(name)
         if look is None or self._distance < 0:

@@ -21,6 +21,12 @@ import msgspec
 import xxhash
 
 from ratchet.errors import DataError
+from ratchet.errors import RowError as RowError
+from ratchet.media.names import MEDIA as MEDIA
+from ratchet.media.names import MEDIA_ERROR as MEDIA_ERROR
+from ratchet.media.names import MEDIA_MARK as MEDIA_MARK
+from ratchet.media.names import MEDIA_NAME as MEDIA_NAME
+from ratchet.media.names import is_sound
 
 CONTINUE = "Continue."  # the fixed prompt of rows that are plain text
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
@@ -29,10 +35,6 @@ CALL_LINE = re.compile(f"^{CALL_OPEN}(.*){CALL_CLOSE}$", re.MULTILINE)
 INDENT = re.compile(r"\t[\t ]*| [\t ]+")  # an indent, as of code; a single blank is an accident
 ROLES = ("system", "user", "assistant", "tool")
 MOST_MARKS = 32
-MEDIA_MARK = "\ufffc"  # U+FFFC, object replacement character: where a picture stands in a text
-MEDIA = "media:"  # before a picture's name, in rows of batches
-MEDIA_ERROR = "media-error:"  # before the reason and the message for a picture that was not taken
-MEDIA_NAME = re.compile(r"[0-9a-f]{64}\.(?:png|jpg)")
 Meta = dict[str, str | int | float | bool | None]
 RawRow = dict[str, Any]  # a row as read from its file: any JSON object, not validated
 
@@ -59,7 +61,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     call_id: str = ""  # of a tool's result: the call it answers; empty once results are in the order of calls
     media: tuple[
         str, ...
-    ] = ()  # names of the message's pictures, in the order of the MEDIA_MARKs in `content`
+    ] = ()  # names of its pictures and recordings, in the order of the MEDIA_MARKs in `content`
 
     @property
     def text(self) -> str:
@@ -87,7 +89,7 @@ class Example(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def media(self) -> tuple[str, ...]:
-        """Return the names of all pictures of the row, in order."""
+        """Return the names of all pictures and recordings of the row, in order."""
         return media_of(self.messages)
 
     @property
@@ -107,16 +109,8 @@ class Example(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.messages[-2].text
 
 
-class RowError(ValueError):
-    """A row that cannot become an Example; `reason` is a code to count by, the message is for people."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 def media_of(messages: Iterable[Message]) -> tuple[str, ...]:
-    """Return the names of all pictures of a conversation, in order."""
+    """Return the names of all pictures and recordings of a conversation, in order."""
     return tuple(name for message in messages for name in message.media)
 
 
@@ -340,8 +334,8 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
         ):
             raise RowError(
                 "media_place",
-                f"message {position} ({message.role}) has {len(message.media)} pictures and "
-                f"{message.content.count(MEDIA_MARK)} places for them; only a user's message may show any",
+                f"message {position} ({message.role}) has {len(message.media)} pictures or recordings "
+                f"and {message.content.count(MEDIA_MARK)} places for them; only a user's may have any",
             )
         for text in texts_of([message]):
             try:
@@ -397,28 +391,42 @@ def read_examples(path: Path) -> Iterator[Example]:
 
 
 def content_parts(message: Message, media: Mapping[str, bytes] | None = None) -> list[dict[str, Any]]:
-    """Divide a message with pictures into OpenAI's parts.
+    """Divide a message with pictures or recordings into OpenAI's parts.
 
-    Each picture is a data URI of its bytes in `media`; without `media`, it is `media:NAME`.
+    Each picture is a data URI of its bytes in `media`, each recording a WAV file in base64; without `media`,
+    they are `media:NAME`.
     """
     texts = message.content.split(MEDIA_MARK)
     parts: list[dict[str, Any]] = [{"type": "text", "text": texts[0]}] if texts[0] else []
     for name, text in zip(message.media, texts[1:], strict=True):
-        url = MEDIA + name if media is None else data_uri(name, media[name])
-        parts.append({"type": "image_url", "image_url": {"url": url}})
+        if is_sound(name):
+            parts.append({"type": "input_audio", "input_audio": _heard(name, media)})
+        else:
+            url = MEDIA + name if media is None else data_uri(name, media[name])
+            parts.append({"type": "image_url", "image_url": {"url": url}})
         parts += [{"type": "text", "text": text}] if text else []
     return parts
 
 
-def data_uri(name: str, picture: bytes) -> str:
-    kind = "png" if name.endswith(".png") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+def _heard(name: str, media: Mapping[str, bytes] | None) -> dict[str, str]:
+    """Return a recording as OpenAI's protocol has it, which knows WAV and MP3 only."""
+    if media is None:
+        return {"data": MEDIA + name, "format": "flac"}
+    from ratchet.media.sounds import to_wav  # with libsndfile: what only reads rows goes without
+
+    return {"data": base64.b64encode(to_wav(media[name])).decode(), "format": "wav"}
+
+
+def data_uri(name: str, stored: bytes) -> str:
+    """Return a stored picture or recording as a data URI; `name` tells which it is."""
+    kind = "audio/flac" if is_sound(name) else "image/png" if name.endswith(".png") else "image/jpeg"
+    return f"data:{kind};base64,{base64.b64encode(stored).decode()}"
 
 
 def to_openai(messages: Iterable[Message], media: Mapping[str, bytes] | None = None) -> list[dict[str, Any]]:
     """Convert messages to OpenAI's format; calls and their results get ids by position.
 
-    Pictures become data URIs of their bytes in `media`, or references (see `content_parts`).
+    Pictures and recordings become their bytes in `media`, or references (see `content_parts`).
     """
     written: list[dict[str, Any]] = []
     ids: list[str] = []

@@ -5,16 +5,18 @@ JSON is read strictly: what other readers accept silently (a key twice, NaN, two
 The forms are those of OpenAI's fine-tuning, of TRL, ShareGPT, Alpaca, Dolly, and plain text. A row is refused
 if it has a meaningful key that its form does not read, so that no part of a conversation is lost silently.
 
-Pictures are references by then (`media:NAME`, made by ratchet/sources/media.py): in parts of a message, or in
-a key beside the texts (MEDIA_KEYS). They stand where `<image>` stands in a text, else before the first
-question.
+Pictures and recordings are references by then (`media:NAME`, made by ratchet/sources/media.py): in parts of a
+message, or in a key beside the texts (MEDIA_KEYS). They stand where `<image>` or `<audio>` stands in a text,
+else before the first question.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -37,6 +39,7 @@ from ratchet.data.examples import (
     strings_in,
     without_marks,
 )
+from ratchet.media.names import SOUND, is_sound, kind_of
 
 MOST_DEPTH = 16  # levels of nesting in a row
 MAX_LINE = 2**20  # bytes; a longer line is cut, not dropped, so that preparation rejects and counts it
@@ -51,15 +54,26 @@ ROLES = {
 }
 # Keys of a message that hold nothing to learn; each `name` that is left out is counted.
 QUIET_KEYS = frozenset({"name", "refusal", "audio", "annotations", "id"})
-MEDIA_KEYS = (  # keys beside the texts that hold a picture or a list of pictures
+PICTURE_KEYS = (  # keys beside the texts that hold a picture or a list of pictures
     *("image", "images", "image_path", "image_paths", "image_url", "image_urls"),
     *("img", "picture", "pictures", "photo", "photos"),
 )
-PLACE = "<image>"  # where a text shows a picture that stands beside it, as of LLaVA
+SOUND_KEYS = (  # and those that hold recordings
+    *("audio", "audios", "audio_path", "audio_paths", "audio_url", "audio_urls", "audio_filepath"),
+    *("sound", "sounds", "recording", "recordings"),
+)
+MEDIA_KEYS = (*PICTURE_KEYS, *SOUND_KEYS)
 PICTURE_PARTS = frozenset({"image_url", "image", "input_image"})  # types of parts of a message
-HOLE = ""  # in place of a name: a part {"type": "image"}, whose picture stands beside the messages
+SOUND_PARTS = frozenset({"input_audio", "audio", "audio_url"})
+MEDIA_PARTS = PICTURE_PARTS | SOUND_PARTS
+# Where a text has a picture or a recording that stands beside it, as of LLaVA; the key is `is_sound`.
+PLACES = {False: "<image>", True: "<audio>"}
+# In place of a name: a part {"type": "image"}, whose picture stands beside the messages.
+PART_KEYS = ("image_url", "image", "audio_url", "audio", "input_audio", "url", "path")
+HOLES = {False: "", True: SOUND}
+OF_TURN = ("image", "images", "audio", "audios")  # keys of a user's turn
 TURN_KEYS = QUIET_KEYS | {
-    *("image", "images"),
+    *OF_TURN,
     *("role", "from", "content", "value", "weight", "tool_calls", "tool_call_id", "function_call"),
     *("reasoning_content", "reasoning", "thinking"),
 }
@@ -215,9 +229,9 @@ def read_conversation(row: RawRow, form: str = "auto") -> Conversation:
         row = without_marks(row)
         notes["media_marks"] += 1
     found = wanted.read(row, notes)
-    if name == "text" and any(row.get(key) for key in MEDIA_KEYS):  # a picture and the text that it has
+    if name == "text" and any(row.get(key) for key in MEDIA_KEYS):  # a picture, or speech, and its text
         found = found._replace(messages=[Message("user", ""), *found.messages[1:]])
-    messages = _show_pictures(found.messages, row)
+    messages = _place_media(found.messages, row)
     return found._replace(messages=_cut_unlearned(messages, notes), notes=tuple(notes.elements()))
 
 
@@ -280,7 +294,8 @@ def _read_turn(turn: Any, notes: Counter[str]) -> Message:
             raise RowError("no_answer", "an assistant's message says nothing and calls nothing")
         raise RowError("missing_key", f"`content` of a message by {role[:40]} is missing")
     text, media = ("", ()) if content is None else _content(content, notes)
-    if beside := [name for key in ("image", "images") for name in read_references(turn.get(key))]:
+    shown = OF_TURN if role == "user" else OF_TURN[:2]  # an assistant's `audio` is what it said
+    if beside := [name for key in shown for name in read_references(turn.get(key))]:
         text, media = _place(text, beside) if not media else (text, (*media, *beside))
     reasoning = next(
         (turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)), ""
@@ -309,15 +324,15 @@ def _is_learned(turn: RawRow) -> bool:
 
 
 def _content(content: Any, notes: Counter[str]) -> tuple[str, tuple[str, ...]]:
-    """Read a text, or parts of texts and pictures, with a MEDIA_MARK for each picture."""
+    """Read a text, or parts of texts, pictures and recordings, with a MEDIA_MARK for each of the latter."""
     if not isinstance(content, list):
         return _text(content, "content", notes), ()
     text, media, follows = "", list[str](), False  # whether a text follows a text
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind in PICTURE_PARTS:
-            given = next((part[key] for key in ("image_url", "image", "url", "path") if key in part), None)
-            media += read_references(given) or [HOLE]
+        if kind in MEDIA_PARTS:
+            given = next((part[key] for key in PART_KEYS if key in part), None)
+            media += read_references(given) or [HOLES[kind in SOUND_PARTS]]
             text += MEDIA_MARK * (len(media) - text.count(MEDIA_MARK))
             follows = False
             continue
@@ -326,7 +341,7 @@ def _content(content: Any, notes: Counter[str]) -> tuple[str, tuple[str, ...]]:
         ):
             raise RowError(
                 "media" if kind not in ("text", "refusal") else "wrong_type",
-                f"a message holds a part of type {str(kind)[:40]!r}; texts and pictures are taken",
+                f"a message holds a part of type {str(kind)[:40]!r}; wanted texts, pictures, recordings",
             )
         text += f"\n{said}" if follows else said
         follows = True
@@ -444,71 +459,100 @@ def _cut_unlearned(messages: list[Message], notes: Counter[str]) -> list[Message
     return messages[: last + 1]
 
 
-# --- pictures -----------------------------------------------------------------------------------------------
+# --- pictures and recordings --------------------------------------------------------------------------------
 
 
 def read_references(given: Any) -> list[str]:
-    """Return the names of the pictures that a value refers to; an empty value refers to none.
+    """Return the names of the pictures or recordings that a value refers to; an empty value refers to none.
 
-    Raises RowError, with its own reason for a picture that could not be taken.
+    Raises RowError, with its own reason for one that could not be taken.
     """
     if given is None or given == "":
         return []
     if isinstance(given, list):
         return [name for one in given for name in read_references(one)]
     if isinstance(given, dict):
-        given = next((given[key] for key in ("url", "image", "path") if key in given), None)
+        given = next((given[key] for key in ("url", "image", "audio", "path", "data") if key in given), None)
     text = given if isinstance(given, str) else ""
     if text.startswith(MEDIA) and MEDIA_NAME.fullmatch(text.removeprefix(MEDIA)):
         return [text.removeprefix(MEDIA)]
     if text.startswith(MEDIA_ERROR):
         reason, _, message = text.removeprefix(MEDIA_ERROR).partition(":")
         raise RowError(reason if reason.startswith("media_") else "media", message)
-    raise RowError("media", "a picture of the row was not taken in: `ratchet ingest --path FILE` reads it")
+    raise RowError(
+        "media", "a picture or recording of the row was not taken in: `ratchet ingest --path FILE` reads it"
+    )
 
 
-def _show_pictures(messages: list[Message], row: RawRow) -> list[Message]:
-    """Give the pictures that stand beside the messages their places. Raises RowError."""
+def _place_media(messages: list[Message], row: RawRow) -> list[Message]:
+    """Give the pictures and recordings that stand beside the messages their places. Raises RowError."""
     names = [name for key in MEDIA_KEYS for name in read_references(row.get(key))]
-    holes = sum(name == HOLE for message in messages for name in message.media)
+    if holes := [name for message in messages for name in message.media if name in HOLES.values()]:
+        return _fill_holes(messages, names, len(holes))
     if not names:
-        if holes:
-            raise RowError("media_missing", f"{holes} parts show a picture that the row does not hold")
         return messages
-    if holes:
-        if holes != len(names) or holes != sum(len(message.media) for message in messages):
-            raise RowError("media_place", f"the row holds {len(names)} pictures for {holes} empty parts")
-        left = iter(names)
-        return [
-            msgspec.structs.replace(message, media=tuple(next(left) for _ in message.media))
-            for message in messages
-        ]
     if any(message.media for message in messages):
-        raise RowError("media_place", "the row has pictures both in its messages and beside them")
+        raise RowError("media_place", "the row has pictures or recordings in its messages and beside them")
     asked = [place for place, message in enumerate(messages) if message.role == "user"]
-    counts = [messages[place].content.count(PLACE) for place in asked]
-    if sum(counts) not in (0, len(names)) or not asked:
+    shown: dict[int, list[str]] = {place: [] for place in asked}
+    for sound, mark in PLACES.items():
+        mine = [name for name in names if is_sound(name) == sound]
+        counts = [messages[place].content.count(mark) for place in asked]
+        if mine and (sum(counts) not in (0, len(mine)) or not asked):
+            raise RowError(
+                "media_place",
+                f"{sum(counts)} times {mark} in the user's texts, for {len(mine)} {_kinds(mine)}",
+            )
+        left = iter(mine)
+        for number, (place, count) in enumerate(zip(asked, counts, strict=True)):
+            shown[place] += islice(left, count if any(counts) else len(mine) * (number == 0))
+    placed = list(messages)
+    for place, mine in shown.items():
+        if mine:
+            text, media = _place(messages[place].content, mine)
+            placed[place] = msgspec.structs.replace(messages[place], content=text, media=media)
+    return placed
+
+
+def _fill_holes(messages: list[Message], names: list[str], holes: int) -> list[Message]:
+    """Put what stands beside the messages into their empty parts, each kind in order. Raises RowError."""
+    if not names:
         raise RowError(
-            "media_place", f"{sum(counts)} times {PLACE} in the user's texts, for {len(names)} pictures"
+            "media_missing", f"{holes} parts have a picture or recording that the row does not hold"
         )
-    if not any(counts):
-        counts[0] = len(names)
-    shown, start = list(messages), 0
-    for place, count in zip(asked, counts, strict=True):
-        if count:
-            text, media = _place(messages[place].content, names[start : start + count])
-            shown[place] = msgspec.structs.replace(messages[place], content=text, media=media)
-            start += count
-    return shown
+    left = {sound: iter([name for name in names if is_sound(name) == sound]) for sound in PLACES}
+    wanted = [is_sound(name) for message in messages for name in message.media]
+    if len(wanted) != holes or Counter(wanted) != Counter(map(is_sound, names)):
+        raise RowError("media_place", f"the row holds {len(names)} {_kinds(names)} for {holes} empty parts")
+    return [
+        msgspec.structs.replace(message, media=tuple(next(left[is_sound(name)]) for name in message.media))
+        for message in messages
+    ]
+
+
+def _kinds(names: list[str]) -> str:
+    return " and ".join(sorted({f"{kind_of(name)}s" for name in names}))
 
 
 def _place(text: str, names: list[str]) -> tuple[str, tuple[str, ...]]:
-    """Put the pictures where `<image>` stands in a text, else before it. Raises RowError."""
-    count = text.count(PLACE)
-    if count not in (0, len(names)):
-        raise RowError("media_place", f"{count} times {PLACE} in a text, for {len(names)} pictures")
-    marked = text.replace(PLACE, MEDIA_MARK) if count else MEDIA_MARK * len(names) + text
-    return marked, tuple(names)
+    """Put pictures where `<image>` stands in a text, recordings where `<audio>` does; else before it.
+
+    Raises RowError.
+    """
+    marks, first = dict[str, Iterator[str]](), list[str]()
+    for sound, mark in PLACES.items():
+        mine = [name for name in names if is_sound(name) == sound]
+        count = text.count(mark)
+        if mine and count not in (0, len(mine)):
+            raise RowError("media_place", f"{count} times {mark} in a text, for {len(mine)} {_kinds(mine)}")
+        if mine and count:
+            marks[mark] = iter(mine)
+        else:
+            first += mine
+    ordered = [next(marks[mark]) for mark in re.findall("|".join(PLACES.values()), text) if mark in marks]
+    for mark in marks:
+        text = text.replace(mark, MEDIA_MARK)
+    return MEDIA_MARK * len(first) + text, (*first, *ordered)
 
 
 # --- values -------------------------------------------------------------------------------------------------

@@ -26,7 +26,16 @@ from ratchet.data.examples import (
     map_texts,
     texts_of,
 )
-from ratchet.data.forms import FORMS, MEANT, MEDIA_KEYS, read_conversation, read_row, recognise_form
+from ratchet.data.forms import (
+    FORMS,
+    MEANT,
+    MEDIA_KEYS,
+    PICTURE_KEYS,
+    SOUND_KEYS,
+    read_conversation,
+    read_row,
+    recognise_form,
+)
 from ratchet.data.pii import MASK, find_secret, mask_names, mask_personal
 from ratchet.data.text import BOILERPLATE, check_loop, check_text, clean, find_mixed_word, language_of
 from ratchet.errors import ConfigError
@@ -35,8 +44,8 @@ from ratchet.errors import ConfigError
 REVIEW = frozenset({"mixed_script", "boilerplate", "instruction_in_answer", "contradiction"})
 MOST_TURNS = 64
 META_KEYS = ("meta", "metadata")  # keys of an object of single values beside the messages
-SOUNDS = re.compile(r"audio|video", re.IGNORECASE)
-IMAGES = re.compile(f"image|picture|photo|pixel|{SOUNDS.pattern}", re.IGNORECASE)
+FILMS = re.compile(r"video", re.IGNORECASE)
+MEDIA = re.compile(f"image|picture|photo|pixel|audio|{FILMS.pattern}", re.IGNORECASE)
 INSTRUCTION = re.compile(
     r"\b(?:ignore|disregard|forget) (?:all |any |the )*(?:previous|prior|above|earlier)"
     r" (?:instructions?|prompts?|messages?)\b"
@@ -151,11 +160,12 @@ class Validator:
             )
         unknown = unread - self._extra
         shown = not row.keys().isdisjoint(MEDIA_KEYS)  # then an `image_id` says nothing more
-        if any((SOUNDS if shown else IMAGES).search(key) for key in unknown):
+        if any((FILMS if shown else MEDIA).search(key) for key in unknown):
             raise RowError(
                 "media",
-                f"the keys {_names(unknown)} name pictures or sounds; pictures are read from the keys "
-                f"{', '.join(MEDIA_KEYS[:4])} … (`ingest.columns` renames columns), sounds are not read",
+                f"the keys {_names(unknown)} name pictures, recordings or films; pictures are read from the "
+                f"keys {', '.join(PICTURE_KEYS[:4])} …, recordings from {', '.join(SOUND_KEYS[:4])} … "
+                "(`ingest.columns` renames columns), films are not read",
             )
         if unknown and self._config.unknown_keys == "reject":
             raise RowError(

@@ -97,7 +97,7 @@ class Metrics(msgspec.Struct, frozen=True, omit_defaults=True):
     too_long: int | None = None
     pairs: int | None = None  # rows with swapped terms
     attacked: int | None = None
-    blind: int | None = None  # rows asked again without their pictures, or with another row's
+    blind: int | None = None  # rows asked again without their media, or with another row's
     slices: dict[str, dict[str, Summary]] = {}  # by slice and model
     bias: dict[str, dict[str, dict[str, Change]]] = {}  # by metric, list and model
     attacks: dict[str, dict[str, Models]] = {}  # by metric and kind: share withstood

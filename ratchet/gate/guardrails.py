@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
 MOST_MISSING = 0.05  # with a larger share of rows without a score, the judge's guardrail stays unclear
 CHECK_AGAIN = "dvc repro --force parity"
+OWN = {  # what a row has, and what a model does that attends to it
+    "pictures": ("pictures", "looks"),
+    "recordings": ("recordings", "listens"),
+    "both": ("pictures and recordings", "looks or listens"),
+}
 BLIND = {"without": "without them", "another": "with another row's"}
 PART: dict[Result, str] = {
     "pass": "is no worse than the {}'s",
@@ -250,25 +255,24 @@ def judge_bias(pairs: pd.DataFrame, scores: pd.DataFrame, rival: str, config: Ga
 
 
 def judge_blind(blind: pd.DataFrame, scores: pd.DataFrame, config: GateConfig) -> list[Check]:
-    """Check that the candidate is better for certain with a row's own pictures than blind."""
+    """Check that the candidate is better for certain with a row's own pictures, or recordings, than blind."""
     mine = scores[(scores.model == "candidate") & (scores.batch != "golden")].set_index("id")[config.metric]
     sign = -1.0 if config.metric in LOWER_IS_BETTER else 1.0
     checks = []
-    for kind, part in blind[blind.model == "candidate"].groupby("how"):
+    blind = blind if "what" in blind else blind.assign(what="pictures")
+    for (what, kind), part in blind[blind.model == "candidate"].groupby(["what", "how"]):
         if not set(part.of) <= set(mine.index):
             raise RatchetError("blind rows were made from rows that were not scored", remedy=AGAIN)
         gains = sign * (mine.reindex(part.of).to_numpy(np.float64) - part[config.metric].to_numpy(np.float64))
         found = interval_of(gains, config)
         result = exceeds(found, 0.0)
         words = {
-            "pass": "is better for certain with a row's own pictures than {}",
-            "fail": "is no better with a row's own pictures than {}: nothing shows that the candidate looks",
-            "unclear": "may be better with a row's own pictures than {}, but these rows cannot tell",
-        }[result].format(BLIND[str(kind)])
-        reason = (
-            f"guardrail pictures:{kind}: {config.metric} on {len(gains)} rows {words}; gain {found.text()}"
-        )
-        checks.append(make_check(f"pictures:{kind}", config.metric, found, len(gains), 0.0, result, reason))
+            "pass": "is better for certain with a row's own {} than {}",
+            "fail": "is no better with a row's own {} than {}: nothing shows that the candidate {}",
+            "unclear": "may be better with a row's own {} than {}, but these rows cannot tell",
+        }[result].format(*OWN[str(what)][:1], BLIND[str(kind)], *OWN[str(what)][1:])
+        reason = f"guardrail {what}:{kind}: {config.metric} on {len(gains)} rows {words}; gain {found.text()}"
+        checks.append(make_check(f"{what}:{kind}", config.metric, found, len(gains), 0.0, result, reason))
     return checks
 
 

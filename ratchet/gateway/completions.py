@@ -127,7 +127,7 @@ class Completions:
         parts, headers = self._parts, Headers(scope=scope)
         key = parts.admit(headers, "infer")
         raw = await read_body(receive, headers.get("content-length", ""), parts.config.gateway.max_body_bytes)
-        if b"image_url" in raw:  # decoding pictures takes up to a second
+        if b"image_url" in raw or b"input_audio" in raw:  # decoding pictures takes up to a second
             chat = await asyncio.to_thread(self._form.parse, raw, parts.config.gateway)
         else:
             chat = self._form.parse(raw, parts.config.gateway)

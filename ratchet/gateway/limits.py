@@ -58,7 +58,7 @@ def _too_large(size: str, most: int, *, hangs_up: bool = False) -> Fault:
     return Fault(
         413,
         f"the body has {size} bytes, wanted at most {most}",
-        remedy="send fewer or shorter messages, or smaller pictures (gateway.max_body_bytes)",
+        remedy="send fewer or shorter messages, pictures or recordings (gateway.max_body_bytes)",
         code="body_too_large",
         hangs_up=hangs_up,
     )

@@ -19,7 +19,7 @@ from ratchet.serving.protocol import (
     MAX_TOP_LOGPROBS,
     Chat,
     Part,
-    Pictures,
+    RequestMedia,
     Turn,
     check_range,
     check_text,
@@ -140,7 +140,12 @@ class ResponseChat(Chat):
     parallel_tool_calls: bool = True
 
 
-PARTS = {"input_text": "text", "output_text": "text", "input_image": "image_url"}
+PARTS = {
+    "input_text": "text",
+    "output_text": "text",
+    "input_image": "image_url",
+    "input_audio": "input_audio",
+}
 _decode_body = msgspec.json.Decoder(Body)
 
 
@@ -148,8 +153,8 @@ def parse_response(raw: bytes, limits: GatewayConfig) -> ResponseChat:
     """Return a checked request. Raises Fault(400) with the field, the value seen and the value wanted."""
     body = decode(_decode_body, raw)
     _check_support(body)
-    pictures = Pictures(limits.max_pictures)
-    messages = _read_messages(body, pictures)
+    media = RequestMedia(limits)
+    messages = _read_messages(body, media)
     if not 1 <= len(messages) <= limits.max_messages:
         refuse("input", f"input holds {len(messages)} messages; wanted 1 to {limits.max_messages}")
     choice = check_tool_choice(body.tool_choice, _read_tools(body.tools or []))
@@ -176,8 +181,8 @@ def parse_response(raw: bytes, limits: GatewayConfig) -> ResponseChat:
         tool_choice=body.tool_choice or "auto",
         parallel_tool_calls=parallel,
         reasons=(body.reasoning or {}).get("effort") != "none",
-        media=pictures.known,
-        looks=tuple(pictures.looks),
+        media=media.known,
+        looks=tuple(media.looks),
     )
 
 
@@ -192,13 +197,13 @@ def _check_support(body: Body) -> None:
         refuse("include", f"include asks for {other[0][:80]!r}", f"known: {SCORES}")
 
 
-def _read_messages(body: Body, pictures: Pictures) -> tuple[Message, ...]:
+def _read_messages(body: Body, media: RequestMedia) -> tuple[Message, ...]:
     items = [Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     turns = [to_message("instructions", Turn("system", body.instructions))] if body.instructions else []
     before, known = "", set[str]()
     for position, item in enumerate(items):
         where = f"input[{position}]"
-        message = _read_item(where, item, pictures)
+        message = _read_item(where, item, media)
         if item.type == "function_call_output" and message.call_id not in known:
             refuse(
                 where, f"{where} answers the call {message.call_id[:40]!r}, which is none", "send it before"
@@ -217,7 +222,7 @@ def _read_messages(body: Body, pictures: Pictures) -> tuple[Message, ...]:
         refuse("input", str(error))
 
 
-def _read_item(where: str, item: Item, pictures: Pictures) -> Message:
+def _read_item(where: str, item: Item, media: RequestMedia) -> Message:
     if item.type == "function_call":
         function = {"name": item.name, "arguments": item.arguments}
         return to_message(where, Turn("assistant", tool_calls=[{"id": item.call_id, "function": function}]))
@@ -229,14 +234,15 @@ def _read_item(where: str, item: Item, pictures: Pictures) -> Message:
             f"{where} is of type {item.type!r}{'' if item.role else ' without a role'}",
             'send messages, {"role": …, "content": …}, function_call and function_call_output',
         )
-    return to_message(where, Turn(item.role, _read_parts(item.content)), pictures)
+    return to_message(where, Turn(item.role, _read_parts(item.content)), media)
 
 
 def _read_parts(content: str | list[Part] | None) -> str | list[Part] | None:
     if isinstance(content, str) or content is None:
         return content
     return [
-        Part(PARTS[part.type], part.text, part.image_url) if part.type in PARTS else part for part in content
+        msgspec.structs.replace(part, type=PARTS[part.type]) if part.type in PARTS else part
+        for part in content
     ]
 
 

@@ -17,10 +17,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from ratchet.data.examples import data_uri
-from ratchet.data.media import MediaStore, shrink
 from ratchet.errors import ServiceError, UserError
 from ratchet.gateway.limits import read_body
 from ratchet.gateway.state import Parts
+from ratchet.media.names import is_sound
+from ratchet.media.pictures import shrink
+from ratchet.media.store import MediaStore
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Decision, DraftFigures, Item, split_answer, with_answer
 from ratchet.serving.faults import Fault
@@ -50,7 +52,7 @@ def review_page(parts: Parts) -> Callable[[Request], Awaitable[Response]]:
         nonce = secrets.token_urlsafe(16)
         allowed = (
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self';"
-            " img-src data:"
+            " img-src data:; media-src data:"
         )
         headers = {
             "content-security-policy": (
@@ -185,8 +187,14 @@ def _show(item: Item, root: Path) -> dict[str, Any]:
 
 
 def _picture(name: str, pictures: MediaStore) -> str:
-    """Return a picture as a data URI, which the page's policy allows; empty if its batch is not here."""
-    return data_uri("shown.jpg", shrink(pictures[name], SIDE)) if name in pictures else ""
+    """Return a medium as a data URI, which the page's policy allows; empty if its batch is not here."""
+    if name not in pictures:
+        return ""
+    return (
+        data_uri(name, pictures[name])
+        if is_sound(name)
+        else data_uri("shown.jpg", shrink(pictures[name], SIDE))
+    )
 
 
 def _describe(draft: DraftFigures) -> str:

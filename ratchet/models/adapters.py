@@ -304,11 +304,11 @@ def _add_seeing_parts(settings: Any, base: Any, config: AdapterConfig) -> None:
 
 
 def check_pictures(config: AdapterConfig) -> None:
-    """Raise ConfigError for a method that cannot be trained on a base that reads pictures."""
+    """Raise ConfigError for a method that cannot be trained on a base that reads pictures or sound."""
     if config.method in PREFIXED:
         raise ConfigError(
             f"`adapter.method: {config.method}` puts virtual tokens before the embeddings, where a model "
-            "that reads pictures finds no places for them",
+            "that reads pictures or sound finds no places for them",
             remedy="set `adapter.method: lora`",
         )
 
@@ -316,7 +316,7 @@ def check_pictures(config: AdapterConfig) -> None:
 def linear_modules(base: Any) -> str | list[str]:
     """Return what `all-linear` means for this base: PEFT's own meaning, with two exceptions.
 
-    In a model that reads pictures it means the linear layers of the language model. In a mixture of experts
+    In a model that sees or hears it means the linear layers of the language model. In a mixture of experts
     it means the linear layers outside of the blocks with experts. PEFT 0.21 would also train routers
     and the experts' joint 3-D weights, which no engine serves as an adapter (peft issue 3009).
     """

@@ -6,8 +6,8 @@ appends the answer and one end-of-turn token to exactly the ids that serving sen
 always agree. If reasoning is learned (`base.reasoning`), the template writes it, and the answer is all that
 the template writes between the prompt and the end of the turn.
 
-Pictures stand in contents as MEDIA_MARK. The template writes the model's image token there, as its own text;
-the model's processor then replaces it by all tokens that stand for the picture.
+Pictures and recordings stand in contents as MEDIA_MARK. The template writes the model's image or audio token
+there, as its own text; the model's processor then replaces it by all tokens that stand for the medium.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from ratchet.data.examples import (
     texts_of,
     trim,
 )
-from ratchet.errors import BaseModelError, DataError, UserError
+from ratchet.errors import BaseModelError, DataError, MediaError, UserError
+from ratchet.media.names import is_sound, kind_of
 from ratchet.models.reasoning import LEARN, ReasoningFormat, find_reasoning_format
 from ratchet.models.tool_calls import PROBE_TOOL, PROBES, CallFormat, find_call_format
 
@@ -50,11 +51,16 @@ if TYPE_CHECKING:
 # templates copy them unchanged.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 REASON = "r"  # before the number: the placeholder stands for the message's reasoning, not its content
-PART = "p"  # after the number: the placeholder stands for one of the texts between a message's pictures
+PART = "p"  # after the number: the placeholder stands for one of the texts between a message's media
+SOUND_MARK = "\ue0f2"  # in place of a MEDIA_MARK, where a recording stands, while the template is rendered
+MARKS = {False: MEDIA_MARK, True: SOUND_MARK}  # the key tells whether it is a recording
+TYPES = {MEDIA_MARK: "image", SOUND_MARK: "audio"}  # of the parts that templates take
+KINDS = {MEDIA_MARK: "pictures", SOUND_MARK: "recordings"}
 MARKED = re.compile(f"{OPEN}({REASON}?\\d+(?:{PART}\\d+)?){CLOSE}")
 NO_MEDIA: Mapping[str, bytes] = MappingProxyType({})
 EMPTY_BLOCK = re.compile(f"{THINK}\\s*{THOUGHT}\\s*\\Z")
 CONTROL = re.compile(r"[<\[].+[>\]]")
+ANY_MARK = re.compile(f"([{MEDIA_MARK}{SOUND_MARK}])")
 TURNS = (Message("user", "a"), Message("assistant", "b"), Message("user", "a"), Message("assistant", "b"))
 PROBE = TURNS[:2]
 SHRINK = (
@@ -67,26 +73,29 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     learned: list[bool]
-    media: tuple[str, ...] = ()  # names of the pictures that the row shows, in order
+    media: tuple[str, ...] = ()  # names of the row's pictures and recordings, in order
 
 
 class ContentForm(NamedTuple):
-    """How a template takes the contents of messages that may show pictures.
+    """How a template takes the contents of messages that may have pictures and recordings.
 
-    `parts`: as a list of texts and pictures; otherwise as one text, in which `image` stands for a picture.
+    `parts`: as a list of texts and media; otherwise as one text with `written[mark]` for a medium.
+    `written` has the marks of the kinds that the template writes.
     """
 
     parts: bool
-    image: str
+    written: dict[str, str]
 
     def convert(self, content: str) -> str | list[dict[str, str]]:
-        """Return a content with MEDIA_MARKs in the form that the template takes."""
+        """Return a content with MARKS in the form that the template takes."""
         if not self.parts:
-            return content.replace(MEDIA_MARK, self.image)
-        texts = content.split(MEDIA_MARK)
+            for mark, token in self.written.items():
+                content = content.replace(mark, token)
+            return content
+        texts = ANY_MARK.split(content)  # text, mark, text, mark, … text
         found: list[dict[str, str]] = []
-        for place, text in enumerate(texts):
-            found += [{"type": "image"}] if place else []
+        for mark, text in zip(["", *texts[1::2]], texts[::2], strict=True):
+            found += [{"type": TYPES[mark]}] if mark else []
             found += [{"type": "text", "text": text}] if text or len(texts) == 1 else []
         return found
 
@@ -107,7 +116,7 @@ class ChatFormat:
         """Analyse the template.
 
         `ends`: ids of tokens that end an answer, besides the template's own; `processor`: the model's own,
-        if it reads pictures; `media`: the pictures that rows may show, by name.
+        if it reads pictures or sound; `media`: the pictures and recordings of rows, by name.
         """
         if not tokenizer.chat_template:
             raise BaseModelError(
@@ -136,8 +145,8 @@ class ChatFormat:
         """Encode prompt, answer and end of turn; earlier answers of the conversation are learned too.
 
         Raises BaseModelError: the template does not write the row's tools, or writes calls that cannot be
-        read back from an answer, or the base reads no pictures; DataError: `media` lacks a picture of the
-        row; UserError: a tool or a call contains a control token.
+        read back from an answer; MediaError: the base cannot take the row's pictures or recordings;
+        DataError: `media` lacks one of them; UserError: a tool or a call contains a control token.
         """
         self._check_row(example)
         ids, learned, shown = self._encode_prompt(example.prompt, example.tools)
@@ -167,7 +176,9 @@ class ChatFormat:
         contains control tokens.
         """
         plain = _turns(
-            messages, [(message.content, message.reasoning) for message in messages], self.reasoning
+            messages,
+            [(_by_kind(message.content, message.media), message.reasoning) for message in messages],
+            self.reasoning,
         )
         ids = self._template_ids(self._render(plain, opening=True, tools=tools))
         return self._show(Encoded(ids, [False] * len(ids)), messages).ids
@@ -411,10 +422,15 @@ class ChatFormat:
         contents = [self.tokenizer.added_tokens_decoder[id].content for id in self._control_ids]
         return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")
 
-    # --- pictures ---
+    # --- pictures and recordings ---
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What rows may have besides texts: `pictures`, `recordings`, both or nothing."""
+        return tuple(KINDS[mark] for mark in self._form.written) if self._form else ()
 
     def showing(self, media: Mapping[str, bytes]) -> ChatFormat:
-        """Return the same format with other pictures."""
+        """Return the same format with other pictures and recordings."""
         other = copy(self)
         other.media = media
         return other
@@ -422,45 +438,58 @@ class ChatFormat:
     def inputs(self, names: Sequence[Sequence[str]], ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return what the model takes besides ids and mask, for a batch of rows in order.
 
-        `names` are those of each row's pictures, `ids` is (batch, seq).
+        `names` are those of each row's pictures and recordings, `ids` is (batch, seq).
         """
         if self.processor is None:
             return {}
-        pictures = [[self.media[name] for name in row] for row in names]
-        found = self.processor.features(pictures) | self.processor.sequence_features(ids)
+        media = [[self.media[name] for name in row] for row in names]
+        found = self.processor.features(media) | self.processor.sequence_features(ids)
         return {name: value.to(ids.device) for name, value in found.items()}
 
     # --- the template's text and the contents ---
 
     def _show(self, row: Encoded, messages: Sequence[Message]) -> Encoded:
-        """Put all tokens of its picture in the place of each image token that the template wrote.
+        """Put all tokens of its medium in the place of each image or audio token that the template wrote.
 
-        Raises BaseModelError: the base reads no pictures; DataError: a picture is missing in `media`.
+        Raises MediaError: the base cannot take it; DataError: it is missing in `media`.
         """
         names = media_of(messages)
         if not names:
             return row
         if self.processor is None:
-            raise BaseModelError(
-                f"a row shows {len(names)} pictures, and the base reads text only",
-                remedy="take a base that reads pictures as `base.model` (docs/training.md), or leave rows "
-                "with pictures out",
+            kinds = sorted({kind_of(name) for name in names}, reverse=True)
+            raise MediaError(
+                f"a row shows {len(names)} {' and '.join(f'{kind}s' for kind in kinds)}, and the base reads "
+                "text only",
+                remedy="take a base that reads them as `base.model` (docs/training.md), or leave such rows "
+                "out",
             )
+        self._check_kinds(names)
         try:
-            pictures = [self.media[name] for name in names]
+            media = [self.media[name] for name in names]
         except DataError:
             raise
         except KeyError as error:
             raise DataError(
-                f"the picture {error.args[0]} is missing",
+                f"the {kind_of(str(error.args[0]))} {error.args[0]} is missing",
                 remedy="`dvc repro prepare` puts it into data/prepared/media, if its batch has it",
             ) from None
         ids: list[int] = []
         learned: list[bool] = []
-        for token, piece in zip(row.learned, self.processor.pieces(row.ids, pictures), strict=True):
+        for token, piece in zip(row.learned, self.processor.pieces(row.ids, media), strict=True):
             ids += piece
             learned += [token] * len(piece)
         return Encoded(ids, learned, names)
+
+    def _check_kinds(self, names: Sequence[str]) -> None:
+        """Raise MediaError for a picture or recording that the template has no place for."""
+        written = self._form.written if self._form else {}
+        for name in names:
+            if MARKS[is_sound(name)] not in written:
+                raise MediaError(
+                    f"a row has a {kind_of(name)}, and the base reads {' and '.join(self.reads)} only",
+                    remedy="take a base that reads both, or leave such rows out",
+                )
 
     def _encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> Encoded:
         rendered = self._render(_marked(messages, self.reasoning), opening=True, tools=tools)
@@ -692,25 +721,36 @@ def _adds_blanks(text: str, seen: str) -> BaseModelError:
 def find_content_form(
     tokenizer: PreTrainedTokenizerBase, processor: MediaProcessor | None
 ) -> ContentForm | None:
-    """Find by rendering how the template takes contents; None if no content can show a picture.
+    """Find by rendering how the template takes contents; None if no content can have a medium.
 
-    Parts are preferred, because in most templates they alone write the model's image token.
+    Parts are preferred, because in most templates they alone write the model's image or audio token.
     """
     if processor is None:
         return None
     for parts in (True, False):
-        form = ContentForm(parts, processor.placeholder)
-        asked = [{"role": "user", "content": f"{_mark(0)}{MEDIA_MARK}"}]
-        try:
-            written = render(tokenizer, asked, opening=True, form=form)
-        except (BaseModelError, TypeError, ValueError, KeyError):
-            continue
-        if MARKED.findall(written) == ["0"] and written.count(form.image) == 1 and "'type'" not in written:
-            return form
+        written = {
+            MARKS[sound]: token.placeholder
+            for sound, token in processor.tokens.items()
+            if _writes(tokenizer, ContentForm(parts, {MARKS[sound]: token.placeholder}))
+        }
+        if written:
+            return ContentForm(parts, written)
+    kind, placeholder = ("audio" if min(processor.tokens) else "image"), processor.placeholder
     raise BaseModelError(
-        f"the base reads pictures, and its chat template does not write {processor.placeholder!r} for one",
-        remedy="name a template in `base.chat_template` that writes it once for each part of type image",
+        f"the base reads {processor.kinds}, and its chat template does not write {placeholder!r} for one",
+        remedy=f"name a template in `base.chat_template` that writes it once for each part of type {kind}",
     )
+
+
+def _writes(tokenizer: PreTrainedTokenizerBase, form: ContentForm) -> bool:
+    """Tell whether the template writes the token of a medium once, beside the text."""
+    ((mark, token),) = form.written.items()
+    asked = [{"role": "user", "content": f"{_mark(0)}{mark}"}]
+    try:
+        said = render(tokenizer, asked, opening=True, form=form)
+    except (BaseModelError, TypeError, ValueError, KeyError):
+        return False
+    return MARKED.findall(said) == ["0"] and said.count(token) == 1 and "'type'" not in said
 
 
 def opening_gap(tokenizer: PreTrainedTokenizerBase, form: ContentForm | None = None) -> str | None:
@@ -793,12 +833,21 @@ def _texts(message: Message) -> list[tuple[int, str]]:
 
 
 def _placeholder(index: int, message: Message) -> str:
-    """Return what stands for the content while the template is rendered; pictures keep their places."""
+    """Return what stands for the content while the template is rendered; media keep their places."""
     if message.media:
-        return MEDIA_MARK.join(
+        marked = MEDIA_MARK.join(
             f"{OPEN}{index}{PART}{place}{CLOSE}" if text else "" for place, text in _texts(message)
         )
+        return _by_kind(marked, message.media)
     return _mark(index) if message.content or not message.tool_calls else ""
+
+
+def _by_kind(content: str, media: Sequence[str]) -> str:
+    """Replace the MEDIA_MARK of each recording by a SOUND_MARK."""
+    if not any(map(is_sound, media)):
+        return content
+    first, *rest = content.split(MEDIA_MARK)
+    return first + "".join(MARKS[is_sound(name)] + text for name, text in zip(media, rest, strict=True))
 
 
 def _odd(times: Sequence[int]) -> int:

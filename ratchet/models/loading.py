@@ -20,7 +20,7 @@ from ratchet.files import sha256_file
 from ratchet.models.chat_template import NO_MEDIA, ChatFormat
 from ratchet.models.manifests import MANIFEST as MANIFEST
 from ratchet.models.manifests import NewToken, read_base_manifest, read_ends
-from ratchet.models.processors import load_processor, reads_pictures
+from ratchet.models.processors import load_processor, reads_media
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,9 +36,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_chat(folder: Path, media: Mapping[str, bytes] = NO_MEDIA) -> ChatFormat:
-    """Load tokenizer, chat template, end tokens and processor of pictures of a base or a version.
+    """Load tokenizer, chat template, end tokens and processor of media of a base or a version.
 
-    `media` has the pictures that rows may show, by name. Raises BaseModelError as `ChatFormat` does.
+    `media` has the pictures and recordings of rows, by name. Raises BaseModelError as `ChatFormat` does.
     """
     return ChatFormat(load_tokenizer(folder), read_ends(folder), load_processor(folder), media)
 
@@ -109,13 +109,13 @@ def load_checkpoint(
         "revision": revision,
     }
     if method == "qlora":
-        kept = _kept_exact(folder) if reads_pictures(folder) else None
+        kept = _kept_exact(folder) if reads_media(folder) else None
         settings |= {
             "quantization_config": _quantised(quantisation, kept, in_parts=in_parts),
             "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         }
     try:
-        model, checkpoint = _load(source, pictures=reads_pictures(folder), **settings)
+        model, checkpoint = _load(source, media=reads_media(folder), **settings)
     except OSError as error:
         raise BaseModelError(
             f"the weights of {manifest.told} are not on this machine: {str(error).splitlines()[0]}",
@@ -155,7 +155,7 @@ def load_full(folder: Path, *, training: bool = False, in_parts: bool = False) -
 
     try:
         dtype = getattr(torch, precision("full" if training else "lora")[0])
-        model, found = _load(folder, pictures=reads_pictures(folder), dtype=dtype)
+        model, found = _load(folder, media=reads_media(folder), dtype=dtype)
     except (OSError, RuntimeError, ValueError) as error:
         raise BaseModelError(
             f"{folder} holds no whole model: {str(error).splitlines()[0]}",
@@ -166,14 +166,14 @@ def load_full(folder: Path, *, training: bool = False, in_parts: bool = False) -
     return cast("PreTrainedModel", model if in_parts else model.to(device()))
 
 
-def auto_class(*, pictures: bool) -> Any:
-    """Return the class of transformers that loads a causal language model, or one that reads pictures."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+def auto_class(*, media: bool) -> Any:
+    """Return the class of transformers that loads a causal language model, or one of pictures or sound."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
-    return AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+    return AutoModelForMultimodalLM if media else AutoModelForCausalLM
 
 
-def _load(source: Any, *, pictures: bool = False, **settings: Any) -> tuple[Any, Checkpoint]:
+def _load(source: Any, *, media: bool = False, **settings: Any) -> tuple[Any, Checkpoint]:
     """Load a model, and replace its own generation settings by the defaults.
 
     Settings such as repetition_penalty or min_new_tokens would change answers of `generate` in the
@@ -182,7 +182,7 @@ def _load(source: Any, *, pictures: bool = False, **settings: Any) -> tuple[Any,
     from transformers import GenerationConfig
 
     with quiet():
-        loaded: Any = auto_class(pictures=pictures).from_pretrained(
+        loaded: Any = auto_class(media=media).from_pretrained(
             source,
             trust_remote_code=False,
             local_files_only=True,
@@ -237,7 +237,7 @@ def _kept_exact(folder: Path) -> list[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     with torch.device("meta"):
-        bare = auto_class(pictures=True).from_config(read_model_config(folder), trust_remote_code=False)
+        bare = auto_class(media=True).from_config(read_model_config(folder), trust_remote_code=False)
     outside = outside_language(bare) or "(?!)"
     found = {
         name
@@ -349,15 +349,20 @@ def layers_of(model: Any) -> list[Any]:
 
 
 def language_model(base: Any) -> str | None:
-    """Return the name of the language model inside a model that reads pictures; None for a text model."""
-    if getattr(base.config, "vision_config", None) is None:
+    """Return the name of the language model inside one that sees or hears; None for a text model."""
+    if not has_tower(base):
         return None
     decoder = base.get_decoder()
     return next(str(name) for name, module in base.named_modules() if module is decoder)
 
 
+def has_tower(base: Any) -> bool:
+    """Tell whether a model reads pictures or recordings, with a tower of its own."""
+    return any(getattr(base.config, name, None) is not None for name in ("vision_config", "audio_config"))
+
+
 def outside_language(base: Any) -> str | None:
-    """Return a pattern of the modules that see pictures (tower and projector); None for a text model."""
+    """Return a pattern of the modules that see or hear (tower and projector); None for a text model."""
     if (inside := language_model(base)) is None:
         return None
     head = base.get_output_embeddings()

@@ -26,9 +26,11 @@ Draws = NDArray[
     np.float32
 ]  # (1 + resamples, rows): 1 where a row is in the window; the first is the window itself
 # Most of the error goes to the family that detects new subjects best (docs/benchmarks.md); the others detect
-# what it cannot. Where requests show pictures, all families together share the error by these weights.
+# what it cannot. Where requests have pictures or recordings, all families share the error by
+# these weights.
 WEIGHTS = {
     "pictures": 0.3,
+    "recordings": 0.3,
     "novelty": 0.45,
     "surprise": 0.15,
     "form and mix": 0.15,

@@ -13,10 +13,12 @@ from ratchet.config.monitoring import MonitorConfig
 from ratchet.data.examples import normalise
 from ratchet.data.text import REFUSAL_STARTS
 from ratchet.data.words import terms_of
+from ratchet.media.names import is_sound
 from ratchet.monitoring.drift import Family, Measure, higher, lower, mix, novelty, other, subjects
 from ratchet.monitoring.novelty import Familiar
 from ratchet.monitoring.pictures import Look, picture_family
 from ratchet.monitoring.request_records import Feedback, Logged
+from ratchet.monitoring.sounds import sound_family
 
 LEAST_ROWS = 30  # a family needs so many rows on each side
 # Least number of reference prompts for a verdict. The permutation test keeps its error rate for any number;
@@ -47,6 +49,8 @@ class Reference(NamedTuple):
     answers: list[Answered]
     pictures: Sequence[Look] = ()  # of the held-out prompts
     trained_pictures: Sequence[Look] = ()
+    sounds: Sequence[Look] = ()  # of the held-out prompts
+    trained_sounds: Sequence[Look] = ()
 
 
 def all_families(
@@ -61,9 +65,12 @@ def all_families(
     prompts = [question.prompt for question in asked]
     families = input_families(prompts, reference.prompts, reference.familiar, monitor)
     looks = [look for request in window for look in request.pictures]
+    sounds = sound_family(looks, reference.sounds, reference.trained_sounds)
+    looks = [look for look in looks if not is_sound(look.name)]
     pictures = picture_family(looks, list(reference.pictures), list(reference.trained_pictures))
     others = [
         *([pictures] if pictures else []),
+        *([sounds] if sounds else []),
         *answer_families(asked, reference, monitor),
         *service_families(window, feedback, earlier, monitor.latency_margin),
     ]
@@ -73,7 +80,7 @@ def all_families(
 
 
 class Question(NamedTuple):
-    """What was asked: the last turn, and the names of the pictures shown."""
+    """What was asked: the last turn, and the names of the pictures and recordings shown."""
 
     prompt: str
     pictures: tuple[str, ...] = ()

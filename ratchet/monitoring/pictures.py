@@ -35,7 +35,7 @@ COLUMNS = (
 
 
 class Look(msgspec.Struct, frozen=True, array_like=True):
-    """How a picture looks: one figure for each of COLUMNS; `name` is that of ratchet/data/media.py."""
+    """How a picture looks: one figure for each of COLUMNS; `name` is that of ratchet/media/names.py."""
 
     name: str
     figures: tuple[float, ...]
@@ -69,7 +69,7 @@ def look_of(name: str, picture: bytes) -> Look:
 
 
 class KeptPictures(Mapping[str, bytes]):
-    """The pictures of requests that a checkout keeps (`request_log.pictures`), each a file by its name."""
+    """The pictures and recordings of requests that a checkout keeps (`request_log.pictures`), by name."""
 
     def __init__(self, root: Path) -> None:
         self._folder = root / FOLDER

@@ -89,13 +89,13 @@ class RequestLog(RequestQueries):
             self.start()
 
     def keep_pictures(self, pictures: Mapping[str, bytes]) -> None:
-        """Keep a request's pictures if `request_log.pictures` says so; a full disk is logged, not raised."""
+        """Keep a request's media if `request_log.pictures` says so; a full disk is logged, not raised."""
         if self._pictures is None or not (self._config.pictures and self._config.texts):
             return
         try:
             self._pictures.keep(pictures)
         except (OSError, RatchetError) as error:
-            log.warning("pictures of a request are not kept: %s", error)
+            log.warning("pictures or recordings of a request are not kept: %s", error)
 
     def counts(self) -> Counts:
         return Counts(self._written, len(self._waiting), self._dropped, self._fault)

@@ -82,7 +82,7 @@ class Logged(msgspec.Struct, frozen=True):
     queue_ms: float = 0.0
     prompt_nll: float | None = None
     answer_nll: float | None = None
-    pictures: tuple[Look, ...] = ()  # how those of the messages look; they themselves are not kept
+    pictures: tuple[Look, ...] = ()  # how the pictures and recordings of the messages are
 
     @property
     def prompt(self) -> str:

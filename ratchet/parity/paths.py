@@ -190,7 +190,12 @@ class _Heard:
             "temperature": 0,
             "tools": row.tools,
         }
-        limits = GatewayConfig(max_tokens=max_new_tokens, max_pictures=max(1, len(row.media)))
+        limits = GatewayConfig(
+            max_tokens=max_new_tokens,
+            max_pictures=max(1, len(row.media)),
+            max_sounds=max(1, len(row.media)),
+            max_sound_seconds=3600,
+        )
         try:
             chat = parse_chat(json.dumps(body).encode(), limits)
         except Fault as fault:

@@ -7,7 +7,7 @@ of the base and of the rows decide. It repeats the base's licence as it was foun
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -24,6 +24,12 @@ RELATIONS = {
     "gguf": "finetune",
     "int8": "quantized",
     "int4": "quantized",
+}
+TASKS = {  # what a model reads besides text → the hub's name of its task
+    (): "text-generation",
+    ("image",): "image-text-to-text",
+    ("audio",): "audio-text-to-text",
+    ("image", "audio"): "any-to-any",
 }
 USAGE = {
     "adapter": (
@@ -71,18 +77,20 @@ def hub_card(
     facts: dict[str, str],
     *,
     scores: ExportScores | None = None,
-    pictures: bool = False,
+    reads: Sequence[str] = (),
 ) -> str:
     """Render the model card for the hub.
 
-    `kind` is `adapter`, or the format of the export; `manifest` is the candidate's; `pictures`: whether the
-    base reads them.
+    `kind` is `adapter`, or the format of the export; `manifest` is the candidate's; `reads`: what the base
+    reads besides text, `image` or `audio`.
     """
     method, base = manifest.adapter.method, _hub_id(manifest.base)
     usage = USAGE["full" if kind in ("adapter", "merged") and method == "full" else kind]
-    if pictures:
-        usage = usage.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
-        usage += ' Its processor of pictures is `AutoProcessor.from_pretrained("FOLDER")`.'
+    if reads:
+        loads = "AutoModelForMultimodalLM" if "audio" in reads else "AutoModelForImageTextToText"
+        usage = usage.replace("AutoModelForCausalLM", loads)
+        what = " and ".join({"image": "pictures", "audio": "recordings"}[one] for one in reads)
+        usage += f' Its processor of {what} is `AutoProcessor.from_pretrained("FOLDER")`.'
     lines = [
         f"# {name} {label}",
         "",
@@ -98,7 +106,7 @@ def hub_card(
         candidate = metrics.slices["test"]["candidate"]
         rows, values = candidate.rows, candidate.scores
     return (
-        f"---\n{_head(name, label, kind, method, base, rows, values, pictures=pictures)}\n---\n\n"
+        f"---\n{_head(name, label, kind, method, base, rows, values, reads=reads)}\n---\n\n"
         + "\n".join(lines)
         + "\n\n"
         + model_card(metrics, decision, facts)
@@ -138,15 +146,15 @@ def _head(
     rows: int,
     scores: Mapping[str, Interval],
     *,
-    pictures: bool,
+    reads: Sequence[str],
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    task = "image-text-to-text" if pictures else "text-generation"
+    task = TASKS[tuple(reads)]
     results = [
         EvalResult(
             task_type=task,
-            task_name="Image and text to text" if pictures else "Text generation",
+            task_name=task.capitalize().replace("-", " "),
             dataset_type=name,
             dataset_name=f"held-out rows of {name}",
             dataset_split="test",

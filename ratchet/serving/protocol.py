@@ -1,6 +1,6 @@
 """Read and write OpenAI's chat completions: a checked `Chat` from a body, JSON or events from an answer.
 
-Not covered, and refused by name: penalties, and anything but text and pictures.
+Not covered, and refused by name: penalties, and anything but text, pictures and recordings.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from ratchet.data.examples import (
     without_marks,
 )
 from ratchet.data.forms import order_results, read_calls, read_tools
-from ratchet.data.media import from_uri, read_picture
-from ratchet.monitoring.pictures import Look, look_of
+from ratchet.media.names import from_base64, from_uri
+from ratchet.media.pictures import read_picture
+from ratchet.media.sounds import read_sound
+from ratchet.monitoring.pictures import Look
+from ratchet.monitoring.sounds import describe
 from ratchet.serving.engine import Ask, Ended, JsonForm, Piece, Scored
 from ratchet.serving.faults import Fault
 
@@ -56,6 +59,10 @@ MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
 LEAST_LOGPROB = -9999.0  # what OpenAI writes for a token that cannot follow; JSON has no infinity
 Decoded = TypeVar("Decoded")
+SOUND_REMEDIES = {  # reason of a refused recording → what helps
+    "media_size": "send a shorter recording, or as MP3",
+    "media_type": "send a WAV or MP3 file in base64",
+}
 REMEDIES = {  # reason of a refused picture → what helps
     "media_size": "send a smaller picture",
     "media_type": "send a PNG or JPEG as data:image/png;base64,…",
@@ -67,10 +74,16 @@ class ImageUrl(msgspec.Struct):
     detail: str | None = None  # accepted and ignored: the model's processor decides
 
 
+class InputAudio(msgspec.Struct):
+    data: str
+    format: str | None = None  # not relied on: the bytes tell what they are
+
+
 class Part(msgspec.Struct):
     type: str
     text: str | None = None
     image_url: ImageUrl | str | None = None  # a text in the Responses protocol
+    input_audio: InputAudio | None = None
 
 
 class Turn(msgspec.Struct):
@@ -180,8 +193,8 @@ class Chat:
     parallel_calls: bool = True
     must_call: tuple[str, ...] = ()
     reasons: bool = True
-    media: Mapping[str, bytes] = field(default_factory=dict)  # the messages' pictures by name
-    looks: tuple[Look, ...] = ()  # how these look, for the request log
+    media: Mapping[str, bytes] = field(default_factory=dict)  # the messages' pictures and recordings by name
+    looks: tuple[Look, ...] = ()  # how these look or sound, for the request log
 
     def ask(self, id: str, version: int, choice: int = 0) -> Ask:
         """Return the engine's request for one choice; its seed is the client's plus the choice's number."""
@@ -226,10 +239,10 @@ def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
             f"messages holds {len(body.messages)}; wanted 1 to {limits.max_messages}",
             "leave out the oldest turns" if body.messages else "",
         )
-    pictures = Pictures(limits.max_pictures)
+    media = RequestMedia(limits)
     try:
         messages = order_results(
-            [to_message(f"messages[{at}]", turn, pictures) for at, turn in enumerate(body.messages)]
+            [to_message(f"messages[{at}]", turn, media) for at, turn in enumerate(body.messages)]
         )
     except RowError as error:
         refuse("messages", str(error))
@@ -253,8 +266,8 @@ def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
         tools=choice.tools,
         must_call=choice.must_call,
         reasons=body.reasoning_effort != "none",
-        media=pictures.known,
-        looks=tuple(pictures.looks),
+        media=media.known,
+        looks=tuple(media.looks),
     )
 
 
@@ -298,13 +311,41 @@ def _check_support(body: Body) -> None:
         refuse("stream_options", "stream_options came without stream", "send stream: true, or leave it out")
 
 
-class Pictures:
-    """Collect the pictures of a request, at most `most`."""
+class RequestMedia:
+    """Collect the pictures and recordings of a request, within `limits`."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, limits: GatewayConfig) -> None:
         self.known: dict[str, bytes] = {}
         self.looks: list[Look] = []
-        self._room = most
+        self._room, self._room_for_sounds = limits.max_pictures, limits.max_sounds
+        self._limits = MediaConfig(max_seconds=limits.max_sound_seconds)
+
+    def hear(self, where: str, part: Part) -> str:
+        """Return the name of a part's recording. Raises Fault(400)."""
+        if not self._room_for_sounds:
+            refuse(
+                where, f"{where} is one recording too many", "`gateway.max_sounds` sets how many are taken"
+            )
+        self._room_for_sounds -= 1
+        if part.input_audio is None or not part.input_audio.data:
+            refuse(
+                where,
+                f"{where} holds no recording",
+                "send {'type': 'input_audio', 'input_audio': {'data': BASE64, 'format': 'wav'}}",
+            )
+        given = part.input_audio.data
+        try:
+            data = from_uri(given) if given[:5].lower() == "data:" else from_base64(given)
+            sound = read_sound(data, self._limits)
+        except RowError as error:
+            said = str(error).replace("ingest.media.max_seconds", "gateway.max_sound_seconds")
+            refuse(where, f"{where}: {said}", SOUND_REMEDIES.get(error.reason, "send it again, whole"))
+        return self._keep(sound.name, sound.data)
+
+    def _keep(self, name: str, data: bytes) -> str:
+        self.known[name] = data
+        self.looks.append(describe(name, data))
+        return name
 
     def read(self, where: str, part: Part) -> str:
         """Return the name of a part's picture. Raises Fault(400)."""
@@ -323,18 +364,16 @@ class Pictures:
                 "send the picture itself, as data:image/png;base64,…",
             )
         try:
-            picture = read_picture(from_uri(url), MediaConfig())
+            picture = read_picture(from_uri(url), self._limits)
         except RowError as error:
             refuse(where, f"{where}: {error}", REMEDIES.get(error.reason, "send it again, whole"))
-        self.known[picture.name] = picture.data
-        self.looks.append(look_of(picture.name, picture.data))
-        return picture.name
+        return self._keep(picture.name, picture.data)
 
 
-def to_message(where: str, turn: Turn, pictures: Pictures | None = None) -> Message:
+def to_message(where: str, turn: Turn, media: RequestMedia | None = None) -> Message:
     """Return a checked message; `where` names its place in the body. Raises Fault(400).
 
-    Pictures of users' messages are added to `pictures`; None: no message may show any.
+    Pictures and recordings of users' messages are added to `media`; None: no message may have any.
     """
     role = ROLES.get(turn.role)
     if role is None:
@@ -349,7 +388,7 @@ def to_message(where: str, turn: Turn, pictures: Pictures | None = None) -> Mess
         refuse(f"{where}.content", f"{where}.content is missing; wanted text")
     # Normalised like the training rows: otherwise Windows line ends would make another prompt.
     names: list[str] = []
-    shown = pictures if role == "user" else None
+    shown = media if role == "user" else None
     content = check_text(f"{where}.content", _join(where, turn.content or "", shown, names))
     reasoning = check_text(f"{where}.reasoning_content", without_marks(turn.reasoning_content or ""))
     if role == "assistant" and not reasoning:
@@ -432,18 +471,18 @@ def _named_tool(given: Any, choice: Any, offered: Sequence[str]) -> str:
     return str(name)
 
 
-def _join(where: str, content: str | list[Part], pictures: Pictures | None, names: list[str]) -> str:
-    """Join the texts of a message, with a MEDIA_MARK for each picture, whose name is added to `names`.
+def _join(where: str, content: str | list[Part], media: RequestMedia | None, names: list[str]) -> str:
+    """Join the texts of a message, with a MEDIA_MARK for each medium, whose name is added to `names`.
 
-    MEDIA_MARKs of the client's own go, since they would be places for pictures.
+    MEDIA_MARKs of the client's own go, since they would be places for such.
     """
     if isinstance(content, str):
         return content.replace(MEDIA_MARK, "")
     text, follows = "", False  # whether a text follows a text
     for position, part in enumerate(content):
         place = f"{where}.content[{position}]"
-        if part.type == "image_url" and pictures is not None:
-            names.append(pictures.read(place, part))
+        if part.type in ("image_url", "input_audio") and media is not None:
+            names.append((media.read if part.type == "image_url" else media.hear)(place, part))
             text, follows = text + MEDIA_MARK, False
         elif part.type == "text" and part.text is not None:
             text += ("\n" if follows else "") + part.text.replace(MEDIA_MARK, "")
@@ -452,7 +491,8 @@ def _join(where: str, content: str | list[Part], pictures: Pictures | None, name
             refuse(
                 place,
                 f"{place} is of type {part.type!r}; wanted parts {{'type': 'text', 'text': …}}, and in "
-                "users' messages {'type': 'image_url', 'image_url': {'url': 'data:image/png;base64,…'}}",
+                "users' messages {'type': 'image_url', 'image_url': {'url': 'data:image/png;base64,…'}} and "
+                "{'type': 'input_audio', 'input_audio': {'data': BASE64, 'format': 'wav'}}",
             )
     return text
 

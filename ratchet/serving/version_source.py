@@ -11,10 +11,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ratchet.data.examples import Example, read_examples
-from ratchet.data.media import FOLDER as MEDIA
-from ratchet.data.media import MediaStore
 from ratchet.errors import RatchetError, UserError
 from ratchet.files import read_json
+from ratchet.media.store import FOLDER as MEDIA
+from ratchet.media.store import MediaStore
 from ratchet.pipeline.checkout import git
 from ratchet.pipeline.workspace import require_output
 from ratchet.promotion.champion import last_entry, read_champion

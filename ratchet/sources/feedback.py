@@ -220,7 +220,7 @@ def _candidates(
             left_out[how] += 1
             continue
         if not _has_pictures(request, known):
-            left_out["shows a picture that was not kept (request_log.pictures)"] += 1
+            left_out["has a picture or recording that was not kept (request_log.pictures)"] += 1
             continue
         votes = [Vote(_name(request, said), said.sender) for said in heard if _vouches(said, how)]
         candidate = Candidate(request, answer, how, votes)

@@ -43,8 +43,10 @@ OTHERS: dict[bytes, tuple[str, str]] = {
     b"\x89PNG": ("a picture (PNG)", "name the file of the rows that show it"),
     b"\xff\xd8\xff": ("a picture (JPEG)", "name the file of the rows that show it"),
     b"GIF8": ("a picture (GIF)", "name the file of the rows that show it"),
-    b"RIFF": ("a picture or a sound (RIFF)", "rows of text are taken"),
-    b"ID3": ("a sound (MP3)", "rows of text are taken"),
+    b"RIFF": ("a picture or a recording (RIFF)", "name the file of the rows that have it"),
+    b"ID3": ("a recording (MP3)", "name the file of the rows that have it"),
+    b"OggS": ("a recording (Ogg)", "name the file of the rows that have it"),
+    b"fLaC": ("a recording (FLAC)", "name the file of the rows that have it"),
     b"FEA1": ("a Feather file of version 1", "write it again as version 2, or as Parquet"),
     b"ORC": ("an ORC file", "save it as Parquet, and name that file"),
     b"Obj\x01": ("an Avro file", "save it as Parquet, and name that file"),
@@ -99,7 +101,7 @@ def tell_format(stream: Stream, columns: tuple[str, ...] = ()) -> tuple[Format, 
     if text.startswith(b"["):
         return "JSON", None
     if text.startswith(b"{"):
-        return ("JSON Lines" if _has_whole_first_line(text) or _holds_pictures(text) else "JSON"), None
+        return ("JSON Lines" if _has_whole_first_line(text) or _holds_media(text) else "JSON"), None
     lines = [line for line in text.splitlines()[:100] if line.strip()]
     if 2 * sum(line.lstrip().startswith(b"{") for line in lines) >= len(lines):
         return "JSON Lines", None  # with broken rows, which preparation rejects and counts
@@ -115,9 +117,9 @@ def tell_format(stream: Stream, columns: tuple[str, ...] = ()) -> tuple[Format, 
     raise _refusal(stream, f"a text that begins with {first!r}", f"a CSV needs a header; {DRAFT}")
 
 
-def _holds_pictures(text: bytes) -> bool:
-    """Tell whether the first line is as long as it is because a picture stands in it as base64."""
-    return b"\n" not in text and b";base64," in text
+def _holds_media(text: bytes) -> bool:
+    """Tell whether the first line is as long as it is because a picture or recording stands in it."""
+    return b"\n" not in text and (b";base64," in text or b'"input_audio"' in text)
 
 
 def _refuse_others(stream: Stream) -> None:

@@ -23,7 +23,7 @@ from ratchet.sources import sql, streams
 from ratchet.sources.columns import Columns
 from ratchet.sources.formats import BOM, tell_format
 from ratchet.sources.json_documents import read_document
-from ratchet.sources.media import HINT, MOST_LINE, Pictures, Rows
+from ratchet.sources.media import HINT, MOST_LINE, MediaIntake, Rows
 from ratchet.sources.streams import Stream, find_files, open_stream, shown
 from ratchet.sources.tables import encode_row, read_columnar, read_csv, unfold
 
@@ -84,7 +84,7 @@ def read_lines(settings: JsonlSource) -> Iterator[bytes]:
 
 
 def read_files(
-    path: str, mapping: dict[str, str], extra: Collection[str] = (), pictures: Pictures | None = None
+    path: str, mapping: dict[str, str], extra: Collection[str] = (), pictures: MediaIntake | None = None
 ) -> Harvest:
     """Read the rows of all files, with columns renamed by `mapping`; `extra`: further keys of the rows.
 
@@ -111,7 +111,7 @@ def read_files(
 
 
 def _harvest(
-    lines: list[bytes], files: list[Original], said: Iterable[str], pictures: Pictures | None
+    lines: list[bytes], files: list[Original], said: Iterable[str], pictures: MediaIntake | None
 ) -> Harvest:
     if pictures is None:
         return Harvest(lines, tuple(files), tuple(said))
@@ -123,7 +123,7 @@ def read_database(
     root: Path,
     mapping: dict[str, str],
     extra: Collection[str] = (),
-    pictures: Pictures | None = None,
+    pictures: MediaIntake | None = None,
 ) -> Harvest:
     """Read the result of the query. Raises ConfigError, DataError."""
     if not settings.url:

@@ -1,7 +1,8 @@
-"""Take in the pictures that rows refer to: each reference becomes `media:NAME`, the bytes go into a spool.
+"""Take in pictures and recordings of rows: each reference becomes `media:NAME`, the bytes go into a spool.
 
-A picture that cannot be taken becomes `media-error:REASON:message`, so that preparation rejects and counts
-its row. Read are files under the folder of the rows' file, data URIs, base64, and bytes of Parquet and Arrow.
+One that cannot be taken becomes `media-error:REASON:message`, so that preparation rejects and counts its row.
+Read are files under the folder of the rows' file, data URIs, base64, and bytes of Parquet and Arrow; of a
+recording also its samples, as `datasets` has them ({"array", "sampling_rate"}).
 Nothing is fetched from an address, and no path leads out of the folder, by a symlink either.
 """
 
@@ -17,37 +18,64 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from ratchet.config.data import MediaConfig
 from ratchet.data.examples import MEDIA, MEDIA_ERROR, MEDIA_NAME, RawRow, RowError
-from ratchet.data.forms import FORMS, MEDIA_KEYS, PICTURE_PARTS, recognise_form
-from ratchet.data.media import MediaStore, Spool, from_base64, from_uri, read_picture
+from ratchet.data.forms import (
+    FORMS,
+    MEDIA_KEYS,
+    MEDIA_PARTS,
+    OF_TURN,
+    PICTURE_KEYS,
+    SOUND_KEYS,
+    SOUND_PARTS,
+    recognise_form,
+)
+from ratchet.media.names import from_base64, from_uri
+from ratchet.media.pictures import read_picture
+from ratchet.media.sounds import read_sound, write_wav
+from ratchet.media.store import MediaStore, Spool
 from ratchet.sources.streams import WEB
 
 MOST_LINE = 2**27  # bytes of a line whose pictures stand in it as base64
-HINT = re.compile(rb';base64,|"(?:image|img|picture|photo|input_image|file_name)[a-z_]*"')
+HINT = re.compile(
+    rb';base64,|"(?:image|img|picture|photo|input_image|audio|input_audio|sound|recording|file_name)[a-z_]*"'
+)
+SOUND_FILE = re.compile(r"\.(?:wav|flac|ogg|oga|opus|mp3|m4a|aac)$", re.IGNORECASE)
 PICTURE_FILE = re.compile(r"\.(?:png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: `C:` is a drive
+SOUND_BASE64 = ("UklGR", "ZkxhQ", "T2dnU", "SUQz", "//uQ", "//vQ", "//NE", "//Pk")
 PICTURE_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")  # how formats begin
+REFERENCES = ("data:", "DATA:", MEDIA, MEDIA_ERROR)
 LEAST_BASE64 = 100  # characters; a shorter text is a path
 TALKS = ("messages", "conversations", "conversation", "prompt", "chosen", "rejected")
 TALKS_OF_OPENAI = ("preferred_output", "non_preferred_output")
-HELD = ("image_url", "image", "url", "path", "base64", "data", "source")  # keys of a part with its picture
+HELD = (  # keys of a part with its picture or recording
+    *("image_url", "image", "audio_url", "audio", "input_audio"),
+    *("url", "path", "base64", "data", "source"),
+)
+WORD = {False: "picture", True: "recording"}  # the key tells whether it is a recording
 SHOWN = 80  # characters of a path in a message
 ReadFile = Callable[[str], bytes]
 
 
-class Pictures:
-    """The pictures of one ingest; `refused` counts references by the reason why none could be taken."""
+class MediaIntake:
+    """The pictures and recordings of one ingest.
+
+    `refused` counts references, of pictures and of recordings, by the reason why none could be taken.
+    """
 
     def __init__(self, limits: MediaConfig, root: Path | None = None) -> None:
-        self.spool, self.refused = Spool(), Counter[str]()
-        self.empty = 0  # rows with a column for pictures and nothing in it
+        self.spool = Spool()
+        self.refused: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
+        self.empty: Counter[bool] = Counter()  # rows with a column for one and nothing in it
         self.limits = limits
         self._folder = (root or Path()) / limits.folder if limits.folder else None
-        self._known: dict[bytes, str] = {}  # sha256 of a picture as it was found → what its reference became
+        self._known: dict[tuple[bytes, bool], str] = {}  # sha256 as it was found → what its reference became
 
     def beside(self, fs: Any, path: str) -> Rows:
-        """Return what reads the pictures of the rows of a file, from the file's folder."""
+        """Return what reads the pictures and recordings of the rows of a file, from the file's folder."""
         parent = path.rpartition("/")[0]
         kinds = (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
         if self._folder is not None:
@@ -58,18 +86,22 @@ class Pictures:
         return Rows(self, None if set(kinds) & set(WEB) else remote_reader(fs, parent, self.limits))
 
     def without_file(self) -> Rows:
-        """Return what reads the pictures of rows that stand in no file, such as those of a database."""
+        """Return what reads those of rows that stand in no file, such as those of a database."""
         return Rows(self, local_reader(self._folder, self.limits) if self._folder is not None else None)
 
-    def take(self, data: bytes) -> str:
-        """Keep a picture, and return its reference. Raises RowError."""
+    def take(self, data: bytes, *, sound: bool) -> str:
+        """Keep a picture or a recording, and return its reference. Raises RowError."""
         found = hashlib.sha256(data)
-        key = found.digest()
+        key = found.digest(), sound
         if key not in self._known:
             try:
-                picture = read_picture(data, self.limits, found.hexdigest())
-                self.spool.add(picture)
-                self._known[key] = MEDIA + picture.name
+                medium = (
+                    read_sound(data, self.limits)
+                    if sound
+                    else read_picture(data, self.limits, found.hexdigest())
+                )
+                self.spool.add(medium)
+                self._known[key] = MEDIA + medium.name
             except RowError as error:
                 self._known[key] = MEDIA_ERROR + f"{error.reason}:{error}"
         if (reference := self._known[key]).startswith(MEDIA_ERROR):
@@ -78,18 +110,27 @@ class Pictures:
         return reference
 
     def tell(self) -> tuple[str, ...]:
-        """Say how many pictures there are, how large, what was changed, and which were refused."""
-        said = list[str]()
+        """Say how many there are, how large or long, what was changed, and which were refused."""
+        found, told = {False: list[str](), True: list[str]()}, list[str]()
         if sizes := self.spool.sizes.values():
             small, large = (least(sizes, key=lambda size: size[0] * size[1]) for least in (min, max))
-            said.append(f"{len(sizes)} different pictures of {_pixels(small)} to {_pixels(large)} pixels")
-        if self.spool.changed:
-            said.append(f"changed: {_counted(self.spool.changed)}")
-        if self.refused:
-            said.append(f"not taken: {_counted(self.refused)}")
-        if self.empty:
-            said.append(f"{self.empty} rows have a column for one and nothing in it: they are rows of text")
-        return (f"pictures: {'; '.join(said)}",) if said else ()
+            found[False].append(
+                f"{len(sizes)} different pictures of {_pixels(small)} to {_pixels(large)} pixels"
+            )
+        if seconds := self.spool.seconds.values():
+            found[True].append(
+                f"{len(seconds)} different recordings of {min(seconds):.1f} to {max(seconds):.1f} s"
+            )
+        for sound, changed in ((False, self.spool.changed), (True, self.spool.changed_sounds)):
+            said = found[sound]
+            if changed:
+                said.append(f"changed: {_counted(changed)}")
+            if self.refused[sound]:
+                said.append(f"not taken: {_counted(self.refused[sound])}")
+            if empty := self.empty[sound]:
+                said.append(f"{empty} rows have a column for one and nothing in it: they are rows of text")
+            told += [f"{WORD[sound]}s: {'; '.join(said)}"] if said else []
+        return tuple(told)
 
 
 def _pixels(size: tuple[int, int]) -> str:
@@ -104,21 +145,27 @@ class Rows:
     """Replaces the references in the rows of one file; `read` reads a path under its folder."""
 
     def __init__(
-        self, pictures: Pictures, read: ReadFile | None, shards: Mapping[str, bytes] | None = None
+        self, intake: MediaIntake, read: ReadFile | None, shards: Mapping[str, bytes] | None = None
     ) -> None:
-        self._pictures, self._read, self._shards = pictures, read, shards or {}
+        self._intake, self._read, self._shards = intake, read, shards or {}
 
     def take(self, row: RawRow) -> RawRow:
-        """Return the row with its references replaced; a row that shows no picture is returned as it is."""
-        named = row.get("file_name")  # as `datasets` names the picture in the metadata of a folder
-        if isinstance(named, str) and PICTURE_FILE.search(named) and row.keys().isdisjoint(MEDIA_KEYS):
-            row = {"image": named, **{key: value for key, value in row.items() if key != "file_name"}}
-        changed = {key: self._replace(row[key]) for key in MEDIA_KEYS if row.get(key) not in (None, "", [])}
+        """Return the row with its references replaced; a row without any is returned as it is."""
+        named = row.get("file_name")  # as `datasets` names the file in the metadata of a folder
+        if isinstance(named, str) and row.keys().isdisjoint(MEDIA_KEYS):
+            key = "image" if PICTURE_FILE.search(named) else "audio" if SOUND_FILE.search(named) else ""
+            if key:
+                row = {key: named, **{key: value for key, value in row.items() if key != "file_name"}}
+        changed = {
+            key: self._replace(row[key], sound=key in SOUND_KEYS)
+            for key in MEDIA_KEYS
+            if row.get(key) not in (None, "", [])
+        }
         for key in (*TALKS, *TALKS_OF_OPENAI):
             if isinstance(turns := row.get(key), list) and (new := self._turns(turns)) is not turns:
                 changed[key] = new
         if not changed and not row.keys().isdisjoint(MEDIA_KEYS):
-            self._pictures.empty += 1
+            self._intake.empty[row.keys().isdisjoint(PICTURE_KEYS)] += 1
         given = row.get("input")
         if isinstance(given, dict) and isinstance(asked := given.get("messages"), list):
             new = self._turns(asked)
@@ -132,14 +179,17 @@ class Rows:
     def _turn(self, turn: Any) -> Any:
         if not isinstance(turn, dict):
             return turn
-        changed = {key: self._replace(turn[key]) for key in ("image", "images") if turn.get(key)}
+        role = turn.get("role", turn.get("from"))
+        read = OF_TURN[:2] if role in ("assistant", "gpt") else OF_TURN  # its `audio` is what it said
+        changed = {key: self._replace(turn[key], sound=key in SOUND_KEYS) for key in read if turn.get(key)}
         key = "content" if "content" in turn else "value"
-        if isinstance(parts := turn.get(key), list) and any(map(_is_picture, parts)):
-            changed[key] = [self._part(part) if _is_picture(part) else part for part in parts]
+        if isinstance(parts := turn.get(key), list) and any(map(_is_medium, parts)):
+            changed[key] = [self._part(part) if _is_medium(part) else part for part in parts]
         return {**turn, **changed} if changed else turn
 
     def _part(self, part: dict[str, Any]) -> dict[str, Any]:
-        """Replace the reference of a part; a part without one shows a picture that stands beside it."""
+        """Replace the reference of a part; a part without one has what stands beside the messages."""
+        sound = part["type"] in SOUND_PARTS
         key = next((key for key in HELD if part.get(key) not in (None, "")), None)
         if key is None:
             return part
@@ -147,60 +197,68 @@ class Rows:
         if key in ("base64", "data", "source"):
             rest = {name: value for name, value in part.items() if name not in HELD}
             held = given if isinstance(given, dict) else {"base64": given}
-            return {**rest, "type": "image", "image": self.refer(held)}
-        if key == "image_url" and isinstance(given, dict):
-            return {**part, key: {**given, "url": self.refer(given)}}
-        return {**part, key: self._replace(given)}
+            kind = "audio" if sound else "image"
+            return {**rest, "type": kind, kind: self.refer(held, sound=sound)}
+        if key in ("image_url", "audio_url") and isinstance(given, dict):
+            return {**part, key: {**given, "url": self.refer(given, sound=sound)}}
+        if key == "input_audio" and isinstance(given, dict):
+            return {**part, key: {**given, "data": self.refer(given, sound=True)}}
+        return {**part, key: self._replace(given, sound=sound)}
 
-    def _replace(self, value: Any) -> Any:
+    def _replace(self, value: Any, *, sound: bool) -> Any:
         if isinstance(value, str) and value.lstrip().startswith("["):  # a list in the cell of a table
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError):
-                return self.refer(value)
-        return [self.refer(one) for one in value] if isinstance(value, list) else self.refer(value)
+                return self.refer(value, sound=sound)
+        if isinstance(value, list):
+            return [self.refer(one, sound=sound) for one in value]
+        return self.refer(value, sound=sound)
 
-    def refer(self, value: Any) -> str:
-        """Take a picture, and return its reference, or why it could not be taken."""
+    def refer(self, value: Any, *, sound: bool) -> str:
+        """Take a picture or a recording, and return its reference, or why it could not be taken."""
         try:
-            found = self._find(value)
-            return found if isinstance(found, str) else self._pictures.take(found)
+            found = self._find(value, sound=sound)
+            return found if isinstance(found, str) else self._intake.take(found, sound=sound)
         except RowError as error:
-            self._pictures.refused[error.reason] += 1
+            self._intake.refused[sound][error.reason] += 1
             return f"{MEDIA_ERROR}{error.reason}:{error}"
 
-    def _find(self, value: Any) -> bytes | str:
-        """Return the picture's bytes as they stand, or an error that is known. Raises RowError."""
+    def _find(self, value: Any, *, sound: bool) -> bytes | str:
+        """Return the bytes as they stand, or an error that is known. Raises RowError."""
         if isinstance(value, dict):
-            keys = ("bytes", "base64", "data", "url", "path", "image")
+            if sound and value.get("array") is not None and "sampling_rate" in value:
+                return _from_samples(value["array"], value["sampling_rate"])
+            keys = ("bytes", "base64", "data", "url", "path", "image", "audio")
             key = next((key for key in keys if value.get(key) not in (None, "", b"")), "")
             value = value.get(key)
-            if key in ("base64", "data") and isinstance(value, str) and value[:5].lower() != "data:":
+            if key in ("base64", "data") and isinstance(value, str) and not value.startswith(REFERENCES):
                 return from_base64(value)
         if isinstance(value, bytes | bytearray | memoryview):
             return bytes(value)
         if not isinstance(value, str):
             raise RowError(
-                "media_type", f"a {type(value).__name__} in place of a picture; wanted a path or its bytes"
+                "media_type",
+                f"a {type(value).__name__} in place of a {WORD[sound]}; wanted a path or its bytes",
             )
         if value.startswith(MEDIA_ERROR):
             return value
         if value.startswith(MEDIA) and MEDIA_NAME.fullmatch(name := value.removeprefix(MEDIA)):
             if name not in self._shards:
-                raise RowError("media_missing", f"no tar beside the file holds the picture {name[:12]}…")
+                raise RowError("media_missing", f"no tar beside the file holds {name[:12]}…")
             return self._shards[name]
         if value[:5].lower() == "data:":
             return from_uri(value)
-        if len(value) >= LEAST_BASE64 and value.startswith(PICTURE_BASE64):
+        if len(value) >= LEAST_BASE64 and value.startswith(SOUND_BASE64 if sound else PICTURE_BASE64):
             return from_base64(value)
-        return self._from_path(value.strip())
+        return self._from_path(value.strip(), WORD[sound])
 
-    def _from_path(self, path: str) -> bytes:
+    def _from_path(self, path: str, word: str) -> bytes:
         if SCHEME.match(path) or path.startswith("//"):
             raise RowError(
                 "media_url",
-                f"the picture stands at an address ({path.partition(':')[0][:20]}:…); `ingest.media.hosts` "
-                f"is {self._pictures.limits.hosts}, so nothing is fetched: put the files beside the rows",
+                f"the {word} stands at an address ({path.partition(':')[0][:20]}:…); `ingest.media.hosts` "
+                f"is {self._intake.limits.hosts}, so nothing is fetched: put the files beside the rows",
             )
         posix = path.replace("\\", "/")
         parts = PurePosixPath(posix).parts
@@ -218,12 +276,23 @@ class Rows:
         return self._read(str(PurePosixPath(*parts)))
 
 
-def _is_picture(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") in PICTURE_PARTS
+def _is_medium(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in MEDIA_PARTS
+
+
+def _from_samples(samples: Any, rate: Any) -> bytes:
+    """Return samples between -1 and 1, (samples,) or (channels, samples), as a WAV file. Raises RowError."""
+    try:
+        found = np.asarray(samples, dtype=np.float32)
+        if found.ndim not in (1, 2) or not found.size:
+            raise ValueError(f"an array of shape {found.shape}")
+        return write_wav(found.T, int(rate))
+    except (ValueError, TypeError, OverflowError, OSError, RuntimeError) as error:
+        raise RowError("media_broken", f"its samples and rate are no recording: {str(error)[:120]}") from None
 
 
 def _lift(row: RawRow) -> RawRow:
-    """Bring the texts beside a picture into a form: an object such as `text_qa_pair`, or a list of pairs."""
+    """Bring the texts beside a medium into a form: an object such as `text_qa_pair`, or a list of pairs."""
     try:
         recognise_form(row)
     except RowError:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ratchet.config.data import PrepareConfig
 from ratchet.data.examples import MEDIA_MARK, Example, RowError, count_reasoned, tool_names
-from ratchet.data.media import size_of
 from ratchet.data.validation import Origin, Validator
 from ratchet.errors import RatchetError
+from ratchet.media.names import is_sound, kind_of
+from ratchet.media.pictures import size_of
+from ratchet.media.sounds import length_of
 from ratchet.models.chat_template import ChatFormat, Encoded
 
 if TYPE_CHECKING:
@@ -72,8 +74,13 @@ def preview_rows(
 
 
 def _tell_picture(name: str, media: Mapping[str, bytes]) -> str:
-    size = "{}×{}".format(*size_of(media[name])) if name in media else "missing"
-    return f"[picture {name[:SHOWN]}… {size}]"
+    if name not in media:
+        size = "missing"
+    elif is_sound(name):
+        size = f"{length_of(media[name]):.1f} s"
+    else:
+        size = "{}×{}".format(*size_of(media[name]))
+    return f"[{kind_of(name)} {name[:SHOWN]}… {size}]"
 
 
 def _preview(example: Example, chat: ChatFormat | None) -> Preview:

@@ -27,7 +27,7 @@ from ratchet.errors import UserError
 from ratchet.files import read_json
 from ratchet.models.adapters import PREFIXED
 from ratchet.models.manifests import read_base_manifest
-from ratchet.models.processors import reads_pictures
+from ratchet.models.processors import reads_media
 from ratchet.training.launch import Material, read_figures, read_points, require_success, run_training
 from ratchet.training.packing import Window, group_rows, read_windows, write_windows
 from ratchet.training.schedule import Figures, Points
@@ -59,7 +59,7 @@ class Plan(NamedTuple):
     peak_gpu_mib: float | None
     free_gpu_mib: float | None
     probed_steps: int
-    reads_pictures: bool = False
+    reads_media: bool = False
 
     @property
     def fits(self) -> bool:
@@ -83,7 +83,7 @@ def plan_training(material: Material, config: Config, say: Callable[[str], None]
     return found._replace(
         free_mib=free,
         free_gpu_mib=_free_gpu_mib() if found.peak_gpu_mib is not None else None,
-        reads_pictures=reads_pictures(material.base),
+        reads_media=reads_media(material.base),
     )
 
 

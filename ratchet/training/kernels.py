@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ratchet.errors import ConfigError
-from ratchet.models.loading import layers_of, without_adapter
+from ratchet.models.loading import has_tower, layers_of, without_adapter
 
 # Tokens of a row up to which plain attention is faster on a CPU; its memory grows with the
 # square of their number.
@@ -32,14 +32,14 @@ LIGER = {
 def fast_attention(model: Any, longest: int) -> Iterator[None]:
     """Use plain attention on a CPU if rows are short (`longest`, in tokens): fused is slower there.
 
-    A tower of pictures keeps its own: it sees several times as many patches as there are tokens.
+    A tower of pictures or sound keeps its own: it sees several times as many patches as there are tokens.
     """
     base = without_adapter(model)
-    pictures = getattr(base.config, "vision_config", None) is not None
+    tower = has_tower(base)
     kept = base.config.get_text_config()._attn_implementation
 
     def attend(kind: str) -> None:
-        base.set_attn_implementation({"text_config": kind} if pictures else kind)
+        base.set_attn_implementation({"text_config": kind} if tower else kind)
 
     if not torch.cuda.is_available() and longest <= EAGER_LENGTH:
         attend("eager")

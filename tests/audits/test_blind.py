@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ratchet.audits.blind import make_blind
+from ratchet.audits.blind import WHATS, make_blind
 from ratchet.data.examples import MEDIA_MARK, Example, Message, make_example
 
 
@@ -44,3 +44,19 @@ def test_only_so_many_rows_are_asked_and_always_the_same() -> None:
     rows = [shown(number, f"{number:x}.png") for number in range(9)]
     few = make_blind(rows, most=3)
     assert len({one.of for one in few}) == 3 and few == make_blind(rows[::-1], most=3)
+
+
+def test_recordings_are_changed_for_recordings_and_count_by_themselves() -> None:
+    seen = [shown(number, f"{number:x}.png") for number in range(4)]
+    heard = [shown(number, f"{number:x}.flac") for number in range(4, 8)]
+    both = [shown(number, f"{number:x}.png", f"{number:x}.flac") for number in range(8, 10)]
+    blind = make_blind([*seen, *heard, *both], most=3)
+    assert {what: len({one.of for one in blind if one.what == what}) for what in WHATS.values()} == {
+        "pictures": 3,
+        "recordings": 3,
+        "both": 2,
+    }
+    of = {row.id: row for row in (*seen, *heard, *both)}
+    for one in blind:
+        ends = [name.rpartition(".")[2] for name in one.row.media]
+        assert one.kind == "without" or ends == [name.rpartition(".")[2] for name in of[one.of].media]

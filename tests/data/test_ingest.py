@@ -18,11 +18,11 @@ from ratchet.config.params import Config
 from ratchet.data.batches import check_batch, read_manifest, write_batch
 from ratchet.data.dedup import split_by_hash
 from ratchet.data.examples import Message, example_id
-from ratchet.data.media import MediaStore
 from ratchet.errors import DataError
+from ratchet.media.store import MediaStore
 from ratchet.pipeline.checkout import git
 from tasks.ingest import Pulled, add_batch, check_rows, count_new, freeze_golden, label_of, pull
-from tests.data.test_media import encoded, noise, question
+from tests.media.test_media import encoded, noise, question
 
 CONFIG = Config()
 

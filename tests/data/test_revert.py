@@ -37,8 +37,8 @@ from small_checkout import (
 
 from flows.erase import follow_all, follow_reverted, list_is_pending, revert_batch
 from ratchet.data.batches import read_manifest, read_reverted
-from ratchet.data.media import MediaStore
 from ratchet.errors import UserError
+from ratchet.media.store import MediaStore
 from ratchet.pipeline.checkout import git
 from ratchet.promotion.champion import Champion, write_champion
 from ratchet.promotion.lineage import reverted_since
@@ -46,7 +46,7 @@ from ratchet.services.status import ledger_lines, read_moves
 from ratchet.tracking.registry import get_version
 from tasks.erase import find_batch, inherit
 from tasks.ingest import add_batch, freeze_golden, pull
-from tests.data.test_media import encoded, noise, question
+from tests.media.test_media import encoded, noise, question
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
 FIRST, SECOND, THIRD = range(10), range(8, 20), range(20, 25)  # 8 and 9 are in two batches

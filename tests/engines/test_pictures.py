@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from media_models import FAMILIES, make_rows
+from media_models import ALL_FAMILIES, hears, make_rows
 from PIL import Image, ImageOps
 
 from ratchet.config.params import Config
@@ -17,6 +17,7 @@ from ratchet.config.training import AdapterConfig, BaseConfig
 from ratchet.data.examples import Example
 from ratchet.engines.local_engine import LocalEngine
 from ratchet.files import read_json, write_json
+from ratchet.media.sounds import samples_of, write_flac
 from ratchet.models.adapters import add_adapter, load_trained, save_trained
 from ratchet.models.chat_template import encode_last_answer
 from ratchet.models.generation import answer_likelihoods, greedy_ids, likelihoods_and_answers
@@ -49,7 +50,7 @@ class Place(NamedTuple):
 
 def make_place(folder: Path, family: str, adapter: AdapterConfig) -> Place:
     """Make a base with two versions whose adapters change every answer."""
-    make_base(folder / "base", Config(base=BaseConfig(model=str(FAMILIES[family](folder / "model")))))
+    make_base(folder / "base", Config(base=BaseConfig(model=str(ALL_FAMILIES[family](folder / "model")))))
     versions = {}
     for version in (1, 2):
         model = add_adapter(load_base(folder / "base"), adapter, seed=version)
@@ -68,11 +69,11 @@ def make_place(folder: Path, family: str, adapter: AdapterConfig) -> Place:
             "batches": [],
         }
         write_json(versions[version] / "manifest.json", manifest)
-    rows, pictures = make_rows(16, seed=3)
+    rows, pictures = make_rows(16, seed=3, sounds=hears(folder / "base"))
     return Place(folder / "base", versions, rows, pictures)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=ALL_FAMILIES)
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
     return make_place(
         tmp_path_factory.mktemp(request.param), request.param, AdapterConfig(rank=4, alpha=64.0)
@@ -142,7 +143,9 @@ def test_the_evaluation_measures_rows_with_pictures_as_each_alone(place: Place) 
 
 
 def inverted(picture: bytes) -> bytes:
-    """Return a picture of the same size in the opposite colours."""
+    """Return a picture of the same size in the opposite colours, or a recording of the same length."""
+    if picture.startswith(b"fLaC"):
+        return write_flac(samples_of(picture)[::-1].copy() ** 2)
     stored = io.BytesIO()
     ImageOps.invert(Image.open(io.BytesIO(picture)).convert("RGB")).save(stored, "PNG")
     return stored.getvalue()

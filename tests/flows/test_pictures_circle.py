@@ -19,10 +19,10 @@ from stages import Ran, run_stages
 
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, read_examples
-from ratchet.data.media import FOLDER as MEDIA
-from ratchet.data.media import MediaStore
 from ratchet.errors import UserError
 from ratchet.files import write_json
+from ratchet.media.store import FOLDER as MEDIA
+from ratchet.media.store import MediaStore
 from ratchet.serving.bundle import bundle_candidate
 from ratchet.serving.version_source import Source
 from tasks.base import make_base

@@ -16,8 +16,9 @@ def scores_of(right: list[float]) -> pd.DataFrame:
     return pd.DataFrame({"id": IDS, "batch": "one", "model": "candidate", "exact_match": right})
 
 
-def blind_of(right: list[float], how: str = "another") -> pd.DataFrame:
-    return pd.DataFrame({"of": IDS, "how": how, "model": "candidate", "exact_match": right})
+def blind_of(right: list[float], how: str = "another", what: str = "pictures") -> pd.DataFrame:
+    columns = {"of": IDS, "how": how, "what": what, "model": "candidate", "exact_match": right}
+    return pd.DataFrame(columns)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,17 @@ def test_a_candidate_must_be_better_with_the_right_pictures(blind: list[float], 
     (check,) = judge_blind(blind_of(blind), scores_of([1.0] * 60), GateConfig(metric="exact_match"))
     assert (check.name, check.result) == ("pictures:another", result)
     assert "another row's" in check.reason
+
+
+def test_looking_and_listening_are_told_apart() -> None:
+    blind = pd.concat([blind_of([0.0] * 60), blind_of([1.0] * 60, what="recordings")])
+    checks = judge_blind(blind, scores_of([1.0] * 60), GateConfig(metric="exact_match"))
+    assert {check.name: check.result for check in checks} == {
+        "pictures:another": "pass",
+        "recordings:another": "fail",
+    }
+    (said,) = (check.reason for check in checks if check.result == "fail")
+    assert "own recordings than with another row's: nothing shows that the candidate listens" in said
 
 
 def test_a_metric_of_which_less_is_better_counts_the_other_way() -> None:

@@ -12,14 +12,16 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
-from media_models import name_of, picture
+from media_models import name_of, picture, sound
 from patience import scaled
 from served import Gateway, open_rollout, running_gateway, wait_for, wait_until_served
 
 from ratchet.data.examples import MEDIA_MARK
 from ratchet.gateway.auth import add_key
 from ratchet.gateway.identity import Ids
+from ratchet.media.sounds import to_wav
 from ratchet.monitoring.pictures import KeptPictures
+from ratchet.monitoring.sounds import sound_of
 
 ANSWER = " ".join(["pydoc@v1"] * 4)
 TIMEOUT = round(scaled(0.8), 1)  # the gateway's, in seconds
@@ -67,6 +69,24 @@ def test_a_picture_goes_to_the_upstream_as_it_came_and_is_kept_where_the_log_say
         ("user", MEDIA_MARK),
     )
     assert [look.name for look in (*first.pictures, *second.pictures)] == [name, name]
+
+
+def test_a_recording_goes_to_the_upstream_as_wav_and_is_kept_where_the_log_says_so(tmp_path):
+    played = sound(5)
+    name, wav = name_of(played), to_wav(played)
+    part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(wav).decode(), "format": "wav"}}
+    content = [{"type": "text", "text": "what is"}, part]
+    with running_gateway(tmp_path, request_log={"pictures": True}) as gateway:
+        with client_of(gateway) as client:
+            client.chat.completions.create(model="pydoc", messages=[{"role": "user", "content": content}])
+            client.responses.create(model="pydoc", input=[{"role": "user", "content": [part]}])
+        assert gateway.stub.seen[-2]["messages"][0]["content"] == content
+        wait_for(lambda: name in KeptPictures(tmp_path))
+        first, second = gateway.logged()
+    assert KeptPictures(tmp_path)[name] == played
+    assert first.messages == (("user", f"what is{MEDIA_MARK}"),)
+    assert [look.name for look in (*first.pictures, *second.pictures)] == [name, name]
+    assert first.pictures[0] == sound_of(name, played)
 
 
 # --- the official client ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from contrast import CONTRAST
-from media_models import name_of, picture, write_shard
+from media_models import name_of, picture, sound, write_shard
 from patience import scaled
 from served import Gateway, running_gateway
 
@@ -332,10 +332,30 @@ def test_a_row_shows_its_pictures_where_they_stand_in_the_text(gateway, visit):
         80,
         60,
     ]
-    assert seen.text("question") == "Here  and there [the picture is not here: dvc pull]?"
+    assert seen.text("question") == "Here  and there [the picture or recording is not here: dvc pull]?"
     assert seen.said == []
     if folder := os.environ.get("RATCHET_SHOTS"):
         seen.page.screenshot(path=f"{folder}/review-picture.png")
+
+
+@pytest.mark.browser
+def test_a_row_plays_its_recording(gateway, visit):
+    played = sound(3, 0.5)
+    write_shard(gateway.root / "data/raw", {name_of(played): played}, "sounds")
+    asked = Message("user", f"Hear {MEDIA_MARK}?", media=(name_of(played),))
+    messages = (asked, Message("assistant", "High."))
+    queue = ReviewQueue(gateway.root)
+    queue.add([Item(example_id(messages), "q", "quarantine", messages, doubts=("boilerplate",))], share=0)
+    queue.close()
+    seen = visit()
+    shown = seen.page.locator("#question audio")
+    assert shown.count() == 1 and shown.evaluate("sound => sound.controls")
+    assert shown.get_attribute("src").startswith("data:audio/flac;base64,")
+    seen.page.wait_for_function("document.querySelector('#question audio').readyState > 0")
+    assert shown.evaluate("sound => sound.duration") == pytest.approx(0.5, abs=0.01)
+    assert seen.said == []
+    if folder := os.environ.get("RATCHET_SHOTS"):
+        seen.page.screenshot(path=f"{folder}/review-recording.png")
 
 
 @pytest.mark.browser

@@ -12,17 +12,21 @@ from typing import Any
 import pytest
 import torch
 from media_models import (
+    ALL_FAMILIES,
     FAMILIES,
+    hears,
     make_gemma3,
     make_llava,
     make_mllama,
     make_rows,
     make_tokenizer,
+    medium,
     name_of,
     picture,
+    sound,
     template,
 )
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, BaseConfig
@@ -40,9 +44,9 @@ ONE, TWO = picture(1), picture(2, 90, 50, "JPEG")
 SHOWN = {name_of(stored): stored for stored in (ONE, TWO)}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=ALL_FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return FAMILIES[request.param](tmp_path_factory.mktemp(request.param) / "model")
+    return ALL_FAMILIES[request.param](tmp_path_factory.mktemp(request.param) / "model")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +65,13 @@ def row(content: str, *pictures: bytes, answer: str = "It is red.") -> Example:
 
 
 def count_features(model: Any, features: dict[str, torch.Tensor]) -> int:
-    """Count the vectors that the model's tower and projector make of pictures."""
+    """Count the vectors that the model's tower and projector make of pictures or recordings."""
     with torch.inference_mode():
+        if "feature_attention_mask" in features:
+            tower = model.model.audio_tower
+            made = tower(features["input_features"]).last_hidden_state  # (recordings, positions, width)
+            _, lengths = tower._get_feat_extract_output_lengths(features["feature_attention_mask"].sum(-1))
+            return sum(len(vectors[:length]) for vectors, length in zip(made, lengths, strict=True))
         found = model.get_image_features(**features)
     found = getattr(found, "pooler_output", found)
     parts = found if isinstance(found, (list, tuple)) else [found]
@@ -90,8 +99,10 @@ def test_every_picture_is_whole_and_has_as_many_tokens_as_the_model_has_features
     chat = load_chat(folder)
     processor = processor_of(chat)
     with quiet():
-        model = AutoModelForImageTextToText.from_pretrained(folder)
-    rows, pictures = make_rows(count, seed=count)
+        model = AutoModelForMultimodalLM.from_pretrained(folder)
+    if hears(folder):
+        count //= 4  # its features take longer
+    rows, pictures = make_rows(count, seed=count, sounds=hears(folder))
     shown = 0
     for start in range(0, count, 50):
         part = rows[start : start + 50]
@@ -115,7 +126,7 @@ def test_every_picture_is_whole_and_has_as_many_tokens_as_the_model_has_features
 
 def test_the_prompt_is_the_beginning_of_the_row(folder: Path) -> None:
     chat = load_chat(folder)
-    rows, pictures = make_rows(40, seed=6)
+    rows, pictures = make_rows(40, seed=6, sounds=hears(folder))
     for example in rows:
         whole = chat.showing(pictures).encode(example).ids
         prompt = chat.showing(pictures).encode_prompt(example.prompt, example.tools)
@@ -128,19 +139,26 @@ def test_the_prompt_is_the_beginning_of_the_row(folder: Path) -> None:
 
 def test_a_row_has_the_same_features_alone_and_among_others(folder: Path) -> None:
     processor = processor_of(load_chat(folder))
-    together = processor.features([[ONE], [], [TWO, ONE]])
-    alone = [processor.features([[ONE]]), processor.features([[TWO, ONE]])]
-    pixels = [part["pixel_values"].flatten() for part in alone]
-    if together["pixel_values"].ndim == 5:  # Idefics3 pads the rows with empty tiles
+    one, two = medium(folder, 1), medium(folder, 2)
+    together = processor.features([[one], [], [two, one]])
+    alone = [processor.features([[one]]), processor.features([[two, one]])]
+    name = "input_features" if hears(folder) else "pixel_values"
+    values = [part[name].flatten() for part in alone]
+    if together[name].ndim == 5:  # Idefics3 pads the rows with empty tiles
         return
-    assert torch.equal(together["pixel_values"].flatten(), torch.cat(pixels))
+    assert torch.equal(together[name].flatten(), torch.cat(values))
 
 
 def test_inputs_that_are_joined_are_those_that_the_processor_makes_together(folder: Path) -> None:
     processor = processor_of(load_chat(folder))
     assert processor._row_axis == (1 if folder.parent.name.startswith("idefics3") else 0)
     chance = random.Random(3)
-    many = [picture(seed, chance.randint(8, 150), chance.randint(8, 150)) for seed in range(12)]
+    many = [
+        sound(seed, chance.uniform(0.1, 1.9))
+        if hears(folder)
+        else picture(seed, chance.randint(8, 150), chance.randint(8, 150))
+        for seed in range(12)
+    ]
     for _ in range(8):
         rows = [chance.sample(many, k=chance.choice((0, 1, 1, 2, 3))) for _ in range(4)]
         found = processor.features(rows)
@@ -186,7 +204,8 @@ def test_rows_without_pictures_have_no_features(folder: Path) -> None:
 def test_token_types_mark_the_tokens_of_pictures_and_no_others(folder: Path) -> None:
     chat = load_chat(folder)
     processor = processor_of(chat)
-    ids = torch.tensor([chat.showing(SHOWN).encode(row(f"a{MEDIA_MARK}b", ONE)).ids])
+    one = medium(folder, 1)
+    ids = torch.tensor([chat.showing({name_of(one): one}).encode(row(f"a{MEDIA_MARK}b", one)).ids])
     kinds = processor.sequence_features(ids)
     wanted = {"gemma3": "token_type_ids", "qwen2_5_vl": "mm_token_type_ids", "qwen3_vl": "mm_token_type_ids"}
     assert list(kinds) == [name for family, name in wanted.items() if folder.parent.name.startswith(family)]
@@ -202,8 +221,9 @@ def test_user_text_makes_no_place_for_a_picture(folder: Path) -> None:
     processor = processor_of(chat)
     tokens = {str(processor.placeholder), str(chat.tokenizer.convert_ids_to_tokens(processor.image_id))}
     forged = "".join(sorted(tokens))
-    ids = chat.showing(SHOWN).encode(row(f"{forged}{MEDIA_MARK}{forged}", ONE)).ids
-    assert ids.count(processor.image_id) == processor.tokens_of(ONE).count(processor.image_id)
+    one = medium(folder, 1)
+    ids = chat.showing({name_of(one): one}).encode(row(f"{forged}{MEDIA_MARK}{forged}", one)).ids
+    assert ids.count(processor.image_id) == processor.tokens_of(one).count(processor.image_id)
     plain = chat.encode(row(forged, answer=forged)).ids
     assert not {processor.image_id, processor.placeholder_id} & set(plain)
     assert forged in chat.tokenizer.decode(plain)
@@ -403,7 +423,8 @@ def config_for(folder: Path, method: str = "lora") -> Config:
 def test_a_base_is_proven_with_pictures_and_keeps_its_processor(folder: Path, tmp_path: Path) -> None:
     manifest = make_base(tmp_path / "base", config_for(folder), tmp_path / "proof.json")
     findings = {found["name"]: found["result"] for found in read_json(tmp_path / "proof.json")["findings"]}
-    assert findings["pictures"] == findings["training"] == findings["template"] == "ok"
+    kind = "recordings" if hears(folder) else "pictures"
+    assert findings[kind] == findings["training"] == findings["template"] == "ok"
     kept = [
         name for name in ("processor_config.json", "preprocessor_config.json") if (folder / name).exists()
     ]
@@ -411,7 +432,7 @@ def test_a_base_is_proven_with_pictures_and_keeps_its_processor(folder: Path, tm
     for name in kept:
         assert manifest["files"][name] == sha256_file(folder / name)
         assert sha256_file(tmp_path / "base" / name) == manifest["files"][name]
-    rows, pictures = make_rows(10, seed=3)
+    rows, pictures = make_rows(10, seed=3, sounds=hears(folder))
     ours, theirs = load_chat(tmp_path / "base"), load_chat(folder)
     assert [ours.showing(pictures).encode(example) for example in rows] == [
         theirs.showing(pictures).encode(example) for example in rows

@@ -8,11 +8,13 @@ import json
 from typing import Any
 
 import pytest
+from media_models import sound
 from PIL import Image
 
 from ratchet.config.serving import GatewayConfig
 from ratchet.data.examples import MEDIA_MARK, to_openai
 from ratchet.errors import BusyError, DataError, ServiceError, UserError
+from ratchet.media.sounds import to_wav
 from ratchet.serving.engine import Ask, Ended, JsonForm, Piece, Scored
 from ratchet.serving.faults import Fault, to_fault
 from ratchet.serving.protocol import (
@@ -26,7 +28,7 @@ from ratchet.serving.protocol import (
     parse_feedback,
 )
 
-LIMITS = GatewayConfig(max_messages=3, max_tokens=64, max_pictures=2)
+LIMITS = GatewayConfig(max_messages=3, max_tokens=64, max_pictures=2, max_sounds=2, max_sound_seconds=0.5)
 
 
 def draw() -> bytes:
@@ -40,7 +42,15 @@ def shown(data: bytes = b"", url: str = "") -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+def heard(data: bytes) -> dict[str, Any]:
+    return {
+        "type": "input_audio",
+        "input_audio": {"data": base64.b64encode(data).decode(), "format": "wav"},
+    }
+
+
 PICTURE = draw()
+SOUND = to_wav(sound(1, 0.2))
 
 
 def body(**fields: Any) -> bytes:
@@ -83,6 +93,21 @@ def test_pictures_stand_in_the_text_at_their_place_and_marks_of_the_clients_own_
     again = parse(messages=to_openai([message], ask.media)).ask("chatcmpl-2", 3)
     assert (again.messages, again.media) == (ask.messages, ask.media)
     assert parse(messages=[{"role": "user", "content": "a\ufffcb"}]).messages[0].content == "ab"
+
+
+def test_recordings_stand_in_the_text_at_their_place_beside_pictures():
+    parts = [heard(SOUND), {"type": "text", "text": "and"}, shown(PICTURE), {"type": "text", "text": "so?"}]
+    ask = parse(messages=[{"role": "user", "content": parts}]).ask("chatcmpl-1", 3)
+    (message,) = ask.messages
+    assert message.content == f"{MEDIA_MARK}and{MEDIA_MARK}so?"
+    assert [name.rpartition(".")[2] for name in message.media] == ["flac", "png"]
+    again = parse(messages=to_openai([message], ask.media)).ask("chatcmpl-2", 3)
+    assert (again.messages, again.media) == (ask.messages, ask.media)
+    looks = parse(messages=[{"role": "user", "content": parts}]).looks
+    assert tuple(look.name for look in looks) == message.media
+    uri = heard(SOUND)
+    uri["input_audio"]["data"] = f"data:audio/wav;base64,{uri['input_audio']['data']}"
+    assert parse(messages=[{"role": "user", "content": [uri]}]).messages[0].media == message.media[:1]
 
 
 def test_what_is_asked_for_arrives():
@@ -251,6 +276,36 @@ def test_what_is_not_supported_is_named(field, value):
             {"messages": [{"role": "user", "content": [shown(PICTURE)] * 3}]},
             "messages[0].content[2]",
             "one picture too many",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [heard(SOUND)]}]},
+            "messages[0].content[0]",
+            "in users' messages",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+            "messages[0].content[0]",
+            "holds no recording",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [heard(b"no sound")]}]},
+            "messages[0].content[0]",
+            "send a WAV or MP3",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [heard(SOUND[:-90])]}]},
+            "messages[0].content[0]",
+            "cut off",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [heard(to_wav(sound(1, 0.6)))]}]},
+            "messages[0].content[0]",
+            "0.6 s long; `gateway.max_sound_seconds` is 0.5",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [heard(SOUND)] * 3}]},
+            "messages[0].content[2]",
+            "one recording too many",
         ),
         ({"messages": [{"role": "user", "content": "a\0b"}]}, "messages[0].content", "NUL character at 1"),
         ({"user": "a\0"}, "user", "NUL"),

@@ -10,16 +10,16 @@ from typing import Any
 
 import msgspec
 import pytest
-from media_models import name_of, picture
+from media_models import name_of, picture, sound
 
 from ratchet.config.params import Config
 from ratchet.data.erasure import FILE, Entry, Forgotten, write_forgotten
 from ratchet.data.examples import MEDIA_MARK, Message, ToolCall, encode_line, make_example
 from ratchet.data.forms import read_conversation
-from ratchet.data.media import MediaStore
 from ratchet.errors import DataError
 from ratchet.files import write_bytes
 from ratchet.gateway.auth import add_key
+from ratchet.media.store import MediaStore
 from ratchet.monitoring.pictures import KeptPictures, Look
 from ratchet.monitoring.request_log import URL_VARIABLE, open_log
 from ratchet.monitoring.request_records import Feedback, Logged
@@ -106,10 +106,10 @@ def test_a_row_is_the_conversation_with_the_right_answer(tmp_path: Path) -> None
     assert len(read_conversation(rows[0]).messages) == 5
 
 
-def test_feedback_on_a_picture_is_a_row_where_the_picture_was_kept(
+def test_feedback_on_a_picture_or_a_recording_is_a_row_where_it_was_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = [picture(number) for number in range(3)]
+    drawn = [picture(1), sound(2), picture(3)]
     first, second, gone = map(name_of, drawn)
     turns = (("user", f"{MEDIA_MARK}one?"), ("assistant", "1"), ("user", f"and {MEDIA_MARK}?"))
     kept = asked("a", messages=turns, pictures=(Look(first, ()), Look(second, ())))
@@ -123,7 +123,8 @@ def test_feedback_on_a_picture_is_a_row_where_the_picture_was_kept(
     monkeypatch.setattr(time, "time", lambda: NOW + 60)
     pulled = pull(configured(), root=tmp_path, source="feedback")
     batch, _ = add_batch(tmp_path / "raw", pulled, licence="", who="tests")
-    assert batch.pictures == 2 and MediaStore.read(tmp_path / "raw")[second] == drawn[1]
+    assert (batch.pictures, batch.sounds) == (1, 1)
+    assert MediaStore.read(tmp_path / "raw")[second] == drawn[1]
 
 
 def test_a_corrected_answer_wins_over_the_given_one(tmp_path: Path) -> None:

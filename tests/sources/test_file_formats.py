@@ -372,11 +372,11 @@ def test_fields_that_arrow_fills_with_null_are_absent(tmp_path):
 
 
 def test_a_column_of_bytes_is_refused_and_can_be_left_out(tmp_path):
-    parquet.write_table(pa.table({"text": ["a"], "label": ["b"], "sound": [b"ID3"]}), tmp_path / "rows")
-    assert "column 'sound' holds bytes" in refused(tmp_path / "rows")
+    parquet.write_table(pa.table({"text": ["a"], "label": ["b"], "blob": [b"ID3"]}), tmp_path / "rows")
+    assert "column 'blob' holds bytes" in refused(tmp_path / "rows")
     pulled = pull(CONFIG, path=str(tmp_path / "rows"), columns={"prompt": "text", "completion": "label"})
     assert pulled.lines == [b'{"prompt": "a", "completion": "b"}']
-    assert len(pulled.said) == 1 and pulled.said[0].endswith("left out: sound")
+    assert len(pulled.said) == 1 and pulled.said[0].endswith("left out: blob")
 
 
 def test_what_is_wrong_with_a_row_of_an_array_is_left_for_preparation_to_see(tmp_path):

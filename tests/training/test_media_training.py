@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pytest
 import torch
-from media_models import FAMILIES, make_llava, make_rows, name_of, picture, write_prepared, write_shard
+from media_models import (
+    ALL_FAMILIES,
+    hears,
+    make_llava,
+    make_rows,
+    name_of,
+    picture,
+    write_prepared,
+    write_shard,
+)
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -21,9 +30,10 @@ from ratchet.config.data import TokenizeConfig
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, BaseConfig, TrainConfig
 from ratchet.data.examples import MEDIA_MARK, Example, Message, make_example
-from ratchet.data.media import MediaStore
 from ratchet.errors import BaseModelError, ConfigError, DataError
 from ratchet.files import read_json, sha256_file
+from ratchet.media.sounds import samples_of, write_flac
+from ratchet.media.store import MediaStore
 from ratchet.models.adapters import check_start, load_base_of, load_trainable, load_trained, read_kind
 from ratchet.models.cache import logits_at, place_rows
 from ratchet.models.chat_template import ChatFormat, Encoded
@@ -54,6 +64,8 @@ from tasks.tokenize import tokenize
 from tasks.train import train
 
 ROWS, PICTURES = make_rows(60)
+SOUND_ROWS, SOUNDS = make_rows(60, sounds=True)
+MEDIA = PICTURES | SOUNDS
 SCHEDULE = Schedule(
     steps=8,
     batch_windows=2,
@@ -77,10 +89,10 @@ def config_for(model: Path, **train: Any) -> Config:
     )
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=ALL_FAMILIES)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp(request.param)
-    make_base(home / "base", config_for(FAMILIES[request.param](home / "model")))
+    make_base(home / "base", config_for(ALL_FAMILIES[request.param](home / "model")))
     return home / "base"
 
 
@@ -104,7 +116,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, nobody: Path) -> Made:
     return Made(home / "base", prepared, home / "tokens", nobody, config)
 
 
-def inputs_of(base: Path, media: Mapping[str, bytes] = PICTURES) -> Inputs:
+def inputs_of(base: Path, media: Mapping[str, bytes] = MEDIA) -> Inputs:
     return load_chat(base, media).inputs
 
 
@@ -216,10 +228,15 @@ def test_a_picture_that_preparation_lost_is_named(made: Made, tmp_path: Path) ->
 # --- the loss ---
 
 
+def rows_like(base: Path) -> list[Example]:
+    """Return rows with what the base takes: pictures or recordings."""
+    return SOUND_ROWS if hears(base) else ROWS
+
+
 def rows_for(chat: ChatFormat, examples: list[Example]) -> list[Window]:
     return [
         row
-        for window in pack([chat.showing(PICTURES).encode(row) for row in examples], 2048)
+        for window in pack([chat.showing(MEDIA).encode(row) for row in examples], 2048)
         for row in rows_of(window)
     ]
 
@@ -233,7 +250,7 @@ def logprobs(model: Any, rows: list[Window], inputs: Inputs) -> torch.Tensor:
 
 def test_a_row_loses_the_same_alone_and_in_a_batch(base: Path) -> None:
     model, inputs = load_base(base).float().eval(), inputs_of(base)
-    rows = rows_for(load_chat(base), ROWS[:16])
+    rows = rows_for(load_chat(base), rows_like(base)[:16])
     assert {len(row.media) for row in rows} == {0, 1, 2, 3}
     together = logprobs(model, rows, inputs)
     alone = torch.cat([logprobs(model, [row], inputs) for row in rows])
@@ -245,10 +262,10 @@ def test_the_loss_depends_on_the_picture_and_covers_only_answers(base: Path) -> 
     chat = load_chat(base)
     model, inputs = load_base(base).float().eval(), inputs_of(base)
     assert chat.processor
-    example = next(example for example in ROWS if len(example.media) == 1)
+    example = next(example for example in rows_like(base) if len(example.media) == 1)
     (row,) = rows_for(chat, [example])
     (name,) = row.media
-    other = inputs_of(base, {name: _inverted(PICTURES[name])})
+    other = inputs_of(base, {name: _inverted(MEDIA[name])})
     assert not torch.equal(logprobs(model, [row], inputs), logprobs(model, [row], other))
     places = [place for place, id in enumerate(row.input_ids) if id == chat.processor.image_id]
     assert places
@@ -259,6 +276,8 @@ def test_the_loss_depends_on_the_picture_and_covers_only_answers(base: Path) -> 
 
 
 def _inverted(stored: bytes) -> bytes:
+    if stored.startswith(b"fLaC"):  # twice the pitch, and more
+        return write_flac(samples_of(stored) ** 2)
     target = io.BytesIO()
     with Image.open(io.BytesIO(stored)) as opened:
         ImageOps.invert(opened.convert("RGB")).save(target, "PNG")
@@ -266,7 +285,7 @@ def _inverted(stored: bytes) -> bytes:
 
 
 def test_a_training_in_windows_measures_what_one_in_rows_does(base: Path) -> None:
-    windows = pack([load_chat(base).showing(PICTURES).encode(row) for row in ROWS[:8]], 256)
+    windows = pack([load_chat(base).showing(MEDIA).encode(row) for row in rows_like(base)[:8]], 512)
     schedule = SCHEDULE._replace(steps=1, evaluations=1, learning_rate=1e-30)
     losses = []
     for apart in (True, False):
@@ -342,7 +361,11 @@ def part_of(name: str) -> str:
     """Tell which part of any of FAMILIES a weight belongs to."""
     if any(part in name for part in ("projector", "connector", "merger")):
         return "projector"
-    return "tower" if any(part in name for part in ("vision", "visual", "image_newline")) else "language"
+    return (
+        "tower"
+        if any(part in name for part in ("vision", "visual", "image_newline", "audio"))
+        else "language"
+    )
 
 
 @pytest.mark.parametrize("kind", SEEING_METHODS)
@@ -417,7 +440,7 @@ def test_only_the_language_model_is_quantised(base: Path) -> None:
     }
     assert ("language", "Linear4bit") in kinds
     assert {kind for part, kind in kinds if part != "language"} <= {"Linear"}
-    rows = rows_for(load_chat(base), ROWS[:8])
+    rows = rows_for(load_chat(base), rows_like(base)[:8])
     exact, rounded = (
         logprobs(load_base(base, method=method).eval(), rows, inputs_of(base)) for method in ("lora", "qlora")
     )
@@ -482,7 +505,7 @@ def go(base: Path, windows: list[Window], curve: Curve, checkpoints: Checkpoints
 
 @pytest.mark.parametrize("die_at", [3, 6])
 def test_a_training_that_was_killed_ends_in_the_same_weights(die_at: int, base: Path, tmp_path: Path) -> None:
-    windows = rows_for(load_chat(base), ROWS[:20])
+    windows = rows_for(load_chat(base), rows_like(base)[:20])
     whole, first, second = Curve(), Curve(die_at), Curve()
     wanted = go(base, windows, whole, None)
 
@@ -532,9 +555,10 @@ def token_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 def test_a_row_loses_the_same_packed_among_others(base: Path) -> None:
     chat, model, inputs = load_chat(base), load_base(base).float().eval(), inputs_of(base)
-    windows = pack([chat.showing(PICTURES).encode(row) for row in ROWS[:24]], 512)
+    rows = rows_like(base)[:24]
+    windows = pack([chat.showing(MEDIA).encode(row) for row in rows], 512)
     assert sum(len(window.shown) > 1 for window in windows) > 1
-    assert sum(len(window.media) for window in windows) == sum(len(row.media) for row in ROWS[:24])
+    assert sum(len(window.media) for window in windows) == sum(len(row.media) for row in rows)
     made = make_batches(
         windows, [], 2, accumulate=1, pad_id=0, apart=False, inputs=inputs, place=partial(place_rows, model)
     )

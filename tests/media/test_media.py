@@ -44,9 +44,10 @@ from ratchet.data.examples import (
     to_openai,
 )
 from ratchet.data.forms import read_conversation
-from ratchet.data.media import Look, MediaStore, are_alike, look_at, read_picture, size_of, write_shard
 from ratchet.data.validation import Origin, Validator
 from ratchet.errors import DataError
+from ratchet.media.pictures import Look, are_alike, look_at, read_picture, size_of
+from ratchet.media.store import MediaStore, write_shard
 from ratchet.models.loading import load_chat
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Decision
@@ -389,9 +390,9 @@ ROWS: list[tuple[int, dict[str, Any], str]] = [
         "media_place",
     ),
     (107, question(1000, video="images/a.mp4"), "media"),
-    (107, question(1000, image="images/a.png", audio="a.wav"), "media"),
+    (107, question(1000, image="images/a.png", audio="a.wav"), "media_missing"),
     (107, question(1000, image="images/a.png", image_id=7), "unknown_key"),
-    (107, talk([{"type": "input_audio", "input_audio": {"data": "AAAA"}}]), "media"),
+    (107, talk([{"type": "input_audio", "input_audio": {"data": "AAAA"}}]), "media_type"),
     (107, talk([{"type": "video_url", "video_url": {"url": "x"}}]), "media"),
     (108, {"image": "images/a.png", "question": "what is it?"}, "no_answer"),
     (

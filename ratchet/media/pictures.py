@@ -1,38 +1,25 @@
-"""Pictures of rows: check and normalise their bytes, hash what they show, keep them in tar shards by name.
+"""Pictures of rows: check and normalise their bytes, and hash what they show.
 
-A picture's name is `<sha256 of its stored bytes>.<png|jpg>`, so a row that names one names its very bytes.
 Stored pictures are PNG or JPEG, grey (L) or colour (RGB), upright, and without EXIF, GPS or comments.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import io
 import re
 import struct
-import tarfile
-import tempfile
-import weakref
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from ratchet.config.data import MediaConfig
-from ratchet.data.examples import MEDIA_NAME, RowError
-from ratchet.errors import DataError, DiskSpaceError
-from ratchet.files import write_bytes
+from ratchet.errors import DataError, RowError
 
-FOLDER = "media"  # of data/prepared
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_FRAMES = 100  # a longer animation is a film, of which the first frame says little
-IN_MEMORY = 2**26  # bytes of pictures that are held before they go to a temporary file
 GREY = {"1": "bitmap", "I;16": "depth", "I;16B": "depth", "I;16L": "depth", "I;16N": "depth", "I": "depth"}
 ALPHA = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
 BROKEN = (  # what Pillow's decoders raise for broken bytes
@@ -101,22 +88,6 @@ def read_picture(data: bytes, limits: MediaConfig, sha256: str = "") -> Picture:
     except BROKEN as error:
         said = str(error).partition("\n")[0][:120] or type(error).__name__
         raise RowError("media_broken", f"the picture is cut off or broken: {said}") from None
-
-
-def from_uri(uri: str) -> bytes:
-    """Return the bytes of a data URI. Raises RowError."""
-    head, comma, content = uri.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise RowError("media_broken", f"the data URI {head[:40]!r} is not written in base64")
-    return from_base64(content)
-
-
-def from_base64(text: str) -> bytes:
-    """Return the bytes of a picture in base64. Raises RowError."""
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):
-        raise RowError("media_broken", "the picture's base64 is broken or cut off") from None
 
 
 def _open(data: bytes) -> Image.Image:
@@ -333,129 +304,3 @@ def shrink(data: bytes, side: int) -> bytes:
         image.thumbnail((side, side))
         image.convert("RGB").save(stored, "JPEG", quality=90)
     return stored.getvalue()
-
-
-# --- many pictures ------------------------------------------------------------------------------------------
-
-
-class Spool(Mapping[str, bytes]):
-    """Pictures that are being collected: over IN_MEMORY bytes they lie in a temporary file.
-
-    `changed` counts what was changed, once for each different picture, `sizes` holds each one's pixels.
-    """
-
-    def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115
-        weakref.finalize(self, self._file.close)
-        self._places: dict[str, tuple[int, int]] = {}
-        self._end = 0
-        self.changed: Counter[str] = Counter()
-        self.sizes: dict[str, tuple[int, int]] = {}
-
-    def add(self, picture: Picture) -> None:
-        """Keep a picture, once. Raises DiskSpaceError."""
-        if picture.name in self._places:
-            return
-        try:
-            self._file.seek(self._end)
-            self._file.write(picture.data)
-        except OSError as error:
-            raise DiskSpaceError(
-                f"cannot hold over {self._end / 2**20:,.0f} MiB of pictures among temporary files: {error}",
-                remedy="free some room, or set TMPDIR to a folder with room; nothing was changed",
-            ) from error
-        self._places[picture.name] = self._end, len(picture.data)
-        self._end += len(picture.data)
-        self.changed.update(picture.changed)
-        self.sizes[picture.name] = picture.width, picture.height
-
-    def __getitem__(self, name: str) -> bytes:
-        start, size = self._places[name]
-        self._file.seek(start)
-        return self._file.read(size)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-class MissingPictureError(DataError, KeyError):
-    """A picture that no shard holds; a KeyError too, so that `get` returns its default."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])  # which KeyError would quote
-
-
-class MediaStore(Mapping[str, bytes]):
-    """Pictures of tar shards by name, read from their place in the shard when they are asked for.
-
-    Raises DataError for a shard that is no tar, and MissingPictureError for a picture that none holds.
-    """
-
-    def __init__(self, shards: Iterable[Path] = ()) -> None:
-        self._shards = [path for path in shards if path.exists()]
-        self._places: dict[str, tuple[int, int, int]] = {}  # shard, start, size
-        for number, path in enumerate(self._shards):
-            try:
-                with tarfile.open(path, "r:") as shard:
-                    for member in shard:
-                        place = (number, member.offset_data, member.size)
-                        if MEDIA_NAME.fullmatch(member.name) and member.isreg():
-                            self._places.setdefault(member.name, place)
-            except (tarfile.TarError, OSError, EOFError) as error:
-                raise DataError(
-                    f"{path} is no tar of pictures: {error}", remedy="restore it: dvc checkout"
-                ) from None
-
-    @classmethod
-    def read(cls, folder: Path) -> MediaStore:
-        """Read the shards of a folder; a folder that is missing is an empty store."""
-        return cls(sorted(folder.glob("*.tar")))
-
-    def __getitem__(self, name: str) -> bytes:
-        if name not in self._places:
-            raise MissingPictureError(
-                f"the picture {name[:80]} is in none of the {len(self._shards)} shards",
-                remedy="run `ratchet retrain`, which prepares the rows anew; `dvc pull` brings the shards",
-            )
-        number, start, size = self._places[name]
-        with self._shards[number].open("rb") as shard:
-            shard.seek(start)
-            return shard.read(size)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-def write_shard(path: Path, pictures: Mapping[str, bytes], names: Iterable[str] | None = None) -> None:
-    """Write the pictures, or those of them with the given `names`, as a tar: equal pictures give equal bytes.
-
-    Raises DataError for a name that is not that of the bytes.
-    """
-    write_bytes(path, _tar(pictures, sorted(set(pictures if names is None else names))))
-
-
-def _tar(pictures: Mapping[str, bytes], names: list[str]) -> Iterator[bytes]:
-    written = 0
-    for name in names:
-        data = pictures.get(name, b"")
-        if not MEDIA_NAME.fullmatch(name) or hashlib.sha256(data).hexdigest() != name[:64]:
-            raise DataError(
-                f"the picture {name[:80]} is missing, or has another sha256 than its name says",
-                remedy="ingest the rows again",
-            )
-        member = tarfile.TarInfo(name)  # mtime 0, uid 0, gid 0, mode 0644, no names of users
-        member.size = len(data)
-        chunk = member.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
-        written += len(chunk)
-        yield chunk
-    end = 2 * tarfile.BLOCKSIZE
-    yield bytes(end + -(written + end) % tarfile.RECORDSIZE)
