@@ -27,7 +27,9 @@ from ratchet.files import whole_folder, write_bytes, write_json
 from ratchet.monitoring.drift import PROMPTS, judge
 from ratchet.monitoring.families import LEAST_PROMPTS, Answered, Question, Reference, all_families, by_prompt
 from ratchet.monitoring.novelty import Familiar
-from ratchet.monitoring.pictures import Look, look_at_all
+from ratchet.monitoring.picture_features import FILE as FEATURES
+from ratchet.monitoring.picture_features import read_features
+from ratchet.monitoring.pictures import Look, look_at_all, with_features
 from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.monitoring.topics import find_topics
 from ratchet.monitoring.verdicts import VERDICTS, Decision, Recorded, Topic, Verdict
@@ -88,11 +90,19 @@ def load_reference(prepared: Path, evaluation: Path) -> Reference:
         if (prepared.parent / LOOKS).exists()  # references of older releases have none
         else Looks([], [])
     )
+    seen = read_features(evaluation / FEATURES)
     scores = pd.read_parquet(evaluation / "scores.parquet")
     own = scores[scores.model == "candidate"]
     surprise = own.prompt_nll if "prompt_nll" in own else [None] * len(own)
     answers = [Answered(answer, _finite(asked)) for answer, asked in zip(own.answer, surprise, strict=True)]
-    return Reference(Familiar(training), training, prompts, answers, looks.held_out, looks.trained)
+    return Reference(
+        Familiar(training),
+        training,
+        prompts,
+        answers,
+        with_features(looks.held_out, seen.held_out),
+        with_features(looks.trained, seen.trained),
+    )
 
 
 def _held_out(prepared: Path) -> Iterator[Example]:

@@ -120,6 +120,13 @@ class EvaluateConfig(Section):
         "another row's, so that the gate can tell whether the candidate looks at them; 0: off. Each costs "
         "two answers of every model",
     )
+    picture_features: int = Field(
+        default=500,
+        ge=0,
+        description="pictures of training rows, and of held-out rows, at most, for which the evaluation "
+        "keeps what the candidate sees in them, so that the monitor can compare those of requests; 0: none. "
+        "Each costs one pass through the vision tower",
+    )
     attacks: int = Field(
         default=0,
         ge=0,

@@ -112,6 +112,10 @@ class MediaProcessor:
             name: value for name, value in self._call(shown).items() if name not in (*OF_TEXT, *OF_SEQUENCE)
         }
 
+    def alone(self, pictures: Sequence[bytes]) -> dict[str, torch.Tensor]:
+        """Return the model's inputs, ids and mask among them, for rows of one picture each and no text."""
+        return self._call([[picture] for picture in pictures])
+
     def sequence_features(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the inputs that tell tokens of pictures from others, (batch, seq); {} if there are none."""
         import torch

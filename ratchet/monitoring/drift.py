@@ -29,6 +29,7 @@ Draws = NDArray[
 # what it cannot. Where requests show pictures, all families together share the error by these weights.
 WEIGHTS = {
     "pictures": 0.3,
+    "what pictures show": 0.3,
     "novelty": 0.45,
     "surprise": 0.15,
     "form and mix": 0.15,

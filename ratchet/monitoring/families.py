@@ -15,7 +15,7 @@ from ratchet.data.text import REFUSAL_STARTS
 from ratchet.data.words import terms_of
 from ratchet.monitoring.drift import Family, Measure, higher, lower, mix, novelty, other, subjects
 from ratchet.monitoring.novelty import Familiar
-from ratchet.monitoring.pictures import Look, picture_family
+from ratchet.monitoring.pictures import Look, content_family, picture_family
 from ratchet.monitoring.request_records import Feedback, Logged
 
 LEAST_ROWS = 30  # a family needs so many rows on each side
@@ -62,8 +62,9 @@ def all_families(
     families = input_families(prompts, reference.prompts, reference.familiar, monitor)
     looks = [look for request in window for look in request.pictures]
     pictures = picture_family(looks, list(reference.pictures), list(reference.trained_pictures))
+    content = content_family(looks, reference.pictures, reference.trained_pictures)
     others = [
-        *([pictures] if pictures else []),
+        *(found for found in (pictures, content) if found),
         *answer_families(asked, reference, monitor),
         *service_families(window, feedback, earlier, monitor.latency_margin),
     ]

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from ratchet.data.examples import MEDIA_NAME
 from ratchet.files import write_bytes
-from ratchet.monitoring.drift import Family, higher, other
+from ratchet.monitoring.drift import Family, Measure, higher, other
+from ratchet.monitoring.picture_features import Vectors, sample, unpack
 
 FOLDER = Path(".ratchet/pictures")
 SIDE = 256  # pixels of the copy on which light, edges and colours are measured
 DIGITS = 4  # of a figure in the log
+CONTENT = "what pictures show"  # the name of the family
 LEAST = 30  # pictures on each side that the family needs
 COLUMNS = (
     "picture size (log pixels)",
@@ -35,10 +37,15 @@ COLUMNS = (
 
 
 class Look(msgspec.Struct, frozen=True, array_like=True):
-    """How a picture looks: one figure for each of COLUMNS; `name` is that of ratchet/data/media.py."""
+    """How a picture looks: one figure for each of COLUMNS; `name` is that of ratchet/data/media.py.
+
+    `features` are what the model sees in it, as ratchet/monitoring/picture_features.py packs them; b"" where
+    they are not known.
+    """
 
     name: str
     figures: tuple[float, ...]
+    features: bytes = b""
 
 
 def look_of(name: str, picture: bytes) -> Look:
@@ -112,9 +119,14 @@ class KeptPictures(Mapping[str, bytes]):
         return sum(1 for _ in self)
 
 
+def with_features(looks: Iterable[Look], features: Mapping[str, bytes]) -> tuple[Look, ...]:
+    return tuple(
+        msgspec.structs.replace(look, features=features.get(look.name, look.features)) for look in looks
+    )
+
+
 def look_at_all(pictures: Mapping[str, bytes], names: Iterable[str], most: int) -> list[Look]:
-    """Measure the `most` pictures with the smallest names; names are hashes, so this is a random sample."""
-    return [look_of(name, pictures[name]) for name in sorted(set(names))[:most]]
+    return [look_of(name, pictures[name]) for name in sample(names, most)]
 
 
 def picture_family(window: Iterable[Look], held_out: list[Look], trained: list[Look]) -> Family | str | None:
@@ -133,6 +145,36 @@ def picture_family(window: Iterable[Look], held_out: list[Look], trained: list[L
     distance = _distances(figures, _table(trained))
     measures.append(higher("distance to the nearest picture of the training", distance, len(shown)))
     return Family("pictures", len(shown), len(held_out), measures)
+
+
+def content_family(
+    window: Iterable[Look], held_out: Iterable[Look], trained: Iterable[Look]
+) -> Family | str | None:
+    """Compare how far what the window's pictures show is from what those of the training show.
+
+    A picture counts once. Returns the reason where too few pictures have features, and None where nobody
+    shows any.
+    """
+    shown, compared = {look.name: look for look in window}, {look.name: look for look in held_out}
+    if not shown and not compared:
+        return None
+    mine, theirs = ([look.features for look in side.values() if look.features] for side in (shown, compared))
+    known = [look.features for look in trained if look.features]
+    if min(len(mine), len(theirs)) < LEAST or not known:
+        return (
+            f"{CONTENT}: features of {len(mine)} pictures in this window (request_log.picture_features, "
+            f"engine `local`) and of {len(theirs)} to compare with (evaluate.picture_features); "
+            f"wanted {LEAST}"
+        )
+    novelty = _novelty(unpack([*mine, *theirs]), unpack(known), len(mine))
+    return Family(CONTENT, len(mine), len(theirs), [novelty])
+
+
+def _novelty(seen: Vectors, known: Vectors, window: int) -> Measure:
+    from scipy.spatial import KDTree
+
+    nearest, _ = KDTree(known).query(seen)
+    return higher("distance to what pictures of the training show", nearest, window)
 
 
 def _table(looks: list[Look]) -> NDArray[np.float64]:
