@@ -32,7 +32,7 @@ from ratchet.monitoring.pictures import Look, content_family, look_of, picture_f
 
 SIDE, PATCH, WIDTH, TOKENS = 32, 8, 64, 16
 KNOWN = ("disc", "square", "diamond", "bar", "triangle")
-NEW = ("cross", "ring", "pole")
+NEW = ("cross", "corner", "pole")
 STEPS, BATCH, DRAWN, RESAMPLES = 400, 128, 6000, 500
 Chance = np.random.Generator
 
@@ -51,7 +51,7 @@ def draw(kind: str, chance: Chance) -> NDArray[np.uint8]:
         "pole": (y < 2 * half) & (x < half / 2),
         "triangle": (down < half * 1.2) & (down - 2 * x > -half * 1.5),
         "cross": ((x < arm) & (y < 3 * arm)) | ((y < arm) & (x < 3 * arm)),
-        "ring": np.abs(np.hypot(x, y) - np.sqrt(area / np.pi)) < np.sqrt(area / np.pi) / 4,
+        "corner": ((right > -half) & (down < half) & (x < half) & (y < half) & ((right < 0) | (down > 0))),
     }
     shape = shapes[kind]
     bright = light + chance.uniform(70, 110) * np.sqrt(area / max(1, shape.sum()))

@@ -383,6 +383,8 @@ def _see(
     The monitor compares with them what the candidate, once it serves, sees in those of requests. None: no row
     shows any, or none are wanted.
     """
+    if not most or not len(media):
+        return None
     sides = {
         side: sample(
             (

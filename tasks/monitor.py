@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ratchet.config.params import Config
-from ratchet.data.examples import Example, read_examples
+from ratchet.data.examples import Example, normalise, read_examples
 from ratchet.data.media import FOLDER as MEDIA
 from ratchet.data.media import MediaStore
 from ratchet.data.words import terms_of
@@ -29,9 +29,9 @@ from ratchet.monitoring.families import LEAST_PROMPTS, Answered, Question, Refer
 from ratchet.monitoring.novelty import Familiar
 from ratchet.monitoring.picture_features import FILE as FEATURES
 from ratchet.monitoring.picture_features import read_features
-from ratchet.monitoring.pictures import Look, look_at_all, with_features
+from ratchet.monitoring.pictures import CONTENT, FAMILY, Look, farthest, look_at_all, with_features
 from ratchet.monitoring.request_records import Feedback, Logged
-from ratchet.monitoring.topics import find_topics
+from ratchet.monitoring.topics import PICTURES, find_topics, show, told
 from ratchet.monitoring.verdicts import VERDICTS, Decision, Recorded, Topic, Verdict
 from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.champion import Champion
@@ -160,6 +160,8 @@ def measure(
             most=monitor.topics,
             seed=monitor.seed,
         )
+        shown = [(normalise(request.prompt), request.pictures) for request in window if request.pictures]
+        topics = [show(topic, shown) for topic in topics]
     return Verdict(
         "drift" if found.drift else "no drift",
         found.p,
@@ -170,7 +172,16 @@ def measure(
         topics,
         missing,
         found.moved,
+        told(_examples(window, reference, found.moved) if found.drift else []),
     )
+
+
+def _examples(window: list[Logged], reference: Reference, moved: list[str]) -> list[Look]:
+    """Choose pictures to show if those of the window differ: by what they show, if that differs."""
+    if not {CONTENT, FAMILY} & set(moved):
+        return []
+    looks = (look for request in window for look in request.pictures)
+    return farthest(looks, reference.trained_pictures, PICTURES, by_content=CONTENT in moved)
 
 
 def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:

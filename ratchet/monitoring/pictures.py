@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -24,7 +24,7 @@ from ratchet.monitoring.picture_features import Vectors, sample, unpack
 FOLDER = Path(".ratchet/pictures")
 SIDE = 256  # pixels of the copy on which light, edges and colours are measured
 DIGITS = 4  # of a figure in the log
-CONTENT = "what pictures show"  # the name of the family
+FAMILY, CONTENT = "pictures", "what pictures show"  # names of the families
 LEAST = 30  # pictures on each side that the family needs
 COLUMNS = (
     "picture size (log pixels)",
@@ -119,6 +119,17 @@ class KeptPictures(Mapping[str, bytes]):
         return sum(1 for _ in self)
 
 
+def in_words(look: Look) -> str:
+    """Say how a picture looks, for people who do not see it."""
+    area, shape, brightness, contrast, _, colours = look.figures
+    width, height = (round(math.exp((area + side * shape) / 2)) for side in (1, -1))
+    light = "dark" if brightness < 0.35 else "bright" if brightness > 0.65 else "of middle brightness"
+    said = [f"{width}x{height} pixels", light]
+    said += ["of little contrast"] if contrast < 0.1 else []
+    said.append("grey" if colours < 0.02 else "colourful" if colours > 0.3 else "with some colour")
+    return ", ".join(said)
+
+
 def with_features(looks: Iterable[Look], features: Mapping[str, bytes]) -> tuple[Look, ...]:
     return tuple(
         msgspec.structs.replace(look, features=features.get(look.name, look.features)) for look in looks
@@ -144,7 +155,7 @@ def picture_family(window: Iterable[Look], held_out: list[Look], trained: list[L
     measures = [other(name, figures[:, place], len(shown)) for place, name in enumerate(COLUMNS)]
     distance = _distances(figures, _table(trained))
     measures.append(higher("distance to the nearest picture of the training", distance, len(shown)))
-    return Family("pictures", len(shown), len(held_out), measures)
+    return Family(FAMILY, len(shown), len(held_out), measures)
 
 
 def content_family(
@@ -170,11 +181,33 @@ def content_family(
     return Family(CONTENT, len(mine), len(theirs), [novelty])
 
 
-def _novelty(seen: Vectors, known: Vectors, window: int) -> Measure:
+def farthest(window: Iterable[Look], trained: Sequence[Look], most: int, *, by_content: bool) -> list[Look]:
+    """Return the window's pictures that are the farthest from those of the training, the farthest first.
+
+    `by_content` compares what they show, else how they look.
+    """
+    shown = {look.name: look for look in window if look.features or not by_content}
+    known = [look for look in trained if look.features or not by_content]
+    if not shown or not known:
+        return []
+    looks = list(shown.values())
+    if by_content:
+        distances = _apart(
+            unpack([look.features for look in looks]), unpack([look.features for look in known])
+        )
+    else:
+        distances = _distances(_table(looks), _table(known))
+    return [looks[place] for place in np.argsort(-distances, kind="stable")[:most]]
+
+
+def _apart(seen: Vectors, known: Vectors) -> NDArray[np.float64]:
     from scipy.spatial import KDTree
 
-    nearest, _ = KDTree(known).query(seen)
-    return higher("distance to what pictures of the training show", nearest, window)
+    return np.asarray(KDTree(known).query(seen)[0], dtype=np.float64)
+
+
+def _novelty(seen: Vectors, known: Vectors, window: int) -> Measure:
+    return higher("distance to what pictures of the training show", _apart(seen, known), window)
 
 
 def _table(looks: list[Look]) -> NDArray[np.float64]:

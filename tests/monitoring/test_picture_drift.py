@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from functools import cache
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -241,7 +243,7 @@ def test_features_survive_the_file_and_the_log_and_are_few_numbers(tmp_path) -> 
         read_features(tmp_path / "broken")
     log = open_log(tmp_path, Config())
     (record,) = asked([Look("a.png", (0.0,) * 6, wide)])
-    log.put(record)
+    log.put(msgspec.structs.replace(record, at=time.time()))
     assert log.flush()
     assert [one.pictures for one in log.window(limit=9)] == [record.pictures]
     log.close()
