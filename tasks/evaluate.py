@@ -7,7 +7,8 @@ Writes scores.parquet (one line per row and model), metrics.json (means with 95 
 tables of the audits that the config asks for: counterfactual.parquet (rows with swapped terms),
 attacks.parquet, judged.parquet, canaries.parquet, suites.parquet. What the candidate sees in pictures goes to
 pictures.safetensors, for the monitor. Rows are the test split and the golden set.
-Slices are `test`, `golden`, each batch, each kind, source, length and value of `evaluate.slices`, and each
+Slices are `test`, `golden`, each batch, each kind, source, length, modality, size of pictures and value of
+`evaluate.slices`, and each
 topic that drifted last (`region:`), which shows whether a retraining removed the drift that started it. A
 simple baseline is scored beside the models, to show what a simple method reaches on these rows. Answers are
 kept in .ratchet/cache/answers of RATCHET_ROOT (the checkout) or of the working directory.
@@ -134,7 +135,7 @@ def evaluate(
     if config.evaluate.simple_baseline:
         train = list(read_examples(prepared / "train.jsonl"))
         plain.append(
-            frame_of(fitting, "simple", Answered(simple_answers(train, fitting), []), config.evaluate)
+            frame_of(fitting, "simple", Answered(simple_answers(train, fitting), []), config.evaluate, media)
         )
     table = add_scores(pd.concat(plain, ignore_index=True), fitting, config.evaluate, custom)
     if PREFERENCE in config.evaluate.metrics:
@@ -367,7 +368,7 @@ def _score_all(
     Models that can share a base in memory are asked one after the other, so that it is loaded once.
     """
     frames = [
-        frame_of(asked.rows, player.name, answer(player, models, asked, config, cache), config)
+        frame_of(asked.rows, player.name, answer(player, models, asked, config, cache), config, asked.media)
         for player in players
     ]
     if cache:

@@ -99,8 +99,9 @@ class EvaluateConfig(Section):
     )
     slices: list[str] = Field(
         default=[],
-        description="fields of `meta` whose values are slices, in addition to kind, source and length: each "
-        "slice is shown, and none may get worse (`gate.slice_margin`)",
+        description="fields of `meta` whose values are slices, in addition to kind, source, length and, "
+        "where rows show pictures, `modality` and `picture_size`; `pictures` is their number. Each slice is "
+        "shown, and none may get worse (`gate.slice_margin`)",
     )
     length_bounds: list[Count] = Field(
         default=[20, 100],
