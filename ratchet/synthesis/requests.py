@@ -90,9 +90,11 @@ def ask_of_seeds(
     """
     draw = random.Random(seed)  # noqa: S311 (no secret)
     seen, rows = [row for row in rows if row.media], [row for row in rows if not row.media]
+    deck: list[Example] = []
     for _ in range(requests):
         if seen and draw.random() * (len(seen) + len(rows)) < len(seen):
-            yield _ask_of_picture(draw.choice(seen), shown_as, per_chunk)
+            deck = deck or draw.sample(seen, len(seen))  # no picture twice before all were shown
+            yield _ask_of_picture(deck.pop(), shown_as, per_chunk)
             continue
         shown = draw.sample(rows, min(EXAMPLES, len(rows)))
         about = xxhash.xxh3_128_hexdigest("".join(row.id for row in shown).encode())
