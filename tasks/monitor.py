@@ -3,7 +3,7 @@ whether to retrain.
 
 This is a task of the flow `monitor`, not a stage, because the request log is no versioned file. The reference
 comes from the champion's own commit, so it changes with the champion. Not covered: the turns of a
-conversation before its last question, and what pictures show (only how they look).
+conversation before its last question.
 """
 
 from __future__ import annotations

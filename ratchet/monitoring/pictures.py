@@ -1,8 +1,8 @@
 """Describe how pictures look, and compare those of the traffic with those of the champion's rows.
 
-What a picture shows is not compared, only its form: a new kind of picture, such as scans where photographs
-were, looks otherwise. The log has these figures and the hash of the bytes; pictures themselves are kept only
-where `request_log.pictures` says so.
+A new kind of picture, such as scans where photographs were, looks otherwise; new things that are photographed
+alike are told by what the model sees (ratchet/monitoring/picture_features.py). The log has these figures and
+the hash of the bytes; pictures themselves are kept only where `request_log.pictures` says so.
 """
 
 from __future__ import annotations

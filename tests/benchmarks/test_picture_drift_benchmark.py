@@ -1,4 +1,4 @@
-"""What a trained tower sees: new things among pictures that look alike, found at the rate that was promised."""
+"""What a trained tower sees: new things among pictures that look alike are found, at the promised rate."""
 
 from __future__ import annotations
 

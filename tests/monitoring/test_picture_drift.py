@@ -33,11 +33,15 @@ from ratchet.monitoring.pictures import (
     KeptPictures,
     Look,
     content_family,
+    farthest,
+    in_words,
     look_of,
     picture_family,
 )
 from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.request_records import Logged
+from ratchet.monitoring.topics import show
+from ratchet.monitoring.verdicts import Topic
 from tasks.monitor import measure
 
 CONFIG = Config(monitor=MonitorConfig(resamples=400, min_prompts=100))
@@ -256,3 +260,39 @@ def test_projection_keeps_near_pictures_near() -> None:
     packed = unpack([pack(vector) for vector in vectors])
     nearest = np.linalg.norm(packed[:20, None] - packed[None, 20:], axis=-1).argmin(axis=1)
     assert nearest.tolist() == list(range(20))
+
+
+def test_a_verdict_names_the_pictures_that_are_the_farthest_from_the_training() -> None:
+    known, new = seen(400, 1), seen(30, 2, new=True)
+    told_by_content = farthest([*known[:100], *new], known[100:], 3, by_content=True)
+    assert {look.name for look in told_by_content} <= {look.name for look in new}
+    photographs, scans = looks(700, 1), looks(60, 2, scan=True)
+    told_by_looks = farthest([*photographs[:100], *scans], photographs[400:], 3, by_content=False)
+    assert {look.name for look in told_by_looks} <= {look.name for look in scans}
+    assert farthest(photographs[:100], photographs[400:], 3, by_content=True) == []
+    compared = Reference(*reference()[:4], known[:300], known[100:])
+    verdict = measure(asked([*known[300:380], *new]), {}, [], compared, CONFIG)
+    assert verdict.pictures[0].name in {look.name for look in new}
+    assert measure(asked(known[300:400]), {}, [], compared, CONFIG).pictures == []
+
+
+def test_a_topic_names_pictures_of_its_own_requests_those_of_its_examples_first() -> None:
+    topic = Topic("kiln", ["kiln"], 0.1, 0.0, ["which kiln is hot?"])
+    one, two, three, four, other = looks(700, 1)[:5]
+    requests = [
+        ("is the kiln new?", [one]),
+        ("which kiln is hot?", [two, three]),
+        ("a boat?", [other]),
+        ("kiln or kiln?", [four]),
+        ("a kiln without a picture", []),
+    ]
+    shown = show(topic, requests)
+    assert [picture.name for picture in shown.pictures] == [two.name, three.name, one.name]
+    assert shown.pictures[0].looks == in_words(two)
+
+
+def test_words_tell_size_light_and_colour() -> None:
+    stored = io.BytesIO()
+    Image.new("RGB", (640, 480), (20, 20, 20)).save(stored, "PNG")
+    assert in_words(look_of("x", stored.getvalue())) == "640x480 pixels, dark, of little contrast, grey"
+    assert in_words(look_of("x", draw(np.random.default_rng(1)))).endswith("colourful")
