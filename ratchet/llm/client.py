@@ -157,7 +157,7 @@ class Teacher:
                 except _Refused as error:
                     adapted += 1
                     if adapted > MOST_ADAPTED or not self._dialect.adapt(error.status, error.said, body):
-                        raise self._final(error) from None
+                        raise self._final(error, shown=bool(pictures)) from None
 
     async def _paid(self, body: dict[str, Any], pictures: Sequence[str] = ()) -> Answer:
         """Send one request: reserve its highest cost before, settle its real cost after.
@@ -249,7 +249,7 @@ class Teacher:
             pass
         return f"{response.status_code} {' '.join(self.redact(text).split())[:SEEN]}".strip()
 
-    def _final(self, error: _Refused) -> Exception:
+    def _final(self, error: _Refused, *, shown: bool) -> Exception:
         """Return the error to raise for a refusal; its remedy names the key or the setting to change."""
         if error.status in (401, 403):
             return ConfigError(
@@ -268,7 +268,8 @@ class Teacher:
                 remedy=f"{self._section}.url is the base before {self._dialect.path}, "
                 f"mostly ending with /v1; {self._section}.model is {self._config.model!r}",
             )
-        return AskError("endpoint_refused", str(error))
+        hint = "; the request showed a picture, so the model may be one that sees none" if shown else ""
+        return AskError("endpoint_refused", f"{error}{hint}")
 
 
 class _Passing(Exception):

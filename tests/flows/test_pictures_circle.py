@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import openai
+import pandas as pd
 import pytest
 from media_models import make_llava
 from patience import scaled
@@ -88,7 +89,11 @@ def circle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Circle]:
             "prepare": {"min_rows": 50, "near_search": False, "test_share": 0.25},
             "train": {"epochs": 12, "batch_windows": 8, "learning_rate": 3.0e-3, "patience": 12},
             "adapter": {"method": "full"},
-            "evaluate": {"max_new_tokens": 8, "simple_baseline": False},
+            "evaluate": {
+                "max_new_tokens": 8,
+                "simple_baseline": False,
+                "slices": ["modality", "picture_size", "pictures"],
+            },
             "gate": {"min_rows": 20},
             "parity": {"rows": 24},
         }
@@ -125,6 +130,16 @@ def test_the_candidate_learned_to_look_and_passes_parity_and_gate(circle: Circle
     checks = {check.name: check.result for check in circle.ran.verdict.checks}
     assert checks["pictures:another"] == checks["pictures:without"] == "pass"
     assert circle.ran.verdict.verdict == "promote", [check.reason for check in circle.ran.verdict.checks]
+
+
+def test_each_row_has_its_slices_by_pictures(circle: Circle) -> None:
+    scores = pd.read_parquet(circle.place / "evaluation/scores.parquet")
+    found = {field: set(scores[f"slice:{field}"]) for field in ("modality", "picture_size", "pictures")}
+    assert found == {
+        "modality": {"pictures"},
+        "picture_size": {"under 0.1 megapixels"},
+        "pictures": {"1"},
+    }
 
 
 def test_held_out_pictures_get_the_answers_that_the_evaluation_saw(circle: Circle) -> None:

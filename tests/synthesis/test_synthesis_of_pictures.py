@@ -12,12 +12,12 @@ import msgspec
 import pytest
 from PIL import Image
 from servers import serving
-from teacher_stub import TeacherStub, pictures_of
+from teacher_stub import Act, TeacherStub, pictures_of
 
 from ratchet.config.params import Config, parse_config
 from ratchet.data.examples import MEDIA_MARK, Example, Message, encode_line, make_example
 from ratchet.data.media import write_shard
-from ratchet.errors import DataError
+from ratchet.errors import DataError, ServiceError
 from ratchet.files import write_bytes
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Decision
@@ -183,6 +183,15 @@ def test_a_picture_counts_in_the_budget_by_tokens_and_not_by_bytes(
     assert run(enough, root, mode="seeds", count=1).stopped == ""
     found = run(config_of(address, max_run_tokens=30_000), root, mode="seeds", count=1)
     assert found.stopped and found.kept == 0
+
+
+def test_a_teacher_that_sees_no_pictures_ends_the_run_with_the_reason(
+    address: str, stub: TeacherStub, root: Path
+) -> None:
+    refusal = Act(status=400, raw=b'{"error": {"message": "image input is not supported"}}')
+    stub.script = {"Which colour": [refusal] * 9}
+    with pytest.raises(ServiceError, match=r"(?s)image input is not supported.*one that sees none"):
+        run(config_of(address), root, mode="seeds", count=9)
 
 
 def test_seeds_with_and_without_pictures_are_asked_about_apart(
