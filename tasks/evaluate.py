@@ -382,7 +382,7 @@ def _see(
     """Measure what the candidate sees in `most` pictures of the training rows, and of the held-out ones.
 
     The monitor compares with them what the candidate, once it serves, sees in those of requests. None: no row
-    shows any, or none are wanted.
+    shows any, the base reads none, or none are wanted.
     """
     if not most or not len(media):
         return None
@@ -398,9 +398,9 @@ def _see(
         )
         for side, splits in (("held_out", ("validation", "test")), ("trained", ("train",)))
     }
-    if not any(sides.values()):
-        return None
     processor = load_chat(candidate.base).processor
+    if processor is None or not any(sides.values()):
+        return None
     with models.play(candidate) as model:
         model.eval()
         found = {side: measure_pictures(model, processor, media, names) for side, names in sides.items()}
