@@ -47,6 +47,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.drift
 	$(BIN)/python -m benchmarks.media
+	$(BIN)/python -m benchmarks.picture_drift
 
 lock: $(VENV)/bin/uv
 	UV=$(BIN)/uv bash requirements/compile.sh

@@ -25,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -107,15 +109,18 @@ def photograph(seed: int, size: tuple[int, int], kind: str) -> bytes:
 
 
 def validate(passes: int) -> list[dict[str, Any]]:
-    from ratchet.sources.media import Pictures
+    from ratchet.sources.media import MediaIntake
 
     lines, limits = [], MediaConfig()
     for size in SIZES:
         for kind in KINDS:
             times = max(2, passes if size == SIZES[0] else passes // 5)
-            taken = Pictures(limits)
+            taken = MediaIntake(limits)
             found: dict[str, list[float]] = {"pillow": [], "ratchet": []}
-            arms = {"pillow": lambda data: Image.open(io.BytesIO(data)).load(), "ratchet": taken.take}
+            arms: dict[str, Callable[[bytes], Any]] = {
+                "pillow": lambda data: Image.open(io.BytesIO(data)).load(),
+                "ratchet": partial(taken.take, sound=False),
+            }
             for seed in range(times):
                 data = photograph(seed, size, kind)
                 for arm in sorted(found, reverse=bool(seed % 2)):  # the second finds warm caches
@@ -159,7 +164,8 @@ def prepare(folder: Path, count: int) -> None:
     """Make the base, `count` rows as the template writes them, and the tar of their pictures."""
     from ratchet.config.params import Config
     from ratchet.data.examples import MEDIA_MARK, Message, make_example
-    from ratchet.data.media import MediaStore, read_picture, write_shard
+    from ratchet.media.pictures import read_picture
+    from ratchet.media.store import MediaStore, write_shard
     from ratchet.models.loading import load_chat
     from tasks.base import make_base
 
@@ -273,7 +279,7 @@ def make_tokenizer(told: list[str]) -> Any:
 
 
 def run_arm(arm: str, folder: Path, seconds: float) -> None:
-    from ratchet.data.media import MediaStore
+    from ratchet.media.store import MediaStore
     from ratchet.models import processors
     from ratchet.models.chat_template import Encoded
     from ratchet.models.loading import load_chat

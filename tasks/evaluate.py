@@ -5,8 +5,10 @@
 
 Writes scores.parquet (one line per row and model), metrics.json (means with 95 % intervals per slice) and the
 tables of the audits that the config asks for: counterfactual.parquet (rows with swapped terms),
-attacks.parquet, judged.parquet, canaries.parquet, suites.parquet. Rows are the test split and the golden set.
-Slices are `test`, `golden`, each batch, each kind, source, length and value of `evaluate.slices`, and each
+attacks.parquet, judged.parquet, canaries.parquet, suites.parquet. What the candidate sees in pictures goes to
+pictures.safetensors, for the monitor. Rows are the test split and the golden set.
+Slices are `test`, `golden`, each batch, each kind, source, length, modality, size of pictures and value of
+`evaluate.slices`, and each
 topic that drifted last (`region:`), which shows whether a retraining removed the drift that started it. A
 simple baseline is scored beside the models, to show what a simple method reaches on these rows. Answers are
 kept in .ratchet/cache/answers of RATCHET_ROOT (the checkout) or of the working directory.
@@ -49,6 +51,7 @@ from ratchet.evaluation.scoring import (
     Answered,
     Asked,
     Models,
+    Player,
     add_scores,
     answer,
     each_model,
@@ -63,6 +66,8 @@ from ratchet.media.store import MediaStore
 from ratchet.models.adapters import virtual_tokens
 from ratchet.models.lengths import trained_length
 from ratchet.models.loading import MANIFEST, load_chat
+from ratchet.monitoring.picture_features import FILE as FEATURES
+from ratchet.monitoring.picture_features import Features, measure_pictures, sample, write_features
 from ratchet.monitoring.topics import mark, parts, read_region
 from ratchet.pipeline.stage import project_root, run_stage, say
 
@@ -121,14 +126,16 @@ def evaluate(
         _split_by_fit(compared, base, longest, media)[0] if PREFERENCE in config.evaluate.metrics else [],
         media,
     )
-    answered = _score_all(
-        asked, base, incumbent if champion is not None else None, candidate, config.evaluate, cache
-    )
+    players = players_of(base, incumbent if champion is not None else None, candidate)
+    models = Models()
+    answered = _score_all(asked, players, models, config.evaluate, cache)
+    features = _see(prepared, media, players[0], models, config.evaluate.picture_features)
+    del models
     plain = [frame.iloc[: len(fitting)] for frame in answered]
     if config.evaluate.simple_baseline:
         train = list(read_examples(prepared / "train.jsonl"))
         plain.append(
-            frame_of(fitting, "simple", Answered(simple_answers(train, fitting), []), config.evaluate)
+            frame_of(fitting, "simple", Answered(simple_answers(train, fitting), []), config.evaluate, media)
         )
     table = add_scores(pd.concat(plain, ignore_index=True), fitting, config.evaluate, custom)
     if PREFERENCE in config.evaluate.metrics:
@@ -158,6 +165,8 @@ def evaluate(
         for name, part in tables.items():
             part.to_parquet(folder / f"{name}.parquet", index=False)
         write_json(folder / "metrics.json", metrics.to_json())
+        if features:
+            write_features(folder / FEATURES, features)
     return metrics
 
 
@@ -352,25 +361,50 @@ def _split_by_fit(
 
 
 def _score_all(
-    asked: Asked,
-    base: Path,
-    incumbent: Path | None,
-    candidate: Path,
-    config: EvaluateConfig,
-    cache: Path | None,
+    asked: Asked, players: list[Player], models: Models, config: EvaluateConfig, cache: Path | None
 ) -> list[pd.DataFrame]:
     """Ask every model, each in the precision of its own method, and return one table per model.
 
     Models that can share a base in memory are asked one after the other, so that it is loaded once.
     """
-    models = Models()
     frames = [
-        frame_of(asked.rows, player.name, answer(player, models, asked, config, cache), config)
-        for player in players_of(base, incumbent, candidate)
+        frame_of(asked.rows, player.name, answer(player, models, asked, config, cache), config, asked.media)
+        for player in players
     ]
     if cache:
         forget_oldest(cache, config.cache_mib)
     return frames
+
+
+def _see(
+    prepared: Path, media: Mapping[str, bytes], candidate: Player, models: Models, most: int
+) -> Features | None:
+    """Measure what the candidate sees in `most` pictures of the training rows, and of the held-out ones.
+
+    The monitor compares with them what the candidate, once it serves, sees in those of requests. None: no row
+    shows any, the base reads none, or none are wanted.
+    """
+    if not most or not len(media):
+        return None
+    sides = {
+        side: sample(
+            (
+                name
+                for split in splits
+                for row in read_examples(prepared / f"{split}.jsonl")
+                for name in row.media
+            ),
+            most,
+        )
+        for side, splits in (("held_out", ("validation", "test")), ("trained", ("train",)))
+    }
+    processor = load_chat(candidate.base).processor
+    if processor is None or not any(sides.values()):
+        return None
+    with models.play(candidate) as model:
+        model.eval()
+        found = {side: measure_pictures(model, processor, media, names) for side, names in sides.items()}
+    return Features(**found)
 
 
 def summarise(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, dict[str, Summary]]:

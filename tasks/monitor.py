@@ -3,8 +3,7 @@ whether to retrain.
 
 This is a task of the flow `monitor`, not a stage, because the request log is no versioned file. The reference
 comes from the champion's own commit, so it changes with the champion. Not covered: the turns of a
-conversation before its last question, and what pictures show and recordings say (only how they look
-and sound).
+conversation before its last question, and what recordings say (only how they sound).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ratchet.config.params import Config
-from ratchet.data.examples import Example, read_examples
+from ratchet.data.examples import Example, normalise, read_examples
 from ratchet.data.words import terms_of
 from ratchet.files import whole_folder, write_bytes, write_json
 from ratchet.media.names import is_sound
@@ -29,10 +28,12 @@ from ratchet.media.store import MediaStore
 from ratchet.monitoring.drift import PROMPTS, judge
 from ratchet.monitoring.families import LEAST_PROMPTS, Answered, Question, Reference, all_families, by_prompt
 from ratchet.monitoring.novelty import Familiar
-from ratchet.monitoring.pictures import Look, look_at_all
+from ratchet.monitoring.picture_features import FILE as FEATURES
+from ratchet.monitoring.picture_features import read_features
+from ratchet.monitoring.pictures import CONTENT, FAMILY, Look, farthest, look_at_all, with_features
 from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.monitoring.sounds import hear_all
-from ratchet.monitoring.topics import find_topics
+from ratchet.monitoring.topics import PICTURES, find_topics, show, told
 from ratchet.monitoring.verdicts import VERDICTS, Decision, Recorded, Topic, Verdict
 from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.champion import Champion
@@ -93,12 +94,21 @@ def load_reference(prepared: Path, evaluation: Path) -> Reference:
         else Looks([], [])
         for name in (LOOKS, HEARD)
     )
+    seen = read_features(evaluation / FEATURES)
     scores = pd.read_parquet(evaluation / "scores.parquet")
     own = scores[scores.model == "candidate"]
     surprise = own.prompt_nll if "prompt_nll" in own else [None] * len(own)
     answers = [Answered(answer, _finite(asked)) for answer, asked in zip(own.answer, surprise, strict=True)]
-    known = (looks.held_out, looks.trained, heard.held_out, heard.trained)
-    return Reference(Familiar(training), training, prompts, answers, *known)
+    return Reference(
+        Familiar(training),
+        training,
+        prompts,
+        answers,
+        with_features(looks.held_out, seen.held_out),
+        with_features(looks.trained, seen.trained),
+        heard.held_out,
+        heard.trained,
+    )
 
 
 def _held_out(prepared: Path) -> Iterator[Example]:
@@ -171,6 +181,8 @@ def measure(
             most=monitor.topics,
             seed=monitor.seed,
         )
+        shown = [(normalise(request.prompt), request.pictures) for request in window if request.pictures]
+        topics = [show(topic, shown) for topic in topics]
     return Verdict(
         "drift" if found.drift else "no drift",
         found.p,
@@ -181,7 +193,16 @@ def measure(
         topics,
         missing,
         found.moved,
+        told(_examples(window, reference, found.moved) if found.drift else []),
     )
+
+
+def _examples(window: list[Logged], reference: Reference, moved: list[str]) -> list[Look]:
+    """Choose pictures to show if those of the window differ: by what they show, if that differs."""
+    if not {CONTENT, FAMILY} & set(moved):
+        return []
+    looks = (look for request in window for look in request.pictures)
+    return farthest(looks, reference.trained_pictures, PICTURES, by_content=CONTENT in moved)
 
 
 def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:

@@ -106,7 +106,7 @@ def _ask(
         cache,
     )
     scores = add_scores(
-        frame_of(asked, version.name, found, config.evaluate),
+        frame_of(asked, version.name, found, config.evaluate, media),
         asked,
         config.evaluate,
         load_custom(config.evaluate.custom, root / "metrics"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +28,8 @@ from ratchet.errors import DataError, RatchetError, ServiceError, UserError
 from ratchet.llm.budget import Budget, SpentError
 from ratchet.llm.client import Teacher
 from ratchet.llm.prompts import Template, load_template
+from ratchet.media.store import FOLDER as MEDIA
+from ratchet.media.store import MediaStore
 from ratchet.models.manifests import MANIFEST, read_base_manifest
 from ratchet.pipeline.checkout import locked
 from ratchet.pipeline.stage import run_stage, say
@@ -51,7 +53,7 @@ from ratchet.synthesis.draft import (
 from ratchet.synthesis.draft import Teacher as TeacherFigures
 from ratchet.synthesis.filters import Filters, read_counter
 from ratchet.synthesis.known_rows import read_known
-from ratchet.synthesis.requests import Ask, ask_of_chunks, ask_of_seeds, ask_of_subjects
+from ratchet.synthesis.requests import Ask, Shown, ask_of_chunks, ask_of_seeds, ask_of_subjects
 from ratchet.synthesis.weak_spots import find_subjects
 from ratchet.synthesis.writer import GaveUp, Helpers, Say, Writer
 
@@ -283,7 +285,8 @@ class _Documents:
 class _Seeds:
     def __init__(self, config: Config, root: Path, draft: Draft) -> None:
         self._settings, self._draft = config.synthesize, draft
-        self._rows = _seed_rows(root, draft.settings.seeds)
+        self._shown_as = _shown_as(config, root)
+        self._rows, self._missing = _seed_rows(root, draft.settings.seeds, self._shown_as.pictures)
 
     def asks(self, template: Template, writer: Writer, number: int) -> Iterator[Ask]:
         missing = self._draft.settings.count - self._draft.kept
@@ -291,22 +294,23 @@ class _Seeds:
         return ask_of_seeds(
             self._rows,
             template,
+            self._shown_as,
             per_chunk=self._settings.per_chunk,
             requests=requests,
             seed=self._settings.seed + number,
         )
 
     def figures(self) -> SeedFigures:
-        return SeedFigures(len(self._rows))
+        return SeedFigures(len(self._rows), self._missing)
 
 
 class _Subjects:
     def __init__(self, config: Config, root: Path, draft: Draft) -> None:
-        self._settings = config.synthesize
+        self._settings, self._shown_as = config.synthesize, _shown_as(config, root)
         self._found = find_subjects(root, config)
 
     def asks(self, template: Template, writer: Writer, number: int) -> Iterator[Ask]:
-        return ask_of_subjects(self._found, template, per_chunk=self._settings.per_chunk)
+        return ask_of_subjects(self._found, template, self._shown_as, per_chunk=self._settings.per_chunk)
 
     def figures(self) -> WeakSpotFigures:
         answered = sum(bool(subject.answer) for subject in self._found)
@@ -320,8 +324,17 @@ _SUBJECTS: dict[str, Callable[[Config, Path, Draft], _Subject]] = {
 }
 
 
-def _seed_rows(root: Path, path: str) -> list[Example]:
-    """Read the rows with one question and one answer. Raises DataError when there are none."""
+def _shown_as(config: Config, root: Path) -> Shown:
+    return Shown(
+        _template(config, root, "questions_from_picture"), MediaStore.read(root / "data/prepared" / MEDIA)
+    )
+
+
+def _seed_rows(root: Path, path: str, pictures: Mapping[str, bytes]) -> tuple[list[Example], int]:
+    """Read the rows with one question and one answer, and count those left out for missing `pictures`.
+
+    Raises DataError when there are none.
+    """
     train = root / "data/prepared/train.jsonl"
     if not path and not train.exists():
         raise DataError(
@@ -331,12 +344,15 @@ def _seed_rows(root: Path, path: str) -> list[Example]:
     place = path if "://" in path else str(root / path)
     rows = whole_rows(jsonl.read_lines(JsonlSource(path=place))) if path else read_examples(train)
     single = [row for row in rows if sum(message.role == "user" for message in row.messages) == 1]
-    if not single:
+    here = [row for row in single if all(name in pictures for name in row.media)]
+    if not here:
+        lacking = f", and the pictures of {len(single)} rows are not in data/prepared" if single else ""
         raise DataError(
-            f"{path or train} holds no row of one question and one answer",
-            remedy="such rows are what the teacher is shown",
+            f"{path or train} holds no row of one question and one answer{lacking}",
+            remedy="such rows are what the teacher is shown; `ratchet ingest` and `ratchet retrain` bring "
+            "pictures to data/prepared",
         )
-    return single
+    return here, len(single) - len(here)
 
 
 def _summarise(

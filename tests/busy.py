@@ -5,6 +5,8 @@ It has promotions, a rollback, an open rollout, two weeks of traffic, drift, and
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import time
 from datetime import UTC, datetime
@@ -13,10 +15,12 @@ from typing import Any
 
 import msgspec
 from evaluation_reports import TABLE
+from PIL import Image, ImageDraw
 from places import commit, make_repository, write_files
 
 from ratchet.config.params import Config
 from ratchet.files import write_json
+from ratchet.monitoring.pictures import KeptPictures
 from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.monitoring.verdicts import VERDICTS
@@ -161,6 +165,8 @@ def write_traffic(root: Path, now: float) -> None:
 
 def write_verdicts(root: Path, now: float) -> None:
     """Sixty, the newest with all that a verdict holds; then a line that is half written."""
+    pictures = kept_pictures()
+    KeptPictures(root).keep(pictures)
     lines: list[dict[str, Any]] = [
         {
             "at": text_of(now - hour * HOUR),
@@ -189,8 +195,13 @@ def write_verdicts(root: Path, now: float) -> None:
                 "share": 0.18,
                 "reference_share": 0.004,
                 "examples": ["a contiguous array?", HOSTILE, "long " * 200],
+                "pictures": [
+                    *({"name": name, "looks": "240x160 pixels, bright, colourful"} for name in pictures),
+                    {"name": f"{'0' * 64}.png", "looks": f"1x1 pixels, dark, {HOSTILE}"},
+                ],
             }
         ],
+        "pictures": [{"name": HOSTILE, "looks": "640x480 pixels, dark, grey"}],
         "missing": ["answers: the champion has no answers on record"],
         "decision": {
             "retrain": False,
@@ -203,6 +214,18 @@ def write_verdicts(root: Path, now: float) -> None:
     path.write_text(
         "".join(json.dumps(line) + "\n" for line in [*lines, newest]) + '{"at": "2026-', encoding="utf-8"
     )
+
+
+def kept_pictures() -> dict[str, bytes]:
+    """Return two pictures of requests, which the checkout keeps, by name."""
+    drawn = {}
+    for colour in ("teal", "orange"):
+        stored = io.BytesIO()
+        picture = Image.new("RGB", (240, 160), "white")
+        ImageDraw.Draw(picture).ellipse((60, 20, 180, 140), fill=colour)
+        picture.save(stored, "PNG")
+        drawn[f"{hashlib.sha256(stored.getvalue()).hexdigest()}.png"] = stored.getvalue()
+    return drawn
 
 
 def write_rollouts(root: Path, now: float) -> None:

@@ -8,6 +8,7 @@ these words in that way, later ones well.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import re
 from collections.abc import Callable
@@ -158,7 +159,32 @@ def pair_of(sentence: str) -> dict[str, str]:
 
 def _prompt(body: dict[str, Any]) -> str:
     system = body.get("system", "")
-    return "\n".join([system, *(message["content"] for message in body["messages"])])
+    return "\n".join([system, *(_text(message["content"]) for message in body["messages"])])
+
+
+def _text(content: Any) -> str:
+    """Return a message's text, without its pictures."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
+
+
+def pictures_of(body: dict[str, Any]) -> list[bytes]:
+    """Return the pictures of a request, in either protocol."""
+    parts = [
+        part
+        for message in body["messages"]
+        if isinstance(message["content"], list)
+        for part in message["content"]
+    ]
+    data = [
+        part["image_url"]["url"].removeprefix("data:image/jpeg;base64,")
+        if part["type"] == "image_url"
+        else part["source"]["data"]
+        for part in parts
+        if part["type"] in ("image_url", "image")
+    ]
+    return [base64.b64decode(one, validate=True) for one in data]
 
 
 def _openai(text: str, act: Act) -> dict[str, Any]:

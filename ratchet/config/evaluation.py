@@ -99,8 +99,9 @@ class EvaluateConfig(Section):
     )
     slices: list[str] = Field(
         default=[],
-        description="fields of `meta` whose values are slices, in addition to kind, source and length: each "
-        "slice is shown, and none may get worse (`gate.slice_margin`)",
+        description="fields of `meta` whose values are slices, in addition to kind, source, length and, "
+        "where rows show pictures, `modality` and `picture_size`; `pictures` is their number. Each slice is "
+        "shown, and none may get worse (`gate.slice_margin`)",
     )
     length_bounds: list[Count] = Field(
         default=[20, 100],
@@ -119,6 +120,13 @@ class EvaluateConfig(Section):
         description="test rows with pictures, and with recordings, at most, that are asked again without "
         "them and with another row's, so that the gate can tell whether the candidate looks and listens; "
         "0: off. Each costs two answers of every model",
+    )
+    picture_features: int = Field(
+        default=500,
+        ge=0,
+        description="pictures of training rows, and of held-out rows, at most, for which the evaluation "
+        "keeps what the candidate sees in them, so that the monitor can compare those of requests; 0: none. "
+        "Each costs one pass through the vision tower",
     )
     attacks: int = Field(
         default=0,

@@ -95,11 +95,21 @@ class RequestLogConfig(Section):
         description="keep the pictures and recordings of requests in `.ratchet/pictures`, as long as their "
         "texts, so that feedback on them becomes rows. Nothing in them is redacted",
     )
+    picture_features: bool = Field(
+        default=True,
+        description="keep what the model saw in each picture of a request, as at most 128 numbers, so that "
+        "the monitor notices pictures of new things; engine `local` alone tells it, and only with "
+        "`request_log.texts`",
+    )
     redact: list[str] = Field(
         default=[r"\b(?:sk|hf|ghp|xox[bp])[-_][A-Za-z0-9_-]{10,}"],
         description="regular expressions of further text that is stored as `[redacted]`, in addition to the "
         "secrets and personal data that preparation finds",
     )
+
+    @property
+    def keeps_features(self) -> bool:
+        return self.texts and self.picture_features
 
 
 class ServicesConfig(Section):

@@ -67,7 +67,7 @@ class Clusters:
         still decides the side of later rows, but does not add to its cluster's `crowd`.
         """
         groups = self.gallery.groups(example.media)
-        shingles = _of_pictures(shingle(example), example.media)
+        shingles = of_pictures(shingle(example), example.media)
         sketch, rows = sketch_of(shingles), self._known.rows
         close = self._known.close(shingles, sketch)
         near = [place for place, alike in close if alike >= self._config.near_duplicate]
@@ -195,7 +195,7 @@ def _parts_of(hash: int, count: int) -> Iterator[tuple[int, int]]:
         yield number, hash >> start & (1 << end - start) - 1
 
 
-def _of_pictures(shingles: frozenset[str], names: tuple[str, ...]) -> frozenset[str]:
+def of_pictures(shingles: frozenset[str], names: tuple[str, ...]) -> frozenset[str]:
     """Mark the shingles of a row with its pictures, so that they equal only those of the same pictures."""
     if not names:
         return shingles

@@ -34,6 +34,7 @@ class Row:
         self.cancelled = False
         self.prompt: list[int] = []
         self.media: tuple[str, ...] = ()  # names of the prompt's pictures, in ask.media
+        self.features: dict[str, bytes] = {}  # what the model saw in them, where the log keeps it
         self.distance = 0  # from the number of tokens so far to the position of the next one
         self.answer: list[int] = []  # tokens so far; the next forward pass reads the newest
         self.room = 0  # answer tokens that may still come
@@ -113,6 +114,7 @@ class Row:
                     self.prompt_nll,
                     self._nll / self._measured if self._measured else None,
                     self._queue_ms,
+                    self.features,
                 )
             )
         return ended

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,7 @@ from ratchet.engines.loaded_model import LoadedModel
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.models.cache import join, select
 from ratchet.models.chat_template import ChatFormat
+from ratchet.monitoring.picture_features import PICTURES, pool
 from ratchet.serving.bundle import Bundle
 from ratchet.serving.engine import Scored
 
@@ -47,8 +49,8 @@ class Joining(NamedTuple):
 class Decoder:
     """The decoder of the versions that share a batch; one thread owns it."""
 
-    def __init__(self, loaded: LoadedModel, *, measure_prompts: bool) -> None:
-        self._measure_prompts = measure_prompts
+    def __init__(self, loaded: LoadedModel, *, measure_prompts: bool, keep_features: bool = False) -> None:
+        self._measure_prompts, self._keep_features = measure_prompts, keep_features
         self._loaded = loaded
         self._bundles: dict[int, Bundle] = {}
         self._chats: dict[int, ChatFormat] = {}
@@ -157,15 +159,19 @@ class Decoder:
             if start:
                 self._step_all()
             end = min(start + size, length)
-            logits = self._loaded.forward(
-                [row.ask.version for row in rows],
-                ids[:, start:end],
-                mask[:, : virtual + end],
-                positions[..., start:end],
-                cache,
-                whole=self._measure_prompts,
-                inputs=inputs,
-            )
+            watching = self._loaded.watched() if shown and self._keep_features else nullcontext([])
+            with watching as seen:
+                logits = self._loaded.forward(
+                    [row.ask.version for row in rows],
+                    ids[:, start:end],
+                    mask[:, : virtual + end],
+                    positions[..., start:end],
+                    cache,
+                    whole=self._measure_prompts,
+                    inputs=inputs,
+                )
+            if seen:
+                self._note_features(rows, seen[0], ids.where(mask[:, virtual:].bool(), -1))
             if self._measure_prompts:
                 nll += _nll(logits, ids[:, start + 1 : end + 1], mask[:, virtual + start : virtual + end])
         if self._measure_prompts:
@@ -178,6 +184,20 @@ class Decoder:
         pictures = {name: row.ask.media[name] for row in rows for name in row.media}
         chat = self._chats[rows[0].ask.version]  # versions that share a base share its processor
         return chat.showing(pictures).inputs([row.media for row in rows], ids)
+
+    def _note_features(self, rows: list[Row], embeddings: Tensor, ids: Tensor) -> None:
+        """Note what the model saw in each row's pictures; `ids` is (batch, seq), -1 for padding."""
+        processor = self._chats[rows[0].ask.version].processor
+        if processor is None:
+            return
+        image_id = processor.image_id
+        shown = [[name for name in row.media if name.endswith(PICTURES)] for row in rows]
+        sizes = [
+            [processor.tokens_of(row.ask.media[name]).count(image_id) for name in names]
+            for row, names in zip(rows, shown, strict=True)
+        ]
+        for row, names, found in zip(rows, shown, pool(embeddings, ids, image_id, sizes), strict=True):
+            row.features = dict(zip(names, found, strict=True))
 
     def _prefill_size(self, num_rows: int) -> int:
         """Return how many positions of each row go through the model in one pass."""

@@ -10,6 +10,7 @@ full                        a whole model, no base
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,7 @@ from ratchet.errors import BaseModelError, RatchetError
 from ratchet.models.adapters import PREFIXED, base_settings, load_base_of, read_kind
 from ratchet.models.cache import forward, new_cache
 from ratchet.models.loading import WEIGHTS, load_adapter, load_full, quiet
+from ratchet.monitoring.picture_features import watched
 from ratchet.serving.bundle import Bundle
 
 State = tuple[Tensor, Tensor]  # keys and values of a layer: (heads, virtual tokens, width)
@@ -145,6 +147,10 @@ class LoadedModel:
         return cache
 
     # --- computing ---
+
+    def watched(self) -> AbstractContextManager[list[Tensor]]:
+        """Collect what the passes within a block give to the language model: (batch, seq, width) each."""
+        return watched(self._base)
 
     def find_positions(
         self, ids: Tensor, mask: Tensor, inputs: Mapping[str, Tensor]

@@ -197,7 +197,9 @@ class LocalEngine:
     def _add(self, bundle: Bundle, chat: ChatFormat, made: LoadedModel | None) -> None:
         model = made or self._models[model_place(bundle)]
         decoder = self._decoders.get(batch_place(bundle)) or Decoder(
-            model, measure_prompts=self._config.gateway.prompt_nll
+            model,
+            measure_prompts=self._config.gateway.prompt_nll,
+            keep_features=self._config.request_log.keeps_features,
         )
         decoder.add(bundle, chat)
         self._models[model_place(bundle)], self._decoders[batch_place(bundle)] = model, decoder

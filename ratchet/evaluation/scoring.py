@@ -263,8 +263,17 @@ def _key(settings: Any, ids: list[list[int]]) -> str:
     return sha256(json.dumps([settings, ids]).encode()).hexdigest()
 
 
-def frame_of(rows: list[Example], model: str, found: Answered, config: EvaluateConfig) -> pd.DataFrame:
-    """Make a table with one line per row; a model without likelihoods gets NaN there."""
+def frame_of(
+    rows: list[Example],
+    model: str,
+    found: Answered,
+    config: EvaluateConfig,
+    media: Mapping[str, bytes] = MappingProxyType({}),
+) -> pd.DataFrame:
+    """Make a table with one line per row; a model without likelihoods gets NaN there.
+
+    `media` has the rows' pictures by name.
+    """
     likelihoods = found.likelihoods
     columns: dict[str, Any] = {
         "id": [row.id for row in rows],
@@ -280,7 +289,7 @@ def frame_of(rows: list[Example], model: str, found: Answered, config: EvaluateC
     }
     if PREFERENCE in config.metrics:
         columns["worse_nll"] = [found.worse.get(row.id, math.nan) for row in rows]
-    return pd.DataFrame(columns | slice_columns(rows, config))
+    return pd.DataFrame(columns | slice_columns(rows, config, media))
 
 
 def add_scores(

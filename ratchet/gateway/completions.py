@@ -28,6 +28,7 @@ from ratchet.gateway.response_encoder import ResponseEncoder
 from ratchet.gateway.responses import parse_response
 from ratchet.gateway.routing import Choice
 from ratchet.gateway.state import Parts
+from ratchet.monitoring.pictures import with_features
 from ratchet.monitoring.request_records import Logged
 from ratchet.serving.engine import Ask, Ended, Engine, Piece
 from ratchet.serving.faults import CANCELLED, Fault, to_fault
@@ -111,7 +112,7 @@ class Exchange:
             queue_ms=ended.queue_ms,
             prompt_nll=ended.prompt_nll,
             answer_nll=ended.answer_nll,
-            pictures=self.chat.looks,
+            pictures=with_features(self.chat.looks, ended.features),
         )
 
 

@@ -10,6 +10,7 @@ The package openai is not used; docs/lab-notes.md gives the reasons with figures
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import random
 import time
@@ -33,6 +34,7 @@ LONGEST_WAIT = 60.0  # seconds; a longer Retry-After is cut to this
 LONGEST_BACKOFF = 30.0  # seconds
 SEEN = 200  # characters of an endpoint's error message that our message quotes
 MOST_BYTES = 8 * 2**20  # the largest answer that is parsed
+MOST_PICTURE_TOKENS = 40_000  # of a picture of 1,024 pixels; the dearest known endpoint counts 25,500
 OVERHEAD = 512  # tokens that a chat template and a schema may add to a prompt
 MOST_ADAPTED = 5  # changes of one body: three options left out, one renamed, one to spare
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -111,7 +113,7 @@ class Teacher:
         """
         turns: list[Turn] = [("user", prompt.user)]
         schema = schema_of(shape)
-        answer = await self._complete(prompt.system, turns, schema, seed)
+        answer = await self._complete(prompt, turns, schema, seed)
         used = answer.usage or Usage()
         fault = _fault(answer, shape)
         if fault and not answer.cut and not answer.refused:
@@ -119,7 +121,7 @@ class Teacher:
                 ("assistant", answer.text[:20_000] or "(nothing)"),
                 ("user", REPAIR.format(fault=fault)),
             ]
-            answer = await self._complete(prompt.system, turns, schema, seed)
+            answer = await self._complete(prompt, turns, schema, seed)
             used += answer.usage or Usage()
             fault = _fault(answer, shape)
         if answer.refused:
@@ -130,22 +132,23 @@ class Teacher:
 
     async def say(self, prompt: Prompt, *, seed: int) -> Said:
         """Return an answer as free text. Raises what `ask` raises."""
-        answer = await self._complete(prompt.system, [("user", prompt.user)], None, seed)
+        answer = await self._complete(prompt, [("user", prompt.user)], None, seed)
         return Said(answer.text, answer.usage or Usage(), "teacher_refused" if answer.refused else "")
 
     def redact(self, text: str) -> str:
         return text.replace(self._key, "[redacted]") if self._key else text
 
     async def _complete(
-        self, system: str, turns: Sequence[Turn], schema: dict[str, Any] | None, seed: int
+        self, prompt: Prompt, turns: Sequence[Turn], schema: dict[str, Any] | None, seed: int
     ) -> Answer:
         """Return the answer; retry temporary failures, and leave out options that the endpoint refuses."""
         tries, adapted = 0, 0
+        pictures = [base64.b64encode(picture).decode() for picture in prompt.pictures]
         async with self._slots:
             while True:
-                body = self._dialect.body(system, turns, schema=schema, seed=seed)
+                body = self._dialect.body(prompt.system, turns, schema=schema, seed=seed, pictures=pictures)
                 try:
-                    return await self._paid(body)
+                    return await self._paid(body, pictures)
                 except _Passing as error:
                     tries += 1
                     if tries >= self._config.tries:
@@ -154,15 +157,16 @@ class Teacher:
                 except _Refused as error:
                     adapted += 1
                     if adapted > MOST_ADAPTED or not self._dialect.adapt(error.status, error.said, body):
-                        raise self._final(error) from None
+                        raise self._final(error, shown=bool(pictures)) from None
 
-    async def _paid(self, body: dict[str, Any]) -> Answer:
+    async def _paid(self, body: dict[str, Any], pictures: Sequence[str] = ()) -> Answer:
         """Send one request: reserve its highest cost before, settle its real cost after.
 
         If the endpoint reports no usage, the highest possible usage counts. The answer is redacted.
         """
         raw = msgspec.json.encode(body)
-        most = Usage(len(raw) + OVERHEAD, self._config.max_tokens)  # a token has at least one byte
+        shown = len(pictures) * MOST_PICTURE_TOKENS - sum(map(len, pictures))
+        most = Usage(len(raw) + shown + OVERHEAD, self._config.max_tokens)  # a token has at least one byte
         ticket = await self._budget.hold(most, self._prices)
         used = Usage()
         try:
@@ -245,7 +249,7 @@ class Teacher:
             pass
         return f"{response.status_code} {' '.join(self.redact(text).split())[:SEEN]}".strip()
 
-    def _final(self, error: _Refused) -> Exception:
+    def _final(self, error: _Refused, *, shown: bool) -> Exception:
         """Return the error to raise for a refusal; its remedy names the key or the setting to change."""
         if error.status in (401, 403):
             return ConfigError(
@@ -264,7 +268,8 @@ class Teacher:
                 remedy=f"{self._section}.url is the base before {self._dialect.path}, "
                 f"mostly ending with /v1; {self._section}.model is {self._config.model!r}",
             )
-        return AskError("endpoint_refused", str(error))
+        hint = "; the request showed a picture, so the model may be one that sees none" if shown else ""
+        return AskError("endpoint_refused", f"{error}{hint}")
 
 
 class _Passing(Exception):

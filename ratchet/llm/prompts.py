@@ -8,7 +8,7 @@ document is only text to ask about. The version of a prompt is its name with the
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -22,6 +22,7 @@ from ratchet.errors import ConfigError
 NAMES = (
     "questions_from_passage",
     "self_instruct",
+    "questions_from_picture",
     "paraphrase",
     "judge",
     "back_translate",
@@ -39,6 +40,10 @@ class Prompt:
     version: str
     system: str
     user: str
+    pictures: tuple[bytes, ...] = ()  # JPEGs that the user's message shows
+
+    def showing(self, pictures: tuple[bytes, ...]) -> Prompt:
+        return replace(self, pictures=pictures)
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,20 @@ class Dialect:
         return {"authorization": f"Bearer {key}"} if key else {}
 
     def body(
-        self, system: str, turns: Sequence[Turn], *, schema: dict[str, Any] | None, seed: int
+        self,
+        system: str,
+        turns: Sequence[Turn],
+        *,
+        schema: dict[str, Any] | None,
+        seed: int,
+        pictures: Sequence[str] = (),
     ) -> dict[str, Any]:
+        """Return the body of a request; the first turn shows the `pictures`, JPEGs in base64."""
         config = self._config
-        messages = [{"role": role, "content": content} for role, content in turns]
+        messages: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in turns]
+        if pictures:
+            shown = map(_anthropic_picture if config.protocol == "anthropic" else _openai_picture, pictures)
+            messages[0]["content"] = [*shown, {"type": "text", "text": turns[0][1]}]
         body: dict[str, Any] = {
             "model": config.model,
             self._max_tokens_key: config.max_tokens,
@@ -103,6 +113,14 @@ class Dialect:
             raise Unreadable(
                 f"no answer of the protocol `{self._config.protocol}`: {type(error).__name__}"
             ) from None
+
+
+def _openai_picture(picture: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{picture}"}}
+
+
+def _anthropic_picture(picture: str) -> dict[str, Any]:
+    return {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": picture}}
 
 
 class _Tokens(msgspec.Struct):

@@ -209,6 +209,10 @@ class MediaProcessor:
                 return axis
         return None
 
+    def alone(self, pictures: Sequence[bytes]) -> dict[str, torch.Tensor]:
+        """Return the model's inputs, ids and mask among them, for rows of one picture each and no text."""
+        return self._call([[picture] for picture in pictures])
+
     def sequence_features(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the inputs that tell tokens of media from others, (batch, seq); {} if there are none."""
         import torch

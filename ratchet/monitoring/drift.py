@@ -31,6 +31,7 @@ Draws = NDArray[
 WEIGHTS = {
     "pictures": 0.3,
     "recordings": 0.3,
+    "what pictures show": 0.3,
     "novelty": 0.45,
     "surprise": 0.15,
     "form and mix": 0.15,

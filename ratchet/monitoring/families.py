@@ -16,7 +16,7 @@ from ratchet.data.words import terms_of
 from ratchet.media.names import is_sound
 from ratchet.monitoring.drift import Family, Measure, higher, lower, mix, novelty, other, subjects
 from ratchet.monitoring.novelty import Familiar
-from ratchet.monitoring.pictures import Look, picture_family
+from ratchet.monitoring.pictures import Look, content_family, picture_family
 from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.monitoring.sounds import sound_family
 
@@ -68,9 +68,9 @@ def all_families(
     sounds = sound_family(looks, reference.sounds, reference.trained_sounds)
     looks = [look for look in looks if not is_sound(look.name)]
     pictures = picture_family(looks, list(reference.pictures), list(reference.trained_pictures))
+    content = content_family(looks, reference.pictures, reference.trained_pictures)
     others = [
-        *([pictures] if pictures else []),
-        *([sounds] if sounds else []),
+        *(found for found in (pictures, content, sounds) if found),
         *answer_families(asked, reference, monitor),
         *service_families(window, feedback, earlier, monitor.latency_margin),
     ]

@@ -1,15 +1,15 @@
 """Describe how pictures look, and compare those of the traffic with those of the champion's rows.
 
-What a picture shows is not compared, only its form: a new kind of picture, such as scans where photographs
-were, looks otherwise. The log has these figures and the hash of the bytes; pictures themselves are kept only
-where `request_log.pictures` says so.
+A new kind of picture, such as scans where photographs were, looks otherwise; new things that are photographed
+alike are told by what the model sees (ratchet/monitoring/picture_features.py). The log has these figures and
+the hash of the bytes; pictures themselves are kept only where `request_log.pictures` says so.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from ratchet.data.examples import MEDIA_NAME
 from ratchet.files import write_bytes
-from ratchet.monitoring.drift import Family, higher, other
+from ratchet.monitoring.drift import Family, Measure, higher, other
+from ratchet.monitoring.picture_features import Vectors, sample, unpack
 
 FOLDER = Path(".ratchet/pictures")
 SIDE = 256  # pixels of the copy on which light, edges and colours are measured
 DIGITS = 4  # of a figure in the log
+FAMILY, CONTENT = "pictures", "what pictures show"  # names of the families
 LEAST = 30  # pictures on each side that the family needs
 COLUMNS = (
     "picture size (log pixels)",
@@ -35,10 +37,15 @@ COLUMNS = (
 
 
 class Look(msgspec.Struct, frozen=True, array_like=True):
-    """How a picture looks: one figure for each of COLUMNS; `name` is that of ratchet/media/names.py."""
+    """How a picture looks: one figure for each of COLUMNS; `name` is that of ratchet/media/names.py.
+
+    `features` are what the model sees in it, as ratchet/monitoring/picture_features.py packs them; b"" where
+    they are not known.
+    """
 
     name: str
     figures: tuple[float, ...]
+    features: bytes = b""
 
 
 def look_of(name: str, picture: bytes) -> Look:
@@ -112,9 +119,25 @@ class KeptPictures(Mapping[str, bytes]):
         return sum(1 for _ in self)
 
 
+def in_words(look: Look) -> str:
+    """Say how a picture looks, for people who do not see it."""
+    area, shape, brightness, contrast, _, colours = look.figures
+    width, height = (round(math.exp((area + side * shape) / 2)) for side in (1, -1))
+    light = "dark" if brightness < 0.35 else "bright" if brightness > 0.65 else "of middle brightness"
+    said = [f"{width}x{height} pixels", light]
+    said += ["of little contrast"] if contrast < 0.1 else []
+    said.append("grey" if colours < 0.02 else "colourful" if colours > 0.3 else "with some colour")
+    return ", ".join(said)
+
+
+def with_features(looks: Iterable[Look], features: Mapping[str, bytes]) -> tuple[Look, ...]:
+    return tuple(
+        msgspec.structs.replace(look, features=features.get(look.name, look.features)) for look in looks
+    )
+
+
 def look_at_all(pictures: Mapping[str, bytes], names: Iterable[str], most: int) -> list[Look]:
-    """Measure the `most` pictures with the smallest names; names are hashes, so this is a random sample."""
-    return [look_of(name, pictures[name]) for name in sorted(set(names))[:most]]
+    return [look_of(name, pictures[name]) for name in sample(names, most)]
 
 
 def picture_family(window: Iterable[Look], held_out: list[Look], trained: list[Look]) -> Family | str | None:
@@ -132,7 +155,59 @@ def picture_family(window: Iterable[Look], held_out: list[Look], trained: list[L
     measures = [other(name, figures[:, place], len(shown)) for place, name in enumerate(COLUMNS)]
     distance = _distances(figures, _table(trained))
     measures.append(higher("distance to the nearest picture of the training", distance, len(shown)))
-    return Family("pictures", len(shown), len(held_out), measures)
+    return Family(FAMILY, len(shown), len(held_out), measures)
+
+
+def content_family(
+    window: Iterable[Look], held_out: Iterable[Look], trained: Iterable[Look]
+) -> Family | str | None:
+    """Compare how far what the window's pictures show is from what those of the training show.
+
+    A picture counts once. Returns the reason where too few pictures have features, and None where nobody
+    shows any.
+    """
+    shown, compared = {look.name: look for look in window}, {look.name: look for look in held_out}
+    if not shown and not compared:
+        return None
+    mine, theirs = ([look.features for look in side.values() if look.features] for side in (shown, compared))
+    known = [look.features for look in trained if look.features]
+    if min(len(mine), len(theirs)) < LEAST or not known:
+        return (
+            f"{CONTENT}: features of {len(mine)} pictures in this window (request_log.picture_features, "
+            f"engine `local`) and of {len(theirs)} to compare with (evaluate.picture_features); "
+            f"wanted {LEAST}"
+        )
+    novelty = _novelty(unpack([*mine, *theirs]), unpack(known), len(mine))
+    return Family(CONTENT, len(mine), len(theirs), [novelty])
+
+
+def farthest(window: Iterable[Look], trained: Sequence[Look], most: int, *, by_content: bool) -> list[Look]:
+    """Return the window's pictures that are the farthest from those of the training, the farthest first.
+
+    `by_content` compares what they show, else how they look.
+    """
+    shown = {look.name: look for look in window if look.features or not by_content}
+    known = [look for look in trained if look.features or not by_content]
+    if not shown or not known:
+        return []
+    looks = list(shown.values())
+    if by_content:
+        distances = _apart(
+            unpack([look.features for look in looks]), unpack([look.features for look in known])
+        )
+    else:
+        distances = _distances(_table(looks), _table(known))
+    return [looks[place] for place in np.argsort(-distances, kind="stable")[:most]]
+
+
+def _apart(seen: Vectors, known: Vectors) -> NDArray[np.float64]:
+    from scipy.spatial import KDTree
+
+    return np.asarray(KDTree(known).query(seen)[0], dtype=np.float64)
+
+
+def _novelty(seen: Vectors, known: Vectors, window: int) -> Measure:
+    return higher("distance to what pictures of the training show", _apart(seen, known), window)
 
 
 def _table(looks: list[Look]) -> NDArray[np.float64]:

@@ -32,6 +32,13 @@ class Column(msgspec.Struct, frozen=True):
     weight: float = 0.0  # the family's share of the error
 
 
+class Picture(msgspec.Struct, frozen=True):
+    """A picture of a request: its name in the log, and how it looks, in words."""
+
+    name: str
+    looks: str = ""
+
+
 class Topic(msgspec.Struct, frozen=True):
     """A topic of the traffic: its words, its shares of window and reference, and examples."""
 
@@ -40,6 +47,7 @@ class Topic(msgspec.Struct, frozen=True):
     share: float = 0.0
     reference_share: float = 0.0
     examples: list[str] = []
+    pictures: list[Picture] = []  # of its requests
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -57,6 +65,7 @@ class Verdict(msgspec.Struct, frozen=True):
     topics: list[Topic] = []
     missing: list[str] = []  # families without a reference, with the reason
     moved: list[str] = []  # families that differ, the clearest first, corrected for each other
+    pictures: list[Picture] = []  # if those differ: the ones that are the farthest from the training's
 
 
 class Decision(msgspec.Struct, frozen=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -17,6 +18,8 @@ import msgspec
 from ratchet.config.params import Config
 from ratchet.errors import RatchetError
 from ratchet.files import write_text
+from ratchet.media.pictures import shrink
+from ratchet.monitoring.pictures import KeptPictures
 from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.request_records import Traffic
 from ratchet.monitoring.verdicts import Recorded, read_verdicts
@@ -29,6 +32,7 @@ from ratchet.services.status import Move, read_moves
 from ratchet.serving.bundle import ServingState, read_state
 
 T = TypeVar("T")
+THUMBNAIL = 160  # pixels of the longer side
 DAYS = 14  # days of traffic and feedback that are shown
 MOST_VERDICTS, MOST_PROMOTIONS, MOST_ROLLOUTS = 200, 8, 8
 REMEMBERED = ("past", "golden", "region")  # a gate's checks of old rows and of drifted topics
@@ -81,6 +85,7 @@ class Page(NamedTuple):
     past: Part[list[Rollout]]  # the newest first
     traffic: Part[list[Traffic]]
     verdicts: Part[list[Recorded]]
+    pictures: Part[dict[str, str]]  # of the newest verdict, by name: small ones as data URIs
     ledger: Part[list[Move]]
     table: Part[Retention | None]
     forgetting: Part[list[Kept]]
@@ -89,6 +94,7 @@ class Page(NamedTuple):
 def gather(root: Path, config: Config) -> Page:
     now = time.time()
     ledger, champion = _part(lambda: read_moves(root)), _part(lambda: read_champion(root))
+    verdicts = _part(lambda: read_verdicts(root, MOST_VERDICTS))
     return Page(
         project=config.project.name,
         at=now,
@@ -107,7 +113,8 @@ def gather(root: Path, config: Config) -> Page:
         rollout=_part(lambda: read_rollout(root)),
         past=_part(lambda: read_ended(root)[: -MOST_ROLLOUTS - 1 : -1]),
         traffic=_part(lambda: _traffic(root, config, now - DAYS * 86_400)),
-        verdicts=_part(lambda: read_verdicts(root, MOST_VERDICTS)),
+        verdicts=verdicts,
+        pictures=_part(lambda: _thumbnails(root, verdicts.found or [])),
         ledger=ledger,
         table=_part(lambda: _table(root)),
         forgetting=_part(lambda: _forgetting(root, ledger.found or [])),
@@ -142,6 +149,19 @@ def _traffic(root: Path, config: Config, since: float) -> list[Traffic]:
         return log.traffic(since=since)
     finally:
         log.close()
+
+
+def _thumbnails(root: Path, verdicts: list[Recorded]) -> dict[str, str]:
+    """Return small copies of the pictures that the newest verdict names and the checkout keeps."""
+    kept, newest = KeptPictures(root), verdicts[-1] if verdicts else Recorded(at=0)
+    named = [*newest.pictures, *(picture for topic in newest.topics for picture in topic.pictures)]
+    found = {}
+    for name in dict.fromkeys(picture.name for picture in named if picture.name in kept):
+        try:
+            found[name] = f"data:image/jpeg;base64,{b64encode(shrink(kept[name], THUMBNAIL)).decode()}"
+        except (OSError, ValueError, KeyError):  # removed since, or broken on the disk: its words are shown
+            continue
+    return found
 
 
 def _table(root: Path) -> Retention | None:

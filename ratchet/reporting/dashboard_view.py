@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ratchet.data.examples import MEDIA_MARK
 from ratchet.monitoring.request_records import Traffic
 from ratchet.monitoring.verdicts import Column, Recorded, seconds_of
 from ratchet.promotion.rollout import Measure
@@ -323,5 +324,5 @@ def percent(value: float | None, digits: int = 0) -> str:
 
 def said(text: str, most: int = 220) -> str:
     """Put a person's text on one line, and cut it to at most `most` characters."""
-    words = " ".join(str(text).split())
+    words = " ".join(str(text).replace(MEDIA_MARK, " [picture] ").split())
     return words if len(words) <= most else words[: most - 1] + "…"

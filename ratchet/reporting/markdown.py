@@ -23,7 +23,7 @@ from ratchet.evaluation.report import (
     Summary,
 )
 from ratchet.evaluation.statistics import Estimate, Interval
-from ratchet.monitoring.verdicts import Recorded
+from ratchet.monitoring.verdicts import Picture, Recorded
 from ratchet.promotion.rollout import Rollout
 from ratchet.promotion.verdict import Check, Verdict
 
@@ -116,10 +116,16 @@ def drift_card(found: Recorded) -> str:
     for topic in found.topics:
         shares = f"{topic.share:.1%} of the requests, {topic.reference_share:.1%} of the reference"
         lines += ["", f"**{topic.name}**: {shares}", "", *(f"> {example}" for example in topic.examples)]
+        lines += _pictures_line(topic.pictures)
+    lines += _pictures_line(found.pictures)
     lines += ["", f"### Retraining: {'yes' if found.decision.retrain else 'no'}", ""]
     lines += [f"- for: {line}" for line in found.decision.for_]
     lines += [f"- against: {line}" for line in found.decision.against]
     return "\n".join(lines) + "\n"
+
+
+def _pictures_line(pictures: list[Picture]) -> list[str]:
+    return ["", f"Pictures: {'; '.join(picture.looks for picture in pictures)}"] if pictures else []
 
 
 def rollout_card(found: Rollout) -> str:

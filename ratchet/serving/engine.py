@@ -78,6 +78,8 @@ class Ended:
     prompt_nll: float | None = None
     answer_nll: float | None = None
     queue_ms: float = 0.0
+    # What the model saw in the prompt's pictures, by name (ratchet/monitoring/picture_features.py).
+    features: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Engine(Protocol):

@@ -89,6 +89,7 @@ class DocumentFigures(msgspec.Struct, frozen=True):
 
 class SeedFigures(msgspec.Struct, frozen=True):
     seeds: int
+    pictures_missing: int = 0  # rows left out, because their pictures are not in data/prepared
 
 
 class WeakSpotFigures(msgspec.Struct, frozen=True):
@@ -296,6 +297,8 @@ def _describe_subject(found: Summary) -> list[str]:
     if isinstance(about, WeakSpotFigures):
         near, drifted = about.near_mistakes, about.drifted_prompts
         return [f"chosen   {near} training rows near to mistakes, {drifted} prompts of drifted topics"]
+    if isinstance(about, SeedFigures) and about.pictures_missing:
+        return [f"left out {about.pictures_missing} seeds whose pictures are not in data/prepared"]
     return []
 
 

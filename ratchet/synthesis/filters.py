@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ratchet.config.params import Config
 from ratchet.data.dedup import RUN
-from ratchet.data.examples import Example, Message, Meta, RowError, make_raw_row
+from ratchet.data.examples import MEDIA_MARK, Example, Message, Meta, RowError, make_raw_row
 from ratchet.data.text import TEACHER_BOILERPLATE, TEACHER_REFUSAL
 from ratchet.data.validation import Doubt, Origin, Validator
 from ratchet.llm.replies import Pair
@@ -83,14 +83,20 @@ class Filters:
         parent: str = "",
         question: str = "",
         system: str | None = None,
+        media: tuple[str, ...] = (),
     ) -> Verdict:
         """Return the verdict on a row, and remember the row if it is kept.
 
-        If the row rewords another one, `parent` is that row's id and `question` its question: the two may be
-        similar, but their numbers and code spans must agree.
+        The question shows the pictures that `media` names. If the row rewords another one, `parent` is that
+        row's id and `question` its question: the two may be similar, but their numbers and code spans must
+        agree.
         """
         system = self._settings.system if system is None else system
-        turns = [Message("user", pair.question), Message("assistant", pair.answer)]
+        asked = MEDIA_MARK * len(media) + pair.question.replace(MEDIA_MARK, "")
+        turns = [
+            Message("user", asked, media=media),
+            Message("assistant", pair.answer.replace(MEDIA_MARK, "")),
+        ]
         if system.strip():
             turns.insert(0, Message("system", system))
         try:
@@ -133,7 +139,7 @@ class Filters:
 
     def _check_length(self, example: Example) -> tuple[str, str] | None:
         settings = self._settings
-        if len(example.question) < 3 or not any(map(str.isalnum, example.question)):
+        if len(example.question.replace(MEDIA_MARK, "")) < 3 or not any(map(str.isalnum, example.question)):
             return "too_short", f"the question is {example.question!r}"
         for name, text, most in (
             ("question", example.question, settings.max_question_chars),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ratchet.config.data import PrepareConfig
 from ratchet.data.batches import raw_lines
-from ratchet.data.dedup import NearRows, shingle, sketch_of
+from ratchet.data.dedup import NearRows, of_pictures, shingle, sketch_of
 from ratchet.data.examples import Example, RowError, read_examples
 from ratchet.data.validation import Origin, Validator
 
@@ -32,7 +32,8 @@ class Twin(NamedTuple):
 class Known:
     """The rows that a new row must not repeat; about 1 kB of memory per row.
 
-    Similarity is measured as for the splits (ratchet/data/dedup.py), on shingles of what the user wrote. Rows
+    Similarity is measured as for the splits (ratchet/data/dedup.py), on shingles of what the user wrote; the
+    same question about another picture is another question. Rows
     of validation, test and golden set count from the similarity `prepare.leak` on.
     """
 
@@ -44,7 +45,7 @@ class Known:
     def add(self, example: Example, side: str) -> None:
         if example.id in self._sides:
             return
-        shingles = shingle(example)
+        shingles = of_pictures(shingle(example), example.media)
         self._rows.add(example, side, shingles, sketch_of(shingles))
         self._sides[example.id] = side
 
@@ -56,7 +57,7 @@ class Known:
         """
         if side := self._sides.get(example.id):
             return Twin(REASONS[side], example.id)
-        shingles = shingle(example)
+        shingles = of_pictures(shingle(example), example.media)
         close = (
             (*self._rows.rows[place], alike)
             for place, alike in self._rows.close(shingles, sketch_of(shingles))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import xxhash
 
-from ratchet.data.examples import Example, Meta
+from ratchet.data.examples import MEDIA_MARK, Example, Meta
 from ratchet.llm.prompts import Prompt, Template
 from ratchet.llm.replies import Pair, Pairs, Questions, read_reply
+from ratchet.media.pictures import shrink
 from ratchet.synthesis.documents import Chunk
 
+SIDE = 1024  # pixels of the longer side of a picture that a teacher is shown
 EXAMPLES = 5  # rows that one self-instruct prompt (arXiv 2212.10560) shows
 MOST_ASKED = 40  # most questions of earlier rounds that a prompt lists
 
@@ -33,6 +35,7 @@ class Ask(NamedTuple):
     parent: str = ""
     question: str = ""
     system: str | None = None
+    media: tuple[str, ...] = ()  # names of the pictures that the prompt, and so each new row, shows
 
     def read(self, raw: str) -> list[Pair]:
         """Return the pairs in an answer. Raises Malformed unless `Teacher.ask` has accepted the answer."""
@@ -49,6 +52,7 @@ class Subject(NamedTuple):
     answer: str = ""
     why: str = ""
     system: str | None = None
+    media: tuple[str, ...] = ()
 
 
 def ask_of_chunks(
@@ -67,12 +71,31 @@ def ask_of_chunks(
         )
 
 
+class Shown(NamedTuple):
+    """How rows with pictures are asked about: the template, and the pictures by name."""
+
+    template: Template
+    pictures: Mapping[str, bytes]
+
+    def show(self, prompt: Prompt, names: Sequence[str]) -> Prompt:
+        return prompt.showing(tuple(shrink(self.pictures[name], SIDE) for name in names))
+
+
 def ask_of_seeds(
-    rows: Sequence[Example], template: Template, *, per_chunk: int, requests: int, seed: int
+    rows: Sequence[Example], template: Template, shown_as: Shown, *, per_chunk: int, requests: int, seed: int
 ) -> Iterator[Ask]:
-    """Yield `requests` requests, each with its own random sample of `rows` as examples."""
+    """Yield `requests` requests, each with its own random sample of `rows` as examples.
+
+    A row with pictures is the only example of its request, which shows them.
+    """
     draw = random.Random(seed)  # noqa: S311 (no secret)
+    seen, rows = [row for row in rows if row.media], [row for row in rows if not row.media]
+    deck: list[Example] = []
     for _ in range(requests):
+        if seen and draw.random() * (len(seen) + len(rows)) < len(seen):
+            deck = deck or draw.sample(seen, len(seen))  # no picture twice before all were shown
+            yield _ask_of_picture(deck.pop(), shown_as, per_chunk)
+            continue
         shown = draw.sample(rows, min(EXAMPLES, len(rows)))
         about = xxhash.xxh3_128_hexdigest("".join(row.id for row in shown).encode())
         prompt = template.render(
@@ -82,9 +105,27 @@ def ask_of_seeds(
         yield Ask(about, prompt, Pairs, {"seeds": " ".join(row.id[:12] for row in shown)}, system=system)
 
 
-def ask_of_subjects(subjects: Iterable[Subject], template: Template, *, per_chunk: int) -> Iterator[Ask]:
+def _ask_of_picture(row: Example, shown_as: Shown, per_chunk: int) -> Ask:
+    question = row.question.replace(MEDIA_MARK, "").strip()
+    prompt = shown_as.template.render(question=question, answer=row.answer, count=per_chunk)
+    system = row.messages[0].content if row.messages[0].role == "system" else None
+    return Ask(
+        row.id,
+        shown_as.show(prompt, row.media),
+        Pairs,
+        {"seeds": row.id[:12]},
+        system=system,
+        media=row.media,
+    )
+
+
+def ask_of_subjects(
+    subjects: Iterable[Subject], template: Template, shown_as: Shown, *, per_chunk: int
+) -> Iterator[Ask]:
     for subject in subjects:
         prompt = template.render(question=subject.question, answer=subject.answer, count=per_chunk)
+        if subject.media:
+            prompt = shown_as.show(prompt, subject.media)
         meta: Meta = {"paraphrase_of": subject.id, "chosen_for": subject.why}
         parent = subject.id if subject.answer else ""
         yield Ask(
@@ -96,4 +137,5 @@ def ask_of_subjects(subjects: Iterable[Subject], template: Template, *, per_chun
             parent=parent,
             question=subject.question,
             system=subject.system,
+            media=subject.media,
         )

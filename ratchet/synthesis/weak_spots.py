@@ -13,7 +13,7 @@ from pathlib import Path
 import xxhash
 
 from ratchet.config.params import Config
-from ratchet.data.examples import Example, read_examples
+from ratchet.data.examples import MEDIA_MARK, Example, read_examples
 from ratchet.errors import UserError
 from ratchet.evaluation.baseline import vectors
 from ratchet.files import read_json
@@ -89,10 +89,11 @@ def _mistakes(root: Path, config: Config) -> list[tuple[str, str]]:
 def _subject(row: Example, why: str) -> Subject:
     return Subject(
         row.id,
-        row.question,
+        row.question.replace(MEDIA_MARK, "").strip(),
         row.answer,
         why,
         row.messages[0].content if row.messages[0].role == "system" else "",
+        row.media,
     )
 
 
@@ -103,5 +104,5 @@ def _of_topics(root: Path) -> list[Subject]:
     return [
         Subject(xxhash.xxh3_128_hexdigest(prompt.encode()), prompt, "", f"drifted topic {name}")
         for prompt, name in found
-        if prompt.strip() and REDACTED not in prompt
+        if prompt.strip() and REDACTED not in prompt and MEDIA_MARK not in prompt  # its picture is not here
     ]

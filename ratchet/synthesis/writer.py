@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
 from ratchet.config.params import Config
-from ratchet.data.examples import Example, Meta
+from ratchet.data.examples import MEDIA_MARK, Example, Meta
 from ratchet.evaluation.metrics import token_f1
 from ratchet.llm.client import AskError, Said, Teacher
 from ratchet.llm.prompts import Prompt, Template
@@ -188,7 +188,13 @@ class Writer:
         """
         parent, question = (of.id, of.question) if of else (ask.parent, ask.question)
         verdict = self._filters.judge(
-            pair, ask.passage, meta, parent=parent, question=question, system=ask.system
+            pair,
+            ask.passage,
+            meta,
+            parent=parent,
+            question=question.replace(MEDIA_MARK, ""),
+            system=ask.system,
+            media=ask.media,
         )
         if verdict.example is None:
             self._draft.refuse(Refused(verdict.reason, verdict.detail, pair.question, pair.answer, meta))
@@ -199,7 +205,9 @@ class Writer:
 
     async def _weigh(self, row: Row, ask: Ask, seed: int) -> Row:
         """Return the row with the judge's score, and with the doubts that judge and champion raise."""
-        (score, doubts), others = await asyncio.gather(self._score(row, seed), self._compare(row, seed))
+        (score, doubts), others = await asyncio.gather(
+            self._score(row, ask, seed), self._compare(row, ask, seed)
+        )
         meta: Meta = dict(row.example.meta)
         if score is not None:
             meta |= {"judge": self._config.synthesize.judge.model, "judge_score": round(score, 3)}
@@ -213,13 +221,13 @@ class Writer:
             (*row.doubts, *unfounded, *doubts, *others),
         )
 
-    async def _score(self, row: Row, seed: int) -> tuple[float | None, tuple[str, ...]]:
+    async def _score(self, row: Row, ask: Ask, seed: int) -> tuple[float | None, tuple[str, ...]]:
         judge, template = self._helpers.judge, self._helpers.judging
         if judge is None or template is None:
             return None, ()
         prompt = template.render(
-            question=row.example.question, answer=row.example.answer, passage=row.passage
-        )
+            question=_asked(row), answer=row.example.answer, passage=row.passage
+        ).showing(ask.prompt.pictures)
         try:
             answered = await self._once(
                 judge, prompt.version, row.example.id, seed, lambda: judge.ask(prompt, Score, seed=seed)
@@ -236,12 +244,12 @@ class Writer:
             f"the judge scores it {found.score:.2f}, under {least:g}: {found.reason[:SEEN]}",
         ) if found.score < least else ()
 
-    async def _compare(self, row: Row, seed: int) -> tuple[str, ...]:
+    async def _compare(self, row: Row, ask: Ask, seed: int) -> tuple[str, ...]:
         champion = self._helpers.champion
         if champion is None:
             return ()
         system = row.example.messages[0].content if row.example.messages[0].role == "system" else ""
-        prompt = Prompt("champion", system, row.example.question)
+        prompt = Prompt("champion", system, _asked(row), ask.prompt.pictures)
         try:
             answered = await self._once(
                 champion, prompt.version, row.example.id, seed, lambda: champion.say(prompt, seed=seed)
@@ -255,7 +263,7 @@ class Writer:
     # --- other wordings -------------------------------------------------------------------------------------
 
     async def _vary(self, row: Row, ask: Ask, seed: int) -> list[Row]:
-        settings, question = self._config.synthesize.augment, row.example.question
+        settings, question = self._config.synthesize.augment, _asked(row)
         draw = random.Random(f"{seed} {row.example.id}")  # noqa: S311 (no secret)
         found = list(vary(question, settings, self._helpers.synonyms or {}, draw))
         if back := await self._translate(row, seed):
@@ -274,7 +282,7 @@ class Writer:
         template, language = self._helpers.translating, self._config.synthesize.augment.back_translate
         if template is None or not language:
             return ""
-        prompt = template.render(text=row.example.question, language=language)
+        prompt = template.render(text=_asked(row), language=language)
         try:
             answered = await self._once(
                 self._teacher,
@@ -290,3 +298,8 @@ class Writer:
             self.failures[answered.failure] += 1
             return ""
         return read_reply(answered.raw, Text).text.strip()
+
+
+def _asked(row: Row) -> str:
+    """Return the question without the places of its pictures."""
+    return row.example.question.replace(MEDIA_MARK, "").strip()

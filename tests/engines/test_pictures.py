@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from media_models import ALL_FAMILIES, hears, make_rows
@@ -24,8 +25,9 @@ from ratchet.models.generation import answer_likelihoods, greedy_ids, likelihood
 from ratchet.models.loading import load_base, load_chat
 from ratchet.models.manifests import BaseName
 from ratchet.models.processors import copy_processor
+from ratchet.monitoring.picture_features import measure_pictures, unpack
 from ratchet.serving.bundle import Bundle, Generation
-from ratchet.serving.engine import Ask, Piece
+from ratchet.serving.engine import Ask, Ended, Piece
 from tasks.base import make_base
 
 
@@ -81,13 +83,19 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def ask_all(place: Place, version_of: Any, **gateway: Any) -> list[str]:
-    async def one(engine: LocalEngine, number: int, row: Example) -> str:
+    return [text for text, _ in told(place, version_of, gateway=gateway)]
+
+
+def told(place: Place, version_of: Any, **settings: Any) -> list[tuple[str, Ended]]:
+    async def one(engine: LocalEngine, number: int, row: Example) -> tuple[str, Ended]:
         media = {name: place.pictures[name] for name in row.media}
         ask = Ask(f"r{number}", version_of(number), row.prompt, media=media)
-        return "".join([piece.text async for piece in engine.answer(ask) if isinstance(piece, Piece)])
+        pieces = [piece async for piece in engine.answer(ask)]
+        assert isinstance(pieces[-1], Ended)
+        return "".join(piece.text for piece in pieces if isinstance(piece, Piece)), pieces[-1]
 
-    async def everything() -> list[str]:
-        engine = LocalEngine(Config.model_validate({"gateway": gateway}))
+    async def everything() -> list[tuple[str, Ended]]:
+        engine = LocalEngine(Config.model_validate(settings))
         try:
             for version in place.versions:
                 await engine.load(place.bundle(version))
@@ -140,6 +148,24 @@ def test_the_evaluation_measures_rows_with_pictures_as_each_alone(place: Place) 
     other_way = chat.showing({name: inverted(data) for name, data in place.pictures.items()})
     other = answer_likelihoods(model, wholes, pad_id=chat.pad_id, batch_size=1, inputs=other_way.inputs)
     assert sum(a.nll != b.nll for a, b in zip(alone, other, strict=True)) > len(shown) // 2
+
+
+def test_the_engine_tells_what_the_evaluation_sees_in_each_picture(place: Place) -> None:
+    ended = [end for _, end in told(place, lambda number: 1 + number % 2, gateway={"max_batch": 5})]
+    assert [set(end.features) for end in ended] == [set(row.media) for row in place.rows]
+    model, processor = load_trained(place.base, place.versions[1]).eval(), load_chat(place.base).processor
+    expected = measure_pictures(model, processor, place.pictures, list(place.pictures))
+    assert set(expected) == set(place.pictures)
+    for end in ended:
+        for name, features in end.features.items():
+            np.testing.assert_allclose(unpack([features]), unpack([expected[name]]), atol=2e-3)
+    apart = np.abs(unpack(list(expected.values())) - unpack([next(iter(expected.values()))])).max(axis=1)
+    assert np.sort(apart)[1] > 4e-3, "no other picture has the features of the first"
+
+
+def test_the_engine_tells_nothing_of_pictures_where_the_log_keeps_nothing(place: Place) -> None:
+    ended = [end for _, end in told(place, lambda _: 1, request_log={"picture_features": False})]
+    assert not any(end.features for end in ended)
 
 
 def inverted(picture: bytes) -> bytes:

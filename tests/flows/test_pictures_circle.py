@@ -6,13 +6,17 @@ import base64
 import csv
 import io
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import openai
+import pandas as pd
 import pytest
 from media_models import make_llava
+from patience import scaled
 from PIL import Image
 from served import serving_candidate
 from stages import Ran, run_stages
@@ -23,6 +27,8 @@ from ratchet.errors import UserError
 from ratchet.files import write_json
 from ratchet.media.store import FOLDER as MEDIA
 from ratchet.media.store import MediaStore
+from ratchet.monitoring.picture_features import FILE, read_features, unpack
+from ratchet.monitoring.request_log import open_log
 from ratchet.serving.bundle import bundle_candidate
 from ratchet.serving.version_source import Source
 from tasks.base import make_base
@@ -83,7 +89,11 @@ def circle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Circle]:
             "prepare": {"min_rows": 50, "near_search": False, "test_share": 0.25},
             "train": {"epochs": 12, "batch_windows": 8, "learning_rate": 3.0e-3, "patience": 12},
             "adapter": {"method": "full"},
-            "evaluate": {"max_new_tokens": 8, "simple_baseline": False},
+            "evaluate": {
+                "max_new_tokens": 8,
+                "simple_baseline": False,
+                "slices": ["modality", "picture_size", "pictures"],
+            },
             "gate": {"min_rows": 20},
             "parity": {"rows": 24},
         }
@@ -122,9 +132,39 @@ def test_the_candidate_learned_to_look_and_passes_parity_and_gate(circle: Circle
     assert circle.ran.verdict.verdict == "promote", [check.reason for check in circle.ran.verdict.checks]
 
 
+def test_each_row_has_its_slices_by_pictures(circle: Circle) -> None:
+    scores = pd.read_parquet(circle.place / "evaluation/scores.parquet")
+    found = {field: set(scores[f"slice:{field}"]) for field in ("modality", "picture_size", "pictures")}
+    assert found == {
+        "modality": {"pictures"},
+        "picture_size": {"under 0.1 megapixels"},
+        "pictures": {"1"},
+    }
+
+
 def test_held_out_pictures_get_the_answers_that_the_evaluation_saw(circle: Circle) -> None:
     right = [ask(circle, circle.media[row.media[0]]) == row.answer for row in circle.test]
     assert sum(right) / len(right) == pytest.approx(circle.ran.scores["candidate"]["exact_match"].mean)
+
+
+def test_the_monitor_gets_what_the_candidate_sees_in_pictures_of_rows_and_of_requests(circle: Circle) -> None:
+    seen = read_features(circle.place / "evaluation" / FILE)
+    rows = {
+        split: [name for row in read_examples(circle.place / f"prepared/{split}.jsonl") for name in row.media]
+        for split in ("train", "validation", "test")
+    }
+    assert set(seen.trained) == set(rows["train"])
+    assert set(seen.held_out) == {*rows["validation"], *rows["test"]}
+    ask(circle, circle.media[rows["test"][0]])
+    log, told = open_log(circle.place / "served", circle.config), dict[str, bytes]()
+    for _ in range(int(scaled(100))):  # the gateway writes its log behind the answers
+        told = {look.name: look.features for request in log.window(limit=999) for look in request.pictures}
+        if rows["test"][0] in told:
+            break
+        time.sleep(0.1)
+    log.close()
+    expected = seen.held_out[rows["test"][0]]
+    np.testing.assert_allclose(unpack([told[rows["test"][0]]]), unpack([expected]), atol=2e-3)
 
 
 def test_what_the_gateway_cannot_look_at_is_refused_in_the_form_of_openai(circle: Circle) -> None:

@@ -14,6 +14,7 @@ from ratchet.config.evaluation import GateConfig, ParityConfig
 from ratchet.data.examples import Message, encode_line, make_example
 from ratchet.errors import RatchetError
 from ratchet.evaluation.paired import paired_gains
+from ratchet.evaluation.slices import size_bucket
 from ratchet.evaluation.statistics import Interval
 from ratchet.files import read_json, write_bytes, write_json
 from ratchet.gate.checks import interval_of, no_worse, rows_needed
@@ -506,6 +507,19 @@ def test_a_slice_that_gets_worse_alone_blocks_and_is_named(bench):
     assert "Holm over 5 slices" in decision["reasons"][0]
     assert {one["name"]: one["result"] for one in decision["slices"]} == {
         f"topic:topic {number}": "fail" if number == 3 else "pass" for number in range(5)
+    }
+
+
+def test_a_slice_by_the_size_of_pictures_blocks_as_any_other(bench):
+    table = scores({**BETTER, "candidate": 0.9})
+    sizes = [size_bucket(4_000_000 if int(id[3:]) % 4 == 0 else 4_000) for id in table.id]
+    table = table.assign(**{"slice:picture_size": sizes, "kind": "all the same"})
+    large = table["slice:picture_size"] == "1 megapixels or more"
+    decision = bench.judge(worsen(table, large & (table.batch != "golden")))
+    assert decision["verdict"] == "reject"
+    assert {one["name"]: one["result"] for one in decision["slices"]} == {
+        "picture_size:1 megapixels or more": "fail",
+        "picture_size:under 0.1 megapixels": "pass",
     }
 
 

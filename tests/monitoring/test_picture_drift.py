@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from functools import cache
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,12 +15,33 @@ from PIL import Image
 from ratchet.config.monitoring import MonitorConfig
 from ratchet.config.params import Config
 from ratchet.data.examples import MEDIA_MARK
-from ratchet.monitoring.drift import judge
+from ratchet.errors import DataError
+from ratchet.monitoring.drift import Family, judge
 from ratchet.monitoring.families import Answered, Reference
 from ratchet.monitoring.novelty import Familiar
-from ratchet.monitoring.pictures import COLUMNS, KeptPictures, Look, look_of, picture_family
+from ratchet.monitoring.picture_features import (
+    DIMENSIONS,
+    FILE,
+    Features,
+    pack,
+    read_features,
+    unpack,
+    write_features,
+)
+from ratchet.monitoring.pictures import (
+    COLUMNS,
+    KeptPictures,
+    Look,
+    content_family,
+    farthest,
+    in_words,
+    look_of,
+    picture_family,
+)
 from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.request_records import Logged
+from ratchet.monitoring.topics import show
+from ratchet.monitoring.verdicts import Topic
 from tasks.monitor import measure
 
 CONFIG = Config(monitor=MonitorConfig(resamples=400, min_prompts=100))
@@ -154,3 +177,122 @@ def test_no_picture_is_kept_unless_the_log_keeps_texts_and_pictures(tmp_path, se
     log.keep_pictures({f"{'1' * 64}.png": b"x"})
     log.close()
     assert not (tmp_path / ".ratchet/pictures").exists()
+
+
+def seen(count: int, seed: int, *, kinds: int = 5, new: bool = False) -> list[Look]:
+    """Pictures that all look alike, of things that a model sees as clusters of vectors."""
+    chance = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).normal(0, 1, (kinds + 1, 32))
+    chosen = [kinds] * count if new else chance.integers(kinds, size=count)
+    vectors = centres[chosen] + chance.normal(0, 0.5, (count, 32))
+    return [Look(f"{seed}-{place}", (0.0,) * 6, pack(vector)) for place, vector in enumerate(vectors)]
+
+
+def content_alarms(windows: int, size: int, new_ones: int, rate: float = 0.05) -> int:
+    known, new, found = seen(3 * size, 1), seen(60, 2, new=True), 0
+    held_out, trained = known[: 2 * size], known[2 * size :]
+    for number in range(windows):
+        chance = np.random.default_rng(number)
+        order = chance.permutation(2 * size)
+        window = [held_out[place] for place in order[: size - new_ones]]
+        window += [new[place] for place in chance.permutation(60)[:new_ones]]
+        family = content_family(window, [held_out[place] for place in order[size - new_ones :]], trained)
+        assert isinstance(family, Family)
+        found += judge([family], rate=rate, resamples=200, seed=number).drift
+    return found
+
+
+def test_known_things_in_new_pictures_are_called_drift_no_more_often_than_the_rate() -> None:
+    assert content_alarms(400, size=100, new_ones=0) <= 31, "99 % limit of 400 windows at 5 %"
+
+
+def test_a_tenth_of_new_things_among_pictures_that_look_alike_is_found() -> None:
+    assert content_alarms(20, size=500, new_ones=50) >= 18
+
+
+def test_what_pictures_show_is_compared_only_where_the_model_told_it() -> None:
+    told, untold = seen(200, 1), looks(700, 1)
+    assert content_family([], [], []) is None
+    for window, held_out, trained in (
+        (untold, told, told),
+        (told, untold, told),
+        (told, told, untold),
+        (told[:29], told[100:], told[:100]),
+    ):
+        reason = content_family(window, held_out, trained)
+        assert isinstance(reason, str) and "wanted 30" in reason
+
+
+def test_new_things_in_pictures_that_look_alike_are_drift_of_what_pictures_show() -> None:
+    known = seen(900, 1)
+    questions = [f"{MEDIA_MARK}What is it?"] * 300
+    answers = [Answered(f"thing {number % 7}", None) for number in range(300)]
+    compared = Reference(Familiar(questions), questions, questions, answers, known[:300], known[300:600])
+    assert measure(asked(known[600:800]), {}, [], compared, CONFIG).verdict == "no drift"
+    verdict = measure(asked([*known[600:780], *seen(30, 2, new=True)]), {}, [], compared, CONFIG)
+    assert (verdict.verdict, verdict.moved) == ("drift", ["what pictures show"])
+
+
+def test_features_survive_the_file_and_the_log_and_are_few_numbers(tmp_path) -> None:
+    wide = pack(np.random.default_rng(1).normal(0, 1, 2000).astype(np.float32))
+    again = pack(np.random.default_rng(1).normal(0, 1, 2000).astype(np.float32))
+    assert len(wide) == 2 * DIMENSIONS and wide == again
+    assert pack(np.full(8, np.nan, np.float32)) == pack(np.zeros(8, np.float32)) == b""
+    features = Features({"a.png": wide}, {})
+    write_features(tmp_path / FILE, features)
+    assert read_features(tmp_path / FILE) == features
+    assert read_features(tmp_path / "none") == Features()
+    (tmp_path / "broken").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    with pytest.raises(DataError, match="features of pictures"):
+        read_features(tmp_path / "broken")
+    log = open_log(tmp_path, Config())
+    (record,) = asked([Look("a.png", (0.0,) * 6, wide)])
+    log.put(msgspec.structs.replace(record, at=time.time()))
+    assert log.flush()
+    assert [one.pictures for one in log.window(limit=9)] == [record.pictures]
+    log.close()
+
+
+def test_projection_keeps_near_pictures_near() -> None:
+    chance = np.random.default_rng(2)
+    vectors = chance.normal(0, 1, (40, 900)).astype(np.float32)
+    vectors[20:] = vectors[:20] + chance.normal(0, 0.1, (20, 900))
+    packed = unpack([pack(vector) for vector in vectors])
+    nearest = np.linalg.norm(packed[:20, None] - packed[None, 20:], axis=-1).argmin(axis=1)
+    assert nearest.tolist() == list(range(20))
+
+
+def test_a_verdict_names_the_pictures_that_are_the_farthest_from_the_training() -> None:
+    known, new = seen(400, 1), seen(30, 2, new=True)
+    told_by_content = farthest([*known[:100], *new], known[100:], 3, by_content=True)
+    assert {look.name for look in told_by_content} <= {look.name for look in new}
+    photographs, scans = looks(700, 1), looks(60, 2, scan=True)
+    told_by_looks = farthest([*photographs[:100], *scans], photographs[400:], 3, by_content=False)
+    assert {look.name for look in told_by_looks} <= {look.name for look in scans}
+    assert farthest(photographs[:100], photographs[400:], 3, by_content=True) == []
+    compared = Reference(*reference()[:4], known[:300], known[100:])
+    verdict = measure(asked([*known[300:380], *new]), {}, [], compared, CONFIG)
+    assert verdict.pictures[0].name in {look.name for look in new}
+    assert measure(asked(known[300:400]), {}, [], compared, CONFIG).pictures == []
+
+
+def test_a_topic_names_pictures_of_its_own_requests_those_of_its_examples_first() -> None:
+    topic = Topic("kiln", ["kiln"], 0.1, 0.0, ["which kiln is hot?"])
+    one, two, three, four, other = looks(700, 1)[:5]
+    requests = [
+        ("is the kiln new?", [one]),
+        ("which kiln is hot?", [two, three]),
+        ("a boat?", [other]),
+        ("kiln or kiln?", [four]),
+        ("a kiln without a picture", []),
+    ]
+    shown = show(topic, requests)
+    assert [picture.name for picture in shown.pictures] == [two.name, three.name, one.name]
+    assert shown.pictures[0].looks == in_words(two)
+
+
+def test_words_tell_size_light_and_colour() -> None:
+    stored = io.BytesIO()
+    Image.new("RGB", (640, 480), (20, 20, 20)).save(stored, "PNG")
+    assert in_words(look_of("x", stored.getvalue())) == "640x480 pixels, dark, of little contrast, grey"
+    assert in_words(look_of("x", draw(np.random.default_rng(1)))).endswith("colourful")

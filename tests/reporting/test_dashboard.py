@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import shutil
 from html.parser import HTMLParser
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 from busy import CONFIG, HOSTILE, make_busy
+from PIL import Image
 from places import make_repository, use_git_without_a_user, use_no_mlflow, write_files
 
 from ratchet.config.params import Config
@@ -111,6 +114,22 @@ def test_it_names_the_drift_and_why_nothing_is_retrained(busy: Path) -> None:
     assert "unseen words 0.0004 0.21 0.06" in words and "the champion has no answers on record" in words
 
 
+def test_it_shows_small_copies_of_the_pictures_that_are_kept_and_tells_the_others_in_words(
+    busy: Path,
+) -> None:
+    page = Reader(render_page(busy, CONFIG))
+    shown = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert len(shown) == 2
+    for source in shown:
+        head, data = source.split(",")
+        assert head == "data:image/jpeg;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data))) as small:
+            assert small.size == (160, 107)
+    assert "not kept: 1x1 pixels, dark" in page.words and "640x480 pixels, dark, grey" in page.words
+    shutil.rmtree(busy / ".ratchet/pictures")
+    assert "240x160 pixels, bright, colourful" in Reader(render_page(busy, CONFIG)).words
+
+
 def test_it_shows_the_ledger_and_what_each_promotion_kept(busy: Path) -> None:
     found = gather(busy, CONFIG)
     words = Reader(render_page(busy, CONFIG)).words
@@ -148,7 +167,8 @@ def test_nothing_of_a_user_becomes_a_tag(busy: Path) -> None:
     page = render_page(busy, CONFIG)
     tags = Reader(page).tags
 
-    assert not {"script", "img", "iframe", "object", "form"} & {tag for tag, _ in tags}
+    assert not {"script", "iframe", "object", "form"} & {tag for tag, _ in tags}
+    assert {str(of["src"])[:22] for tag, of in tags if tag == "img"} == {"data:image/jpeg;base64"}
     assert page.count("&lt;script&gt;") >= 4 and HOSTILE not in page
     assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
 
@@ -162,7 +182,8 @@ def test_nothing_is_fetched_from_anywhere(busy: Path) -> None:
         if name in ("src", "href", "action", "data", "srcset")
     ]
 
-    assert targets == ["data:,"]
+    assert targets[0] == "data:," and len(targets) == 3
+    assert all(str(target).startswith("data:image/jpeg;base64,") for target in targets[1:])
     assert "@import" not in page and "url(" not in page and "default-src 'none'" in page
 
 
