@@ -129,7 +129,7 @@ class LlamaCppEngine:
         """
         if ask.media:
             raise UserError(
-                "the engine llama_cpp takes no pictures",
+                "the engine llama_cpp takes no pictures and no recordings",
                 remedy="set gateway.engine: local, or leave them out",
             )
         if ask.must_call or (ask.form and ask.tools):

@@ -54,12 +54,13 @@ OTHERS = {
 BOXES = {b"M4A ": "M4A (AAC)", b"M4B ": "M4B (AAC)", b"qt  ": "QuickTime", b"heic": "HEIC", b"avif": "AVIF"}
 RIFFS = {b"AVI ": "a video (AVI)", b"WEBP": "a picture (WebP)"}
 SOUND_MAGIC = re.compile(rb"RIFF.{4}WAVE|RF64.{4}WAVE|fLaC|OggS|ID3", re.DOTALL)
-OGG_PAGE, OGG_HEAD, OGG_END = b"OggS", 27, 4  # of a page: its mark, bytes of its head, the flag of the last
+OGG_PAGE, OGG_HEAD = b"OggS", 27  # of a page (RFC 3533): its mark, and the bytes of its head
+OGG_FIRST, OGG_LAST = 2, 4  # flags of the first and the last page of a stream
 UNSIZED = (0, 2**32 - 1)  # what programs that write into a pipe say of the data's size
 
 
 class Sound(NamedTuple):
-    """A recording as it is stored; `rate` is the number of samples a second that it came with.
+    """A recording as it is stored.
 
     `changed`: what was changed, as codes to count (`channels`, `rate`, `depth`, `metadata`, …).
     """
@@ -67,7 +68,6 @@ class Sound(NamedTuple):
     name: str
     data: bytes
     seconds: float
-    rate: int
     changed: tuple[str, ...] = ()
 
 
@@ -104,7 +104,7 @@ def read_sound(data: bytes, limits: MediaConfig) -> Sound:
         changed.append("clipped")
     stored = write_flac(samples)
     name = hashlib.sha256(stored).hexdigest() + SOUND
-    return Sound(name, stored, len(samples) / RATE, rate, tuple(changed))
+    return Sound(name, stored, len(samples) / RATE, tuple(changed))
 
 
 def write_flac(samples: NDArray[np.float32]) -> bytes:
@@ -223,12 +223,19 @@ def _check_wav_end(data: bytes) -> None:
 
 
 def _check_ogg_end(data: bytes) -> None:
-    at = data.rfind(OGG_PAGE)
-    head = data[at : at + OGG_HEAD]
-    count = head[26] if len(head) == OGG_HEAD else 0
-    sizes = data[at + OGG_HEAD : at + OGG_HEAD + count]
-    whole = len(head) == OGG_HEAD and at + OGG_HEAD + count + sum(sizes) <= len(data) and len(sizes) == count
-    if not whole or not head[5] & OGG_END:
+    at, flags, streams = 0, 0, 0
+    while data[at : at + 4] == OGG_PAGE:
+        head = data[at : at + OGG_HEAD]
+        sizes = data[at + OGG_HEAD : at + OGG_HEAD + head[26]] if len(head) == OGG_HEAD else b""
+        whole = len(head) == OGG_HEAD and len(sizes) == head[26]
+        at += OGG_HEAD + len(sizes) + sum(sizes)
+        if not whole or at > len(data):
+            raise RowError("media_broken", f"{CUT}its last page is not whole")
+        flags = head[5]
+        streams += bool(flags & OGG_FIRST)
+    if streams > 1:
+        raise RowError("media_type", f"an Ogg file of {streams} streams, a film or an album; wanted one")
+    if not flags & OGG_LAST:
         raise RowError("media_broken", f"{CUT}its last page is not the end of the stream")
 
 

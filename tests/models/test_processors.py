@@ -18,6 +18,7 @@ from media_models import (
     make_gemma3,
     make_llava,
     make_mllama,
+    make_qwen2_audio,
     make_rows,
     make_tokenizer,
     medium,
@@ -376,6 +377,39 @@ def test_the_templates_of_published_models_are_taken(
     assert f"{chat.tokenizer.decode(before)}[]{chat.tokenizer.decode(after)}" == said
     learned = [token for token, learns in zip(found.ids, found.learned, strict=True) if learns]
     assert chat.decode_answer(learned) == "It is red."
+
+
+QWEN2_AUDIO = (  # as transformers has it for the checkpoints of Qwen2-Audio
+    "{% set audio_count = namespace(value=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if 'audio' in content or 'audio_url' in content or message['type'] == 'audio' "
+    "or content['type'] == 'audio' %}{% set audio_count.value = audio_count.value + 1 %}"
+    "Audio {{ audio_count.value }}: <|audio_bos|><|AUDIO|><|audio_eos|>\n"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_the_template_of_qwen2_audio_is_taken(tmp_path: Path) -> None:
+    tokens = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|im_start|>", "<|im_end|>")
+    tokenizer = make_tokenizer(*tokens, chat_template=QWEN2_AUDIO)
+    make_base(tmp_path / "base", config_for(make_qwen2_audio(tmp_path / "model", tokenizer)))
+    chat = load_chat(tmp_path / "base")
+    one, two = sound(1, 0.1), sound(2, 1.0)
+    shown = {name_of(one): one, name_of(two): two}
+    asked = row(f"high{MEDIA_MARK}or{MEDIA_MARK}low", one, two)
+    found = chat.showing(shown).encode(asked)
+    heard, said = f"{'<|AUDIO|>' * 2}", str(chat.tokenizer.decode(found.ids))
+    assert said.replace("<|AUDIO|>" * 25, "[]").replace(heard, "[]") == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "highAudio 1: <|audio_bos|>[]<|audio_eos|>\norAudio 2: <|audio_bos|>[]<|audio_eos|>\nlow<|im_end|>\n"
+        "<|im_start|>assistant\nIt is red.<|im_end|>"
+    )
+    assert chat.showing(shown).encode_whole(asked.prompt) == chat.showing(shown).encode_prompt(asked.prompt)
 
 
 def test_a_template_may_write_pictures_before_the_text(llava: Path) -> None:
