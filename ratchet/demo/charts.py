@@ -30,7 +30,6 @@ POINTS = 4  # of a line
 ASKED = {
     "kind": "What kind of chart is this?",
     "count": "How many colours are there?",
-    "colours": "Which colours are there?",
     "shown": "What does the chart show?",
 }
 
@@ -46,8 +45,6 @@ class Chart(NamedTuple):
         """Return the answer to one of ASKED, by its key."""
         if question == "kind":
             return self.kind
-        if question == "colours":
-            return ", ".join(colour for colour in COLOURS if colour in self.values)
         count = str(len(self.values))
         return count if question == "count" else f"{count} {PARTS[self.kind]}"
 

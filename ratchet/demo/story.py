@@ -104,6 +104,7 @@ CHARTS = Scale(
         # People's corrections are all that there is of lines. At this width float32 is faster than bfloat16.
         "train": {
             "epochs": 8.0,
+            "batch_windows": 16,
             "learning_rate": 2.0e-3,
             "precision": "float32",
             "max_feedback_share": 0.5,
@@ -115,7 +116,7 @@ CHARTS = Scale(
         "request_log": {"pictures": True},
     },
     golden_rows=120,
-    requests=300,
+    requests=400,
     look_requests=200,
 )
 MAX_LOOKS, PARALLEL = 14, 16
