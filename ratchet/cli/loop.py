@@ -27,7 +27,11 @@ from ratchet.errors import UserError
 
 def demo(
     base: Annotated[
-        str, typer.Option(help="`demo`, pre-trained here in a minute, or `smollm2`, a real model of 135M.")
+        str,
+        typer.Option(
+            help="`demo`, pre-trained here in a minute, `charts`, which reads pictures, or `smollm2`, a real "
+            "model of 135M."
+        ),
     ] = "demo",
     only: Annotated[str, typer.Option("--until", help="Stop after `v1` or `v2`.")] = "v2",
 ) -> None:
@@ -35,9 +39,10 @@ def demo(
 
     Example: ratchet demo --base smollm2
     """
-    if base not in ("demo", "smollm2"):
+    if base not in ("demo", "charts", "smollm2"):
         raise UserError(
-            f"--base is {base!r}", remedy="name `demo` or `smollm2`; `ratchet init` takes any other"
+            f"--base is {base!r}",
+            remedy="name `demo`, `charts` or `smollm2`; `ratchet init` takes any other",
         )
     from ratchet.demo.story import run_demo
 

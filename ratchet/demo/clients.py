@@ -1,14 +1,16 @@
 """Ask the gateway questions with known answers, and give feedback: 1 for an exact match, else 0.
 
-So the traffic and the rollout of the demo are based on real answers.
+So the traffic and the rollout of the demo are based on real answers. Clients who show a picture also correct
+a wrong answer.
 """
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -22,6 +24,7 @@ class Question(NamedTuple):
     text: str
     answer: str
     kind: str  # what it is about, as the table names it
+    picture: bytes = b""  # a PNG, if it shows one
 
 
 class Reply(NamedTuple):
@@ -76,17 +79,17 @@ def _wait_until_ready(client: httpx.Client, url: str) -> None:
 
 def _ask(client: httpx.Client, model: str, question: Question, user: str) -> Reply:
     started = time.perf_counter()
-    body = {"model": model, "user": user, "messages": [{"role": "user", "content": question.text}]}
+    body = {"model": model, "user": user, "messages": [{"role": "user", "content": _content(question)}]}
     try:
         answered = client.post("/v1/chat/completions", json=body)
         took = (time.perf_counter() - started) * 1000
         if answered.status_code != httpx.codes.OK:
             return Reply(question.kind, 0, False, f"{answered.status_code}: {answered.text[:200]}", took)
         right = exact_match(answered.json()["choices"][0]["message"]["content"], question.answer) == 1.0
-        said = client.post(
-            "/v1/feedback",
-            json={"request_id": answered.headers["x-request-id"], "user": user, "score": float(right)},
-        )
+        feedback = {"request_id": answered.headers["x-request-id"], "user": user, "score": float(right)}
+        if question.picture and not right:
+            feedback["answer"] = question.answer
+        said = client.post("/v1/feedback", json=feedback)
     except httpx.HTTPError as error:
         return Reply(
             question.kind,
@@ -97,6 +100,14 @@ def _ask(client: httpx.Client, model: str, question: Question, user: str) -> Rep
         )
     fault = "" if said.is_success else f"feedback {said.status_code}: {said.text[:200]}"
     return Reply(question.kind, int(answered.headers["x-ratchet-version"]), right, fault, took)
+
+
+def _content(question: Question) -> str | list[dict[str, Any]]:
+    """Return the content of the user's message: OpenAI's parts where there is a picture."""
+    if not question.picture:
+        return question.text
+    url = f"data:image/png;base64,{base64.b64encode(question.picture).decode()}"
+    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question.text}]
 
 
 class Score(NamedTuple):

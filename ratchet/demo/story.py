@@ -1,8 +1,8 @@
 """Run `ratchet demo`: the whole loop in a separate clone under .ratchet/demo.
 
-The model is a small one that is pre-trained there, or SmolLM2-135M-Instruct. Every printed figure is read
-from the records of the run. The user's checkout gets no commit and no change. The services keep running, so
-that people can open their pages.
+The model is a small one that is pre-trained there, of text or of charts, or SmolLM2-135M-Instruct. Every
+printed figure is read from the records of the run. The user's checkout gets no commit and no change. The
+services keep running, so that people can open their pages.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -29,8 +30,9 @@ from rich.table import Table
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config, load_config
-from ratchet.demo.clients import Question, Reply, ask_gateway, summarise
+from ratchet.demo.clients import Reply, ask_gateway, summarise
 from ratchet.demo.follow import follow_retraining
+from ratchet.demo.material import CHART_BASE, SECOND, Charts, Documentation, Material
 from ratchet.demo.smollm2 import SHA256, TEMPLATE, find_smollm2
 from ratchet.errors import CheckoutError, RatchetError
 from ratchet.evaluation.report import read_metrics
@@ -42,18 +44,16 @@ from ratchet.promotion.verdict import read_verdict
 from ratchet.services.processes import find_port_fault
 from ratchet.services.status import ledger_lines, read_moves
 from ratchet.services.supervisor import stop_services
-from ratchet.sources.pydoc import harvest
 
 PLACE = Path(".ratchet/demo")
-SECOND = "numpy,jinja2,rich"
 # Pattern of words in the new packages' documentation: a drifted topic that matches gets its rows from there.
-WORDS = "array|matri|axis|template|macro|console|style|render"
+TERMS = "array|matri|axis|template|macro|console|style|render"
+SOURCES = [{"match": TERMS, "source": "pydoc", "packages": SECOND.split(",")}]
 
 
 class Scale(NamedTuple):
     """The size of a demo, which depends on its model: settings of params.yaml, rows and questions."""
 
-    base: str  # how the base is made, for the title of the first training
     settings: dict[str, dict[str, Any]]
     golden_rows: int
     requests: int
@@ -62,7 +62,6 @@ class Scale(NamedTuple):
 
 # Settings for a model of width 128 and rows of one line; the defaults are for real models.
 TOY = Scale(
-    "The base is pre-trained here",
     {
         "ingest": {"pydoc": {"share": 0.85}},
         "prepare": {"min_rows": 200},
@@ -70,7 +69,7 @@ TOY = Scale(
         "train": {"epochs": 6.0, "learning_rate": 2.0e-3},
         "evaluate": {"max_new_tokens": 32},
         "gate": {"min_rows": 200},
-        "monitor": {"min_prompts": 200},
+        "monitor": {"min_prompts": 200, "sources": SOURCES},
     },
     golden_rows=150,
     requests=500,
@@ -79,7 +78,6 @@ TOY = Scale(
 # Two cores train 135 million weights on about 200 tokens per second, so only three tenths of the rows (29
 # tokens each) are used.
 REAL = Scale(
-    "SmolLM2-135M-Instruct is read from its GGUF file",
     {
         "base": {"revision": SHA256, "chat_template": TEMPLATE},
         "ingest": {"pydoc": {"share": 0.3, "summaries": 0.0}},
@@ -91,28 +89,52 @@ REAL = Scale(
         "evaluate": {"max_new_tokens": 12, "batch_size": 32},
         "parity": {"rows": 40},
         "gate": {"min_rows": 50},
-        "monitor": {"min_prompts": 200},
+        "monitor": {"min_prompts": 200, "sources": SOURCES},
     },
     golden_rows=150,
     requests=300,
     look_requests=150,
+)
+# A model of width 96, and rows of 16 tokens of a picture and about as many of text.
+CHARTS = Scale(
+    {
+        "project": {"name": "charts"},
+        "prepare": {"min_rows": 200, "test_share": 0.25},
+        "tokenize": {"max_length": 64, "window": 128},
+        # People's corrections are all that there is of lines. At this width float32 is faster than bfloat16.
+        "train": {
+            "epochs": 8.0,
+            "batch_windows": 16,
+            "learning_rate": 2.0e-3,
+            "precision": "float32",
+            "max_feedback_share": 0.5,
+        },
+        "adapter": {"rank": 16, "alpha": 32.0},
+        "evaluate": {"max_new_tokens": 16},
+        "gate": {"min_rows": 100},
+        "monitor": {"min_prompts": 100},
+        "request_log": {"pictures": True},
+    },
+    golden_rows=120,
+    requests=400,
+    look_requests=200,
 )
 MAX_LOOKS, PARALLEL = 14, 16
 console = Console(highlight=False)
 
 
 def run_demo(root: Path, *, base: str = "demo", until: str = "v2") -> None:
-    """Run the demo with the base `demo` or `smollm2`; `until="v1"` stops after the first version.
+    """Run the demo with the base `demo`, `smollm2` or `charts`; `until="v1"` stops after the first version.
 
     Raises RatchetError if a step fails, and leaves the demo's checkout and services as they are;
     BaseModelError: SmolLM2 is not on this machine.
     """
     started = time.perf_counter()
-    model, scale = (base, TOY) if base == "demo" else (str(find_smollm2(root)), REAL)
+    model, scale, material = _choose(root, base)
     with _peak_memory() as peak:
         home = make_checkout(root, model, scale)
         config = load_config(home / "params.yaml")
-        _story(home, scale, until)
+        _story(home, scale, material, until)
     _print_pages(home, config)
     console.print(
         f"\n[bold]{time.perf_counter() - started:.0f} s[/bold] in all, peak memory {peak[0] / 2**30:.2f} GiB "
@@ -123,27 +145,43 @@ def run_demo(root: Path, *, base: str = "demo", until: str = "v2") -> None:
     )
 
 
-def _story(home: Path, scale: Scale, until: str) -> None:
+def _choose(root: Path, base: str) -> tuple[str, Scale, Material]:
+    if base == "charts":
+        return f"./{CHART_BASE}", CHARTS, Charts()
+    if base == "smollm2":
+        return (
+            str(find_smollm2(root)),
+            REAL,
+            Documentation("SmolLM2-135M-Instruct is read from its GGUF file"),
+        )
+    return base, TOY, Documentation("The base is pre-trained here")
+
+
+def _story(home: Path, scale: Scale, material: Material, until: str) -> None:
+    words = material.words
     _step("1  MLflow, Prefect, the deployments and the gateway start, on 127.0.0.1 only")
     _ratchet(home, "up")
-    _step("2  The standard library's documentation comes in: a frozen golden set, then the first batch")
-    _ratchet(home, "ingest", "--packages", "stdlib", "--golden", str(scale.golden_rows))
-    _ratchet(home, "ingest", "--packages", "stdlib")
-    _step(f"3  {scale.base}, an adapter is trained on it, and the gate compares the two")
-    _ratchet(home, "retrain", "--reason", "first model of the standard library")
+    _step(f"2  {words.rows}")
+    material.take_in(home, scale.golden_rows, partial(_ratchet, home))
+    _step(f"3  {words.base}, an adapter is trained on it, and the gate compares the two")
+    if command := material.make_base(home):
+        _run(home, command, told=" ".join(command[1:]))
+    _ratchet(home, "retrain", "--reason", words.reason)
     _print_scores(home, {"base": "base", "candidate": "v1", "simple": "TF-IDF"})
+    _print_looks(home)
     if until == "v1":
         return
-    traffic = Traffic(home)
-    _step("4  Clients ask v1 about the standard library; what they ask was kept out of every batch")
+    traffic = Traffic(home, material)
+    _step(f"4  {words.known}")
     traffic.send(scale.requests, new=0.0)
     _ratchet(home, "monitor")
-    _step(f"5  Half of the clients come with packages that v1 has never seen: {SECOND}")
+    _step(f"5  {words.new}")
     traffic.send(scale.requests, new=0.5)
     _ratchet(home, "monitor")
     _step("6  The event has started a retraining, in the served deployment; v1 answers on")
     follow_retraining(home, say=console.print)
     _print_scores(home, {"base": "base", "champion": "v1", "candidate": "v2", "simple": "TF-IDF"})
+    _print_looks(home)
     if not _print_verdict(home):
         return
     _step(
@@ -155,6 +193,8 @@ def _story(home: Path, scale: Scale, until: str) -> None:
     traffic.print_table()
     _step("The ledger")
     console.print("\n".join(escape(line) for line in ledger_lines(read_moves(home))))
+    if not material.writes:
+        return
     _step(
         "8  A teacher writes rows out of a document, for people to review; here it is a script that asks for "
         "each sentence, no model"
@@ -191,22 +231,19 @@ def _roll_out(home: Path, traffic: Traffic, requests: int) -> None:
 class Traffic:
     """Questions that no batch contains, each asked by another user, with known answers."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, material: Material) -> None:
         config = load_config(home / "params.yaml")
         self._url, self._model = f"http://127.0.0.1:{config.gateway.port}", config.project.name
-        self._known, self._new = _kept_out(["stdlib"], config), _kept_out(SECOND.split(","), config)
+        self._known, self._new = (material.questions(home, new=new) for new in (False, True))
         self._random = random.Random(2)  # noqa: S311 (no secret: the order of the questions)
         self._replies: list[Reply] = []
 
     def send(self, count: int, *, new: float) -> None:
-        """Send `count` questions, of which the share `new` is about the new packages.
+        """Send `count` questions, of which the share `new` is about what is new.
 
         Raises RatchetError if a request fails.
         """
-        asked = [
-            self._random.choice(self._new if self._random.random() < new else self._known)
-            for _ in range(count)
-        ]
+        asked = [next(self._new if self._random.random() < new else self._known) for _ in range(count)]
         users = [f"user-{len(self._replies) + number}" for number in range(count)]
         started = time.perf_counter()
         replies = ask_gateway(self._url, self._model, asked, users=users, parallel=PARALLEL)
@@ -236,23 +273,6 @@ class Traffic:
             share = wilson(np.array([1.0] * score.right + [0.0] * (score.asked - score.right)), alpha=0.025)
             shown.add_row(f"v{score.version}", score.kind, str(score.asked), _cell(share))
         console.print(shown)
-
-
-def _kept_out(packages: list[str], config: Config) -> list[Question]:
-    """Return the questions of these packages that `ingest.pydoc.share` keeps out of every batch."""
-    taken = {
-        row["messages"][0]["content"]
-        for row in harvest(config.ingest.pydoc.model_copy(update={"packages": packages}))
-    }
-    every = harvest(config.ingest.pydoc.model_copy(update={"packages": packages, "share": 1.0}))
-    kind = "new packages" if packages != ["stdlib"] else "the standard library"
-    return [
-        Question(question, answer, kind)
-        for question, answer in (
-            (row["messages"][0]["content"], row["messages"][1]["content"]) for row in every
-        )
-        if question not in taken
-    ]
 
 
 def make_checkout(root: Path, model: str, scale: Scale) -> Path:
@@ -292,10 +312,7 @@ def _settle(home: Path, model: str, scale: Scale) -> None:
         if find_port_fault(values[section][key]):
             values[section][key] = _free_port()
     values["synthesize"]["teacher"] |= {"url": f"http://127.0.0.1:{_free_port()}/v1", "model": "script"}
-    values["monitor"] |= {
-        "cooldown_hours": 0.0,
-        "sources": [{"match": WORDS, "source": "pydoc", "packages": SECOND.split(",")}],
-    }
+    values["monitor"]["cooldown_hours"] = 0.0
     # Names of the new packages have more tokens (numpy.ma against os), so an answer takes a third longer; the
     # margin lets these users accept that.
     values["rollout"] |= {"steps": [0.1, 0.5, 1.0], "step_minutes": 0.0, "latency_margin": 1.0}
@@ -329,21 +346,22 @@ def _free_port() -> int:
 
 def _ratchet(home: Path, *arguments: str) -> None:
     """Run a `ratchet` command as a user would, with its output shown. Raises RatchetError if it fails."""
-    console.print(f"[dim]$ ratchet -C {PLACE} {' '.join(arguments)}[/dim]")
+    command = [sys.executable, "-m", "ratchet.cli", "-C", str(home), *arguments]
+    _run(home, command, told=f"ratchet -C {PLACE} {' '.join(arguments)}")
+
+
+def _run(home: Path, command: list[str], *, told: str) -> None:
+    """Run a command in the demo's checkout, shown as `told`. Raises RatchetError if it fails."""
+    console.print(f"[dim]$ {told}[/dim]")
     environment = {
         name: value
         for name, value in child_environment().items()
         if not name.startswith(("PREFECT_", "MLFLOW_", "RATCHET_"))
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "ratchet.cli", "-C", str(home), *arguments],
-        env=environment,
-        cwd=home,
-        check=False,
-    )
+    done = subprocess.run(command, env=environment, cwd=home, check=False)
     if done.returncode:
         raise RatchetError(
-            f"`ratchet {' '.join(arguments)}` ended with exit code {done.returncode}",
+            f"`{told}` ended with exit code {done.returncode}",
             remedy=f"its message stands above; {PLACE} is left as it was, `ratchet -C {PLACE} down` stops "
             "the services",
         )
@@ -373,6 +391,13 @@ def _print_scores(home: Path, names: dict[str, str]) -> None:
             *(_cell(part[model].scores["exact_match"]) for model in names if model in part),
         )
     console.print(shown)
+
+
+def _print_looks(home: Path) -> None:
+    """Print what the gate says of rows that are asked without their pictures, where any row has one."""
+    for check in read_verdict(home / "reports/gate.json").checks:
+        if check.name.startswith("pictures:"):
+            console.print(f"  {check.name}: {check.result}: {check.reason}", markup=False)
 
 
 def _cell(found: Interval) -> str:
