@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import binom
 
+from ratchet.engines.picture_pooling import measure_pictures
 from ratchet.models.processors import MediaProcessor
 from ratchet.monitoring.drift import Family, judge
-from ratchet.monitoring.picture_features import measure_pictures
 from ratchet.monitoring.pictures import Look, content_family, look_of, picture_family
 
 SIDE, PATCH, WIDTH, TOKENS = 32, 8, 64, 16

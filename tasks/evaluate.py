@@ -38,6 +38,7 @@ from ratchet.config.evaluation import EvaluateConfig
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, read_examples
 from ratchet.data.mixture import pair_up, read_undesirable
+from ratchet.engines.picture_pooling import measure_pictures
 from ratchet.errors import DataError
 from ratchet.evaluation.answer_cache import FOLDER as CACHE
 from ratchet.evaluation.answer_cache import forget_oldest
@@ -67,7 +68,7 @@ from ratchet.models.adapters import virtual_tokens
 from ratchet.models.lengths import trained_length
 from ratchet.models.loading import MANIFEST, load_chat
 from ratchet.monitoring.picture_features import FILE as FEATURES
-from ratchet.monitoring.picture_features import Features, measure_pictures, sample, write_features
+from ratchet.monitoring.picture_features import Features, sample, write_features
 from ratchet.monitoring.topics import mark, parts, read_region
 from ratchet.pipeline.stage import project_root, run_stage, say
 

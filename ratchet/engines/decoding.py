@@ -20,10 +20,11 @@ from torch.nn.functional import cross_entropy, pad
 
 from ratchet.engines.answering import Row
 from ratchet.engines.loaded_model import LoadedModel
+from ratchet.engines.picture_pooling import pool
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.models.cache import join, select
 from ratchet.models.chat_template import ChatFormat
-from ratchet.monitoring.picture_features import PICTURES, pool
+from ratchet.monitoring.picture_features import PICTURES
 from ratchet.serving.bundle import Bundle
 from ratchet.serving.engine import Scored
 

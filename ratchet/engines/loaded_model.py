@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ratchet.engines.picture_pooling import watched
 from ratchet.errors import BaseModelError, RatchetError
 from ratchet.models.adapters import PREFIXED, base_settings, load_base_of, read_kind
 from ratchet.models.cache import forward, new_cache
 from ratchet.models.loading import WEIGHTS, load_adapter, load_full, quiet
-from ratchet.monitoring.picture_features import watched
 from ratchet.serving.bundle import Bundle
 
 State = tuple[Tensor, Tensor]  # keys and values of a layer: (heads, virtual tokens, width)

@@ -17,6 +17,7 @@ from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, BaseConfig
 from ratchet.data.examples import Example
 from ratchet.engines.local_engine import LocalEngine
+from ratchet.engines.picture_pooling import measure_pictures
 from ratchet.files import read_json, write_json
 from ratchet.media.sounds import samples_of, write_flac
 from ratchet.models.adapters import add_adapter, load_trained, save_trained
@@ -25,7 +26,7 @@ from ratchet.models.generation import answer_likelihoods, greedy_ids, likelihood
 from ratchet.models.loading import load_base, load_chat
 from ratchet.models.manifests import BaseName
 from ratchet.models.processors import copy_processor
-from ratchet.monitoring.picture_features import measure_pictures, unpack
+from ratchet.monitoring.picture_features import unpack
 from ratchet.serving.bundle import Bundle, Generation
 from ratchet.serving.engine import Ask, Ended, Piece
 from tasks.base import make_base
