@@ -19,11 +19,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple, cast
 
+import numpy as np
 from rensa import RMinHash, RMinHashLSH
 
 from ratchet.config.data import PrepareConfig
 from ratchet.data.examples import CONTINUE, MEDIA_MARK, Example
-from ratchet.media.pictures import Look, are_alike
+from ratchet.media.pictures import Look, alike
 
 Split = Literal["train", "validation", "test"]
 Side = Literal["train", "validation", "test", "golden"]
@@ -121,8 +122,7 @@ class Gallery:
         self._samples: dict[str, bytes] = {}
         self._group: dict[str, int] = {}
         self._parents: list[int] = []
-        # Two hashes that differ in at most n bits are equal in at least one of n + 1 parts.
-        self._parts: dict[tuple[int, int], list[tuple[Look, int]]] = {}  # (part, bits) → (look, group)
+        self._shown = LookIndex(distance)
         self._sides: dict[int, list[tuple[str, Side]]] = {}  # group → its sides, each with its first row
 
     def learn(self, name: str, look: Look | None) -> None:
@@ -171,21 +171,55 @@ class Gallery:
         look = self._looks.get(name)
         if look is None or self._distance < 0:
             return group
-        parts = list(_parts_of(look.hash, self._distance + 1))
-        like = {
-            self._root(other)
-            for part in parts
-            for known, other in self._parts.get(part, ())
-            if (known.hash ^ look.hash).bit_count() <= self._distance and are_alike(known, look)
-        }
+        self._looks[name] = None  # the index keeps it
+        like = {self._root(other) for other in self._shown.like(look)}
+        self._shown.add(look, group)
         first = min(like, default=group)
         for other in sorted(like - {first} | {group} - {first}):
             self._parents[other] = first
             for id, side in self._sides.pop(other, []):
                 self.hang([first], id, side)
-        for part in parts:
-            self._parts.setdefault(part, []).append((look, group))
         return group
+
+
+class LookIndex:
+    """What pictures show, each with its group, searchable by what is alike; about 1 kB of memory a picture.
+
+    Thousands of pages of one form have nearly the same hash, so candidates are compared together, and all of
+    their cells only where every FEW-th one agrees.
+    """
+
+    FEW = 32
+
+    def __init__(self, distance: int) -> None:
+        self._distance = distance
+        self._hashes, self._groups = array("Q"), array("q")
+        self._cells, self._few = bytearray(), bytearray()
+        # Two hashes that differ in at most n bits are equal in at least one of n + 1 parts.
+        self._parts: dict[tuple[int, int], array[int]] = {}  # (part, bits) → places in the arrays
+
+    def add(self, look: Look, group: int) -> None:
+        for part in _parts_of(look.hash, self._distance + 1):
+            self._parts.setdefault(part, array("q")).append(len(self._hashes))
+        self._hashes.append(look.hash)
+        self._groups.append(group)
+        self._cells += look.cells
+        self._few += look.cells[:: self.FEW]
+
+    def like(self, look: Look) -> list[int]:
+        """Return the groups of the pictures that show the same."""
+        parts = (self._parts.get(part) for part in _parts_of(look.hash, self._distance + 1))
+        near = [np.frombuffer(places, np.int64) for places in parts if places]
+        if not near:
+            return []
+        places = np.concatenate(near)
+        del near  # an array that is looked at cannot grow
+        apart = np.bitwise_count(np.frombuffer(self._hashes, np.uint64)[places] ^ np.uint64(look.hash))
+        places = np.unique(places[apart <= self._distance])
+        for held, cells in ((self._few, look.cells[:: self.FEW]), (self._cells, look.cells)):
+            table = np.frombuffer(held, np.uint8).reshape(-1, len(cells))
+            places = places[alike(table[places], cells)]
+        return [self._groups[place] for place in places]
 
 
 def _parts_of(hash: int, count: int) -> Iterator[tuple[int, int]]:

@@ -13,6 +13,7 @@ import zlib
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from ratchet.config.data import MediaConfig
@@ -282,13 +283,13 @@ def look_at(data: bytes) -> Look | None:
     return None if hash is None else Look(hash, small.tobytes())
 
 
-def are_alike(one: Look, other: Look) -> bool:
-    """Tell whether two pictures show the same, scaled or compressed otherwise.
+def alike(table: NDArray[np.uint8], cells: bytes) -> NDArray[np.bool_]:
+    """Tell of each row of `table`, (pictures, cells), whether it shows the same, scaled or compressed.
 
     The hash alone takes every third pair of different invoices of one sender for the same one.
     """
-    left, right = (np.frombuffer(look.cells, np.uint8).astype(np.int16) for look in (one, other))
-    return bool(np.abs(left - right).max() <= MOST_APART)
+    wanted = np.frombuffer(cells, np.uint8).astype(np.int16)
+    return np.asarray((np.abs(table.astype(np.int16) - wanted) <= MOST_APART).all(axis=1))
 
 
 def size_of(data: bytes) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from flows.review_queue import queue_doubtful
 from ratchet.config.data import MediaConfig, PrepareConfig
 from ratchet.config.params import Config
 from ratchet.data.batches import check_batch, read_manifest, take_back
-from ratchet.data.dedup import Gallery
+from ratchet.data.dedup import Gallery, LookIndex
 from ratchet.data.erasure import Entry, Forgotten
 from ratchet.data.examples import (
     MEDIA_MARK,
@@ -46,7 +46,7 @@ from ratchet.data.examples import (
 from ratchet.data.forms import read_conversation
 from ratchet.data.validation import Origin, Validator
 from ratchet.errors import DataError
-from ratchet.media.pictures import Look, are_alike, look_at, read_picture, size_of
+from ratchet.media.pictures import Look, alike, look_at, read_picture, size_of
 from ratchet.media.store import MediaStore, write_shard
 from ratchet.models.loading import load_chat
 from ratchet.review.queue import ReviewQueue
@@ -860,7 +860,28 @@ def test_what_pictures_show_is_compared_by_more_than_a_hash() -> None:
     other.paste((0, 0, 0), (60, 260, 160, 290))
     looks = [look_at(encoded(image)) for image in (one, other, one.resize((160, 160)))]
     assert looks[0] and looks[1] and looks[2]
-    assert not are_alike(looks[0], looks[1]) and are_alike(looks[0], looks[2])
+    table = np.frombuffer(looks[1].cells + looks[2].cells, np.uint8).reshape(2, -1)
+    assert alike(table, looks[0].cells).tolist() == [False, True]
+
+
+def test_the_index_finds_what_a_comparison_of_all_pairs_finds() -> None:
+    chance = np.random.default_rng(5)
+    index, known = LookIndex(6), list[tuple[Look, int]]()
+    base = chance.integers(0, 200, (4, 1024))
+    for number in range(120):
+        kind = int(chance.integers(4))
+        bits = sum(1 << int(bit) for bit in set(chance.integers(0, 64, int(chance.integers(0, 6)))))
+        apart = chance.integers(-7, 8, 1024) if number % 2 else chance.integers(-5, 6, 1024)
+        look = Look((kind << 40) ^ bits, (base[kind] + 8 + apart).clip(0, 255).astype(np.uint8).tobytes())
+        wanted = {
+            group
+            for other, group in known
+            if (other.hash ^ look.hash).bit_count() <= 6
+            and np.abs(np.array([*other.cells]) - np.array([*look.cells])).max() <= 12
+        }
+        assert set(index.like(look)) == wanted
+        index.add(look, number)
+        known.append((look, number))
 
 
 def test_a_row_that_a_person_accepts_keeps_its_picture(tmp_path) -> None:
