@@ -30,10 +30,20 @@ from ratchet.monitoring.families import LEAST_PROMPTS, Answered, Question, Refer
 from ratchet.monitoring.novelty import Familiar
 from ratchet.monitoring.picture_features import FILE as FEATURES
 from ratchet.monitoring.picture_features import read_features
-from ratchet.monitoring.pictures import CONTENT, FAMILY, Look, farthest, look_at_all, with_features
+from ratchet.monitoring.pictures import (
+    CONTENT,
+    FAMILY,
+    SHOWN,
+    Look,
+    farthest,
+    look_at_all,
+    show,
+    told,
+    with_features,
+)
 from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.monitoring.sounds import hear_all
-from ratchet.monitoring.topics import PICTURES, find_topics, show, told
+from ratchet.monitoring.topics import find_topics
 from ratchet.monitoring.verdicts import VERDICTS, Decision, Recorded, Topic, Verdict
 from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.champion import Champion
@@ -202,7 +212,7 @@ def _examples(window: list[Logged], reference: Reference, moved: list[str]) -> l
     if not {CONTENT, FAMILY} & set(moved):
         return []
     looks = (look for request in window for look in request.pictures)
-    return farthest(looks, reference.trained_pictures, PICTURES, by_content=CONTENT in moved)
+    return farthest(looks, reference.trained_pictures, SHOWN, by_content=CONTENT in moved)
 
 
 def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:

@@ -20,11 +20,14 @@ from ratchet.data.examples import MEDIA_NAME
 from ratchet.files import write_bytes
 from ratchet.monitoring.drift import Family, Measure, higher, other
 from ratchet.monitoring.picture_features import Vectors, sample, unpack
+from ratchet.monitoring.topics import EXAMPLE_LENGTH, belongs
+from ratchet.monitoring.verdicts import Picture, Topic
 
 FOLDER = Path(".ratchet/pictures")
 SIDE = 256  # pixels of the copy on which light, edges and colours are measured
 DIGITS = 4  # of a figure in the log
 FAMILY, CONTENT = "pictures", "what pictures show"  # names of the families
+SHOWN = 3  # pictures that a topic, or drift of pictures, names
 LEAST = 30  # pictures on each side that the family needs
 COLUMNS = (
     "picture size (log pixels)",
@@ -128,6 +131,23 @@ def in_words(look: Look) -> str:
     said += ["of little contrast"] if contrast < 0.1 else []
     said.append("grey" if colours < 0.02 else "colourful" if colours > 0.3 else "with some colour")
     return ", ".join(said)
+
+
+def show(topic: Topic, requests: Iterable[tuple[str, Sequence[Look]]]) -> Topic:
+    """Add pictures of its requests, each (prompt, pictures), to a topic; those of its examples come first."""
+    of_topic = [(prompt, looks) for prompt, looks in requests if looks and belongs(topic, prompt)]
+    of_topic.sort(key=lambda request: not any(_is_example(request[0], text) for text in topic.examples))
+    looks = {look.name: look for _, shown in of_topic for look in shown}
+    return msgspec.structs.replace(topic, pictures=told(list(looks.values())[:SHOWN]))
+
+
+def _is_example(prompt: str, example: str) -> bool:
+    return prompt == example or (len(prompt) > EXAMPLE_LENGTH and example.startswith(prompt[:EXAMPLE_LENGTH]))
+
+
+def told(looks: Iterable[Look]) -> list[Picture]:
+    """Return pictures as a verdict names them."""
+    return [Picture(look.name, in_words(look)) for look in looks]
 
 
 def with_features(looks: Iterable[Look], features: Mapping[str, bytes]) -> tuple[Look, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from ratchet.config.monitoring import MonitorConfig, TopicSource
 from ratchet.data.words import is_pair, terms_of
 from ratchet.errors import DataError
 from ratchet.files import write_json
-from ratchet.monitoring.pictures import Look, in_words
-from ratchet.monitoring.verdicts import Picture, Topic
+from ratchet.monitoring.verdicts import Topic
 
 LEAST_ROWS, GROWTH, EVIDENCE = (
     3,
@@ -24,7 +23,6 @@ LEAST_ROWS, GROWTH, EVIDENCE = (
     6.0,
 )  # least rows of the window; least growth of the share, as a factor; least evidence of growth, in nats
 TERMS, EXAMPLES, ROWS_A_TOPIC = 12, 3, 12
-PICTURES = 3  # that a topic, or drift of pictures, shows
 EXAMPLE_LENGTH = 300  # characters: topics are sent in an event, whose size Prefect limits
 LEAST_SHARE = 0.01  # least growth, as a share of the window: smaller topics are noise for the reader
 FILE = Path("data/region.json")
@@ -121,23 +119,6 @@ def _topic(
         before,
         [text if len(text) <= EXAMPLE_LENGTH else text[:EXAMPLE_LENGTH] + " …" for text in examples],
     )
-
-
-def show(topic: Topic, requests: Iterable[tuple[str, Sequence[Look]]]) -> Topic:
-    """Add pictures of its requests, each (prompt, pictures), to a topic; those of its examples come first."""
-    of_topic = [(prompt, looks) for prompt, looks in requests if looks and belongs(topic, prompt)]
-    of_topic.sort(key=lambda request: not any(_is_example(request[0], text) for text in topic.examples))
-    looks = {look.name: look for _, shown in of_topic for look in shown}
-    return msgspec.structs.replace(topic, pictures=told(list(looks.values())[:PICTURES]))
-
-
-def _is_example(prompt: str, example: str) -> bool:
-    return prompt == example or (len(prompt) > EXAMPLE_LENGTH and example.startswith(prompt[:EXAMPLE_LENGTH]))
-
-
-def told(looks: Iterable[Look]) -> list[Picture]:
-    """Return pictures as a verdict names them."""
-    return [Picture(look.name, in_words(look)) for look in looks]
 
 
 def belongs(topic: Topic, text: str) -> bool:

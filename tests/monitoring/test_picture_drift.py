@@ -37,10 +37,10 @@ from ratchet.monitoring.pictures import (
     in_words,
     look_of,
     picture_family,
+    show,
 )
 from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.request_records import Logged
-from ratchet.monitoring.topics import show
 from ratchet.monitoring.verdicts import Topic
 from tasks.monitor import measure
 
