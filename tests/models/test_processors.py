@@ -96,7 +96,7 @@ def test_every_picture_is_whole_and_has_as_many_tokens_as_the_model_has_features
     processor = processor_of(chat)
     with quiet():
         model = AutoModelForMultimodalLM.from_pretrained(folder)
-    count = ROWS // 4 if hears(folder) else ROWS  # its features take longer
+    count = ROWS // 6 if hears(folder) else ROWS  # its features take longer
     rows, pictures = make_rows(count, seed=5, sounds=hears(folder))
     shown = 0
     for start in range(0, count, 50):
