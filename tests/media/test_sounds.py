@@ -324,14 +324,14 @@ def test_what_is_written_is_read_back_equal() -> None:
 
 def test_bytes_of_parquet_become_rows(tmp_path) -> None:
     count = 20
-    cells = [{"bytes": stored(tone(pitch=200 + 30 * n)), "path": f"{n}.wav"} for n in range(count)]
+    cells = [{"bytes": stored(tone(0.2, 200 + 30 * n)), "path": f"{n}.wav"} for n in range(count)]
     texts = {"question": ["What is it?"] * count, "answer": [str(number) for number in range(count)]}
     parquet.write_table(pa.table({"audio": cells, **texts}), tmp_path / "rows.parquet")
     batch, rows = made(tmp_path / "rows.parquet")
     assert len(rows) == count == batch.sounds and batch.pictures == 0
     columns = {
         "recordings": [[cell["bytes"]] for cell in cells],
-        "audio": [{"array": tone(pitch=200 + 30 * n), "sampling_rate": 44_100} for n in range(count)],
+        "audio": [{"array": tone(0.2, 200 + 30 * n), "sampling_rate": 44_100} for n in range(count)],
     }
     for key, column in columns.items():
         parquet.write_table(pa.table({key: column, **texts}), tmp_path / f"{key}.parquet")
@@ -391,19 +391,16 @@ def test_recordings_count_as_the_same_by_their_samples() -> None:
 # --- bases --------------------------------------------------------------------------------------------------
 
 
-def base_of(folder: Path, make: Any) -> Path:
-    make_base(folder / "base", Config(base=BaseConfig(model=str(make(folder / "model")))))
+@pytest.fixture(scope="module")
+def hearing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hearing")
+    make_base(folder / "base", Config(base=BaseConfig(model=str(make_qwen2_audio(folder / "model")))))
     return folder / "base"
 
 
 @pytest.fixture(scope="module")
-def hearing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return base_of(tmp_path_factory.mktemp("hearing"), make_qwen2_audio)
-
-
-@pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return base_of(tmp_path_factory.mktemp("seeing"), make_llava)
+    return make_llava(tmp_path_factory.mktemp("seeing") / "model")
 
 
 PICTURE = encoded(noise())
